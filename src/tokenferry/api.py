@@ -1,0 +1,403 @@
+"""ExpertGroup: the only door that users need. Each call is check -> resolve -> backend -> wrap."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenferry import env
+from tokenferry.backends.base import Backend, Resolved
+from tokenferry.backends.choose import make_backend
+from tokenferry.errors import ArgumentError, ClosedError, ConfigError
+from tokenferry.resolve import Resolver
+from tokenferry.words import (
+    Combined,
+    DecodeCombined,
+    DecodeDispatched,
+    DecodePlan,
+    DecodeStats,
+    Delivery,
+    Dispatched,
+    MoeShape,
+    Plan,
+    Quantized,
+    Routing,
+    Scale,
+)
+
+# The one piece of global state: torch.library ops carry strings, not objects, so `tokenferry.autograd` finds a group by
+# its key, also from a graph that was compiled long ago. Weak: it keeps no group alive.
+_groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
+
+
+class ExpertGroup:
+    """R ranks that share E experts, and the calls that move rows between them.
+
+    Contract:
+        Collective: making it, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and `decode_combine` are; all
+            ranks call them in the same order. `close`, `for_shape` and the attributes are local.
+        Threads: one at a time.
+        Host: CPU backend: every call returns with its work done, or with a hook that does the rest. No wait for a peer
+            takes longer than ``timeout_s``.
+
+    Args:
+        group: A process group that works on CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``), or None for a group of one
+            rank, for which nothing has to be initialised.
+        shape: The sizes all ranks agree on.
+        backend: ``"cpu"``, or ``"auto"`` for the best one that runs here; one log line says which and why.
+        wire: How CPU ranks reach each other: ``"local"`` (shared memory, all ranks on one host), ``"group"``
+            (torch.distributed's own send and receive) or ``"auto"`` for the best one that works for all ranks.
+        timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, 100 if that is not set.
+        on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
+            (see `mask`) and go on without it; the other calls raise.
+
+    Raises:
+        ConfigError: an option is wrong, E is no multiple of R, or ranks disagree; says what each brought.
+        BackendUnavailable: the backend or wire cannot run here; says why.
+        PeerTimeout: a rank did not come.
+
+    Example:
+        >>> import torch, tokenferry
+        >>> shape = tokenferry.MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
+        >>> with tokenferry.ExpertGroup(None, shape) as group:
+        ...     x = torch.ones(3, 8)
+        ...     sent = group.dispatch(x, tokenferry.Routing(torch.tensor([[0, 1], [2, -1], [3, 0]])))
+        ...     group.combine(sent.x * 2, sent.plan).x[0, 0].item()
+        2.0
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        shape: MoeShape,
+        *,
+        backend: str = "auto",
+        wire: str = "auto",
+        timeout_s: float | None = None,
+        on_timeout: str = "raise",
+    ) -> None:
+        settings = env.read()
+        timeout_s = settings.timeout_s if timeout_s is None else timeout_s
+        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+            raise ConfigError(f"ExpertGroup: timeout_s: expected a finite number of seconds above 0, got {timeout_s!r}")
+        if on_timeout not in ("raise", "mask"):
+            raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
+        if wire not in ("auto", "local", "group"):
+            raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
+        if not isinstance(shape, MoeShape):
+            raise ConfigError(f"ExpertGroup: shape: expected a MoeShape, got {type(shape).__name__}")
+        _check_divides("ExpertGroup", shape, 1 if group is None else group.size())
+        resolved = Resolved(
+            shape=shape,
+            wire=settings.wire if wire == "auto" else wire,
+            timeout_s=float(timeout_s),
+            mask_on_timeout=on_timeout == "mask",
+        )
+        name = settings.backend if backend == "auto" else backend
+        self._adopt(make_backend(name, group, resolved), shape, resolved.timeout_s)
+
+    # ------------------------------------------------------------------ what the group is
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._backend.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return self._backend.num_ranks
+
+    @property
+    def key(self) -> str:
+        """Marks the plans of this group; the same on all ranks."""
+        return self._backend.key
+
+    @property
+    def num_local_experts(self) -> int:
+        """L = E / R; this rank holds experts ``rank * L .. rank * L + L - 1``."""
+        return self.shape.num_experts // self.num_ranks
+
+    @property
+    def backend(self) -> str:
+        """The backend that was chosen: ``"cpu"``."""
+        return self._backend.name
+
+    @property
+    def wire(self) -> str:
+        """How ranks reach each other: ``"local"``, ``"group"``, or ``"none"`` for a group of one."""
+        return self._backend.wire
+
+    @property
+    def device(self) -> torch.device:
+        """Where every tensor argument has to be."""
+        return self._backend.device
+
+    @property
+    def masked_ranks(self) -> frozenset[int]:
+        """Ranks that decode calls skip; see `mask`."""
+        return self._backend.masked()
+
+    def for_shape(self, shape: MoeShape) -> ExpertGroup:
+        """Return this group for other sizes; both share ranks, connections and fate.
+
+        Contract: local, at once. All ranks must do the same before they use it. Closing either closes both.
+
+        Raises:
+            ConfigError: E is no multiple of R.
+            ClosedError: the group was closed or is broken.
+        """
+        self._ready("for_shape")
+        _check_divides("for_shape", shape, self.num_ranks)
+        other = object.__new__(type(self))
+        other._adopt(self._backend, shape, self.timeout_s, origin=self._origin or self)
+        return other
+
+    def mask(self, rank: int, *, masked: bool = True) -> None:
+        """Make decode calls skip a rank in both directions, or stop skipping it.
+
+        Rows for a masked rank are not sent, and its experts add nothing to combined rows. Contract: local, at once;
+        ranks may mask differently. A rank that masks and unmasks must make the same number of calls as the others.
+
+        Raises:
+            ArgumentError: ``rank`` is this rank, or outside [0, R).
+        """
+        self._ready("mask")
+        if not 0 <= rank < self.num_ranks or rank == self.rank:
+            raise ArgumentError(
+                f"mask: rank: expected one of 0..{self.num_ranks - 1} other than this rank ({self.rank}), got {rank}"
+            )
+        self._backend.mask(rank, masked=masked)
+
+    def close(self) -> None:
+        """Free connections and memory. Local and idempotent; results keep living; later calls raise ClosedError.
+
+        Blocks only on the wire ``"group"``, for at most 5 s, if peers have yet to fetch what a call with a hook sent.
+        """
+        self._backend.close()
+
+    def __enter__(self) -> ExpertGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f", {self._backend.broken}" if self._backend.broken else ""
+        return (
+            f"<ExpertGroup rank {self.rank} of {self.num_ranks}, {self.shape}, {self.backend}, wire {self.wire}{state}>"
+        )
+
+    # ------------------------------------------------------------------ throughput: training, prefill
+
+    def dispatch(self, x: Tensor | Quantized, routing: Routing, *, delivery: Delivery | None = None) -> Dispatched:
+        """Send every token to each rank that holds one of its chosen experts.
+
+        A token travels once per *rank*, however many of its experts live there. Rows are bit-for-bit copies and arrive
+        by source rank, then source token, in every layout (EXPERTS and MASKED: within each expert), always.
+
+        Contract:
+            Collective: yes; T may differ and may be 0; dtypes, K, S and ``delivery`` must be the same on all ranks.
+            Host: CPU backend: returns when the rows are here.
+            CUDA graph: the CPU backend has none.
+            Gradient: none; use `tokenferry.autograd.dispatch`.
+
+        Args:
+            x: ``[T, H]`` bfloat16, float16, float32 or float64, contiguous, T <= M; or a `Quantized`.
+            routing: ``topk_idx`` ``[T, K]`` and, if they shall travel, ``topk_weights`` ``[T, K]``.
+            delivery: Layout, padding, and where counts are needed; None: ROWS with counts on the host.
+
+        Returns:
+            Dispatched: rows, ids, weights, counts and the plan for `combine` and `redispatch`.
+
+        Raises:
+            ShapeError: an argument has the wrong shape, dtype, device or strides; names it.
+            RoutingError: an index is outside [-1, E); names the place.
+            CapacityError: T > M, or rows did not fit into ``delivery.capacity`` (then on every rank).
+            MismatchError: ranks made different calls.
+            PeerTimeout: a rank did not answer within ``timeout_s``; names it, the call and its number.
+            ClosedError: the group was closed or is broken.
+
+        Example:
+            >>> import torch, tokenferry
+            >>> group = tokenferry.ExpertGroup(None, tokenferry.MoeShape(2, top_k=1, hidden=4, max_tokens=8))
+            >>> x = torch.arange(12.0).reshape(3, 4)
+            >>> by_expert = tokenferry.Delivery(tokenferry.Layout.EXPERTS)
+            >>> sent = group.dispatch(x, tokenferry.Routing(torch.tensor([[1], [0], [1]])), delivery=by_expert)
+            >>> sent.expert_counts.tolist(), sent.x[:, 0].tolist()
+            ([1, 2], [4.0, 0.0, 8.0])
+        """
+        self._ready("dispatch")
+        return self._backend.dispatch(self._resolver.dispatch(x, routing, delivery))
+
+    def redispatch(self, x: Tensor | Quantized, plan: Plan, *, topk_weights: Tensor | None = None) -> Dispatched:
+        """Send new rows where an earlier `dispatch` sent its rows; neither routing nor counts are exchanged again.
+
+        Contract: as `dispatch`. The backward of `combine` is this call.
+
+        Args:
+            x: As for `dispatch`, with the T of the plan; dtype and width may differ from the first rows.
+            plan: From a `dispatch` or `redispatch` of this group.
+            topk_weights: ``[T, K]`` float32 to travel along, or None.
+
+        Returns:
+            Dispatched: as from `dispatch`; its plan is ``plan``.
+
+        Raises:
+            PlanError: the plan is another group's.
+            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+        """
+        self._ready("redispatch")
+        return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights))
+
+    def combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, ...] | None = None,
+        out: Tensor | None = None,
+    ) -> Combined:
+        """Bring every row home and add up the rows of each token.
+
+        Numerics: the sum starts with the biases (0 without any) and adds one partial sum per rank in rank order;
+            EXPERTS
+        and MASKED: a rank's partial sum adds its experts' rows in expert order. All in float32 (float64 rows: float64)
+        with one rounding at the end; the same bits every time. Gate weights are not applied: the sum is plain.
+
+        Contract: collective. Host: returns when the sums are here. Gradient: none; use `tokenferry.autograd.combine`.
+
+        Args:
+            y: The experts' outputs in the places of ``Dispatched.x``: ``[N, H]``, ``[rows, H]`` or ``[L, capacity,
+                H]``, contiguous, bfloat16, float16, float32 or float64; rows past the counts are not read.
+            plan: From a `dispatch` or `redispatch` of this group; not consumed.
+            topk_weights: float32 in the shape of ``Dispatched.topk_weights``, to be carried home and added up per slot;
+                the backward of `dispatch` needs it.
+            bias: One or two ``[T, H]`` tensors of y's dtype to start from.
+            out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
+
+        Returns:
+            Combined: ``x`` ``[T, H]`` and, if weights were given, ``topk_weights`` ``[T, K]``.
+
+        Raises:
+            PlanError: the plan is another group's.
+            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+        """
+        self._ready("combine")
+        return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out))
+
+    # ------------------------------------------------------------------ latency: decoding
+
+    def decode_dispatch(
+        self,
+        x: Tensor,
+        routing: Routing,
+        *,
+        fp8: Scale | None = None,
+        stats: DecodeStats | None = None,
+        return_hook: bool = False,
+    ) -> DecodeDispatched:
+        """Send every token to its experts, into a layout whose shape does not depend on the routing.
+
+        Contract: collective. Host: returns when the rows are here; with ``return_hook=True`` it returns when they are
+            on
+        their way, and ``hook()`` waits for them. Any number of results may be alive. Gradient: none. The CPU backend
+        has no CUDA graphs.
+
+        Args:
+            x: ``[T, H]`` bfloat16, float16 or float32, contiguous, T <= M.
+            routing: As for `dispatch`. `decode_combine` needs ``topk_weights``; they may also be put into the plan
+                later.
+            fp8: Cast rows to float8_e4m3fn with one scale per row and 128 columns (``scale = max(amax, 1e-4) / 448``,
+                the format that DeepEP and DeepGEMM use), stored as this says. None: rows travel as they are.
+            stats: Counters to add to.
+            return_hook: Return at once and let the caller receive with ``hook()``.
+
+        Returns:
+            DecodeDispatched: ``x`` ``[L, R*M, H]``, ``expert_counts``, the plan and the hook.
+
+        Raises:
+            ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+        """
+        self._ready("decode_dispatch")
+        request = self._resolver.decode_dispatch(x, routing, fp8, stats, return_hook=return_hook)
+        return self._backend.decode_dispatch(request)
+
+    def decode_combine(
+        self,
+        y: Tensor,
+        plan: DecodePlan,
+        *,
+        numerics: str = "exact",
+        out: Tensor | None = None,
+        stats: DecodeStats | None = None,
+        return_hook: bool = False,
+    ) -> DecodeCombined:
+        """Bring the experts' outputs home and add them up with the gate weights of the plan.
+
+        Numerics: ``"exact"``: every expert's row travels; ``sum_k weight[k] * row[k]`` in slot order in float32, each
+        product and each sum rounded to float32, one rounding to y's dtype at the end. ``"fast"``: each rank sums its
+        experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
+        added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank.
+
+        Contract: collective; as `decode_dispatch`. The plan is not consumed.
+
+        Args:
+            y: ``[L, R*M, H]`` bfloat16, float16 or float32, contiguous; rows past the counts are not read.
+            plan: From `decode_dispatch` of this group, with ``topk_weights``.
+            numerics: ``"exact"`` or ``"fast"``; the same on all ranks.
+            out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
+            stats: ``wait_ns`` is added to; ``received`` must be None.
+            return_hook: Return at once and let the caller receive with ``hook()``.
+
+        Returns:
+            DecodeCombined: ``x`` ``[T, H]`` and the hook.
+
+        Raises:
+            PlanError: the plan is another group's, or has no weights.
+            ArgumentError: ``numerics`` is neither.
+            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+        """
+        self._ready("decode_combine")
+        request = self._resolver.decode_combine(y, plan, numerics, out, stats, return_hook=return_hook)
+        return self._backend.decode_combine(request)
+
+    def _adopt(self, backend: Backend, shape: MoeShape, timeout_s: float, *, origin: ExpertGroup | None = None) -> None:
+        self._backend = backend
+        self._origin = origin  # what `find_group` finds lives as long as any of its shapes
+        if origin is None:
+            _groups[backend.key] = self
+        self._resolver = Resolver(shape, backend.num_ranks, backend.device, backend.key)
+        self.shape = shape
+        self.timeout_s = timeout_s
+
+    def _ready(self, call: str) -> None:
+        if self._backend.broken:
+            raise ClosedError(f"{call}: the group {self._backend.broken}; make a new ExpertGroup")
+
+
+def find_group(key: str, shape: MoeShape) -> ExpertGroup:
+    """Return the living group with this key, for these sizes; local.
+
+    Raises:
+        ClosedError: it has been garbage collected.
+    """
+    group = _groups.get(key)
+    if group is None:
+        raise ClosedError(f"group {key} is gone: nothing but a compiled graph refers to it; keep the ExpertGroup")
+    return group if group.shape == shape else group.for_shape(shape)
+
+
+def _check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
+    if shape.num_experts % num_ranks:
+        raise ConfigError(
+            f"{call}: num_experts={shape.num_experts} is no multiple of the group's {num_ranks} ranks; "
+            f"use {-(-shape.num_experts // num_ranks) * num_ranks} experts, or another number of ranks"
+        )

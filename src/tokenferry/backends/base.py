@@ -1,0 +1,118 @@
+"""What crosses from `api` to a backend: requests in which everything is checked and resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokenferry.words import (
+    Combined,
+    DecodeCombined,
+    DecodeDispatched,
+    DecodePlan,
+    DecodeStats,
+    Delivery,
+    Dispatched,
+    MoeShape,
+    Plan,
+    Quantized,
+    Routing,
+    Scale,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The options of a group, each decided."""
+
+    shape: MoeShape
+    wire: str
+    timeout_s: float
+    mask_on_timeout: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchRequest:
+    """Rows and their routing; the backend makes the plan."""
+
+    shape: MoeShape
+    x: Tensor | Quantized
+    routing: Routing
+    delivery: Delivery
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RedispatchRequest:
+    """New rows, and perhaps new weights, along an old plan."""
+
+    shape: MoeShape
+    x: Tensor | Quantized
+    topk_weights: Tensor | None
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineRequest:
+    """Rows to bring home; ``out`` is where the sums go."""
+
+    y: Tensor
+    plan: Plan
+    topk_weights: Tensor | None
+    biases: tuple[Tensor, ...]
+    out: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeDispatchRequest:
+    """Rows to put into the masked layout; ``fp8`` says how they are cast, None leaves them."""
+
+    shape: MoeShape
+    x: Tensor
+    routing: Routing
+    fp8: Scale | None
+    stats: DecodeStats
+    return_hook: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeCombineRequest:
+    """Expert outputs in the masked layout; ``fast`` sums per rank before the wire."""
+
+    shape: MoeShape
+    y: Tensor
+    plan: DecodePlan
+    fast: bool
+    out: Tensor | None
+    stats: DecodeStats
+    return_hook: bool
+
+
+class Backend(Protocol):
+    """One way to carry rows. Calls are collective; a failed one breaks the backend.
+
+    ``broken`` then says by what ("was closed", "is broken by ..."); ``key`` is the same on all ranks and marks plans;
+    ``why`` says why this backend and wire were chosen.
+    """
+
+    name: str
+    wire: str
+    why: str
+    key: str
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def broken(self) -> str | None: ...  # noqa: D102
+    # What each call does is said once, in tokenferry.api.
+    def dispatch(self, request: DispatchRequest) -> Dispatched: ...  # noqa: D102
+    def redispatch(self, request: RedispatchRequest) -> Dispatched: ...  # noqa: D102
+    def combine(self, request: CombineRequest) -> Combined: ...  # noqa: D102
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched: ...  # noqa: D102
+    def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined: ...  # noqa: D102
+    def mask(self, rank: int, *, masked: bool) -> None: ...  # noqa: D102
+    def masked(self) -> frozenset[int]: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102

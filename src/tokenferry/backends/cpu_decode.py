@@ -1,0 +1,218 @@
+"""Decode calls of the CPU backend: fixed shapes, FP8 cast and weighted sum inside, receive hooks, masked ranks.
+
+A call has two halves. The first casts, packs and sends; the second takes, places and adds up, at once or in the hook.
+All results are allocated in the first half, so that a hook only fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tokenferry import fp8
+from tokenferry.backends import cpu_rows
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
+from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Pending, Received, Signature, dtype_code
+from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized
+
+_COUNT_BITS = 32
+
+
+def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> DecodeDispatched:
+    """Cast, send; then, at once or in the hook, place into ``[L, R*M, H]``."""
+    shape, routing = request.shape, request.routing
+    num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
+    skip = frozenset(exchange.masked)
+    topk_idx = _without(routing.topk_idx, skip, num_local)
+    rows: Tensor | Quantized = request.x if request.fp8 is None else fp8.cast(request.x, request.fp8)
+    payload = Payload(
+        rows=rows.data if isinstance(rows, Quantized) else rows,
+        scale=rows.scale if isinstance(rows, Quantized) else None,
+        weights=routing.topk_weights,
+        topk_idx=topk_idx,
+        token=torch.arange(topk_idx.shape[0]),
+    )
+    dst_token, dst_counts = cpu_rows.destinations(topk_idx, shape.num_experts, num_ranks)
+    fields = {
+        "num_experts": shape.num_experts,
+        "max_tokens": shape.max_tokens,
+        "dtype": dtype_code(request.x.dtype),
+        "fp8 scale": 0 if request.fp8 is None else 1 + list(type(request.fp8)).index(request.fp8),
+        **payload.fields,
+    }
+    counts = dst_counts.tolist()
+    fill = payload.fill(torch.split(dst_token, counts))
+    pending = exchange.start(Signature(Kind.decode_dispatch, fields), payload.sections, counts, fill, skip)
+
+    room = num_ranks * shape.max_tokens
+    result = DecodeDispatched(
+        x=_empty_like(rows, num_local, room),
+        expert_counts=torch.empty(num_local, dtype=torch.int32),
+        plan=DecodePlan(
+            group_key=key,
+            num_tokens=topk_idx.shape[0],
+            num_experts=shape.num_experts,
+            topk_idx=topk_idx,
+            topk_weights=routing.topk_weights,
+            src_token=torch.empty(num_local, room, dtype=torch.int32),
+            src_range=torch.empty(num_local, num_ranks, dtype=torch.int64),
+            row_weights=None if routing.topk_weights is None else torch.empty(num_local, room),
+        ),
+        hook=None,
+    )
+
+    def place(received: Received) -> None:
+        _place(result, payload, received, first=exchange.rank * num_local)
+        if request.stats.received is not None:
+            request.stats.received.add_(result.expert_counts)
+
+    hook = _finish(pending, request.stats, place, return_hook=request.return_hook)
+    return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
+
+
+def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined:
+    """Send the experts' rows home, weighted and added up per token if ``fast``; then add up what comes."""
+    y, plan, weights = request.y, request.plan, request.plan.topk_weights
+    num_ranks, num_local = exchange.num_ranks, plan.num_experts // exchange.num_ranks
+    assert weights is not None
+    skip = frozenset(exchange.masked)
+    flat = y.view(-1, y.shape[-1])
+    places = [
+        _places_from(plan, src) if src not in skip else torch.empty(0, dtype=torch.int64) for src in range(num_ranks)
+    ]
+    if request.fast:
+        sums = [_sum_per_token(flat, plan, at) for at in places]
+        counts = [part.shape[0] for part in sums]
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        payload = Payload(rows=torch.cat(sums).to(y.dtype))
+        fill = payload.fill([slice(end - num, end) for end, num in zip(ends, counts, strict=True)])
+    else:
+        counts = [at.numel() for at in places]
+        payload = Payload(rows=flat)
+        fill = payload.fill(places)
+    fields = {"fast": int(request.fast), "dtype": dtype_code(y.dtype), **payload.fields}
+    pending = exchange.start(Signature(Kind.decode_combine, fields), payload.sections, counts, fill, skip)
+    out = torch.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype) if request.out is None else request.out
+
+    def add_up(received: Received) -> None:
+        absent = frozenset(exchange.masked) | skip
+        topk_idx = _without(plan.topk_idx, absent, num_local)
+        if request.fast:
+            tokens, expected = cpu_rows.destinations(topk_idx, plan.num_experts, num_ranks)
+        else:
+            where = cpu_rows.spread(topk_idx, plan.num_experts, 1, None)
+            expected = where.counts.view(num_ranks, num_local).sum(1)
+        # A rank that was masked when its rows came counts as absent altogether.
+        received = [(0, []) if src in absent else one for src, one in enumerate(received)]
+        pending.check_counts(received, expected.tolist())
+        if request.fast:
+            home = torch.split(tokens, expected.tolist())
+            cpu_rows.add_up(out, home, [_rows(one, y) for one in received])
+            return
+        rows = torch.cat([_rows(one, y) for one in received])
+        total = torch.zeros(out.shape)
+        for slot in range(topk_idx.shape[1]):
+            used = (where.row_idx[:, slot] >= 0).nonzero()[:, 0]
+            product = rows[where.row_idx[used, slot]].float() * weights[used, slot, None]
+            total.index_add_(0, used, product)
+        out.copy_(total)
+
+    return DecodeCombined(out, _finish(pending, request.stats, add_up, return_hook=request.return_hook))
+
+
+def _finish(
+    pending: Pending, stats: DecodeStats, work: Callable[[Received], None], *, return_hook: bool
+) -> Callable[[], None] | None:
+    """Do the second half now, or return a hook that does it once."""
+    done = False
+
+    @torch.no_grad()
+    def hook() -> None:
+        nonlocal done
+        if done:
+            return
+        with pending.receive(stats.wait_ns, tolerant=True, hooked=return_hook) as received:
+            work(received)
+        done = True
+
+    if return_hook:
+        return hook
+    hook()
+    return None
+
+
+def _rows(message: tuple[int, list[Tensor]], y: Tensor) -> Tensor:
+    """The rows of one message, which has none if its rank is masked."""
+    num_rows, pieces = message
+    return pieces[0].view(y.dtype) if num_rows else y.new_empty(0, y.shape[-1])
+
+
+def _place(result: DecodeDispatched, payload: Payload, received: Received, *, first: int) -> None:
+    """Fill a result with what came."""
+    plan = result.plan
+    num_local, room = plan.src_token.shape
+    topk_idx, tokens = payload.take(received, "topk_idx"), payload.take(received, "token")
+    assert topk_idx is not None
+    assert tokens is not None
+    local_idx = cpu_rows.to_local(topk_idx, first, num_local)
+    where = cpu_rows.spread(local_idx, num_local, 1, room)
+    row, slot = (where.row_idx >= 0).nonzero().unbind(1)
+    places = where.row_idx[row, slot]
+    expert, column = places // room, places % room
+
+    rows = payload.take(received, "rows")
+    assert rows is not None
+    target = result.x.data if isinstance(result.x, Quantized) else result.x
+    cpu_rows.words(target.view(-1, target.shape[-1])).index_copy_(0, places, cpu_rows.words(rows).index_select(0, row))
+    scale = payload.take(received, "scale")
+    if scale is not None and isinstance(result.x, Quantized):
+        result.x.scale[expert, column] = scale[row]
+    weights = payload.take(received, "weights")
+    if weights is not None and plan.row_weights is not None:
+        plan.row_weights.copy_(cpu_rows.add_weights(weights, where.row_idx, num_local * room).view(num_local, room))
+    plan.src_token[expert, column] = tokens[row, 0].int()
+    result.expert_counts.copy_(where.counts)
+
+    src = torch.repeat_interleave(torch.arange(len(received)), torch.tensor([num for num, _ in received]))
+    hits = cpu_rows.hits(local_idx, 1, num_local).long()
+    counts = torch.zeros(len(received), num_local, dtype=torch.int64).index_add_(0, src, hits).T
+    starts = counts.cumsum(1) - counts
+    plan.src_range.copy_(starts << _COUNT_BITS | counts)
+
+
+def _places_from(plan: DecodePlan, src: int) -> Tensor:
+    """Places (counting all experts' rooms) of the rows that came from one rank, by expert, then token."""
+    room = plan.src_token.shape[1]
+    ranges = plan.src_range[:, src]
+    counts = ranges & ((1 << _COUNT_BITS) - 1)
+    firsts = (ranges >> _COUNT_BITS) + torch.arange(ranges.numel()) * room
+    before = counts.cumsum(0) - counts
+    return torch.repeat_interleave(firsts - before, counts) + torch.arange(int(counts.sum()))
+
+
+def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor) -> Tensor:
+    """Weighted float32 sums of the rows at ``places``, one per distinct token, by token; experts in order."""
+    assert plan.row_weights is not None
+    weights, tokens = plan.row_weights.flatten()[places], plan.src_token.flatten()[places]
+    distinct, which = torch.unique(tokens, return_inverse=True)
+    total = torch.zeros(distinct.numel(), flat.shape[1])
+    # index_add_ adds in the order of its index on the CPU: by expert, since places are.
+    return total.index_add_(0, which, flat[places].float() * weights[:, None])
+
+
+def _without(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
+    """Replace the experts of ``ranks`` by -1."""
+    for rank in ranks:
+        topk_idx = torch.where(topk_idx // num_local == rank, -1, topk_idx)
+    return topk_idx
+
+
+def _empty_like(rows: Tensor | Quantized, num_local: int, room: int) -> Tensor | Quantized:
+    """The result's rows, undefined; scales are column-major, so that a grouped FP8 GEMM can read them by TMA."""
+    if not isinstance(rows, Quantized):
+        return torch.empty(num_local, room, rows.shape[1], dtype=rows.dtype)
+    data = torch.empty(num_local, room, rows.data.shape[1], dtype=rows.data.dtype)
+    scale = torch.empty(num_local, rows.scale.shape[1], room, dtype=rows.scale.dtype)
+    return Quantized(data, scale.transpose(1, 2))

@@ -1,0 +1,159 @@
+"""Pure functions of the CPU backend: which row goes where, and how rows are added up. No wire, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 1 << 19
+"""Half of a common core's second-level cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """Where the rows of experts go.
+
+    Attributes:
+        counts: ``[L]`` int64 rows of each expert.
+        starts: ``[L + 1]`` int64 first place of each expert, and the end.
+        row_idx: ``[N, K]`` int64 place of each slot's row, or -1; a repeated expert repeats its place.
+    """
+
+    counts: Tensor
+    starts: Tensor
+    row_idx: Tensor
+
+
+def destinations(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor]:
+    """Return the token of each row to send, by destination rank, then token, and the rows per rank ``[R]`` int64."""
+    hit = hits(topk_idx.long(), num_experts // num_ranks, num_ranks)
+    return hit.T.nonzero()[:, 1].contiguous(), hit.sum(0)
+
+
+def to_local(topk_idx: Tensor, first: int, num_local: int) -> Tensor:
+    """Return local expert ids: ``first`` becomes 0; experts that are elsewhere become -1."""
+    here = (topk_idx >= first) & (topk_idx < first + num_local)
+    return torch.where(here, topk_idx - first, -1)
+
+
+def spread(local_idx: Tensor, num_local: int, alignment: int, capacity: int | None) -> Spread:
+    """Place each row once per local expert, whose places start at multiples of ``alignment``, or of ``capacity``."""
+    hit = hits(local_idx.long(), 1, num_local)
+    counts = hit.sum(0)
+    starts = expert_starts(counts, alignment) if capacity is None else torch.arange(num_local + 1) * capacity
+    experts, rows = hit.T.nonzero().unbind(1)
+    first_pair = counts.cumsum(0) - counts
+    places = torch.arange(rows.numel()) + (starts[:-1] - first_pair)[experts]
+    table = torch.full((local_idx.shape[0], num_local + 1), -1)
+    table[rows, experts] = places
+    row_idx = table.gather(1, torch.where(local_idx >= 0, local_idx, num_local).long())
+    return Spread(counts, starts, row_idx)
+
+
+def expert_starts(counts: Tensor, alignment: int) -> Tensor:
+    """Return ``[L + 1]`` int64: the first place of each expert at multiples of ``alignment``, and the end."""
+    padded = (counts.long() + alignment - 1) // alignment * alignment
+    return torch.cat([padded.new_zeros(1), padded.cumsum(0)])
+
+
+def place(rows: Tensor, row_idx: Tensor, num_places: int, *, zero: bool) -> Tensor:
+    """Return ``[num_places, width]``: each row at all its places; other places are undefined, or zero."""
+    out = torch.empty(num_places, rows.shape[1], dtype=rows.dtype)
+    row, slot = (row_idx >= 0).nonzero().unbind(1)
+    places = row_idx[row, slot]
+    if zero:
+        empty = torch.ones(num_places, dtype=torch.bool)
+        empty[places] = False
+        words(out)[empty] = 0
+    if rows.shape[1]:
+        words(out).index_copy_(0, places, words(rows).index_select(0, row))
+    return out
+
+
+def pad(rows: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
+    """Return ``rows`` made longer, by undefined rows or by ``fill``."""
+    if rows.shape[0] == num_rows:
+        return rows
+    out = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype)
+    out[: rows.shape[0]] = rows
+    if fill is not None:
+        out[rows.shape[0] :] = fill
+    return out
+
+
+def add_weights(topk_weights: Tensor, row_idx: Tensor, num_places: int) -> Tensor:
+    """Return ``[num_places]`` float32: the weights of all slots that share a delivered row, added in slot order."""
+    used = row_idx >= 0
+    return torch.zeros(num_places).index_add_(0, row_idx[used], topk_weights[used])
+
+
+def spread_weights(row_weights: Tensor, row_idx: Tensor) -> Tensor:
+    """The transpose of `add_weights`: ``[N, K]`` float32, each slot the weight of its row, 0 without one."""
+    used = row_idx >= 0
+    weights = torch.zeros(row_idx.shape)
+    weights[used] = row_weights.flatten()[row_idx[used]]
+    return weights
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows of ``dtype`` are added up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def add_up(out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
+    """Write to ``out`` ``[T, H]`` the biases plus, source by source, each token's row; one rounding.
+
+    Works through blocks of tokens small enough for the float32 sums to stay in a core's cache: memory that is touched
+    for the first time costs more than the additions.
+
+    Args:
+        out: Where the sums go.
+        home: Per source, the tokens of its rows, ascending.
+        rows: Per source, ``[rows, H]``.
+        biases: ``[T, H]`` each; added first.
+    """
+    num_tokens, width = out.shape
+    block = max(1, _BLOCK_BYTES // (4 * width))
+    total = torch.empty(min(block, num_tokens), width, dtype=wide(out.dtype))
+    starts = torch.arange(0, num_tokens + block, block)
+    cuts = [torch.searchsorted(tokens, starts).tolist() for tokens in home]
+    for i, first in enumerate(range(0, num_tokens, block)):
+        part = total[: min(block, num_tokens - first)].zero_()
+        for bias in biases:
+            part += bias[first : first + block]
+        for tokens, source, cut in zip(home, rows, cuts, strict=True):
+            piece = slice(cut[i], cut[i + 1])
+            part.index_add_(0, tokens[piece] - first, source[piece].to(part.dtype))
+        out[first : first + block] = part
+
+
+def gather_sum(y: Tensor, row_idx: Tensor) -> Tensor:
+    """Return ``[N, H]`` in the wide dtype: the sum of each received row's delivered rows, by place, each once."""
+    total = torch.zeros(row_idx.shape[0], y.shape[1], dtype=wide(y.dtype))
+    order = row_idx.sort(dim=1).values
+    for slot in range(order.shape[1]):
+        fresh = order[:, slot] >= 0
+        if slot:
+            fresh &= order[:, slot] != order[:, slot - 1]
+        rows = fresh.nonzero()[:, 0]
+        total.index_add_(0, rows, y[order[rows, slot]].to(total.dtype))
+    return total
+
+
+def words(rows: Tensor) -> Tensor:
+    """View the bytes of ``[n, width]`` rows in the widest integers that fit, so that copies of rows are cheap."""
+    rows = rows.view(torch.uint8) if rows.dtype != torch.uint8 else rows
+    for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
+        if rows.shape[1] % size == 0 and rows.shape[1]:
+            return rows.view(dtype)
+    return rows
+
+
+def hits(topk_idx: Tensor, width: int, num: int) -> Tensor:
+    """Return ``[T, num]`` bool: whether any index of a row lies in ``[i * width, (i + 1) * width)``."""
+    hit = torch.zeros(topk_idx.shape[0], num + 1, dtype=torch.bool)
+    hit.scatter_(1, torch.where(topk_idx >= 0, topk_idx // width, num), True)
+    return hit[:, :num]

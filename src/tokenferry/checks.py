@@ -1,0 +1,118 @@
+"""Symbolic checks of tensors: the only place that words errors about shapes, dtypes, devices and strides.
+
+A `Checks` belongs to one call. It learns what each letter (T, K, H ...) is from the group and from the arguments that
+it has seen, so that an error can say who set the number that was not met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenferry.errors import ArgumentError, CapacityError, RoutingError, ShapeError
+
+ROW_BYTES_MULTIPLE = 16
+"""Rows are moved in units of 16 bytes on every backend, so that code that runs on one runs on all."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INDICES = (torch.int64, torch.int32)
+
+
+class Checks:
+    """Checks the arguments of one call; every method raises before anything is sent.
+
+    Args:
+        call: Name of the public call, for messages.
+        device: Where every tensor has to be.
+        sizes: Letters that are already known and who set them, such as ``{"H": (7168, "the group")}``.
+    """
+
+    def __init__(self, call: str, device: torch.device, sizes: dict[str, tuple[int, str]]) -> None:
+        self.call = call
+        self.device = device
+        self.sizes = dict(sizes)
+
+    def tensor(
+        self, name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] | None, *, contiguous: bool = True
+    ) -> Tensor:
+        """Check that ``value`` is a tensor whose shape reads ``dims``, e.g. ``"T H"``; learn the letters it sets.
+
+        Raises:
+            ShapeError: names the argument, the expectation, the finding, who set a size, and the remedy.
+        """
+        letters = dims.split()
+        wanted = f"[{', '.join(letters)}]"
+        kinds = " or ".join(str(d) for d in dtypes) if dtypes else "a tensor"
+        if not isinstance(value, Tensor):
+            raise ShapeError(
+                f"{self.call}: {name}: expected {kinds} {wanted}, got {type(value).__name__}; pass a torch.Tensor"
+            )
+        got = f"got {value.dtype} {list(value.shape)} on {value.device}"
+        head = f"{self.call}: {name}: expected {kinds} {wanted}, {got}"
+        if value.device != self.device:
+            raise ShapeError(f"{head}; the group is on {self.device}: call .to('{self.device}')")
+        if dtypes is not None and value.dtype not in dtypes:
+            raise ShapeError(f"{head}; call .to({dtypes[0]})")
+        if value.ndim != len(letters):
+            raise ShapeError(f"{head}; pass {len(letters)} dimensions instead of {value.ndim}")
+        for letter, size in zip(letters, value.shape, strict=True):
+            if letter not in self.sizes:
+                self.sizes[letter] = (size, name)
+            elif self.sizes[letter][0] != size:
+                known, who = self.sizes[letter]
+                want = [self.sizes.get(ch, (s, ""))[0] for ch, s in zip(letters, value.shape, strict=True)]
+                raise ShapeError(f"{head}; {letter}={known} was set by {who}, here it is {size}: pass shape {want}")
+        if contiguous and not value.is_contiguous():
+            raise ShapeError(
+                f"{self.call}: {name}: must be contiguous, got strides {value.stride()}; call .contiguous()"
+            )
+        return value
+
+    def row_bytes(self, name: str, rows: Tensor) -> None:
+        """Check that a row of ``rows`` is a multiple of 16 bytes."""
+        row_bytes = rows.shape[-1] * rows.element_size()
+        if row_bytes % ROW_BYTES_MULTIPLE:
+            raise ShapeError(
+                f"{self.call}: {name}: a row of {rows.shape[-1]} x {rows.dtype} is {row_bytes} bytes, expected a "
+                f"multiple of {ROW_BYTES_MULTIPLE}; pad the hidden size to {_pad(rows)} elements"
+            )
+
+    def max_tokens(self, name: str, num_tokens: int, max_tokens: int) -> None:
+        """Check T against M."""
+        if num_tokens > max_tokens:
+            raise CapacityError(
+                f"{self.call}: {name}: T={num_tokens} rows exceed max_tokens={max_tokens}; "
+                f"send at most {max_tokens} at once or make the group with MoeShape(max_tokens={num_tokens})"
+            )
+
+    def experts(self, name: str, topk_idx: Tensor, num_experts: int) -> None:
+        """Check that every index lies in [-1, E); names the first that does not."""
+        if topk_idx.numel() == 0:
+            return
+        low, high = torch.aminmax(topk_idx)
+        if int(low) >= -1 and int(high) < num_experts:
+            return
+        token, slot = ((topk_idx < -1) | (topk_idx >= num_experts)).nonzero()[0].tolist()
+        raise RoutingError(
+            f"{self.call}: {name}[{token}, {slot}] is {int(topk_idx[token, slot])}, expected an expert in "
+            f"[0, {num_experts}), or -1 for an unused slot; the group has num_experts={num_experts}"
+        )
+
+    def no_grad(self, **arguments: object) -> None:
+        """Refuse arguments whose gradient would be lost in silence."""
+        if not torch.is_grad_enabled():
+            return
+        for name, value in arguments.items():
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+                raise ArgumentError(
+                    f"{self.call}: {name}: requires grad, and this call is not differentiable; use "
+                    f"tokenferry.autograd, torch.no_grad() or {name}.detach()"
+                )
+
+
+def _pad(rows: Tensor) -> int:
+    unit = max(ROW_BYTES_MULTIPLE // rows.element_size(), 1)
+    return -(-rows.shape[-1] // unit) * unit

@@ -1,0 +1,87 @@
+"""The one table of TOKENFERRY_* variables. Nothing else in the package reads os.environ, and nothing writes it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tokenferry.errors import ConfigError
+
+_log = logging.getLogger("tokenferry")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One line of the table: what a variable is called, what it means, and how its text is read."""
+
+    name: str
+    default: str
+    meaning: str
+    parse: Callable[[str], Any]
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("expected a finite number of seconds above 0")
+    return value
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+VARIABLES = (
+    Variable(
+        "TOKENFERRY_BACKEND", "auto", "backend of groups made with backend='auto': auto or cpu", _one_of("auto", "cpu")
+    ),
+    Variable("TOKENFERRY_TIMEOUT_S", "100", "seconds that any wait for a peer may take, unless a group says", _seconds),
+    Variable(
+        "TOKENFERRY_WIRE",
+        "auto",
+        "wire of CPU groups made with wire='auto': auto, local (shared memory, one host) or group (torch.distributed)",
+        _one_of("auto", "local", "group"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The parsed table, one field a variable."""
+
+    backend: str
+    timeout_s: float
+    wire: str
+
+
+def read(environ: Mapping[str, str] | None = None) -> Settings:
+    """Parse the TOKENFERRY_* variables; local, no side effect but one warning per unknown name.
+
+    Raises:
+        ConfigError: a variable has a value that cannot be read; names it, the value and what is expected.
+    """
+    environ = os.environ if environ is None else environ
+    known = {v.name: v for v in VARIABLES}
+    for name in environ:
+        if name.startswith("TOKENFERRY_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            _log.warning("environment: %s is not a variable of tokenferry; the nearest is %s", name, near[0])
+    values = {}
+    for variable in VARIABLES:
+        text = environ.get(variable.name, variable.default)
+        try:
+            values[variable.name.removeprefix("TOKENFERRY_").lower()] = variable.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{variable.name}={text!r}: {error}; it is the {variable.meaning}") from None
+    assert set(values) == {f.name for f in fields(Settings)}
+    return Settings(**values)

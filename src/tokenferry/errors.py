@@ -1,0 +1,99 @@
+"""Every exception that tokenferry raises on purpose, and what the application should do about each.
+
+TokenferryError
+├── ArgumentError          the call was wrong; nothing was sent; fix the call, the group stays usable
+│   ├── ShapeError         shape, dtype, device or strides
+│   ├── RoutingError       an expert index outside [-1, E)
+│   ├── CapacityError      more tokens or rows than were agreed
+│   └── PlanError          a plan of another group, shape or layout
+├── ConfigError            a constructor option, shape or TOKENFERRY_* variable is wrong
+├── BackendUnavailable     this machine or process group cannot run the backend that was asked for
+├── UnsupportedError       an argument of the DeepEP API that this backend cannot honour
+├── MismatchError          ranks made different calls; the group is broken
+├── PeerTimeout            a rank did not answer in time, or died; the group is broken
+└── ClosedError            the group was closed, or broken by an earlier error
+
+A *broken* group raises ClosedError on every later call and can only be closed; make a new group to go on.
+"""
+
+from __future__ import annotations
+
+
+class TokenferryError(Exception):
+    """Root of the tree: catch it to catch everything that tokenferry raises on purpose."""
+
+
+class ArgumentError(TokenferryError, ValueError):
+    """An argument is wrong. Nothing was sent; correct the call and make it again on the same group."""
+
+
+class ShapeError(ArgumentError):
+    """An argument has the wrong shape, dtype, device or strides. The message says what was expected and what came."""
+
+
+class RoutingError(ArgumentError):
+    """``topk_idx`` holds an expert outside ``[-1, E)``. The message names the first such place."""
+
+
+class CapacityError(ArgumentError):
+    """More tokens or rows than the group, or the call, has room for. The message gives both numbers.
+
+    Raised before anything is sent, except where the number is known only after the counts have arrived
+    (``Delivery.capacity`` below the worst case): then every rank raises together and the group stays usable.
+    """
+
+
+class PlanError(ArgumentError):
+    """A plan was given to a group, or to a kind of call, that it was not made by."""
+
+
+class ConfigError(TokenferryError, ValueError):
+    """A constructor option, a ``MoeShape`` or a ``TOKENFERRY_*`` variable is wrong; correct it and start again."""
+
+
+class BackendUnavailable(TokenferryError, RuntimeError):  # noqa: N818 - reads as what happened, like PeerTimeout
+    """The backend or wire that was asked for cannot run here. The message says why; `tokenferry doctor` says more."""
+
+
+class UnsupportedError(TokenferryError, NotImplementedError):
+    """An argument of the DeepEP API that this backend cannot honour. Leave it out, or choose what the message names."""
+
+
+class MismatchError(TokenferryError, RuntimeError):
+    """Ranks made different calls (method, dtype, width, layout). A bug in the application: the group is broken."""
+
+
+class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - the name that every document uses
+    """A rank did not answer within ``timeout_s``, or its process ended. The group is broken: close it, make a new one.
+
+    Attributes:
+        phase: The call that waited, such as ``"dispatch"``.
+        call: Number of that call on its group, counted from 1; 0 while the group was being made.
+        rank: The rank that waited (this one).
+        peers: The ranks that it waited for in vain, ascending.
+        waited_s: Seconds waited.
+    """
+
+    def __init__(
+        self, message: str, *, phase: str, call: int, rank: int, peers: tuple[int, ...], waited_s: float
+    ) -> None:
+        super().__init__(message)
+        self.phase = phase
+        self.call = call
+        self.rank = rank
+        self.peers = peers
+        self.waited_s = waited_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the attributes when the exception travels to another process."""
+        return (_rebuild_peer_timeout, (self.args[0], self.phase, self.call, self.rank, self.peers, self.waited_s))
+
+
+def _rebuild_peer_timeout(
+    message: str, phase: str, call: int, rank: int, peers: tuple[int, ...], waited_s: float
+) -> PeerTimeout:
+    return PeerTimeout(message, phase=phase, call=call, rank=rank, peers=peers, waited_s=waited_s)
+
+
+class ClosedError(TokenferryError, RuntimeError):
+    """The group was closed, or an earlier error broke it (the message says which). Make a new group."""

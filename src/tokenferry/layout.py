@@ -1,0 +1,77 @@
+"""Where each byte of a message lies, and how much room results need: integers in, integers out.
+
+A message about n rows is a few sections, one after another; each holds one fixed-width piece of every row and starts at
+a multiple of 16 bytes, so that it can be viewed as the type that it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenferry.words import Delivery, Layout, MoeShape
+
+_ALIGN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sections:
+    """The pieces of a row, by their widths in bytes; a piece that is not sent has width 0."""
+
+    widths: tuple[int, ...]
+
+    def offsets(self, num_rows: int) -> list[int]:
+        """First byte of each section, and the end of the last."""
+        offsets = [0]
+        for width in self.widths:
+            offsets.append(offsets[-1] + -(-num_rows * width // _ALIGN) * _ALIGN)
+        return offsets
+
+    def num_bytes(self, num_rows: int) -> int:
+        """Size of a message about ``num_rows`` rows."""
+        return self.offsets(num_rows)[-1]
+
+    def split(self, body: Tensor, num_rows: int) -> list[Tensor]:
+        """View a message (uint8, 1-D) as one ``[num_rows, width]`` uint8 tensor per section."""
+        starts = self.offsets(num_rows)
+        return [
+            body[start : start + num_rows * width].view(num_rows, width)
+            for start, width in zip(starts, self.widths, strict=False)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many rows a delivery has room for.
+
+    Attributes:
+        worst: Rows that the worst routing needs (MASKED: per expert).
+        given: Rows that there are (MASKED: per expert).
+        received: N of the plan's tensors with ``counts="device"``: (token, rank) rows.
+        sent: Rows of ``Plan.dst_token`` with ``counts="device"``, per token of this rank.
+    """
+
+    worst: int
+    given: int
+    received: int
+    sent: int
+
+    @property
+    def tight(self) -> bool:
+        """Whether an overflow is possible."""
+        return self.given < self.worst
+
+
+def room(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Room:
+    """Return the room of a delivery on a group of R ranks."""
+    num_local = shape.num_experts // num_ranks
+    received = num_ranks * shape.max_tokens
+    worst = received
+    if delivery.layout is Layout.EXPERTS:
+        rows = received * min(shape.top_k, num_local) + (delivery.alignment - 1) * num_local
+        worst = -(-rows // delivery.alignment) * delivery.alignment
+    given = worst if delivery.capacity is None else delivery.capacity
+    if delivery.layout is Layout.ROWS:
+        received = given
+    return Room(worst, given, received, min(shape.top_k, num_ranks))

@@ -1,0 +1,198 @@
+"""World: R rank processes on this host that run jobs one after another. Made once, used many times.
+
+Ranks are forked from one server process that has imported torch and tokenferry, so a world of four is up in a fraction
+of a second, and its ranks share that server's memory pages. Each rank is in one gloo process group.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing as mp
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class WorldError(RuntimeError):
+    """A job failed on some ranks.
+
+    Attributes:
+        errors: What each failed rank raised; a rank that died has a ChildProcessError, one that hung a TimeoutError.
+        results: What the other ranks returned.
+    """
+
+    def __init__(self, errors: dict[int, BaseException], results: dict[int, Any], texts: dict[int, str]) -> None:
+        lines = [f"--- rank {rank}: {texts.get(rank, repr(error))}" for rank, error in sorted(errors.items())]
+        super().__init__("\n".join([f"the job failed on rank(s) {sorted(errors)}", *lines]))
+        self.errors = errors
+        self.results = results
+
+
+class World:
+    """A pool of R rank processes, each in one gloo group; a context manager.
+
+    A job that fails on any rank ends the world (its ranks may be out of step): `alive` is then False, make another.
+
+    Args:
+        num_ranks: R.
+        timeout_s: Seconds a job may take before its ranks are killed; their stacks go to stderr first.
+        threads: Threads that torch may use in each rank.
+    """
+
+    def __init__(self, num_ranks: int, *, timeout_s: float = 60.0, threads: int = 1) -> None:
+        self.num_ranks = num_ranks
+        self.timeout_s = timeout_s
+        self._folder = tempfile.TemporaryDirectory(prefix="tokenferry-world-")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tokenferry", "tokenferry.autograd"])
+        self._pipes: list[Connection] = []
+        self._ranks: list[mp.process.BaseProcess] = []
+        store = os.path.join(self._folder.name, "store")
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, num_ranks, store, theirs, threads), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._ranks.append(process)
+        self.alive = True
+
+    @property
+    def pids(self) -> list[int]:
+        """Process id of each rank, for tests that stop or kill one."""
+        return [process.pid or 0 for process in self._ranks]
+
+    def run(self, fn: Callable[..., Any], *args: object) -> list[Any]:
+        """Call ``fn(rank, process_group, *args)`` on every rank and return what they return, by rank.
+
+        ``fn`` and ``args`` travel by pickle: ``fn`` is a module's function.
+
+        Raises:
+            WorldError: a rank raised, died, or took longer than ``timeout_s``; the world is then gone.
+        """
+        self.submit(fn, *args)
+        return self.collect()
+
+    def submit(self, fn: Callable[..., Any], *args: object) -> None:
+        """Start a job and return at once; `collect` waits for it."""
+        if not self.alive:
+            raise RuntimeError("this world is gone; make another")
+        # Paths travel apart and first: unpickling ``fn`` imports its module.
+        job = pickle.dumps((list(sys.path), pickle.dumps((fn, args))))
+        for pipe in self._pipes:
+            pipe.send_bytes(job)
+
+    def collect(self) -> list[Any]:
+        """Wait for the job that `submit` started; as `run`."""
+        deadline = time.monotonic() + self.timeout_s
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        results: dict[int, Any] = {}
+        errors: dict[int, BaseException] = {}
+        texts: dict[int, str] = {}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                for rank in waiting.values():
+                    errors[rank] = TimeoutError(f"rank {rank} did not finish the job within {self.timeout_s} s")
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    good, value, text = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    errors[rank] = ChildProcessError(f"rank {rank} died")
+                    continue
+                if good:
+                    results[rank] = value
+                else:
+                    errors[rank], texts[rank] = value, text
+        if errors:
+            self.kill(dump=tuple(waiting.values()))
+            raise WorldError(errors, results, texts)
+        return [results[rank] for rank in range(self.num_ranks)]
+
+    def kill(self, dump: tuple[int, ...] = ()) -> None:
+        """End all ranks at once; the ranks in ``dump`` print their stacks to stderr first."""
+        self.alive = False
+        for rank in dump:
+            os.kill(self.pids[rank], signal.SIGCONT)
+            os.kill(self.pids[rank], signal.SIGUSR1)
+            self._ranks[rank].join(0.2)
+        for process in self._ranks:
+            process.kill()
+        self._end()
+
+    def close(self) -> None:
+        """Let all ranks end; idempotent."""
+        if self.alive:
+            self.alive = False
+            for pipe in self._pipes:
+                pipe.send_bytes(b"")
+            for process in self._ranks:
+                process.join(10.0)
+                process.kill()
+            self._end()
+
+    def _end(self) -> None:
+        for process in self._ranks:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _serve(rank: int, num_ranks: int, store: str, pipe: Connection, threads: int) -> None:
+    """What a rank does: join the group, then run jobs until it is told to end or its parent is gone."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120)
+    )
+    while True:
+        try:
+            job = pipe.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            break
+        if not job:
+            break
+        pipe.send_bytes(_answer(rank, job))
+    dist.destroy_process_group()
+
+
+def _answer(rank: int, job: bytes) -> bytes:
+    """Run one job; whatever happens, something that can be unpickled comes back."""
+    try:
+        paths, call = pickle.loads(job)
+        sys.path[:] = paths
+        fn, args = pickle.loads(call)
+        return pickle.dumps((True, fn(rank, dist.group.WORLD, *args), ""))
+    except BaseException as error:  # noqa: BLE001 - everything, KeyboardInterrupt too, is the caller's to judge
+        text = traceback.format_exc()
+        try:
+            answer = pickle.dumps((False, error, text))
+            pickle.loads(answer)
+        except Exception:  # noqa: BLE001 - an exception may be of any class, picklable or not
+            answer = pickle.dumps((False, RuntimeError(text), text))
+        return answer

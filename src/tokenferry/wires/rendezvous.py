@@ -1,0 +1,203 @@
+"""Rendezvous: R ranks compare what they were asked for, and agree on a wire. Collective."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import struct
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Wire, peer_timeout
+from tokenferry.wires.group import GroupWire
+from tokenferry.wires.local import LocalWire
+
+_NO_HEADER = (0,) * HEADER_INTS
+_HELLO = struct.Struct("<16sq")
+"""The group's secret and the caller's rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What the ranks agreed on.
+
+    Attributes:
+        wire: Ready for call 1.
+        key: Names this group, the same on all ranks.
+        why: Why this wire, for the log.
+    """
+
+    wire: Wire
+    key: str
+    why: str
+
+
+def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: dict[str, object]) -> Agreement:
+    """Compare ``terms``, choose a wire, connect.
+
+    Args:
+        group: The process group, or None for a group of one.
+        wanted: ``"local"``, ``"group"`` or ``"auto"``.
+        timeout_s: Seconds that each wait may take.
+        terms: JSON values that must be equal on all ranks, by the names that users know them by.
+
+    Raises:
+        ConfigError: ranks brought different terms; names the first that differs, and each rank's value.
+        BackendUnavailable: ``"local"`` was asked for and does not work; says why.
+        PeerTimeout: a rank did not come.
+    """
+    if group is None or group.size() == 1:
+        return Agreement(LocalWire(0, {}), secrets.token_hex(4), "a group of one rank needs no wire")
+    table = _Table(GroupWire(group), timeout_s)
+    listener, address = _listen()
+    try:
+        cards = table.exchange(
+            {
+                "terms": terms,
+                "key": secrets.token_hex(4),
+                "secret": secrets.token_hex(16),
+                "host": _host(),
+                "address": address,
+            }
+        )
+        _compare([card["terms"] for card in cards])
+        key = cards[0]["key"]
+        why_not = _why_not_local(cards, wanted)
+        sockets: dict[int, socket.socket] = {}
+        if not why_not:
+            why_not, sockets = _try_local(group.rank(), cards, table)
+        if not why_not and listener:
+            sockets.update(_accept_higher_ranks(listener, group.rank(), cards, timeout_s))
+            return Agreement(LocalWire(group.rank(), sockets), key, "all ranks on one host: shared memory")
+        if wanted == "local":
+            raise BackendUnavailable(f"ExpertGroup: wire='local' cannot run: {why_not}; use wire='auto' or 'group'")
+        return Agreement(GroupWire(group, int(key, 16)), key, f"torch.distributed, because {why_not}")
+    finally:
+        if listener:
+            listener.close()
+            if not address.startswith("\0"):
+                os.unlink(address)
+
+
+def _try_local(rank: int, cards: list[dict[str, Any]], table: _Table) -> tuple[str, dict[int, socket.socket]]:
+    """Connect to the lower ranks, and hear whether every rank could; returns why not, or nothing, and the sockets."""
+    sockets: dict[int, socket.socket] = {}
+    why_not = ""
+    try:
+        sockets = _call_lower_ranks(rank, cards)
+    except OSError as error:
+        why_not = f"rank {rank} cannot reach a rank of its host over a Unix socket ({error})"
+    reasons = [card["why_not"] for card in table.exchange({"why_not": why_not})]
+    why_not = next((reason for reason in reasons if reason), "")
+    if why_not:
+        for sock in sockets.values():
+            sock.close()
+        sockets = {}
+    return why_not, sockets
+
+
+class _Table:
+    """Where ranks put cards (JSON) that all can read; over the group's own send and receive."""
+
+    def __init__(self, wire: GroupWire, timeout_s: float) -> None:
+        self._wire = wire
+        self._timeout_s = timeout_s
+
+    def exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give one card to every rank, and return every rank's."""
+        wire, call, deadline = self._wire, Call(0, "making the group"), Deadline(self._timeout_s)
+        text = torch.frombuffer(bytearray(json.dumps(card).encode()), dtype=torch.uint8)
+        for buffer in wire.open(call, [text.numel()] * wire.num_ranks):
+            buffer.copy_(text)
+        wire.post(call, [_NO_HEADER] * wire.num_ranks, deadline)
+        cards = [json.loads(bytes(wire.take(call, src, deadline).body.tolist())) for src in range(wire.num_ranks)]
+        wire.finish(call, deadline)
+        return cards
+
+
+def _compare(terms: list[dict[str, Any]]) -> None:
+    for name in terms[0]:
+        values = [term[name] for term in terms]
+        if any(value != values[0] for value in values):
+            brought = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise ConfigError(f"ExpertGroup: {name} differs between ranks ({brought}); give all ranks the same")
+
+
+def _why_not_local(cards: list[dict[str, Any]], wanted: str) -> str:
+    """The reason against shared memory that can be seen without trying, or nothing."""
+    if wanted == "group":
+        return "wire='group' was asked for"
+    hosts = {card["host"] for card in cards}
+    if len(hosts) > 1:
+        return f"the ranks are on {len(hosts)} hosts"
+    without = [rank for rank, card in enumerate(cards) if not card["address"]]
+    return f"rank {without[0]} has no Unix sockets that pass descriptors" if without else ""
+
+
+def _host() -> str:
+    """Something that differs between hosts, and between boots of one."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _listen() -> tuple[socket.socket | None, str]:
+    """Listen on a Unix socket; on Linux its name is no file, elsewhere it is one for a moment."""
+    if not hasattr(socket, "send_fds"):
+        return None, ""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    name = f"tokenferry-{secrets.token_hex(8)}"
+    address = f"\0{name}" if sys.platform == "linux" else os.path.join(tempfile.gettempdir(), name)
+    listener.bind(address)
+    listener.listen(1024)
+    return listener, address
+
+
+def _call_lower_ranks(rank: int, cards: list[dict[str, Any]]) -> dict[int, socket.socket]:
+    """Connect to every lower rank; they listen already, so this waits for nobody."""
+    hello = _HELLO.pack(bytes.fromhex(cards[0]["secret"]), rank)
+    sockets: dict[int, socket.socket] = {}
+    try:
+        for peer in range(rank):
+            sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sockets[peer].connect(cards[peer]["address"])
+            sockets[peer].sendall(hello)
+    except OSError:
+        for sock in sockets.values():
+            sock.close()
+        raise
+    return sockets
+
+
+def _accept_higher_ranks(
+    listener: socket.socket, rank: int, cards: list[dict[str, Any]], timeout_s: float
+) -> dict[int, socket.socket]:
+    """Accept the ranks above, all of which have connected; a stranger, who lacks the secret, is turned away."""
+    deadline = Deadline(timeout_s)
+    sockets: dict[int, socket.socket] = {}
+    while len(sockets) < len(cards) - 1 - rank:
+        listener.settimeout(max(deadline.left(), 0.001))
+        try:
+            sock, _ = listener.accept()
+            sock.settimeout(max(deadline.left(), 0.001))
+            hello = sock.recv(_HELLO.size, socket.MSG_WAITALL)
+        except TimeoutError:
+            missing = [peer for peer in range(rank + 1, len(cards)) if peer not in sockets]
+            call = Call(0, "making the group")
+            raise peer_timeout(call, rank, missing, "it did not connect", deadline.waited(), "") from None
+        secret, peer = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
+        if secret == bytes.fromhex(cards[0]["secret"]):
+            sockets[peer] = sock
+        else:
+            sock.close()
+    return sockets

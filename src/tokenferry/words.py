@@ -1,0 +1,305 @@
+"""The words of tokenferry: what users hand in and get back. Frozen dataclasses; nothing here does work.
+
+Legend, used in every docstring:
+
+====== =====================================================================================
+R      ranks in the group; a *rank* is one process
+T      tokens on this rank; differs from rank to rank; may be 0
+M      the most tokens any rank may bring (agreed by all): ``MoeShape.max_tokens``
+H      hidden size
+E, L   experts in all; experts on this rank, L = E / R; rank r holds r*L .. r*L+L-1
+K      choices per token; -1 in ``topk_idx`` means "slot unused"
+N      rows received on this rank
+S      scales per row of a ``Quantized``
+A      expert alignment, in rows
+====== =====================================================================================
+
+*row*: one token's data at one place. *plan*: what dispatch learned about where rows went; combine needs it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenferry.errors import ConfigError
+
+
+class Layout(enum.Enum):
+    """Where `dispatch` puts the rows that a rank receives."""
+
+    ROWS = "rows"
+    """``[N, H]``: one row per (token, rank), by source rank, then source token."""
+
+    EXPERTS = "experts"
+    """``[rows, H]``: one row per (token, local expert), grouped by expert; each group starts at a multiple of A."""
+
+    MASKED = "masked"
+    """``[L, capacity, H]``: the rows of expert e are ``[e, :expert_counts[e]]``."""
+
+
+class Scale(enum.Enum):
+    """How the scales of an FP8 cast are stored; one scale per row and 128 columns."""
+
+    FLOAT32 = "float32"
+    """``amax / 448`` as float32."""
+
+    POWER_OF_TWO = "power_of_two"
+    """The same, rounded up to a power of two, as float32."""
+
+    UE8M0 = "ue8m0"
+    """The same power of two as its exponent byte, four to an int32, lowest byte first."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeShape:
+    """The sizes that all ranks of a group agree on.
+
+    Args:
+        num_experts: E, a multiple of R.
+        top_k: K, choices per token.
+        hidden: H, elements in a row. A row of data must be a multiple of 16 bytes.
+        max_tokens: M, the most tokens any rank may bring to one call.
+
+    Raises:
+        ConfigError: a size is not a positive integer.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "hidden", "max_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"MoeShape: {name}: expected a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """Rows with their scales; both are moved as bytes and never interpreted.
+
+    Args:
+        data: ``[T, W]`` of any dtype and width (packed formats hold several elements in one), contiguous; its row must
+            be a multiple of 16 bytes.
+        scale: ``[T, S]`` of any dtype and any strides; any S, also 0.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """The router's choice for each token.
+
+    Args:
+        topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused. An expert may repeat in a row: the
+            token is still sent to it once, with the sum of the weights.
+        topk_weights: ``[T, K]`` float32, or None to send none.
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """How `dispatch` delivers; the same on every rank.
+
+    Args:
+        layout: See `Layout`.
+        alignment: A; EXPERTS only: each expert's rows start at a multiple of A.
+        zero_padding: EXPERTS and MASKED: rows between the counts and the alignment or capacity are zero instead of
+            undefined.
+        counts: ``"host"``: N is known on return (the call waits for it) and results have exactly N rows.
+            ``"device"``: results have ``capacity`` rows, counts stay in tensors, rows past the count hold no data.
+        capacity: Rows to make room for (MASKED: per expert). None: the worst case, R*M for ROWS, R*M*min(K, L)
+            plus padding for EXPERTS, R*M per expert for MASKED. With ``counts="host"`` only MASKED takes one.
+            Below the worst case an overflow raises `CapacityError` on every rank.
+
+    Raises:
+        ConfigError: the options contradict each other.
+    """
+
+    layout: Layout = Layout.ROWS
+    alignment: int = 1
+    zero_padding: bool = False
+    counts: str = "host"
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, Layout):
+            raise ConfigError(f"Delivery: layout: expected a Layout, got {self.layout!r}; e.g. Layout.EXPERTS")
+        if self.counts not in ("host", "device"):
+            raise ConfigError(f'Delivery: counts: expected "host" or "device", got {self.counts!r}')
+        if not isinstance(self.alignment, int) or self.alignment < 1:
+            raise ConfigError(f"Delivery: alignment: expected a positive integer, got {self.alignment!r}")
+        if self.alignment != 1 and self.layout is not Layout.EXPERTS:
+            raise ConfigError(f"Delivery: alignment={self.alignment} needs Layout.EXPERTS, got {self.layout}")
+        if self.zero_padding and self.layout is Layout.ROWS:
+            raise ConfigError(
+                "Delivery: zero_padding needs Layout.EXPERTS or Layout.MASKED; Layout.ROWS has no padding"
+            )
+        if self.capacity is not None and (not isinstance(self.capacity, int) or self.capacity < 1):
+            raise ConfigError(f"Delivery: capacity: expected a positive integer or None, got {self.capacity!r}")
+        if self.capacity is not None and self.counts == "host" and self.layout is not Layout.MASKED:
+            raise ConfigError(
+                'Delivery: capacity with counts="host" needs Layout.MASKED; the others return exactly N rows'
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What one dispatch learned about where rows went; reusable for any number of calls. Tensors and ints only.
+
+    With ``counts="device"`` N below is the capacity in received (token, rank) rows, R*M, and only the first
+    ``src_counts.sum()`` entries are meaningful.
+
+    Attributes:
+        group_key: The group that made it (groups made by `ExpertGroup.for_shape` share theirs).
+        delivery: How the rows were delivered.
+        num_tokens: T of this rank.
+        num_received: N, rows received on this rank, or None with ``counts="device"``.
+        num_delivered: Rows in the first axis of ``Dispatched.x`` (MASKED: L * capacity).
+        dst_token: ``[rows sent]`` int64: this rank's token in each row that it sent, by destination, then token.
+        dst_counts: ``[R]`` int64: rows sent to each rank.
+        src_token: ``[N]`` int64: the token, on its source rank, of each row received.
+        src_counts: ``[R]`` int64: rows received from each rank.
+        topk_idx: ``[N, K]``, the dtype of the routing: local expert of each slot, -1 where it is not here.
+        row_idx: EXPERTS and MASKED: ``[N, K]`` int64: the delivered row of each slot (MASKED: counting all experts'
+            capacity), -1 where there is none; a repeated expert repeats its row. ROWS: ``[0, K]``.
+        expert_counts: ``[L]`` int32: rows of each local expert, without padding.
+    """
+
+    group_key: str
+    delivery: Delivery
+    num_tokens: int
+    num_received: int | None
+    num_delivered: int
+    dst_token: Tensor
+    dst_counts: Tensor
+    src_token: Tensor
+    src_counts: Tensor
+    topk_idx: Tensor
+    row_idx: Tensor
+    expert_counts: Tensor
+
+    @property
+    def src_rank(self) -> Tensor:
+        """``[src_counts.sum()]`` int64: source rank of each row received."""
+        ranks = torch.arange(self.src_counts.numel(), device=self.src_counts.device)
+        return torch.repeat_interleave(ranks, self.src_counts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dispatched:
+    """What `dispatch` and `redispatch` return.
+
+    Attributes:
+        x: The rows, like the input (a Tensor or a `Quantized`), in the layout asked for.
+        topk_idx: ROWS: ``[N, K]`` local expert ids, -1 where the expert is not on this rank; otherwise None.
+        topk_weights: ROWS: ``[N, K]`` float32, 0 where the expert is not on this rank. EXPERTS: ``[rows]``, MASKED:
+            ``[L, capacity]``: one weight a row, undefined in padding unless zeroed. None if none were sent.
+        expert_counts: ``[L]`` int32: rows of each local expert, without padding.
+        expert_offsets: EXPERTS: ``[L + 1]`` int32: first row of each expert, aligned; the last is the end. Else None.
+        host_counts: ``expert_counts`` as Python ints, or None with ``counts="device"``.
+        plan: For `combine` and `redispatch`.
+    """
+
+    x: Tensor | Quantized
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    expert_counts: Tensor
+    expert_offsets: Tensor | None
+    host_counts: tuple[int, ...] | None
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combined:
+    """What `combine` returns.
+
+    Attributes:
+        x: ``[T, H]``, the dtype of the rows: the sum over all rows of each token, plus the biases.
+        topk_weights: ``[T, K]`` float32 if weights were given: each slot's weight back home; otherwise None.
+    """
+
+    x: Tensor
+    topk_weights: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeStats:
+    """Counters that the decode calls add to; they belong to the caller.
+
+    Args:
+        received: ``[L]`` int32 or None: rows received by each local expert are added (dispatch only).
+        wait_ns: ``[R]`` int64 or None: nanoseconds waited for each source rank are added.
+    """
+
+    received: Tensor | None = None
+    wait_ns: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodePlan:
+    """Where the rows of one `decode_dispatch` are; for `decode_combine`, any number of times.
+
+    Attributes:
+        group_key: The group that made it.
+        num_tokens: T of this rank.
+        num_experts: E.
+        topk_idx: ``[T, K]``: this rank's own routing.
+        topk_weights: ``[T, K]`` float32 of this rank, or None if the routing had none.
+        src_token: ``[L, R*M]`` int32: source token of each row; meaningful below the count.
+        src_range: ``[L, R]`` int64: rows of expert e from rank r: ``start << 32 | count``.
+        row_weights: ``[L, R*M]`` float32: gate weight of each row, for pre-reduced combine; None if none were sent.
+    """
+
+    group_key: str
+    num_tokens: int
+    num_experts: int
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    src_token: Tensor
+    src_range: Tensor
+    row_weights: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeDispatched:
+    """What `decode_dispatch` returns. With a hook, tensors hold nothing until ``hook()`` has returned.
+
+    Attributes:
+        x: ``[L, R*M, H]``: the rows of expert e are ``[e, :expert_counts[e]]``, by source rank, then source token;
+            a Tensor, or a `Quantized` whose scale is ``[L, R*M, S]`` with unit stride along the rows (column-major,
+            as grouped FP8 GEMMs read it).
+        expert_counts: ``[L]`` int32.
+        plan: For `decode_combine`.
+        hook: Receives the rows; None if they are here already. May be called again to no effect.
+    """
+
+    x: Tensor | Quantized
+    expert_counts: Tensor
+    plan: DecodePlan
+    hook: Callable[[], None] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeCombined:
+    """What `decode_combine` returns. With a hook, ``x`` holds nothing until ``hook()`` has returned.
+
+    Attributes:
+        x: ``[T, H]``: the weighted sums.
+        hook: Receives them; None if they are here already. May be called again to no effect.
+    """
+
+    x: Tensor
+    hook: Callable[[], None] | None
