@@ -53,7 +53,7 @@ class ExpertGroup:
             (torch.distributed's own send and receive) or ``"auto"`` for the best one that works for all ranks.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, 100 if that is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
-            (see `mask`) and go on without it; the other calls raise.
+            (see `mask`) and go on without it; the other calls raise. Needs the wire ``"local"``.
 
     Raises:
         ConfigError: an option is wrong, E is no multiple of R, or ranks disagree; says what each brought.
@@ -88,8 +88,9 @@ class ExpertGroup:
             raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
         if wire not in ("auto", "local", "group"):
             raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
-        if not isinstance(shape, MoeShape):
-            raise ConfigError(f"ExpertGroup: shape: expected a MoeShape, got {type(shape).__name__}")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            got = type(group).__name__
+            raise ConfigError(f"ExpertGroup: group: expected a ProcessGroup that this rank is in, or None, got {got}")
         _check_divides("ExpertGroup", shape, 1 if group is None else group.size())
         resolved = Resolved(
             shape=shape,
@@ -167,9 +168,9 @@ class ExpertGroup:
             ArgumentError: ``rank`` is this rank, or outside [0, R).
         """
         self._ready("mask")
-        if not 0 <= rank < self.num_ranks or rank == self.rank:
+        if not isinstance(rank, int) or not 0 <= rank < self.num_ranks or rank == self.rank:
             raise ArgumentError(
-                f"mask: rank: expected one of 0..{self.num_ranks - 1} other than this rank ({self.rank}), got {rank}"
+                f"mask: rank: expected one of 0..{self.num_ranks - 1} other than this rank ({self.rank}), got {rank!r}"
             )
         self._backend.mask(rank, masked=masked)
 
@@ -396,6 +397,8 @@ def find_group(key: str, shape: MoeShape) -> ExpertGroup:
 
 
 def _check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
+    if not isinstance(shape, MoeShape):
+        raise ConfigError(f"{call}: shape: expected a MoeShape, got {type(shape).__name__}")
     if shape.num_experts % num_ranks:
         raise ConfigError(
             f"{call}: num_experts={shape.num_experts} is no multiple of the group's {num_ranks} ranks; "

@@ -66,6 +66,8 @@ class MismatchError(TokenferryError, RuntimeError):
 class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - the name that every document uses
     """A rank did not answer within ``timeout_s``, or its process ended. The group is broken: close it, make a new one.
 
+    On the wire ``"group"`` the process group is at an end too: gloo closes all its connections after one timeout.
+
     Attributes:
         phase: The call that waited, such as ``"dispatch"``.
         call: Number of that call on its group, counted from 1; 0 while the group was being made.

@@ -48,7 +48,7 @@ class Resolver:
         num_tokens = _check_rows(check, x)
         self._check_routing(check, routing)
         check.max_tokens("x", num_tokens, self.shape.max_tokens)
-        check.no_grad(x=x, topk_weights=routing.topk_weights)
+        check.no_grad(x=_tensors(x), topk_weights=routing.topk_weights)
         return DispatchRequest(self.shape, x, routing, delivery or Delivery())
 
     def redispatch(self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None) -> RedispatchRequest:
@@ -58,7 +58,7 @@ class Resolver:
         _check_rows(check, x)
         if topk_weights is not None:
             check.tensor("topk_weights", topk_weights, "T K", (torch.float32,))
-        check.no_grad(x=x, topk_weights=topk_weights)
+        check.no_grad(x=_tensors(x), topk_weights=topk_weights)
         return RedispatchRequest(self.shape, x, topk_weights, plan)
 
     def combine(
@@ -194,6 +194,10 @@ def _check_rows(check: Checks, x: Tensor | Quantized) -> int:
     check.tensor("x", x, "T H", FLOATS)
     check.row_bytes("x", x)
     return x.shape[0]
+
+
+def _tensors(x: Tensor | Quantized) -> tuple[Tensor, ...]:
+    return (x.data, x.scale) if isinstance(x, Quantized) else (x,)
 
 
 def _check_stats(check: Checks, stats: DecodeStats | None) -> DecodeStats:

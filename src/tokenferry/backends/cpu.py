@@ -18,7 +18,7 @@ from tokenferry.backends.base import (
     Resolved,
 )
 from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Received, Signature, dtype_code
-from tokenferry.errors import CapacityError
+from tokenferry.errors import BackendUnavailable, CapacityError
 from tokenferry.layout import Room, Sections, room
 from tokenferry.wires.rendezvous import meet
 from tokenferry.words import Combined, DecodeCombined, DecodeDispatched, Delivery, Dispatched, Layout, Plan, Quantized
@@ -34,6 +34,11 @@ def make_cpu_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cpu
         "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
     }
     agreement = meet(group, resolved.wire, resolved.timeout_s, terms)
+    if resolved.mask_on_timeout and agreement.wire.name == "group":
+        raise BackendUnavailable(
+            f"ExpertGroup: on_timeout='mask' needs the wire 'local', this group has 'group' ({agreement.why}): after "
+            "one timeout gloo closes all connections, so nobody can go on; use on_timeout='raise'"
+        )
     exchange = Exchange(agreement.wire, resolved.timeout_s, mask_on_timeout=resolved.mask_on_timeout)
     return CpuBackend(exchange, agreement.key, agreement.why)
 
@@ -70,7 +75,7 @@ class CpuBackend:
 
     def close(self) -> None:
         """Free the wire."""
-        self._exchange.close("was closed")
+        self._exchange.close("was closed", linger=True)
 
     @torch.no_grad()
     def dispatch(self, request: DispatchRequest) -> Dispatched:

@@ -178,14 +178,14 @@ class Exchange:
         except ArgumentError:
             raise
         except BaseException as error:
-            self.close(f"is broken by an earlier {type(error).__name__} in {phase} #{self._number}")
+            self.close(f"is broken by an earlier {type(error).__name__} in {phase} #{self._number}", linger=False)
             raise
 
-    def close(self, why: str) -> None:
-        """Free the wire, which tells the peers."""
+    def close(self, why: str, *, linger: bool) -> None:
+        """Free the wire, which tells the peers; with ``linger``, after they have what was sent."""
         if not self.broken:
             self.broken = why
-            self.wire.close()
+            self.wire.close(linger=linger)
 
 
 class Pending:

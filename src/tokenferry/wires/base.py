@@ -86,8 +86,12 @@ class Wire(Protocol):
     def forget(self, src: int) -> None:
         """Stop expecting anything from ``src`` for the calls under way, and never reuse what it may still read."""
 
-    def close(self) -> None:
-        """Free everything; local, idempotent."""
+    def close(self, *, linger: bool) -> None:
+        """Free everything; local, idempotent.
+
+        What a hook received here may not have been received there. With ``linger`` the wire sees to it that peers still
+        get what was sent, which may take a few seconds.
+        """
 
 
 class Floor:

@@ -5,6 +5,9 @@ backend's integers) and then the body, whose receive is posted when its size is 
 
 Tags: 0x40000000 | group id (14 bits) | call (15 bits) | part, so that groups on one process group, and calls under way
 together, do not take each other's messages. A wait per peer and direction is what lets an error name the peer.
+
+When one wait times out, gloo closes every connection of the process group. So the first failure of a call is the true
+one, and nothing can go on after it: `PeerTimeout` on this wire ends the process group too.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.errors import BackendUnavailable
+from tokenferry.errors import BackendUnavailable, PeerTimeout
 from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Floor, LastHeard, Message, peer_timeout
 
 _TAG = 0x40000000
@@ -36,6 +39,7 @@ class _Flight:
     sends: list[tuple[int, dist.Work]] = field(default_factory=list)
     heads: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
     bodies: dict[int, tuple[dist.Work | None, Message]] = field(default_factory=dict)
+    failed: dict[int, PeerTimeout] = field(default_factory=dict)
 
 
 class GroupWire:
@@ -68,21 +72,19 @@ class GroupWire:
         flight.readers = frozenset(range(self.num_ranks)) - {self.rank} - skip
         flight.bodies[self.rank] = (None, Message(headers[self.rank], flight.buffers[self.rank]))
         for peer in sorted(flight.readers):
-            head = torch.empty(HEADER_INTS + 2, dtype=torch.int64)
-            flight.heads[peer] = (self._start("recv", head, peer, call, 0), head)
-            body = flight.buffers[peer]
-            head = torch.tensor([self._floor.mine, body.numel(), *headers[peer]], dtype=torch.int64)
-            flight.sends.append((peer, self._start("send", head, peer, call, 0)))
-            if body.numel():
-                flight.sends.append((peer, self._start("send", body, peer, call, 1)))
+            try:
+                self._post_to(peer, flight, headers[peer])
+            except PeerTimeout as error:  # the others still get theirs; `take` reports this one
+                flight.failed[peer] = error
 
     def take(self, call: Call, src: int, deadline: Deadline) -> Message:
         """Wait for one message; the first take of a call posts the receives of all bodies. See `Wire.take`."""
         flight = self._flights[call.number]
-        if src not in flight.bodies:
-            # All headers first: bodies of several peers then arrive while the first is awaited.
-            for peer in [src, *(p for p in list(flight.heads) if p != src)]:
-                self._receive_header(flight, peer, deadline)
+        for error in flight.failed.values():
+            raise error
+        # All headers first: bodies of several peers then arrive while the first is awaited.
+        for peer in list(flight.heads):
+            self._receive_header(flight, peer, deadline)
         work, message = flight.bodies.pop(src)
         if work is not None:
             self._wait(work, call, src, deadline)
@@ -104,20 +106,29 @@ class GroupWire:
         for flight in self._flights.values():
             flight.heads.pop(src, None)
             flight.bodies.pop(src, None)
+            flight.failed.pop(src, None)
             flight.sends = [(peer, work) for peer, work in flight.sends if peer != src]
 
-    def close(self) -> None:
-        """Let go of everything; the process group is the caller's and stays.
-
-        What a hook received here may not have been received there: peers get a moment to fetch it.
-        """
-        deadline = Deadline(_LINGER_S)
+    def close(self, *, linger: bool) -> None:
+        """Let go of everything; the process group is the caller's and stays. See `Wire.close`."""
+        deadline = Deadline(_LINGER_S if linger else 0.0)
         for flight in self._lingering:
             for _, work in flight.sends:
+                if deadline.left() == 0:
+                    break
                 with contextlib.suppress(RuntimeError):
-                    work.wait(timedelta(seconds=max(deadline.left(), 0.001)))
+                    work.wait(timedelta(seconds=deadline.left()))
         self._lingering.clear()
         self._flights.clear()
+
+    def _post_to(self, peer: int, flight: _Flight, header: tuple[int, ...]) -> None:
+        head = torch.empty(HEADER_INTS + 2, dtype=torch.int64)
+        flight.heads[peer] = (self._start("recv", head, peer, flight.call, 0), head)
+        body = flight.buffers[peer]
+        head = torch.tensor([self._floor.mine, body.numel(), *header], dtype=torch.int64)
+        flight.sends.append((peer, self._start("send", head, peer, flight.call, 0)))
+        if body.numel():
+            flight.sends.append((peer, self._start("send", body, peer, flight.call, 1)))
 
     def _receive_header(self, flight: _Flight, peer: int, deadline: Deadline) -> None:
         work, head = flight.heads.pop(peer)

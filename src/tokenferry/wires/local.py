@@ -32,13 +32,17 @@ _ALIGN = 64
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """What is known of one peer: its socket, what it has sent that was not yet taken, and its segments mapped here."""
+    """What is known of one peer: its socket, what it has sent that was not yet taken, and its segments mapped here.
+
+    ``deaf``: it reads no more, but what it sent before may still be here. ``gone``: everything has been read.
+    """
 
     socket: socket.socket
     data: bytearray = field(default_factory=bytearray)
     fds: list[int] = field(default_factory=list)
     inbox: dict[int, Message] = field(default_factory=dict)
     maps: dict[int, Tensor] = field(default_factory=dict)
+    deaf: bool = False
     gone: bool = False
 
 
@@ -149,8 +153,8 @@ class LocalWire:
         busy = [s for s in self._segments if src in s.readers and not self._floor.passed(s.call, s.readers)]
         self._retire(busy)
 
-    def close(self) -> None:
-        """Close sockets, which tells the peers, and let go of all memory."""
+    def close(self, *, linger: bool) -> None:
+        """Close sockets, which tells the peers, and let go of all memory; notices and segments under way stay valid."""
         for peer in self._peers.values():
             peer.socket.close()
             for fd in peer.fds:
@@ -182,7 +186,7 @@ class LocalWire:
 
     def _send(self, rank: int, notice: bytes, fds: list[int], call: Call, deadline: Deadline) -> None:
         peer = self._peers[rank]
-        while notice and not peer.gone:
+        while notice and not (peer.deaf or peer.gone):
             try:
                 sent = socket.send_fds(peer.socket, [notice], fds)
                 notice, fds = notice[sent:], []
@@ -197,7 +201,7 @@ class LocalWire:
                 if not peer.gone:
                     self._poll.modify(peer.socket, select.POLLIN)
             except (BrokenPipeError, ConnectionResetError):
-                self._lost(peer)
+                peer.deaf = True
 
     def _pump(self, timeout_s: float) -> None:
         """Wait for any peer's notices and read all that are here."""
@@ -213,7 +217,8 @@ class LocalWire:
         except ConnectionResetError:
             data, fds = b"", []
         if not data:
-            self._lost(peer)
+            peer.gone = True
+            self._poll.unregister(peer.socket)
             return
         peer.data += data
         peer.fds += fds
@@ -239,8 +244,3 @@ class LocalWire:
             # The view outlives the map's place in the table: its sender may retire the segment before it is taken.
             body = peer.maps[segment][offset : offset + size] if size else torch.empty(0, dtype=torch.uint8)
             peer.inbox[number] = Message(tuple(header), body)
-
-    def _lost(self, peer: _Peer) -> None:
-        if not peer.gone:
-            peer.gone = True
-            self._poll.unregister(peer.socket)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -37,23 +38,28 @@ class Segment:
     call: int = 0
     readers: frozenset[int] = frozenset()
 
-    def __del__(self) -> None:
-        os.close(self.fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at interpreter exit `os` may be gone
+        close(self.fd)
 
 
 def create(number: int, num_bytes: int) -> Segment:
     """Make a segment of at least ``num_bytes``, and up to an eighth more so that it fits later calls too.
 
     Raises:
-        OSError: the memory is not to be had; raised here, not by a signal when it is first written.
+        MemoryError: it is not to be had.
     """
     unit = max(_PAGE, 1 << max(num_bytes.bit_length() - 4, 0))
     size = -(-num_bytes // unit) * unit
-    fd = _anonymous_file()
-    os.ftruncate(fd, size)
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, size)
-    return Segment(number, fd, attach(fd, size))
+    fd = -1
+    try:
+        fd = _anonymous_file(size)
+        return Segment(number, fd, attach(fd, size))
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise MemoryError(
+            f"{size} bytes of shared memory are not to be had ({error}); send fewer tokens at once, or use wire='group'"
+        ) from error
 
 
 def attach(fd: int, size: int) -> Tensor:
@@ -61,8 +67,13 @@ def attach(fd: int, size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
-def _anonymous_file() -> int:
+def _anonymous_file(size: int) -> int:
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("tokenferry", os.MFD_CLOEXEC)
+        fd = os.memfd_create("tokenferry", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        return fd
     with tempfile.TemporaryFile() as file:  # macOS: already unlinked, lives as long as a descriptor does
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):  # a full disk shall be an exception here, not a signal at some later write
+            os.posix_fallocate(file.fileno(), 0, size)
         return os.dup(file.fileno())

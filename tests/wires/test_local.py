@@ -1,0 +1,203 @@
+"""LocalWire, both ends in one process: what the contract suite cannot see from outside."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+from tokenferry.errors import PeerTimeout
+from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Floor
+from tokenferry.wires.local import LocalWire
+
+HEADER = tuple(range(HEADER_INTS))
+
+
+@pytest.fixture
+def pair():
+    """Two connected wires, ranks 0 and 1."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    wires = LocalWire(0, {1: ours}), LocalWire(1, {0: theirs})
+    yield wires
+    for wire in wires:
+        wire.close(linger=False)
+
+
+def post(wire, number, payload, skip=frozenset()):
+    """Send ``payload`` bytes, all equal to the call's number, to both ranks."""
+    call = Call(number, "test")
+    for buffer in wire.open(call, [payload, payload]):
+        buffer.fill_(number % 256)
+    wire.post(call, [HEADER, HEADER], Deadline(1.0), skip)
+    return call
+
+
+def take(wire, number, src):
+    message = wire.take(Call(number, "test"), src, Deadline(1.0))
+    assert message.header == HEADER
+    assert bool((message.body == number % 256).all()), "another call's bytes"
+    return message.body.numel()
+
+
+def exchange(pair, number, payload):
+    for wire in pair:
+        post(wire, number, payload)
+    for wire in pair:
+        assert [take(wire, number, src) for src in (0, 1)] == [payload, payload]
+        wire.finish(Call(number, "test"), None)
+
+
+def test_two_segments_alternate_for_calls_of_any_number(pair):
+    for number in range(1, 20):
+        exchange(pair, number, 1000)
+    assert [len(wire._segments) for wire in pair] == [2, 2]
+
+
+def test_calls_under_way_together_keep_their_bytes_and_may_be_taken_in_any_order(pair):
+    for number in (1, 2, 3, 4):
+        for wire in pair:
+            post(wire, number, 5000)
+    for number in (3, 1, 4, 2):
+        for wire in pair:
+            assert [take(wire, number, src) for src in (1, 0)] == [5000, 5000]
+            wire.finish(Call(number, "test"), None)
+    for number in (5, 6, 7):
+        exchange(pair, number, 5000)
+    assert len(pair[0]._segments) == 5, "free segments are not used again"
+
+
+def test_a_larger_call_replaces_segments_here_and_at_the_peer(pair):
+    exchange(pair, 1, 1000)
+    exchange(pair, 2, 1000)
+    exchange(pair, 3, 10_000_000)
+    exchange(pair, 4, 10_000_000)
+    for wire in pair:
+        assert len(wire._segments) == 2
+        assert all(s.memory.numel() >= 10_000_000 for s in wire._segments)
+    exchange(pair, 5, 10)
+    (mapped,) = [peer.maps for peer in pair[0]._peers.values()]
+    assert len(mapped) == 2, "a retired segment is still mapped"
+
+
+def test_an_empty_message_needs_no_segment(pair):
+    exchange(pair, 1, 0)
+    assert pair[0]._segments == []
+
+
+def test_a_message_of_a_call_that_did_without_its_sender_is_dropped(pair):
+    zero, one = pair
+    post(zero, 1, 100, skip=frozenset({1}))
+    zero.finish(Call(1, "test"), None)
+    post(one, 1, 100)
+    post(one, 2, 100)
+    post(zero, 2, 100)
+    assert take(zero, 2, 1) == 100
+    assert zero._peers[1].inbox == {}
+
+
+def test_a_message_that_came_before_its_call_was_skipped_is_dropped(pair):
+    zero, one = pair
+    exchange(pair, 1, 100)
+    post(one, 2, 100)
+    post(one, 3, 100)
+    post(zero, 2, 100, skip=frozenset({1}))
+    zero.finish(Call(2, "test"), None)
+    post(zero, 3, 100)
+    assert take(zero, 3, 1) == 100
+    assert zero._peers[1].inbox == {}
+
+
+def test_forget_keeps_what_the_peer_may_still_read(pair):
+    zero, _ = pair
+    post(zero, 1, 100)
+    segment = zero._segments[0]
+    zero.forget(1)
+    zero.finish(Call(1, "test"), None)
+    post(zero, 2, 100, skip=frozenset({1}))
+    assert segment not in zero._segments
+    assert bool((segment.memory[:100] == 1).all())
+
+
+def test_a_closed_peer_is_named_at_once(pair):
+    zero, one = pair
+    exchange(pair, 1, 100)
+    one.close(linger=False)
+    post(zero, 2, 100)
+    with pytest.raises(
+        PeerTimeout, match=r"test #2: rank 0 waited 0.0 s for rank 1: its process ended.*test #1"
+    ) as info:
+        take(zero, 2, 1)
+    assert (info.value.peers, info.value.phase, info.value.call, info.value.rank) == ((1,), "test", 2, 0)
+
+
+def test_what_a_peer_sent_before_it_closed_is_still_taken(pair):
+    zero, one = pair
+    post(one, 1, 100)
+    one.close(linger=True)
+    post(zero, 1, 100)
+    assert take(zero, 1, 1) == 100
+
+
+def test_a_silent_peer_is_named_when_the_time_is_up(pair):
+    zero, _ = pair
+    call = post(zero, 1, 100)
+    with pytest.raises(PeerTimeout, match=r"rank 1: no answer within timeout_s. Rank 1 has not been heard"):
+        zero.take(call, 1, Deadline(0.05))
+
+
+def test_a_peer_that_reads_nothing_fails_the_send_in_time(pair):
+    def post_without_end():
+        for number in range(1, 100_000):
+            post(pair[0], number, 0)
+
+    with pytest.raises(PeerTimeout, match="it reads no messages"):
+        post_without_end()
+
+
+def test_a_send_that_had_to_wait_goes_on_when_the_peer_reads(pair):
+    zero, one = pair
+    zero._peers[1].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    pid = os.fork()
+    if pid == 0:  # the peer, in a process of its own
+        good = True
+        for number in range(1, 301):
+            call = Call(number, "test")
+            one.open(call, [0, 0])
+            good &= one.take(call, 0, Deadline(10.0)).header == HEADER
+            one.finish(call, None)
+        os._exit(0 if good else 1)
+    for number in range(1, 301):
+        call = Call(number, "test")
+        zero.open(call, [0, 0])
+        zero.post(call, [HEADER, HEADER], Deadline(10.0))
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_memory_that_is_not_to_be_had_raises_instead_of_killing(pair):
+    with pytest.raises(MemoryError, match="bytes of shared memory"):
+        pair[0].open(Call(1, "test"), [0, 1 << 55])
+
+
+def test_floor_waits_for_the_slowest_reader_and_for_calls_that_finish_out_of_order():
+    floor = Floor(3)
+    floor.finish(2)
+    assert floor.mine == 0
+    floor.finish(1)
+    assert floor.mine == 2
+    floor.heard(1, 5)
+    floor.heard(2, 4)
+    assert floor.passed(4, frozenset({1, 2}))
+    assert not floor.passed(5, frozenset({1, 2}))
+    assert floor.passed(5, frozenset({1}))
+    floor.heard(1, 3)  # late news change nothing
+    assert floor.passed(5, frozenset({1}))
+
+
+def test_bodies_are_shared_not_copied(pair):
+    zero, one = pair
+    post(one, 1, 64)
+    post(zero, 1, 64)
+    body = zero.take(Call(1, "test"), 1, Deadline(1.0)).body
+    one._segments[0].memory.fill_(9)
+    assert bool((body == 9).all())
+    assert body.dtype == torch.uint8
