@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry import env
-from tokenferry.backends.base import Backend, Resolved
+from tokenferry.backends.base import Backend
 from tokenferry.backends.choose import make_backend
-from tokenferry.errors import ArgumentError, ClosedError, ConfigError
-from tokenferry.resolve import Resolver
+from tokenferry.errors import ArgumentError, ClosedError
+from tokenferry.resolve import Resolver, check_divides, resolve_options
 from tokenferry.words import (
     Combined,
     DecodeCombined,
@@ -32,6 +32,9 @@ from tokenferry.words import (
 # The one piece of global state: torch.library ops carry strings, not objects, so `tokenferry.autograd` finds a group by
 # its key, also from a graph that was compiled long ago. Weak: it keeps no group alive.
 _groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
+
+
+_Group = TypeVar("_Group", bound="ExpertGroup")
 
 
 class ExpertGroup:
@@ -80,26 +83,9 @@ class ExpertGroup:
         timeout_s: float | None = None,
         on_timeout: str = "raise",
     ) -> None:
-        settings = env.read()
-        timeout_s = settings.timeout_s if timeout_s is None else timeout_s
-        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
-            raise ConfigError(f"ExpertGroup: timeout_s: expected a finite number of seconds above 0, got {timeout_s!r}")
-        if on_timeout not in ("raise", "mask"):
-            raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
-        if wire not in ("auto", "local", "group"):
-            raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
-        if group is not None and not isinstance(group, dist.ProcessGroup):
-            got = type(group).__name__
-            raise ConfigError(f"ExpertGroup: group: expected a ProcessGroup that this rank is in, or None, got {got}")
-        _check_divides("ExpertGroup", shape, 1 if group is None else group.size())
-        resolved = Resolved(
-            shape=shape,
-            wire=settings.wire if wire == "auto" else wire,
-            timeout_s=float(timeout_s),
-            mask_on_timeout=on_timeout == "mask",
-        )
-        name = settings.backend if backend == "auto" else backend
-        self._adopt(make_backend(name, group, resolved), shape, resolved.timeout_s)
+        num_ranks = 1 if group is None else group.size()
+        resolved = resolve_options(shape, num_ranks, backend, wire, timeout_s, on_timeout)
+        self._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
 
     # ------------------------------------------------------------------ what the group is
 
@@ -153,7 +139,7 @@ class ExpertGroup:
             ClosedError: the group was closed or is broken.
         """
         self._ready("for_shape")
-        _check_divides("for_shape", shape, self.num_ranks)
+        check_divides("for_shape", shape, self.num_ranks)
         other = object.__new__(type(self))
         other._adopt(self._backend, shape, self.timeout_s, origin=self._origin or self)
         return other
@@ -181,7 +167,7 @@ class ExpertGroup:
         """
         self._backend.close()
 
-    def __enter__(self) -> ExpertGroup:
+    def __enter__(self: _Group) -> _Group:
         return self
 
     def __exit__(
@@ -394,13 +380,3 @@ def find_group(key: str, shape: MoeShape) -> ExpertGroup:
     if group is None:
         raise ClosedError(f"group {key} is gone: nothing but a compiled graph refers to it; keep the ExpertGroup")
     return group if group.shape == shape else group.for_shape(shape)
-
-
-def _check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
-    if not isinstance(shape, MoeShape):
-        raise ConfigError(f"{call}: shape: expected a MoeShape, got {type(shape).__name__}")
-    if shape.num_experts % num_ranks:
-        raise ConfigError(
-            f"{call}: num_experts={shape.num_experts} is no multiple of the group's {num_ranks} ranks; "
-            f"use {-(-shape.num_experts // num_ranks) * num_ranks} experts, or another number of ranks"
-        )

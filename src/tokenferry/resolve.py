@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenferry import env
 from tokenferry.backends.base import (
     CombineRequest,
     DecodeCombineRequest,
     DecodeDispatchRequest,
     DispatchRequest,
     RedispatchRequest,
+    Resolved,
 )
 from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks
-from tokenferry.errors import ArgumentError, PlanError, ShapeError
+from tokenferry.errors import ArgumentError, ConfigError, PlanError, ShapeError
 from tokenferry.words import (
     DecodePlan,
     DecodeStats,
@@ -29,6 +31,35 @@ from tokenferry.words import (
 )
 
 _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def resolve_options(
+    shape: MoeShape, num_ranks: int, backend: str, wire: str, timeout_s: float | None, on_timeout: str
+) -> Resolved:
+    """Check the options of a group, and fill in what the environment says; see `ExpertGroup`."""
+    settings = env.read()
+    timeout_s = settings.timeout_s if timeout_s is None else timeout_s
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+        raise ConfigError(f"ExpertGroup: timeout_s: expected a finite number of seconds above 0, got {timeout_s!r}")
+    if on_timeout not in ("raise", "mask"):
+        raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
+    if wire not in ("auto", "local", "group"):
+        raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
+    if not isinstance(shape, MoeShape):
+        raise ConfigError(f"ExpertGroup: shape: expected a MoeShape, got {type(shape).__name__}")
+    check_divides("ExpertGroup", shape, num_ranks)
+    backend = settings.backend if backend == "auto" else backend
+    wire = settings.wire if wire == "auto" else wire
+    return Resolved(shape, backend, wire, float(timeout_s), mask_on_timeout=on_timeout == "mask")
+
+
+def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
+    """Raise ConfigError unless R divides E."""
+    if shape.num_experts % num_ranks:
+        raise ConfigError(
+            f"{call}: num_experts={shape.num_experts} is no multiple of the group's {num_ranks} ranks; "
+            f"use {-(-shape.num_experts // num_ranks) * num_ranks} experts, or another number of ranks"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Resolved:
     """The options of a group, each decided."""
 
     shape: MoeShape
+    backend: str
     wire: str
     timeout_s: float
     mask_on_timeout: bool

@@ -13,14 +13,15 @@ from tokenferry.errors import BackendUnavailable, ConfigError
 _log = logging.getLogger("tokenferry")
 
 
-def make_backend(name: str, group: dist.ProcessGroup | None, resolved: Resolved) -> Backend:
-    """Make the backend ``name``, or for ``"auto"`` the best that runs here; collective.
+def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend:
+    """Make the backend that was asked for, or for ``"auto"`` the best that runs here; collective.
 
     Raises:
         BackendUnavailable: it cannot run here; says why.
         ConfigError: there is none of that name, or ranks disagree.
         PeerTimeout: a rank did not come.
     """
+    name = resolved.backend
     if name == "cuda":
         raise BackendUnavailable(
             "ExpertGroup: backend='cuda' is not in this version of tokenferry; use 'cpu' or 'auto'"

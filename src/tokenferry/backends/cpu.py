@@ -85,7 +85,7 @@ class CpuBackend:
         dst_token, dst_counts = cpu_rows.destinations(routing.topk_idx, shape.num_experts, self.num_ranks)
         rows, scale = _parts(request.x)
         payload = Payload(
-            rows=rows,
+            rows,
             scale=scale,
             weights=routing.topk_weights,
             topk_idx=routing.topk_idx,
@@ -106,10 +106,8 @@ class CpuBackend:
         pending = self._exchange.start(signature, payload.sections, dst_counts.tolist(), payload.fill(tokens))
         space = room(shape, delivery, self.num_ranks)
         with pending.receive() as received:
-            topk_idx, src_token = payload.take(received, "topk_idx"), payload.take(received, "token")
-            assert topk_idx is not None
-            assert src_token is not None
-            local_idx = cpu_rows.to_local(topk_idx, self.rank * num_local, num_local)
+            small = payload.take_small(received)
+            local_idx = cpu_rows.to_local(small["topk_idx"], self.rank * num_local, num_local)
             counts, num_delivered, needed, row_idx = _arrange(local_idx, num_local, delivery, space)
             plan = Plan(
                 group_key=self.key,
@@ -119,7 +117,7 @@ class CpuBackend:
                 num_delivered=num_delivered,
                 dst_token=dst_token,
                 dst_counts=dst_counts,
-                src_token=src_token[:, 0],
+                src_token=small["token"][:, 0],
                 src_counts=torch.tensor([num for num, _ in received]),
                 topk_idx=local_idx,
                 row_idx=row_idx,
@@ -129,7 +127,7 @@ class CpuBackend:
             if fits:
                 if delivery.counts == "device":
                     plan = _padded(plan, space)
-                result = _deliver(plan, request.x, payload, received)
+                result = self._deliver(plan, payload, received, small)
         if space.tight:
             self._check_capacity(delivery, space, 0 if fits else needed)
         return result
@@ -139,14 +137,14 @@ class CpuBackend:
         """Move rows along a plan; all counts are known."""
         plan = request.plan
         rows, scale = _parts(request.x)
-        payload = Payload(rows=rows, scale=scale, weights=request.topk_weights)
+        payload = Payload(rows, scale=scale, weights=request.topk_weights)
         counts = plan.dst_counts.tolist()
         tokens = torch.split(plan.dst_token[: sum(counts)], counts)
         signature = Signature(Kind.redispatch, {"dtype": dtype_code(rows.dtype), **payload.fields})
         pending = self._exchange.start(signature, payload.sections, counts, payload.fill(tokens))
         with pending.receive() as received:
             pending.check_counts(received, plan.src_counts.tolist())
-            return _deliver(plan, request.x, payload, received)
+            return self._deliver(plan, payload, received, payload.take_small(received))
 
     @torch.no_grad()
     def combine(self, request: CombineRequest) -> Combined:
@@ -161,22 +159,27 @@ class CpuBackend:
         else:
             rows = cpu_rows.gather_sum(y.view(-1, y.shape[-1]), row_idx)
             weights = None if weights is None else cpu_rows.spread_weights(weights, row_idx)
-        payload = Payload(rows=rows, weights=weights)
+        payload = Payload(rows, weights=weights)
         fields = {"layout": _LAYOUTS[plan.delivery.layout], "dtype": dtype_code(y.dtype), **payload.fields}
         ends = plan.src_counts.cumsum(0).tolist()
         slices = [slice(end - num, end) for end, num in zip(ends, src_counts, strict=True)]
         signature = Signature(Kind.combine, fields)
-        pending = self._exchange.start(signature, payload.sections, src_counts, payload.fill(slices))
+        # Rows that stay here are read where they are, unless the sums go over them.
+        own = None if request.out is not None and _overlap(request.out, y) else payload.view(slices[self.rank])
+        pending = self._exchange.start(signature, payload.sections, src_counts, payload.fill(slices), own=own)
 
-        out = torch.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype) if request.out is None else request.out
-        weight_sum = None if weights is None else torch.empty(plan.num_tokens, weights.shape[1])
+        out = request.out
+        if out is None:
+            out = self._exchange.heap.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
+        weight_sum = None
         dst_counts = plan.dst_counts.tolist()
         with pending.receive() as received:
             pending.check_counts(received, dst_counts)
             home = torch.split(plan.dst_token[: sum(dst_counts)], dst_counts)
             cpu_rows.add_up(out, home, [pieces[0].view(rows.dtype) for _, pieces in received], request.biases)
-            if weight_sum is not None:
-                cpu_rows.add_up(weight_sum, home, [pieces[1].view(torch.float32) for _, pieces in received])
+            if weights is not None:
+                weight_sum = torch.empty(plan.num_tokens, weights.shape[1])
+                cpu_rows.add_up(weight_sum, home, torch.split(payload.take_small(received)["weights"], dst_counts))
         return Combined(out, weight_sum)
 
     @torch.no_grad()
@@ -188,6 +191,49 @@ class CpuBackend:
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """See `tokenferry.backends.cpu_decode`."""
         return cpu_decode.combine(self._exchange, request)
+
+    def _deliver(self, plan: Plan, payload: Payload, received: Received, small: dict[str, Tensor]) -> Dispatched:
+        """Put received rows where the plan says."""
+        delivery, layout, heap = plan.delivery, plan.delivery.layout, self._exchange.heap
+        num_local, num_delivered = plan.expert_counts.numel(), plan.num_delivered
+        counts = plan.expert_counts.tolist()
+        starts = cpu_rows.expert_starts(plan.expert_counts, delivery.alignment)
+        if layout is Layout.ROWS:
+            rows = payload.take_rows(received, heap, num_delivered)
+            small = {name: cpu_rows.pad(piece, num_delivered) for name, piece in small.items()}
+            if "weights" in small:
+                small["weights"] = torch.where(plan.topk_idx >= 0, small["weights"], 0.0)
+        else:
+            if layout is Layout.MASKED:
+                starts = torch.arange(num_local + 1) * (num_delivered // num_local)
+            places = [range(first, first + count) for first, count in zip(starts.tolist(), counts, strict=False)]
+            row_idx = plan.row_idx[: sum(num for num, _ in received)]
+
+            def put(piece: Tensor) -> Tensor:
+                out = heap.empty(num_delivered, piece.shape[1], dtype=piece.dtype)
+                cpu_rows.place(piece, row_idx, places, out)
+                if delivery.zero_padding:
+                    cpu_rows.zero_rest(places, out)
+                return out
+
+            rows = put(payload.take_rows(received, heap))
+            if "scale" in small:
+                small["scale"] = put(small["scale"])
+            if "weights" in small:
+                small["weights"] = cpu_rows.add_weights(small["weights"], row_idx, num_delivered)
+        if layout is Layout.MASKED:
+            by_expert = (num_local, num_delivered // num_local)
+            rows = rows.view(*by_expert, *rows.shape[1:])
+            small = {n: small[n].view(*by_expert, *small[n].shape[1:]) for n in ("scale", "weights") if n in small}
+        return Dispatched(
+            x=Quantized(rows, small["scale"]) if "scale" in small else rows,
+            topk_idx=plan.topk_idx if layout is Layout.ROWS else None,
+            topk_weights=small.get("weights"),
+            expert_counts=plan.expert_counts,
+            expert_offsets=starts.int() if layout is Layout.EXPERTS else None,
+            host_counts=tuple(counts) if delivery.counts == "host" else None,
+            plan=plan,
+        )
 
     def _check_capacity(self, delivery: Delivery, space: Room, needed: int) -> None:
         """Tell each other who overflowed, so that all ranks raise or none; collective."""
@@ -202,6 +248,11 @@ class CpuBackend:
                 f"dispatch: delivery.capacity: rank {worst} received {max(needs)} rows{per_expert}, "
                 f"capacity={space.given}; raise it, or leave it out for the worst case of {space.worst}"
             )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in the same memory, or may."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
@@ -227,41 +278,4 @@ def _padded(plan: Plan, space: Room) -> Plan:
         src_token=cpu_rows.pad(plan.src_token, space.received, 0),
         topk_idx=cpu_rows.pad(plan.topk_idx, space.received, -1),
         row_idx=plan.row_idx if plan.delivery.layout is Layout.ROWS else cpu_rows.pad(plan.row_idx, space.received, -1),
-    )
-
-
-def _deliver(plan: Plan, x: Tensor | Quantized, payload: Payload, received: Received) -> Dispatched:
-    """Put received rows where the plan says."""
-    delivery, layout = plan.delivery, plan.delivery.layout
-    num_local = plan.expert_counts.numel()
-    row_idx = plan.row_idx[: sum(num for num, _ in received)]
-
-    def put(name: str) -> Tensor | None:
-        if layout is Layout.ROWS:
-            return payload.take(received, name, plan.num_delivered)
-        piece = payload.take(received, name)
-        if piece is None:
-            return None
-        piece = cpu_rows.place(piece, row_idx, plan.num_delivered, zero=delivery.zero_padding)
-        return piece.view(num_local, len(piece) // num_local, piece.shape[1]) if layout is Layout.MASKED else piece
-
-    rows, scale = put("rows"), put("scale")
-    assert rows is not None
-    if layout is Layout.ROWS:
-        weights = put("weights")
-        weights = None if weights is None else torch.where(plan.topk_idx >= 0, weights, 0.0)
-    else:
-        weights = payload.take(received, "weights")
-        if weights is not None:
-            weights = cpu_rows.add_weights(weights, row_idx, plan.num_delivered)
-            weights = weights.view(num_local, -1) if layout is Layout.MASKED else weights
-    starts = cpu_rows.expert_starts(plan.expert_counts, delivery.alignment).int()
-    return Dispatched(
-        x=Quantized(rows, scale) if isinstance(x, Quantized) and scale is not None else rows,
-        topk_idx=plan.topk_idx if layout is Layout.ROWS else None,
-        topk_weights=weights,
-        expert_counts=plan.expert_counts,
-        expert_offsets=starts if layout is Layout.EXPERTS else None,
-        host_counts=tuple(plan.expert_counts.tolist()) if delivery.counts == "host" else None,
-        plan=plan,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenferry import fp8
 from tokenferry.backends import cpu_rows
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
+from tokenferry.backends.cpu_heap import Heap
 from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Pending, Received, Signature, dtype_code
 from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized
 
@@ -28,7 +29,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     topk_idx = _without(routing.topk_idx, skip, num_local)
     rows: Tensor | Quantized = request.x if request.fp8 is None else fp8.cast(request.x, request.fp8)
     payload = Payload(
-        rows=rows.data if isinstance(rows, Quantized) else rows,
+        rows.data if isinstance(rows, Quantized) else rows,
         scale=rows.scale if isinstance(rows, Quantized) else None,
         weights=routing.topk_weights,
         topk_idx=topk_idx,
@@ -44,11 +45,11 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     }
     counts = dst_counts.tolist()
     fill = payload.fill(torch.split(dst_token, counts))
-    pending = exchange.start(Signature(Kind.decode_dispatch, fields), payload.sections, counts, fill, skip)
+    pending = exchange.start(Signature(Kind.decode_dispatch, fields), payload.sections, counts, fill, skip=skip)
 
     room = num_ranks * shape.max_tokens
     result = DecodeDispatched(
-        x=_empty_like(rows, num_local, room),
+        x=_empty_like(rows, num_local, room, exchange.heap),
         expert_counts=torch.empty(num_local, dtype=torch.int32),
         plan=DecodePlan(
             group_key=key,
@@ -64,7 +65,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     )
 
     def place(received: Received) -> None:
-        _place(result, payload, received, first=exchange.rank * num_local)
+        _place(result, payload, received, exchange.heap, first=exchange.rank * num_local)
         if request.stats.received is not None:
             request.stats.received.add_(result.expert_counts)
 
@@ -86,15 +87,17 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
         sums = [_sum_per_token(flat, plan, at) for at in places]
         counts = [part.shape[0] for part in sums]
         ends = torch.tensor(counts).cumsum(0).tolist()
-        payload = Payload(rows=torch.cat(sums).to(y.dtype))
+        payload = Payload(torch.cat(sums))
         fill = payload.fill([slice(end - num, end) for end, num in zip(ends, counts, strict=True)])
     else:
         counts = [at.numel() for at in places]
-        payload = Payload(rows=flat)
+        payload = Payload(flat)
         fill = payload.fill(places)
     fields = {"fast": int(request.fast), "dtype": dtype_code(y.dtype), **payload.fields}
-    pending = exchange.start(Signature(Kind.decode_combine, fields), payload.sections, counts, fill, skip)
-    out = torch.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype) if request.out is None else request.out
+    pending = exchange.start(Signature(Kind.decode_combine, fields), payload.sections, counts, fill, skip=skip)
+    out = request.out
+    if out is None:
+        out = exchange.heap.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
 
     def add_up(received: Received) -> None:
         absent = frozenset(exchange.masked) | skip
@@ -111,13 +114,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
             home = torch.split(tokens, expected.tolist())
             cpu_rows.add_up(out, home, [_rows(one, y) for one in received])
             return
-        rows = torch.cat([_rows(one, y) for one in received])
-        total = torch.zeros(out.shape)
-        for slot in range(topk_idx.shape[1]):
-            used = (where.row_idx[:, slot] >= 0).nonzero()[:, 0]
-            product = rows[where.row_idx[used, slot]].float() * weights[used, slot, None]
-            total.index_add_(0, used, product)
-        out.copy_(total)
+        cpu_rows.add_up_weighted(out, payload.take_rows(received, exchange.heap), where.row_idx, weights)
 
     return DecodeCombined(out, _finish(pending, request.stats, add_up, return_hook=request.return_hook))
 
@@ -149,30 +146,26 @@ def _rows(message: tuple[int, list[Tensor]], y: Tensor) -> Tensor:
     return pieces[0].view(y.dtype) if num_rows else y.new_empty(0, y.shape[-1])
 
 
-def _place(result: DecodeDispatched, payload: Payload, received: Received, *, first: int) -> None:
+def _place(result: DecodeDispatched, payload: Payload, received: Received, heap: Heap, *, first: int) -> None:
     """Fill a result with what came."""
     plan = result.plan
     num_local, room = plan.src_token.shape
-    topk_idx, tokens = payload.take(received, "topk_idx"), payload.take(received, "token")
-    assert topk_idx is not None
-    assert tokens is not None
-    local_idx = cpu_rows.to_local(topk_idx, first, num_local)
+    small = payload.take_small(received)
+    local_idx = cpu_rows.to_local(small["topk_idx"], first, num_local)
     where = cpu_rows.spread(local_idx, num_local, 1, room)
     row, slot = (where.row_idx >= 0).nonzero().unbind(1)
-    places = where.row_idx[row, slot]
-    expert, column = places // room, places % room
+    expert, column = where.row_idx[row, slot] // room, where.row_idx[row, slot] % room
 
-    rows = payload.take(received, "rows")
-    assert rows is not None
     target = result.x.data if isinstance(result.x, Quantized) else result.x
-    cpu_rows.words(target.view(-1, target.shape[-1])).index_copy_(0, places, cpu_rows.words(rows).index_select(0, row))
-    scale = payload.take(received, "scale")
-    if scale is not None and isinstance(result.x, Quantized):
-        result.x.scale[expert, column] = scale[row]
-    weights = payload.take(received, "weights")
-    if weights is not None and plan.row_weights is not None:
-        plan.row_weights.copy_(cpu_rows.add_weights(weights, where.row_idx, num_local * room).view(num_local, room))
-    plan.src_token[expert, column] = tokens[row, 0].int()
+    places = [range(i * room, i * room + count) for i, count in enumerate(where.counts.tolist())]
+    cpu_rows.place(payload.take_rows(received, heap), where.row_idx, places, target.view(-1, target.shape[-1]))
+    if isinstance(result.x, Quantized):
+        result.x.scale[expert, column] = small["scale"][row]
+    if plan.row_weights is not None:
+        plan.row_weights.copy_(
+            cpu_rows.add_weights(small["weights"], where.row_idx, num_local * room).view(num_local, room)
+        )
+    plan.src_token[expert, column] = small["token"][row, 0].int()
     result.expert_counts.copy_(where.counts)
 
     src = torch.repeat_interleave(torch.arange(len(received)), torch.tensor([num for num, _ in received]))
@@ -193,13 +186,20 @@ def _places_from(plan: DecodePlan, src: int) -> Tensor:
 
 
 def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor) -> Tensor:
-    """Weighted float32 sums of the rows at ``places``, one per distinct token, by token; experts in order."""
+    """Weighted sums of the rows at ``places``, one per distinct token, by token; experts in order, one rounding."""
     assert plan.row_weights is not None
-    weights, tokens = plan.row_weights.flatten()[places], plan.src_token.flatten()[places]
-    distinct, which = torch.unique(tokens, return_inverse=True)
-    total = torch.zeros(distinct.numel(), flat.shape[1])
-    # index_add_ adds in the order of its index on the CPU: by expert, since places are.
-    return total.index_add_(0, which, flat[places].float() * weights[:, None])
+    tokens, which, counts = torch.unique(plan.src_token.flatten()[places], return_inverse=True, return_counts=True)
+    # A table of each token's places: sorted by token, and, since the sort is stable, by expert within one.
+    order = which.argsort(stable=True)
+    which = which[order]
+    column = torch.arange(which.numel()) - (counts.cumsum(0) - counts)[which]
+    row_idx = torch.full((tokens.numel(), int(counts.max()) if counts.numel() else 0), -1)
+    row_idx[which, column] = places[order]
+    weights = torch.zeros(row_idx.shape)
+    weights[which, column] = plan.row_weights.flatten()[places[order]]
+    sums = flat.new_empty(tokens.numel(), flat.shape[1])
+    cpu_rows.add_up_weighted(sums, flat, row_idx, weights)
+    return sums
 
 
 def _without(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
@@ -209,10 +209,10 @@ def _without(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
     return topk_idx
 
 
-def _empty_like(rows: Tensor | Quantized, num_local: int, room: int) -> Tensor | Quantized:
+def _empty_like(rows: Tensor | Quantized, num_local: int, room: int, heap: Heap) -> Tensor | Quantized:
     """The result's rows, undefined; scales are column-major, so that a grouped FP8 GEMM can read them by TMA."""
     if not isinstance(rows, Quantized):
-        return torch.empty(num_local, room, rows.shape[1], dtype=rows.dtype)
-    data = torch.empty(num_local, room, rows.data.shape[1], dtype=rows.data.dtype)
-    scale = torch.empty(num_local, rows.scale.shape[1], room, dtype=rows.scale.dtype)
+        return heap.empty(num_local, room, rows.shape[1], dtype=rows.dtype)
+    data = heap.empty(num_local, room, rows.data.shape[1], dtype=rows.data.dtype)
+    scale = heap.empty(num_local, rows.scale.shape[1], room, dtype=rows.scale.dtype)
     return Quantized(data, scale.transpose(1, 2))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cpu_rows import words
+from tokenferry.backends.cpu_heap import Heap
+from tokenferry.backends.cpu_rows import as_bytes, words
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
 from tokenferry.layout import Sections
 from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Wire
@@ -76,56 +77,75 @@ Received = list[tuple[int, list[Tensor]]]
 
 
 class Payload:
-    """The pieces that travel with each row, such as its data, its scale and its ids.
+    """What travels with each row: its data, and small things such as its ids, joined so that one copy moves them all.
 
     Args:
-        pieces: By name: ``[rows]`` or ``[rows, width]`` of any dtype, or None for a piece that does not travel.
+        rows: ``[rows, width]`` of any dtype.
+        small: By name: ``[rows]`` or ``[rows, width]`` of any dtype, or None for what does not travel.
     """
 
-    def __init__(self, **pieces: Tensor | None) -> None:
-        self._pieces = {
+    def __init__(self, rows: Tensor, **small: Tensor | None) -> None:
+        self._rows = rows.contiguous()
+        self._small = {
             name: (piece if piece.ndim == 2 else piece[:, None]).contiguous()
-            for name, piece in pieces.items()
+            for name, piece in small.items()
             if piece is not None
         }
-        widths = {name: piece.shape[1] * piece.element_size() for name, piece in self._pieces.items()}
-        self.sections = Sections(tuple(widths.values()))
-        self.fields = {f"bytes of {name}": widths.get(name, 0) for name in pieces}
+        columns = [as_bytes(piece) for piece in self._small.values()]
+        padding = -sum(piece.shape[1] for piece in columns) % 8
+        self._joined = torch.cat([*columns, torch.zeros(rows.shape[0], padding, dtype=torch.uint8)], dim=1)
+        self.sections = Sections((rows.shape[1] * rows.element_size(), self._joined.shape[1]))
+        widths = dict(zip(self._small, (piece.shape[1] for piece in columns), strict=True))
+        self.fields = {
+            "bytes of rows": self.sections.widths[0],
+            **{f"bytes of {name}": widths.get(name, 0) for name in small},
+        }
 
     def fill(self, rows: Sequence[Tensor | slice]) -> Fill:
-        """Return what writes, for each rank, the pieces of ``rows[rank]``."""
+        """Return what writes the message for each rank: the rows, and what is small, of ``rows[rank]``."""
 
         def write(dst: int, sections: list[Tensor]) -> None:
             which = rows[dst]
-            for piece, section in zip(self._pieces.values(), sections, strict=True):
-                if isinstance(which, slice):
-                    section.copy_(piece[which].view(torch.uint8))
-                elif section.numel():
+            if isinstance(which, slice):
+                for section, piece in zip(sections, self.view(which), strict=True):
+                    section.copy_(piece)
+                return
+            for section, piece in zip(sections, (self._rows, self._joined), strict=True):
+                if section.numel():
                     torch.index_select(words(piece), 0, which, out=words(section))
 
         return write
 
-    def take(self, received: Received, name: str, num_rows: int | None = None) -> Tensor | None:
-        """Return one piece of all messages as ``[rows, width]`` of its dtype, copied; None if it did not travel.
+    def view(self, which: slice) -> list[Tensor]:
+        """Return the pieces of some rows as the sections of a message that needs no copy."""
+        return [as_bytes(self._rows[which]), self._joined[which]]
 
-        With ``num_rows`` it has that many rows, the last ones undefined.
-        """
-        if name not in self._pieces:
-            return None
-        piece, section = self._pieces[name], list(self._pieces).index(name)
+    def take_rows(self, received: Received, heap: Heap, num_rows: int | None = None) -> Tensor:
+        """Return the rows of all messages as ``[rows, width]``, copied; with ``num_rows`` the last are undefined."""
         if num_rows is None:
             num_rows = sum(num for num, _ in received)
-        whole = torch.empty(num_rows, piece.shape[1], dtype=piece.dtype)
+        whole = heap.empty(num_rows, self._rows.shape[1], dtype=self._rows.dtype)
         start = 0
         for num, sections in received:
             if num:
-                words(whole[start : start + num]).copy_(words(sections[section]))
+                words(whole[start : start + num]).copy_(words(sections[0]))
             start += num
         return whole
 
+    def take_small(self, received: Received) -> dict[str, Tensor]:
+        """Return what is small of all messages, by name, as ``[rows, width]`` of its dtype, copied."""
+        joined = torch.cat([sections[1] for _, sections in received])
+        out, start = {}, 0
+        for name, piece in self._small.items():
+            end = start + piece.shape[1] * piece.element_size()
+            flat = joined[:, start:end].reshape(-1).clone()
+            out[name] = flat.view(piece.dtype).view(joined.shape[0], piece.shape[1])
+            start = end
+        return out
+
 
 class Exchange:
-    """Makes exchanges over a wire, numbers them, and remembers what broke the group.
+    """Makes exchanges over a wire, numbers them, and remembers what broke the group. Owns the heap for results.
 
     Args:
         wire: Connected.
@@ -141,6 +161,7 @@ class Exchange:
         self.mask_on_timeout = mask_on_timeout
         self.masked: set[int] = set()
         self.broken: str | None = None
+        self.heap = Heap()
         self._number = 0
 
     def start(
@@ -149,19 +170,25 @@ class Exchange:
         sections: Sections,
         counts: Sequence[int],
         fill: Fill,
+        *,
         skip: frozenset[int] = frozenset(),
+        own: list[Tensor] | None = None,
     ) -> Pending:
-        """Send ``counts[r]`` rows to each rank r not in ``skip``; `Pending.receive` takes what the others sent."""
+        """Send ``counts[r]`` rows to each rank r not in ``skip``; `Pending.receive` takes what the others sent.
+
+        With ``own``, what this rank has for itself is taken from there and not copied.
+        """
         with self.guard(signature.kind.name):
             self._number += 1
             call = Call(self._number, signature.kind.name)
-            buffers = self.wire.open(call, [sections.num_bytes(count) for count in counts])
-            for dst, (buffer, count) in enumerate(zip(buffers, counts, strict=True)):
+            copied = [0 if own is not None and dst == self.rank else count for dst, count in enumerate(counts)]
+            buffers = self.wire.open(call, [sections.num_bytes(count) for count in copied])
+            for dst, (buffer, count) in enumerate(zip(buffers, copied, strict=True)):
                 if count:
                     fill(dst, sections.split(buffer, count))
             headers = [signature.header(count) for count in counts]
             self.wire.post(call, headers, Deadline(self.timeout_s), skip)
-            return Pending(self, call, signature, sections, skip)
+            return Pending(self, call, signature, sections, skip=skip, own=own)
 
     def mask(self, rank: int) -> None:
         """Expect nothing more of a rank."""
@@ -178,7 +205,9 @@ class Exchange:
         except ArgumentError:
             raise
         except BaseException as error:
-            self.close(f"is broken by an earlier {type(error).__name__} in {phase} #{self._number}", linger=False)
+            # Peers of a call that makes no sense shall hear of it too; those of a silent rank have their clocks.
+            why = f"is broken by an earlier {type(error).__name__} in {phase} #{self._number}"
+            self.close(why, linger=isinstance(error, MismatchError))
             raise
 
     def close(self, why: str, *, linger: bool) -> None:
@@ -192,13 +221,21 @@ class Pending:
     """An exchange whose messages are on their way."""
 
     def __init__(
-        self, exchange: Exchange, call: Call, signature: Signature, sections: Sections, skip: frozenset[int]
+        self,
+        exchange: Exchange,
+        call: Call,
+        signature: Signature,
+        sections: Sections,
+        *,
+        skip: frozenset[int],
+        own: list[Tensor] | None,
     ) -> None:
         self._exchange = exchange
         self._call = call
         self._signature = signature
         self._sections = sections
         self._skip = skip
+        self._own = own
 
     @contextlib.contextmanager
     def receive(
@@ -239,12 +276,17 @@ class Pending:
         if src in self._skip or (tolerant and src in exchange.masked):
             return nothing
         try:
-            message = exchange.wire.take(self._call, src, deadline)
+            message = exchange.wire.take(self._call, src, deadline, self._check)
         except PeerTimeout as error:
             if not (tolerant and exchange.mask_on_timeout):
                 raise
             for peer in error.peers:
                 exchange.mask(peer)
             return nothing
-        num_rows = self._signature.check(self._call, exchange.rank, src, message.header)
+        num_rows = self._check(src, message.header)
+        if self._own is not None and src == exchange.rank:
+            return num_rows, self._own
         return num_rows, self._sections.split(message.body, num_rows)
+
+    def _check(self, src: int, header: tuple[int, ...]) -> int:
+        return self._signature.check(self._call, self._exchange.rank, src, header)

@@ -59,18 +59,32 @@ def expert_starts(counts: Tensor, alignment: int) -> Tensor:
     return torch.cat([padded.new_zeros(1), padded.cumsum(0)])
 
 
-def place(rows: Tensor, row_idx: Tensor, num_places: int, *, zero: bool) -> Tensor:
-    """Return ``[num_places, width]``: each row at all its places; other places are undefined, or zero."""
-    out = torch.empty(num_places, rows.shape[1], dtype=rows.dtype)
+def place(rows: Tensor, row_idx: Tensor, places: Sequence[range], out: Tensor) -> None:
+    """Write each of ``rows`` ``[N, width]`` to all its places in ``out`` ``[places, width]``.
+
+    Args:
+        rows: What was received.
+        row_idx: ``[N, K]`` as in `Spread`.
+        places: Per expert, the places of its rows.
+        out: Places of no row are left as they are.
+    """
+    if not rows.shape[1]:
+        return
+    source = torch.empty(out.shape[0], dtype=torch.int64)
     row, slot = (row_idx >= 0).nonzero().unbind(1)
-    places = row_idx[row, slot]
-    if zero:
-        empty = torch.ones(num_places, dtype=torch.bool)
-        empty[places] = False
-        words(out)[empty] = 0
-    if rows.shape[1]:
-        words(out).index_copy_(0, places, words(rows).index_select(0, row))
-    return out
+    source[row_idx[row, slot]] = row
+    for of_expert in places:
+        here = slice(of_expert.start, of_expert.stop)
+        torch.index_select(words(rows), 0, source[here], out=words(out)[here])
+
+
+def zero_rest(places: Sequence[range], out: Tensor) -> None:
+    """Make ``out`` zero where no expert has a row."""
+    end = 0
+    for of_expert in places:
+        words(out)[end : of_expert.start] = 0
+        end = of_expert.stop
+    words(out)[end:] = 0
 
 
 def pad(rows: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
@@ -130,6 +144,23 @@ def add_up(out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], biases: 
         out[first : first + block] = part
 
 
+def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor) -> None:
+    """Write to ``out`` ``[T, H]`` ``sum_k weights[:, k] * rows[row_idx[:, k]]`` in float32, in slot order, without -1.
+
+    Products are rounded before they are added, so that the bits do not depend on what fuses. In blocks, as `add_up`.
+    """
+    num_tokens, width = out.shape
+    block = max(1, _BLOCK_BYTES // (4 * width))
+    total = torch.empty(min(block, num_tokens), width)
+    for first in range(0, num_tokens, block):
+        part = total[: min(block, num_tokens - first)].zero_()
+        here = slice(first, first + block)
+        for places, weight in zip(row_idx[here].unbind(1), weights[here].unbind(1), strict=True):
+            used = (places >= 0).nonzero()[:, 0]
+            part.index_add_(0, used, rows.index_select(0, places[used]).float().mul_(weight[used, None]))
+        out[here] = part
+
+
 def gather_sum(y: Tensor, row_idx: Tensor) -> Tensor:
     """Return ``[N, H]`` in the wide dtype: the sum of each received row's delivered rows, by place, each once."""
     total = torch.zeros(row_idx.shape[0], y.shape[1], dtype=wide(y.dtype))
@@ -143,12 +174,18 @@ def gather_sum(y: Tensor, row_idx: Tensor) -> Tensor:
     return total
 
 
+def as_bytes(rows: Tensor) -> Tensor:
+    """View ``[n, width]`` contiguous rows as ``[n, bytes]`` uint8."""
+    # Flat first: strides of empty tensors, and of single columns, need not be what view() asks for.
+    return rows.reshape(-1).view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())
+
+
 def words(rows: Tensor) -> Tensor:
-    """View the bytes of ``[n, width]`` rows in the widest integers that fit, so that copies of rows are cheap."""
-    rows = rows.view(torch.uint8) if rows.dtype != torch.uint8 else rows
+    """View ``[n, width]`` contiguous rows in the widest integers that fit, so that copies of rows are cheap."""
+    rows = as_bytes(rows)
     for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
         if rows.shape[1] % size == 0 and rows.shape[1]:
-            return rows.view(dtype)
+            return rows.reshape(-1).view(dtype).view(rows.shape[0], rows.shape[1] // size)
     return rows
 
 

@@ -159,7 +159,10 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        elif self.alive:  # ranks may be in the middle of a job that nobody will collect
+            self.kill()
 
 
 def _serve(rank: int, num_ranks: int, store: str, pipe: Connection, threads: int) -> None:

@@ -10,7 +10,7 @@ which that rank has finished every call. What was sent in call n may be overwrit
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,10 @@ from tokenferry.errors import PeerTimeout
 
 HEADER_INTS = 16
 """Every message starts with this many signed 64-bit integers, whose meaning is the backend's."""
+
+
+Check = Callable[[int, tuple[int, ...]], object]
+"""Gets a rank and the header that it sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,12 @@ class Wire(Protocol):
     ) -> None:
         """Send header and buffer to each rank but those in ``skip``; returns when they are on their way."""
 
-    def take(self, call: Call, src: int, deadline: Deadline) -> Message:
-        """Wait for the message of rank ``src``; once per call and rank."""
+    def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
+        """Wait for the message of rank ``src``; once per call and rank.
+
+        ``check(peer, header)`` may raise; it sees every header before anything else of that message is awaited, so that
+        ranks that made different calls do not wait for bodies that will never come.
+        """
 
     def finish(self, call: Call, deadline: Deadline | None) -> None:
         """Say that all bodies of the call have been read, or that nobody will.

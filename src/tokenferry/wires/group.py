@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.errors import BackendUnavailable, PeerTimeout
-from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Floor, LastHeard, Message, peer_timeout
+from tokenferry.wires.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
 
 _TAG = 0x40000000
 _LINGER_S = 5.0
@@ -37,6 +37,7 @@ class _Flight:
     buffers: list[Tensor]
     readers: frozenset[int] = frozenset()
     sends: list[tuple[int, dist.Work]] = field(default_factory=list)
+    head_sends: list[dist.Work] = field(default_factory=list)
     heads: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
     bodies: dict[int, tuple[dist.Work | None, Message]] = field(default_factory=dict)
     failed: dict[int, PeerTimeout] = field(default_factory=dict)
@@ -77,14 +78,14 @@ class GroupWire:
             except PeerTimeout as error:  # the others still get theirs; `take` reports this one
                 flight.failed[peer] = error
 
-    def take(self, call: Call, src: int, deadline: Deadline) -> Message:
+    def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for one message; the first take of a call posts the receives of all bodies. See `Wire.take`."""
         flight = self._flights[call.number]
         for error in flight.failed.values():
             raise error
         # All headers first: bodies of several peers then arrive while the first is awaited.
         for peer in list(flight.heads):
-            self._receive_header(flight, peer, deadline)
+            self._receive_header(flight, peer, deadline, check)
         work, message = flight.bodies.pop(src)
         if work is not None:
             self._wait(work, call, src, deadline)
@@ -112,12 +113,14 @@ class GroupWire:
     def close(self, *, linger: bool) -> None:
         """Let go of everything; the process group is the caller's and stays. See `Wire.close`."""
         deadline = Deadline(_LINGER_S if linger else 0.0)
-        for flight in self._lingering:
-            for _, work in flight.sends:
-                if deadline.left() == 0:
-                    break
-                with contextlib.suppress(RuntimeError):
-                    work.wait(timedelta(seconds=deadline.left()))
+        works = [work for flight in self._lingering for _, work in flight.sends]
+        # Of a call that failed here peers need the header, to see why; its body they may never fetch.
+        works += [work for flight in self._flights.values() for work in flight.head_sends]
+        for work in works:
+            if deadline.left() == 0:
+                break
+            with contextlib.suppress(RuntimeError):
+                work.wait(timedelta(seconds=deadline.left()))
         self._lingering.clear()
         self._flights.clear()
 
@@ -126,15 +129,18 @@ class GroupWire:
         flight.heads[peer] = (self._start("recv", head, peer, flight.call, 0), head)
         body = flight.buffers[peer]
         head = torch.tensor([self._floor.mine, body.numel(), *header], dtype=torch.int64)
-        flight.sends.append((peer, self._start("send", head, peer, flight.call, 0)))
+        flight.head_sends.append(self._start("send", head, peer, flight.call, 0))
+        flight.sends.append((peer, flight.head_sends[-1]))
         if body.numel():
             flight.sends.append((peer, self._start("send", body, peer, flight.call, 1)))
 
-    def _receive_header(self, flight: _Flight, peer: int, deadline: Deadline) -> None:
+    def _receive_header(self, flight: _Flight, peer: int, deadline: Deadline, check: Check | None) -> None:
         work, head = flight.heads.pop(peer)
         self._wait(work, flight.call, peer, deadline)
         floor, size, *header = head.tolist()
         self._floor.heard(peer, floor)
+        if check is not None:
+            check(peer, tuple(header))
         body = torch.empty(size, dtype=torch.uint8)
         receive = self._start("recv", body, peer, flight.call, 1) if size else None
         flight.bodies[peer] = (receive, Message(tuple(header), body))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.wires import segment as seg
-from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Floor, LastHeard, Message, peer_timeout
+from tokenferry.wires.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
 """kind, call, floor, segment, offset, bytes; then the backend's header."""
@@ -119,7 +119,7 @@ class LocalWire:
             if rank in skip:
                 peer.inbox.pop(call.number, None)
 
-    def take(self, call: Call, src: int, deadline: Deadline) -> Message:
+    def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for the notice of ``src`` and return a view of its segment. See `Wire.take`."""
         flight = self._flights[call.number]
         if src == self.rank:
@@ -136,6 +136,8 @@ class LocalWire:
                 raise peer_timeout(call, self.rank, missing, why, deadline.waited(), self._heard.tell(missing[0]))
             self._pump(left)
         message = peer.inbox.pop(call.number)
+        if check is not None:
+            check(src, message.header)
         flight.expected.discard(src)
         self._heard.note(src, call)
         return message
