@@ -1,0 +1,149 @@
+"""dispatch, redispatch and combine with gradients: each is the backward of another.
+
+============ ================================ ===============================================================
+forward      backward                         carries
+============ ================================ ===============================================================
+dispatch     combine                          gradients of rows, and of ``topk_weights`` where they were sent
+redispatch   combine                          the same
+combine      redispatch, along the same plan  gradients of rows, and of ``topk_weights`` where they were sent;
+                                              a bias's gradient is the incoming one
+============ ================================ ===============================================================
+
+So gradients of gradients work too. The three are torch.library ops (``tokenferry::dispatch`` and so on) with fake
+implementations: they trace under ``torch.compile(fullgraph=True)`` and run on fake tensors. With ``counts="host"`` the
+number of received rows is a dynamic size of the graph; with ``counts="device"`` every received shape is static.
+
+Contract, beyond that of `tokenferry.ExpertGroup`:
+    Collective in backward: every forward call has one collective call in backward, in the order in which autograd walks
+        the graph: the same on all ranks if they built the same graph. So every rank must run backward, requires_grad
+        must agree, and a rank with T = 0 or N = 0 must keep the graph whole: put zero rows through the same operations.
+    Padding: rows that hold no data (alignment, capacity) are zero in results and in gradients, whatever
+        ``Delivery.zero_padding`` says, so that a weight gradient ``x^T g`` never meets uninitialised memory. What the
+        caller leaves in them is never read: a NaN there stays there.
+    Quantized rows have no gradient: bytes are not differentiable. ``routing.topk_weights`` still has one.
+    Lifetime: a graph holds its group. A *compiled* graph holds its key only: keep the group yourself.
+    Numerics: gradients are summed as `ExpertGroup.combine` sums, and are bitwise reproducible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenferry.api import ExpertGroup
+from tokenferry.autograd import ops
+from tokenferry.errors import ArgumentError, ShapeError
+from tokenferry.words import Combined, Delivery, Dispatched, Layout, Plan, Quantized, Routing
+
+__all__ = ["combine", "dispatch", "redispatch"]
+
+
+def dispatch(
+    group: ExpertGroup, x: Tensor | Quantized, routing: Routing, *, delivery: Delivery | None = None
+) -> Dispatched:
+    """`ExpertGroup.dispatch` with gradients of ``x`` and of ``routing.topk_weights``.
+
+    Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
+    errors as `ExpertGroup.dispatch`, but ``zero_padding`` is always on, and ``host_counts`` is None in a traced graph.
+
+    Raises:
+        ArgumentError: a `Quantized` requires grad. And whatever `ExpertGroup.dispatch` raises.
+
+    Example:
+        >>> import torch, tokenferry
+        >>> from tokenferry import autograd
+        >>> group = tokenferry.ExpertGroup(None, tokenferry.MoeShape(2, top_k=2, hidden=4, max_tokens=8))
+        >>> x = torch.ones(1, 4, requires_grad=True)
+        >>> sent = autograd.dispatch(group, x, tokenferry.Routing(torch.tensor([[0, 1]])))
+        >>> autograd.combine(group, 3 * sent.x, sent.plan).x.sum().backward()
+        >>> x.grad
+        tensor([[3., 3., 3., 3.]])
+    """
+    delivery = Delivery() if delivery is None else delivery
+    data, scale = _data_and_scale("dispatch", x)
+    if not isinstance(routing, Routing):
+        raise ArgumentError(f"dispatch: routing: expected a tokenferry.Routing, got {type(routing).__name__}")
+    _only_tensors("dispatch", topk_idx=routing.topk_idx, topk_weights=routing.topk_weights)
+    where, sizes = ops.pack(group, group.key, delivery, 0, 0)
+    rows, scales, weights, host_counts, offsets, *tensors = ops.dispatch(
+        data, scale, routing.topk_idx, routing.topk_weights, where, sizes
+    )
+    plan = ops.plan_of(tensors, group.key, ops.zeroing(delivery), data.shape[0], ops.num_rows(rows))
+    return _dispatched((rows, scales, weights, host_counts, offsets), plan, x, routing.topk_weights)
+
+
+def redispatch(
+    group: ExpertGroup, x: Tensor | Quantized, plan: Plan, *, topk_weights: Tensor | None = None
+) -> Dispatched:
+    """`ExpertGroup.redispatch` with gradients of ``x`` and of ``topk_weights``.
+
+    Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
+    errors as `ExpertGroup.redispatch`, with the differences of `dispatch`.
+
+    Raises:
+        ArgumentError: a `Quantized` requires grad. And whatever `ExpertGroup.redispatch` raises.
+    """
+    data, scale = _data_and_scale("redispatch", x)
+    _only_tensors("redispatch", topk_weights=topk_weights)
+    where, sizes = ops.pack(group, plan.group_key, plan.delivery, plan.num_tokens, plan.num_delivered)
+    parts = ops.redispatch(data, scale, topk_weights, ops.tensors_of(plan), where, sizes)
+    return _dispatched(parts, plan, x, topk_weights)
+
+
+def combine(
+    group: ExpertGroup,
+    y: Tensor,
+    plan: Plan,
+    *,
+    topk_weights: Tensor | None = None,
+    bias: Tensor | tuple[Tensor, ...] | None = None,
+) -> Combined:
+    """`ExpertGroup.combine` with gradients of ``y``, ``topk_weights`` and the biases.
+
+    Contract: collective, and so is its backward (one `redispatch`); see the top of this module. Arguments, results and
+    errors as `ExpertGroup.combine`; ROWS: weights in slots of other ranks' experts count as 0.
+
+    Raises:
+        PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
+    """
+    biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+    _only_tensors("combine", y=y, topk_weights=topk_weights, **{f"bias[{i}]": one for i, one in enumerate(biases)})
+    where, sizes = ops.pack(group, plan.group_key, plan.delivery, plan.num_tokens, plan.num_delivered)
+    x, home = ops.combine(y, topk_weights, list(biases), ops.tensors_of(plan), where, sizes)
+    return Combined(x, None if topk_weights is None else home)
+
+
+def _data_and_scale(call: str, x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(x, Quantized):
+        _only_tensors(call, x=x)
+        return x, None
+    _only_tensors(call, **{"x.data": x.data, "x.scale": x.scale})
+    if torch.is_grad_enabled() and (x.data.requires_grad or x.scale.requires_grad):
+        raise ArgumentError(f"{call}: x: a Quantized has no gradient, but requires grad; detach data and scale")
+    return x.data, x.scale
+
+
+def _only_tensors(call: str, **arguments: object) -> None:
+    """Refuse what an op would refuse with its schema; everything else is for the group to check."""
+    for name, value in arguments.items():
+        optional = name == "topk_weights"
+        if not isinstance(value, Tensor) and not (optional and value is None):
+            raise ShapeError(f"{call}: {name}: expected a torch.Tensor, got {type(value).__name__}; pass one")
+
+
+def _dispatched(parts: Sequence[Tensor], plan: Plan, x: Tensor | Quantized, topk_weights: Tensor | None) -> Dispatched:
+    rows, scales, weights, host_counts, offsets = parts
+    layout = plan.delivery.layout
+    # A tensor that is being traced has no values; neither has a subclass such as FakeTensor.
+    known = plan.delivery.counts == "host" and not torch.compiler.is_compiling() and type(host_counts) is Tensor
+    return Dispatched(
+        x=Quantized(rows, scales) if isinstance(x, Quantized) else rows,
+        topk_idx=plan.topk_idx if layout is Layout.ROWS else None,
+        topk_weights=None if topk_weights is None else weights,
+        expert_counts=plan.expert_counts,
+        expert_offsets=offsets if layout is Layout.EXPERTS else None,
+        host_counts=tuple(host_counts.tolist()) if known else None,
+        plan=plan,
+    )

@@ -1,0 +1,312 @@
+"""The torch.library ops behind `tokenferry.autograd`: ``tokenferry::dispatch``, ``::redispatch`` and ``::combine``.
+
+An op takes and returns tensors, ints and strings. So a group goes in as its key, and is found again by it; a plan as
+its seven tensors; everything else as one string and one list of ints:
+
+``where``  ``"<group key> <plan key> <layout> <counts>"``
+``sizes``  E, K, H, M, A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch, which has no plan yet)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenferry.api import ExpertGroup, find_group
+from tokenferry.layout import room
+from tokenferry.words import Delivery, Dispatched, Layout, MoeShape, Plan, Quantized, Routing
+
+_WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that may travel, for gradients of weights without rows
+
+
+class _Context(Protocol):
+    """What a forward leaves for its backward."""
+
+    where: str
+    sizes: Sequence[int]
+    group: ExpertGroup
+    quantized: bool
+    weighted: bool
+    num_biases: int
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
+def pack(
+    group: ExpertGroup, plan_key: str, delivery: Delivery, num_tokens: int, num_delivered: int
+) -> tuple[str, list[int]]:
+    """Return ``where`` and ``sizes``; see the top of this module."""
+    shape = group.shape
+    where = f"{group.key} {plan_key} {delivery.layout.value} {delivery.counts}"
+    sizes = [shape.num_experts, shape.top_k, shape.hidden, shape.max_tokens, delivery.alignment, delivery.capacity or 0]
+    return where, [*sizes, num_tokens, num_delivered]
+
+
+def _group(where: str, sizes: Sequence[int]) -> ExpertGroup:
+    # int(): while a graph is traced, sizes may be symbols; these become constants of the graph.
+    return find_group(where.split()[0], MoeShape(*map(int, sizes[:4])))
+
+
+def _unpack(where: str, sizes: Sequence[int]) -> tuple[ExpertGroup, Delivery]:
+    _, _, layout, counts = where.split()
+    delivery = Delivery(Layout(layout), alignment=int(sizes[4]), counts=counts, capacity=int(sizes[5]) or None)
+    return _group(where, sizes), zeroing(delivery)
+
+
+def zeroing(delivery: Delivery) -> Delivery:
+    """The same delivery with padding zeroed, where there is padding."""
+    return delivery if delivery.layout is Layout.ROWS else replace(delivery, zero_padding=True)
+
+
+def tensors_of(plan: Plan) -> list[Tensor]:
+    """The seven tensors of a plan, in the order of its fields."""
+    return [
+        plan.dst_token,
+        plan.dst_counts,
+        plan.src_token,
+        plan.src_counts,
+        plan.topk_idx,
+        plan.row_idx,
+        plan.expert_counts,
+    ]
+
+
+def plan_of(tensors: Sequence[Tensor], key: str, delivery: Delivery, num_tokens: int, num_delivered: int) -> Plan:
+    """Make a plan again from what crossed the border."""
+    num_received = None if delivery.counts == "device" else tensors[2].shape[0]
+    return Plan(key, delivery, num_tokens, num_received, num_delivered, *tensors)
+
+
+def _unpack_plan(where: str, sizes: Sequence[int], tensors: Sequence[Tensor]) -> tuple[ExpertGroup, Plan]:
+    group, delivery = _unpack(where, sizes)
+    return group, plan_of(tensors, where.split()[1], delivery, sizes[6], sizes[7])
+
+
+def num_rows(rows: Tensor) -> int:
+    """Return ``Plan.num_delivered`` of rows in their layout."""
+    return rows.shape[0] if rows.ndim == 2 else rows.shape[0] * rows.shape[1]
+
+
+def _parts(sent: Dispatched) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What dispatch and redispatch both return; what is absent is a tensor of no elements, as an op returns no None."""
+    rows, scale = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else (sent.x, sent.x.new_empty(0))
+    weights = rows.new_empty(0, dtype=torch.float32) if sent.topk_weights is None else sent.topk_weights
+    offsets = sent.expert_counts.new_empty(0) if sent.expert_offsets is None else sent.expert_offsets
+    if sent.plan.delivery.layout is Layout.ROWS and sent.plan.num_received is None:
+        empty = torch.arange(rows.shape[0], device=rows.device) >= sent.plan.src_counts.sum()
+        for tensor in (rows, scale, weights):
+            if tensor.numel():
+                tensor.view(torch.uint8)[empty] = 0  # as bytes: not every dtype can be assigned to
+    return rows, scale, weights, torch.tensor(sent.host_counts or (), dtype=torch.int64), offsets
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() and tensor.storage_offset() == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------- dispatch
+
+
+@torch.library.custom_op(
+    "tokenferry::dispatch",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? scale, Tensor topk_idx, Tensor? topk_weights, str where, SymInt[] sizes) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def dispatch(
+    x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Carry rows out and make a plan: the five parts that `redispatch` returns too, then the plan's seven tensors."""
+    group, delivery = _unpack(where, sizes)
+    rows = x if scale is None else Quantized(x, scale)
+    sent = group.dispatch(rows, Routing(topk_idx, topk_weights), delivery=delivery)
+    # The fake promises plain contiguous tensors; a backend may return views of what it received.
+    return tuple(_plain(tensor) for tensor in (*_parts(sent), *tensors_of(sent.plan)))
+
+
+@dispatch.register_fake
+def _dispatch_fake(
+    x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    group, delivery = _unpack(where, sizes)
+    new_size = torch.library.get_ctx().new_dynamic_size
+    num_ranks, num_local, top_k = group.num_ranks, group.num_local_experts, group.shape.top_k
+    space = room(group.shape, delivery, num_ranks)
+    on_host, layout = delivery.counts == "host", delivery.layout
+    received: int | torch.SymInt = new_size() if on_host else space.received
+    sent: int | torch.SymInt = new_size() if on_host else x.shape[0] * space.sent
+    if layout is Layout.MASKED:
+        delivered: int | torch.SymInt = num_local * space.given
+    elif on_host:
+        delivered = received if layout is Layout.ROWS else new_size()
+    else:
+        delivered = space.given
+    index = x.new_empty(0, dtype=torch.int64)
+    slots = 0 if layout is Layout.ROWS else received
+    return (
+        *_fake_parts((x, scale, topk_weights), (group, delivery), delivered, top_k),
+        index.new_empty(sent),
+        index.new_empty(num_ranks),
+        index.new_empty(received),
+        index.new_empty(num_ranks),
+        topk_idx.new_empty(received, top_k),
+        index.new_empty(slots, top_k),
+        index.new_empty(num_local, dtype=torch.int32),
+    )
+
+
+def _fake_parts(
+    sent: tuple[Tensor, Tensor | None, Tensor | None],
+    to: tuple[ExpertGroup, Delivery],
+    delivered: int | torch.SymInt,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (x, scale, weights), (group, delivery) = sent, to
+    layout, num_local = delivery.layout, group.num_local_experts
+    places = (num_local, delivered // num_local) if layout is Layout.MASKED else (delivered,)
+    return (
+        x.new_empty(*places, x.shape[1]),
+        x.new_empty(0) if scale is None else scale.new_empty(*places, scale.shape[1]),
+        x.new_empty(
+            (0,) if weights is None else (*places, top_k) if layout is Layout.ROWS else places, dtype=torch.float32
+        ),
+        torch.empty(num_local if delivery.counts == "host" else 0, dtype=torch.int64, device="cpu"),
+        x.new_empty(num_local + 1 if layout is Layout.EXPERTS else 0, dtype=torch.int32),
+    )
+
+
+def _dispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, scale, _, weights, where, sizes = inputs
+    sizes = [*sizes[:6], x.shape[0], num_rows(output[0])]
+    _remember(ctx, (where, sizes), output[5:], output[:2], (scale is not None, weights is not None))
+
+
+def _dispatch_backward(
+    ctx: _Context, grad_rows: Tensor, _: Tensor, grad_weights: Tensor, *__: Tensor
+) -> tuple[Any, ...]:
+    grad_x, grad_weights_home = _carry_home(ctx, grad_rows, grad_weights)
+    return grad_x, None, None, grad_weights_home, None, None
+
+
+dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
+
+
+# ---------------------------------------------------------------------- redispatch
+
+
+@torch.library.custom_op(
+    "tokenferry::redispatch",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? scale, Tensor? topk_weights, Tensor[] plan, str where, SymInt[] sizes) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def redispatch(
+    x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Carry rows along a plan: rows, scale, weights, host counts, offsets; the absent ones have no elements."""
+    group, full_plan = _unpack_plan(where, sizes, plan)
+    sent = group.redispatch(x if scale is None else Quantized(x, scale), full_plan, topk_weights=topk_weights)
+    return tuple(_plain(tensor) for tensor in _parts(sent))
+
+
+@redispatch.register_fake
+def _redispatch_fake(
+    x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    return _fake_parts((x, scale, topk_weights), _unpack(where, sizes), sizes[7], sizes[1])
+
+
+def _redispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, scale, weights, plan, where, sizes = inputs
+    _remember(ctx, (where, sizes), plan, output[:2], (scale is not None, weights is not None))
+
+
+def _redispatch_backward(
+    ctx: _Context, grad_rows: Tensor, _: Tensor, grad_weights: Tensor, *__: Tensor
+) -> tuple[Any, ...]:
+    grad_x, grad_weights_home = _carry_home(ctx, grad_rows, grad_weights)
+    return grad_x, None, grad_weights_home, [None] * 7, None, None
+
+
+redispatch.register_autograd(_redispatch_backward, setup_context=_redispatch_setup)
+
+
+def _remember(
+    ctx: _Context,
+    way: tuple[str, Sequence[int]],
+    plan: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    kinds: tuple[bool, bool],
+) -> None:
+    ctx.where, ctx.sizes = way
+    ctx.group = _group(*way)  # keeps it alive until backward has run
+    ctx.quantized, ctx.weighted = kinds
+    ctx.save_for_backward(*plan)
+    if ctx.quantized:
+        ctx.mark_non_differentiable(*rows)
+
+
+def _carry_home(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The backward of dispatch and redispatch: one combine, the same on all ranks whatever each needs gradients of."""
+    plan, sizes = ctx.saved_tensors, list(ctx.sizes)
+    weights = grad_weights.contiguous() if ctx.weighted else None
+    if ctx.quantized:
+        sizes[2] = _WEIGHTS_ONLY_HIDDEN
+        grad_rows = grad_rows.new_zeros(*grad_rows.shape[:-1], _WEIGHTS_ONLY_HIDDEN, dtype=torch.bfloat16)
+    home, weights_home = combine(grad_rows.contiguous(), weights, [], list(plan), ctx.where, sizes)
+    return None if ctx.quantized else home, weights_home if ctx.weighted else None
+
+
+# ---------------------------------------------------------------------- combine
+
+
+@torch.library.custom_op(
+    "tokenferry::combine",
+    mutates_args=(),
+    schema="(Tensor y, Tensor? topk_weights, Tensor[] biases, Tensor[] plan, str where, SymInt[] sizes) -> "
+    "(Tensor, Tensor)",
+)
+def combine(
+    y: Tensor, topk_weights: Tensor | None, biases: list[Tensor], plan: list[Tensor], where: str, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Bring rows home along a plan: sums, and weights (no elements without)."""
+    group, full_plan = _unpack_plan(where, sizes, plan)
+    by_slot = full_plan.delivery.layout is Layout.ROWS
+    if topk_weights is not None and by_slot and topk_weights.shape == full_plan.topk_idx.shape:
+        # Dispatch made the slots of other ranks' experts 0, whatever was sent: so they carry no gradient home.
+        topk_weights = topk_weights.masked_fill(full_plan.topk_idx < 0, 0.0)
+    sums = group.combine(y, full_plan, topk_weights=topk_weights, bias=tuple(biases))
+    return sums.x, y.new_empty(0, dtype=torch.float32) if sums.topk_weights is None else sums.topk_weights
+
+
+@combine.register_fake
+def _combine_fake(
+    y: Tensor, topk_weights: Tensor | None, biases: list[Tensor], plan: list[Tensor], where: str, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    weights = (0,) if topk_weights is None else (sizes[6], sizes[1])
+    return y.new_empty(sizes[6], y.shape[-1]), y.new_empty(weights, dtype=torch.float32)
+
+
+def _combine_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, weights, biases, plan, where, sizes = inputs
+    ctx.num_biases = len(biases)
+    _remember(ctx, (where, sizes), plan, (), (False, weights is not None))
+
+
+def _combine_backward(ctx: _Context, grad_x: Tensor, grad_home: Tensor) -> tuple[Any, ...]:
+    home = grad_home.contiguous() if ctx.weighted else None
+    grad_y, _, grad_weights, *_ = redispatch(
+        grad_x.contiguous(), None, home, list(ctx.saved_tensors), ctx.where, ctx.sizes
+    )
+    return grad_y, grad_weights if ctx.weighted else None, [grad_x] * ctx.num_biases, [None] * 7, None, None
+
+
+combine.register_autograd(_combine_backward, setup_context=_combine_setup)

@@ -1,0 +1,183 @@
+"""MoELayer on one and on four ranks against DenseMoE, forward and backward."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import tokenferry
+from tokenferry.nn import MoELayer, Router
+from tokenferry.testing.dense import DenseMoE
+from tokenferry.words import MoeShape, Routing
+
+EXPERTS, TOP_K, HIDDEN, FFN = 8, 3, 16, 12
+TOKENS = (5, 0, 9, 6)
+
+
+class Table(torch.nn.Module):
+    """A router that chooses what it is told, with weights that learn: -1, repeats and skew on demand."""
+
+    def __init__(self, topk_idx, topk_weights):
+        super().__init__()
+        self.topk_idx = topk_idx
+        self.topk_weights = torch.nn.Parameter(topk_weights)
+
+    def forward(self, x):
+        return Routing(self.topk_idx, self.topk_weights)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all ranks bring; any part of it can be made by any process."""
+
+    routing: str
+    dtype: torch.dtype
+    tokens: tuple[int, ...]
+
+    def split(self, tensor):
+        return tensor.split(self.tokens)
+
+    def x(self):
+        return self._random(HIDDEN, 0).to(self.dtype)
+
+    def head(self):
+        return self._random(HIDDEN, 1).to(self.dtype)
+
+    def router(self, rank=None):
+        """The router of one rank, or of all ranks' tokens."""
+        if self.routing in ("softmax", "grouped"):
+            router = Router(HIDDEN, EXPERTS, TOP_K, groups=(4, 2) if self.routing == "grouped" else None, seed=7)
+            return router.double() if self.dtype == torch.float64 else router
+        generator = torch.Generator().manual_seed(3)
+        topk_idx = torch.randint(-1, EXPERTS, (sum(self.tokens), TOP_K), generator=generator)
+        topk_idx[1::3] = -1
+        if self.routing == "skewed":
+            topk_idx = torch.where(topk_idx >= 0, 5, -1)
+        weights = self._random(TOP_K, 2).float()
+        return Table(
+            *((topk_idx, weights) if rank is None else (self.split(topk_idx)[rank], self.split(weights)[rank]))
+        )
+
+    def _random(self, width, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(sum(self.tokens), width, dtype=torch.float64, generator=generator)
+
+
+def run(module, x, head):
+    """Forward, backward, and every gradient by name."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    (out * head).sum().backward()
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, **grads}
+
+
+def _layer(rank, pg, setup):
+    shape = MoeShape(EXPERTS, TOP_K, HIDDEN, max_tokens=max(*setup.tokens, 1))
+    with tokenferry.ExpertGroup(pg, shape) as group:
+        layer = MoELayer(group, FFN, router=setup.router(rank), seed=11, dtype=setup.dtype)
+        result = run(layer, setup.split(setup.x())[rank], setup.split(setup.head())[rank])
+        return result, layer.state_dict(), layer.expert_counts
+
+
+def assembled(results, setup):
+    """What the ranks hold together: rows and experts one after another, copies of a router added up."""
+    parts = {key: [result[key] for result, _, _ in results] for key in results[0][0]}
+    shared = "router.weight"
+    return {key: sum(values) if key == shared else torch.cat(values) for key, values in parts.items()}
+
+
+TOLERANCES = {
+    # Gate weights and their gradients are float32 by contract; what depends on them agrees to its rounding only.
+    torch.float64: {"tight": {"rtol": 1e-12, "atol": 1e-13}, "through weights": {"rtol": 2e-6, "atol": 1e-6}},
+    torch.float32: {"tight": {"rtol": 1e-5, "atol": 1e-5}, "through weights": {"rtol": 1e-5, "atol": 2e-5}},
+    torch.bfloat16: {"tight": {"rtol": 3e-2, "atol": 6e-2}, "through weights": {"rtol": 4e-2, "atol": 1e-1}},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ["softmax", "grouped", "table", "skewed"])
+@pytest.mark.parametrize("tokens", [TOKENS, (7,), (0, 0, 0, 0)], ids=str)
+def test_equals_dense(worlds, routing, dtype, tokens):
+    setup = Setup(routing, dtype, tokens)
+    results = [_layer(0, None, setup)] if len(tokens) == 1 else worlds(4).run(_layer, setup)
+    dense = DenseMoE(setup.router(), [state for _, state, _ in results])
+    want = run(dense, setup.x(), setup.head())
+    got = assembled(results, setup)
+    assert set(got) == set(want)
+    for key, value in want.items():
+        assert (got[key].dtype, got[key].shape) == (value.dtype, value.shape)
+        through_weights = key.startswith("router") or (key == "x" and routing in ("softmax", "grouped"))
+        kind = "through weights" if through_weights else "tight"
+        torch.testing.assert_close(got[key], value, msg=lambda m, k=key: f"{k}: {m}", **TOLERANCES[dtype][kind])
+    assert torch.equal(torch.cat([counts for _, _, counts in results]).long(), dense.expert_counts)
+
+
+def test_one_seed_is_one_layer_whatever_the_ranks(worlds):
+    setup = Setup("softmax", torch.float32, TOKENS)
+    four = [state for _, state, _ in worlds(4).run(_layer, setup)]
+    (_, one, _) = _layer(0, None, Setup("softmax", torch.float32, (7,)))
+    for name in ("gate", "up", "down"):
+        assert torch.equal(torch.cat([state[name] for state in four]), one[name])
+        assert one[name].unique().numel() > 0.99 * one[name].numel(), "experts must differ"
+    assert all(torch.equal(state["router.weight"], one["router.weight"]) for state in four)
+
+
+def _step_with_mean_loss(rank, pg, setup):
+    """What the documentation tells users to do for a mean loss over the ranks."""
+    shape = MoeShape(EXPERTS, TOP_K, HIDDEN, max_tokens=max(setup.tokens))
+    with tokenferry.ExpertGroup(pg, shape) as group:
+        layer = MoELayer(group, FFN, router=setup.router(rank), seed=11, dtype=setup.dtype)
+        loss = layer(setup.split(setup.x())[rank]).square().mean()
+        (loss / group.num_ranks).backward()
+        for parameter in layer.replicated_parameters():
+            torch.distributed.all_reduce(parameter.grad, group=pg)
+        return {name: p.grad for name, p in layer.named_parameters()}, layer.state_dict()
+
+
+def test_the_loss_scale_is_as_documented(worlds):
+    setup = Setup("softmax", torch.float64, (5, 2, 9, 6))
+    results = worlds(4).run(_step_with_mean_loss, setup)
+    dense = DenseMoE(setup.router(), [state for _, state in results])
+    torch.stack([part.square().mean() for part in setup.split(dense(setup.x()))]).mean().backward()
+    for name in ("gate", "up", "down"):
+        got = torch.cat([grads[name] for grads, _ in results])
+        torch.testing.assert_close(got, getattr(dense, name).grad, rtol=1e-12, atol=1e-14)
+    for grads, _ in results:
+        torch.testing.assert_close(grads["router.weight"], dense.router.weight.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_compile(capture):
+    torch._dynamo.reset()
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=6))
+    layer = MoELayer(group, FFN)
+    with torch._dynamo.config.patch(capture_scalar_outputs=capture):
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=capture)
+        for num_tokens in (6, 3):
+            x, head = torch.randn(2, num_tokens, 16).unbind(0)
+            want = run(layer, x, head)
+            layer.zero_grad()
+            got = run(compiled, x, head)
+            layer.zero_grad()
+            for key, value in want.items():
+                torch.testing.assert_close(got[key if key in got else f"_orig_mod.{key}"], value)
+
+
+def test_leading_dimensions_and_bad_arguments():
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, max_tokens=6))
+    layer = MoELayer(group, FFN)
+    x = torch.randn(2, 3, 16)
+    out = layer(x)
+    assert out.shape == x.shape
+    assert torch.equal(out.view(6, 16), layer(x.view(6, 16)))
+    torch.testing.assert_close(layer(x.transpose(0, 1)).transpose(0, 1), out)
+    assert layer.expert_counts.sum() == 12
+    assert {id(p) for p in layer.expert_parameters()} == {id(layer.gate), id(layer.up), id(layer.down)}
+    assert [id(p) for p in layer.replicated_parameters()] == [id(layer.router.weight)]
+    with pytest.raises(tokenferry.ShapeError, match=r"x: expected torch.float32 as the experts, got torch.float64"):
+        layer(x.double())
+    with pytest.raises(tokenferry.CapacityError, match="T=7 rows exceed max_tokens=6"):
+        layer(torch.randn(7, 16))
+    with pytest.raises(tokenferry.ConfigError, match="ffn_hidden: expected a positive integer, got 0"):
+        MoELayer(group, 0)

@@ -1,0 +1,184 @@
+"""The gatings against plain loops over Python numbers, their ties, their gradients, and the bias update."""
+
+import math
+
+import pytest
+import torch
+
+import tokenferry
+from tokenferry.nn import Router, group_limited_topk, softmax_topk
+
+
+def best(scores, count):
+    """Indices of the ``count`` largest, the lower index first among equals."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+
+
+def softmax_reference(logits, top_k, normalize):
+    total = sum(math.exp(v) for v in logits)
+    chosen = best(logits, top_k)
+    weights = [math.exp(logits[e]) / total for e in chosen]
+    return chosen, [w / sum(weights) for w in weights] if normalize else weights
+
+
+def group_reference(logits, top_k, num_groups, top_groups, bias, scale):
+    scores = [1 / (1 + math.exp(-v)) for v in logits]
+    biased = [s + b for s, b in zip(scores, bias, strict=True)]
+    width = len(logits) // num_groups
+    value = [sum(sorted(biased[g * width : (g + 1) * width], reverse=True)[:2]) for g in range(num_groups)]
+    allowed = best(value, top_groups)
+    chosen = best([b if i // width in allowed else -math.inf for i, b in enumerate(biased)], top_k)
+    return chosen, [scores[e] / sum(scores[c] for c in chosen) * scale for e in chosen]
+
+
+def random_logits(num_experts, *, ties):
+    generator = torch.Generator().manual_seed(num_experts)
+    logits = torch.randn(40, num_experts, dtype=torch.float64, generator=generator) * 2
+    return logits.round() if ties else logits
+
+
+def compare(routing, logits, reference):
+    assert routing.topk_idx.dtype == torch.int64
+    assert routing.topk_weights.dtype == torch.float32
+    for token, row in enumerate(logits.tolist()):
+        chosen, weights = reference(row)
+        assert routing.topk_idx[token].tolist() == chosen
+        assert routing.topk_weights[token].tolist() == pytest.approx(weights, rel=1e-6)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 2), (24, 8), (6, 6)])
+def test_softmax_topk(num_experts, top_k, ties):
+    logits = random_logits(num_experts, ties=ties)
+    for normalize in (True, False):
+        routing = softmax_topk(logits, top_k, normalize=normalize)
+        compare(routing, logits, lambda row, n=normalize: softmax_reference(row, top_k, n))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "num_groups", "top_groups", "scale"),
+    [(16, 4, 4, 2, 1.0), (24, 8, 8, 4, 2.5), (8, 2, 1, 1, 1.0), (6, 2, 6, 3, 1.0), (8, 4, 4, 2, 16.0)],
+)
+def test_group_limited_topk(num_experts, top_k, num_groups, top_groups, scale, ties):
+    logits = random_logits(num_experts, ties=ties)
+    # Quarters: sums of equal scores and biases are equal in Python, too. They move the choice, and the group's rank.
+    bias = torch.randint(-4, 5, (num_experts,), generator=torch.Generator().manual_seed(1)).double() / 4
+    for given in (bias, None):
+        routing = group_limited_topk(
+            logits, top_k, num_groups=num_groups, top_groups=top_groups, bias=given, scale=scale
+        )
+        zero = [0.0] * num_experts
+        values = zero if given is None else given.tolist()
+        compare(routing, logits, lambda row, b=values: group_reference(row, top_k, num_groups, top_groups, b, scale))
+
+
+def test_the_bias_moves_the_choice_and_not_the_weights():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    bias = torch.tensor([9.0, 0.0, 0.0, 0.0])
+    routing = group_limited_topk(logits, 2, num_groups=1, top_groups=1, bias=bias)
+    assert routing.topk_idx.tolist() == [[0, 3]]
+    scores = [0.5, 1 / (1 + math.exp(-3))]
+    assert routing.topk_weights[0].tolist() == pytest.approx([s / sum(scores) for s in scores])
+
+
+def test_scores_that_underflow_give_weights_of_zero_and_finite_gradients():
+    logits = torch.full((1, 4), -200.0, requires_grad=True)
+    routing = group_limited_topk(logits, 2, num_groups=2, top_groups=1)
+    assert routing.topk_weights.tolist() == [[0.0, 0.0]]
+    routing.topk_weights.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_narrow_logits_are_computed_in_float32(dtype):
+    logits = random_logits(16, ties=False).to(dtype)
+    for gate in (lambda v: softmax_topk(v, 4), lambda v: group_limited_topk(v, 4, num_groups=4, top_groups=2)):
+        got, want = gate(logits), gate(logits.float())
+        assert torch.equal(got.topk_idx, want.topk_idx)
+        assert torch.equal(got.topk_weights, want.topk_weights)
+
+
+@pytest.mark.parametrize("groups", [None, (4, 2)])
+def test_gradients_reach_rows_and_weight(groups):
+    router = Router(4, 16, 3, groups=groups, scale=1.0 if groups is None else 2.5).double()
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    head = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(x, weight):
+        routing = torch.func.functional_call(router, {"weight": weight}, (x,))
+        return (routing.topk_weights.double() * head).sum()
+
+    weight = router.weight.detach().clone().requires_grad_()
+    # Weights leave as float32: steps and tolerances that its rounding allows.
+    assert torch.autograd.gradcheck(loss, (x, weight), eps=1e-3, atol=2e-4, rtol=1e-3)
+
+
+def test_routers_of_one_seed_are_equal_and_deterministic():
+    one, two, other = Router(8, 16, 4, seed=5), Router(8, 16, 4, seed=5), Router(8, 16, 4, seed=6)
+    assert torch.equal(one.weight, two.weight)
+    assert not torch.equal(one.weight, other.weight)
+    x = torch.randn(64, 8)
+    assert torch.equal(one(x).topk_idx, two(x).topk_idx)
+    assert one(x[:0]).topk_idx.shape == (0, 4)
+
+
+@pytest.mark.parametrize("groups", [None, (4, 2)])
+def test_narrow_rows_are_routed_in_float32(groups):
+    router = Router(32, 16, 4, groups=groups)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got, want = router(x), router(x.float())
+    assert torch.equal(got.topk_idx, want.topk_idx)
+    assert torch.equal(got.topk_weights, want.topk_weights)
+
+
+def test_update_bias_follows_the_load():
+    router = Router(8, 4, 2, groups=(2, 1))
+    router.update_bias(torch.tensor([7, 1, 4, 4], dtype=torch.int32), rate=0.25)
+    assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+    router.update_bias(torch.tensor([0, 0, 8, 0]))
+    assert router.bias.tolist() == pytest.approx([-0.249, 0.251, -0.001, 0.001])
+    assert not router.bias.requires_grad
+    assert "bias" in router.state_dict()
+
+
+def test_update_bias_balances_a_skewed_load():
+    generator = torch.Generator().manual_seed(0)
+    router = Router(8, 8, 2, groups=(1, 1), seed=3)
+    x = torch.randn(512, 8, generator=generator) + 1.0  # a common direction: some experts are liked by all
+
+    def load():
+        return torch.bincount(router(x).topk_idx.flatten(), minlength=8)
+
+    before = load().max()
+    for _ in range(200):
+        router.update_bias(load(), rate=0.01)
+    assert load().max() < 0.6 * before
+    assert load().max() < 1.5 * 512 * 2 / 8
+
+
+LOGITS = torch.zeros(3, 8)
+BAD_CALLS = (
+    (lambda: softmax_topk(LOGITS[0], 2), tokenferry.ShapeError, r"logits: expected floating point \[T, E\], got"),
+    (lambda: softmax_topk(LOGITS.long(), 2), tokenferry.ShapeError, "logits: .* torch.int64"),
+    (lambda: softmax_topk(LOGITS, 9), tokenferry.ConfigError, r"top_k: expected 1 \.\. 8, got 9"),
+    (lambda: group_limited_topk(LOGITS, 2, num_groups=3, top_groups=1), tokenferry.ConfigError, "does not divide E=8"),
+    (lambda: group_limited_topk(LOGITS, 2, num_groups=0, top_groups=1), tokenferry.ConfigError, "num_groups: .* got 0"),
+    (lambda: group_limited_topk(LOGITS, 2, num_groups=4, top_groups=5), tokenferry.ConfigError, "top_groups: .* got 5"),
+    (lambda: group_limited_topk(LOGITS, 5, num_groups=4, top_groups=2), tokenferry.ConfigError, r"top_k: .* 1 \.\. 4"),
+    (
+        lambda: group_limited_topk(LOGITS, 2, num_groups=4, top_groups=2, bias=torch.zeros(4)),
+        tokenferry.ShapeError,
+        r"bias: expected \[E\] = \[8\], got \[4\]",
+    ),
+    (lambda: Router(8, 8, 2, scale=2.0), tokenferry.ConfigError, "scale=2.0 needs groups"),
+    (lambda: Router(8, 8, 2, seed=-1), tokenferry.ConfigError, "seed: .* got -1"),
+    (lambda: Router(8, 8, 2).update_bias(torch.zeros(8)), tokenferry.ConfigError, "has no bias"),
+    (lambda: Router(8, 8, 2, groups=(1, 1)).update_bias(torch.zeros(4)), tokenferry.ShapeError, r"got \[4\]; gather"),
+)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS, ids=[message for _, _, message in BAD_CALLS])
+def test_bad_calls_say_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

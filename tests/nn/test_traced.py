@@ -1,0 +1,155 @@
+"""The ops under torch.compile, on fake tensors, and under torch.library's own checks."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import tokenferry
+from tokenferry import Delivery, Layout, MoeShape, Quantized, Routing, autograd
+
+SHAPE = MoeShape(num_experts=4, top_k=2, hidden=4, max_tokens=8)
+HOST = (Delivery(), Delivery(Layout.EXPERTS, alignment=4), Delivery(Layout.MASKED, capacity=8))
+DEVICE = (
+    Delivery(counts="device"),
+    Delivery(Layout.EXPERTS, alignment=4, counts="device"),
+    Delivery(Layout.MASKED, counts="device"),
+)
+
+
+def name(delivery):
+    return f"{delivery.layout.value}-{delivery.counts}"
+
+
+@pytest.fixture
+def group():
+    torch._dynamo.reset()
+    with tokenferry.ExpertGroup(None, SHAPE) as group:
+        yield group
+
+
+def inputs(rank, num_tokens):
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(num_tokens, SHAPE.hidden, generator=generator)
+    weights = torch.rand(num_tokens, SHAPE.top_k, generator=generator)
+    return x, weights, torch.randint(-1, SHAPE.num_experts, (num_tokens, SHAPE.top_k), generator=generator)
+
+
+def layer(group, delivery, x, weights, topk_idx):
+    """Both directions and a redispatch, with weights carried both ways."""
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    home = autograd.combine(group, sent.x.tanh(), sent.plan, topk_weights=sent.topk_weights, bias=x)
+    again = autograd.redispatch(group, home.x, sent.plan, topk_weights=home.topk_weights)
+    gates = again.topk_weights.sum(-1, keepdim=True) if sent.topk_idx is not None else again.topk_weights.unsqueeze(-1)
+    return autograd.combine(group, again.x * gates, sent.plan).x
+
+
+def gradients(function, num_tokens, rank=0):
+    x, weights, topk_idx = inputs(rank, num_tokens)
+    x.requires_grad_()
+    weights.requires_grad_()
+    out = function(x, weights, topk_idx)
+    out.square().sum().backward()
+    return out.detach(), x.grad, weights.grad
+
+
+def _compiled_equals_eager(rank, pg, delivery, backend):
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+
+        def eager(x, weights, topk_idx):
+            return layer(group, delivery, x, weights, topk_idx)
+
+        compiled = torch.compile(eager, fullgraph=True, backend=backend)
+        for num_tokens in (5 - rank, 8 - rank):  # the second makes T a dynamic size
+            for got, want in zip(
+                gradients(compiled, num_tokens, rank), gradients(eager, num_tokens, rank), strict=True
+            ):
+                torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("delivery", [*HOST, *DEVICE], ids=name)
+def test_compile_fullgraph(delivery):
+    torch._dynamo.reset()
+    _compiled_equals_eager(0, None, delivery, "aot_eager")
+
+
+def test_compile_fullgraph_between_ranks(worlds):
+    worlds(2).run(_compiled_equals_eager, Delivery(Layout.EXPERTS, alignment=4), "aot_eager")
+
+
+def test_a_compiled_function_may_return_what_dispatch_returns(group):
+    x, weights, topk_idx = inputs(0, 5)
+    delivery = Delivery(Layout.EXPERTS)
+
+    def function(x, weights):
+        return autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+
+    got = torch.compile(function, fullgraph=True, backend="eager")(x, weights)
+    want = function(x, weights)
+    assert torch.equal(got.x, want.x)
+    assert torch.equal(got.expert_offsets, want.expert_offsets)
+    assert (got.host_counts, want.host_counts) == (None, tuple(want.expert_counts.tolist()))
+    assert torch.equal(group.combine(got.x, got.plan).x, group.combine(want.x, want.plan).x)
+
+
+def shapes(sent):
+    return {
+        "x": sent.x.shape,
+        "topk_weights": sent.topk_weights.shape,
+        "expert_counts": sent.expert_counts.shape,
+        **{field: getattr(sent.plan, field).shape for field in ("dst_token", "src_token", "topk_idx", "row_idx")},
+    }
+
+
+@pytest.mark.parametrize("delivery", DEVICE, ids=name)
+def test_fake_tensors_have_the_true_shapes_with_device_counts(group, delivery):
+    x, weights, topk_idx = inputs(0, 5)
+    true = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    with FakeTensorMode() as mode:
+        x, weights, topk_idx = (mode.from_tensor(t) for t in (x, weights, topk_idx))
+        fake = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+        assert shapes(fake) == shapes(true)
+        assert fake.host_counts is None
+        again = autograd.redispatch(group, x, fake.plan, topk_weights=weights)
+        assert again.x.shape == true.x.shape
+        home = autograd.combine(group, fake.x, fake.plan, topk_weights=fake.topk_weights)
+        assert (home.x.shape, home.topk_weights.shape) == ((5, 4), (5, 2))
+
+
+@pytest.mark.parametrize("delivery", HOST, ids=name)
+def test_fake_tensors_have_a_dynamic_number_of_rows_with_host_counts(group, delivery):
+    x, weights, topk_idx = inputs(0, 5)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        x, weights, topk_idx = (mode.from_tensor(t) for t in (x, weights, topk_idx))
+        fake = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+        assert isinstance(fake.plan.src_token.shape[0], torch.SymInt)
+        assert (fake.x.dtype, fake.x.shape[-1], fake.host_counts) == (torch.float32, 4, None)
+        if delivery.layout is Layout.MASKED:
+            assert fake.x.shape == (4, 8, 4)
+        assert autograd.combine(group, fake.x, fake.plan).x.shape == (5, 4)
+
+
+# What opcheck asks of an op: that its schema is true, that autograd is registered in the right place, that the fake
+# gives what the real one gives, and that both agree when traced with dynamic sizes, gradients included.
+@pytest.mark.parametrize("delivery", [*HOST, *DEVICE], ids=name)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_opcheck(group, delivery, quantized):
+    x, weights, topk_idx = inputs(0, 5)
+    weights.requires_grad_()
+    scale = torch.rand(5, 3) if quantized else None
+    x = x.repeat(1, 2) if quantized else x.requires_grad_()
+    ops = autograd.ops
+    where, sizes = ops.pack(group, group.key, delivery, 0, 0)
+    torch.library.opcheck(ops.dispatch, (x, scale, topk_idx, weights, where, sizes))
+
+    rows = x if scale is None else Quantized(x, scale)
+    sent = autograd.dispatch(group, rows, Routing(topk_idx, weights), delivery=delivery)
+    where, sizes = ops.pack(group, group.key, sent.plan.delivery, 5, sent.plan.num_delivered)
+    plan = ops.tensors_of(sent.plan)
+    torch.library.opcheck(ops.redispatch, (x, scale, weights, plan, where, sizes))
+    if not quantized:
+        y = sent.x.detach().requires_grad_()
+        row_weights = sent.topk_weights.detach().requires_grad_()
+        bias = torch.randn(5, 4, requires_grad=True)
+        torch.library.opcheck(ops.combine, (y, row_weights, [bias], plan, where, sizes))
+        torch.library.opcheck(ops.combine, (y.detach(), None, [], plan, where, sizes))
