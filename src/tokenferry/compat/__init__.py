@@ -1,0 +1,1 @@
+"""APIs of other libraries, spoken by tokenferry. Imported by no other room."""

@@ -1,0 +1,107 @@
+"""What the calls of `Buffer` share: events in and out, rows in and out, and the refusal of what cannot be honoured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.checks import FLOATS
+from tokenferry.compat.deep_ep.config import Config
+from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
+from tokenferry.errors import ArgumentError, ShapeError, UnsupportedError
+from tokenferry.words import Quantized
+
+Rows = Tensor | tuple[Tensor, Tensor]
+"""What DeepEP calls ``x``: rows, or (rows, scales)."""
+
+
+def begin(call: str, previous_event: object, async_finish: bool, allocate_on_comm_stream: bool) -> None:
+    """Check DeepEP's rule about streams, and wait for what the caller wants waited for.
+
+    Raises:
+        ArgumentError: ``previous_event`` is of another kind, or ``allocate_on_comm_stream`` lacks what it needs.
+    """
+    event = previous_event.event if isinstance(previous_event, EventOverlap) else previous_event
+    if event is not None and not isinstance(event, EventHandle):
+        raise ArgumentError(
+            f"{call}: previous_event: expected an EventOverlap or None, got {type(event).__name__}; "
+            "pass Buffer.capture() or the event of an earlier call"
+        )
+    if allocate_on_comm_stream and (event is None or not async_finish):
+        raise ArgumentError(
+            f"{call}: allocate_on_comm_stream: needs async_finish=True and a previous_event that holds an event, got "
+            f"async_finish={async_finish} and {'no' if event is None else 'an'} event; pass both, or leave it out"
+        )
+    if event is not None:
+        event.current_stream_wait()
+
+
+def finish(async_finish: bool) -> EventOverlap:
+    """The event of a call that is done: one to wait for if the caller asked for one."""
+    return EventOverlap(EventHandle() if async_finish else None)
+
+
+def check_config(call: str, config: object) -> None:
+    """Raise ArgumentError unless ``config`` is a Config or None; it changes nothing."""
+    if config is not None and not isinstance(config, Config):
+        raise ArgumentError(f"{call}: config: expected a Config or None, got {type(config).__name__}; see Config")
+
+
+def refuse(call: str, remedy: str, **arguments: object) -> None:
+    """Refuse every argument that is not at its neutral value (None, False or 0).
+
+    Raises:
+        UnsupportedError: names the argument, its value and the remedy.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) or value not in (None, False, 0):
+            got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise UnsupportedError(f"{call}: {name}: got {got}, which tokenferry cannot honour; {remedy}")
+
+
+def to_native(call: str, x: object) -> Tensor | Quantized:
+    """Wrap ``x``: floating rows as they are; (rows, scales), and rows of any other dtype, as `Quantized`.
+
+    Raises:
+        ShapeError: ``x`` is neither rows nor (rows, scales).
+    """
+    data, scale = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+    if not isinstance(data, Tensor) or data.ndim != 2 or not isinstance(scale, Tensor | None):
+        raise ShapeError(
+            f"{call}: x: expected a tensor [T, H] or a tuple of rows [T, H] and scales [T, S], got {_describe(x)}; "
+            "reshape the rows to two dimensions"
+        )
+    if scale is None:
+        rows = data.detach()
+        return (
+            rows if data.dtype in FLOATS else Quantized(rows, data.new_empty((data.shape[0], 0), dtype=torch.float32))
+        )
+    return Quantized(data.detach(), scale.detach().unsqueeze(1) if scale.ndim == 1 else scale.detach())
+
+
+def from_native(value: Tensor | Quantized, like: Rows) -> Rows:
+    """Unwrap received rows into the form in which they were sent; scales are contiguous by row."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(like, Tensor):
+        return value.data
+    scale = value.scale.contiguous()
+    return value.data, scale[:, 0] if like[1].ndim == 1 else scale
+
+
+def width(rows: Tensor | Quantized) -> int:
+    """H, or the width of packed rows."""
+    return (rows.data if isinstance(rows, Quantized) else rows).shape[1]
+
+
+def height(rows: Tensor | Quantized) -> int:
+    """T."""
+    return (rows.data if isinstance(rows, Quantized) else rows).shape[0]
+
+
+def _describe(x: Any) -> str:  # noqa: ANN401 - whatever the user passed
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {list(x.shape)}"
+    return f"({', '.join(_describe(part) for part in x)})" if isinstance(x, tuple) else type(x).__name__

@@ -1,0 +1,353 @@
+"""`Buffer`: DeepEP's V1 API. Every method takes the arguments of all its dialects and returns DeepEP's tuples.
+
+What happens to arguments that speak of hardware, or of forks of DeepEP; what is not listed does what DeepEP says:
+
+================================================== ==============================================================
+argument                                           what tokenferry does with it
+================================================== ==============================================================
+num_nvl_bytes, num_rdma_bytes                      kept as attributes; only `Buffer.get_local_buffer_tensor` uses
+                                                   them. Rows travel in memory that calls allocate as they need it
+num_qps_per_rank, allow_mnnvl, use_fabric,         any value is right: there are no queue pairs and no NVLink
+allow_nvlink_for_low_latency_mode                  whose use they could steer
+config, Buffer.set_num_sms, num_sms                checked, then without effect: calls occupy no SMs
+previous_event, async_finish,                      checked by DeepEP's rules; work is done when a call returns, so
+allocate_on_comm_stream                            an event that is returned has passed already
+round_scale, use_ue8m0                             describe FP8 scales; without use_fp8 there are none
+dispatch_wait_recv_cost_stats,                     nanoseconds are added (DeepEP: clock cycles)
+combine_wait_recv_cost_stats
+comm, use_nvfp4, x_global_scale, use_logfmt,       `UnsupportedError` unless neutral (None, False, 0)
+overlap, src_signals, src_signal_expect_value,
+packed_recv_count, comp_signal, block_m, threshold
+================================================== ==============================================================
+
+Lifted limits: any R with E % R == 0 (also 1), any K, any H whose row is a multiple of 16 bytes, bfloat16, float16 and
+float32 rows, T = 0 and T that differs by rank, any number of results alive at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenferry.api import ExpertGroup
+from tokenferry.compat.deep_ep import config as configs
+from tokenferry.compat.deep_ep import throughput
+from tokenferry.compat.deep_ep.arguments import Rows, begin, check_config, finish, refuse
+from tokenferry.compat.deep_ep.config import Config
+from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
+from tokenferry.compat.deep_ep.runtime import Runtime
+from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
+from tokenferry.errors import ArgumentError
+from tokenferry.words import MoeShape, Routing
+
+Handle = tuple[Any, ...]
+
+
+class Buffer(LowLatencyCalls):
+    """R ranks that send tokens to experts, as DeepEP's V1 `Buffer` has it.
+
+    Contract:
+        Collective: making it, `dispatch`, `combine`, `low_latency_dispatch` and `low_latency_combine`; the rest is
+            local, `destroy` too.
+        Host: every call returns with its work done, or with a hook that does the rest.
+        Gradient: none; results carry no graph. The backward of `dispatch` is `combine` with ``topk_weights``; that of
+            `combine` is `dispatch` with the handle.
+
+    Args:
+        group: A process group that works on CPU tensors, or None for a group of one rank.
+        num_nvl_bytes: Size of one of the two local buffers.
+        num_rdma_bytes: Size of the other.
+        low_latency_mode: Allow the low-latency calls.
+        num_qps_per_rank: A hint, see the table of this module.
+        allow_nvlink_for_low_latency_mode: The same.
+        allow_mnnvl: The same.
+        explicitly_destroy: Allow `destroy`. Without it everything is freed when the object is.
+        enable_shrink: A rank that does not answer in time is masked in low-latency calls instead of raising.
+        comm: Only None: a group is made of a process group.
+        use_fabric: A hint, see the table of this module.
+
+    Raises:
+        UnsupportedError: ``comm`` was given.
+        ArgumentError: ``enable_shrink`` without ``low_latency_mode``, or a negative size.
+        BackendUnavailable: the group cannot carry CPU tensors.
+        PeerTimeout: a rank did not come.
+    """
+
+    num_sms: int = 20
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: object | None = None,
+        *,
+        use_fabric: bool = False,
+    ) -> None:
+        refuse("Buffer", "make it with a torch.distributed process group", comm=comm)
+        if min(num_nvl_bytes, num_rdma_bytes) < 0:
+            raise ArgumentError(f"Buffer: expected sizes of 0 or more, got {num_nvl_bytes=} and {num_rdma_bytes=}")
+        if enable_shrink and not low_latency_mode:
+            raise ArgumentError(
+                "Buffer: enable_shrink: only low-latency calls can skip a rank; pass low_latency_mode=True"
+            )
+        self.group = group
+        self.rank = 0 if group is None else group.rank()
+        self.group_size = 1 if group is None else group.size()
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        on_timeout = "mask" if enable_shrink else "raise"
+        self._experts = ExpertGroup(group, MoeShape(self.group_size, 1, 16, 1), on_timeout=on_timeout)
+        self._local: dict[bool, Tensor] = {}
+        # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
+        self._closing = weakref.finalize(self, self._experts.close)
+        self._closing.atexit = False
+        self.runtime: Runtime | None = Runtime(self._experts)
+
+    def destroy(self) -> None:
+        """Free connections and memory; later calls raise ClosedError. Local, idempotent, never blocks.
+
+        Raises:
+            ArgumentError: the buffer was made with ``explicitly_destroy=False``.
+        """
+        if not self.explicitly_destroy:
+            raise ArgumentError("Buffer.destroy: explicitly_destroy=False frees by itself; make the Buffer with True")
+        self._closing()
+        self._local.clear()
+        self.runtime = None
+
+    # ------------------------------------------------------------------ small methods
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether FP8 rows and groups of more than 8 ranks work: True."""
+        return True
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set ``Buffer.num_sms``, which default configs take over. Raises ConfigError unless it is even."""
+        configs.check_num_sms("Buffer.set_num_sms", new_num_sms)
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event of what was submitted so far."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """DeepEP's default numbers for `dispatch`; for an R that it does not list, those of the next larger one."""
+        return configs.dispatch_config(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """The same for `combine`."""
+        return configs.combine_config(num_ranks, Buffer.num_sms)
+
+    def get_comm_stream(self) -> torch.cpu.Stream:
+        """The stream of communication: on the CPU there is one for everything."""
+        return torch.cpu.current_stream()
+
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> Tensor:
+        """Memory of the size that the constructor was given, allocated at the first call; no other call uses it.
+
+        Args:
+            dtype: Of the view that is returned.
+            size: Its shape; None: one dimension with all that is left.
+            offset: Bytes to leave out at the start.
+            use_rdma_buffer: The one of ``num_rdma_bytes`` instead of ``num_nvl_bytes``.
+
+        Raises:
+            ArgumentError: ``size`` and ``offset`` need more than there is, or ``offset`` does not fit ``dtype``.
+        """
+        self._open("Buffer.get_local_buffer_tensor")
+        name, have = ("num_nvl_bytes", self.num_nvl_bytes)
+        if use_rdma_buffer:
+            name, have = ("num_rdma_bytes", self.num_rdma_bytes)
+        shape = torch.Size([(have - offset) // dtype.itemsize]) if size is None else torch.Size(size)
+        end = offset + shape.numel() * dtype.itemsize
+        if not 0 <= offset <= end <= have or offset % dtype.itemsize:
+            raise ArgumentError(
+                f"Buffer.get_local_buffer_tensor: {dtype} {list(shape)} at {offset=} would end at byte {end} of "
+                f"{name}={have}; ask for less, at a multiple of {dtype.itemsize} bytes, or make a larger Buffer"
+            )
+        if use_rdma_buffer not in self._local:
+            self._local[use_rdma_buffer] = torch.empty(have, dtype=torch.uint8, device=self._experts.device)
+        return self._local[use_rdma_buffer][offset:end].view(dtype).view(shape)
+
+    # ------------------------------------------------------------------ normal mode
+
+    @torch.no_grad()
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """Count where tokens go. Local.
+
+        Args:
+            topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused.
+            num_experts: E, a multiple of R.
+            previous_event: Waited for.
+            async_finish: Return an event that can be waited for.
+            allocate_on_comm_stream: Needs both of these.
+
+        Returns:
+            (``num_tokens_per_rank`` ``[R]`` int32: a token counts once per rank, ``num_tokens_per_rdma_rank``
+            ``[ceil(R / 8)]`` int32 or None for R <= 8, ``num_tokens_per_expert`` ``[E]`` int32, ``is_token_in_rank``
+            ``[T, R]`` bool, event).
+
+        Raises:
+            ShapeError, RoutingError, ConfigError, ArgumentError: an argument is wrong; names it.
+        """
+        call = "Buffer.get_dispatch_layout"
+        self._open(call)
+        begin(call, previous_event, async_finish, allocate_on_comm_stream)
+        found = throughput.layout_of(self._experts, topk_idx, num_experts, call)
+        assert found.per_expert is not None
+        per_node = found.per_node if self.group_size > configs.RANKS_PER_NODE else None
+        return found.per_rank, per_node, found.per_expert, found.in_rank, finish(async_finish)
+
+    @torch.no_grad()
+    def dispatch(
+        self,
+        x: Rows,
+        handle: Handle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap]:
+        """Send every token to each rank that holds one of its experts. Collective.
+
+        Args:
+            x: ``[T, H]``, or rows with scales, ``([T, H], [T, S])``; scales of any dtype and strides.
+            handle: Send where the rows of an earlier call went; the routing arguments must then be None.
+            num_tokens_per_rank: These four as `get_dispatch_layout` returned them. Slots of a rank that
+                ``is_token_in_rank`` leaves out are dropped; it cannot add one that ``topk_idx`` does not name.
+            num_tokens_per_rdma_rank: May be None.
+            is_token_in_rank: See above.
+            num_tokens_per_expert: Its length is E.
+            topk_idx: ``[T, K]`` int64 or int32; None: rows travel alone, by ``is_token_in_rank``.
+            topk_weights: ``[T, K]`` float32, to travel along; needs ``topk_idx``.
+            expert_alignment: Counts in the list that is returned are rounded up to this.
+            num_worst_tokens: Above 0: results have this many rows, of which those past the end have ``recv_topk_idx``
+                -1 and undefined data; the list is empty. Rows that do not fit raise CapacityError on every rank.
+            config: Checked, then without effect.
+            previous_event: Waited for.
+            async_finish: Return an event that can be waited for.
+            allocate_on_comm_stream: Needs both of these.
+
+        Returns:
+            (``recv_x`` ``[N, H]`` in the form of ``x``, by source rank, then token; ``recv_topk_idx`` ``[N, K]`` local
+            experts, -1 for those of other ranks; ``recv_topk_weights`` ``[N, K]``, 0 there; rows per local expert as a
+            list of ints; handle; event). With a handle: (``recv_x``, None, None, None, None, event). ``handle[0]`` is
+            the int32 ``[R, R]`` matrix in which ``[i, rank]`` counts the rows from ranks 0..i; columns of other ranks
+            are -1.
+
+        Raises:
+            ArgumentError: arguments are missing or contradict each other; names them.
+            ShapeError, RoutingError, CapacityError, PlanError, MismatchError, PeerTimeout, ClosedError: as
+                `ExpertGroup.dispatch`.
+        """
+        call = "Buffer.dispatch"
+        self._open(call)
+        check_config(call, config)
+        routing_arguments = {
+            "num_tokens_per_rank": num_tokens_per_rank,
+            "num_tokens_per_rdma_rank": num_tokens_per_rdma_rank,
+            "is_token_in_rank": is_token_in_rank,
+            "num_tokens_per_expert": num_tokens_per_expert,
+            "topk_idx": topk_idx,
+            "topk_weights": topk_weights,
+            "num_worst_tokens": num_worst_tokens or None,
+        }
+        if handle is not None:
+            given = [name for name, value in routing_arguments.items() if value is not None]
+            if given:
+                raise ArgumentError(
+                    f"{call}: {given[0]}: expected None, since handle says where rows go; leave out one of them"
+                )
+            begin(call, previous_event, async_finish, allocate_on_comm_stream)
+            return throughput.dispatch_again(self._experts, x, handle), None, None, None, None, finish(async_finish)
+        if topk_weights is not None and topk_idx is None:
+            raise ArgumentError(f"{call}: topk_weights: needs topk_idx, got None; pass both or neither")
+        for name in ("num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert"):
+            if routing_arguments[name] is None:
+                raise ArgumentError(
+                    f"{call}: {name}: expected a tensor, got None; pass what get_dispatch_layout returned"
+                )
+        assert num_tokens_per_rank is not None
+        assert is_token_in_rank is not None
+        told = throughput.TokenLayout(
+            num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
+        )
+        begin(call, previous_event, async_finish, allocate_on_comm_stream)
+        routing = None if topk_idx is None else Routing(topk_idx, topk_weights)
+        sent = throughput.dispatch(
+            self._experts, x, routing, told, expert_alignment=expert_alignment, num_worst_tokens=num_worst_tokens
+        )
+        return *sent, finish(async_finish)
+
+    @torch.no_grad()
+    def combine(
+        self,
+        x: Tensor,
+        handle: Handle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Add up the rows of each token at home: biases first, then rank by rank, in float32, rounded once. Collective.
+
+        Args:
+            x: ``[N, H]``: one row for each that `dispatch` delivered; gate weights are not applied here.
+            handle: From `dispatch`; may be used again.
+            topk_weights: ``[N, K]`` float32, added up the same way.
+            bias: None, ``[T, H]`` or two of them.
+            config: Checked, then without effect.
+            previous_event: Waited for.
+            async_finish: Return an event that can be waited for.
+            allocate_on_comm_stream: Needs both of these.
+
+        Returns:
+            (``combined_x`` ``[T, H]``, ``combined_topk_weights`` ``[T, K]`` or None, event).
+
+        Raises:
+            ArgumentError, ShapeError, PlanError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
+        """
+        call = "Buffer.combine"
+        self._open(call)
+        check_config(call, config)
+        begin(call, previous_event, async_finish, allocate_on_comm_stream)
+        combined_x, weights = throughput.combine(self._experts, x, handle, topk_weights, bias)
+        return combined_x, weights, finish(async_finish)

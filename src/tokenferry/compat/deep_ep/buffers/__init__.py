@@ -1,0 +1,1 @@
+"""Module path of DeepEP 2: `deep_ep.buffers.legacy.Buffer`."""

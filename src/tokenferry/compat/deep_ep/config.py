@@ -1,0 +1,160 @@
+"""`Config`: the numbers with which DeepEP's V1 kernels are tuned, their defaults, and the buffer sizes that follow.
+
+Nothing here changes what tokenferry sends: it has no channels, no chunks and no ring buffers. The class keeps DeepEP's
+rules and formulas so that programs can compute the sizes that they pass to `Buffer`.
+"""
+
+from __future__ import annotations
+
+from tokenferry.errors import ConfigError
+
+RANKS_PER_NODE = 8
+"""DeepEP V1 takes ranks 8n .. 8n+7 for one NVLink domain; sizes and ``num_tokens_per_rdma_rank`` follow it."""
+
+_SOURCE_BYTES = 8
+"""Source rank and source token of a row, int32 each."""
+
+_ROW_EXTRA_BYTES = _SOURCE_BYTES + 128 * 8 + 128 * 4 + 128 * 4
+"""Besides its data a row may bring 128 expert ids (int64), 128 gate weights and 128 scales (float32)."""
+
+# R: (nvl_send, nvl_recv, rdma_send, rdma_recv), as DeepEP publishes them.
+_DISPATCH = {
+    2: (24, 256, 6, 128),
+    4: (6, 256, 6, 128),
+    8: (6, 256, 6, 128),
+    16: (36, 288, 20, 128),
+    24: (32, 288, 8, 128),
+    32: (32, 288, 8, 128),
+    48: (32, 288, 8, 128),
+    64: (32, 288, 8, 128),
+    96: (20, 480, 12, 128),
+    128: (20, 560, 12, 128),
+    144: (32, 720, 12, 128),
+    160: (28, 720, 12, 128),
+}
+_COMBINE = {
+    2: (10, 256, 6, 128),
+    4: (9, 256, 6, 128),
+    8: (4, 256, 6, 128),
+    16: (4, 288, 12, 128),
+    24: (1, 288, 8, 128),
+    32: (1, 288, 8, 128),
+    48: (1, 288, 8, 128),
+    64: (1, 288, 8, 128),
+    96: (1, 480, 8, 128),
+    128: (1, 560, 8, 128),
+    144: (2, 720, 8, 128),
+    160: (2, 720, 8, 128),
+}
+
+
+class Config:
+    """Tuning numbers of DeepEP's V1 kernels; `Buffer.dispatch` and `Buffer.combine` accept them. Local.
+
+    Args:
+        num_sms: SMs of a kernel, even; half as many channels.
+        num_max_nvl_chunked_send_tokens: Tokens sent at once over NVLink; fewer than are received at once.
+        num_max_nvl_chunked_recv_tokens: Tokens that an NVLink channel has room for.
+        num_max_rdma_chunked_send_tokens: Tokens sent at once over RDMA; at most half of those received.
+        num_max_rdma_chunked_recv_tokens: Tokens that an RDMA channel has room for; rounded up to a multiple of those
+            sent.
+
+    Raises:
+        ConfigError: a number breaks one of these rules; names it.
+    """
+
+    def __init__(
+        self,
+        num_sms: int = 20,
+        num_max_nvl_chunked_send_tokens: int = 6,
+        num_max_nvl_chunked_recv_tokens: int = 256,
+        num_max_rdma_chunked_send_tokens: int = 6,
+        num_max_rdma_chunked_recv_tokens: int = 256,
+    ) -> None:
+        nvl_send, nvl_recv = num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens
+        rdma_send, rdma_recv = num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens
+        check_num_sms("Config", num_sms)
+        if not 0 < nvl_send < nvl_recv:
+            raise ConfigError(
+                f"Config: num_max_nvl_chunked_send_tokens: expected 1 .. {nvl_recv - 1}, fewer than "
+                f"num_max_nvl_chunked_recv_tokens={nvl_recv}, got {nvl_send}"
+            )
+        if rdma_send < 1 or rdma_recv < 1:
+            raise ConfigError(
+                "Config: num_max_rdma_chunked_send_tokens and num_max_rdma_chunked_recv_tokens: expected positive "
+                f"integers, got {rdma_send} and {rdma_recv}"
+            )
+        rdma_recv = round_up(rdma_recv, rdma_send)
+        if rdma_send > rdma_recv // 2:
+            raise ConfigError(
+                f"Config: num_max_rdma_chunked_send_tokens: expected at most {rdma_recv // 2}, half of "
+                f"num_max_rdma_chunked_recv_tokens={rdma_recv}, got {rdma_send}"
+            )
+        self.num_sms = num_sms
+        self.num_max_nvl_chunked_send_tokens = nvl_send
+        self.num_max_nvl_chunked_recv_tokens = nvl_recv
+        self.num_max_rdma_chunked_send_tokens = rdma_send
+        self.num_max_rdma_chunked_recv_tokens = rdma_recv
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes that DeepEP would want as ``num_nvl_bytes``. Local.
+
+        Args:
+            hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
+            num_ranks: R, any.
+        """
+        nvl_ranks, nodes = min(num_ranks, RANKS_PER_NODE), _num_nodes(num_ranks)
+        channel = (2 * nodes + 3) * 4 + self.num_max_nvl_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
+        return round_up(self.num_sms // 2 * nvl_ranks * channel, 128)
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes that DeepEP would want as ``num_rdma_bytes``; 0 for R <= 8. Local; arguments as above."""
+        if num_ranks <= RANKS_PER_NODE:
+            return 0
+        channel = (2 * RANKS_PER_NODE + 2) * 4 + self.num_max_rdma_chunked_recv_tokens * (
+            hidden_bytes + _ROW_EXTRA_BYTES
+        )
+        return round_up(self.num_sms // 2 * _num_nodes(num_ranks) * 2 * channel, 128)
+
+    def __repr__(self) -> str:
+        return f"Config({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
+
+
+def dispatch_config(num_ranks: int, num_sms: int) -> Config:
+    """DeepEP's defaults for `Buffer.dispatch`; for an R that it does not list, those of the next larger one."""
+    return Config(num_sms, *_nearest(_DISPATCH, num_ranks))
+
+
+def combine_config(num_ranks: int, num_sms: int) -> Config:
+    """The same for `Buffer.combine`."""
+    return Config(num_sms, *_nearest(_COMBINE, num_ranks))
+
+
+def low_latency_rdma_size_hint(max_tokens: int, hidden: int, num_experts: int) -> int:
+    """The closed form of DeepEP V1's ``get_low_latency_rdma_size_hint``, byte for byte."""
+    scale_bytes = hidden // 128 * 4
+    dispatch_row = 16 + max(2 * hidden, hidden + scale_bytes)
+    combine_row = scale_bytes + 2 * hidden
+    send = max(max_tokens * dispatch_row, num_experts * max_tokens * combine_row)
+    receive = num_experts * max_tokens * max(dispatch_row, combine_row)
+    total = 2 * send + 2 * receive + 2 * round_up(4 * num_experts, 128)
+    return (total + 128) // 128 * 128
+
+
+def check_num_sms(call: str, num_sms: int) -> None:
+    """Raise ConfigError unless ``num_sms`` is an even number of SMs."""
+    if not isinstance(num_sms, int) or num_sms < 0 or num_sms % 2:
+        raise ConfigError(f"{call}: num_sms: expected an even number of SMs, 0 or more, got {num_sms!r}")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tuple[int, int, int, int]:
+    return table[min((r for r in table if r >= num_ranks), default=max(table))]
+
+
+def _num_nodes(num_ranks: int) -> int:
+    return -(-num_ranks // RANKS_PER_NODE)

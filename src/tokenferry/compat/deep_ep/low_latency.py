@@ -1,0 +1,160 @@
+"""DeepEP's low-latency mode on an `ExpertGroup`.
+
+A *handle* is a tuple of six: DeepEP's five places and a `LowLatencyState`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.api import ExpertGroup
+from tokenferry.checks import INDICES, Checks
+from tokenferry.errors import ArgumentError, CapacityError, PlanError
+from tokenferry.words import DecodePlan, DecodeStats, MoeShape, Quantized, Routing, Scale
+
+Handle = tuple[Any, ...]
+Hook = Callable[[], None]
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(slots=True, eq=False)
+class LowLatencyState:
+    """What stands behind a handle: the plan, its routing, and what zero-copy combine reads, once that was asked for."""
+
+    plan: DecodePlan
+    topk_idx: Tensor
+    combine_buffer: Tensor | None = None
+
+
+def scale_format(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Scale | None:
+    """How rows are cast; None: not at all.
+
+    Raises:
+        ArgumentError: packed exponents of scales that are not powers of two.
+    """
+    if not use_fp8:
+        return None
+    if use_ue8m0 and not round_scale:
+        raise ArgumentError(
+            "Buffer.low_latency_dispatch: use_ue8m0: needs round_scale=True, since only powers of two have that form"
+        )
+    return Scale.UE8M0 if use_ue8m0 else Scale.POWER_OF_TWO if round_scale else Scale.FLOAT32
+
+
+def dispatch(
+    group: ExpertGroup,
+    x: Tensor,
+    topk_idx: Tensor,
+    sizes: tuple[int, int],
+    fp8: Scale | None,
+    received: Tensor | None,
+    wait_ns: Tensor | None,
+    return_hook: bool,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Handle, Hook | None]:
+    """Send tokens to their experts; ``sizes`` is (M, E). Collective.
+
+    Raises:
+        CapacityError: T > M.
+        ShapeError, RoutingError, ConfigError, MismatchError, PeerTimeout, ClosedError: as
+        `ExpertGroup.decode_dispatch`.
+    """
+    call = "Buffer.low_latency_dispatch"
+    max_tokens, num_experts = sizes
+    R = group.num_ranks
+    check = Checks(call, group.device, {"EL": (num_experts // R, "num_experts"), "R": (R, "the group")})
+    check.tensor("x", x, "T H", FLOATS)
+    check.tensor("topk_idx", topk_idx, "T K", INDICES)
+    if x.shape[0] > max_tokens:
+        raise CapacityError(
+            f"{call}: x: T={x.shape[0]} rows exceed num_max_dispatch_tokens_per_rank={max_tokens}; send fewer, or "
+            "agree on more"
+        )
+    if received is not None:
+        check.tensor("cumulative_local_expert_recv_stats", received, "EL", (torch.int32,))
+    if wait_ns is not None:
+        check.tensor("dispatch_wait_recv_cost_stats", wait_ns, "R", (torch.int64,))
+    view = group.for_shape(MoeShape(num_experts, topk_idx.shape[1], x.shape[1], max_tokens))
+    sent = view.decode_dispatch(
+        x.detach(), Routing(topk_idx), fp8=fp8, stats=DecodeStats(received, wait_ns), return_hook=return_hook
+    )
+    rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
+    plan = sent.plan
+    handle = (plan.src_token, plan.src_range, max_tokens, x.shape[1], num_experts, LowLatencyState(plan, topk_idx))
+    return rows, sent.expert_counts, handle, sent.hook
+
+
+def combine(
+    group: ExpertGroup,
+    x: Tensor,
+    routing: Routing,
+    handle: object,
+    zero_copy: bool,
+    out: Tensor | None,
+    wait_ns: Tensor | None,
+    return_hook: bool,
+) -> tuple[Tensor, Hook | None]:
+    """Add up the experts' rows with their gate weights at home. Collective.
+
+    Raises:
+        ArgumentError: ``topk_idx`` is not the one that was dispatched, or ``zero_copy`` without the buffer for it.
+        PlanError: ``handle`` is not one of low_latency_dispatch, or another group's.
+        ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
+    """
+    call = "Buffer.low_latency_combine"
+    state = state_of(handle, call)
+    assert isinstance(handle, tuple)
+    _, _, max_tokens, hidden, num_experts, _ = handle
+    rows, here = group.num_ranks * max_tokens, "the handle"
+    sizes = {"EL": (num_experts // group.num_ranks, here), "rows": (rows, here), "H": (hidden, here)}
+    check = Checks(
+        call, group.device, {**sizes, "R": (group.num_ranks, "the group"), "T": (state.plan.num_tokens, here)}
+    )
+    check.tensor("x", x, "EL rows H", FLOATS, contiguous=not zero_copy)
+    check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
+    check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
+    if wait_ns is not None:
+        check.tensor("combine_wait_recv_cost_stats", wait_ns, "R", (torch.int64,))
+    assert routing.topk_weights is not None
+    same = routing.topk_idx is state.topk_idx or torch.equal(routing.topk_idx.long(), state.topk_idx.long())
+    if not same:
+        raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
+    if zero_copy:
+        if state.combine_buffer is None:
+            raise ArgumentError(
+                f"{call}: zero_copy: reads get_next_low_latency_combine_buffer(handle), which was not asked for this "
+                "handle; write the rows there first, or pass zero_copy=False"
+            )
+        x = state.combine_buffer
+    plan = replace(state.plan, topk_weights=routing.topk_weights.detach())
+    view = group.for_shape(MoeShape(num_experts, routing.topk_idx.shape[1], hidden, max_tokens))
+    done = view.decode_combine(x.detach(), plan, out=out, stats=DecodeStats(None, wait_ns), return_hook=return_hook)
+    return done.x, done.hook
+
+
+def combine_buffer(group: ExpertGroup, handle: object) -> Tensor:
+    """``[EL, R*M, H]`` bfloat16 that zero-copy combine of this handle reads; the same tensor at each call. Local."""
+    state = state_of(handle, "Buffer.get_next_low_latency_combine_buffer")
+    assert isinstance(handle, tuple)
+    if state.combine_buffer is None:
+        shape = (*state.plan.src_token.shape, handle[3])
+        state.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=group.device)
+    return state.combine_buffer
+
+
+def state_of(handle: object, call: str) -> LowLatencyState:
+    """What stands behind a handle.
+
+    Raises:
+        PlanError: it is not a handle that `Buffer.low_latency_dispatch` returned.
+    """
+    if isinstance(handle, tuple) and len(handle) == 6 and isinstance(handle[-1], LowLatencyState):
+        return handle[-1]
+    raise PlanError(
+        f"{call}: handle: expected the handle that Buffer.low_latency_dispatch of tokenferry returned, got "
+        f"{type(handle).__name__}; pass it on as it is"
+    )

@@ -1,0 +1,264 @@
+"""`LowLatencyCalls`: the part of `Buffer` for decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.api import ExpertGroup
+from tokenferry.checks import Checks
+from tokenferry.compat.deep_ep import config as configs
+from tokenferry.compat.deep_ep import low_latency
+from tokenferry.compat.deep_ep.arguments import Rows, finish, refuse
+from tokenferry.compat.deep_ep.utils.event import EventOverlap
+from tokenferry.errors import ArgumentError, ClosedError
+from tokenferry.words import Routing
+
+Handle = tuple[Any, ...]
+Hook = Callable[[], None]
+
+_OVERLAP_REMEDY = "combine after the experts are done, without the arguments that overlap the two"
+
+
+class LowLatencyCalls:
+    """The low-latency calls of `Buffer`; needs ``low_latency_mode=True``. M: ``num_max_dispatch_tokens_per_rank``.
+
+    L, the experts of this rank, is E / R. Any number of results may be alive at once.
+    """
+
+    rank: int
+    group_size: int
+    low_latency_mode: bool
+    enable_shrink: bool
+    runtime: object | None
+    _experts: ExpertGroup
+
+    def _open(self, call: str) -> None:
+        """Raise ClosedError after `Buffer.destroy`."""
+        if self.runtime is None:
+            raise ClosedError(f"{call}: the Buffer was destroyed; make a new one")
+
+    def _decoding(self, call: str) -> None:
+        self._open(call)
+        if not self.low_latency_mode:
+            raise ArgumentError(f"{call}: needs a Buffer made with low_latency_mode=True, this one has False")
+
+    def _shrinking(self, call: str) -> None:
+        self._open(call)
+        if not self.enable_shrink:
+            raise ArgumentError(f"{call}: needs a Buffer made with enable_shrink=True, this one has False")
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes that DeepEP would want as ``num_rdma_bytes`` for low latency, by its formula. Local."""
+        return configs.low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Do nothing: no call leaves anything behind that another has to find clean. Local.
+
+        Raises:
+            ArgumentError: a size is not positive.
+        """
+        self._decoding("Buffer.clean_low_latency_buffer")
+        if min(num_max_dispatch_tokens_per_rank, hidden, num_experts) < 1:
+            raise ArgumentError(
+                "Buffer.clean_low_latency_buffer: expected positive sizes, got "
+                f"{num_max_dispatch_tokens_per_rank=}, {hidden=}, {num_experts=}"
+            )
+
+    # ------------------------------------------------------------------ shrink mode
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Skip a rank in low-latency calls (True), or stop skipping it (False). Local.
+
+        Raises:
+            ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is this rank or outside [0, R).
+        """
+        self._shrinking("Buffer.low_latency_update_mask_buffer")
+        self._experts.mask(rank_to_mask, masked=bool(mask))
+
+    def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
+        """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
+
+        Raises:
+            ArgumentError: ``enable_shrink`` is False.
+            ShapeError: ``mask_status`` is not such a tensor.
+        """
+        call = "Buffer.low_latency_query_mask_buffer"
+        self._shrinking(call)
+        check = Checks(call, self._experts.device, {"R": (self.group_size, "the group")})
+        check.tensor("mask_status", mask_status, "R", (torch.int32,))
+        mask_status.zero_()
+        for rank in self._experts.masked_ranks:
+            mask_status[rank] = 1
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Stop skipping any rank. Local. Raises ArgumentError if ``enable_shrink`` is False."""
+        self._shrinking("Buffer.low_latency_clean_mask_buffer")
+        for rank in self._experts.masked_ranks:
+            self._experts.mask(rank, masked=False)
+
+    # ------------------------------------------------------------------ dispatch and combine
+
+    def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
+        """The tensor ``[L, R*M, H]`` bfloat16 that `low_latency_combine` of this handle reads with ``zero_copy=True``.
+
+        Local; the same tensor at every call with the handle; contiguous.
+
+        Raises:
+            PlanError: ``handle`` is not one of `low_latency_dispatch`.
+        """
+        self._decoding("Buffer.get_next_low_latency_combine_buffer")
+        return low_latency.combine_buffer(self._experts, handle)
+
+    @torch.no_grad()
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        *,
+        use_nvfp4: bool = False,
+        x_global_scale: Tensor | None = None,
+    ) -> tuple[Rows, Tensor, Handle, EventOverlap, Hook | None]:
+        """Send every token to its experts, into a layout whose shape does not depend on the routing. Collective.
+
+        Args:
+            x: ``[T, H]`` bfloat16, float16 or float32, contiguous, T <= M.
+            topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused.
+            num_max_dispatch_tokens_per_rank: M, the same on all ranks.
+            num_experts: E, a multiple of R.
+            cumulative_local_expert_recv_stats: ``[L]`` int32: rows received are added.
+            dispatch_wait_recv_cost_stats: ``[R]`` int64: nanoseconds waited for each rank are added.
+            use_fp8: Cast rows to float8_e4m3fn, one scale per row and 128 columns: ``max(amax, 1e-4) / 448``.
+            round_scale: Round scales up to powers of two.
+            use_ue8m0: Return them as exponent bytes, four to an int32; needs ``round_scale``.
+            async_finish: Return an event that can be waited for.
+            return_recv_hook: Return before rows are received; ``hook()`` receives them. Not together with
+                ``async_finish``.
+            use_nvfp4: Only False.
+            x_global_scale: Only None.
+
+        Returns:
+            (rows ``[L, R*M, H]``, with ``use_fp8`` a tuple of them and their scales ``[L, R*M, H/128]`` float32 or
+            ``H/512`` int32 with unit stride along the rows; ``[L]`` int32 rows of each expert; handle ``(source token
+            [L, R*M] int32, [L, R] int64 of start << 32 | count, M, H, E, ...)``; event; hook or None). The rows of an
+            expert lie by source rank, then token.
+
+        Raises:
+            UnsupportedError: ``use_nvfp4`` or ``x_global_scale`` was given.
+            ArgumentError: options exclude each other.
+            ShapeError, RoutingError, CapacityError, ConfigError, MismatchError, PeerTimeout, ClosedError: as
+                `ExpertGroup.decode_dispatch`.
+        """
+        call = "Buffer.low_latency_dispatch"
+        self._decoding(call)
+        refuse(call, "use use_fp8=True or send bfloat16 rows", use_nvfp4=use_nvfp4, x_global_scale=x_global_scale)
+        _exclusive(call, async_finish, return_recv_hook)
+        rows, counts, handle, hook = low_latency.dispatch(
+            self._experts,
+            x,
+            topk_idx,
+            (num_max_dispatch_tokens_per_rank, num_experts),
+            low_latency.scale_format(use_fp8, round_scale, use_ue8m0),
+            cumulative_local_expert_recv_stats,
+            dispatch_wait_recv_cost_stats,
+            return_recv_hook,
+        )
+        return rows, counts, handle, finish(async_finish), hook
+
+    @torch.no_grad()
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Handle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+        *,
+        overlap: bool = False,
+        src_signals: Tensor | None = None,
+        src_signal_expect_value: int = 0,
+        packed_recv_count: Tensor | None = None,
+        comp_signal: Tensor | None = None,
+        block_m: int | None = None,
+        threshold: int | None = None,
+        num_sms: int | None = None,
+    ) -> tuple[Tensor, EventOverlap, Hook | None]:
+        """Bring the experts' rows home and add them up with the gate weights, slot by slot in float32. Collective.
+
+        Args:
+            x: ``[L, R*M, H]`` in the places of `low_latency_dispatch`, contiguous; rows past the counts are not read.
+            topk_idx: ``[T, K]``, the same as for `low_latency_dispatch`.
+            topk_weights: ``[T, K]`` float32.
+            handle: From `low_latency_dispatch`; may be used again.
+            use_logfmt: Only False.
+            zero_copy: Read the tensor of `get_next_low_latency_combine_buffer` instead of ``x``.
+            async_finish: Return an event that can be waited for.
+            return_recv_hook: Return before the sums are here; ``hook()`` receives them. Not together with
+                ``async_finish``.
+            out: ``[T, H]`` of the dtype of ``x`` to write to.
+            combine_wait_recv_cost_stats: ``[R]`` int64: nanoseconds waited for each rank are added.
+            overlap: Only False; likewise at their defaults ``src_signals``, ``src_signal_expect_value``,
+                ``packed_recv_count``, ``comp_signal``, ``block_m`` and ``threshold``, which steer it.
+            src_signals: See above.
+            src_signal_expect_value: See above.
+            packed_recv_count: See above.
+            comp_signal: See above.
+            block_m: See above.
+            threshold: See above.
+            num_sms: A hint without effect.
+
+        Returns:
+            (``[T, H]``, event, hook or None).
+
+        Raises:
+            UnsupportedError: an argument above that has to be neutral is not; names it.
+            ArgumentError: options exclude each other, or ``topk_idx`` is not that of the handle.
+            PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
+        """
+        call = "Buffer.low_latency_combine"
+        self._decoding(call)
+        refuse(call, "rows travel as they are, pass False", use_logfmt=use_logfmt)
+        refuse(
+            call,
+            _OVERLAP_REMEDY,
+            overlap=overlap,
+            src_signals=src_signals,
+            src_signal_expect_value=src_signal_expect_value,
+            packed_recv_count=packed_recv_count,
+            comp_signal=comp_signal,
+            block_m=block_m,
+            threshold=threshold,
+        )
+        _exclusive(call, async_finish, return_recv_hook)
+        routing = Routing(topk_idx, topk_weights)
+        combined_x, hook = low_latency.combine(
+            self._experts, x, routing, handle, zero_copy, out, combine_wait_recv_cost_stats, return_recv_hook
+        )
+        return combined_x, finish(async_finish), hook
+
+
+def _exclusive(call: str, async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise ArgumentError(
+            f"{call}: async_finish and return_recv_hook: expected at most one of them; wait or call the hook"
+        )

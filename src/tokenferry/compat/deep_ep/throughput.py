@@ -1,0 +1,247 @@
+"""DeepEP's normal mode on an `ExpertGroup`: layout, dispatch, cached dispatch, combine.
+
+A *handle* is a tuple of seven: DeepEP's six places, of which those that describe its channels are None, and the `Plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.api import ExpertGroup
+from tokenferry.checks import INDICES, Checks
+from tokenferry.compat.deep_ep.arguments import Rows, from_native, height, to_native, width
+from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
+from tokenferry.errors import ArgumentError, PlanError
+from tokenferry.words import Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
+
+ANY_NUM_TOKENS = 2**31 - 1
+"""M of a group whose calls wait for counts: nothing is sized by it, so T is free."""
+
+Handle = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenLayout:
+    """What `Buffer.get_dispatch_layout` returns, by name.
+
+    Attributes:
+        per_rank: ``[R]`` int32: tokens for each rank; a token counts once per rank.
+        per_node: ``[ceil(R / 8)]`` int32: the same per eight ranks, or None where the caller gave none.
+        per_expert: ``[E]`` int32: tokens for each expert.
+        in_rank: ``[T, R]`` bool.
+    """
+
+    per_rank: Tensor
+    per_node: Tensor | None
+    per_expert: Tensor | None
+    in_rank: Tensor
+
+
+def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str) -> TokenLayout:
+    """Count where tokens go. Local.
+
+    Raises:
+        ShapeError, RoutingError: ``topk_idx`` is wrong.
+        ConfigError: E is no multiple of R.
+    """
+    check = Checks(call, group.device, {})
+    check.tensor("topk_idx", topk_idx, "T K", INDICES)
+    check.experts("topk_idx", topk_idx, num_experts)
+    group.for_shape(MoeShape(num_experts, 1, 1, 1))
+    index = topk_idx.long()
+    unused = torch.full_like(index, num_experts)
+    chosen = torch.zeros((topk_idx.shape[0], num_experts + 1), dtype=torch.bool, device=topk_idx.device)
+    chosen.scatter_(1, torch.where(index >= 0, index, unused), True)
+    chosen = chosen[:, :num_experts]
+    in_rank = chosen.reshape(topk_idx.shape[0], group.num_ranks, num_experts // group.num_ranks).any(2)
+    return _count(in_rank, chosen.sum(0, dtype=torch.int32))
+
+
+def dispatch(
+    group: ExpertGroup,
+    x: Rows,
+    routing: Routing | None,
+    given: TokenLayout,
+    *,
+    expert_alignment: int,
+    num_worst_tokens: int,
+) -> tuple[Rows, Tensor | None, Tensor | None, list[int], Handle]:
+    """Send rows by a new routing; ``given`` is what the caller says about it. Collective.
+
+    Raises:
+        ArgumentError: arguments contradict each other; names them.
+        ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.dispatch`.
+    """
+    call = "Buffer.dispatch"
+    _check_positive(call, "expert_alignment", expert_alignment, 1)
+    _check_positive(call, "num_worst_tokens", num_worst_tokens, 0)
+    rows = to_native(call, x)
+    num_experts = _check_layout(group, given, height(rows), call)
+    if routing is None:
+        if num_worst_tokens:
+            raise ArgumentError(
+                f"{call}: num_worst_tokens={num_worst_tokens} needs topk_idx; pass topk_idx and topk_weights"
+            )
+        _check_same(call, given, _count(given.in_rank, None))
+        return _dispatch_without_experts(group, rows, x, given, expert_alignment)
+    routing = _agreed(group, routing, given, num_experts, call)
+    delivery = Delivery(counts="device", capacity=num_worst_tokens) if num_worst_tokens else Delivery()
+    shape = MoeShape(num_experts, routing.topk_idx.shape[1], width(rows), num_worst_tokens or ANY_NUM_TOKENS)
+    sent = group.for_shape(shape).dispatch(rows, routing, delivery=delivery)
+    recv_idx, recv_weights = _without_tail(sent)
+    counts = [round_up(count, expert_alignment) for count in sent.host_counts or ()]
+    return from_native(sent.x, x), recv_idx, recv_weights, counts, _make_handle(group, sent.plan, given.in_rank)
+
+
+def dispatch_again(group: ExpertGroup, x: Rows, handle: object) -> Rows:
+    """Send new rows where the rows of ``handle`` went. Collective; as `ExpertGroup.redispatch`."""
+    call = "Buffer.dispatch"
+    plan = plan_of(handle, call)
+    rows = to_native(call, x)
+    return from_native(_group_of(group, plan, width(rows)).redispatch(rows, plan).x, x)
+
+
+def combine(
+    group: ExpertGroup, x: Tensor, handle: object, topk_weights: Tensor | None, bias: object
+) -> tuple[Tensor, Tensor | None]:
+    """Add up rows at home; as `ExpertGroup.combine`. Collective.
+
+    Raises:
+        ArgumentError: ``bias`` is neither a tensor nor a tuple of exactly two.
+        PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
+    """
+    call = "Buffer.combine"
+    plan = plan_of(handle, call)
+    Checks(call, group.device, {"N": (plan.num_delivered, "the handle")}).tensor("x", x, "N H", None)
+    biases = bias if isinstance(bias, tuple) else () if bias is None else (bias,)
+    if not all(isinstance(one, Tensor) for one in biases) or (isinstance(bias, tuple) and len(bias) != 2):
+        raise ArgumentError(
+            f"{call}: bias: expected None, a tensor [T, H] or a tuple of two, got {bias!r}; pass one of these"
+        )
+    done = _group_of(group, plan, x.shape[1]).combine(x, plan, topk_weights=topk_weights, bias=biases or None)
+    return done.x, done.topk_weights
+
+
+def plan_of(handle: object, call: str) -> Plan:
+    """The plan inside a handle.
+
+    Raises:
+        PlanError: it is not a handle that `Buffer.dispatch` returned.
+    """
+    if isinstance(handle, tuple) and handle and isinstance(handle[-1], Plan):
+        return handle[-1]
+    raise PlanError(
+        f"{call}: handle: expected the one that tokenferry's Buffer.dispatch returned, got {type(handle).__name__}; "
+        "pass it on as it is"
+    )
+
+
+def _make_handle(group: ExpertGroup, plan: Plan, in_rank: Tensor) -> Handle:
+    """DeepEP's places; of the prefix matrix a rank knows its own column, the others are -1."""
+    prefix = torch.full((group.num_ranks, group.num_ranks), -1, dtype=torch.int32, device=group.device)
+    prefix[:, group.rank] = plan.src_counts.cumsum(0)
+    return (prefix, None, None, plan.src_token.to(torch.int32), in_rank, None, plan)
+
+
+def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
+    """The group for the sizes of a plan and rows of another width."""
+    experts = plan.expert_counts.numel() * group.num_ranks
+    return group.for_shape(MoeShape(experts, plan.topk_idx.shape[1], hidden, ANY_NUM_TOKENS))
+
+
+def _dispatch_without_experts(
+    group: ExpertGroup, rows: Tensor | Quantized, x: Rows, given: TokenLayout, alignment: int
+) -> tuple[Rows, None, None, list[int], Handle]:
+    """Rows only: one pretended expert a rank carries them, and the counts per real expert travel on their own."""
+    R = group.num_ranks
+    ranks = torch.arange(R, device=group.device)
+    routing = Routing(torch.where(given.in_rank, ranks, -1))
+    sent = group.for_shape(MoeShape(R, R, width(rows), ANY_NUM_TOKENS)).dispatch(rows, routing)
+    assert given.per_expert is not None
+    local = given.per_expert.to(torch.int32).reshape(R, -1)
+    padded = torch.nn.functional.pad(local, (0, -local.shape[1] % 4))
+    counts = Quantized(padded.contiguous(), padded.new_empty((R, 0)))
+    swapped = group.for_shape(MoeShape(R, 1, padded.shape[1], R)).dispatch(counts, Routing(ranks.unsqueeze(1)))
+    assert isinstance(swapped.x, Quantized)
+    totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
+    aligned = [round_up(count, alignment) for count in totals]
+    return from_native(sent.x, x), None, None, aligned, _make_handle(group, sent.plan, given.in_rank)
+
+
+def _without_tail(sent: Dispatched) -> tuple[Tensor, Tensor | None]:
+    """Ids and weights; with counts on the device, rows past the count say that they hold nothing."""
+    assert sent.topk_idx is not None
+    if sent.host_counts is not None:
+        return sent.topk_idx, sent.topk_weights
+    rows = torch.arange(sent.topk_idx.shape[0], device=sent.topk_idx.device)
+    tail = (rows >= sent.plan.src_counts.sum()).unsqueeze(1)
+    weights = None if sent.topk_weights is None else sent.topk_weights.masked_fill(tail, 0.0)
+    return sent.topk_idx.masked_fill(tail, -1), weights
+
+
+def _agreed(group: ExpertGroup, routing: Routing, given: TokenLayout, num_experts: int, call: str) -> Routing:
+    """The routing that ``topk_idx`` and ``is_token_in_rank`` agree on.
+
+    DeepEP routes by ``is_token_in_rank``: where it leaves a rank out, slots of that rank are dropped. A rank that no
+    slot of the token names cannot be added.
+    """
+    index = routing.topk_idx
+    Checks(call, group.device, {"T": (given.in_rank.shape[0], "x")}).tensor("topk_idx", index, "T K", INDICES)
+    Checks(call, group.device, {}).experts("topk_idx", index, num_experts)
+    owner = (index // (num_experts // group.num_ranks)).clamp(min=0).long()
+    kept = index.masked_fill(~given.in_rank.gather(1, owner), -1)
+    expected = layout_of(group, kept, num_experts, call)
+    extra = given.in_rank & ~expected.in_rank
+    if extra.any():
+        token, rank = extra.nonzero()[0].tolist()
+        raise ArgumentError(
+            f"{call}: is_token_in_rank[{token}, {rank}] is True, but topk_idx[{token}] = {index[token].tolist()} names "
+            f"no expert of rank {rank}; take both from the same get_dispatch_layout"
+        )
+    _check_same(call, given, expected)
+    weights = routing.topk_weights
+    return Routing(kept, None if weights is None else weights.detach())
+
+
+def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call: str) -> int:
+    """Check shapes and dtypes of what `get_dispatch_layout` returned; returns E."""
+    R = group.num_ranks
+    nodes = -(-R // RANKS_PER_NODE)
+    check = Checks(call, group.device, {"R": (R, "the group"), "T": (num_tokens, "x"), "nodes": (nodes, "the group")})
+    check.tensor("num_tokens_per_rank", given.per_rank, "R", INDICES)
+    check.tensor("is_token_in_rank", given.in_rank, "T R", (torch.bool,))
+    per_expert = check.tensor("num_tokens_per_expert", given.per_expert, "E", INDICES)
+    if given.per_node is not None:
+        check.tensor("num_tokens_per_rdma_rank", given.per_node, "nodes", INDICES)
+    group.for_shape(MoeShape(per_expert.numel(), 1, 1, 1))
+    return per_expert.numel()
+
+
+def _check_same(call: str, given: TokenLayout, expected: TokenLayout) -> None:
+    """Raise ArgumentError where a count that was given is not the one that follows from the routing."""
+    for name, told, found in (
+        ("num_tokens_per_rank", given.per_rank, expected.per_rank),
+        ("num_tokens_per_rdma_rank", given.per_node, expected.per_node),
+        ("num_tokens_per_expert", given.per_expert, expected.per_expert),
+    ):
+        if told is None or found is None or torch.equal(told.long(), found.long()):
+            continue
+        place = int((told.long() != found.long()).nonzero()[0])
+        raise ArgumentError(
+            f"{call}: {name}[{place}]: expected {int(found[place])}, which follows from the routing, got "
+            f"{int(told[place])}; pass what get_dispatch_layout returned for it"
+        )
+
+
+def _count(in_rank: Tensor, per_expert: Tensor | None) -> TokenLayout:
+    nodes = [part.any(1).sum() for part in torch.split(in_rank, RANKS_PER_NODE, dim=1)]
+    return TokenLayout(in_rank.sum(0, dtype=torch.int32), torch.stack(nodes).to(torch.int32), per_expert, in_rank)
+
+
+def _check_positive(call: str, name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{call}: {name}: expected an integer of at least {least}, got {value!r}")

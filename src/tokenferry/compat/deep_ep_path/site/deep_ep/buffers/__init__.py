@@ -1,0 +1,1 @@
+"""DeepEP 2's folder of buffers."""

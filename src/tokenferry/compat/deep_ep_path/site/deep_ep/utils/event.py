@@ -1,0 +1,5 @@
+"""DeepEP's other path of events."""
+
+from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
+
+__all__ = ["EventHandle", "EventOverlap"]

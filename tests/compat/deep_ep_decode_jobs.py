@@ -1,0 +1,183 @@
+"""What the ranks do in the tests of the low-latency calls; judged by the oracle."""
+
+import torch
+from torch import Tensor
+
+from tokenferry.compat.deep_ep import Buffer, EventHandle
+from tokenferry.testing.cases import Case, answers
+from tokenferry.testing.compare import same_bits
+from tokenferry.testing.oracle import Oracle, Sent, fp8_cast, ue8m0
+
+M = 8
+
+CASES = (
+    Case((5, 3, 0, 7), experts=8, top_k=3, hidden=256),
+    Case((4, 4, 4, 4), experts=8, top_k=2, hidden=512, routing="half_dropped", idx_dtype=torch.int32),
+    Case((1, 2, 0, 3), experts=4, top_k=2, hidden=128, routing="nothing"),
+)
+
+
+def oracle_of(sent: list[Sent], num_experts: int) -> Oracle:
+    return Oracle(sent, num_experts, "masked", capacity=len(sent) * M)
+
+
+def check_rows(oracle: Oracle, rank: int, rows: Tensor, counts: Tensor, handle: tuple) -> None:
+    """Rows, counts, and the two tensors of the handle as DeepEP's own programs read them."""
+    places = torch.tensor([row.place for row in oracle.rows(rank)], dtype=torch.int64)
+    flat = rows.view(-1, rows.shape[-1])
+    same_bits("rows", flat[places], oracle.x(rank))
+    assert counts.dtype == torch.int32
+    assert counts.tolist() == oracle.expert_counts(rank)
+    src_info, layout_range = handle[:2]
+    assert (src_info.dtype, layout_range.dtype) == (torch.int32, torch.int64)
+    assert src_info.flatten()[places].tolist() == [row.src_token for row in oracle.rows(rank)]
+    found = [[(int(v) >> 32, int(v) & 0xFFFFFFFF) for v in line] for line in layout_range]
+    wanted = oracle.decode_ranges(rank)
+    for expert_found, expert_wanted in zip(found, wanted, strict=True):
+        for one, other in zip(expert_found, expert_wanted, strict=True):
+            assert one == other or one[1] == other[1] == 0  # where a range of nothing starts means nothing
+
+
+def round_trip(rank, pg, case):
+    """BF16 rows: synchronous, with an event, with a hook; combine with weights, ``out`` and zero copy."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], oracle_of(sent, case.experts)
+    local = case.experts // case.ranks
+    rows = local * case.ranks * M
+    ys = [answers(case, oracle, r, rows, case.dtype) for r in range(case.ranks)]
+    want = oracle.decode_combine(rank, ys)
+    y = ys[rank].view(local, case.ranks * M, case.hidden)
+    buffer = Buffer(pg, low_latency_mode=True)
+    buffer.clean_low_latency_buffer(M, case.hidden, case.experts)
+    received = torch.full((local,), 5, dtype=torch.int32)
+    waited, waited_home = torch.zeros(2, case.ranks, dtype=torch.int64)
+    for how in ({}, {"async_finish": True}, {"return_recv_hook": True}):
+        x, counts, handle, event, hook = buffer.low_latency_dispatch(
+            mine.x, mine.topk_idx, M, case.experts, received, waited, use_fp8=False, round_scale=True, **how
+        )
+        assert (hook is not None) is ("return_recv_hook" in how)
+        assert isinstance(event.event, EventHandle) is ("async_finish" in how)
+        if hook:
+            hook()
+            hook()
+        assert x.shape == (local, case.ranks * M, case.hidden)
+        check_rows(oracle, rank, x, counts, handle)
+        assert handle[2:5] == (M, case.hidden, case.experts)
+
+        out = torch.full_like(mine.x, torch.nan)
+        got, event, hook = buffer.low_latency_combine(
+            y,
+            mine.topk_idx.clone(),
+            mine.topk_weights,
+            handle,
+            out=out,
+            combine_wait_recv_cost_stats=waited_home,
+            **how,
+        )
+        assert (hook is not None) is ("return_recv_hook" in how)
+        assert isinstance(event.event, EventHandle) is ("async_finish" in how)
+        if hook:
+            hook()
+        assert got is out
+        same_bits("combined", got, want)
+    assert received.tolist() == [5 + 3 * count for count in oracle.expert_counts(rank)]
+    for stats in (waited, waited_home):
+        assert stats[rank] == 0
+        assert all(ns > 0 for r, ns in enumerate(stats.tolist()) if r != rank)
+
+    place = buffer.get_next_low_latency_combine_buffer(handle)
+    assert place.dtype == torch.bfloat16
+    place[:, :, :] = y
+    assert buffer.get_next_low_latency_combine_buffer(handle).data_ptr() == place.data_ptr()
+    poison = torch.full_like(y, torch.nan)
+    got, _, _ = buffer.low_latency_combine(poison, mine.topk_idx, mine.topk_weights, handle, zero_copy=True)
+    same_bits("zero copy", got, want)
+
+
+def fp8(rank, pg, case, round_scale, use_ue8m0):
+    """FP8 rows with their scales, column-major."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], oracle_of(sent, case.experts)
+    buffer = Buffer(pg, low_latency_mode=True)
+    (data, scale), counts, *_ = buffer.low_latency_dispatch(
+        mine.x, mine.topk_idx, M, case.experts, round_scale=round_scale, use_ue8m0=use_ue8m0
+    )
+    cast = [[fp8_cast(row, power_of_two=round_scale) for row in one.x] for one in sent]
+    inverse = [[ue8m0(s) if use_ue8m0 else s for _, s in rows] for rows in cast]
+    places = [(row.place, row.src_rank, row.src_token) for row in oracle.rows(rank)]
+    assert counts.tolist() == oracle.expert_counts(rank)
+    assert scale.shape[:2] == data.shape[:2]
+    assert scale.dtype == (torch.int32 if use_ue8m0 else torch.float32)
+    assert scale.shape[2] == case.hidden // (512 if use_ue8m0 else 128)
+    assert scale.shape[1] == 1 or scale.stride(1) == 1
+    flat, scales = data.view(-1, case.hidden), scale.reshape(-1, scale.shape[2])
+    for place, src, token in places:
+        same_bits("row", flat[place], cast[src][token][0])
+        same_bits("scale", scales[place], inverse[src][token])
+
+
+def shrink(rank, pg, case):
+    """Everybody masks the last rank, which masks all others: rows to and from it are missing, the rest is whole."""
+    sent, last = case.inputs(), case.ranks - 1
+    local = case.experts // case.ranks
+    away = set(range(last)) if rank == last else {last}
+    buffer = Buffer(pg, low_latency_mode=True, enable_shrink=True)
+    for other in away:
+        buffer.low_latency_update_mask_buffer(other, True)
+    status = torch.full((case.ranks,), 9, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [int(r in away) for r in range(case.ranks)]
+
+    def seen(r: int, one: Sent) -> Sent:
+        gone = torch.zeros_like(one.topk_idx, dtype=torch.bool)
+        for other in away:
+            gone |= (one.topk_idx >= other * local) & (one.topk_idx < (other + 1) * local)
+        return Sent(one.x, torch.where(gone | (r in away), -1, one.topk_idx), one.topk_weights)
+
+    oracle = oracle_of([seen(r, one) for r, one in enumerate(sent)], case.experts)
+    mine = sent[rank]
+    x, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
+    check_rows(oracle, rank, x, counts, handle)
+    ys = [answers(case, oracle, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
+    y = ys[rank].view(local, case.ranks * M, case.hidden)
+    got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
+    same_bits("combined", got, oracle.decode_combine(rank, ys))
+
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * case.ranks
+    whole = oracle_of(list(sent), case.experts)
+    x, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
+    check_rows(whole, rank, x, counts, handle)
+
+
+def three_alive(rank, pg, case):
+    """DeepEP lets two results live; here any number does, and hooks may be taken late."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], oracle_of(sent, case.experts)
+    buffer = Buffer(pg, low_latency_mode=True)
+    results = [
+        buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False, return_recv_hook=True)
+        for _ in range(3)
+    ]
+    for result in results:
+        result[4]()
+    for x, counts, handle, _, _ in results:
+        check_rows(oracle, rank, x, counts, handle)
+
+
+def lost_rank(rank, pg, case):
+    """With enable_shrink a rank that is gone is masked by the call that misses it; nobody raises."""
+    last = case.ranks - 1
+    mine = case.inputs()[rank]
+    buffer = Buffer(pg, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+    if rank == last:
+        buffer.destroy()
+    pg.barrier().wait()
+    if rank != last:
+        _, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
+        status = torch.zeros(case.ranks, dtype=torch.int32)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0] * last + [1]
+        assert (handle[1][:, last] & 0xFFFFFFFF).tolist() == [0] * counts.numel()
+    pg.barrier().wait()

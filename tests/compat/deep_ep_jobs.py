@@ -1,0 +1,207 @@
+"""What the ranks do in the tests of the shim; judged by the oracle, which shares no code with the library."""
+
+import torch
+from torch import Tensor
+
+from tokenferry.compat.deep_ep import Buffer, EventHandle
+from tokenferry.testing.cases import Case, answers, returned_weights
+from tokenferry.testing.compare import same_bits
+from tokenferry.testing.oracle import Oracle, Sent
+
+CASES = (
+    Case((5, 3, 0, 7), experts=8, top_k=3, hidden=16),
+    Case((4, 4, 4, 4), experts=4, top_k=2, hidden=24, routing="half_dropped", idx_dtype=torch.int32),
+    Case((3, 6, 2, 1), experts=12, top_k=5, hidden=8, routing="one_rank_idle", dtype=torch.float32),
+    Case((2, 3, 4, 5), experts=8, top_k=2, hidden=16, routing="repeated"),
+    Case((2, 2, 2, 2), experts=8, top_k=2, hidden=16, routing="nothing"),
+)
+
+
+def layout_arguments(buffer: Buffer, topk_idx: Tensor, num_experts: int) -> dict[str, Tensor | None]:
+    """The four arguments of `Buffer.dispatch` that `Buffer.get_dispatch_layout` makes."""
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+    return {
+        "num_tokens_per_rank": per_rank,
+        "num_tokens_per_rdma_rank": per_node,
+        "is_token_in_rank": in_rank,
+        "num_tokens_per_expert": per_expert,
+    }
+
+
+def check_layout(buffer: Buffer, mine: Sent, case: Case) -> None:
+    """By plain loops over tokens."""
+    per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(mine.topk_idx, case.experts)
+    local = case.experts // case.ranks
+    chosen = [set(experts) - {-1} for experts in mine.topk_idx.tolist()]
+    want_in = [[any(e // local == rank for e in experts) for rank in range(case.ranks)] for experts in chosen]
+    assert in_rank.tolist() == want_in
+    assert in_rank.dtype == torch.bool
+    assert per_rank.tolist() == [sum(row[rank] for row in want_in) for rank in range(case.ranks)]
+    assert per_expert.tolist() == [sum(e in experts for experts in chosen) for e in range(case.experts)]
+    assert per_rank.dtype == per_expert.dtype == torch.int32
+    nodes = [sum(any(row[first : first + 8]) for row in want_in) for first in range(0, case.ranks, 8)]
+    assert (None if per_node is None else per_node.tolist()) == (nodes if case.ranks > 8 else None)
+    assert event.event is None
+
+
+def round_trip(rank, pg, case):
+    """dispatch, cached dispatch, combine; synchronous and not."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], Oracle(sent, case.experts)
+    ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
+    ws = [returned_weights(case, oracle, r, oracle.num_delivered(r)) for r in range(case.ranks)]
+    buffer = Buffer(pg, 1 << 20, explicitly_destroy=True)
+    assert (buffer.rank, buffer.group_size, buffer.group) == (rank, case.ranks, pg)
+    check_layout(buffer, mine, case)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    for async_finish in (False, True):
+        event = Buffer.capture() if async_finish else None
+        how = {"previous_event": event, "async_finish": async_finish, "allocate_on_comm_stream": async_finish}
+        x, ids, weights, counts, handle, event = buffer.dispatch(
+            mine.x.clone().requires_grad_(),
+            topk_idx=mine.topk_idx,
+            topk_weights=mine.topk_weights,
+            expert_alignment=4,
+            config=Buffer.get_dispatch_config(case.ranks),
+            **given,
+            **how,
+        )
+        assert not x.requires_grad
+        same_bits("recv_x", x, oracle.x(rank))
+        same_bits("recv_topk_idx", ids, oracle.topk_idx(rank))
+        same_bits("recv_topk_weights", weights, oracle.weights(rank))
+        assert counts == [-(-count // 4) * 4 for count in oracle.expert_counts(rank)]
+        assert all(type(count) is int for count in counts)
+        assert isinstance(event.event, EventHandle) is async_finish
+        before = [src for src, _ in oracle.received(rank)]
+        assert handle[0].dtype == torch.int32
+        assert handle[0].shape == (case.ranks, case.ranks)
+        assert handle[0][:, rank].tolist() == [sum(src <= r for src in before) for r in range(case.ranks)]
+        assert handle[3].tolist() == [token for _, token in oracle.received(rank)]
+
+        again = buffer.dispatch(mine.x * 2, handle=handle, **how)
+        assert again[1:5] == (None, None, None, None)
+        same_bits("cached recv_x", again[0], oracle.x(rank) * 2)
+        bias = case.rows(rank, case.dtype, case.hidden, 7)
+        for biases in (None, bias, (bias, bias)):
+            given_bias = () if biases is None else biases if isinstance(biases, tuple) else (biases,)
+            out, out_weights, event = buffer.combine(ys[rank], handle, ws[rank], biases, **how)
+            same_bits("combined_x", out, oracle.combine(rank, ys, given_bias))
+            same_bits("combined_topk_weights", out_weights, oracle.combine_weights(rank, ws))
+            assert isinstance(event.event, EventHandle) is async_finish
+        assert buffer.combine(ys[rank], handle)[1] is None
+    buffer.destroy()
+    buffer.destroy()
+    assert buffer.runtime is None
+
+
+def scales(rank, pg, case, dtype):
+    """Rows with scales travel as bytes: dtype, width and strides of scales are free."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], Oracle(sent, case.experts)
+    data = [case.rows(r, torch.float32, 32, 1).to(torch.float8_e4m3fn) for r in range(case.ranks)]
+    scale = [case.rows(r, torch.float32, 6, 2).view(torch.int32).to(dtype) for r in range(case.ranks)]
+    buffer = Buffer(pg)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    column_major = scale[rank].T.contiguous().T
+    (rows, got), ids, weights, _, handle, _ = buffer.dispatch(
+        (data[rank], column_major), topk_idx=mine.topk_idx, **given
+    )
+    same_bits("rows", rows, oracle.x(rank, data))
+    same_bits("scales", got, oracle.x(rank, scale))
+    assert got.is_contiguous()
+    assert weights is None
+    same_bits("ids", ids, oracle.topk_idx(rank))
+    flat = [s[:, 0].contiguous() for s in scale]
+    (rows, got), *_ = buffer.dispatch((data[rank], flat[rank]), handle=handle)
+    same_bits("one scale a row", got, oracle.x(rank, flat))
+    bare, *_ = buffer.dispatch(data[rank], handle=handle)
+    same_bits("rows without scales", bare, oracle.x(rank, data))
+
+
+def without_experts(rank, pg, case):
+    """``topk_idx=None``: rows alone, by is_token_in_rank; the list counts by num_tokens_per_expert."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], Oracle(sent, case.experts)
+    buffer = Buffer(pg)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    x, ids, weights, counts, handle, _ = buffer.dispatch(mine.x, expert_alignment=2, **given)
+    same_bits("recv_x", x, oracle.x(rank))
+    assert ids is None
+    assert weights is None
+    assert counts == [-(-count // 2) * 2 for count in oracle.expert_counts(rank)]
+    ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
+    same_bits("combined_x", buffer.combine(ys[rank], handle)[0], oracle.combine(rank, ys))
+
+
+def dropped_ranks(rank, pg, case):
+    """Where is_token_in_rank leaves a rank out, slots of that rank do not travel."""
+    sent = case.inputs()
+    local = case.experts // case.ranks
+    last = case.ranks - 1
+    kept = [Sent(s.x, torch.where(s.topk_idx // local == last, -1, s.topk_idx), s.topk_weights) for s in sent]
+    oracle = Oracle(kept, case.experts)
+    buffer = Buffer(pg)
+    given = layout_arguments(buffer, kept[rank].topk_idx, case.experts)
+    mine = sent[rank]
+    x, ids, weights, *_ = buffer.dispatch(mine.x, topk_idx=mine.topk_idx, topk_weights=mine.topk_weights, **given)
+    same_bits("recv_x", x, oracle.x(rank))
+    same_bits("recv_topk_idx", ids, oracle.topk_idx(rank))
+    same_bits("recv_topk_weights", weights, oracle.weights(rank))
+
+
+def worst_tokens(rank, pg, case):
+    """num_worst_tokens: fixed shapes, an empty list, a tail that says that it is one."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], Oracle(sent, case.experts)
+    num = oracle.num_delivered(rank)
+    buffer = Buffer(pg)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    room = sum(case.tokens)
+    x, ids, weights, counts, handle, _ = buffer.dispatch(
+        mine.x, topk_idx=mine.topk_idx, topk_weights=mine.topk_weights, num_worst_tokens=room, **given
+    )
+    assert x.shape == (room, case.hidden)
+    assert ids.shape == weights.shape == (room, case.top_k)
+    assert counts == []
+    same_bits("recv_x", x[:num], oracle.x(rank))
+    same_bits("recv_topk_idx", ids[:num], oracle.topk_idx(rank))
+    same_bits("recv_topk_weights", weights[:num], oracle.weights(rank))
+    assert (ids[num:] == -1).all()
+    assert (weights[num:] == 0).all()
+    y = torch.full((room, case.hidden), torch.nan, dtype=case.dtype)
+    ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
+    y[:num] = ys[rank]
+    same_bits("combined_x", buffer.combine(y, handle)[0], oracle.combine(rank, ys))
+    same_bits("cached recv_x", buffer.dispatch(mine.x, handle=handle)[0][:num], oracle.x(rank))
+
+
+def backward(rank, pg, case):
+    """Backward of dispatch is combine, backward of combine is cached dispatch: <dispatch(x), y> == <x, combine(y)>."""
+    sent = case.inputs()
+    mine = sent[rank]
+    buffer = Buffer(pg)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    x = mine.x.float()
+    there, _, _, _, handle, _ = buffer.dispatch(x, topk_idx=mine.topk_idx, topk_weights=mine.topk_weights, **given)
+    y = torch.randn(there.shape, generator=torch.Generator().manual_seed(rank))
+    home = buffer.combine(y, handle)[0]
+    grad_y = buffer.dispatch(x, handle=handle)[0]
+    same_bits("gradient of combine", grad_y, there)
+    return (there.double() * y).sum().item(), (x.double() * home).sum().item()
+
+
+def in_a_batch(rank, pg):
+    """Two handles alive at once, and the same one used twice, in any order."""
+    buffer = Buffer(pg)
+    handles, outs = [], []
+    for seed in range(2):
+        case = Case((3, 1, 2, 4), experts=8, top_k=2, hidden=16, seed=seed)
+        mine = case.inputs()[rank]
+        given = layout_arguments(buffer, mine.topk_idx, case.experts)
+        x, _, _, _, handle, _ = buffer.dispatch(mine.x, topk_idx=mine.topk_idx, topk_weights=mine.topk_weights, **given)
+        handles.append((handle, x))
+    for _ in range(2):
+        outs.append([buffer.combine(x, handle)[0] for handle, x in reversed(handles)])
+    for first, second in zip(*outs, strict=True):
+        same_bits("twice", first, second)

@@ -1,0 +1,84 @@
+"""`Config`, the default tables and the sizes that DeepEP computes from them."""
+
+import json
+
+import pytest
+
+from tokenferry.compat.deep_ep import Buffer, Config
+from tokenferry.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def same_num_sms(monkeypatch):
+    monkeypatch.setattr(Buffer, "num_sms", Buffer.num_sms)
+
+
+def numbers(config: Config) -> tuple[int, ...]:
+    return tuple(vars(config).values())
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "dispatch", "combine"),
+    [
+        (2, (24, 256, 6, 132), (10, 256, 6, 132)),
+        (8, (6, 256, 6, 132), (4, 256, 6, 132)),
+        (48, (32, 288, 8, 128), (1, 288, 8, 128)),
+        (160, (28, 720, 12, 132), (2, 720, 8, 128)),
+        (1, (24, 256, 6, 132), (10, 256, 6, 132)),  # not listed: as the next larger
+        (12, (36, 288, 20, 140), (4, 288, 12, 132)),
+        (1000, (28, 720, 12, 132), (2, 720, 8, 128)),
+    ],
+)
+def test_defaults_for_any_number_of_ranks(num_ranks, dispatch, combine):
+    Buffer.set_num_sms(24)
+    assert numbers(Buffer.get_dispatch_config(num_ranks)) == (24, *dispatch)
+    assert numbers(Buffer.get_combine_config(num_ranks)) == (24, *combine)
+
+
+def test_takes_keywords_from_json_and_shows_them():
+    config = Config(**json.loads('{"num_sms": 8, "num_max_nvl_chunked_send_tokens": 16}'))
+    assert repr(config).startswith("Config(num_sms=8, num_max_nvl_chunked_send_tokens=16, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((21,), "num_sms"),
+        ((20, 256, 256), "num_max_nvl_chunked_send_tokens"),
+        ((20, 0, 256), "num_max_nvl_chunked_send_tokens"),
+        ((20, 6, 256, 0, 256), "num_max_rdma_chunked_send_tokens"),
+        ((20, 6, 256, 129, 129), "num_max_rdma_chunked_send_tokens: expected at most 64"),
+    ],
+)
+def test_refuses_numbers_that_deep_ep_refuses(arguments, name):
+    with pytest.raises(ConfigError, match=name):
+        Config(*arguments)
+
+
+@pytest.mark.parametrize("num_sms", [7, -2, 2.0])
+def test_num_sms_is_even(num_sms):
+    with pytest.raises(ConfigError, match="num_sms"):
+        Buffer.set_num_sms(num_sms)
+    assert Buffer.num_sms == 20
+
+
+def test_nvl_hint_is_the_published_formula():
+    row = 7168 * 2 + 8 + 128 * 8 + 128 * 4 + 128 * 4
+    bytes_ = 12 * 8 * ((2 * 1 + 3) * 4 + 256 * row)
+    assert Config(24, 6, 256).get_nvl_buffer_size_hint(7168 * 2, 8) == -(-bytes_ // 128) * 128
+    assert Config().get_nvl_buffer_size_hint(2048, 3) % 128 == 0
+
+
+def test_rdma_hint_is_for_more_than_one_node():
+    assert Config().get_rdma_buffer_size_hint(14336, 8) == 0
+    one, two = (Config().get_rdma_buffer_size_hint(14336, n) for n in (16, 32))
+    assert 0 < one < two
+
+
+def test_low_latency_hint_is_exact():
+    assert Buffer.get_low_latency_rdma_size_hint(1024, 6144, 32, 256) == 13086230656
+    hint = Buffer.get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank=128, hidden=7168, num_ranks=8, num_experts=288
+    )
+    assert hint == 4 * (288 * 128 * (2 * 7168 + 224)) + 2 * 1152 + 128
+    assert Buffer.get_low_latency_rdma_size_hint(4, 128, 2, 2) == 8832  # here a dispatched row is the larger one

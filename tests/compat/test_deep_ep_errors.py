@@ -1,0 +1,306 @@
+"""Bad calls raise, name the argument, and leave the buffer usable; nothing that cannot be honoured is ignored.
+
+On a group of one rank, which needs no process group.
+"""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from tokenferry.compat.deep_ep import Buffer, Config, EventOverlap
+from tokenferry.errors import (
+    ArgumentError,
+    CapacityError,
+    ClosedError,
+    ConfigError,
+    PlanError,
+    RoutingError,
+    ShapeError,
+    UnsupportedError,
+)
+
+T, K, E, H, M = 3, 2, 4, 128, 4
+X = torch.arange(T * H).reshape(T, H).bfloat16()
+IDX = torch.tensor([[0, 1], [2, -1], [3, 0]])
+WEIGHTS = torch.rand(T, K)
+
+
+@pytest.fixture
+def buffer():
+    return Buffer(None, 64, 128, low_latency_mode=True, explicitly_destroy=True, enable_shrink=True)
+
+
+def given(buffer: Buffer, **other: object) -> dict:
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(IDX, E)
+    arguments = {
+        "num_tokens_per_rank": per_rank,
+        "num_tokens_per_rdma_rank": per_node,
+        "num_tokens_per_expert": per_expert,
+        "is_token_in_rank": in_rank,
+        "topk_idx": IDX,
+        "topk_weights": WEIGHTS,
+    }
+    return arguments | other
+
+
+def check_usable(buffer: Buffer) -> None:
+    x, _, _, _, handle, _ = buffer.dispatch(X, **given(buffer))
+    assert torch.equal(x, X)
+    assert torch.equal(buffer.combine(x, handle)[0], X)
+
+
+NO_ROUTING = dict.fromkeys(
+    ["num_tokens_per_rank", "num_tokens_per_expert", "is_token_in_rank", "topk_idx", "topk_weights"]
+)
+BAD_DISPATCH = [
+    ({"topk_idx": None}, ArgumentError, "topk_weights: needs topk_idx"),
+    ({"num_tokens_per_rank": None}, ArgumentError, "num_tokens_per_rank: expected a tensor, got None"),
+    ({"is_token_in_rank": None}, ArgumentError, "is_token_in_rank: expected a tensor, got None"),
+    ({"num_tokens_per_expert": None}, ArgumentError, "num_tokens_per_expert: expected a tensor, got None"),
+    ({"num_tokens_per_rank": torch.tensor([2])}, ArgumentError, r"num_tokens_per_rank\[0\]: expected 3"),
+    ({"num_tokens_per_rdma_rank": torch.tensor([2])}, ArgumentError, r"num_tokens_per_rdma_rank\[0\]: expected 3"),
+    ({"num_tokens_per_rdma_rank": torch.tensor([2, 1])}, ShapeError, "num_tokens_per_rdma_rank"),
+    ({"num_tokens_per_expert": torch.tensor([2, 1, 1, 2])}, ArgumentError, r"num_tokens_per_expert\[3\]: expected 1"),
+    ({"is_token_in_rank": torch.ones(T, 2, dtype=torch.bool)}, ShapeError, "is_token_in_rank"),
+    ({"is_token_in_rank": torch.ones(T, 1, dtype=torch.int32)}, ShapeError, "is_token_in_rank"),
+    ({"topk_idx": IDX.float()}, ShapeError, "topk_idx"),
+    ({"topk_idx": IDX[:2]}, ShapeError, "topk_idx"),
+    ({"topk_idx": IDX + 1}, RoutingError, r"topk_idx\[2, 0\] is 4"),
+    ({"topk_idx": torch.where(IDX == 2, -1, IDX)}, ArgumentError, r"is_token_in_rank\[1, 0\] is True, but topk_idx"),
+    ({"topk_weights": WEIGHTS.double()}, ShapeError, "topk_weights"),
+    ({"x": X[0]}, ShapeError, "x: expected a tensor"),
+    ({"x": (X, 1.0)}, ShapeError, "x: expected a tensor"),
+    ({"x": (X, torch.ones(T, 1), torch.ones(T, 1))}, ShapeError, "x: expected a tensor"),
+    ({"x": X[:, :4].contiguous()}, ShapeError, "multiple of 16"),
+    ({"expert_alignment": 0}, ArgumentError, "expert_alignment"),
+    ({"num_worst_tokens": -1}, ArgumentError, "num_worst_tokens"),
+    ({"num_worst_tokens": 2}, CapacityError, "2"),
+    (
+        {"topk_idx": None, "topk_weights": None, "num_worst_tokens": 8},
+        ArgumentError,
+        "num_worst_tokens=8 needs topk_idx",
+    ),
+    ({"topk_idx": None, "topk_weights": None, "num_tokens_per_rank": torch.tensor([2])}, ArgumentError, "expected 3"),
+    ({"config": 24}, ArgumentError, "config"),
+    ({"previous_event": object()}, ArgumentError, "previous_event"),
+    ({"allocate_on_comm_stream": True, "async_finish": True}, ArgumentError, "allocate_on_comm_stream"),
+    ({"allocate_on_comm_stream": True, "previous_event": Buffer.capture()}, ArgumentError, "allocate_on_comm_stream"),
+    (
+        {"allocate_on_comm_stream": True, "async_finish": True, "previous_event": EventOverlap()},
+        ArgumentError,
+        "no event",
+    ),
+    ({"handle": ()}, ArgumentError, "num_tokens_per_rank: expected None, since handle"),
+    ({"handle": (), **NO_ROUTING}, PlanError, "handle"),
+    ({"handle": (), **NO_ROUTING, "num_worst_tokens": 8}, ArgumentError, "num_worst_tokens: expected None"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_DISPATCH, ids=lambda v: v if isinstance(v, str) else "")
+def test_dispatch_refuses(buffer, change, error, message):
+    arguments = given(buffer, x=X) | change
+    with pytest.raises(error, match=message):
+        buffer.dispatch(**arguments)
+    check_usable(buffer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((IDX.float(), E), ShapeError, "topk_idx"),
+        ((IDX, 3), RoutingError, r"topk_idx\[2, 0\] is 3"),
+        ((IDX, 0), RoutingError, r"topk_idx\[0, 0\] is 0"),
+    ],
+)
+def test_layout_refuses(buffer, arguments, error, message):
+    with pytest.raises(error, match=message):
+        buffer.get_dispatch_layout(*arguments)
+
+
+BAD_COMBINE = [
+    ({"x": X[:2]}, ShapeError, "x: expected"),
+    ({"x": X.to(torch.int16)}, ShapeError, "y"),
+    ({"bias": (X,)}, ArgumentError, "bias"),
+    ({"bias": (X, X, X)}, ArgumentError, "bias"),
+    ({"bias": 1.0}, ArgumentError, "bias"),
+    ({"bias": X[:, :64]}, ShapeError, "bias"),
+    ({"topk_weights": WEIGHTS[:2]}, ShapeError, "topk_weights"),
+    ({"handle": None}, PlanError, "handle"),
+    ({"config": {}}, ArgumentError, "config"),
+    ({"allocate_on_comm_stream": True}, ArgumentError, "allocate_on_comm_stream"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_COMBINE, ids=lambda v: v if isinstance(v, str) else "")
+def test_combine_refuses(buffer, change, error, message):
+    handle = buffer.dispatch(X, **given(buffer))[4]
+    with pytest.raises(error, match=message):
+        buffer.combine(**({"x": X, "handle": handle} | change))
+    check_usable(buffer)
+
+
+BAD_LL_DISPATCH = [
+    ({"x": X.double()}, ShapeError, "x: expected"),
+    ({"x": X[:2]}, ShapeError, "topk_idx"),
+    ({"topk_idx": IDX + 1}, RoutingError, "topk_idx"),
+    ({"num_max_dispatch_tokens_per_rank": 2}, CapacityError, "T=3 rows exceed num_max_dispatch_tokens_per_rank=2"),
+    ({"cumulative_local_expert_recv_stats": torch.zeros(E)}, ShapeError, "cumulative_local_expert_recv_stats"),
+    ({"dispatch_wait_recv_cost_stats": torch.zeros(1, 1)}, ShapeError, "dispatch_wait_recv_cost_stats"),
+    ({"use_ue8m0": True}, ArgumentError, "use_ue8m0: needs round_scale"),
+    ({"async_finish": True, "return_recv_hook": True}, ArgumentError, "at most one"),
+    ({"use_nvfp4": True}, UnsupportedError, "use_nvfp4"),
+    ({"x_global_scale": torch.ones(1)}, UnsupportedError, "x_global_scale"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_LL_DISPATCH, ids=lambda v: v if isinstance(v, str) else "")
+def test_low_latency_dispatch_refuses(buffer, change, error, message):
+    good = {"x": X, "topk_idx": IDX, "num_max_dispatch_tokens_per_rank": M, "num_experts": E}
+    with pytest.raises(error, match=message):
+        buffer.low_latency_dispatch(**(good | change))
+    check_usable(buffer)
+
+
+Y = torch.zeros(E, M, H, dtype=torch.bfloat16)
+BAD_LL_COMBINE = [
+    ({"x": Y[:, :3]}, ShapeError, "x: expected"),
+    ({"x": Y.transpose(0, 1).contiguous().transpose(0, 1)}, ShapeError, "x: must be contiguous"),
+    ({"topk_idx": IDX.flip(0)}, ArgumentError, "topk_idx: differs"),
+    ({"topk_weights": WEIGHTS.double()}, ShapeError, "topk_weights"),
+    ({"handle": (1, 2)}, PlanError, "handle"),
+    ({"out": X[:2]}, ShapeError, "out"),
+    ({"zero_copy": True}, ArgumentError, "zero_copy"),
+    ({"combine_wait_recv_cost_stats": torch.zeros(1)}, ShapeError, "combine_wait_recv_cost_stats"),
+    ({"async_finish": True, "return_recv_hook": True}, ArgumentError, "at most one"),
+    ({"use_logfmt": True}, UnsupportedError, "use_logfmt"),
+    ({"overlap": True}, UnsupportedError, "overlap"),
+    ({"src_signals": torch.zeros(1)}, UnsupportedError, r"src_signals: got a tensor \[1\]"),
+    ({"src_signal_expect_value": 3}, UnsupportedError, "src_signal_expect_value: got 3"),
+    ({"packed_recv_count": torch.zeros(1)}, UnsupportedError, "packed_recv_count"),
+    ({"comp_signal": torch.zeros(1)}, UnsupportedError, "comp_signal"),
+    ({"block_m": 64}, UnsupportedError, "block_m"),
+    ({"threshold": 10}, UnsupportedError, "threshold"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_LL_COMBINE, ids=lambda v: v if isinstance(v, str) else "")
+def test_low_latency_combine_refuses(buffer, change, error, message):
+    handle = buffer.low_latency_dispatch(X, IDX, M, E, use_fp8=False)[2]
+    good = {"x": Y, "topk_idx": IDX, "topk_weights": WEIGHTS, "handle": handle, "num_sms": 3}
+    with pytest.raises(error, match=message):
+        buffer.low_latency_combine(**(good | change))
+    assert torch.equal(buffer.low_latency_combine(**good)[0], torch.zeros_like(X))
+
+
+def test_the_constructor_refuses():
+    with pytest.raises(UnsupportedError, match="comm"):
+        Buffer(None, comm=object())
+    with pytest.raises(ArgumentError, match="num_rdma_bytes=-1"):
+        Buffer(None, 0, -1)
+    with pytest.raises(ArgumentError, match="enable_shrink"):
+        Buffer(None, enable_shrink=True)
+
+
+def test_hints_about_hardware_are_taken():
+    buffer = Buffer(None, 0, 0, True, 12, False, True, False, False, use_fabric=True)
+    assert torch.equal(buffer.low_latency_dispatch(X, IDX, M, E, use_fp8=False)[0][0, :2], X[[0, 2]])
+
+
+def test_modes_are_asked_for():
+    plain = Buffer(None)
+    with pytest.raises(ArgumentError, match="low_latency_mode=True"):
+        plain.low_latency_dispatch(X, IDX, M, E)
+    with pytest.raises(ArgumentError, match="enable_shrink=True"):
+        plain.low_latency_query_mask_buffer(torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ArgumentError, match="explicitly_destroy"):
+        plain.destroy()
+
+
+def test_mask_calls_refuse(buffer):
+    with pytest.raises(ArgumentError, match="rank"):
+        buffer.low_latency_update_mask_buffer(0, True)  # this rank
+    with pytest.raises(ShapeError, match="mask_status"):
+        buffer.low_latency_query_mask_buffer(torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ArgumentError, match="positive"):
+        buffer.clean_low_latency_buffer(0, H, E)
+
+
+def test_more_experts_than_ranks_can_share_evenly(worlds):
+    worlds(3).run(_uneven)
+
+
+def _uneven(rank, pg):
+    buffer = Buffer(pg, low_latency_mode=True)
+    with pytest.raises(ConfigError, match="num_experts=4"):
+        buffer.get_dispatch_layout(IDX, E)
+    with pytest.raises(ConfigError, match="num_experts=4"):
+        buffer.low_latency_dispatch(X, IDX, M, E)
+
+
+# ------------------------------------------------------------------ small methods and life
+
+
+def test_local_buffer_is_memory_of_the_size_that_was_given(buffer):
+    assert buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True).zero_().shape == (128,)
+    view = buffer.get_local_buffer_tensor(torch.float32, torch.Size([2, 3]), offset=16)
+    view.fill_(7.0)
+    assert buffer.get_local_buffer_tensor(torch.float32)[4:10].tolist() == [7.0] * 6
+    assert buffer.get_local_buffer_tensor(torch.int64, (2,), offset=48).shape == (2,)
+    for bad in ({"size": torch.Size([17])}, {"offset": 3}, {"offset": -4}, {"offset": 68}):
+        with pytest.raises(ArgumentError, match="num_nvl_bytes=64"):
+            buffer.get_local_buffer_tensor(torch.float32, **bad)
+
+
+def test_what_programs_ask_of_it(buffer):
+    assert Buffer.is_sm90_compiled() is True
+    assert (buffer.rank, buffer.group_size, buffer.group, buffer.enable_shrink) == (0, 1, None, True)
+    assert buffer.runtime.is_available()
+    assert (buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()) == (1, 0)
+    assert buffer.runtime.get_root_rdma_rank(True) == buffer.runtime.get_root_rdma_rank(False) == 0
+    assert hasattr(buffer.get_comm_stream(), "wait_stream")
+
+
+def test_init_can_be_replaced(monkeypatch):
+    """Programs wrap the constructor to keep its memory out of their own accounts."""
+    original, calls = Buffer.__init__, []
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(args)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Buffer, "__init__", wrapped)
+    check_usable(Buffer(None, 5))
+    assert calls == [(None, 5)]
+
+
+def test_a_destroyed_buffer_says_so(buffer):
+    handle = buffer.dispatch(X, **given(buffer))[4]
+    buffer.destroy()
+    for call in (
+        lambda: buffer.get_dispatch_layout(IDX, E),
+        lambda: buffer.dispatch(X, handle=handle),
+        lambda: buffer.combine(X, handle),
+        lambda: buffer.low_latency_dispatch(X, IDX, M, E),
+        lambda: buffer.get_local_buffer_tensor(torch.int8),
+        lambda: buffer.low_latency_clean_mask_buffer(),
+    ):
+        with pytest.raises(ClosedError, match="destroyed"):
+            call()
+
+
+def test_a_forgotten_buffer_closes_its_group():
+    buffer = Buffer(None)
+    group = buffer._experts
+    gone = weakref.ref(buffer)
+    del buffer
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(ClosedError):
+        group.for_shape(group.shape)
+
+
+def test_a_config_is_taken_and_changes_nothing(buffer):
+    x, *_, handle, _ = buffer.dispatch(X, **given(buffer), config=Config(2, 1, 2))
+    assert torch.equal(buffer.combine(x, handle, config=Config())[0], X)

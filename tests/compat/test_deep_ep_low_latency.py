@@ -1,0 +1,28 @@
+"""Low-latency mode on four ranks."""
+
+import deep_ep_decode_jobs as jobs
+import pytest
+
+from tokenferry.testing.cases import Case
+
+
+@pytest.mark.parametrize("case", jobs.CASES, ids=str)
+def test_round_trip(worlds, case):
+    worlds(4).run(jobs.round_trip, case)
+
+
+@pytest.mark.parametrize(("round_scale", "use_ue8m0"), [(False, False), (True, False), (True, True)])
+def test_fp8(worlds, round_scale, use_ue8m0):
+    worlds(4).run(jobs.fp8, jobs.CASES[1], round_scale, use_ue8m0)
+
+
+def test_masked_ranks_are_skipped_and_come_back(worlds):
+    worlds(4).run(jobs.shrink, jobs.CASES[0])
+
+
+def test_any_number_of_results_alive(worlds):
+    worlds(4).run(jobs.three_alive, jobs.CASES[0])
+
+
+def test_a_lost_rank_is_masked(worlds):
+    worlds(3).run(jobs.lost_rank, Case((2, 3, 1), experts=6, top_k=6, hidden=128))

@@ -1,0 +1,82 @@
+"""The shim takes what DeepEP's V1 and its forks take: `golden_v1.json` records V1's parameters, order and defaults."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenferry.compat.deep_ep as deep_ep
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_v1.json").read_text())
+
+# What forks and later versions of DeepEP add to V1, by keyword.
+DIALECTS = {
+    "Buffer.__init__": {"use_fabric"},
+    "Buffer.low_latency_dispatch": {"use_nvfp4", "x_global_scale"},
+    "Buffer.low_latency_combine": {
+        *("overlap", "src_signals", "src_signal_expect_value"),
+        *("packed_recv_count", "comp_signal", "block_m", "threshold", "num_sms"),
+    },
+}
+
+
+def parameters(name: str) -> list[inspect.Parameter]:
+    owner, method = name.split(".")
+    found = inspect.signature(getattr(getattr(deep_ep, owner), method)).parameters.values()
+    given = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p for p in given if p.name != "self"]
+
+
+def written(parameter: inspect.Parameter) -> str:
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_takes_what_v1_takes_in_its_order(name):
+    positional = [p for p in parameters(name) if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [written(p) for p in positional] == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_adds_the_keywords_of_the_dialects_and_no_others(name):
+    extra = [p for p in parameters(name) if p.kind is p.KEYWORD_ONLY]
+    assert {p.name for p in extra} == DIALECTS.get(name, set())
+    assert all(p.default is not p.empty for p in extra)
+
+
+def test_records_every_public_method():
+    for owner in ("Buffer", "Config"):
+        public = {n for n, v in inspect.getmembers(getattr(deep_ep, owner), callable) if not n.startswith("_")}
+        assert {f"{owner}.{name}" for name in public} <= set(GOLDEN)
+
+
+def test_exports_the_names_of_v1_and_not_those_that_stand_for_more():
+    assert set(deep_ep.__all__) == {"Buffer", "Config", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"}
+    assert deep_ep.topk_idx_t is torch.int64
+    assert deep_ep.__version__.startswith("1.2.1+tokenferry.")
+    assert not hasattr(deep_ep, "ElasticBuffer")  # programs take it for DeepEP 2 if it is there
+    assert not hasattr(deep_ep, "HybridEPBuffer")
+
+
+def test_answers_on_every_module_path():
+    from tokenferry.compat.deep_ep import buffer, utils
+    from tokenferry.compat.deep_ep.buffers import legacy
+    from tokenferry.compat.deep_ep.utils import event
+
+    assert legacy.Buffer is buffer.Buffer is deep_ep.Buffer
+    assert event.EventOverlap is utils.EventOverlap is deep_ep.EventOverlap
+    assert utils.EventHandle is deep_ep.EventHandle
+    assert isinstance(deep_ep.Config | None, object)  # evaluated in annotations of clients
+
+
+def test_import_starts_nothing():
+    program = (
+        "import torch, tokenferry.compat.deep_ep, threading\n"
+        "print(torch.cuda.is_initialized(), torch.distributed.is_initialized(), threading.active_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "False False 1\n"
