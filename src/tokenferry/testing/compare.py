@@ -1,0 +1,46 @@
+"""Comparisons that say where two tensors first differ: bits, unless a tolerance is asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(what: str, got: Tensor, want: Tensor) -> None:
+    """Assert that two tensors have the same dtype, shape and bits.
+
+    Raises:
+        AssertionError: names ``what``, the first place that differs, how many do, and both values.
+    """
+    assert isinstance(got, Tensor), f"{what}: got {type(got).__name__} instead of a tensor"
+    assert got.dtype == want.dtype, f"{what}: got {got.dtype}, want {want.dtype}"
+    assert got.shape == want.shape, f"{what}: got shape {list(got.shape)}, want {list(want.shape)}"
+    differ = _bits(got) != _bits(want)
+    _report(what, differ, got, want)
+
+
+def close(what: str, got: Tensor, want: Tensor, *, rtol: float, atol: float) -> None:
+    """Assert that two tensors of one shape differ by at most ``atol + rtol * |want|`` everywhere; NaN is never close.
+
+    Raises:
+        AssertionError: as `same_bits`.
+    """
+    assert got.shape == want.shape, f"{what}: got shape {list(got.shape)}, want {list(want.shape)}"
+    far = ~((got.double() - want.double()).abs() <= atol + rtol * want.double().abs())
+    _report(f"{what} ({rtol=}, {atol=})", far, got, want)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(_INTS[tensor.element_size()])
+
+
+def _report(what: str, differ: Tensor, got: Tensor, want: Tensor) -> None:
+    if not bool(differ.any()):
+        return
+    place = tuple(differ.nonzero()[0].tolist())
+    raise AssertionError(
+        f"{what}: {int(differ.sum())} of {differ.numel()} values differ, the first at {list(place)}: "
+        f"got {got[place].item()}, want {want[place].item()}"
+    )

@@ -1,0 +1,304 @@
+"""What every call must give, by plain loops over all ranks' inputs; shares no code with what it judges.
+
+The oracle sees what every rank sends, so it needs no process group, and it imports nothing but torch. It follows the
+docstrings of `tokenferry.ExpertGroup`; where those say "rounded", it rounds, and nowhere else: bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP8_MAX = 448.0
+"""The largest float8_e4m3fn."""
+
+FP8_BLOCK = 128
+"""Columns that share a scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """What one rank brings: ``x`` ``[T, H]``, ``topk_idx`` ``[T, K]``, ``topk_weights`` ``[T, K]`` or None."""
+
+    x: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One delivered row: where it lies, whose token it is, and (EXPERTS, MASKED) which local expert it is for.
+
+    ``place`` counts rows of the delivered tensor; in MASKED expert e begins at ``e * capacity``.
+    """
+
+    place: int
+    src_rank: int
+    src_token: int
+    expert: int | None
+
+
+class Oracle:
+    """One dispatch, seen from above.
+
+    Args:
+        sent: What each of the R ranks brings.
+        num_experts: E, a multiple of R.
+        layout: ``"rows"``, ``"experts"`` or ``"masked"``.
+        alignment: A; experts only.
+        capacity: Rows of one expert; masked only.
+    """
+
+    def __init__(
+        self, sent: Sequence[Sent], num_experts: int, layout: str = "rows", *, alignment: int = 1, capacity: int = 0
+    ) -> None:
+        self.sent = sent
+        self.layout = layout
+        self.alignment = alignment
+        self.capacity = capacity
+        self.num_ranks = len(sent)
+        self.num_local = num_experts // len(sent)
+        self.choices = [one.topk_idx.tolist() for one in sent]
+        self._rows = [self._deliver(rank) for rank in range(self.num_ranks)]
+        self._places = [{(row.src_rank, row.src_token, row.expert): row.place for row in rows} for rows in self._rows]
+
+    # ------------------------------------------------------------------ where rows go
+
+    def received(self, rank: int) -> list[tuple[int, int]]:
+        """(source rank, source token) of every token that ``rank`` receives: once each, by source, then token."""
+        first = rank * self.num_local
+        places = []
+        for src, tokens in enumerate(self.choices):
+            for token, experts in enumerate(tokens):
+                if any(first <= e < first + self.num_local for e in experts):
+                    places.append((src, token))
+        return places
+
+    def expert_counts(self, rank: int) -> list[int]:
+        """Rows of each local expert: a token counts once per expert, however often it names it."""
+        counts = [0] * self.num_local
+        for src, token in self.received(rank):
+            for expert in set(self._local(rank, src, token)) - {-1}:
+                counts[expert] += 1
+        return counts
+
+    def expert_offsets(self, rank: int) -> list[int]:
+        """First row of each expert in the layout EXPERTS, and the end."""
+        offsets = [0]
+        for count in self.expert_counts(rank):
+            offsets.append(offsets[-1] + -(-count // self.alignment) * self.alignment)
+        return offsets
+
+    def rows(self, rank: int) -> list[Row]:
+        """Every row that holds data on ``rank``, by place."""
+        return self._rows[rank]
+
+    def num_delivered(self, rank: int) -> int:
+        """Rows of the delivered tensor when the counts are known on the host."""
+        if self.layout == "rows":
+            return len(self.received(rank))
+        return self.expert_offsets(rank)[-1] if self.layout == "experts" else self.num_local * self.capacity
+
+    def place(self, rank: int, src_rank: int, src_token: int, expert: int | None = None) -> int:
+        """Where on ``rank`` a token lies (for a local expert), or -1."""
+        return self._places[rank].get((src_rank, src_token, expert), -1)
+
+    def _deliver(self, rank: int) -> list[Row]:
+        received = self.received(rank)
+        if self.layout == "rows":
+            return [Row(place, src, token, None) for place, (src, token) in enumerate(received)]
+        rows = []
+        offsets = self.expert_offsets(rank)
+        for expert in range(self.num_local):
+            place = offsets[expert] if self.layout == "experts" else expert * self.capacity
+            for src, token in received:
+                if expert in self._local(rank, src, token):
+                    rows.append(Row(place, src, token, expert))
+                    place += 1
+        return rows
+
+    def _local(self, rank: int, src: int, token: int) -> list[int]:
+        """Local expert of each slot of a token as ``rank`` sees it, -1 where it is not here."""
+        first = rank * self.num_local
+        return [e - first if first <= e < first + self.num_local else -1 for e in self.choices[src][token]]
+
+    # ------------------------------------------------------------------ what dispatch delivers
+
+    def x(self, rank: int, values: Sequence[Tensor] | None = None) -> Tensor:
+        """The rows of `rows(rank)`, in that order: of what was sent, or of ``values``, one ``[T, ...]`` a rank."""
+        values = [one.x for one in self.sent] if values is None else values
+        taken = [values[row.src_rank][row.src_token] for row in self.rows(rank)]
+        return torch.stack(taken) if taken else values[rank][:0]
+
+    def topk_idx(self, rank: int) -> Tensor:
+        """``[N, K]`` local expert ids of the tokens received, -1 where the expert is elsewhere."""
+        like = self.sent[rank].topk_idx
+        ids = [self._local(rank, src, token) for src, token in self.received(rank)]
+        return torch.tensor(ids, dtype=like.dtype).reshape(len(ids), like.shape[1])
+
+    def row_idx(self, rank: int) -> Tensor:
+        """``[N, K]`` int64: the delivered row of each slot, -1 where there is none."""
+        table = []
+        for src, token in self.received(rank):
+            local = self._local(rank, src, token)
+            table.append([self.place(rank, src, token, e) if e >= 0 else -1 for e in local])
+        return torch.tensor(table, dtype=torch.int64).reshape(len(table), self.sent[rank].topk_idx.shape[1])
+
+    def weights(self, rank: int, values: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Gate weights as delivered: rows ``[N, K]``, 0 elsewhere; experts, masked: one for each of `rows(rank)`."""
+        given = [one.topk_weights for one in self.sent] if values is None else values
+        table = []
+        for row in self.rows(rank):
+            weights = given[row.src_rank]
+            assert weights is not None
+            local = self._local(rank, row.src_rank, row.src_token)
+            table.append(
+                [w if e >= 0 else torch.zeros_like(w) for w, e in zip(weights[row.src_token], local, strict=True)]
+            )
+            if row.expert is not None:
+                table[-1] = [_sum([w for w, e in zip(table[-1], local, strict=True) if e == row.expert])]
+        flat = [weight for line in table for weight in line]
+        width = self.sent[rank].topk_idx.shape[1]
+        done = torch.stack(flat) if flat else torch.zeros(0)
+        return done.reshape(len(table), width) if self.layout == "rows" else done
+
+    # ------------------------------------------------------------------ what combine brings home
+
+    def combine(self, rank: int, ys: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
+        """``[T, H]`` of ``rank``: biases, then one partial sum a rank in rank order, rounded once.
+
+        Args:
+            rank: Whose tokens.
+            ys: What each rank gives back, ``[rows, H]`` (masked: ``[L * capacity, H]``).
+            biases: Of ``rank``, each ``[T, H]``.
+        """
+        dtype = ys[rank].dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        sums = []
+        for token in range(len(self.choices[rank])):
+            total = torch.zeros(ys[rank].shape[1], dtype=wide)
+            for bias in biases:
+                total = total + bias[token].to(wide)
+            for there in range(self.num_ranks):
+                partial = [ys[there][place].to(wide) for place in self._home(there, rank, token)]
+                if partial:
+                    total = total + _sum(partial)
+            sums.append(total.to(dtype))
+        return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
+
+    def combine_weights(self, rank: int, ws: Sequence[Tensor]) -> Tensor:
+        """``[T, K]`` float32: rows: slots added up in rank order; experts, masked: each slot has its row's weight.
+
+        Args:
+            rank: Whose tokens.
+            ws: What each rank gives back: rows ``[N, K]``; experts ``[rows]``; masked ``[L * capacity]``.
+        """
+        table = torch.zeros(self.sent[rank].topk_idx.shape)
+        for token, experts in enumerate(self.choices[rank]):
+            for there in range(self.num_ranks):
+                if self.layout == "rows":
+                    for place in self._home(there, rank, token):
+                        table[token] = table[token] + ws[there][place]
+                    continue
+                for slot, expert in enumerate(experts):
+                    if expert >= 0 and expert // self.num_local == there:
+                        place = self.place(there, rank, token, expert % self.num_local)
+                        table[token, slot] = ws[there][place]
+        return table
+
+    def _home(self, there: int, rank: int, token: int) -> list[int]:
+        """Places on rank ``there`` of a token of ``rank``, in expert order."""
+        keys = [None] if self.layout == "rows" else list(range(self.num_local))
+        places = [self.place(there, rank, token, key) for key in keys]
+        return [place for place in places if place >= 0]
+
+    # ------------------------------------------------------------------ decoding (layout "masked", capacity R * M)
+
+    def decode_ranges(self, rank: int) -> list[list[tuple[int, int]]]:
+        """(start, count) of the rows of each local expert from each rank."""
+        table = []
+        for expert in range(self.num_local):
+            sources = [row.src_rank for row in self.rows(rank) if row.expert == expert]
+            counts = [sources.count(src) for src in range(self.num_ranks)]
+            table.append([(sum(counts[:src]), count) for src, count in enumerate(counts)])
+        return table
+
+    def decode_combine(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False) -> Tensor:
+        """``[T, H]`` of ``rank``: weighted sums in slot order, or (fast) rounded per rank, then in rank order.
+
+        Args:
+            rank: Whose tokens.
+            ys: What each rank gives back, ``[L * capacity, H]``.
+            fast: Sum before the wire.
+        """
+        weights = self.sent[rank].topk_weights
+        assert weights is not None
+        dtype, hidden = ys[rank].dtype, ys[rank].shape[1]
+        sums = []
+        for token, experts in enumerate(self.choices[rank]):
+            total = torch.zeros(hidden)
+            if fast:
+                for there in range(self.num_ranks):
+                    total = total + self._fast_partial(there, rank, token, ys[there], weights[token]).float()
+            else:
+                for slot, expert in enumerate(experts):
+                    if expert >= 0:
+                        there, local = divmod(expert, self.num_local)
+                        row = ys[there][self.place(there, rank, token, local)].float()
+                        product = row * weights[token, slot]
+                        total = total + product
+            sums.append(total.to(dtype))
+        return torch.stack(sums) if sums else ys[rank].new_empty(0, hidden)
+
+    def _fast_partial(self, there: int, rank: int, token: int, y: Tensor, weights: Tensor) -> Tensor:
+        local = self._local(there, rank, token)
+        partial = torch.zeros(y.shape[1])
+        for expert in sorted(set(local) - {-1}):
+            weight = _sum([w for w, e in zip(weights, local, strict=True) if e == expert])
+            product = y[self.place(there, rank, token, expert)].float() * weight
+            partial = partial + product
+        return partial.to(y.dtype)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """Add from the left, rounding each time."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def fp8_cast(row: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Cast one row ``[H]`` to float8_e4m3fn with a float32 scale for each 128 columns (the last block may be short)."""
+    casts, scales = [], []
+    for first in range(0, row.numel(), FP8_BLOCK):
+        block = row[first : first + FP8_BLOCK].float()
+        amax = block.abs().amax().clamp(min=1e-4)
+        if power_of_two:
+            scale = torch.tensor(2.0 ** _ceil_log2(float(amax / FP8_MAX)))
+            factor = 1.0 / scale
+        else:
+            scale, factor = amax / FP8_MAX, FP8_MAX / amax
+        casts.append((block * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+        scales.append(scale)
+    return torch.cat([cast.view(torch.uint8) for cast in casts]).view(torch.float8_e4m3fn), torch.stack(scales)
+
+
+def _ceil_log2(value: float) -> int:
+    fraction, exponent = math.frexp(value)
+    return exponent - 1 if fraction == 0.5 else exponent
+
+
+def ue8m0(scales: Tensor) -> Tensor:
+    """Pack powers of two ``[S]`` as exponent bytes, four to an int32, lowest byte first; missing bytes are 0."""
+    packed = []
+    for first in range(0, scales.numel(), 4):
+        word = 0
+        for byte, scale in enumerate(scales[first : first + 4].tolist()):
+            word |= (_ceil_log2(scale) + 127) << (8 * byte)
+        packed.append(word - (1 << 32) if word >= 1 << 31 else word)
+    return torch.tensor(packed, dtype=torch.int32)

@@ -1,0 +1,34 @@
+"""What contract tests run on."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from pairs import PAIRS, Pair
+
+
+@pytest.fixture(params=PAIRS, ids=str)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Jobs of one rank run in this process; like the ranks of a world, it shall not use all cores for tiny tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(worlds) -> Callable[..., list[Any]]:
+    """``run(pair, ranks, job, *args)``: call ``job(rank, process_group, pair, *args)`` on every rank."""
+
+    def on_ranks(pair: Pair, ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
+        if pair.wire == "none":
+            return [job(0, None, pair, *args)]
+        return worlds(ranks).run(job, pair, *args)
+
+    return on_ranks

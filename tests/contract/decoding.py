@@ -1,0 +1,124 @@
+"""Checks of decode_dispatch and decode_combine against the oracle; they run on the ranks."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokenferry import DecodeDispatched, ExpertGroup, Quantized, Routing, Scale
+from tokenferry.testing.cases import Case, answers
+from tokenferry.testing.compare import same_bits
+from tokenferry.testing.oracle import Oracle, Sent, fp8_cast, ue8m0
+
+CASTS = (None, Scale.FLOAT32, Scale.POWER_OF_TWO, Scale.UE8M0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode round under test; ``away`` are ranks that this one has masked."""
+
+    case: Case
+    rank: int
+    away: frozenset[int] = frozenset()
+
+    @property
+    def capacity(self) -> int:
+        return self.case.ranks * self.case.shape.max_tokens
+
+    def oracle(self) -> Oracle:
+        """As if masked ranks brought nothing and nobody chose their experts."""
+        sent = list(self.case.inputs())
+        local = self.case.experts // self.case.ranks
+        for rank, one in enumerate(sent):
+            gone = torch.zeros_like(one.topk_idx, dtype=torch.bool)
+            for away in self.away:
+                gone |= (one.topk_idx >= away * local) & (one.topk_idx < (away + 1) * local)
+            if rank in self.away:
+                gone[:] = True
+            sent[rank] = replace(one, topk_idx=torch.where(gone, -1, one.topk_idx))
+        return Oracle(sent, self.case.experts, "masked", capacity=self.capacity)
+
+    def mine(self) -> Sent:
+        return self.case.inputs()[self.rank]
+
+    def routing(self) -> Routing:
+        return Routing(self.mine().topk_idx, self.mine().topk_weights)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.case} away={sorted(self.away)}"
+
+
+def check_received(step: Step, sent: DecodeDispatched, fp8: Scale | None) -> None:
+    """Rows, scales, counts, source tokens, ranges and weights."""
+    oracle, rank = step.oracle(), step.rank
+    rows = oracle.rows(rank)
+    places = torch.tensor([row.place for row in rows], dtype=torch.int64)
+    local, capacity = oracle.num_local, step.capacity
+    want = oracle.x(rank)
+    if fp8 is None:
+        assert isinstance(sent.x, Tensor)
+        assert sent.x.shape == (local, capacity, step.case.hidden), f"{step}: got shape {list(sent.x.shape)}"
+        assert sent.x.is_contiguous()
+        same_bits(f"{step} x", sent.x.reshape(-1, step.case.hidden)[places], want)
+    else:
+        check_cast(f"{step} {fp8}", sent.x, places, want, fp8, (local, capacity))
+    counts = torch.tensor(oracle.expert_counts(rank), dtype=torch.int32)
+    same_bits(f"{step} expert_counts", sent.expert_counts, counts)
+    plan = sent.plan
+    assert plan.num_tokens == step.case.tokens[rank]
+    assert plan.num_experts == step.case.experts
+    assert plan.src_token.shape == (local, capacity)
+    tokens = torch.tensor([row.src_token for row in rows], dtype=torch.int32)
+    same_bits(f"{step} src_token", plan.src_token.reshape(-1)[places], tokens)
+    ranges = torch.tensor([[start << 32 | count for start, count in line] for line in oracle.decode_ranges(rank)])
+    # Where there are no rows, nobody may ask where they start.
+    full = (ranges & 0xFFFFFFFF) > 0
+    same_bits(f"{step} counts in src_range", plan.src_range & 0xFFFFFFFF, ranges & 0xFFFFFFFF)
+    same_bits(f"{step} src_range", plan.src_range[full], ranges[full])
+    same_bits(f"{step} topk_idx", plan.topk_idx, oracle.sent[rank].topk_idx)
+    if step.case.weights:
+        assert plan.row_weights is not None, f"{step}: weights were lost"
+        same_bits(f"{step} row_weights", plan.row_weights.reshape(-1)[places], oracle.weights(rank))
+    else:
+        assert plan.row_weights is None, f"{step}: weights out of nothing"
+        assert plan.topk_weights is None, f"{step}: weights out of nothing"
+
+
+def check_cast(
+    what: str, x: Tensor | Quantized, places: Tensor, want: Tensor, fp8: Scale, sizes: tuple[int, int]
+) -> None:
+    """FP8 bytes and scales of each row, and scales that lie row after row in memory."""
+    assert isinstance(x, Quantized), f"{what}: got {type(x).__name__}"
+    hidden = want.shape[1]
+    width = -(-hidden // (512 if fp8 is Scale.UE8M0 else 128))
+    assert x.data.shape == (*sizes, hidden), f"{what}: got shape {list(x.data.shape)}"
+    assert x.scale.shape == (*sizes, width), f"{what}: got scales {list(x.scale.shape)}"
+    assert x.scale.stride(1) == 1, f"{what}: scales have strides {x.scale.stride()}"
+    casts = [fp8_cast(row, power_of_two=fp8 is not Scale.FLOAT32) for row in want]
+    if not casts:
+        return
+    scales = [ue8m0(scale) if fp8 is Scale.UE8M0 else scale for _, scale in casts]
+    data = torch.stack([cast.view(torch.uint8) for cast, _ in casts])
+    same_bits(f"{what} data", x.data.view(torch.uint8).reshape(-1, hidden)[places], data)
+    same_bits(f"{what} scale", x.scale.reshape(-1, width)[places], torch.stack(scales))
+
+
+def check_combined(group: ExpertGroup, step: Step, sent: DecodeDispatched, dtype: torch.dtype, **options: bool) -> None:
+    """Exact or fast, into ``out`` or not, by hook or not; unread rows hold NaN."""
+    fast, into, hook = (options.get(name, False) for name in ("fast", "into", "hook"))
+    oracle, case = step.oracle(), step.case
+    size = oracle.num_local * step.capacity
+    ys = [answers(case, oracle, there, size, dtype) for there in range(case.ranks)]
+    out = torch.full((case.tokens[step.rank], case.hidden), torch.nan, dtype=dtype) if into else None
+    y = ys[step.rank].clone().reshape(oracle.num_local, step.capacity, case.hidden)
+    numerics = "fast" if fast else "exact"
+    got = group.decode_combine(y, sent.plan, numerics=numerics, out=out, return_hook=hook)
+    assert (got.hook is not None) == hook
+    if got.hook is not None:
+        y.fill_(torch.nan)  # it was sent already, or the hook would be too late
+        got.hook()
+        got.hook()
+    what = f"{step} decode_combine {dtype} {options}"
+    same_bits(what, got.x, oracle.decode_combine(step.rank, ys, fast=fast))
+    if out is not None:
+        assert got.x.data_ptr() == out.data_ptr(), f"{what}: the sum is not in out"

@@ -1,0 +1,53 @@
+"""A program that ends with a group still open ends at once, with nothing on stderr."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+import torch
+import torch.distributed as dist
+from tokenferry import ExpertGroup, MoeShape, Routing
+
+rank, ranks, wire, store, left = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+if ranks > 1:
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
+group = ExpertGroup(dist.group.WORLD if ranks > 1 else None, MoeShape(4, 2, 16, 8), wire=wire, timeout_s=60)
+x, routing = torch.ones(3, 16), Routing(torch.tensor([[0, 1], [2, 3], [1, 2]]), torch.ones(3, 2))
+sent = group.dispatch(x, routing)
+assert group.combine(sent.x, sent.plan).x.shape == (3, 16)
+if left == "hook":
+    got = group.decode_dispatch(x, routing, return_hook=True)
+    got.hook()
+if left == "error":
+    raise SystemExit(7)
+print("done", rank)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "wire", "left"),
+    [(1, "auto", "group"), (2, "local", "group"), (2, "local", "hook"), (2, "local", "error"), (2, "group", "hook")],
+)
+def test_a_program_with_an_open_group_just_ends(ranks, wire, left, tmp_path):
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(ranks), wire, str(tmp_path / "store"), left],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        for rank, program in enumerate(programs):
+            out, err = program.communicate(timeout=100)
+            assert err == ""
+            assert program.returncode == (7 if left == "error" else 0)
+            assert out == ("" if left == "error" else f"done {rank}\n")
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()

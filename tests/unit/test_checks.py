@@ -1,0 +1,120 @@
+"""How errors about shapes, dtypes, devices and strides read."""
+
+import pytest
+import torch
+
+from tokenferry import ArgumentError, CapacityError, RoutingError, ShapeError
+from tokenferry.checks import FLOATS, Checks
+
+
+@pytest.fixture
+def check() -> Checks:
+    return Checks("dispatch", torch.device("cpu"), {"H": (8, "the group"), "K": (2, "the group")})
+
+
+def message(call, *args, **kwargs) -> str:
+    with pytest.raises(ArgumentError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_an_argument_of_another_kind(check):
+    text = message(check.tensor, "x", [1, 2], "T H", FLOATS)
+    assert text.startswith("dispatch: x: expected torch.bfloat16 or torch.float16 or ")
+    assert text.endswith("[T, H], got list; pass a torch.Tensor")
+
+
+def test_another_dtype(check):
+    text = message(check.tensor, "w", torch.zeros(3, 2).double(), "T K", (torch.float32,))
+    expected = "dispatch: w: expected torch.float32 [T, K], got torch.float64 [3, 2] on cpu; call .to(torch.float32)"
+    assert text == expected
+
+
+def test_another_device(check):
+    text = message(check.tensor, "x", torch.zeros(3, 8, device="meta"), "T H", FLOATS)
+    assert text.endswith("got torch.float32 [3, 8] on meta; the group is on cpu: call .to('cpu')")
+
+
+def test_another_number_of_dimensions(check):
+    text = message(check.tensor, "x", torch.zeros(8), "T H", FLOATS)
+    assert text.endswith("got torch.float32 [8] on cpu; pass 2 dimensions instead of 1")
+
+
+def test_a_size_that_the_group_set(check):
+    text = message(check.tensor, "x", torch.zeros(3, 7), "T H", FLOATS)
+    assert text.endswith("got torch.float32 [3, 7] on cpu; H=8 was set by the group, here it is 7: pass shape [3, 8]")
+
+
+def test_a_size_that_another_argument_set(check):
+    check.tensor("x", torch.zeros(7, 8), "T H", FLOATS)
+    text = message(check.tensor, "topk_idx", torch.zeros(5, 2, dtype=torch.int64), "T K", (torch.int64,))
+    assert text.endswith("T=7 was set by x, here it is 5: pass shape [7, 2]")
+
+
+def test_strides(check):
+    text = message(check.tensor, "x", torch.zeros(8, 3).t(), "T H", FLOATS)
+    assert text == "dispatch: x: must be contiguous, got strides (1, 3); call .contiguous()"
+    check.tensor("x", torch.zeros(8, 3).t(), "T H", FLOATS, contiguous=False)
+
+
+def test_any_dtype_where_none_is_asked_for(check):
+    check.tensor("x.data", torch.zeros(3, 9, dtype=torch.uint8), "T W", None)
+    text = message(check.tensor, "x.data", 3, "T W", None)
+    assert text == "dispatch: x.data: expected a tensor [T, W], got int; pass a torch.Tensor"
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "num_bytes", "padded"),
+    [(7, torch.bfloat16, 14, 8), (9, torch.bfloat16, 18, 16), (3, torch.float64, 24, 4), (17, torch.uint8, 17, 32)],
+)
+def test_rows_of_odd_bytes(check, width, dtype, num_bytes, padded):
+    text = message(check.row_bytes, "x", torch.zeros(2, width, dtype=dtype))
+    expected = f"a row of {width} x {dtype} is {num_bytes} bytes, expected a multiple of 16; "
+    assert expected in text
+    assert text.endswith(f"pad the hidden size to {padded} elements")
+    check.row_bytes("x", torch.zeros(2, padded, dtype=dtype))
+
+
+def test_too_many_tokens(check):
+    check.max_tokens("x", 4, 4)
+    with pytest.raises(
+        CapacityError, match=r"x: T=5 rows exceed max_tokens=4; send at most 4 .*MoeShape\(max_tokens=5\)"
+    ):
+        check.max_tokens("x", 5, 4)
+
+
+@pytest.mark.parametrize(("bad", "place"), [(4, (1, 0)), (-2, (0, 1)), (99, (2, 1))])
+def test_experts_out_of_range(check, bad, place):
+    idx = torch.zeros(3, 2, dtype=torch.int32)
+    idx[place] = bad
+    text = rf"topk_idx\[{place[0]}, {place[1]}\] is {bad}, expected an expert in \[0, 4\), or -1"
+    with pytest.raises(RoutingError, match=text):
+        check.experts("topk_idx", idx, 4)
+
+
+def test_experts_in_range(check):
+    check.experts("topk_idx", torch.tensor([[-1, 3]]), 4)
+    check.experts("topk_idx", torch.empty(0, 2, dtype=torch.int64), 4)
+
+
+def test_lost_gradients(check):
+    x = torch.zeros(2, requires_grad=True)
+    text = message(check.no_grad, y=torch.zeros(2), bias=(torch.zeros(2), x))
+    assert text.startswith(
+        "dispatch: bias: requires grad, and this call is not differentiable; use tokenferry.autograd"
+    )
+    check.no_grad(x=x.detach(), w=None)
+    with torch.no_grad():
+        check.no_grad(x=x)
+
+
+def test_sizes_of_one_call_do_not_leak_into_the_next():
+    sizes = {"H": (8, "the group")}
+    Checks("a", torch.device("cpu"), sizes).tensor("x", torch.zeros(3, 8), "T H", FLOATS)
+    Checks("b", torch.device("cpu"), sizes).tensor("x", torch.zeros(4, 8), "T H", FLOATS)
+    assert sizes == {"H": (8, "the group")}
+
+
+def test_shape_error_is_what_is_raised(check):
+    with pytest.raises(ShapeError):
+        check.tensor("x", torch.zeros(3, 7), "T H", FLOATS)

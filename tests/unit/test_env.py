@@ -1,0 +1,55 @@
+"""The one table of environment variables."""
+
+import dataclasses
+import logging
+import os
+
+import pytest
+
+from tokenferry import ConfigError, env
+
+
+def test_defaults():
+    assert env.read({}) == env.Settings(backend="auto", timeout_s=100.0, wire="auto")
+
+
+def test_values_are_parsed():
+    environ = {"TOKENFERRY_BACKEND": "cpu", "TOKENFERRY_TIMEOUT_S": "2.5", "TOKENFERRY_WIRE": "group", "OTHER": "x"}
+    assert env.read(environ) == env.Settings(backend="cpu", timeout_s=2.5, wire="group")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TOKENFERRY_TIMEOUT_S", "soon", "could not convert"),
+        ("TOKENFERRY_TIMEOUT_S", "0", "above 0"),
+        ("TOKENFERRY_TIMEOUT_S", "-1", "above 0"),
+        ("TOKENFERRY_TIMEOUT_S", "inf", "finite"),
+        ("TOKENFERRY_TIMEOUT_S", "nan", "finite"),
+        ("TOKENFERRY_WIRE", "rdma", "expected one of auto, local, group"),
+        ("TOKENFERRY_BACKEND", "", "expected one of auto"),
+    ],
+)
+def test_a_bad_value_names_variable_value_and_expectation(name, value, message):
+    with pytest.raises(ConfigError, match=rf"{name}='{value}'.*{message}"):
+        env.read({name: value})
+
+
+def test_an_unknown_name_warns_with_the_nearest(caplog):
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        env.read({"TOKENFERRY_TIMEOUT": "5"})
+    assert "TOKENFERRY_TIMEOUT is not a variable" in caplog.text
+    assert "TOKENFERRY_TIMEOUT_S" in caplog.text
+
+
+def test_the_process_environment_is_the_default_and_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("TOKENFERRY_TIMEOUT_S", "7")
+    before = dict(os.environ)
+    assert env.read().timeout_s == 7.0
+    assert dict(os.environ) == before
+
+
+def test_every_variable_is_a_setting():
+    names = [v.name.removeprefix("TOKENFERRY_").lower() for v in env.VARIABLES]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(env.Settings))
+    assert all(v.meaning for v in env.VARIABLES)

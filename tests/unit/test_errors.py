@@ -1,0 +1,63 @@
+"""The exception tree: its branches, and the way of an exception to another process."""
+
+import inspect
+import pickle
+
+import pytest
+
+import tokenferry
+from tokenferry import errors
+
+CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)]
+
+
+def make(kind: type[Exception]) -> Exception:
+    if kind is errors.PeerTimeout:
+        return kind("dispatch #7: rank 1 waited", phase="dispatch", call=7, rank=1, peers=(2, 5), waited_s=30.5)
+    return kind("x: expected 1, got 2")
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_pickle_keeps_everything(kind):
+    error = make(kind)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)
+
+
+def test_a_timeout_says_who_waited_for_whom():
+    error = make(errors.PeerTimeout)
+    assert (error.phase, error.call, error.rank, error.peers, error.waited_s) == ("dispatch", 7, 1, (2, 5), 30.5)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_one_root_catches_all(kind):
+    assert issubclass(kind, errors.TokenferryError)
+    assert getattr(tokenferry, kind.__name__) is kind
+    assert kind.__doc__
+
+
+@pytest.mark.parametrize(
+    ("kind", "parent"),
+    [
+        (errors.ArgumentError, ValueError),
+        (errors.ShapeError, errors.ArgumentError),
+        (errors.RoutingError, errors.ArgumentError),
+        (errors.CapacityError, errors.ArgumentError),
+        (errors.PlanError, errors.ArgumentError),
+        (errors.ConfigError, ValueError),
+        (errors.BackendUnavailable, RuntimeError),
+        (errors.UnsupportedError, NotImplementedError),
+        (errors.MismatchError, RuntimeError),
+        (errors.PeerTimeout, TimeoutError),
+        (errors.ClosedError, RuntimeError),
+    ],
+)
+def test_programs_that_know_only_python_catch_them_too(kind, parent):
+    assert issubclass(kind, parent)
+
+
+def test_the_drawing_names_every_class():
+    for kind in CLASSES:
+        assert f" {kind.__name__} " in errors.__doc__ or kind is errors.TokenferryError

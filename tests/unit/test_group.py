@@ -1,0 +1,55 @@
+"""A group of one: options, variables, the log line. What groups do is in tests/contract."""
+
+import logging
+
+import pytest
+import torch
+
+from tokenferry import ClosedError, ConfigError, ExpertGroup, MoeShape, Routing
+
+SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
+
+
+def test_auto_says_what_it_chose_and_why(caplog):
+    with caplog.at_level(logging.INFO, "tokenferry"), ExpertGroup(None, SHAPE) as group:
+        assert (group.backend, group.wire, group.rank, group.num_ranks) == ("cpu", "none", 0, 1)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("tokenferry")]
+    assert len(lines) == 1
+    assert "'auto' chose cpu" in lines[0]
+    assert "group of one" in lines[0]
+
+
+def test_a_backend_that_was_asked_for_needs_no_words(caplog):
+    with caplog.at_level(logging.INFO, "tokenferry"), ExpertGroup(None, SHAPE, backend="cpu"):
+        assert not caplog.records
+
+
+def test_timeout_comes_from_the_option_then_the_variable_then_the_default(monkeypatch):
+    assert ExpertGroup(None, SHAPE).timeout_s == 100.0
+    monkeypatch.setenv("TOKENFERRY_TIMEOUT_S", "7.5")
+    assert ExpertGroup(None, SHAPE).timeout_s == 7.5
+    assert ExpertGroup(None, SHAPE, timeout_s=3).timeout_s == 3.0
+
+
+@pytest.mark.parametrize(("name", "value"), [("TIMEOUT_S", "never"), ("WIRE", "rdma"), ("BACKEND", "tpu")])
+def test_a_bad_variable_stops_the_group(monkeypatch, name, value):
+    monkeypatch.setenv(f"TOKENFERRY_{name}", value)
+    with pytest.raises(ConfigError, match=rf"TOKENFERRY_{name}='{value}'"):
+        ExpertGroup(None, SHAPE)
+
+
+def test_views_share_one_fate():
+    group = ExpertGroup(None, SHAPE)
+    view = group.for_shape(MoeShape(2, 1, 16, 4))
+    sent = view.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0], [1]])))
+    view.close()
+    with pytest.raises(ClosedError, match="dispatch: the group was closed; make a new ExpertGroup"):
+        group.dispatch(torch.ones(1, 8), Routing(torch.tensor([[0, 1]])))
+    assert sent.x.shape == (2, 16)
+
+
+def test_a_group_closes_when_its_block_ends_in_an_error():
+    with pytest.raises(RuntimeError, match="mine"), ExpertGroup(None, SHAPE) as group:
+        raise RuntimeError("mine")
+    with pytest.raises(ClosedError):
+        group.for_shape(SHAPE)

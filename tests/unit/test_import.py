@@ -1,0 +1,76 @@
+"""Importing tokenferry costs little and does nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import tokenferry
+
+PROGRAM = """
+import json, os, sys, threading, time
+import torch
+before, environ = set(sys.modules), dict(os.environ)
+start = time.process_time()
+import tokenferry
+spent = time.process_time() - start
+import torch.distributed as dist
+print(json.dumps({
+    "cpu_s": spent,
+    "new": sorted(m for m in set(sys.modules) - before if "." not in m or m.startswith("tokenferry.")),
+    "group": dist.is_initialized(),
+    "cuda": torch.cuda.is_initialized(),
+    "threads": threading.active_count(),
+    "same_environ": dict(os.environ) == environ,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict:
+    runs = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60)
+        assert done.stderr == ""
+        runs.append(json.loads(done.stdout))
+    return min(runs, key=lambda run: run["cpu_s"])
+
+
+def test_costs_less_than_a_fifth_of_a_second_besides_torch(imported):
+    assert imported["cpu_s"] < 0.2  # processor time, so that a busy machine does not matter
+
+
+def test_initialises_nothing(imported):
+    assert not imported["group"]
+    assert not imported["cuda"]
+    assert imported["threads"] == 1
+    assert imported["same_environ"]
+
+
+def test_brings_no_other_package(imported):
+    packages = {name for name in imported["new"] if "." not in name}
+    assert packages <= {"tokenferry", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("room", ["autograd", "nn", "compat", "testing", "bench", "cli"])
+def test_leaves_rooms_above_the_api_closed(imported, room):
+    assert not [name for name in imported["new"] if name.startswith(f"tokenferry.{room}")]
+
+
+def test_public_names_are_listed_sorted_and_documented():
+    assert tokenferry.__all__ == sorted(tokenferry.__all__)
+    listed = set(tokenferry.__all__)
+    own = {n for n, v in vars(tokenferry).items() if getattr(v, "__module__", "").startswith("tokenferry.")}
+    assert listed == {name for name in own if not name.startswith("_")}
+    for name in listed:
+        doc = getattr(tokenferry, name).__doc__
+        assert doc, name
+        assert not doc.startswith(f"{name}("), f"{name}: that is what dataclass wrote"
+
+
+@pytest.mark.parametrize("name", sorted(tokenferry.ExpertGroup.__dict__))
+def test_every_method_is_documented(name):
+    member = tokenferry.ExpertGroup.__dict__[name]
+    if not name.startswith("_"):
+        assert member.__doc__, name

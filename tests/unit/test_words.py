@@ -1,0 +1,87 @@
+"""Dataclasses that users make: what they accept, and what they say when they do not."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+import tokenferry
+from tokenferry import ConfigError, Delivery, Layout, MoeShape, Plan
+
+
+@pytest.mark.parametrize("name", ["num_experts", "top_k", "hidden", "max_tokens"])
+@pytest.mark.parametrize("value", [0, -3, 1.0, "8", None, True])
+def test_shape_wants_positive_integers(name, value):
+    sizes = {"num_experts": 4, "top_k": 2, "hidden": 8, "max_tokens": 16, name: value}
+    with pytest.raises(ConfigError, match=rf"MoeShape: {name}: expected a positive integer, got {value!r}"):
+        MoeShape(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "rows"}, r"layout: expected a Layout, got 'rows'; e\.g\. Layout\.EXPERTS"),
+        ({"counts": "gpu"}, r'counts: expected "host" or "device", got \'gpu\''),
+        ({"alignment": 0}, r"alignment: expected a positive integer, got 0"),
+        ({"alignment": 8.0, "layout": Layout.EXPERTS}, r"alignment: expected a positive integer, got 8\.0"),
+        ({"alignment": 8}, r"alignment=8 needs Layout\.EXPERTS, got Layout\.ROWS"),
+        ({"alignment": 2, "layout": Layout.MASKED}, r"alignment=2 needs Layout\.EXPERTS, got Layout\.MASKED"),
+        ({"zero_padding": True}, r"zero_padding needs Layout\.EXPERTS or Layout\.MASKED"),
+        ({"capacity": 0, "counts": "device"}, r"capacity: expected a positive integer or None, got 0"),
+        ({"capacity": "9", "counts": "device"}, r"capacity: expected a positive integer or None, got '9'"),
+        ({"capacity": 9}, r'capacity with counts="host" needs Layout\.MASKED'),
+        ({"capacity": 9, "layout": Layout.EXPERTS}, r'capacity with counts="host" needs Layout\.MASKED'),
+    ],
+)
+def test_delivery_refuses_contradictions(options, message):
+    with pytest.raises(ConfigError, match=f"Delivery: {message}"):
+        Delivery(**options)
+
+
+def test_delivery_accepts_what_makes_sense():
+    assert Delivery() == Delivery(Layout.ROWS, 1, False, "host", None)
+    Delivery(Layout.MASKED, capacity=9)
+    Delivery(capacity=9, counts="device")
+    Delivery(Layout.EXPERTS, alignment=128, zero_padding=True, counts="device", capacity=9)
+
+
+def test_plan_knows_the_source_of_each_row():
+    nothing = torch.empty(0, dtype=torch.int64)
+    plan = Plan(
+        "key", Delivery(), 0, 3, 3, nothing, nothing, nothing, torch.tensor([2, 0, 1]), nothing, nothing, nothing
+    )
+    assert plan.src_rank.tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("name", tokenferry.__all__)
+def test_words_are_frozen_and_their_fields_documented(name):
+    word = getattr(tokenferry, name)
+    if not dataclasses.is_dataclass(word):
+        return
+    assert word.__dataclass_params__.frozen
+    documented = argument_names(word.__doc__)
+    assert documented == [field.name for field in dataclasses.fields(word)]
+
+
+@pytest.mark.parametrize(
+    "method", [m for n, m in inspect.getmembers(tokenferry.ExpertGroup, inspect.isfunction) if n[0] != "_"]
+)
+def test_docstrings_name_every_argument_of_a_call(method):
+    names = list(inspect.signature(method).parameters)[1:]
+    documented = argument_names(method.__doc__)
+    assert documented in ([], names)
+    assert documented or len(names) < 3
+    assert len(names) <= 6
+
+
+def argument_names(doc: str) -> list[str]:
+    """Names under "Args:" or "Attributes:" of a Google docstring."""
+    names = []
+    inside = False
+    for line in inspect.cleandoc(doc).splitlines():
+        if line and not line.startswith(" "):
+            inside = line in ("Args:", "Attributes:")
+        elif inside and line.startswith("    ") and line[4] != " ":
+            names.append(line.split(":")[0].strip())
+    return names
