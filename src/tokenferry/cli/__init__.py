@@ -1,0 +1,1 @@
+"""The command line, `tokenferry`: one small module a command."""

@@ -1,0 +1,113 @@
+"""`tokenferry bench`: dispatch and combine against plain all_to_all_single of the same bytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenferry
+from tokenferry.bench import report
+from tokenferry.bench.feed import run_with_feed
+from tokenferry.bench.inputs import Spec
+from tokenferry.bench.scenarios import measure, num_steps
+from tokenferry.cli.failure import explain
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.testing.world import World, WorldError
+
+HELP = "measure dispatch and combine on this machine, against plain gloo all_to_all_single"
+DESCRIPTION = """\
+Starts R ranks on this host, checks every answer, then times each call of the CPU backend and, in turns with it, plain
+gloo all_to_all_single of the same row bytes between the same ranks. No time is printed for a wrong answer.
+
+Each time is the slowest rank's, the median over the iterations with 5th and 95th percentile:
+  drained   the ranks are synchronised before each call
+  chained   calls back to back
+"""
+JOB_TIMEOUT_S = 1800.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sizes; the defaults are the case that the project's CPU target names."""
+    parser.add_argument("--ranks", type=positive, default=4, help="R (default: 4)")
+    parser.add_argument("--tokens", type=positive, default=128, help="T, on every rank (default: 128)")
+    parser.add_argument("--hidden", type=positive, default=7168, help="H, bfloat16 (default: 7168)")
+    parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
+    parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
+    parser.add_argument("--iters", type=positive, default=30, help="iterations that count (default: 30)")
+    parser.add_argument("--wire", choices=("both", "local", "group"), default="both", help="default: both")
+    parser.add_argument(
+        "--threads", type=positive, help="threads of each rank (default: the cores shared out, at least 1)"
+    )
+    parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
+
+
+def positive(text: str) -> int:
+    """Parse an option that has to be a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Check, measure, print; 1 if an answer was wrong."""
+    spec = _spec(args)
+    threads = args.threads or report.threads_for(spec.ranks)
+    machine = report.machine()
+    screen.line(f"{machine['processor']}, {machine['cores']} cores (load {machine['load']}), {machine['system']}")
+    screen.line(
+        f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}, "
+        f"Python {machine['python']}, torch {machine['torch']}"
+    )
+    screen.line(f"command: {args.command_line}")
+    screen.line(
+        f"R={spec.ranks} T={spec.tokens} H={spec.hidden} K={spec.top_k} E={spec.experts} bfloat16, seed {spec.seed}, "
+        f"{spec.iters} iterations, {threads} thread(s) a rank"
+    )
+    wires = ("local", "group") if args.wire == "both" else (args.wire,)
+    results: list[report.Line] = []
+    try:
+        with World(spec.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world:
+            for wire in wires:
+                results += _measure(world, spec, wire, screen)
+    except WorldError as error:
+        screen.line(f"{explain(error)}\nno time is printed", style="bold red")
+        return 1
+    screen.line(f"MB/rank: {report.BYTES}. GB/s: these over the median.")
+    if args.json is not None:
+        text = json.dumps(report.as_json(spec, threads, args.command_line, results), indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
+        screen.line(f"written: {args.json}")
+    return 0
+
+
+def _spec(args: argparse.Namespace) -> Spec:
+    if args.experts % args.ranks:
+        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {args.ranks}; change one of them")
+    if args.top_k > args.experts:
+        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
+    if args.hidden % 8:
+        raise ConfigError(f"--hidden {args.hidden}: a row has to be a multiple of 16 bytes; use a multiple of 8")
+    seed = secrets.randbits(31) if args.seed is None else args.seed % 2**31
+    warmup = max(1, min(5, args.iters))
+    return Spec(args.ranks, args.tokens, args.hidden, args.top_k, args.experts, args.iters, warmup, seed)
+
+
+def _measure(world: World, spec: Spec, wire: str, screen: Screen) -> list[report.Line]:
+    with screen.progress(f"wire {wire}", num_steps(spec)) as advance:
+        answers = run_with_feed(world, measure, spec, wire, on_item=_show(advance))
+    lines = report.lines(wire, [samples for samples, _ in answers])
+    screen.line(f"checked: {report.CHECKED}")
+    screen.table(f"wire {wire}", report.HEADER, [report.cells(line) for line in lines])
+    screen.line()
+    return lines
+
+
+def _show(advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
+    return lambda item: advance(1, item["now"])

@@ -1,0 +1,26 @@
+"""`tokenferry deep-ep-path`: the folder that makes `import deep_ep` find tokenferry."""
+
+from __future__ import annotations
+
+import argparse
+
+from tokenferry.cli.screen import Screen
+from tokenferry.compat.deep_ep_path import folder
+
+HELP = "print the folder to put on PYTHONPATH so that `import deep_ep` finds tokenferry"
+DESCRIPTION = """\
+Prints one folder and nothing else. It holds a package `deep_ep` that speaks DeepEP's API on tokenferry, so that
+programs written for DeepEP run as they are:
+
+    PYTHONPATH=$(tokenferry deep-ep-path) python program.py
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """This command takes none."""
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Print the folder."""
+    screen.line(folder())
+    return 0

@@ -1,0 +1,132 @@
+"""`tokenferry demo`: trains a small Mixture-of-Experts model over local ranks, and compares it with one process."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenferry.bench.feed import run_with_feed
+from tokenferry.bench.report import num_cores, threads_for
+from tokenferry.cli import demo_plot
+from tokenferry.cli.bench import positive
+from tokenferry.cli.demo_compare import Verdict, compare
+from tokenferry.cli.demo_train import History, Options, load_text, train_dense, train_spread
+from tokenferry.cli.failure import explain
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.testing.world import World, WorldError
+
+HELP = "train a small Mixture-of-Experts model over local ranks, and compare with one process"
+DESCRIPTION = """\
+Trains a byte-level transformer with two Mixture-of-Experts layers (8 experts, 2 per token) on the source text of
+Python's own standard library: first over R rank processes, each holding 8/R experts, every token carried by tokenferry;
+then the same model, seed and batches in one process that holds all experts. Fails if the losses differ beyond rounding.
+About a minute on two cores.
+"""
+JOB_TIMEOUT_S = 3600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--steps", type=positive, default=300, help="optimizer steps (default: 300)")
+    parser.add_argument("--ranks", type=positive, default=4, help="R: 1, 2, 4 or 8 (default: 4)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32"),
+        default="float64",
+        help="float64 compares every step to the last digits; float32 is quicker and coarser (default: float64)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="where demo.png goes (default: demo-out)"
+    )
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Train twice, compare, draw; 1 if the runs differ."""
+    options = Options(args.steps, args.ranks, args.seed, getattr(torch, args.dtype))
+    if options.experts % options.ranks:
+        raise ConfigError(f"--ranks {options.ranks} does not divide the {options.experts} experts; use 1, 2, 4 or 8")
+    start = time.perf_counter()
+    screen.line(
+        f"text: {len(load_text())} bytes of Python's standard library; model: {options.layers} blocks, "
+        f"H={options.hidden}, {options.experts} experts, top-{options.top_k}; "
+        f"batch: {options.batch} x {options.context} bytes; {args.dtype}"
+    )
+    try:
+        spread = _train_spread(options, screen)
+    except WorldError as error:
+        screen.line(explain(error), style="bold red")
+        return 1
+    dense = _train_dense(options, screen)
+    verdict = compare((spread.losses, dense.losses), (spread.expert_tokens, dense.expert_tokens), options.dtype)
+    _tell(verdict, spread, dense, screen)
+    picture = args.out / "demo.png"
+    if demo_plot.write(picture, spread, dense):
+        screen.line(f"picture: {picture}")
+    else:
+        screen.line("picture: none, matplotlib is not installed (pip install 'tokenferry[plots]')")
+    screen.line(f"took {time.perf_counter() - start:.0f} s")
+    return 0 if verdict.same else 1
+
+
+def _train_spread(options: Options, screen: Screen) -> History:
+    threads = threads_for(options.ranks)
+    screen.line(f"{options.ranks} ranks on {num_cores()} cores, {threads} thread(s) each, starting ...")
+    with (
+        World(options.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world,
+        screen.progress("training", options.steps) as advance,
+    ):
+        show = _show(options, screen, advance)
+        histories = run_with_feed(world, train_spread, options, on_item=show)
+    history: History = histories[0]
+    return history
+
+
+def _show(options: Options, screen: Screen, advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
+    step = 0
+
+    def show(item: dict[str, Any]) -> None:
+        nonlocal step
+        step += 1
+        advance(1, "")
+        if step == 1 or step * 10 // options.steps > (step - 1) * 10 // options.steps:
+            screen.line(
+                f"step {step:4d}  loss {item['loss']:.4f}  dispatch {item['dispatch_s'] * 1e3:5.1f} ms  "
+                f"combine {item['combine_s'] * 1e3:5.1f} ms  step {item['step_s'] * 1e3:6.1f} ms  "
+                f"rows per expert {' '.join(f'{n:4d}' for n in item['expert_tokens'])}"
+            )
+
+    return show
+
+
+def _train_dense(options: Options, screen: Screen) -> History:
+    screen.line("the same in one process with all experts ...")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a rank
+    try:
+        with screen.progress("dense", options.steps) as advance:
+            return train_dense(options, lambda loss: advance(1, f"loss {loss:.4f}"))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tell(verdict: Verdict, spread: History, dense: History, screen: Screen) -> None:
+    whole = sum(spread.step_s)
+    screen.line(
+        f"loss: {spread.losses[0]:.4f} -> {spread.losses[-1]:.4f} over {spread.ranks} ranks, "
+        f"{dense.losses[0]:.4f} -> {dense.losses[-1]:.4f} in one process"
+    )
+    screen.line(
+        f"time over ranks: {whole:.1f} s, of it dispatch {sum(spread.dispatch_s):.1f} s, combine "
+        f"{sum(spread.combine_s):.1f} s (rank 0, forward and backward, waiting for the others included); "
+        f"in one process: {sum(dense.step_s):.1f} s"
+    )
+    screen.line(
+        f"{'SAME' if verdict.same else 'DIFFERENT'}: {verdict.text}", style="green" if verdict.same else "bold red"
+    )

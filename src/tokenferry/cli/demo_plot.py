@@ -1,0 +1,32 @@
+"""The demo's picture: both loss curves, and how the tokens fell on the experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenferry.cli.demo_train import History
+
+
+def write(path: Path, sharded: History, dense: History) -> bool:
+    """Write a PNG; False if matplotlib is not installed (then nothing is written)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, load = figure.subplots(1, 2)
+    steps = range(1, len(sharded.losses) + 1)
+    loss.plot(steps, sharded.losses, linewidth=3, alpha=0.5, label=f"{sharded.ranks} ranks, experts spread over them")
+    loss.plot(steps, dense.losses, linewidth=1, color="black", label="one process, all experts")
+    loss.set(xlabel="step", ylabel="loss, nats per byte", title="The same model learns the same")
+    loss.legend()
+    shares = [[count / max(1, sum(counts)) for count in counts] for counts in sharded.expert_tokens]
+    by_expert = list(zip(*shares, strict=True))
+    load.stackplot(steps, *by_expert, labels=[f"expert {e}" for e in range(len(by_expert))])
+    load.set(xlabel="step", ylabel="share of the rows", ylim=(0, 1), title="Load of the experts, all layers")
+    figure.legend(*load.get_legend_handles_labels(), loc="outside right center", reverse=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return True

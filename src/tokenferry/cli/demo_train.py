@@ -1,0 +1,251 @@
+"""The demo's training: with the experts spread over ranks, and whole in one process; same text, seed and batches."""
+
+from __future__ import annotations
+
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
+from torch import Tensor, nn
+
+from tokenferry.api import ExpertGroup
+from tokenferry.bench import feed
+from tokenferry.cli.demo_model import ByteTransformer
+from tokenferry.nn import MoELayer
+from tokenferry.testing.dense import DenseMoE
+from tokenferry.words import Combined, Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
+
+TEXT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is trained; the same for both runs.
+
+    Args:
+        steps: Optimizer steps.
+        ranks: R of the run that is spread.
+        seed: Of parameters and batches.
+        dtype: Of parameters and rows.
+    """
+
+    steps: int
+    ranks: int
+    seed: int
+    dtype: torch.dtype = torch.float64
+    batch: int = 16
+    context: int = 64
+    hidden: int = 64
+    heads: int = 4
+    layers: int = 2
+    experts: int = 8
+    top_k: int = 2
+    ffn_hidden: int = 128
+    learning_rate: float = 3e-3
+
+
+@dataclass(slots=True)
+class History:
+    """What a run has to show, one entry a step.
+
+    Attributes:
+        ranks: Ranks that took part.
+        losses: Mean loss of the whole batch, nats per byte.
+        expert_tokens: Rows that each of the E experts received, all layers together.
+        dispatch_s: Seconds in dispatch and redispatch, on rank 0, waiting for others included.
+        combine_s: The same in combine.
+        step_s: Seconds of the whole step.
+    """
+
+    ranks: int
+    losses: list[float] = field(default_factory=list)
+    expert_tokens: list[list[int]] = field(default_factory=list)
+    dispatch_s: list[float] = field(default_factory=list)
+    combine_s: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+
+
+class TimedGroup(ExpertGroup):
+    """An ExpertGroup that adds up the seconds that its calls take, forward and backward."""
+
+    dispatch_s = 0.0
+    combine_s = 0.0
+
+    def dispatch(self, x: Tensor | Quantized, routing: Routing, *, delivery: Delivery | None = None) -> Dispatched:
+        """As ExpertGroup's."""
+        start = time.perf_counter()
+        result = super().dispatch(x, routing, delivery=delivery)
+        self.dispatch_s += time.perf_counter() - start
+        return result
+
+    def redispatch(self, x: Tensor | Quantized, plan: Plan, *, topk_weights: Tensor | None = None) -> Dispatched:
+        """As ExpertGroup's; the backward of combine."""
+        start = time.perf_counter()
+        result = super().redispatch(x, plan, topk_weights=topk_weights)
+        self.dispatch_s += time.perf_counter() - start
+        return result
+
+    def combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, ...] | None = None,
+        out: Tensor | None = None,
+    ) -> Combined:
+        """As ExpertGroup's; also the backward of dispatch."""
+        start = time.perf_counter()
+        result = super().combine(y, plan, topk_weights=topk_weights, bias=bias, out=out)
+        self.combine_s += time.perf_counter() - start
+        return result
+
+
+def load_text(folder: Path | None = None) -> Tensor:
+    """Return source text of Python's own standard library as bytes: its modules by name, the first 4 MiB.
+
+    Raises:
+        FileNotFoundError: this Python came without the sources of its library; says where they were looked for.
+    """
+    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
+    data = bytearray()
+    for path in sorted(folder.glob("*.py")):
+        data += path.read_bytes()
+    if len(data) < 100_000:
+        raise FileNotFoundError(
+            f"demo: expected the source text of Python's standard library (*.py) in {folder}, found {len(data)} bytes; "
+            "use a Python that has it"
+        )
+    return torch.frombuffer(data[:TEXT_BYTES], dtype=torch.uint8)
+
+
+def batch_of(text: Tensor, options: Options, step: int) -> Tensor:
+    """``[batch, context + 1]`` int64: the whole batch of one step, the same for every rank and run."""
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+    starts = torch.randint(len(text) - options.context, (options.batch,), generator=generator)
+    return text[starts[:, None] + torch.arange(options.context + 1)].long()
+
+
+def make_model(options: Options, make_moe: Callable[[int], nn.Module]) -> ByteTransformer:
+    """Return the model of the demo with the mixtures that ``make_moe`` makes."""
+    o = options
+    return ByteTransformer(o.hidden, o.context, o.heads, o.layers, make_moe, o.seed).to(o.dtype)
+
+
+def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of both runs.
+
+    Adam divides each gradient by its own size, and so would blow the rounding of gradients that are nearly zero up to
+    full steps; an eps above that rounding keeps the two runs comparable.
+    """
+    return torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), eps=1e-5)
+
+
+def loss_sum(model: nn.Module, batch: Tensor) -> Tensor:
+    """Sum of the losses of all places of ``batch``, a scalar."""
+    scores = model(batch[:, :-1])
+    return F.cross_entropy(scores.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+
+
+def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) -> History:
+    """Train on this rank's share of each batch; experts live on their ranks. A job of `World`."""
+    o = options
+    text = load_text()
+    tokens = -(-o.batch // o.ranks) * o.context
+    history = History(o.ranks)
+    group = TimedGroup(pg, MoeShape(o.experts, o.top_k, o.hidden, max_tokens=tokens))
+    with group:
+        model = make_model(o, lambda i: MoELayer(group, o.ffn_hidden, seed=moe_seed(o, i)))
+        layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        mine = {id(p) for layer in layers for p in layer.expert_parameters()}
+        shared = [p for p in model.parameters() if id(p) not in mine]
+        optimizer = make_optimizer(o, model)
+        for step in range(o.steps):
+            start = time.perf_counter()
+            group.dispatch_s = group.combine_s = 0.0
+            share = batch_of(text, o, step).tensor_split(o.ranks)[rank]
+            loss = loss_sum(model, share) / (o.batch * o.context)
+            optimizer.zero_grad(set_to_none=False)
+            torch.autograd.backward(loss)
+            sum_over_ranks(pg, [p.grad for p in shared if p.grad is not None])
+            optimizer.step()
+            news_of_all = gather_news(pg, rank, loss.detach(), layers, o)
+            history.losses.append(float(news_of_all[0]))
+            history.expert_tokens.append([int(n) for n in news_of_all[1:]])
+            history.dispatch_s.append(group.dispatch_s)
+            history.combine_s.append(group.combine_s)
+            history.step_s.append(time.perf_counter() - start)
+            if rank == 0:
+                feed.send(news, latest(history))
+    return history
+
+
+def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over ranks, in one exchange. Collective."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat, group=pg)
+    for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+def gather_news(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
+    """``[1 + E]`` float64: the loss of the whole batch, then each expert's rows, all layers together. Collective."""
+    news = torch.zeros(1 + options.experts, dtype=torch.float64)
+    news[0] = loss
+    local = options.experts // options.ranks
+    for layer in layers:
+        assert layer.expert_counts is not None
+        news[1 + rank * local : 1 + (rank + 1) * local] += layer.expert_counts
+    dist.all_reduce(news, group=pg)
+    return news
+
+
+def latest(history: History) -> dict[str, Any]:
+    """Return the last entry of each list, as an item for a feed."""
+    return {
+        "loss": history.losses[-1],
+        "expert_tokens": history.expert_tokens[-1],
+        "dispatch_s": history.dispatch_s[-1],
+        "combine_s": history.combine_s[-1],
+        "step_s": history.step_s[-1],
+    }
+
+
+def moe_seed(options: Options, layer: int) -> int:
+    """Return the seed of one mixture's parameters: another one for each layer, the same in both runs."""
+    return options.seed * options.layers + layer
+
+
+def dense_layer(options: Options, layer: int) -> DenseMoE:
+    """Return a mixture with all experts in this process, with the parameters that the ranks draw."""
+    o = options
+    with ExpertGroup(None, MoeShape(o.experts, o.top_k, o.hidden, max_tokens=1)) as group:
+        drawn = MoELayer(group, o.ffn_hidden, seed=moe_seed(o, layer))
+    return DenseMoE(drawn.router, [drawn.state_dict()])
+
+
+def train_dense(options: Options, on_step: Callable[[float], None]) -> History:
+    """Train the same model with all experts in this process, on the whole of each batch; no rank, no exchange."""
+    o = options
+    text = load_text()
+    history = History(1)
+    model = make_model(o, lambda i: dense_layer(o, i))
+    optimizer = make_optimizer(o, model)
+    for step in range(o.steps):
+        start = time.perf_counter()
+        loss = loss_sum(model, batch_of(text, o, step)) / (o.batch * o.context)
+        optimizer.zero_grad(set_to_none=False)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        history.losses.append(loss.item())
+        counts = [layer.expert_counts for layer in model.modules() if isinstance(layer, DenseMoE)]
+        history.expert_tokens.append(torch.stack([c for c in counts if c is not None]).sum(0).tolist())
+        history.step_s.append(time.perf_counter() - start)
+        on_step(history.losses[-1])
+    return history

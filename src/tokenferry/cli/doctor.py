@@ -1,0 +1,207 @@
+"""`tokenferry doctor`: what this machine can do, and why not more, by doing it."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.distributed as dist
+
+from tokenferry import env
+from tokenferry.api import ExpertGroup
+from tokenferry.bench.report import machine
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError, TokenferryError
+from tokenferry.testing.world import World, WorldError
+from tokenferry.words import MoeShape, Routing
+
+HELP = "say what this machine can do and why not more, by running it"
+DESCRIPTION = """\
+Runs a small round trip on everything that tokenferry can run on, and says PASS, or no with the reason and what to do.
+Lines with ! are needed for tokenferry to work at all; if one of them says no, the exit status is 1.
+"""
+RANKS = 2
+JOB_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line.
+
+    Attributes:
+        name: What was tried.
+        good: It works.
+        text: What was seen; if it does not work, why, and what to do.
+        needed: Without it nothing works.
+    """
+
+    name: str
+    good: bool
+    text: str
+    needed: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it can take half a minute)")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Print each finding as it comes; 1 if something that is needed does not work."""
+    about = machine()
+    screen.line(f"{about['processor']}, {about['cores']} cores, {about['system']}")
+    ill = []
+    for finding in findings(compiler=not args.no_compile):
+        verdict = "PASS" if finding.good else "no"
+        mark = "!" if finding.needed else " "
+        screen.line(
+            f"{mark} {finding.name:<22} {verdict:<4}  {finding.text}", style="green" if finding.good else "yellow"
+        )
+        if finding.needed and not finding.good:
+            ill.append(finding.name)
+    screen.line()
+    screen.line(f"does not work: {', '.join(ill)}" if ill else "tokenferry works on this machine")
+    return 1 if ill else 0
+
+
+def findings(*, compiler: bool) -> Iterator[Finding]:
+    """Try one thing after the other."""
+    yield _versions()
+    yield from _variables()
+    yield _group_of_one()
+    yield from _ranks()
+    yield _cuda()
+    if compiler:
+        yield _tried("torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not touched")
+        yield _tried("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
+    yield _package("rich", "colours and progress bars", "cli")
+    yield _package("matplotlib", "the demo's picture", "plots")
+
+
+def _versions() -> Finding:
+    good = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+    text = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return Finding("versions", good, text if good else f"{text}; install torch 2.11 or newer", needed=True)
+
+
+def _variables() -> Iterator[Finding]:
+    try:
+        settings = env.read()
+    except ConfigError as error:
+        yield Finding("environment", False, str(error), needed=True)
+        return
+    for variable in env.VARIABLES:
+        value = getattr(settings, variable.name.removeprefix("TOKENFERRY_").lower())
+        origin = "default" if value == variable.parse(variable.default) else f"default: {variable.default}"
+        yield Finding(variable.name, True, f"{value} ({origin}); {variable.meaning}")
+
+
+def _tried(name: str, attempt: Callable[[], str], remedy: str, *, needed: bool = False) -> Finding:
+    try:
+        return Finding(name, True, attempt(), needed)
+    except Exception as error:  # noqa: BLE001 - whatever stops it is what the doctor has to tell
+        first = str(error).strip().splitlines()
+        return Finding(name, False, f"{type(error).__name__}: {first[0] if first else ''}; {remedy}", needed)
+
+
+def round_trip(group: ExpertGroup) -> str:
+    """Send rows to every expert and back, and check them. Collective.
+
+    Raises:
+        ArithmeticError: other rows came back.
+    """
+    generator = torch.Generator().manual_seed(group.rank)
+    x = torch.randn(16, group.shape.hidden, generator=generator)
+    experts = group.shape.num_experts
+    sent = group.dispatch(x, Routing(torch.arange(16 * experts).view(16, experts) % experts))
+    assert isinstance(sent.x, torch.Tensor)
+    back = group.combine(sent.x, sent.plan).x
+    if not torch.equal(back, x * group.num_ranks):
+        raise ArithmeticError("the rows that came back are not the rows that were sent")
+    return f"round trip of 16 rows over {group.num_ranks} rank(s), wire {group.wire}, backend {group.backend}"
+
+
+def _shape(num_ranks: int) -> MoeShape:
+    return MoeShape(2 * num_ranks, top_k=2 * num_ranks, hidden=64, max_tokens=16)
+
+
+def _group_of_one() -> Finding:
+    def attempt() -> str:
+        with ExpertGroup(None, _shape(1)) as group:
+            return round_trip(group)
+
+    return _tried("group of one", attempt, "report it: nothing but torch is needed here", needed=True)
+
+
+def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
+    """Add up ranks over gloo; a job of `World`."""
+    total = torch.tensor([rank + 1])
+    dist.all_reduce(total, group=pg)
+    if total.item() != sum(range(1, pg.size() + 1)):
+        raise ArithmeticError(f"all_reduce gave {total.item()}")
+    return f"all_reduce over {pg.size()} rank processes"
+
+
+def over_wire(rank: int, pg: dist.ProcessGroup, wire: str) -> str:
+    """Make a round trip over one wire; a job of `World`."""
+    with ExpertGroup(pg, _shape(pg.size()), backend="cpu", wire=wire, timeout_s=JOB_TIMEOUT_S / 2) as group:
+        return round_trip(group)
+
+
+def _ranks() -> Iterator[Finding]:
+    remedies = {
+        "gloo": "several ranks need gloo; use a torch that has it",
+        "wire local": "a group falls back to wire 'group'; give /dev/shm room and let the ranks share it",
+        "wire group": "report it: it needs nothing but gloo",
+    }
+    jobs = {"gloo": (over_gloo,), "wire local": (over_wire, "local"), "wire group": (over_wire, "group")}
+    for name, job in jobs.items():
+        needed = name != "wire local"
+        yield _tried(name, lambda job=job: _on_ranks(*job), remedies[name], needed=needed)  # type: ignore[misc]
+
+
+def _on_ranks(fn: Callable[..., str], *args: object) -> str:
+    """Run one job in a world of its own, so that what one check breaks does not reach the next."""
+    try:
+        with World(RANKS, timeout_s=JOB_TIMEOUT_S) as world:
+            text: str = world.run(fn, *args)[0]
+            return text
+    except WorldError as error:
+        raise next(iter(error.errors.values())) from None
+
+
+def _cuda() -> Finding:
+    seen = f"torch sees {torch.cuda.device_count()} CUDA device(s)"
+    try:
+        with ExpertGroup(None, _shape(1), backend="cuda") as group:
+            return Finding("backend cuda", True, f"{round_trip(group)}; {seen}")
+    except TokenferryError as error:
+        return Finding("backend cuda", False, f"{error}; {seen}")
+
+
+def _compiles(backend: str) -> str:
+    from tokenferry import autograd
+
+    with ExpertGroup(None, _shape(1)) as group:
+        routing = Routing(torch.tensor([[0, 1]] * 16))
+
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            sent = autograd.dispatch(group, x, routing)
+            assert isinstance(sent.x, torch.Tensor)
+            return autograd.combine(group, torch.tanh(sent.x), sent.plan).x
+
+        x = torch.randn(16, group.shape.hidden, requires_grad=True)
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)(x)
+        torch.testing.assert_close(compiled, layer(x))
+        return f"dispatch, an expert and combine in one graph, by {backend}"
+
+
+def _package(name: str, use: str, extra: str) -> Finding:
+    try:
+        return Finding(name, True, f"{version(name)}: {use}")
+    except PackageNotFoundError:
+        return Finding(name, False, f"not installed, so no {use}; pip install 'tokenferry[{extra}]'")

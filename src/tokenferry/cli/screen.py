@@ -1,0 +1,87 @@
+"""The only place that writes to the terminal: with rich where it is installed, the same content without."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Advance = Callable[[int, str], None]
+"""``advance(done, text)``: so much more is done, and what is being done now."""
+
+
+class Screen:
+    """Prints lines, tables and progress.
+
+    Args:
+        stream: Where to; None: standard output.
+        fancy: Use rich; None: if it is installed and the stream is a terminal.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, fancy: bool | None = None) -> None:
+        self.stream = sys.stdout if stream is None else stream
+        self._console = _console(self.stream) if fancy or (fancy is None and self.stream.isatty()) else None
+
+    def line(self, text: str = "", *, style: str | None = None) -> None:
+        """Print one line; ``style`` is a colour of rich, without which it is left out."""
+        if self._console is None:
+            print(text, file=self.stream, flush=True)
+        else:
+            self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table: the first column to the left, the others to the right."""
+        if self._console is None:
+            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+            self.line(title)
+            for row in (header, ["-" * width for width in widths], *rows):
+                cells = [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]
+                self.line("  ".join(cells).rstrip())
+            return
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Advance]:
+        """Show how far something is: a bar with rich; without, a line for each new tenth that comes with a text."""
+        if self._console is None:
+            yield self._plain_progress(title, total)
+            return
+        from rich.progress import Progress
+
+        with Progress(console=self._console, transient=True) as progress:
+            task = progress.add_task(title, total=total)
+
+            def advance(done: int, text: str) -> None:
+                progress.update(task, advance=done, description=f"{title} {text}".rstrip())
+
+            yield advance
+
+    def _plain_progress(self, title: str, total: int) -> Advance:
+        so_far = 0
+
+        def advance(done: int, text: str) -> None:
+            nonlocal so_far
+            tenth, so_far = so_far * 10 // total, so_far + done
+            if text and so_far * 10 // total > tenth:
+                self.line(f"{title}: {so_far * 100 // total:3d} % {text}")
+
+        return advance
+
+
+def _console(stream: TextIO) -> Console | None:
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(file=stream)

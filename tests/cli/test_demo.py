@@ -1,0 +1,126 @@
+"""The demo: both trainings, their comparison, and the picture."""
+
+import sys
+
+import pytest
+import torch
+from cli_jobs import broken
+
+from tokenferry.cli import demo, demo_train
+from tokenferry.cli.demo_compare import MOVED_ROWS, OTHER_ROUTING, SAME_ROUTING, compare
+from tokenferry.cli.main import main
+
+TINY = ["demo", "--steps", "3", "--ranks", "2"]
+
+
+def test_learns_the_same_on_any_terminal(any_terminal, tmp_path):
+    assert main([*TINY, "--out", str(tmp_path / "new")]) == 0
+    out = any_terminal.getvalue()
+    for word in (
+        "step    3  loss",
+        "dispatch",
+        "combine",
+        "rows per expert",
+        "SAME: ",
+        "(3 of 3 steps)",
+        "1e-09 is allowed",
+    ):
+        assert word in out
+    assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_float32_and_other_ranks_without_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["demo", "--steps", "2", "--ranks", "4", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "for float32 sums" in out
+    assert "matplotlib is not installed" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_fails_if_one_expert_is_another(capsys, monkeypatch, tmp_path):
+    make = demo_train.dense_layer
+
+    def perturbed(options, layer):
+        dense = make(options, layer)
+        with torch.no_grad():
+            dense.down[5] *= 1.0001
+        return dense
+
+    monkeypatch.setattr(demo_train, "dense_layer", perturbed)
+    assert main([*TINY, "--out", str(tmp_path)]) == 1
+    assert "DIFFERENT: " in capsys.readouterr().out
+
+
+def test_fails_if_gradients_are_another(capsys, monkeypatch, tmp_path):
+    make = demo_train.make_optimizer  # the ranks' processes keep theirs
+
+    def slower(options, model):
+        optimizer = make(options, model)
+        optimizer.param_groups[0]["lr"] *= 0.999
+        return optimizer
+
+    monkeypatch.setattr(demo_train, "make_optimizer", slower)
+    assert main([*TINY, "--out", str(tmp_path)]) == 1
+    assert "DIFFERENT: " in capsys.readouterr().out
+
+
+def test_a_failing_rank(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "train_spread", broken)
+    assert main(TINY) == 1
+    assert "no reason at all" in capsys.readouterr().out
+
+
+def test_the_loss_falls():
+    history = demo_train.train_dense(demo_train.Options(25, 1, 0, batch=4, context=32, hidden=32), lambda loss: None)
+    assert history.losses[0] > 5
+    assert history.losses[-1] < 4
+    assert all(sum(counts) == 2 * 2 * 4 * 32 for counts in history.expert_tokens), "layers * top-2 * tokens"
+
+
+def test_batches_depend_on_seed_and_step_only():
+    text, options = demo_train.load_text(), demo_train.Options(1, 1, 0)
+    first = demo_train.batch_of(text, options, 0)
+    assert first.shape == (options.batch, options.context + 1)
+    assert torch.equal(first, demo_train.batch_of(text, options, 0))
+    assert not torch.equal(first, demo_train.batch_of(text, options, 1))
+    assert not torch.equal(first, demo_train.batch_of(text, demo_train.Options(1, 1, 1), 0))
+
+
+def test_no_text(tmp_path):
+    (tmp_path / "small.py").write_text("pass")
+    with pytest.raises(FileNotFoundError, match=f"in {tmp_path}, found 4 bytes"):
+        demo_train.load_text(tmp_path)
+
+
+def verdict(losses, counts, dtype=torch.float32):
+    steps = len(losses)
+    return compare(([1.0] * steps, losses), ([[50, 50]] * steps, counts), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_routing_allows_rounding_only(dtype):
+    near, far = 1 + 0.9 * SAME_ROUTING[dtype], 1 + 1.1 * SAME_ROUTING[dtype]
+    assert verdict([1.0, near], [[50, 50]] * 2, dtype).same
+    assert not verdict([1.0, far], [[50, 50]] * 2, dtype).same
+    assert not verdict([1.0, float("nan")], [[50, 50]] * 2, dtype).same
+
+
+def test_parted_routing_allows_few_rows_and_more_difference():
+    few, many = [50 - MOVED_ROWS, 50 + MOVED_ROWS], [49 - MOVED_ROWS, 51 + MOVED_ROWS]
+    later = 1 + 0.9 * OTHER_ROUTING
+    good = verdict([1.0, 1.0001, later], [[50, 50], few, many])
+    assert good.same
+    assert "(1 of 3 steps)" in good.text
+    assert f"at step 2 {MOVED_ROWS} row(s)" in good.text
+    assert not verdict([1.0, 1.0001, later], [[50, 50], many, few]).same, "too many rows at once"
+    assert not verdict([1.0, 1.0001, 1 + 1.1 * OTHER_ROUTING], [[50, 50], few, few]).same
+    assert not verdict([1.0, 1.0001, float("nan")], [[50, 50], few, few]).same
+    assert not verdict([1.001, 1.0, 1.0], [[50, 50], few, few]).same, "different before the routing was"
+
+
+def test_compare_refuses_unequal_lengths():
+    with pytest.raises(ValueError, match="expected as many losses as counts"):
+        compare(([], []), ([], []), torch.float32)
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        compare(([1.0], [1.0]), ([[1]] * 2, [[1]] * 2), torch.float32)
