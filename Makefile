@@ -1,0 +1,70 @@
+# make demo | test | lint: each makes .venv (once), installs what constraints.txt pins, and runs. Python 3.10 to 3.13.
+#
+#   PYTHON=python3.12   the Python that makes .venv
+#   VENV=none           no .venv and no install: run PYTHON as it is, which has torch (a GPU host without a network)
+#   PIP_ARGS=...        more arguments for pip, such as another package index
+#   ARGS=...            more arguments for the command: make demo ARGS="--steps 20", make test ARGS="-k combine"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+READY :=
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
+HAVE = $(PY) -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train a small Mixture-of-Experts model on four local ranks (about a minute)"
+	@echo "make test    run all tests, with coverage"
+	@echo "make lint    ruff format, ruff check, mypy --strict"
+	@echo "make clean   remove .venv and what the others leave behind"
+
+demo: $(READY)
+	$(PY) -m tokenferry.cli demo $(ARGS)
+
+# Ranks are processes that the tests fork: each leaves a coverage file of its own, which `combine` puts together.
+# Without .venv, what is not installed is left out, and said.
+MEGATRON_TEST := tests/compat/test_deep_ep_megatron.py
+
+test: $(READY)
+	@if $(HAVE) numpy megatron; then without=; else without=--ignore=$(MEGATRON_TEST); \
+	    echo "make test: $(PY) has not both megatron-core and numpy: $(MEGATRON_TEST) is left out"; fi; \
+	if $(HAVE) coverage; then set -ex; \
+	    $(PY) -m coverage erase; \
+	    $(PY) -m coverage run -m pytest $$without $(ARGS); \
+	    $(PY) -m coverage combine --quiet; \
+	    $(PY) -m coverage report; \
+	else \
+	    echo "make test: $(PY) has no module named coverage: the tests run, their coverage is not measured"; \
+	    set -ex; $(PY) -m pytest $$without $(ARGS); \
+	fi
+
+lint: $(READY)
+	@$(HAVE) ruff mypy || { echo "make lint: $(PY) has not both ruff and mypy; install them, or leave out VENV=none"; exit 1; }
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv build src/tokenferry.egg-info demo-out .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
+
+ifneq ($(VENV),none)
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+endif

@@ -1,0 +1,261 @@
+"""Documents are true: their code runs and prints what they say, their links lead somewhere, what they name exists."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import inspect
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import documents
+import pytest
+import torch
+
+import tokenferry
+from tokenferry import env
+from tokenferry.cli.main import COMMANDS
+from tokenferry.compat.deep_ep import Buffer
+
+PYTHON_LANGUAGES = ("python", "pycon")
+LANGUAGES = {"python", "pycon", "text", "bash", "make"}
+WITH_CODE = [
+    path for path in documents.FILES if any(b.language in PYTHON_LANGUAGES for b in documents.blocks(path.read_text()))
+]
+
+
+def run_blocks(path: Path) -> None:
+    """Run a document as one session, in the current folder.
+
+    A `text` block right after a `python` block is what that block prints. A `python` block whose first line is a
+    comment with a file's name, such as `# example.py`, is a program of its own.
+    """
+    names: dict[str, object] = {"__name__": "__main__"}
+    found = documents.blocks(path.read_text())
+    for i, block in enumerate(found):
+        where = f"{documents.name(path)}:{block.line}"
+        if block.language == "python":
+            program = re.match(r"# (\w+\.py)$", block.text, flags=re.MULTILINE)
+            printed = run_program(program[1], block.text) if program else run_here(path, block, names)
+            after = found[i + 1] if i + 1 < len(found) else None
+            if after is not None and after.language == "text" and after.adjacent:
+                assert printed == after.text, f"{where} prints something else than the text below it:\n{printed}"
+        elif block.language == "pycon":
+            test = doctest.DocTestParser().get_doctest(block.text, names, where, str(path), block.line - 1)
+            report = io.StringIO()
+            runner = doctest.DocTestRunner(verbose=False)
+            runner.run(test, out=report.write, clear_globs=False)
+            names = test.globs
+            assert runner.tries > 0, f"{where}: a pycon block without >>>"
+            assert runner.failures == 0, report.getvalue()
+
+
+def run_here(path: Path, block: documents.Block, names: dict[str, object]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), names)
+    return printed.getvalue()
+
+
+def run_program(file: str, text: str, *command: str) -> str:
+    Path(file).write_text(text)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *command, file]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environ, check=False)
+    assert done.returncode == 0, f"{file} failed:\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=documents.name)
+def test_code_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(path)
+
+
+def test_documents_that_promise_code_have_some():
+    assert {"README.md", "docs/quickstart.md", "docs/concepts.md"} <= set(map(documents.name, WITH_CODE))
+
+
+def test_a_wrong_document_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    for wrong in (
+        "```python\nprint(1)\n```\n```text\n2\n```\n",
+        "```pycon\n>>> 1\n2\n```\n",
+        "```python\nassert False\n```\n",
+    ):
+        page.write_text(wrong)
+        with pytest.raises(AssertionError):
+            run_blocks(page)
+
+
+@pytest.mark.parametrize("path", documents.FILES, ids=documents.name)
+def test_blocks_say_their_language(path):
+    for block in documents.blocks(path.read_text()):
+        assert block.language in LANGUAGES, f"{documents.name(path)}:{block.line}: one of {sorted(LANGUAGES)} is needed"
+
+
+@pytest.mark.parametrize("path", documents.FILES, ids=documents.name)
+def test_links_lead_somewhere(path):
+    for link in documents.links(path.read_text()):
+        if link.startswith(("https://", "http://")):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), f"{documents.name(path)}: {link}: there is no such file"
+        if anchor:
+            assert anchor in documents.anchors(file.read_text()), f"{documents.name(path)}: {link}: no such heading"
+
+
+def test_links_in_the_code_lead_somewhere():
+    found = 0
+    for source in sorted((documents.ROOT / "src").rglob("*.py")):
+        # A message may be split over two literals: join adjacent ones before looking.
+        text = re.sub(r'"\s*\n\s*f?"', "", source.read_text())
+        for target, anchor in re.findall(r"(docs/[\w-]+\.md)(?:#([\w-]+))?", text):
+            found += 1
+            assert (documents.ROOT / target).exists(), f"{source}: {target}: there is no such file"
+            if anchor:
+                headings = documents.anchors((documents.ROOT / target).read_text())
+                assert anchor in headings, f"{source}: {target}#{anchor}: no such heading"
+    assert found, "the message of PeerTimeout, at least, points at docs/errors.md"
+
+
+@pytest.mark.parametrize("path", documents.FILES, ids=documents.name)
+def test_named_files_exist(path):
+    """`folder/file.ext` in backticks is a file of this repository, seen from its root or from src/tokenferry."""
+    bases = (documents.ROOT, documents.ROOT / "src" / "tokenferry", documents.ROOT / "tests")
+    for word in re.findall(r"`([\w./-]+/[\w.-]*)`", documents.prose(path.read_text())):
+        if word.startswith(("/", "..")):
+            continue
+        assert any((base / word).exists() for base in bases), f"{documents.name(path)}: `{word}`: there is no such file"
+
+
+def test_named_targets_and_commands_exist():
+    targets = set(re.findall(r"^(\w+):", (documents.ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for path in documents.FILES:
+        text = path.read_text()
+        for target in re.findall(r"(?:`|^|\$ )make (\w+)", text, flags=re.MULTILINE):
+            assert target in targets, f"{documents.name(path)}: make {target}"
+        for command in re.findall(r"(?:`|^|\()tokenferry ([a-z][\w-]*)", text, flags=re.MULTILINE):
+            assert command in COMMANDS, f"{documents.name(path)}: tokenferry {command}"
+
+
+def test_every_exception_has_a_heading():
+    page = documents.prose((documents.ROOT / "docs" / "errors.md").read_text())
+    headings = set(re.findall(r"^### (\w+)$", page, flags=re.MULTILINE))
+    errors = {
+        n for n in tokenferry.__all__ if isinstance(x := getattr(tokenferry, n), type) and issubclass(x, Exception)
+    }
+    assert headings == errors
+
+
+def test_every_variable_is_documented():
+    page = (documents.ROOT / "docs" / "quickstart.md").read_text()
+    for variable in env.VARIABLES:
+        assert re.search(rf"^\| `{variable.name}` \| `{variable.default}` \|", page, flags=re.MULTILINE), variable.name
+
+
+def test_every_public_name_is_in_a_document():
+    text = "".join(path.read_text() for path in documents.FILES)
+    missing = [name for name in tokenferry.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert not missing
+
+
+def test_readme_example_runs_on_several_ranks(tmp_path, monkeypatch):
+    """The same lines, started by torchrun, as the README says."""
+    monkeypatch.chdir(tmp_path)
+    example = next(b for b in documents.blocks((documents.ROOT / "README.md").read_text()) if b.language == "python")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run_program("example.py", example.text, *torchrun)
+    assert sorted(re.findall(r"rank (\d) of 2", printed)) == ["0", "1"], printed
+
+
+def imported_rooms() -> dict[str, set[str]]:
+    """Which rooms of the package each room imports."""
+    package = documents.ROOT / "src" / "tokenferry"
+    rooms: dict[str, set[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        text = path.read_text()
+        found = set(
+            re.findall(r"^\s*from tokenferry\.(\w+)[\w.]* import|^\s*import tokenferry\.(\w+)", text, re.MULTILINE)
+        )
+        named = re.findall(r"^\s*from tokenferry import ([\w, ]+)$", text, re.MULTILINE)
+        names = {name for pair in found for name in pair if name} | {
+            n.strip() for line in named for n in line.split(",")
+        }
+        rooms.setdefault(room, set()).update(names - {room})
+    del rooms["__init__"]
+    return {room: {name for name in names if name in rooms} for room, names in rooms.items()}
+
+
+def test_the_table_of_rooms_is_complete_and_its_arrows_are_true():
+    page = (documents.ROOT / "docs" / "architecture.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \|$", page, flags=re.MULTILINE))
+    rooms = imported_rooms()
+    assert set(table) == set(rooms)
+    for room, imports in rooms.items():
+        extra = imports - set(table[room].split(", "))
+        assert not extra, f"docs/architecture.md: {room} imports {sorted(extra)} too"
+
+
+def test_every_folder_of_tests_is_listed():
+    page = (documents.ROOT / "docs" / "testing.md").read_text()
+    listed = set(re.findall(r"^\| `tests/(\w+)/` \|", page, flags=re.MULTILINE))
+    assert listed == {path.parent.name for path in documents.ROOT.glob("tests/*/test_*.py")}
+
+
+METHODS_WITH_TABLES = (
+    "__init__",
+    "get_dispatch_layout",
+    "dispatch",
+    "combine",
+    "low_latency_dispatch",
+    "low_latency_combine",
+)
+
+
+def deepep_section(heading: str) -> str:
+    page = (documents.ROOT / "docs" / "coming-from-deepep.md").read_text()
+    match = re.search(rf"^### {re.escape(heading)}\n(.*?)(?=^##)", page, flags=re.MULTILINE | re.DOTALL)
+    assert match, f"docs/coming-from-deepep.md: no heading {heading}"
+    return match[1]
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_TABLES)
+def test_every_argument_of_the_deepep_api_is_listed(method):
+    section = deepep_section("Buffer" if method == "__init__" else f"Buffer.{method}")
+    listed = re.findall(r"^\| `(\w+)` \| (?:honoured|kept|trivially true|raises) \|", section, flags=re.MULTILINE)
+    assert listed == list(inspect.signature(getattr(Buffer, method)).parameters)[1:]
+
+
+def test_every_method_of_the_deepep_api_is_listed():
+    rows = re.findall(r"^\| (`.*?) \|", deepep_section("Small methods"), flags=re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | set(METHODS_WITH_TABLES)
+    methods = {name for name in dir(Buffer) if callable(getattr(Buffer, name)) and not name.startswith("_")}
+    assert listed == methods | {"__init__"}
+
+
+def test_arguments_listed_as_raising_raise():
+    """What the tables say about the calls of a group of one; that the rest is honoured, tests/compat shows."""
+    with pytest.raises(tokenferry.UnsupportedError, match="comm"):
+        Buffer(None, comm=object())
+    buffer = Buffer(None, low_latency_mode=True)
+    x, idx, weights = torch.zeros(2, 128, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 2, 1, use_fp8=False)
+    calls = {
+        "low_latency_dispatch": lambda **wrong: buffer.low_latency_dispatch(x, idx, 2, 1, **wrong),
+        "low_latency_combine": lambda **wrong: buffer.low_latency_combine(rows, idx, weights, handle, **wrong),
+    }
+    for method, call in calls.items():
+        raising = re.findall(r"^\| `(\w+)` \| raises \|", deepep_section(f"Buffer.{method}"), flags=re.MULTILINE)
+        assert raising
+        call()
+        for name in raising:
+            with pytest.raises(tokenferry.UnsupportedError, match=name):
+                call(**{name: 1})
