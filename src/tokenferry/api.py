@@ -83,8 +83,7 @@ class ExpertGroup:
         timeout_s: float | None = None,
         on_timeout: str = "raise",
     ) -> None:
-        num_ranks = 1 if group is None else group.size()
-        resolved = resolve_options(shape, num_ranks, backend, wire, timeout_s, on_timeout)
+        resolved = resolve_options(group, shape, backend, wire, timeout_s, on_timeout)
         self._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
 
     # ------------------------------------------------------------------ what the group is

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry import env
@@ -34,9 +35,17 @@ _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def resolve_options(
-    shape: MoeShape, num_ranks: int, backend: str, wire: str, timeout_s: float | None, on_timeout: str
+    group: dist.ProcessGroup | None,
+    shape: MoeShape,
+    backend: str,
+    wire: str,
+    timeout_s: float | None,
+    on_timeout: str,
 ) -> Resolved:
     """Check the options of a group, and fill in what the environment says; see `ExpertGroup`."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        got = type(group).__name__
+        raise ConfigError(f"ExpertGroup: group: expected a torch.distributed.ProcessGroup or None, got {got}")
     settings = env.read()
     timeout_s = settings.timeout_s if timeout_s is None else timeout_s
     if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
@@ -45,16 +54,16 @@ def resolve_options(
         raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
     if wire not in ("auto", "local", "group"):
         raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
-    if not isinstance(shape, MoeShape):
-        raise ConfigError(f"ExpertGroup: shape: expected a MoeShape, got {type(shape).__name__}")
-    check_divides("ExpertGroup", shape, num_ranks)
+    check_divides("ExpertGroup", shape, 1 if group is None else group.size())
     backend = settings.backend if backend == "auto" else backend
     wire = settings.wire if wire == "auto" else wire
     return Resolved(shape, backend, wire, float(timeout_s), mask_on_timeout=on_timeout == "mask")
 
 
 def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
-    """Raise ConfigError unless R divides E."""
+    """Raise ConfigError unless ``shape`` is a MoeShape and R divides E."""
+    if not isinstance(shape, MoeShape):
+        raise ConfigError(f"{call}: shape: expected a MoeShape, got {type(shape).__name__}")
     if shape.num_experts % num_ranks:
         raise ConfigError(
             f"{call}: num_experts={shape.num_experts} is no multiple of the group's {num_ranks} ranks; "
