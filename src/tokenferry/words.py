@@ -256,7 +256,7 @@ class DecodePlan:
         group_key: The group that made it.
         num_tokens: T of this rank.
         num_experts: E.
-        topk_idx: ``[T, K]``: this rank's own routing.
+        topk_idx: ``[T, K]``: this rank's own routing, with -1 for experts of ranks that were masked.
         topk_weights: ``[T, K]`` float32 of this rank, or None if the routing had none.
         src_token: ``[L, R*M]`` int32: source token of each row; meaningful below the count.
         src_range: ``[L, R]`` int64: rows of expert e from rank r: ``start << 32 | count``.

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from bad_calls import BAD, SHAPE, good
+from bad_calls import BAD
+from good_calls import SHAPE, good
 from pairs import Pair
 
 from tokenferry import Routing
