@@ -44,8 +44,8 @@ class ExpertGroup:
         Collective: making it, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and `decode_combine` are; all
             ranks call them in the same order. `close`, `for_shape` and the attributes are local.
         Threads: one at a time.
-        Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way rows that
-            were handed in may be overwritten once it has returned. No wait for a peer takes longer than ``timeout_s``.
+        Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way, rows
+            that were handed in may be overwritten now. No wait for a peer takes longer than ``timeout_s``.
 
     Args:
         group: A process group that works on CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``), or None for a group of one
