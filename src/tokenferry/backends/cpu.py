@@ -176,10 +176,12 @@ class CpuBackend:
         with pending.receive() as received:
             pending.check_counts(received, dst_counts)
             home = torch.split(plan.dst_token[: sum(dst_counts)], dst_counts)
-            cpu_rows.add_up(out, home, [pieces[0].view(rows.dtype) for _, pieces in received], request.biases)
+            arrived = [pieces[0].view(rows.dtype) for _, pieces in received]
+            cpu_rows.add_up(out, home, arrived, self._exchange.heap, request.biases)
             if weights is not None:
                 weight_sum = torch.empty(plan.num_tokens, weights.shape[1])
-                cpu_rows.add_up(weight_sum, home, torch.split(payload.take_small(received)["weights"], dst_counts))
+                slots = torch.split(payload.take_small(received)["weights"], dst_counts)
+                cpu_rows.add_up(weight_sum, home, slots, self._exchange.heap)
         return Combined(out, weight_sum)
 
     @torch.no_grad()
@@ -261,13 +263,17 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
 
 def _arrange(local_idx: Tensor, num_local: int, delivery: Delivery, space: Room) -> tuple[Tensor, int, int, Tensor]:
     """Return rows per expert ``[L]``, rows delivered, rows that had to fit into the room, and ``Plan.row_idx``."""
+    num_rows = local_idx.shape[0]
+    if delivery.layout is Layout.ROWS:
+        counts = cpu_rows.hits(local_idx.long(), 1, num_local).sum(0)
+        none = torch.empty(0, local_idx.shape[1], dtype=torch.int64)
+        return counts, num_rows if delivery.counts == "host" else space.given, num_rows, none
     masked = delivery.layout is Layout.MASKED
     where = cpu_rows.spread(local_idx, num_local, delivery.alignment, space.given if masked else None)
     if masked:
         return where.counts, num_local * space.given, int(where.counts.max()), where.row_idx
-    needed = local_idx.shape[0] if delivery.layout is Layout.ROWS else int(where.starts[-1])
-    row_idx = where.row_idx[:0] if delivery.layout is Layout.ROWS else where.row_idx
-    return where.counts, needed if delivery.counts == "host" else space.given, needed, row_idx
+    needed = int(where.starts[-1])
+    return where.counts, needed if delivery.counts == "host" else space.given, needed, where.row_idx
 
 
 def _padded(plan: Plan, space: Room) -> Plan:

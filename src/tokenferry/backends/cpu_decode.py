@@ -84,7 +84,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
         _places_from(plan, src) if src not in skip else torch.empty(0, dtype=torch.int64) for src in range(num_ranks)
     ]
     if request.fast:
-        sums = [_sum_per_token(flat, plan, at) for at in places]
+        sums = [_sum_per_token(flat, plan, at, exchange.heap) for at in places]
         counts = [part.shape[0] for part in sums]
         ends = torch.tensor(counts).cumsum(0).tolist()
         payload = Payload(torch.cat(sums))
@@ -112,9 +112,9 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
         pending.check_counts(received, expected.tolist())
         if request.fast:
             home = torch.split(tokens, expected.tolist())
-            cpu_rows.add_up(out, home, [_rows(one, y) for one in received])
+            cpu_rows.add_up(out, home, [_rows(one, y) for one in received], exchange.heap)
             return
-        cpu_rows.add_up_weighted(out, payload.take_rows(received, exchange.heap), where.row_idx, weights)
+        cpu_rows.add_up_weighted(out, payload.take_rows(received, exchange.heap), where.row_idx, weights, exchange.heap)
 
     return DecodeCombined(out, _finish(pending, request.stats, add_up, return_hook=request.return_hook))
 
@@ -185,7 +185,7 @@ def _places_from(plan: DecodePlan, src: int) -> Tensor:
     return torch.repeat_interleave(firsts - before, counts) + torch.arange(int(counts.sum()))
 
 
-def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor) -> Tensor:
+def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor, heap: Heap) -> Tensor:
     """Weighted sums of the rows at ``places``, one per distinct token, by token; experts in order, one rounding."""
     assert plan.row_weights is not None
     tokens, which, counts = torch.unique(plan.src_token.flatten()[places], return_inverse=True, return_counts=True)
@@ -198,7 +198,7 @@ def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor) -> Tensor:
     weights = torch.zeros(row_idx.shape)
     weights[which, column] = plan.row_weights.flatten()[places[order]]
     sums = flat.new_empty(tokens.numel(), flat.shape[1])
-    cpu_rows.add_up_weighted(sums, flat, row_idx, weights)
+    cpu_rows.add_up_weighted(sums, flat, row_idx, weights, heap)
     return sums
 
 

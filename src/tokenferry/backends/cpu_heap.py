@@ -16,8 +16,8 @@ from torch import Tensor
 
 _LARGE_BYTES = 1 << 18
 """Below this the C library's allocator keeps the memory by itself."""
-_KEPT_BLOCKS = 4
-"""Enough for dispatch and combine by turns, twice under way; what is freed beyond that goes back to the system."""
+_KEPT_BLOCKS = 12
+"""A dispatch and a combine by turns need up to eight; of what is freed beyond this, the oldest goes to the system."""
 
 
 class Heap:

@@ -110,9 +110,9 @@ class Payload:
                 for section, piece in zip(sections, self.view(which), strict=True):
                     section.copy_(piece)
                 return
-            for section, piece in zip(sections, (self._rows, self._joined), strict=True):
+            for section, piece in zip(sections, (words(self._rows), words(self._joined)), strict=True):
                 if section.numel():
-                    torch.index_select(words(piece), 0, which, out=words(section))
+                    torch.index_select(piece, 0, which, out=words(section))
 
         return write
 

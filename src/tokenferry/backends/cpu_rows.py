@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 1 << 19
-"""Half of a common core's second-level cache."""
+from tokenferry.backends.cpu_heap import Heap
+
+_BLOCK_BYTES = 1 << 21
+"""Float32 sums that are under way at once where each row is added once: few enough for the last cache, and enough rows
+to be worth a block's calls."""
+_WEIGHTED_BLOCK_BYTES = 1 << 19
+"""The same where K rows are added to each sum: few enough for a core's own cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,21 +122,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def add_up(out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
+def add_up(
+    out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], heap: Heap, biases: Sequence[Tensor] = ()
+) -> None:
     """Write to ``out`` ``[T, H]`` the biases plus, source by source, each token's row; one rounding.
 
-    Works through blocks of tokens small enough for the float32 sums to stay in a core's cache: memory that is touched
-    for the first time costs more than the additions.
+    Works through blocks of tokens, in memory that was used before and stays in cache: touching new memory costs more
+    than the additions.
 
     Args:
         out: Where the sums go.
         home: Per source, the tokens of its rows, ascending.
         rows: Per source, ``[rows, H]``.
+        heap: Where scratch memory comes from.
         biases: ``[T, H]`` each; added first.
     """
     num_tokens, width = out.shape
     block = max(1, _BLOCK_BYTES // (4 * width))
-    total = torch.empty(min(block, num_tokens), width, dtype=wide(out.dtype))
+    total, addend = (heap.empty(min(block, num_tokens), width, dtype=wide(out.dtype)) for _ in range(2))
     starts = torch.arange(0, num_tokens + block, block)
     cuts = [torch.searchsorted(tokens, starts).tolist() for tokens in home]
     for i, first in enumerate(range(0, num_tokens, block)):
@@ -139,25 +147,29 @@ def add_up(out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], biases: 
         for bias in biases:
             part += bias[first : first + block]
         for tokens, source, cut in zip(home, rows, cuts, strict=True):
-            piece = slice(cut[i], cut[i + 1])
-            part.index_add_(0, tokens[piece] - first, source[piece].to(part.dtype))
+            begin, end = cut[i], cut[i + 1]
+            part.index_add_(0, tokens[begin:end] - first, addend[: end - begin].copy_(source[begin:end]))
         out[first : first + block] = part
 
 
-def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor) -> None:
+def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor, heap: Heap) -> None:
     """Write to ``out`` ``[T, H]`` ``sum_k weights[:, k] * rows[row_idx[:, k]]`` in float32, in slot order, without -1.
 
     Products are rounded before they are added, so that the bits do not depend on what fuses. In blocks, as `add_up`.
     """
     num_tokens, width = out.shape
-    block = max(1, _BLOCK_BYTES // (4 * width))
-    total = torch.empty(min(block, num_tokens), width)
+    block = max(1, _WEIGHTED_BLOCK_BYTES // (4 * width))
+    size = min(block, num_tokens)
+    total, product = (heap.empty(size, width, dtype=torch.float32) for _ in range(2))
+    picked = heap.empty(size, width, dtype=rows.dtype)
     for first in range(0, num_tokens, block):
         part = total[: min(block, num_tokens - first)].zero_()
         here = slice(first, first + block)
         for places, weight in zip(row_idx[here].unbind(1), weights[here].unbind(1), strict=True):
             used = (places >= 0).nonzero()[:, 0]
-            part.index_add_(0, used, rows.index_select(0, places[used]).float().mul_(weight[used, None]))
+            num = used.numel()
+            torch.index_select(rows, 0, places[used], out=picked[:num])
+            part.index_add_(0, used, product[:num].copy_(picked[:num]).mul_(weight[used, None]))
         out[here] = part
 
 
@@ -176,6 +188,8 @@ def gather_sum(y: Tensor, row_idx: Tensor) -> Tensor:
 
 def as_bytes(rows: Tensor) -> Tensor:
     """View ``[n, width]`` contiguous rows as ``[n, bytes]`` uint8."""
+    if rows.dtype == torch.uint8:
+        return rows
     # Flat first: strides of empty tensors, and of single columns, need not be what view() asks for.
     return rows.reshape(-1).view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())
 
@@ -183,9 +197,10 @@ def as_bytes(rows: Tensor) -> Tensor:
 def words(rows: Tensor) -> Tensor:
     """View ``[n, width]`` contiguous rows in the widest integers that fit, so that copies of rows are cheap."""
     rows = as_bytes(rows)
+    width = rows.shape[1]
     for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
-        if rows.shape[1] % size == 0 and rows.shape[1]:
-            return rows.reshape(-1).view(dtype).view(rows.shape[0], rows.shape[1] // size)
+        if width % size == 0 and width:
+            return rows.view(dtype) if len(rows) else torch.empty(0, width // size, dtype=dtype)
     return rows
 
 
