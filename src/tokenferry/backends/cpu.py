@@ -103,7 +103,9 @@ class CpuBackend:
         }
         signature = Signature(Kind.dispatch, fields)
         tokens = torch.split(dst_token, dst_counts.tolist())
-        pending = self._exchange.start(signature, payload.sections, dst_counts.tolist(), payload.fill(tokens))
+        pending = self._exchange.start(
+            signature, payload.sections, dst_counts.tolist(), payload.fill(tokens, self.rank)
+        )
         space = room(shape, delivery, self.num_ranks)
         with pending.receive() as received:
             small = payload.take_small(received)
@@ -141,7 +143,7 @@ class CpuBackend:
         counts = plan.dst_counts.tolist()
         tokens = torch.split(plan.dst_token[: sum(counts)], counts)
         signature = Signature(Kind.redispatch, {"dtype": dtype_code(rows.dtype), **payload.fields})
-        pending = self._exchange.start(signature, payload.sections, counts, payload.fill(tokens))
+        pending = self._exchange.start(signature, payload.sections, counts, payload.fill(tokens, self.rank))
         with pending.receive() as received:
             pending.check_counts(received, plan.src_counts.tolist())
             return self._deliver(plan, payload, received, payload.take_small(received))
@@ -165,8 +167,8 @@ class CpuBackend:
         slices = [slice(end - num, end) for end, num in zip(ends, src_counts, strict=True)]
         signature = Signature(Kind.combine, fields)
         # Rows that stay here are read where they are, unless the sums go over them.
-        own = None if request.out is not None and _overlap(request.out, y) else payload.view(slices[self.rank])
-        pending = self._exchange.start(signature, payload.sections, src_counts, payload.fill(slices), own=own)
+        fill, copy_own = payload.fill(slices, self.rank), request.out is not None and _overlap(request.out, y)
+        pending = self._exchange.start(signature, payload.sections, src_counts, fill, copy_own=copy_own)
 
         out = request.out
         if out is None:
@@ -176,7 +178,7 @@ class CpuBackend:
         with pending.receive() as received:
             pending.check_counts(received, dst_counts)
             home = torch.split(plan.dst_token[: sum(dst_counts)], dst_counts)
-            arrived = [pieces[0].view(rows.dtype) for _, pieces in received]
+            arrived = [payload.rows_of(*message) for message in received]
             cpu_rows.add_up(out, home, arrived, self._exchange.heap, request.biases)
             if weights is not None:
                 weight_sum = torch.empty(plan.num_tokens, weights.shape[1])

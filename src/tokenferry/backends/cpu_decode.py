@@ -44,8 +44,9 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
         **payload.fields,
     }
     counts = dst_counts.tolist()
-    fill = payload.fill(torch.split(dst_token, counts))
-    pending = exchange.start(Signature(Kind.decode_dispatch, fields), payload.sections, counts, fill, skip=skip)
+    fill = payload.fill(torch.split(dst_token, counts), exchange.rank)
+    signature = Signature(Kind.decode_dispatch, fields)
+    pending = exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
 
     room = num_ranks * shape.max_tokens
     result = DecodeDispatched(
@@ -88,13 +89,15 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
         counts = [part.shape[0] for part in sums]
         ends = torch.tensor(counts).cumsum(0).tolist()
         payload = Payload(torch.cat(sums))
-        fill = payload.fill([slice(end - num, end) for end, num in zip(ends, counts, strict=True)])
+        slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
+        fill = payload.fill(slices, exchange.rank)
     else:
         counts = [at.numel() for at in places]
         payload = Payload(flat)
-        fill = payload.fill(places)
+        fill = payload.fill(places, exchange.rank)
     fields = {"fast": int(request.fast), "dtype": dtype_code(y.dtype), **payload.fields}
-    pending = exchange.start(Signature(Kind.decode_combine, fields), payload.sections, counts, fill, skip=skip)
+    signature = Signature(Kind.decode_combine, fields)
+    pending = exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
     out = request.out
     if out is None:
         out = exchange.heap.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
@@ -112,7 +115,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
         pending.check_counts(received, expected.tolist())
         if request.fast:
             home = torch.split(tokens, expected.tolist())
-            cpu_rows.add_up(out, home, [_rows(one, y) for one in received], exchange.heap)
+            cpu_rows.add_up(out, home, [payload.rows_of(*message) for message in received], exchange.heap)
             return
         cpu_rows.add_up_weighted(out, payload.take_rows(received, exchange.heap), where.row_idx, weights, exchange.heap)
 
@@ -138,12 +141,6 @@ def _finish(
         return hook
     hook()
     return None
-
-
-def _rows(message: tuple[int, list[Tensor]], y: Tensor) -> Tensor:
-    """The rows of one message, which has none if its rank is masked."""
-    num_rows, pieces = message
-    return pieces[0].view(y.dtype) if num_rows else y.new_empty(0, y.shape[-1])
 
 
 def _place(result: DecodeDispatched, payload: Payload, received: Received, heap: Heap, *, first: int) -> None:

@@ -79,6 +79,8 @@ Received = list[tuple[int, list[Tensor]]]
 class Payload:
     """What travels with each row: its data, and small things such as its ids, joined so that one copy moves them all.
 
+    What a rank has for itself need not go through a message: it is taken from here; its entry in `Received` is empty.
+
     Args:
         rows: ``[rows, width]`` of any dtype.
         small: By name: ``[rows]`` or ``[rows, width]`` of any dtype, or None for what does not travel.
@@ -101,14 +103,20 @@ class Payload:
             **{f"bytes of {name}": widths.get(name, 0) for name in small},
         }
 
-    def fill(self, rows: Sequence[Tensor | slice]) -> Fill:
-        """Return what writes the message for each rank: the rows, and what is small, of ``rows[rank]``."""
+        self._own: Tensor | slice = slice(0, 0)
+
+    def fill(self, rows: Sequence[Tensor | slice], own: int) -> Fill:
+        """Return what writes the message for each rank: the rows, and what is small, of ``rows[rank]``.
+
+        ``rows[own]`` are this rank's own.
+        """
+        self._own = rows[own]
 
         def write(dst: int, sections: list[Tensor]) -> None:
             which = rows[dst]
             if isinstance(which, slice):
-                for section, piece in zip(sections, self.view(which), strict=True):
-                    section.copy_(piece)
+                sections[0].copy_(as_bytes(self._rows[which]))
+                sections[1].copy_(self._joined[which])
                 return
             for section, piece in zip(sections, (words(self._rows), words(self._joined)), strict=True):
                 if section.numel():
@@ -116,9 +124,11 @@ class Payload:
 
         return write
 
-    def view(self, which: slice) -> list[Tensor]:
-        """Return the pieces of some rows as the sections of a message that needs no copy."""
-        return [as_bytes(self._rows[which]), self._joined[which]]
+    def rows_of(self, num_rows: int, sections: list[Tensor]) -> Tensor:
+        """Return the rows of one message as ``[rows, width]``, without a copy if they are in one piece."""
+        if not num_rows:
+            return self._rows[:0]
+        return sections[0].view(self._rows.dtype) if sections else self._rows[self._own]
 
     def take_rows(self, received: Received, heap: Heap, num_rows: int | None = None) -> Tensor:
         """Return the rows of all messages as ``[rows, width]``, copied; with ``num_rows`` the last are undefined."""
@@ -127,14 +137,20 @@ class Payload:
         whole = heap.empty(num_rows, self._rows.shape[1], dtype=self._rows.dtype)
         start = 0
         for num, sections in received:
-            if num:
-                words(whole[start : start + num]).copy_(words(sections[0]))
+            part = words(whole[start : start + num])
+            if num and sections:
+                part.copy_(words(sections[0]))
+            elif num and isinstance(self._own, Tensor):
+                torch.index_select(words(self._rows), 0, self._own, out=part)
+            elif num:
+                part.copy_(words(self._rows[self._own]))
             start += num
         return whole
 
     def take_small(self, received: Received) -> dict[str, Tensor]:
         """Return what is small of all messages, by name, as ``[rows, width]`` of its dtype, copied."""
-        joined = torch.cat([sections[1] for _, sections in received])
+        parts = [sections[1] if sections else self._joined[self._own] for num, sections in received if num]
+        joined = torch.cat([self._joined[:0], *parts])
         out, start = {}, 0
         for name, piece in self._small.items():
             end = start + piece.shape[1] * piece.element_size()
@@ -172,23 +188,24 @@ class Exchange:
         fill: Fill,
         *,
         skip: frozenset[int] = frozenset(),
-        own: list[Tensor] | None = None,
+        copy_own: bool = False,
     ) -> Pending:
         """Send ``counts[r]`` rows to each rank r not in ``skip``; `Pending.receive` takes what the others sent.
 
-        With ``own``, what this rank has for itself is taken from there and not copied.
+        What this rank has for itself is not copied into a message, unless ``copy_own``: the source may be overwritten
+        before it is read.
         """
         with self.guard(signature.kind.name):
             self._number += 1
             call = Call(self._number, signature.kind.name)
-            copied = [0 if own is not None and dst == self.rank else count for dst, count in enumerate(counts)]
+            copied = [0 if dst == self.rank and not copy_own else count for dst, count in enumerate(counts)]
             buffers = self.wire.open(call, [sections.num_bytes(count) for count in copied])
             for dst, (buffer, count) in enumerate(zip(buffers, copied, strict=True)):
                 if count:
                     fill(dst, sections.split(buffer, count))
             headers = [signature.header(count) for count in counts]
             self.wire.post(call, headers, Deadline(self.timeout_s), skip)
-            return Pending(self, call, signature, sections, skip=skip, own=own)
+            return Pending(self, call, signature, sections, skip=skip, copy_own=copy_own)
 
     def mask(self, rank: int) -> None:
         """Expect nothing more of a rank."""
@@ -228,14 +245,14 @@ class Pending:
         sections: Sections,
         *,
         skip: frozenset[int],
-        own: list[Tensor] | None,
+        copy_own: bool,
     ) -> None:
         self._exchange = exchange
         self._call = call
         self._signature = signature
         self._sections = sections
         self._skip = skip
-        self._own = own
+        self._copy_own = copy_own
 
     @contextlib.contextmanager
     def receive(
@@ -284,8 +301,8 @@ class Pending:
                 exchange.mask(peer)
             return nothing
         num_rows = self._check(src, message.header)
-        if self._own is not None and src == exchange.rank:
-            return num_rows, self._own
+        if src == exchange.rank and not self._copy_own:
+            return num_rows, []
         return num_rows, self._sections.split(message.body, num_rows)
 
     def _check(self, src: int, header: tuple[int, ...]) -> int:
