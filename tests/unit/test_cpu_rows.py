@@ -1,0 +1,68 @@
+"""Sums of the CPU backend across the borders of blocks, against plain loops, bit for bit."""
+
+import pytest
+import torch
+
+import tokenferry
+from tokenferry.backends import cpu_rows
+from tokenferry.backends.cpu_heap import Heap
+
+
+@pytest.fixture(params=[1, 3, 7, 100], ids="{} tokens a block".format)
+def heap(request, monkeypatch):
+    """A heap, while blocks have this many tokens of width 8."""
+    for name in ("_BLOCK_BYTES", "_WEIGHTED_BLOCK_BYTES"):
+        monkeypatch.setattr(cpu_rows, name, request.param * 4 * 8)
+    return Heap()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sums_start_with_the_biases_and_follow_the_sources(heap, dtype):
+    torch.manual_seed(1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    home = [torch.rand(20).lt(share).nonzero()[:, 0] for share in (0.9, 0.0, 0.5)]
+    rows = [torch.randn(len(tokens), 8).to(dtype) for tokens in home]
+    biases = [torch.randn(20, 8).to(dtype) for _ in range(2)]
+    expected = torch.empty(20, 8, dtype=dtype)
+    for token in range(20):
+        total = biases[0][token].to(wide) + biases[1][token].to(wide)
+        for tokens, source in zip(home, rows, strict=True):
+            for place in (tokens == token).nonzero()[:, 0].tolist():
+                total = total + source[place].to(wide)
+        expected[token] = total.to(dtype)
+    out = torch.full((20, 8), torch.nan, dtype=dtype)
+    cpu_rows.add_up(out, home, rows, heap, biases)
+    assert torch.equal(out, expected)
+
+
+def test_weighted_sums_follow_the_slots(heap):
+    torch.manual_seed(2)
+    rows = torch.randn(30, 8).bfloat16()
+    row_idx = torch.randint(-1, 30, (20, 4))
+    weights = torch.rand(20, 4)
+    expected = torch.zeros(20, 8)
+    for token in range(20):
+        for slot in range(4):
+            if row_idx[token, slot] >= 0:
+                expected[token] += rows[row_idx[token, slot]].float() * weights[token, slot]
+    out = torch.full((20, 8), torch.nan, dtype=torch.bfloat16)
+    cpu_rows.add_up_weighted(out, rows, row_idx, weights, heap)
+    assert torch.equal(out, expected.bfloat16())
+
+
+def test_nothing_to_add_up(heap):
+    out = torch.empty(0, 8)
+    cpu_rows.add_up(out, [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 8)], heap)
+    cpu_rows.add_up_weighted(out, torch.empty(0, 8), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), heap)
+
+
+def test_sums_may_go_over_the_rows_that_they_are_made_of(heap):
+    shape = tokenferry.MoeShape(num_experts=1, top_k=1, hidden=8, max_tokens=20)
+    with tokenferry.ExpertGroup(None, shape) as group:
+        # Token i is the row i - 1 where token 0 stays at home: each sum goes over the row that the next one needs.
+        index = torch.zeros(20, 1, dtype=torch.int64)
+        index[0] = -1
+        sent = group.dispatch(torch.zeros(20, 8), tokenferry.Routing(index))
+        memory = torch.arange(20.0).repeat_interleave(8).view(20, 8)
+        out = group.combine(memory[:19], sent.plan, out=memory).x
+        assert out[:, 0].tolist() == [0.0, *map(float, range(19))]
