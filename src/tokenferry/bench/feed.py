@@ -38,7 +38,7 @@ def run_with_feed(
                 while not wait([job], timeout=POLL_S).done:
                     _read(file, on_item)
             except BaseException:
-                world.kill()  # or leaving the pool would wait for the job to end by itself
+                world.stop()  # or leaving the pool would wait for the job to end by itself
                 raise
         _read(file, on_item)
         return job.result()

@@ -135,6 +135,14 @@ class World:
             process.kill()
         self._end()
 
+    def stop(self) -> None:
+        """Kill all ranks, from another thread than the one that waits in `run` or `collect`, which raises WorldError.
+
+        It alone frees what the world holds: two threads that do would close each other's files.
+        """
+        for process in self._ranks:
+            process.kill()
+
     def close(self) -> None:
         """Let all ranks end; idempotent."""
         if self.alive:
