@@ -102,10 +102,9 @@ class CpuBackend:
             **payload.fields,
         }
         signature = Signature(Kind.dispatch, fields)
-        tokens = torch.split(dst_token, dst_counts.tolist())
-        pending = self._exchange.start(
-            signature, payload.sections, dst_counts.tolist(), payload.fill(tokens, self.rank)
-        )
+        send_counts = dst_counts.tolist()
+        fill = payload.fill(torch.split(dst_token, send_counts), self.rank)
+        pending = self._exchange.start(signature, payload.sections, send_counts, fill)
         space = room(shape, delivery, self.num_ranks)
         with pending.receive() as received:
             small = payload.take_small(received)

@@ -102,7 +102,6 @@ class Payload:
             "bytes of rows": self.sections.widths[0],
             **{f"bytes of {name}": widths.get(name, 0) for name in small},
         }
-
         self._own: Tensor | slice = slice(0, 0)
 
     def fill(self, rows: Sequence[Tensor | slice], own: int) -> Fill:

@@ -155,7 +155,7 @@ def over_wire(rank: int, pg: dist.ProcessGroup, wire: str) -> str:
 def _ranks() -> Iterator[Finding]:
     remedies = {
         "gloo": "several ranks need gloo; use a torch that has it",
-        "wire local": "a group falls back to wire 'group'; give /dev/shm room and let the ranks share it",
+        "wire local": "a group falls back to wire 'group'; it needs one host, and Unix sockets that pass descriptors",
         "wire group": "report it: it needs nothing but gloo",
     }
     jobs = {"gloo": (over_gloo,), "wire local": (over_wire, "local"), "wire group": (over_wire, "group")}

@@ -143,20 +143,18 @@ def answers(case: Case, oracle: Oracle, rank: int, num_rows: int, dtype: torch.d
     Any rank can make any rank's answers. They depend on the token, the rank and the expert, and on nothing received, so
     that a wrong combine is not hidden by an equally wrong dispatch.
     """
-    return _scatter(case, oracle, rank, num_rows, case.hidden, dtype, salt=1)
+    return _scatter(case, oracle, rank, (num_rows, case.hidden), dtype, salt=1)
 
 
 def returned_weights(case: Case, oracle: Oracle, rank: int, num_rows: int) -> Tensor:
     """``[num_rows, K]`` (rows) or ``[num_rows]``: weights that ``rank`` sends home, NaN where none may be read."""
     if oracle.layout == "rows":
-        return _scatter(case, oracle, rank, num_rows, case.top_k, torch.float32, salt=2)
-    return _scatter(case, oracle, rank, num_rows, 1, torch.float32, salt=2).reshape(num_rows)
+        return _scatter(case, oracle, rank, (num_rows, case.top_k), torch.float32, salt=2)
+    return _scatter(case, oracle, rank, (num_rows, 1), torch.float32, salt=2).reshape(num_rows)
 
 
-def _scatter(
-    case: Case, oracle: Oracle, rank: int, num_rows: int, width: int, dtype: torch.dtype, *, salt: int
-) -> Tensor:
-    table = torch.full((num_rows, width), torch.nan, dtype=dtype)
+def _scatter(case: Case, oracle: Oracle, rank: int, shape: tuple[int, int], dtype: torch.dtype, *, salt: int) -> Tensor:
+    table = torch.full(shape, torch.nan, dtype=dtype)
     rows = oracle.rows(rank)
     if rows:
         numbers = [
@@ -164,5 +162,5 @@ def _scatter(
             for row in rows
         ]
         places = torch.tensor([row.place for row in rows])
-        table[places] = payload(torch.tensor(numbers) + case.seed * 7, width, dtype)
+        table[places] = payload(torch.tensor(numbers) + case.seed * 7, shape[1], dtype)
     return table

@@ -37,6 +37,7 @@ class _Peer:
     ``deaf``: it reads no more, but what it sent before may still be here. ``gone``: everything has been read.
     """
 
+    rank: int
     socket: socket.socket
     data: bytearray = field(default_factory=bytearray)
     fds: list[int] = field(default_factory=list)
@@ -65,7 +66,7 @@ class LocalWire:
     def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
         self.rank = rank
         self.num_ranks = len(sockets) + 1
-        self._peers = {peer: _Peer(sock) for peer, sock in sockets.items()}
+        self._peers = {peer: _Peer(peer, sock) for peer, sock in sockets.items()}
         self._poll = select.poll()
         self._by_fd = {}
         for peer in self._peers.values():
@@ -238,10 +239,9 @@ class LocalWire:
             fd = peer.fds.pop(0)
             peer.maps[segment] = seg.attach(fd, os.fstat(fd).st_size)
             os.close(fd)
-        src = next(rank for rank, p in self._peers.items() if p is peer)
-        self._floor.heard(src, floor)
+        self._floor.heard(peer.rank, floor)
         flight = self._flights.get(number)
-        late = number <= self._newest and (flight is None or src not in flight.expected)
+        late = number <= self._newest and (flight is None or peer.rank not in flight.expected)
         if not late:  # a late message is of a call that did without this peer
             # The view outlives the map's place in the table: its sender may retire the segment before it is taken.
             body = peer.maps[segment][offset : offset + size] if size else torch.empty(0, dtype=torch.uint8)

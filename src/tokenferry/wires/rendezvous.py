@@ -164,12 +164,16 @@ def _listen() -> tuple[socket.socket | None, str]:
 
 
 def _call_lower_ranks(rank: int, cards: list[dict[str, Any]]) -> dict[int, socket.socket]:
-    """Connect to every lower rank; they listen already, so this waits for nobody."""
+    """Connect to every lower rank; they listen already, so this waits for nobody.
+
+    Nor does it wait where more ranks call than a system lets queue: such a call fails at once, as any other reason.
+    """
     hello = _HELLO.pack(bytes.fromhex(cards[0]["secret"]), rank)
     sockets: dict[int, socket.socket] = {}
     try:
         for peer in range(rank):
             sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sockets[peer].setblocking(False)
             sockets[peer].connect(cards[peer]["address"])
             sockets[peer].sendall(hello)
     except OSError:
