@@ -1,0 +1,98 @@
+"""The door to cuda.bindings: imported when first asked for, and one way to read what its functions return."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tokenferry.errors import BackendUnavailable
+
+
+def bindings(name: str = "driver") -> Any:  # noqa: ANN401 - a module without types
+    """The module ``cuda.bindings.<name>``, such as ``driver`` or ``nvrtc``.
+
+    Raises:
+        BackendUnavailable: cuda-bindings is not installed; says what to install.
+    """
+    try:
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"CUDA: cannot import cuda.bindings.{name} ({error}). The CUDA builds of torch bring it; "
+            "else: pip install 'cuda-bindings==13.*'"
+        ) from error
+
+
+def check(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - what the CUDA function returned
+    """What a function of cuda.bindings returned, without its error code.
+
+    Args:
+        result: ``(code, ...)`` as the function returned it.
+        what: What was tried, for the message: ``"launch of kernel move"``.
+
+    Returns:
+        None, the one value, or the tuple of values behind the code.
+
+    Raises:
+        BackendUnavailable: the code is not 0; names ``what`` and the code.
+    """
+    code, *values = result
+    if int(code) != 0:
+        raise BackendUnavailable(f"CUDA: {what} failed: {name_of(code)}")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def name_of(code: Any) -> str:  # noqa: ANN401 - an enum of cuda.bindings
+    """``"CUDA_ERROR_INVALID_VALUE (1)"``."""
+    return f"{getattr(code, 'name', type(code).__name__)} ({int(code)})"
+
+
+class Device:
+    """One GPU and its primary context, which is the one that torch uses.
+
+    Keeps the context alive until ``close``.
+
+    Raises:
+        BackendUnavailable: cuda-bindings, the driver, or a device with this index is missing.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.cuda = bindings()
+        try:
+            check(self.cuda.cuInit(0), "cuInit")
+        except RuntimeError as error:  # cuda.bindings raises this where there is no libcuda
+            if isinstance(error, BackendUnavailable):
+                raise
+            raise BackendUnavailable(f"CUDA: no driver on this machine ({error}); install an NVIDIA driver") from error
+        self.index = index
+        self._handle = check(self.cuda.cuDeviceGet(index), f"opening CUDA device {index}")
+        self._context = check(
+            self.cuda.cuDevicePrimaryCtxRetain(self._handle), f"opening the context of CUDA device {index}"
+        )
+
+    def arch(self) -> str:
+        """``"sm_90a"`` on Hopper, where some instructions exist in that variant only; else ``"sm_XY"``."""
+        kinds = self.cuda.CUdevice_attribute
+        major, minor = (
+            check(self.cuda.cuDeviceGetAttribute(kind, self._handle), "asking for the compute capability")
+            for kind in (
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the context this thread's own inside the ``with`` block, and put back what was before."""
+        check(self.cuda.cuCtxPushCurrent(self._context), "entering the CUDA context")
+        try:
+            yield
+        finally:
+            check(self.cuda.cuCtxPopCurrent(), "leaving the CUDA context")
+
+    def close(self) -> None:
+        """Let go of the context; torch keeps its own hold on it."""
+        check(self.cuda.cuDevicePrimaryCtxRelease(self._handle), "releasing the CUDA context")

@@ -1,0 +1,232 @@
+"""Kernels: what one is (``KernelSpec``), the compiled ones of a device (``Jit``), how one is launched (``Kernel``)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenferry.errors import ClosedError, ConfigError
+from tokenferry.jit import compiler
+from tokenferry.jit.cache import Cache
+from tokenferry.jit.driver import Device, check
+from tokenferry.jit.params import Params, Struct
+from tokenferry.jit.source import Unit, headers, options, translation_unit
+
+_MAX_PACKED = 1024
+_COMPILE_THREADS = 8
+
+Compile = Callable[[Unit], compiler.Built]
+
+
+@dataclass(frozen=True, eq=False)
+class KernelSpec:
+    """One kernel: its files, its params, and what it promises to need.
+
+    Attributes:
+        name: The ``extern "C"`` entry point, and the kernel's name in messages.
+        source: The ``.cuh`` file.
+        include: Root folder of ``#include "device/x.cuh"`` lines.
+        params: The struct that the kernel takes by value: ``const __grid_constant__ <params.name> p``.
+        max_registers: Most registers a thread (and no spills): a test compiles every config and holds it to this.
+        max_threads: Most threads a block: the constant ``kMaxThreads``, for ``__launch_bounds__``.
+        static_smem: Most bytes of static shared memory a block.
+        configs: Every set of compile-time constants that may be asked for: ``{"num_stages": 4}`` becomes
+            ``constexpr int kNumStages = 4;``.
+    """
+
+    name: str
+    source: Path
+    include: Path
+    params: Params
+    max_registers: int
+    max_threads: int
+    static_smem: int
+    configs: tuple[Mapping[str, int], ...]
+
+    def unit(self, config: Mapping[str, int], arch: str) -> Unit:
+        """What the compiler gets for one config and an architecture such as ``"sm_90a"``; reads the files.
+
+        Raises:
+            ConfigError: the config is not one of ``configs``, or a header is missing.
+        """
+        if dict(config) not in [dict(known) for known in self.configs]:
+            raise ConfigError(
+                f"kernel {self.name}: config {dict(config)} is not one that it is compiled and tested for; "
+                f"add it to the spec's configs: {[dict(known) for known in self.configs]}"
+            )
+        constants = {**config, "max_threads": self.max_threads}
+        text, own = translation_unit(self.source, self.params.cpp, constants, self.include)
+        return Unit(self.name, text, headers(own, self.source, self.include), options(arch))
+
+    def load(self, device_index: int, config: Mapping[str, int]) -> Kernel:
+        """One kernel, compiled now and kept nowhere: for trials. Everything else goes through a ``Jit``.
+
+        Raises:
+            BackendUnavailable: no GPU, no NVRTC, or the kernel does not compile.
+            ConfigError: as ``unit``.
+        """
+        return Jit(device_index, None).kernel(self, **config)
+
+
+class Kernel:
+    """A compiled kernel in a module of one device. May be launched by several threads, each with params of its own.
+
+    Args:
+        spec: What was compiled.
+        device: Where it is loaded.
+        function: The driver's handle (``CUfunction``).
+    """
+
+    def __init__(self, spec: KernelSpec, device: Device, function: Any) -> None:  # noqa: ANN401 - a handle
+        self.spec = spec
+        self._device = device
+        self._function = function
+        self._submit = device.cuda.cuLaunchKernelEx
+        self._packed: dict[tuple[int, int, int, int], Any] = {}
+        self._lock = threading.Lock()
+        self._smem_bytes = 0
+
+    def new_params(self) -> Struct:
+        """Params of this kernel, all zero. Keep and overwrite them: making them costs more than a launch."""
+        return self.spec.params.struct()
+
+    def launch(self, params: Struct, grid: int, block: int, smem_bytes: int, stream: int) -> None:
+        """Enqueue the kernel; does not wait for it. The params are copied: they may be overwritten on return.
+
+        Args:
+            params: From ``new_params`` of a kernel of the same spec; no other thread may write them meanwhile.
+            grid: Number of blocks, at least 1.
+            block: Threads a block, at most ``spec.max_threads``.
+            smem_bytes: Dynamic shared memory a block.
+            stream: Handle of the stream (``torch.cuda.current_stream().cuda_stream``) on this kernel's device.
+
+        Raises:
+            BackendUnavailable: the driver refused; names the kernel, the code and the sizes.
+        """
+        packed = self._packed.get((grid, block, smem_bytes, stream))
+        if packed is None:
+            packed = self._pack(grid, block, smem_bytes, stream)
+        result = self._submit(packed, self._function, params.arguments_address, 0)
+        if result[0] != 0:
+            self._again(result, packed, params)
+
+    def _pack(self, grid: int, block: int, smem_bytes: int, stream: int) -> Any:  # noqa: ANN401 - a CUlaunchConfig
+        """The launch sizes as the driver wants them; never written again, so that threads may share them."""
+        cuda = self._device.cuda
+        with self._lock:
+            if smem_bytes > self._smem_bytes:
+                with self._device.current():
+                    kind = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    what = f"kernel {self.spec.name}: asking for {smem_bytes} bytes of dynamic shared memory a block"
+                    check(cuda.cuFuncSetAttribute(self._function, kind, smem_bytes), what)
+                self._smem_bytes = smem_bytes
+            packed = cuda.CUlaunchConfig()
+            packed.gridDimX, packed.gridDimY, packed.gridDimZ = grid, 1, 1
+            packed.blockDimX, packed.blockDimY, packed.blockDimZ = block, 1, 1
+            packed.sharedMemBytes = smem_bytes
+            packed.hStream = cuda.CUstream(stream)
+            packed.numAttrs = 0
+            if len(self._packed) >= _MAX_PACKED:
+                self._packed.clear()  # an application that makes streams without end
+            self._packed[grid, block, smem_bytes, stream] = packed
+        return packed
+
+    def _again(self, result: tuple[Any, ...], packed: Any, params: Struct) -> None:  # noqa: ANN401 - a CUlaunchConfig
+        """A thread that has not used CUDA yet, or uses another device, has the wrong context: put ours in its place."""
+        codes = self._device.cuda.CUresult
+        if result[0] in (codes.CUDA_ERROR_INVALID_CONTEXT, codes.CUDA_ERROR_INVALID_HANDLE):
+            with self._device.current():
+                result = self._submit(packed, self._function, params.arguments_address, 0)
+        sizes = (
+            f"{packed.gridDimX} blocks of {packed.blockDimX} threads, {packed.sharedMemBytes} bytes of shared memory"
+        )
+        check(result, f"launch of kernel {self.spec.name} ({sizes})")
+
+
+class Jit:
+    """The compiled kernels of one device; one a backend. Safe to share between threads.
+
+    Args:
+        device_index: As torch counts devices.
+        folder: Where cubins are kept between processes; None: nowhere.
+        compile_unit: The compiler; tests put their own here.
+
+    Raises:
+        BackendUnavailable: cuda-bindings, the driver or the device is missing.
+    """
+
+    def __init__(self, device_index: int, folder: Path | None, compile_unit: Compile = compiler.compile_unit) -> None:
+        self._device = Device(device_index)
+        self._arch = self._device.arch()
+        self._cache = Cache(folder)
+        self._compile = compile_unit
+        self._lock = threading.Lock()
+        self._kernels: dict[tuple[KernelSpec, tuple[tuple[str, int], ...]], Kernel] = {}
+        self._modules: list[Any] = []
+        self._closed = False
+
+    def kernel(self, spec: KernelSpec, **config: int) -> Kernel:
+        """The kernel of a spec in one of its configs; compiled when first asked for. Costs a microsecond afterwards.
+
+        Raises:
+            BackendUnavailable: the kernel does not compile or load here.
+            ClosedError: this Jit was closed.
+            ConfigError: the config is not one of ``spec.configs``.
+        """
+        key = (spec, tuple(sorted(config.items())))
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            cubin = self._build(spec, config)
+            with self._lock:
+                kernel = self._kernels.get(key) or self._load(spec, cubin)
+                self._kernels[key] = kernel
+        return kernel
+
+    def warmup(self, specs: Iterable[KernelSpec]) -> None:
+        """Compile and load every config of all specs, several at a time.
+
+        Raises:
+            BackendUnavailable: as ``kernel``.
+        """
+        with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+            for waiting in [pool.submit(self.kernel, spec, **config) for spec in specs for config in spec.configs]:
+                waiting.result()
+
+    def close(self) -> None:
+        """Unload all kernels. None may still run, and no CUDA graph that holds one may be replayed afterwards."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with self._device.current():
+                for module in self._modules:
+                    check(self._device.cuda.cuModuleUnload(module), "unloading a kernel")
+            self._modules.clear()
+            self._kernels.clear()
+            self._device.close()
+
+    def _build(self, spec: KernelSpec, config: Mapping[str, int]) -> bytes:
+        unit, version = spec.unit(config, self._arch), compiler.version()
+        cubin = self._cache.find(unit, version)
+        if cubin is None:
+            built = self._compile(unit)
+            self._cache.keep(unit, version, built)
+            cubin = built.cubin
+        return cubin
+
+    def _load(self, spec: KernelSpec, cubin: bytes) -> Kernel:
+        if self._closed:
+            raise ClosedError(f"kernel {spec.name}: the Jit was closed; make a new one")
+        with self._device.current():
+            module = check(self._device.cuda.cuModuleLoadData(cubin), f"loading kernel {spec.name}")
+            self._modules.append(module)
+            function = check(
+                self._device.cuda.cuModuleGetFunction(module, spec.name.encode()), f"finding kernel {spec.name}"
+            )
+            # The driver loads code late: at a first launch it would wait for kernels that wait for this very one.
+            check(self._device.cuda.cuFuncLoad(function), f"loading kernel {spec.name}")
+        return Kernel(spec, self._device, function)

@@ -1,0 +1,123 @@
+"""The text that the compiler gets: a prelude, the params struct, and the kernel with all headers that it reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenferry.errors import ConfigError
+
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
+_CONSTANT = re.compile(r"[a-z][a-z0-9_]*")
+
+_PRELUDE = """\
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef signed char i8;
+typedef short i16;
+typedef int i32;
+typedef long long i64;
+typedef float f32;
+#ifdef __CUDACC_RTC__  // NVRTC has neither offsetof nor __builtin_offsetof
+#define TOKENFERRY_OFFSET(type, field) __INTADDR__(&(((type*)0)->field))
+#else
+#define TOKENFERRY_OFFSET(type, field) __builtin_offsetof(type, field)
+#endif
+"""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One translation unit: everything that decides what the compiler makes, but for its version.
+
+    Attributes:
+        name: Of the kernel.
+        text: The unit itself, which includes the headers by name.
+        headers: Text of each file that it reaches, by the name in its ``#include`` line.
+        options: For NVRTC.
+    """
+
+    name: str
+    text: str
+    headers: Mapping[str, str]
+    options: tuple[str, ...]
+
+    def key(self, compiler: str) -> str:
+        """Hex SHA-256 of the unit and of the compiler's version."""
+        digest = hashlib.sha256()
+        parts = [compiler, self.name, self.text, *self.options]
+        for name in sorted(self.headers):
+            parts += [name, self.headers[name]]
+        for part in parts:
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)  # the length keeps "ab", "c" apart from "a", "bc"
+        return digest.hexdigest()
+
+
+def options(arch: str) -> tuple[str, ...]:
+    """The options that every kernel is compiled with, for an architecture such as ``"sm_90a"``."""
+    # Without the last one, a header that lies in the current folder would get in, which the cache's key does not cover.
+    return (f"-arch={arch}", "-std=c++17", "--ptxas-options=-v", "-lineinfo", "--no-source-include")
+
+
+def translation_unit(source: Path, params_cpp: str, constants: Mapping[str, int], include: Path) -> tuple[str, str]:
+    """The text of the unit of one kernel, and the name by which it includes its source.
+
+    Args:
+        source: The kernel's file.
+        params_cpp: ``Params.cpp``.
+        constants: ``{"num_stages": 4}`` becomes ``constexpr int kNumStages = 4;``.
+        include: Root folder of the ``#include`` lines.
+
+    Raises:
+        ConfigError: the name of a constant is not in snake_case, or its value is no int.
+    """
+    lines = [f"constexpr int {constant_name(name)} = {_int(name, value)};" for name, value in sorted(constants.items())]
+    try:
+        own = source.relative_to(include).as_posix()
+    except ValueError:
+        own = source.name
+    return "\n".join([_PRELUDE, *lines, "", params_cpp, f'#include "{own}"', ""]), own
+
+
+def constant_name(name: str) -> str:
+    """``num_stages`` is ``kNumStages`` in C++.
+
+    Raises:
+        ConfigError: the name is not in snake_case.
+    """
+    if not _CONSTANT.fullmatch(name):
+        raise ConfigError(f"config: {name!r} is not in snake_case; write 'num_stages' for the constant kNumStages")
+    return "k" + "".join(part.capitalize() for part in name.split("_"))
+
+
+def _int(name: str, value: int) -> int:
+    if not isinstance(value, int):
+        raise ConfigError(f"config: {name}={value!r}: expected an int")
+    return int(value)  # True is written as 1
+
+
+def headers(own: str, source: Path, include: Path) -> dict[str, str]:
+    """The kernel's text and that of every header that it reaches by ``#include "..."``, by name.
+
+    Raises:
+        ConfigError: a header does not exist below ``include``; names it and the file that asks for it.
+    """
+    found = {own: source.read_text()}
+    waiting = [own]
+    while waiting:
+        user = waiting.pop()
+        for name in _INCLUDE.findall(found[user]):
+            if name in found:
+                continue
+            try:
+                found[name] = (include / name).read_text()
+            except OSError as error:
+                raise ConfigError(f'kernel {own}: {user} includes "{name}", which cannot be read: {error}') from error
+            waiting.append(name)
+    return found

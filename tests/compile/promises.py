@@ -1,0 +1,68 @@
+"""What every kernel that we ship promises, held against what the compiler makes of it."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+
+from tokenferry.jit import compiler, resources
+from tokenferry.jit.kernel import KernelSpec
+from tokenferry.jit.resources import Resources
+from tokenferry.jit.source import Unit
+
+ARCH = "sm_90a"
+SM_REGISTERS = 65536
+
+
+class HashableUnit:
+    """A unit that equals another one with the same content, so that kernels of one file compile once."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = dataclasses.replace(unit, name="any")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HashableUnit) and self.unit == other.unit
+
+    def __hash__(self) -> int:
+        return hash(self.unit.key(""))
+
+
+@functools.cache
+def built(unit: HashableUnit) -> compiler.Built:
+    return compiler.compile_unit(unit.unit)
+
+
+def compiled(spec: KernelSpec, config: Mapping[str, int]) -> tuple[Resources, str]:
+    """What the kernel needs, and the whole log."""
+    log = built(HashableUnit(spec.unit(config, ARCH))).log
+    found = resources.parse(log)
+    assert spec.name in found, f'{spec.source}: no kernel extern "C" {spec.name}; it has {sorted(found)}'
+    return found[spec.name], log
+
+
+def broken_promises(spec: KernelSpec, needs: Resources, log: str) -> list[str]:
+    """One line for each number that the compiler does not confirm."""
+    allocated = -(-needs.registers // 8) * 8 * spec.max_threads
+    wrong = {
+        f"spills {needs.spill_bytes} bytes": needs.spill_bytes > 0,
+        f"needs {needs.registers} registers, promised {spec.max_registers}": needs.registers > spec.max_registers,
+        f"needs {needs.static_smem_bytes} bytes of static shared memory, promised {spec.static_smem}": (
+            needs.static_smem_bytes > spec.static_smem
+        ),
+        f"{spec.max_threads} threads need {allocated} registers, an SM has {SM_REGISTERS}: no __launch_bounds__?": (
+            allocated > SM_REGISTERS
+        ),
+        "the assembler warns": "warning" in "".join(line for line in log.splitlines() if line.startswith("ptxas")),
+    }
+    return [what for what, is_wrong in wrong.items() if is_wrong]
+
+
+def unwritten_promises(spec: KernelSpec) -> list[str]:
+    """What the ``// Cost`` lines of the kernel's header should say and do not."""
+    header = re.match(r"(?://.*\n)+", spec.source.read_text())
+    cost = re.search(r"^// Cost\b(?:.*\n)(?://  .*\n)*", header[0] if header else "", re.MULTILINE)
+    text = " ".join(line.removeprefix("//").strip() for line in cost[0].splitlines()) if cost else ""
+    wanted = [f"<= {spec.max_registers} registers", "0 spills"]
+    if spec.static_smem:
+        wanted.append(f"{spec.static_smem} B of static shared memory")
+    return [phrase for phrase in wanted if not re.search(rf"(?<!\d){re.escape(phrase)}", text)]

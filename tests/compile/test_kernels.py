@@ -1,0 +1,162 @@
+"""Every kernel that we ship compiles for Hopper, without a GPU, and needs no more than its header promises."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import promises
+import pytest
+from toy_spec import ROOT, SCALE
+
+from tokenferry.errors import BackendUnavailable
+from tokenferry.jit import compiler
+from tokenferry.jit.kernel import KernelSpec
+from tokenferry.jit.params import Params
+from tokenferry.jit.resources import Resources
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: kernels cannot be compiled here")
+
+
+def shipped() -> list[KernelSpec]:
+    """Every spec in a ``spec.py``: those that groups warm up, and those that only a command uses."""
+    found: dict[KernelSpec, None] = {}
+    for path in sorted(KERNELS.glob("*/spec.py")):
+        module = importlib.import_module(f"tokenferry.kernels.{path.parent.name}.spec")
+        things = [*vars(module).values(), *getattr(module, "SPECS", ())]
+        found |= {thing: None for thing in things if isinstance(thing, KernelSpec)}
+    return list(found)
+
+
+KERNELS = Path(compiler.__file__).parents[1] / "kernels"
+SPECS = [SCALE, *shipped()]
+CONFIGS = [
+    pytest.param(spec, config, id=" ".join([spec.name, *(f"{k}={v}" for k, v in config.items())]))
+    for spec in SPECS
+    for config in spec.configs
+]
+
+
+@pytest.mark.parametrize(("spec", "config"), CONFIGS)
+def test_needs_no_more_than_promised(spec, config):
+    needs, log = promises.compiled(spec, config)
+    assert not promises.broken_promises(spec, needs, log), f"{spec.source}\n{log}"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_header_says_what_is_promised(spec):
+    missing = promises.unwritten_promises(spec)
+    assert not missing, f"the lines '// Cost' of {spec.source} do not say {missing}"
+
+
+def test_every_kernel_file_has_a_spec():
+    """A kernel that no spec names would be shipped untested."""
+    assert set(KERNELS.rglob("*.cuh")) - set(KERNELS.glob("device/**/*.cuh")) <= {spec.source for spec in SPECS}
+
+
+def test_what_groups_warm_up_is_tested_here():
+    from tokenferry.kernels.all import SPECS as WARMED_UP
+
+    assert set(WARMED_UP) <= set(SPECS)
+
+
+def test_names_are_unique():
+    names = [spec.name for spec in SPECS]
+    assert len(set(names)) == len(names)
+
+
+# ---- the tests above, tested: each breaks one promise of the toy kernel
+
+
+def toy(tmp_path, old: str, new: str, **changes) -> KernelSpec:
+    text = SCALE.source.read_text()
+    assert old in text
+    path = tmp_path / "kernel.cuh"
+    path.write_text(text.replace(old, new))
+    return dataclasses.replace(SCALE, source=path, **changes)
+
+
+def broken(spec: KernelSpec) -> list[str]:
+    return promises.broken_promises(spec, *promises.compiled(spec, spec.configs[0]))
+
+
+SPILL = """float v[80];
+  volatile float* f = (volatile float*)p.y;
+#pragma unroll
+  for (int j = 0; j < 80; j++) v[j] = f[j];
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < 80; j++) f[j] = v[79 - j] * v[j];
+"""
+
+
+def test_a_spill_is_seen(tmp_path):
+    spec = toy(
+        tmp_path, "__shared__ int", f"{SPILL}__shared__ int", max_threads=1024, static_smem=4096, max_registers=64
+    )
+    spec.source.write_text(spec.source.read_text().replace("(kMaxThreads) scale", "(kMaxThreads, 2) scale"))
+    assert [line.split()[0] for line in broken(spec)] == ["spills"]
+
+
+def test_too_many_registers_are_seen(tmp_path):
+    spec = toy(tmp_path, "__shared__ int", f"{SPILL}__shared__ int")
+    assert [line.split()[2] for line in broken(spec)] == ["registers,"]
+
+
+def test_too_much_shared_memory_is_seen(tmp_path):
+    assert broken(toy(tmp_path, "held[kMaxThreads]", "held[kMaxThreads + 1]")) == [
+        "needs 1028 bytes of static shared memory, promised 1024"
+    ]
+
+
+def test_a_block_that_cannot_be_launched_is_seen():
+    """1024 threads can have 64 registers each; registers are given out in eights."""
+    spec = dataclasses.replace(SCALE, max_threads=1024, max_registers=65)
+    assert promises.broken_promises(spec, Resources(64, 0, 0, 0), "") == []
+    assert ["no __launch_bounds__?" in line for line in promises.broken_promises(spec, Resources(65, 0, 0, 0), "")] == [
+        True
+    ]
+
+
+def test_a_warning_of_the_assembler_is_seen():
+    log = "scale.cu(3): warning of the front end\nptxas warning : setmaxnreg ignored"
+    assert promises.broken_promises(SCALE, Resources(32, 0, 0, 0), log) == ["the assembler warns"]
+    assert promises.broken_promises(SCALE, Resources(32, 0, 0, 0), log.splitlines()[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<= 32 registers", "<= 132 registers"),
+        ("0 spills", "10 spills"),
+        ("1024 B of static", "11024 B of static"),
+        ("// Cost ", "// Price"),
+    ],
+)
+def test_a_header_that_says_something_else_is_seen(tmp_path, old, new):
+    assert promises.unwritten_promises(SCALE) == []
+    assert promises.unwritten_promises(toy(tmp_path, old, new)) != []
+
+
+def test_two_layouts_of_one_struct_do_not_compile(tmp_path):
+    params = Params("ScaleParams", [("x", "ptr:const int"), ("y", "ptr:int"), ("num", "i32")])
+    params.cpp = params.cpp.replace("int* y", "short y")
+    with pytest.raises(BackendUnavailable, match=r"(?s)kernel any: NVRTC .*Python and C\+\+ lay out ScaleParams"):
+        promises.compiled(dataclasses.replace(SCALE, params=params), {"offset": 0})
+
+
+def test_mixed_fields_lie_where_ctypes_puts_them():
+    """The static_asserts of the struct are the test: every kind of field, with padding before, between and behind."""
+    kinds = ["i32", "ptr", "f32", "ptr:const u64[3]", "u32[3]", "i64", "f32[1]", "u64[2]", "ptr:void[8]", "i32[5]"]
+    fields = [("x", "ptr:const int"), ("y", "ptr:int"), ("num", "i32")]
+    fields += [(f"f{i}", kind) for i, kind in enumerate(kinds)]
+    params = Params("ScaleParams", fields)
+    assert params.cpp.count("static_assert") == len(fields) + 1
+    promises.compiled(dataclasses.replace(SCALE, params=params), {"offset": 0})
+
+
+def test_the_root_is_where_the_headers_are():
+    unit = SCALE.unit({"offset": 7}, promises.ARCH)
+    assert sorted(unit.headers) == ["device/more/once.cuh", "device/twice.cuh", "scale/kernel.cuh"]
+    assert unit.headers["device/twice.cuh"] == (ROOT / "device/twice.cuh").read_text()
+    assert "constexpr int kOffset = 7;" in unit.text
+    assert "constexpr int kMaxThreads = 256;" in unit.text

@@ -1,0 +1,203 @@
+"""Cubins on disk: what is found again, what is not trusted, and what two processes do to each other."""
+
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenferry.jit.cache import Cache
+from tokenferry.jit.compiler import Built
+from tokenferry.jit.source import Unit
+
+UNIT = Unit("toy", "the text", {"toy/kernel.cuh": "the kernel", "device/a.cuh": "a header"}, ("-arch=sm_90a",))
+LOG = """\
+ptxas info    : Compiling entry function 'toy' for 'sm_90a'
+ptxas info    : Function properties for toy
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+BUILT = Built(b"\x7fELF" + bytes(1000), LOG)
+V = "13.0.88"
+
+
+def kept(folder: Path) -> Path:
+    """The one entry of a cache that keeps BUILT."""
+    Cache(folder).keep(UNIT, V, BUILT)
+    (entry,) = folder.iterdir()
+    return entry
+
+
+def test_what_was_kept_is_found(tmp_path):
+    assert Cache(tmp_path / "new" / "folder").find(UNIT, V) is None
+    kept(tmp_path / "new" / "folder")
+    assert Cache(tmp_path / "new" / "folder").find(UNIT, V) == BUILT.cubin
+    assert Cache(tmp_path / "new" / "folder").find(UNIT, "13.0.89") is None
+
+
+def test_an_entry_explains_itself(tmp_path):
+    entry = kept(tmp_path)
+    assert (entry / "kernel.cu").read_text() == "the text"
+    assert (entry / "device" / "a.cuh").read_text() == "a header"
+    report = json.loads((entry / "build.json").read_text())
+    assert (report["nvrtc"], report["options"]) == (V, ["-arch=sm_90a"])
+    assert report["resources"]["toy"]["registers"] == 8
+    assert report["log"] == LOG.splitlines()
+
+
+def damage_cubin(entry):
+    data = bytearray((entry / "kernel.cubin").read_bytes())
+    data[500] ^= 1
+    (entry / "kernel.cubin").write_bytes(data)
+
+
+DAMAGES = {
+    "a bit of the cubin flipped": damage_cubin,
+    "cubin cut short": lambda entry: (entry / "kernel.cubin").write_bytes(BUILT.cubin[:100]),
+    "cubin empty": lambda entry: (entry / "kernel.cubin").write_bytes(b""),
+    "cubin missing": lambda entry: (entry / "kernel.cubin").unlink(),
+    "report missing": lambda entry: (entry / "build.json").unlink(),
+    "report cut short": lambda entry: (entry / "build.json").write_text('{"sha'),
+    "report of another kind": lambda entry: (entry / "build.json").write_text("[]"),
+    "report without checksum": lambda entry: (entry / "build.json").write_text("{}"),
+    "report is not text": lambda entry: (entry / "build.json").write_bytes(b"\xff\xfe\xfd"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_set_aside_and_made_anew(tmp_path, caplog, damage):
+    entry = kept(tmp_path)
+    damage(entry)
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        assert Cache(tmp_path).find(UNIT, V) is None
+    assert f"{entry} is damaged" in caplog.text
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.startswith(f"{entry.name}.corrupt-")
+    Cache(tmp_path).keep(UNIT, V, BUILT)
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), PermissionError(13, "read-only")])
+def test_a_damaged_entry_that_cannot_be_set_aside_is_still_not_used(tmp_path, caplog, monkeypatch, error):
+    """Gone: another process was faster, which is no reason for a second warning."""
+    damage_cubin(kept(tmp_path))
+
+    def fail(self, target):
+        raise error
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        assert Cache(tmp_path).find(UNIT, V) is None
+    assert ["cannot use" in record.getMessage() for record in caplog.records] == (
+        [False] if isinstance(error, FileNotFoundError) else [False, True]
+    )
+
+
+def test_something_that_is_no_cubin_is_not_loaded_even_with_a_checksum(tmp_path):
+    Cache(tmp_path).keep(UNIT, V, Built(b"not an ELF file", LOG))
+    assert Cache(tmp_path).find(UNIT, V) is None
+
+
+def test_the_first_entry_stays(tmp_path, caplog):
+    entry = kept(tmp_path)
+    Cache(tmp_path).keep(UNIT, V, Built(b"\x7fELF another", LOG))
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
+    assert list(tmp_path.iterdir()) == [entry], "a scratch folder stayed"
+    assert caplog.text == ""
+
+
+def test_an_entry_that_appears_while_it_is_looked_for_is_not_taken_for_a_damaged_one(tmp_path, caplog, monkeypatch):
+    """Between "there is no such file" and "is there such a folder?" another process may write it."""
+    exists = Path.exists
+
+    def written_meanwhile(self):
+        monkeypatch.undo()
+        kept(tmp_path)
+        return exists(self)
+
+    monkeypatch.setattr(Path, "exists", written_meanwhile)
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
+    assert caplog.text == ""
+
+
+def test_no_folder_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = Cache(None)
+    cache.keep(UNIT, V, BUILT)
+    assert cache.find(UNIT, V) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    cache = Cache(tmp_path / "file" / "cache")
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        for _ in range(2):
+            assert cache.find(UNIT, V) is None
+            cache.keep(UNIT, V, BUILT)
+    assert len(caplog.records) == 1
+    assert "set TOKENFERRY_CACHE_DIR to a folder that can be written" in caplog.text
+
+
+def test_a_disk_that_fills_up_is_a_warning_and_leaves_nothing(tmp_path, caplog, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        Cache(tmp_path).keep(UNIT, V, BUILT)
+    assert "No space left" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def _keep_and_find(folder, start, answers):
+    start.wait()
+    for i in range(50):
+        cache, unit = Cache(folder), Unit("toy", f"text {i}", UNIT.headers, UNIT.options)
+        found = cache.find(unit, V)
+        cache.keep(unit, V, Built(BUILT.cubin + bytes(str(i), "ascii"), LOG))
+        again = cache.find(unit, V)
+        expected = BUILT.cubin + bytes(str(i), "ascii")
+        if found not in (None, expected) or again != expected:
+            answers.put(f"{i}: {found!r} {again!r}")
+            return
+    answers.put("ok")
+
+
+def test_processes_that_write_the_same_entries_at_once(tmp_path):
+    """Each finds nothing or all of an entry, whoever wrote it; nothing but the entries stays."""
+    context = multiprocessing.get_context("fork")
+    start, answers = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=_keep_and_find, args=(tmp_path, start, answers)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [answers.get(timeout=60) for _ in processes] == ["ok"] * 4
+    for process in processes:
+        process.join(60)
+    assert len(list(tmp_path.iterdir())) == 50
+
+
+HIT = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_jit_cache import UNIT, BUILT
+from tokenferry.jit import compiler
+from tokenferry.jit.cache import Cache
+cache = Cache(Path(sys.argv[1]))
+if sys.argv[3] == "keep":
+    cache.keep(UNIT, compiler.version(), BUILT)
+assert cache.find(UNIT, compiler.version()) == BUILT.cubin
+assert "cuda.bindings.nvrtc" not in sys.modules
+"""
+
+
+def test_a_hit_loads_no_compiler(tmp_path):
+    pytest.importorskip("cuda.bindings", reason="no NVRTC: its version cannot be asked for")
+    for what in ("keep", "find"):
+        command = [sys.executable, "-c", HIT, str(tmp_path), os.path.dirname(__file__), what]
+        assert subprocess.run(command, check=False, timeout=120).returncode == 0
