@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -12,15 +11,15 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable, ConfigError
-from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Wire, peer_timeout
+from tokenferry.wires.base import Call, Deadline, Wire, peer_timeout
+from tokenferry.wires.cards import Table, moves_cpu_tensors
+from tokenferry.wires.cards import host_name as _host
 from tokenferry.wires.group import GroupWire
 from tokenferry.wires.local import LocalWire
 
-_NO_HEADER = (0,) * HEADER_INTS
 _HELLO = struct.Struct("<16sq")
 """The group's secret and the caller's rank."""
 
@@ -56,7 +55,7 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
     """
     if group is None or group.size() == 1:
         return Agreement(LocalWire(0, {}), secrets.token_hex(4), "a group of one rank needs no wire")
-    table = _Table(GroupWire(group), timeout_s)
+    table = Table(group, timeout_s)
     listener, address = _listen()
     try:
         cards = table.exchange(
@@ -68,7 +67,7 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
                 "address": address,
             }
         )
-        _compare([card["terms"] for card in cards])
+        compare_terms([card["terms"] for card in cards])
         key = cards[0]["key"]
         why_not = _why_not_local(cards, wanted)
         sockets: dict[int, socket.socket] = {}
@@ -79,6 +78,11 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
             return Agreement(LocalWire(group.rank(), sockets), key, "all ranks on one host: shared memory")
         if wanted == "local":
             raise BackendUnavailable(f"ExpertGroup: wire='local' cannot run: {why_not}; use wire='auto' or 'group'")
+        if not moves_cpu_tensors(group):
+            raise BackendUnavailable(
+                f"ExpertGroup: nothing can carry rows: {why_not}, and the process group cannot move CPU tensors; pass "
+                "one made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
+            )
         return Agreement(GroupWire(group, int(key, 16)), key, f"torch.distributed, because {why_not}")
     finally:
         if listener:
@@ -87,7 +91,7 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
                 os.unlink(address)
 
 
-def _try_local(rank: int, cards: list[dict[str, Any]], table: _Table) -> tuple[str, dict[int, socket.socket]]:
+def _try_local(rank: int, cards: list[dict[str, Any]], table: Table) -> tuple[str, dict[int, socket.socket]]:
     """Connect to the lower ranks, and hear whether every rank could; returns why not, or nothing, and the sockets."""
     sockets: dict[int, socket.socket] = {}
     why_not = ""
@@ -104,26 +108,8 @@ def _try_local(rank: int, cards: list[dict[str, Any]], table: _Table) -> tuple[s
     return why_not, sockets
 
 
-class _Table:
-    """Where ranks put cards (JSON) that all can read; over the group's own send and receive."""
-
-    def __init__(self, wire: GroupWire, timeout_s: float) -> None:
-        self._wire = wire
-        self._timeout_s = timeout_s
-
-    def exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
-        """Give one card to every rank, and return every rank's."""
-        wire, call, deadline = self._wire, Call(0, "making the group"), Deadline(self._timeout_s)
-        text = torch.frombuffer(bytearray(json.dumps(card).encode()), dtype=torch.uint8)
-        for buffer in wire.open(call, [text.numel()] * wire.num_ranks):
-            buffer.copy_(text)
-        wire.post(call, [_NO_HEADER] * wire.num_ranks, deadline)
-        cards = [json.loads(bytes(wire.take(call, src, deadline).body.tolist())) for src in range(wire.num_ranks)]
-        wire.finish(call, deadline)
-        return cards
-
-
-def _compare(terms: list[dict[str, Any]]) -> None:
+def compare_terms(terms: list[dict[str, Any]]) -> None:
+    """Raise ConfigError if ranks brought different terms; names the first, and what each rank brought."""
     for name in terms[0]:
         values = [term[name] for term in terms]
         if any(value != values[0] for value in values):
@@ -140,15 +126,6 @@ def _why_not_local(cards: list[dict[str, Any]], wanted: str) -> str:
         return f"the ranks are on {len(hosts)} hosts"
     without = [rank for rank, card in enumerate(cards) if not card["address"]]
     return f"rank {without[0]} has no Unix sockets that pass descriptors" if without else ""
-
-
-def _host() -> str:
-    """Something that differs between hosts, and between boots of one."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def _listen() -> tuple[socket.socket | None, str]:

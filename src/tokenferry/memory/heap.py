@@ -1,0 +1,382 @@
+"""The heap of a window: blocks that live as long as the tensors made of them, and come back in the order of streams.
+
+When the last tensor over a block dies, work that is queued may still read it. So a free range remembers which streams
+used it, and who takes it on another stream waits for them, on the device. On one stream there is nothing to wait for.
+
+* A block that dies while its own stream is torch's current one was last used there: nothing is recorded.
+* Where another stream is current, an event is recorded on it: that is where the block was last used. The block's own
+  stream is remembered too. So work on a third stream must be joined to one of these two before the last tensor dies.
+* A block taken while its stream is being captured into a CUDA graph belongs to that capture for good: each replay
+  writes it again, and nobody tells when the graph dies. It is taken again by the same capture only.
+* A block from before that dies during a capture is not available before that capture has ended: until then no event can
+  be recorded on its stream.
+
+Calls of equal size that follow each other on one stream get the place of the call before without a lock or a search: a
+block that dies eagerly on its own stream goes to a quick list, and who takes a block of that size on that stream looks
+there first. What is on a quick list is as free as any range: it goes back to the ranges (it is *settled*) before the
+heap makes a stream wait for another one, says that it is full, or gives away a range to a graph or a large block.
+
+`Block.__del__` may run in any thread, and within any call, `Heap.block` included: it only appends to deques.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.errors import ClosedError, TokenferryError
+from tokenferry.jit.driver import Device
+from tokenferry.memory.ranges import Quick, Ranges, Waits, needs_others
+from tokenferry.memory.streams import CudaStreams, HostStreams, Streams
+from tokenferry.memory.tensor import bytes_at
+
+ALIGNMENT = 512
+"""Blocks begin at multiples of this."""
+_EAGER = 0
+_UNKNOWN = -1
+_QUICK_LISTS = 16
+"""Pairs of size and stream that have a quick list: those that were last taken from the ranges."""
+_LARGE = 16
+"""Blocks of more than one part in so many of the heap are placed with all that is free in view."""
+
+
+class HeapFull(TokenferryError):  # noqa: N818 - reads as what happened, like PeerTimeout
+    """No free range is large enough.
+
+    Attributes:
+        requested: Bytes that were asked for.
+        free: Bytes free.
+        largest: Bytes of the largest free range.
+        total: Bytes of the heap.
+        captured: Bytes that belong to CUDA graphs.
+    """
+
+    def __init__(self, requested: int, free: int, largest: int, total: int, captured: int) -> None:
+        graphs = f", {_mib(captured)} belong to CUDA graphs" if captured else ""
+        super().__init__(
+            f"the heap is full: {_mib(requested)} requested, {_mib(free)} of {_mib(total)} free, the largest free "
+            f"range has {_mib(largest)}{graphs}; set TOKENFERRY_HEAP_MB higher, or let go of earlier results"
+        )
+        self.requested = requested
+        self.free = free
+        self.largest = largest
+        self.total = total
+        self.captured = captured
+
+
+class Block:
+    """A part of a heap, as long as this object or a tensor of it is alive; made by `Heap.block`.
+
+    Attributes:
+        offset: Bytes from the window's base; a multiple of 512.
+        num_bytes: As asked for.
+        address: The same place, as an address of this process.
+    """
+
+    __slots__ = ("_heap", "_quick", "_size", "address", "num_bytes", "offset")
+
+    def __init__(self, heap: Heap, quick: Quick, offset: int, num_bytes: int) -> None:
+        self.offset = offset
+        self.num_bytes = num_bytes
+        self.address = heap.base + offset
+        self._heap = heap
+        self._quick = quick
+        self._size = quick.size
+
+    def tensor(self) -> Tensor:
+        """Return a uint8 tensor ``[num_bytes]`` that keeps the block alive, and so do its views."""
+        return bytes_at(self.address, self.num_bytes, self._heap.device, self)
+
+    def trim(self, num_bytes: int) -> None:
+        """Keep the first ``num_bytes`` and give back the rest, which nobody has touched yet; before `tensor`.
+
+        Raises:
+            ValueError: ``num_bytes`` is more than the block has.
+        """
+        if num_bytes > self.num_bytes:
+            raise ValueError(f"trim: expected at most num_bytes={self.num_bytes}, got {num_bytes}")
+        kept, size = _rounded(num_bytes), self._size
+        self.num_bytes = num_bytes
+        if kept < size:
+            self._size = kept
+            here = (self._quick.stream, self._quick.capture)
+            self._heap._dead.append((self.offset + kept, size - kept, *here, *here, None, False))
+
+    def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
+        if not finalizing():
+            self._heap._died(self)
+
+
+class Heap:
+    """Blocks in ``[first, first + num_bytes)`` of a window. Thread-safe.
+
+    Args:
+        base: Address of the window in this process.
+        num_bytes: Bytes of the heap.
+        device: Where the memory is.
+        first: Offset of the heap in the window.
+        memory: Something to keep alive as long as this heap is open, and each block.
+        streams: The streams of the device, if other than the usual.
+    """
+
+    def __init__(
+        self,
+        base: int,
+        num_bytes: int,
+        device: torch.device,
+        first: int = 0,
+        memory: object = None,
+        streams: Streams | None = None,
+    ) -> None:
+        begin, end = -(-first // ALIGNMENT) * ALIGNMENT, (first + num_bytes) // ALIGNMENT * ALIGNMENT
+        self.base = base
+        self.device = device
+        self.num_bytes = max(0, end - begin)
+        self._memory = memory
+        self._streams = streams or _streams_of(device)
+        self._closed = False
+        self._lock = threading.Lock()
+        self._order = itertools.count()
+        self._dead: deque[tuple[Any, ...]] = deque()
+        self._limbo: list[tuple[int, int, int, int]] = []
+        self._quicks: dict[tuple[int, int], Quick] = {}
+        self._large = self.num_bytes // _LARGE
+        self._pools = {_EAGER: Ranges()}
+        self._kept: list[object] = []
+        self._live = 0
+        self._captured = 0
+        if self.num_bytes:
+            self._pools[_EAGER].give(begin, self.num_bytes, {})
+
+    @property
+    def num_live(self) -> int:
+        """Blocks alive."""
+        with self._lock:
+            self._bury()
+            return self._live - sum(len(quick.free) for quick in self._quicks.values())
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are free, in ranges of any size; not those of CUDA graphs."""
+        with self._lock:
+            self._settle()
+            return self._pools[_EAGER].total
+
+    @property
+    def largest_free(self) -> int:
+        """Bytes of the largest block to be had."""
+        with self._lock:
+            self._settle()
+            return self._pools[_EAGER].largest
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether ``num_bytes <= largest_free``; costs little, and settles nothing, if that can be said without."""
+        ranges = self._pools[_EAGER]
+        if ranges.largest_known >= num_bytes:
+            return True
+        with self._lock:
+            self._bury()
+            if ranges.largest < num_bytes:
+                self._settle()
+            return ranges.largest >= num_bytes
+
+    def block(self, num_bytes: int, stream: int, capture: int | None = None) -> Block:
+        """Take a block for work on ``stream`` (a raw handle), which waits on the device for earlier users if need be.
+
+        Local; does not block the host; may be called while the stream is being captured.
+
+        Args:
+            num_bytes: Its size.
+            stream: Where it is used first, and where it should die.
+            capture: The number of the capture that the stream takes part in, 0 if none; asked for if not given.
+
+        Raises:
+            HeapFull: nothing large enough is free.
+            ClosedError: the heap was closed.
+        """
+        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT or ALIGNMENT
+        if capture is None:
+            capture = self._streams.capture(stream)
+        if not capture:
+            quick = self._quicks.get((size, stream))
+            if quick is not None and quick.free:
+                try:
+                    return Block(self, quick, quick.free.pop(), num_bytes)
+                except IndexError:  # another thread was faster
+                    pass
+        return self._search(num_bytes, size, stream, capture)
+
+    def close(self) -> None:
+        """Give no more blocks. Those alive stay, and the memory goes with the last of them. Local, idempotent."""
+        self._closed = True
+        self._memory = None
+        self._quicks = {}
+        self._kept.clear()
+
+    def _search(self, num_bytes: int, size: int, stream: int, capture: int) -> Block:
+        """A block from the ranges; see `block`."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the heap of this group was closed; make a new group")
+            if size > self._large:
+                self._settle()
+            elif self._dead:
+                self._bury()
+            if self._limbo:
+                self._leave_limbo()
+            start = self._take(size, stream, capture)
+            if start is None:
+                free = self._pools[_EAGER]
+                raise HeapFull(num_bytes, free.total, free.largest, self.num_bytes, self._captured)
+            self._live += 1
+            return Block(self, self._quick_list(size, stream, capture), start, num_bytes)
+
+    def _quick_list(self, size: int, stream: int, capture: int) -> Quick:
+        """The quick list of a block that comes from the ranges. The oldest makes room for a new one."""
+        quicks, key = self._quicks, (size, stream)
+        if capture:
+            return Quick(size, stream, capture, self._memory)
+        quick = quicks.get(key)
+        if quick is None:
+            if len(quicks) >= _QUICK_LISTS:
+                oldest = quicks.pop(next(iter(quicks)))
+                oldest.open = False
+                self._clear(oldest)
+            quick = quicks[key] = Quick(size, stream, capture, self._memory)
+        return quick
+
+    def _clear(self, quick: Quick) -> None:
+        """Hand what is on a quick list over to `_bury`. Takes no lock."""
+        here = (quick.stream, _EAGER)
+        try:
+            while True:
+                self._dead.append((quick.free.pop(), quick.size, *here, *here, None, True))
+        except IndexError:
+            return
+
+    def _settle(self) -> bool:
+        """Bring back what has died, and what is on quick lists; returns whether that was anything."""
+        for quick in self._quicks.values():
+            if quick.free:
+                self._clear(quick)
+        found = bool(self._dead)
+        self._bury()
+        return found
+
+    def _take(self, size: int, stream: int, capture: int) -> int | None:
+        """Where a block of ``size`` bytes may begin; ``stream`` waits already for what was there."""
+        pool = self._pools.setdefault(capture, Ranges())
+        unfit: frozenset[int] = frozenset()
+        while True:
+            found = pool.best(size, stream, unfit)
+            if found is None or needs_others(found[1], stream):
+                if self._settle():
+                    continue  # what was unfit is so still, whatever it has merged with
+                if found is None:
+                    return self._take_for_capture(size, stream) if capture else None
+                if not self._can_wait(found[1], stream, capture):
+                    unfit |= {found[0]}
+                    continue
+                self._wait(found[1], stream)
+            pool.cut(found[0], size)
+            return found[0]
+
+    def _take_for_capture(self, size: int, stream: int) -> int | None:
+        """Take what nobody gives back. The graph waits, at each replay, for the eager work that used it."""
+        pool = self._pools[_EAGER]
+        found = pool.best(size, stream)
+        if found is None:
+            return None
+        start, waits = found
+        for other, mark in waits.items():
+            # Work that was queued before on a stream that is being captured cannot be waited for by an event. Nor need
+            # it: torch.cuda.graph synchronises the device before it captures.
+            if mark is None and self._streams.capture(other):
+                continue
+            event = self._streams.record(other) if mark is None else mark[1]
+            self._streams.wait(stream, event, outside=True)
+            self._kept.append(event)
+        pool.cut(start, size)
+        self._captured += size
+        return start
+
+    def _can_wait(self, waits: Waits, stream: int, capture: int) -> bool:
+        """Whether events can be recorded where they are missing: not on a stream that is in another capture."""
+        return all(
+            mark is not None or other == stream or self._streams.capture(other) == capture
+            for other, mark in waits.items()
+        )
+
+    def _wait(self, waits: Waits, stream: int) -> None:
+        for other, mark in waits.items():
+            if other != stream:
+                event = self._streams.record(other) if mark is None else mark[1]
+                self._streams.wait(stream, event, outside=False)
+
+    def _died(self, block: Block) -> None:
+        """A block died: note who may still use it. Takes no lock."""
+        if self._closed:
+            return
+        quick = block._quick
+        stream, capture = quick.stream, quick.capture
+        mark = None
+        try:
+            if quick.open and block._size == quick.size and self._streams.is_eager(stream):
+                quick.free.append(block.offset)
+                if not quick.open:  # closed just now, by a thread that may have missed this one
+                    self._clear(quick)
+                return
+            current = self._streams.current()
+            current_capture = self._streams.capture(current)
+            if current != stream and current_capture == capture:
+                # The number first: then a higher one on the same stream means a later event, whatever threads do.
+                number = next(self._order)
+                mark = (number, self._streams.record(current))
+        except RuntimeError:  # a stream of which nothing can be known now: ask again later
+            current, current_capture = stream, _UNKNOWN
+        self._dead.append((block.offset, block._size, stream, capture, current, current_capture, mark, True))
+
+    def _bury(self) -> None:
+        """Bring back what has died."""
+        while self._dead:
+            start, size, stream, capture, current, current_capture, mark, whole = self._dead.popleft()
+            self._live -= whole
+            if capture == current_capture:
+                waits: Waits = {stream: None} if mark is None else {stream: None, current: mark}
+                self._pools.setdefault(capture, Ranges()).give(start, size, waits)
+            elif capture == _EAGER:
+                self._limbo.append((start, size, stream, current))
+            # else: a block of a capture that has ended, or that died outside of it, stays with its graph
+
+    def _leave_limbo(self) -> None:
+        """Bring back what died during captures that have ended."""
+        waiting, self._limbo = self._limbo, []
+        for start, size, stream, current in waiting:
+            if self._is_captured(stream) or self._is_captured(current):
+                self._limbo.append((start, size, stream, current))
+            else:
+                self._pools[_EAGER].give(start, size, {stream: None, current: None})
+
+    def _is_captured(self, stream: int) -> bool:
+        try:
+            return self._streams.capture(stream) != _EAGER
+        except RuntimeError:  # some capture forbids to ask
+            return True
+
+
+def _streams_of(device: torch.device) -> Streams:
+    return CudaStreams(Device(device.index or 0)) if device.type == "cuda" else HostStreams()
+
+
+def _rounded(num_bytes: int) -> int:
+    return max(ALIGNMENT, -(-num_bytes // ALIGNMENT) * ALIGNMENT)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

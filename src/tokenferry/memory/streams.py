@@ -1,0 +1,119 @@
+"""Streams and events as the heap sees them: a seam, so that its rules can be tested without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol
+
+import torch
+
+from tokenferry.jit.driver import Device, check
+
+
+class Streams(Protocol):
+    """The streams of one device, as raw handles."""
+
+    def current(self) -> int:
+        """The stream that torch would launch on, in this thread."""
+
+    def capture(self, stream: int) -> int:
+        """The number of the CUDA graph capture that a stream takes part in; 0 if none. Numbers are not used twice."""
+
+    def is_eager(self, stream: int) -> bool:
+        """Whether a stream is the current one and not being captured; False also where only `capture` can tell."""
+
+    def record(self, stream: int) -> object:
+        """An event behind all that is queued on a stream."""
+
+    def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - what `record` returned
+        """Make a stream wait for an event; ``outside``: the stream is being captured, the event is not part of that."""
+
+
+class HostStreams:
+    """For memory of the host, where work is done when it is queued."""
+
+    def current(self) -> int:
+        """One stream, number 0."""
+        return 0
+
+    def capture(self, stream: int) -> int:
+        """Never."""
+        return 0
+
+    def is_eager(self, stream: int) -> bool:
+        """Whether it is the one stream."""
+        return stream == 0
+
+    def record(self, stream: int) -> object:
+        """Nothing to wait for."""
+        return None
+
+    def wait(self, stream: int, event: object, *, outside: bool) -> None:
+        """Done already."""
+
+
+class CudaStreams:
+    """Streams of a CUDA device.
+
+    Raises:
+        BackendUnavailable: (by every method) the driver refuses; names what was tried and the code.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._index = device.index
+        self._cuda = device.cuda
+        # Bound here: both are asked for each block, and `torch` may be gone when the last tensors die.
+        self._current = torch._C._cuda_getCurrentRawStream
+        self._capturing = torch.cuda.is_current_stream_capturing
+        self._current_device = torch._C._cuda_getDevice
+
+    def current(self) -> int:
+        """See `Streams.current`."""
+        return int(self._current(self._index))
+
+    def capture(self, stream: int) -> int:
+        """See `Streams.capture`.
+
+        torch answers for the current stream of the current device at a quarter of the driver's price.
+        """
+        if self.is_eager(stream):
+            return 0
+        with self._device.current():
+            status, number, *_ = check(self._cuda.cuStreamGetCaptureInfo(stream), "asking whether a stream is captured")
+        return int(number) if int(status) else 0
+
+    def is_eager(self, stream: int) -> bool:
+        """See `Streams.is_eager`."""
+        index = self._index
+        return self._current(index) == stream and self._current_device() == index and not self._capturing()
+
+    def record(self, stream: int) -> object:
+        """See `Streams.record`."""
+        cuda = self._cuda
+        with self._device.current():
+            flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
+            event = _Event(check(cuda.cuEventCreate(flags), "making an event"), cuda.cuEventDestroy)
+            check(cuda.cuEventRecord(event.handle, stream), "recording an event")
+        return event
+
+    def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - as the protocol
+        """See `Streams.wait`."""
+        # 1 is CU_EVENT_WAIT_EXTERNAL: a node of its own in the graph. Without it a stream that is being captured
+        # may only wait for events of its own capture; and outside of a capture that flag is an error.
+        with self._device.current():
+            check(self._cuda.cuStreamWaitEvent(stream, event.handle, int(outside)), "waiting for an event")
+
+
+class _Event:
+    """A CUDA event that is destroyed when nobody refers to it; what waits for it already is not disturbed."""
+
+    __slots__ = ("_destroy", "handle")
+
+    def __init__(self, handle: Any, destroy: Any) -> None:  # noqa: ANN401 - objects without types
+        self.handle = handle
+        self._destroy = destroy
+
+    def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
+        if not finalizing():
+            self._destroy(self.handle)

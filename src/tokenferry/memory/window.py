@@ -1,0 +1,236 @@
+"""Windows: one allocation of GPU memory per rank, which every rank of the node addresses by plain pointers.
+
+Memory is `cuMemAlloc`'s, shared by CUDA IPC. NVLink multicast is never used.
+
+A window may be closed while peers still have it mapped, and while tensors still lie in it: its own memory is freed when
+it is closed and the last block of its heap is gone, and what a peer has mapped stays until that peer closes, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+
+from tokenferry.errors import BackendUnavailable
+from tokenferry.jit.driver import Device, check
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.reach import Exchange, agree, describe, why_not
+from tokenferry.memory.streams import CudaStreams
+
+_PAGE = 2 << 20
+"""Allocations are multiples of this: what is smaller shares a page with others, and IPC would share those too."""
+_HANDLE_BYTES = 64
+
+
+class Memory:
+    """One allocation on a device, zero at its start; freed when the last reference to this object is gone.
+
+    Raises:
+        BackendUnavailable: it is not to be had; gives the numbers and the setting.
+    """
+
+    def __init__(self, device: Device, num_bytes: int, zero_bytes: int) -> None:
+        self._device = device
+        self._cuda = cuda = device.cuda
+        self._relaxed = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self.address = 0
+        with device.current():
+            code, address = cuda.cuMemAlloc(-(-num_bytes // _PAGE) * _PAGE)
+            if code == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+                free, total = check(cuda.cuMemGetInfo(), "asking for free memory")
+                raise BackendUnavailable(
+                    f"cuda:{device.index}: {num_bytes >> 20} MiB for the window are not to be had, {free >> 20} of "
+                    f"{total >> 20} MiB are free; set TOKENFERRY_HEAP_MB lower, or free memory first "
+                    "(torch.cuda.empty_cache() gives back what torch keeps)"
+                )
+            check((code,), "allocating the window")
+            self.address = int(address)
+            check(cuda.cuMemsetD8(self.address, 0, zero_bytes), "clearing the window")
+            # Peers write as soon as they know the address: the zeros have to be there first.
+            check(cuda.cuStreamSynchronize(0), "clearing the window")
+
+    def handle(self) -> str:
+        """The IPC handle, in hexadecimal."""
+        with self._device.current():
+            handle = check(self._cuda.cuIpcGetMemHandle(self.address), "making an IPC handle of the window")
+        return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex()
+
+    def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
+        if finalizing() or not getattr(self, "address", 0):
+            return
+        # The last tensor may die during a capture, which freeing memory would break. A failure tells nobody anything:
+        # the context is gone or broken, and the memory with it.
+        _, mode = self._cuda.cuThreadExchangeStreamCaptureMode(self._relaxed)
+        try:
+            with self._device.current():
+                self._cuda.cuMemFree(self.address)
+        except RuntimeError:
+            pass
+        finally:
+            self._cuda.cuThreadExchangeStreamCaptureMode(mode)
+
+
+class Window:
+    """One rank's view of all windows; made by `share`.
+
+    Attributes:
+        rank: Whose view this is.
+        num_ranks: R.
+        num_bytes: Of each window.
+        device: Where this rank's own window is.
+        bases: Address, in this process, of every rank's window; this rank's own included.
+        base: ``bases[rank]``.
+    """
+
+    def __init__(
+        self, rank: int, device: torch.device, num_bytes: int, memories: tuple[Memory, ...], bases: tuple[int, ...]
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = len(bases)
+        self.num_bytes = num_bytes
+        self.device = device
+        self.bases = bases
+        self.base = bases[rank]
+        self._memories = memories
+        self._mapped: list[int] = []
+        self._heaps: list[Heap] = []
+        self._driver = memories[0]._device
+
+    def heap(self, first: int) -> Heap:
+        """Return a heap over the bytes from ``first`` to the end. It is closed with the window."""
+        own = next(memory for memory in self._memories if memory.address == self.base)
+        heap = Heap(self.base, self.num_bytes - first, self.device, first, own, CudaStreams(self._driver))
+        self._heaps.append(heap)
+        return heap
+
+    def _reach(self, cards: list[dict[str, Any]]) -> str:
+        """Learn the address of every peer's window in this process; returns why that fails, or nothing."""
+        bases = list(self.bases)
+        for peer, card in enumerate(cards):
+            if peer == self.rank:
+                continue
+            try:
+                if card["process"] == cards[self.rank]["process"]:  # the driver refuses handles of its own process
+                    bases[peer] = _neighbour(self._driver, card["device"]["index"], card["address"])
+                else:
+                    bases[peer] = _map(self._driver, bytes.fromhex(card["handle"]))
+                    self._mapped.append(bases[peer])
+            except BackendUnavailable as error:
+                hint = "containers need a common PID and IPC namespace"
+                return f"rank {self.rank} cannot map the memory of rank {peer} ({error}; {hint})"
+        self.bases = tuple(bases)
+        return ""
+
+    def close(self) -> None:
+        """Unmap the peers' windows, and free the own when no tensor lies in it. Local, idempotent.
+
+        Waits for the work that is queued on the device, which may still use what is unmapped.
+        """
+        heaps, self._heaps = self._heaps, []
+        mapped, self._mapped = self._mapped, []
+        self._memories = ()
+        for heap in heaps:
+            heap.close()
+        if mapped and not sys.is_finalizing():
+            _unmap(self._driver, mapped)
+
+
+def share(
+    table: Exchange | None,
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
+    num_bytes: int,
+    zero_bytes: int | None = None,
+) -> Window:
+    """Allocate this rank's window, and map those of all others. Collective.
+
+    When it returns, every rank has mapped every window, and the first ``zero_bytes`` of each (all, if None) are zero.
+
+    Args:
+        table: Where the ranks exchange cards; may be None for a group of one.
+        rank: This rank.
+        num_ranks: R.
+        device: This rank's GPU. Ranks may share one.
+        num_bytes: The same on all ranks.
+        zero_bytes: How much is cleared.
+
+    Raises:
+        BackendUnavailable: on all ranks, if any rank cannot: it has no Hopper GPU, its GPU cannot reach another, the
+            ranks are on several hosts or more than 8, or there is not enough memory. Names the rank.
+        PeerTimeout: a rank did not come.
+    """
+    cards = _exchange(table, describe(device))
+    reason = why_not(cards, rank)
+    memory: Memory | None = None
+    offer = {"address": 0, "handle": ""}
+    if not reason:
+        try:
+            memory = Memory(Device(device.index or 0), num_bytes, num_bytes if zero_bytes is None else zero_bytes)
+            offer = {"address": memory.address, "handle": memory.handle() if table else ""}
+        except BackendUnavailable as error:
+            reason = f"rank {rank}: {error}"
+    offers = _exchange(table, {"why_not": reason, **offer})
+    reason = next((card["why_not"] for card in offers if card["why_not"]), "")
+    if reason or memory is None:
+        raise BackendUnavailable(f"ranks cannot share GPU memory: {reason}")
+    window = Window(rank, device, num_bytes, (memory,), (memory.address,) * num_ranks)
+    reason = window._reach([{**card, **offer} for card, offer in zip(cards, offers, strict=True)])
+    reason = agree(table, reason) if table else reason
+    if reason:
+        window.close()
+        raise BackendUnavailable(f"ranks cannot share GPU memory: {reason}")
+    return window
+
+
+def share_in_process(num_ranks: int, device: torch.device, num_bytes: int) -> list[Window]:
+    """Make R windows on one device in this process: *virtual ranks*. Each keeps the memory of all.
+
+    Raises:
+        BackendUnavailable: there is not enough memory.
+    """
+    driver = Device(device.index or 0)
+    memories = tuple(Memory(driver, num_bytes, num_bytes) for _ in range(num_ranks))
+    bases = tuple(memory.address for memory in memories)
+    return [Window(rank, device, num_bytes, memories, bases) for rank in range(num_ranks)]
+
+
+def _exchange(table: Exchange | None, card: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's card; a group of one has only its own."""
+    return table.exchange(card) if table else [card]
+
+
+def _map(device: Device, handle: bytes) -> int:
+    """Map another process's window."""
+    cuda = device.cuda
+    wanted = cuda.CUipcMemHandle()
+    ctypes.memmove(wanted.getPtr(), handle, _HANDLE_BYTES)
+    lazily = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    with device.current():
+        return int(check(cuda.cuIpcOpenMemHandle(wanted, int(lazily)), "opening an IPC handle"))
+
+
+def _neighbour(device: Device, index: int, address: int) -> int:
+    """The window of a rank in this process: its own address, once this device may use the other."""
+    if index != device.index:
+        cuda = device.cuda
+        peer = Device(index)
+        with device.current():
+            result = cuda.cuCtxEnablePeerAccess(peer._context, 0)
+        if result[0] != cuda.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+            check(result, f"enabling access to CUDA device {index}")
+    return address
+
+
+def _unmap(device: Device, addresses: list[int]) -> None:
+    """Let go of peers' windows, after all work that may use them."""
+    try:  # a failure means that the context is gone or broken, and every mapping with it
+        with device.current():
+            device.cuda.cuCtxSynchronize()
+            for address in addresses:
+                device.cuda.cuIpcCloseMemHandle(address)
+    except RuntimeError:
+        pass

@@ -1,0 +1,177 @@
+"""Cards: small JSON objects that every rank of a process group gives to all others, over whatever the group has.
+
+A group that can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl") carries them itself. One that cannot (NCCL alone) has
+a store, by which its ranks once found each other; that carries them. NCCL itself is the last resort: its first
+collective waits for a missing rank as long as the group's own timeout says, and cannot tell which rank it is.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.wires.base import HEADER_INTS, Call, Deadline, peer_timeout
+from tokenferry.wires.group import GroupWire
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_NO_HEADER = (0,) * HEADER_INTS
+_CALL = Call(0, "making the group")
+_POLL_S = 0.0005
+_REMEDY = "All ranks make a group together."
+
+
+class Table:
+    """Where ranks put cards that all can read. Collective, with a deadline.
+
+    After a `PeerTimeout` the ranks are out of step: the process group serves for no other table.
+
+    Args:
+        group: Any process group.
+        timeout_s: Seconds that each exchange may take.
+        device: This rank's device, for groups that have nothing but tensors of it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout_s: float, device: torch.device | None = None) -> None:
+        self._timeout_s = timeout_s
+        self._carrier = _carrier(group, device or torch.device("cpu"))
+
+    def exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give one card to every rank, and return every rank's, by rank.
+
+        Raises:
+            PeerTimeout: a rank did not come; names it.
+        """
+        texts = self._carrier.exchange(json.dumps(card).encode(), Deadline(self._timeout_s))
+        return [json.loads(text) for text in texts]
+
+
+def moves_cpu_tensors(group: dist.ProcessGroup) -> bool:
+    """Whether a process group has a backend for CPU tensors."""
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        return False
+    return True
+
+
+def host_name() -> str:
+    """Something that differs between hosts, and between boots of one."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+class _Carrier(Protocol):
+    """One way to give every rank a few bytes of each."""
+
+    def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
+        """Collective."""
+
+
+def _carrier(group: dist.ProcessGroup, device: torch.device) -> _Carrier:
+    if moves_cpu_tensors(group):
+        return _Wire(group)
+    try:
+        return _Store(group, group.get_group_store())
+    except RuntimeError:  # a process group that was not made by torch.distributed need not have one
+        return _Tensors(group, device)
+
+
+class _Wire:
+    """The group's own send and receive."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._wire = GroupWire(group)
+
+    def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
+        wire = self._wire
+        body = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        for buffer in wire.open(_CALL, [body.numel()] * wire.num_ranks):
+            buffer.copy_(body)
+        wire.post(_CALL, [_NO_HEADER] * wire.num_ranks, deadline)
+        texts = [bytes(wire.take(_CALL, src, deadline).body.tolist()) for src in range(wire.num_ranks)]
+        wire.finish(_CALL, deadline)
+        return texts
+
+
+class _Store:
+    """The store that a process group was made with.
+
+    Each rank numbers its exchanges in the store, so that tables made one after another on a group do not mix.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, store: Store) -> None:
+        self._rank = group.rank()
+        self._num_ranks = group.size()
+        self._store = store
+        self._last = ""
+
+    def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
+        try:
+            number = self._store.add(f"tokenferry/exchanges/{self._rank}", 1)
+            self._store.set(self._key(number, self._rank), text.decode())
+            texts = [self._get(number, peer, deadline) for peer in range(self._num_ranks)]
+            # Every rank has come to this exchange, so it has read all cards of the one before.
+            if self._last:
+                self._store.delete_key(self._last)
+            self._last = self._key(number, self._rank)
+        except RuntimeError as error:
+            why = f"the process group's store failed ({str(error).splitlines()[0][:160]})"
+            others = [peer for peer in range(self._num_ranks) if peer != self._rank]
+            raise peer_timeout(_CALL, self._rank, others, why, deadline.waited(), _REMEDY) from error
+        return texts
+
+    def _get(self, number: int, peer: int, deadline: Deadline) -> bytes:
+        key = self._key(number, peer)
+        try:
+            self._store.wait([key], timedelta(seconds=max(deadline.left(), 0.001)))
+        except RuntimeError:
+            if deadline.left():
+                raise
+            missing = [rank for rank in range(self._num_ranks) if not self._store.check([self._key(number, rank)])]
+            if missing:
+                why = "no answer within timeout_s"
+                raise peer_timeout(_CALL, self._rank, missing, why, deadline.waited(), _REMEDY) from None
+        return bytes(self._store.get(key))
+
+    @staticmethod
+    def _key(number: int, rank: int) -> str:
+        return f"tokenferry/{number}/{rank}"
+
+
+class _Tensors:
+    """An all-gather of byte tensors on the rank's device."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+
+    def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
+        sizes = [int(size) for size in self._gather(torch.tensor([len(text)]), deadline)]
+        body = torch.zeros(max(sizes), dtype=torch.uint8)
+        body[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        texts = self._gather(body, deadline)
+        return [bytes(text[:size].tolist()) for text, size in zip(texts, sizes, strict=True)]
+
+    def _gather(self, tensor: torch.Tensor, deadline: Deadline) -> list[torch.Tensor]:
+        mine = tensor.to(self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self._group.size())]
+        work = self._group.allgather([gathered], [mine])
+        while not work.is_completed():  # NCCL's wait() does not wait for the device, whatever its timeout
+            if not deadline.left():
+                rank = self._group.rank()
+                others = [peer for peer in range(self._group.size()) if peer != rank]
+                raise peer_timeout(_CALL, rank, others, "no answer within timeout_s", deadline.waited(), _REMEDY)
+            time.sleep(_POLL_S)
+        work.wait()
+        return [each.cpu() for each in gathered]
