@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -41,19 +42,28 @@ class ExpertGroup:
     """R ranks that share E experts, and the calls that move rows between them.
 
     Contract:
-        Collective: making it, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and `decode_combine` are; all
-            ranks call them in the same order. `close`, `for_shape` and the attributes are local.
+        Collective: making it, `warmup`, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and `decode_combine`
+            are; all ranks call them in the same order. `close`, `for_shape`, `new_rows`, `synchronize` and the
+            attributes are local.
         Threads: one at a time.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way, rows
-            that were handed in may be overwritten now. No wait for a peer takes longer than ``timeout_s``.
+            that were handed in may be overwritten now. CUDA: a call returns when its work is on the stream, or, where
+            the host needs counts, when those are here; it never waits for rows. No wait for a peer takes longer than
+            ``timeout_s``.
+        Stream: CUDA: a call runs on torch's current stream. Consecutive calls may be made on different streams: each
+            waits for the one before.
+        Errors on the device: what is found there (bad indices with ``counts="device"``, a late or dead peer) is raised
+            by the next call, or by `synchronize`. The plan and the results of such a call are undefined.
 
     Args:
-        group: A process group that works on CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``), or None for a group of one
-            rank, for which nothing has to be initialised.
+        group: A process group, or None for a group of one rank, for which nothing has to be initialised. Backend cpu:
+            one that works on CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``); cuda: any (gloo, nccl).
         shape: The sizes all ranks agree on.
-        backend: ``"cpu"``, or ``"auto"`` for the best one that runs here; one log line says which and why.
+        backend: ``"cuda"``, ``"cpu"``, or ``"auto"`` for the best one that runs on every rank; one log line says which
+            and why.
         wire: How CPU ranks reach each other: ``"local"`` (shared memory, all ranks on one host), ``"group"``
-            (torch.distributed's own send and receive) or ``"auto"`` for the best one that works for all ranks.
+            (torch.distributed's own send and receive) or ``"auto"`` for the best one that works for all ranks. Anything
+            but ``"auto"`` excludes backend cuda.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, 100 if that is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
             (see `mask`) and go on without it; the other calls raise. Needs the wire ``"local"``.
@@ -66,7 +76,7 @@ class ExpertGroup:
     Example:
         >>> import torch, tokenferry
         >>> shape = tokenferry.MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
-        >>> with tokenferry.ExpertGroup(None, shape) as group:
+        >>> with tokenferry.ExpertGroup(None, shape, backend="cpu") as group:
         ...     x = torch.ones(3, 8)
         ...     sent = group.dispatch(x, tokenferry.Routing(torch.tensor([[0, 1], [2, -1], [3, 0]])))
         ...     group.combine(sent.x * 2, sent.plan).x[0, 0].item()
@@ -85,6 +95,21 @@ class ExpertGroup:
     ) -> None:
         resolved = resolve_options(group, shape, backend, wire, timeout_s, on_timeout)
         self._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
+
+    @classmethod
+    def _with_heap(
+        cls, group: dist.ProcessGroup | None, shape: MoeShape, *, heap_bytes: int, on_timeout: str = "raise"
+    ) -> ExpertGroup:
+        """Make a group whose rows have this much GPU memory, unless TOKENFERRY_HEAP_MB says otherwise; collective.
+
+        For APIs that learn the sizes only with each call, so that the memory cannot follow from the shape.
+        """
+        resolved = resolve_options(group, shape, "auto", "auto", None, on_timeout)
+        if resolved.heap_bytes is None:
+            resolved = replace(resolved, heap_bytes=heap_bytes)
+        made = object.__new__(cls)
+        made._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
+        return made
 
     # ------------------------------------------------------------------ what the group is
 
@@ -110,12 +135,12 @@ class ExpertGroup:
 
     @property
     def backend(self) -> str:
-        """The backend that was chosen: ``"cpu"``."""
+        """The backend that was chosen: ``"cuda"`` or ``"cpu"``."""
         return self._backend.name
 
     @property
     def wire(self) -> str:
-        """How ranks reach each other: ``"local"``, ``"group"``, or ``"none"`` for a group of one."""
+        """How ranks reach each other: ``"nvlink"``, ``"local"``, ``"group"``, or ``"none"`` for a group of one."""
         return self._backend.wire
 
     @property
@@ -159,6 +184,57 @@ class ExpertGroup:
             )
         self._backend.mask(rank, masked=masked)
 
+    def warmup(self) -> None:
+        """Compile and load everything that calls need, so that no rank waits in a kernel for a peer that compiles.
+
+        Contract: collective. Host: returns when every rank is ready. Worth it once, before the first call on a GPU, and
+        before a CUDA graph is captured. The CPU backend has nothing to do.
+
+        Raises:
+            PeerTimeout: a rank did not come.
+            ClosedError: the group was closed or is broken.
+        """
+        self._ready("warmup")
+        self._backend.warmup()
+
+    def synchronize(self) -> None:
+        """Wait until this rank's calls are done, and raise what they met. Local.
+
+        Calls with ``counts="device"`` return before their work is done: what goes wrong there is raised here, or by the
+        next call. The CPU backend has nothing to wait for.
+
+        Raises:
+            RoutingError, CapacityError, MismatchError, PeerTimeout: a call met it.
+            ClosedError: the group was closed or is broken.
+        """
+        self._ready("synchronize")
+        self._backend.synchronize()
+
+    def new_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Return undefined rows for `combine`, in memory that peers can read: then it copies nothing before it sends.
+
+        Contract: local, at once. Optional: `combine` takes any tensor. Rows of `dispatch` lie in such memory too.
+
+        Args:
+            plan: Of the `dispatch` whose rows they answer.
+            dtype: bfloat16, float16, float32 or float64.
+
+        Returns:
+            Tensor: in the shape of ``Dispatched.x``, with H columns.
+
+        Raises:
+            PlanError: the plan is another group's.
+            ArgumentError: ``dtype`` is none of these.
+            ClosedError: the group was closed or is broken.
+        """
+        self._ready("new_rows")
+        self._resolver.new_rows(plan, dtype)
+        return self._backend.new_rows(plan, dtype, self.shape.hidden)
+
+    def plan_columns(self, delivery: Delivery) -> int:
+        """C of ``Plan.places`` that a dispatch with this delivery makes; 0 on the CPU. Local."""
+        return self._backend.plan_columns(self.shape, delivery)
+
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results keep living; later calls raise ClosedError.
 
@@ -182,7 +258,14 @@ class ExpertGroup:
 
     # ------------------------------------------------------------------ throughput: training, prefill
 
-    def dispatch(self, x: Tensor | Quantized, routing: Routing, *, delivery: Delivery | None = None) -> Dispatched:
+    def dispatch(
+        self,
+        x: Tensor | Quantized,
+        routing: Routing,
+        *,
+        delivery: Delivery | None = None,
+        num_sms: int | None = None,
+    ) -> Dispatched:
         """Send every token to each rank that holds one of its chosen experts.
 
         A token travels once per *rank*, however many of its experts live there. Rows are bit-for-bit copies and arrive
@@ -190,21 +273,27 @@ class ExpertGroup:
 
         Contract:
             Collective: yes; T may differ and may be 0; dtypes, K, S and ``delivery`` must be the same on all ranks.
-            Host: CPU backend: returns when the rows are here.
-            CUDA graph: the CPU backend has none.
+            Host: CPU backend: returns when the rows are here. CUDA: ``counts="host"``: waits for the counts (about one
+                round trip) without holding the GIL; ``counts="device"``: returns at once, unless ``capacity`` is below
+                the worst case: then it waits for the counts as well, to raise on every rank if rows do not fit.
+            Stream: torch's current one. ``x`` may be overwritten by what is put on it afterwards.
+            CUDA graph: capturable with ``counts="device"``. While it is captured nothing is waited for: an overflow
+                of ``capacity`` is raised by the next call that is not captured; nothing is written out of bounds.
             Gradient: none; use `tokenferry.autograd.dispatch`.
 
         Args:
             x: ``[T, H]`` bfloat16, float16, float32 or float64, contiguous, T <= M; or a `Quantized`.
             routing: ``topk_idx`` ``[T, K]`` and, if they shall travel, ``topk_weights`` ``[T, K]``.
             delivery: Layout, padding, and where counts are needed; None: ROWS with counts on the host.
+            num_sms: SMs that the call may occupy; None: what ``tokenferry explain`` says. CUDA only.
 
         Returns:
             Dispatched: rows, ids, weights, counts and the plan for `combine` and `redispatch`.
 
         Raises:
             ShapeError: an argument has the wrong shape, dtype, device or strides; names it.
-            RoutingError: an index is outside [-1, E); names the place.
+            RoutingError: an index is outside [-1, E); names the place. CUDA with ``counts="device"``: raised by the
+                next call or by `synchronize`; no row is written out of bounds.
             CapacityError: T > M, or rows did not fit into ``delivery.capacity`` (then on every rank).
             MismatchError: ranks made different calls.
             PeerTimeout: a rank did not answer within ``timeout_s``; names it, the call and its number.
@@ -212,7 +301,8 @@ class ExpertGroup:
 
         Example:
             >>> import torch, tokenferry
-            >>> group = tokenferry.ExpertGroup(None, tokenferry.MoeShape(2, top_k=1, hidden=4, max_tokens=8))
+            >>> shape = tokenferry.MoeShape(num_experts=2, top_k=1, hidden=4, max_tokens=8)
+        >>> group = tokenferry.ExpertGroup(None, shape, backend="cpu")
             >>> x = torch.arange(12.0).reshape(3, 4)
             >>> by_expert = tokenferry.Delivery(tokenferry.Layout.EXPERTS)
             >>> sent = group.dispatch(x, tokenferry.Routing(torch.tensor([[1], [0], [1]])), delivery=by_expert)
@@ -220,17 +310,26 @@ class ExpertGroup:
             ([1, 2], [4.0, 0.0, 8.0])
         """
         self._ready("dispatch")
-        return self._backend.dispatch(self._resolver.dispatch(x, routing, delivery))
+        return self._backend.dispatch(self._resolver.dispatch(x, routing, delivery, num_sms))
 
-    def redispatch(self, x: Tensor | Quantized, plan: Plan, *, topk_weights: Tensor | None = None) -> Dispatched:
+    def redispatch(
+        self,
+        x: Tensor | Quantized,
+        plan: Plan,
+        *,
+        topk_weights: Tensor | None = None,
+        num_sms: int | None = None,
+    ) -> Dispatched:
         """Send new rows where an earlier `dispatch` sent its rows; neither routing nor counts are exchanged again.
 
-        Contract: as `dispatch`. The backward of `combine` is this call.
+        Contract: as `dispatch`, but nobody waits for counts: on CUDA it returns at once, and it is capturable with
+        every plan. The backward of `combine` is this call.
 
         Args:
             x: As for `dispatch`, with the T of the plan; dtype and width may differ from the first rows.
             plan: From a `dispatch` or `redispatch` of this group.
             topk_weights: ``[T, K]`` float32 to travel along, or None.
+            num_sms: As for `dispatch`.
 
         Returns:
             Dispatched: as from `dispatch`; its plan is ``plan``.
@@ -240,7 +339,7 @@ class ExpertGroup:
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("redispatch")
-        return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights))
+        return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights, num_sms))
 
     def combine(
         self,
@@ -250,15 +349,20 @@ class ExpertGroup:
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, ...] | None = None,
         out: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Combined:
         """Bring every row home and add up the rows of each token.
 
-        Numerics: the sum starts with the biases (0 without any) and adds one partial sum per rank in rank order;
-            EXPERTS
-        and MASKED: a rank's partial sum adds its experts' rows in expert order. All in float32 (float64 rows: float64)
-        with one rounding at the end; the same bits every time. Gate weights are not applied: the sum is plain.
+        Numerics: the sum starts with the biases (0 without any) and adds one partial sum per rank in rank order. With
+        EXPERTS and MASKED a rank's partial sum adds its experts' rows in expert order. All in float32 (float64 rows:
+        float64) with one rounding at the end; the same bits every time. Gate weights are not applied: the sum is plain.
 
-        Contract: collective. Host: returns when the sums are here. Gradient: none; use `tokenferry.autograd.combine`.
+        Contract:
+            Collective: yes.
+            Host: CPU backend: returns when the sums are here. CUDA: returns at once, on torch's current stream; rows
+                that peers cannot read where they are (see `new_rows`) are copied first.
+            CUDA graph: capturable.
+            Gradient: none; use `tokenferry.autograd.combine`.
 
         Args:
             y: The experts' outputs in the places of ``Dispatched.x``: ``[N, H]``, ``[rows, H]`` or ``[L, capacity,
@@ -268,6 +372,7 @@ class ExpertGroup:
                 the backward of `dispatch` needs it.
             bias: One or two ``[T, H]`` tensors of y's dtype to start from.
             out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
+            num_sms: As for `dispatch`.
 
         Returns:
             Combined: ``x`` ``[T, H]`` and, if weights were given, ``topk_weights`` ``[T, K]``.
@@ -277,7 +382,7 @@ class ExpertGroup:
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("combine")
-        return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out))
+        return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out, num_sms))
 
     # ------------------------------------------------------------------ latency: decoding
 
@@ -292,10 +397,10 @@ class ExpertGroup:
     ) -> DecodeDispatched:
         """Send every token to its experts, into a layout whose shape does not depend on the routing.
 
-        Contract: collective. Host: returns when the rows are here; with ``return_hook=True`` it returns when they are
-            on
-        their way, and ``hook()`` waits for them. Any number of results may be alive. Gradient: none. The CPU backend
-        has no CUDA graphs.
+        Contract: collective. Any number of results may be alive. Gradient: none. Host: CPU backend: returns when the
+        rows are here; with ``return_hook=True`` it returns when they are on their way, and ``hook()`` waits for them.
+        CUDA: returns at once, capturable; built on the kernels of `dispatch` for now: everything is on the stream when
+        the call returns, so ``hook()`` has nothing left to do. Its speed is later work.
 
         Args:
             x: ``[T, H]`` bfloat16, float16 or float32, contiguous, T <= M.
@@ -360,7 +465,7 @@ class ExpertGroup:
         self._origin = origin  # what `find_group` finds lives as long as any of its shapes
         if origin is None:
             _groups[backend.key] = self
-        self._resolver = Resolver(shape, backend.num_ranks, backend.device, backend.key)
+        self._resolver = Resolver(shape, backend.num_ranks, backend.device, backend.key, backend.checks_routing)
         self.shape = shape
         self.timeout_s = timeout_s
 

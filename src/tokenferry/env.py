@@ -41,9 +41,34 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _megabytes(text: str) -> int | None:
+    if text in ("", "auto"):
+        return None
+    value = int(text)
+    if value < 1:
+        raise ValueError("expected auto, or a whole number of megabytes above 0")
+    return value
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise ValueError("expected a folder")
+    return os.path.abspath(os.path.expanduser(text))
+
+
 VARIABLES = (
     Variable(
-        "TOKENFERRY_BACKEND", "auto", "backend of groups made with backend='auto': auto or cpu", _one_of("auto", "cpu")
+        "TOKENFERRY_BACKEND",
+        "auto",
+        "backend of groups made with backend='auto': auto, cpu or cuda",
+        _one_of("auto", "cpu", "cuda"),
+    ),
+    Variable("TOKENFERRY_CACHE_DIR", "~/.cache/tokenferry", "folder of compiled kernels", _folder),
+    Variable(
+        "TOKENFERRY_HEAP_MB",
+        "auto",
+        "megabytes of GPU memory per group for rows that peers write or read; auto: from the shape",
+        _megabytes,
     ),
     Variable("TOKENFERRY_TIMEOUT_S", "100", "seconds that any wait for a peer may take, unless a group says", _seconds),
     Variable(
@@ -60,6 +85,8 @@ class Settings:
     """The parsed table, one field a variable."""
 
     backend: str
+    cache_dir: str
+    heap_mb: int | None
     timeout_s: float
     wire: str
 

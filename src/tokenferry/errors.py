@@ -32,11 +32,14 @@ class ShapeError(ArgumentError):
 
 
 class RoutingError(ArgumentError):
-    """``topk_idx`` holds an expert outside ``[-1, E)``. The message names the first such place."""
+    """``topk_idx`` holds an expert outside ``[-1, E)``. The message names the first such place.
+
+    Where the device found it, rows of that call are lost, and the call after it raises; see `ExpertGroup.synchronize`.
+    """
 
 
 class CapacityError(ArgumentError):
-    """More tokens or rows than the group, or the call, has room for. The message gives both numbers.
+    """More tokens or rows than the group, the call, or the heap of a GPU has room for. The message gives both numbers.
 
     Raised before anything is sent, except where the number is known only after the counts have arrived
     (``Delivery.capacity`` below the worst case): then every rank raises together and the group stays usable.

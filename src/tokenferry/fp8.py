@@ -42,11 +42,13 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
     with torch.no_grad():
         groups = _grouped(x.float())
         amax = groups.abs().amax(dim=-1, keepdim=True).clamp_(min=_MIN_AMAX)
+        # By a tensor: torch divides by a number on GPUs by multiplying with its rounded inverse.
+        exact = amax / torch.full_like(amax, _MAX)
         if scale is Scale.FLOAT32:
-            factor = amax / _MAX
+            factor = exact
             groups = groups * (_MAX / amax)
         else:
-            factor = _round_up_to_power_of_two(amax / _MAX)
+            factor = _round_up_to_power_of_two(exact)
             groups = groups / factor
         # The cast of older torch gives NaN above 464 where hardware saturates.
         data = groups.clamp_(-_MAX, _MAX).to(torch.float8_e4m3fn)

@@ -236,7 +236,8 @@ class MoELayer(nn.Module):
     Args:
         group: Its shape says E, K and H. The layer does not close it.
         ffn_hidden: F, the width inside an expert.
-        router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax.
+        router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
+            device.
         seed: In 0 .. 2^40 - 1; the same on every rank.
         dtype: Of the experts; None: torch's default. It must be the dtype of the rows.
 
@@ -252,7 +253,8 @@ class MoELayer(nn.Module):
     Example:
         >>> import torch, tokenferry
         >>> from tokenferry.nn import MoELayer
-        >>> group = tokenferry.ExpertGroup(None, tokenferry.MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=64))
+        >>> shape = tokenferry.MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=64)
+        >>> group = tokenferry.ExpertGroup(None, shape, backend="cpu")
         >>> layer = MoELayer(group, ffn_hidden=16)
         >>> out = layer(torch.randn(2, 5, 8))
         >>> out.shape, int(layer.expert_counts.sum())
@@ -273,7 +275,9 @@ class MoELayer(nn.Module):
         if ffn_hidden < 1:
             raise ConfigError(f"MoELayer: ffn_hidden: expected a positive integer, got {ffn_hidden}")
         self.group = group
-        self.router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed) if router is None else router
+        if router is None:
+            router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed).to(group.device)
+        self.router = router
         first = group.rank * group.num_local_experts
         drawn = [
             _draw_expert(seed, expert, shape.hidden, ffn_hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from tokenferry.backends.base import (
     RedispatchRequest,
     Resolved,
 )
-from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks
+from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, fits
 from tokenferry.errors import ArgumentError, ConfigError, PlanError, ShapeError
 from tokenferry.words import (
     DecodePlan,
@@ -32,6 +32,8 @@ from tokenferry.words import (
 )
 
 _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_WEIGHTS = (torch.float32,)
+_DEFAULT_DELIVERY = Delivery()
 
 
 def resolve_options(
@@ -56,8 +58,22 @@ def resolve_options(
         raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
     check_divides("ExpertGroup", shape, 1 if group is None else group.size())
     backend = settings.backend if backend == "auto" else backend
-    wire = settings.wire if wire == "auto" else wire
-    return Resolved(shape, backend, wire, float(timeout_s), mask_on_timeout=on_timeout == "mask")
+    asked_wire, wire = wire, settings.wire if wire == "auto" else wire
+    cpu_only = ""
+    if on_timeout == "mask":
+        cpu_only = "on_timeout='mask' needs the wire 'local'"
+    if asked_wire != "auto":
+        cpu_only = f"wire={asked_wire!r} is a wire of the CPU backend"
+    return Resolved(
+        shape,
+        backend,
+        wire,
+        float(timeout_s),
+        mask_on_timeout=on_timeout == "mask",
+        heap_bytes=None if settings.heap_mb is None else settings.heap_mb << 20,
+        cache_folder=settings.cache_dir,
+        cpu_only=cpu_only,
+    )
 
 
 def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
@@ -73,15 +89,32 @@ def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Resolver:
-    """What a group's arguments are checked against; one method a call, named like it."""
+    """What a group's arguments are checked against; one method a call, named like it.
+
+    A call of the throughput family is checked twice. First with bare comparisons, which cost a microsecond and say no
+    more than "looks right"; only where they fail, by `Checks`, which knows every case and the words for it.
+    """
 
     shape: MoeShape
     num_ranks: int
     device: torch.device
     group_key: str
+    checks_routing: bool
+    _row_dtypes: frozenset[torch.dtype] = field(init=False)
 
-    def dispatch(self, x: Tensor | Quantized, routing: Routing, delivery: Delivery | None) -> DispatchRequest:
+    def __post_init__(self) -> None:
+        whole = (dtype for dtype in FLOATS if self.shape.hidden * dtype.itemsize % ROW_BYTES_MULTIPLE == 0)
+        object.__setattr__(self, "_row_dtypes", frozenset(whole))
+
+    def dispatch(
+        self, x: Tensor | Quantized, routing: Routing, delivery: Delivery | None, num_sms: int | None
+    ) -> DispatchRequest:
         """See `ExpertGroup.dispatch`."""
+        if self._looks_right(x, routing, delivery):
+            if not self.checks_routing:
+                self._checks("dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+            _check_num_sms("dispatch", num_sms)
+            return DispatchRequest(self.shape, x, routing, delivery or _DEFAULT_DELIVERY, num_sms)
         if delivery is not None and not isinstance(delivery, Delivery):
             raise ArgumentError(f"dispatch: delivery: expected a tokenferry.Delivery, got {type(delivery).__name__}")
         check = self._checks("dispatch")
@@ -89,17 +122,26 @@ class Resolver:
         self._check_routing(check, routing)
         check.max_tokens("x", num_tokens, self.shape.max_tokens)
         check.no_grad(x=_tensors(x), topk_weights=routing.topk_weights)
-        return DispatchRequest(self.shape, x, routing, delivery or Delivery())
+        _check_num_sms("dispatch", num_sms)
+        return DispatchRequest(self.shape, x, routing, delivery or _DEFAULT_DELIVERY, num_sms)
 
-    def redispatch(self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None) -> RedispatchRequest:
+    def redispatch(
+        self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
+    ) -> RedispatchRequest:
         """See `ExpertGroup.redispatch`."""
         self._check_plan("redispatch", plan, Plan)
+        if self._rows_look_right(x, plan.num_tokens) and (
+            topk_weights is None or fits(topk_weights, (plan.num_tokens, plan.topk_idx.shape[1]), _WEIGHTS, self.device)
+        ):
+            _check_num_sms("redispatch", num_sms)
+            return RedispatchRequest(self.shape, x, topk_weights, plan, num_sms)
         check = self._checks("redispatch", T=(plan.num_tokens, "the plan"), K=(plan.topk_idx.shape[1], "the plan"))
         _check_rows(check, x)
         if topk_weights is not None:
             check.tensor("topk_weights", topk_weights, "T K", (torch.float32,))
         check.no_grad(x=_tensors(x), topk_weights=topk_weights)
-        return RedispatchRequest(self.shape, x, topk_weights, plan)
+        _check_num_sms("redispatch", num_sms)
+        return RedispatchRequest(self.shape, x, topk_weights, plan, num_sms)
 
     def combine(
         self,
@@ -108,9 +150,17 @@ class Resolver:
         topk_weights: Tensor | None,
         bias: Tensor | tuple[Tensor, ...] | None,
         out: Tensor | None,
+        num_sms: int | None,
     ) -> CombineRequest:
         """See `ExpertGroup.combine`."""
         self._check_plan("combine", plan, Plan)
+        biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+        sums = biases if out is None else (*biases, out)
+        if self._answer_looks_right(y, plan, topk_weights) and (
+            not sums or (len(biases) <= 2 and self._sums_look_right(sums, y.dtype, plan.num_tokens))
+        ):
+            _check_num_sms("combine", num_sms)
+            return CombineRequest(y, plan, topk_weights, biases, out, num_sms)
         layout, delivered = plan.delivery.layout, plan.num_delivered
         num_local = plan.expert_counts.numel()
         sizes = {"T": (plan.num_tokens, "the plan"), "K": (plan.topk_idx.shape[1], "the plan")}
@@ -125,7 +175,6 @@ class Resolver:
         check.row_bytes("y", y)
         if topk_weights is not None:
             check.tensor("topk_weights", topk_weights, "N K" if layout is Layout.ROWS else rows, (torch.float32,))
-        biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         if len(biases) > 2:
             raise ArgumentError(f"combine: bias: expected at most 2 tensors, got {len(biases)}; add them up first")
         for i, one in enumerate(biases):
@@ -133,7 +182,8 @@ class Resolver:
         if out is not None:
             check.tensor("out", out, "T H", (y.dtype,))
         check.no_grad(y=y, topk_weights=topk_weights, bias=biases, out=out)
-        return CombineRequest(y, plan, topk_weights, biases, out)
+        _check_num_sms("combine", num_sms)
+        return CombineRequest(y, plan, topk_weights, biases, out, num_sms)
 
     def decode_dispatch(
         self, x: Tensor, routing: Routing, fp8: Scale | None, stats: DecodeStats | None, *, return_hook: bool
@@ -195,6 +245,53 @@ class Resolver:
         check.no_grad(y=y, topk_weights=plan.topk_weights, out=out)
         return DecodeCombineRequest(self.shape, y, plan, numerics == "fast", out, stats, return_hook)
 
+    def _looks_right(self, x: Tensor | Quantized, routing: Routing, delivery: Delivery | None) -> bool:
+        if type(routing) is not Routing or not (delivery is None or type(delivery) is Delivery):
+            return False
+        topk_idx, weights, device = routing.topk_idx, routing.topk_weights, self.device
+        if type(topk_idx) is not Tensor or topk_idx.ndim != 2:
+            return False
+        num_tokens = topk_idx.shape[0]
+        shape = (num_tokens, self.shape.top_k)
+        return (
+            num_tokens <= self.shape.max_tokens
+            and self._rows_look_right(x, num_tokens)
+            and fits(topk_idx, shape, INDICES, device)
+            and (weights is None or fits(weights, shape, _WEIGHTS, device))
+        )
+
+    def _rows_look_right(self, x: Tensor | Quantized, num_tokens: int) -> bool:
+        if type(x) is Tensor:
+            return fits(x, (num_tokens, self.shape.hidden), self._row_dtypes, self.device)
+        if type(x) is not Quantized or type(x.data) is not Tensor or type(x.scale) is not Tensor:
+            return False
+        data, scale, device = x.data, x.scale, self.device
+        return (
+            data.ndim == scale.ndim == 2
+            and data.shape[0] == scale.shape[0] == num_tokens
+            and data.shape[1] * data.element_size() % ROW_BYTES_MULTIPLE == 0
+            and data.device == scale.device == device
+            and data.is_contiguous()
+            and not ((data.requires_grad or scale.requires_grad) and torch.is_grad_enabled())
+        )
+
+    def _answer_looks_right(self, y: Tensor, plan: Plan, topk_weights: Tensor | None) -> bool:
+        layout, delivered = plan.delivery.layout, plan.num_delivered
+        places: tuple[int, ...] = (delivered,)
+        if layout is Layout.MASKED:
+            num_local = plan.expert_counts.shape[0]
+            places = (num_local, delivered // num_local)
+        if not fits(y, (*places, self.shape.hidden), self._row_dtypes, self.device):
+            return False
+        if topk_weights is None:
+            return True
+        shape = (delivered, plan.topk_idx.shape[1]) if layout is Layout.ROWS else places
+        return fits(topk_weights, shape, _WEIGHTS, self.device)
+
+    def _sums_look_right(self, sums: tuple[Tensor, ...], dtype: torch.dtype, num_tokens: int) -> bool:
+        shape, dtypes = (num_tokens, self.shape.hidden), (dtype,)
+        return all(fits(one, shape, dtypes, self.device) for one in sums)
+
     def _checks(self, call: str, **sizes: tuple[int, str]) -> Checks:
         group = {
             "K": (self.shape.top_k, "the group"),
@@ -210,7 +307,14 @@ class Resolver:
         check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
         if routing.topk_weights is not None:
             check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
-        check.experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+        if not self.checks_routing:
+            check.experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+
+    def new_rows(self, plan: Plan, dtype: torch.dtype) -> None:
+        """See `ExpertGroup.new_rows`."""
+        self._check_plan("new_rows", plan, Plan)
+        if dtype not in FLOATS:
+            raise ArgumentError(f"new_rows: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
 
     def _check_plan(self, call: str, plan: Plan | DecodePlan, kind: type) -> None:
         if not isinstance(plan, kind):
@@ -222,6 +326,11 @@ class Resolver:
                 f"{call}: plan: it was made by group {plan.group_key}, this is group {self.group_key}; "
                 "use the group that dispatched"
             )
+
+
+def _check_num_sms(call: str, num_sms: int | None) -> None:
+    if num_sms is not None and (type(num_sms) is not int or num_sms < 1):
+        raise ArgumentError(f"{call}: num_sms: expected an integer of at least 1 or None, got {num_sms!r}")
 
 
 def _check_rows(check: Checks, x: Tensor | Quantized) -> int:

@@ -176,6 +176,10 @@ class Plan:
         row_idx: EXPERTS and MASKED: ``[N, K]`` int64: the delivered row of each slot (MASKED: counting all experts'
             capacity), -1 where there is none; a repeated expert repeats its row. ROWS: ``[0, K]``.
         expert_counts: ``[L]`` int32: rows of each local expert, without padding.
+        places: Backend cuda: ``[T, C]`` int32, where this rank's rows lie on the other ranks (private to the backend);
+            CPU: ``[0, 0]``.
+        host_counts: Backend cuda: ``Dispatched.host_counts`` of the first dispatch, so that redispatch need not ask the
+            device; None where it was not known.
     """
 
     group_key: str
@@ -190,12 +194,15 @@ class Plan:
     topk_idx: Tensor
     row_idx: Tensor
     expert_counts: Tensor
+    places: Tensor
+    host_counts: tuple[int, ...] | None = None
 
     @property
     def src_rank(self) -> Tensor:
         """``[src_counts.sum()]`` int64: source rank of each row received."""
         ranks = torch.arange(self.src_counts.numel(), device=self.src_counts.device)
-        return torch.repeat_interleave(ranks, self.src_counts)
+        # With a known size nothing has to be read back from the device.
+        return torch.repeat_interleave(ranks, self.src_counts, output_size=self.num_received)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,6 +268,7 @@ class DecodePlan:
         src_token: ``[L, R*M]`` int32: source token of each row; meaningful below the count.
         src_range: ``[L, R]`` int64: rows of expert e from rank r: ``start << 32 | count``.
         row_weights: ``[L, R*M]`` float32: gate weight of each row, for pre-reduced combine; None if none were sent.
+        under: Backend cuda: the plan of the dispatch underneath. CPU: None.
     """
 
     group_key: str
@@ -271,6 +279,7 @@ class DecodePlan:
     src_token: Tensor
     src_range: Tensor
     row_weights: Tensor | None
+    under: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

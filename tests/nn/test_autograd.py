@@ -237,6 +237,23 @@ def test_rows_without_weights_have_gradients_and_no_grad_mode_has_none(group):
         assert not autograd.dispatch(group, x, Routing(topk_idx)).x.requires_grad
 
 
+@pytest.mark.parametrize("delivery", DELIVERIES, ids=name)
+def test_host_counts_cross_with_the_plan(group, delivery, monkeypatch):
+    """Otherwise the backward of combine would have to ask the device for them, and wait."""
+    x, weights, topk_idx = inputs(0, 6)
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    expected = tuple(sent.expert_counts.tolist()) if delivery.counts == "host" else None
+    assert sent.host_counts == sent.plan.host_counts == expected
+    seen = []
+    redispatch = type(group).redispatch
+    monkeypatch.setattr(
+        type(group), "redispatch", lambda *args, **kwargs: seen.append(args[2]) or redispatch(*args, **kwargs)
+    )
+    autograd.combine(group, sent.x, sent.plan).x.sum().backward()
+    assert [plan.host_counts for plan in seen] == [expected]
+    assert all(len(plan.places) == 0 for plan in seen)
+
+
 def test_a_graph_keeps_its_group_and_its_sizes():
     """The group of other sizes is named nowhere else: only the graph can keep it for backward."""
     x, weights, topk_idx = inputs(0, 6)

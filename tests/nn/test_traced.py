@@ -1,12 +1,15 @@
 """The ops under torch.compile, on fake tensors, and under torch.library's own checks."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tokenferry
-from tokenferry import Delivery, Layout, MoeShape, Quantized, Routing, autograd
+from tokenferry import Delivery, Layout, MoeShape, Plan, Quantized, Routing, autograd
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=4, max_tokens=8)
 HOST = (Delivery(), Delivery(Layout.EXPERTS, alignment=4), Delivery(Layout.MASKED, capacity=8))
@@ -153,3 +156,60 @@ def test_opcheck(group, delivery, quantized):
         bias = torch.randn(5, 4, requires_grad=True)
         torch.library.opcheck(ops.combine, (y, row_weights, [bias], plan, where, sizes))
         torch.library.opcheck(ops.combine, (y.detach(), None, [], plan, where, sizes))
+
+
+class OneBlock:
+    """A backend whose results are views of one block a call, as they are where peers write into shared memory."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.blocks: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def dispatch(self, request: Any) -> Any:
+        return self._pack(self._backend.dispatch(request))
+
+    def redispatch(self, request: Any) -> Any:
+        return self._pack(self._backend.redispatch(request))
+
+    def combine(self, request: Any) -> Any:
+        return self._pack(self._backend.combine(request))
+
+    def _pack(self, result: Any) -> Any:
+        self._block = torch.zeros(1 << 16, dtype=torch.uint8)
+        self._end = 64
+        self.blocks.append(self._block.data_ptr())
+        return self._moved(result)
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            begin, self._end = self._end, self._end + -(-value.nbytes // 16) * 16
+            piece = self._block[begin : begin + value.nbytes].view(value.dtype).view(value.shape)
+            return piece.copy_(value)
+        if isinstance(value, Plan | Quantized | tokenferry.Dispatched | tokenferry.Combined):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            return type(value)(**{name: self._moved(field) for name, field in fields.items()})
+        return value
+
+
+@pytest.mark.parametrize("delivery", [*HOST, *DEVICE], ids=name)
+def test_results_that_share_one_block(group, delivery, monkeypatch):
+    """torch refuses ops whose results alias; none of them may be copied for it, they are the largest that there are."""
+    want = gradients(lambda *args: layer(group, delivery, *args), 5)
+    monkeypatch.setattr(group, "_backend", backend := OneBlock(group._backend))
+    for got, wanted in zip(gradients(lambda *args: layer(group, delivery, *args), 5), want, strict=True):
+        assert torch.equal(got, wanted)
+    for quantized in (False, True):
+        test_opcheck(group, delivery, quantized)
+
+    x, weights, topk_idx = inputs(0, 5)
+    del backend.blocks[:]
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    block = backend.blocks[0]
+    assert block <= sent.x.data_ptr() < block + (1 << 16), "the rows were copied"
+    del backend._block
+    keep = sent.x.clone()
+    torch.full((1 << 16,), 255, dtype=torch.uint8)  # takes the block's place, if nothing kept it
+    assert torch.equal(sent.x, keep)

@@ -10,12 +10,20 @@ from tokenferry import ConfigError, env
 
 
 def test_defaults():
-    assert env.read({}) == env.Settings(backend="auto", timeout_s=100.0, wire="auto")
+    cache = os.path.expanduser("~/.cache/tokenferry")
+    assert env.read({}) == env.Settings("auto", cache_dir=cache, heap_mb=None, timeout_s=100.0, wire="auto")
 
 
 def test_values_are_parsed():
-    environ = {"TOKENFERRY_BACKEND": "cpu", "TOKENFERRY_TIMEOUT_S": "2.5", "TOKENFERRY_WIRE": "group", "OTHER": "x"}
-    assert env.read(environ) == env.Settings(backend="cpu", timeout_s=2.5, wire="group")
+    environ = {
+        "TOKENFERRY_BACKEND": "cuda",
+        "TOKENFERRY_CACHE_DIR": "/tmp/cubins",
+        "TOKENFERRY_HEAP_MB": "512",
+        "TOKENFERRY_TIMEOUT_S": "2.5",
+        "TOKENFERRY_WIRE": "group",
+        "OTHER": "x",
+    }
+    assert env.read(environ) == env.Settings("cuda", cache_dir="/tmp/cubins", heap_mb=512, timeout_s=2.5, wire="group")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +35,10 @@ def test_values_are_parsed():
         ("TOKENFERRY_TIMEOUT_S", "inf", "finite"),
         ("TOKENFERRY_TIMEOUT_S", "nan", "finite"),
         ("TOKENFERRY_WIRE", "rdma", "expected one of auto, local, group"),
-        ("TOKENFERRY_BACKEND", "", "expected one of auto"),
+        ("TOKENFERRY_BACKEND", "", "expected one of auto, cpu, cuda"),
+        ("TOKENFERRY_HEAP_MB", "0", "expected auto, or a whole number of megabytes above 0"),
+        ("TOKENFERRY_HEAP_MB", "1.5", "invalid literal"),
+        ("TOKENFERRY_CACHE_DIR", "", "expected a folder"),
     ],
 )
 def test_a_bad_value_names_variable_value_and_expectation(name, value, message):

@@ -48,9 +48,8 @@ def test_delivery_accepts_what_makes_sense():
 
 def test_plan_knows_the_source_of_each_row():
     nothing = torch.empty(0, dtype=torch.int64)
-    plan = Plan(
-        "key", Delivery(), 0, 3, 3, nothing, nothing, nothing, torch.tensor([2, 0, 1]), nothing, nothing, nothing
-    )
+    before, after = [nothing] * 3, [nothing] * 4
+    plan = Plan("key", Delivery(), 0, 3, 3, *before, torch.tensor([2, 0, 1]), *after)
     assert plan.src_rank.tolist() == [0, 0, 2]
 
 

@@ -54,7 +54,8 @@ def dispatch(
     Example:
         >>> import torch, tokenferry
         >>> from tokenferry import autograd
-        >>> group = tokenferry.ExpertGroup(None, tokenferry.MoeShape(2, top_k=2, hidden=4, max_tokens=8))
+        >>> shape = tokenferry.MoeShape(num_experts=2, top_k=2, hidden=4, max_tokens=8)
+        >>> group = tokenferry.ExpertGroup(None, shape, backend="cpu")
         >>> x = torch.ones(1, 4, requires_grad=True)
         >>> sent = autograd.dispatch(group, x, tokenferry.Routing(torch.tensor([[0, 1]])))
         >>> autograd.combine(group, 3 * sent.x, sent.plan).x.sum().backward()
@@ -70,7 +71,8 @@ def dispatch(
     rows, scales, weights, host_counts, offsets, *tensors = ops.dispatch(
         data, scale, routing.topk_idx, routing.topk_weights, where, sizes
     )
-    plan = ops.plan_of(tensors, group.key, ops.zeroing(delivery), data.shape[0], ops.num_rows(rows))
+    key, zeroing = group.key, ops.zeroing(delivery)
+    plan = ops.plan_of((*tensors, host_counts), key, zeroing, data.shape[0], ops.num_rows(rows))
     return _dispatched((rows, scales, weights, host_counts, offsets), plan, x, routing.topk_weights)
 
 
@@ -136,14 +138,12 @@ def _only_tensors(call: str, **arguments: object) -> None:
 def _dispatched(parts: Sequence[Tensor], plan: Plan, x: Tensor | Quantized, topk_weights: Tensor | None) -> Dispatched:
     rows, scales, weights, host_counts, offsets = parts
     layout = plan.delivery.layout
-    # A tensor that is being traced has no values; neither has a subclass such as FakeTensor.
-    known = plan.delivery.counts == "host" and not torch.compiler.is_compiling() and type(host_counts) is Tensor
     return Dispatched(
         x=Quantized(rows, scales) if isinstance(x, Quantized) else rows,
         topk_idx=plan.topk_idx if layout is Layout.ROWS else None,
         topk_weights=None if topk_weights is None else weights,
         expert_counts=plan.expert_counts,
         expert_offsets=offsets if layout is Layout.EXPERTS else None,
-        host_counts=tuple(host_counts.tolist()) if known else None,
+        host_counts=ops.ints_of(host_counts),
         plan=plan,
     )

@@ -1,7 +1,7 @@
 """The torch.library ops behind `tokenferry.autograd`: ``tokenferry::dispatch``, ``::redispatch`` and ``::combine``.
 
 An op takes and returns tensors, ints and strings. So a group goes in as its key, and is found again by it; a plan as
-its seven tensors; everything else as one string and one list of ints:
+its eight tensors, and its host counts as a ninth; everything else as one string and one list of ints:
 
 ``where``  ``"<group key> <plan key> <layout> <counts>"``
 ``sizes``  E, K, H, M, A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch, which has no plan yet)
@@ -20,6 +20,7 @@ from tokenferry.api import ExpertGroup, find_group
 from tokenferry.layout import room
 from tokenferry.words import Delivery, Dispatched, Layout, MoeShape, Plan, Quantized, Routing
 
+_PLAN_TENSORS = 9
 _WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that may travel, for gradients of weights without rows
 
 
@@ -65,7 +66,7 @@ def zeroing(delivery: Delivery) -> Delivery:
 
 
 def tensors_of(plan: Plan) -> list[Tensor]:
-    """The seven tensors of a plan, in the order of its fields."""
+    """The eight tensors of a plan in the order of its fields, then its host counts (no elements if not known)."""
     return [
         plan.dst_token,
         plan.dst_counts,
@@ -74,13 +75,38 @@ def tensors_of(plan: Plan) -> list[Tensor]:
         plan.topk_idx,
         plan.row_idx,
         plan.expert_counts,
+        plan.places,
+        torch.tensor(plan.host_counts or (), dtype=torch.int64),
     ]
 
 
 def plan_of(tensors: Sequence[Tensor], key: str, delivery: Delivery, num_tokens: int, num_delivered: int) -> Plan:
     """Make a plan again from what crossed the border."""
-    num_received = None if delivery.counts == "device" else tensors[2].shape[0]
-    return Plan(key, delivery, num_tokens, num_received, num_delivered, *tensors)
+    dst_token, dst_counts, src_token, src_counts, topk_idx, row_idx, expert_counts, places, host_counts = tensors
+    return Plan(
+        group_key=key,
+        delivery=delivery,
+        num_tokens=num_tokens,
+        num_received=None if delivery.counts == "device" else src_token.shape[0],
+        num_delivered=num_delivered,
+        dst_token=dst_token,
+        dst_counts=dst_counts,
+        src_token=src_token,
+        src_counts=src_counts,
+        topk_idx=topk_idx,
+        row_idx=row_idx,
+        expert_counts=expert_counts,
+        places=places,
+        host_counts=ints_of(host_counts),
+    )
+
+
+def ints_of(host_counts: Tensor) -> tuple[int, ...] | None:
+    """The host counts that crossed the border as a tensor; None if there are none, or no values yet."""
+    # A tensor that is being traced has no values; neither has a subclass such as FakeTensor.
+    if torch.compiler.is_compiling() or type(host_counts) is not Tensor:
+        return None
+    return tuple(host_counts.tolist()) or None
 
 
 def _unpack_plan(where: str, sizes: Sequence[int], tensors: Sequence[Tensor]) -> tuple[ExpertGroup, Plan]:
@@ -102,14 +128,30 @@ def _parts(sent: Dispatched) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         empty = torch.arange(rows.shape[0], device=rows.device) >= sent.plan.src_counts.sum()
         for tensor in (rows, scale, weights):
             if tensor.numel():
-                tensor.view(torch.uint8)[empty] = 0  # as bytes: not every dtype can be assigned to
+                # As bytes: not every dtype can be assigned to.
+                tensor.view(torch.uint8).masked_fill_(empty.unsqueeze(1), 0)
     return rows, scale, weights, torch.tensor(sent.host_counts or (), dtype=torch.int64), offsets
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() and tensor.storage_offset() == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Give each tensor a storage of its own, from its first byte on: what the fakes promise, and torch insists upon.
+
+    A backend may return views of what it received, several of one block. Only what has holes is copied: over the rest
+    goes a second storage, which keeps the first alive.
+    """
+    seen: set[int] = set()
+    apart = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()._cdata
+        if not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        elif tensor.storage_offset() or storage in seen:
+            # As bytes, which every torch can put into a DLPack capsule.
+            flat = torch._C._from_dlpack(torch._C._to_dlpack(tensor.reshape(-1).view(torch.uint8)))
+            tensor = flat.view(tensor.dtype).view(tensor.shape)
+        seen.add(storage)
+        apart.append(tensor)
+    return tuple(apart)
 
 
 # ---------------------------------------------------------------------- dispatch
@@ -119,17 +161,16 @@ def _plain(tensor: Tensor) -> Tensor:
     "tokenferry::dispatch",
     mutates_args=(),
     schema="(Tensor x, Tensor? scale, Tensor topk_idx, Tensor? topk_weights, str where, SymInt[] sizes) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def dispatch(
     x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Carry rows out and make a plan: the five parts that `redispatch` returns too, then the plan's seven tensors."""
+    """Carry rows out and make a plan: the five parts that `redispatch` returns too, then the plan's eight tensors."""
     group, delivery = _unpack(where, sizes)
     rows = x if scale is None else Quantized(x, scale)
     sent = group.dispatch(rows, Routing(topk_idx, topk_weights), delivery=delivery)
-    # The fake promises plain contiguous tensors; a backend may return views of what it received.
-    return tuple(_plain(tensor) for tensor in (*_parts(sent), *tensors_of(sent.plan)))
+    return _apart((*_parts(sent), *tensors_of(sent.plan)[:-1]))  # the host counts are among the parts already
 
 
 @dispatch.register_fake
@@ -151,6 +192,7 @@ def _dispatch_fake(
         delivered = space.given
     index = x.new_empty(0, dtype=torch.int64)
     slots = 0 if layout is Layout.ROWS else received
+    columns = group.plan_columns(delivery)
     return (
         *_fake_parts((x, scale, topk_weights), (group, delivery), delivered, top_k),
         index.new_empty(sent),
@@ -160,6 +202,7 @@ def _dispatch_fake(
         topk_idx.new_empty(received, top_k),
         index.new_empty(slots, top_k),
         index.new_empty(num_local, dtype=torch.int32),
+        index.new_empty(x.shape[0] if columns else 0, columns, dtype=torch.int32),
     )
 
 
@@ -186,7 +229,7 @@ def _fake_parts(
 def _dispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, scale, _, weights, where, sizes = inputs
     sizes = [*sizes[:6], x.shape[0], num_rows(output[0])]
-    _remember(ctx, (where, sizes), output[5:], output[:2], (scale is not None, weights is not None))
+    _remember(ctx, (where, sizes), (*output[5:], output[3]), output[:2], (scale is not None, weights is not None))
 
 
 def _dispatch_backward(
@@ -214,7 +257,7 @@ def redispatch(
     """Carry rows along a plan: rows, scale, weights, host counts, offsets; the absent ones have no elements."""
     group, full_plan = _unpack_plan(where, sizes, plan)
     sent = group.redispatch(x if scale is None else Quantized(x, scale), full_plan, topk_weights=topk_weights)
-    return tuple(_plain(tensor) for tensor in _parts(sent))
+    return _apart(_parts(sent))
 
 
 @redispatch.register_fake
@@ -233,7 +276,7 @@ def _redispatch_backward(
     ctx: _Context, grad_rows: Tensor, _: Tensor, grad_weights: Tensor, *__: Tensor
 ) -> tuple[Any, ...]:
     grad_x, grad_weights_home = _carry_home(ctx, grad_rows, grad_weights)
-    return grad_x, None, grad_weights_home, [None] * 7, None, None
+    return grad_x, None, grad_weights_home, [None] * _PLAN_TENSORS, None, None
 
 
 redispatch.register_autograd(_redispatch_backward, setup_context=_redispatch_setup)
@@ -276,7 +319,7 @@ def _carry_home(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -> tuple
 )
 def combine(
     y: Tensor, topk_weights: Tensor | None, biases: list[Tensor], plan: list[Tensor], where: str, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Bring rows home along a plan: sums, and weights (no elements without)."""
     group, full_plan = _unpack_plan(where, sizes, plan)
     by_slot = full_plan.delivery.layout is Layout.ROWS
@@ -284,7 +327,8 @@ def combine(
         # Dispatch made the slots of other ranks' experts 0, whatever was sent: so they carry no gradient home.
         topk_weights = topk_weights.masked_fill(full_plan.topk_idx < 0, 0.0)
     sums = group.combine(y, full_plan, topk_weights=topk_weights, bias=tuple(biases))
-    return sums.x, y.new_empty(0, dtype=torch.float32) if sums.topk_weights is None else sums.topk_weights
+    home = y.new_empty(0, dtype=torch.float32) if sums.topk_weights is None else sums.topk_weights
+    return _apart((sums.x, home))
 
 
 @combine.register_fake
@@ -306,7 +350,7 @@ def _combine_backward(ctx: _Context, grad_x: Tensor, grad_home: Tensor) -> tuple
     grad_y, _, grad_weights, *_ = redispatch(
         grad_x.contiguous(), None, home, list(ctx.saved_tensors), ctx.where, ctx.sizes
     )
-    return grad_y, grad_weights if ctx.weighted else None, [grad_x] * ctx.num_biases, [None] * 7, None, None
+    return grad_y, grad_weights if ctx.weighted else None, [grad_x] * ctx.num_biases, [None] * _PLAN_TENSORS, None, None
 
 
 combine.register_autograd(_combine_backward, setup_context=_combine_setup)

@@ -26,13 +26,27 @@ from tokenferry.words import (
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The options of a group, each decided."""
+    """The options of a group, each decided.
+
+    Attributes:
+        shape: The sizes all ranks agree on.
+        backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        wire: How CPU ranks reach each other; backend cuda has no use for it.
+        timeout_s: Seconds that any wait for a peer may take.
+        mask_on_timeout: Decode calls mask a silent rank instead of raising.
+        heap_bytes: GPU memory for rows that peers write or read; None: what the backend finds right for the shape.
+        cache_folder: Where compiled kernels are kept.
+        cpu_only: Why an option of this rank can be honoured by the CPU backend only; empty if none is.
+    """
 
     shape: MoeShape
     backend: str
     wire: str
     timeout_s: float
     mask_on_timeout: bool
+    heap_bytes: int | None
+    cache_folder: str
+    cpu_only: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +57,7 @@ class DispatchRequest:
     x: Tensor | Quantized
     routing: Routing
     delivery: Delivery
+    num_sms: int | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +68,7 @@ class RedispatchRequest:
     x: Tensor | Quantized
     topk_weights: Tensor | None
     plan: Plan
+    num_sms: int | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +80,7 @@ class CombineRequest:
     topk_weights: Tensor | None
     biases: tuple[Tensor, ...]
     out: Tensor | None
+    num_sms: int | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +112,8 @@ class Backend(Protocol):
     """One way to carry rows. Calls are collective; a failed one breaks the backend.
 
     ``broken`` then says by what ("was closed", "is broken by ..."); ``key`` is the same on all ranks and marks plans;
-    ``why`` says why this backend and wire were chosen.
+    ``why`` says why this backend and wire were chosen. ``checks_routing``: indices outside [-1, E) are found where the
+    rows are, so that the host need not look at them.
     """
 
     name: str
@@ -105,6 +123,7 @@ class Backend(Protocol):
     rank: int
     num_ranks: int
     device: torch.device
+    checks_routing: bool
 
     @property
     def broken(self) -> str | None: ...  # noqa: D102
@@ -114,6 +133,13 @@ class Backend(Protocol):
     def combine(self, request: CombineRequest) -> Combined: ...  # noqa: D102
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched: ...  # noqa: D102
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined: ...  # noqa: D102
+    def warmup(self) -> None: ...  # noqa: D102
+    def synchronize(self) -> None: ...  # noqa: D102
+    def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor: ...  # noqa: D102
+    def plan_columns(self, shape: MoeShape, delivery: Delivery) -> int:
+        """C of ``Plan.places``, which has T rows where C > 0, and none otherwise."""
+        ...
+
     def mask(self, rank: int, *, masked: bool) -> None: ...  # noqa: D102
     def masked(self) -> frozenset[int]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tokenferry.backends.base import Backend, Resolved
 from tokenferry.backends.cpu import make_cpu_backend
-from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.errors import ConfigError
 
 _log = logging.getLogger("tokenferry")
 
@@ -18,17 +18,23 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
 
     Raises:
         BackendUnavailable: it cannot run here; says why.
-        ConfigError: there is none of that name, or ranks disagree.
+        ConfigError: there is none of that name, it cannot honour an option, or ranks disagree.
         PeerTimeout: a rank did not come.
     """
     name = resolved.backend
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"ExpertGroup: backend: expected 'auto', 'cpu' or 'cuda', got {name!r}")
+    if name == "cpu":
+        return make_cpu_backend(group, resolved)
+    if name == "cuda" and resolved.cpu_only:
+        raise ConfigError(f"ExpertGroup: backend='cuda': {resolved.cpu_only}; leave it out, or use backend='cpu'")
+    from tokenferry.backends.cuda_setup import make_cuda_backend, why_not_cuda
+
     if name == "cuda":
-        raise BackendUnavailable(
-            "ExpertGroup: backend='cuda' is not in this version of tokenferry; use 'cpu' or 'auto'"
-        )
-    if name not in ("auto", "cpu"):
-        raise ConfigError(f"ExpertGroup: backend: expected 'auto' or 'cpu', got {name!r}")
-    backend = make_cpu_backend(group, resolved)
-    if name == "auto":
-        _log.info("backend 'auto' chose cpu (%s): this version of tokenferry has no other", backend.why)
+        return make_cuda_backend(group, resolved)
+    # Every rank asks, also one that knows its own answer: the question is collective.
+    why_not = why_not_cuda(group, resolved)
+    backend = make_cpu_backend(group, resolved) if why_not else make_cuda_backend(group, resolved)
+    instead = f"; not cuda: {why_not}" if why_not else ""
+    _log.info("backend 'auto' chose %s (%s)%s", backend.name, backend.why, instead)
     return backend

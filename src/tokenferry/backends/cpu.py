@@ -18,10 +18,20 @@ from tokenferry.backends.base import (
     Resolved,
 )
 from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Received, Signature, dtype_code
-from tokenferry.errors import BackendUnavailable, CapacityError
+from tokenferry.errors import ArgumentError, BackendUnavailable, CapacityError
 from tokenferry.layout import Room, Sections, room
 from tokenferry.wires.rendezvous import meet
-from tokenferry.words import Combined, DecodeCombined, DecodeDispatched, Delivery, Dispatched, Layout, Plan, Quantized
+from tokenferry.words import (
+    Combined,
+    DecodeCombined,
+    DecodeDispatched,
+    Delivery,
+    Dispatched,
+    Layout,
+    MoeShape,
+    Plan,
+    Quantized,
+)
 
 _LAYOUTS = {Layout.ROWS: 0, Layout.EXPERTS: 1, Layout.MASKED: 2}
 
@@ -47,6 +57,7 @@ class CpuBackend:
     """The backend for tensors in main memory; see `tokenferry.backends.base.Backend`."""
 
     name = "cpu"
+    checks_routing = False
 
     def __init__(self, exchange: Exchange, key: str, why: str) -> None:
         self.key = key
@@ -77,9 +88,28 @@ class CpuBackend:
         """Free the wire."""
         self._exchange.close("was closed", linger=True)
 
+    def warmup(self) -> None:
+        """Nothing is compiled."""
+
+    def synchronize(self) -> None:
+        """Calls return with their work done."""
+
+    def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
+        """Rows in the shape of ``Dispatched.x``, undefined."""
+        rows = self._exchange.heap.empty(plan.num_delivered, hidden, dtype=dtype)
+        if plan.delivery.layout is not Layout.MASKED:
+            return rows
+        num_local = plan.expert_counts.numel()
+        return rows.view(num_local, plan.num_delivered // num_local, hidden)
+
+    def plan_columns(self, shape: MoeShape, delivery: Delivery) -> int:
+        """Plans have no places."""
+        return 0
+
     @torch.no_grad()
     def dispatch(self, request: DispatchRequest) -> Dispatched:
         """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
+        _no_sms("dispatch", request.num_sms)
         shape, delivery, routing = request.shape, request.delivery, request.routing
         num_tokens, num_local = routing.topk_idx.shape[0], shape.num_experts // self.num_ranks
         dst_token, dst_counts = cpu_rows.destinations(routing.topk_idx, shape.num_experts, self.num_ranks)
@@ -123,6 +153,7 @@ class CpuBackend:
                 topk_idx=local_idx,
                 row_idx=row_idx,
                 expert_counts=counts.int(),
+                places=torch.empty(0, 0, dtype=torch.int32),
             )
             fits = needed <= space.given or (delivery.counts == "host" and delivery.layout is not Layout.MASKED)
             if fits:
@@ -136,6 +167,7 @@ class CpuBackend:
     @torch.no_grad()
     def redispatch(self, request: RedispatchRequest) -> Dispatched:
         """Move rows along a plan; all counts are known."""
+        _no_sms("redispatch", request.num_sms)
         plan = request.plan
         rows, scale = _parts(request.x)
         payload = Payload(rows, scale=scale, weights=request.topk_weights)
@@ -150,6 +182,7 @@ class CpuBackend:
     @torch.no_grad()
     def combine(self, request: CombineRequest) -> Combined:
         """Send each row home, one per (token, rank), and add up what comes, in rank order."""
+        _no_sms("combine", request.num_sms)
         y, plan, weights = request.y, request.plan, request.topk_weights
         src_counts = plan.src_counts.tolist()
         num_rows = sum(src_counts)
@@ -251,6 +284,13 @@ class CpuBackend:
                 f"dispatch: delivery.capacity: rank {worst} received {max(needs)} rows{per_expert}, "
                 f"capacity={space.given}; raise it, or leave it out for the worst case of {space.worst}"
             )
+
+
+def _no_sms(call: str, num_sms: int | None) -> None:
+    if num_sms is not None:
+        raise ArgumentError(
+            f"{call}: num_sms: expected None, got {num_sms}; the CPU backend has no SMs; leave num_sms out"
+        )
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

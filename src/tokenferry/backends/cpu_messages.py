@@ -54,7 +54,7 @@ class Signature:
             raise MismatchError(f"{start}: rank {src} called {theirs}; call the same on all ranks, in the same order")
         for (name, mine), other in zip(self.fields.items(), values, strict=False):
             if mine != other:
-                show = _dtype_name if name == "dtype" else str
+                show = dtype_name if name == "dtype" else str
                 raise MismatchError(
                     f"{start}: {name} is {show(mine)} on rank {rank} and {show(other)} on rank {src}; "
                     "it has to be the same on all ranks"
@@ -67,7 +67,8 @@ def dtype_code(dtype: torch.dtype) -> int:
     return zlib.crc32(str(dtype).encode())
 
 
-def _dtype_name(code: int) -> str:
+def dtype_name(code: int) -> str:
+    """The dtype of `dtype_code`."""
     dtypes = [d for d in vars(torch).values() if isinstance(d, torch.dtype)]
     return next((str(d) for d in dtypes if dtype_code(d) == code), f"unknown dtype {code}")
 

@@ -1,0 +1,122 @@
+"""Which backend a group gets, told by stand-ins for the CUDA backend's two functions; and the small calls of groups."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from tokenferry import (
+    ArgumentError,
+    ClosedError,
+    ConfigError,
+    Delivery,
+    ExpertGroup,
+    Layout,
+    MoeShape,
+    PlanError,
+    Routing,
+)
+from tokenferry.backends import choose, cuda_setup
+
+SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=4)
+
+
+class Cuda:
+    """Says whether CUDA can run, and stands for the backend; ``asked`` says which of its functions were called."""
+
+    name = "cuda"
+    why = "every rank has one"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, why_not: str) -> None:
+        self.asked: list[str] = []
+        monkeypatch.setattr(cuda_setup, "why_not_cuda", lambda *_: self.asked.append("why not") or why_not)
+        monkeypatch.setattr(cuda_setup, "make_cuda_backend", lambda *_: self.asked.append("make") or self)
+
+
+def choice(backend: str, **options: Any) -> Any:
+    from tokenferry.resolve import resolve_options
+
+    wire, on_timeout = options.get("wire", "auto"), options.get("on_timeout", "raise")
+    return choose.make_backend(None, resolve_options(None, SHAPE, backend, wire, None, on_timeout))
+
+
+@pytest.fixture(autouse=True)
+def _no_wish(monkeypatch):
+    monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
+
+
+def test_auto_takes_cuda_where_every_rank_can(monkeypatch, caplog):
+    cuda = Cuda(monkeypatch, "")
+    with caplog.at_level(logging.INFO, "tokenferry"):
+        assert choice("auto") is cuda
+    assert cuda.asked == ["why not", "make"]
+    assert caplog.messages == ["backend 'auto' chose cuda (every rank has one)"]
+
+
+def test_auto_says_why_it_did_not(monkeypatch, caplog):
+    cuda = Cuda(monkeypatch, "rank 1 has no GPU")
+    with caplog.at_level(logging.INFO, "tokenferry"):
+        assert choice("auto").name == "cpu"
+    assert cuda.asked == ["why not"]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("backend 'auto' chose cpu (")
+    assert caplog.messages[0].endswith("; not cuda: rank 1 has no GPU")
+
+
+def test_a_backend_that_was_asked_for_needs_no_question_and_no_words(monkeypatch, caplog):
+    cuda = Cuda(monkeypatch, "")
+    with caplog.at_level(logging.INFO, "tokenferry"):
+        assert choice("cpu").name == "cpu"
+        assert choice("cuda") is cuda
+    assert cuda.asked == ["make"]
+    assert not caplog.messages
+
+
+def test_every_rank_asks_even_where_an_option_needs_the_cpu(monkeypatch):
+    """The question is collective: a rank that left it out would leave the others waiting."""
+    cuda = Cuda(monkeypatch, "no")
+    choice("auto", wire="local")
+    assert cuda.asked == ["why not"]
+
+
+def test_cuda_refuses_what_only_the_cpu_can(monkeypatch):
+    cuda = Cuda(monkeypatch, "")
+    with pytest.raises(ConfigError, match="wire='group' is a wire of the CPU backend; leave it out, or use"):
+        choice("cuda", wire="group")
+    assert not cuda.asked
+
+
+def test_there_is_no_other():
+    with pytest.raises(ConfigError, match="expected 'auto', 'cpu' or 'cuda', got 'tpu'"):
+        choice("tpu")
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_new_rows_have_the_shape_of_what_came(layout):
+    with ExpertGroup(None, SHAPE, backend="cpu") as group:
+        sent = group.dispatch(
+            torch.ones(3, 8), Routing(torch.tensor([[0, 1], [2, -1], [0, 3]])), delivery=Delivery(layout)
+        )
+        rows = group.new_rows(sent.plan)
+        assert (rows.shape, rows.dtype) == (sent.x.shape, torch.bfloat16)
+        rows = group.new_rows(sent.plan, torch.float32).copy_(sent.x)
+        assert torch.equal(group.combine(rows, sent.plan).x, group.combine(sent.x, sent.plan).x)
+        with pytest.raises(
+            ArgumentError, match=r"new_rows: dtype: expected one of torch\.bfloat16, .* got torch\.int32"
+        ):
+            group.new_rows(sent.plan, torch.int32)
+        with pytest.raises(PlanError, match="new_rows: plan"):
+            group.new_rows(sent)
+
+
+def test_the_cpu_has_nothing_to_warm_up_and_nothing_to_wait_for():
+    group = ExpertGroup(None, SHAPE, backend="cpu")
+    group.warmup()
+    group.synchronize()
+    plan = group.dispatch(torch.ones(1, 8), Routing(torch.tensor([[0, 1]]))).plan
+    assert (plan.places.shape, group.plan_columns(Delivery())) == ((0, 0), 0)
+    group.close()
+    for call in (group.warmup, group.synchronize, lambda: group.new_rows(plan)):
+        with pytest.raises(ClosedError):
+            call()

@@ -1,0 +1,192 @@
+"""Requests: the quick look at the arguments of a call finds no fault with fewer of them than the worded checks."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from tokenferry import ArgumentError, ConfigError, Delivery, ExpertGroup, Layout, MoeShape, Plan, Quantized, Routing
+from tokenferry.resolve import Resolver, resolve_options
+
+SHAPE = MoeShape(num_experts=4, top_k=2, hidden=16, max_tokens=4)
+CPU = torch.device("cpu")
+X = torch.ones(3, 16)
+IDX = torch.zeros(3, 2, dtype=torch.int64)
+WEIGHTS = torch.ones(3, 2)
+
+ROWS: dict[str, Any] = {
+    "right": X,
+    "half": X.half(),
+    "parameter": torch.nn.Parameter(X, requires_grad=False),
+    "no tensor": [1.0],
+    "narrow": X[:, :8].contiguous(),
+    "holes": torch.ones(3, 32)[:, ::2],
+    "flat": torch.ones(16),
+    "integers": X.int(),
+    "elsewhere": X.to("meta"),
+    "too many": torch.ones(5, 16),
+    "fewer": X[:2],
+    "none": X[:0],
+    "grad": X.clone().requires_grad_(),
+    "quantized": Quantized(X.to(torch.uint8), torch.ones(6, 3).t()[:, ::2].t().contiguous().t()),
+    "quantized, odd": Quantized(torch.ones(3, 7, dtype=torch.uint8), WEIGHTS),
+    "quantized, holes": Quantized(torch.ones(3, 32)[:, ::2], WEIGHTS),
+    "quantized, fewer scales": Quantized(X, WEIGHTS[:2]),
+    "quantized, flat scales": Quantized(X, torch.ones(3)),
+    "quantized, grad": Quantized(X, WEIGHTS.clone().requires_grad_()),
+    "quantized, elsewhere": Quantized(X.to("meta"), WEIGHTS.to("meta")),
+    "quantized, no tensor": Quantized(X, None),
+}
+INDICES = {
+    "right": IDX,
+    "int32": IDX.int(),
+    "wide": torch.zeros(3, 3, dtype=torch.int64),
+    "fewer": IDX[:2],
+    "more": torch.zeros(5, 2, dtype=torch.int64),
+    "none": IDX[:0],
+    "holes": torch.zeros(2, 3, dtype=torch.int64).t(),
+    "floats": WEIGHTS,
+    "no tensor": [[0, 1]],
+    "outside": IDX + 4,
+}
+GATES = {
+    "right": WEIGHTS,
+    "absent": None,
+    "double": WEIGHTS.double(),
+    "fewer": WEIGHTS[:2],
+    "grad": WEIGHTS.clone().requires_grad_(),
+    "no tensor": 1.0,
+}
+
+
+def resolver(*, checks_routing: bool = False) -> Resolver:
+    return Resolver(SHAPE, 1, CPU, "key", checks_routing)
+
+
+def outcome(call: str, *args: Any) -> tuple[Any, ...]:
+    """What a call comes to: its error, or the fields of its request."""
+    try:
+        request = getattr(resolver(), call)(*args)
+    except ArgumentError as error:
+        return type(error), str(error)
+    return tuple(getattr(request, name) for name in request.__dataclass_fields__)
+
+
+def both(monkeypatch: pytest.MonkeyPatch, call: str, *args: Any) -> None:
+    quick = outcome(call, *args)
+    for name in ("_looks_right", "_rows_look_right", "_answer_looks_right"):
+        monkeypatch.setattr(Resolver, name, lambda *_: False)
+    worded = outcome(call, *args)
+    monkeypatch.undo()
+    assert len(quick) == len(worded)
+    for one, other in zip(quick, worded, strict=True):
+        assert one is other or (not isinstance(one, torch.Tensor) and one == other)
+
+
+def a_plan(layout: Layout) -> Plan:
+    with ExpertGroup(None, SHAPE, backend="cpu") as group:
+        plan = group.dispatch(X, Routing(IDX), delivery=Delivery(layout)).plan
+    object.__setattr__(plan, "group_key", "key")
+    return plan
+
+
+@pytest.mark.parametrize("x", ROWS)
+def test_dispatch(x, monkeypatch):
+    for idx, weights in itertools.product(INDICES.values(), GATES.values()):
+        both(monkeypatch, "dispatch", ROWS[x], Routing(idx, weights), None, None)
+    both(monkeypatch, "dispatch", ROWS[x], IDX, None, None)
+    both(monkeypatch, "dispatch", ROWS[x], Routing(IDX), Layout.ROWS, None)
+
+
+@pytest.mark.parametrize("x", ROWS)
+def test_redispatch(x, monkeypatch):
+    plan = a_plan(Layout.ROWS)
+    for weights in GATES.values():
+        both(monkeypatch, "redispatch", ROWS[x], plan, weights, None)
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("y", ROWS)
+def test_combine(y, layout, monkeypatch):
+    plan = a_plan(layout)
+    rows: list[Any] = [ROWS[y], torch.ones(4, 4, 16), torch.ones(4, 3, 16), torch.ones(3, 4, 16)]
+    weights = [*GATES.values(), torch.ones(3), torch.ones(4, 4), torch.ones(12)]
+    sums = [None, X, (X, X), (X, X, X), X[:2], X.half(), 1, (X, None), X.clone().requires_grad_()]
+    for one, gate in itertools.product(rows, weights):
+        both(monkeypatch, "combine", one, plan, gate, None, None, None)
+    for bias in sums:
+        both(monkeypatch, "combine", ROWS[y], plan, None, bias, None, None)
+        if not isinstance(bias, tuple):
+            both(monkeypatch, "combine", ROWS[y], plan, None, None, bias, None)
+
+
+def test_what_is_right_needs_no_second_look(monkeypatch):
+    """Else the host time of a call is several times what it may be."""
+
+    def second_look(*_: object, **__: object) -> None:
+        raise AssertionError("the worded checks ran")
+
+    monkeypatch.setattr(Resolver, "_checks", second_look)
+    found = resolver(checks_routing=True)
+    for rows in (X, X.bfloat16(), ROWS["quantized"]):
+        found.dispatch(rows, Routing(IDX, WEIGHTS), Delivery(), 8)
+        found.redispatch(rows, a_plan_of_three(), WEIGHTS, None)
+    found.combine(X, a_plan_of_three(), WEIGHTS, (X, X), X.clone(), 8)
+
+
+def a_plan_of_three() -> Plan:
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Plan("key", Delivery(), 3, 3, 3, *[nothing] * 4, IDX, *[nothing] * 3)
+
+
+def test_where_the_rows_are_may_check_the_routing():
+    outside = Routing(IDX + 4)
+    assert resolver(checks_routing=True).dispatch(X, outside, None, None).routing is outside
+    with pytest.raises(ArgumentError, match=r"topk_idx\[0, 0\] is 4"):
+        resolver().dispatch(X, outside, None, None)
+
+
+@pytest.mark.parametrize("num_sms", [0, -1, True, 2.0, "8"])
+def test_a_number_of_sms_is_a_positive_integer(num_sms):
+    plan = a_plan_of_three()
+    for call, args in (
+        ("dispatch", (X, Routing(IDX), None)),
+        ("redispatch", (X, plan, None)),
+        ("combine", (X, plan, None, None, None)),
+    ):
+        with pytest.raises(ArgumentError, match=f"{call}: num_sms: expected an integer of at least 1 or None, got"):
+            getattr(resolver(), call)(*args, num_sms)
+
+
+def test_the_cpu_has_no_sms():
+    group = ExpertGroup(None, SHAPE, backend="cpu")
+    sent = group.dispatch(X, Routing(IDX))
+    for call in (
+        lambda: group.dispatch(X, Routing(IDX), num_sms=8),
+        lambda: group.redispatch(X, sent.plan, num_sms=8),
+        lambda: group.combine(sent.x, sent.plan, num_sms=8),
+    ):
+        with pytest.raises(ArgumentError, match="num_sms: expected None, got 8; the CPU backend has no SMs; leave"):
+            call()
+    assert group.combine(sent.x, sent.plan).x.equal(X)
+
+
+def test_options_that_only_the_cpu_backend_honours():
+    assert resolve_options(None, SHAPE, "auto", "auto", None, "raise").cpu_only == ""
+    assert "wire='local'" in resolve_options(None, SHAPE, "auto", "local", None, "raise").cpu_only
+    assert "on_timeout='mask'" in resolve_options(None, SHAPE, "auto", "auto", None, "mask").cpu_only
+
+
+def test_a_variable_is_no_wish_for_the_cpu(monkeypatch):
+    """TOKENFERRY_WIRE speaks of CPU groups; it must not keep others from the GPU."""
+    monkeypatch.setenv("TOKENFERRY_WIRE", "local")
+    monkeypatch.setenv("TOKENFERRY_HEAP_MB", "3")
+    options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
+    assert (options.wire, options.cpu_only, options.heap_bytes) == ("local", "", 3 << 20)
+
+
+@pytest.mark.parametrize("options", [{"wire": "local"}, {"on_timeout": "mask"}])
+def test_cuda_refuses_them(options):
+    with pytest.raises(ConfigError, match=r"backend='cuda': .*; leave it out, or use backend='cpu'"):
+        ExpertGroup(None, SHAPE, backend="cuda", **options)
