@@ -1,0 +1,284 @@
+"""The CUDA backend: what the API promises, over windows that all ranks of a node can address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends import cuda_decode, cuda_launch, cuda_plan
+from tokenferry.backends.base import (
+    CombineRequest,
+    DecodeCombineRequest,
+    DecodeDispatchRequest,
+    DispatchRequest,
+    RedispatchRequest,
+)
+from tokenferry.backends.cpu_messages import dtype_code
+from tokenferry.backends.cuda_delivery import Dock, shaped
+from tokenferry.backends.cuda_faults import Signature
+from tokenferry.backends.cuda_launch import Cargo, Sources, Sum
+from tokenferry.backends.cuda_memory import Shelf, aligned
+from tokenferry.backends.cuda_plan import CODES, Geometry
+from tokenferry.backends.cuda_station import Station
+from tokenferry.errors import ArgumentError
+from tokenferry.kernels.place.spec import num_columns
+from tokenferry.kernels.pull.spec import Mode
+from tokenferry.tuning import Topology, Tuning, tune
+from tokenferry.words import (
+    Combined,
+    DecodeCombined,
+    DecodeDispatched,
+    Delivery,
+    Dispatched,
+    Layout,
+    MoeShape,
+    Plan,
+    Quantized,
+)
+
+_MOST_SIGNATURES = 1024
+
+
+class CudaBackend:
+    """The backend for tensors in GPU memory; see `tokenferry.backends.base.Backend`."""
+
+    name = "cuda"
+    checks_routing = True
+
+    def __init__(self, station: Station, key: str, why: str, meet: Callable[[], None]) -> None:
+        self.key = key
+        self.why = why
+        self.rank = station.rank
+        self.num_ranks = station.num_ranks
+        self.wire = "nvlink" if station.num_ranks > 1 else "none"
+        self.device = station.device
+        self.station = station
+        self.shelf = Shelf(station)
+        self.dock = Dock(station, self.shelf, key)
+        self._meet = meet
+        self._known: dict[tuple[Any, ...], tuple[Signature, Geometry]] = {}
+        self._signatures: dict[tuple[Any, ...], Signature] = {}
+        self._tunings: dict[MoeShape, Tuning] = {}
+        self._combine_sms: dict[tuple[int, ...], int] = {}
+
+    @property
+    def broken(self) -> str | None:
+        """What ended the group, or None."""
+        return self.station.broken
+
+    def masked(self) -> frozenset[int]:
+        """Ranks that decode calls skip."""
+        return frozenset(self.station.masked)
+
+    def mask(self, rank: int, *, masked: bool) -> None:
+        """Skip a rank in decode calls, or stop skipping it."""
+        (self.station.masked.add if masked else self.station.masked.discard)(rank)
+
+    def warmup(self) -> None:
+        """Compile and load every kernel; returns when every rank has."""
+        self.station.warmup()
+        self._meet()
+
+    def synchronize(self) -> None:
+        """Wait for this rank's calls, and raise what they met."""
+        self.station.synchronize()
+
+    def close(self) -> None:
+        """Let go of the windows."""
+        if self.station.broken != "was closed":
+            self.station.close("was closed")
+
+    def tuning(self, shape: MoeShape) -> Tuning:
+        """SMs of each call, for a shape."""
+        found = self._tunings.get(shape)
+        if found is None:
+            found = self._tunings[shape] = tune(shape, Topology(self.num_ranks, self.station.num_sms))
+        return found
+
+    def plan_columns(self, shape: MoeShape, delivery: Delivery) -> int:
+        """C of ``Plan.places``."""
+        return num_columns(self.num_ranks, shape.top_k, by_expert=delivery.layout is not Layout.ROWS)
+
+    def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
+        """Rows in the heap, in the shape of ``Dispatched.x``."""
+        _, rows = self.shelf.rows("new_rows", (plan.num_delivered, hidden), dtype, self.station.current_stream())
+        return shaped(rows, plan)
+
+    # ------------------------------------------------------------------ throughput
+
+    def dispatch(self, request: DispatchRequest) -> Dispatched:
+        """Plan, move, unpack; and wait for the counts if they are wanted here."""
+        shape, delivery, routing = request.shape, request.delivery, request.routing
+        cargo = _cargo(request.x, routing.topk_weights, routing.topk_idx)
+        key = (shape, delivery, *_kind(cargo))
+        known = self._known.get(key)
+        if known is None:
+            known = self._remember(key, cargo, shape, delivery)
+        signature, found = known
+        here = self.station.begin(signature)
+        sms = (request.num_sms or self.tuning(shape).dispatch_sms, request.num_sms or self.station.num_sms)
+        if here.capturing and delivery.counts == "host":
+            raise ArgumentError(
+                'dispatch: delivery: counts="host" waits for the device, which a CUDA graph cannot capture; '
+                'use Delivery(counts="device")'
+            )
+        return self.dock.first(here, cargo, found, sms)
+
+    def redispatch(self, request: RedispatchRequest) -> Dispatched:
+        """Move along a plan, unpack."""
+        plan = request.plan
+        delivery = plan.delivery
+        cargo = _cargo(request.x, request.topk_weights, None)
+        key = ("redispatch", delivery.layout, *_kind(cargo))
+        signature = self._signatures.get(key)
+        if signature is None:
+            signature = self.sign(key, "redispatch", layout=CODES[delivery.layout], **_fields(cargo))
+        here = self.station.begin(signature)
+        sms = (request.num_sms or self.tuning(request.shape).dispatch_sms, request.num_sms or self.station.num_sms)
+        return self.dock.along(here, cargo, plan, sms)
+
+    def combine(self, request: CombineRequest) -> Combined:
+        """Stage what peers cannot reach; each rank pulls its own tokens' rows and adds them up."""
+        y, plan, weights = request.y, request.plan, request.topk_weights
+        top_k, hidden = plan.topk_idx.shape[1], y.shape[-1]
+        by_rank = plan.delivery.layout is Layout.ROWS
+        key = ("combine", plan.delivery.layout, y.dtype, hidden, weights is None)
+        signature = self._signatures.get(key)
+        if signature is None:
+            signature = self.sign(
+                key,
+                "combine",
+                layout=CODES[plan.delivery.layout],
+                dtype=dtype_code(y.dtype),
+                bytes_of_rows=hidden * y.element_size(),
+                bytes_of_weights=0 if weights is None else 4,
+            )
+        here = self.station.begin(signature)
+        y_at, block, own = self.shelf.share(here, y, plan, request.num_sms or self.station.num_sms)
+        weights_at, other = (0, None) if weights is None else self.shelf.reachable(here, weights)
+        out = request.out
+        if out is None or out.data_ptr() % 16 or _overlap(out, y):
+            out = torch.empty(plan.num_tokens, hidden, dtype=y.dtype, device=self.device)
+        home = None
+        if weights is not None:
+            home = torch.empty(plan.num_tokens, top_k, dtype=torch.float32, device=self.device)
+        places = plan.places
+        first = 0 if by_rank else 2 * self.num_ranks + top_k  # the columns `send`, or `pull`
+        width = self.num_ranks if by_rank else top_k
+        cuda_launch.pull(
+            self.station,
+            here,
+            Sources(
+                places.data_ptr() + 4 * first,
+                places.shape[1],
+                width,
+                by_rank,
+                source=cuda_launch.address(own),
+            ),
+            Sum(out, Mode.rows if by_rank else Mode.grouped, _biases(request.biases), home, places, top_k),
+            (plan.src_counts, plan.dst_counts),
+            (y_at, weights_at),
+            request.num_sms or self.combine_sms(plan, hidden),
+        )
+        del block, other, own  # given back on this stream, behind the kernel
+        if request.out is not None and request.out is not out:
+            request.out.copy_(out)
+            out = request.out
+        return Combined(out, home)
+
+    def combine_sms(self, plan: Plan, hidden: int) -> int:
+        """SMs of a combine along a plan."""
+        key = (plan.expert_counts.shape[0], plan.topk_idx.shape[1], hidden, plan.num_tokens)
+        found = self._combine_sms.get(key)
+        if found is None:
+            if len(self._combine_sms) >= _MOST_SIGNATURES:
+                self._combine_sms.clear()
+            shape = MoeShape(key[0] * self.num_ranks, key[1], hidden, max(key[3], 1))
+            found = self._combine_sms[key] = tune(shape, Topology(self.num_ranks, self.station.num_sms)).combine_sms
+        return found
+
+    # ------------------------------------------------------------------ decode
+
+    @torch.no_grad()
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
+        """See `tokenferry.backends.cuda_decode`."""
+        return cuda_decode.dispatch(self, request)
+
+    @torch.no_grad()
+    def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
+        """See `tokenferry.backends.cuda_decode`."""
+        return cuda_decode.combine(self, request)
+
+    # ------------------------------------------------------------------ what is made once
+
+    def _remember(
+        self, key: tuple[Any, ...], cargo: Cargo, shape: MoeShape, delivery: Delivery
+    ) -> tuple[Signature, Geometry]:
+        if len(self._known) >= _MOST_SIGNATURES:
+            self._known.clear()
+        signature = Signature(
+            "dispatch",
+            num_experts=shape.num_experts,
+            max_tokens=shape.max_tokens,
+            layout=CODES[delivery.layout],
+            alignment=delivery.alignment,
+            device_counts=int(delivery.counts == "device"),
+            capacity=delivery.capacity or 0,
+            **_fields(cargo),
+        )
+        known = self._known[key] = (signature, cuda_plan.geometry(shape, delivery, self.num_ranks))
+        return known
+
+    def sign(self, key: tuple[Any, ...], phase: str, **fields: int) -> Signature:
+        """A signature, kept under ``key``."""
+        if len(self._signatures) >= _MOST_SIGNATURES:
+            self._signatures.clear()
+        signature = self._signatures[key] = Signature(phase, **fields)
+        return signature
+
+
+def _cargo(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | None) -> Cargo:
+    rows, scale = (x.data, x.scale) if isinstance(x, Quantized) else (x, None)
+    return Cargo(
+        aligned(rows),
+        scale,
+        weights,
+        topk_idx,
+        rows.shape[1] * rows.element_size(),
+        0 if scale is None else scale.shape[1] * scale.element_size(),
+    )
+
+
+def _kind(cargo: Cargo) -> tuple[Any, ...]:
+    weights, index, scale = cargo.weights, cargo.topk_idx, cargo.scale
+    return (
+        cargo.rows.dtype,
+        cargo.row_bytes,
+        cargo.scale_bytes,
+        scale is None,
+        weights is None or weights.shape[1],
+        index is None or index.dtype,
+    )
+
+
+def _fields(cargo: Cargo) -> dict[str, int]:
+    index, weights = cargo.topk_idx, cargo.weights
+    return {
+        "dtype": dtype_code(cargo.rows.dtype),
+        "bytes_of_rows": cargo.row_bytes,
+        "bytes_of_scale": cargo.scale_bytes,
+        "bytes_of_weights": 0 if weights is None else 4 * weights.shape[1],
+        "bytes_of_topk_idx": 0 if index is None else index.shape[1] * index.element_size(),
+    }
+
+
+def _biases(biases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(aligned(bias) for bias in biases) if biases else ()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in the same memory, or may."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

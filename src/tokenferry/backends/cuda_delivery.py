@@ -1,0 +1,249 @@
+"""Deliveries of the CUDA backend: blocks for rows to land in, kernels that bring them, tensors over what has come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends import cuda_launch, cuda_plan
+from tokenferry.backends.cuda_launch import MASKED, Cargo, Delivered, Landing, Tables
+from tokenferry.backends.cuda_memory import Shelf, ends
+from tokenferry.backends.cuda_plan import Counts, Geometry
+from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.errors import CapacityError
+from tokenferry.memory.heap import Block
+from tokenferry.words import Dispatched, Layout, Plan, Quantized
+
+Sms = tuple[int, int]
+"""SMs of what uses the links, and of what is local."""
+_Parts = tuple[Block, Block, tuple[int, int, int], tuple[int, int], bool]
+"""Block of rows, block of the plan, starts of rows, scales and weights, ends of ids and src_token, whether staged."""
+
+
+class Dock:
+    """Where one rank's rows land.
+
+    Args:
+        station: This rank's.
+        shelf: Where blocks come from.
+        key: Of the group, for plans.
+    """
+
+    def __init__(self, station: Station, shelf: Shelf, key: str) -> None:
+        self._station = station
+        self._shelf = shelf
+        self._key = key
+
+    def along(self, here: Here, cargo: Cargo, plan: Plan, sms: Sms) -> Dispatched:
+        """Move rows along a plan, and unpack them."""
+        delivery = plan.delivery
+        K, L = plan.topk_idx.shape[1], plan.expert_counts.shape[0]
+        D = plan.num_delivered
+        rows_end, scale_end, end = _data_ends(cargo, D, 1 if delivery.layout is not Layout.ROWS else K)
+        block, staged = self._shelf.landing(here, end)
+        landing = Landing(block.offset, block.offset + rows_end, block.offset + scale_end)
+        route = (plan.places, plan.dst_counts, plan.src_counts)
+        by_expert = delivery.layout is not Layout.ROWS
+        cuda_launch.move(self._station, here, cargo, route, (K, L, by_expert), landing, sms[0])
+        if by_expert:
+            self._unpack(here, cargo, landing, plan, (plan.row_idx.data_ptr(), D), sms[1])
+        offsets, host_counts = None, plan.host_counts
+        if delivery.layout is Layout.EXPERTS:
+            padded = (plan.expert_counts + delivery.alignment - 1) // delivery.alignment * delivery.alignment
+            offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
+        if host_counts is None and delivery.counts == "host":
+            host_counts = tuple(plan.expert_counts.tolist())
+        return self._dispatched(block, cargo, plan, (0, rows_end, scale_end), (offsets, host_counts, staged))
+
+    def first(
+        self, here: Here, cargo: Cargo, found: Geometry, sms: Sms, src_expert: Tensor | None = None
+    ) -> Dispatched:
+        """Make a plan and move rows along it; they bring the peers' half of the plan, too.
+
+        Where the heap has room for the worst case, rows move at once, and the host learns their number meanwhile. Else
+        it waits for the counts first, and takes what they need.
+        """
+        index, delivery, station = cargo.topk_idx, found.delivery, self._station
+        assert index is not None
+        num_tokens = index.shape[0]
+        counts = cuda_plan.at_most(found, num_tokens)
+        asks = delivery.counts == "host"
+        waits = asks and not self._shelf.has_room_twice(_worst_bytes(cargo, found))
+        parts = None if waits else self._take(here, cargo, found, counts)  # nothing is sent yet if this fails
+        tables = cuda_plan.start(station, here, index, found, src_expert)
+        if waits or (found.space.tight and not here.capturing):
+            exact = cuda_plan.wait(station, here, found)
+            counts = exact if asks else counts
+        if parts is None:
+            try:
+                parts = self._take(here, cargo, found, counts)
+            except CapacityError as error:  # peers wait for this rank's rows by now
+                station.break_off(error)
+                raise
+        self._move_first(here, cargo, found, (tables, counts, parts), sms)
+        if asks and counts.host is None:
+            counts = cuda_plan.wait(station, here, found)
+        return self._first_dispatched(cargo, found, tables, counts, parts)
+
+    def _take(self, here: Here, cargo: Cargo, found: Geometry, counts: Counts) -> _Parts:
+        """Blocks for what comes.
+
+        Raises:
+            CapacityError: the heap is full.
+        """
+        index = cargo.topk_idx
+        assert index is not None
+        N, K, by_expert = counts.received, index.shape[1], found.by_expert
+        ids_end, token_end, end = ends(N * K * index.element_size(), N * 8, N * K * 8 if by_expert else 0)
+        small = self._shelf.block("dispatch", end, here.stream, None if here.capturing else 0)
+        # Rows last: where N turns out smaller, what is behind them goes back.
+        D = counts.delivered
+        weights_end, scale_end, end = ends(
+            0 if cargo.weights is None else D * 4 * (1 if by_expert else K), D * cargo.scale_bytes, D * cargo.row_bytes
+        )
+        block, staged = self._shelf.landing(here, end)
+        return block, small, (scale_end, weights_end, 0), (ids_end, token_end), staged
+
+    def _move_first(
+        self, here: Here, cargo: Cargo, found: Geometry, planned: tuple[Tables, Counts, _Parts], sms: Sms
+    ) -> None:
+        """Launch what brings the rows, and the peers' half of the plan."""
+        tables, counts, (block, small, starts, (ids_end, token_end), _) = planned
+        index = cargo.topk_idx
+        assert index is not None
+        K, by_expert = index.shape[1], found.by_expert
+        landing = Landing(
+            block.offset + starts[0],
+            block.offset + starts[1],
+            block.offset + starts[2],
+            small.offset,
+            small.offset + ids_end,
+            small.offset + token_end,
+        )
+        route = (tables.places, tables.dst_counts, tables.src_counts)
+        cuda_launch.move(self._station, here, cargo, route, (K, found.num_local, by_expert), landing, sms[0])
+        if by_expert:
+            exact = found.delivery.counts == "host" and found.layout != MASKED
+            rows = (small.address + token_end, 0 if exact else counts.delivered)
+            self._unpack(here, cargo, landing, (tables, found), rows, sms[1])
+
+    def _unpack(
+        self,
+        here: Here,
+        cargo: Cargo,
+        landing: Landing,
+        plan: Plan | tuple[Tables, Geometry],
+        rows: tuple[int, int],
+        num_sms: int,
+    ) -> None:
+        """Launch `unpack` for rows that have landed; ``rows``: address of row_idx, rows in all (0: see `Delivered`)."""
+        base = self._station.window.base
+        if isinstance(plan, Plan):
+            delivery, K = plan.delivery, plan.topk_idx.shape[1]
+            src_counts, expert_counts = plan.src_counts, plan.expert_counts
+            masked = delivery.layout is Layout.MASKED
+            capacity = plan.num_delivered // expert_counts.shape[0] if masked else 0
+        else:
+            tables, found = plan
+            assert cargo.topk_idx is not None
+            delivery, K, capacity = found.delivery, cargo.topk_idx.shape[1], found.masked_capacity
+            src_counts, expert_counts = tables.src_counts, tables.expert_counts
+        delivered = Delivered(
+            base + landing.rows,
+            base + landing.scale if cargo.scale_bytes else 0,
+            0 if cargo.weights is None else base + landing.weights,
+            rows[1],
+            cargo.row_bytes,
+            cargo.scale_bytes,
+            delivery.alignment,
+            capacity,
+            delivery.zero_padding,
+        )
+        cuda_launch.unpack(self._station, here, delivered, (rows[0], K, src_counts, expert_counts), num_sms)
+
+    def _first_dispatched(
+        self, cargo: Cargo, found: Geometry, tables: Tables, counts: Counts, parts: _Parts
+    ) -> Dispatched:
+        """Wrap a first delivery, and give back what the worst case took too much."""
+        block, small, starts, (ids_end, token_end), staged = parts
+        index = cargo.topk_idx
+        assert index is not None
+        N, K, shelf = counts.received, index.shape[1], self._shelf
+        row_idx_rows = N if found.by_expert else 0
+        small.trim(token_end + row_idx_rows * K * 8)
+        block.trim(starts[0] + counts.delivered * cargo.row_bytes)
+        plan = Plan(
+            self._key,
+            found.delivery,
+            index.shape[0],
+            N if found.delivery.counts == "host" else None,
+            counts.delivered,
+            tables.dst_token[: counts.sent],
+            tables.dst_counts,
+            shelf.tensor(small, ids_end, (N,), torch.int64),
+            tables.src_counts,
+            shelf.tensor(small, 0, (N, K), index.dtype),
+            shelf.tensor(small, token_end, (row_idx_rows, K), torch.int64),
+            tables.expert_counts,
+            tables.places,
+            counts.host,
+        )
+        return self._dispatched(block, cargo, plan, starts, (tables.expert_offsets, counts.host, staged))
+
+    def _dispatched(
+        self,
+        block: Block,
+        cargo: Cargo,
+        plan: Plan,
+        starts: tuple[int, int, int],
+        more: tuple[Tensor | None, tuple[int, ...] | None, bool],
+    ) -> Dispatched:
+        """Tensors over what landed in a block; ``starts`` of rows, scales, weights."""
+        offsets, host_counts, staged = more
+        D, shelf, by_rows = plan.num_delivered, self._shelf, plan.delivery.layout is Layout.ROWS
+        rows = shelf.tensor(block, starts[0], (D, cargo.rows.shape[1]), cargo.rows.dtype)
+        scale = weights = None
+        if cargo.scale is not None:
+            scale = shelf.tensor(block, starts[1], (D, cargo.scale.shape[1]), cargo.scale.dtype)
+        if cargo.weights is not None:
+            shape = (D, cargo.weights.shape[1]) if by_rows else (D,)
+            weights = shelf.tensor(block, starts[2], shape, torch.float32)
+        if staged:
+            rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
+        if plan.delivery.layout is Layout.MASKED:
+            rows = shaped(rows, plan)
+            scale = None if scale is None else shaped(scale, plan)
+            weights = None if weights is None else shaped(weights, plan)
+        return Dispatched(
+            rows if scale is None else Quantized(rows, scale),
+            plan.topk_idx if by_rows else None,
+            weights,
+            plan.expert_counts,
+            offsets,
+            host_counts,
+            plan,
+        )
+
+
+def _data_ends(cargo: Cargo, num_rows: int, weights_of_row: int) -> list[int]:
+    """Ends of rows, scales and weights in a block."""
+    weights_bytes = 0 if cargo.weights is None else num_rows * 4 * weights_of_row
+    return ends(num_rows * cargo.row_bytes, num_rows * cargo.scale_bytes, weights_bytes)
+
+
+def _worst_bytes(cargo: Cargo, found: Geometry) -> int:
+    """What a delivery needs if its room is full."""
+    row = cargo.row_bytes + cargo.scale_bytes + (0 if cargo.weights is None else 4 * cargo.weights.shape[1])
+    return found.most_delivered * row
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def shaped(tensor: Tensor, plan: Plan) -> Tensor:
+    """``[rows, ...]`` in the shape of the layout."""
+    if plan.delivery.layout is not Layout.MASKED:
+        return tensor
+    num_local = plan.expert_counts.numel()
+    return tensor.view(num_local, plan.num_delivered // num_local, *tensor.shape[1:])

@@ -1,0 +1,176 @@
+"""What the device tells the host: the record of the first fault, and the counts of a dispatch. Both in pinned memory.
+
+Kernels never trap and never throw: they write down what they found and return. The host looks when it waits for counts,
+at the start of every call, and in `ExpertGroup.synchronize`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from collections import deque
+
+import torch
+
+from tokenferry.backends.cpu_messages import dtype_name
+from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
+from tokenferry.kernels.board import MAX_EXPERTS, RECORD_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
+from tokenferry.kernels.count.spec import HOST_WORDS_BEFORE_EXPERTS
+from tokenferry.wires.base import Call, peer_timeout
+
+_REMEMBERED_CALLS = 64
+_STARTING_S = 1.0
+"""Added to a deadline on the host: kernels keep their own, which starts when they do."""
+
+
+KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine")
+"""What word 0 of a signature says; all kernels of a call announce the same."""
+
+
+class Signature:
+    """What a call announces on its cards: its kind, then the fields that have to be the same on all ranks.
+
+    Attributes:
+        phase: The call's name.
+        fields: By name; the first is ``("kind", n)``, n an index of `KINDS`.
+        card: The same as the words of a card.
+    """
+
+    __slots__ = ("card", "fields", "phase")
+
+    def __init__(self, phase: str, **fields: int) -> None:
+        self.phase = phase
+        named = ((name.replace("_", " "), value) for name, value in fields.items())
+        self.fields = (("kind", KINDS.index(phase)), *named)
+        values = [value & 0xFFFFFFFF for _, value in self.fields]
+        self.card = struct.pack(f"<{SIGNATURE_WORDS}I", *values, *(0,) * (SIGNATURE_WORDS - len(values)))
+
+
+SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
+
+
+class Pinned:
+    """Pinned memory that kernels write and the host reads: a record, then ticket and counts.
+
+    Attributes:
+        record_address: For the field ``record`` of params.
+        host_address: For the field ``host`` of `count`.
+    """
+
+    def __init__(self) -> None:
+        num_words = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS + MAX_EXPERTS
+        self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=True)
+        self.record_address = self._memory.data_ptr()
+        self.host_address = self.record_address + 4 * RECORD_WORDS
+        words = (ctypes.c_uint32 * num_words).from_address(self.record_address)
+        self.words = memoryview(words).cast("B").cast("I")
+
+    @property
+    def faulty(self) -> bool:
+        """Whether a kernel has written a record."""
+        return self.words[0] != 0
+
+    def take_record(self) -> list[int]:
+        """Return the record and clear it."""
+        record = self.words[:RECORD_WORDS].tolist()
+        self.words[0] = 0
+        return record
+
+    def wait_for_ticket(self, ticket: int, timeout_s: float) -> bool:
+        """Wait, without the GIL, until the counts of a call are here, or a fault is; False after the deadline."""
+        words, at = self.words, RECORD_WORDS
+        deadline = 0.0
+        while words[at] != ticket and not words[0]:
+            time.sleep(0)  # lets other threads run
+            now = time.monotonic()
+            deadline = deadline or now + timeout_s + _STARTING_S
+            if now > deadline:
+                return False
+        return True
+
+    def counts(self, num_ranks: int, num_local: int) -> tuple[list[int], list[int], list[int]]:
+        """Rows from each rank, rows to each rank, rows of each local expert; after `wait_for_ticket`."""
+        first = RECORD_WORDS + 1
+        most = (HOST_WORDS_BEFORE_EXPERTS - 1) // 2
+        experts = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS
+        words = self.words
+        return (
+            words[first : first + num_ranks].tolist(),
+            words[first + most : first + most + num_ranks].tolist(),
+            words[experts : experts + num_local].tolist(),
+        )
+
+
+class Ledger:
+    """The last calls, so that a record, which knows a number, can be put into words."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._calls: deque[tuple[int, Signature]] = deque(maxlen=_REMEMBERED_CALLS)
+
+    def note(self, number: int, signature: Signature) -> None:
+        """Remember a call."""
+        self._calls.append((number, signature))
+
+    def explain(self, record: list[int]) -> TokenferryError:
+        """The exception that a record stands for."""
+        code, number, peer, word, seen, expected, blamed, waited_ms = record
+        found = next((one for one in reversed(self._calls) if one[0] == number), None)
+        call = Call(number, found[1].phase if found else "a call")
+        fields = found[1].fields if found else ()
+        if code == Fault.mismatch:
+            return self._mismatch(call, fields, (peer, word, seen, expected))
+        if code == Fault.peer_gave_up and word == Fault.mismatch:
+            return MismatchError(
+                f"{call.phase} #{call.number}: rank {peer} and rank {blamed} made different calls, as rank {peer} told "
+                f"rank {self._rank}; call the same on all ranks, in the same order"
+            )
+        if code == Fault.bad_routing:
+            index = seen - (1 << 32) if seen >= 1 << 31 else seen
+            return RoutingError(
+                f"{call.phase}: topk_idx[{word}, {peer}] is {index}, expected an expert in [0, {expected}), or -1 for "
+                f"an unused slot; the group has num_experts={expected} (found on the device, call #{call.number})"
+            )
+        if code == Fault.overflow:
+            per_expert = " per expert" if dict(fields).get("layout") == 2 else ""
+            return CapacityError(
+                f"{call.phase}: delivery.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
+                "raise it, or leave it out for the worst case"
+            )
+        return self._lost(call, code, peer, seen, expected, blamed, waited_ms)
+
+    def _lost(
+        self, call: Call, code: int, peer: int, seen: int, expected: int, blamed: int, waited_ms: int
+    ) -> PeerTimeout:
+        words = {
+            Fault.late_card: f"its card did not come: epoch {seen} seen, {expected} expected.",
+            Fault.late_rows: f"it did not say that its rows are complete: epoch {seen} seen, {expected} expected.",
+        }
+        if code == Fault.peer_gave_up and blamed != self._rank:
+            why = f"rank {peer} gave it up (epoch {seen} seen here, {expected} expected)."
+            peer = blamed
+        elif code == Fault.peer_gave_up:
+            why = f"it gave up waiting for this rank (epoch {seen} seen here, {expected} expected)."
+        else:
+            why = words[Fault(code)]
+        return peer_timeout(call, self._rank, [peer], why[:-1], waited_ms / 1000, "")
+
+    def _mismatch(
+        self, call: Call, fields: tuple[tuple[str, int], ...], what: tuple[int, int, int, int]
+    ) -> MismatchError:
+        rank, (peer, word, seen, expected) = self._rank, what
+        if word == ROWS_WORD:
+            return MismatchError(
+                f"{call.phase} #{call.number}: rank {peer} has {seen} rows for rank {rank}, whose plan says {expected};"
+                " use plans of the same dispatch on all ranks"
+            )
+        start = f"{call.phase} #{call.number}: rank {rank} and rank {peer} made different calls"
+        if word == 0 or word >= len(fields):
+            theirs = KINDS[seen] if 0 < seen < len(KINDS) else f"kind {seen}"
+            return MismatchError(f"{start}: rank {peer} called {theirs}; call the same on all ranks, in the same order")
+        name = fields[word][0]
+        mine, other = (dtype_name(value) if name == "dtype" else str(value) for value in (expected, seen))
+        return MismatchError(
+            f"{start}: {name} is {mine} on rank {rank} and {other} on rank {peer}; it has to be the same on all ranks"
+        )

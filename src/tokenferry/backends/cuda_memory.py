@@ -1,0 +1,123 @@
+"""Where rows of the CUDA backend lie: blocks of the heap, tensors over them, and what is copied into or out of them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends import cuda_launch
+from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.errors import CapacityError
+from tokenferry.memory.heap import Block, HeapFull
+from tokenferry.memory.tensor import tensor_at
+from tokenferry.words import Layout, Plan
+
+_log = logging.getLogger("tokenferry")
+_SECTION = 128
+"""Sections of a block begin at multiples of this."""
+
+
+class Shelf:
+    """Blocks of one rank's heap for rows that peers write or read."""
+
+    def __init__(self, station: Station) -> None:
+        self._station = station
+        self._heap = station.heap
+        self._base = station.window.base
+        self._end = station.window.base + station.window.num_bytes
+        self._told = False
+
+    def block(self, call: str, num_bytes: int, stream: int, capture: int | None = None) -> Block:
+        """A block of the heap; ``capture``: see `Heap.block`.
+
+        Raises:
+            CapacityError: the heap has no room; gives the numbers and the setting.
+        """
+        try:
+            return self._heap.block(num_bytes or 1, stream, capture)
+        except HeapFull as full:
+            raise CapacityError(f"{call}: {full}") from None
+
+    def has_room_twice(self, num_bytes: int) -> bool:
+        """Whether two blocks of this size are likely to be had."""
+        return self._heap.has_room(2 * num_bytes)
+
+    def landing(self, here: Here, num_bytes: int) -> tuple[Block, bool]:
+        """A block for rows to land in, and whether they have to leave it at once.
+
+        The last room of the heap is for landing only: a result that stayed there would let nobody else land.
+        """
+        heap, phase = self._heap, here.signature.phase
+        block = self.block(phase, num_bytes, here.stream, None if here.capturing else 0)
+        staged = not here.capturing and not heap.has_room(num_bytes)
+        if staged and not self._told:
+            self._told = True
+            _log.warning(
+                "%s: the heap (%.0f MiB, %.0f MiB free) has no room for another result of %.1f MiB: from now on "
+                "results are copied out of it where that is so; set TOKENFERRY_HEAP_MB higher, or let go of earlier "
+                "results",
+                phase,
+                heap.num_bytes / 2**20,
+                heap.free_bytes / 2**20,
+                num_bytes / 2**20,
+            )
+        return block, staged
+
+    def rows(self, call: str, shape: tuple[int, int], dtype: torch.dtype, stream: int) -> tuple[Block, Tensor]:
+        """Undefined rows in a block of the heap."""
+        block = self.block(call, shape[0] * shape[1] * dtype.itemsize, stream)
+        return block, self.tensor(block, 0, shape, dtype)
+
+    def tensor(self, block: Block, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A part of a block as a tensor, which keeps the block alive."""
+        return tensor_at(block.address + start, shape, dtype, self._station.device, block)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether peers can reach a tensor where it lies."""
+        pointer = tensor.data_ptr()
+        end = pointer + tensor.numel() * tensor.element_size()
+        return self._base <= pointer and end <= self._end and pointer % 16 == 0
+
+    def reachable(self, here: Here, tensor: Tensor) -> tuple[int, Block | None]:
+        """Where peers find a tensor: its offset in the window; it is copied into a block if it lies elsewhere."""
+        if self.holds(tensor):
+            return tensor.data_ptr() - self._base, None
+        block = self.block(
+            here.signature.phase, tensor.numel() * tensor.element_size(), here.stream, None if here.capturing else 0
+        )
+        if tensor.numel():
+            self.tensor(block, 0, tuple(tensor.shape), tensor.dtype).copy_(tensor)
+        return block.offset, block
+
+    def share(self, here: Here, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None, Tensor | None]:
+        """The same for a plan's rows, of which only those that peers ask for are copied.
+
+        Returns:
+            tuple: the offset, the block if there is one, and what holds this rank's own rows, if not the block.
+        """
+        layout = plan.delivery.layout
+        if layout is Layout.EXPERTS or self.holds(y):
+            return *self.reachable(here, y), None
+        block = self.block(
+            here.signature.phase, y.numel() * y.element_size(), here.stream, None if here.capturing else 0
+        )
+        y = aligned(y)
+        if y.numel():
+            cuda_launch.stage(self._station, here, y, block.address, (plan.src_counts, plan.expert_counts), num_sms)
+        return block.offset, block, y if layout is Layout.ROWS else None
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that begins at a multiple of 16 bytes."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def ends(*sizes: int) -> list[int]:
+    """Where sections of these sizes end, each at a multiple of 128."""
+    found, end = [], 0
+    for size in sizes:
+        end += -(-size // _SECTION) * _SECTION
+        found.append(end)
+    return found

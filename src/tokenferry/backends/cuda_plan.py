@@ -1,0 +1,137 @@
+"""The first half of a dispatch on CUDA: what is to be counted and placed, and what the host learns of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends import cuda_launch
+from tokenferry.backends.cuda_launch import EXPERTS, MASKED, ROWS, Tables
+from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.errors import CapacityError
+from tokenferry.kernels.count.spec import num_units
+from tokenferry.kernels.place.spec import num_columns
+from tokenferry.layout import Room, room
+from tokenferry.words import Delivery, Layout, MoeShape
+
+CODES = {Layout.ROWS: ROWS, Layout.EXPERTS: EXPERTS, Layout.MASKED: MASKED}
+_NO_LIMIT = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """What follows from the sizes and options of a dispatch alone; made once for each.
+
+    Attributes:
+        shape: Of the group's view.
+        delivery: Of the call.
+        layout: ROWS, EXPERTS or MASKED.
+        num_local: L.
+        space: How many rows there is room for.
+        count_sizes: For `cuda_launch.count`.
+        most_delivered: Rows of ``Dispatched.x`` that the given room holds.
+        masked_capacity: MASKED: rows of an expert; else 0.
+    """
+
+    shape: MoeShape
+    delivery: Delivery
+    layout: int
+    num_local: int
+    space: Room
+    count_sizes: tuple[int, ...]
+    most_delivered: int
+    masked_capacity: int
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether rows lie by expert."""
+        return self.layout != ROWS
+
+
+def geometry(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Geometry:
+    """Work out a geometry."""
+    layout, space, num_local = CODES[delivery.layout], room(shape, delivery, num_ranks), shape.num_experts // num_ranks
+    capacity = space.given if layout == MASKED else 0
+    limit = space.given if space.tight else _NO_LIMIT
+    return Geometry(
+        shape=shape,
+        delivery=delivery,
+        layout=layout,
+        num_local=num_local,
+        space=space,
+        count_sizes=(shape.num_experts, layout, delivery.alignment, capacity, limit),
+        most_delivered=space.given * (num_local if layout == MASKED else 1),
+        masked_capacity=capacity,
+    )
+
+
+@dataclass(slots=True)
+class Counts:
+    """How many rows there are, or for how many there is room where nobody has asked the device.
+
+    Attributes:
+        received: N.
+        delivered: Rows of ``Dispatched.x``.
+        sent: Rows that this rank sends.
+        host: Rows of each local expert, or None.
+    """
+
+    received: int
+    delivered: int
+    sent: int
+    host: tuple[int, ...] | None
+
+
+def start(station: Station, here: Here, topk_idx: Tensor, found: Geometry, src_expert: Tensor | None) -> Tables:
+    """Launch `count` and `place`; returns what they fill."""
+    R, E, device = station.num_ranks, found.shape.num_experts, station.device
+    num_tokens, top_k = topk_idx.shape
+    by_expert = found.by_expert
+    words = max(num_units(num_tokens), 1) * (E + R)
+    table = torch.empty(words + 2 * R + E, dtype=torch.int32, device=device)
+    offsets = torch.empty(found.num_local + 1, dtype=torch.int32, device=device) if found.layout == EXPERTS else None
+    columns = num_columns(R, top_k, by_expert=by_expert)
+    tables = Tables(
+        table=table,
+        bases=table.data_ptr() + 4 * words,
+        dst_counts=torch.empty(R, dtype=torch.int64, device=device),
+        src_counts=torch.empty(R, dtype=torch.int64, device=device),
+        expert_counts=torch.empty(found.num_local, dtype=torch.int32, device=device),
+        expert_offsets=offsets,
+        places=torch.empty(num_tokens, columns, dtype=torch.int32, device=device),
+        dst_token=torch.empty(num_tokens * min(top_k, R), dtype=torch.int64, device=device),
+        src_expert=src_expert,
+    )
+    cuda_launch.count(station, here, topk_idx, tables, found.count_sizes)
+    cuda_launch.place(station, here, topk_idx, tables, E, by_expert)
+    return tables
+
+
+def at_most(found: Geometry, num_tokens: int) -> Counts:
+    """What there is room for."""
+    return Counts(found.space.received, found.most_delivered, num_tokens * found.space.sent, None)
+
+
+def wait(station: Station, here: Here, found: Geometry) -> Counts:
+    """Wait for the counts.
+
+    Raises:
+        CapacityError: rows do not fit into a tight capacity; on every rank.
+        RoutingError, MismatchError, PeerTimeout: as `ExpertGroup.dispatch`.
+    """
+    try:
+        station.wait_for_counts(here)
+    except CapacityError as error:
+        raise CapacityError(f"{error} of {found.space.worst}") from None
+    received, sent, experts = station.pinned.counts(station.num_ranks, found.num_local)
+    num_received = sum(received)
+    if found.layout == ROWS:
+        delivered = num_received
+    elif found.layout == EXPERTS:
+        unit = found.delivery.alignment
+        delivered = sum(experts) if unit == 1 else sum(-(-rows // unit) * unit for rows in experts)
+    else:
+        delivered = found.most_delivered
+    return Counts(num_received, delivered, sum(sent), tuple(experts))

@@ -1,0 +1,111 @@
+"""How a CUDA backend comes to be: whether it can, how large its windows are, and the meeting of the ranks."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tokenferry import tuning
+from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda import CudaBackend
+from tokenferry.backends.cuda_station import Station
+from tokenferry.errors import BackendUnavailable
+from tokenferry.jit.kernel import Jit
+from tokenferry.kernels.board import BOARD_BYTES, MAX_EXPERTS, MAX_RANKS, MAX_TOP_K
+from tokenferry.memory.reach import agree, obstacle
+from tokenferry.memory.window import Window, share
+from tokenferry.wires.cards import Table
+from tokenferry.wires.rendezvous import compare_terms
+from tokenferry.words import MoeShape
+
+
+def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
+    """Why these ranks cannot run the CUDA backend, the same on all ranks; empty if they can. Collective.
+
+    Raises:
+        PeerTimeout: a rank did not come.
+    """
+    rank, num_ranks = _place(group)
+    table = _table(group, resolved, _device())
+    reason = obstacle(table, rank, _device()) or _unfit(resolved, num_ranks)
+    if not reason:
+        try:
+            Jit(torch.cuda.current_device(), None).close()
+        except BackendUnavailable as error:
+            reason = f"rank {rank}: {error}"
+    return agree(table, reason) if table else reason
+
+
+def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> CudaBackend:
+    """Share windows with the other ranks, and load the kernels; collective.
+
+    Raises:
+        BackendUnavailable: a rank cannot; says which and why, on all ranks.
+        ConfigError: ranks brought different sizes.
+        PeerTimeout: a rank did not come.
+    """
+    why_not = why_not_cuda(group, resolved)
+    if why_not:
+        raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}; use backend='cpu' or 'auto'")
+    rank, num_ranks = _place(group)
+    device = _device()
+    assert device is not None
+    table = _table(group, resolved, device)
+    num_bytes = BOARD_BYTES + heap_bytes(resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory)
+    key = secrets.token_hex(4)
+    if table:
+        cards = table.exchange({"terms": {"shape": str(resolved.shape), "heap bytes": num_bytes}, "key": key})
+        compare_terms([card["terms"] for card in cards])
+        key = cards[0]["key"]
+    window = share(table, rank, num_ranks, device, num_bytes, BOARD_BYTES)
+    why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
+
+    def meet() -> None:
+        if table:
+            table.exchange({})
+
+    return assemble(window, resolved, key, (why, meet))
+
+
+def assemble(window: Window, resolved: Resolved, key: str, meeting: tuple[str, object]) -> CudaBackend:
+    """Make the backend of one rank over its window; local."""
+    why, meet = meeting
+    jit = Jit(window.device.index or 0, Path(resolved.cache_folder))
+    return CudaBackend(Station(window, jit, resolved.timeout_s), key, why, meet)  # type: ignore[arg-type]
+
+
+def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:
+    """Bytes for rows that peers write or read: what was asked for, or by the shape. Pure."""
+    if resolved.heap_bytes is not None:
+        return resolved.heap_bytes
+    return min(tuning.heap_bytes(resolved.shape, num_ranks), memory_bytes // 4)
+
+
+def _unfit(resolved: Resolved, num_ranks: int) -> str:
+    """Why a shape or an option is beyond this backend."""
+    shape: MoeShape = resolved.shape
+    if resolved.cpu_only:
+        return resolved.cpu_only
+    for name, value, most in (
+        ("ranks", num_ranks, MAX_RANKS),
+        ("num_experts", shape.num_experts, MAX_EXPERTS),
+        ("top_k", shape.top_k, MAX_TOP_K),
+    ):
+        if value > most:
+            return f"{name}={value}, and at most {most} are possible"
+    return ""
+
+
+def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def _device() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _table(group: dist.ProcessGroup | None, resolved: Resolved, device: torch.device | None) -> Table | None:
+    return None if group is None or group.size() == 1 else Table(group, resolved.timeout_s, device)

@@ -1,0 +1,227 @@
+"""What all calls of a CUDA group share: window, heap, kernels, the order of calls, and what broke the group."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokenferry.backends.cuda_faults import SIGNATURE_BYTES, Ledger, Pinned, Signature
+from tokenferry.errors import CapacityError, ClosedError, PeerTimeout, RoutingError
+from tokenferry.jit.driver import Device, check
+from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
+from tokenferry.kernels.all import SPECS
+from tokenferry.kernels.board import BOARD_BYTES, CARD_WORDS, FIRST_OFFSET
+from tokenferry.memory.streams import CudaStreams
+from tokenferry.memory.window import Window
+
+_MOST_PREPARED = 512
+_HARMLESS = (RoutingError, CapacityError)
+"""What does not put ranks out of step: the device found it before anything was sent, or all ranks found it together."""
+_CALL = struct.Struct("<II")
+"""``alive`` and ``call`` of params, which lie side by side."""
+
+
+@dataclass(slots=True)
+class Here:
+    """One call at work.
+
+    Attributes:
+        number: Of the call on its group.
+        stream: Where it runs.
+        capturing: Whether a CUDA graph captures it.
+        alive: A bit for each rank that takes part.
+        signature: What it announces.
+        wait_ns: Address of ``[R]`` int64 to which kernels add the nanoseconds waited for each rank, or 0.
+    """
+
+    number: int
+    stream: int
+    capturing: bool
+    alive: int
+    signature: Signature
+    wait_ns: int
+
+
+class Prepared:
+    """A kernel, and params in which all that follows from one geometry is filled in.
+
+    Attributes:
+        params: The struct.
+        view: Its bytes.
+        first: Where the fields behind the common ones begin.
+        offsets: Where the card's offsets begin.
+        block: Threads of a block.
+        smem_bytes: Dynamic shared memory of a block.
+    """
+
+    __slots__ = ("block", "call", "card", "first", "kernel", "offsets", "params", "smem_bytes", "view")
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.params: Any = kernel.new_params()
+        kind = type(self.params)
+        self.view = memoryview(self.params).cast("B")
+        self.call: int = kind.alive.offset
+        self.card: int = kind.card.offset
+        self.offsets = self.card + 4 * FIRST_OFFSET
+        self.first = self.card + 4 * CARD_WORDS
+        self.block = 32
+        self.smem_bytes = 0
+
+    def launch(self, grid: int, stream: int) -> None:
+        """Enqueue it."""
+        self.kernel.launch(self.params, grid, self.block, self.smem_bytes, stream)
+
+
+class Station:
+    """One rank's place in a CUDA group. One thread at a time.
+
+    Args:
+        window: Shared by all ranks; the board at its start is zero.
+        jit: Kernels of the device.
+        timeout_s: Seconds that each wait may take.
+    """
+
+    def __init__(self, window: Window, jit: Jit, timeout_s: float) -> None:
+        self.window = window
+        self.rank = window.rank
+        self.num_ranks = window.num_ranks
+        self.device = window.device
+        self.timeout_s = timeout_s
+        self.jit = jit
+        self.heap = window.heap(BOARD_BYTES)
+        self.pinned = Pinned()
+        self.ledger = Ledger(self.rank)
+        self.masked: set[int] = set()
+        self.broken: str | None = None
+        self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.prepared: dict[tuple[Any, ...], Prepared] = {}
+        self._driver = Device(self.device.index or 0)
+        self._streams = CudaStreams(self._driver)
+        self._everybody = (1 << self.num_ranks) - 1
+        self._number = 0
+        self._last: tuple[int, int] | None = None
+
+    # ------------------------------------------------------------------ one call
+
+    def begin(self, signature: Signature, *, tolerant: bool = False, wait_ns: int = 0) -> Here:
+        """Number a call, raise what earlier ones met, and put it behind them on the device.
+
+        Args:
+            signature: What has to be the same on all ranks.
+            tolerant: Whether ranks that are masked are left out.
+            wait_ns: See `Here`.
+
+        Raises:
+            ClosedError: the group was closed or is broken.
+            TokenferryError: what a kernel has found since.
+        """
+        if self.broken:
+            raise ClosedError(f"{signature.phase}: the group {self.broken}; make a new ExpertGroup")
+        if self.pinned.faulty:
+            self.raise_fault()
+        stream = self._streams.current()
+        capture = self._streams.capture(stream)
+        if self._last != (stream, capture):
+            self._follow(stream, capture)
+        number = self._number = self._number % 0xFFFFFFFF + 1
+        self.ledger.note(number, signature)
+        alive = self._everybody
+        if tolerant and self.masked:
+            alive &= ~sum(1 << rank for rank in self.masked)
+        return Here(number, stream, capture != 0, alive, signature, wait_ns)
+
+    def current_stream(self) -> int:
+        """The current stream of torch in this thread, as a raw handle."""
+        return self._streams.current()
+
+    def _follow(self, stream: int, capture: int) -> None:
+        """Make a stream wait for the call before, which was on another one.
+
+        A call in a CUDA graph and one outside are not ordered here: when a graph runs, its user says.
+        """
+        if self._last is not None and self._last[0] != stream and self._last[1] == capture:
+            self._streams.wait(stream, self._streams.record(self._last[0]), outside=False)
+        self._last = (stream, capture)
+
+    def raise_fault(self) -> None:
+        """Raise what the record says; does nothing if it says nothing.
+
+        Raises:
+            TokenferryError: what a kernel has found.
+        """
+        if not self.pinned.faulty:
+            return
+        error = self.ledger.explain(self.pinned.take_record())
+        if not isinstance(error, _HARMLESS):
+            self.break_off(error)
+        raise error
+
+    def break_off(self, error: BaseException) -> None:
+        """The group is at an end: its ranks may be out of step."""
+        self.broken = f"is broken by an earlier {type(error).__name__}: {error}"
+
+    def wait_for_counts(self, here: Here) -> None:
+        """Wait until the host words of a dispatch are here; other threads run meanwhile.
+
+        Raises:
+            TokenferryError: what a kernel has found.
+        """
+        # Twice: the kernel's own deadline, after which it says for whom it waited, starts when the stream comes to it.
+        waited_s = 2 * self.timeout_s
+        if not self.pinned.wait_for_ticket(here.number, waited_s):
+            phase = here.signature.phase
+            error = PeerTimeout(
+                f"{phase} #{here.number}: rank {self.rank} waited {waited_s:.1f} s for its own stream, which has "
+                "not come to this call; work that was queued before it does not end",
+                phase=phase,
+                call=here.number,
+                rank=self.rank,
+                peers=(self.rank,),
+                waited_s=waited_s,
+            )
+            self.break_off(error)
+            raise error
+        self.raise_fault()
+
+    def synchronize(self) -> None:
+        """Wait for all work of this rank's calls, and raise what they met."""
+        if self._last is not None and not self._last[1]:
+            check(self._driver.cuda.cuStreamSynchronize(self._last[0]), "waiting for the stream of the last call")
+        self.raise_fault()
+
+    def close(self, why: str) -> None:
+        """Unmap the peers; memory of results lives as long as they do. Local, idempotent."""
+        self.broken = why
+        self.window.close()
+
+    # ------------------------------------------------------------------ kernels
+
+    def prepare(self, key: tuple[Any, ...], spec: KernelSpec, **config: int) -> Prepared:
+        """Params for a new geometry, kept under ``key`` in ``prepared``, with all that never changes filled in."""
+        prepared = Prepared(self.jit.kernel(spec, **config))
+        params = prepared.params
+        for rank, base in enumerate(self.window.bases):
+            params.windows[rank] = base
+        params.record = self.pinned.record_address
+        params.timeout_ns = int(self.timeout_s * 1e9)
+        params.rank = self.rank
+        params.num_ranks = self.num_ranks
+        if len(self.prepared) >= _MOST_PREPARED:
+            self.prepared.clear()
+        self.prepared[key] = prepared
+        return prepared
+
+    def address(self, prepared: Prepared, here: Here) -> None:
+        """Fill in what belongs to the call: its number, who takes part, and the signature on the card."""
+        view, card = prepared.view, prepared.card
+        _CALL.pack_into(view, prepared.call, here.alive, here.number)
+        view[card : card + SIGNATURE_BYTES] = here.signature.card
+        prepared.params.wait_ns = here.wait_ns
+
+    def warmup(self) -> None:
+        """Compile and load every kernel."""
+        self.jit.warmup(SPECS)

@@ -1,0 +1,46 @@
+"""The host's half of device/board.cuh and device/meet.cuh: sizes, codes, and what the words of a card are called."""
+
+from __future__ import annotations
+
+import enum
+
+MAX_RANKS = 8
+MAX_EXPERTS = 4096
+MAX_TOP_K = 64
+BOARD_BYTES = 1 << 20
+"""A window begins with its board; the heap follows."""
+RECORD_WORDS = 8
+CARD_WORDS = 32
+SIGNATURE_WORDS = 15
+ROWS_WORD = 15
+FIRST_OFFSET = 16
+"""First word of a card that is not compared: offsets in the window, in units of `OFFSET_BYTES`."""
+OFFSET_BYTES = 16
+RANK_SHIFT = 28
+"""A place on another rank is ``rank << RANK_SHIFT | place`` in int32."""
+
+COMMON = (
+    ("windows", f"ptr[{MAX_RANKS}]"),
+    ("record", "ptr"),
+    ("wait_ns", "ptr"),
+    ("timeout_ns", "u64"),
+    ("rank", "u32"),
+    ("num_ranks", "u32"),
+    ("alive", "u32"),
+    ("call", "u32"),
+    ("card", f"u32[{CARD_WORDS}]"),
+)
+"""What every params struct begins with: windows of all ranks, the host's record, where to add
+nanoseconds waited for each rank (or 0), the deadline, this rank, R, a bit for each rank that takes part, the number
+of the call, this rank's card."""
+
+
+class Fault(enum.IntEnum):
+    """Codes in a record; device/board.cuh has their twins."""
+
+    late_card = 1
+    late_rows = 2
+    mismatch = 3
+    peer_gave_up = 4
+    bad_routing = 5
+    overflow = 6

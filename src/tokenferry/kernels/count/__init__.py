@@ -1,0 +1,1 @@
+"""The kernel `count`: see the head of kernel.cuh."""

@@ -1,0 +1,60 @@
+"""Host half of the kernel `count`; kernel.cuh says what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenferry.jit.kernel import KernelSpec
+from tokenferry.jit.params import Params
+from tokenferry.kernels.board import COMMON
+
+THREADS = 512
+UNIT_TOKENS = 128
+MOST_BLOCKS = 32
+"""Blocks of a grid: more would find no unit at the sizes of training."""
+HOST_WORDS_BEFORE_EXPERTS = 1 + 2 * 8
+"""``host``: the ticket, rows from each of 8 ranks, rows to each of 8 ranks, rows of each local expert."""
+
+PARAMS = Params(
+    "CountParams",
+    (
+        *COMMON,
+        ("topk_idx", "ptr"),
+        ("table", "ptr"),
+        ("bases", "ptr"),
+        ("dst_counts", "ptr"),
+        ("src_counts", "ptr"),
+        ("expert_counts", "ptr"),
+        ("expert_offsets", "ptr"),
+        ("src_expert", "ptr"),
+        ("host", "ptr"),
+        ("num_tokens", "u32"),
+        ("top_k", "u32"),
+        ("num_experts", "u32"),
+        ("layout", "u32"),
+        ("alignment", "u32"),
+        ("capacity", "u32"),
+        ("room", "u32"),
+    ),
+)
+
+SPEC = KernelSpec(
+    name="count",
+    source=Path(__file__).with_name("kernel.cuh"),
+    include=Path(__file__).parents[1],
+    params=PARAMS,
+    max_registers=80,
+    max_threads=THREADS,
+    static_smem=2048,
+    configs=({"wide": 0}, {"wide": 1}),
+)
+
+
+def num_units(num_tokens: int) -> int:
+    """Units that T tokens make."""
+    return -(-num_tokens // UNIT_TOKENS)
+
+
+def smem_bytes(num_experts: int, num_ranks: int) -> int:
+    """Dynamic shared memory: a mask of 128 bits per expert and rank."""
+    return (num_experts + num_ranks) * 16

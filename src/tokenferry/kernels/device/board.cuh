@@ -1,0 +1,47 @@
+// The board: the control words at the start of every window. Peers write what is theirs, the owner reads.
+//
+// Every word that peers wait for carries the epoch: nothing is ever cleared. The epoch counts kernels that meet; it lives
+// on the device, so that a replayed CUDA graph goes on counting.
+#pragma once
+#include "device/ptx.cuh"
+
+constexpr u32 kMaxRanks = 8;
+constexpr u32 kMaxExperts = 4096;
+constexpr u32 kCardWords = 32;
+
+// A card is what one rank tells another at the start of a kernel: the signature, which has to be the same on both sides,
+// then what the other has to know. Word n of the signature has its name in kernels/board.py.
+constexpr u32 kSignatureWords = 15;
+constexpr u32 kRowsWord = 15;   // rows that the sender of the card will move to (or has of) its reader
+constexpr u32 kFirstOffset = 16;  // from here on: offsets in the sender's window, in units of 16 bytes; or counts
+constexpr u32 kBlocksWord = 31;   // blocks of the sender's kernel: so many will say that they are done
+
+struct Board {
+    u64 card[2][kMaxRanks][kCardWords];   // [epoch parity][from][word]: epoch << 32 | value
+    u64 counts[2][kMaxRanks][kMaxExperts];  // [epoch parity][from][expert]: epoch << 32 | rows for that expert
+    u64 gave_up[kMaxRanks];               // [from]: 0, or code << 32 | the rank that it blames; never cleared
+    u32 done[kMaxRanks];                  // [from]: blocks of all its kernels whose work on this rank is complete
+    // From here on for this rank's own kernels.
+    u32 expected[kMaxRanks];              // [from]: what `done` was when the last kernel ended
+    u32 epoch;                            // of the last kernel that met and ended
+    u32 arrived;                          // blocks of a running `count` that have ended
+    u32 failed;                           // not 0: the group is broken, kernels return at once
+    u32 bad_slot;                         // complement of the least token * K + slot that holds a bad expert; 0: none
+    u32 claimed;                          // units that warps of the running kernel have taken beyond their first ones
+    u32 unused[3];
+    u8 rest[(1 << 20) - (2 * kMaxRanks * (kCardWords + kMaxExperts) + kMaxRanks) * 8 - (2 * kMaxRanks + 8) * 4];
+};
+static_assert(sizeof(Board) == 1 << 20, "kernels/board.py says how large a board is");
+
+// What a kernel found wrong, in pinned host memory; `code` is written last.
+struct Record {
+    u32 code, call, peer, word, seen, expected, blamed, waited_ms;
+};
+
+// codes; kernels/board.py has their twins
+constexpr u32 kLateCard = 1;    // peer's card did not come: seen and expected are epochs
+constexpr u32 kLateRows = 2;    // peer did not say that its rows are complete
+constexpr u32 kMismatch = 3;    // word of the card differs
+constexpr u32 kPeerGaveUp = 4;  // peer gave up, because of rank `blamed`
+constexpr u32 kBadRouting = 5;  // word: token, peer: slot, seen: the index
+constexpr u32 kOverflow = 6;    // peer: the rank with most rows, seen: how many, expected: the room

@@ -1,0 +1,1 @@
+"""What the links and the memory do, with nothing in the way."""

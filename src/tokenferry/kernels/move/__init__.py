@@ -1,0 +1,1 @@
+"""The kernel `move`: see the head of kernel.cuh."""

@@ -1,0 +1,1 @@
+"""The kernel `place`: see the head of kernel.cuh."""

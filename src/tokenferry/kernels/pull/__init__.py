@@ -1,0 +1,1 @@
+"""The kernel `pull`: see the head of kernel.cuh."""

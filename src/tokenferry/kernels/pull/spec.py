@@ -1,0 +1,71 @@
+"""Host half of the kernel `pull`; kernel.cuh says what it does."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+
+import torch
+
+from tokenferry.jit.kernel import KernelSpec
+from tokenferry.jit.params import Params
+from tokenferry.kernels.board import COMMON
+
+MAX_WARPS = 12
+GROUP_ROWS = 4
+STAGES = 2
+PIECE_BYTES = 2048
+SMEM_BYTES = MAX_WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+
+
+class Mode(enum.IntEnum):
+    """In which order, and with what weight, rows are added up."""
+
+    rows = 0
+    grouped = 1
+    weighted = 2
+
+
+PARAMS = Params(
+    "PullParams",
+    (
+        *COMMON,
+        ("table", "ptr"),
+        ("places", "ptr"),
+        ("local", "ptr"),
+        ("out", "ptr"),
+        ("bias0", "ptr"),
+        ("bias1", "ptr"),
+        ("weights", "ptr"),
+        ("weights_out", "ptr"),
+        ("rows_out", "ptr"),
+        ("rows_in", "ptr"),
+        ("source", "ptr"),
+        ("num_tokens", "u32"),
+        ("row_bytes", "u32"),
+        ("pieces", "u32"),
+        ("width", "u32"),
+        ("table_stride", "u32"),
+        ("places_stride", "u32"),
+        ("top_k", "u32"),
+        ("by_rank", "u32"),
+        ("weight_by_place", "u32"),
+    ),
+)
+
+SPEC = KernelSpec(
+    name="pull",
+    source=Path(__file__).with_name("kernel.cuh"),
+    include=Path(__file__).parents[1],
+    params=PARAMS,
+    max_registers=128,
+    max_threads=MAX_WARPS * 32,
+    static_smem=3072,
+    configs=tuple(
+        {"type": kind, "mode": int(mode)}
+        for dtype, kind in TYPES.items()
+        for mode in Mode
+        if not (dtype is torch.float64 and mode is Mode.weighted)
+    ),
+)

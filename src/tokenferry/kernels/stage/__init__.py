@@ -1,0 +1,1 @@
+"""The kernel `stage`: see the head of kernel.cuh."""

@@ -1,0 +1,1 @@
+"""The kernel `unpack`: see the head of kernel.cuh."""

@@ -1,0 +1,178 @@
+"""How many SMs a call takes, and why: from the sizes of a group and its machine to numbers, without looking at either.
+
+The figures come from measurements on H200 GPUs behind NVSwitch; `tokenferry limits` measures them on another machine.
+Everything here is pure; `tokenferry explain` prints it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from tokenferry.errors import ConfigError
+from tokenferry.words import MoeShape
+
+LINK_GBPS = 340.0
+"""What bulk stores of whole rows reach at best: 10^9 bytes a second that leave a GPU, every GPU to all its peers."""
+
+STORE_GBPS = ((4, 172.0), (8, 317.0), (16, 310.0), (24, 322.0), (48, 330.0), (64, 335.0), (132, 340.0))
+"""The same by the number of SMs that store, 8 GPUs."""
+
+LOAD_GBPS = ((4, 196.0), (8, 314.0), (12, 320.0), (24, 320.0), (48, 290.0), (64, 289.0), (132, 316.0))
+"""Bulk loads from peers by the number of SMs that load, 8 GPUs."""
+
+DISPATCH_US = ((8, 290), (12, 250), (16, 250), (20, 252), (24, 254))
+"""Microseconds of a dispatch along a kept plan by SMs: FP8, T=4096, H=7168, K=8, E=256, 4 H200."""
+
+COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
+"""The same of a combine of bfloat16 rows in the heap."""
+
+DISPATCH_SMS = 16
+COMBINE_SMS = 16
+
+_ROWS_AT_ONCE = 8  # rows that the warps of one SM move at the same time
+_PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum at the same time
+_PIECE_BYTES = 2048
+_LEAST_HEAP = 64 << 20
+_MOST_MASKED = 4 << 30
+"""Shapes whose masked layout needs more than this are not shapes for decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """What there is.
+
+    Args:
+        num_ranks: R.
+        num_sms: SMs of each rank's device.
+
+    Raises:
+        ConfigError: a number is not positive.
+    """
+
+    num_ranks: int
+    num_sms: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "num_sms"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"Topology: {name}: expected a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What was chosen.
+
+    Attributes:
+        dispatch_sms: SMs of `dispatch` and `redispatch` unless the call says.
+        combine_sms: SMs of `combine` unless the call says.
+        reasons: Why, a sentence each.
+    """
+
+    dispatch_sms: int
+    combine_sms: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """What one call of T tokens moves on average if every choice of K distinct experts is equally likely.
+
+    Attributes:
+        ranks_per_token: Distinct ranks that hold a chosen expert, the own rank included.
+        remote_per_token: The same without the own rank: copies of the row that leave the GPU.
+        rows_received: N.
+        bytes_out: Bytes that leave a GPU: rows to other ranks.
+    """
+
+    ranks_per_token: float
+    remote_per_token: float
+    rows_received: float
+    bytes_out: float
+
+
+def tune(shape: MoeShape, topology: Topology) -> Tuning:
+    """Choose the SMs of each call. Pure.
+
+    Sizes of calls differ; the choice is for calls of M tokens, bfloat16 rows.
+    """
+    dispatch, why_dispatch = _dispatch_sms(shape, topology)
+    combine, why_combine = _combine_sms(shape, topology)
+    return Tuning(dispatch, combine, (why_dispatch, why_combine))
+
+
+def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> Travel:
+    """Return what a call of ``num_tokens`` rows of ``row_bytes`` moves, for routings drawn uniformly. Pure."""
+    per_rank = shape.num_experts // num_ranks
+    miss = 1.0  # probability that none of K distinct experts lies on one given rank
+    for k in range(min(shape.top_k, shape.num_experts)):
+        miss *= max(0, shape.num_experts - per_rank - k) / (shape.num_experts - k)
+    ranks = num_ranks * (1 - miss)
+    remote = (num_ranks - 1) * (1 - miss)
+    return Travel(ranks, remote, num_tokens * ranks, num_tokens * remote * row_bytes)
+
+
+def gbps(curve: tuple[tuple[int, float], ...], num_sms: int) -> float:
+    """Read a measured curve at a number of SMs: linear between its points, proportional below the first. Pure."""
+    first_sms, first_rate = curve[0]
+    if num_sms <= first_sms:
+        return first_rate * num_sms / first_sms
+    for (low, low_rate), (high, high_rate) in itertools.pairwise(curve):
+        if num_sms <= high:
+            return low_rate + (high_rate - low_rate) * (num_sms - low) / (high - low)
+    return curve[-1][1]
+
+
+def _dispatch_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
+    needed = -(-shape.max_tokens // _ROWS_AT_ONCE)
+    if needed < DISPATCH_SMS:
+        chosen = min(needed, topology.num_sms)
+        return chosen, (
+            f"dispatch: {chosen} SMs: an SM moves {_ROWS_AT_ONCE} rows at a time, so more find no row to move at "
+            f"M={shape.max_tokens} (at 128 rows the time was the same with 16 to 132)"
+        )
+    chosen = min(DISPATCH_SMS, topology.num_sms)
+    if chosen < DISPATCH_SMS:
+        return chosen, f"dispatch: {chosen} SMs: all that the device has; {DISPATCH_SMS} would be taken of a larger one"
+    if topology.num_ranks == 1:
+        return chosen, f"dispatch: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+    best, least = min(us for _, us in DISPATCH_US), DISPATCH_US[0]
+    return chosen, (
+        f"dispatch: {chosen} SMs: FP8 rows of T=4096 took {best} us with 12 to 24 SMs, within 2 %, and {least[1]} us "
+        f"with {least[0]} (4 H200); more disturb one another, and {topology.num_sms - chosen} SMs are left to others"
+    )
+
+
+def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
+    pieces = -(-2 * shape.hidden // _PIECE_BYTES)
+    needed = -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)
+    if needed < COMBINE_SMS:
+        chosen = min(needed, topology.num_sms)
+        return chosen, (
+            f"combine: {chosen} SMs: an SM sums {_PIECES_AT_ONCE} pieces of {_PIECE_BYTES} bytes at a time, so more "
+            f"find nothing to sum at M={shape.max_tokens}"
+        )
+    chosen = min(COMBINE_SMS, topology.num_sms)
+    if chosen < COMBINE_SMS:
+        return chosen, f"combine: {chosen} SMs: all that the device has; {COMBINE_SMS} would be taken of a larger one"
+    if topology.num_ranks == 1:
+        return chosen, f"combine: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+    best, fewer = min(us for _, us in COMBINE_US), COMBINE_US[1]
+    return chosen, (
+        f"combine: {chosen} SMs: bfloat16 rows of T=4096 took {best} us with 16 to 24 SMs and {fewer[1]} us with "
+        f"{fewer[0]} (4 H200); bulk loads from peers are slower with many ({gbps(LOAD_GBPS, 48):.0f} GB/s with 48)"
+    )
+
+
+def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
+    """GPU memory for rows that peers write or read, unless TOKENFERRY_HEAP_MB says. Pure.
+
+    Room for five deliveries of bfloat16 rows in the worst case: what was received and the answers to it, both once more
+    while the next ones come, and a last one that is for landing only; for small M also for two masked ones, which
+    decode calls make.
+    """
+    rows = num_ranks * shape.max_tokens
+    row_bytes = 2 * shape.hidden + 24 * shape.top_k + 8  # data; weights, ids and places; source token
+    masked = 2 * (shape.num_experts // num_ranks) * rows * (2 * shape.hidden + 4)
+    return max(_LEAST_HEAP, 5 * rows * row_bytes, masked if masked <= _MOST_MASKED else 0)

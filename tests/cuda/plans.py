@@ -1,0 +1,275 @@
+"""Where every row goes, by plain loops over all ranks' choices: in the words of the kernels' heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from virtual import Ranks
+
+from tokenferry.kernels.board import RANK_SHIFT
+from tokenferry.kernels.count import spec as count_spec
+from tokenferry.kernels.place import spec as place_spec
+from tokenferry.testing.oracle import Oracle
+
+LAYOUTS = ("rows", "experts", "masked")
+NO_LIMIT = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows lie: layout, alignment (experts), capacity of an expert (masked), and the room of a rank."""
+
+    layout: str
+    alignment: int = 1
+    capacity: int = 0
+    room: int = NO_LIMIT
+
+    @property
+    def by_expert(self) -> bool:
+        return self.layout != "rows"
+
+
+class Expected:
+    """The plan of all ranks.
+
+    Args:
+        choices: Of each rank, of each token, the experts; -1: none.
+        num_experts: E.
+        form: How rows lie.
+    """
+
+    def __init__(self, choices: Sequence[list[list[int]]], num_experts: int, form: Form) -> None:
+        self.choices, self.num_experts, self.form = choices, num_experts, form
+        self.num_ranks = R = len(choices)
+        self.num_local = L = num_experts // R
+        self.top_k = max((len(tokens[0]) for tokens in choices if tokens), default=1)
+        self.sent: list[list[list[int]]] = [[[] for _ in range(R)] for _ in range(R)]  # [from][to] tokens
+        self.wanted: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in range(R)]  # [from][e] tokens
+        for src, tokens in enumerate(choices):
+            for token, experts in enumerate(tokens):
+                distinct = {e for e in experts if e >= 0}
+                for e in distinct:
+                    self.wanted[src][e].append(token)
+                for rank in {e // L for e in distinct}:
+                    self.sent[src][rank].append(token)
+        self.starts, self.ends = self._lay_out()
+        self.places: dict[tuple[int, int, int], int] = {}
+        for e, start in enumerate(self.starts):
+            for src in range(R):
+                for token in self.wanted[src][e]:
+                    self.places[src, token, e] = start
+                    start += 1
+        self.rows: dict[tuple[int, int, int], int] = {}
+        for rank in range(R):
+            order = [(src, token) for src in range(R) for token in self.sent[src][rank]]
+            self.rows.update({(*one, rank): row for row, one in enumerate(order)})
+
+    def _lay_out(self) -> tuple[list[int], list[int]]:
+        """First place of each expert in its rank's layout, and the rows that each rank needs."""
+        starts, ends = [], []
+        for rank in range(self.num_ranks):
+            end = 0
+            for i, count in enumerate(self.expert_counts(rank)):
+                starts.append(i * self.form.capacity if self.form.layout == "masked" else end)
+                end += -(-count // self.form.alignment) * self.form.alignment
+            needs = {"rows": sum(self.src_counts(rank)), "experts": end, "masked": max(self.expert_counts(rank))}
+            ends.append(needs[self.form.layout])
+        return starts, ends
+
+    # ------------------------------------------------------------------ counts
+
+    def dst_counts(self, rank: int) -> list[int]:
+        return [len(tokens) for tokens in self.sent[rank]]
+
+    def src_counts(self, rank: int) -> list[int]:
+        return [len(self.sent[src][rank]) for src in range(self.num_ranks)]
+
+    def src_expert(self, rank: int) -> list[list[int]]:
+        first = rank * self.num_local
+        return [[len(self.wanted[src][first + i]) for i in range(self.num_local)] for src in range(self.num_ranks)]
+
+    def expert_counts(self, rank: int) -> list[int]:
+        first = rank * self.num_local
+        return [sum(len(wanted[first + i]) for wanted in self.wanted) for i in range(self.num_local)]
+
+    def num_received(self, rank: int) -> int:
+        return sum(self.src_counts(rank))
+
+    def num_delivered(self, rank: int) -> int:
+        return self.num_local * self.form.capacity if self.form.layout == "masked" else self.ends[rank]
+
+    # ------------------------------------------------------------------ places
+
+    def place(self, src: int, token: int, expert: int) -> int:
+        """Where on the rank of an expert the row for it lies."""
+        if self.form.by_expert:
+            return self.places[src, token, expert]
+        return self.rows[src, token, expert // self.num_local]
+
+    def first_place(self, src: int, token: int, rank: int) -> int:
+        """Where a row lands: rows: its place; else the place at its first expert there."""
+        experts = [e for e in self.choices[src][token] if e >= 0 and e // self.num_local == rank]
+        return self.place(src, token, min(experts)) if experts else -1
+
+    def table(self, src: int) -> Tensor:
+        """``places`` of a rank: columns send and slot, and by expert row and pull."""
+        K, lines = self.top_k, []
+        for token, experts in enumerate(self.choices[src]):
+            line = [self.first_place(src, token, rank) for rank in range(self.num_ranks)]
+            slots = [-1 if e < 0 else self._slot(src, token, e) for e in experts]
+            line += slots
+            if self.form.by_expert:
+                line += [self.rows.get((src, token, rank), -1) for rank in range(self.num_ranks)]
+                pull = sorted({slot for slot in slots if slot >= 0})
+                line += pull + [-1] * (K - len(pull))
+            lines.append(line)
+        columns = place_spec.num_columns(self.num_ranks, K, by_expert=self.form.by_expert)
+        return torch.tensor(lines, dtype=torch.int32).reshape(len(lines), columns)
+
+    def _slot(self, src: int, token: int, expert: int) -> int:
+        rank, local = divmod(expert, self.num_local)
+        return rank << RANK_SHIFT | (self.place(src, token, expert) if self.form.by_expert else local)
+
+    # ------------------------------------------------------------------ what a rank learns of what it received
+
+    def received(self, rank: int) -> list[tuple[int, int]]:
+        """(source, token) of each received row."""
+        return [(src, token) for src in range(self.num_ranks) for token in self.sent[src][rank]]
+
+    def ids(self, rank: int, dtype: torch.dtype) -> Tensor:
+        """``[N, K]`` local experts."""
+        lines = [
+            [e % self.num_local if e >= 0 and e // self.num_local == rank else -1 for e in self.choices[src][token]]
+            for src, token in self.received(rank)
+        ]
+        return torch.tensor(lines, dtype=dtype).reshape(len(lines), self.top_k)
+
+    def row_idx(self, rank: int) -> Tensor:
+        """``[N, K]`` places of each received row."""
+        lines = [
+            [
+                self.place(src, token, e) if e >= 0 and e // self.num_local == rank else -1
+                for e in self.choices[src][token]
+            ]
+            for src, token in self.received(rank)
+        ]
+        return torch.tensor(lines, dtype=torch.int64).reshape(len(lines), self.top_k)
+
+    def check_against(self, oracle: Oracle) -> None:
+        """This class and the oracle of the contract are two readings of the same words."""
+        for rank in range(self.num_ranks):
+            assert self.received(rank) == oracle.received(rank)
+            assert self.expert_counts(rank) == oracle.expert_counts(rank)
+            assert self.num_delivered(rank) == oracle.num_delivered(rank)
+            assert self.ids(rank, oracle.sent[rank].topk_idx.dtype).equal(oracle.topk_idx(rank))
+            if self.form.by_expert:
+                assert self.row_idx(rank).equal(oracle.row_idx(rank))
+            else:
+                assert [self.rows[(*one, rank)] for one in self.received(rank)] == [r.place for r in oracle.rows(rank)]
+
+
+# ---------------------------------------------------------------------- the two kernels
+
+
+class Tables:
+    """What `count` and `place` fill for one rank, poisoned before."""
+
+    def __init__(self, ranks: Ranks, num_tokens: int, top_k: int, num_experts: int, form: Form) -> None:
+        R, E = ranks.num_ranks, num_experts
+        units = max(count_spec.num_units(num_tokens), 1)
+        columns = place_spec.num_columns(R, top_k, by_expert=form.by_expert)
+        self.table = ranks.poisoned(units, E + R, dtype=torch.int32)
+        self.bases = ranks.poisoned(2 * R + E, dtype=torch.int32)
+        self.dst_counts = ranks.poisoned(R, dtype=torch.int64)
+        self.src_counts = ranks.poisoned(R, dtype=torch.int64)
+        self.expert_counts = ranks.poisoned(E // R, dtype=torch.int32)
+        self.expert_offsets = ranks.poisoned(E // R + 1, dtype=torch.int32)
+        self.src_expert = ranks.poisoned(R, E // R, dtype=torch.int32)
+        self.places = ranks.poisoned(num_tokens, columns, dtype=torch.int32)
+        self.dst_token = ranks.poisoned(num_tokens * min(top_k, R), dtype=torch.int64)
+        words = count_spec.HOST_WORDS_BEFORE_EXPERTS + E // R
+        self.host = torch.full((words,), -1, dtype=torch.int32).pin_memory()
+
+
+class Planner:
+    """One dispatch's plan on all ranks.
+
+    Args:
+        ranks: Who plans.
+        topk_idx: ``[T, K]`` of each rank, on the CPU.
+        num_experts: E.
+        form: How rows lie.
+    """
+
+    def __init__(self, ranks: Ranks, topk_idx: Sequence[Tensor], num_experts: int, form: Form) -> None:
+        self.ranks, self.num_experts, self.form = ranks, num_experts, form
+        self.topk_idx = [ranks.on_device(one.contiguous()) for one in topk_idx]
+        self.top_k = topk_idx[0].shape[1]
+        self.tables = [Tables(ranks, one.shape[0], self.top_k, num_experts, form) for one in topk_idx]
+        self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
+        self.smem_bytes = count_spec.smem_bytes(num_experts, ranks.num_ranks)
+
+    def count_fields(self, rank: int, **more: object) -> dict[str, object]:
+        """Params of `count`."""
+        t, form = self.tables[rank], self.form
+        experts = form.layout == "experts"
+        return {
+            "topk_idx": self.topk_idx[rank],
+            "table": t.table,
+            "bases": t.bases,
+            "dst_counts": t.dst_counts,
+            "src_counts": t.src_counts,
+            "expert_counts": t.expert_counts,
+            "expert_offsets": t.expert_offsets if experts else 0,
+            "src_expert": t.src_expert,
+            "host": t.host,
+            "num_tokens": self.topk_idx[rank].shape[0],
+            "top_k": self.top_k,
+            "num_experts": self.num_experts,
+            "layout": LAYOUTS.index(form.layout),
+            "alignment": form.alignment,
+            "capacity": form.capacity,
+            "room": form.room,
+            **more,
+        }
+
+    def place_fields(self, rank: int) -> dict[str, object] | None:
+        """Params of `place`; without tokens there is nothing to launch."""
+        t = self.tables[rank]
+        if not self.topk_idx[rank].shape[0]:
+            return None
+        return {
+            "topk_idx": self.topk_idx[rank],
+            "table": t.table,
+            "bases": t.bases,
+            "dst_counts": t.dst_counts,
+            "places": t.places,
+            "dst_token": t.dst_token,
+            "num_tokens": self.topk_idx[rank].shape[0],
+            "top_k": self.top_k,
+            "num_experts": self.num_experts,
+            "by_expert": int(self.form.by_expert),
+        }
+
+    def count(self, only: Sequence[int] | None = None, **more: object) -> None:
+        """Launch `count` on some ranks, or all; does not wait."""
+        here = range(self.ranks.num_ranks) if only is None else only
+        fields = [self.count_fields(rank, **more) if rank in here else None for rank in range(self.ranks.num_ranks)]
+        self.ranks.launch(count_spec.SPEC, fields, (2, count_spec.THREADS, self.smem_bytes), self.config)
+
+    def place(self) -> None:
+        """Launch `place` on all ranks; does not wait."""
+        fields = [self.place_fields(rank) for rank in range(self.ranks.num_ranks)]
+        self.ranks.launch(place_spec.SPEC, fields, (3, place_spec.THREADS, self.smem_bytes), self.config)
+
+    def run(self) -> None:
+        """The whole plan."""
+        self.ranks.call += 1
+        self.count()
+        self.ranks.wait()
+        self.place()
+        self.ranks.wait()
+        self.ranks.check_quiet()

@@ -1,0 +1,273 @@
+"""R virtual ranks on one GPU: R windows in one process, and for each a record and a stream. Kernels run alone.
+
+A launch is of one kernel on all ranks, each on its own stream, with grids so small that all blocks are resident
+together; `Ranks.wait` ends it. So no stream ever has a kernel that waits for its peers in front of one that they wait
+for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenferry.jit.kernel import Jit, KernelSpec
+from tokenferry.kernels import board
+from tokenferry.kernels.all import SPECS
+from tokenferry.kernels.board import BOARD_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS
+from tokenferry.memory.tensor import bytes_at
+from tokenferry.memory.window import share_in_process
+
+TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", "5"))
+"""Deadline of the kernels; a sanitizer needs more."""
+HEAP_BYTES = 32 << 20
+POISON = 0xA5
+GUARD = 512
+"""Bytes before and behind each block that nobody may touch."""
+MILLISECOND = 1_500_000
+"""Cycles, roughly."""
+
+Fields = Mapping[str, Any]
+
+
+def _layout() -> dict[str, int]:
+    """Offset of each field of a board, as device/board.cuh lays it out: its fields are u64 and u32 words and arrays."""
+    text = (Path(board.__file__).parent / "device" / "board.cuh").read_text()
+    constants = {name: int(value) for name, value in re.findall(r"constexpr u32 (\w+) = (\d+);", text)}
+    fields, at = {}, 0
+    body = text.split("struct Board {")[1].split("};")[0]
+    for width, name, dims in re.findall(r"^\s*u(64|32) (\w+)((?:\[\w+\])*);", body, re.MULTILINE):
+        fields[name] = at
+        sizes = [constants[dim] if dim in constants else int(dim) for dim in re.findall(r"\w+", dims)]
+        at += math.prod(sizes) * int(width) // 8
+    return fields
+
+
+BOARD_AT = _layout()
+
+
+class Record(NamedTuple):
+    """What a kernel found wrong; device/board.cuh says what the words mean."""
+
+    code: int
+    call: int
+    peer: int
+    word: int
+    seen: int
+    expected: int
+    blamed: int
+    waited_ms: int
+
+
+class Block:
+    """Poisoned bytes in the heap of one rank's window, with guards around them.
+
+    Attributes:
+        card: Where it begins, as a card says it.
+        address: The same, as an address.
+        tensor: uint8 ``[num_bytes]``.
+    """
+
+    def __init__(self, ranks: Ranks, rank: int, start: int, num_bytes: int) -> None:
+        window = ranks.windows[rank]
+        self.card = (start + GUARD) // OFFSET_BYTES
+        self.address = window.base + start + GUARD
+        self._whole = bytes_at(window.base + start, num_bytes + 2 * GUARD, window.device, window)
+        self._whole.fill_(POISON)
+        self.tensor = self._whole[GUARD : GUARD + num_bytes]
+
+    def cpu(self) -> Tensor:
+        """The bytes, brought to the CPU; fails if somebody wrote around them."""
+        whole = self._whole.cpu()
+        wrong = torch.cat([whole[:GUARD], whole[whole.numel() - GUARD :]]) != POISON
+        assert not bool(wrong.any()), f"{int(wrong.sum())} bytes around a block of {self.tensor.numel()} were written"
+        return whole[GUARD : whole.numel() - GUARD]
+
+
+class Ranks:
+    """R virtual ranks.
+
+    Args:
+        num_ranks: R.
+        heap_bytes: Of each window.
+    """
+
+    def __init__(self, num_ranks: int, heap_bytes: int = HEAP_BYTES) -> None:
+        self.num_ranks = num_ranks
+        self.device = torch.device("cuda", 0)
+        self.windows = share_in_process(num_ranks, self.device, BOARD_BYTES + heap_bytes)
+        self.streams = [torch.cuda.Stream(self.device) for _ in range(num_ranks)]
+        self.records = torch.zeros(num_ranks, RECORD_WORDS, dtype=torch.int32, pin_memory=True)
+        self.call = 0
+        self._next = [0] * num_ranks
+        self._kept: list[Tensor] = []
+        self.reset()
+        self.delay(0, 0)  # torch loads the kernel now, not while ranks wait for each other
+        self.wait()
+
+    # ------------------------------------------------------------------ memory
+
+    def reset(self) -> None:
+        """Give all blocks back. Ranks begin at different offsets, so that a card of another rank leads astray."""
+        self._next = [BOARD_BYTES + 4096 * rank for rank in range(self.num_ranks)]
+
+    def block(self, rank: int, num_bytes: int) -> Block:
+        """Poisoned bytes in a window."""
+        start = self._next[rank]
+        self._next[rank] = -(-(start + num_bytes + 2 * GUARD) // 128) * 128
+        assert self._next[rank] <= self.windows[rank].num_bytes, "the heap of the test is too small"
+        return Block(self, rank, start, num_bytes)
+
+    def on_device(self, tensor: Tensor) -> Tensor:
+        """The same on the GPU, strides kept."""
+        there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        return there.copy_(tensor)
+
+    def poisoned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor on the GPU of which every byte is poison."""
+        made = torch.empty(*shape, dtype=dtype, device=self.device)
+        made.view(torch.uint8).fill_(POISON)
+        return made
+
+    def words(self, rank: int, field: str, count: int = 1, dtype: torch.dtype = torch.int32, first: int = 0) -> Tensor:
+        """Words of a field of a rank's board, for reading and writing while no kernel runs."""
+        window = self.windows[rank]
+        at = window.base + BOARD_AT[field] + first * dtype.itemsize
+        return bytes_at(at, count * dtype.itemsize, window.device, window).view(dtype)
+
+    def epochs(self) -> list[int]:
+        """Of the last kernel of each rank that met and ended."""
+        return [int(self.words(rank, "epoch")) for rank in range(self.num_ranks)]
+
+    def failed(self) -> list[int]:
+        """The code for which each rank gave up, or 0."""
+        return [int(self.words(rank, "failed")) for rank in range(self.num_ranks)]
+
+    # ------------------------------------------------------------------ kernels
+
+    def delay(self, rank: int, milliseconds: float) -> None:
+        """Put a kernel that does nothing for a while on a rank's stream."""
+        with torch.cuda.stream(self.streams[rank]):
+            torch.cuda._sleep(int(milliseconds * MILLISECOND))
+
+    def launch(
+        self,
+        spec: KernelSpec,
+        fields: Sequence[Fields | None],
+        sizes: tuple[int, int, int],
+        config: Mapping[str, int] | None = None,
+    ) -> None:
+        """Launch a kernel on every rank that has fields; returns at once.
+
+        Args:
+            spec: Of the kernel.
+            fields: One mapping a rank: what the params hold; tensors stand for their addresses, ``card`` is a mapping
+                of words, ``alive`` the ranks that take part, ``timeout_s`` another deadline. None: does not launch.
+            sizes: Blocks, threads a block, dynamic shared memory.
+            config: Of the kernel.
+        """
+        kernel = jit().kernel(spec, **(config or {}))
+        ready = [None if one is None else self._fill(kernel.new_params(), rank, one) for rank, one in enumerate(fields)]
+        torch.cuda.current_stream(self.device).synchronize()  # what tests wrote is there
+        for rank, params in enumerate(ready):
+            if params is not None:
+                kernel.launch(params, *sizes, self.streams[rank].cuda_stream)
+
+    def run(
+        self,
+        spec: KernelSpec,
+        fields: Sequence[Fields | None],
+        sizes: tuple[int, int, int],
+        config: Mapping[str, int] | None = None,
+    ) -> None:
+        """Launch, wait, and fail if any rank recorded a fault."""
+        self.call += 1
+        self.launch(spec, fields, sizes, config)
+        self.wait()
+        self.check_quiet()
+
+    def wait(self, *ranks: int) -> None:
+        """Wait for some ranks, or all. A kernel that does not end takes the whole run of tests down, and is named."""
+        deadline = time.monotonic() + 4 * TIMEOUT_S + 10
+        for rank in ranks or range(self.num_ranks):
+            while not self.streams[rank].query():
+                if time.monotonic() > deadline:
+                    pytest.exit(f"virtual rank {rank} of {self.num_ranks}: its kernel does not end", returncode=3)
+                time.sleep(1e-4)
+        if not ranks:
+            self._kept.clear()
+
+    def record(self, rank: int) -> Record | None:
+        """What a rank recorded, and clear it."""
+        words = [word & 0xFFFFFFFF for word in self.records[rank].tolist()]
+        self.records[rank].zero_()
+        return Record(*words) if words[0] else None
+
+    def check_quiet(self) -> None:
+        """No rank recorded a fault."""
+        records = [self.record(rank) for rank in range(self.num_ranks)]
+        assert records == [None] * self.num_ranks, records
+
+    def _fill(self, params: Any, rank: int, fields: Fields) -> Any:
+        for peer, base in enumerate(self.windows[rank].bases):
+            params.windows[peer] = base
+        values = {"alive": (1 << self.num_ranks) - 1, "call": self.call, **fields}
+        params.timeout_ns = int(values.pop("timeout_s", TIMEOUT_S) * 1e9)
+        params.record = self.records[rank].data_ptr()
+        params.rank, params.num_ranks = rank, self.num_ranks
+        for word, value in values.pop("card", {}).items():
+            params.card[word] = value
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                self._kept.append(value)
+                value = value.data_ptr() if value.numel() else 0
+            setattr(params, name, value)
+        return params
+
+
+@functools.cache
+def jit() -> Jit:
+    """The kernels of this process, all loaded: a driver that loads one later might wait for those that run."""
+    made = Jit(0, None)
+    made.warmup(SPECS)
+    return made
+
+
+_ranks: dict[int, Ranks] = {}
+
+
+def ranks_of(num_ranks: int) -> Ranks:
+    """R virtual ranks that go on from test to test, as a group does from call to call; new ones after a failed test."""
+    found = _ranks.get(num_ranks)
+    if found is None or any(found.failed()) or len(set(found.epochs())) > 1 or bool(found.records.any()):
+        found = _ranks[num_ranks] = Ranks(num_ranks)
+    found.reset()
+    return found
+
+
+def offsets(*blocks: Block | None) -> dict[int, int]:
+    """The words of a card that say where blocks are."""
+    return {FIRST_OFFSET + i: block.card for i, block in enumerate(blocks) if block is not None}
+
+
+def same_bytes(what: str, got: Tensor, want: Tensor, row_bytes: int) -> None:
+    """Assert that bytes are the same; says in which row they first differ, and whether that one was touched at all."""
+    assert got.shape == want.shape, f"{what}: got {got.numel()} bytes, want {want.numel()}"
+    if torch.equal(got, want):
+        return
+    place = int((got != want).nonzero()[0])
+    row, byte = divmod(place, row_bytes)
+    wrong = torch.unique((got != want).nonzero() // row_bytes).tolist()
+    raise AssertionError(
+        f"{what}: {len(wrong)} rows of {-(-got.numel() // row_bytes)} are wrong: {wrong[:20]}; the first at row {row}, "
+        f"byte {byte}: got {int(got[place])}, want {int(want[place])} ({POISON} is poison)"
+    )

@@ -1,0 +1,113 @@
+"""Numbers of SMs and their reasons; what a uniform routing moves."""
+
+import itertools
+
+import pytest
+import torch
+
+from tokenferry import tuning
+from tokenferry.errors import ConfigError
+from tokenferry.tuning import Topology, travel, tune
+from tokenferry.words import MoeShape
+
+V3 = MoeShape(num_experts=256, top_k=8, hidden=7168, max_tokens=4096)
+H200 = Topology(num_ranks=8, num_sms=132)
+
+
+def sized(max_tokens, hidden=7168):
+    return MoeShape(num_experts=256, top_k=8, hidden=hidden, max_tokens=max_tokens)
+
+
+def test_large_calls_take_the_measured_numbers():
+    tuned = tune(V3, H200)
+    assert (tuned.dispatch_sms, tuned.combine_sms) == (16, 16)
+    dispatch, combine = tuned.reasons
+    assert "250 us with 12 to 24 SMs" in dispatch
+    assert "290 us with 8" in dispatch
+    assert "496 us with 16 to 24 SMs" in combine
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "hidden", "dispatch", "combine"),
+    # An SM moves 8 rows, or sums 12 pieces of 2048 bytes, at a time.
+    [(1, 7168, 1, 1), (8, 7168, 1, 5), (9, 7168, 2, 6), (128, 7168, 16, 16), (192, 7168, 16, 16), (24, 8, 3, 2)],
+)
+def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, dispatch, combine):
+    tuned = tune(sized(max_tokens, hidden), H200)
+    assert (tuned.dispatch_sms, tuned.combine_sms) == (dispatch, combine)
+    for number, reason in zip((dispatch, combine), tuned.reasons, strict=True):
+        assert f": {number} SMs: " in reason
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 4096])
+@pytest.mark.parametrize("num_sms", [1, 8, 20, 132])
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_never_more_than_there_are_and_never_none(max_tokens, num_sms, num_ranks):
+    tuned = tune(sized(max_tokens), Topology(num_ranks, num_sms))
+    assert 1 <= tuned.dispatch_sms <= num_sms
+    assert 1 <= tuned.combine_sms <= num_sms
+    assert [reason.split(":")[0] for reason in tuned.reasons] == ["dispatch", "combine"]
+
+
+def test_one_rank_has_no_links_to_argue_with():
+    assert all("one rank" in reason for reason in tune(V3, Topology(1, 132)).reasons)
+
+
+@pytest.mark.parametrize(("ranks", "sms", "name"), [(0, 132, "num_ranks"), (8, 0, "num_sms")])
+def test_topology_refuses(ranks, sms, name):
+    with pytest.raises(ConfigError, match=f"Topology: {name}: expected a positive integer, got 0"):
+        Topology(ranks, sms)
+
+
+def test_travel_is_what_targets_say():
+    """256 experts, 8 ranks, top 8: a token goes to 5.295 ranks, 4.633 of them remote; 272 MB leave a GPU at T=4096."""
+    moved = travel(V3, 8, 4096, 14336)
+    assert moved.ranks_per_token == pytest.approx(5.295, abs=1e-3)
+    assert moved.remote_per_token == pytest.approx(4.633, abs=1e-3)
+    assert moved.bytes_out == pytest.approx(272.0e6, rel=1e-3)
+    assert moved.rows_received == pytest.approx(4096 * 5.295, rel=1e-3)
+
+
+def test_travel_of_random_routings():
+    shape, ranks = MoeShape(12, 3, 8, 64), 4
+    experts = torch.rand(20000, 12, generator=torch.Generator().manual_seed(0)).topk(3, dim=1).indices
+    hit = torch.zeros(20000, ranks).scatter_(1, experts // 3, 1.0)
+    assert travel(shape, ranks, 1, 16).ranks_per_token == pytest.approx(hit.sum(1).mean().item(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "ranks", "expected"), [(8, 8, 4, 4.0), (4, 1, 4, 1.0), (8, 3, 1, 1.0), (8, 7, 2, 2.0)]
+)
+def test_travel_at_the_edges(experts, top_k, ranks, expected):
+    moved = travel(MoeShape(experts, top_k, 8, 8), ranks, 10, 16)
+    assert moved.ranks_per_token == pytest.approx(expected)
+    assert moved.remote_per_token == pytest.approx(expected * (ranks - 1) / ranks)
+
+
+def test_curves_are_read_between_their_points():
+    for curve in (tuning.STORE_GBPS, tuning.LOAD_GBPS):
+        for sms, rate in curve:
+            assert tuning.gbps(curve, sms) == rate
+        for (low, low_rate), (high, high_rate) in itertools.pairwise(curve):
+            assert tuning.gbps(curve, (low + high) / 2) == pytest.approx((low_rate + high_rate) / 2)
+    assert tuning.gbps(tuning.STORE_GBPS, 2) == 86.0
+    assert tuning.gbps(tuning.STORE_GBPS, 1000) == 340.0
+
+
+@pytest.mark.parametrize("max_tokens", [1, 128, 4096])
+def test_the_heap_has_room_for_five_deliveries(max_tokens):
+    shape = sized(max_tokens)
+    heap = tuning.heap_bytes(shape, 8)
+    assert heap >= 64 << 20
+    assert heap >= 5 * 8 * max_tokens * (2 * 7168 + 8 * 12)
+    masked = 2 * 32 * 8 * max_tokens * 14336  # what decode calls deliver, twice
+    assert heap >= masked or masked > 4 << 30
+
+
+def test_explain_names_the_heap_that_groups_make():
+    from tokenferry.backends.base import Resolved
+    from tokenferry.backends.cuda_setup import heap_bytes
+
+    for shape in (V3, sized(1), sized(128)):
+        resolved = Resolved(shape, "cuda", "auto", 1.0, False, None, "")
+        assert heap_bytes(resolved, 8, 1 << 50) == tuning.heap_bytes(shape, 8)
