@@ -188,7 +188,7 @@ def backward(rank, pg, case):
     home = buffer.combine(y, handle)[0]
     grad_y = buffer.dispatch(x, handle=handle)[0]
     same_bits("gradient of combine", grad_y, there)
-    return (there.double() * y).sum().item(), (x.double() * home).sum().item()
+    return (there.cpu().double() * y).sum().item(), (x.double() * home.cpu()).sum().item()
 
 
 def in_a_batch(rank, pg):

@@ -1,4 +1,4 @@
-"""What the calls of `Buffer` share: events in and out, rows in and out, and the refusal of what cannot be honoured."""
+"""What the calls of `Buffer` share: rows in and out, and the refusal of what cannot be honoured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokenferry.checks import FLOATS
 from tokenferry.compat.deep_ep.config import Config
-from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError, ShapeError, UnsupportedError
 from tokenferry.words import Quantized
 
@@ -17,34 +16,8 @@ Rows = Tensor | tuple[Tensor, Tensor]
 """What DeepEP calls ``x``: rows, or (rows, scales)."""
 
 
-def begin(call: str, previous_event: object, async_finish: bool, allocate_on_comm_stream: bool) -> None:
-    """Check DeepEP's rule about streams, and wait for what the caller wants waited for.
-
-    Raises:
-        ArgumentError: ``previous_event`` is of another kind, or ``allocate_on_comm_stream`` lacks what it needs.
-    """
-    event = previous_event.event if isinstance(previous_event, EventOverlap) else previous_event
-    if event is not None and not isinstance(event, EventHandle):
-        raise ArgumentError(
-            f"{call}: previous_event: expected an EventOverlap or None, got {type(event).__name__}; "
-            "pass Buffer.capture() or the event of an earlier call"
-        )
-    if allocate_on_comm_stream and (event is None or not async_finish):
-        raise ArgumentError(
-            f"{call}: allocate_on_comm_stream: needs async_finish=True and a previous_event that holds an event, got "
-            f"async_finish={async_finish} and {'no' if event is None else 'an'} event; pass both, or leave it out"
-        )
-    if event is not None:
-        event.current_stream_wait()
-
-
-def finish(async_finish: bool) -> EventOverlap:
-    """The event of a call that is done: one to wait for if the caller asked for one."""
-    return EventOverlap(EventHandle() if async_finish else None)
-
-
 def check_config(call: str, config: object) -> None:
-    """Raise ArgumentError unless ``config`` is a Config or None; it changes nothing."""
+    """Raise ArgumentError unless ``config`` is a Config or None; only its ``num_sms`` has an effect."""
     if config is not None and not isinstance(config, Config):
         raise ArgumentError(f"{call}: config: expected a Config or None, got {type(config).__name__}; see Config")
 

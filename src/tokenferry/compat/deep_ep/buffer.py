@@ -5,13 +5,20 @@ What happens to arguments that speak of hardware, or of forks of DeepEP; what is
 ================================================== ==============================================================
 argument                                           what tokenferry does with it
 ================================================== ==============================================================
-num_nvl_bytes, num_rdma_bytes                      kept as attributes; only `Buffer.get_local_buffer_tensor` uses
-                                                   them. Rows travel in memory that calls allocate as they need it
+num_nvl_bytes, num_rdma_bytes                      kept as attributes; `Buffer.get_local_buffer_tensor` uses them.
+                                                   CUDA: the larger is the memory for rows that peers write or read,
+                                                   if it is more than 2 GiB; TOKENFERRY_HEAP_MB overrides both. CPU:
+                                                   rows travel in memory that calls allocate as they need it
 num_qps_per_rank, allow_mnnvl, use_fabric,         any value is right: there are no queue pairs and no NVLink
 allow_nvlink_for_low_latency_mode                  whose use they could steer
-config, Buffer.set_num_sms, num_sms                checked, then without effect: calls occupy no SMs
-previous_event, async_finish,                      checked by DeepEP's rules; work is done when a call returns, so
-allocate_on_comm_stream                            an event that is returned has passed already
+config, Buffer.set_num_sms                         CUDA: SMs that a call may occupy, by ``config.num_sms``, else by
+                                                   `Buffer.set_num_sms`, else by the library's own choice. The rest
+                                                   of a `Config`, and all of it on the CPU, is without effect
+num_sms                                            checked, then without effect
+previous_event, async_finish,                      CUDA: as in DeepEP; results of an asynchronous call are allocated
+allocate_on_comm_stream                            on the communication stream in any case. CPU: checked by DeepEP's
+                                                   rules; work is done when a call returns, so an event that is
+                                                   returned has passed already
 round_scale, use_ue8m0                             describe FP8 scales; without use_fp8 there are none
 dispatch_wait_recv_cost_stats,                     nanoseconds are added (DeepEP: clock cycles)
 combine_wait_recv_cost_stats
@@ -19,6 +26,9 @@ comm, use_nvfp4, x_global_scale, use_logfmt,       `UnsupportedError` unless neu
 overlap, src_signals, src_signal_expect_value,
 packed_recv_count, comp_signal, block_m, threshold
 ================================================== ==============================================================
+
+Where tensors are on a GPU, no call looks at their values on the host but for the counts that `Buffer.dispatch` returns:
+so counts that contradict the routing are not found there, and an index outside [-1, E) is found by `Buffer.dispatch`.
 
 Lifted limits: any R with E % R == 0 (also 1), any K, any H whose row is a multiple of 16 bytes, bfloat16, float16 and
 float32 rows, T = 0 and T that differs by rank, any number of results alive at once.
@@ -36,15 +46,21 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
-from tokenferry.compat.deep_ep.arguments import Rows, begin, check_config, finish, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, check_config, refuse
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
+from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
 from tokenferry.words import MoeShape, Routing
 
 Handle = tuple[Any, ...]
+
+_Mark = tuple["weakref.ref[Tensor]", int]
+
+_HEAP_BYTES = 2 << 30
+"""GPU memory for rows that peers write or read, where the caller names none: T and H are not known before the calls."""
 
 
 class Buffer(LowLatencyCalls):
@@ -53,31 +69,36 @@ class Buffer(LowLatencyCalls):
     Contract:
         Collective: making it, `dispatch`, `combine`, `low_latency_dispatch` and `low_latency_combine`; the rest is
             local, `destroy` too.
-        Host: every call returns with its work done, or with a hook that does the rest.
+        Host: CPU: every call returns with its work done, or with a hook that does the rest. CUDA: every call returns
+            when its work is on its stream; `dispatch` waits for the counts that it returns, without holding the GIL.
+        Stream: CUDA: torch's current one; with ``async_finish=True`` the communication stream, see `get_comm_stream`.
         Gradient: none; results carry no graph. The backward of `dispatch` is `combine` with ``topk_weights``; that of
             `combine` is `dispatch` with the handle.
 
     Args:
-        group: A process group that works on CPU tensors, or None for a group of one rank.
-        num_nvl_bytes: Size of one of the two local buffers.
+        group: Any process group (on the CPU backend: one that works on CPU tensors), or None for a group of one rank.
+            TOKENFERRY_BACKEND chooses the backend; by default the best that runs on every rank.
+        num_nvl_bytes: Size of one of the two local buffers; see the table of this module.
         num_rdma_bytes: Size of the other.
         low_latency_mode: Allow the low-latency calls.
         num_qps_per_rank: A hint, see the table of this module.
         allow_nvlink_for_low_latency_mode: The same.
         allow_mnnvl: The same.
         explicitly_destroy: Allow `destroy`. Without it everything is freed when the object is.
-        enable_shrink: A rank that does not answer in time is masked in low-latency calls instead of raising.
+        enable_shrink: A rank that does not answer in time is masked in low-latency calls instead of raising; only the
+            CPU backend can.
         comm: Only None: a group is made of a process group.
         use_fabric: A hint, see the table of this module.
 
     Raises:
         UnsupportedError: ``comm`` was given.
         ArgumentError: ``enable_shrink`` without ``low_latency_mode``, or a negative size.
-        BackendUnavailable: the group cannot carry CPU tensors.
+        BackendUnavailable: no backend runs on this group; says why.
         PeerTimeout: a rank did not come.
     """
 
     num_sms: int = 20
+    _asked_num_sms: int | None = None
 
     def __init__(
         self,
@@ -109,8 +130,14 @@ class Buffer(LowLatencyCalls):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        on_timeout = "mask" if enable_shrink else "raise"
-        self._experts = ExpertGroup(group, MoeShape(self.group_size, 1, 16, 1), on_timeout=on_timeout)
+        self._experts = ExpertGroup._with_heap(
+            group,
+            MoeShape(self.group_size, 1, 16, 1),
+            heap_bytes=max(num_nvl_bytes, num_rdma_bytes, _HEAP_BYTES),
+            on_timeout="mask" if enable_shrink else "raise",
+        )
+        self._lane = Lane(self._experts.device)
+        self._latest_layout: tuple[int, _Mark, _Mark] | None = None
         self._local: dict[bool, Tensor] = {}
         # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
         self._closing = weakref.finalize(self, self._experts.close)
@@ -138,13 +165,17 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Set ``Buffer.num_sms``, which default configs take over. Raises ConfigError unless it is even."""
+        """Set ``Buffer.num_sms``, for calls without a config and for default configs; class-wide, as in DeepEP.
+
+        Raises:
+            ConfigError: it is not even.
+        """
         configs.check_num_sms("Buffer.set_num_sms", new_num_sms)
-        Buffer.num_sms = new_num_sms
+        Buffer.num_sms = Buffer._asked_num_sms = new_num_sms
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event of what was submitted so far."""
+        """An event of what was submitted so far to torch's current stream."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -157,9 +188,9 @@ class Buffer(LowLatencyCalls):
         """The same for `combine`."""
         return configs.combine_config(num_ranks, Buffer.num_sms)
 
-    def get_comm_stream(self) -> torch.cpu.Stream:
-        """The stream of communication: on the CPU there is one for everything."""
-        return torch.cpu.current_stream()
+    def get_comm_stream(self) -> torch.cuda.Stream | torch.cpu.Stream:
+        """The stream of calls with ``async_finish=True``: this Buffer's own; on the CPU there is one for everything."""
+        return torch.cpu.current_stream() if self._lane.stream is None else self._lane.stream
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -220,11 +251,14 @@ class Buffer(LowLatencyCalls):
         """
         call = "Buffer.get_dispatch_layout"
         self._open(call)
-        begin(call, previous_event, async_finish, allocate_on_comm_stream)
-        found = throughput.layout_of(self._experts, topk_idx, num_experts, call)
+        when = When(previous_event, async_finish, allocate_on_comm_stream)
+        found, event = self._lane.run(
+            call, when, (topk_idx,), lambda: throughput.layout_of(self._experts, topk_idx, num_experts, call)
+        )
         assert found.per_expert is not None
+        self._latest_layout = (num_experts, _mark(topk_idx), _mark(found.in_rank))
         per_node = found.per_node if self.group_size > configs.RANKS_PER_NODE else None
-        return found.per_rank, per_node, found.per_expert, found.in_rank, finish(async_finish)
+        return found.per_rank, per_node, found.per_expert, found.in_rank, event
 
     @torch.no_grad()
     def dispatch(
@@ -258,8 +292,9 @@ class Buffer(LowLatencyCalls):
             topk_weights: ``[T, K]`` float32, to travel along; needs ``topk_idx``.
             expert_alignment: Counts in the list that is returned are rounded up to this.
             num_worst_tokens: Above 0: results have this many rows, of which those past the end have ``recv_topk_idx``
-                -1 and undefined data; the list is empty. Rows that do not fit raise CapacityError on every rank.
-            config: Checked, then without effect.
+                -1 and undefined data; the list is empty. CPU: rows that do not fit raise CapacityError on every rank.
+                CUDA: at least R times the most tokens of any rank, or CapacityError; nothing is waited for then.
+            config: Its ``num_sms`` counts, on CUDA.
             previous_event: Waited for.
             async_finish: Return an event that can be waited for.
             allocate_on_comm_stream: Needs both of these.
@@ -279,6 +314,8 @@ class Buffer(LowLatencyCalls):
         call = "Buffer.dispatch"
         self._open(call)
         check_config(call, config)
+        when = When(previous_event, async_finish, allocate_on_comm_stream)
+        num_sms = self._num_sms(config)
         routing_arguments = {
             "num_tokens_per_rank": num_tokens_per_rank,
             "num_tokens_per_rdma_rank": num_tokens_per_rdma_rank,
@@ -294,8 +331,10 @@ class Buffer(LowLatencyCalls):
                 raise ArgumentError(
                     f"{call}: {given[0]}: expected None, since handle says where rows go; leave out one of them"
                 )
-            begin(call, previous_event, async_finish, allocate_on_comm_stream)
-            return throughput.dispatch_again(self._experts, x, handle), None, None, None, None, finish(async_finish)
+            again, event = self._lane.run(
+                call, when, (x, handle), lambda: throughput.dispatch_again(self._experts, x, handle, num_sms)
+            )
+            return again, None, None, None, None, event
         if topk_weights is not None and topk_idx is None:
             raise ArgumentError(f"{call}: topk_weights: needs topk_idx, got None; pass both or neither")
         for name in ("num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert"):
@@ -308,12 +347,13 @@ class Buffer(LowLatencyCalls):
         told = throughput.TokenLayout(
             num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         )
-        begin(call, previous_event, async_finish, allocate_on_comm_stream)
         routing = None if topk_idx is None else Routing(topk_idx, topk_weights)
-        sent = throughput.dispatch(
-            self._experts, x, routing, told, expert_alignment=expert_alignment, num_worst_tokens=num_worst_tokens
+        same = topk_idx is not None and self._knows(topk_idx, is_token_in_rank, num_tokens_per_expert)
+        options = throughput.Options(expert_alignment, num_worst_tokens, num_sms, same)
+        sent, event = self._lane.run(
+            call, when, (x, routing, told), lambda: throughput.dispatch(self._experts, x, routing, told, options)
         )
-        return *sent, finish(async_finish)
+        return *sent, event
 
     @torch.no_grad()
     def combine(
@@ -334,7 +374,7 @@ class Buffer(LowLatencyCalls):
             handle: From `dispatch`; may be used again.
             topk_weights: ``[N, K]`` float32, added up the same way.
             bias: None, ``[T, H]`` or two of them.
-            config: Checked, then without effect.
+            config: Its ``num_sms`` counts, on CUDA.
             previous_event: Waited for.
             async_finish: Return an event that can be waited for.
             allocate_on_comm_stream: Needs both of these.
@@ -348,6 +388,36 @@ class Buffer(LowLatencyCalls):
         call = "Buffer.combine"
         self._open(call)
         check_config(call, config)
-        begin(call, previous_event, async_finish, allocate_on_comm_stream)
-        combined_x, weights = throughput.combine(self._experts, x, handle, topk_weights, bias)
-        return combined_x, weights, finish(async_finish)
+        when = When(previous_event, async_finish, allocate_on_comm_stream)
+        num_sms = self._num_sms(config)
+        (combined_x, weights), event = self._lane.run(
+            call,
+            when,
+            (x, handle, topk_weights, bias),
+            lambda: throughput.combine(self._experts, x, handle, topk_weights, bias, num_sms),
+        )
+        return combined_x, weights, event
+
+    def _num_sms(self, config: Config | None) -> int | None:
+        """SMs that a call may occupy; None: the library's choice."""
+        if self._lane.stream is None:
+            return None
+        return (Buffer._asked_num_sms if config is None else config.num_sms) or None
+
+    def _knows(self, topk_idx: Tensor, in_rank: Tensor, per_expert: Tensor | None) -> bool:
+        """Whether the latest `get_dispatch_layout` made ``in_rank`` of this ``topk_idx``, and both are as they were."""
+        if self._latest_layout is None or per_expert is None:
+            return False
+        num_experts, *marks = self._latest_layout
+        pairs = zip(marks, (topk_idx, in_rank), strict=True)
+        return num_experts == per_expert.numel() and all(_is_marked(tensor, mark) for mark, tensor in pairs)
+
+
+def _mark(tensor: Tensor) -> _Mark:
+    """Which tensor this is, and which version of its content; of inference tensors torch counts no versions."""
+    return weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version
+
+
+def _is_marked(tensor: Tensor, mark: _Mark) -> bool:
+    marked, version = mark
+    return marked() is tensor and version == (0 if tensor.is_inference() else tensor._version)

@@ -12,7 +12,8 @@ from tokenferry.api import ExpertGroup
 from tokenferry.checks import Checks
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import low_latency
-from tokenferry.compat.deep_ep.arguments import Rows, finish, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, refuse
+from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
 from tokenferry.errors import ArgumentError, ClosedError
 from tokenferry.words import Routing
@@ -35,6 +36,7 @@ class LowLatencyCalls:
     enable_shrink: bool
     runtime: object | None
     _experts: ExpertGroup
+    _lane: Lane
 
     def _open(self, call: str) -> None:
         """Raise ClosedError after `Buffer.destroy`."""
@@ -168,17 +170,16 @@ class LowLatencyCalls:
         self._decoding(call)
         refuse(call, "use use_fp8=True or send bfloat16 rows", use_nvfp4=use_nvfp4, x_global_scale=x_global_scale)
         _exclusive(call, async_finish, return_recv_hook)
-        rows, counts, handle, hook = low_latency.dispatch(
-            self._experts,
-            x,
-            topk_idx,
-            (num_max_dispatch_tokens_per_rank, num_experts),
-            low_latency.scale_format(use_fp8, round_scale, use_ue8m0),
-            cumulative_local_expert_recv_stats,
-            dispatch_wait_recv_cost_stats,
-            return_recv_hook,
+        stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        fp8 = low_latency.scale_format(use_fp8, round_scale, use_ue8m0)
+        sizes = (num_max_dispatch_tokens_per_rank, num_experts)
+        (rows, counts, handle, hook), event = self._lane.run(
+            call,
+            When(async_finish=async_finish),
+            (x, topk_idx, stats),
+            lambda: low_latency.dispatch(self._experts, x, topk_idx, sizes, fp8, *stats, return_recv_hook),
         )
-        return rows, counts, handle, finish(async_finish), hook
+        return rows, counts, handle, event, hook
 
     @torch.no_grad()
     def low_latency_combine(
@@ -207,7 +208,7 @@ class LowLatencyCalls:
 
         Args:
             x: ``[L, R*M, H]`` in the places of `low_latency_dispatch`, contiguous; rows past the counts are not read.
-            topk_idx: ``[T, K]``, the same as for `low_latency_dispatch`.
+            topk_idx: ``[T, K]``, the same as for `low_latency_dispatch`; compared with it on the CPU only.
             topk_weights: ``[T, K]`` float32.
             handle: From `low_latency_dispatch`; may be used again.
             use_logfmt: Only False.
@@ -251,10 +252,14 @@ class LowLatencyCalls:
         )
         _exclusive(call, async_finish, return_recv_hook)
         routing = Routing(topk_idx, topk_weights)
-        combined_x, hook = low_latency.combine(
-            self._experts, x, routing, handle, zero_copy, out, combine_wait_recv_cost_stats, return_recv_hook
+        wait_ns = combine_wait_recv_cost_stats
+        (combined_x, hook), event = self._lane.run(
+            call,
+            When(async_finish=async_finish),
+            (x, routing, handle, out, wait_ns),
+            lambda: low_latency.combine(self._experts, x, routing, handle, zero_copy, out, wait_ns, return_recv_hook),
         )
-        return combined_x, finish(async_finish), hook
+        return combined_x, event, hook
 
 
 def _exclusive(call: str, async_finish: bool, return_recv_hook: bool) -> None:

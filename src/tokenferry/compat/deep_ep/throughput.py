@@ -15,13 +15,30 @@ from tokenferry.api import ExpertGroup
 from tokenferry.checks import INDICES, Checks
 from tokenferry.compat.deep_ep.arguments import Rows, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
-from tokenferry.errors import ArgumentError, PlanError
+from tokenferry.errors import ArgumentError, CapacityError, PlanError
 from tokenferry.words import Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a group whose calls wait for counts: nothing is sized by it, so T is free."""
 
 Handle = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How `dispatch` is done, and what it returns.
+
+    Attributes:
+        expert_alignment: Counts in the list that is returned are rounded up to this.
+        num_worst_tokens: Rows of the results, which are then not waited for; 0: as many as come.
+        num_sms: SMs that the call may occupy; None: the library's choice.
+        same_routing: The layout that was given is known to be that of the routing: nothing is left to compare.
+    """
+
+    expert_alignment: int = 1
+    num_worst_tokens: int = 0
+    num_sms: int | None = None
+    same_routing: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,20 +59,21 @@ class TokenLayout:
 
 
 def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str) -> TokenLayout:
-    """Count where tokens go. Local.
+    """Count where tokens go. Local; never waits for a GPU.
 
     Raises:
-        ShapeError, RoutingError: ``topk_idx`` is wrong.
+        ShapeError, RoutingError: ``topk_idx`` is wrong (indices outside [-1, E) on a GPU: `dispatch` raises).
         ConfigError: E is no multiple of R.
     """
     check = Checks(call, group.device, {})
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
-    check.experts("topk_idx", topk_idx, num_experts)
+    if not _on_gpu(group):
+        check.experts("topk_idx", topk_idx, num_experts)
     group.for_shape(MoeShape(num_experts, 1, 1, 1))
     index = topk_idx.long()
-    unused = torch.full_like(index, num_experts)
     chosen = torch.zeros((topk_idx.shape[0], num_experts + 1), dtype=torch.bool, device=topk_idx.device)
-    chosen.scatter_(1, torch.where(index >= 0, index, unused), True)
+    # On a GPU indices outside [-1, E) are found by dispatch; until then they must do no harm.
+    chosen.scatter_(1, torch.where((index >= 0) & (index < num_experts), index, num_experts), True)
     chosen = chosen[:, :num_experts]
     in_rank = chosen.reshape(topk_idx.shape[0], group.num_ranks, num_experts // group.num_ranks).any(2)
     return _count(in_rank, chosen.sum(0, dtype=torch.int32))
@@ -66,9 +84,7 @@ def dispatch(
     x: Rows,
     routing: Routing | None,
     given: TokenLayout,
-    *,
-    expert_alignment: int,
-    num_worst_tokens: int,
+    options: Options,
 ) -> tuple[Rows, Tensor | None, Tensor | None, list[int], Handle]:
     """Send rows by a new routing; ``given`` is what the caller says about it. Collective.
 
@@ -77,7 +93,8 @@ def dispatch(
         ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.dispatch`.
     """
     call = "Buffer.dispatch"
-    _check_positive(call, "expert_alignment", expert_alignment, 1)
+    num_worst_tokens = options.num_worst_tokens
+    _check_positive(call, "expert_alignment", options.expert_alignment, 1)
     _check_positive(call, "num_worst_tokens", num_worst_tokens, 0)
     rows = to_native(call, x)
     num_experts = _check_layout(group, given, height(rows), call)
@@ -86,27 +103,29 @@ def dispatch(
             raise ArgumentError(
                 f"{call}: num_worst_tokens={num_worst_tokens} needs topk_idx; pass topk_idx and topk_weights"
             )
-        _check_same(call, given, _count(given.in_rank, None))
-        return _dispatch_without_experts(group, rows, x, given, expert_alignment)
-    routing = _agreed(group, routing, given, num_experts, call)
+        if not _on_gpu(group):
+            _check_same(call, given, _count(given.in_rank, None))
+        return _dispatch_without_experts(group, rows, x, given, options)
+    routing = _agreed(group, routing, given, num_experts, call, same=options.same_routing)
     delivery = Delivery(counts="device", capacity=num_worst_tokens) if num_worst_tokens else Delivery()
-    shape = MoeShape(num_experts, routing.topk_idx.shape[1], width(rows), num_worst_tokens or ANY_NUM_TOKENS)
-    sent = group.for_shape(shape).dispatch(rows, routing, delivery=delivery)
+    most = _most_tokens(group, height(rows), num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
+    shape = MoeShape(num_experts, routing.topk_idx.shape[1], width(rows), most)
+    sent = group.for_shape(shape).dispatch(rows, routing, delivery=delivery, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
-    counts = [round_up(count, expert_alignment) for count in sent.host_counts or ()]
+    counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
     return from_native(sent.x, x), recv_idx, recv_weights, counts, _make_handle(group, sent.plan, given.in_rank)
 
 
-def dispatch_again(group: ExpertGroup, x: Rows, handle: object) -> Rows:
+def dispatch_again(group: ExpertGroup, x: Rows, handle: object, num_sms: int | None) -> Rows:
     """Send new rows where the rows of ``handle`` went. Collective; as `ExpertGroup.redispatch`."""
     call = "Buffer.dispatch"
     plan = plan_of(handle, call)
     rows = to_native(call, x)
-    return from_native(_group_of(group, plan, width(rows)).redispatch(rows, plan).x, x)
+    return from_native(_group_of(group, plan, width(rows)).redispatch(rows, plan, num_sms=num_sms).x, x)
 
 
 def combine(
-    group: ExpertGroup, x: Tensor, handle: object, topk_weights: Tensor | None, bias: object
+    group: ExpertGroup, x: Tensor, handle: object, topk_weights: Tensor | None, bias: object, num_sms: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Add up rows at home; as `ExpertGroup.combine`. Collective.
 
@@ -122,7 +141,8 @@ def combine(
         raise ArgumentError(
             f"{call}: bias: expected None, a tensor [T, H] or a tuple of two, got {bias!r}; pass one of these"
         )
-    done = _group_of(group, plan, x.shape[1]).combine(x, plan, topk_weights=topk_weights, bias=biases or None)
+    view = _group_of(group, plan, x.shape[1])
+    done = view.combine(x, plan, topk_weights=topk_weights, bias=biases or None, num_sms=num_sms)
     return done.x, done.topk_weights
 
 
@@ -154,13 +174,14 @@ def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
 
 
 def _dispatch_without_experts(
-    group: ExpertGroup, rows: Tensor | Quantized, x: Rows, given: TokenLayout, alignment: int
+    group: ExpertGroup, rows: Tensor | Quantized, x: Rows, given: TokenLayout, options: Options
 ) -> tuple[Rows, None, None, list[int], Handle]:
     """Rows only: one pretended expert a rank carries them, and the counts per real expert travel on their own."""
     R = group.num_ranks
     ranks = torch.arange(R, device=group.device)
     routing = Routing(torch.where(given.in_rank, ranks, -1))
-    sent = group.for_shape(MoeShape(R, R, width(rows), ANY_NUM_TOKENS)).dispatch(rows, routing)
+    view = group.for_shape(MoeShape(R, R, width(rows), ANY_NUM_TOKENS))
+    sent = view.dispatch(rows, routing, num_sms=options.num_sms)
     assert given.per_expert is not None
     local = given.per_expert.to(torch.int32).reshape(R, -1)
     padded = torch.nn.functional.pad(local, (0, -local.shape[1] % 4))
@@ -168,7 +189,7 @@ def _dispatch_without_experts(
     swapped = group.for_shape(MoeShape(R, 1, padded.shape[1], R)).dispatch(counts, Routing(ranks.unsqueeze(1)))
     assert isinstance(swapped.x, Quantized)
     totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
-    aligned = [round_up(count, alignment) for count in totals]
+    aligned = [round_up(count, options.expert_alignment) for count in totals]
     return from_native(sent.x, x), None, None, aligned, _make_handle(group, sent.plan, given.in_rank)
 
 
@@ -183,17 +204,22 @@ def _without_tail(sent: Dispatched) -> tuple[Tensor, Tensor | None]:
     return sent.topk_idx.masked_fill(tail, -1), weights
 
 
-def _agreed(group: ExpertGroup, routing: Routing, given: TokenLayout, num_experts: int, call: str) -> Routing:
+def _agreed(
+    group: ExpertGroup, routing: Routing, given: TokenLayout, num_experts: int, call: str, *, same: bool
+) -> Routing:
     """The routing that ``topk_idx`` and ``is_token_in_rank`` agree on.
 
     DeepEP routes by ``is_token_in_rank``: where it leaves a rank out, slots of that rank are dropped. A rank that no
-    slot of the token names cannot be added.
+    slot of the token names cannot be added. On a GPU only that is done: to compare the rest, the host would have to
+    wait for it.
     """
-    index = routing.topk_idx
+    index, weights = routing.topk_idx, routing.topk_weights
+    weights = None if weights is None else weights.detach()
     Checks(call, group.device, {"T": (given.in_rank.shape[0], "x")}).tensor("topk_idx", index, "T K", INDICES)
+    if _on_gpu(group):
+        return Routing(index if same else _kept(index, given.in_rank, num_experts), weights)
     Checks(call, group.device, {}).experts("topk_idx", index, num_experts)
-    owner = (index // (num_experts // group.num_ranks)).clamp(min=0).long()
-    kept = index.masked_fill(~given.in_rank.gather(1, owner), -1)
+    kept = _kept(index, given.in_rank, num_experts)
     expected = layout_of(group, kept, num_experts, call)
     extra = given.in_rank & ~expected.in_rank
     if extra.any():
@@ -203,8 +229,39 @@ def _agreed(group: ExpertGroup, routing: Routing, given: TokenLayout, num_expert
             f"no expert of rank {rank}; take both from the same get_dispatch_layout"
         )
     _check_same(call, given, expected)
-    weights = routing.topk_weights
-    return Routing(kept, None if weights is None else weights.detach())
+    return Routing(kept, weights)
+
+
+def _kept(index: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+    """``index`` with -1 in the slots of ranks that ``in_rank`` leaves out; what is outside [-1, E) stays as it is."""
+    num_ranks = in_rank.shape[1]
+    owner = (index // (num_experts // num_ranks)).clamp(0, num_ranks - 1).long()
+    used = (index >= 0) & (index < num_experts)
+    return index.masked_fill(used & ~in_rank.gather(1, owner), -1)
+
+
+def _most_tokens(group: ExpertGroup, num_tokens: int, num_worst_tokens: int, call: str) -> int:
+    """M of a dispatch into a fixed number of rows, the same on all ranks.
+
+    DeepEP wants room for the worst: R times the tokens of a rank. The CPU backend takes less, since it can tell in time
+    whether the rows fit. On a GPU the host would have to wait for that, and not to wait is what the argument is for.
+
+    Raises:
+        CapacityError: on a GPU, there is not room for R times T.
+    """
+    if not _on_gpu(group):
+        return num_worst_tokens
+    if num_tokens * group.num_ranks > num_worst_tokens:
+        raise CapacityError(
+            f"{call}: num_worst_tokens={num_worst_tokens} has room for {num_worst_tokens // group.num_ranks} tokens "
+            f"from each of {group.num_ranks} ranks, got T={num_tokens}; pass at least R times the most of any rank"
+        )
+    return max(1, num_worst_tokens // group.num_ranks)
+
+
+def _on_gpu(group: ExpertGroup) -> bool:
+    """Whether to look at values of tensors would make the host wait."""
+    return group.device.type != "cpu"
 
 
 def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call: str) -> int:

@@ -1,24 +1,43 @@
 """What a DeepEP call returns as its event: something to wait for.
 
 The CPU backend has no streams and returns with its work done, so there is never anything left to wait for; the objects
-keep DeepEP's rules nevertheless, so that a program that breaks them learns it here.
+keep DeepEP's rules nevertheless, so that a program that breaks them learns it here. Where a process uses CUDA, an event
+marks a place in torch's current stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from tokenferry.errors import ArgumentError
 
 
 class EventHandle:
-    """Marks what has been submitted so far; on the CPU that is done already."""
+    """Marks what has been submitted so far to torch's current CUDA stream; on the CPU that is done already."""
+
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._kept: Sequence[Tensor] = ()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # else nothing can have been submitted
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
 
     def current_stream_wait(self) -> None:
-        """Return when everything that was submitted before the handle was made is done: at once. Local."""
+        """Let what is submitted to the current stream from now on wait for what is marked. Local, returns at once."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """Keep tensors alive as long as this handle."""
+        self._kept = tensors
+
+    def has_passed(self) -> bool:
+        """Whether everything that is marked is done; not while a CUDA graph is captured."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class EventOverlap:

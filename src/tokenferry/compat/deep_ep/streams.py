@@ -1,0 +1,130 @@
+"""On which stream a call of `Buffer` runs, what it waits for, and what must live until it is done.
+
+On the CPU there are no streams: a call runs at once. On CUDA a call with ``async_finish=False`` runs on the caller's
+current stream; with ``async_finish=True`` on the communication stream of the Buffer, and the caller's stream does not
+wait until the event that is returned is waited for.
+
+Memory that two streams use must not come back to one of them while the other is at it. So what crosses is marked with
+`Tensor.record_stream`: inputs for the communication stream, results for the caller's. Memory that is not torch's own,
+such as rows that peers write, knows no marks: inputs are kept alive until the call is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
+from tokenferry.errors import ArgumentError
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class When:
+    """What a call says about streams.
+
+    Attributes:
+        previous_event: An `EventOverlap` to wait for, or None.
+        async_finish: Run on the communication stream, and return an event.
+        allocate_on_comm_stream: Checked only: results of such a call always belong to that stream.
+    """
+
+    previous_event: object = None
+    async_finish: bool = False
+    allocate_on_comm_stream: bool = False
+
+    def event(self, call: str) -> EventHandle | None:
+        """What to wait for.
+
+        Raises:
+            ArgumentError: ``previous_event`` is of another kind, or ``allocate_on_comm_stream`` lacks what it needs.
+        """
+        event = self.previous_event
+        event = event.event if isinstance(event, EventOverlap) else event
+        if event is not None and not isinstance(event, EventHandle):
+            raise ArgumentError(
+                f"{call}: previous_event: expected an EventOverlap or None, got {type(event).__name__}; "
+                "pass Buffer.capture() or the event of an earlier call"
+            )
+        if self.allocate_on_comm_stream and (event is None or not self.async_finish):
+            raise ArgumentError(
+                f"{call}: allocate_on_comm_stream: needs async_finish=True and a previous_event that holds an event, "
+                f"got async_finish={self.async_finish} and {'no' if event is None else 'an'} event; pass both, or "
+                "leave it out"
+            )
+        return event
+
+
+class Lane:
+    """Where the calls of one Buffer run.
+
+    Attributes:
+        stream: The communication stream, or None on the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._device = device
+        self._under_way: deque[tuple[EventHandle, list[Tensor]]] = deque()
+
+    def run(self, call: str, when: When, inputs: tuple[Any, ...], work: Callable[[], _T]) -> tuple[_T, EventOverlap]:
+        """Do ``work``, which reads ``inputs``, when and where the caller wants it; local to this rank.
+
+        Returns:
+            tuple: What ``work`` returned, and the call's event, which is empty if it was synchronous.
+
+        Raises:
+            ArgumentError: see `When.event`.
+        """
+        event = when.event(call)
+        if self.stream is None or not when.async_finish:
+            if event is not None:
+                event.current_stream_wait()
+            return work(), EventOverlap(EventHandle() if when.async_finish else None)
+        current = torch.cuda.current_stream(self._device)
+        if event is None:
+            self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            if event is not None:
+                event.current_stream_wait()
+            result = work()
+            done = EventHandle()
+            self._keep(done, list(_tensors_in(inputs)))
+        for tensor in _tensors_in(result):
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+        return result, EventOverlap(done)
+
+    def _keep(self, done: EventHandle, inputs: list[Tensor]) -> None:
+        """Keep the inputs of a call on the communication stream, which is current, until it is done."""
+        assert self.stream is not None
+        for tensor in inputs:
+            if tensor.is_cuda:
+                tensor.record_stream(self.stream)
+        if torch.cuda.is_current_stream_capturing():
+            # Nothing can be asked of the event now. But it is waited for before the capture ends.
+            done.keep(inputs)
+            return
+        self._under_way.append((done, inputs))
+        while self._under_way and self._under_way[0][0].has_passed():
+            self._under_way.popleft()
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in nested tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors_in(part)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors_in(getattr(value, field.name))

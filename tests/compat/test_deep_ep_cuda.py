@@ -1,0 +1,88 @@
+"""DeepEP's API on GPUs: the jobs of the CPU, streams and events, CUDA graphs, errors."""
+
+import deep_ep_cuda_jobs as cuda_jobs
+import deep_ep_jobs as jobs
+import pytest
+import torch
+
+from tokenferry.compat.deep_ep import Buffer
+from tokenferry.errors import CapacityError, RoutingError
+from tokenferry.testing.cases import Case
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+RANKS = 2
+CASES = (
+    Case((5, 3), experts=8, top_k=3, hidden=16),
+    Case((4, 0), experts=4, top_k=2, hidden=24, routing="half_dropped", idx_dtype=torch.int32),
+    Case((3, 6), experts=12, top_k=5, hidden=8, routing="one_rank_idle", dtype=torch.float32),
+)
+LARGE = Case((512, 300), experts=16, top_k=4, hidden=2048)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("job", ["round_trip", "without_experts", "dropped_ranks"])
+def test_as_on_the_cpu(worlds, job, case):
+    worlds(RANKS, "cuda").run(cuda_jobs.as_on_the_cpu, job, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_rows_with_scales(worlds, dtype):
+    worlds(RANKS, "cuda").run(cuda_jobs.as_on_the_cpu, "scales", CASES[0], dtype)
+
+
+def test_each_direction_is_the_transpose_of_the_other(worlds):
+    sums = worlds(RANKS, "cuda").run(cuda_jobs.as_on_the_cpu, "backward", CASES[0])
+    there, home = (sum(side) for side in zip(*sums, strict=True))
+    assert there == pytest.approx(home, rel=1e-5)
+
+
+@pytest.mark.parametrize("job", ["streams", "overlap", "graph"])
+def test_streams(worlds, job):
+    worlds(RANKS, "cuda").run(getattr(cuda_jobs, job), LARGE)
+
+
+def test_low_latency(worlds):
+    worlds(RANKS, "cuda").run(cuda_jobs.low_latency, Case((5, 3), experts=8, top_k=3, hidden=256), 8)
+
+
+@pytest.fixture
+def buffer(monkeypatch):
+    monkeypatch.setenv("TOKENFERRY_BACKEND", "cuda")
+    return Buffer(None, low_latency_mode=True)
+
+
+def routed(buffer, topk_idx):
+    return jobs.layout_arguments(buffer, topk_idx, 4) | {"topk_idx": topk_idx}
+
+
+@pytest.mark.parametrize("expert", [4, 1 << 20, -2])
+def test_a_bad_index_is_reported_and_does_no_harm(buffer, expert):
+    x = torch.ones(3, 16, dtype=torch.bfloat16, device="cuda")
+    good = torch.tensor([[0, 1], [2, -1], [3, 0]], device="cuda")
+    bad = good.clone()
+    bad[1, 0] = expert
+    for topk_idx in (bad, bad.clone()):  # one whose layout is known, and one whose layout has to be made again
+        with pytest.raises(RoutingError):
+            buffer.dispatch(x, **(routed(buffer, bad) | {"topk_idx": topk_idx}))
+    torch.cuda.synchronize()
+    assert torch.equal(buffer.dispatch(x, **routed(buffer, good))[0], x)
+
+
+def test_too_little_room_for_the_worst_case(buffer):
+    topk_idx = torch.zeros(3, 2, dtype=torch.int64, device="cuda")
+    x = torch.ones(3, 16, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(CapacityError, match="num_worst_tokens=2 has room for 2 tokens from each of 1 ranks, got T=3"):
+        buffer.dispatch(x, num_worst_tokens=2, **routed(buffer, topk_idx))
+    assert buffer.dispatch(x, num_worst_tokens=3, **routed(buffer, topk_idx))[0].shape == (3, 16)
+
+
+def test_a_config_says_how_many_sms(buffer):
+    from tokenferry.compat.deep_ep import Config
+
+    topk_idx = torch.zeros(3, 2, dtype=torch.int64, device="cuda")
+    x = torch.ones(3, 16, dtype=torch.bfloat16, device="cuda")
+    for config in (None, Config(num_sms=2), Buffer.get_dispatch_config(1)):
+        got, _, _, _, handle, _ = buffer.dispatch(x, config=config, **routed(buffer, topk_idx))
+        assert torch.equal(got, x)
+        assert torch.equal(buffer.combine(got, handle, config=config)[0], x)

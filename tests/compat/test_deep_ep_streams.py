@@ -1,0 +1,224 @@
+"""Which stream a call runs on and what waits for what, told by stand-ins that note what is asked of them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tokenferry.compat.deep_ep import Buffer, EventHandle, EventOverlap
+from tokenferry.compat.deep_ep.streams import Lane, When
+from tokenferry.errors import ArgumentError
+
+
+class Cuda:
+    """What `Lane` and `EventHandle` use of torch.cuda; ``log`` says what happened, in order."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.done: set[str] = set()
+        self.capturing = False
+        self.streams = [Stream(self, "mine")]
+        self.num_events = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: self.streams[-1])
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: Stream(self, "comm"))
+        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
+
+
+class Stream:
+    def __init__(self, cuda: Cuda, name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def __enter__(self) -> None:
+        self.cuda.streams.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.cuda.streams.pop()
+
+    def wait_event(self, event: "Event") -> None:
+        self.cuda.log.append(f"{self.name} waits for {event.name}")
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+
+class Event:
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.name = f"event {cuda.num_events}"
+        cuda.num_events += 1
+
+    def record(self) -> None:
+        self.cuda.log.append(f"{self.name} on {self.cuda.streams[-1].name}")
+
+    def query(self) -> bool:
+        assert not self.cuda.capturing, "an event cannot be asked anything during a capture"
+        return self.name in self.cuda.done
+
+
+class Marked(torch.Tensor):
+    """A tensor that says that it is on a GPU, and remembers for which streams it was marked."""
+
+    streams: list[str]
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    def record_stream(self, stream: Any) -> None:
+        self.streams.append(stream.name)
+
+
+def marked() -> Marked:
+    tensor = torch.zeros(1).as_subclass(Marked)
+    tensor.streams = []
+    return tensor
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> Cuda:
+    cuda = Cuda()
+    cuda.install(monkeypatch)
+    return cuda
+
+
+@pytest.fixture
+def lane(cuda) -> Lane:
+    return Lane(torch.device("cuda", 0))
+
+
+def work_on(cuda: Cuda, result: Any = None) -> Any:
+    def work() -> Any:
+        cuda.log.append(f"work on {cuda.streams[-1].name}")
+        return result
+
+    return work
+
+
+def test_a_synchronous_call_runs_on_the_current_stream(cuda, lane):
+    result, event = lane.run("call", When(), (marked(),), work_on(cuda, "result"))
+    assert (result, event.event) == ("result", None)
+    assert cuda.log == ["work on mine"]
+
+
+def test_a_synchronous_call_waits_on_the_current_stream_for_an_event(cuda, lane):
+    lane.run("call", When(previous_event=Buffer.capture()), (), work_on(cuda))
+    assert cuda.log == ["event 0 on mine", "mine waits for event 0", "work on mine"]
+
+
+def test_an_asynchronous_call_runs_on_the_other_stream_and_nobody_waits_for_it(cuda, lane):
+    _, event = lane.run("call", When(async_finish=True), (), work_on(cuda))
+    assert cuda.log == ["comm waits for mine", "work on comm", "event 0 on comm"]
+    event.current_stream_wait()
+    assert cuda.log[-1] == "mine waits for event 0"
+
+
+def test_with_an_event_it_waits_for_that_alone(cuda, lane):
+    when = When(EventOverlap(EventHandle()), async_finish=True, allocate_on_comm_stream=True)
+    lane.run("call", when, (), work_on(cuda))
+    assert cuda.log == ["event 0 on mine", "comm waits for event 0", "work on comm", "event 1 on comm"]
+
+
+def test_what_crosses_streams_is_marked_for_the_other(cuda, lane):
+    given, there, back = marked(), marked(), marked()
+    lane.run("call", When(async_finish=True), ((given, None), When(there)), work_on(cuda, (1, (back,), None)))
+    assert (given.streams, there.streams, back.streams) == (["comm"], ["comm"], ["mine"])
+
+
+def test_inputs_live_until_the_call_is_done(cuda, lane):
+    """Memory that is not torch's own knows no marks: a peer could still read what was written over."""
+    died = []
+
+    class Dying(Marked):
+        def __del__(self) -> None:
+            died.append(1)
+
+    def call() -> None:
+        tensor = torch.zeros(1).as_subclass(Dying)
+        tensor.streams = []
+        lane.run("call", When(async_finish=True), (tensor,), work_on(cuda))
+
+    call()
+    assert not died
+    lane.run("call", When(async_finish=True), (), work_on(cuda))
+    assert not died, "event 0 has not passed"
+    cuda.done.add("event 0")
+    lane.run("call", When(async_finish=True), (), work_on(cuda))
+    assert died == [1]
+
+
+def test_during_a_capture_the_event_keeps_the_inputs(cuda, lane):
+    cuda.capturing = True
+    tensor = marked()
+    _, event = lane.run("call", When(async_finish=True), (tensor,), work_on(cuda))
+    assert event.event._kept == [tensor]
+    assert not lane._under_way
+
+
+def test_a_bad_event_is_refused_before_anything_happens(cuda, lane):
+    with pytest.raises(ArgumentError, match="call: previous_event: expected an EventOverlap or None, got object"):
+        lane.run("call", When(object()), (), work_on(cuda))
+    assert cuda.log == []
+
+
+def test_the_cpu_has_one_lane(cuda):
+    lane = Lane(torch.device("cpu"))
+    assert lane.stream is None
+    _, event = lane.run("call", When(async_finish=True), (), work_on(cuda))
+    assert cuda.log == ["work on mine", "event 0 on mine"]
+    assert isinstance(event.event, EventHandle)
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="another test has brought up CUDA in this process")
+def test_an_event_needs_no_cuda():
+    handle = EventHandle()
+    handle.current_stream_wait()
+    assert handle.has_passed()
+    assert not torch.cuda.is_initialized(), "it must not bring up CUDA in a process that has no use for it"
+
+
+def test_the_number_of_sms_of_a_call(cuda, monkeypatch):
+    from tokenferry.compat.deep_ep import Config
+
+    monkeypatch.setattr(Buffer, "num_sms", 20)
+    monkeypatch.setattr(Buffer, "_asked_num_sms", None)
+    buffer = Buffer(None)
+    assert buffer._num_sms(Config(num_sms=24)) is None, "the CPU backend has none"
+    buffer._lane = Lane(torch.device("cuda", 0))
+    assert buffer._num_sms(None) is None
+    assert buffer._num_sms(Config(num_sms=24)) == 24
+    Buffer.set_num_sms(32)
+    assert buffer._num_sms(None) == 32
+    assert buffer._num_sms(Buffer.get_dispatch_config(2)) == 32
+    Buffer.set_num_sms(0)
+    assert buffer._num_sms(None) is None
+
+
+def test_the_layout_of_a_tensor_is_known_until_either_changes():
+    buffer = Buffer(None)
+    topk_idx = torch.tensor([[0, 1], [2, -1]])
+    _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
+    assert buffer._knows(topk_idx, in_rank, per_expert)
+    assert not buffer._knows(topk_idx.clone(), in_rank, per_expert)
+    assert not buffer._knows(topk_idx, in_rank.clone(), per_expert)
+    assert not buffer._knows(topk_idx, in_rank, per_expert[:2])
+    in_rank[0, 0] = False
+    assert not buffer._knows(topk_idx, in_rank, per_expert)
+
+
+def test_groups_have_the_memory_that_was_asked_for(monkeypatch):
+    from tokenferry import api
+
+    seen = []
+    make = api.make_backend
+    monkeypatch.setattr(api, "make_backend", lambda group, options: seen.append(options) or make(group, options))
+    for sizes in ((0, 0), (3 << 30, 1), (1, 5 << 30)):
+        Buffer(None, *sizes)
+    assert [options.heap_bytes >> 30 for options in seen] == [2, 3, 5]
+    monkeypatch.setenv("TOKENFERRY_HEAP_MB", "64")
+    Buffer(None, 3 << 30)
+    assert seen[-1].heap_bytes == 64 << 20
