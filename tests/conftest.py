@@ -1,21 +1,37 @@
 """Fixtures that all tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
+from pools import prefer
 from tokenferry.testing.world import World
+
+CUDA_JOB_S = 240.0
+"""Ranks that share a GPU wait for turns of milliseconds, many times a call."""
+
+# Tests that leave the backend open are about the CPU's promises, and have tensors there. On a machine with GPUs "auto"
+# would choose otherwise, also in documents' examples and in ranks that are forked later.
+if torch.cuda.is_available():
+    os.environ.setdefault("TOKENFERRY_BACKEND", "cpu")
 
 
 @pytest.fixture(scope="session")
-def worlds() -> Iterator[Callable[[int], World]]:
-    """One pool of ranks per R for the whole session: ``worlds(4).run(fn, ...)``; made anew after a job failed."""
-    pools: dict[int, World] = {}
+def worlds() -> Iterator[Callable[..., World]]:
+    """One pool of ranks per R and kind of device for the whole session; made anew after a job failed.
 
-    def get(num_ranks: int) -> World:
-        if num_ranks not in pools or not pools[num_ranks].alive:
-            pools[num_ranks] = World(num_ranks)
-        return pools[num_ranks]
+    ``worlds(4).run(fn, ...)`` runs on the CPU, ``worlds(4, "cuda").run(fn, ...)`` on ranks that own a GPU.
+    """
+    pools: dict[tuple[int, str], World] = {}
+
+    def get(num_ranks: int, devices: str = "cpu") -> World:
+        key = num_ranks, devices
+        if key not in pools or not pools[key].alive:
+            pools[key] = World(num_ranks, devices=devices, timeout_s=60.0 if devices == "cpu" else CUDA_JOB_S)
+            pools[key].run(prefer, devices)
+        return pools[key]
 
     yield get
     for pool in pools.values():

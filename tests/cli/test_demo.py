@@ -7,10 +7,12 @@ import torch
 from cli_jobs import broken
 
 from tokenferry.cli import demo, demo_train
-from tokenferry.cli.demo_compare import MOVED_ROWS, OTHER_ROUTING, SAME_ROUTING, compare
+from tokenferry.cli.demo_compare import GPU_FACTOR, MOVED_ROWS, OTHER_ROUTING, SAME_ROUTING, compare
+from tokenferry.cli.demo_place import choose
 from tokenferry.cli.main import main
+from tokenferry.errors import ConfigError
 
-TINY = ["demo", "--steps", "3", "--ranks", "2"]
+TINY = ["demo", "--device", "cpu", "--steps", "3", "--ranks", "2"]
 
 
 def test_learns_the_same_on_any_terminal(any_terminal, tmp_path):
@@ -24,6 +26,7 @@ def test_learns_the_same_on_any_terminal(any_terminal, tmp_path):
         "SAME: ",
         "(3 of 3 steps)",
         "1e-09 is allowed",
+        "device: cpu, 2 ranks",
     ):
         assert word in out
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -31,7 +34,8 @@ def test_learns_the_same_on_any_terminal(any_terminal, tmp_path):
 
 def test_float32_and_other_ranks_without_matplotlib(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["demo", "--steps", "2", "--ranks", "4", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    options = ["--device", "cpu", "--steps", "2", "--ranks", "4", "--dtype", "float32"]
+    assert main(["demo", *options, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "for float32 sums" in out
     assert "matplotlib is not installed" in out
@@ -63,6 +67,46 @@ def test_fails_if_gradients_are_another(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(demo_train, "make_optimizer", slower)
     assert main([*TINY, "--out", str(tmp_path)]) == 1
     assert "DIFFERENT: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_learns_the_same_on_gpus(capsys, tmp_path, dtype):
+    options = ["--device", "cuda", "--ranks", "2", "--steps", "5", "--dtype", dtype]
+    assert main(["demo", *options, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("device: cuda, 2 ranks")
+    assert "SAME: " in out
+
+
+H200 = (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("wish", "ranks", "there", "device", "chosen", "said"),
+    [
+        ("auto", None, [], "cpu", 4, "auto: torch sees 0 GPU(s); two are needed"),
+        ("auto", None, [H200], "cpu", 4, "auto: torch sees 1 GPU(s); two are needed"),
+        ("auto", None, [H200] * 2, "cuda", 2, "one on each of 2 GPU(s)"),
+        ("auto", None, [H200] * 5, "cuda", 4, "one on each of 4 GPU(s)"),
+        ("auto", None, [(10, 0)] * 8, "cuda", 8, "one on each of 8 GPU(s)"),
+        ("auto", 4, [H200] * 2, "cpu", 4, "--ranks 4 needs as many"),
+        ("auto", 2, [H200, (8, 0)], "cpu", 2, "compute capability 8.0 is among them, 9.0 is needed"),
+        ("cuda", None, [H200], "cuda", 1, "one on each of 1 GPU(s)"),
+        ("cuda", 4, [H200], "cuda", 4, "take turns on 1 GPU(s): slow"),
+        ("cpu", None, [H200] * 8, "cpu", 4, "device: cpu, 4 ranks"),
+    ],
+)
+def test_where_it_runs(wish, ranks, there, device, chosen, said):
+    place = choose(wish, ranks, there)
+    assert (place.device, place.ranks) == (device, chosen)
+    assert said in place.text
+
+
+@pytest.mark.parametrize("there", [[], [(8, 6)]])
+def test_no_gpu_that_can(there):
+    with pytest.raises(ConfigError, match=rf"--device cuda: torch sees {len(there)} GPU\(s\).*use --device cpu"):
+        choose("cuda", None, there)
 
 
 def test_a_failing_rank(capsys, monkeypatch):
@@ -104,6 +148,13 @@ def test_same_routing_allows_rounding_only(dtype):
     assert verdict([1.0, near], [[50, 50]] * 2, dtype).same
     assert not verdict([1.0, far], [[50, 50]] * 2, dtype).same
     assert not verdict([1.0, float("nan")], [[50, 50]] * 2, dtype).same
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gpus_may_differ_by_more(dtype):
+    near, far = (1 + factor * GPU_FACTOR * SAME_ROUTING[dtype] for factor in (0.9, 1.1))
+    for loss, good in ((near, True), (far, False)):
+        assert compare(([1.0], [loss]), ([[50, 50]], [[50, 50]]), dtype, "cuda").same == good
 
 
 def test_parted_routing_allows_few_rows_and_more_difference():

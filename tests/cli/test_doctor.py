@@ -1,14 +1,18 @@
 """The doctor: every line, well and ill."""
 
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cli_jobs import broken
 
 from tokenferry import env
 from tokenferry.api import ExpertGroup
-from tokenferry.cli import doctor
+from tokenferry.cli import doctor, doctor_cuda
+from tokenferry.cli.finding import tried
 from tokenferry.cli.main import main
-from tokenferry.errors import BackendUnavailable
+from tokenferry.errors import BackendUnavailable, ConfigError
 
 
 def by_name(**options):
@@ -39,19 +43,97 @@ def test_a_graph_compiles():
     assert "one graph, by aot_eager" in doctor._compiles("aot_eager")
 
 
-def test_the_cuda_line_says_why_not():
-    finding = doctor._cuda()
-    assert not finding.good
-    assert not finding.needed
-    assert "backend='cuda' is not in this version" in finding.text
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_the_cuda_line_of_a_version_that_has_it(monkeypatch):
-    make = ExpertGroup.__init__
+def cuda_lines(alone, on_ranks=lambda: "fine"):
+    return {finding.name: finding for finding in doctor_cuda.findings(alone, on_ranks)}
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_cuda_lines_say_why_not():
+    lines = cuda_lines(doctor._gpu_alone)
+    assert not any(line.needed for line in lines.values())
+    assert "cuda peer access" not in lines
+    assert "backend cuda, ranks" not in lines
+    assert lines["cuda GPUs"].text.startswith("BackendUnavailable: torch sees none; backend cuda needs")
+    assert not lines["backend cuda"].good
+    assert "has no CUDA device" in lines["backend cuda"].text
+
+
+def pretend_gpus(monkeypatch, *capabilities, apart=()):
+    about = [
+        SimpleNamespace(name="NVIDIA H200", major=major, minor=minor, total_memory=139 << 30)
+        for major, minor in capabilities
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(about))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about[index])
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) not in apart)
+
+
+def test_the_cuda_lines_of_a_host_with_gpus(monkeypatch):
+    pretend_gpus(monkeypatch, (9, 0), (9, 0), (9, 0))
+    lines = cuda_lines(lambda: "round trip")
+    assert lines["cuda GPUs"].text == "0, 1, 2: NVIDIA H200, 139 GiB, compute capability 9.0"
+    assert lines["cuda peer access"].text == "each of 3 GPUs reaches every other"
+    assert lines["backend cuda, ranks"].text == "fine"
+
+
+def test_two_ranks_on_one_gpu(monkeypatch):
+    pretend_gpus(monkeypatch, (9, 0))
+    assert cuda_lines(lambda: "round trip")["backend cuda, ranks"].text == "fine, both on one GPU"
+
+
+def test_gpus_that_are_too_old_or_apart(monkeypatch):
+    pretend_gpus(monkeypatch, (9, 0), (8, 6), (9, 0), apart=((0, 1), (2, 0)))
+    lines = cuda_lines(lambda: "round trip")
+    assert not lines["cuda GPUs"].good
+    assert "GPU 1 is a NVIDIA H200, 139 GiB, compute capability 8.6; backend cuda needs" in lines["cuda GPUs"].text
+    assert not lines["cuda peer access"].good
+    assert "2 of 6 directions are closed: 0 -> 1, 2 -> 0" in lines["cuda peer access"].text
+
+
+def test_the_cuda_driver(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BackendUnavailable, match="is built without CUDA"):
+        doctor_cuda._driver()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(
-        ExpertGroup, "__init__", lambda self, group, shape, backend="auto": make(self, group, shape, backend="cpu")
+        "tokenferry.jit.driver.bindings", lambda: SimpleNamespace(cuDriverGetVersion=lambda: (0, 13010))
     )
-    assert doctor._cuda().good
+    assert doctor_cuda._driver() == "CUDA 13.1; torch is built for CUDA 13.0"
+
+
+def test_cuda_packages(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("tokenferry.jit.compiler.version", lambda: "13.0.88")
+    assert doctor_cuda._nvrtc() == "13.0.88"
+    monkeypatch.setattr(doctor_cuda, "version", lambda name: "13.3.1")
+    assert doctor_cuda._bindings() == "13.3.1"
+    monkeypatch.setattr(doctor_cuda, "version", missing)
+    with pytest.raises(BackendUnavailable, match="not installed"):
+        doctor_cuda._bindings()
+
+
+def test_the_kernel_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKENFERRY_CACHE_DIR", str(tmp_path / "not" / "yet"))
+    assert doctor_cuda._cache() == str(tmp_path / "not" / "yet")
+    assert not list(tmp_path.iterdir()), "looking made a folder"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=f"cannot be written to .{tmp_path} is not ours"):
+        doctor_cuda._cache()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_machine_with_a_gpu():
+    lines = cuda_lines(doctor._gpu_alone, lambda: doctor._on_ranks(doctor.over_gpus, devices="cuda"))
+    assert all(line.good for line in lines.values()), lines
+    assert "over 2 rank(s), wire nvlink, backend cuda" in lines["backend cuda, ranks"].text
 
 
 def test_ill_ranks(monkeypatch, capsys):
@@ -96,6 +178,7 @@ class PairOfRanks:
 
 
 def test_variables_in_force(monkeypatch):
+    monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
     monkeypatch.setenv("TOKENFERRY_WIRE", "group")
     texts = {finding.name: finding.text for finding in doctor._variables()}
     assert texts["TOKENFERRY_WIRE"].startswith("group (default: auto)")
@@ -127,5 +210,5 @@ def test_reasons_of_any_kind_fit_into_a_line():
     def fail():
         raise BackendUnavailable("first line\nsecond line")
 
-    finding = doctor._tried("x", fail, "buy another")
-    assert finding.text == "BackendUnavailable: first line; buy another"
+    assert tried("x", fail, "buy another").text == "BackendUnavailable: first line; buy another"
+    assert tried("x", fail, "").text == "BackendUnavailable: first line"

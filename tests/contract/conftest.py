@@ -29,6 +29,6 @@ def run(worlds) -> Callable[..., list[Any]]:
     def on_ranks(pair: Pair, ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
         if pair.wire == "none":
             return [job(0, None, pair, *args)]
-        return worlds(ranks).run(job, pair, *args)
+        return worlds(ranks, pair.backend).run(job, pair, *args)
 
     return on_ranks

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+from on_device import OnDevice
 
 from tokenferry import ExpertGroup, MoeShape
 
@@ -17,17 +19,33 @@ class Pair:
     def __str__(self) -> str:
         return f"{self.backend}-{self.wire}"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of this rank belong."""
+        return torch.device("cpu") if self.backend == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
     def open(self, pg: dist.ProcessGroup | None, shape: MoeShape, **options) -> ExpertGroup:
-        wire = "auto" if self.wire == "none" else self.wire
-        group = ExpertGroup(
-            pg, shape, backend=self.backend, wire=wire, timeout_s=options.pop("timeout_s", 30), **options
-        )
+        wire = "auto" if self.backend != "cpu" or self.wire == "none" else self.wire
+        kind = ExpertGroup if self.backend == "cpu" else OnDevice
+        group = kind(pg, shape, backend=self.backend, wire=wire, timeout_s=options.pop("timeout_s", 30), **options)
         assert group.backend == self.backend
         assert group.wire == ("none" if group.num_ranks == 1 else self.wire)
         return group
 
 
-ALONE = Pair("cpu", "none")
-PAIRS = (Pair("cpu", "local"), Pair("cpu", "group"))
-PLACES = [(ALONE, 1), *((pair, ranks) for pair in PAIRS for ranks in (1, 2, 3, 4, 5))]
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+CPU_PAIRS = (Pair("cpu", "local"), Pair("cpu", "group"))
+CUDA_PAIRS = (Pair("cuda", "nvlink"),) if NUM_GPUS else ()
+PAIRS = CPU_PAIRS + CUDA_PAIRS
+
+CUDA_RANKS = tuple(ranks for ranks in (1, 2, 3, 4, 5, 8) if ranks <= max(NUM_GPUS, 3))
+"""R with GPUs: a rank each; up to three ranks may share one."""
+
+PLACES = [
+    (Pair("cpu", "none"), 1),
+    *((pair, ranks) for pair in CPU_PAIRS for ranks in (1, 2, 3, 4, 5)),
+    *((Pair("cuda", "none"), 1) for _ in CUDA_PAIRS),
+    *((pair, ranks) for pair in CUDA_PAIRS for ranks in CUDA_RANKS),
+]
 """Every pair with every number of ranks that the suite runs."""

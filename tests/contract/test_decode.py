@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from decoding import CASTS, Step, check_combined, check_received
-from pairs import PLACES, Pair
+from pairs import PAIRS, PLACES, Pair
 from throughput import check_round_trip
 
 from tokenferry import DecodeStats, Delivery, Routing, Scale
@@ -18,7 +18,7 @@ at_places = pytest.mark.parametrize(("pair", "ranks"), PLACES, ids=str)
 
 
 def cases(ranks: int) -> list[Case]:
-    uneven = (3, 0, 5, 2, 1)[:ranks]
+    uneven = (3, 0, 5, 2, 1, 4, 0, 2)[:ranks]
     return [
         Case(uneven, 2 * ranks, 2, hidden=128),
         Case(uneven[::-1], 3 * ranks, 4, hidden=640, idx_dtype=torch.int32, routing="repeated", dtype=torch.float32),
@@ -27,7 +27,7 @@ def cases(ranks: int) -> list[Case]:
         Case((0,) * ranks, 2 * ranks, 3, hidden=64),
         Case((4,) * ranks, 2 * ranks, 3, hidden=16, dtype=torch.float32, routing="all_to_expert_0"),
         Case(uneven, 4 * ranks, 2, hidden=48, routing="nothing"),
-        Case((2, 1, 3, 0, 1)[:ranks], 4 * ranks, 32, hidden=32, dtype=torch.float32, routing="repeated"),
+        Case((2, 1, 3, 0, 1, 0, 3, 2)[:ranks], 4 * ranks, 32, hidden=32, dtype=torch.float32, routing="repeated"),
     ]
 
 
@@ -114,9 +114,10 @@ def forgotten_hook(rank, pg, pair: Pair) -> None:
         check_round_trip(group, case, Delivery())
 
 
-def test_a_hook_that_is_never_called_harms_nobody_in_shared_memory(run):
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.wire != "group"], ids=str)
+def test_a_hook_that_is_never_called_harms_nobody_in_shared_memory(run, pair):
     """Not over torch.distributed: there a message that nobody receives stays in the process group."""
-    run(Pair("cpu", "local"), 2, forgotten_hook)
+    run(pair, 2, forgotten_hook)
 
 
 BEFORE = 10**15

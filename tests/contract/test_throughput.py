@@ -29,7 +29,7 @@ at_places = pytest.mark.parametrize(("pair", "ranks"), PLACES, ids=str)
 
 def cases(ranks: int) -> list[Case]:
     """Every kind of routing, each with other sizes and dtypes; T differs between ranks and is 0 on some."""
-    uneven = (6, 0, 9, 3, 1)[:ranks]
+    uneven = (6, 0, 9, 3, 1, 4, 0, 7)[:ranks]
     return [
         Case(uneven, 2 * ranks, 2),
         Case(uneven[::-1], 3 * ranks, 4, hidden=36, dtype=torch.float32, idx_dtype=torch.int32, routing="repeated"),
@@ -38,7 +38,7 @@ def cases(ranks: int) -> list[Case]:
         Case((3,) * ranks, 2 * ranks, 3, routing="all_to_expert_0", seed=1),
         Case(uneven, 4 * ranks, 2, idx_dtype=torch.int32, routing="nothing"),
         Case((0,) * ranks, 2 * ranks, 2, dtype=torch.float32),
-        Case((2, 5, 1, 0, 3)[:ranks], 8 * ranks, 64, hidden=72, idx_dtype=torch.int32, routing="repeated"),
+        Case((2, 5, 1, 0, 3, 0, 2, 1)[:ranks], 8 * ranks, 64, hidden=72, idx_dtype=torch.int32, routing="repeated"),
         Case(uneven, 2 * ranks, 3, dtype=torch.float32, routing="own_rank"),
         Case((5,) * ranks, 4 * ranks, 7, dtype=torch.float16, routing="one_token_all"),
     ]
@@ -75,7 +75,7 @@ def test_messages_grow_and_shrink(run, pair):
 
 
 def quantized_rows(rank, pg, pair: Pair, ranks: int) -> None:
-    case = Case((6, 0, 9, 3, 1)[:ranks], 2 * ranks, 3, routing="half_dropped")
+    case = Case((6, 0, 9, 3, 1, 4, 0, 7)[:ranks], 2 * ranks, 3, routing="half_dropped")
     kinds = [
         # (bytes of data, its dtype, scales a row, their dtype)
         (16, torch.float8_e4m3fn, 1, torch.float32),
@@ -227,7 +227,7 @@ def what_a_group_is(rank, pg, pair: Pair, ranks: int) -> None:
     case = Case((2,) * ranks, 3 * ranks, 2)
     with pair.open(pg, case.shape) as group:
         assert (group.rank, group.num_ranks, group.num_local_experts) == (rank, ranks, 3)
-        assert group.device == torch.device("cpu")
+        assert group.device == pair.device
         assert group.shape == case.shape
         assert group.masked_ranks == frozenset()
         assert f"rank {rank} of {ranks}" in repr(group)

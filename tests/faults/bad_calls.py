@@ -1,4 +1,7 @@
-"""Calls that must be refused: what is wrong, which exception, and what its message must hold."""
+"""Calls that must be refused: what is wrong, which exception, and what its message must hold.
+
+DEVICE in a message is the device of the group.
+"""
 
 from dataclasses import replace
 
@@ -7,7 +10,6 @@ from good_calls import SHAPE, Call, at, combine, decode, decode_combine, dispatc
 
 from tokenferry import (
     ArgumentError,
-    BackendUnavailable,
     CapacityError,
     ConfigError,
     DecodeStats,
@@ -43,7 +45,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     "x is elsewhere": (
         dispatch(x=torch.ones(3, 16, device="meta")),
         ShapeError,
-        ("x:", "on meta", "the group is on cpu", "call .to('cpu')"),
+        ("x:", "on meta", "the group is on DEVICE", "call .to('DEVICE')"),
     ),
     "x has too many rows": (
         dispatch(x=wide(9, 16), topk_idx=torch.zeros(9, 2, dtype=torch.int64), topk_weights=wide(9, 2)),
@@ -95,7 +97,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     "weights are elsewhere": (
         dispatch(topk_weights=torch.ones(3, 2, device="meta")),
         ShapeError,
-        ("topk_weights:", "on meta", ".to('cpu')"),
+        ("topk_weights:", "on meta", ".to('DEVICE')"),
     ),
     "weights require grad": (
         dispatch(topk_weights=grad("weights")),
@@ -137,6 +139,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ArgumentError,
         ("x", "requires grad", "tokenferry.autograd"),
     ),
+    "dispatch on no SM": (dispatch(num_sms=0), ArgumentError, ("dispatch: num_sms:", "at least 1", "got 0")),
     # ---------------------------------------------------------------- redispatch
     "redispatch along a stranger's plan": (
         lambda g: g.group.redispatch(g.x, g.foreign.plan),
@@ -162,6 +165,11 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         lambda g: g.group.redispatch(g.x, g.sent.plan, topk_weights=wide(3, 3)),
         ShapeError,
         ("topk_weights:", "K=2", "here it is 3"),
+    ),
+    "redispatch on half an SM": (
+        lambda g: g.group.redispatch(g.x, g.sent.plan, num_sms=0.5),
+        ArgumentError,
+        ("redispatch: num_sms:", "integer", "got 0.5"),
     ),
     # ---------------------------------------------------------------- combine
     "combine along a stranger's plan": (
@@ -227,6 +235,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ShapeError,
         ("topk_weights:", "[N, K]", "N=", "here it is 2"),
     ),
+    "combine on fewer SMs than none": (combine(num_sms=-1), ArgumentError, ("combine: num_sms:", "got -1")),
     # ---------------------------------------------------------------- decode_dispatch
     "decode in float64": (
         decode(x=wide(3, 16, dtype=torch.float64)),
@@ -356,10 +365,19 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     ),
     "a group on another wire": (open_group(wire="rdma"), ConfigError, ("wire:", '"local"', "'rdma'")),
     "a group on another backend": (open_group(backend="tpu"), ConfigError, ("backend:", "'cpu'", "'tpu'")),
+    "a wire of the CPU on CUDA": (
+        open_group(backend="cuda", wire="local"),
+        ConfigError,
+        ("backend='cuda'", "wire='local'", "leave it out", "backend='cpu'"),
+    ),
+    "masking on timeout on CUDA": (
+        open_group(backend="cuda", on_timeout="mask"),
+        ConfigError,
+        ("backend='cuda'", "on_timeout='mask'", "leave it out", "backend='cpu'"),
+    ),
     "a group of numbers": (
         lambda g: ExpertGroup([0, 1], SHAPE),
         ConfigError,
         ("group:", "ProcessGroup", "None", "list"),
     ),
-    "a group on CUDA": (open_group(backend="cuda"), BackendUnavailable, ("backend='cuda'", "use 'cpu' or 'auto'")),
 }

@@ -4,9 +4,9 @@ import pytest
 import torch
 from bad_calls import BAD
 from good_calls import SHAPE, good
-from pairs import Pair
+from pairs import CUDA_PAIRS, NUM_GPUS, Pair
 
-from tokenferry import Routing
+from tokenferry import BackendUnavailable, ExpertGroup, Routing, ShapeError
 
 
 def call_badly(rank, pg, pair: Pair, names: list[str]) -> list[str]:
@@ -17,15 +17,21 @@ def call_badly(rank, pg, pair: Pair, names: list[str]) -> list[str]:
         for i, name in enumerate(names):
             call, kind, words = BAD[name]
             if rank == i % 2:
-                complaints += complaints_about(name, lambda call=call: call(g), kind, words)
+                words = [word.replace("DEVICE", str(group.device)) for word in words]
+                complaints += complaints_about(name, lambda call=call: call_and_wait(g, call), kind, words)
             sent = group.dispatch(g.x * (rank + 1), Routing(g.topk_idx))
             home = group.combine(sent.x, sent.plan)
-            if not torch.equal(home.x, g.x * (rank + 1) * torch.tensor([[1.0], [1.0], [2.0]])):
+            if not torch.equal(home.x.cpu(), g.x * (rank + 1) * torch.tensor([[1.0], [1.0], [2.0]])):
                 complaints.append(f"{name}: the round trip after it went wrong")
     return complaints
 
 
-def complaints_about(name: str, call, kind: type[Exception], words: tuple[str, ...]) -> list[str]:
+def call_and_wait(g, call) -> None:
+    call(g)
+    g.group.synchronize()  # what a device found may be said no earlier
+
+
+def complaints_about(name: str, call, kind: type[Exception], words: list[str]) -> list[str]:
     try:
         call()
     except Exception as error:  # noqa: BLE001 - whatever comes is compared with what should have come
@@ -41,11 +47,40 @@ def test_the_table_is_long_enough():
 
 
 def test_bad_calls_of_one_rank_harm_nobody(worlds, pair):
-    complaints = worlds(2).run(call_badly, pair, list(BAD))
+    complaints = worlds(2, pair.backend).run(call_badly, pair, list(BAD))
     assert complaints == [[], []], "\n".join(complaint for rank in complaints for complaint in rank)
 
 
 @pytest.mark.parametrize("name", ["x is too narrow", "an expert is too high", "y has too many rows"])
 def test_bad_calls_of_all_ranks_harm_nobody(worlds, pair, name):
-    complaints = worlds(2).run(call_badly, pair, [name, name])
+    complaints = worlds(2, pair.backend).run(call_badly, pair, [name, name])
     assert complaints == [[], []]
+
+
+def need_cuda(rank, pg) -> str:
+    with pytest.raises(BackendUnavailable) as caught:
+        ExpertGroup(pg, SHAPE, backend="cuda", timeout_s=30)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(NUM_GPUS > 0, reason="asks what is said where there is no GPU")
+def test_cuda_without_a_gpu(worlds):
+    for text in worlds(2).run(need_cuda):
+        assert "backend='cuda'" in text
+        assert "backend='cpu' or 'auto'" in text
+
+
+def tensors_on_the_host(rank, pg, pair: Pair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        x, routing = torch.ones(3, 16), Routing(torch.zeros(3, 2, dtype=torch.int64))
+        where = f"on cpu; the group is on {group.device}: call .to"
+        # Past the tests' own group, which would carry them over.
+        with pytest.raises(ShapeError, match=f"x: .* {where}"):
+            ExpertGroup.dispatch(group, x, routing)
+        with pytest.raises(ShapeError, match=f"topk_idx: .* {where}"):
+            ExpertGroup.dispatch(group, x.to(group.device), routing)
+
+
+@pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)
+def test_tensors_on_the_host(worlds, pair):
+    worlds(2, pair.backend).run(tensors_on_the_host, pair)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from pairs import NUM_GPUS
 
 PROGRAM = """
 import sys
@@ -14,8 +15,13 @@ from tokenferry import ExpertGroup, MoeShape, Routing
 rank, ranks, wire, store, left = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 if ranks > 1:
     dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
-group = ExpertGroup(dist.group.WORLD if ranks > 1 else None, MoeShape(4, 2, 16, 8), wire=wire, timeout_s=60)
-x, routing = torch.ones(3, 16), Routing(torch.tensor([[0, 1], [2, 3], [1, 2]]), torch.ones(3, 2))
+pg, backend = dist.group.WORLD if ranks > 1 else None, "cpu"
+if wire == "nvlink":
+    backend, wire = "cuda", "auto"
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+group = ExpertGroup(pg, MoeShape(4, 2, 16, 8), backend=backend, wire=wire, timeout_s=60)
+x, weights = torch.ones(3, 16, device=group.device), torch.ones(3, 2, device=group.device)
+routing = Routing(torch.tensor([[0, 1], [2, 3], [1, 2]], device=group.device), weights)
 sent = group.dispatch(x, routing)
 assert group.combine(sent.x, sent.plan).x.shape == (3, 16)
 if left == "hook":
@@ -27,10 +33,17 @@ print("done", rank)
 """
 
 
-@pytest.mark.parametrize(
-    ("ranks", "wire", "left"),
-    [(1, "auto", "group"), (2, "local", "group"), (2, "local", "hook"), (2, "local", "error"), (2, "group", "hook")],
-)
+ON_CPU = [
+    (1, "auto", "group"),
+    (2, "local", "group"),
+    (2, "local", "hook"),
+    (2, "local", "error"),
+    (2, "group", "hook"),
+]
+ON_GPU = [(1, "nvlink", "group"), (2, "nvlink", "group"), (2, "nvlink", "hook"), (2, "nvlink", "error")]
+
+
+@pytest.mark.parametrize(("ranks", "wire", "left"), ON_CPU + (ON_GPU if NUM_GPUS else []))
 def test_a_program_with_an_open_group_just_ends(ranks, wire, left, tmp_path):
     programs = [
         subprocess.Popen(

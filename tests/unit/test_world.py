@@ -44,6 +44,24 @@ def test_results_by_rank_and_many_jobs():
     world.close()
 
 
+def test_devices():
+    with pytest.raises(ValueError, match=r'devices: expected "cpu" or "cuda", got \'gpu\''):
+        World(1, devices="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r'devices="cuda" needs a GPU, torch sees none; use devices="cpu"'):
+            World(1, devices="cuda")
+
+
+def current_device(rank, pg):
+    return torch.cuda.current_device()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_each_rank_owns_a_gpu():
+    with World(2, devices="cuda") as world:
+        assert world.run(current_device) == [0, 1 % torch.cuda.device_count()]
+
+
 def test_errors_by_rank():
     with World(2) as world:
         with pytest.raises(WorldError, match="max_tokens=2") as caught:

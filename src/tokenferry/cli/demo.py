@@ -12,11 +12,11 @@ import torch
 
 from tokenferry.bench.feed import run_with_feed
 from tokenferry.bench.report import num_cores, threads_for
-from tokenferry.cli import demo_plot
-from tokenferry.cli.bench import positive
+from tokenferry.cli import demo_place, demo_plot
 from tokenferry.cli.demo_compare import Verdict, compare
 from tokenferry.cli.demo_train import History, Options, load_text, train_dense, train_spread
 from tokenferry.cli.failure import explain
+from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -26,7 +26,7 @@ DESCRIPTION = """\
 Trains a byte-level transformer with two Mixture-of-Experts layers (8 experts, 2 per token) on the source text of
 Python's own standard library: first over R rank processes, each holding 8/R experts, every token carried by tokenferry;
 then the same model, seed and batches in one process that holds all experts. Fails if the losses differ beyond rounding.
-About a minute on two cores.
+About a minute on two cores. On a host with several GPUs each rank owns one.
 """
 JOB_TIMEOUT_S = 3600.0
 
@@ -34,7 +34,15 @@ JOB_TIMEOUT_S = 3600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--steps", type=positive, default=300, help="optimizer steps (default: 300)")
-    parser.add_argument("--ranks", type=positive, default=4, help="R: 1, 2, 4 or 8 (default: 4)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: GPUs if there are two or more and each rank gets its own (default: auto)",
+    )
+    parser.add_argument(
+        "--ranks", type=positive, help="R: 1, 2, 4 or 8 (default: 4; on GPUs as many as there are, at most 8)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float64", "float32"),
@@ -49,10 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Train twice, compare, draw; 1 if the runs differ."""
-    options = Options(args.steps, args.ranks, args.seed, getattr(torch, args.dtype))
+    place = demo_place.choose(args.device, args.ranks, demo_place.gpus())
+    options = Options(args.steps, place.ranks, args.seed, getattr(torch, args.dtype), place.device)
     if options.experts % options.ranks:
         raise ConfigError(f"--ranks {options.ranks} does not divide the {options.experts} experts; use 1, 2, 4 or 8")
     start = time.perf_counter()
+    screen.line(place.text)
     screen.line(
         f"text: {len(load_text())} bytes of Python's standard library; model: {options.layers} blocks, "
         f"H={options.hidden}, {options.experts} experts, top-{options.top_k}; "
@@ -64,7 +74,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         screen.line(explain(error), style="bold red")
         return 1
     dense = _train_dense(options, screen)
-    verdict = compare((spread.losses, dense.losses), (spread.expert_tokens, dense.expert_tokens), options.dtype)
+    counts = spread.expert_tokens, dense.expert_tokens
+    verdict = compare((spread.losses, dense.losses), counts, options.dtype, options.device)
     _tell(verdict, spread, dense, screen)
     picture = args.out / "demo.png"
     if demo_plot.write(picture, spread, dense):
@@ -79,7 +90,7 @@ def _train_spread(options: Options, screen: Screen) -> History:
     threads = threads_for(options.ranks)
     screen.line(f"{options.ranks} ranks on {num_cores()} cores, {threads} thread(s) each, starting ...")
     with (
-        World(options.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world,
+        World(options.ranks, devices=options.device, timeout_s=JOB_TIMEOUT_S, threads=threads) as world,
         screen.progress("training", options.steps) as advance,
     ):
         show = _show(options, screen, advance)

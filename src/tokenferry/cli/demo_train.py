@@ -33,12 +33,14 @@ class Options:
         ranks: R of the run that is spread.
         seed: Of parameters and batches.
         dtype: Of parameters and rows.
+        device: ``"cpu"``, or ``"cuda"``: of each rank its own GPU, and for the run in one process the first.
     """
 
     steps: int
     ranks: int
     seed: int
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
     batch: int = 16
     context: int = 64
     hidden: int = 64
@@ -72,23 +74,47 @@ class History:
 
 
 class TimedGroup(ExpertGroup):
-    """An ExpertGroup that adds up the seconds that its calls take, forward and backward."""
+    """An ExpertGroup that adds up the seconds that its calls take, forward and backward.
+
+    On a GPU it waits for the device before and after each call, so that nothing else is counted. That costs time, which
+    a real training would not spend.
+    """
 
     dispatch_s = 0.0
     combine_s = 0.0
 
-    def dispatch(self, x: Tensor | Quantized, routing: Routing, *, delivery: Delivery | None = None) -> Dispatched:
+    def now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def dispatch(
+        self,
+        x: Tensor | Quantized,
+        routing: Routing,
+        *,
+        delivery: Delivery | None = None,
+        num_sms: int | None = None,
+    ) -> Dispatched:
         """As ExpertGroup's."""
-        start = time.perf_counter()
-        result = super().dispatch(x, routing, delivery=delivery)
-        self.dispatch_s += time.perf_counter() - start
+        start = self.now()
+        result = super().dispatch(x, routing, delivery=delivery, num_sms=num_sms)
+        self.dispatch_s += self.now() - start
         return result
 
-    def redispatch(self, x: Tensor | Quantized, plan: Plan, *, topk_weights: Tensor | None = None) -> Dispatched:
+    def redispatch(
+        self,
+        x: Tensor | Quantized,
+        plan: Plan,
+        *,
+        topk_weights: Tensor | None = None,
+        num_sms: int | None = None,
+    ) -> Dispatched:
         """As ExpertGroup's; the backward of combine."""
-        start = time.perf_counter()
-        result = super().redispatch(x, plan, topk_weights=topk_weights)
-        self.dispatch_s += time.perf_counter() - start
+        start = self.now()
+        result = super().redispatch(x, plan, topk_weights=topk_weights, num_sms=num_sms)
+        self.dispatch_s += self.now() - start
         return result
 
     def combine(
@@ -99,11 +125,12 @@ class TimedGroup(ExpertGroup):
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, ...] | None = None,
         out: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Combined:
         """As ExpertGroup's; also the backward of dispatch."""
-        start = time.perf_counter()
-        result = super().combine(y, plan, topk_weights=topk_weights, bias=bias, out=out)
-        self.combine_s += time.perf_counter() - start
+        start = self.now()
+        result = super().combine(y, plan, topk_weights=topk_weights, bias=bias, out=out, num_sms=num_sms)
+        self.combine_s += self.now() - start
         return result
 
 
@@ -135,7 +162,7 @@ def batch_of(text: Tensor, options: Options, step: int) -> Tensor:
 def make_model(options: Options, make_moe: Callable[[int], nn.Module]) -> ByteTransformer:
     """Return the model of the demo with the mixtures that ``make_moe`` makes."""
     o = options
-    return ByteTransformer(o.hidden, o.context, o.heads, o.layers, make_moe, o.seed).to(o.dtype)
+    return ByteTransformer(o.hidden, o.context, o.heads, o.layers, make_moe, o.seed).to(o.device, o.dtype)
 
 
 def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
@@ -159,8 +186,9 @@ def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) 
     text = load_text()
     tokens = -(-o.batch // o.ranks) * o.context
     history = History(o.ranks)
-    group = TimedGroup(pg, MoeShape(o.experts, o.top_k, o.hidden, max_tokens=tokens))
+    group = TimedGroup(pg, MoeShape(o.experts, o.top_k, o.hidden, max_tokens=tokens), backend=o.device)
     with group:
+        group.warmup()
         model = make_model(o, lambda i: MoELayer(group, o.ffn_hidden, seed=moe_seed(o, i)))
         layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         mine = {id(p) for layer in layers for p in layer.expert_parameters()}
@@ -169,7 +197,7 @@ def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) 
         for step in range(o.steps):
             start = time.perf_counter()
             group.dispatch_s = group.combine_s = 0.0
-            share = batch_of(text, o, step).tensor_split(o.ranks)[rank]
+            share = batch_of(text, o, step).tensor_split(o.ranks)[rank].to(group.device)
             loss = loss_sum(model, share) / (o.batch * o.context)
             optimizer.zero_grad(set_to_none=False)
             torch.autograd.backward(loss)
@@ -180,15 +208,18 @@ def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) 
             history.expert_tokens.append([int(n) for n in news_of_all[1:]])
             history.dispatch_s.append(group.dispatch_s)
             history.combine_s.append(group.combine_s)
-            history.step_s.append(time.perf_counter() - start)
+            history.step_s.append(group.now() - start)
             if rank == 0:
                 feed.send(news, latest(history))
     return history
 
 
 def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, in one exchange. Collective."""
-    flat = torch.cat([t.flatten() for t in tensors])
+    """Replace each tensor by its sum over ranks, in one exchange. Collective.
+
+    By way of the CPU, wherever they are: the process group need not know GPUs.
+    """
+    flat = torch.cat([t.flatten() for t in tensors]).cpu()
     dist.all_reduce(flat, group=pg)
     for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
@@ -197,11 +228,11 @@ def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
 def gather_news(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
     """``[1 + E]`` float64: the loss of the whole batch, then each expert's rows, all layers together. Collective."""
     news = torch.zeros(1 + options.experts, dtype=torch.float64)
-    news[0] = loss
+    news[0] = loss.item()
     local = options.experts // options.ranks
     for layer in layers:
         assert layer.expert_counts is not None
-        news[1 + rank * local : 1 + (rank + 1) * local] += layer.expert_counts
+        news[1 + rank * local : 1 + (rank + 1) * local] += layer.expert_counts.cpu()
     dist.all_reduce(news, group=pg)
     return news
 
@@ -225,7 +256,7 @@ def moe_seed(options: Options, layer: int) -> int:
 def dense_layer(options: Options, layer: int) -> DenseMoE:
     """Return a mixture with all experts in this process, with the parameters that the ranks draw."""
     o = options
-    with ExpertGroup(None, MoeShape(o.experts, o.top_k, o.hidden, max_tokens=1)) as group:
+    with ExpertGroup(None, MoeShape(o.experts, o.top_k, o.hidden, max_tokens=1), backend="cpu") as group:
         drawn = MoELayer(group, o.ffn_hidden, seed=moe_seed(o, layer))
     return DenseMoE(drawn.router, [drawn.state_dict()])
 
@@ -239,7 +270,7 @@ def train_dense(options: Options, on_step: Callable[[float], None]) -> History:
     optimizer = make_optimizer(o, model)
     for step in range(o.steps):
         start = time.perf_counter()
-        loss = loss_sum(model, batch_of(text, o, step)) / (o.batch * o.context)
+        loss = loss_sum(model, batch_of(text, o, step).to(o.device)) / (o.batch * o.context)
         optimizer.zero_grad(set_to_none=False)
         torch.autograd.backward(loss)
         optimizer.step()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -14,8 +13,10 @@ import torch.distributed as dist
 from tokenferry import env
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.report import machine
+from tokenferry.cli import doctor_cuda
+from tokenferry.cli.finding import Finding, tried
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ConfigError, TokenferryError
+from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 from tokenferry.words import MoeShape, Routing
 
@@ -26,23 +27,6 @@ Lines with ! are needed for tokenferry to work at all; if one of them says no, t
 """
 RANKS = 2
 JOB_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line.
-
-    Attributes:
-        name: What was tried.
-        good: It works.
-        text: What was seen; if it does not work, why, and what to do.
-        needed: Without it nothing works.
-    """
-
-    name: str
-    good: bool
-    text: str
-    needed: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +58,10 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
     yield from _variables()
     yield _group_of_one()
     yield from _ranks()
-    yield _cuda()
+    yield from doctor_cuda.findings(_gpu_alone, lambda: _on_ranks(over_gpus, devices="cuda"))
     if compiler:
-        yield _tried("torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not touched")
-        yield _tried("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
+        yield tried("torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not touched")
+        yield tried("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
     yield _package("rich", "colours and progress bars", "cli")
     yield _package("matplotlib", "the demo's picture", "plots")
 
@@ -100,14 +84,6 @@ def _variables() -> Iterator[Finding]:
         yield Finding(variable.name, True, f"{value} ({origin}); {variable.meaning}")
 
 
-def _tried(name: str, attempt: Callable[[], str], remedy: str, *, needed: bool = False) -> Finding:
-    try:
-        return Finding(name, True, attempt(), needed)
-    except Exception as error:  # noqa: BLE001 - whatever stops it is what the doctor has to tell
-        first = str(error).strip().splitlines()
-        return Finding(name, False, f"{type(error).__name__}: {first[0] if first else ''}; {remedy}", needed)
-
-
 def round_trip(group: ExpertGroup) -> str:
     """Send rows to every expert and back, and check them. Collective.
 
@@ -115,9 +91,10 @@ def round_trip(group: ExpertGroup) -> str:
         ArithmeticError: other rows came back.
     """
     generator = torch.Generator().manual_seed(group.rank)
-    x = torch.randn(16, group.shape.hidden, generator=generator)
+    x = torch.randn(16, group.shape.hidden, generator=generator).to(group.device)
     experts = group.shape.num_experts
-    sent = group.dispatch(x, Routing(torch.arange(16 * experts).view(16, experts) % experts))
+    topk_idx = (torch.arange(16 * experts) % experts).view(16, experts).to(group.device)
+    sent = group.dispatch(x, Routing(topk_idx))
     assert isinstance(sent.x, torch.Tensor)
     back = group.combine(sent.x, sent.plan).x
     if not torch.equal(back, x * group.num_ranks):
@@ -131,10 +108,10 @@ def _shape(num_ranks: int) -> MoeShape:
 
 def _group_of_one() -> Finding:
     def attempt() -> str:
-        with ExpertGroup(None, _shape(1)) as group:
+        with ExpertGroup(None, _shape(1), backend="cpu") as group:
             return round_trip(group)
 
-    return _tried("group of one", attempt, "report it: nothing but torch is needed here", needed=True)
+    return tried("group of one", attempt, "report it: nothing but torch is needed here", needed=True)
 
 
 def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
@@ -161,32 +138,35 @@ def _ranks() -> Iterator[Finding]:
     jobs = {"gloo": (over_gloo,), "wire local": (over_wire, "local"), "wire group": (over_wire, "group")}
     for name, job in jobs.items():
         needed = name != "wire local"
-        yield _tried(name, lambda job=job: _on_ranks(*job), remedies[name], needed=needed)  # type: ignore[misc]
+        yield tried(name, lambda job=job: _on_ranks(*job), remedies[name], needed=needed)  # type: ignore[misc]
 
 
-def _on_ranks(fn: Callable[..., str], *args: object) -> str:
+def _on_ranks(fn: Callable[..., str], *args: object, devices: str = "cpu") -> str:
     """Run one job in a world of its own, so that what one check breaks does not reach the next."""
     try:
-        with World(RANKS, timeout_s=JOB_TIMEOUT_S) as world:
+        with World(RANKS, devices=devices, timeout_s=JOB_TIMEOUT_S) as world:
             text: str = world.run(fn, *args)[0]
             return text
     except WorldError as error:
         raise next(iter(error.errors.values())) from None
 
 
-def _cuda() -> Finding:
-    seen = f"torch sees {torch.cuda.device_count()} CUDA device(s)"
-    try:
-        with ExpertGroup(None, _shape(1), backend="cuda") as group:
-            return Finding("backend cuda", True, f"{round_trip(group)}; {seen}")
-    except TokenferryError as error:
-        return Finding("backend cuda", False, f"{error}; {seen}")
+def _gpu_alone() -> str:
+    with ExpertGroup(None, _shape(1), backend="cuda") as group:
+        return round_trip(group)
+
+
+def over_gpus(rank: int, pg: dist.ProcessGroup) -> str:
+    """Make a round trip over ranks that own GPUs; a job of `World`."""
+    with ExpertGroup(pg, _shape(pg.size()), backend="cuda", timeout_s=JOB_TIMEOUT_S / 2) as group:
+        group.warmup()
+        return round_trip(group)
 
 
 def _compiles(backend: str) -> str:
     from tokenferry import autograd
 
-    with ExpertGroup(None, _shape(1)) as group:
+    with ExpertGroup(None, _shape(1), backend="cpu") as group:
         routing = Routing(torch.tensor([[0, 1]] * 16))
 
         def layer(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """World: R rank processes on this host that run jobs one after another. Made once, used many times.
 
 Ranks are forked from one server process that has imported torch and tokenferry, so a world of four is up in a fraction
-of a second, and its ranks share that server's memory pages. Each rank is in one gloo process group.
+of a second, and its ranks share that server's memory pages. Each rank is in one gloo process group. The server knows
+nothing of CUDA: a rank that owns a GPU meets it for the first time by itself.
 """
 
 from __future__ import annotations
@@ -47,12 +48,23 @@ class World:
 
     Args:
         num_ranks: R.
+        devices: ``"cpu"``, or ``"cuda"``: rank r owns GPU ``r % number of GPUs``, which is then its current device.
+            Ranks that share a GPU take turns on it: slow, but right.
         timeout_s: Seconds a job may take before its ranks are killed; their stacks go to stderr first.
         threads: Threads that torch may use in each rank.
+
+    Raises:
+        ValueError: ``devices`` is neither.
+        RuntimeError: there is no GPU.
     """
 
-    def __init__(self, num_ranks: int, *, timeout_s: float = 60.0, threads: int = 1) -> None:
+    def __init__(self, num_ranks: int, *, devices: str = "cpu", timeout_s: float = 60.0, threads: int = 1) -> None:
+        if devices not in ("cpu", "cuda"):
+            raise ValueError(f'World: devices: expected "cpu" or "cuda", got {devices!r}')
+        if devices == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError('World: devices="cuda" needs a GPU, torch sees none; use devices="cpu"')
         self.num_ranks = num_ranks
+        self.devices = devices
         self.timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="tokenferry-world-")
         context = mp.get_context("forkserver")
@@ -62,7 +74,8 @@ class World:
         store = os.path.join(self._folder.name, "store")
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, num_ranks, store, theirs, threads), daemon=True)
+            who = (rank, num_ranks, devices, threads)
+            process = context.Process(target=_serve, args=(*who, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -173,11 +186,13 @@ class World:
             self.kill()
 
 
-def _serve(rank: int, num_ranks: int, store: str, pipe: Connection, threads: int) -> None:
+def _serve(rank: int, num_ranks: int, devices: str, threads: int, store: str, pipe: Connection) -> None:
     """What a rank does: join the group, then run jobs until it is told to end or its parent is gone."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    if devices == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120)
     )

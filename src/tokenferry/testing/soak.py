@@ -1,0 +1,384 @@
+"""A soak: random shapes, routings, layouts, lifetimes, streams and delays for as long as you like; all results checked.
+
+    python -m tokenferry.testing.soak --seconds 600 --device cuda --ranks 2
+
+Everything that ranks have to agree on is drawn from one seed, so that each of them knows what all of them bring; what
+each does for itself (how late it is, on which stream) is drawn apart. Small calls are compared with the oracle, bit for
+bit, large ones with what their token numbers say. Results live for a while, also longer than their group, and are
+looked at again when they go: memory that was given away too early shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenferry.api import ExpertGroup
+from tokenferry.testing import soak_large
+from tokenferry.testing.cases import ROUTINGS, Case, answers, returned_weights
+from tokenferry.testing.compare import same_bits
+from tokenferry.testing.oracle import Oracle
+from tokenferry.testing.world import World, WorldError
+from tokenferry.words import DecodeDispatched, Delivery, Dispatched, Layout, MoeShape, Routing
+
+CHUNK_S = 20.0
+"""Seconds of one job of the command; then it says how far it is."""
+STEPS_BETWEEN_AGREEMENTS = 16
+STEPS_OF_A_GROUP = 200
+MOST_ALIVE = 6
+SLACK_S = 120.0
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Soak:
+    """What is to be done.
+
+    Args:
+        seconds: How long.
+        seed: Of everything that is drawn.
+        device: ``"cpu"`` or ``"cuda"``: the backend, and where tensors are.
+        timeout_s: Of the groups.
+    """
+
+    seconds: float
+    seed: int = 0
+    device: str = "cpu"
+    timeout_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """How much was done, the same on all ranks."""
+
+    groups: int = 1
+    calls: int = 0
+    checks: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Live:
+    """A result that is kept for a while, and what it must hold."""
+
+    what: str
+    case: Case
+    delivery: Delivery
+    oracle: Oracle
+    sent: Dispatched
+
+
+class Soaker:
+    """One rank at work.
+
+    Attributes:
+        group: The group that works; closed by the caller.
+        tally: What was done so far.
+    """
+
+    def __init__(self, rank: int, pg: dist.ProcessGroup, soak: Soak) -> None:
+        self.rank, self.ranks = rank, pg.size()
+        self.tally = Tally()
+        self._pg, self._soak = pg, soak
+        self._shared, self._own = random.Random(soak.seed), random.Random(f"{soak.seed} {rank}")
+        self._alive: list[Live] = []
+        self._owed: list[tuple[str, Tensor, Tensor]] = []
+        cuda = soak.device == "cuda"
+        self._streams = [torch.cuda.Stream() for _ in range(3)] if cuda else []  # type: ignore[no-untyped-call]
+        self._stream = self._streams[0] if cuda else None
+        self.group = open_group(pg, soak)
+
+    def step(self) -> None:
+        """Do one thing, drawn for all ranks."""
+        if self._shared.random() < 0.1 and self._shared.randrange(self.ranks) == self.rank:
+            time.sleep(self._own.random() * 0.02)
+        deeds = (self._dispatch, self._combine, self._redispatch, self._decode, self._drop, self._large)
+        deed = self._shared.choices(deeds, weights=(30, 40, 15, 10, 10, 3))[0]
+        with self._some_stream():
+            deed()
+        if self._own.random() < 0.2 or len(self._owed) > 20:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the device, and compare everything that is owed."""
+        self.group.synchronize()
+        if self._streams:
+            torch.cuda.synchronize()
+        for what, got, want in self._owed:
+            same_bits(what, got, want)
+            self.tally.checks += 1
+        self._owed.clear()
+
+    def change_group(self) -> None:
+        """Close the group while its results live on, and make another."""
+        self.settle()
+        self.group.close()
+        self.group = open_group(self._pg, self._soak)
+        self.tally.groups += 1
+        # Plans are the old group's: all that is left to do with these results is to look at them once more.
+        for live in self._alive:
+            self._look(live)
+        self.settle()
+        self._alive.clear()
+
+    def _some_stream(self) -> contextlib.AbstractContextManager[object]:
+        if self._stream is None:
+            return contextlib.nullcontext()
+        before, self._stream = self._stream, self._own.choice(self._streams)
+        if before is not self._stream:
+            self._stream.wait_stream(before)  # what is looked at here may have been computed there
+        return torch.cuda.stream(self._stream)
+
+    # ------------------------------------------------------------------ what is done
+
+    def _dispatch(self) -> None:
+        case = draw_case(self._shared, self.ranks)
+        delivery = draw_delivery(self._shared, case)
+        oracle = oracle_of(case, delivery)
+        mine = oracle.sent[self.rank]
+        routing = Routing(self._here(mine.topk_idx), self._maybe(mine.topk_weights))
+        view = self.group.for_shape(case.shape)
+        sent = view.dispatch(self._here(mine.x), routing, delivery=delivery, num_sms=self._num_sms())
+        live = Live(f"rank {self.rank}, {case}, {delivery}", case, delivery, oracle, sent)
+        self._look(live)
+        self._keep(live)
+
+    def _redispatch(self) -> None:
+        live = self._any_alive()
+        if live is None:
+            return
+        values = [one.x * 2 for one in live.oracle.sent]
+        again = self.group.for_shape(live.case.shape).redispatch(
+            self._here(values[self.rank]), live.sent.plan, num_sms=self._num_sms()
+        )
+        self.tally.calls += 1
+        assert isinstance(again.x, Tensor)
+        rows = again.x.reshape(-1, live.case.hidden)[self._places(live)]
+        self._owed.append((f"{live.what} redispatch", rows, live.oracle.x(self.rank, values)))
+
+    def _combine(self) -> None:
+        live = self._any_alive()
+        if live is None:
+            return
+        case, oracle, sent, ranks = live.case, live.oracle, live.sent, range(self.ranks)
+        assert isinstance(sent.x, Tensor)
+        host = live.delivery.counts == "host"
+        flat = sent.x.reshape(-1, case.hidden)
+        sizes = [oracle.num_delivered(there) if host else flat.shape[0] for there in ranks]
+        wide = case.hidden * 2 % 16 == 0
+        dtype = self._shared.choice((case.dtype, torch.bfloat16)) if wide else case.dtype
+        ys = [answers(case, oracle, there, sizes[there], dtype) for there in ranks]
+        num_biases, weighted, into = self._shared.randrange(3), self._shared.random() < 0.3, self._shared.random() < 0.3
+        biases = tuple(case.rows(self.rank, dtype, case.hidden, 3 + i) for i in range(num_biases))
+        ws = [returned_weights(case, oracle, there, sizes[there]) for there in ranks] if weighted else []
+        rows_shape = sent.x.shape[:-1] if live.delivery.layout is Layout.MASKED else (sizes[self.rank],)
+        weights = None
+        if weighted:
+            columns = (case.top_k,) if live.delivery.layout is Layout.ROWS else ()
+            weights = self._here(ws[self.rank]).reshape(*rows_shape, *columns)
+        home = self.group.for_shape(case.shape).combine(
+            self._here(ys[self.rank]).reshape(*rows_shape, case.hidden),
+            sent.plan,
+            topk_weights=weights,
+            bias=tuple(self._here(bias) for bias in biases) or None,
+            out=torch.full_like(self._here(biases[0]), torch.nan) if into and biases else None,
+            num_sms=self._num_sms(),
+        )
+        self.tally.calls += 1
+        what = f"{live.what} combine {dtype} {num_biases=}"
+        self._owed.append((what, home.x, oracle.combine(self.rank, ys, biases)))
+        if home.topk_weights is not None:
+            self._owed.append((f"{what} weights", home.topk_weights, oracle.combine_weights(self.rank, ws)))
+
+    def _decode(self) -> None:
+        case = draw_case(self._shared, self.ranks, decode=True)
+        oracle = Oracle(case.inputs(), case.experts, "masked", capacity=self.ranks * case.shape.max_tokens)
+        mine, view = oracle.sent[self.rank], self.group.for_shape(case.shape)
+        fast, hook = self._shared.random() < 0.5, self._shared.random() < 0.5
+        routing = Routing(self._here(mine.topk_idx), self._maybe(mine.topk_weights))
+        sent: DecodeDispatched = view.decode_dispatch(self._here(mine.x), routing, return_hook=hook)
+        if sent.hook is not None:
+            sent.hook()
+        size = oracle.num_local * oracle.capacity
+        ys = [answers(case, oracle, there, size, case.dtype) for there in range(self.ranks)]
+        y = self._here(ys[self.rank]).reshape(oracle.num_local, oracle.capacity, case.hidden)
+        home = view.decode_combine(y, sent.plan, numerics="fast" if fast else "exact", return_hook=hook)
+        if home.hook is not None:
+            home.hook()
+        self.tally.calls += 2
+        what = f"rank {self.rank}, {case} decode {fast=}"
+        assert isinstance(sent.x, Tensor)
+        places = torch.tensor([row.place for row in oracle.rows(self.rank)], dtype=torch.int64)
+        self._owed.append((what, sent.x.reshape(-1, case.hidden)[self._here(places)], oracle.x(self.rank)))
+        self._owed.append((f"{what} combine", home.x, oracle.decode_combine(self.rank, ys, fast=fast)))
+
+    def _large(self) -> None:
+        large = soak_large.draw(self._shared, self.ranks)
+        self.tally.calls += soak_large.round_trip(self.group.for_shape(large.shape), large, self._num_sms())
+        self.tally.checks += 1
+
+    def _drop(self) -> None:
+        if self._alive:
+            self._let_go(self._alive.pop(self._shared.randrange(len(self._alive))))
+
+    # ------------------------------------------------------------------ helpers
+
+    def _keep(self, live: Live) -> None:
+        self.tally.calls += 1
+        self._alive.append(live)
+        if len(self._alive) > MOST_ALIVE:
+            self._let_go(self._alive.pop(0))
+
+    def _let_go(self, live: Live) -> None:
+        self._look(live)
+        self.settle()
+
+    def _look(self, live: Live) -> None:
+        """Owe a comparison of everything that a dispatch delivered."""
+        oracle, sent, rank = live.oracle, live.sent, self.rank
+        assert isinstance(sent.x, Tensor)
+        places = self._places(live)
+        self._owed.append((f"{live.what} x", sent.x.reshape(-1, live.case.hidden)[places], oracle.x(rank)))
+        counts = torch.tensor(oracle.expert_counts(rank), dtype=torch.int32)
+        self._owed.append((f"{live.what} expert_counts", sent.expert_counts, counts))
+        if sent.topk_weights is not None:
+            columns = (live.case.top_k,) if live.delivery.layout is Layout.ROWS else ()
+            weights = sent.topk_weights.reshape(-1, *columns)[places]
+            self._owed.append((f"{live.what} topk_weights", weights, oracle.weights(rank)))
+        if sent.topk_idx is not None:
+            ids = oracle.topk_idx(rank)
+            self._owed.append((f"{live.what} topk_idx", sent.topk_idx[: ids.shape[0]], ids))
+
+    def _places(self, live: Live) -> Tensor:
+        places = [row.place for row in live.oracle.rows(self.rank)]
+        return self._here(torch.tensor(places, dtype=torch.int64))
+
+    def _any_alive(self) -> Live | None:
+        return self._shared.choice(self._alive) if self._alive else None
+
+    def _num_sms(self) -> int | None:
+        return self._own.choice((None, None, 1, 3, 16)) if self._soak.device == "cuda" else None
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.group.device)
+
+    def _maybe(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else self._here(tensor)
+
+
+def draw_case(pick: random.Random, ranks: int, *, decode: bool = False) -> Case:
+    """Any small case; ``decode``: one that the decode calls take."""
+    dtype = pick.choice(_DTYPES[:3] if decode else _DTYPES)
+    most = pick.choice((0, 1, 9, 40))
+    return Case(
+        tokens=tuple(pick.randint(0, most) for _ in range(ranks)),
+        experts=ranks * pick.choice((1, 2, 3, 5, 8)),
+        top_k=pick.choice((1, 2, 3, 4, 6, 8, 11)),
+        hidden=16 // dtype.itemsize * pick.choice((1, 2, 3, 7, 16, 33, 80)),
+        dtype=dtype,
+        idx_dtype=pick.choice((torch.int32, torch.int64)),
+        routing=pick.choice(ROUTINGS),
+        weights=decode or pick.random() < 0.7,
+        seed=pick.randrange(1 << 20),
+    )
+
+
+def draw_delivery(pick: random.Random, case: Case) -> Delivery:
+    """Any delivery that the rows of ``case`` fit into."""
+    layout, counts = pick.choice(tuple(Layout)), pick.choice(("host", "device"))
+    alignment = pick.randint(1, 9) if layout is Layout.EXPERTS else 1
+    room = None
+    if (counts == "device" or layout is Layout.MASKED) and pick.random() < 0.5:
+        room = least_room(case, layout, alignment) + pick.randint(0, 3)
+    zero = layout is not Layout.ROWS and pick.random() < 0.5
+    return Delivery(layout, alignment, zero_padding=zero, counts=counts, capacity=room)
+
+
+def least_room(case: Case, layout: Layout, alignment: int) -> int:
+    """The least capacity that holds the rows of every rank (MASKED: of every expert)."""
+    oracle = Oracle(case.inputs(), case.experts, layout.value, alignment=alignment)
+    if layout is Layout.MASKED:
+        return max(1, *(count for rank in range(case.ranks) for count in oracle.expert_counts(rank)))
+    return max(1, *(oracle.num_delivered(rank) for rank in range(case.ranks)))
+
+
+def oracle_of(case: Case, delivery: Delivery) -> Oracle:
+    """What a dispatch of ``case`` must give."""
+    capacity = (delivery.capacity or case.ranks * case.shape.max_tokens) if delivery.layout is Layout.MASKED else 0
+    return Oracle(case.inputs(), case.experts, delivery.layout.value, alignment=delivery.alignment, capacity=capacity)
+
+
+def open_group(pg: dist.ProcessGroup, soak: Soak) -> ExpertGroup:
+    """A group whose memory is for the large cases; collective."""
+    # Rows as wide as a token's rows for all of its experts together: so EXPERTS fits at its worst.
+    shape = MoeShape(pg.size(), 1, soak_large.MOST_CHOICES * soak_large.MOST_HIDDEN, soak_large.MOST_TOKENS)
+    return ExpertGroup(pg, shape, backend=soak.device, timeout_s=soak.timeout_s)
+
+
+def run(rank: int, pg: dist.ProcessGroup, soak: Soak) -> Tally:
+    """Soak for a while; a job of `World`. Collective: rank 0 says when it is enough.
+
+    Raises:
+        AssertionError: a result is wrong; names the case.
+    """
+    soaker = Soaker(rank, pg, soak)
+    deadline = time.monotonic() + soak.seconds
+    try:
+        while True:
+            for _ in range(STEPS_BETWEEN_AGREEMENTS):
+                soaker.step()
+            if not _agreed(pg, time.monotonic() < deadline):
+                break
+            if soaker.tally.groups * STEPS_OF_A_GROUP < soaker.tally.calls:
+                soaker.change_group()
+        soaker.settle()
+    finally:
+        soaker.group.close()
+    return soaker.tally
+
+
+def _agreed(pg: dist.ProcessGroup, more: bool) -> bool:
+    """What rank 0 wants."""
+    wish = torch.tensor([int(more)])
+    dist.broadcast(wish, src=0, group=pg)
+    return bool(wish.item())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 if every result was right. Another seed is another soak; the same one is the same."""
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tokenferry.testing.soak", description=about)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
+    parser.add_argument("--ranks", type=int, default=2, help="R (default: 2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the backend (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
+    args = parser.parse_args(argv)
+    total = Tally(groups=0)
+    start = time.monotonic()
+    with World(args.ranks, devices=args.device, timeout_s=CHUNK_S + SLACK_S) as world:
+        for chunk in range(max(1, round(args.seconds / CHUNK_S))):
+            seconds = min(CHUNK_S, args.seconds)
+            try:
+                done: Tally = world.run(run, Soak(seconds, args.seed * 1_000_003 + chunk, args.device))[0]
+            except WorldError as error:
+                sys.stdout.write(f"FAILED in chunk {chunk} of seed {args.seed}:\n{error}\n")
+                return 1
+            total = Tally(total.groups + done.groups, total.calls + done.calls, total.checks + done.checks)
+            sys.stdout.write(
+                f"{time.monotonic() - start:6.0f} s: {total.calls} calls in {total.groups} groups over {args.ranks} "
+                f"ranks ({args.device}), {total.checks} results of rank 0 checked, all right\n"
+            )
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The soak itself: that it runs, and that it finds what is wrong."""
+
+import pytest
+import torch
+
+from tokenferry import ExpertGroup, Quantized
+from tokenferry.testing import soak
+from tokenferry.testing.world import World, WorldError
+
+
+def test_a_soak_of_three_seconds():
+    with World(3) as world:
+        tallies = world.run(soak.run, soak.Soak(3.0, seed=5))
+    assert len({tally.calls for tally in tallies}) == 1
+    assert tallies[0].calls > 20
+    assert tallies[0].checks > 20
+
+
+def wrong(rank, pg, method: str, call_number: int) -> None:
+    """From some call on, one method gives rows with other signs in their first column."""
+    right, calls = getattr(ExpertGroup, method), 0
+
+    def spoil(self, *args, **kwargs):
+        nonlocal calls
+        result = right(self, *args, **kwargs)
+        x = result.x.data if isinstance(result.x, Quantized) else result.x
+        calls += x.numel() > 0
+        if calls >= call_number:
+            x.view(-1, x.shape[-1])[..., 0] *= -1
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpertGroup, method, spoil)
+        soak.run(rank, pg, soak.Soak(5.0, seed=1))
+
+
+@pytest.mark.parametrize("method", ["dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine"])
+def test_a_soak_finds_a_wrong_row(method):
+    with World(1) as world, pytest.raises(WorldError) as caught:
+        world.run(wrong, method, 5)
+    assert isinstance(caught.value.errors[0], AssertionError)
+    assert "differ" in str(caught.value.errors[0])
+
+
+def test_the_command(capsys):
+    assert soak.main(["--seconds", "0.2", "--ranks", "2", "--seed", "3"]) == 0
+    assert "over 2 ranks (cpu)" in capsys.readouterr().out
+
+
+def fail(rank, pg, plan) -> None:
+    raise AssertionError("3 of 4 values differ")
+
+
+def test_the_command_fails_if_a_result_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(soak, "run", fail)
+    assert soak.main(["--seconds", "0.2", "--ranks", "1"]) == 1
+    assert "FAILED in chunk 0 of seed 0" in capsys.readouterr().out
+
+
+def test_large_values_are_exact():
+    numbers = torch.arange(100)
+    rows = soak.soak_large.numbered(numbers, 64)
+    assert rows.abs().max() <= 15
+    assert rows.abs().min() >= 1
+    assert len({tuple(row.tolist()) for row in rows}) == 100, "every token has a row of its own"

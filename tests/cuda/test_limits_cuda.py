@@ -1,0 +1,41 @@
+"""The kernels of `tokenferry limits` on GPUs: their rows are compared, their waits end."""
+
+import time
+
+import pytest
+import torch
+
+from tokenferry.bench.limits import Plan, measure_limits
+from tokenferry.bench.links import CudaLinks
+from tokenferry.errors import PeerTimeout
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SMALL = Plan(num_sms=(1, 3, 24), row_bytes=(16, 7168, 14336), total_bytes=7168 * 301, runs=2, launches=2, rounds=3)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_row_is_where_it_belongs(worlds, tmp_path, num_ranks):
+    found = worlds(num_ranks, "cuda").run(measure_limits, str(tmp_path / "news"), SMALL)[0]
+    assert len(found.rates) == 3 * 3 * 3
+    assert all(rate.gbps > 0 for rate in found.rates)
+
+
+def alone(rank, pg, _):
+    """Rank 0 waits for a rank that does not come; the context stays usable."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    with CudaLinks(pg, device, 0, 0.5) as links:
+        if rank == 0:
+            start = time.monotonic()
+            links.barrier()
+            torch.cuda.synchronize()
+            assert time.monotonic() - start < 5
+            with pytest.raises(PeerTimeout, match=r"rank 0 waited 0\.5 s in a kernel for rank 1"):
+                links.check()
+        torch.distributed.barrier(pg)
+        assert torch.ones(3, device=device).sum().item() == 3
+    return True
+
+
+def test_a_wait_ends(worlds):
+    assert worlds(2, "cuda").run(alone, None) == [True] * 2
