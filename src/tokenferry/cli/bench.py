@@ -14,15 +14,20 @@ from tokenferry.bench import report
 from tokenferry.bench.feed import run_with_feed
 from tokenferry.bench.inputs import Spec
 from tokenferry.bench.scenarios import measure, num_steps
+from tokenferry.cli import bench_cuda
 from tokenferry.cli.failure import explain
+from tokenferry.cli.options import positive, positives
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "measure dispatch and combine on this machine, against plain gloo all_to_all_single"
+HELP = "measure dispatch and combine on this machine, against plain all_to_all_single"
 DESCRIPTION = """\
 Starts R ranks on this host, checks every answer, then times each call of the CPU backend and, in turns with it, plain
 gloo all_to_all_single of the same row bytes between the same ranks. No time is printed for a wrong answer.
+
+With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside what the links do in the same run and
+NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left out.
 
 Each time is the slowest rank's, the median over the iterations with 5th and 95th percentile:
   drained   the ranks are synchronised before each call
@@ -33,8 +38,11 @@ JOB_TIMEOUT_S = 1800.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sizes; the defaults are the case that the project's CPU target names."""
-    parser.add_argument("--ranks", type=positive, default=4, help="R (default: 4)")
-    parser.add_argument("--tokens", type=positive, default=128, help="T, on every rank (default: 128)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
+    parser.add_argument(
+        "--tokens", type=positives, help="T, on every rank; on GPUs several, as 128,4096 (default: 128; on GPUs many)"
+    )
     parser.add_argument("--hidden", type=positive, default=7168, help="H, bfloat16 (default: 7168)")
     parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
     parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
@@ -45,18 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
-
-
-def positive(text: str) -> int:
-    """Parse an option that has to be a positive integer."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    bench_cuda.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Check, measure, print; 1 if an answer was wrong."""
+    if args.device == "cuda":
+        return bench_cuda.run(args, screen)
     spec = _spec(args)
     threads = args.threads or report.threads_for(spec.ranks)
     machine = report.machine()
@@ -88,15 +91,21 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 
 def _spec(args: argparse.Namespace) -> Spec:
-    if args.experts % args.ranks:
-        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {args.ranks}; change one of them")
+    ranks, tokens = args.ranks or 4, args.tokens or (128,)
+    for option in ("quick", "sms", "routing", "only", "plot"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option} needs --device cuda")
+    if len(tokens) > 1:
+        raise ConfigError(f"--tokens {','.join(map(str, tokens))}: several need --device cuda; choose one")
+    if args.experts % ranks:
+        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {ranks}; change one of them")
     if args.top_k > args.experts:
         raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
     if args.hidden % 8:
         raise ConfigError(f"--hidden {args.hidden}: a row has to be a multiple of 16 bytes; use a multiple of 8")
     seed = secrets.randbits(31) if args.seed is None else args.seed % 2**31
     warmup = max(1, min(5, args.iters))
-    return Spec(args.ranks, args.tokens, args.hidden, args.top_k, args.experts, args.iters, warmup, seed)
+    return Spec(ranks, tokens[0], args.hidden, args.top_k, args.experts, args.iters, warmup, seed)
 
 
 def _measure(world: World, spec: Spec, wire: str, screen: Screen) -> list[report.Line]:

@@ -7,11 +7,18 @@ import sys
 from collections.abc import Sequence
 
 import tokenferry
-from tokenferry.cli import bench, deep_ep_path, demo, doctor
+from tokenferry.cli import bench, deep_ep_path, demo, doctor, explain, limits
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError, TokenferryError
 
-COMMANDS = {"demo": demo, "doctor": doctor, "bench": bench, "deep-ep-path": deep_ep_path}
+COMMANDS = {
+    "demo": demo,
+    "doctor": doctor,
+    "explain": explain,
+    "limits": limits,
+    "bench": bench,
+    "deep-ep-path": deep_ep_path,
+}
 
 EPILOG = "Exit status: 0 all is well, 1 a check failed, 2 the command line is wrong, 130 interrupted."
 

@@ -1,0 +1,152 @@
+"""What timing stands on: a device's own clock. The same programs run on the CPU, where tests can look at them."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class Bed(Protocol):
+    """A device that work is put on, and its clock."""
+
+    device: torch.device
+    num_sms: int
+
+    def synchronize(self) -> None: ...  # noqa: D102 - wait for all work of the device
+    def stamp(self) -> object: ...  # noqa: D102 - the time at which the work so far is done
+    def seconds(self, start: object, end: object) -> float: ...  # noqa: D102 - between two stamps; after synchronize
+    def side(self) -> Side: ...  # noqa: D102 - a stream beside the current one
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]: ...  # noqa: D102 - as a graph, to be replayed
+    def used_bytes(self) -> int: ...  # noqa: D102 - memory of the device that is in use, by anybody
+
+
+Side = Callable[[], AbstractContextManager[Any]]
+"""``with side():`` puts work on another stream. It is ordered after what the current stream holds on entry."""
+
+
+class CpuBed:
+    """Work is done when a call returns; stamps are the host's clock."""
+
+    device = torch.device("cpu")
+    num_sms = 0
+
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+    def stamp(self) -> float:
+        """Now, in seconds."""
+        return time.perf_counter()
+
+    def seconds(self, start: object, end: object) -> float:
+        """The difference."""
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+
+    def side(self) -> Side:
+        """There is one stream only."""
+        return nullcontext
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]:
+        """There are no graphs: the work itself."""
+
+        def replay() -> None:
+            work()
+
+        return replay
+
+    def used_bytes(self) -> int:
+        """Not counted."""
+        return 0
+
+
+class CudaBed:
+    """This rank's GPU; stamps are events on torch's current stream."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.num_sms = int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+    def synchronize(self) -> None:
+        """Wait until all streams of the device are idle."""
+        torch.cuda.synchronize(self.device)
+
+    def stamp(self) -> torch.cuda.Event:
+        """An event that is recorded now."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, start: object, end: object) -> float:
+        """Between two events that have happened."""
+        assert isinstance(start, torch.cuda.Event)
+        assert isinstance(end, torch.cuda.Event)
+        return float(start.elapsed_time(end)) / 1e3
+
+    def side(self) -> Side:
+        """A stream whose blocks go before those of the current one."""
+        stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
+
+        @contextmanager
+        def enter() -> Iterator[None]:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                yield
+
+        return enter
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Run the work once, then record it as a CUDA graph."""
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+            work()
+
+        def replay() -> None:
+            graph.replay()
+
+        return replay
+
+    def used_bytes(self) -> int:
+        """All that is not free, whoever uses it."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+
+def bed_for(kind: str) -> Bed:
+    """The bed of ``"cpu"`` or of ``"cuda"``: there, torch's current device."""
+    return CudaBed() if kind == "cuda" else CpuBed()
+
+
+def gather(pg: dist.ProcessGroup, item: Any) -> list[Any]:  # noqa: ANN401 - whatever can be pickled
+    """What each rank brought, by rank. Collective; over the CPU, also between GPUs."""
+    everybody: list[Any] = [None] * pg.size()
+    dist.all_gather_object(everybody, item, group=pg)
+    return everybody
+
+
+def slowest(pg: dist.ProcessGroup, seconds: Sequence[float]) -> list[float]:
+    """The maximum over ranks of each iteration. Collective."""
+    return [max(ranks) for ranks in zip(*gather(pg, list(seconds)), strict=True)]
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Keep Python from collecting garbage in the middle of a measurement."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,74 @@
+"""What a process waits for before its first call is done: run as a program of its own, once with no compiled kernels.
+
+``python -m tokenferry.bench.first_call`` prints one JSON line of seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+import tokenferry
+
+TIMEOUT_S = 120.0
+
+
+def run_both(device: str) -> dict[str, dict[str, float]]:
+    """Start two processes, the first with an empty folder of compiled kernels; seconds of each step.
+
+    Raises:
+        OSError, subprocess.SubprocessError: a process failed or took too long.
+    """
+    with tempfile.TemporaryDirectory(prefix="tokenferry-first-call-") as folder:
+        return {name: _run(device, folder) for name in ("nothing compiled", "second start")}
+
+
+def _run(device: str, folder: str) -> dict[str, float]:
+    # `env` sets the variable for the child only: nothing here writes to this process's environment.
+    command = ["env", f"TOKENFERRY_CACHE_DIR={folder}", sys.executable, "-m", "tokenferry.bench.first_call", device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise OSError(f"the process ended with {done.returncode}: {done.stderr.strip()[-600:]}")
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+def measure(device: str) -> dict[str, float]:
+    """Time the steps in this process: torch's context, the group, its kernels, the first and the second calls."""
+    marks: list[tuple[str, float]] = [("", time.perf_counter())]
+
+    def mark(name: str) -> None:
+        marks.append((name, time.perf_counter()))
+
+    where = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    x = torch.zeros(16, 1024, device=where, dtype=torch.bfloat16)
+    topk_idx = torch.zeros(16, 2, dtype=torch.int64, device=where)
+    _synchronize(device)
+    mark("device context")
+    shape = tokenferry.MoeShape(num_experts=8, top_k=2, hidden=1024, max_tokens=16)
+    with tokenferry.ExpertGroup(None, shape, backend=device) as group:
+        mark("make the group")
+        group.warmup()
+        mark("warmup: all kernels")
+        for name in ("first dispatch and combine", "second dispatch and combine"):
+            sent = group.dispatch(x, tokenferry.Routing(topk_idx))
+            assert isinstance(sent.x, torch.Tensor)
+            group.combine(sent.x, sent.plan)
+            _synchronize(device)
+            mark(name)
+    return {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(sys.argv[1])) + "\n")

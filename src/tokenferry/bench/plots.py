@@ -1,0 +1,91 @@
+"""Pictures: bandwidth against SMs, time against tokens, with the limit drawn in. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenferry.bench.limits import Limits
+from tokenferry.errors import BackendUnavailable
+
+Points = Sequence[tuple[float, float]]
+
+
+def need_matplotlib() -> None:
+    """Look for matplotlib before anything is measured.
+
+    Raises:
+        BackendUnavailable: it is missing.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from error
+
+
+def plot_limits(limits: Limits, folder: Path, title: str) -> list[Path]:
+    """Write limits.png: GB/s against SMs for stores and loads of every row size; returns what was written."""
+
+    def draw(axes: Any) -> None:  # noqa: ANN401 - matplotlib
+        for kind, line in (("store", "o-"), ("load", "s--")):
+            for row_bytes in sorted({rate.row_bytes for rate in limits.rates}):
+                points = [
+                    (rate.num_sms, rate.gbps)
+                    for rate in limits.rates
+                    if (rate.kind, rate.row_bytes) == (kind, row_bytes)
+                ]
+                _line(axes, points, line, f"bulk {kind}, rows of {row_bytes} B")
+
+    return [_figure(folder / "limits.png", title, ("SMs", "GB/s that leave each GPU"), draw)]
+
+
+def plot_sms(curves: Mapping[str, Points], limits: Limits | None, folder: Path, title: str) -> list[Path]:
+    """Write sms.png: GB/s of calls against SMs, between the curves of the links."""
+
+    def draw(axes: Any) -> None:  # noqa: ANN401 - matplotlib
+        for name, points in curves.items():
+            _line(axes, points, "o-", name)
+        for kind, row_bytes in () if limits is None else (("store", 7168), ("store", 14336), ("load", 14336)):
+            assert limits is not None
+            rates = [r for r in limits.rates if (r.kind, r.row_bytes) == (kind, row_bytes)]
+            _line(axes, [(r.num_sms, r.gbps) for r in rates], ":", f"limit: {kind}, {row_bytes} B")
+
+    return [_figure(folder / "sms.png", title, ("SMs", "GB/s that leave each GPU"), draw)]
+
+
+def plot_tokens(curves: Mapping[str, Points], floors: Mapping[str, Points], folder: Path, title: str) -> list[Path]:
+    """Write tokens.png: microseconds against tokens, both logarithmic; ``floors`` are what the links need."""
+
+    def draw(axes: Any) -> None:  # noqa: ANN401 - matplotlib
+        for name, points in curves.items():
+            _line(axes, points, "o-", name)
+        for name, points in floors.items():
+            _line(axes, points, ":", name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+
+    return [_figure(folder / "tokens.png", title, ("tokens on each rank", "us, median"), draw)]
+
+
+def _line(axes: Any, points: Points, style: str, label: str) -> None:  # noqa: ANN401 - matplotlib
+    if points:
+        axes.plot(*zip(*sorted(points), strict=True), style, label=label)
+
+
+def _figure(file: Path, title: str, labels: tuple[str, str], draw: Callable[[Any], None]) -> Path:
+    from matplotlib.figure import Figure  # without pyplot: no display, nothing global
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(visible=True, alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8)
+    axes.set_ylim(bottom=0 if axes.get_yscale() == "linear" else None)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    return file

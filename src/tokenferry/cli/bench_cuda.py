@@ -1,0 +1,210 @@
+"""`tokenferry bench --device cuda`: which phases there are, each in ranks that may fail without ending the others."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import secrets
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenferry
+from tokenferry.bench import calls, first_call, gpu_report, hosttime, limits, nccl, overlap, report, vdev
+from tokenferry.bench.feed import run_with_feed
+from tokenferry.bench.gpu import find_gpus, need_gpus
+from tokenferry.bench.gpu_report import Report
+from tokenferry.bench.plots import need_matplotlib
+from tokenferry.bench.sets import FP8_COLUMNS, ROUTINGS
+from tokenferry.bench.trial import Settings
+from tokenferry.cli import limits as cli_limits
+from tokenferry.cli.failure import explain
+from tokenferry.cli.options import one_of, positives
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.testing.world import World, WorldError
+
+QUICK_TOKENS = (128, 1024, 4096, 8192)
+FULL_TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
+FULL_SMS = (4, 8, 12, 16, 20, 24, 32, 48)
+SWEEP_TOKENS = 4096
+QUICK_LIMITS = limits.Plan(num_sms=(8, 12, 16, 24, 64, 132), runs=3, rounds=500)
+
+Job = Callable[..., Any]
+PHASES: dict[str, tuple[Job, float, str]] = {
+    "limits": (limits.measure_limits, 60.0, "what the links do"),
+    "calls": (calls.measure_calls, 150.0, "dispatch and combine for every T, and other routings"),
+    "nccl": (nccl.measure_nccl, 90.0, nccl.WHAT),
+    "host": (hosttime.measure_host, 60.0, "host time of eager calls; pairs in CUDA graphs"),
+    "sms": (calls.measure_sms, 90.0, "dispatch and combine for every number of SMs"),
+    "overlap": (overlap.measure_overlap, 90.0, "communication beside expert GEMMs"),
+    "memory": (hosttime.measure_memory, 60.0, "device memory of a group"),
+    "start": (first_call.run_both, 240.0, "the first call of a process"),
+    "vdev": (vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
+}
+"""Name, job, seconds that it may take, what it measures."""
+
+RIVALS = ("nccl", "vdev_2d", "phase nccl", "phase vdev")
+"""What may fail without this command failing: software that need not be there."""
+
+QUICK_PHASES = ("limits", "calls", "nccl", "host", "memory", "start")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that only GPUs have."""
+    phases = "; ".join(f"{name}: {what}" for name, (_, _, what) in PHASES.items())
+    only = parser.add_argument_group("with --device cuda")
+    only.add_argument("--quick", action="store_true", help="the cases of the targets only: about a minute")
+    only.add_argument("--sms", type=positives, help="values of num_sms to sweep over, as 8,16,24")
+    only.add_argument("--routing", type=one_of(*ROUTINGS), help=f"with commas between them: {', '.join(ROUTINGS)}")
+    only.add_argument("--only", type=one_of(*PHASES), metavar="PHASES", help=f"with commas between them: {phases}")
+    only.add_argument("--plot", metavar="FOLDER", type=Path, help="write tokens.png and sms.png; needs matplotlib")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Measure, print; 1 if a case of tokenferry failed."""
+    there_are = need_gpus() if args.device == "cuda" else 0
+    if args.plot is not None:
+        need_matplotlib()
+    gpus = find_gpus()
+    settings = make_settings(args, there_are)
+    phases = args.only or (QUICK_PHASES if args.quick else tuple(PHASES))
+    title = (
+        f"{gpus.count} x {gpus.name}, R={settings.ranks} H={settings.hidden} K={settings.top_k} E={settings.experts}"
+    )
+    about = gpu_report.about(args.command_line, dataclasses.asdict(gpus), title)
+    whole = Report(settings, about, args.json)
+    whole.write()  # a folder that is not there is noticed now
+    screen.line(gpus.line())
+    screen.line(
+        f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}, torch {report.machine()['torch']}"
+    )
+    screen.line(f"command: {args.command_line}")
+    screen.line(f"{title}, seed {settings.seed}, {settings.iters} iterations")
+    worlds = Worlds(settings, screen, whole)
+    try:
+        for name in phases:
+            worlds.phase(name, args)
+    finally:
+        worlds.close()
+    whole.about["gpus_after"] = [dict(one) for one in find_gpus().smi]
+    show(whole, screen)
+    if args.plot is not None:
+        for file in whole.draw(args.plot):
+            screen.line(f"written: {file}")
+    if args.json is not None:
+        whole.write()
+        screen.line(f"written: {args.json}")
+    show_short(whole, screen)
+    return 1 if any(not one["what"].startswith(RIVALS) for one in whole.failed) else 0
+
+
+def make_settings(args: argparse.Namespace, there_are: int) -> Settings:
+    """What the options ask for.
+
+    Raises:
+        ConfigError: sizes do not fit one another.
+    """
+    ranks = args.ranks or max(1, min(there_are, 8))
+    if args.experts % ranks:
+        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {ranks}; change one of them")
+    if args.top_k > args.experts:
+        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
+    if args.hidden % FP8_COLUMNS:
+        raise ConfigError(f"--hidden {args.hidden} is no multiple of {FP8_COLUMNS}, the columns of one FP8 scale")
+    tokens = args.tokens or (QUICK_TOKENS if args.quick else FULL_TOKENS)
+    return Settings(
+        ranks=ranks,
+        tokens=tokens,
+        hidden=args.hidden,
+        top_k=args.top_k,
+        experts=args.experts,
+        sms=FULL_SMS if args.sms is None else args.sms,
+        sweep_tokens=SWEEP_TOKENS if SWEEP_TOKENS in tokens else max(tokens),
+        routings=args.routing or (("uniform",) if args.quick else ("uniform", "skewed")),
+        iters=args.iters,
+        warmup=max(1, min(5, args.iters)),
+        seed=secrets.randbits(31) if args.seed is None else args.seed % 2**31,
+        device=args.device,
+    )
+
+
+class Worlds:
+    """Ranks for one phase after another: new ones when a phase has lost them."""
+
+    def __init__(self, settings: Settings, screen: Screen, whole: Report) -> None:
+        self._settings, self._screen, self._whole = settings, screen, whole
+        self._world: World | None = None
+
+    def phase(self, name: str, args: argparse.Namespace) -> None:
+        """Run one phase; what fails is shown and remembered."""
+        job, timeout_s, what = PHASES[name]
+        self._screen.line(f"-- {name}: {what}")
+        start = time.monotonic()
+        try:
+            if name == "start":
+                self._whole.take({"first call": first_call.run_both(self._settings.device)})
+            elif name == "limits":
+                plan = QUICK_LIMITS if args.quick else limits.Plan()
+                plan = dataclasses.replace(plan, seed=self._settings.seed)
+                found = run_with_feed(self._alive(timeout_s), job, plan, on_item=lambda item: None)[0]
+                self._whole.limits = found
+                cli_limits.show(found, self._screen)
+                self._whole.write()
+            else:
+                run_with_feed(self._alive(timeout_s), job, self._settings, on_item=self._show)
+        except WorldError as error:
+            self._lost(name, explain(error))
+        except (OSError, subprocess.SubprocessError) as error:
+            self._lost(name, f"{type(error).__name__}: {error}")
+        self._screen.line(f"-- {name}: {time.monotonic() - start:.1f} s")
+
+    def close(self) -> None:
+        """End the ranks."""
+        if self._world is not None:
+            self._world.close()
+
+    def _alive(self, timeout_s: float) -> World:
+        if self._world is None or not self._world.alive:
+            self._world = World(self._settings.ranks, devices=self._settings.device, timeout_s=timeout_s)
+        self._world.timeout_s = timeout_s
+        return self._world
+
+    def _show(self, item: dict[str, Any]) -> None:
+        line = self._whole.take(item)
+        if line:
+            self._screen.line(line)
+
+    def _lost(self, name: str, why: str) -> None:
+        self._whole.fail(f"phase {name}", why)
+        self._screen.line(f"FAILED phase {name}: {why}", style="bold red")
+
+
+def show(whole: Report, screen: Screen) -> None:
+    """Print everything."""
+    screen.line()
+    if whole.results:
+        screen.table("all cases, median us", gpu_report.HEADER, [whole.cells(result) for result in whole.results])
+        screen.line(f"MB out: {gpu_report.BYTES}. of limit: against the best rate of the links in this run.")
+        screen.line(f"checked: {gpu_report.CHECKED}")
+    if "overlap" in whole.others:
+        screen.table("overlap", gpu_report.OVERLAP_HEADER, gpu_report.overlap_rows(whole.others["overlap"]))
+    if "host" in whole.others:
+        screen.table("host", gpu_report.HOST_HEADER, gpu_report.host_rows(whole.others["host"]))
+    for item in whole.others.get("memory", []):
+        screen.line("memory of a group: " + ", ".join(f"{name} {value:.1f}" for name, value in item.items()))
+    for item in whole.others.get("first call", []):
+        for name, seconds in item.items():
+            screen.line(f"{name}: " + ", ".join(f"{step} {s:.3f} s" for step, s in seconds.items()))
+    screen.line()
+
+
+def show_short(whole: Report, screen: Screen) -> None:
+    """Print what failed, and the short table."""
+    for one in whole.failed:
+        screen.line(f"not measured: {one['what']}: {one['why']}")
+    rows = whole.short()
+    if rows:
+        screen.table(f"{whole.about['title']}; medians", gpu_report.SHORT_HEADER, rows)

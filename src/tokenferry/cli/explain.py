@@ -1,0 +1,79 @@
+"""`tokenferry explain`: what calls move, how long the links need for it, what is chosen, and why."""
+
+from __future__ import annotations
+
+import argparse
+
+from tokenferry import tuning
+from tokenferry.cli.options import positive
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.tuning import Topology
+from tokenferry.words import MoeShape
+
+HELP = "say what dispatch and combine of given sizes move, and which SMs they take, and why"
+DESCRIPTION = """\
+Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), the time that the links need for
+them at least, the SMs that calls take unless they say themselves, with the reasons, and the GPU memory of a group.
+"""
+FP8_COLUMNS = 128
+BOARD_MB = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sizes; the defaults are DeepSeek-V3's."""
+    parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
+    parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
+    parser.add_argument("--hidden", type=positive, default=7168, help="H (default: 7168)")
+    parser.add_argument("--tokens", type=positive, default=4096, help="T of the call, and M (default: 4096)")
+    parser.add_argument("--ranks", type=positive, default=8, help="R (default: 8)")
+    parser.add_argument("--sms", type=positive, default=132, help="SMs of each device (default: 132, an H100 or H200)")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Print it."""
+    if args.experts % args.ranks:
+        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {args.ranks}; change one of them")
+    if args.top_k > args.experts:
+        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
+    shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
+    tuned = tuning.tune(shape, Topology(args.ranks, args.sms))
+    moved = tuning.travel(shape, args.ranks, args.tokens, 1)
+    screen.line(f"R={args.ranks} T=M={args.tokens} H={args.hidden} K={args.top_k} E={args.experts}, routing uniform")
+    screen.line()
+    screen.line(
+        f"a token goes to {moved.ranks_per_token:.3f} ranks, {moved.remote_per_token:.3f} of them others; "
+        f"a rank receives {moved.rows_received:.0f} rows"
+    )
+    screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), _calls(args))
+    screen.line(f"us at least: at {tuning.LINK_GBPS:.0f} GB/s, the best that H200 GPUs behind NVSwitch reach;")
+    screen.line("us, its SMs: at what they reach with that many SMs. `tokenferry limits` measures this machine")
+    screen.line()
+    for reason in tuned.reasons:
+        screen.line(reason)
+    screen.line("num_sms of each call takes precedence")
+    screen.line()
+    heap = tuning.heap_bytes(shape, args.ranks)
+    screen.line(f"window of each rank: {BOARD_MB} MB of flags and counts, and a heap of {heap / 2**20:.0f} MB,")
+    screen.line(
+        f"room for five deliveries of {args.ranks * args.tokens} rows of {2 * args.hidden} bytes, the worst routing, "
+        "and for small M for what decode calls deliver;"
+    )
+    screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")
+    return 0
+
+
+def _calls(args: argparse.Namespace) -> list[list[str]]:
+    shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
+    tuned = tuning.tune(shape, Topology(args.ranks, args.sms))
+    fp8 = args.hidden + 4 * -(-args.hidden // FP8_COLUMNS)
+    rows = []
+    for name, row_bytes, num_sms, curve in (
+        ("dispatch FP8 + scales", fp8, tuned.dispatch_sms, tuning.STORE_GBPS),
+        ("dispatch BF16", 2 * args.hidden, tuned.dispatch_sms, tuning.STORE_GBPS),
+        ("combine BF16", 2 * args.hidden, tuned.combine_sms, tuning.LOAD_GBPS),
+    ):
+        moved = tuning.travel(shape, args.ranks, args.tokens, row_bytes).bytes_out
+        least, real = (moved / rate / 1e3 for rate in (tuning.LINK_GBPS, tuning.gbps(curve, num_sms)))
+        rows.append([name, str(row_bytes), f"{moved / 1e6:.2f}", f"{least:.1f}", str(num_sms), f"{real:.1f}"])
+    return rows

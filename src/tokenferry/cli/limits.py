@@ -1,0 +1,120 @@
+"""`tokenferry limits`: what the links between the GPUs of this host do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import tokenferry
+from tokenferry.bench import report
+from tokenferry.bench.feed import run_with_feed
+from tokenferry.bench.gpu import Gpus, find_gpus, need_gpus
+from tokenferry.bench.limits import Limits, Plan, measure_limits, num_steps
+from tokenferry.bench.plots import need_matplotlib, plot_limits
+from tokenferry.cli.failure import explain
+from tokenferry.cli.options import positive
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.testing.world import World, WorldError
+
+HELP = "measure what the links between the GPUs of this host do, with nothing in the way"
+DESCRIPTION = """\
+Starts one rank on each GPU and lets all of them store rows into, and load rows from, the memory of all others at the
+same time, with different numbers of SMs: the limit that dispatch and combine are compared with. Measures flags,
+barriers and local copies too. What was moved is compared before anything is timed.
+
+Each rate is that of the slowest rank, the median over runs; in each run ranks start together, after a barrier on the
+devices. Uses neither NVLink multicast nor copy engines.
+"""
+JOB_TIMEOUT_S = 120.0
+BYTES = "store, load: bytes of rows that leave each GPU; copy: bytes read and bytes written"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--ranks", type=positive, help="R, at most 8 (default: one on each GPU)")
+    parser.add_argument("--runs", type=positive, default=5, help="runs that count, of each point (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write limits.png into FOLDER; needs matplotlib")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Measure, print; 1 if rows went astray or the GPUs cannot reach each other."""
+    if args.ranks is not None and args.ranks > 8:
+        raise ConfigError(f"--ranks {args.ranks}: windows reach at most 8 ranks of one host")
+    there_are = need_gpus()
+    ranks = args.ranks or min(there_are, 8)
+    if args.plot is not None:
+        need_matplotlib()
+    gpus = find_gpus()
+    screen.line(f"{gpus.line()}, {ranks} ranks")
+    screen.line(f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}")
+    screen.line(f"command: {args.command_line}")
+    plan = Plan(runs=args.runs, seed=secrets.randbits(31))
+    try:
+        with World(ranks, devices="cuda", timeout_s=JOB_TIMEOUT_S) as world:
+            limits = measure_in(world, plan, screen)
+    except WorldError as error:
+        screen.line(f"{explain(error)}\nno rate is printed", style="bold red")
+        return 1
+    show(limits, screen)
+    if args.json is not None:
+        text = json.dumps(as_json(limits, plan, gpus, args.command_line), indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
+        screen.line(f"written: {args.json}")
+    if args.plot is not None:
+        for file in plot_limits(limits, args.plot, f"{gpus.line()}, {ranks} ranks"):
+            screen.line(f"written: {file}")
+    return 0
+
+
+def measure_in(world: World, plan: Plan, screen: Screen) -> Limits:
+    """Measure in a world of ranks with GPUs, with progress.
+
+    Raises:
+        WorldError: a rank failed.
+    """
+    with screen.progress("limits", num_steps(plan)) as advance:
+        answers = run_with_feed(world, measure_limits, plan, on_item=lambda item: advance(1, item["now"]))
+    found: Limits = answers[0]
+    return found
+
+
+def show(limits: Limits, screen: Screen) -> None:
+    """Print the tables."""
+    sizes = sorted({rate.row_bytes for rate in limits.rates})
+    kinds = [(kind, size) for size in sizes for kind in ("store", "load", "copy")]
+    header = ["SMs", *(f"{kind} {size} B" for kind, size in kinds)]
+    counts = sorted({rate.num_sms for rate in limits.rates})
+    rows = [[str(count), *(_rate(limits.at(kind, count, size)) for kind, size in kinds)] for count in counts]
+    screen.table(f"GB/s, every rank at once, {limits.num_ranks} ranks", header, rows)
+    screen.line(f"{BYTES}; every row was compared")
+    if limits.flag_us is not None and limits.barrier_us is not None:
+        screen.line(f"flag, one way: {limits.flag_us:.2f} us")
+        screen.line(f"barrier of {limits.num_ranks} ranks: {limits.barrier_us:.2f} us")
+    best = {kind: limits.best(kind) for kind in ("store", "load", "copy")}
+    screen.line(f"best: store {best['store']:.0f}, load {best['load']:.0f}, local copy {best['copy']:.0f} GB/s")
+
+
+def as_json(limits: Limits, plan: Plan, gpus: Gpus, command: str) -> dict[str, Any]:
+    """Return the whole report as plain dicts."""
+    return {
+        "schema": 1,
+        "tokenferry": tokenferry.__version__,
+        "commit": report.commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": report.machine(),
+        "gpus": {"count": gpus.count, "name": gpus.name, "cuda": gpus.torch_cuda, "smi": list(gpus.smi)},
+        "bytes": BYTES,
+        "plan": {"runs": plan.runs, "launches": plan.launches, "rounds": plan.rounds, "bytes": plan.total_bytes},
+        "limits": limits.as_json(),
+    }
+
+
+def _rate(gbps: float | None) -> str:
+    return "-" if gbps is None else f"{gbps:.1f}"
