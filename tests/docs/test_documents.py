@@ -23,6 +23,9 @@ from tokenferry.compat.deep_ep import Buffer
 
 PYTHON_LANGUAGES = ("python", "pycon")
 LANGUAGES = {"python", "pycon", "text", "bash", "make"}
+ON_GPUS = re.compile(r"# on (?:a GPU|GPUs: (\w+\.py))$", re.MULTILINE)
+"""First line of a `python` block that needs GPUs: of the session, or a program with a name, one rank a GPU."""
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 WITH_CODE = [
     path for path in documents.FILES if any(b.language in PYTHON_LANGUAGES for b in documents.blocks(path.read_text()))
 ]
@@ -32,13 +35,16 @@ def run_blocks(path: Path) -> None:
     """Run a document as one session, in the current folder.
 
     A `text` block right after a `python` block is what that block prints. A `python` block whose first line is a
-    comment with a file's name, such as `# example.py`, is a program of its own.
+    comment with a file's name, such as `# example.py`, is a program of its own. One whose first line says that it needs
+    GPUs is compiled, and run where there are any.
     """
     names: dict[str, object] = {"__name__": "__main__"}
     found = documents.blocks(path.read_text())
     for i, block in enumerate(found):
         where = f"{documents.name(path)}:{block.line}"
-        if block.language == "python":
+        if block.language == "python" and (on_gpus := ON_GPUS.match(block.text)):
+            run_on_gpus(path, block, names, on_gpus[1])
+        elif block.language == "python":
             program = re.match(r"# (\w+\.py)$", block.text, flags=re.MULTILINE)
             printed = run_program(program[1], block.text) if program else run_here(path, block, names)
             after = found[i + 1] if i + 1 < len(found) else None
@@ -61,9 +67,22 @@ def run_here(path: Path, block: documents.Block, names: dict[str, object]) -> st
     return printed.getvalue()
 
 
+def run_on_gpus(path: Path, block: documents.Block, names: dict[str, object], file: str | None) -> None:
+    compile("\n" * (block.line - 1) + block.text, str(path), "exec")
+    if NUM_GPUS and file is None:
+        run_here(path, block, names)
+    elif NUM_GPUS:
+        run_program(file, block.text, *torchrun(min(NUM_GPUS, 4)))
+
+
+def torchrun(num_ranks: int) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
+
+
 def run_program(file: str, text: str, *command: str) -> str:
     Path(file).write_text(text)
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # NVLink multicast, which NCCL would use, is never ours to try.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
     words = [sys.executable, *command, file]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environ, check=False)
     assert done.returncode == 0, f"{file} failed:\n{done.stderr}"
@@ -87,10 +106,23 @@ def test_a_wrong_document_is_noticed(tmp_path, monkeypatch):
         "```python\nprint(1)\n```\n```text\n2\n```\n",
         "```pycon\n>>> 1\n2\n```\n",
         "```python\nassert False\n```\n",
+        "```python\n# on a GPU\nassert import\n```\n",
+        "```python\n# on GPUs: train.py\nassert import\n```\n",
     ):
         page.write_text(wrong)
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, SyntaxError)):
             run_blocks(page)
+
+
+def test_blocks_for_gpus_are_left_out_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "NUM_GPUS", 0)
+    page = tmp_path / "page.md"
+    page.write_text("```python\n# on a GPU\nassert False\n```\n\n```python\n# on GPUs: a.py\nassert False\n```\n")
+    run_blocks(page)
+    page.write_text("```python\n# on a GPU, later\nassert False\n```\n")
+    with pytest.raises(AssertionError):
+        run_blocks(page)
 
 
 @pytest.mark.parametrize("path", documents.FILES, ids=documents.name)
@@ -170,8 +202,7 @@ def test_readme_example_runs_on_several_ranks(tmp_path, monkeypatch):
     """The same lines, started by torchrun, as the README says."""
     monkeypatch.chdir(tmp_path)
     example = next(b for b in documents.blocks((documents.ROOT / "README.md").read_text()) if b.language == "python")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    printed = run_program("example.py", example.text, *torchrun)
+    printed = run_program("example.py", example.text, *torchrun(2))
     assert sorted(re.findall(r"rank (\d) of 2", printed)) == ["0", "1"], printed
 
 

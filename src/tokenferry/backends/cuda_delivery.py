@@ -70,7 +70,7 @@ class Dock:
         asks = delivery.counts == "host"
         waits = asks and not self._shelf.has_room_twice(_worst_bytes(cargo, found))
         parts = None if waits else self._take(here, cargo, found, counts)  # nothing is sent yet if this fails
-        tables = cuda_plan.start(station, here, index, found, src_expert)
+        tables = cuda_plan.start(station, here, index, found, sms[0], src_expert)
         if waits or (found.space.tight and not here.capturing):
             exact = cuda_plan.wait(station, here, found)
             counts = exact if asks else counts

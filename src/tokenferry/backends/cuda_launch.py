@@ -86,7 +86,7 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def count(station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes: tuple[int, ...]) -> None:
+def count(station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes: tuple[int, ...], num_sms: int) -> None:
     """Launch `count`; ``sizes``: E, layout, alignment, capacity, room."""
     num_tokens, top_k = topk_idx.shape
     wide = topk_idx.dtype is torch.int64
@@ -115,12 +115,14 @@ def count(station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes:
     )
     p.src_expert = address(tables.src_expert)
     p.num_tokens = num_tokens
-    grid = max(1, min(count_spec.num_units(num_tokens), count_spec.MOST_BLOCKS))
-    prepared.launch(grid, here.stream)
+    prepared.launch(max(1, min(count_spec.num_units(num_tokens), num_sms)), here.stream)
 
 
-def place(station: Station, here: Here, topk_idx: Tensor, tables: Tables, num_experts: int, by_expert: bool) -> None:
-    """Launch `place`."""
+def place(
+    station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes: tuple[int, bool], num_sms: int
+) -> None:
+    """Launch `place`; ``sizes``: E, whether rows lie by expert."""
+    num_experts, by_expert = sizes
     num_tokens, top_k = topk_idx.shape
     if not num_tokens:
         return
@@ -145,7 +147,7 @@ def place(station: Station, here: Here, topk_idx: Tensor, tables: Tables, num_ex
         tables.dst_token.data_ptr(),
         num_tokens,
     )
-    prepared.launch(min(count_spec.num_units(num_tokens), count_spec.MOST_BLOCKS), here.stream)
+    prepared.launch(min(count_spec.num_units(num_tokens), num_sms), here.stream)
 
 
 def _prepare_move(station: Station, key: tuple[Any, ...], cargo: Cargo, geometry: tuple[int, int, bool]) -> Prepared:

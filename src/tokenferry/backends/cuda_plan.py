@@ -84,7 +84,9 @@ class Counts:
     host: tuple[int, ...] | None
 
 
-def start(station: Station, here: Here, topk_idx: Tensor, found: Geometry, src_expert: Tensor | None) -> Tables:
+def start(
+    station: Station, here: Here, topk_idx: Tensor, found: Geometry, num_sms: int, src_expert: Tensor | None
+) -> Tables:
     """Launch `count` and `place`; returns what they fill."""
     R, E, device = station.num_ranks, found.shape.num_experts, station.device
     num_tokens, top_k = topk_idx.shape
@@ -104,8 +106,8 @@ def start(station: Station, here: Here, topk_idx: Tensor, found: Geometry, src_e
         dst_token=torch.empty(num_tokens * min(top_k, R), dtype=torch.int64, device=device),
         src_expert=src_expert,
     )
-    cuda_launch.count(station, here, topk_idx, tables, found.count_sizes)
-    cuda_launch.place(station, here, topk_idx, tables, E, by_expert)
+    cuda_launch.count(station, here, topk_idx, tables, found.count_sizes, num_sms)
+    cuda_launch.place(station, here, topk_idx, tables, (E, by_expert), num_sms)
     return tables
 
 

@@ -10,8 +10,6 @@ from tokenferry.kernels.board import COMMON
 
 THREADS = 512
 UNIT_TOKENS = 128
-MOST_BLOCKS = 32
-"""Blocks of a grid: more would find no unit at the sizes of training."""
 HOST_WORDS_BEFORE_EXPERTS = 1 + 2 * 8
 """``host``: the ticket, rows from each of 8 ranks, rows to each of 8 ranks, rows of each local expert."""
 

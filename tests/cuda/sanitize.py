@@ -1,0 +1,85 @@
+"""Run compute-sanitizer over the virtual-rank tests: python tests/cuda/sanitize.py [tool ...] [pytest options].
+
+Tools: memcheck, racecheck, synccheck (default: all three). A tool makes kernels 10 to 50 times slower, so it gets a
+choice of tests: each kernel, each way through it, on up to three ranks. Kernels of several ranks wait for each other,
+so they have to run side by side; for a tool that runs them one after another there is ``--one-rank``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TOOLS = ("memcheck", "racecheck", "synccheck")
+TIMEOUT_S = "120"
+FOUND = 9
+"""Exit status of a run in which a tool found something."""
+
+ONE_RANK = (
+    "test_plan.py::test_every_routing[repeated-1]",
+    "test_plan.py::test_most_experts_and_choices[experts-1-4096-64-dtype0]",
+    "test_plan.py::test_too_many_rows_for_a_tight_room_are_recorded_by_all[1-masked]",
+    "test_move.py::test_every_kind_of_row[1-16-w1-first-int64]",
+    "test_move.py::test_every_kind_of_row[1-7168-56xint32-columns-w0-first-int32]",
+    "test_move.py::test_every_kind_of_row[1-65536-4xfloat32-rows-w1-first-int64]",
+    "test_unpack.py::test_copies_and_zeros[experts-1-Sizes(row_bytes=48, scale_bytes=4, weights=True)]",
+    "test_unpack.py::test_copies_and_zeros[masked-1-Sizes(row_bytes=2000, scale_bytes=3, weights=False)]",
+    "test_pull.py::test_every_type_and_mode[1-bfloat16-grouped]",
+    "test_pull.py::test_every_type_and_mode[1-float16-weighted]",
+    "test_pull.py::test_a_row_a_rank[1-float64]",
+    "test_pull.py::test_local_rows_meet_nobody",
+)
+MORE_RANKS = (
+    "test_plan.py::test_the_worked_example",
+    "test_plan.py::test_every_routing[half_dropped-3]",
+    "test_plan.py::test_a_bad_index_on_every_rank",
+    "test_move.py::test_every_kind_of_row[3-48-1xfloat32-rows-w1-first-int32]",
+    "test_move.py::test_every_kind_of_row[2-8208-3xfloat64-columns-w1-first-int64]",
+    "test_move.py::test_one_plan_again_and_again",
+    "test_pull.py::test_every_type_and_mode[2-float32-grouped]",
+    "test_pull.py::test_own_rows_are_read_where_they_are[bfloat16-rows]",
+    "test_pull.py::test_tables_of_every_width[33]",
+    "test_pull.py::test_weights_come_home",
+    "test_pull.py::test_stage_copies_rows_that_peers_ask_for",
+    "test_meet.py::test_plans_of_different_dispatches[move]",
+)
+
+
+def command(sanitizer: str, tool: str, tests: list[str]) -> list[str]:
+    """One run of one tool."""
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    return [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *pytest]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", help="which tools; all if none is named")
+    parser.add_argument("--one-rank", action="store_true", help="only tests in which no rank waits for another")
+    options, more = parser.parse_known_args()
+    unknown = set(options.tools) - set(TOOLS)
+    if unknown:
+        parser.error(f"tools: expected some of {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        parser.error(f"compute-sanitizer is neither on PATH nor at {sanitizer}; it comes with the CUDA toolkit")
+    tests = [str(HERE / test) for test in (ONE_RANK if options.one_rank else ONE_RANK + MORE_RANKS)]
+    environment = {**os.environ, "VIRTUAL_TIMEOUT_S": TIMEOUT_S, "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    failed = []
+    for tool in options.tools or TOOLS:
+        sys.stdout.write(f"compute-sanitizer --tool {tool}: {len(tests)} tests\n")
+        sys.stdout.flush()
+        code = subprocess.run(command(sanitizer, tool, [*tests, *more]), env=environment, check=False).returncode
+        if code:
+            failed.append(f"{tool} ({'it found something' if code == FOUND else f'exit status {code}'})")
+    if failed:
+        sys.stderr.write(f"sanitize: {', '.join(failed)}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
