@@ -22,13 +22,14 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 HAVE = $(PY) -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Mixture-of-Experts model on four local ranks (about a minute)"
 	@echo "make test    run all tests, with coverage"
 	@echo "make lint    ruff format, ruff check, mypy --strict"
+	@echo "make sanitize  compute-sanitizer over the tests of the kernels; needs a GPU"
 	@echo "make clean   remove .venv and what the others leave behind"
 
 demo: $(READY)
@@ -56,6 +57,9 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+sanitize: $(READY)
+	$(PY) tests/cuda/sanitize.py $(ARGS)
 
 clean:
 	rm -rf .venv build src/tokenferry.egg-info demo-out .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache

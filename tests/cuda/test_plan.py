@@ -209,10 +209,12 @@ def test_a_bad_index_stops_its_rank_only_and_the_call_can_be_made_again(index, t
     if dtype is torch.int32 and abs(index) > 1 << 31:
         pytest.skip("does not fit")
     ranks = ranks_of(3)
-    case = Case((150, 140, 9), 6, 3, idx_dtype=dtype, routing="half_dropped")
+    case = Case((150, 200, 9), 6, 8, idx_dtype=dtype, routing="half_dropped")
     good = [one.topk_idx for one in case.inputs()]
     bad = [good[0], good[1].clone(), good[2]]
-    bad[1][131, 2] = bad[1][139, 0] = bad[1][132, 1] = index  # the least is told
+    # The least is told: of a thread that sees two, of a block, and of all blocks.
+    for token, slot in ((131, 2), (195, 2), (132, 1), (139, 0)):
+        bad[1][token, slot] = index
     form = Form("experts", alignment=4)
     planner, retry = Planner(ranks, bad, 6, form), Planner(ranks, good, 6, form)
     epochs = ranks.epochs()

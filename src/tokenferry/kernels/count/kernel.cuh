@@ -113,6 +113,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) count(const __grid_
     if (!last_block(p)) return;
 
     const u32 bad = ~load_relaxed(&mine->bad_slot);
+    __syncthreads();  // all have read it before it is cleared
     if (bad != ~0u) {
         void_plan(p);
         if (threadIdx.x == 0) {

@@ -34,9 +34,10 @@ template <class P> DEV void record_fault(const P& p, u32 code, u32 peer, u32 wor
 template <class P> static __device__ __noinline__ void give_up(const P& p, u32 code, u32 peer, u32 word, u32 seen, u32 expected, u32 blamed, u64 waited_ns) {
     if (atomicCAS(&board_of(p, p.rank)->failed, 0u, code) != 0) return;
     record_fault(p, code, peer, word, seen, expected, blamed, waited_ns);
-    const u32 culprit = code == kPeerGaveUp ? blamed : peer;
+    // Who only heard of a fault passes on what it was, so that all ranks say the same.
+    const u32 culprit = code == kPeerGaveUp ? blamed : peer, cause = code == kPeerGaveUp ? word : code;
     for (u32 r = 0; r < p.num_ranks; r++)
-        if (r != p.rank && is_alive(p, r)) store_release(&board_of(p, r)->gave_up[p.rank], (u64)code << 32 | culprit);
+        if (r != p.rank && is_alive(p, r)) store_release(&board_of(p, r)->gave_up[p.rank], (u64)cause << 32 | culprit);
 }
 
 // Polls until `word` carries `epoch` in its upper half (u64) or is it (u32); false if this rank has to give up. Orders
