@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tokenferry.jit.kernel import KernelSpec
-from tokenferry.jit.params import Params
-from tokenferry.kernels.board import COMMON
+from tokenferry.kernels.describe import describe
 
 THREADS = 512
 UNIT_TOKENS = 128
 HOST_WORDS_BEFORE_EXPERTS = 1 + 2 * 8
 """``host``: the ticket, rows from each of 8 ranks, rows to each of 8 ranks, rows of each local expert."""
 
-PARAMS = Params(
-    "CountParams",
+SPEC = describe(
+    __file__,
     (
-        *COMMON,
         ("topk_idx", "ptr"),
         ("table", "ptr"),
         ("bases", "ptr"),
@@ -34,13 +29,6 @@ PARAMS = Params(
         ("capacity", "u32"),
         ("room", "u32"),
     ),
-)
-
-SPEC = KernelSpec(
-    name="count",
-    source=Path(__file__).with_name("kernel.cuh"),
-    include=Path(__file__).parents[1],
-    params=PARAMS,
     max_registers=80,
     max_threads=THREADS,
     static_smem=2048,

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from tokenferry.jit.kernel import KernelSpec
-from tokenferry.jit.params import Params
-from tokenferry.kernels.board import COMMON
+from tokenferry.kernels.describe import describe
 
 MAX_WARPS = 24
 MAX_PIECE_BYTES = 8192
 SMEM_BYTES = 224 * 1024
 """What the rings of a block may take together; Hopper has 227 KB a block."""
 
-PARAMS = Params(
-    "MoveParams",
+SPEC = describe(
+    __file__,
     (
-        *COMMON,
         ("x", "ptr"),
         ("scale", "ptr"),
         ("weights", "ptr"),
@@ -43,17 +39,9 @@ PARAMS = Params(
         ("by_expert", "u32"),
         ("wide", "u32"),
     ),
-)
-
-SPEC = KernelSpec(
-    name="move",
-    source=Path(__file__).with_name("kernel.cuh"),
-    include=Path(__file__).parents[1],
-    params=PARAMS,
     max_registers=64,
     max_threads=MAX_WARPS * 32,
     static_smem=3072,
-    configs=({},),
 )
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tokenferry.jit.kernel import KernelSpec
-from tokenferry.jit.params import Params
-from tokenferry.kernels.board import COMMON
+from tokenferry.kernels.describe import describe
 
 THREADS = 512
 
-PARAMS = Params(
-    "PlaceParams",
+SPEC = describe(
+    __file__,
     (
-        *COMMON,
         ("topk_idx", "ptr"),
         ("table", "ptr"),
         ("bases", "ptr"),
@@ -25,13 +20,6 @@ PARAMS = Params(
         ("num_experts", "u32"),
         ("by_expert", "u32"),
     ),
-)
-
-SPEC = KernelSpec(
-    name="place",
-    source=Path(__file__).with_name("kernel.cuh"),
-    include=Path(__file__).parents[1],
-    params=PARAMS,
     max_registers=40,
     max_threads=THREADS,
     static_smem=64,

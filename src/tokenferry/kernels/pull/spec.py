@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import enum
-from pathlib import Path
 
 import torch
 
-from tokenferry.jit.kernel import KernelSpec
-from tokenferry.jit.params import Params
-from tokenferry.kernels.board import COMMON
+from tokenferry.kernels.describe import describe
 
 MAX_WARPS = 12
 GROUP_ROWS = 4
@@ -27,10 +24,9 @@ class Mode(enum.IntEnum):
     weighted = 2
 
 
-PARAMS = Params(
-    "PullParams",
+SPEC = describe(
+    __file__,
     (
-        *COMMON,
         ("table", "ptr"),
         ("places", "ptr"),
         ("local", "ptr"),
@@ -52,13 +48,6 @@ PARAMS = Params(
         ("by_rank", "u32"),
         ("weight_by_place", "u32"),
     ),
-)
-
-SPEC = KernelSpec(
-    name="pull",
-    source=Path(__file__).with_name("kernel.cuh"),
-    include=Path(__file__).parents[1],
-    params=PARAMS,
     max_registers=128,
     max_threads=MAX_WARPS * 32,
     static_smem=3072,

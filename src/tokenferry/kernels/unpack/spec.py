@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tokenferry.jit.kernel import KernelSpec
-from tokenferry.jit.params import Params
-from tokenferry.kernels.board import COMMON
+from tokenferry.kernels.describe import describe
 
 THREADS = 512
 
-PARAMS = Params(
-    "UnpackParams",
+SPEC = describe(
+    __file__,
     (
-        *COMMON,
         ("rows", "ptr"),
         ("scale", "ptr"),
         ("weights", "ptr"),
@@ -29,15 +24,7 @@ PARAMS = Params(
         ("capacity", "u32"),
         ("zero", "u32"),
     ),
-)
-
-SPEC = KernelSpec(
-    name="unpack",
-    source=Path(__file__).with_name("kernel.cuh"),
-    include=Path(__file__).parents[1],
-    params=PARAMS,
     max_registers=96,
     max_threads=THREADS,
     static_smem=0,
-    configs=({},),
 )
