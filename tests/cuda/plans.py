@@ -191,7 +191,7 @@ class Tables:
         self.places = ranks.poisoned(num_tokens, columns, dtype=torch.int32)
         self.dst_token = ranks.poisoned(num_tokens * min(top_k, R), dtype=torch.int64)
         words = count_spec.HOST_WORDS_BEFORE_EXPERTS + E // R
-        self.host = torch.full((words,), -1, dtype=torch.int32).pin_memory()
+        self.host = ranks.pinned(torch.full((words,), -1, dtype=torch.int32))
 
 
 class Planner:

@@ -53,7 +53,9 @@ MORE_RANKS = (
 def command(sanitizer: str, tool: str, tests: list[str]) -> list[str]:
     """One run of one tool."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
-    return [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *pytest]
+    # Calls of the driver that fail are checked where they are made; bindings ask for functions that a driver may lack.
+    api = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    return [sanitizer, "--tool", tool, *api, "--error-exitcode", str(FOUND), *pytest]
 
 
 def main() -> int:

@@ -3,6 +3,8 @@
 A launch is of one kernel on all ranks, each on its own stream, with grids so small that all blocks are resident
 together; `Ranks.wait` ends it. So no stream ever has a kernel that waits for its peers in front of one that they wait
 for.
+
+Where there is no GPU, tests/emulator runs the kernels on the CPU; what "on the GPU" says is then ordinary memory.
 """
 
 from __future__ import annotations
@@ -20,15 +22,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from emulator import Emulator
 from tokenferry.jit.kernel import Jit, KernelSpec
 from tokenferry.kernels import board
 from tokenferry.kernels.all import SPECS
 from tokenferry.kernels.board import BOARD_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS
 from tokenferry.memory.tensor import bytes_at
-from tokenferry.memory.window import share_in_process
+from tokenferry.memory.window import Window, share_in_process
 
-TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", "5"))
-"""Deadline of the kernels; a sanitizer needs more."""
 HEAP_BYTES = 32 << 20
 POISON = 0xA5
 GUARD = 512
@@ -37,6 +38,44 @@ MILLISECOND = 1_500_000
 """Cycles, roughly."""
 
 Fields = Mapping[str, Any]
+
+
+class Gpu:
+    """What virtual ranks need of a machine; ``Emulator`` has the same."""
+
+    device = torch.device("cuda", 0)
+    timeout_s = 5.0
+
+    def windows(self, num_ranks: int, num_bytes: int) -> list[Window]:
+        return share_in_process(num_ranks, self.device, num_bytes)
+
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def sleep(self, stream: torch.cuda.Stream, milliseconds: float) -> None:
+        """Put a kernel that does nothing for a while on a stream."""
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(int(milliseconds * MILLISECOND))
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """The same in memory that kernels may write."""
+        return tensor.pin_memory()
+
+    def settle(self) -> None:
+        """Wait until what torch writes is there."""
+        torch.cuda.current_stream(self.device).synchronize()
+
+    @functools.cached_property
+    def jit(self) -> Jit:
+        """The kernels of this process, all loaded: a driver that loads one later might wait for those that run."""
+        made = Jit(0, None)
+        made.warmup(SPECS)
+        return made
+
+
+MACHINE = Gpu() if torch.cuda.is_available() else Emulator()
+TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", MACHINE.timeout_s))
+"""Deadline of the kernels; a sanitizer needs more."""
 
 
 def _layout() -> dict[str, int]:
@@ -103,10 +142,11 @@ class Ranks:
 
     def __init__(self, num_ranks: int, heap_bytes: int = HEAP_BYTES) -> None:
         self.num_ranks = num_ranks
-        self.device = torch.device("cuda", 0)
-        self.windows = share_in_process(num_ranks, self.device, BOARD_BYTES + heap_bytes)
-        self.streams = [torch.cuda.Stream(self.device) for _ in range(num_ranks)]
-        self.records = torch.zeros(num_ranks, RECORD_WORDS, dtype=torch.int32, pin_memory=True)
+        self.device = MACHINE.device
+        self._kernels = MACHINE.jit  # all are compiled before any rank is kept waiting
+        self.windows = MACHINE.windows(num_ranks, BOARD_BYTES + heap_bytes)
+        self.streams = [MACHINE.stream() for _ in range(num_ranks)]
+        self.records = self.pinned(torch.zeros(num_ranks, RECORD_WORDS, dtype=torch.int32))
         self.call = 0
         self._next = [0] * num_ranks
         self._kept: list[Tensor] = []
@@ -138,6 +178,10 @@ class Ranks:
         made.view(torch.uint8).fill_(POISON)
         return made
 
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """The same in memory of the host that kernels may write."""
+        return MACHINE.pinned(tensor)
+
     def words(self, rank: int, field: str, count: int = 1, dtype: torch.dtype = torch.int32, first: int = 0) -> Tensor:
         """Words of a field of a rank's board, for reading and writing while no kernel runs."""
         window = self.windows[rank]
@@ -155,9 +199,8 @@ class Ranks:
     # ------------------------------------------------------------------ kernels
 
     def delay(self, rank: int, milliseconds: float) -> None:
-        """Put a kernel that does nothing for a while on a rank's stream."""
-        with torch.cuda.stream(self.streams[rank]):
-            torch.cuda._sleep(int(milliseconds * MILLISECOND))
+        """Keep a rank's stream busy for a while."""
+        MACHINE.sleep(self.streams[rank], milliseconds)
 
     def launch(
         self,
@@ -175,9 +218,9 @@ class Ranks:
             sizes: Blocks, threads a block, dynamic shared memory.
             config: Of the kernel.
         """
-        kernel = jit().kernel(spec, **(config or {}))
+        kernel = self._kernels.kernel(spec, **(config or {}))
         ready = [None if one is None else self._fill(kernel.new_params(), rank, one) for rank, one in enumerate(fields)]
-        torch.cuda.current_stream(self.device).synchronize()  # what tests wrote is there
+        MACHINE.settle()  # what tests wrote is there
         for rank, params in enumerate(ready):
             if params is not None:
                 kernel.launch(params, *sizes, self.streams[rank].cuda_stream)
@@ -232,14 +275,6 @@ class Ranks:
                 value = value.data_ptr() if value.numel() else 0
             setattr(params, name, value)
         return params
-
-
-@functools.cache
-def jit() -> Jit:
-    """The kernels of this process, all loaded: a driver that loads one later might wait for those that run."""
-    made = Jit(0, None)
-    made.warmup(SPECS)
-    return made
 
 
 _ranks: dict[int, Ranks] = {}

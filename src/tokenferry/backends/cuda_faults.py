@@ -53,14 +53,17 @@ SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
 class Pinned:
     """Pinned memory that kernels write and the host reads: a record, then ticket and counts.
 
+    Args:
+        pin: Whether it has to be pinned; kernels that run on the CPU reach any memory.
+
     Attributes:
         record_address: For the field ``record`` of params.
         host_address: For the field ``host`` of `count`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pin: bool) -> None:
         num_words = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS + MAX_EXPERTS
-        self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=True)
+        self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin)
         self.record_address = self._memory.data_ptr()
         self.host_address = self.record_address + 4 * RECORD_WORDS
         words = (ctypes.c_uint32 * num_words).from_address(self.record_address)

@@ -93,7 +93,7 @@ class Station:
         self.timeout_s = timeout_s
         self.jit = jit
         self.heap = window.heap(BOARD_BYTES)
-        self.pinned = Pinned()
+        self.pinned = Pinned(pin=window.device.type == "cuda")
         self.ledger = Ledger(self.rank)
         self.masked: set[int] = set()
         self.broken: str | None = None

@@ -1,0 +1,35 @@
+"""Which tests of tests/cuda the emulator runs: some 30 s of them, or with EMULATE=all every one that it can."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+FILES = ("test_plan.py", "test_move.py", "test_pull.py", "test_unpack.py", "test_meet.py")
+"""Tests of single kernels."""
+RANKS = (1, 2, 3)
+NEED_TIME = (
+    "test_a_late_rank_is_waited_for_and_the_time_counted",
+    "test_the_time_is_added_up",
+    "test_a_rank_that_never_launches",
+    "test_all_who_wait_name_the_same_rank",
+)
+"""What they ask for is a matter of milliseconds, which busy CPUs do not keep."""
+LARGE_ROWS = 10_000
+"""Bytes: those of `unpack` take seconds here."""
+
+
+def is_possible(item: pytest.Item) -> bool:
+    """Whether the emulator can run it."""
+    return item.path.name in FILES
+
+
+def is_chosen(item: pytest.Item) -> bool:
+    """Whether it runs wherever there is no GPU."""
+    if os.environ.get("EMULATE") == "all":
+        return True
+    name, params = item.originalname, item.callspec.params if hasattr(item, "callspec") else {}
+    if name in NEED_TIME or params.get("num_ranks", 1) not in RANKS:
+        return False
+    return not (item.path.name == "test_unpack.py" and "sizes" in params and params["sizes"].row_bytes > LARGE_ROWS)

@@ -1,0 +1,7 @@
+"""Where the emulator and the jobs of the contract suite are found."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "contract"), str(HERE)]

@@ -1,0 +1,76 @@
+// Stands for the package's device/ptx.cuh: the same functions, on emulator.h.
+#pragma once
+
+#define DEV static inline __attribute__((unused))
+
+constexpr u32 kAll = 0xffffffffu;
+
+// ---- mbarriers: bit 0 the phase, bit 1 whether the one arrival has come, upper half the bytes that are due
+
+DEV void emu_turn_phase(u64* barrier) {
+    if ((*barrier & 2) && *barrier >> 32 == 0) {
+        *barrier = (*barrier & 1) ^ 1;
+        emu_block->progress++;
+    }
+}
+DEV void mbarrier_init(u64* barrier) { *barrier = 0; }
+DEV void mbarrier_init_done() {}
+DEV void mbarrier_expect(u64* barrier, u32 bytes) {
+    if (*barrier & 2) emu_fail("a second arrival in one phase of an mbarrier");
+    *barrier = (*barrier + ((u64)bytes << 32)) | 2;
+    emu_turn_phase(barrier);
+}
+DEV void mbarrier_wait(u64* barrier, u32 parity) {
+    while ((*barrier & 1) == parity) {
+        std::vector<EmuCopy>& loads = emu_block->loads[barrier];
+        for (const EmuCopy& one : loads) {
+            emu_copy(one);
+            *barrier -= (u64)one.bytes << 32;
+        }
+        loads.clear();
+        emu_turn_phase(barrier);
+        if ((*barrier & 1) == parity) emu_change_fiber();
+    }
+}
+
+// ---- bulk copies: done as late as they may be, so that whoever does not wait finds something else
+
+DEV void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
+    emu_check_aligned(shared, global, bytes);
+    memset(shared, 0xEE, bytes);
+    emu_block->loads[barrier].push_back({shared, global, bytes});
+}
+DEV void bulk_store(void* global, const void* shared, u32 bytes) {
+    emu_check_aligned(global, shared, bytes);
+    EMU_FIBER.open.push_back({global, shared, bytes});
+}
+DEV void bulk_commit() {
+    EMU_FIBER.groups.push_back(EMU_FIBER.open);
+    EMU_FIBER.open.clear();
+}
+DEV void emu_finish_groups(size_t left) {
+    std::vector<std::vector<EmuCopy>>& groups = EMU_FIBER.groups;
+    for (; groups.size() > left; groups.erase(groups.begin()))
+        for (const EmuCopy& one : groups[0]) emu_copy(one);
+}
+template <int N> DEV void bulk_wait_read() { emu_finish_groups(N); }
+DEV void bulk_wait_all() { emu_finish_groups(0); }
+
+// ---- order between threads and ranks; whoever polls lets others go on
+
+DEV void fence_async() {}
+DEV void fence_system() { __threadfence(); }
+DEV void store_release(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+DEV void store_release(u64* p, u64 v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+DEV void store_relaxed(u64* p, u64 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+DEV void add_release(u32* p, u32 v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
+DEV u32 load_acquire(const u32* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+DEV u64 load_acquire(const u64* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+DEV u32 load_relaxed(const u32* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
+DEV u64 load_relaxed(const u64* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
+
+DEV u64 clock_ns() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (u64)t.tv_sec * 1000000000 + t.tv_nsec;
+}
