@@ -295,6 +295,7 @@ class ExpertGroup:
             RoutingError: an index is outside [-1, E); names the place. CUDA with ``counts="device"``: raised by the
                 next call or by `synchronize`; no row is written out of bounds.
             CapacityError: T > M, or rows did not fit into ``delivery.capacity`` (then on every rank).
+            ConfigError: backend cuda, a view of the group with E > 4096 or K > 64.
             MismatchError: ranks made different calls.
             PeerTimeout: a rank did not answer within ``timeout_s``; names it, the call and its number.
             ClosedError: the group was closed or is broken.

@@ -19,11 +19,12 @@ from emulator import Emulator, Jit, Kernel, Window
 from tokenferry import MoeShape
 from tokenferry.backends import cuda_setup, cuda_station
 from tokenferry.backends.base import Resolved
-from tokenferry.errors import MismatchError, RoutingError
+from tokenferry.errors import CapacityError, ConfigError, MismatchError, RoutingError
 from tokenferry.kernels.board import BOARD_BYTES
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.streams import HostStreams
-from tokenferry.words import Delivery, Routing
+from tokenferry.testing.compare import same_bits
+from tokenferry.words import Delivery, Layout, Quantized, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -174,3 +175,22 @@ def other_calls(rank: int, pg: None, hall: Hall) -> None:
 
 def test_other_calls(run):
     run(2, other_calls)
+
+
+def odd_views(rank: int, pg: None, hall: Hall) -> None:
+    """What a view has no room for is told before a kernel runs; the group stays usable."""
+    with hall.open(pg, SHAPE) as group:
+        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, -1]]))
+        for shape, what in ((MoeShape(8192, 2, 16, 8), "num_experts=8192"), (MoeShape(4, 65, 16, 8), "top_k=65")):
+            wide = Routing(torch.full((2, shape.top_k), -1))
+            with pytest.raises(ConfigError, match=what):
+                group.for_shape(shape).dispatch(x, wide)
+        with pytest.raises(CapacityError, match="a place can say"):
+            group.for_shape(MoeShape(4, 2, 16, 1 << 28)).dispatch(x, routing, delivery=Delivery(Layout.MASKED))
+        scale = torch.arange(12, dtype=torch.float64).reshape(3, 2, 2).to(torch.complex128)[:, :, 0].T  # strided
+        sent = group.dispatch(Quantized(x, scale), routing)
+        same_bits("wide scales", torch.view_as_real(sent.x.scale[:1]), torch.view_as_real(scale.contiguous()[:1]))
+
+
+def test_odd_views_and_wide_scales(run):
+    run(2, odd_views)

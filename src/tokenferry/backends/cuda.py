@@ -242,6 +242,8 @@ class CudaBackend:
 
 def _cargo(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | None) -> Cargo:
     rows, scale = (x.data, x.scale) if isinstance(x, Quantized) else (x, None)
+    if scale is not None and scale.element_size() > 8:  # wider than a lane copies: in bulk, or not at all
+        scale = aligned(scale.contiguous())
     return Cargo(
         aligned(rows),
         scale,

@@ -225,7 +225,6 @@ class Delivered:
         num_rows: ``Plan.num_delivered``, or 0 where it ends with the last expert's last aligned row.
         row_bytes: Of a row.
         scale_bytes: Of its scales.
-        layout: EXPERTS or MASKED.
         alignment: A.
         capacity: MASKED: rows of an expert.
         zero: Whether padding is zeroed.

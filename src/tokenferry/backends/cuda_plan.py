@@ -10,7 +10,8 @@ from torch import Tensor
 from tokenferry.backends import cuda_launch
 from tokenferry.backends.cuda_launch import EXPERTS, MASKED, ROWS, Tables
 from tokenferry.backends.cuda_station import Here, Station
-from tokenferry.errors import CapacityError
+from tokenferry.errors import CapacityError, ConfigError
+from tokenferry.kernels.board import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.count.spec import num_units
 from tokenferry.kernels.place.spec import num_columns
 from tokenferry.layout import Room, room
@@ -50,11 +51,33 @@ class Geometry:
         return self.layout != ROWS
 
 
+def too_large(shape: MoeShape) -> str:
+    """Which size of a shape the kernels have no room for, or nothing."""
+    for name, value, most in (("num_experts", shape.num_experts, MAX_EXPERTS), ("top_k", shape.top_k, MAX_TOP_K)):
+        if value > most:
+            return f"{name}={value}, and at most {most} are possible"
+    return ""
+
+
 def geometry(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Geometry:
-    """Work out a geometry."""
+    """Work out a geometry.
+
+    Raises:
+        ConfigError: a view of the group (`ExpertGroup.for_shape`) has sizes beyond what the kernels have room for.
+        CapacityError: the delivery has room for more rows than a place can say.
+    """
+    why_not = too_large(shape)
+    if why_not:
+        raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
     layout, space, num_local = CODES[delivery.layout], room(shape, delivery, num_ranks), shape.num_experts // num_ranks
     capacity = space.given if layout == MASKED else 0
     limit = space.given if space.tight else _NO_LIMIT
+    most = space.given * (num_local if layout == MASKED else 1)
+    if most >= 1 << RANK_SHIFT and (layout == MASKED or delivery.counts == "device"):
+        raise CapacityError(
+            f"dispatch: delivery: room for {most} rows, and a place can say less than {1 << RANK_SHIFT}; give a "
+            "smaller Delivery.capacity, or make the group with a smaller max_tokens"
+        )
     return Geometry(
         shape=shape,
         delivery=delivery,
@@ -62,7 +85,7 @@ def geometry(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Geometry:
         num_local=num_local,
         space=space,
         count_sizes=(shape.num_experts, layout, delivery.alignment, capacity, limit),
-        most_delivered=space.given * (num_local if layout == MASKED else 1),
+        most_delivered=most,
         masked_capacity=capacity,
     )
 

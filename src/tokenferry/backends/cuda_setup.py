@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,15 +12,15 @@ import torch.distributed as dist
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda import CudaBackend
+from tokenferry.backends.cuda_plan import too_large
 from tokenferry.backends.cuda_station import Station
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
-from tokenferry.kernels.board import BOARD_BYTES, MAX_EXPERTS, MAX_RANKS, MAX_TOP_K
+from tokenferry.kernels.board import BOARD_BYTES, MAX_RANKS
 from tokenferry.memory.reach import agree, obstacle
 from tokenferry.memory.window import Window, share
 from tokenferry.wires.cards import Table
 from tokenferry.wires.rendezvous import compare_terms
-from tokenferry.words import MoeShape
 
 
 def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
@@ -70,11 +71,11 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     return assemble(window, resolved, key, (why, meet))
 
 
-def assemble(window: Window, resolved: Resolved, key: str, meeting: tuple[str, object]) -> CudaBackend:
+def assemble(window: Window, resolved: Resolved, key: str, meeting: tuple[str, Callable[[], None]]) -> CudaBackend:
     """Make the backend of one rank over its window; local."""
     why, meet = meeting
     jit = Jit(window.device.index or 0, Path(resolved.cache_folder))
-    return CudaBackend(Station(window, jit, resolved.timeout_s), key, why, meet)  # type: ignore[arg-type]
+    return CudaBackend(Station(window, jit, resolved.timeout_s), key, why, meet)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:
@@ -86,17 +87,11 @@ def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:
 
 def _unfit(resolved: Resolved, num_ranks: int) -> str:
     """Why a shape or an option is beyond this backend."""
-    shape: MoeShape = resolved.shape
     if resolved.cpu_only:
         return resolved.cpu_only
-    for name, value, most in (
-        ("ranks", num_ranks, MAX_RANKS),
-        ("num_experts", shape.num_experts, MAX_EXPERTS),
-        ("top_k", shape.top_k, MAX_TOP_K),
-    ):
-        if value > most:
-            return f"{name}={value}, and at most {most} are possible"
-    return ""
+    if num_ranks > MAX_RANKS:
+        return f"ranks={num_ranks}, and at most {MAX_RANKS} are possible"
+    return too_large(resolved.shape)
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
