@@ -26,6 +26,8 @@ _STARTING_S = 1.0
 
 KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine")
 """What word 0 of a signature says; all kernels of a call announce the same."""
+_USERS_NAMES = ("num_experts", "max_tokens", "topk_idx")
+"""Arguments of the user: they keep their underscores when a field is put into words."""
 
 
 class Signature:
@@ -41,13 +43,20 @@ class Signature:
 
     def __init__(self, phase: str, **fields: int) -> None:
         self.phase = phase
-        named = ((name.replace("_", " "), value) for name, value in fields.items())
-        self.fields = (("kind", KINDS.index(phase)), *named)
+        self.fields = (("kind", KINDS.index(phase)), *fields.items())
         values = [value & 0xFFFFFFFF for _, value in self.fields]
         self.card = struct.pack(f"<{SIGNATURE_WORDS}I", *values, *(0,) * (SIGNATURE_WORDS - len(values)))
 
 
 SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
+
+
+def _in_words(name: str) -> str:
+    """A field's name as a message says it: "bytes_of_topk_idx" is "bytes of topk_idx"."""
+    said = name.replace("_", " ")
+    for users in _USERS_NAMES:
+        said = said.replace(users.replace("_", " "), users)
+    return said
 
 
 class Pinned:
@@ -172,7 +181,7 @@ class Ledger:
         if word == 0 or word >= len(fields):
             theirs = KINDS[seen] if 0 < seen < len(KINDS) else f"kind {seen}"
             return MismatchError(f"{start}: rank {peer} called {theirs}; call the same on all ranks, in the same order")
-        name = fields[word][0]
+        name = _in_words(fields[word][0])
         mine, other = (dtype_name(value) if name == "dtype" else str(value) for value in (expected, seen))
         return MismatchError(
             f"{start}: {name} is {mine} on rank {rank} and {other} on rank {peer}; it has to be the same on all ranks"
