@@ -2,7 +2,8 @@
 
 The public names; importing does nothing else: no process group, no CUDA, no files. Start with `ExpertGroup`; the legend
 of letters is in `tokenferry.words`. Not imported here: `tokenferry.autograd` (differentiable calls), `tokenferry.nn` (a
-complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.fp8` (the FP8 format).
+complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.fp8` and `tokenferry.logfmt`
+(formats of few bits).
 """
 
 from __future__ import annotations

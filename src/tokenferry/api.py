@@ -398,17 +398,28 @@ class ExpertGroup:
     ) -> DecodeDispatched:
         """Send every token to its experts, into a layout whose shape does not depend on the routing.
 
-        Contract: collective. Any number of results may be alive. Gradient: none. Host: CPU backend: returns when the
-        rows are here; with ``return_hook=True`` it returns when they are on their way, and ``hook()`` waits for them.
-        CUDA: returns at once, capturable; built on the kernels of `dispatch` for now: everything is on the stream when
-        the call returns, so ``hook()`` has nothing left to do. Its speed is later work.
+        Contract:
+            Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive.
+            Host: CPU backend: returns when the rows are here; with ``return_hook=True`` when they are on their way, and
+                ``hook()`` waits for them. CUDA: returns at once, and so does ``hook()``; the first decode call of these
+                sizes makes memory together with the other ranks, and waits for them.
+            Stream: CUDA: torch's current one, all SMs. With ``return_hook=True`` the call only sends, ``hook()``
+                receives on the stream that is current then, and in between no SM is held. Any number of hooks may be
+                pending: where a third call would overwrite what has not been received, the oldest is received first.
+                ``x`` may be overwritten by what is put on the stream afterwards; the plan refers to the routing's
+                tensors, which have to stay until the last combine along it has been received.
+            CUDA graph: capturable after one such call outside; a call and its hook in the same capture, or neither.
+                Replays take new data, and fewer tokens by rows of ``topk_idx`` that are -1. No hook of a call outside
+                may be pending.
+            Gradient: none.
 
         Args:
             x: ``[T, H]`` bfloat16, float16 or float32, contiguous, T <= M.
             routing: As for `dispatch`. `decode_combine` needs ``topk_weights``; they may also be put into the plan
                 later.
             fp8: Cast rows to float8_e4m3fn with one scale per row and 128 columns (``scale = max(amax, 1e-4) / 448``,
-                the format that DeepEP and DeepGEMM use), stored as this says. None: rows travel as they are.
+                the format that DeepEP and DeepGEMM use), stored as this says. None: rows travel as they are (CUDA: of
+                16 bytes with all bits set, which are NaNs, the lowest bit may be lost).
             stats: Counters to add to.
             return_hook: Return at once and let the caller receive with ``hook()``.
 
@@ -416,18 +427,24 @@ class ExpertGroup:
             DecodeDispatched: ``x`` ``[L, R*M, H]``, ``expert_counts``, the plan and the hook.
 
         Raises:
-            ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+            RoutingError: an index is outside [-1, E). CUDA: raised by the next call, by ``hook()`` or by `synchronize`;
+                nothing was sent, and the call can be made again.
+            CapacityError: T > M; CUDA: a rank's heap has no room for rows under way (then on every rank).
+            ArgumentError: CUDA: a graph cannot capture this; says what has to be called before.
+            ConfigError: backend cuda, E > 4096, K > 64, M > 65536, or E * M of 2^31 or more.
+            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("decode_dispatch")
         request = self._resolver.decode_dispatch(x, routing, fp8, stats, return_hook=return_hook)
         return self._backend.decode_dispatch(request)
 
-    def decode_combine(
+    def decode_combine(  # one more than the house's six: numerics and wire are chosen apart
         self,
         y: Tensor,
         plan: DecodePlan,
         *,
         numerics: str = "exact",
+        wire: str = "same",
         out: Tensor | None = None,
         stats: DecodeStats | None = None,
         return_hook: bool = False,
@@ -439,12 +456,23 @@ class ExpertGroup:
         experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
         added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank.
 
-        Contract: collective; as `decode_dispatch`. The plan is not consumed.
+        Wire: what travels (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after it was rounded to y's
+        dtype) is encoded by its sender and decoded to float32 by its receiver; the rest is as above. A rank's own rows
+        are encoded too, so that the sum does not depend on where an expert lives. ``"same"``: rows travel as they are;
+        ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see `tokenferry.fp8`; ``"logfmt10"``: 10
+        bits a number, with a logarithmic range per row and 128 columns, see `tokenferry.logfmt`. The documents say what
+        either costs in precision.
+
+        Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` is read once,
+        where it lies: no memory is better for it than other memory. It may be overwritten by what is put on the stream
+        after the call, even if the hook is pending.
 
         Args:
             y: ``[L, R*M, H]`` bfloat16, float16 or float32, contiguous; rows past the counts are not read.
             plan: From `decode_dispatch` of this group, with ``topk_weights``.
             numerics: ``"exact"`` or ``"fast"``; the same on all ranks.
+            wire: ``"same"``, ``"fp8"`` or ``"logfmt10"``; the same on all ranks. The latter two need H to be a multiple
+                of 128.
             out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
             stats: ``wait_ns`` is added to; ``received`` must be None.
             return_hook: Return at once and let the caller receive with ``hook()``.
@@ -454,11 +482,13 @@ class ExpertGroup:
 
         Raises:
             PlanError: the plan is another group's, or has no weights.
-            ArgumentError: ``numerics`` is neither.
+            ArgumentError: ``numerics`` or ``wire`` is none of these, or H is no multiple of 128 where it has to be;
+                CUDA: a graph cannot capture this.
+            CapacityError: CUDA: as `decode_dispatch`, if rows of y are larger than those of x were.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("decode_combine")
-        request = self._resolver.decode_combine(y, plan, numerics, out, stats, return_hook=return_hook)
+        request = self._resolver.decode_combine(y, plan, numerics, wire, out, stats, return_hook=return_hook)
         return self._backend.decode_combine(request)
 
     def _adopt(self, backend: Backend, shape: MoeShape, timeout_s: float, *, origin: ExpertGroup | None = None) -> None:

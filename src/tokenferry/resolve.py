@@ -16,6 +16,7 @@ from tokenferry.backends.base import (
     DispatchRequest,
     RedispatchRequest,
     Resolved,
+    Wire,
 )
 from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, fits
 from tokenferry.errors import ArgumentError, ConfigError, PlanError, ShapeError
@@ -33,7 +34,9 @@ from tokenferry.words import (
 
 _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHTS = (torch.float32,)
+_WIRE_GROUP = 128
 _DEFAULT_DELIVERY = Delivery()
+_NO_STATS = DecodeStats()
 
 
 def resolve_options(
@@ -91,7 +94,7 @@ def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
 class Resolver:
     """What a group's arguments are checked against; one method a call, named like it.
 
-    A call of the throughput family is checked twice. First with bare comparisons, which cost a microsecond and say no
+    A call is checked twice. First with bare comparisons, which cost a microsecond and say no
     more than "looks right"; only where they fail, by `Checks`, which knows every case and the words for it.
     """
 
@@ -189,6 +192,10 @@ class Resolver:
         self, x: Tensor, routing: Routing, fp8: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatchRequest:
         """See `ExpertGroup.decode_dispatch`."""
+        if stats is None and self._tokens_look_right(x, routing, fp8):
+            if not self.checks_routing:
+                self._checks("decode_dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+            return DecodeDispatchRequest(self.shape, x, routing, fp8, _NO_STATS, return_hook)
         check = self._checks("decode_dispatch")
         check.tensor("x", x, "T H", _DECODE_FLOATS)
         check.row_bytes("x", x)
@@ -205,11 +212,12 @@ class Resolver:
         check.no_grad(x=x, topk_weights=routing.topk_weights)
         return DecodeDispatchRequest(self.shape, x, routing, fp8, stats, return_hook)
 
-    def decode_combine(
+    def decode_combine(  # the parameters of the call, which has seven
         self,
         y: Tensor,
         plan: DecodePlan,
         numerics: str,
+        wire: str,
         out: Tensor | None,
         stats: DecodeStats | None,
         *,
@@ -217,6 +225,14 @@ class Resolver:
     ) -> DecodeCombineRequest:
         """See `ExpertGroup.decode_combine`."""
         self._check_plan("decode_combine", plan, DecodePlan)
+        fast = numerics == "fast"
+        if (
+            stats is None
+            and wire == "same"
+            and (fast or numerics == "exact")
+            and self._sum_looks_right(y, plan, out, fast)
+        ):
+            return DecodeCombineRequest(self.shape, y, plan, fast, Wire.same, out, _NO_STATS, return_hook)
         num_local, num_rows = plan.src_token.shape
         sizes = {
             "T": (plan.num_tokens, "the plan"),
@@ -227,13 +243,14 @@ class Resolver:
         check = self._checks("decode_combine", **sizes)
         if numerics not in ("exact", "fast"):
             raise ArgumentError(f'decode_combine: numerics: expected "exact" or "fast", got {numerics!r}')
+        _check_wire(wire, self.shape.hidden)
         if plan.topk_weights is None:
             raise PlanError(
                 "decode_combine: plan: it has no topk_weights; pass them in Routing to decode_dispatch, "
                 "or dataclasses.replace(plan, topk_weights=...) for numerics='exact'"
             )
         check.tensor("plan.topk_weights", plan.topk_weights, "T K", (torch.float32,))
-        if numerics == "fast" and plan.row_weights is None:
+        if fast and plan.row_weights is None:
             raise PlanError("decode_combine: plan: numerics='fast' needs the weights in Routing at decode_dispatch")
         check.tensor("y", y, "L rows H", _DECODE_FLOATS)
         check.row_bytes("y", y)
@@ -243,7 +260,7 @@ class Resolver:
         if stats.received is not None:
             raise ArgumentError("decode_combine: stats.received: expected None, only decode_dispatch receives tokens")
         check.no_grad(y=y, topk_weights=plan.topk_weights, out=out)
-        return DecodeCombineRequest(self.shape, y, plan, numerics == "fast", out, stats, return_hook)
+        return DecodeCombineRequest(self.shape, y, plan, fast, Wire[wire], out, stats, return_hook)
 
     def _looks_right(self, x: Tensor | Quantized, routing: Routing, delivery: Delivery | None) -> bool:
         if type(routing) is not Routing or not (delivery is None or type(delivery) is Delivery):
@@ -288,6 +305,24 @@ class Resolver:
         shape = (delivered, plan.topk_idx.shape[1]) if layout is Layout.ROWS else places
         return fits(topk_weights, shape, _WEIGHTS, self.device)
 
+    def _tokens_look_right(self, x: Tensor, routing: Routing, fp8: Scale | None) -> bool:
+        return (
+            type(x) is Tensor
+            and x.dtype in _DECODE_FLOATS
+            and (fp8 is None or (type(fp8) is Scale and self.shape.hidden % ROW_BYTES_MULTIPLE == 0))
+            and self._looks_right(x, routing, None)
+        )
+
+    def _sum_looks_right(self, y: Tensor, plan: DecodePlan, out: Tensor | None, fast: bool) -> bool:
+        weights, hidden, device = plan.topk_weights, self.shape.hidden, self.device
+        return (
+            fits(weights, (plan.num_tokens, plan.topk_idx.shape[1]), _WEIGHTS, device)
+            and not (fast and plan.row_weights is None)
+            and fits(y, (*plan.src_token.shape, hidden), self._row_dtypes, device)
+            and y.dtype in _DECODE_FLOATS
+            and (out is None or fits(out, (plan.num_tokens, hidden), (y.dtype,), device))
+        )
+
     def _sums_look_right(self, sums: tuple[Tensor, ...], dtype: torch.dtype, num_tokens: int) -> bool:
         shape, dtypes = (num_tokens, self.shape.hidden), (dtype,)
         return all(fits(one, shape, dtypes, self.device) for one in sums)
@@ -326,6 +361,17 @@ class Resolver:
                 f"{call}: plan: it was made by group {plan.group_key}, this is group {self.group_key}; "
                 "use the group that dispatched"
             )
+
+
+def _check_wire(wire: str, hidden: int) -> None:
+    if not isinstance(wire, str) or wire not in Wire.__members__:
+        names = ", ".join(f'"{name}"' for name in Wire.__members__)
+        raise ArgumentError(f"decode_combine: wire: expected one of {names}, got {wire!r}")
+    if Wire[wire] is not Wire.same and hidden % _WIRE_GROUP:
+        raise ArgumentError(
+            f"decode_combine: wire: {wire!r} works on groups of {_WIRE_GROUP} columns, H={hidden} is no multiple of "
+            'it; pad the hidden size or use wire="same"'
+        )
 
 
 def _check_num_sms(call: str, num_sms: int | None) -> None:

@@ -34,8 +34,8 @@ _ROWS_AT_ONCE = 8  # rows that the warps of one SM move at the same time
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum at the same time
 _PIECE_BYTES = 2048
 _LEAST_HEAP = 64 << 20
-_MOST_MASKED = 4 << 30
-"""Shapes whose masked layout needs more than this are not shapes for decoding."""
+_MOST_DECODE = 512 << 20
+"""Shapes whose decode calls have more than this under way are not shapes for decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +169,22 @@ def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
     """GPU memory for rows that peers write or read, unless TOKENFERRY_HEAP_MB says. Pure.
 
     Room for five deliveries of bfloat16 rows in the worst case: what was received and the answers to it, both once more
-    while the next ones come, and a last one that is for landing only; for small M also for two masked ones, which
-    decode calls make.
+    while the next ones come, and a last one that is for landing only; for small M also for what decode calls have
+    under way.
     """
     rows = num_ranks * shape.max_tokens
     row_bytes = 2 * shape.hidden + 24 * shape.top_k + 8  # data; weights, ids and places; source token
-    masked = 2 * (shape.num_experts // num_ranks) * rows * (2 * shape.hidden + 4)
-    return max(_LEAST_HEAP, 5 * rows * row_bytes, masked if masked <= _MOST_MASKED else 0)
+    decode = decode_bytes(shape, num_ranks)
+    return max(_LEAST_HEAP, 5 * rows * row_bytes + (decode if decode <= _MOST_DECODE else 0))
+
+
+def decode_bytes(shape: MoeShape, num_ranks: int) -> int:
+    """GPU memory for bfloat16 rows that decode calls have under way, or a little more. Pure.
+
+    Two calls of each direction: rows from every rank with their notes and counts, and answers.
+    """
+    M, K, line = shape.max_tokens, shape.top_k, 128
+    row = 2 * -(-shape.hidden // 512) * 512
+    counts = 8 * (1 + shape.num_experts // num_ranks + -(-M // 32)) + line
+    dispatch = num_ranks * (M * (row + 32 * -(-K // 3)) + counts + 2 * line)
+    return 2 * (dispatch + M * max(K, num_ranks) * row + line)

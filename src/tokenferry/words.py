@@ -259,16 +259,20 @@ class DecodeStats:
 class DecodePlan:
     """Where the rows of one `decode_dispatch` are; for `decode_combine`, any number of times.
 
+    With a hook, ``src_token``, ``src_range``, ``row_weights`` and ``table`` hold nothing until it has been called.
+
     Attributes:
         group_key: The group that made it.
         num_tokens: T of this rank.
         num_experts: E.
-        topk_idx: ``[T, K]``: this rank's own routing, with -1 for experts of ranks that were masked.
-        topk_weights: ``[T, K]`` float32 of this rank, or None if the routing had none.
+        topk_idx: ``[T, K]``: this rank's own routing, with -1 for experts of ranks that were masked. The tensor that
+            was handed in, where it could be: it has to stay as it is until the last combine has been received.
+        topk_weights: ``[T, K]`` float32 of this rank, or None if the routing had none; likewise.
         src_token: ``[L, R*M]`` int32: source token of each row; meaningful below the count.
         src_range: ``[L, R]`` int64: rows of expert e from rank r: ``start << 32 | count``.
         row_weights: ``[L, R*M]`` float32: gate weight of each row, for pre-reduced combine; None if none were sent.
-        under: Backend cuda: the plan of the dispatch underneath. CPU: None.
+        table: Backend cuda: ``[16 + R*M*K]`` int32, what arrived from whom and where it lies (private to the backend).
+            CPU: None.
     """
 
     group_key: str
@@ -279,12 +283,14 @@ class DecodePlan:
     src_token: Tensor
     src_range: Tensor
     row_weights: Tensor | None
-    under: Plan | None = None
+    table: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeDispatched:
     """What `decode_dispatch` returns. With a hook, tensors hold nothing until ``hook()`` has returned.
+
+    CUDA: what the hook does is done when the stream that was current has come to it.
 
     Attributes:
         x: ``[L, R*M, H]``: the rows of expert e are ``[e, :expert_counts[e]]``, by source rank, then source token;
@@ -292,7 +298,8 @@ class DecodeDispatched:
             as grouped FP8 GEMMs read it).
         expert_counts: ``[L]`` int32.
         plan: For `decode_combine`.
-        hook: Receives the rows; None if they are here already. May be called again to no effect.
+        hook: Receives the rows; None if the call did. May be called on any stream, and again to no effect. If it is
+            never called, a later call receives them, or nobody does.
     """
 
     x: Tensor | Quantized
@@ -306,8 +313,8 @@ class DecodeCombined:
     """What `decode_combine` returns. With a hook, ``x`` holds nothing until ``hook()`` has returned.
 
     Attributes:
-        x: ``[T, H]``: the weighted sums.
-        hook: Receives them; None if they are here already. May be called again to no effect.
+        x: ``[T, H]``: the weighted sums; zeros for a token without experts.
+        hook: Receives them; as that of `DecodeDispatched`.
     """
 
     x: Tensor

@@ -1,12 +1,15 @@
 """`tokenferry bench --device cuda`, run on the CPU backend: the same program, without streams and kernels."""
 
 import json
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import limits_jobs
 import pytest
 import torch
 
-from tokenferry.bench import first_call, gpu_report, overlap, trial
+from tokenferry.bench import first_call, gemms, gpu_report, overlap, trial
 from tokenferry.bench.clock import Summary
 from tokenferry.bench.inputs import WrongAnswer
 from tokenferry.bench.limits import Limits, Rate
@@ -66,6 +69,7 @@ def test_calls_and_their_rival(phases, tmp_path, capsys):
     assert ("tokenferry", "dispatch, by expert", "bf16", 16) in seen
     for result in whole["results"]:
         assert result["drained"]["n"] == result["chained"]["n"] == 2
+        assert result["ahead"] == 0, "on a CPU the host does the work itself"
         assert result["of_limit"] > 0 or result["bytes_out"] == 0
     assert {path.name for path in plots.iterdir()} == {"tokens.png", "sms.png"}
     out = capsys.readouterr().out
@@ -94,17 +98,17 @@ def test_other_phases(phases, tmp_path, capsys):
     whole = json.loads(file.read_text())
     assert [one["what"] for one in whole["failed"]] == ["vdev_2d: starting NVSHMEM"], "a rival may fail"
     assert {item["call"] for item in whole["host"]} > {"dispatch, plan kept, fp8"}
-    assert [(item["call"], item["num_sms"]) for item in whole["overlap"]] == [
-        ("dispatch FP8", None),
-        ("combine BF16", None),
-    ]
+    seen = {(item["call"], item["gemm"], item["first"]) for item in whole["overlap"]}
+    assert seen == {
+        (c, g, f) for c in ("dispatch FP8", "combine BF16") for g in gemms.KINDS for f in ("calls", "GEMMs")
+    }
+    assert all(item["carve_out"] == 0 for item in whole["overlap"]), "a CPU has no SMs to leave out"
     assert whole["memory"][0]["worst_rows_mb"] == 2 * 8 * 256 / 1e6
     calls = {(r["label"]["call"], r["label"]["tokens"]) for r in whole["results"]}
-    assert ("decode pair, one graph", 1) in calls
     assert ("dispatch + multiply + combine, one graph", 128) in calls
     assert ("dispatch, by expert, counts on device", 8) in calls
     out = capsys.readouterr().out
-    for text in ("host time of an eager call", "GEMM slower by", "memory of a group", "not measured: vdev_2d"):
+    for text in ("host time of an eager call", "GEMMs slower by", "memory of a group", "not measured: vdev_2d"):
         assert text in out
 
 
@@ -282,7 +286,7 @@ def test_fraction_of_the_limit(tmp_path):
     whole = make_report(tmp_path)
     summary = Summary(30, 500.0, 490.0, 510.0)
     dispatch = Label("tokenferry", "dispatch", "fp8", 4096, num_sms=24, link="store", row_bytes=7392)
-    result = Result(dispatch, 82.5e6, 83e6, summary, summary)
+    result = Result(dispatch, 82.5e6, 83e6, summary, 1.0, summary)
     assert whole.limit_for(dispatch) == 330.0
     assert whole.fraction(result) == pytest.approx(82.5e6 / 330e9 / 500e-6)
     combine = Label("tokenferry", "combine", "bf16", 4096, link="load", row_bytes=14336)
@@ -304,12 +308,124 @@ def test_every_item_is_kept_at_once(tmp_path):
     assert json.loads(whole.file.read_text())["failed"] == [{"what": "x", "why": "y"}]
 
 
+@pytest.mark.parametrize(("ahead", "said"), [(1.0, "ahead"), (0.95, "ahead"), (0.5, "50%"), (0.0, "in it")])
+def test_a_drained_time_says_whether_launches_are_in_it(tmp_path, ahead, said):
+    summary = Summary(30, 500.0, 490.0, 510.0)
+    result = Result(Label("tokenferry", "dispatch", "fp8", 4096, link="store"), 1e6, 1e6, summary, ahead, summary)
+    whole = make_report(tmp_path)
+    assert dict(zip(gpu_report.HEADER, whole.cells(result), strict=True))["launch"] == said
+    assert f"drained (launch: {said})" in whole.take({"case": asdict(result)})
+    assert dict(zip(gpu_report.SHORT_HEADER, whole.short()[0], strict=True))["launch"] == said
+
+
+def test_a_late_host_is_noticed(monkeypatch):
+    """Rank 0 was late in one iteration that counts, rank 1 in another: two of four."""
+    settings = Settings(2, (4,), 128, 2, 8, (), 4, ("uniform",), iters=4, warmup=1, seed=0)
+    answers = iter([True, False, True, False, False])
+    stand = SimpleNamespace(stamp=lambda: 0.0, passed=lambda stamp: next(answers), seconds=lambda start, end: 1.0)
+    stand.hold = stand.synchronize = lambda *args: None
+    told = []
+    here = trial.Trial(None, stand, settings, "")
+    monkeypatch.setattr(trial.Trial, "rank", 0)
+    monkeypatch.setattr(trial.Trial, "tell", lambda self, item: told.append(item))
+    monkeypatch.setattr(trial.dist, "barrier", lambda pg: None)
+    monkeypatch.setattr(trial, "gather", lambda pg, item: [item, item])
+    other = {bool: [False, False, False, True], float: [2.0] * 4}
+    monkeypatch.setattr(trial, "slowest", lambda pg, mine: list(map(max, mine, other[type(mine[0])])))
+    assert here.case(Label("tokenferry", "x", "bf16", 4), lambda: lambda i: None)
+    assert told[-1]["case"]["ahead"] == 0.5
+
+
 def test_overlap_figures():
-    half = overlap.Times(gemm=4.0, comm=2.0, both=5.0, gemm_beside=4.4, comm_beside=3.0)
-    assert half.hidden == 0.5
-    assert half.gemm_cost == pytest.approx(0.1)
-    assert overlap.Times(4.0, 2.0, 4.0, 4.0, 2.0).hidden == 1.0
-    assert overlap.Times(4.0, 2.0, 6.0, 4.0, 2.0).hidden == 0.0
+    def times(both, gemm_beside=4.0):
+        return overlap.Times(4.0, 4.5, 2.0, both=both, gemm_beside=gemm_beside, comm_beside=3.0)
+
+    assert times(5.0).hidden == 0.5
+    assert times(5.0, gemm_beside=4.4).gemm_cost == pytest.approx(0.1)
+    assert times(4.0).hidden == 1.0
+    assert times(6.0).hidden == 0.0
+
+
+def test_overlap_variants():
+    every = overlap.variants("combine BF16", None, 16, many=9)
+    assert {(c.carve_out, c.first, c.calls) for c in every} == {
+        (left_out, first, calls) for left_out in (0, 16) for first in ("calls", "GEMMs") for calls in (9, 1)
+    }
+    assert len(every) == 8 * len(gemms.KINDS)
+    assert {(c.num_sms, c.carve_out) for c in overlap.variants("combine BF16", 24, 16, many=9)} == {(24, 24)}
+
+
+@pytest.mark.parametrize("first", ["calls", "GEMMs"])
+def test_side_by_side(monkeypatch, first):
+    """Both streams start behind one stamp, the second by a head start later; ends are those of each stream."""
+    done, stream = [], ["main"]
+
+    def side(*, first=True):
+        @contextmanager
+        def enter():
+            stream[0] = "calls" if first else "GEMMs"
+            yield
+            stream[0] = "main"
+
+        return enter
+
+    def log(what):
+        done.append((stream[0], what))
+        return len(done)
+
+    stand = SimpleNamespace(side=side, num_sms=132, stamp=lambda: log("stamp"), synchronize=lambda: None)
+    stand.hold, stand.seconds = lambda seconds: log("hold"), lambda start, end: (done[start - 1], done[end - 1])
+    here = SimpleNamespace(bed=stand, meet=lambda lead_s: log(f"lead {round(lead_s * 1e6)}"))
+    beside = overlap.Beside(here, None)
+    case = overlap.Case("dispatch FP8", None, "bmm", 0, first, 2)
+    ends = beside._side_by_side(case, lambda: log("call"), lambda: log("gemm"))
+    second = "GEMMs" if first == "calls" else "calls"
+    work = {"calls": [("calls", "call")] * 2 + [("calls", "stamp")], "GEMMs": [("GEMMs", "gemm"), ("GEMMs", "stamp")]}
+    assert done == [("main", "lead 400"), ("main", "stamp"), *work[first], (second, "hold"), *work[second]]
+    assert ends == ((("main", "stamp"), ("GEMMs", "stamp")), (("main", "stamp"), ("calls", "stamp")))
+
+
+def test_gemms_of_every_kind_are_the_same():
+    experts = gemms.Experts(3, 128, 5, CPU)
+    expected = experts.work("bmm")()
+    assert experts.flops == 2 * 3 * 5 * 128 * 3 * gemms.WIDTH
+    for kind in gemms.KINDS:
+        with gemms.library(kind):
+            assert torch.allclose(experts.work(kind)().view_as(expected), expected, rtol=0.05, atol=0.05)
+
+
+def test_sms_are_left_out_and_given_back():
+    before = torch._C._get_sm_carveout_experimental()
+    with gemms.carve_out(24):
+        assert torch._C._get_sm_carveout_experimental() == 24
+    assert torch._C._get_sm_carveout_experimental() == before
+    with gemms.carve_out(0):
+        assert torch._C._get_sm_carveout_experimental() == before
+
+
+def test_what_torch_lacks_is_told_once_and_left_out(monkeypatch):
+    told = []
+    here = SimpleNamespace(bed=SimpleNamespace(side=lambda **kwargs: None), tell=told.append)
+    monkeypatch.delattr(torch._C, "_set_sm_carveout_experimental")
+    beside = overlap.Beside(here, None)
+    for gemm in gemms.KINDS:
+        beside.measure(overlap.Case("combine BF16", None, gemm, 16, "calls", 1), lambda: None)
+    assert [item["overlap left out"]["why"] for item in told] == [gemms.missing("bmm", 16)]
+    assert gemms.missing("bmm", 0) is None
+    monkeypatch.setattr(gemms, "_grouped_mm", lambda: None)
+    assert gemms.missing("grouped_mm", 0) == "this torch has no grouped_mm"
+
+
+def test_kernels_in_words():
+    found = [{"name": "nvjet" * 40, "grid": [132, 1, 1], "us": 2900.4}]
+    items = [
+        {"gemm": "bmm", "carve_out": 0, "kernels": found},
+        {"gemm": "bmm", "carve_out": 16, "kernels": "RuntimeError: x"},
+    ]
+    lines = gpu_report.kernel_lines(items)
+    assert lines[0].startswith("kernels of bmm, 0 SMs left out: nvjet")
+    assert lines[0].endswith("[132, 1, 1] blocks, 2900 us")
+    assert lines[1] == "kernels of bmm, 16 SMs left out: RuntimeError: x"
 
 
 def test_first_call_of_two_processes():

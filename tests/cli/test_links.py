@@ -148,6 +148,9 @@ class FakeEvent:
     def elapsed_time(self, end):
         return end.at - self.at
 
+    def query(self):
+        return FakeEvent.now > self.at
+
 
 def test_the_clock_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
@@ -161,8 +164,32 @@ def test_the_clock_of_a_gpu(monkeypatch):
     gpu.synchronize()
     # The events of CudaBed are torch's; the stand-in's class is in its place.
     assert gpu.seconds(start, end) == pytest.approx(1e-3), "milliseconds become seconds"
+    assert (gpu.passed(start), gpu.passed(end)) == (True, False)
     assert gpu.used_bytes() == 7
     assert gpu.num_sms == 78
+
+
+def test_a_gpu_is_held_for_as_long_as_asked(monkeypatch):
+    slept = []
+
+    def sleep(cycles):
+        slept.append(cycles)
+        FakeEvent.now += cycles / 2e9 * 1e3 - 1  # milliseconds at 2 GHz; recording the end is the other one
+
+    sms = SimpleNamespace(multi_processor_count=78)
+    for name, stand_in in (
+        ("Event", FakeEvent),
+        ("current_device", lambda: 0),
+        ("synchronize", lambda device: None),
+        ("get_device_properties", lambda device: sms),
+        ("_sleep", sleep),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    gpu = bed.bed_for("cuda")
+    gpu.hold(300e-6)
+    gpu.hold(10e-6)
+    assert slept[-2:] == [pytest.approx(600_000, abs=1), pytest.approx(20_000, abs=1)]
+    assert len(slept) == 4, "its clock is measured once"
 
 
 def test_a_trial_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch, tmp_path):
@@ -183,9 +210,12 @@ def test_a_trial_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch, tmp
             met.append("closed")
 
     monkeypatch.setattr(links, "CudaLinks", Link)
+    monkeypatch.setattr(bed.CpuBed, "hold", lambda self, seconds: met.append(f"held {seconds}"))
     monkeypatch.setattr(trial, "bed_for", lambda kind: bed.CpuBed())
     monkeypatch.setattr(trial.dist, "barrier", lambda pg: met.append("host"))
     settings = trial.Settings(2, (4,), 128, 2, 8, (), 4, ("uniform",), 2, 1, 0)
     with trial.trial(0, rank_of(0, 2), str(tmp_path / "news"), settings) as here:
         here.meet()
-    assert met == ["host", "device", "host", "closed"]
+        here.meet(0.5)
+    # Held before they meet: a device that is held longer than others must not start later.
+    assert met == ["host", "device", "host", "held 0.5", "device", "host", "closed"]

@@ -116,6 +116,25 @@ def fp8(rank, pg, case, round_scale, use_ue8m0):
         same_bits("scale", scales[place], inverse[src][token])
 
 
+def logfmt(rank, pg, case):
+    """Rows come home in 10 bits: as the oracle encodes them, and not as they are."""
+    sent = case.inputs()
+    mine, oracle = sent[rank], oracle_of(sent, case.experts)
+    local = case.experts // case.ranks
+    ys = [answers(case, oracle, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
+    y = ys[rank].view(local, case.ranks * M, case.hidden)
+    buffer = Buffer(pg, low_latency_mode=True)
+    handle = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)[2]
+    out = torch.full_like(mine.x, torch.nan)
+    for how in ({}, {"out": out}, {"return_recv_hook": True}):
+        got, _, hook = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle, use_logfmt=True, **how)
+        if hook:
+            hook()
+        same_bits("combined", got, oracle.decode_combine(rank, ys, wire="logfmt10"))
+    if case.routing != "nothing" and len(mine.x):
+        assert not torch.equal(got, oracle.decode_combine(rank, ys))
+
+
 def shrink(rank, pg, case):
     """Everybody masks the last rank, which masks all others: rows to and from it are missing, the rest is whole."""
     sent, last = case.inputs(), case.ranks - 1

@@ -174,7 +174,7 @@ BAD_LL_COMBINE = [
     ({"zero_copy": True}, ArgumentError, "zero_copy"),
     ({"combine_wait_recv_cost_stats": torch.zeros(1)}, ShapeError, "combine_wait_recv_cost_stats"),
     ({"async_finish": True, "return_recv_hook": True}, ArgumentError, "at most one"),
-    ({"use_logfmt": True}, UnsupportedError, "use_logfmt"),
+    ({"use_logfmt": True, "x": Y.float()}, ArgumentError, "use_logfmt: needs bfloat16 rows .* got torch.float32"),
     ({"overlap": True}, UnsupportedError, "overlap"),
     ({"src_signals": torch.zeros(1)}, UnsupportedError, r"src_signals: got a tensor \[1\]"),
     ({"src_signal_expect_value": 3}, UnsupportedError, "src_signal_expect_value: got 3"),
@@ -192,6 +192,15 @@ def test_low_latency_combine_refuses(buffer, change, error, message):
     with pytest.raises(error, match=message):
         buffer.low_latency_combine(**(good | change))
     assert torch.equal(buffer.low_latency_combine(**good)[0], torch.zeros_like(X))
+
+
+def test_logfmt_wants_whole_groups(buffer):
+    x = X[:, :64].contiguous()
+    handle = buffer.low_latency_dispatch(x, IDX, M, E, use_fp8=False)[2]
+    y = Y[:, :, :64].contiguous()
+    with pytest.raises(ArgumentError, match=r"use_logfmt: .* a multiple of 128, got torch\.bfloat16 with H=64"):
+        buffer.low_latency_combine(y, IDX, WEIGHTS, handle, use_logfmt=True)
+    assert torch.equal(buffer.low_latency_combine(y, IDX, WEIGHTS, handle)[0], torch.zeros_like(x))
 
 
 def test_the_constructor_refuses():

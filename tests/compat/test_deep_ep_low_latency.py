@@ -16,6 +16,11 @@ def test_fp8(worlds, round_scale, use_ue8m0):
     worlds(4).run(jobs.fp8, jobs.CASES[1], round_scale, use_ue8m0)
 
 
+@pytest.mark.parametrize("case", jobs.CASES, ids=str)
+def test_logfmt(worlds, case):
+    worlds(4).run(jobs.logfmt, case)
+
+
 def test_masked_ranks_are_skipped_and_come_back(worlds):
     worlds(4).run(jobs.shrink, jobs.CASES[0])
 

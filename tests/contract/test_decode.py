@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import CASTS, Step, check_combined, check_received
+from decoding import CASTS, Step, check_combined, check_received, check_wire
 from pairs import PAIRS, PLACES, Pair
 from throughput import check_round_trip
 
-from tokenferry import DecodeStats, Delivery, Routing, Scale
+from tokenferry import ArgumentError, DecodeStats, Delivery, ExpertGroup, MismatchError, MoeShape, Routing, Scale
+from tokenferry.backends.cpu_messages import Exchange
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import close, same_bits
 
@@ -51,6 +52,102 @@ def rounds(rank, pg, pair: Pair, ranks: int) -> None:
 @at_places
 def test_rounds(run, pair, ranks):
     run(pair, ranks, rounds, ranks)
+
+
+def wire_cases(ranks: int) -> list[Case]:
+    uneven = (3, 0, 5, 2, 1, 4, 0, 2)[:ranks]
+    return [
+        Case(uneven, 2 * ranks, 3, hidden=384),
+        Case(uneven[::-1], 3 * ranks, 4, hidden=640, routing="repeated", dtype=torch.float32),
+        Case((4,) * ranks, 2 * ranks, 5, hidden=128, routing="half_dropped"),
+        Case((0,) * ranks, 2 * ranks, 3, hidden=256),
+        Case(uneven, 4 * ranks, 2, hidden=128, routing="nothing"),
+    ]
+
+
+def wires(rank, pg, pair: Pair, ranks: int) -> None:
+    with pair.open(pg, wire_cases(ranks)[0].shape) as group:
+        for case in wire_cases(ranks):
+            view, step = group.for_shape(case.shape), Step(case, rank)
+            sent = view.decode_dispatch(step.mine().x, step.routing())
+            for wire in ("fp8", "logfmt10"):
+                check_wire(view, step, sent, torch.float16, wire, fast=False)  # sums per rank would be infinite
+                for dtype in (torch.bfloat16, torch.float32):
+                    check_wire(view, step, sent, dtype, wire, fast=False)
+                    check_wire(view, step, sent, dtype, wire, fast=True)
+
+
+@at_places
+def test_wires(run, pair, ranks):
+    run(pair, ranks, wires, ranks)
+
+
+def masked_wires(rank, pg, pair: Pair) -> None:
+    """Ranks 0 and 1 go on without 2, and 2 without them."""
+    case = Case((3, 2, 4), 6, 3, hidden=256, dtype=torch.float32)
+    step = Step(case, rank, frozenset({2}) if rank < 2 else frozenset({0, 1}))
+    with pair.open(pg, case.shape) as group:
+        for other in step.away:
+            group.mask(other)
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        for wire in ("fp8", "logfmt10"):
+            check_wire(group, step, sent, torch.float32, wire, fast=False)
+            check_wire(group, step, sent, torch.float32, wire, fast=True)
+
+
+def test_wires_without_masked_ranks(run, pair):
+    run(pair, 3, masked_wires)
+
+
+def other_wires(rank, pg, pair: Pair) -> str:
+    case = Case((2, 3), 4, 2, hidden=128)
+    step = Step(case, rank)
+    with pair.open(pg, case.shape) as group:
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        with pytest.raises(MismatchError) as caught:
+            group.decode_combine(sent.x, sent.plan, wire=("fp8", "logfmt10")[rank])
+    return str(caught.value)
+
+
+def test_ranks_that_choose_other_wires_hear_of_it(run):
+    told = run(next(pair for pair in PAIRS if pair.wire == "local"), 2, other_wires)
+    assert "wire is fp8 on rank 0 and logfmt10 on rank 1" in told[0]
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_fewer_bytes_travel(monkeypatch, numerics):
+    widths = []
+    start = Exchange.start
+
+    def watched(self, signature, sections, *args, **options):
+        widths.append(sections.widths)
+        return start(self, signature, sections, *args, **options)
+
+    monkeypatch.setattr(Exchange, "start", watched)
+    with ExpertGroup(None, MoeShape(2, 2, 512, 4), backend="cpu") as group:
+        sent = group.decode_dispatch(
+            torch.ones(2, 512).bfloat16(), Routing(torch.tensor([[0, 1], [1, -1]]), torch.ones(2, 2))
+        )
+        for wire in ("same", "fp8", "logfmt10"):
+            group.decode_combine(sent.x, sent.plan, numerics=numerics, wire=wire)
+    assert widths[1:] == [(1024, 0), (512, 16), (640, 32)]
+
+
+@pytest.mark.parametrize("wire", ["FP8", "logfmt", None, 1])
+def test_wires_that_do_not_exist(wire):
+    with ExpertGroup(None, MoeShape(2, 2, 128, 4), backend="cpu") as group:
+        sent = group.decode_dispatch(torch.ones(1, 128), Routing(torch.tensor([[0, 1]]), torch.ones(1, 2)))
+        with pytest.raises(ArgumentError, match='wire: expected one of "same", "fp8", "logfmt10", got'):
+            group.decode_combine(sent.x, sent.plan, wire=wire)
+
+
+@pytest.mark.parametrize("wire", ["fp8", "logfmt10"])
+def test_wires_need_whole_groups(wire):
+    with ExpertGroup(None, MoeShape(2, 2, 192, 4), backend="cpu") as group:
+        sent = group.decode_dispatch(torch.ones(1, 192), Routing(torch.tensor([[0, 1]]), torch.ones(1, 2)))
+        with pytest.raises(ArgumentError, match=f"wire: '{wire}' works on groups of 128 columns, H=192 is no multiple"):
+            group.decode_combine(sent.x, sent.plan, wire=wire)
+        group.decode_combine(sent.x, sent.plan)
 
 
 def hooks_in_any_order(rank, pg, pair: Pair) -> None:

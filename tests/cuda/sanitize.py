@@ -35,6 +35,15 @@ ONE_RANK = (
     "test_pull.py::test_every_type_and_mode[1-float16-weighted]",
     "test_pull.py::test_a_row_a_rank[1-float64]",
     "test_pull.py::test_local_rows_meet_nobody",
+    "test_spread.py::test_every_routing[half_dropped-1]",
+    "test_spread.py::test_choices_that_the_host_prepares[33-1]",
+    "test_spread.py::test_many_experts[4096-64-1]",
+    "test_spread.py::test_rows_of_every_size[1-1032]",
+    "test_spread.py::test_nobody_has_tokens[1]",
+    "test_collect.py::test_every_routing[repeated-1-exact]",
+    "test_collect.py::test_every_routing[repeated-1-fast]",
+    "test_collect.py::test_many_experts[255-33-1-exact]",
+    "test_collect.py::test_nobody_has_tokens[1-fast]",
 )
 MORE_RANKS = (
     "test_plan.py::test_the_worked_example",
@@ -49,6 +58,19 @@ MORE_RANKS = (
     "test_pull.py::test_weights_come_home",
     "test_pull.py::test_stage_copies_rows_that_peers_ask_for",
     "test_meet.py::test_plans_of_different_dispatches[move]",
+    "test_spread.py::test_every_routing[repeated-3]",
+    "test_spread.py::test_every_number_of_choices[repeated-33]",
+    "test_spread.py::test_casts[2-bfloat16-FLOAT32]",
+    "test_spread.py::test_casts[2-float32-UE8M0]",
+    "test_spread.py::test_many_calls_at_once[2]",
+    "test_spread.py::test_sends_before_their_receipts[2]",
+    "test_spread.py::test_a_bad_index_sends_nothing[False-12]",
+    "test_collect.py::test_every_routing[half_dropped-3-exact]",
+    "test_collect.py::test_rows_of_every_size[3-float32-fast]",
+    "test_collect.py::test_every_wire[2-bfloat16-fp8-exact]",
+    "test_collect.py::test_every_wire[2-float16-logfmt10-fast]",
+    "test_collect.py::test_many_calls_at_once[2]",
+    "test_collect.py::test_sends_before_their_receipts[2-exact]",
 )
 
 

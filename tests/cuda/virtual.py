@@ -84,9 +84,10 @@ def _layout() -> dict[str, int]:
     constants = {name: int(value) for name, value in re.findall(r"constexpr u32 (\w+) = (\d+);", text)}
     fields, at = {}, 0
     body = text.split("struct Board {")[1].split("};")[0]
-    for width, name, dims in re.findall(r"^\s*u(64|32) (\w+)((?:\[\w+\])*);", body, re.MULTILINE):
+    for width, name, dims in re.findall(r"^\s*u(64|32) (\w+)((?:\[[\w +]+\])*);", body, re.MULTILINE):
         fields[name] = at
-        sizes = [constants[dim] if dim in constants else int(dim) for dim in re.findall(r"\w+", dims)]
+        sizes = re.findall(r"\[([\w +]+)\]", dims)  # numbers, names, or sums of them
+        sizes = [sum(constants.get(term) or int(term) for term in size.split(" + ")) for size in sizes]
         at += math.prod(sizes) * int(width) // 8
     return fields
 

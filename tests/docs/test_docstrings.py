@@ -16,7 +16,13 @@ import pytest
 import tokenferry
 
 # Modules that users import by name, besides the names of `tokenferry` itself.
-PUBLIC_MODULES = ("tokenferry.autograd", "tokenferry.nn", "tokenferry.fp8", "tokenferry.compat.deep_ep")
+PUBLIC_MODULES = (
+    "tokenferry.autograd",
+    "tokenferry.nn",
+    "tokenferry.fp8",
+    "tokenferry.logfmt",
+    "tokenferry.compat.deep_ep",
+)
 
 
 def all_modules() -> list[str]:

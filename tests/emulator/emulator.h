@@ -135,6 +135,22 @@ static unsigned __reduce_min_sync(unsigned mask, unsigned value) {
     for (int i = 0; i < 32; i++) value = (unsigned)values[i] < value ? (unsigned)values[i] : value;
     return value;
 }
+static unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+    const unsigned long long* values = emu_exchange(mask, value);
+    for (int i = 0; i < 32; i++) value |= (unsigned)values[i];
+    return value;
+}
+template <class T> static unsigned __match_any_sync(unsigned mask, T value) {
+    const unsigned long long* values = emu_exchange(mask, value);
+    unsigned bits = 0;
+    for (int i = 0; i < 32; i++) bits |= (unsigned)(values[i] == values[threadIdx.x % 32]) << i;
+    return bits;
+}
+static bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+template <class T> static T __shfl_xor_sync(unsigned mask, T value, int bits) {
+    const unsigned long long* values = emu_exchange(mask, value);
+    return emu_value_of<T>(values[(threadIdx.x % 32 ^ (unsigned)bits) & 31]);
+}
 static int __reduce_max_sync(unsigned mask, int value) {
     const unsigned long long* values = emu_exchange(mask, value);
     for (int i = 0; i < 32; i++) value = (int)values[i] > value ? (int)values[i] : value;
@@ -172,6 +188,7 @@ static int __ffs(unsigned v) { return __builtin_ffs(v); }
 static int __ffsll(unsigned long long v) { return __builtin_ffsll(v); }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fmul_rn(float a, float b) { return a * b; }
+static float __fdiv_rn(float a, float b) { return a / b; }
 static float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
 static unsigned __float_as_uint(float f) { unsigned v; memcpy(&v, &f, 4); return v; }
 static double __longlong_as_double(long long v) { double f; memcpy(&f, &v, 8); return f; }
@@ -198,6 +215,22 @@ static float emu_from_float16(unsigned h) {
     const unsigned sign = (h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
     if (exponent == 0) return sign ? -(fraction * 0x1p-24f) : fraction * 0x1p-24f;
     return __uint_as_float(sign | (exponent == 31 ? 0xff : exponent + 112) << 23 | fraction << 13);
+}
+// float8_e4m3fn: 4 bits of exponent (bias 7), 3 of fraction, no infinities; beyond 448 it is 448, NaN is 0x7f.
+static unsigned emu_to_float8(float f) {
+    const unsigned sign = __float_as_uint(f) >> 24 & 0x80;
+    const float a = fabsf(f);
+    if (f != f) return 0x7f;
+    if (a >= 448.0f) return sign | 0x7e;
+    if (a < 0x1p-6f) return sign | (unsigned)nearbyintf(a * 0x1p9f);
+    const unsigned bits = __float_as_uint(a);
+    return sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3));
+}
+static float emu_from_float8(unsigned v) {
+    const unsigned exponent = v >> 3 & 15, fraction = v & 7;
+    float a = exponent ? __uint_as_float((exponent + 120) << 23 | fraction << 20) : fraction * 0x1p-9f;
+    if ((v & 0x7f) == 0x7f) a = __uint_as_float(0x7fc00000u);
+    return v & 0x80 ? -a : a;
 }
 static unsigned emu_pair(unsigned low, unsigned high) { return low | high << 16; }
 

@@ -69,6 +69,35 @@ DEV u64 load_acquire(const u64* p) { emu_change_fiber(); return __atomic_load_n(
 DEV u32 load_relaxed(const u32* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
 DEV u64 load_relaxed(const u64* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
+DEV float log2_near(float v) { return log2f(v); }
+DEV float exp2_near(float v) { return exp2f(v); }
+
+DEV void wait_for_kernel_before() {}
+DEV void let_next_kernel_begin() {}
+
+// Processors that have AVX read and write 16 aligned bytes as one.
+typedef long long EmuPair __attribute__((vector_size(16)));
+DEV int4 load_packet(const void* p) {
+    emu_change_fiber();
+    const EmuPair v = *(volatile const EmuPair*)p;
+    int4 packet;
+    memcpy(&packet, &v, 16);
+    return packet;
+}
+DEV void store_packet(void* p, const int4& packet) {
+    EmuPair v;
+    memcpy(&v, &packet, 16);
+    *(volatile EmuPair*)p = v;
+}
+DEV u32 add_acquire_release(u32* p, u32 v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+
+DEV u32 pack_fp8(float a, float b, float c, float d) {
+    return emu_to_float8(a) | emu_to_float8(b) << 8 | emu_to_float8(c) << 16 | emu_to_float8(d) << 24;
+}
+DEV void unpack_fp8(u32 v, float (&n)[4]) {
+    for (int i = 0; i < 4; i++) n[i] = emu_from_float8(v >> 8 * i & 0xff);
+}
+
 DEV u64 clock_ns() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

@@ -85,7 +85,15 @@ class Hall:
         window = shared["windows"][self._rank]
         resolved = Resolved(shape, "cuda", "auto", TIMEOUT_S, False, HEAP_BYTES, "")
         place = Place(self._rank, window.bases, window.num_bytes)
-        backend = cuda_setup.assemble(place, resolved, "emulated", ("emulated", meet))
+
+        def exchange(card: dict[str, Any]) -> list[dict[str, Any]]:
+            shared[f"card {self._rank}"] = card
+            meet()
+            cards = [shared[f"card {rank}"] for rank in range(self._num_ranks)]
+            meet()
+            return cards
+
+        backend = cuda_setup.assemble(place, resolved, "emulated", "emulated", exchange)
         group = object.__new__(OnDevice)
         group._adopt(backend, shape, TIMEOUT_S)
         return group

@@ -506,6 +506,20 @@ def test_a_tensor_of_each_kind_of_dtype(dtype):
     assert (tensor.dtype, tensor.shape, tensor.data_ptr()) == (dtype, (3, 4), memory.data_ptr() + 128)
 
 
+@pytest.mark.parametrize("code", [(99, 8), (1, 8), None], ids=["unknown", "another dtype", "not asked for"])
+def test_a_dtype_that_torch_does_not_take(monkeypatch, code):
+    """It travels as bytes; so does one whose code stands for something else."""
+    dtype = torch.float8_e4m3fn
+    monkeypatch.setattr(tensor_module, "_NEWER_TYPES", {} if code is None else {dtype: code})
+    monkeypatch.setattr(tensor_module, "_TYPES", dict.fromkeys([torch.uint8], (1, 8)))
+    monkeypatch.setattr(tensor_module, "_idle", {})
+    memory = torch.arange(24, dtype=torch.uint8)
+    for _ in range(2):
+        tensor = tensor_at(memory.data_ptr(), (3, 4, 2), dtype, memory.device, None)
+        assert (tensor.dtype, tensor.shape, tensor.data_ptr()) == (dtype, (3, 4, 2), memory.data_ptr())
+    assert tensor_module._TYPES[dtype] is None
+
+
 def test_autograd_alone_keeps_a_block():
     heap, _ = over_host_memory(4096)
     x = heap.block(1024, 0).tensor().view(torch.float32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tokenferry import tuning
+from tokenferry.backends.cuda_region import bytes_of, sizes_for
 from tokenferry.errors import ConfigError
 from tokenferry.tuning import Topology, travel, tune
 from tokenferry.words import MoeShape
@@ -100,8 +101,22 @@ def test_the_heap_has_room_for_five_deliveries(max_tokens):
     heap = tuning.heap_bytes(shape, 8)
     assert heap >= 64 << 20
     assert heap >= 5 * 8 * max_tokens * (2 * 7168 + 8 * 12)
-    masked = 2 * 32 * 8 * max_tokens * 14336  # what decode calls deliver, twice
-    assert heap >= masked or masked > 4 << 30
+    decode = bytes_of(sizes_for(shape, 8, 2), 8)  # what decode calls have under way
+    assert heap >= 5 * 8 * max_tokens * 2 * 7168 + decode or decode > 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks"),
+    [
+        (MoeShape(256, 8, 7168, 128), 8),
+        (MoeShape(256, 8, 7168, 4096), 4),
+        (MoeShape(4096, 64, 48, 1), 1),
+        (MoeShape(6, 3, 1000, 33), 3),
+    ],
+)
+def test_the_estimate_of_decode_memory_is_enough_and_not_much_more(shape, ranks):
+    needed, estimated = bytes_of(sizes_for(shape, ranks, 2), ranks), tuning.decode_bytes(shape, ranks)
+    assert needed <= estimated <= 1.1 * needed + 4096
 
 
 def test_explain_names_the_heap_that_groups_make():

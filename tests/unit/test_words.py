@@ -63,6 +63,10 @@ def test_words_are_frozen_and_their_fields_documented(name):
     assert documented == [field.name for field in dataclasses.fields(word)]
 
 
+MORE_PARAMETERS = {"decode_combine": 7}
+"""The one call that has more than six: its numerics and its wire are chosen apart, and neither belongs to another."""
+
+
 @pytest.mark.parametrize(
     "method", [m for n, m in inspect.getmembers(tokenferry.ExpertGroup, inspect.isfunction) if n[0] != "_"]
 )
@@ -71,7 +75,7 @@ def test_docstrings_name_every_argument_of_a_call(method):
     documented = argument_names(method.__doc__)
     assert documented in ([], names)
     assert documented or len(names) < 3
-    assert len(names) <= 6
+    assert len(names) <= MORE_PARAMETERS.get(method.__name__, 6)
 
 
 def argument_names(doc: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,14 @@ from tokenferry.words import (
     Routing,
     Scale,
 )
+
+
+class Wire(enum.IntEnum):
+    """In what format rows travel home in `decode_combine`; named as its callers name it."""
+
+    same = 0
+    fp8 = 1
+    logfmt10 = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +106,16 @@ class DecodeDispatchRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeCombineRequest:
-    """Expert outputs in the masked layout; ``fast`` sums per rank before the wire."""
+    """Expert outputs in the masked layout; ``fast`` sums per rank before the wire.
+
+    ``wire``: the format of what travels, own rows included: with another than ``same``, H is a multiple of 128.
+    """
 
     shape: MoeShape
     y: Tensor
     plan: DecodePlan
     fast: bool
+    wire: Wire
     out: Tensor | None
     stats: DecodeStats
     return_hook: bool

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenferry.backends.base import Wire as Format
 from tokenferry.backends.cpu_heap import Heap
 from tokenferry.backends.cpu_rows import as_bytes, words
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
@@ -54,7 +55,7 @@ class Signature:
             raise MismatchError(f"{start}: rank {src} called {theirs}; call the same on all ranks, in the same order")
         for (name, mine), other in zip(self.fields.items(), values, strict=False):
             if mine != other:
-                show = dtype_name if name == "dtype" else str
+                show = _SHOW.get(name, str)
                 raise MismatchError(
                     f"{start}: {name} is {show(mine)} on rank {rank} and {show(other)} on rank {src}; "
                     "it has to be the same on all ranks"
@@ -71,6 +72,14 @@ def dtype_name(code: int) -> str:
     """The dtype of `dtype_code`."""
     dtypes = [d for d in vars(torch).values() if isinstance(d, torch.dtype)]
     return next((str(d) for d in dtypes if dtype_code(d) == code), f"unknown dtype {code}")
+
+
+def _wire_name(code: int) -> str:
+    return Format(code).name if code in set(Format) else f"unknown wire {code}"
+
+
+_SHOW: dict[str, Callable[[int], str]] = {"dtype": dtype_name, "wire": _wire_name}
+"""Fields whose numbers stand for names."""
 
 
 Received = list[tuple[int, list[Tensor]]]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenferry.backends import cuda_decode, cuda_launch, cuda_plan
+from tokenferry.backends import cuda_launch, cuda_plan
 from tokenferry.backends.base import (
     CombineRequest,
     DecodeCombineRequest,
@@ -17,13 +16,16 @@ from tokenferry.backends.base import (
     RedispatchRequest,
 )
 from tokenferry.backends.cpu_messages import dtype_code
+from tokenferry.backends.cuda_decode import Decoder
 from tokenferry.backends.cuda_delivery import Dock, shaped
 from tokenferry.backends.cuda_faults import Signature
 from tokenferry.backends.cuda_launch import Cargo, Sources, Sum
 from tokenferry.backends.cuda_memory import Shelf, aligned
 from tokenferry.backends.cuda_plan import CODES, Geometry
+from tokenferry.backends.cuda_region import Exchange
 from tokenferry.backends.cuda_station import Station
 from tokenferry.errors import ArgumentError
+from tokenferry.kernels.board import TRACE_WORDS
 from tokenferry.kernels.place.spec import num_columns
 from tokenferry.kernels.pull.spec import Mode
 from tokenferry.tuning import Topology, Tuning, tune
@@ -48,7 +50,7 @@ class CudaBackend:
     name = "cuda"
     checks_routing = True
 
-    def __init__(self, station: Station, key: str, why: str, meet: Callable[[], None]) -> None:
+    def __init__(self, station: Station, key: str, why: str, exchange: Exchange) -> None:
         self.key = key
         self.why = why
         self.rank = station.rank
@@ -58,8 +60,9 @@ class CudaBackend:
         self.station = station
         self.shelf = Shelf(station)
         self.dock = Dock(station, self.shelf, key)
-        self._meet = meet
-        self._known: dict[tuple[Any, ...], tuple[Signature, Geometry]] = {}
+        self.decoder = Decoder(station, self.shelf, key, exchange)
+        self._exchange = exchange
+        self._known: dict[tuple[Any, ...], tuple[Signature, Geometry, int]] = {}
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._tunings: dict[MoeShape, Tuning] = {}
         self._combine_sms: dict[tuple[int, ...], int] = {}
@@ -71,7 +74,7 @@ class CudaBackend:
 
     def masked(self) -> frozenset[int]:
         """Ranks that decode calls skip."""
-        return frozenset(self.station.masked)
+        return self.station.absent()
 
     def mask(self, rank: int, *, masked: bool) -> None:
         """Skip a rank in decode calls, or stop skipping it."""
@@ -80,7 +83,7 @@ class CudaBackend:
     def warmup(self) -> None:
         """Compile and load every kernel; returns when every rank has."""
         self.station.warmup()
-        self._meet()
+        self._exchange({})
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise what they met."""
@@ -117,9 +120,9 @@ class CudaBackend:
         known = self._known.get(key)
         if known is None:
             known = self._remember(key, cargo, shape, delivery)
-        signature, found = known
+        signature, found, num_sms = known
         here = self.station.begin(signature)
-        sms = (request.num_sms or self.tuning(shape).dispatch_sms, request.num_sms or self.station.num_sms)
+        sms = (request.num_sms or num_sms, request.num_sms or self.station.num_sms)
         if here.capturing and delivery.counts == "host":
             raise ArgumentError(
                 'dispatch: delivery: counts="host" waits for the device, which a CUDA graph cannot capture; '
@@ -205,18 +208,33 @@ class CudaBackend:
     @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
         """See `tokenferry.backends.cuda_decode`."""
-        return cuda_decode.dispatch(self, request)
+        return self.decoder.dispatch(request)
 
     @torch.no_grad()
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """See `tokenferry.backends.cuda_decode`."""
-        return cuda_decode.combine(self, request)
+        return self.decoder.combine(request)
+
+    def new_traces(self, num_calls: int) -> Tensor:
+        """``[num_calls, blocks, TRACE_WORDS]`` int64 zeros: one slice for each call that `record` is to follow."""
+        return torch.zeros(num_calls, self.station.num_sms, TRACE_WORDS, dtype=torch.int64, device=self.device)
+
+    def record(self, trace: Tensor | None) -> None:
+        """Let the decode calls from now on write down when what happened; None: they do not, which costs nothing.
+
+        Contract: local, at once. What a call wrote is there when its stream has passed it; the tensor has to live until
+        then, and, if a CUDA graph captures the call, as long as that. What the words mean: `tokenferry.kernels.board`.
+
+        Args:
+            trace: A slice of what `new_traces` made.
+        """
+        self.decoder.trace = trace
 
     # ------------------------------------------------------------------ what is made once
 
     def _remember(
         self, key: tuple[Any, ...], cargo: Cargo, shape: MoeShape, delivery: Delivery
-    ) -> tuple[Signature, Geometry]:
+    ) -> tuple[Signature, Geometry, int]:
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
         signature = Signature(
@@ -229,7 +247,8 @@ class CudaBackend:
             capacity=delivery.capacity or 0,
             **_fields(cargo),
         )
-        known = self._known[key] = (signature, cuda_plan.geometry(shape, delivery, self.num_ranks))
+        found = cuda_plan.geometry(shape, delivery, self.num_ranks)
+        known = self._known[key] = (signature, found, self.tuning(shape).dispatch_sms)
         return known
 
     def sign(self, key: tuple[Any, ...], phase: str, **fields: int) -> Signature:

@@ -1,166 +1,376 @@
-"""Decode calls of the CUDA backend, on the kernels of the throughput calls: right, fit for CUDA graphs, not yet fast.
-
-Everything is ordered on the stream, so a hook has nothing to do but to exist: the results are complete where the next
-work of the caller on that stream begins.
-"""
+"""Decode calls of the CUDA backend: one kernel a call; with a hook one that sends, and one that receives."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import struct
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenferry import fp8
-from tokenferry.backends import cuda_launch
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cpu_messages import dtype_code
 from tokenferry.backends.cuda_faults import Signature
-from tokenferry.backends.cuda_launch import Cargo, Sources, Sum, address
-from tokenferry.backends.cuda_plan import geometry
-from tokenferry.backends.cuda_station import Here
-from tokenferry.kernels.pull.spec import Mode
-from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, Delivery, Layout, Plan, Quantized
+from tokenferry.backends.cuda_launch import address
+from tokenferry.backends.cuda_memory import Shelf, aligned
+from tokenferry.backends.cuda_plan import too_large
+from tokenferry.backends.cuda_region import Exchange, Region, Regions
+from tokenferry.backends.cuda_station import Here, Prepared, Station
+from tokenferry.errors import ArgumentError, ConfigError
+from tokenferry.kernels.collect import spec as collect_spec
+from tokenferry.kernels.spread import spec as spread_spec
+from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
-if TYPE_CHECKING:
-    from tokenferry.backends.cuda import CudaBackend
-
-_COUNT_BITS = 32
-_DELIVERY = Delivery(Layout.MASKED, counts="device")
-
-
-def dispatch(backend: CudaBackend, request: DecodeDispatchRequest) -> DecodeDispatched:
-    """Cast, then dispatch into the masked layout with counts on the device."""
-    shape, routing, station = request.shape, request.routing, backend.station
-    num_ranks, num_local = backend.num_ranks, shape.num_experts // backend.num_ranks
-    room = num_ranks * shape.max_tokens
-    rows = request.x if request.fp8 is None else fp8.cast(request.x, request.fp8)
-    data, scale = (rows.data, rows.scale) if isinstance(rows, Quantized) else (rows, None)
-    topk_idx = _without(routing.topk_idx, station.masked, num_local).contiguous()
-    weights = None if routing.topk_weights is None else routing.topk_weights.contiguous()
-    signature = Signature(
-        "decode_dispatch",
-        num_experts=shape.num_experts,
-        max_tokens=shape.max_tokens,
-        dtype=dtype_code(request.x.dtype),
-        fp8_scale=0 if request.fp8 is None else 1 + list(type(request.fp8)).index(request.fp8),
-        bytes_of_weights=0 if weights is None else 4 * weights.shape[1],
-        bytes_of_topk_idx=topk_idx.shape[1] * topk_idx.element_size(),
-    )
-    here = station.begin(signature, tolerant=True, wait_ns=address(request.stats.wait_ns))
-    src_expert = torch.zeros(num_ranks, num_local, dtype=torch.int32, device=backend.device)
-    data = data.contiguous()
-    scale_bytes = 0 if scale is None else scale.shape[1] * scale.element_size()
-    cargo = Cargo(data, scale, weights, topk_idx, data.shape[1] * data.element_size(), scale_bytes)
-    found = geometry(shape, _DELIVERY, num_ranks)
-    sent = backend.dock.first(here, cargo, found, (backend.tuning(shape).dispatch_sms, station.num_sms), src_expert)
-    counts = src_expert.T.long()
-    if request.stats.received is not None:
-        request.stats.received.add_(sent.expert_counts)
-    plan = DecodePlan(
-        group_key=backend.key,
-        num_tokens=topk_idx.shape[0],
-        num_experts=shape.num_experts,
-        topk_idx=topk_idx,
-        topk_weights=routing.topk_weights,
-        src_token=_spread(sent.plan, sent.plan.src_token.int(), num_local, room),
-        src_range=(counts.cumsum(1) - counts) << _COUNT_BITS | counts,
-        row_weights=sent.topk_weights,
-        under=sent.plan,
-    )
-    x = sent.x
-    if isinstance(x, Quantized):  # grouped FP8 GEMMs read scales column by column
-        x = Quantized(x.data, x.scale.transpose(1, 2).contiguous().transpose(1, 2))
-    return DecodeDispatched(x, sent.expert_counts, plan, _nothing if request.return_hook else None)
+SEND, RECEIVE = 1, 2
+_SPREAD = struct.Struct("<14Q")
+_COLLECT = struct.Struct("<9Q")
+_SIZES = struct.Struct("<2I")
+_TABLE_WORDS = 16
+"""Words of a plan's table before the places."""
+_MOST_TOKENS = 1 << 16
+_REPEATED, _NONE, _BAD = 0x8000, 0x7FFF, 0x7FFE
+"""What the kernel calls choices that are no experts; see kernels/spread/kernel.cuh."""
+_SCALES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
 
 
-def combine(backend: CudaBackend, request: DecodeCombineRequest) -> DecodeCombined:
-    """Pull each slot's row and add them up by weight; ``fast``: sum on the expert's rank first."""
-    y, plan, station = request.y, request.plan, backend.station
-    under = plan.under
-    assert under is not None
-    assert plan.topk_weights is not None
-    row_bytes = y.shape[-1] * y.element_size()
-    signature = Signature("decode_combine", fast=int(request.fast), dtype=dtype_code(y.dtype), bytes_of_rows=row_bytes)
-    here = station.begin(signature, tolerant=True, wait_ns=address(request.stats.wait_ns))
-    out = request.out
-    if out is None or out.data_ptr() % 16:
-        out = torch.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype, device=backend.device)
-    (_fast if request.fast else _exact)(backend, here, request, under, out)
-    if request.out is not None and request.out is not out:
-        request.out.copy_(out)
+@dataclass(slots=True, eq=False)
+class Receipt:
+    """The second half of a call that has been sent.
+
+    Attributes:
+        here: The call.
+        launch: Enqueues what receives.
+        tensors: What that writes.
+        done: Whether it has been enqueued.
+    """
+
+    here: Here
+    launch: Callable[[Here], None]
+    tensors: tuple[Tensor | None, ...]
+    done: bool = False
+
+
+class Channel:
+    """The sends of one direction whose receipt may still be owed: of the last two.
+
+    A send writes to the half of the peers' memory of the send two before it. So that one is received first, here as on
+    every rank: where its hook has not been called, it is as if it was called now.
+    """
+
+    def __init__(self, station: Station) -> None:
+        self._station = station
+        self._last: deque[Receipt | None] = deque(maxlen=2)
+
+    def make_room(self, here: Here) -> None:
+        """Receive what the next send will overwrite.
+
+        Raises:
+            ArgumentError: a CUDA graph is captured, and the receipt belongs to a call outside of it.
+        """
+        if len(self._last) < 2 or self._last[0] is None or self._last[0].done:
+            return
+        owed = self._last[0]
+        if here.capturing and not owed.here.capturing:
+            raise ArgumentError(
+                f"{here.signature.phase}: the hook of an earlier {owed.here.signature.phase} has to be called before a "
+                "CUDA graph is captured"
+            )
+        if here.capturing == owed.here.capturing:  # a hook that a capture forgot stays forgotten
+            self.receive(owed)
+
+    def sent(self, receipt: Receipt | None) -> None:
+        """Note a send; None: it was received by the same kernel."""
+        self._last.append(receipt)
+
+    def receive(self, receipt: Receipt) -> None:
+        """Enqueue the second half of a call, once.
+
+        Raises:
+            ArgumentError: it was sent inside of a capture and is received outside of it, or the other way round.
+        """
+        if receipt.done:
+            return
+        before = receipt.here
+        here = self._station.again(before)
+        if here.capturing != before.capturing:
+            raise ArgumentError(
+                f"{before.signature.phase}: hook: a CUDA graph has to capture both the call and its hook, or neither"
+            )
+        receipt.done = True
+        if here.stream != before.stream and not here.capturing and self._station.device.type == "cuda":
+            stream = torch.cuda.current_stream(self._station.device)
+            for tensor in receipt.tensors:
+                if tensor is not None:
+                    tensor.record_stream(stream)
+        receipt.launch(here)
+        receipt.tensors = ()
+
+
+class Decoder:
+    """Decode calls of one rank.
+
+    Args:
+        station: This rank's.
+        shelf: Where blocks come from.
+        key: Of the group, for plans.
+        exchange: Collective; makes regions.
+
+    Attributes:
+        trace: ``[blocks, TRACE_WORDS]`` int64 zeros, to which calls write when what happened; None: they do not.
+    """
+
+    def __init__(self, station: Station, shelf: Shelf, key: str, exchange: Exchange) -> None:
+        self._station = station
+        self._key = key
+        self.regions = Regions(station, shelf, exchange)
+        self._channels = (Channel(station), Channel(station))
+        self._signatures: dict[tuple[object, ...], Signature] = {}
+        self.trace: Tensor | None = None
+
+    # ------------------------------------------------------------------ dispatch
+
+    def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
+        """Send; receive, or return what will."""
+        station, shape, stats = self._station, request.shape, request.stats
+        check_limits(shape, station.num_ranks)
+        x, weights = aligned(request.x), request.routing.topk_weights
+        weights = None if weights is None else weights.contiguous()
+        topk_idx = without(request.routing.topk_idx, station.absent(), shape.num_experts // station.num_ranks)
+        topk_idx = topk_idx.contiguous()
+        signature = self._dispatch_signature(request, x, topk_idx, weights is not None)
+        here = station.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
+        region = self.regions.fitting(here, shape, x.element_size())
+        channel = self._channels[0]
+        channel.make_room(here)
+        result, table = self._results(shape, topk_idx, request, weights is not None)
+        choices = prepared_choices(topk_idx, shape.num_experts)
+        prepared = self._prepared_spread(region, shape, x, topk_idx, request)
+        plan, rows = result.plan, result.x
+        data, scale = (rows.data, rows.scale) if isinstance(rows, Quantized) else (rows, None)
+        pointers = (
+            x.data_ptr(), topk_idx.data_ptr(), address(weights), address(choices), data.data_ptr(), address(scale),
+            result.expert_counts.data_ptr(), address(stats.received), plan.src_token.data_ptr(),
+            plan.src_range.data_ptr(), address(plan.row_weights), table.data_ptr(), station.pinned.masked_address,
+            address(self.trace),
+        )  # fmt: skip
+
+        def launch(phases: int, at: Here, _kept: Region = region) -> None:
+            station.address(prepared, at)
+            _SPREAD.pack_into(prepared.view, prepared.first + 64, *pointers)
+            _SIZES.pack_into(prepared.view, type(prepared.params).num_tokens.offset, topk_idx.shape[0], phases)
+            prepared.launch(self.num_blocks, at.stream)
+
+        kept = (x, topk_idx, weights, choices, data, scale, table, stats.received, stats.wait_ns, plan.row_weights)
+        outputs = (*kept, result.expert_counts, plan.src_token, plan.src_range)
+        hook = self._go(channel, here, launch, outputs, return_hook=request.return_hook)
+        return DecodeDispatched(rows, result.expert_counts, plan, hook)
+
+    def _dispatch_signature(
+        self, request: DecodeDispatchRequest, x: Tensor, topk_idx: Tensor, weighted: bool
+    ) -> Signature:
+        shape = request.shape
+        key = (0, shape, x.dtype, request.fp8, weighted, topk_idx.dtype)
+        found = self._signatures.get(key)
+        if found is None:
+            found = self._signatures[key] = Signature(
+                "decode_dispatch",
+                num_experts=shape.num_experts,
+                max_tokens=shape.max_tokens,
+                dtype=dtype_code(x.dtype),
+                fp8_scale=_SCALES[request.fp8],
+                bytes_of_rows=x.shape[1] * x.element_size(),
+                bytes_of_weights=4 * shape.top_k if weighted else 0,
+                bytes_of_topk_idx=shape.top_k * topk_idx.element_size(),
+            )
+        return found
+
+    def _results(
+        self, shape: MoeShape, topk_idx: Tensor, request: DecodeDispatchRequest, weighted: bool
+    ) -> tuple[DecodeDispatched, Tensor]:
+        """Undefined results, and the plan's table."""
+        device, R, H = self._station.device, self._station.num_ranks, shape.hidden
+        L, room = shape.num_experts // R, R * shape.max_tokens
+        if request.fp8 is None:
+            x: Tensor | Quantized = torch.empty(L, room, H, dtype=request.x.dtype, device=device)
+        else:
+            groups = -(-H // 512) if request.fp8 is Scale.UE8M0 else -(-H // 128)
+            kind = torch.int32 if request.fp8 is Scale.UE8M0 else torch.float32
+            scale = torch.empty(L, groups, room, dtype=kind, device=device).transpose(1, 2)
+            x = Quantized(torch.empty(L, room, H, dtype=torch.float8_e4m3fn, device=device), scale)
+        table = torch.empty(_TABLE_WORDS + room * shape.top_k, dtype=torch.int32, device=device)
+        plan = DecodePlan(
+            group_key=self._key,
+            num_tokens=topk_idx.shape[0],
+            num_experts=shape.num_experts,
+            topk_idx=topk_idx,
+            topk_weights=request.routing.topk_weights,
+            src_token=torch.empty(L, room, dtype=torch.int32, device=device),
+            src_range=torch.empty(L, R, dtype=torch.int64, device=device),
+            row_weights=torch.empty(L, room, dtype=torch.float32, device=device) if weighted else None,
+            table=table,
+        )
+        return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, None), table
+
+    def _prepared_spread(
+        self, region: Region, shape: MoeShape, x: Tensor, topk_idx: Tensor, request: DecodeDispatchRequest
+    ) -> Prepared:
+        station, fp8 = self._station, request.fp8
+        weighted = request.routing.topk_weights is not None
+        key = (spread_spec.SPEC, region.number, shape, x.dtype, fp8, topk_idx.dtype, weighted)
+        found = station.prepared.get(key)
+        if found is not None:
+            return found
+        kind = spread_spec.RAW if fp8 is None else _TYPES[x.dtype]
+        found = station.prepare(key, spread_spec.SPEC, type=kind)
+        p, num_local = found.params, shape.num_experts // station.num_ranks
+        self._fill_region(found, region, region.rows_at, region.sizes.rows)
+        p.notes_at, p.notes_stride, p.words_stride = region.notes_at, region.sizes.notes, region.sizes.words
+        p.max_tokens, p.top_k, p.num_local, p.columns = shape.max_tokens, shape.top_k, num_local, shape.hidden
+        p.row_units = shape.hidden * (x.element_size() if fp8 is None else 1) // 16
+        p.scale_units = 0 if fp8 is None else -(-shape.hidden // 512)
+        p.scale_format, p.per_local = _SCALES[fp8], 1 / num_local
+        p.wide, p.weighted = int(topk_idx.dtype is torch.int64), int(weighted)
+        found.block = spread_spec.THREADS
+        found.smem_bytes = spread_spec.smem_bytes(
+            shape.max_tokens * shape.top_k, shape.num_experts, station.num_ranks, shape.max_tokens
+        )
+        return found
+
+    # ------------------------------------------------------------------ combine
+
+    def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
+        """Send the rows home; receive the sums, or return what will."""
+        station, plan, stats = self._station, request.plan, request.stats
+        y, H = aligned(request.y), request.y.shape[-1]
+        table, weights = plan.table, plan.topk_weights
+        assert table is not None
+        assert weights is not None
+        topk_idx, weights = plan.topk_idx, weights.contiguous()
+        shape = MoeShape(plan.num_experts, topk_idx.shape[1], H, y.shape[1] // station.num_ranks)
+        key = (1, shape, y.dtype, request.fast, request.wire)
+        signature = self._signatures.get(key)
+        if signature is None:
+            signature = self._signatures[key] = Signature(
+                "decode_combine",
+                fast=int(request.fast),
+                wire=int(request.wire),
+                dtype=dtype_code(y.dtype),
+                bytes_of_rows=H * y.element_size(),
+            )
+        here = station.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
+        region = self.regions.fitting(here, shape, y.element_size())
+        channel = self._channels[1]
+        channel.make_room(here)
+        prepared = self._prepared_collect(region, shape, y, topk_idx, request)
         out = request.out
-    return DecodeCombined(out, _nothing if request.return_hook else None)
+        if out is None or out.data_ptr() % 16:
+            out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=station.device)
+        ticket = torch.empty(2, dtype=torch.int32, device=station.device) if request.return_hook else None
+        pointers = (
+            y.data_ptr(), out.data_ptr(), topk_idx.data_ptr(), weights.data_ptr(), address(plan.row_weights),
+            table.data_ptr(), address(ticket), station.pinned.masked_address, address(self.trace),
+        )  # fmt: skip
+
+        def launch(phases: int, at: Here, _kept: Region = region) -> None:
+            station.address(prepared, at)
+            _COLLECT.pack_into(prepared.view, prepared.first + 64, *pointers)
+            _SIZES.pack_into(prepared.view, type(prepared.params).num_tokens.offset, plan.num_tokens, phases)
+            prepared.launch(self.num_blocks, at.stream)
+            if phases & RECEIVE and request.out is not None and request.out is not out:
+                request.out.copy_(out)
+
+        kept = (y, out, topk_idx, weights, plan.row_weights, table, ticket, stats.wait_ns)
+        hook = self._go(channel, here, launch, kept, return_hook=request.return_hook)
+        return DecodeCombined(out if request.out is None else request.out, hook)
+
+    def _prepared_collect(
+        self, region: Region, shape: MoeShape, y: Tensor, topk_idx: Tensor, request: DecodeCombineRequest
+    ) -> Prepared:
+        station = self._station
+        key = (collect_spec.SPEC, region.number, shape, y.dtype, topk_idx.dtype, request.fast, request.wire)
+        found = station.prepared.get(key)
+        if found is not None:
+            return found
+        found = station.prepare(
+            key, collect_spec.SPEC, type=_TYPES[y.dtype], fast=int(request.fast), wire=int(request.wire)
+        )
+        p = found.params
+        self._fill_region(found, region, region.answers_at, region.sizes.answers)
+        p.max_tokens, p.top_k, p.columns = shape.max_tokens, shape.top_k, shape.hidden
+        p.num_local = shape.num_experts // station.num_ranks
+        p.wide = int(topk_idx.dtype is torch.int64)
+        found.block = collect_spec.THREADS
+        return found
+
+    # ------------------------------------------------------------------ both
+
+    def _fill_region(self, prepared: Prepared, region: Region, at: int, stride: int) -> None:
+        p = prepared.params
+        for rank, start in enumerate(region.addresses):
+            p.regions[rank] = start
+        p.packets_at, p.packets_stride = at, stride
+        p.mask_late = int(self._station.mask_late)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a launch: one on each SM."""
+        return max(2, self._station.num_sms)
+
+    def _go(
+        self,
+        channel: Channel,
+        here: Here,
+        launch: Callable[[int, Here], None],
+        tensors: tuple[Tensor | None, ...],
+        *,
+        return_hook: bool,
+    ) -> Callable[[], None] | None:
+        """Send and receive, or only send and return the hook that receives."""
+        if not return_hook:
+            launch(SEND | RECEIVE, here)
+            channel.sent(None)
+            return None
+        launch(SEND, here)
+        receipt = Receipt(here, lambda at: launch(RECEIVE, at), tensors)
+        channel.sent(receipt)
+        return lambda: channel.receive(receipt)
 
 
-def _exact(backend: CudaBackend, here: Here, request: DecodeCombineRequest, under: Plan, out: Tensor) -> None:
-    """Every slot's row comes home."""
-    plan, num_ranks = request.plan, backend.num_ranks
-    weights = plan.topk_weights
-    assert weights is not None
-    y_at, block, _ = backend.shelf.share(here, request.y, under, backend.station.num_sms)
-    places = under.places
-    sources = Sources(
-        places.data_ptr() + 4 * num_ranks, places.shape[1], under.topk_idx.shape[1], by_rank=False,
-        weights=weights.contiguous(),
-    )  # fmt: skip
-    counts = (under.src_counts, under.dst_counts)
-    num_sms = backend.combine_sms(under, request.y.shape[-1])
-    cuda_launch.pull(backend.station, here, sources, Sum(out, Mode.weighted), counts, (y_at, 0), num_sms)
-    del block
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-def _fast(backend: CudaBackend, here: Here, request: DecodeCombineRequest, under: Plan, out: Tensor) -> None:
-    """One row per token and rank comes home: the weighted sum of what its experts answered there."""
-    y, num_ranks, top_k = request.y, backend.num_ranks, under.topk_idx.shape[1]
-    assert request.plan.row_weights is not None
-    hidden, num_rows = y.shape[-1], under.row_idx.shape[0]
-    block, sums = backend.shelf.rows("decode_combine", (num_rows, hidden), y.dtype, here.stream)
-    entries = _distinct(under.row_idx).int()
-    counts = (under.src_counts, under.dst_counts)
-    y = y if y.data_ptr() % 16 == 0 else y.clone()
-    local = Sources(
-        entries.data_ptr(), top_k, top_k, by_rank=False,
-        weights=request.plan.row_weights, by_place=True, local=y.data_ptr(),
-    )  # fmt: skip
-    num_sms = backend.combine_sms(under, hidden)
-    into = (under.src_counts, under.src_counts)
-    cuda_launch.pull(backend.station, here, local, Sum(sums, Mode.weighted), into, (0, 0), backend.station.num_sms)
-    first = num_ranks + top_k  # the column `row` of places
-    sources = Sources(under.places.data_ptr() + 4 * first, under.places.shape[1], num_ranks, by_rank=True)
-    cuda_launch.pull(backend.station, here, sources, Sum(out, Mode.rows), counts, (block.offset, 0), num_sms)
+def check_limits(shape: MoeShape, num_ranks: int) -> None:
+    """Raise ConfigError for sizes that the kernels have no room for."""
+    why_not = too_large(shape)
+    if not why_not and shape.max_tokens > _MOST_TOKENS:
+        why_not = f"max_tokens={shape.max_tokens}, and at most {_MOST_TOKENS} are possible in decode calls"
+    num_rows = shape.num_experts * shape.max_tokens
+    if not why_not and num_rows >= 1 << 31:
+        why_not = f"num_experts * max_tokens = {num_rows}, and less than {1 << 31} are possible in decode calls"
+    if why_not:
+        raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
 
 
-def _without(topk_idx: Tensor, ranks: set[int], num_local: int) -> Tensor:
+def prepared_choices(topk_idx: Tensor, num_experts: int) -> Tensor | None:
+    """The routing as the kernel wants it, if it is too large for a block to prepare; else None.
+
+    Returns:
+        Tensor: ``[T * K]`` int16: an expert, with the highest bit if it repeats an earlier slot's, or no expert.
+    """
+    if 2 * topk_idx.numel() <= spread_spec.CHOICES_BYTES:
+        return None
+    good = (topk_idx >= 0) & (topk_idx < num_experts)
+    codes = torch.where(good, topk_idx.int(), torch.where(topk_idx == -1, _NONE, _BAD))
+    for k in range(1, topk_idx.shape[1]):
+        again = (topk_idx[:, :k] == topk_idx[:, k : k + 1]).any(dim=1) & good[:, k]
+        codes[:, k] += again.int() * _REPEATED
+    return codes.to(torch.int16).flatten()
+
+
+def without(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
     """Replace the experts of ``ranks`` by -1."""
     for rank in ranks:
         topk_idx = torch.where(topk_idx // num_local == rank, -1, topk_idx)
     return topk_idx
-
-
-def _used(plan: Plan) -> Tensor:
-    """``[N, 1]`` bool: which received rows hold anything."""
-    rows = torch.arange(plan.row_idx.shape[0], device=plan.row_idx.device)
-    return (rows < plan.src_counts.sum()).unsqueeze(1)
-
-
-def _spread(plan: Plan, values: Tensor, num_local: int, room: int) -> Tensor:
-    """``[L, room]``: one value a received row, at all its places."""
-    nowhere = num_local * room  # one place more than there are takes what has none
-    # Rows of a call that came to nothing are anything.
-    at = torch.where(_used(plan) & (plan.row_idx >= 0) & (plan.row_idx < nowhere), plan.row_idx, nowhere)
-    table = torch.zeros(nowhere + 1, dtype=values.dtype, device=values.device)
-    table.scatter_(0, at.flatten(), values.unsqueeze(1).expand_as(at).flatten())
-    return table[:nowhere].view(num_local, room)
-
-
-def _distinct(row_idx: Tensor) -> Tensor:
-    """``[N, K]``: each row's places, ascending, each once; -1 elsewhere."""
-    order = row_idx.sort(dim=1).values
-    again = torch.zeros_like(order, dtype=torch.bool)
-    again[:, 1:] = order[:, 1:] == order[:, :-1]
-    return order.masked_fill(again, -1)
-
-
-def _nothing() -> None:
-    """The hook of a call whose work is on the stream."""

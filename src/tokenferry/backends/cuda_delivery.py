@@ -16,7 +16,7 @@ from tokenferry.words import Dispatched, Layout, Plan, Quantized
 
 Sms = tuple[int, int]
 """SMs of what uses the links, and of what is local."""
-_Parts = tuple[Block, Block, tuple[int, int, int], tuple[int, int], bool]
+_Parts = tuple[Block, Block, tuple[int, ...], tuple[int, ...], bool]
 """Block of rows, block of the plan, starts of rows, scales and weights, ends of ids and src_token, whether staged."""
 
 
@@ -33,6 +33,7 @@ class Dock:
         self._station = station
         self._shelf = shelf
         self._key = key
+        self._no_row_idx: dict[int, Tensor] = {}
 
     def along(self, here: Here, cargo: Cargo, plan: Plan, sms: Sms) -> Dispatched:
         """Move rows along a plan, and unpack them."""
@@ -169,33 +170,46 @@ class Dock:
         index = cargo.topk_idx
         assert index is not None
         N, K, shelf = counts.received, index.shape[1], self._shelf
-        row_idx_rows = N if found.by_expert else 0
-        small.trim(token_end + row_idx_rows * K * 8)
-        block.trim(starts[0] + counts.delivered * cargo.row_bytes)
+        dst_token, row_idx = tables.dst_token, self._no_row_idx.get(K)
+        if counts.host is not None:  # else there is as much as there was room for
+            small.trim(token_end + (N * K * 8 if found.by_expert else 0))
+            block.trim(starts[0] + counts.delivered * cargo.row_bytes)
+            dst_token = dst_token[: counts.sent]
+        if found.by_expert:
+            row_idx = shelf.tensor(small, token_end, (N, K), torch.int64)
+        elif row_idx is None:
+            row_idx = self._no_rows(K)
         plan = Plan(
             self._key,
             found.delivery,
             index.shape[0],
             N if found.delivery.counts == "host" else None,
             counts.delivered,
-            tables.dst_token[: counts.sent],
+            dst_token,
             tables.dst_counts,
             shelf.tensor(small, ids_end, (N,), torch.int64),
             tables.src_counts,
             shelf.tensor(small, 0, (N, K), index.dtype),
-            shelf.tensor(small, token_end, (row_idx_rows, K), torch.int64),
+            row_idx,
             tables.expert_counts,
             tables.places,
             counts.host,
         )
         return self._dispatched(block, cargo, plan, starts, (tables.expert_offsets, counts.host, staged))
 
+    def _no_rows(self, top_k: int) -> Tensor:
+        """What `Plan.row_idx` is for ROWS: there is nothing in it, so that all plans share it."""
+        with torch.inference_mode(False):  # else no plan with it could be saved for a backward
+            made = torch.empty(0, top_k, dtype=torch.int64, device=self._station.device)
+        self._no_row_idx[top_k] = made
+        return made
+
     def _dispatched(
         self,
         block: Block,
         cargo: Cargo,
         plan: Plan,
-        starts: tuple[int, int, int],
+        starts: tuple[int, ...],
         more: tuple[Tensor | None, tuple[int, ...] | None, bool],
     ) -> Dispatched:
         """Tensors over what landed in a block; ``starts`` of rows, scales, weights."""
@@ -225,7 +239,7 @@ class Dock:
         )
 
 
-def _data_ends(cargo: Cargo, num_rows: int, weights_of_row: int) -> list[int]:
+def _data_ends(cargo: Cargo, num_rows: int, weights_of_row: int) -> tuple[int, ...]:
     """Ends of rows, scales and weights in a block."""
     weights_bytes = 0 if cargo.weights is None else num_rows * 4 * weights_of_row
     return ends(num_rows * cargo.row_bytes, num_rows * cargo.scale_bytes, weights_bytes)

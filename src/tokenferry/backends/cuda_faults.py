@@ -15,7 +15,7 @@ import torch
 
 from tokenferry.backends.cpu_messages import dtype_name
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
-from tokenferry.kernels.board import MAX_EXPERTS, RECORD_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
+from tokenferry.kernels.board import MAX_EXPERTS, MAX_RANKS, RECORD_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
 from tokenferry.kernels.count.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.wires.base import Call, peer_timeout
 
@@ -68,15 +68,19 @@ class Pinned:
     Attributes:
         record_address: For the field ``record`` of params.
         host_address: For the field ``host`` of `count`.
+        masked_address: For the field ``masked_out`` of `spread` and `collect`: a word a rank, 1 once it was masked.
     """
 
     def __init__(self, *, pin: bool) -> None:
-        num_words = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS + MAX_EXPERTS
+        counts_end = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS + MAX_EXPERTS
+        num_words = counts_end + MAX_RANKS
         self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin)
         self.record_address = self._memory.data_ptr()
         self.host_address = self.record_address + 4 * RECORD_WORDS
+        self.masked_address = self.record_address + 4 * counts_end
         words = (ctypes.c_uint32 * num_words).from_address(self.record_address)
         self.words = memoryview(words).cast("B").cast("I")
+        self.masked = self.words[counts_end:]
 
     @property
     def faulty(self) -> bool:

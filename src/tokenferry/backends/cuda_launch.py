@@ -26,8 +26,9 @@ ROWS, EXPERTS, MASKED = 0, 1, 2
 """What the kernels call the layouts."""
 
 _OFFSETS = struct.Struct("<6I")
+_COUNT = struct.Struct("<9QI")
 _SEVEN = struct.Struct("<7Q")
-_TEN = struct.Struct("<10Q")
+_PULL = struct.Struct("<11QI")
 
 
 @dataclass(slots=True)
@@ -35,8 +36,8 @@ class Tables:
     """What `count` and `place` fill.
 
     Attributes:
-        table: ``[units, E + R]`` int32, then bases ``[2 * R + E]``.
-        bases: Address of the bases.
+        table: Address of ``[units, E + R]`` int32, in the allocation of ``places``.
+        bases: Address of ``[2 * R + E]`` int32, likewise.
         dst_counts: ``[R]`` int64 rows to each rank.
         src_counts: ``[R]`` int64 rows from each rank.
         expert_counts: ``[L]`` int32.
@@ -46,7 +47,7 @@ class Tables:
         src_expert: ``[R, L]`` int32 rows from each rank for each local expert, or None if nobody asks.
     """
 
-    table: Tensor
+    table: int
     bases: int
     dst_counts: Tensor
     src_counts: Tensor
@@ -95,26 +96,25 @@ def count(station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes:
     if prepared is None:
         prepared = station.prepare(key, count_spec.SPEC, wide=int(wide))
         p = prepared.params
-        p.host = station.pinned.host_address
         p.top_k = top_k
         p.num_experts, p.layout, p.alignment, p.capacity, p.room = sizes
         prepared.block = count_spec.THREADS
         prepared.smem_bytes = count_spec.smem_bytes(p.num_experts, station.num_ranks)
-    p = prepared.params
     station.address(prepared, here)
-    _SEVEN.pack_into(
+    _COUNT.pack_into(
         prepared.view,
         prepared.first,
         topk_idx.data_ptr(),
-        tables.table.data_ptr(),
+        tables.table,
         tables.bases,
         tables.dst_counts.data_ptr(),
         tables.src_counts.data_ptr(),
         tables.expert_counts.data_ptr(),
         address(tables.expert_offsets),
+        address(tables.src_expert),
+        station.pinned.host_address,
+        num_tokens,
     )
-    p.src_expert = address(tables.src_expert)
-    p.num_tokens = num_tokens
     prepared.launch(max(1, min(count_spec.num_units(num_tokens), num_sms)), here.stream)
 
 
@@ -140,7 +140,7 @@ def place(
         prepared.view,
         prepared.first,
         topk_idx.data_ptr(),
-        tables.table.data_ptr(),
+        tables.table,
         tables.bases,
         tables.dst_counts.data_ptr(),
         tables.places.data_ptr(),
@@ -349,13 +349,12 @@ def pull(
         p.row_bytes = out.shape[1] * out.element_size()
         p.pieces = -(-p.row_bytes // pull_spec.PIECE_BYTES)
         prepared.block, prepared.smem_bytes = pull_spec.MAX_WARPS * 32, pull_spec.SMEM_BYTES
-    p = prepared.params
     station.address(prepared, here)
     _OFFSETS.pack_into(
         prepared.view, prepared.offsets, offsets[0] // OFFSET_BYTES, offsets[1] // OFFSET_BYTES, 0, 0, 0, 0
     )
     biases = result.biases
-    _TEN.pack_into(
+    _PULL.pack_into(
         prepared.view,
         prepared.first,
         sources.table,
@@ -368,8 +367,8 @@ def pull(
         address(result.weights_out),
         counts[0].data_ptr(),
         counts[1].data_ptr(),
+        sources.source,
+        out.shape[0],
     )
-    p.source = sources.source
-    p.num_tokens = out.shape[0]
-    p.weight_by_place = sources.by_place
+    prepared.params.weight_by_place = sources.by_place
     prepared.launch(num_sms, here.stream)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 
 import torch
@@ -114,10 +116,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def ends(*sizes: int) -> list[int]:
+@functools.lru_cache(maxsize=256)
+def ends(*sizes: int) -> tuple[int, ...]:
     """Where sections of these sizes end, each at a multiple of 128."""
-    found, end = [], 0
-    for size in sizes:
-        end += -(-size // _SECTION) * _SECTION
-        found.append(end)
-    return found
+    return tuple(itertools.accumulate(-(-size // _SECTION) * _SECTION for size in sizes))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenferry.backends import cuda_launch
 from tokenferry.backends.cuda_launch import EXPERTS, MASKED, ROWS, Tables
+from tokenferry.backends.cuda_memory import ends
 from tokenferry.backends.cuda_station import Here, Station
 from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.kernels.board import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
@@ -111,27 +112,38 @@ def start(
     station: Station, here: Here, topk_idx: Tensor, found: Geometry, num_sms: int, src_expert: Tensor | None
 ) -> Tables:
     """Launch `count` and `place`; returns what they fill."""
-    R, E, device = station.num_ranks, found.shape.num_experts, station.device
-    num_tokens, top_k = topk_idx.shape
-    by_expert = found.by_expert
-    words = max(num_units(num_tokens), 1) * (E + R)
-    table = torch.empty(words + 2 * R + E, dtype=torch.int32, device=device)
-    offsets = torch.empty(found.num_local + 1, dtype=torch.int32, device=device) if found.layout == EXPERTS else None
-    columns = num_columns(R, top_k, by_expert=by_expert)
-    tables = Tables(
-        table=table,
-        bases=table.data_ptr() + 4 * words,
-        dst_counts=torch.empty(R, dtype=torch.int64, device=device),
-        src_counts=torch.empty(R, dtype=torch.int64, device=device),
-        expert_counts=torch.empty(found.num_local, dtype=torch.int32, device=device),
-        expert_offsets=offsets,
-        places=torch.empty(num_tokens, columns, dtype=torch.int32, device=device),
-        dst_token=torch.empty(num_tokens * min(top_k, R), dtype=torch.int64, device=device),
-        src_expert=src_expert,
-    )
+    tables = _tables(station, found, topk_idx, src_expert)
     cuda_launch.count(station, here, topk_idx, tables, found.count_sizes, num_sms)
-    cuda_launch.place(station, here, topk_idx, tables, (E, by_expert), num_sms)
+    cuda_launch.place(station, here, topk_idx, tables, (found.shape.num_experts, found.by_expert), num_sms)
     return tables
+
+
+def _tables(station: Station, found: Geometry, topk_idx: Tensor, src_expert: Tensor | None) -> Tables:
+    """Room for what the kernels fill: one allocation of int64 and one of int32, of which plans show parts."""
+    R, E, L, device = station.num_ranks, found.shape.num_experts, found.num_local, station.device
+    num_tokens, top_k = topk_idx.shape
+    num_offsets = L + 1 if found.layout == EXPERTS else 0
+    columns = num_columns(R, top_k, by_expert=found.by_expert)
+    num_words = max(num_units(num_tokens), 1) * (E + R)
+    offsets_end, places_end, table_end, end = ends(
+        4 * num_offsets, 4 * num_tokens * columns, 4 * num_words, 8 * R + 4 * E
+    )
+    sent = num_tokens * min(top_k, R)
+    longs = torch.empty(sent + 2 * R, dtype=torch.int64, device=device)
+    dst_token, dst_counts, src_counts = longs.split_with_sizes((sent, R, R))
+    ints = torch.empty(end // 4 + L, dtype=torch.int32, device=device)
+    start = ints.data_ptr()
+    return Tables(
+        start + places_end,
+        start + table_end,
+        dst_counts,
+        src_counts,
+        ints.as_strided((L,), (1,), end // 4),
+        ints.as_strided((num_offsets,), (1,)) if num_offsets else None,
+        ints.as_strided((num_tokens, columns), (columns, 1), offsets_end // 4),
+        dst_token,
+        src_expert,
+    )
 
 
 def at_most(found: Geometry, num_tokens: int) -> Counts:

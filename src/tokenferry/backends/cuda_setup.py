@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda import CudaBackend
 from tokenferry.backends.cuda_plan import too_large
+from tokenferry.backends.cuda_region import Exchange
 from tokenferry.backends.cuda_station import Station
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
@@ -64,18 +64,14 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     window = share(table, rank, num_ranks, device, num_bytes, BOARD_BYTES)
     why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
 
-    def meet() -> None:
-        if table:
-            table.exchange({})
-
-    return assemble(window, resolved, key, (why, meet))
+    return assemble(window, resolved, key, why, table.exchange if table else lambda card: [card])
 
 
-def assemble(window: Window, resolved: Resolved, key: str, meeting: tuple[str, Callable[[], None]]) -> CudaBackend:
+def assemble(window: Window, resolved: Resolved, key: str, why: str, exchange: Exchange) -> CudaBackend:
     """Make the backend of one rank over its window; local."""
-    why, meet = meeting
     jit = Jit(window.device.index or 0, Path(resolved.cache_folder))
-    return CudaBackend(Station(window, jit, resolved.timeout_s), key, why, meet)
+    station = Station(window, jit, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
+    return CudaBackend(station, key, why, exchange)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 
 from tokenferry.backends.cuda_faults import SIGNATURE_BYTES, Ledger, Pinned, Signature
-from tokenferry.errors import CapacityError, ClosedError, PeerTimeout, RoutingError
+from tokenferry.errors import CapacityError, ClosedError, PeerTimeout, RoutingError, TokenferryError
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.all import SPECS
-from tokenferry.kernels.board import BOARD_BYTES, CARD_WORDS, FIRST_OFFSET
+from tokenferry.kernels.board import BOARD_BYTES, CARD_WORDS, FIRST_OFFSET, MAX_RANKS
 from tokenferry.memory.streams import CudaStreams
 from tokenferry.memory.window import Window
 
 _MOST_PREPARED = 512
 _HARMLESS = (RoutingError, CapacityError)
 """What does not put ranks out of step: the device found it before anything was sent, or all ranks found it together."""
+_NOBODY = memoryview(bytes(4 * MAX_RANKS)).cast("I")
 _CALL = struct.Struct("<II")
 """``alive`` and ``call`` of params, which lie side by side."""
 
@@ -55,9 +56,14 @@ class Prepared:
         offsets: Where the card's offsets begin.
         block: Threads of a block.
         smem_bytes: Dynamic shared memory of a block.
+        signature: What the card says now.
+        wait_ns: What the field of this name holds now.
     """
 
-    __slots__ = ("block", "call", "card", "first", "kernel", "offsets", "params", "smem_bytes", "view")
+    __slots__ = (
+        *("block", "call", "card", "first", "kernel", "offsets", "params", "signature", "smem_bytes", "view"),
+        "wait_ns",
+    )
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -70,6 +76,8 @@ class Prepared:
         self.first = self.card + 4 * CARD_WORDS
         self.block = 32
         self.smem_bytes = 0
+        self.signature: Signature | None = None
+        self.wait_ns = 0
 
     def launch(self, grid: int, stream: int) -> None:
         """Enqueue it."""
@@ -83,14 +91,16 @@ class Station:
         window: Shared by all ranks; the board at its start is zero.
         jit: Kernels of the device.
         timeout_s: Seconds that each wait may take.
+        mask_late: Whether decode calls mask a late rank and go on.
     """
 
-    def __init__(self, window: Window, jit: Jit, timeout_s: float) -> None:
+    def __init__(self, window: Window, jit: Jit, timeout_s: float, *, mask_late: bool = False) -> None:
         self.window = window
         self.rank = window.rank
         self.num_ranks = window.num_ranks
         self.device = window.device
         self.timeout_s = timeout_s
+        self.mask_late = mask_late
         self.jit = jit
         self.heap = window.heap(BOARD_BYTES)
         self.pinned = Pinned(pin=window.device.type == "cuda")
@@ -130,9 +140,36 @@ class Station:
         number = self._number = self._number % 0xFFFFFFFF + 1
         self.ledger.note(number, signature)
         alive = self._everybody
-        if tolerant and self.masked:
-            alive &= ~sum(1 << rank for rank in self.masked)
+        if tolerant:
+            alive &= ~sum(1 << rank for rank in self.absent())
         return Here(number, stream, capture != 0, alive, signature, wait_ns)
+
+    def again(self, here: Here) -> Here:
+        """Go on with a call on the current stream, behind what came before; as `begin`, without a new number.
+
+        Raises:
+            ClosedError: the group was closed or is broken.
+            TokenferryError: what a kernel has found since.
+        """
+        if self.broken:
+            raise ClosedError(f"{here.signature.phase}: the group {self.broken}; make a new ExpertGroup")
+        self.raise_fault()
+        stream = self._streams.current()
+        capture = self._streams.capture(stream)
+        if self._last != (stream, capture):
+            self._follow(stream, capture)
+        return Here(here.number, stream, capture != 0, here.alive, here.signature, here.wait_ns)
+
+    def absent(self) -> frozenset[int]:
+        """Ranks that decode calls leave out: by hand, or since a kernel waited for one in vain."""
+        if self.mask_late and self.pinned.masked != _NOBODY:
+            self.masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
+        return frozenset(self.masked)
+
+    def out_of_step(self, error: TokenferryError) -> TokenferryError:
+        """End the group by an error that the caller raises."""
+        self.break_off(error)
+        return error
 
     def current_stream(self) -> int:
         """The current stream of torch in this thread, as a raw handle."""
@@ -217,10 +254,13 @@ class Station:
 
     def address(self, prepared: Prepared, here: Here) -> None:
         """Fill in what belongs to the call: its number, who takes part, and the signature on the card."""
-        view, card = prepared.view, prepared.card
+        view, signature = prepared.view, here.signature
         _CALL.pack_into(view, prepared.call, here.alive, here.number)
-        view[card : card + SIGNATURE_BYTES] = here.signature.card
-        prepared.params.wait_ns = here.wait_ns
+        if prepared.signature is not signature:
+            prepared.signature = signature
+            view[prepared.card : prepared.card + SIGNATURE_BYTES] = signature.card
+        if prepared.wait_ns != here.wait_ns:
+            prepared.wait_ns = prepared.params.wait_ns = here.wait_ns
 
     def warmup(self) -> None:
         """Compile and load every kernel."""

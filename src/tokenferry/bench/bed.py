@@ -21,10 +21,15 @@ class Bed(Protocol):
     def synchronize(self) -> None: ...  # noqa: D102 - wait for all work of the device
     def stamp(self) -> object: ...  # noqa: D102 - the time at which the work so far is done
     def seconds(self, start: object, end: object) -> float: ...  # noqa: D102 - between two stamps; after synchronize
-    def side(self) -> Side: ...  # noqa: D102 - a stream beside the current one
+    def passed(self, stamp: object) -> bool: ...  # noqa: D102 - whether the device has come so far by now
+    def hold(self, seconds: float) -> None: ...  # noqa: D102 - work that does nothing for about so long
+    def side(self, *, first: bool = True) -> Side: ...  # noqa: D102 - a stream beside the current one
     def capture(self, work: Callable[[], object]) -> Callable[[], None]: ...  # noqa: D102 - as a graph, to be replayed
     def used_bytes(self) -> int: ...  # noqa: D102 - memory of the device that is in use, by anybody
 
+
+_TRIAL_CYCLES = 4_000_000
+"""About two milliseconds: long beside a launch, which is in it."""
 
 Side = Callable[[], AbstractContextManager[Any]]
 """``with side():`` puts work on another stream. It is ordered after what the current stream holds on entry."""
@@ -49,7 +54,14 @@ class CpuBed:
         assert isinstance(end, float)
         return end - start
 
-    def side(self) -> Side:
+    def passed(self, stamp: object) -> bool:
+        """Stamps are taken when they are asked for."""
+        return True
+
+    def hold(self, seconds: float) -> None:
+        """The host does the work itself: it cannot get ahead of it."""
+
+    def side(self, *, first: bool = True) -> Side:
         """There is one stream only."""
         return nullcontext
 
@@ -72,6 +84,7 @@ class CudaBed:
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.num_sms = int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+        self._cycles_per_s = 0.0
 
     def synchronize(self) -> None:
         """Wait until all streams of the device are idle."""
@@ -89,9 +102,30 @@ class CudaBed:
         assert isinstance(end, torch.cuda.Event)
         return float(start.elapsed_time(end)) / 1e3
 
-    def side(self) -> Side:
-        """A stream whose blocks go before those of the current one."""
-        stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
+    def passed(self, stamp: object) -> bool:
+        """Whether an event has happened by now."""
+        assert isinstance(stamp, torch.cuda.Event)
+        return bool(stamp.query())  # type: ignore[no-untyped-call]
+
+    def hold(self, seconds: float) -> None:
+        """One thread that counts cycles on the current stream."""
+        # There is no public way to keep a stream busy; torch's own tests use this one.
+        torch.cuda._sleep(int(seconds * self._cycle_rate()))  # type: ignore[no-untyped-call]
+
+    def _cycle_rate(self) -> float:
+        """Cycles of a held second, measured at first use."""
+        if not self._cycles_per_s:
+            for _ in range(2):  # the first loads the kernel
+                start = self.stamp()
+                torch.cuda._sleep(_TRIAL_CYCLES)  # type: ignore[no-untyped-call]
+                end = self.stamp()
+                self.synchronize()
+                self._cycles_per_s = _TRIAL_CYCLES / self.seconds(start, end)
+        return self._cycles_per_s
+
+    def side(self, *, first: bool = True) -> Side:
+        """A stream whose blocks go before those of other streams, or, with ``first=False``, an ordinary one."""
+        stream = torch.cuda.Stream(self.device, priority=-1 if first else 0)  # type: ignore[no-untyped-call]
 
         @contextmanager
         def enter() -> Iterator[None]:

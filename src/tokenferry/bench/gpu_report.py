@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import tokenferry
-from tokenferry.bench import plots, report
+from tokenferry.bench import decode_report, plots, report
 from tokenferry.bench.limits import Limits
 from tokenferry.bench.trial import Label, Result, Settings, result_from_json
 
-SCHEMA = 1
+SCHEMA = 2
 BYTES = "bytes that leave a GPU in one call: rows to other ranks, with their scales; mean over ranks"
 CHECKED = "dispatch: every row bit-equal to its source; combine: every sum bit-equal (nccl: within rounding)"
-HEADER = (*("who", "call", "rows", "T", "SMs", "drained us", "p05", "p95", "chained us", "MB out", "GB/s", "of limit"),)
-SHORT_HEADER = ("call", "rows", "T", "SMs", "drained us", "chained us", "of limit", "nccl drained", "nccl chained")
+DRAINED = (
+    "ranks synchronised before each call, devices held until the hosts are ahead. launch: ahead: no time of a host is "
+    "in it; in it: the host waits inside the call, so its launches are; a percentage: hosts were ahead in so many calls"
+)
+HEADER = (
+    *("who", "call", "rows", "T", "SMs", "drained us", "p05", "p95", "launch", "chained us"),
+    *("MB out", "GB/s", "of limit"),
+)
+SHORT_HEADER = (
+    *("call", "rows", "T", "SMs", "drained us", "launch", "chained us", "of limit", "nccl drained", "nccl chained"),
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +67,14 @@ class Report:
             return ""
         self.others.setdefault(kind, []).append(item[kind])
         self.write()
-        return ""
+        tell = {"decode": decode_report.line, "micro": decode_report.micro_line}.get(kind)
+        return tell(item[kind]) if tell else ""
+
+    @property
+    def node_us(self) -> float | None:
+        """An empty kernel in a graph, if that was measured."""
+        found = self.others.get("graph node")
+        return float(found[-1]["us"]) if found else None
 
     def fail(self, what: str, why: str) -> None:
         """Remember something that could not be measured."""
@@ -71,17 +87,14 @@ class Report:
         sms = "" if label.num_sms is None else f", {label.num_sms} SMs"
         routing = "" if label.routing == "uniform" else f", {label.routing}"
         text = f"{label.who}: {label.call}, {label.rows}, T={label.tokens}{sms}{routing}"
-        return f"{text}: {result.drained.median_us:.1f} us drained, {result.chained.median_us:.1f} chained"
+        drained = f"{result.drained.median_us:.1f} us drained (launch: {launch(result)})"
+        return f"{text}: {drained}, {result.chained.median_us:.1f} chained"
 
     def limit_for(self, label: Label) -> float | None:
         """The best rate of the link that a case uses, GB/s, for rows of about its size; None if unknown."""
         if self.limits is None or not label.link:
             return None
-        sizes = {rate.row_bytes for rate in self.limits.rates}
-        if not sizes:
-            return None
-        nearest = min(sizes, key=lambda size: abs(size - label.row_bytes))
-        return self.limits.best(label.link, nearest) or None
+        return self.limits.near(label.link, label.row_bytes) or None
 
     def fraction(self, result: Result) -> float | None:
         """The time that the limit needs for the bytes over the drained median; None if there is no limit."""
@@ -105,6 +118,7 @@ class Report:
             **self.about,
             "bytes": BYTES,
             "checked": CHECKED,
+            "drained": DRAINED,
             "settings": asdict(self.settings),
             "limits": None if self.limits is None else self.limits.as_json(),
             "results": [
@@ -112,8 +126,15 @@ class Report:
                 for result in self.results
             ],
             **self.others,
+            **self._decode_json(),
             "failed": self.failed,
         }
+
+    def _decode_json(self) -> dict[str, Any]:
+        if "decode" not in self.others:
+            return {}
+        cases = decode_report.as_json(self.others["decode"], self.limits, self.node_us)
+        return {"decode": cases, "decode checked": decode_report.CHECKED, "decode limit": decode_report.LIMIT}
 
     def cells(self, result: Result) -> list[str]:
         """One row under `HEADER`."""
@@ -124,7 +145,8 @@ class Report:
         fraction = self.fraction(result)
         return [
             *(label.who, call, label.rows, str(label.tokens), _dash(label.num_sms, "d")),
-            *(f"{us:.1f}" for us in (drained.median_us, drained.p05_us, drained.p95_us, result.chained.median_us)),
+            *(f"{us:.1f}" for us in (drained.median_us, drained.p05_us, drained.p95_us)),
+            *(launch(result), f"{result.chained.median_us:.1f}"),
             f"{result.bytes_out / 1e6:.2f}",
             f"{result.bytes_out / drained.median_us / 1e3:.1f}",
             _dash(fraction, ".0%"),
@@ -141,13 +163,23 @@ class Report:
             if any(row[:4] == _start(label) for row in rows):
                 continue
             rival = rivals.get(_key(label))
-            times = [f"{s.median_us:.1f}" for s in (result.drained, result.chained)]
+            times = [f"{result.drained.median_us:.1f}", launch(result), f"{result.chained.median_us:.1f}"]
             theirs = ["-", "-"] if rival is None else [f"{s.median_us:.1f}" for s in (rival.drained, rival.chained)]
             rows.append([*_start(label), *times, _dash(self.fraction(result), ".0%"), *theirs])
         return sorted(rows, key=lambda row: (int(row[2]), row[0], row[1], row[3]))
 
     def draw(self, folder: Path) -> list[Path]:
-        """Write the pictures; returns their files."""
+        """Write the pictures of what was measured; returns their files."""
+        return [*(self._draw_calls(folder) if self.results else ()), *self._draw_decode(folder)]
+
+    def _draw_decode(self, folder: Path) -> list[Path]:
+        if "decode" not in self.others:
+            return []
+        times, floors = decode_report.curves(self.others["decode"], self.limits, self.node_us)
+        title = f"{self.about.get('title', '')}, decode calls as CUDA graphs, chained"
+        return plots.plot_tokens(times, floors, folder, title, "decode.png")
+
+    def _draw_calls(self, folder: Path) -> list[Path]:
         ours = [r for r in self.results if r.label.link and r.label.routing == "uniform" and not r.label.note]
         title = str(self.about.get("title", ""))
         by_tokens: dict[str, list[tuple[float, float]]] = {}
@@ -187,6 +219,11 @@ def about(command: str, gpus: dict[str, Any], title: str) -> dict[str, Any]:
     }
 
 
+def launch(result: Result) -> str:
+    """Whether the hosts' launches are in the drained time; see `DRAINED`."""
+    return decode_report.launch(result.ahead)
+
+
 def _key(label: Label) -> tuple[str, str, int]:
     return label.call.split(", rows in")[0], label.rows, label.tokens
 
@@ -203,15 +240,30 @@ def overlap_rows(items: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Rows under `OVERLAP_HEADER`."""
     return [
         [
-            *(item["call"], _dash(item["num_sms"], "d"), str(item["tokens"])),
-            *(f"{item[name]:.0f}" for name in ("gemm_us", "comm_us", "both_us")),
+            *(item["call"], _dash(item["num_sms"], "d"), str(item["calls"])),
+            *(item["gemm"], _dash(item["carve_out"] or None, "d"), item["first"]),
+            *(f"{item[name]:.0f}" for name in ("gemm_all_us", "gemm_us", "comm_us", "both_us")),
             *(f"{item[name]:.0%}" for name in ("hidden", "gemm_cost")),
         ]
         for item in items
     ]
 
 
-OVERLAP_HEADER = ("beside GEMMs", "SMs", "T", "GEMMs us", "calls us", "both us", "hidden", "GEMM slower by")
+OVERLAP_HEADER = (
+    *("beside GEMMs", "SMs", "calls", "GEMMs by", "SMs left out", "first"),
+    *("GEMMs us", "with SMs left out", "calls us", "both us", "hidden", "GEMMs slower by"),
+)
+
+
+def kernel_lines(items: Sequence[dict[str, Any]]) -> list[str]:
+    """What the GEMM kernels are, a line for each kind of GEMM and number of SMs left out."""
+    lines = []
+    for item in items:
+        found = item["kernels"]
+        if not isinstance(found, str):
+            found = "; ".join(f"{one['name'][:60]} {one['grid']} blocks, {one['us']:.0f} us" for one in found)
+        lines.append(f"kernels of {item['gemm']}, {item['carve_out']} SMs left out: {found}")
+    return lines
 
 
 def host_rows(items: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What calls cost besides bytes: the host's time, graphs, decode calls, memory."""
+"""What calls cost besides bytes: the host's time, graphs, memory."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from tokenferry.api import ExpertGroup
 from tokenferry.bench.bed import gather, no_collections
 from tokenferry.bench.calls import ON_DEVICE
 from tokenferry.bench.clock import Step
-from tokenferry.bench.inputs import expert, must_equal
+from tokenferry.bench.inputs import must_equal
 from tokenferry.bench.sets import draw, expected_sums
 from tokenferry.bench.trial import Label, Settings, Trial, expert_group, trial
-from tokenferry.words import MoeShape, Quantized, Routing, Scale
+from tokenferry.words import MoeShape, Quantized, Routing
 
 TOKENS = 128
 CALLS = 40
 """Calls in each batch: few enough that the queue of launches never blocks the host."""
 
 BATCHES = 15
-DECODE_TOKENS = (1, 128)
+WARMUP_BATCHES = 2
 
 
 def measure_host(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> None:
-    """Measure host time of eager calls, and pairs in a graph; a job of `World`. Results go to the news."""
+    """Measure host time of eager calls, and a pair in a graph; a job of `World`. Results go to the news."""
     with trial(rank, pg, news, settings) as here:
         here.tell({"now": "host time"})
         here.attempt("host time", lambda: _host_times(here))
         here.tell({"now": "graphs"})
         here.attempt("dispatch + combine as a graph", lambda: _throughput_graph(here))
-        for tokens in DECODE_TOKENS:
-            here.attempt(f"decode pair, T={tokens}", partial(_decode_graph, here, tokens))
 
 
 def measure_memory(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> None:
@@ -62,24 +60,24 @@ def _host_times(here: Trial) -> None:
             "combine, rows in the group's memory": lambda: group.combine(rows, plan),
         }
         for name, call in calls.items():
-            samples = _host_time(here, call)
+            with no_collections():
+                samples = host_time(here, call)
             item = {"call": name, "tokens": TOKENS, **samples}
             medians = gather(here.pg, samples["median_us"])
             here.tell({"host": {**item, "median_us": max(medians), "by_rank_us": medians}})
 
 
-def _host_time(here: Trial, call: Callable[[], object]) -> dict[str, float]:
-    """Microseconds that one call takes on the host, with the device never waited for."""
+def host_time(here: Trial, call: Callable[[], object], batches: int = BATCHES) -> dict[str, float]:
+    """Microseconds that one call takes on the host, with the device never waited for. Collective; of this rank."""
     times = []
-    with no_collections():
-        for batch in range(2 + BATCHES):
-            here.meet()
-            for _ in range(CALLS):
-                start = time.perf_counter()
-                call()
-                end = time.perf_counter()
-                if batch >= 2:
-                    times.append((end - start) * 1e6)
+    for batch in range(WARMUP_BATCHES + batches):
+        here.meet()
+        for _ in range(CALLS):
+            start = time.perf_counter()
+            call()
+            end = time.perf_counter()
+            if batch >= WARMUP_BATCHES:
+                times.append((end - start) * 1e6)
     here.bed.synchronize()
     return {"median_us": statistics.median(times), "mean_us": statistics.fmean(times), "least_us": min(times)}
 
@@ -109,41 +107,6 @@ def _throughput_graph(here: Trial) -> None:
         label = Label("tokenferry", "dispatch + multiply + combine, one graph", "bf16", TOKENS)
         here.case(label, prepare)
         here.bed.synchronize()
-
-
-def _decode_graph(here: Trial, tokens: int) -> None:
-    sizes = here.settings.sizes(tokens)
-    inputs = draw(sizes, 0, here.rank, here.bed.device)
-    routing = Routing(inputs.topk_idx, inputs.topk_weights)
-    # The masked layout has room for all tokens at every local expert, several times.
-    with expert_group(here, tokens, room=2 * (sizes.experts // sizes.ranks)) as group:
-        y = _decode_answers(group, inputs.x, routing)
-        expected = group.decode_combine(y, group.decode_dispatch(inputs.x, routing).plan).x
-        sums = torch.empty_like(inputs.x)
-
-        def pair() -> None:
-            sent = group.decode_dispatch(inputs.x, routing, fp8=Scale.FLOAT32)
-            group.decode_combine(y, sent.plan, out=sums)
-
-        def prepare() -> Step:
-            replay = here.bed.capture(pair)
-            sums.zero_()
-            replay()
-            here.bed.synchronize()
-            must_equal("decode pair as a graph", sums, expected)
-            return lambda i: replay()
-
-        here.case(Label("tokenferry", "decode pair, one graph", "fp8", tokens), prepare)
-        here.bed.synchronize()
-
-
-def _decode_answers(group: ExpertGroup, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    sent = group.decode_dispatch(x, routing)
-    assert isinstance(sent.x, torch.Tensor)
-    y = torch.zeros_like(sent.x)
-    for e, count in enumerate(sent.expert_counts.tolist()):
-        y[e, :count] = expert(sent.x[e, :count], e)
-    return y
 
 
 def _memory(here: Trial, tokens: int) -> None:

@@ -84,6 +84,11 @@ class Limits:
         rates = [rate.gbps for rate in self.rates if rate.kind == kind and row_bytes in (None, rate.row_bytes)]
         return max(rates, default=0.0)
 
+    def near(self, kind: str, row_bytes: int) -> float:
+        """The highest rate of a kind for rows of about this size; 0 where none was measured."""
+        sizes = {rate.row_bytes for rate in self.rates}
+        return self.best(kind, min(sizes, key=lambda size: abs(size - row_bytes))) if sizes else 0.0
+
     def at(self, kind: str, num_sms: int, row_bytes: int) -> float | None:
         """The rate at a number of SMs, or None if that was not measured."""
         for rate in self.rates:

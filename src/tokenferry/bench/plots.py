@@ -54,23 +54,35 @@ def plot_sms(curves: Mapping[str, Points], limits: Limits | None, folder: Path, 
     return [_figure(folder / "sms.png", title, ("SMs", "GB/s that leave each GPU"), draw)]
 
 
-def plot_tokens(curves: Mapping[str, Points], floors: Mapping[str, Points], folder: Path, title: str) -> list[Path]:
-    """Write tokens.png: microseconds against tokens, both logarithmic; ``floors`` are what the links need."""
+def plot_tokens(
+    curves: Mapping[str, Points], floors: Mapping[str, Points], folder: Path, title: str, file: str = "tokens.png"
+) -> list[Path]:
+    """Write a picture: microseconds against tokens, both logarithmic; ``floors`` are what the links need.
+
+    The floor called ``limit: name`` gets the colour of the curve called ``name``.
+    """
 
     def draw(axes: Any) -> None:  # noqa: ANN401 - matplotlib
+        colours = {f"limit: {name}": f"C{i}" for i, name in enumerate(curves)}
         for name, points in curves.items():
             _line(axes, points, "o-", name)
         for name, points in floors.items():
-            _line(axes, points, ":", name)
+            _line(axes, points, ":", name, colours.get(name))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
 
-    return [_figure(folder / "tokens.png", title, ("tokens on each rank", "us, median"), draw)]
+    return [_figure(folder / file, title, ("tokens on each rank", "us, median"), draw)]
 
 
-def _line(axes: Any, points: Points, style: str, label: str) -> None:  # noqa: ANN401 - matplotlib
+def _line(
+    axes: Any,  # noqa: ANN401 - matplotlib
+    points: Points,
+    style: str,
+    label: str,
+    colour: str | None = None,
+) -> None:
     if points:
-        axes.plot(*zip(*sorted(points), strict=True), style, label=label)
+        axes.plot(*zip(*sorted(points), strict=True), style, label=label, color=colour)
 
 
 def _figure(file: Path, title: str, labels: tuple[str, str], draw: Callable[[Any], None]) -> Path:

@@ -27,6 +27,12 @@ CHAIN = 5
 CHAIN_WARMUP = 3
 """Calls at the head of each chained run that do not count."""
 
+REPLAYS = 2
+"""Replays of a graph in each run, after one that does not count."""
+
+LEAD_S = 300e-6
+"""Seconds for which devices are held before a drained call: the time that hosts have to put it on the stream."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -46,6 +52,8 @@ class Settings:
         seed: Of the inputs.
         device: ``"cuda"``; ``"cpu"`` runs the same program without GPUs, for tests.
         timeout_s: Seconds that any wait for a peer may take.
+        decode_tokens: Values of T of the decode calls; M is the largest.
+        micro_tokens: T of both micro-batches together.
     """
 
     ranks: int
@@ -61,6 +69,8 @@ class Settings:
     seed: int
     device: str = "cuda"
     timeout_s: float = 20.0
+    decode_tokens: tuple[int, ...] = (1, 128)
+    micro_tokens: int = 128
 
     def sizes(self, tokens: int, routing: str = "uniform") -> Sizes:
         """The sizes of one case."""
@@ -105,6 +115,8 @@ class Result:
         bytes_out: Bytes that leave a GPU, mean over ranks: rows to other ranks, with their scales.
         bytes_out_most: The same of the rank with most.
         drained: Ranks synchronised before each call.
+        ahead: The part of the drained iterations in which every rank's host had put the whole call on its stream before
+            the device came to it, so that no launch is in the time: 0 where the host waits for what the call finds out.
         chained: Calls back to back.
     """
 
@@ -112,6 +124,7 @@ class Result:
     bytes_out: float
     bytes_out_most: float
     drained: Summary
+    ahead: float
     chained: Summary
 
 
@@ -122,6 +135,7 @@ def result_from_json(values: dict[str, Any]) -> Result:
         values["bytes_out"],
         values["bytes_out_most"],
         Summary(**values["drained"]),
+        values["ahead"],
         Summary(**values["chained"]),
     )
 
@@ -182,26 +196,35 @@ class Trial:
         if samples is None:
             return False
         moved = [float(out) * label.row_bytes for out in gather(self.pg, label.rows_out)]
-        drained, chained = (summarize([slowest(self.pg, times)]) for times in samples)
-        result = Result(label, sum(moved) / len(moved), max(moved), drained, chained)
+        (drained, late), chained = samples
+        ahead = 1 - sum(slowest(self.pg, late)) / len(late)
+        times = (self.summary(drained), ahead, self.summary(chained))
+        result = Result(label, sum(moved) / len(moved), max(moved), *times)
         self.tell({"case": asdict(result)})
         return True
 
-    def _time(self, step: Step) -> tuple[list[float], list[float]]:
+    def _time(self, step: Step) -> tuple[tuple[list[float], list[bool]], list[float]]:
         with no_collections():
-            return self._drained(step), self._chained(step)
+            return self.drained(step), self.chained(step)
 
-    def _drained(self, step: Step) -> list[float]:
-        stamps = []
+    def drained(self, step: Step) -> tuple[list[float], list[bool]]:
+        """Seconds of each iteration, and whether the device had started by when this host was done with the call.
+
+        Collective; of this rank, as all of this class.
+        """
+        stamps, late = [], []
         for i in range(self.settings.warmup + self.settings.iters):
-            self.meet()
+            self.meet(LEAD_S)
             start = self.bed.stamp()
             step(i)
             stamps.append((start, self.bed.stamp()))
+            late.append(self.bed.passed(start))
         self.bed.synchronize()
-        return [self.bed.seconds(*pair) for pair in stamps[self.settings.warmup :]]
+        count = self.settings.warmup
+        return [self.bed.seconds(*pair) for pair in stamps[count:]], late[count:]
 
-    def _chained(self, step: Step) -> list[float]:
+    def chained(self, step: Step) -> list[float]:
+        """Seconds of a call of each run of `CHAIN` calls back to back."""
         stamps = []
         for run in range(self.settings.iters):
             self.meet()
@@ -214,10 +237,42 @@ class Trial:
         self.bed.synchronize()
         return [self.bed.seconds(*pair) / CHAIN for pair in stamps]
 
-    def meet(self) -> None:
-        """Wait until every rank's device is idle, and start together."""
+    def replayed(self, replay: Callable[[], None], parts: int) -> list[float]:
+        """Seconds of a part of each run of `REPLAYS` replays back to back.
+
+        Args:
+            replay: Puts a graph on the stream.
+            parts: Calls, or rounds of calls, that it holds.
+        """
+        stamps = []
+        for _ in range(1 + self.settings.iters):
+            self.meet()
+            replay()  # brings the ranks into step, and the host ahead
+            start = self.bed.stamp()
+            for _ in range(REPLAYS):
+                replay()
+            stamps.append((start, self.bed.stamp()))
+        self.bed.synchronize()
+        return [self.bed.seconds(*pair) / (REPLAYS * parts) for pair in stamps[1:]]
+
+    def gather(self, item: Any) -> list[Any]:  # noqa: ANN401 - whatever can be pickled
+        """What each rank brought, by rank. Collective."""
+        return gather(self.pg, item)
+
+    def summary(self, seconds: list[float]) -> Summary:
+        """What the samples of all ranks say together, the slowest of each."""
+        return summarize([slowest(self.pg, seconds)])
+
+    def meet(self, lead_s: float = 0.0) -> None:
+        """Wait until every rank's device is idle, and start together.
+
+        Args:
+            lead_s: Seconds by which hosts may get ahead: each device is held for so long, and then meets the others.
+        """
         self.bed.synchronize()
         dist.barrier(self.pg)
+        if lead_s:
+            self.bed.hold(lead_s)
         self.gate()
 
 

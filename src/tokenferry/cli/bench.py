@@ -26,6 +26,9 @@ DESCRIPTION = """\
 Starts R ranks on this host, checks every answer, then times each call of the CPU backend and, in turns with it, plain
 gloo all_to_all_single of the same row bytes between the same ranks. No time is printed for a wrong answer.
 
+`tokenferry bench decode` measures decode_dispatch and decode_combine on GPUs: as CUDA graphs and eagerly, with hooks
+and without, beside the limit, and two micro-batches that hooks overlap.
+
 With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside what the links do in the same run and
 NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left out.
 
@@ -38,7 +41,13 @@ JOB_TIMEOUT_S = 1800.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sizes; the defaults are the case that the project's CPU target names."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("decode",),
+        help="decode: the decode calls and micro-batches, on GPUs (default: all)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with decode: cuda")
     parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
     parser.add_argument(
         "--tokens", type=positives, help="T, on every rank; on GPUs several, as 128,4096 (default: 128; on GPUs many)"
@@ -58,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Check, measure, print; 1 if an answer was wrong."""
+    args.device = args.device or ("cuda" if args.what else "cpu")
     if args.device == "cuda":
         return bench_cuda.run(args, screen)
     spec = _spec(args)
@@ -92,6 +102,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def _spec(args: argparse.Namespace) -> Spec:
     ranks, tokens = args.ranks or 4, args.tokens or (128,)
+    if args.what:
+        raise ConfigError(f"{args.what} needs --device cuda")
     for option in ("quick", "sms", "routing", "only", "plot"):
         if getattr(args, option):
             raise ConfigError(f"--{option} needs --device cuda")

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     screen.line(f"window of each rank: {BOARD_MB} MB of flags and counts, and a heap of {heap / 2**20:.0f} MB,")
     screen.line(
         f"room for five deliveries of {args.ranks * args.tokens} rows of {2 * args.hidden} bytes, the worst routing, "
-        "and for small M for what decode calls deliver;"
+        "and for small M for what decode calls have under way;"
     )
     screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")
     return 0

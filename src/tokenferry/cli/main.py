@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import tokenferry
-from tokenferry.cli import bench, deep_ep_path, demo, doctor, explain, limits
+from tokenferry.cli import bench, deep_ep_path, demo, diagnose, doctor, explain, limits, trace
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError, TokenferryError
 
@@ -17,6 +17,8 @@ COMMANDS = {
     "explain": explain,
     "limits": limits,
     "bench": bench,
+    "trace": trace,
+    "diagnose": diagnose,
     "deep-ep-path": deep_ep_path,
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 Advance = Callable[[int, str], None]
 """``advance(done, text)``: so much more is done, and what is being done now."""
@@ -33,8 +34,18 @@ class Screen:
         else:
             self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table: the first column to the left, the others to the right."""
+    def table(
+        self,
+        title: str,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        heat: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """Print a table: the first column to the left, the others to the right.
+
+        ``heat``: for each cell 0 (no colour) to 1 (red); with rich only.
+        """
         if self._console is None:
             widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
             self.line(title)
@@ -47,8 +58,8 @@ class Screen:
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(header):
             table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
+        for i, row in enumerate(rows):
+            table.add_row(*(row if heat is None else map(_warm, row, heat[i])))
         self._console.print(table)
 
     @contextmanager
@@ -77,6 +88,12 @@ class Screen:
                 self.line(f"{title}: {so_far * 100 // total:3d} % {text}")
 
         return advance
+
+
+def _warm(text: str, heat: float) -> Text:
+    from rich.text import Text
+
+    return Text(text, style=f"on rgb({round(200 * heat)},0,0)" if heat > 0 else "")
 
 
 def _console(stream: TextIO) -> Console | None:

@@ -34,6 +34,8 @@ class KernelSpec:
         max_registers: Most registers a thread (and no spills): a test compiles every config and holds it to this.
         max_threads: Most threads a block: the constant ``kMaxThreads``, for ``__launch_bounds__``.
         static_smem: Most bytes of static shared memory a block.
+        early: The kernel begins with ``griddepcontrol.wait``: it may be launched while the kernel before it ends, which
+            hides a part of the launch (programmatic dependent launch).
         configs: Every set of compile-time constants that may be asked for: ``{"num_stages": 4}`` becomes
             ``constexpr int kNumStages = 4;``.
     """
@@ -46,6 +48,7 @@ class KernelSpec:
     max_threads: int
     static_smem: int
     configs: tuple[Mapping[str, int], ...]
+    early: bool = False
 
     def unit(self, config: Mapping[str, int], arch: str) -> Unit:
         """What the compiler gets for one config and an architecture such as ``"sm_90a"``; reads the files.
@@ -130,6 +133,12 @@ class Kernel:
             packed.sharedMemBytes = smem_bytes
             packed.hStream = cuda.CUstream(stream)
             packed.numAttrs = 0
+            if self.spec.early:
+                early = cuda.CUlaunchAttribute()
+                early.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+                early.value.programmaticStreamSerializationAllowed = 1
+                packed.attrs = [early]
+                packed.numAttrs = 1
             if len(self._packed) >= _MAX_PACKED:
                 self._packed.clear()  # an application that makes streams without end
             self._packed[grid, block, smem_bytes, stream] = packed

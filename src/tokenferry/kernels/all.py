@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from tokenferry.kernels.collect.spec import SPEC as COLLECT
 from tokenferry.kernels.count.spec import SPEC as COUNT
 from tokenferry.kernels.move.spec import SPEC as MOVE
 from tokenferry.kernels.place.spec import SPEC as PLACE
 from tokenferry.kernels.pull.spec import SPEC as PULL
+from tokenferry.kernels.spread.spec import SPEC as SPREAD
 from tokenferry.kernels.stage.spec import SPEC as STAGE
 from tokenferry.kernels.unpack.spec import SPEC as UNPACK
 
-SPECS = (COUNT, PLACE, MOVE, UNPACK, STAGE, PULL)
+SPECS = (COUNT, PLACE, MOVE, UNPACK, STAGE, PULL, SPREAD, COLLECT)

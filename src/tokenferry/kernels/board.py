@@ -44,3 +44,13 @@ class Fault(enum.IntEnum):
     peer_gave_up = 4
     bad_routing = 5
     overflow = 6
+
+
+TRACE_WORDS = 32
+"""What a block of a decode kernel writes down, in nanoseconds of its GPU's clock; words of device/decode.cuh:"""
+TRACE = {"start": 0, "ready": 1, "sent": 2, "told": 3, "end": 4}
+"""Begun; peers have room; warp 0 has sent its rows; everybody's counts are here (dispatch); warp 0 is done."""
+TRACE_HELLO = 8
+"""First of R words: the message of each rank was seen (last block only)."""
+TRACE_ROWS = 16
+"""First of R words: the last row of each rank was here."""

@@ -10,7 +10,6 @@ code.
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from collections import deque
 from typing import Any
@@ -21,11 +20,11 @@ from torch import Tensor
 _MANAGED = struct.Struct("@QiiiBBHQQQQQqqq")
 """DLManagedTensor: data, device type, device index, dimensions, dtype (code, bits, lanes), shape, strides (0: row by
 row), offset, context, deleter (64 bytes); then shape[3]."""
-_pack = _MANAGED.pack_into
 _SHAPE_AT = 64
+_SHAPE_WORD = _SHAPE_AT // 8
 _KINDS = {"cpu": 1, "cuda": 2}
 _NAME = b"dltensor"
-_TYPES = {
+_TYPES: dict[torch.dtype, tuple[int, int] | None] = {
     torch.uint8: (1, 8),
     torch.int8: (0, 8),
     torch.int32: (0, 32),
@@ -35,15 +34,20 @@ _TYPES = {
     torch.float64: (2, 64),
     torch.bfloat16: (4, 16),
 }
-"""What DLPack calls a dtype (code, bits); others travel as bytes and are viewed."""
+"""What DLPack calls a dtype (code, bits); None, which others get once met: they travel as bytes and are viewed."""
+_NEWER_TYPES = {torch.float8_e4m3fn: (10, 8), torch.float8_e5m2: (12, 8)}
+"""What only newer versions of torch take."""
 
 # Functions of our own: to set restype on those of ctypes.pythonapi would change them for everybody.
 _malloc = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("PyMem_RawMalloc", ctypes.pythonapi))
 _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
-_idle: deque[tuple[Any, int]] = deque()
-"""Structs, and their addresses, that no thread is filling in: as many as have ever been wanted at once."""
+_from_dlpack = torch._C._from_dlpack
+_Kind = tuple[torch.dtype, torch.device, int]
+"""What a struct is filled in with for good: dtype, device, number of dimensions."""
+_idle: dict[_Kind, deque[tuple[Any, int]]] = {}
+"""Structs, as words, and their addresses, that no thread is using: of each kind as many as ever wanted at once."""
 
 
 def bytes_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
@@ -56,28 +60,44 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: 
 
     ``owner`` lives until the last tensor that uses the storage is gone.
     """
-    code = _TYPES.get(dtype)
-    if code is None:
-        wide = (*shape[:-1], shape[-1] * dtype.itemsize)
-        return tensor_at(address, wide, torch.uint8, device, owner).view(dtype)
+    kind = (dtype, device, len(shape))
     try:
-        managed, at = idle = _idle.pop()
-    except IndexError:
-        managed, at = idle = _new_struct()
-    first, second, third = (*shape, 1, 1)[:3]
-    shape_at = at + _SHAPE_AT
-    _pack(managed, 0, address, *_place(device), len(shape), *code, 1, shape_at, 0, 0, 0, 0, first, second, third)
-    tensor: Tensor = torch._C._from_dlpack(_capsule(at, _NAME, None))
-    _idle.append(idle)
+        pool = _idle[kind]
+        words, at = idle = pool.pop()
+    except (KeyError, IndexError):
+        code = _TYPES[dtype] if dtype in _TYPES else _learn(dtype)
+        if code is None:
+            wide = (*shape[:-1], shape[-1] * dtype.itemsize)
+            return tensor_at(address, wide, torch.uint8, device, owner).view(dtype)
+        pool = _idle.setdefault(kind, deque())
+        words, at = idle = _new_struct(code, device, len(shape))
+    words[0] = address
+    for i, size in enumerate(shape, _SHAPE_WORD):
+        words[i] = size
+    tensor: Tensor = _from_dlpack(_capsule(at, _NAME, None))
+    pool.append(idle)
     tensor.untyped_storage().tokenferry_owner = owner  # type: ignore[attr-defined]
     return tensor
 
 
-@functools.lru_cache
-def _place(device: torch.device) -> tuple[int, int]:
-    return _KINDS[device.type], device.index or 0
-
-
-def _new_struct() -> tuple[Any, int]:
+def _new_struct(code: tuple[int, int], device: torch.device, num_dims: int) -> tuple[Any, int]:
+    """A struct for one byte of a kind of tensor, as words, and its address."""
     at = _malloc(_MANAGED.size)
-    return (ctypes.c_char * _MANAGED.size).from_address(at), at
+    raw = (ctypes.c_char * _MANAGED.size).from_address(at)
+    place = _KINDS[device.type], device.index or 0
+    _MANAGED.pack_into(raw, 0, 0, *place, num_dims, *code, 1, at + _SHAPE_AT, 0, 0, 0, 0, 1, 1, 1)
+    return memoryview(raw).cast("B").cast("Q"), at
+
+
+def _learn(dtype: torch.dtype) -> tuple[int, int] | None:
+    """Find out, once, whether this torch knows DLPack's code of a dtype."""
+    code = _NEWER_TYPES.get(dtype)
+    if code is not None:
+        words, at = _new_struct(code, torch.device("cpu"), 1)
+        words[0] = at  # any byte will do
+        try:
+            code = code if _from_dlpack(_capsule(at, _NAME, None)).dtype is dtype else None
+        except (BufferError, RuntimeError):
+            code = None
+    _TYPES[dtype] = code
+    return code

@@ -38,6 +38,18 @@ def close(what: str, got: Tensor, want: Tensor, *, rtol: float, atol: float) -> 
     _report(f"{what} ({rtol=}, {atol=})", far, got, want)
 
 
+def close_each(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
+    """Assert that two tensors of one shape differ nowhere by more than ``bound`` ``[...]`` says there.
+
+    Raises:
+        AssertionError: as `same_bits`.
+    """
+    assert got.shape == want.shape, f"{what}: got shape {list(got.shape)}, want {list(want.shape)}"
+    got, want = got.detach().cpu(), want.detach().cpu()
+    near = (got.double() - want.double()).abs() <= bound.double()
+    _report(what, ~near & (got != want), got, want)  # infinities may be equal
+
+
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_INTS[tensor.element_size()])
 

@@ -7,7 +7,7 @@ docstrings of `tokenferry.ExpertGroup`; where those say "rounded", it rounds, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,12 @@ FP8_MAX = 448.0
 
 FP8_BLOCK = 128
 """Columns that share a scale."""
+
+LOG_BLOCK = 128
+"""Columns that share the range of a logarithmic format."""
+
+LOG_CODES = 512
+"""Magnitudes that it has, 0 included."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,32 +233,55 @@ class Oracle:
             table.append([(sum(counts[:src]), count) for src, count in enumerate(counts)])
         return table
 
-    def decode_combine(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False) -> Tensor:
+    def decode_combine(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False, wire: str = "same") -> Tensor:
         """``[T, H]`` of ``rank``: weighted sums in slot order, or (fast) rounded per rank, then in rank order.
 
         Args:
             rank: Whose tokens.
             ys: What each rank gives back, ``[L * capacity, H]``.
             fast: Sum before the wire.
+            wire: How what travels is encoded: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
         """
+        sums = []
+        for token in range(len(self.choices[rank])):
+            total = torch.zeros(ys[rank].shape[1])
+            for row, weight in self._decode_terms(rank, token, ys, fast=fast):
+                product = over_the_wire(row, wire) * weight
+                total = total + product
+            sums.append(total.to(ys[rank].dtype))
+        return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
+
+    def decode_slack(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False) -> tuple[Tensor, Tensor]:
+        """By how much `decode_combine` over ``"logfmt10"`` changes if each number gets a neighbouring code.
+
+        Returns:
+            (``[T, H]``, ``[T, H]``), both float32: that change, and the sum of the magnitudes that were added.
+        """
+        one_code, sizes = [torch.zeros(0, ys[rank].shape[1])], [torch.zeros(0, ys[rank].shape[1])]
+        for token in range(len(self.choices[rank])):
+            change = torch.zeros(1, ys[rank].shape[1])
+            size = torch.zeros(1, ys[rank].shape[1])
+            for row, weight in self._decode_terms(rank, token, ys, fast=fast):
+                change = change + abs(weight) * torch.cat([_neighbours(group) for group in torch.split(row, LOG_BLOCK)])
+                size = size + abs(weight) * over_the_wire(row, "logfmt10").abs()
+            one_code.append(change)
+            sizes.append(size)
+        return torch.cat(one_code), torch.cat(sizes)
+
+    def _decode_terms(
+        self, rank: int, token: int, ys: Sequence[Tensor], *, fast: bool
+    ) -> Iterator[tuple[Tensor, float]]:
+        """What travels home for one token, in the order in which it is added, and what it is multiplied with there."""
         weights = self.sent[rank].topk_weights
         assert weights is not None
-        dtype, hidden = ys[rank].dtype, ys[rank].shape[1]
-        sums = []
-        for token, experts in enumerate(self.choices[rank]):
-            total = torch.zeros(hidden)
-            if fast:
-                for there in range(self.num_ranks):
-                    total = total + self._fast_partial(there, rank, token, ys[there], weights[token]).float()
-            else:
-                for slot, expert in enumerate(experts):
-                    if expert >= 0:
-                        there, local = divmod(expert, self.num_local)
-                        row = ys[there][self.place(there, rank, token, local)].float()
-                        product = row * weights[token, slot]
-                        total = total + product
-            sums.append(total.to(dtype))
-        return torch.stack(sums) if sums else ys[rank].new_empty(0, hidden)
+        if fast:
+            for there in range(self.num_ranks):
+                yield self._fast_partial(there, rank, token, ys[there], weights[token]), 1.0
+            return
+        for slot, expert in enumerate(self.choices[rank][token]):
+            if expert >= 0:
+                there, local = divmod(expert, self.num_local)
+                yield ys[there][self.place(there, rank, token, local)], float(weights[token, slot])
 
     def _fast_partial(self, there: int, rank: int, token: int, y: Tensor, weights: Tensor) -> Tensor:
         local = self._local(there, rank, token)
@@ -286,6 +315,51 @@ def fp8_cast(row: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
         casts.append((block * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
         scales.append(scale)
     return torch.cat([cast.view(torch.uint8) for cast in casts]).view(torch.float8_e4m3fn), torch.stack(scales)
+
+
+def over_the_wire(row: Tensor, wire: str) -> Tensor:
+    """One row ``[H]`` as float32, after it travelled in the format ``wire``."""
+    if wire == "same":
+        return row.float()
+    if wire == "fp8":
+        data, scales = fp8_cast(row, power_of_two=False)
+        blocks = [block.float() * scale for block, scale in zip(torch.split(data, FP8_BLOCK), scales, strict=True)]
+        return torch.cat(blocks)
+    blocks = []
+    for block in torch.split(row, LOG_BLOCK):
+        codes, values = logfmt10(block)
+        blocks.append(torch.where(block.signbit(), -values[codes], values[codes]).float())
+    return torch.cat(blocks)
+
+
+def logfmt10(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[128]`` int64 of the magnitudes of one block of finite numbers, and what the 512 codes stand for.
+
+    Each magnitude takes the code whose value is nearest, found by looking at them all.
+    """
+    sizes = block.double().abs()
+    some = [size for size in sizes.tolist() if size > 0]
+    lo = step = 0.0
+    if some:
+        hi = _float32(min(math.log2(max(some)), 127.9999))
+        lo = min(_float32(max(math.log2(min(some)), hi - 32)), hi)
+        step = _float32(_float32(hi - lo) / (LOG_CODES - 2))
+    values = torch.tensor([0.0] + [2.0 ** (lo + step * i) for i in range(LOG_CODES - 1)], dtype=torch.float64)
+    known = values if step else values[:2]
+    # Of two equally near, the higher: of equal ones argmin gives the first.
+    distances = (sizes[:, None] - known.flip(0)[None, :]).abs()
+    return len(known) - 1 - distances.argmin(1), values
+
+
+def _neighbours(block: Tensor) -> Tensor:
+    """How far the value of each number's code is from that of the code next to it; 0 has none, nor has the least."""
+    codes, values = logfmt10(block)
+    gaps = values.diff()
+    return torch.where(codes > 1, torch.maximum(gaps[codes.clamp(max=LOG_CODES - 2)], gaps[codes - 1]), 0.0).float()
+
+
+def _float32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _ceil_log2(value: float) -> int:

@@ -22,7 +22,8 @@ allocate_on_comm_stream                            on the communication stream i
 round_scale, use_ue8m0                             describe FP8 scales; without use_fp8 there are none
 dispatch_wait_recv_cost_stats,                     nanoseconds are added (DeepEP: clock cycles)
 combine_wait_recv_cost_stats
-comm, use_nvfp4, x_global_scale, use_logfmt,       `UnsupportedError` unless neutral (None, False, 0)
+use_logfmt                                         needs bfloat16 rows, H a multiple of 128
+comm, use_nvfp4, x_global_scale,                   `UnsupportedError` unless neutral (None, False, 0)
 overlap, src_signals, src_signal_expect_value,
 packed_recv_count, comp_signal, block_m, threshold
 ================================================== ==============================================================

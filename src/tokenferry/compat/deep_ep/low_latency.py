@@ -20,6 +20,7 @@ from tokenferry.words import DecodePlan, DecodeStats, MoeShape, Quantized, Routi
 Handle = tuple[Any, ...]
 Hook = Callable[[], None]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LOGFMT_COLUMNS = 128
 
 
 @dataclass(slots=True, eq=False)
@@ -93,6 +94,7 @@ def combine(
     x: Tensor,
     routing: Routing,
     handle: object,
+    use_logfmt: bool,
     zero_copy: bool,
     out: Tensor | None,
     wait_ns: Tensor | None,
@@ -101,7 +103,8 @@ def combine(
     """Add up the experts' rows with their gate weights at home. Collective.
 
     Raises:
-        ArgumentError: ``topk_idx`` is not the one that was dispatched, or ``zero_copy`` without the buffer for it.
+        ArgumentError: ``topk_idx`` is not the one that was dispatched, ``zero_copy`` without the buffer for it, or
+            ``use_logfmt`` with other rows than bfloat16, or without whole groups of 128 columns.
         PlanError: ``handle`` is not one of low_latency_dispatch, or another group's.
         ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
     """
@@ -119,6 +122,11 @@ def combine(
     check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
     if wait_ns is not None:
         check.tensor("combine_wait_recv_cost_stats", wait_ns, "R", (torch.int64,))
+    if use_logfmt and (x.dtype != torch.bfloat16 or hidden % LOGFMT_COLUMNS):
+        raise ArgumentError(
+            f"{call}: use_logfmt: needs bfloat16 rows whose hidden size is a multiple of {LOGFMT_COLUMNS}, got "
+            f"{x.dtype} with H={hidden}; pass False"
+        )
     assert routing.topk_weights is not None
     # To compare on a GPU, the host would have to wait for it.
     known = routing.topk_idx is state.topk_idx or group.device.type != "cpu"
@@ -133,7 +141,8 @@ def combine(
         x = state.combine_buffer
     plan = replace(state.plan, topk_weights=routing.topk_weights.detach())
     view = group.for_shape(MoeShape(num_experts, routing.topk_idx.shape[1], hidden, max_tokens))
-    done = view.decode_combine(x.detach(), plan, out=out, stats=DecodeStats(None, wait_ns), return_hook=return_hook)
+    wire, stats = "logfmt10" if use_logfmt else "same", DecodeStats(None, wait_ns)
+    done = view.decode_combine(x.detach(), plan, wire=wire, out=out, stats=stats, return_hook=return_hook)
     return done.x, done.hook
 
 
@@ -142,14 +151,9 @@ def combine_buffer(group: ExpertGroup, handle: object) -> Tensor:
     state = state_of(handle, "Buffer.get_next_low_latency_combine_buffer")
     assert isinstance(handle, tuple)
     if state.combine_buffer is None:
-        max_tokens, hidden, num_experts = handle[2:5]
-        under = state.plan.under
-        if under is None:
-            shape = (*state.plan.src_token.shape, hidden)
-            state.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=group.device)
-        else:
-            view = group.for_shape(MoeShape(num_experts, state.topk_idx.shape[1], hidden, max_tokens))
-            state.combine_buffer = view.new_rows(under)
+        # Combine sends rows from wherever they lie: no memory is better than other memory.
+        shape = (*state.plan.src_token.shape, handle[3])
+        state.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=group.device)
     return state.combine_buffer
 
 

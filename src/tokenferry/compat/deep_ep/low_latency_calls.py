@@ -211,7 +211,8 @@ class LowLatencyCalls:
             topk_idx: ``[T, K]``, the same as for `low_latency_dispatch`; compared with it on the CPU only.
             topk_weights: ``[T, K]`` float32.
             handle: From `low_latency_dispatch`; may be used again.
-            use_logfmt: Only False.
+            use_logfmt: Rows travel in 10 bits a number (`tokenferry.logfmt`); needs bfloat16 rows and H a multiple of
+                128.
             zero_copy: Read the tensor of `get_next_low_latency_combine_buffer` instead of ``x``.
             async_finish: Return an event that can be waited for.
             return_recv_hook: Return before the sums are here; ``hook()`` receives them. Not together with
@@ -233,12 +234,12 @@ class LowLatencyCalls:
 
         Raises:
             UnsupportedError: an argument above that has to be neutral is not; names it.
-            ArgumentError: options exclude each other, or ``topk_idx`` is not that of the handle.
+            ArgumentError: options exclude each other, ``topk_idx`` is not that of the handle, or ``use_logfmt`` cannot
+                be had for these rows.
             PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
         """
         call = "Buffer.low_latency_combine"
         self._decoding(call)
-        refuse(call, "rows travel as they are, pass False", use_logfmt=use_logfmt)
         refuse(
             call,
             _OVERLAP_REMEDY,
@@ -257,7 +258,9 @@ class LowLatencyCalls:
             call,
             When(async_finish=async_finish),
             (x, routing, handle, out, wait_ns),
-            lambda: low_latency.combine(self._experts, x, routing, handle, zero_copy, out, wait_ns, return_recv_hook),
+            lambda: low_latency.combine(
+                self._experts, x, routing, handle, bool(use_logfmt), zero_copy, out, wait_ns, return_recv_hook
+            ),
         )
         return combined_x, event, hook
 

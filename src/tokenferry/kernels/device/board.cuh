@@ -20,6 +20,15 @@ struct Board {
     u64 card[2][kMaxRanks][kCardWords];   // [epoch parity][from][word]: epoch << 32 | value
     u64 counts[2][kMaxRanks][kMaxExperts];  // [epoch parity][from][expert]: epoch << 32 | rows for that expert
     u64 gave_up[kMaxRanks];               // [from]: 0, or code << 32 | the rank that it blames; never cleared
+    // Decode calls; see device/decode.cuh. [channel]: 0 dispatch, 1 combine.
+    u64 hello[2][2][kMaxRanks][kSignatureWords + 1];  // [channel][epoch parity][from][word]: epoch << 32 | value
+    u64 acks[2][kMaxRanks];               // [channel][from]: the last odd epoch that it has received << 32 | the last even one
+    u64 verdict[2][kMaxRanks];            // [channel][from]: epoch << 32 | 1 if its message came in time, 2 if not
+    u32 received[2][2];                   // [channel][epoch parity]: what this rank has received
+    u32 sends[2];                         // [channel]: epoch of this rank's last send
+    u32 opened[2];                        // [channel]: blocks of a running send that know its epoch
+    u32 masked;                           // a bit for each rank that decode calls leave out
+    u32 padding;
     u32 done[kMaxRanks];                  // [from]: blocks of all its kernels whose work on this rank is complete
     // From here on for this rank's own kernels.
     u32 expected[kMaxRanks];              // [from]: what `done` was when the last kernel ended
@@ -29,7 +38,8 @@ struct Board {
     u32 bad_slot;                         // complement of the least token * K + slot that holds a bad expert; 0: none
     u32 claimed;                          // units that warps of the running kernel have taken beyond their first ones
     u32 unused[3];
-    u8 rest[(1 << 20) - (2 * kMaxRanks * (kCardWords + kMaxExperts) + kMaxRanks) * 8 - (2 * kMaxRanks + 8) * 4];
+    u8 rest[(1 << 20) - (2 * kMaxRanks * (kCardWords + kMaxExperts) + kMaxRanks) * 8 - (2 * kMaxRanks + 8) * 4
+            - (4 * kMaxRanks * (kSignatureWords + 1) + 4 * kMaxRanks) * 8 - 10 * 4];
 };
 static_assert(sizeof(Board) == 1 << 20, "kernels/board.py says how large a board is");
 

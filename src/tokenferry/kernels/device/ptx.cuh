@@ -50,4 +50,43 @@ DEV u64 load_acquire(const u64* p) { u64 v; asm volatile("ld.acquire.sys.global.
 DEV u32 load_relaxed(const u32* p) { u32 v; asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 DEV u64 load_relaxed(const u64* p) { u64 v; asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
 
+// One instruction each, right to about the last two bits; the functions of CUDA C++ take twenty.
+DEV float log2_near(float v) { float l; asm("lg2.approx.f32 %0, %1;" : "=f"(l) : "f"(v)); return l; }
+DEV float exp2_near(float v) { float e; asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(v)); return e; }
+
+// For kernels that may be launched early. The next kernel of the stream may take what SMs are free, if it waits likewise.
+DEV void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEV void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// 16 bytes as one: no reader sees a part of a write.
+DEV int4 load_packet(const void* p) {
+    u64 low, high;
+    asm volatile("{\n.reg .b128 v;\nld.relaxed.sys.global.b128 v, [%2];\nmov.b128 {%0, %1}, v;\n}" : "=l"(low), "=l"(high) : "l"(p) : "memory");
+    return make_int4((int)low, (int)(low >> 32), (int)high, (int)(high >> 32));
+}
+DEV void store_packet(void* p, const int4& v) {
+    const u64 low = (u32)v.x | (u64)(u32)v.y << 32, high = (u32)v.z | (u64)(u32)v.w << 32;
+    asm volatile("{\n.reg .b128 v;\nmov.b128 v, {%1, %2};\nst.relaxed.sys.global.b128 [%0], v;\n}" ::"l"(p), "l"(low), "l"(high) : "memory");
+}
+DEV u32 add_acquire_release(u32* p, u32 v) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
+
+// Four numbers as float8_e4m3fn, lowest byte first; beyond 448 it is 448.
+DEV u32 pack_fp8(float a, float b, float c, float d) {
+    u32 v;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+        : "=r"(v) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return v;
+}
+
+DEV void unpack_fp8(u32 v, float (&n)[4]) {
+    asm("{\n.reg .b16 low, high, a, b, c, d;\n.reg .b32 x, y;\nmov.b32 {low, high}, %4;\n"
+        "cvt.rn.f16x2.e4m3x2 x, low;\ncvt.rn.f16x2.e4m3x2 y, high;\nmov.b32 {a, b}, x;\nmov.b32 {c, d}, y;\n"
+        "cvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\ncvt.f32.f16 %2, c;\ncvt.f32.f16 %3, d;\n}"
+        : "=f"(n[0]), "=f"(n[1]), "=f"(n[2]), "=f"(n[3]) : "r"(v));
+}
+
 DEV u64 clock_ns() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }

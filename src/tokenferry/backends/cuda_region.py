@@ -1,0 +1,185 @@
+"""Regions: memory of a CUDA group for what decode calls have under way; kernels/device/decode.cuh says how it is used.
+
+A region lies in the heap, is made by the first decode call, and again by one that needs a larger one. All ranks make
+theirs together, so that each knows where those of its peers are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+
+from tokenferry.backends.cuda_memory import Shelf
+from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.errors import ArgumentError, CapacityError, MismatchError
+from tokenferry.kernels.collect.spec import CHUNK_COLUMNS, packets_of_chunk
+from tokenferry.kernels.spread.spec import message_words, notes
+from tokenferry.memory.heap import Block
+from tokenferry.memory.tensor import bytes_at
+from tokenferry.words import MoeShape
+
+HALVES = 2
+PACKET_BYTES = 16
+_WORD_BYTES = 8
+_LINE = 128
+
+_numbers = itertools.count()
+
+Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
+"""Gives a card to every rank, and returns every rank's; collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of each part of a region, for one half and, but for the last, one source rank.
+
+    Attributes:
+        words: Messages: how many rows for each expert, which tokens.
+        notes: What belongs to each row.
+        rows: Rows of a dispatch, with their scales.
+        answers: Rows of a combine, from all ranks.
+    """
+
+    words: int
+    notes: int
+    rows: int
+    answers: int
+
+    def within(self, other: Sizes) -> bool:
+        """Whether a region of ``other`` has room for this."""
+        return all(mine <= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+
+    def or_more(self, other: Sizes) -> Sizes:
+        """Room for both."""
+        return Sizes(*map(max, zip(astuple(self), astuple(other), strict=True)))
+
+
+def sizes_for(shape: MoeShape, num_ranks: int, item_bytes: int) -> Sizes:
+    """What decode calls of a shape need, whatever their options; rows have H elements of ``item_bytes``."""
+    M, K, H = shape.max_tokens, shape.top_k, shape.hidden
+    num_local = shape.num_experts // num_ranks
+    scales = -(-H // CHUNK_COLUMNS) * PACKET_BYTES
+    chunks = -(-H // CHUNK_COLUMNS)
+    return Sizes(
+        words=_lines(message_words(M, num_local) * _WORD_BYTES),
+        notes=_lines(M * notes(K) * PACKET_BYTES),
+        rows=_lines(M * max(H * item_bytes, H + scales)),
+        answers=_lines(M * max(K, num_ranks) * chunks * packets_of_chunk(max(item_bytes, 2), 0) * PACKET_BYTES),
+    )
+
+
+def _lines(num_bytes: int) -> int:
+    return -(-num_bytes // _LINE) * _LINE
+
+
+class Region:
+    """One rank's, and where those of its peers are.
+
+    Attributes:
+        number: Of this region, of all in the process.
+        sizes: Of its parts.
+        addresses: Of the region of each rank, in this process.
+        notes_at: Where parts begin, from the region's start; the words are first.
+        rows_at: See ``notes_at``.
+        answers_at: See ``notes_at``.
+    """
+
+    def __init__(self, station: Station, sizes: Sizes, block: Block) -> None:
+        sources = HALVES * station.num_ranks
+        self.number = next(_numbers)
+        self.sizes = sizes
+        self.addresses: tuple[int, ...] = ()
+        self.notes_at = sources * sizes.words
+        self.rows_at = self.notes_at + sources * sizes.notes
+        self.answers_at = self.rows_at + sources * sizes.rows
+        self.num_bytes = self.answers_at + HALVES * sizes.answers
+        self.block = block
+        self._memory = bytes_at(block.address, self.num_bytes, station.device, block)
+
+    def clear(self) -> None:
+        """As if no call had ever been: no word or note has an epoch, no packet is under way."""
+        self._memory[: self.rows_at].zero_()
+        self._memory[self.rows_at :].fill_(0xFF)
+
+
+def bytes_of(sizes: Sizes, num_ranks: int) -> int:
+    """Bytes of a region."""
+    return HALVES * (num_ranks * (sizes.words + sizes.notes + sizes.rows) + sizes.answers)
+
+
+class Regions:
+    """The region of a group, made when it is needed.
+
+    Args:
+        station: This rank's.
+        shelf: Where blocks come from.
+        exchange: Collective.
+    """
+
+    def __init__(self, station: Station, shelf: Shelf, exchange: Exchange) -> None:
+        self._station = station
+        self._shelf = shelf
+        self._exchange = exchange
+        self._captured: list[Region] = []
+        self._fits: dict[tuple[MoeShape, int], Region] = {}
+        self.now: Region | None = None
+
+    def fitting(self, here: Here, shape: MoeShape, item_bytes: int) -> Region:
+        """A region with room for calls of a shape, of rows of such elements; collective if it has to be made.
+
+        Raises:
+            ArgumentError: a CUDA graph is being captured, and there is none yet.
+            CapacityError: a rank's heap has no room.
+            MismatchError: ranks made different calls.
+            PeerTimeout: a rank did not come.
+        """
+        region = self._fits.get((shape, item_bytes))
+        if region is None:
+            sizes, region = sizes_for(shape, self._station.num_ranks, item_bytes), self.now
+            if region is None or not sizes.within(region.sizes):
+                region = self._make(here, sizes if region is None else sizes.or_more(region.sizes))
+                self._fits.clear()
+            self._fits[shape, item_bytes] = region
+        if here.capturing and region not in self._captured:
+            self._captured.append(region)  # replays use it as long as the group lives
+        return region
+
+    def _make(self, here: Here, sizes: Sizes) -> Region:
+        station, phase = self._station, here.signature.phase
+        if here.capturing:
+            raise ArgumentError(
+                f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
+                "ranks, which a CUDA graph cannot capture; call it once before the capture"
+            )
+        num_bytes, problem, block = bytes_of(sizes, station.num_ranks), "", None
+        try:
+            block = self._shelf.block(phase, num_bytes, here.stream)
+        except CapacityError as error:
+            problem = str(error)
+        if block is not None:
+            region = Region(station, sizes, block)
+            region.clear()
+            station.synchronize()  # before a peer writes to it
+            if station.device.type == "cuda":
+                torch.cuda.current_stream(station.device).synchronize()
+        at = -1 if block is None else block.offset
+        cards = self._exchange({"sizes": astuple(sizes), "at": at, "problem": problem, "call": phase})
+        for rank, card in enumerate(cards):
+            if card["call"] != phase or tuple(card["sizes"]) != astuple(sizes):
+                raise station.out_of_step(
+                    MismatchError(
+                        f"{phase}: rank {station.rank} and rank {rank} made different calls: the first of these sizes, "
+                        f"{astuple(sizes)} bytes here, is {card['call']} with {tuple(card['sizes'])} there; call the "
+                        "same on all ranks, in the same order"
+                    )
+                )
+            if card["problem"]:
+                raise CapacityError(f"{phase}: rank {rank}: {card['problem']}")
+        assert block is not None
+        region.addresses = tuple(base + card["at"] for base, card in zip(station.window.bases, cards, strict=True))
+        self.now = region
+        return region

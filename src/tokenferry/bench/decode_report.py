@@ -1,0 +1,144 @@
+"""What the decode phases say: times beside the limit of the same run, tables, JSON, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenferry.bench.clock import Summary
+from tokenferry.bench.limits import Limits
+
+Item = dict[str, Any]
+
+CHECKED = (
+    "dispatch: counts, source tokens, every row and scale bit-equal; combine: every sum bit-equal (logfmt10: within a "
+    "code); eagerly and replayed, before timing and after, with new rows, routings and numbers of tokens"
+)
+LIMIT = (
+    "bytes that leave the GPU with most, at the best rate of stores of this run, and for each of dispatch and combine "
+    "one flag's way and one empty kernel of a graph"
+)
+HOOK = "+ hook: sent with a hook that is called at once: two kernels instead of one"
+
+HEADER = (
+    *("decode call", "T", "graph us", "limit us", "of limit", "graph + hook us", "drained us", "launch"),
+    *("eager us", "eager + hook us", "host us", "host + hook us", "KB out"),
+)
+MICRO_HEADER = (
+    *("micro-batches", "T of each", "work us", "4 x work us", "calls us", "one after another us", "by hooks us"),
+    *("hidden", "faster by"),
+)
+CURVES = ("dispatch FP8", "combine exact", "combine fast", "pair exact", "pair fast")
+"""What the picture shows."""
+
+
+def limit_us(item: Item, limits: Limits | None, node_us: float | None, kernels: int = 1) -> float | None:
+    """The least time of a round.
+
+    Args:
+        item: A case.
+        limits: Of the links.
+        node_us: An empty kernel in a graph.
+        kernels: Of each call.
+
+    Returns:
+        float | None: microseconds; None if a part of it was not measured.
+    """
+    if limits is None or node_us is None or not limits.rates:
+        return None
+    total = 0.0
+    for message in item["messages"]:
+        rate = limits.near("store", message["row_bytes"])
+        if not rate:
+            return None
+        total += message["rows_most"] * message["row_bytes"] / rate / 1e3 + (limits.flag_us or 0.0) + kernels * node_us
+    return total
+
+
+def as_json(items: Sequence[Item], limits: Limits | None, node_us: float | None) -> list[Item]:
+    """The cases with their limits."""
+    whole = []
+    for item in items:
+        limit = limit_us(item, limits, node_us)
+        fraction = None if limit is None else limit / item["graph"]["median_us"]
+        hooked = limit_us(item, limits, node_us, kernels=2)
+        whole.append({**item, "limit_us": limit, "of_limit": fraction, "limit_hook_us": hooked})
+    return whole
+
+
+def rows(items: Sequence[Item], limits: Limits | None, node_us: float | None) -> list[list[str]]:
+    """Rows under `HEADER`."""
+    table = []
+    for item in as_json(items, limits, node_us):
+        cells = [item["call"], str(item["tokens"]), _range(item["graph"])]
+        cells += [_dash(item["limit_us"], ".1f"), _dash(item["of_limit"], ".0%"), _range(item["graph_hook"])]
+        cells += [_range(item["drained"]), launch(item["ahead"])]
+        cells += [_range(item["eager"]), _range(item["eager_hook"])]
+        cells += [_dash(item["host_us"], ".1f"), _dash(item["host_hook_us"], ".1f")]
+        sent = sum(message["rows"] * message["row_bytes"] for message in item["messages"])
+        table.append([*cells, f"{sent / 1e3:.0f}"])
+    return table
+
+
+def micro_rows(items: Sequence[Item]) -> list[list[str]]:
+    """Rows under `MICRO_HEADER`."""
+    return [
+        [
+            *(item["numerics"], str(item["tokens"]), f"{item['piece_us']:.1f}"),
+            *(_range(item[name]) for name in ("work", "calls", "serial", "hooks")),
+            *(f"{item['hidden']:.0%}", f"{item['speedup'] - 1:.0%}"),
+        ]
+        for item in items
+    ]
+
+
+def line(item: Item) -> str:
+    """One case for people who watch."""
+    hooked = "" if item["graph_hook"] is None else f" ({item['graph_hook']['median_us']:.1f} with hook)"
+    graph = f"{item['graph']['median_us']:.1f} us in a graph{hooked}"
+    rest = f"{item['drained']['median_us']:.1f} drained, {item['eager']['median_us']:.1f} eager"
+    return f"decode: {item['call']}, T={item['tokens']}: {graph}, {rest}, {item['host_us']:.1f} of the host"
+
+
+def micro_line(item: Item) -> str:
+    """The same for micro-batches."""
+    times = f"{item['serial']['median_us']:.1f} us one after another, {item['hooks']['median_us']:.1f} by hooks"
+    return f"micro-batches, {item['numerics']}: {times}, {item['hidden']:.0%} hidden"
+
+
+def curves(
+    items: Sequence[Item], limits: Limits | None, node_us: float | None
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[tuple[float, float]]]]:
+    """Points (T, us) of the calls of `CURVES`, and of their limits."""
+    times: dict[str, list[tuple[float, float]]] = {}
+    floors: dict[str, list[tuple[float, float]]] = {}
+    for item in as_json(items, limits, node_us):
+        name, tokens = item["call"], float(item["tokens"])
+        if name in CURVES:
+            times.setdefault(name, []).append((tokens, item["graph"]["median_us"]))
+            if item["limit_us"] is not None:
+                floors.setdefault(f"limit: {name}", []).append((tokens, item["limit_us"]))
+    return times, floors
+
+
+def launch(ahead: float) -> str:
+    """Whether the hosts' launches are in a drained time, which part of the iterations had them ``ahead``."""
+    if ahead >= ALWAYS:
+        return "ahead"
+    return "in it" if ahead <= 1 - ALWAYS else f"{ahead:.0%}"
+
+
+ALWAYS = 0.9
+"""From this part of the iterations on, something holds for the median and its percentiles."""
+
+
+def _range(values: Mapping[str, Any] | None) -> str:
+    """Median with 5th and 95th percentile."""
+    if values is None:
+        return "-"
+    one = Summary(**values)
+    return f"{one.median_us:.1f} ({one.p05_us:.1f}-{one.p95_us:.1f})"
+
+
+def _dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,44 @@
+"""Pictures of who waited for whom. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def plot_waits(tables: Mapping[str, Sequence[Sequence[float]]], folder: Path, title: str) -> list[Path]:
+    """Write waits.png: a heat map for each table.
+
+    Args:
+        tables: By name ``[R][R]`` microseconds: what the rank of the row waited for that of the column.
+        folder: Is made if it is not there.
+        title: Above all of them.
+
+    Returns:
+        list: What was written.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no display, nothing global
+
+    num_ranks = len(next(iter(tables.values())))
+    figure = Figure(figsize=(max(3.6, 0.7 * num_ranks + 1.4) * len(tables), max(3.4, 0.6 * num_ranks + 1.6)))
+    figure.set_layout_engine("constrained")
+    most = max(value for us in tables.values() for row in us for value in row)  # one scale for all
+    for i, (name, us) in enumerate(tables.items()):
+        axes = figure.add_subplot(1, len(tables), i + 1)
+        image = axes.imshow(us, cmap="inferno", vmin=0, vmax=most or 1.0)
+        for r, row in enumerate(us):
+            for s, value in enumerate(row):
+                if r != s:
+                    dark = "white" if value < most / 2 else "black"
+                    axes.text(s, r, f"{value:.1f}", ha="center", va="center", color=dark, fontsize=8)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("for rank")
+        axes.set_ylabel("rank")
+        axes.set_xticks(range(num_ranks))
+        axes.set_yticks(range(num_ranks))
+        figure.colorbar(image, ax=axes, label="us a round", shrink=0.8)
+    figure.suptitle(title, fontsize=9)
+    file = folder / "waits.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    return [file]

@@ -1,0 +1,307 @@
+"""Timelines of decode calls: clocks of several GPUs brought together, phases, events for Perfetto and Chrome.
+
+Everything here is a function of what kernels wrote down (see `tokenferry.kernels.board`, ``TRACE``): tensors in,
+numbers out. Nothing here needs a GPU. Letters: N calls, R ranks, B blocks of a kernel, W = ``TRACE_WORDS``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tokenferry.errors import ArgumentError
+from tokenferry.kernels.board import MAX_RANKS, TRACE, TRACE_HELLO, TRACE_ROWS
+
+PHASES = {"ready": "read, wait for room", "sent": "send", "told": "wait for counts", "end": "receive"}
+"""What a block was busy with until it wrote down the word of this name; a word of 0 was not written: there is no such
+phase."""
+TELLS = {**PHASES, "sent": "tell"}
+"""The same of a kernel's last block, which tells counts and signatures instead of sending rows."""
+WAIT = "wait for messages"
+"""What the last block does after that, until every rank's message is here."""
+_HELLO = slice(TRACE_HELLO, TRACE_HELLO + MAX_RANKS)
+_ROWS = slice(TRACE_ROWS, TRACE_ROWS + MAX_RANKS)
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Where the clocks of ranks stand.
+
+    Attributes:
+        offset_ns: By rank: its clock minus that of rank 0.
+        error_ns: No clock is further off than this.
+    """
+
+    offset_ns: tuple[int, ...]
+    error_ns: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """One call as all ranks wrote it down.
+
+    Attributes:
+        name: Such as ``"decode_dispatch"``.
+        words: ``[R, B, W]`` int64, nanoseconds; 0: not written.
+    """
+
+    name: str
+    words: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What one block was busy with, nanoseconds."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+
+    @property
+    def lasts_ns(self) -> int:
+        """How long."""
+        return self.end_ns - self.start_ns
+
+
+@dataclass(frozen=True, slots=True)
+class RankTimes:
+    """One call on one rank, in microseconds.
+
+    Attributes:
+        rank: The rank.
+        late_us: It began so much later than the first rank.
+        lasts_us: From its first block's begin to its last block's end.
+        phases: Name to median and maximum over its blocks, the last one apart.
+        waits_us: By rank: how long its message was waited for.
+    """
+
+    rank: int
+    late_us: float
+    lasts_us: float
+    phases: Mapping[str, tuple[float, float]]
+    waits_us: Mapping[int, float]
+
+    @property
+    def waited_longest(self) -> int | None:
+        """The rank that was waited for longest; None without peers."""
+        return max(self.waits_us, key=lambda rank: self.waits_us[rank], default=None)
+
+
+def stacked(words: Sequence[Tensor]) -> Tensor:
+    """Put the words of all ranks together, by rank.
+
+    Args:
+        words: By rank ``[..., B, W]``; ranks may have different numbers of blocks: missing ones are zero.
+
+    Returns:
+        Tensor: ``[..., R, B, W]``.
+    """
+    most = max(one.shape[-2] for one in words)
+    return torch.stack([pad(one, (0, 0, 0, most - one.shape[-2])) for one in words], dim=-3)
+
+
+# ------------------------------------------------------------------ clocks
+
+
+def find_clocks(words: Tensor) -> Clocks:
+    """Say how the clocks of R ranks differ, from what N calls wrote down.
+
+    As NTP does: in every call rank a notes on its clock when it sent its message (``ready`` of its last block), and
+    rank b on its own when it saw it (``TRACE_HELLO + a``, too of the last block). The smallest difference over all
+    calls is the one in which nothing but the way took time: the way plus b's clock minus a's. In the other direction
+    it is the way minus that. So half the difference of these two minima is the offset, if both ways are as long; in
+    any case it is no further off than half their sum. Each rank's offset is the mean over the ways by all ranks.
+
+    A message that came before its reader looked for it tells too late a time. So each rank has to be the last in some
+    of the calls: `tokenferry.bench.rounds` makes them late in turn. The calls should lie within milliseconds of what is
+    put in order with them: clocks drift.
+
+    Args:
+        words: ``[N, R, B, W]`` int64.
+
+    Raises:
+        ArgumentError: two ranks have never heard one another.
+    """
+    last = _last_blocks(words)
+    num_ranks = last.shape[1]
+    sent = last[..., TRACE["ready"]].unsqueeze(2)  # [N, a, 1]
+    seen = last[..., TRACE_HELLO : TRACE_HELLO + num_ranks].transpose(1, 2)  # [N, a, b]
+    never = torch.iinfo(torch.int64).max
+    way = torch.where((sent > 0) & (seen > 0), seen - sent, never).min(dim=0).values.fill_diagonal_(0)
+    deaf = (way == never).nonzero().tolist()
+    if deaf:
+        raise ArgumentError(
+            f"find_clocks: words: rank {deaf[0][1]} has seen no message of rank {deaf[0][0]} in any call"
+        )
+    apart = (way - way.T).double() / 2  # b's clock minus a's
+    offset = apart.mean(dim=0)
+    offset = (offset - offset[0]).round().long()
+    return Clocks(tuple(offset.tolist()), int((way + way.T).max()) // 2)
+
+
+def aligned(call: Recorded, clocks: Clocks) -> Recorded:
+    """Put all ranks on the clock of rank 0."""
+    offset = torch.tensor(clocks.offset_ns, dtype=torch.int64).view(-1, 1, 1)
+    return replace(call, words=torch.where(call.words > 0, call.words - offset, 0))
+
+
+def _last_blocks(words: Tensor) -> Tensor:
+    """``[..., B, W]`` -> ``[..., W]``: of the last block that ran."""
+    ran = words[..., TRACE["start"]] > 0
+    last = (ran * torch.arange(words.shape[-2])).amax(dim=-1)
+    index = last[..., None, None].expand(*last.shape, 1, words.shape[-1])
+    return words.gather(-2, index).squeeze(-2)
+
+
+# ------------------------------------------------------------------ what happened when
+
+
+def phases(block: Sequence[int], *, tells: bool = False) -> list[Phase]:
+    """The phases of one block, in order.
+
+    Args:
+        block: ``[W]``, its words.
+        tells: It is its kernel's last block.
+    """
+    found: list[Phase] = []
+    before = block[TRACE["start"]]
+    seen = max(block[_HELLO])
+    for name, text in (TELLS if tells else PHASES).items():
+        now = block[TRACE[name]]
+        if tells and name == "told" and seen > before:
+            found.append(Phase(WAIT, before, seen))
+            before = seen
+        if now > before and before:
+            found.append(Phase(text, before, now))
+            before = now
+    return found
+
+
+def rank_times(call: Recorded) -> list[RankTimes]:
+    """What each rank did in one call whose ranks are on one clock."""
+    begin = _begin([call])
+    last = _last_blocks(call.words)
+    num_ranks = call.words.shape[0]
+    found = []
+    for rank, blocks in enumerate(_blocks(call)):
+        by_name: dict[str, list[float]] = {name: [] for name in PHASES.values()}
+        for block in blocks[:-1]:
+            for phase in phases(block):
+                by_name[phase.name].append(phase.lasts_ns / 1e3)
+        first = min(block[TRACE["start"]] for block in blocks)
+        asked = int(last[rank, TRACE["sent"]])
+        seen = {s: int(last[rank, TRACE_HELLO + s]) for s in range(num_ranks) if s != rank}
+        found.append(
+            RankTimes(
+                rank,
+                (first - begin) / 1e3,
+                (max(map(_end, blocks)) - first) / 1e3,
+                {name: (statistics.median(us), max(us)) for name, us in by_name.items() if us},
+                {s: max(at - asked, 0) / 1e3 for s, at in seen.items() if at},
+            )
+        )
+    return found
+
+
+def row_waits(words: Tensor) -> Tensor:
+    """``[R, R]`` float64: nanoseconds from when rank r had the messages of all until it had the last row of s.
+
+    The mean of the calls; 0 where no rows came, and for a rank's own. What `tokenferry.bench.diagnose.judge` takes as
+    ``row_ns``. A rank begins to receive rows only when it has the counts of all: a late message delays no row by this
+    measure.
+
+    Args:
+        words: ``[N, R, B, W]`` int64, of dispatches.
+    """
+    num_ranks = words.shape[1]
+    seen = _last_blocks(words)[..., TRACE_HELLO : TRACE_HELLO + num_ranks].amax(dim=-1, keepdim=True)
+    rows = words[..., TRACE_ROWS : TRACE_ROWS + num_ranks].amax(dim=2)
+    there = (rows > 0) & (seen > 0)
+    waited = torch.where(there, (rows - seen).clamp(min=0), 0).double()
+    return (waited.sum(dim=0) / there.sum(dim=0).clamp(min=1)).fill_diagonal_(0.0)
+
+
+def _blocks(call: Recorded) -> list[list[list[int]]]:
+    """By rank: the words of the blocks that ran.
+
+    Raises:
+        ArgumentError: on some rank none did.
+    """
+    found = [[block for block in blocks if block[TRACE["start"]]] for blocks in call.words.tolist()]
+    if not all(found):
+        raise ArgumentError(f"{call.name}: rank {[bool(blocks) for blocks in found].index(False)} wrote nothing down")
+    return found
+
+
+def _begin(calls: Sequence[Recorded]) -> int:
+    return min(block[TRACE["start"]] for call in calls for blocks in _blocks(call) for block in blocks)
+
+
+def _end(block: Sequence[int]) -> int:
+    return max(block[: _ROWS.stop])
+
+
+# ------------------------------------------------------------------ for Perfetto and chrome://tracing
+
+
+def events(calls: Sequence[Recorded]) -> list[dict[str, Any]]:
+    """Trace events of calls whose ranks are on one clock: a process a rank, a thread a block.
+
+    Phases are complete events. Below the blocks each rank has a line for each peer: how long its message was under way
+    (from being sent there to being seen here; two clocks, so only as exact as these), and from then on until its last
+    row was here. Where a block took the last row of a rank is an instant. ``ts`` and ``dur`` are microseconds since the
+    first block of the first call began.
+    """
+    begin = _begin(calls)
+    num_blocks = max(len(blocks) for call in calls for blocks in _blocks(call))
+    found = list(_names(calls[0].words.shape[0], num_blocks))
+    for call in calls:
+        for rank, blocks in enumerate(_blocks(call)):
+            for tid, block in enumerate(blocks):
+                where = {"cat": call.name, "pid": rank, "tid": tid}
+                for phase in phases(block, tells=tid == len(blocks) - 1):
+                    found.append({**where, **_span(phase, begin)})
+                for source, at in enumerate(block[_ROWS]):
+                    if at:
+                        name = f"last row of rank {source} here"
+                        found.append({**where, "ph": "i", "s": "t", "name": name, "ts": (at - begin) / 1e3})
+        for rank, source, phase in _journeys(call):
+            found.append({"cat": call.name, "pid": rank, "tid": num_blocks + source, **_span(phase, begin)})
+    return found
+
+
+def _names(num_ranks: int, num_blocks: int) -> Iterator[dict[str, Any]]:
+    for rank in range(num_ranks):
+        named = {"ph": "M", "pid": rank}
+        yield {**named, "name": "process_name", "args": {"name": f"rank {rank}"}}
+        yield {**named, "name": "process_sort_index", "args": {"sort_index": rank}}
+        threads = [f"block {b}" for b in range(num_blocks - 1)] + [f"block {num_blocks - 1}: tells"]
+        threads += [f"from rank {s}" for s in range(num_ranks)]
+        for tid, text in enumerate(threads):
+            if tid != num_blocks + rank:
+                yield {**named, "tid": tid, "name": "thread_name", "args": {"name": text}}
+                yield {**named, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
+
+
+def _journeys(call: Recorded) -> Iterator[tuple[int, int, Phase]]:
+    """(receiver, sender, phase) of every message, and of the rows after it."""
+    last = _last_blocks(call.words).tolist()
+    rows = call.words[..., _ROWS].amax(dim=1).tolist()
+    for rank in range(len(last)):
+        for source in range(len(last)):
+            sent, seen, end = last[source][TRACE["ready"]], last[rank][TRACE_HELLO + source], rows[rank][source]
+            if not seen:  # its own are no messages
+                continue
+            yield rank, source, Phase("message", min(sent, seen), seen)
+            if end > seen:
+                yield rank, source, Phase("rows", seen, end)
+
+
+def _span(phase: Phase, begin: int) -> dict[str, Any]:
+    return {"ph": "X", "name": phase.name, "ts": (phase.start_ns - begin) / 1e3, "dur": phase.lasts_ns / 1e3}

@@ -1,0 +1,148 @@
+"""`tokenferry trace`: one decode call on all GPUs, as a timeline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenferry
+from tokenferry.bench import report
+from tokenferry.bench.gpu import find_gpus, need_gpus
+from tokenferry.bench.inputs import Spec
+from tokenferry.bench.rounds import CALIBRATIONS, CHAIN, record_calls
+from tokenferry.bench.timeline import PHASES, Clocks, Recorded, aligned, events, find_clocks, rank_times, stacked
+from tokenferry.cli.failure import explain
+from tokenferry.cli.options import positive
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.testing.world import World, WorldError
+
+HELP = "draw a timeline of one decode call on all GPUs of this host, from time stamps inside the kernels"
+DESCRIPTION = """\
+Starts one rank on each GPU, checks that rows come home right, makes some decode calls back to back in a CUDA graph and
+records the last one: when each block of each rank had room at its peers, had sent its rows, had the counts of all, was
+done; when the message and the last row of each rank were there. Writes that as a file for https://ui.perfetto.dev or
+chrome://tracing (a process a rank, a thread a block), and prints what took how long.
+
+The GPUs' clocks are brought together from the calls themselves, as NTP does; how far they may be off is printed.
+Kernels write time stamps down only while they are recorded.
+"""
+JOB_TIMEOUT_S = 180.0
+CALLS = {
+    "decode_dispatch": ("decode_dispatch",),
+    "decode_combine": ("decode_combine",),
+    "pair": ("decode_dispatch", "decode_combine"),
+}
+HEADER = ("rank", "begins", "lasts", *PHASES.values(), "waited longest for")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--ranks", type=positive, help="R, at most 8 (default: one on each GPU)")
+    parser.add_argument("--tokens", type=positive, default=128, help="T, on every rank (default: 128)")
+    parser.add_argument("--hidden", type=positive, default=7168, help="H (default: 7168)")
+    parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
+    parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
+    parser.add_argument("--call", choices=tuple(CALLS), default="pair", help="what to record (default: pair)")
+    parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", default=Path("trace.json"), help="the timeline (default: trace.json)"
+    )
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Record, print, write; 1 if a rank failed."""
+    spec = make_spec(args, args.ranks or min(need_gpus(), 8), iters=CHAIN)
+    gpus = find_gpus()
+    screen.line(f"{gpus.line()}, {spec.ranks} ranks")
+    screen.line(f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}")
+    screen.line(f"command: {args.command_line}")
+    screen.line(sizes(spec))
+    try:
+        with World(spec.ranks, devices="cuda", timeout_s=JOB_TIMEOUT_S) as world:
+            found = world.run(record_calls, spec, CALLS[args.call])
+    except WorldError as error:
+        screen.line(f"{explain(error)}\nnothing was recorded", style="bold red")
+        return 1
+    clocks, calls = together(found, CALLS[args.call])
+    show(clocks, calls, screen)
+    about = {"command": args.command_line, "tokenferry": tokenferry.__version__, "commit": report.commit()}
+    args.json.write_text(json.dumps(as_json(clocks, calls, {**about, "sizes": sizes(spec)})), encoding="utf-8")
+    screen.line(f"written: {args.json}; open it in https://ui.perfetto.dev")
+    return 0
+
+
+def make_spec(args: argparse.Namespace, ranks: int, iters: int) -> Spec:
+    """What the options ask for.
+
+    Raises:
+        ConfigError: sizes do not fit one another.
+    """
+    if ranks > 8 and getattr(args, "device", "cuda") == "cuda":
+        raise ConfigError(f"--ranks {ranks}: windows reach at most 8 ranks of one host")
+    if args.experts % ranks:
+        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {ranks}; change one of them")
+    if args.top_k > args.experts:
+        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
+    if args.hidden % 128:
+        raise ConfigError(f"--hidden {args.hidden} is no multiple of 128, the columns of one FP8 scale")
+    seed = secrets.randbits(31) if args.seed is None else args.seed % 2**31
+    return Spec(ranks, args.tokens, args.hidden, args.top_k, args.experts, iters, 0, seed)
+
+
+def sizes(spec: Spec) -> str:
+    """One line for people."""
+    return f"R={spec.ranks} T={spec.tokens} H={spec.hidden} K={spec.top_k} E={spec.experts}, seed {spec.seed}"
+
+
+def together(found: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> tuple[Clocks, list[Recorded]]:
+    """What all ranks recorded, on one clock."""
+    clocks = find_clocks(stacked([one["clocks"] for one in found]))
+    calls = [Recorded(name, stacked([one[name] for one in found])) for name in names]
+    return clocks, [aligned(call, clocks) for call in calls]
+
+
+def show(clocks: Clocks, calls: Sequence[Recorded], screen: Screen) -> None:
+    """Print a table for each call."""
+    for call in calls:
+        screen.table(f"{call.name}, us (phases: median / maximum over blocks)", HEADER, cells(call))
+    offsets = ", ".join(f"{offset / 1e3:.2f}" for offset in clocks.offset_ns)
+    screen.line(
+        f"clocks of the ranks stood at {offsets} us against that of rank 0 (from {CALIBRATIONS} calls; "
+        f"off by at most {clocks.error_ns / 1e3:.2f} us)"
+    )
+
+
+def cells(call: Recorded) -> list[list[str]]:
+    """One row a rank, under `HEADER`."""
+    rows = []
+    for one in rank_times(call):
+        spans = [one.phases.get(name) for name in PHASES.values()]
+        longest = one.waited_longest
+        waited = "-" if longest is None else f"rank {longest}: {one.waits_us[longest]:.1f}"
+        times = ["-" if span is None else f"{span[0]:.1f} / {span[1]:.1f}" for span in spans]
+        rows.append([str(one.rank), f"{one.late_us:.1f}", f"{one.lasts_us:.1f}", *times, waited])
+    return rows
+
+
+def as_json(clocks: Clocks, calls: Sequence[Recorded], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The file: trace events, and what they are about."""
+    return {
+        "traceEvents": events(calls),
+        "displayTimeUnit": "ns",
+        "otherData": {
+            **about,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "clock_offsets_ns": list(clocks.offset_ns),
+            "clocks_off_by_at_most_ns": clocks.error_ns,
+        },
+    }

@@ -1,0 +1,1 @@
+"""The kernel `collect`: decode combine."""

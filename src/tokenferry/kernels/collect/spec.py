@@ -1,0 +1,53 @@
+"""Host half of the kernel `collect`; kernel.cuh says what it does."""
+
+from __future__ import annotations
+
+from tokenferry.kernels.describe import describe
+
+THREADS = 512
+CHUNK_COLUMNS = 512
+"""Columns that a warp handles at a time."""
+TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
+SAME, FP8, LOGFMT10 = 0, 1, 2
+"""What travels: rows as they are, or encoded."""
+
+SPEC = describe(
+    __file__,
+    (
+        ("regions", "ptr[8]"),
+        ("y", "ptr"),
+        ("out", "ptr"),
+        ("topk_idx", "ptr"),
+        ("weights", "ptr"),
+        ("row_weights", "ptr"),
+        ("table", "ptr"),
+        ("ticket", "ptr"),
+        ("masked_out", "ptr"),
+        ("trace", "ptr"),
+        ("packets_at", "u64"),
+        ("packets_stride", "u64"),
+        ("num_tokens", "u32"),
+        ("phases", "u32"),
+        ("max_tokens", "u32"),
+        ("top_k", "u32"),
+        ("num_local", "u32"),
+        ("columns", "u32"),
+        ("wide", "u32"),
+        ("mask_late", "u32"),
+    ),
+    max_registers=128,
+    max_threads=THREADS,
+    static_smem=256,
+    early=True,
+    configs=tuple(
+        {"type": kind, "fast": fast, "wire": wire}
+        for kind in TYPES.values()
+        for fast in (0, 1)
+        for wire in (SAME, FP8, LOGFMT10)
+    ),
+)
+
+
+def packets_of_chunk(item_bytes: int, wire: int) -> int:
+    """Packets of 16 bytes in which the chunk of a row travels."""
+    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: 33, LOGFMT10: 42}[wire]

@@ -1,0 +1,278 @@
+// How decode kernels of R ranks talk. There is no meeting: a rank sends what it has, then waits for what it needs.
+//
+//   packet  16 bytes of data that are their own flag: where none is under way there are 16 bytes of ones (kEmpty), and the
+//           reader puts these back. 16 bytes are read and written as one, so a packet is there as a whole or not at all.
+//   word    8 bytes, epoch in the upper half: messages of known places (routing, signatures). Never cleared.
+//   note    16 bytes, epoch in the last 4: the same where 12 bytes of value are wanted.
+//
+// A channel is one direction: 0 dispatch, 1 combine. Its epoch counts sends, on the device, so that a replayed CUDA graph
+// goes on counting. Send n writes to half n & 1 of the reader's memory (words, notes and packets), once that reader has received
+// n - 2: it says so (`acks`) at the start of every kernel that sends, and the host sees to it that it does: before it launches
+// send n it launches receive n - 2. Nobody waits for an ack unless he is two calls ahead.
+//
+// A kernel that receives n writes `received` at once: whoever reads it is a later kernel of the stream.
+#pragma once
+#include "device/meet.cuh"
+
+constexpr u32 kDispatch = 0, kCombine = 1;
+constexpr u32 kSend = 1, kReceive = 2;  // p.phases
+
+// Words of a plan's table.
+constexpr u32 kEpochWord = 0;   // of its dispatch; 0: nothing follows, the call came to nothing
+constexpr u32 kAliveWord = 1;   // ranks to which rows were sent
+constexpr u32 kTokensWord = 8;  // [from]: tokens that a rank brought; 0 if it was left out
+constexpr u32 kPlacesWord = 16;  // [from * M + token][K]: where the row is here, of each slot; -1: not here, or as an earlier slot
+
+// What a block writes down for a timeline: p.trace [blocks][kTraceWords], nanoseconds of this GPU's clock.
+constexpr u32 kTraceWords = 32;
+constexpr u32 kTraceStart = 0, kTraceReady = 1, kTraceSent = 2, kTraceTold = 3, kTraceEnd = 4;
+constexpr u32 kTraceHello = 8;  // [from]: its message was seen
+constexpr u32 kTraceRows = 16;  // [from]: its last row was here
+
+template <class P> DEV void mark(const P& p, u32 word) {
+    if (p.trace && threadIdx.x == 0) reinterpret_cast<u64*>(p.trace)[blockIdx.x * kTraceWords + word] = clock_ns();
+}
+template <class P> DEV void mark_rows(const P& p, u32 from) {
+    if (p.trace && threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<u64*>(p.trace) + blockIdx.x * kTraceWords + kTraceRows + from, clock_ns());
+}
+
+struct Turn {
+    u32 epoch, half;
+    u32 alive;  // a bit for each rank that takes part
+};
+
+// ---- packets
+
+constexpr u32 kOnes = 0xffffffffu;
+
+DEV bool is_empty(const int4& v) { return (u32)v.x == kOnes && (u32)v.y == kOnes && (u32)v.z == kOnes && (u32)v.w == kOnes; }
+
+// Data must not look like an empty packet: NaNs with all bits set lose the lowest one.
+DEV int4 guarded(int4 v) {
+    if (is_empty(v)) v.x = (int)0xfffffffeu;
+    return v;
+}
+
+DEV void clear_packet(u8* at) { store_packet(at, make_int4(-1, -1, -1, -1)); }
+
+// ---- patience
+
+struct Patience {
+    u64 start = 0;
+    u32 spins = 0;
+};
+
+constexpr u32 kWait = 0, kLate = 1, kBroken = 2;
+
+template <class P> DEV u64 waited_ns(const P&, const Patience& patience) { return patience.start ? clock_ns() - patience.start : 0; }
+
+template <class P> static __device__ __noinline__ u32 look_up(const P& p, u64& start) {
+    Board* mine = board_of(p, p.rank);
+    if (load_relaxed(&mine->failed)) return kBroken;
+    const u64 now = clock_ns();
+    if (!start) start = now;
+    for (u32 r = 0; r < p.num_ranks; r++) {
+        const u64 lost = load_relaxed(&mine->gave_up[r]);
+        if (!lost || !is_alive(p, r)) continue;
+        give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), 0, 0, (u32)lost, now - start);
+        return kBroken;
+    }
+    return now - start > p.timeout_ns ? kLate : kWait;
+}
+
+// Whether to go on polling.
+template <class P> DEV u32 tired(const P& p, Patience& patience) {
+    if (++patience.spins % 64) return kWait;
+    u64 start = patience.start;  // a copy: what a call may write does not stay in a register
+    const u32 state = look_up(p, start);
+    patience.start = start;
+    return state;
+}
+
+// A peer is in another call than this rank: it has sent in a channel in which this rank has not, or met where it has not.
+template <class P> static __device__ __noinline__ bool elsewhere(const P& p, u32 channel, u32 peer) {
+    const Board* mine = board_of(p, p.rank);
+    const u32 met = load_relaxed(&mine->epoch) + 1, sent = load_relaxed(&mine->sends[1 - channel]) + 1;
+    u64 seen = load_relaxed(&mine->card[met & 1][peer][0]);
+    bool there = epoch_in(seen) == met;
+    if (!there) {
+        seen = load_relaxed(&mine->hello[1 - channel][sent & 1][peer][0]);
+        there = epoch_in(seen) == sent;
+    }
+    if (there) give_up(p, kMismatch, peer, 0, (u32)seen, p.card[0], peer, 0);
+    return there;
+}
+
+// This rank has waited in vain. True: from now on the peer is masked, and the call goes on without it.
+template <class P> static __device__ __noinline__ bool let_go(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
+    if (!p.mask_late) {
+        give_up(p, code, peer, 0, seen, expected, peer, waited);
+        return false;
+    }
+    atomicOr(&board_of(p, p.rank)->masked, 1u << peer);
+    store_release(reinterpret_cast<u32*>(p.masked_out) + peer, 1);
+    return true;
+}
+
+// All blocks have to agree whether a peer's message came in time. Who has waited for long asks; the first says.
+template <class P> static __device__ __noinline__ bool agree(const P& p, u32 channel, u32 epoch, u32 peer, bool came) {
+    u64* verdict = &board_of(p, p.rank)->verdict[channel][peer];
+    u64 old = load_relaxed(verdict);
+    for (;;) {
+        if (epoch_in(old) == epoch) return (u32)old == 1;
+        const u64 seen = atomicCAS(verdict, old, (u64)epoch << 32 | (came ? 1 : 2));
+        if (seen == old) return came;
+        old = seen;
+    }
+}
+
+// Waits for a word of a peer's message: kWait: it is here; else the peer is lost, or the group.
+template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word, u32& value) {
+    u64 seen = load_relaxed(word);
+    Patience patience;
+    while (epoch_in(seen) != epoch) {
+        const u32 state = tired(p, patience);
+        if (state == kBroken) return kBroken;
+        if (state == kLate) {
+            if (p.mask_late && agree(p, channel, epoch, peer, false)) patience.start = 0;  // another block has seen it
+            else return let_go(p, peer, kLateCard, epoch_in(seen), epoch, p.timeout_ns) ? kLate : kBroken;
+        }
+        if (patience.start && patience.spins % 4096 == 0 && elsewhere(p, channel, peer)) return kBroken;
+        seen = load_relaxed(word);
+    }
+    value = (u32)seen;
+    if (p.mask_late && patience.start && 2 * waited_ns(p, patience) > p.timeout_ns && !agree(p, channel, epoch, peer, true)) return kLate;
+    return kWait;
+}
+
+// ---- sending
+
+// What a block has to know before it does anything. One warp of each block reads it, a lane a word, all at once: each trip to
+// memory takes most of a microsecond, and a word that all warps of the GPU read takes several.
+struct Opening {
+    u32 word;  // see Known
+    u64 acks;  // lane r: of rank r
+};
+
+struct Known {
+    u32 sends, masked, failed, unused[5];
+    u32 table[kPlacesWord];  // the head of the plan's table
+    u32 ticket[2];           // of a combine that was sent: epoch, ranks that take part
+};
+static_assert(sizeof(Known) <= 32 * 4, "a warp reads it");
+
+template <class P> DEV Opening read_opening(const P& p, u32 channel, const u8* table, const u8* ticket) {
+    const Board* mine = board_of(p, p.rank);
+    const u32 lane = threadIdx.x;
+    Opening o = {0, 0};
+    if (lane >= 32) return o;
+    if (lane < 3) o.word = load_relaxed(lane == 0 ? &mine->sends[channel] : lane == 1 ? &mine->masked : &mine->failed);
+    else if (lane >= 8 && lane < 8 + kPlacesWord && table) o.word = reinterpret_cast<const u32*>(table)[lane - 8];
+    else if (lane >= 8 + kPlacesWord && lane < 10 + kPlacesWord && ticket) o.word = reinterpret_cast<const u32*>(ticket)[lane - 8 - kPlacesWord];
+    if (lane < p.num_ranks) o.acks = load_acquire(&mine->acks[channel][lane]);
+    return o;
+}
+
+// Whether all peers have received what the next send will overwrite, as far as the first warp knows.
+template <class P> DEV bool has_room(const P& p, const Opening& o) {
+    if (threadIdx.x >= 32) return true;
+    const u32 sends = __shfl_sync(kAll, o.word, 0), masked = __shfl_sync(kAll, o.word, 1);
+    const u32 seen = (u32)(o.acks >> (sends & 1 ? 0 : 32));  // the next epoch's half
+    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || sends < 2 || (i32)(seen - (sends - 1)) >= 0;
+}
+
+// Hands out what the first warp has read; all threads of a block. `good` becomes whether it is so in all of them.
+DEV const Known& share_opening(const Opening& o, bool& good) {
+    __shared__ Known known;
+    if (threadIdx.x < sizeof(Known) / 4) reinterpret_cast<u32*>(&known)[threadIdx.x] = o.word;
+    good = __syncthreads_and(good);
+    return known;
+}
+
+// The next send.
+template <class P> DEV Turn next_turn(const P& p, const Known& known) { return {known.sends + 1, (known.sends + 1) & 1, p.alive & ~known.masked}; }
+
+// Moves the epoch on once every block has read it; one thread of every block.
+template <class P> DEV void close_send(const P& p, u32 channel, const Turn& turn) {
+    Board* mine = board_of(p, p.rank);
+    if (add_acquire_release(&mine->opened[channel], 1) != gridDim.x - 1) return;
+    mine->opened[channel] = 0;
+    mine->sends[channel] = turn.epoch;
+}
+
+// Tells all peers what this rank has received: packets that earlier kernels of this stream have cleared; all threads of one block,
+// when it has done what others wait for, since a release takes its time.
+template <class P> DEV void greet(const P& p, const Turn& turn) {
+    Board* mine = board_of(p, p.rank);
+    for (u32 i = threadIdx.x; i < 2 * p.num_ranks; i += blockDim.x) {
+        const u32 peer = i / 2, c = i % 2;
+        if (turn.alive >> peer & 1) store_release(&board_of(p, peer)->acks[c][p.rank], *reinterpret_cast<const u64*>(mine->received[c]));
+    }
+}
+
+// Tells all peers the signature of this call; all threads of one block, once there is room.
+template <class P> DEV void say_hello(const P& p, u32 channel, const Turn& turn) {
+    for (u32 i = threadIdx.x; i < p.num_ranks * kSignatureWords; i += blockDim.x) {
+        const u32 peer = i / kSignatureWords, w = i % kSignatureWords;
+        if (turn.alive >> peer & 1) store_relaxed(&board_of(p, peer)->hello[channel][turn.half][p.rank][w], (u64)turn.epoch << 32 | p.card[w]);
+    }
+}
+
+// Waits until every peer has received what this send will overwrite; all threads of every block. False: broken.
+template <class P> static __device__ __noinline__ bool wait_for_room(const P& p, u32 channel, Turn& turn) {
+    bool good = true;
+    const u32 peer = threadIdx.x;
+    u32 lost = 0;
+    if (peer < p.num_ranks && (turn.alive >> peer & 1) && turn.epoch > 2) {
+        const u64* acks = &board_of(p, p.rank)->acks[channel][peer];
+        Patience patience;
+        for (;;) {
+            const u32 seen = (u32)(load_acquire(acks) >> (turn.half ? 32 : 0));
+            if ((i32)(seen - (turn.epoch - 2)) >= 0) break;
+            const u32 state = tired(p, patience);
+            if (state == kWait) continue;
+            if (state == kBroken || !let_go(p, peer, kLateCard, seen, turn.epoch - 2, p.timeout_ns)) good = false;
+            else lost = 1u << peer;
+            break;
+        }
+    }
+    if (!__syncthreads_and(good)) return false;
+    if (p.mask_late) {
+        __shared__ u32 all_lost;
+        if (threadIdx.x == 0) all_lost = 0;
+        __syncthreads();
+        if (lost) atomicOr(&all_lost, lost);
+        __syncthreads();
+        turn.alive &= ~all_lost;
+    }
+    return true;
+}
+
+// ---- receiving
+
+// Waits for the signatures of all peers and compares them; one block. Counts the time. False: broken.
+template <class P> DEV bool check_hello(const P& p, u32 channel, const Turn& turn) {
+    // A warp a peer: threads of a warp wait together, and each peer's time is to be its own.
+    for (u32 peer = threadIdx.x / 32; peer < p.num_ranks; peer += blockDim.x / 32) {
+        const u32 w = threadIdx.x % 32;
+        if (w >= kSignatureWords || !(turn.alive >> peer & 1)) continue;
+        u32 value;
+        const u64 start = clock_ns();
+        const u32 state = read_word(p, channel, turn.epoch, peer, &board_of(p, p.rank)->hello[channel][turn.half][peer][w], value);
+        if (w == 0 && peer != p.rank) {
+            const u64 now = clock_ns();
+            if (p.wait_ns) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, now - start);
+            if (p.trace) reinterpret_cast<u64*>(p.trace)[blockIdx.x * kTraceWords + kTraceHello + peer] = now;
+        }
+        if (state == kWait && value != p.card[w]) {
+            give_up(p, kMismatch, peer, w, value, p.card[w], peer, 0);
+            return false;
+        }
+        if (state == kBroken) return false;
+    }
+    return true;
+}
+
+template <class P> DEV void mark_received(const P& p, u32 channel, const Turn& turn) {
+    board_of(p, p.rank)->received[channel][turn.half] = turn.epoch;
+}

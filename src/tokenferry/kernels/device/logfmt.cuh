@@ -1,0 +1,70 @@
+// logfmt10: ten bits a number, sign and a step of a logarithmic scale that 128 columns share; the format of tokenferry/logfmt.py.
+// A lane has 16 columns: 160 bits. Code 0 is zero, code c is 2^(lo + (c - 1) * step).
+#pragma once
+#include "device/ptx.cuh"
+
+constexpr float kSteps = 510.f, kRange = 32.f;
+
+// What a group's codes follow from.
+struct LogScale {
+    float lo, step;
+    float least, ratio;  // 2^lo, 2^step
+    float per_step;      // 1 / step, or 0
+};
+
+// The code of a size, rounded to the nearest in linear space. Where the logarithm is off by a bit at the edge of two steps, either
+// gives the same code.
+DEV u32 log_code(float a, const LogScale& s) {
+    float below = floorf((log2_near(a) - s.lo) * s.per_step);
+    below = fminf(fmaxf(below, 0.f), kSteps - 1.f);
+    const float low = exp2_near(s.lo + below * s.step), high = low * s.ratio;
+    const u32 code = (u32)below + 1 + (s.per_step > 0.f && a - low >= high - a);
+    const u32 small = 2.f * a >= s.least && a > 0.f;  // below 2^lo: that, or zero
+    return a < s.least ? small : code;
+}
+
+// The first 128 bits of this lane's codes; `fifth`: the last 32. All lanes of 8 get lo and step.
+DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
+    float most = 0.f, least = __uint_as_float(0x7f800000u);
+    bool finite = true;
+    #pragma unroll
+    for (u32 i = 0; i < 16; i++) {
+        const float a = fabsf(n[i]);
+        most = fmaxf(most, a);
+        if (a > 0.f) least = fminf(least, a);
+        finite &= a <= 3.402823466e38f;
+    }
+    #pragma unroll
+    for (u32 d = 4; d; d /= 2) {
+        most = fmaxf(most, __shfl_xor_sync(kAll, most, (int)d));
+        least = fminf(least, __shfl_xor_sync(kAll, least, (int)d));
+        finite &= (bool)__shfl_xor_sync(kAll, (u32)finite, (int)d);
+    }
+    const float hi = fminf(log2_near(most), 127.9999f);  // no code stands for infinity
+    lo = most > 0.f ? fminf(fmaxf(log2_near(least), hi - kRange), hi) : 0.f;
+    step = most > 0.f ? (hi - lo) * (1.f / kSteps) : 0.f;
+    const LogScale scale = {lo, step, exp2_near(lo), exp2_near(step), hi > lo && most > 0.f ? __fdiv_rn(kSteps, hi - lo) : 0.f};
+    if (!finite) lo = __uint_as_float(0x7fc00000u);  // the whole group is NaN
+    u32 w[5] = {};
+    #pragma unroll
+    for (u32 i = 0; i < 16; i++) {
+        const u32 code = (finite ? log_code(fabsf(n[i]), scale) : 1) | (__float_as_uint(n[i]) >> 31) << 9;
+        const u32 at = 10 * i;
+        w[at / 32] |= code << at % 32;
+        if (at % 32 > 22) w[at / 32 + 1] |= code >> (32 - at % 32);
+    }
+    fifth = w[4];
+    return make_int4((int)w[0], (int)w[1], (int)w[2], (int)w[3]);
+}
+
+DEV void decode_log(const int4& v, u32 fifth, float lo, float step, float (&n)[16]) {
+    const u32 w[5] = {(u32)v.x, (u32)v.y, (u32)v.z, (u32)v.w, fifth};
+    #pragma unroll
+    for (u32 i = 0; i < 16; i++) {
+        const u32 at = 10 * i;
+        u32 code = w[at / 32] >> at % 32;
+        if (at % 32 > 22) code |= w[at / 32 + 1] << (32 - at % 32);
+        const float size = (code & 511) ? exp2_near(lo + (float)((code & 511) - 1) * step) : 0.f;
+        n[i] = code >> 9 & 1 ? -size : size;
+    }
+}

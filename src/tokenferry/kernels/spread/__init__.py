@@ -1,0 +1,1 @@
+"""The kernel `spread`: decode dispatch."""

@@ -1,0 +1,158 @@
+"""Logfmt10 rows: 10 bits a number, logarithmic, with a range of its own for each row and 128 columns.
+
+The format LogFMT of "Insights into DeepSeek-V3" (arXiv 2505.09343, section on communication compression) with 10 bits:
+of each group the logarithms of the magnitudes are spread evenly between the smallest and the largest, zero has a code
+of its own, the smallest is kept within 2^32 of the largest, and rounding is to the nearest *value*, not to the nearest
+logarithm, which would be biased. Where that text leaves something open, what follows is our own.
+
+Of one group, with a = abs(x) over its numbers other than 0::
+
+    hi   = log2(max a)                           at most 127.9999, so that no code stands for an infinity
+    lo   = max(log2(min a), hi - 32)             at most hi
+    step = (hi - lo) / 510                       lo, hi and step are float32
+    code 0 stands for 0, code c in 1..511 for 2^(lo + step * (c - 1))
+
+Each magnitude gets the code whose value is nearest, the higher one of two; so what lies below 2^lo becomes 0 or 2^lo.
+If step is 0, because all magnitudes are the same, the code is 1. A group of zeros has lo = step = 0. The sign bit, also
+of a zero, is kept. A group that holds a NaN or an infinity has lo = NaN and code 1 everywhere: all its columns decode
+to NaN. Since step is rounded, the largest magnitude comes back within 2e-5 of itself.
+
+Bytes: the number of a column is ``sign << 9 | code``. A row is these numbers, lowest bit first, without gaps, so that
+16 columns take 20 bytes (five little-endian uint32, number i from bit 10 * i) and a group takes 160; beside them lie lo
+and step of each group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenferry.errors import ShapeError
+from tokenferry.words import Quantized
+
+GROUP = 128
+"""Columns that share a range; H must be a multiple of it."""
+
+GROUP_BYTES = 160
+"""Bytes of the codes of a group."""
+
+_TOP = 510
+"""The highest code less 1; as many steps lie between the ends of the range."""
+_RANGE = 32.0
+_MAX_LOG = 127.9999
+_SIGN = 1 << 9
+_CODES = _SIGN - 1
+_BITS = 10
+_QUAD = 4
+"""Numbers that together fill whole bytes."""
+_QUAD_BYTES = 5
+_BLOCK = 1 << 16
+"""Numbers that are worked on at once: logarithms are taken in float64, and shall stay in cache on a CPU."""
+
+
+def encode(x: Tensor) -> Quantized:
+    """Cast rows to logfmt10. Local, on x's device, not differentiable.
+
+    Logarithms are taken in float64, so that the bits depend on the numbers only.
+
+    Args:
+        x: ``[..., H]`` bfloat16, float16 or float32, H a multiple of 128.
+
+    Returns:
+        Quantized: ``data`` ``[..., H / 128 * 160]`` uint8; ``scale`` ``[..., H / 128 * 2]`` float32: lo and step of
+        each group in turn.
+
+    Raises:
+        ShapeError: H is no multiple of 128.
+
+    Example:
+        >>> import torch
+        >>> from tokenferry import logfmt
+        >>> rows = logfmt.encode(torch.tensor([[4.0, -1.0, 0.0, 2.0] * 32]))
+        >>> rows.data.shape, rows.scale.tolist()
+        (torch.Size([1, 160]), [[0.0, 0.003921568859368563]])
+        >>> logfmt.decode(rows)[0, :4].bfloat16().tolist()
+        [4.0, -1.0, 0.0, 2.0]
+    """
+    if x.shape[-1] % GROUP:
+        raise ShapeError(f"logfmt.encode: x: expected H to be a multiple of {GROUP}, got {list(x.shape)}; pad the rows")
+    with torch.no_grad():
+        groups = x.contiguous().view(-1, GROUP)
+        data = torch.empty(len(groups), GROUP_BYTES, dtype=torch.uint8, device=x.device)
+        ranges = torch.empty(len(groups), 2, dtype=torch.float32, device=x.device)
+        for first in range(0, len(groups), _block(x)):
+            part = slice(first, first + _block(x))
+            _encode(groups[part], data[part], ranges[part])
+        num_groups = x.shape[-1] // GROUP
+        lead = x.shape[:-1]
+        return Quantized(data.view(*lead, num_groups * GROUP_BYTES), ranges.view(*lead, num_groups * 2))
+
+
+def decode(rows: Quantized) -> Tensor:
+    """Return ``[..., H]`` float32: what the codes stand for. Local.
+
+    Args:
+        rows: As from `encode`.
+    """
+    lead, num_groups = rows.data.shape[:-1], rows.data.shape[-1] // GROUP_BYTES
+    data, ranges = rows.data.reshape(-1, GROUP_BYTES), rows.scale.reshape(-1, 2)
+    out = torch.empty(len(data), GROUP, dtype=torch.float32, device=data.device)
+    for first in range(0, len(data), _block(data)):
+        part = slice(first, first + _block(data))
+        _decode(data[part], ranges[part], out[part])
+    return out.view(*lead, num_groups * GROUP)
+
+
+def _encode(x: Tensor, data: Tensor, ranges: Tensor) -> None:
+    """Groups ``[n, 128]`` to their bytes ``[n, 160]`` and ranges ``[n, 2]``."""
+    size = x.double().abs()
+    largest = size.amax(1, keepdim=True)
+    smallest = size.masked_fill(size == 0, torch.inf).amin(1, keepdim=True)
+    # Ends of the range as float32, since that is what the receiver has.
+    hi = largest.log2().clamp(max=_MAX_LOG).float()
+    lo = torch.minimum(torch.maximum(smallest.log2(), hi.double() - _RANGE).float(), hi)
+    step = (hi - lo) / torch.full_like(hi, _TOP)
+    nothing, strange = largest == 0, ~largest.isfinite()
+    for one in (lo, step):
+        one.masked_fill_(nothing, 0.0).masked_fill_(strange, torch.nan)
+    ranges.copy_(torch.cat([lo, step], dim=1))
+
+    below = ((size.log2() - lo) / step).floor_().nan_to_num_(nan=0.0).clamp_(0, _TOP - 1)
+    lower, upper = _value(lo, step, below), _value(lo, step, below + 1)
+    # Should rounding have put `below` one too high, it is still the nearest; one too low, and the upper one is.
+    code = below + 1 + (size - lower >= upper - size)
+    code.masked_fill_(strange | (step == 0), 1.0).masked_fill_(2 * size < lower, 0.0)
+    _pack(code.long() + torch.where(x.signbit(), _SIGN, 0), data)
+
+
+def _decode(data: Tensor, ranges: Tensor, out: Tensor) -> None:
+    """Bytes ``[n, 160]`` and ranges ``[n, 2]`` to groups ``[n, 128]``."""
+    numbers = _unpack(data)
+    code = numbers & _CODES
+    lo, step = ranges.unsqueeze(2).unbind(1)
+    value = _value(lo, step, code.double() - 1).masked_fill_(code == 0, 0.0)
+    out.copy_(torch.where(numbers >= _SIGN, -value, value))
+
+
+def _value(lo: Tensor, step: Tensor, steps: Tensor) -> Tensor:
+    """2^(lo + step * steps), float64."""
+    return (lo.double() + step.double() * steps).exp2_()
+
+
+def _pack(numbers: Tensor, data: Tensor) -> None:
+    quads = numbers.view(-1, _QUAD)
+    joined = quads[:, 0].clone()
+    for i in range(1, _QUAD):
+        joined |= quads[:, i] << (_BITS * i)
+    data.copy_(joined.view(-1, 1).view(torch.uint8)[:, :_QUAD_BYTES].reshape(data.shape))
+
+
+def _unpack(data: Tensor) -> Tensor:
+    quads = torch.nn.functional.pad(data.reshape(-1, _QUAD_BYTES), (0, 8 - _QUAD_BYTES)).view(torch.int64)
+    numbers = [quads >> (_BITS * i) & (_SIGN | _CODES) for i in range(_QUAD)]
+    return torch.cat(numbers, dim=1).view(len(data), GROUP)
+
+
+def _block(x: Tensor) -> int:
+    """Groups that are worked on at once."""
+    return _BLOCK // GROUP if x.device.type == "cpu" else max(x.numel(), 1)

@@ -1,0 +1,82 @@
+"""Jobs of ranks for the tests of the decode phases."""
+
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+
+from tokenferry.api import ExpertGroup
+from tokenferry.bench import decode, micro
+from tokenferry.words import Quantized
+
+
+def spoil(result):
+    """Change one number of every row that may hold data."""
+    with torch.no_grad():
+        if isinstance(result.x, Quantized):
+            result.x.scale.mul_(1.01)
+        else:
+            result.x[..., 0].mul_(1.01)
+    return result
+
+
+def wrong_after_timing(rank, pg, news, settings):
+    """`measure_decode`; once a case has been timed, combines over the FP8 wire are wrong, on rank 1 only."""
+    right, checked, timed = ExpertGroup.decode_combine, decode._Tokens._checked, []
+
+    def begin(self, case):
+        timed.clear()
+        return checked(self, case)
+
+    def host_time(*args):
+        timed.append(args)
+        return {"median_us": 1.0}
+
+    def combine(self, *args, **kwargs):
+        result = right(self, *args, **kwargs)
+        return spoil(result) if timed and rank == 1 and kwargs["wire"] == "fp8" else result
+
+    patches = (
+        (decode, "host_time", host_time),
+        (ExpertGroup, "decode_combine", combine),
+        (decode._Tokens, "_checked", begin),
+    )
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        decode.measure_decode(rank, pg, news, settings)
+
+
+def always_the_same(rank, pg, news, settings):
+    """`measure_decode` in which a dispatch alone goes on delivering what it did at first."""
+    first, right = {}, decode.Desk.act
+
+    def act(self, case, *, hook):
+        if case.call != "dispatch":
+            return right(self, case, hook=hook)
+        now = right(self, case, hook=hook)
+        return first.setdefault((id(self), case, hook), now)
+
+    with mock.patch.object(decode.Desk, "act", act):
+        decode.measure_decode(rank, pg, news, settings)
+
+
+def wrong_dispatch(rank, pg, news, settings):
+    """`measure_micro` in which rows that a hook receives are wrong, on rank 0 only."""
+    right = ExpertGroup.decode_dispatch
+
+    def dispatch(self, *args, **kwargs):
+        result = right(self, *args, **kwargs)
+        if result.hook is None or rank != 0:
+            return result
+        hook = result.hook
+
+        def receive():
+            hook()
+            spoil(result)
+
+        object.__setattr__(result, "hook", receive)
+        return result
+
+    with mock.patch.object(ExpertGroup, "decode_dispatch", dispatch):
+        micro.measure_micro(rank, pg, news, settings)

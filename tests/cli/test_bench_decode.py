@@ -1,0 +1,380 @@
+"""`tokenferry bench decode`: what it measures, what it checks that against, and the limit beside it; on CPUs."""
+
+import json
+from itertools import product
+from types import SimpleNamespace
+
+import decode_jobs
+import limits_jobs
+import pytest
+import torch
+
+from tokenferry.bench import decode, decode_report, micro, plots
+from tokenferry.bench.decode_truth import Pool, Truth, over_the_wire
+from tokenferry.bench.inputs import WrongAnswer
+from tokenferry.bench.limits import Limits, Rate
+from tokenferry.bench.sets import Sizes, draw
+from tokenferry.cli import bench_cuda
+from tokenferry.cli.main import main, make_parser
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.testing.oracle import Oracle, Sent, fp8_cast
+from tokenferry.words import Quantized
+
+CPU = torch.device("cpu")
+TINY = ["--ranks", "2", "--hidden", "128", "--top-k", "2", "--experts", "8", "--iters", "2", "--seed", "5"]
+CALLS = {
+    *("dispatch FP8", "dispatch BF16", "pair exact", "pair fast", "combine exact", "combine fast"),
+    *(f"combine {numerics}, wire {wire}" for numerics in ("exact", "fast") for wire in ("fp8", "logfmt10")),
+}
+
+
+def run_on_cpu(*words):
+    """The command with the CPU in place of GPUs."""
+    args = make_parser().parse_args(["bench", *TINY, *words])
+    args.command_line = " ".join(["tokenferry bench", *words])
+    args.device, args.sms = "cpu", ()
+    return bench_cuda.run(args, Screen())
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """Phases that a test may exchange."""
+    table = dict(bench_cuda.PHASES, limits=(limits_jobs.stand_in, 60.0, "links"))
+    monkeypatch.setattr(bench_cuda, "PHASES", table)
+    return table
+
+
+def test_all_of_it(phases, tmp_path, capsys):
+    file, folder = tmp_path / "out.json", tmp_path / "plots"
+    argv = ["--tokens", "1,5", "--micro-tokens", "6", "--json", str(file), "--plot", str(folder)]
+    assert run_on_cpu("decode", *argv) == 0
+    whole = json.loads(file.read_text())
+    assert whole["failed"] == []
+    assert {(item["call"], item["tokens"]) for item in whole["decode"]} == set(product(CALLS, (1, 5)))
+    assert len(whole["decode"]) == 2 * len(CALLS)
+    for item in whole["decode"]:
+        assert item["max_tokens"] == 5, "M is the largest T"
+        hooked = ["graph_hook", "eager_hook"] if "wire" not in item["call"] else []
+        for name in ("graph", "eager", "drained", *hooked):
+            assert item[name]["n"] == 2
+            assert 0 < item[name]["p05_us"] <= item[name]["median_us"] <= item[name]["p95_us"]
+        assert item["host_us"] > 0
+        assert (item["host_hook_us"] is None) == ("wire" in item["call"])
+        assert item["of_limit"] == pytest.approx(item["limit_us"] / item["graph"]["median_us"])
+        assert item["limit_hook_us"] > item["limit_us"], "two kernels instead of one"
+    assert [item["numerics"] for item in whole["micro"]] == ["exact", "fast"]
+    for item in whole["micro"]:
+        assert item["tokens"] == 3, "of each of the two"
+        serial, hooks = item["serial"]["median_us"], item["hooks"]["median_us"]
+        assert item["speedup"] == pytest.approx(serial / hooks)
+        rest = item["work"]["median_us"] + item["calls"]["median_us"] - hooks
+        assert item["hidden"] == pytest.approx(rest / item["calls"]["median_us"])
+    assert [path.name for path in folder.iterdir()] == ["decode.png"]
+    out = capsys.readouterr().out
+    for text in ("graph + hook us", "by hooks us", "an empty kernel of a graph", "bit-equal", *CALLS):
+        assert text in out
+
+
+def by_loops(sizes):
+    """Rows that leave each rank, counted token by token: dispatch, exact combine, fast combine."""
+    local = sizes.experts // sizes.ranks
+    out = {name: [0] * sizes.ranks for name in ("dispatch", "exact", "fast")}
+    for src in range(sizes.ranks):
+        for experts in draw(sizes, 0, src, CPU).topk_idx.tolist():
+            owners = [e // local for e in experts if e // local != src]
+            out["dispatch"][src] += len(set(owners))
+            for owner in owners:
+                out["exact"][owner] += 1
+            for owner in set(owners):
+                out["fast"][owner] += 1
+    return out
+
+
+def test_rows_are_those_that_leave():
+    sizes = Sizes(3, 40, 128, 3, 12, 9)
+    pool, rows = Pool(sizes, CPU), by_loops(sizes)
+    for rank in range(3):
+        got = Truth(sizes, 0, rank, pool).rows_out()
+        assert got == {name: each[rank] for name, each in rows.items()}
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        (decode.Case("dispatch"), [("dispatch", 7168 + 56 * 4)]),
+        (decode.Case("dispatch", fp8=False), [("dispatch", 14336)]),
+        (decode.Case("combine", numerics="fast"), [("fast", 14336)]),
+        (decode.Case("combine", numerics="exact", wire="fp8"), [("exact", 14336 * 33 // 64)]),
+        (decode.Case("combine", numerics="exact", wire="logfmt10"), [("exact", 14336 * 42 // 64)]),
+        (decode.Case("pair", numerics="exact"), [("dispatch", 7392), ("exact", 14336)]),
+    ],
+)
+def test_bytes_of_rows(case, messages):
+    assert case.messages(7168) == messages
+
+
+def test_limit():
+    rates = (Rate("store", 7168, 64, 350.0), Rate("store", 7168, 8, 300.0), Rate("store", 14336, 64, 360.0))
+    limits = Limits(4, rates, flag_us=1.25, barrier_us=2.0)
+    messages = [
+        {"row_bytes": 7392, "rows": 200.0, "rows_most": 210},
+        {"row_bytes": 14336, "rows": 500.0, "rows_most": 510},
+    ]
+    item = {"messages": messages}
+    expected = 210 * 7392 / 350e3 + 510 * 14336 / 360e3 + 2 * (1.25 + 1.5)
+    assert decode_report.limit_us(item, limits, 1.5) == pytest.approx(expected)
+    assert decode_report.limit_us(item, limits, 1.5, kernels=2) == pytest.approx(expected + 2 * 1.5)
+    for missing in ((None, 1.5), (limits, None), (Limits(4, (), 1.0, 1.0), 1.5)):
+        assert decode_report.limit_us(item, *missing) is None
+
+
+SIZES = Sizes(2, 7, 256, 3, 8, 11)
+
+
+def oracle_of(variant, padded):
+    """What the testing room's oracle makes of the same inputs, with the same answers; room for M = 9."""
+    pool = Pool(SIZES, CPU)
+    sent = []
+    for rank in range(2):
+        truth = Truth(SIZES, variant, rank, pool, padded=padded)
+        sent.append(Sent(truth.x, truth.topk_idx, truth.topk_weights))
+    return pool, Oracle(sent, 8, "masked", capacity=18)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("wire", ["same", "fp8", "logfmt10"])
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_sums_are_those_of_the_oracle(numerics, wire, padded):
+    pool, oracle = oracle_of(1, padded)
+    ys = [torch.empty(4, 18, 256, dtype=torch.bfloat16) for _ in range(2)]
+    for rank, y in enumerate(ys):
+        pool.fill(y, 4 * rank, 1)
+    for rank in range(2):
+        truth = Truth(SIZES, 1, rank, pool, padded=padded)
+        want = oracle.decode_combine(rank, [y.flatten(0, 1) for y in ys], fast=numerics == "fast", wire=wire)
+        truth.check_sums("x", want, (numerics, wire, 1))
+        other = "exact" if numerics == "fast" else "fast"
+        wrong = [(numerics, wire, 2), (numerics, "same" if wire == "fp8" else "fp8", 1)]
+        wrong += [] if wire == "logfmt10" else [(other, wire, 1)]  # one rounding more is less than a code
+        for options in wrong:
+            with pytest.raises(WrongAnswer, match="x: "):
+                truth.check_sums("x", want, options)
+        spoiled = want.clone()
+        spoiled[-1, 3] = spoiled[-1, 3] * 1.1 + 1e-3
+        with pytest.raises(WrongAnswer):
+            truth.check_sums("x", spoiled, (numerics, wire, 1))
+
+
+def test_fast_sums_are_in_the_order_of_experts():
+    """Weights that swallow one another: another order is another sum."""
+    sizes = Sizes(2, 40, 128, 6, 8, 3)
+    pool = Pool(sizes, CPU)
+    truths = [Truth(sizes, 0, rank, pool) for rank in range(2)]
+    choices = torch.tensor([2.0**40, -(2.0**40), 1.0, 3.0])
+    for truth in truths:
+        truth.topk_weights = choices[torch.randint(4, (40, 6), generator=torch.Generator().manual_seed(1))]
+    pool.rows = lambda experts, places, shift: torch.ones(*experts.shape, 128, dtype=torch.bfloat16)
+    oracle = Oracle([Sent(t.x, t.topk_idx, t.topk_weights) for t in truths], 8, "masked", capacity=80)
+    want = oracle.decode_combine(0, [torch.ones(320, 128, dtype=torch.bfloat16)] * 2, fast=True)
+    assert len(want.unique()) > 3
+    truths[0].check_sums("x", want, ("fast", "same", 0))
+
+
+def test_logfmt10_allows_few_other_codes():
+    """One number in a hundred may be a code off; more may not."""
+    pool, _ = oracle_of(0, padded=False)
+    truth = Truth(SIZES, 0, 0, pool)
+    want, slack, _ = truth._added_up("fast", "logfmt10", 0)
+    off = (want.float() + slack).bfloat16()
+    few = torch.where(torch.arange(256) < 2, off, want)
+    truth.check_sums("x", few, ("fast", "logfmt10", 0))
+    with pytest.raises(WrongAnswer, match="by up to a code"):
+        truth.check_sums("x", off, ("fast", "logfmt10", 0))
+
+
+def test_rows_of_zeros_travel():
+    rows = torch.zeros(2, 256, dtype=torch.bfloat16)
+    rows[1, 200] = -3.0
+    for wire in ("same", "fp8", "logfmt10"):
+        assert torch.allclose(over_the_wire(rows, wire).values, rows.float(), rtol=1e-4)
+
+
+def delivered(fp8, padded):
+    """A dispatch as the oracle delivers it to rank 1."""
+    pool, oracle = oracle_of(1, padded)
+    rows, x = oracle.rows(1), oracle.x(1)
+    places = torch.tensor([row.place for row in rows])
+    tokens = torch.full((72,), -5, dtype=torch.int32)
+    tokens[places] = torch.tensor([row.src_token for row in rows], dtype=torch.int32)
+    if fp8:
+        casts = [fp8_cast(row, power_of_two=False) for row in x]
+        data, scale = torch.zeros(72, 256, dtype=torch.uint8), torch.zeros(72, 2)
+        data[places] = torch.stack([cast.view(torch.uint8) for cast, _ in casts])
+        scale[places] = torch.stack([scales for _, scales in casts])
+        got = Quantized(data.view(torch.float8_e4m3fn).view(4, 18, 256), scale.view(4, 18, 2))
+    else:
+        got = torch.zeros(72, 256, dtype=torch.bfloat16)
+        got[places] = x
+        got = got.view(4, 18, 256)
+    counts = torch.tensor(oracle.expert_counts(1), dtype=torch.int32)
+    plan = SimpleNamespace(src_token=tokens.view(4, 18))
+    return Truth(SIZES, 1, 1, pool, padded=padded), SimpleNamespace(x=got, expert_counts=counts, plan=plan), places
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_dispatch_is_that_of_the_oracle(fp8, padded):
+    truth, sent, places = delivered(fp8, padded)
+    truth.check_dispatch("x", sent)
+    at = places[-1] // 18, places[-1] % 18
+    sent.plan.src_token[at] += 1
+    with pytest.raises(WrongAnswer, match="x: source tokens"):
+        truth.check_dispatch("x", sent)
+    sent.plan.src_token[at] -= 1
+    sent.expert_counts[2] += 1
+    with pytest.raises(WrongAnswer, match="x: counts"):
+        truth.check_dispatch("x", sent)
+    sent.expert_counts[2] -= 1
+    data = sent.x.data.view(torch.uint8) if fp8 else sent.x
+    data[at][3] += 1
+    with pytest.raises(WrongAnswer, match=r"x: 1 of .* rows are wrong on rank 1"):
+        truth.check_dispatch("x", sent)
+    data[at][3] -= 1
+    if fp8:
+        sent.x.scale[at][1] *= 1.01
+        with pytest.raises(WrongAnswer, match=r"x: 1 of .* scales are wrong"):
+            truth.check_dispatch("x", sent)
+
+
+def test_ranks_bring_different_numbers_of_tokens():
+    pool, _ = oracle_of(0, padded=True)
+    used = [int((Truth(SIZES, 0, rank, pool, padded=True).topk_idx >= 0).any(1).sum()) for rank in range(2)]
+    assert used == [7 * 2 // 3, 7]
+
+
+def test_no_time_for_what_is_wrong_afterwards(phases, tmp_path):
+    phases["decode"] = (decode_jobs.wrong_after_timing, 60.0, "wrong")
+    file = tmp_path / "out.json"
+    assert run_on_cpu("--only", "decode", "--tokens", "4", "--json", str(file)) == 1
+    whole = json.loads(file.read_text())
+    wrong = {f"combine {numerics}, wire fp8" for numerics in ("exact", "fast")}
+    assert {item["call"] for item in whole["decode"]} == CALLS - wrong, "the rest is kept"
+    assert {one["what"] for one in whole["failed"]} == {f"decode: {name}, T=4" for name in wrong}
+    assert all("rank 1: WrongAnswer: " in one["why"] for one in whole["failed"])
+
+
+def test_new_data_has_to_show(phases, tmp_path):
+    phases["decode"] = (decode_jobs.always_the_same, 60.0, "wrong")
+    file = tmp_path / "out.json"
+    assert run_on_cpu("--only", "decode", "--tokens", "4", "--json", str(file)) == 1
+    whole = json.loads(file.read_text())
+    assert {item["call"] for item in whole["decode"]} == CALLS - {"dispatch FP8", "dispatch BF16"}
+    assert {one["what"] for one in whole["failed"]} == {"decode: dispatch FP8, T=4", "decode: dispatch BF16, T=4"}
+    assert all("(inputs 1)" in one["why"] for one in whole["failed"])
+
+
+def test_micro_batches_are_checked(phases, tmp_path):
+    phases["micro"] = (decode_jobs.wrong_dispatch, 60.0, "wrong")
+    file = tmp_path / "out.json"
+    assert run_on_cpu("--only", "micro", "--micro-tokens", "8", "--json", str(file)) == 1
+    whole = json.loads(file.read_text())
+    assert "micro" not in whole
+    assert [one["what"] for one in whole["failed"]] == ["micro-batches, exact", "micro-batches, fast"]
+    assert all("hooks, A: dispatch" in one["why"] for one in whole["failed"])
+
+
+def test_answers_are_poisoned():
+    """All that the checks look at, so that a graph that writes nothing cannot pass."""
+    truth, sent, _ = delivered(fp8=True, padded=False)
+    done = SimpleNamespace(x=torch.zeros(7, 256))
+    decode.Answer(sent, done).poison()
+    assert sent.x.data.float().isnan().all()
+    assert sent.x.scale.isnan().all()
+    assert (sent.expert_counts == -1).all()
+    assert (sent.plan.src_token == -1).all()
+    assert done.x.isnan().all()
+    with pytest.raises(WrongAnswer):
+        truth.check_dispatch("x", sent)
+
+
+class Log:
+    """A group whose calls are written down."""
+
+    def __init__(self, done, name):
+        self.done, self.name, self.x, self.y, self.routing, self.group = done, name, None, None, None, self
+
+    def _call(self, what, return_hook):
+        self.done.append(f"{'send' if return_hook else 'call'} {what} {self.name}")
+        hook = (lambda: self.done.append(f"receive {what} {self.name}")) if return_hook else None
+        return SimpleNamespace(hook=hook, plan=None)
+
+    def decode_dispatch(self, x, routing, *, fp8, return_hook):
+        return self._call("dispatch", return_hook)
+
+    def decode_combine(self, y, plan, *, numerics, return_hook):
+        return self._call("combine", return_hook)
+
+
+def test_schedules():
+    done = []
+    desks = Log(done, "A"), Log(done, "B")
+    both = micro.Schedules(desks, decode.Case("pair", numerics="exact"), lambda: done.append("work"))
+    both.by_hooks()
+    assert done == [
+        *("send dispatch A", "work", "receive dispatch A"),
+        *("send dispatch B", "work", "receive dispatch B"),
+        *("send combine A", "work", "receive combine A"),
+        *("send combine B", "work", "receive combine B"),
+    ]
+    done.clear()
+    both.one_after_another()
+    assert done == [step for name in "AB" for step in ("work", f"call dispatch {name}", "work", f"call combine {name}")]
+    done.clear()
+    both.calls_only()
+    assert done == [f"call {what} {name}" for name in "AB" for what in ("dispatch", "combine")]
+    done.clear()
+    both.work_only()
+    assert done == ["work"] * micro.PIECES
+
+
+def chosen(*words):
+    args = make_parser().parse_args(["bench", *words])
+    return bench_cuda.choose_phases(args), bench_cuda.make_settings(args, 4)
+
+
+def test_what_is_asked_for():
+    names, settings = chosen("decode")
+    assert names == ("limits", "decode", "micro")
+    assert settings.decode_tokens == (1, 8, 32, 64, 128, 256, 512)
+    assert settings.micro_tokens == 128
+    assert chosen("--only", "decode")[0] == ("limits", "decode"), "the limit stands in its table"
+    assert chosen("--only", "decode,limits")[0] == ("decode", "limits")
+    assert chosen("--only", "micro")[0] == ("micro",)
+    assert set(chosen()[0]) == set(bench_cuda.PHASES)
+    names, settings = chosen("--quick")
+    assert "decode" in names
+    assert settings.decode_tokens == (1, 128), "the targets"
+    assert chosen("decode", "--tokens", "4,16", "--micro-tokens", "64")[1].decode_tokens == (4, 16)
+    assert chosen("--tokens", "4096")[1].decode_tokens == bench_cuda.FULL_DECODE_TOKENS
+    assert chosen("--tokens", "64,4096")[1].decode_tokens == (64,)
+    with pytest.raises(ConfigError, match="decode and --only sms: choose one"):
+        chosen("decode", "--only", "sms")
+
+
+def test_decode_means_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "decode"]) == 1
+    assert "this needs GPUs" in capsys.readouterr().err
+    assert main(["bench", "decode", "--device", "cpu"]) == 2
+    assert "decode needs --device cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "prefill"])
+
+
+def test_a_limit_has_the_colour_of_its_curve(tmp_path, monkeypatch):
+    lines = {}
+    monkeypatch.setattr(plots, "_line", lambda axes, points, style, label, colour=None: lines.update({label: colour}))
+    points = [(1.0, 2.0)]
+    plots.plot_tokens({"a": points, "b": points}, {"limit: b": points, "other": points}, tmp_path, "title", "x.png")
+    assert lines == {"a": None, "b": None, "limit: b": "C1", "other": None}

@@ -1,0 +1,58 @@
+"""Timelines and counters of real kernels: what they write down on the emulator fits together."""
+
+import pytest
+import torch
+from test_groups import run  # noqa: F401 - the fixture
+
+from emulator import Emulator
+from tokenferry.bench import rounds, timeline
+from tokenferry.bench.bed import CpuBed
+from tokenferry.bench.diagnose import Where, judge
+from tokenferry.bench.inputs import Spec
+from tokenferry.kernels.board import TRACE
+
+pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
+
+NAMES = ("decode_dispatch", "decode_combine")
+
+
+def record(rank, pg, hall, spec, found):
+    with hall.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
+        found[rank] = rounds.record_in(group, CpuBed(), hall._shared["barrier"].wait, spec, NAMES)
+        assert group._backend.decoder.trace is None
+
+
+def test_a_pair_on_two_ranks(run, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(rounds, "CALIBRATIONS", 6)
+    monkeypatch.setattr(rounds, "CHAIN", 3)
+    spec, found = Spec(2, 8, 256, 2, 4, 0, 0, 5), {}
+    run(2, record, spec, found)
+    both = [found[0], found[1]]
+    clocks = timeline.find_clocks(timeline.stacked([one["clocks"] for one in both]))
+    # The ranks have the same clock here.
+    assert abs(clocks.offset_ns[1]) <= clocks.error_ns
+    calls = [timeline.Recorded(name, timeline.stacked([one[name] for one in both])) for name in NAMES]
+    for call in calls:
+        assert int((call.words[..., TRACE["start"]] > 0).sum()) == 8, "four blocks on each rank"
+        for one in timeline.rank_times(call):
+            assert {"read, wait for room", "send", "receive"} <= set(one.phases)
+            assert one.waited_longest == 1 - one.rank
+            assert one.lasts_us > 0
+    named = {e["name"] for e in timeline.events(calls) if e["ph"] in "Xi"}
+    assert {"send", "tell", "receive", "message", "last row of rank 0 here", "last row of rank 1 here"} <= named
+    assert timeline.row_waits(timeline.stacked([one["clocks"] for one in both])).shape == (2, 2)
+
+
+def count(rank, pg, hall, spec, slow, found):
+    with hall.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
+        found[rank] = rounds.count_in(group, CpuBed(), hall._shared["barrier"].wait, spec, slow)
+
+
+def test_who_waits_for_a_slow_rank(run):  # noqa: F811
+    spec, found = Spec(3, 4, 256, 2, 6, 3, 0, 5), {}
+    run(3, count, spec, (2, 0.3), found)
+    waits = torch.stack([found[r].dispatch_ns + found[r].combine_ns for r in range(3)])
+    assert waits[0, 2] > 3 * 0.2e9
+    rows = timeline.row_waits(timeline.stacked([found[r].words for r in range(3)]))
+    [slow] = judge(waits / 3, rows, took_ns=0.4e9).slow
+    assert (slow.rank, slow.where) == (2, Where.COMPUTE)

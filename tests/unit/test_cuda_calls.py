@@ -1,0 +1,77 @@
+"""What the CUDA backend keeps from call to call, and hands out more than once."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tokenferry.backends import cuda_plan
+from tokenferry.backends.cuda_delivery import Dock
+from tokenferry.backends.cuda_faults import Signature
+from tokenferry.backends.cuda_station import Here, Prepared, Station
+from tokenferry.kernels.board import CARD_WORDS, SIGNATURE_WORDS
+from tokenferry.kernels.count.spec import num_units
+from tokenferry.kernels.move import spec
+from tokenferry.words import Delivery, Layout, MoeShape
+
+CPU = torch.device("cpu")
+
+
+def test_params_say_what_the_call_at_hand_says():
+    """They are kept; so whatever differs from the call before has to be written again."""
+    prepared = Prepared(SimpleNamespace(new_params=spec.SPEC.params.struct))
+    one, other = Signature("dispatch", hidden=1), Signature("dispatch", hidden=2)
+    calls = [(1, one, 0), (2, one, 64), (3, other, 64), (4, one, 0), (5, Signature("dispatch", hidden=2), 0)]
+    for number, signature, wait_ns in calls:
+        Station.address(None, prepared, Here(number, 0, False, 3, signature, wait_ns))
+        p = prepared.params
+        assert (p.call, p.alive, p.wait_ns) == (number, 3, wait_ns)
+        card = memoryview(p.card).cast("B").cast("I")
+        assert card[:SIGNATURE_WORDS].tobytes() == signature.card
+        assert len(card) == CARD_WORDS
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 300])
+def test_tables_do_not_overlap(layout, num_tokens):
+    shape = MoeShape(num_experts=18, top_k=2, hidden=8, max_tokens=512)
+    found = cuda_plan.geometry(shape, Delivery(layout), 3)
+    station = SimpleNamespace(num_ranks=3, device=CPU)
+    tables = cuda_plan._tables(station, found, torch.zeros(num_tokens, 2, dtype=torch.int64), None)
+    shown = [tables.dst_counts, tables.src_counts, tables.dst_token, tables.expert_counts, tables.places]
+    assert [tuple(one.shape) for one in shown] == [
+        (3,),
+        (3,),
+        (num_tokens * 2,),
+        (6,),
+        (num_tokens, found_columns(layout)),
+    ]
+    assert (tables.expert_offsets is None) == (layout is not Layout.EXPERTS)
+    if tables.expert_offsets is not None:
+        assert tables.expert_offsets.shape == (7,)
+        shown.append(tables.expert_offsets)
+    spans = [(one.data_ptr(), one.data_ptr() + one.numel() * one.element_size()) for one in shown]
+    words = max(num_units(num_tokens), 1) * (18 + 3)
+    spans += [(tables.table, tables.table + 4 * words), (tables.bases, tables.bases + 4 * (2 * 3 + 18))]
+    assert all(one.is_contiguous() for one in shown)
+    assert all(start % one.element_size() == 0 for (start, _), one in zip(spans, shown, strict=False))
+    spans = sorted(span for span in spans if span[0] != span[1])
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    storage = tables.places.untyped_storage()
+    assert storage.data_ptr() <= tables.table
+    assert tables.bases + 4 * (2 * 3 + 18) <= storage.data_ptr() + storage.nbytes(), "they live with the plan's tensors"
+
+
+def found_columns(layout):
+    return (3 + 2) * (1 if layout is Layout.ROWS else 2)
+
+
+def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward():
+    """At least what all plans share."""
+    dock = Dock(SimpleNamespace(device=CPU), None, "key")
+    with torch.inference_mode():
+        shared = dock._no_rows(4)
+    assert not shared.is_inference()
+    assert shared.shape == (0, 4)
+    assert dock._no_row_idx[4] is shared
