@@ -63,7 +63,8 @@ def test_all_of_it(phases, tmp_path, capsys):
         assert (item["host_hook_us"] is None) == ("wire" in item["call"])
         assert item["of_limit"] == pytest.approx(item["limit_us"] / item["graph"]["median_us"])
         assert item["limit_hook_us"] > item["limit_us"], "two kernels instead of one"
-    assert [item["numerics"] for item in whole["micro"]] == ["exact", "fast"]
+    assert [item["numerics"] for item in whole["micro"]] == ["exact", "exact", "fast", "fast"]
+    assert [item["work_is"] for item in whole["micro"]] == ["even", "uneven"] * 2
     for item in whole["micro"]:
         assert item["tokens"] == 3, "of each of the two"
         serial, hooks = item["serial"]["median_us"], item["hooks"]["median_us"]
@@ -280,7 +281,9 @@ def test_micro_batches_are_checked(phases, tmp_path):
     assert run_on_cpu("--only", "micro", "--micro-tokens", "8", "--json", str(file)) == 1
     whole = json.loads(file.read_text())
     assert "micro" not in whole
-    assert [one["what"] for one in whole["failed"]] == ["micro-batches, exact", "micro-batches, fast"]
+    assert [one["what"] for one in whole["failed"]] == [
+        f"micro-batches, {numerics}, {work} work" for numerics in ("exact", "fast") for work in ("even", "uneven")
+    ]
     assert all("hooks, A: dispatch" in one["why"] for one in whole["failed"])
 
 
@@ -319,7 +322,7 @@ class Log:
 def test_schedules():
     done = []
     desks = Log(done, "A"), Log(done, "B")
-    both = micro.Schedules(desks, decode.Case("pair", numerics="exact"), lambda: done.append("work"))
+    both = micro.Schedules(desks, decode.Case("pair", numerics="exact"), lambda share: done.append("work"))
     both.by_hooks()
     assert done == [
         *("send dispatch A", "work", "receive dispatch A"),
@@ -336,6 +339,17 @@ def test_schedules():
     done.clear()
     both.work_only()
     assert done == ["work"] * micro.PIECES
+
+
+def test_uneven_work():
+    """What A has more, B has less, in every schedule, and each rank does as much as with even work."""
+    for name in ("by_hooks", "one_after_another", "work_only"):
+        done = []
+        desks = Log([], "A"), Log([], "B")
+        getattr(micro.Schedules(desks, decode.Case("pair", numerics="exact"), done.append, tilt=0.5), name)()
+        assert sorted(done) == [0.5, 0.5, 1.5, 1.5]
+        assert sum(done) == micro.PIECES
+    assert done == [1.5, 0.5, 1.5, 0.5]
 
 
 def chosen(*words):

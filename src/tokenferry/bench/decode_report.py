@@ -25,7 +25,16 @@ HEADER = (
     *("eager us", "eager + hook us", "host us", "host + hook us", "KB out"),
 )
 MICRO_HEADER = (
-    *("micro-batches", "T of each", "work us", "4 x work us", "calls us", "one after another us", "by hooks us"),
+    *(
+        "micro-batches",
+        "T of each",
+        "work is",
+        "work us",
+        "4 x work us",
+        "calls us",
+        "one after another us",
+        "by hooks us",
+    ),
     *("hidden", "faster by"),
 )
 CURVES = ("dispatch FP8", "combine exact", "combine fast", "pair exact", "pair fast")
@@ -84,7 +93,7 @@ def micro_rows(items: Sequence[Item]) -> list[list[str]]:
     """Rows under `MICRO_HEADER`."""
     return [
         [
-            *(item["numerics"], str(item["tokens"]), f"{item['piece_us']:.1f}"),
+            *(item["numerics"], str(item["tokens"]), item["work_is"], f"{item['piece_us']:.1f}"),
             *(_range(item[name]) for name in ("work", "calls", "serial", "hooks")),
             *(f"{item['hidden']:.0%}", f"{item['speedup'] - 1:.0%}"),
         ]
@@ -103,7 +112,8 @@ def line(item: Item) -> str:
 def micro_line(item: Item) -> str:
     """The same for micro-batches."""
     times = f"{item['serial']['median_us']:.1f} us one after another, {item['hooks']['median_us']:.1f} by hooks"
-    return f"micro-batches, {item['numerics']}: {times}, {item['hidden']:.0%} hidden"
+    kind = f"{item['numerics']}, {item['work_is']} work"
+    return f"micro-batches, {kind}: {times}, {item['hidden']:.0%} hidden"
 
 
 def curves(

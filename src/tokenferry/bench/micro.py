@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,6 +29,10 @@ ROUNDS = 5
 PIECES = 4
 """Pieces of work in a round: attention, and experts, of each micro-batch."""
 
+TILTS = {"even": 0.0, "uneven": 0.5}
+"""By how much more work one micro-batch has than usual, and the other one less: the first on even ranks, the second on
+odd ones. So all ranks have the same to do, at different times, as with sequences of different lengths."""
+
 
 class Work:
     """Some GEMMs that take about `WORK_S`, equally many on all ranks. Making it is collective."""
@@ -43,9 +48,9 @@ class Work:
         one = _seconds(here, self._gemm)
         self.gemms = max(1, min(MOST_GEMMS, round(WORK_S / one)))
 
-    def __call__(self) -> None:
-        """Put it on the current stream."""
-        for _ in range(self.gemms):
+    def __call__(self, share: float = 1.0) -> None:
+        """Put as large a share of it on the current stream."""
+        for _ in range(round(self.gemms * share)):
             self._gemm()
 
     def _gemm(self) -> None:
@@ -72,36 +77,39 @@ class Schedules:
     Args:
         desks: Of A and B.
         case: The pair that is made of them.
-        work: One piece of it: attention, or experts.
+        work: A share of a piece: attention, or experts.
+        tilt: How much more work A has than usual, and B less.
     """
 
-    def __init__(self, desks: tuple[Desk, Desk], case: Case, work: Callable[[], None]) -> None:
+    def __init__(self, desks: tuple[Desk, Desk], case: Case, work: Callable[[float], None], tilt: float = 0.0) -> None:
         self._a, self._b = desks
-        self._case, self._work = case, work
+        self.case, self._work = case, work
+        self._shares = (1 + tilt, 1 - tilt)
 
     def one_after_another(self) -> list[Answer]:
         """Nothing overlaps: every call is there before the work that needs it begins."""
         answers = []
-        for desk in (self._a, self._b):
-            self._work()
+        for desk, share in zip((self._a, self._b), self._shares, strict=True):
+            self._work(share)
             sent = self._dispatch(desk, hook=False)
-            self._work()
+            self._work(share)
             answers.append(Answer(sent, self._combine(desk, sent, hook=False)))
         return answers
 
     def by_hooks(self) -> list[Answer]:
         """While one micro-batch travels, the other one's work is done; A's attention was, in the round before."""
+        share_a, share_b = self._shares
         sent_a = self._dispatch(self._a, hook=True)
-        self._work()  # B's attention
+        self._work(share_b)  # B's attention
         _receive(sent_a)
         sent_b = self._dispatch(self._b, hook=True)
-        self._work()  # A's experts
+        self._work(share_a)  # A's experts
         _receive(sent_b)
         done_a = self._combine(self._a, sent_a, hook=True)
-        self._work()  # B's experts
+        self._work(share_b)  # B's experts
         _receive(done_a)
         done_b = self._combine(self._b, sent_b, hook=True)
-        self._work()  # A's attention of the next round
+        self._work(share_a)  # A's attention of the next round
         _receive(done_b)
         return [Answer(sent_a, done_a), Answer(sent_b, done_b)]
 
@@ -115,15 +123,15 @@ class Schedules:
 
     def work_only(self) -> list[Answer]:
         """No calls."""
-        for _ in range(PIECES):
-            self._work()
+        for share in PIECES // 2 * self._shares:
+            self._work(share)
         return []
 
     def _dispatch(self, desk: Desk, *, hook: bool) -> DecodeDispatched:
         return desk.group.decode_dispatch(desk.x, desk.routing, fp8=Scale.FLOAT32, return_hook=hook)
 
     def _combine(self, desk: Desk, sent: DecodeDispatched, *, hook: bool) -> DecodeCombined:
-        return desk.group.decode_combine(desk.y, sent.plan, numerics=self._case.numerics, return_hook=hook)
+        return desk.group.decode_combine(desk.y, sent.plan, numerics=self.case.numerics, return_hook=hook)
 
 
 def _receive(result: DecodeDispatched | DecodeCombined) -> None:
@@ -143,18 +151,20 @@ def _measure(here: Trial) -> None:
         pool, y, work = Pool(sizes, here.bed.device), new_answers(group), Work(here)
         truths = [Truth(sizes, variant, here.rank, pool) for variant in range(2)]
         desks = Desk(group, truths[:1], pool, y), Desk(group, truths[1:], pool, y)
-        for numerics in ("exact", "fast"):
-            case = Case("pair", numerics=numerics)
-            what = f"micro-batches, {numerics}"
+        for numerics, (name, tilt) in itertools.product(("exact", "fast"), TILTS.items()):
+            tilt = tilt if here.rank % 2 == 0 else -tilt
+            schedules = Schedules(desks, Case("pair", numerics=numerics), work, tilt)
+            what = f"micro-batches, {numerics}, {name} work"
             here.tell({"now": what})
-            times = here.attempt(what, partial(_times, here, desks, case, work))
+            times = here.attempt(what, partial(_times, here, desks, schedules))
+            about = {"numerics": numerics, "work_is": name, "tokens": sizes.tokens, "gemms": work.gemms}
             if times is not None:
-                here.tell({"micro": {**times, "numerics": numerics, "tokens": sizes.tokens, "gemms": work.gemms}})
+                here.tell({"micro": {**times, **about}})
 
 
-def _times(here: Trial, desks: tuple[Desk, Desk], case: Case, work: Work) -> dict[str, object]:
+def _times(here: Trial, desks: tuple[Desk, Desk], schedules: Schedules) -> dict[str, object]:
     """Of one round of each schedule, all of them checked before and after."""
-    schedules = Schedules(desks, case, work)
+    case = schedules.case
     rounds = {
         "serial": schedules.one_after_another,
         "hooks": schedules.by_hooks,
