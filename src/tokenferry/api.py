@@ -66,7 +66,7 @@ class ExpertGroup:
             but ``"auto"`` excludes backend cuda.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, 100 if that is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
-            (see `mask`) and go on without it; the other calls raise. Needs the wire ``"local"``.
+            (see `mask`) and go on without it; the other calls raise. Backend cpu: needs the wire ``"local"``.
 
     Raises:
         ConfigError: an option is wrong, E is no multiple of R, or ranks disagree; says what each brought.
@@ -171,14 +171,40 @@ class ExpertGroup:
     def mask(self, rank: int, *, masked: bool = True) -> None:
         """Make decode calls skip a rank in both directions, or stop skipping it.
 
-        Rows for a masked rank are not sent, and its experts add nothing to combined rows. Contract: local, at once;
-        ranks may mask differently. A rank that masks and unmasks must make the same number of calls as the others.
+        Rows for a masked rank are not sent, and its experts add nothing to combined rows. With ``on_timeout="mask"``
+        decode calls mask a rank that stays silent. What the call that misses it brings of that rank is undefined.
+
+        Masking, contract: local, at once. Between a `decode_combine` and the next `decode_dispatch`, on both sides: a
+        rank that does not mask those that mask it waits for them in vain. Ranks may mask differently.
+
+        Coming back, contract: if two ranks have masked each other by hand, each with no call after which the other did
+        not, and make the same number of calls meanwhile, both may stop at any later call: local, at once. A rank that
+        was lost (stopped, late, masked by a timeout), or has made more or fewer calls, comes back when all ranks do
+
+            group.synchronize()  # CUDA graphs run outside of the group: torch.cuda.synchronize()
+            dist.barrier()
+            for rank in range(group.num_ranks):  # this one, too
+                group.mask(rank, masked=False)
+            dist.barrier()
+
+        with barriers that are none of this group's calls. If some stay away, those that go on do so among themselves,
+        and all of them mask the others. It waits for no peer; CUDA: it waits for the device. What was under way is
+        lost: hooks that were not called do nothing, and plans from before must not be used any more. Not on the wire
+        ``"group"``, where a timeout ends the process group.
+
+        CUDA graphs: a graph sees masks that are set or cleared after its capture; one that was captured while a rank
+        was masked leaves it out for good. Not while one is captured.
+
+        Args:
+            rank: Which one; this rank itself only with ``masked=False``: it was away, or others were.
+            masked: False: stop skipping it.
 
         Raises:
-            ArgumentError: ``rank`` is this rank, or outside [0, R).
+            ArgumentError: ``rank`` is this rank and ``masked``, it is outside [0, R), or a CUDA graph is captured.
+            ClosedError: the group was closed or is broken.
         """
         self._ready("mask")
-        if not isinstance(rank, int) or not 0 <= rank < self.num_ranks or rank == self.rank:
+        if not isinstance(rank, int) or not 0 <= rank < self.num_ranks or (rank == self.rank and masked):
             raise ArgumentError(
                 f"mask: rank: expected one of 0..{self.num_ranks - 1} other than this rank ({self.rank}), got {rank!r}"
             )

@@ -63,8 +63,6 @@ def resolve_options(
     backend = settings.backend if backend == "auto" else backend
     asked_wire, wire = wire, settings.wire if wire == "auto" else wire
     cpu_only = ""
-    if on_timeout == "mask":
-        cpu_only = "on_timeout='mask' needs the wire 'local'"
     if asked_wire != "auto":
         cpu_only = f"wire={asked_wire!r} is a wire of the CPU backend"
     return Resolved(

@@ -87,6 +87,7 @@ def masked_wires(rank, pg, pair: Pair) -> None:
     case = Case((3, 2, 4), 6, 3, hidden=256, dtype=torch.float32)
     step = Step(case, rank, frozenset({2}) if rank < 2 else frozenset({0, 1}))
     with pair.open(pg, case.shape) as group:
+        group.decode_dispatch(step.mine().x, step.routing())  # of these sizes the first: it takes all ranks
         for other in step.away:
             group.mask(other)
         sent = group.decode_dispatch(step.mine().x, step.routing())

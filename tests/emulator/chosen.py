@@ -6,7 +6,10 @@ import os
 
 import pytest
 
-FILES = ("test_plan.py", "test_move.py", "test_pull.py", "test_unpack.py", "test_meet.py")
+FILES = (
+    *("test_plan.py", "test_move.py", "test_pull.py", "test_unpack.py", "test_meet.py"),
+    *("test_spread.py", "test_collect.py"),
+)
 """Tests of single kernels."""
 RANKS = (1, 2, 3)
 NEED_TIME = (

@@ -1,7 +1,7 @@
-"""Where the emulator and the jobs of the contract suite are found."""
+"""Where the emulator and the jobs of other suites are found."""
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "contract"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "contract"), str(HERE.parent / "faults"), str(HERE)]

@@ -370,11 +370,6 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ConfigError,
         ("backend='cuda'", "wire='local'", "leave it out", "backend='cpu'"),
     ),
-    "masking on timeout on CUDA": (
-        open_group(backend="cuda", on_timeout="mask"),
-        ConfigError,
-        ("backend='cuda'", "on_timeout='mask'", "leave it out", "backend='cpu'"),
-    ),
     "a group of numbers": (
         lambda g: ExpertGroup([0, 1], SHAPE),
         ConfigError,

@@ -5,11 +5,12 @@ On GPUs the device finds them: at once if the call waits for counts, else by `sy
 
 import pytest
 import torch
+from decoding import Step, check_combined, check_received
 from pairs import CUDA_PAIRS, Pair
 from test_lost_ranks import done
 from throughput import check_round_trip
 
-from tokenferry import Delivery, ExpertGroup, Layout, Routing, RoutingError
+from tokenferry import Delivery, ExpertGroup, Layout, Routing, RoutingError, Scale
 from tokenferry.testing.cases import Case
 
 CASE = Case((300, 7), 8, 4, hidden=64)
@@ -87,6 +88,41 @@ def nothing_but_bad(rank, pg, pair: Pair) -> None:
 
 def test_nothing_but_bad_experts(worlds, pair):
     worlds(2, pair.backend).run(nothing_but_bad, pair)
+
+
+def decoding_errs(rank, pg, pair: Pair, culprit: int) -> None:
+    """A bad decode_dispatch comes to nothing, and so does a combine along its plan; then it is made again."""
+    with pair.open(pg, CASE.shape) as group:
+        step = Step(CASE, rank)
+        for i, expert in enumerate((*BAD, *BAD_LONG)):
+            hook, fp8 = i % 2 == 1, (None, Scale.FLOAT32)[i % 2]
+            if rank == culprit:
+                place = r"decode_dispatch: topk_idx\[5, 2\] is -?\d+, expected an expert in \[0, 8\)"
+                x, routing = spoilt(rank, 5, 2, expert, torch.int64)
+                with pytest.raises(RoutingError, match=place):
+                    decode_badly(group, x, routing, fp8, hook)
+            sent = group.decode_dispatch(step.mine().x, step.routing(), fp8=fp8, return_hook=hook)
+            if sent.hook is not None:
+                sent.hook()
+            check_received(step, sent, fp8)
+            check_combined(group, step, sent, torch.float32, hook=hook, fast=hook)
+        check_round_trip(group, CASE, Delivery())
+
+
+def decode_badly(group: ExpertGroup, x: torch.Tensor, routing: Routing, fp8: Scale | None, hook: bool) -> None:
+    got = group.decode_dispatch(x, routing, fp8=fp8, return_hook=hook)
+    if got.hook is not None:
+        got.hook()
+    y = torch.ones((*got.plan.src_token.shape, CASE.hidden), device=group.device)
+    home = group.decode_combine(y, got.plan, return_hook=hook)
+    if home.hook is not None:
+        home.hook()
+    group.synchronize()
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_decoding_goes_on_after_bad_experts(worlds, pair, culprit):
+    worlds(2, pair.backend).run(decoding_errs, pair, culprit)
 
 
 def told_by_the_next_call(rank, pg, pair: Pair) -> None:

@@ -5,7 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from decoding import Step, check_combined, check_received
 from pairs import CPU_PAIRS, CUDA_PAIRS, Pair
 from test_lost_ranks import (
     BAD_RANK,
@@ -55,10 +57,20 @@ def work(pg, pair: Pair, case: Case) -> None:
     with pair.open(pg, case.shape) as group:
         for delivery in deliveries(case)[::3]:
             check_round_trip(group, case, delivery)
+        step = Step(case, group.rank)
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        check_received(step, sent, None)
+        check_combined(group, step, sent, torch.bfloat16)
 
 
 @reusable
-@pytest.mark.parametrize(("how", "phase"), [("sleeps", "dispatch"), ("sleeps", "combine"), ("never calls", "dispatch")])
+@pytest.mark.parametrize(
+    ("how", "phase"),
+    [
+        *(("sleeps", phase) for phase in ("dispatch", "combine", "decode_dispatch", "decode_combine by hook")),
+        *(("never calls", phase) for phase in ("dispatch", "decode_dispatch by hook", "decode_combine")),
+    ],
+)
 def test_ranks_go_on_together(pair, how, phase, tmp_path):
     with World(3, devices=pair.backend) as world:
         results = world.run(lose_and_go_on, pair, phase, how, str(tmp_path))

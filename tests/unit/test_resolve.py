@@ -175,7 +175,7 @@ def test_the_cpu_has_no_sms():
 def test_options_that_only_the_cpu_backend_honours():
     assert resolve_options(None, SHAPE, "auto", "auto", None, "raise").cpu_only == ""
     assert "wire='local'" in resolve_options(None, SHAPE, "auto", "local", None, "raise").cpu_only
-    assert "on_timeout='mask'" in resolve_options(None, SHAPE, "auto", "auto", None, "mask").cpu_only
+    assert resolve_options(None, SHAPE, "auto", "auto", None, "mask").cpu_only == ""
 
 
 def test_a_variable_is_no_wish_for_the_cpu(monkeypatch):
@@ -186,7 +186,6 @@ def test_a_variable_is_no_wish_for_the_cpu(monkeypatch):
     assert (options.wire, options.cpu_only, options.heap_bytes) == ("local", "", 3 << 20)
 
 
-@pytest.mark.parametrize("options", [{"wire": "local"}, {"on_timeout": "mask"}])
-def test_cuda_refuses_them(options):
+def test_cuda_refuses_them():
     with pytest.raises(ConfigError, match=r"backend='cuda': .*; leave it out, or use backend='cpu'"):
-        ExpertGroup(None, SHAPE, backend="cuda", **options)
+        ExpertGroup(None, SHAPE, backend="cuda", wire="local")

@@ -82,7 +82,7 @@ class CpuBackend:
         if masked:
             self._exchange.mask(rank)
         else:
-            self._exchange.masked.discard(rank)
+            self._exchange.take_back(rank)
 
     def close(self) -> None:
         """Free the wire."""

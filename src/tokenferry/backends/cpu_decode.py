@@ -157,7 +157,7 @@ def _finish(
     @torch.no_grad()
     def hook() -> None:
         nonlocal done
-        if done:
+        if done or pending.void:
             return
         with pending.receive(stats.wait_ns, tolerant=True, hooked=return_hook) as received:
             work(received)

@@ -176,6 +176,11 @@ class Exchange:
         wire: Connected.
         timeout_s: Seconds that each exchange may wait.
         mask_on_timeout: Whether exchanges that tolerate it go on without a silent rank.
+
+    Attributes:
+        masked: Ranks that exchanges leave out if they tolerate it.
+        lost: Those of them for which this rank has waited in vain.
+        returns: How often ranks have come back.
     """
 
     def __init__(self, wire: Wire, timeout_s: float, *, mask_on_timeout: bool) -> None:
@@ -185,9 +190,12 @@ class Exchange:
         self.timeout_s = timeout_s
         self.mask_on_timeout = mask_on_timeout
         self.masked: set[int] = set()
+        self.lost: set[int] = set()
+        self.returns = 0
         self.broken: str | None = None
         self.heap = Heap()
         self._number = 0
+        self._catches_up = False
 
     def start(
         self,
@@ -205,6 +213,8 @@ class Exchange:
         before it is read.
         """
         with self.guard(signature.kind.name):
+            if self._catches_up:
+                self._catch_up()
             self._number += 1
             call = Call(self._number, signature.kind.name)
             copied = [0 if dst == self.rank and not copy_own else count for dst, count in enumerate(counts)]
@@ -220,6 +230,27 @@ class Exchange:
         """Expect nothing more of a rank."""
         self.masked.add(rank)
         self.wire.forget(rank)
+
+    def take_back(self, rank: int) -> None:
+        """Expect a rank's messages again.
+
+        If this rank has waited for it in vain, or is it, ranks may have made different numbers of calls: then it tells
+        them its own number. All ranks do that between the same two calls, and take the highest for the next one.
+        """
+        if rank != self.rank and rank not in self.masked:
+            return
+        out_of_step = rank == self.rank or rank in self.lost or self._catches_up
+        self.masked.discard(rank)
+        self.lost.discard(rank)
+        if out_of_step:
+            self.returns += 1
+            self._catches_up = True
+            self.wire.tell_number(self._number, frozenset(self.masked))
+
+    def _catch_up(self) -> None:
+        self._catches_up = False
+        self._number = max(self._number, self.wire.heard_number())
+        self.wire.go_on_from(self._number)
 
     @contextlib.contextmanager
     def guard(self, phase: str) -> Iterator[None]:
@@ -262,6 +293,12 @@ class Pending:
         self._sections = sections
         self._skip = skip
         self._copy_own = copy_own
+        self._returns = exchange.returns
+
+    @property
+    def void(self) -> bool:
+        """Whether ranks have come back since: what was under way then is lost."""
+        return self._returns != self._exchange.returns
 
     @contextlib.contextmanager
     def receive(
@@ -308,6 +345,7 @@ class Pending:
                 raise
             for peer in error.peers:
                 exchange.mask(peer)
+                exchange.lost.add(peer)
             return nothing
         num_rows = self._check(src, message.header)
         if src == exchange.rank and not self._copy_own:

@@ -23,6 +23,7 @@ from tokenferry.backends.cuda_launch import Cargo, Sources, Sum
 from tokenferry.backends.cuda_memory import Shelf, aligned
 from tokenferry.backends.cuda_plan import CODES, Geometry
 from tokenferry.backends.cuda_region import Exchange
+from tokenferry.backends.cuda_return import Masks
 from tokenferry.backends.cuda_station import Station
 from tokenferry.errors import ArgumentError
 from tokenferry.kernels.board import TRACE_WORDS
@@ -61,6 +62,7 @@ class CudaBackend:
         self.shelf = Shelf(station)
         self.dock = Dock(station, self.shelf, key)
         self.decoder = Decoder(station, self.shelf, key, exchange)
+        self.masks = Masks(station, self.decoder)
         self._exchange = exchange
         self._known: dict[tuple[Any, ...], tuple[Signature, Geometry, int]] = {}
         self._signatures: dict[tuple[Any, ...], Signature] = {}
@@ -78,7 +80,7 @@ class CudaBackend:
 
     def mask(self, rank: int, *, masked: bool) -> None:
         """Skip a rank in decode calls, or stop skipping it."""
-        (self.station.masked.add if masked else self.station.masked.discard)(rank)
+        (self.masks.add if masked else self.masks.take_back)(rank)
 
     def warmup(self) -> None:
         """Compile and load every kernel; returns when every rank has."""

@@ -84,6 +84,13 @@ class Channel:
         """Note a send; None: it was received by the same kernel."""
         self._last.append(receipt)
 
+    def forget(self) -> None:
+        """Owe nothing any more: hooks that have not been called do nothing."""
+        for receipt in self._last:
+            if receipt is not None:
+                receipt.done, receipt.tensors = True, ()
+        self._last.clear()
+
     def receive(self, receipt: Receipt) -> None:
         """Enqueue the second half of a call, once.
 
@@ -128,6 +135,12 @@ class Decoder:
         self._channels = (Channel(station), Channel(station))
         self._signatures: dict[tuple[object, ...], Signature] = {}
         self.trace: Tensor | None = None
+
+    def forget(self) -> None:
+        """As if nothing were under way: receipts and regions."""
+        for channel in self._channels:
+            channel.forget()
+        self.regions.clear()
 
     # ------------------------------------------------------------------ dispatch
 

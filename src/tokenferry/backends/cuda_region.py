@@ -148,12 +148,23 @@ class Regions:
             self._captured.append(region)  # replays use it as long as the group lives
         return region
 
+    def clear(self) -> None:
+        """Empty all regions, those of CUDA graphs too; nothing may be under way."""
+        for region in (*self._captured, *(() if self.now is None or self.now in self._captured else (self.now,))):
+            region.clear()
+
     def _make(self, here: Here, sizes: Sizes) -> Region:
         station, phase = self._station, here.signature.phase
         if here.capturing:
             raise ArgumentError(
                 f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
                 "ranks, which a CUDA graph cannot capture; call it once before the capture"
+            )
+        absent = sorted(station.absent())
+        if absent:
+            raise ArgumentError(
+                f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
+                f"ranks, and rank(s) {absent} are masked; call it once before a rank is masked"
             )
         num_bytes, problem, block = bytes_of(sizes, station.num_ranks), "", None
         try:

@@ -58,7 +58,12 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     num_bytes = BOARD_BYTES + heap_bytes(resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory)
     key = secrets.token_hex(4)
     if table:
-        cards = table.exchange({"terms": {"shape": str(resolved.shape), "heap bytes": num_bytes}, "key": key})
+        terms = {
+            "shape": str(resolved.shape),
+            "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
+            "heap bytes": num_bytes,
+        }
+        cards = table.exchange({"terms": terms, "key": key})
         compare_terms([card["terms"] for card in cards])
         key = cards[0]["key"]
     window = share(table, rank, num_ranks, device, num_bytes, BOARD_BYTES)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokenferry.backends.cuda_faults import SIGNATURE_BYTES, Ledger, Pinned, Signature
-from tokenferry.errors import CapacityError, ClosedError, PeerTimeout, RoutingError, TokenferryError
+from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError, TokenferryError
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.all import SPECS
@@ -165,6 +165,31 @@ class Station:
         if self.mask_late and self.pinned.masked != _NOBODY:
             self.masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
         return frozenset(self.masked)
+
+    @property
+    def number(self) -> int:
+        """Of the last call."""
+        return self._number
+
+    def forgive(self, rank: int) -> bool:
+        """Stop leaving a rank out; returns whether a kernel had waited for it in vain."""
+        lost = self.pinned.masked[rank] != 0
+        self.pinned.masked[rank] = 0
+        self.masked.discard(rank)
+        return lost
+
+    def follow(self, what: str) -> None:
+        """Put the current stream behind all calls, for work that is no call.
+
+        Raises:
+            ArgumentError: a CUDA graph is being captured.
+        """
+        stream = self._streams.current()
+        capture = self._streams.capture(stream)
+        if capture:
+            raise ArgumentError(f"{what}: not while a CUDA graph is captured; do it before or afterwards")
+        if self._last != (stream, capture):
+            self._follow(stream, capture)
 
     def out_of_step(self, error: TokenferryError) -> TokenferryError:
         """End the group by an error that the caller raises."""

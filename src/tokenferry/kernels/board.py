@@ -19,6 +19,22 @@ OFFSET_BYTES = 16
 RANK_SHIFT = 28
 """A place on another rank is ``rank << RANK_SHIFT | place`` in int32."""
 
+_BOARD = (
+    ("card", 8, 2 * MAX_RANKS * CARD_WORDS),
+    ("counts", 8, 2 * MAX_RANKS * MAX_EXPERTS),
+    ("gave_up", 8, MAX_RANKS),
+    ("hello", 8, 4 * MAX_RANKS * (SIGNATURE_WORDS + 1)),
+    ("acks", 8, 2 * MAX_RANKS),
+    ("verdict", 8, 2 * MAX_RANKS),
+    ("received", 4, 4),
+    ("sends", 4, 2),
+    ("opened", 4, 2),
+    ("masked", 4, 1),
+)
+"""Fields of a board as far as the host looks at them: name, bytes of an item, items; device/board.cuh is their twin."""
+BOARD_AT = {name: sum(size * many for _, size, many in _BOARD[:i]) for i, (name, _, _) in enumerate(_BOARD)}
+"""Offset of each of these fields."""
+
 COMMON = (
     ("windows", f"ptr[{MAX_RANKS}]"),
     ("record", "ptr"),

@@ -94,6 +94,15 @@ class Wire(Protocol):
     def forget(self, src: int) -> None:
         """Stop expecting anything from ``src`` for the calls under way, and never reuse what it may still read."""
 
+    def tell_number(self, number: int, skip: frozenset[int]) -> None:
+        """Tell each rank but those in ``skip`` the number of this rank's last call, for `heard_number`."""
+
+    def heard_number(self) -> int:
+        """Return the highest number that a peer has told, 0 if none has; never waits."""
+
+    def go_on_from(self, number: int) -> None:
+        """Count all calls up to ``number`` as finished, and drop what is here of them."""
+
     def close(self, *, linger: bool) -> None:
         """Free everything; local, idempotent.
 
@@ -116,6 +125,11 @@ class Floor:
         while self.mine + 1 in self._ahead:
             self.mine += 1
             self._ahead.remove(self.mine)
+
+    def jump(self, number: int) -> None:
+        """All calls up to ``number`` are finished here, or were never made."""
+        self.mine = max(self.mine, number)
+        self._ahead = {later for later in self._ahead if later > self.mine}
 
     def heard(self, peer: int, floor: int) -> None:
         """A peer said its floor."""

@@ -110,6 +110,16 @@ class GroupWire:
             flight.failed.pop(src, None)
             flight.sends = [(peer, work) for peer, work in flight.sends if peer != src]
 
+    def tell_number(self, number: int, skip: frozenset[int]) -> None:
+        """Nothing to tell: nobody comes back here, since one timeout ends the process group. See `Wire.tell_number`."""
+
+    def heard_number(self) -> int:
+        """Nobody tells. See `Wire.heard_number`."""
+        return 0
+
+    def go_on_from(self, number: int) -> None:
+        """Ranks are in step. See `Wire.go_on_from`."""
+
     def close(self, *, linger: bool) -> None:
         """Let go of everything; the process group is the caller's and stays. See `Wire.close`."""
         deadline = Deadline(_LINGER_S if linger else 0.0)

@@ -26,7 +26,7 @@ from tokenferry.wires.base import HEADER_INTS, Call, Check, Deadline, Floor, Las
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
 """kind, call, floor, segment, offset, bytes; then the backend's header."""
-_POST, _POST_WITH_FD, _RETIRE = 1, 2, 3
+_POST, _POST_WITH_FD, _RETIRE, _NUMBER = 1, 2, 3, 4
 _ALIGN = 64
 
 
@@ -79,6 +79,7 @@ class LocalWire:
         self._num_segments = 0
         self._flights: dict[int, _Flight] = {}
         self._newest = 0
+        self._told = 0
 
     def open(self, call: Call, sizes: Sequence[int]) -> list[Tensor]:
         """Return views of a segment; this rank's own message lies there too, since used memory is cheaper than new.
@@ -155,6 +156,26 @@ class LocalWire:
             self._peers[src].inbox.pop(number, None)
         busy = [s for s in self._segments if src in s.readers and not self._floor.passed(s.call, s.readers)]
         self._retire(busy)
+
+    def tell_number(self, number: int, skip: frozenset[int]) -> None:
+        """Send a notice. See `Wire.tell_number`."""
+        notice = _NOTICE.pack(_NUMBER, number, 0, 0, 0, 0, *[0] * HEADER_INTS)
+        for rank in sorted(set(self._peers) - skip):
+            self._send(rank, notice, [], Call(number, "mask"), Deadline(1.0))
+
+    def heard_number(self) -> int:
+        """Read what is here. See `Wire.heard_number`."""
+        while self._poll.poll(0):
+            self._pump(0)
+        return self._told
+
+    def go_on_from(self, number: int) -> None:
+        """See `Wire.go_on_from`."""
+        self._newest = max(self._newest, number)
+        self._floor.jump(number)
+        self._flights = {call: flight for call, flight in self._flights.items() if call > number}
+        for peer in self._peers.values():
+            peer.inbox = {call: message for call, message in peer.inbox.items() if call > number}
 
     def close(self, *, linger: bool) -> None:
         """Close sockets, which tells the peers, and let go of all memory; notices and segments under way stay valid."""
@@ -234,6 +255,9 @@ class LocalWire:
         kind, number, floor, segment, offset, size, *header = notice
         if kind == _RETIRE:
             peer.maps.pop(segment, None)
+            return
+        if kind == _NUMBER:
+            self._told = max(self._told, number)
             return
         if kind == _POST_WITH_FD:
             fd = peer.fds.pop(0)

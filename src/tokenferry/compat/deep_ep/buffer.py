@@ -86,8 +86,7 @@ class Buffer(LowLatencyCalls):
         allow_nvlink_for_low_latency_mode: The same.
         allow_mnnvl: The same.
         explicitly_destroy: Allow `destroy`. Without it everything is freed when the object is.
-        enable_shrink: A rank that does not answer in time is masked in low-latency calls instead of raising; only the
-            CPU backend can.
+        enable_shrink: A rank that does not answer in time is masked in low-latency calls instead of raising.
         comm: Only None: a group is made of a process group.
         use_fabric: A hint, see the table of this module.
 

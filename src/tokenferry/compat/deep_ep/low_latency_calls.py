@@ -78,14 +78,19 @@ class LowLatencyCalls:
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Skip a rank in low-latency calls (True), or stop skipping it (False). Local.
 
+        A rank that was lost comes back as `tokenferry.ExpertGroup.mask` says: between two barriers all ranks pass
+        False, for the rank that comes back and for themselves.
+
         Raises:
-            ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is this rank or outside [0, R).
+            ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is outside [0, R), or this rank with True.
         """
         self._shrinking("Buffer.low_latency_update_mask_buffer")
         self._experts.mask(rank_to_mask, masked=bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
+
+        CUDA: it tells what calls have found that are through when it is called, and does not wait for others.
 
         Raises:
             ArgumentError: ``enable_shrink`` is False.
@@ -100,7 +105,13 @@ class LowLatencyCalls:
             mask_status[rank] = 1
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Stop skipping any rank. Local. Raises ArgumentError if ``enable_shrink`` is False."""
+        """Stop skipping any rank: `low_latency_update_mask_buffer` with False for each that is skipped.
+
+        If one of them was lost, all ranks do so between two barriers.
+
+        Raises:
+            ArgumentError: ``enable_shrink`` is False.
+        """
         self._shrinking("Buffer.low_latency_clean_mask_buffer")
         for rank in self._experts.masked_ranks:
             self._experts.mask(rank, masked=False)

@@ -210,6 +210,11 @@ DEV bool add_token(const CollectParams& p, Turn& turn, Slots& s, u32 t, u32 chun
                 turn.alive &= ~(1u << rank[q]);
             }
             if (!p.mask_late) return false;
+            // Nobody waits for the lost ones again.
+            #pragma unroll
+            for (u32 h = 0; h < 2; h++)
+                if (s.rank[h] != kOnes && !(turn.alive >> s.rank[h] & 1)) s.rank[h] = kOnes;
+            left &= kFast ? turn.alive : __ballot_sync(kAll, s.rank[0] != kOnes) | (u64)__ballot_sync(kAll, s.rank[1] != kOnes) << 32;
             break;
         }
         #pragma unroll

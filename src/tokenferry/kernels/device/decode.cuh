@@ -44,6 +44,7 @@ struct Turn {
 // ---- packets
 
 constexpr u32 kOnes = 0xffffffffu;
+constexpr u64 kLetGo = ~0ull;  // instead of an ack: its writer has let this rank go. No ack is: the lower half has even epochs
 
 DEV bool is_empty(const int4& v) { return (u32)v.x == kOnes && (u32)v.y == kOnes && (u32)v.z == kOnes && (u32)v.w == kOnes; }
 
@@ -111,7 +112,14 @@ template <class P> static __device__ __noinline__ bool let_go(const P& p, u32 pe
     }
     atomicOr(&board_of(p, p.rank)->masked, 1u << peer);
     store_release(reinterpret_cast<u32*>(p.masked_out) + peer, 1);
+    // If it comes after all it must not send: rows of a combine go where those of other ranks go by then.
+    for (u32 c = 0; c < 2; c++) store_relaxed(&board_of(p, peer)->acks[c][p.rank], kLetGo);
     return true;
+}
+
+// Whether the blocks have agreed that a peer's message did not come in time.
+template <class P> DEV bool given_up(const P& p, u32 channel, u32 epoch, u32 peer) {
+    return load_relaxed(&board_of(p, p.rank)->verdict[channel][peer]) == ((u64)epoch << 32 | 2);
 }
 
 // All blocks have to agree whether a peer's message came in time. Who has waited for long asks; the first says.
@@ -133,6 +141,7 @@ template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 pee
     while (epoch_in(seen) != epoch) {
         const u32 state = tired(p, patience);
         if (state == kBroken) return kBroken;
+        if (p.mask_late && patience.start && patience.spins % 64 == 0 && given_up(p, channel, epoch, peer)) return kLate;
         if (state == kLate) {
             if (p.mask_late && agree(p, channel, epoch, peer, false)) patience.start = 0;  // another block has seen it
             else return let_go(p, peer, kLateCard, epoch_in(seen), epoch, p.timeout_ns) ? kLate : kBroken;
@@ -178,7 +187,7 @@ template <class P> DEV bool has_room(const P& p, const Opening& o) {
     if (threadIdx.x >= 32) return true;
     const u32 sends = __shfl_sync(kAll, o.word, 0), masked = __shfl_sync(kAll, o.word, 1);
     const u32 seen = (u32)(o.acks >> (sends & 1 ? 0 : 32));  // the next epoch's half
-    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || sends < 2 || (i32)(seen - (sends - 1)) >= 0;
+    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || (o.acks != kLetGo && (sends < 2 || (i32)(seen - (sends - 1)) >= 0));
 }
 
 // Hands out what the first warp has read; all threads of a block. `good` becomes whether it is so in all of them.
@@ -223,13 +232,14 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
     bool good = true;
     const u32 peer = threadIdx.x;
     u32 lost = 0;
-    if (peer < p.num_ranks && (turn.alive >> peer & 1) && turn.epoch > 2) {
+    if (peer < p.num_ranks && (turn.alive >> peer & 1)) {
         const u64* acks = &board_of(p, p.rank)->acks[channel][peer];
         Patience patience;
         for (;;) {
-            const u32 seen = (u32)(load_acquire(acks) >> (turn.half ? 32 : 0));
-            if ((i32)(seen - (turn.epoch - 2)) >= 0) break;
-            const u32 state = tired(p, patience);
+            const u64 ack = load_acquire(acks);
+            const u32 seen = (u32)(ack >> (turn.half ? 32 : 0));
+            if (ack != kLetGo && (turn.epoch <= 2 || (i32)(seen - (turn.epoch - 2)) >= 0)) break;
+            const u32 state = ack == kLetGo && p.mask_late ? kLate : tired(p, patience);
             if (state == kWait) continue;
             if (state == kBroken || !let_go(p, peer, kLateCard, seen, turn.epoch - 2, p.timeout_ns)) good = false;
             else lost = 1u << peer;

@@ -103,6 +103,7 @@ DEV bool receive_part(const SpreadParams& p, Turn& turn, const Arrivals& a, u32 
         const u32 state = __shfl_sync(kAll, lane == 0 ? tired(p, patience) : kWait, 0);
         if (state == kWait) continue;
         if (lane == 0 && state == kLate) let_go(p, from, kLateRows, (u32)code.w, turn.epoch, p.timeout_ns);
+        if (first) note_absent(p, (u64)from * p.max_tokens + t);  // a combine reads places of all tokens that were announced
         turn.alive &= ~(1u << from);
         return state == kLate && p.mask_late;
     }
@@ -149,7 +150,10 @@ DEV void receive_rows(const SpreadParams& p, Turn& turn, const Arrivals& a) {
             before += a.tokens[from];
             ahead++;
         }
-        if (!(turn.alive >> from & 1)) continue;
+        if (!(turn.alive >> from & 1)) {
+            if (chunk == 0) note_absent(p, (u64)from * p.max_tokens + t);
+            continue;
+        }
         if (a.bits[from * mask_words + t / 32] >> t % 32 & 1) {
             if (!receive_part(p, turn, a, from, t, chunk * kTaken * 32)) return;
         } else if (chunk == 0) {

@@ -96,7 +96,7 @@ DEV void send_all_notes(const SpreadParams& p, const Turn& turn, const u16* choi
             const u32 e = choices[t * p.top_k + k];
             if (e < kBad) ranks |= 1u << rank_of(p, e);
         }
-        ranks = __reduce_or_sync(kAll, ranks);
+        ranks = __reduce_or_sync(kAll, ranks) & turn.alive;
         if (ranks) send_notes(p, turn, choices, t, ranks, weight);
         weight = weight_of(p, t + step);
     }

@@ -1,0 +1,437 @@
+"""The kernel `collect` (decode combine) alone, on virtual ranks, along tables made by plain loops: sums bit for bit."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from decodes import (
+    ALIVE,
+    BOTH,
+    COMBINE,
+    EPOCH,
+    RECEIVE,
+    SEND,
+    THREADS,
+    TOKENS,
+    TYPES,
+    WIRES,
+    Bed,
+    Combine,
+    decode_ranks,
+)
+from decoding import uneven
+from test_spread import SHORT_S, late_s
+from virtual import POISON, Ranks
+
+from tokenferry.kernels.board import Fault
+from tokenferry.kernels.collect import spec as collect_spec
+from tokenferry.testing.cases import ROUTINGS, Case
+from tokenferry.testing.oracle import Oracle
+from tokenferry.words import MoeShape
+
+by_numerics = pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
+
+
+def collect(case: Case, *, fast: bool = False, wire: str = "same", max_tokens: int = 0) -> Combine:
+    """One call that goes well, twice: both halves of the regions."""
+    bed = Bed.of(case, max_tokens)
+    for seed in (case.seed, case.seed + 1):
+        one = Combine(bed, replace(case, seed=seed), fast=fast, wire=wire)
+        one.run()
+        one.check()
+        bed.check_clear()
+    return one
+
+
+@by_numerics
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_routing(routing, num_ranks, fast):
+    top_k = (4, 3, 8, 6, 2, 5, 7, 9)[ROUTINGS.index(routing)]
+    collect(Case((6, 0, 11, 1, 4, 2, 9, 33)[:num_ranks], 5 * num_ranks, top_k, routing=routing, hidden=24), fast=fast)
+
+
+@by_numerics
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 7, 8, 11, 16, 31, 32, 33, 48, 64])
+def test_every_number_of_choices(top_k, fast):
+    """Slots are read four at a time, or two; those beyond 32 are another word of a lane."""
+    for routing in ("repeated", "half_dropped"):
+        collect(Case((7, 5), 2 * 37, top_k, routing=routing), fast=fast)
+
+
+@by_numerics
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("num_ranks", [3, 5])
+def test_rows_of_every_size(num_ranks, dtype, fast):
+    """Chunks have 512 columns: less than one, its end, and a bit more."""
+    for hidden in (8, 24, 504, 512, 520, 1160):
+        collect(Case((2, 0, 3, 1, 5)[:num_ranks], 2 * num_ranks, 3, hidden=hidden, dtype=dtype), fast=fast)
+
+
+@by_numerics
+@pytest.mark.parametrize("wire", WIRES[1:])
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("num_ranks", [2, 5])
+def test_every_wire(num_ranks, dtype, wire, fast):
+    """Groups of 128 columns have magnitudes of their own; ends of groups and of chunks."""
+    for hidden in (16, 144, 528, 640):
+        case = Case((1, 2, 3, 0, 2)[:num_ranks], 3 * num_ranks, 3, hidden=hidden, dtype=dtype, routing="repeated")
+        bed = Bed.of(case)
+        sent, ys = case.inputs(), [uneven(y) for y in Combine(bed, case).ys]
+        if dtype == torch.float16:  # or sums would be infinite
+            sent, ys = tuple(replace(s, topk_weights=s.topk_weights / 256) for s in sent), [y / 256 for y in ys]
+        one = Combine(bed, case, fast=fast, wire=wire, sent=sent, ys=ys)
+        one.run()
+        one.check()
+        bed.check_clear()
+
+
+@by_numerics
+@pytest.mark.parametrize("wire", WIRES)
+def test_wide_rows(wire, fast):
+    tokens, top_k = ((1, 1), 1) if wire == "logfmt10" else ((2, 3), 2)  # the oracle looks at 512 codes a number
+    collect(Case(tokens, 4, top_k, hidden=7168), wire=wire, fast=fast)
+
+
+@by_numerics
+def test_every_kind_of_index(fast):
+    for idx_dtype in (torch.int32, torch.int64):
+        collect(Case((9, 0, 4), 6, 4, idx_dtype=idx_dtype, routing="half_dropped"), fast=fast)
+
+
+@by_numerics
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+@pytest.mark.parametrize(("experts", "top_k"), [(4096, 8), (4096, 64), (255, 33)])
+def test_many_experts(experts, top_k, num_ranks, fast):
+    experts -= experts % num_ranks
+    collect(Case((3, 5, 0, 1, 2)[:num_ranks], experts, top_k, hidden=8), fast=fast)
+
+
+@by_numerics
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_room_for_many_tokens(num_ranks, fast):
+    """M = 4096, of which ranks bring few: the places of the others are poison in the table."""
+    collect(Case((70, 1, 0, 40, 3)[:num_ranks], 2 * num_ranks, 3, hidden=8), fast=fast, max_tokens=4096)
+
+
+@by_numerics
+@pytest.mark.parametrize("num_ranks", [5])
+def test_most_tokens(num_ranks, fast):
+    case = Case((4096, 0, 500, 1, 33), 2 * num_ranks, 3, hidden=8, routing="repeated")
+    bed = Bed(Ranks(num_ranks, 200 << 20), case.shape, item_bytes=2)
+    one = Combine(bed, case, fast=fast)
+    one.run()
+    one.check()
+    bed.check_clear()
+
+
+@by_numerics
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_nobody_has_tokens(num_ranks, fast):
+    collect(Case((0,) * num_ranks, 2 * num_ranks, 2), fast=fast)
+
+
+@by_numerics
+@pytest.mark.parametrize("wire", WIRES)
+def test_rows_that_look_like_no_packet(wire, fast):
+    """16 bytes of ones mean "not here yet": such rows come home all the same, as NaN."""
+    case = Case((5, 4), 4, 3, hidden=528)
+    bed = Bed.of(case)
+    ys = [y.clone() for y in Combine(bed, case).ys]
+    spoilt = [row.place for row in Oracle(case.inputs(), 4, "masked", capacity=10).rows(0)[:3]]
+    ys[0][spoilt] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)
+    one = Combine(bed, case, fast=fast, wire=wire, ys=ys)
+    one.run()
+    bed.check_clear()
+    for rank in range(2):
+        want = one.oracle.decode_combine(rank, ys, fast=fast)
+        assert one.sums(rank).isnan().equal(want.isnan())
+        assert not want.isnan().all()
+
+
+def test_codes_that_look_like_no_packet():
+    """Ten bits of ones are the code of a group's most negative number: thirteen in a row fill a packet with ones."""
+    case = Case((2, 2), 2, 1, hidden=256)
+    bed = Bed.of(case)
+    ys = [torch.full_like(y, 0.5) for y in Combine(bed, case).ys]
+    for y in ys:
+        y[:, 16:48] = -3.0
+        y[:, 130] = -3.0
+    one = Combine(bed, case, wire="logfmt10", ys=ys)
+    one.run()
+    for rank in range(2):
+        want = one.oracle.decode_combine(rank, ys, wire="logfmt10").float()
+        far = (one.sums(rank).float() - want).abs() > 0.01 * want.abs()  # codes are half a percent apart
+        assert not far.any(), one.sums(rank)[far]
+    bed.check_clear()
+
+
+@by_numerics
+@pytest.mark.parametrize("blocks", [2, 9])
+def test_any_number_of_blocks(blocks, fast):
+    case = Case((21, 4), 6, 4, hidden=520)
+    bed = Bed.of(case)
+    for seed in range(3):
+        one = Combine(bed, replace(case, seed=seed), fast=fast)
+        one.begin(BOTH)
+        sizes = (blocks, 32 if blocks == 2 else THREADS, 0)
+        bed.ranks.run(collect_spec.SPEC, [one.fields(rank) for rank in range(2)], sizes, one.config)
+        one.check()
+        bed.check_clear()
+
+
+# ---------------------------------------------------------------------- call after call
+
+
+def varied(num_ranks: int, seed: int) -> Case:
+    """Another case of the same sizes."""
+    tokens = tuple((7 * seed + 5 * rank) % 13 for rank in range(num_ranks))
+    return Case(tokens, 4 * num_ranks, 5, hidden=264, routing=ROUTINGS[seed % 3], seed=seed)
+
+
+def bed_for(num_ranks: int) -> Bed:
+    return Bed(decode_ranks(num_ranks), MoeShape(4 * num_ranks, 5, 264, 12))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_many_calls_at_once(num_ranks):
+    """Twelve calls, of every kind, on every stream before the first has ended."""
+    bed = bed_for(num_ranks)
+    calls = [
+        Combine(bed, varied(num_ranks, seed), fast=seed % 2 == 1, wire=("same", "same", "fp8")[seed % 3])
+        for seed in range(12)
+    ]
+    for i, one in enumerate(calls):
+        bed.ranks.delay(i % num_ranks, 1)
+        one.launch()
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    for one in calls:
+        one.check()
+    bed.check_clear()
+
+
+@by_numerics
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_sends_before_their_receipts(num_ranks, fast):
+    """What was to be sent may be overwritten between the two; never more than two sends are owed their receipts."""
+    bed = bed_for(num_ranks)
+    calls = [Combine(bed, varied(num_ranks, seed), fast=fast, hook=True) for seed in range(9)]
+    for i, one in enumerate(calls):
+        one.run(SEND)
+        for rank in range(num_ranks):
+            assert (one.out[rank].cpu() == POISON).all(), "a launch that only sends has received"
+            one.y_there[rank].fill_(torch.nan)
+        if i:
+            calls[i - 1].run(RECEIVE)
+            calls[i - 1].check()
+    calls[-1].run(RECEIVE)
+    calls[-1].check()
+    bed.check_clear()
+
+
+def test_sends_and_receipts_at_once():
+    """The same without waiting in between, with calls that do both."""
+    bed = bed_for(3)
+    calls = [Combine(bed, varied(3, seed), fast=seed % 2 == 0, hook=seed % 4 != 3) for seed in range(14)]
+    owed: list[Combine] = []
+    for i, one in enumerate(calls):
+        bed.ranks.delay(i % 3, 1)
+        while owed and owed[0].epoch < bed.sends[COMBINE]:
+            owed.pop(0).launch(RECEIVE)
+        if i % 4 == 3:
+            one.launch(BOTH)
+            continue
+        one.launch(SEND)
+        owed.append(one)
+    for one in owed:
+        one.launch(RECEIVE)
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    for one in calls:
+        one.check()
+    bed.check_clear()
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_late_rank_is_waited_for_and_the_time_counted(late):
+    case = varied(3, 4)
+    bed = Bed.of(case)
+    one = Combine(bed, case)
+    bed.ranks.delay(late, 40)
+    one.run()
+    one.check()
+    for rank in range(3):
+        told = one.wait_ns[rank].tolist()
+        assert told[rank] == 0, "a rank waited for itself"
+        if rank != late:
+            assert told[late] > 10_000_000, told
+
+
+def test_a_void_plan_brings_nothing_home():
+    """After a dispatch that came to nothing the table says so; nothing is sent, nothing is written."""
+    case = varied(2, 4)
+    bed = Bed.of(case)
+    one = Combine(bed, case, hook=True)
+    for table in one._tables:
+        table[EPOCH] = 0
+    before = [block.cpu().clone() for block in bed.blocks]
+    for phases in (BOTH, SEND, RECEIVE):
+        one.launch(phases)
+        bed.ranks.wait()
+        bed.ranks.check_quiet()
+    assert [block.cpu().equal(was) for block, was in zip(bed.blocks, before, strict=True)] == [True, True]
+    assert all((out.cpu() == POISON).all() for out in one.out)
+    assert bed.ranks.words(0, "sends", 2)[COMBINE] == bed.sends[COMBINE] - 2
+
+
+# ---------------------------------------------------------------------- late and lost ranks
+
+
+def fresh(num_ranks: int, case: Case, calls: int, *, fast: bool = False, hook: bool = False) -> tuple[Bed, Combine]:
+    """New ranks that have called some times, and another call."""
+    bed = Bed(Ranks(num_ranks), case.shape)
+    for seed in range(calls):
+        Combine(bed, replace(case, seed=seed)).run()
+    bed.ranks.call += 1
+    return bed, Combine(bed, replace(case, seed=calls), fast=fast, hook=hook)
+
+
+@by_numerics
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+def test_a_rank_that_never_sends(calls, fast):
+    """Whoever finds out first says so: the block that compares signatures, or one that waits for rows."""
+    bed, one = fresh(2, Case((4, 3), 4, 3), calls, fast=fast)
+    one.launch(only=(0,), timeout_s=SHORT_S)
+    bed.ranks.wait()
+    record = bed.ranks.record(0)
+    assert record is not None
+    assert (record.call, record.peer, record.blamed) == (bed.ranks.call, 1, 1)
+    seen = {Fault.late_card: max(calls - 1, 0), Fault.late_rows: 0}[Fault(record.code)]
+    assert (record.seen, record.expected) == (seen, calls + 1)
+    assert record.waited_ms >= SHORT_S * 1000
+    assert bed.ranks.failed() == [record.code, 0]
+    assert int(bed.ranks.words(1, "gave_up", 8, torch.int64)[0]) == record.code << 32 | 1
+
+
+def lose_packet(bed: Bed, one: Combine, at: int, row: int) -> None:
+    """Take the first packet of a row away before it is received."""
+    packets = collect_spec.packets_of_chunk(one.case.dtype.itemsize, collect_spec.SAME)
+    chunks = -(-one.case.hidden // collect_spec.CHUNK_COLUMNS)
+    start = bed.regions[at].answers_at + (one.epoch & 1) * bed.sizes.answers + row * chunks * packets * 16
+    there = bed.blocks[at].tensor[start : start + 16]
+    assert (there != 0xFF).any(), "there is no packet"
+    there.fill_(0xFF)
+
+
+def test_rows_that_never_come():
+    """The signature is here, a packet is not."""
+    bed, one = fresh(2, Case((4, 3), 4, 2, routing="all_to_expert_0"), 2, hook=True)
+    one.launch(SEND)
+    bed.ranks.wait()
+    lose_packet(bed, one, at=1, row=2 * 2)  # the third token's first slot
+    one.launch(RECEIVE, only=(1,), timeout_s=SHORT_S)
+    bed.ranks.wait()
+    record = bed.ranks.record(1)
+    assert record is not None
+    assert (record.code, record.peer, record.blamed) == (Fault.late_rows, 0, 0)
+    assert (record.seen, record.expected) == (0, 3)
+
+
+@by_numerics
+@pytest.mark.parametrize("num_ranks", [2, 5])
+@pytest.mark.parametrize("routing", ["even", "half_dropped"])
+def test_a_late_rank_is_masked(routing, num_ranks, fast):
+    """The others go on without it, and the sums are those without its experts."""
+    case = Case((6, 5, 7, 0, 1)[:num_ranks], 2 * num_ranks, 4, hidden=264, routing=routing)
+    bed, one = fresh(num_ranks, case, 1, fast=fast)
+    there = [rank for rank in range(num_ranks) if rank != 1]
+    one.launch(only=there, mask_late=1, timeout_s=late_s(num_ranks))
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    check_without(one, gone=1)
+    after = Combine(bed, replace(case, seed=9), fast=fast, hook=True)
+    after.launch(only=there, mask_late=1)
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    check_without(after, gone=1)
+    tickets = [after.tickets[rank].tolist() for rank in there]
+    assert tickets == [[after.epoch, (1 << num_ranks) - 1 & ~2]] * (num_ranks - 1)
+
+
+def check_without(one: Combine, gone: int) -> None:
+    """As if nobody had chosen the experts of a rank, which is masked."""
+    check_sums_without(one, gone)
+    for rank in range(one.case.ranks):
+        if rank != gone:
+            assert int(one.ranks.words(rank, "masked")) == 1 << gone
+            told = one.bed.masked[rank].tolist()[: one.case.ranks]
+            assert told == [int(peer == gone) for peer in range(one.case.ranks)]
+
+
+def check_sums_without(one: Combine, gone: int) -> None:
+    case, local = one.case, one.num_local
+    sent = []
+    for had in one.inputs:
+        away = had.topk_idx // local == gone
+        sent.append(replace(had, topk_idx=torch.where(away, -1, had.topk_idx)))
+    expected = Oracle(sent, case.experts, "masked", capacity=one.room)
+    for rank in range(case.ranks):
+        if rank == gone:
+            continue
+        # Rows lie where they lay: only what is added up is less.
+        expected._places = one.oracle._places
+        want = expected.decode_combine(rank, one.ys, fast=one.fast)
+        got = one.sums(rank)
+        assert got.equal(want), f"{one} rank {rank}: {(got != want).nonzero()[:5].tolist()}"
+
+
+@by_numerics
+def test_a_rank_that_the_dispatch_left_out(fast):
+    """It is not waited for, and nothing is sent to it, though it is not masked any more."""
+    case = Case((6, 5, 7), 6, 4, hidden=264, routing="half_dropped")
+    bed, one = fresh(3, case, 1, fast=fast, hook=True)
+    for rank in (0, 2):
+        one._tables[rank][ALIVE] = 5
+        one._tables[rank][TOKENS + 1] = 0
+    before = bed.blocks[1].cpu().clone()
+    one.launch(only=(0, 2), timeout_s=late_s(3))
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    check_sums_without(one, gone=1)
+    assert [one.tickets[rank].tolist() for rank in (0, 2)] == [[one.epoch, 5]] * 2
+    assert bed.blocks[1].cpu().equal(before), "something was sent to it"
+    assert not any(int(bed.ranks.words(rank, "masked")) for rank in range(3))
+
+
+def test_a_late_rank_is_waited_for_once():
+    """A token with many rows on it does not wait anew for every few of them."""
+    case = Case((3, 0), 64, 32, routing="even")
+    bed, one = fresh(2, case, 0)
+    start = time.monotonic()
+    one.launch(only=(0,), mask_late=1, timeout_s=0.4)
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    check_without(one, gone=1)
+    assert time.monotonic() - start < 1.2
+
+
+@pytest.mark.parametrize("word", [0, 1, 14])
+def test_a_peer_that_calls_something_else(word):
+    bed, one = fresh(2, Case((4, 3), 4, 2), 1)
+    cards = [{0: 7, 1: 0}, {0: 7, 1: 0, word: 99}]
+    one.begin(BOTH)
+    fields = [one.fields(rank, card=cards[rank]) for rank in range(2)]
+    bed.ranks.launch(collect_spec.SPEC, fields, (3, THREADS, 0), one.config)
+    bed.ranks.wait()
+    records = [bed.ranks.record(rank) for rank in range(2)]
+    for rank, record in enumerate(records):
+        assert record is not None
+        if record.code == Fault.peer_gave_up:
+            assert (record.peer, record.word) == (1 - rank, Fault.mismatch)
+            continue
+        assert (record.code, record.peer, record.word) == (Fault.mismatch, 1 - rank, word)
+        assert (record.seen, record.expected) == (cards[1 - rank].get(word, 0), cards[rank].get(word, 0))

@@ -1,0 +1,153 @@
+"""Groups of threads on the CUDA backend, whose kernels the emulator runs: a thread a rank, no GPU.
+
+What a launch would put on a stream is done when it returns: so this says nothing about streams and graphs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from on_device import OnDevice
+
+from emulator import Emulator, Jit, Kernel, Window
+from tokenferry import MoeShape
+from tokenferry.backends import cuda_setup, cuda_station
+from tokenferry.backends.base import Resolved
+from tokenferry.kernels.board import BOARD_BYTES
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.streams import HostStreams
+
+HEAP_BYTES = 64 << 20
+TIMEOUT_S = 60.0
+
+
+class DoneKernel(Kernel):
+    """A kernel that has run when its launch returns."""
+
+    def launch(self, params: Any, grid: int, block: int, smem_bytes: int, stream: int) -> None:
+        copied = type(params).from_buffer_copy(params)
+        self._go(copied, min(grid, 4), block, smem_bytes)
+
+
+class DoneJit(Jit):
+    """Kernels that run at once; shared by the ranks of this process."""
+
+    _lock = threading.Lock()
+
+    def kernel(self, spec: Any, **config: int) -> Kernel:
+        key = (spec, *sorted(config.items()))
+        with self._lock:
+            if key not in self._kernels:
+                self._kernels[key] = DoneKernel(spec, config, self._folder)
+            return self._kernels[key]
+
+
+class Place(Window):
+    """A window of a rank, with what a station asks for."""
+
+    def __init__(self, rank: int, bases: list[int], num_bytes: int) -> None:
+        super().__init__(rank, bases, num_bytes)
+        self.rank, self.num_ranks = rank, len(bases)
+
+    def heap(self, first: int) -> Heap:
+        return Heap(self.base, self.num_bytes - first, self.device, first)
+
+    def close(self) -> None:
+        """The memory stays; see the emulator."""
+
+
+class Crowd:
+    """The threads of a job; what its ranks use of a process group."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._barrier = threading.Barrier(num_ranks)
+        self.num_ranks = num_ranks
+        self.emulator = Emulator()
+        self.windows: list[Window] = []
+        self.cards: dict[int, dict[str, Any]] = {}
+
+    def size(self) -> int:
+        return self.num_ranks
+
+    def barrier(self) -> SimpleNamespace:
+        return SimpleNamespace(wait=self.wait)
+
+    def wait(self) -> None:
+        self._barrier.wait(TIMEOUT_S)
+
+    def give_up(self) -> None:
+        """End the waits of all: a rank has failed."""
+        self._barrier.abort()
+
+
+class Hall:
+    """Where R threads meet to open groups; stands for the suite's `Pair`."""
+
+    backend = "cuda"
+    wire = "nvlink"
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, crowd: Crowd) -> None:
+        self._rank, self._crowd = rank, crowd
+        self._shared = {"barrier": crowd}
+
+    def open(
+        self, pg: Any, shape: MoeShape, *, timeout_s: float = TIMEOUT_S, on_timeout: str = "raise", **options: Any
+    ) -> OnDevice:
+        crowd, rank = self._crowd, self._rank
+        crowd.wait()
+        if rank == 0:
+            crowd.windows = crowd.emulator.windows(crowd.num_ranks, BOARD_BYTES + HEAP_BYTES)
+        crowd.wait()
+        window = crowd.windows[rank]
+        resolved = Resolved(shape, "cuda", "auto", timeout_s, on_timeout == "mask", HEAP_BYTES, "")
+
+        def exchange(card: dict[str, Any]) -> list[dict[str, Any]]:
+            crowd.cards[rank] = card
+            crowd.wait()
+            cards = [crowd.cards[peer] for peer in range(crowd.num_ranks)]
+            crowd.wait()
+            return cards
+
+        place = Place(rank, window.bases, window.num_bytes)
+        backend = cuda_setup.assemble(place, resolved, "emulated", "emulated", exchange)
+        group = object.__new__(OnDevice)
+        group._adopt(backend, shape, timeout_s)
+        return group
+
+
+def run_jobs(num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
+    """Call ``job(rank, crowd, hall, *args)`` in R threads; return what they return, by rank, or raise what one did."""
+    crowd = Crowd(num_ranks)
+
+    def work(rank: int) -> Any:
+        try:
+            return job(rank, crowd, Hall(rank, crowd), *args)
+        except BaseException:
+            crowd.give_up()
+            raise
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        jobs = [pool.submit(work, rank) for rank in range(num_ranks)]
+    errors = [job.exception() for job in jobs if job.exception()]
+    for error in sorted(errors, key=lambda one: isinstance(one, threading.BrokenBarrierError)):
+        raise error
+    return [job.result() for job in jobs]
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, config: pytest.Config) -> Callable[..., list[Any]]:
+    """Put the CUDA backend on the emulator; returns `run_jobs`. Compiled kernels stay for the next session."""
+    jit = DoneJit(config.cache.mkdir("emulator"))
+    properties = SimpleNamespace(multi_processor_count=4)
+    device = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)))
+    monkeypatch.setattr(cuda_setup, "Jit", lambda index, cache: jit)
+    monkeypatch.setattr(cuda_station, "Device", lambda index: device)
+    monkeypatch.setattr(cuda_station, "CudaStreams", lambda device: HostStreams())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return run_jobs
