@@ -14,7 +14,8 @@ from torch import Tensor
 from tokenferry.backends.base import Backend
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError
-from tokenferry.resolve import Resolver, check_divides, resolve_options
+from tokenferry.options import check_divides, resolve_options
+from tokenferry.resolve import Resolver
 from tokenferry.words import (
     Combined,
     DecodeCombined,

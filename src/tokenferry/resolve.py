@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry import env
 from tokenferry.backends.base import (
     CombineRequest,
     DecodeCombineRequest,
     DecodeDispatchRequest,
     DispatchRequest,
     RedispatchRequest,
-    Resolved,
     Wire,
 )
 from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, fits
-from tokenferry.errors import ArgumentError, ConfigError, PlanError, ShapeError
+from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.words import (
     DecodePlan,
     DecodeStats,
@@ -37,55 +34,6 @@ _WEIGHTS = (torch.float32,)
 _WIRE_GROUP = 128
 _DEFAULT_DELIVERY = Delivery()
 _NO_STATS = DecodeStats()
-
-
-def resolve_options(
-    group: dist.ProcessGroup | None,
-    shape: MoeShape,
-    backend: str,
-    wire: str,
-    timeout_s: float | None,
-    on_timeout: str,
-) -> Resolved:
-    """Check the options of a group, and fill in what the environment says; see `ExpertGroup`."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        got = type(group).__name__
-        raise ConfigError(f"ExpertGroup: group: expected a torch.distributed.ProcessGroup or None, got {got}")
-    settings = env.read()
-    timeout_s = settings.timeout_s if timeout_s is None else timeout_s
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
-        raise ConfigError(f"ExpertGroup: timeout_s: expected a finite number of seconds above 0, got {timeout_s!r}")
-    if on_timeout not in ("raise", "mask"):
-        raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
-    if wire not in ("auto", "local", "group"):
-        raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
-    check_divides("ExpertGroup", shape, 1 if group is None else group.size())
-    backend = settings.backend if backend == "auto" else backend
-    asked_wire, wire = wire, settings.wire if wire == "auto" else wire
-    cpu_only = ""
-    if asked_wire != "auto":
-        cpu_only = f"wire={asked_wire!r} is a wire of the CPU backend"
-    return Resolved(
-        shape,
-        backend,
-        wire,
-        float(timeout_s),
-        mask_on_timeout=on_timeout == "mask",
-        heap_bytes=None if settings.heap_mb is None else settings.heap_mb << 20,
-        cache_folder=settings.cache_dir,
-        cpu_only=cpu_only,
-    )
-
-
-def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
-    """Raise ConfigError unless ``shape`` is a MoeShape and R divides E."""
-    if not isinstance(shape, MoeShape):
-        raise ConfigError(f"{call}: shape: expected a MoeShape, got {type(shape).__name__}")
-    if shape.num_experts % num_ranks:
-        raise ConfigError(
-            f"{call}: num_experts={shape.num_experts} is no multiple of the group's {num_ranks} ranks; "
-            f"use {-(-shape.num_experts // num_ranks) * num_ranks} experts, or another number of ranks"
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class Cuda:
 
 
 def choice(backend: str, **options: Any) -> Any:
-    from tokenferry.resolve import resolve_options
+    from tokenferry.options import resolve_options
 
     wire, on_timeout = options.get("wire", "auto"), options.get("on_timeout", "raise")
     return choose.make_backend(None, resolve_options(None, SHAPE, backend, wire, None, on_timeout))

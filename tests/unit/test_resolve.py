@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tokenferry import ArgumentError, ConfigError, Delivery, ExpertGroup, Layout, MoeShape, Plan, Quantized, Routing
-from tokenferry.resolve import Resolver, resolve_options
+from tokenferry.options import resolve_options
+from tokenferry.resolve import Resolver
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=16, max_tokens=4)
 CPU = torch.device("cpu")
