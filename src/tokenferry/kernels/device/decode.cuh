@@ -1,13 +1,13 @@
 // How decode kernels of R ranks talk. There is no meeting: a rank sends what it has, then waits for what it needs.
 //
-//   packet  16 bytes of data that are their own flag: where none is under way there are 16 bytes of ones (kEmpty), and the
+//   packet  16 bytes of data that are their own flag: where none is under way there are 16 bytes of ones, and the
 //           reader puts these back. 16 bytes are read and written as one, so a packet is there as a whole or not at all.
 //   word    8 bytes, epoch in the upper half: messages of known places (routing, signatures). Never cleared.
 //   note    16 bytes, epoch in the last 4: the same where 12 bytes of value are wanted.
 //
 // A channel is one direction: 0 dispatch, 1 combine. Its epoch counts sends, on the device, so that a replayed CUDA graph
 // goes on counting. Send n writes to half n & 1 of the reader's memory (words, notes and packets), once that reader has received
-// n - 2: it says so (`acks`) at the start of every kernel that sends, and the host sees to it that it does: before it launches
+// n - 2: it says so (`acks`) in every kernel that sends, and the host sees to it that it does: before it launches
 // send n it launches receive n - 2. Nobody waits for an ack unless he is two calls ahead.
 //
 // A kernel that receives n writes `received` at once: whoever reads it is a later kernel of the stream.
@@ -65,7 +65,7 @@ struct Patience {
 
 constexpr u32 kWait = 0, kLate = 1, kBroken = 2;
 
-template <class P> DEV u64 waited_ns(const P&, const Patience& patience) { return patience.start ? clock_ns() - patience.start : 0; }
+DEV u64 waited_ns(const Patience& patience) { return patience.start ? clock_ns() - patience.start : 0; }
 
 template <class P> static __device__ __noinline__ u32 look_up(const P& p, u64& start) {
     Board* mine = board_of(p, p.rank);
@@ -150,7 +150,7 @@ template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 pee
         seen = load_relaxed(word);
     }
     value = (u32)seen;
-    if (p.mask_late && patience.start && 2 * waited_ns(p, patience) > p.timeout_ns && !agree(p, channel, epoch, peer, true)) return kLate;
+    if (p.mask_late && patience.start && 2 * waited_ns(patience) > p.timeout_ns && !agree(p, channel, epoch, peer, true)) return kLate;
     return kWait;
 }
 

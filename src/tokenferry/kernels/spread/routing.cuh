@@ -27,7 +27,8 @@ DEV u32 row_notes(const SpreadParams& p) { return code_notes(p) * (p.weighted ? 
 
 DEV bool marks_at_once(const SpreadParams& p) { return 32 % p.top_k == 0; }
 
-// Brings the choices into shared memory (kKeep), marks the second and later ones of an expert in a token if that is easy, and returns whether all of this thread's are in [-1, E).
+// Brings the choices into shared memory (kKeep), marks the second and later ones of an expert in a token if that is easy, and
+// returns whether all of this thread's are in [-1, E).
 template <bool kKeep> DEV bool read_choices(const SpreadParams& p, u16* choices) {
     constexpr u32 kAtOnce = 4;
     const u32 n = p.num_tokens * p.top_k, E = p.num_local * p.num_ranks;

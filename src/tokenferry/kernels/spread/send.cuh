@@ -2,8 +2,7 @@
 #pragma once
 #include "spread/routing.cuh"
 
-// Sums over slots that share an expert, and the number of earlier rows of each slot's expert: what a token's notes say.
-// Lane k has slots k and k + 32.
+// How many rows this rank's tokens before one have for expert `mine`, as far as this lane's group looks: n choices in all.
 DEV u32 earlier_rows(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) {
     // Lanes of a group share the search: each looks through every `groups`-th eight choices. Repeated ones never match.
     const u32 groups = 32 / lanes;
