@@ -12,6 +12,7 @@ from test_move import check_rows
 from torch import Tensor
 from virtual import POISON, Block, Ranks, offsets, ranks_of
 
+from tokenferry.kernels import describe
 from tokenferry.kernels.board import RANK_SHIFT
 from tokenferry.kernels.pull import spec as pull_spec
 from tokenferry.kernels.pull.spec import Mode
@@ -19,7 +20,7 @@ from tokenferry.kernels.stage import spec as stage_spec
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
 
-TYPES = tuple(pull_spec.TYPES)
+TYPES = tuple(describe.TYPES)
 CONFIGS = [(dtype, mode) for dtype in TYPES for mode in Mode if (dtype, mode) != (torch.float64, Mode.weighted)]
 by_config = pytest.mark.parametrize(
     ("dtype", "mode"), CONFIGS, ids=[f"{str(dtype)[6:]}-{mode.name}" for dtype, mode in CONFIGS]
@@ -159,7 +160,7 @@ class Pull:
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": pull_spec.TYPES[self.dtype], "mode": int(self.mode)}
+        return {"type": describe.TYPES[self.dtype], "mode": int(self.mode)}
 
     def run(self, only: Sequence[int] | None = None) -> None:
         here = range(self.ranks.num_ranks) if only is None else only

@@ -26,7 +26,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     shape, routing = request.shape, request.routing
     num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
     skip = frozenset(exchange.masked)
-    topk_idx = _without(routing.topk_idx, skip, num_local)
+    topk_idx = cpu_rows.without(routing.topk_idx, skip, num_local)
     rows: Tensor | Quantized = request.x if request.fp8 is None else fp8.cast(request.x, request.fp8)
     payload = Payload(
         rows.data if isinstance(rows, Quantized) else rows,
@@ -94,7 +94,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
 
     def add_up(received: Received) -> None:
         absent = frozenset(exchange.masked) | skip
-        topk_idx = _without(plan.topk_idx, absent, num_local)
+        topk_idx = cpu_rows.without(plan.topk_idx, absent, num_local)
         if request.fast:
             tokens, expected = cpu_rows.destinations(topk_idx, plan.num_experts, num_ranks)
         else:
@@ -223,13 +223,6 @@ def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor, heap: Heap) -
     sums = flat.new_empty(tokens.numel(), flat.shape[1])
     cpu_rows.add_up_weighted(sums, flat, row_idx, weights, heap)
     return sums
-
-
-def _without(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
-    """Replace the experts of ``ranks`` by -1."""
-    for rank in ranks:
-        topk_idx = torch.where(topk_idx // num_local == rank, -1, topk_idx)
-    return topk_idx
 
 
 def _empty_like(rows: Tensor | Quantized, num_local: int, room: int, heap: Heap) -> Tensor | Quantized:

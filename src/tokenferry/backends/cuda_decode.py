@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cpu_messages import dtype_code
+from tokenferry.backends.cpu_rows import without
 from tokenferry.backends.cuda_faults import Signature
 from tokenferry.backends.cuda_launch import address
 from tokenferry.backends.cuda_memory import Shelf, aligned
@@ -20,6 +21,7 @@ from tokenferry.backends.cuda_region import Exchange, Region, Regions
 from tokenferry.backends.cuda_station import Here, Prepared, Station
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.kernels.collect import spec as collect_spec
+from tokenferry.kernels.describe import TYPES
 from tokenferry.kernels.spread import spec as spread_spec
 from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
@@ -31,7 +33,7 @@ _TABLE_WORDS = 16
 """Words of a plan's table before the places."""
 _MOST_TOKENS = 1 << 16
 _REPEATED, _NONE, _BAD = 0x8000, 0x7FFF, 0x7FFE
-"""What the kernel calls choices that are no experts; see kernels/spread/kernel.cuh."""
+"""What the kernel calls choices that are no experts; see kernels/spread/routing.cuh."""
 _SCALES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
 
 
@@ -157,7 +159,7 @@ class Decoder:
         region = self.regions.fitting(here, shape, x.element_size())
         channel = self._channels[0]
         channel.make_room(here)
-        result, table = self._results(shape, topk_idx, request, weights is not None)
+        result = self._results(shape, topk_idx, request, weights is not None)
         choices = prepared_choices(topk_idx, shape.num_experts)
         prepared = self._prepared_spread(region, shape, x, topk_idx, request)
         plan, rows = result.plan, result.x
@@ -165,7 +167,7 @@ class Decoder:
         pointers = (
             x.data_ptr(), topk_idx.data_ptr(), address(weights), address(choices), data.data_ptr(), address(scale),
             result.expert_counts.data_ptr(), address(stats.received), plan.src_token.data_ptr(),
-            plan.src_range.data_ptr(), address(plan.row_weights), table.data_ptr(), station.pinned.masked_address,
+            plan.src_range.data_ptr(), address(plan.row_weights), address(plan.table), station.pinned.masked_address,
             address(self.trace),
         )  # fmt: skip
 
@@ -175,7 +177,7 @@ class Decoder:
             _SIZES.pack_into(prepared.view, type(prepared.params).num_tokens.offset, topk_idx.shape[0], phases)
             prepared.launch(self.num_blocks, at.stream)
 
-        kept = (x, topk_idx, weights, choices, data, scale, table, stats.received, stats.wait_ns, plan.row_weights)
+        kept = (x, topk_idx, weights, choices, data, scale, plan.table, stats.received, stats.wait_ns, plan.row_weights)
         outputs = (*kept, result.expert_counts, plan.src_token, plan.src_range)
         hook = self._go(channel, here, launch, outputs, return_hook=request.return_hook)
         return DecodeDispatched(rows, result.expert_counts, plan, hook)
@@ -201,8 +203,8 @@ class Decoder:
 
     def _results(
         self, shape: MoeShape, topk_idx: Tensor, request: DecodeDispatchRequest, weighted: bool
-    ) -> tuple[DecodeDispatched, Tensor]:
-        """Undefined results, and the plan's table."""
+    ) -> DecodeDispatched:
+        """Undefined results."""
         device, R, H = self._station.device, self._station.num_ranks, shape.hidden
         L, room = shape.num_experts // R, R * shape.max_tokens
         if request.fp8 is None:
@@ -212,7 +214,6 @@ class Decoder:
             kind = torch.int32 if request.fp8 is Scale.UE8M0 else torch.float32
             scale = torch.empty(L, groups, room, dtype=kind, device=device).transpose(1, 2)
             x = Quantized(torch.empty(L, room, H, dtype=torch.float8_e4m3fn, device=device), scale)
-        table = torch.empty(_TABLE_WORDS + room * shape.top_k, dtype=torch.int32, device=device)
         plan = DecodePlan(
             group_key=self._key,
             num_tokens=topk_idx.shape[0],
@@ -222,9 +223,9 @@ class Decoder:
             src_token=torch.empty(L, room, dtype=torch.int32, device=device),
             src_range=torch.empty(L, R, dtype=torch.int64, device=device),
             row_weights=torch.empty(L, room, dtype=torch.float32, device=device) if weighted else None,
-            table=table,
+            table=torch.empty(_TABLE_WORDS + room * shape.top_k, dtype=torch.int32, device=device),
         )
-        return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, None), table
+        return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, None)
 
     def _prepared_spread(
         self, region: Region, shape: MoeShape, x: Tensor, topk_idx: Tensor, request: DecodeDispatchRequest
@@ -235,7 +236,7 @@ class Decoder:
         found = station.prepared.get(key)
         if found is not None:
             return found
-        kind = spread_spec.RAW if fp8 is None else _TYPES[x.dtype]
+        kind = spread_spec.RAW if fp8 is None else TYPES[x.dtype]
         found = station.prepare(key, spread_spec.SPEC, type=kind)
         p, num_local = found.params, shape.num_experts // station.num_ranks
         self._fill_region(found, region, region.rows_at, region.sizes.rows)
@@ -307,7 +308,7 @@ class Decoder:
         if found is not None:
             return found
         found = station.prepare(
-            key, collect_spec.SPEC, type=_TYPES[y.dtype], fast=int(request.fast), wire=int(request.wire)
+            key, collect_spec.SPEC, type=TYPES[y.dtype], fast=int(request.fast), wire=int(request.wire)
         )
         p = found.params
         self._fill_region(found, region, region.answers_at, region.sizes.answers)
@@ -351,9 +352,6 @@ class Decoder:
         return lambda: channel.receive(receipt)
 
 
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-
-
 def check_limits(shape: MoeShape, num_ranks: int) -> None:
     """Raise ConfigError for sizes that the kernels have no room for."""
     why_not = too_large(shape)
@@ -380,10 +378,3 @@ def prepared_choices(topk_idx: Tensor, num_experts: int) -> Tensor | None:
         again = (topk_idx[:, :k] == topk_idx[:, k : k + 1]).any(dim=1) & good[:, k]
         codes[:, k] += again.int() * _REPEATED
     return codes.to(torch.int16).flatten()
-
-
-def without(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
-    """Replace the experts of ``ranks`` by -1."""
-    for rank in ranks:
-        topk_idx = torch.where(topk_idx // num_local == rank, -1, topk_idx)
-    return topk_idx

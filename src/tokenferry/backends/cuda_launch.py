@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenferry.backends.cuda_station import Here, Prepared, Station
 from tokenferry.kernels.board import OFFSET_BYTES
 from tokenferry.kernels.count import spec as count_spec
+from tokenferry.kernels.describe import TYPES
 from tokenferry.kernels.move import spec as move_spec
 from tokenferry.kernels.place import spec as place_spec
 from tokenferry.kernels.pull import spec as pull_spec
@@ -342,7 +343,7 @@ def pull(
     )
     prepared = station.prepared.get(key)
     if prepared is None:
-        prepared = station.prepare(key, pull_spec.SPEC, type=pull_spec.TYPES[out.dtype], mode=int(result.mode))
+        prepared = station.prepare(key, pull_spec.SPEC, type=TYPES[out.dtype], mode=int(result.mode))
         p = prepared.params
         p.table_stride, p.width, p.by_rank = sources.stride, sources.width, sources.by_rank
         p.places_stride, p.top_k = width, result.top_k

@@ -181,13 +181,13 @@ class Regions:
         cards = self._exchange({"sizes": astuple(sizes), "at": at, "problem": problem, "call": phase})
         for rank, card in enumerate(cards):
             if card["call"] != phase or tuple(card["sizes"]) != astuple(sizes):
-                raise station.out_of_step(
-                    MismatchError(
-                        f"{phase}: rank {station.rank} and rank {rank} made different calls: the first of these sizes, "
-                        f"{astuple(sizes)} bytes here, is {card['call']} with {tuple(card['sizes'])} there; call the "
-                        "same on all ranks, in the same order"
-                    )
+                mismatch = MismatchError(
+                    f"{phase}: rank {station.rank} and rank {rank} made different calls: the first of these sizes, "
+                    f"{astuple(sizes)} bytes here, is {card['call']} with {tuple(card['sizes'])} there; call the "
+                    "same on all ranks, in the same order"
                 )
+                station.break_off(mismatch)
+                raise mismatch
             if card["problem"]:
                 raise CapacityError(f"{phase}: rank {rank}: {card['problem']}")
         assert block is not None

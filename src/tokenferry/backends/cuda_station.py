@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokenferry.backends.cuda_faults import SIGNATURE_BYTES, Ledger, Pinned, Signature
-from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError, TokenferryError
+from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.all import SPECS
@@ -61,7 +61,16 @@ class Prepared:
     """
 
     __slots__ = (
-        *("block", "call", "card", "first", "kernel", "offsets", "params", "signature", "smem_bytes", "view"),
+        "block",
+        "call",
+        "card",
+        "first",
+        "kernel",
+        "offsets",
+        "params",
+        "signature",
+        "smem_bytes",
+        "view",
         "wait_ns",
     )
 
@@ -129,14 +138,7 @@ class Station:
             ClosedError: the group was closed or is broken.
             TokenferryError: what a kernel has found since.
         """
-        if self.broken:
-            raise ClosedError(f"{signature.phase}: the group {self.broken}; make a new ExpertGroup")
-        if self.pinned.faulty:
-            self.raise_fault()
-        stream = self._streams.current()
-        capture = self._streams.capture(stream)
-        if self._last != (stream, capture):
-            self._follow(stream, capture)
+        stream, capture = self._join(signature.phase)
         number = self._number = self._number % 0xFFFFFFFF + 1
         self.ledger.note(number, signature)
         alive = self._everybody
@@ -151,13 +153,7 @@ class Station:
             ClosedError: the group was closed or is broken.
             TokenferryError: what a kernel has found since.
         """
-        if self.broken:
-            raise ClosedError(f"{here.signature.phase}: the group {self.broken}; make a new ExpertGroup")
-        self.raise_fault()
-        stream = self._streams.current()
-        capture = self._streams.capture(stream)
-        if self._last != (stream, capture):
-            self._follow(stream, capture)
+        stream, capture = self._join(here.signature.phase)
         return Here(here.number, stream, capture != 0, here.alive, here.signature, here.wait_ns)
 
     def absent(self) -> frozenset[int]:
@@ -191,14 +187,21 @@ class Station:
         if self._last != (stream, capture):
             self._follow(stream, capture)
 
-    def out_of_step(self, error: TokenferryError) -> TokenferryError:
-        """End the group by an error that the caller raises."""
-        self.break_off(error)
-        return error
-
     def current_stream(self) -> int:
         """The current stream of torch in this thread, as a raw handle."""
         return self._streams.current()
+
+    def _join(self, phase: str) -> tuple[int, int]:
+        """Raise what earlier calls met, and put the current stream behind them; returns it and its capture, or 0."""
+        if self.broken:
+            raise ClosedError(f"{phase}: the group {self.broken}; make a new ExpertGroup")
+        if self.pinned.faulty:
+            self.raise_fault()
+        stream = self._streams.current()
+        capture = self._streams.capture(stream)
+        if self._last != (stream, capture):
+            self._follow(stream, capture)
+        return stream, capture
 
     def _follow(self, stream: int, capture: int) -> None:
         """Make a stream wait for the call before, which was on another one.

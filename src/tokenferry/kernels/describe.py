@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
 from tokenferry.kernels.board import COMMON
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+"""What device/number.cuh calls the types of numbers: its ``kType``."""
 
 
 def describe(

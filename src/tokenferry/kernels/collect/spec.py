@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from tokenferry.kernels.describe import describe
+import torch
+
+from tokenferry.kernels.describe import TYPES, describe
 
 THREADS = 512
 CHUNK_COLUMNS = 512
 """Columns that a warp handles at a time."""
-TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
+ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 SAME, FP8, LOGFMT10 = 0, 1, 2
 """What travels: rows as they are, or encoded."""
 
@@ -40,8 +42,8 @@ SPEC = describe(
     static_smem=256,
     early=True,
     configs=tuple(
-        {"type": kind, "fast": fast, "wire": wire}
-        for kind in TYPES.values()
+        {"type": TYPES[dtype], "fast": fast, "wire": wire}
+        for dtype in ROW_TYPES
         for fast in (0, 1)
         for wire in (SAME, FP8, LOGFMT10)
     ),

@@ -6,14 +6,13 @@ import enum
 
 import torch
 
-from tokenferry.kernels.describe import describe
+from tokenferry.kernels.describe import TYPES, describe
 
 MAX_WARPS = 12
 GROUP_ROWS = 4
 STAGES = 2
 PIECE_BYTES = 2048
 SMEM_BYTES = MAX_WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 
 
 class Mode(enum.IntEnum):

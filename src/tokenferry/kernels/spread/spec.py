@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from tokenferry.kernels.describe import describe
+import torch
+
+from tokenferry.kernels.describe import TYPES, describe
 
 THREADS = 512
 CHOICES_BYTES = 128 * 1024
 """Routing that a block keeps in shared memory; a larger one is read where it is."""
-TYPES = {"bfloat16": 0, "float16": 1, "float32": 2}
+ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 RAW = 4
 """Of the config ``type``: rows travel as bytes; else they are numbers of this type, to be cast to FP8."""
 
@@ -52,7 +54,7 @@ SPEC = describe(
     max_threads=THREADS,
     static_smem=256,
     early=True,
-    configs=tuple({"type": kind} for kind in (*TYPES.values(), RAW)),
+    configs=tuple({"type": kind} for kind in (*(TYPES[dtype] for dtype in ROW_TYPES), RAW)),
 )
 
 
