@@ -23,7 +23,6 @@ def describe(
     max_threads: int,
     static_smem: int,
     configs: tuple[Mapping[str, int], ...] = ({},),
-    early: bool = False,
 ) -> KernelSpec:
     """The spec of the kernel in the folder of ``spec_file``, which has the folder's name.
 
@@ -34,7 +33,6 @@ def describe(
         max_threads: Of a block.
         static_smem: Bytes of a block.
         configs: All that are compiled.
-        early: See `KernelSpec`.
     """
     folder = Path(spec_file).parent
     return KernelSpec(
@@ -46,5 +44,4 @@ def describe(
         max_threads=max_threads,
         static_smem=static_smem,
         configs=configs,
-        early=early,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tokenferry.kernels.describe import TYPES, describe
@@ -13,40 +15,42 @@ ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 SAME, FP8, LOGFMT10 = 0, 1, 2
 """What travels: rows as they are, or encoded."""
 
-SPEC = describe(
-    __file__,
-    (
-        ("regions", "ptr[8]"),
-        ("y", "ptr"),
-        ("out", "ptr"),
-        ("topk_idx", "ptr"),
-        ("weights", "ptr"),
-        ("row_weights", "ptr"),
-        ("table", "ptr"),
-        ("ticket", "ptr"),
-        ("masked_out", "ptr"),
-        ("trace", "ptr"),
-        ("packets_at", "u64"),
-        ("packets_stride", "u64"),
-        ("num_tokens", "u32"),
-        ("phases", "u32"),
-        ("max_tokens", "u32"),
-        ("top_k", "u32"),
-        ("num_local", "u32"),
-        ("columns", "u32"),
-        ("wide", "u32"),
-        ("mask_late", "u32"),
+SPEC = replace(
+    describe(
+        __file__,
+        (
+            ("regions", "ptr[8]"),
+            ("y", "ptr"),
+            ("out", "ptr"),
+            ("topk_idx", "ptr"),
+            ("weights", "ptr"),
+            ("row_weights", "ptr"),
+            ("table", "ptr"),
+            ("ticket", "ptr"),
+            ("masked_out", "ptr"),
+            ("trace", "ptr"),
+            ("packets_at", "u64"),
+            ("packets_stride", "u64"),
+            ("num_tokens", "u32"),
+            ("phases", "u32"),
+            ("max_tokens", "u32"),
+            ("top_k", "u32"),
+            ("num_local", "u32"),
+            ("columns", "u32"),
+            ("wide", "u32"),
+            ("mask_late", "u32"),
+        ),
+        max_registers=128,
+        max_threads=THREADS,
+        static_smem=256,
+        configs=tuple(
+            {"type": TYPES[dtype], "fast": fast, "wire": wire}
+            for dtype in ROW_TYPES
+            for fast in (0, 1)
+            for wire in (SAME, FP8, LOGFMT10)
+        ),
     ),
-    max_registers=128,
-    max_threads=THREADS,
-    static_smem=256,
     early=True,
-    configs=tuple(
-        {"type": TYPES[dtype], "fast": fast, "wire": wire}
-        for dtype in ROW_TYPES
-        for fast in (0, 1)
-        for wire in (SAME, FP8, LOGFMT10)
-    ),
 )
 
 

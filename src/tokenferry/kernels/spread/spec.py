@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tokenferry.kernels.describe import TYPES, describe
@@ -13,48 +15,50 @@ ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 RAW = 4
 """Of the config ``type``: rows travel as bytes; else they are numbers of this type, to be cast to FP8."""
 
-SPEC = describe(
-    __file__,
-    (
-        ("regions", "ptr[8]"),
-        ("x", "ptr"),
-        ("topk_idx", "ptr"),
-        ("weights", "ptr"),
-        ("choices", "ptr"),
-        ("out", "ptr"),
-        ("scale_out", "ptr"),
-        ("expert_counts", "ptr"),
-        ("received", "ptr"),
-        ("src_token", "ptr"),
-        ("src_range", "ptr"),
-        ("row_weights", "ptr"),
-        ("table", "ptr"),
-        ("masked_out", "ptr"),
-        ("trace", "ptr"),
-        ("notes_at", "u64"),
-        ("packets_at", "u64"),
-        ("words_stride", "u64"),
-        ("notes_stride", "u64"),
-        ("packets_stride", "u64"),
-        ("num_tokens", "u32"),
-        ("phases", "u32"),
-        ("max_tokens", "u32"),
-        ("top_k", "u32"),
-        ("num_local", "u32"),
-        ("columns", "u32"),
-        ("row_units", "u32"),
-        ("scale_units", "u32"),
-        ("scale_format", "u32"),
-        ("wide", "u32"),
-        ("weighted", "u32"),
-        ("per_local", "f32"),
-        ("mask_late", "u32"),
+SPEC = replace(
+    describe(
+        __file__,
+        (
+            ("regions", "ptr[8]"),
+            ("x", "ptr"),
+            ("topk_idx", "ptr"),
+            ("weights", "ptr"),
+            ("choices", "ptr"),
+            ("out", "ptr"),
+            ("scale_out", "ptr"),
+            ("expert_counts", "ptr"),
+            ("received", "ptr"),
+            ("src_token", "ptr"),
+            ("src_range", "ptr"),
+            ("row_weights", "ptr"),
+            ("table", "ptr"),
+            ("masked_out", "ptr"),
+            ("trace", "ptr"),
+            ("notes_at", "u64"),
+            ("packets_at", "u64"),
+            ("words_stride", "u64"),
+            ("notes_stride", "u64"),
+            ("packets_stride", "u64"),
+            ("num_tokens", "u32"),
+            ("phases", "u32"),
+            ("max_tokens", "u32"),
+            ("top_k", "u32"),
+            ("num_local", "u32"),
+            ("columns", "u32"),
+            ("row_units", "u32"),
+            ("scale_units", "u32"),
+            ("scale_format", "u32"),
+            ("wide", "u32"),
+            ("weighted", "u32"),
+            ("per_local", "f32"),
+            ("mask_late", "u32"),
+        ),
+        max_registers=128,
+        max_threads=THREADS,
+        static_smem=256,
+        configs=tuple({"type": kind} for kind in (*(TYPES[dtype] for dtype in ROW_TYPES), RAW)),
     ),
-    max_registers=128,
-    max_threads=THREADS,
-    static_smem=256,
     early=True,
-    configs=tuple({"type": kind} for kind in (*(TYPES[dtype] for dtype in ROW_TYPES), RAW)),
 )
 
 
