@@ -78,6 +78,13 @@ TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", MACHINE.timeout_s))
 """Deadline of the kernels; a sanitizer needs more."""
 
 
+@functools.cache
+def stream_of(rank: int) -> Any:
+    """A virtual rank's stream, the same in all tests: of many streams some share a connection to the GPU, and then one
+    that waits for a late rank's kernel keeps another's from beginning."""
+    return MACHINE.stream()
+
+
 def _layout() -> dict[str, int]:
     """Offset of each field of a board, as device/board.cuh lays it out: its fields are u64 and u32 words and arrays."""
     text = (Path(board.__file__).parent / "device" / "board.cuh").read_text()
@@ -146,7 +153,7 @@ class Ranks:
         self.device = MACHINE.device
         self._kernels = MACHINE.jit  # all are compiled before any rank is kept waiting
         self.windows = MACHINE.windows(num_ranks, BOARD_BYTES + heap_bytes)
-        self.streams = [MACHINE.stream() for _ in range(num_ranks)]
+        self.streams = [stream_of(rank) for rank in range(num_ranks)]
         self.records = self.pinned(torch.zeros(num_ranks, RECORD_WORDS, dtype=torch.int32))
         self.call = 0
         self._next = [0] * num_ranks

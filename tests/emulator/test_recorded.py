@@ -1,5 +1,7 @@
 """Timelines and counters of real kernels: what they write down on the emulator fits together."""
 
+import time
+
 import pytest
 import torch
 from test_groups import run  # noqa: F401 - the fixture
@@ -43,9 +45,13 @@ def test_a_pair_on_two_ranks(run, monkeypatch):  # noqa: F811
     assert timeline.row_waits(timeline.stacked([one["clocks"] for one in both])).shape == (2, 2)
 
 
-def count(rank, pg, hall, spec, slow, found):
+def count(rank, pg, hall, spec, slow, found, late_s=0.0):
+    def barrier():
+        hall._shared["barrier"].wait()
+        time.sleep(late_s if rank == 1 else 0.0)
+
     with hall.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
-        found[rank] = rounds.count_in(group, CpuBed(), hall._shared["barrier"].wait, spec, slow)
+        found[rank] = rounds.count_in(group, CpuBed(), barrier, spec, slow)
 
 
 def test_who_waits_for_a_slow_rank(run):  # noqa: F811
@@ -56,3 +62,9 @@ def test_who_waits_for_a_slow_rank(run):  # noqa: F811
     rows = timeline.row_waits(timeline.stacked([found[r].words for r in range(3)]))
     [slow] = judge(waits / 3, rows, took_ns=0.4e9).slow
     assert (slow.rank, slow.where) == (2, Where.COMPUTE)
+
+
+def test_a_host_that_begins_late_is_not_counted(run):  # noqa: F811
+    spec, found = Spec(2, 4, 256, 2, 6, 2, 0, 5), {}
+    run(2, count, spec, (-1, 0.0), found, 0.5)
+    assert found[0].dispatch_ns[1] + found[0].combine_ns[1] < 0.25e9

@@ -63,7 +63,8 @@ def count_waits(rank: int, pg: dist.ProcessGroup, device: str, spec: Spec, slow:
 
 
 def count_in(group: ExpertGroup, bed: Bed, barrier: Barrier, spec: Spec, slow: tuple[int, float]) -> Waited:
-    """Count, in a group that there is; on GPUs the rounds are one CUDA graph, so that hosts have no part in it.
+    """Count, in a group that there is; on GPUs the rounds are one CUDA graph, so that hosts have no part in it: it runs twice,
+    back to back, and the second time is counted.
 
     Args:
         group: For the sizes of ``spec``.
@@ -90,11 +91,8 @@ def count_in(group: ExpertGroup, bed: Bed, barrier: Barrier, spec: Spec, slow: t
 
     replay = bed.capture(rounds)
     barrier()
-    replay()  # the first one starts where the barrier left the ranks
-    bed.synchronize()
+    replay()  # who leaves the barrier late is waited for in here
     waits.zero_()
-    bed.synchronize()
-    barrier()
     start = bed.stamp()
     replay()
     end = bed.stamp()

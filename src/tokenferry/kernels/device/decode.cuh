@@ -90,8 +90,9 @@ template <class P> DEV u32 tired(const P& p, Patience& patience) {
     return state;
 }
 
-// A peer is in another call than this rank: it has sent in a channel in which this rank has not, or met where it has not.
-template <class P> static __device__ __noinline__ bool elsewhere(const P& p, u32 channel, u32 peer) {
+// A peer whose `word` does not come is in another call than this rank: it has sent in a channel in which this rank has not, or
+// met where it has not.
+template <class P> static __device__ __noinline__ bool elsewhere(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
     const Board* mine = board_of(p, p.rank);
     const u32 met = load_relaxed(&mine->epoch) + 1, sent = load_relaxed(&mine->sends[1 - channel]) + 1;
     u64 seen = load_relaxed(&mine->card[met & 1][peer][0]);
@@ -100,8 +101,11 @@ template <class P> static __device__ __noinline__ bool elsewhere(const P& p, u32
         seen = load_relaxed(&mine->hello[1 - channel][sent & 1][peer][0]);
         there = epoch_in(seen) == sent;
     }
-    if (there) give_up(p, kMismatch, peer, 0, (u32)seen, p.card[0], peer, 0);
-    return there;
+    // A peer that has got what it needs goes on to its next call: what is waited for may have come since it was looked for.
+    fence_system();
+    if (!there || epoch_in(load_relaxed(word)) == epoch) return false;
+    give_up(p, kMismatch, peer, 0, (u32)seen, p.card[0], peer, 0);
+    return true;
 }
 
 // This rank has waited in vain. True: from now on the peer is masked, and the call goes on without it.
@@ -146,7 +150,7 @@ template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 pee
             if (p.mask_late && agree(p, channel, epoch, peer, false)) patience.start = 0;  // another block has seen it
             else return let_go(p, peer, kLateCard, epoch_in(seen), epoch, p.timeout_ns) ? kLate : kBroken;
         }
-        if (patience.start && patience.spins % 4096 == 0 && elsewhere(p, channel, peer)) return kBroken;
+        if (patience.start && patience.spins % 4096 == 0 && elsewhere(p, channel, epoch, peer, word)) return kBroken;
         seen = load_relaxed(word);
     }
     value = (u32)seen;

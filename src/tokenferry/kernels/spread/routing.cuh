@@ -64,13 +64,14 @@ DEV void mark_choices(const SpreadParams& p, const Turn& turn, u16* choices) {
     const bool all = turn.alive == (1u << p.num_ranks) - 1;
     const bool marked = p.choices || marks_at_once(p);
     if (all && marked) return;
-    if (!marked)
-        for (u32 i = threadIdx.x; i < n; i += blockDim.x) {
-            const u32 mine = choices[i] & kNone;
-            bool again = false;
-            for (u32 j = i - i % p.top_k; j < i; j++) again |= (choices[j] & kNone) == mine;
-            if (again && mine != kNone) choices[i] = (u16)(mine | kRepeated);
-        }
+    // From the last to the first: a choice looks at those before it, which nobody has marked yet.
+    for (u32 end = marked ? 0 : (n + blockDim.x - 1) / blockDim.x * blockDim.x; end > 0; end -= blockDim.x) {
+        const u32 i = end - blockDim.x + threadIdx.x;
+        bool again = false;
+        for (u32 j = i - i % p.top_k; j < i && i < n; j++) again |= choices[j] == choices[i];
+        __syncthreads();
+        if (again && choices[i] != kNone) choices[i] |= kRepeated;
+    }
     __syncthreads();
     if (all) return;
     for (u32 i = threadIdx.x; i < n; i += blockDim.x) {
