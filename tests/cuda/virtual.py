@@ -78,13 +78,6 @@ TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", MACHINE.timeout_s))
 """Deadline of the kernels; a sanitizer needs more."""
 
 
-@functools.cache
-def stream_of(rank: int) -> Any:
-    """A virtual rank's stream, the same in all tests: of many streams some share a connection to the GPU, and then one
-    that waits for a late rank's kernel keeps another's from beginning."""
-    return MACHINE.stream()
-
-
 def _layout() -> dict[str, int]:
     """Offset of each field of a board, as device/board.cuh lays it out: its fields are u64 and u32 words and arrays."""
     text = (Path(board.__file__).parent / "device" / "board.cuh").read_text()
@@ -153,11 +146,12 @@ class Ranks:
         self.device = MACHINE.device
         self._kernels = MACHINE.jit  # all are compiled before any rank is kept waiting
         self.windows = MACHINE.windows(num_ranks, BOARD_BYTES + heap_bytes)
-        self.streams = [stream_of(rank) for rank in range(num_ranks)]
+        self.streams = [MACHINE.stream() for _ in range(num_ranks)]
         self.records = self.pinned(torch.zeros(num_ranks, RECORD_WORDS, dtype=torch.int32))
         self.call = 0
         self._next = [0] * num_ranks
         self._kept: list[Tensor] = []
+        self._late: set[int] = set()
         self.reset()
         self.delay(0, 0)  # torch loads the kernel now, not while ranks wait for each other
         self.wait()
@@ -208,6 +202,7 @@ class Ranks:
 
     def delay(self, rank: int, milliseconds: float) -> None:
         """Keep a rank's stream busy for a while."""
+        self._late.add(rank)
         MACHINE.sleep(self.streams[rank], milliseconds)
 
     def launch(
@@ -229,7 +224,9 @@ class Ranks:
         kernel = self._kernels.kernel(spec, **(config or {}))
         ready = [None if one is None else self._fill(kernel.new_params(), rank, one) for rank, one in enumerate(fields)]
         MACHINE.settle()  # what tests wrote is there
-        for rank, params in enumerate(ready):
+        # A kernel that is behind another in its stream may keep those of other streams, launched later, from beginning.
+        for rank in sorted(range(self.num_ranks), key=self._late.__contains__):
+            params = ready[rank]
             if params is not None:
                 kernel.launch(params, *sizes, self.streams[rank].cuda_stream)
 
@@ -256,6 +253,7 @@ class Ranks:
                 time.sleep(1e-4)
         if not ranks:
             self._kept.clear()
+            self._late.clear()
 
     def record(self, rank: int) -> Record | None:
         """What a rank recorded, and clear it."""

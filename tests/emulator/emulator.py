@@ -162,10 +162,9 @@ class Stream:
         self._jobs.put(job)
 
     def query(self) -> bool:
-        """Whether all is done; raises what a job has raised, once: other tests use this stream, too."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        """Whether all is done; raises what a job has raised."""
+        if self._error is not None:
+            raise self._error
         return self._done == self._submitted
 
     def _work(self) -> None:
