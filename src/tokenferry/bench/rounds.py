@@ -63,8 +63,9 @@ def count_waits(rank: int, pg: dist.ProcessGroup, device: str, spec: Spec, slow:
 
 
 def count_in(group: ExpertGroup, bed: Bed, barrier: Barrier, spec: Spec, slow: tuple[int, float]) -> Waited:
-    """Count, in a group that there is; on GPUs the rounds are one CUDA graph, so that hosts have no part in it: it runs twice,
-    back to back, and the second time is counted.
+    """Count, in a group that there is; on GPUs the rounds are one CUDA graph, so that hosts have no part in it.
+
+    All rounds run twice, back to back; those of the second time are counted.
 
     Args:
         group: For the sizes of ``spec``.
