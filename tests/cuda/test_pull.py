@@ -1,4 +1,4 @@
-"""The kernel `pull` alone, on virtual ranks: sums in the stated order, bit for bit."""
+"""The kernels `pull` and `stage` alone, on virtual ranks: sums in the stated order, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from test_move import check_rows
 from torch import Tensor
 from virtual import POISON, Block, Ranks, offsets, ranks_of
 
@@ -15,6 +16,7 @@ from tokenferry.kernels import describe
 from tokenferry.kernels.board import RANK_SHIFT
 from tokenferry.kernels.pull import spec as pull_spec
 from tokenferry.kernels.pull.spec import Mode
+from tokenferry.kernels.stage import spec as stage_spec
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
 
@@ -391,3 +393,67 @@ def test_weights_come_home(by_rank, top_k):
     one.check()
     for rank in range(3):
         same_bits(f"weights of rank {rank}", weights.out[rank], weights.want(rank))
+
+
+# ---------------------------------------------------------------------- stage
+
+
+def stage(ranks, rank, source, block, counts, **more):
+    """Params of `stage`; ``counts``: rows from each rank, rows of each expert."""
+    return {
+        "source": ranks.on_device(source),
+        "to": block.address,
+        "src_counts": ranks.on_device(torch.tensor(counts[0])),
+        "expert_counts": ranks.on_device(torch.tensor(counts[1], dtype=torch.int32)),
+        "num_local": len(counts[1]),
+        "row_bytes": source.shape[1],
+        **more,
+    }
+
+
+def random_rows(num_rows, row_bytes, seed):
+    make = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (num_rows, row_bytes), dtype=torch.uint8, generator=make)
+
+
+@pytest.mark.parametrize("row_bytes", [16, 48, 2000, 14336])
+def test_stage_copies_rows_below_the_counts(row_bytes):
+    """Masked: the rows in use of each expert."""
+    ranks = ranks_of(2)
+    capacity, counts = 11, ([0, 11, 3, 7], [1, 0, 0, 10])
+    sources = [random_rows(4 * capacity, row_bytes, rank) for rank in range(2)]
+    blocks = [ranks.block(rank, sources[rank].numel()) for rank in range(2)]
+    fields = [
+        stage(ranks, rank, sources[rank], blocks[rank], ([5, 6], counts[rank]), capacity=capacity) for rank in range(2)
+    ]
+    ranks.run(stage_spec.SPEC, fields, (3, stage_spec.THREADS, 0))
+    for rank in range(2):
+        places = [e * capacity + i for e, count in enumerate(counts[rank]) for i in range(count)]
+        check_rows(f"rank {rank}", blocks[rank], places, [sources[rank][place] for place in places], row_bytes)
+
+
+@pytest.mark.parametrize("src_counts", [(7, 20, 3), (0, 5, 0), (9, 0, 9), (0, 0, 0), (600, 300, 401)])
+def test_stage_copies_rows_that_peers_ask_for(src_counts):
+    """By rank: all but the own ones; rows behind the last are not touched."""
+    ranks = ranks_of(3)
+    sources = [random_rows(sum(src_counts) + 4, 272, rank) for rank in range(3)]
+    blocks = [ranks.block(rank, sources[rank].numel()) for rank in range(3)]
+    fields = [stage(ranks, rank, sources[rank], blocks[rank], (src_counts, [1, 2])) for rank in range(3)]
+    ranks.run(stage_spec.SPEC, fields, (2, stage_spec.THREADS, 0))
+    for rank in range(3):
+        own = range(sum(src_counts[:rank]), sum(src_counts[: rank + 1]))
+        places = [place for place in range(sum(src_counts)) if place not in own]
+        check_rows(f"rank {rank}", blocks[rank], places, [sources[rank][place] for place in places], 272)
+
+
+def test_a_void_plan_stages_nothing():
+    ranks = ranks_of(2)
+    blocks = [ranks.block(rank, 8 * 64) for rank in range(2)]
+    for capacity in (0, 4):
+        fields = [
+            stage(ranks, rank, random_rows(8, 64, 0), blocks[rank], ([-1, -1], [4, 4]), capacity=capacity)
+            for rank in range(2)
+        ]
+        ranks.run(stage_spec.SPEC, fields, (1, stage_spec.THREADS, 0))
+    for block in blocks:
+        check_rows("a void plan", block, [], [], 64)

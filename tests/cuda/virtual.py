@@ -211,7 +211,6 @@ class Ranks:
         fields: Sequence[Fields | None],
         sizes: tuple[int, int, int],
         config: Mapping[str, int] | None = None,
-        streams: Sequence[Any] | None = None,
     ) -> None:
         """Launch a kernel on every rank that has fields; returns at once.
 
@@ -221,9 +220,7 @@ class Ranks:
                 of words, ``alive`` the ranks that take part, ``timeout_s`` another deadline. None: does not launch.
             sizes: Blocks, threads a block, dynamic shared memory.
             config: Of the kernel.
-            streams: Others than the ranks' own: nobody waits for these.
         """
-        streams = self.streams if streams is None else streams
         kernel = self._kernels.kernel(spec, **(config or {}))
         ready = [None if one is None else self._fill(kernel.new_params(), rank, one) for rank, one in enumerate(fields)]
         MACHINE.settle()  # what tests wrote is there
@@ -231,7 +228,7 @@ class Ranks:
         for rank in sorted(range(self.num_ranks), key=self._late.__contains__):
             params = ready[rank]
             if params is not None:
-                kernel.launch(params, *sizes, streams[rank].cuda_stream)
+                kernel.launch(params, *sizes, self.streams[rank].cuda_stream)
 
     def run(
         self,

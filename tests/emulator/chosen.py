@@ -7,8 +7,8 @@ import os
 import pytest
 
 FILES = (
-    *("test_plan.py", "test_move.py", "test_pull.py", "test_stage.py", "test_unpack.py"),
-    *("test_meet.py", "test_spread.py", "test_collect.py"),
+    *("test_plan.py", "test_move.py", "test_pull.py", "test_unpack.py", "test_meet.py"),
+    *("test_spread.py", "test_collect.py"),
 )
 """Tests of single kernels."""
 RANKS = (1, 2, 3)

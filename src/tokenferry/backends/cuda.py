@@ -162,16 +162,17 @@ class CudaBackend:
                 bytes_of_weights=0 if weights is None else 4,
             )
         here = self.station.begin(signature)
-        num_sms = request.num_sms or self.combine_sms(plan, hidden)
+        y_at, block, own = self.shelf.share(here, y, plan, request.num_sms or self.station.num_sms)
         weights_at, other = (0, None) if weights is None else self.shelf.reachable(here, weights)
-        out, home, biases, places = request.out, None, _biases(request.biases), plan.places
+        out = request.out
         if out is None or out.data_ptr() % 16 or _overlap(out, y):
             out = torch.empty(plan.num_tokens, hidden, dtype=y.dtype, device=self.device)
+        home = None
         if weights is not None:
             home = torch.empty(plan.num_tokens, top_k, dtype=torch.float32, device=self.device)
+        places = plan.places
         first = 0 if by_rank else 2 * self.num_ranks + top_k  # the columns `send`, or `pull`
         width = self.num_ranks if by_rank else top_k
-        shared = self.shelf.share(here, y, plan, (num_sms, request.num_sms or self.station.num_sms))
         cuda_launch.pull(
             self.station,
             here,
@@ -180,15 +181,14 @@ class CudaBackend:
                 places.shape[1],
                 width,
                 by_rank,
-                source=cuda_launch.address(shared.own),
-                parts=shared.parts,
+                source=cuda_launch.address(own),
             ),
-            Sum(out, Mode.rows if by_rank else Mode.grouped, biases, home, places, top_k),
+            Sum(out, Mode.rows if by_rank else Mode.grouped, _biases(request.biases), home, places, top_k),
             (plan.src_counts, plan.dst_counts),
-            (shared.offset, weights_at),
-            num_sms,
+            (y_at, weights_at),
+            request.num_sms or self.combine_sms(plan, hidden),
         )
-        del shared, other  # given back on this stream, behind the kernel
+        del block, other, own  # given back on this stream, behind the kernel
         if request.out is not None and request.out is not out:
             request.out.copy_(out)
             out = request.out

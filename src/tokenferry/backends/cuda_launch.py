@@ -264,12 +264,9 @@ def unpack(
 
 
 def stage(
-    station: Station, here: Here, source: Tensor, target: int, counts: tuple[Tensor, Tensor], sms: tuple[int, int]
+    station: Station, here: Here, source: Tensor, target: int, counts: tuple[Tensor, Tensor], num_sms: int
 ) -> None:
-    """Launch `stage` for ``source`` ``[N, H]``, or ``[L, capacity, H]``; ``counts``: src_counts, expert_counts.
-
-    ``sms``: how many copy, and in how many parts beside the `pull` that is launched next; 0: before it.
-    """
+    """Launch `stage` for ``source`` ``[N, H]``, or ``[L, capacity, H]``; ``counts``: src_counts, expert_counts."""
     key = (stage_spec.SPEC,)
     prepared = station.prepared.get(key)
     if prepared is None:
@@ -281,8 +278,7 @@ def stage(
     p.src_counts, p.expert_counts = counts[0].data_ptr(), counts[1].data_ptr()
     p.num_local, p.capacity = counts[1].shape[0], source.shape[1] if source.ndim == 3 else 0
     p.row_bytes = source.shape[-1] * source.element_size()
-    p.parts = sms[1]
-    prepared.launch(sms[0], here.stream)
+    prepared.launch(num_sms, here.stream)
 
 
 @dataclass(slots=True)
@@ -298,7 +294,6 @@ class Sources:
         by_place: See there.
         local: Address of rows in this rank's memory: nobody is met; 0: rows lie in the ranks' windows.
         source: Address of rows of which only peers have a staged copy; 0: all ranks read the same.
-        parts: In how many parts that copy is made meanwhile; 0: it has been made.
     """
 
     table: int
@@ -309,7 +304,6 @@ class Sources:
     by_place: bool = False
     local: int = 0
     source: int = 0
-    parts: int = 0
 
 
 @dataclass(slots=True)
@@ -358,7 +352,7 @@ def pull(
         prepared.block, prepared.smem_bytes = pull_spec.MAX_WARPS * 32, pull_spec.SMEM_BYTES
     station.address(prepared, here)
     _OFFSETS.pack_into(
-        prepared.view, prepared.offsets, offsets[0] // OFFSET_BYTES, offsets[1] // OFFSET_BYTES, sources.parts, 0, 0, 0
+        prepared.view, prepared.offsets, offsets[0] // OFFSET_BYTES, offsets[1] // OFFSET_BYTES, 0, 0, 0, 0
     )
     biases = result.biases
     _PULL.pack_into(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from tokenferry.backends import cuda_launch
 from tokenferry.backends.cuda_station import Here, Station
 from tokenferry.errors import CapacityError
-from tokenferry.kernels.stage.spec import PARTS
 from tokenferry.memory.heap import Block, HeapFull
 from tokenferry.memory.tensor import tensor_at
 from tokenferry.words import Layout, Plan
@@ -21,23 +19,6 @@ from tokenferry.words import Layout, Plan
 _log = logging.getLogger("tokenferry")
 _SECTION = 128
 """Sections of a block begin at multiples of this."""
-
-
-@dataclass(slots=True)
-class Shared:
-    """Where peers find rows.
-
-    Attributes:
-        offset: In this rank's window.
-        block: What keeps them there, if they are a copy.
-        own: What holds this rank's own rows, if not the block.
-        parts: In how many parts they are being copied; 0: they are there.
-    """
-
-    offset: int
-    block: Block | None
-    own: Tensor | None = None
-    parts: int = 0
 
 
 class Shelf:
@@ -112,25 +93,22 @@ class Shelf:
             self.tensor(block, 0, tuple(tensor.shape), tensor.dtype).copy_(tensor)
         return block.offset, block
 
-    def share(self, here: Here, y: Tensor, plan: Plan, sms: tuple[int, int]) -> Shared:
+    def share(self, here: Here, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None, Tensor | None]:
         """The same for a plan's rows, of which only those that peers ask for are copied.
 
-        With ``sms`` to spare (those of the combine, those of the device) ROWS are copied beside the combine, by what it
-        leaves over; nothing else may be launched in between. Else before it, by the same SMs.
+        Returns:
+            tuple: the offset, the block if there is one, and what holds this rank's own rows, if not the block.
         """
         layout = plan.delivery.layout
         if layout is Layout.EXPERTS or self.holds(y):
-            return Shared(*self.reachable(here, y))
+            return *self.reachable(here, y), None
         block = self.block(
             here.signature.phase, y.numel() * y.element_size(), here.stream, None if here.capturing else 0
         )
         y = aligned(y)
-        parts = PARTS if layout is Layout.ROWS and y.numel() and sms[0] < sms[1] else 0
         if y.numel():
-            counts = plan.src_counts, plan.expert_counts
-            num_sms = sms[1] - sms[0] if parts else sms[1]
-            cuda_launch.stage(self._station, here, y, block.address, counts, (num_sms, parts))
-        return Shared(block.offset, block, y if layout is Layout.ROWS else None, parts)
+            cuda_launch.stage(self._station, here, y, block.address, (plan.src_counts, plan.expert_counts), num_sms)
+        return block.offset, block, y if layout is Layout.ROWS else None
 
 
 def aligned(tensor: Tensor) -> Tensor:

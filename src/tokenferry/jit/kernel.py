@@ -34,8 +34,8 @@ class KernelSpec:
         max_registers: Most registers a thread (and no spills): a test compiles every config and holds it to this.
         max_threads: Most threads a block: the constant ``kMaxThreads``, for ``__launch_bounds__``.
         static_smem: Most bytes of static shared memory a block.
-        early: The kernel says itself, by ``griddepcontrol.wait``, from where on it needs the kernel before it to have
-            ended: it may be launched earlier, which hides a part of the launch (programmatic dependent launch).
+        early: The kernel begins with ``griddepcontrol.wait``: it may be launched while the kernel before it ends, which
+            hides a part of the launch (programmatic dependent launch).
         configs: Every set of compile-time constants that may be asked for: ``{"num_stages": 4}`` becomes
             ``constexpr int kNumStages = 4;``.
     """

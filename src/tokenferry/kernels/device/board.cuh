@@ -8,15 +8,12 @@
 constexpr u32 kMaxRanks = 8;
 constexpr u32 kMaxExperts = 4096;
 constexpr u32 kCardWords = 32;
-constexpr u32 kMaxParts = 16;  // in which rows are staged while peers already pull them
 
 // A card is what one rank tells another at the start of a kernel: the signature, which has to be the same on both sides,
 // then what the other has to know. Word n of the signature has its name in kernels/board.py.
 constexpr u32 kSignatureWords = 15;
 constexpr u32 kRowsWord = 15;   // rows that the sender of the card will move to (or has of) its reader
 constexpr u32 kFirstOffset = 16;  // from here on: offsets in the sender's window, in units of 16 bytes; or counts
-constexpr u32 kPartsWord = 18;    // pull: not 0: the sender's rows are being staged, in so many parts, and
-constexpr u32 kStartWord = 19;    // the reader's begin at this place
 constexpr u32 kBlocksWord = 31;   // blocks of the sender's kernel: so many will say that they are done
 
 struct Board {
@@ -33,7 +30,6 @@ struct Board {
     u32 masked;                           // a bit for each rank that decode calls leave out
     u32 padding;
     u32 done[kMaxRanks];                  // [from]: blocks of all its kernels whose work on this rank is complete
-    u64 staged[kMaxRanks][kMaxParts];     // [from][part]: epoch << 32: the rows of this part are in its heap
     // From here on for this rank's own kernels.
     u32 expected[kMaxRanks];              // [from]: what `done` was when the last kernel ended
     u32 epoch;                            // of the last kernel that met and ended
@@ -42,10 +38,8 @@ struct Board {
     u32 bad_slot;                         // complement of the least token * K + slot that holds a bad expert; 0: none
     u32 claimed;                          // units that warps of the running kernel have taken beyond their first ones
     u32 unused[3];
-    u32 copied[kMaxParts];                // [part]: blocks of a running `stage` that have copied it
     u8 rest[(1 << 20) - (2 * kMaxRanks * (kCardWords + kMaxExperts) + kMaxRanks) * 8 - (2 * kMaxRanks + 8) * 4
-            - (4 * kMaxRanks * (kSignatureWords + 1) + 4 * kMaxRanks) * 8 - 10 * 4
-            - kMaxParts * (kMaxRanks * 8 + 4)];
+            - (4 * kMaxRanks * (kSignatureWords + 1) + 4 * kMaxRanks) * 8 - 10 * 4];
 };
 static_assert(sizeof(Board) == 1 << 20, "kernels/board.py says how large a board is");
 

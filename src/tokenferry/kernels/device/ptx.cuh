@@ -54,8 +54,7 @@ DEV u64 load_relaxed(const u64* p) { u64 v; asm volatile("ld.relaxed.sys.global.
 DEV float log2_near(float v) { float l; asm("lg2.approx.f32 %0, %1;" : "=f"(l) : "f"(v)); return l; }
 DEV float exp2_near(float v) { float e; asm("ex2.approx.f32 %0, %1;" : "=f"(e) : "f"(v)); return e; }
 
-// For kernels that may be launched early: what follows needs all that the kernel before has done. And: the next kernel of the
-// stream may take what SMs are free, if it waits likewise.
+// For kernels that may be launched early. The next kernel of the stream may take what SMs are free, if it waits likewise.
 DEV void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEV void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

@@ -13,13 +13,11 @@
 //          and one rounding at the end: the same bits every time.
 // Roles    Each warp owns a ring of groups of up to 4 rows. While one group is on its way, the warp adds up the one before and
 //          stores sums 16 bytes a lane. A group never spans two units; each of its rows is loaded by the lane of its entry.
-// Order    A peer's card says that its rows are written, or that it is staging them (kPartsWord): then each unit waits for
-//          the parts that its rows are in. depart tells the peer that they have been read: its kernel ends after that,
-//          so the block may be given away. With rows to stage of its own this kernel begins beside `stage`, which began when
-//          all before it had ended, and ends after it.
+// Order    A peer's card says that its rows are written. depart tells it that they have been read: its kernel ends after that,
+//          so the block may be given away.
 // Cost     bytes in = rows of own tokens * row_bytes. sm_90a: <= 128 registers, 0 spills, 3072 B of static shared
 //          memory.
-// Tests    tests/cuda/test_pull.py, tests/cuda/test_stage.py, tests/compile.
+// Tests    tests/cuda/test_pull.py, tests/compile.
 #include "device/meet.cuh"
 #include "device/number.cuh"
 
@@ -43,9 +41,6 @@ struct Warp {
     u32 next;       // lane 0: the unit to open next
     u32 queue;      // lane i: the unit that was opened as i-th, modulo 32
     u32 opened;
-    const u32 (*cards)[kCardWords];
-    u32 epoch;
-    u32 ready;      // lane r: places below this one are there on rank r
 };
 
 DEV void open_unit(const PullParams& p, u32 index, Unit& unit) {
@@ -164,18 +159,6 @@ DEV void bring_weights(const PullParams& p, u32 t, const u32 (*cards)[kCardWords
     }
 }
 
-// Waits until a row is in its rank's heap; returns the place behind the last one that is.
-static __device__ __noinline__ u32 wait_for_row(const PullParams& p, u32 epoch, const u32* card, u32 peer, u32 place) {
-    const u64 rows = card[kRowsWord], parts = card[kPartsWord], start = card[kStartWord];
-    const u32 part = (u32)(((place - start + 1) * parts - 1) / rows);
-    u64 seen;
-    // If not, this call has failed: whatever is read instead, nobody looks at the sums.
-    if (!wait_for(p, &board_of(p, p.rank)->staged[peer][part], epoch, peer, kLateRows, seen)) return ~0u;
-    fence_system();
-    fence_async();
-    return (u32)(start + rows * (part + 1) / parts);
-}
-
 // Starts the loads of the next group; `ahead` is the unit that loads have come to, `done` the number of units summed up.
 // False: no unit is left, or too many without rows lie between.
 DEV bool load_group(const PullParams& p, Warp& warp, Unit& ahead, u32 stage, u32 done) {
@@ -185,8 +168,6 @@ DEV bool load_group(const PullParams& p, Warp& warp, Unit& ahead, u32 stage, u32
         if (index >= warp.units || warp.opened - done == 32) return false;
         warp.next = claim_unit(p, warp.dealt);
         open_unit(p, index, ahead);
-        if constexpr (kMode == 0)
-            if (ahead.left >> lane & 1 && (u32)ahead.low >= warp.ready) warp.ready = wait_for_row(p, warp.epoch, warp.cards[lane], lane, (u32)ahead.low);
         if (lane == warp.opened % 32) warp.queue = index;
         warp.opened++;
     }
@@ -251,10 +232,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) pull(const __grid_c
     extern __shared__ __align__(128) u8 shared[];
     __shared__ u32 cards[kMaxRanks][kCardWords];
     __shared__ __align__(8) u64 barriers[kMaxThreads / 32 * kStages];
-    const bool beside_stage = p.card[kPartsWord];
-    if (!beside_stage) wait_for_kernel_before();
     const u32 epoch = next_epoch(p);
-    if (must_skip(p, p.rows_in)) return wait_for_kernel_before();
+    if (must_skip(p, p.rows_in)) return;
     const u32 lane = threadIdx.x % 32, index = threadIdx.x / 32;
     Warp warp;
     warp.buffers = shared + index * (kStages * kGroup * kPiece);
@@ -268,13 +247,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) pull(const __grid_c
     const i64* rows_in = reinterpret_cast<const i64*>(p.rows_in);
     if (!p.local) {
         if (blockIdx.x == 0)
-            publish_card(p, epoch, [&](u32 w, u32 peer) -> u32 {
-                u32 before = 0;
-                if (w == kStartWord)
-                    for (u32 r = 0; r < peer; r++) before += (u32)rows_out[r];
-                return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : w == kStartWord ? before : p.card[w];
-            });
-        if (!read_cards(p, epoch, cards, blockIdx.x == 0, [&](u32 peer) { return (u32)rows_in[peer]; })) return wait_for_kernel_before();
+            publish_card(p, epoch, [&](u32 w, u32 peer) -> u32 { return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : p.card[w]; });
+        if (!read_cards(p, epoch, cards, blockIdx.x == 0, [&](u32 peer) { return (u32)rows_in[peer]; })) return;
         fence_async();  // the bulk loads that follow see what the cards promise
     }
     u32 tokens = p.num_tokens;
@@ -288,11 +262,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) pull(const __grid_c
     warp.dealt = gridDim.x * (blockDim.x / 32);
     warp.next = blockIdx.x * (blockDim.x / 32) + index;
     warp.opened = 0;
-    warp.cards = cards;
-    warp.epoch = epoch;
-    warp.ready = p.local || lane >= p.num_ranks || lane == p.rank || !cards[lane][kPartsWord] ? ~0u : cards[lane][kStartWord];
     add_up(p, warp, cards);
-    wait_for_kernel_before();
     if (!p.local) depart(p, epoch, cards);
     else if (last_block(p) && threadIdx.x == 0) board_of(p, p.rank)->arrived = board_of(p, p.rank)->claimed = 0;
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import replace
 
 import torch
 
@@ -24,40 +23,37 @@ class Mode(enum.IntEnum):
     weighted = 2
 
 
-SPEC = replace(
-    describe(
-        __file__,
-        (
-            ("table", "ptr"),
-            ("places", "ptr"),
-            ("local", "ptr"),
-            ("out", "ptr"),
-            ("bias0", "ptr"),
-            ("bias1", "ptr"),
-            ("weights", "ptr"),
-            ("weights_out", "ptr"),
-            ("rows_out", "ptr"),
-            ("rows_in", "ptr"),
-            ("source", "ptr"),
-            ("num_tokens", "u32"),
-            ("row_bytes", "u32"),
-            ("pieces", "u32"),
-            ("width", "u32"),
-            ("table_stride", "u32"),
-            ("places_stride", "u32"),
-            ("top_k", "u32"),
-            ("by_rank", "u32"),
-            ("weight_by_place", "u32"),
-        ),
-        max_registers=128,
-        max_threads=MAX_WARPS * 32,
-        static_smem=3072,
-        configs=tuple(
-            {"type": kind, "mode": int(mode)}
-            for dtype, kind in TYPES.items()
-            for mode in Mode
-            if not (dtype is torch.float64 and mode is Mode.weighted)
-        ),
+SPEC = describe(
+    __file__,
+    (
+        ("table", "ptr"),
+        ("places", "ptr"),
+        ("local", "ptr"),
+        ("out", "ptr"),
+        ("bias0", "ptr"),
+        ("bias1", "ptr"),
+        ("weights", "ptr"),
+        ("weights_out", "ptr"),
+        ("rows_out", "ptr"),
+        ("rows_in", "ptr"),
+        ("source", "ptr"),
+        ("num_tokens", "u32"),
+        ("row_bytes", "u32"),
+        ("pieces", "u32"),
+        ("width", "u32"),
+        ("table_stride", "u32"),
+        ("places_stride", "u32"),
+        ("top_k", "u32"),
+        ("by_rank", "u32"),
+        ("weight_by_place", "u32"),
     ),
-    early=True,
+    max_registers=128,
+    max_threads=MAX_WARPS * 32,
+    static_smem=3072,
+    configs=tuple(
+        {"type": kind, "mode": int(mode)}
+        for dtype, kind in TYPES.items()
+        for mode in Mode
+        if not (dtype is torch.float64 and mode is Mode.weighted)
+    ),
 )

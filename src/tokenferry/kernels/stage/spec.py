@@ -5,8 +5,6 @@ from __future__ import annotations
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
-PARTS = 16
-"""The most parts of a copy beside which rows are pulled; device/board.cuh has their twin."""
 
 SPEC = describe(
     __file__,
@@ -18,7 +16,6 @@ SPEC = describe(
         ("num_local", "u32"),
         ("capacity", "u32"),
         ("row_bytes", "u32"),
-        ("parts", "u32"),
     ),
     max_registers=64,
     max_threads=THREADS,
