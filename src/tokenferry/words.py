@@ -273,6 +273,8 @@ class DecodePlan:
         row_weights: ``[L, R*M]`` float32: gate weight of each row, for pre-reduced combine; None if none were sent.
         table: Backend cuda: ``[16 + R*M*K]`` int32, what arrived from whom and where it lies (private to the backend).
             CPU: None.
+        number: CPU: the number of the dispatch, so that a combine notices another one's plan on another rank. Backend
+            cuda: 0, that is in the table.
     """
 
     group_key: str
@@ -284,6 +286,7 @@ class DecodePlan:
     src_range: Tensor
     row_weights: Tensor | None
     table: Tensor | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

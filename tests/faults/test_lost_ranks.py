@@ -397,6 +397,11 @@ MISMATCHES: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
         lambda g, x, r, sent: g.decode_dispatch(x, r, fp8=Scale.UE8M0),
         "fp8 scale is",
     ),
+    "the plan of another dispatch": (
+        lambda g, x, r, sent: decode_twice(g, x, r, 0),
+        lambda g, x, r, sent: decode_twice(g, x, r, 1),
+        "dispatch",
+    ),
     "other numerics": (
         lambda g, x, r, sent: decode_round(g, x, r, "fast"),
         lambda g, x, r, sent: decode_round(g, x, r, "exact"),
@@ -411,6 +416,12 @@ def after_decoding(group: ExpertGroup, x: torch.Tensor, routing: Routing, name: 
         group.decode_combine(got.x, got.plan)
     else:
         getattr(group, name)(x, routing)
+
+
+def decode_twice(group: ExpertGroup, x: torch.Tensor, routing: Routing, which: int) -> None:
+    """Combine one of two dispatches of the same routing: counts do not tell them apart."""
+    got = [group.decode_dispatch(rows, routing) for rows in (x, 2 * x)]
+    group.decode_combine(got[which].x, got[which].plan)
 
 
 def decode_round(group: ExpertGroup, x: torch.Tensor, routing: Routing, numerics: str) -> None:

@@ -61,6 +61,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
             src_token=torch.empty(num_local, room, dtype=torch.int32),
             src_range=torch.empty(num_local, num_ranks, dtype=torch.int64),
             row_weights=None if routing.topk_weights is None else torch.empty(num_local, room),
+            number=pending.number,
         ),
         hook=None,
     )
@@ -85,7 +86,13 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
     ]
     payload, parts, counts = _cargo(request, places, exchange.heap)
     fill = payload.fill(parts, exchange.rank)
-    fields = {"fast": int(request.fast), "wire": int(wire), "dtype": dtype_code(y.dtype), **payload.fields}
+    fields = {
+        "dispatch of the plan": plan.number,
+        "fast": int(request.fast),
+        "wire": int(wire),
+        "dtype": dtype_code(y.dtype),
+        **payload.fields,
+    }
     signature = Signature(Kind.decode_combine, fields)
     pending = exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
     out = request.out

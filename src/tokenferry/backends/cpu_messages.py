@@ -296,6 +296,11 @@ class Pending:
         self._returns = exchange.returns
 
     @property
+    def number(self) -> int:
+        """Of the call; the same on all ranks."""
+        return self._call.number
+
+    @property
     def void(self) -> bool:
         """Whether ranks have come back since: what was under way then is lost."""
         return self._returns != self._exchange.returns

@@ -15,7 +15,15 @@ import torch
 
 from tokenferry.backends.cpu_messages import dtype_name
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
-from tokenferry.kernels.board import MAX_EXPERTS, MAX_RANKS, RECORD_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
+from tokenferry.kernels.board import (
+    DISPATCH_WORD,
+    MAX_EXPERTS,
+    MAX_RANKS,
+    RECORD_WORDS,
+    ROWS_WORD,
+    SIGNATURE_WORDS,
+    Fault,
+)
 from tokenferry.kernels.count.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.wires.base import Call, peer_timeout
 
@@ -182,6 +190,11 @@ class Ledger:
                 " use plans of the same dispatch on all ranks"
             )
         start = f"{call.phase} #{call.number}: rank {rank} and rank {peer} made different calls"
+        if word == DISPATCH_WORD:
+            return MismatchError(
+                f"{start}: rank {rank} combines the rows of dispatch {expected}, rank {peer} those of dispatch {seen} "
+                "(epochs); use plans of the same dispatch on all ranks"
+            )
         if word == 0 or word >= len(fields):
             theirs = KINDS[seen] if 0 < seen < len(KINDS) else f"kind {seen}"
             return MismatchError(f"{start}: rank {peer} called {theirs}; call the same on all ranks, in the same order")

@@ -12,6 +12,8 @@ BOARD_BYTES = 1 << 20
 RECORD_WORDS = 8
 CARD_WORDS = 32
 SIGNATURE_WORDS = 15
+DISPATCH_WORD = 14
+"""Of the signature of a decode combine: the epoch of its dispatch, which the kernel fills in."""
 ROWS_WORD = 15
 FIRST_OFFSET = 16
 """First word of a card that is not compared: offsets in the window, in units of `OFFSET_BYTES`."""

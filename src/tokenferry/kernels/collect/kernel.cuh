@@ -12,7 +12,7 @@
 // Why      As in spread. What was not sent to a rank, or has not come from it, is known from the plan's table on both sides.
 // Cost     bytes out = rows (exact: token, expert; fast: token, rank) * row as it travels. sm_90a: <= 128 registers, 0 spills,
 //          256 B of static shared memory.
-// Tests    tests/emulator/test_groups.py, tests/contract/test_decode.py, tests/compile.
+// Tests    tests/cuda/test_collect.py, tests/contract/test_decode.py, tests/emulator, tests/compile.
 #include "device/decode.cuh"
 #include "device/number.cuh"
 #include "device/wire.cuh"
@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) collect(const __gri
         }
         mark(p, kTraceReady);
         if (tells) {
-            say_hello(p, kCombine, turn);
+            say_hello(p, kCombine, turn, known.table[kEpochWord]);
             if (p.ticket && threadIdx.x == 0) {
                 reinterpret_cast<u32*>(p.ticket)[0] = turn.epoch;
                 reinterpret_cast<u32*>(p.ticket)[1] = turn.alive;
@@ -292,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) collect(const __gri
     if (!(p.phases & kReceive)) return;
     if (tells) {
         if (threadIdx.x == 0) mark_received(p, kCombine, turn);
-        check_hello(p, kCombine, turn);
+        check_hello(p, kCombine, turn, known.table[kEpochWord]);
         return;
     }
     add_tokens(p, turn, slots, first, step);

@@ -12,6 +12,7 @@ constexpr u32 kCardWords = 32;
 // A card is what one rank tells another at the start of a kernel: the signature, which has to be the same on both sides,
 // then what the other has to know. Word n of the signature has its name in kernels/board.py.
 constexpr u32 kSignatureWords = 15;
+constexpr u32 kDispatchWord = 14;  // collect: the epoch of the dispatch that it belongs to; ranks may not mix up two of them
 constexpr u32 kRowsWord = 15;   // rows that the sender of the card will move to (or has of) its reader
 constexpr u32 kFirstOffset = 16;  // from here on: offsets in the sender's window, in units of 16 bytes; or counts
 constexpr u32 kBlocksWord = 31;   // blocks of the sender's kernel: so many will say that they are done

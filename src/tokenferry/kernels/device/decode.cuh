@@ -223,11 +223,14 @@ template <class P> DEV void greet(const P& p, const Turn& turn) {
     }
 }
 
+// A word of this call's signature; `dispatch`: see kDispatchWord.
+template <class P> DEV u32 signature_word(const P& p, u32 w, u32 dispatch) { return w == kDispatchWord ? dispatch : p.card[w]; }
+
 // Tells all peers the signature of this call; all threads of one block, once there is room.
-template <class P> DEV void say_hello(const P& p, u32 channel, const Turn& turn) {
+template <class P> DEV void say_hello(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
     for (u32 i = threadIdx.x; i < p.num_ranks * kSignatureWords; i += blockDim.x) {
         const u32 peer = i / kSignatureWords, w = i % kSignatureWords;
-        if (turn.alive >> peer & 1) store_relaxed(&board_of(p, peer)->hello[channel][turn.half][p.rank][w], (u64)turn.epoch << 32 | p.card[w]);
+        if (turn.alive >> peer & 1) store_relaxed(&board_of(p, peer)->hello[channel][turn.half][p.rank][w], (u64)turn.epoch << 32 | signature_word(p, w, dispatch));
     }
 }
 
@@ -265,7 +268,7 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
 // ---- receiving
 
 // Waits for the signatures of all peers and compares them; one block. Counts the time. False: broken.
-template <class P> DEV bool check_hello(const P& p, u32 channel, const Turn& turn) {
+template <class P> DEV bool check_hello(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
     // A warp a peer: threads of a warp wait together, and each peer's time is to be its own.
     for (u32 peer = threadIdx.x / 32; peer < p.num_ranks; peer += blockDim.x / 32) {
         const u32 w = threadIdx.x % 32;
@@ -278,8 +281,8 @@ template <class P> DEV bool check_hello(const P& p, u32 channel, const Turn& tur
             if (p.wait_ns) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, now - start);
             if (p.trace) reinterpret_cast<u64*>(p.trace)[blockIdx.x * kTraceWords + kTraceHello + peer] = now;
         }
-        if (state == kWait && value != p.card[w]) {
-            give_up(p, kMismatch, peer, w, value, p.card[w], peer, 0);
+        if (state == kWait && value != signature_word(p, w, dispatch)) {
+            give_up(p, kMismatch, peer, w, value, signature_word(p, w, dispatch), peer, 0);
             return false;
         }
         if (state == kBroken) return false;

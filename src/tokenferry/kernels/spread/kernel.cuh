@@ -16,7 +16,7 @@
 // Cost     bytes out = distinct ranks of tokens * (row + scales + notes); reads T*K indices in every block; for each
 //          row one warp looks through the choices of the tokens before it. sm_90a: <= 128 registers, 0 spills,
 //          256 B of static shared memory.
-// Tests    tests/emulator/test_groups.py, tests/contract/test_decode.py, tests/compile.
+// Tests    tests/cuda/test_spread.py, tests/contract/test_decode.py, tests/emulator, tests/compile.
 #include "spread/receive.cuh"
 #include "spread/send.cuh"
 
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) spread(const __grid
         }
         mark(p, kTraceReady);
         if (tells) {
-            say_hello(p, kDispatch, turn);
+            say_hello(p, kDispatch, turn, 0);
             tell_counts(p, turn, choices, a.bases, a.bits);
             if (threadIdx.x == 0) {
                 table[kEpochWord] = (i32)turn.epoch;
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) spread(const __grid
     __syncthreads();  // counts of this rank are told, choices done with: their memory is used again
     if (tells) {
         if (threadIdx.x == 0) mark_received(p, kDispatch, turn);
-        if (!__syncthreads_and(check_hello(p, kDispatch, turn))) return;  // the other blocks see it, too
+        if (!__syncthreads_and(check_hello(p, kDispatch, turn, 0))) return;  // the other blocks see it, too
     }
     if (!hear_counts(p, turn, a)) return;
     mark(p, kTraceTold);
