@@ -176,7 +176,8 @@ class ExpertGroup:
         decode calls mask a rank that stays silent. What the call that misses it brings of that rank is undefined.
 
         Masking, contract: local, at once. Between a `decode_combine` and the next `decode_dispatch`, on both sides: a
-        rank that does not mask those that mask it waits for them in vain. Ranks may mask differently.
+        rank that does not mask those that mask it waits for them in vain. Ranks may mask differently. CUDA: hooks that
+        are open are called first.
 
         Coming back, contract: if two ranks have masked each other by hand, each with no call after which the other did
         not, and make the same number of calls meanwhile, both may stop at any later call: local, at once. A rank that
@@ -320,7 +321,8 @@ class ExpertGroup:
         Raises:
             ShapeError: an argument has the wrong shape, dtype, device or strides; names it.
             RoutingError: an index is outside [-1, E); names the place. CUDA with ``counts="device"``: raised by the
-                next call or by `synchronize`; no row is written out of bounds.
+                next call or by `synchronize`; no row is written out of bounds, and what was launched behind that call
+                comes to nothing, too.
             CapacityError: T > M, or rows did not fit into ``delivery.capacity`` (then on every rank).
             ConfigError: backend cuda, a view of the group with E > 4096 or K > 64.
             MismatchError: ranks made different calls.
@@ -455,7 +457,7 @@ class ExpertGroup:
 
         Raises:
             RoutingError: an index is outside [-1, E). CUDA: raised by the next call, by ``hook()`` or by `synchronize`;
-                nothing was sent, and the call can be made again.
+                nothing was sent by it, nor by calls launched behind it meanwhile: make all of them again.
             CapacityError: T > M; CUDA: a rank's heap has no room for rows under way (then on every rank).
             ArgumentError: CUDA: a graph cannot capture this; says what has to be called before.
             ConfigError: backend cuda, E > 4096, K > 64, M > 65536, or E * M of 2^31 or more.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tokenferry.compat.deep_ep import Buffer, EventHandle
 from tokenferry.testing.cases import Case, answers
-from tokenferry.testing.compare import same_bits
+from tokenferry.testing.compare import close_each, same_bits
 from tokenferry.testing.oracle import Oracle, Sent, fp8_cast, ue8m0
 
 M = 8
@@ -22,10 +22,37 @@ def oracle_of(sent: list[Sent], num_experts: int) -> Oracle:
 
 
 def check_rows(oracle: Oracle, rank: int, rows: Tensor, counts: Tensor, handle: tuple) -> None:
-    """Rows, counts, and the two tensors of the handle as DeepEP's own programs read them."""
-    places = torch.tensor([row.place for row in oracle.rows(rank)], dtype=torch.int64)
+    """Rows, counts, and the two tensors of the handle."""
     flat = rows.view(-1, rows.shape[-1])
-    same_bits("rows", flat[places], oracle.x(rank))
+    same_bits("rows", flat[_places(oracle, rank)], oracle.x(rank))
+    check_handle(oracle, rank, counts, handle)
+
+
+def check_cast(oracle: Oracle, rank: int, rows: tuple[Tensor, Tensor], *, round_scale: bool, use_ue8m0: bool) -> None:
+    """FP8 rows with their scales, column-major."""
+    data, scale = rows
+    width = oracle.sent[rank].x.shape[1]
+    assert data.shape[2] == width
+    assert data.dtype == torch.float8_e4m3fn
+    assert scale.shape[:2] == data.shape[:2]
+    assert scale.dtype == (torch.int32 if use_ue8m0 else torch.float32)
+    assert scale.shape[2] == width // (512 if use_ue8m0 else 128)
+    assert scale.shape[1] == 1 or scale.stride(1) == 1
+    places = _places(oracle, rank)
+    found = data.view(torch.uint8).view(-1, width)[places], scale.reshape(-1, scale.shape[2])[places]
+    for row, inverse, x in zip(*found, oracle.x(rank), strict=True):
+        cast, wanted = fp8_cast(x, power_of_two=round_scale)
+        same_bits("row", row, cast.view(torch.uint8))
+        same_bits("scale", inverse, ue8m0(wanted) if use_ue8m0 else wanted)
+
+
+def _places(oracle: Oracle, rank: int) -> Tensor:
+    return torch.tensor([row.place for row in oracle.rows(rank)], dtype=torch.int64)
+
+
+def check_handle(oracle: Oracle, rank: int, counts: Tensor, handle: tuple) -> None:
+    """Counts, and the two tensors of the handle as DeepEP's own programs read them."""
+    places = _places(oracle, rank)
     assert counts.dtype == torch.int32
     assert counts.tolist() == oracle.expert_counts(rank)
     src_info, layout_range = handle[:2]
@@ -38,8 +65,11 @@ def check_rows(oracle: Oracle, rank: int, rows: Tensor, counts: Tensor, handle: 
             assert one == other or one[1] == other[1] == 0  # where a range of nothing starts means nothing
 
 
-def round_trip(rank, pg, case):
-    """BF16 rows: synchronous, with an event, with a hook; combine with weights, ``out`` and zero copy."""
+def round_trip(rank, pg, case, each_waits=True):
+    """BF16 rows: synchronous, with an event, with a hook; combine with weights, ``out`` and zero copy.
+
+    ``each_waits``: what peers send is never there before this rank looks for it.
+    """
     sent = case.inputs()
     mine, oracle = sent[rank], oracle_of(sent, case.experts)
     local = case.experts // case.ranks
@@ -83,7 +113,7 @@ def round_trip(rank, pg, case):
     assert received.tolist() == [5 + 3 * count for count in oracle.expert_counts(rank)]
     for stats in (waited, waited_home):
         assert stats[rank] == 0
-        assert all(ns > 0 for r, ns in enumerate(stats.tolist()) if r != rank)
+        assert all(ns >= each_waits for r, ns in enumerate(stats.tolist()) if r != rank)
 
     place = buffer.get_next_low_latency_combine_buffer(handle)
     assert place.dtype == torch.bfloat16
@@ -95,29 +125,26 @@ def round_trip(rank, pg, case):
 
 
 def fp8(rank, pg, case, round_scale, use_ue8m0):
-    """FP8 rows with their scales, column-major."""
+    """FP8 rows: synchronous, with an event, with a hook."""
     sent = case.inputs()
     mine, oracle = sent[rank], oracle_of(sent, case.experts)
+    form = {"round_scale": round_scale, "use_ue8m0": use_ue8m0}
     buffer = Buffer(pg, low_latency_mode=True)
-    (data, scale), counts, *_ = buffer.low_latency_dispatch(
-        mine.x, mine.topk_idx, M, case.experts, round_scale=round_scale, use_ue8m0=use_ue8m0
-    )
-    cast = [[fp8_cast(row, power_of_two=round_scale) for row in one.x] for one in sent]
-    inverse = [[ue8m0(s) if use_ue8m0 else s for _, s in rows] for rows in cast]
-    places = [(row.place, row.src_rank, row.src_token) for row in oracle.rows(rank)]
-    assert counts.tolist() == oracle.expert_counts(rank)
-    assert scale.shape[:2] == data.shape[:2]
-    assert scale.dtype == (torch.int32 if use_ue8m0 else torch.float32)
-    assert scale.shape[2] == case.hidden // (512 if use_ue8m0 else 128)
-    assert scale.shape[1] == 1 or scale.stride(1) == 1
-    flat, scales = data.view(-1, case.hidden), scale.reshape(-1, scale.shape[2])
-    for place, src, token in places:
-        same_bits("row", flat[place], cast[src][token][0])
-        same_bits("scale", scales[place], inverse[src][token])
+    for how in ({}, {"async_finish": True}, {"return_recv_hook": True}):
+        rows, counts, handle, _, hook = buffer.low_latency_dispatch(
+            mine.x, mine.topk_idx, M, case.experts, **form, **how
+        )
+        if hook:
+            hook()
+        check_cast(oracle, rank, rows, **form)
+        check_handle(oracle, rank, counts, handle)
 
 
-def logfmt(rank, pg, case):
-    """Rows come home in 10 bits: as the oracle encodes them, and not as they are."""
+def logfmt(rank, pg, case, exact=True):
+    """Rows come home in 10 bits: as the oracle encodes them, and not as they are.
+
+    Not ``exact``: logarithms may differ in their last bits, so that what lies half-way between two codes gets either.
+    """
     sent = case.inputs()
     mine, oracle = sent[rank], oracle_of(sent, case.experts)
     local = case.experts // case.ranks
@@ -126,13 +153,26 @@ def logfmt(rank, pg, case):
     buffer = Buffer(pg, low_latency_mode=True)
     handle = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)[2]
     out = torch.full_like(mine.x, torch.nan)
+    want = oracle.decode_combine(rank, ys, wire="logfmt10")
     for how in ({}, {"out": out}, {"return_recv_hook": True}):
         got, _, hook = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle, use_logfmt=True, **how)
         if hook:
             hook()
-        same_bits("combined", got, oracle.decode_combine(rank, ys, wire="logfmt10"))
+        if exact:
+            same_bits("combined", got, want)
+        else:
+            _nearly(got, want, *oracle.decode_slack(rank, ys))
     if case.routing != "nothing" and len(mine.x):
-        assert not torch.equal(got, oracle.decode_combine(rank, ys))
+        assert not torch.equal(got.cpu(), oracle.decode_combine(rank, ys))
+
+
+def _nearly(got: Tensor, want: Tensor, one_code: Tensor, magnitude: Tensor) -> None:
+    """Rounded to the same bits, but for a neighbouring code here and there."""
+    assert got.dtype == want.dtype
+    fine = magnitude * 2.0**-16 + want.float().abs() * torch.finfo(want.dtype).eps
+    close_each("combined", got, want, fine + 1.01 * one_code)
+    other_codes = int(((got.cpu().float() - want.float()).abs() > fine).sum())
+    assert other_codes <= max(2, got.numel() // 100), f"{other_codes} numbers of {got.numel()} have other codes"
 
 
 def shrink(rank, pg, case):
@@ -141,6 +181,8 @@ def shrink(rank, pg, case):
     local = case.experts // case.ranks
     away = set(range(last)) if rank == last else {last}
     buffer = Buffer(pg, low_latency_mode=True, enable_shrink=True)
+    # The first call of its sizes needs all ranks.
+    buffer.low_latency_dispatch(sent[rank].x, sent[rank].topk_idx, M, case.experts, use_fp8=False)
     for other in away:
         buffer.low_latency_update_mask_buffer(other, True)
     status = torch.full((case.ranks,), 9, dtype=torch.int32)
@@ -162,12 +204,19 @@ def shrink(rank, pg, case):
     got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
     same_bits("combined", got, oracle.decode_combine(rank, ys))
 
+    pg.barrier().wait()  # nothing is under way: whoever is here has compared his sums
     buffer.low_latency_clean_mask_buffer()
+    pg.barrier().wait()
     buffer.low_latency_query_mask_buffer(status)
     assert status.tolist() == [0] * case.ranks
     whole = oracle_of(list(sent), case.experts)
-    x, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
-    check_rows(whole, rank, x, counts, handle)
+    for _ in range(2):
+        x, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
+        check_rows(whole, rank, x, counts, handle)
+        ys = [answers(case, whole, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
+        y = ys[rank].view(local, case.ranks * M, case.hidden)
+        got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
+        same_bits("combined", got, whole.decode_combine(rank, ys))
 
 
 def three_alive(rank, pg, case):
@@ -186,17 +235,33 @@ def three_alive(rank, pg, case):
 
 
 def lost_rank(rank, pg, case):
-    """With enable_shrink a rank that is gone is masked by the call that misses it; nobody raises."""
-    last = case.ranks - 1
-    mine = case.inputs()[rank]
+    """With enable_shrink a rank that is gone is masked by the call that misses it; nobody raises, and all goes on."""
+    sent, last = case.inputs(), case.ranks - 1
+    local = case.experts // case.ranks
+    mine = sent[rank]
     buffer = Buffer(pg, low_latency_mode=True, enable_shrink=True, explicitly_destroy=True)
+
+    def dispatched() -> tuple:
+        return buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)[:3]
+
+    check_rows(oracle_of(list(sent), case.experts), rank, *dispatched())
+    pg.barrier().wait()
     if rank == last:
         buffer.destroy()
     pg.barrier().wait()
     if rank != last:
-        _, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
+        _, counts, handle = dispatched()
+        assert (handle[1][:, last] & 0xFFFFFFFF).tolist() == [0] * counts.numel()
         status = torch.zeros(case.ranks, dtype=torch.int32)
         buffer.low_latency_query_mask_buffer(status)
         assert status.tolist() == [0] * last + [1]
-        assert (handle[1][:, last] & 0xFFFFFFFF).tolist() == [0] * counts.numel()
+        left = [Sent(one.x, one.topk_idx.where(one.topk_idx < last * local, -1), one.topk_weights) for one in sent]
+        left[last].topk_idx.fill_(-1)
+        oracle = oracle_of(left, case.experts)
+        x, counts, handle = dispatched()
+        check_rows(oracle, rank, x, counts, handle)
+        ys = [answers(case, oracle, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
+        y = ys[rank].view(local, case.ranks * M, case.hidden)
+        got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
+        same_bits("combined", got, oracle.decode_combine(rank, ys))
     pg.barrier().wait()

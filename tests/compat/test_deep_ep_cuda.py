@@ -19,6 +19,11 @@ CASES = (
 )
 LARGE = Case((512, 300), experts=16, top_k=4, hidden=2048)
 
+NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+MORE_RANKS = 4 if NUM_GPUS >= 4 else 3
+"""Each with a GPU of its own; up to three ranks may share one."""
+at_ranks = pytest.mark.parametrize("ranks", [RANKS, MORE_RANKS])
+
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("job", ["round_trip", "without_experts", "dropped_ranks"])
@@ -42,8 +47,52 @@ def test_streams(worlds, job):
     worlds(RANKS, "cuda").run(getattr(cuda_jobs, job), LARGE)
 
 
-def test_low_latency(worlds):
-    worlds(RANKS, "cuda").run(cuda_jobs.low_latency, Case((5, 3), experts=8, top_k=3, hidden=256), 8)
+def decode_case(ranks, **sizes):
+    return Case((5, 3, 0, 7)[:ranks], 2 * ranks, **({"top_k": 3, "hidden": 256} | sizes))
+
+
+@at_ranks
+def test_low_latency_echo(worlds, ranks):
+    worlds(ranks, "cuda").run(cuda_jobs.low_latency, decode_case(ranks, routing="half_dropped"))
+
+
+@at_ranks
+@pytest.mark.parametrize("routing", ["even", "nothing"])
+def test_low_latency_round_trip(worlds, ranks, routing):
+    worlds(ranks, "cuda").run(cuda_jobs.decode_as_on_the_cpu, "round_trip", decode_case(ranks, routing=routing), False)
+
+
+@at_ranks
+@pytest.mark.parametrize(("round_scale", "use_ue8m0"), [(False, False), (True, False), (True, True)])
+def test_low_latency_fp8(worlds, ranks, round_scale, use_ue8m0):
+    case = decode_case(ranks, hidden=1024, routing="repeated", idx_dtype=torch.int32)
+    worlds(ranks, "cuda").run(cuda_jobs.decode_as_on_the_cpu, "fp8", case, round_scale, use_ue8m0)
+
+
+@at_ranks
+def test_low_latency_logfmt(worlds, ranks):
+    worlds(ranks, "cuda").run(cuda_jobs.decode_as_on_the_cpu, "logfmt", decode_case(ranks), False)
+
+
+@at_ranks
+def test_low_latency_counters(worlds, ranks):
+    worlds(ranks, "cuda").run(cuda_jobs.low_latency_counters, decode_case(ranks))
+
+
+@at_ranks
+@pytest.mark.parametrize("job", ["shrink", "three_alive"])
+def test_low_latency_as_on_the_cpu(worlds, ranks, job):
+    worlds(ranks, "cuda").run(cuda_jobs.decode_as_on_the_cpu, job, decode_case(ranks))
+
+
+@at_ranks
+@pytest.mark.parametrize("how", ["return_recv_hook", "async_finish"])
+def test_low_latency_graph(worlds, ranks, how):
+    worlds(ranks, "cuda").run(cuda_jobs.low_latency_graph, decode_case(ranks, hidden=512), {how: True})
+
+
+def test_low_latency_without_a_lost_rank(worlds):
+    worlds(MORE_RANKS, "cuda").run(cuda_jobs.low_latency_lost_rank, decode_case(MORE_RANKS, top_k=5, hidden=128))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from emulator import Emulator
 from tokenferry.jit.kernel import Jit, KernelSpec
 from tokenferry.kernels import board
 from tokenferry.kernels.all import SPECS
-from tokenferry.kernels.board import BOARD_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS
+from tokenferry.kernels.board import BOARD_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS, Fault
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window, share_in_process
 
@@ -256,9 +256,11 @@ class Ranks:
             self._late.clear()
 
     def record(self, rank: int) -> Record | None:
-        """What a rank recorded, and clear it."""
+        """What a rank recorded, and clear it; as a host does, that raises it."""
         words = [word & 0xFFFFFFFF for word in self.records[rank].tolist()]
         self.records[rank].zero_()
+        if words[0] in (Fault.bad_routing, Fault.overflow):
+            self.words(rank, "stopped").zero_()
         return Record(*words) if words[0] else None
 
     def check_quiet(self) -> None:

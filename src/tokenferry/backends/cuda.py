@@ -20,7 +20,7 @@ from tokenferry.backends.cuda_decode import Decoder
 from tokenferry.backends.cuda_delivery import Dock, shaped
 from tokenferry.backends.cuda_faults import Signature
 from tokenferry.backends.cuda_launch import Cargo, Sources, Sum
-from tokenferry.backends.cuda_memory import Shelf, aligned
+from tokenferry.backends.cuda_memory import Shelf, aligned, overlap
 from tokenferry.backends.cuda_plan import CODES, Geometry
 from tokenferry.backends.cuda_region import Exchange
 from tokenferry.backends.cuda_return import Masks
@@ -165,7 +165,7 @@ class CudaBackend:
         y_at, block, own = self.shelf.share(here, y, plan, request.num_sms or self.station.num_sms)
         weights_at, other = (0, None) if weights is None else self.shelf.reachable(here, weights)
         out = request.out
-        if out is None or out.data_ptr() % 16 or _overlap(out, y):
+        if out is None or out.data_ptr() % 16 or overlap(out, y):
             out = torch.empty(plan.num_tokens, hidden, dtype=y.dtype, device=self.device)
         home = None
         if weights is not None:
@@ -242,6 +242,7 @@ class CudaBackend:
         signature = Signature(
             "dispatch",
             num_experts=shape.num_experts,
+            top_k=shape.top_k,
             max_tokens=shape.max_tokens,
             layout=CODES[delivery.layout],
             alignment=delivery.alignment,
@@ -282,8 +283,8 @@ def _kind(cargo: Cargo) -> tuple[Any, ...]:
         cargo.row_bytes,
         cargo.scale_bytes,
         scale is None,
-        weights is None or weights.shape[1],
-        index is None or index.dtype,
+        None if weights is None else weights.shape[1],
+        None if index is None else index.dtype,
     )
 
 
@@ -300,8 +301,3 @@ def _fields(cargo: Cargo) -> dict[str, int]:
 
 def _biases(biases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(aligned(bias) for bias in biases) if biases else ()
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in the same memory, or may."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -15,7 +15,7 @@ from tokenferry.backends.cpu_messages import dtype_code
 from tokenferry.backends.cpu_rows import without
 from tokenferry.backends.cuda_faults import Signature
 from tokenferry.backends.cuda_launch import address
-from tokenferry.backends.cuda_memory import Shelf, aligned
+from tokenferry.backends.cuda_memory import Shelf, aligned, overlap
 from tokenferry.backends.cuda_plan import too_large
 from tokenferry.backends.cuda_region import Exchange, Region, Regions
 from tokenferry.backends.cuda_station import Here, Prepared, Station
@@ -86,6 +86,12 @@ class Channel:
         """Note a send; None: it was received by the same kernel."""
         self._last.append(receipt)
 
+    def receive_open(self) -> None:
+        """Enqueue what is owed, but for what a capture forgot."""
+        for receipt in tuple(self._last):
+            if receipt is not None and not receipt.done and not receipt.here.capturing:
+                self.receive(receipt)
+
     def forget(self) -> None:
         """Owe nothing any more: hooks that have not been called do nothing."""
         for receipt in self._last:
@@ -100,6 +106,7 @@ class Channel:
             ArgumentError: it was sent inside of a capture and is received outside of it, or the other way round.
         """
         if receipt.done:
+            self._station.come_behind()  # a later call has received it, perhaps on another stream
             return
         before = receipt.here
         here = self._station.again(before)
@@ -107,14 +114,13 @@ class Channel:
             raise ArgumentError(
                 f"{before.signature.phase}: hook: a CUDA graph has to capture both the call and its hook, or neither"
             )
-        receipt.done = True
         if here.stream != before.stream and not here.capturing and self._station.device.type == "cuda":
             stream = torch.cuda.current_stream(self._station.device)
             for tensor in receipt.tensors:
                 if tensor is not None:
                     tensor.record_stream(stream)
         receipt.launch(here)
-        receipt.tensors = ()
+        receipt.done, receipt.tensors = True, ()
 
 
 class Decoder:
@@ -143,6 +149,11 @@ class Decoder:
         for channel in self._channels:
             channel.forget()
         self.regions.clear()
+
+    def receive_open(self) -> None:
+        """As if all open hooks were called now."""
+        for channel in self._channels:
+            channel.receive_open()
 
     # ------------------------------------------------------------------ dispatch
 
@@ -279,7 +290,7 @@ class Decoder:
         channel.make_room(here)
         prepared = self._prepared_collect(region, shape, y, topk_idx, request)
         out = request.out
-        if out is None or out.data_ptr() % 16:
+        if out is None or out.data_ptr() % 16 or overlap(out, y):
             out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=station.device)
         ticket = torch.empty(2, dtype=torch.int32, device=station.device) if request.return_hook else None
         pointers = (

@@ -10,7 +10,7 @@ from tokenferry.backends.cuda_launch import MASKED, Cargo, Delivered, Landing, T
 from tokenferry.backends.cuda_memory import Shelf, ends
 from tokenferry.backends.cuda_plan import Counts, Geometry
 from tokenferry.backends.cuda_station import Here, Station
-from tokenferry.errors import CapacityError
+from tokenferry.errors import TokenferryError
 from tokenferry.memory.heap import Block
 from tokenferry.words import Dispatched, Layout, Plan, Quantized
 
@@ -73,15 +73,12 @@ class Dock:
         parts = None if waits else self._take(here, cargo, found, counts)  # nothing is sent yet if this fails
         tables = cuda_plan.start(station, here, index, found, sms[0], src_expert)
         if waits or (found.space.tight and not here.capturing):
-            exact = cuda_plan.wait(station, here, found)
+            with station.all_or_nothing(TokenferryError):  # those that `wait` raises are dealt with there
+                exact = cuda_plan.wait(station, here, found)
             counts = exact if asks else counts
-        if parts is None:
-            try:
-                parts = self._take(here, cargo, found, counts)
-            except CapacityError as error:  # peers wait for this rank's rows by now
-                station.break_off(error)
-                raise
-        self._move_first(here, cargo, found, (tables, counts, parts), sms)
+        with station.all_or_nothing():  # peers wait for this rank's rows by now
+            parts = parts or self._take(here, cargo, found, counts)
+            self._move_first(here, cargo, found, (tables, counts, parts), sms)
         if asks and counts.host is None:
             counts = cuda_plan.wait(station, here, found)
         return self._first_dispatched(cargo, found, tables, counts, parts)
@@ -248,7 +245,10 @@ def _data_ends(cargo: Cargo, num_rows: int, weights_of_row: int) -> tuple[int, .
 def _worst_bytes(cargo: Cargo, found: Geometry) -> int:
     """What a delivery needs if its room is full."""
     row = cargo.row_bytes + cargo.scale_bytes + (0 if cargo.weights is None else 4 * cargo.weights.shape[1])
-    return found.most_delivered * row
+    index = cargo.topk_idx
+    assert index is not None
+    plan = 8 + index.shape[1] * (index.element_size() + (8 if found.by_expert else 0))
+    return found.most_delivered * row + found.space.received * plan
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:

@@ -34,7 +34,7 @@ _STARTING_S = 1.0
 
 KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine")
 """What word 0 of a signature says; all kernels of a call announce the same."""
-_USERS_NAMES = ("num_experts", "max_tokens", "topk_idx")
+_USERS_NAMES = ("num_experts", "max_tokens", "topk_idx", "top_k")
 """Arguments of the user: they keep their underscores when a field is put into words."""
 
 
@@ -67,6 +67,10 @@ def _in_words(name: str) -> str:
     return said
 
 
+_kept: list[torch.Tensor] = []
+"""Pinned memory of all groups, for ever: kernels that write it may still be queued when nobody knows their group."""
+
+
 class Pinned:
     """Pinned memory that kernels write and the host reads: a record, then ticket and counts.
 
@@ -83,6 +87,7 @@ class Pinned:
         counts_end = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS + MAX_EXPERTS
         num_words = counts_end + MAX_RANKS
         self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin)
+        _kept.append(self._memory)
         self.record_address = self._memory.data_ptr()
         self.host_address = self.record_address + 4 * RECORD_WORDS
         self.masked_address = self.record_address + 4 * counts_end
@@ -109,8 +114,8 @@ class Pinned:
             time.sleep(0)  # lets other threads run
             now = time.monotonic()
             deadline = deadline or now + timeout_s + _STARTING_S
-            if now > deadline:
-                return False
+            if now > deadline:  # perhaps of a thread that was held up, and not of the device
+                return words[at] == ticket or words[0] != 0
         return True
 
     def counts(self, num_ranks: int, num_local: int) -> tuple[list[int], list[int], list[int]]:
@@ -190,6 +195,8 @@ class Ledger:
                 " use plans of the same dispatch on all ranks"
             )
         start = f"{call.phase} #{call.number}: rank {rank} and rank {peer} made different calls"
+        if not fields:  # of a call long ago, in a CUDA graph
+            return MismatchError(f"{start}; call the same on all ranks, in the same order")
         if word == DISPATCH_WORD:
             return MismatchError(
                 f"{start}: rank {rank} combines the rows of dispatch {expected}, rank {peer} those of dispatch {seen} "

@@ -186,7 +186,7 @@ def move(
     kind: tuple[Any, ...] | None = None
     if scale is not None and cargo.scale_bytes:
         scale_ptr = scale.data_ptr()
-        kind = (scale.shape[1], scale.stride(), scale.element_size(), scale_ptr % 16)
+        kind = (scale.shape[1], scale.stride(), scale.is_contiguous(), scale.element_size(), scale_ptr % 16)
     key = (move_spec.SPEC, cargo.row_bytes, kind, geometry, index is not None and index.dtype)
     prepared = station.prepared.get(key) or _prepare_move(station, key, cargo, geometry)
     station.address(prepared, here)

@@ -116,6 +116,11 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in the same memory, or may."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 @functools.lru_cache(maxsize=256)
 def ends(*sizes: int) -> tuple[int, ...]:
     """Where sections of these sizes end, each at a multiple of 128."""

@@ -20,6 +20,8 @@ from tokenferry.words import Delivery, Layout, MoeShape
 
 CODES = {Layout.ROWS: ROWS, Layout.EXPERTS: EXPERTS, Layout.MASKED: MASKED}
 _NO_LIMIT = 0xFFFFFFFF
+_MOST_ROWS = ((1 << 31) - 1, (1 << RANK_SHIFT) - 1)
+"""That places can say: of ROWS, which are int32, and of the other layouts, which say a rank, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +74,7 @@ def geometry(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Geometry:
         raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
     layout, space, num_local = CODES[delivery.layout], room(shape, delivery, num_ranks), shape.num_experts // num_ranks
     capacity = space.given if layout == MASKED else 0
-    limit = space.given if space.tight else _NO_LIMIT
+    limit = min(space.given if space.tight else _NO_LIMIT, _MOST_ROWS[layout != ROWS])
     most = space.given * (num_local if layout == MASKED else 1)
     if most >= 1 << RANK_SHIFT and (layout == MASKED or delivery.counts == "device"):
         raise CapacityError(

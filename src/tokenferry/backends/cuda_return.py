@@ -46,6 +46,7 @@ class Masks:
             ArgumentError: a CUDA graph is being captured.
         """
         self._station.follow("mask")
+        self._decoder.receive_open()
         self._station.masked.add(rank)
         self._tell_kernels()
 

@@ -16,7 +16,7 @@ from tokenferry.backends.cuda_region import Exchange
 from tokenferry.backends.cuda_station import Station
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
-from tokenferry.kernels.board import BOARD_BYTES, MAX_RANKS
+from tokenferry.kernels.board import BOARD_BYTES, MAX_RANKS, OFFSET_BYTES
 from tokenferry.memory.reach import agree, obstacle
 from tokenferry.memory.window import Window, share
 from tokenferry.wires.cards import Table
@@ -92,6 +92,9 @@ def _unfit(resolved: Resolved, num_ranks: int) -> str:
         return resolved.cpu_only
     if num_ranks > MAX_RANKS:
         return f"ranks={num_ranks}, and at most {MAX_RANKS} are possible"
+    heap_bytes, most = resolved.heap_bytes or 0, (OFFSET_BYTES << 32) - BOARD_BYTES  # cards give offsets in 32 bits
+    if heap_bytes > most:
+        return f"TOKENFERRY_HEAP_MB={heap_bytes >> 20}, and at most {most >> 20} are possible"
     return too_large(resolved.shape)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,9 @@ from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTim
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.all import SPECS
-from tokenferry.kernels.board import BOARD_BYTES, CARD_WORDS, FIRST_OFFSET, MAX_RANKS
+from tokenferry.kernels.board import BOARD_AT, BOARD_BYTES, CARD_WORDS, FIRST_OFFSET, MAX_RANKS
 from tokenferry.memory.streams import CudaStreams
+from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
 
 _MOST_PREPARED = 512
@@ -123,6 +126,7 @@ class Station:
         self._everybody = (1 << self.num_ranks) - 1
         self._number = 0
         self._last: tuple[int, int] | None = None
+        self._before: dict[int, int] = {}
 
     # ------------------------------------------------------------------ one call
 
@@ -187,6 +191,13 @@ class Station:
         if self._last != (stream, capture):
             self._follow(stream, capture)
 
+    def come_behind(self) -> None:
+        """Put the current stream behind all calls, captured or not; raises nothing that they met."""
+        stream = self._streams.current()
+        capture = self._streams.capture(stream)
+        if self._last != (stream, capture):
+            self._follow(stream, capture)
+
     def current_stream(self) -> int:
         """The current stream of torch in this thread, as a raw handle."""
         return self._streams.current()
@@ -195,10 +206,10 @@ class Station:
         """Raise what earlier calls met, and put the current stream behind them; returns it and its capture, or 0."""
         if self.broken:
             raise ClosedError(f"{phase}: the group {self.broken}; make a new ExpertGroup")
-        if self.pinned.faulty:
-            self.raise_fault()
         stream = self._streams.current()
         capture = self._streams.capture(stream)
+        if self.pinned.faulty and not capture:  # a call that is captured runs later, if at all
+            self.raise_fault()
         if self._last != (stream, capture):
             self._follow(stream, capture)
         return stream, capture
@@ -208,8 +219,10 @@ class Station:
 
         A call in a CUDA graph and one outside are not ordered here: when a graph runs, its user says.
         """
-        if self._last is not None and self._last[0] != stream and self._last[1] == capture:
-            self._streams.wait(stream, self._streams.record(self._last[0]), outside=False)
+        before = self._before.get(capture, stream)
+        if before != stream:
+            self._streams.wait(stream, self._streams.record(before), outside=False)
+        self._before = {number: at for number, at in self._before.items() if number == 0} | {capture: stream}
         self._last = (stream, capture)
 
     def raise_fault(self) -> None:
@@ -221,9 +234,29 @@ class Station:
         if not self.pinned.faulty:
             return
         error = self.ledger.explain(self.pinned.take_record())
-        if not isinstance(error, _HARMLESS):
+        if isinstance(error, _HARMLESS):
+            self._go_on()
+        else:
             self.break_off(error)
         raise error
+
+    def _go_on(self) -> None:
+        """Let calls from now on run again: those behind one that came to nothing come to nothing, too."""
+        stream = self._streams.current()
+        if self._last != (stream, 0):
+            self._follow(stream, 0)
+        stopped = self.window.base + BOARD_AT["stopped"]
+        bytes_at(stopped, 4, self.device, self.window).zero_()  # in the order of the stream: behind all of them
+
+    @contextmanager
+    def all_or_nothing(self, *harmless: type[BaseException]) -> Iterator[None]:
+        """Something that peers wait for: if it ends early, by an interrupt, too, the group is at an end."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, harmless):
+                self.break_off(error)
+            raise
 
     def break_off(self, error: BaseException) -> None:
         """The group is at an end: its ranks may be out of step."""
@@ -254,8 +287,9 @@ class Station:
 
     def synchronize(self) -> None:
         """Wait for all work of this rank's calls, and raise what they met."""
-        if self._last is not None and not self._last[1]:
-            check(self._driver.cuda.cuStreamSynchronize(self._last[0]), "waiting for the stream of the last call")
+        if 0 in self._before:
+            with self._driver.current():  # a handle of 0 is the default stream of whatever device is current
+                check(self._driver.cuda.cuStreamSynchronize(self._before[0]), "waiting for the stream of the last call")
         self.raise_fault()
 
     def close(self, why: str) -> None:

@@ -32,6 +32,7 @@ _BOARD = (
     ("sends", 4, 2),
     ("opened", 4, 2),
     ("masked", 4, 1),
+    ("stopped", 4, 1),
 )
 """Fields of a board as far as the host looks at them: name, bytes of an item, items; device/board.cuh is their twin."""
 BOARD_AT = {name: sum(size * many for _, size, many in _BOARD[:i]) for i, (name, _, _) in enumerate(_BOARD)}

@@ -14,7 +14,7 @@ allow_nvlink_for_low_latency_mode                  whose use they could steer
 config, Buffer.set_num_sms                         CUDA: SMs that a call may occupy, by ``config.num_sms``, else by
                                                    `Buffer.set_num_sms`, else by the library's own choice. The rest
                                                    of a `Config`, and all of it on the CPU, is without effect
-num_sms                                            checked, then without effect
+num_sms                                            of `Buffer.low_latency_combine`: a hint without effect
 previous_event, async_finish,                      CUDA: as in DeepEP; results of an asynchronous call are allocated
 allocate_on_comm_stream                            on the communication stream in any case. CPU: checked by DeepEP's
                                                    rules; work is done when a call returns, so an event that is

@@ -25,10 +25,16 @@ LOGFMT_COLUMNS = 128
 
 @dataclass(slots=True, eq=False)
 class LowLatencyState:
-    """What stands behind a handle: the plan, its routing, and what zero-copy combine reads, once that was asked for."""
+    """What stands behind a handle.
+
+    Attributes:
+        plan: Of the dispatch.
+        topk_idx: CPU: a copy of its routing. CUDA: None; to compare, the host would have to wait.
+        combine_buffer: What zero-copy combine reads, once that was asked for.
+    """
 
     plan: DecodePlan
-    topk_idx: Tensor
+    topk_idx: Tensor | None
     combine_buffer: Tensor | None = None
 
 
@@ -80,12 +86,22 @@ def dispatch(
     if wait_ns is not None:
         check.tensor("dispatch_wait_recv_cost_stats", wait_ns, "R", (torch.int64,))
     view = group.for_shape(MoeShape(num_experts, topk_idx.shape[1], x.shape[1], max_tokens))
+    on_cpu = group.device.type == "cpu"
+    if on_cpu:
+        topk_idx = topk_idx.clone()  # the caller's may be another one when it comes to combine
     sent = view.decode_dispatch(
         x.detach(), Routing(topk_idx), fp8=fp8, stats=DecodeStats(received, wait_ns), return_hook=return_hook
     )
     rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
     plan = sent.plan
-    handle = (plan.src_token, plan.src_range, max_tokens, x.shape[1], num_experts, LowLatencyState(plan, topk_idx))
+    handle = (
+        plan.src_token,
+        plan.src_range,
+        max_tokens,
+        x.shape[1],
+        num_experts,
+        LowLatencyState(plan, topk_idx if on_cpu else None),
+    )
     return rows, sent.expert_counts, handle, sent.hook
 
 
@@ -103,8 +119,8 @@ def combine(
     """Add up the experts' rows with their gate weights at home. Collective.
 
     Raises:
-        ArgumentError: ``topk_idx`` is not the one that was dispatched, ``zero_copy`` without the buffer for it, or
-            ``use_logfmt`` with other rows than bfloat16, or without whole groups of 128 columns.
+        ArgumentError: ``topk_idx`` is not what was dispatched (CPU), ``zero_copy`` without the buffer for it, or
+            ``zero_copy`` or ``use_logfmt`` with other rows than bfloat16, or without whole groups of 128 columns.
         PlanError: ``handle`` is not one of low_latency_dispatch, or another group's.
         ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
     """
@@ -114,9 +130,8 @@ def combine(
     _, _, max_tokens, hidden, num_experts, _ = handle
     rows, here = group.num_ranks * max_tokens, "the handle"
     sizes = {"EL": (num_experts // group.num_ranks, here), "rows": (rows, here), "H": (hidden, here)}
-    check = Checks(
-        call, group.device, {**sizes, "R": (group.num_ranks, "the group"), "T": (state.plan.num_tokens, here)}
-    )
+    sizes |= {"T": (state.plan.num_tokens, here), "K": (state.plan.topk_idx.shape[1], here)}
+    check = Checks(call, group.device, {**sizes, "R": (group.num_ranks, "the group")})
     check.tensor("x", x, "EL rows H", FLOATS, contiguous=not zero_copy)
     check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
     check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
@@ -128,18 +143,20 @@ def combine(
             f"{x.dtype} with H={hidden}; pass False"
         )
     assert routing.topk_weights is not None
-    # To compare on a GPU, the host would have to wait for it.
-    known = routing.topk_idx is state.topk_idx or group.device.type != "cpu"
-    if not known and not torch.equal(routing.topk_idx.long(), state.topk_idx.long()):
+    plan = replace(state.plan, topk_weights=routing.topk_weights.detach())
+    if state.topk_idx is None:  # the plan has the tensor that was dispatched, which may be another one by now
+        plan = replace(plan, topk_idx=routing.topk_idx.contiguous())
+    elif not torch.equal(routing.topk_idx.long(), state.topk_idx.long()):
         raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
     if zero_copy:
+        if x.dtype != torch.bfloat16:
+            raise ArgumentError(f"{call}: x: with zero_copy rows are bfloat16, got {x.dtype}; pass zero_copy=False")
         if state.combine_buffer is None:
             raise ArgumentError(
                 f"{call}: zero_copy: reads get_next_low_latency_combine_buffer(handle), which was not asked for this "
                 "handle; write the rows there first, or pass zero_copy=False"
             )
         x = state.combine_buffer
-    plan = replace(state.plan, topk_weights=routing.topk_weights.detach())
     view = group.for_shape(MoeShape(num_experts, routing.topk_idx.shape[1], hidden, max_tokens))
     wire, stats = "logfmt10" if use_logfmt else "same", DecodeStats(None, wait_ns)
     done = view.decode_combine(x.detach(), plan, wire=wire, out=out, stats=stats, return_hook=return_hook)

@@ -107,7 +107,8 @@ class LowLatencyCalls:
     def low_latency_clean_mask_buffer(self) -> None:
         """Stop skipping any rank: `low_latency_update_mask_buffer` with False for each that is skipped.
 
-        If one of them was lost, all ranks do so between two barriers.
+        If one of them was lost, all ranks do so between two barriers; who skips nobody, but was skipped, passes its own
+        rank to `low_latency_update_mask_buffer` with False instead.
 
         Raises:
             ArgumentError: ``enable_shrink`` is False.

@@ -127,7 +127,8 @@ DEV void send_rows(const CollectParams& p, const Turn& turn, u32 tokens, Piece& 
 // A token's slots: lane k has slots k and k + 32.
 struct Slots {
     u32 expert[2];  // ~0: none
-    u32 rank[2];    // of the expert; ~0: none
+    u32 owner[2];   // the rank of the expert, whether or not it takes part
+    u32 rank[2];    // the same; ~0: none
     u32 first[2];   // the first slot with the same expert
     float weight[2];
 };
@@ -148,7 +149,7 @@ DEV void sort_slots(const CollectParams& p, u32 alive, Slots& s) {
     #pragma unroll
     for (u32 h = 0; h < 2; h++) {
         s.first[h] = h * 32 + threadIdx.x % 32;
-        s.rank[h] = s.expert[h] / p.num_local;
+        s.owner[h] = s.rank[h] = s.expert[h] / p.num_local;
         if (s.rank[h] >= p.num_ranks || !(alive >> s.rank[h] & 1)) s.expert[h] = s.rank[h] = kOnes;
     }
     if (kFast) return;
@@ -157,6 +158,13 @@ DEV void sort_slots(const CollectParams& p, u32 alive, Slots& s) {
         if (s.expert[0] == e) s.first[0] = k;
         if (s.expert[1] == e) s.first[1] = k;
     }
+}
+
+// Slots (fast: ranks) whose packets come from some ranks.
+DEV u64 slots_of(const CollectParams& p, u32 ranks, const Slots& s) {
+    const bool low = s.owner[0] < p.num_ranks && ranks >> s.owner[0] & 1, high = s.owner[1] < p.num_ranks && ranks >> s.owner[1] & 1;
+    if (kFast) return __reduce_or_sync(kAll, (low ? 1u << s.owner[0] : 0) | (high ? 1u << s.owner[1] : 0));
+    return __ballot_sync(kAll, low) | (u64)__ballot_sync(kAll, high) << 32;
 }
 
 // Adds up one chunk of an own token. False: the group is broken.
@@ -228,6 +236,8 @@ DEV bool add_token(const CollectParams& p, Turn& turn, Slots& s, u32 t, u32 chun
             mark_rows(p, rank[q]);
         }
     }
+    // Who is left out by now may have sent some of it: two calls later that would be another rank's.
+    if (turn.alive != (1u << p.num_ranks) - 1) taken |= slots_of(p, ~turn.alive, s);
     for (; taken; taken &= taken - 1) {
         const u32 number = __ffsll(taken) - 1;
         clear_coded(chunk_at(p, packets, kFast ? number * p.max_tokens + t : t * K + number, chunk), p.columns, chunk);
@@ -266,9 +276,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) collect(const __gri
     if (sends) open_piece(p, piece);
     bool room = !sends || has_room(p, opening);
     const Known& known = share_opening(opening, room);
-    if (known.failed || known.table[kEpochWord] == 0) return;  // 0: its dispatch came to nothing
+    if (known.failed || known.table[kAliveWord] == 0) return;  // 0: its dispatch came to nothing
     Turn turn = {known.ticket[0], known.ticket[0] & 1, known.ticket[1] & ~known.masked};
+    if (!sends && known.ticket[1] == 0) return;  // nothing was sent
     if (sends) {
+        if (known.stopped) {
+            if (tells && p.ticket && threadIdx.x == 0) reinterpret_cast<u32*>(p.ticket)[1] = 0;
+            return;
+        }
         turn = next_turn(p, known);
         turn.alive &= known.table[kAliveWord];
         if (threadIdx.x == blockDim.x - 1) close_send(p, kCombine, turn);
@@ -291,6 +306,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) collect(const __gri
     }
     if (!(p.phases & kReceive)) return;
     if (tells) {
+        __syncthreads();  // what was received before has been told
         if (threadIdx.x == 0) mark_received(p, kCombine, turn);
         check_hello(p, kCombine, turn, known.table[kEpochWord]);
         return;

@@ -74,6 +74,7 @@ DEV void void_plan(const CountParams& p) {
         reinterpret_cast<i64*>(p.src_counts)[r] = -1;
     }
     for (u32 i = threadIdx.x; i < local; i += blockDim.x) reinterpret_cast<i32*>(p.expert_counts)[i] = 0;
+    for (u32 i = threadIdx.x; p.expert_offsets && i <= local; i += blockDim.x) reinterpret_cast<i32*>(p.expert_offsets)[i] = 0;
 }
 
 DEV void tell_host(const CountParams& p, const i32* all, const i32 (*sent)[kMaxRanks]) {
@@ -98,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) count(const __grid_
     __shared__ i32 ends[kMaxRanks];
     Board* mine = board_of(p, p.rank);
     const u32 epoch = next_epoch(p);
-    if (load_relaxed(&mine->failed)) { void_plan(p); return; }
+    if (is_stopped(p)) { void_plan(p); return; }
     const u32 half = epoch & 1, R = p.num_ranks, E = p.num_experts, columns = E + R;
     i32* table = reinterpret_cast<i32*>(p.table);
     u32* masks = reinterpret_cast<u32*>(shared);  // [E + R][4]: which of the unit's tokens
@@ -119,6 +120,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) count(const __grid_
         if (threadIdx.x == 0) {
             const i64 index = index_at(p.topk_idx, bad);
             record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k, index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index, E, 0, 0);
+            stop(p);
             mine->bad_slot = 0;
             mine->arrived = 0;
         }
@@ -186,5 +188,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) count(const __grid_
     if ((u32)ends[worst] <= p.room) { tell_host(p, all, sent); return; }
     __syncthreads();
     void_plan(p);
-    if (threadIdx.x == 0) record_fault(p, kOverflow, worst, 0, (u32)ends[worst], p.room, 0, 0);
+    if (threadIdx.x != 0) return;
+    record_fault(p, kOverflow, worst, 0, (u32)ends[worst], p.room, 0, 0);
+    stop(p);
 }

@@ -29,7 +29,7 @@ struct Board {
     u32 sends[2];                         // [channel]: epoch of this rank's last send
     u32 opened[2];                        // [channel]: blocks of a running send that know its epoch
     u32 masked;                           // a bit for each rank that decode calls leave out
-    u32 padding;
+    u32 stopped;                          // not 0: a call came to nothing; so do those behind it, until its host has raised that
     u32 done[kMaxRanks];                  // [from]: blocks of all its kernels whose work on this rank is complete
     // From here on for this rank's own kernels.
     u32 expected[kMaxRanks];              // [from]: what `done` was when the last kernel ended

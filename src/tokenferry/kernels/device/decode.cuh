@@ -18,8 +18,8 @@ constexpr u32 kDispatch = 0, kCombine = 1;
 constexpr u32 kSend = 1, kReceive = 2;  // p.phases
 
 // Words of a plan's table.
-constexpr u32 kEpochWord = 0;   // of its dispatch; 0: nothing follows, the call came to nothing
-constexpr u32 kAliveWord = 1;   // ranks to which rows were sent
+constexpr u32 kEpochWord = 0;   // of its dispatch
+constexpr u32 kAliveWord = 1;   // ranks to which rows were sent; 0: nothing follows, the call came to nothing
 constexpr u32 kTokensWord = 8;  // [from]: tokens that a rank brought; 0 if it was left out
 constexpr u32 kPlacesWord = 16;  // [from * M + token][K]: where the row is here, of each slot; -1: not here, or as an earlier slot
 
@@ -74,7 +74,7 @@ template <class P> static __device__ __noinline__ u32 look_up(const P& p, u64& s
     if (!start) start = now;
     for (u32 r = 0; r < p.num_ranks; r++) {
         const u64 lost = load_relaxed(&mine->gave_up[r]);
-        if (!lost || !is_alive(p, r)) continue;
+        if (!lost || !is_alive(p, r) || load_relaxed(&mine->masked) >> r & 1) continue;
         give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), 0, 0, (u32)lost, now - start);
         return kBroken;
     }
@@ -144,6 +144,8 @@ template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 pee
     Patience patience;
     while (epoch_in(seen) != epoch) {
         const u32 state = tired(p, patience);
+        seen = load_relaxed(word);  // it may have come while this looked at the clock
+        if (epoch_in(seen) == epoch) break;
         if (state == kBroken) return kBroken;
         if (p.mask_late && patience.start && patience.spins % 64 == 0 && given_up(p, channel, epoch, peer)) return kLate;
         if (state == kLate) {
@@ -151,7 +153,6 @@ template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 pee
             else return let_go(p, peer, kLateCard, epoch_in(seen), epoch, p.timeout_ns) ? kLate : kBroken;
         }
         if (patience.start && patience.spins % 4096 == 0 && elsewhere(p, channel, epoch, peer, word)) return kBroken;
-        seen = load_relaxed(word);
     }
     value = (u32)seen;
     if (p.mask_late && patience.start && 2 * waited_ns(patience) > p.timeout_ns && !agree(p, channel, epoch, peer, true)) return kLate;
@@ -168,7 +169,7 @@ struct Opening {
 };
 
 struct Known {
-    u32 sends, masked, failed, unused[5];
+    u32 sends, masked, failed, stopped, unused[4];
     u32 table[kPlacesWord];  // the head of the plan's table
     u32 ticket[2];           // of a combine that was sent: epoch, ranks that take part
 };
@@ -179,7 +180,7 @@ template <class P> DEV Opening read_opening(const P& p, u32 channel, const u8* t
     const u32 lane = threadIdx.x;
     Opening o = {0, 0};
     if (lane >= 32) return o;
-    if (lane < 3) o.word = load_relaxed(lane == 0 ? &mine->sends[channel] : lane == 1 ? &mine->masked : &mine->failed);
+    if (lane < 4) o.word = load_relaxed(lane == 0 ? &mine->sends[channel] : lane == 1 ? &mine->masked : lane == 2 ? &mine->failed : &mine->stopped);
     else if (lane >= 8 && lane < 8 + kPlacesWord && table) o.word = reinterpret_cast<const u32*>(table)[lane - 8];
     else if (lane >= 8 + kPlacesWord && lane < 10 + kPlacesWord && ticket) o.word = reinterpret_cast<const u32*>(ticket)[lane - 8 - kPlacesWord];
     if (lane < p.num_ranks) o.acks = load_acquire(&mine->acks[channel][lane]);
@@ -191,7 +192,7 @@ template <class P> DEV bool has_room(const P& p, const Opening& o) {
     if (threadIdx.x >= 32) return true;
     const u32 sends = __shfl_sync(kAll, o.word, 0), masked = __shfl_sync(kAll, o.word, 1);
     const u32 seen = (u32)(o.acks >> (sends & 1 ? 0 : 32));  // the next epoch's half
-    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || (o.acks != kLetGo && (sends < 2 || (i32)(seen - (sends - 1)) >= 0));
+    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || (o.acks != kLetGo && (i32)(seen - (sends - 1)) >= 0);
 }
 
 // Hands out what the first warp has read; all threads of a block. `good` becomes whether it is so in all of them.
@@ -245,7 +246,7 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
         for (;;) {
             const u64 ack = load_acquire(acks);
             const u32 seen = (u32)(ack >> (turn.half ? 32 : 0));
-            if (ack != kLetGo && (turn.epoch <= 2 || (i32)(seen - (turn.epoch - 2)) >= 0)) break;
+            if (ack != kLetGo && (i32)(seen - (turn.epoch - 2)) >= 0) break;
             const u32 state = ack == kLetGo && p.mask_late ? kLate : tired(p, patience);
             if (state == kWait) continue;
             if (state == kBroken || !let_go(p, peer, kLateCard, seen, turn.epoch - 2, p.timeout_ns)) good = false;

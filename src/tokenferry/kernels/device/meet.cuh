@@ -45,6 +45,12 @@ template <class P> static __device__ __noinline__ void give_up(const P& p, u32 c
 DEV u32 epoch_in(u64 word) { return (u32)(word >> 32); }
 DEV u32 epoch_in(u32 word) { return word; }
 
+// What is waited for may have come since it was looked for, and its peer gone on from there.
+template <class W> DEV bool has_come(const W* word, u32 epoch) {
+    fence_system();
+    return epoch_in(load_relaxed(word)) == epoch;
+}
+
 template <class P, class W> DEV bool wait_for(const P& p, const W* word, u32 epoch, u32 peer, u32 code, W& value) {
     u64 start = 0;
     for (u32 spins = 1;; spins++) {
@@ -57,19 +63,27 @@ template <class P, class W> DEV bool wait_for(const P& p, const W* word, u32 epo
         if (!start) start = now;
         for (u32 r = 0; r < p.num_ranks; r++) {
             const u64 lost = load_relaxed(&mine->gave_up[r]);
-            if (lost) { give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), epoch_in(value), epoch, (u32)lost, now - start); return false; }
+            if (lost && !has_come(word, epoch)) { give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), epoch_in(value), epoch, (u32)lost, now - start); return false; }
         }
-        if (now - start > p.timeout_ns) { give_up(p, code, peer, 0, epoch_in(value), epoch, peer, now - start); return false; }
+        if (now - start > p.timeout_ns && !has_come(word, epoch)) { give_up(p, code, peer, 0, epoch_in(value), epoch, peer, now - start); return false; }
     }
 }
 
 template <class P> DEV u32 next_epoch(const P& p) { return load_relaxed(&board_of(p, p.rank)->epoch) + 1; }
 
-// Whether this kernel has nothing to do: the group is broken, or the plan is void. `counts` are some of the plan's; a call
-// that came to nothing leaves -1 there, so that whatever follows along its plan comes to nothing, too.
-template <class P> DEV bool must_skip(const P& p, const u8* counts) {
-    return load_relaxed(&board_of(p, p.rank)->failed) || *reinterpret_cast<const i64*>(counts) < 0;
+// Whether nothing is done here: the group is broken; or a call came to nothing, and its host, which does not know yet, has launched
+// others behind it. They would meet other calls of the peers than they should.
+template <class P> DEV bool is_stopped(const P& p) {
+    const Board* mine = board_of(p, p.rank);
+    return load_relaxed(&mine->failed) || load_relaxed(&mine->stopped);
 }
+
+// Whether this kernel has nothing to do: see there, or the plan is void. `counts` are some of the plan's; a call that came to
+// nothing leaves -1 there, so that whatever follows along its plan comes to nothing, too.
+template <class P> DEV bool must_skip(const P& p, const u8* counts) { return is_stopped(p) || *reinterpret_cast<const i64*>(counts) < 0; }
+
+// This call comes to nothing, and what is launched behind it, too, until its host clears `stopped`; one thread.
+template <class P> DEV void stop(const P& p) { board_of(p, p.rank)->stopped = 1; }
 
 // Writes this rank's card to every peer; called by one block, all threads. `word(i, peer)` is the value of word i.
 template <class P, class F> DEV void publish_card(const P& p, u32 epoch, F word) {

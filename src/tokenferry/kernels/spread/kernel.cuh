@@ -48,9 +48,13 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) spread(const __grid
     if (known.failed) return;
     Turn turn = next_turn(p, known);
     if (sends) {
+        if (known.stopped) {
+            if (tells && threadIdx.x == 0) table[kAliveWord] = 0;
+            return;
+        }
         if (!ready && !__syncthreads_and(good)) {
             if (tells && threadIdx.x == 0) {
-                table[kEpochWord] = 0;
+                table[kAliveWord] = 0;
                 report_bad(p);
             }
             return;
@@ -76,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) spread(const __grid
         }
         mark(p, kTraceSent);
     } else {
-        if (known.table[kEpochWord] == 0) return;  // the call came to nothing
+        if (known.table[kAliveWord] == 0) return;  // the call came to nothing
         turn = {known.table[kEpochWord], known.table[kEpochWord] & 1, known.table[kAliveWord] & ~known.masked};
     }
     if (!(p.phases & kReceive)) return;

@@ -88,6 +88,7 @@ DEV void report_bad(const SpreadParams& p) {
     const i64 index = index_at(p, slot);
     const u32 told = index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index;
     record_fault(p, kBadRouting, slot % p.top_k, slot / p.top_k, told, p.num_local * p.num_ranks, 0, 0);
+    stop(p);
 }
 
 // Tells every rank how many rows each of its experts gets from here, and which tokens come; all threads of one block.
