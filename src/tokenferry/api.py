@@ -460,7 +460,7 @@ class ExpertGroup:
                 nothing was sent by it, nor by calls launched behind it meanwhile: make all of them again.
             CapacityError: T > M; CUDA: a rank's heap has no room for rows under way (then on every rank).
             ArgumentError: CUDA: a graph cannot capture this; says what has to be called before.
-            ConfigError: backend cuda, E > 4096, K > 64, M > 65536, or E * M of 2^31 or more.
+            ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("decode_dispatch")

@@ -5,8 +5,9 @@ import torch
 
 from tokenferry import ExpertGroup, Quantized, Scale
 from tokenferry.testing import soak_graphs
-from tokenferry.testing.oracle import fp8_cast
-from tokenferry.testing.soak_graphs_truth import cast
+from tokenferry.testing.compare import same_bits
+from tokenferry.testing.oracle import fp8_cast, over_the_wire
+from tokenferry.testing.soak_graphs_truth import cast, logarithmic
 from tokenferry.testing.world import World, WorldError
 
 
@@ -97,6 +98,18 @@ def test_its_cast_is_the_oracles(kind):
         want, want_scale = fp8_cast(row, power_of_two=kind is not Scale.FLOAT32)
         assert row_data.view(torch.uint8).equal(want.view(torch.uint8))
         assert row_scale.equal(want_scale)
+
+
+def test_its_logarithmic_numbers_are_the_oracles():
+    """And the next code is about a step away."""
+    x = soak_graphs.draw(soak_graphs.KINDS[0], 1, torch.device("cpu"), 3, 0).x[0, :4].clone()
+    x[0, :7], x[1, :128], x[2, :128], x[3, 128:256] = 0.0, 0.0, -3.0, 0.0
+    values, gaps = logarithmic(x)
+    for row, got in zip(x, values, strict=True):
+        same_bits("logfmt10", got, over_the_wire(row, "logfmt10"))
+    assert bool((gaps <= values.abs() * (2 ** (32 / 510) - 1)).all())
+    assert bool((gaps[0, 128:] > 0).all())
+    assert not bool(gaps[2, :128].any()), "numbers of one size have one code"
 
 
 def test_the_command(capsys):

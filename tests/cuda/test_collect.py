@@ -12,6 +12,7 @@ from decodes import (
     BOTH,
     COMBINE,
     EPOCH,
+    PLACES,
     RECEIVE,
     SEND,
     THREADS,
@@ -26,7 +27,7 @@ from decoding import uneven
 from test_spread import SHORT_S, late_s
 from virtual import POISON, Ranks
 
-from tokenferry.kernels.board import Fault
+from tokenferry.kernels.board import DISPATCH_WORD, MAX_RANKS, Fault
 from tokenferry.kernels.collect import spec as collect_spec
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.oracle import Oracle
@@ -256,6 +257,34 @@ def test_sends_and_receipts_at_once():
     bed.check_clear()
 
 
+@pytest.mark.parametrize("before", [-3, -2])
+def test_epochs_wrap_around(before):
+    """0 is the epoch of a dispatch, and of a combine, like others; and one behind it waits for room like others."""
+    bed = Bed(Ranks(2), MoeShape(8, 5, 264, 12))
+    bed.start_at(before)
+    calls = [Combine(bed, varied(2, seed), hook=True) for seed in range(3)]
+    for i, one in enumerate(calls):
+        for table in one._tables:
+            table[EPOCH] = before + 1 + i
+    first, second, third = calls
+    first.run(SEND)
+    second.run(SEND)
+    first.launch(RECEIVE, only=(0,))
+    bed.ranks.wait()
+    third.launch(SEND, only=(0,))
+    bed.ranks.delay(1, 20)
+    first.launch(RECEIVE, only=(1,))
+    bed.sends[COMBINE] -= 1
+    third.launch(SEND, only=(1,))
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    second.run(RECEIVE)
+    third.run(RECEIVE)
+    for one in calls:
+        one.check()
+    bed.check_clear()
+
+
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_late_rank_is_waited_for_and_the_time_counted(late):
     case = varied(3, 4)
@@ -277,7 +306,7 @@ def test_a_void_plan_brings_nothing_home():
     bed = Bed.of(case)
     one = Combine(bed, case, hook=True)
     for table in one._tables:
-        table[EPOCH] = 0
+        table[ALIVE] = 0
     before = [block.cpu().clone() for block in bed.blocks]
     for phases in (BOTH, SEND, RECEIVE):
         one.launch(phases)
@@ -390,6 +419,46 @@ def check_sums_without(one: Combine, gone: int) -> None:
 
 
 @by_numerics
+def test_a_rank_that_is_lost_while_it_sends(fast):
+    """What came from it is taken away, though nobody adds it up: two calls later it would be another rank's."""
+    bed, one = fresh(2, Case((8, 8), 4, 2, hidden=64), 1, fast=fast)
+    places = one._tables[1][PLACES:].view(2, bed.shape.max_tokens, 2)
+    places[:, :4] = -1  # it has sent the later half of each rank's tokens
+    one.launch(SEND, only=(1,))
+    bed.ranks.wait()
+    bed.sends[COMBINE] -= 1
+    one.launch(only=(0,), mask_late=1, timeout_s=SHORT_S)
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    assert int(bed.ranks.words(0, "masked")) == 2
+    bed.check_clear(only=(0,))
+
+
+def test_a_masked_rank_that_gives_up():
+    """A CUDA graph from before it was masked knows it as one that takes part, and goes on all the same."""
+    bed, one = fresh(3, Case((5, 4, 3), 6, 2, hidden=64), 1)
+    for rank in (0, 1):
+        bed.ranks.words(rank, "masked").fill_(4)
+        bed.ranks.words(rank, "gave_up", 1, torch.int64, first=2).fill_(1 << 32)  # of rank 2, waiting for rank 0
+    one.begin(BOTH)
+    bed.ranks.delay(1, 100)
+    bed.ranks.launch(collect_spec.SPEC, [one.fields(0), one.fields(1), None], (3, THREADS, 0), one.config)
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    check_sums_without(one, gone=2)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_has_not_come_is_not_acknowledged(calls):
+    """Peers would overwrite it before it is received."""
+    bed, one = fresh(2, Case((3, 3), 4, 2, hidden=64), calls)
+    one.launch(only=(0,), timeout_s=SHORT_S)
+    bed.ranks.wait()
+    acks = bed.ranks.words(1, "acks", 2, first=2 * COMBINE * MAX_RANKS).tolist()
+    assert max(acks) < one.epoch
+
+
+@by_numerics
 def test_a_rank_that_the_dispatch_left_out(fast):
     """It is not waited for, and nothing is sent to it, though it is not masked any more."""
     case = Case((6, 5, 7), 6, 4, hidden=264, routing="half_dropped")
@@ -419,11 +488,15 @@ def test_a_late_rank_is_waited_for_once():
     assert time.monotonic() - start < 1.2
 
 
-@pytest.mark.parametrize("word", [0, 1, 14])
+@pytest.mark.parametrize("word", [0, 1, 13, DISPATCH_WORD])
 def test_a_peer_that_calls_something_else(word):
+    """Or combines the rows of another dispatch."""
     bed, one = fresh(2, Case((4, 3), 4, 2), 1)
     cards = [{0: 7, 1: 0}, {0: 7, 1: 0, word: 99}]
     one.begin(BOTH)
+    if word == DISPATCH_WORD:
+        cards[0][word] = int(one._tables[0][EPOCH])
+        one._tables[1][EPOCH] = 99
     fields = [one.fields(rank, card=cards[rank]) for rank in range(2)]
     bed.ranks.launch(collect_spec.SPEC, fields, (3, THREADS, 0), one.config)
     bed.ranks.wait()

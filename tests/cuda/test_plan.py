@@ -279,6 +279,7 @@ def test_too_many_rows_for_a_tight_room_are_recorded_by_all(num_ranks, layout):
     planner.count()
     ranks.wait()
     for rank in range(num_ranks):
+        assert int(ranks.words(rank, "stopped")), "calls behind it in the stream would run"
         record = ranks.record(rank)
         assert record is not None, f"rank {rank} recorded nothing"
         assert (record.code, record.call, record.peer) == (Fault.overflow, ranks.call, worst), record

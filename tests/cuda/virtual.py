@@ -151,7 +151,6 @@ class Ranks:
         self.call = 0
         self._next = [0] * num_ranks
         self._kept: list[Tensor] = []
-        self._late: set[int] = set()
         self.reset()
         self.delay(0, 0)  # torch loads the kernel now, not while ranks wait for each other
         self.wait()
@@ -202,7 +201,6 @@ class Ranks:
 
     def delay(self, rank: int, milliseconds: float) -> None:
         """Keep a rank's stream busy for a while."""
-        self._late.add(rank)
         MACHINE.sleep(self.streams[rank], milliseconds)
 
     def launch(
@@ -224,9 +222,7 @@ class Ranks:
         kernel = self._kernels.kernel(spec, **(config or {}))
         ready = [None if one is None else self._fill(kernel.new_params(), rank, one) for rank, one in enumerate(fields)]
         MACHINE.settle()  # what tests wrote is there
-        # A kernel that is behind another in its stream may keep those of other streams, launched later, from beginning.
-        for rank in sorted(range(self.num_ranks), key=self._late.__contains__):
-            params = ready[rank]
+        for rank, params in enumerate(ready):
             if params is not None:
                 kernel.launch(params, *sizes, self.streams[rank].cuda_stream)
 
@@ -253,7 +249,6 @@ class Ranks:
                 time.sleep(1e-4)
         if not ranks:
             self._kept.clear()
-            self._late.clear()
 
     def record(self, rank: int) -> Record | None:
         """What a rank recorded, and clear it; as a host does, that raises it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,13 +39,14 @@ class DoneKernel(Kernel):
 class DoneJit(Jit):
     """Kernels that run at once; shared by the ranks of this process."""
 
+    kernel_type: type[Kernel] = DoneKernel
     _lock = threading.Lock()
 
     def kernel(self, spec: Any, **config: int) -> Kernel:
         key = (spec, *sorted(config.items()))
         with self._lock:
             if key not in self._kernels:
-                self._kernels[key] = DoneKernel(spec, config, self._folder)
+                self._kernels[key] = self.kernel_type(spec, config, self._folder)
             return self._kernels[key]
 
 
@@ -141,11 +143,13 @@ def run_jobs(num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any
     return [job.result() for job in jobs]
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, config: pytest.Config) -> Callable[..., list[Any]]:
+def emulate(
+    monkeypatch: pytest.MonkeyPatch, config: pytest.Config, jit_type: type[DoneJit] = DoneJit
+) -> Callable[..., list[Any]]:
     """Put the CUDA backend on the emulator; returns `run_jobs`. Compiled kernels stay for the next session."""
-    jit = DoneJit(config.cache.mkdir("emulator"))
+    jit = jit_type(config.cache.mkdir("emulator"))
     properties = SimpleNamespace(multi_processor_count=4)
-    device = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)))
+    device = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)), current=nullcontext)
     monkeypatch.setattr(cuda_setup, "Jit", lambda index, cache: jit)
     monkeypatch.setattr(cuda_station, "Device", lambda index: device)
     monkeypatch.setattr(cuda_station, "CudaStreams", lambda device: HostStreams())

@@ -40,7 +40,16 @@ def test_the_rest_of_the_throughput_calls(run, ranks):
 
 def test_decode_rounds(run):
     run(2, decode.rounds, 2)
-    run(3, decode.counters, 3)
+    decode.check_counters(run(3, decode.counters, 3))
+
+
+def test_decode_hooks(run):
+    run(3, decode.hooks_in_any_order)
+
+
+def test_decode_wires(run):
+    run(2, decode.wires, 2)
+    run(3, decode.masked_wires)
 
 
 SHAPE = MoeShape(4, 2, 16, 8)

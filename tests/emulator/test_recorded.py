@@ -11,7 +11,8 @@ from tokenferry.bench import rounds, timeline
 from tokenferry.bench.bed import CpuBed
 from tokenferry.bench.diagnose import Where, judge
 from tokenferry.bench.inputs import Spec
-from tokenferry.kernels.board import TRACE
+from tokenferry.kernels.board import MAX_RANKS, TRACE, TRACE_ROWS
+from tokenferry.words import MoeShape, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -43,6 +44,34 @@ def test_a_pair_on_two_ranks(run, monkeypatch):  # noqa: F811
     named = {e["name"] for e in timeline.events(calls) if e["ph"] in "Xi"}
     assert {"send", "tell", "receive", "message", "last row of rank 0 here", "last row of rank 1 here"} <= named
     assert timeline.row_waits(timeline.stacked([one["clocks"] for one in both])).shape == (2, 2)
+
+
+GOES = ((0, 1), (2,), (0, 2))
+"""By rank: the ranks whose experts its tokens choose."""
+
+
+def take_rows(rank, pg, hall, found):
+    """One expert a rank; a dispatch, and a combine of each kind."""
+    x, weights = torch.ones(3, 16), torch.ones(3, 2)
+    experts = torch.tensor([*GOES[rank], -1, -1])[:2].repeat(3, 1)
+    with hall.open(pg, MoeShape(3, 2, 16, 4)) as group:
+        recorder = rounds.Recorder(group, 3)
+        sent = recorder.call(0, group.decode_dispatch, x, Routing(experts, weights))
+        for i, numerics in ((1, "exact"), (2, "fast")):
+            recorder.call(i, group.decode_combine, sent.x, sent.plan, numerics=numerics)
+        found[rank] = recorder.words()
+
+
+def test_rows_are_booked_to_the_rank_that_they_came_from(run):  # noqa: F811
+    found = {}
+    run(3, take_rows, found)
+    for rank in range(3):
+        senders = [source for source in range(3) if rank in GOES[source]]
+        for words, sources in zip(found[rank], (senders, GOES[rank], GOES[rank]), strict=True):
+            rows = words[:, TRACE_ROWS : TRACE_ROWS + MAX_RANKS]
+            assert rows.amax(dim=0).nonzero().flatten().tolist() == list(sources)
+            starts = words[:, TRACE["start"], None]
+            assert bool(((rows == 0) | (rows >= starts)).all()), "a row came before its block began"
 
 
 def count(rank, pg, hall, spec, slow, found, late_s=0.0):

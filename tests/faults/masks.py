@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from tokenferry.testing.cases import Case
 LOST = 2
 """The rank that is lost, of three."""
 DEADLINE_S = 60.0
+LATE_S = 0.2
 
 
 class Party:
@@ -281,12 +282,22 @@ def by_hand(rank: int, pg, pair, folder: str, both_sides: bool, timeout_s: float
                     assert not rounds.one(), "nobody sends to this rank"
             rounds.made = 0
             rounds.several(9 if (rank == LOST) == (turn == 1) else 4)
-            step = Step(CASE, rank, away)
-            left = group.decode_dispatch(step.mine().x, step.routing(), return_hook=True)
+            step = Step(replace(CASE, seed=9), rank, away)  # rows that no round has
+            x, routing = step.mine().x, step.routing()
+            sent = group.decode_dispatch(x, routing)
+            left = [
+                group.decode_combine(sent.x, sent.plan, return_hook=True),
+                group.decode_dispatch(x, routing, return_hook=True),
+            ]
             come_back(group, party, range(3), f"turn {turn}")
-            left.hook()
+            for one in left:
+                one.hook()
+            rounds.made = 0
+            for _ in range(2):  # in each half of a region; until rank 1 comes, what was left there could be its rows
+                assert rounds.one(between=lambda: time.sleep(LATE_S if rank == 1 else 0.0))
             all_together(group, rounds, CASE)
-            left.hook()
+            for one in left:
+                one.hook()
 
 
 def in_a_graph(rank: int, pg, pair, folder: str) -> None:

@@ -63,6 +63,13 @@ def test_tables_do_not_overlap(layout, num_tokens):
     assert tables.bases + 4 * (2 * 3 + 18) <= storage.data_ptr() + storage.nbytes(), "they live with the plan's tensors"
 
 
+@pytest.mark.parametrize(("layout", "most"), [(Layout.ROWS, (1 << 31) - 1), (Layout.EXPERTS, (1 << 28) - 1)])
+def test_no_more_rows_than_places_can_say(layout, most):
+    """A place is an int32, of EXPERTS with a rank in its upper bits: with more rows `count` says so, and none moves."""
+    found = cuda_plan.geometry(MoeShape(8, 8, 8, 1 << 28), Delivery(layout), 1)
+    assert found.count_sizes[-1] == most
+
+
 def found_columns(layout):
     return (3 + 2) * (1 if layout is Layout.ROWS else 2)
 

@@ -1,12 +1,14 @@
 """What a kernel writes down, put into words; no GPU is needed to read it."""
 
+import time
+
 import pytest
 import torch
 
 from tokenferry.backends.cpu_messages import dtype_code
-from tokenferry.backends.cuda_faults import Ledger, Signature
+from tokenferry.backends.cuda_faults import Ledger, Pinned, Signature
 from tokenferry.errors import MismatchError
-from tokenferry.kernels.board import Fault
+from tokenferry.kernels.board import RECORD_WORDS, Fault
 
 SIGNATURE = Signature(
     "dispatch", num_experts=4, max_tokens=8, device_counts=0, bytes_of_topk_idx=16, dtype=dtype_code(torch.float32)
@@ -31,3 +33,37 @@ def test_what_differs_is_called_what_the_user_calls_it(word, seen, told):
     assert str(error) == (
         f"dispatch #7: rank 0 and rank 2 made different calls: {told}; it has to be the same on all ranks"
     )
+
+
+def test_a_call_that_nobody_remembers():
+    """It was captured, and its graph runs long after: what the words of its signature were called is not known."""
+    ledger = Ledger(0)
+    ledger.note(1, SIGNATURE)
+    for number in range(2, 70):
+        ledger.note(number, Signature("combine"))
+    error = ledger.explain([Fault.mismatch, 1, 1, 1, 3, 4, 1, 0])
+    assert isinstance(error, MismatchError)
+    assert str(error) == (
+        "a call #1: rank 0 and rank 1 made different calls; call the same on all ranks, in the same order"
+    )
+
+
+@pytest.mark.parametrize("word", [0, RECORD_WORDS])
+def test_what_came_while_the_host_was_stopped(monkeypatch, word):
+    """A ticket, or a fault: by a debugger, or another thread, the host may be held up beyond any deadline."""
+    pinned, slept = Pinned(pin=False), []
+
+    def stop(_):
+        slept.append(1)
+        if len(slept) == 2:
+            pinned.words[word] = 7
+
+    monkeypatch.setattr(time, "sleep", stop)
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0 * len(slept))
+    assert pinned.wait_for_ticket(7, timeout_s=200.0)
+
+
+def test_a_ticket_that_does_not_come(monkeypatch):
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert not Pinned(pin=False).wait_for_ticket(7, timeout_s=200.0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tokenferry import ArgumentError, ConfigError, Delivery, ExpertGroup, Layout, MoeShape, Plan, Quantized, Routing
+from tokenferry.backends.cuda_setup import _unfit
 from tokenferry.options import resolve_options
 from tokenferry.resolve import Resolver
 
@@ -190,3 +191,13 @@ def test_a_variable_is_no_wish_for_the_cpu(monkeypatch):
 def test_cuda_refuses_them():
     with pytest.raises(ConfigError, match=r"backend='cuda': .*; leave it out, or use backend='cpu'"):
         ExpertGroup(None, SHAPE, backend="cuda", wire="local")
+
+
+@pytest.mark.parametrize(("megabytes", "fits"), [(1, True), (65_535, True), (65_536, False), (70_000, False)])
+def test_the_largest_heap(monkeypatch, megabytes, fits):
+    """Ranks tell each other where rows are in 32 bits."""
+    monkeypatch.setenv("TOKENFERRY_HEAP_MB", str(megabytes))
+    options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
+    told = "" if fits else f"TOKENFERRY_HEAP_MB={megabytes}, and at most "
+    assert _unfit(options, 2).startswith(told)
+    assert fits == (_unfit(options, 2) == "")

@@ -32,6 +32,7 @@ _SIZES = struct.Struct("<2I")
 _TABLE_WORDS = 16
 """Words of a plan's table before the places."""
 _MOST_TOKENS = 1 << 16
+"""M; with the most experts, places of rows stay far below 2^31."""
 _REPEATED, _NONE, _BAD = 0x8000, 0x7FFF, 0x7FFE
 """What the kernel calls choices that are no experts; see kernels/spread/routing.cuh."""
 _SCALES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
@@ -368,9 +369,6 @@ def check_limits(shape: MoeShape, num_ranks: int) -> None:
     why_not = too_large(shape)
     if not why_not and shape.max_tokens > _MOST_TOKENS:
         why_not = f"max_tokens={shape.max_tokens}, and at most {_MOST_TOKENS} are possible in decode calls"
-    num_rows = shape.num_experts * shape.max_tokens
-    if not why_not and num_rows >= 1 << 31:
-        why_not = f"num_experts * max_tokens = {num_rows}, and less than {1 << 31} are possible in decode calls"
     if why_not:
         raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
 

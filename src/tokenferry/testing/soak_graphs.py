@@ -5,8 +5,9 @@
 There are several graphs, each of another kind of call, and they take turns; now and then their calls are made without
 the graph. Before each replay new rows, weights and choices are written into the inputs of the graph, rows of -1 where a
 rank has fewer tokens; sometimes a rank comes late. After each everything that it gave is compared on the device, bit
-for bit. All that belongs to a replay is drawn from the seed and the replay's number, on every rank for all ranks, so
-nobody has to ask what the others bring, and ``--first N --replays 1`` makes the N-th again.
+for bit (but a number half-way between two codes of logfmt10 may take either). All that belongs to a replay is drawn
+from the seed and the replay's number, on every rank for all ranks, so nobody has to ask what the others bring, and
+``--first N --replays 1`` makes the N-th again.
 
 With ``--device cpu`` the same calls are made without graphs.
 """
@@ -78,6 +79,8 @@ KINDS = (
     Kind(fp8=Scale.UE8M0, hooks=True, hidden=640),
     Kind(fp8=Scale.POWER_OF_TWO, fast=True, wire="fp8", idx_dtype=torch.int32),
     Kind(wire="fp8", hooks=True, tokens=9, local=3, top_k=5),
+    Kind(wire="logfmt10", hooks=True, hidden=640),
+    Kind(fp8=Scale.FLOAT32, fast=True, wire="logfmt10", tokens=17),
     Kind(tokens=1, local=2, top_k=2, hidden=128),
 )
 WIDE = Kind(fp8=Scale.FLOAT32, hidden=7168)

@@ -235,11 +235,13 @@ template <class P> DEV void say_hello(const P& p, u32 channel, const Turn& turn,
     }
 }
 
-// Waits until every peer has received what this send will overwrite; all threads of every block. False: broken.
+// Waits until every peer has received what this send will overwrite; all threads of every block. The last one counts the time.
+// False: broken.
 template <class P> static __device__ __noinline__ bool wait_for_room(const P& p, u32 channel, Turn& turn) {
     bool good = true;
     const u32 peer = threadIdx.x;
     u32 lost = 0;
+    const u64 start = clock_ns();
     if (peer < p.num_ranks && (turn.alive >> peer & 1)) {
         const u64* acks = &board_of(p, p.rank)->acks[channel][peer];
         Patience patience;
@@ -253,6 +255,7 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
             else lost = 1u << peer;
             break;
         }
+        if (p.wait_ns && peer != p.rank && blockIdx.x == gridDim.x - 1) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, clock_ns() - start);
     }
     if (!__syncthreads_and(good)) return false;
     if (p.mask_late) {
