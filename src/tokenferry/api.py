@@ -448,7 +448,8 @@ class ExpertGroup:
                 later.
             fp8: Cast rows to float8_e4m3fn with one scale per row and 128 columns (``scale = max(amax, 1e-4) / 448``,
                 the format that DeepEP and DeepGEMM use), stored as this says. None: rows travel as they are (CUDA: of
-                16 bytes with all bits set, which are NaNs, the lowest bit may be lost).
+                16 bytes with all bits set, which are NaNs, the lowest bit may be lost). With NaN among the 128 columns
+                their scale and numbers are undefined.
             stats: Counters to add to.
             return_hook: Return at once and let the caller receive with ``hook()``.
 

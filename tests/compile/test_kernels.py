@@ -13,6 +13,11 @@ from tokenferry.jit import compiler
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
 from tokenferry.jit.resources import Resources
+from tokenferry.kernels.board import MAX_EXPERTS, MAX_RANKS
+from tokenferry.kernels.count import spec as count_spec
+from tokenferry.kernels.move import spec as move_spec
+from tokenferry.kernels.pull import spec as pull_spec
+from tokenferry.kernels.spread import spec as spread_spec
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: kernels cannot be compiled here")
 
@@ -27,6 +32,9 @@ def shipped() -> list[KernelSpec]:
     return list(found)
 
 
+MOST_ROW = 64 * 1024
+MOST_SHARED = 227 * 1024
+"""Bytes that a block of an SM of 9.0 may have."""
 KERNELS = Path(compiler.__file__).parents[1] / "kernels"
 SPECS = [SCALE, *shipped()]
 CONFIGS = [
@@ -46,6 +54,22 @@ def test_needs_no_more_than_promised(spec, config):
 def test_the_header_says_what_is_promised(spec):
     missing = promises.unwritten_promises(spec)
     assert not missing, f"the lines '// Cost' of {spec.source} do not say {missing}"
+
+
+DYNAMIC = {
+    "count": max(count_spec.smem_bytes(E, R) for E in (1, MAX_EXPERTS) for R in (1, MAX_RANKS)),
+    "place": count_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS),
+    "pull": pull_spec.SMEM_BYTES,
+    "move": max(move_spec.cut(row, scale).smem_bytes for row in range(16, MOST_ROW + 1, 16) for scale in (0, 16, 224)),
+    "spread": max(spread_spec.smem_bytes(1 << n, MAX_EXPERTS, MAX_RANKS, 1 << 16) for n in range(24)),
+}
+"""The most dynamic shared memory that the host asks for, within the limits of sizes; other kernels have none."""
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.name in DYNAMIC], ids=lambda spec: spec.name)
+def test_the_header_says_how_much_dynamic_shared_memory(spec):
+    assert f"at most {DYNAMIC[spec.name]} B of dynamic." in spec.source.read_text()
+    assert DYNAMIC[spec.name] + spec.static_smem <= MOST_SHARED
 
 
 def test_every_kernel_file_has_a_spec():

@@ -11,7 +11,7 @@
 // Faults   A call that comes to nothing leaves a void plan. A bad index stops the call on this rank before anything is published: peers wait, the call can be made again.
 //          Too many rows for a tight capacity: every rank sees every rank's counts, so all stop alike.
 // Cost     reads T * K indices, sends 8 * R * (E + 32) bytes. sm_90a: <= 80 registers, 0 spills, 2048 B of static shared
-//          memory.
+//          memory, at most 65664 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}} on rank 0: rows per expert 1 2 0 1, per rank 2 1.
 // Tests    tests/cuda/test_plan.py (the example is its first case), tests/compile.
 #include "device/meet.cuh"

@@ -14,7 +14,7 @@
 // Why      A card says where its rank wants rows, and that nothing reads that block any more (it was taken from the heap on
 //          the stream of this call). Loads need no card, so they start before the wait.
 // Cost     bytes out = rows sent * (row + scale + small). sm_90a: <= 64 registers, 0 spills, 3072 B of static shared
-//          memory.
+//          memory, at most 228480 B of dynamic.
 // Tests    tests/cuda/test_move.py, tests/compile.
 #include "device/meet.cuh"
 

@@ -16,7 +16,7 @@
 // Order    A peer's card says that its rows are written. depart tells it that they have been read: its kernel ends after that,
 //          so the block may be given away.
 // Cost     bytes in = rows of own tokens * row_bytes. sm_90a: <= 128 registers, 0 spills, 3072 B of static shared
-//          memory.
+//          memory, at most 196608 B of dynamic.
 // Tests    tests/cuda/test_pull.py, tests/compile.
 #include "device/meet.cuh"
 #include "device/number.cuh"
