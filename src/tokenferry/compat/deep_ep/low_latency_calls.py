@@ -78,6 +78,7 @@ class LowLatencyCalls:
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Skip a rank in low-latency calls (True), or stop skipping it (False). Local.
 
+        CUDA: the first low-latency dispatch of a size needs all ranks, so make it before.
         A rank that was lost comes back as `tokenferry.ExpertGroup.mask` says: between two barriers all ranks pass
         False, for the rank that comes back and for themselves.
 
