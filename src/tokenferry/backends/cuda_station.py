@@ -125,8 +125,7 @@ class Station:
         self._streams = CudaStreams(self._driver)
         self._everybody = (1 << self.num_ranks) - 1
         self._number = 0
-        self._last: tuple[int, int] | None = None
-        self._before: dict[int, int] = {}
+        self._last: dict[int, int] = {}  # by capture, 0 if none: the stream of the last call
 
     # ------------------------------------------------------------------ one call
 
@@ -184,19 +183,26 @@ class Station:
         Raises:
             ArgumentError: a CUDA graph is being captured.
         """
-        stream = self._streams.current()
-        capture = self._streams.capture(stream)
-        if capture:
+        if self._streams.capture(self._streams.current()):
             raise ArgumentError(f"{what}: not while a CUDA graph is captured; do it before or afterwards")
-        if self._last != (stream, capture):
-            self._follow(stream, capture)
+        self.come_behind()
 
-    def come_behind(self) -> None:
-        """Put the current stream behind all calls, captured or not; raises nothing that they met."""
+    def come_behind(self) -> tuple[int, int]:
+        """Put the current stream behind all calls; raises nothing that they met.
+
+        A call in a CUDA graph and one outside are not ordered here: when a graph runs, its user says.
+
+        Returns:
+            tuple: the stream, and its capture, or 0.
+        """
         stream = self._streams.current()
         capture = self._streams.capture(stream)
-        if self._last != (stream, capture):
-            self._follow(stream, capture)
+        before = self._last.get(capture)
+        if before != stream:
+            if before is not None:
+                self._streams.wait(stream, self._streams.record(before), outside=False)
+            self._last = {number: at for number, at in self._last.items() if number == 0} | {capture: stream}
+        return stream, capture
 
     def current_stream(self) -> int:
         """The current stream of torch in this thread, as a raw handle."""
@@ -206,24 +212,10 @@ class Station:
         """Raise what earlier calls met, and put the current stream behind them; returns it and its capture, or 0."""
         if self.broken:
             raise ClosedError(f"{phase}: the group {self.broken}; make a new ExpertGroup")
-        stream = self._streams.current()
-        capture = self._streams.capture(stream)
+        stream, capture = self.come_behind()
         if self.pinned.faulty and not capture:  # a call that is captured runs later, if at all
             self.raise_fault()
-        if self._last != (stream, capture):
-            self._follow(stream, capture)
         return stream, capture
-
-    def _follow(self, stream: int, capture: int) -> None:
-        """Make a stream wait for the call before, which was on another one.
-
-        A call in a CUDA graph and one outside are not ordered here: when a graph runs, its user says.
-        """
-        before = self._before.get(capture, stream)
-        if before != stream:
-            self._streams.wait(stream, self._streams.record(before), outside=False)
-        self._before = {number: at for number, at in self._before.items() if number == 0} | {capture: stream}
-        self._last = (stream, capture)
 
     def raise_fault(self) -> None:
         """Raise what the record says; does nothing if it says nothing.
@@ -242,9 +234,7 @@ class Station:
 
     def _go_on(self) -> None:
         """Let calls from now on run again: those behind one that came to nothing come to nothing, too."""
-        stream = self._streams.current()
-        if self._last != (stream, 0):
-            self._follow(stream, 0)
+        self.come_behind()
         stopped = self.window.base + BOARD_AT["stopped"]
         bytes_at(stopped, 4, self.device, self.window).zero_()  # in the order of the stream: behind all of them
 
@@ -287,9 +277,9 @@ class Station:
 
     def synchronize(self) -> None:
         """Wait for all work of this rank's calls, and raise what they met."""
-        if 0 in self._before:
+        if 0 in self._last:
             with self._driver.current():  # a handle of 0 is the default stream of whatever device is current
-                check(self._driver.cuda.cuStreamSynchronize(self._before[0]), "waiting for the stream of the last call")
+                check(self._driver.cuda.cuStreamSynchronize(self._last[0]), "waiting for the stream of the last call")
         self.raise_fault()
 
     def close(self, why: str) -> None:
