@@ -144,7 +144,7 @@ class Ledger:
 
     def explain(self, record: list[int]) -> TokenferryError:
         """The exception that a record stands for."""
-        code, number, peer, word, seen, expected, blamed, waited_ms = record
+        code, number, peer, word, seen, expected, blamed, _ = record
         found = next((one for one in reversed(self._calls) if one[0] == number), None)
         call = Call(number, found[1].phase if found else "a call")
         fields = found[1].fields if found else ()
@@ -167,11 +167,10 @@ class Ledger:
                 f"{call.phase}: delivery.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
                 "raise it, or leave it out for the worst case"
             )
-        return self._lost(call, code, peer, seen, expected, blamed, waited_ms)
+        return self._lost(call, record)
 
-    def _lost(
-        self, call: Call, code: int, peer: int, seen: int, expected: int, blamed: int, waited_ms: int
-    ) -> PeerTimeout:
+    def _lost(self, call: Call, record: list[int]) -> PeerTimeout:
+        code, _, peer, _, seen, expected, blamed, waited_ms = record
         words = {
             Fault.late_card: f"its card did not come: epoch {seen} seen, {expected} expected.",
             Fault.late_rows: f"it did not say that its rows are complete: epoch {seen} seen, {expected} expected.",

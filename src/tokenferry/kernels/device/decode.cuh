@@ -102,8 +102,7 @@ template <class P> static __device__ __noinline__ bool elsewhere(const P& p, u32
         there = epoch_in(seen) == sent;
     }
     // A peer that has got what it needs goes on to its next call: what is waited for may have come since it was looked for.
-    fence_system();
-    if (!there || epoch_in(load_relaxed(word)) == epoch) return false;
+    if (!there || has_come(word, epoch)) return false;
     give_up(p, kMismatch, peer, 0, (u32)seen, p.card[0], peer, 0);
     return true;
 }
