@@ -1,12 +1,13 @@
-"""Terminals: with rich, and a terminal on a machine where rich is not installed."""
+"""Terminals, with rich and where it is not installed; phases of the benchmark."""
 
 import io
 import sys
 from types import SimpleNamespace
 
+import limits_jobs
 import pytest
 
-from tokenferry.cli import screen
+from tokenferry.cli import bench_cuda, screen
 
 
 class Terminal(io.StringIO):
@@ -39,3 +40,11 @@ def any_terminal(request, terminal):
     if request.param == "plain":
         request.getfixturevalue("without_rich")
     return terminal
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """Phases of `tokenferry bench` on GPUs, which a test may exchange; links are not measured."""
+    table = dict(bench_cuda.PHASES, limits=(limits_jobs.stand_in, 60.0, "links"))
+    monkeypatch.setattr(bench_cuda, "PHASES", table)
+    return table

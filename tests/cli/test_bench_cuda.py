@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import limits_jobs
 import pytest
 import torch
 
@@ -40,14 +39,6 @@ def run_on_cpu(*argv):
     args.command_line = " ".join(["tokenferry", *words])
     args.device, args.sms = "cpu", ()
     return bench_cuda.run(args, Screen())
-
-
-@pytest.fixture
-def phases(monkeypatch):
-    """Phases that a test may exchange."""
-    table = dict(bench_cuda.PHASES, limits=(limits_jobs.stand_in, 60.0, "links"))
-    monkeypatch.setattr(bench_cuda, "PHASES", table)
-    return table
 
 
 def test_calls_and_their_rival(phases, tmp_path, capsys):

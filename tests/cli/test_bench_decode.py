@@ -5,7 +5,6 @@ from itertools import product
 from types import SimpleNamespace
 
 import decode_jobs
-import limits_jobs
 import pytest
 import torch
 
@@ -35,14 +34,6 @@ def run_on_cpu(*words):
     args.command_line = " ".join(["tokenferry bench", *words])
     args.device, args.sms = "cpu", ()
     return bench_cuda.run(args, Screen())
-
-
-@pytest.fixture
-def phases(monkeypatch):
-    """Phases that a test may exchange."""
-    table = dict(bench_cuda.PHASES, limits=(limits_jobs.stand_in, 60.0, "links"))
-    monkeypatch.setattr(bench_cuda, "PHASES", table)
-    return table
 
 
 def test_all_of_it(phases, tmp_path, capsys):

@@ -21,10 +21,8 @@ from tokenferry.bench.inputs import (
     must_be_near,
     must_equal,
 )
+from tokenferry.bench.sets import FP8_COLUMNS
 from tokenferry.words import DecodeDispatched, DecodePlan, Plan, Quantized, Routing, Scale
-
-FP8_COLUMNS = 128
-"""Columns that share one scale; shapes whose H is no multiple are measured without the FP8 call."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

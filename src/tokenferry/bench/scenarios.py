@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench import clock, feed
-from tokenferry.bench.checked import FP8_COLUMNS, Ready, prepare
+from tokenferry.bench.checked import Ready, prepare
 from tokenferry.bench.inputs import Spec, draw, sent_to
+from tokenferry.bench.sets import FP8_COLUMNS
 from tokenferry.words import MoeShape, Scale
 
 VARIANTS = 3

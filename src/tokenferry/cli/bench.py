@@ -16,7 +16,7 @@ from tokenferry.bench.inputs import Spec
 from tokenferry.bench.scenarios import measure, num_steps
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import positive, positives
+from tokenferry.cli.options import check_experts, positive, positives
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -109,10 +109,7 @@ def _spec(args: argparse.Namespace) -> Spec:
             raise ConfigError(f"--{option} needs --device cuda")
     if len(tokens) > 1:
         raise ConfigError(f"--tokens {','.join(map(str, tokens))}: several need --device cuda; choose one")
-    if args.experts % ranks:
-        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {ranks}; change one of them")
-    if args.top_k > args.experts:
-        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
+    check_experts(args, ranks)
     if args.hidden % 8:
         raise ConfigError(f"--hidden {args.hidden}: a row has to be a multiple of 16 bytes; use a multiple of 8")
     seed = secrets.randbits(31) if args.seed is None else args.seed % 2**31

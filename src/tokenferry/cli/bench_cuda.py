@@ -30,11 +30,11 @@ from tokenferry.bench.feed import run_with_feed
 from tokenferry.bench.gpu import find_gpus, need_gpus
 from tokenferry.bench.gpu_report import Report
 from tokenferry.bench.plots import need_matplotlib
-from tokenferry.bench.sets import FP8_COLUMNS, ROUTINGS
+from tokenferry.bench.sets import ROUTINGS
 from tokenferry.bench.trial import Settings
 from tokenferry.cli import limits as cli_limits
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import one_of, positive, positives
+from tokenferry.cli.options import check_experts, check_fp8, one_of, positive, positives
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -151,12 +151,8 @@ def make_settings(args: argparse.Namespace, there_are: int) -> Settings:
         ConfigError: sizes do not fit one another.
     """
     ranks = args.ranks or max(1, min(there_are, 8))
-    if args.experts % ranks:
-        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {ranks}; change one of them")
-    if args.top_k > args.experts:
-        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
-    if args.hidden % FP8_COLUMNS:
-        raise ConfigError(f"--hidden {args.hidden} is no multiple of {FP8_COLUMNS}, the columns of one FP8 scale")
+    check_experts(args, ranks)
+    check_fp8(args)
     tokens = args.tokens or (QUICK_TOKENS if args.quick else FULL_TOKENS)
     decode_tokens = tuple(count for count in args.tokens or () if count <= MOST_DECODE_TOKENS)
     return Settings(

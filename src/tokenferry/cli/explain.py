@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tokenferry import tuning
+from tokenferry.bench.sets import FP8_COLUMNS
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
@@ -16,7 +17,6 @@ DESCRIPTION = """\
 Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), the time that the links need for
 them at least, the SMs that calls take unless they say themselves, with the reasons, and the GPU memory of a group.
 """
-FP8_COLUMNS = 128
 BOARD_MB = 1
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from tokenferry.bench.sets import FP8_COLUMNS
+from tokenferry.errors import ConfigError
+
 
 def positive(text: str) -> int:
     """Parse an option that has to be a positive integer.
@@ -38,3 +41,25 @@ def one_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
         return given
 
     return words
+
+
+def check_experts(args: argparse.Namespace, ranks: int) -> None:
+    """Look whether ``--experts`` and ``--top-k`` fit R ranks.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if args.experts % ranks:
+        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {ranks}; change one of them")
+    if args.top_k > args.experts:
+        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
+
+
+def check_fp8(args: argparse.Namespace) -> None:
+    """Look whether rows of ``--hidden`` numbers can be cast to FP8.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if args.hidden % FP8_COLUMNS:
+        raise ConfigError(f"--hidden {args.hidden} is no multiple of {FP8_COLUMNS}, the columns of one FP8 scale")

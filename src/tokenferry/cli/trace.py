@@ -20,7 +20,7 @@ from tokenferry.bench.inputs import Spec
 from tokenferry.bench.rounds import CALIBRATIONS, CHAIN, record_calls
 from tokenferry.bench.timeline import PHASES, Clocks, Recorded, aligned, events, find_clocks, rank_times, stacked
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import positive
+from tokenferry.cli.options import check_experts, check_fp8, positive
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -88,12 +88,8 @@ def make_spec(args: argparse.Namespace, ranks: int, iters: int) -> Spec:
     """
     if ranks > 8 and getattr(args, "device", "cuda") == "cuda":
         raise ConfigError(f"--ranks {ranks}: windows reach at most 8 ranks of one host")
-    if args.experts % ranks:
-        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {ranks}; change one of them")
-    if args.top_k > args.experts:
-        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
-    if args.hidden % 128:
-        raise ConfigError(f"--hidden {args.hidden} is no multiple of 128, the columns of one FP8 scale")
+    check_experts(args, ranks)
+    check_fp8(args)
     seed = secrets.randbits(31) if args.seed is None else args.seed % 2**31
     return Spec(ranks, args.tokens, args.hidden, args.top_k, args.experts, iters, 0, seed)
 
