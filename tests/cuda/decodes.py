@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -120,7 +121,7 @@ class Bed:
             raise AssertionError(f"rank {rank}: {left.numel()} bytes of packets were not cleared, the first in {where}")
 
 
-class Call:
+class Call(ABC):
     """What both kernels' calls have in common: who brings what, and who takes part.
 
     Attributes:
@@ -147,6 +148,24 @@ class Call:
         if phases & SEND:
             self.bed.sends[self.channel] += 1
             self.epoch = self.bed.sends[self.channel]
+
+    @abstractmethod
+    def launch(self, phases: int = BOTH, only: Sequence[int] | None = None, **more: object) -> None:
+        """Launch on some ranks, or all; does not wait."""
+
+    @abstractmethod
+    def check_rank(self, rank: int) -> None:
+        """All that the kernel writes on a rank is right."""
+
+    def run(self, phases: int = BOTH) -> None:
+        self.ranks.call += 1
+        self.launch(phases)
+        self.ranks.wait()
+        self.ranks.check_quiet()
+
+    def check(self, only: Sequence[int] | None = None) -> None:
+        for rank in range(self.case.ranks) if only is None else only:
+            self.check_rank(rank)
 
     def table(self, rank: int) -> Tensor:
         """The plan's table ``[16 + R*M*K]`` int32 of a rank; words that nobody writes are poison."""
@@ -287,17 +306,7 @@ class Dispatch(Call):
         fields = [self.fields(r, phases, **more) if only is None or r in only else None for r in range(self.case.ranks)]
         self.ranks.launch(spread_spec.SPEC, fields, self.sizes, self.config)
 
-    def run(self, phases: int = BOTH) -> None:
-        self.ranks.call += 1
-        self.launch(phases)
-        self.ranks.wait()
-        self.ranks.check_quiet()
-
     # ------------------------------------------------------------------ what has to be there
-
-    def check(self, only: Sequence[int] | None = None) -> None:
-        for rank in range(self.case.ranks) if only is None else only:
-            self.check_rank(rank)
 
     def check_rank(self, rank: int) -> None:
         """Every byte of what the kernel writes: what has to be there, and poison where it has nothing to write."""
@@ -437,21 +446,11 @@ class Combine(Call):
         fields = [self.fields(r, phases, **more) if only is None or r in only else None for r in range(self.case.ranks)]
         self.ranks.launch(collect_spec.SPEC, fields, (BLOCKS, THREADS, 0), self.config)
 
-    def run(self, phases: int = BOTH) -> None:
-        self.ranks.call += 1
-        self.launch(phases)
-        self.ranks.wait()
-        self.ranks.check_quiet()
-
     # ------------------------------------------------------------------ what has to be there
 
     def sums(self, rank: int) -> Tensor:
         """``[T, H]``, brought to the CPU; fails if somebody wrote around it."""
         return self.out[rank].cpu().view(self.case.dtype).reshape(-1, self.case.hidden)
-
-    def check(self, only: Sequence[int] | None = None) -> None:
-        for rank in range(self.case.ranks) if only is None else only:
-            self.check_rank(rank)
 
     def check_rank(self, rank: int) -> None:
         what = f"{self} fast={self.fast} {self.wire} rank {rank}"
@@ -472,3 +471,60 @@ class Combine(Call):
         close_each(what, got, want, fine + 1.01 * one_code)
         half_way = (got.float() - want.float()).abs() > fine
         assert int(half_way.sum()) <= max(2, half_way.numel() // 100), f"{what}: {int(half_way.sum())} have other codes"
+
+
+# ---------------------------------------------------------------------- orders of calls, the same for both kernels
+
+
+def _check_all(calls: Sequence[Call]) -> None:
+    bed = calls[0].bed
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    for one in calls:
+        one.check()
+    bed.check_clear()
+
+
+def all_at_once(calls: Sequence[Call]) -> None:
+    """Launch all of them, each with another rank late."""
+    ranks = calls[0].ranks
+    for i, one in enumerate(calls):
+        ranks.delay(i % ranks.num_ranks, 1)
+        one.launch()
+    _check_all(calls)
+
+
+def sends_and_receipts_at_once(calls: Sequence[Call]) -> None:
+    """Launch sends and, before two more, their receipts; every fourth call is both. Nobody waits in between."""
+    bed, owed = calls[0].bed, []
+    for i, one in enumerate(calls):
+        bed.ranks.delay(i % bed.ranks.num_ranks, 1)
+        while owed and owed[0].epoch < bed.sends[one.channel]:
+            owed.pop(0).launch(RECEIVE)
+        if i % 4 == 3:
+            one.launch(BOTH)
+            continue
+        one.launch(SEND)
+        owed.append(one)
+    for one in owed:
+        one.launch(RECEIVE)
+    _check_all(calls)
+
+
+def the_third_waits_for_room(first: Call, second: Call, third: Call) -> None:
+    """Of two ranks, one receives the first call late: the other's third send waits for that."""
+    bed = first.bed
+    first.run(SEND)
+    second.run(SEND)
+    first.launch(RECEIVE, only=(0,))
+    bed.ranks.wait()
+    third.launch(SEND, only=(0,))
+    bed.ranks.delay(1, 20)
+    first.launch(RECEIVE, only=(1,))
+    bed.sends[third.channel] -= 1  # the second half of one launch
+    third.launch(SEND, only=(1,))
+    bed.ranks.wait()
+    bed.ranks.check_quiet()
+    for one in (second, third):
+        one.run(RECEIVE)
+    _check_all((first, second, third))

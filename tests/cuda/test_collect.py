@@ -21,7 +21,10 @@ from decodes import (
     WIRES,
     Bed,
     Combine,
+    all_at_once,
     decode_ranks,
+    sends_and_receipts_at_once,
+    the_third_waits_for_room,
 )
 from decoding import uneven
 from test_spread import SHORT_S, late_s
@@ -205,14 +208,7 @@ def test_many_calls_at_once(num_ranks):
         Combine(bed, varied(num_ranks, seed), fast=seed % 2 == 1, wire=("same", "same", "fp8")[seed % 3])
         for seed in range(12)
     ]
-    for i, one in enumerate(calls):
-        bed.ranks.delay(i % num_ranks, 1)
-        one.launch()
-    bed.ranks.wait()
-    bed.ranks.check_quiet()
-    for one in calls:
-        one.check()
-    bed.check_clear()
+    all_at_once(calls)
 
 
 @by_numerics
@@ -238,23 +234,7 @@ def test_sends_and_receipts_at_once():
     """The same without waiting in between, with calls that do both."""
     bed = bed_for(3)
     calls = [Combine(bed, varied(3, seed), fast=seed % 2 == 0, hook=seed % 4 != 3) for seed in range(14)]
-    owed: list[Combine] = []
-    for i, one in enumerate(calls):
-        bed.ranks.delay(i % 3, 1)
-        while owed and owed[0].epoch < bed.sends[COMBINE]:
-            owed.pop(0).launch(RECEIVE)
-        if i % 4 == 3:
-            one.launch(BOTH)
-            continue
-        one.launch(SEND)
-        owed.append(one)
-    for one in owed:
-        one.launch(RECEIVE)
-    bed.ranks.wait()
-    bed.ranks.check_quiet()
-    for one in calls:
-        one.check()
-    bed.check_clear()
+    sends_and_receipts_at_once(calls)
 
 
 @pytest.mark.parametrize("before", [-3, -2])
@@ -266,23 +246,7 @@ def test_epochs_wrap_around(before):
     for i, one in enumerate(calls):
         for table in one._tables:
             table[EPOCH] = before + 1 + i
-    first, second, third = calls
-    first.run(SEND)
-    second.run(SEND)
-    first.launch(RECEIVE, only=(0,))
-    bed.ranks.wait()
-    third.launch(SEND, only=(0,))
-    bed.ranks.delay(1, 20)
-    first.launch(RECEIVE, only=(1,))
-    bed.sends[COMBINE] -= 1
-    third.launch(SEND, only=(1,))
-    bed.ranks.wait()
-    bed.ranks.check_quiet()
-    second.run(RECEIVE)
-    third.run(RECEIVE)
-    for one in calls:
-        one.check()
-    bed.check_clear()
+    the_third_waits_for_room(*calls)
 
 
 @pytest.mark.parametrize("late", [0, 2])

@@ -19,7 +19,10 @@ from decodes import (
     Bed,
     Combine,
     Dispatch,
+    all_at_once,
     decode_ranks,
+    sends_and_receipts_at_once,
+    the_third_waits_for_room,
 )
 from virtual import MACHINE, POISON, Ranks
 
@@ -213,14 +216,7 @@ def test_many_calls_at_once(num_ranks):
     """Twelve calls on every stream before the first has ended: halves take turns, acks keep ranks from running away."""
     bed = Bed(decode_ranks(num_ranks), replace(SHAPE, num_experts=4 * num_ranks))
     calls = [Dispatch(bed, varied(num_ranks, seed), SCALES[seed % 2]) for seed in range(12)]
-    for i, one in enumerate(calls):
-        bed.ranks.delay(i % num_ranks, 1)
-        one.launch()
-    bed.ranks.wait()
-    bed.ranks.check_quiet()
-    for one in calls:
-        one.check()
-    bed.check_clear()
+    all_at_once(calls)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
@@ -244,23 +240,7 @@ def test_sends_and_receipts_at_once():
     """The same without waiting in between, with calls that do both."""
     bed = Bed(decode_ranks(3), replace(SHAPE, num_experts=12))
     calls = [Dispatch(bed, varied(3, seed), counts=True) for seed in range(14)]
-    owed: list[Dispatch] = []
-    for i, one in enumerate(calls):
-        bed.ranks.delay(i % 3, 1)
-        while owed and owed[0].epoch < bed.sends[DISPATCH]:
-            owed.pop(0).launch(RECEIVE)
-        if i % 4 == 3:
-            one.launch(BOTH)
-            continue
-        one.launch(SEND)
-        owed.append(one)
-    for one in owed:
-        one.launch(RECEIVE)
-    bed.ranks.wait()
-    bed.ranks.check_quiet()
-    for one in calls:
-        one.check()
-    bed.check_clear()
+    sends_and_receipts_at_once(calls)
 
 
 def test_receipts_in_another_order():
@@ -287,23 +267,8 @@ def test_a_rank_waits_until_its_peer_has_received(before):
     if before is not None:
         bed.start_at(before)
     first, second, third = (Dispatch(bed, varied(2, seed), counts=True) for seed in (1, 2, 3))
-    first.run(SEND)
-    second.run(SEND)
-    first.launch(RECEIVE, only=(0,))
-    bed.ranks.wait()
-    third.launch(SEND, only=(0,))
-    bed.ranks.delay(1, 20)
-    first.launch(RECEIVE, only=(1,))
-    third.bed.sends[DISPATCH] -= 1
-    third.launch(SEND, only=(1,))
-    bed.ranks.wait()
-    bed.ranks.check_quiet()
+    the_third_waits_for_room(first, second, third)
     assert third.wait_ns[0][1] > 0, "rank 0 has waited for rank 1, but nobody knows"
-    for one in (second, third):
-        one.run(RECEIVE)
-    for one in (first, second, third):
-        one.check()
-    bed.check_clear()
 
 
 @pytest.mark.parametrize("late", [0, 2])
