@@ -239,9 +239,10 @@ class ExpertGroup:
         self._backend.synchronize()
 
     def new_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Return undefined rows for `combine`, in memory that peers can read: then it copies nothing before it sends.
+        """Return undefined rows for `combine`, in memory that peers can read: it copies nothing before it sends.
 
-        Contract: local, at once. Optional: `combine` takes any tensor. Rows of `dispatch` lie in such memory too.
+        Contract: local, at once. Optional: `combine` takes any tensor, and pushes ROWS that lie elsewhere, which takes
+        no longer for many tokens. Rows of `dispatch` lie in such memory too.
 
         Args:
             plan: Of the `dispatch` whose rows they answer.
@@ -332,7 +333,7 @@ class ExpertGroup:
         Example:
             >>> import torch, tokenferry
             >>> shape = tokenferry.MoeShape(num_experts=2, top_k=1, hidden=4, max_tokens=8)
-        >>> group = tokenferry.ExpertGroup(None, shape, backend="cpu")
+            >>> group = tokenferry.ExpertGroup(None, shape, backend="cpu")
             >>> x = torch.arange(12.0).reshape(3, 4)
             >>> by_expert = tokenferry.Delivery(tokenferry.Layout.EXPERTS)
             >>> sent = group.dispatch(x, tokenferry.Routing(torch.tensor([[1], [0], [1]])), delivery=by_expert)
@@ -390,7 +391,7 @@ class ExpertGroup:
         Contract:
             Collective: yes.
             Host: CPU backend: returns when the sums are here. CUDA: returns at once, on torch's current stream; rows
-                that peers cannot read where they are (see `new_rows`) are copied first.
+                that peers cannot read where they are (see `new_rows`) are pushed; EXPERTS and MASKED: copied first.
             CUDA graph: capturable.
             Gradient: none; use `tokenferry.autograd.combine`.
 
@@ -409,6 +410,7 @@ class ExpertGroup:
 
         Raises:
             PlanError: the plan is another group's.
+            CapacityError: CUDA: the heap has no room for what comes home, or for copies; gives the numbers.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("combine")

@@ -27,12 +27,17 @@ DISPATCH_US = ((8, 290), (12, 250), (16, 250), (20, 252), (24, 254))
 COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
 """The same of a combine of bfloat16 rows in the heap."""
 
+PUSH_US = ((16, 676), (20, 520), (24, 502), (36, 501), (66, 498), (132, 487))
+"""The same of rows in the user's memory, which are pushed; 1024 rows: 166 us with 24, 162 with 66."""
+
 DISPATCH_SMS = 16
 COMBINE_SMS = 16
+PUSH_SMS = 24
 
 _ROWS_AT_ONCE = 8  # rows that the warps of one SM move at the same time
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum at the same time
 _PIECE_BYTES = 2048
+_SHORT_PUSH = 2048  # rows: of fewer, most of the time goes by until the first ones land and after the last ones have
 _LEAST_HEAP = 64 << 20
 _MOST_DECODE = 512 << 20
 """Shapes whose decode calls have more than this under way are not shapes for decoding."""
@@ -66,12 +71,14 @@ class Tuning:
 
     Attributes:
         dispatch_sms: SMs of `dispatch` and `redispatch` unless the call says.
-        combine_sms: SMs of `combine` unless the call says.
+        combine_sms: SMs of `combine` unless the call says, of rows in the group's memory or by expert.
+        push_sms: The same of ROWS that lie in the user's memory.
         reasons: Why, a sentence each.
     """
 
     dispatch_sms: int
     combine_sms: int
+    push_sms: int
     reasons: tuple[str, ...]
 
 
@@ -99,7 +106,8 @@ def tune(shape: MoeShape, topology: Topology) -> Tuning:
     """
     dispatch, why_dispatch = _dispatch_sms(shape, topology)
     combine, why_combine = _combine_sms(shape, topology)
-    return Tuning(dispatch, combine, (why_dispatch, why_combine))
+    push, why_push = _push_sms(shape, topology)
+    return Tuning(dispatch, combine, push, (why_dispatch, why_combine, why_push))
 
 
 def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> Travel:
@@ -162,6 +170,31 @@ def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     return chosen, (
         f"combine: {chosen} SMs: bfloat16 rows of T=4096 took {best} us with 16 to 24 SMs and {fewer[1]} us with "
         f"{fewer[0]} (4 H200); bulk loads from peers are slower with many ({gbps(LOAD_GBPS, 48):.0f} GB/s with 48)"
+    )
+
+
+def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
+    what, most = "combine of rows in the user's memory", topology.num_sms
+    pieces = -(-2 * shape.hidden // _PIECE_BYTES)
+    needed = 2 * -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)  # as many push as add up
+    wanted = PUSH_SMS if shape.max_tokens >= _SHORT_PUSH else max(PUSH_SMS, most // 2)
+    if needed < wanted:
+        chosen = min(needed, most)
+        return chosen, f"{what}: {chosen} SMs: more find nothing to push or to add up at M={shape.max_tokens}"
+    chosen = min(wanted, most)
+    if chosen < PUSH_SMS:
+        return chosen, f"{what}: {chosen} SMs: all that the device has; {PUSH_SMS} would be taken of a larger one"
+    if topology.num_ranks == 1:
+        return chosen, f"{what}: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+    if chosen > PUSH_SMS:
+        return chosen, (
+            f"{what}: {chosen} SMs: half of the device, if less than {_SHORT_PUSH} tokens come home: rows land late "
+            "and then all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
+        )
+    times, few, many = dict(PUSH_US), PUSH_US[0], PUSH_US[-2]
+    return chosen, (
+        f"{what}: {chosen} SMs: some push, the others add up what lands: bfloat16 rows of T=4096 took "
+        f"{times[PUSH_SMS]} us, {few[1]} with {few[0]} and {many[1]} with {many[0]} (4 H200)"
     )
 
 

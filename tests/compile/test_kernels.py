@@ -17,6 +17,7 @@ from tokenferry.kernels.board import MAX_EXPERTS, MAX_RANKS
 from tokenferry.kernels.count import spec as count_spec
 from tokenferry.kernels.move import spec as move_spec
 from tokenferry.kernels.pull import spec as pull_spec
+from tokenferry.kernels.push import spec as push_spec
 from tokenferry.kernels.spread import spec as spread_spec
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: kernels cannot be compiled here")
@@ -60,6 +61,7 @@ DYNAMIC = {
     "count": max(count_spec.smem_bytes(E, R) for E in (1, MAX_EXPERTS) for R in (1, MAX_RANKS)),
     "place": count_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS),
     "pull": pull_spec.SMEM_BYTES,
+    "push": max(push_spec.cut(row).smem_bytes for row in range(16, MOST_ROW + 1, 16)),
     "move": max(move_spec.cut(row, scale).smem_bytes for row in range(16, MOST_ROW + 1, 16) for scale in (0, 16, 224)),
     "spread": max(spread_spec.smem_bytes(1 << n, MAX_EXPERTS, MAX_RANKS, 1 << 16) for n in range(24)),
 }

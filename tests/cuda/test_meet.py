@@ -13,7 +13,6 @@ from tokenferry.kernels.board import CARD_WORDS, MAX_RANKS, ROWS_WORD, Fault
 from tokenferry.kernels.count import spec as count_spec
 from tokenferry.kernels.move import spec as move_spec
 from tokenferry.kernels.pull import spec as pull_spec
-from tokenferry.kernels.pull.spec import Mode
 from tokenferry.testing.cases import Case
 
 SHORT_S = 0.2
@@ -36,7 +35,7 @@ def moving(ranks: Ranks):
 
 
 def pulling(ranks: Ranks):
-    one = Pull(ranks, Sizes((20,) * ranks.num_ranks, 528, 6), torch.bfloat16, Mode.grouped)
+    one = Pull(ranks, Sizes((20,) * ranks.num_ranks, 528, 6), torch.bfloat16)
     fields = [one.fields(r) for r in range(ranks.num_ranks)]
     return pull_spec.SPEC, [{**f, "keep_alive": one} for f in fields], one.launch_sizes(), one.config
 

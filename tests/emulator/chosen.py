@@ -7,7 +7,7 @@ import os
 import pytest
 
 FILES = (
-    *("test_plan.py", "test_move.py", "test_pull.py", "test_unpack.py", "test_meet.py"),
+    *("test_plan.py", "test_move.py", "test_pull.py", "test_push.py", "test_unpack.py", "test_meet.py"),
     *("test_spread.py", "test_collect.py"),
 )
 """Tests of single kernels."""

@@ -54,7 +54,7 @@ DEV void emu_finish_groups(size_t left) {
         for (const EmuCopy& one : groups[0]) emu_copy(one);
 }
 template <int N> DEV void bulk_wait_read() { emu_finish_groups(N); }
-DEV void bulk_wait_all() { emu_finish_groups(0); }
+template <int N> DEV void bulk_wait() { emu_finish_groups(N); }
 
 // ---- order between threads and ranks; whoever polls lets others go on
 
@@ -68,6 +68,10 @@ DEV u32 load_acquire(const u32* p) { emu_change_fiber(); return __atomic_load_n(
 DEV u64 load_acquire(const u64* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 DEV u32 load_relaxed(const u32* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
 DEV u64 load_relaxed(const u64* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
+
+DEV void store_relaxed(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+DEV void store_in_block(u32* p, u32 v) { *p = v; }
+DEV u32 load_in_block(const u32* p) { emu_change_fiber(); return *p; }
 
 DEV float log2_near(float v) { return log2f(v); }
 DEV float exp2_near(float v) { return exp2f(v); }
@@ -97,6 +101,8 @@ DEV u32 pack_fp8(float a, float b, float c, float d) {
 DEV void unpack_fp8(u32 v, float (&n)[4]) {
     for (int i = 0; i < 4; i++) n[i] = emu_from_float8(v >> 8 * i & 0xff);
 }
+
+DEV void nap() { emu_change_fiber(); }
 
 DEV u64 clock_ns() {
     timespec t;

@@ -89,7 +89,7 @@ def test_a_buffer_is_poisoned_until_its_load_is_waited_for(tmp_path):
         bulk_store(memory + 16, shared, 16);
         bulk_commit();
         memory[66] = memory[16];
-        bulk_wait_all();
+        bulk_wait<0>();
     }
     __syncthreads();
     if (threadIdx.x == 32) memory[67] = memory[16];

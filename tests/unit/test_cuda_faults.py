@@ -8,7 +8,7 @@ import torch
 from tokenferry.backends.cpu_messages import dtype_code
 from tokenferry.backends.cuda_faults import Ledger, Pinned, Signature
 from tokenferry.errors import MismatchError
-from tokenferry.kernels.board import RECORD_WORDS, Fault
+from tokenferry.kernels.board import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
 
 SIGNATURE = Signature(
     "dispatch", num_experts=4, max_tokens=8, device_counts=0, bytes_of_topk_idx=16, dtype=dtype_code(torch.float32)
@@ -33,6 +33,22 @@ def test_what_differs_is_called_what_the_user_calls_it(word, seen, told):
     assert str(error) == (
         f"dispatch #7: rank 0 and rank 2 made different calls: {told}; it has to be the same on all ranks"
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (ROWS_WORD, "rank 2 has 5 rows for rank 0, whose plan says 6"),
+        (ROOM_WORD, "rank 0 has 6 rows for rank 2, whose plan says 5"),
+        (START_WORD, "the plan of rank 0 names row 6 of rank 2, whose rows for it begin at 5"),
+    ],
+)
+def test_plans_that_do_not_fit(word, told):
+    ledger = Ledger(0)
+    ledger.note(7, Signature("combine"))
+    error = ledger.explain([Fault.mismatch, 7, 2, word, 5, 6, 2, 0])
+    assert isinstance(error, MismatchError)
+    assert str(error) == f"combine #7: {told}; use plans of the same dispatch on all ranks"
 
 
 def test_a_call_that_nobody_remembers():

@@ -21,22 +21,30 @@ def sized(max_tokens, hidden=7168):
 
 def test_large_calls_take_the_measured_numbers():
     tuned = tune(V3, H200)
-    assert (tuned.dispatch_sms, tuned.combine_sms) == (16, 16)
-    dispatch, combine = tuned.reasons
+    assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == (16, 16, 24)
+    dispatch, combine, push = tuned.reasons
     assert "250 us with 12 to 24 SMs" in dispatch
     assert "290 us with 8" in dispatch
     assert "496 us with 16 to 24 SMs" in combine
+    assert "502 us, 676 with 16 and 498 with 66" in push
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "hidden", "dispatch", "combine"),
-    # An SM moves 8 rows, or sums 12 pieces of 2048 bytes, at a time.
-    [(1, 7168, 1, 1), (8, 7168, 1, 5), (9, 7168, 2, 6), (128, 7168, 16, 16), (192, 7168, 16, 16), (24, 8, 3, 2)],
+    ("max_tokens", "hidden", "numbers"),
+    # An SM moves 8 rows, or sums 12 pieces of 2048 bytes, at a time; as many push as add up.
+    [
+        (1, 7168, (1, 1, 2)),
+        (8, 7168, (1, 5, 10)),
+        (9, 7168, (2, 6, 12)),
+        (128, 7168, (16, 16, 66)),
+        (192, 7168, (16, 16, 66)),
+        (24, 8, (3, 2, 4)),
+    ],
 )
-def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, dispatch, combine):
+def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, numbers):
     tuned = tune(sized(max_tokens, hidden), H200)
-    assert (tuned.dispatch_sms, tuned.combine_sms) == (dispatch, combine)
-    for number, reason in zip((dispatch, combine), tuned.reasons, strict=True):
+    assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == numbers
+    for number, reason in zip(numbers, tuned.reasons, strict=True):
         assert f": {number} SMs: " in reason
 
 
@@ -47,7 +55,9 @@ def test_never_more_than_there_are_and_never_none(max_tokens, num_sms, num_ranks
     tuned = tune(sized(max_tokens), Topology(num_ranks, num_sms))
     assert 1 <= tuned.dispatch_sms <= num_sms
     assert 1 <= tuned.combine_sms <= num_sms
-    assert [reason.split(":")[0] for reason in tuned.reasons] == ["dispatch", "combine"]
+    assert 1 <= tuned.push_sms <= num_sms
+    names = ["dispatch", "combine", "combine of rows in the user's memory"]
+    assert [reason.split(":")[0] for reason in tuned.reasons] == names
 
 
 def test_one_rank_has_no_links_to_argue_with():

@@ -19,16 +19,15 @@ from tokenferry.backends.cpu_messages import dtype_code
 from tokenferry.backends.cuda_decode import Decoder
 from tokenferry.backends.cuda_delivery import Dock, shaped
 from tokenferry.backends.cuda_faults import Signature
-from tokenferry.backends.cuda_launch import Cargo, Sources, Sum
+from tokenferry.backends.cuda_launch import Cargo, Sum
 from tokenferry.backends.cuda_memory import Shelf, aligned, overlap
 from tokenferry.backends.cuda_plan import CODES, Geometry
 from tokenferry.backends.cuda_region import Exchange
 from tokenferry.backends.cuda_return import Masks
-from tokenferry.backends.cuda_station import Station
+from tokenferry.backends.cuda_station import Here, Station
 from tokenferry.errors import ArgumentError
 from tokenferry.kernels.board import TRACE_WORDS
 from tokenferry.kernels.place.spec import num_columns
-from tokenferry.kernels.pull.spec import Mode
 from tokenferry.tuning import Topology, Tuning, tune
 from tokenferry.words import (
     Combined,
@@ -67,7 +66,7 @@ class CudaBackend:
         self._known: dict[tuple[Any, ...], tuple[Signature, Geometry, int]] = {}
         self._signatures: dict[tuple[Any, ...], Signature] = {}
         self._tunings: dict[MoeShape, Tuning] = {}
-        self._combine_sms: dict[tuple[int, ...], int] = {}
+        self._combine_tunings: dict[tuple[int, ...], Tuning] = {}
 
     @property
     def broken(self) -> str | None:
@@ -146,10 +145,9 @@ class CudaBackend:
         return self.dock.along(here, cargo, plan, sms)
 
     def combine(self, request: CombineRequest) -> Combined:
-        """Stage what peers cannot reach; each rank pulls its own tokens' rows and adds them up."""
+        """Bring rows home, or fetch them where they lie by expert; each rank adds up its own tokens' rows."""
         y, plan, weights = request.y, request.plan, request.topk_weights
         top_k, hidden = plan.topk_idx.shape[1], y.shape[-1]
-        by_rank = plan.delivery.layout is Layout.ROWS
         key = ("combine", plan.delivery.layout, y.dtype, hidden, weights is None)
         signature = self._signatures.get(key)
         if signature is None:
@@ -162,47 +160,41 @@ class CudaBackend:
                 bytes_of_weights=0 if weights is None else 4,
             )
         here = self.station.begin(signature)
-        y_at, block, own = self.shelf.share(here, y, plan, request.num_sms or self.station.num_sms)
-        weights_at, other = (0, None) if weights is None else self.shelf.reachable(here, weights)
         out = request.out
         if out is None or out.data_ptr() % 16 or overlap(out, y):
             out = torch.empty(plan.num_tokens, hidden, dtype=y.dtype, device=self.device)
         home = None
         if weights is not None:
             home = torch.empty(plan.num_tokens, top_k, dtype=torch.float32, device=self.device)
-        places = plan.places
-        first = 0 if by_rank else 2 * self.num_ranks + top_k  # the columns `send`, or `pull`
-        width = self.num_ranks if by_rank else top_k
-        cuda_launch.pull(
-            self.station,
-            here,
-            Sources(
-                places.data_ptr() + 4 * first,
-                places.shape[1],
-                width,
-                by_rank,
-                source=cuda_launch.address(own),
-            ),
-            Sum(out, Mode.rows if by_rank else Mode.grouped, _biases(request.biases), home, places, top_k),
-            (plan.src_counts, plan.dst_counts),
-            (y_at, weights_at),
-            request.num_sms or self.combine_sms(plan, hidden),
-        )
-        del block, other, own  # given back on this stream, behind the kernel
+        weights_at, kept = (0, None) if weights is None else self.shelf.reachable(here, weights)
+        self._add_up(here, y, Sum(plan, out, _biases(request.biases), home), weights_at, request.num_sms)
+        del kept  # given back on this stream, behind the kernel
         if request.out is not None and request.out is not out:
             request.out.copy_(out)
             out = request.out
         return Combined(out, home)
 
-    def combine_sms(self, plan: Plan, hidden: int) -> int:
+    def _add_up(self, here: Here, y: Tensor, result: Sum, weights_at: int, num_sms: int | None) -> None:
+        """Launch what brings rows home and adds them up."""
+        plan, shelf, tuned = result.plan, self.shelf, self.combine_tuning(result.plan, y.shape[-1])
+        if plan.delivery.layout is Layout.ROWS:
+            y, rows_at = aligned(y), shelf.offset(y)
+            room = shelf.room(here, plan.dst_token.shape[0] * y.shape[1] * y.element_size())
+            sms = num_sms or (tuned.combine_sms if rows_at else tuned.push_sms)
+            cuda_launch.push(self.station, here, result, y, (room.offset, weights_at, rows_at), sms)
+        else:
+            y_at, _kept = shelf.share(here, y, plan, num_sms or self.station.num_sms)
+            cuda_launch.pull(self.station, here, result, (y_at, weights_at), num_sms or tuned.combine_sms)
+
+    def combine_tuning(self, plan: Plan, hidden: int) -> Tuning:
         """SMs of a combine along a plan."""
         key = (plan.expert_counts.shape[0], plan.topk_idx.shape[1], hidden, plan.num_tokens)
-        found = self._combine_sms.get(key)
+        found = self._combine_tunings.get(key)
         if found is None:
-            if len(self._combine_sms) >= _MOST_SIGNATURES:
-                self._combine_sms.clear()
+            if len(self._combine_tunings) >= _MOST_SIGNATURES:
+                self._combine_tunings.clear()
             shape = MoeShape(key[0] * self.num_ranks, key[1], hidden, max(key[3], 1))
-            found = self._combine_sms[key] = tune(shape, Topology(self.num_ranks, self.station.num_sms)).combine_sms
+            found = self._combine_tunings[key] = tune(shape, Topology(self.num_ranks, self.station.num_sms))
         return found
 
     # ------------------------------------------------------------------ decode

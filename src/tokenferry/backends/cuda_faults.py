@@ -20,8 +20,10 @@ from tokenferry.kernels.board import (
     MAX_EXPERTS,
     MAX_RANKS,
     RECORD_WORDS,
+    ROOM_WORD,
     ROWS_WORD,
     SIGNATURE_WORDS,
+    START_WORD,
     Fault,
 )
 from tokenferry.kernels.count.spec import HOST_WORDS_BEFORE_EXPERTS
@@ -192,6 +194,16 @@ class Ledger:
             return MismatchError(
                 f"{call.phase} #{call.number}: rank {peer} has {seen} rows for rank {rank}, whose plan says {expected};"
                 " use plans of the same dispatch on all ranks"
+            )
+        if word == ROOM_WORD:
+            return MismatchError(
+                f"{call.phase} #{call.number}: rank {rank} has {expected} rows for rank {peer}, whose plan says {seen};"
+                " use plans of the same dispatch on all ranks"
+            )
+        if word == START_WORD:
+            return MismatchError(
+                f"{call.phase} #{call.number}: the plan of rank {rank} names row {expected} of rank {peer}, whose rows "
+                f"for it begin at {seen}; use plans of the same dispatch on all ranks"
             )
         start = f"{call.phase} #{call.number}: rank {rank} and rank {peer} made different calls"
         if not fields:  # of a call long ago, in a CUDA graph

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.cuda_station import Here, Prepared, Station
+from tokenferry.jit.kernel import KernelSpec
 from tokenferry.kernels.board import OFFSET_BYTES
 from tokenferry.kernels.count import spec as count_spec
 from tokenferry.kernels.describe import TYPES
 from tokenferry.kernels.move import spec as move_spec
 from tokenferry.kernels.place import spec as place_spec
 from tokenferry.kernels.pull import spec as pull_spec
+from tokenferry.kernels.push import spec as push_spec
 from tokenferry.kernels.stage import spec as stage_spec
 from tokenferry.kernels.unpack import spec as unpack_spec
+from tokenferry.words import Plan
 
 ROWS, EXPERTS, MASKED = 0, 1, 2
 """What the kernels call the layouts."""
@@ -29,7 +32,8 @@ ROWS, EXPERTS, MASKED = 0, 1, 2
 _OFFSETS = struct.Struct("<6I")
 _COUNT = struct.Struct("<9QI")
 _SEVEN = struct.Struct("<7Q")
-_PULL = struct.Struct("<11QI")
+_SUM = struct.Struct("<9Q")
+_PUSH = struct.Struct("<QII")
 
 
 @dataclass(slots=True)
@@ -263,10 +267,8 @@ def unpack(
     prepared.launch(num_sms, here.stream)
 
 
-def stage(
-    station: Station, here: Here, source: Tensor, target: int, counts: tuple[Tensor, Tensor], num_sms: int
-) -> None:
-    """Launch `stage` for ``source`` ``[N, H]``, or ``[L, capacity, H]``; ``counts``: src_counts, expert_counts."""
+def stage(station: Station, here: Here, source: Tensor, target: int, plan: Plan, num_sms: int) -> None:
+    """Launch `stage` for ``source`` ``[L, capacity, H]``."""
     key = (stage_spec.SPEC,)
     prepared = station.prepared.get(key)
     if prepared is None:
@@ -275,101 +277,102 @@ def stage(
     p = prepared.params
     station.address(prepared, here)
     p.source, p.to = source.data_ptr(), target
-    p.src_counts, p.expert_counts = counts[0].data_ptr(), counts[1].data_ptr()
-    p.num_local, p.capacity = counts[1].shape[0], source.shape[1] if source.ndim == 3 else 0
-    p.row_bytes = source.shape[-1] * source.element_size()
+    p.src_counts, p.expert_counts = plan.src_counts.data_ptr(), plan.expert_counts.data_ptr()
+    p.num_local, p.capacity, p.row_bytes = *source.shape[:2], source.shape[2] * source.element_size()
     prepared.launch(num_sms, here.stream)
-
-
-@dataclass(slots=True)
-class Sources:
-    """Which rows `pull` adds up for each of T tokens.
-
-    Attributes:
-        table: Address of the first entry in a table of int32 places.
-        stride: Columns of that table.
-        width: Entries of a token.
-        by_rank: Entry r is a place on rank r; else entries say their rank.
-        weights: Mode.weighted: one weight an entry, or with ``by_place`` one a place.
-        by_place: See there.
-        local: Address of rows in this rank's memory: nobody is met; 0: rows lie in the ranks' windows.
-        source: Address of rows of which only peers have a staged copy; 0: all ranks read the same.
-    """
-
-    table: int
-    stride: int
-    width: int
-    by_rank: bool
-    weights: Tensor | None = None
-    by_place: bool = False
-    local: int = 0
-    source: int = 0
 
 
 @dataclass(slots=True)
 class Sum:
-    """Where `pull` puts its sums, and what they start from; ``places`` and ``top_k`` are for ``weights_out``."""
+    """What `pull` and `push` add up, and where they put it.
 
+    Attributes:
+        plan: Where the rows of each token are.
+        out: ``[T, H]``.
+        biases: What sums start from: up to two of ``[T, H]``.
+        weights_out: ``[T, K]`` float32 for the weights that come home, or None.
+    """
+
+    plan: Plan
     out: Tensor
-    mode: pull_spec.Mode
-    biases: tuple[Tensor, ...] = ()
-    weights_out: Tensor | None = None
-    places: Tensor | None = None
-    top_k: int = 0
+    biases: tuple[Tensor, ...]
+    weights_out: Tensor | None
 
 
-def pull(
-    station: Station,
-    here: Here,
-    sources: Sources,
-    result: Sum,
-    counts: tuple[Tensor, Tensor],
-    offsets: tuple[int, int],
-    num_sms: int,
-) -> None:
-    """Launch `pull`. ``counts``: rows out, rows in; ``offsets`` of this rank's rows and weights in its window."""
-    out, places = result.out, result.places
-    width = 0 if places is None else places.shape[1]
-    key = (
-        pull_spec.SPEC,
-        out.dtype,
-        result.mode,
-        out.shape[1],
-        sources.width,
-        sources.stride,
-        sources.by_rank,
-        width,
-        result.top_k,
-    )
-    prepared = station.prepared.get(key)
-    if prepared is None:
-        prepared = station.prepare(key, pull_spec.SPEC, type=TYPES[out.dtype], mode=int(result.mode))
-        p = prepared.params
-        p.table_stride, p.width, p.by_rank = sources.stride, sources.width, sources.by_rank
-        p.places_stride, p.top_k = width, result.top_k
-        p.row_bytes = out.shape[1] * out.element_size()
-        p.pieces = -(-p.row_bytes // pull_spec.PIECE_BYTES)
-        prepared.block, prepared.smem_bytes = pull_spec.MAX_WARPS * 32, pull_spec.SMEM_BYTES
-    station.address(prepared, here)
+def pull(station: Station, here: Here, result: Sum, offsets: tuple[int, int], num_sms: int) -> None:
+    """Launch `pull`; ``offsets``: where in this rank's window its rows and weights are."""
+    prepared = _prepared_sum(station, pull_spec.SPEC, result)
+    first = 2 * station.num_ranks + result.plan.topk_idx.shape[1]  # the columns `pull`
+    _fill_sum(station, here, prepared, result, 4 * first)
     _OFFSETS.pack_into(
         prepared.view, prepared.offsets, offsets[0] // OFFSET_BYTES, offsets[1] // OFFSET_BYTES, 0, 0, 0, 0
     )
-    biases = result.biases
-    _PULL.pack_into(
+    prepared.launch(num_sms, here.stream)
+
+
+def push(
+    station: Station, here: Here, result: Sum, source: Tensor, offsets: tuple[int, int, int], num_sms: int
+) -> None:
+    """Launch `push` for ``source`` ``[N, H]``.
+
+    ``offsets`` in this rank's window: where peers' rows land, its weights, and, if peers are to fetch them, its rows.
+    """
+    prepared = _prepared_sum(station, push_spec.SPEC, result)
+    _fill_sum(station, here, prepared, result, 0)
+    landing, weights, rows = offsets
+    num_tokens, pieces = result.out.shape[0], -(-source.shape[1] * source.element_size() // pull_spec.PIECE_BYTES)
+    pushers = 0 if rows or station.num_ranks == 1 else push_spec.num_pushers(num_sms)
+    whole = 0 if rows else push_spec.num_whole(num_tokens, pieces, max(1, num_sms - pushers))
+    bits = push_spec.unit_bits(num_tokens)
+    _PUSH.pack_into(prepared.view, prepared.first + _SUM.size, source.data_ptr(), pushers, whole)
+    _OFFSETS.pack_into(
+        prepared.view,
+        prepared.offsets,
+        landing // OFFSET_BYTES,
+        weights // OFFSET_BYTES,
+        0,
+        bits,
+        rows // OFFSET_BYTES,
+        0,
+    )
+    prepared.launch(num_sms, here.stream)
+
+
+def _prepared_sum(station: Station, spec: KernelSpec, result: Sum) -> Prepared:
+    out, stride, top_k = result.out, result.plan.places.shape[1], result.plan.topk_idx.shape[1]
+    key = (spec, out.dtype, out.shape[1], stride, top_k)
+    found = station.prepared.get(key)
+    if found is not None:
+        return found
+    found = station.prepare(key, spec, type=TYPES[out.dtype])
+    p = found.params
+    p.table_stride = p.places_stride = stride
+    p.top_k = top_k
+    p.row_bytes = out.shape[1] * out.element_size()
+    p.pieces = -(-p.row_bytes // pull_spec.PIECE_BYTES)
+    found.block, found.smem_bytes = spec.max_threads, pull_spec.SMEM_BYTES
+    p.width = top_k
+    if spec is push_spec.SPEC:
+        p.width, rings = station.num_ranks, push_spec.cut(p.row_bytes)
+        p.row_pieces, p.piece_bytes, p.pitch = rings.pieces, rings.piece_bytes, rings.pitch
+        p.stages, p.warps, found.smem_bytes = rings.stages, rings.warps, rings.smem_bytes
+    return found
+
+
+def _fill_sum(station: Station, here: Here, prepared: Prepared, result: Sum, before: int) -> None:
+    """What `pull` and `push` have in common; ``before``: bytes of ``places`` before the columns of the table."""
+    plan, biases, out, places = result.plan, result.biases, result.out, result.plan.places.data_ptr()
+    station.address(prepared, here)
+    _SUM.pack_into(
         prepared.view,
         prepared.first,
-        sources.table,
-        address(places),
-        sources.local,
+        places + before,
+        places,
         out.data_ptr(),
         biases[0].data_ptr() if biases else 0,
         biases[1].data_ptr() if len(biases) > 1 else 0,
-        address(sources.weights),
         address(result.weights_out),
-        counts[0].data_ptr(),
-        counts[1].data_ptr(),
-        sources.source,
+        plan.src_counts.data_ptr(),
+        plan.dst_counts.data_ptr(),
         out.shape[0],
     )
-    prepared.params.weight_by_place = sources.by_place
-    prepared.launch(num_sms, here.stream)

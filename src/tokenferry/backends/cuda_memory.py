@@ -76,39 +76,35 @@ class Shelf:
         """A part of a block as a tensor, which keeps the block alive."""
         return tensor_at(block.address + start, shape, dtype, self._station.device, block)
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether peers can reach a tensor where it lies."""
+    def offset(self, tensor: Tensor) -> int:
+        """Where in the window a tensor lies that peers can reach; 0: they cannot."""
         pointer = tensor.data_ptr()
         end = pointer + tensor.numel() * tensor.element_size()
-        return self._base <= pointer and end <= self._end and pointer % 16 == 0
+        return pointer - self._base if self._base <= pointer and end <= self._end and pointer % 16 == 0 else 0
+
+    def room(self, here: Here, num_bytes: int) -> Block:
+        """A block that a call needs while it runs."""
+        return self.block(here.signature.phase, num_bytes, here.stream, None if here.capturing else 0)
 
     def reachable(self, here: Here, tensor: Tensor) -> tuple[int, Block | None]:
         """Where peers find a tensor: its offset in the window; it is copied into a block if it lies elsewhere."""
-        if self.holds(tensor):
-            return tensor.data_ptr() - self._base, None
-        block = self.block(
-            here.signature.phase, tensor.numel() * tensor.element_size(), here.stream, None if here.capturing else 0
-        )
+        offset = self.offset(tensor)
+        if offset:
+            return offset, None
+        block = self.room(here, tensor.numel() * tensor.element_size())
         if tensor.numel():
             self.tensor(block, 0, tuple(tensor.shape), tensor.dtype).copy_(tensor)
         return block.offset, block
 
-    def share(self, here: Here, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None, Tensor | None]:
-        """The same for a plan's rows, of which only those that peers ask for are copied.
-
-        Returns:
-            tuple: the offset, the block if there is one, and what holds this rank's own rows, if not the block.
-        """
-        layout = plan.delivery.layout
-        if layout is Layout.EXPERTS or self.holds(y):
-            return *self.reachable(here, y), None
-        block = self.block(
-            here.signature.phase, y.numel() * y.element_size(), here.stream, None if here.capturing else 0
-        )
+    def share(self, here: Here, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None]:
+        """The same for a plan's rows by expert; of MASKED only those below the counts are copied."""
+        if plan.delivery.layout is Layout.EXPERTS or self.offset(y):
+            return self.reachable(here, y)
+        block = self.room(here, y.numel() * y.element_size())
         y = aligned(y)
         if y.numel():
-            cuda_launch.stage(self._station, here, y, block.address, (plan.src_counts, plan.expert_counts), num_sms)
-        return block.offset, block, y if layout is Layout.ROWS else None
+            cuda_launch.stage(self._station, here, y, block.address, plan, num_sms)
+        return block.offset, block
 
 
 def aligned(tensor: Tensor) -> Tensor:

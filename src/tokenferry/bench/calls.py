@@ -226,7 +226,7 @@ class _Cases:
         check_rows(f"{what}, FP8", self.sizes, variant, self.here.rank, got)
 
     def _case(self, call: str, rows: str, num_sms: int | None, prepare: Callable[[], Step]) -> None:
-        combine = call.startswith("combine")
+        kind = kind_of(call)
         row_bytes = self.sizes.hidden + 4 * (self.sizes.hidden // 128) if rows == "fp8" else 2 * self.sizes.hidden
         label = Label(
             who="tokenferry",
@@ -234,21 +234,28 @@ class _Cases:
             rows=rows,
             tokens=self.sizes.tokens,
             routing=self.sizes.routing,
-            num_sms=num_sms or default_sms(self.here, self.group, combine=combine),
-            link="load" if combine else "store",
+            num_sms=num_sms or default_sms(self.here, self.group, call),
+            link="load" if kind == "fetch" else "store",
             row_bytes=row_bytes,
-            rows_out=self.home if combine else self.out,
+            rows_out=self.out if kind == "dispatch" else self.home,
         )
         self.here.case(label, prepare)
 
 
-def default_sms(here: Trial, group: ExpertGroup, *, combine: bool) -> int | None:
+def kind_of(call: str) -> str:
+    """How a call uses the links: ``"dispatch"``; combine: ``"push"`` of rows in user memory, else ``"fetch"``."""
+    if not call.startswith("combine"):
+        return "dispatch"
+    return "push" if "user memory" in call else "fetch"
+
+
+def default_sms(here: Trial, group: ExpertGroup, call: str) -> int | None:
     """The SMs that a call takes by itself; None on the CPU."""
     num_sms = here.bed.num_sms
     if num_sms == 0:
         return None
     tuned = tune(group.shape, Topology(group.num_ranks, num_sms))
-    return tuned.combine_sms if combine else tuned.dispatch_sms
+    return {"dispatch": tuned.dispatch_sms, "fetch": tuned.combine_sms, "push": tuned.push_sms}[kind_of(call)]
 
 
 def groups_of(sent: Dispatched) -> list[Tensor]:

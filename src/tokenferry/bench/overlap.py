@@ -144,7 +144,7 @@ def _measure(here: Trial) -> None:
 
             _check(here, sizes, inputs, dispatch(), combine())
             for name, comm in (("dispatch FP8", dispatch), ("combine BF16", combine)):
-                default = default_sms(here, group, combine=name.startswith("combine"))
+                default = default_sms(here, group, name)
                 for case in variants(name, num_sms, default, beside.as_long_as_gemms(name, num_sms, comm)):
                     beside.measure(case, comm)
         beside.show_kernels()

@@ -72,6 +72,7 @@ def _calls(args: argparse.Namespace) -> list[list[str]]:
         ("dispatch FP8 + scales", fp8, tuned.dispatch_sms, tuning.STORE_GBPS),
         ("dispatch BF16", 2 * args.hidden, tuned.dispatch_sms, tuning.STORE_GBPS),
         ("combine BF16", 2 * args.hidden, tuned.combine_sms, tuning.LOAD_GBPS),
+        ("combine BF16, user's rows", 2 * args.hidden, tuned.push_sms, tuning.STORE_GBPS),
     ):
         moved = tuning.travel(shape, args.ranks, args.tokens, row_bytes).bytes_out
         least, real = (moved / rate / 1e3 for rate in (tuning.LINK_GBPS, tuning.gbps(curve, num_sms)))

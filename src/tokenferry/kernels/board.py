@@ -7,6 +7,8 @@ import enum
 MAX_RANKS = 8
 MAX_EXPERTS = 4096
 MAX_TOP_K = 64
+MAX_LANDED = 4096
+"""Units of rows from one rank of whose landing `push` tells."""
 BOARD_BYTES = 1 << 20
 """A window begins with its board; the heap follows."""
 RECORD_WORDS = 8
@@ -15,6 +17,8 @@ SIGNATURE_WORDS = 15
 DISPATCH_WORD = 14
 """Of the signature of a decode combine: the epoch of its dispatch, which the kernel fills in."""
 ROWS_WORD = 15
+START_WORD, ROOM_WORD = 18, 21
+"""Of a card of `push`: rows before those for its reader, and rows that there is room for, of its reader."""
 FIRST_OFFSET = 16
 """First word of a card that is not compared: offsets in the window, in units of `OFFSET_BYTES`."""
 OFFSET_BYTES = 16

@@ -8,6 +8,7 @@
 constexpr u32 kMaxRanks = 8;
 constexpr u32 kMaxExperts = 4096;
 constexpr u32 kCardWords = 32;
+constexpr u32 kMaxLanded = 4096;
 
 // A card is what one rank tells another at the start of a kernel: the signature, which has to be the same on both sides,
 // then what the other has to know. Word n of the signature has its name in kernels/board.py.
@@ -31,6 +32,7 @@ struct Board {
     u32 masked;                           // a bit for each rank that decode calls leave out
     u32 stopped;                          // not 0: a call came to nothing; so do those behind it, until its host has raised that
     u32 done[kMaxRanks];                  // [from]: blocks of all its kernels whose work on this rank is complete
+    u32 landed[kMaxRanks][kMaxLanded];    // [from][unit]: epoch of the last `push` that brought all rows of the unit
     // From here on for this rank's own kernels.
     u32 expected[kMaxRanks];              // [from]: what `done` was when the last kernel ended
     u32 epoch;                            // of the last kernel that met and ended
@@ -38,9 +40,10 @@ struct Board {
     u32 failed;                           // not 0: the group is broken, kernels return at once
     u32 bad_slot;                         // complement of the least token * K + slot that holds a bad expert; 0: none
     u32 claimed;                          // units that warps of the running kernel have taken beyond their first ones
-    u32 unused[3];
+    u32 pushed;                           // `push`: the same of warps that push
+    u32 unused[2];
     u8 rest[(1 << 20) - (2 * kMaxRanks * (kCardWords + kMaxExperts) + kMaxRanks) * 8 - (2 * kMaxRanks + 8) * 4
-            - (4 * kMaxRanks * (kSignatureWords + 1) + 4 * kMaxRanks) * 8 - 10 * 4];
+            - (4 * kMaxRanks * (kSignatureWords + 1) + 4 * kMaxRanks) * 8 - 10 * 4 - kMaxRanks * kMaxLanded * 4];
 };
 static_assert(sizeof(Board) == 1 << 20, "kernels/board.py says how large a board is");
 

@@ -40,8 +40,6 @@ template <class P> static __device__ __noinline__ void give_up(const P& p, u32 c
         if (r != p.rank && is_alive(p, r)) store_release(&board_of(p, r)->gave_up[p.rank], (u64)cause << 32 | culprit);
 }
 
-// Polls until `word` carries `epoch` in its upper half (u64) or is it (u32); false if this rank has to give up. Orders
-// nothing: whoever goes on to read what the word announces fences first.
 DEV u32 epoch_in(u64 word) { return (u32)(word >> 32); }
 DEV u32 epoch_in(u32 word) { return word; }
 
@@ -51,21 +49,28 @@ template <class W> DEV bool has_come(const W* word, u32 epoch) {
     return epoch_in(load_relaxed(word)) == epoch;
 }
 
-template <class P, class W> DEV bool wait_for(const P& p, const W* word, u32 epoch, u32 peer, u32 code, W& value) {
+// Whether to go on polling a word: false if this rank has to give up, or has. `start`: 0 at first; `times` the usual deadline.
+template <class P, class W> DEV bool may_wait(const P& p, const W* word, u32 epoch, u32 peer, u32 code, u64& start, u32 times) {
+    Board* mine = board_of(p, p.rank);
+    if (load_relaxed(&mine->failed)) return false;
+    const u64 now = clock_ns();
+    if (!start) start = now;
+    for (u32 r = 0; r < p.num_ranks; r++) {
+        const u64 lost = load_relaxed(&mine->gave_up[r]);
+        if (lost && !has_come(word, epoch)) { give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), epoch_in(load_relaxed(word)), epoch, (u32)lost, now - start); return false; }
+    }
+    if (now - start > times * p.timeout_ns && !has_come(word, epoch)) { give_up(p, code, peer, 0, epoch_in(load_relaxed(word)), epoch, peer, now - start); return false; }
+    return true;
+}
+
+// Polls until `word` carries `epoch` in its upper half (u64) or is it (u32); false if this rank has to give up. Orders
+// nothing: whoever goes on to read what the word announces fences first.
+template <class P, class W> DEV bool wait_for(const P& p, const W* word, u32 epoch, u32 peer, u32 code, W& value, u32 times = 1) {
     u64 start = 0;
     for (u32 spins = 1;; spins++) {
         value = load_relaxed(word);
         if (epoch_in(value) == epoch) return true;
-        if (spins % 128) continue;
-        Board* mine = board_of(p, p.rank);
-        if (load_relaxed(&mine->failed)) return false;
-        const u64 now = clock_ns();
-        if (!start) start = now;
-        for (u32 r = 0; r < p.num_ranks; r++) {
-            const u64 lost = load_relaxed(&mine->gave_up[r]);
-            if (lost && !has_come(word, epoch)) { give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), epoch_in(value), epoch, (u32)lost, now - start); return false; }
-        }
-        if (now - start > p.timeout_ns && !has_come(word, epoch)) { give_up(p, code, peer, 0, epoch_in(value), epoch, peer, now - start); return false; }
+        if (spins % 128 == 0 && !may_wait(p, word, epoch, peer, code, start, times)) return false;
     }
 }
 
@@ -139,7 +144,8 @@ template <class P> DEV bool last_block(const P& p) {
 
 // Ends a kernel that met: all work of this block on peers is complete (bulk stores waited for). All threads. Every block
 // tells every rank, its own included; block 0 waits for the blocks of all, so no block of this kernel still reads the board.
-template <class P> DEV void depart(const P& p, u32 epoch, const u32 (*cards)[kCardWords]) {
+// `times`: see may_wait: more where who departs may have to wait for those who still wait for others.
+template <class P> DEV void depart(const P& p, u32 epoch, const u32 (*cards)[kCardWords], u32 times = 1) {
     __syncthreads();
     const u32 peer = threadIdx.x;
     if (is_alive(p, peer)) add_release(&board_of(p, peer)->done[p.rank], 1);
@@ -149,13 +155,13 @@ template <class P> DEV void depart(const P& p, u32 epoch, const u32 (*cards)[kCa
     if (is_alive(p, peer)) {
         const u32 expected = mine->expected[peer] + cards[peer][kBlocksWord];
         u32 seen;
-        good = wait_for(p, &mine->done[peer], expected, peer, kLateRows, seen);
+        good = wait_for(p, &mine->done[peer], expected, peer, kLateRows, seen, times);
         fence_system();
         mine->expected[peer] = expected;
     }
     good = __syncthreads_and(good);
     if (threadIdx.x == 0 && good) {
-        mine->claimed = 0;
+        mine->claimed = mine->pushed = 0;
         mine->epoch = epoch;
     }
 }

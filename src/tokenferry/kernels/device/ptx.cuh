@@ -34,8 +34,8 @@ DEV void bulk_store(void* global, const void* shared, u32 bytes) {
 DEV void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // The sources of all but the last N groups may be overwritten.
 template <int N> DEV void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
-// All groups of this thread are in memory.
-DEV void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// All groups of this thread but the last N are in memory.
+template <int N> DEV void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
 
 // ---- order between threads, GPUs and the asynchronous proxy
 
@@ -48,7 +48,16 @@ DEV void add_release(u32* p, u32 v) { asm volatile("red.release.sys.global.add.u
 DEV u32 load_acquire(const u32* p) { u32 v; asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 DEV u64 load_acquire(const u64* p) { u64 v; asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
 DEV u32 load_relaxed(const u32* p) { u32 v; asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
+DEV void store_relaxed(u32* p, u32 v) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 DEV u64 load_relaxed(const u64* p) { u64 v; asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
+
+// Words in shared memory by which warps of a block tell each other what they have done.
+DEV void store_in_block(u32* p, u32 v) { asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory"); }
+DEV u32 load_in_block(const u32* p) {
+    u32 v;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+    return v;
+}
 
 // One instruction each, right to about the last two bits; the functions of CUDA C++ take twenty.
 DEV float log2_near(float v) { float l; asm("lg2.approx.f32 %0, %1;" : "=f"(l) : "f"(v)); return l; }
@@ -88,5 +97,8 @@ DEV void unpack_fp8(u32 v, float (&n)[4]) {
         "cvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\ncvt.f32.f16 %2, c;\ncvt.f32.f16 %3, d;\n}"
         : "=f"(n[0]), "=f"(n[1]), "=f"(n[2]), "=f"(n[3]) : "r"(v));
 }
+
+// Sleeps for about a tenth of a microsecond: polls of many warps are in the way of what they wait for.
+DEV void nap() { asm volatile("nanosleep.u32 100;"); }
 
 DEV u64 clock_ns() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }

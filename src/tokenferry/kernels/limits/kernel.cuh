@@ -80,7 +80,7 @@ template <class From, class To> DEV void move_rows(const LimitsParams& p, From f
         ahead = stage;
         if (++stage == kStages) stage = 0, parity ^= 1;
     }
-    bulk_wait_all();
+    bulk_wait<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) limits_store(const __grid_constant__ LimitsParams p) {

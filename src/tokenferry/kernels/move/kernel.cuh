@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) move(const __grid_c
         if (small && c == 0) send_small(p, t, __ballot_sync(kAll, place >= 0), place, to_scale, cards);
         if (++stage == stages) { stage = 0; parity ^= 1; }
     }
-    bulk_wait_all();
+    bulk_wait<0>();
     fence_async();
     depart(p, epoch, cards);
 }

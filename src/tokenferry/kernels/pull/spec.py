@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-
-import torch
-
 from tokenferry.kernels.describe import TYPES, describe
 
 MAX_WARPS = 12
@@ -14,46 +10,27 @@ STAGES = 2
 PIECE_BYTES = 2048
 SMEM_BYTES = MAX_WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
 
-
-class Mode(enum.IntEnum):
-    """In which order, and with what weight, rows are added up."""
-
-    rows = 0
-    grouped = 1
-    weighted = 2
-
-
 SPEC = describe(
     __file__,
     (
         ("table", "ptr"),
         ("places", "ptr"),
-        ("local", "ptr"),
         ("out", "ptr"),
         ("bias0", "ptr"),
         ("bias1", "ptr"),
-        ("weights", "ptr"),
         ("weights_out", "ptr"),
         ("rows_out", "ptr"),
         ("rows_in", "ptr"),
-        ("source", "ptr"),
-        ("num_tokens", "u32"),
+        ("num_tokens", "u64"),
         ("row_bytes", "u32"),
         ("pieces", "u32"),
         ("width", "u32"),
         ("table_stride", "u32"),
         ("places_stride", "u32"),
         ("top_k", "u32"),
-        ("by_rank", "u32"),
-        ("weight_by_place", "u32"),
     ),
     max_registers=128,
     max_threads=MAX_WARPS * 32,
     static_smem=3072,
-    configs=tuple(
-        {"type": kind, "mode": int(mode)}
-        for dtype, kind in TYPES.items()
-        for mode in Mode
-        if not (dtype is torch.float64 and mode is Mode.weighted)
-    ),
+    configs=tuple({"type": kind} for kind in TYPES.values()),
 )

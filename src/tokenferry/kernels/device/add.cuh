@@ -1,0 +1,243 @@
+// Adding up the rows of each own token: what `pull`, which fetches rows from peers, and `push`, to which peers bring them, have in
+// common.
+//
+// Each warp owns a ring of groups of up to 4 rows. While one group is on its way, the warp adds up the one before and stores sums 16
+// bytes a lane. A unit is a token and one piece (2 KB) of its columns, or all of them, which a warp goes through one after another. A
+// group never spans two pieces; each of its rows is loaded by the lane of its entry in the table.
+//
+// kGrouped is the kernel's: false: biases, then each rank's row, in rank order; true: biases, then each rank's sum of its rows. In
+// float32 (float64 rows: float64), one rounding at the end: the same bits every time.
+//
+// Params need table, table_stride, width, pieces, row_bytes, bias0, bias1, out. Rows, of which a kernel has its own kind, says
+//   rank_of(entry, number)           the rank that an entry names, `number` is its column
+//   place_of(entry)                  and the row there
+//   at(p, rank)                      where that rank's rows are; all lanes call it
+//   here(p, rank, place, mine)       waits until a row is there, if it is `mine`; all lanes call it. False: the group is broken
+//   whole(p)                         for how many tokens, from the first on, a unit has all pieces
+#pragma once
+#include "device/meet.cuh"
+#include "device/number.cuh"
+
+constexpr u32 kPiece = 2048, kChunks = kPiece / 512;
+constexpr u32 kGroup = 4;    // rows that one barrier waits for
+constexpr u32 kStages = 2;   // groups in a warp's ring
+
+// A unit, and the piece that is at hand. Lane i holds entries i and i + 32.
+struct Unit {
+    u32 token, piece, first, last;  // pieces
+    i32 low, high;
+    u64 all, left;  // bit per entry; those of the piece that are still to come
+};
+
+template <class Rows> struct Warp {
+    Rows rows;
+    u8* buffers;    // [kStages][kGroup][kPiece]
+    u64* barriers;  // [kStages]
+    u32 units, dealt;
+    u32 next;       // lane 0: the unit to open next
+    u32 queue;      // lane i: the unit that was opened as i-th, modulo 32
+    u32 opened;
+    bool broken;
+};
+
+template <class P, class Rows> DEV void open_unit(const P& p, const Rows& rows, u32 index, Unit& unit) {
+    const u32 lane = threadIdx.x % 32;
+    const u32 whole = rows.whole(p);
+    if (index < whole) {
+        unit.token = index;
+        unit.first = 0;
+        unit.last = p.pieces - 1;
+    } else {
+        unit.token = whole + (index - whole) / p.pieces;
+        unit.first = unit.last = (index - whole) % p.pieces;
+    }
+    unit.piece = unit.first;
+    const i32* entries = reinterpret_cast<const i32*>(p.table) + (u64)unit.token * p.table_stride;
+    unit.low = lane < p.width ? __ldg(entries + lane) : -1;
+    unit.all = __ballot_sync(kAll, unit.low >= 0 && is_alive(p, rows.rank_of((u32)unit.low, lane)));
+    if (p.width > 32) {
+        unit.high = lane + 32 < p.width ? __ldg(entries + lane + 32) : -1;
+        unit.all |= (u64)__ballot_sync(kAll, unit.high >= 0 && is_alive(p, rows.rank_of((u32)unit.high, lane + 32))) << 32;
+    }
+    unit.left = unit.all;
+}
+
+// Goes on to the next piece; false: that was the last.
+DEV bool next_piece(Unit& unit) {
+    if (unit.piece == unit.last) return false;
+    unit.piece++;
+    unit.left = unit.all;
+    return true;
+}
+
+// Of all tokens.
+template <class P, class Rows> DEV u32 count_units(const P& p, const Rows& rows) {
+    const u32 whole = rows.whole(p);
+    return whole + ((u32)p.num_tokens - whole) * p.pieces;
+}
+
+template <class P> DEV u32 bytes_of(const P& p, const Unit& unit) { return min(kPiece, p.row_bytes - unit.piece * kPiece); }
+
+// Takes up to kGroup entries off the unit; returns their bits.
+DEV u64 take(Unit& unit) {
+    u64 group = 0;
+    #pragma unroll
+    for (u32 i = 0; i < kGroup; i++) {
+        group |= unit.left & -unit.left;
+        unit.left &= unit.left - 1;
+        if (!unit.left) break;
+    }
+    return group;
+}
+
+// Waits for the row of one entry, if it is of the group; called by all lanes, each with its own entry.
+template <class P, class Rows> DEV bool await_entry(const P& p, const Rows& rows, u64 group, u32 number, i32 entry) {
+    return rows.here(p, rows.rank_of((u32)entry, number), rows.place_of((u32)entry), group >> number & 1);
+}
+
+// Loads it.
+template <class P, class Rows> DEV void load_entry(const P& p, const Warp<Rows>& warp, const Unit& unit, u64 group, u32 number, i32 entry, u32 stage) {
+    const u8* base = warp.rows.at(p, warp.rows.rank_of((u32)entry, number));
+    if (!(group >> number & 1)) return;
+    const u32 slot = stage * kGroup + __popcll(group & ((1ull << number) - 1));
+    bulk_load(warp.buffers + slot * kPiece, base + (u64)warp.rows.place_of((u32)entry) * p.row_bytes + (u64)unit.piece * kPiece, bytes_of(p, unit), warp.barriers + stage);
+}
+
+// The sums of one piece: 16 bytes in each of kChunks places a lane.
+struct Sums {
+    Number total[kChunks][kPerChunk];
+    Number part[kGrouped ? kChunks : 1][kPerChunk];  // of the rank at hand
+};
+
+template <class P> DEV void start_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
+    #pragma unroll
+    for (u32 c = 0; c < kChunks; c++) {
+        #pragma unroll
+        for (u32 i = 0; i < kPerChunk; i++) {
+            s.total[c][i] = 0;
+            if constexpr (kGrouped) s.part[c][i] = 0;
+        }
+        if (!p.bias0) continue;
+        const u32 at = c * 512 + threadIdx.x % 32 * 16;
+        for (u32 b = 0; b < 2; b++) {
+            const u8* bias = b ? p.bias1 : p.bias0;
+            if (!bias || at >= bytes) continue;
+            Number n[kPerChunk];
+            unpack_chunk(*reinterpret_cast<const int4*>(bias + (u64)unit.token * p.row_bytes + unit.piece * kPiece + at), n);
+            #pragma unroll
+            for (u32 i = 0; i < kPerChunk; i++) s.total[c][i] += n[i];
+        }
+    }
+}
+
+DEV void add_row(const u8* buffer, u32 bytes, bool new_rank, Sums& s) {
+    #pragma unroll
+    for (u32 c = 0; c < kChunks; c++) {
+        const u32 at = c * 512 + threadIdx.x % 32 * 16;
+        if (at >= bytes) continue;
+        Number n[kPerChunk];
+        unpack_chunk(*reinterpret_cast<const int4*>(buffer + at), n);
+        #pragma unroll
+        for (u32 i = 0; i < kPerChunk; i++) {
+            if constexpr (kGrouped) {
+                if (new_rank) { s.total[c][i] += s.part[c][i]; s.part[c][i] = 0; }
+                s.part[c][i] += n[i];
+            } else s.total[c][i] += n[i];
+        }
+    }
+}
+
+template <class P> DEV void store_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
+    #pragma unroll
+    for (u32 c = 0; c < kChunks; c++) {
+        const u32 at = c * 512 + threadIdx.x % 32 * 16;
+        if (at >= bytes) continue;
+        if constexpr (kGrouped) {
+            #pragma unroll
+            for (u32 i = 0; i < kPerChunk; i++) s.total[c][i] += s.part[c][i];
+        }
+        *reinterpret_cast<int4*>(p.out + (u64)unit.token * p.row_bytes + unit.piece * kPiece + at) = pack_chunk(s.total[c]);
+    }
+}
+
+// Starts the loads of the next group; `ahead` is the unit that loads have come to, `done` the number of units summed up.
+// False: no unit is left, or too many without rows lie between, or the group is broken.
+// Rows are waited for with the first piece of a unit: each wait is a trip to memory.
+template <class P, class Rows> DEV bool load_group(const P& p, Warp<Rows>& warp, Unit& ahead, u32 stage, u32 done) {
+    const u32 lane = threadIdx.x % 32;
+    while (!ahead.left) {
+        if (ahead.all && next_piece(ahead)) continue;
+        const u32 index = __shfl_sync(kAll, warp.next, 0);
+        if (index >= warp.units || warp.opened - done == 32) return false;
+        warp.next = claim_unit(p, warp.dealt);
+        open_unit(p, warp.rows, index, ahead);
+        if (lane == warp.opened % 32) warp.queue = index;
+        warp.opened++;
+    }
+    const u64 group = take(ahead);
+    if (ahead.piece == ahead.first) {
+        bool here = await_entry(p, warp.rows, group, lane, ahead.low);
+        if (p.width > 32) here &= await_entry(p, warp.rows, group, lane + 32, ahead.high);
+        warp.broken = !__all_sync(kAll, here);
+        if (warp.broken) return false;
+    }
+    if (lane == 0) mbarrier_expect(warp.barriers + stage, __popcll(group) * bytes_of(p, ahead));
+    __syncwarp();
+    load_entry(p, warp, ahead, group, lane, ahead.low, stage);
+    if (p.width > 32) load_entry(p, warp, ahead, group, lane + 32, ahead.high, stage);
+    return true;
+}
+
+// Adds the rows of one group to the sums, in order. Returns the rank of the last.
+template <class P, class Rows> DEV u32 add_group(const P& p, const Warp<Rows>& warp, const Unit& here, u64 group, u32 stage, u32 last_rank, Sums& sums) {
+    const u32 bytes = bytes_of(p, here);
+    const u8* buffer = warp.buffers + stage * kGroup * kPiece;
+    for (u64 left = group; left; left &= left - 1, buffer += kPiece) {
+        bool new_rank = false;
+        if constexpr (kGrouped) {
+            const u32 j = __ffsll(left) - 1;
+            const u32 rank = warp.rows.rank_of((u32)__shfl_sync(kAll, j < 32 ? here.low : here.high, j % 32), j);
+            new_rank = rank != last_rank && last_rank != ~0u;
+            last_rank = rank;
+        }
+        add_row(buffer, bytes, new_rank, sums);
+    }
+    return last_rank;
+}
+
+// The sums of all units that this warp takes. `first(unit)` is called with every one, before its sums are there. False: the group is
+// broken.
+template <class P, class Rows, class F> DEV bool add_up(const P& p, Warp<Rows>& warp, F first) {
+    Unit here, ahead;
+    ahead.left = ahead.all = 0;
+    u32 issued = 0, consumed = 0;  // groups
+    const auto fill = [&](u32 most, u32 done) {
+        while (!warp.broken && issued - consumed < most && load_group(p, warp, ahead, issued % kStages, done)) issued++;
+    };
+    fill(kStages - 1, 0);
+    for (u32 done = 0; done != warp.opened; done++) {
+        open_unit(p, warp.rows, __shfl_sync(kAll, warp.queue, done % 32), here);
+        first(here);
+        do {
+            const u32 bytes = bytes_of(p, here);
+            Sums sums;
+            start_sums(p, here, bytes, sums);
+            u32 last_rank = ~0u;
+            while (here.left) {
+                fill(kStages, done);
+                if (warp.broken) {  // memory of a block that ends must not be written
+                    for (; consumed != issued; consumed++) mbarrier_wait(warp.barriers + consumed % kStages, consumed / kStages & 1);
+                    return false;
+                }
+                const u32 stage = consumed % kStages;
+                mbarrier_wait(warp.barriers + stage, consumed / kStages & 1);
+                last_rank = add_group(p, warp, here, take(here), stage, last_rank, sums);
+                __syncwarp();  // all lanes have read the buffers
+                consumed++;
+            }
+            store_sums(p, here, bytes, sums);
+        } while (next_piece(here));
+        if (done + 1 == warp.opened) fill(kStages - 1, done + 1);  // behind units without rows
+    }
+    return !warp.broken;
+}

@@ -1,0 +1,1 @@
+"""The kernel `push`: see the head of kernel.cuh."""
