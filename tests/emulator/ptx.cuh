@@ -21,6 +21,7 @@ DEV void mbarrier_expect(u64* barrier, u32 bytes) {
     emu_turn_phase(barrier);
 }
 DEV void mbarrier_wait(u64* barrier, u32 parity) {
+    emu_change_fiber();  // a load takes its time: others see what was said before it was there
     while ((*barrier & 1) == parity) {
         std::vector<EmuCopy>& loads = emu_block->loads[barrier];
         for (const EmuCopy& one : loads) {

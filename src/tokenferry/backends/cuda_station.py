@@ -258,8 +258,8 @@ class Station:
         Raises:
             TokenferryError: what a kernel has found.
         """
-        # Twice: the kernel's own deadline, after which it says for whom it waited, starts when the stream comes to it.
-        waited_s = 2 * self.timeout_s
+        # A kernel ahead may take two deadlines before it says for whom it waited (kernels/push); then comes this one.
+        waited_s = 3 * self.timeout_s
         if not self.pinned.wait_for_ticket(here.number, waited_s):
             phase = here.signature.phase
             error = PeerTimeout(
