@@ -93,7 +93,7 @@ class Dock:
         assert index is not None
         N, K, by_expert = counts.received, index.shape[1], found.by_expert
         ids_end, token_end, end = ends(N * K * index.element_size(), N * 8, N * K * 8 if by_expert else 0)
-        small = self._shelf.block("dispatch", end, here.stream, None if here.capturing else 0)
+        small = self._shelf.room(here, end)
         # Rows last: where N turns out smaller, what is behind them goes back.
         D = counts.delivered
         weights_end, scale_end, end = ends(

@@ -51,8 +51,7 @@ class Shelf:
 
         The last room of the heap is for landing only: a result that stayed there would let nobody else land.
         """
-        heap, phase = self._heap, here.signature.phase
-        block = self.block(phase, num_bytes, here.stream, None if here.capturing else 0)
+        heap, block = self._heap, self.room(here, num_bytes)
         staged = not here.capturing and not heap.has_room(num_bytes)
         if staged and not self._told:
             self._told = True
@@ -60,7 +59,7 @@ class Shelf:
                 "%s: the heap (%.0f MiB, %.0f MiB free) has no room for another result of %.1f MiB: from now on "
                 "results are copied out of it where that is so; set TOKENFERRY_HEAP_MB higher, or let go of earlier "
                 "results",
-                phase,
+                here.signature.phase,
                 heap.num_bytes / 2**20,
                 heap.free_bytes / 2**20,
                 num_bytes / 2**20,
