@@ -239,10 +239,10 @@ class ExpertGroup:
         self._backend.synchronize()
 
     def new_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Return undefined rows for `combine`, in memory that peers can read: it copies nothing before it sends.
+        """Return undefined rows for `combine`, in memory that peers can read: there they are fetched where they lie.
 
-        Contract: local, at once. Optional: `combine` takes any tensor, and pushes ROWS that lie elsewhere, which takes
-        no longer for many tokens. Rows of `dispatch` lie in such memory too.
+        Contract: local, at once. Optional: `combine` takes any tensor. Of what lies elsewhere it pushes ROWS, and
+        copies EXPERTS and MASKED first. Rows of `dispatch` lie in such memory too.
 
         Args:
             plan: Of the `dispatch` whose rows they answer.

@@ -198,6 +198,11 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     )
 
 
+def num_pushers(num_sms: int) -> int:
+    """SMs of a combine of rows in the user's memory that push; 10 fill the links, the others have to keep up. Pure."""
+    return max(1, min(num_sms * 5 // 12, 16))
+
+
 def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
     """GPU memory for rows that peers write or read, unless TOKENFERRY_HEAP_MB says. Pure.
 

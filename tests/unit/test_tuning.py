@@ -60,6 +60,11 @@ def test_never_more_than_there_are_and_never_none(max_tokens, num_sms, num_ranks
     assert [reason.split(":")[0] for reason in tuned.reasons] == names
 
 
+@pytest.mark.parametrize(("num_sms", "pushers"), [(1, 1), (2, 1), (3, 1), (16, 6), (20, 8), (24, 10), (132, 16)])
+def test_some_push_and_some_add_up(num_sms, pushers):
+    assert tuning.num_pushers(num_sms) == pushers
+
+
 def test_one_rank_has_no_links_to_argue_with():
     assert all("one rank" in reason for reason in tune(V3, Topology(1, 132)).reasons)
 

@@ -24,6 +24,7 @@ from tokenferry.kernels.pull import spec as pull_spec
 from tokenferry.kernels.push import spec as push_spec
 from tokenferry.kernels.stage import spec as stage_spec
 from tokenferry.kernels.unpack import spec as unpack_spec
+from tokenferry.tuning import num_pushers
 from tokenferry.words import Plan
 
 ROWS, EXPERTS, MASKED = 0, 1, 2
@@ -32,7 +33,7 @@ ROWS, EXPERTS, MASKED = 0, 1, 2
 _OFFSETS = struct.Struct("<6I")
 _COUNT = struct.Struct("<9QI")
 _SEVEN = struct.Struct("<7Q")
-_SUM = struct.Struct("<9Q")
+_SUM = struct.Struct("<9Q")  # pull_spec.SUM_FIELDS
 _PUSH = struct.Struct("<QII")
 
 
@@ -321,7 +322,7 @@ def push(
     _fill_sum(station, here, prepared, result, 0)
     landing, weights, rows = offsets
     num_tokens, pieces = result.out.shape[0], -(-source.shape[1] * source.element_size() // pull_spec.PIECE_BYTES)
-    pushers = 0 if rows or station.num_ranks == 1 else push_spec.num_pushers(num_sms)
+    pushers = 0 if rows or station.num_ranks == 1 else num_pushers(num_sms)
     whole = 0 if rows else push_spec.num_whole(num_tokens, pieces, max(1, num_sms - pushers))
     bits = push_spec.unit_bits(num_tokens)
     _PUSH.pack_into(prepared.view, prepared.first + _SUM.size, source.data_ptr(), pushers, whole)

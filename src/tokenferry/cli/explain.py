@@ -67,14 +67,17 @@ def _calls(args: argparse.Namespace) -> list[list[str]]:
     shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
     tuned = tuning.tune(shape, Topology(args.ranks, args.sms))
     fp8 = args.hidden + 4 * -(-args.hidden // FP8_COLUMNS)
-    rows = []
-    for name, row_bytes, num_sms, curve in (
-        ("dispatch FP8 + scales", fp8, tuned.dispatch_sms, tuning.STORE_GBPS),
-        ("dispatch BF16", 2 * args.hidden, tuned.dispatch_sms, tuning.STORE_GBPS),
-        ("combine BF16", 2 * args.hidden, tuned.combine_sms, tuning.LOAD_GBPS),
-        ("combine BF16, user's rows", 2 * args.hidden, tuned.push_sms, tuning.STORE_GBPS),
+    bf16, rows = 2 * args.hidden, []
+    store = tuning.gbps(tuning.STORE_GBPS, tuned.dispatch_sms)
+    load = tuning.gbps(tuning.LOAD_GBPS, tuned.combine_sms)
+    push = tuning.gbps(tuning.STORE_GBPS, tuning.num_pushers(tuned.push_sms))
+    for name, row_bytes, num_sms, rate in (
+        ("dispatch FP8 + scales", fp8, tuned.dispatch_sms, store),
+        ("dispatch BF16", bf16, tuned.dispatch_sms, store),
+        ("combine BF16", bf16, tuned.combine_sms, load),
+        ("combine BF16, user's rows", bf16, tuned.push_sms, push),
     ):
         moved = tuning.travel(shape, args.ranks, args.tokens, row_bytes).bytes_out
-        least, real = (moved / rate / 1e3 for rate in (tuning.LINK_GBPS, tuning.gbps(curve, num_sms)))
+        least, real = moved / tuning.LINK_GBPS / 1e3, moved / rate / 1e3
         rows.append([name, str(row_bytes), f"{moved / 1e6:.2f}", f"{least:.1f}", str(num_sms), f"{real:.1f}"])
     return rows

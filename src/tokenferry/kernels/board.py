@@ -17,10 +17,10 @@ SIGNATURE_WORDS = 15
 DISPATCH_WORD = 14
 """Of the signature of a decode combine: the epoch of its dispatch, which the kernel fills in."""
 ROWS_WORD = 15
-START_WORD, ROOM_WORD = 18, 21
-"""Of a card of `push`: rows before those for its reader, and rows that there is room for, of its reader."""
 FIRST_OFFSET = 16
 """First word of a card that is not compared: offsets in the window, in units of `OFFSET_BYTES`."""
+START_WORD, ROOM_WORD = FIRST_OFFSET + 2, FIRST_OFFSET + 5
+"""Of a card of `push`: rows before those for its reader, and rows that there is room for, of its reader."""
 OFFSET_BYTES = 16
 RANK_SHIFT = 28
 """A place on another rank is ``rank << RANK_SHIFT | place`` in int32."""

@@ -10,18 +10,23 @@ STAGES = 2
 PIECE_BYTES = 2048
 SMEM_BYTES = MAX_WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
 
+SUM_FIELDS = (
+    ("table", "ptr"),
+    ("places", "ptr"),
+    ("out", "ptr"),
+    ("bias0", "ptr"),
+    ("bias1", "ptr"),
+    ("weights_out", "ptr"),
+    ("rows_out", "ptr"),
+    ("rows_in", "ptr"),
+    ("num_tokens", "u64"),
+)
+"""What `pull` and `push` begin with: what is added up, and where to; the host packs them in one go."""
+
 SPEC = describe(
     __file__,
     (
-        ("table", "ptr"),
-        ("places", "ptr"),
-        ("out", "ptr"),
-        ("bias0", "ptr"),
-        ("bias1", "ptr"),
-        ("weights_out", "ptr"),
-        ("rows_out", "ptr"),
-        ("rows_in", "ptr"),
-        ("num_tokens", "u64"),
+        *SUM_FIELDS,
         ("row_bytes", "u32"),
         ("pieces", "u32"),
         ("width", "u32"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenferry.kernels.board import MAX_LANDED
 from tokenferry.kernels.describe import TYPES, describe
 from tokenferry.kernels.move import spec as move_spec
-from tokenferry.kernels.pull.spec import GROUP_ROWS, PIECE_BYTES, STAGES
+from tokenferry.kernels.pull.spec import GROUP_ROWS, PIECE_BYTES, STAGES, SUM_FIELDS
 
 WARPS = 13
 """Of a block: 13 add up, or up to 12 push, and the last one tells peers."""
@@ -15,15 +15,7 @@ _ADDING_BYTES = WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
 SPEC = describe(
     __file__,
     (
-        ("table", "ptr"),
-        ("places", "ptr"),
-        ("out", "ptr"),
-        ("bias0", "ptr"),
-        ("bias1", "ptr"),
-        ("weights_out", "ptr"),
-        ("rows_out", "ptr"),
-        ("rows_in", "ptr"),
-        ("num_tokens", "u64"),
+        *SUM_FIELDS,
         ("source", "ptr"),
         ("pushers", "u32"),
         ("whole", "u32"),
@@ -57,11 +49,6 @@ def cut(row_bytes: int) -> move_spec.Rings:
 def unit_bits(num_tokens: int) -> int:
     """Rows of a unit, as a power of two: one, or as many as it takes to have a word for each unit."""
     return max(0, (max(num_tokens, 1) - 1).bit_length() - MAX_LANDED.bit_length() + 1)
-
-
-def num_pushers(num_sms: int) -> int:
-    """Blocks that push: 10 fill the links, and those that add up have to keep up with them."""
-    return max(1, min(num_sms * 5 // 12, 16))
 
 
 def num_whole(num_tokens: int, pieces: int, num_adding: int) -> int:
