@@ -195,28 +195,23 @@ def shrink(rank, pg, case):
             gone |= (one.topk_idx >= other * local) & (one.topk_idx < (other + 1) * local)
         return Sent(one.x, torch.where(gone | (r in away), -1, one.topk_idx), one.topk_weights)
 
-    oracle = oracle_of([seen(r, one) for r, one in enumerate(sent)], case.experts)
-    mine = sent[rank]
-    x, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
-    check_rows(oracle, rank, x, counts, handle)
-    ys = [answers(case, oracle, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
-    y = ys[rank].view(local, case.ranks * M, case.hidden)
-    got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
-    same_bits("combined", got, oracle.decode_combine(rank, ys))
+    def round_trip(seen_by_all: list[Sent]) -> None:
+        oracle, mine = oracle_of(seen_by_all, case.experts), sent[rank]
+        x, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
+        check_rows(oracle, rank, x, counts, handle)
+        ys = [answers(case, oracle, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
+        y = ys[rank].view(local, case.ranks * M, case.hidden)
+        got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
+        same_bits("combined", got, oracle.decode_combine(rank, ys))
 
+    round_trip([seen(r, one) for r, one in enumerate(sent)])
     pg.barrier().wait()  # nothing is under way: whoever is here has compared his sums
     buffer.low_latency_clean_mask_buffer()
     pg.barrier().wait()
     buffer.low_latency_query_mask_buffer(status)
     assert status.tolist() == [0] * case.ranks
-    whole = oracle_of(list(sent), case.experts)
     for _ in range(2):
-        x, counts, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)
-        check_rows(whole, rank, x, counts, handle)
-        ys = [answers(case, whole, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
-        y = ys[rank].view(local, case.ranks * M, case.hidden)
-        got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
-        same_bits("combined", got, whole.decode_combine(rank, ys))
+        round_trip(list(sent))
 
 
 def three_alive(rank, pg, case):
