@@ -10,6 +10,7 @@ from tokenferry.backends import cuda_plan
 from tokenferry.backends.cuda_delivery import Dock
 from tokenferry.backends.cuda_faults import Signature
 from tokenferry.backends.cuda_station import Here, Prepared, Station
+from tokenferry.errors import PeerTimeout
 from tokenferry.kernels.board import CARD_WORDS, SIGNATURE_WORDS
 from tokenferry.kernels.count.spec import num_units
 from tokenferry.kernels.move import spec
@@ -82,3 +83,14 @@ def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward():
     assert not shared.is_inference()
     assert shared.shape == (0, 4)
     assert dock._no_row_idx[4] is shared
+
+
+def test_the_host_waits_longer_than_a_kernel_ahead_of_its_call():
+    """That one says for whom it waited, the host only that its stream is stuck. A combine may take two deadlines."""
+    waited: list[float] = []
+    pinned = SimpleNamespace(wait_for_ticket=lambda _, timeout_s: waited.append(timeout_s))
+    station = SimpleNamespace(timeout_s=5.0, rank=1, pinned=pinned, break_off=lambda _: None)
+    here = SimpleNamespace(number=3, signature=SimpleNamespace(phase="dispatch"))
+    with pytest.raises(PeerTimeout, match=r"dispatch #3: rank 1 waited 15\.0 s for its own stream"):
+        Station.wait_for_counts(station, here)
+    assert waited[0] > 2 * station.timeout_s
