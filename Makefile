@@ -1,4 +1,4 @@
-# make demo | test | lint: each makes .venv (once), installs what constraints.txt pins, and runs. Python 3.10 to 3.13.
+# make demo | check | test | lint: each makes .venv (once), installs what constraints.txt pins, and runs. Python 3.10 to 3.13.
 #
 #   PYTHON=python3.12   the Python that makes .venv
 #   VENV=none           no .venv and no install: run PYTHON as it is, which has torch (a GPU host without a network)
@@ -22,11 +22,12 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 HAVE = $(PY) -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
 
-.PHONY: help demo test lint sanitize clean
+.PHONY: help demo check test lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Mixture-of-Experts model on four local ranks (about a minute)"
+	@echo "make check   format, lint, types, and the tests that need neither ranks nor the emulator (under a minute)"
 	@echo "make test    run all tests, with coverage"
 	@echo "make lint    ruff format, ruff check, mypy --strict"
 	@echo "make sanitize  compute-sanitizer over the tests of the kernels; needs a GPU"
@@ -59,6 +60,10 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# The inner loop: what an edit is most likely to have broken.
+check: lint
+	$(PY) -m pytest tests/unit tests/docs/test_docstrings.py $(ARGS)
 
 sanitize: $(READY)
 	$(PY) tests/cuda/sanitize.py $(ARGS)
