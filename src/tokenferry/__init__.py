@@ -1,7 +1,7 @@
 """tokenferry: carries each token of a Mixture-of-Experts layer to the ranks that hold its experts, and home again.
 
 The public names; importing does nothing else: no process group, no CUDA, no files. Start with `ExpertGroup`; the legend
-of letters is in `tokenferry.words`. Not imported here: `tokenferry.autograd` (differentiable calls), `tokenferry.nn` (a
+of letters is in `tokenferry.types`. Not imported here: `tokenferry.autograd` (differentiable calls), `tokenferry.nn` (a
 complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.fp8` and `tokenferry.logfmt`
 (formats of few bits).
 """
@@ -23,7 +23,7 @@ from tokenferry.errors import (
     TokenferryError,
     UnsupportedError,
 )
-from tokenferry.words import (
+from tokenferry.types import (
     Combined,
     DecodeCombined,
     DecodeDispatched,

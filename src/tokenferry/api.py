@@ -16,7 +16,7 @@ from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError
 from tokenferry.options import check_divides, resolve_options
 from tokenferry.resolve import Resolver
-from tokenferry.words import (
+from tokenferry.types import (
     Combined,
     DecodeCombined,
     DecodeDispatched,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenferry.words import Quantized, Scale
+from tokenferry.types import Quantized, Scale
 
 GROUP = 128
 """Columns that share a scale; the last group of a row may have fewer."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenferry.words import Delivery, Layout, MoeShape
+from tokenferry.types import Delivery, Layout, MoeShape
 
 _ALIGN = 16
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.errors import ShapeError
-from tokenferry.words import Quantized
+from tokenferry.types import Quantized
 
 GROUP = 128
 """Columns that share a range; H must be a multiple of it."""

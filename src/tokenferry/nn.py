@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
-from tokenferry.words import Delivery, Layout, Routing
+from tokenferry.types import Delivery, Layout, Routing
 
 __all__ = ["MoELayer", "Router", "group_limited_topk", "softmax_topk"]
 

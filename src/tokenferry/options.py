@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tokenferry import env
 from tokenferry.backends.base import Resolved
 from tokenferry.errors import ConfigError
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 
 def resolve_options(

@@ -17,7 +17,7 @@ from tokenferry.backends.base import (
 )
 from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, fits
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
-from tokenferry.words import (
+from tokenferry.types import (
     DecodePlan,
     DecodeStats,
     Delivery,

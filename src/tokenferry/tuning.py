@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 
 from tokenferry.errors import ConfigError
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 LINK_GBPS = 340.0
 """What bulk stores of whole rows reach at best: 10^9 bytes a second that leave a GPU, every GPU to all its peers."""

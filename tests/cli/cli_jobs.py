@@ -8,7 +8,7 @@ import torch
 from tokenferry.api import ExpertGroup
 from tokenferry.bench import feed, scenarios
 from tokenferry.bench.inputs import Spec, WrongAnswer
-from tokenferry.words import Quantized
+from tokenferry.types import Quantized
 
 TINY = Spec(ranks=2, tokens=6, hidden=128, top_k=2, experts=4, iters=2, warmup=1, seed=7)
 

@@ -7,7 +7,7 @@ import torch
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench import decode, micro
-from tokenferry.words import Quantized
+from tokenferry.types import Quantized
 
 
 def spoil(result):

@@ -18,7 +18,7 @@ from tokenferry.cli.main import main, make_parser
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.oracle import Oracle, Sent, fp8_cast
-from tokenferry.words import Quantized
+from tokenferry.types import Quantized
 
 CPU = torch.device("cpu")
 TINY = ["--ranks", "2", "--hidden", "128", "--top-k", "2", "--experts", "8", "--iters", "2", "--seed", "5"]

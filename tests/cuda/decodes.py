@@ -22,7 +22,7 @@ from tokenferry.kernels.spread import spec as spread_spec
 from tokenferry.testing.cases import Case, answers
 from tokenferry.testing.compare import close_each, same_bits
 from tokenferry.testing.oracle import Oracle, Sent, fp8_cast, ue8m0
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 DISPATCH, COMBINE = 0, 1
 SEND, RECEIVE, BOTH = 1, 2, 3

@@ -34,7 +34,7 @@ from tokenferry.kernels.board import DISPATCH_WORD, MAX_RANKS, Fault
 from tokenferry.kernels.collect import spec as collect_spec
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.oracle import Oracle
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 by_numerics = pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
 

@@ -30,7 +30,7 @@ from tokenferry import Scale
 from tokenferry.kernels.board import Fault
 from tokenferry.kernels.spread import spec as spread_spec
 from tokenferry.testing.cases import ROUTINGS, Case
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 SHORT_S = 0.2
 """Deadline of kernels whose peer never comes."""

@@ -11,7 +11,7 @@ from emulator import Emulator
 from tokenferry import MoeShape
 from tokenferry.backends import cuda_plan
 from tokenferry.errors import ClosedError, MismatchError
-from tokenferry.words import Delivery, Layout, Quantized, Routing
+from tokenferry.types import Delivery, Layout, Quantized, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 

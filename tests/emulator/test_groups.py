@@ -14,7 +14,7 @@ from emulator import Emulator
 from tokenferry import MoeShape
 from tokenferry.errors import CapacityError, ConfigError, MismatchError, RoutingError
 from tokenferry.testing.compare import same_bits
-from tokenferry.words import Delivery, Layout, Quantized, Routing
+from tokenferry.types import Delivery, Layout, Quantized, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 

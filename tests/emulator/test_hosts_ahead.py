@@ -20,7 +20,7 @@ from tokenferry import MoeShape
 from tokenferry.errors import RoutingError
 from tokenferry.kernels.board import BOARD_AT
 from tokenferry.memory.tensor import bytes_at
-from tokenferry.words import Delivery, Routing
+from tokenferry.types import Delivery, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 

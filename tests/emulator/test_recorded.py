@@ -12,7 +12,7 @@ from tokenferry.bench.bed import CpuBed
 from tokenferry.bench.diagnose import Where, judge
 from tokenferry.bench.inputs import Spec
 from tokenferry.kernels.board import MAX_RANKS, TRACE, TRACE_ROWS
-from tokenferry.words import MoeShape, Routing
+from tokenferry.types import MoeShape, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 

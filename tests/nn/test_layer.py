@@ -8,7 +8,7 @@ import torch
 import tokenferry
 from tokenferry.nn import MoELayer, Router
 from tokenferry.testing.dense import DenseMoE
-from tokenferry.words import MoeShape, Routing
+from tokenferry.types import MoeShape, Routing
 
 EXPERTS, TOP_K, HIDDEN, FFN = 8, 3, 16, 12
 TOKENS = (5, 0, 9, 6)

@@ -14,7 +14,7 @@ from tokenferry.errors import PeerTimeout
 from tokenferry.kernels.board import CARD_WORDS, SIGNATURE_WORDS
 from tokenferry.kernels.count.spec import num_units
 from tokenferry.kernels.move import spec
-from tokenferry.words import Delivery, Layout, MoeShape
+from tokenferry.types import Delivery, Layout, MoeShape
 
 CPU = torch.device("cpu")
 

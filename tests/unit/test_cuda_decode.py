@@ -10,7 +10,7 @@ from tokenferry.backends.cuda_faults import Signature
 from tokenferry.backends.cuda_region import Regions, sizes_for
 from tokenferry.backends.cuda_station import Here
 from tokenferry.errors import ArgumentError, ConfigError
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 CALL = Signature("decode_dispatch", hidden=1)
 

@@ -9,7 +9,7 @@ from tokenferry import tuning
 from tokenferry.backends.cuda_region import bytes_of, sizes_for
 from tokenferry.errors import ConfigError
 from tokenferry.tuning import Topology, travel, tune
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 V3 = MoeShape(num_experts=256, top_k=8, hidden=7168, max_tokens=4096)
 H200 = Topology(num_ranks=8, num_sms=132)

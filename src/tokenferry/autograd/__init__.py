@@ -35,7 +35,7 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
 from tokenferry.errors import ArgumentError, ShapeError
-from tokenferry.words import Combined, Delivery, Dispatched, Layout, Plan, Quantized, Routing
+from tokenferry.types import Combined, Delivery, Dispatched, Layout, Plan, Quantized, Routing
 
 __all__ = ["combine", "dispatch", "redispatch"]
 

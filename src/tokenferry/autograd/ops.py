@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup, find_group
 from tokenferry.layout import room
-from tokenferry.words import Delivery, Dispatched, Layout, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import Delivery, Dispatched, Layout, MoeShape, Plan, Quantized, Routing
 
 _PLAN_TENSORS = 9
 _WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that may travel, for gradients of weights without rows

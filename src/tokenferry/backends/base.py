@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenferry.words import (
+from tokenferry.types import (
     Combined,
     DecodeCombined,
     DecodeDispatched,

@@ -20,8 +20,7 @@ from tokenferry.backends.base import (
 from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Received, Signature, dtype_code
 from tokenferry.errors import ArgumentError, BackendUnavailable, CapacityError
 from tokenferry.layout import Room, Sections, room
-from tokenferry.wires.rendezvous import meet
-from tokenferry.words import (
+from tokenferry.types import (
     Combined,
     DecodeCombined,
     DecodeDispatched,
@@ -32,6 +31,7 @@ from tokenferry.words import (
     Plan,
     Quantized,
 )
+from tokenferry.wires.rendezvous import meet
 
 _LAYOUTS = {Layout.ROWS: 0, Layout.EXPERTS: 1, Layout.MASKED: 2}
 

@@ -16,7 +16,7 @@ from tokenferry.backends import cpu_rows
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Wire
 from tokenferry.backends.cpu_heap import Heap
 from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Pending, Received, Signature, dtype_code
-from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
+from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
 
 _COUNT_BITS = 32
 

@@ -29,7 +29,7 @@ from tokenferry.errors import ArgumentError
 from tokenferry.kernels.board import TRACE_WORDS
 from tokenferry.kernels.place.spec import num_columns
 from tokenferry.tuning import Topology, Tuning, tune
-from tokenferry.words import (
+from tokenferry.types import (
     Combined,
     DecodeCombined,
     DecodeDispatched,

@@ -23,7 +23,7 @@ from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.kernels.collect import spec as collect_spec
 from tokenferry.kernels.describe import TYPES
 from tokenferry.kernels.spread import spec as spread_spec
-from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
+from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
 SEND, RECEIVE = 1, 2
 _SPREAD = struct.Struct("<14Q")

@@ -12,7 +12,7 @@ from tokenferry.backends.cuda_plan import Counts, Geometry
 from tokenferry.backends.cuda_station import Here, Station
 from tokenferry.errors import TokenferryError
 from tokenferry.memory.heap import Block
-from tokenferry.words import Dispatched, Layout, Plan, Quantized
+from tokenferry.types import Dispatched, Layout, Plan, Quantized
 
 Sms = tuple[int, int]
 """SMs of what uses the links, and of what is local."""

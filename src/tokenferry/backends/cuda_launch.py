@@ -25,7 +25,7 @@ from tokenferry.kernels.push import spec as push_spec
 from tokenferry.kernels.stage import spec as stage_spec
 from tokenferry.kernels.unpack import spec as unpack_spec
 from tokenferry.tuning import num_pushers
-from tokenferry.words import Plan
+from tokenferry.types import Plan
 
 ROWS, EXPERTS, MASKED = 0, 1, 2
 """What the kernels call the layouts."""

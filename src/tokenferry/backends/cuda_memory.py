@@ -14,7 +14,7 @@ from tokenferry.backends.cuda_station import Here, Station
 from tokenferry.errors import CapacityError
 from tokenferry.memory.heap import Block, HeapFull
 from tokenferry.memory.tensor import tensor_at
-from tokenferry.words import Layout, Plan
+from tokenferry.types import Layout, Plan
 
 _log = logging.getLogger("tokenferry")
 _SECTION = 128

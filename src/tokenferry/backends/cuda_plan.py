@@ -16,7 +16,7 @@ from tokenferry.kernels.board import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.count.spec import num_units
 from tokenferry.kernels.place.spec import num_columns
 from tokenferry.layout import Room, room
-from tokenferry.words import Delivery, Layout, MoeShape
+from tokenferry.types import Delivery, Layout, MoeShape
 
 CODES = {Layout.ROWS: ROWS, Layout.EXPERTS: EXPERTS, Layout.MASKED: MASKED}
 _NO_LIMIT = 0xFFFFFFFF

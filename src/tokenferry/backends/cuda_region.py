@@ -20,7 +20,7 @@ from tokenferry.kernels.collect.spec import CHUNK_COLUMNS, packets_of_chunk
 from tokenferry.kernels.spread.spec import message_words, notes
 from tokenferry.memory.heap import Block
 from tokenferry.memory.tensor import bytes_at
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 HALVES = 2
 PACKET_BYTES = 16

@@ -26,7 +26,7 @@ from tokenferry.bench.sets import (
 from tokenferry.bench.trial import Label, Settings, Trial, expert_group, trial
 from tokenferry.errors import TokenferryError
 from tokenferry.tuning import Topology, tune
-from tokenferry.words import Delivery, Dispatched, Layout, Plan, Quantized, Routing
+from tokenferry.types import Delivery, Dispatched, Layout, Plan, Quantized, Routing
 
 ON_DEVICE = Delivery(counts="device")
 BY_EXPERT = Delivery(Layout.EXPERTS)

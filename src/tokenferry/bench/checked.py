@@ -22,7 +22,7 @@ from tokenferry.bench.inputs import (
     must_equal,
 )
 from tokenferry.bench.sets import FP8_COLUMNS
-from tokenferry.words import DecodeDispatched, DecodePlan, Plan, Quantized, Routing, Scale
+from tokenferry.types import DecodeDispatched, DecodePlan, Plan, Quantized, Routing, Scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)

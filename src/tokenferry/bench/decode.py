@@ -18,7 +18,7 @@ from tokenferry.bench.hosttime import host_time
 from tokenferry.bench.inputs import WrongAnswer
 from tokenferry.bench.sets import Sizes
 from tokenferry.bench.trial import Settings, Trial, expert_group, trial
-from tokenferry.words import DecodeCombined, DecodeDispatched, DecodePlan, Quantized, Routing, Scale
+from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, Quantized, Routing, Scale
 
 NODES = 100
 """Kernels in the graph that tells what a node costs."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenferry.bench.inputs import WrongAnswer, must_equal
 from tokenferry.bench.sets import FP8_COLUMNS, Sizes, draw, same_bits
-from tokenferry.words import DecodeDispatched, Quantized
+from tokenferry.types import DecodeDispatched, Quantized
 
 GROUP = FP8_COLUMNS
 """Columns that share a scale, or a logarithmic range."""

@@ -17,7 +17,7 @@ from tokenferry.bench.clock import Step
 from tokenferry.bench.inputs import must_equal
 from tokenferry.bench.sets import draw, expected_sums
 from tokenferry.bench.trial import Label, Settings, Trial, expert_group, trial
-from tokenferry.words import MoeShape, Quantized, Routing
+from tokenferry.types import MoeShape, Quantized, Routing
 
 TOKENS = 128
 CALLS = 40

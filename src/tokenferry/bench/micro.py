@@ -16,7 +16,7 @@ from tokenferry.bench.decode import ROOM, Answer, Case, Desk, Graph, new_answers
 from tokenferry.bench.decode_truth import Pool, Truth
 from tokenferry.bench.inputs import WrongAnswer
 from tokenferry.bench.trial import Settings, Trial, expert_group, trial
-from tokenferry.words import DecodeCombined, DecodeDispatched, Scale
+from tokenferry.types import DecodeCombined, DecodeDispatched, Scale
 
 WORK_S = 100e-6
 """How long a piece of work takes, about: that of the attention of a micro-batch."""

@@ -22,7 +22,7 @@ from tokenferry.bench.calls import default_sms
 from tokenferry.bench.inputs import expert, must_equal
 from tokenferry.bench.sets import Inputs, Sizes, check_rows, data_of, draw, expected_sums, scale_of
 from tokenferry.bench.trial import LEAD_S, Settings, Trial, expert_group, trial
-from tokenferry.words import Quantized, Routing
+from tokenferry.types import Quantized, Routing
 
 WARMUP = 3
 

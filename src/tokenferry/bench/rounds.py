@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.bed import Bed, bed_for
 from tokenferry.bench.inputs import Spec, draw, must_be_near
-from tokenferry.words import DecodeCombined, DecodeDispatched, DecodeStats, MoeShape, Routing, Scale
+from tokenferry.types import DecodeCombined, DecodeDispatched, DecodeStats, MoeShape, Routing, Scale
 
 CALIBRATIONS = 64
 """Calls from which the clocks of ranks are brought together; each rank is late in every R-th."""

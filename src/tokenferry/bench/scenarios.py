@@ -14,7 +14,7 @@ from tokenferry.bench import clock, feed
 from tokenferry.bench.checked import Ready, prepare
 from tokenferry.bench.inputs import Spec, draw, sent_to
 from tokenferry.bench.sets import FP8_COLUMNS
-from tokenferry.words import MoeShape, Scale
+from tokenferry.types import MoeShape, Scale
 
 VARIANTS = 3
 """Sets of inputs that the iterations go through, so that no cache or branch learns one routing."""

@@ -19,7 +19,7 @@ from tokenferry.bench.bed import Bed, bed_for, gather, no_collections, slowest
 from tokenferry.bench.clock import Step, Summary, summarize
 from tokenferry.bench.sets import Sizes
 from tokenferry.errors import BackendUnavailable
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 CHAIN = 5
 """Calls in each chained run; each run is one sample, its time divided by this."""

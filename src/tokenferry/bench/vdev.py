@@ -13,7 +13,7 @@ from tokenferry.bench.clock import Step
 from tokenferry.bench.sets import Inputs, Sizes, check_by_expert, draw, remote_rows
 from tokenferry.bench.trial import Label, Settings, Trial, expert_group, nccl_group, trial
 from tokenferry.errors import BackendUnavailable
-from tokenferry.words import Delivery, Layout, Routing
+from tokenferry.types import Delivery, Layout, Routing
 
 WHO = "vdev_2d"
 MAX_LOCAL_EXPERTS = 16

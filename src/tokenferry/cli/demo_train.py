@@ -19,7 +19,7 @@ from tokenferry.bench import feed
 from tokenferry.cli.demo_model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
-from tokenferry.words import Combined, Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import Combined, Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
 
 TEXT_BYTES = 4 << 20
 

@@ -18,7 +18,7 @@ from tokenferry.cli.finding import Finding, tried
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
-from tokenferry.words import MoeShape, Routing
+from tokenferry.types import MoeShape, Routing
 
 HELP = "say what this machine can do and why not more, by running it"
 DESCRIPTION = """\

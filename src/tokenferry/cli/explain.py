@@ -10,7 +10,7 @@ from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.tuning import Topology
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 HELP = "say what dispatch and combine of given sizes move, and which SMs they take, and why"
 DESCRIPTION = """\

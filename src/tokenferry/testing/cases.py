@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.testing.oracle import Oracle, Sent
-from tokenferry.words import MoeShape
+from tokenferry.types import MoeShape
 
 ROUTINGS = (
     "even",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from tokenferry.words import Routing
+from tokenferry.types import Routing
 
 
 class DenseMoE(nn.Module):

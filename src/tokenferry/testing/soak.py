@@ -28,7 +28,7 @@ from tokenferry.testing.cases import ROUTINGS, Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle
 from tokenferry.testing.world import World, WorldError
-from tokenferry.words import DecodeDispatched, Delivery, Dispatched, Layout, MoeShape, Routing
+from tokenferry.types import DecodeDispatched, Delivery, Dispatched, Layout, MoeShape, Routing
 
 CHUNK_S = 20.0
 """Seconds of one job of the command; then it says how far it is."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.testing.soak_graphs_truth import Brought, Truth, factors, loaded, numbers
 from tokenferry.testing.world import World, WorldError
-from tokenferry.words import DecodeDispatched, MoeShape, Quantized, Routing, Scale
+from tokenferry.types import DecodeDispatched, MoeShape, Quantized, Routing, Scale
 
 CHUNK = 2500
 """Replays of one group of the command; then it says how far it is, and makes another."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.words import DecodeDispatched, Quantized, Scale
+from tokenferry.types import DecodeDispatched, Quantized, Scale
 
 GROUP = 128
 """Columns that share a scale."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.testing.compare import same_bits
-from tokenferry.words import Delivery, Layout, MoeShape, Routing
+from tokenferry.types import Delivery, Layout, MoeShape, Routing
 
 MOST_TOKENS = 2048
 MOST_HIDDEN = 2048

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenferry.checks import FLOATS
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.errors import ArgumentError, ShapeError, UnsupportedError
-from tokenferry.words import Quantized
+from tokenferry.types import Quantized
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """What DeepEP calls ``x``: rows, or (rows, scales)."""

@@ -54,7 +54,7 @@ from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
-from tokenferry.words import MoeShape, Routing
+from tokenferry.types import MoeShape, Routing
 
 Handle = tuple[Any, ...]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import INDICES, Checks
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
-from tokenferry.words import DecodePlan, DecodeStats, MoeShape, Quantized, Routing, Scale
+from tokenferry.types import DecodePlan, DecodeStats, MoeShape, Quantized, Routing, Scale
 
 Handle = tuple[Any, ...]
 Hook = Callable[[], None]

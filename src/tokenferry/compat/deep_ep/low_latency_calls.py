@@ -16,7 +16,7 @@ from tokenferry.compat.deep_ep.arguments import Rows, refuse
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
 from tokenferry.errors import ArgumentError, ClosedError
-from tokenferry.words import Routing
+from tokenferry.types import Routing
 
 Handle = tuple[Any, ...]
 Hook = Callable[[], None]

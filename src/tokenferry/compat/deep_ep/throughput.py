@@ -16,7 +16,7 @@ from tokenferry.checks import INDICES, Checks
 from tokenferry.compat.deep_ep.arguments import Rows, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
-from tokenferry.words import Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a group whose calls wait for counts: nothing is sized by it, so T is free."""
