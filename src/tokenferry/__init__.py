@@ -2,8 +2,8 @@
 
 The public names; importing does nothing else: no process group, no CUDA, no files. Start with `ExpertGroup`; the legend
 of letters is in `tokenferry.types`. Not imported here: `tokenferry.autograd` (differentiable calls), `tokenferry.nn` (a
-complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.fp8` and `tokenferry.logfmt`
-(formats of few bits).
+complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.formats.fp8` and
+`tokenferry.formats.logfmt` (formats of few bits).
 """
 
 from __future__ import annotations

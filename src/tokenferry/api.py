@@ -62,16 +62,17 @@ class ExpertGroup:
         shape: The sizes all ranks agree on.
         backend: ``"cuda"``, ``"cpu"``, or ``"auto"`` for the best one that runs on every rank; one log line says which
             and why.
-        wire: How CPU ranks reach each other: ``"local"`` (shared memory, all ranks on one host), ``"group"``
-            (torch.distributed's own send and receive) or ``"auto"`` for the best one that works for all ranks. Anything
-            but ``"auto"`` excludes backend cuda.
+        transport: How CPU ranks reach each other: ``"shared_memory"`` (shared memory, all ranks on one host),
+            ``"process_group"`` (torch.distributed's own send and receive) or ``"auto"`` for the best one that works
+            for all ranks. Anything but ``"auto"`` excludes backend cuda.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, 100 if that is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
-            (see `mask`) and go on without it; the other calls raise. Backend cpu: needs the wire ``"local"``.
+            (see `mask`) and go on without it; the other calls raise. Backend cpu: needs the transport
+            ``"shared_memory"``.
 
     Raises:
         ConfigError: an option is wrong, E is no multiple of R, or ranks disagree; says what each brought.
-        BackendUnavailable: the backend or wire cannot run here; says why.
+        BackendUnavailable: the backend or transport cannot run here; says why.
         PeerTimeout: a rank did not come.
 
     Example:
@@ -90,11 +91,11 @@ class ExpertGroup:
         shape: MoeShape,
         *,
         backend: str = "auto",
-        wire: str = "auto",
+        transport: str = "auto",
         timeout_s: float | None = None,
         on_timeout: str = "raise",
     ) -> None:
-        resolved = resolve_options(group, shape, backend, wire, timeout_s, on_timeout)
+        resolved = resolve_options(group, shape, backend, transport, timeout_s, on_timeout)
         self._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
 
     @classmethod
@@ -140,9 +141,9 @@ class ExpertGroup:
         return self._backend.name
 
     @property
-    def wire(self) -> str:
-        """How ranks reach each other: ``"nvlink"``, ``"local"``, ``"group"``, or ``"none"`` for a group of one."""
-        return self._backend.wire
+    def transport(self) -> str:
+        """How ranks reach each other: "nvlink", "shared_memory", "process_group", or "none" for a group of one."""
+        return self._backend.transport
 
     @property
     def device(self) -> torch.device:
@@ -191,8 +192,9 @@ class ExpertGroup:
 
         with barriers that are none of this group's calls. If some stay away, those that go on do so among themselves,
         and all of them mask the others. It waits for no peer; CUDA: it waits for the device. What was under way is
-        lost: hooks that were not called do nothing, and plans from before must not be used any more. Not on the wire
-        ``"group"``, where a timeout ends the process group.
+        lost: hooks that were not called do nothing, and plans from before must not be used any more. Not on the
+            transport
+        ``"process_group"``, where a timeout ends the process group.
 
         CUDA graphs: a graph sees masks that are set or cleared after its capture; one that was captured while a rank
         was masked leaves it out for good. Not while one is captured.
@@ -267,7 +269,8 @@ class ExpertGroup:
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results keep living; later calls raise ClosedError.
 
-        Blocks only on the wire ``"group"``, for at most 5 s, if peers have yet to fetch what a call with a hook sent.
+        Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to fetch what a call with
+        a hook sent.
         """
         self._backend.close()
 
@@ -282,7 +285,8 @@ class ExpertGroup:
     def __repr__(self) -> str:
         state = f", {self._backend.broken}" if self._backend.broken else ""
         return (
-            f"<ExpertGroup rank {self.rank} of {self.num_ranks}, {self.shape}, {self.backend}, wire {self.wire}{state}>"
+            f"<ExpertGroup rank {self.rank} of {self.num_ranks}, {self.shape}, {self.backend}, "
+            f"transport {self.transport}{state}>"
         )
 
     # ------------------------------------------------------------------ throughput: training, prefill
@@ -470,13 +474,13 @@ class ExpertGroup:
         request = self._resolver.decode_dispatch(x, routing, fp8, stats, return_hook=return_hook)
         return self._backend.decode_dispatch(request)
 
-    def decode_combine(  # one more than the house's six: numerics and wire are chosen apart
+    def decode_combine(  # one more than the house's six: numerics and encoding are chosen apart
         self,
         y: Tensor,
         plan: DecodePlan,
         *,
         numerics: str = "exact",
-        wire: str = "same",
+        encoding: str = "same",
         out: Tensor | None = None,
         stats: DecodeStats | None = None,
         return_hook: bool = False,
@@ -488,12 +492,12 @@ class ExpertGroup:
         experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
         added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank.
 
-        Wire: what travels (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after it was rounded to y's
+        Encoding: what travels (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after it was rounded to y's
         dtype) is encoded by its sender and decoded to float32 by its receiver; the rest is as above. A rank's own rows
         are encoded too, so that the sum does not depend on where an expert lives. ``"same"``: rows travel as they are;
-        ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see `tokenferry.fp8`; ``"logfmt10"``: 10
-        bits a number, with a logarithmic range per row and 128 columns, see `tokenferry.logfmt`. The documents say what
-        either costs in precision.
+        ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see `tokenferry.formats.fp8`;
+        ``"logfmt10"``: 10 bits a number, with a logarithmic range per row and 128 columns, see
+        `tokenferry.formats.logfmt`. The documents say what either costs in precision.
 
         Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` is read once,
         where it lies: no memory is better for it than other memory. It may be overwritten by what is put on the stream
@@ -503,8 +507,8 @@ class ExpertGroup:
             y: ``[L, R*M, H]`` bfloat16, float16 or float32, contiguous; rows past the counts are not read.
             plan: From `decode_dispatch` of this group, with ``topk_weights``.
             numerics: ``"exact"`` or ``"fast"``; the same on all ranks.
-            wire: ``"same"``, ``"fp8"`` or ``"logfmt10"``; the same on all ranks. The latter two need H to be a multiple
-                of 128.
+            encoding: ``"same"``, ``"fp8"`` or ``"logfmt10"``; the same on all ranks. The latter two need H to be a
+                multiple of 128.
             out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
             stats: ``wait_ns`` is added to; ``received`` must be None.
             return_hook: Return at once and let the caller receive with ``hook()``.
@@ -514,13 +518,13 @@ class ExpertGroup:
 
         Raises:
             PlanError: the plan is another group's, or has no weights.
-            ArgumentError: ``numerics`` or ``wire`` is none of these, or H is no multiple of 128 where it has to be;
+            ArgumentError: ``numerics`` or ``encoding`` is none of these, or H is no multiple of 128 where it has to be;
                 CUDA: a graph cannot capture this.
             CapacityError: CUDA: as `decode_dispatch`, if rows of y are larger than those of x were.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("decode_combine")
-        request = self._resolver.decode_combine(y, plan, numerics, wire, out, stats, return_hook=return_hook)
+        request = self._resolver.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
         return self._backend.decode_combine(request)
 
     def _adopt(self, backend: Backend, shape: MoeShape, timeout_s: float, *, origin: ExpertGroup | None = None) -> None:

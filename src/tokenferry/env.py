@@ -72,10 +72,11 @@ VARIABLES = (
     ),
     Variable("TOKENFERRY_TIMEOUT_S", "100", "seconds that any wait for a peer may take, unless a group says", _seconds),
     Variable(
-        "TOKENFERRY_WIRE",
+        "TOKENFERRY_TRANSPORT",
         "auto",
-        "wire of CPU groups made with wire='auto': auto, local (shared memory, one host) or group (torch.distributed)",
-        _one_of("auto", "local", "group"),
+        "transport of CPU groups made with transport='auto': auto, shared_memory (one host), or process_group "
+        "(torch.distributed)",
+        _one_of("auto", "shared_memory", "process_group"),
     ),
 )
 
@@ -88,7 +89,7 @@ class Settings:
     cache_dir: str
     heap_mb: int | None
     timeout_s: float
-    wire: str
+    transport: str
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:

@@ -55,7 +55,7 @@ class ConfigError(TokenferryError, ValueError):
 
 
 class BackendUnavailable(TokenferryError, RuntimeError):  # noqa: N818 - reads as what happened, like PeerTimeout
-    """The backend or wire that was asked for cannot run here. The message says why; `tokenferry doctor` says more."""
+    """The backend or transport asked for cannot run here. The message says why; `tokenferry doctor` says more."""
 
 
 class UnsupportedError(TokenferryError, NotImplementedError):
@@ -69,7 +69,8 @@ class MismatchError(TokenferryError, RuntimeError):
 class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - the name that every document uses
     """A rank did not answer within ``timeout_s``, or its process ended. The group is broken: close it, make a new one.
 
-    On the wire ``"group"`` the process group is at an end too: gloo closes all its connections after one timeout.
+    On the transport ``"process_group"`` the process group is at an end too: gloo closes all its connections after one
+    timeout.
 
     Attributes:
         phase: The call that waited, such as ``"dispatch"``.

@@ -14,7 +14,7 @@ def resolve_options(
     group: dist.ProcessGroup | None,
     shape: MoeShape,
     backend: str,
-    wire: str,
+    transport: str,
     timeout_s: float | None,
     on_timeout: str,
 ) -> Resolved:
@@ -28,18 +28,20 @@ def resolve_options(
         raise ConfigError(f"ExpertGroup: timeout_s: expected a finite number of seconds above 0, got {timeout_s!r}")
     if on_timeout not in ("raise", "mask"):
         raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
-    if wire not in ("auto", "local", "group"):
-        raise ConfigError(f'ExpertGroup: wire: expected "auto", "local" or "group", got {wire!r}')
+    if transport not in ("auto", "shared_memory", "process_group"):
+        raise ConfigError(
+            f'ExpertGroup: transport: expected "auto", "shared_memory" or "process_group", got {transport!r}'
+        )
     check_divides("ExpertGroup", shape, 1 if group is None else group.size())
     backend = settings.backend if backend == "auto" else backend
-    asked_wire, wire = wire, settings.wire if wire == "auto" else wire
+    asked_transport, transport = transport, settings.transport if transport == "auto" else transport
     cpu_only = ""
-    if asked_wire != "auto":
-        cpu_only = f"wire={asked_wire!r} is a wire of the CPU backend"
+    if asked_transport != "auto":
+        cpu_only = f"transport={asked_transport!r} is a transport of the CPU backend"
     return Resolved(
         shape,
         backend,
-        wire,
+        transport,
         float(timeout_s),
         mask_on_timeout=on_timeout == "mask",
         heap_bytes=None if settings.heap_mb is None else settings.heap_mb << 20,

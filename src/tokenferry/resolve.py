@@ -12,8 +12,8 @@ from tokenferry.backends.base import (
     DecodeCombineRequest,
     DecodeDispatchRequest,
     DispatchRequest,
+    Encoding,
     RedispatchRequest,
-    Wire,
 )
 from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, fits
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
@@ -31,7 +31,7 @@ from tokenferry.types import (
 
 _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHTS = (torch.float32,)
-_WIRE_GROUP = 128
+_ENCODING_GROUP = 128
 _DEFAULT_DELIVERY = Delivery()
 _NO_STATS = DecodeStats()
 
@@ -163,7 +163,7 @@ class Resolver:
         y: Tensor,
         plan: DecodePlan,
         numerics: str,
-        wire: str,
+        encoding: str,
         out: Tensor | None,
         stats: DecodeStats | None,
         *,
@@ -174,11 +174,11 @@ class Resolver:
         fast = numerics == "fast"
         if (
             stats is None
-            and wire == "same"
+            and encoding == "same"
             and (fast or numerics == "exact")
             and self._sum_looks_right(y, plan, out, fast)
         ):
-            return DecodeCombineRequest(self.shape, y, plan, fast, Wire.same, out, _NO_STATS, return_hook)
+            return DecodeCombineRequest(self.shape, y, plan, fast, Encoding.same, out, _NO_STATS, return_hook)
         num_local, num_rows = plan.src_token.shape
         sizes = {
             "T": (plan.num_tokens, "the plan"),
@@ -189,7 +189,7 @@ class Resolver:
         check = self._checks("decode_combine", **sizes)
         if numerics not in ("exact", "fast"):
             raise ArgumentError(f'decode_combine: numerics: expected "exact" or "fast", got {numerics!r}')
-        _check_wire(wire, self.shape.hidden)
+        _check_encoding(encoding, self.shape.hidden)
         if plan.topk_weights is None:
             raise PlanError(
                 "decode_combine: plan: it has no topk_weights; pass them in Routing to decode_dispatch, "
@@ -206,7 +206,7 @@ class Resolver:
         if stats.received is not None:
             raise ArgumentError("decode_combine: stats.received: expected None, only decode_dispatch receives tokens")
         check.no_grad(y=y, topk_weights=plan.topk_weights, out=out)
-        return DecodeCombineRequest(self.shape, y, plan, fast, Wire[wire], out, stats, return_hook)
+        return DecodeCombineRequest(self.shape, y, plan, fast, Encoding[encoding], out, stats, return_hook)
 
     def _looks_right(self, x: Tensor | Quantized, routing: Routing, delivery: Delivery | None) -> bool:
         if type(routing) is not Routing or not (delivery is None or type(delivery) is Delivery):
@@ -309,14 +309,14 @@ class Resolver:
             )
 
 
-def _check_wire(wire: str, hidden: int) -> None:
-    if not isinstance(wire, str) or wire not in Wire.__members__:
-        names = ", ".join(f'"{name}"' for name in Wire.__members__)
-        raise ArgumentError(f"decode_combine: wire: expected one of {names}, got {wire!r}")
-    if Wire[wire] is not Wire.same and hidden % _WIRE_GROUP:
+def _check_encoding(encoding: str, hidden: int) -> None:
+    if not isinstance(encoding, str) or encoding not in Encoding.__members__:
+        names = ", ".join(f'"{name}"' for name in Encoding.__members__)
+        raise ArgumentError(f"decode_combine: encoding: expected one of {names}, got {encoding!r}")
+    if Encoding[encoding] is not Encoding.same and hidden % _ENCODING_GROUP:
         raise ArgumentError(
-            f"decode_combine: wire: {wire!r} works on groups of {_WIRE_GROUP} columns, H={hidden} is no multiple of "
-            'it; pad the hidden size or use wire="same"'
+            f"decode_combine: encoding: {encoding!r} works on groups of {_ENCODING_GROUP} columns, H={hidden} is no "
+            'multiple of it; pad the hidden size or use encoding="same"'
         )
 
 

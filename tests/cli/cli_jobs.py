@@ -21,7 +21,7 @@ def damaged(x):
     return x
 
 
-def measure_damaged(rank, pg, news, spec, wire, method, call_number):
+def measure_damaged(rank, pg, news, spec, transport, method, call_number):
     """`scenarios.measure` in a world where one call of one method returns damaged rows; returns the complaint."""
     right = getattr(ExpertGroup, method)
     calls = 0
@@ -37,17 +37,17 @@ def measure_damaged(rank, pg, news, spec, wire, method, call_number):
 
     with mock.patch.object(ExpertGroup, method, wrong):
         try:
-            scenarios.measure(rank, pg, news, spec, wire)
+            scenarios.measure(rank, pg, news, spec, transport)
         except WrongAnswer as error:
             return str(error)
     return "nothing"
 
 
-def wrong_answer(rank, pg, news, spec, wire):
+def wrong_answer(rank, pg, news, spec, transport):
     """A measurement that finds something wrong on rank 1."""
     if rank == 1:
         raise WrongAnswer("combine: 1 of 6 rows differ, the first is row 4")
-    return [], wire
+    return [], transport
 
 
 def broken(rank, pg, news, *args):

@@ -21,7 +21,7 @@ def spoil(result):
 
 
 def wrong_after_timing(rank, pg, news, settings):
-    """`measure_decode`; once a case has been timed, combines over the FP8 wire are wrong, on rank 1 only."""
+    """`measure_decode`; once a case has been timed, combines over the FP8 encoding are wrong, on rank 1 only."""
     right, checked, timed = ExpertGroup.decode_combine, decode._Tokens._checked, []
 
     def begin(self, case):
@@ -34,7 +34,7 @@ def wrong_after_timing(rank, pg, news, settings):
 
     def combine(self, *args, **kwargs):
         result = right(self, *args, **kwargs)
-        return spoil(result) if timed and rank == 1 and kwargs["wire"] == "fp8" else result
+        return spoil(result) if timed and rank == 1 and kwargs["encoding"] == "fp8" else result
 
     patches = (
         (decode, "host_time", host_time),

@@ -18,13 +18,15 @@ CALLS = {
 }
 
 
-def test_json_of_both_wires(tmp_path, capsys):
+def test_json_of_both_transports(tmp_path, capsys):
     file = tmp_path / "out.json"
     assert main(["bench", *ARGS, "--hidden", "128", "--json", str(file)]) == 0
     whole = json.loads(file.read_text())
-    seen = {(line["wire"], line["call"], line["mode"]) for line in whole["results"]}
+    seen = {(line["transport"], line["call"], line["mode"]) for line in whole["results"]}
     calls = {*CALLS, "decode dispatch, FP8"}
-    assert seen == {(w, c, m) for w in ("local", "group") for c in calls for m in ("drained", "chained")}
+    assert seen == {
+        (w, c, m) for w in ("shared_memory", "process_group") for c in calls for m in ("drained", "chained")
+    }
     for line in whole["results"]:
         assert line["ours"]["n"] == line["gloo"]["n"] == 3
         assert 0 < line["ours"]["p05_us"] <= line["ours"]["median_us"] <= line["ours"]["p95_us"]
@@ -42,7 +44,9 @@ def test_json_of_both_wires(tmp_path, capsys):
 
 def test_table_on_any_terminal(any_terminal):
     # H is no multiple of 128: no FP8.
-    assert main(["bench", *ARGS, "--hidden", "64", "--wire", "local", "--threads", "1", "--seed", "3"]) == 0
+    assert (
+        main(["bench", *ARGS, "--hidden", "64", "--transport", "shared_memory", "--threads", "1", "--seed", "3"]) == 0
+    )
     out = any_terminal.getvalue()
     for word in (
         *CALLS,
@@ -72,7 +76,7 @@ def test_table_on_any_terminal(any_terminal):
     ],
 )
 def test_every_call_is_checked(worlds, tmp_path, method, call_number, complaint):
-    for said in worlds(2).run(measure_damaged, str(tmp_path / "news"), TINY, "local", method, call_number):
+    for said in worlds(2).run(measure_damaged, str(tmp_path / "news"), TINY, "shared_memory", method, call_number):
         assert said.startswith(complaint)
 
 
@@ -94,7 +98,9 @@ def test_the_limit_moves_the_rows_that_the_calls_move(worlds):
 
 
 def test_undamaged_calls_are_not_complained_about(worlds, tmp_path):
-    assert worlds(2).run(measure_damaged, str(tmp_path / "news"), TINY, "group", "combine", -1) == ["nothing"] * 2
+    assert (
+        worlds(2).run(measure_damaged, str(tmp_path / "news"), TINY, "process_group", "combine", -1) == ["nothing"] * 2
+    )
 
 
 def test_no_time_for_a_wrong_answer(monkeypatch, capsys, tmp_path):

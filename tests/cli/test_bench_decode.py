@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenferry.bench import decode, decode_report, micro, plots
-from tokenferry.bench.decode_truth import Pool, Truth, over_the_wire
+from tokenferry.bench.decode_truth import Pool, Truth, encoded_row
 from tokenferry.bench.inputs import WrongAnswer
 from tokenferry.bench.limits import Limits, Rate
 from tokenferry.bench.sets import Sizes, draw
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 TINY = ["--ranks", "2", "--hidden", "128", "--top-k", "2", "--experts", "8", "--iters", "2", "--seed", "5"]
 CALLS = {
     *("dispatch FP8", "dispatch BF16", "pair exact", "pair fast", "combine exact", "combine fast"),
-    *(f"combine {numerics}, wire {wire}" for numerics in ("exact", "fast") for wire in ("fp8", "logfmt10")),
+    *(f"combine {numerics}, encoding {encoding}" for numerics in ("exact", "fast") for encoding in ("fp8", "logfmt10")),
 }
 
 
@@ -46,12 +46,12 @@ def test_all_of_it(phases, tmp_path, capsys):
     assert len(whole["decode"]) == 2 * len(CALLS)
     for item in whole["decode"]:
         assert item["max_tokens"] == 5, "M is the largest T"
-        hooked = ["graph_hook", "eager_hook"] if "wire" not in item["call"] else []
+        hooked = ["graph_hook", "eager_hook"] if "encoding" not in item["call"] else []
         for name in ("graph", "eager", "drained", *hooked):
             assert item[name]["n"] == 2
             assert 0 < item[name]["p05_us"] <= item[name]["median_us"] <= item[name]["p95_us"]
         assert item["host_us"] > 0
-        assert (item["host_hook_us"] is None) == ("wire" in item["call"])
+        assert (item["host_hook_us"] is None) == ("encoding" in item["call"])
         assert item["of_limit"] == pytest.approx(item["limit_us"] / item["graph"]["median_us"])
         assert item["limit_hook_us"] > item["limit_us"], "two kernels instead of one"
     assert [item["numerics"] for item in whole["micro"]] == ["exact", "exact", "fast", "fast"]
@@ -97,8 +97,8 @@ def test_rows_are_those_that_leave():
         (decode.Case("dispatch"), [("dispatch", 7168 + 56 * 4)]),
         (decode.Case("dispatch", fp8=False), [("dispatch", 14336)]),
         (decode.Case("combine", numerics="fast"), [("fast", 14336)]),
-        (decode.Case("combine", numerics="exact", wire="fp8"), [("exact", 14336 * 33 // 64)]),
-        (decode.Case("combine", numerics="exact", wire="logfmt10"), [("exact", 14336 * 42 // 64)]),
+        (decode.Case("combine", numerics="exact", encoding="fp8"), [("exact", 14336 * 33 // 64)]),
+        (decode.Case("combine", numerics="exact", encoding="logfmt10"), [("exact", 14336 * 42 // 64)]),
         (decode.Case("pair", numerics="exact"), [("dispatch", 7392), ("exact", 14336)]),
     ],
 )
@@ -135,27 +135,27 @@ def oracle_of(variant, padded):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("wire", ["same", "fp8", "logfmt10"])
+@pytest.mark.parametrize("encoding", ["same", "fp8", "logfmt10"])
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
-def test_sums_are_those_of_the_oracle(numerics, wire, padded):
+def test_sums_are_those_of_the_oracle(numerics, encoding, padded):
     pool, oracle = oracle_of(1, padded)
     ys = [torch.empty(4, 18, 256, dtype=torch.bfloat16) for _ in range(2)]
     for rank, y in enumerate(ys):
         pool.fill(y, 4 * rank, 1)
     for rank in range(2):
         truth = Truth(SIZES, 1, rank, pool, padded=padded)
-        want = oracle.decode_combine(rank, [y.flatten(0, 1) for y in ys], fast=numerics == "fast", wire=wire)
-        truth.check_sums("x", want, (numerics, wire, 1))
+        want = oracle.decode_combine(rank, [y.flatten(0, 1) for y in ys], fast=numerics == "fast", encoding=encoding)
+        truth.check_sums("x", want, (numerics, encoding, 1))
         other = "exact" if numerics == "fast" else "fast"
-        wrong = [(numerics, wire, 2), (numerics, "same" if wire == "fp8" else "fp8", 1)]
-        wrong += [] if wire == "logfmt10" else [(other, wire, 1)]  # one rounding more is less than a code
+        wrong = [(numerics, encoding, 2), (numerics, "same" if encoding == "fp8" else "fp8", 1)]
+        wrong += [] if encoding == "logfmt10" else [(other, encoding, 1)]  # one rounding more is less than a code
         for options in wrong:
             with pytest.raises(WrongAnswer, match="x: "):
                 truth.check_sums("x", want, options)
         spoiled = want.clone()
         spoiled[-1, 3] = spoiled[-1, 3] * 1.1 + 1e-3
         with pytest.raises(WrongAnswer):
-            truth.check_sums("x", spoiled, (numerics, wire, 1))
+            truth.check_sums("x", spoiled, (numerics, encoding, 1))
 
 
 def test_fast_sums_are_in_the_order_of_experts():
@@ -188,8 +188,8 @@ def test_logfmt10_allows_few_other_codes():
 def test_rows_of_zeros_travel():
     rows = torch.zeros(2, 256, dtype=torch.bfloat16)
     rows[1, 200] = -3.0
-    for wire in ("same", "fp8", "logfmt10"):
-        assert torch.allclose(over_the_wire(rows, wire).values, rows.float(), rtol=1e-4)
+    for encoding in ("same", "fp8", "logfmt10"):
+        assert torch.allclose(encoded_row(rows, encoding).values, rows.float(), rtol=1e-4)
 
 
 def delivered(fp8, padded):
@@ -250,7 +250,7 @@ def test_no_time_for_what_is_wrong_afterwards(phases, tmp_path):
     file = tmp_path / "out.json"
     assert run_on_cpu("--only", "decode", "--tokens", "4", "--json", str(file)) == 1
     whole = json.loads(file.read_text())
-    wrong = {f"combine {numerics}, wire fp8" for numerics in ("exact", "fast")}
+    wrong = {f"combine {numerics}, encoding fp8" for numerics in ("exact", "fast")}
     assert {item["call"] for item in whole["decode"]} == CALLS - wrong, "the rest is kept"
     assert {one["what"] for one in whole["failed"]} == {f"decode: {name}, T=4" for name in wrong}
     assert all("rank 1: WrongAnswer: " in one["why"] for one in whole["failed"])

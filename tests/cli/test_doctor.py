@@ -22,12 +22,21 @@ def by_name(**options):
 def test_a_machine_that_works(any_terminal):
     assert main(["doctor", "--no-compile"]) == 0
     out = any_terminal.getvalue()
-    for name in ("versions", "group of one", "gloo", "wire local", "wire group", "backend cuda", "rich", "matplotlib"):
+    for name in (
+        "versions",
+        "group of one",
+        "gloo",
+        "transport shared_memory",
+        "transport process_group",
+        "backend cuda",
+        "rich",
+        "matplotlib",
+    ):
         assert name in out
     for variable in env.VARIABLES:
         assert variable.name in out
-    assert "over 2 rank(s), wire local" in out
-    assert "over 2 rank(s), wire group" in out
+    assert "over 2 rank(s), transport shared_memory" in out
+    assert "over 2 rank(s), transport process_group" in out
     assert "tokenferry works on this machine" in out
 
 
@@ -133,7 +142,7 @@ def test_the_kernel_cache(monkeypatch, tmp_path):
 def test_a_machine_with_a_gpu():
     lines = cuda_lines(doctor._gpu_alone, lambda: doctor._on_ranks(doctor.over_gpus, devices="cuda"))
     assert all(line.good for line in lines.values()), lines
-    assert "over 2 rank(s), wire nvlink, backend cuda" in lines["backend cuda, ranks"].text
+    assert "over 2 rank(s), transport nvlink, backend cuda" in lines["backend cuda, ranks"].text
 
 
 def test_ill_ranks(monkeypatch, capsys):
@@ -144,7 +153,7 @@ def test_ill_ranks(monkeypatch, capsys):
     assert main(["doctor", "--no-compile"]) == 1
     out = capsys.readouterr().out
     assert "no    OSError: no memory; several ranks need gloo" in out
-    assert "does not work: gloo, wire group" in out
+    assert "does not work: gloo, transport process_group" in out
 
 
 def test_what_a_rank_raises_is_the_reason():
@@ -179,9 +188,9 @@ class PairOfRanks:
 
 def test_variables_in_force(monkeypatch):
     monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
-    monkeypatch.setenv("TOKENFERRY_WIRE", "group")
+    monkeypatch.setenv("TOKENFERRY_TRANSPORT", "process_group")
     texts = {finding.name: finding.text for finding in doctor._variables()}
-    assert texts["TOKENFERRY_WIRE"].startswith("group (default: auto)")
+    assert texts["TOKENFERRY_TRANSPORT"].startswith("group (default: auto)")
     assert texts["TOKENFERRY_BACKEND"].startswith("auto (default)")
 
 

@@ -39,7 +39,7 @@ def test_wrong_command_lines(argv, capsys):
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (BackendUnavailable("no wire"), 1, "tokenferry doctor: no wire"),
+        (BackendUnavailable("no transport"), 1, "tokenferry doctor: no transport"),
         (FileNotFoundError("no text"), 1, "tokenferry doctor: no text"),
         (KeyboardInterrupt(), 130, "tokenferry doctor: interrupted"),
     ],

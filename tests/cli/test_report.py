@@ -43,13 +43,13 @@ def test_summary_refuses_ranks_of_different_lengths():
 def one_line():
     slow = Samples("dispatch", 2e6, {"drained": [2e-3, 4e-3]}, {"drained": [1e-3, 1e-3]})
     fast = Samples("dispatch", 4e6, {"drained": [1e-3, 1e-3]}, {"drained": [2e-3, 2e-3]})
-    [line] = report.lines("local", [[slow], [fast]])
+    [line] = report.lines("shared_memory", [[slow], [fast]])
     return line
 
 
 def test_line_of_two_ranks():
     line = one_line()
-    assert (line.wire, line.call, line.mode) == ("local", "dispatch", "drained")
+    assert (line.transport, line.call, line.mode) == ("shared_memory", "dispatch", "drained")
     assert line.row_bytes == 3e6
     assert line.ours.median_us == pytest.approx(3000)
     assert line.gloo.median_us == pytest.approx(2000)
@@ -76,7 +76,7 @@ def test_json_holds_everything_a_number_needs():
     assert whole["spec"]["hidden"] == TINY.hidden
     assert set(whole["machine"]) == {"processor", "cores", "load", "system", "python", "torch"}
     [line] = whole["results"]
-    assert set(line) == {"wire", "call", "mode", "row_bytes", "ours", "gloo", "ratio"}
+    assert set(line) == {"transport", "call", "mode", "row_bytes", "ours", "gloo", "ratio"}
     assert set(line["ours"]) == {"n", "median_us", "p05_us", "p95_us"}
 
 

@@ -153,7 +153,7 @@ def logfmt(rank, pg, case, exact=True):
     buffer = Buffer(pg, low_latency_mode=True)
     handle = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)[2]
     out = torch.full_like(mine.x, torch.nan)
-    want = oracle.decode_combine(rank, ys, wire="logfmt10")
+    want = oracle.decode_combine(rank, ys, encoding="logfmt10")
     for how in ({}, {"out": out}, {"return_recv_hook": True}):
         got, _, hook = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle, use_logfmt=True, **how)
         if hook:

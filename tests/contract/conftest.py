@@ -27,7 +27,7 @@ def run(worlds) -> Callable[..., list[Any]]:
     """``run(pair, ranks, job, *args)``: call ``job(rank, process_group, pair, *args)`` on every rank."""
 
     def on_ranks(pair: Pair, ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
-        if pair.wire == "none":
+        if pair.transport == "none":
             return [job(0, None, pair, *args)]
         return worlds(ranks, pair.backend).run(job, pair, *args)
 

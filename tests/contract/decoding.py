@@ -124,21 +124,21 @@ def check_combined(group: ExpertGroup, step: Step, sent: DecodeDispatched, dtype
         assert got.x.data_ptr() == out.data_ptr(), f"{what}: the sum is not in out"
 
 
-def check_wire(
-    group: ExpertGroup, step: Step, sent: DecodeDispatched, dtype: torch.dtype, wire: str, fast: bool
+def check_encoding(
+    group: ExpertGroup, step: Step, sent: DecodeDispatched, dtype: torch.dtype, encoding: str, fast: bool
 ) -> None:
     """Sums of rows that travelled encoded, own ones too: FP8 to the bit; logfmt10 but for a code here and there."""
     oracle, case = step.oracle(), step.case
     size = oracle.num_local * step.capacity
     ys = [uneven(answers(case, oracle, there, size, dtype)) for there in range(case.ranks)]
     y = ys[step.rank].clone().reshape(oracle.num_local, step.capacity, case.hidden)
-    got = group.decode_combine(y, sent.plan, numerics="fast" if fast else "exact", wire=wire, return_hook=fast)
+    got = group.decode_combine(y, sent.plan, numerics="fast" if fast else "exact", encoding=encoding, return_hook=fast)
     y.fill_(torch.nan)  # it was sent already
     if got.hook is not None:
         got.hook()
-    what = f"{step} decode_combine {dtype} {wire} {fast=}"
-    want = oracle.decode_combine(step.rank, ys, fast=fast, wire=wire)
-    if wire == "fp8":
+    what = f"{step} decode_combine {dtype} {encoding} {fast=}"
+    want = oracle.decode_combine(step.rank, ys, fast=fast, encoding=encoding)
+    if encoding == "fp8":
         same_bits(what, got.x, want)
         return
     # Logarithms and powers differ in their last bits, and a number that is half-way between two codes takes either.

@@ -1,4 +1,4 @@
-"""The (backend, wire) pairs that keep the same promises. A new backend is one more line."""
+"""The (backend, transport) pairs that keep the same promises. A new backend is one more line."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from tokenferry import ExpertGroup, MoeShape
 
 @dataclass(frozen=True)
 class Pair:
-    """How the ranks of a test reach each other; wire "none" is a group of one without a process group."""
+    """How the ranks of a test reach each other; transport "none" is a group of one without a process group."""
 
     backend: str
-    wire: str
+    transport: str
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.wire}"
+        return f"{self.backend}-{self.transport}"
 
     @property
     def device(self) -> torch.device:
@@ -25,17 +25,19 @@ class Pair:
         return torch.device("cpu") if self.backend == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
     def open(self, pg: dist.ProcessGroup | None, shape: MoeShape, **options) -> ExpertGroup:
-        wire = "auto" if self.backend != "cpu" or self.wire == "none" else self.wire
+        transport = "auto" if self.backend != "cpu" or self.transport == "none" else self.transport
         kind = ExpertGroup if self.backend == "cpu" else OnDevice
-        group = kind(pg, shape, backend=self.backend, wire=wire, timeout_s=options.pop("timeout_s", 30), **options)
+        group = kind(
+            pg, shape, backend=self.backend, transport=transport, timeout_s=options.pop("timeout_s", 30), **options
+        )
         assert group.backend == self.backend
-        assert group.wire == ("none" if group.num_ranks == 1 else self.wire)
+        assert group.transport == ("none" if group.num_ranks == 1 else self.transport)
         return group
 
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
-CPU_PAIRS = (Pair("cpu", "local"), Pair("cpu", "group"))
+CPU_PAIRS = (Pair("cpu", "shared_memory"), Pair("cpu", "process_group"))
 CUDA_PAIRS = (Pair("cuda", "nvlink"),) if NUM_GPUS else ()
 PAIRS = CPU_PAIRS + CUDA_PAIRS
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import CASTS, Step, check_combined, check_received, check_wire
+from decoding import CASTS, Step, check_combined, check_encoding, check_received
 from pairs import PAIRS, PLACES, Pair
 from throughput import check_round_trip
 
@@ -54,7 +54,7 @@ def test_rounds(run, pair, ranks):
     run(pair, ranks, rounds, ranks)
 
 
-def wire_cases(ranks: int) -> list[Case]:
+def encoding_cases(ranks: int) -> list[Case]:
     uneven = (3, 0, 5, 2, 1, 4, 0, 2)[:ranks]
     return [
         Case(uneven, 2 * ranks, 3, hidden=384),
@@ -65,24 +65,24 @@ def wire_cases(ranks: int) -> list[Case]:
     ]
 
 
-def wires(rank, pg, pair: Pair, ranks: int) -> None:
-    with pair.open(pg, wire_cases(ranks)[0].shape) as group:
-        for case in wire_cases(ranks):
+def encodings(rank, pg, pair: Pair, ranks: int) -> None:
+    with pair.open(pg, encoding_cases(ranks)[0].shape) as group:
+        for case in encoding_cases(ranks):
             view, step = group.for_shape(case.shape), Step(case, rank)
             sent = view.decode_dispatch(step.mine().x, step.routing())
-            for wire in ("fp8", "logfmt10"):
-                check_wire(view, step, sent, torch.float16, wire, fast=False)  # sums per rank would be infinite
+            for encoding in ("fp8", "logfmt10"):
+                check_encoding(view, step, sent, torch.float16, encoding, fast=False)  # sums per rank would be infinite
                 for dtype in (torch.bfloat16, torch.float32):
-                    check_wire(view, step, sent, dtype, wire, fast=False)
-                    check_wire(view, step, sent, dtype, wire, fast=True)
+                    check_encoding(view, step, sent, dtype, encoding, fast=False)
+                    check_encoding(view, step, sent, dtype, encoding, fast=True)
 
 
 @at_places
-def test_wires(run, pair, ranks):
-    run(pair, ranks, wires, ranks)
+def test_transports(run, pair, ranks):
+    run(pair, ranks, encodings, ranks)
 
 
-def masked_wires(rank, pg, pair: Pair) -> None:
+def masked_encodings(rank, pg, pair: Pair) -> None:
     """Ranks 0 and 1 go on without 2, and 2 without them."""
     case = Case((3, 2, 4), 6, 3, hidden=256, dtype=torch.float32)
     step = Step(case, rank, frozenset({2}) if rank < 2 else frozenset({0, 1}))
@@ -91,28 +91,28 @@ def masked_wires(rank, pg, pair: Pair) -> None:
         for other in step.away:
             group.mask(other)
         sent = group.decode_dispatch(step.mine().x, step.routing())
-        for wire in ("fp8", "logfmt10"):
-            check_wire(group, step, sent, torch.float32, wire, fast=False)
-            check_wire(group, step, sent, torch.float32, wire, fast=True)
+        for encoding in ("fp8", "logfmt10"):
+            check_encoding(group, step, sent, torch.float32, encoding, fast=False)
+            check_encoding(group, step, sent, torch.float32, encoding, fast=True)
 
 
-def test_wires_without_masked_ranks(run, pair):
-    run(pair, 3, masked_wires)
+def test_encodings_without_masked_ranks(run, pair):
+    run(pair, 3, masked_encodings)
 
 
-def other_wires(rank, pg, pair: Pair) -> str:
+def other_encodings(rank, pg, pair: Pair) -> str:
     case = Case((2, 3), 4, 2, hidden=128)
     step = Step(case, rank)
     with pair.open(pg, case.shape) as group:
         sent = group.decode_dispatch(step.mine().x, step.routing())
         with pytest.raises(MismatchError) as caught:
-            group.decode_combine(sent.x, sent.plan, wire=("fp8", "logfmt10")[rank])
+            group.decode_combine(sent.x, sent.plan, encoding=("fp8", "logfmt10")[rank])
     return str(caught.value)
 
 
-def test_ranks_that_choose_other_wires_hear_of_it(run):
-    told = run(next(pair for pair in PAIRS if pair.wire == "local"), 2, other_wires)
-    assert "wire is fp8 on rank 0 and logfmt10 on rank 1" in told[0]
+def test_ranks_that_choose_other_encodings_hear_of_it(run):
+    told = run(next(pair for pair in PAIRS if pair.transport == "shared_memory"), 2, other_encodings)
+    assert "encoding is fp8 on rank 0 and logfmt10 on rank 1" in told[0]
 
 
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
@@ -129,25 +129,27 @@ def test_fewer_bytes_travel(monkeypatch, numerics):
         sent = group.decode_dispatch(
             torch.ones(2, 512).bfloat16(), Routing(torch.tensor([[0, 1], [1, -1]]), torch.ones(2, 2))
         )
-        for wire in ("same", "fp8", "logfmt10"):
-            group.decode_combine(sent.x, sent.plan, numerics=numerics, wire=wire)
+        for encoding in ("same", "fp8", "logfmt10"):
+            group.decode_combine(sent.x, sent.plan, numerics=numerics, encoding=encoding)
     assert widths[1:] == [(1024, 0), (512, 16), (640, 32)]
 
 
-@pytest.mark.parametrize("wire", ["FP8", "logfmt", None, 1])
-def test_wires_that_do_not_exist(wire):
+@pytest.mark.parametrize("encoding", ["FP8", "logfmt", None, 1])
+def test_encodings_that_do_not_exist(encoding):
     with ExpertGroup(None, MoeShape(2, 2, 128, 4), backend="cpu") as group:
         sent = group.decode_dispatch(torch.ones(1, 128), Routing(torch.tensor([[0, 1]]), torch.ones(1, 2)))
-        with pytest.raises(ArgumentError, match='wire: expected one of "same", "fp8", "logfmt10", got'):
-            group.decode_combine(sent.x, sent.plan, wire=wire)
+        with pytest.raises(ArgumentError, match='encoding: expected one of "same", "fp8", "logfmt10", got'):
+            group.decode_combine(sent.x, sent.plan, encoding=encoding)
 
 
-@pytest.mark.parametrize("wire", ["fp8", "logfmt10"])
-def test_wires_need_whole_groups(wire):
+@pytest.mark.parametrize("encoding", ["fp8", "logfmt10"])
+def test_encodings_need_whole_groups(encoding):
     with ExpertGroup(None, MoeShape(2, 2, 192, 4), backend="cpu") as group:
         sent = group.decode_dispatch(torch.ones(1, 192), Routing(torch.tensor([[0, 1]]), torch.ones(1, 2)))
-        with pytest.raises(ArgumentError, match=f"wire: '{wire}' works on groups of 128 columns, H=192 is no multiple"):
-            group.decode_combine(sent.x, sent.plan, wire=wire)
+        with pytest.raises(
+            ArgumentError, match=f"encoding: '{encoding}' works on groups of 128 columns, H=192 is no multiple"
+        ):
+            group.decode_combine(sent.x, sent.plan, encoding=encoding)
         group.decode_combine(sent.x, sent.plan)
 
 
@@ -212,7 +214,7 @@ def forgotten_hook(rank, pg, pair: Pair) -> None:
         check_round_trip(group, case, Delivery())
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.wire != "group"], ids=str)
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.transport != "process_group"], ids=str)
 def test_a_hook_that_is_never_called_harms_nobody_in_shared_memory(run, pair):
     """Not over torch.distributed: there a message that nobody receives stays in the process group."""
     run(pair, 2, forgotten_hook)
@@ -347,7 +349,7 @@ def fast_is_near(rank, pg, pair: Pair) -> None:
         sent = group.decode_dispatch(step.mine().x, step.routing())
         exact = group.decode_combine(sent.x, sent.plan).x.float()
         fast = group.decode_combine(sent.x, sent.plan, numerics="fast").x.float()
-    assert not torch.equal(exact, fast), "the same numbers: nothing was summed before the wire"
+    assert not torch.equal(exact, fast), "the same numbers: nothing was summed before the encoding"
     largest = float((case.inputs()[rank].topk_weights.abs().sum(1) * 1024).max())
     close("fast", fast, exact, rtol=2**-7, atol=largest * 2**-8)
 

@@ -60,5 +60,5 @@ def round_trip(rank, pg, pair: Pair, chosen: Case, delivery: Delivery) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(chosen=case_and_delivery(), pair=st.sampled_from(PAIRS))
-def test_any_case_on_any_wire(run, chosen, pair):
+def test_any_case_on_any_transport(run, chosen, pair):
     run(pair, RANKS, round_trip, *chosen)

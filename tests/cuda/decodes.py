@@ -34,7 +34,7 @@ THREADS = 512 if MACHINE.device.type == "cuda" else 96
 """Fibers take time, and kernels take blocks of any number of warps."""
 SCALES = (None, Scale.FLOAT32, Scale.POWER_OF_TWO, Scale.UE8M0)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-WIRES = ("same", "fp8", "logfmt10")
+ENCODINGS = ("same", "fp8", "logfmt10")
 
 _ranks: dict[int, Ranks] = {}
 
@@ -366,8 +366,8 @@ class Combine(Call):
     Args:
         bed: Where.
         case: Whose tokens; ``dtype`` is that of what experts answer.
-        fast: Sum before the wire.
-        wire: What travels.
+        fast: Sum before the encoding.
+        encoding: What travels.
         hook: Whether there is a ticket, for a launch that receives alone.
         sent: Instead of the case's inputs.
         ys: What each rank gives back, ``[L * room, H]``; None: made here, NaN where nobody may read.
@@ -381,13 +381,13 @@ class Combine(Call):
         case: Case,
         *,
         fast: bool = False,
-        wire: str = "same",
+        encoding: str = "same",
         hook: bool = False,
         sent: Sequence[Sent] | None = None,
         ys: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(bed, case, sent)
-        self.fast, self.wire, ranks, R = fast, wire, bed.ranks, case.ranks
+        self.fast, self.encoding, ranks, R = fast, encoding, bed.ranks, case.ranks
         size = self.num_local * self.room
         made = [answers(case, self.oracle, rank, size, case.dtype) for rank in range(R)] if ys is None else ys
         self.ys = list(made)
@@ -411,7 +411,11 @@ class Combine(Call):
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": TYPES.index(self.case.dtype), "fast": int(self.fast), "wire": WIRES.index(self.wire)}
+        return {
+            "type": TYPES.index(self.case.dtype),
+            "fast": int(self.fast),
+            "encoding": ENCODINGS.index(self.encoding),
+        }
 
     def fields(self, rank: int, phases: int = BOTH, **more: object) -> dict[str, object]:
         """Params of `collect`."""
@@ -453,10 +457,10 @@ class Combine(Call):
         return self.out[rank].cpu().view(self.case.dtype).reshape(-1, self.case.hidden)
 
     def check_rank(self, rank: int) -> None:
-        what = f"{self} fast={self.fast} {self.wire} rank {rank}"
+        what = f"{self} fast={self.fast} {self.encoding} rank {rank}"
         got = self.sums(rank)
-        want = self.oracle.decode_combine(rank, self.ys, fast=self.fast, wire=self.wire)
-        if self.wire == "logfmt10":
+        want = self.oracle.decode_combine(rank, self.ys, fast=self.fast, encoding=self.encoding)
+        if self.encoding == "logfmt10":
             self._close(what, got, want, rank)
         else:
             same_bits(what, got, want)

@@ -72,8 +72,8 @@ MORE_RANKS = (
     "test_spread.py::test_a_bad_index_sends_nothing[False-12]",
     "test_collect.py::test_every_routing[half_dropped-3-exact]",
     "test_collect.py::test_rows_of_every_size[3-float32-fast]",
-    "test_collect.py::test_every_wire[2-bfloat16-fp8-exact]",
-    "test_collect.py::test_every_wire[2-float16-logfmt10-fast]",
+    "test_collect.py::test_every_encoding[2-bfloat16-fp8-exact]",
+    "test_collect.py::test_every_encoding[2-float16-logfmt10-fast]",
     "test_collect.py::test_many_calls_at_once[2]",
     "test_collect.py::test_sends_before_their_receipts[2-exact]",
 )

@@ -11,6 +11,7 @@ from decodes import (
     ALIVE,
     BOTH,
     COMBINE,
+    ENCODINGS,
     EPOCH,
     PLACES,
     RECEIVE,
@@ -18,7 +19,6 @@ from decodes import (
     THREADS,
     TOKENS,
     TYPES,
-    WIRES,
     Bed,
     Combine,
     all_at_once,
@@ -39,11 +39,11 @@ from tokenferry.types import MoeShape
 by_numerics = pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
 
 
-def collect(case: Case, *, fast: bool = False, wire: str = "same", max_tokens: int = 0) -> Combine:
+def collect(case: Case, *, fast: bool = False, encoding: str = "same", max_tokens: int = 0) -> Combine:
     """One call that goes well, twice: both halves of the regions."""
     bed = Bed.of(case, max_tokens)
     for seed in (case.seed, case.seed + 1):
-        one = Combine(bed, replace(case, seed=seed), fast=fast, wire=wire)
+        one = Combine(bed, replace(case, seed=seed), fast=fast, encoding=encoding)
         one.run()
         one.check()
         bed.check_clear()
@@ -76,10 +76,10 @@ def test_rows_of_every_size(num_ranks, dtype, fast):
 
 
 @by_numerics
-@pytest.mark.parametrize("wire", WIRES[1:])
+@pytest.mark.parametrize("encoding", ENCODINGS[1:])
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("num_ranks", [2, 5])
-def test_every_wire(num_ranks, dtype, wire, fast):
+def test_every_encoding(num_ranks, dtype, encoding, fast):
     """Groups of 128 columns have magnitudes of their own; ends of groups and of chunks."""
     for hidden in (16, 144, 528, 640):
         case = Case((1, 2, 3, 0, 2)[:num_ranks], 3 * num_ranks, 3, hidden=hidden, dtype=dtype, routing="repeated")
@@ -87,17 +87,17 @@ def test_every_wire(num_ranks, dtype, wire, fast):
         sent, ys = case.inputs(), [uneven(y) for y in Combine(bed, case).ys]
         if dtype == torch.float16:  # or sums would be infinite
             sent, ys = tuple(replace(s, topk_weights=s.topk_weights / 256) for s in sent), [y / 256 for y in ys]
-        one = Combine(bed, case, fast=fast, wire=wire, sent=sent, ys=ys)
+        one = Combine(bed, case, fast=fast, encoding=encoding, sent=sent, ys=ys)
         one.run()
         one.check()
         bed.check_clear()
 
 
 @by_numerics
-@pytest.mark.parametrize("wire", WIRES)
-def test_wide_rows(wire, fast):
-    tokens, top_k = ((1, 1), 1) if wire == "logfmt10" else ((2, 3), 2)  # the oracle looks at 512 codes a number
-    collect(Case(tokens, 4, top_k, hidden=7168), wire=wire, fast=fast)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_wide_rows(encoding, fast):
+    tokens, top_k = ((1, 1), 1) if encoding == "logfmt10" else ((2, 3), 2)  # the oracle looks at 512 codes a number
+    collect(Case(tokens, 4, top_k, hidden=7168), encoding=encoding, fast=fast)
 
 
 @by_numerics
@@ -139,15 +139,15 @@ def test_nobody_has_tokens(num_ranks, fast):
 
 
 @by_numerics
-@pytest.mark.parametrize("wire", WIRES)
-def test_rows_that_look_like_no_packet(wire, fast):
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_rows_that_look_like_no_packet(encoding, fast):
     """16 bytes of ones mean "not here yet": such rows come home all the same, as NaN."""
     case = Case((5, 4), 4, 3, hidden=528)
     bed = Bed.of(case)
     ys = [y.clone() for y in Combine(bed, case).ys]
     spoilt = [row.place for row in Oracle(case.inputs(), 4, "masked", capacity=10).rows(0)[:3]]
     ys[0][spoilt] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)
-    one = Combine(bed, case, fast=fast, wire=wire, ys=ys)
+    one = Combine(bed, case, fast=fast, encoding=encoding, ys=ys)
     one.run()
     bed.check_clear()
     for rank in range(2):
@@ -164,10 +164,10 @@ def test_codes_that_look_like_no_packet():
     for y in ys:
         y[:, 16:48] = -3.0
         y[:, 130] = -3.0
-    one = Combine(bed, case, wire="logfmt10", ys=ys)
+    one = Combine(bed, case, encoding="logfmt10", ys=ys)
     one.run()
     for rank in range(2):
-        want = one.oracle.decode_combine(rank, ys, wire="logfmt10").float()
+        want = one.oracle.decode_combine(rank, ys, encoding="logfmt10").float()
         far = (one.sums(rank).float() - want).abs() > 0.01 * want.abs()  # codes are half a percent apart
         assert not far.any(), one.sums(rank)[far]
     bed.check_clear()
@@ -205,7 +205,7 @@ def test_many_calls_at_once(num_ranks):
     """Twelve calls, of every kind, on every stream before the first has ended."""
     bed = bed_for(num_ranks)
     calls = [
-        Combine(bed, varied(num_ranks, seed), fast=seed % 2 == 1, wire=("same", "same", "fp8")[seed % 3])
+        Combine(bed, varied(num_ranks, seed), fast=seed % 2 == 1, encoding=("same", "same", "fp8")[seed % 3])
         for seed in range(12)
     ]
     all_at_once(calls)

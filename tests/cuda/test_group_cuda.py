@@ -47,12 +47,12 @@ def test_a_group_over_nccl_only(worlds):
 def chosen(rank, pg) -> tuple[str, str, list[str]]:
     with said() as lines, ExpertGroup(pg, MoeShape(4, 2, 16, 8)) as group:
         assert group.device == torch.device("cuda", torch.cuda.current_device())
-        return group.backend, group.wire, lines
+        return group.backend, group.transport, lines
 
 
 def test_auto_chooses_cuda(worlds):
-    for backend, wire, lines in worlds(RANKS, "cuda").run(chosen):
-        assert (backend, wire) == ("cuda", "nvlink")
+    for backend, transport, lines in worlds(RANKS, "cuda").run(chosen):
+        assert (backend, transport) == ("cuda", "nvlink")
         assert len([line for line in lines if "chose cuda" in line]) == 1
 
 

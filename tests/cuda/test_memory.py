@@ -13,7 +13,7 @@ from tokenferry.memory.heap import HeapFull
 from tokenferry.memory.reach import obstacle
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import share, share_in_process
-from tokenferry.wires.cards import Table
+from tokenferry.transports.handshake import Table
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -84,7 +84,7 @@ def test_too_little_memory_on_one_rank_is_an_error_on_all(worlds):
 
 NCCL = """
 import sys, torch, torch.distributed as dist
-from tokenferry.wires.cards import Table, moves_cpu_tensors
+from tokenferry.transports.handshake import Table, moves_cpu_tensors
 from tokenferry.memory.window import share
 rank = int(sys.argv[1])
 torch.cuda.set_device(rank)

@@ -19,8 +19,8 @@ import tokenferry
 PUBLIC_MODULES = (
     "tokenferry.autograd",
     "tokenferry.nn",
-    "tokenferry.fp8",
-    "tokenferry.logfmt",
+    "tokenferry.formats.fp8",
+    "tokenferry.formats.logfmt",
     "tokenferry.compat.deep_ep",
 )
 

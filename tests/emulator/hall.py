@@ -92,7 +92,7 @@ class Hall:
     """Where R threads meet to open groups; stands for the suite's `Pair`."""
 
     backend = "cuda"
-    wire = "nvlink"
+    transport = "nvlink"
     device = torch.device("cpu")
 
     def __init__(self, rank: int, crowd: Crowd) -> None:

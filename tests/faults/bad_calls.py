@@ -363,12 +363,16 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ConfigError,
         ("on_timeout:", '"raise" or "mask"', "'ignore'"),
     ),
-    "a group on another wire": (open_group(wire="rdma"), ConfigError, ("wire:", '"local"', "'rdma'")),
-    "a group on another backend": (open_group(backend="tpu"), ConfigError, ("backend:", "'cpu'", "'tpu'")),
-    "a wire of the CPU on CUDA": (
-        open_group(backend="cuda", wire="local"),
+    "a group on another transport": (
+        open_group(transport="rdma"),
         ConfigError,
-        ("backend='cuda'", "wire='local'", "leave it out", "backend='cpu'"),
+        ("transport:", '"shared_memory"', "'rdma'"),
+    ),
+    "a group on another backend": (open_group(backend="tpu"), ConfigError, ("backend:", "'cpu'", "'tpu'")),
+    "a transport of the CPU on CUDA": (
+        open_group(backend="cuda", transport="shared_memory"),
+        ConfigError,
+        ("backend='cuda'", "transport='shared_memory'", "leave it out", "backend='cpu'"),
     ),
     "a group of numbers": (
         lambda g: ExpertGroup([0, 1], SHAPE),

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from tokenferry import ExpertGroup, MoeShape, Routing
 
-rank, ranks, wire, store, left = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+rank, ranks, transport, store, left = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 if ranks > 1:
     dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=ranks)
 pg, backend = dist.group.WORLD if ranks > 1 else None, "cpu"
-if wire == "nvlink":
-    backend, wire = "cuda", "auto"
+if transport == "nvlink":
+    backend, transport = "cuda", "auto"
     torch.cuda.set_device(rank % torch.cuda.device_count())
-group = ExpertGroup(pg, MoeShape(4, 2, 16, 8), backend=backend, wire=wire, timeout_s=60)
+group = ExpertGroup(pg, MoeShape(4, 2, 16, 8), backend=backend, transport=transport, timeout_s=60)
 x, weights = torch.ones(3, 16, device=group.device), torch.ones(3, 2, device=group.device)
 routing = Routing(torch.tensor([[0, 1], [2, 3], [1, 2]], device=group.device), weights)
 sent = group.dispatch(x, routing)
@@ -34,20 +34,20 @@ print("done", rank)
 
 
 ON_CPU = [
-    (1, "auto", "group"),
-    (2, "local", "group"),
-    (2, "local", "hook"),
-    (2, "local", "error"),
-    (2, "group", "hook"),
+    (1, "auto", "process_group"),
+    (2, "shared_memory", "process_group"),
+    (2, "shared_memory", "hook"),
+    (2, "shared_memory", "error"),
+    (2, "process_group", "hook"),
 ]
-ON_GPU = [(1, "nvlink", "group"), (2, "nvlink", "group"), (2, "nvlink", "hook"), (2, "nvlink", "error")]
+ON_GPU = [(1, "nvlink", "process_group"), (2, "nvlink", "process_group"), (2, "nvlink", "hook"), (2, "nvlink", "error")]
 
 
-@pytest.mark.parametrize(("ranks", "wire", "left"), ON_CPU + (ON_GPU if NUM_GPUS else []))
-def test_a_program_with_an_open_group_just_ends(ranks, wire, left, tmp_path):
+@pytest.mark.parametrize(("ranks", "transport", "left"), ON_CPU + (ON_GPU if NUM_GPUS else []))
+def test_a_program_with_an_open_group_just_ends(ranks, transport, left, tmp_path):
     programs = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(ranks), wire, str(tmp_path / "store"), left],
+            [sys.executable, "-c", PROGRAM, str(rank), str(ranks), transport, str(tmp_path / "store"), left],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -110,7 +110,7 @@ def done(group: ExpertGroup, call: Callable[[], Any]) -> None:
 
 
 def patience(pair: Pair) -> float:
-    """The timeout of a test in which the wire may know at once what has happened."""
+    """The timeout of a test in which the transport may know at once what has happened."""
     return LONG_S if pair.backend == "cpu" else SHORT_S
 
 
@@ -297,11 +297,13 @@ def test_decoding_goes_on_without_a_silent_rank(tmp_path):
 
 
 def mask_over_torch_distributed(rank, pg) -> None:
-    with pytest.raises(BackendUnavailable, match=r"on_timeout='mask' needs the wire 'local'.* use on_timeout='raise'"):
-        ExpertGroup(pg, CASE.shape, backend="cpu", wire="group", on_timeout="mask")
-    with ExpertGroup(pg, CASE.shape, wire="auto", on_timeout="mask") as group:
+    with pytest.raises(
+        BackendUnavailable, match=r"on_timeout='mask' needs the transport 'shared_memory'.* use on_timeout='raise'"
+    ):
+        ExpertGroup(pg, CASE.shape, backend="cpu", transport="process_group", on_timeout="mask")
+    with ExpertGroup(pg, CASE.shape, transport="auto", on_timeout="mask") as group:
         assert group.backend == "cpu"
-        assert group.wire == "local"
+        assert group.transport == "shared_memory"
 
 
 def test_masking_on_timeout_needs_shared_memory(worlds):
@@ -312,7 +314,7 @@ def close_alone(rank, pg, pair: Pair) -> None:
     """Rank 0 closes; nobody is asked, results stay, and the other rank is told when it calls."""
     together(pg)
     case = Case((3, 4), 4, 2, dtype=torch.float32)
-    group = pair.open(pg, case.shape, timeout_s=LONG_S if pair.wire == "local" else SHORT_S)
+    group = pair.open(pg, case.shape, timeout_s=LONG_S if pair.transport == "shared_memory" else SHORT_S)
     group.warmup()
     view = group.for_shape(case.shape)
     mine = case.inputs()[rank]

@@ -37,8 +37,8 @@ class Cuda:
 def choice(backend: str, **options: Any) -> Any:
     from tokenferry.options import resolve_options
 
-    wire, on_timeout = options.get("wire", "auto"), options.get("on_timeout", "raise")
-    return choose.make_backend(None, resolve_options(None, SHAPE, backend, wire, None, on_timeout))
+    transport, on_timeout = options.get("transport", "auto"), options.get("on_timeout", "raise")
+    return choose.make_backend(None, resolve_options(None, SHAPE, backend, transport, None, on_timeout))
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +76,16 @@ def test_a_backend_that_was_asked_for_needs_no_question_and_no_words(monkeypatch
 def test_every_rank_asks_even_where_an_option_needs_the_cpu(monkeypatch):
     """The question is collective: a rank that left it out would leave the others waiting."""
     cuda = Cuda(monkeypatch, "no")
-    choice("auto", wire="local")
+    choice("auto", transport="shared_memory")
     assert cuda.asked == ["why not"]
 
 
 def test_cuda_refuses_what_only_the_cpu_can(monkeypatch):
     cuda = Cuda(monkeypatch, "")
-    with pytest.raises(ConfigError, match="wire='group' is a wire of the CPU backend; leave it out, or use"):
-        choice("cuda", wire="group")
+    with pytest.raises(
+        ConfigError, match="transport='process_group' is a transport of the CPU backend; leave it out, or use"
+    ):
+        choice("cuda", transport="process_group")
     assert not cuda.asked
 
 

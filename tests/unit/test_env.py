@@ -11,7 +11,7 @@ from tokenferry import ConfigError, env
 
 def test_defaults():
     cache = os.path.expanduser("~/.cache/tokenferry")
-    assert env.read({}) == env.Settings("auto", cache_dir=cache, heap_mb=None, timeout_s=100.0, wire="auto")
+    assert env.read({}) == env.Settings("auto", cache_dir=cache, heap_mb=None, timeout_s=100.0, transport="auto")
 
 
 def test_values_are_parsed():
@@ -20,10 +20,12 @@ def test_values_are_parsed():
         "TOKENFERRY_CACHE_DIR": "/tmp/cubins",
         "TOKENFERRY_HEAP_MB": "512",
         "TOKENFERRY_TIMEOUT_S": "2.5",
-        "TOKENFERRY_WIRE": "group",
+        "TOKENFERRY_TRANSPORT": "process_group",
         "OTHER": "x",
     }
-    assert env.read(environ) == env.Settings("cuda", cache_dir="/tmp/cubins", heap_mb=512, timeout_s=2.5, wire="group")
+    assert env.read(environ) == env.Settings(
+        "cuda", cache_dir="/tmp/cubins", heap_mb=512, timeout_s=2.5, transport="process_group"
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_values_are_parsed():
         ("TOKENFERRY_TIMEOUT_S", "-1", "above 0"),
         ("TOKENFERRY_TIMEOUT_S", "inf", "finite"),
         ("TOKENFERRY_TIMEOUT_S", "nan", "finite"),
-        ("TOKENFERRY_WIRE", "rdma", "expected one of auto, local, group"),
+        ("TOKENFERRY_TRANSPORT", "rdma", "expected one of auto, shared_memory, process_group"),
         ("TOKENFERRY_BACKEND", "", "expected one of auto, cpu, cuda"),
         ("TOKENFERRY_HEAP_MB", "0", "expected auto, or a whole number of megabytes above 0"),
         ("TOKENFERRY_HEAP_MB", "1.5", "invalid literal"),

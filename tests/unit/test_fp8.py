@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tokenferry import Scale, fp8
+from tokenferry import Scale
+from tokenferry.formats import fp8
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import close, same_bits
 from tokenferry.testing.oracle import fp8_cast, ue8m0

@@ -12,7 +12,7 @@ SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
 
 def test_auto_says_what_it_chose_and_why(caplog):
     with caplog.at_level(logging.INFO, "tokenferry"), ExpertGroup(None, SHAPE) as group:
-        assert (group.backend, group.wire, group.rank, group.num_ranks) == ("cpu", "none", 0, 1)
+        assert (group.backend, group.transport, group.rank, group.num_ranks) == ("cpu", "none", 0, 1)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("tokenferry")]
     assert len(lines) == 1
     assert "'auto' chose cpu" in lines[0]
@@ -31,7 +31,7 @@ def test_timeout_comes_from_the_option_then_the_variable_then_the_default(monkey
     assert ExpertGroup(None, SHAPE, timeout_s=3).timeout_s == 3.0
 
 
-@pytest.mark.parametrize(("name", "value"), [("TIMEOUT_S", "never"), ("WIRE", "rdma"), ("BACKEND", "tpu")])
+@pytest.mark.parametrize(("name", "value"), [("TIMEOUT_S", "never"), ("TRANSPORT", "rdma"), ("BACKEND", "tpu")])
 def test_a_bad_variable_stops_the_group(monkeypatch, name, value):
     monkeypatch.setenv(f"TOKENFERRY_{name}", value)
     with pytest.raises(ConfigError, match=rf"TOKENFERRY_{name}='{value}'"):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from tokenferry import ShapeError, logfmt
+from tokenferry import ShapeError
+from tokenferry.formats import logfmt
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import close, same_bits
-from tokenferry.testing.oracle import logfmt10, over_the_wire
+from tokenferry.testing.oracle import encoded_row, logfmt10
 
 
 def numbers(rows: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_codes_are_the_nearest_of_all():
     want = torch.stack([torch.cat([logfmt10(block)[0] for block in row.split(128)]) for row in x])
     assert torch.equal(numbers(got.data) & 511, want)
     assert torch.equal(numbers(got.data) >> 9, x.signbit().long())
-    same_bits("decoded", logfmt.decode(got), torch.stack([over_the_wire(row, "logfmt10") for row in x]))
+    same_bits("decoded", logfmt.decode(got), torch.stack([encoded_row(row, "logfmt10") for row in x]))
 
 
 def test_ranges():

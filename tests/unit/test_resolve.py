@@ -176,21 +176,21 @@ def test_the_cpu_has_no_sms():
 
 def test_options_that_only_the_cpu_backend_honours():
     assert resolve_options(None, SHAPE, "auto", "auto", None, "raise").cpu_only == ""
-    assert "wire='local'" in resolve_options(None, SHAPE, "auto", "local", None, "raise").cpu_only
+    assert "transport='shared_memory'" in resolve_options(None, SHAPE, "auto", "shared_memory", None, "raise").cpu_only
     assert resolve_options(None, SHAPE, "auto", "auto", None, "mask").cpu_only == ""
 
 
 def test_a_variable_is_no_wish_for_the_cpu(monkeypatch):
-    """TOKENFERRY_WIRE speaks of CPU groups; it must not keep others from the GPU."""
-    monkeypatch.setenv("TOKENFERRY_WIRE", "local")
+    """TOKENFERRY_TRANSPORT speaks of CPU groups; it must not keep others from the GPU."""
+    monkeypatch.setenv("TOKENFERRY_TRANSPORT", "shared_memory")
     monkeypatch.setenv("TOKENFERRY_HEAP_MB", "3")
     options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
-    assert (options.wire, options.cpu_only, options.heap_bytes) == ("local", "", 3 << 20)
+    assert (options.transport, options.cpu_only, options.heap_bytes) == ("shared_memory", "", 3 << 20)
 
 
 def test_cuda_refuses_them():
     with pytest.raises(ConfigError, match=r"backend='cuda': .*; leave it out, or use backend='cpu'"):
-        ExpertGroup(None, SHAPE, backend="cuda", wire="local")
+        ExpertGroup(None, SHAPE, backend="cuda", transport="shared_memory")
 
 
 @pytest.mark.parametrize(("megabytes", "fits"), [(1, True), (65_535, True), (65_536, False), (70_000, False)])

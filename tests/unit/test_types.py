@@ -64,7 +64,7 @@ def test_words_are_frozen_and_their_fields_documented(name):
 
 
 MORE_PARAMETERS = {"decode_combine": 7}
-"""The one call that has more than six: its numerics and its wire are chosen apart, and neither belongs to another."""
+"""The one call that has more than six: numerics and encoding are chosen apart, and neither belongs to another."""
 
 
 @pytest.mark.parametrize(

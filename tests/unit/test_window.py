@@ -319,7 +319,7 @@ def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):
 
 
 def without_gpu(rank, pg):
-    from tokenferry.wires.cards import Table as Cards
+    from tokenferry.transports.handshake import Table as Cards
 
     return reach.obstacle(Cards(pg, 10.0), rank, torch.device("cuda", rank) if rank else None)
 

@@ -25,7 +25,7 @@ from tokenferry.types import (
 )
 
 
-class Wire(enum.IntEnum):
+class Encoding(enum.IntEnum):
     """In what format rows travel home in `decode_combine`; named as its callers name it."""
 
     same = 0
@@ -40,7 +40,7 @@ class Resolved:
     Attributes:
         shape: The sizes all ranks agree on.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        wire: How CPU ranks reach each other; backend cuda has no use for it.
+        transport: How CPU ranks reach each other; backend cuda has no use for it.
         timeout_s: Seconds that any wait for a peer may take.
         mask_on_timeout: Decode calls mask a silent rank instead of raising.
         heap_bytes: GPU memory for rows that peers write or read; None: what the backend finds right for the shape.
@@ -50,7 +50,7 @@ class Resolved:
 
     shape: MoeShape
     backend: str
-    wire: str
+    transport: str
     timeout_s: float
     mask_on_timeout: bool
     heap_bytes: int | None
@@ -106,16 +106,16 @@ class DecodeDispatchRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeCombineRequest:
-    """Expert outputs in the masked layout; ``fast`` sums per rank before the wire.
+    """Expert outputs in the masked layout; ``fast`` sums per rank before it is sent.
 
-    ``wire``: the format of what travels, own rows included: with another than ``same``, H is a multiple of 128.
+    ``encoding``: the format of what travels, own rows included: with another than ``same``, H is a multiple of 128.
     """
 
     shape: MoeShape
     y: Tensor
     plan: DecodePlan
     fast: bool
-    wire: Wire
+    encoding: Encoding
     out: Tensor | None
     stats: DecodeStats
     return_hook: bool
@@ -125,12 +125,12 @@ class Backend(Protocol):
     """One way to carry rows. Calls are collective; a failed one breaks the backend.
 
     ``broken`` then says by what ("was closed", "is broken by ..."); ``key`` is the same on all ranks and marks plans;
-    ``why`` says why this backend and wire were chosen. ``checks_routing``: indices outside [-1, E) are found where the
-    rows are, so that the host need not look at them.
+    ``why`` says why this backend and transport were chosen. ``checks_routing``: indices outside [-1, E) are found
+    where the rows are, so that the host need not look at them.
     """
 
     name: str
-    wire: str
+    transport: str
     why: str
     key: str
     rank: int

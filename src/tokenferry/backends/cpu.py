@@ -1,4 +1,4 @@
-"""The CPU backend: what the API promises, over a wire between processes."""
+"""The CPU backend: what the API promises, over a transport between processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tokenferry.backends.base import (
 from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Received, Signature, dtype_code
 from tokenferry.errors import ArgumentError, BackendUnavailable, CapacityError
 from tokenferry.layout import Room, Sections, room
+from tokenferry.transports.rendezvous import meet
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -31,7 +32,6 @@ from tokenferry.types import (
     Plan,
     Quantized,
 )
-from tokenferry.wires.rendezvous import meet
 
 _LAYOUTS = {Layout.ROWS: 0, Layout.EXPERTS: 1, Layout.MASKED: 2}
 
@@ -40,16 +40,17 @@ def make_cpu_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cpu
     """Meet the other ranks and return a backend; collective."""
     terms: dict[str, object] = {
         "shape": str(resolved.shape),
-        "wire": resolved.wire,
+        "transport": resolved.transport,
         "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
     }
-    agreement = meet(group, resolved.wire, resolved.timeout_s, terms)
-    if resolved.mask_on_timeout and agreement.wire.name == "group":
+    agreement = meet(group, resolved.transport, resolved.timeout_s, terms)
+    if resolved.mask_on_timeout and agreement.transport.name == "process_group":
         raise BackendUnavailable(
-            f"ExpertGroup: on_timeout='mask' needs the wire 'local', this group has 'group' ({agreement.why}): after "
-            "one timeout gloo closes all connections, so nobody can go on; use on_timeout='raise'"
+            "ExpertGroup: on_timeout='mask' needs the transport 'shared_memory', this group has 'process_group' "
+            f"({agreement.why}): after one timeout gloo closes all connections, so nobody can go on; use "
+            "on_timeout='raise'"
         )
-    exchange = Exchange(agreement.wire, resolved.timeout_s, mask_on_timeout=resolved.mask_on_timeout)
+    exchange = Exchange(agreement.transport, resolved.timeout_s, mask_on_timeout=resolved.mask_on_timeout)
     return CpuBackend(exchange, agreement.key, agreement.why)
 
 
@@ -64,7 +65,7 @@ class CpuBackend:
         self.why = why
         self.rank = exchange.rank
         self.num_ranks = exchange.num_ranks
-        self.wire = exchange.wire.name if exchange.num_ranks > 1 else "none"
+        self.transport = exchange.transport.name if exchange.num_ranks > 1 else "none"
         self.device = torch.device("cpu")
         self._exchange = exchange
 
@@ -85,7 +86,7 @@ class CpuBackend:
             self._exchange.take_back(rank)
 
     def close(self) -> None:
-        """Free the wire."""
+        """Free the transport."""
         self._exchange.close("was closed", linger=True)
 
     def warmup(self) -> None:

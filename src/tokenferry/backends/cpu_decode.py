@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tokenferry import fp8, logfmt
 from tokenferry.backends import cpu_rows
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Wire
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding
 from tokenferry.backends.cpu_heap import Heap
 from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Pending, Received, Signature, dtype_code
+from tokenferry.formats import fp8, logfmt
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
 
 _COUNT_BITS = 32
@@ -77,7 +77,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
 
 def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined:
     """Send the experts' rows home, weighted and added up per token if ``fast``; then add up what comes."""
-    y, plan, weights, wire = request.y, request.plan, request.plan.topk_weights, request.wire
+    y, plan, weights, encoding = request.y, request.plan, request.plan.topk_weights, request.encoding
     num_ranks, num_local = exchange.num_ranks, plan.num_experts // exchange.num_ranks
     assert weights is not None
     skip = frozenset(exchange.masked)
@@ -89,7 +89,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
     fields = {
         "dispatch of the plan": plan.number,
         "fast": int(request.fast),
-        "wire": int(wire),
+        "encoding": int(encoding),
         "dtype": dtype_code(y.dtype),
         **payload.fields,
     }
@@ -112,9 +112,9 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
         pending.check_counts(received, expected.tolist())
         if request.fast:
             home = torch.split(tokens, expected.tolist())
-            cpu_rows.add_up(out, home, _sums_of(payload, received, wire, exchange.heap), exchange.heap)
+            cpu_rows.add_up(out, home, _sums_of(payload, received, encoding, exchange.heap), exchange.heap)
             return
-        rows = _rows_of(payload, received, wire, exchange.heap)
+        rows = _rows_of(payload, received, encoding, exchange.heap)
         cpu_rows.add_up_weighted(out, rows, where.row_idx, weights, exchange.heap)
 
     return DecodeCombined(out, _finish(pending, request.stats, add_up, return_hook=request.return_hook))
@@ -123,36 +123,36 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
 def _cargo(
     request: DecodeCombineRequest, places: list[Tensor], heap: Heap
 ) -> tuple[Payload, Sequence[Tensor | slice], list[int]]:
-    """What travels, in the format of the wire; which part of it each rank gets, and how many rows that is."""
+    """What travels, in the format of the encoding; which part of it each rank gets, and how many rows that is."""
     flat = request.y.view(-1, request.y.shape[-1])
-    if request.wire is Wire.same and not request.fast:
+    if request.encoding is Encoding.same and not request.fast:
         return Payload(flat), places, [at.numel() for at in places]
     parts = [_sum_per_token(flat, request.plan, at, heap) if request.fast else flat[at] for at in places]
     counts = [part.shape[0] for part in parts]
     ends = torch.tensor(counts).cumsum(0).tolist()
     slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
     rows = torch.cat(parts)
-    if request.wire is Wire.same:
+    if request.encoding is Encoding.same:
         return Payload(rows), slices, counts
     # Own rows as well: the sum shall not depend on where an expert lives.
-    encoded = fp8.cast(rows, Scale.FLOAT32) if request.wire is Wire.fp8 else logfmt.encode(rows)
+    encoded = fp8.cast(rows, Scale.FLOAT32) if request.encoding is Encoding.fp8 else logfmt.encode(rows)
     return Payload(encoded.data, scale=encoded.scale), slices, counts
 
 
-def _rows_of(payload: Payload, received: Received, wire: Wire, heap: Heap) -> Tensor:
+def _rows_of(payload: Payload, received: Received, encoding: Encoding, heap: Heap) -> Tensor:
     """The rows of all messages: as they were sent, or, if they were encoded, float32."""
     rows = payload.take_rows(received, heap)
-    if wire is Wire.same:
+    if encoding is Encoding.same:
         return rows
     encoded = Quantized(rows, payload.take_small(received)["scale"])
-    return fp8.dequantize(encoded) if wire is Wire.fp8 else logfmt.decode(encoded)
+    return fp8.dequantize(encoded) if encoding is Encoding.fp8 else logfmt.decode(encoded)
 
 
-def _sums_of(payload: Payload, received: Received, wire: Wire, heap: Heap) -> Sequence[Tensor]:
+def _sums_of(payload: Payload, received: Received, encoding: Encoding, heap: Heap) -> Sequence[Tensor]:
     """The same by source rank; what was not encoded is not copied."""
-    if wire is Wire.same:
+    if encoding is Encoding.same:
         return [payload.rows_of(*message) for message in received]
-    return torch.split(_rows_of(payload, received, wire, heap), [num for num, _ in received])
+    return torch.split(_rows_of(payload, received, encoding, heap), [num for num, _ in received])
 
 
 def _finish(

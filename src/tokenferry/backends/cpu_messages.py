@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import Wire as Format
+from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu_heap import Heap
 from tokenferry.backends.cpu_rows import as_bytes, words
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
 from tokenferry.layout import Sections
-from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Wire
+from tokenferry.transports.base import HEADER_INTS, Call, Deadline, Transport
 
 Fill = Callable[[int, list[Tensor]], None]
 """Writes the message for one rank: gets the rank and, per section, ``[num_rows, width]`` uint8 to write to."""
@@ -74,11 +74,11 @@ def dtype_name(code: int) -> str:
     return next((str(d) for d in dtypes if dtype_code(d) == code), f"unknown dtype {code}")
 
 
-def _wire_name(code: int) -> str:
-    return Format(code).name if code in set(Format) else f"unknown wire {code}"
+def _encoding_name(code: int) -> str:
+    return Encoding(code).name if code in set(Encoding) else f"unknown encoding {code}"
 
 
-_SHOW: dict[str, Callable[[int], str]] = {"dtype": dtype_name, "wire": _wire_name}
+_SHOW: dict[str, Callable[[int], str]] = {"dtype": dtype_name, "encoding": _encoding_name}
 """Fields whose numbers stand for names."""
 
 
@@ -170,10 +170,10 @@ class Payload:
 
 
 class Exchange:
-    """Makes exchanges over a wire, numbers them, and remembers what broke the group. Owns the heap for results.
+    """Makes exchanges over a transport, numbers them, and remembers what broke the group. Owns the heap for results.
 
     Args:
-        wire: Connected.
+        transport: Connected.
         timeout_s: Seconds that each exchange may wait.
         mask_on_timeout: Whether exchanges that tolerate it go on without a silent rank.
 
@@ -183,10 +183,10 @@ class Exchange:
         returns: How often ranks have come back.
     """
 
-    def __init__(self, wire: Wire, timeout_s: float, *, mask_on_timeout: bool) -> None:
-        self.wire = wire
-        self.rank = wire.rank
-        self.num_ranks = wire.num_ranks
+    def __init__(self, transport: Transport, timeout_s: float, *, mask_on_timeout: bool) -> None:
+        self.transport = transport
+        self.rank = transport.rank
+        self.num_ranks = transport.num_ranks
         self.timeout_s = timeout_s
         self.mask_on_timeout = mask_on_timeout
         self.masked: set[int] = set()
@@ -218,18 +218,18 @@ class Exchange:
             self._number += 1
             call = Call(self._number, signature.kind.name)
             copied = [0 if dst == self.rank and not copy_own else count for dst, count in enumerate(counts)]
-            buffers = self.wire.open(call, [sections.num_bytes(count) for count in copied])
+            buffers = self.transport.open(call, [sections.num_bytes(count) for count in copied])
             for dst, (buffer, count) in enumerate(zip(buffers, copied, strict=True)):
                 if count:
                     fill(dst, sections.split(buffer, count))
             headers = [signature.header(count) for count in counts]
-            self.wire.post(call, headers, Deadline(self.timeout_s), skip)
+            self.transport.post(call, headers, Deadline(self.timeout_s), skip)
             return Pending(self, call, signature, sections, skip=skip, copy_own=copy_own)
 
     def mask(self, rank: int) -> None:
         """Expect nothing more of a rank."""
         self.masked.add(rank)
-        self.wire.forget(rank)
+        self.transport.forget(rank)
 
     def take_back(self, rank: int) -> None:
         """Expect a rank's messages again.
@@ -245,12 +245,12 @@ class Exchange:
         if out_of_step:
             self.returns += 1
             self._catches_up = True
-            self.wire.tell_number(self._number, frozenset(self.masked))
+            self.transport.tell_number(self._number, frozenset(self.masked))
 
     def _catch_up(self) -> None:
         self._catches_up = False
-        self._number = max(self._number, self.wire.heard_number())
-        self.wire.go_on_from(self._number)
+        self._number = max(self._number, self.transport.heard_number())
+        self.transport.go_on_from(self._number)
 
     @contextlib.contextmanager
     def guard(self, phase: str) -> Iterator[None]:
@@ -268,10 +268,10 @@ class Exchange:
             raise
 
     def close(self, why: str, *, linger: bool) -> None:
-        """Free the wire, which tells the peers; with ``linger``, after they have what was sent."""
+        """Free the transport, which tells the peers; with ``linger``, after they have what was sent."""
         if not self.broken:
             self.broken = why
-            self.wire.close(linger=linger)
+            self.transport.close(linger=linger)
 
 
 class Pending:
@@ -314,7 +314,7 @@ class Pending:
         Args:
             wait_ns: ``[R]`` int64: nanoseconds waited for each rank are added.
             tolerant: Ranks that are masked, or become so here, give 0 rows.
-            hooked: Whether peers may take this call later than this rank; see `Wire.finish`.
+            hooked: Whether peers may take this call later than this rank; see `Transport.finish`.
         """
         exchange, call = self._exchange, self._call
         with exchange.guard(call.phase):
@@ -326,7 +326,7 @@ class Pending:
                 if wait_ns is not None and src != exchange.rank:
                     wait_ns[src] += time.perf_counter_ns() - start
             yield received
-            exchange.wire.finish(call, None if hooked else deadline)
+            exchange.transport.finish(call, None if hooked else deadline)
 
     def check_counts(self, received: Received, expected: Sequence[int]) -> None:
         """Raise MismatchError if a rank sent another number of rows than the plan says."""
@@ -344,7 +344,7 @@ class Pending:
         if src in self._skip or (tolerant and src in exchange.masked):
             return nothing
         try:
-            message = exchange.wire.take(self._call, src, deadline, self._check)
+            message = exchange.transport.take(self._call, src, deadline, self._check)
         except PeerTimeout as error:
             if not (tolerant and exchange.mask_on_timeout):
                 raise

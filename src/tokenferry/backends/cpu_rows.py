@@ -1,4 +1,4 @@
-"""Pure functions of the CPU backend: which row goes where, and how rows are added up. No wire, no state."""
+"""Pure functions of the CPU backend: which row goes where, and how rows are added up. No transport, no state."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class CudaBackend:
         self.why = why
         self.rank = station.rank
         self.num_ranks = station.num_ranks
-        self.wire = "nvlink" if station.num_ranks > 1 else "none"
+        self.transport = "nvlink" if station.num_ranks > 1 else "none"
         self.device = station.device
         self.station = station
         self.shelf = Shelf(station)

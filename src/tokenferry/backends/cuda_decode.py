@@ -275,13 +275,13 @@ class Decoder:
         assert weights is not None
         topk_idx, weights = plan.topk_idx, weights.contiguous()
         shape = MoeShape(plan.num_experts, topk_idx.shape[1], H, y.shape[1] // station.num_ranks)
-        key = (1, shape, y.dtype, request.fast, request.wire)
+        key = (1, shape, y.dtype, request.fast, request.encoding)
         signature = self._signatures.get(key)
         if signature is None:
             signature = self._signatures[key] = Signature(
                 "decode_combine",
                 fast=int(request.fast),
-                wire=int(request.wire),
+                encoding=int(request.encoding),
                 dtype=dtype_code(y.dtype),
                 bytes_of_rows=H * y.element_size(),
             )
@@ -315,12 +315,12 @@ class Decoder:
         self, region: Region, shape: MoeShape, y: Tensor, topk_idx: Tensor, request: DecodeCombineRequest
     ) -> Prepared:
         station = self._station
-        key = (collect_spec.SPEC, region.number, shape, y.dtype, topk_idx.dtype, request.fast, request.wire)
+        key = (collect_spec.SPEC, region.number, shape, y.dtype, topk_idx.dtype, request.fast, request.encoding)
         found = station.prepared.get(key)
         if found is not None:
             return found
         found = station.prepare(
-            key, collect_spec.SPEC, type=TYPES[y.dtype], fast=int(request.fast), wire=int(request.wire)
+            key, collect_spec.SPEC, type=TYPES[y.dtype], fast=int(request.fast), encoding=int(request.encoding)
         )
         p = found.params
         self._fill_region(found, region, region.answers_at, region.sizes.answers)

@@ -27,7 +27,7 @@ from tokenferry.kernels.board import (
     Fault,
 )
 from tokenferry.kernels.count.spec import HOST_WORDS_BEFORE_EXPERTS
-from tokenferry.wires.base import Call, peer_timeout
+from tokenferry.transports.base import Call, peer_timeout
 
 _REMEMBERED_CALLS = 64
 _STARTING_S = 1.0

@@ -19,8 +19,8 @@ from tokenferry.jit.kernel import Jit
 from tokenferry.kernels.board import BOARD_BYTES, MAX_RANKS, OFFSET_BYTES
 from tokenferry.memory.reach import agree, obstacle
 from tokenferry.memory.window import Window, share
-from tokenferry.wires.cards import Table
-from tokenferry.wires.rendezvous import compare_terms
+from tokenferry.transports.handshake import Table
+from tokenferry.transports.rendezvous import compare_terms
 
 
 def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:

@@ -45,30 +45,30 @@ class Case:
         call: ``"dispatch"``, ``"combine"`` or ``"pair"``.
         fp8: Whether dispatch casts its rows.
         numerics: Of combine.
-        wire: Of combine.
+        encoding: Of combine.
         hooks: Whether it is measured with hooks as well: sent, and received right away.
     """
 
     call: str
     fp8: bool = True
     numerics: str = ""
-    wire: str = "same"
+    encoding: str = "same"
     hooks: bool = True
 
     @property
     def name(self) -> str:
         """In words."""
-        wire = "" if self.wire == "same" else f", wire {self.wire}"
+        encoding = "" if self.encoding == "same" else f", encoding {self.encoding}"
         if self.call == "dispatch":
             return "dispatch FP8" if self.fp8 else "dispatch BF16"
-        return f"{self.call} {self.numerics}{wire}"
+        return f"{self.call} {self.numerics}{encoding}"
 
     def messages(self, hidden: int) -> list[tuple[str, int]]:
         """What travels: which of `Truth.rows_out`, and the bytes of a row with its scales."""
         bf16 = 2 * hidden
         encoded = {"same": bf16, "fp8": hidden + 4 * hidden // GROUP, "logfmt10": 168 * hidden // GROUP}
         dispatch = [("dispatch", encoded["fp8"] if self.fp8 else bf16)] if self.call != "combine" else []
-        combine = [(self.numerics, encoded[self.wire])] if self.call != "dispatch" else []
+        combine = [(self.numerics, encoded[self.encoding])] if self.call != "dispatch" else []
         return dispatch + combine
 
 
@@ -77,9 +77,9 @@ CASES = (
     Case("dispatch", fp8=False),
     *(Case("combine", numerics=numerics) for numerics in ("exact", "fast")),
     *(
-        Case("combine", numerics=numerics, wire=wire, hooks=False)
+        Case("combine", numerics=numerics, encoding=encoding, hooks=False)
         for numerics in ("exact", "fast")
-        for wire in ("fp8", "logfmt10")
+        for encoding in ("fp8", "logfmt10")
     ),
     *(Case("pair", numerics=numerics) for numerics in ("exact", "fast")),
 )
@@ -148,7 +148,9 @@ class Desk:
                 sent.hook()
             plan = sent.plan
         if case.call != "dispatch":
-            done = self.group.decode_combine(self.y, plan, numerics=case.numerics, wire=case.wire, return_hook=hook)
+            done = self.group.decode_combine(
+                self.y, plan, numerics=case.numerics, encoding=case.encoding, return_hook=hook
+            )
             if done.hook is not None:
                 done.hook()
         return Answer(sent, done)
@@ -161,7 +163,7 @@ class Desk:
             if answer.sent is not None:
                 truth.check_dispatch(f"{what}: dispatch", answer.sent)
             if answer.done is not None:
-                truth.check_sums(f"{what}: combine", answer.done.x, (case.numerics, case.wire, shift))
+                truth.check_sums(f"{what}: combine", answer.done.x, (case.numerics, case.encoding, shift))
         except WrongAnswer as error:
             said.append(f"{error} (inputs {variant})")
         return said

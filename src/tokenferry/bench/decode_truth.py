@@ -54,7 +54,7 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class Encoding:
     """What a row is after it travelled.
 
     Attributes:
@@ -145,7 +145,7 @@ class Truth:
         Args:
             what: The call, for the complaint.
             got: ``[T, H]``.
-            options: Numerics, wire, and the set of the pool's rows.
+            options: Numerics, encoding, and the set of the pool's rows.
 
         Raises:
             WrongAnswer: names what differs.
@@ -165,13 +165,13 @@ class Truth:
                 f"{what}: {wrong} of {off.numel()} numbers are further off than a code, {other} by up to a code"
             )
 
-    def _added_up(self, numerics: str, wire: str, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _added_up(self, numerics: str, encoding: str, shift: int) -> tuple[Tensor, Tensor, Tensor]:
         """``[T, H]`` each: the sums; by how much they change if each number gets the next code; the magnitudes."""
         parts = self._partials(shift) if numerics == "fast" else self._products(shift)
         total = torch.zeros(self.x.shape, device=self.x.device)
         slack, size = total.clone(), total.clone()
         for rows, weight in parts:
-            sent = over_the_wire(rows, wire)
+            sent = encoded_row(rows, encoding)
             product = sent.values * weight
             total = total + product
             slack += sent.slack * weight.abs()
@@ -206,12 +206,12 @@ class Truth:
         return torch.where(there, rows, 0.0), torch.where(there, weight, 0.0)
 
 
-def over_the_wire(rows: Tensor, wire: str) -> Wire:
+def encoded_row(rows: Tensor, encoding: str) -> Encoding:
     """Encode and decode bfloat16 rows ``[n, H]``."""
-    if wire == "fp8":
+    if encoding == "fp8":
         data, scale = fp8_cast(rows)
-        return Wire(data.float() * scale.repeat_interleave(GROUP, 1), torch.zeros((), device=rows.device))
-    return _logfmt10(rows) if wire == "logfmt10" else Wire(rows.float(), torch.zeros((), device=rows.device))
+        return Encoding(data.float() * scale.repeat_interleave(GROUP, 1), torch.zeros((), device=rows.device))
+    return _logfmt10(rows) if encoding == "logfmt10" else Encoding(rows.float(), torch.zeros((), device=rows.device))
 
 
 def fp8_cast(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +224,7 @@ def fp8_cast(rows: Tensor) -> tuple[Tensor, Tensor]:
     return data.flatten(1).to(torch.float8_e4m3fn), scale[..., 0]
 
 
-def _logfmt10(rows: Tensor) -> Wire:
+def _logfmt10(rows: Tensor) -> Encoding:
     """510 equal steps of the logarithm between each group's least and largest magnitude; the nearest value."""
     groups = rows.double().view(len(rows), -1, GROUP)
     size = groups.abs()
@@ -239,4 +239,4 @@ def _logfmt10(rows: Tensor) -> Wire:
     value = torch.where(size < near, torch.where(size < near / 2, 0.0, near), value)  # below the range
     value = torch.where(size == 0, 0.0, value).nan_to_num(nan=0.0)
     slack = (value * (torch.exp2(width) - 1)).nan_to_num(nan=0.0)
-    return Wire((value * groups.sign()).flatten(1).float(), slack.flatten(1).float())
+    return Encoding((value * groups.sign()).flatten(1).float(), slack.flatten(1).float())

@@ -16,7 +16,7 @@ from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.limits import spec
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window, share
-from tokenferry.wires.cards import Table
+from tokenferry.transports.handshake import Table
 
 ROWS_OFFSET = 1 << 16
 SMEM_BYTES = 220 * 1024

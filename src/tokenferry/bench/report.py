@@ -35,10 +35,10 @@ HEADER = ("call", "mode", "median us", "p05", "p95", "gloo us", "p05", "p95", "r
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One call in one mode over one wire.
+    """One call in one mode over one transport.
 
     Attributes:
-        wire: ``"local"`` or ``"group"``.
+        transport: ``"shared_memory"`` or ``"process_group"``.
         call: Name of the call.
         mode: ``"drained"``: ranks synchronised before each call; ``"chained"``: calls back to back.
         row_bytes: See `BYTES`.
@@ -47,7 +47,7 @@ class Line:
         ratio: Median of ours over median of gloo.
     """
 
-    wire: str
+    transport: str
     call: str
     mode: str
     row_bytes: float
@@ -56,7 +56,7 @@ class Line:
     ratio: float
 
 
-def lines(wire: str, by_rank: Sequence[Sequence[Samples]]) -> list[Line]:
+def lines(transport: str, by_rank: Sequence[Sequence[Samples]]) -> list[Line]:
     """Put the samples of all ranks together: for each call and mode the slowest rank of each iteration."""
     result = []
     for ranks in zip(*by_rank, strict=True):
@@ -64,7 +64,7 @@ def lines(wire: str, by_rank: Sequence[Sequence[Samples]]) -> list[Line]:
             ours = summarize([samples.ours[mode] for samples in ranks])
             gloo = summarize([samples.limit[mode] for samples in ranks])
             row_bytes = sum(samples.row_bytes for samples in ranks) / len(ranks)
-            result.append(Line(wire, ranks[0].call, mode, row_bytes, ours, gloo, ours.median_us / gloo.median_us))
+            result.append(Line(transport, ranks[0].call, mode, row_bytes, ours, gloo, ours.median_us / gloo.median_us))
     return result
 
 

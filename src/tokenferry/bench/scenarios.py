@@ -75,11 +75,11 @@ class Exchange:
         dist.all_to_all_single(target, source, receive, send, group=self._pg)
 
 
-def measure(rank: int, pg: dist.ProcessGroup, news: str, spec: Spec, wire: str) -> tuple[list[Samples], str]:
-    """Check, then time every call over one wire; a job of `World` (through `run_with_feed`).
+def measure(rank: int, pg: dist.ProcessGroup, news: str, spec: Spec, transport: str) -> tuple[list[Samples], str]:
+    """Check, then time every call over one transport; a job of `World` (through `run_with_feed`).
 
     Returns:
-        The samples of this rank, and the wire that the group chose.
+        The samples of this rank, and the transport that the group chose.
 
     Raises:
         WrongAnswer: a check failed; nothing was timed.
@@ -87,17 +87,17 @@ def measure(rank: int, pg: dist.ProcessGroup, news: str, spec: Spec, wire: str) 
 
     def tell(text: str) -> None:
         if rank == 0:
-            feed.send(news, {"wire": wire, "now": text})
+            feed.send(news, {"transport": transport, "now": text})
 
     shape = MoeShape(spec.experts, spec.top_k, spec.hidden, max_tokens=spec.tokens)
-    with ExpertGroup(pg, shape, wire=wire) as group, torch.no_grad():
+    with ExpertGroup(pg, shape, transport=transport) as group, torch.no_grad():
         tell("checking every answer")
         ready = [prepare(group, spec, variant) for variant in range(VARIANTS)]
         samples = []
         for call in _calls(group, pg, spec, ready):
             tell(call.name)
             samples.append(_time(pg, spec, call))
-        return samples, group.wire
+        return samples, group.transport
 
 
 def num_steps(spec: Spec) -> int:

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
     parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
     parser.add_argument("--iters", type=positive, default=30, help="iterations that count (default: 30)")
-    parser.add_argument("--wire", choices=("both", "local", "group"), default="both", help="default: both")
+    parser.add_argument(
+        "--transport", choices=("both", "shared_memory", "process_group"), default="both", help="default: both"
+    )
     parser.add_argument(
         "--threads", type=positive, help="threads of each rank (default: the cores shared out, at least 1)"
     )
@@ -83,12 +85,12 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         f"R={spec.ranks} T={spec.tokens} H={spec.hidden} K={spec.top_k} E={spec.experts} bfloat16, seed {spec.seed}, "
         f"{spec.iters} iterations, {threads} thread(s) a rank"
     )
-    wires = ("local", "group") if args.wire == "both" else (args.wire,)
+    transports = ("shared_memory", "process_group") if args.transport == "both" else (args.transport,)
     results: list[report.Line] = []
     try:
         with World(spec.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world:
-            for wire in wires:
-                results += _measure(world, spec, wire, screen)
+            for transport in transports:
+                results += _measure(world, spec, transport, screen)
     except WorldError as error:
         screen.line(f"{explain(error)}\nno time is printed", style="bold red")
         return 1
@@ -117,12 +119,12 @@ def _spec(args: argparse.Namespace) -> Spec:
     return Spec(ranks, tokens[0], args.hidden, args.top_k, args.experts, args.iters, warmup, seed)
 
 
-def _measure(world: World, spec: Spec, wire: str, screen: Screen) -> list[report.Line]:
-    with screen.progress(f"wire {wire}", num_steps(spec)) as advance:
-        answers = run_with_feed(world, measure, spec, wire, on_item=_show(advance))
-    lines = report.lines(wire, [samples for samples, _ in answers])
+def _measure(world: World, spec: Spec, transport: str, screen: Screen) -> list[report.Line]:
+    with screen.progress(f"transport {transport}", num_steps(spec)) as advance:
+        answers = run_with_feed(world, measure, spec, transport, on_item=_show(advance))
+    lines = report.lines(transport, [samples for samples, _ in answers])
     screen.line(f"checked: {report.CHECKED}")
-    screen.table(f"wire {wire}", report.HEADER, [report.cells(line) for line in lines])
+    screen.table(f"transport {transport}", report.HEADER, [report.cells(line) for line in lines])
     screen.line()
     return lines
 

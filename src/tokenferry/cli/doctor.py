@@ -99,7 +99,7 @@ def round_trip(group: ExpertGroup) -> str:
     back = group.combine(sent.x, sent.plan).x
     if not torch.equal(back, x * group.num_ranks):
         raise ArithmeticError("the rows that came back are not the rows that were sent")
-    return f"round trip of 16 rows over {group.num_ranks} rank(s), wire {group.wire}, backend {group.backend}"
+    return f"round trip of 16 rows over {group.num_ranks} rank(s), transport {group.transport}, backend {group.backend}"
 
 
 def _shape(num_ranks: int) -> MoeShape:
@@ -123,21 +123,26 @@ def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
     return f"all_reduce over {pg.size()} rank processes"
 
 
-def over_wire(rank: int, pg: dist.ProcessGroup, wire: str) -> str:
-    """Make a round trip over one wire; a job of `World`."""
-    with ExpertGroup(pg, _shape(pg.size()), backend="cpu", wire=wire, timeout_s=JOB_TIMEOUT_S / 2) as group:
+def over_transport(rank: int, pg: dist.ProcessGroup, transport: str) -> str:
+    """Make a round trip over one transport; a job of `World`."""
+    with ExpertGroup(pg, _shape(pg.size()), backend="cpu", transport=transport, timeout_s=JOB_TIMEOUT_S / 2) as group:
         return round_trip(group)
 
 
 def _ranks() -> Iterator[Finding]:
     remedies = {
         "gloo": "several ranks need gloo; use a torch that has it",
-        "wire local": "a group falls back to wire 'group'; it needs one host, and Unix sockets that pass descriptors",
-        "wire group": "report it: it needs nothing but gloo",
+        "transport shared_memory": "a group falls back to the transport 'process_group'; it needs one host, and Unix "
+        "sockets that pass descriptors",
+        "transport process_group": "report it: it needs nothing but gloo",
     }
-    jobs = {"gloo": (over_gloo,), "wire local": (over_wire, "local"), "wire group": (over_wire, "group")}
+    jobs = {
+        "gloo": (over_gloo,),
+        "transport shared_memory": (over_transport, "shared_memory"),
+        "transport process_group": (over_transport, "process_group"),
+    }
     for name, job in jobs.items():
-        needed = name != "wire local"
+        needed = name != "transport shared_memory"
         yield tried(name, lambda job=job: _on_ranks(*job), remedies[name], needed=needed)  # type: ignore[misc]
 
 

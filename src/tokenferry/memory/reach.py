@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tokenferry.wires.cards import host_name
+from tokenferry.transports.handshake import host_name
 
 MAX_RANKS = 8
 """More GPUs than this do not share one NVLink domain on the machines that this is made for."""
@@ -16,7 +16,7 @@ _OLDEST = (9, 0)
 
 
 class Exchange(Protocol):
-    """What `tokenferry.wires.cards.Table` does."""
+    """What `tokenferry.transports.handshake.Table` does."""
 
     def exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
         """Give one card to every rank, and return every rank's."""

@@ -233,20 +233,20 @@ class Oracle:
             table.append([(sum(counts[:src]), count) for src, count in enumerate(counts)])
         return table
 
-    def decode_combine(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False, wire: str = "same") -> Tensor:
+    def decode_combine(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False, encoding: str = "same") -> Tensor:
         """``[T, H]`` of ``rank``: weighted sums in slot order, or (fast) rounded per rank, then in rank order.
 
         Args:
             rank: Whose tokens.
             ys: What each rank gives back, ``[L * capacity, H]``.
-            fast: Sum before the wire.
-            wire: How what travels is encoded: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
+            fast: Sum before the encoding.
+            encoding: How what travels is encoded: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
         """
         sums = []
         for token in range(len(self.choices[rank])):
             total = torch.zeros(ys[rank].shape[1])
             for row, weight in self._decode_terms(rank, token, ys, fast=fast):
-                product = over_the_wire(row, wire) * weight
+                product = encoded_row(row, encoding) * weight
                 total = total + product
             sums.append(total.to(ys[rank].dtype))
         return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
@@ -263,7 +263,7 @@ class Oracle:
             size = torch.zeros(1, ys[rank].shape[1])
             for row, weight in self._decode_terms(rank, token, ys, fast=fast):
                 change = change + abs(weight) * torch.cat([_neighbours(group) for group in torch.split(row, LOG_BLOCK)])
-                size = size + abs(weight) * over_the_wire(row, "logfmt10").abs()
+                size = size + abs(weight) * encoded_row(row, "logfmt10").abs()
             one_code.append(change)
             sizes.append(size)
         return torch.cat(one_code), torch.cat(sizes)
@@ -317,11 +317,11 @@ def fp8_cast(row: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     return torch.cat([cast.view(torch.uint8) for cast in casts]).view(torch.float8_e4m3fn), torch.stack(scales)
 
 
-def over_the_wire(row: Tensor, wire: str) -> Tensor:
-    """One row ``[H]`` as float32, after it travelled in the format ``wire``."""
-    if wire == "same":
+def encoded_row(row: Tensor, encoding: str) -> Tensor:
+    """One row ``[H]`` as float32, after it travelled in the format ``encoding``."""
+    if encoding == "same":
         return row.float()
-    if wire == "fp8":
+    if encoding == "fp8":
         data, scales = fp8_cast(row, power_of_two=False)
         blocks = [block.float() * scale for block, scale in zip(torch.split(data, FP8_BLOCK), scales, strict=True)]
         return torch.cat(blocks)

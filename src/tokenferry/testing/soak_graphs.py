@@ -47,7 +47,7 @@ class Kind:
     Attributes:
         fp8: Cast of the dispatch.
         fast: Numerics of the combine.
-        wire: Of the combine.
+        encoding: Of the combine.
         hooks: Whether each call sends first, and receives by its hook.
         hidden: H.
         tokens: M.
@@ -58,7 +58,7 @@ class Kind:
 
     fp8: Scale | None = None
     fast: bool = False
-    wire: str = "same"
+    encoding: str = "same"
     hooks: bool = False
     hidden: int = 1024
     tokens: int = 32
@@ -77,10 +77,10 @@ KINDS = (
     Kind(fp8=Scale.FLOAT32, fast=True),
     Kind(fast=True, hooks=True, tokens=17),
     Kind(fp8=Scale.UE8M0, hooks=True, hidden=640),
-    Kind(fp8=Scale.POWER_OF_TWO, fast=True, wire="fp8", idx_dtype=torch.int32),
-    Kind(wire="fp8", hooks=True, tokens=9, local=3, top_k=5),
-    Kind(wire="logfmt10", hooks=True, hidden=640),
-    Kind(fp8=Scale.FLOAT32, fast=True, wire="logfmt10", tokens=17),
+    Kind(fp8=Scale.POWER_OF_TWO, fast=True, encoding="fp8", idx_dtype=torch.int32),
+    Kind(encoding="fp8", hooks=True, tokens=9, local=3, top_k=5),
+    Kind(encoding="logfmt10", hooks=True, hidden=640),
+    Kind(fp8=Scale.FLOAT32, fast=True, encoding="logfmt10", tokens=17),
     Kind(tokens=1, local=2, top_k=2, hidden=128),
 )
 WIDE = Kind(fp8=Scale.FLOAT32, hidden=7168)
@@ -163,7 +163,7 @@ class Graph:
             rows = sent.x.float()
         y = (rows * self._factors).to(torch.bfloat16)
         numerics = "fast" if kind.fast else "exact"
-        home = group.decode_combine(y, sent.plan, numerics=numerics, wire=kind.wire, return_hook=kind.hooks)
+        home = group.decode_combine(y, sent.plan, numerics=numerics, encoding=kind.encoding, return_hook=kind.hooks)
         if home.hook is not None:
             y.fill_(torch.nan)
             home.hook()
@@ -306,7 +306,7 @@ def _replay(group: ExpertGroup, soak: Soak, graphs: dict[Kind, Graph]) -> Tally:
         brought = draw(kind, R, device, soak.seed, number)
         _be_late(soak, rank, number)
         sent, total = graph.replay(brought, eager=random.Random(f"{soak.seed} {number} eager").random() < 0.05)
-        truth = Truth(brought, kind.local * R, rank, kind.fp8, (kind.fast, kind.wire))
+        truth = Truth(brought, kind.local * R, rank, kind.fp8, (kind.fast, kind.encoding))
         findings.note(number, truth.wrong(sent, total))
         if len(since) == LOOK_EVERY or number == soak.first + soak.replays - 1:
             group.synchronize()  # what the kernels found comes first

@@ -106,14 +106,14 @@ class Truth:
         num_experts: E.
         rank: Whose results.
         fp8: The cast of the dispatch.
-        numerics: ``(fast, wire)`` of the combine.
+        numerics: ``(fast, encoding)`` of the combine.
     """
 
     def __init__(
         self, brought: Brought, num_experts: int, rank: int, fp8: Scale | None, numerics: tuple[bool, str]
     ) -> None:
         self._brought, self._rank, self._fp8 = brought, rank, fp8
-        self._fast, self._wire = numerics
+        self._fast, self._encoding = numerics
         self._num_experts = num_experts
         self._num_local = num_experts // brought.x.shape[0]
         self._sizes = (torch.zeros(()), torch.zeros(()))  # of a sum over logfmt10: magnitudes, steps of one code
@@ -122,7 +122,7 @@ class Truth:
         """Where results differ, by what they are: bool tensors; nothing waits for the device."""
         found = self._wrong_rows(sent)
         want = self.total()
-        found["sum"] = self._too_far(total, want) if self._wire == "logfmt10" else _bits(total) != _bits(want)
+        found["sum"] = self._too_far(total, want) if self._encoding == "logfmt10" else _bits(total) != _bits(want)
         return found
 
     def _too_far(self, total: Tensor, want: Tensor) -> Tensor:
@@ -202,11 +202,11 @@ class Truth:
 
     def _travelled(self, rows: Tensor, factor: Tensor) -> Tensor:
         """``[M, n, H]`` float32, as they come home, where they are multiplied with ``[M, n, 1]``."""
-        if self._wire == "logfmt10":
+        if self._encoding == "logfmt10":
             values, gaps = logarithmic(rows)
             self._sizes = (values * factor).abs().sum(1), (gaps * factor).abs().sum(1)
             return values
-        return numbers(*cast(rows, Scale.FLOAT32)) if self._wire == "fp8" else rows.float()
+        return numbers(*cast(rows, Scale.FLOAT32)) if self._encoding == "fp8" else rows.float()
 
 
 def _in_order(terms: Tensor) -> Tensor:

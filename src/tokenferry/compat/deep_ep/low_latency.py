@@ -158,8 +158,8 @@ def combine(
             )
         x = state.combine_buffer
     view = group.for_shape(MoeShape(num_experts, routing.topk_idx.shape[1], hidden, max_tokens))
-    wire, stats = "logfmt10" if use_logfmt else "same", DecodeStats(None, wait_ns)
-    done = view.decode_combine(x.detach(), plan, wire=wire, out=out, stats=stats, return_hook=return_hook)
+    encoding, stats = "logfmt10" if use_logfmt else "same", DecodeStats(None, wait_ns)
+    done = view.decode_combine(x.detach(), plan, encoding=encoding, out=out, stats=stats, return_hook=return_hook)
     return done.x, done.hook
 
 

@@ -224,8 +224,8 @@ class LowLatencyCalls:
             topk_idx: ``[T, K]``, the same as for `low_latency_dispatch`; compared with it on the CPU only.
             topk_weights: ``[T, K]`` float32.
             handle: From `low_latency_dispatch`; may be used again.
-            use_logfmt: Rows travel in 10 bits a number (`tokenferry.logfmt`); needs bfloat16 rows and H a multiple of
-                128.
+            use_logfmt: Rows travel in 10 bits a number (`tokenferry.formats.logfmt`); needs bfloat16 rows and H a
+                multiple of 128.
             zero_copy: Read the tensor of `get_next_low_latency_combine_buffer` instead of ``x``.
             async_finish: Return an event that can be waited for.
             return_recv_hook: Return before the sums are here; ``hook()`` receives them. Not together with

@@ -4,7 +4,7 @@
 // Reads    y [L, R*M, H] at the places in the plan's table; topk_idx [T, K], weights [T, K] of own tokens; row_weights (kFast).
 // Writes   peers' regions: packets; out [T, H].
 // Numbers  Each product and each sum in float32. Exact: weight * row in slot order. Fast: on the experts' rank weight * row in expert
-//          order, rounded to y's type; those sums in rank order. One rounding at the end. What travels may be encoded (kWire).
+//          order, rounded to y's type; those sums in rank order. One rounding at the end. What travels may be encoded (kEncoding).
 // Roles    All warps take chunks of 512 columns: first of rows to send, then of own tokens. Rows of slot k of token t go to
 //          row t * K + k of the owner's packets, sums of rank r to row r * M + t: nobody asks where. The last block only
 //          greets and checks signatures.
@@ -17,7 +17,7 @@
 #include "device/number.cuh"
 #include "device/wire.cuh"
 
-constexpr u32 kBatch = kType == 2 || kWire == 2 ? 2 : 4;  // rows whose chunks are in flight together; registers bound them
+constexpr u32 kBatch = kType == 2 || kEncoding == 2 ? 2 : 4;  // rows whose chunks are in flight together; registers bound them
 
 DEV u8* packets_of(const CollectParams& p, const Turn& turn, u32 at) { return p.regions[at] + p.packets_at + turn.half * p.packets_stride; }
 DEV u32 chunks_of(const CollectParams& p) { return (p.columns + 511) / 512; }

@@ -44,16 +44,16 @@ SPEC = replace(
         max_threads=THREADS,
         static_smem=256,
         configs=tuple(
-            {"type": TYPES[dtype], "fast": fast, "wire": wire}
+            {"type": TYPES[dtype], "fast": fast, "encoding": encoding}
             for dtype in ROW_TYPES
             for fast in (0, 1)
-            for wire in (SAME, FP8, LOGFMT10)
+            for encoding in (SAME, FP8, LOGFMT10)
         ),
     ),
     early=True,
 )
 
 
-def packets_of_chunk(item_bytes: int, wire: int) -> int:
+def packets_of_chunk(item_bytes: int, encoding: int) -> int:
     """Packets of 16 bytes in which the chunk of a row travels."""
-    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: 33, LOGFMT10: 42}[wire]
+    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: 33, LOGFMT10: 42}[encoding]

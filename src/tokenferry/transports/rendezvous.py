@@ -1,4 +1,4 @@
-"""Rendezvous: R ranks compare what they were asked for, and agree on a wire. Collective."""
+"""Rendezvous: R ranks compare what they were asked for, and agree on a transport. Collective."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable, ConfigError
-from tokenferry.wires.base import Call, Deadline, Wire, peer_timeout
-from tokenferry.wires.cards import Table, moves_cpu_tensors
-from tokenferry.wires.cards import host_name as _host
-from tokenferry.wires.group import GroupWire
-from tokenferry.wires.local import LocalWire
+from tokenferry.transports.base import Call, Deadline, Transport, peer_timeout
+from tokenferry.transports.handshake import Table, moves_cpu_tensors
+from tokenferry.transports.handshake import host_name as _host
+from tokenferry.transports.process_group import ProcessGroupTransport
+from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 _HELLO = struct.Struct("<16sq")
 """The group's secret and the caller's rank."""
@@ -29,32 +29,32 @@ class Agreement:
     """What the ranks agreed on.
 
     Attributes:
-        wire: Ready for call 1.
+        transport: Ready for call 1.
         key: Names this group, the same on all ranks.
-        why: Why this wire, for the log.
+        why: Why this transport, for the log.
     """
 
-    wire: Wire
+    transport: Transport
     key: str
     why: str
 
 
 def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: dict[str, object]) -> Agreement:
-    """Compare ``terms``, choose a wire, connect.
+    """Compare ``terms``, choose a transport, connect.
 
     Args:
         group: The process group, or None for a group of one.
-        wanted: ``"local"``, ``"group"`` or ``"auto"``.
+        wanted: ``"shared_memory"``, ``"process_group"`` or ``"auto"``.
         timeout_s: Seconds that each wait may take.
         terms: JSON values that must be equal on all ranks, by the names that users know them by.
 
     Raises:
         ConfigError: ranks brought different terms; names the first that differs, and each rank's value.
-        BackendUnavailable: ``"local"`` was asked for and does not work; says why.
+        BackendUnavailable: ``"shared_memory"`` was asked for and does not work; says why.
         PeerTimeout: a rank did not come.
     """
     if group is None or group.size() == 1:
-        return Agreement(LocalWire(0, {}), secrets.token_hex(4), "a group of one rank needs no wire")
+        return Agreement(SharedMemoryTransport(0, {}), secrets.token_hex(4), "a group of one rank needs no transport")
     table = Table(group, timeout_s)
     listener, address = _listen()
     try:
@@ -75,15 +75,17 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
             why_not, sockets = _try_local(group.rank(), cards, table)
         if not why_not and listener:
             sockets.update(_accept_higher_ranks(listener, group.rank(), cards, timeout_s))
-            return Agreement(LocalWire(group.rank(), sockets), key, "all ranks on one host: shared memory")
-        if wanted == "local":
-            raise BackendUnavailable(f"ExpertGroup: wire='local' cannot run: {why_not}; use wire='auto' or 'group'")
+            return Agreement(SharedMemoryTransport(group.rank(), sockets), key, "all ranks on one host: shared memory")
+        if wanted == "shared_memory":
+            raise BackendUnavailable(
+                f"ExpertGroup: transport='shared_memory' cannot run: {why_not}; use transport='auto' or 'process_group'"
+            )
         if not moves_cpu_tensors(group):
             raise BackendUnavailable(
                 f"ExpertGroup: nothing can carry rows: {why_not}, and the process group cannot move CPU tensors; pass "
                 "one made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
             )
-        return Agreement(GroupWire(group, int(key, 16)), key, f"torch.distributed, because {why_not}")
+        return Agreement(ProcessGroupTransport(group, int(key, 16)), key, f"torch.distributed, because {why_not}")
     finally:
         if listener:
             listener.close()
@@ -119,8 +121,8 @@ def compare_terms(terms: list[dict[str, Any]]) -> None:
 
 def _why_not_local(cards: list[dict[str, Any]], wanted: str) -> str:
     """The reason against shared memory that can be seen without trying, or nothing."""
-    if wanted == "group":
-        return "wire='group' was asked for"
+    if wanted == "process_group":
+        return "transport='process_group' was asked for"
     hosts = {card["host"] for card in cards}
     if len(hosts) > 1:
         return f"the ranks are on {len(hosts)} hosts"

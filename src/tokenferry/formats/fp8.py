@@ -34,7 +34,8 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
 
     Example:
         >>> import torch
-        >>> from tokenferry import Scale, fp8
+        >>> from tokenferry import Scale
+        >>> from tokenferry.formats import fp8
         >>> rows = fp8.cast(torch.full((1, 128), 7.0), Scale.POWER_OF_TWO)
         >>> rows.scale.item(), rows.data.float()[0, 0].item() * rows.scale.item()
         (0.015625, 7.0)

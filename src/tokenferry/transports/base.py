@@ -1,4 +1,4 @@
-"""What a wire is, and what all wires share: calls, messages, and who has finished reading what.
+"""What a transport is, and what all transports share: calls, messages, and who has finished reading what.
 
 A *call* is one exchange: every rank posts one message to every other rank and takes one from each. Calls are numbered
 from 1, in the same order on all ranks, but several may be under way (receive hooks) and may be taken in any order.
@@ -58,7 +58,7 @@ class Deadline:
         return time.monotonic() - self.start
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """Messages between R ranks.
 
     ``take`` and ``post`` raise PeerTimeout; everything else is local. No method writes into a buffer that a peer may
@@ -87,7 +87,8 @@ class Wire(Protocol):
     def finish(self, call: Call, deadline: Deadline | None) -> None:
         """Say that all bodies of the call have been read, or that nobody will.
 
-        With a deadline, also wait until every peer has what this call sent, if the wire cannot vouch for that itself.
+        With a deadline, also wait until every peer has what this call sent, if the transport cannot vouch for that
+        itself.
         Only for calls that peers, too, take at once: a peer that takes in a hook may need this rank's next call first.
         """
 
@@ -106,8 +107,8 @@ class Wire(Protocol):
     def close(self, *, linger: bool) -> None:
         """Free everything; local, idempotent.
 
-        What a hook received here may not have been received there. With ``linger`` the wire sees to it that peers still
-        get what was sent, which may take a few seconds.
+        What a hook received here may not have been received there. With ``linger`` the transport sees to it that
+        peers still get what was sent, which may take a few seconds.
         """
 
 

@@ -1,4 +1,4 @@
-"""GroupWire: messages over a torch.distributed process group, by its own send and receive of CPU tensors.
+"""ProcessGroupTransport: messages over a torch.distributed process group, by its own send and receive of CPU tensors.
 
 Works wherever gloo does, across hosts too. A message is two sends: a header of fixed size (floor, body size, the
 backend's integers) and then the body, whose receive is posted when its size is known.
@@ -7,7 +7,7 @@ Tags: 0x40000000 | group id (14 bits) | call (15 bits) | part, so that groups on
 together, do not take each other's messages. A wait per peer and direction is what lets an error name the peer.
 
 When one wait times out, gloo closes every connection of the process group. So the first failure of a call is the true
-one, and nothing can go on after it: `PeerTimeout` on this wire ends the process group too.
+one, and nothing can go on after it: `PeerTimeout` on this transport ends the process group too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.errors import BackendUnavailable, PeerTimeout
-from tokenferry.wires.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
+from tokenferry.transports.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
 
 _TAG = 0x40000000
 _LINGER_S = 5.0
@@ -43,10 +43,10 @@ class _Flight:
     failed: dict[int, PeerTimeout] = field(default_factory=dict)
 
 
-class GroupWire:
-    """The wire that needs nothing but a process group with CPU send and receive."""
+class ProcessGroupTransport:
+    """The transport that needs nothing but a process group with CPU send and receive."""
 
-    name = "group"
+    name = "process_group"
 
     def __init__(self, group: dist.ProcessGroup, group_id: int = 0) -> None:
         self.rank = group.rank()
@@ -59,7 +59,7 @@ class GroupWire:
         self._lingering: deque[_Flight] = deque()
 
     def open(self, call: Call, sizes: Sequence[int]) -> list[Tensor]:
-        """Return plain tensors; see `Wire.open`."""
+        """Return plain tensors; see `Transport.open`."""
         self._drop_lingering()
         flight = _Flight(call, [torch.empty(size, dtype=torch.uint8) for size in sizes])
         self._flights[call.number] = flight
@@ -68,7 +68,7 @@ class GroupWire:
     def post(
         self, call: Call, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
     ) -> None:
-        """Start all sends and the receives of all headers; see `Wire.post`."""
+        """Start all sends and the receives of all headers; see `Transport.post`."""
         flight = self._flights[call.number]
         flight.readers = frozenset(range(self.num_ranks)) - {self.rank} - skip
         flight.bodies[self.rank] = (None, Message(headers[self.rank], flight.buffers[self.rank]))
@@ -79,7 +79,7 @@ class GroupWire:
                 flight.failed[peer] = error
 
     def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
-        """Wait for one message; the first take of a call posts the receives of all bodies. See `Wire.take`."""
+        """Wait for one message; the first take of a call posts the receives of all bodies. See `Transport.take`."""
         flight = self._flights[call.number]
         for error in flight.failed.values():
             raise error
@@ -103,7 +103,7 @@ class GroupWire:
             self._wait(work, call, peer, deadline)
 
     def forget(self, src: int) -> None:
-        """Wait no more for ``src``, neither for its messages nor until it has ours. See `Wire.forget`."""
+        """Wait no more for ``src``, neither for its messages nor until it has ours. See `Transport.forget`."""
         for flight in self._flights.values():
             flight.heads.pop(src, None)
             flight.bodies.pop(src, None)
@@ -111,17 +111,17 @@ class GroupWire:
             flight.sends = [(peer, work) for peer, work in flight.sends if peer != src]
 
     def tell_number(self, number: int, skip: frozenset[int]) -> None:
-        """Nothing to tell: nobody comes back here, since one timeout ends the process group. See `Wire.tell_number`."""
+        """Do nothing: nobody comes back here, since one timeout ends the process group; see the base class."""
 
     def heard_number(self) -> int:
-        """Nobody tells. See `Wire.heard_number`."""
+        """Nobody tells. See `Transport.heard_number`."""
         return 0
 
     def go_on_from(self, number: int) -> None:
-        """Ranks are in step. See `Wire.go_on_from`."""
+        """Ranks are in step. See `Transport.go_on_from`."""
 
     def close(self, *, linger: bool) -> None:
-        """Let go of everything; the process group is the caller's and stays. See `Wire.close`."""
+        """Let go of everything; the process group is the caller's and stays. See `Transport.close`."""
         deadline = Deadline(_LINGER_S if linger else 0.0)
         works = [work for flight in self._lingering for _, work in flight.sends]
         # Of a call that failed here peers need the header, to see why; its body they may never fetch.

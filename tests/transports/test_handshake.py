@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.errors import PeerTimeout
-from tokenferry.wires import cards
-from tokenferry.wires.base import Deadline
+from tokenferry.transports import handshake as cards
+from tokenferry.transports.base import Deadline
 
 CARRIERS = ("cpu", "store", "tensors")
 
@@ -123,20 +123,20 @@ def test_tensors_that_do_not_come_end_with_the_deadline():
 def only_nccl_like(rank, pg):
     """The CPU backend over a group without CPU tensors: shared memory works, messages over the group cannot."""
     from tokenferry.errors import BackendUnavailable
-    from tokenferry.wires import rendezvous
+    from tokenferry.transports import rendezvous
 
     group = WithoutCpu(pg, True)
     agreement = rendezvous.meet(group, "auto", 10.0, {"shape": "same"})
-    agreement.wire.close(linger=False)
+    agreement.transport.close(linger=False)
     try:
-        rendezvous.meet(group, "group", 10.0, {"shape": "same"})
+        rendezvous.meet(group, "process_group", 10.0, {"shape": "same"})
     except BackendUnavailable as error:
-        return agreement.wire.name, str(error)
+        return agreement.transport.name, str(error)
     return None
 
 
 def test_ranks_that_have_nothing_but_a_store_can_share_memory(worlds):
     for name, text in worlds(2).run(only_nccl_like):
-        assert name == "local"
-        assert "wire='group' was asked for, and the process group cannot move CPU tensors" in text
+        assert name == "shared_memory"
+        assert "transport='process_group' was asked for, and the process group cannot move CPU tensors" in text
         assert "'cpu:gloo,cuda:nccl'" in text

@@ -1,4 +1,4 @@
-"""LocalWire: messages between ranks of one host, through shared memory and Unix sockets.
+"""SharedMemoryTransport: messages between ranks of one host, through shared memory and Unix sockets.
 
 Bodies lie in segments that their sender owns and that receivers map: a row is written once, by its sender, and read
 once, by its receiver. A small notice over a Unix socket says where: it wakes the receiver without spinning, arrives
@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenferry.wires import segment as seg
-from tokenferry.wires.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
+from tokenferry.transports import segment as seg
+from tokenferry.transports.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
 """kind, call, floor, segment, offset, bytes; then the backend's header."""
@@ -58,10 +58,10 @@ class _Flight:
     expected: set[int] = field(default_factory=set)
 
 
-class LocalWire:
-    """The wire for ranks of one host; made by `tokenferry.wires.rendezvous`, which connects the sockets."""
+class SharedMemoryTransport:
+    """The transport for ranks of one host; made by `tokenferry.transports.rendezvous`, which connects the sockets."""
 
-    name = "local"
+    name = "shared_memory"
 
     def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
         self.rank = rank
@@ -84,7 +84,7 @@ class LocalWire:
     def open(self, call: Call, sizes: Sequence[int]) -> list[Tensor]:
         """Return views of a segment; this rank's own message lies there too, since used memory is cheaper than new.
 
-        See `Wire.open`.
+        See `Transport.open`.
         """
         offsets, end = [], 0
         for size in sizes:
@@ -99,7 +99,7 @@ class LocalWire:
     def post(
         self, call: Call, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
     ) -> None:
-        """Send a notice to each peer. A peer that is gone is passed over: `take` reports it. See `Wire.post`."""
+        """Send a notice to each peer. A peer that is gone is passed over: `take` reports it. See `Transport.post`."""
         flight = self._flights[call.number]
         flight.own_header = headers[self.rank]
         flight.expected = set(self._peers) - skip
@@ -122,7 +122,7 @@ class LocalWire:
                 peer.inbox.pop(call.number, None)
 
     def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
-        """Wait for the notice of ``src`` and return a view of its segment. See `Wire.take`."""
+        """Wait for the notice of ``src`` and return a view of its segment. See `Transport.take`."""
         flight = self._flights[call.number]
         if src == self.rank:
             return Message(flight.own_header, flight.buffers[src])
@@ -145,12 +145,12 @@ class LocalWire:
         return message
 
     def finish(self, call: Call, deadline: Deadline | None) -> None:
-        """Nothing to wait for: segments outlive their sender's interest in them. See `Wire.finish`."""
+        """Nothing to wait for: segments outlive their sender's interest in them. See `Transport.finish`."""
         del self._flights[call.number]
         self._floor.finish(call.number)
 
     def forget(self, src: int) -> None:
-        """Drop what ``src`` sent, and let go of the segments that it may still read. See `Wire.forget`."""
+        """Drop what ``src`` sent, and let go of the segments that it may still read. See `Transport.forget`."""
         for number, flight in self._flights.items():
             flight.expected.discard(src)
             self._peers[src].inbox.pop(number, None)
@@ -158,19 +158,19 @@ class LocalWire:
         self._retire(busy)
 
     def tell_number(self, number: int, skip: frozenset[int]) -> None:
-        """Send a notice. See `Wire.tell_number`."""
+        """Send a notice. See `Transport.tell_number`."""
         notice = _NOTICE.pack(_NUMBER, number, 0, 0, 0, 0, *[0] * HEADER_INTS)
         for rank in sorted(set(self._peers) - skip):
             self._send(rank, notice, [], Call(number, "mask"), Deadline(1.0))
 
     def heard_number(self) -> int:
-        """Read what is here. See `Wire.heard_number`."""
+        """Read what is here. See `Transport.heard_number`."""
         while self._poll.poll(0):
             self._pump(0)
         return self._told
 
     def go_on_from(self, number: int) -> None:
-        """See `Wire.go_on_from`."""
+        """See `Transport.go_on_from`."""
         self._newest = max(self._newest, number)
         self._floor.jump(number)
         self._flights = {call: flight for call, flight in self._flights.items() if call > number}

@@ -1,4 +1,4 @@
-"""LocalWire, both ends in one process: what the contract suite cannot see from outside."""
+"""SharedMemoryTransport, both ends in one process: what the contract suite cannot see from outside."""
 
 import os
 import socket
@@ -7,60 +7,60 @@ import pytest
 import torch
 
 from tokenferry.errors import PeerTimeout
-from tokenferry.wires.base import HEADER_INTS, Call, Deadline, Floor
-from tokenferry.wires.local import LocalWire
+from tokenferry.transports.base import HEADER_INTS, Call, Deadline, Floor
+from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 HEADER = tuple(range(HEADER_INTS))
 
 
 @pytest.fixture
 def pair():
-    """Two connected wires, ranks 0 and 1."""
+    """Two connected transports, ranks 0 and 1."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    wires = LocalWire(0, {1: ours}), LocalWire(1, {0: theirs})
-    yield wires
-    for wire in wires:
-        wire.close(linger=False)
+    transports = SharedMemoryTransport(0, {1: ours}), SharedMemoryTransport(1, {0: theirs})
+    yield transports
+    for transport in transports:
+        transport.close(linger=False)
 
 
-def post(wire, number, payload, skip=frozenset()):
+def post(transport, number, payload, skip=frozenset()):
     """Send ``payload`` bytes, all equal to the call's number, to both ranks."""
     call = Call(number, "test")
-    for buffer in wire.open(call, [payload, payload]):
+    for buffer in transport.open(call, [payload, payload]):
         buffer.fill_(number % 256)
-    wire.post(call, [HEADER, HEADER], Deadline(1.0), skip)
+    transport.post(call, [HEADER, HEADER], Deadline(1.0), skip)
     return call
 
 
-def take(wire, number, src):
-    message = wire.take(Call(number, "test"), src, Deadline(1.0))
+def take(transport, number, src):
+    message = transport.take(Call(number, "test"), src, Deadline(1.0))
     assert message.header == HEADER
     assert bool((message.body == number % 256).all()), "another call's bytes"
     return message.body.numel()
 
 
 def exchange(pair, number, payload):
-    for wire in pair:
-        post(wire, number, payload)
-    for wire in pair:
-        assert [take(wire, number, src) for src in (0, 1)] == [payload, payload]
-        wire.finish(Call(number, "test"), None)
+    for transport in pair:
+        post(transport, number, payload)
+    for transport in pair:
+        assert [take(transport, number, src) for src in (0, 1)] == [payload, payload]
+        transport.finish(Call(number, "test"), None)
 
 
 def test_two_segments_alternate_for_calls_of_any_number(pair):
     for number in range(1, 20):
         exchange(pair, number, 1000)
-    assert [len(wire._segments) for wire in pair] == [2, 2]
+    assert [len(transport._segments) for transport in pair] == [2, 2]
 
 
 def test_calls_under_way_together_keep_their_bytes_and_may_be_taken_in_any_order(pair):
     for number in (1, 2, 3, 4):
-        for wire in pair:
-            post(wire, number, 5000)
+        for transport in pair:
+            post(transport, number, 5000)
     for number in (3, 1, 4, 2):
-        for wire in pair:
-            assert [take(wire, number, src) for src in (1, 0)] == [5000, 5000]
-            wire.finish(Call(number, "test"), None)
+        for transport in pair:
+            assert [take(transport, number, src) for src in (1, 0)] == [5000, 5000]
+            transport.finish(Call(number, "test"), None)
     for number in (5, 6, 7):
         exchange(pair, number, 5000)
     assert len(pair[0]._segments) == 5, "free segments are not used again"
@@ -71,9 +71,9 @@ def test_a_larger_call_replaces_segments_here_and_at_the_peer(pair):
     exchange(pair, 2, 1000)
     exchange(pair, 3, 10_000_000)
     exchange(pair, 4, 10_000_000)
-    for wire in pair:
-        assert len(wire._segments) == 2
-        assert all(s.memory.numel() >= 10_000_000 for s in wire._segments)
+    for transport in pair:
+        assert len(transport._segments) == 2
+        assert all(s.memory.numel() >= 10_000_000 for s in transport._segments)
     exchange(pair, 5, 10)
     (mapped,) = [peer.maps for peer in pair[0]._peers.values()]
     assert len(mapped) == 2, "a retired segment is still mapped"

@@ -67,7 +67,7 @@ def encode(x: Tensor) -> Quantized:
 
     Example:
         >>> import torch
-        >>> from tokenferry import logfmt
+        >>> from tokenferry.formats import logfmt
         >>> rows = logfmt.encode(torch.tensor([[4.0, -1.0, 0.0, 2.0] * 32]))
         >>> rows.data.shape, rows.scale.tolist()
         (torch.Size([1, 160]), [[0.0, 0.003921568859368563]])

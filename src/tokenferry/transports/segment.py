@@ -58,7 +58,8 @@ def create(number: int, num_bytes: int) -> Segment:
         if fd >= 0:
             os.close(fd)
         raise MemoryError(
-            f"{size} bytes of shared memory are not to be had ({error}); send fewer tokens at once, or use wire='group'"
+            f"{size} bytes of shared memory are not to be had ({error}); send fewer tokens at once, or use "
+            "transport='process_group'"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""How ranks agree on a wire, and what they say when they cannot."""
+"""How ranks agree on a transport, and what they say when they cannot."""
 
 import socket
 import sys
@@ -8,18 +8,18 @@ import torch
 
 import tokenferry
 from tokenferry.errors import BackendUnavailable, ConfigError, PeerTimeout
-from tokenferry.wires import rendezvous, segment
+from tokenferry.transports import rendezvous, segment
 
 SHAPE = tokenferry.MoeShape(num_experts=4, top_k=1, hidden=8, max_tokens=4)
 
 
 def make(pg, shape=SHAPE, **options):
-    """Make a group, use it once, and return its wire, or the type and text of what was raised."""
+    """Make a group, use it once, and return its transport, or the type and text of what was raised."""
     try:
         with tokenferry.ExpertGroup(pg, shape, timeout_s=5.0, **options) as group:
             sent = group.dispatch(torch.ones(1, 8), tokenferry.Routing(torch.tensor([[3]])))
             assert group.combine(sent.x, sent.plan).x.tolist() == [[1.0] * 8]
-            return group.wire
+            return group.transport
     except tokenferry.TokenferryError as error:
         return type(error), str(error)
 
@@ -31,7 +31,7 @@ def with_cards(rank, pg, changed, option="auto"):
         for name, replacement in changed.items():
             setattr(rendezvous, name, replacement)
     try:
-        return make(pg, wire=option)
+        return make(pg, transport=option)
     finally:
         for name, value in original.items():
             setattr(rendezvous, name, value)
@@ -50,7 +50,7 @@ def refuse(rank, cards):
 
 
 def test_ranks_of_one_host_share_memory(worlds):
-    assert worlds(2).run(with_cards, {}) == ["local", "local"]
+    assert worlds(2).run(with_cards, {}) == ["shared_memory", "shared_memory"]
 
 
 @pytest.mark.parametrize(
@@ -62,27 +62,27 @@ def test_ranks_of_one_host_share_memory(worlds):
     ],
     ids=["hosts", "sockets", "refused"],
 )
-def test_one_reason_on_one_rank_moves_all_ranks_to_the_group_wire(worlds, changed, why):
-    assert worlds(2).run(with_cards, changed) == ["group", "group"]
-    for kind, text in worlds(2).run(with_cards, changed, "local"):
+def test_one_reason_on_one_rank_moves_all_ranks_to_the_group_transport(worlds, changed, why):
+    assert worlds(2).run(with_cards, changed) == ["process_group", "process_group"]
+    for kind, text in worlds(2).run(with_cards, changed, "shared_memory"):
         assert kind is BackendUnavailable
         assert why in text
-        assert "use wire='auto' or 'group'" in text
+        assert "use transport='auto' or 'process_group'" in text
 
 
 def different_shapes(rank, pg):
     return make(pg, tokenferry.MoeShape(4, top_k=1, hidden=8 + 8 * rank, max_tokens=4))
 
 
-def different_wires(rank, pg):
-    return make(pg, wire="local" if rank else "auto")
+def different_transports(rank, pg):
+    return make(pg, transport="shared_memory" if rank else "auto")
 
 
 @pytest.mark.parametrize(
     ("job", "text"),
     [
         (different_shapes, "shape differs between ranks (rank 0: MoeShape"),
-        (different_wires, "rank 0: auto, rank 1: local"),
+        (different_transports, "rank 0: auto, rank 1: local"),
     ],
 )
 def test_ranks_that_disagree_say_so_on_every_rank(worlds, job, text):
@@ -104,13 +104,13 @@ def strangers(rank, pg):
 
     rendezvous._call_lower_ranks = knock if rank == 1 else original
     try:
-        return make(pg, wire="local")
+        return make(pg, transport="shared_memory")
     finally:
         rendezvous._call_lower_ranks = original
 
 
 def test_a_stranger_without_the_secret_is_turned_away(worlds):
-    assert worlds(2).run(strangers) == ["local", "local"]
+    assert worlds(2).run(strangers) == ["shared_memory", "shared_memory"]
 
 
 def test_a_rank_that_does_not_connect_is_named():

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
-from tokenferry.wires.base import HEADER_INTS, Call, Deadline, peer_timeout
-from tokenferry.wires.group import GroupWire
+from tokenferry.transports.base import HEADER_INTS, Call, Deadline, peer_timeout
+from tokenferry.transports.process_group import ProcessGroupTransport
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -80,27 +80,27 @@ class _Carrier(Protocol):
 
 def _carrier(group: dist.ProcessGroup, device: torch.device) -> _Carrier:
     if moves_cpu_tensors(group):
-        return _Wire(group)
+        return _Transport(group)
     try:
         return _Store(group, group.get_group_store())
     except RuntimeError:  # a process group that was not made by torch.distributed need not have one
         return _Tensors(group, device)
 
 
-class _Wire:
+class _Transport:
     """The group's own send and receive."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._wire = GroupWire(group)
+        self._transport = ProcessGroupTransport(group)
 
     def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
-        wire = self._wire
+        transport = self._transport
         body = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        for buffer in wire.open(_CALL, [body.numel()] * wire.num_ranks):
+        for buffer in transport.open(_CALL, [body.numel()] * transport.num_ranks):
             buffer.copy_(body)
-        wire.post(_CALL, [_NO_HEADER] * wire.num_ranks, deadline)
-        texts = [bytes(wire.take(_CALL, src, deadline).body.tolist()) for src in range(wire.num_ranks)]
-        wire.finish(_CALL, deadline)
+        transport.post(_CALL, [_NO_HEADER] * transport.num_ranks, deadline)
+        texts = [bytes(transport.take(_CALL, src, deadline).body.tolist()) for src in range(transport.num_ranks)]
+        transport.finish(_CALL, deadline)
         return texts
 
 
