@@ -11,7 +11,7 @@ from pairs import PAIRS, PLACES, Pair
 from throughput import check_round_trip
 
 from tokenferry import ArgumentError, DecodeStats, Delivery, ExpertGroup, MismatchError, MoeShape, Routing, Scale
-from tokenferry.backends.cpu_messages import Exchange
+from tokenferry.backends.cpu.exchange import Exchange
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import close, same_bits
 

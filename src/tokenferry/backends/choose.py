@@ -7,7 +7,7 @@ import logging
 import torch.distributed as dist
 
 from tokenferry.backends.base import Backend, Resolved
-from tokenferry.backends.cpu import make_cpu_backend
+from tokenferry.backends.cpu.backend import make_cpu_backend
 from tokenferry.errors import ConfigError
 
 _log = logging.getLogger("tokenferry")

@@ -15,7 +15,7 @@ from tokenferry.backends.base import (
     DispatchRequest,
     RedispatchRequest,
 )
-from tokenferry.backends.cpu_messages import dtype_code
+from tokenferry.backends.cpu.exchange import dtype_code
 from tokenferry.backends.cuda_decode import Decoder
 from tokenferry.backends.cuda_delivery import Dock, shaped
 from tokenferry.backends.cuda_faults import Signature

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
-from tokenferry.backends.cpu_messages import dtype_code
-from tokenferry.backends.cpu_rows import without
+from tokenferry.backends.cpu.exchange import dtype_code
+from tokenferry.backends.cpu.routing import without
 from tokenferry.backends.cuda_faults import Signature
 from tokenferry.backends.cuda_launch import address
 from tokenferry.backends.cuda_memory import Shelf, aligned, overlap

@@ -13,7 +13,7 @@ from collections import deque
 
 import torch
 
-from tokenferry.backends.cpu_messages import dtype_name
+from tokenferry.backends.cpu.exchange import dtype_name
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
 from tokenferry.kernels.board import (
     DISPATCH_WORD,

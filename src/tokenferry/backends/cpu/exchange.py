@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding
-from tokenferry.backends.cpu_heap import Heap
-from tokenferry.backends.cpu_rows import as_bytes, words
+from tokenferry.backends.cpu.allocator import Allocator
+from tokenferry.backends.cpu.routing import as_bytes, words
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
 from tokenferry.layout import Sections
 from tokenferry.transports.base import HEADER_INTS, Call, Deadline, Transport
@@ -139,11 +139,11 @@ class Payload:
             return self._rows[:0]
         return sections[0].view(self._rows.dtype) if sections else self._rows[self._own]
 
-    def take_rows(self, received: Received, heap: Heap, num_rows: int | None = None) -> Tensor:
+    def take_rows(self, received: Received, allocator: Allocator, num_rows: int | None = None) -> Tensor:
         """Return the rows of all messages as ``[rows, width]``, copied; with ``num_rows`` the last are undefined."""
         if num_rows is None:
             num_rows = sum(num for num, _ in received)
-        whole = heap.empty(num_rows, self._rows.shape[1], dtype=self._rows.dtype)
+        whole = allocator.empty(num_rows, self._rows.shape[1], dtype=self._rows.dtype)
         start = 0
         for num, sections in received:
             part = words(whole[start : start + num])
@@ -170,7 +170,9 @@ class Payload:
 
 
 class Exchange:
-    """Makes exchanges over a transport, numbers them, and remembers what broke the group. Owns the heap for results.
+    """Makes and numbers exchanges over a transport; remembers what broke the group.
+
+    Owns the allocator of results.
 
     Args:
         transport: Connected.
@@ -193,7 +195,7 @@ class Exchange:
         self.lost: set[int] = set()
         self.returns = 0
         self.broken: str | None = None
-        self.heap = Heap()
+        self.allocator = Allocator()
         self._number = 0
         self._catches_up = False
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tokenferry.backends import cpu_rows
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding
-from tokenferry.backends.cpu_heap import Heap
-from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Pending, Received, Signature, dtype_code
+from tokenferry.backends.cpu import routing as cpu_routing
+from tokenferry.backends.cpu.allocator import Allocator
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Pending, Received, Signature, dtype_code
 from tokenferry.formats import fp8, logfmt
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
 
@@ -26,7 +26,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     shape, routing = request.shape, request.routing
     num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
     skip = frozenset(exchange.masked)
-    topk_idx = cpu_rows.without(routing.topk_idx, skip, num_local)
+    topk_idx = cpu_routing.without(routing.topk_idx, skip, num_local)
     rows: Tensor | Quantized = request.x if request.fp8 is None else fp8.cast(request.x, request.fp8)
     payload = Payload(
         rows.data if isinstance(rows, Quantized) else rows,
@@ -35,7 +35,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
         topk_idx=topk_idx,
         token=torch.arange(topk_idx.shape[0]),
     )
-    dst_token, dst_counts = cpu_rows.destinations(topk_idx, shape.num_experts, num_ranks)
+    dst_token, dst_counts = cpu_routing.destinations(topk_idx, shape.num_experts, num_ranks)
     fields = {
         "num_experts": shape.num_experts,
         "max_tokens": shape.max_tokens,
@@ -50,7 +50,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
 
     room = num_ranks * shape.max_tokens
     result = DecodeDispatched(
-        x=_empty_like(rows, num_local, room, exchange.heap),
+        x=_empty_like(rows, num_local, room, exchange.allocator),
         expert_counts=torch.empty(num_local, dtype=torch.int32),
         plan=DecodePlan(
             group_key=key,
@@ -67,7 +67,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     )
 
     def place(received: Received) -> None:
-        _place(result, payload, received, exchange.heap, first=exchange.rank * num_local)
+        _place(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
         if request.stats.received is not None:
             request.stats.received.add_(result.expert_counts)
 
@@ -84,7 +84,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
     places = [
         _places_from(plan, src) if src not in skip else torch.empty(0, dtype=torch.int64) for src in range(num_ranks)
     ]
-    payload, parts, counts = _cargo(request, places, exchange.heap)
+    payload, parts, counts = _cargo(request, places, exchange.allocator)
     fill = payload.fill(parts, exchange.rank)
     fields = {
         "dispatch of the plan": plan.number,
@@ -97,37 +97,37 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
     pending = exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
     out = request.out
     if out is None:
-        out = exchange.heap.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
+        out = exchange.allocator.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
 
     def add_up(received: Received) -> None:
         absent = frozenset(exchange.masked) | skip
-        topk_idx = cpu_rows.without(plan.topk_idx, absent, num_local)
+        topk_idx = cpu_routing.without(plan.topk_idx, absent, num_local)
         if request.fast:
-            tokens, expected = cpu_rows.destinations(topk_idx, plan.num_experts, num_ranks)
+            tokens, expected = cpu_routing.destinations(topk_idx, plan.num_experts, num_ranks)
         else:
-            where = cpu_rows.spread(topk_idx, plan.num_experts, 1, None)
+            where = cpu_routing.spread(topk_idx, plan.num_experts, 1, None)
             expected = where.counts.view(num_ranks, num_local).sum(1)
         # A rank that was masked when its rows came counts as absent altogether.
         received = [(0, []) if src in absent else one for src, one in enumerate(received)]
         pending.check_counts(received, expected.tolist())
         if request.fast:
             home = torch.split(tokens, expected.tolist())
-            cpu_rows.add_up(out, home, _sums_of(payload, received, encoding, exchange.heap), exchange.heap)
+            cpu_routing.add_up(out, home, _sums_of(payload, received, encoding, exchange.allocator), exchange.allocator)
             return
-        rows = _rows_of(payload, received, encoding, exchange.heap)
-        cpu_rows.add_up_weighted(out, rows, where.row_idx, weights, exchange.heap)
+        rows = _rows_of(payload, received, encoding, exchange.allocator)
+        cpu_routing.add_up_weighted(out, rows, where.row_idx, weights, exchange.allocator)
 
     return DecodeCombined(out, _finish(pending, request.stats, add_up, return_hook=request.return_hook))
 
 
 def _cargo(
-    request: DecodeCombineRequest, places: list[Tensor], heap: Heap
+    request: DecodeCombineRequest, places: list[Tensor], allocator: Allocator
 ) -> tuple[Payload, Sequence[Tensor | slice], list[int]]:
     """What travels, in the format of the encoding; which part of it each rank gets, and how many rows that is."""
     flat = request.y.view(-1, request.y.shape[-1])
     if request.encoding is Encoding.same and not request.fast:
         return Payload(flat), places, [at.numel() for at in places]
-    parts = [_sum_per_token(flat, request.plan, at, heap) if request.fast else flat[at] for at in places]
+    parts = [_sum_per_token(flat, request.plan, at, allocator) if request.fast else flat[at] for at in places]
     counts = [part.shape[0] for part in parts]
     ends = torch.tensor(counts).cumsum(0).tolist()
     slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
@@ -139,20 +139,20 @@ def _cargo(
     return Payload(encoded.data, scale=encoded.scale), slices, counts
 
 
-def _rows_of(payload: Payload, received: Received, encoding: Encoding, heap: Heap) -> Tensor:
+def _rows_of(payload: Payload, received: Received, encoding: Encoding, allocator: Allocator) -> Tensor:
     """The rows of all messages: as they were sent, or, if they were encoded, float32."""
-    rows = payload.take_rows(received, heap)
+    rows = payload.take_rows(received, allocator)
     if encoding is Encoding.same:
         return rows
     encoded = Quantized(rows, payload.take_small(received)["scale"])
     return fp8.dequantize(encoded) if encoding is Encoding.fp8 else logfmt.decode(encoded)
 
 
-def _sums_of(payload: Payload, received: Received, encoding: Encoding, heap: Heap) -> Sequence[Tensor]:
+def _sums_of(payload: Payload, received: Received, encoding: Encoding, allocator: Allocator) -> Sequence[Tensor]:
     """The same by source rank; what was not encoded is not copied."""
     if encoding is Encoding.same:
         return [payload.rows_of(*message) for message in received]
-    return torch.split(_rows_of(payload, received, encoding, heap), [num for num, _ in received])
+    return torch.split(_rows_of(payload, received, encoding, allocator), [num for num, _ in received])
 
 
 def _finish(
@@ -176,30 +176,30 @@ def _finish(
     return None
 
 
-def _place(result: DecodeDispatched, payload: Payload, received: Received, heap: Heap, *, first: int) -> None:
+def _place(result: DecodeDispatched, payload: Payload, received: Received, allocator: Allocator, *, first: int) -> None:
     """Fill a result with what came."""
     plan = result.plan
     num_local, room = plan.src_token.shape
     small = payload.take_small(received)
-    local_idx = cpu_rows.to_local(small["topk_idx"], first, num_local)
-    where = cpu_rows.spread(local_idx, num_local, 1, room)
+    local_idx = cpu_routing.to_local(small["topk_idx"], first, num_local)
+    where = cpu_routing.spread(local_idx, num_local, 1, room)
     row, slot = (where.row_idx >= 0).nonzero().unbind(1)
     expert, column = where.row_idx[row, slot] // room, where.row_idx[row, slot] % room
 
     target = result.x.data if isinstance(result.x, Quantized) else result.x
     places = [range(i * room, i * room + count) for i, count in enumerate(where.counts.tolist())]
-    cpu_rows.place(payload.take_rows(received, heap), where.row_idx, places, target.view(-1, target.shape[-1]))
+    cpu_routing.place(payload.take_rows(received, allocator), where.row_idx, places, target.view(-1, target.shape[-1]))
     if isinstance(result.x, Quantized):
         result.x.scale[expert, column] = small["scale"][row]
     if plan.row_weights is not None:
         plan.row_weights.copy_(
-            cpu_rows.add_weights(small["weights"], where.row_idx, num_local * room).view(num_local, room)
+            cpu_routing.add_weights(small["weights"], where.row_idx, num_local * room).view(num_local, room)
         )
     plan.src_token[expert, column] = small["token"][row, 0].int()
     result.expert_counts.copy_(where.counts)
 
     src = torch.repeat_interleave(torch.arange(len(received)), torch.tensor([num for num, _ in received]))
-    hits = cpu_rows.hits(local_idx, 1, num_local).long()
+    hits = cpu_routing.hits(local_idx, 1, num_local).long()
     counts = torch.zeros(len(received), num_local, dtype=torch.int64).index_add_(0, src, hits).T
     starts = counts.cumsum(1) - counts
     plan.src_range.copy_(starts << _COUNT_BITS | counts)
@@ -215,7 +215,7 @@ def _places_from(plan: DecodePlan, src: int) -> Tensor:
     return torch.repeat_interleave(firsts - before, counts) + torch.arange(int(counts.sum()))
 
 
-def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor, heap: Heap) -> Tensor:
+def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor, allocator: Allocator) -> Tensor:
     """Weighted sums of the rows at ``places``, one per distinct token, by token; experts in order, one rounding."""
     assert plan.row_weights is not None
     tokens, which, counts = torch.unique(plan.src_token.flatten()[places], return_inverse=True, return_counts=True)
@@ -228,14 +228,14 @@ def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor, heap: Heap) -
     weights = torch.zeros(row_idx.shape)
     weights[which, column] = plan.row_weights.flatten()[places[order]]
     sums = flat.new_empty(tokens.numel(), flat.shape[1])
-    cpu_rows.add_up_weighted(sums, flat, row_idx, weights, heap)
+    cpu_routing.add_up_weighted(sums, flat, row_idx, weights, allocator)
     return sums
 
 
-def _empty_like(rows: Tensor | Quantized, num_local: int, room: int, heap: Heap) -> Tensor | Quantized:
+def _empty_like(rows: Tensor | Quantized, num_local: int, room: int, allocator: Allocator) -> Tensor | Quantized:
     """The result's rows, undefined; scales are column-major, so that a grouped FP8 GEMM can read them by TMA."""
     if not isinstance(rows, Quantized):
-        return heap.empty(num_local, room, rows.shape[1], dtype=rows.dtype)
-    data = heap.empty(num_local, room, rows.data.shape[1], dtype=rows.data.dtype)
-    scale = heap.empty(num_local, rows.scale.shape[1], room, dtype=rows.scale.dtype)
+        return allocator.empty(num_local, room, rows.shape[1], dtype=rows.dtype)
+    data = allocator.empty(num_local, room, rows.data.shape[1], dtype=rows.data.dtype)
+    scale = allocator.empty(num_local, rows.scale.shape[1], room, dtype=rows.scale.dtype)
     return Quantized(data, scale.transpose(1, 2))

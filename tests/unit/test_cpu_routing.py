@@ -4,20 +4,20 @@ import pytest
 import torch
 
 import tokenferry
-from tokenferry.backends import cpu_rows
-from tokenferry.backends.cpu_heap import Heap
+from tokenferry.backends.cpu import routing as cpu_routing
+from tokenferry.backends.cpu.allocator import Allocator
 
 
 @pytest.fixture(params=[1, 3, 7, 100], ids="{} tokens a block".format)
-def heap(request, monkeypatch):
-    """A heap, while blocks have this many tokens of width 8."""
+def allocator(request, monkeypatch):
+    """A allocator, while blocks have this many tokens of width 8."""
     for name in ("_BLOCK_BYTES", "_WEIGHTED_BLOCK_BYTES"):
-        monkeypatch.setattr(cpu_rows, name, request.param * 4 * 8)
-    return Heap()
+        monkeypatch.setattr(cpu_routing, name, request.param * 4 * 8)
+    return Allocator()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_sums_start_with_the_biases_and_follow_the_sources(heap, dtype):
+def test_sums_start_with_the_biases_and_follow_the_sources(allocator, dtype):
     torch.manual_seed(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     home = [torch.rand(20).lt(share).nonzero()[:, 0] for share in (0.9, 0.0, 0.5)]
@@ -31,11 +31,11 @@ def test_sums_start_with_the_biases_and_follow_the_sources(heap, dtype):
                 total = total + source[place].to(wide)
         expected[token] = total.to(dtype)
     out = torch.full((20, 8), torch.nan, dtype=dtype)
-    cpu_rows.add_up(out, home, rows, heap, biases)
+    cpu_routing.add_up(out, home, rows, allocator, biases)
     assert torch.equal(out, expected)
 
 
-def test_weighted_sums_follow_the_slots(heap):
+def test_weighted_sums_follow_the_slots(allocator):
     torch.manual_seed(2)
     rows = torch.randn(30, 8).bfloat16()
     row_idx = torch.randint(-1, 30, (20, 4))
@@ -46,17 +46,19 @@ def test_weighted_sums_follow_the_slots(heap):
             if row_idx[token, slot] >= 0:
                 expected[token] += rows[row_idx[token, slot]].float() * weights[token, slot]
     out = torch.full((20, 8), torch.nan, dtype=torch.bfloat16)
-    cpu_rows.add_up_weighted(out, rows, row_idx, weights, heap)
+    cpu_routing.add_up_weighted(out, rows, row_idx, weights, allocator)
     assert torch.equal(out, expected.bfloat16())
 
 
-def test_nothing_to_add_up(heap):
+def test_nothing_to_add_up(allocator):
     out = torch.empty(0, 8)
-    cpu_rows.add_up(out, [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 8)], heap)
-    cpu_rows.add_up_weighted(out, torch.empty(0, 8), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), heap)
+    cpu_routing.add_up(out, [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 8)], allocator)
+    cpu_routing.add_up_weighted(
+        out, torch.empty(0, 8), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), allocator
+    )
 
 
-def test_sums_may_go_over_the_rows_that_they_are_made_of(heap):
+def test_sums_may_go_over_the_rows_that_they_are_made_of(allocator):
     shape = tokenferry.MoeShape(num_experts=1, top_k=1, hidden=8, max_tokens=20)
     with tokenferry.ExpertGroup(None, shape) as group:
         # Token i is the row i - 1 where token 0 stays at home: each sum goes over the row that the next one needs.

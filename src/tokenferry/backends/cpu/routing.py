@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cpu_heap import Heap
+from tokenferry.backends.cpu.allocator import Allocator
 
 _BLOCK_BYTES = 1 << 21
 """Float32 sums that are under way at once where each row is added once: few enough for the last cache, and enough rows
@@ -123,7 +123,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def add_up(
-    out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], heap: Heap, biases: Sequence[Tensor] = ()
+    out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], allocator: Allocator, biases: Sequence[Tensor] = ()
 ) -> None:
     """Write to ``out`` ``[T, H]`` the biases plus, source by source, each token's row; one rounding.
 
@@ -134,12 +134,12 @@ def add_up(
         out: Where the sums go.
         home: Per source, the tokens of its rows, ascending.
         rows: Per source, ``[rows, H]``.
-        heap: Where scratch memory comes from.
+        allocator: Where scratch memory comes from.
         biases: ``[T, H]`` each; added first.
     """
     num_tokens, width = out.shape
     block = max(1, _BLOCK_BYTES // (4 * width))
-    total, addend = (heap.empty(min(block, num_tokens), width, dtype=wide(out.dtype)) for _ in range(2))
+    total, addend = (allocator.empty(min(block, num_tokens), width, dtype=wide(out.dtype)) for _ in range(2))
     starts = torch.arange(0, num_tokens + block, block)
     cuts = [torch.searchsorted(tokens, starts).tolist() for tokens in home]
     for i, first in enumerate(range(0, num_tokens, block)):
@@ -152,7 +152,7 @@ def add_up(
         out[first : first + block] = part
 
 
-def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor, heap: Heap) -> None:
+def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor, allocator: Allocator) -> None:
     """Write to ``out`` ``[T, H]`` ``sum_k weights[:, k] * rows[row_idx[:, k]]`` in float32, in slot order, without -1.
 
     Products are rounded before they are added, so that the bits do not depend on what fuses. In blocks, as `add_up`.
@@ -160,8 +160,8 @@ def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor,
     num_tokens, width = out.shape
     block = max(1, _WEIGHTED_BLOCK_BYTES // (4 * width))
     size = min(block, num_tokens)
-    total, product = (heap.empty(size, width, dtype=torch.float32) for _ in range(2))
-    picked = heap.empty(size, width, dtype=rows.dtype)
+    total, product = (allocator.empty(size, width, dtype=torch.float32) for _ in range(2))
+    picked = allocator.empty(size, width, dtype=rows.dtype)
     for first in range(0, num_tokens, block):
         part = total[: min(block, num_tokens - first)].zero_()
         here = slice(first, first + block)

@@ -1,8 +1,8 @@
 """Memory for results that is used again when they die.
 
 The first touch of new memory costs several times the copy that touches it, and results of a call are as large as its
-messages. So large results lie in blocks of the heap; a block comes back when the last tensor that uses it is gone, and
-the next result that fits takes it over. Tensors are ordinary; they may outlive the group.
+messages. So large results lie in blocks of the allocator; a block comes back when the last tensor that uses it is
+gone, and the next result that fits takes it over. Tensors are ordinary; they may outlive the group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KEPT_BLOCKS = 12
 """A dispatch and a combine by turns need up to eight; of what is freed beyond this, the oldest goes to the system."""
 
 
-class Heap:
+class Allocator:
     """Makes tensors in reusable memory; one per group."""
 
     def __init__(self) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.backends import cpu_decode, cpu_rows
 from tokenferry.backends.base import (
     CombineRequest,
     DecodeCombineRequest,
@@ -17,7 +16,9 @@ from tokenferry.backends.base import (
     RedispatchRequest,
     Resolved,
 )
-from tokenferry.backends.cpu_messages import Exchange, Kind, Payload, Received, Signature, dtype_code
+from tokenferry.backends.cpu import decode
+from tokenferry.backends.cpu import routing as cpu_routing
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Received, Signature, dtype_code
 from tokenferry.errors import ArgumentError, BackendUnavailable, CapacityError
 from tokenferry.layout import Room, Sections, room
 from tokenferry.transports.rendezvous import meet
@@ -97,7 +98,7 @@ class CpuBackend:
 
     def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
         """Rows in the shape of ``Dispatched.x``, undefined."""
-        rows = self._exchange.heap.empty(plan.num_delivered, hidden, dtype=dtype)
+        rows = self._exchange.allocator.empty(plan.num_delivered, hidden, dtype=dtype)
         if plan.delivery.layout is not Layout.MASKED:
             return rows
         num_local = plan.expert_counts.numel()
@@ -113,7 +114,7 @@ class CpuBackend:
         _no_sms("dispatch", request.num_sms)
         shape, delivery, routing = request.shape, request.delivery, request.routing
         num_tokens, num_local = routing.topk_idx.shape[0], shape.num_experts // self.num_ranks
-        dst_token, dst_counts = cpu_rows.destinations(routing.topk_idx, shape.num_experts, self.num_ranks)
+        dst_token, dst_counts = cpu_routing.destinations(routing.topk_idx, shape.num_experts, self.num_ranks)
         rows, scale = _parts(request.x)
         payload = Payload(
             rows,
@@ -139,7 +140,7 @@ class CpuBackend:
         space = room(shape, delivery, self.num_ranks)
         with pending.receive() as received:
             small = payload.take_small(received)
-            local_idx = cpu_rows.to_local(small["topk_idx"], self.rank * num_local, num_local)
+            local_idx = cpu_routing.to_local(small["topk_idx"], self.rank * num_local, num_local)
             counts, num_delivered, needed, row_idx = _arrange(local_idx, num_local, delivery, space)
             plan = Plan(
                 group_key=self.key,
@@ -192,8 +193,8 @@ class CpuBackend:
             rows = y[:num_rows]
             weights = None if weights is None else weights[:num_rows]
         else:
-            rows = cpu_rows.gather_sum(y.view(-1, y.shape[-1]), row_idx)
-            weights = None if weights is None else cpu_rows.spread_weights(weights, row_idx)
+            rows = cpu_routing.gather_sum(y.view(-1, y.shape[-1]), row_idx)
+            weights = None if weights is None else cpu_routing.spread_weights(weights, row_idx)
         payload = Payload(rows, weights=weights)
         fields = {"layout": _LAYOUTS[plan.delivery.layout], "dtype": dtype_code(y.dtype), **payload.fields}
         ends = plan.src_counts.cumsum(0).tolist()
@@ -205,39 +206,39 @@ class CpuBackend:
 
         out = request.out
         if out is None:
-            out = self._exchange.heap.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
+            out = self._exchange.allocator.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
         weight_sum = None
         dst_counts = plan.dst_counts.tolist()
         with pending.receive() as received:
             pending.check_counts(received, dst_counts)
             home = torch.split(plan.dst_token[: sum(dst_counts)], dst_counts)
             arrived = [payload.rows_of(*message) for message in received]
-            cpu_rows.add_up(out, home, arrived, self._exchange.heap, request.biases)
+            cpu_routing.add_up(out, home, arrived, self._exchange.allocator, request.biases)
             if weights is not None:
                 weight_sum = torch.empty(plan.num_tokens, weights.shape[1])
                 slots = torch.split(payload.take_small(received)["weights"], dst_counts)
-                cpu_rows.add_up(weight_sum, home, slots, self._exchange.heap)
+                cpu_routing.add_up(weight_sum, home, slots, self._exchange.allocator)
         return Combined(out, weight_sum)
 
     @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
-        """See `tokenferry.backends.cpu_decode`."""
-        return cpu_decode.dispatch(self._exchange, self.key, request)
+        """See `tokenferry.backends.cpu.decode`."""
+        return decode.dispatch(self._exchange, self.key, request)
 
     @torch.no_grad()
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
-        """See `tokenferry.backends.cpu_decode`."""
-        return cpu_decode.combine(self._exchange, request)
+        """See `tokenferry.backends.cpu.decode`."""
+        return decode.combine(self._exchange, request)
 
     def _deliver(self, plan: Plan, payload: Payload, received: Received, small: dict[str, Tensor]) -> Dispatched:
         """Put received rows where the plan says."""
-        delivery, layout, heap = plan.delivery, plan.delivery.layout, self._exchange.heap
+        delivery, layout, allocator = plan.delivery, plan.delivery.layout, self._exchange.allocator
         num_local, num_delivered = plan.expert_counts.numel(), plan.num_delivered
         counts = plan.expert_counts.tolist()
-        starts = cpu_rows.expert_starts(plan.expert_counts, delivery.alignment)
+        starts = cpu_routing.expert_starts(plan.expert_counts, delivery.alignment)
         if layout is Layout.ROWS:
-            rows = payload.take_rows(received, heap, num_delivered)
-            small = {name: cpu_rows.pad(piece, num_delivered) for name, piece in small.items()}
+            rows = payload.take_rows(received, allocator, num_delivered)
+            small = {name: cpu_routing.pad(piece, num_delivered) for name, piece in small.items()}
             if "weights" in small:
                 small["weights"] = torch.where(plan.topk_idx >= 0, small["weights"], 0.0)
         else:
@@ -247,17 +248,17 @@ class CpuBackend:
             row_idx = plan.row_idx[: sum(num for num, _ in received)]
 
             def put(piece: Tensor) -> Tensor:
-                out = heap.empty(num_delivered, piece.shape[1], dtype=piece.dtype)
-                cpu_rows.place(piece, row_idx, places, out)
+                out = allocator.empty(num_delivered, piece.shape[1], dtype=piece.dtype)
+                cpu_routing.place(piece, row_idx, places, out)
                 if delivery.zero_padding:
-                    cpu_rows.zero_rest(places, out)
+                    cpu_routing.zero_rest(places, out)
                 return out
 
-            rows = put(payload.take_rows(received, heap))
+            rows = put(payload.take_rows(received, allocator))
             if "scale" in small:
                 small["scale"] = put(small["scale"])
             if "weights" in small:
-                small["weights"] = cpu_rows.add_weights(small["weights"], row_idx, num_delivered)
+                small["weights"] = cpu_routing.add_weights(small["weights"], row_idx, num_delivered)
         if layout is Layout.MASKED:
             by_expert = (num_local, num_delivered // num_local)
             rows = rows.view(*by_expert, *rows.shape[1:])
@@ -307,11 +308,11 @@ def _arrange(local_idx: Tensor, num_local: int, delivery: Delivery, space: Room)
     """Return rows per expert ``[L]``, rows delivered, rows that had to fit into the room, and ``Plan.row_idx``."""
     num_rows = local_idx.shape[0]
     if delivery.layout is Layout.ROWS:
-        counts = cpu_rows.hits(local_idx.long(), 1, num_local).sum(0)
+        counts = cpu_routing.hits(local_idx.long(), 1, num_local).sum(0)
         none = torch.empty(0, local_idx.shape[1], dtype=torch.int64)
         return counts, num_rows if delivery.counts == "host" else space.given, num_rows, none
     masked = delivery.layout is Layout.MASKED
-    where = cpu_rows.spread(local_idx, num_local, delivery.alignment, space.given if masked else None)
+    where = cpu_routing.spread(local_idx, num_local, delivery.alignment, space.given if masked else None)
     if masked:
         return where.counts, num_local * space.given, int(where.counts.max()), where.row_idx
     needed = int(where.starts[-1])
@@ -322,8 +323,10 @@ def _padded(plan: Plan, space: Room) -> Plan:
     """Give the plan's tensors the shapes that they have whatever the routing."""
     return dataclasses.replace(
         plan,
-        dst_token=cpu_rows.pad(plan.dst_token, plan.num_tokens * space.sent, 0),
-        src_token=cpu_rows.pad(plan.src_token, space.received, 0),
-        topk_idx=cpu_rows.pad(plan.topk_idx, space.received, -1),
-        row_idx=plan.row_idx if plan.delivery.layout is Layout.ROWS else cpu_rows.pad(plan.row_idx, space.received, -1),
+        dst_token=cpu_routing.pad(plan.dst_token, plan.num_tokens * space.sent, 0),
+        src_token=cpu_routing.pad(plan.src_token, space.received, 0),
+        topk_idx=cpu_routing.pad(plan.topk_idx, space.received, -1),
+        row_idx=plan.row_idx
+        if plan.delivery.layout is Layout.ROWS
+        else cpu_routing.pad(plan.row_idx, space.received, -1),
     )

@@ -1,0 +1,1 @@
+"""The CPU backend: dispatch and combine by messages between processes."""
