@@ -14,8 +14,8 @@ from torch import Tensor
 from virtual import MACHINE, Block, Ranks, same_bytes
 
 from tokenferry import Scale
-from tokenferry.backends.cuda_decode import prepared_choices
-from tokenferry.backends.cuda_region import Region, bytes_of, sizes_for
+from tokenferry.backends.cuda.decode import prepared_choices
+from tokenferry.backends.cuda.workspace import Region, bytes_of, sizes_for
 from tokenferry.kernels.board import MAX_RANKS
 from tokenferry.kernels.collect import spec as collect_spec
 from tokenferry.kernels.spread import spec as spread_spec

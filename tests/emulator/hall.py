@@ -18,8 +18,9 @@ from on_device import OnDevice
 
 from emulator import Emulator, Jit, Kernel, Window
 from tokenferry import MoeShape
-from tokenferry.backends import cuda_setup, cuda_station
 from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda import context as cuda_context
+from tokenferry.backends.cuda import setup as cuda_setup
 from tokenferry.kernels.board import BOARD_BYTES
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.streams import HostStreams
@@ -151,7 +152,7 @@ def emulate(
     properties = SimpleNamespace(multi_processor_count=4)
     device = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)), current=nullcontext)
     monkeypatch.setattr(cuda_setup, "Jit", lambda index, cache: jit)
-    monkeypatch.setattr(cuda_station, "Device", lambda index: device)
-    monkeypatch.setattr(cuda_station, "CudaStreams", lambda device: HostStreams())
+    monkeypatch.setattr(cuda_context, "Device", lambda index: device)
+    monkeypatch.setattr(cuda_context, "CudaStreams", lambda device: HostStreams())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return run_jobs

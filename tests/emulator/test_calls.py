@@ -9,7 +9,7 @@ from hall import emulate
 
 from emulator import Emulator
 from tokenferry import MoeShape
-from tokenferry.backends import cuda_plan
+from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.errors import ClosedError, MismatchError
 from tokenferry.types import Delivery, Layout, Quantized, Routing
 

@@ -17,7 +17,8 @@ from tokenferry import (
     PlanError,
     Routing,
 )
-from tokenferry.backends import choose, cuda_setup
+from tokenferry.backends import choose
+from tokenferry.backends.cuda import setup as cuda_setup
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=4)
 

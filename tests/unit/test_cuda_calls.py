@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenferry.backends import cuda_plan
-from tokenferry.backends.cuda_delivery import Dock
-from tokenferry.backends.cuda_faults import Signature
-from tokenferry.backends.cuda_station import Here, Prepared, Station
+from tokenferry.backends.cuda import plan as cuda_plan
+from tokenferry.backends.cuda.context import Here, Prepared, Station
+from tokenferry.backends.cuda.dispatch import Dock
+from tokenferry.backends.cuda.faults import Signature
 from tokenferry.errors import PeerTimeout
 from tokenferry.kernels.board import CARD_WORDS, SIGNATURE_WORDS
 from tokenferry.kernels.count.spec import num_units

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenferry.backends.cuda_decode import Channel, Receipt, check_limits
-from tokenferry.backends.cuda_faults import Signature
-from tokenferry.backends.cuda_region import Regions, sizes_for
-from tokenferry.backends.cuda_station import Here
+from tokenferry.backends.cuda.context import Here
+from tokenferry.backends.cuda.decode import Channel, Receipt, check_limits
+from tokenferry.backends.cuda.faults import Signature
+from tokenferry.backends.cuda.workspace import Regions, sizes_for
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.types import MoeShape
 

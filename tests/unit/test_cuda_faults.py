@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenferry.backends.cpu.exchange import dtype_code
-from tokenferry.backends.cuda_faults import Ledger, Pinned, Signature
+from tokenferry.backends.cuda.faults import Ledger, Pinned, Signature
 from tokenferry.errors import MismatchError
 from tokenferry.kernels.board import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
 

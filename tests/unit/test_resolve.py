@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokenferry import ArgumentError, ConfigError, Delivery, ExpertGroup, Layout, MoeShape, Plan, Quantized, Routing
-from tokenferry.backends.cuda_setup import _unfit
+from tokenferry.backends.cuda.setup import _unfit
 from tokenferry.options import resolve_options
 from tokenferry.resolve import Resolver
 

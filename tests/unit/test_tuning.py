@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenferry import tuning
-from tokenferry.backends.cuda_region import bytes_of, sizes_for
+from tokenferry.backends.cuda.workspace import bytes_of, sizes_for
 from tokenferry.errors import ConfigError
 from tokenferry.tuning import Topology, travel, tune
 from tokenferry.types import MoeShape
@@ -136,7 +136,7 @@ def test_the_estimate_of_decode_memory_is_enough_and_not_much_more(shape, ranks)
 
 def test_explain_names_the_heap_that_groups_make():
     from tokenferry.backends.base import Resolved
-    from tokenferry.backends.cuda_setup import heap_bytes
+    from tokenferry.backends.cuda.setup import heap_bytes
 
     for shape in (V3, sized(1), sized(128)):
         resolved = Resolved(shape, "cuda", "auto", 1.0, False, None, "")

@@ -28,7 +28,7 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
         return make_cpu_backend(group, resolved)
     if name == "cuda" and resolved.cpu_only:
         raise ConfigError(f"ExpertGroup: backend='cuda': {resolved.cpu_only}; leave it out, or use backend='cpu'")
-    from tokenferry.backends.cuda_setup import make_cuda_backend, why_not_cuda
+    from tokenferry.backends.cuda.setup import make_cuda_backend, why_not_cuda
 
     if name == "cuda":
         return make_cuda_backend(group, resolved)

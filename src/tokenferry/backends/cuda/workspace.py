@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from tokenferry.backends.cuda_memory import Shelf
-from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.backends.cuda.buffers import Shelf
+from tokenferry.backends.cuda.context import Here, Station
 from tokenferry.errors import ArgumentError, CapacityError, MismatchError
 from tokenferry.kernels.collect.spec import CHUNK_COLUMNS, packets_of_chunk
 from tokenferry.kernels.spread.spec import message_words, notes

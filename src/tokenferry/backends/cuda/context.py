@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokenferry.backends.cuda_faults import SIGNATURE_BYTES, Ledger, Pinned, Signature
+from tokenferry.backends.cuda.faults import SIGNATURE_BYTES, Ledger, Pinned, Signature
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec

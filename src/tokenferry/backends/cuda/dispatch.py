@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenferry.backends import cuda_launch, cuda_plan
-from tokenferry.backends.cuda_launch import MASKED, Cargo, Delivered, Landing, Tables
-from tokenferry.backends.cuda_memory import Shelf, ends
-from tokenferry.backends.cuda_plan import Counts, Geometry
-from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.backends.cuda import launch
+from tokenferry.backends.cuda import plan as cuda_plan
+from tokenferry.backends.cuda.buffers import Shelf, ends
+from tokenferry.backends.cuda.context import Here, Station
+from tokenferry.backends.cuda.launch import MASKED, Cargo, Delivered, Landing, Tables
+from tokenferry.backends.cuda.plan import Counts, Geometry
 from tokenferry.errors import TokenferryError
 from tokenferry.memory.heap import Block
 from tokenferry.types import Dispatched, Layout, Plan, Quantized
@@ -45,7 +46,7 @@ class Dock:
         landing = Landing(block.offset, block.offset + rows_end, block.offset + scale_end)
         route = (plan.places, plan.dst_counts, plan.src_counts)
         by_expert = delivery.layout is not Layout.ROWS
-        cuda_launch.move(self._station, here, cargo, route, (K, L, by_expert), landing, sms[0])
+        launch.move(self._station, here, cargo, route, (K, L, by_expert), landing, sms[0])
         if by_expert:
             self._unpack(here, cargo, landing, plan, (plan.row_idx.data_ptr(), D), sms[1])
         offsets, host_counts = None, plan.host_counts
@@ -119,7 +120,7 @@ class Dock:
             small.offset + token_end,
         )
         route = (tables.places, tables.dst_counts, tables.src_counts)
-        cuda_launch.move(self._station, here, cargo, route, (K, found.num_local, by_expert), landing, sms[0])
+        launch.move(self._station, here, cargo, route, (K, found.num_local, by_expert), landing, sms[0])
         if by_expert:
             exact = found.delivery.counts == "host" and found.layout != MASKED
             rows = (small.address + token_end, 0 if exact else counts.delivered)
@@ -157,7 +158,7 @@ class Dock:
             capacity,
             delivery.zero_padding,
         )
-        cuda_launch.unpack(self._station, here, delivered, (rows[0], K, src_counts, expert_counts), num_sms)
+        launch.unpack(self._station, here, delivered, (rows[0], K, src_counts, expert_counts), num_sms)
 
     def _first_dispatched(
         self, cargo: Cargo, found: Geometry, tables: Tables, counts: Counts, parts: _Parts

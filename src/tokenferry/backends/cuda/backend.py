@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenferry.backends import cuda_launch, cuda_plan
 from tokenferry.backends.base import (
     CombineRequest,
     DecodeCombineRequest,
@@ -16,15 +15,17 @@ from tokenferry.backends.base import (
     RedispatchRequest,
 )
 from tokenferry.backends.cpu.exchange import dtype_code
-from tokenferry.backends.cuda_decode import Decoder
-from tokenferry.backends.cuda_delivery import Dock, shaped
-from tokenferry.backends.cuda_faults import Signature
-from tokenferry.backends.cuda_launch import Cargo, Sum
-from tokenferry.backends.cuda_memory import Shelf, aligned, overlap
-from tokenferry.backends.cuda_plan import CODES, Geometry
-from tokenferry.backends.cuda_region import Exchange
-from tokenferry.backends.cuda_return import Masks
-from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.backends.cuda import launch
+from tokenferry.backends.cuda import plan as cuda_plan
+from tokenferry.backends.cuda.buffers import Shelf, aligned, overlap
+from tokenferry.backends.cuda.context import Here, Station
+from tokenferry.backends.cuda.decode import Decoder
+from tokenferry.backends.cuda.dispatch import Dock, shaped
+from tokenferry.backends.cuda.faults import Signature
+from tokenferry.backends.cuda.launch import Cargo, Sum
+from tokenferry.backends.cuda.masks import Masks
+from tokenferry.backends.cuda.plan import CODES, Geometry
+from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import ArgumentError
 from tokenferry.kernels.board import TRACE_WORDS
 from tokenferry.kernels.place.spec import num_columns
@@ -181,10 +182,10 @@ class CudaBackend:
             y, rows_at = aligned(y), shelf.offset(y)
             room = shelf.room(here, plan.dst_token.shape[0] * y.shape[1] * y.element_size())
             sms = num_sms or (tuned.combine_sms if rows_at else tuned.push_sms)
-            cuda_launch.push(self.station, here, result, y, (room.offset, weights_at, rows_at), sms)
+            launch.push(self.station, here, result, y, (room.offset, weights_at, rows_at), sms)
         else:
             y_at, _kept = shelf.share(here, y, plan, num_sms or self.station.num_sms)
-            cuda_launch.pull(self.station, here, result, (y_at, weights_at), num_sms or tuned.combine_sms)
+            launch.pull(self.station, here, result, (y_at, weights_at), num_sms or tuned.combine_sms)
 
     def combine_tuning(self, plan: Plan, hidden: int) -> Tuning:
         """SMs of a combine along a plan."""
@@ -201,12 +202,12 @@ class CudaBackend:
 
     @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
-        """See `tokenferry.backends.cuda_decode`."""
+        """See `tokenferry.backends.cuda.decode`."""
         return self.decoder.dispatch(request)
 
     @torch.no_grad()
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
-        """See `tokenferry.backends.cuda_decode`."""
+        """See `tokenferry.backends.cuda.decode`."""
         return self.decoder.combine(request)
 
     def new_traces(self, num_calls: int) -> Tensor:

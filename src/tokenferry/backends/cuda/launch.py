@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda_station import Here, Prepared, Station
+from tokenferry.backends.cuda.context import Here, Prepared, Station
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.kernels.board import OFFSET_BYTES
 from tokenferry.kernels.count import spec as count_spec

@@ -13,12 +13,12 @@ from torch import Tensor
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cpu.exchange import dtype_code
 from tokenferry.backends.cpu.routing import without
-from tokenferry.backends.cuda_faults import Signature
-from tokenferry.backends.cuda_launch import address
-from tokenferry.backends.cuda_memory import Shelf, aligned, overlap
-from tokenferry.backends.cuda_plan import too_large
-from tokenferry.backends.cuda_region import Exchange, Region, Regions
-from tokenferry.backends.cuda_station import Here, Prepared, Station
+from tokenferry.backends.cuda.buffers import Shelf, aligned, overlap
+from tokenferry.backends.cuda.context import Here, Prepared, Station
+from tokenferry.backends.cuda.faults import Signature
+from tokenferry.backends.cuda.launch import address
+from tokenferry.backends.cuda.plan import too_large
+from tokenferry.backends.cuda.workspace import Exchange, Region, Regions
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.kernels.collect import spec as collect_spec
 from tokenferry.kernels.describe import TYPES

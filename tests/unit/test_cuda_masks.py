@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from tokenferry.backends.cuda_return import _by_half, _latest
+from tokenferry.backends.cuda.masks import _by_half, _latest
 
 LAST = (1 << 32) - 1
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.backends import cuda_launch
-from tokenferry.backends.cuda_launch import EXPERTS, MASKED, ROWS, Tables
-from tokenferry.backends.cuda_memory import ends
-from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.backends.cuda import launch
+from tokenferry.backends.cuda.buffers import ends
+from tokenferry.backends.cuda.context import Here, Station
+from tokenferry.backends.cuda.launch import EXPERTS, MASKED, ROWS, Tables
 from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.kernels.board import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.count.spec import num_units
@@ -34,7 +34,7 @@ class Geometry:
         layout: ROWS, EXPERTS or MASKED.
         num_local: L.
         space: How many rows there is room for.
-        count_sizes: For `cuda_launch.count`.
+        count_sizes: For `launch.count`.
         most_delivered: Rows of ``Dispatched.x`` that the given room holds.
         masked_capacity: MASKED: rows of an expert; else 0.
     """
@@ -115,8 +115,8 @@ def start(
 ) -> Tables:
     """Launch `count` and `place`; returns what they fill."""
     tables = _tables(station, found, topk_idx, src_expert)
-    cuda_launch.count(station, here, topk_idx, tables, found.count_sizes, num_sms)
-    cuda_launch.place(station, here, topk_idx, tables, (found.shape.num_experts, found.by_expert), num_sms)
+    launch.count(station, here, topk_idx, tables, found.count_sizes, num_sms)
+    launch.place(station, here, topk_idx, tables, (found.shape.num_experts, found.by_expert), num_sms)
     return tables
 
 

@@ -9,8 +9,8 @@ import logging
 import torch
 from torch import Tensor
 
-from tokenferry.backends import cuda_launch
-from tokenferry.backends.cuda_station import Here, Station
+from tokenferry.backends.cuda import launch
+from tokenferry.backends.cuda.context import Here, Station
 from tokenferry.errors import CapacityError
 from tokenferry.memory.heap import Block, HeapFull
 from tokenferry.memory.tensor import tensor_at
@@ -102,7 +102,7 @@ class Shelf:
         block = self.room(here, y.numel() * y.element_size())
         y = aligned(y)
         if y.numel():
-            cuda_launch.stage(self._station, here, y, block.address, plan, num_sms)
+            launch.stage(self._station, here, y, block.address, plan, num_sms)
         return block.offset, block
 
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
-from tokenferry.backends.cuda import CudaBackend
-from tokenferry.backends.cuda_plan import too_large
-from tokenferry.backends.cuda_region import Exchange
-from tokenferry.backends.cuda_station import Station
+from tokenferry.backends.cuda.backend import CudaBackend
+from tokenferry.backends.cuda.context import Station
+from tokenferry.backends.cuda.plan import too_large
+from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
 from tokenferry.kernels.board import BOARD_BYTES, MAX_RANKS, OFFSET_BYTES

@@ -17,8 +17,8 @@ import struct
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda_decode import Decoder
-from tokenferry.backends.cuda_station import Station
+from tokenferry.backends.cuda.context import Station
+from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.kernels.board import BOARD_AT, MAX_RANKS
 from tokenferry.memory.tensor import bytes_at
 
