@@ -15,7 +15,7 @@ from virtual import MACHINE, Block, Ranks, same_bytes
 
 from tokenferry import Scale
 from tokenferry.backends.cuda.decode import prepared_choices
-from tokenferry.backends.cuda.workspace import Region, bytes_of, sizes_for
+from tokenferry.backends.cuda.workspace import Workspace, bytes_of, sizes_for
 from tokenferry.kernels.board import MAX_RANKS
 from tokenferry.kernels.collect import spec as collect_spec
 from tokenferry.kernels.spread import spec as spread_spec
@@ -71,10 +71,10 @@ class Bed:
         self.ranks, self.shape = ranks, shape
         self.sizes = sizes_for(shape, R, item_bytes)
         self.blocks = [ranks.block(rank, bytes_of(self.sizes, R)) for rank in range(R)]
-        station = SimpleNamespace(num_ranks=R, device=ranks.device)
-        self.regions = [Region(station, self.sizes, block) for block in self.blocks]
-        for region in self.regions:
-            region.clear()
+        context = SimpleNamespace(num_ranks=R, device=ranks.device)
+        self.workspaces = [Workspace(context, self.sizes, block) for block in self.blocks]
+        for workspace in self.workspaces:
+            workspace.clear()
         self.masked = [ranks.pinned(torch.zeros(MAX_RANKS, dtype=torch.int32)) for _ in range(R)]
         self.sends = ranks.words(0, "sends", 2).tolist()
 
@@ -107,10 +107,10 @@ class Bed:
     def check_clear(self, only: Sequence[int] | None = None) -> None:
         """No packet is under way to these ranks, or any, and nobody wrote around the regions."""
         R = self.ranks.num_ranks
-        for rank, (region, block) in enumerate(zip(self.regions, self.blocks, strict=True)):
+        for rank, (workspace, block) in enumerate(zip(self.workspaces, self.blocks, strict=True)):
             if only is not None and rank not in only:
                 continue
-            left = (block.cpu()[region.rows_at :] != 0xFF).nonzero()
+            left = (block.cpu()[workspace.rows_at :] != 0xFF).nonzero()
             if left.numel() == 0:
                 continue
             at = int(left[0])
@@ -225,11 +225,11 @@ class Dispatch(Call):
         fp8: Scale | None = None,
         *,
         sent: Sequence[Sent] | None = None,
-        prepared: bool = False,
+        template: bool = False,
         counts: bool = False,
     ) -> None:
         super().__init__(bed, case, sent)
-        self.fp8, self.prepared, ranks = fp8, prepared, bed.ranks
+        self.fp8, self.template, ranks = fp8, template, bed.ranks
         H, L, room, R = case.hidden, self.num_local, self.room, case.ranks
         self.row_bytes = H * (case.dtype.itemsize if fp8 is None else 1)
         self.groups = -(-H // 512) if fp8 is Scale.UE8M0 else -(-H // 128)
@@ -266,7 +266,7 @@ class Dispatch(Call):
 
     def fields(self, rank: int, phases: int = BOTH, **more: object) -> dict[str, object]:
         """Params of `spread`."""
-        bed, case, region = self.bed, self.case, self.bed.regions[rank]
+        bed, case, workspace = self.bed, self.case, self.bed.workspaces[rank]
         x, topk_idx = self._up[rank]
         values: dict[str, object] = {
             **bed.fields(rank),
@@ -275,8 +275,8 @@ class Dispatch(Call):
             "topk_idx": topk_idx,
             "num_tokens": topk_idx.shape[0],
             "phases": phases,
-            "notes_at": region.notes_at,
-            "packets_at": region.rows_at,
+            "notes_at": workspace.notes_at,
+            "packets_at": workspace.rows_at,
             "words_stride": bed.sizes.words,
             "notes_stride": bed.sizes.notes,
             "packets_stride": bed.sizes.rows,
@@ -293,7 +293,7 @@ class Dispatch(Call):
         }
         if self._weights[rank] is not None:
             values["weights"] = self._weights[rank]
-        if self.prepared:
+        if self.template:
             choices = prepared_choices(topk_idx, case.experts)
             values["choices"] = 0 if choices is None else choices  # without tokens there is nothing to prepare
         if self.received:
@@ -419,7 +419,7 @@ class Combine(Call):
 
     def fields(self, rank: int, phases: int = BOTH, **more: object) -> dict[str, object]:
         """Params of `collect`."""
-        bed, case, region = self.bed, self.case, self.bed.regions[rank]
+        bed, case, workspace = self.bed, self.case, self.bed.workspaces[rank]
         topk_idx, weights = self._up[rank]
         values: dict[str, object] = {
             **bed.fields(rank),
@@ -429,7 +429,7 @@ class Combine(Call):
             "weights": weights,
             "row_weights": self._row_weights[rank],
             "table": self._tables[rank],
-            "packets_at": region.answers_at,
+            "packets_at": workspace.answers_at,
             "packets_stride": bed.sizes.answers,
             "num_tokens": topk_idx.shape[0],
             "phases": phases,

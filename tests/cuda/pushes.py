@@ -109,7 +109,7 @@ class Push:
             for rank, T in enumerate(sizes.tokens)
         ]
         here = range(ranks.num_ranks)
-        self.landing = [ranks.block(r, len(self._landed(r)) * sizes.row_bytes) for r in here]
+        self.recv = [ranks.block(r, len(self._landed(r)) * sizes.row_bytes) for r in here]
         self.heap = {r: ranks.block(r, len(self.plan.received[r]) * sizes.row_bytes) for r in sizes.fetched}
         self.weights = [payload(torch.arange(len(self.plan.received[r])) + r, sizes.top_k, torch.float32) for r in here]
         self.weight_blocks = [self._block_of(r, self.weights[r]) for r in here] if sizes.top_k else [None] * len(here)
@@ -180,7 +180,7 @@ class Push:
             "card": {
                 0: 3,
                 2: sizes.row_bytes,
-                **offsets(self.landing[rank], self.weight_blocks[rank]),
+                **offsets(self.recv[rank], self.weight_blocks[rank]),
                 BITS_WORD: sizes.bits_of(rank),
                 ROWS_AT_WORD: heap.card if heap else 0,
             },
@@ -248,12 +248,12 @@ class Push:
         for i, (r, row) in enumerate(self._landed(rank)):
             if r in self.alive and r not in self.heap:
                 want[i] = self.rows[r][row].view(torch.uint8)
-        same_bytes(f"{what} landing", self.landing[rank].cpu(), want.flatten(), self.sizes.row_bytes)
+        same_bytes(f"{what} landing", self.recv[rank].cpu(), want.flatten(), self.sizes.row_bytes)
 
     def check_untouched(self, rank: int) -> None:
         """Nothing was added up, nothing has landed."""
         assert (self.out[rank].view(torch.uint8) == POISON).all()
-        assert (self.landing[rank].cpu() == POISON).all()
+        assert (self.recv[rank].cpu() == POISON).all()
 
 
 def as_bytes(rows: Tensor) -> Tensor:

@@ -314,7 +314,7 @@ def lose_packet(bed: Bed, one: Combine, at: int, row: int) -> None:
     """Take the first packet of a row away before it is received."""
     packets = collect_spec.packets_of_chunk(one.case.dtype.itemsize, collect_spec.SAME)
     chunks = -(-one.case.hidden // collect_spec.CHUNK_COLUMNS)
-    start = bed.regions[at].answers_at + (one.epoch & 1) * bed.sizes.answers + row * chunks * packets * 16
+    start = bed.workspaces[at].answers_at + (one.epoch & 1) * bed.sizes.answers + row * chunks * packets * 16
     there = bed.blocks[at].tensor[start : start + 16]
     assert (there != 0xFF).any(), "there is no packet"
     there.fill_(0xFF)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plans import Expected, Form, Planner
-from test_move import Cargo, Delivery
+from test_move import Delivery, Payload
 from test_plan import check, choices_of
 from test_pull import Pull, Sizes
 from torch import Tensor
@@ -30,7 +30,7 @@ def counting(ranks: Ranks):
 def moving(ranks: Ranks):
     topk_idx = [one.topk_idx for one in Case((20,) * ranks.num_ranks, 2 * ranks.num_ranks, 3).inputs()]
     expected = Expected(choices_of(topk_idx), 2 * ranks.num_ranks, Form("rows"))
-    delivery = Delivery(ranks, expected, Cargo(256, weights=True), topk_idx)
+    delivery = Delivery(ranks, expected, Payload(256, weights=True), topk_idx)
     return move_spec.SPEC, [delivery.fields(r) for r in range(ranks.num_ranks)], delivery.sizes(), {}
 
 
@@ -44,7 +44,7 @@ KERNELS = {"count": counting, "move": moving, "pull": pulling}
 by_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
-def prepared(ranks: Ranks, kernel: str, **more):
+def template(ranks: Ranks, kernel: str, **more):
     """What `Ranks.launch` takes, with some params changed on every rank; and what has to stay alive meanwhile."""
     spec, fields, sizes, config = KERNELS[kernel](ranks)
     kept = [one.pop("keep_alive", None) for one in fields]
@@ -53,13 +53,13 @@ def prepared(ranks: Ranks, kernel: str, **more):
 
 def run(ranks: Ranks, kernel: str) -> None:
     """One kernel that goes well."""
-    arguments, _kept = prepared(ranks, kernel)
+    arguments, _kept = template(ranks, kernel)
     ranks.run(*arguments)
 
 
 def launch(ranks: Ranks, kernel: str, only, change=None, timeout_s: float = SHORT_S):
     """Launch on some ranks, wait for them, and return their records; ``change``: of one rank's params."""
-    (spec, fields, sizes, config), _kept = prepared(ranks, kernel, timeout_s=timeout_s)
+    (spec, fields, sizes, config), _kept = template(ranks, kernel, timeout_s=timeout_s)
     fields = [one if rank in only else None for rank, one in enumerate(fields)]
     if change:
         rank, update = change
@@ -91,7 +91,7 @@ def test_a_late_rank_is_waited_for_and_the_time_counted(kernel, late):
     """Whoever waits adds the time to the late rank's entry, and to no other's by much."""
     ranks = ranks_of(3)
     waits = torch.zeros(3, 3, dtype=torch.int64, device=ranks.device)
-    (spec, fields, sizes, config), _kept = prepared(ranks, kernel)
+    (spec, fields, sizes, config), _kept = template(ranks, kernel)
     fields = [{**one, "wait_ns": waits[rank]} for rank, one in enumerate(fields)]
     ranks.delay(late, 40)
     ranks.run(spec, fields, sizes, config)
@@ -106,7 +106,7 @@ def test_the_time_is_added_up():
     ranks = ranks_of(2)
     waits = torch.full((2, 2), 1_000_000_000_000, dtype=torch.int64, device=ranks.device)
     for _ in range(2):
-        (spec, fields, sizes, config), _kept = prepared(ranks, "move")
+        (spec, fields, sizes, config), _kept = template(ranks, "move")
         ranks.delay(1, 40)
         ranks.run(spec, [{**one, "wait_ns": waits[rank]} for rank, one in enumerate(fields)], sizes, config)
     assert int(waits[0, 1]) > 1_000_000_000_000 + 20_000_000
@@ -183,7 +183,7 @@ def test_a_broken_group_does_nothing_more(kernel):
     ranks.wait()
     assert planner.tables[0].dst_counts.tolist() == [-1, -1], "the plan of a broken group is void"
     expected = Expected(choices_of(topk_idx), 4, Form("rows"))
-    delivery = Delivery(ranks, expected, Cargo(256), topk_idx)
+    delivery = Delivery(ranks, expected, Payload(256), topk_idx)
     ranks.launch(move_spec.SPEC, [delivery.fields(0), None], delivery.sizes())
     ranks.wait()
     for landed in delivery.landed:
@@ -205,7 +205,7 @@ def write_card(ranks: Ranks, fields, epoch: int, *, sender: int, reader: int, **
 def test_a_rank_that_dies_between_its_card_and_its_rows(kernel):
     """It has said that it would come, with five blocks, of which two finish."""
     ranks = Ranks(2)
-    (spec, fields, sizes, config), _kept = prepared(ranks, kernel, timeout_s=SHORT_S)
+    (spec, fields, sizes, config), _kept = template(ranks, kernel, timeout_s=SHORT_S)
     sent: Tensor = fields[1]["rows_out"]
     write_card(ranks, fields, 1, sender=1, reader=0, word15=int(sent[0]), word31=5)
     ranks.words(0, "done", first=1).fill_(2)
@@ -229,7 +229,7 @@ def test_other_signatures(kernel, word):
     """Each side sees the other's word, or is told that the other saw it first."""
     ranks = Ranks(2)
     change = lambda fields: {**fields, "card": {**fields.get("card", {}), word: 99}}  # noqa: E731
-    own = prepared(ranks, kernel)[0][1][0].get("card", {}).get(word, 0)
+    own = template(ranks, kernel)[0][1][0].get("card", {}).get(word, 0)
     records = launch(ranks, kernel, only=(0, 1), change=(1, change), timeout_s=5)
     codes = []
     for rank, record in enumerate(records):
@@ -275,7 +275,7 @@ def test_plans_of_different_dispatches(kernel):
         more[0] += 1
         return {**fields, "rows_out": more}
 
-    expected = int(prepared(ranks, kernel)[0][1][0]["rows_in"][1])
+    expected = int(template(ranks, kernel)[0][1][0]["rows_in"][1])
     records = launch(ranks, kernel, only=(0, 1), change=(1, change), timeout_s=5)
     assert records[0] is not None
     assert (records[0].code, records[0].peer, records[0].word) == (Fault.mismatch, 1, ROWS_WORD)
@@ -288,6 +288,6 @@ def test_plans_of_different_dispatches(kernel):
 def test_other_words_than_those_of_the_signature_may_differ():
     """Offsets, and the number of blocks, are each rank's own: words from 16 on are not compared."""
     ranks = ranks_of(2)
-    (spec, fields, sizes, config), _kept = prepared(ranks, "count")
+    (spec, fields, sizes, config), _kept = template(ranks, "count")
     fields[0] = {**fields[0], "card": {16: 5, 31: 7}}
     ranks.run(spec, fields, sizes, config)

@@ -43,7 +43,7 @@ class Scales:
 
 
 @dataclass(frozen=True)
-class Cargo:
+class Payload:
     """What travels."""
 
     row_bytes: int
@@ -60,18 +60,18 @@ class Cargo:
 
 
 CARGOES = (
-    Cargo(16, weights=True),
-    Cargo(48, Scales(1, torch.float32), weights=True, idx_dtype=torch.int32),
-    Cargo(2000, Scales(3, torch.uint8, "columns"), first=False),
-    Cargo(7168, Scales(56, torch.float32), weights=True),
-    Cargo(7168, Scales(56, torch.int32, "columns"), idx_dtype=torch.int32),
-    Cargo(512, Scales(40, torch.float32, "wide"), weights=True, first=False),
-    Cargo(112, Scales(7, torch.bfloat16), blocks=3),
-    Cargo(8208, Scales(3, torch.float64, "columns"), weights=True),  # two pieces, the second one short
-    Cargo(14336, weights=True, first=False, blocks=4),
-    Cargo(65536, Scales(4, torch.float32), weights=True),
-    Cargo(64, Scales(16, torch.uint8), blocks=1),
-    Cargo(32, Scales(2048, torch.float32)),  # more scales than row
+    Payload(16, weights=True),
+    Payload(48, Scales(1, torch.float32), weights=True, idx_dtype=torch.int32),
+    Payload(2000, Scales(3, torch.uint8, "columns"), first=False),
+    Payload(7168, Scales(56, torch.float32), weights=True),
+    Payload(7168, Scales(56, torch.int32, "columns"), idx_dtype=torch.int32),
+    Payload(512, Scales(40, torch.float32, "wide"), weights=True, first=False),
+    Payload(112, Scales(7, torch.bfloat16), blocks=3),
+    Payload(8208, Scales(3, torch.float64, "columns"), weights=True),  # two pieces, the second one short
+    Payload(14336, weights=True, first=False, blocks=4),
+    Payload(65536, Scales(4, torch.float32), weights=True),
+    Payload(64, Scales(16, torch.uint8), blocks=1),
+    Payload(32, Scales(2048, torch.float32)),  # more scales than row
 )
 
 
@@ -103,45 +103,47 @@ class Landed:
 class Delivery:
     """One launch of `move` on all ranks."""
 
-    def __init__(self, ranks: Ranks, expected: Expected, cargo: Cargo, topk_idx: list[Tensor], seed: int = 0) -> None:
-        self.ranks, self.expected, self.cargo = ranks, expected, cargo
+    def __init__(
+        self, ranks: Ranks, expected: Expected, payload: Payload, topk_idx: list[Tensor], seed: int = 0
+    ) -> None:
+        self.ranks, self.expected, self.payload = ranks, expected, payload
         make = torch.Generator().manual_seed(seed)
         self.brought = []
         for index in topk_idx:
             T, K = index.shape
-            x = torch.randint(256, (T, cargo.row_bytes), dtype=torch.uint8, generator=make)
-            scale = cargo.scales.of(T, make) if cargo.scales else None
-            weights = torch.randn(T, K, generator=make) if cargo.weights else None
-            self.brought.append(Brought(x, scale, weights, index.to(cargo.idx_dtype)))
+            x = torch.randint(256, (T, payload.row_bytes), dtype=torch.uint8, generator=make)
+            scale = payload.scales.of(T, make) if payload.scales else None
+            weights = torch.randn(T, K, generator=make) if payload.weights else None
+            self.brought.append(Brought(x, scale, weights, index.to(payload.idx_dtype)))
         self.landed = [self._room(rank) for rank in range(ranks.num_ranks)]
 
     def _room(self, rank: int) -> Landed:
-        ex, cargo, block = self.expected, self.cargo, self.ranks.block
+        ex, payload, block = self.expected, self.payload, self.ranks.block
         # A few places more than there are: where counts stay on the device, there are.
         N, D, K = ex.num_received(rank) + 3, ex.num_delivered(rank) + 5, ex.top_k
-        by_expert, first = ex.form.by_expert, cargo.first
+        by_expert, first = ex.form.by_expert, payload.first
         return Landed(
-            rows=block(rank, D * cargo.row_bytes),
-            scale=block(rank, D * cargo.scales.row_bytes) if cargo.scales else None,
-            weights=block(rank, D * 4 if by_expert else D * 4 * K) if cargo.weights else None,
-            ids=block(rank, N * K * cargo.idx_dtype.itemsize) if first else None,
+            rows=block(rank, D * payload.row_bytes),
+            scale=block(rank, D * payload.scales.row_bytes) if payload.scales else None,
+            weights=block(rank, D * 4 if by_expert else D * 4 * K) if payload.weights else None,
+            ids=block(rank, N * K * payload.idx_dtype.itemsize) if first else None,
             src_token=block(rank, N * 8) if first else None,
             row_idx=block(rank, N * K * 8) if first and by_expert else None,
         )
 
     def fields(self, rank: int, **more: object) -> dict[str, object]:
         """Params of `move`."""
-        ex, cargo, mine, up = self.expected, self.cargo, self.brought[rank], self.ranks.on_device
-        scales = cargo.scales
+        ex, payload, mine, up = self.expected, self.payload, self.brought[rank], self.ranks.on_device
+        scales = payload.scales
         bulk = scales.row_bytes if scales and scales.bulk else 0
-        rings = move_spec.cut(cargo.row_bytes, bulk)
+        rings = move_spec.cut(payload.row_bytes, bulk)
         values: dict[str, object] = {
             "x": up(mine.x),
             "places": up(ex.table(rank)),
             "rows_out": up(torch.tensor(ex.dst_counts(rank))),
             "rows_in": up(torch.tensor(ex.src_counts(rank))),
             "num_tokens": mine.x.shape[0],
-            "row_bytes": cargo.row_bytes,
+            "row_bytes": payload.row_bytes,
             "piece_bytes": rings.piece_bytes,
             "pitch": rings.pitch,
             "pieces": rings.pieces,
@@ -151,8 +153,8 @@ class Delivery:
             "width": place_spec.num_columns(ex.num_ranks, ex.top_k, by_expert=ex.form.by_expert),
             "num_local": ex.num_local,
             "by_expert": int(ex.form.by_expert),
-            "wide": int(cargo.idx_dtype is torch.int64),
-            "card": {0: 1, 3: cargo.row_bytes, **offsets(*self.landed[rank].blocks())},
+            "wide": int(payload.idx_dtype is torch.int64),
+            "card": {0: 1, 3: payload.row_bytes, **offsets(*self.landed[rank].blocks())},
         }
         if scales and mine.scale is not None:
             scale = up(mine.scale)
@@ -162,14 +164,14 @@ class Delivery:
                 values |= {"small_scale": 1, "scale_size": scales.dtype.itemsize, "num_scales": scales.num, **strides}
         if mine.weights is not None:
             values["weights"] = up(mine.weights)
-        if cargo.first:
+        if payload.first:
             values["topk_idx"] = up(mine.topk_idx)
         return {**values, **more}
 
     def sizes(self) -> tuple[int, int, int]:
-        scales = self.cargo.scales
-        rings = move_spec.cut(self.cargo.row_bytes, scales.row_bytes if scales and scales.bulk else 0)
-        return self.cargo.blocks, rings.warps * 32, rings.smem_bytes
+        scales = self.payload.scales
+        rings = move_spec.cut(self.payload.row_bytes, scales.row_bytes if scales and scales.bulk else 0)
+        return self.payload.blocks, rings.warps * 32, rings.smem_bytes
 
     def run(self) -> None:
         self.ranks.run(move_spec.SPEC, [self.fields(rank) for rank in range(self.ranks.num_ranks)], self.sizes())
@@ -181,23 +183,23 @@ class Delivery:
             self.check_rank(rank)
 
     def check_rank(self, rank: int) -> None:
-        ex, cargo, landed, K = self.expected, self.cargo, self.landed[rank], self.expected.top_k
-        what = f"{cargo} {ex.form.layout} rank {rank}"
+        ex, payload, landed, K = self.expected, self.payload, self.landed[rank], self.expected.top_k
+        what = f"{payload} {ex.form.layout} rank {rank}"
         received = ex.received(rank)
         places = [ex.first_place(src, token, rank) for src, token in received]
         x = [self.brought[src].x[token] for src, token in received]
-        check_rows(f"{what} rows", landed.rows, places, x, cargo.row_bytes)
+        check_rows(f"{what} rows", landed.rows, places, x, payload.row_bytes)
         if landed.scale:
             scale = [as_bytes(self.brought[src].scale[token]) for src, token in received]
-            check_rows(f"{what} scale", landed.scale, places, scale, cargo.scales.row_bytes)
+            check_rows(f"{what} scale", landed.scale, places, scale, payload.scales.row_bytes)
         if landed.weights and ex.form.by_expert:
             sums = self.weight_sums(rank)
             check_rows(f"{what} weights", landed.weights, list(sums), [as_bytes(one) for one in sums.values()], 4)
         elif landed.weights:
             check_rows(f"{what} weights", landed.weights, places, self.weight_rows(rank), 4 * K)
         if landed.ids:
-            order, size = list(range(len(received))), cargo.idx_dtype.itemsize
-            ids = [as_bytes(one) for one in ex.ids(rank, cargo.idx_dtype)]
+            order, size = list(range(len(received))), payload.idx_dtype.itemsize
+            ids = [as_bytes(one) for one in ex.ids(rank, payload.idx_dtype)]
             check_rows(f"{what} ids", landed.ids, order, ids, K * size)
             tokens = [as_bytes(torch.tensor([token])) for _, token in received]
             check_rows(f"{what} src_token", landed.src_token, order, tokens, 8)
@@ -236,10 +238,10 @@ def check_rows(what: str, block: Block, places: list[int], rows: list[Tensor], r
     same_bytes(what, block.cpu(), want.flatten(), row_bytes)
 
 
-def deliver(num_ranks, case, layout, cargo):
+def deliver(num_ranks, case, layout, payload):
     topk_idx = [one.topk_idx for one in case.inputs()]
     expected = Expected(choices_of(topk_idx), case.experts, form_for(layout, choices_of(topk_idx), case.experts, 4))
-    delivery = Delivery(ranks_of(num_ranks), expected, cargo, topk_idx, seed=case.seed)
+    delivery = Delivery(ranks_of(num_ranks), expected, payload, topk_idx, seed=case.seed)
     delivery.run()
     delivery.check()
     return delivery
@@ -247,15 +249,15 @@ def deliver(num_ranks, case, layout, cargo):
 
 @pytest.mark.parametrize("cargo", CARGOES, ids=str)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
-def test_every_kind_of_row(num_ranks, cargo):
+def test_every_kind_of_row(num_ranks, payload):
     """In every layout. More tokens than warps, so that rings come round; but few of the large rows."""
-    i = CARGOES.index(cargo)
-    few = 20 if cargo.row_bytes > 10_000 else 90
+    i = CARGOES.index(payload)
+    few = 20 if payload.row_bytes > 10_000 else 90
     tokens = (few, 0, 33, 1, 7, 2, 12, 5)[:num_ranks]
     routing = ("half_dropped", "even", "repeated")[i % 3]
     case = Case(tokens, num_ranks * (2, 3, 8)[i % 3], (3, 8, 4, 64)[i % 4], routing=routing, seed=i)
     for layout in LAYOUTS:
-        deliver(num_ranks, case, layout, cargo)
+        deliver(num_ranks, case, layout, payload)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 5])
@@ -263,18 +265,18 @@ def test_every_kind_of_row(num_ranks, cargo):
 def test_uneven_routings(num_ranks, routing):
     case = Case((40, 3, 0, 17, 50)[:num_ranks], 2 * num_ranks, 4, routing=routing)
     for layout in LAYOUTS:
-        deliver(num_ranks, case, layout, Cargo(256, Scales(2, torch.float32), weights=True))
+        deliver(num_ranks, case, layout, Payload(256, Scales(2, torch.float32), weights=True))
 
 
 def test_nobody_has_tokens():
     for layout in LAYOUTS:
-        deliver(3, Case((0, 0, 0), 6, 2), layout, Cargo(256, weights=True))
+        deliver(3, Case((0, 0, 0), 6, 2), layout, Payload(256, weights=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_units_than_the_rings_hold(layout):
     """One block has up to 24 warps with 3 buffers each; every warp comes round many times."""
-    deliver(2, Case((700, 301), 8, 2, routing="even"), layout, Cargo(1024, Scales(4, torch.float32), True, blocks=1))
+    deliver(2, Case((700, 301), 8, 2, routing="even"), layout, Payload(1024, Scales(4, torch.float32), True, blocks=1))
 
 
 def test_one_plan_again_and_again():
@@ -285,8 +287,8 @@ def test_one_plan_again_and_again():
     expected = Expected(choices_of(topk_idx), 6, Form("experts", alignment=2))
     for i in range(10):
         ranks.reset()
-        cargo = Cargo((16, 2048, 9000 // 16 * 16)[i % 3], weights=i % 2 == 0, first=i % 4 == 0)
-        delivery = Delivery(ranks, expected, cargo, topk_idx, seed=i)
+        payload = Payload((16, 2048, 9000 // 16 * 16)[i % 3], weights=i % 2 == 0, first=i % 4 == 0)
+        delivery = Delivery(ranks, expected, payload, topk_idx, seed=i)
         ranks.delay(i % 3, 1)
         delivery.run()
         delivery.check()
@@ -297,7 +299,7 @@ def test_a_void_plan_moves_nothing():
     ranks = ranks_of(2)
     topk_idx = [one.topk_idx for one in Case((9, 5), 4, 2).inputs()]
     expected = Expected(choices_of(topk_idx), 4, Form("experts"))
-    delivery = Delivery(ranks, expected, Cargo(64, weights=True), topk_idx)
+    delivery = Delivery(ranks, expected, Payload(64, weights=True), topk_idx)
     epochs, void = ranks.epochs(), ranks.on_device(torch.tensor([-1, -1]))
     fields = [delivery.fields(rank, rows_out=void, rows_in=void) for rank in range(2)]
     ranks.run(move_spec.SPEC, fields, delivery.sizes())

@@ -185,7 +185,7 @@ def records_of(one: Push, fields: Sequence[dict[str, object] | None]):
     one.ranks.call += 1
     one.ranks.launch(push_spec.SPEC, fields, one.launch_sizes(), one.config)
     one.ranks.wait()
-    for block in one.landing:
+    for block in one.recv:
         block.cpu()
     return [one.ranks.record(rank) for rank in range(one.ranks.num_ranks)]
 
@@ -241,9 +241,9 @@ def test_a_unit_that_does_not_come(bits, missing):
     one = Push(Ranks(2), Sizes((70, 0), 528, blocks=1, bits=(bits,)), torch.float32)
     rows = one.plan.out[1][0]
     units = -(-rows >> bits)
-    one.landing[0].tensor.copy_(as_bytes(one.rows[1]))
+    one.recv[0].tensor.copy_(as_bytes(one.rows[1]))
     missing %= units
-    one.landing[0].tensor.view(rows, 528)[missing << bits : missing + 1 << bits] = POISON
+    one.recv[0].tensor.view(rows, 528)[missing << bits : missing + 1 << bits] = POISON
     landed(one.ranks, 0)[1, :units] = 1
     landed(one.ranks, 0)[1, missing] = 0
     late, _ = records_of(one, [one.fields(0, timeout_s=LATE_S), one.fields(1, pushers=0)])

@@ -38,11 +38,11 @@ TOKENS = (6, 0, 11, 1, 4, 2, 9, 33)
 """Of up to eight ranks."""
 
 
-def spread(case: Case, fp8: Scale | None = None, *, max_tokens: int = 0, prepared: bool = False) -> Dispatch:
+def spread(case: Case, fp8: Scale | None = None, *, max_tokens: int = 0, template: bool = False) -> Dispatch:
     """One call that goes well, twice: both halves of the regions."""
     bed = Bed.of(case, max_tokens)
     for seed in (case.seed, case.seed + 1):
-        one = Dispatch(bed, replace(case, seed=seed), fp8, prepared=prepared, counts=seed == 1)
+        one = Dispatch(bed, replace(case, seed=seed), fp8, template=template, counts=seed == 1)
         one.run()
         one.check()
         bed.check_clear()
@@ -79,7 +79,7 @@ def test_choices_that_the_host_prepares(num_ranks, top_k):
     kinds = ("repeated", "half_dropped") if top_k < 64 else ("repeated",)
     for routing in kinds:
         idx_dtype = torch.int32 if top_k % 4 else torch.int64
-        spread(Case(TOKENS[:num_ranks], 17 * num_ranks, top_k, routing=routing, idx_dtype=idx_dtype), prepared=True)
+        spread(Case(TOKENS[:num_ranks], 17 * num_ranks, top_k, routing=routing, idx_dtype=idx_dtype), template=True)
 
 
 @pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])
@@ -161,7 +161,7 @@ def test_most_tokens(top_k, num_ranks):
     """The largest routing that a block keeps, and one that the host prepares."""
     bed = Bed(Ranks(num_ranks, 200 << 20), MoeShape(2 * num_ranks, top_k, 8, 4096), item_bytes=2)
     case = Case((4096, 0, 4095, 1, 33), 2 * num_ranks, top_k, hidden=8, routing="repeated", weights=False)
-    one = Dispatch(bed, case, prepared=top_k == 17)
+    one = Dispatch(bed, case, template=top_k == 17)
     one.run()
     one.check()
     bed.check_clear()
@@ -305,13 +305,13 @@ def test_counters_add_up():
 
 @pytest.mark.parametrize("index", [12, -2, 13_000, 1 << 40, -(1 << 40)])
 @pytest.mark.parametrize("prepared", [False, True])
-def test_a_bad_index_sends_nothing(index, prepared, monkeypatch):
+def test_a_bad_index_sends_nothing(index, template, monkeypatch):
     """It is recorded; the peers wait; the call is made again with a good routing, as if nothing had been."""
-    if prepared:
+    if template:
         monkeypatch.setattr(spread_spec, "CHOICES_BYTES", 0)
     case = Case((9, 7, 8), 12, 5, hidden=264, routing="half_dropped")
     bed = Bed.of(case)
-    good = Dispatch(bed, case, prepared=prepared)
+    good = Dispatch(bed, case, template=template)
     sent = list(case.inputs())
     spoilt = sent[1].topk_idx.clone()
     spoilt[3, 2] = index
@@ -319,7 +319,7 @@ def test_a_bad_index_sends_nothing(index, prepared, monkeypatch):
     sent[1] = replace(sent[1], topk_idx=spoilt)
     bad = Dispatch(bed, case, sent=(sent[0], replace(sent[1], topk_idx=sent[1].topk_idx.clamp(-1, 11)), sent[2]))
     bad._up[1][1] = bed.ranks.on_device(spoilt)
-    bad.prepared = prepared
+    bad.template = template
     before = [block.cpu().clone() for block in bed.blocks]
     bed.ranks.call += 1
     bad.launch(only=(1,))
@@ -431,8 +431,8 @@ def test_rows_that_never_come():
 
 def lose_packet(bed: Bed, one: Dispatch, at: int, src: int) -> None:
     """Take the last packet of a rank's first token away before it is received."""
-    region, R = bed.regions[at], one.case.ranks
-    start = region.rows_at + ((one.epoch & 1) * R + src) * bed.sizes.rows + one.row_bytes - 16
+    workspace, R = bed.workspaces[at], one.case.ranks
+    start = workspace.rows_at + ((one.epoch & 1) * R + src) * bed.sizes.rows + one.row_bytes - 16
     there = bed.blocks[at].tensor[start : start + 16]
     assert (there != 0xFF).any(), "there is no packet"
     there.fill_(0xFF)

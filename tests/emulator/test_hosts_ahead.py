@@ -144,8 +144,8 @@ def told_by_a_launched_call(rank, pg, hall):
     """A call that waits for its counts learns there of the bad one before it."""
     with hall.open(pg, SHAPE, timeout_s=20.0) as group, Queue() as queue:
         x, bad, good = rows(rank), BAD.clone(), INDEX.clone()
-        pinned = group._backend.station.pinned
-        wait = pinned.wait_for_ticket
+        pinned = group._backend.context.pinned
+        wait = pinned.wait_for_call_number
 
         def begin_and_wait(*args: Any) -> bool:
             queue.begin()
@@ -154,7 +154,7 @@ def told_by_a_launched_call(rank, pg, hall):
                 queue.finish()  # what the host does next is in the order of the stream
             return came
 
-        pinned.wait_for_ticket = begin_and_wait
+        pinned.wait_for_call_number = begin_and_wait
         kept = [group.dispatch(x, Routing(bad if rank == 0 else good), delivery=DEVICE)]
         if rank == 0:
             with pytest.raises(RoutingError, match="is 9"):
@@ -195,8 +195,8 @@ def several_of_decode(rank, pg, hall, hook):
             found = calls(BAD if rank == 0 else INDEX)
             if rank == 0:
                 queue.finish()
-                station = group._backend.station
-                received = bytes_at(station.window.base + BOARD_AT["received"], 16, station.device, station.window)
+                context = group._backend.context
+                received = bytes_at(context.window.base + BOARD_AT["received"], 16, context.device, context.window)
                 assert received.view(torch.int32).tolist() == [0, 1, 0, 0]  # the first dispatch
                 with pytest.raises(RoutingError, match="is 9"):
                     group.synchronize()
@@ -219,7 +219,7 @@ def close_early(rank, pg, hall):
     with Queue():
         x, index = rows(1), INDEX.clone()
         sent = group.dispatch(x, Routing(index), delivery=DEVICE)
-        memory = weakref.ref(group._backend.station.pinned._memory)
+        memory = weakref.ref(group._backend.context.pinned._memory)
         group.close()
         kept = sent.x
         del group, sent

@@ -75,8 +75,8 @@ def mask_while_dispatching(rank, crowd, hall):
         for other in away:
             group.mask(other, masked=False)
         crowd.wait()
-        region = group._backend.decoder.regions.now
-        packets = region._memory[region.rows_at :]
+        workspace = group._backend.decoder.workspaces.now
+        packets = workspace._memory[workspace.rows_at :]
         assert int((packets != 0xFF).sum()) == 0, "packets that nobody will take"
         crowd.wait()
         for n in range(3):
@@ -118,7 +118,7 @@ class Streams:
 
 def late_hook(rank, crowd, hall):
     with hall.open(None, SHAPE, timeout_s=20.0) as group:
-        streams = group._backend.station._streams = Streams()
+        streams = group._backend.context._streams = Streams()
         first, *_ = [group.decode_dispatch(rows(1), choosing(0, 2), return_hook=True) for _ in range(3)]
         streams.now = 2
         first.hook()
@@ -132,9 +132,9 @@ def test_a_hook_whose_rows_a_later_call_has_received(run):
 
 def around_a_capture(rank, crowd, hall):
     with hall.open(None, SHAPE, timeout_s=20.0) as group:
-        station, waited = group._backend.station, []
-        station._driver.cuda.cuStreamSynchronize = lambda stream: (waited.append(stream), (0,))[1]
-        streams = station._streams = Streams()
+        context, waited = group._backend.context, []
+        context._driver.cuda.cuStreamSynchronize = lambda stream: (waited.append(stream), (0,))[1]
+        streams = context._streams = Streams()
         group.decode_dispatch(rows(1), choosing(0, 2))
         streams.now, streams.graph = 3, 77
         group.decode_dispatch(rows(1), choosing(0, 2))
@@ -153,12 +153,12 @@ def test_calls_before_and_after_a_capture(run):
 
 def fault_in_a_capture(rank, crowd, hall):
     with hall.open(None, SHAPE, timeout_s=20.0) as group:
-        streams = group._backend.station._streams = Streams()
+        streams = group._backend.context._streams = Streams()
         group.decode_dispatch(rows(1), choosing(0, 2))
         group.decode_dispatch(rows(1), choosing(0, 6))
         streams.now, streams.graph = 3, 77
         group.decode_dispatch(rows(1), choosing(0, 2))
-        assert group._backend.station.pinned.faulty
+        assert group._backend.context.pinned.faulty
         streams.now, streams.graph = 1, 0
         with pytest.raises(RoutingError, match="is 6"):
             group.decode_dispatch(rows(1), choosing(0, 2))

@@ -6,7 +6,7 @@ import pytest
 import test_shared_memory
 from test_shared_memory import HEADER, exchange, post
 
-from tokenferry.transports.base import Call, Deadline
+from tokenferry.transports.base import CallId, Deadline
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 
@@ -51,4 +51,4 @@ def test_what_is_here_of_later_calls_stays(transports):
     transports[1].go_on_from(5)
     post(transports[1], 6, 100)
     assert test_shared_memory.take(transports[1], 6, 0) == 100
-    assert transports[0].take(Call(6, "test"), 1, Deadline(1.0)).header == HEADER
+    assert transports[0].take(CallId(6, "test"), 1, Deadline(1.0)).header == HEADER

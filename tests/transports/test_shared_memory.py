@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokenferry.errors import PeerTimeout
-from tokenferry.transports.base import HEADER_INTS, Call, Deadline, Floor
+from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Floor
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 HEADER = tuple(range(HEADER_INTS))
@@ -25,7 +25,7 @@ def pair():
 
 def post(transport, number, payload, skip=frozenset()):
     """Send ``payload`` bytes, all equal to the call's number, to both ranks."""
-    call = Call(number, "test")
+    call = CallId(number, "test")
     for buffer in transport.open(call, [payload, payload]):
         buffer.fill_(number % 256)
     transport.post(call, [HEADER, HEADER], Deadline(1.0), skip)
@@ -33,7 +33,7 @@ def post(transport, number, payload, skip=frozenset()):
 
 
 def take(transport, number, src):
-    message = transport.take(Call(number, "test"), src, Deadline(1.0))
+    message = transport.take(CallId(number, "test"), src, Deadline(1.0))
     assert message.header == HEADER
     assert bool((message.body == number % 256).all()), "another call's bytes"
     return message.body.numel()
@@ -44,7 +44,7 @@ def exchange(pair, number, payload):
         post(transport, number, payload)
     for transport in pair:
         assert [take(transport, number, src) for src in (0, 1)] == [payload, payload]
-        transport.finish(Call(number, "test"), None)
+        transport.finish(CallId(number, "test"), None)
 
 
 def test_two_segments_alternate_for_calls_of_any_number(pair):
@@ -60,7 +60,7 @@ def test_calls_under_way_together_keep_their_bytes_and_may_be_taken_in_any_order
     for number in (3, 1, 4, 2):
         for transport in pair:
             assert [take(transport, number, src) for src in (1, 0)] == [5000, 5000]
-            transport.finish(Call(number, "test"), None)
+            transport.finish(CallId(number, "test"), None)
     for number in (5, 6, 7):
         exchange(pair, number, 5000)
     assert len(pair[0]._segments) == 5, "free segments are not used again"
@@ -87,7 +87,7 @@ def test_an_empty_message_needs_no_segment(pair):
 def test_a_message_of_a_call_that_did_without_its_sender_is_dropped(pair):
     zero, one = pair
     post(zero, 1, 100, skip=frozenset({1}))
-    zero.finish(Call(1, "test"), None)
+    zero.finish(CallId(1, "test"), None)
     post(one, 1, 100)
     post(one, 2, 100)
     post(zero, 2, 100)
@@ -101,7 +101,7 @@ def test_a_message_that_came_before_its_call_was_skipped_is_dropped(pair):
     post(one, 2, 100)
     post(one, 3, 100)
     post(zero, 2, 100, skip=frozenset({1}))
-    zero.finish(Call(2, "test"), None)
+    zero.finish(CallId(2, "test"), None)
     post(zero, 3, 100)
     assert take(zero, 3, 1) == 100
     assert zero._peers[1].inbox == {}
@@ -112,7 +112,7 @@ def test_forget_keeps_what_the_peer_may_still_read(pair):
     post(zero, 1, 100)
     segment = zero._segments[0]
     zero.forget(1)
-    zero.finish(Call(1, "test"), None)
+    zero.finish(CallId(1, "test"), None)
     post(zero, 2, 100, skip=frozenset({1}))
     assert segment not in zero._segments
     assert bool((segment.memory[:100] == 1).all())
@@ -161,13 +161,13 @@ def test_a_send_that_had_to_wait_goes_on_when_the_peer_reads(pair):
     if pid == 0:  # the peer, in a process of its own
         good = True
         for number in range(1, 301):
-            call = Call(number, "test")
+            call = CallId(number, "test")
             one.open(call, [0, 0])
             good &= one.take(call, 0, Deadline(10.0)).header == HEADER
             one.finish(call, None)
         os._exit(0 if good else 1)
     for number in range(1, 301):
-        call = Call(number, "test")
+        call = CallId(number, "test")
         zero.open(call, [0, 0])
         zero.post(call, [HEADER, HEADER], Deadline(10.0))
     assert os.waitpid(pid, 0)[1] == 0
@@ -175,7 +175,7 @@ def test_a_send_that_had_to_wait_goes_on_when_the_peer_reads(pair):
 
 def test_memory_that_is_not_to_be_had_raises_instead_of_killing(pair):
     with pytest.raises(MemoryError, match="bytes of shared memory"):
-        pair[0].open(Call(1, "test"), [0, 1 << 55])
+        pair[0].open(CallId(1, "test"), [0, 1 << 55])
 
 
 def test_floor_waits_for_the_slowest_reader_and_for_calls_that_finish_out_of_order():
@@ -197,7 +197,7 @@ def test_bodies_are_shared_not_copied(pair):
     zero, one = pair
     post(one, 1, 64)
     post(zero, 1, 64)
-    body = zero.take(Call(1, "test"), 1, Deadline(1.0)).body
+    body = zero.take(CallId(1, "test"), 1, Deadline(1.0)).body
     one._segments[0].memory.fill_(9)
     assert bool((body == 9).all())
     assert body.dtype == torch.uint8

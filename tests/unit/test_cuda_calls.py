@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.context import Here, Prepared, Station
-from tokenferry.backends.cuda.dispatch import Dock
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.backends.cuda.faults import Signature
 from tokenferry.errors import PeerTimeout
 from tokenferry.kernels.board import CARD_WORDS, SIGNATURE_WORDS
@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 
 def test_params_say_what_the_call_at_hand_says():
     """They are kept; so whatever differs from the call before has to be written again."""
-    prepared = Prepared(SimpleNamespace(new_params=spec.SPEC.params.struct))
+    template = LaunchTemplate(SimpleNamespace(new_params=spec.SPEC.params.struct))
     one, other = Signature("dispatch", hidden=1), Signature("dispatch", hidden=2)
     calls = [(1, one, 0), (2, one, 64), (3, other, 64), (4, one, 0), (5, Signature("dispatch", hidden=2), 0)]
     for number, signature, wait_ns in calls:
-        Station.address(None, prepared, Here(number, 0, False, 3, signature, wait_ns))
-        p = prepared.params
+        Context.address(None, template, Call(number, 0, False, 3, signature, wait_ns))
+        p = template.params
         assert (p.call, p.alive, p.wait_ns) == (number, 3, wait_ns)
         card = memoryview(p.card).cast("B").cast("I")
         assert card[:SIGNATURE_WORDS].tobytes() == signature.card
@@ -38,8 +38,8 @@ def test_params_say_what_the_call_at_hand_says():
 def test_tables_do_not_overlap(layout, num_tokens):
     shape = MoeShape(num_experts=18, top_k=2, hidden=8, max_tokens=512)
     found = cuda_plan.geometry(shape, Delivery(layout), 3)
-    station = SimpleNamespace(num_ranks=3, device=CPU)
-    tables = cuda_plan._tables(station, found, torch.zeros(num_tokens, 2, dtype=torch.int64), None)
+    context = SimpleNamespace(num_ranks=3, device=CPU)
+    tables = cuda_plan._tables(context, found, torch.zeros(num_tokens, 2, dtype=torch.int64), None)
     shown = [tables.dst_counts, tables.src_counts, tables.dst_token, tables.expert_counts, tables.places]
     assert [tuple(one.shape) for one in shown] == [
         (3,),
@@ -77,20 +77,20 @@ def found_columns(layout):
 
 def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward():
     """At least what all plans share."""
-    dock = Dock(SimpleNamespace(device=CPU), None, "key")
+    dispatcher = Dispatcher(SimpleNamespace(device=CPU), None, "key")
     with torch.inference_mode():
-        shared = dock._no_rows(4)
+        shared = dispatcher._no_rows(4)
     assert not shared.is_inference()
     assert shared.shape == (0, 4)
-    assert dock._no_row_idx[4] is shared
+    assert dispatcher._no_row_idx[4] is shared
 
 
 def test_the_host_waits_longer_than_a_kernel_ahead_of_its_call():
     """That one says for whom it waited, the host only that its stream is stuck. A combine may take two deadlines."""
     waited: list[float] = []
-    pinned = SimpleNamespace(wait_for_ticket=lambda _, timeout_s: waited.append(timeout_s))
-    station = SimpleNamespace(timeout_s=5.0, rank=1, pinned=pinned, break_off=lambda _: None)
-    here = SimpleNamespace(number=3, signature=SimpleNamespace(phase="dispatch"))
+    pinned = SimpleNamespace(wait_for_call_number=lambda _, timeout_s: waited.append(timeout_s))
+    context = SimpleNamespace(timeout_s=5.0, rank=1, pinned=pinned, break_off=lambda _: None)
+    call = SimpleNamespace(number=3, signature=SimpleNamespace(phase="dispatch"))
     with pytest.raises(PeerTimeout, match=r"dispatch #3: rank 1 waited 15\.0 s for its own stream"):
-        Station.wait_for_counts(station, here)
-    assert waited[0] > 2 * station.timeout_s
+        Context.wait_for_counts(context, call)
+    assert waited[0] > 2 * context.timeout_s

@@ -5,18 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenferry.backends.cuda.context import Here
-from tokenferry.backends.cuda.decode import Channel, Receipt, check_limits
+from tokenferry.backends.cuda.context import Call
+from tokenferry.backends.cuda.decode import Channel, PendingRecv, check_limits
 from tokenferry.backends.cuda.faults import Signature
-from tokenferry.backends.cuda.workspace import Regions, sizes_for
+from tokenferry.backends.cuda.workspace import Workspaces, sizes_for
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.types import MoeShape
 
 CALL = Signature("decode_dispatch", hidden=1)
 
 
-def call(number=1, *, stream=1, capturing=False):
-    return Here(number, stream, capturing, 3, CALL, 0)
+def new_call(number=1, *, stream=1, capturing=False):
+    return Call(number, stream, capturing, 3, CALL, 0)
 
 
 class Tensor:
@@ -43,19 +43,19 @@ class Calls:
         self.device = torch.device("cuda")
         self.channel = Channel(self)
 
-    def again(self, here):
-        return call(here.number, stream=self.stream, capturing=self.capturing)
+    def resume(self, call):
+        return new_call(call.number, stream=self.stream, capturing=self.capturing)
 
-    def come_behind(self):
+    def order_after_calls(self):
         self.behind.append(self.stream)
 
     def send(self, number, *, tensors=()):
         """One with a hook, on the current stream."""
-        here = call(number, stream=self.stream, capturing=self.capturing)
-        self.channel.make_room(here)
-        receipt = Receipt(here, lambda at: self.launched.append((number, at.stream)), tensors)
-        self.channel.sent(receipt)
-        return receipt
+        call = new_call(number, stream=self.stream, capturing=self.capturing)
+        self.channel.make_room(call)
+        pending = PendingRecv(call, lambda at: self.launched.append((number, at.stream)), tensors)
+        self.channel.sent(pending)
+        return pending
 
 
 @pytest.fixture
@@ -72,14 +72,14 @@ def calls(monkeypatch):
 def test_a_hook_does_not_cross_the_border_of_a_capture(calls, inside):
     calls.capturing = inside
     tensor = Tensor()
-    receipt = calls.send(1, tensors=(tensor,))
+    pending = calls.send(1, tensors=(tensor,))
     calls.capturing = not inside
     with pytest.raises(ArgumentError, match="decode_dispatch: hook: a CUDA graph has to capture both"):
-        calls.channel.receive(receipt)
+        calls.channel.receive(pending)
     assert calls.launched == []
-    assert receipt.tensors == (tensor,), "it may still be called on its side of the border"
+    assert pending.tensors == (tensor,), "it may still be called on its side of the border"
     calls.capturing = inside
-    calls.channel.receive(receipt)
+    calls.channel.receive(pending)
     assert calls.launched == [(1, 1)]
 
 
@@ -129,22 +129,22 @@ def test_what_a_capture_forgot_stays_forgotten(calls):
 def test_a_hook_on_another_stream_tells_the_allocator(calls):
     """Their memory may not be used again before that stream is done."""
     one, other = Tensor(), Tensor()
-    receipt = calls.send(1, tensors=(one, None, other))
+    pending = calls.send(1, tensors=(one, None, other))
     calls.stream = 2
-    calls.channel.receive(receipt)
+    calls.channel.receive(pending)
     assert calls.launched == [(1, 2)]
     assert one.streams == other.streams == [2]
-    assert receipt.tensors == ()
+    assert pending.tensors == ()
 
 
 @pytest.mark.parametrize(("stream", "capturing"), [(1, False), (2, True)])
 def test_the_allocator_need_not_know_of_its_own_stream_or_of_captures(calls, stream, capturing):
     tensor = Tensor()
     calls.capturing = capturing
-    receipt = calls.send(1, tensors=(tensor,))
+    pending = calls.send(1, tensors=(tensor,))
     calls.stream = stream
-    calls.channel.receive(receipt)
-    calls.channel.receive(receipt)
+    calls.channel.receive(pending)
+    calls.channel.receive(pending)
     assert calls.launched == [(1, stream)]
     assert tensor.streams == []
 
@@ -177,20 +177,20 @@ def test_a_receipt_that_fails_is_still_owed(calls, monkeypatch):
     def refuse(at):
         raise OSError("no launch")
 
-    receipt = calls.send(1, tensors=(Tensor(),))
-    monkeypatch.setattr(receipt, "launch", refuse)
+    pending = calls.send(1, tensors=(Tensor(),))
+    monkeypatch.setattr(pending, "launch", refuse)
     with pytest.raises(OSError, match="no launch"):
-        calls.channel.receive(receipt)
-    assert not receipt.done
-    assert len(receipt.tensors) == 1
+        calls.channel.receive(pending)
+    assert not pending.done
+    assert len(pending.tensors) == 1
 
 
 def test_forgotten_hooks_do_nothing(calls):
     receipts = [calls.send(number, tensors=(Tensor(),)) for number in (1, 2)]
     calls.channel.forget()
-    for receipt in receipts:
-        assert receipt.tensors == ()
-        calls.channel.receive(receipt)
+    for pending in receipts:
+        assert pending.tensors == ()
+        calls.channel.receive(pending)
     calls.capturing = True
     for number in (3, 4):
         calls.send(number)
@@ -210,7 +210,7 @@ class Ground:
         self.rank, self.num_ranks, self.device = 0, 2, torch.device("cpu")
         self.window = SimpleNamespace(bases=(0, 1 << 40))
         self.lost, self.asked = set(), 0
-        self.regions = Regions(self, self, self.exchange)
+        self.workspaces = Workspaces(self, self, self.exchange)
 
     def absent(self):
         return frozenset(self.lost)
@@ -227,7 +227,7 @@ class Ground:
         return [card, card]
 
     def fitting(self, shape, *, capturing=False):
-        return self.regions.fitting(call(capturing=capturing), shape, 2)
+        return self.workspaces.fitting(new_call(capturing=capturing), shape, 2)
 
 
 def capture_one(ground):
@@ -250,12 +250,12 @@ def test_a_region_takes_all_ranks_and_no_capture(do, told):
     ground = Ground()
     with pytest.raises(ArgumentError, match=told):
         do(ground)
-    assert ground.regions.now is None
+    assert ground.workspaces.now is None
     ground.lost = set()
     small = ground.fitting(SMALL)
     with pytest.raises(ArgumentError, match=told):
         do(ground)
-    assert ground.regions.now is small, "there is one, and it has no room for these"
+    assert ground.workspaces.now is small, "there is one, and it has no room for these"
     assert ground.asked == 1, "peers were asked for what is refused here"
     ground.lost = set()
     large = ground.fitting(LARGE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenferry.backends.cpu.exchange import dtype_code
-from tokenferry.backends.cuda.faults import Ledger, Pinned, Signature
+from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Signature
 from tokenferry.errors import MismatchError
 from tokenferry.kernels.board import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
 
@@ -26,9 +26,9 @@ SIGNATURE = Signature(
     ],
 )
 def test_what_differs_is_called_what_the_user_calls_it(word, seen, told):
-    ledger = Ledger(0)
-    ledger.note(7, SIGNATURE)
-    error = ledger.explain([Fault.mismatch, 7, 2, word, seen, SIGNATURE.fields[word][1], 2, 0])
+    flight_recorder = FlightRecorder(0)
+    flight_recorder.note(7, SIGNATURE)
+    error = flight_recorder.explain([Fault.mismatch, 7, 2, word, seen, SIGNATURE.fields[word][1], 2, 0])
     assert isinstance(error, MismatchError)
     assert str(error) == (
         f"dispatch #7: rank 0 and rank 2 made different calls: {told}; it has to be the same on all ranks"
@@ -44,20 +44,20 @@ def test_what_differs_is_called_what_the_user_calls_it(word, seen, told):
     ],
 )
 def test_plans_that_do_not_fit(word, told):
-    ledger = Ledger(0)
-    ledger.note(7, Signature("combine"))
-    error = ledger.explain([Fault.mismatch, 7, 2, word, 5, 6, 2, 0])
+    flight_recorder = FlightRecorder(0)
+    flight_recorder.note(7, Signature("combine"))
+    error = flight_recorder.explain([Fault.mismatch, 7, 2, word, 5, 6, 2, 0])
     assert isinstance(error, MismatchError)
     assert str(error) == f"combine #7: {told}; use plans of the same dispatch on all ranks"
 
 
 def test_a_call_that_nobody_remembers():
     """It was captured, and its graph runs long after: what the words of its signature were called is not known."""
-    ledger = Ledger(0)
-    ledger.note(1, SIGNATURE)
+    flight_recorder = FlightRecorder(0)
+    flight_recorder.note(1, SIGNATURE)
     for number in range(2, 70):
-        ledger.note(number, Signature("combine"))
-    error = ledger.explain([Fault.mismatch, 1, 1, 1, 3, 4, 1, 0])
+        flight_recorder.note(number, Signature("combine"))
+    error = flight_recorder.explain([Fault.mismatch, 1, 1, 1, 3, 4, 1, 0])
     assert isinstance(error, MismatchError)
     assert str(error) == (
         "a call #1: rank 0 and rank 1 made different calls; call the same on all ranks, in the same order"
@@ -76,10 +76,10 @@ def test_what_came_while_the_host_was_stopped(monkeypatch, word):
 
     monkeypatch.setattr(time, "sleep", stop)
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0 * len(slept))
-    assert pinned.wait_for_ticket(7, timeout_s=200.0)
+    assert pinned.wait_for_call_number(7, timeout_s=200.0)
 
 
 def test_a_ticket_that_does_not_come(monkeypatch):
     clock = iter(range(0, 10_000, 100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    assert not Pinned(pin=False).wait_for_ticket(7, timeout_s=200.0)
+    assert not Pinned(pin=False).wait_for_call_number(7, timeout_s=200.0)

@@ -27,7 +27,7 @@ Check = Callable[[int, tuple[int, ...]], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class CallId:
     """One exchange: its number on the group, counted from 1, and the name it has in messages."""
 
     number: int
@@ -69,22 +69,22 @@ class Transport(Protocol):
     rank: int
     num_ranks: int
 
-    def open(self, call: Call, sizes: Sequence[int]) -> list[Tensor]:
+    def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return one uint8 buffer of ``sizes[r]`` bytes per rank, to be filled before `post`; this rank's own too."""
 
     def post(
-        self, call: Call, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
+        self, call: CallId, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
     ) -> None:
         """Send header and buffer to each rank but those in ``skip``; returns when they are on their way."""
 
-    def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
+    def take(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for the message of rank ``src``; once per call and rank.
 
         ``check(peer, header)`` may raise; it sees every header before anything else of that message is awaited, so that
         ranks that made different calls do not wait for bodies that will never come.
         """
 
-    def finish(self, call: Call, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None) -> None:
         """Say that all bodies of the call have been read, or that nobody will.
 
         With a deadline, also wait until every peer has what this call sent, if the transport cannot vouch for that
@@ -141,7 +141,7 @@ class Floor:
         return all(self._peers[peer] >= number for peer in readers)
 
 
-def peer_timeout(call: Call, rank: int, peers: Sequence[int], why: str, waited_s: float, last: str) -> PeerTimeout:
+def peer_timeout(call: CallId, rank: int, peers: Sequence[int], why: str, waited_s: float, last: str) -> PeerTimeout:
     """Word the error of a wait that failed: who waited for whom, in which call, how long, and what was last heard."""
     who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
     where = f"{call.phase} #{call.number}" if call.number else call.phase
@@ -160,9 +160,9 @@ class LastHeard:
     """The last message of each peer, for error messages."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._last: list[Call | None] = [None] * num_ranks
+        self._last: list[CallId | None] = [None] * num_ranks
 
-    def note(self, peer: int, call: Call) -> None:
+    def note(self, peer: int, call: CallId) -> None:
         """A message of ``peer`` was taken."""
         self._last[peer] = call
 

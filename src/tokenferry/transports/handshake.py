@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
-from tokenferry.transports.base import HEADER_INTS, Call, Deadline, peer_timeout
+from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, peer_timeout
 from tokenferry.transports.process_group import ProcessGroupTransport
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _NO_HEADER = (0,) * HEADER_INTS
-_CALL = Call(0, "making the group")
+_CALL = CallId(0, "making the group")
 _POLL_S = 0.0005
 _REMEDY = "All ranks make a group together."
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.errors import BackendUnavailable, PeerTimeout
-from tokenferry.transports.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
+from tokenferry.transports.base import HEADER_INTS, CallId, Check, Deadline, Floor, LastHeard, Message, peer_timeout
 
 _TAG = 0x40000000
 _LINGER_S = 5.0
@@ -33,7 +33,7 @@ _LINGER_S = 5.0
 class _Flight:
     """One call under way: what was sent, and what is being received from whom."""
 
-    call: Call
+    call: CallId
     buffers: list[Tensor]
     readers: frozenset[int] = frozenset()
     sends: list[tuple[int, dist.Work]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class ProcessGroupTransport:
         self._flights: dict[int, _Flight] = {}
         self._lingering: deque[_Flight] = deque()
 
-    def open(self, call: Call, sizes: Sequence[int]) -> list[Tensor]:
+    def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return plain tensors; see `Transport.open`."""
         self._drop_lingering()
         flight = _Flight(call, [torch.empty(size, dtype=torch.uint8) for size in sizes])
@@ -66,7 +66,7 @@ class ProcessGroupTransport:
         return flight.buffers
 
     def post(
-        self, call: Call, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
+        self, call: CallId, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
     ) -> None:
         """Start all sends and the receives of all headers; see `Transport.post`."""
         flight = self._flights[call.number]
@@ -78,7 +78,7 @@ class ProcessGroupTransport:
             except PeerTimeout as error:  # the others still get theirs; `take` reports this one
                 flight.failed[peer] = error
 
-    def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
+    def take(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for one message; the first take of a call posts the receives of all bodies. See `Transport.take`."""
         flight = self._flights[call.number]
         for error in flight.failed.values():
@@ -92,7 +92,7 @@ class ProcessGroupTransport:
         self._heard.note(src, call)
         return message
 
-    def finish(self, call: Call, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None) -> None:
         """Free the call's buffers now if the deadline allows to wait, else when its readers' floors have passed it."""
         flight = self._flights.pop(call.number)
         self._floor.finish(call.number)
@@ -155,7 +155,7 @@ class ProcessGroupTransport:
         receive = self._start("recv", body, peer, flight.call, 1) if size else None
         flight.bodies[peer] = (receive, Message(tuple(header), body))
 
-    def _start(self, verb: str, tensor: Tensor, peer: int, call: Call, part: int) -> dist.Work:
+    def _start(self, verb: str, tensor: Tensor, peer: int, call: CallId, part: int) -> dist.Work:
         tag = self._tag | (call.number & 0x7FFF) << 1 | part
         try:
             work: dist.Work = getattr(self._group, verb)([tensor], peer, tag)
@@ -168,7 +168,7 @@ class ProcessGroupTransport:
             raise peer_timeout(call, self.rank, [peer], _reason(error), 0.0, self._heard.tell(peer)) from error
         return work
 
-    def _wait(self, work: dist.Work, call: Call, peer: int, deadline: Deadline) -> None:
+    def _wait(self, work: dist.Work, call: CallId, peer: int, deadline: Deadline) -> None:
         try:
             # gloo reads 0 as "no limit"
             work.wait(timedelta(seconds=max(deadline.left(), 0.001)))

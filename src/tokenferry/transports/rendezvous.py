@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable, ConfigError
-from tokenferry.transports.base import Call, Deadline, Transport, peer_timeout
+from tokenferry.transports.base import CallId, Deadline, Transport, peer_timeout
 from tokenferry.transports.handshake import Table, moves_cpu_tensors
 from tokenferry.transports.handshake import host_name as _host
 from tokenferry.transports.process_group import ProcessGroupTransport
@@ -176,7 +176,7 @@ def _accept_higher_ranks(
             hello = sock.recv(_HELLO.size, socket.MSG_WAITALL)
         except TimeoutError:
             missing = [peer for peer in range(rank + 1, len(cards)) if peer not in sockets]
-            call = Call(0, "making the group")
+            call = CallId(0, "making the group")
             raise peer_timeout(call, rank, missing, "it did not connect", deadline.waited(), "") from None
         secret, peer = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
         if secret == bytes.fromhex(cards[0]["secret"]):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.transports import segment as seg
-from tokenferry.transports.base import HEADER_INTS, Call, Check, Deadline, Floor, LastHeard, Message, peer_timeout
+from tokenferry.transports.base import HEADER_INTS, CallId, Check, Deadline, Floor, LastHeard, Message, peer_timeout
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
 """kind, call, floor, segment, offset, bytes; then the backend's header."""
@@ -81,7 +81,7 @@ class SharedMemoryTransport:
         self._newest = 0
         self._told = 0
 
-    def open(self, call: Call, sizes: Sequence[int]) -> list[Tensor]:
+    def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return views of a segment; this rank's own message lies there too, since used memory is cheaper than new.
 
         See `Transport.open`.
@@ -97,7 +97,7 @@ class SharedMemoryTransport:
         return buffers
 
     def post(
-        self, call: Call, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
+        self, call: CallId, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
     ) -> None:
         """Send a notice to each peer. A peer that is gone is passed over: `take` reports it. See `Transport.post`."""
         flight = self._flights[call.number]
@@ -121,7 +121,7 @@ class SharedMemoryTransport:
             if rank in skip:
                 peer.inbox.pop(call.number, None)
 
-    def take(self, call: Call, src: int, deadline: Deadline, check: Check | None = None) -> Message:
+    def take(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for the notice of ``src`` and return a view of its segment. See `Transport.take`."""
         flight = self._flights[call.number]
         if src == self.rank:
@@ -144,7 +144,7 @@ class SharedMemoryTransport:
         self._heard.note(src, call)
         return message
 
-    def finish(self, call: Call, deadline: Deadline | None) -> None:
+    def finish(self, call: CallId, deadline: Deadline | None) -> None:
         """Nothing to wait for: segments outlive their sender's interest in them. See `Transport.finish`."""
         del self._flights[call.number]
         self._floor.finish(call.number)
@@ -161,7 +161,7 @@ class SharedMemoryTransport:
         """Send a notice. See `Transport.tell_number`."""
         notice = _NOTICE.pack(_NUMBER, number, 0, 0, 0, 0, *[0] * HEADER_INTS)
         for rank in sorted(set(self._peers) - skip):
-            self._send(rank, notice, [], Call(number, "mask"), Deadline(1.0))
+            self._send(rank, notice, [], CallId(number, "mask"), Deadline(1.0))
 
     def heard_number(self) -> int:
         """Read what is here. See `Transport.heard_number`."""
@@ -206,9 +206,9 @@ class SharedMemoryTransport:
             self._segments.remove(segment)
             for rank in sorted(segment.known):
                 notice = _NOTICE.pack(_RETIRE, 0, 0, segment.number, 0, 0, *[0] * HEADER_INTS)
-                self._send(rank, notice, [], Call(0, "retire"), Deadline(1.0))
+                self._send(rank, notice, [], CallId(0, "retire"), Deadline(1.0))
 
-    def _send(self, rank: int, notice: bytes, fds: list[int], call: Call, deadline: Deadline) -> None:
+    def _send(self, rank: int, notice: bytes, fds: list[int], call: CallId, deadline: Deadline) -> None:
         peer = self._peers[rank]
         while notice and not (peer.deaf or peer.gone):
             try:

@@ -17,7 +17,7 @@ from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.routing import as_bytes, words
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
 from tokenferry.layout import Sections
-from tokenferry.transports.base import HEADER_INTS, Call, Deadline, Transport
+from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
 
 Fill = Callable[[int, list[Tensor]], None]
 """Writes the message for one rank: gets the rank and, per section, ``[num_rows, width]`` uint8 to write to."""
@@ -46,7 +46,7 @@ class Signature:
         values = (int(self.kind), num_rows, *self.fields.values())
         return values + (0,) * (HEADER_INTS - len(values))
 
-    def check(self, call: Call, rank: int, src: int, header: tuple[int, ...]) -> int:
+    def check(self, call: CallId, rank: int, src: int, header: tuple[int, ...]) -> int:
         """Return the sender's number of rows, or raise MismatchError if its call is another one."""
         start = f"{call.phase} #{call.number}: rank {rank} and rank {src} made different calls"
         kind, num_rows, *values = header
@@ -218,7 +218,7 @@ class Exchange:
             if self._catches_up:
                 self._catch_up()
             self._number += 1
-            call = Call(self._number, signature.kind.name)
+            call = CallId(self._number, signature.kind.name)
             copied = [0 if dst == self.rank and not copy_own else count for dst, count in enumerate(counts)]
             buffers = self.transport.open(call, [sections.num_bytes(count) for count in copied])
             for dst, (buffer, count) in enumerate(zip(buffers, copied, strict=True)):
@@ -282,7 +282,7 @@ class Pending:
     def __init__(
         self,
         exchange: Exchange,
-        call: Call,
+        call: CallId,
         signature: Signature,
         sections: Sections,
         *,

@@ -17,12 +17,12 @@ from tokenferry.backends.base import (
 from tokenferry.backends.cpu.exchange import dtype_code
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.buffers import Shelf, aligned, overlap
-from tokenferry.backends.cuda.context import Here, Station
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
+from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.decode import Decoder
-from tokenferry.backends.cuda.dispatch import Dock, shaped
+from tokenferry.backends.cuda.dispatch import Dispatcher, shaped
 from tokenferry.backends.cuda.faults import Signature
-from tokenferry.backends.cuda.launch import Cargo, Sum
+from tokenferry.backends.cuda.launch import Payload, Sum
 from tokenferry.backends.cuda.masks import Masks
 from tokenferry.backends.cuda.plan import CODES, Geometry
 from tokenferry.backends.cuda.workspace import Exchange
@@ -51,18 +51,18 @@ class CudaBackend:
     name = "cuda"
     checks_routing = True
 
-    def __init__(self, station: Station, key: str, why: str, exchange: Exchange) -> None:
+    def __init__(self, context: Context, key: str, why: str, exchange: Exchange) -> None:
         self.key = key
         self.why = why
-        self.rank = station.rank
-        self.num_ranks = station.num_ranks
-        self.transport = "nvlink" if station.num_ranks > 1 else "none"
-        self.device = station.device
-        self.station = station
-        self.shelf = Shelf(station)
-        self.dock = Dock(station, self.shelf, key)
-        self.decoder = Decoder(station, self.shelf, key, exchange)
-        self.masks = Masks(station, self.decoder)
+        self.rank = context.rank
+        self.num_ranks = context.num_ranks
+        self.transport = "nvlink" if context.num_ranks > 1 else "none"
+        self.device = context.device
+        self.context = context
+        self.allocator = SymmetricAllocator(context)
+        self.dispatcher = Dispatcher(context, self.allocator, key)
+        self.decoder = Decoder(context, self.allocator, key, exchange)
+        self.masks = Masks(context, self.decoder)
         self._exchange = exchange
         self._known: dict[tuple[Any, ...], tuple[Signature, Geometry, int]] = {}
         self._signatures: dict[tuple[Any, ...], Signature] = {}
@@ -72,35 +72,35 @@ class CudaBackend:
     @property
     def broken(self) -> str | None:
         """What ended the group, or None."""
-        return self.station.broken
+        return self.context.broken
 
     def masked(self) -> frozenset[int]:
         """Ranks that decode calls skip."""
-        return self.station.absent()
+        return self.context.absent()
 
     def mask(self, rank: int, *, masked: bool) -> None:
         """Skip a rank in decode calls, or stop skipping it."""
-        (self.masks.add if masked else self.masks.take_back)(rank)
+        (self.masks.add if masked else self.masks.remove)(rank)
 
     def warmup(self) -> None:
         """Compile and load every kernel; returns when every rank has."""
-        self.station.warmup()
+        self.context.warmup()
         self._exchange({})
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise what they met."""
-        self.station.synchronize()
+        self.context.synchronize()
 
     def close(self) -> None:
         """Let go of the windows."""
-        if self.station.broken != "was closed":
-            self.station.close("was closed")
+        if self.context.broken != "was closed":
+            self.context.close("was closed")
 
     def tuning(self, shape: MoeShape) -> Tuning:
         """SMs of each call, for a shape."""
         found = self._tunings.get(shape)
         if found is None:
-            found = self._tunings[shape] = tune(shape, Topology(self.num_ranks, self.station.num_sms))
+            found = self._tunings[shape] = tune(shape, Topology(self.num_ranks, self.context.num_sms))
         return found
 
     def plan_columns(self, shape: MoeShape, delivery: Delivery) -> int:
@@ -109,7 +109,7 @@ class CudaBackend:
 
     def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
         """Rows in the heap, in the shape of ``Dispatched.x``."""
-        _, rows = self.shelf.rows("new_rows", (plan.num_delivered, hidden), dtype, self.station.current_stream())
+        _, rows = self.allocator.rows("new_rows", (plan.num_delivered, hidden), dtype, self.context.current_stream())
         return shaped(rows, plan)
 
     # ------------------------------------------------------------------ throughput
@@ -117,33 +117,33 @@ class CudaBackend:
     def dispatch(self, request: DispatchRequest) -> Dispatched:
         """Plan, move, unpack; and wait for the counts if they are wanted here."""
         shape, delivery, routing = request.shape, request.delivery, request.routing
-        cargo = _cargo(request.x, routing.topk_weights, routing.topk_idx)
-        key = (shape, delivery, *_kind(cargo))
+        payload = _payload(request.x, routing.topk_weights, routing.topk_idx)
+        key = (shape, delivery, *_kind(payload))
         known = self._known.get(key)
         if known is None:
-            known = self._remember(key, cargo, shape, delivery)
+            known = self._remember(key, payload, shape, delivery)
         signature, found, num_sms = known
-        here = self.station.begin(signature)
-        sms = (request.num_sms or num_sms, request.num_sms or self.station.num_sms)
-        if here.capturing and delivery.counts == "host":
+        call = self.context.begin(signature)
+        sms = (request.num_sms or num_sms, request.num_sms or self.context.num_sms)
+        if call.capturing and delivery.counts == "host":
             raise ArgumentError(
                 'dispatch: delivery: counts="host" waits for the device, which a CUDA graph cannot capture; '
                 'use Delivery(counts="device")'
             )
-        return self.dock.first(here, cargo, found, sms)
+        return self.dispatcher.first(call, payload, found, sms)
 
     def redispatch(self, request: RedispatchRequest) -> Dispatched:
         """Move along a plan, unpack."""
         plan = request.plan
         delivery = plan.delivery
-        cargo = _cargo(request.x, request.topk_weights, None)
-        key = ("redispatch", delivery.layout, *_kind(cargo))
+        payload = _payload(request.x, request.topk_weights, None)
+        key = ("redispatch", delivery.layout, *_kind(payload))
         signature = self._signatures.get(key)
         if signature is None:
-            signature = self.sign(key, "redispatch", layout=CODES[delivery.layout], **_fields(cargo))
-        here = self.station.begin(signature)
-        sms = (request.num_sms or self.tuning(request.shape).dispatch_sms, request.num_sms or self.station.num_sms)
-        return self.dock.along(here, cargo, plan, sms)
+            signature = self.sign(key, "redispatch", layout=CODES[delivery.layout], **_fields(payload))
+        call = self.context.begin(signature)
+        sms = (request.num_sms or self.tuning(request.shape).dispatch_sms, request.num_sms or self.context.num_sms)
+        return self.dispatcher.along(call, payload, plan, sms)
 
     def combine(self, request: CombineRequest) -> Combined:
         """Bring rows home, or fetch them where they lie by expert; each rank adds up its own tokens' rows."""
@@ -160,32 +160,32 @@ class CudaBackend:
                 bytes_of_rows=hidden * y.element_size(),
                 bytes_of_weights=0 if weights is None else 4,
             )
-        here = self.station.begin(signature)
+        call = self.context.begin(signature)
         out = request.out
         if out is None or out.data_ptr() % 16 or overlap(out, y):
             out = torch.empty(plan.num_tokens, hidden, dtype=y.dtype, device=self.device)
         home = None
         if weights is not None:
             home = torch.empty(plan.num_tokens, top_k, dtype=torch.float32, device=self.device)
-        weights_at, kept = (0, None) if weights is None else self.shelf.reachable(here, weights)
-        self._add_up(here, y, Sum(plan, out, _biases(request.biases), home), weights_at, request.num_sms)
+        weights_at, kept = (0, None) if weights is None else self.allocator.reachable(call, weights)
+        self._add_up(call, y, Sum(plan, out, _biases(request.biases), home), weights_at, request.num_sms)
         del kept  # given back on this stream, behind the kernel
         if request.out is not None and request.out is not out:
             request.out.copy_(out)
             out = request.out
         return Combined(out, home)
 
-    def _add_up(self, here: Here, y: Tensor, result: Sum, weights_at: int, num_sms: int | None) -> None:
+    def _add_up(self, call: Call, y: Tensor, result: Sum, weights_at: int, num_sms: int | None) -> None:
         """Launch what brings rows home and adds them up."""
-        plan, shelf, tuned = result.plan, self.shelf, self.combine_tuning(result.plan, y.shape[-1])
+        plan, allocator, tuned = result.plan, self.allocator, self.combine_tuning(result.plan, y.shape[-1])
         if plan.delivery.layout is Layout.ROWS:
-            y, rows_at = aligned(y), shelf.offset(y)
-            room = shelf.room(here, plan.dst_token.shape[0] * y.shape[1] * y.element_size())
+            y, rows_at = aligned(y), allocator.offset(y)
+            room = allocator.room(call, plan.dst_token.shape[0] * y.shape[1] * y.element_size())
             sms = num_sms or (tuned.combine_sms if rows_at else tuned.push_sms)
-            launch.push(self.station, here, result, y, (room.offset, weights_at, rows_at), sms)
+            launch.push(self.context, call, result, y, (room.offset, weights_at, rows_at), sms)
         else:
-            y_at, _kept = shelf.share(here, y, plan, num_sms or self.station.num_sms)
-            launch.pull(self.station, here, result, (y_at, weights_at), num_sms or tuned.combine_sms)
+            y_at, _kept = allocator.share(call, y, plan, num_sms or self.context.num_sms)
+            launch.pull(self.context, call, result, (y_at, weights_at), num_sms or tuned.combine_sms)
 
     def combine_tuning(self, plan: Plan, hidden: int) -> Tuning:
         """SMs of a combine along a plan."""
@@ -195,7 +195,7 @@ class CudaBackend:
             if len(self._combine_tunings) >= _MOST_SIGNATURES:
                 self._combine_tunings.clear()
             shape = MoeShape(key[0] * self.num_ranks, key[1], hidden, max(key[3], 1))
-            found = self._combine_tunings[key] = tune(shape, Topology(self.num_ranks, self.station.num_sms))
+            found = self._combine_tunings[key] = tune(shape, Topology(self.num_ranks, self.context.num_sms))
         return found
 
     # ------------------------------------------------------------------ decode
@@ -212,7 +212,7 @@ class CudaBackend:
 
     def new_traces(self, num_calls: int) -> Tensor:
         """``[num_calls, blocks, TRACE_WORDS]`` int64 zeros: one slice for each call that `record` is to follow."""
-        return torch.zeros(num_calls, self.station.num_sms, TRACE_WORDS, dtype=torch.int64, device=self.device)
+        return torch.zeros(num_calls, self.context.num_sms, TRACE_WORDS, dtype=torch.int64, device=self.device)
 
     def record(self, trace: Tensor | None) -> None:
         """Let the decode calls from now on write down when what happened; None: they do not, which costs nothing.
@@ -228,7 +228,7 @@ class CudaBackend:
     # ------------------------------------------------------------------ what is made once
 
     def _remember(
-        self, key: tuple[Any, ...], cargo: Cargo, shape: MoeShape, delivery: Delivery
+        self, key: tuple[Any, ...], payload: Payload, shape: MoeShape, delivery: Delivery
     ) -> tuple[Signature, Geometry, int]:
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
@@ -241,7 +241,7 @@ class CudaBackend:
             alignment=delivery.alignment,
             device_counts=int(delivery.counts == "device"),
             capacity=delivery.capacity or 0,
-            **_fields(cargo),
+            **_fields(payload),
         )
         found = cuda_plan.geometry(shape, delivery, self.num_ranks)
         known = self._known[key] = (signature, found, self.tuning(shape).dispatch_sms)
@@ -255,11 +255,11 @@ class CudaBackend:
         return signature
 
 
-def _cargo(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | None) -> Cargo:
+def _payload(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | None) -> Payload:
     rows, scale = (x.data, x.scale) if isinstance(x, Quantized) else (x, None)
     if scale is not None and scale.element_size() > 8:  # wider than a lane copies: in bulk, or not at all
         scale = aligned(scale.contiguous())
-    return Cargo(
+    return Payload(
         aligned(rows),
         scale,
         weights,
@@ -269,24 +269,24 @@ def _cargo(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | Non
     )
 
 
-def _kind(cargo: Cargo) -> tuple[Any, ...]:
-    weights, index, scale = cargo.weights, cargo.topk_idx, cargo.scale
+def _kind(payload: Payload) -> tuple[Any, ...]:
+    weights, index, scale = payload.weights, payload.topk_idx, payload.scale
     return (
-        cargo.rows.dtype,
-        cargo.row_bytes,
-        cargo.scale_bytes,
+        payload.rows.dtype,
+        payload.row_bytes,
+        payload.scale_bytes,
         scale is None,
         None if weights is None else weights.shape[1],
         None if index is None else index.dtype,
     )
 
 
-def _fields(cargo: Cargo) -> dict[str, int]:
-    index, weights = cargo.topk_idx, cargo.weights
+def _fields(payload: Payload) -> dict[str, int]:
+    index, weights = payload.topk_idx, payload.weights
     return {
-        "dtype": dtype_code(cargo.rows.dtype),
-        "bytes_of_rows": cargo.row_bytes,
-        "bytes_of_scale": cargo.scale_bytes,
+        "dtype": dtype_code(payload.rows.dtype),
+        "bytes_of_rows": payload.row_bytes,
+        "bytes_of_scale": payload.scale_bytes,
         "bytes_of_weights": 0 if weights is None else 4 * weights.shape[1],
         "bytes_of_topk_idx": 0 if index is None else index.shape[1] * index.element_size(),
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.cuda import launch
-from tokenferry.backends.cuda.context import Here, Station
+from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import CapacityError
 from tokenferry.memory.heap import Block, HeapFull
 from tokenferry.memory.tensor import tensor_at
@@ -21,17 +21,17 @@ _SECTION = 128
 """Sections of a block begin at multiples of this."""
 
 
-class Shelf:
+class SymmetricAllocator:
     """Blocks of one rank's heap for rows that peers write or read."""
 
-    def __init__(self, station: Station) -> None:
-        self._station = station
-        self._heap = station.heap
-        self._base = station.window.base
-        self._end = station.window.base + station.window.num_bytes
-        self._told = False
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._heap = context.heap
+        self._base = context.window.base
+        self._end = context.window.base + context.window.num_bytes
+        self._warned = False
 
-    def block(self, call: str, num_bytes: int, stream: int, capture: int | None = None) -> Block:
+    def block(self, phase: str, num_bytes: int, stream: int, capture: int | None = None) -> Block:
         """A block of the heap; ``capture``: see `Heap.block`.
 
         Raises:
@@ -40,40 +40,40 @@ class Shelf:
         try:
             return self._heap.block(num_bytes or 1, stream, capture)
         except HeapFull as full:
-            raise CapacityError(f"{call}: {full}") from None
+            raise CapacityError(f"{phase}: {full}") from None
 
     def has_room_twice(self, num_bytes: int) -> bool:
         """Whether two blocks of this size are likely to be had."""
         return self._heap.has_room(2 * num_bytes)
 
-    def landing(self, here: Here, num_bytes: int) -> tuple[Block, bool]:
+    def recv_block(self, call: Call, num_bytes: int) -> tuple[Block, bool]:
         """A block for rows to land in, and whether they have to leave it at once.
 
         The last room of the heap is for landing only: a result that stayed there would let nobody else land.
         """
-        heap, block = self._heap, self.room(here, num_bytes)
-        staged = not here.capturing and not heap.has_room(num_bytes)
-        if staged and not self._told:
-            self._told = True
+        heap, block = self._heap, self.room(call, num_bytes)
+        staged = not call.capturing and not heap.has_room(num_bytes)
+        if staged and not self._warned:
+            self._warned = True
             _log.warning(
                 "%s: the heap (%.0f MiB, %.0f MiB free) has no room for another result of %.1f MiB: from now on "
                 "results are copied out of it where that is so; set TOKENFERRY_HEAP_MB higher, or let go of earlier "
                 "results",
-                here.signature.phase,
+                call.signature.phase,
                 heap.num_bytes / 2**20,
                 heap.free_bytes / 2**20,
                 num_bytes / 2**20,
             )
         return block, staged
 
-    def rows(self, call: str, shape: tuple[int, int], dtype: torch.dtype, stream: int) -> tuple[Block, Tensor]:
+    def rows(self, phase: str, shape: tuple[int, int], dtype: torch.dtype, stream: int) -> tuple[Block, Tensor]:
         """Undefined rows in a block of the heap."""
-        block = self.block(call, shape[0] * shape[1] * dtype.itemsize, stream)
+        block = self.block(phase, shape[0] * shape[1] * dtype.itemsize, stream)
         return block, self.tensor(block, 0, shape, dtype)
 
     def tensor(self, block: Block, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A part of a block as a tensor, which keeps the block alive."""
-        return tensor_at(block.address + start, shape, dtype, self._station.device, block)
+        return tensor_at(block.address + start, shape, dtype, self._context.device, block)
 
     def offset(self, tensor: Tensor) -> int:
         """Where in the window a tensor lies that peers can reach; 0: they cannot."""
@@ -81,28 +81,28 @@ class Shelf:
         end = pointer + tensor.numel() * tensor.element_size()
         return pointer - self._base if self._base <= pointer and end <= self._end and pointer % 16 == 0 else 0
 
-    def room(self, here: Here, num_bytes: int) -> Block:
+    def room(self, call: Call, num_bytes: int) -> Block:
         """A block that a call needs while it runs."""
-        return self.block(here.signature.phase, num_bytes, here.stream, None if here.capturing else 0)
+        return self.block(call.signature.phase, num_bytes, call.stream, None if call.capturing else 0)
 
-    def reachable(self, here: Here, tensor: Tensor) -> tuple[int, Block | None]:
+    def reachable(self, call: Call, tensor: Tensor) -> tuple[int, Block | None]:
         """Where peers find a tensor: its offset in the window; it is copied into a block if it lies elsewhere."""
         offset = self.offset(tensor)
         if offset:
             return offset, None
-        block = self.room(here, tensor.numel() * tensor.element_size())
+        block = self.room(call, tensor.numel() * tensor.element_size())
         if tensor.numel():
             self.tensor(block, 0, tuple(tensor.shape), tensor.dtype).copy_(tensor)
         return block.offset, block
 
-    def share(self, here: Here, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None]:
+    def share(self, call: Call, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None]:
         """The same for a plan's rows by expert; of MASKED only those below the counts are copied."""
         if plan.delivery.layout is Layout.EXPERTS or self.offset(y):
-            return self.reachable(here, y)
-        block = self.room(here, y.numel() * y.element_size())
+            return self.reachable(call, y)
+        block = self.room(call, y.numel() * y.element_size())
         y = aligned(y)
         if y.numel():
-            launch.stage(self._station, here, y, block.address, plan, num_sms)
+            launch.stage(self._context, call, y, block.address, plan, num_sms)
         return block.offset, block
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tokenferry.backends.cuda.faults import SIGNATURE_BYTES, Ledger, Pinned, Signature
+from tokenferry.backends.cuda.faults import SIGNATURE_BYTES, FlightRecorder, Pinned, Signature
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
@@ -20,16 +20,16 @@ from tokenferry.memory.streams import CudaStreams
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
 
-_MOST_PREPARED = 512
+_MAX_TEMPLATES = 512
 _HARMLESS = (RoutingError, CapacityError)
 """What does not put ranks out of step: the device found it before anything was sent, or all ranks found it together."""
-_NOBODY = memoryview(bytes(4 * MAX_RANKS)).cast("I")
+_NONE_MASKED = memoryview(bytes(4 * MAX_RANKS)).cast("I")
 _CALL = struct.Struct("<II")
 """``alive`` and ``call`` of params, which lie side by side."""
 
 
 @dataclass(slots=True)
-class Here:
+class Call:
     """One call at work.
 
     Attributes:
@@ -49,7 +49,7 @@ class Here:
     wait_ns: int
 
 
-class Prepared:
+class LaunchTemplate:
     """A kernel, and params in which all that follows from one geometry is filled in.
 
     Attributes:
@@ -96,7 +96,7 @@ class Prepared:
         self.kernel.launch(self.params, grid, self.block, self.smem_bytes, stream)
 
 
-class Station:
+class Context:
     """One rank's place in a CUDA group. One thread at a time.
 
     Args:
@@ -116,11 +116,11 @@ class Station:
         self.jit = jit
         self.heap = window.heap(BOARD_BYTES)
         self.pinned = Pinned(pin=window.device.type == "cuda")
-        self.ledger = Ledger(self.rank)
+        self.flight_recorder = FlightRecorder(self.rank)
         self.masked: set[int] = set()
         self.broken: str | None = None
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.prepared: dict[tuple[Any, ...], Prepared] = {}
+        self.templates: dict[tuple[Any, ...], LaunchTemplate] = {}
         self._driver = Device(self.device.index or 0)
         self._streams = CudaStreams(self._driver)
         self._everybody = (1 << self.num_ranks) - 1
@@ -129,13 +129,13 @@ class Station:
 
     # ------------------------------------------------------------------ one call
 
-    def begin(self, signature: Signature, *, tolerant: bool = False, wait_ns: int = 0) -> Here:
+    def begin(self, signature: Signature, *, tolerant: bool = False, wait_ns: int = 0) -> Call:
         """Number a call, raise what earlier ones met, and put it behind them on the device.
 
         Args:
             signature: What has to be the same on all ranks.
             tolerant: Whether ranks that are masked are left out.
-            wait_ns: See `Here`.
+            wait_ns: See `Call`.
 
         Raises:
             ClosedError: the group was closed or is broken.
@@ -143,25 +143,25 @@ class Station:
         """
         stream, capture = self._join(signature.phase)
         number = self._number = self._number % 0xFFFFFFFF + 1
-        self.ledger.note(number, signature)
+        self.flight_recorder.note(number, signature)
         alive = self._everybody
         if tolerant:
             alive &= ~sum(1 << rank for rank in self.absent())
-        return Here(number, stream, capture != 0, alive, signature, wait_ns)
+        return Call(number, stream, capture != 0, alive, signature, wait_ns)
 
-    def again(self, here: Here) -> Here:
+    def resume(self, call: Call) -> Call:
         """Go on with a call on the current stream, behind what came before; as `begin`, without a new number.
 
         Raises:
             ClosedError: the group was closed or is broken.
             TokenferryError: what a kernel has found since.
         """
-        stream, capture = self._join(here.signature.phase)
-        return Here(here.number, stream, capture != 0, here.alive, here.signature, here.wait_ns)
+        stream, capture = self._join(call.signature.phase)
+        return Call(call.number, stream, capture != 0, call.alive, call.signature, call.wait_ns)
 
     def absent(self) -> frozenset[int]:
         """Ranks that decode calls leave out: by hand, or since a kernel waited for one in vain."""
-        if self.mask_late and self.pinned.masked != _NOBODY:
+        if self.mask_late and self.pinned.masked != _NONE_MASKED:
             self.masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
         return frozenset(self.masked)
 
@@ -170,14 +170,14 @@ class Station:
         """Of the last call."""
         return self._number
 
-    def forgive(self, rank: int) -> bool:
+    def unmask(self, rank: int) -> bool:
         """Stop leaving a rank out; returns whether a kernel had waited for it in vain."""
         lost = self.pinned.masked[rank] != 0
         self.pinned.masked[rank] = 0
         self.masked.discard(rank)
         return lost
 
-    def follow(self, what: str) -> None:
+    def order_after_calls_outside_graphs(self, what: str) -> None:
         """Put the current stream behind all calls, for work that is no call.
 
         Raises:
@@ -185,9 +185,9 @@ class Station:
         """
         if self._streams.capture(self._streams.current()):
             raise ArgumentError(f"{what}: not while a CUDA graph is captured; do it before or afterwards")
-        self.come_behind()
+        self.order_after_calls()
 
-    def come_behind(self) -> tuple[int, int]:
+    def order_after_calls(self) -> tuple[int, int]:
         """Put the current stream behind all calls; raises nothing that they met.
 
         A call in a CUDA graph and one outside are not ordered here: when a graph runs, its user says.
@@ -212,7 +212,7 @@ class Station:
         """Raise what earlier calls met, and put the current stream behind them; returns it and its capture, or 0."""
         if self.broken:
             raise ClosedError(f"{phase}: the group {self.broken}; make a new ExpertGroup")
-        stream, capture = self.come_behind()
+        stream, capture = self.order_after_calls()
         if self.pinned.faulty and not capture:  # a call that is captured runs later, if at all
             self.raise_fault()
         return stream, capture
@@ -225,7 +225,7 @@ class Station:
         """
         if not self.pinned.faulty:
             return
-        error = self.ledger.explain(self.pinned.take_record())
+        error = self.flight_recorder.explain(self.pinned.take_record())
         if isinstance(error, _HARMLESS):
             self._go_on()
         else:
@@ -234,12 +234,12 @@ class Station:
 
     def _go_on(self) -> None:
         """Let calls from now on run again: those behind one that came to nothing come to nothing, too."""
-        self.come_behind()
+        self.order_after_calls()
         stopped = self.window.base + BOARD_AT["stopped"]
         bytes_at(stopped, 4, self.device, self.window).zero_()  # in the order of the stream: behind all of them
 
     @contextmanager
-    def all_or_nothing(self, *harmless: type[BaseException]) -> Iterator[None]:
+    def breaking_off(self, *harmless: type[BaseException]) -> Iterator[None]:
         """Something that peers wait for: if it ends early, by an interrupt, too, the group is at an end."""
         try:
             yield
@@ -252,7 +252,7 @@ class Station:
         """The group is at an end: its ranks may be out of step."""
         self.broken = f"is broken by an earlier {type(error).__name__}: {error}"
 
-    def wait_for_counts(self, here: Here) -> None:
+    def wait_for_counts(self, call: Call) -> None:
         """Wait until the host words of a dispatch are here; other threads run meanwhile.
 
         Raises:
@@ -260,13 +260,13 @@ class Station:
         """
         # A kernel ahead may take two deadlines before it says for whom it waited (kernels/push); then comes this one.
         waited_s = 3 * self.timeout_s
-        if not self.pinned.wait_for_ticket(here.number, waited_s):
-            phase = here.signature.phase
+        if not self.pinned.wait_for_call_number(call.number, waited_s):
+            phase = call.signature.phase
             error = PeerTimeout(
-                f"{phase} #{here.number}: rank {self.rank} waited {waited_s:.1f} s for its own stream, which has "
+                f"{phase} #{call.number}: rank {self.rank} waited {waited_s:.1f} s for its own stream, which has "
                 "not come to this call; work that was queued before it does not end",
                 phase=phase,
-                call=here.number,
+                call=call.number,
                 rank=self.rank,
                 peers=(self.rank,),
                 waited_s=waited_s,
@@ -289,30 +289,30 @@ class Station:
 
     # ------------------------------------------------------------------ kernels
 
-    def prepare(self, key: tuple[Any, ...], spec: KernelSpec, **config: int) -> Prepared:
-        """Params for a new geometry, kept under ``key`` in ``prepared``, with all that never changes filled in."""
-        prepared = Prepared(self.jit.kernel(spec, **config))
-        params = prepared.params
+    def new_template(self, key: tuple[Any, ...], spec: KernelSpec, **config: int) -> LaunchTemplate:
+        """Params for a new geometry, kept under ``key`` in ``templates``, with all that never changes filled in."""
+        template = LaunchTemplate(self.jit.kernel(spec, **config))
+        params = template.params
         for rank, base in enumerate(self.window.bases):
             params.windows[rank] = base
         params.record = self.pinned.record_address
         params.timeout_ns = int(self.timeout_s * 1e9)
         params.rank = self.rank
         params.num_ranks = self.num_ranks
-        if len(self.prepared) >= _MOST_PREPARED:
-            self.prepared.clear()
-        self.prepared[key] = prepared
-        return prepared
+        if len(self.templates) >= _MAX_TEMPLATES:
+            self.templates.clear()
+        self.templates[key] = template
+        return template
 
-    def address(self, prepared: Prepared, here: Here) -> None:
+    def address(self, template: LaunchTemplate, call: Call) -> None:
         """Fill in what belongs to the call: its number, who takes part, and the signature on the card."""
-        view, signature = prepared.view, here.signature
-        _CALL.pack_into(view, prepared.call, here.alive, here.number)
-        if prepared.signature is not signature:
-            prepared.signature = signature
-            view[prepared.card : prepared.card + SIGNATURE_BYTES] = signature.card
-        if prepared.wait_ns != here.wait_ns:
-            prepared.wait_ns = prepared.params.wait_ns = here.wait_ns
+        view, signature = template.view, call.signature
+        _CALL.pack_into(view, template.call, call.alive, call.number)
+        if template.signature is not signature:
+            template.signature = signature
+            view[template.card : template.card + SIGNATURE_BYTES] = signature.card
+        if template.wait_ns != call.wait_ns:
+            template.wait_ns = template.params.wait_ns = call.wait_ns
 
     def warmup(self) -> None:
         """Compile and load every kernel."""

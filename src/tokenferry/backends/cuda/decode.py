@@ -13,12 +13,12 @@ from torch import Tensor
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cpu.exchange import dtype_code
 from tokenferry.backends.cpu.routing import without
-from tokenferry.backends.cuda.buffers import Shelf, aligned, overlap
-from tokenferry.backends.cuda.context import Here, Prepared, Station
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.faults import Signature
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
-from tokenferry.backends.cuda.workspace import Exchange, Region, Regions
+from tokenferry.backends.cuda.workspace import Exchange, Workspace, Workspaces
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.kernels.collect import spec as collect_spec
 from tokenferry.kernels.describe import TYPES
@@ -39,18 +39,18 @@ _SCALES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
 
 
 @dataclass(slots=True, eq=False)
-class Receipt:
+class PendingRecv:
     """The second half of a call that has been sent.
 
     Attributes:
-        here: The call.
+        call: The call.
         launch: Enqueues what receives.
         tensors: What that writes.
         done: Whether it has been enqueued.
     """
 
-    here: Here
-    launch: Callable[[Here], None]
+    call: Call
+    launch: Callable[[Call], None]
     tensors: tuple[Tensor | None, ...]
     done: bool = False
 
@@ -62,11 +62,11 @@ class Channel:
     every rank: where its hook has not been called, it is as if it was called now.
     """
 
-    def __init__(self, station: Station) -> None:
-        self._station = station
-        self._last: deque[Receipt | None] = deque(maxlen=2)
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._last: deque[PendingRecv | None] = deque(maxlen=2)
 
-    def make_room(self, here: Here) -> None:
+    def make_room(self, call: Call) -> None:
         """Receive what the next send will overwrite.
 
         Raises:
@@ -75,81 +75,81 @@ class Channel:
         if len(self._last) < 2 or self._last[0] is None or self._last[0].done:
             return
         owed = self._last[0]
-        if here.capturing and not owed.here.capturing:
+        if call.capturing and not owed.call.capturing:
             raise ArgumentError(
-                f"{here.signature.phase}: the hook of an earlier {owed.here.signature.phase} has to be called before a "
+                f"{call.signature.phase}: the hook of an earlier {owed.call.signature.phase} has to be called before a "
                 "CUDA graph is captured"
             )
-        if here.capturing == owed.here.capturing:  # a hook that a capture forgot stays forgotten
+        if call.capturing == owed.call.capturing:  # a hook that a capture forgot stays forgotten
             self.receive(owed)
 
-    def sent(self, receipt: Receipt | None) -> None:
+    def sent(self, pending: PendingRecv | None) -> None:
         """Note a send; None: it was received by the same kernel."""
-        self._last.append(receipt)
+        self._last.append(pending)
 
     def receive_open(self) -> None:
         """Enqueue what is owed, but for what a capture forgot."""
-        for receipt in tuple(self._last):
-            if receipt is not None and not receipt.done and not receipt.here.capturing:
-                self.receive(receipt)
+        for pending in tuple(self._last):
+            if pending is not None and not pending.done and not pending.call.capturing:
+                self.receive(pending)
 
     def forget(self) -> None:
         """Owe nothing any more: hooks that have not been called do nothing."""
-        for receipt in self._last:
-            if receipt is not None:
-                receipt.done, receipt.tensors = True, ()
+        for pending in self._last:
+            if pending is not None:
+                pending.done, pending.tensors = True, ()
         self._last.clear()
 
-    def receive(self, receipt: Receipt) -> None:
+    def receive(self, pending: PendingRecv) -> None:
         """Enqueue the second half of a call, once.
 
         Raises:
             ArgumentError: it was sent inside of a capture and is received outside of it, or the other way round.
         """
-        if receipt.done:
-            self._station.come_behind()  # a later call has received it, perhaps on another stream
+        if pending.done:
+            self._context.order_after_calls()  # a later call has received it, perhaps on another stream
             return
-        before = receipt.here
-        here = self._station.again(before)
-        if here.capturing != before.capturing:
+        before = pending.call
+        call = self._context.resume(before)
+        if call.capturing != before.capturing:
             raise ArgumentError(
                 f"{before.signature.phase}: hook: a CUDA graph has to capture both the call and its hook, or neither"
             )
-        if here.stream != before.stream and not here.capturing and self._station.device.type == "cuda":
-            stream = torch.cuda.current_stream(self._station.device)
-            for tensor in receipt.tensors:
+        if call.stream != before.stream and not call.capturing and self._context.device.type == "cuda":
+            stream = torch.cuda.current_stream(self._context.device)
+            for tensor in pending.tensors:
                 if tensor is not None:
                     tensor.record_stream(stream)
-        receipt.launch(here)
-        receipt.done, receipt.tensors = True, ()
+        pending.launch(call)
+        pending.done, pending.tensors = True, ()
 
 
 class Decoder:
     """Decode calls of one rank.
 
     Args:
-        station: This rank's.
-        shelf: Where blocks come from.
+        context: This rank's.
+        allocator: Where blocks come from.
         key: Of the group, for plans.
-        exchange: Collective; makes regions.
+        exchange: Collective; makes workspaces.
 
     Attributes:
         trace: ``[blocks, TRACE_WORDS]`` int64 zeros, to which calls write when what happened; None: they do not.
     """
 
-    def __init__(self, station: Station, shelf: Shelf, key: str, exchange: Exchange) -> None:
-        self._station = station
+    def __init__(self, context: Context, allocator: SymmetricAllocator, key: str, exchange: Exchange) -> None:
+        self._context = context
         self._key = key
-        self.regions = Regions(station, shelf, exchange)
-        self._channels = (Channel(station), Channel(station))
+        self.workspaces = Workspaces(context, allocator, exchange)
+        self._channels = (Channel(context), Channel(context))
         self._signatures: dict[tuple[object, ...], Signature] = {}
         self.trace: Tensor | None = None
 
     def forget(self) -> None:
-        """As if nothing were under way: receipts and regions."""
+        """As if nothing were under way: receipts and workspaces."""
         for channel in self._channels:
             channel.forget()
-        self.regions.clear()
+        self.workspaces.clear()
 
     def receive_open(self) -> None:
         """As if all open hooks were called now."""
@@ -160,38 +160,38 @@ class Decoder:
 
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
         """Send; receive, or return what will."""
-        station, shape, stats = self._station, request.shape, request.stats
-        check_limits(shape, station.num_ranks)
+        context, shape, stats = self._context, request.shape, request.stats
+        check_limits(shape, context.num_ranks)
         x, weights = aligned(request.x), request.routing.topk_weights
         weights = None if weights is None else weights.contiguous()
-        topk_idx = without(request.routing.topk_idx, station.absent(), shape.num_experts // station.num_ranks)
+        topk_idx = without(request.routing.topk_idx, context.absent(), shape.num_experts // context.num_ranks)
         topk_idx = topk_idx.contiguous()
         signature = self._dispatch_signature(request, x, topk_idx, weights is not None)
-        here = station.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
-        region = self.regions.fitting(here, shape, x.element_size())
+        call = context.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
+        workspace = self.workspaces.fitting(call, shape, x.element_size())
         channel = self._channels[0]
-        channel.make_room(here)
+        channel.make_room(call)
         result = self._results(shape, topk_idx, request, weights is not None)
         choices = prepared_choices(topk_idx, shape.num_experts)
-        prepared = self._prepared_spread(region, shape, x, topk_idx, request)
+        template = self._dispatch_template(workspace, shape, x, topk_idx, request)
         plan, rows = result.plan, result.x
         data, scale = (rows.data, rows.scale) if isinstance(rows, Quantized) else (rows, None)
         pointers = (
             x.data_ptr(), topk_idx.data_ptr(), address(weights), address(choices), data.data_ptr(), address(scale),
             result.expert_counts.data_ptr(), address(stats.received), plan.src_token.data_ptr(),
-            plan.src_range.data_ptr(), address(plan.row_weights), address(plan.table), station.pinned.masked_address,
+            plan.src_range.data_ptr(), address(plan.row_weights), address(plan.table), context.pinned.masked_address,
             address(self.trace),
         )  # fmt: skip
 
-        def launch(phases: int, at: Here, _kept: Region = region) -> None:
-            station.address(prepared, at)
-            _SPREAD.pack_into(prepared.view, prepared.first + 64, *pointers)
-            _SIZES.pack_into(prepared.view, type(prepared.params).num_tokens.offset, topk_idx.shape[0], phases)
-            prepared.launch(self.num_blocks, at.stream)
+        def launch(phases: int, at: Call, _kept: Workspace = workspace) -> None:
+            context.address(template, at)
+            _SPREAD.pack_into(template.view, template.first + 64, *pointers)
+            _SIZES.pack_into(template.view, type(template.params).num_tokens.offset, topk_idx.shape[0], phases)
+            template.launch(self.num_blocks, at.stream)
 
         kept = (x, topk_idx, weights, choices, data, scale, plan.table, stats.received, stats.wait_ns, plan.row_weights)
         outputs = (*kept, result.expert_counts, plan.src_token, plan.src_range)
-        hook = self._go(channel, here, launch, outputs, return_hook=request.return_hook)
+        hook = self._go(channel, call, launch, outputs, return_hook=request.return_hook)
         return DecodeDispatched(rows, result.expert_counts, plan, hook)
 
     def _dispatch_signature(
@@ -217,7 +217,7 @@ class Decoder:
         self, shape: MoeShape, topk_idx: Tensor, request: DecodeDispatchRequest, weighted: bool
     ) -> DecodeDispatched:
         """Undefined results."""
-        device, R, H = self._station.device, self._station.num_ranks, shape.hidden
+        device, R, H = self._context.device, self._context.num_ranks, shape.hidden
         L, room = shape.num_experts // R, R * shape.max_tokens
         if request.fp8 is None:
             x: Tensor | Quantized = torch.empty(L, room, H, dtype=request.x.dtype, device=device)
@@ -239,20 +239,20 @@ class Decoder:
         )
         return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, None)
 
-    def _prepared_spread(
-        self, region: Region, shape: MoeShape, x: Tensor, topk_idx: Tensor, request: DecodeDispatchRequest
-    ) -> Prepared:
-        station, fp8 = self._station, request.fp8
+    def _dispatch_template(
+        self, workspace: Workspace, shape: MoeShape, x: Tensor, topk_idx: Tensor, request: DecodeDispatchRequest
+    ) -> LaunchTemplate:
+        context, fp8 = self._context, request.fp8
         weighted = request.routing.topk_weights is not None
-        key = (spread_spec.SPEC, region.number, shape, x.dtype, fp8, topk_idx.dtype, weighted)
-        found = station.prepared.get(key)
+        key = (spread_spec.SPEC, workspace.number, shape, x.dtype, fp8, topk_idx.dtype, weighted)
+        found = context.templates.get(key)
         if found is not None:
             return found
         kind = spread_spec.RAW if fp8 is None else TYPES[x.dtype]
-        found = station.prepare(key, spread_spec.SPEC, type=kind)
-        p, num_local = found.params, shape.num_experts // station.num_ranks
-        self._fill_region(found, region, region.rows_at, region.sizes.rows)
-        p.notes_at, p.notes_stride, p.words_stride = region.notes_at, region.sizes.notes, region.sizes.words
+        found = context.new_template(key, spread_spec.SPEC, type=kind)
+        p, num_local = found.params, shape.num_experts // context.num_ranks
+        self._fill_workspace(found, workspace, workspace.rows_at, workspace.sizes.rows)
+        p.notes_at, p.notes_stride, p.words_stride = workspace.notes_at, workspace.sizes.notes, workspace.sizes.words
         p.max_tokens, p.top_k, p.num_local, p.columns = shape.max_tokens, shape.top_k, num_local, shape.hidden
         p.row_units = shape.hidden * (x.element_size() if fp8 is None else 1) // 16
         p.scale_units = 0 if fp8 is None else -(-shape.hidden // 512)
@@ -260,7 +260,7 @@ class Decoder:
         p.wide, p.weighted = int(topk_idx.dtype is torch.int64), int(weighted)
         found.block = spread_spec.THREADS
         found.smem_bytes = spread_spec.smem_bytes(
-            shape.max_tokens * shape.top_k, shape.num_experts, station.num_ranks, shape.max_tokens
+            shape.max_tokens * shape.top_k, shape.num_experts, context.num_ranks, shape.max_tokens
         )
         return found
 
@@ -268,13 +268,13 @@ class Decoder:
 
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """Send the rows home; receive the sums, or return what will."""
-        station, plan, stats = self._station, request.plan, request.stats
+        context, plan, stats = self._context, request.plan, request.stats
         y, H = aligned(request.y), request.y.shape[-1]
         table, weights = plan.table, plan.topk_weights
         assert table is not None
         assert weights is not None
         topk_idx, weights = plan.topk_idx, weights.contiguous()
-        shape = MoeShape(plan.num_experts, topk_idx.shape[1], H, y.shape[1] // station.num_ranks)
+        shape = MoeShape(plan.num_experts, topk_idx.shape[1], H, y.shape[1] // context.num_ranks)
         key = (1, shape, y.dtype, request.fast, request.encoding)
         signature = self._signatures.get(key)
         if signature is None:
@@ -285,83 +285,83 @@ class Decoder:
                 dtype=dtype_code(y.dtype),
                 bytes_of_rows=H * y.element_size(),
             )
-        here = station.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
-        region = self.regions.fitting(here, shape, y.element_size())
+        call = context.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
+        workspace = self.workspaces.fitting(call, shape, y.element_size())
         channel = self._channels[1]
-        channel.make_room(here)
-        prepared = self._prepared_collect(region, shape, y, topk_idx, request)
+        channel.make_room(call)
+        template = self._combine_template(workspace, shape, y, topk_idx, request)
         out = request.out
         if out is None or out.data_ptr() % 16 or overlap(out, y):
-            out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=station.device)
-        ticket = torch.empty(2, dtype=torch.int32, device=station.device) if request.return_hook else None
+            out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=context.device)
+        ticket = torch.empty(2, dtype=torch.int32, device=context.device) if request.return_hook else None
         pointers = (
             y.data_ptr(), out.data_ptr(), topk_idx.data_ptr(), weights.data_ptr(), address(plan.row_weights),
-            table.data_ptr(), address(ticket), station.pinned.masked_address, address(self.trace),
+            table.data_ptr(), address(ticket), context.pinned.masked_address, address(self.trace),
         )  # fmt: skip
 
-        def launch(phases: int, at: Here, _kept: Region = region) -> None:
-            station.address(prepared, at)
-            _COLLECT.pack_into(prepared.view, prepared.first + 64, *pointers)
-            _SIZES.pack_into(prepared.view, type(prepared.params).num_tokens.offset, plan.num_tokens, phases)
-            prepared.launch(self.num_blocks, at.stream)
+        def launch(phases: int, at: Call, _kept: Workspace = workspace) -> None:
+            context.address(template, at)
+            _COLLECT.pack_into(template.view, template.first + 64, *pointers)
+            _SIZES.pack_into(template.view, type(template.params).num_tokens.offset, plan.num_tokens, phases)
+            template.launch(self.num_blocks, at.stream)
             if phases & RECEIVE and request.out is not None and request.out is not out:
                 request.out.copy_(out)
 
         kept = (y, out, topk_idx, weights, plan.row_weights, table, ticket, stats.wait_ns)
-        hook = self._go(channel, here, launch, kept, return_hook=request.return_hook)
+        hook = self._go(channel, call, launch, kept, return_hook=request.return_hook)
         return DecodeCombined(out if request.out is None else request.out, hook)
 
-    def _prepared_collect(
-        self, region: Region, shape: MoeShape, y: Tensor, topk_idx: Tensor, request: DecodeCombineRequest
-    ) -> Prepared:
-        station = self._station
-        key = (collect_spec.SPEC, region.number, shape, y.dtype, topk_idx.dtype, request.fast, request.encoding)
-        found = station.prepared.get(key)
+    def _combine_template(
+        self, workspace: Workspace, shape: MoeShape, y: Tensor, topk_idx: Tensor, request: DecodeCombineRequest
+    ) -> LaunchTemplate:
+        context = self._context
+        key = (collect_spec.SPEC, workspace.number, shape, y.dtype, topk_idx.dtype, request.fast, request.encoding)
+        found = context.templates.get(key)
         if found is not None:
             return found
-        found = station.prepare(
+        found = context.new_template(
             key, collect_spec.SPEC, type=TYPES[y.dtype], fast=int(request.fast), encoding=int(request.encoding)
         )
         p = found.params
-        self._fill_region(found, region, region.answers_at, region.sizes.answers)
+        self._fill_workspace(found, workspace, workspace.answers_at, workspace.sizes.answers)
         p.max_tokens, p.top_k, p.columns = shape.max_tokens, shape.top_k, shape.hidden
-        p.num_local = shape.num_experts // station.num_ranks
+        p.num_local = shape.num_experts // context.num_ranks
         p.wide = int(topk_idx.dtype is torch.int64)
         found.block = collect_spec.THREADS
         return found
 
     # ------------------------------------------------------------------ both
 
-    def _fill_region(self, prepared: Prepared, region: Region, at: int, stride: int) -> None:
-        p = prepared.params
-        for rank, start in enumerate(region.addresses):
-            p.regions[rank] = start
+    def _fill_workspace(self, template: LaunchTemplate, workspace: Workspace, at: int, stride: int) -> None:
+        p = template.params
+        for rank, start in enumerate(workspace.addresses):
+            p.workspaces[rank] = start
         p.packets_at, p.packets_stride = at, stride
-        p.mask_late = int(self._station.mask_late)
+        p.mask_late = int(self._context.mask_late)
 
     @property
     def num_blocks(self) -> int:
         """Blocks of a launch: one on each SM."""
-        return max(2, self._station.num_sms)
+        return max(2, self._context.num_sms)
 
     def _go(
         self,
         channel: Channel,
-        here: Here,
-        launch: Callable[[int, Here], None],
+        call: Call,
+        launch: Callable[[int, Call], None],
         tensors: tuple[Tensor | None, ...],
         *,
         return_hook: bool,
     ) -> Callable[[], None] | None:
         """Send and receive, or only send and return the hook that receives."""
         if not return_hook:
-            launch(SEND | RECEIVE, here)
+            launch(SEND | RECEIVE, call)
             channel.sent(None)
             return None
-        launch(SEND, here)
-        receipt = Receipt(here, lambda at: launch(RECEIVE, at), tensors)
-        channel.sent(receipt)
-        return lambda: channel.receive(receipt)
+        launch(SEND, call)
+        pending = PendingRecv(call, lambda at: launch(RECEIVE, at), tensors)
+        channel.sent(pending)
+        return lambda: channel.receive(pending)
 
 
 def check_limits(shape: MoeShape, num_ranks: int) -> None:

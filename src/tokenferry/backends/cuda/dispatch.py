@@ -7,9 +7,9 @@ from torch import Tensor
 
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.buffers import Shelf, ends
-from tokenferry.backends.cuda.context import Here, Station
-from tokenferry.backends.cuda.launch import MASKED, Cargo, Delivered, Landing, Tables
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, ends
+from tokenferry.backends.cuda.context import Call, Context
+from tokenferry.backends.cuda.launch import MASKED, Delivered, Payload, RecvOffsets, Tables
 from tokenferry.backends.cuda.plan import Counts, Geometry
 from tokenferry.errors import TokenferryError
 from tokenferry.memory.heap import Block
@@ -21,97 +21,99 @@ _Parts = tuple[Block, Block, tuple[int, ...], tuple[int, ...], bool]
 """Block of rows, block of the plan, starts of rows, scales and weights, ends of ids and src_token, whether staged."""
 
 
-class Dock:
+class Dispatcher:
     """Where one rank's rows land.
 
     Args:
-        station: This rank's.
-        shelf: Where blocks come from.
+        context: This rank's.
+        allocator: Where blocks come from.
         key: Of the group, for plans.
     """
 
-    def __init__(self, station: Station, shelf: Shelf, key: str) -> None:
-        self._station = station
-        self._shelf = shelf
+    def __init__(self, context: Context, allocator: SymmetricAllocator, key: str) -> None:
+        self._context = context
+        self._allocator = allocator
         self._key = key
         self._no_row_idx: dict[int, Tensor] = {}
 
-    def along(self, here: Here, cargo: Cargo, plan: Plan, sms: Sms) -> Dispatched:
+    def along(self, call: Call, payload: Payload, plan: Plan, sms: Sms) -> Dispatched:
         """Move rows along a plan, and unpack them."""
         delivery = plan.delivery
         K, L = plan.topk_idx.shape[1], plan.expert_counts.shape[0]
         D = plan.num_delivered
-        rows_end, scale_end, end = _data_ends(cargo, D, 1 if delivery.layout is not Layout.ROWS else K)
-        block, staged = self._shelf.landing(here, end)
-        landing = Landing(block.offset, block.offset + rows_end, block.offset + scale_end)
+        rows_end, scale_end, end = _data_ends(payload, D, 1 if delivery.layout is not Layout.ROWS else K)
+        block, staged = self._allocator.recv_block(call, end)
+        recv = RecvOffsets(block.offset, block.offset + rows_end, block.offset + scale_end)
         route = (plan.places, plan.dst_counts, plan.src_counts)
         by_expert = delivery.layout is not Layout.ROWS
-        launch.move(self._station, here, cargo, route, (K, L, by_expert), landing, sms[0])
+        launch.move(self._context, call, payload, route, (K, L, by_expert), recv, sms[0])
         if by_expert:
-            self._unpack(here, cargo, landing, plan, (plan.row_idx.data_ptr(), D), sms[1])
+            self._unpack(call, payload, recv, plan, (plan.row_idx.data_ptr(), D), sms[1])
         offsets, host_counts = None, plan.host_counts
         if delivery.layout is Layout.EXPERTS:
             padded = (plan.expert_counts + delivery.alignment - 1) // delivery.alignment * delivery.alignment
             offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
         if host_counts is None and delivery.counts == "host":
             host_counts = tuple(plan.expert_counts.tolist())
-        return self._dispatched(block, cargo, plan, (0, rows_end, scale_end), (offsets, host_counts, staged))
+        return self._dispatched(block, payload, plan, (0, rows_end, scale_end), (offsets, host_counts, staged))
 
     def first(
-        self, here: Here, cargo: Cargo, found: Geometry, sms: Sms, src_expert: Tensor | None = None
+        self, call: Call, payload: Payload, found: Geometry, sms: Sms, src_expert: Tensor | None = None
     ) -> Dispatched:
         """Make a plan and move rows along it; they bring the peers' half of the plan, too.
 
         Where the heap has room for the worst case, rows move at once, and the host learns their number meanwhile. Else
         it waits for the counts first, and takes what they need.
         """
-        index, delivery, station = cargo.topk_idx, found.delivery, self._station
+        index, delivery, context = payload.topk_idx, found.delivery, self._context
         assert index is not None
         num_tokens = index.shape[0]
         counts = cuda_plan.at_most(found, num_tokens)
         asks = delivery.counts == "host"
-        waits = asks and not self._shelf.has_room_twice(_worst_bytes(cargo, found))
-        parts = None if waits else self._take(here, cargo, found, counts)  # nothing is sent yet if this fails
-        tables = cuda_plan.start(station, here, index, found, sms[0], src_expert)
-        if waits or (found.space.tight and not here.capturing):
-            with station.all_or_nothing(TokenferryError):  # those that `wait` raises are dealt with there
-                exact = cuda_plan.wait(station, here, found)
+        waits = asks and not self._allocator.has_room_twice(_worst_bytes(payload, found))
+        parts = None if waits else self._take(call, payload, found, counts)  # nothing is sent yet if this fails
+        tables = cuda_plan.start(context, call, index, found, sms[0], src_expert)
+        if waits or (found.space.tight and not call.capturing):
+            with context.breaking_off(TokenferryError):  # those that `wait` raises are dealt with there
+                exact = cuda_plan.wait(context, call, found)
             counts = exact if asks else counts
-        with station.all_or_nothing():  # peers wait for this rank's rows by now
-            parts = parts or self._take(here, cargo, found, counts)
-            self._move_first(here, cargo, found, (tables, counts, parts), sms)
+        with context.breaking_off():  # peers wait for this rank's rows by now
+            parts = parts or self._take(call, payload, found, counts)
+            self._move_first(call, payload, found, (tables, counts, parts), sms)
         if asks and counts.host is None:
-            counts = cuda_plan.wait(station, here, found)
-        return self._first_dispatched(cargo, found, tables, counts, parts)
+            counts = cuda_plan.wait(context, call, found)
+        return self._first_dispatched(payload, found, tables, counts, parts)
 
-    def _take(self, here: Here, cargo: Cargo, found: Geometry, counts: Counts) -> _Parts:
+    def _take(self, call: Call, payload: Payload, found: Geometry, counts: Counts) -> _Parts:
         """Blocks for what comes.
 
         Raises:
             CapacityError: the heap is full.
         """
-        index = cargo.topk_idx
+        index = payload.topk_idx
         assert index is not None
         N, K, by_expert = counts.received, index.shape[1], found.by_expert
         ids_end, token_end, end = ends(N * K * index.element_size(), N * 8, N * K * 8 if by_expert else 0)
-        small = self._shelf.room(here, end)
+        small = self._allocator.room(call, end)
         # Rows last: where N turns out smaller, what is behind them goes back.
         D = counts.delivered
         weights_end, scale_end, end = ends(
-            0 if cargo.weights is None else D * 4 * (1 if by_expert else K), D * cargo.scale_bytes, D * cargo.row_bytes
+            0 if payload.weights is None else D * 4 * (1 if by_expert else K),
+            D * payload.scale_bytes,
+            D * payload.row_bytes,
         )
-        block, staged = self._shelf.landing(here, end)
+        block, staged = self._allocator.recv_block(call, end)
         return block, small, (scale_end, weights_end, 0), (ids_end, token_end), staged
 
     def _move_first(
-        self, here: Here, cargo: Cargo, found: Geometry, planned: tuple[Tables, Counts, _Parts], sms: Sms
+        self, call: Call, payload: Payload, found: Geometry, planned: tuple[Tables, Counts, _Parts], sms: Sms
     ) -> None:
         """Launch what brings the rows, and the peers' half of the plan."""
         tables, counts, (block, small, starts, (ids_end, token_end), _) = planned
-        index = cargo.topk_idx
+        index = payload.topk_idx
         assert index is not None
         K, by_expert = index.shape[1], found.by_expert
-        landing = Landing(
+        recv = RecvOffsets(
             block.offset + starts[0],
             block.offset + starts[1],
             block.offset + starts[2],
@@ -120,23 +122,23 @@ class Dock:
             small.offset + token_end,
         )
         route = (tables.places, tables.dst_counts, tables.src_counts)
-        launch.move(self._station, here, cargo, route, (K, found.num_local, by_expert), landing, sms[0])
+        launch.move(self._context, call, payload, route, (K, found.num_local, by_expert), recv, sms[0])
         if by_expert:
             exact = found.delivery.counts == "host" and found.layout != MASKED
             rows = (small.address + token_end, 0 if exact else counts.delivered)
-            self._unpack(here, cargo, landing, (tables, found), rows, sms[1])
+            self._unpack(call, payload, recv, (tables, found), rows, sms[1])
 
     def _unpack(
         self,
-        here: Here,
-        cargo: Cargo,
-        landing: Landing,
+        call: Call,
+        payload: Payload,
+        recv: RecvOffsets,
         plan: Plan | tuple[Tables, Geometry],
         rows: tuple[int, int],
         num_sms: int,
     ) -> None:
         """Launch `unpack` for rows that have landed; ``rows``: address of row_idx, rows in all (0: see `Delivered`)."""
-        base = self._station.window.base
+        base = self._context.window.base
         if isinstance(plan, Plan):
             delivery, K = plan.delivery, plan.topk_idx.shape[1]
             src_counts, expert_counts = plan.src_counts, plan.expert_counts
@@ -144,37 +146,37 @@ class Dock:
             capacity = plan.num_delivered // expert_counts.shape[0] if masked else 0
         else:
             tables, found = plan
-            assert cargo.topk_idx is not None
-            delivery, K, capacity = found.delivery, cargo.topk_idx.shape[1], found.masked_capacity
+            assert payload.topk_idx is not None
+            delivery, K, capacity = found.delivery, payload.topk_idx.shape[1], found.masked_capacity
             src_counts, expert_counts = tables.src_counts, tables.expert_counts
         delivered = Delivered(
-            base + landing.rows,
-            base + landing.scale if cargo.scale_bytes else 0,
-            0 if cargo.weights is None else base + landing.weights,
+            base + recv.rows,
+            base + recv.scale if payload.scale_bytes else 0,
+            0 if payload.weights is None else base + recv.weights,
             rows[1],
-            cargo.row_bytes,
-            cargo.scale_bytes,
+            payload.row_bytes,
+            payload.scale_bytes,
             delivery.alignment,
             capacity,
             delivery.zero_padding,
         )
-        launch.unpack(self._station, here, delivered, (rows[0], K, src_counts, expert_counts), num_sms)
+        launch.unpack(self._context, call, delivered, (rows[0], K, src_counts, expert_counts), num_sms)
 
     def _first_dispatched(
-        self, cargo: Cargo, found: Geometry, tables: Tables, counts: Counts, parts: _Parts
+        self, payload: Payload, found: Geometry, tables: Tables, counts: Counts, parts: _Parts
     ) -> Dispatched:
         """Wrap a first delivery, and give back what the worst case took too much."""
         block, small, starts, (ids_end, token_end), staged = parts
-        index = cargo.topk_idx
+        index = payload.topk_idx
         assert index is not None
-        N, K, shelf = counts.received, index.shape[1], self._shelf
+        N, K, allocator = counts.received, index.shape[1], self._allocator
         dst_token, row_idx = tables.dst_token, self._no_row_idx.get(K)
         if counts.host is not None:  # else there is as much as there was room for
             small.trim(token_end + (N * K * 8 if found.by_expert else 0))
-            block.trim(starts[0] + counts.delivered * cargo.row_bytes)
+            block.trim(starts[0] + counts.delivered * payload.row_bytes)
             dst_token = dst_token[: counts.sent]
         if found.by_expert:
-            row_idx = shelf.tensor(small, token_end, (N, K), torch.int64)
+            row_idx = allocator.tensor(small, token_end, (N, K), torch.int64)
         elif row_idx is None:
             row_idx = self._no_rows(K)
         plan = Plan(
@@ -185,41 +187,41 @@ class Dock:
             counts.delivered,
             dst_token,
             tables.dst_counts,
-            shelf.tensor(small, ids_end, (N,), torch.int64),
+            allocator.tensor(small, ids_end, (N,), torch.int64),
             tables.src_counts,
-            shelf.tensor(small, 0, (N, K), index.dtype),
+            allocator.tensor(small, 0, (N, K), index.dtype),
             row_idx,
             tables.expert_counts,
             tables.places,
             counts.host,
         )
-        return self._dispatched(block, cargo, plan, starts, (tables.expert_offsets, counts.host, staged))
+        return self._dispatched(block, payload, plan, starts, (tables.expert_offsets, counts.host, staged))
 
     def _no_rows(self, top_k: int) -> Tensor:
         """What `Plan.row_idx` is for ROWS: there is nothing in it, so that all plans share it."""
         with torch.inference_mode(False):  # else no plan with it could be saved for a backward
-            made = torch.empty(0, top_k, dtype=torch.int64, device=self._station.device)
+            made = torch.empty(0, top_k, dtype=torch.int64, device=self._context.device)
         self._no_row_idx[top_k] = made
         return made
 
     def _dispatched(
         self,
         block: Block,
-        cargo: Cargo,
+        payload: Payload,
         plan: Plan,
         starts: tuple[int, ...],
         more: tuple[Tensor | None, tuple[int, ...] | None, bool],
     ) -> Dispatched:
         """Tensors over what landed in a block; ``starts`` of rows, scales, weights."""
         offsets, host_counts, staged = more
-        D, shelf, by_rows = plan.num_delivered, self._shelf, plan.delivery.layout is Layout.ROWS
-        rows = shelf.tensor(block, starts[0], (D, cargo.rows.shape[1]), cargo.rows.dtype)
+        D, allocator, by_rows = plan.num_delivered, self._allocator, plan.delivery.layout is Layout.ROWS
+        rows = allocator.tensor(block, starts[0], (D, payload.rows.shape[1]), payload.rows.dtype)
         scale = weights = None
-        if cargo.scale is not None:
-            scale = shelf.tensor(block, starts[1], (D, cargo.scale.shape[1]), cargo.scale.dtype)
-        if cargo.weights is not None:
-            shape = (D, cargo.weights.shape[1]) if by_rows else (D,)
-            weights = shelf.tensor(block, starts[2], shape, torch.float32)
+        if payload.scale is not None:
+            scale = allocator.tensor(block, starts[1], (D, payload.scale.shape[1]), payload.scale.dtype)
+        if payload.weights is not None:
+            shape = (D, payload.weights.shape[1]) if by_rows else (D,)
+            weights = allocator.tensor(block, starts[2], shape, torch.float32)
         if staged:
             rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
         if plan.delivery.layout is Layout.MASKED:
@@ -237,16 +239,16 @@ class Dock:
         )
 
 
-def _data_ends(cargo: Cargo, num_rows: int, weights_of_row: int) -> tuple[int, ...]:
+def _data_ends(payload: Payload, num_rows: int, weights_of_row: int) -> tuple[int, ...]:
     """Ends of rows, scales and weights in a block."""
-    weights_bytes = 0 if cargo.weights is None else num_rows * 4 * weights_of_row
-    return ends(num_rows * cargo.row_bytes, num_rows * cargo.scale_bytes, weights_bytes)
+    weights_bytes = 0 if payload.weights is None else num_rows * 4 * weights_of_row
+    return ends(num_rows * payload.row_bytes, num_rows * payload.scale_bytes, weights_bytes)
 
 
-def _worst_bytes(cargo: Cargo, found: Geometry) -> int:
+def _worst_bytes(payload: Payload, found: Geometry) -> int:
     """What a delivery needs if its room is full."""
-    row = cargo.row_bytes + cargo.scale_bytes + (0 if cargo.weights is None else 4 * cargo.weights.shape[1])
-    index = cargo.topk_idx
+    row = payload.row_bytes + payload.scale_bytes + (0 if payload.weights is None else 4 * payload.weights.shape[1])
+    index = payload.topk_idx
     assert index is not None
     plan = 8 + index.shape[1] * (index.element_size() + (8 if found.by_expert else 0))
     return found.most_delivered * row + found.space.received * plan

@@ -27,7 +27,7 @@ from tokenferry.kernels.board import (
     Fault,
 )
 from tokenferry.kernels.count.spec import HOST_WORDS_BEFORE_EXPERTS
-from tokenferry.transports.base import Call, peer_timeout
+from tokenferry.transports.base import CallId, peer_timeout
 
 _REMEMBERED_CALLS = 64
 _STARTING_S = 1.0
@@ -61,7 +61,7 @@ class Signature:
 SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
 
 
-def _in_words(name: str) -> str:
+def _field_name(name: str) -> str:
     """A field's name as a message says it: "bytes_of_topk_idx" is "bytes of topk_idx"."""
     said = name.replace("_", " ")
     for users in _USERS_NAMES:
@@ -108,7 +108,7 @@ class Pinned:
         self.words[0] = 0
         return record
 
-    def wait_for_ticket(self, ticket: int, timeout_s: float) -> bool:
+    def wait_for_call_number(self, ticket: int, timeout_s: float) -> bool:
         """Wait, without the GIL, until the counts of a call are here, or a fault is; False after the deadline."""
         words, at = self.words, RECORD_WORDS
         deadline = 0.0
@@ -133,7 +133,7 @@ class Pinned:
         )
 
 
-class Ledger:
+class FlightRecorder:
     """The last calls, so that a record, which knows a number, can be put into words."""
 
     def __init__(self, rank: int) -> None:
@@ -148,7 +148,7 @@ class Ledger:
         """The exception that a record stands for."""
         code, number, peer, word, seen, expected, blamed, _ = record
         found = next((one for one in reversed(self._calls) if one[0] == number), None)
-        call = Call(number, found[1].phase if found else "a call")
+        call = CallId(number, found[1].phase if found else "a call")
         fields = found[1].fields if found else ()
         if code == Fault.mismatch:
             return self._mismatch(call, fields, (peer, word, seen, expected))
@@ -171,7 +171,7 @@ class Ledger:
             )
         return self._lost(call, record)
 
-    def _lost(self, call: Call, record: list[int]) -> PeerTimeout:
+    def _lost(self, call: CallId, record: list[int]) -> PeerTimeout:
         code, _, peer, _, seen, expected, blamed, waited_ms = record
         words = {
             Fault.late_card: f"its card did not come: epoch {seen} seen, {expected} expected.",
@@ -187,7 +187,7 @@ class Ledger:
         return peer_timeout(call, self._rank, [peer], why[:-1], waited_ms / 1000, "")
 
     def _mismatch(
-        self, call: Call, fields: tuple[tuple[str, int], ...], what: tuple[int, int, int, int]
+        self, call: CallId, fields: tuple[tuple[str, int], ...], what: tuple[int, int, int, int]
     ) -> MismatchError:
         rank, (peer, word, seen, expected) = self._rank, what
         if word == ROWS_WORD:
@@ -216,7 +216,7 @@ class Ledger:
         if word == 0 or word >= len(fields):
             theirs = KINDS[seen] if 0 < seen < len(KINDS) else f"kind {seen}"
             return MismatchError(f"{start}: rank {peer} called {theirs}; call the same on all ranks, in the same order")
-        name = _in_words(fields[word][0])
+        name = _field_name(fields[word][0])
         mine, other = (dtype_name(value) if name == "dtype" else str(value) for value in (expected, seen))
         return MismatchError(
             f"{start}: {name} is {mine} on rank {rank} and {other} on rank {peer}; it has to be the same on all ranks"

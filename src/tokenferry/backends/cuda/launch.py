@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.context import Here, Prepared, Station
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.kernels.board import OFFSET_BYTES
 from tokenferry.kernels.count import spec as count_spec
@@ -65,7 +65,7 @@ class Tables:
 
 
 @dataclass(slots=True)
-class Cargo:
+class Payload:
     """What one rank's rows bring along; ``topk_idx`` in a first dispatch only."""
 
     rows: Tensor
@@ -77,7 +77,7 @@ class Cargo:
 
 
 @dataclass(slots=True)
-class Landing:
+class RecvOffsets:
     """Where rows land in this rank's window, as offsets; 0 for what does not travel."""
 
     rows: int = 0
@@ -93,23 +93,23 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def count(station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes: tuple[int, ...], num_sms: int) -> None:
+def count(context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes: tuple[int, ...], num_sms: int) -> None:
     """Launch `count`; ``sizes``: E, layout, alignment, capacity, room."""
     num_tokens, top_k = topk_idx.shape
     wide = topk_idx.dtype is torch.int64
     key = (count_spec.SPEC, wide, top_k, sizes)
-    prepared = station.prepared.get(key)
-    if prepared is None:
-        prepared = station.prepare(key, count_spec.SPEC, wide=int(wide))
-        p = prepared.params
+    template = context.templates.get(key)
+    if template is None:
+        template = context.new_template(key, count_spec.SPEC, wide=int(wide))
+        p = template.params
         p.top_k = top_k
         p.num_experts, p.layout, p.alignment, p.capacity, p.room = sizes
-        prepared.block = count_spec.THREADS
-        prepared.smem_bytes = count_spec.smem_bytes(p.num_experts, station.num_ranks)
-    station.address(prepared, here)
+        template.block = count_spec.THREADS
+        template.smem_bytes = count_spec.smem_bytes(p.num_experts, context.num_ranks)
+    context.address(template, call)
     _COUNT.pack_into(
-        prepared.view,
-        prepared.first,
+        template.view,
+        template.first,
         topk_idx.data_ptr(),
         tables.table,
         tables.bases,
@@ -118,14 +118,14 @@ def count(station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes:
         tables.expert_counts.data_ptr(),
         address(tables.expert_offsets),
         address(tables.src_expert),
-        station.pinned.host_address,
+        context.pinned.host_address,
         num_tokens,
     )
-    prepared.launch(max(1, min(count_spec.num_units(num_tokens), num_sms)), here.stream)
+    template.launch(max(1, min(count_spec.num_units(num_tokens), num_sms)), call.stream)
 
 
 def place(
-    station: Station, here: Here, topk_idx: Tensor, tables: Tables, sizes: tuple[int, bool], num_sms: int
+    context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes: tuple[int, bool], num_sms: int
 ) -> None:
     """Launch `place`; ``sizes``: E, whether rows lie by expert."""
     num_experts, by_expert = sizes
@@ -134,17 +134,17 @@ def place(
         return
     wide = topk_idx.dtype is torch.int64
     key = (place_spec.SPEC, wide, top_k, num_experts, by_expert)
-    prepared = station.prepared.get(key)
-    if prepared is None:
-        prepared = station.prepare(key, place_spec.SPEC, wide=int(wide))
-        p = prepared.params
+    template = context.templates.get(key)
+    if template is None:
+        template = context.new_template(key, place_spec.SPEC, wide=int(wide))
+        p = template.params
         p.top_k, p.num_experts, p.by_expert = top_k, num_experts, by_expert
-        prepared.block = place_spec.THREADS
-        prepared.smem_bytes = count_spec.smem_bytes(num_experts, station.num_ranks)
-    station.address(prepared, here)
+        template.block = place_spec.THREADS
+        template.smem_bytes = count_spec.smem_bytes(num_experts, context.num_ranks)
+    context.address(template, call)
     _SEVEN.pack_into(
-        prepared.view,
-        prepared.first,
+        template.view,
+        template.first,
         topk_idx.data_ptr(),
         tables.table,
         tables.bases,
@@ -153,71 +153,73 @@ def place(
         tables.dst_token.data_ptr(),
         num_tokens,
     )
-    prepared.launch(min(count_spec.num_units(num_tokens), num_sms), here.stream)
+    template.launch(min(count_spec.num_units(num_tokens), num_sms), call.stream)
 
 
-def _prepare_move(station: Station, key: tuple[Any, ...], cargo: Cargo, geometry: tuple[int, int, bool]) -> Prepared:
-    prepared = station.prepare(key, move_spec.SPEC)
-    p, scale = prepared.params, cargo.scale
+def _dispatch_template(
+    context: Context, key: tuple[Any, ...], payload: Payload, geometry: tuple[int, int, bool]
+) -> LaunchTemplate:
+    template = context.new_template(key, move_spec.SPEC)
+    p, scale = template.params, payload.scale
     p.top_k, p.num_local, p.by_expert = geometry
-    p.row_bytes = cargo.row_bytes
-    p.width = place_spec.num_columns(station.num_ranks, p.top_k, by_expert=geometry[2])
+    p.row_bytes = payload.row_bytes
+    p.width = place_spec.num_columns(context.num_ranks, p.top_k, by_expert=geometry[2])
     p.bulk_scale_bytes = p.small_scale = 0
-    if scale is not None and cargo.scale_bytes:
-        if cargo.scale_bytes % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous():
-            p.bulk_scale_bytes = cargo.scale_bytes
+    if scale is not None and payload.scale_bytes:
+        if payload.scale_bytes % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous():
+            p.bulk_scale_bytes = payload.scale_bytes
         else:
             p.small_scale, p.scale_size, p.num_scales = 1, scale.element_size(), scale.shape[1]
             p.scale_row_stride, p.scale_stride = scale.stride()
-    p.wide = cargo.topk_idx is not None and cargo.topk_idx.dtype is torch.int64
-    rings = move_spec.cut(cargo.row_bytes, p.bulk_scale_bytes)
+    p.wide = payload.topk_idx is not None and payload.topk_idx.dtype is torch.int64
+    rings = move_spec.cut(payload.row_bytes, p.bulk_scale_bytes)
     p.piece_bytes, p.pitch, p.pieces, p.stages = rings.piece_bytes, rings.pitch, rings.pieces, rings.stages
-    prepared.block, prepared.smem_bytes = rings.warps * 32, rings.smem_bytes
-    return prepared
+    template.block, template.smem_bytes = rings.warps * 32, rings.smem_bytes
+    return template
 
 
 def move(
-    station: Station,
-    here: Here,
-    cargo: Cargo,
+    context: Context,
+    call: Call,
+    payload: Payload,
     route: tuple[Tensor, Tensor, Tensor],
     geometry: tuple[int, int, bool],
-    landing: Landing,
+    recv: RecvOffsets,
     num_sms: int,
 ) -> None:
     """Launch `move`; ``route``: places, rows out, rows in; ``geometry``: K, L, by expert."""
-    scale, index = cargo.scale, cargo.topk_idx
+    scale, index = payload.scale, payload.topk_idx
     scale_ptr = 0
     kind: tuple[Any, ...] | None = None
-    if scale is not None and cargo.scale_bytes:
+    if scale is not None and payload.scale_bytes:
         scale_ptr = scale.data_ptr()
         kind = (scale.shape[1], scale.stride(), scale.is_contiguous(), scale.element_size(), scale_ptr % 16)
-    key = (move_spec.SPEC, cargo.row_bytes, kind, geometry, index is not None and index.dtype)
-    prepared = station.prepared.get(key) or _prepare_move(station, key, cargo, geometry)
-    station.address(prepared, here)
+    key = (move_spec.SPEC, payload.row_bytes, kind, geometry, index is not None and index.dtype)
+    template = context.templates.get(key) or _dispatch_template(context, key, payload, geometry)
+    context.address(template, call)
     _OFFSETS.pack_into(
-        prepared.view,
-        prepared.offsets,
-        landing.rows // OFFSET_BYTES,
-        landing.scale // OFFSET_BYTES,
-        landing.weights // OFFSET_BYTES,
-        landing.ids // OFFSET_BYTES,
-        landing.src_token // OFFSET_BYTES,
-        landing.row_idx // OFFSET_BYTES,
+        template.view,
+        template.offsets,
+        recv.rows // OFFSET_BYTES,
+        recv.scale // OFFSET_BYTES,
+        recv.weights // OFFSET_BYTES,
+        recv.ids // OFFSET_BYTES,
+        recv.src_token // OFFSET_BYTES,
+        recv.row_idx // OFFSET_BYTES,
     )
     _SEVEN.pack_into(
-        prepared.view,
-        prepared.first,
-        cargo.rows.data_ptr(),
+        template.view,
+        template.first,
+        payload.rows.data_ptr(),
         scale_ptr,
-        address(cargo.weights),
+        address(payload.weights),
         address(index),
         route[0].data_ptr(),
         route[1].data_ptr(),
         route[2].data_ptr(),
     )
-    prepared.params.num_tokens = cargo.rows.shape[0]
-    prepared.launch(num_sms, here.stream)
+    template.params.num_tokens = payload.rows.shape[0]
+    template.launch(num_sms, call.stream)
 
 
 @dataclass(slots=True)
@@ -248,39 +250,39 @@ class Delivered:
 
 
 def unpack(
-    station: Station, here: Here, delivered: Delivered, plan: tuple[int, int, Tensor, Tensor], num_sms: int
+    context: Context, call: Call, delivered: Delivered, plan: tuple[int, int, Tensor, Tensor], num_sms: int
 ) -> None:
     """Launch `unpack`; the plan's part: address of row_idx, K, src_counts, expert_counts."""
     row_idx, top_k, src_counts, expert_counts = plan
     key = (unpack_spec.SPEC, top_k)
-    prepared = station.prepared.get(key)
-    if prepared is None:
-        prepared = station.prepare(key, unpack_spec.SPEC)
-        prepared.params.top_k = top_k
-        prepared.block = unpack_spec.THREADS
-    p = prepared.params
-    station.address(prepared, here)
+    template = context.templates.get(key)
+    if template is None:
+        template = context.new_template(key, unpack_spec.SPEC)
+        template.params.top_k = top_k
+        template.block = unpack_spec.THREADS
+    p = template.params
+    context.address(template, call)
     p.rows, p.scale, p.weights = delivered.rows, delivered.scale, delivered.weights
     p.row_idx, p.src_counts, p.expert_counts = row_idx, src_counts.data_ptr(), expert_counts.data_ptr()
     p.num_delivered, p.row_bytes, p.scale_bytes = delivered.num_rows, delivered.row_bytes, delivered.scale_bytes
     p.num_local, p.alignment = expert_counts.shape[0], delivered.alignment
     p.capacity, p.zero = delivered.capacity, delivered.zero
-    prepared.launch(num_sms, here.stream)
+    template.launch(num_sms, call.stream)
 
 
-def stage(station: Station, here: Here, source: Tensor, target: int, plan: Plan, num_sms: int) -> None:
+def stage(context: Context, call: Call, source: Tensor, target: int, plan: Plan, num_sms: int) -> None:
     """Launch `stage` for ``source`` ``[L, capacity, H]``."""
     key = (stage_spec.SPEC,)
-    prepared = station.prepared.get(key)
-    if prepared is None:
-        prepared = station.prepare(key, stage_spec.SPEC)
-        prepared.block = stage_spec.THREADS
-    p = prepared.params
-    station.address(prepared, here)
+    template = context.templates.get(key)
+    if template is None:
+        template = context.new_template(key, stage_spec.SPEC)
+        template.block = stage_spec.THREADS
+    p = template.params
+    context.address(template, call)
     p.source, p.to = source.data_ptr(), target
     p.src_counts, p.expert_counts = plan.src_counts.data_ptr(), plan.expert_counts.data_ptr()
     p.num_local, p.capacity, p.row_bytes = *source.shape[:2], source.shape[2] * source.element_size()
-    prepared.launch(num_sms, here.stream)
+    template.launch(num_sms, call.stream)
 
 
 @dataclass(slots=True)
@@ -300,52 +302,52 @@ class Sum:
     weights_out: Tensor | None
 
 
-def pull(station: Station, here: Here, result: Sum, offsets: tuple[int, int], num_sms: int) -> None:
+def pull(context: Context, call: Call, result: Sum, offsets: tuple[int, int], num_sms: int) -> None:
     """Launch `pull`; ``offsets``: where in this rank's window its rows and weights are."""
-    prepared = _prepared_sum(station, pull_spec.SPEC, result)
-    first = 2 * station.num_ranks + result.plan.topk_idx.shape[1]  # the columns `pull`
-    _fill_sum(station, here, prepared, result, 4 * first)
+    template = _combine_template(context, pull_spec.SPEC, result)
+    first = 2 * context.num_ranks + result.plan.topk_idx.shape[1]  # the columns `pull`
+    _fill_combine(context, call, template, result, 4 * first)
     _OFFSETS.pack_into(
-        prepared.view, prepared.offsets, offsets[0] // OFFSET_BYTES, offsets[1] // OFFSET_BYTES, 0, 0, 0, 0
+        template.view, template.offsets, offsets[0] // OFFSET_BYTES, offsets[1] // OFFSET_BYTES, 0, 0, 0, 0
     )
-    prepared.launch(num_sms, here.stream)
+    template.launch(num_sms, call.stream)
 
 
 def push(
-    station: Station, here: Here, result: Sum, source: Tensor, offsets: tuple[int, int, int], num_sms: int
+    context: Context, call: Call, result: Sum, source: Tensor, offsets: tuple[int, int, int], num_sms: int
 ) -> None:
     """Launch `push` for ``source`` ``[N, H]``.
 
     ``offsets`` in this rank's window: where peers' rows land, its weights, and, if peers are to fetch them, its rows.
     """
-    prepared = _prepared_sum(station, push_spec.SPEC, result)
-    _fill_sum(station, here, prepared, result, 0)
-    landing, weights, rows = offsets
+    template = _combine_template(context, push_spec.SPEC, result)
+    _fill_combine(context, call, template, result, 0)
+    recv, weights, rows = offsets
     num_tokens, pieces = result.out.shape[0], -(-source.shape[1] * source.element_size() // pull_spec.PIECE_BYTES)
-    pushers = 0 if rows or station.num_ranks == 1 else num_pushers(num_sms)
+    pushers = 0 if rows or context.num_ranks == 1 else num_pushers(num_sms)
     whole = 0 if rows else push_spec.num_whole(num_tokens, pieces, max(1, num_sms - pushers))
     bits = push_spec.unit_bits(num_tokens)
-    _PUSH.pack_into(prepared.view, prepared.first + _SUM.size, source.data_ptr(), pushers, whole)
+    _PUSH.pack_into(template.view, template.first + _SUM.size, source.data_ptr(), pushers, whole)
     _OFFSETS.pack_into(
-        prepared.view,
-        prepared.offsets,
-        landing // OFFSET_BYTES,
+        template.view,
+        template.offsets,
+        recv // OFFSET_BYTES,
         weights // OFFSET_BYTES,
         0,
         bits,
         rows // OFFSET_BYTES,
         0,
     )
-    prepared.launch(num_sms, here.stream)
+    template.launch(num_sms, call.stream)
 
 
-def _prepared_sum(station: Station, spec: KernelSpec, result: Sum) -> Prepared:
+def _combine_template(context: Context, spec: KernelSpec, result: Sum) -> LaunchTemplate:
     out, stride, top_k = result.out, result.plan.places.shape[1], result.plan.topk_idx.shape[1]
     key = (spec, out.dtype, out.shape[1], stride, top_k)
-    found = station.prepared.get(key)
+    found = context.templates.get(key)
     if found is not None:
         return found
-    found = station.prepare(key, spec, type=TYPES[out.dtype])
+    found = context.new_template(key, spec, type=TYPES[out.dtype])
     p = found.params
     p.table_stride = p.places_stride = stride
     p.top_k = top_k
@@ -354,19 +356,19 @@ def _prepared_sum(station: Station, spec: KernelSpec, result: Sum) -> Prepared:
     found.block, found.smem_bytes = spec.max_threads, pull_spec.SMEM_BYTES
     p.width = top_k
     if spec is push_spec.SPEC:
-        p.width, rings = station.num_ranks, push_spec.cut(p.row_bytes)
+        p.width, rings = context.num_ranks, push_spec.cut(p.row_bytes)
         p.row_pieces, p.piece_bytes, p.pitch = rings.pieces, rings.piece_bytes, rings.pitch
         p.stages, p.warps, found.smem_bytes = rings.stages, rings.warps, rings.smem_bytes
     return found
 
 
-def _fill_sum(station: Station, here: Here, prepared: Prepared, result: Sum, before: int) -> None:
+def _fill_combine(context: Context, call: Call, template: LaunchTemplate, result: Sum, before: int) -> None:
     """What `pull` and `push` have in common; ``before``: bytes of ``places`` before the columns of the table."""
     plan, biases, out, places = result.plan, result.biases, result.out, result.plan.places.data_ptr()
-    station.address(prepared, here)
+    context.address(template, call)
     _SUM.pack_into(
-        prepared.view,
-        prepared.first,
+        template.view,
+        template.first,
         places + before,
         places,
         out.data_ptr(),

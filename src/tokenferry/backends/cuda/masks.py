@@ -5,9 +5,10 @@ memory, where a kernel notes whom it has waited for in vain; and the word ``mask
 reads when it starts, those of a CUDA graph too.
 
 Decode calls carry epochs, which each rank counts by itself. Who was away has counted fewer, or others, and rows that
-were sent to or by it may lie half taken in regions. So all ranks come into step together, while nothing is under way:
-each takes the latest epoch of all boards as its own, says that it has received everything up to there, and empties its
-region.
+were sent to or by it may lie half taken in workspaces. So all ranks come into step together, while nothing is under
+way: each takes the latest epoch of all boards as its own, says that it has received everything up to there, and
+    empties its
+workspace.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import struct
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.context import Station
+from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.kernels.board import BOARD_AT, MAX_RANKS
 from tokenferry.memory.tensor import bytes_at
@@ -30,12 +31,12 @@ class Masks:
     """The masks of one rank.
 
     Args:
-        station: This rank's.
+        context: This rank's.
         decoder: Its decode calls.
     """
 
-    def __init__(self, station: Station, decoder: Decoder) -> None:
-        self._station = station
+    def __init__(self, context: Context, decoder: Decoder) -> None:
+        self._context = context
         self._decoder = decoder
         self._last_step = -1
 
@@ -45,39 +46,39 @@ class Masks:
         Raises:
             ArgumentError: a CUDA graph is being captured.
         """
-        self._station.follow("mask")
+        self._context.order_after_calls_outside_graphs("mask")
         self._decoder.receive_open()
-        self._station.masked.add(rank)
-        self._tell_kernels()
+        self._context.masked.add(rank)
+        self._publish_mask()
 
-    def take_back(self, rank: int) -> None:
+    def remove(self, rank: int) -> None:
         """Stop leaving a rank out; come into step if it was lost, or is this one.
 
         Raises:
             ArgumentError: a CUDA graph is being captured.
             TokenferryError: what a kernel has found since.
         """
-        station = self._station
-        station.follow("mask")
-        if rank != station.rank and rank not in station.absent():
+        context = self._context
+        context.order_after_calls_outside_graphs("mask")
+        if rank != context.rank and rank not in context.absent():
             return
         # Whoever comes back after this rank did, but before its next call, was away, too.
-        if station.forgive(rank) or rank == station.rank or self._last_step == station.number:
-            self._last_step = station.number
-            self._come_into_step()
-        self._tell_kernels()
+        if context.unmask(rank) or rank == context.rank or self._last_step == context.number:
+            self._last_step = context.number
+            self._resynchronise()
+        self._publish_mask()
 
-    def _tell_kernels(self) -> None:
-        bits = sum(1 << rank for rank in self._station.absent())
+    def _publish_mask(self) -> None:
+        bits = sum(1 << rank for rank in self._context.absent())
         self._write("masked", struct.pack("<I", bits))
 
-    def _come_into_step(self) -> None:
+    def _resynchronise(self) -> None:
         """Take over the latest epochs, and forget what was under way; see `ExpertGroup.mask` for what has to hold."""
-        station = self._station
-        station.synchronize()
+        context = self._context
+        context.synchronize()
         self._settle()
-        here = [rank for rank in range(station.num_ranks) if rank not in station.absent()]
-        boards = [struct.unpack("<2I", self._read(rank, "sends", 8)) for rank in here]
+        call = [rank for rank in range(context.num_ranks) if rank not in context.absent()]
+        boards = [struct.unpack("<2I", self._read(rank, "sends", 8)) for rank in call]
         latest = [_latest([epochs[channel] for epochs in boards]) for channel in range(_CHANNELS)]
         halves = [_by_half(epoch) for epoch in latest]
         self._write("sends", struct.pack("<2I", *latest))
@@ -88,17 +89,17 @@ class Masks:
 
     def _settle(self) -> None:
         """Wait until all work on the device is done, CUDA graphs included."""
-        if self._station.device.type == "cuda":
-            torch.cuda.synchronize(self._station.device)
+        if self._context.device.type == "cuda":
+            torch.cuda.synchronize(self._context.device)
 
     def _read(self, rank: int, field: str, num_bytes: int) -> bytes:
         return bytes(self._field(rank, field, num_bytes).tolist())
 
     def _write(self, field: str, value: bytes) -> None:
-        self._field(self._station.rank, field, len(value)).copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
+        self._field(self._context.rank, field, len(value)).copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
 
     def _field(self, rank: int, field: str, num_bytes: int) -> Tensor:
-        window = self._station.window
+        window = self._context.window
         return bytes_at(window.bases[rank] + BOARD_AT[field], num_bytes, window.device, window)
 
 

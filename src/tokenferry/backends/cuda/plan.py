@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.buffers import ends
-from tokenferry.backends.cuda.context import Here, Station
+from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.launch import EXPERTS, MASKED, ROWS, Tables
 from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.kernels.board import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
@@ -111,18 +111,18 @@ class Counts:
 
 
 def start(
-    station: Station, here: Here, topk_idx: Tensor, found: Geometry, num_sms: int, src_expert: Tensor | None
+    context: Context, call: Call, topk_idx: Tensor, found: Geometry, num_sms: int, src_expert: Tensor | None
 ) -> Tables:
     """Launch `count` and `place`; returns what they fill."""
-    tables = _tables(station, found, topk_idx, src_expert)
-    launch.count(station, here, topk_idx, tables, found.count_sizes, num_sms)
-    launch.place(station, here, topk_idx, tables, (found.shape.num_experts, found.by_expert), num_sms)
+    tables = _tables(context, found, topk_idx, src_expert)
+    launch.count(context, call, topk_idx, tables, found.count_sizes, num_sms)
+    launch.place(context, call, topk_idx, tables, (found.shape.num_experts, found.by_expert), num_sms)
     return tables
 
 
-def _tables(station: Station, found: Geometry, topk_idx: Tensor, src_expert: Tensor | None) -> Tables:
+def _tables(context: Context, found: Geometry, topk_idx: Tensor, src_expert: Tensor | None) -> Tables:
     """Room for what the kernels fill: one allocation of int64 and one of int32, of which plans show parts."""
-    R, E, L, device = station.num_ranks, found.shape.num_experts, found.num_local, station.device
+    R, E, L, device = context.num_ranks, found.shape.num_experts, found.num_local, context.device
     num_tokens, top_k = topk_idx.shape
     num_offsets = L + 1 if found.layout == EXPERTS else 0
     columns = num_columns(R, top_k, by_expert=found.by_expert)
@@ -153,7 +153,7 @@ def at_most(found: Geometry, num_tokens: int) -> Counts:
     return Counts(found.space.received, found.most_delivered, num_tokens * found.space.sent, None)
 
 
-def wait(station: Station, here: Here, found: Geometry) -> Counts:
+def wait(context: Context, call: Call, found: Geometry) -> Counts:
     """Wait for the counts.
 
     Raises:
@@ -161,10 +161,10 @@ def wait(station: Station, here: Here, found: Geometry) -> Counts:
         RoutingError, MismatchError, PeerTimeout: as `ExpertGroup.dispatch`.
     """
     try:
-        station.wait_for_counts(here)
+        context.wait_for_counts(call)
     except CapacityError as error:
         raise CapacityError(f"{error} of {found.space.worst}") from None
-    received, sent, experts = station.pinned.counts(station.num_ranks, found.num_local)
+    received, sent, experts = context.pinned.counts(context.num_ranks, found.num_local)
     num_received = sum(received)
     if found.layout == ROWS:
         delivered = num_received

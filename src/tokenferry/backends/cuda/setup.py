@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.backend import CudaBackend
-from tokenferry.backends.cuda.context import Station
+from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import BackendUnavailable
@@ -75,8 +75,8 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
 def assemble(window: Window, resolved: Resolved, key: str, why: str, exchange: Exchange) -> CudaBackend:
     """Make the backend of one rank over its window; local."""
     jit = Jit(window.device.index or 0, Path(resolved.cache_folder))
-    station = Station(window, jit, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
-    return CudaBackend(station, key, why, exchange)
+    context = Context(window, jit, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
+    return CudaBackend(context, key, why, exchange)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:

@@ -1,6 +1,8 @@
-"""Regions: memory of a CUDA group for what decode calls have under way; kernels/device/decode.cuh says how it is used.
+"""Workspaces: memory of a CUDA group for what decode calls have under way.
 
-A region lies in the heap, is made by the first decode call, and again by one that needs a larger one. All ranks make
+kernels/device/decode.cuh says how it is used.
+
+A workspace lies in the heap, is made by the first decode call, and again by one that needs a larger one. All ranks make
 theirs together, so that each knows where those of its peers are.
 """
 
@@ -13,8 +15,8 @@ from typing import Any
 
 import torch
 
-from tokenferry.backends.cuda.buffers import Shelf
-from tokenferry.backends.cuda.context import Here, Station
+from tokenferry.backends.cuda.buffers import SymmetricAllocator
+from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import ArgumentError, CapacityError, MismatchError
 from tokenferry.kernels.collect.spec import CHUNK_COLUMNS, packets_of_chunk
 from tokenferry.kernels.spread.spec import message_words, notes
@@ -35,7 +37,7 @@ Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of each part of a region, for one half and, but for the last, one source rank.
+    """Bytes of each part of a workspace, for one half and, but for the last, one source rank.
 
     Attributes:
         words: Messages: how many rows for each expert, which tokens.
@@ -50,7 +52,7 @@ class Sizes:
     answers: int
 
     def within(self, other: Sizes) -> bool:
-        """Whether a region of ``other`` has room for this."""
+        """Whether a workspace of ``other`` has room for this."""
         return all(mine <= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
     def or_more(self, other: Sizes) -> Sizes:
@@ -76,20 +78,20 @@ def _lines(num_bytes: int) -> int:
     return -(-num_bytes // _LINE) * _LINE
 
 
-class Region:
+class Workspace:
     """One rank's, and where those of its peers are.
 
     Attributes:
-        number: Of this region, of all in the process.
+        number: Of this workspace, of all in the process.
         sizes: Of its parts.
-        addresses: Of the region of each rank, in this process.
-        notes_at: Where parts begin, from the region's start; the words are first.
+        addresses: Of the workspace of each rank, in this process.
+        notes_at: Where parts begin, from the workspace's start; the words are first.
         rows_at: See ``notes_at``.
         answers_at: See ``notes_at``.
     """
 
-    def __init__(self, station: Station, sizes: Sizes, block: Block) -> None:
-        sources = HALVES * station.num_ranks
+    def __init__(self, context: Context, sizes: Sizes, block: Block) -> None:
+        sources = HALVES * context.num_ranks
         self.number = next(_numbers)
         self.sizes = sizes
         self.addresses: tuple[int, ...] = ()
@@ -98,7 +100,7 @@ class Region:
         self.answers_at = self.rows_at + sources * sizes.rows
         self.num_bytes = self.answers_at + HALVES * sizes.answers
         self.block = block
-        self._memory = bytes_at(block.address, self.num_bytes, station.device, block)
+        self._memory = bytes_at(block.address, self.num_bytes, context.device, block)
 
     def clear(self) -> None:
         """As if no call had ever been: no word or note has an epoch, no packet is under way."""
@@ -107,29 +109,29 @@ class Region:
 
 
 def bytes_of(sizes: Sizes, num_ranks: int) -> int:
-    """Bytes of a region."""
+    """Bytes of a workspace."""
     return HALVES * (num_ranks * (sizes.words + sizes.notes + sizes.rows) + sizes.answers)
 
 
-class Regions:
-    """The region of a group, made when it is needed.
+class Workspaces:
+    """The workspace of a group, made when it is needed.
 
     Args:
-        station: This rank's.
-        shelf: Where blocks come from.
+        context: This rank's.
+        allocator: Where blocks come from.
         exchange: Collective.
     """
 
-    def __init__(self, station: Station, shelf: Shelf, exchange: Exchange) -> None:
-        self._station = station
-        self._shelf = shelf
+    def __init__(self, context: Context, allocator: SymmetricAllocator, exchange: Exchange) -> None:
+        self._context = context
+        self._allocator = allocator
         self._exchange = exchange
-        self._captured: list[Region] = []
-        self._fits: dict[tuple[MoeShape, int], Region] = {}
-        self.now: Region | None = None
+        self._captured: list[Workspace] = []
+        self._fits: dict[tuple[MoeShape, int], Workspace] = {}
+        self.now: Workspace | None = None
 
-    def fitting(self, here: Here, shape: MoeShape, item_bytes: int) -> Region:
-        """A region with room for calls of a shape, of rows of such elements; collective if it has to be made.
+    def fitting(self, call: Call, shape: MoeShape, item_bytes: int) -> Workspace:
+        """A workspace with room for calls of a shape, of rows of such elements; collective if it has to be made.
 
         Raises:
             ArgumentError: a CUDA graph is being captured, and there is none yet.
@@ -137,60 +139,60 @@ class Regions:
             MismatchError: ranks made different calls.
             PeerTimeout: a rank did not come.
         """
-        region = self._fits.get((shape, item_bytes))
-        if region is None:
-            sizes, region = sizes_for(shape, self._station.num_ranks, item_bytes), self.now
-            if region is None or not sizes.within(region.sizes):
-                region = self._make(here, sizes if region is None else sizes.or_more(region.sizes))
+        workspace = self._fits.get((shape, item_bytes))
+        if workspace is None:
+            sizes, workspace = sizes_for(shape, self._context.num_ranks, item_bytes), self.now
+            if workspace is None or not sizes.within(workspace.sizes):
+                workspace = self._make(call, sizes if workspace is None else sizes.or_more(workspace.sizes))
                 self._fits.clear()
-            self._fits[shape, item_bytes] = region
-        if here.capturing and region not in self._captured:
-            self._captured.append(region)  # replays use it as long as the group lives
-        return region
+            self._fits[shape, item_bytes] = workspace
+        if call.capturing and workspace not in self._captured:
+            self._captured.append(workspace)  # replays use it as long as the group lives
+        return workspace
 
     def clear(self) -> None:
-        """Empty all regions, those of CUDA graphs too; nothing may be under way."""
-        for region in (*self._captured, *(() if self.now is None or self.now in self._captured else (self.now,))):
-            region.clear()
+        """Empty all workspaces, those of CUDA graphs too; nothing may be under way."""
+        for workspace in (*self._captured, *(() if self.now is None or self.now in self._captured else (self.now,))):
+            workspace.clear()
 
-    def _make(self, here: Here, sizes: Sizes) -> Region:
-        station, phase = self._station, here.signature.phase
-        if here.capturing:
+    def _make(self, call: Call, sizes: Sizes) -> Workspace:
+        context, phase = self._context, call.signature.phase
+        if call.capturing:
             raise ArgumentError(
                 f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
                 "ranks, which a CUDA graph cannot capture; call it once before the capture"
             )
-        absent = sorted(station.absent())
+        absent = sorted(context.absent())
         if absent:
             raise ArgumentError(
                 f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
                 f"ranks, and rank(s) {absent} are masked; call it once before a rank is masked"
             )
-        num_bytes, problem, block = bytes_of(sizes, station.num_ranks), "", None
+        num_bytes, problem, block = bytes_of(sizes, context.num_ranks), "", None
         try:
-            block = self._shelf.block(phase, num_bytes, here.stream)
+            block = self._allocator.block(phase, num_bytes, call.stream)
         except CapacityError as error:
             problem = str(error)
         if block is not None:
-            region = Region(station, sizes, block)
-            region.clear()
-            station.synchronize()  # before a peer writes to it
-            if station.device.type == "cuda":
-                torch.cuda.current_stream(station.device).synchronize()
+            workspace = Workspace(context, sizes, block)
+            workspace.clear()
+            context.synchronize()  # before a peer writes to it
+            if context.device.type == "cuda":
+                torch.cuda.current_stream(context.device).synchronize()
         at = -1 if block is None else block.offset
         cards = self._exchange({"sizes": astuple(sizes), "at": at, "problem": problem, "call": phase})
         for rank, card in enumerate(cards):
             if card["call"] != phase or tuple(card["sizes"]) != astuple(sizes):
                 mismatch = MismatchError(
-                    f"{phase}: rank {station.rank} and rank {rank} made different calls: the first of these sizes, "
+                    f"{phase}: rank {context.rank} and rank {rank} made different calls: the first of these sizes, "
                     f"{astuple(sizes)} bytes here, is {card['call']} with {tuple(card['sizes'])} there; call the "
                     "same on all ranks, in the same order"
                 )
-                station.break_off(mismatch)
+                context.break_off(mismatch)
                 raise mismatch
             if card["problem"]:
                 raise CapacityError(f"{phase}: rank {rank}: {card['problem']}")
         assert block is not None
-        region.addresses = tuple(base + card["at"] for base, card in zip(station.window.bases, cards, strict=True))
-        self.now = region
-        return region
+        workspace.addresses = tuple(base + card["at"] for base, card in zip(context.window.bases, cards, strict=True))
+        self.now = workspace
+        return workspace
