@@ -17,7 +17,7 @@ def late_rows(rank, pg, device, spec, slow):
     come = 10_000 + 80_000 * peer
     words = torch.stack(
         [
-            torch.stack([block(start=i, rows={rank: 3000, peer: 5000 + come}), block(start=i, hello={peer: 5000})])
+            torch.stack([block(start=i, rows={rank: 3000, peer: 5000 + come}), block(start=i, signature={peer: 5000})])
             for i in range(spec.iters)
         ]
     )

@@ -16,7 +16,7 @@ SMALL = limits.Plan(
 
 
 class GlooLinks:
-    """What kernels/limits/kernel.cuh says, in plain loops over a process group; ``spoil`` breaks one of its calls."""
+    """What kernels/link_limits/kernel.cuh says, in plain loops over a process group; ``spoil`` breaks a call."""
 
     num_sms = 5
 

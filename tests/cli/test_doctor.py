@@ -190,7 +190,7 @@ def test_variables_in_force(monkeypatch):
     monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
     monkeypatch.setenv("TOKENFERRY_TRANSPORT", "process_group")
     texts = {finding.name: finding.text for finding in doctor._variables()}
-    assert texts["TOKENFERRY_TRANSPORT"].startswith("group (default: auto)")
+    assert texts["TOKENFERRY_TRANSPORT"].startswith("process_group (default: auto)")
     assert texts["TOKENFERRY_BACKEND"].startswith("auto (default)")
 
 

@@ -14,7 +14,7 @@ from tokenferry.bench.limits import Limits, Rate
 from tokenferry.bench.links import rows_per_source, window_bytes
 from tokenferry.cli import limits
 from tokenferry.cli.main import main
-from tokenferry.kernels.limits import spec
+from tokenferry.kernels.link_limits import spec
 from tokenferry.testing.world import World
 
 GPUS = Gpus(2, "H200", "13.0", ())

@@ -9,13 +9,13 @@ import torch
 from tokenferry.bench import bed, links, trial
 from tokenferry.bench.links import SMEM_BYTES, CudaLinks, check_stored
 from tokenferry.errors import PeerTimeout
-from tokenferry.kernels.limits import spec
+from tokenferry.kernels.link_limits import spec
 
 ROWS, ROW_BYTES = 11, 48
 
 
 class Machine:
-    """Windows in ordinary memory, and kernels that do what kernels/limits/kernel.cuh says, in plain loops."""
+    """Windows in ordinary memory, and kernels that do what kernels/link_limits/kernel.cuh says, in plain loops."""
 
     def __init__(self, monkeypatch, num_ranks):
         self.windows = [torch.zeros(links.ROWS_OFFSET + (1 << 20), dtype=torch.uint8) for _ in range(num_ranks)]
@@ -57,23 +57,23 @@ class Machine:
             place = p.windows[peer] + p.rows_offset + (p.rank * p.rows_per_rank + t // others) * p.row_bytes
             yield p.local + t * p.row_bytes, place
 
-    def limits_store(self, p):
+    def link_limits_store(self, p):
         for mine, place in self._rows(p):
             ctypes.memmove(place, mine, p.row_bytes)
 
-    def limits_load(self, p):
+    def link_limits_load(self, p):
         for mine, place in self._rows(p):
             ctypes.memmove(mine, place, p.row_bytes)
 
-    def limits_copy(self, p):
+    def link_limits_copy(self, p):
         ctypes.memmove(p.target, p.local, p.num_rows * p.row_bytes)
 
-    def limits_barrier(self, p):
+    def link_limits_barrier(self, p):
         self.rounds = getattr(self, "rounds", [])
         self.rounds.append((p.epoch, p.rounds))
         ctypes.memmove(p.failed, (ctypes.c_uint32 * 1)(self.late), 4)
 
-    limits_flag = limits_barrier
+    link_limits_flag = link_limits_barrier
 
 
 def rank_of(rank, num_ranks):
@@ -97,7 +97,7 @@ def test_rows_of_every_rank_are_found_where_they_were_stored(monkeypatch, num_ra
         assert torch.equal(back, rows[rank])
         one.copy(copy, rows[rank], 24)
         assert torch.equal(copy, rows[rank])
-    assert machine.launches[0] == ("limits_store", 24, 512, 16 * 3 * ROW_BYTES)
+    assert machine.launches[0] == ("link_limits_store", 24, 512, 16 * 3 * ROW_BYTES)
 
 
 @pytest.mark.parametrize(("row_bytes", "warps"), [(7168, 10), (14336, 5)])

@@ -22,7 +22,7 @@ from tokenferry.bench.timeline import (
 from tokenferry.cli import trace
 from tokenferry.cli.main import main
 from tokenferry.errors import ArgumentError
-from tokenferry.kernels.board import TRACE, TRACE_HELLO, TRACE_ROWS
+from tokenferry.kernels.control_block import TRACE, TRACE_ROWS, TRACE_SIGNATURE
 from tokenferry.testing.world import World
 
 CALL = Recorded("decode_dispatch", DISPATCH)
@@ -66,7 +66,7 @@ def test_calls_in_which_a_rank_looks_late_do_not_count():
 
 def test_ranks_that_never_heard_each_other():
     words = calls(3, even(3, 900))
-    words[:, 1, :, TRACE_HELLO + 2] = 0
+    words[:, 1, :, TRACE_SIGNATURE + 2] = 0
     with pytest.raises(ArgumentError, match="rank 1 has seen no message of rank 2"):
         find_clocks(words)
 
@@ -115,7 +115,7 @@ def test_what_was_not_written_is_no_phase():
     ]
     assert spans(block(start=5, sent=9)) == [("send", 5, 9)]
     assert spans(block()) == []
-    assert spans(block(start=100, ready=200, sent=300, hello={1: 250}), tells=True)[-1] == ("tell", 200, 300)
+    assert spans(block(start=100, ready=200, sent=300, signature={1: 250}), tells=True)[-1] == ("tell", 200, 300)
 
 
 def test_times_of_ranks():
@@ -131,7 +131,7 @@ def test_times_of_ranks():
 
 def test_a_message_that_is_there_is_not_waited_for():
     words = DISPATCH.clone()
-    words[0, 2, TRACE_HELLO + 1] = T0 + 2500
+    words[0, 2, TRACE_SIGNATURE + 1] = T0 + 2500
     assert rank_times(Recorded("x", words))[0].waits_us == {1: 0.0}
 
 
@@ -250,4 +250,4 @@ def test_without_gpus(monkeypatch, capsys):
 
 
 def test_words_do_not_overlap():
-    assert max(TRACE.values()) < TRACE_HELLO
+    assert max(TRACE.values()) < TRACE_SIGNATURE

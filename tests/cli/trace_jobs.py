@@ -3,18 +3,18 @@
 import torch
 
 from tokenferry.bench.inputs import WrongAnswer
-from tokenferry.kernels.board import TRACE, TRACE_HELLO, TRACE_ROWS, TRACE_WORDS
+from tokenferry.kernels.control_block import TRACE, TRACE_ROWS, TRACE_SIGNATURE, TRACE_WORDS
 
 T0 = 1_760_000_000_000_000_000
 """Nanoseconds of a GPU's clock do not fit a float."""
 
 
-def block(hello=None, rows=None, **marks):
+def block(signature=None, rows=None, **marks):
     """``[W]``: nanoseconds after T0."""
     words = torch.zeros(TRACE_WORDS, dtype=torch.int64)
     for name, ns in marks.items():
         words[TRACE[name]] = T0 + ns
-    for first, times in ((TRACE_HELLO, hello or {}), (TRACE_ROWS, rows or {})):
+    for first, times in ((TRACE_SIGNATURE, signature or {}), (TRACE_ROWS, rows or {})):
         for rank, ns in times.items():
             words[first + rank] = T0 + ns
     return words
@@ -26,8 +26,8 @@ def messages(begins, way):
     blocks = []
     for b in range(num_ranks):
         asks = begins[b] + 1500
-        hello = {a: max(begins[a] + way[a][b], asks) for a in range(num_ranks) if a != b}
-        blocks.append(block(start=begins[b] - 700, ready=begins[b], sent=asks, hello=hello))
+        signature = {a: max(begins[a] + way[a][b], asks) for a in range(num_ranks) if a != b}
+        blocks.append(block(start=begins[b] - 700, ready=begins[b], sent=asks, signature=signature))
     return torch.stack(blocks)[:, None]
 
 
@@ -51,16 +51,16 @@ DISPATCH = torch.stack(
     [
         torch.stack(
             [
-                block(start=1000, ready=2000, sent=5000, told=6500, end=9000, rows={0: 7000, 1: 8800}),
-                block(start=1100, ready=2200, sent=6200, told=6600, end=9900, rows={0: 7100, 1: 9700}),
-                block(start=1050, ready=2100, sent=3100, hello={1: 5600}, told=6000, end=6000),
+                block(start=1000, ready=2000, sent=5000, counts=6500, end=9000, rows={0: 7000, 1: 8800}),
+                block(start=1100, ready=2200, sent=6200, counts=6600, end=9900, rows={0: 7100, 1: 9700}),
+                block(start=1050, ready=2100, sent=3100, signature={1: 5600}, counts=6000, end=6000),
             ]
         ),
         torch.stack(
             [
-                block(start=2000, ready=3000, sent=6000, told=7500, end=9500, rows={0: 9000, 1: 8000}),
-                block(start=2100, ready=3200, sent=7200, told=7600, end=9600, rows={0: 9400}),
-                block(start=2050, ready=4000, sent=5000, hello={0: 5200}, told=7000, end=7000),
+                block(start=2000, ready=3000, sent=6000, counts=7500, end=9500, rows={0: 9000, 1: 8000}),
+                block(start=2100, ready=3200, sent=7200, counts=7600, end=9600, rows={0: 9400}),
+                block(start=2050, ready=4000, sent=5000, signature={0: 5200}, counts=7000, end=7000),
             ]
         ),
     ]
@@ -68,7 +68,7 @@ DISPATCH = torch.stack(
 """One dispatch of two ranks, on one clock: rank 1 begins a microsecond later; messages leave at 2100 and 4000."""
 
 COMBINE = torch.where(DISPATCH > 0, DISPATCH + 20_000, 0)
-COMBINE[..., TRACE["told"]] = 0
+COMBINE[..., TRACE["counts"]] = 0
 OFFSETS = (0, 123_456)
 WAY = [[0, 1300], [1300, 0]]
 

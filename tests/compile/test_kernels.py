@@ -13,12 +13,12 @@ from tokenferry.jit import compiler
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
 from tokenferry.jit.resources import Resources
-from tokenferry.kernels.board import MAX_EXPERTS, MAX_RANKS
-from tokenferry.kernels.count import spec as count_spec
-from tokenferry.kernels.move import spec as move_spec
-from tokenferry.kernels.pull import spec as pull_spec
-from tokenferry.kernels.push import spec as push_spec
-from tokenferry.kernels.spread import spec as spread_spec
+from tokenferry.kernels.combine_pull import spec as pull_spec
+from tokenferry.kernels.combine_push import spec as push_spec
+from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS
+from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
+from tokenferry.kernels.dispatch import spec as dispatch_spec
+from tokenferry.kernels.dispatch_notify import spec as notify_spec
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: kernels cannot be compiled here")
 
@@ -58,12 +58,14 @@ def test_the_header_says_what_is_promised(spec):
 
 
 DYNAMIC = {
-    "count": max(count_spec.smem_bytes(E, R) for E in (1, MAX_EXPERTS) for R in (1, MAX_RANKS)),
-    "place": count_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS),
-    "pull": pull_spec.SMEM_BYTES,
-    "push": max(push_spec.cut(row).smem_bytes for row in range(16, MOST_ROW + 1, 16)),
-    "move": max(move_spec.cut(row, scale).smem_bytes for row in range(16, MOST_ROW + 1, 16) for scale in (0, 16, 224)),
-    "spread": max(spread_spec.smem_bytes(1 << n, MAX_EXPERTS, MAX_RANKS, 1 << 16) for n in range(24)),
+    "dispatch_notify": max(notify_spec.smem_bytes(E, R) for E in (1, MAX_EXPERTS) for R in (1, MAX_RANKS)),
+    "dispatch_assign": notify_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS),
+    "combine_pull": pull_spec.SMEM_BYTES,
+    "combine_push": max(push_spec.cut(row).smem_bytes for row in range(16, MOST_ROW + 1, 16)),
+    "dispatch": max(
+        dispatch_spec.cut(row, scale).smem_bytes for row in range(16, MOST_ROW + 1, 16) for scale in (0, 16, 224)
+    ),
+    "decode_dispatch": max(decode_dispatch_spec.smem_bytes(1 << n, MAX_EXPERTS, MAX_RANKS, 1 << 16) for n in range(24)),
 }
 """The most dynamic shared memory that the host asks for, within the limits of sizes; other kernels have none."""
 

@@ -78,7 +78,7 @@ def encodings(rank, pg, pair: Pair, ranks: int) -> None:
 
 
 @at_places
-def test_transports(run, pair, ranks):
+def test_encodings(run, pair, ranks):
     run(pair, ranks, encodings, ranks)
 
 

@@ -6,7 +6,7 @@ import torch
 from tokenferry import ExpertGroup, Quantized, Scale
 from tokenferry.testing import soak_graphs
 from tokenferry.testing.compare import same_bits
-from tokenferry.testing.oracle import fp8_cast, over_the_transport
+from tokenferry.testing.oracle import encoded_row, fp8_cast
 from tokenferry.testing.soak_graphs_truth import cast, logarithmic
 from tokenferry.testing.world import World, WorldError
 
@@ -106,7 +106,7 @@ def test_its_logarithmic_numbers_are_the_oracles():
     x[0, :7], x[1, :128], x[2, :128], x[3, 128:256] = 0.0, 0.0, -3.0, 0.0
     values, gaps = logarithmic(x)
     for row, got in zip(x, values, strict=True):
-        same_bits("logfmt10", got, over_the_transport(row, "logfmt10"))
+        same_bits("logfmt10", got, encoded_row(row, "logfmt10"))
     assert bool((gaps <= values.abs() * (2 ** (32 / 510) - 1)).all())
     assert bool((gaps[0, 128:] > 0).all())
     assert not bool(gaps[2, :128].any()), "numbers of one size have one code"

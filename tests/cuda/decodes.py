@@ -9,16 +9,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from test_move import as_bytes, check_rows
+from test_dispatch_kernel import as_bytes, check_rows
 from torch import Tensor
 from virtual import MACHINE, Block, Ranks, same_bytes
 
 from tokenferry import Scale
 from tokenferry.backends.cuda.decode import prepared_choices
 from tokenferry.backends.cuda.workspace import Workspace, bytes_of, sizes_for
-from tokenferry.kernels.board import MAX_RANKS
-from tokenferry.kernels.collect import spec as collect_spec
-from tokenferry.kernels.spread import spec as spread_spec
+from tokenferry.kernels.control_block import MAX_RANKS
+from tokenferry.kernels.decode_combine import spec as decode_combine_spec
+from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.testing.cases import Case, answers
 from tokenferry.testing.compare import close_each, same_bits
 from tokenferry.testing.oracle import Oracle, Sent, fp8_cast, ue8m0
@@ -90,7 +90,7 @@ class Bed:
         windows = self.ranks.windows
         bases = [block.address - window.base for block, window in zip(self.blocks, windows, strict=True)]
         return {
-            "regions": tuple(base + at for base, at in zip(windows[rank].bases, bases, strict=True)),
+            "workspaces": tuple(base + at for base, at in zip(windows[rank].bases, bases, strict=True)),
             "masked_out": self.masked[rank],
             "max_tokens": self.shape.max_tokens,
         }
@@ -225,11 +225,11 @@ class Dispatch(Call):
         fp8: Scale | None = None,
         *,
         sent: Sequence[Sent] | None = None,
-        template: bool = False,
+        prepared: bool = False,
         counts: bool = False,
     ) -> None:
         super().__init__(bed, case, sent)
-        self.fp8, self.template, ranks = fp8, template, bed.ranks
+        self.fp8, self.prepared, ranks = fp8, prepared, bed.ranks
         H, L, room, R = case.hidden, self.num_local, self.room, case.ranks
         self.row_bytes = H * (case.dtype.itemsize if fp8 is None else 1)
         self.groups = -(-H // 512) if fp8 is Scale.UE8M0 else -(-H // 128)
@@ -257,12 +257,12 @@ class Dispatch(Call):
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": spread_spec.RAW if self.fp8 is None else TYPES.index(self.case.dtype)}
+        return {"type": decode_dispatch_spec.RAW if self.fp8 is None else TYPES.index(self.case.dtype)}
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         case, M = self.case, self.bed.shape.max_tokens
-        return BLOCKS, THREADS, spread_spec.smem_bytes(M * case.top_k, case.experts, case.ranks, M)
+        return BLOCKS, THREADS, decode_dispatch_spec.smem_bytes(M * case.top_k, case.experts, case.ranks, M)
 
     def fields(self, rank: int, phases: int = BOTH, **more: object) -> dict[str, object]:
         """Params of `spread`."""
@@ -289,11 +289,11 @@ class Dispatch(Call):
             "wide": int(topk_idx.dtype is torch.int64),
             "weighted": int(case.weights),
             "per_local": 1 / self.num_local,
-            "card": {0: 6, 1: case.experts},
+            "handshake": {0: 6, 1: case.experts},
         }
         if self._weights[rank] is not None:
             values["weights"] = self._weights[rank]
-        if self.template:
+        if self.prepared:
             choices = prepared_choices(topk_idx, case.experts)
             values["choices"] = 0 if choices is None else choices  # without tokens there is nothing to prepare
         if self.received:
@@ -304,7 +304,7 @@ class Dispatch(Call):
         """Launch on some ranks, or all; does not wait."""
         self.begin(phases)
         fields = [self.fields(r, phases, **more) if only is None or r in only else None for r in range(self.case.ranks)]
-        self.ranks.launch(spread_spec.SPEC, fields, self.sizes, self.config)
+        self.ranks.launch(decode_dispatch_spec.SPEC, fields, self.sizes, self.config)
 
     # ------------------------------------------------------------------ what has to be there
 
@@ -438,17 +438,17 @@ class Combine(Call):
             "columns": case.hidden,
             "wide": int(topk_idx.dtype is torch.int64),
             "wait_ns": self.wait_ns[rank],
-            "card": {0: 7, 1: int(self.fast)},
+            "handshake": {0: 7, 1: int(self.fast)},
         }
         if self.tickets[rank] is not None:
-            values["ticket"] = self.tickets[rank]
+            values["pending"] = self.tickets[rank]
         return {**values, **more}
 
     def launch(self, phases: int = BOTH, only: Sequence[int] | None = None, **more: object) -> None:
         """Launch on some ranks, or all; does not wait."""
         self.begin(phases)
         fields = [self.fields(r, phases, **more) if only is None or r in only else None for r in range(self.case.ranks)]
-        self.ranks.launch(collect_spec.SPEC, fields, (BLOCKS, THREADS, 0), self.config)
+        self.ranks.launch(decode_combine_spec.SPEC, fields, (BLOCKS, THREADS, 0), self.config)
 
     # ------------------------------------------------------------------ what has to be there
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from virtual import Ranks
 
-from tokenferry.kernels.board import RANK_SHIFT
-from tokenferry.kernels.count import spec as count_spec
-from tokenferry.kernels.place import spec as place_spec
+from tokenferry.kernels.control_block import RANK_SHIFT
+from tokenferry.kernels.dispatch_assign import spec as assign_spec
+from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.testing.oracle import Oracle
 
 LAYOUTS = ("rows", "experts", "masked")
@@ -126,7 +126,7 @@ class Expected:
                 pull = sorted({slot for slot in slots if slot >= 0})
                 line += pull + [-1] * (K - len(pull))
             lines.append(line)
-        columns = place_spec.num_columns(self.num_ranks, K, by_expert=self.form.by_expert)
+        columns = assign_spec.num_columns(self.num_ranks, K, by_expert=self.form.by_expert)
         return torch.tensor(lines, dtype=torch.int32).reshape(len(lines), columns)
 
     def _slot(self, src: int, token: int, expert: int) -> int:
@@ -179,8 +179,8 @@ class Tables:
 
     def __init__(self, ranks: Ranks, num_tokens: int, top_k: int, num_experts: int, form: Form) -> None:
         R, E = ranks.num_ranks, num_experts
-        units = max(count_spec.num_units(num_tokens), 1)
-        columns = place_spec.num_columns(R, top_k, by_expert=form.by_expert)
+        units = max(notify_spec.num_units(num_tokens), 1)
+        columns = assign_spec.num_columns(R, top_k, by_expert=form.by_expert)
         self.table = ranks.poisoned(units, E + R, dtype=torch.int32)
         self.bases = ranks.poisoned(2 * R + E, dtype=torch.int32)
         self.dst_counts = ranks.poisoned(R, dtype=torch.int64)
@@ -190,7 +190,7 @@ class Tables:
         self.src_expert = ranks.poisoned(R, E // R, dtype=torch.int32)
         self.places = ranks.poisoned(num_tokens, columns, dtype=torch.int32)
         self.dst_token = ranks.poisoned(num_tokens * min(top_k, R), dtype=torch.int64)
-        words = count_spec.HOST_WORDS_BEFORE_EXPERTS + E // R
+        words = notify_spec.HOST_WORDS_BEFORE_EXPERTS + E // R
         self.host = ranks.pinned(torch.full((words,), -1, dtype=torch.int32))
 
 
@@ -210,7 +210,7 @@ class Planner:
         self.top_k = topk_idx[0].shape[1]
         self.tables = [Tables(ranks, one.shape[0], self.top_k, num_experts, form) for one in topk_idx]
         self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
-        self.smem_bytes = count_spec.smem_bytes(num_experts, ranks.num_ranks)
+        self.smem_bytes = notify_spec.smem_bytes(num_experts, ranks.num_ranks)
 
     def count_fields(self, rank: int, **more: object) -> dict[str, object]:
         """Params of `count`."""
@@ -258,12 +258,12 @@ class Planner:
         """Launch `count` on some ranks, or all; does not wait."""
         here = range(self.ranks.num_ranks) if only is None else only
         fields = [self.count_fields(rank, **more) if rank in here else None for rank in range(self.ranks.num_ranks)]
-        self.ranks.launch(count_spec.SPEC, fields, (2, count_spec.THREADS, self.smem_bytes), self.config)
+        self.ranks.launch(notify_spec.SPEC, fields, (2, notify_spec.THREADS, self.smem_bytes), self.config)
 
     def place(self) -> None:
         """Launch `place` on all ranks; does not wait."""
         fields = [self.place_fields(rank) for rank in range(self.ranks.num_ranks)]
-        self.ranks.launch(place_spec.SPEC, fields, (3, place_spec.THREADS, self.smem_bytes), self.config)
+        self.ranks.launch(assign_spec.SPEC, fields, (3, assign_spec.THREADS, self.smem_bytes), self.config)
 
     def run(self) -> None:
         """The whole plan."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from virtual import POISON, Block, Ranks, offsets, ranks_of, same_bytes
 
 from tokenferry.kernels import describe
-from tokenferry.kernels.board import FIRST_OFFSET, MAX_LANDED, MAX_RANKS
-from tokenferry.kernels.pull.spec import PIECE_BYTES
-from tokenferry.kernels.push import spec as push_spec
+from tokenferry.kernels.combine_pull.spec import PIECE_BYTES
+from tokenferry.kernels.combine_push import spec as push_spec
+from tokenferry.kernels.control_block import FIRST_OFFSET, MAX_LANDED, MAX_RANKS
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
 
@@ -177,12 +177,12 @@ class Push:
             "row_pieces": rings.pieces,
             "piece_bytes": rings.piece_bytes,
             "pitch": rings.pitch,
-            "card": {
+            "handshake": {
                 0: 3,
                 2: sizes.row_bytes,
                 **offsets(self.recv[rank], self.weight_blocks[rank]),
                 BITS_WORD: sizes.bits_of(rank),
-                ROWS_AT_WORD: heap.card if heap else 0,
+                ROWS_AT_WORD: heap.handshake if heap else 0,
             },
         }
         values |= {f"bias{i}": up(bias) for i, bias in enumerate(self.biases[rank])}
@@ -261,7 +261,7 @@ def as_bytes(rows: Tensor) -> Tensor:
 
 
 def landed(ranks: Ranks, rank: int) -> Tensor:
-    """``[from, unit]``: the words of a rank's board that say what has landed."""
+    """``[from, unit]``: the words of a rank's control block that say what has landed."""
     return ranks.words(rank, "landed", MAX_RANKS * MAX_LANDED).view(MAX_RANKS, MAX_LANDED)
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from emulator import Emulator
 from tokenferry.jit.kernel import Jit, KernelSpec
-from tokenferry.kernels import board
+from tokenferry.kernels import control_block
 from tokenferry.kernels.all import SPECS
-from tokenferry.kernels.board import BOARD_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS, Fault
+from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS, Fault
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window, share_in_process
 
@@ -79,11 +79,11 @@ TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", MACHINE.timeout_s))
 
 
 def _layout() -> dict[str, int]:
-    """Offset of each field of a board, as device/board.cuh lays it out: its fields are u64 and u32 words and arrays."""
-    text = (Path(board.__file__).parent / "device" / "board.cuh").read_text()
+    """Offset of each field of the control block; its fields are u64 and u32 words and arrays."""
+    text = (Path(control_block.__file__).parent / "device" / "control_block.cuh").read_text()
     constants = {name: int(value) for name, value in re.findall(r"constexpr u32 (\w+) = (\d+);", text)}
     fields, at = {}, 0
-    body = text.split("struct Board {")[1].split("};")[0]
+    body = text.split("struct ControlBlock {")[1].split("};")[0]
     for width, name, dims in re.findall(r"^\s*u(64|32) (\w+)((?:\[[\w +]+\])*);", body, re.MULTILINE):
         fields[name] = at
         sizes = re.findall(r"\[([\w +]+)\]", dims)  # numbers, names, or sums of them
@@ -92,11 +92,11 @@ def _layout() -> dict[str, int]:
     return fields
 
 
-BOARD_AT = _layout()
+CONTROL_BLOCK_OFFSETS = _layout()
 
 
 class Record(NamedTuple):
-    """What a kernel found wrong; device/board.cuh says what the words mean."""
+    """What a kernel found wrong; device/control_block.cuh says what the words mean."""
 
     code: int
     call: int
@@ -112,14 +112,14 @@ class Block:
     """Poisoned bytes in the heap of one rank's window, with guards around them.
 
     Attributes:
-        card: Where it begins, as a card says it.
+        handshake: Where it begins, as a handshake says it.
         address: The same, as an address.
         tensor: uint8 ``[num_bytes]``.
     """
 
     def __init__(self, ranks: Ranks, rank: int, start: int, num_bytes: int) -> None:
         window = ranks.windows[rank]
-        self.card = (start + GUARD) // OFFSET_BYTES
+        self.handshake = (start + GUARD) // OFFSET_BYTES
         self.address = window.base + start + GUARD
         self._whole = bytes_at(window.base + start, num_bytes + 2 * GUARD, window.device, window)
         self._whole.fill_(POISON)
@@ -145,7 +145,7 @@ class Ranks:
         self.num_ranks = num_ranks
         self.device = MACHINE.device
         self._kernels = MACHINE.jit  # all are compiled before any rank is kept waiting
-        self.windows = MACHINE.windows(num_ranks, BOARD_BYTES + heap_bytes)
+        self.windows = MACHINE.windows(num_ranks, CONTROL_BLOCK_BYTES + heap_bytes)
         self.streams = [MACHINE.stream() for _ in range(num_ranks)]
         self.records = self.pinned(torch.zeros(num_ranks, RECORD_WORDS, dtype=torch.int32))
         self.call = 0
@@ -158,8 +158,8 @@ class Ranks:
     # ------------------------------------------------------------------ memory
 
     def reset(self) -> None:
-        """Give all blocks back. Ranks begin at different offsets, so that a card of another rank leads astray."""
-        self._next = [BOARD_BYTES + 4096 * rank for rank in range(self.num_ranks)]
+        """Give all blocks back. Ranks begin at different offsets, so that a handshake of another rank leads astray."""
+        self._next = [CONTROL_BLOCK_BYTES + 4096 * rank for rank in range(self.num_ranks)]
 
     def block(self, rank: int, num_bytes: int) -> Block:
         """Poisoned bytes in a window."""
@@ -184,9 +184,9 @@ class Ranks:
         return MACHINE.pinned(tensor)
 
     def words(self, rank: int, field: str, count: int = 1, dtype: torch.dtype = torch.int32, first: int = 0) -> Tensor:
-        """Words of a field of a rank's board, for reading and writing while no kernel runs."""
+        """Words of a field of a rank's control block, for reading and writing while no kernel runs."""
         window = self.windows[rank]
-        at = window.base + BOARD_AT[field] + first * dtype.itemsize
+        at = window.base + CONTROL_BLOCK_OFFSETS[field] + first * dtype.itemsize
         return bytes_at(at, count * dtype.itemsize, window.device, window).view(dtype)
 
     def epochs(self) -> list[int]:
@@ -214,8 +214,9 @@ class Ranks:
 
         Args:
             spec: Of the kernel.
-            fields: One mapping a rank: what the params hold; tensors stand for their addresses, ``card`` is a mapping
-                of words, ``alive`` the ranks that take part, ``timeout_s`` another deadline. None: does not launch.
+            fields: One mapping a rank: what the params hold; tensors stand for their addresses, ``handshake`` is a
+                mapping of words, ``alive`` the ranks that take part, ``timeout_s`` another deadline. None: does not
+                launch.
             sizes: Blocks, threads a block, dynamic shared memory.
             config: Of the kernel.
         """
@@ -266,12 +267,12 @@ class Ranks:
     def _fill(self, params: Any, rank: int, fields: Fields) -> Any:
         for peer, base in enumerate(self.windows[rank].bases):
             params.windows[peer] = base
-        values = {"alive": (1 << self.num_ranks) - 1, "call": self.call, **fields}
+        values = {"alive": (1 << self.num_ranks) - 1, "call_number": self.call, **fields}
         params.timeout_ns = int(values.pop("timeout_s", TIMEOUT_S) * 1e9)
         params.record = self.records[rank].data_ptr()
         params.rank, params.num_ranks = rank, self.num_ranks
-        for word, value in values.pop("card", {}).items():
-            params.card[word] = value
+        for word, value in values.pop("handshake", {}).items():
+            params.handshake[word] = value
         for name, value in values.items():
             if isinstance(value, Tensor):
                 self._kept.append(value)
@@ -293,8 +294,8 @@ def ranks_of(num_ranks: int) -> Ranks:
 
 
 def offsets(*blocks: Block | None) -> dict[int, int]:
-    """The words of a card that say where blocks are."""
-    return {FIRST_OFFSET + i: block.card for i, block in enumerate(blocks) if block is not None}
+    """The words of a handshake that say where blocks are."""
+    return {FIRST_OFFSET + i: block.handshake for i, block in enumerate(blocks) if block is not None}
 
 
 def same_bytes(what: str, got: Tensor, want: Tensor, row_bytes: int) -> None:

@@ -7,8 +7,15 @@ import os
 import pytest
 
 FILES = (
-    *("test_plan.py", "test_move.py", "test_pull.py", "test_push.py", "test_unpack.py", "test_meet.py"),
-    *("test_spread.py", "test_collect.py"),
+    *(
+        "test_dispatch_plan.py",
+        "test_dispatch_kernel.py",
+        "test_combine_pull.py",
+        "test_combine_push.py",
+        "test_dispatch_expand.py",
+        "test_sync.py",
+    ),
+    *("test_decode_dispatch.py", "test_decode_combine.py"),
 )
 """Tests of single kernels."""
 RANKS = (1, 2, 3)
@@ -35,4 +42,6 @@ def is_chosen(item: pytest.Item) -> bool:
     name, params = item.originalname, item.callspec.params if hasattr(item, "callspec") else {}
     if name in NEED_TIME or params.get("num_ranks", 1) not in RANKS:
         return False
-    return not (item.path.name == "test_unpack.py" and "sizes" in params and params["sizes"].row_bytes > LARGE_ROWS)
+    return not (
+        item.path.name == "test_dispatch_expand.py" and "sizes" in params and params["sizes"].row_bytes > LARGE_ROWS
+    )

@@ -21,7 +21,7 @@ from tokenferry import MoeShape
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda import context as cuda_context
 from tokenferry.backends.cuda import setup as cuda_setup
-from tokenferry.kernels.board import BOARD_BYTES
+from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.streams import HostStreams
 
@@ -73,7 +73,7 @@ class Crowd:
         self.num_ranks = num_ranks
         self.emulator = Emulator()
         self.windows: list[Window] = []
-        self.cards: dict[int, dict[str, Any]] = {}
+        self.handshakes: dict[int, dict[str, Any]] = {}
 
     def size(self) -> int:
         return self.num_ranks
@@ -106,17 +106,17 @@ class Hall:
         crowd, rank = self._crowd, self._rank
         crowd.wait()
         if rank == 0:
-            crowd.windows = crowd.emulator.windows(crowd.num_ranks, BOARD_BYTES + HEAP_BYTES)
+            crowd.windows = crowd.emulator.windows(crowd.num_ranks, CONTROL_BLOCK_BYTES + HEAP_BYTES)
         crowd.wait()
         window = crowd.windows[rank]
         resolved = Resolved(shape, "cuda", "auto", timeout_s, on_timeout == "mask", HEAP_BYTES, "")
 
-        def exchange(card: dict[str, Any]) -> list[dict[str, Any]]:
-            crowd.cards[rank] = card
+        def exchange(handshake: dict[str, Any]) -> list[dict[str, Any]]:
+            crowd.handshakes[rank] = handshake
             crowd.wait()
-            cards = [crowd.cards[peer] for peer in range(crowd.num_ranks)]
+            handshakes = [crowd.handshakes[peer] for peer in range(crowd.num_ranks)]
             crowd.wait()
-            return cards
+            return handshakes
 
         place = Place(rank, window.bases, window.num_bytes)
         backend = cuda_setup.assemble(place, resolved, "emulated", "emulated", exchange)

@@ -103,7 +103,7 @@ DEV void unpack_fp8(u32 v, float (&n)[4]) {
     for (int i = 0; i < 4; i++) n[i] = emu_from_float8(v >> 8 * i & 0xff);
 }
 
-DEV void nap() { emu_change_fiber(); }
+DEV void backoff() { emu_change_fiber(); }
 
 DEV u64 clock_ns() {
     timespec t;

@@ -47,9 +47,9 @@ def test_decode_hooks(run):
     run(3, decode.hooks_in_any_order)
 
 
-def test_decode_transports(run):
-    run(2, decode.transports, 2)
-    run(3, decode.masked_transports)
+def test_decode_encodings(run):
+    run(2, decode.encodings, 2)
+    run(3, decode.masked_encodings)
 
 
 SHAPE = MoeShape(4, 2, 16, 8)

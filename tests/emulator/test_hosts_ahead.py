@@ -18,7 +18,7 @@ from hall import TIMEOUT_S, DoneJit, DoneKernel, emulate
 from emulator import Emulator, Stream
 from tokenferry import MoeShape
 from tokenferry.errors import RoutingError
-from tokenferry.kernels.board import BOARD_AT
+from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.types import Delivery, Routing
 
@@ -196,7 +196,9 @@ def several_of_decode(rank, pg, hall, hook):
             if rank == 0:
                 queue.finish()
                 context = group._backend.context
-                received = bytes_at(context.window.base + BOARD_AT["received"], 16, context.device, context.window)
+                received = bytes_at(
+                    context.window.base + CONTROL_BLOCK_OFFSETS["received"], 16, context.device, context.window
+                )
                 assert received.view(torch.int32).tolist() == [0, 1, 0, 0]  # the first dispatch
                 with pytest.raises(RoutingError, match="is 9"):
                     group.synchronize()

@@ -15,10 +15,10 @@ from hall import emulate
 from masks import Load, by_hand, skip_and_return, under_load
 
 from emulator import Emulator, build, translate
-from tokenferry.kernels import board
-from tokenferry.kernels.board import BOARD_AT
+from tokenferry.kernels import control_block
+from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
 
-DEVICE = Path(board.__file__).parent
+DEVICE = Path(control_block.__file__).parent
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -49,10 +49,14 @@ def test_masks_by_hand(run, tmp_path, both_sides):
 
 def test_the_host_knows_where_fields_of_a_board_are(tmp_path):
     """g++ compares it with the struct that the kernels use."""
-    headers = {name: translate(name, (DEVICE / name).read_text()) for name in ("device/board.cuh", "device/ptx.cuh")}
-    fields = "\n".join(f"static_assert(offsetof(Board, {name}) == {at});" for name, at in BOARD_AT.items())
+    headers = {
+        name: translate(name, (DEVICE / name).read_text()) for name in ("device/control_block.cuh", "device/ptx.cuh")
+    }
+    offsets = CONTROL_BLOCK_OFFSETS.items()
+    fields = "\n".join(f"static_assert(offsetof(ControlBlock, {name}) == {at});" for name, at in offsets)
     types = "#include <stddef.h>\ntypedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64; typedef int32_t i32;"
-    build(f'#include "emulator.h"\n{types}\n#include "device/board.cuh"\n{fields}\n', headers, "board", tmp_path)
+    main = f'#include "emulator.h"\n{types}\n#include "device/control_block.cuh"\n{fields}\n'
+    build(main, headers, "control_block", tmp_path)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tokenferry.bench import rounds, timeline
 from tokenferry.bench.bed import CpuBed
 from tokenferry.bench.diagnose import Where, judge
 from tokenferry.bench.inputs import Spec
-from tokenferry.kernels.board import MAX_RANKS, TRACE, TRACE_ROWS
+from tokenferry.kernels.control_block import MAX_RANKS, TRACE, TRACE_ROWS
 from tokenferry.types import MoeShape, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))

@@ -1,4 +1,4 @@
-"""Cards reach every rank over whatever a process group has: CPU tensors, a store, or tensors of a device."""
+"""Handshakes reach every rank over whatever a process group has: CPU tensors, a store, or tensors of a device."""
 
 import re
 import time
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.errors import PeerTimeout
-from tokenferry.transports import handshake as cards
+from tokenferry.transports import handshake as handshakes
 from tokenferry.transports.base import Deadline
 
 CARRIERS = ("cpu", "store", "tensors")
@@ -33,11 +33,11 @@ class WithoutCpu:
 
 def table(pg, carrier, timeout_s=10.0):
     group = pg if carrier == "cpu" else WithoutCpu(pg, carrier == "store")
-    return cards.Table(group, timeout_s)
+    return handshakes.Table(group, timeout_s)
 
 
 def swap(rank, pg, carrier):
-    """Two tables, one after the other, with cards of different lengths and a rank that comes late."""
+    """Two tables, one after the other, with handshakes of different lengths and a rank that comes late."""
     seen = []
     for name in ("first", "second"):
         where = table(pg, carrier)
@@ -60,7 +60,7 @@ def test_every_rank_gets_every_card(worlds, carrier):
 def absent(rank, pg):
     """Rank 1 comes to the first exchange only. The keys lie apart: ranks are out of step afterwards."""
     store = dist.PrefixStore("absent", pg.get_group_store())
-    carrier = cards._Store(pg, store)
+    carrier = handshakes._Store(pg, store)
     carrier.exchange(b"{}", Deadline(10.0))
     if rank == 1:
         return None
@@ -81,7 +81,7 @@ def test_a_store_names_the_rank_that_did_not_come(worlds):
 
 def leftovers(rank, pg):
     store = dist.PrefixStore("leftovers", pg.get_group_store())
-    carrier = cards._Store(pg, store)
+    carrier = handshakes._Store(pg, store)
     for _ in range(4):
         carrier.exchange(b"{}", Deadline(10.0))
     return [number for number in range(1, 5) if store.check([f"tokenferry/{number}/{rank}"])]
@@ -100,7 +100,7 @@ def test_a_store_that_fails_is_a_timeout_of_all_others():
         rank, size = staticmethod(lambda: 1), staticmethod(lambda: 3)
 
     with pytest.raises(PeerTimeout, match=r"ranks 0, 2: the process group's store failed \(connection reset by peer\)"):
-        cards._Store(Group(), Broken()).exchange(b"{}", Deadline(1.0))
+        handshakes._Store(Group(), Broken()).exchange(b"{}", Deadline(1.0))
 
 
 def test_tensors_that_do_not_come_end_with_the_deadline():
@@ -116,7 +116,7 @@ def test_tensors_that_do_not_come_end_with_the_deadline():
 
     start = time.monotonic()
     with pytest.raises(PeerTimeout, match=r"rank 1 waited 0\.2 s for ranks 0, 2"):
-        cards._Tensors(Group(), torch.device("cpu")).exchange(b"{}", Deadline(0.2))
+        handshakes._Tensors(Group(), torch.device("cpu")).exchange(b"{}", Deadline(0.2))
     assert time.monotonic() - start < 5.0
 
 

@@ -24,7 +24,7 @@ def make(pg, shape=SHAPE, **options):
         return type(error), str(error)
 
 
-def with_cards(rank, pg, changed, option="auto"):
+def with_handshakes(rank, pg, changed, option="auto"):
     """Make a group after rank 1 has replaced a function of the rendezvous."""
     original = {name: getattr(rendezvous, name) for name in changed}
     if rank == 1:
@@ -45,12 +45,12 @@ def no_socket():
     return None, ""
 
 
-def refuse(rank, cards):
+def refuse(rank, handshakes):
     raise ConnectionRefusedError("no way")
 
 
 def test_ranks_of_one_host_share_memory(worlds):
-    assert worlds(2).run(with_cards, {}) == ["shared_memory", "shared_memory"]
+    assert worlds(2).run(with_handshakes, {}) == ["shared_memory", "shared_memory"]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_ranks_of_one_host_share_memory(worlds):
     ids=["hosts", "sockets", "refused"],
 )
 def test_one_reason_on_one_rank_moves_all_ranks_to_the_group_transport(worlds, changed, why):
-    assert worlds(2).run(with_cards, changed) == ["process_group", "process_group"]
-    for kind, text in worlds(2).run(with_cards, changed, "shared_memory"):
+    assert worlds(2).run(with_handshakes, changed) == ["process_group", "process_group"]
+    for kind, text in worlds(2).run(with_handshakes, changed, "shared_memory"):
         assert kind is BackendUnavailable
         assert why in text
         assert "use transport='auto' or 'process_group'" in text
@@ -82,7 +82,7 @@ def different_transports(rank, pg):
     ("job", "text"),
     [
         (different_shapes, "shape differs between ranks (rank 0: MoeShape"),
-        (different_transports, "rank 0: auto, rank 1: local"),
+        (different_transports, "rank 0: auto, rank 1: shared_memory"),
     ],
 )
 def test_ranks_that_disagree_say_so_on_every_rank(worlds, job, text):
@@ -95,12 +95,12 @@ def strangers(rank, pg):
     """Rank 0's socket is called by two strangers before rank 1 comes."""
     original = rendezvous._call_lower_ranks
 
-    def knock(rank, cards):
+    def knock(rank, handshakes):
         for hello in (b"who", rendezvous._HELLO.pack(b"0" * 16, 1)):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-                stranger.connect(cards[0]["address"])
+                stranger.connect(handshakes[0]["address"])
                 stranger.sendall(hello)
-        return original(rank, cards)
+        return original(rank, handshakes)
 
     rendezvous._call_lower_ranks = knock if rank == 1 else original
     try:
@@ -115,12 +115,12 @@ def test_a_stranger_without_the_secret_is_turned_away(worlds):
 
 def test_a_rank_that_does_not_connect_is_named():
     listener, _ = rendezvous._listen()
-    cards = [{"secret": "00" * 16}] * 3
+    handshakes = [{"secret": "00" * 16}] * 3
     with (
         listener,
         pytest.raises(PeerTimeout, match=r"making the group: rank 0 waited .* ranks 1, 2: it did not connect"),
     ):
-        rendezvous._accept_higher_ranks(listener, 0, cards, timeout_s=0.05)
+        rendezvous._accept_higher_ranks(listener, 0, handshakes, timeout_s=0.05)
 
 
 def test_where_names_of_sockets_are_files_they_are_removed(monkeypatch, tmp_path):

@@ -11,9 +11,9 @@ from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.backends.cuda.faults import Signature
 from tokenferry.errors import PeerTimeout
-from tokenferry.kernels.board import CARD_WORDS, SIGNATURE_WORDS
-from tokenferry.kernels.count.spec import num_units
-from tokenferry.kernels.move import spec
+from tokenferry.kernels.control_block import HANDSHAKE_WORDS, SIGNATURE_WORDS
+from tokenferry.kernels.dispatch import spec
+from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.types import Delivery, Layout, MoeShape
 
 CPU = torch.device("cpu")
@@ -27,10 +27,10 @@ def test_params_say_what_the_call_at_hand_says():
     for number, signature, wait_ns in calls:
         Context.address(None, template, Call(number, 0, False, 3, signature, wait_ns))
         p = template.params
-        assert (p.call, p.alive, p.wait_ns) == (number, 3, wait_ns)
-        card = memoryview(p.card).cast("B").cast("I")
-        assert card[:SIGNATURE_WORDS].tobytes() == signature.card
-        assert len(card) == CARD_WORDS
+        assert (p.call_number, p.alive, p.wait_ns) == (number, 3, wait_ns)
+        handshake = memoryview(p.handshake).cast("B").cast("I")
+        assert handshake[:SIGNATURE_WORDS].tobytes() == signature.words
+        assert len(handshake) == HANDSHAKE_WORDS
 
 
 @pytest.mark.parametrize("layout", list(Layout))

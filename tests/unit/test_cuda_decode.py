@@ -222,9 +222,9 @@ class Ground:
         memory = torch.empty(num_bytes, dtype=torch.uint8)
         return SimpleNamespace(address=memory.data_ptr(), offset=512, memory=memory)
 
-    def exchange(self, card):
+    def exchange(self, handshake):
         self.asked += 1
-        return [card, card]
+        return [handshake, handshake]
 
     def fitting(self, shape, *, capturing=False):
         return self.workspaces.fitting(new_call(capturing=capturing), shape, 2)

@@ -8,7 +8,7 @@ import torch
 from tokenferry.backends.cpu.exchange import dtype_code
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Signature
 from tokenferry.errors import MismatchError
-from tokenferry.kernels.board import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
+from tokenferry.kernels.control_block import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
 
 SIGNATURE = Signature(
     "dispatch", num_experts=4, max_tokens=8, device_counts=0, bytes_of_topk_idx=16, dtype=dtype_code(torch.float32)

@@ -118,17 +118,17 @@ class Device:
 
 
 class Table:
-    """Cards between threads."""
+    """Handshakes between threads."""
 
     def __init__(self, shared, barrier, rank):
         self.shared, self.barrier, self.rank = shared, barrier, rank
 
-    def exchange(self, card):
-        self.shared[self.rank] = card
+    def exchange(self, handshake):
+        self.shared[self.rank] = handshake
         self.barrier.wait(10)
-        cards = list(self.shared)
+        handshakes = list(self.shared)
         self.barrier.wait(10)
-        return cards
+        return handshakes
 
 
 def describe(device, **changed):
@@ -268,18 +268,21 @@ def test_one_reason_is_told_on_all_ranks(cuda, monkeypatch):
     assert not cuda.allocated
 
 
-def cards(*changes):
+def handshakes(*changes):
     return [{**describe(torch.device("cuda", rank)), **change} for rank, change in enumerate(changes)]
 
 
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        (cards({}, {}), ""),
-        (cards(*[{}] * 9), "9 ranks are more than the 8 that can share memory"),
-        (cards({}, {"host": "there"}), "the ranks are on 2 hosts"),
-        (cards({}, {"device": None}), "rank 1 has no CUDA device"),
-        (cards({}, {"device": None, "trouble": " that works: sick"}), "rank 1 has no CUDA device that works: sick"),
+        (handshakes({}, {}), ""),
+        (handshakes(*[{}] * 9), "9 ranks are more than the 8 that can share memory"),
+        (handshakes({}, {"host": "there"}), "the ranks are on 2 hosts"),
+        (handshakes({}, {"device": None}), "rank 1 has no CUDA device"),
+        (
+            handshakes({}, {"device": None, "trouble": " that works: sick"}),
+            "rank 1 has no CUDA device that works: sick",
+        ),
     ],
     ids=["fine", "nine", "hosts", "none", "trouble"],
 )
@@ -313,15 +316,15 @@ def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: device != 1)
-    case = cards({}, {}, {})
+    case = handshakes({}, {}, {})
     assert reach.why_not(case, 0) == "", "the GPU of rank 2 is not visible here and cannot be asked about"
     assert reach.why_not(case, 1) == "the GPU of rank 1 (GPU-1) cannot reach that of rank 0 (GPU-0)"
 
 
 def without_gpu(rank, pg):
-    from tokenferry.transports.handshake import Table as Cards
+    from tokenferry.transports.handshake import Table as Handshakes
 
-    return reach.obstacle(Cards(pg, 10.0), rank, torch.device("cuda", rank) if rank else None)
+    return reach.obstacle(Handshakes(pg, 10.0), rank, torch.device("cuda", rank) if rank else None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

@@ -1,4 +1,4 @@
-"""The kernels of tokenferry.kernels.limits on windows of their own: rows, flags and barriers between R GPUs."""
+"""The kernels of tokenferry.kernels.link_limits on windows of their own: rows, flags and barriers between R GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenferry.bench.inputs import WrongAnswer
 from tokenferry.errors import PeerTimeout
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
-from tokenferry.kernels.limits import spec
+from tokenferry.kernels.link_limits import spec
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window, share
 from tokenferry.transports.handshake import Table

@@ -1,7 +1,7 @@
 """Timelines of decode calls: clocks of several GPUs brought together, phases, events for Perfetto and Chrome.
 
-Everything here is a function of what kernels wrote down (see `tokenferry.kernels.board`, ``TRACE``): tensors in,
-numbers out. Nothing here needs a GPU. Letters: N calls, R ranks, B blocks of a kernel, W = ``TRACE_WORDS``.
+Everything here is a function of what kernels wrote down (see `tokenferry.kernels.control_block`, ``TRACE``): tensors
+in, numbers out. Nothing here needs a GPU. Letters: N calls, R ranks, B blocks of a kernel, W = ``TRACE_WORDS``.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenferry.errors import ArgumentError
-from tokenferry.kernels.board import MAX_RANKS, TRACE, TRACE_HELLO, TRACE_ROWS
+from tokenferry.kernels.control_block import MAX_RANKS, TRACE, TRACE_ROWS, TRACE_SIGNATURE
 
-PHASES = {"ready": "read, wait for room", "sent": "send", "told": "wait for counts", "end": "receive"}
+PHASES = {"ready": "read, wait for room", "sent": "send", "counts": "wait for counts", "end": "receive"}
 """What a block was busy with until it wrote down the word of this name; a word of 0 was not written: there is no such
 phase."""
 TELLS = {**PHASES, "sent": "tell"}
 """The same of a kernel's last block, which tells counts and signatures instead of sending rows."""
 WAIT = "wait for messages"
 """What the last block does after that, until every rank's message is here."""
-_HELLO = slice(TRACE_HELLO, TRACE_HELLO + MAX_RANKS)
+_HELLO = slice(TRACE_SIGNATURE, TRACE_SIGNATURE + MAX_RANKS)
 _ROWS = slice(TRACE_ROWS, TRACE_ROWS + MAX_RANKS)
 
 
@@ -131,7 +131,7 @@ def find_clocks(words: Tensor) -> Clocks:
     last = _last_blocks(words)
     num_ranks = last.shape[1]
     sent = last[..., TRACE["ready"]].unsqueeze(2)  # [N, a, 1]
-    seen = last[..., TRACE_HELLO : TRACE_HELLO + num_ranks].transpose(1, 2)  # [N, a, b]
+    seen = last[..., TRACE_SIGNATURE : TRACE_SIGNATURE + num_ranks].transpose(1, 2)  # [N, a, b]
     never = torch.iinfo(torch.int64).max
     way = torch.where((sent > 0) & (seen > 0), seen - sent, never).min(dim=0).values.fill_diagonal_(0)
     deaf = (way == never).nonzero().tolist()
@@ -174,7 +174,7 @@ def phases(block: Sequence[int], *, tells: bool = False) -> list[Phase]:
     seen = max(block[_HELLO])
     for name, text in (TELLS if tells else PHASES).items():
         now = block[TRACE[name]]
-        if tells and name == "told" and seen > before:
+        if tells and name == "counts" and seen > before:
             found.append(Phase(WAIT, before, seen))
             before = seen
         if now > before and before:
@@ -196,7 +196,7 @@ def rank_times(call: Recorded) -> list[RankTimes]:
                 by_name[phase.name].append(phase.lasts_ns / 1e3)
         first = min(block[TRACE["start"]] for block in blocks)
         asked = int(last[rank, TRACE["sent"]])
-        seen = {s: int(last[rank, TRACE_HELLO + s]) for s in range(num_ranks) if s != rank}
+        seen = {s: int(last[rank, TRACE_SIGNATURE + s]) for s in range(num_ranks) if s != rank}
         found.append(
             RankTimes(
                 rank,
@@ -220,7 +220,7 @@ def row_waits(words: Tensor) -> Tensor:
         words: ``[N, R, B, W]`` int64, of dispatches.
     """
     num_ranks = words.shape[1]
-    seen = _last_blocks(words)[..., TRACE_HELLO : TRACE_HELLO + num_ranks].amax(dim=-1, keepdim=True)
+    seen = _last_blocks(words)[..., TRACE_SIGNATURE : TRACE_SIGNATURE + num_ranks].amax(dim=-1, keepdim=True)
     rows = words[..., TRACE_ROWS : TRACE_ROWS + num_ranks].amax(dim=2)
     there = (rows > 0) & (seen > 0)
     waited = torch.where(there, (rows - seen).clamp(min=0), 0).double()
@@ -295,7 +295,7 @@ def _journeys(call: Recorded) -> Iterator[tuple[int, int, Phase]]:
     rows = call.words[..., _ROWS].amax(dim=1).tolist()
     for rank in range(len(last)):
         for source in range(len(last)):
-            sent, seen, end = last[source][TRACE["ready"]], last[rank][TRACE_HELLO + source], rows[rank][source]
+            sent, seen, end = last[source][TRACE["ready"]], last[rank][TRACE_SIGNATURE + source], rows[rank][source]
             if not seen:  # its own are no messages
                 continue
             yield rank, source, Phase("message", min(sent, seen), seen)

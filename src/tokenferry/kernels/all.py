@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from tokenferry.kernels.collect.spec import SPEC as COLLECT
-from tokenferry.kernels.count.spec import SPEC as COUNT
-from tokenferry.kernels.move.spec import SPEC as MOVE
-from tokenferry.kernels.place.spec import SPEC as PLACE
-from tokenferry.kernels.pull.spec import SPEC as PULL
-from tokenferry.kernels.push.spec import SPEC as PUSH
-from tokenferry.kernels.spread.spec import SPEC as SPREAD
-from tokenferry.kernels.stage.spec import SPEC as STAGE
-from tokenferry.kernels.unpack.spec import SPEC as UNPACK
+from tokenferry.kernels.combine_pull.spec import SPEC as COMBINE_PULL
+from tokenferry.kernels.combine_push.spec import SPEC as COMBINE_PUSH
+from tokenferry.kernels.decode_combine.spec import SPEC as DECODE_COMBINE
+from tokenferry.kernels.decode_dispatch.spec import SPEC as DECODE_DISPATCH
+from tokenferry.kernels.dispatch.spec import SPEC as DISPATCH
+from tokenferry.kernels.dispatch_assign.spec import SPEC as DISPATCH_ASSIGN
+from tokenferry.kernels.dispatch_expand.spec import SPEC as DISPATCH_EXPAND
+from tokenferry.kernels.dispatch_notify.spec import SPEC as DISPATCH_NOTIFY
+from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
-SPECS = (COUNT, PLACE, MOVE, UNPACK, STAGE, PULL, PUSH, SPREAD, COLLECT)
+SPECS = (
+    DISPATCH_NOTIFY,
+    DISPATCH_ASSIGN,
+    DISPATCH,
+    DISPATCH_EXPAND,
+    STAGE_INPUT,
+    COMBINE_PULL,
+    COMBINE_PUSH,
+    DECODE_DISPATCH,
+    DECODE_COMBINE,
+)

@@ -9,7 +9,7 @@ import torch
 
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
-from tokenferry.kernels.board import COMMON
+from tokenferry.kernels.control_block import COMMON
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 """What device/number.cuh calls the types of numbers: its ``kType``."""
@@ -35,11 +35,12 @@ def describe(
         configs: All that are compiled.
     """
     folder = Path(spec_file).parent
+    camel = "".join(part.capitalize() for part in folder.name.split("_"))
     return KernelSpec(
         name=folder.name,
         source=folder / "kernel.cuh",
         include=folder.parent,
-        params=Params(f"{folder.name.capitalize()}Params", (*COMMON, *fields)),
+        params=Params(f"{camel}Params", (*COMMON, *fields)),
         max_registers=max_registers,
         max_threads=max_threads,
         static_smem=static_smem,

@@ -106,17 +106,19 @@ class Window:
         self._heaps.append(heap)
         return heap
 
-    def _reach(self, cards: list[dict[str, Any]]) -> str:
+    def _reach(self, handshakes: list[dict[str, Any]]) -> str:
         """Learn the address of every peer's window in this process; returns why that fails, or nothing."""
         bases = list(self.bases)
-        for peer, card in enumerate(cards):
+        for peer, handshake in enumerate(handshakes):
             if peer == self.rank:
                 continue
             try:
-                if card["process"] == cards[self.rank]["process"]:  # the driver refuses handles of its own process
-                    bases[peer] = _neighbour(self._driver, card["device"]["index"], card["address"])
+                if (
+                    handshake["process"] == handshakes[self.rank]["process"]
+                ):  # the driver refuses handles of its own process
+                    bases[peer] = _neighbour(self._driver, handshake["device"]["index"], handshake["address"])
                 else:
-                    bases[peer] = _map(self._driver, bytes.fromhex(card["handle"]))
+                    bases[peer] = _map(self._driver, bytes.fromhex(handshake["handle"]))
                     self._mapped.append(bases[peer])
             except BackendUnavailable as error:
                 hint = "containers need a common PID and IPC namespace"
@@ -151,7 +153,7 @@ def share(
     When it returns, every rank has mapped every window, and the first ``zero_bytes`` of each (all, if None) are zero.
 
     Args:
-        table: Where the ranks exchange cards; may be None for a group of one.
+        table: Where the ranks exchange handshakes; may be None for a group of one.
         rank: This rank.
         num_ranks: R.
         device: This rank's GPU. Ranks may share one.
@@ -163,8 +165,8 @@ def share(
             ranks are on several hosts or more than 8, or there is not enough memory. Names the rank.
         PeerTimeout: a rank did not come.
     """
-    cards = _exchange(table, describe(device))
-    reason = why_not(cards, rank)
+    handshakes = _exchange(table, describe(device))
+    reason = why_not(handshakes, rank)
     memory: Memory | None = None
     offer = {"address": 0, "handle": ""}
     if not reason:
@@ -174,11 +176,11 @@ def share(
         except BackendUnavailable as error:
             reason = f"rank {rank}: {error}"
     offers = _exchange(table, {"why_not": reason, **offer})
-    reason = next((card["why_not"] for card in offers if card["why_not"]), "")
+    reason = next((handshake["why_not"] for handshake in offers if handshake["why_not"]), "")
     if reason or memory is None:
         raise BackendUnavailable(f"ranks cannot share GPU memory: {reason}")
     window = Window(rank, device, num_bytes, (memory,), (memory.address,) * num_ranks)
-    reason = window._reach([{**card, **offer} for card, offer in zip(cards, offers, strict=True)])
+    reason = window._reach([{**handshake, **offer} for handshake, offer in zip(handshakes, offers, strict=True)])
     reason = agree(table, reason) if table else reason
     if reason:
         window.close()
@@ -198,9 +200,9 @@ def share_in_process(num_ranks: int, device: torch.device, num_bytes: int) -> li
     return [Window(rank, device, num_bytes, memories, bases) for rank in range(num_ranks)]
 
 
-def _exchange(table: Exchange | None, card: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's card; a group of one has only its own."""
-    return table.exchange(card) if table else [card]
+def _exchange(table: Exchange | None, handshake: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's handshake; a group of one has only its own."""
+    return table.exchange(handshake) if table else [handshake]
 
 
 def _map(device: Device, handle: bytes) -> int:

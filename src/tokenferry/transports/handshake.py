@@ -1,4 +1,4 @@
-"""Cards: small JSON objects that every rank of a process group gives to all others, over whatever the group has.
+"""Handshakes: small JSON objects that every rank of a process group gives to all others, over whatever the group has.
 
 A group that can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl") carries them itself. One that cannot (NCCL alone) has
 a store, by which its ranks once found each other; that carries them. NCCL itself is the last resort: its first
@@ -29,7 +29,7 @@ _REMEDY = "All ranks make a group together."
 
 
 class Table:
-    """Where ranks put cards that all can read. Collective, with a deadline.
+    """Where ranks put handshakes that all can read. Collective, with a deadline.
 
     After a `PeerTimeout` the ranks are out of step: the process group serves for no other table.
 
@@ -43,13 +43,13 @@ class Table:
         self._timeout_s = timeout_s
         self._carrier = _carrier(group, device or torch.device("cpu"))
 
-    def exchange(self, card: dict[str, Any]) -> list[dict[str, Any]]:
-        """Give one card to every rank, and return every rank's, by rank.
+    def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give one handshake to every rank, and return every rank's, by rank.
 
         Raises:
             PeerTimeout: a rank did not come; names it.
         """
-        texts = self._carrier.exchange(json.dumps(card).encode(), Deadline(self._timeout_s))
+        texts = self._carrier.exchange(json.dumps(handshake).encode(), Deadline(self._timeout_s))
         return [json.loads(text) for text in texts]
 
 
@@ -121,7 +121,7 @@ class _Store:
             number = self._store.add(f"tokenferry/exchanges/{self._rank}", 1)
             self._store.set(self._key(number, self._rank), text.decode())
             texts = [self._get(number, peer, deadline) for peer in range(self._num_ranks)]
-            # Every rank has come to this exchange, so it has read all cards of the one before.
+            # Every rank has come to this exchange, so it has read all handshakes of the one before.
             if self._last:
                 self._store.delete_key(self._last)
             self._last = self._key(number, self._rank)

@@ -58,7 +58,7 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
     table = Table(group, timeout_s)
     listener, address = _listen()
     try:
-        cards = table.exchange(
+        handshakes = table.exchange(
             {
                 "terms": terms,
                 "key": secrets.token_hex(4),
@@ -67,14 +67,14 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
                 "address": address,
             }
         )
-        compare_terms([card["terms"] for card in cards])
-        key = cards[0]["key"]
-        why_not = _why_not_local(cards, wanted)
+        compare_terms([handshake["terms"] for handshake in handshakes])
+        key = handshakes[0]["key"]
+        why_not = _why_not_local(handshakes, wanted)
         sockets: dict[int, socket.socket] = {}
         if not why_not:
-            why_not, sockets = _try_local(group.rank(), cards, table)
+            why_not, sockets = _try_local(group.rank(), handshakes, table)
         if not why_not and listener:
-            sockets.update(_accept_higher_ranks(listener, group.rank(), cards, timeout_s))
+            sockets.update(_accept_higher_ranks(listener, group.rank(), handshakes, timeout_s))
             return Agreement(SharedMemoryTransport(group.rank(), sockets), key, "all ranks on one host: shared memory")
         if wanted == "shared_memory":
             raise BackendUnavailable(
@@ -93,15 +93,15 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
                 os.unlink(address)
 
 
-def _try_local(rank: int, cards: list[dict[str, Any]], table: Table) -> tuple[str, dict[int, socket.socket]]:
+def _try_local(rank: int, handshakes: list[dict[str, Any]], table: Table) -> tuple[str, dict[int, socket.socket]]:
     """Connect to the lower ranks, and hear whether every rank could; returns why not, or nothing, and the sockets."""
     sockets: dict[int, socket.socket] = {}
     why_not = ""
     try:
-        sockets = _call_lower_ranks(rank, cards)
+        sockets = _call_lower_ranks(rank, handshakes)
     except OSError as error:
         why_not = f"rank {rank} cannot reach a rank of its host over a Unix socket ({error})"
-    reasons = [card["why_not"] for card in table.exchange({"why_not": why_not})]
+    reasons = [handshake["why_not"] for handshake in table.exchange({"why_not": why_not})]
     why_not = next((reason for reason in reasons if reason), "")
     if why_not:
         for sock in sockets.values():
@@ -119,14 +119,14 @@ def compare_terms(terms: list[dict[str, Any]]) -> None:
             raise ConfigError(f"ExpertGroup: {name} differs between ranks ({brought}); give all ranks the same")
 
 
-def _why_not_local(cards: list[dict[str, Any]], wanted: str) -> str:
+def _why_not_local(handshakes: list[dict[str, Any]], wanted: str) -> str:
     """The reason against shared memory that can be seen without trying, or nothing."""
     if wanted == "process_group":
         return "transport='process_group' was asked for"
-    hosts = {card["host"] for card in cards}
+    hosts = {handshake["host"] for handshake in handshakes}
     if len(hosts) > 1:
         return f"the ranks are on {len(hosts)} hosts"
-    without = [rank for rank, card in enumerate(cards) if not card["address"]]
+    without = [rank for rank, handshake in enumerate(handshakes) if not handshake["address"]]
     return f"rank {without[0]} has no Unix sockets that pass descriptors" if without else ""
 
 
@@ -142,18 +142,18 @@ def _listen() -> tuple[socket.socket | None, str]:
     return listener, address
 
 
-def _call_lower_ranks(rank: int, cards: list[dict[str, Any]]) -> dict[int, socket.socket]:
+def _call_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, socket.socket]:
     """Connect to every lower rank; they listen already, so this waits for nobody.
 
     Nor does it wait where more ranks call than a system lets queue: such a call fails at once, as any other reason.
     """
-    hello = _HELLO.pack(bytes.fromhex(cards[0]["secret"]), rank)
+    hello = _HELLO.pack(bytes.fromhex(handshakes[0]["secret"]), rank)
     sockets: dict[int, socket.socket] = {}
     try:
         for peer in range(rank):
             sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sockets[peer].setblocking(False)
-            sockets[peer].connect(cards[peer]["address"])
+            sockets[peer].connect(handshakes[peer]["address"])
             sockets[peer].sendall(hello)
     except OSError:
         for sock in sockets.values():
@@ -163,23 +163,23 @@ def _call_lower_ranks(rank: int, cards: list[dict[str, Any]]) -> dict[int, socke
 
 
 def _accept_higher_ranks(
-    listener: socket.socket, rank: int, cards: list[dict[str, Any]], timeout_s: float
+    listener: socket.socket, rank: int, handshakes: list[dict[str, Any]], timeout_s: float
 ) -> dict[int, socket.socket]:
     """Accept the ranks above, all of which have connected; a stranger, who lacks the secret, is turned away."""
     deadline = Deadline(timeout_s)
     sockets: dict[int, socket.socket] = {}
-    while len(sockets) < len(cards) - 1 - rank:
+    while len(sockets) < len(handshakes) - 1 - rank:
         listener.settimeout(max(deadline.left(), 0.001))
         try:
             sock, _ = listener.accept()
             sock.settimeout(max(deadline.left(), 0.001))
             hello = sock.recv(_HELLO.size, socket.MSG_WAITALL)
         except TimeoutError:
-            missing = [peer for peer in range(rank + 1, len(cards)) if peer not in sockets]
+            missing = [peer for peer in range(rank + 1, len(handshakes)) if peer not in sockets]
             call = CallId(0, "making the group")
             raise peer_timeout(call, rank, missing, "it did not connect", deadline.waited(), "") from None
         secret, peer = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
-        if secret == bytes.fromhex(cards[0]["secret"]):
+        if secret == bytes.fromhex(handshakes[0]["secret"]):
             sockets[peer] = sock
         else:
             sock.close()

@@ -27,8 +27,8 @@ from tokenferry.backends.cuda.masks import Masks
 from tokenferry.backends.cuda.plan import CODES, Geometry
 from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import ArgumentError
-from tokenferry.kernels.board import TRACE_WORDS
-from tokenferry.kernels.place.spec import num_columns
+from tokenferry.kernels.control_block import TRACE_WORDS
+from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.tuning import Topology, Tuning, tune
 from tokenferry.types import (
     Combined,
@@ -218,7 +218,8 @@ class CudaBackend:
         """Let the decode calls from now on write down when what happened; None: they do not, which costs nothing.
 
         Contract: local, at once. What a call wrote is there when its stream has passed it; the tensor has to live until
-        then, and, if a CUDA graph captures the call, as long as that. What the words mean: `tokenferry.kernels.board`.
+        then, and, if a CUDA graph captures the call, as long as that. What the words mean:
+        `tokenferry.kernels.control_block`.
 
         Args:
             trace: A slice of what `new_traces` made.

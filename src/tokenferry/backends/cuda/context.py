@@ -15,7 +15,13 @@ from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTim
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.all import SPECS
-from tokenferry.kernels.board import BOARD_AT, BOARD_BYTES, CARD_WORDS, FIRST_OFFSET, MAX_RANKS
+from tokenferry.kernels.control_block import (
+    CONTROL_BLOCK_BYTES,
+    CONTROL_BLOCK_OFFSETS,
+    FIRST_OFFSET,
+    HANDSHAKE_WORDS,
+    MAX_RANKS,
+)
 from tokenferry.memory.streams import CudaStreams
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
@@ -56,18 +62,18 @@ class LaunchTemplate:
         params: The struct.
         view: Its bytes.
         first: Where the fields behind the common ones begin.
-        offsets: Where the card's offsets begin.
+        offsets: Where the handshake's offsets begin.
         block: Threads of a block.
         smem_bytes: Dynamic shared memory of a block.
-        signature: What the card says now.
+        signature: What the handshake says now.
         wait_ns: What the field of this name holds now.
     """
 
     __slots__ = (
+        "alive",
         "block",
-        "call",
-        "card",
         "first",
+        "handshake",
         "kernel",
         "offsets",
         "params",
@@ -82,10 +88,10 @@ class LaunchTemplate:
         self.params: Any = kernel.new_params()
         kind = type(self.params)
         self.view = memoryview(self.params).cast("B")
-        self.call: int = kind.alive.offset
-        self.card: int = kind.card.offset
-        self.offsets = self.card + 4 * FIRST_OFFSET
-        self.first = self.card + 4 * CARD_WORDS
+        self.alive: int = kind.alive.offset
+        self.handshake: int = kind.handshake.offset
+        self.offsets = self.handshake + 4 * FIRST_OFFSET
+        self.first = self.handshake + 4 * HANDSHAKE_WORDS
         self.block = 32
         self.smem_bytes = 0
         self.signature: Signature | None = None
@@ -100,7 +106,7 @@ class Context:
     """One rank's place in a CUDA group. One thread at a time.
 
     Args:
-        window: Shared by all ranks; the board at its start is zero.
+        window: Shared by all ranks; the control block at its start is zero.
         jit: Kernels of the device.
         timeout_s: Seconds that each wait may take.
         mask_late: Whether decode calls mask a late rank and go on.
@@ -114,7 +120,7 @@ class Context:
         self.timeout_s = timeout_s
         self.mask_late = mask_late
         self.jit = jit
-        self.heap = window.heap(BOARD_BYTES)
+        self.heap = window.heap(CONTROL_BLOCK_BYTES)
         self.pinned = Pinned(pin=window.device.type == "cuda")
         self.flight_recorder = FlightRecorder(self.rank)
         self.masked: set[int] = set()
@@ -235,7 +241,7 @@ class Context:
     def _go_on(self) -> None:
         """Let calls from now on run again: those behind one that came to nothing come to nothing, too."""
         self.order_after_calls()
-        stopped = self.window.base + BOARD_AT["stopped"]
+        stopped = self.window.base + CONTROL_BLOCK_OFFSETS["stopped"]
         bytes_at(stopped, 4, self.device, self.window).zero_()  # in the order of the stream: behind all of them
 
     @contextmanager
@@ -305,12 +311,12 @@ class Context:
         return template
 
     def address(self, template: LaunchTemplate, call: Call) -> None:
-        """Fill in what belongs to the call: its number, who takes part, and the signature on the card."""
+        """Fill in what belongs to the call: its number, who takes part, and the signature in the handshake."""
         view, signature = template.view, call.signature
-        _CALL.pack_into(view, template.call, call.alive, call.number)
+        _CALL.pack_into(view, template.alive, call.alive, call.number)
         if template.signature is not signature:
             template.signature = signature
-            view[template.card : template.card + SIGNATURE_BYTES] = signature.card
+            view[template.handshake : template.handshake + SIGNATURE_BYTES] = signature.words
         if template.wait_ns != call.wait_ns:
             template.wait_ns = template.params.wait_ns = call.wait_ns
 

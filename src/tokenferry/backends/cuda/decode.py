@@ -20,9 +20,9 @@ from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.workspace import Exchange, Workspace, Workspaces
 from tokenferry.errors import ArgumentError, ConfigError
-from tokenferry.kernels.collect import spec as collect_spec
+from tokenferry.kernels.decode_combine import spec as decode_combine_spec
+from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.describe import TYPES
-from tokenferry.kernels.spread import spec as spread_spec
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
 SEND, RECEIVE = 1, 2
@@ -34,7 +34,7 @@ _TABLE_WORDS = 16
 _MOST_TOKENS = 1 << 16
 """M; with the most experts, places of rows stay far below 2^31."""
 _REPEATED, _NONE, _BAD = 0x8000, 0x7FFF, 0x7FFE
-"""What the kernel calls choices that are no experts; see kernels/spread/routing.cuh."""
+"""What the kernel calls choices that are no experts; see kernels/decode_dispatch/routing.cuh."""
 _SCALES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
 
 
@@ -244,12 +244,12 @@ class Decoder:
     ) -> LaunchTemplate:
         context, fp8 = self._context, request.fp8
         weighted = request.routing.topk_weights is not None
-        key = (spread_spec.SPEC, workspace.number, shape, x.dtype, fp8, topk_idx.dtype, weighted)
+        key = (decode_dispatch_spec.SPEC, workspace.number, shape, x.dtype, fp8, topk_idx.dtype, weighted)
         found = context.templates.get(key)
         if found is not None:
             return found
-        kind = spread_spec.RAW if fp8 is None else TYPES[x.dtype]
-        found = context.new_template(key, spread_spec.SPEC, type=kind)
+        kind = decode_dispatch_spec.RAW if fp8 is None else TYPES[x.dtype]
+        found = context.new_template(key, decode_dispatch_spec.SPEC, type=kind)
         p, num_local = found.params, shape.num_experts // context.num_ranks
         self._fill_workspace(found, workspace, workspace.rows_at, workspace.sizes.rows)
         p.notes_at, p.notes_stride, p.words_stride = workspace.notes_at, workspace.sizes.notes, workspace.sizes.words
@@ -258,8 +258,8 @@ class Decoder:
         p.scale_units = 0 if fp8 is None else -(-shape.hidden // 512)
         p.scale_format, p.per_local = _SCALES[fp8], 1 / num_local
         p.wide, p.weighted = int(topk_idx.dtype is torch.int64), int(weighted)
-        found.block = spread_spec.THREADS
-        found.smem_bytes = spread_spec.smem_bytes(
+        found.block = decode_dispatch_spec.THREADS
+        found.smem_bytes = decode_dispatch_spec.smem_bytes(
             shape.max_tokens * shape.top_k, shape.num_experts, context.num_ranks, shape.max_tokens
         )
         return found
@@ -293,10 +293,10 @@ class Decoder:
         out = request.out
         if out is None or out.data_ptr() % 16 or overlap(out, y):
             out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=context.device)
-        ticket = torch.empty(2, dtype=torch.int32, device=context.device) if request.return_hook else None
+        pending_words = torch.empty(2, dtype=torch.int32, device=context.device) if request.return_hook else None
         pointers = (
             y.data_ptr(), out.data_ptr(), topk_idx.data_ptr(), weights.data_ptr(), address(plan.row_weights),
-            table.data_ptr(), address(ticket), context.pinned.masked_address, address(self.trace),
+            table.data_ptr(), address(pending_words), context.pinned.masked_address, address(self.trace),
         )  # fmt: skip
 
         def launch(phases: int, at: Call, _kept: Workspace = workspace) -> None:
@@ -307,7 +307,7 @@ class Decoder:
             if phases & RECEIVE and request.out is not None and request.out is not out:
                 request.out.copy_(out)
 
-        kept = (y, out, topk_idx, weights, plan.row_weights, table, ticket, stats.wait_ns)
+        kept = (y, out, topk_idx, weights, plan.row_weights, table, pending_words, stats.wait_ns)
         hook = self._go(channel, call, launch, kept, return_hook=request.return_hook)
         return DecodeCombined(out if request.out is None else request.out, hook)
 
@@ -315,19 +315,27 @@ class Decoder:
         self, workspace: Workspace, shape: MoeShape, y: Tensor, topk_idx: Tensor, request: DecodeCombineRequest
     ) -> LaunchTemplate:
         context = self._context
-        key = (collect_spec.SPEC, workspace.number, shape, y.dtype, topk_idx.dtype, request.fast, request.encoding)
+        key = (
+            decode_combine_spec.SPEC,
+            workspace.number,
+            shape,
+            y.dtype,
+            topk_idx.dtype,
+            request.fast,
+            request.encoding,
+        )
         found = context.templates.get(key)
         if found is not None:
             return found
         found = context.new_template(
-            key, collect_spec.SPEC, type=TYPES[y.dtype], fast=int(request.fast), encoding=int(request.encoding)
+            key, decode_combine_spec.SPEC, type=TYPES[y.dtype], fast=int(request.fast), encoding=int(request.encoding)
         )
         p = found.params
         self._fill_workspace(found, workspace, workspace.answers_at, workspace.sizes.answers)
         p.max_tokens, p.top_k, p.columns = shape.max_tokens, shape.top_k, shape.hidden
         p.num_local = shape.num_experts // context.num_ranks
         p.wide = int(topk_idx.dtype is torch.int64)
-        found.block = collect_spec.THREADS
+        found.block = decode_combine_spec.THREADS
         return found
 
     # ------------------------------------------------------------------ both
@@ -379,7 +387,7 @@ def prepared_choices(topk_idx: Tensor, num_experts: int) -> Tensor | None:
     Returns:
         Tensor: ``[T * K]`` int16: an expert, with the highest bit if it repeats an earlier slot's, or no expert.
     """
-    if 2 * topk_idx.numel() <= spread_spec.CHOICES_BYTES:
+    if 2 * topk_idx.numel() <= decode_dispatch_spec.CHOICES_BYTES:
         return None
     good = (topk_idx >= 0) & (topk_idx < num_experts)
     codes = torch.where(good, topk_idx.int(), torch.where(topk_idx == -1, _NONE, _BAD))

@@ -15,7 +15,7 @@ import torch
 
 from tokenferry.backends.cpu.exchange import dtype_name
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
-from tokenferry.kernels.board import (
+from tokenferry.kernels.control_block import (
     DISPATCH_WORD,
     MAX_EXPERTS,
     MAX_RANKS,
@@ -26,7 +26,7 @@ from tokenferry.kernels.board import (
     START_WORD,
     Fault,
 )
-from tokenferry.kernels.count.spec import HOST_WORDS_BEFORE_EXPERTS
+from tokenferry.kernels.dispatch_notify.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.transports.base import CallId, peer_timeout
 
 _REMEMBERED_CALLS = 64
@@ -41,21 +41,21 @@ _USERS_NAMES = ("num_experts", "max_tokens", "topk_idx", "top_k")
 
 
 class Signature:
-    """What a call announces on its cards: its kind, then the fields that have to be the same on all ranks.
+    """What a call announces on its handshakes: its kind, then the fields that have to be the same on all ranks.
 
     Attributes:
         phase: The call's name.
         fields: By name; the first is ``("kind", n)``, n an index of `KINDS`.
-        card: The same as the words of a card.
+        words: The same, packed as the words of a handshake.
     """
 
-    __slots__ = ("card", "fields", "phase")
+    __slots__ = ("fields", "phase", "words")
 
     def __init__(self, phase: str, **fields: int) -> None:
         self.phase = phase
         self.fields = (("kind", KINDS.index(phase)), *fields.items())
         values = [value & 0xFFFFFFFF for _, value in self.fields]
-        self.card = struct.pack(f"<{SIGNATURE_WORDS}I", *values, *(0,) * (SIGNATURE_WORDS - len(values)))
+        self.words = struct.pack(f"<{SIGNATURE_WORDS}I", *values, *(0,) * (SIGNATURE_WORDS - len(values)))
 
 
 SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
@@ -174,7 +174,7 @@ class FlightRecorder:
     def _lost(self, call: CallId, record: list[int]) -> PeerTimeout:
         code, _, peer, _, seen, expected, blamed, waited_ms = record
         words = {
-            Fault.late_card: f"its card did not come: epoch {seen} seen, {expected} expected.",
+            Fault.late_handshake: f"its handshake did not come: epoch {seen} seen, {expected} expected.",
             Fault.late_rows: f"it did not say that its rows are complete: epoch {seen} seen, {expected} expected.",
         }
         if code == Fault.peer_gave_up and blamed != self._rank:

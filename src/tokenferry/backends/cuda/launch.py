@@ -15,15 +15,15 @@ from torch import Tensor
 
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.jit.kernel import KernelSpec
-from tokenferry.kernels.board import OFFSET_BYTES
-from tokenferry.kernels.count import spec as count_spec
+from tokenferry.kernels.combine_pull import spec as pull_spec
+from tokenferry.kernels.combine_push import spec as push_spec
+from tokenferry.kernels.control_block import OFFSET_BYTES
 from tokenferry.kernels.describe import TYPES
-from tokenferry.kernels.move import spec as move_spec
-from tokenferry.kernels.place import spec as place_spec
-from tokenferry.kernels.pull import spec as pull_spec
-from tokenferry.kernels.push import spec as push_spec
-from tokenferry.kernels.stage import spec as stage_spec
-from tokenferry.kernels.unpack import spec as unpack_spec
+from tokenferry.kernels.dispatch import spec as dispatch_spec
+from tokenferry.kernels.dispatch_assign import spec as assign_spec
+from tokenferry.kernels.dispatch_expand import spec as expand_spec
+from tokenferry.kernels.dispatch_notify import spec as notify_spec
+from tokenferry.kernels.stage_input import spec as stage_spec
 from tokenferry.tuning import num_pushers
 from tokenferry.types import Plan
 
@@ -97,15 +97,15 @@ def count(context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes:
     """Launch `count`; ``sizes``: E, layout, alignment, capacity, room."""
     num_tokens, top_k = topk_idx.shape
     wide = topk_idx.dtype is torch.int64
-    key = (count_spec.SPEC, wide, top_k, sizes)
+    key = (notify_spec.SPEC, wide, top_k, sizes)
     template = context.templates.get(key)
     if template is None:
-        template = context.new_template(key, count_spec.SPEC, wide=int(wide))
+        template = context.new_template(key, notify_spec.SPEC, wide=int(wide))
         p = template.params
         p.top_k = top_k
         p.num_experts, p.layout, p.alignment, p.capacity, p.room = sizes
-        template.block = count_spec.THREADS
-        template.smem_bytes = count_spec.smem_bytes(p.num_experts, context.num_ranks)
+        template.block = notify_spec.THREADS
+        template.smem_bytes = notify_spec.smem_bytes(p.num_experts, context.num_ranks)
     context.address(template, call)
     _COUNT.pack_into(
         template.view,
@@ -121,7 +121,7 @@ def count(context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes:
         context.pinned.host_address,
         num_tokens,
     )
-    template.launch(max(1, min(count_spec.num_units(num_tokens), num_sms)), call.stream)
+    template.launch(max(1, min(notify_spec.num_units(num_tokens), num_sms)), call.stream)
 
 
 def place(
@@ -133,14 +133,14 @@ def place(
     if not num_tokens:
         return
     wide = topk_idx.dtype is torch.int64
-    key = (place_spec.SPEC, wide, top_k, num_experts, by_expert)
+    key = (assign_spec.SPEC, wide, top_k, num_experts, by_expert)
     template = context.templates.get(key)
     if template is None:
-        template = context.new_template(key, place_spec.SPEC, wide=int(wide))
+        template = context.new_template(key, assign_spec.SPEC, wide=int(wide))
         p = template.params
         p.top_k, p.num_experts, p.by_expert = top_k, num_experts, by_expert
-        template.block = place_spec.THREADS
-        template.smem_bytes = count_spec.smem_bytes(num_experts, context.num_ranks)
+        template.block = assign_spec.THREADS
+        template.smem_bytes = notify_spec.smem_bytes(num_experts, context.num_ranks)
     context.address(template, call)
     _SEVEN.pack_into(
         template.view,
@@ -153,17 +153,17 @@ def place(
         tables.dst_token.data_ptr(),
         num_tokens,
     )
-    template.launch(min(count_spec.num_units(num_tokens), num_sms), call.stream)
+    template.launch(min(notify_spec.num_units(num_tokens), num_sms), call.stream)
 
 
 def _dispatch_template(
     context: Context, key: tuple[Any, ...], payload: Payload, geometry: tuple[int, int, bool]
 ) -> LaunchTemplate:
-    template = context.new_template(key, move_spec.SPEC)
+    template = context.new_template(key, dispatch_spec.SPEC)
     p, scale = template.params, payload.scale
     p.top_k, p.num_local, p.by_expert = geometry
     p.row_bytes = payload.row_bytes
-    p.width = place_spec.num_columns(context.num_ranks, p.top_k, by_expert=geometry[2])
+    p.width = assign_spec.num_columns(context.num_ranks, p.top_k, by_expert=geometry[2])
     p.bulk_scale_bytes = p.small_scale = 0
     if scale is not None and payload.scale_bytes:
         if payload.scale_bytes % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous():
@@ -172,7 +172,7 @@ def _dispatch_template(
             p.small_scale, p.scale_size, p.num_scales = 1, scale.element_size(), scale.shape[1]
             p.scale_row_stride, p.scale_stride = scale.stride()
     p.wide = payload.topk_idx is not None and payload.topk_idx.dtype is torch.int64
-    rings = move_spec.cut(payload.row_bytes, p.bulk_scale_bytes)
+    rings = dispatch_spec.cut(payload.row_bytes, p.bulk_scale_bytes)
     p.piece_bytes, p.pitch, p.pieces, p.stages = rings.piece_bytes, rings.pitch, rings.pieces, rings.stages
     template.block, template.smem_bytes = rings.warps * 32, rings.smem_bytes
     return template
@@ -194,7 +194,7 @@ def move(
     if scale is not None and payload.scale_bytes:
         scale_ptr = scale.data_ptr()
         kind = (scale.shape[1], scale.stride(), scale.is_contiguous(), scale.element_size(), scale_ptr % 16)
-    key = (move_spec.SPEC, payload.row_bytes, kind, geometry, index is not None and index.dtype)
+    key = (dispatch_spec.SPEC, payload.row_bytes, kind, geometry, index is not None and index.dtype)
     template = context.templates.get(key) or _dispatch_template(context, key, payload, geometry)
     context.address(template, call)
     _OFFSETS.pack_into(
@@ -254,12 +254,12 @@ def unpack(
 ) -> None:
     """Launch `unpack`; the plan's part: address of row_idx, K, src_counts, expert_counts."""
     row_idx, top_k, src_counts, expert_counts = plan
-    key = (unpack_spec.SPEC, top_k)
+    key = (expand_spec.SPEC, top_k)
     template = context.templates.get(key)
     if template is None:
-        template = context.new_template(key, unpack_spec.SPEC)
+        template = context.new_template(key, expand_spec.SPEC)
         template.params.top_k = top_k
-        template.block = unpack_spec.THREADS
+        template.block = expand_spec.THREADS
     p = template.params
     context.address(template, call)
     p.rows, p.scale, p.weights = delivered.rows, delivered.scale, delivered.weights

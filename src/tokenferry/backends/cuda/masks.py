@@ -1,11 +1,11 @@
 """Whom the decode calls of a CUDA group leave out, and how a rank that was left out comes back.
 
-A rank is masked in three places: the host's set (`Station.masked`), which calls to come start from; a word of pinned
-memory, where a kernel notes whom it has waited for in vain; and the word ``masked`` of the board, which every kernel
-reads when it starts, those of a CUDA graph too.
+A rank is masked in three places: the host's set (`Context.masked`), which calls to come start from; a word of pinned
+memory, where a kernel notes whom it has waited for in vain; and the word ``masked`` of the control block, which
+every kernel reads when it starts, those of a CUDA graph too.
 
 Decode calls carry epochs, which each rank counts by itself. Who was away has counted fewer, or others, and rows that
-were sent to or by it may lie half taken in workspaces. So all ranks come into step together, while nothing is under
+were sent to or by it may lie half taken in workspaces. So all ranks resynchronise together, while nothing is under
 way: each takes the latest epoch of all boards as its own, says that it has received everything up to there, and
     empties its
 workspace.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.decode import Decoder
-from tokenferry.kernels.board import BOARD_AT, MAX_RANKS
+from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, MAX_RANKS
 from tokenferry.memory.tensor import bytes_at
 
 _CHANNELS = 2
@@ -100,7 +100,7 @@ class Masks:
 
     def _field(self, rank: int, field: str, num_bytes: int) -> Tensor:
         window = self._context.window
-        return bytes_at(window.bases[rank] + BOARD_AT[field], num_bytes, window.device, window)
+        return bytes_at(window.bases[rank] + CONTROL_BLOCK_OFFSETS[field], num_bytes, window.device, window)
 
 
 def _latest(epochs: list[int]) -> int:

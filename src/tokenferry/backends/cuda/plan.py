@@ -12,9 +12,9 @@ from tokenferry.backends.cuda.buffers import ends
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.launch import EXPERTS, MASKED, ROWS, Tables
 from tokenferry.errors import CapacityError, ConfigError
-from tokenferry.kernels.board import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
-from tokenferry.kernels.count.spec import num_units
-from tokenferry.kernels.place.spec import num_columns
+from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
+from tokenferry.kernels.dispatch_assign.spec import num_columns
+from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.layout import Room, room
 from tokenferry.types import Delivery, Layout, MoeShape
 

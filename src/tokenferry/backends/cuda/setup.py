@@ -16,7 +16,7 @@ from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
-from tokenferry.kernels.board import BOARD_BYTES, MAX_RANKS, OFFSET_BYTES
+from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_RANKS, OFFSET_BYTES
 from tokenferry.memory.reach import agree, obstacle
 from tokenferry.memory.window import Window, share
 from tokenferry.transports.handshake import Table
@@ -55,7 +55,9 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     device = _device()
     assert device is not None
     table = _table(group, resolved, device)
-    num_bytes = BOARD_BYTES + heap_bytes(resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory)
+    num_bytes = CONTROL_BLOCK_BYTES + heap_bytes(
+        resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory
+    )
     key = secrets.token_hex(4)
     if table:
         terms = {
@@ -63,13 +65,13 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
             "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
             "heap bytes": num_bytes,
         }
-        cards = table.exchange({"terms": terms, "key": key})
-        compare_terms([card["terms"] for card in cards])
-        key = cards[0]["key"]
-    window = share(table, rank, num_ranks, device, num_bytes, BOARD_BYTES)
+        handshakes = table.exchange({"terms": terms, "key": key})
+        compare_terms([handshake["terms"] for handshake in handshakes])
+        key = handshakes[0]["key"]
+    window = share(table, rank, num_ranks, device, num_bytes, CONTROL_BLOCK_BYTES)
     why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
 
-    return assemble(window, resolved, key, why, table.exchange if table else lambda card: [card])
+    return assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
 
 
 def assemble(window: Window, resolved: Resolved, key: str, why: str, exchange: Exchange) -> CudaBackend:
@@ -92,7 +94,10 @@ def _unfit(resolved: Resolved, num_ranks: int) -> str:
         return resolved.cpu_only
     if num_ranks > MAX_RANKS:
         return f"ranks={num_ranks}, and at most {MAX_RANKS} are possible"
-    heap_bytes, most = resolved.heap_bytes or 0, (OFFSET_BYTES << 32) - BOARD_BYTES  # cards give offsets in 32 bits
+    heap_bytes, most = (
+        resolved.heap_bytes or 0,
+        (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES,
+    )  # handshakes give offsets in 32 bits
     if heap_bytes > most:
         return f"TOKENFERRY_HEAP_MB={heap_bytes >> 20}, and at most {most >> 20} are possible"
     return too_large(resolved.shape)

@@ -18,8 +18,8 @@ import torch
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import ArgumentError, CapacityError, MismatchError
-from tokenferry.kernels.collect.spec import CHUNK_COLUMNS, packets_of_chunk
-from tokenferry.kernels.spread.spec import message_words, notes
+from tokenferry.kernels.decode_combine.spec import CHUNK_COLUMNS, packets_of_chunk
+from tokenferry.kernels.decode_dispatch.spec import message_words, notes
 from tokenferry.memory.heap import Block
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.types import MoeShape
@@ -32,7 +32,7 @@ _LINE = 128
 _numbers = itertools.count()
 
 Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
-"""Gives a card to every rank, and returns every rank's; collective."""
+"""Sends a message to every rank, and returns every rank's; collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +180,21 @@ class Workspaces:
             if context.device.type == "cuda":
                 torch.cuda.current_stream(context.device).synchronize()
         at = -1 if block is None else block.offset
-        cards = self._exchange({"sizes": astuple(sizes), "at": at, "problem": problem, "call": phase})
-        for rank, card in enumerate(cards):
-            if card["call"] != phase or tuple(card["sizes"]) != astuple(sizes):
+        handshakes = self._exchange({"sizes": astuple(sizes), "at": at, "problem": problem, "call": phase})
+        for rank, handshake in enumerate(handshakes):
+            if handshake["call"] != phase or tuple(handshake["sizes"]) != astuple(sizes):
                 mismatch = MismatchError(
                     f"{phase}: rank {context.rank} and rank {rank} made different calls: the first of these sizes, "
-                    f"{astuple(sizes)} bytes here, is {card['call']} with {tuple(card['sizes'])} there; call the "
-                    "same on all ranks, in the same order"
+                    f"{astuple(sizes)} bytes here, is {handshake['call']} with {tuple(handshake['sizes'])} there; "
+                    "call the same on all ranks, in the same order"
                 )
                 context.break_off(mismatch)
                 raise mismatch
-            if card["problem"]:
-                raise CapacityError(f"{phase}: rank {rank}: {card['problem']}")
+            if handshake["problem"]:
+                raise CapacityError(f"{phase}: rank {rank}: {handshake['problem']}")
         assert block is not None
-        workspace.addresses = tuple(base + card["at"] for base, card in zip(context.window.bases, cards, strict=True))
+        workspace.addresses = tuple(
+            base + handshake["at"] for base, handshake in zip(context.window.bases, handshakes, strict=True)
+        )
         self.now = workspace
         return workspace

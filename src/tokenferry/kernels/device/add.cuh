@@ -15,7 +15,7 @@
 //   here(p, rank, place, mine)       waits until a row is there, if it is `mine`; all lanes call it. False: the group is broken
 //   whole(p)                         for how many tokens, from the first on, a unit has all pieces
 #pragma once
-#include "device/meet.cuh"
+#include "device/sync.cuh"
 #include "device/number.cuh"
 
 constexpr u32 kPiece = 2048, kChunks = kPiece / 512;

@@ -12,7 +12,7 @@
 //
 // A kernel that receives n writes `received` at once: whoever reads it is a later kernel of the stream.
 #pragma once
-#include "device/meet.cuh"
+#include "device/sync.cuh"
 
 constexpr u32 kDispatch = 0, kCombine = 1;
 constexpr u32 kSend = 1, kReceive = 2;  // p.phases
@@ -25,8 +25,8 @@ constexpr u32 kPlacesWord = 16;  // [from * M + token][K]: where the row is here
 
 // What a block writes down for a timeline: p.trace [blocks][kTraceWords], nanoseconds of this GPU's clock.
 constexpr u32 kTraceWords = 32;
-constexpr u32 kTraceStart = 0, kTraceReady = 1, kTraceSent = 2, kTraceTold = 3, kTraceEnd = 4;
-constexpr u32 kTraceHello = 8;  // [from]: its message was seen
+constexpr u32 kTraceStart = 0, kTraceReady = 1, kTraceSent = 2, kTraceCounts = 3, kTraceEnd = 4;
+constexpr u32 kTraceSignature = 8;  // [from]: its message was seen
 constexpr u32 kTraceRows = 16;  // [from]: its last row was here
 
 template <class P> DEV void mark(const P& p, u32 word) {
@@ -44,7 +44,7 @@ struct Turn {
 // ---- packets
 
 constexpr u32 kOnes = 0xffffffffu;
-constexpr u64 kLetGo = ~0ull;  // instead of an ack: its writer has let this rank go. No ack is: the lower half has even epochs
+constexpr u64 kMaskedAck = ~0ull;  // instead of an ack: its writer has let this rank go. No ack is: the lower half has even epochs
 
 DEV bool is_empty(const int4& v) { return (u32)v.x == kOnes && (u32)v.y == kOnes && (u32)v.z == kOnes && (u32)v.w == kOnes; }
 
@@ -58,17 +58,17 @@ DEV void clear_packet(u8* at) { store_packet(at, make_int4(-1, -1, -1, -1)); }
 
 // ---- patience
 
-struct Patience {
+struct SpinDeadline {
     u64 start = 0;
     u32 spins = 0;
 };
 
 constexpr u32 kWait = 0, kLate = 1, kBroken = 2;
 
-DEV u64 waited_ns(const Patience& patience) { return patience.start ? clock_ns() - patience.start : 0; }
+DEV u64 waited_ns(const SpinDeadline& deadline) { return deadline.start ? clock_ns() - deadline.start : 0; }
 
-template <class P> static __device__ __noinline__ u32 look_up(const P& p, u64& start) {
-    Board* mine = board_of(p, p.rank);
+template <class P> static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
+    ControlBlock* mine = control_block(p, p.rank);
     if (load_relaxed(&mine->failed)) return kBroken;
     const u64 now = clock_ns();
     if (!start) start = now;
@@ -82,52 +82,52 @@ template <class P> static __device__ __noinline__ u32 look_up(const P& p, u64& s
 }
 
 // Whether to go on polling.
-template <class P> DEV u32 tired(const P& p, Patience& patience) {
-    if (++patience.spins % 64) return kWait;
-    u64 start = patience.start;  // a copy: what a call may write does not stay in a register
-    const u32 state = look_up(p, start);
-    patience.start = start;
+template <class P> DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
+    if (++deadline.spins % 64) return kWait;
+    u64 start = deadline.start;  // a copy: what a call may write does not stay in a register
+    const u32 state = check_deadline(p, start);
+    deadline.start = start;
     return state;
 }
 
 // A peer whose `word` does not come is in another call than this rank: it has sent in a channel in which this rank has not, or
 // met where it has not.
-template <class P> static __device__ __noinline__ bool elsewhere(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
-    const Board* mine = board_of(p, p.rank);
+template <class P> static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
+    const ControlBlock* mine = control_block(p, p.rank);
     const u32 met = load_relaxed(&mine->epoch) + 1, sent = load_relaxed(&mine->sends[1 - channel]) + 1;
-    u64 seen = load_relaxed(&mine->card[met & 1][peer][0]);
+    u64 seen = load_relaxed(&mine->handshake[met & 1][peer][0]);
     bool there = epoch_in(seen) == met;
     if (!there) {
-        seen = load_relaxed(&mine->hello[1 - channel][sent & 1][peer][0]);
+        seen = load_relaxed(&mine->signatures[1 - channel][sent & 1][peer][0]);
         there = epoch_in(seen) == sent;
     }
     // A peer that has got what it needs goes on to its next call: what is waited for may have come since it was looked for.
     if (!there || has_come(word, epoch)) return false;
-    give_up(p, kMismatch, peer, 0, (u32)seen, p.card[0], peer, 0);
+    give_up(p, kMismatch, peer, 0, (u32)seen, p.handshake[0], peer, 0);
     return true;
 }
 
 // This rank has waited in vain. True: from now on the peer is masked, and the call goes on without it.
-template <class P> static __device__ __noinline__ bool let_go(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
+template <class P> static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
     if (!p.mask_late) {
         give_up(p, code, peer, 0, seen, expected, peer, waited);
         return false;
     }
-    atomicOr(&board_of(p, p.rank)->masked, 1u << peer);
+    atomicOr(&control_block(p, p.rank)->masked, 1u << peer);
     store_release(reinterpret_cast<u32*>(p.masked_out) + peer, 1);
     // If it comes after all it must not send: rows of a combine go where those of other ranks go by then.
-    for (u32 c = 0; c < 2; c++) store_relaxed(&board_of(p, peer)->acks[c][p.rank], kLetGo);
+    for (u32 c = 0; c < 2; c++) store_relaxed(&control_block(p, peer)->acks[c][p.rank], kMaskedAck);
     return true;
 }
 
 // Whether the blocks have agreed that a peer's message did not come in time.
 template <class P> DEV bool given_up(const P& p, u32 channel, u32 epoch, u32 peer) {
-    return load_relaxed(&board_of(p, p.rank)->verdict[channel][peer]) == ((u64)epoch << 32 | 2);
+    return load_relaxed(&control_block(p, p.rank)->verdict[channel][peer]) == ((u64)epoch << 32 | 2);
 }
 
 // All blocks have to agree whether a peer's message came in time. Who has waited for long asks; the first says.
 template <class P> static __device__ __noinline__ bool agree(const P& p, u32 channel, u32 epoch, u32 peer, bool came) {
-    u64* verdict = &board_of(p, p.rank)->verdict[channel][peer];
+    u64* verdict = &control_block(p, p.rank)->verdict[channel][peer];
     u64 old = load_relaxed(verdict);
     for (;;) {
         if (epoch_in(old) == epoch) return (u32)old == 1;
@@ -140,21 +140,21 @@ template <class P> static __device__ __noinline__ bool agree(const P& p, u32 cha
 // Waits for a word of a peer's message: kWait: it is here; else the peer is lost, or the group.
 template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word, u32& value) {
     u64 seen = load_relaxed(word);
-    Patience patience;
+    SpinDeadline deadline;
     while (epoch_in(seen) != epoch) {
-        const u32 state = tired(p, patience);
+        const u32 state = poll_deadline(p, deadline);
         seen = load_relaxed(word);  // it may have come while this looked at the clock
         if (epoch_in(seen) == epoch) break;
         if (state == kBroken) return kBroken;
-        if (p.mask_late && patience.start && patience.spins % 64 == 0 && given_up(p, channel, epoch, peer)) return kLate;
+        if (p.mask_late && deadline.start && deadline.spins % 64 == 0 && given_up(p, channel, epoch, peer)) return kLate;
         if (state == kLate) {
-            if (p.mask_late && agree(p, channel, epoch, peer, false)) patience.start = 0;  // another block has seen it
-            else return let_go(p, peer, kLateCard, epoch_in(seen), epoch, p.timeout_ns) ? kLate : kBroken;
+            if (p.mask_late && agree(p, channel, epoch, peer, false)) deadline.start = 0;  // another block has seen it
+            else return mask_peer(p, peer, kLateHandshake, epoch_in(seen), epoch, p.timeout_ns) ? kLate : kBroken;
         }
-        if (patience.start && patience.spins % 4096 == 0 && elsewhere(p, channel, epoch, peer, word)) return kBroken;
+        if (deadline.start && deadline.spins % 4096 == 0 && is_in_another_call(p, channel, epoch, peer, word)) return kBroken;
     }
     value = (u32)seen;
-    if (p.mask_late && patience.start && 2 * waited_ns(patience) > p.timeout_ns && !agree(p, channel, epoch, peer, true)) return kLate;
+    if (p.mask_late && deadline.start && 2 * waited_ns(deadline) > p.timeout_ns && !agree(p, channel, epoch, peer, true)) return kLate;
     return kWait;
 }
 
@@ -170,18 +170,18 @@ struct Opening {
 struct Known {
     u32 sends, masked, failed, stopped, unused[4];
     u32 table[kPlacesWord];  // the head of the plan's table
-    u32 ticket[2];           // of a combine that was sent: epoch, ranks that take part
+    u32 pending[2];           // of a combine that was sent: epoch, ranks that take part
 };
 static_assert(sizeof(Known) <= 32 * 4, "a warp reads it");
 
-template <class P> DEV Opening read_opening(const P& p, u32 channel, const u8* table, const u8* ticket) {
-    const Board* mine = board_of(p, p.rank);
+template <class P> DEV Opening read_opening(const P& p, u32 channel, const u8* table, const u8* pending) {
+    const ControlBlock* mine = control_block(p, p.rank);
     const u32 lane = threadIdx.x;
     Opening o = {0, 0};
     if (lane >= 32) return o;
     if (lane < 4) o.word = load_relaxed(lane == 0 ? &mine->sends[channel] : lane == 1 ? &mine->masked : lane == 2 ? &mine->failed : &mine->stopped);
     else if (lane >= 8 && lane < 8 + kPlacesWord && table) o.word = reinterpret_cast<const u32*>(table)[lane - 8];
-    else if (lane >= 8 + kPlacesWord && lane < 10 + kPlacesWord && ticket) o.word = reinterpret_cast<const u32*>(ticket)[lane - 8 - kPlacesWord];
+    else if (lane >= 8 + kPlacesWord && lane < 10 + kPlacesWord && pending) o.word = reinterpret_cast<const u32*>(pending)[lane - 8 - kPlacesWord];
     if (lane < p.num_ranks) o.acks = load_acquire(&mine->acks[channel][lane]);
     return o;
 }
@@ -191,7 +191,7 @@ template <class P> DEV bool has_room(const P& p, const Opening& o) {
     if (threadIdx.x >= 32) return true;
     const u32 sends = __shfl_sync(kAll, o.word, 0), masked = __shfl_sync(kAll, o.word, 1);
     const u32 seen = (u32)(o.acks >> (sends & 1 ? 0 : 32));  // the next epoch's half
-    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || (o.acks != kLetGo && (i32)(seen - (sends - 1)) >= 0);
+    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || (o.acks != kMaskedAck && (i32)(seen - (sends - 1)) >= 0);
 }
 
 // Hands out what the first warp has read; all threads of a block. `good` becomes whether it is so in all of them.
@@ -207,7 +207,7 @@ template <class P> DEV Turn next_turn(const P& p, const Known& known) { return {
 
 // Moves the epoch on once every block has read it; one thread of every block.
 template <class P> DEV void close_send(const P& p, u32 channel, const Turn& turn) {
-    Board* mine = board_of(p, p.rank);
+    ControlBlock* mine = control_block(p, p.rank);
     if (add_acquire_release(&mine->opened[channel], 1) != gridDim.x - 1) return;
     mine->opened[channel] = 0;
     mine->sends[channel] = turn.epoch;
@@ -215,22 +215,22 @@ template <class P> DEV void close_send(const P& p, u32 channel, const Turn& turn
 
 // Tells all peers what this rank has received: packets that earlier kernels of this stream have cleared; all threads of one block,
 // when it has done what others wait for, since a release takes its time.
-template <class P> DEV void greet(const P& p, const Turn& turn) {
-    Board* mine = board_of(p, p.rank);
+template <class P> DEV void send_acks(const P& p, const Turn& turn) {
+    ControlBlock* mine = control_block(p, p.rank);
     for (u32 i = threadIdx.x; i < 2 * p.num_ranks; i += blockDim.x) {
         const u32 peer = i / 2, c = i % 2;
-        if (turn.alive >> peer & 1) store_release(&board_of(p, peer)->acks[c][p.rank], *reinterpret_cast<const u64*>(mine->received[c]));
+        if (turn.alive >> peer & 1) store_release(&control_block(p, peer)->acks[c][p.rank], *reinterpret_cast<const u64*>(mine->received[c]));
     }
 }
 
 // A word of this call's signature; `dispatch`: see kDispatchWord.
-template <class P> DEV u32 signature_word(const P& p, u32 w, u32 dispatch) { return w == kDispatchWord ? dispatch : p.card[w]; }
+template <class P> DEV u32 signature_word(const P& p, u32 w, u32 dispatch) { return w == kDispatchWord ? dispatch : p.handshake[w]; }
 
 // Tells all peers the signature of this call; all threads of one block, once there is room.
-template <class P> DEV void say_hello(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
+template <class P> DEV void send_signature(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
     for (u32 i = threadIdx.x; i < p.num_ranks * kSignatureWords; i += blockDim.x) {
         const u32 peer = i / kSignatureWords, w = i % kSignatureWords;
-        if (turn.alive >> peer & 1) store_relaxed(&board_of(p, peer)->hello[channel][turn.half][p.rank][w], (u64)turn.epoch << 32 | signature_word(p, w, dispatch));
+        if (turn.alive >> peer & 1) store_relaxed(&control_block(p, peer)->signatures[channel][turn.half][p.rank][w], (u64)turn.epoch << 32 | signature_word(p, w, dispatch));
     }
 }
 
@@ -242,15 +242,15 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
     u32 lost = 0;
     const u64 start = clock_ns();
     if (peer < p.num_ranks && (turn.alive >> peer & 1)) {
-        const u64* acks = &board_of(p, p.rank)->acks[channel][peer];
-        Patience patience;
+        const u64* acks = &control_block(p, p.rank)->acks[channel][peer];
+        SpinDeadline deadline;
         for (;;) {
             const u64 ack = load_acquire(acks);
             const u32 seen = (u32)(ack >> (turn.half ? 32 : 0));
-            if (ack != kLetGo && (i32)(seen - (turn.epoch - 2)) >= 0) break;
-            const u32 state = ack == kLetGo && p.mask_late ? kLate : tired(p, patience);
+            if (ack != kMaskedAck && (i32)(seen - (turn.epoch - 2)) >= 0) break;
+            const u32 state = ack == kMaskedAck && p.mask_late ? kLate : poll_deadline(p, deadline);
             if (state == kWait) continue;
-            if (state == kBroken || !let_go(p, peer, kLateCard, seen, turn.epoch - 2, p.timeout_ns)) good = false;
+            if (state == kBroken || !mask_peer(p, peer, kLateHandshake, seen, turn.epoch - 2, p.timeout_ns)) good = false;
             else lost = 1u << peer;
             break;
         }
@@ -271,18 +271,18 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
 // ---- receiving
 
 // Waits for the signatures of all peers and compares them; one block. Counts the time. False: broken.
-template <class P> DEV bool check_hello(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
+template <class P> DEV bool check_signatures(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
     // A warp a peer: threads of a warp wait together, and each peer's time is to be its own.
     for (u32 peer = threadIdx.x / 32; peer < p.num_ranks; peer += blockDim.x / 32) {
         const u32 w = threadIdx.x % 32;
         if (w >= kSignatureWords || !(turn.alive >> peer & 1)) continue;
         u32 value;
         const u64 start = clock_ns();
-        const u32 state = read_word(p, channel, turn.epoch, peer, &board_of(p, p.rank)->hello[channel][turn.half][peer][w], value);
+        const u32 state = read_word(p, channel, turn.epoch, peer, &control_block(p, p.rank)->signatures[channel][turn.half][peer][w], value);
         if (w == 0 && peer != p.rank) {
             const u64 now = clock_ns();
             if (p.wait_ns) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, now - start);
-            if (p.trace) reinterpret_cast<u64*>(p.trace)[blockIdx.x * kTraceWords + kTraceHello + peer] = now;
+            if (p.trace) reinterpret_cast<u64*>(p.trace)[blockIdx.x * kTraceWords + kTraceSignature + peer] = now;
         }
         if (state == kWait && value != signature_word(p, w, dispatch)) {
             give_up(p, kMismatch, peer, w, value, signature_word(p, w, dispatch), peer, 0);
@@ -294,5 +294,5 @@ template <class P> DEV bool check_hello(const P& p, u32 channel, const Turn& tur
 }
 
 template <class P> DEV void mark_received(const P& p, u32 channel, const Turn& turn) {
-    board_of(p, p.rank)->received[channel][turn.half] = turn.epoch;
+    control_block(p, p.rank)->received[channel][turn.half] = turn.epoch;
 }

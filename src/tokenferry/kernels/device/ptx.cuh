@@ -99,6 +99,6 @@ DEV void unpack_fp8(u32 v, float (&n)[4]) {
 }
 
 // Sleeps for about a tenth of a microsecond: polls of many warps are in the way of what they wait for.
-DEV void nap() { asm volatile("nanosleep.u32 100;"); }
+DEV void backoff() { asm volatile("nanosleep.u32 100;"); }
 
 DEV u64 clock_ns() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }

@@ -1,0 +1,59 @@
+"""Host half of the kernel `collect`; kernel.cuh says what it does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tokenferry.kernels.describe import TYPES, describe
+
+THREADS = 512
+CHUNK_COLUMNS = 512
+"""Columns that a warp handles at a time."""
+ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+SAME, FP8, LOGFMT10 = 0, 1, 2
+"""What travels: rows as they are, or encoded."""
+
+SPEC = replace(
+    describe(
+        __file__,
+        (
+            ("workspaces", "ptr[8]"),
+            ("y", "ptr"),
+            ("out", "ptr"),
+            ("topk_idx", "ptr"),
+            ("weights", "ptr"),
+            ("row_weights", "ptr"),
+            ("table", "ptr"),
+            ("pending", "ptr"),
+            ("masked_out", "ptr"),
+            ("trace", "ptr"),
+            ("packets_at", "u64"),
+            ("packets_stride", "u64"),
+            ("num_tokens", "u32"),
+            ("phases", "u32"),
+            ("max_tokens", "u32"),
+            ("top_k", "u32"),
+            ("num_local", "u32"),
+            ("columns", "u32"),
+            ("wide", "u32"),
+            ("mask_late", "u32"),
+        ),
+        max_registers=128,
+        max_threads=THREADS,
+        static_smem=256,
+        configs=tuple(
+            {"type": TYPES[dtype], "fast": fast, "encoding": encoding}
+            for dtype in ROW_TYPES
+            for fast in (0, 1)
+            for encoding in (SAME, FP8, LOGFMT10)
+        ),
+    ),
+    early=True,
+)
+
+
+def packets_of_chunk(item_bytes: int, encoding: int) -> int:
+    """Packets of 16 bytes in which the chunk of a row travels."""
+    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: 33, LOGFMT10: 42}[encoding]
