@@ -6,8 +6,9 @@ from unittest import mock
 import torch
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench import feed, scenarios
-from tokenferry.bench.inputs import Spec, WrongAnswer
+from tokenferry.bench.core import progress as feed
+from tokenferry.bench.core.inputs import Spec, WrongAnswer
+from tokenferry.bench.suites import cpu_calls as scenarios
 from tokenferry.types import Quantized
 
 TINY = Spec(ranks=2, tokens=6, hidden=128, top_k=2, experts=4, iters=2, warmup=1, seed=7)

@@ -6,7 +6,8 @@ from unittest import mock
 import torch
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench import decode, micro
+from tokenferry.bench.suites import decode
+from tokenferry.bench.suites import two_batch_overlap as micro
 from tokenferry.types import Quantized
 
 

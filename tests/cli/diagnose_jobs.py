@@ -3,13 +3,13 @@
 import torch
 from trace_jobs import block, wrong
 
-from tokenferry.bench.rounds import Waited
+from tokenferry.bench.profile.iterations import Waited
 
 __all__ = ["late_rows", "wrong"]
 
 
 def late_rows(rank, pg, device, spec, slow):
-    """As `tokenferry.bench.rounds.count_waits`, two ranks: rows of rank 1 come 80 us later than those of rank 0."""
+    """As `iterations.count_waits`, two ranks: rows of rank 1 come 80 us later than those of rank 0."""
     assert device == "cuda"
     peer = 1 - rank
     waits = torch.full((2,), 1300 * spec.iters, dtype=torch.int64)

@@ -5,10 +5,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from tokenferry.bench import limits
-from tokenferry.bench.bed import CpuBed
-from tokenferry.bench.inputs import WrongAnswer
-from tokenferry.bench.links import rows_per_source
+from tokenferry.bench.core.device import CpuBed
+from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.suites import limits
+from tokenferry.bench.suites.links import rows_per_source
 
 SMALL = limits.Plan(
     num_sms=(2, 3, 100), row_bytes=(16, 48), total_bytes=16 * 27, runs=2, launches=1, rounds=3, device="cpu"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cli_jobs import TINY, broken, measure_damaged, splits, wrong_answer
 
-from tokenferry.bench.inputs import WrongAnswer, draw, must_be_near, must_equal
-from tokenferry.bench.scenarios import VARIANTS
+from tokenferry.bench.core.inputs import WrongAnswer, draw, must_be_near, must_equal
+from tokenferry.bench.suites.cpu_calls import VARIANTS
 from tokenferry.cli import bench
 from tokenferry.cli.main import main
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenferry.bench import first_call, gemms, gpu_report, overlap, trial
-from tokenferry.bench.clock import Summary
-from tokenferry.bench.inputs import WrongAnswer
-from tokenferry.bench.limits import Limits, Rate
-from tokenferry.bench.sets import (
+from tokenferry.bench.core import session as trial
+from tokenferry.bench.core.clock import Summary
+from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.session import Label, Result, Settings
+from tokenferry.bench.core.static_inputs import (
     ROUTINGS,
     Sizes,
     check_by_expert,
@@ -22,7 +22,9 @@ from tokenferry.bench.sets import (
     remote_rows,
     sent_to,
 )
-from tokenferry.bench.trial import Label, Result, Settings
+from tokenferry.bench.report import gpu as gpu_report
+from tokenferry.bench.suites import first_call, gemms, overlap
+from tokenferry.bench.suites.limits import Limits, Rate
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.main import main, make_parser
 from tokenferry.cli.screen import Screen

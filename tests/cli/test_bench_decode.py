@@ -8,11 +8,14 @@ import decode_jobs
 import pytest
 import torch
 
-from tokenferry.bench import decode, decode_report, micro, plots
-from tokenferry.bench.decode_truth import Pool, Truth, encoded_row
-from tokenferry.bench.inputs import WrongAnswer
-from tokenferry.bench.limits import Limits, Rate
-from tokenferry.bench.sets import Sizes, draw
+from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.static_inputs import Sizes, draw
+from tokenferry.bench.report import decode as decode_report
+from tokenferry.bench.report import plots
+from tokenferry.bench.suites import decode
+from tokenferry.bench.suites import two_batch_overlap as micro
+from tokenferry.bench.suites.decode_reference import Pool, Truth, encoded_row
+from tokenferry.bench.suites.limits import Limits, Rate
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.main import main, make_parser
 from tokenferry.cli.screen import Screen

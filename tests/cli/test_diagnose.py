@@ -6,7 +6,7 @@ import diagnose_jobs
 import pytest
 import torch
 
-from tokenferry.bench.diagnose import Slow, Where, judge, show_ns
+from tokenferry.bench.profile.diagnose import Slow, Where, judge, show_ns
 from tokenferry.cli import diagnose
 from tokenferry.cli.main import main
 from tokenferry.cli.screen import Screen

@@ -3,7 +3,7 @@
 import pytest
 from cli_jobs import broken, talk, talk_and_stall
 
-from tokenferry.bench import feed
+from tokenferry.bench.core import progress as feed
 from tokenferry.testing.world import World, WorldError
 
 

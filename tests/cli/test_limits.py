@@ -7,11 +7,12 @@ import pytest
 import torch
 from limits_jobs import SMALL
 
-from tokenferry.bench import gpu, plots
-from tokenferry.bench import limits as bench_limits
-from tokenferry.bench.gpu import Gpus
-from tokenferry.bench.limits import Limits, Rate
-from tokenferry.bench.links import rows_per_source, window_bytes
+from tokenferry.bench.core import gpus as gpu
+from tokenferry.bench.core.gpus import Gpus
+from tokenferry.bench.report import plots
+from tokenferry.bench.suites import limits as bench_limits
+from tokenferry.bench.suites.limits import Limits, Rate
+from tokenferry.bench.suites.links import rows_per_source, window_bytes
 from tokenferry.cli import limits
 from tokenferry.cli.main import main
 from tokenferry.kernels.link_limits import spec

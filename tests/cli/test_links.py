@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenferry.bench import bed, links, trial
-from tokenferry.bench.links import SMEM_BYTES, CudaLinks, check_stored
+from tokenferry.bench.core import device as bed
+from tokenferry.bench.core import session as trial
+from tokenferry.bench.suites import links
+from tokenferry.bench.suites.links import SMEM_BYTES, CudaLinks, check_stored
 from tokenferry.errors import PeerTimeout
 from tokenferry.kernels.link_limits import spec
 

@@ -6,8 +6,9 @@ import subprocess
 import pytest
 from cli_jobs import TINY
 
-from tokenferry.bench import clock, report
-from tokenferry.bench.scenarios import Samples
+from tokenferry.bench.core import clock
+from tokenferry.bench.report import cpu as report
+from tokenferry.bench.suites.cpu_calls import Samples
 
 
 @pytest.mark.parametrize(

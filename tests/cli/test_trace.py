@@ -7,8 +7,8 @@ import torch
 import trace_jobs
 from trace_jobs import COMBINE, DISPATCH, T0, block, calls, shifted
 
-from tokenferry.bench.gpu import Gpus
-from tokenferry.bench.timeline import (
+from tokenferry.bench.core.gpus import Gpus
+from tokenferry.bench.profile.timeline import (
     WAIT,
     Recorded,
     aligned,

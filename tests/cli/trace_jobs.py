@@ -2,7 +2,7 @@
 
 import torch
 
-from tokenferry.bench.inputs import WrongAnswer
+from tokenferry.bench.core.inputs import WrongAnswer
 from tokenferry.kernels.control_block import TRACE, TRACE_ROWS, TRACE_SIGNATURE, TRACE_WORDS
 
 T0 = 1_760_000_000_000_000_000
@@ -74,7 +74,7 @@ WAY = [[0, 1300], [1300, 0]]
 
 
 def recorded(rank, pg, spec, names):
-    """As `tokenferry.bench.rounds.record_calls`: two ranks whose clocks stand apart; rank 1 has a block less."""
+    """As `iterations.record_calls`: two ranks whose clocks stand apart; rank 1 has a block less."""
     words = {"clocks": calls(2, WAY), "decode_dispatch": DISPATCH, "decode_combine": COMBINE}
     mine = {name: shifted(one, OFFSETS).select(-3, rank) for name, one in words.items() if name in (*names, "clocks")}
     return {name: one if name == "clocks" or rank == 0 else one[1:] for name, one in mine.items()}

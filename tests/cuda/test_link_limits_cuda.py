@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from tokenferry.bench.limits import Plan, measure_limits
-from tokenferry.bench.links import CudaLinks
+from tokenferry.bench.suites.limits import Plan, measure_limits
+from tokenferry.bench.suites.links import CudaLinks
 from tokenferry.errors import PeerTimeout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

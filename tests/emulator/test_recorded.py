@@ -7,10 +7,11 @@ import torch
 from test_groups import run  # noqa: F401 - the fixture
 
 from emulator import Emulator
-from tokenferry.bench import rounds, timeline
-from tokenferry.bench.bed import CpuBed
-from tokenferry.bench.diagnose import Where, judge
-from tokenferry.bench.inputs import Spec
+from tokenferry.bench.core.device import CpuBed
+from tokenferry.bench.core.inputs import Spec
+from tokenferry.bench.profile import iterations as rounds
+from tokenferry.bench.profile import timeline
+from tokenferry.bench.profile.diagnose import Where, judge
 from tokenferry.kernels.control_block import MAX_RANKS, TRACE, TRACE_ROWS
 from tokenferry.types import MoeShape, Routing
 

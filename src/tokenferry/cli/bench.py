@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenferry
-from tokenferry.bench import report
-from tokenferry.bench.feed import run_with_feed
-from tokenferry.bench.inputs import Spec
-from tokenferry.bench.scenarios import measure, num_steps
+from tokenferry.bench.core.inputs import Spec
+from tokenferry.bench.core.progress import run_with_feed
+from tokenferry.bench.report import cpu as report
+from tokenferry.bench.suites.cpu_calls import measure, num_steps
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import check_experts, positive, positives

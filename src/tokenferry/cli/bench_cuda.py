@@ -12,26 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import tokenferry
-from tokenferry.bench import (
-    calls,
-    decode,
-    decode_report,
-    first_call,
-    gpu_report,
-    hosttime,
-    limits,
-    micro,
-    nccl,
-    overlap,
-    report,
-    vdev,
-)
-from tokenferry.bench.feed import run_with_feed
-from tokenferry.bench.gpu import find_gpus, need_gpus
-from tokenferry.bench.gpu_report import Report
-from tokenferry.bench.plots import need_matplotlib
-from tokenferry.bench.sets import ROUTINGS
-from tokenferry.bench.trial import Settings
+from tokenferry.bench.baselines import nccl, vdev
+from tokenferry.bench.core.gpus import find_gpus, need_gpus
+from tokenferry.bench.core.progress import run_with_feed
+from tokenferry.bench.core.session import Settings
+from tokenferry.bench.core.static_inputs import ROUTINGS
+from tokenferry.bench.report import cpu as report
+from tokenferry.bench.report import decode as decode_report
+from tokenferry.bench.report import gpu as gpu_report
+from tokenferry.bench.report.gpu import Report
+from tokenferry.bench.report.plots import need_matplotlib
+from tokenferry.bench.suites import calls, decode, first_call, limits, overlap
+from tokenferry.bench.suites import host_time as hosttime
+from tokenferry.bench.suites import two_batch_overlap as micro
 from tokenferry.cli import limits as cli_limits
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import check_experts, check_fp8, one_of, positive, positives

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tokenferry.bench.feed import run_with_feed
-from tokenferry.bench.report import num_cores, threads_for
+from tokenferry.bench.core.progress import run_with_feed
+from tokenferry.bench.report.cpu import num_cores, threads_for
 from tokenferry.cli import demo_place, demo_plot
 from tokenferry.cli.demo_compare import Verdict, compare
 from tokenferry.cli.demo_train import History, Options, load_text, train_dense, train_spread

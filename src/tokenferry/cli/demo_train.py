@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
 from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench import feed
+from tokenferry.bench.core import progress as feed
 from tokenferry.cli.demo_model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import tokenferry
-from tokenferry.bench import report
-from tokenferry.bench.diagnose import Verdict, judge, show_ns
-from tokenferry.bench.gpu import need_gpus
-from tokenferry.bench.heatmap import plot_waits
-from tokenferry.bench.plots import need_matplotlib
-from tokenferry.bench.rounds import Waited, count_waits
-from tokenferry.bench.timeline import row_waits, stacked
+from tokenferry.bench.core.gpus import need_gpus
+from tokenferry.bench.profile.diagnose import Verdict, judge, show_ns
+from tokenferry.bench.profile.iterations import Waited, count_waits
+from tokenferry.bench.profile.timeline import row_waits, stacked
+from tokenferry.bench.report import cpu as report
+from tokenferry.bench.report.heatmap import plot_waits
+from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
@@ -35,7 +35,7 @@ whose messages come late is slow in compute; one whose messages come in time and
 link. On CPUs the two cannot be told apart.
 
 --slow-rank and --slow-us make one rank late on purpose, to see what that looks like.
-`tokenferry.bench.diagnose.judge` gives the same verdict on an application's own counters.
+`tokenferry.bench.profile.diagnose.judge` gives the same verdict on an application's own counters.
 """
 JOB_TIMEOUT_S = 300.0
 DEFAULTS = {

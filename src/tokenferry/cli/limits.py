@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenferry
-from tokenferry.bench import report
-from tokenferry.bench.feed import run_with_feed
-from tokenferry.bench.gpu import Gpus, find_gpus, need_gpus
-from tokenferry.bench.limits import Limits, Plan, measure_limits, num_steps
-from tokenferry.bench.plots import need_matplotlib, plot_limits
+from tokenferry.bench.core.gpus import Gpus, find_gpus, need_gpus
+from tokenferry.bench.core.progress import run_with_feed
+from tokenferry.bench.report import cpu as report
+from tokenferry.bench.report.plots import need_matplotlib, plot_limits
+from tokenferry.bench.suites.limits import Limits, Plan, measure_limits, num_steps
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen

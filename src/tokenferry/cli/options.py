@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from tokenferry.bench.sets import FP8_COLUMNS
+from tokenferry.bench.core.static_inputs import FP8_COLUMNS
 from tokenferry.errors import ConfigError
 
 

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 import tokenferry
-from tokenferry.bench import report
-from tokenferry.bench.gpu import find_gpus, need_gpus
-from tokenferry.bench.inputs import Spec
-from tokenferry.bench.rounds import CALIBRATIONS, CHAIN, record_calls
-from tokenferry.bench.timeline import PHASES, Clocks, Recorded, aligned, events, find_clocks, rank_times, stacked
+from tokenferry.bench.core.gpus import find_gpus, need_gpus
+from tokenferry.bench.core.inputs import Spec
+from tokenferry.bench.profile.iterations import CALIBRATIONS, CHAIN, record_calls
+from tokenferry.bench.profile.timeline import (
+    PHASES,
+    Clocks,
+    Recorded,
+    aligned,
+    events,
+    find_clocks,
+    rank_times,
+    stacked,
+)
+from tokenferry.bench.report import cpu as report
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import check_experts, check_fp8, positive
 from tokenferry.cli.screen import Screen

@@ -1,4 +1,4 @@
-"""The host's half of kernel.cuh: params, sizes, promises. `tokenferry.bench.links` launches them."""
+"""The host's half of kernel.cuh: params, sizes, promises. `tokenferry.bench.suites.links` launches them."""
 
 from __future__ import annotations
 

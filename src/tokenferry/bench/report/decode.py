@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenferry.bench.clock import Summary
-from tokenferry.bench.limits import Limits
+from tokenferry.bench.core.clock import Summary
+from tokenferry.bench.suites.limits import Limits
 
 Item = dict[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenferry.bench.limits import Limits
+from tokenferry.bench.suites.limits import Limits
 from tokenferry.errors import BackendUnavailable
 
 Points = Sequence[tuple[float, float]]

@@ -114,7 +114,7 @@ def judge(wait_ns: Tensor, row_ns: Tensor | None = None, *, took_ns: float = 0.0
     Args:
         wait_ns: ``[R, R]``: what rank r waited for messages of rank s: row r is the ``DecodeStats.wait_ns`` of rank r.
         row_ns: ``[R, R]``: from when r had everybody's message until it had the last row of s; 0: none came. See
-            `tokenferry.bench.timeline.row_waits`. None: not known.
+            `tokenferry.bench.profile.timeline.row_waits`. None: not known.
         took_ns: How long the calls and what lay between them took: who is late by less than `NOTICED` of it is not
             named. 0: whoever is late is.
 

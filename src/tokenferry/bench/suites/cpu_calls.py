@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench import clock, feed
-from tokenferry.bench.checked import Ready, prepare
-from tokenferry.bench.inputs import Spec, draw, sent_to
-from tokenferry.bench.sets import FP8_COLUMNS
+from tokenferry.bench.core import clock
+from tokenferry.bench.core import progress as feed
+from tokenferry.bench.core.checked import Ready, prepare
+from tokenferry.bench.core.inputs import Spec, draw, sent_to
+from tokenferry.bench.core.static_inputs import FP8_COLUMNS
 from tokenferry.types import MoeShape, Scale
 
 VARIANTS = 3

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.bench.inputs import WrongAnswer, expert
+from tokenferry.bench.core.inputs import WrongAnswer, expert
 from tokenferry.errors import ConfigError
 
 FP8_COLUMNS = 128

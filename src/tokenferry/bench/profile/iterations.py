@@ -1,6 +1,7 @@
 """Rounds of decode calls on all ranks, watched: how long ranks waited for one another, what kernels wrote down.
 
-Jobs of `World`. What they find out is put together by `tokenferry.bench.timeline` and `tokenferry.bench.diagnose`.
+Jobs of `World`. What they find out is put together by `tokenferry.bench.profile.timeline` and
+`tokenferry.bench.profile.diagnose`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.bed import Bed, bed_for
-from tokenferry.bench.inputs import Spec, draw, must_be_near
+from tokenferry.bench.core.device import Bed, bed_for
+from tokenferry.bench.core.inputs import Spec, draw, must_be_near
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodeStats, MoeShape, Routing, Scale
 
 CALIBRATIONS = 64

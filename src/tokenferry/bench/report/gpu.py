@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenferry
-from tokenferry.bench import decode_report, plots, report
-from tokenferry.bench.limits import Limits
-from tokenferry.bench.trial import Label, Result, Settings, result_from_json
+from tokenferry.bench.core.session import Label, Result, Settings, result_from_json
+from tokenferry.bench.report import cpu as report
+from tokenferry.bench.report import decode as decode_report
+from tokenferry.bench.report import plots
+from tokenferry.bench.suites.limits import Limits
 
 SCHEMA = 2
 BYTES = "bytes that leave a GPU in one call: rows to other ranks, with their scales; mean over ranks"

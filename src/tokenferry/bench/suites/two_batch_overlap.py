@@ -11,11 +11,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from tokenferry.bench.bed import no_collections, slowest
-from tokenferry.bench.decode import ROOM, Answer, Case, Desk, Graph, new_answers
-from tokenferry.bench.decode_truth import Pool, Truth
-from tokenferry.bench.inputs import WrongAnswer
-from tokenferry.bench.trial import Settings, Trial, expert_group, trial
+from tokenferry.bench.core.device import no_collections, slowest
+from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.session import Settings, Trial, expert_group, trial
+from tokenferry.bench.suites.decode import ROOM, Answer, Case, Desk, Graph, new_answers
+from tokenferry.bench.suites.decode_reference import Pool, Truth
 from tokenferry.types import DecodeCombined, DecodeDispatched, Scale
 
 WORK_S = 100e-6

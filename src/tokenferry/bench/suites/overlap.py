@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench import gemms
-from tokenferry.bench.bed import gather, no_collections, slowest
-from tokenferry.bench.calls import default_sms
-from tokenferry.bench.inputs import expert, must_equal
-from tokenferry.bench.sets import Inputs, Sizes, check_rows, data_of, draw, expected_sums, scale_of
-from tokenferry.bench.trial import LEAD_S, Settings, Trial, expert_group, trial
+from tokenferry.bench.core.device import gather, no_collections, slowest
+from tokenferry.bench.core.inputs import expert, must_equal
+from tokenferry.bench.core.session import LEAD_S, Settings, Trial, expert_group, trial
+from tokenferry.bench.core.static_inputs import Inputs, Sizes, check_rows, data_of, draw, expected_sums, scale_of
+from tokenferry.bench.suites import gemms
+from tokenferry.bench.suites.calls import default_sms
 from tokenferry.types import Quantized, Routing
 
 WARMUP = 3

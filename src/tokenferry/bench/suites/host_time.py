@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.bed import gather, no_collections
-from tokenferry.bench.calls import ON_DEVICE
-from tokenferry.bench.clock import Step
-from tokenferry.bench.inputs import must_equal
-from tokenferry.bench.sets import draw, expected_sums
-from tokenferry.bench.trial import Label, Settings, Trial, expert_group, trial
+from tokenferry.bench.core.clock import Step
+from tokenferry.bench.core.device import gather, no_collections
+from tokenferry.bench.core.inputs import must_equal
+from tokenferry.bench.core.session import Label, Settings, Trial, expert_group, trial
+from tokenferry.bench.core.static_inputs import draw, expected_sums
+from tokenferry.bench.suites.calls import ON_DEVICE
 from tokenferry.types import MoeShape, Quantized, Routing
 
 TOKENS = 128

@@ -1,6 +1,6 @@
 """What a process waits for before its first call is done: run as a program of its own, once with no compiled kernels.
 
-``python -m tokenferry.bench.first_call`` prints one JSON line of seconds.
+``python -m tokenferry.bench.suites.first_call`` prints one JSON line of seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ def run_both(device: str) -> dict[str, dict[str, float]]:
 
 def _run(device: str, folder: str) -> dict[str, float]:
     # `env` sets the variable for the child only: nothing here writes to this process's environment.
-    command = ["env", f"TOKENFERRY_CACHE_DIR={folder}", sys.executable, "-m", "tokenferry.bench.first_call", device]
+    command = [
+        "env",
+        f"TOKENFERRY_CACHE_DIR={folder}",
+        sys.executable,
+        "-m",
+        "tokenferry.bench.suites.first_call",
+        device,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     if done.returncode:
         raise OSError(f"the process ended with {done.returncode}: {done.stderr.strip()[-600:]}")

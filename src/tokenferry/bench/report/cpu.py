@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import tokenferry
-from tokenferry.bench.clock import Summary, summarize
-from tokenferry.bench.inputs import Spec
-from tokenferry.bench.scenarios import Samples
+from tokenferry.bench.core.clock import Summary, summarize
+from tokenferry.bench.core.inputs import Spec
+from tokenferry.bench.suites.cpu_calls import Samples
 
 SCHEMA = 1
 

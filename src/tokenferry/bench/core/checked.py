@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.inputs import (
+from tokenferry.bench.core.inputs import (
     Inputs,
     Spec,
     WrongAnswer,
@@ -21,7 +21,7 @@ from tokenferry.bench.inputs import (
     must_be_near,
     must_equal,
 )
-from tokenferry.bench.sets import FP8_COLUMNS
+from tokenferry.bench.core.static_inputs import FP8_COLUMNS
 from tokenferry.types import DecodeDispatched, DecodePlan, Plan, Quantized, Routing, Scale
 
 

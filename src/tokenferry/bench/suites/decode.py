@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.bed import no_collections, slowest
-from tokenferry.bench.clock import Step
-from tokenferry.bench.decode_truth import GROUP, Pool, Truth
-from tokenferry.bench.hosttime import host_time
-from tokenferry.bench.inputs import WrongAnswer
-from tokenferry.bench.sets import Sizes
-from tokenferry.bench.trial import Settings, Trial, expert_group, trial
+from tokenferry.bench.core.clock import Step
+from tokenferry.bench.core.device import no_collections, slowest
+from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.session import Settings, Trial, expert_group, trial
+from tokenferry.bench.core.static_inputs import Sizes
+from tokenferry.bench.suites.decode_reference import GROUP, Pool, Truth
+from tokenferry.bench.suites.host_time import host_time
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, Quantized, Routing, Scale
 
 NODES = 100

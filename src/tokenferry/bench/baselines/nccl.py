@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.calls import num_variants
-from tokenferry.bench.clock import Step
-from tokenferry.bench.inputs import expert, must_be_near
-from tokenferry.bench.sets import (
+from tokenferry.bench.core.clock import Step
+from tokenferry.bench.core.inputs import expert, must_be_near
+from tokenferry.bench.core.session import Label, Settings, Trial, nccl_group, trial
+from tokenferry.bench.core.static_inputs import (
     Inputs,
     Sizes,
     check_rows,
@@ -23,7 +23,7 @@ from tokenferry.bench.sets import (
     scale_of,
     sent_to,
 )
-from tokenferry.bench.trial import Label, Settings, Trial, nccl_group, trial
+from tokenferry.bench.suites.calls import num_variants
 
 WHO = "nccl"
 WHAT = "all_to_all_single over NCCL, one row per token and rank, with gather before and index_add after"

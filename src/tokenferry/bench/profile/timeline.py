@@ -119,7 +119,8 @@ def find_clocks(words: Tensor) -> Clocks:
     any case it is no further off than half their sum. Each rank's offset is the mean over the ways by all ranks.
 
     A message that came before its reader looked for it tells too late a time. So each rank has to be the last in some
-    of the calls: `tokenferry.bench.rounds` makes them late in turn. The calls should lie within milliseconds of what is
+    of the calls: `tokenferry.bench.profile.iterations` makes them late in turn. The calls should lie within
+        milliseconds of what is
     put in order with them: clocks drift.
 
     Args:
@@ -212,9 +213,9 @@ def rank_times(call: Recorded) -> list[RankTimes]:
 def row_waits(words: Tensor) -> Tensor:
     """``[R, R]`` float64: nanoseconds from when rank r had the messages of all until it had the last row of s.
 
-    The mean of the calls; 0 where no rows came, and for a rank's own. What `tokenferry.bench.diagnose.judge` takes as
-    ``row_ns``. A rank begins to receive rows only when it has the counts of all: a late message delays no row by this
-    measure.
+    The mean of the calls; 0 where no rows came, and for a rank's own. What `tokenferry.bench.profile.diagnose.judge`
+    takes as ``row_ns``. A rank begins to receive rows only when it has the counts of all: a late message delays no
+    row by this measure.
 
     Args:
         words: ``[N, R, B, W]`` int64, of dispatches.

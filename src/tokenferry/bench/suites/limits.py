@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench import feed
-from tokenferry.bench.bed import Bed, bed_for, slowest
-from tokenferry.bench.inputs import WrongAnswer
-from tokenferry.bench.links import CudaLinks, Links, check_stored
+from tokenferry.bench.core import progress as feed
+from tokenferry.bench.core.device import Bed, bed_for, slowest
+from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.suites.links import CudaLinks, Links, check_stored
 
 ROW_BYTES = (7168, 14336)
 NUM_SMS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 132)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.inputs import WrongAnswer
+from tokenferry.bench.core.inputs import WrongAnswer
 from tokenferry.errors import PeerTimeout
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.link_limits import spec
@@ -24,7 +24,7 @@ SMEM_BYTES = 220 * 1024
 
 
 class Links(Protocol):
-    """What `tokenferry.bench.limits` measures; launches go to the current stream and are not waited for.
+    """What `tokenferry.bench.suites.limits` measures; launches go to the current stream and are not waited for.
 
     Rows: each rank has ``num_rows`` rows of ``row_bytes``; row t goes to rank ``(rank + 1 + t % n) % R`` with
     ``n = max(R - 1, 1)``, to place ``t // n`` of this source in that rank's window.

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.api import ExpertGroup
-from tokenferry.bench import feed
-from tokenferry.bench.bed import Bed, bed_for, gather, no_collections, slowest
-from tokenferry.bench.clock import Step, Summary, summarize
-from tokenferry.bench.sets import Sizes
+from tokenferry.bench.core import progress as feed
+from tokenferry.bench.core.clock import Step, Summary, summarize
+from tokenferry.bench.core.device import Bed, bed_for, gather, no_collections, slowest
+from tokenferry.bench.core.static_inputs import Sizes
 from tokenferry.errors import BackendUnavailable
 from tokenferry.types import MoeShape
 
@@ -46,7 +46,7 @@ class Settings:
         experts: E.
         sms: Values of ``num_sms`` to sweep over, besides the default.
         sweep_tokens: T of the sweep, of the other routings and of the overlap.
-        routings: Besides uniform ones, those of `tokenferry.bench.sets.ROUTINGS` to measure.
+        routings: Besides uniform ones, those of `tokenferry.bench.core.static_inputs.ROUTINGS` to measure.
         iters: Iterations that count.
         warmup: Iterations before them.
         seed: Of the inputs.
@@ -283,7 +283,7 @@ def trial(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> It
     if settings.device == "cpu":
         yield Trial(pg, bed, settings, news)
         return
-    from tokenferry.bench.links import CudaLinks
+    from tokenferry.bench.suites.links import CudaLinks
 
     with CudaLinks(pg, bed.device, 0, settings.timeout_s, Path(env.read().cache_dir)) as links:
         yield Trial(pg, bed, settings, news, links.barrier)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.bench.inputs import WrongAnswer, must_equal
-from tokenferry.bench.sets import FP8_COLUMNS, Sizes, draw, same_bits
+from tokenferry.bench.core.inputs import WrongAnswer, must_equal
+from tokenferry.bench.core.static_inputs import FP8_COLUMNS, Sizes, draw, same_bits
 from tokenferry.types import DecodeDispatched, Quantized
 
 GROUP = FP8_COLUMNS

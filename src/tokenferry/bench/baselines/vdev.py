@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.calls import BY_EXPERT, groups_of, num_variants
-from tokenferry.bench.clock import Step
-from tokenferry.bench.sets import Inputs, Sizes, check_by_expert, draw, remote_rows
-from tokenferry.bench.trial import Label, Settings, Trial, expert_group, nccl_group, trial
+from tokenferry.bench.core.clock import Step
+from tokenferry.bench.core.session import Label, Settings, Trial, expert_group, nccl_group, trial
+from tokenferry.bench.core.static_inputs import Inputs, Sizes, check_by_expert, draw, remote_rows
+from tokenferry.bench.suites.calls import BY_EXPERT, groups_of, num_variants
 from tokenferry.errors import BackendUnavailable
 from tokenferry.types import Delivery, Layout, Routing
 

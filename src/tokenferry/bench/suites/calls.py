@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.bed import gather
-from tokenferry.bench.clock import Step
-from tokenferry.bench.inputs import WrongAnswer, expert, must_equal
-from tokenferry.bench.sets import (
+from tokenferry.bench.core.clock import Step
+from tokenferry.bench.core.device import gather
+from tokenferry.bench.core.inputs import WrongAnswer, expert, must_equal
+from tokenferry.bench.core.session import Label, Settings, Trial, expert_group, trial
+from tokenferry.bench.core.static_inputs import (
     Inputs,
     Sizes,
     check_by_expert,
@@ -23,7 +24,6 @@ from tokenferry.bench.sets import (
     remote_rows,
     scale_of,
 )
-from tokenferry.bench.trial import Label, Settings, Trial, expert_group, trial
 from tokenferry.errors import TokenferryError
 from tokenferry.tuning import Topology, tune
 from tokenferry.types import Delivery, Dispatched, Layout, Plan, Quantized, Routing

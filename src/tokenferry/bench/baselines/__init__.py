@@ -1,0 +1,1 @@
+"""What torch users would write without tokenferry, measured in the same run."""

@@ -1,0 +1,1 @@
+"""What every measurement stands on: devices, sessions, clocks, inputs and their checks."""

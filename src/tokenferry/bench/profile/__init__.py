@@ -1,0 +1,1 @@
+"""Who waits for whom: counters, timelines, and the verdict of tokenferry diagnose."""
