@@ -6,10 +6,11 @@ import pytest
 import torch
 from cli_jobs import broken
 
-from tokenferry.cli import demo, demo_train
-from tokenferry.cli.demo_compare import GPU_FACTOR, MOVED_ROWS, OTHER_ROUTING, SAME_ROUTING, compare
-from tokenferry.cli.demo_place import choose
+from tokenferry.cli import demo
 from tokenferry.cli.main import main
+from tokenferry.demo import train as demo_train
+from tokenferry.demo.compare import GPU_FACTOR, MOVED_ROWS, OTHER_ROUTING, SAME_ROUTING, compare
+from tokenferry.demo.devices import choose
 from tokenferry.errors import ConfigError
 
 TINY = ["demo", "--device", "cpu", "--steps", "3", "--ranks", "2"]

@@ -18,7 +18,8 @@ import tokenferry
 # Modules that users import by name, besides the names of `tokenferry` itself.
 PUBLIC_MODULES = (
     "tokenferry.autograd",
-    "tokenferry.nn",
+    "tokenferry.nn.layer",
+    "tokenferry.nn.router",
     "tokenferry.formats.fp8",
     "tokenferry.formats.logfmt",
     "tokenferry.compat.deep_ep",
@@ -73,7 +74,7 @@ def test_examples_run(module, tmp_path, monkeypatch):
 def test_the_calls_that_matter_have_examples():
     names = {test.name for module in WITH_EXAMPLES for test in examples(module)}
     assert {"tokenferry.api.ExpertGroup", "tokenferry.api.ExpertGroup.dispatch"} <= names
-    assert {"tokenferry.autograd", "tokenferry.nn"} <= set(WITH_EXAMPLES)
+    assert {"tokenferry.autograd", "tokenferry.nn.layer"} <= set(WITH_EXAMPLES)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in PUBLIC])

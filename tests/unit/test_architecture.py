@@ -51,8 +51,10 @@ MAY_IMPORT = {
         "memory",
         "kernels",
     },
+    "demo": {"types", "errors", "api", "autograd", "nn", "testing", "bench"},
     # Of compat only the folder that `tokenferry deep-ep-path` prints; of jit what `tokenferry doctor` asks it.
     "cli": {
+        "demo",
         "__init__",
         "types",
         "errors",
@@ -67,7 +69,7 @@ MAY_IMPORT = {
         "jit",
     },
 }
-LAZY = {"rich": {"cli"}, "matplotlib": {"cli", "bench"}, "cuda": {"jit", "memory", "backends"}}
+LAZY = {"rich": {"cli"}, "matplotlib": {"demo", "bench"}, "cuda": {"jit", "memory", "backends"}}
 """Packages that may be missing, and who may import them: inside functions only."""
 
 CUDA_ROOMS = {"jit", "memory", "kernels"}

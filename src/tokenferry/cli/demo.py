@@ -12,12 +12,13 @@ import torch
 
 from tokenferry.bench.core.progress import run_with_feed
 from tokenferry.bench.report.cpu import num_cores, threads_for
-from tokenferry.cli import demo_place, demo_plot
-from tokenferry.cli.demo_compare import Verdict, compare
-from tokenferry.cli.demo_train import History, Options, load_text, train_dense, train_spread
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
+from tokenferry.demo import devices as demo_place
+from tokenferry.demo import plot as demo_plot
+from tokenferry.demo.compare import Verdict, compare
+from tokenferry.demo.train import History, Options, load_text, train_dense, train_spread
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 

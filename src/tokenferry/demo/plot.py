@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenferry.cli.demo_train import History
+from tokenferry.demo.train import History
 
 
 def write(path: Path, sharded: History, dense: History) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.core import progress as feed
-from tokenferry.cli.demo_model import ByteTransformer
+from tokenferry.demo.model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
 from tokenferry.types import Combined, Delivery, Dispatched, MoeShape, Plan, Quantized, Routing

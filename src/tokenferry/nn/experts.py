@@ -1,0 +1,26 @@
+"""The experts of one rank: SwiGLU, a Python loop over experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator
+
+
+def draw_expert(seed: int, expert: int, hidden: int, ffn_hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gate ``[H, F]``, up ``[H, F]`` and down ``[F, H]`` of one expert, drawn in float32 on the CPU.
+
+    They do not depend on where and how they will live.
+    """
+    draws = generator("MoELayer", seed, FIRST_EXPERT_STREAM + expert)
+    gate = torch.randn(hidden, ffn_hidden, generator=draws) * hidden**-0.5
+    up = torch.randn(hidden, ffn_hidden, generator=draws) * hidden**-0.5
+    down = torch.randn(ffn_hidden, hidden, generator=draws) * ffn_hidden**-0.5
+    return gate, up, down
+
+
+def swiglu(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return ``(silu(rows @ gate) * (rows @ up)) @ down``, ``[n, H]`` for rows ``[n, H]``."""
+    return (F.silu(rows @ gate) * (rows @ up)) @ down

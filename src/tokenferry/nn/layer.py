@@ -1,0 +1,116 @@
+"""A complete expert-parallel Mixture-of-Experts layer for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tokenferry import autograd
+from tokenferry.api import ExpertGroup
+from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.nn.experts import draw_expert, swiglu
+from tokenferry.nn.router import Router
+from tokenferry.types import Delivery, Layout, Routing
+
+
+class MoELayer(nn.Module):
+    """SwiGLU experts spread over the ranks of a group: the sum of ``w_k * ((silu(x @ gate) * (x @ up)) @ down)``.
+
+    Contract:
+        Collective: forward (a dispatch and a combine) and backward (a combine and a redispatch). All ranks call both as
+            often, with the same grad mode; T may differ and may be 0, also N.
+        Host: waits for the counts, as `ExpertGroup.dispatch`. torch.compile: the counts break the graph, unless
+            ``torch._dynamo.config.capture_scalar_outputs`` is set; then it compiles with ``fullgraph=True``.
+        Gradients: of the *sum* over all ranks' losses. An expert's are complete on the rank that holds it: leave those
+            alone. The router's, as those of every replicated parameter, are this rank's share: all-reduce them with
+            SUM. For a mean over ranks, every rank starts backward from ``loss / R``. `replicated_parameters` and
+            `expert_parameters` tell them apart.
+        Parameters: drawn per expert of the whole layer, so that the same seed gives the same layer for every R.
+
+    Args:
+        group: Its shape says E, K and H. The layer does not close it.
+        ffn_hidden: F, the width inside an expert.
+        router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
+            device.
+        seed: In 0 .. 2^40 - 1; the same on every rank.
+        dtype: Of the experts; None: torch's default. It must be the dtype of the rows.
+
+    Attributes:
+        gate, up: ``[L, H, F]`` parameters: this rank's experts.
+        down: ``[L, F, H]`` parameter.
+        expert_counts: ``[L]`` int32: rows that this rank's experts got in the last forward, from all ranks; None
+            before it.
+
+    Raises:
+        ConfigError: ``ffn_hidden`` or ``seed`` is out of range.
+
+    Example:
+        >>> import torch, tokenferry
+        >>> from tokenferry.nn import MoELayer
+        >>> shape = tokenferry.MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=64)
+        >>> group = tokenferry.ExpertGroup(None, shape, backend="cpu")
+        >>> layer = MoELayer(group, ffn_hidden=16)
+        >>> out = layer(torch.randn(2, 5, 8))
+        >>> out.shape, int(layer.expert_counts.sum())
+        (torch.Size([2, 5, 8]), 20)
+    """
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        ffn_hidden: int,
+        *,
+        router: Callable[[Tensor], Routing] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        shape = group.shape
+        if ffn_hidden < 1:
+            raise ConfigError(f"MoELayer: ffn_hidden: expected a positive integer, got {ffn_hidden}")
+        self.group = group
+        if router is None:
+            router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed).to(group.device)
+        self.router = router
+        first = group.rank * group.num_local_experts
+        drawn = [
+            draw_expert(seed, expert, shape.hidden, ffn_hidden)
+            for expert in range(first, first + group.num_local_experts)
+        ]
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.gate, self.up, self.down = (
+            nn.Parameter(torch.stack(parts).to(group.device, dtype)) for parts in zip(*drawn, strict=True)
+        )
+        self.expert_counts: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Send each token of ``x`` ``[..., H]`` through its experts; at most M tokens. Returns ``[..., H]``.
+
+        Raises:
+            ShapeError: the dtype is not the experts'. And whatever `ExpertGroup.dispatch` raises.
+        """
+        if x.dtype != self.gate.dtype:
+            raise ShapeError(f"MoELayer: x: expected {self.gate.dtype} as the experts, got {x.dtype}; call .to()")
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        sent = autograd.dispatch(self.group, rows, self.router(rows), delivery=Delivery(Layout.EXPERTS))
+        assert isinstance(sent.x, Tensor)
+        assert sent.topk_weights is not None
+        self.expert_counts = sent.expert_counts
+        counts = sent.expert_counts.tolist() if sent.host_counts is None else list(sent.host_counts)
+        # An expert without rows runs too: ranks must not differ in their graphs, and its gradient is 0, not None.
+        y = torch.cat(
+            [swiglu(part, self.gate[e], self.up[e], self.down[e]) for e, part in enumerate(torch.split(sent.x, counts))]
+        )
+        y = y * sent.topk_weights.unsqueeze(1).to(y.dtype)
+        return autograd.combine(self.group, y, sent.plan).x.reshape(x.shape)
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Parameters that only this rank holds: leave their gradients alone."""
+        return [self.gate, self.up, self.down]
+
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """Parameters that every rank has a copy of: all-reduce their gradients with SUM."""
+        mine = {id(parameter) for parameter in self.expert_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in mine]

@@ -1,0 +1,23 @@
+"""Random numbers of a layer: one stream for the router and one for each expert of the whole layer."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenferry.errors import ConfigError
+
+_MAX_SEED = 2**40
+_STREAMS_PER_SEED = 2**20
+ROUTER_STREAM = 0
+FIRST_EXPERT_STREAM = 1
+
+
+def generator(call: str, seed: int, stream: int) -> torch.Generator:
+    """Return a generator on the CPU; equal on all ranks.
+
+    Raises:
+        ConfigError: ``seed`` is out of range.
+    """
+    if not 0 <= seed < _MAX_SEED:
+        raise ConfigError(f"{call}: seed: expected 0 .. 2^40 - 1, got {seed}")
+    return torch.Generator().manual_seed(seed * _STREAMS_PER_SEED + stream)
