@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from pools import prefer
+from support.pools import prefer
 from tokenferry.testing.world import World
 
 CUDA_JOB_S = 240.0

@@ -4,9 +4,9 @@ import io
 import sys
 from types import SimpleNamespace
 
-import limits_jobs
 import pytest
 
+from support import limits_jobs
 from tokenferry.cli import bench_cuda, screen
 
 

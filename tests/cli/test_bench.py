@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from cli_jobs import TINY, broken, measure_damaged, splits, wrong_answer
 
+from support.bench_jobs import TINY, broken, measure_damaged, splits, wrong_answer
 from tokenferry.bench.core.inputs import WrongAnswer, draw, must_be_near, must_equal
 from tokenferry.bench.suites.cpu_calls import VARIANTS
 from tokenferry.cli import bench

@@ -4,10 +4,10 @@ import json
 from itertools import product
 from types import SimpleNamespace
 
-import decode_jobs
 import pytest
 import torch
 
+from support import bench_decode_jobs as decode_jobs
 from tokenferry.bench.core.inputs import WrongAnswer
 from tokenferry.bench.core.static_inputs import Sizes, draw
 from tokenferry.bench.report import decode as decode_report

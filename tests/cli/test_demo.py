@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from cli_jobs import broken
 
+from support.bench_jobs import broken
 from tokenferry.cli import demo
 from tokenferry.cli.main import main
 from tokenferry.demo import train as demo_train

@@ -2,10 +2,10 @@
 
 import json
 
-import diagnose_jobs
 import pytest
 import torch
 
+from support import diagnose_jobs
 from tokenferry.bench.profile.diagnose import Slow, Where, judge, show_ns
 from tokenferry.cli import diagnose
 from tokenferry.cli.main import main

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_jobs import broken
 
+from support.bench_jobs import broken
 from tokenferry import env
 from tokenferry.api import ExpertGroup
 from tokenferry.cli import doctor, doctor_cuda

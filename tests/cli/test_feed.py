@@ -1,8 +1,8 @@
 """News from ranks while they work."""
 
 import pytest
-from cli_jobs import broken, talk, talk_and_stall
 
+from support.bench_jobs import broken, talk, talk_and_stall
 from tokenferry.bench.core import progress as feed
 from tokenferry.testing.world import World, WorldError
 

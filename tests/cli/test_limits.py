@@ -2,11 +2,11 @@
 
 import json
 
-import limits_jobs
 import pytest
 import torch
-from limits_jobs import SMALL
 
+from support import limits_jobs
+from support.limits_jobs import SMALL
 from tokenferry.bench.core import gpus as gpu
 from tokenferry.bench.core.gpus import Gpus
 from tokenferry.bench.report import plots

@@ -4,8 +4,8 @@ import json
 import subprocess
 
 import pytest
-from cli_jobs import TINY
 
+from support.bench_jobs import TINY
 from tokenferry.bench.core import clock
 from tokenferry.bench.report import cpu as report
 from tokenferry.bench.suites.cpu_calls import Samples

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-import trace_jobs
-from trace_jobs import COMBINE, DISPATCH, T0, block, calls, shifted
 
+from support import trace_jobs
+from support.trace_jobs import COMBINE, DISPATCH, T0, block, calls, shifted
 from tokenferry.bench.core.gpus import Gpus
 from tokenferry.bench.profile.timeline import (
     WAIT,

@@ -1,10 +1,10 @@
 """DeepEP's API on GPUs: the jobs of the CPU, streams and events, CUDA graphs, errors."""
 
-import deep_ep_cuda_jobs as cuda_jobs
-import deep_ep_jobs as jobs
 import pytest
 import torch
 
+from support import deep_ep_cuda_jobs as cuda_jobs
+from support import deep_ep_jobs as jobs
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.errors import CapacityError, RoutingError
 from tokenferry.testing.cases import Case

@@ -1,8 +1,8 @@
 """Low-latency mode on four ranks."""
 
-import deep_ep_decode_jobs as jobs
 import pytest
 
+from support import deep_ep_decode_jobs as jobs
 from tokenferry.testing.cases import Case
 
 

@@ -1,9 +1,9 @@
 """Normal mode: layout, dispatch, cached dispatch, combine, on four ranks."""
 
-import deep_ep_jobs as jobs
 import pytest
 import torch
 
+from support import deep_ep_jobs as jobs
 from tokenferry.testing.cases import Case
 from tokenferry.testing.world import World
 

@@ -4,10 +4,10 @@ import dataclasses
 import importlib
 from pathlib import Path
 
-import promises
 import pytest
-from toy_spec import ROOT, SCALE
 
+from support import kernel_promises as promises
+from support.toy_kernel.spec import ROOT, SCALE
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit import compiler
 from tokenferry.jit.kernel import KernelSpec

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import PAIRS, Pair
+
+from support.pairs import PAIRS, Pair
 
 
 @pytest.fixture(params=PAIRS, ids=str)

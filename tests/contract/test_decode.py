@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoding import CASTS, Step, check_combined, check_encoding, check_received
-from pairs import PAIRS, PLACES, Pair
-from throughput import check_round_trip
 
+from support.decoding import CASTS, Step, check_combined, check_encoding, check_received
+from support.pairs import PAIRS, PLACES, Pair
+from support.throughput import check_round_trip
 from tokenferry import ArgumentError, DecodeStats, Delivery, ExpertGroup, MismatchError, MoeShape, Routing, Scale
 from tokenferry.backends.cpu.exchange import Exchange
 from tokenferry.testing.cases import Case

@@ -5,9 +5,9 @@ import os
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from pairs import PAIRS, Pair
-from throughput import check_round_trip, needed
 
+from support.pairs import PAIRS, Pair
+from support.throughput import check_round_trip, needed
 from tokenferry import Delivery, Layout
 from tokenferry.testing.cases import ROUTINGS, Case
 

@@ -5,9 +5,10 @@ import time
 
 import pytest
 import torch
-from decoding import Step, check_combined
-from pairs import PLACES, Pair
-from throughput import (
+
+from support.decoding import Step, check_combined
+from support.pairs import PLACES, Pair
+from support.throughput import (
     Deal,
     check_combine,
     check_quantized,
@@ -19,7 +20,6 @@ from throughput import (
     quantized,
     routing_of,
 )
-
 from tokenferry import CapacityError, Delivery, Layout, MoeShape
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits

@@ -1,17 +1,14 @@
 """Tests that need a GPU; they use the helpers of the contract suite. Without a GPU some of them run on the emulator."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from support.emulated_tests import is_chosen, is_possible
+from support.emulator import Emulator
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "contract"), str(HERE.parent / "emulator")]
-
-from chosen import is_chosen, is_possible  # noqa: E402 - found there
-
-from emulator import Emulator  # noqa: E402
 
 LEFT_OUT = "needs an NVIDIA GPU; with EMULATE=all the emulator runs it, too"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_dispatch_kernel import check_rows
 from torch import Tensor
-from virtual import POISON, Block, Ranks, offsets, ranks_of
 
+from support.virtual_ranks import POISON, Block, Ranks, offsets, ranks_of
 from tokenferry.kernels import describe
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.control_block import RANK_SHIFT

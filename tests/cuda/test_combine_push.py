@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from pushes import Push, Sizes, as_bytes, landed, push
 from test_combine_pull import TYPES, by_type
-from virtual import POISON, Ranks, ranks_of
 
+from support.virtual_push import Push, Sizes, as_bytes, landed, push
+from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import MAX_LANDED, ROOM_WORD, ROWS_WORD, START_WORD, Fault
 from tokenferry.testing.compare import same_bits

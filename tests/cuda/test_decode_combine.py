@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decodes import (
+from test_decode_dispatch import SHORT_S, late_s
+
+from support.decoding import uneven
+from support.virtual_decode import (
     ALIVE,
     BOTH,
     COMBINE,
@@ -26,10 +29,7 @@ from decodes import (
     sends_and_receipts_at_once,
     the_third_waits_for_room,
 )
-from decoding import uneven
-from test_decode_dispatch import SHORT_S, late_s
-from virtual import POISON, Ranks
-
+from support.virtual_ranks import POISON, Ranks
 from tokenferry.kernels.control_block import DISPATCH_WORD, MAX_RANKS, Fault
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.testing.cases import ROUTINGS, Case

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decodes import (
+
+from support.virtual_decode import (
     ALIVE,
     BOTH,
     DISPATCH,
@@ -24,8 +25,7 @@ from decodes import (
     sends_and_receipts_at_once,
     the_third_waits_for_room,
 )
-from virtual import MACHINE, POISON, Ranks
-
+from support.virtual_ranks import MACHINE, POISON, Ranks
 from tokenferry import Scale
 from tokenferry.kernels.control_block import Fault
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from plans import Expected
 from test_dispatch_kernel import as_bytes, check_rows
 from test_dispatch_plan import choices_of, form_for
-from virtual import POISON, ranks_of, same_bytes
 
+from support.virtual_plan import Expected
+from support.virtual_ranks import POISON, ranks_of, same_bytes
 from tokenferry.kernels.dispatch_expand import spec as expand_spec
 from tokenferry.testing.cases import Case
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from plans import Expected, Form
 from test_dispatch_plan import choices_of, form_for
 from torch import Tensor
-from virtual import POISON, Block, Ranks, offsets, ranks_of, same_bytes
 
+from support.virtual_plan import Expected, Form
+from support.virtual_ranks import POISON, Block, Ranks, offsets, ranks_of, same_bytes
 from tokenferry.kernels.control_block import RANK_SHIFT
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_assign import spec as assign_spec

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from plans import NO_LIMIT, Expected, Form, Planner
-from virtual import POISON, Ranks, ranks_of
 
+from support.virtual_plan import NO_LIMIT, Expected, Form, Planner
+from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.control_block import Fault
 from tokenferry.kernels.dispatch_notify.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.testing.cases import ROUTINGS, Case

@@ -10,10 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from pairs import NUM_GPUS, Pair
-from throughput import Deal, check_combine, check_delivered, check_plan, check_round_trip, oracle_for, routing_of
 from torch import Tensor
 
+from support.pairs import NUM_GPUS, Pair
+from support.throughput import (
+    Deal,
+    check_combine,
+    check_delivered,
+    check_plan,
+    check_round_trip,
+    oracle_for,
+    routing_of,
+)
 from tokenferry import CapacityError, ClosedError, ConfigError, Delivery, ExpertGroup, Layout, MoeShape, Routing
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits

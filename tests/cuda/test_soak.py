@@ -5,8 +5,8 @@
 import os
 
 import pytest
-from pairs import CUDA_RANKS
 
+from support.pairs import CUDA_RANKS
 from tokenferry.testing import soak, soak_graphs
 from tokenferry.testing.world import World
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pairs import Pair
-from throughput import Deal, check_delivered, check_plan, check_round_trip, deliveries, needed, oracle_for
 from torch import Tensor
 
+from support.pairs import Pair
+from support.throughput import Deal, check_delivered, check_plan, check_round_trip, deliveries, needed, oracle_for
 from tokenferry import ArgumentError, CapacityError, Delivery, Dispatched, ExpertGroup, Layout, Routing, Scale
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits

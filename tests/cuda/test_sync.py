@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from plans import Expected, Form, Planner
 from test_combine_pull import Pull, Sizes
 from test_dispatch_kernel import Delivery, Payload
 from test_dispatch_plan import check, choices_of
 from torch import Tensor
-from virtual import CONTROL_BLOCK_OFFSETS, POISON, Ranks, ranks_of
 
+from support.virtual_plan import Expected, Form, Planner
+from support.virtual_ranks import CONTROL_BLOCK_OFFSETS, POISON, Ranks, ranks_of
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.control_block import HANDSHAKE_WORDS, MAX_RANKS, ROWS_WORD, Fault
 from tokenferry.kernels.dispatch import spec as dispatch_spec

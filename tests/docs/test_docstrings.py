@@ -18,8 +18,7 @@ import tokenferry
 # Modules that users import by name, besides the names of `tokenferry` itself.
 PUBLIC_MODULES = (
     "tokenferry.autograd",
-    "tokenferry.nn.layer",
-    "tokenferry.nn.router",
+    "tokenferry.nn",
     "tokenferry.formats.fp8",
     "tokenferry.formats.logfmt",
     "tokenferry.compat.deep_ep",

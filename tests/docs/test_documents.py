@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import documents
 import pytest
 import torch
 
 import tokenferry
+from support import documents
 from tokenferry import env
 from tokenferry.cli.main import COMMANDS
 from tokenferry.compat.deep_ep import Buffer

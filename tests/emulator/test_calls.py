@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from hall import emulate
 
-from emulator import Emulator
+from support.emulated_group import emulate
+from support.emulator import Emulator
 from tokenferry import MoeShape
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.errors import ClosedError, MismatchError

@@ -1,15 +1,11 @@
 """The emulator itself: numbers as PTX rounds them, and misuse that it has to tell."""
 
 import ctypes
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from emulator import Emulator, build, translate
+from support.emulator import Emulator, build, translate
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 

@@ -7,10 +7,10 @@ import pytest
 import test_decode as decode
 import test_throughput as throughput
 import torch
-from hall import Hall, emulate
-from on_device import OnDevice
 
-from emulator import Emulator
+from support.emulated_group import Hall, emulate
+from support.emulator import Emulator
+from support.on_device import OnDevice
 from tokenferry import MoeShape
 from tokenferry.errors import CapacityError, ConfigError, MismatchError, RoutingError
 from tokenferry.testing.compare import same_bits

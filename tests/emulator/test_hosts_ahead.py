@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from hall import TIMEOUT_S, DoneJit, DoneKernel, emulate
 
-from emulator import Emulator, Stream
+from support.emulated_group import TIMEOUT_S, DoneJit, DoneKernel, emulate
+from support.emulator import Emulator, Stream
 from tokenferry import MoeShape
 from tokenferry.errors import RoutingError
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS

@@ -11,10 +11,10 @@ import pytest
 import test_bad_routing as routing
 import test_go_on as go_on
 import test_lost_ranks as lost
-from hall import emulate
-from masks import Load, by_hand, skip_and_return, under_load
 
-from emulator import Emulator, build, translate
+from support.emulated_group import emulate
+from support.emulator import Emulator, build, translate
+from support.masks import Load, by_hand, skip_and_return, under_load
 from tokenferry.kernels import control_block
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
 

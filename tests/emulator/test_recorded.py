@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_groups import run  # noqa: F401 - the fixture
 
-from emulator import Emulator
+from support.emulator import Emulator
 from tokenferry.bench.core.device import CpuBed
 from tokenferry.bench.core.inputs import Spec
 from tokenferry.bench.profile import iterations as rounds

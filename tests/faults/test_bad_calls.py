@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from bad_calls import BAD
-from good_calls import SHAPE, good
-from pairs import CUDA_PAIRS, NUM_GPUS, Pair
 
+from support.bad_calls import BAD
+from support.good_calls import SHAPE, good
+from support.pairs import CUDA_PAIRS, NUM_GPUS, Pair
 from tokenferry import BackendUnavailable, ExpertGroup, Routing, ShapeError
 
 

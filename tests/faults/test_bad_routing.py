@@ -5,11 +5,11 @@ On GPUs the device finds them: at once if the call waits for counts, else by `sy
 
 import pytest
 import torch
-from decoding import Step, check_combined, check_received
-from pairs import CUDA_PAIRS, Pair
 from test_lost_ranks import done
-from throughput import check_round_trip
 
+from support.decoding import Step, check_combined, check_received
+from support.pairs import CUDA_PAIRS, Pair
+from support.throughput import check_round_trip
 from tokenferry import Delivery, ExpertGroup, Layout, Routing, RoutingError, Scale
 from tokenferry.testing.cases import Case
 

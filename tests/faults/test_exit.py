@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from pairs import NUM_GPUS
+
+from support.pairs import NUM_GPUS
 
 PROGRAM = """
 import sys

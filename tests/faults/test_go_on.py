@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from decoding import Step, check_combined, check_received
-from pairs import CPU_PAIRS, CUDA_PAIRS, Pair
 from test_lost_ranks import (
     BAD_RANK,
     CASE,
@@ -22,8 +20,10 @@ from test_lost_ranks import (
     together,
     twice,
 )
-from throughput import check_round_trip, deliveries
 
+from support.decoding import Step, check_combined, check_received
+from support.pairs import CPU_PAIRS, CUDA_PAIRS, Pair
+from support.throughput import check_round_trip, deliveries
 from tokenferry import TokenferryError
 from tokenferry.testing.cases import Case
 from tokenferry.testing.world import World, WorldError

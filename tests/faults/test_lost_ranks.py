@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import Step, check_combined, check_received
-from pairs import CPU_PAIRS, CUDA_PAIRS, Pair
 
+from support.decoding import Step, check_combined, check_received
+from support.pairs import CPU_PAIRS, CUDA_PAIRS, Pair
 from tokenferry import (
     BackendUnavailable,
     ClosedError,

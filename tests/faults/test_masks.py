@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from masks import Load, by_hand, in_a_graph, skip_and_return, under_load
-from pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS
 
+from support.masks import Load, by_hand, in_a_graph, skip_and_return, under_load
+from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS
 from tokenferry.testing.world import World
 
 TIMEOUT_S = 2.0

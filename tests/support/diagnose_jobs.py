@@ -1,8 +1,8 @@
 """What ranks with GPUs could have counted, for the tests of `tokenferry diagnose`."""
 
 import torch
-from trace_jobs import block, wrong
 
+from support.trace_jobs import block, wrong
 from tokenferry.bench.profile.iterations import Waited
 
 __all__ = ["late_rows", "wrong"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
 
-ROOT = Path(__file__).parent / "toy"
+ROOT = Path(__file__).parent
 
 SCALE = KernelSpec(
     name="scale",

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import OnDevice
 
-from emulator import Emulator, Jit, Kernel, Window
+from support.emulator import Emulator, Jit, Kernel, Window
+from support.on_device import OnDevice
 from tokenferry import MoeShape
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda import context as cuda_context

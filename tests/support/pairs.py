@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from on_device import OnDevice
 
+from support.on_device import OnDevice
 from tokenferry import ExpertGroup, MoeShape
 
 

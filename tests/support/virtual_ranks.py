@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulator import Emulator
+from support.emulator import Emulator
 from tokenferry.jit.kernel import Jit, KernelSpec
 from tokenferry.kernels import control_block
 from tokenferry.kernels.all import SPECS

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from virtual import Ranks
 
+from support.virtual_ranks import Ranks
 from tokenferry.kernels.control_block import RANK_SHIFT
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec

@@ -70,7 +70,7 @@ def translate(name: str, text: str) -> str:
         text = re.sub(pattern, instead, text, flags=re.DOTALL)
     left = re.search(r".*\basm\b.*", text)
     if left:
-        raise NotImplementedError(f"{name}: tests/emulator/emulator.py does not know this instruction: {left.group()}")
+        raise NotImplementedError(f"{name}: tests/support/emulator.py does not know this instruction: {left.group()}")
     return text
 
 
@@ -184,7 +184,7 @@ class Window:
 
 
 class Emulator:
-    """The machine of virtual ranks where there is no GPU; see ``Gpu`` of tests/cuda/virtual.py."""
+    """The machine of virtual ranks where there is no GPU; see ``Gpu`` of tests/support/virtual_ranks.py."""
 
     device = torch.device("cpu")
     timeout_s = 60.0

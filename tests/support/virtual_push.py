@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from virtual import POISON, Block, Ranks, offsets, ranks_of, same_bytes
 
+from support.virtual_ranks import POISON, Block, Ranks, offsets, ranks_of, same_bytes
 from tokenferry.kernels import describe
 from tokenferry.kernels.combine_pull.spec import PIECE_BYTES
 from tokenferry.kernels.combine_push import spec as push_spec

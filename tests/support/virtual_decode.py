@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import torch
 from test_dispatch_kernel import as_bytes, check_rows
 from torch import Tensor
-from virtual import MACHINE, Block, Ranks, same_bytes
 
+from support.virtual_ranks import MACHINE, Block, Ranks, same_bytes
 from tokenferry import Scale
 from tokenferry.backends.cuda.decode import prepared_choices
 from tokenferry.backends.cuda.workspace import Workspace, bytes_of, sizes_for

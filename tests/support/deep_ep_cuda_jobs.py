@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import deep_ep_decode_jobs as decode_jobs
-import deep_ep_jobs as jobs
 import torch
 from torch import Tensor
 
+from support import deep_ep_decode_jobs as decode_jobs
+from support import deep_ep_jobs as jobs
 from tokenferry.compat.deep_ep import Buffer, EventOverlap
 from tokenferry.testing.cases import Case, answers
 from tokenferry.testing.compare import same_bits

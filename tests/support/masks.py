@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding import Step, check_combined, check_received
-from throughput import check_round_trip
 
+from support.decoding import Step, check_combined, check_received
+from support.throughput import check_round_trip
 from tokenferry import ArgumentError, DecodeDispatched, Delivery, ExpertGroup, Routing, Scale
 from tokenferry.testing.cases import Case
 

@@ -6,8 +6,8 @@ DEVICE in a message is the device of the group.
 from dataclasses import replace
 
 import torch
-from good_calls import SHAPE, Call, at, combine, decode, decode_combine, dispatch, grad, open_group, wide
 
+from support.good_calls import SHAPE, Call, at, combine, decode, decode_combine, dispatch, grad, open_group, wide
 from tokenferry import (
     ArgumentError,
     CapacityError,
