@@ -22,8 +22,8 @@ from tokenferry.types import (
     DecodeDispatched,
     DecodePlan,
     DecodeStats,
-    Delivery,
     Dispatched,
+    DispatchOptions,
     MoeShape,
     Plan,
     Quantized,
@@ -44,7 +44,7 @@ class ExpertGroup:
 
     Contract:
         Collective: making it, `warmup`, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and `decode_combine`
-            are; all ranks call them in the same order. `close`, `for_shape`, `new_rows`, `synchronize` and the
+            are; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize` and the
             attributes are local.
         Threads: one at a time.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way, rows
@@ -240,7 +240,7 @@ class ExpertGroup:
         self._ready("synchronize")
         self._backend.synchronize()
 
-    def new_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def empty_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return undefined rows for `combine`, in memory that peers can read: there they are fetched where they lie.
 
         Contract: local, at once. Optional: `combine` takes any tensor. Of what lies elsewhere it pushes ROWS, and
@@ -258,13 +258,13 @@ class ExpertGroup:
             ArgumentError: ``dtype`` is none of these.
             ClosedError: the group was closed or is broken.
         """
-        self._ready("new_rows")
-        self._resolver.new_rows(plan, dtype)
-        return self._backend.new_rows(plan, dtype, self.shape.hidden)
+        self._ready("empty_rows")
+        self._resolver.empty_rows(plan, dtype)
+        return self._backend.empty_rows(plan, dtype, self.shape.hidden)
 
-    def plan_columns(self, delivery: Delivery) -> int:
-        """C of ``Plan.places`` that a dispatch with this delivery makes; 0 on the CPU. Local."""
-        return self._backend.plan_columns(self.shape, delivery)
+    def plan_columns(self, options: DispatchOptions) -> int:
+        """C of ``Plan.places`` that a dispatch with these options makes; 0 on the CPU. Local."""
+        return self._backend.plan_columns(self.shape, options)
 
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results keep living; later calls raise ClosedError.
@@ -296,7 +296,7 @@ class ExpertGroup:
         x: Tensor | Quantized,
         routing: Routing,
         *,
-        delivery: Delivery | None = None,
+        options: DispatchOptions | None = None,
         num_sms: int | None = None,
     ) -> Dispatched:
         """Send every token to each rank that holds one of its chosen experts.
@@ -305,7 +305,7 @@ class ExpertGroup:
         by source rank, then source token, in every layout (EXPERTS and MASKED: within each expert), always.
 
         Contract:
-            Collective: yes; T may differ and may be 0; dtypes, K, S and ``delivery`` must be the same on all ranks.
+            Collective: yes; T may differ and may be 0; dtypes, K, S and ``options`` must be the same on all ranks.
             Host: CPU backend: returns when the rows are here. CUDA: ``counts="host"``: waits for the counts (about one
                 round trip) without holding the GIL; ``counts="device"``: returns at once, unless ``capacity`` is below
                 the worst case: then it waits for the counts as well, to raise on every rank if rows do not fit.
@@ -317,7 +317,7 @@ class ExpertGroup:
         Args:
             x: ``[T, H]`` bfloat16, float16, float32 or float64, contiguous, T <= M; or a `Quantized`.
             routing: ``topk_idx`` ``[T, K]`` and, if they shall travel, ``topk_weights`` ``[T, K]``.
-            delivery: Layout, padding, and where counts are needed; None: ROWS with counts on the host.
+            options: Layout, padding, and where counts are needed; None: ROWS with counts on the host.
             num_sms: SMs that the call may occupy; None: what ``tokenferry explain`` says. CUDA only.
 
         Returns:
@@ -328,7 +328,7 @@ class ExpertGroup:
             RoutingError: an index is outside [-1, E); names the place. CUDA with ``counts="device"``: raised by the
                 next call or by `synchronize`; no row is written out of bounds, and what was launched behind that call
                 comes to nothing, too.
-            CapacityError: T > M, or rows did not fit into ``delivery.capacity`` (then on every rank).
+            CapacityError: T > M, or rows did not fit into ``options.capacity`` (then on every rank).
             ConfigError: backend cuda, a view of the group with E > 4096 or K > 64.
             MismatchError: ranks made different calls.
             PeerTimeout: a rank did not answer within ``timeout_s``; names it, the call and its number.
@@ -339,13 +339,13 @@ class ExpertGroup:
             >>> shape = tokenferry.MoeShape(num_experts=2, top_k=1, hidden=4, max_tokens=8)
             >>> group = tokenferry.ExpertGroup(None, shape, backend="cpu")
             >>> x = torch.arange(12.0).reshape(3, 4)
-            >>> by_expert = tokenferry.Delivery(tokenferry.Layout.EXPERTS)
-            >>> sent = group.dispatch(x, tokenferry.Routing(torch.tensor([[1], [0], [1]])), delivery=by_expert)
+            >>> by_expert = tokenferry.DispatchOptions(tokenferry.Layout.EXPERTS)
+            >>> sent = group.dispatch(x, tokenferry.Routing(torch.tensor([[1], [0], [1]])), options=by_expert)
             >>> sent.expert_counts.tolist(), sent.x[:, 0].tolist()
             ([1, 2], [4.0, 0.0, 8.0])
         """
         self._ready("dispatch")
-        return self._backend.dispatch(self._resolver.dispatch(x, routing, delivery, num_sms))
+        return self._backend.dispatch(self._resolver.dispatch(x, routing, options, num_sms))
 
     def redispatch(
         self,
@@ -395,7 +395,7 @@ class ExpertGroup:
         Contract:
             Collective: yes.
             Host: CPU backend: returns when the sums are here. CUDA: returns at once, on torch's current stream; rows
-                that peers cannot read where they are (see `new_rows`) are pushed; EXPERTS and MASKED: copied first.
+                that peers cannot read where they are (see `empty_rows`) are pushed; EXPERTS and MASKED: copied first.
             CUDA graph: capturable.
             Gradient: none; use `tokenferry.autograd.combine`.
 
@@ -427,7 +427,7 @@ class ExpertGroup:
         x: Tensor,
         routing: Routing,
         *,
-        fp8: Scale | None = None,
+        quantize: Scale | None = None,
         stats: DecodeStats | None = None,
         return_hook: bool = False,
     ) -> DecodeDispatched:
@@ -452,9 +452,10 @@ class ExpertGroup:
             x: ``[T, H]`` bfloat16, float16 or float32, contiguous, T <= M.
             routing: As for `dispatch`. `decode_combine` needs ``topk_weights``; they may also be put into the plan
                 later.
-            fp8: Cast rows to float8_e4m3fn with one scale per row and 128 columns (``scale = max(amax, 1e-4) / 448``,
-                the format that DeepEP and DeepGEMM use), stored as this says. None: rows travel as they are (CUDA: of
-                16 bytes with all bits set, which are NaNs, the lowest bit may be lost). With NaN among the 128 columns
+            quantize: Cast rows to float8_e4m3fn with one scale per row and 128 columns
+                (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use), stored as this says.
+                None: rows travel as they are (CUDA: of 16 bytes with all bits set, which are NaNs, the lowest bit may
+                    be lost). With NaN among the 128 columns
                 their scale and numbers are undefined.
             stats: Counters to add to.
             return_hook: Return at once and let the caller receive with ``hook()``.
@@ -471,7 +472,7 @@ class ExpertGroup:
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("decode_dispatch")
-        request = self._resolver.decode_dispatch(x, routing, fp8, stats, return_hook=return_hook)
+        request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
         return self._backend.decode_dispatch(request)
 
     def decode_combine(  # one more than the house's six: numerics and encoding are chosen apart

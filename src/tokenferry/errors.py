@@ -42,7 +42,7 @@ class CapacityError(ArgumentError):
     """More tokens or rows than the group, the call, or the heap of a GPU has room for. The message gives both numbers.
 
     Raised before anything is sent, except where the number is known only after the counts have arrived
-    (``Delivery.capacity`` below the worst case): then every rank raises together and the group stays usable.
+    (``DispatchOptions.capacity`` below the worst case): then every rank raises together and the group stays usable.
     """
 
 

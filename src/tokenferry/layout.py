@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokenferry.types import Delivery, Layout, MoeShape
+from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 _ALIGN = 16
 
@@ -63,15 +63,15 @@ class Room:
         return self.given < self.worst
 
 
-def room(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Room:
+def room(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Room:
     """Return the room of a delivery on a group of R ranks."""
     num_local = shape.num_experts // num_ranks
     received = num_ranks * shape.max_tokens
     worst = received
-    if delivery.layout is Layout.EXPERTS:
-        rows = received * min(shape.top_k, num_local) + (delivery.alignment - 1) * num_local
-        worst = -(-rows // delivery.alignment) * delivery.alignment
-    given = worst if delivery.capacity is None else delivery.capacity
-    if delivery.layout is Layout.ROWS:
+    if options.layout is Layout.EXPERTS:
+        rows = received * min(shape.top_k, num_local) + (options.alignment - 1) * num_local
+        worst = -(-rows // options.alignment) * options.alignment
+    given = worst if options.capacity is None else options.capacity
+    if options.layout is Layout.ROWS:
         received = given
     return Room(worst, given, received, min(shape.top_k, num_ranks))

@@ -20,7 +20,7 @@ from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.types import (
     DecodePlan,
     DecodeStats,
-    Delivery,
+    DispatchOptions,
     Layout,
     MoeShape,
     Plan,
@@ -32,7 +32,7 @@ from tokenferry.types import (
 _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHTS = (torch.float32,)
 _ENCODING_GROUP = 128
-_DEFAULT_DELIVERY = Delivery()
+_DEFAULT_DELIVERY = DispatchOptions()
 _NO_STATS = DecodeStats()
 
 
@@ -56,23 +56,25 @@ class Resolver:
         object.__setattr__(self, "_row_dtypes", frozenset(whole))
 
     def dispatch(
-        self, x: Tensor | Quantized, routing: Routing, delivery: Delivery | None, num_sms: int | None
+        self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
     ) -> DispatchRequest:
         """See `ExpertGroup.dispatch`."""
-        if self._looks_right(x, routing, delivery):
+        if self._looks_right(x, routing, options):
             if not self.checks_routing:
                 self._checks("dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
             _check_num_sms("dispatch", num_sms)
-            return DispatchRequest(self.shape, x, routing, delivery or _DEFAULT_DELIVERY, num_sms)
-        if delivery is not None and not isinstance(delivery, Delivery):
-            raise ArgumentError(f"dispatch: delivery: expected a tokenferry.Delivery, got {type(delivery).__name__}")
+            return DispatchRequest(self.shape, x, routing, options or _DEFAULT_DELIVERY, num_sms)
+        if options is not None and not isinstance(options, DispatchOptions):
+            raise ArgumentError(
+                f"dispatch: options: expected a tokenferry.DispatchOptions, got {type(options).__name__}"
+            )
         check = self._checks("dispatch")
         num_tokens = _check_rows(check, x)
         self._check_routing(check, routing)
         check.max_tokens("x", num_tokens, self.shape.max_tokens)
         check.no_grad(x=_tensors(x), topk_weights=routing.topk_weights)
         _check_num_sms("dispatch", num_sms)
-        return DispatchRequest(self.shape, x, routing, delivery or _DEFAULT_DELIVERY, num_sms)
+        return DispatchRequest(self.shape, x, routing, options or _DEFAULT_DELIVERY, num_sms)
 
     def redispatch(
         self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
@@ -110,7 +112,7 @@ class Resolver:
         ):
             _check_num_sms("combine", num_sms)
             return CombineRequest(y, plan, topk_weights, biases, out, num_sms)
-        layout, delivered = plan.delivery.layout, plan.num_delivered
+        layout, delivered = plan.options.layout, plan.num_delivered
         num_local = plan.expert_counts.numel()
         sizes = {"T": (plan.num_tokens, "the plan"), "K": (plan.topk_idx.shape[1], "the plan")}
         if layout is Layout.MASKED:
@@ -135,19 +137,19 @@ class Resolver:
         return CombineRequest(y, plan, topk_weights, biases, out, num_sms)
 
     def decode_dispatch(
-        self, x: Tensor, routing: Routing, fp8: Scale | None, stats: DecodeStats | None, *, return_hook: bool
+        self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatchRequest:
         """See `ExpertGroup.decode_dispatch`."""
-        if stats is None and self._tokens_look_right(x, routing, fp8):
+        if stats is None and self._tokens_look_right(x, routing, quantize):
             if not self.checks_routing:
                 self._checks("decode_dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
-            return DecodeDispatchRequest(self.shape, x, routing, fp8, _NO_STATS, return_hook)
+            return DecodeDispatchRequest(self.shape, x, routing, quantize, _NO_STATS, return_hook)
         check = self._checks("decode_dispatch")
         check.tensor("x", x, "T H", _DECODE_FLOATS)
         check.row_bytes("x", x)
-        if fp8 is not None and not isinstance(fp8, Scale):
-            raise ArgumentError(f"decode_dispatch: fp8: expected a tokenferry.Scale or None, got {fp8!r}")
-        if fp8 is not None and self.shape.hidden % ROW_BYTES_MULTIPLE:
+        if quantize is not None and not isinstance(quantize, Scale):
+            raise ArgumentError(f"decode_dispatch: quantize: expected a tokenferry.Scale or None, got {quantize!r}")
+        if quantize is not None and self.shape.hidden % ROW_BYTES_MULTIPLE:
             raise ShapeError(
                 f"decode_dispatch: x: an FP8 row of H={self.shape.hidden} is {self.shape.hidden} bytes, expected a "
                 f"multiple of {ROW_BYTES_MULTIPLE}; pad the hidden size"
@@ -156,7 +158,7 @@ class Resolver:
         check.max_tokens("x", x.shape[0], self.shape.max_tokens)
         stats = _check_stats(check, stats)
         check.no_grad(x=x, topk_weights=routing.topk_weights)
-        return DecodeDispatchRequest(self.shape, x, routing, fp8, stats, return_hook)
+        return DecodeDispatchRequest(self.shape, x, routing, quantize, stats, return_hook)
 
     def decode_combine(  # the parameters of the call, which has seven
         self,
@@ -208,8 +210,8 @@ class Resolver:
         check.no_grad(y=y, topk_weights=plan.topk_weights, out=out)
         return DecodeCombineRequest(self.shape, y, plan, fast, Encoding[encoding], out, stats, return_hook)
 
-    def _looks_right(self, x: Tensor | Quantized, routing: Routing, delivery: Delivery | None) -> bool:
-        if type(routing) is not Routing or not (delivery is None or type(delivery) is Delivery):
+    def _looks_right(self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None) -> bool:
+        if type(routing) is not Routing or not (options is None or type(options) is DispatchOptions):
             return False
         topk_idx, weights, device = routing.topk_idx, routing.topk_weights, self.device
         if type(topk_idx) is not Tensor or topk_idx.ndim != 2:
@@ -239,7 +241,7 @@ class Resolver:
         )
 
     def _answer_looks_right(self, y: Tensor, plan: Plan, topk_weights: Tensor | None) -> bool:
-        layout, delivered = plan.delivery.layout, plan.num_delivered
+        layout, delivered = plan.options.layout, plan.num_delivered
         places: tuple[int, ...] = (delivered,)
         if layout is Layout.MASKED:
             num_local = plan.expert_counts.shape[0]
@@ -251,11 +253,11 @@ class Resolver:
         shape = (delivered, plan.topk_idx.shape[1]) if layout is Layout.ROWS else places
         return fits(topk_weights, shape, _WEIGHTS, self.device)
 
-    def _tokens_look_right(self, x: Tensor, routing: Routing, fp8: Scale | None) -> bool:
+    def _tokens_look_right(self, x: Tensor, routing: Routing, quantize: Scale | None) -> bool:
         return (
             type(x) is Tensor
             and x.dtype in _DECODE_FLOATS
-            and (fp8 is None or (type(fp8) is Scale and self.shape.hidden % ROW_BYTES_MULTIPLE == 0))
+            and (quantize is None or (type(quantize) is Scale and self.shape.hidden % ROW_BYTES_MULTIPLE == 0))
             and self._looks_right(x, routing, None)
         )
 
@@ -291,11 +293,11 @@ class Resolver:
         if not self.checks_routing:
             check.experts("topk_idx", routing.topk_idx, self.shape.num_experts)
 
-    def new_rows(self, plan: Plan, dtype: torch.dtype) -> None:
-        """See `ExpertGroup.new_rows`."""
-        self._check_plan("new_rows", plan, Plan)
+    def empty_rows(self, plan: Plan, dtype: torch.dtype) -> None:
+        """See `ExpertGroup.empty_rows`."""
+        self._check_plan("empty_rows", plan, Plan)
         if dtype not in FLOATS:
-            raise ArgumentError(f"new_rows: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
+            raise ArgumentError(f"empty_rows: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
 
     def _check_plan(self, call: str, plan: Plan | DecodePlan, kind: type) -> None:
         if not isinstance(plan, kind):

@@ -110,7 +110,7 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
+class DispatchOptions:
     """How `dispatch` delivers; the same on every rank.
 
     Args:
@@ -136,22 +136,22 @@ class Delivery:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Layout):
-            raise ConfigError(f"Delivery: layout: expected a Layout, got {self.layout!r}; e.g. Layout.EXPERTS")
+            raise ConfigError(f"DispatchOptions: layout: expected a Layout, got {self.layout!r}; e.g. Layout.EXPERTS")
         if self.counts not in ("host", "device"):
-            raise ConfigError(f'Delivery: counts: expected "host" or "device", got {self.counts!r}')
+            raise ConfigError(f'DispatchOptions: counts: expected "host" or "device", got {self.counts!r}')
         if not isinstance(self.alignment, int) or self.alignment < 1:
-            raise ConfigError(f"Delivery: alignment: expected a positive integer, got {self.alignment!r}")
+            raise ConfigError(f"DispatchOptions: alignment: expected a positive integer, got {self.alignment!r}")
         if self.alignment != 1 and self.layout is not Layout.EXPERTS:
-            raise ConfigError(f"Delivery: alignment={self.alignment} needs Layout.EXPERTS, got {self.layout}")
+            raise ConfigError(f"DispatchOptions: alignment={self.alignment} needs Layout.EXPERTS, got {self.layout}")
         if self.zero_padding and self.layout is Layout.ROWS:
             raise ConfigError(
-                "Delivery: zero_padding needs Layout.EXPERTS or Layout.MASKED; Layout.ROWS has no padding"
+                "DispatchOptions: zero_padding needs Layout.EXPERTS or Layout.MASKED; Layout.ROWS has no padding"
             )
         if self.capacity is not None and (not isinstance(self.capacity, int) or self.capacity < 1):
-            raise ConfigError(f"Delivery: capacity: expected a positive integer or None, got {self.capacity!r}")
+            raise ConfigError(f"DispatchOptions: capacity: expected a positive integer or None, got {self.capacity!r}")
         if self.capacity is not None and self.counts == "host" and self.layout is not Layout.MASKED:
             raise ConfigError(
-                'Delivery: capacity with counts="host" needs Layout.MASKED; the others return exactly N rows'
+                'DispatchOptions: capacity with counts="host" needs Layout.MASKED; the others return exactly N rows'
             )
 
 
@@ -164,7 +164,7 @@ class Plan:
 
     Attributes:
         group_key: The group that made it (groups made by `ExpertGroup.for_shape` share theirs).
-        delivery: How the rows were delivered.
+        options: How the rows were delivered.
         num_tokens: T of this rank.
         num_received: N, rows received on this rank, or None with ``counts="device"``.
         num_delivered: Rows in the first axis of ``Dispatched.x`` (MASKED: L * capacity).
@@ -183,7 +183,7 @@ class Plan:
     """
 
     group_key: str
-    delivery: Delivery
+    options: DispatchOptions
     num_tokens: int
     num_received: int | None
     num_delivered: int

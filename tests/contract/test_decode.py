@@ -10,7 +10,7 @@ import torch
 from support.decoding import CASTS, Step, check_combined, check_encoding, check_received
 from support.pairs import PAIRS, PLACES, Pair
 from support.throughput import check_round_trip
-from tokenferry import ArgumentError, DecodeStats, Delivery, ExpertGroup, MismatchError, MoeShape, Routing, Scale
+from tokenferry import ArgumentError, DecodeStats, DispatchOptions, ExpertGroup, MismatchError, MoeShape, Routing, Scale
 from tokenferry.backends.cpu.exchange import Exchange
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import close, same_bits
@@ -39,7 +39,7 @@ def rounds(rank, pg, pair: Pair, ranks: int) -> None:
             view, step = group.for_shape(case.shape), Step(case, rank)
             for i, fp8 in enumerate(CASTS):
                 hook = i % 2 == 1
-                sent = view.decode_dispatch(step.mine().x, step.routing(), fp8=fp8, return_hook=hook)
+                sent = view.decode_dispatch(step.mine().x, step.routing(), quantize=fp8, return_hook=hook)
                 assert (sent.hook is not None) == hook
                 if sent.hook is not None:
                     sent.hook()
@@ -168,7 +168,7 @@ def hooks_in_any_order(rank, pg, pair: Pair) -> None:
             pick.shuffle(order)
             for i in order[:3]:
                 sent[i].hook()
-            check_round_trip(group, steps[0].case, Delivery())
+            check_round_trip(group, steps[0].case, DispatchOptions())
             for i in order[3:] + order:
                 sent[i].hook()
             for i in order:
@@ -211,7 +211,7 @@ def forgotten_hook(rank, pg, pair: Pair) -> None:
                 sent.hook()
                 check_received(step, sent, None)
             del sent
-        check_round_trip(group, case, Delivery())
+        check_round_trip(group, case, DispatchOptions())
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.transport != "process_group"], ids=str)
@@ -304,7 +304,7 @@ def other_calls_between(rank, pg, pair: Pair) -> None:
             if rank == turn:
                 time.sleep(pick.random() * 0.02)
             sent = [v.decode_dispatch(s.mine().x, s.routing()) for v, s in zip(views, (one, two), strict=True)]
-            check_round_trip(views[0], one.case, Delivery())
+            check_round_trip(views[0], one.case, DispatchOptions())
             for view, step, got in zip(views, (one, two), sent, strict=True):
                 check_received(step, got, None)
                 check_combined(view, step, got, torch.bfloat16, fast=turn == 1, hook=turn == 2)
@@ -326,7 +326,7 @@ def masks(rank, pg, pair: Pair) -> None:
                     group.mask(other, masked=other in step.away)
             assert group.masked_ranks == step.away
             for fp8 in (None, Scale.FLOAT32):
-                sent = group.decode_dispatch(step.mine().x, step.routing(), fp8=fp8, return_hook=fp8 is None)
+                sent = group.decode_dispatch(step.mine().x, step.routing(), quantize=fp8, return_hook=fp8 is None)
                 if sent.hook is not None:
                     sent.hook()
                 check_received(step, sent, fp8)
@@ -334,7 +334,7 @@ def masks(rank, pg, pair: Pair) -> None:
                 check_combined(group, step, sent, torch.float32, fast=True, hook=True)
         for other in away:
             group.mask(other, masked=False)
-        check_round_trip(group, case, Delivery())
+        check_round_trip(group, case, DispatchOptions())
 
 
 def test_masked_ranks_are_skipped_both_ways(run, pair):

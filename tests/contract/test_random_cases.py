@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from support.pairs import PAIRS, Pair
 from support.throughput import check_round_trip, needed
-from tokenferry import Delivery, Layout
+from tokenferry import DispatchOptions, Layout
 from tokenferry.testing.cases import ROUTINGS, Case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -32,7 +32,7 @@ def case(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def case_and_delivery(draw: st.DrawFn) -> tuple[Case, Delivery]:
+def case_and_options(draw: st.DrawFn) -> tuple[Case, DispatchOptions]:
     chosen = draw(case())
     layout = draw(st.sampled_from(Layout))
     counts = draw(st.sampled_from(("host", "device")))
@@ -41,12 +41,12 @@ def case_and_delivery(draw: st.DrawFn) -> tuple[Case, Delivery]:
     if (counts == "device" or layout is Layout.MASKED) and draw(st.booleans()):
         room = needed(chosen, layout, alignment) + draw(st.integers(0, 3))
     zero = layout is not Layout.ROWS and draw(st.booleans())
-    return chosen, Delivery(layout, alignment, zero, counts, room)
+    return chosen, DispatchOptions(layout, alignment, zero, counts, room)
 
 
-def round_trip(rank, pg, pair: Pair, chosen: Case, delivery: Delivery) -> None:
+def round_trip(rank, pg, pair: Pair, chosen: Case, options: DispatchOptions) -> None:
     with pair.open(pg, chosen.shape) as group:
-        check_round_trip(group, chosen, delivery)
+        check_round_trip(group, chosen, options)
 
 
 @settings(
@@ -59,6 +59,6 @@ def round_trip(rank, pg, pair: Pair, chosen: Case, delivery: Delivery) -> None:
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(chosen=case_and_delivery(), pair=st.sampled_from(PAIRS))
+@given(chosen=case_and_options(), pair=st.sampled_from(PAIRS))
 def test_any_case_on_any_transport(run, chosen, pair):
     run(pair, RANKS, round_trip, *chosen)

@@ -10,17 +10,17 @@ from support.decoding import Step, check_combined
 from support.pairs import PLACES, Pair
 from support.throughput import (
     Deal,
+    all_options,
     check_combine,
     check_quantized,
     check_redispatch,
     check_round_trip,
-    deliveries,
     needed,
     oracle_for,
     quantized,
     routing_of,
 )
-from tokenferry import CapacityError, Delivery, Layout, MoeShape
+from tokenferry import CapacityError, DispatchOptions, Layout, MoeShape
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
 
@@ -48,8 +48,8 @@ def round_trips(rank, pg, pair: Pair, ranks: int) -> None:
     with pair.open(pg, cases(ranks)[0].shape) as group:
         for i, case in enumerate(cases(ranks)):
             # Every case meets every layout; roomy, tight and padded variants take turns.
-            for delivery in deliveries(case)[i % 3 :: 3]:
-                check_round_trip(group.for_shape(case.shape), case, delivery)
+            for options in all_options(case)[i % 3 :: 3]:
+                check_round_trip(group.for_shape(case.shape), case, options)
 
 
 @at_places
@@ -63,7 +63,7 @@ def large_then_small(rank, pg, pair: Pair) -> None:
     steps = [Case(t, 4, 2, hidden=640, dtype=torch.float32, seed=i) for i, t in enumerate(tokens)]
     with pair.open(pg, steps[0].shape) as group:
         for case in steps:
-            deal = Deal(case, Delivery(), oracle_for(case, Delivery()), rank)
+            deal = Deal(case, DispatchOptions(), oracle_for(case, DispatchOptions()), rank)
             mine = deal.oracle.sent[rank]
             sent = group.for_shape(case.shape).dispatch(mine.x, routing_of(mine))
             same_bits(f"{deal} x", sent.x, deal.oracle.x(rank))
@@ -85,8 +85,12 @@ def quantized_rows(rank, pg, pair: Pair, ranks: int) -> None:
         (32, torch.int32, 0, torch.float32),
     ]
     with pair.open(pg, case.shape) as group:
-        for delivery in (Delivery(), Delivery(Layout.EXPERTS, alignment=4, zero_padding=True), Delivery(Layout.MASKED)):
-            deal = Deal(case, delivery, oracle_for(case, delivery), rank)
+        for options in (
+            DispatchOptions(),
+            DispatchOptions(Layout.EXPERTS, alignment=4, zero_padding=True),
+            DispatchOptions(Layout.MASKED),
+        ):
+            deal = Deal(case, options, oracle_for(case, options), rank)
             for row_bytes, dtype, num_scales, scale_dtype in kinds:
                 width = row_bytes // dtype.itemsize
                 rows = [
@@ -95,7 +99,7 @@ def quantized_rows(rank, pg, pair: Pair, ranks: int) -> None:
                     )
                     for there in range(ranks)
                 ]
-                sent = group.dispatch(rows[rank], routing_of(deal.oracle.sent[rank]), delivery=delivery)
+                sent = group.dispatch(rows[rank], routing_of(deal.oracle.sent[rank]), options=options)
                 check_quantized(deal, sent, rows)
                 check_quantized(deal, group.redispatch(rows[rank], sent.plan), rows)
             check_bf16_answers(group, deal, routing_of(deal.oracle.sent[rank]), rows[rank])
@@ -103,7 +107,7 @@ def quantized_rows(rank, pg, pair: Pair, ranks: int) -> None:
 
 def check_bf16_answers(group, deal: Deal, routing, rows) -> None:
     """FP8 rows go out, bfloat16 answers come home along the same plan."""
-    sent = group.dispatch(rows, routing, delivery=deal.delivery)
+    sent = group.dispatch(rows, routing, options=deal.options)
     like = group.redispatch(deal.oracle.sent[deal.rank].x, sent.plan)
     check_combine(group, deal, like, torch.bfloat16, 1, True, True)
 
@@ -127,8 +131,10 @@ def overflow(rank, pg, pair: Pair, ranks: int) -> None:
         ):
             assert needed(case, layout) == roomy
             with pytest.raises(CapacityError, match=rf"(?s)(?=.*\b{roomy}\b)(?=.*\b{roomy - 1}\b)"):
-                group.dispatch(mine.x, routing_of(mine), delivery=Delivery(layout, counts=counts, capacity=roomy - 1))
-            check_round_trip(group, case, Delivery(layout, counts=counts, capacity=roomy))
+                group.dispatch(
+                    mine.x, routing_of(mine), options=DispatchOptions(layout, counts=counts, capacity=roomy - 1)
+                )
+            check_round_trip(group, case, DispatchOptions(layout, counts=counts, capacity=roomy))
 
 
 @at_places
@@ -144,12 +150,12 @@ def same_again(rank, pg, pair: Pair, ranks: int) -> list[bytes]:
     with pair.open(pg, case.shape) as group:
         for late in (None, *range(ranks)):
             bits = b""
-            for delivery in deliveries(case):
-                deal = Deal(case, delivery, oracle_for(case, delivery), rank)
+            for options in all_options(case):
+                deal = Deal(case, options, oracle_for(case, options), rank)
                 mine = deal.oracle.sent[rank]
                 if rank == late:
                     time.sleep(pick.random() * 0.01)
-                sent = group.dispatch(mine.x, routing_of(mine), delivery=delivery)
+                sent = group.dispatch(mine.x, routing_of(mine), options=options)
                 if rank == late:
                     time.sleep(pick.random() * 0.01)
                 out = check_combine(group, deal, sent, torch.bfloat16, 2, False, True)
@@ -170,9 +176,9 @@ def many_plans(rank, pg, pair: Pair) -> None:
     with pair.open(pg, steps[0].shape) as group:
         made = []
         for case in steps:
-            deal = Deal(case, Delivery(Layout.EXPERTS), oracle_for(case, Delivery(Layout.EXPERTS)), rank)
+            deal = Deal(case, DispatchOptions(Layout.EXPERTS), oracle_for(case, DispatchOptions(Layout.EXPERTS)), rank)
             mine = deal.oracle.sent[rank]
-            made.append((deal, group.dispatch(mine.x, routing_of(mine), delivery=deal.delivery)))
+            made.append((deal, group.dispatch(mine.x, routing_of(mine), options=deal.options)))
         for deal, sent in reversed(made):
             same_bits(f"{deal} x", sent.x[deal.places], deal.oracle.x(rank))
             check_combine(group, deal, sent, None, 1, False, True)
@@ -187,15 +193,15 @@ def two_groups(rank, pg, pair: Pair) -> None:
     """Two groups on one process group, their calls interleaved, do not take each other's messages."""
     one, other = Case((5, 3), 4, 2), Case((2, 6), 8, 4, dtype=torch.float32, routing="repeated", seed=3)
     with pair.open(pg, one.shape) as a, pair.open(pg, other.shape) as b:
-        for delivery in (Delivery(), Delivery(Layout.EXPERTS)):
-            deals = [Deal(case, delivery, oracle_for(case, delivery), rank) for case in (one, other)]
+        for options in (DispatchOptions(), DispatchOptions(Layout.EXPERTS)):
+            deals = [Deal(case, options, oracle_for(case, options), rank) for case in (one, other)]
             mine = [deal.oracle.sent[rank] for deal in deals]
-            sent_a = a.dispatch(mine[0].x, routing_of(mine[0]), delivery=delivery)
-            sent_b = b.dispatch(mine[1].x, routing_of(mine[1]), delivery=delivery)
+            sent_a = a.dispatch(mine[0].x, routing_of(mine[0]), options=options)
+            sent_b = b.dispatch(mine[1].x, routing_of(mine[1]), options=options)
             check_combine(b, deals[1], sent_b, None, 0, False, False)
             check_combine(a, deals[0], sent_a, None, 0, False, False)
     with pair.open(pg, one.shape) as again:
-        check_round_trip(again, one, Delivery())
+        check_round_trip(again, one, DispatchOptions())
 
 
 def test_groups_on_one_process_group_do_not_mix(run, pair):
@@ -207,10 +213,10 @@ def plans_in_other_views(rank, pg, pair: Pair) -> None:
     case = Case((4, 7, 2), 6, 2, dtype=torch.float32)
     with pair.open(pg, case.shape) as group:
         other = group.for_shape(MoeShape(3, 5, case.hidden, max_tokens=1))
-        for delivery in deliveries(case):
-            deal = Deal(case, delivery, oracle_for(case, delivery), rank)
+        for options in all_options(case):
+            deal = Deal(case, options, oracle_for(case, options), rank)
             mine = deal.oracle.sent[rank]
-            sent = group.dispatch(mine.x, routing_of(mine), delivery=delivery)
+            sent = group.dispatch(mine.x, routing_of(mine), options=options)
             check_combine(other, deal, sent, None, 1, False, True)
             check_redispatch(other, deal, sent)
         step = Step(case, rank)

@@ -278,7 +278,7 @@ def large(rank, pg) -> None:
             wrong = (group.decode_combine(y, sent.plan, numerics=numerics).x != want).any(dim=1)
             assert not bool(wrong.any()), f"{numerics}: token {int(wrong.nonzero()[0])} is wrong"
         del sent, y
-        sent = group.decode_dispatch(x, routing, fp8=Scale.FLOAT32)
+        sent = group.decode_dispatch(x, routing, quantize=Scale.FLOAT32)
         assert sent.x.data.numel() > 1 << 31
         check_places(sent)
         check_cast(sent, everything)

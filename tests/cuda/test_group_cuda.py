@@ -22,7 +22,7 @@ from support.throughput import (
     oracle_for,
     routing_of,
 )
-from tokenferry import CapacityError, ClosedError, ConfigError, Delivery, ExpertGroup, Layout, MoeShape, Routing
+from tokenferry import CapacityError, ClosedError, ConfigError, DispatchOptions, ExpertGroup, Layout, MoeShape, Routing
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
 
@@ -40,10 +40,10 @@ def over_nccl(rank, pg) -> None:
     case = Case((6, 3), 8, 3, routing="half_dropped")
     with PAIR.open(nccl, case.shape) as group:
         group.warmup()
-        for delivery in (Delivery(), Delivery(Layout.EXPERTS, alignment=4, counts="device")):
-            check_round_trip(group, case, delivery)
+        for options in (DispatchOptions(), DispatchOptions(Layout.EXPERTS, alignment=4, counts="device")):
+            check_round_trip(group, case, options)
     with PAIR.open(pg, case.shape) as group:  # and again over gloo, with the other group's connections open
-        check_round_trip(group, case, Delivery())
+        check_round_trip(group, case, DispatchOptions())
     dist.destroy_process_group(nccl)
 
 
@@ -82,7 +82,7 @@ def many_groups(rank, pg) -> tuple[int, int]:
     free = []
     for i in range(12):
         with PAIR.open(pg, case.shape) as group:
-            check_round_trip(group, case, Delivery())
+            check_round_trip(group, case, DispatchOptions())
         del group
         gc.collect()
         torch.cuda.synchronize()
@@ -102,7 +102,11 @@ def test_groups_give_their_memory_back(worlds):
 # ---------------------------------------------------------------------- ends of ranges
 
 
-LAYOUTS = (Delivery(), Delivery(Layout.EXPERTS, alignment=4, counts="device"), Delivery(Layout.MASKED))
+LAYOUTS = (
+    DispatchOptions(),
+    DispatchOptions(Layout.EXPERTS, alignment=4, counts="device"),
+    DispatchOptions(Layout.MASKED),
+)
 
 
 def wide_and_narrow(rank, pg) -> None:
@@ -114,18 +118,18 @@ def wide_and_narrow(rank, pg) -> None:
     ]
     with PAIR.open(pg, cases[-1].shape) as group:
         for case in cases:
-            for delivery in LAYOUTS:
-                check_round_trip(group.for_shape(case.shape), case, delivery)
+            for options in LAYOUTS:
+                check_round_trip(group.for_shape(case.shape), case, options)
         case = Case((5, 4), 4, 2, hidden=32768)
-        for delivery in (Delivery(), Delivery(Layout.EXPERTS)):
-            check_one(group.for_shape(case.shape), case, delivery)
+        for options in (DispatchOptions(), DispatchOptions(Layout.EXPERTS)):
+            check_one(group.for_shape(case.shape), case, options)
 
 
-def check_one(group: ExpertGroup, case: Case, delivery: Delivery) -> None:
+def check_one(group: ExpertGroup, case: Case, options: DispatchOptions) -> None:
     """One dispatch and one combine, in the dtype of the case only."""
-    deal = Deal(case, delivery, oracle_for(case, delivery), group.rank)
+    deal = Deal(case, options, oracle_for(case, options), group.rank)
     mine = deal.oracle.sent[group.rank]
-    sent = group.dispatch(mine.x, routing_of(mine), delivery=delivery)
+    sent = group.dispatch(mine.x, routing_of(mine), options=options)
     check_delivered(deal, sent, None, [one.topk_weights for one in deal.oracle.sent])
     check_plan(deal, sent)
     check_combine(group, deal, sent, None, 1, True, True)
@@ -138,8 +142,12 @@ def test_rows_of_16_bytes_to_64_kilobytes(worlds):
 def most_experts(rank, pg) -> None:
     case = Case((9, 5), 4096, 64, hidden=64, routing="half_dropped")
     with PAIR.open(pg, case.shape) as group:
-        for delivery in (Delivery(), Delivery(Layout.EXPERTS, counts="device"), Delivery(Layout.MASKED, capacity=14)):
-            check_one(group, case, delivery)
+        for options in (
+            DispatchOptions(),
+            DispatchOptions(Layout.EXPERTS, counts="device"),
+            DispatchOptions(Layout.MASKED, capacity=14),
+        ):
+            check_one(group, case, options)
 
 
 def test_most_choices_of_most_experts(worlds):
@@ -151,7 +159,7 @@ def no_tokens(rank, pg) -> None:
     with PAIR.open(pg, case.shape) as group:
         for layout in Layout:
             for counts in ("host", "device"):
-                check_round_trip(group, case, Delivery(layout, counts=counts))
+                check_round_trip(group, case, DispatchOptions(layout, counts=counts))
 
 
 def test_no_tokens_at_all(worlds):
@@ -160,13 +168,13 @@ def test_no_tokens_at_all(worlds):
 
 def any_number_of_sms(rank, pg) -> None:
     """The same bits on one SM, on a few, and on more than there are."""
-    case, delivery = Case((300, 260), 8, 3, hidden=512), Delivery(Layout.EXPERTS, alignment=8)
-    deal = Deal(case, delivery, oracle_for(case, delivery), rank)
+    case, options = Case((300, 260), 8, 3, hidden=512), DispatchOptions(Layout.EXPERTS, alignment=8)
+    deal = Deal(case, options, oracle_for(case, options), rank)
     mine = deal.oracle.sent[rank]
     with PAIR.open(pg, case.shape) as group:
         homes = []
         for num_sms in (1, 7, 24, 100):
-            sent = group.dispatch(mine.x, routing_of(mine), delivery=delivery, num_sms=num_sms)
+            sent = group.dispatch(mine.x, routing_of(mine), options=options, num_sms=num_sms)
             check_delivered(deal, sent, None, [one.topk_weights for one in deal.oracle.sent])
             again = group.redispatch(mine.x, sent.plan, num_sms=num_sms)
             same_bits(f"{num_sms=} redispatch", again.x[deal.places], sent.x[deal.places])
@@ -222,9 +230,9 @@ def big(rank, pg, layout: Layout) -> None:
         x[first : first + STEP] = numbered(mine[first : first + STEP])
     routing = Routing(torch.stack([tokens % 2, 2 + tokens % 2], dim=1).contiguous())
     half = RANKS * TOKENS // 2
-    delivery = Delivery(layout, capacity=half if layout is Layout.MASKED else None)
+    options = DispatchOptions(layout, capacity=half if layout is Layout.MASKED else None)
     with PAIR.open(pg, MoeShape(4, 2, HIDDEN, TOKENS)) as group:
-        sent = group.dispatch(x, routing, delivery=delivery)
+        sent = group.dispatch(x, routing, options=options)
         assert sent.host_counts == (half, half)
         check_big("dispatch", layout, sent.x)
         check_numbered("combine", group.combine(sent.x, sent.plan).x, mine, factor=2)
@@ -277,12 +285,12 @@ HALF = Case((40, 40), 4, 4, hidden=4096)
 
 def small_heap(rank, pg, layout: Layout) -> list[str]:
     case = HALF if layout is Layout.ROWS else replace(HALF, tokens=(20, 20))  # both experts of a rank get each token
-    deal = Deal(case, Delivery(layout), oracle_for(case, Delivery(layout)), rank)
+    deal = Deal(case, DispatchOptions(layout), oracle_for(case, DispatchOptions(layout)), rank)
     mine = deal.oracle.sent[rank]
     with heap_of(1), said() as lines, PAIR.open(pg, case.shape) as group:
         held = []
         for _ in range(8):
-            held.append(group.dispatch(mine.x, routing_of(mine), delivery=deal.delivery))
+            held.append(group.dispatch(mine.x, routing_of(mine), options=deal.options))
             check_combine(group, deal, held[-1], None, 0, False, False)
             group.combine(held[-1].x, held[-1].plan)
         for sent in held:
@@ -307,7 +315,7 @@ def full_heap(rank, pg) -> str:
         with pytest.raises(ClosedError, match="CapacityError"):  # peers may have had room, and wait for these rows
             group.dispatch(mine.x, routing_of(mine))
     with PAIR.open(pg, small.shape) as group:
-        check_one(group, small, Delivery())
+        check_one(group, small, DispatchOptions())
     return str(caught.value)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from support.pairs import Pair
-from support.throughput import Deal, check_delivered, check_plan, check_round_trip, deliveries, needed, oracle_for
-from tokenferry import ArgumentError, CapacityError, Delivery, Dispatched, ExpertGroup, Layout, Routing, Scale
+from support.throughput import Deal, all_options, check_delivered, check_plan, check_round_trip, needed, oracle_for
+from tokenferry import ArgumentError, CapacityError, Dispatched, DispatchOptions, ExpertGroup, Layout, Routing, Scale
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Sent
@@ -25,15 +25,15 @@ GAP = 20_000_000
 """Clock cycles, some 10 ms: work queued on a stream before its input is there."""
 
 ON_DEVICE = (
-    Delivery(counts="device"),
-    Delivery(Layout.EXPERTS, alignment=4, counts="device", zero_padding=True),
-    Delivery(Layout.MASKED, counts="device"),
+    DispatchOptions(counts="device"),
+    DispatchOptions(Layout.EXPERTS, alignment=4, counts="device", zero_padding=True),
+    DispatchOptions(Layout.MASKED, counts="device"),
 )
-by_delivery = pytest.mark.parametrize("delivery", ON_DEVICE, ids=lambda delivery: delivery.layout.value)
+by_options = pytest.mark.parametrize("options", ON_DEVICE, ids=lambda options: options.layout.value)
 
 
-def deal_of(case: Case, delivery: Delivery, rank: int) -> Deal:
-    return Deal(case, delivery, oracle_for(case, delivery), rank)
+def deal_of(case: Case, options: DispatchOptions, rank: int) -> Deal:
+    return Deal(case, options, oracle_for(case, options), rank)
 
 
 def late(mine: Sent) -> tuple[Tensor, Routing]:
@@ -69,11 +69,11 @@ def check_echo(deal: Deal, home: Tensor) -> None:
 def on_a_side_stream(rank, pg) -> None:
     stream = torch.cuda.Stream()
     with PAIR.open(pg, CASE.shape) as group:
-        for delivery in deliveries(CASE):
-            deal = deal_of(CASE, delivery, rank)
+        for options in all_options(CASE):
+            deal = deal_of(CASE, options, rank)
             with torch.cuda.stream(stream):
                 x, routing = late(deal.oracle.sent[rank])
-                sent = group.dispatch(x, routing, delivery=delivery)
+                sent = group.dispatch(x, routing, options=options)
                 x.fill_(torch.nan)  # behind the call on its stream: the rows have left
                 home = group.combine(sent.x, sent.plan)
             stream.synchronize()
@@ -91,11 +91,11 @@ def on_turns_of_streams(rank, pg) -> None:
     with PAIR.open(pg, CASE.shape) as group:
         made = []
         for i in range(9):
-            delivery = ON_DEVICE[i % 3] if i % 2 else replace(ON_DEVICE[i % 3], counts="host")
-            deal = deal_of(replace(CASE, seed=i), delivery, rank)
+            options = ON_DEVICE[i % 3] if i % 2 else replace(ON_DEVICE[i % 3], counts="host")
+            deal = deal_of(replace(CASE, seed=i), options, rank)
             with torch.cuda.stream(streams[i % 3]):
                 x, routing = late(deal.oracle.sent[rank])
-                sent = group.dispatch(x, routing, delivery=delivery)
+                sent = group.dispatch(x, routing, options=options)
             with torch.cuda.stream(streams[(i + 1) % 3]):
                 home = group.combine(sent.x, sent.plan)
             with torch.cuda.stream(streams[(i + 2) % 3]):
@@ -119,7 +119,7 @@ def die_under_a_reader(rank, pg) -> set[int]:
     with PAIR.open(pg, CASE.shape) as group:
         kept = []
         for i in range(8):
-            deal = deal_of(replace(CASE, seed=i), Delivery(), rank)
+            deal = deal_of(replace(CASE, seed=i), DispatchOptions(), rank)
             mine = deal.oracle.sent[rank]
             sent = group.dispatch(mine.x, Routing(mine.topk_idx))
             addresses.add(sent.x.data_ptr())
@@ -141,9 +141,9 @@ def test_results_that_die_while_a_stream_reads_them(worlds):
 
 def outlive_the_group(rank, pg) -> None:
     group = PAIR.open(pg, CASE.shape)
-    deal = deal_of(CASE, Delivery(Layout.EXPERTS, alignment=8), rank)
+    deal = deal_of(CASE, DispatchOptions(Layout.EXPERTS, alignment=8), rank)
     mine = deal.oracle.sent[rank]
-    sent = group.dispatch(mine.x, Routing(mine.topk_idx, mine.topk_weights), delivery=deal.delivery)
+    sent = group.dispatch(mine.x, Routing(mine.topk_idx, mine.topk_weights), options=deal.options)
     home = group.combine(sent.x, sent.plan)
     kept = sent.x.clone()
     group.close()
@@ -153,7 +153,7 @@ def outlive_the_group(rank, pg) -> None:
     for seed in range(3):
         case = replace(CASE, seed=seed)
         with PAIR.open(pg, case.shape) as other:
-            check_round_trip(other, case, Delivery())
+            check_round_trip(other, case, DispatchOptions())
     check_sent(deal, sent)
     check_echo(deal, home.x)
     part = sent.x[1:]
@@ -201,7 +201,7 @@ def test_waiting_for_counts_does_not_hold_the_gil(worlds):
 class Captured:
     """A dispatch and a combine in a CUDA graph, with the inputs that a replay reads."""
 
-    def __init__(self, group: ExpertGroup, case: Case, delivery: Delivery) -> None:
+    def __init__(self, group: ExpertGroup, case: Case, options: DispatchOptions) -> None:
         mine = case.inputs()[group.rank]
         self.x = torch.zeros_like(mine.x, device=group.device)
         self.routing = Routing(
@@ -211,14 +211,14 @@ class Captured:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())  # which fills the inputs
         with torch.cuda.stream(stream):
-            self._calls(group, delivery)
+            self._calls(group, options)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
-            self.sent, self.home = self._calls(group, delivery)
+            self.sent, self.home = self._calls(group, options)
 
-    def _calls(self, group: ExpertGroup, delivery: Delivery) -> tuple[Dispatched, Tensor]:
-        sent = group.dispatch(self.x, self.routing, delivery=delivery)
+    def _calls(self, group: ExpertGroup, options: DispatchOptions) -> tuple[Dispatched, Tensor]:
+        sent = group.dispatch(self.x, self.routing, options=options)
         return sent, group.combine(sent.x, sent.plan).x
 
     def replay(self, deal: Deal) -> None:
@@ -233,37 +233,37 @@ class Captured:
         check_echo(deal, self.home)
 
 
-def replay(rank, pg, delivery: Delivery) -> None:
+def replay(rank, pg, options: DispatchOptions) -> None:
     pick = random.Random(rank)
     with PAIR.open(pg, CASE.shape) as group:
         group.warmup()
-        captured = Captured(group, CASE, delivery)
+        captured = Captured(group, CASE, options)
         for i, routing in enumerate(KINDS):
-            deal = deal_of(replace(CASE, routing=routing, seed=i), delivery, rank)
+            deal = deal_of(replace(CASE, routing=routing, seed=i), options, rank)
             if i % 3 == 2:
                 time.sleep(pick.random() * 0.05)
             captured.replay(deal)
             torch.cuda.synchronize()
             captured.check(deal)
             if i % 2:  # eager calls between, with counts on the host and on the device
-                check_round_trip(group, replace(CASE, seed=10 + i), (Delivery(), delivery)[i // 2 % 2])
+                check_round_trip(group, replace(CASE, seed=10 + i), (DispatchOptions(), options)[i // 2 % 2])
         group.synchronize()
 
 
-@by_delivery
-def test_replays_with_other_inputs(worlds, delivery):
-    worlds(RANKS, "cuda").run(replay, delivery)
+@by_options
+def test_replays_with_other_inputs(worlds, options):
+    worlds(RANKS, "cuda").run(replay, options)
 
 
 def replay_without_pause(rank, pg) -> None:
     """Three graphs of one group take turns, and the host never waits."""
     with PAIR.open(pg, CASE.shape) as group:
         group.warmup()
-        graphs = [Captured(group, CASE, delivery) for delivery in ON_DEVICE]
+        graphs = [Captured(group, CASE, options) for options in ON_DEVICE]
         seen = []
         for i in range(18):
-            captured, delivery = graphs[i % 3], ON_DEVICE[i % 3]
-            deal = deal_of(replace(CASE, routing=KINDS[i % len(KINDS)], seed=i), delivery, rank)
+            captured, options = graphs[i % 3], ON_DEVICE[i % 3]
+            deal = deal_of(replace(CASE, routing=KINDS[i % len(KINDS)], seed=i), options, rank)
             captured.replay(deal)
             seen.append((deal, captured.home.clone()))
         torch.cuda.synchronize()
@@ -279,7 +279,7 @@ def test_graphs_take_turns(worlds):
 def overflow_in_a_graph(rank, pg) -> None:
     full = replace(CASE, routing="all_to_expert_0")
     tight = needed(full, Layout.ROWS) - 1
-    delivery = Delivery(counts="device", capacity=tight)
+    options = DispatchOptions(counts="device", capacity=tight)
     fitting = next(
         case
         for case in (replace(CASE, routing="half_dropped", experts=CASE.experts, seed=seed) for seed in range(50))
@@ -287,22 +287,22 @@ def overflow_in_a_graph(rank, pg) -> None:
     )
     with PAIR.open(pg, CASE.shape) as group:
         group.warmup()
-        captured = Captured(group, CASE, delivery)
+        captured = Captured(group, CASE, options)
         for _ in range(3):
-            captured.replay(deal_of(full, delivery, rank))
+            captured.replay(deal_of(full, options, rank))
             torch.cuda.synchronize()
             with pytest.raises(CapacityError, match=rf"(?s)(?=.*\b{tight}\b)(?=.*\b{tight + 1}\b)"):
                 group.synchronize()
-            deal = deal_of(fitting, delivery, rank)
+            deal = deal_of(fitting, options, rank)
             captured.replay(deal)
             torch.cuda.synchronize()
             group.synchronize()
             captured.check(deal)
-        captured.replay(deal_of(full, delivery, rank))
+        captured.replay(deal_of(full, options, rank))
         torch.cuda.synchronize()
         with pytest.raises(CapacityError):
             group.dispatch(captured.x, captured.routing)
-        check_round_trip(group, CASE, Delivery())
+        check_round_trip(group, CASE, DispatchOptions())
 
 
 def test_an_overflow_in_a_graph_is_raised_by_the_next_eager_call(worlds):
@@ -317,7 +317,7 @@ def counts_on_the_host_in_a_graph(rank, pg) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), pytest.raises(ArgumentError, match=r'counts="host".*CUDA graph'):
             group.dispatch(x, routing)
-        check_round_trip(group, CASE, Delivery())
+        check_round_trip(group, CASE, DispatchOptions())
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
@@ -334,7 +334,7 @@ def decode_in_a_graph(rank, pg, fp8: Scale | None) -> None:
     )
 
     def calls() -> tuple[Tensor, Tensor, Tensor]:
-        sent = group.decode_dispatch(x, Routing(topk_idx, weights), fp8=fp8)
+        sent = group.decode_dispatch(x, Routing(topk_idx, weights), quantize=fp8)
         rows = sent.x if fp8 is None else sent.x.data.float() * sent.x.scale.repeat_interleave(128, dim=2)
         y = rows.to(torch.bfloat16)
         exact = group.decode_combine(y, sent.plan).x

@@ -11,7 +11,7 @@ from support.emulator import Emulator
 from tokenferry import MoeShape
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.errors import ClosedError, MismatchError
-from tokenferry.types import Delivery, Layout, Quantized, Routing
+from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -81,7 +81,7 @@ def offsets_of_nothing(rank, crowd, hall, fill):
     bad = torch.tensor([[0, 3], [1, 9], [2, 0]])
     with hall.open(None, SHAPE, timeout_s=20.0) as group:
         fill(0x3FFFFFFF)
-        sent = group.dispatch(torch.ones(3, 16), Routing(bad), delivery=Delivery(Layout.EXPERTS, counts="device"))
+        sent = group.dispatch(torch.ones(3, 16), Routing(bad), options=DispatchOptions(Layout.EXPERTS, counts="device"))
         assert sent.expert_counts.tolist() == [0] * 4
         assert sent.expert_offsets.tolist() == [0] * 5
 
@@ -99,7 +99,7 @@ def test_offsets_of_a_call_that_comes_to_nothing(run, monkeypatch):
 
 
 def interrupted(rank, crowd, hall, monkeypatch):
-    delivery = Delivery(counts="device", capacity=6)  # the host asks whether it was enough before rows move
+    delivery = DispatchOptions(counts="device", capacity=6)  # the host asks whether it was enough before rows move
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -109,7 +109,7 @@ def interrupted(rank, crowd, hall, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(cuda_plan, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                group.dispatch(x, routing, delivery=delivery)
+                group.dispatch(x, routing, options=delivery)
         with pytest.raises(ClosedError, match="broken by an earlier KeyboardInterrupt"):
             group.dispatch(x, routing)
 

@@ -14,7 +14,7 @@ from support.on_device import OnDevice
 from tokenferry import MoeShape
 from tokenferry.errors import CapacityError, ConfigError, MismatchError, RoutingError
 from tokenferry.testing.compare import same_bits
-from tokenferry.types import Delivery, Layout, Quantized, Routing
+from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -64,7 +64,7 @@ def one_errs(rank: int, pg: None, hall: Hall) -> None:
             bad[2, 1] = 4
             with pytest.raises(RoutingError, match=r"topk_idx\[2, 1\] is 4"):
                 group.dispatch(x, Routing(bad))
-            group.dispatch(x, Routing(bad), delivery=Delivery(counts="device"))
+            group.dispatch(x, Routing(bad), options=DispatchOptions(counts="device"))
             with pytest.raises(RoutingError, match=r"topk_idx\[2, 1\] is 4"):
                 group.synchronize()
         sent = group.dispatch(x, Routing(good))
@@ -104,7 +104,7 @@ def odd_views(rank: int, pg: None, hall: Hall) -> None:
             with pytest.raises(ConfigError, match=what):
                 group.for_shape(shape).dispatch(x, wide)
         with pytest.raises(CapacityError, match="a place can say"):
-            group.for_shape(MoeShape(4, 2, 16, 1 << 28)).dispatch(x, routing, delivery=Delivery(Layout.MASKED))
+            group.for_shape(MoeShape(4, 2, 16, 1 << 28)).dispatch(x, routing, options=DispatchOptions(Layout.MASKED))
         scale = torch.arange(12, dtype=torch.float64).reshape(3, 2, 2).to(torch.complex128)[:, :, 0].T  # strided
         sent = group.dispatch(Quantized(x, scale), routing)
         same_bits("wide scales", torch.view_as_real(sent.x.scale[:1]), torch.view_as_real(scale.contiguous()[:1]))

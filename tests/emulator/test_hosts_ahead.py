@@ -20,7 +20,7 @@ from tokenferry import MoeShape
 from tokenferry.errors import RoutingError
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
 from tokenferry.memory.tensor import bytes_at
-from tokenferry.types import Delivery, Routing
+from tokenferry.types import DispatchOptions, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -92,7 +92,7 @@ def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
 SHAPE = MoeShape(4, 2, 16, 8)
 INDEX = torch.tensor([[0, 3], [1, 2], [2, 0]])
 BAD = torch.tensor([[0, 3], [1, 9], [2, 0]])
-DEVICE = Delivery(counts="device")
+DEVICE = DispatchOptions(counts="device")
 POISON = 0xA5
 """Bytes of what is made and not written."""
 
@@ -115,7 +115,7 @@ def several(rank, pg, hall):
             found: list[Any] = []
             for n, chosen in enumerate((index, INDEX)):
                 x, chosen = rows(10 * rank + n), chosen.clone()
-                sent = group.dispatch(x, Routing(chosen), delivery=DEVICE)
+                sent = group.dispatch(x, Routing(chosen), options=DEVICE)
                 found.append((sent, group.combine(sent.x, sent.plan).x, group.combine(first.x, first.plan).x))
                 kept.extend((x, chosen, *found[-1]))
             return found
@@ -155,12 +155,12 @@ def told_by_a_launched_call(rank, pg, hall):
             return came
 
         pinned.wait_for_call_number = begin_and_wait
-        kept = [group.dispatch(x, Routing(bad if rank == 0 else good), delivery=DEVICE)]
+        kept = [group.dispatch(x, Routing(bad if rank == 0 else good), options=DEVICE)]
         if rank == 0:
             with pytest.raises(RoutingError, match="is 9"):
                 group.dispatch(x, Routing(good))
             assert not group._backend.broken
-            kept.append(group.dispatch(x, Routing(good), delivery=DEVICE))
+            kept.append(group.dispatch(x, Routing(good), options=DEVICE))
         sent = group.dispatch(x, Routing(good))
         queue.finish()
         assert values(sent.x) == {0.0, 1.0}
@@ -220,7 +220,7 @@ def close_early(rank, pg, hall):
     group = hall.open(pg, SHAPE)
     with Queue():
         x, index = rows(1), INDEX.clone()
-        sent = group.dispatch(x, Routing(index), delivery=DEVICE)
+        sent = group.dispatch(x, Routing(index), options=DEVICE)
         memory = weakref.ref(group._backend.context.pinned._memory)
         group.close()
         kept = sent.x

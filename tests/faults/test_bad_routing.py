@@ -10,7 +10,7 @@ from test_lost_ranks import done
 from support.decoding import Step, check_combined, check_received
 from support.pairs import CUDA_PAIRS, Pair
 from support.throughput import check_round_trip
-from tokenferry import Delivery, ExpertGroup, Layout, Routing, RoutingError, Scale
+from tokenferry import DispatchOptions, ExpertGroup, Layout, Routing, RoutingError, Scale
 from tokenferry.testing.cases import Case
 
 CASE = Case((300, 7), 8, 4, hidden=64)
@@ -19,12 +19,12 @@ BAD_LONG = (1 << 32, (1 << 32) + 1, 1 << 40, (1 << 63) - 1, -(1 << 32), -(1 << 6
 """Whose lower half may look like an expert."""
 
 DELIVERIES = (
-    Delivery(),
-    Delivery(Layout.EXPERTS, alignment=4),
-    Delivery(Layout.MASKED),
-    Delivery(counts="device"),
-    Delivery(Layout.EXPERTS, counts="device"),
-    Delivery(Layout.MASKED, counts="device"),
+    DispatchOptions(),
+    DispatchOptions(Layout.EXPERTS, alignment=4),
+    DispatchOptions(Layout.MASKED),
+    DispatchOptions(counts="device"),
+    DispatchOptions(Layout.EXPERTS, counts="device"),
+    DispatchOptions(Layout.MASKED, counts="device"),
 )
 
 
@@ -35,13 +35,15 @@ def spoilt(rank: int, token: int, slot: int, expert: int, dtype: torch.dtype) ->
     return mine.x, Routing(topk_idx, mine.topk_weights)
 
 
-def call_badly(group: ExpertGroup, rank: int, token: int, expert: int, delivery: Delivery, dtype: torch.dtype) -> None:
+def call_badly(
+    group: ExpertGroup, rank: int, token: int, expert: int, options: DispatchOptions, dtype: torch.dtype
+) -> None:
     place = rf"topk_idx\[{token}, 2\] is {expert}, expected an expert in \[0, 8\)"
     if dtype is torch.int64 and not -(1 << 31) <= expert < 1 << 31:
         place = rf"topk_idx\[{token}, 2\] is -?\d+"  # a device may tell no more than 32 bits of it
     x, routing = spoilt(rank, token, 2, expert, dtype)
     with pytest.raises(RoutingError, match=place):
-        done(group, lambda: group.dispatch(x, routing, delivery=delivery))
+        done(group, lambda: group.dispatch(x, routing, options=options))
 
 
 def one_rank_errs(rank, pg, pair: Pair) -> None:
@@ -49,15 +51,15 @@ def one_rank_errs(rank, pg, pair: Pair) -> None:
     with pair.open(pg, CASE.shape) as group:
         before = group.dispatch(CASE.inputs()[rank].x, Routing(CASE.inputs()[rank].topk_idx))
         kept = before.x.clone()
-        for i, delivery in enumerate(DELIVERIES):
+        for i, options in enumerate(DELIVERIES):
             for culprit in (0, 1):
                 if rank == culprit:
                     last = CASE.tokens[rank] - 1
                     for expert in BAD[i % 2 :: 2]:
-                        call_badly(group, rank, (0, last)[i % 2], expert, delivery, (torch.int32, torch.int64)[i % 2])
+                        call_badly(group, rank, (0, last)[i % 2], expert, options, (torch.int32, torch.int64)[i % 2])
                     for expert in BAD_LONG[i % 2 :: 2]:
-                        call_badly(group, rank, last // 2, expert, delivery, torch.int64)
-                check_round_trip(group, CASE, delivery)
+                        call_badly(group, rank, last // 2, expert, options, torch.int64)
+                check_round_trip(group, CASE, options)
         assert torch.equal(before.x, kept)
 
 
@@ -67,9 +69,9 @@ def test_one_rank_errs(worlds, pair):
 
 def all_ranks_err(rank, pg, pair: Pair) -> None:
     with pair.open(pg, CASE.shape) as group:
-        for delivery in DELIVERIES:
-            call_badly(group, rank, 3, 8 + rank, delivery, torch.int64)
-            check_round_trip(group, CASE, delivery)
+        for options in DELIVERIES:
+            call_badly(group, rank, 3, 8 + rank, options, torch.int64)
+            check_round_trip(group, CASE, options)
 
 
 def test_all_ranks_err(worlds, pair):
@@ -83,7 +85,7 @@ def nothing_but_bad(rank, pg, pair: Pair) -> None:
         for expert in (*BAD, *BAD_LONG):
             with pytest.raises(RoutingError, match=r"topk_idx\[0, 0\] is"):
                 group.dispatch(mine.x, Routing(torch.full_like(mine.topk_idx, expert), mine.topk_weights))
-        check_round_trip(group, CASE, Delivery())
+        check_round_trip(group, CASE, DispatchOptions())
 
 
 def test_nothing_but_bad_experts(worlds, pair):
@@ -101,16 +103,16 @@ def decoding_errs(rank, pg, pair: Pair, culprit: int) -> None:
                 x, routing = spoilt(rank, 5, 2, expert, torch.int64)
                 with pytest.raises(RoutingError, match=place):
                     decode_badly(group, x, routing, fp8, hook)
-            sent = group.decode_dispatch(step.mine().x, step.routing(), fp8=fp8, return_hook=hook)
+            sent = group.decode_dispatch(step.mine().x, step.routing(), quantize=fp8, return_hook=hook)
             if sent.hook is not None:
                 sent.hook()
             check_received(step, sent, fp8)
             check_combined(group, step, sent, torch.float32, hook=hook, fast=hook)
-        check_round_trip(group, CASE, Delivery())
+        check_round_trip(group, CASE, DispatchOptions())
 
 
 def decode_badly(group: ExpertGroup, x: torch.Tensor, routing: Routing, fp8: Scale | None, hook: bool) -> None:
-    got = group.decode_dispatch(x, routing, fp8=fp8, return_hook=hook)
+    got = group.decode_dispatch(x, routing, quantize=fp8, return_hook=hook)
     if got.hook is not None:
         got.hook()
     y = torch.ones((*got.plan.src_token.shape, CASE.hidden), device=group.device)
@@ -128,14 +130,14 @@ def test_decoding_goes_on_after_bad_experts(worlds, pair, culprit):
 def told_by_the_next_call(rank, pg, pair: Pair) -> None:
     with pair.open(pg, CASE.shape) as group:
         mine = CASE.inputs()[rank]
-        for delivery in DELIVERIES[3:]:
+        for options in DELIVERIES[3:]:
             if rank == 1:
                 x, routing = spoilt(1, 5, 2, 8, torch.int64)
-                group.dispatch(x, routing, delivery=delivery)
+                group.dispatch(x, routing, options=options)
                 torch.cuda.synchronize()
                 with pytest.raises(RoutingError, match=r"dispatch: topk_idx\[5, 2\] is 8"):
-                    group.dispatch(mine.x, Routing(mine.topk_idx), delivery=delivery)
-            check_round_trip(group, CASE, delivery)
+                    group.dispatch(mine.x, Routing(mine.topk_idx), options=options)
+            check_round_trip(group, CASE, options)
 
 
 @pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)

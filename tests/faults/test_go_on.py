@@ -23,7 +23,7 @@ from test_lost_ranks import (
 
 from support.decoding import Step, check_combined, check_received
 from support.pairs import CPU_PAIRS, CUDA_PAIRS, Pair
-from support.throughput import check_round_trip, deliveries
+from support.throughput import all_options, check_round_trip
 from tokenferry import TokenferryError
 from tokenferry.testing.cases import Case
 from tokenferry.testing.world import World, WorldError
@@ -55,8 +55,8 @@ def lose_and_go_on(rank, pg, pair: Pair, phase: str, how: str, folder: str) -> T
 
 def work(pg, pair: Pair, case: Case) -> None:
     with pair.open(pg, case.shape) as group:
-        for delivery in deliveries(case)[::3]:
-            check_round_trip(group, case, delivery)
+        for options in all_options(case)[::3]:
+            check_round_trip(group, case, options)
         step = Step(case, group.rank)
         sent = group.decode_dispatch(step.mine().x, step.routing())
         check_received(step, sent, None)

@@ -25,7 +25,7 @@ from support.pairs import CPU_PAIRS, CUDA_PAIRS, Pair
 from tokenferry import (
     BackendUnavailable,
     ClosedError,
-    Delivery,
+    DispatchOptions,
     ExpertGroup,
     MismatchError,
     PeerTimeout,
@@ -370,7 +370,7 @@ MISMATCHES: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
         "torch.bfloat16",
     ),
     "another layout": (
-        lambda g, x, r, sent: g.dispatch(x, r, delivery=Delivery(counts="device")),
+        lambda g, x, r, sent: g.dispatch(x, r, options=DispatchOptions(counts="device")),
         lambda g, x, r, sent: g.dispatch(x, r),
         "counts",
     ),
@@ -395,8 +395,8 @@ MISMATCHES: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
         "different calls",
     ),
     "another cast": (
-        lambda g, x, r, sent: g.decode_dispatch(x, r, fp8=Scale.FLOAT32),
-        lambda g, x, r, sent: g.decode_dispatch(x, r, fp8=Scale.UE8M0),
+        lambda g, x, r, sent: g.decode_dispatch(x, r, quantize=Scale.FLOAT32),
+        lambda g, x, r, sent: g.decode_dispatch(x, r, quantize=Scale.UE8M0),
         "fp8 scale is",
     ),
     "the plan of another dispatch": (

@@ -7,25 +7,25 @@ import pytest
 import torch
 
 import tokenferry
-from tokenferry import Delivery, Layout, MoeShape, Quantized, Routing, autograd
+from tokenferry import DispatchOptions, Layout, MoeShape, Quantized, Routing, autograd
 
 SHAPE = MoeShape(num_experts=8, top_k=3, hidden=4, max_tokens=6)
 TOKENS = (5, 0, 6, 3)
 DELIVERIES = (
-    Delivery(),
-    Delivery(counts="device"),
-    Delivery(counts="device", capacity=23),
-    Delivery(Layout.EXPERTS),
-    Delivery(Layout.EXPERTS, alignment=4),
-    Delivery(Layout.EXPERTS, alignment=4, counts="device"),
-    Delivery(Layout.MASKED),
-    Delivery(Layout.MASKED, counts="device", capacity=20),
+    DispatchOptions(),
+    DispatchOptions(counts="device"),
+    DispatchOptions(counts="device", capacity=23),
+    DispatchOptions(Layout.EXPERTS),
+    DispatchOptions(Layout.EXPERTS, alignment=4),
+    DispatchOptions(Layout.EXPERTS, alignment=4, counts="device"),
+    DispatchOptions(Layout.MASKED),
+    DispatchOptions(Layout.MASKED, counts="device", capacity=20),
 )
 
 
-def name(delivery):
-    capacity = f"-{delivery.capacity}" if delivery.capacity else ""
-    return f"{delivery.layout.value}-A{delivery.alignment}-{delivery.counts}{capacity}"
+def name(options):
+    capacity = f"-{options.capacity}" if options.capacity else ""
+    return f"{options.layout.value}-A{options.alignment}-{options.counts}{capacity}"
 
 
 class Poisoned:
@@ -52,11 +52,11 @@ def inputs(rank, num_tokens, seed=0):
 def live_rows(plan):
     """Which delivered rows hold data, and which of their weights do, from the plan alone."""
     live = torch.zeros(plan.num_delivered, dtype=torch.bool)
-    if plan.delivery.layout is Layout.ROWS:
+    if plan.options.layout is Layout.ROWS:
         live[: int(plan.src_counts.sum())] = True
         return live, live.unsqueeze(1) & (plan.topk_idx >= 0)
     live[plan.row_idx[plan.row_idx >= 0]] = True
-    live = live.view(plan.expert_counts.numel(), -1) if plan.delivery.layout is Layout.MASKED else live
+    live = live.view(plan.expert_counts.numel(), -1) if plan.options.layout is Layout.MASKED else live
     return live, live
 
 
@@ -70,14 +70,14 @@ def dot(a, b):
     return float((a.double() * b.double()).nansum())
 
 
-def _dispatch_is_transposed_by_its_backward(rank, pg, delivery, again):
+def _dispatch_is_transposed_by_its_backward(rank, pg, options, again):
     with tokenferry.ExpertGroup(pg, SHAPE) as group, Poisoned():
         x, weights, topk_idx = inputs(rank, TOKENS[rank] if pg else 6)
-        sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+        sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
         if again:
             sent = autograd.redispatch(group, x, sent.plan, topk_weights=weights)
         live, live_weights = live_rows(sent.plan)
-        raw = group.dispatch(x.detach(), Routing(topk_idx, weights.detach()), delivery=delivery)
+        raw = group.dispatch(x.detach(), Routing(topk_idx, weights.detach()), options=options)
         assert torch.equal(sent.x[live], raw.x[live])
         assert torch.equal(sent.topk_weights[live_weights], raw.topk_weights[live_weights])
         assert torch.equal(sent.plan.row_idx, raw.plan.row_idx)
@@ -97,10 +97,10 @@ def _dispatch_is_transposed_by_its_backward(rank, pg, delivery, again):
         ]
 
 
-def _combine_is_transposed_by_its_backward(rank, pg, delivery):
+def _combine_is_transposed_by_its_backward(rank, pg, options):
     with tokenferry.ExpertGroup(pg, SHAPE) as group, Poisoned():
         x, weights, topk_idx = inputs(rank, TOKENS[rank] if pg else 6)
-        sent = group.dispatch(x.detach(), Routing(topk_idx, weights.detach()), delivery=delivery)
+        sent = group.dispatch(x.detach(), Routing(topk_idx, weights.detach()), options=options)
         live, live_weights = live_rows(sent.plan)
         generator = torch.Generator().manual_seed(rank)
         y = cotangent(sent.x, live, generator).requires_grad_()
@@ -133,17 +133,17 @@ def _check_transposed(results):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
-@pytest.mark.parametrize("delivery", DELIVERIES, ids=name)
-def test_each_backward_is_the_transpose(worlds, delivery, num_ranks):
+@pytest.mark.parametrize("options", DELIVERIES, ids=name)
+def test_each_backward_is_the_transpose(worlds, options, num_ranks):
     for job, args in (
-        (_dispatch_is_transposed_by_its_backward, (delivery, False)),
-        (_dispatch_is_transposed_by_its_backward, (delivery, True)),
-        (_combine_is_transposed_by_its_backward, (delivery,)),
+        (_dispatch_is_transposed_by_its_backward, (options, False)),
+        (_dispatch_is_transposed_by_its_backward, (options, True)),
+        (_combine_is_transposed_by_its_backward, (options,)),
     ):
         _check_transposed(worlds(4).run(job, *args) if num_ranks > 1 else [job(0, None, *args)])
 
 
-def _gradcheck(rank, pg, delivery):
+def _gradcheck(rank, pg, options):
     """Collective: every rank has as many numbers to perturb as the others, in the same order, so all stay in step."""
     with tokenferry.ExpertGroup(pg, MoeShape(num_experts=4, top_k=2, hidden=2, max_tokens=3)) as group:
         generator = torch.Generator().manual_seed(rank)
@@ -152,9 +152,9 @@ def _gradcheck(rank, pg, delivery):
         x = torch.randn(3, 2, dtype=torch.float64, generator=generator, requires_grad=True)
 
         def round_trip(x, weights):
-            sent = autograd.dispatch(group, x, Routing(topk_idx, weights.float()), delivery=delivery)
+            sent = autograd.dispatch(group, x, Routing(topk_idx, weights.float()), options=options)
             gates = sent.topk_weights.double()
-            gates = gates.sum(-1, keepdim=True) if delivery.layout is Layout.ROWS else gates.unsqueeze(-1)
+            gates = gates.sum(-1, keepdim=True) if options.layout is Layout.ROWS else gates.unsqueeze(-1)
             return autograd.combine(group, (sent.x * gates).tanh(), sent.plan, bias=x.sin()).x
 
         weights = torch.ones(3, 2, dtype=torch.float64)
@@ -167,27 +167,27 @@ def _gradcheck(rank, pg, delivery):
         )
 
 
-@pytest.mark.parametrize("delivery", [Delivery(), Delivery(Layout.EXPERTS, alignment=2)], ids=name)
-def test_gradcheck(worlds, delivery):
-    _gradcheck(0, None, delivery)
-    worlds(4).run(_gradcheck, delivery)
+@pytest.mark.parametrize("options", [DispatchOptions(), DispatchOptions(Layout.EXPERTS, alignment=2)], ids=name)
+def test_gradcheck(worlds, options):
+    _gradcheck(0, None, options)
+    worlds(4).run(_gradcheck, options)
 
 
-def _weight_gradient(rank, pg, delivery):
+def _weight_gradient(rank, pg, options):
     """A matrix that is applied to all delivered rows, padding included, as a grouped GEMM would."""
     with tokenferry.ExpertGroup(pg, SHAPE) as group, Poisoned():
         x, weights, topk_idx = inputs(rank, 6)
         matrix = torch.eye(SHAPE.hidden, dtype=torch.float64).requires_grad_()
-        sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+        sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
         autograd.combine(group, sent.x @ matrix, sent.plan).x.square().sum().backward()
         return matrix.grad, x.grad
 
 
-@pytest.mark.parametrize("delivery", [d for d in DELIVERIES if d != Delivery()], ids=name)
-def test_padding_leaks_into_no_gradient(delivery):
+@pytest.mark.parametrize("options", [d for d in DELIVERIES if d != DispatchOptions()], ids=name)
+def test_padding_leaks_into_no_gradient(options):
     """Otherwise uninitialised rows would meet zero gradients, and NaN times 0 is NaN."""
-    exact = Delivery() if delivery.layout is Layout.ROWS else Delivery(Layout.EXPERTS)
-    for got, want in zip(_weight_gradient(0, None, delivery), _weight_gradient(0, None, exact), strict=True):
+    exact = DispatchOptions() if options.layout is Layout.ROWS else DispatchOptions(Layout.EXPERTS)
+    for got, want in zip(_weight_gradient(0, None, options), _weight_gradient(0, None, exact), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -197,13 +197,13 @@ def group():
         yield group
 
 
-@pytest.mark.parametrize("delivery", DELIVERIES, ids=name)
-def test_quantized_rows_carry_bytes_and_gradients_of_weights(group, delivery):
+@pytest.mark.parametrize("options", DELIVERIES, ids=name)
+def test_quantized_rows_carry_bytes_and_gradients_of_weights(group, options):
     _, weights, topk_idx = inputs(0, 6)
     x = Quantized(torch.randn(6, 32).to(torch.float8_e4m3fn), torch.rand(6, 5))
-    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
     live, live_weights = live_rows(sent.plan)
-    raw = group.dispatch(x, Routing(topk_idx, weights.detach()), delivery=delivery)
+    raw = group.dispatch(x, Routing(topk_idx, weights.detach()), options=options)
     assert torch.equal(sent.x.data.view(torch.uint8)[live], raw.x.data.view(torch.uint8)[live])
     assert torch.equal(sent.x.scale[live], raw.x.scale[live])
     assert not sent.x.data.view(torch.uint8)[~live].any()
@@ -221,7 +221,7 @@ def test_masked_weights_are_not_taken_for_slots():
     """Four rows of two slots, four experts of two places: the shapes are equal, the meaning is not."""
     with tokenferry.ExpertGroup(None, MoeShape(num_experts=4, top_k=2, hidden=4, max_tokens=4)) as group:
         topk_idx = torch.tensor([[3, -1], [-1, 2], [1, -1], [-1, 0]])
-        sent = group.dispatch(torch.ones(4, 4), Routing(topk_idx), delivery=Delivery(Layout.MASKED, capacity=2))
+        sent = group.dispatch(torch.ones(4, 4), Routing(topk_idx), options=DispatchOptions(Layout.MASKED, capacity=2))
         weights = torch.tensor([[1.0, torch.nan], [2.0, torch.nan], [3.0, torch.nan], [4.0, torch.nan]])
         home = autograd.combine(group, sent.x, sent.plan, topk_weights=weights)
         assert home.topk_weights.tolist() == [[4.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.0, 1.0]]
@@ -237,12 +237,12 @@ def test_rows_without_weights_have_gradients_and_no_grad_mode_has_none(group):
         assert not autograd.dispatch(group, x, Routing(topk_idx)).x.requires_grad
 
 
-@pytest.mark.parametrize("delivery", DELIVERIES, ids=name)
-def test_host_counts_cross_with_the_plan(group, delivery, monkeypatch):
+@pytest.mark.parametrize("options", DELIVERIES, ids=name)
+def test_host_counts_cross_with_the_plan(group, options, monkeypatch):
     """Otherwise the backward of combine would have to ask the device for them, and wait."""
     x, weights, topk_idx = inputs(0, 6)
-    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
-    expected = tuple(sent.expert_counts.tolist()) if delivery.counts == "host" else None
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
+    expected = tuple(sent.expert_counts.tolist()) if options.counts == "host" else None
     assert sent.host_counts == sent.plan.host_counts == expected
     seen = []
     redispatch = type(group).redispatch
@@ -315,7 +315,7 @@ def test_bad_calls_say_what_is_wrong_and_leave_the_group_usable(group, call, err
 def test_a_group_that_is_gone_is_named():
     group = tokenferry.ExpertGroup(None, SHAPE)
     x, _, topk_idx = inputs(0, 6)
-    where, sizes = autograd.ops.pack(group, group.key, Delivery(), 0, 0)
+    where, sizes = autograd.ops.pack(group, group.key, DispatchOptions(), 0, 0)
     del group
     gc.collect()
     with pytest.raises(tokenferry.ClosedError, match=r"is gone: .* keep the ExpertGroup"):

@@ -9,19 +9,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tokenferry
-from tokenferry import Delivery, Layout, MoeShape, Plan, Quantized, Routing, autograd
+from tokenferry import DispatchOptions, Layout, MoeShape, Plan, Quantized, Routing, autograd
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=4, max_tokens=8)
-HOST = (Delivery(), Delivery(Layout.EXPERTS, alignment=4), Delivery(Layout.MASKED, capacity=8))
+HOST = (DispatchOptions(), DispatchOptions(Layout.EXPERTS, alignment=4), DispatchOptions(Layout.MASKED, capacity=8))
 DEVICE = (
-    Delivery(counts="device"),
-    Delivery(Layout.EXPERTS, alignment=4, counts="device"),
-    Delivery(Layout.MASKED, counts="device"),
+    DispatchOptions(counts="device"),
+    DispatchOptions(Layout.EXPERTS, alignment=4, counts="device"),
+    DispatchOptions(Layout.MASKED, counts="device"),
 )
 
 
-def name(delivery):
-    return f"{delivery.layout.value}-{delivery.counts}"
+def name(options):
+    return f"{options.layout.value}-{options.counts}"
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def inputs(rank, num_tokens):
     return x, weights, torch.randint(-1, SHAPE.num_experts, (num_tokens, SHAPE.top_k), generator=generator)
 
 
-def layer(group, delivery, x, weights, topk_idx):
+def layer(group, options, x, weights, topk_idx):
     """Both directions and a redispatch, with weights carried both ways."""
-    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
     home = autograd.combine(group, sent.x.tanh(), sent.plan, topk_weights=sent.topk_weights, bias=x)
     again = autograd.redispatch(group, home.x, sent.plan, topk_weights=home.topk_weights)
     gates = again.topk_weights.sum(-1, keepdim=True) if sent.topk_idx is not None else again.topk_weights.unsqueeze(-1)
@@ -56,11 +56,11 @@ def gradients(function, num_tokens, rank=0):
     return out.detach(), x.grad, weights.grad
 
 
-def _compiled_equals_eager(rank, pg, delivery, backend):
+def _compiled_equals_eager(rank, pg, options, backend):
     with tokenferry.ExpertGroup(pg, SHAPE) as group:
 
         def eager(x, weights, topk_idx):
-            return layer(group, delivery, x, weights, topk_idx)
+            return layer(group, options, x, weights, topk_idx)
 
         compiled = torch.compile(eager, fullgraph=True, backend=backend)
         for num_tokens in (5 - rank, 8 - rank):  # the second makes T a dynamic size
@@ -70,22 +70,22 @@ def _compiled_equals_eager(rank, pg, delivery, backend):
                 torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("delivery", [*HOST, *DEVICE], ids=name)
-def test_compile_fullgraph(delivery):
+@pytest.mark.parametrize("options", [*HOST, *DEVICE], ids=name)
+def test_compile_fullgraph(options):
     torch._dynamo.reset()
-    _compiled_equals_eager(0, None, delivery, "aot_eager")
+    _compiled_equals_eager(0, None, options, "aot_eager")
 
 
 def test_compile_fullgraph_between_ranks(worlds):
-    worlds(2).run(_compiled_equals_eager, Delivery(Layout.EXPERTS, alignment=4), "aot_eager")
+    worlds(2).run(_compiled_equals_eager, DispatchOptions(Layout.EXPERTS, alignment=4), "aot_eager")
 
 
 def test_a_compiled_function_may_return_what_dispatch_returns(group):
     x, weights, topk_idx = inputs(0, 5)
-    delivery = Delivery(Layout.EXPERTS)
+    options = DispatchOptions(Layout.EXPERTS)
 
     def function(x, weights):
-        return autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+        return autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
 
     got = torch.compile(function, fullgraph=True, backend="eager")(x, weights)
     want = function(x, weights)
@@ -104,13 +104,13 @@ def shapes(sent):
     }
 
 
-@pytest.mark.parametrize("delivery", DEVICE, ids=name)
-def test_fake_tensors_have_the_true_shapes_with_device_counts(group, delivery):
+@pytest.mark.parametrize("options", DEVICE, ids=name)
+def test_fake_tensors_have_the_true_shapes_with_device_counts(group, options):
     x, weights, topk_idx = inputs(0, 5)
-    true = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    true = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
     with FakeTensorMode() as mode:
         x, weights, topk_idx = (mode.from_tensor(t) for t in (x, weights, topk_idx))
-        fake = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+        fake = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
         assert shapes(fake) == shapes(true)
         assert fake.host_counts is None
         again = autograd.redispatch(group, x, fake.plan, topk_weights=weights)
@@ -119,35 +119,35 @@ def test_fake_tensors_have_the_true_shapes_with_device_counts(group, delivery):
         assert (home.x.shape, home.topk_weights.shape) == ((5, 4), (5, 2))
 
 
-@pytest.mark.parametrize("delivery", HOST, ids=name)
-def test_fake_tensors_have_a_dynamic_number_of_rows_with_host_counts(group, delivery):
+@pytest.mark.parametrize("options", HOST, ids=name)
+def test_fake_tensors_have_a_dynamic_number_of_rows_with_host_counts(group, options):
     x, weights, topk_idx = inputs(0, 5)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         x, weights, topk_idx = (mode.from_tensor(t) for t in (x, weights, topk_idx))
-        fake = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+        fake = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
         assert isinstance(fake.plan.src_token.shape[0], torch.SymInt)
         assert (fake.x.dtype, fake.x.shape[-1], fake.host_counts) == (torch.float32, 4, None)
-        if delivery.layout is Layout.MASKED:
+        if options.layout is Layout.MASKED:
             assert fake.x.shape == (4, 8, 4)
         assert autograd.combine(group, fake.x, fake.plan).x.shape == (5, 4)
 
 
 # What opcheck asks of an op: that its schema is true, that autograd is registered in the right place, that the fake
 # gives what the real one gives, and that both agree when traced with dynamic sizes, gradients included.
-@pytest.mark.parametrize("delivery", [*HOST, *DEVICE], ids=name)
+@pytest.mark.parametrize("options", [*HOST, *DEVICE], ids=name)
 @pytest.mark.parametrize("quantized", [False, True])
-def test_opcheck(group, delivery, quantized):
+def test_opcheck(group, options, quantized):
     x, weights, topk_idx = inputs(0, 5)
     weights.requires_grad_()
     scale = torch.rand(5, 3) if quantized else None
     x = x.repeat(1, 2) if quantized else x.requires_grad_()
     ops = autograd.ops
-    where, sizes = ops.pack(group, group.key, delivery, 0, 0)
+    where, sizes = ops.pack(group, group.key, options, 0, 0)
     torch.library.opcheck(ops.dispatch, (x, scale, topk_idx, weights, where, sizes))
 
     rows = x if scale is None else Quantized(x, scale)
-    sent = autograd.dispatch(group, rows, Routing(topk_idx, weights), delivery=delivery)
-    where, sizes = ops.pack(group, group.key, sent.plan.delivery, 5, sent.plan.num_delivered)
+    sent = autograd.dispatch(group, rows, Routing(topk_idx, weights), options=options)
+    where, sizes = ops.pack(group, group.key, sent.plan.options, 5, sent.plan.num_delivered)
     plan = ops.tensors_of(sent.plan)
     torch.library.opcheck(ops.redispatch, (x, scale, weights, plan, where, sizes))
     if not quantized:
@@ -194,19 +194,19 @@ class OneBlock:
         return value
 
 
-@pytest.mark.parametrize("delivery", [*HOST, *DEVICE], ids=name)
-def test_results_that_share_one_block(group, delivery, monkeypatch):
+@pytest.mark.parametrize("options", [*HOST, *DEVICE], ids=name)
+def test_results_that_share_one_block(group, options, monkeypatch):
     """torch refuses ops whose results alias; none of them may be copied for it, they are the largest that there are."""
-    want = gradients(lambda *args: layer(group, delivery, *args), 5)
+    want = gradients(lambda *args: layer(group, options, *args), 5)
     monkeypatch.setattr(group, "_backend", backend := OneBlock(group._backend))
-    for got, wanted in zip(gradients(lambda *args: layer(group, delivery, *args), 5), want, strict=True):
+    for got, wanted in zip(gradients(lambda *args: layer(group, options, *args), 5), want, strict=True):
         assert torch.equal(got, wanted)
     for quantized in (False, True):
-        test_opcheck(group, delivery, quantized)
+        test_opcheck(group, options, quantized)
 
     x, weights, topk_idx = inputs(0, 5)
     del backend.blocks[:]
-    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), delivery=delivery)
+    sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
     block = backend.blocks[0]
     assert block <= sent.x.data_ptr() < block + (1 << 16), "the rows were copied"
     del backend._block

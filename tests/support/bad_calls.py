@@ -109,10 +109,10 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ArgumentError,
         ("routing:", "tokenferry.Routing", "tuple"),
     ),
-    "delivery is a layout": (
-        dispatch(delivery=lambda g: Layout.MASKED),
+    "options is a layout": (
+        dispatch(options=lambda g: Layout.MASKED),
         ArgumentError,
-        ("delivery:", "Delivery", "Layout"),
+        ("options:", "DispatchOptions", "Layout"),
     ),
     "quantized rows of odd bytes": (
         dispatch(x=Quantized(wide(3, 10, dtype=torch.uint8), wide(3, 1))),
@@ -248,9 +248,9 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ("x: T=9", "max_tokens=8"),
     ),
     "decode to an unknown expert": (decode(topk_idx=at(0, 0, 99)), RoutingError, ("topk_idx[0, 0] is 99", "[0, 4)")),
-    "decode with a word for a scale": (decode(fp8="ue8m0"), ArgumentError, ("fp8:", "Scale", "'ue8m0'")),
+    "decode with a word for a scale": (decode(quantize="ue8m0"), ArgumentError, ("quantize:", "Scale", "'ue8m0'")),
     "fp8 rows of odd bytes": (
-        lambda g: g.group.for_shape(SMALL_FP8).decode_dispatch(wide(3, 24), g.routing, fp8=Scale.FLOAT32),
+        lambda g: g.group.for_shape(SMALL_FP8).decode_dispatch(wide(3, 24), g.routing, quantize=Scale.FLOAT32),
         ShapeError,
         ("x:", "H=24", "multiple of 16", "pad"),
     ),

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from tokenferry import (
     DecodeDispatched,
-    Delivery,
     Dispatched,
+    DispatchOptions,
     ExpertGroup,
     Layout,
     MoeShape,
@@ -54,7 +54,7 @@ def good(pg: dist.ProcessGroup, group: ExpertGroup, stranger: ExpertGroup) -> Go
         topk_idx=topk_idx,
         weights=weights,
         sent=group.dispatch(x, routing),
-        masked=group.dispatch(x, routing, delivery=Delivery(Layout.MASKED)),
+        masked=group.dispatch(x, routing, options=DispatchOptions(Layout.MASKED)),
         decoded=group.decode_dispatch(x, routing),
         foreign=stranger.dispatch(x, routing),
         foreign_decoded=stranger.decode_dispatch(x, routing),

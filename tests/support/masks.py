@@ -10,7 +10,7 @@ import torch
 
 from support.decoding import Step, check_combined, check_received
 from support.throughput import check_round_trip
-from tokenferry import ArgumentError, DecodeDispatched, Delivery, ExpertGroup, Routing, Scale
+from tokenferry import ArgumentError, DecodeDispatched, DispatchOptions, ExpertGroup, Routing, Scale
 from tokenferry.testing.cases import Case
 
 LOST = 2
@@ -115,7 +115,7 @@ class Rounds:
         """All that a result consists of, with and without FP8, in both numerics."""
         step = Step(self._cases[1], self.group.rank, self.group.masked_ranks)
         for fp8 in (None, Scale.FLOAT32):
-            sent = self.group.decode_dispatch(step.mine().x, step.routing(), fp8=fp8)
+            sent = self.group.decode_dispatch(step.mine().x, step.routing(), quantize=fp8)
             check_received(step, sent, fp8)
             check_combined(self.group, step, sent, torch.float32)
             check_combined(self.group, step, sent, torch.bfloat16, fast=True, hook=True)
@@ -162,7 +162,7 @@ def all_together(group: ExpertGroup, rounds: Rounds, case: Case) -> None:
     assert group.masked_ranks == frozenset()
     rounds.several(12)
     rounds.carefully()
-    check_round_trip(group, case, Delivery())
+    check_round_trip(group, case, DispatchOptions())
     rounds.several(3)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry import Combined, Delivery, Dispatched, ExpertGroup, Layout, Quantized, Routing
+from tokenferry import Combined, Dispatched, DispatchOptions, ExpertGroup, Layout, Quantized, Routing
 from tokenferry.testing.cases import Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle, Sent
@@ -23,9 +23,9 @@ def routing_of(sent: Sent) -> Routing:
     return Routing(sent.topk_idx, sent.topk_weights)
 
 
-def oracle_for(case: Case, delivery: Delivery) -> Oracle:
-    capacity = (delivery.capacity or case.ranks * case.shape.max_tokens) if delivery.layout is Layout.MASKED else 0
-    return Oracle(case.inputs(), case.experts, delivery.layout.value, alignment=delivery.alignment, capacity=capacity)
+def oracle_for(case: Case, options: DispatchOptions) -> Oracle:
+    capacity = (options.capacity or case.ranks * case.shape.max_tokens) if options.layout is Layout.MASKED else 0
+    return Oracle(case.inputs(), case.experts, options.layout.value, alignment=options.alignment, capacity=capacity)
 
 
 def needed(case: Case, layout: Layout, alignment: int = 1) -> int:
@@ -37,21 +37,21 @@ def needed(case: Case, layout: Layout, alignment: int = 1) -> int:
     return max(1, *(oracle.num_delivered(rank) for rank in ranks))
 
 
-def deliveries(case: Case) -> list[Delivery]:
+def all_options(case: Case) -> list[DispatchOptions]:
     """Every layout, with counts on host and device, aligned and not, roomy and tight."""
     tight = {layout: needed(case, layout) for layout in Layout}
     return [
-        Delivery(),
-        Delivery(counts="device"),
-        Delivery(counts="device", capacity=tight[Layout.ROWS]),
-        Delivery(Layout.EXPERTS),
-        Delivery(Layout.EXPERTS, alignment=8, zero_padding=True),
-        Delivery(Layout.EXPERTS, alignment=3, counts="device", zero_padding=True),
-        Delivery(Layout.EXPERTS, alignment=4, counts="device", capacity=needed(case, Layout.EXPERTS, 4)),
-        Delivery(Layout.MASKED, zero_padding=True),
-        Delivery(Layout.MASKED, capacity=tight[Layout.MASKED]),
-        Delivery(Layout.MASKED, counts="device"),
-        Delivery(Layout.MASKED, counts="device", capacity=tight[Layout.MASKED] + 1, zero_padding=True),
+        DispatchOptions(),
+        DispatchOptions(counts="device"),
+        DispatchOptions(counts="device", capacity=tight[Layout.ROWS]),
+        DispatchOptions(Layout.EXPERTS),
+        DispatchOptions(Layout.EXPERTS, alignment=8, zero_padding=True),
+        DispatchOptions(Layout.EXPERTS, alignment=3, counts="device", zero_padding=True),
+        DispatchOptions(Layout.EXPERTS, alignment=4, counts="device", capacity=needed(case, Layout.EXPERTS, 4)),
+        DispatchOptions(Layout.MASKED, zero_padding=True),
+        DispatchOptions(Layout.MASKED, capacity=tight[Layout.MASKED]),
+        DispatchOptions(Layout.MASKED, counts="device"),
+        DispatchOptions(Layout.MASKED, counts="device", capacity=tight[Layout.MASKED] + 1, zero_padding=True),
     ]
 
 
@@ -60,12 +60,12 @@ class Deal:
     """One dispatch under test."""
 
     case: Case
-    delivery: Delivery
+    options: DispatchOptions
     oracle: Oracle
     rank: int
 
     def __str__(self) -> str:
-        d = self.delivery
+        d = self.options
         how = f"{d.layout.value}-A{d.alignment}-{d.counts}-capacity{d.capacity}-zero{int(d.zero_padding)}"
         return f"rank {self.rank} {self.case} {how}"
 
@@ -76,14 +76,14 @@ class Deal:
 
     def num_rows(self, rank: int, like: Tensor) -> int:
         """Rows of the delivered tensor on any rank; with counts on the device all ranks have as many as ``like``."""
-        return self.oracle.num_delivered(rank) if self.delivery.counts == "host" else like.shape[0]
+        return self.oracle.num_delivered(rank) if self.options.counts == "host" else like.shape[0]
 
 
-def check_round_trip(group: ExpertGroup, case: Case, delivery: Delivery) -> None:
+def check_round_trip(group: ExpertGroup, case: Case, options: DispatchOptions) -> None:
     """Dispatch, redispatch and combine in every variant."""
-    deal = Deal(case, delivery, oracle_for(case, delivery), group.rank)
+    deal = Deal(case, options, oracle_for(case, options), group.rank)
     mine = deal.oracle.sent[group.rank]
-    sent = group.dispatch(mine.x, routing_of(mine), delivery=delivery)
+    sent = group.dispatch(mine.x, routing_of(mine), options=options)
     check_delivered(deal, sent, None, [one.topk_weights for one in deal.oracle.sent])
     check_plan(deal, sent)
     for variant in COMBINES:
@@ -95,24 +95,24 @@ def check_delivered(
     deal: Deal, sent: Dispatched, values: list[Tensor] | None, weights: list[Tensor | None] | list[Tensor]
 ) -> None:
     """Rows, ids, weights and counts of one result, and zeros where they were promised."""
-    oracle, delivery, rank = deal.oracle, deal.delivery, deal.rank
+    oracle, options, rank = deal.oracle, deal.options, deal.rank
     assert isinstance(sent.x, Tensor), f"{deal}: got {type(sent.x).__name__} for tensor rows"
     check_rows(f"{deal} x", deal, sent.x, oracle.x(rank, values))
     counts = oracle.expert_counts(rank)
     same_bits(f"{deal} expert_counts", sent.expert_counts, torch.tensor(counts, dtype=torch.int32))
-    assert sent.host_counts == (tuple(counts) if delivery.counts == "host" else None), f"{deal} {sent.host_counts=}"
-    if delivery.layout is Layout.EXPERTS:
+    assert sent.host_counts == (tuple(counts) if options.counts == "host" else None), f"{deal} {sent.host_counts=}"
+    if options.layout is Layout.EXPERTS:
         offsets = torch.tensor(oracle.expert_offsets(rank), dtype=torch.int32)
         assert sent.expert_offsets is not None
         same_bits(f"{deal} expert_offsets", sent.expert_offsets, offsets)
     else:
-        assert sent.expert_offsets is None, f"{deal}: expert_offsets in {delivery.layout}"
+        assert sent.expert_offsets is None, f"{deal}: expert_offsets in {options.layout}"
     num = len(oracle.received(rank))
-    if delivery.layout is Layout.ROWS:
+    if options.layout is Layout.ROWS:
         assert sent.topk_idx is not None
         same_bits(f"{deal} topk_idx", sent.topk_idx[:num], oracle.topk_idx(rank))
     else:
-        assert sent.topk_idx is None, f"{deal}: topk_idx in {delivery.layout}"
+        assert sent.topk_idx is None, f"{deal}: topk_idx in {options.layout}"
     if weights[rank] is None:
         assert sent.topk_weights is None, f"{deal}: weights out of nothing"
     else:
@@ -122,18 +122,18 @@ def check_delivered(
 
 def check_rows(what: str, deal: Deal, got: Tensor, want: Tensor) -> None:
     """The rows that hold data, the number of rows in all, and zeros in the padding where promised."""
-    delivery, case = deal.delivery, deal.case
-    if delivery.layout is Layout.MASKED:
+    options, case = deal.options, deal.case
+    if options.layout is Layout.MASKED:
         assert got.shape[:2] == (deal.oracle.num_local, deal.oracle.capacity), f"{what}: got shape {list(got.shape)}"
         got = got.flatten(0, 1)
-    if delivery.counts == "host":
+    if options.counts == "host":
         assert got.shape[0] == deal.oracle.num_delivered(deal.rank), f"{what}: got {got.shape[0]} rows"
-    elif delivery.capacity is not None and delivery.layout is not Layout.MASKED:
-        assert got.shape[0] == delivery.capacity, f"{what}: got {got.shape[0]} rows, capacity {delivery.capacity}"
-    elif delivery.layout is Layout.ROWS:
+    elif options.capacity is not None and options.layout is not Layout.MASKED:
+        assert got.shape[0] == options.capacity, f"{what}: got {got.shape[0]} rows, capacity {options.capacity}"
+    elif options.layout is Layout.ROWS:
         assert got.shape[0] == case.ranks * case.shape.max_tokens, f"{what}: got {got.shape[0]} rows"
     same_bits(what, got[deal.places], want)
-    if delivery.zero_padding:
+    if options.zero_padding:
         padding = torch.ones(got.shape[0], dtype=torch.bool)
         padding[deal.places] = False
         same_bits(f"{what} padding", got[padding], torch.zeros_like(got[padding]))
@@ -144,22 +144,22 @@ def check_plan(deal: Deal, sent: Dispatched) -> None:
     plan, oracle, rank = sent.plan, deal.oracle, deal.rank
     received = oracle.received(rank)
     num = len(received)
-    assert plan.delivery == deal.delivery, f"{deal} {plan.delivery=}"
+    assert plan.options == deal.options, f"{deal} {plan.options=}"
     assert plan.num_tokens == deal.case.tokens[rank], f"{deal} {plan.num_tokens=}"
-    assert plan.num_received == (num if deal.delivery.counts == "host" else None), f"{deal} {plan.num_received=}"
+    assert plan.num_received == (num if deal.options.counts == "host" else None), f"{deal} {plan.num_received=}"
     assert isinstance(sent.x, Tensor)
-    rows = sent.x.shape[0] * (sent.x.shape[1] if deal.delivery.layout is Layout.MASKED else 1)
+    rows = sent.x.shape[0] * (sent.x.shape[1] if deal.options.layout is Layout.MASKED else 1)
     assert plan.num_delivered == rows, f"{deal} {plan.num_delivered=}"
     goes = [[token for src, token in oracle.received(there) if src == rank] for there in range(oracle.num_ranks)]
     flat = torch.tensor([token for there in goes for token in there], dtype=torch.int64)
     same_bits(f"{deal} dst_token", plan.dst_token[: flat.numel()], flat)
-    assert deal.delivery.counts == "device" or plan.dst_token.numel() == flat.numel(), f"{deal} {plan.dst_token=}"
+    assert deal.options.counts == "device" or plan.dst_token.numel() == flat.numel(), f"{deal} {plan.dst_token=}"
     same_bits(f"{deal} dst_counts", plan.dst_counts, torch.tensor([len(there) for there in goes]))
     same_bits(f"{deal} src_token", plan.src_token[:num], torch.tensor([t for _, t in received], dtype=torch.int64))
     same_bits(f"{deal} src_rank", plan.src_rank[:num], torch.tensor([src for src, _ in received], dtype=torch.int64))
     assert int(plan.src_counts.sum()) == num, f"{deal} {plan.src_counts=}"
     same_bits(f"{deal} plan.topk_idx", plan.topk_idx[:num], oracle.topk_idx(rank))
-    if deal.delivery.layout is Layout.ROWS:
+    if deal.options.layout is Layout.ROWS:
         assert plan.row_idx.shape == (0, deal.case.top_k), f"{deal} row_idx {list(plan.row_idx.shape)}"
     else:
         same_bits(f"{deal} row_idx", plan.row_idx[:num], oracle.row_idx(rank))
@@ -184,7 +184,7 @@ def check_combine(
     ws = [returned_weights(case, oracle, there, sizes[there]) for there in range(case.ranks)]
     biases = tuple(case.rows(rank, dtype, case.hidden, 3 + i) for i in range(num_biases))
     out = torch.full((case.tokens[rank], case.hidden), torch.nan, dtype=dtype) if into else None
-    if deal.delivery.layout is Layout.MASKED:
+    if deal.options.layout is Layout.MASKED:
         y, w = ys[rank].reshape(sent.x.shape), ws[rank].reshape(sent.x.shape[:2])
     else:
         y, w = ys[rank], ws[rank]

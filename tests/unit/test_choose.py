@@ -10,7 +10,7 @@ from tokenferry import (
     ArgumentError,
     ClosedError,
     ConfigError,
-    Delivery,
+    DispatchOptions,
     ExpertGroup,
     Layout,
     MoeShape,
@@ -99,18 +99,18 @@ def test_there_is_no_other():
 def test_new_rows_have_the_shape_of_what_came(layout):
     with ExpertGroup(None, SHAPE, backend="cpu") as group:
         sent = group.dispatch(
-            torch.ones(3, 8), Routing(torch.tensor([[0, 1], [2, -1], [0, 3]])), delivery=Delivery(layout)
+            torch.ones(3, 8), Routing(torch.tensor([[0, 1], [2, -1], [0, 3]])), options=DispatchOptions(layout)
         )
-        rows = group.new_rows(sent.plan)
+        rows = group.empty_rows(sent.plan)
         assert (rows.shape, rows.dtype) == (sent.x.shape, torch.bfloat16)
-        rows = group.new_rows(sent.plan, torch.float32).copy_(sent.x)
+        rows = group.empty_rows(sent.plan, torch.float32).copy_(sent.x)
         assert torch.equal(group.combine(rows, sent.plan).x, group.combine(sent.x, sent.plan).x)
         with pytest.raises(
-            ArgumentError, match=r"new_rows: dtype: expected one of torch\.bfloat16, .* got torch\.int32"
+            ArgumentError, match=r"empty_rows: dtype: expected one of torch\.bfloat16, .* got torch\.int32"
         ):
-            group.new_rows(sent.plan, torch.int32)
-        with pytest.raises(PlanError, match="new_rows: plan"):
-            group.new_rows(sent)
+            group.empty_rows(sent.plan, torch.int32)
+        with pytest.raises(PlanError, match="empty_rows: plan"):
+            group.empty_rows(sent)
 
 
 def test_the_cpu_has_nothing_to_warm_up_and_nothing_to_wait_for():
@@ -118,8 +118,8 @@ def test_the_cpu_has_nothing_to_warm_up_and_nothing_to_wait_for():
     group.warmup()
     group.synchronize()
     plan = group.dispatch(torch.ones(1, 8), Routing(torch.tensor([[0, 1]]))).plan
-    assert (plan.places.shape, group.plan_columns(Delivery())) == ((0, 0), 0)
+    assert (plan.places.shape, group.plan_columns(DispatchOptions())) == ((0, 0), 0)
     group.close()
-    for call in (group.warmup, group.synchronize, lambda: group.new_rows(plan)):
+    for call in (group.warmup, group.synchronize, lambda: group.empty_rows(plan)):
         with pytest.raises(ClosedError):
             call()

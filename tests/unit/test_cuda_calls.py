@@ -14,7 +14,7 @@ from tokenferry.errors import PeerTimeout
 from tokenferry.kernels.control_block import HANDSHAKE_WORDS, SIGNATURE_WORDS
 from tokenferry.kernels.dispatch import spec
 from tokenferry.kernels.dispatch_notify.spec import num_units
-from tokenferry.types import Delivery, Layout, MoeShape
+from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def test_params_say_what_the_call_at_hand_says():
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 300])
 def test_tables_do_not_overlap(layout, num_tokens):
     shape = MoeShape(num_experts=18, top_k=2, hidden=8, max_tokens=512)
-    found = cuda_plan.geometry(shape, Delivery(layout), 3)
+    found = cuda_plan.geometry(shape, DispatchOptions(layout), 3)
     context = SimpleNamespace(num_ranks=3, device=CPU)
     tables = cuda_plan._tables(context, found, torch.zeros(num_tokens, 2, dtype=torch.int64), None)
     shown = [tables.dst_counts, tables.src_counts, tables.dst_token, tables.expert_counts, tables.places]
@@ -67,7 +67,7 @@ def test_tables_do_not_overlap(layout, num_tokens):
 @pytest.mark.parametrize(("layout", "most"), [(Layout.ROWS, (1 << 31) - 1), (Layout.EXPERTS, (1 << 28) - 1)])
 def test_no_more_rows_than_places_can_say(layout, most):
     """A place is an int32, of EXPERTS with a rank in its upper bits: with more rows `count` says so, and none moves."""
-    found = cuda_plan.geometry(MoeShape(8, 8, 8, 1 << 28), Delivery(layout), 1)
+    found = cuda_plan.geometry(MoeShape(8, 8, 8, 1 << 28), DispatchOptions(layout), 1)
     assert found.count_sizes[-1] == most
 
 

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from tokenferry import ArgumentError, ConfigError, Delivery, ExpertGroup, Layout, MoeShape, Plan, Quantized, Routing
+from tokenferry import (
+    ArgumentError,
+    ConfigError,
+    DispatchOptions,
+    ExpertGroup,
+    Layout,
+    MoeShape,
+    Plan,
+    Quantized,
+    Routing,
+)
 from tokenferry.backends.cuda.setup import _unfit
 from tokenferry.options import resolve_options
 from tokenferry.resolve import Resolver
@@ -88,7 +98,7 @@ def both(monkeypatch: pytest.MonkeyPatch, call: str, *args: Any) -> None:
 
 def a_plan(layout: Layout) -> Plan:
     with ExpertGroup(None, SHAPE, backend="cpu") as group:
-        plan = group.dispatch(X, Routing(IDX), delivery=Delivery(layout)).plan
+        plan = group.dispatch(X, Routing(IDX), options=DispatchOptions(layout)).plan
     object.__setattr__(plan, "group_key", "key")
     return plan
 
@@ -132,14 +142,14 @@ def test_what_is_right_needs_no_second_look(monkeypatch):
     monkeypatch.setattr(Resolver, "_checks", second_look)
     found = resolver(checks_routing=True)
     for rows in (X, X.bfloat16(), ROWS["quantized"]):
-        found.dispatch(rows, Routing(IDX, WEIGHTS), Delivery(), 8)
+        found.dispatch(rows, Routing(IDX, WEIGHTS), DispatchOptions(), 8)
         found.redispatch(rows, a_plan_of_three(), WEIGHTS, None)
     found.combine(X, a_plan_of_three(), WEIGHTS, (X, X), X.clone(), 8)
 
 
 def a_plan_of_three() -> Plan:
     nothing = torch.empty(0, dtype=torch.int64)
-    return Plan("key", Delivery(), 3, 3, 3, *[nothing] * 4, IDX, *[nothing] * 3)
+    return Plan("key", DispatchOptions(), 3, 3, 3, *[nothing] * 4, IDX, *[nothing] * 3)
 
 
 def test_where_the_rows_are_may_check_the_routing():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tokenferry
-from tokenferry import ConfigError, Delivery, Layout, MoeShape, Plan
+from tokenferry import ConfigError, DispatchOptions, Layout, MoeShape, Plan
 
 
 @pytest.mark.parametrize("name", ["num_experts", "top_k", "hidden", "max_tokens"])
@@ -34,22 +34,22 @@ def test_shape_wants_positive_integers(name, value):
         ({"capacity": 9, "layout": Layout.EXPERTS}, r'capacity with counts="host" needs Layout\.MASKED'),
     ],
 )
-def test_delivery_refuses_contradictions(options, message):
-    with pytest.raises(ConfigError, match=f"Delivery: {message}"):
-        Delivery(**options)
+def test_dispatch_options_refuses_contradictions(options, message):
+    with pytest.raises(ConfigError, match=f"DispatchOptions: {message}"):
+        DispatchOptions(**options)
 
 
-def test_delivery_accepts_what_makes_sense():
-    assert Delivery() == Delivery(Layout.ROWS, 1, False, "host", None)
-    Delivery(Layout.MASKED, capacity=9)
-    Delivery(capacity=9, counts="device")
-    Delivery(Layout.EXPERTS, alignment=128, zero_padding=True, counts="device", capacity=9)
+def test_dispatch_options_accepts_what_makes_sense():
+    assert DispatchOptions() == DispatchOptions(Layout.ROWS, 1, False, "host", None)
+    DispatchOptions(Layout.MASKED, capacity=9)
+    DispatchOptions(capacity=9, counts="device")
+    DispatchOptions(Layout.EXPERTS, alignment=128, zero_padding=True, counts="device", capacity=9)
 
 
 def test_plan_knows_the_source_of_each_row():
     nothing = torch.empty(0, dtype=torch.int64)
     before, after = [nothing] * 3, [nothing] * 4
-    plan = Plan("key", Delivery(), 0, 3, 3, *before, torch.tensor([2, 0, 1]), *after)
+    plan = Plan("key", DispatchOptions(), 0, 3, 3, *before, torch.tensor([2, 0, 1]), *after)
     assert plan.src_rank.tolist() == [0, 0, 2]
 
 

@@ -18,7 +18,8 @@ Contract, beyond that of `tokenferry.ExpertGroup`:
         the graph: the same on all ranks if they built the same graph. So every rank must run backward, requires_grad
         must agree, and a rank with T = 0 or N = 0 must keep the graph whole: put zero rows through the same operations.
     Padding: rows that hold no data (alignment, capacity) are zero in results and in gradients, whatever
-        ``Delivery.zero_padding`` says, so that a weight gradient ``x^T g`` never meets uninitialised memory. What the
+        ``DispatchOptions.zero_padding`` says, so that a weight gradient ``x^T g`` never meets uninitialised memory.
+        What the
         caller leaves in them is never read: a NaN there stays there.
     Quantized rows have no gradient: bytes are not differentiable. ``routing.topk_weights`` still has one.
     Lifetime: a graph holds its group. A *compiled* graph holds its key only: keep the group yourself.
@@ -35,13 +36,13 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
 from tokenferry.errors import ArgumentError, ShapeError
-from tokenferry.types import Combined, Delivery, Dispatched, Layout, Plan, Quantized, Routing
+from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing
 
 __all__ = ["combine", "dispatch", "redispatch"]
 
 
 def dispatch(
-    group: ExpertGroup, x: Tensor | Quantized, routing: Routing, *, delivery: Delivery | None = None
+    group: ExpertGroup, x: Tensor | Quantized, routing: Routing, *, options: DispatchOptions | None = None
 ) -> Dispatched:
     """`ExpertGroup.dispatch` with gradients of ``x`` and of ``routing.topk_weights``.
 
@@ -62,16 +63,16 @@ def dispatch(
         >>> x.grad
         tensor([[3., 3., 3., 3.]])
     """
-    delivery = Delivery() if delivery is None else delivery
+    options = DispatchOptions() if options is None else options
     data, scale = _data_and_scale("dispatch", x)
     if not isinstance(routing, Routing):
         raise ArgumentError(f"dispatch: routing: expected a tokenferry.Routing, got {type(routing).__name__}")
     _only_tensors("dispatch", topk_idx=routing.topk_idx, topk_weights=routing.topk_weights)
-    where, sizes = ops.pack(group, group.key, delivery, 0, 0)
+    where, sizes = ops.pack(group, group.key, options, 0, 0)
     rows, scales, weights, host_counts, offsets, *tensors = ops.dispatch(
         data, scale, routing.topk_idx, routing.topk_weights, where, sizes
     )
-    key, zeroing = group.key, ops.zeroing(delivery)
+    key, zeroing = group.key, ops.zeroing(options)
     plan = ops.plan_of((*tensors, host_counts), key, zeroing, data.shape[0], ops.num_rows(rows))
     return _dispatched((rows, scales, weights, host_counts, offsets), plan, x, routing.topk_weights)
 
@@ -89,7 +90,7 @@ def redispatch(
     """
     data, scale = _data_and_scale("redispatch", x)
     _only_tensors("redispatch", topk_weights=topk_weights)
-    where, sizes = ops.pack(group, plan.group_key, plan.delivery, plan.num_tokens, plan.num_delivered)
+    where, sizes = ops.pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
     parts = ops.redispatch(data, scale, topk_weights, ops.tensors_of(plan), where, sizes)
     return _dispatched(parts, plan, x, topk_weights)
 
@@ -112,7 +113,7 @@ def combine(
     """
     biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
     _only_tensors("combine", y=y, topk_weights=topk_weights, **{f"bias[{i}]": one for i, one in enumerate(biases)})
-    where, sizes = ops.pack(group, plan.group_key, plan.delivery, plan.num_tokens, plan.num_delivered)
+    where, sizes = ops.pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
     x, home = ops.combine(y, topk_weights, list(biases), ops.tensors_of(plan), where, sizes)
     return Combined(x, None if topk_weights is None else home)
 
@@ -137,7 +138,7 @@ def _only_tensors(call: str, **arguments: object) -> None:
 
 def _dispatched(parts: Sequence[Tensor], plan: Plan, x: Tensor | Quantized, topk_weights: Tensor | None) -> Dispatched:
     rows, scales, weights, host_counts, offsets = parts
-    layout = plan.delivery.layout
+    layout = plan.options.layout
     return Dispatched(
         x=Quantized(rows, scales) if isinstance(x, Quantized) else rows,
         topk_idx=plan.topk_idx if layout is Layout.ROWS else None,

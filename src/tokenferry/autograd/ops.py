@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup, find_group
 from tokenferry.layout import room
-from tokenferry.types import Delivery, Dispatched, Layout, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized, Routing
 
 _PLAN_TENSORS = 9
 _WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that may travel, for gradients of weights without rows
@@ -40,12 +40,12 @@ class _Context(Protocol):
 
 
 def pack(
-    group: ExpertGroup, plan_key: str, delivery: Delivery, num_tokens: int, num_delivered: int
+    group: ExpertGroup, plan_key: str, options: DispatchOptions, num_tokens: int, num_delivered: int
 ) -> tuple[str, list[int]]:
     """Return ``where`` and ``sizes``; see the top of this module."""
     shape = group.shape
-    where = f"{group.key} {plan_key} {delivery.layout.value} {delivery.counts}"
-    sizes = [shape.num_experts, shape.top_k, shape.hidden, shape.max_tokens, delivery.alignment, delivery.capacity or 0]
+    where = f"{group.key} {plan_key} {options.layout.value} {options.counts}"
+    sizes = [shape.num_experts, shape.top_k, shape.hidden, shape.max_tokens, options.alignment, options.capacity or 0]
     return where, [*sizes, num_tokens, num_delivered]
 
 
@@ -54,15 +54,15 @@ def _group(where: str, sizes: Sequence[int]) -> ExpertGroup:
     return find_group(where.split()[0], MoeShape(*map(int, sizes[:4])))
 
 
-def _unpack(where: str, sizes: Sequence[int]) -> tuple[ExpertGroup, Delivery]:
+def _unpack(where: str, sizes: Sequence[int]) -> tuple[ExpertGroup, DispatchOptions]:
     _, _, layout, counts = where.split()
-    delivery = Delivery(Layout(layout), alignment=int(sizes[4]), counts=counts, capacity=int(sizes[5]) or None)
-    return _group(where, sizes), zeroing(delivery)
+    options = DispatchOptions(Layout(layout), alignment=int(sizes[4]), counts=counts, capacity=int(sizes[5]) or None)
+    return _group(where, sizes), zeroing(options)
 
 
-def zeroing(delivery: Delivery) -> Delivery:
-    """The same delivery with padding zeroed, where there is padding."""
-    return delivery if delivery.layout is Layout.ROWS else replace(delivery, zero_padding=True)
+def zeroing(options: DispatchOptions) -> DispatchOptions:
+    """The same options with padding zeroed, where there is padding."""
+    return options if options.layout is Layout.ROWS else replace(options, zero_padding=True)
 
 
 def tensors_of(plan: Plan) -> list[Tensor]:
@@ -80,14 +80,14 @@ def tensors_of(plan: Plan) -> list[Tensor]:
     ]
 
 
-def plan_of(tensors: Sequence[Tensor], key: str, delivery: Delivery, num_tokens: int, num_delivered: int) -> Plan:
+def plan_of(tensors: Sequence[Tensor], key: str, options: DispatchOptions, num_tokens: int, num_delivered: int) -> Plan:
     """Make a plan again from what crossed the border."""
     dst_token, dst_counts, src_token, src_counts, topk_idx, row_idx, expert_counts, places, host_counts = tensors
     return Plan(
         group_key=key,
-        delivery=delivery,
+        options=options,
         num_tokens=num_tokens,
-        num_received=None if delivery.counts == "device" else src_token.shape[0],
+        num_received=None if options.counts == "device" else src_token.shape[0],
         num_delivered=num_delivered,
         dst_token=dst_token,
         dst_counts=dst_counts,
@@ -110,8 +110,8 @@ def ints_of(host_counts: Tensor) -> tuple[int, ...] | None:
 
 
 def _unpack_plan(where: str, sizes: Sequence[int], tensors: Sequence[Tensor]) -> tuple[ExpertGroup, Plan]:
-    group, delivery = _unpack(where, sizes)
-    return group, plan_of(tensors, where.split()[1], delivery, sizes[6], sizes[7])
+    group, options = _unpack(where, sizes)
+    return group, plan_of(tensors, where.split()[1], options, sizes[6], sizes[7])
 
 
 def num_rows(rows: Tensor) -> int:
@@ -124,7 +124,7 @@ def _parts(sent: Dispatched) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, scale = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else (sent.x, sent.x.new_empty(0))
     weights = rows.new_empty(0, dtype=torch.float32) if sent.topk_weights is None else sent.topk_weights
     offsets = sent.expert_counts.new_empty(0) if sent.expert_offsets is None else sent.expert_offsets
-    if sent.plan.delivery.layout is Layout.ROWS and sent.plan.num_received is None:
+    if sent.plan.options.layout is Layout.ROWS and sent.plan.num_received is None:
         empty = torch.arange(rows.shape[0], device=rows.device) >= sent.plan.src_counts.sum()
         for tensor in (rows, scale, weights):
             if tensor.numel():
@@ -167,9 +167,9 @@ def dispatch(
     x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """Carry rows out and make a plan: the five parts that `redispatch` returns too, then the plan's eight tensors."""
-    group, delivery = _unpack(where, sizes)
+    group, options = _unpack(where, sizes)
     rows = x if scale is None else Quantized(x, scale)
-    sent = group.dispatch(rows, Routing(topk_idx, topk_weights), delivery=delivery)
+    sent = group.dispatch(rows, Routing(topk_idx, topk_weights), options=options)
     return _apart((*_parts(sent), *tensors_of(sent.plan)[:-1]))  # the host counts are among the parts already
 
 
@@ -177,11 +177,11 @@ def dispatch(
 def _dispatch_fake(
     x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    group, delivery = _unpack(where, sizes)
+    group, options = _unpack(where, sizes)
     new_size = torch.library.get_ctx().new_dynamic_size
     num_ranks, num_local, top_k = group.num_ranks, group.num_local_experts, group.shape.top_k
-    space = room(group.shape, delivery, num_ranks)
-    on_host, layout = delivery.counts == "host", delivery.layout
+    space = room(group.shape, options, num_ranks)
+    on_host, layout = options.counts == "host", options.layout
     received: int | torch.SymInt = new_size() if on_host else space.received
     sent: int | torch.SymInt = new_size() if on_host else x.shape[0] * space.sent
     if layout is Layout.MASKED:
@@ -192,9 +192,9 @@ def _dispatch_fake(
         delivered = space.given
     index = x.new_empty(0, dtype=torch.int64)
     slots = 0 if layout is Layout.ROWS else received
-    columns = group.plan_columns(delivery)
+    columns = group.plan_columns(options)
     return (
-        *_fake_parts((x, scale, topk_weights), (group, delivery), delivered, top_k),
+        *_fake_parts((x, scale, topk_weights), (group, options), delivered, top_k),
         index.new_empty(sent),
         index.new_empty(num_ranks),
         index.new_empty(received),
@@ -208,12 +208,12 @@ def _dispatch_fake(
 
 def _fake_parts(
     sent: tuple[Tensor, Tensor | None, Tensor | None],
-    to: tuple[ExpertGroup, Delivery],
+    to: tuple[ExpertGroup, DispatchOptions],
     delivered: int | torch.SymInt,
     top_k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (x, scale, weights), (group, delivery) = sent, to
-    layout, num_local = delivery.layout, group.num_local_experts
+    (x, scale, weights), (group, options) = sent, to
+    layout, num_local = options.layout, group.num_local_experts
     places = (num_local, delivered // num_local) if layout is Layout.MASKED else (delivered,)
     return (
         x.new_empty(*places, x.shape[1]),
@@ -221,7 +221,7 @@ def _fake_parts(
         x.new_empty(
             (0,) if weights is None else (*places, top_k) if layout is Layout.ROWS else places, dtype=torch.float32
         ),
-        torch.empty(num_local if delivery.counts == "host" else 0, dtype=torch.int64, device="cpu"),
+        torch.empty(num_local if options.counts == "host" else 0, dtype=torch.int64, device="cpu"),
         x.new_empty(num_local + 1 if layout is Layout.EXPERTS else 0, dtype=torch.int32),
     )
 
@@ -322,7 +322,7 @@ def combine(
 ) -> tuple[Tensor, ...]:
     """Bring rows home along a plan: sums, and weights (no elements without)."""
     group, full_plan = _unpack_plan(where, sizes, plan)
-    by_slot = full_plan.delivery.layout is Layout.ROWS
+    by_slot = full_plan.options.layout is Layout.ROWS
     if topk_weights is not None and by_slot and topk_weights.shape == full_plan.topk_idx.shape:
         # Dispatch made the slots of other ranks' experts 0, whatever was sent: so they carry no gradient home.
         topk_weights = topk_weights.masked_fill(full_plan.topk_idx < 0, 0.0)

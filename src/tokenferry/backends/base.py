@@ -15,8 +15,8 @@ from tokenferry.types import (
     DecodeDispatched,
     DecodePlan,
     DecodeStats,
-    Delivery,
     Dispatched,
+    DispatchOptions,
     MoeShape,
     Plan,
     Quantized,
@@ -65,7 +65,7 @@ class DispatchRequest:
     shape: MoeShape
     x: Tensor | Quantized
     routing: Routing
-    delivery: Delivery
+    options: DispatchOptions
     num_sms: int | None
 
 
@@ -94,12 +94,12 @@ class CombineRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeDispatchRequest:
-    """Rows to put into the masked layout; ``fp8`` says how they are cast, None leaves them."""
+    """Rows to put into the masked layout; ``quantize`` says how they are cast, None leaves them."""
 
     shape: MoeShape
     x: Tensor
     routing: Routing
-    fp8: Scale | None
+    quantize: Scale | None
     stats: DecodeStats
     return_hook: bool
 
@@ -148,8 +148,8 @@ class Backend(Protocol):
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined: ...  # noqa: D102
     def warmup(self) -> None: ...  # noqa: D102
     def synchronize(self) -> None: ...  # noqa: D102
-    def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor: ...  # noqa: D102
-    def plan_columns(self, shape: MoeShape, delivery: Delivery) -> int:
+    def empty_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor: ...  # noqa: D102
+    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """C of ``Plan.places``, which has T rows where C > 0, and none otherwise."""
         ...
 

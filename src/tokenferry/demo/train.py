@@ -19,7 +19,7 @@ from tokenferry.bench.core import progress as feed
 from tokenferry.demo.model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
-from tokenferry.types import Combined, Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
 
 TEXT_BYTES = 4 << 20
 
@@ -94,12 +94,12 @@ class TimedGroup(ExpertGroup):
         x: Tensor | Quantized,
         routing: Routing,
         *,
-        delivery: Delivery | None = None,
+        options: DispatchOptions | None = None,
         num_sms: int | None = None,
     ) -> Dispatched:
         """As ExpertGroup's."""
         start = self.now()
-        result = super().dispatch(x, routing, delivery=delivery, num_sms=num_sms)
+        result = super().dispatch(x, routing, options=options, num_sms=num_sms)
         self.dispatch_s += self.now() - start
         return result
 

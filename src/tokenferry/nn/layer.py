@@ -12,7 +12,7 @@ from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.experts import draw_expert, swiglu
 from tokenferry.nn.router import Router
-from tokenferry.types import Delivery, Layout, Routing
+from tokenferry.types import DispatchOptions, Layout, Routing
 
 
 class MoELayer(nn.Module):
@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         if x.dtype != self.gate.dtype:
             raise ShapeError(f"MoELayer: x: expected {self.gate.dtype} as the experts, got {x.dtype}; call .to()")
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        sent = autograd.dispatch(self.group, rows, self.router(rows), delivery=Delivery(Layout.EXPERTS))
+        sent = autograd.dispatch(self.group, rows, self.router(rows), options=DispatchOptions(Layout.EXPERTS))
         assert isinstance(sent.x, Tensor)
         assert sent.topk_weights is not None
         self.expert_counts = sent.expert_counts

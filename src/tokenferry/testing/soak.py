@@ -28,7 +28,7 @@ from tokenferry.testing.cases import ROUTINGS, Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle
 from tokenferry.testing.world import World, WorldError
-from tokenferry.types import DecodeDispatched, Delivery, Dispatched, Layout, MoeShape, Routing
+from tokenferry.types import DecodeDispatched, Dispatched, DispatchOptions, Layout, MoeShape, Routing
 
 CHUNK_S = 20.0
 """Seconds of one job of the command; then it says how far it is."""
@@ -71,7 +71,7 @@ class Live:
 
     what: str
     case: Case
-    delivery: Delivery
+    options: DispatchOptions
     oracle: Oracle
     sent: Dispatched
 
@@ -141,13 +141,13 @@ class Soaker:
 
     def _dispatch(self) -> None:
         case = draw_case(self._shared, self.ranks)
-        delivery = draw_delivery(self._shared, case)
-        oracle = oracle_of(case, delivery)
+        options = draw_options(self._shared, case)
+        oracle = oracle_of(case, options)
         mine = oracle.sent[self.rank]
         routing = Routing(self._here(mine.topk_idx), self._maybe(mine.topk_weights))
         view = self.group.for_shape(case.shape)
-        sent = view.dispatch(self._here(mine.x), routing, delivery=delivery, num_sms=self._num_sms())
-        live = Live(f"rank {self.rank}, {case}, {delivery}", case, delivery, oracle, sent)
+        sent = view.dispatch(self._here(mine.x), routing, options=options, num_sms=self._num_sms())
+        live = Live(f"rank {self.rank}, {case}, {options}", case, options, oracle, sent)
         self._look(live)
         self._keep(live)
 
@@ -170,7 +170,7 @@ class Soaker:
             return
         case, oracle, sent, ranks = live.case, live.oracle, live.sent, range(self.ranks)
         assert isinstance(sent.x, Tensor)
-        host = live.delivery.counts == "host"
+        host = live.options.counts == "host"
         flat = sent.x.reshape(-1, case.hidden)
         sizes = [oracle.num_delivered(there) if host else flat.shape[0] for there in ranks]
         wide = case.hidden * 2 % 16 == 0
@@ -179,10 +179,10 @@ class Soaker:
         num_biases, weighted, into = self._shared.randrange(3), self._shared.random() < 0.3, self._shared.random() < 0.3
         biases = tuple(case.rows(self.rank, dtype, case.hidden, 3 + i) for i in range(num_biases))
         ws = [returned_weights(case, oracle, there, sizes[there]) for there in ranks] if weighted else []
-        rows_shape = sent.x.shape[:-1] if live.delivery.layout is Layout.MASKED else (sizes[self.rank],)
+        rows_shape = sent.x.shape[:-1] if live.options.layout is Layout.MASKED else (sizes[self.rank],)
         weights = None
         if weighted:
-            columns = (case.top_k,) if live.delivery.layout is Layout.ROWS else ()
+            columns = (case.top_k,) if live.options.layout is Layout.ROWS else ()
             weights = self._here(ws[self.rank]).reshape(*rows_shape, *columns)
         home = self.group.for_shape(case.shape).combine(
             self._here(ys[self.rank]).reshape(*rows_shape, case.hidden),
@@ -250,7 +250,7 @@ class Soaker:
         counts = torch.tensor(oracle.expert_counts(rank), dtype=torch.int32)
         self._owed.append((f"{live.what} expert_counts", sent.expert_counts, counts))
         if sent.topk_weights is not None:
-            columns = (live.case.top_k,) if live.delivery.layout is Layout.ROWS else ()
+            columns = (live.case.top_k,) if live.options.layout is Layout.ROWS else ()
             weights = sent.topk_weights.reshape(-1, *columns)[places]
             self._owed.append((f"{live.what} topk_weights", weights, oracle.weights(rank)))
         if sent.topk_idx is not None:
@@ -291,7 +291,7 @@ def draw_case(pick: random.Random, ranks: int, *, decode: bool = False) -> Case:
     )
 
 
-def draw_delivery(pick: random.Random, case: Case) -> Delivery:
+def draw_options(pick: random.Random, case: Case) -> DispatchOptions:
     """Any delivery that the rows of ``case`` fit into."""
     layout, counts = pick.choice(tuple(Layout)), pick.choice(("host", "device"))
     alignment = pick.randint(1, 9) if layout is Layout.EXPERTS else 1
@@ -299,7 +299,7 @@ def draw_delivery(pick: random.Random, case: Case) -> Delivery:
     if (counts == "device" or layout is Layout.MASKED) and pick.random() < 0.5:
         room = least_room(case, layout, alignment) + pick.randint(0, 3)
     zero = layout is not Layout.ROWS and pick.random() < 0.5
-    return Delivery(layout, alignment, zero_padding=zero, counts=counts, capacity=room)
+    return DispatchOptions(layout, alignment, zero_padding=zero, counts=counts, capacity=room)
 
 
 def least_room(case: Case, layout: Layout, alignment: int) -> int:
@@ -310,10 +310,10 @@ def least_room(case: Case, layout: Layout, alignment: int) -> int:
     return max(1, *(oracle.num_delivered(rank) for rank in range(case.ranks)))
 
 
-def oracle_of(case: Case, delivery: Delivery) -> Oracle:
+def oracle_of(case: Case, options: DispatchOptions) -> Oracle:
     """What a dispatch of ``case`` must give."""
-    capacity = (delivery.capacity or case.ranks * case.shape.max_tokens) if delivery.layout is Layout.MASKED else 0
-    return Oracle(case.inputs(), case.experts, delivery.layout.value, alignment=delivery.alignment, capacity=capacity)
+    capacity = (options.capacity or case.ranks * case.shape.max_tokens) if options.layout is Layout.MASKED else 0
+    return Oracle(case.inputs(), case.experts, options.layout.value, alignment=options.alignment, capacity=capacity)
 
 
 def open_group(pg: dist.ProcessGroup, soak: Soak) -> ExpertGroup:

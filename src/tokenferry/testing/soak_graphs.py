@@ -153,7 +153,7 @@ class Graph:
         """Dispatch, experts, combine. What a call has sent may be overwritten before its hook is called: it is."""
         kind, group = self.kind, self._group
         routing = Routing(self.topk_idx, self.topk_weights)
-        sent = group.decode_dispatch(self.x, routing, fp8=kind.fp8, return_hook=kind.hooks)
+        sent = group.decode_dispatch(self.x, routing, quantize=kind.fp8, return_hook=kind.hooks)
         if sent.hook is not None:
             self.x.fill_(torch.nan)
             sent.hook()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.testing.compare import same_bits
-from tokenferry.types import Delivery, Layout, MoeShape, Routing
+from tokenferry.types import DispatchOptions, Layout, MoeShape, Routing
 
 MOST_TOKENS = 2048
 MOST_HIDDEN = 2048
@@ -34,7 +34,7 @@ class Large:
         hidden: H.
         skew: How much likelier the first expert is; 0: not at all.
         seed: Of the routing.
-        delivery: Any layout; MASKED has room for all.
+        options: Any layout; MASKED has room for all.
     """
 
     tokens: tuple[int, ...]
@@ -43,7 +43,7 @@ class Large:
     hidden: int
     skew: float
     seed: int
-    delivery: Delivery
+    options: DispatchOptions
 
     @property
     def shape(self) -> MoeShape:
@@ -73,7 +73,7 @@ def draw(pick: random.Random, ranks: int) -> Large:
         hidden=pick.choice((64, 200, 1024, MOST_HIDDEN)) if layout is not Layout.MASKED else 64,
         skew=pick.choice((0.0, 0.0, 0.5, 1.0)),
         seed=pick.randrange(1 << 30),
-        delivery=Delivery(
+        options=DispatchOptions(
             layout,
             alignment=pick.choice((1, 8, 128)) if layout is Layout.EXPERTS else 1,
             counts=pick.choice(("host", "device")) if layout is not Layout.EXPERTS else "host",
@@ -102,7 +102,7 @@ def round_trip(group: ExpertGroup, large: Large, num_sms: int | None) -> int:
     mine = torch.arange(first, first + large.tokens[rank], device=device)
     x = numbered(mine, hidden)
     routing = Routing(choices[first : first + large.tokens[rank]].contiguous())
-    sent = group.dispatch(x, routing, delivery=large.delivery, num_sms=num_sms)
+    sent = group.dispatch(x, routing, options=large.options, num_sms=num_sms)
     assert isinstance(sent.x, Tensor)
     _check_rows(f"rank {rank}, {large} dispatch", group, large, choices, sent.x)
     bias = numbered(mine + 7, hidden)
@@ -117,7 +117,7 @@ def round_trip(group: ExpertGroup, large: Large, num_sms: int | None) -> int:
 
 def _places(large: Large, choices: Tensor, num_ranks: int) -> Tensor:
     """``[sum of T]``: how many rows each token has in all."""
-    if large.delivery.layout is not Layout.ROWS:
+    if large.options.layout is not Layout.ROWS:
         return (choices >= 0).sum(1)
     there = torch.where(choices >= 0, choices // (large.experts // num_ranks), num_ranks)
     hit = torch.zeros(choices.shape[0], num_ranks + 1, dtype=torch.int64, device=choices.device)
@@ -126,10 +126,10 @@ def _places(large: Large, choices: Tensor, num_ranks: int) -> Tensor:
 
 def _check_rows(what: str, group: ExpertGroup, large: Large, choices: Tensor, x: Tensor) -> None:
     """Compare every row that holds data with that of the token which belongs there."""
-    local, delivery = large.experts // group.num_ranks, large.delivery
+    local, options = large.experts // group.num_ranks, large.options
     first = group.rank * local
     here = (choices >= first) & (choices < first + local)
-    if delivery.layout is Layout.ROWS:
+    if options.layout is Layout.ROWS:
         tokens = here.any(1).nonzero()[:, 0]
         same_bits(what, x[: tokens.numel()], numbered(tokens, large.hidden))
         return
@@ -137,6 +137,6 @@ def _check_rows(what: str, group: ExpertGroup, large: Large, choices: Tensor, x:
     for expert in range(local):
         tokens = (choices == first + expert).any(1).nonzero()[:, 0]
         end = start + tokens.numel()
-        rows = x[expert, : tokens.numel()] if delivery.layout is Layout.MASKED else x[start:end]
+        rows = x[expert, : tokens.numel()] if options.layout is Layout.MASKED else x[start:end]
         same_bits(f"{what} of expert {expert}", rows, numbered(tokens, large.hidden))
-        start = -(-end // delivery.alignment) * delivery.alignment
+        start = -(-end // options.alignment) * options.alignment

@@ -26,8 +26,8 @@ from tokenferry.types import (
     Combined,
     DecodeCombined,
     DecodeDispatched,
-    Delivery,
     Dispatched,
+    DispatchOptions,
     Layout,
     MoeShape,
     Plan,
@@ -96,15 +96,15 @@ class CpuBackend:
     def synchronize(self) -> None:
         """Calls return with their work done."""
 
-    def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
+    def empty_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
         """Rows in the shape of ``Dispatched.x``, undefined."""
         rows = self._exchange.allocator.empty(plan.num_delivered, hidden, dtype=dtype)
-        if plan.delivery.layout is not Layout.MASKED:
+        if plan.options.layout is not Layout.MASKED:
             return rows
         num_local = plan.expert_counts.numel()
         return rows.view(num_local, plan.num_delivered // num_local, hidden)
 
-    def plan_columns(self, shape: MoeShape, delivery: Delivery) -> int:
+    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """Plans have no places."""
         return 0
 
@@ -112,7 +112,7 @@ class CpuBackend:
     def dispatch(self, request: DispatchRequest) -> Dispatched:
         """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
         _no_sms("dispatch", request.num_sms)
-        shape, delivery, routing = request.shape, request.delivery, request.routing
+        shape, options, routing = request.shape, request.options, request.routing
         num_tokens, num_local = routing.topk_idx.shape[0], shape.num_experts // self.num_ranks
         dst_token, dst_counts = cpu_routing.destinations(routing.topk_idx, shape.num_experts, self.num_ranks)
         rows, scale = _parts(request.x)
@@ -126,10 +126,10 @@ class CpuBackend:
         fields = {
             "num_experts": shape.num_experts,
             "max_tokens": shape.max_tokens,
-            "layout": _LAYOUTS[delivery.layout],
-            "alignment": delivery.alignment,
-            "device counts": int(delivery.counts == "device"),
-            "capacity": delivery.capacity or 0,
+            "layout": _LAYOUTS[options.layout],
+            "alignment": options.alignment,
+            "device counts": int(options.counts == "device"),
+            "capacity": options.capacity or 0,
             "dtype": dtype_code(rows.dtype),
             **payload.fields,
         }
@@ -137,16 +137,16 @@ class CpuBackend:
         send_counts = dst_counts.tolist()
         fill = payload.fill(torch.split(dst_token, send_counts), self.rank)
         pending = self._exchange.start(signature, payload.sections, send_counts, fill)
-        space = room(shape, delivery, self.num_ranks)
+        space = room(shape, options, self.num_ranks)
         with pending.receive() as received:
             small = payload.take_small(received)
             local_idx = cpu_routing.to_local(small["topk_idx"], self.rank * num_local, num_local)
-            counts, num_delivered, needed, row_idx = _arrange(local_idx, num_local, delivery, space)
+            counts, num_delivered, needed, row_idx = _arrange(local_idx, num_local, options, space)
             plan = Plan(
                 group_key=self.key,
-                delivery=delivery,
+                options=options,
                 num_tokens=num_tokens,
-                num_received=local_idx.shape[0] if delivery.counts == "host" else None,
+                num_received=local_idx.shape[0] if options.counts == "host" else None,
                 num_delivered=num_delivered,
                 dst_token=dst_token,
                 dst_counts=dst_counts,
@@ -157,13 +157,13 @@ class CpuBackend:
                 expert_counts=counts.int(),
                 places=torch.empty(0, 0, dtype=torch.int32),
             )
-            fits = needed <= space.given or (delivery.counts == "host" and delivery.layout is not Layout.MASKED)
+            fits = needed <= space.given or (options.counts == "host" and options.layout is not Layout.MASKED)
             if fits:
-                if delivery.counts == "device":
+                if options.counts == "device":
                     plan = _padded(plan, space)
                 result = self._deliver(plan, payload, received, small)
         if space.tight:
-            self._check_capacity(delivery, space, 0 if fits else needed)
+            self._check_capacity(options, space, 0 if fits else needed)
         return result
 
     @torch.no_grad()
@@ -189,14 +189,14 @@ class CpuBackend:
         src_counts = plan.src_counts.tolist()
         num_rows = sum(src_counts)
         row_idx = plan.row_idx[:num_rows]
-        if plan.delivery.layout is Layout.ROWS:
+        if plan.options.layout is Layout.ROWS:
             rows = y[:num_rows]
             weights = None if weights is None else weights[:num_rows]
         else:
             rows = cpu_routing.gather_sum(y.view(-1, y.shape[-1]), row_idx)
             weights = None if weights is None else cpu_routing.spread_weights(weights, row_idx)
         payload = Payload(rows, weights=weights)
-        fields = {"layout": _LAYOUTS[plan.delivery.layout], "dtype": dtype_code(y.dtype), **payload.fields}
+        fields = {"layout": _LAYOUTS[plan.options.layout], "dtype": dtype_code(y.dtype), **payload.fields}
         ends = plan.src_counts.cumsum(0).tolist()
         slices = [slice(end - num, end) for end, num in zip(ends, src_counts, strict=True)]
         signature = Signature(Kind.combine, fields)
@@ -232,10 +232,10 @@ class CpuBackend:
 
     def _deliver(self, plan: Plan, payload: Payload, received: Received, small: dict[str, Tensor]) -> Dispatched:
         """Put received rows where the plan says."""
-        delivery, layout, allocator = plan.delivery, plan.delivery.layout, self._exchange.allocator
+        options, layout, allocator = plan.options, plan.options.layout, self._exchange.allocator
         num_local, num_delivered = plan.expert_counts.numel(), plan.num_delivered
         counts = plan.expert_counts.tolist()
-        starts = cpu_routing.expert_starts(plan.expert_counts, delivery.alignment)
+        starts = cpu_routing.expert_starts(plan.expert_counts, options.alignment)
         if layout is Layout.ROWS:
             rows = payload.take_rows(received, allocator, num_delivered)
             small = {name: cpu_routing.pad(piece, num_delivered) for name, piece in small.items()}
@@ -250,7 +250,7 @@ class CpuBackend:
             def put(piece: Tensor) -> Tensor:
                 out = allocator.empty(num_delivered, piece.shape[1], dtype=piece.dtype)
                 cpu_routing.place(piece, row_idx, places, out)
-                if delivery.zero_padding:
+                if options.zero_padding:
                     cpu_routing.zero_rest(places, out)
                 return out
 
@@ -269,11 +269,11 @@ class CpuBackend:
             topk_weights=small.get("weights"),
             expert_counts=plan.expert_counts,
             expert_offsets=starts.int() if layout is Layout.EXPERTS else None,
-            host_counts=tuple(counts) if delivery.counts == "host" else None,
+            host_counts=tuple(counts) if options.counts == "host" else None,
             plan=plan,
         )
 
-    def _check_capacity(self, delivery: Delivery, space: Room, needed: int) -> None:
+    def _check_capacity(self, options: DispatchOptions, space: Room, needed: int) -> None:
         """Tell each other who overflowed, so that all ranks raise or none; collective."""
         verdict = [needed] * self.num_ranks
         pending = self._exchange.start(Signature(Kind.capacity_check, {}), Sections(()), verdict, lambda *_: None)
@@ -281,9 +281,9 @@ class CpuBackend:
             needs = [num for num, _ in received]
         if max(needs) > space.given:
             worst = needs.index(max(needs))
-            per_expert = " per expert" if delivery.layout is Layout.MASKED else ""
+            per_expert = " per expert" if options.layout is Layout.MASKED else ""
             raise CapacityError(
-                f"dispatch: delivery.capacity: rank {worst} received {max(needs)} rows{per_expert}, "
+                f"dispatch: options.capacity: rank {worst} received {max(needs)} rows{per_expert}, "
                 f"capacity={space.given}; raise it, or leave it out for the worst case of {space.worst}"
             )
 
@@ -304,19 +304,21 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
     return (x.data, x.scale) if isinstance(x, Quantized) else (x, None)
 
 
-def _arrange(local_idx: Tensor, num_local: int, delivery: Delivery, space: Room) -> tuple[Tensor, int, int, Tensor]:
+def _arrange(
+    local_idx: Tensor, num_local: int, options: DispatchOptions, space: Room
+) -> tuple[Tensor, int, int, Tensor]:
     """Return rows per expert ``[L]``, rows delivered, rows that had to fit into the room, and ``Plan.row_idx``."""
     num_rows = local_idx.shape[0]
-    if delivery.layout is Layout.ROWS:
+    if options.layout is Layout.ROWS:
         counts = cpu_routing.hits(local_idx.long(), 1, num_local).sum(0)
         none = torch.empty(0, local_idx.shape[1], dtype=torch.int64)
-        return counts, num_rows if delivery.counts == "host" else space.given, num_rows, none
-    masked = delivery.layout is Layout.MASKED
-    where = cpu_routing.spread(local_idx, num_local, delivery.alignment, space.given if masked else None)
+        return counts, num_rows if options.counts == "host" else space.given, num_rows, none
+    masked = options.layout is Layout.MASKED
+    where = cpu_routing.spread(local_idx, num_local, options.alignment, space.given if masked else None)
     if masked:
         return where.counts, num_local * space.given, int(where.counts.max()), where.row_idx
     needed = int(where.starts[-1])
-    return where.counts, needed if delivery.counts == "host" else space.given, needed, where.row_idx
+    return where.counts, needed if options.counts == "host" else space.given, needed, where.row_idx
 
 
 def _padded(plan: Plan, space: Room) -> Plan:
@@ -327,6 +329,6 @@ def _padded(plan: Plan, space: Room) -> Plan:
         src_token=cpu_routing.pad(plan.src_token, space.received, 0),
         topk_idx=cpu_routing.pad(plan.topk_idx, space.received, -1),
         row_idx=plan.row_idx
-        if plan.delivery.layout is Layout.ROWS
+        if plan.options.layout is Layout.ROWS
         else cpu_routing.pad(plan.row_idx, space.received, -1),
     )

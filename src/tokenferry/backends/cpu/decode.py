@@ -27,7 +27,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
     skip = frozenset(exchange.masked)
     topk_idx = cpu_routing.without(routing.topk_idx, skip, num_local)
-    rows: Tensor | Quantized = request.x if request.fp8 is None else fp8.cast(request.x, request.fp8)
+    rows: Tensor | Quantized = request.x if request.quantize is None else fp8.cast(request.x, request.quantize)
     payload = Payload(
         rows.data if isinstance(rows, Quantized) else rows,
         scale=rows.scale if isinstance(rows, Quantized) else None,
@@ -40,7 +40,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
         "num_experts": shape.num_experts,
         "max_tokens": shape.max_tokens,
         "dtype": dtype_code(request.x.dtype),
-        "fp8 scale": 0 if request.fp8 is None else 1 + list(type(request.fp8)).index(request.fp8),
+        "fp8 scale": 0 if request.quantize is None else 1 + list(type(request.quantize)).index(request.quantize),
         **payload.fields,
     }
     counts = dst_counts.tolist()

@@ -34,8 +34,8 @@ from tokenferry.types import (
     Combined,
     DecodeCombined,
     DecodeDispatched,
-    Delivery,
     Dispatched,
+    DispatchOptions,
     Layout,
     MoeShape,
     Plan,
@@ -103,44 +103,44 @@ class CudaBackend:
             found = self._tunings[shape] = tune(shape, Topology(self.num_ranks, self.context.num_sms))
         return found
 
-    def plan_columns(self, shape: MoeShape, delivery: Delivery) -> int:
+    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """C of ``Plan.places``."""
-        return num_columns(self.num_ranks, shape.top_k, by_expert=delivery.layout is not Layout.ROWS)
+        return num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
 
-    def new_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
+    def empty_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
         """Rows in the heap, in the shape of ``Dispatched.x``."""
-        _, rows = self.allocator.rows("new_rows", (plan.num_delivered, hidden), dtype, self.context.current_stream())
+        _, rows = self.allocator.rows("empty_rows", (plan.num_delivered, hidden), dtype, self.context.current_stream())
         return shaped(rows, plan)
 
     # ------------------------------------------------------------------ throughput
 
     def dispatch(self, request: DispatchRequest) -> Dispatched:
         """Plan, move, unpack; and wait for the counts if they are wanted here."""
-        shape, delivery, routing = request.shape, request.delivery, request.routing
+        shape, options, routing = request.shape, request.options, request.routing
         payload = _payload(request.x, routing.topk_weights, routing.topk_idx)
-        key = (shape, delivery, *_kind(payload))
+        key = (shape, options, *_kind(payload))
         known = self._known.get(key)
         if known is None:
-            known = self._remember(key, payload, shape, delivery)
+            known = self._remember(key, payload, shape, options)
         signature, found, num_sms = known
         call = self.context.begin(signature)
         sms = (request.num_sms or num_sms, request.num_sms or self.context.num_sms)
-        if call.capturing and delivery.counts == "host":
+        if call.capturing and options.counts == "host":
             raise ArgumentError(
-                'dispatch: delivery: counts="host" waits for the device, which a CUDA graph cannot capture; '
-                'use Delivery(counts="device")'
+                'dispatch: options: counts="host" waits for the device, which a CUDA graph cannot capture; '
+                'use DispatchOptions(counts="device")'
             )
         return self.dispatcher.first(call, payload, found, sms)
 
     def redispatch(self, request: RedispatchRequest) -> Dispatched:
         """Move along a plan, unpack."""
         plan = request.plan
-        delivery = plan.delivery
+        options = plan.options
         payload = _payload(request.x, request.topk_weights, None)
-        key = ("redispatch", delivery.layout, *_kind(payload))
+        key = ("redispatch", options.layout, *_kind(payload))
         signature = self._signatures.get(key)
         if signature is None:
-            signature = self.sign(key, "redispatch", layout=CODES[delivery.layout], **_fields(payload))
+            signature = self.sign(key, "redispatch", layout=CODES[options.layout], **_fields(payload))
         call = self.context.begin(signature)
         sms = (request.num_sms or self.tuning(request.shape).dispatch_sms, request.num_sms or self.context.num_sms)
         return self.dispatcher.along(call, payload, plan, sms)
@@ -149,13 +149,13 @@ class CudaBackend:
         """Bring rows home, or fetch them where they lie by expert; each rank adds up its own tokens' rows."""
         y, plan, weights = request.y, request.plan, request.topk_weights
         top_k, hidden = plan.topk_idx.shape[1], y.shape[-1]
-        key = ("combine", plan.delivery.layout, y.dtype, hidden, weights is None)
+        key = ("combine", plan.options.layout, y.dtype, hidden, weights is None)
         signature = self._signatures.get(key)
         if signature is None:
             signature = self.sign(
                 key,
                 "combine",
-                layout=CODES[plan.delivery.layout],
+                layout=CODES[plan.options.layout],
                 dtype=dtype_code(y.dtype),
                 bytes_of_rows=hidden * y.element_size(),
                 bytes_of_weights=0 if weights is None else 4,
@@ -178,7 +178,7 @@ class CudaBackend:
     def _add_up(self, call: Call, y: Tensor, result: Sum, weights_at: int, num_sms: int | None) -> None:
         """Launch what brings rows home and adds them up."""
         plan, allocator, tuned = result.plan, self.allocator, self.combine_tuning(result.plan, y.shape[-1])
-        if plan.delivery.layout is Layout.ROWS:
+        if plan.options.layout is Layout.ROWS:
             y, rows_at = aligned(y), allocator.offset(y)
             room = allocator.room(call, plan.dst_token.shape[0] * y.shape[1] * y.element_size())
             sms = num_sms or (tuned.combine_sms if rows_at else tuned.push_sms)
@@ -229,7 +229,7 @@ class CudaBackend:
     # ------------------------------------------------------------------ what is made once
 
     def _remember(
-        self, key: tuple[Any, ...], payload: Payload, shape: MoeShape, delivery: Delivery
+        self, key: tuple[Any, ...], payload: Payload, shape: MoeShape, options: DispatchOptions
     ) -> tuple[Signature, Geometry, int]:
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
@@ -238,13 +238,13 @@ class CudaBackend:
             num_experts=shape.num_experts,
             top_k=shape.top_k,
             max_tokens=shape.max_tokens,
-            layout=CODES[delivery.layout],
-            alignment=delivery.alignment,
-            device_counts=int(delivery.counts == "device"),
-            capacity=delivery.capacity or 0,
+            layout=CODES[options.layout],
+            alignment=options.alignment,
+            device_counts=int(options.counts == "device"),
+            capacity=options.capacity or 0,
             **_fields(payload),
         )
-        found = cuda_plan.geometry(shape, delivery, self.num_ranks)
+        found = cuda_plan.geometry(shape, options, self.num_ranks)
         known = self._known[key] = (signature, found, self.tuning(shape).dispatch_sms)
         return known
 

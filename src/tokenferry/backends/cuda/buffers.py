@@ -97,7 +97,7 @@ class SymmetricAllocator:
 
     def share(self, call: Call, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None]:
         """The same for a plan's rows by expert; of MASKED only those below the counts are copied."""
-        if plan.delivery.layout is Layout.EXPERTS or self.offset(y):
+        if plan.options.layout is Layout.EXPERTS or self.offset(y):
             return self.reachable(call, y)
         block = self.room(call, y.numel() * y.element_size())
         y = aligned(y)

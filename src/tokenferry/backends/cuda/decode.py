@@ -198,7 +198,7 @@ class Decoder:
         self, request: DecodeDispatchRequest, x: Tensor, topk_idx: Tensor, weighted: bool
     ) -> Signature:
         shape = request.shape
-        key = (0, shape, x.dtype, request.fp8, weighted, topk_idx.dtype)
+        key = (0, shape, x.dtype, request.quantize, weighted, topk_idx.dtype)
         found = self._signatures.get(key)
         if found is None:
             found = self._signatures[key] = Signature(
@@ -206,7 +206,7 @@ class Decoder:
                 num_experts=shape.num_experts,
                 max_tokens=shape.max_tokens,
                 dtype=dtype_code(x.dtype),
-                fp8_scale=_SCALES[request.fp8],
+                fp8_scale=_SCALES[request.quantize],
                 bytes_of_rows=x.shape[1] * x.element_size(),
                 bytes_of_weights=4 * shape.top_k if weighted else 0,
                 bytes_of_topk_idx=shape.top_k * topk_idx.element_size(),
@@ -219,11 +219,11 @@ class Decoder:
         """Undefined results."""
         device, R, H = self._context.device, self._context.num_ranks, shape.hidden
         L, room = shape.num_experts // R, R * shape.max_tokens
-        if request.fp8 is None:
+        if request.quantize is None:
             x: Tensor | Quantized = torch.empty(L, room, H, dtype=request.x.dtype, device=device)
         else:
-            groups = -(-H // 512) if request.fp8 is Scale.UE8M0 else -(-H // 128)
-            kind = torch.int32 if request.fp8 is Scale.UE8M0 else torch.float32
+            groups = -(-H // 512) if request.quantize is Scale.UE8M0 else -(-H // 128)
+            kind = torch.int32 if request.quantize is Scale.UE8M0 else torch.float32
             scale = torch.empty(L, groups, room, dtype=kind, device=device).transpose(1, 2)
             x = Quantized(torch.empty(L, room, H, dtype=torch.float8_e4m3fn, device=device), scale)
         plan = DecodePlan(
@@ -242,7 +242,7 @@ class Decoder:
     def _dispatch_template(
         self, workspace: Workspace, shape: MoeShape, x: Tensor, topk_idx: Tensor, request: DecodeDispatchRequest
     ) -> LaunchTemplate:
-        context, fp8 = self._context, request.fp8
+        context, fp8 = self._context, request.quantize
         weighted = request.routing.topk_weights is not None
         key = (decode_dispatch_spec.SPEC, workspace.number, shape, x.dtype, fp8, topk_idx.dtype, weighted)
         found = context.templates.get(key)

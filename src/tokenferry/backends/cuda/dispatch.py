@@ -38,22 +38,22 @@ class Dispatcher:
 
     def along(self, call: Call, payload: Payload, plan: Plan, sms: Sms) -> Dispatched:
         """Move rows along a plan, and unpack them."""
-        delivery = plan.delivery
+        options = plan.options
         K, L = plan.topk_idx.shape[1], plan.expert_counts.shape[0]
         D = plan.num_delivered
-        rows_end, scale_end, end = _data_ends(payload, D, 1 if delivery.layout is not Layout.ROWS else K)
+        rows_end, scale_end, end = _data_ends(payload, D, 1 if options.layout is not Layout.ROWS else K)
         block, staged = self._allocator.recv_block(call, end)
         recv = RecvOffsets(block.offset, block.offset + rows_end, block.offset + scale_end)
         route = (plan.places, plan.dst_counts, plan.src_counts)
-        by_expert = delivery.layout is not Layout.ROWS
+        by_expert = options.layout is not Layout.ROWS
         launch.move(self._context, call, payload, route, (K, L, by_expert), recv, sms[0])
         if by_expert:
             self._unpack(call, payload, recv, plan, (plan.row_idx.data_ptr(), D), sms[1])
         offsets, host_counts = None, plan.host_counts
-        if delivery.layout is Layout.EXPERTS:
-            padded = (plan.expert_counts + delivery.alignment - 1) // delivery.alignment * delivery.alignment
+        if options.layout is Layout.EXPERTS:
+            padded = (plan.expert_counts + options.alignment - 1) // options.alignment * options.alignment
             offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
-        if host_counts is None and delivery.counts == "host":
+        if host_counts is None and options.counts == "host":
             host_counts = tuple(plan.expert_counts.tolist())
         return self._dispatched(block, payload, plan, (0, rows_end, scale_end), (offsets, host_counts, staged))
 
@@ -65,11 +65,11 @@ class Dispatcher:
         Where the heap has room for the worst case, rows move at once, and the host learns their number meanwhile. Else
         it waits for the counts first, and takes what they need.
         """
-        index, delivery, context = payload.topk_idx, found.delivery, self._context
+        index, options, context = payload.topk_idx, found.options, self._context
         assert index is not None
         num_tokens = index.shape[0]
         counts = cuda_plan.at_most(found, num_tokens)
-        asks = delivery.counts == "host"
+        asks = options.counts == "host"
         waits = asks and not self._allocator.has_room_twice(_worst_bytes(payload, found))
         parts = None if waits else self._take(call, payload, found, counts)  # nothing is sent yet if this fails
         tables = cuda_plan.start(context, call, index, found, sms[0], src_expert)
@@ -124,7 +124,7 @@ class Dispatcher:
         route = (tables.places, tables.dst_counts, tables.src_counts)
         launch.move(self._context, call, payload, route, (K, found.num_local, by_expert), recv, sms[0])
         if by_expert:
-            exact = found.delivery.counts == "host" and found.layout != MASKED
+            exact = found.options.counts == "host" and found.layout != MASKED
             rows = (small.address + token_end, 0 if exact else counts.delivered)
             self._unpack(call, payload, recv, (tables, found), rows, sms[1])
 
@@ -140,14 +140,14 @@ class Dispatcher:
         """Launch `unpack` for rows that have landed; ``rows``: address of row_idx, rows in all (0: see `Delivered`)."""
         base = self._context.window.base
         if isinstance(plan, Plan):
-            delivery, K = plan.delivery, plan.topk_idx.shape[1]
+            options, K = plan.options, plan.topk_idx.shape[1]
             src_counts, expert_counts = plan.src_counts, plan.expert_counts
-            masked = delivery.layout is Layout.MASKED
+            masked = options.layout is Layout.MASKED
             capacity = plan.num_delivered // expert_counts.shape[0] if masked else 0
         else:
             tables, found = plan
             assert payload.topk_idx is not None
-            delivery, K, capacity = found.delivery, payload.topk_idx.shape[1], found.masked_capacity
+            options, K, capacity = found.options, payload.topk_idx.shape[1], found.masked_capacity
             src_counts, expert_counts = tables.src_counts, tables.expert_counts
         delivered = Delivered(
             base + recv.rows,
@@ -156,9 +156,9 @@ class Dispatcher:
             rows[1],
             payload.row_bytes,
             payload.scale_bytes,
-            delivery.alignment,
+            options.alignment,
             capacity,
-            delivery.zero_padding,
+            options.zero_padding,
         )
         launch.unpack(self._context, call, delivered, (rows[0], K, src_counts, expert_counts), num_sms)
 
@@ -181,9 +181,9 @@ class Dispatcher:
             row_idx = self._no_rows(K)
         plan = Plan(
             self._key,
-            found.delivery,
+            found.options,
             index.shape[0],
-            N if found.delivery.counts == "host" else None,
+            N if found.options.counts == "host" else None,
             counts.delivered,
             dst_token,
             tables.dst_counts,
@@ -214,7 +214,7 @@ class Dispatcher:
     ) -> Dispatched:
         """Tensors over what landed in a block; ``starts`` of rows, scales, weights."""
         offsets, host_counts, staged = more
-        D, allocator, by_rows = plan.num_delivered, self._allocator, plan.delivery.layout is Layout.ROWS
+        D, allocator, by_rows = plan.num_delivered, self._allocator, plan.options.layout is Layout.ROWS
         rows = allocator.tensor(block, starts[0], (D, payload.rows.shape[1]), payload.rows.dtype)
         scale = weights = None
         if payload.scale is not None:
@@ -224,7 +224,7 @@ class Dispatcher:
             weights = allocator.tensor(block, starts[2], shape, torch.float32)
         if staged:
             rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
-        if plan.delivery.layout is Layout.MASKED:
+        if plan.options.layout is Layout.MASKED:
             rows = shaped(rows, plan)
             scale = None if scale is None else shaped(scale, plan)
             weights = None if weights is None else shaped(weights, plan)
@@ -260,7 +260,7 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
 
 def shaped(tensor: Tensor, plan: Plan) -> Tensor:
     """``[rows, ...]`` in the shape of the layout."""
-    if plan.delivery.layout is not Layout.MASKED:
+    if plan.options.layout is not Layout.MASKED:
         return tensor
     num_local = plan.expert_counts.numel()
     return tensor.view(num_local, plan.num_delivered // num_local, *tensor.shape[1:])

@@ -166,7 +166,7 @@ class FlightRecorder:
         if code == Fault.overflow:
             per_expert = " per expert" if dict(fields).get("layout") == 2 else ""
             return CapacityError(
-                f"{call.phase}: delivery.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
+                f"{call.phase}: options.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
                 "raise it, or leave it out for the worst case"
             )
         return self._lost(call, record)

@@ -16,7 +16,7 @@ from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.layout import Room, room
-from tokenferry.types import Delivery, Layout, MoeShape
+from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 CODES = {Layout.ROWS: ROWS, Layout.EXPERTS: EXPERTS, Layout.MASKED: MASKED}
 _NO_LIMIT = 0xFFFFFFFF
@@ -30,7 +30,7 @@ class Geometry:
 
     Attributes:
         shape: Of the group's view.
-        delivery: Of the call.
+        options: Of the call.
         layout: ROWS, EXPERTS or MASKED.
         num_local: L.
         space: How many rows there is room for.
@@ -40,7 +40,7 @@ class Geometry:
     """
 
     shape: MoeShape
-    delivery: Delivery
+    options: DispatchOptions
     layout: int
     num_local: int
     space: Room
@@ -62,7 +62,7 @@ def too_large(shape: MoeShape) -> str:
     return ""
 
 
-def geometry(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Geometry:
+def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geometry:
     """Work out a geometry.
 
     Raises:
@@ -72,22 +72,22 @@ def geometry(shape: MoeShape, delivery: Delivery, num_ranks: int) -> Geometry:
     why_not = too_large(shape)
     if why_not:
         raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
-    layout, space, num_local = CODES[delivery.layout], room(shape, delivery, num_ranks), shape.num_experts // num_ranks
+    layout, space, num_local = CODES[options.layout], room(shape, options, num_ranks), shape.num_experts // num_ranks
     capacity = space.given if layout == MASKED else 0
     limit = min(space.given if space.tight else _NO_LIMIT, _MOST_ROWS[layout != ROWS])
     most = space.given * (num_local if layout == MASKED else 1)
-    if most >= 1 << RANK_SHIFT and (layout == MASKED or delivery.counts == "device"):
+    if most >= 1 << RANK_SHIFT and (layout == MASKED or options.counts == "device"):
         raise CapacityError(
-            f"dispatch: delivery: room for {most} rows, and a place can say less than {1 << RANK_SHIFT}; give a "
-            "smaller Delivery.capacity, or make the group with a smaller max_tokens"
+            f"dispatch: options: room for {most} rows, and a place can say less than {1 << RANK_SHIFT}; give a "
+            "smaller DispatchOptions.capacity, or make the group with a smaller max_tokens"
         )
     return Geometry(
         shape=shape,
-        delivery=delivery,
+        options=options,
         layout=layout,
         num_local=num_local,
         space=space,
-        count_sizes=(shape.num_experts, layout, delivery.alignment, capacity, limit),
+        count_sizes=(shape.num_experts, layout, options.alignment, capacity, limit),
         most_delivered=most,
         masked_capacity=capacity,
     )
@@ -169,7 +169,7 @@ def wait(context: Context, call: Call, found: Geometry) -> Counts:
     if found.layout == ROWS:
         delivered = num_received
     elif found.layout == EXPERTS:
-        unit = found.delivery.alignment
+        unit = found.options.alignment
         delivered = sum(experts) if unit == 1 else sum(-(-rows // unit) * unit for rows in experts)
     else:
         delivered = found.most_delivered

@@ -13,7 +13,7 @@ from tokenferry.bench.core.session import Label, Settings, Trial, expert_group, 
 from tokenferry.bench.core.static_inputs import Inputs, Sizes, check_by_expert, draw, remote_rows
 from tokenferry.bench.suites.calls import BY_EXPERT, groups_of, num_variants
 from tokenferry.errors import BackendUnavailable
-from tokenferry.types import Delivery, Layout, Routing
+from tokenferry.types import DispatchOptions, Layout, Routing
 
 WHO = "vdev_2d"
 MAX_LOCAL_EXPERTS = 16
@@ -105,21 +105,21 @@ def _measure_rival(here: Trial, made: VdevRival, sizes: Sizes) -> None:
 def _measure_ours(here: Trial, sizes: Sizes) -> None:
     sets = _sets(here, sizes)
     routings = [Routing(one.topk_idx, one.topk_weights) for one in sets]
-    device_counts = Delivery(Layout.EXPERTS, counts="device")
+    device_counts = DispatchOptions(Layout.EXPERTS, counts="device")
 
     def work() -> None:
         with expert_group(here, sizes.tokens, sizes.experts, room=sizes.top_k) as group:
-            for call, delivery in (
+            for call, options in (
                 ("dispatch, by expert", BY_EXPERT),
                 ("dispatch, by expert, counts on device", device_counts),
             ):
 
-                def prepare(delivery: Delivery = delivery) -> Step:
+                def prepare(options: DispatchOptions = options) -> Step:
                     for v, (one, routing) in enumerate(zip(sets, routings, strict=True)):
-                        sent = group.dispatch(one.x, routing, delivery=delivery)
+                        sent = group.dispatch(one.x, routing, options=options)
                         check_by_expert("dispatch, EXPERTS", sizes, v, here.rank, groups_of(sent))
                     n = len(sets)
-                    return lambda i: group.dispatch(sets[i % n].x, routings[i % n], delivery=delivery)
+                    return lambda i: group.dispatch(sets[i % n].x, routings[i % n], options=options)
 
                 here.case(_label(here, sizes, "tokenferry", call), prepare)
 

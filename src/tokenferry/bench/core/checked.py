@@ -93,7 +93,7 @@ def _check_decode(
 
 
 def _check_fp8(group: ExpertGroup, spec: Spec, variant: int, inputs: Inputs, routing: Routing) -> None:
-    sent = group.decode_dispatch(inputs.x, routing, fp8=Scale.FLOAT32)
+    sent = group.decode_dispatch(inputs.x, routing, quantize=Scale.FLOAT32)
     if not isinstance(sent.x, Quantized):
         raise WrongAnswer("decode_dispatch, FP8: expected a Quantized")
     for e, index, count in _experts(group, sent):

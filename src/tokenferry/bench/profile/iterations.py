@@ -218,7 +218,7 @@ class Step:
 
     def dispatch(self, stats: DecodeStats | None = None) -> DecodeDispatched:
         """Send."""
-        return self._group.decode_dispatch(self._x, self._routing, fp8=self._fp8, stats=stats)
+        return self._group.decode_dispatch(self._x, self._routing, quantize=self._fp8, stats=stats)
 
     def combine(self, sent: DecodeDispatched, stats: DecodeStats | None = None) -> DecodeCombined:
         """Bring home what the experts answered."""

@@ -26,10 +26,10 @@ from tokenferry.bench.core.static_inputs import (
 )
 from tokenferry.errors import TokenferryError
 from tokenferry.tuning import Topology, tune
-from tokenferry.types import Delivery, Dispatched, Layout, Plan, Quantized, Routing
+from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing
 
-ON_DEVICE = Delivery(counts="device")
-BY_EXPERT = Delivery(Layout.EXPERTS)
+ON_DEVICE = DispatchOptions(counts="device")
+BY_EXPERT = DispatchOptions(Layout.EXPERTS)
 MANY_TOKENS = 4096
 
 
@@ -162,15 +162,15 @@ class _Cases:
 
         def on_device() -> Step:
             for v, ready in enumerate(self.ready):
-                sent = self.group.dispatch(ready.quantized, ready.routing, delivery=ON_DEVICE)
+                sent = self.group.dispatch(ready.quantized, ready.routing, options=ON_DEVICE)
                 self._check("dispatch", v, _trimmed(sent), fp8=True)
-            return lambda i: self.group.dispatch(self._at(i).quantized, self._at(i).routing, delivery=ON_DEVICE)
+            return lambda i: self.group.dispatch(self._at(i).quantized, self._at(i).routing, options=ON_DEVICE)
 
         def by_expert() -> Step:
             for v, ready in enumerate(self.ready):
-                sent = self.group.dispatch(ready.inputs.x, ready.routing, delivery=BY_EXPERT)
+                sent = self.group.dispatch(ready.inputs.x, ready.routing, options=BY_EXPERT)
                 check_by_expert("dispatch, EXPERTS", self.sizes, v, self.here.rank, groups_of(sent))
-            return lambda i: self.group.dispatch(self._at(i).inputs.x, self._at(i).routing, delivery=BY_EXPERT)
+            return lambda i: self.group.dispatch(self._at(i).inputs.x, self._at(i).routing, options=BY_EXPERT)
 
         self._case("dispatch, counts on device", "fp8", None, on_device)
         self._case("dispatch, by expert", "bf16", None, by_expert)
@@ -206,7 +206,7 @@ class _Cases:
         full = None
         for ready in self.ready:
             try:
-                rows.append(self.group.new_rows(ready.plan))
+                rows.append(self.group.empty_rows(ready.plan))
             except TokenferryError as error:
                 full = error
                 break

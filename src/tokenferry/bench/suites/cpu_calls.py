@@ -143,7 +143,7 @@ _DECODE: tuple[tuple[str, Ours, tuple[str, ...]], ...] = (
 )
 _FP8: tuple[str, Ours, tuple[str, ...]] = (
     "decode dispatch, FP8",
-    lambda g, r: g.decode_dispatch(r.inputs.x, r.routing, fp8=Scale.FLOAT32),
+    lambda g, r: g.decode_dispatch(r.inputs.x, r.routing, quantize=Scale.FLOAT32),
     ("out fp8",),
 )
 

@@ -124,7 +124,7 @@ class Desk:
         self.x = first.x.clone()
         self.routing = Routing(first.topk_idx.clone(), first.topk_weights.clone())
         pool.fill(y, first.first, self._now[1])
-        self.plan: DecodePlan = group.decode_dispatch(self.x, self.routing, fp8=Scale.FLOAT32).plan
+        self.plan: DecodePlan = group.decode_dispatch(self.x, self.routing, quantize=Scale.FLOAT32).plan
 
     def load(self, variant: int, shift: int) -> None:
         """Write a set of inputs, and a set of answers."""
@@ -143,7 +143,7 @@ class Desk:
         sent, done, plan = None, None, self.plan
         if case.call != "combine":
             cast = Scale.FLOAT32 if case.fp8 else None
-            sent = self.group.decode_dispatch(self.x, self.routing, fp8=cast, return_hook=hook)
+            sent = self.group.decode_dispatch(self.x, self.routing, quantize=cast, return_hook=hook)
             if sent.hook is not None:
                 sent.hook()
             plan = sent.plan

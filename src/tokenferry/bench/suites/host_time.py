@@ -50,11 +50,11 @@ def _host_times(here: Trial) -> None:
     routing = Routing(inputs.topk_idx, inputs.topk_weights)
     quantized = Quantized(inputs.data, inputs.scale)
     with expert_group(here, TOKENS, room=8) as group:
-        plan = group.dispatch(inputs.x, routing, delivery=ON_DEVICE).plan
-        rows = group.new_rows(plan)
+        plan = group.dispatch(inputs.x, routing, options=ON_DEVICE).plan
+        rows = group.empty_rows(plan)
         calls: dict[str, Callable[[], object]] = {
-            "dispatch, counts on device, bf16": lambda: group.dispatch(inputs.x, routing, delivery=ON_DEVICE),
-            "dispatch, counts on device, fp8": lambda: group.dispatch(quantized, routing, delivery=ON_DEVICE),
+            "dispatch, counts on device, bf16": lambda: group.dispatch(inputs.x, routing, options=ON_DEVICE),
+            "dispatch, counts on device, fp8": lambda: group.dispatch(quantized, routing, options=ON_DEVICE),
             "dispatch, plan kept, bf16": lambda: group.redispatch(inputs.x, plan),
             "dispatch, plan kept, fp8": lambda: group.redispatch(quantized, plan),
             "combine, rows in the group's memory": lambda: group.combine(rows, plan),
@@ -90,9 +90,9 @@ def _throughput_graph(here: Trial) -> None:
         sums = torch.empty_like(inputs.x)
 
         def pair() -> None:
-            sent = group.dispatch(inputs.x, routing, delivery=ON_DEVICE)
+            sent = group.dispatch(inputs.x, routing, options=ON_DEVICE)
             assert isinstance(sent.x, torch.Tensor)
-            y = group.new_rows(sent.plan)
+            y = group.empty_rows(sent.plan)
             torch.mul(sent.x, 1 + here.rank / 8, out=y)
             group.combine(y, sent.plan, out=sums)
 
@@ -125,7 +125,7 @@ def _memory(here: Trial, tokens: int) -> None:
         here.meet()
         warm = bed.used_bytes()
         sent = group.dispatch(inputs.x, routing)
-        group.combine(group.new_rows(sent.plan).zero_(), sent.plan)
+        group.combine(group.empty_rows(sent.plan).zero_(), sent.plan)
         here.meet()
         called = bed.used_bytes()
         received = sent.plan.num_received or 0

@@ -127,7 +127,7 @@ def _measure(here: Trial) -> None:
     with expert_group(here, sizes.tokens) as group:
         sent = group.dispatch(inputs.x, routing)
         assert isinstance(sent.x, Tensor)
-        y = group.new_rows(sent.plan)
+        y = group.empty_rows(sent.plan)
         y.copy_(expert(sent.x, here.rank))
         plan = sent.plan
         del sent

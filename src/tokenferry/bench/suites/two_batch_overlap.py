@@ -128,7 +128,7 @@ class Schedules:
         return []
 
     def _dispatch(self, desk: Desk, *, hook: bool) -> DecodeDispatched:
-        return desk.group.decode_dispatch(desk.x, desk.routing, fp8=Scale.FLOAT32, return_hook=hook)
+        return desk.group.decode_dispatch(desk.x, desk.routing, quantize=Scale.FLOAT32, return_hook=hook)
 
     def _combine(self, desk: Desk, sent: DecodeDispatched, *, hook: bool) -> DecodeCombined:
         return desk.group.decode_combine(desk.y, sent.plan, numerics=self.case.numerics, return_hook=hook)

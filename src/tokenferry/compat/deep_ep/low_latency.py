@@ -90,7 +90,7 @@ def dispatch(
     if on_cpu:
         topk_idx = topk_idx.clone()  # the caller's may be another one when it comes to combine
     sent = view.decode_dispatch(
-        x.detach(), Routing(topk_idx), fp8=fp8, stats=DecodeStats(received, wait_ns), return_hook=return_hook
+        x.detach(), Routing(topk_idx), quantize=fp8, stats=DecodeStats(received, wait_ns), return_hook=return_hook
     )
     rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
     plan = sent.plan

@@ -16,7 +16,7 @@ from tokenferry.checks import INDICES, Checks
 from tokenferry.compat.deep_ep.arguments import Rows, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
-from tokenferry.types import Delivery, Dispatched, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a group whose calls wait for counts: nothing is sized by it, so T is free."""
@@ -107,10 +107,10 @@ def dispatch(
             _check_same(call, given, _count(given.in_rank, None))
         return _dispatch_without_experts(group, rows, x, given, options)
     routing = _agreed(group, routing, given, num_experts, call, same=options.same_routing)
-    delivery = Delivery(counts="device", capacity=num_worst_tokens) if num_worst_tokens else Delivery()
+    delivery = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else DispatchOptions()
     most = _most_tokens(group, height(rows), num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
     shape = MoeShape(num_experts, routing.topk_idx.shape[1], width(rows), most)
-    sent = group.for_shape(shape).dispatch(rows, routing, delivery=delivery, num_sms=options.num_sms)
+    sent = group.for_shape(shape).dispatch(rows, routing, options=delivery, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
     counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
     return from_native(sent.x, x), recv_idx, recv_weights, counts, _make_handle(group, sent.plan, given.in_rank)
