@@ -22,14 +22,15 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 HAVE = $(PY) -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
 
-.PHONY: help demo check test lint sanitize clean
+.PHONY: help demo check test lint format sanitize clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small Mixture-of-Experts model on four local ranks (about a minute)"
 	@echo "make check   format, lint, types, and the tests that need neither ranks nor the emulator (under a minute)"
 	@echo "make test    run all tests, with coverage"
-	@echo "make lint    ruff format, ruff check, mypy --strict"
+	@echo "make lint    ruff format, ruff check, clang-format, mypy --strict"
+	@echo "make format  write Python and device code as lint wants them"
 	@echo "make sanitize  compute-sanitizer over the tests of the kernels; needs a GPU"
 	@echo "make clean   remove .venv and what the others leave behind"
 
@@ -55,11 +56,19 @@ test: $(READY)
 	    set -ex; $(PY) -m pytest $$without $(ARGS); \
 	fi
 
+CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
+DEVICE_CODE = $(shell find src tests -name '*.cuh' -o -name '*.h')
+
 lint: $(READY)
-	@$(HAVE) ruff mypy || { echo "make lint: $(PY) has not both ruff and mypy; install them, or leave out VENV=none"; exit 1; }
+	@$(HAVE) ruff mypy clang_format || { echo "make lint: $(PY) has not all of ruff, mypy and clang-format; install them, or leave out VENV=none"; exit 1; }
 	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run --Werror $(DEVICE_CODE)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(DEVICE_CODE)
 
 # The inner loop: what an edit is most likely to have broken.
 check: lint

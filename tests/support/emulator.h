@@ -32,20 +32,28 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static thread_local  // a block is an OS thread, and each has one block only
 
-struct EmuIndex { unsigned x; };
-struct int4 { int x, y, z, w; };
+struct EmuIndex {
+    unsigned x;
+};
+struct int4 {
+    int x, y, z, w;
+};
 static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 // ---- blocks and fibers
 
-struct EmuCopy { void* to; const void* from; unsigned bytes; };
+struct EmuCopy {
+    void* to;
+    const void* from;
+    unsigned bytes;
+};
 
 struct EmuFiber {
     ucontext_t context;
     EmuIndex index;
     bool done = false;
     unsigned exchanges = 0;
-    const unsigned* watched = nullptr;      // need not run as long as this word is `old`
+    const unsigned* watched = nullptr;  // need not run as long as this word is `old`
     unsigned old = 0;
     std::vector<EmuCopy> open;                 // bulk stores of the group that is not committed yet
     std::vector<std::vector<EmuCopy>> groups;  // committed and not done: each is done when it is waited for, no earlier
@@ -64,8 +72,9 @@ struct EmuBlock {
     std::vector<EmuFiber> fibers;
     std::vector<EmuWarp> warps;
     unsigned current = 0, arrived = 0, generation = 0, progress = 0;
-    bool all[2] = {true, true};                         // of __syncthreads_and; halves take turns
-    std::unordered_map<void*, std::vector<EmuCopy>> loads;  // by barrier: each is done when it is waited for, no earlier
+    bool all[2] = {true, true};  // of __syncthreads_and; halves take turns
+    std::unordered_map<void*, std::vector<EmuCopy>>
+        loads;  // by barrier: each is done when it is waited for, no earlier
     ucontext_t scheduler;
 };
 
@@ -106,7 +115,8 @@ static bool __syncthreads_and(bool value) {
 static void __syncthreads() { __syncthreads_and(true); }
 
 // What each lane brings, once all have.
-template <class T> static const unsigned long long* emu_exchange(unsigned mask, T value) {
+template <class T>
+static const unsigned long long* emu_exchange(unsigned mask, T value) {
     if (mask != ~0u) emu_fail("a warp intrinsic of a part of a warp: the emulator has none");
     EmuWarp& warp = emu_block->warps[threadIdx.x / 32];
     unsigned long long* values = warp.values[EMU_FIBER.exchanges++ & 1];
@@ -117,9 +127,18 @@ template <class T> static const unsigned long long* emu_exchange(unsigned mask, 
     emu_await_change(warp.generation, generation);
     return values;
 }
-template <class T> static T emu_value_of(unsigned long long word) { T value; memcpy(&value, &word, sizeof value); return value; }
-template <class T> static T __shfl_sync(unsigned mask, T value, int lane) { return emu_value_of<T>(emu_exchange(mask, value)[lane & 31]); }
-template <class T> static T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
+template <class T>
+static T emu_value_of(unsigned long long word) {
+    T value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+template <class T>
+static T __shfl_sync(unsigned mask, T value, int lane) {
+    return emu_value_of<T>(emu_exchange(mask, value)[lane & 31]);
+}
+template <class T>
+static T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
     const unsigned long long* values = emu_exchange(mask, value);
     const unsigned lane = threadIdx.x % 32;
     return lane >= delta ? emu_value_of<T>(values[lane - delta]) : value;
@@ -140,14 +159,16 @@ static unsigned __reduce_or_sync(unsigned mask, unsigned value) {
     for (int i = 0; i < 32; i++) value |= (unsigned)values[i];
     return value;
 }
-template <class T> static unsigned __match_any_sync(unsigned mask, T value) {
+template <class T>
+static unsigned __match_any_sync(unsigned mask, T value) {
     const unsigned long long* values = emu_exchange(mask, value);
     unsigned bits = 0;
     for (int i = 0; i < 32; i++) bits |= (unsigned)(values[i] == values[threadIdx.x % 32]) << i;
     return bits;
 }
 static bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
-template <class T> static T __shfl_xor_sync(unsigned mask, T value, int bits) {
+template <class T>
+static T __shfl_xor_sync(unsigned mask, T value, int bits) {
     const unsigned long long* values = emu_exchange(mask, value);
     return emu_value_of<T>(values[(threadIdx.x % 32 ^ (unsigned)bits) & 31]);
 }
@@ -162,19 +183,31 @@ static void __syncwarp() { emu_exchange(~0u, 0); }
 
 static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static void __threadfence_block() { __threadfence(); }
-template <class T> static T __ldg(const T* p) { return *p; }
-template <class T, class U> static T atomicAdd(T* p, U v) { return __atomic_fetch_add(p, (T)v, __ATOMIC_SEQ_CST); }
-template <class T, class U> static T atomicOr(T* p, U v) { return __atomic_fetch_or(p, (T)v, __ATOMIC_SEQ_CST); }
-template <class T> static T atomicCAS(T* p, T old, T v) {
+template <class T>
+static T __ldg(const T* p) {
+    return *p;
+}
+template <class T, class U>
+static T atomicAdd(T* p, U v) {
+    return __atomic_fetch_add(p, (T)v, __ATOMIC_SEQ_CST);
+}
+template <class T, class U>
+static T atomicOr(T* p, U v) {
+    return __atomic_fetch_or(p, (T)v, __ATOMIC_SEQ_CST);
+}
+template <class T>
+static T atomicCAS(T* p, T old, T v) {
     __atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     return old;
 }
-template <class T, class U> static T atomicMin(T* p, U v) {
+template <class T, class U>
+static T atomicMin(T* p, U v) {
     T old = *p;
     while ((T)v < old && !__atomic_compare_exchange_n(p, &old, (T)v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
     return old;
 }
-template <class T, class U> static T atomicMax(T* p, U v) {
+template <class T, class U>
+static T atomicMax(T* p, U v) {
     T old = *p;
     while ((T)v > old && !__atomic_compare_exchange_n(p, &old, (T)v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
     return old;
@@ -189,10 +222,26 @@ static int __ffsll(unsigned long long v) { return __builtin_ffsll(v); }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
-static float __uint_as_float(unsigned v) { float f; memcpy(&f, &v, 4); return f; }
-static unsigned __float_as_uint(float f) { unsigned v; memcpy(&v, &f, 4); return v; }
-static double __longlong_as_double(long long v) { double f; memcpy(&f, &v, 8); return f; }
-static long long __double_as_longlong(double f) { long long v; memcpy(&v, &f, 8); return v; }
+static float __uint_as_float(unsigned v) {
+    float f;
+    memcpy(&f, &v, 4);
+    return f;
+}
+static unsigned __float_as_uint(float f) {
+    unsigned v;
+    memcpy(&v, &f, 4);
+    return v;
+}
+static double __longlong_as_double(long long v) {
+    double f;
+    memcpy(&f, &v, 8);
+    return f;
+}
+static long long __double_as_longlong(double f) {
+    long long v;
+    memcpy(&v, &f, 8);
+    return v;
+}
 static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 static unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
@@ -237,7 +286,8 @@ static unsigned emu_pair(unsigned low, unsigned high) { return low | high << 16;
 // ---- bulk copies
 
 static void emu_check_aligned(const void* to, const void* from, unsigned bytes) {
-    if (((uintptr_t)to | (uintptr_t)from | bytes) % 16 || !bytes) emu_fail("a bulk copy that is empty or not of whole 16 bytes");
+    if (((uintptr_t)to | (uintptr_t)from | bytes) % 16 || !bytes)
+        emu_fail("a bulk copy that is empty or not of whole 16 bytes");
 }
 static void emu_copy(const EmuCopy& one) { memcpy(one.to, one.from, one.bytes); }
 
@@ -261,8 +311,12 @@ static void emu_run_fiber(int i) {
 static void* emu_run_block(void* given) {
     emu_block = (EmuBlock*)given;
     const size_t stack = 64 << 10, bytes = stack * emu_block->threads;
-    unsigned char* stacks = (unsigned char*)mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) { emu_fault = "no memory for the stacks of a block"; return 0; }
+    unsigned char* stacks =
+        (unsigned char*)mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks == MAP_FAILED) {
+        emu_fault = "no memory for the stacks of a block";
+        return 0;
+    }
     for (unsigned i = 0; i < emu_block->threads; i++) {
         EmuFiber& fiber = emu_block->fibers[i];
         fiber.index = {i};
@@ -292,7 +346,8 @@ static void* emu_run_block(void* given) {
 }
 
 // Runs a grid to its end. Null, or what went wrong in this kernel, now or before.
-static const char* emu_run_grid(void (*kernel)(const void*), const void* params, unsigned grid, unsigned threads, unsigned smem) {
+static const char* emu_run_grid(void (*kernel)(const void*), const void* params, unsigned grid, unsigned threads,
+                                unsigned smem) {
     std::vector<EmuBlock> blocks(grid);
     std::vector<pthread_t> running;
     const size_t bytes = (smem + 255) / 128 * 128;
@@ -305,7 +360,10 @@ static const char* emu_run_grid(void (*kernel)(const void*), const void* params,
         one.dynamic = (unsigned char*)aligned_alloc(128, bytes);
         memset(one.dynamic, 0xCD, bytes);
         pthread_t thread;
-        if (pthread_create(&thread, 0, emu_run_block, &one)) { emu_fault = "the system has no thread for a block"; break; }
+        if (pthread_create(&thread, 0, emu_run_block, &one)) {
+            emu_fault = "the system has no thread for a block";
+            break;
+        }
         running.push_back(thread);
     }
     for (pthread_t thread : running) pthread_join(thread, 0);

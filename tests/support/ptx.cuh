@@ -54,8 +54,14 @@ DEV void emu_finish_groups(size_t left) {
     for (; groups.size() > left; groups.erase(groups.begin()))
         for (const EmuCopy& one : groups[0]) emu_copy(one);
 }
-template <int N> DEV void bulk_wait_read() { emu_finish_groups(N); }
-template <int N> DEV void bulk_wait() { emu_finish_groups(N); }
+template <int N>
+DEV void bulk_wait_read() {
+    emu_finish_groups(N);
+}
+template <int N>
+DEV void bulk_wait() {
+    emu_finish_groups(N);
+}
 
 // ---- order between threads and ranks; whoever polls lets others go on
 
@@ -65,14 +71,29 @@ DEV void store_release(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELEASE)
 DEV void store_release(u64* p, u64 v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 DEV void store_relaxed(u64* p, u64 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 DEV void add_release(u32* p, u32 v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
-DEV u32 load_acquire(const u32* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-DEV u64 load_acquire(const u64* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-DEV u32 load_relaxed(const u32* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
-DEV u64 load_relaxed(const u64* p) { emu_change_fiber(); return __atomic_load_n(p, __ATOMIC_RELAXED); }
+DEV u32 load_acquire(const u32* p) {
+    emu_change_fiber();
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+DEV u64 load_acquire(const u64* p) {
+    emu_change_fiber();
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+DEV u32 load_relaxed(const u32* p) {
+    emu_change_fiber();
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+DEV u64 load_relaxed(const u64* p) {
+    emu_change_fiber();
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
 
 DEV void store_relaxed(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 DEV void store_in_block(u32* p, u32 v) { *p = v; }
-DEV u32 load_in_block(const u32* p) { emu_change_fiber(); return *p; }
+DEV u32 load_in_block(const u32* p) {
+    emu_change_fiber();
+    return *p;
+}
 
 DEV float log2_near(float v) { return log2f(v); }
 DEV float exp2_near(float v) { return exp2f(v); }

@@ -323,3 +323,15 @@ def _doc_lines(node: ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunc
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         return first.end_lineno - first.lineno + 1
     return 0
+
+
+def test_the_backends_share_nothing_but_what_lies_above_them():
+    folders = ROOT / "backends"
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, tree in trees()
+        for name, _ in imports(tree)
+        for own, other in (("cpu", "cuda"), ("cuda", "cpu"))
+        if folders / own in path.parents and name.startswith(f"tokenferry.backends.{other}")
+    ]
+    assert not wrong, "\n".join(wrong)

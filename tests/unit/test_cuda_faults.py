@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from tokenferry.backends.cpu.exchange import dtype_code
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Signature
 from tokenferry.errors import MismatchError
+from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.control_block import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
 
 SIGNATURE = Signature(

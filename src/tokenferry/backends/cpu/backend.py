@@ -18,8 +18,9 @@ from tokenferry.backends.base import (
 )
 from tokenferry.backends.cpu import decode
 from tokenferry.backends.cpu import routing as cpu_routing
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Received, Signature, dtype_code
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Received, Signature
 from tokenferry.errors import ArgumentError, BackendUnavailable, CapacityError
+from tokenferry.formats.dtypes import dtype_code
 from tokenferry.layout import Room, Sections, room
 from tokenferry.transports.rendezvous import meet
 from tokenferry.types import (

@@ -14,8 +14,10 @@ from torch import Tensor
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Pending, Received, Signature, dtype_code
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Pending, Received, Signature
+from tokenferry.backends.masking import drop_ranks
 from tokenferry.formats import fp8, logfmt
+from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
 
 _COUNT_BITS = 32
@@ -26,7 +28,7 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
     shape, routing = request.shape, request.routing
     num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
     skip = frozenset(exchange.masked)
-    topk_idx = cpu_routing.without(routing.topk_idx, skip, num_local)
+    topk_idx = drop_ranks(routing.topk_idx, skip, num_local)
     rows: Tensor | Quantized = request.x if request.quantize is None else fp8.cast(request.x, request.quantize)
     payload = Payload(
         rows.data if isinstance(rows, Quantized) else rows,
@@ -101,7 +103,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
 
     def add_up(received: Received) -> None:
         absent = frozenset(exchange.masked) | skip
-        topk_idx = cpu_routing.without(plan.topk_idx, absent, num_local)
+        topk_idx = drop_ranks(plan.topk_idx, absent, num_local)
         if request.fast:
             tokens, expected = cpu_routing.destinations(topk_idx, plan.num_experts, num_ranks)
         else:

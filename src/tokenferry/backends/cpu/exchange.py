@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.routing import as_bytes, words
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
+from tokenferry.formats.dtypes import dtype_name
 from tokenferry.layout import Sections
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
 
@@ -61,17 +61,6 @@ class Signature:
                     "it has to be the same on all ranks"
                 )
         return num_rows
-
-
-def dtype_code(dtype: torch.dtype) -> int:
-    """A number for a dtype that is the same on all ranks, whatever their versions of torch."""
-    return zlib.crc32(str(dtype).encode())
-
-
-def dtype_name(code: int) -> str:
-    """The dtype of `dtype_code`."""
-    dtypes = [d for d in vars(torch).values() if isinstance(d, torch.dtype)]
-    return next((str(d) for d in dtypes if dtype_code(d) == code), f"unknown dtype {code}")
 
 
 def _encoding_name(code: int) -> str:

@@ -209,10 +209,3 @@ def hits(topk_idx: Tensor, width: int, num: int) -> Tensor:
     hit = torch.zeros(topk_idx.shape[0], num + 1, dtype=torch.bool)
     hit.scatter_(1, torch.where(topk_idx >= 0, topk_idx // width, num), True)
     return hit[:, :num]
-
-
-def without(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
-    """Replace the experts of ``ranks`` by -1; on any device."""
-    for rank in ranks:
-        topk_idx = torch.where(topk_idx // num_local == rank, -1, topk_idx)
-    return topk_idx

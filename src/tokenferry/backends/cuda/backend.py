@@ -14,7 +14,6 @@ from tokenferry.backends.base import (
     DispatchRequest,
     RedispatchRequest,
 )
-from tokenferry.backends.cpu.exchange import dtype_code
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
@@ -27,6 +26,7 @@ from tokenferry.backends.cuda.masks import Masks
 from tokenferry.backends.cuda.plan import CODES, Geometry
 from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import ArgumentError
+from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.control_block import TRACE_WORDS
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.tuning import Topology, Tuning, tune

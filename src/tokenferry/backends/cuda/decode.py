@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
-from tokenferry.backends.cpu.exchange import dtype_code
-from tokenferry.backends.cpu.routing import without
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.faults import Signature
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.workspace import Exchange, Workspace, Workspaces
+from tokenferry.backends.masking import drop_ranks
 from tokenferry.errors import ArgumentError, ConfigError
+from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.describe import TYPES
@@ -164,7 +164,7 @@ class Decoder:
         check_limits(shape, context.num_ranks)
         x, weights = aligned(request.x), request.routing.topk_weights
         weights = None if weights is None else weights.contiguous()
-        topk_idx = without(request.routing.topk_idx, context.absent(), shape.num_experts // context.num_ranks)
+        topk_idx = drop_ranks(request.routing.topk_idx, context.absent(), shape.num_experts // context.num_ranks)
         topk_idx = topk_idx.contiguous()
         signature = self._dispatch_signature(request, x, topk_idx, weights is not None)
         call = context.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))

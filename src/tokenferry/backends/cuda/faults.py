@@ -13,8 +13,8 @@ from collections import deque
 
 import torch
 
-from tokenferry.backends.cpu.exchange import dtype_name
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
+from tokenferry.formats.dtypes import dtype_name
 from tokenferry.kernels.control_block import (
     DISPATCH_WORD,
     MAX_EXPERTS,

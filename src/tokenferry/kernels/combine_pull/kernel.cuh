@@ -19,7 +19,9 @@ struct Rows {
     u64 base;  // lane r: where rank r's rows are
     __device__ u32 rank_of(u32 entry, u32) const { return entry >> kRankShift; }
     __device__ u32 place_of(u32 entry) const { return entry & kPlaceMask; }
-    __device__ const u8* at(const CombinePullParams&, u32 rank) const { return reinterpret_cast<const u8*>(__shfl_sync(kAll, base, rank & 31)); }
+    __device__ const u8* at(const CombinePullParams&, u32 rank) const {
+        return reinterpret_cast<const u8*>(__shfl_sync(kAll, base, rank & 31));
+    }
     __device__ bool here(const CombinePullParams&, u32, u32, bool) const { return true; }
     __device__ u32 whole(const CombinePullParams&) const { return 0; }
 };
@@ -31,7 +33,9 @@ DEV void bring_weights(const CombinePullParams& p, u32 t, const u32 (*handshakes
     for (u32 k = threadIdx.x % 32; k < K; k += 32) {
         const u32 slot = (u32)slots[k], r = slot >> kRankShift;
         float weight = 0.f;
-        if ((i32)slot >= 0) weight = reinterpret_cast<const float*>(p.windows[r] + (u64)handshakes[r][kFirstOffset + 1] * 16)[slot & kPlaceMask];
+        if ((i32)slot >= 0)
+            weight = reinterpret_cast<const float*>(p.windows[r] +
+                                                    (u64)handshakes[r][kFirstOffset + 1] * 16)[slot & kPlaceMask];
         reinterpret_cast<float*>(p.weights_out)[(u64)t * K + k] = weight;
     }
 }
@@ -54,7 +58,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_pull(const 
     const i64* rows_out = reinterpret_cast<const i64*>(p.rows_out);
     const i64* rows_in = reinterpret_cast<const i64*>(p.rows_in);
     if (blockIdx.x == 0)
-        publish_handshake(p, epoch, [&](u32 w, u32 peer) -> u32 { return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w]; });
+        publish_handshake(p, epoch, [&](u32 w, u32 peer) -> u32 {
+            return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w];
+        });
     if (!read_handshakes(p, epoch, handshakes, blockIdx.x == 0, [&](u32 peer) { return (u32)rows_in[peer]; })) return;
     fence_async();  // the bulk loads that follow see what the cards promise
     warp.rows.base = lane < p.num_ranks ? (u64)p.windows[lane] + (u64)handshakes[lane][kFirstOffset] * 16 : 0;

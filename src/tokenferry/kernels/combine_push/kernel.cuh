@@ -23,12 +23,14 @@ constexpr bool kGrouped = false;
 #include "device/add.cuh"
 
 constexpr u32 kStartWord = kFirstOffset + 2;  // of a card: rows of the sender before those for its reader
-constexpr u32 kShiftWord = kFirstOffset + 3;  // units that the sender of the card wants to be told of have so many bits of rows
-constexpr u32 kRowsAtWord = kFirstOffset + 4;  // of a card: where its sender's rows are for all to fetch; 0: they are brought
-constexpr u32 kRoomWord = kFirstOffset + 5;   // of a card: rows that its sender has room for, of its reader
+constexpr u32 kShiftWord =
+    kFirstOffset + 3;  // units that the sender of the card wants to be told of have so many bits of rows
+constexpr u32 kRowsAtWord =
+    kFirstOffset + 4;  // of a card: where its sender's rows are for all to fetch; 0: they are brought
+constexpr u32 kRoomWord = kFirstOffset + 5;  // of a card: rows that its sender has room for, of its reader
 constexpr u32 kMostStages = 3;
-constexpr u32 kBackoffPolls = 256;   // polls of those that add up, before they spin
-constexpr u32 kBehind = 2;   // pieces after which the stores of one are waited for
+constexpr u32 kBackoffPolls = 256;  // polls of those that add up, before they spin
+constexpr u32 kBehind = 2;          // pieces after which the stores of one are waited for
 
 // Where rows are: brought, on a peer, or this rank's own. Lane r has rank r's.
 struct Rows {
@@ -39,11 +41,13 @@ struct Rows {
     u32 epoch;
     __device__ u32 rank_of(u32, u32 column) const { return column; }
     __device__ u32 place_of(u32 entry) const { return entry; }
-    __device__ const u8* at(const CombinePushParams&, u32 rank) const { return reinterpret_cast<const u8*>(__shfl_sync(kAll, base, rank & 31)); }
+    __device__ const u8* at(const CombinePushParams&, u32 rank) const {
+        return reinterpret_cast<const u8*>(__shfl_sync(kAll, base, rank & 31));
+    }
     __device__ bool here(const CombinePushParams& p, u32 rank, u32 place, bool mine) const {
         if (!mine || ready >> rank & 1) return true;
         const u32 row = place - start;  // the lane of an entry is that of its rank
-        if (row >= count) {  // not the plan that this rank has
+        if (row >= count) {             // not the plan that this rank has
             give_up(p, kMismatch, rank, kStartWord, start, place, rank, 0);
             return false;
         }
@@ -104,7 +108,8 @@ DEV void flag_peers(Queue* queues, u32 warps, u32 epoch) {
 DEV u32 units_of(const Way& way) { return (way.rows + (1u << way.shift) - 1) >> way.shift; }
 
 // One thread. `next`: its first unit; `dealt` units were dealt out.
-DEV void push_rows(const CombinePushParams& p, const Way* ways, u32 next, u32 dealt, u8* buffers, u64* barriers, Slot* slots, Queue& queue) {
+DEV void push_rows(const CombinePushParams& p, const Way* ways, u32 next, u32 dealt, u8* buffers, u64* barriers,
+                   Slot* slots, Queue& queue) {
     const u32 peers = p.num_ranks - 1, stages = p.stages;
     u32 total = 0;
     for (u32 r = 0; r < p.num_ranks; r++) total = max(total, units_of(ways[r]));
@@ -163,7 +168,9 @@ DEV void bring_weights(const CombinePushParams& p, u32 t, const u32 (*handshakes
     for (u32 k = threadIdx.x % 32; k < K; k += 32) {
         float sum = 0.f;
         for (u32 r = 0; r < p.num_ranks; r++)
-            if (row[r] >= 0) sum += reinterpret_cast<const float*>(p.windows[r] + (u64)handshakes[r][kFirstOffset + 1] * 16)[(u64)(u32)row[r] * K + k];
+            if (row[r] >= 0)
+                sum += reinterpret_cast<const float*>(p.windows[r] + (u64)handshakes[r][kFirstOffset + 1] *
+                                                                         16)[(u64)(u32)row[r] * K + k];
         reinterpret_cast<float*>(p.weights_out)[(u64)t * K + k] = sum;
     }
 }
@@ -195,7 +202,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
     const i64* rows_in = reinterpret_cast<const i64*>(p.rows_in);
     if (blockIdx.x == 0)
         publish_handshake(p, epoch, [&](u32 w, u32 peer) -> u32 {
-            if (w == kFirstOffset) return p.handshake[w] + (u32)(rows_before(rows_in, peer, p.rank) * (p.row_bytes / 16));
+            if (w == kFirstOffset)
+                return p.handshake[w] + (u32)(rows_before(rows_in, peer, p.rank) * (p.row_bytes / 16));
             if (w == kStartWord) return (u32)rows_before(rows_out, peer, kMaxRanks);
             if (w == kRoomWord) return (u32)rows_in[peer];
             return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w];
@@ -218,7 +226,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
     }
     if (!__syncthreads_and(good)) return;
     if (pushes && index < p.warps && lane == 0)
-        push_rows(p, ways, blockIdx.x * p.warps + index, p.pushers * p.warps, shared + index * p.stages * p.pitch, barriers[index], slots[index], queues[index]);
+        push_rows(p, ways, blockIdx.x * p.warps + index, p.pushers * p.warps, shared + index * p.stages * p.pitch,
+                  barriers[index], slots[index], queues[index]);
     if (pushes && index == warps - 1) flag_peers(queues, p.warps, epoch);
     if (adds) {
         __syncthreads();  // a single block's buffers have been read
@@ -233,8 +242,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
         warp.rows.ready = ~__ballot_sync(kAll, comes);
         warp.rows.epoch = epoch;
         warp.rows.base = (u64)p.source;
-        if (comes) warp.rows.base = (u64)p.windows[p.rank] + (u64)p.handshake[kFirstOffset] * 16 + (rows_before(rows_in, lane, p.rank) - warp.rows.start) * p.row_bytes;
-        else if (lane < R && lane != p.rank) warp.rows.base = (u64)p.windows[lane] + (u64)handshakes[lane][kRowsAtWord] * 16;
+        if (comes)
+            warp.rows.base = (u64)p.windows[p.rank] + (u64)p.handshake[kFirstOffset] * 16 +
+                             (rows_before(rows_in, lane, p.rank) - warp.rows.start) * p.row_bytes;
+        else if (lane < R && lane != p.rank)
+            warp.rows.base = (u64)p.windows[lane] + (u64)handshakes[lane][kRowsAtWord] * 16;
         warp.units = count_units(p, warp.rows);
         warp.dealt = (gridDim.x - first) * warps;
         warp.next = (blockIdx.x - first) * warps + index;

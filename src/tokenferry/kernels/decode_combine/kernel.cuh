@@ -14,12 +14,15 @@
 //          256 B of static shared memory.
 // Tests    tests/cuda/test_decode_combine.py, tests/contract/test_decode.py, tests/emulator, tests/compile.
 #include "device/decode.cuh"
-#include "device/number.cuh"
 #include "device/encoding.cuh"
+#include "device/number.cuh"
 
-constexpr u32 kBatch = kType == 2 || kEncoding == 2 ? 2 : 4;  // rows whose chunks are in flight together; registers bound them
+constexpr u32 kBatch =
+    kType == 2 || kEncoding == 2 ? 2 : 4;  // rows whose chunks are in flight together; registers bound them
 
-DEV u8* packets_of(const DecodeCombineParams& p, const Turn& turn, u32 at) { return p.workspaces[at] + p.packets_at + turn.half * p.packets_stride; }
+DEV u8* packets_of(const DecodeCombineParams& p, const Turn& turn, u32 at) {
+    return p.workspaces[at] + p.packets_at + turn.half * p.packets_stride;
+}
 DEV u32 chunks_of(const DecodeCombineParams& p) { return (p.columns + 511) / 512; }
 DEV u8* chunk_at(const DecodeCombineParams& p, u8* packets, u32 row, u32 chunk) {
     return packets + ((u64)row * chunks_of(p) + chunk) * (kPackets * 16);
@@ -36,7 +39,7 @@ struct Batch {
 // The next places in order: of slots (exact), or of experts (fast). Lane k holds those of slots k and k + 32.
 DEV void next_places(const u32 (&place)[2], u64& left, u32& after, Batch& places, Batch& slots) {
     places.size = slots.size = 0;
-    #pragma unroll
+#pragma unroll
     for (u32 q = 0; q < kBatch; q++) {
         if (kFast) {
             // after: one more than the last place, so that 0 has its turn.
@@ -73,7 +76,8 @@ DEV void open_piece(const DecodeCombineParams& p, Piece& piece) {
     piece.t = turns / piece.chunks;
     piece.next += piece.step;
     if (piece.t >= p.max_tokens) return;
-    const u32* places = reinterpret_cast<const u32*>(p.table) + kPlacesWord + ((u64)piece.from * p.max_tokens + piece.t) * K;
+    const u32* places =
+        reinterpret_cast<const u32*>(p.table) + kPlacesWord + ((u64)piece.from * p.max_tokens + piece.t) * K;
     piece.place[0] = lane < K ? places[lane] : kOnes;
     piece.place[1] = lane + 32 < K ? places[lane + 32] : kOnes;
 }
@@ -92,13 +96,13 @@ DEV void send_row(const DecodeCombineParams& p, const Turn& turn, const Piece& p
         if (!rows.size) break;
         int4 v[kBatch][kUnits];
         float weight[kBatch];
-        #pragma unroll
+#pragma unroll
         for (u32 q = 0; q < kBatch; q++)
             if (q < rows.size) {
                 read_units(p.y, rows.what[q], p.columns, chunk, v[q]);
                 if (kFast) weight[q] = __ldg(reinterpret_cast<const float*>(p.row_weights) + rows.what[q]);
             }
-        #pragma unroll
+#pragma unroll
         for (u32 q = 0; q < kBatch; q++) {
             if (q >= rows.size) continue;
             if (kFast) add_weighted(v[q], weight[q], sum);
@@ -118,7 +122,8 @@ DEV void send_rows(const DecodeCombineParams& p, const Turn& turn, u32 tokens, P
     while (piece.t < most) {
         const Piece here = piece;
         open_piece(p, piece);  // on its way while this one is sent
-        if (here.t < __shfl_sync(kAll, tokens, (int)here.from) && (turn.alive >> here.from & 1)) send_row(p, turn, here);
+        if (here.t < __shfl_sync(kAll, tokens, (int)here.from) && (turn.alive >> here.from & 1))
+            send_row(p, turn, here);
     }
 }
 
@@ -135,18 +140,20 @@ struct Slots {
 
 DEV void load_slots(const DecodeCombineParams& p, u32 t, Slots& s) {
     const u32 lane = threadIdx.x % 32, K = p.top_k;
-    #pragma unroll
+#pragma unroll
     for (u32 h = 0; h < 2; h++) {
         const u32 k = h * 32 + lane;
         const u64 at = (u64)t * K + k;
-        s.expert[h] = k >= K ? kOnes : p.wide ? (u32)reinterpret_cast<const i64*>(p.topk_idx)[at] : reinterpret_cast<const u32*>(p.topk_idx)[at];
+        s.expert[h] = k >= K   ? kOnes
+                      : p.wide ? (u32) reinterpret_cast<const i64*>(p.topk_idx)[at]
+                               : reinterpret_cast<const u32*>(p.topk_idx)[at];
         s.weight[h] = k < K ? reinterpret_cast<const float*>(p.weights)[at] : 0.f;
     }
 }
 
 // Leaves out the experts of ranks that do not take part, and finds those that are repeated.
 DEV void sort_slots(const DecodeCombineParams& p, u32 alive, Slots& s) {
-    #pragma unroll
+#pragma unroll
     for (u32 h = 0; h < 2; h++) {
         s.first[h] = h * 32 + threadIdx.x % 32;
         s.owner[h] = s.rank[h] = s.expert[h] / p.num_local;
@@ -162,7 +169,8 @@ DEV void sort_slots(const DecodeCombineParams& p, u32 alive, Slots& s) {
 
 // Slots (fast: ranks) whose packets come from some ranks.
 DEV u64 slots_of(const DecodeCombineParams& p, u32 ranks, const Slots& s) {
-    const bool low = s.owner[0] < p.num_ranks && ranks >> s.owner[0] & 1, high = s.owner[1] < p.num_ranks && ranks >> s.owner[1] & 1;
+    const bool low = s.owner[0] < p.num_ranks && ranks >> s.owner[0] & 1,
+               high = s.owner[1] < p.num_ranks && ranks >> s.owner[1] & 1;
     if (kFast) return __reduce_or_sync(kAll, (low ? 1u << s.owner[0] : 0) | (high ? 1u << s.owner[1] : 0));
     return __ballot_sync(kAll, low) | (u64)__ballot_sync(kAll, high) << 32;
 }
@@ -173,13 +181,15 @@ DEV bool add_token(const DecodeCombineParams& p, Turn& turn, Slots& s, u32 t, u3
     u8* packets = packets_of(p, turn, p.rank);
     sort_slots(p, turn.alive, s);
     u64 left = __ballot_sync(kAll, s.rank[0] != kOnes) | (u64)__ballot_sync(kAll, s.rank[1] != kOnes) << 32;
-    if (kFast) left = __reduce_or_sync(kAll, (s.rank[0] != kOnes ? 1u << s.rank[0] : 0) | (s.rank[1] != kOnes ? 1u << s.rank[1] : 0));
+    if (kFast)
+        left = __reduce_or_sync(
+            kAll, (s.rank[0] != kOnes ? 1u << s.rank[0] : 0) | (s.rank[1] != kOnes ? 1u << s.rank[1] : 0));
     u64 taken = 0;  // slots (fast: ranks) whose packets have been read and are to be cleared
     float sum[16] = {};
     while (left) {
         u32 rank[kBatch], row[kBatch], number[kBatch], size = 0, missing = 0;
         float weight[kBatch];
-        #pragma unroll
+#pragma unroll
         for (u32 q = 0; q < kBatch; q++) {
             if (!left) break;
             const u32 k = __ffsll(left) - 1;
@@ -199,12 +209,12 @@ DEV bool add_token(const DecodeCombineParams& p, Turn& turn, Slots& s, u32 t, u3
         Coded v[kBatch];
         SpinDeadline deadline;
         for (;;) {
-            // All loads are on their way before one is looked at.
-            #pragma unroll
+// All loads are on their way before one is looked at.
+#pragma unroll
             for (u32 q = 0; q < kBatch; q++)
                 if (q < size) load_coded(chunk_at(p, packets, row[q], chunk), v[q]);
             missing = 0;
-            #pragma unroll
+#pragma unroll
             for (u32 q = 0; q < kBatch; q++)
                 if (q < size && !has_come(v[q], p.columns, chunk)) missing |= 1u << q;
             if (__all_sync(kAll, missing == 0)) break;
@@ -218,20 +228,23 @@ DEV bool add_token(const DecodeCombineParams& p, Turn& turn, Slots& s, u32 t, u3
                 turn.alive &= ~(1u << rank[q]);
             }
             if (!p.mask_late) return false;
-            // Nobody waits for the lost ones again.
-            #pragma unroll
+// Nobody waits for the lost ones again.
+#pragma unroll
             for (u32 h = 0; h < 2; h++)
                 if (s.rank[h] != kOnes && !(turn.alive >> s.rank[h] & 1)) s.rank[h] = kOnes;
-            left &= kFast ? turn.alive : __ballot_sync(kAll, s.rank[0] != kOnes) | (u64)__ballot_sync(kAll, s.rank[1] != kOnes) << 32;
+            left &= kFast
+                        ? turn.alive
+                        : __ballot_sync(kAll, s.rank[0] != kOnes) | (u64)__ballot_sync(kAll, s.rank[1] != kOnes) << 32;
             break;
         }
-        #pragma unroll
+#pragma unroll
         for (u32 q = 0; q < kBatch; q++) {
             if (q >= size || missing >> q & 1) continue;
             float n[16];
             decode(v[q], n);
-            #pragma unroll
-            for (u32 i = 0; i < 16; i++) sum[i] = kFast ? __fadd_rn(sum[i], n[i]) : __fadd_rn(sum[i], __fmul_rn(weight[q], n[i]));
+#pragma unroll
+            for (u32 i = 0; i < 16; i++)
+                sum[i] = kFast ? __fadd_rn(sum[i], n[i]) : __fadd_rn(sum[i], __fmul_rn(weight[q], n[i]));
             taken |= 1ull << number[q];
             mark_rows(p, rank[q]);
         }
@@ -258,7 +271,8 @@ DEV void add_tokens(const DecodeCombineParams& p, Turn& turn, Slots& slots, u32 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) decode_combine(const __grid_constant__ DecodeCombineParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    decode_combine(const __grid_constant__ DecodeCombineParams p) {
     const bool tells = blockIdx.x == gridDim.x - 1, sends = p.phases & kSend;
     wait_for_kernel_before();
     mark(p, kTraceStart);

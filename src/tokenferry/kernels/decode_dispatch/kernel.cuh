@@ -20,12 +20,14 @@
 #include "decode_dispatch/receive.cuh"
 #include "decode_dispatch/send.cuh"
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) decode_dispatch(const __grid_constant__ DecodeDispatchParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    decode_dispatch(const __grid_constant__ DecodeDispatchParams p) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ u32 tokens[kMaxRanks];
     const bool tells = blockIdx.x == gridDim.x - 1, sends = p.phases & kSend;
     const u32 kept = p.choices ? 0 : (p.num_tokens * p.top_k * 2 + 15) & ~15u;
-    Arrivals a = {reinterpret_cast<u32*>(shared + kept), reinterpret_cast<u32*>(shared + kept) + p.num_ranks * p.num_local, tokens};
+    Arrivals a = {reinterpret_cast<u32*>(shared + kept),
+                  reinterpret_cast<u32*>(shared + kept) + p.num_ranks * p.num_local, tokens};
     i32* table = reinterpret_cast<i32*>(p.table);
     u16* choices = p.choices ? reinterpret_cast<u16*>(p.choices) : reinterpret_cast<u16*>(shared);
     wait_for_kernel_before();
@@ -41,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) decode_dispatch(con
         good = tells || share.notes ? read_choices<true>(p, choices) : read_choices<false>(p, choices);
         room = has_room(p, opening);
         if (tells)
-            for (u32 i = threadIdx.x; i < p.num_ranks * (p.num_local + (p.max_tokens + 31) / 32); i += blockDim.x) a.bases[i] = 0;  // bits lie behind them
+            for (u32 i = threadIdx.x; i < p.num_ranks * (p.num_local + (p.max_tokens + 31) / 32); i += blockDim.x)
+                a.bases[i] = 0;  // bits lie behind them
     }
     bool ready = good && room;
     const Known& known = share_opening(opening, ready);

@@ -59,7 +59,8 @@ DEV void note_absent(const DecodeDispatchParams& p, u64 row) {
 }
 
 DEV u32 word_of(const int4& note, u32 k) {
-    const u32 x = __shfl_sync(kAll, (u32)note.x, (int)(k / 3 % 32)), y = __shfl_sync(kAll, (u32)note.y, (int)(k / 3 % 32));
+    const u32 x = __shfl_sync(kAll, (u32)note.x, (int)(k / 3 % 32)),
+              y = __shfl_sync(kAll, (u32)note.y, (int)(k / 3 % 32));
     const u32 z = __shfl_sync(kAll, (u32)note.z, (int)(k / 3 % 32));
     return k % 3 == 0 ? x : k % 3 == 1 ? y : z;
 }
@@ -81,39 +82,43 @@ DEV bool receive_part(const DecodeDispatchParams& p, Turn& turn, const Arrivals&
     const u32 codes = code_notes(p), wanted = first ? row_notes(p) : codes;
     u8* row_at = packets + ((u64)t * p.row_units + unit + lane) * 16;
     u8* scale_at = packets + ((u64)p.max_tokens * p.row_units + (u64)t * p.scale_units + unit / 32) * 16;
-    const u32 mine = p.row_units - unit > lane ? (p.row_units - unit - lane + 31) / 32 : 0;  // packets of this lane, if so many are taken
+    const u32 mine = p.row_units - unit > lane ? (p.row_units - unit - lane + 31) / 32
+                                               : 0;  // packets of this lane, if so many are taken
     const u32 num_scales = kCast ? min(kScales, p.scale_units - unit / 32) : 0;
     int4 v[kTaken], code = make_int4(0, 0, 0, 0), weight = make_int4(0, 0, 0, 0), scales[kScales];
     SpinDeadline deadline;
     for (;;) {
-        // All loads are on their way before one is looked at. What lies behind a row's end is loaded, too, and ignored.
-        #pragma unroll
+// All loads are on their way before one is looked at. What lies behind a row's end is loaded, too, and ignored.
+#pragma unroll
         for (u32 i = 0; i < kTaken; i++) v[i] = load_packet(row_at + i * 512);
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kScales; i++)
             if (kCast) scales[i] = load_packet(scale_at + i * 16);  // every lane the same
         if (lane < codes) code = load_packet(notes + lane * 16);
         if (lane + codes < wanted) weight = load_packet(notes + (codes + lane) * 16);
-        bool here = (lane >= codes || (u32)code.w == turn.epoch) && (lane + codes >= wanted || (u32)weight.w == turn.epoch);
-        #pragma unroll
+        bool here =
+            (lane >= codes || (u32)code.w == turn.epoch) && (lane + codes >= wanted || (u32)weight.w == turn.epoch);
+#pragma unroll
         for (u32 i = 0; i < kTaken; i++) here &= i >= mine || !is_empty(v[i]);
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kScales; i++) here &= i >= num_scales || !is_empty(scales[i]);
         if (__all_sync(kAll, here)) break;
         const u32 state = __shfl_sync(kAll, lane == 0 ? poll_deadline(p, deadline) : kWait, 0);
         if (state == kWait) continue;
         if (lane == 0 && state == kLate) mask_peer(p, from, kLateRows, (u32)code.w, turn.epoch, p.timeout_ns);
-        if (first) note_absent(p, (u64)from * p.max_tokens + t);  // a combine reads places of all tokens that were announced
+        if (first)
+            note_absent(p, (u64)from * p.max_tokens + t);  // a combine reads places of all tokens that were announced
         turn.alive &= ~(1u << from);
         return state == kLate && p.mask_late;
     }
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < kTaken; i++)
         if (i < mine) clear_packet(row_at + i * 512);
     if (lane < num_scales) clear_packet(scale_at + lane * 16);
     const u64 row = (u64)from * p.max_tokens + t;
     for (u32 h = 0; h < (K + 31) / 32; h++) {
-        const u32 k = h * 32 + lane, slot_code = word_of(code, k), slot_weight = first && p.weighted ? word_of(weight, k) : 0;
+        const u32 k = h * 32 + lane, slot_code = word_of(code, k),
+                  slot_weight = first && p.weighted ? word_of(weight, k) : 0;
         const u32 place = k < K ? place_of(p, a, from, slot_code) : kOnes;
         if (first && k < K) {
             reinterpret_cast<i32*>(p.table)[kPlacesWord + row * K + k] = (i32)place;
@@ -124,10 +129,12 @@ DEV bool receive_part(const DecodeDispatchParams& p, Turn& turn, const Arrivals&
         }
         for (u32 m = __ballot_sync(kAll, place != kOnes); m; m &= m - 1) {
             const u32 to = __shfl_sync(kAll, place, __ffs(m) - 1);
-            #pragma unroll
+#pragma unroll
             for (u32 i = 0; i < kTaken; i++)
                 if (i < mine) reinterpret_cast<int4*>(p.out)[(u64)to * p.row_units + unit + lane + i * 32] = v[i];
-            if constexpr (kCast) store_scales(p.scale_out, scales, to, p.num_ranks * p.max_tokens, unit / 32, (p.columns + 127) / 128, p.scale_format);
+            if constexpr (kCast)
+                store_scales(p.scale_out, scales, to, p.num_ranks * p.max_tokens, unit / 32, (p.columns + 127) / 128,
+                             p.scale_format);
         }
     }
     mark_rows(p, from);
@@ -161,4 +168,3 @@ DEV void receive_rows(const DecodeDispatchParams& p, Turn& turn, const Arrivals&
         }
     }
 }
-

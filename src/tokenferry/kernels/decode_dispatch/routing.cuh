@@ -4,12 +4,12 @@
 #include "device/decode.cuh"
 
 constexpr u32 kNone = 0x7fff, kBad = 0x7ffe, kRepeated = 0x8000;  // choices: an expert, or one of these
-constexpr u32 kChunk = kCast ? 32 : 64;  // packets of a row that a warp sends at a time
-constexpr u32 kTaken = 4;                // packets that a lane receives at a time
-constexpr u32 kScales = kCast ? kTaken : 1;  // packets of scales among them, each of 512 columns
+constexpr u32 kChunk = kCast ? 32 : 64;                           // packets of a row that a warp sends at a time
+constexpr u32 kTaken = 4;                                         // packets that a lane receives at a time
+constexpr u32 kScales = kCast ? kTaken : 1;                       // packets of scales among them, each of 512 columns
 
 DEV i64 index_at(const DecodeDispatchParams& p, u32 i) {
-    return p.wide ? reinterpret_cast<const i64*>(p.topk_idx)[i] : (i64)reinterpret_cast<const i32*>(p.topk_idx)[i];
+    return p.wide ? reinterpret_cast<const i64*>(p.topk_idx)[i] : (i64) reinterpret_cast<const i32*>(p.topk_idx)[i];
 }
 DEV u8* words_of(const DecodeDispatchParams& p, const Turn& turn, u32 at, u32 from) {
     return p.workspaces[at] + (turn.half * p.num_ranks + from) * p.words_stride;
@@ -29,18 +29,22 @@ DEV bool marks_at_once(const DecodeDispatchParams& p) { return 32 % p.top_k == 0
 
 // Brings the choices into shared memory (kKeep), marks the second and later ones of an expert in a token if that is easy, and
 // returns whether all of this thread's are in [-1, E).
-template <bool kKeep> DEV bool read_choices(const DecodeDispatchParams& p, u16* choices) {
+template <bool kKeep>
+DEV bool read_choices(const DecodeDispatchParams& p, u16* choices) {
     constexpr u32 kAtOnce = 4;
     const u32 n = p.num_tokens * p.top_k, E = p.num_local * p.num_ranks;
     bool good = true;
     for (u32 first = threadIdx.x; first - threadIdx.x < n; first += kAtOnce * blockDim.x) {
         i64 e[kAtOnce];
-        #pragma unroll
+#pragma unroll
         for (u32 j = 0; j < kAtOnce; j++) {
             const u32 i = first + j * blockDim.x;
-            e[j] = i >= n ? 0 : !p.choices ? index_at(p, i) : choices[i] == kBad ? E : 0;  // prepared by the host: only looked at
+            e[j] = i >= n               ? 0
+                   : !p.choices         ? index_at(p, i)
+                   : choices[i] == kBad ? E
+                                        : 0;  // prepared by the host: only looked at
         }
-        #pragma unroll
+#pragma unroll
         for (u32 j = 0; j < kAtOnce; j++) {
             const u32 i = first + j * blockDim.x;
             if (first - threadIdx.x + j * blockDim.x >= n) break;  // the same for all lanes
@@ -108,4 +112,3 @@ DEV void send_counts(const DecodeDispatchParams& p, const Turn& turn, const u16*
         store_relaxed(reinterpret_cast<u64*>(words_of(p, turn, r, p.rank)) + w, (u64)turn.epoch << 32 | value);
     }
 }
-

@@ -10,7 +10,7 @@ DEV u32 earlier_rows(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) 
     for (u32 i = group * 8; i + 8 <= n; i += groups * 8) {
         const int4 v = *reinterpret_cast<const int4*>(choices + i);
         const u32 w[4] = {(u32)v.x, (u32)v.y, (u32)v.z, (u32)v.w};
-        #pragma unroll
+#pragma unroll
         for (u32 j = 0; j < 4; j++) found += ((w[j] & 0xffff) == mine) + (w[j] >> 16 == mine);
     }
     if (group == 0)
@@ -21,10 +21,13 @@ DEV u32 earlier_rows(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) 
 // The weight of this lane's slot.
 DEV float weight_of(const DecodeDispatchParams& p, u32 t) {
     const u32 lane = threadIdx.x % 32;
-    return p.weighted && t < p.num_tokens && lane < p.top_k ? __ldg(reinterpret_cast<const float*>(p.weights) + (u64)t * p.top_k + lane) : 0.f;
+    return p.weighted && t < p.num_tokens && lane < p.top_k
+               ? __ldg(reinterpret_cast<const float*>(p.weights) + (u64)t * p.top_k + lane)
+               : 0.f;
 }
 
-DEV void send_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* choices, u32 t, u32 ranks, float low_weight) {
+DEV void send_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* choices, u32 t, u32 ranks,
+                    float low_weight) {
     const u32 lane = threadIdx.x % 32, K = p.top_k, first = t * K;
     const bool wide = K > 32;
     u32 lanes = 1;
@@ -33,7 +36,8 @@ DEV void send_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* 
     const float* weights = reinterpret_cast<const float*>(p.weights) + first;
     float weight[2] = {low_weight, 0.f};
     if (wide && p.weighted && lane + 32 < K) weight[1] = __ldg(weights + lane + 32);
-    const bool repeats = __ballot_sync(kAll, (lane < K && choices[first + lane] & kRepeated) || (lane + 32 < K && choices[first + lane + 32] & kRepeated));
+    const bool repeats = __ballot_sync(kAll, (lane < K && choices[first + lane] & kRepeated) ||
+                                                 (lane + 32 < K && choices[first + lane + 32] & kRepeated));
     for (u32 h = 0; h <= (u32)wide; h++) {
         const u32 k = lane % lanes + 32 * h, e = k < K ? choices[first + k] : kNone;
         u32 all = e < kBad && first ? earlier_rows(choices, first, e, lanes, lane / lanes) : 0;
@@ -48,13 +52,15 @@ DEV void send_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* 
     for (u32 n = lane; n < ((all_notes + 31) & ~31u); n += 32) {
         const bool is_code = n < notes;
         u32 word[3];
-        #pragma unroll
+#pragma unroll
         for (u32 j = 0; j < 3; j++) {
             const u32 k = (is_code ? n : n - notes) * 3 + j;
-            const u32 its_code = __shfl_sync(kAll, code[0], (int)(k % 32)), its_weight = __float_as_uint(__shfl_sync(kAll, weight[0], (int)(k % 32)));
+            const u32 its_code = __shfl_sync(kAll, code[0], (int)(k % 32)),
+                      its_weight = __float_as_uint(__shfl_sync(kAll, weight[0], (int)(k % 32)));
             word[j] = is_code ? its_code : its_weight;
             if (wide) {
-                const u32 high_code = __shfl_sync(kAll, code[1], (int)(k % 32)), high_weight = __float_as_uint(__shfl_sync(kAll, weight[1], (int)(k % 32)));
+                const u32 high_code = __shfl_sync(kAll, code[1], (int)(k % 32)),
+                          high_weight = __float_as_uint(__shfl_sync(kAll, weight[1], (int)(k % 32)));
                 if (k >= 32) word[j] = is_code ? high_code : high_weight;
             }
             if (k >= K) word[j] = kOnes;
@@ -71,7 +77,7 @@ DEV void send_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* 
 // What a block sends. Its warps' chunks, counted over all rows, are `step` apart; the first blocks have notes as well.
 struct Share {
     u32 chunks, first, step, end;
-    u32 notes;  // blocks that send notes, if this is one of them; else 0
+    u32 notes;     // blocks that send notes, if this is one of them; else 0
     float weight;  // of the first note's slots, on its way
 };
 
@@ -82,7 +88,8 @@ DEV Share share_of(const DecodeDispatchParams& p) {
     const u32 index = blockIdx.x >= noting ? blockIdx.x - noting : blockIdx.x + blocks - noting;
     const bool notes = blockIdx.x < noting;
     const float weight = notes ? weight_of(p, threadIdx.x / 32 * noting + blockIdx.x) : 0.f;
-    return {chunks, threadIdx.x / 32 * blocks + index, blocks * warps, p.num_tokens * chunks, notes ? noting : 0, weight};
+    return {chunks, threadIdx.x / 32 * blocks + index, blocks * warps, p.num_tokens * chunks, notes ? noting : 0,
+            weight};
 }
 
 DEV void send_all_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* choices, const Share& share) {
@@ -115,7 +122,7 @@ DEV void load_chunk(const DecodeDispatchParams& p, u32 number, const u32 chunks,
     if constexpr (kCast) {
         load_columns(p.x, t, p.columns, chunk * 512 + lane * 16, load.v);
     } else {
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) {
             const u32 unit = chunk * kChunk + i * 32 + lane;
             if (unit < p.row_units) load.v[i] = __ldg(reinterpret_cast<const int4*>(p.x) + (u64)t * p.row_units + unit);
@@ -139,7 +146,7 @@ DEV void send_chunk(const DecodeDispatchParams& p, const Turn& turn, u32 t, u32 
     if constexpr (kCast) {
         v[0] = cast_packet(load.v, p.scale_format, scales);
     } else {
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) v[i] = guarded(load.v[i]);
     }
     // Each rank begins with the next one: so no rank gets all rows at the same time.
@@ -147,12 +154,13 @@ DEV void send_chunk(const DecodeDispatchParams& p, const Turn& turn, u32 t, u32 
         const u32 r = p.rank + i < p.num_ranks ? p.rank + i : p.rank + i - p.num_ranks;
         if (!(ranks >> r & 1)) continue;
         u8* to = packets_of(p, turn, r, p.rank);
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) {
             const u32 unit = chunk * kChunk + i * 32 + lane;
             if (unit < p.row_units) store_packet(to + ((u64)t * p.row_units + unit) * 16, v[i]);
         }
-        if (kCast && lane == 31) store_packet(to + ((u64)p.max_tokens * p.row_units + (u64)t * p.scale_units + chunk) * 16, scales);
+        if (kCast && lane == 31)
+            store_packet(to + ((u64)p.max_tokens * p.row_units + (u64)t * p.scale_units + chunk) * 16, scales);
     }
 }
 

@@ -15,12 +15,12 @@
 //   here(p, rank, place, mine)       waits until a row is there, if it is `mine`; all lanes call it. False: the group is broken
 //   whole(p)                         for how many tokens, from the first on, a unit has all pieces
 #pragma once
-#include "device/sync.cuh"
 #include "device/number.cuh"
+#include "device/sync.cuh"
 
 constexpr u32 kPiece = 2048, kChunks = kPiece / 512;
-constexpr u32 kGroup = 4;    // rows that one barrier waits for
-constexpr u32 kStages = 2;   // groups in a warp's ring
+constexpr u32 kGroup = 4;   // rows that one barrier waits for
+constexpr u32 kStages = 2;  // groups in a warp's ring
 
 // A unit, and the piece that is at hand. Lane i holds entries i and i + 32.
 struct Unit {
@@ -29,18 +29,20 @@ struct Unit {
     u64 all, left;  // bit per entry; those of the piece that are still to come
 };
 
-template <class Rows> struct Warp {
+template <class Rows>
+struct Warp {
     Rows rows;
     u8* buffers;    // [kStages][kGroup][kPiece]
     u64* barriers;  // [kStages]
     u32 units, dealt;
-    u32 next;       // lane 0: the unit to open next
-    u32 queue;      // lane i: the unit that was opened as i-th, modulo 32
+    u32 next;   // lane 0: the unit to open next
+    u32 queue;  // lane i: the unit that was opened as i-th, modulo 32
     u32 opened;
     bool broken;
 };
 
-template <class P, class Rows> DEV void open_unit(const P& p, const Rows& rows, u32 index, Unit& unit) {
+template <class P, class Rows>
+DEV void open_unit(const P& p, const Rows& rows, u32 index, Unit& unit) {
     const u32 lane = threadIdx.x % 32;
     const u32 whole = rows.whole(p);
     if (index < whole) {
@@ -57,7 +59,8 @@ template <class P, class Rows> DEV void open_unit(const P& p, const Rows& rows, 
     unit.all = __ballot_sync(kAll, unit.low >= 0 && is_alive(p, rows.rank_of((u32)unit.low, lane)));
     if (p.width > 32) {
         unit.high = lane + 32 < p.width ? __ldg(entries + lane + 32) : -1;
-        unit.all |= (u64)__ballot_sync(kAll, unit.high >= 0 && is_alive(p, rows.rank_of((u32)unit.high, lane + 32))) << 32;
+        unit.all |= (u64)__ballot_sync(kAll, unit.high >= 0 && is_alive(p, rows.rank_of((u32)unit.high, lane + 32)))
+                    << 32;
     }
     unit.left = unit.all;
 }
@@ -71,17 +74,21 @@ DEV bool next_piece(Unit& unit) {
 }
 
 // Of all tokens.
-template <class P, class Rows> DEV u32 count_units(const P& p, const Rows& rows) {
+template <class P, class Rows>
+DEV u32 count_units(const P& p, const Rows& rows) {
     const u32 whole = rows.whole(p);
     return whole + ((u32)p.num_tokens - whole) * p.pieces;
 }
 
-template <class P> DEV u32 bytes_of(const P& p, const Unit& unit) { return min(kPiece, p.row_bytes - unit.piece * kPiece); }
+template <class P>
+DEV u32 bytes_of(const P& p, const Unit& unit) {
+    return min(kPiece, p.row_bytes - unit.piece * kPiece);
+}
 
 // Takes up to kGroup entries off the unit; returns their bits.
 DEV u64 take(Unit& unit) {
     u64 group = 0;
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < kGroup; i++) {
         group |= unit.left & -unit.left;
         unit.left &= unit.left - 1;
@@ -91,16 +98,20 @@ DEV u64 take(Unit& unit) {
 }
 
 // Waits for the row of one entry, if it is of the group; called by all lanes, each with its own entry.
-template <class P, class Rows> DEV bool await_entry(const P& p, const Rows& rows, u64 group, u32 number, i32 entry) {
+template <class P, class Rows>
+DEV bool await_entry(const P& p, const Rows& rows, u64 group, u32 number, i32 entry) {
     return rows.here(p, rows.rank_of((u32)entry, number), rows.place_of((u32)entry), group >> number & 1);
 }
 
 // Loads it.
-template <class P, class Rows> DEV void load_entry(const P& p, const Warp<Rows>& warp, const Unit& unit, u64 group, u32 number, i32 entry, u32 stage) {
+template <class P, class Rows>
+DEV void load_entry(const P& p, const Warp<Rows>& warp, const Unit& unit, u64 group, u32 number, i32 entry, u32 stage) {
     const u8* base = warp.rows.at(p, warp.rows.rank_of((u32)entry, number));
     if (!(group >> number & 1)) return;
     const u32 slot = stage * kGroup + __popcll(group & ((1ull << number) - 1));
-    bulk_load(warp.buffers + slot * kPiece, base + (u64)warp.rows.place_of((u32)entry) * p.row_bytes + (u64)unit.piece * kPiece, bytes_of(p, unit), warp.barriers + stage);
+    bulk_load(warp.buffers + slot * kPiece,
+              base + (u64)warp.rows.place_of((u32)entry) * p.row_bytes + (u64)unit.piece * kPiece, bytes_of(p, unit),
+              warp.barriers + stage);
 }
 
 // The sums of one piece: 16 bytes in each of kChunks places a lane.
@@ -109,10 +120,11 @@ struct Sums {
     Number part[kGrouped ? kChunks : 1][kPerChunk];  // of the rank at hand
 };
 
-template <class P> DEV void start_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
-    #pragma unroll
+template <class P>
+DEV void start_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
+#pragma unroll
     for (u32 c = 0; c < kChunks; c++) {
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kPerChunk; i++) {
             s.total[c][i] = 0;
             if constexpr (kGrouped) s.part[c][i] = 0;
@@ -123,47 +135,54 @@ template <class P> DEV void start_sums(const P& p, const Unit& unit, u32 bytes, 
             const u8* bias = b ? p.bias1 : p.bias0;
             if (!bias || at >= bytes) continue;
             Number n[kPerChunk];
-            unpack_chunk(*reinterpret_cast<const int4*>(bias + (u64)unit.token * p.row_bytes + unit.piece * kPiece + at), n);
-            #pragma unroll
+            unpack_chunk(
+                *reinterpret_cast<const int4*>(bias + (u64)unit.token * p.row_bytes + unit.piece * kPiece + at), n);
+#pragma unroll
             for (u32 i = 0; i < kPerChunk; i++) s.total[c][i] += n[i];
         }
     }
 }
 
 DEV void add_row(const u8* buffer, u32 bytes, bool new_rank, Sums& s) {
-    #pragma unroll
+#pragma unroll
     for (u32 c = 0; c < kChunks; c++) {
         const u32 at = c * 512 + threadIdx.x % 32 * 16;
         if (at >= bytes) continue;
         Number n[kPerChunk];
         unpack_chunk(*reinterpret_cast<const int4*>(buffer + at), n);
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kPerChunk; i++) {
             if constexpr (kGrouped) {
-                if (new_rank) { s.total[c][i] += s.part[c][i]; s.part[c][i] = 0; }
+                if (new_rank) {
+                    s.total[c][i] += s.part[c][i];
+                    s.part[c][i] = 0;
+                }
                 s.part[c][i] += n[i];
             } else s.total[c][i] += n[i];
         }
     }
 }
 
-template <class P> DEV void store_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
-    #pragma unroll
+template <class P>
+DEV void store_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
+#pragma unroll
     for (u32 c = 0; c < kChunks; c++) {
         const u32 at = c * 512 + threadIdx.x % 32 * 16;
         if (at >= bytes) continue;
         if constexpr (kGrouped) {
-            #pragma unroll
+#pragma unroll
             for (u32 i = 0; i < kPerChunk; i++) s.total[c][i] += s.part[c][i];
         }
-        *reinterpret_cast<int4*>(p.out + (u64)unit.token * p.row_bytes + unit.piece * kPiece + at) = pack_chunk(s.total[c]);
+        *reinterpret_cast<int4*>(p.out + (u64)unit.token * p.row_bytes + unit.piece * kPiece + at) =
+            pack_chunk(s.total[c]);
     }
 }
 
 // Starts the loads of the next group; `ahead` is the unit that loads have come to, `done` the number of units summed up.
 // False: no unit is left, or too many without rows lie between, or the group is broken.
 // Rows are waited for with the first piece of a unit: each wait is a trip to memory.
-template <class P, class Rows> DEV bool load_group(const P& p, Warp<Rows>& warp, Unit& ahead, u32 stage, u32 done) {
+template <class P, class Rows>
+DEV bool load_group(const P& p, Warp<Rows>& warp, Unit& ahead, u32 stage, u32 done) {
     const u32 lane = threadIdx.x % 32;
     while (!ahead.left) {
         if (ahead.all && next_piece(ahead)) continue;
@@ -189,7 +208,9 @@ template <class P, class Rows> DEV bool load_group(const P& p, Warp<Rows>& warp,
 }
 
 // Adds the rows of one group to the sums, in order. Returns the rank of the last.
-template <class P, class Rows> DEV u32 add_group(const P& p, const Warp<Rows>& warp, const Unit& here, u64 group, u32 stage, u32 last_rank, Sums& sums) {
+template <class P, class Rows>
+DEV u32 add_group(const P& p, const Warp<Rows>& warp, const Unit& here, u64 group, u32 stage, u32 last_rank,
+                  Sums& sums) {
     const u32 bytes = bytes_of(p, here);
     const u8* buffer = warp.buffers + stage * kGroup * kPiece;
     for (u64 left = group; left; left &= left - 1, buffer += kPiece) {
@@ -207,7 +228,8 @@ template <class P, class Rows> DEV u32 add_group(const P& p, const Warp<Rows>& w
 
 // The sums of all units that this warp takes. `first(unit)` is called with every one, before its sums are there. False: the group is
 // broken.
-template <class P, class Rows, class F> DEV bool add_up(const P& p, Warp<Rows>& warp, F first) {
+template <class P, class Rows, class F>
+DEV bool add_up(const P& p, Warp<Rows>& warp, F first) {
     Unit here, ahead;
     ahead.left = ahead.all = 0;
     u32 issued = 0, consumed = 0;  // groups
@@ -226,7 +248,8 @@ template <class P, class Rows, class F> DEV bool add_up(const P& p, Warp<Rows>& 
             while (here.left) {
                 fill(kStages, done);
                 if (warp.broken) {  // memory of a block that ends must not be written
-                    for (; consumed != issued; consumed++) mbarrier_wait(warp.barriers + consumed % kStages, consumed / kStages & 1);
+                    for (; consumed != issued; consumed++)
+                        mbarrier_wait(warp.barriers + consumed % kStages, consumed / kStages & 1);
                     return false;
                 }
                 const u32 stage = consumed % kStages;

@@ -21,19 +21,23 @@ constexpr u32 kSend = 1, kReceive = 2;  // p.phases
 constexpr u32 kEpochWord = 0;   // of its dispatch
 constexpr u32 kAliveWord = 1;   // ranks to which rows were sent; 0: nothing follows, the call came to nothing
 constexpr u32 kTokensWord = 8;  // [from]: tokens that a rank brought; 0 if it was left out
-constexpr u32 kPlacesWord = 16;  // [from * M + token][K]: where the row is here, of each slot; -1: not here, or as an earlier slot
+constexpr u32 kPlacesWord =
+    16;  // [from * M + token][K]: where the row is here, of each slot; -1: not here, or as an earlier slot
 
 // What a block writes down for a timeline: p.trace [blocks][kTraceWords], nanoseconds of this GPU's clock.
 constexpr u32 kTraceWords = 32;
 constexpr u32 kTraceStart = 0, kTraceReady = 1, kTraceSent = 2, kTraceCounts = 3, kTraceEnd = 4;
 constexpr u32 kTraceSignature = 8;  // [from]: its message was seen
-constexpr u32 kTraceRows = 16;  // [from]: its last row was here
+constexpr u32 kTraceRows = 16;      // [from]: its last row was here
 
-template <class P> DEV void mark(const P& p, u32 word) {
+template <class P>
+DEV void mark(const P& p, u32 word) {
     if (p.trace && threadIdx.x == 0) reinterpret_cast<u64*>(p.trace)[blockIdx.x * kTraceWords + word] = clock_ns();
 }
-template <class P> DEV void mark_rows(const P& p, u32 from) {
-    if (p.trace && threadIdx.x % 32 == 0) atomicMax(reinterpret_cast<u64*>(p.trace) + blockIdx.x * kTraceWords + kTraceRows + from, clock_ns());
+template <class P>
+DEV void mark_rows(const P& p, u32 from) {
+    if (p.trace && threadIdx.x % 32 == 0)
+        atomicMax(reinterpret_cast<u64*>(p.trace) + blockIdx.x * kTraceWords + kTraceRows + from, clock_ns());
 }
 
 struct Turn {
@@ -44,9 +48,12 @@ struct Turn {
 // ---- packets
 
 constexpr u32 kOnes = 0xffffffffu;
-constexpr u64 kMaskedAck = ~0ull;  // instead of an ack: its writer has let this rank go. No ack is: the lower half has even epochs
+constexpr u64 kMaskedAck =
+    ~0ull;  // instead of an ack: its writer has let this rank go. No ack is: the lower half has even epochs
 
-DEV bool is_empty(const int4& v) { return (u32)v.x == kOnes && (u32)v.y == kOnes && (u32)v.z == kOnes && (u32)v.w == kOnes; }
+DEV bool is_empty(const int4& v) {
+    return (u32)v.x == kOnes && (u32)v.y == kOnes && (u32)v.z == kOnes && (u32)v.w == kOnes;
+}
 
 // Data must not look like an empty packet: NaNs with all bits set lose the lowest one.
 DEV int4 guarded(int4 v) {
@@ -67,7 +74,8 @@ constexpr u32 kWait = 0, kLate = 1, kBroken = 2;
 
 DEV u64 waited_ns(const SpinDeadline& deadline) { return deadline.start ? clock_ns() - deadline.start : 0; }
 
-template <class P> static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
+template <class P>
+static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
     ControlBlock* mine = control_block(p, p.rank);
     if (load_relaxed(&mine->failed)) return kBroken;
     const u64 now = clock_ns();
@@ -82,7 +90,8 @@ template <class P> static __device__ __noinline__ u32 check_deadline(const P& p,
 }
 
 // Whether to go on polling.
-template <class P> DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
+template <class P>
+DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
     if (++deadline.spins % 64) return kWait;
     u64 start = deadline.start;  // a copy: what a call may write does not stay in a register
     const u32 state = check_deadline(p, start);
@@ -92,7 +101,8 @@ template <class P> DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
 
 // A peer whose `word` does not come is in another call than this rank: it has sent in a channel in which this rank has not, or
 // met where it has not.
-template <class P> static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
+template <class P>
+static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
     const ControlBlock* mine = control_block(p, p.rank);
     const u32 met = load_relaxed(&mine->epoch) + 1, sent = load_relaxed(&mine->sends[1 - channel]) + 1;
     u64 seen = load_relaxed(&mine->handshake[met & 1][peer][0]);
@@ -108,7 +118,8 @@ template <class P> static __device__ __noinline__ bool is_in_another_call(const 
 }
 
 // This rank has waited in vain. True: from now on the peer is masked, and the call goes on without it.
-template <class P> static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
+template <class P>
+static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
     if (!p.mask_late) {
         give_up(p, code, peer, 0, seen, expected, peer, waited);
         return false;
@@ -121,12 +132,14 @@ template <class P> static __device__ __noinline__ bool mask_peer(const P& p, u32
 }
 
 // Whether the blocks have agreed that a peer's message did not come in time.
-template <class P> DEV bool given_up(const P& p, u32 channel, u32 epoch, u32 peer) {
+template <class P>
+DEV bool given_up(const P& p, u32 channel, u32 epoch, u32 peer) {
     return load_relaxed(&control_block(p, p.rank)->verdict[channel][peer]) == ((u64)epoch << 32 | 2);
 }
 
 // All blocks have to agree whether a peer's message came in time. Who has waited for long asks; the first says.
-template <class P> static __device__ __noinline__ bool agree(const P& p, u32 channel, u32 epoch, u32 peer, bool came) {
+template <class P>
+static __device__ __noinline__ bool agree(const P& p, u32 channel, u32 epoch, u32 peer, bool came) {
     u64* verdict = &control_block(p, p.rank)->verdict[channel][peer];
     u64 old = load_relaxed(verdict);
     for (;;) {
@@ -138,7 +151,8 @@ template <class P> static __device__ __noinline__ bool agree(const P& p, u32 cha
 }
 
 // Waits for a word of a peer's message: kWait: it is here; else the peer is lost, or the group.
-template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word, u32& value) {
+template <class P>
+DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word, u32& value) {
     u64 seen = load_relaxed(word);
     SpinDeadline deadline;
     while (epoch_in(seen) != epoch) {
@@ -146,15 +160,19 @@ template <class P> DEV u32 read_word(const P& p, u32 channel, u32 epoch, u32 pee
         seen = load_relaxed(word);  // it may have come while this looked at the clock
         if (epoch_in(seen) == epoch) break;
         if (state == kBroken) return kBroken;
-        if (p.mask_late && deadline.start && deadline.spins % 64 == 0 && given_up(p, channel, epoch, peer)) return kLate;
+        if (p.mask_late && deadline.start && deadline.spins % 64 == 0 && given_up(p, channel, epoch, peer))
+            return kLate;
         if (state == kLate) {
             if (p.mask_late && agree(p, channel, epoch, peer, false)) deadline.start = 0;  // another block has seen it
             else return mask_peer(p, peer, kLateHandshake, epoch_in(seen), epoch, p.timeout_ns) ? kLate : kBroken;
         }
-        if (deadline.start && deadline.spins % 4096 == 0 && is_in_another_call(p, channel, epoch, peer, word)) return kBroken;
+        if (deadline.start && deadline.spins % 4096 == 0 && is_in_another_call(p, channel, epoch, peer, word))
+            return kBroken;
     }
     value = (u32)seen;
-    if (p.mask_late && deadline.start && 2 * waited_ns(deadline) > p.timeout_ns && !agree(p, channel, epoch, peer, true)) return kLate;
+    if (p.mask_late && deadline.start && 2 * waited_ns(deadline) > p.timeout_ns &&
+        !agree(p, channel, epoch, peer, true))
+        return kLate;
     return kWait;
 }
 
@@ -170,28 +188,36 @@ struct Opening {
 struct Known {
     u32 sends, masked, failed, stopped, unused[4];
     u32 table[kPlacesWord];  // the head of the plan's table
-    u32 pending[2];           // of a combine that was sent: epoch, ranks that take part
+    u32 pending[2];          // of a combine that was sent: epoch, ranks that take part
 };
 static_assert(sizeof(Known) <= 32 * 4, "a warp reads it");
 
-template <class P> DEV Opening read_opening(const P& p, u32 channel, const u8* table, const u8* pending) {
+template <class P>
+DEV Opening read_opening(const P& p, u32 channel, const u8* table, const u8* pending) {
     const ControlBlock* mine = control_block(p, p.rank);
     const u32 lane = threadIdx.x;
     Opening o = {0, 0};
     if (lane >= 32) return o;
-    if (lane < 4) o.word = load_relaxed(lane == 0 ? &mine->sends[channel] : lane == 1 ? &mine->masked : lane == 2 ? &mine->failed : &mine->stopped);
+    if (lane < 4)
+        o.word = load_relaxed(lane == 0   ? &mine->sends[channel]
+                              : lane == 1 ? &mine->masked
+                              : lane == 2 ? &mine->failed
+                                          : &mine->stopped);
     else if (lane >= 8 && lane < 8 + kPlacesWord && table) o.word = reinterpret_cast<const u32*>(table)[lane - 8];
-    else if (lane >= 8 + kPlacesWord && lane < 10 + kPlacesWord && pending) o.word = reinterpret_cast<const u32*>(pending)[lane - 8 - kPlacesWord];
+    else if (lane >= 8 + kPlacesWord && lane < 10 + kPlacesWord && pending)
+        o.word = reinterpret_cast<const u32*>(pending)[lane - 8 - kPlacesWord];
     if (lane < p.num_ranks) o.acks = load_acquire(&mine->acks[channel][lane]);
     return o;
 }
 
 // Whether all peers have received what the next send will overwrite, as far as the first warp knows.
-template <class P> DEV bool has_room(const P& p, const Opening& o) {
+template <class P>
+DEV bool has_room(const P& p, const Opening& o) {
     if (threadIdx.x >= 32) return true;
     const u32 sends = __shfl_sync(kAll, o.word, 0), masked = __shfl_sync(kAll, o.word, 1);
     const u32 seen = (u32)(o.acks >> (sends & 1 ? 0 : 32));  // the next epoch's half
-    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) || (o.acks != kMaskedAck && (i32)(seen - (sends - 1)) >= 0);
+    return threadIdx.x >= p.num_ranks || !(p.alive & ~masked & 1u << threadIdx.x) ||
+           (o.acks != kMaskedAck && (i32)(seen - (sends - 1)) >= 0);
 }
 
 // Hands out what the first warp has read; all threads of a block. `good` becomes whether it is so in all of them.
@@ -203,10 +229,14 @@ DEV const Known& share_opening(const Opening& o, bool& good) {
 }
 
 // The next send.
-template <class P> DEV Turn next_turn(const P& p, const Known& known) { return {known.sends + 1, (known.sends + 1) & 1, p.alive & ~known.masked}; }
+template <class P>
+DEV Turn next_turn(const P& p, const Known& known) {
+    return {known.sends + 1, (known.sends + 1) & 1, p.alive & ~known.masked};
+}
 
 // Moves the epoch on once every block has read it; one thread of every block.
-template <class P> DEV void close_send(const P& p, u32 channel, const Turn& turn) {
+template <class P>
+DEV void close_send(const P& p, u32 channel, const Turn& turn) {
     ControlBlock* mine = control_block(p, p.rank);
     if (add_acquire_release(&mine->opened[channel], 1) != gridDim.x - 1) return;
     mine->opened[channel] = 0;
@@ -215,28 +245,37 @@ template <class P> DEV void close_send(const P& p, u32 channel, const Turn& turn
 
 // Tells all peers what this rank has received: packets that earlier kernels of this stream have cleared; all threads of one block,
 // when it has done what others wait for, since a release takes its time.
-template <class P> DEV void send_acks(const P& p, const Turn& turn) {
+template <class P>
+DEV void send_acks(const P& p, const Turn& turn) {
     ControlBlock* mine = control_block(p, p.rank);
     for (u32 i = threadIdx.x; i < 2 * p.num_ranks; i += blockDim.x) {
         const u32 peer = i / 2, c = i % 2;
-        if (turn.alive >> peer & 1) store_release(&control_block(p, peer)->acks[c][p.rank], *reinterpret_cast<const u64*>(mine->received[c]));
+        if (turn.alive >> peer & 1)
+            store_release(&control_block(p, peer)->acks[c][p.rank], *reinterpret_cast<const u64*>(mine->received[c]));
     }
 }
 
 // A word of this call's signature; `dispatch`: see kDispatchWord.
-template <class P> DEV u32 signature_word(const P& p, u32 w, u32 dispatch) { return w == kDispatchWord ? dispatch : p.handshake[w]; }
+template <class P>
+DEV u32 signature_word(const P& p, u32 w, u32 dispatch) {
+    return w == kDispatchWord ? dispatch : p.handshake[w];
+}
 
 // Tells all peers the signature of this call; all threads of one block, once there is room.
-template <class P> DEV void send_signature(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
+template <class P>
+DEV void send_signature(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
     for (u32 i = threadIdx.x; i < p.num_ranks * kSignatureWords; i += blockDim.x) {
         const u32 peer = i / kSignatureWords, w = i % kSignatureWords;
-        if (turn.alive >> peer & 1) store_relaxed(&control_block(p, peer)->signatures[channel][turn.half][p.rank][w], (u64)turn.epoch << 32 | signature_word(p, w, dispatch));
+        if (turn.alive >> peer & 1)
+            store_relaxed(&control_block(p, peer)->signatures[channel][turn.half][p.rank][w],
+                          (u64)turn.epoch << 32 | signature_word(p, w, dispatch));
     }
 }
 
 // Waits until every peer has received what this send will overwrite; all threads of every block. The last one counts the time.
 // False: broken.
-template <class P> static __device__ __noinline__ bool wait_for_room(const P& p, u32 channel, Turn& turn) {
+template <class P>
+static __device__ __noinline__ bool wait_for_room(const P& p, u32 channel, Turn& turn) {
     bool good = true;
     const u32 peer = threadIdx.x;
     u32 lost = 0;
@@ -250,11 +289,13 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
             if (ack != kMaskedAck && (i32)(seen - (turn.epoch - 2)) >= 0) break;
             const u32 state = ack == kMaskedAck && p.mask_late ? kLate : poll_deadline(p, deadline);
             if (state == kWait) continue;
-            if (state == kBroken || !mask_peer(p, peer, kLateHandshake, seen, turn.epoch - 2, p.timeout_ns)) good = false;
+            if (state == kBroken || !mask_peer(p, peer, kLateHandshake, seen, turn.epoch - 2, p.timeout_ns))
+                good = false;
             else lost = 1u << peer;
             break;
         }
-        if (p.wait_ns && peer != p.rank && blockIdx.x == gridDim.x - 1) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, clock_ns() - start);
+        if (p.wait_ns && peer != p.rank && blockIdx.x == gridDim.x - 1)
+            atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, clock_ns() - start);
     }
     if (!__syncthreads_and(good)) return false;
     if (p.mask_late) {
@@ -271,14 +312,16 @@ template <class P> static __device__ __noinline__ bool wait_for_room(const P& p,
 // ---- receiving
 
 // Waits for the signatures of all peers and compares them; one block. Counts the time. False: broken.
-template <class P> DEV bool check_signatures(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
+template <class P>
+DEV bool check_signatures(const P& p, u32 channel, const Turn& turn, u32 dispatch) {
     // A warp a peer: threads of a warp wait together, and each peer's time is to be its own.
     for (u32 peer = threadIdx.x / 32; peer < p.num_ranks; peer += blockDim.x / 32) {
         const u32 w = threadIdx.x % 32;
         if (w >= kSignatureWords || !(turn.alive >> peer & 1)) continue;
         u32 value;
         const u64 start = clock_ns();
-        const u32 state = read_word(p, channel, turn.epoch, peer, &control_block(p, p.rank)->signatures[channel][turn.half][peer][w], value);
+        const u32 state = read_word(p, channel, turn.epoch, peer,
+                                    &control_block(p, p.rank)->signatures[channel][turn.half][peer][w], value);
         if (w == 0 && peer != p.rank) {
             const u64 now = clock_ns();
             if (p.wait_ns) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, now - start);
@@ -293,6 +336,7 @@ template <class P> DEV bool check_signatures(const P& p, u32 channel, const Turn
     return true;
 }
 
-template <class P> DEV void mark_received(const P& p, u32 channel, const Turn& turn) {
+template <class P>
+DEV void mark_received(const P& p, u32 channel, const Turn& turn) {
     control_block(p, p.rank)->received[channel][turn.half] = turn.epoch;
 }

@@ -21,35 +21,39 @@ struct Coded {
 
 DEV u32 unit_of(u32 i) { return kEncoding == 0 ? i * 32 + threadIdx.x % 32 : threadIdx.x % 32 * kUnits + i; }
 DEV bool has_unit(u32 columns, u32 chunk, u32 i) { return chunk * 512 + unit_of(i) * kUnitColumns < columns; }
-DEV u64 unit_index(u64 row, u32 columns, u32 chunk, u32 i) { return row * (columns / kUnitColumns) + chunk * (512 / kUnitColumns) + unit_of(i); }
+DEV u64 unit_index(u64 row, u32 columns, u32 chunk, u32 i) {
+    return row * (columns / kUnitColumns) + chunk * (512 / kUnitColumns) + unit_of(i);
+}
 
 DEV void read_units(const u8* rows, u64 row, u32 columns, u32 chunk, int4 (&v)[kUnits]) {
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < kUnits; i++)
-        v[i] = has_unit(columns, chunk, i) ? __ldg(reinterpret_cast<const int4*>(rows) + unit_index(row, columns, chunk, i)) : make_int4(0, 0, 0, 0);
+        v[i] = has_unit(columns, chunk, i)
+                   ? __ldg(reinterpret_cast<const int4*>(rows) + unit_index(row, columns, chunk, i))
+                   : make_int4(0, 0, 0, 0);
 }
 
 DEV void write_units(u8* rows, u64 row, u32 columns, u32 chunk, const int4 (&v)[kUnits]) {
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < kUnits; i++)
         if (has_unit(columns, chunk, i)) reinterpret_cast<int4*>(rows)[unit_index(row, columns, chunk, i)] = v[i];
 }
 
 DEV void unpack_units(const int4 (&v)[kUnits], float (&n)[16]) {
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < kUnits; i++) {
         Number part[kPerChunk];
         unpack_chunk(v[i], part);
-        #pragma unroll
+#pragma unroll
         for (u32 j = 0; j < kPerChunk; j++) n[i * kPerChunk + j] = part[j];
     }
 }
 
 DEV void pack_units(const float (&n)[16], int4 (&v)[kUnits]) {
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < kUnits; i++) {
         Number part[kPerChunk];
-        #pragma unroll
+#pragma unroll
         for (u32 j = 0; j < kPerChunk; j++) part[j] = n[i * kPerChunk + j];
         v[i] = pack_chunk(part);
     }
@@ -58,11 +62,13 @@ DEV void pack_units(const float (&n)[16], int4 (&v)[kUnits]) {
 DEV void add_weighted(const int4 (&v)[kUnits], float weight, float (&sum)[16]) {
     float n[16];
     unpack_units(v, n);
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < 16; i++) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, n[i]));
 }
 
-DEV float word_float(const int4& v, u32 i) { return __uint_as_float((u32)(i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w)); }
+DEV float word_float(const int4& v, u32 i) {
+    return __uint_as_float((u32)(i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w));
+}
 
 // ---- numbers to packets and back; all lanes
 
@@ -78,12 +84,13 @@ DEV void encode(const float (&n)[16], int4& packet, int4* more) {
         packet = encode_log(n, fifth, lo, step);
         const u32 lane = threadIdx.x % 32;
         u32 w[4];
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < 4; i++) w[i] = __shfl_sync(kAll, fifth, (int)(lane * 4 + i) & 31);
         more[0] = make_int4((int)w[0], (int)w[1], (int)w[2], (int)w[3]);
         const u32 a = __float_as_uint(lo), b = __float_as_uint(step);
         const u32 g = lane * 16 & 31;  // lane 0: groups 0 and 1; lane 1: groups 2 and 3
-        const u32 lo0 = __shfl_sync(kAll, a, (int)g), step0 = __shfl_sync(kAll, b, (int)g), lo1 = __shfl_sync(kAll, a, (int)g + 8), step1 = __shfl_sync(kAll, b, (int)g + 8);
+        const u32 lo0 = __shfl_sync(kAll, a, (int)g), step0 = __shfl_sync(kAll, b, (int)g),
+                  lo1 = __shfl_sync(kAll, a, (int)g + 8), step1 = __shfl_sync(kAll, b, (int)g + 8);
         more[1] = make_int4((int)lo0, (int)step0, (int)lo1, (int)step1);
     }
 }
@@ -92,7 +99,8 @@ DEV void decode_packet(const int4& packet, const int4* more, float (&n)[16]) {
     const u32 lane = threadIdx.x % 32;
     if constexpr (kEncoding == 1) decode_fp8(packet, word_float(more[0], lane / 8), n);
     else if constexpr (kEncoding == 2)
-        decode_log(packet, __float_as_uint(word_float(more[0], lane % 4)), word_float(more[1], lane / 8 % 2 * 2), word_float(more[1], lane / 8 % 2 * 2 + 1), n);
+        decode_log(packet, __float_as_uint(word_float(more[0], lane % 4)), word_float(more[1], lane / 8 % 2 * 2),
+                   word_float(more[1], lane / 8 % 2 * 2 + 1), n);
 }
 
 // ---- a chunk under way
@@ -100,7 +108,7 @@ DEV void decode_packet(const int4& packet, const int4* more, float (&n)[16]) {
 DEV void send_units(u8* to, const int4 (&v)[kUnits], u32 columns, u32 chunk) {
     const u32 lane = threadIdx.x % 32;
     if constexpr (kEncoding == 0) {
-        #pragma unroll
+#pragma unroll
         for (u32 i = 0; i < kUnits; i++)
             if (has_unit(columns, chunk, i)) store_packet(to + unit_of(i) * 16, guarded(v[i]));
     } else {
@@ -120,8 +128,9 @@ DEV void send_units(u8* to, const int4 (&v)[kUnits], u32 columns, u32 chunk) {
 // What lies behind a row's end is loaded, too: a chunk has all its packets.
 DEV void load_coded(const u8* from, Coded& c) {
     const u32 lane = threadIdx.x % 32;
-    #pragma unroll
-    for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++) c.v[i] = load_packet(from + (kEncoding == 0 ? unit_of(i) : lane) * 16);
+#pragma unroll
+    for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++)
+        c.v[i] = load_packet(from + (kEncoding == 0 ? unit_of(i) : lane) * 16);
     if constexpr (kEncoding == 1) c.more[0] = load_packet(from + 32 * 16);
     if constexpr (kEncoding == 2) {
         c.more[0] = load_packet(from + (32 + lane / 4) * 16);
@@ -132,7 +141,7 @@ DEV void load_coded(const u8* from, Coded& c) {
 // Whether all of it is here.
 DEV bool has_come(const Coded& c, u32 columns, u32 chunk) {
     bool here = true;
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++) here &= !has_unit(columns, chunk, i) || !is_empty(c.v[i]);
     if constexpr (kEncoding >= 1) here &= !is_empty(c.more[0]);
     if constexpr (kEncoding == 2) here &= !is_empty(c.more[1]);
@@ -142,7 +151,7 @@ DEV bool has_come(const Coded& c, u32 columns, u32 chunk) {
 // All lanes have what they need of it.
 DEV void clear_coded(u8* at, u32 columns, u32 chunk) {
     const u32 lane = threadIdx.x % 32;
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++)
         if (has_unit(columns, chunk, i)) clear_packet(at + (kEncoding == 0 ? unit_of(i) : lane) * 16);
     if (kEncoding == 1 && lane == 0) clear_packet(at + 32 * 16);

@@ -27,14 +27,14 @@ DEV u32 log_code(float a, const LogScale& s) {
 DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
     float most = 0.f, least = __uint_as_float(0x7f800000u);
     bool finite = true;
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < 16; i++) {
         const float a = fabsf(n[i]);
         most = fmaxf(most, a);
         if (a > 0.f) least = fminf(least, a);
         finite &= a <= 3.402823466e38f;
     }
-    #pragma unroll
+#pragma unroll
     for (u32 d = 4; d; d /= 2) {
         most = fmaxf(most, __shfl_xor_sync(kAll, most, (int)d));
         least = fminf(least, __shfl_xor_sync(kAll, least, (int)d));
@@ -43,10 +43,11 @@ DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
     const float hi = fminf(log2_near(most), 127.9999f);  // no code stands for infinity
     lo = most > 0.f ? fminf(fmaxf(log2_near(least), hi - kRange), hi) : 0.f;
     step = most > 0.f ? (hi - lo) * (1.f / kSteps) : 0.f;
-    const LogScale scale = {lo, step, exp2_near(lo), exp2_near(step), hi > lo && most > 0.f ? __fdiv_rn(kSteps, hi - lo) : 0.f};
+    const LogScale scale = {lo, step, exp2_near(lo), exp2_near(step),
+                            hi > lo && most > 0.f ? __fdiv_rn(kSteps, hi - lo) : 0.f};
     if (!finite) lo = __uint_as_float(0x7fc00000u);  // the whole group is NaN
     u32 w[5] = {};
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < 16; i++) {
         const u32 code = (finite ? log_code(fabsf(n[i]), scale) : 1) | (__float_as_uint(n[i]) >> 31) << 9;
         const u32 at = 10 * i;
@@ -59,7 +60,7 @@ DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
 
 DEV void decode_log(const int4& v, u32 fifth, float lo, float step, float (&n)[16]) {
     const u32 w[5] = {(u32)v.x, (u32)v.y, (u32)v.z, (u32)v.w, fifth};
-    #pragma unroll
+#pragma unroll
     for (u32 i = 0; i < 16; i++) {
         const u32 at = 10 * i;
         u32 code = w[at / 32] >> at % 32;

@@ -6,7 +6,7 @@ constexpr u32 kUnit = 128;
 
 // kWide: indices are int64; else int32.
 DEV i64 index_at(const u8* topk_idx, u64 i) {
-    return kWide ? reinterpret_cast<const i64*>(topk_idx)[i] : (i64)reinterpret_cast<const i32*>(topk_idx)[i];
+    return kWide ? reinterpret_cast<const i64*>(topk_idx)[i] : (i64) reinterpret_cast<const i32*>(topk_idx)[i];
 }
 
 // Fills masks [E + R][4] for one unit; all threads of the block, which synchronises. Returns the least token * K + slot
@@ -19,7 +19,10 @@ DEV u32 mark_unit(const u8* topk_idx, u32 num_tokens, u32 top_k, u32 num_experts
     const u32 first = unit * kUnit, tokens = min(kUnit, num_tokens - first);
     for (u32 i = threadIdx.x; i < tokens * top_k; i += blockDim.x) {
         const i64 e = index_at(topk_idx, (u64)first * top_k + i);
-        if (e < -1 || e >= num_experts) { bad = min(bad, first * top_k + i); continue; }
+        if (e < -1 || e >= num_experts) {
+            bad = min(bad, first * top_k + i);
+            continue;
+        }
         if (e < 0) continue;
         const u32 token = i / top_k, word = token / 32, bit = 1u << token % 32;
         atomicOr(&masks[(u32)e * 4 + word], bit);
@@ -32,7 +35,7 @@ DEV u32 mark_unit(const u8* topk_idx, u32 num_tokens, u32 top_k, u32 num_experts
 // How many tokens of the unit below `token` are marked in column c.
 DEV i32 count_marked(const u32* masks, u32 c, u32 token) {
     i32 n = 0;
-    #pragma unroll
+#pragma unroll
     for (u32 w = 0; w < 4; w++) {
         const u32 bits = token >= 32 * w + 32 ? kAll : token <= 32 * w ? 0 : (1u << (token - 32 * w)) - 1;
         n += __popc(masks[c * 4 + w] & bits);

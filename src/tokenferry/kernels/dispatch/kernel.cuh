@@ -39,13 +39,15 @@ DEV void load_unit(const DispatchParams& p, const Ring& ring, u32 unit, u32 stag
     if (scale) bulk_load(buffer + p.piece_bytes, p.scale + (u64)t * scale, scale, ring.barriers + stage);
 }
 
-template <class T> DEV void copy_scale(const DispatchParams& p, u64 t, u32 hits, u64 to, i32 place) {
+template <class T>
+DEV void copy_scale(const DispatchParams& p, u64 t, u32 hits, u64 to, i32 place) {
     const T* from = reinterpret_cast<const T*>(p.scale) + (i64)t * p.scale_row_stride;
     for (u32 j = threadIdx.x % 32; j < ((p.num_scales + 31) & ~31u); j += 32) {
         const T value = j < p.num_scales ? from[(i64)j * p.scale_stride] : T();
         for (u32 m = hits; m; m &= m - 1) {
             const u32 r = __ffs(m) - 1;
-            T* out = reinterpret_cast<T*>(__shfl_sync(kAll, to, r)) + (u64)(u32)__shfl_sync(kAll, place, r) * p.num_scales;
+            T* out =
+                reinterpret_cast<T*>(__shfl_sync(kAll, to, r)) + (u64)(u32)__shfl_sync(kAll, place, r) * p.num_scales;
             if (j < p.num_scales) out[j] = value;
         }
     }
@@ -66,15 +68,19 @@ DEV void send_indices(const DispatchParams& p, u32 t, i32 row, const u32 (*hands
         u8* window = p.windows[r];
         const u32* handshake = handshakes[r] + kFirstOffset;
         if (p.topk_idx) {
-            const i64 e = p.wide ? reinterpret_cast<const i64*>(p.topk_idx)[from] : (i64)reinterpret_cast<const i32*>(p.topk_idx)[from];
+            const i64 e = p.wide ? reinterpret_cast<const i64*>(p.topk_idx)[from]
+                                 : (i64) reinterpret_cast<const i32*>(p.topk_idx)[from];
             const i64 id = here ? e - (i64)r * p.num_local : -1;
             u8* ids = window + (u64)handshake[3] * 16;
             if (p.wide) reinterpret_cast<i64*>(ids)[at] = id;
             else reinterpret_cast<i32*>(ids)[at] = (i32)id;
-            if (p.by_expert) reinterpret_cast<i64*>(window + (u64)handshake[5] * 16)[at] = here ? (i64)((u32)slot & kPlaceMask) : -1;
+            if (p.by_expert)
+                reinterpret_cast<i64*>(window + (u64)handshake[5] * 16)[at] = here ? (i64)((u32)slot & kPlaceMask) : -1;
             if (k == 0) reinterpret_cast<i64*>(window + (u64)handshake[4] * 16)[to] = t;
         }
-        if (p.weights && !p.by_expert) reinterpret_cast<float*>(window + (u64)handshake[2] * 16)[at] = here ? reinterpret_cast<const float*>(p.weights)[from] : 0.f;
+        if (p.weights && !p.by_expert)
+            reinterpret_cast<float*>(window + (u64)handshake[2] * 16)[at] =
+                here ? reinterpret_cast<const float*>(p.weights)[from] : 0.f;
     }
 }
 
@@ -94,12 +100,15 @@ DEV void send_weights(const DispatchParams& p, u32 t, const u32 (*handshakes)[kH
                 sum += weights[j];
             }
         const u32 r = (u32)slot >> kRankShift;
-        if (first) reinterpret_cast<float*>(p.windows[r] + (u64)handshakes[r][kFirstOffset + 2] * 16)[(u32)slot & kPlaceMask] = sum;
+        if (first)
+            reinterpret_cast<float*>(p.windows[r] + (u64)handshakes[r][kFirstOffset + 2] * 16)[(u32)slot & kPlaceMask] =
+                sum;
     }
 }
 
 // Everything about a token that is not a bulk copy. `place`, `to_scale`: lane r has rank r's.
-DEV void send_small(const DispatchParams& p, u32 t, u32 hits, i32 place, u64 to_scale, const u32 (*handshakes)[kHandshakeWords]) {
+DEV void send_small(const DispatchParams& p, u32 t, u32 hits, i32 place, u64 to_scale,
+                    const u32 (*handshakes)[kHandshakeWords]) {
     if (p.small_scale) {
         if (p.scale_size == 4) copy_scale<u32>(p, t, hits, to_scale, place);
         else if (p.scale_size == 2) copy_scale<u16>(p, t, hits, to_scale, place);
@@ -108,7 +117,8 @@ DEV void send_small(const DispatchParams& p, u32 t, u32 hits, i32 place, u64 to_
     }
     if (p.topk_idx || (p.weights && !p.by_expert)) {
         i32 row = place;
-        if (p.by_expert && threadIdx.x % 32 < p.num_ranks) row = reinterpret_cast<const i32*>(p.places)[(u64)t * p.width + p.num_ranks + p.top_k + threadIdx.x % 32];
+        if (p.by_expert && threadIdx.x % 32 < p.num_ranks)
+            row = reinterpret_cast<const i32*>(p.places)[(u64)t * p.width + p.num_ranks + p.top_k + threadIdx.x % 32];
         if (place < 0) row = -1;
         send_indices(p, t, row, handshakes);
     }
@@ -126,7 +136,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch(const __gr
     const i64* rows_out = reinterpret_cast<const i64*>(p.rows_out);
     const i64* rows_in = reinterpret_cast<const i64*>(p.rows_in);
     if (blockIdx.x == 0)
-        publish_handshake(p, epoch, [&](u32 w, u32 peer) -> u32 { return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w]; });
+        publish_handshake(p, epoch, [&](u32 w, u32 peer) -> u32 {
+            return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w];
+        });
 
     Ring ring;
     ring.pitch = p.pitch;
@@ -145,7 +157,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch(const __gr
         if (lane == loaded) held = next;
     }
     if (!read_handshakes(p, epoch, handshakes, blockIdx.x == 0, [&](u32 peer) { return (u32)rows_in[peer]; })) {
-        for (u32 i = 0; i < loaded; i++) mbarrier_wait(ring.barriers + i, 0);  // memory of a block that ends must not be written
+        for (u32 i = 0; i < loaded; i++)
+            mbarrier_wait(ring.barriers + i, 0);  // memory of a block that ends must not be written
         return;
     }
     u64 to = 0, to_scale = 0;
@@ -159,14 +172,17 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch(const __gr
         const u32 unit = __shfl_sync(kAll, held, stage);
         if (unit == ~0u) break;
         const u32 t = unit / p.pieces, c = unit % p.pieces, bytes = piece_of(p, c);
-        const i32 place = lane < p.num_ranks ? __ldg(reinterpret_cast<const i32*>(p.places) + (u64)t * p.width + lane) : -1;
+        const i32 place =
+            lane < p.num_ranks ? __ldg(reinterpret_cast<const i32*>(p.places) + (u64)t * p.width + lane) : -1;
         const u8* buffer = ring.buffers + stage * ring.pitch;
         const u32 claim = claim_unit(p, dealt);
         mbarrier_wait(ring.barriers + stage, parity);
         if (place >= 0) {
-            bulk_store(reinterpret_cast<u8*>(to + (u64)(u32)place * p.row_bytes + (u64)c * p.piece_bytes), buffer, bytes);
+            bulk_store(reinterpret_cast<u8*>(to + (u64)(u32)place * p.row_bytes + (u64)c * p.piece_bytes), buffer,
+                       bytes);
             if (c == p.pieces - 1 && p.bulk_scale_bytes)
-                bulk_store(reinterpret_cast<u8*>(to_scale + (u64)(u32)place * p.bulk_scale_bytes), buffer + p.piece_bytes, p.bulk_scale_bytes);
+                bulk_store(reinterpret_cast<u8*>(to_scale + (u64)(u32)place * p.bulk_scale_bytes),
+                           buffer + p.piece_bytes, p.bulk_scale_bytes);
         }
         bulk_commit();
         next = __shfl_sync(kAll, claim, 0);
@@ -178,7 +194,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch(const __gr
         }
         if (lane == before) held = next < units ? next : ~0u;
         if (small && c == 0) send_small(p, t, __ballot_sync(kAll, place >= 0), place, to_scale, handshakes);
-        if (++stage == stages) { stage = 0; parity ^= 1; }
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
     }
     bulk_wait<0>();
     fence_async();

@@ -22,9 +22,9 @@ constexpr u32 kRankShift = 28;
 
 struct Unit {
     const u32* masks;
-    const i32* before;   // [E + R] rows of earlier units
-    const i32* place;    // [E] where each expert's rows from this rank begin
-    u32 first;           // token
+    const i32* before;  // [E + R] rows of earlier units
+    const i32* place;   // [E] where each expert's rows from this rank begin
+    u32 first;          // token
 };
 
 // slot and pull of one token's slot k.
@@ -34,7 +34,8 @@ DEV void place_slot(const DispatchAssignParams& p, const Unit& unit, u32 token, 
     i32* slot = out + p.num_ranks;
     const i64 e = index_at(p.topk_idx, row + k);
     const auto place_of = [&](u32 x) { return unit.place[x] + unit.before[x] + count_marked(unit.masks, x, token); };
-    const i32 value = e < 0 ? -1 : (i32)((u32)e / local << kRankShift | (p.by_expert ? (u32)place_of((u32)e) : (u32)e % local));
+    const i32 value =
+        e < 0 ? -1 : (i32)((u32)e / local << kRankShift | (p.by_expert ? (u32)place_of((u32)e) : (u32)e % local));
     slot[k] = value;
     if (!p.by_expert) return;
     i32* pull = slot + p.top_k + p.num_ranks;
@@ -61,7 +62,10 @@ DEV void place_row(const DispatchAssignParams& p, const Unit& unit, u32 token, u
     const i32 index = unit.before[column] + count_marked(unit.masks, column, token);
     if (goes) reinterpret_cast<i64*>(p.dst_token)[bases[p.num_ranks + r] + index] = t;
     const i32 row = goes ? bases[r] + index : -1;
-    if (!p.by_expert) { out[r] = row; return; }
+    if (!p.by_expert) {
+        out[r] = row;
+        return;
+    }
     out[p.num_ranks + p.top_k + r] = row;
     u32 least = ~0u;
     for (u32 k = 0; k < p.top_k; k++) {
@@ -71,7 +75,8 @@ DEV void place_row(const DispatchAssignParams& p, const Unit& unit, u32 token, u
     out[r] = goes ? unit.place[least] + unit.before[least] + count_marked(unit.masks, least, token) : -1;
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_assign(const __grid_constant__ DispatchAssignParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    dispatch_assign(const __grid_constant__ DispatchAssignParams p) {
     extern __shared__ __align__(16) u8 shared[];
     if (must_skip(p, p.dst_counts)) return;
     u32* masks = reinterpret_cast<u32*>(shared);
@@ -80,11 +85,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_assign(con
     const u32 num_tokens = (u32)p.num_tokens, units = (num_tokens + kUnit - 1) / kUnit;
     for (u32 u = blockIdx.x; u < units; u += gridDim.x) {
         mark_unit(p.topk_idx, num_tokens, K, p.num_experts, R, u, masks);
-        const Unit unit = {masks, reinterpret_cast<const i32*>(p.table) + (u64)u * columns, reinterpret_cast<const i32*>(p.bases) + 2 * R, u * kUnit};
+        const Unit unit = {masks, reinterpret_cast<const i32*>(p.table) + (u64)u * columns,
+                           reinterpret_cast<const i32*>(p.bases) + 2 * R, u * kUnit};
         const u32 tokens = min(kUnit, num_tokens - unit.first);
         i32* out = reinterpret_cast<i32*>(p.places) + (u64)unit.first * width;
-        for (u32 i = threadIdx.x; i < tokens * K; i += blockDim.x) place_slot(p, unit, i / K, i % K, out + (u64)(i / K) * width);
-        for (u32 i = threadIdx.x; i < tokens * R; i += blockDim.x) place_row(p, unit, i / R, i % R, out + (u64)(i / R) * width);
+        for (u32 i = threadIdx.x; i < tokens * K; i += blockDim.x)
+            place_slot(p, unit, i / K, i % K, out + (u64)(i / K) * width);
+        for (u32 i = threadIdx.x; i < tokens * R; i += blockDim.x)
+            place_row(p, unit, i / R, i % R, out + (u64)(i / R) * width);
         __syncthreads();
     }
 }

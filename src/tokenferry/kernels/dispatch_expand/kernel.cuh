@@ -6,8 +6,8 @@
 // Writes   rows and scales at all other places; with p.zero: rows, scales and weights of places that no row has.
 // Cost     reads and writes (places - N) rows of local memory. sm_90a: <= 96 registers, 0 spills.
 // Tests    tests/cuda/test_dispatch_expand.py, tests/compile.
-#include "device/sync.cuh"
 #include "device/copy.cuh"
+#include "device/sync.cuh"
 
 // Zeroes the places [from, to), one warp a place.
 DEV void zero_places(const DispatchExpandParams& p, u64 from, u64 to) {
@@ -19,7 +19,8 @@ DEV void zero_places(const DispatchExpandParams& p, u64 from, u64 to) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_expand(const __grid_constant__ DispatchExpandParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    dispatch_expand(const __grid_constant__ DispatchExpandParams p) {
     if (must_skip(p, p.src_counts)) return;
     const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, K = p.top_k;
     const i64* src_counts = reinterpret_cast<const i64*>(p.src_counts);
@@ -34,7 +35,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_expand(con
             for (u32 m = __ballot_sync(kAll, place >= 0 && (u32)place != least); m; m &= m - 1) {
                 const u64 to = (u64)__shfl_sync(kAll, place, __ffs(m) - 1);
                 warp_copy(p.rows + to * p.row_bytes, p.rows + (u64)least * p.row_bytes, p.row_bytes);
-                if (p.scale_bytes) warp_copy(p.scale + to * p.scale_bytes, p.scale + (u64)least * p.scale_bytes, p.scale_bytes);
+                if (p.scale_bytes)
+                    warp_copy(p.scale + to * p.scale_bytes, p.scale + (u64)least * p.scale_bytes, p.scale_bytes);
             }
         }
     }

@@ -25,9 +25,9 @@ DEV void sum_columns(i32* table, u32 units, u32 columns, i32* totals) {
         i32 before = 0;
         for (u32 first = 0; first < units; first += 16) {
             i32 rows[16];  // loads of a batch are in flight together
-            #pragma unroll
+#pragma unroll
             for (u32 i = 0; i < 16; i++) rows[i] = first + i < units ? table[(u64)(first + i) * columns + c] : 0;
-            #pragma unroll
+#pragma unroll
             for (u32 i = 0; i < 16; i++)
                 if (first + i < units) {
                     table[(u64)(first + i) * columns + c] = before;
@@ -54,7 +54,7 @@ DEV void start_experts(const DispatchNotifyParams& p, const i32* all, i32* start
             }
             const i32 padded = (rows + (i32)p.alignment - 1) / (i32)p.alignment * (i32)p.alignment;
             i32 sum = padded;
-            #pragma unroll
+#pragma unroll
             for (u32 d = 1; d < 32; d *= 2) {
                 const i32 left = __shfl_up_sync(kAll, sum, d);
                 if (lane >= d) sum += left;
@@ -74,7 +74,8 @@ DEV void abort_plan(const DispatchNotifyParams& p) {
         reinterpret_cast<i64*>(p.src_counts)[r] = -1;
     }
     for (u32 i = threadIdx.x; i < local; i += blockDim.x) reinterpret_cast<i32*>(p.expert_counts)[i] = 0;
-    for (u32 i = threadIdx.x; p.expert_offsets && i <= local; i += blockDim.x) reinterpret_cast<i32*>(p.expert_offsets)[i] = 0;
+    for (u32 i = threadIdx.x; p.expert_offsets && i <= local; i += blockDim.x)
+        reinterpret_cast<i32*>(p.expert_offsets)[i] = 0;
 }
 
 DEV void publish_to_host(const DispatchNotifyParams& p, const i32* all, const i32 (*sent)[kMaxRanks]) {
@@ -92,14 +93,18 @@ DEV void publish_to_host(const DispatchNotifyParams& p, const i32* all, const i3
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_notify(const __grid_constant__ DispatchNotifyParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    dispatch_notify(const __grid_constant__ DispatchNotifyParams p) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ u32 handshakes[kMaxRanks][kHandshakeWords];
     __shared__ i32 sent[kMaxRanks][kMaxRanks];  // [from][to] rows
     __shared__ i32 ends[kMaxRanks];
     ControlBlock* mine = control_block(p, p.rank);
     const u32 epoch = next_epoch(p);
-    if (is_stopped(p)) { abort_plan(p); return; }
+    if (is_stopped(p)) {
+        abort_plan(p);
+        return;
+    }
     const u32 half = epoch & 1, R = p.num_ranks, E = p.num_experts, columns = E + R;
     i32* table = reinterpret_cast<i32*>(p.table);
     u32* masks = reinterpret_cast<u32*>(shared);  // [E + R][4]: which of the unit's tokens
@@ -108,7 +113,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_notify(con
     for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
         const u32 bad = mark_unit(p.topk_idx, p.num_tokens, p.top_k, E, R, unit, masks);
         if (bad != ~0u) atomicMax(&mine->bad_slot, ~bad);
-        for (u32 c = threadIdx.x; c < columns; c += blockDim.x) table[(u64)unit * columns + c] = count_marked(masks, c, kUnit);
+        for (u32 c = threadIdx.x; c < columns; c += blockDim.x)
+            table[(u64)unit * columns + c] = count_marked(masks, c, kUnit);
         __syncthreads();
     }
     if (!last_block(p)) return;
@@ -119,7 +125,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_notify(con
         abort_plan(p);
         if (threadIdx.x == 0) {
             const i64 index = index_at(p.topk_idx, bad);
-            record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k, index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index, E, 0, 0);
+            record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k,
+                         index < -0x7fffffff  ? 0x80000000u
+                         : index > 0x7fffffff ? 0x7fffffffu
+                                              : (u32)index,
+                         E, 0, 0);
             stop(p);
             mine->bad_slot = 0;
             mine->arrived = 0;
@@ -134,12 +144,19 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_notify(con
     __syncthreads();
     for (u32 r = 0; r < R; r++)
         if (is_alive(p, r))
-            for (u32 e = threadIdx.x; e < E; e += blockDim.x) store_relaxed(&control_block(p, r)->counts[half][p.rank][e], (u64)epoch << 32 | (u32)totals[e]);
+            for (u32 e = threadIdx.x; e < E; e += blockDim.x)
+                store_relaxed(&control_block(p, r)->counts[half][p.rank][e], (u64)epoch << 32 | (u32)totals[e]);
     publish_handshake(p, epoch, [&](u32 w, u32) -> u32 {
-        return w < kRowsWord ? p.handshake[w] : w >= kFirstOffset && w < kFirstOffset + R ? (u32)totals[E + w - kFirstOffset] : 0;
+        return w < kRowsWord                               ? p.handshake[w]
+               : w >= kFirstOffset && w < kFirstOffset + R ? (u32)totals[E + w - kFirstOffset]
+                                                           : 0;
     });
-    if (!read_handshakes(p, epoch, handshakes, true, [](u32) { return 0u; })) { abort_plan(p); return; }
-    if (threadIdx.x < R * R) sent[threadIdx.x / R][threadIdx.x % R] = (i32)handshakes[threadIdx.x / R][kFirstOffset + threadIdx.x % R];
+    if (!read_handshakes(p, epoch, handshakes, true, [](u32) { return 0u; })) {
+        abort_plan(p);
+        return;
+    }
+    if (threadIdx.x < R * R)
+        sent[threadIdx.x / R][threadIdx.x % R] = (i32)handshakes[threadIdx.x / R][kFirstOffset + threadIdx.x % R];
     const u32 local = E / R;
     bool good = true;
     for (u32 e = threadIdx.x; e < E; e += blockDim.x) all[e] = lower[e] = 0;
@@ -153,7 +170,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_notify(con
         atomicAdd(&all[e], rows);
         if (from < p.rank) atomicAdd(&lower[e], rows);
     }
-    if (!__syncthreads_and(good)) { abort_plan(p); return; }
+    if (!__syncthreads_and(good)) {
+        abort_plan(p);
+        return;
+    }
 
     if (threadIdx.x < R) {
         i32 first_row = 0, before = 0, need = 0;
@@ -185,7 +205,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_notify(con
         mine->arrived = 0;
         mine->epoch = epoch;
     }
-    if ((u32)ends[worst] <= p.room) { publish_to_host(p, all, sent); return; }
+    if ((u32)ends[worst] <= p.room) {
+        publish_to_host(p, all, sent);
+        return;
+    }
     __syncthreads();
     abort_plan(p);
     if (threadIdx.x != 0) return;

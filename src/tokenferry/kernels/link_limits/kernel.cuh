@@ -50,7 +50,8 @@ DEV u8* place(const LinkLimitsParams& p, u32 t) {
 }
 
 // Moves the rows that are this warp's turn through its buffers; `from` and `to` give the addresses of a row.
-template <class From, class To> DEV void move_rows(const LinkLimitsParams& p, From from, To to) {
+template <class From, class To>
+DEV void move_rows(const LinkLimitsParams& p, From from, To to) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ __align__(8) u64 barriers[kMaxThreads / 32 * kStages];
     if (threadIdx.x % 32 != 0) return;
@@ -73,7 +74,8 @@ template <class From, class To> DEV void move_rows(const LinkLimitsParams& p, Fr
         bulk_store(to(t), buffers + stage * p.row_bytes, p.row_bytes);
         bulk_commit();
         if (next < p.num_rows) {
-            bulk_wait_read<1>();  // `ahead` held the row before this one: all stores but the newest have read theirs (I1)
+            bulk_wait_read<
+                1>();  // `ahead` held the row before this one: all stores but the newest have read theirs (I1)
             load(next, ahead);
             next += step;
         }
@@ -83,21 +85,25 @@ template <class From, class To> DEV void move_rows(const LinkLimitsParams& p, Fr
     bulk_wait<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) link_limits_store(const __grid_constant__ LinkLimitsParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    link_limits_store(const __grid_constant__ LinkLimitsParams p) {
     move_rows(p, [&](u32 t) { return p.local + (u64)t * p.row_bytes; }, [&](u32 t) { return place(p, t); });
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) link_limits_load(const __grid_constant__ LinkLimitsParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    link_limits_load(const __grid_constant__ LinkLimitsParams p) {
     move_rows(p, [&](u32 t) { return place(p, t); }, [&](u32 t) { return p.local + (u64)t * p.row_bytes; });
 }
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) link_limits_copy(const __grid_constant__ LinkLimitsParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    link_limits_copy(const __grid_constant__ LinkLimitsParams p) {
     auto at = [&](u8* rows) { return [&p, rows](u32 t) { return rows + (u64)t * p.row_bytes; }; };
     move_rows(p, at(p.local), at(p.target));
 }
 
 // Ping-pong between ranks 0 and 1, p.rounds times; the others have nothing to do.
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) link_limits_flag(const __grid_constant__ LinkLimitsParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    link_limits_flag(const __grid_constant__ LinkLimitsParams p) {
     if (threadIdx.x != 0 || p.rank > 1 || p.num_ranks < 2) return;
     const u64 end_ns = clock_ns() + p.timeout_ns;
     const u32 peer = 1 - p.rank;
@@ -114,7 +120,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) link_limits_flag(co
 }
 
 // p.rounds barriers of all ranks, one after another; lane r tells rank r and waits for it.
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) link_limits_barrier(const __grid_constant__ LinkLimitsParams p) {
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    link_limits_barrier(const __grid_constant__ LinkLimitsParams p) {
     const u32 peer = threadIdx.x;
     if (peer >= 32) return;
     const u64 end_ns = clock_ns() + p.timeout_ns;

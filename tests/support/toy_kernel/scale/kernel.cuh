@@ -7,9 +7,9 @@
 #include "device/twice.cuh"
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads) scale(const __grid_constant__ ScaleParams p) {
-  __shared__ int held[kMaxThreads];
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  held[threadIdx.x] = i < p.num ? p.x[i] : 0;
-  __syncthreads();
-  if (i < p.num) p.y[i] = twice(held[blockDim.x - 1 - threadIdx.x]) + kOffset;
+    __shared__ int held[kMaxThreads];
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    held[threadIdx.x] = i < p.num ? p.x[i] : 0;
+    __syncthreads();
+    if (i < p.num) p.y[i] = twice(held[blockDim.x - 1 - threadIdx.x]) + kOffset;
 }

@@ -1,0 +1,18 @@
+"""Dtypes as numbers that all ranks agree on, whatever their versions of torch."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Return a number for a dtype that is the same on all ranks."""
+    return zlib.crc32(str(dtype).encode())
+
+
+def dtype_name(code: int) -> str:
+    """Return the name of the dtype of a `dtype_code`."""
+    dtypes = [d for d in vars(torch).values() if isinstance(d, torch.dtype)]
+    return next((str(d) for d in dtypes if dtype_code(d) == code), f"unknown dtype {code}")
