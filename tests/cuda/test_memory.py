@@ -13,7 +13,7 @@ from tokenferry.memory.heap import HeapFull
 from tokenferry.memory.reach import obstacle
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import share, share_in_process
-from tokenferry.transports.handshake import Table
+from tokenferry.transports.handshake import Bootstrap
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -41,8 +41,8 @@ def write_and_read(rank, pg):
     """Each rank writes its number into its place in every window, twice over: windows can be made again."""
     device, size = here(), pg.size()
     for _ in range(2):
-        window = share(Table(pg, 20.0, device), rank, size, device, 4 * MIB)
-        assert obstacle(Table(pg, 20.0), rank, device) == ""
+        window = share(Bootstrap(pg, 20.0, device), rank, size, device, 4 * MIB)
+        assert obstacle(Bootstrap(pg, 20.0), rank, device) == ""
         assert not bytes_at(window.base, 4 * MIB, device, None).any(), "the window is zero"
         dist.barrier(pg)
         for base in window.bases:
@@ -67,10 +67,10 @@ def too_much(rank, pg):
     device = here()
     num_bytes = 1 << 50 if rank else MIB
     try:
-        share(Table(pg, 20.0), rank, 2, device, num_bytes)
+        share(Bootstrap(pg, 20.0), rank, 2, device, num_bytes)
     except BackendUnavailable as error:
         text = str(error)
-    window = share(Table(pg, 20.0), rank, 2, device, MIB)
+    window = share(Bootstrap(pg, 20.0), rank, 2, device, MIB)
     window.close()
     return text
 
@@ -84,14 +84,14 @@ def test_too_little_memory_on_one_rank_is_an_error_on_all(worlds):
 
 NCCL = """
 import sys, torch, torch.distributed as dist
-from tokenferry.transports.handshake import Table, moves_cpu_tensors
+from tokenferry.transports.handshake import Bootstrap, moves_cpu_tensors
 from tokenferry.memory.window import share
 rank = int(sys.argv[1])
 torch.cuda.set_device(rank)
 dist.init_process_group("nccl", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 group, device = dist.group.WORLD, torch.device("cuda", rank)
 assert not moves_cpu_tensors(group)
-window = share(Table(group, 20.0, device), rank, 2, device, 4 << 20)
+window = share(Bootstrap(group, 20.0, device), rank, 2, device, 4 << 20)
 window.close()
 dist.destroy_process_group()
 """

@@ -15,7 +15,7 @@ CARRIERS = ("cpu", "store", "tensors")
 
 
 class WithoutCpu:
-    """A process group as NCCL's, which has no backend for CPU tensors."""
+    """A process group without a backend for CPU tensors, like NCCL's."""
 
     def __init__(self, pg, store):
         self._pg = pg
@@ -31,24 +31,24 @@ class WithoutCpu:
         return self._pg.get_group_store()
 
 
-def table(pg, carrier, timeout_s=10.0):
+def bootstrap(pg, carrier, timeout_s=10.0):
     group = pg if carrier == "cpu" else WithoutCpu(pg, carrier == "store")
-    return handshakes.Table(group, timeout_s)
+    return handshakes.Bootstrap(group, timeout_s)
 
 
 def swap(rank, pg, carrier):
-    """Two tables, one after the other, with handshakes of different lengths and a rank that comes late."""
+    """Use two bootstraps in turn, with handshakes of different lengths and a late rank."""
     seen = []
     for name in ("first", "second"):
-        where = table(pg, carrier)
+        channel = bootstrap(pg, carrier)
         for number in range(3):
             time.sleep(0.1 * (rank == number))
-            seen.append(where.exchange({"name": name, "number": number, "text": "ä" * (100 * rank), "rank": rank}))
+            seen.append(channel.exchange({"name": name, "number": number, "text": "ä" * (100 * rank), "rank": rank}))
     return seen
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_every_rank_gets_every_card(worlds, carrier):
+def test_every_rank_gets_every_handshake(worlds, carrier):
     expected = [
         [{"name": name, "number": number, "text": "ä" * (100 * rank), "rank": rank} for rank in range(3)]
         for name in ("first", "second")
@@ -58,7 +58,7 @@ def test_every_rank_gets_every_card(worlds, carrier):
 
 
 def absent(rank, pg):
-    """Rank 1 comes to the first exchange only. The keys lie apart: ranks are out of step afterwards."""
+    """Rank 1 makes the first exchange only. The keys have a prefix, since the ranks' counts differ afterwards."""
     store = dist.PrefixStore("absent", pg.get_group_store())
     carrier = handshakes._Store(pg, store)
     carrier.exchange(b"{}", Deadline(10.0))
@@ -87,7 +87,7 @@ def leftovers(rank, pg):
     return [number for number in range(1, 5) if store.check([f"tokenferry/{number}/{rank}"])]
 
 
-def test_a_store_keeps_one_card_of_each_rank(worlds):
+def test_a_store_keeps_one_handshake_of_each_rank(worlds):
     assert worlds(2).run(leftovers) == [[4], [4]]
 
 
@@ -126,10 +126,10 @@ def only_nccl_like(rank, pg):
     from tokenferry.transports import rendezvous
 
     group = WithoutCpu(pg, True)
-    agreement = rendezvous.meet(group, "auto", 10.0, {"shape": "same"})
+    agreement = rendezvous.connect(group, "auto", 10.0, {"shape": "same"})
     agreement.transport.close(linger=False)
     try:
-        rendezvous.meet(group, "process_group", 10.0, {"shape": "same"})
+        rendezvous.connect(group, "process_group", 10.0, {"shape": "same"})
     except BackendUnavailable as error:
         return agreement.transport.name, str(error)
     return None

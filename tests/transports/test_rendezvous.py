@@ -1,4 +1,4 @@
-"""How ranks agree on a transport, and what they say when they cannot."""
+"""How ranks agree on a transport, and the errors when they cannot."""
 
 import socket
 import sys
@@ -56,9 +56,9 @@ def test_ranks_of_one_host_share_memory(worlds):
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"_host": other_host}, "the ranks are on 2 hosts"),
+        ({"host_name": other_host}, "the ranks are on 2 hosts"),
         ({"_listen": no_socket}, "rank 1 has no Unix sockets"),
-        ({"_call_lower_ranks": refuse}, "rank 1 cannot reach a rank of its host over a Unix socket (no way)"),
+        ({"_connect_to_lower_ranks": refuse}, "rank 1 cannot reach a rank of its host over a Unix socket (no way)"),
     ],
     ids=["hosts", "sockets", "refused"],
 )
@@ -92,8 +92,8 @@ def test_ranks_that_disagree_say_so_on_every_rank(worlds, job, text):
 
 
 def strangers(rank, pg):
-    """Rank 0's socket is called by two strangers before rank 1 comes."""
-    original = rendezvous._call_lower_ranks
+    """Two strangers connect to rank 0's socket before rank 1 does."""
+    original = rendezvous._connect_to_lower_ranks
 
     def knock(rank, handshakes):
         for hello in (b"who", rendezvous._HELLO.pack(b"0" * 16, 1)):
@@ -102,11 +102,11 @@ def strangers(rank, pg):
                 stranger.sendall(hello)
         return original(rank, handshakes)
 
-    rendezvous._call_lower_ranks = knock if rank == 1 else original
+    rendezvous._connect_to_lower_ranks = knock if rank == 1 else original
     try:
         return make(pg, transport="shared_memory")
     finally:
-        rendezvous._call_lower_ranks = original
+        rendezvous._connect_to_lower_ranks = original
 
 
 def test_a_stranger_without_the_secret_is_turned_away(worlds):
@@ -137,7 +137,7 @@ def test_a_host_without_a_boot_id_is_known_by_its_name(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr("builtins.open", missing)
-    assert rendezvous._host() == socket.gethostname()
+    assert rendezvous.host_name() == socket.gethostname()
 
 
 def test_segments_without_memfd_are_unlinked_files(monkeypatch):
@@ -153,5 +153,5 @@ def test_a_full_disk_is_an_exception(monkeypatch):
 
     monkeypatch.delattr("os.memfd_create")
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(MemoryError, match=r"65536 bytes of shared memory are not to be had .*No space left"):
+    with pytest.raises(MemoryError, match=r"cannot allocate 65536 bytes of shared memory .*No space left"):
         segment.create(1, 1000)

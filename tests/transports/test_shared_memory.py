@@ -1,4 +1,4 @@
-"""SharedMemoryTransport, both ends in one process: what the contract suite cannot see from outside."""
+"""SharedMemoryTransport, both ends in one process: what the contract suite cannot observe."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tokenferry.errors import PeerTimeout
-from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Floor
+from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Watermarks
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 HEADER = tuple(range(HEADER_INTS))
@@ -32,8 +32,8 @@ def post(transport, number, payload, skip=frozenset()):
     return call
 
 
-def take(transport, number, src):
-    message = transport.take(CallId(number, "test"), src, Deadline(1.0))
+def receive(transport, number, src):
+    message = transport.receive(CallId(number, "test"), src, Deadline(1.0))
     assert message.header == HEADER
     assert bool((message.body == number % 256).all()), "another call's bytes"
     return message.body.numel()
@@ -43,7 +43,7 @@ def exchange(pair, number, payload):
     for transport in pair:
         post(transport, number, payload)
     for transport in pair:
-        assert [take(transport, number, src) for src in (0, 1)] == [payload, payload]
+        assert [receive(transport, number, src) for src in (0, 1)] == [payload, payload]
         transport.finish(CallId(number, "test"), None)
 
 
@@ -53,17 +53,17 @@ def test_two_segments_alternate_for_calls_of_any_number(pair):
     assert [len(transport._segments) for transport in pair] == [2, 2]
 
 
-def test_calls_under_way_together_keep_their_bytes_and_may_be_taken_in_any_order(pair):
+def test_calls_in_flight_together_keep_their_bytes_and_are_received_in_any_order(pair):
     for number in (1, 2, 3, 4):
         for transport in pair:
             post(transport, number, 5000)
     for number in (3, 1, 4, 2):
         for transport in pair:
-            assert [take(transport, number, src) for src in (1, 0)] == [5000, 5000]
+            assert [receive(transport, number, src) for src in (1, 0)] == [5000, 5000]
             transport.finish(CallId(number, "test"), None)
     for number in (5, 6, 7):
         exchange(pair, number, 5000)
-    assert len(pair[0]._segments) == 5, "free segments are not used again"
+    assert len(pair[0]._segments) == 5, "free segments are not reused"
 
 
 def test_a_larger_call_replaces_segments_here_and_at_the_peer(pair):
@@ -75,7 +75,7 @@ def test_a_larger_call_replaces_segments_here_and_at_the_peer(pair):
         assert len(transport._segments) == 2
         assert all(s.memory.numel() >= 10_000_000 for s in transport._segments)
     exchange(pair, 5, 10)
-    (mapped,) = [peer.maps for peer in pair[0]._peers.values()]
+    (mapped,) = [peer.mappings for peer in pair[0]._peers.values()]
     assert len(mapped) == 2, "a retired segment is still mapped"
 
 
@@ -84,14 +84,14 @@ def test_an_empty_message_needs_no_segment(pair):
     assert pair[0]._segments == []
 
 
-def test_a_message_of_a_call_that_did_without_its_sender_is_dropped(pair):
+def test_a_message_of_a_call_made_without_its_sender_is_dropped(pair):
     zero, one = pair
     post(zero, 1, 100, skip=frozenset({1}))
     zero.finish(CallId(1, "test"), None)
     post(one, 1, 100)
     post(one, 2, 100)
     post(zero, 2, 100)
-    assert take(zero, 2, 1) == 100
+    assert receive(zero, 2, 1) == 100
     assert zero._peers[1].inbox == {}
 
 
@@ -103,15 +103,15 @@ def test_a_message_that_came_before_its_call_was_skipped_is_dropped(pair):
     post(zero, 2, 100, skip=frozenset({1}))
     zero.finish(CallId(2, "test"), None)
     post(zero, 3, 100)
-    assert take(zero, 3, 1) == 100
+    assert receive(zero, 3, 1) == 100
     assert zero._peers[1].inbox == {}
 
 
-def test_forget_keeps_what_the_peer_may_still_read(pair):
+def test_drop_peer_keeps_what_the_peer_may_still_read(pair):
     zero, _ = pair
     post(zero, 1, 100)
     segment = zero._segments[0]
-    zero.forget(1)
+    zero.drop_peer(1)
     zero.finish(CallId(1, "test"), None)
     post(zero, 2, 100, skip=frozenset({1}))
     assert segment not in zero._segments
@@ -126,23 +126,25 @@ def test_a_closed_peer_is_named_at_once(pair):
     with pytest.raises(
         PeerTimeout, match=r"test #2: rank 0 waited 0.0 s for rank 1: its process ended.*test #1"
     ) as info:
-        take(zero, 2, 1)
+        receive(zero, 2, 1)
     assert (info.value.peers, info.value.phase, info.value.call, info.value.rank) == ((1,), "test", 2, 0)
 
 
-def test_what_a_peer_sent_before_it_closed_is_still_taken(pair):
+def test_messages_sent_before_a_peer_closed_are_still_received(pair):
     zero, one = pair
     post(one, 1, 100)
     one.close(linger=True)
     post(zero, 1, 100)
-    assert take(zero, 1, 1) == 100
+    assert receive(zero, 1, 1) == 100
 
 
 def test_a_silent_peer_is_named_when_the_time_is_up(pair):
     zero, _ = pair
     call = post(zero, 1, 100)
-    with pytest.raises(PeerTimeout, match=r"rank 1: no answer within timeout_s. Rank 1 has not been heard"):
-        zero.take(call, 1, Deadline(0.05))
+    with pytest.raises(
+        PeerTimeout, match=r"rank 1: no answer within timeout_s. Nothing was received from rank 1 before"
+    ):
+        zero.receive(call, 1, Deadline(0.05))
 
 
 def test_a_peer_that_reads_nothing_fails_the_send_in_time(pair):
@@ -163,7 +165,7 @@ def test_a_send_that_had_to_wait_goes_on_when_the_peer_reads(pair):
         for number in range(1, 301):
             call = CallId(number, "test")
             one.open(call, [0, 0])
-            good &= one.take(call, 0, Deadline(10.0)).header == HEADER
+            good &= one.receive(call, 0, Deadline(10.0)).header == HEADER
             one.finish(call, None)
         os._exit(0 if good else 1)
     for number in range(1, 301):
@@ -173,31 +175,31 @@ def test_a_send_that_had_to_wait_goes_on_when_the_peer_reads(pair):
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_memory_that_is_not_to_be_had_raises_instead_of_killing(pair):
-    with pytest.raises(MemoryError, match="bytes of shared memory"):
+def test_too_little_memory_raises_instead_of_killing(pair):
+    with pytest.raises(MemoryError, match=r"cannot allocate .* bytes of shared memory"):
         pair[0].open(CallId(1, "test"), [0, 1 << 55])
 
 
-def test_floor_waits_for_the_slowest_reader_and_for_calls_that_finish_out_of_order():
-    floor = Floor(3)
-    floor.finish(2)
-    assert floor.mine == 0
-    floor.finish(1)
-    assert floor.mine == 2
-    floor.heard(1, 5)
-    floor.heard(2, 4)
-    assert floor.passed(4, frozenset({1, 2}))
-    assert not floor.passed(5, frozenset({1, 2}))
-    assert floor.passed(5, frozenset({1}))
-    floor.heard(1, 3)  # late news change nothing
-    assert floor.passed(5, frozenset({1}))
+def test_watermarks_wait_for_the_slowest_reader_and_for_calls_that_finish_out_of_order():
+    watermarks = Watermarks(3)
+    watermarks.finish(2)
+    assert watermarks.local == 0
+    watermarks.finish(1)
+    assert watermarks.local == 2
+    watermarks.update(1, 5)
+    watermarks.update(2, 4)
+    assert watermarks.reached(4, frozenset({1, 2}))
+    assert not watermarks.reached(5, frozenset({1, 2}))
+    assert watermarks.reached(5, frozenset({1}))
+    watermarks.update(1, 3)  # an older watermark changes nothing
+    assert watermarks.reached(5, frozenset({1}))
 
 
 def test_bodies_are_shared_not_copied(pair):
     zero, one = pair
     post(one, 1, 64)
     post(zero, 1, 64)
-    body = zero.take(CallId(1, "test"), 1, Deadline(1.0)).body
+    body = zero.receive(CallId(1, "test"), 1, Deadline(1.0)).body
     one._segments[0].memory.fill_(9)
     assert bool((body == 9).all())
     assert body.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""The allocator: a result's memory is used again when, and only when, its last tensor is gone."""
+"""The allocator reuses a result's memory when, and only when, its last tensor is freed."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ from tokenferry.backends.cpu.allocator import Allocator
 LARGE = (1 << 18,)
 
 
-def test_a_block_comes_back_when_the_last_view_is_gone():
+def test_a_block_is_reused_when_the_last_view_is_freed():
     allocator = Allocator()
     result = allocator.empty(*LARGE, dtype=torch.float32)
     address, view = result.data_ptr(), result[10:20]
@@ -39,7 +39,7 @@ def test_a_block_twice_too_large_is_left_for_a_larger_result():
     assert allocator.empty(1 << 24, dtype=torch.uint8).data_ptr() == address
 
 
-def test_small_results_do_not_use_the_heap():
+def test_small_results_do_not_use_blocks():
     allocator = Allocator()
     allocator.empty(10, 10, dtype=torch.float32)
     assert not allocator._free
@@ -53,7 +53,7 @@ def test_few_free_blocks_are_kept():
     assert len(allocator._free) == 12
 
 
-def test_results_outlive_the_heap():
+def test_results_outlive_the_allocator():
     result = Allocator().empty(*LARGE, dtype=torch.float32)
     gc.collect()
     result.fill_(3.0)

@@ -1,4 +1,4 @@
-"""Sums of the CPU backend across the borders of blocks, against plain loops, bit for bit."""
+"""Sums of the CPU backend across block boundaries are equal to those of plain loops, bit for bit."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tokenferry.backends.cpu.allocator import Allocator
 
 @pytest.fixture(params=[1, 3, 7, 100], ids="{} tokens a block".format)
 def allocator(request, monkeypatch):
-    """A allocator, while blocks have this many tokens of width 8."""
+    """Return an allocator; blocks have this many tokens of width 8."""
     for name in ("_BLOCK_BYTES", "_WEIGHTED_BLOCK_BYTES"):
         monkeypatch.setattr(cpu_routing, name, request.param * 4 * 8)
     return Allocator()
@@ -20,18 +20,18 @@ def allocator(request, monkeypatch):
 def test_sums_start_with_the_biases_and_follow_the_sources(allocator, dtype):
     torch.manual_seed(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    home = [torch.rand(20).lt(share).nonzero()[:, 0] for share in (0.9, 0.0, 0.5)]
-    rows = [torch.randn(len(tokens), 8).to(dtype) for tokens in home]
+    tokens_by_source = [torch.rand(20).lt(share).nonzero()[:, 0] for share in (0.9, 0.0, 0.5)]
+    rows = [torch.randn(len(tokens), 8).to(dtype) for tokens in tokens_by_source]
     biases = [torch.randn(20, 8).to(dtype) for _ in range(2)]
     expected = torch.empty(20, 8, dtype=dtype)
     for token in range(20):
         total = biases[0][token].to(wide) + biases[1][token].to(wide)
-        for tokens, source in zip(home, rows, strict=True):
-            for place in (tokens == token).nonzero()[:, 0].tolist():
-                total = total + source[place].to(wide)
+        for tokens, source in zip(tokens_by_source, rows, strict=True):
+            for row in (tokens == token).nonzero()[:, 0].tolist():
+                total = total + source[row].to(wide)
         expected[token] = total.to(dtype)
     out = torch.full((20, 8), torch.nan, dtype=dtype)
-    cpu_routing.add_up(out, home, rows, allocator, biases)
+    cpu_routing.reduce_rows(out, tokens_by_source, rows, allocator, biases)
     assert torch.equal(out, expected)
 
 
@@ -46,22 +46,22 @@ def test_weighted_sums_follow_the_slots(allocator):
             if row_idx[token, slot] >= 0:
                 expected[token] += rows[row_idx[token, slot]].float() * weights[token, slot]
     out = torch.full((20, 8), torch.nan, dtype=torch.bfloat16)
-    cpu_routing.add_up_weighted(out, rows, row_idx, weights, allocator)
+    cpu_routing.reduce_weighted(out, rows, row_idx, weights, allocator)
     assert torch.equal(out, expected.bfloat16())
 
 
-def test_nothing_to_add_up(allocator):
+def test_empty_sums(allocator):
     out = torch.empty(0, 8)
-    cpu_routing.add_up(out, [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 8)], allocator)
-    cpu_routing.add_up_weighted(
+    cpu_routing.reduce_rows(out, [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 8)], allocator)
+    cpu_routing.reduce_weighted(
         out, torch.empty(0, 8), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), allocator
     )
 
 
-def test_sums_may_go_over_the_rows_that_they_are_made_of(allocator):
+def test_sums_may_overwrite_their_rows(allocator):
     shape = tokenferry.MoeShape(num_experts=1, top_k=1, hidden=8, max_tokens=20)
     with tokenferry.ExpertGroup(None, shape) as group:
-        # Token i is the row i - 1 where token 0 stays at home: each sum goes over the row that the next one needs.
+        # Token 0 has no row, so row i - 1 is that of token i: each sum overwrites the row that the next one needs.
         index = torch.zeros(20, 1, dtype=torch.int64)
         index[0] = -1
         sent = group.dispatch(torch.zeros(20, 8), tokenferry.Routing(index))

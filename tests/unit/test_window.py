@@ -322,7 +322,7 @@ def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):
 
 
 def without_gpu(rank, pg):
-    from tokenferry.transports.handshake import Table as Handshakes
+    from tokenferry.transports.handshake import Bootstrap as Handshakes
 
     return reach.obstacle(Handshakes(pg, 10.0), rank, torch.device("cuda", rank) if rank else None)
 

@@ -16,7 +16,7 @@ _OLDEST = (9, 0)
 
 
 class Exchange(Protocol):
-    """What `tokenferry.transports.handshake.Table` does."""
+    """What `tokenferry.transports.handshake.Bootstrap` does."""
 
     def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
         """Give one handshake to every rank, and return every rank's."""

@@ -1,1 +1,1 @@
-"""Transports: how the ranks of a CPU group send each other messages. They know bytes and calls, nothing of experts."""
+"""Messages between the ranks of a CPU group. Transports move bytes in numbered calls and do not depend on experts."""

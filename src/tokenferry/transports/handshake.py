@@ -1,8 +1,8 @@
-"""Handshakes: small JSON objects that every rank of a process group gives to all others, over whatever the group has.
+"""Handshakes: an all-gather of small JSON objects between the ranks of any process group.
 
-A group that can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl") carries them itself. One that cannot (NCCL alone) has
-a store, by which its ranks once found each other; that carries them. NCCL itself is the last resort: its first
-collective waits for a missing rank as long as the group's own timeout says, and cannot tell which rank it is.
+A group that can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl") transports them itself. For a group that cannot (NCCL
+alone), they go through the store with which its ranks found each other. NCCL's own all-gather is the last resort: its
+first collective waits for a missing rank until the timeout of the process group, and cannot name the rank.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ _POLL_S = 0.0005
 _REMEDY = "All ranks make a group together."
 
 
-class Table:
-    """Where ranks put handshakes that all can read. Collective, with a deadline.
+class Bootstrap:
+    """Exchanges handshakes between all ranks of a process group. Collective, with a deadline.
 
-    After a `PeerTimeout` the ranks are out of step: the process group serves for no other table.
+    After a `PeerTimeout` the ranks may have made different numbers of exchanges: do not use the process group for
+    another one.
 
     Args:
         group: Any process group.
         timeout_s: Seconds that each exchange may take.
-        device: This rank's device, for groups that have nothing but tensors of it.
+        device: This rank's device, for groups that can only send tensors on it.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float, device: torch.device | None = None) -> None:
@@ -44,17 +45,17 @@ class Table:
         self._carrier = _carrier(group, device or torch.device("cpu"))
 
     def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
-        """Give one handshake to every rank, and return every rank's, by rank.
+        """Send a handshake to every rank, and return those of all ranks, by rank.
 
         Raises:
-            PeerTimeout: a rank did not come; names it.
+            PeerTimeout: a rank did not send its handshake in time; the message names it.
         """
         texts = self._carrier.exchange(json.dumps(handshake).encode(), Deadline(self._timeout_s))
         return [json.loads(text) for text in texts]
 
 
 def moves_cpu_tensors(group: dist.ProcessGroup) -> bool:
-    """Whether a process group has a backend for CPU tensors."""
+    """Return whether a process group has a backend for CPU tensors."""
     try:
         group._get_backend(torch.device("cpu"))
     except RuntimeError:
@@ -63,7 +64,7 @@ def moves_cpu_tensors(group: dist.ProcessGroup) -> bool:
 
 
 def host_name() -> str:
-    """Something that differs between hosts, and between boots of one."""
+    """Return an identifier that differs between hosts, and between boots of one host."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
@@ -72,23 +73,23 @@ def host_name() -> str:
 
 
 class _Carrier(Protocol):
-    """One way to give every rank a few bytes of each."""
+    """One way to all-gather a few bytes."""
 
     def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
-        """Collective."""
+        """Return the bytes of all ranks, by rank; collective."""
 
 
 def _carrier(group: dist.ProcessGroup, device: torch.device) -> _Carrier:
     if moves_cpu_tensors(group):
-        return _Transport(group)
+        return _SendReceive(group)
     try:
         return _Store(group, group.get_group_store())
-    except RuntimeError:  # a process group that was not made by torch.distributed need not have one
+    except RuntimeError:  # a process group that torch.distributed did not make may have none
         return _Tensors(group, device)
 
 
-class _Transport:
-    """The group's own send and receive."""
+class _SendReceive:
+    """By send and receive of CPU tensors."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._transport = ProcessGroupTransport(group)
@@ -99,15 +100,15 @@ class _Transport:
         for buffer in transport.open(_CALL, [body.numel()] * transport.num_ranks):
             buffer.copy_(body)
         transport.post(_CALL, [_NO_HEADER] * transport.num_ranks, deadline)
-        texts = [bytes(transport.take(_CALL, src, deadline).body.tolist()) for src in range(transport.num_ranks)]
+        texts = [bytes(transport.receive(_CALL, src, deadline).body.tolist()) for src in range(transport.num_ranks)]
         transport.finish(_CALL, deadline)
         return texts
 
 
 class _Store:
-    """The store that a process group was made with.
+    """By the store with which the process group was made.
 
-    Each rank numbers its exchanges in the store, so that tables made one after another on a group do not mix.
+    Each rank counts its exchanges in the store, so that successive bootstraps of a group use different keys.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Store) -> None:
@@ -121,7 +122,7 @@ class _Store:
             number = self._store.add(f"tokenferry/exchanges/{self._rank}", 1)
             self._store.set(self._key(number, self._rank), text.decode())
             texts = [self._get(number, peer, deadline) for peer in range(self._num_ranks)]
-            # Every rank has come to this exchange, so it has read all handshakes of the one before.
+            # Every rank has reached this exchange, so it has read all handshakes of the one before.
             if self._last:
                 self._store.delete_key(self._last)
             self._last = self._key(number, self._rank)
@@ -150,7 +151,7 @@ class _Store:
 
 
 class _Tensors:
-    """An all-gather of byte tensors on the rank's device."""
+    """By an all-gather of byte tensors on the rank's device."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = group
@@ -167,7 +168,7 @@ class _Tensors:
         mine = tensor.to(self._device)
         gathered = [torch.empty_like(mine) for _ in range(self._group.size())]
         work = self._group.allgather([gathered], [mine])
-        while not work.is_completed():  # NCCL's wait() does not wait for the device, whatever its timeout
+        while not work.is_completed():  # NCCL's wait() ignores its timeout: it does not wait for the device
             if not deadline.left():
                 rank = self._group.rank()
                 others = [peer for peer in range(self._group.size()) if peer != rank]

@@ -1,4 +1,4 @@
-"""Rendezvous: R ranks compare what they were asked for, and agree on a transport. Collective."""
+"""Rendezvous: the ranks of a group compare their options, agree on a transport and connect. Collective."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.transports.base import CallId, Deadline, Transport, peer_timeout
-from tokenferry.transports.handshake import Table, moves_cpu_tensors
-from tokenferry.transports.handshake import host_name as _host
+from tokenferry.transports.handshake import Bootstrap, host_name, moves_cpu_tensors
 from tokenferry.transports.process_group import ProcessGroupTransport
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 _HELLO = struct.Struct("<16sq")
-"""The group's secret and the caller's rank."""
+"""The first bytes on a new connection: the group's secret and the rank of the connecting process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What the ranks agreed on.
+    """The result of a rendezvous.
 
     Attributes:
-        transport: Ready for call 1.
-        key: Names this group, the same on all ranks.
-        why: Why this transport, for the log.
+        transport: A connected transport, ready for call 1.
+        key: The name of this group, the same on all ranks.
+        why: The reason for this transport, for the log.
     """
 
     transport: Transport
@@ -39,31 +38,31 @@ class Agreement:
     why: str
 
 
-def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: dict[str, object]) -> Agreement:
+def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: dict[str, object]) -> Agreement:
     """Compare ``terms``, choose a transport, connect.
 
     Args:
         group: The process group, or None for a group of one.
         wanted: ``"shared_memory"``, ``"process_group"`` or ``"auto"``.
         timeout_s: Seconds that each wait may take.
-        terms: JSON values that must be equal on all ranks, by the names that users know them by.
+        terms: JSON values that must be equal on all ranks, by their names in the API.
 
     Raises:
-        ConfigError: ranks brought different terms; names the first that differs, and each rank's value.
-        BackendUnavailable: ``"shared_memory"`` was asked for and does not work; says why.
-        PeerTimeout: a rank did not come.
+        ConfigError: ranks have different terms; the message names the first that differs, and each rank's value.
+        BackendUnavailable: the wanted transport does not work; the message says why.
+        PeerTimeout: a rank did not answer in time.
     """
     if group is None or group.size() == 1:
         return Agreement(SharedMemoryTransport(0, {}), secrets.token_hex(4), "a group of one rank needs no transport")
-    table = Table(group, timeout_s)
+    bootstrap = Bootstrap(group, timeout_s)
     listener, address = _listen()
     try:
-        handshakes = table.exchange(
+        handshakes = bootstrap.exchange(
             {
                 "terms": terms,
                 "key": secrets.token_hex(4),
                 "secret": secrets.token_hex(16),
-                "host": _host(),
+                "host": host_name(),
                 "address": address,
             }
         )
@@ -72,7 +71,7 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
         why_not = _why_not_local(handshakes, wanted)
         sockets: dict[int, socket.socket] = {}
         if not why_not:
-            why_not, sockets = _try_local(group.rank(), handshakes, table)
+            why_not, sockets = _try_local(group.rank(), handshakes, bootstrap)
         if not why_not and listener:
             sockets.update(_accept_higher_ranks(listener, group.rank(), handshakes, timeout_s))
             return Agreement(SharedMemoryTransport(group.rank(), sockets), key, "all ranks on one host: shared memory")
@@ -82,8 +81,8 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
             )
         if not moves_cpu_tensors(group):
             raise BackendUnavailable(
-                f"ExpertGroup: nothing can carry rows: {why_not}, and the process group cannot move CPU tensors; pass "
-                "one made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
+                f"ExpertGroup: no transport works: {why_not}, and the process group cannot move CPU tensors; pass one "
+                "made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
             )
         return Agreement(ProcessGroupTransport(group, int(key, 16)), key, f"torch.distributed, because {why_not}")
     finally:
@@ -93,15 +92,21 @@ def meet(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: 
                 os.unlink(address)
 
 
-def _try_local(rank: int, handshakes: list[dict[str, Any]], table: Table) -> tuple[str, dict[int, socket.socket]]:
-    """Connect to the lower ranks, and hear whether every rank could; returns why not, or nothing, and the sockets."""
+def _try_local(
+    rank: int, handshakes: list[dict[str, Any]], bootstrap: Bootstrap
+) -> tuple[str, dict[int, socket.socket]]:
+    """Connect to the lower ranks, and learn whether every rank could.
+
+    Returns:
+        Why a rank could not, or an empty string, and the sockets.
+    """
     sockets: dict[int, socket.socket] = {}
     why_not = ""
     try:
-        sockets = _call_lower_ranks(rank, handshakes)
+        sockets = _connect_to_lower_ranks(rank, handshakes)
     except OSError as error:
         why_not = f"rank {rank} cannot reach a rank of its host over a Unix socket ({error})"
-    reasons = [handshake["why_not"] for handshake in table.exchange({"why_not": why_not})]
+    reasons = [handshake["why_not"] for handshake in bootstrap.exchange({"why_not": why_not})]
     why_not = next((reason for reason in reasons if reason), "")
     if why_not:
         for sock in sockets.values():
@@ -111,16 +116,20 @@ def _try_local(rank: int, handshakes: list[dict[str, Any]], table: Table) -> tup
 
 
 def compare_terms(terms: list[dict[str, Any]]) -> None:
-    """Raise ConfigError if ranks brought different terms; names the first, and what each rank brought."""
+    """Check that all ranks have the same terms.
+
+    Raises:
+        ConfigError: they differ; the message names the first term that does, and each rank's value.
+    """
     for name in terms[0]:
         values = [term[name] for term in terms]
         if any(value != values[0] for value in values):
-            brought = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise ConfigError(f"ExpertGroup: {name} differs between ranks ({brought}); give all ranks the same")
+            per_rank = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise ConfigError(f"ExpertGroup: {name} differs between ranks ({per_rank}); give all ranks the same")
 
 
 def _why_not_local(handshakes: list[dict[str, Any]], wanted: str) -> str:
-    """The reason against shared memory that can be seen without trying, or nothing."""
+    """Return why shared memory cannot work, as far as the handshakes show, or an empty string."""
     if wanted == "process_group":
         return "transport='process_group' was asked for"
     hosts = {handshake["host"] for handshake in handshakes}
@@ -131,7 +140,7 @@ def _why_not_local(handshakes: list[dict[str, Any]], wanted: str) -> str:
 
 
 def _listen() -> tuple[socket.socket | None, str]:
-    """Listen on a Unix socket; on Linux its name is no file, elsewhere it is one for a moment."""
+    """Listen on a Unix socket, whose name is abstract on Linux and a temporary file elsewhere."""
     if not hasattr(socket, "send_fds"):
         return None, ""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -142,10 +151,10 @@ def _listen() -> tuple[socket.socket | None, str]:
     return listener, address
 
 
-def _call_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, socket.socket]:
-    """Connect to every lower rank; they listen already, so this waits for nobody.
+def _connect_to_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, socket.socket]:
+    """Connect to every lower rank, without waiting: they are already listening.
 
-    Nor does it wait where more ranks call than a system lets queue: such a call fails at once, as any other reason.
+    If more ranks connect than the system can queue, the connection fails at once, like for any other reason.
     """
     hello = _HELLO.pack(bytes.fromhex(handshakes[0]["secret"]), rank)
     sockets: dict[int, socket.socket] = {}
@@ -165,7 +174,7 @@ def _call_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, 
 def _accept_higher_ranks(
     listener: socket.socket, rank: int, handshakes: list[dict[str, Any]], timeout_s: float
 ) -> dict[int, socket.socket]:
-    """Accept the ranks above, all of which have connected; a stranger, who lacks the secret, is turned away."""
+    """Accept the connections of all higher ranks, and close any that does not know the secret."""
     deadline = Deadline(timeout_s)
     sockets: dict[int, socket.socket] = {}
     while len(sockets) < len(handshakes) - 1 - rank:

@@ -1,7 +1,7 @@
-"""Segments: anonymous memory that one rank writes and its peers on the same host map. No name, no file left behind.
+"""Segments: anonymous shared memory that one rank writes and its peers on the same host map.
 
-A segment belongs to the rank that made it. Peers receive its file descriptor over a Unix socket, so nothing has to be
-found by path, nothing outlives the processes, and the limit of /dev/shm does not apply.
+A segment belongs to the rank that created it. Peers receive its file descriptor over a Unix socket. It therefore needs
+no path, does not outlive the processes, and is not subject to the size limit of /dev/shm.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Segment:
     """A segment that this rank owns.
 
     Attributes:
-        number: Its number on this rank, counted from 1.
-        fd: File descriptor that peers receive.
+        number: The number of the segment on this rank, counted from 1.
+        fd: The file descriptor that peers receive.
         memory: ``[size]`` uint8, shared.
-        known: Peers that have the descriptor already.
-        call: The call whose messages it holds.
-        readers: Ranks that may still read them.
+        known: Peers that already have the descriptor.
+        call: The number of the call whose messages the segment holds.
+        readers: The ranks that those messages are for.
     """
 
     number: int
@@ -38,15 +38,17 @@ class Segment:
     call: int = 0
     readers: frozenset[int] = frozenset()
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at interpreter exit `os` may be gone
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # bound here, since `os` may be gone at interpreter exit
         close(self.fd)
 
 
 def create(number: int, num_bytes: int) -> Segment:
-    """Make a segment of at least ``num_bytes``, and up to an eighth more so that it fits later calls too.
+    """Create a segment of at least ``num_bytes``, and up to an eighth more so that it fits later calls too.
 
     Raises:
-        MemoryError: it is not to be had.
+        MemoryError: the system has not enough shared memory.
     """
     unit = max(_PAGE, 1 << max(num_bytes.bit_length() - 4, 0))
     size = -(-num_bytes // unit) * unit
@@ -58,13 +60,13 @@ def create(number: int, num_bytes: int) -> Segment:
         if fd >= 0:
             os.close(fd)
         raise MemoryError(
-            f"{size} bytes of shared memory are not to be had ({error}); send fewer tokens at once, or use "
+            f"cannot allocate {size} bytes of shared memory ({error}); send fewer tokens at once, or use "
             "transport='process_group'"
         ) from error
 
 
 def attach(fd: int, size: int) -> Tensor:
-    """Map a segment as a uint8 tensor; the mapping lives as long as the tensor."""
+    """Map a segment as a uint8 tensor; the mapping exists as long as the tensor."""
     return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
@@ -73,8 +75,8 @@ def _anonymous_file(size: int) -> int:
         fd = os.memfd_create("tokenferry", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
         return fd
-    with tempfile.TemporaryFile() as file:  # macOS: already unlinked, lives as long as a descriptor does
+    with tempfile.TemporaryFile() as file:  # macOS: already unlinked, exists as long as a descriptor
         file.truncate(size)
-        if hasattr(os, "posix_fallocate"):  # a full disk shall be an exception here, not a signal at some later write
+        if hasattr(os, "posix_fallocate"):  # a full disk raises here, instead of a signal at a later write
             os.posix_fallocate(file.fileno(), 0, size)
         return os.dup(file.fileno())

@@ -1,12 +1,12 @@
 """SharedMemoryTransport: messages between ranks of one host, through shared memory and Unix sockets.
 
-Bodies lie in segments that their sender owns and that receivers map: a row is written once, by its sender, and read
-once, by its receiver. A small notice over a Unix socket says where: it wakes the receiver without spinning, arrives
-after the bytes that it speaks of, and a socket that closes says at once that its rank is gone.
+The bodies of messages lie in segments that the sender owns and the receivers map: the sender writes a row once, and the
+receiver reads it once. A small notice over a Unix socket says where a body lies. It wakes the receiver, so that nothing
+spins, and it arrives after the bytes that it describes. A closed socket shows at once that its rank is gone.
 
-A segment holds one call's messages and is reused when the floors of all its readers have passed that call (base.py),
-so two segments alternate in steady state; with hooks there are as many as calls under way. Nothing ever waits for a
-segment.
+A segment holds the messages of one call. It is reused when the watermarks of all its readers have reached that call
+(see `tokenferry.transports.base`), so two segments alternate in steady state; with receive hooks there are as many as
+calls in flight. No call ever waits for a segment.
 """
 
 from __future__ import annotations
@@ -22,19 +22,68 @@ import torch
 from torch import Tensor
 
 from tokenferry.transports import segment as seg
-from tokenferry.transports.base import HEADER_INTS, CallId, Check, Deadline, Floor, LastHeard, Message, peer_timeout
+from tokenferry.transports.base import (
+    HEADER_INTS,
+    CallId,
+    Check,
+    Deadline,
+    LastMessages,
+    Message,
+    Watermarks,
+    peer_timeout,
+)
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
-"""kind, call, floor, segment, offset, bytes; then the backend's header."""
-_POST, _POST_WITH_FD, _RETIRE, _NUMBER = 1, 2, 3, 4
+_POST, _POST_WITH_FD, _RETIRE, _ANNOUNCE = 1, 2, 3, 4
+_NO_HEADER = (0,) * HEADER_INTS
 _ALIGN = 64
+
+
+@dataclass(slots=True)
+class _Notice:
+    """A fixed-size record sent over a socket.
+
+    Attributes:
+        kind: `_POST`: a message is ready; `_POST_WITH_FD`: the same, and the descriptor of its segment comes along;
+            `_RETIRE`: unmap a segment; `_ANNOUNCE`: the number of the sender's last call.
+        call: The number of a call.
+        watermark: The sender's watermark.
+        segment: The number of the segment of a body, 0 without a body.
+        offset: The first byte of the body in the segment.
+        size: Bytes of the body.
+        header: The backend's header.
+    """
+
+    kind: int
+    call: int = 0
+    watermark: int = 0
+    segment: int = 0
+    offset: int = 0
+    size: int = 0
+    header: tuple[int, ...] = _NO_HEADER
+
+    def pack(self) -> bytes:
+        return _NOTICE.pack(self.kind, self.call, self.watermark, self.segment, self.offset, self.size, *self.header)
+
+    @classmethod
+    def unpack(cls, data: bytearray) -> _Notice:
+        kind, call, watermark, segment, offset, size, *header = _NOTICE.unpack_from(data)
+        return cls(kind, call, watermark, segment, offset, size, tuple(header))
 
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """What is known of one peer: its socket, what it has sent that was not yet taken, and its segments mapped here.
+    """The connection to one peer.
 
-    ``deaf``: it reads no more, but what it sent before may still be here. ``gone``: everything has been read.
+    Attributes:
+        rank: The peer.
+        socket: The socket to it.
+        data: Received bytes of an incomplete notice.
+        fds: Received file descriptors whose notices have not been handled.
+        inbox: Messages that were not yet received by the backend, by call.
+        mappings: The peer's segments that are mapped here, by number.
+        writable: False once sends fail; messages that the peer sent before may still be in the socket.
+        readable: False once everything that it sent has been read.
     """
 
     rank: int
@@ -42,14 +91,14 @@ class _Peer:
     data: bytearray = field(default_factory=bytearray)
     fds: list[int] = field(default_factory=list)
     inbox: dict[int, Message] = field(default_factory=dict)
-    maps: dict[int, Tensor] = field(default_factory=dict)
-    deaf: bool = False
-    gone: bool = False
+    mappings: dict[int, Tensor] = field(default_factory=dict)
+    writable: bool = True
+    readable: bool = True
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
-    """One call under way here."""
+class _InFlight:
+    """A call that this rank has opened and not finished; ``expected`` are the peers whose messages it waits for."""
 
     buffers: list[Tensor]
     offsets: list[int]
@@ -59,7 +108,7 @@ class _Flight:
 
 
 class SharedMemoryTransport:
-    """The transport for ranks of one host; made by `tokenferry.transports.rendezvous`, which connects the sockets."""
+    """The transport for ranks of one host; `tokenferry.transports.rendezvous` connects its sockets."""
 
     name = "shared_memory"
 
@@ -73,18 +122,18 @@ class SharedMemoryTransport:
             peer.socket.setblocking(False)
             self._by_fd[peer.socket.fileno()] = peer
             self._poll.register(peer.socket, select.POLLIN)
-        self._floor = Floor(self.num_ranks)
-        self._heard = LastHeard(self.num_ranks)
+        self._watermarks = Watermarks(self.num_ranks)
+        self._last_messages = LastMessages(self.num_ranks)
         self._segments: list[seg.Segment] = []
         self._num_segments = 0
-        self._flights: dict[int, _Flight] = {}
-        self._newest = 0
-        self._told = 0
+        self._in_flight: dict[int, _InFlight] = {}
+        self._last_call = 0
+        self._announced = 0
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
-        """Return views of a segment; this rank's own message lies there too, since used memory is cheaper than new.
+        """Return views of a segment. See `Transport.open`.
 
-        See `Transport.open`.
+        This rank's own message lies there too, because used memory is cheaper than new memory.
         """
         offsets, end = [], 0
         for size in sizes:
@@ -93,105 +142,115 @@ class SharedMemoryTransport:
         segment = self._free_segment(end) if end else None
         memory = torch.empty(0, dtype=torch.uint8) if segment is None else segment.memory
         buffers = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
-        self._flights[call.number] = _Flight(buffers, offsets, segment)
+        self._in_flight[call.number] = _InFlight(buffers, offsets, segment)
         return buffers
 
     def post(
         self, call: CallId, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
     ) -> None:
-        """Send a notice to each peer. A peer that is gone is passed over: `take` reports it. See `Transport.post`."""
-        flight = self._flights[call.number]
-        flight.own_header = headers[self.rank]
-        flight.expected = set(self._peers) - skip
-        self._newest = call.number
-        if flight.segment is not None:
-            flight.segment.call, flight.segment.readers = call.number, frozenset(flight.expected)
-        for rank in sorted(flight.expected):
-            size = flight.buffers[rank].numel()
-            number = flight.segment.number if flight.segment is not None and size else 0
+        """Send a notice to each peer. See `Transport.post`.
+
+        A peer that is gone is no error here: `receive` raises it.
+        """
+        current = self._in_flight[call.number]
+        segment = current.segment
+        current.own_header = headers[self.rank]
+        current.expected = set(self._peers) - skip
+        self._last_call = call.number
+        if segment is not None:
+            segment.call, segment.readers = call.number, frozenset(current.expected)
+        for rank in sorted(current.expected):
+            size = current.buffers[rank].numel()
+            number = segment.number if segment is not None and size else 0
             kind, fds = _POST, []
-            if flight.segment is not None and size and rank not in flight.segment.known:
-                kind, fds = _POST_WITH_FD, [flight.segment.fd]
-                flight.segment.known.add(rank)
-            notice = _NOTICE.pack(
-                kind, call.number, self._floor.mine, number, flight.offsets[rank], size, *headers[rank]
+            if segment is not None and size and rank not in segment.known:
+                kind, fds = _POST_WITH_FD, [segment.fd]
+                segment.known.add(rank)
+            notice = _Notice(
+                kind, call.number, self._watermarks.local, number, current.offsets[rank], size, headers[rank]
             )
             self._send(rank, notice, fds, call, deadline)
         for rank, peer in self._peers.items():
             if rank in skip:
                 peer.inbox.pop(call.number, None)
 
-    def take(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
-        """Wait for the notice of ``src`` and return a view of its segment. See `Transport.take`."""
-        flight = self._flights[call.number]
+    def receive(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
+        """Wait for the notice of ``src`` and return a view of its segment. See `Transport.receive`."""
+        current = self._in_flight[call.number]
         if src == self.rank:
-            return Message(flight.own_header, flight.buffers[src])
+            return Message(current.own_header, current.buffers[src])
         peer = self._peers[src]
         while call.number not in peer.inbox:
-            if peer.gone:
+            if not peer.readable:
                 why = "its process ended or closed the group"
-                raise peer_timeout(call, self.rank, [src], why, deadline.waited(), self._heard.tell(src))
+                last = self._last_messages.describe(src)
+                raise peer_timeout(call, self.rank, [src], why, deadline.waited(), last)
             left = deadline.left()
             if left == 0:
-                missing = sorted(r for r in flight.expected if call.number not in self._peers[r].inbox)
-                why = "no answer within timeout_s"
-                raise peer_timeout(call, self.rank, missing, why, deadline.waited(), self._heard.tell(missing[0]))
-            self._pump(left)
+                missing = sorted(r for r in current.expected if call.number not in self._peers[r].inbox)
+                why, last = "no answer within timeout_s", self._last_messages.describe(missing[0])
+                raise peer_timeout(call, self.rank, missing, why, deadline.waited(), last)
+            self._progress(left)
         message = peer.inbox.pop(call.number)
         if check is not None:
             check(src, message.header)
-        flight.expected.discard(src)
-        self._heard.note(src, call)
+        current.expected.discard(src)
+        self._last_messages.record(src, call)
         return message
 
     def finish(self, call: CallId, deadline: Deadline | None) -> None:
-        """Nothing to wait for: segments outlive their sender's interest in them. See `Transport.finish`."""
-        del self._flights[call.number]
-        self._floor.finish(call.number)
+        """Advance the watermark. See `Transport.finish`.
 
-    def forget(self, src: int) -> None:
-        """Drop what ``src`` sent, and let go of the segments that it may still read. See `Transport.forget`."""
-        for number, flight in self._flights.items():
-            flight.expected.discard(src)
+        There is nothing to wait for: peers that have mapped a segment keep its memory, even if this rank closes it.
+        """
+        del self._in_flight[call.number]
+        self._watermarks.finish(call.number)
+
+    def drop_peer(self, src: int) -> None:
+        """Drop the messages of ``src``, and retire the segments that it may still read. See `Transport.drop_peer`."""
+        for number, current in self._in_flight.items():
+            current.expected.discard(src)
             self._peers[src].inbox.pop(number, None)
-        busy = [s for s in self._segments if src in s.readers and not self._floor.passed(s.call, s.readers)]
+        busy = [s for s in self._segments if src in s.readers and not self._watermarks.reached(s.call, s.readers)]
         self._retire(busy)
 
-    def tell_number(self, number: int, skip: frozenset[int]) -> None:
-        """Send a notice. See `Transport.tell_number`."""
-        notice = _NOTICE.pack(_NUMBER, number, 0, 0, 0, 0, *[0] * HEADER_INTS)
+    def announce_call(self, number: int, skip: frozenset[int]) -> None:
+        """Send a notice to each peer. See `Transport.announce_call`."""
         for rank in sorted(set(self._peers) - skip):
-            self._send(rank, notice, [], CallId(number, "mask"), Deadline(1.0))
+            self._send(rank, _Notice(_ANNOUNCE, number), [], CallId(number, "mask"), Deadline(1.0))
 
-    def heard_number(self) -> int:
-        """Read what is here. See `Transport.heard_number`."""
+    def highest_announced_call(self) -> int:
+        """Read all notices that have arrived. See `Transport.highest_announced_call`."""
         while self._poll.poll(0):
-            self._pump(0)
-        return self._told
+            self._progress(0)
+        return self._announced
 
-    def go_on_from(self, number: int) -> None:
-        """See `Transport.go_on_from`."""
-        self._newest = max(self._newest, number)
-        self._floor.jump(number)
-        self._flights = {call: flight for call, flight in self._flights.items() if call > number}
+    def skip_to(self, number: int) -> None:
+        """Drop calls in flight and messages up to ``number``. See `Transport.skip_to`."""
+        self._last_call = max(self._last_call, number)
+        self._watermarks.skip_to(number)
+        self._in_flight = {call: current for call, current in self._in_flight.items() if call > number}
         for peer in self._peers.values():
             peer.inbox = {call: message for call, message in peer.inbox.items() if call > number}
 
     def close(self, *, linger: bool) -> None:
-        """Close sockets, which tells the peers, and let go of all memory; notices and segments under way stay valid."""
+        """Close the sockets, which the peers notice, and free all memory. See `Transport.close`.
+
+        Notices and segments that are on their way stay valid, so there is nothing to linger for.
+        """
         for peer in self._peers.values():
             peer.socket.close()
             for fd in peer.fds:
                 os.close(fd)
             peer.fds.clear()
-            peer.maps.clear()
+            peer.mappings.clear()
         self._segments.clear()
-        self._flights.clear()
+        self._in_flight.clear()
 
     def _free_segment(self, num_bytes: int) -> seg.Segment:
-        """The smallest free segment that fits, else a new one in the place of the free ones that are too small."""
-        busy = {id(flight.segment) for flight in self._flights.values()}
-        free = [s for s in self._segments if id(s) not in busy and self._floor.passed(s.call, s.readers)]
+        """Return the smallest free segment that fits; if none does, replace the free segments by a new one."""
+        busy = {id(current.segment) for current in self._in_flight.values()}
+        free = [s for s in self._segments if id(s) not in busy and self._watermarks.reached(s.call, s.readers)]
         fitting = [s for s in free if s.memory.numel() >= num_bytes]
         if fitting:
             return min(fitting, key=lambda s: s.memory.numel())
@@ -201,34 +260,33 @@ class SharedMemoryTransport:
         return self._segments[-1]
 
     def _retire(self, segments: list[seg.Segment]) -> None:
-        """Forget segments, here and at the peers that have mapped them; the memory goes when the last view does."""
+        """Drop segments, here and at the peers that have mapped them; the last view of one frees its memory."""
         for segment in segments:
             self._segments.remove(segment)
             for rank in sorted(segment.known):
-                notice = _NOTICE.pack(_RETIRE, 0, 0, segment.number, 0, 0, *[0] * HEADER_INTS)
+                notice = _Notice(_RETIRE, segment=segment.number)
                 self._send(rank, notice, [], CallId(0, "retire"), Deadline(1.0))
 
-    def _send(self, rank: int, notice: bytes, fds: list[int], call: CallId, deadline: Deadline) -> None:
-        peer = self._peers[rank]
-        while notice and not (peer.deaf or peer.gone):
+    def _send(self, rank: int, notice: _Notice, fds: list[int], call: CallId, deadline: Deadline) -> None:
+        peer, data = self._peers[rank], notice.pack()
+        while data and peer.writable and peer.readable:
             try:
-                sent = socket.send_fds(peer.socket, [notice], fds)
-                notice, fds = notice[sent:], []
-            except BlockingIOError:  # hundreds of notices unread: the peer is far behind; read on while it catches up
+                sent = socket.send_fds(peer.socket, [data], fds)
+                data, fds = data[sent:], []
+            except BlockingIOError:
+                # The peer is hundreds of notices behind. Keep reading while waiting, so that it can send as well.
                 if deadline.left() == 0:
-                    why = "it reads no messages"
-                    raise peer_timeout(
-                        call, self.rank, [rank], why, deadline.waited(), self._heard.tell(rank)
-                    ) from None
+                    why, last = "it reads no messages", self._last_messages.describe(rank)
+                    raise peer_timeout(call, self.rank, [rank], why, deadline.waited(), last) from None
                 self._poll.modify(peer.socket, select.POLLIN | select.POLLOUT)
-                self._pump(deadline.left())
-                if not peer.gone:
+                self._progress(deadline.left())
+                if peer.readable:
                     self._poll.modify(peer.socket, select.POLLIN)
             except (BrokenPipeError, ConnectionResetError):
-                peer.deaf = True
+                peer.writable = False
 
-    def _pump(self, timeout_s: float) -> None:
-        """Wait for any peer's notices and read all that are here."""
+    def _progress(self, timeout_s: float) -> None:
+        """Wait until any peer has sent something, and handle all notices that have arrived."""
         for fd, event in self._poll.poll(timeout_s * 1000.0):
             if event & ~select.POLLOUT:
                 self._read(self._by_fd[fd])
@@ -241,32 +299,35 @@ class SharedMemoryTransport:
         except ConnectionResetError:
             data, fds = b"", []
         if not data:
-            peer.gone = True
+            peer.readable = False
             self._poll.unregister(peer.socket)
             return
         peer.data += data
         peer.fds += fds
         while len(peer.data) >= _NOTICE.size:
-            notice = _NOTICE.unpack_from(peer.data)
+            notice = _Notice.unpack(peer.data)
             del peer.data[: _NOTICE.size]
-            self._accept(peer, notice)
+            self._handle(peer, notice)
 
-    def _accept(self, peer: _Peer, notice: tuple[int, ...]) -> None:
-        kind, number, floor, segment, offset, size, *header = notice
-        if kind == _RETIRE:
-            peer.maps.pop(segment, None)
+    def _handle(self, peer: _Peer, notice: _Notice) -> None:
+        if notice.kind == _RETIRE:
+            peer.mappings.pop(notice.segment, None)
             return
-        if kind == _NUMBER:
-            self._told = max(self._told, number)
+        if notice.kind == _ANNOUNCE:
+            self._announced = max(self._announced, notice.call)
             return
-        if kind == _POST_WITH_FD:
+        if notice.kind == _POST_WITH_FD:
             fd = peer.fds.pop(0)
-            peer.maps[segment] = seg.attach(fd, os.fstat(fd).st_size)
+            peer.mappings[notice.segment] = seg.attach(fd, os.fstat(fd).st_size)
             os.close(fd)
-        self._floor.heard(peer.rank, floor)
-        flight = self._flights.get(number)
-        late = number <= self._newest and (flight is None or peer.rank not in flight.expected)
-        if not late:  # a late message is of a call that did without this peer
-            # The view outlives the map's place in the table: its sender may retire the segment before it is taken.
-            body = peer.maps[segment][offset : offset + size] if size else torch.empty(0, dtype=torch.uint8)
-            peer.inbox[number] = Message(tuple(header), body)
+        self._watermarks.update(peer.rank, notice.watermark)
+        current = self._in_flight.get(notice.call)
+        # A message is late if its call was made without this peer.
+        late = notice.call <= self._last_call and (current is None or peer.rank not in current.expected)
+        if late:
+            return
+        body = torch.empty(0, dtype=torch.uint8)
+        if notice.size:
+            # This view keeps the memory if the sender retires the segment before the message is received.
+            body = peer.mappings[notice.segment][notice.offset : notice.offset + notice.size]
+        peer.inbox[notice.call] = Message(notice.header, body)

@@ -1,12 +1,13 @@
-"""Decode calls of the CPU backend: fixed shapes, FP8 cast and weighted sum inside, receive hooks, masked ranks.
+"""Decode calls of the CPU backend: fixed shapes, FP8 casts and weighted sums, receive hooks, masked ranks.
 
-A call has two halves. The first casts, packs and sends; the second takes, places and adds up, at once or in the hook.
-All results are allocated in the first half, so that a hook only fills them.
+A call has two halves. The first casts, packs and sends; the second, which may be a hook, receives and then arranges or
+sums the rows. The first half allocates all results, so that a hook only fills them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,17 +15,34 @@ from torch import Tensor
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Pending, Received, Signature
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
+from tokenferry.backends.cpu.payload import Payload, ReceivedRows
 from tokenferry.backends.masking import drop_ranks
 from tokenferry.formats import fp8, logfmt
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
 
 _COUNT_BITS = 32
+"""Each entry of ``DecodePlan.src_range`` is a start, shifted by this, and a count."""
 
 
-def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> DecodeDispatched:
-    """Cast, send; then, at once or in the hook, place into ``[L, R*M, H]``."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outgoing:
+    """The rows that a decode combine sends.
+
+    Attributes:
+        payload: All rows, in the encoding of the call.
+        rows: Per destination rank, its rows of the payload.
+        counts: Per destination rank, how many they are.
+    """
+
+    payload: Payload
+    rows: Sequence[Tensor | slice]
+    counts: list[int]
+
+
+def decode_dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> DecodeDispatched:
+    """Cast and send the rows; then, at once or in the hook, arrange those that arrive as ``[L, R*M, H]``."""
     shape, routing = request.shape, request.routing
     num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
     skip = frozenset(exchange.masked)
@@ -37,22 +55,10 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
         topk_idx=topk_idx,
         token=torch.arange(topk_idx.shape[0]),
     )
-    dst_token, dst_counts = cpu_routing.destinations(topk_idx, shape.num_experts, num_ranks)
-    fields = {
-        "num_experts": shape.num_experts,
-        "max_tokens": shape.max_tokens,
-        "dtype": dtype_code(request.x.dtype),
-        "fp8 scale": 0 if request.quantize is None else 1 + list(type(request.quantize)).index(request.quantize),
-        **payload.fields,
-    }
-    counts = dst_counts.tolist()
-    fill = payload.fill(torch.split(dst_token, counts), exchange.rank)
-    signature = Signature(Kind.decode_dispatch, fields)
-    pending = exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
-
-    room = num_ranks * shape.max_tokens
+    pending = _start_dispatch(exchange, request, payload, topk_idx, skip)
+    num_rows = num_ranks * shape.max_tokens
     result = DecodeDispatched(
-        x=_empty_like(rows, num_local, room, exchange.allocator),
+        x=_empty_like(rows, num_local, num_rows, exchange.allocator),
         expert_counts=torch.empty(num_local, dtype=torch.int32),
         plan=DecodePlan(
             group_key=key,
@@ -60,113 +66,142 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
             num_experts=shape.num_experts,
             topk_idx=topk_idx,
             topk_weights=routing.topk_weights,
-            src_token=torch.empty(num_local, room, dtype=torch.int32),
+            src_token=torch.empty(num_local, num_rows, dtype=torch.int32),
             src_range=torch.empty(num_local, num_ranks, dtype=torch.int64),
-            row_weights=None if routing.topk_weights is None else torch.empty(num_local, room),
+            row_weights=None if routing.topk_weights is None else torch.empty(num_local, num_rows),
             number=pending.number,
         ),
         hook=None,
     )
 
-    def place(received: Received) -> None:
-        _place(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
+    def arrange(received: Sequence[ReceivedRows]) -> None:
+        _arrange(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
         if request.stats.received is not None:
             request.stats.received.add_(result.expert_counts)
 
-    hook = _finish(pending, request.stats, place, return_hook=request.return_hook)
+    hook = _finish(pending, request.stats, arrange, return_hook=request.return_hook)
     return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
 
 
-def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined:
-    """Send the experts' rows home, weighted and added up per token if ``fast``; then add up what comes."""
+def decode_combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined:
+    """Send the experts' rows back, if ``fast`` weighted and summed per token; then sum the rows that arrive."""
     y, plan, weights, encoding = request.y, request.plan, request.plan.topk_weights, request.encoding
     num_ranks, num_local = exchange.num_ranks, plan.num_experts // exchange.num_ranks
     assert weights is not None
     skip = frozenset(exchange.masked)
-    places = [
-        _places_from(plan, src) if src not in skip else torch.empty(0, dtype=torch.int64) for src in range(num_ranks)
-    ]
-    payload, parts, counts = _cargo(request, places, exchange.allocator)
-    fill = payload.fill(parts, exchange.rank)
-    fields = {
-        "dispatch of the plan": plan.number,
-        "fast": int(request.fast),
-        "encoding": int(encoding),
-        "dtype": dtype_code(y.dtype),
-        **payload.fields,
-    }
-    signature = Signature(Kind.decode_combine, fields)
-    pending = exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
+    outgoing = _outgoing(request, num_ranks, skip, exchange.allocator)
+    payload = outgoing.payload
+    pending = _start_combine(exchange, request, outgoing, skip)
     out = request.out
     if out is None:
         out = exchange.allocator.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
 
-    def add_up(received: Received) -> None:
+    def reduce(received: Sequence[ReceivedRows]) -> None:
         absent = frozenset(exchange.masked) | skip
         topk_idx = drop_ranks(plan.topk_idx, absent, num_local)
         if request.fast:
             tokens, expected = cpu_routing.destinations(topk_idx, plan.num_experts, num_ranks)
         else:
-            where = cpu_routing.spread(topk_idx, plan.num_experts, 1, None)
-            expected = where.counts.view(num_ranks, num_local).sum(1)
-        # A rank that was masked when its rows came counts as absent altogether.
-        received = [(0, []) if src in absent else one for src, one in enumerate(received)]
+            assigned = cpu_routing.assign(topk_idx, plan.num_experts, 1, None)
+            expected = assigned.counts.view(num_ranks, num_local).sum(1)
+        # The rows of a rank that is masked by now do not count, even if they have arrived.
+        received = [ReceivedRows(0, []) if src in absent else one for src, one in enumerate(received)]
         pending.check_counts(received, expected.tolist())
         if request.fast:
-            home = torch.split(tokens, expected.tolist())
-            cpu_routing.add_up(out, home, _sums_of(payload, received, encoding, exchange.allocator), exchange.allocator)
+            by_source = torch.split(tokens, expected.tolist())
+            sums = _sums_by_source(payload, received, encoding, exchange.allocator)
+            cpu_routing.reduce_rows(out, by_source, sums, exchange.allocator)
             return
-        rows = _rows_of(payload, received, encoding, exchange.allocator)
-        cpu_routing.add_up_weighted(out, rows, where.row_idx, weights, exchange.allocator)
+        rows = _decoded_rows(payload, received, encoding, exchange.allocator)
+        cpu_routing.reduce_weighted(out, rows, assigned.row_idx, weights, exchange.allocator)
 
-    return DecodeCombined(out, _finish(pending, request.stats, add_up, return_hook=request.return_hook))
+    return DecodeCombined(out, _finish(pending, request.stats, reduce, return_hook=request.return_hook))
 
 
-def _cargo(
-    request: DecodeCombineRequest, places: list[Tensor], allocator: Allocator
-) -> tuple[Payload, Sequence[Tensor | slice], list[int]]:
-    """What travels, in the format of the encoding; which part of it each rank gets, and how many rows that is."""
-    flat = request.y.view(-1, request.y.shape[-1])
+def _start_dispatch(
+    exchange: Exchange, request: DecodeDispatchRequest, payload: Payload, topk_idx: Tensor, skip: frozenset[int]
+) -> Pending:
+    """Send each rank the rows that its experts need."""
+    shape, quantize = request.shape, request.quantize
+    fields = {
+        "num_experts": shape.num_experts,
+        "max_tokens": shape.max_tokens,
+        "dtype": dtype_code(request.x.dtype),
+        "fp8 scale": 0 if quantize is None else 1 + list(type(quantize)).index(quantize),
+        **payload.fields,
+    }
+    dst_token, dst_counts = cpu_routing.destinations(topk_idx, shape.num_experts, exchange.num_ranks)
+    counts = dst_counts.tolist()
+    fill = payload.fill(torch.split(dst_token, counts), exchange.rank)
+    signature = Signature(Kind.decode_dispatch, fields)
+    return exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
+
+
+def _start_combine(
+    exchange: Exchange, request: DecodeCombineRequest, outgoing: _Outgoing, skip: frozenset[int]
+) -> Pending:
+    """Send each rank the rows of its tokens."""
+    payload = outgoing.payload
+    fields = {
+        "dispatch of the plan": request.plan.number,
+        "fast": int(request.fast),
+        "encoding": int(request.encoding),
+        "dtype": dtype_code(request.y.dtype),
+        **payload.fields,
+    }
+    fill = payload.fill(outgoing.rows, exchange.rank)
+    signature = Signature(Kind.decode_combine, fields)
+    return exchange.start(signature, payload.sections, outgoing.counts, fill, skip=skip, copy_own=request.return_hook)
+
+
+def _outgoing(request: DecodeCombineRequest, num_ranks: int, skip: frozenset[int], allocator: Allocator) -> _Outgoing:
+    flat, plan = request.y.view(-1, request.y.shape[-1]), request.plan
+    nowhere = torch.empty(0, dtype=torch.int64)
+    positions = [nowhere if src in skip else _positions_from(plan, src) for src in range(num_ranks)]
     if request.encoding is Encoding.same and not request.fast:
-        return Payload(flat), places, [at.numel() for at in places]
-    parts = [_sum_per_token(flat, request.plan, at, allocator) if request.fast else flat[at] for at in places]
+        return _Outgoing(Payload(flat), positions, [each.numel() for each in positions])
+    parts = [_sum_per_token(flat, plan, each, allocator) if request.fast else flat[each] for each in positions]
     counts = [part.shape[0] for part in parts]
     ends = torch.tensor(counts).cumsum(0).tolist()
     slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
     rows = torch.cat(parts)
     if request.encoding is Encoding.same:
-        return Payload(rows), slices, counts
-    # Own rows as well: the sum shall not depend on where an expert lives.
+        return _Outgoing(Payload(rows), slices, counts)
+    # This rank's own rows are encoded too, so that the sum does not depend on which rank an expert lives on.
     encoded = fp8.cast(rows, Scale.FLOAT32) if request.encoding is Encoding.fp8 else logfmt.encode(rows)
-    return Payload(encoded.data, scale=encoded.scale), slices, counts
+    return _Outgoing(Payload(encoded.data, scale=encoded.scale), slices, counts)
 
 
-def _rows_of(payload: Payload, received: Received, encoding: Encoding, allocator: Allocator) -> Tensor:
-    """The rows of all messages: as they were sent, or, if they were encoded, float32."""
-    rows = payload.take_rows(received, allocator)
+def _decoded_rows(
+    payload: Payload, received: Sequence[ReceivedRows], encoding: Encoding, allocator: Allocator
+) -> Tensor:
+    """Return the rows of all sources: as they were sent, or, if they were encoded, in float32."""
+    rows = payload.gather_rows(received, allocator)
     if encoding is Encoding.same:
         return rows
-    encoded = Quantized(rows, payload.take_small(received)["scale"])
+    encoded = Quantized(rows, payload.gather_metadata(received)["scale"])
     return fp8.dequantize(encoded) if encoding is Encoding.fp8 else logfmt.decode(encoded)
 
 
-def _sums_of(payload: Payload, received: Received, encoding: Encoding, allocator: Allocator) -> Sequence[Tensor]:
-    """The same by source rank; what was not encoded is not copied."""
+def _sums_by_source(
+    payload: Payload, received: Sequence[ReceivedRows], encoding: Encoding, allocator: Allocator
+) -> Sequence[Tensor]:
+    """Return the decoded rows of each source, without a copy if they were not encoded."""
     if encoding is Encoding.same:
-        return [payload.rows_of(*message) for message in received]
-    return torch.split(_rows_of(payload, received, encoding, allocator), [num for num, _ in received])
+        return [payload.view_rows(source) for source in received]
+    return torch.split(_decoded_rows(payload, received, encoding, allocator), [each.num_rows for each in received])
 
 
 def _finish(
-    pending: Pending, stats: DecodeStats, work: Callable[[Received], None], *, return_hook: bool
+    pending: Pending, stats: DecodeStats, work: Callable[[Sequence[ReceivedRows]], None], *, return_hook: bool
 ) -> Callable[[], None] | None:
-    """Do the second half now, or return a hook that does it once."""
+    """Run the second half of a call now, or return a hook that runs it once."""
     done = False
 
     @torch.no_grad()
     def hook() -> None:
         nonlocal done
-        if done or pending.void:
+        if done or pending.aborted:
             return
         with pending.receive(stats.wait_ns, tolerant=True, hooked=return_hook) as received:
             work(received)
@@ -178,66 +213,73 @@ def _finish(
     return None
 
 
-def _place(result: DecodeDispatched, payload: Payload, received: Received, allocator: Allocator, *, first: int) -> None:
-    """Fill a result with what came."""
+def _arrange(
+    result: DecodeDispatched, payload: Payload, received: Sequence[ReceivedRows], allocator: Allocator, *, first: int
+) -> None:
+    """Fill the result of a decode dispatch with received rows; ``first`` is the first local expert."""
     plan = result.plan
-    num_local, room = plan.src_token.shape
-    small = payload.take_small(received)
-    local_idx = cpu_routing.to_local(small["topk_idx"], first, num_local)
-    where = cpu_routing.spread(local_idx, num_local, 1, room)
-    row, slot = (where.row_idx >= 0).nonzero().unbind(1)
-    expert, column = where.row_idx[row, slot] // room, where.row_idx[row, slot] % room
+    num_local, capacity = plan.src_token.shape
+    metadata = payload.gather_metadata(received)
+    local_idx = cpu_routing.to_local(metadata["topk_idx"], first, num_local)
+    assigned = cpu_routing.assign(local_idx, num_local, 1, capacity)
+    row_idx = assigned.row_idx
+    row, slot = (row_idx >= 0).nonzero().unbind(1)
+    expert, column = row_idx[row, slot] // capacity, row_idx[row, slot] % capacity
 
     target = result.x.data if isinstance(result.x, Quantized) else result.x
-    places = [range(i * room, i * room + count) for i, count in enumerate(where.counts.tolist())]
-    cpu_routing.place(payload.take_rows(received, allocator), where.row_idx, places, target.view(-1, target.shape[-1]))
+    ranges = [range(i * capacity, i * capacity + count) for i, count in enumerate(assigned.counts.tolist())]
+    rows = payload.gather_rows(received, allocator)
+    cpu_routing.expand_rows(rows, row_idx, ranges, target.view(-1, target.shape[-1]))
     if isinstance(result.x, Quantized):
-        result.x.scale[expert, column] = small["scale"][row]
+        result.x.scale[expert, column] = metadata["scale"][row]
     if plan.row_weights is not None:
-        plan.row_weights.copy_(
-            cpu_routing.add_weights(small["weights"], where.row_idx, num_local * room).view(num_local, room)
-        )
-    plan.src_token[expert, column] = small["token"][row, 0].int()
-    result.expert_counts.copy_(where.counts)
+        weights = cpu_routing.scatter_weights(metadata["weights"], row_idx, num_local * capacity)
+        plan.row_weights.copy_(weights.view(num_local, capacity))
+    plan.src_token[expert, column] = metadata["token"][row, 0].int()
+    result.expert_counts.copy_(assigned.counts)
 
-    src = torch.repeat_interleave(torch.arange(len(received)), torch.tensor([num for num, _ in received]))
+    num_rows = torch.tensor([source.num_rows for source in received])
+    src = torch.repeat_interleave(torch.arange(len(received)), num_rows)
     hits = cpu_routing.hits(local_idx, 1, num_local).long()
     counts = torch.zeros(len(received), num_local, dtype=torch.int64).index_add_(0, src, hits).T
     starts = counts.cumsum(1) - counts
     plan.src_range.copy_(starts << _COUNT_BITS | counts)
 
 
-def _places_from(plan: DecodePlan, src: int) -> Tensor:
-    """Places (counting all experts' rooms) of the rows that came from one rank, by expert, then token."""
-    room = plan.src_token.shape[1]
+def _positions_from(plan: DecodePlan, src: int) -> Tensor:
+    """Return the positions (expert * capacity + row) of the rows from one rank, by expert, then token."""
+    capacity = plan.src_token.shape[1]
     ranges = plan.src_range[:, src]
     counts = ranges & ((1 << _COUNT_BITS) - 1)
-    firsts = (ranges >> _COUNT_BITS) + torch.arange(ranges.numel()) * room
+    firsts = (ranges >> _COUNT_BITS) + torch.arange(ranges.numel()) * capacity
     before = counts.cumsum(0) - counts
     return torch.repeat_interleave(firsts - before, counts) + torch.arange(int(counts.sum()))
 
 
-def _sum_per_token(flat: Tensor, plan: DecodePlan, places: Tensor, allocator: Allocator) -> Tensor:
-    """Weighted sums of the rows at ``places``, one per distinct token, by token; experts in order, one rounding."""
+def _sum_per_token(flat: Tensor, plan: DecodePlan, positions: Tensor, allocator: Allocator) -> Tensor:
+    """Return weighted sums of the rows at ``positions``, one per distinct token, by token.
+
+    The experts of a token are added in order, and the sum is rounded once.
+    """
     assert plan.row_weights is not None
-    tokens, which, counts = torch.unique(plan.src_token.flatten()[places], return_inverse=True, return_counts=True)
-    # A table of each token's places: sorted by token, and, since the sort is stable, by expert within one.
+    tokens, which, counts = torch.unique(plan.src_token.flatten()[positions], return_inverse=True, return_counts=True)
+    # Build the table of each token's positions: sorted by token and, because the sort is stable, by expert within one.
     order = which.argsort(stable=True)
     which = which[order]
     column = torch.arange(which.numel()) - (counts.cumsum(0) - counts)[which]
     row_idx = torch.full((tokens.numel(), int(counts.max()) if counts.numel() else 0), -1)
-    row_idx[which, column] = places[order]
+    row_idx[which, column] = positions[order]
     weights = torch.zeros(row_idx.shape)
-    weights[which, column] = plan.row_weights.flatten()[places[order]]
+    weights[which, column] = plan.row_weights.flatten()[positions[order]]
     sums = flat.new_empty(tokens.numel(), flat.shape[1])
-    cpu_routing.add_up_weighted(sums, flat, row_idx, weights, allocator)
+    cpu_routing.reduce_weighted(sums, flat, row_idx, weights, allocator)
     return sums
 
 
-def _empty_like(rows: Tensor | Quantized, num_local: int, room: int, allocator: Allocator) -> Tensor | Quantized:
-    """The result's rows, undefined; scales are column-major, so that a grouped FP8 GEMM can read them by TMA."""
+def _empty_like(rows: Tensor | Quantized, num_local: int, num_rows: int, allocator: Allocator) -> Tensor | Quantized:
+    """Return undefined rows of a result; scales are column-major, so that a grouped FP8 GEMM can load them by TMA."""
     if not isinstance(rows, Quantized):
-        return allocator.empty(num_local, room, rows.shape[1], dtype=rows.dtype)
-    data = allocator.empty(num_local, room, rows.data.shape[1], dtype=rows.data.dtype)
-    scale = allocator.empty(num_local, rows.scale.shape[1], room, dtype=rows.scale.dtype)
+        return allocator.empty(num_local, num_rows, rows.shape[1], dtype=rows.dtype)
+    data = allocator.empty(num_local, num_rows, rows.data.shape[1], dtype=rows.data.dtype)
+    scale = allocator.empty(num_local, rows.scale.shape[1], num_rows, dtype=rows.scale.dtype)
     return Quantized(data, scale.transpose(1, 2))

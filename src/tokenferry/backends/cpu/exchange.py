@@ -1,4 +1,4 @@
-"""Exchanges of the CPU backend: one message about rows to every rank and one from each, checked to be the same call."""
+"""Exchanges of the CPU backend: every rank sends each rank a message and checks that all ranks make the same call."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ from torch import Tensor
 
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.routing import as_bytes, words
+from tokenferry.backends.cpu.payload import Fill, ReceivedRows
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.layout import Sections
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
 
-Fill = Callable[[int, list[Tensor]], None]
-"""Writes the message for one rank: gets the rank and, per section, ``[num_rows, width]`` uint8 to write to."""
-
 
 class Kind(enum.IntEnum):
-    """Which call a message belongs to."""
+    """The call that a message belongs to."""
 
     dispatch = 1
     redispatch = 2
@@ -36,18 +33,22 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What must be equal on all ranks for a call to make sense; travels in every header."""
+    """The properties of a call that must be equal on all ranks; every header carries them."""
 
     kind: Kind
     fields: dict[str, int]
 
     def header(self, num_rows: int) -> tuple[int, ...]:
-        """The header of a message about ``num_rows`` rows."""
+        """Return the header of a message about ``num_rows`` rows."""
         values = (int(self.kind), num_rows, *self.fields.values())
         return values + (0,) * (HEADER_INTS - len(values))
 
     def check(self, call: CallId, rank: int, src: int, header: tuple[int, ...]) -> int:
-        """Return the sender's number of rows, or raise MismatchError if its call is another one."""
+        """Return the number of rows that ``src`` sent.
+
+        Raises:
+            MismatchError: ``src`` made another call than this rank.
+        """
         start = f"{call.phase} #{call.number}: rank {rank} and rank {src} made different calls"
         kind, num_rows, *values = header
         if kind != self.kind:
@@ -68,110 +69,23 @@ def _encoding_name(code: int) -> str:
 
 
 _SHOW: dict[str, Callable[[int], str]] = {"dtype": dtype_name, "encoding": _encoding_name}
-"""Fields whose numbers stand for names."""
-
-
-Received = list[tuple[int, list[Tensor]]]
-"""By source rank: number of rows, and per section ``[num_rows, width]`` uint8."""
-
-
-class Payload:
-    """What travels with each row: its data, and small things such as its ids, joined so that one copy moves them all.
-
-    What a rank has for itself need not go through a message: it is taken from here; its entry in `Received` is empty.
-
-    Args:
-        rows: ``[rows, width]`` of any dtype.
-        small: By name: ``[rows]`` or ``[rows, width]`` of any dtype, or None for what does not travel.
-    """
-
-    def __init__(self, rows: Tensor, **small: Tensor | None) -> None:
-        self._rows = rows.contiguous()
-        self._small = {
-            name: (piece if piece.ndim == 2 else piece[:, None]).contiguous()
-            for name, piece in small.items()
-            if piece is not None
-        }
-        columns = [as_bytes(piece) for piece in self._small.values()]
-        padding = -sum(piece.shape[1] for piece in columns) % 8
-        self._joined = torch.cat([*columns, torch.zeros(rows.shape[0], padding, dtype=torch.uint8)], dim=1)
-        self.sections = Sections((rows.shape[1] * rows.element_size(), self._joined.shape[1]))
-        widths = dict(zip(self._small, (piece.shape[1] for piece in columns), strict=True))
-        self.fields = {
-            "bytes of rows": self.sections.widths[0],
-            **{f"bytes of {name}": widths.get(name, 0) for name in small},
-        }
-        self._own: Tensor | slice = slice(0, 0)
-
-    def fill(self, rows: Sequence[Tensor | slice], own: int) -> Fill:
-        """Return what writes the message for each rank: the rows, and what is small, of ``rows[rank]``.
-
-        ``rows[own]`` are this rank's own.
-        """
-        self._own = rows[own]
-
-        def write(dst: int, sections: list[Tensor]) -> None:
-            which = rows[dst]
-            if isinstance(which, slice):
-                sections[0].copy_(as_bytes(self._rows[which]))
-                sections[1].copy_(self._joined[which])
-                return
-            for section, piece in zip(sections, (words(self._rows), words(self._joined)), strict=True):
-                if section.numel():
-                    torch.index_select(piece, 0, which, out=words(section))
-
-        return write
-
-    def rows_of(self, num_rows: int, sections: list[Tensor]) -> Tensor:
-        """Return the rows of one message as ``[rows, width]``, without a copy if they are in one piece."""
-        if not num_rows:
-            return self._rows[:0]
-        return sections[0].view(self._rows.dtype) if sections else self._rows[self._own]
-
-    def take_rows(self, received: Received, allocator: Allocator, num_rows: int | None = None) -> Tensor:
-        """Return the rows of all messages as ``[rows, width]``, copied; with ``num_rows`` the last are undefined."""
-        if num_rows is None:
-            num_rows = sum(num for num, _ in received)
-        whole = allocator.empty(num_rows, self._rows.shape[1], dtype=self._rows.dtype)
-        start = 0
-        for num, sections in received:
-            part = words(whole[start : start + num])
-            if num and sections:
-                part.copy_(words(sections[0]))
-            elif num and isinstance(self._own, Tensor):
-                torch.index_select(words(self._rows), 0, self._own, out=part)
-            elif num:
-                part.copy_(words(self._rows[self._own]))
-            start += num
-        return whole
-
-    def take_small(self, received: Received) -> dict[str, Tensor]:
-        """Return what is small of all messages, by name, as ``[rows, width]`` of its dtype, copied."""
-        parts = [sections[1] if sections else self._joined[self._own] for num, sections in received if num]
-        joined = torch.cat([self._joined[:0], *parts])
-        out, start = {}, 0
-        for name, piece in self._small.items():
-            end = start + piece.shape[1] * piece.element_size()
-            flat = joined[:, start:end].reshape(-1).clone()
-            out[name] = flat.view(piece.dtype).view(joined.shape[0], piece.shape[1])
-            start = end
-        return out
+"""Fields whose values are codes, and the functions that turn them into names."""
 
 
 class Exchange:
-    """Makes and numbers exchanges over a transport; remembers what broke the group.
+    """Numbers the calls of a group, runs them over a transport, and remembers the error that broke the group.
 
     Owns the allocator of results.
 
     Args:
-        transport: Connected.
+        transport: A connected transport.
         timeout_s: Seconds that each exchange may wait.
-        mask_on_timeout: Whether exchanges that tolerate it go on without a silent rank.
+        mask_on_timeout: Whether a tolerant `Pending.receive` masks a silent rank instead of raising.
 
     Attributes:
-        masked: Ranks that exchanges leave out if they tolerate it.
-        lost: Those of them for which this rank has waited in vain.
-        returns: How often ranks have come back.
+        masked: Ranks that decode calls skip.
+        lost: The masked ranks that this rank masked itself, after a timeout.
+        num_resyncs: How often the ranks have resynchronized their call numbers.
     """
 
     def __init__(self, transport: Transport, timeout_s: float, *, mask_on_timeout: bool) -> None:
@@ -182,11 +96,11 @@ class Exchange:
         self.mask_on_timeout = mask_on_timeout
         self.masked: set[int] = set()
         self.lost: set[int] = set()
-        self.returns = 0
+        self.num_resyncs = 0
         self.broken: str | None = None
         self.allocator = Allocator()
-        self._number = 0
-        self._catches_up = False
+        self._last_call = 0
+        self._resync_due = False
 
     def start(
         self,
@@ -198,16 +112,16 @@ class Exchange:
         skip: frozenset[int] = frozenset(),
         copy_own: bool = False,
     ) -> Pending:
-        """Send ``counts[r]`` rows to each rank r not in ``skip``; `Pending.receive` takes what the others sent.
+        """Send ``counts[r]`` rows to each rank r not in ``skip``; `Pending.receive` waits for those of the others.
 
-        What this rank has for itself is not copied into a message, unless ``copy_own``: the source may be overwritten
-        before it is read.
+        With ``copy_own``, this rank's own rows are copied into a message too: needed if their source may be
+        overwritten before it is read.
         """
         with self.guard(signature.kind.name):
-            if self._catches_up:
-                self._catch_up()
-            self._number += 1
-            call = CallId(self._number, signature.kind.name)
+            if self._resync_due:
+                self._resynchronize()
+            self._last_call += 1
+            call = CallId(self._last_call, signature.kind.name)
             copied = [0 if dst == self.rank and not copy_own else count for dst, count in enumerate(counts)]
             buffers = self.transport.open(call, [sections.num_bytes(count) for count in copied])
             for dst, (buffer, count) in enumerate(zip(buffers, copied, strict=True)):
@@ -218,34 +132,35 @@ class Exchange:
             return Pending(self, call, signature, sections, skip=skip, copy_own=copy_own)
 
     def mask(self, rank: int) -> None:
-        """Expect nothing more of a rank."""
+        """Expect no more messages of a rank."""
         self.masked.add(rank)
-        self.transport.forget(rank)
+        self.transport.drop_peer(rank)
 
-    def take_back(self, rank: int) -> None:
-        """Expect a rank's messages again.
+    def unmask(self, rank: int) -> None:
+        """Expect messages of a rank again.
 
-        If this rank has waited for it in vain, or is it, ranks may have made different numbers of calls: then it tells
-        them its own number. All ranks do that between the same two calls, and take the highest for the next one.
+        If this rank has lost that rank, or is that rank itself, the ranks may have made different numbers of calls.
+        Then they resynchronize: each announces the number of its last call, all between the same two calls, and the
+        next call continues from the highest number.
         """
         if rank != self.rank and rank not in self.masked:
             return
-        out_of_step = rank == self.rank or rank in self.lost or self._catches_up
+        resync = rank == self.rank or rank in self.lost or self._resync_due
         self.masked.discard(rank)
         self.lost.discard(rank)
-        if out_of_step:
-            self.returns += 1
-            self._catches_up = True
-            self.transport.tell_number(self._number, frozenset(self.masked))
+        if resync:
+            self.num_resyncs += 1
+            self._resync_due = True
+            self.transport.announce_call(self._last_call, frozenset(self.masked))
 
-    def _catch_up(self) -> None:
-        self._catches_up = False
-        self._number = max(self._number, self.transport.heard_number())
-        self.transport.go_on_from(self._number)
+    def _resynchronize(self) -> None:
+        self._resync_due = False
+        self._last_call = max(self._last_call, self.transport.highest_announced_call())
+        self.transport.skip_to(self._last_call)
 
     @contextlib.contextmanager
     def guard(self, phase: str) -> Iterator[None]:
-        """Mark the group as broken by anything but a bad argument: its ranks are then out of step."""
+        """Break the group on any error but a wrong argument: its ranks may have made different calls."""
         if self.broken:
             raise ClosedError(f"{phase}: the group {self.broken}; make a new ExpertGroup")
         try:
@@ -253,20 +168,20 @@ class Exchange:
         except ArgumentError:
             raise
         except BaseException as error:
-            # Peers of a call that makes no sense shall hear of it too; those of a silent rank have their clocks.
-            why = f"is broken by an earlier {type(error).__name__} in {phase} #{self._number}"
+            # After a mismatch, peers need this rank's header to see it too. After a timeout, they have their own.
+            why = f"is broken by an earlier {type(error).__name__} in {phase} #{self._last_call}"
             self.close(why, linger=isinstance(error, MismatchError))
             raise
 
     def close(self, why: str, *, linger: bool) -> None:
-        """Free the transport, which tells the peers; with ``linger``, after they have what was sent."""
+        """Close the transport, which the peers notice; with ``linger``, only after they have what was sent."""
         if not self.broken:
             self.broken = why
             self.transport.close(linger=linger)
 
 
 class Pending:
-    """An exchange whose messages are on their way."""
+    """An exchange whose messages were posted and not yet received."""
 
     def __init__(
         self,
@@ -284,58 +199,62 @@ class Pending:
         self._sections = sections
         self._skip = skip
         self._copy_own = copy_own
-        self._returns = exchange.returns
+        self._num_resyncs = exchange.num_resyncs
 
     @property
     def number(self) -> int:
-        """Of the call; the same on all ranks."""
+        """The number of the call, the same on all ranks."""
         return self._call.number
 
     @property
-    def void(self) -> bool:
-        """Whether ranks have come back since: what was under way then is lost."""
-        return self._returns != self._exchange.returns
+    def aborted(self) -> bool:
+        """Whether the ranks have resynchronized since: the messages of this exchange are lost."""
+        return self._num_resyncs != self._exchange.num_resyncs
 
     @contextlib.contextmanager
     def receive(
         self, wait_ns: Tensor | None = None, *, tolerant: bool = False, hooked: bool = False
-    ) -> Iterator[Received]:
-        """Wait for every rank's message; yields (rows, pieces) by source rank, to be read inside the ``with``.
+    ) -> Iterator[list[ReceivedRows]]:
+        """Wait for every rank's message; yields the rows by source rank, to be read inside the ``with`` block.
 
         Args:
-            wait_ns: ``[R]`` int64: nanoseconds waited for each rank are added.
-            tolerant: Ranks that are masked, or become so here, give 0 rows.
-            hooked: Whether peers may take this call later than this rank; see `Transport.finish`.
+            wait_ns: ``[R]`` int64; the nanoseconds waited for each rank are added.
+            tolerant: Masked ranks, and with ``mask_on_timeout`` silent ones, count as having sent no rows.
+            hooked: Whether peers may receive this call later than this rank; see `Transport.finish`.
         """
         exchange, call = self._exchange, self._call
         with exchange.guard(call.phase):
             deadline = Deadline(exchange.timeout_s)
-            received: Received = []
+            received: list[ReceivedRows] = []
             for src in range(exchange.num_ranks):
                 start = time.perf_counter_ns()
-                received.append(self._take(src, deadline, tolerant=tolerant))
+                received.append(self._receive_from(src, deadline, tolerant=tolerant))
                 if wait_ns is not None and src != exchange.rank:
                     wait_ns[src] += time.perf_counter_ns() - start
             yield received
             exchange.transport.finish(call, None if hooked else deadline)
 
-    def check_counts(self, received: Received, expected: Sequence[int]) -> None:
-        """Raise MismatchError if a rank sent another number of rows than the plan says."""
-        for src, ((num_rows, _), wanted) in enumerate(zip(received, expected, strict=True)):
-            if num_rows != wanted:
+    def check_counts(self, received: Sequence[ReceivedRows], expected: Sequence[int]) -> None:
+        """Check that each rank sent the number of rows in the plan.
+
+        Raises:
+            MismatchError: a rank sent another number of rows.
+        """
+        for src, (source, count) in enumerate(zip(received, expected, strict=True)):
+            if source.num_rows != count:
                 call, rank = self._call, self._exchange.rank
                 raise MismatchError(
-                    f"{call.phase} #{call.number}: rank {src} sent {num_rows} rows to rank {rank}, whose plan says "
-                    f"{wanted}; use plans of the same dispatch on all ranks"
+                    f"{call.phase} #{call.number}: rank {src} sent {source.num_rows} rows to rank {rank}, whose plan "
+                    f"says {count}; use plans of the same dispatch on all ranks"
                 )
 
-    def _take(self, src: int, deadline: Deadline, *, tolerant: bool) -> tuple[int, list[Tensor]]:
+    def _receive_from(self, src: int, deadline: Deadline, *, tolerant: bool) -> ReceivedRows:
         exchange = self._exchange
-        nothing = (0, self._sections.split(torch.empty(0, dtype=torch.uint8), 0))
+        nothing = ReceivedRows(0, self._sections.split(torch.empty(0, dtype=torch.uint8), 0))
         if src in self._skip or (tolerant and src in exchange.masked):
             return nothing
         try:
-            message = exchange.transport.take(self._call, src, deadline, self._check)
+            message = exchange.transport.receive(self._call, src, deadline, self._check)
         except PeerTimeout as error:
             if not (tolerant and exchange.mask_on_timeout):
                 raise
@@ -345,8 +264,8 @@ class Pending:
             return nothing
         num_rows = self._check(src, message.header)
         if src == exchange.rank and not self._copy_own:
-            return num_rows, []
-        return num_rows, self._sections.split(message.body, num_rows)
+            return ReceivedRows(num_rows, [])
+        return ReceivedRows(num_rows, self._sections.split(message.body, num_rows))
 
     def _check(self, src: int, header: tuple[int, ...]) -> int:
         return self._signature.check(self._call, self._exchange.rank, src, header)

@@ -1,4 +1,4 @@
-"""Pure functions of the CPU backend: which row goes where, and how rows are added up. No transport, no state."""
+"""Pure functions of the CPU backend: compute where rows go, move them and sum them. No transport, no state."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from tokenferry.backends.cpu.allocator import Allocator
 
 _BLOCK_BYTES = 1 << 21
-"""Float32 sums that are under way at once where each row is added once: few enough for the last cache, and enough rows
-to be worth a block's calls."""
+"""Size of the float32 sums computed at once where each row is added once: small enough for the last-level cache, and
+large enough to amortize the calls into torch."""
 _WEIGHTED_BLOCK_BYTES = 1 << 19
-"""The same where K rows are added to each sum: few enough for a core's own cache."""
+"""The same where K rows are added to each sum: they fit into the private cache of one core."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Spread:
-    """Where the rows of experts go.
+class Assignment:
+    """The position of every row among the rows of the local experts.
 
     Attributes:
         counts: ``[L]`` int64 rows of each expert.
-        starts: ``[L + 1]`` int64 first place of each expert, and the end.
-        row_idx: ``[N, K]`` int64 place of each slot's row, or -1; a repeated expert repeats its place.
+        starts: ``[L + 1]`` int64 first position of each expert, and the end.
+        row_idx: ``[N, K]`` int64 position of each slot's row, or -1; slots that repeat an expert share one position.
     """
 
     counts: Tensor
@@ -39,61 +39,64 @@ def destinations(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Te
 
 
 def to_local(topk_idx: Tensor, first: int, num_local: int) -> Tensor:
-    """Return local expert ids: ``first`` becomes 0; experts that are elsewhere become -1."""
+    """Return local expert ids: ``first`` becomes 0, and experts of other ranks become -1."""
     here = (topk_idx >= first) & (topk_idx < first + num_local)
     return torch.where(here, topk_idx - first, -1)
 
 
-def spread(local_idx: Tensor, num_local: int, alignment: int, capacity: int | None) -> Spread:
-    """Place each row once per local expert, whose places start at multiples of ``alignment``, or of ``capacity``."""
+def assign(local_idx: Tensor, num_local: int, alignment: int, capacity: int | None) -> Assignment:
+    """Assign each row one position per local expert that it goes to.
+
+    The positions of an expert are contiguous and start at a multiple of ``alignment``, or of ``capacity`` if given.
+    """
     hit = hits(local_idx.long(), 1, num_local)
     counts = hit.sum(0)
     starts = expert_starts(counts, alignment) if capacity is None else torch.arange(num_local + 1) * capacity
     experts, rows = hit.T.nonzero().unbind(1)
     first_pair = counts.cumsum(0) - counts
-    places = torch.arange(rows.numel()) + (starts[:-1] - first_pair)[experts]
+    positions = torch.arange(rows.numel()) + (starts[:-1] - first_pair)[experts]
     table = torch.full((local_idx.shape[0], num_local + 1), -1)
-    table[rows, experts] = places
+    table[rows, experts] = positions
     row_idx = table.gather(1, torch.where(local_idx >= 0, local_idx, num_local).long())
-    return Spread(counts, starts, row_idx)
+    return Assignment(counts, starts, row_idx)
 
 
 def expert_starts(counts: Tensor, alignment: int) -> Tensor:
-    """Return ``[L + 1]`` int64: the first place of each expert at multiples of ``alignment``, and the end."""
+    """Return ``[L + 1]`` int64: the first position of each expert, a multiple of ``alignment``, and the end."""
     padded = (counts.long() + alignment - 1) // alignment * alignment
     return torch.cat([padded.new_zeros(1), padded.cumsum(0)])
 
 
-def place(rows: Tensor, row_idx: Tensor, places: Sequence[range], out: Tensor) -> None:
-    """Write each of ``rows`` ``[N, width]`` to all its places in ``out`` ``[places, width]``.
+def expand_rows(rows: Tensor, row_idx: Tensor, ranges: Sequence[range], out: Tensor) -> None:
+    """Copy each of ``rows`` ``[N, width]`` to all its positions in ``out`` ``[P, width]``.
 
     Args:
-        rows: What was received.
-        row_idx: ``[N, K]`` as in `Spread`.
-        places: Per expert, the places of its rows.
-        out: Places of no row are left as they are.
+        rows: The received rows.
+        row_idx: ``[N, K]`` as in `Assignment`.
+        ranges: Per expert, the positions of its rows.
+        out: Written in ``ranges`` only.
     """
     if not rows.shape[1]:
         return
     source = torch.empty(out.shape[0], dtype=torch.int64)
     row, slot = (row_idx >= 0).nonzero().unbind(1)
     source[row_idx[row, slot]] = row
-    for of_expert in places:
+    for of_expert in ranges:
         here = slice(of_expert.start, of_expert.stop)
-        torch.index_select(words(rows), 0, source[here], out=words(out)[here])
+        torch.index_select(as_words(rows), 0, source[here], out=as_words(out)[here])
 
 
-def zero_rest(places: Sequence[range], out: Tensor) -> None:
-    """Make ``out`` zero where no expert has a row."""
+def zero_padding(ranges: Sequence[range], out: Tensor) -> None:
+    """Set ``out`` to zero outside of the experts' ``ranges``."""
     end = 0
-    for of_expert in places:
-        words(out)[end : of_expert.start] = 0
+    for of_expert in ranges:
+        as_words(out)[end : of_expert.start] = 0
         end = of_expert.stop
-    words(out)[end:] = 0
+    as_words(out)[end:] = 0
 
 
 def pad(rows: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
-    """Return ``rows`` made longer, by undefined rows or by ``fill``."""
+    """Return ``rows`` extended to ``num_rows`` with ``fill``, or with undefined rows."""
     if rows.shape[0] == num_rows:
         return rows
     out = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype)
@@ -103,59 +106,61 @@ def pad(rows: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
     return out
 
 
-def add_weights(topk_weights: Tensor, row_idx: Tensor, num_places: int) -> Tensor:
-    """Return ``[num_places]`` float32: the weights of all slots that share a delivered row, added in slot order."""
+def scatter_weights(topk_weights: Tensor, row_idx: Tensor, num_positions: int) -> Tensor:
+    """Return ``[num_positions]`` float32: per delivered row, the sum of the weights of its slots, in slot order."""
     used = row_idx >= 0
-    return torch.zeros(num_places).index_add_(0, row_idx[used], topk_weights[used])
+    return torch.zeros(num_positions).index_add_(0, row_idx[used], topk_weights[used])
 
 
-def spread_weights(row_weights: Tensor, row_idx: Tensor) -> Tensor:
-    """The transpose of `add_weights`: ``[N, K]`` float32, each slot the weight of its row, 0 without one."""
+def gather_weights(row_weights: Tensor, row_idx: Tensor) -> Tensor:
+    """Return ``[N, K]`` float32, the transpose of `scatter_weights`: per slot the weight of its row, 0 without one."""
     used = row_idx >= 0
     weights = torch.zeros(row_idx.shape)
     weights[used] = row_weights.flatten()[row_idx[used]]
     return weights
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which rows of ``dtype`` are added up."""
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which rows of ``dtype`` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def add_up(
-    out: Tensor, home: Sequence[Tensor], rows: Sequence[Tensor], allocator: Allocator, biases: Sequence[Tensor] = ()
+def reduce_rows(
+    out: Tensor, tokens: Sequence[Tensor], rows: Sequence[Tensor], allocator: Allocator, biases: Sequence[Tensor] = ()
 ) -> None:
-    """Write to ``out`` ``[T, H]`` the biases plus, source by source, each token's row; one rounding.
+    """Write to ``out`` ``[T, H]`` the biases plus each token's rows, in source order, rounded once.
 
-    Works through blocks of tokens, in memory that was used before and stays in cache: touching new memory costs more
+    The sums are computed in blocks of tokens, in scratch memory that stays in cache: touching new memory costs more
     than the additions.
 
     Args:
-        out: Where the sums go.
-        home: Per source, the tokens of its rows, ascending.
+        out: Receives the sums.
+        tokens: Per source, the tokens of its rows, ascending.
         rows: Per source, ``[rows, H]``.
-        allocator: Where scratch memory comes from.
+        allocator: Provides scratch memory.
         biases: ``[T, H]`` each; added first.
     """
     num_tokens, width = out.shape
     block = max(1, _BLOCK_BYTES // (4 * width))
-    total, addend = (allocator.empty(min(block, num_tokens), width, dtype=wide(out.dtype)) for _ in range(2))
+    size, dtype = min(block, num_tokens), accumulator_dtype(out.dtype)
+    total, addend = (allocator.empty(size, width, dtype=dtype) for _ in range(2))
     starts = torch.arange(0, num_tokens + block, block)
-    cuts = [torch.searchsorted(tokens, starts).tolist() for tokens in home]
+    cuts = [torch.searchsorted(each, starts).tolist() for each in tokens]
     for i, first in enumerate(range(0, num_tokens, block)):
         part = total[: min(block, num_tokens - first)].zero_()
         for bias in biases:
             part += bias[first : first + block]
-        for tokens, source, cut in zip(home, rows, cuts, strict=True):
+        for each, source, cut in zip(tokens, rows, cuts, strict=True):
             begin, end = cut[i], cut[i + 1]
-            part.index_add_(0, tokens[begin:end] - first, addend[: end - begin].copy_(source[begin:end]))
+            part.index_add_(0, each[begin:end] - first, addend[: end - begin].copy_(source[begin:end]))
         out[first : first + block] = part
 
 
-def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor, allocator: Allocator) -> None:
+def reduce_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor, allocator: Allocator) -> None:
     """Write to ``out`` ``[T, H]`` ``sum_k weights[:, k] * rows[row_idx[:, k]]`` in float32, in slot order, without -1.
 
-    Products are rounded before they are added, so that the bits do not depend on what fuses. In blocks, as `add_up`.
+    Products are rounded before they are added, so that the result does not depend on fused multiply-adds. Computed in
+    blocks, like `reduce_rows`.
     """
     num_tokens, width = out.shape
     block = max(1, _WEIGHTED_BLOCK_BYTES // (4 * width))
@@ -165,17 +170,20 @@ def add_up_weighted(out: Tensor, rows: Tensor, row_idx: Tensor, weights: Tensor,
     for first in range(0, num_tokens, block):
         part = total[: min(block, num_tokens - first)].zero_()
         here = slice(first, first + block)
-        for places, weight in zip(row_idx[here].unbind(1), weights[here].unbind(1), strict=True):
-            used = (places >= 0).nonzero()[:, 0]
+        for positions, weight in zip(row_idx[here].unbind(1), weights[here].unbind(1), strict=True):
+            used = (positions >= 0).nonzero()[:, 0]
             num = used.numel()
-            torch.index_select(rows, 0, places[used], out=picked[:num])
+            torch.index_select(rows, 0, positions[used], out=picked[:num])
             part.index_add_(0, used, product[:num].copy_(picked[:num]).mul_(weight[used, None]))
         out[here] = part
 
 
-def gather_sum(y: Tensor, row_idx: Tensor) -> Tensor:
-    """Return ``[N, H]`` in the wide dtype: the sum of each received row's delivered rows, by place, each once."""
-    total = torch.zeros(row_idx.shape[0], y.shape[1], dtype=wide(y.dtype))
+def reduce_expert_rows(y: Tensor, row_idx: Tensor) -> Tensor:
+    """Return ``[N, H]`` in the accumulator dtype: the sum of each received row's delivered rows, in order of position.
+
+    A position that several slots share is added once.
+    """
+    total = torch.zeros(row_idx.shape[0], y.shape[1], dtype=accumulator_dtype(y.dtype))
     order = row_idx.sort(dim=1).values
     for slot in range(order.shape[1]):
         fresh = order[:, slot] >= 0
@@ -190,12 +198,12 @@ def as_bytes(rows: Tensor) -> Tensor:
     """View ``[n, width]`` contiguous rows as ``[n, bytes]`` uint8."""
     if rows.dtype == torch.uint8:
         return rows
-    # Flat first: strides of empty tensors, and of single columns, need not be what view() asks for.
+    # Flat first: the strides of empty tensors and of single columns need not be those that view() requires.
     return rows.reshape(-1).view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())
 
 
-def words(rows: Tensor) -> Tensor:
-    """View ``[n, width]`` contiguous rows in the widest integers that fit, so that copies of rows are cheap."""
+def as_words(rows: Tensor) -> Tensor:
+    """View ``[n, width]`` contiguous rows as the widest integers that divide a row, so that copying rows is cheap."""
     rows = as_bytes(rows)
     width = rows.shape[1]
     for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
@@ -205,7 +213,7 @@ def words(rows: Tensor) -> Tensor:
 
 
 def hits(topk_idx: Tensor, width: int, num: int) -> Tensor:
-    """Return ``[T, num]`` bool: whether any index of a row lies in ``[i * width, (i + 1) * width)``."""
+    """Return ``[T, num]`` bool: whether any index of row t lies in ``[i * width, (i + 1) * width)``."""
     hit = torch.zeros(topk_idx.shape[0], num + 1, dtype=torch.bool)
     hit.scatter_(1, torch.where(topk_idx >= 0, topk_idx // width, num), True)
     return hit[:, :num]

@@ -19,7 +19,7 @@ from tokenferry.jit.kernel import Jit
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_RANKS, OFFSET_BYTES
 from tokenferry.memory.reach import agree, obstacle
 from tokenferry.memory.window import Window, share
-from tokenferry.transports.handshake import Table
+from tokenferry.transports.handshake import Bootstrap
 from tokenferry.transports.rendezvous import compare_terms
 
 
@@ -111,5 +111,5 @@ def _device() -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
-def _table(group: dist.ProcessGroup | None, resolved: Resolved, device: torch.device | None) -> Table | None:
-    return None if group is None or group.size() == 1 else Table(group, resolved.timeout_s, device)
+def _table(group: dist.ProcessGroup | None, resolved: Resolved, device: torch.device | None) -> Bootstrap | None:
+    return None if group is None or group.size() == 1 else Bootstrap(group, resolved.timeout_s, device)

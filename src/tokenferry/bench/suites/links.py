@@ -16,7 +16,7 @@ from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.link_limits import spec
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window, share
-from tokenferry.transports.handshake import Table
+from tokenferry.transports.handshake import Bootstrap
 
 ROWS_OFFSET = 1 << 16
 SMEM_BYTES = 220 * 1024
@@ -68,7 +68,7 @@ class CudaLinks:
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.timeout_s = timeout_s
         self._device = device
-        table = Table(pg, timeout_s, device) if self.num_ranks > 1 else None
+        table = Bootstrap(pg, timeout_s, device) if self.num_ranks > 1 else None
         size = ROWS_OFFSET + window_bytes(row_bytes, self.num_ranks)
         self._window: Window = share(table, self.rank, self.num_ranks, device, size, ROWS_OFFSET)
         self._jit = Jit(device.index or 0, cache)

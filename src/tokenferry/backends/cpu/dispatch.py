@@ -1,0 +1,216 @@
+"""Dispatch and redispatch of the CPU backend: send each row to the ranks of its experts and arrange what arrives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.base import DispatchRequest, RedispatchRequest
+from tokenferry.backends.cpu import routing as cpu_routing
+from tokenferry.backends.cpu.allocator import Allocator
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
+from tokenferry.backends.cpu.payload import Payload, ReceivedRows
+from tokenferry.errors import CapacityError
+from tokenferry.formats.dtypes import dtype_code
+from tokenferry.layout import Room, Sections, room
+from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized
+
+LAYOUT_CODES = {Layout.ROWS: 0, Layout.EXPERTS: 1, Layout.MASKED: 2}
+"""Values of the field "layout" of signatures."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arrangement:
+    """How received rows are delivered.
+
+    Attributes:
+        counts: ``[L]`` int64 rows of each expert.
+        num_delivered: Rows of the result.
+        needed: Rows that the capacity must cover (MASKED: of the fullest expert).
+        row_idx: ``Plan.row_idx``.
+    """
+
+    counts: Tensor
+    num_delivered: int
+    needed: int
+    row_idx: Tensor
+
+
+def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatched:
+    """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
+    shape, options, routing = request.shape, request.options, request.routing
+    num_tokens, num_local = routing.topk_idx.shape[0], shape.num_experts // exchange.num_ranks
+    dst_token, dst_counts = cpu_routing.destinations(routing.topk_idx, shape.num_experts, exchange.num_ranks)
+    payload = _payload(
+        request.x, weights=routing.topk_weights, topk_idx=routing.topk_idx, token=torch.arange(num_tokens)
+    )
+    pending = _start_dispatch(exchange, request, payload, dst_token, dst_counts)
+    space = room(shape, options, exchange.num_ranks)
+    with pending.receive() as received:
+        metadata = payload.gather_metadata(received)
+        local_idx = cpu_routing.to_local(metadata["topk_idx"], exchange.rank * num_local, num_local)
+        arrangement = _arrange(local_idx, num_local, options, space)
+        plan = Plan(
+            group_key=key,
+            options=options,
+            num_tokens=num_tokens,
+            num_received=local_idx.shape[0] if options.counts == "host" else None,
+            num_delivered=arrangement.num_delivered,
+            dst_token=dst_token,
+            dst_counts=dst_counts,
+            src_token=metadata["token"][:, 0],
+            src_counts=torch.tensor([source.num_rows for source in received]),
+            topk_idx=local_idx,
+            row_idx=arrangement.row_idx,
+            expert_counts=arrangement.counts.int(),
+            places=torch.empty(0, 0, dtype=torch.int32),
+        )
+        unlimited = options.counts == "host" and options.layout is not Layout.MASKED
+        fits = arrangement.needed <= space.given or unlimited
+        if fits:
+            if options.counts == "device":
+                plan = _padded(plan, space)
+            result = _deliver(plan, payload, received, metadata, exchange.allocator)
+    if space.tight:
+        _check_capacity(exchange, options, space, 0 if fits else arrangement.needed)
+    return result
+
+
+def redispatch(exchange: Exchange, request: RedispatchRequest) -> Dispatched:
+    """Move rows along a plan, whose counts are known."""
+    plan = request.plan
+    payload = _payload(request.x, weights=request.topk_weights)
+    counts = plan.dst_counts.tolist()
+    tokens = torch.split(plan.dst_token[: sum(counts)], counts)
+    rows = request.x.data if isinstance(request.x, Quantized) else request.x
+    signature = Signature(Kind.redispatch, {"dtype": dtype_code(rows.dtype), **payload.fields})
+    pending = exchange.start(signature, payload.sections, counts, payload.fill(tokens, exchange.rank))
+    with pending.receive() as received:
+        pending.check_counts(received, plan.src_counts.tolist())
+        return _deliver(plan, payload, received, payload.gather_metadata(received), exchange.allocator)
+
+
+def _payload(x: Tensor | Quantized, **metadata: Tensor | None) -> Payload:
+    rows, scale = (x.data, x.scale) if isinstance(x, Quantized) else (x, None)
+    return Payload(rows, scale=scale, **metadata)
+
+
+def _start_dispatch(
+    exchange: Exchange, request: DispatchRequest, payload: Payload, dst_token: Tensor, dst_counts: Tensor
+) -> Pending:
+    """Send each rank the rows that its experts need."""
+    shape, options = request.shape, request.options
+    rows = request.x.data if isinstance(request.x, Quantized) else request.x
+    fields = {
+        "num_experts": shape.num_experts,
+        "max_tokens": shape.max_tokens,
+        "layout": LAYOUT_CODES[options.layout],
+        "alignment": options.alignment,
+        "device counts": int(options.counts == "device"),
+        "capacity": options.capacity or 0,
+        "dtype": dtype_code(rows.dtype),
+        **payload.fields,
+    }
+    counts = dst_counts.tolist()
+    fill = payload.fill(torch.split(dst_token, counts), exchange.rank)
+    return exchange.start(Signature(Kind.dispatch, fields), payload.sections, counts, fill)
+
+
+def _arrange(local_idx: Tensor, num_local: int, options: DispatchOptions, space: Room) -> _Arrangement:
+    """Assign received rows their positions in the layout of the result."""
+    num_rows = local_idx.shape[0]
+    if options.layout is Layout.ROWS:
+        counts = cpu_routing.hits(local_idx.long(), 1, num_local).sum(0)
+        no_positions = torch.empty(0, local_idx.shape[1], dtype=torch.int64)
+        num_delivered = num_rows if options.counts == "host" else space.given
+        return _Arrangement(counts, num_delivered, num_rows, no_positions)
+    masked = options.layout is Layout.MASKED
+    assigned = cpu_routing.assign(local_idx, num_local, options.alignment, space.given if masked else None)
+    if masked:
+        fullest = int(assigned.counts.max())
+        return _Arrangement(assigned.counts, num_local * space.given, fullest, assigned.row_idx)
+    needed = int(assigned.starts[-1])
+    num_delivered = needed if options.counts == "host" else space.given
+    return _Arrangement(assigned.counts, num_delivered, needed, assigned.row_idx)
+
+
+def _padded(plan: Plan, space: Room) -> Plan:
+    """Pad the plan's tensors to shapes that do not depend on the routing."""
+    has_positions = plan.options.layout is not Layout.ROWS
+    return dataclasses.replace(
+        plan,
+        dst_token=cpu_routing.pad(plan.dst_token, plan.num_tokens * space.sent, 0),
+        src_token=cpu_routing.pad(plan.src_token, space.received, 0),
+        topk_idx=cpu_routing.pad(plan.topk_idx, space.received, -1),
+        row_idx=cpu_routing.pad(plan.row_idx, space.received, -1) if has_positions else plan.row_idx,
+    )
+
+
+def _deliver(
+    plan: Plan,
+    payload: Payload,
+    received: Sequence[ReceivedRows],
+    metadata: dict[str, Tensor],
+    allocator: Allocator,
+) -> Dispatched:
+    """Copy received rows and their metadata to the positions in the plan."""
+    options, layout = plan.options, plan.options.layout
+    num_local, num_delivered = plan.expert_counts.numel(), plan.num_delivered
+    counts = plan.expert_counts.tolist()
+    starts = cpu_routing.expert_starts(plan.expert_counts, options.alignment)
+    if layout is Layout.ROWS:
+        rows = payload.gather_rows(received, allocator, num_delivered)
+        metadata = {name: cpu_routing.pad(piece, num_delivered) for name, piece in metadata.items()}
+        if "weights" in metadata:
+            metadata["weights"] = torch.where(plan.topk_idx >= 0, metadata["weights"], 0.0)
+    else:
+        if layout is Layout.MASKED:
+            starts = torch.arange(num_local + 1) * (num_delivered // num_local)
+        ranges = [range(first, first + count) for first, count in zip(starts.tolist(), counts, strict=False)]
+        row_idx = plan.row_idx[: sum(source.num_rows for source in received)]
+
+        def expand(piece: Tensor) -> Tensor:
+            out = allocator.empty(num_delivered, piece.shape[1], dtype=piece.dtype)
+            cpu_routing.expand_rows(piece, row_idx, ranges, out)
+            if options.zero_padding:
+                cpu_routing.zero_padding(ranges, out)
+            return out
+
+        rows = expand(payload.gather_rows(received, allocator))
+        if "scale" in metadata:
+            metadata["scale"] = expand(metadata["scale"])
+        if "weights" in metadata:
+            metadata["weights"] = cpu_routing.scatter_weights(metadata["weights"], row_idx, num_delivered)
+    if layout is Layout.MASKED:
+        by_expert = (num_local, num_delivered // num_local)
+        rows = rows.view(*by_expert, *rows.shape[1:])
+        pieces = {name: metadata[name] for name in ("scale", "weights") if name in metadata}
+        metadata = {name: piece.view(*by_expert, *piece.shape[1:]) for name, piece in pieces.items()}
+    return Dispatched(
+        x=Quantized(rows, metadata["scale"]) if "scale" in metadata else rows,
+        topk_idx=plan.topk_idx if layout is Layout.ROWS else None,
+        topk_weights=metadata.get("weights"),
+        expert_counts=plan.expert_counts,
+        expert_offsets=starts.int() if layout is Layout.EXPERTS else None,
+        host_counts=tuple(counts) if options.counts == "host" else None,
+        plan=plan,
+    )
+
+
+def _check_capacity(exchange: Exchange, options: DispatchOptions, space: Room, needed: int) -> None:
+    """Exchange the rows that did not fit (0: all fit), so that either all ranks raise or none; collective."""
+    verdict = [needed] * exchange.num_ranks
+    pending = exchange.start(Signature(Kind.capacity_check, {}), Sections(()), verdict, lambda *_: None)
+    with pending.receive() as received:
+        needs = [source.num_rows for source in received]
+    if max(needs) > space.given:
+        worst = needs.index(max(needs))
+        per_expert = " per expert" if options.layout is Layout.MASKED else ""
+        raise CapacityError(
+            f"dispatch: options.capacity: rank {worst} received {max(needs)} rows{per_expert}, "
+            f"capacity={space.given}; raise it, or leave it out for the worst case of {space.worst}"
+        )
