@@ -1,4 +1,4 @@
-"""The demo: both trainings, their comparison, and the picture."""
+"""The demo: both training runs, their comparison, and the plot."""
 
 import sys
 
@@ -11,6 +11,7 @@ from tokenferry.cli.main import main
 from tokenferry.demo import train as demo_train
 from tokenferry.demo.compare import GPU_FACTOR, MOVED_ROWS, OTHER_ROUTING, SAME_ROUTING, compare
 from tokenferry.demo.devices import choose
+from tokenferry.demo.train import History
 from tokenferry.errors import ConfigError
 
 TINY = ["demo", "--device", "cpu", "--steps", "3", "--ranks", "2"]
@@ -43,7 +44,7 @@ def test_float32_and_other_ranks_without_matplotlib(capsys, monkeypatch, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_fails_if_one_expert_is_another(capsys, monkeypatch, tmp_path):
+def test_fails_if_one_expert_differs(capsys, monkeypatch, tmp_path):
     make = demo_train.dense_layer
 
     def perturbed(options, layer):
@@ -57,8 +58,8 @@ def test_fails_if_one_expert_is_another(capsys, monkeypatch, tmp_path):
     assert "DIFFERENT: " in capsys.readouterr().out
 
 
-def test_fails_if_gradients_are_another(capsys, monkeypatch, tmp_path):
-    make = demo_train.make_optimizer  # the ranks' processes keep theirs
+def test_fails_if_gradients_differ(capsys, monkeypatch, tmp_path):
+    make = demo_train.make_optimizer  # rank processes use the original
 
     def slower(options, model):
         optimizer = make(options, model)
@@ -84,34 +85,34 @@ H200 = (9, 0)
 
 
 @pytest.mark.parametrize(
-    ("wish", "ranks", "there", "device", "chosen", "said"),
+    ("requested", "ranks", "capabilities", "device", "chosen", "text"),
     [
-        ("auto", None, [], "cpu", 4, "auto: torch sees 0 GPU(s); two are needed"),
-        ("auto", None, [H200], "cpu", 4, "auto: torch sees 1 GPU(s); two are needed"),
+        ("auto", None, [], "cpu", 4, "auto: torch sees 0 GPU(s); at least two are needed"),
+        ("auto", None, [H200], "cpu", 4, "auto: torch sees 1 GPU(s); at least two are needed"),
         ("auto", None, [H200] * 2, "cuda", 2, "one on each of 2 GPU(s)"),
         ("auto", None, [H200] * 5, "cuda", 4, "one on each of 4 GPU(s)"),
         ("auto", None, [(10, 0)] * 8, "cuda", 8, "one on each of 8 GPU(s)"),
-        ("auto", 4, [H200] * 2, "cpu", 4, "--ranks 4 needs as many"),
-        ("auto", 2, [H200, (8, 0)], "cpu", 2, "compute capability 8.0 is among them, 9.0 is needed"),
+        ("auto", 4, [H200] * 2, "cpu", 4, "--ranks 4 needs one for each rank"),
+        ("auto", 2, [H200, (8, 0)], "cpu", 2, "one has compute capability 8.0, 9.0 is needed"),
         ("cuda", None, [H200], "cuda", 1, "one on each of 1 GPU(s)"),
-        ("cuda", 4, [H200], "cuda", 4, "take turns on 1 GPU(s): slow"),
+        ("cuda", 4, [H200], "cuda", 4, "sharing 1 GPU(s): slow"),
         ("cpu", None, [H200] * 8, "cpu", 4, "device: cpu, 4 ranks"),
     ],
 )
-def test_where_it_runs(wish, ranks, there, device, chosen, said):
-    place = choose(wish, ranks, there)
-    assert (place.device, place.ranks) == (device, chosen)
-    assert said in place.text
+def test_the_choice_of_devices(requested, ranks, capabilities, device, chosen, text):
+    placement = choose(requested, ranks, capabilities)
+    assert (placement.device, placement.ranks) == (device, chosen)
+    assert text in placement.text
 
 
-@pytest.mark.parametrize("there", [[], [(8, 6)]])
-def test_no_gpu_that_can(there):
-    with pytest.raises(ConfigError, match=rf"--device cuda: torch sees {len(there)} GPU\(s\).*use --device cpu"):
-        choose("cuda", None, there)
+@pytest.mark.parametrize("capabilities", [[], [(8, 6)]])
+def test_no_supported_gpu(capabilities):
+    with pytest.raises(ConfigError, match=rf"--device cuda: torch sees {len(capabilities)} GPU\(s\).*use --device cpu"):
+        choose("cuda", None, capabilities)
 
 
 def test_a_failing_rank(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "train_spread", broken)
+    monkeypatch.setattr(demo, "train_sharded", broken)
     assert main(TINY) == 1
     assert "no reason at all" in capsys.readouterr().out
 
@@ -138,9 +139,11 @@ def test_no_text(tmp_path):
         demo_train.load_text(tmp_path)
 
 
-def verdict(losses, counts, dtype=torch.float32):
+def verdict(losses, counts, dtype=torch.float32, device="cpu"):
+    """Compare with a run whose loss stays 1 and whose experts get 50 rows each."""
     steps = len(losses)
-    return compare(([1.0] * steps, losses), ([[50, 50]] * steps, counts), dtype)
+    sharded = History(2, [1.0] * steps, [[50, 50]] * len(counts))
+    return compare(sharded, History(1, losses, counts), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -155,10 +158,10 @@ def test_same_routing_allows_rounding_only(dtype):
 def test_gpus_may_differ_by_more(dtype):
     near, far = (1 + factor * GPU_FACTOR * SAME_ROUTING[dtype] for factor in (0.9, 1.1))
     for loss, good in ((near, True), (far, False)):
-        assert compare(([1.0], [loss]), ([[50, 50]], [[50, 50]]), dtype, "cuda").same == good
+        assert verdict([loss], [[50, 50]], dtype, "cuda").same == good
 
 
-def test_parted_routing_allows_few_rows_and_more_difference():
+def test_diverged_routing_allows_few_moved_rows_and_larger_differences():
     few, many = [50 - MOVED_ROWS, 50 + MOVED_ROWS], [49 - MOVED_ROWS, 51 + MOVED_ROWS]
     later = 1 + 0.9 * OTHER_ROUTING
     good = verdict([1.0, 1.0001, later], [[50, 50], few, many])
@@ -168,11 +171,11 @@ def test_parted_routing_allows_few_rows_and_more_difference():
     assert not verdict([1.0, 1.0001, later], [[50, 50], many, few]).same, "too many rows at once"
     assert not verdict([1.0, 1.0001, 1 + 1.1 * OTHER_ROUTING], [[50, 50], few, few]).same
     assert not verdict([1.0, 1.0001, float("nan")], [[50, 50], few, few]).same
-    assert not verdict([1.001, 1.0, 1.0], [[50, 50], few, few]).same, "different before the routing was"
+    assert not verdict([1.001, 1.0, 1.0], [[50, 50], few, few]).same, "the losses differ before the routing does"
 
 
 def test_compare_refuses_unequal_lengths():
     with pytest.raises(ValueError, match="expected as many losses as counts"):
-        compare(([], []), ([], []), torch.float32)
+        verdict([], [])
     with pytest.raises(ValueError, match="got 1 and 2"):
-        compare(([1.0], [1.0]), ([[1]] * 2, [[1]] * 2), torch.float32)
+        verdict([1.0], [[50, 50]] * 2)

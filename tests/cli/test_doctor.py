@@ -1,4 +1,4 @@
-"""The doctor: every line, well and ill."""
+"""The doctor: every check, passing and failing."""
 
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def test_a_machine_that_works(any_terminal):
     assert "tokenferry works on this machine" in out
 
 
-def test_compile_is_tried_for_real(monkeypatch):
+def test_both_compilers_are_checked(monkeypatch):
     monkeypatch.setattr(doctor, "_ranks", lambda: iter(()))
     tried = []
     monkeypatch.setattr(doctor, "_compiles", lambda backend: tried.append(backend) or "fine")
@@ -67,12 +67,12 @@ def test_the_cuda_lines_say_why_not():
     assert not any(line.needed for line in lines.values())
     assert "cuda peer access" not in lines
     assert "backend cuda, ranks" not in lines
-    assert lines["cuda GPUs"].text.startswith("BackendUnavailable: torch sees none; backend cuda needs")
+    assert lines["cuda GPUs"].text.startswith("BackendUnavailable: torch sees no GPU; backend cuda needs")
     assert not lines["backend cuda"].good
     assert "has no CUDA device" in lines["backend cuda"].text
 
 
-def pretend_gpus(monkeypatch, *capabilities, apart=()):
+def pretend_gpus(monkeypatch, *capabilities, no_access=()):
     about = [
         SimpleNamespace(name="NVIDIA H200", major=major, minor=minor, total_memory=139 << 30)
         for major, minor in capabilities
@@ -80,14 +80,14 @@ def pretend_gpus(monkeypatch, *capabilities, apart=()):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(about))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about[index])
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) not in apart)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) not in no_access)
 
 
 def test_the_cuda_lines_of_a_host_with_gpus(monkeypatch):
     pretend_gpus(monkeypatch, (9, 0), (9, 0), (9, 0))
     lines = cuda_lines(lambda: "round trip")
     assert lines["cuda GPUs"].text == "0, 1, 2: NVIDIA H200, 139 GiB, compute capability 9.0"
-    assert lines["cuda peer access"].text == "each of 3 GPUs reaches every other"
+    assert lines["cuda peer access"].text == "each of 3 GPUs can access every other"
     assert lines["backend cuda, ranks"].text == "fine"
 
 
@@ -96,13 +96,13 @@ def test_two_ranks_on_one_gpu(monkeypatch):
     assert cuda_lines(lambda: "round trip")["backend cuda, ranks"].text == "fine, both on one GPU"
 
 
-def test_gpus_that_are_too_old_or_apart(monkeypatch):
-    pretend_gpus(monkeypatch, (9, 0), (8, 6), (9, 0), apart=((0, 1), (2, 0)))
+def test_gpus_that_are_too_old_or_without_peer_access(monkeypatch):
+    pretend_gpus(monkeypatch, (9, 0), (8, 6), (9, 0), no_access=((0, 1), (2, 0)))
     lines = cuda_lines(lambda: "round trip")
     assert not lines["cuda GPUs"].good
     assert "GPU 1 is a NVIDIA H200, 139 GiB, compute capability 8.6; backend cuda needs" in lines["cuda GPUs"].text
     assert not lines["cuda peer access"].good
-    assert "2 of 6 directions are closed: 0 -> 1, 2 -> 0" in lines["cuda peer access"].text
+    assert "2 of 6 directions have no access: 0 -> 1, 2 -> 0" in lines["cuda peer access"].text
 
 
 def test_the_cuda_driver(monkeypatch):
@@ -132,9 +132,9 @@ def test_cuda_packages(monkeypatch):
 def test_the_kernel_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENFERRY_CACHE_DIR", str(tmp_path / "not" / "yet"))
     assert doctor_cuda._cache() == str(tmp_path / "not" / "yet")
-    assert not list(tmp_path.iterdir()), "looking made a folder"
+    assert not list(tmp_path.iterdir()), "the check created a folder"
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match=f"cannot be written to .{tmp_path} is not ours"):
+    with pytest.raises(ConfigError, match=f"is not writable .{tmp_path} is not a folder with write access"):
         doctor_cuda._cache()
 
 
@@ -145,7 +145,7 @@ def test_a_machine_with_a_gpu():
     assert "over 2 rank(s), transport nvlink, backend cuda" in lines["backend cuda, ranks"].text
 
 
-def test_ill_ranks(monkeypatch, capsys):
+def test_failing_ranks(monkeypatch, capsys):
     def no_world(*args, **kwargs):
         raise OSError("no memory")
 

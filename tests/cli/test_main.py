@@ -1,4 +1,4 @@
-"""The door: help, version, exit statuses."""
+"""The entry point of the command line: help, version, exit statuses."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The screen: the same content with rich and without."""
+"""The terminal output has the same content with rich and without."""
 
 import io
 import re
@@ -7,7 +7,7 @@ from tokenferry.cli.screen import Screen
 
 
 def words(text):
-    """What can be read: no colours, cursor movements or frames."""
+    """Return the readable text: no colours, cursor movements or frames."""
     return re.findall(r"[\w.:%/=-]*\w[\w.:%/=-]*", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", text))
 
 

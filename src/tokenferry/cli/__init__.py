@@ -1,1 +1,1 @@
-"""The command line, `tokenferry`: one small module a command."""
+"""The command line, `tokenferry`: one module for each command."""

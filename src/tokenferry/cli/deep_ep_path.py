@@ -1,4 +1,4 @@
-"""`tokenferry deep-ep-path`: the folder that makes `import deep_ep` find tokenferry."""
+"""`tokenferry deep-ep-path`: print the folder that makes `import deep_ep` find tokenferry."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tokenferry.compat.deep_ep_path import folder
 
 HELP = "print the folder to put on PYTHONPATH so that `import deep_ep` finds tokenferry"
 DESCRIPTION = """\
-Prints one folder and nothing else. It holds a package `deep_ep` that speaks DeepEP's API on tokenferry, so that
-programs written for DeepEP run as they are:
+Prints one folder and nothing else. It contains a package `deep_ep`, which implements DeepEP's API with tokenferry, so
+that programs written for DeepEP run unchanged:
 
     PYTHONPATH=$(tokenferry deep-ep-path) python program.py
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This command takes none."""
+    """Declare no options."""
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:

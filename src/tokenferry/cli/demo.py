@@ -1,4 +1,4 @@
-"""`tokenferry demo`: trains a small Mixture-of-Experts model over local ranks, and compares it with one process."""
+"""`tokenferry demo`: train a small Mixture-of-Experts model over local ranks, and compare with one process."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tokenferry.bench.report.cpu import num_cores, threads_for
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
-from tokenferry.demo import devices as demo_place
+from tokenferry.demo import devices as demo_devices
 from tokenferry.demo import plot as demo_plot
 from tokenferry.demo.compare import Verdict, compare
-from tokenferry.demo.train import History, Options, load_text, train_dense, train_spread
+from tokenferry.demo.train import History, Options, load_text, train_dense, train_sharded
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
 HELP = "train a small Mixture-of-Experts model over local ranks, and compare with one process"
 DESCRIPTION = """\
 Trains a byte-level transformer with two Mixture-of-Experts layers (8 experts, 2 per token) on the source text of
-Python's own standard library: first over R rank processes, each holding 8/R experts, every token carried by tokenferry;
-then the same model, seed and batches in one process that holds all experts. Fails if the losses differ beyond rounding.
-About a minute on two cores. On a host with several GPUs each rank owns one.
+Python's standard library: first over R rank processes with 8/R experts each, which exchange tokens by tokenferry, then
+with the same model, seed and batches in one process that holds all experts. Fails if the losses differ by more than
+rounding explains. Takes about a minute on two cores. On a host with several GPUs each rank uses its own.
 """
 JOB_TIMEOUT_S = 3600.0
 
@@ -39,68 +39,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto: GPUs if there are two or more and each rank gets its own (default: auto)",
+        help="auto: GPUs if there are at least two and each rank gets its own (default: auto)",
     )
-    parser.add_argument(
-        "--ranks", type=positive, help="R: 1, 2, 4 or 8 (default: 4; on GPUs as many as there are, at most 8)"
-    )
+    parser.add_argument("--ranks", type=positive, help="R: 1, 2, 4 or 8 (default: 4; on GPUs their number, at most 8)")
     parser.add_argument(
         "--dtype",
         choices=("float64", "float32"),
         default="float64",
-        help="float64 compares every step to the last digits; float32 is quicker and coarser (default: float64)",
+        help="float64: strict comparison of every step; float32: faster, with larger tolerances (default: float64)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of parameters and batches (default: 0)")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="where demo.png goes (default: demo-out)"
+        "--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="folder for demo.png (default: demo-out)"
     )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    """Train twice, compare, draw; 1 if the runs differ."""
-    place = demo_place.choose(args.device, args.ranks, demo_place.gpus())
-    options = Options(args.steps, place.ranks, args.seed, getattr(torch, args.dtype), place.device)
+    """Train twice, compare and plot; return 1 if the runs differ."""
+    placement = demo_devices.choose(args.device, args.ranks, demo_devices.gpu_capabilities())
+    options = Options(args.steps, placement.ranks, args.seed, getattr(torch, args.dtype), placement.device)
     if options.experts % options.ranks:
         raise ConfigError(f"--ranks {options.ranks} does not divide the {options.experts} experts; use 1, 2, 4 or 8")
     start = time.perf_counter()
-    screen.line(place.text)
+    screen.line(placement.text)
     screen.line(
         f"text: {len(load_text())} bytes of Python's standard library; model: {options.layers} blocks, "
         f"H={options.hidden}, {options.experts} experts, top-{options.top_k}; "
         f"batch: {options.batch} x {options.context} bytes; {args.dtype}"
     )
     try:
-        spread = _train_spread(options, screen)
+        sharded = _train_sharded(options, screen)
     except WorldError as error:
         screen.line(explain(error), style="bold red")
         return 1
     dense = _train_dense(options, screen)
-    counts = spread.expert_tokens, dense.expert_tokens
-    verdict = compare((spread.losses, dense.losses), counts, options.dtype, options.device)
-    _tell(verdict, spread, dense, screen)
-    picture = args.out / "demo.png"
-    if demo_plot.write(picture, spread, dense):
-        screen.line(f"picture: {picture}")
+    verdict = compare(sharded, dense, options.dtype, options.device)
+    _print_summary(verdict, sharded, dense, screen)
+    path = args.out / "demo.png"
+    if demo_plot.write(path, sharded, dense):
+        screen.line(f"plot: {path}")
     else:
-        screen.line("picture: none, matplotlib is not installed (pip install 'tokenferry[plots]')")
+        screen.line("plot: none, matplotlib is not installed (pip install 'tokenferry[plots]')")
     screen.line(f"took {time.perf_counter() - start:.0f} s")
     return 0 if verdict.same else 1
 
 
-def _train_spread(options: Options, screen: Screen) -> History:
+def _train_sharded(options: Options, screen: Screen) -> History:
     threads = threads_for(options.ranks)
     screen.line(f"{options.ranks} ranks on {num_cores()} cores, {threads} thread(s) each, starting ...")
     with (
         World(options.ranks, devices=options.device, timeout_s=JOB_TIMEOUT_S, threads=threads) as world,
         screen.progress("training", options.steps) as advance,
     ):
-        show = _show(options, screen, advance)
-        histories = run_with_feed(world, train_spread, options, on_item=show)
+        show = _printer(options, screen, advance)
+        histories = run_with_feed(world, train_sharded, options, on_item=show)
     history: History = histories[0]
     return history
 
 
-def _show(options: Options, screen: Screen, advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
+def _printer(options: Options, screen: Screen, advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
+    """Return a function that prints a progress item of rank 0, for one step in ten."""
     step = 0
 
     def show(item: dict[str, Any]) -> None:
@@ -118,9 +116,9 @@ def _show(options: Options, screen: Screen, advance: Callable[[int, str], None])
 
 
 def _train_dense(options: Options, screen: Screen) -> History:
-    screen.line("the same in one process with all experts ...")
+    screen.line("the same model in one process with all experts ...")
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a rank
+    torch.set_num_threads(1)  # comparable to a rank
     try:
         with screen.progress("dense", options.steps) as advance:
             return train_dense(options, lambda loss: advance(1, f"loss {loss:.4f}"))
@@ -128,15 +126,15 @@ def _train_dense(options: Options, screen: Screen) -> History:
         torch.set_num_threads(before)
 
 
-def _tell(verdict: Verdict, spread: History, dense: History, screen: Screen) -> None:
-    whole = sum(spread.step_s)
+def _print_summary(verdict: Verdict, sharded: History, dense: History, screen: Screen) -> None:
+    total = sum(sharded.step_s)
     screen.line(
-        f"loss: {spread.losses[0]:.4f} -> {spread.losses[-1]:.4f} over {spread.ranks} ranks, "
+        f"loss: {sharded.losses[0]:.4f} -> {sharded.losses[-1]:.4f} over {sharded.ranks} ranks, "
         f"{dense.losses[0]:.4f} -> {dense.losses[-1]:.4f} in one process"
     )
     screen.line(
-        f"time over ranks: {whole:.1f} s, of it dispatch {sum(spread.dispatch_s):.1f} s, combine "
-        f"{sum(spread.combine_s):.1f} s (rank 0, forward and backward, waiting for the others included); "
+        f"time over ranks: {total:.1f} s, of which dispatch {sum(sharded.dispatch_s):.1f} s, combine "
+        f"{sum(sharded.combine_s):.1f} s (rank 0, forward and backward, including the wait for other ranks); "
         f"in one process: {sum(dense.step_s):.1f} s"
     )
     screen.line(

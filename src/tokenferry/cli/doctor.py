@@ -1,4 +1,4 @@
-"""`tokenferry doctor`: what this machine can do, and why not more, by doing it."""
+"""`tokenferry doctor`: find out by small runs what works on this machine, and why the rest does not."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 from tokenferry.types import MoeShape, Routing
 
-HELP = "say what this machine can do and why not more, by running it"
+HELP = "run small checks of this machine, and print what works and why the rest does not"
 DESCRIPTION = """\
-Runs a small round trip on everything that tokenferry can run on, and says PASS, or no with the reason and what to do.
-Lines with ! are needed for tokenferry to work at all; if one of them says no, the exit status is 1.
+Runs a small round trip on every backend and transport, and prints PASS, or no with the reason and the remedy. Lines
+with ! are required for tokenferry to work at all; if one of them says no, the exit status is 1.
 """
 RANKS = 2
 JOB_TIMEOUT_S = 60.0
@@ -31,14 +31,16 @@ JOB_TIMEOUT_S = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it can take half a minute)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not check torch.compile (it can take half a minute)"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    """Print each finding as it comes; 1 if something that is needed does not work."""
+    """Print each finding as it comes; return 1 if something that is required does not work."""
     about = machine()
     screen.line(f"{about['processor']}, {about['cores']} cores, {about['system']}")
-    ill = []
+    failed = []
     for finding in findings(compiler=not args.no_compile):
         verdict = "PASS" if finding.good else "no"
         mark = "!" if finding.needed else " "
@@ -46,24 +48,24 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
             f"{mark} {finding.name:<22} {verdict:<4}  {finding.text}", style="green" if finding.good else "yellow"
         )
         if finding.needed and not finding.good:
-            ill.append(finding.name)
+            failed.append(finding.name)
     screen.line()
-    screen.line(f"does not work: {', '.join(ill)}" if ill else "tokenferry works on this machine")
-    return 1 if ill else 0
+    screen.line(f"does not work: {', '.join(failed)}" if failed else "tokenferry works on this machine")
+    return 1 if failed else 0
 
 
 def findings(*, compiler: bool) -> Iterator[Finding]:
-    """Try one thing after the other."""
+    """Run all checks in turn."""
     yield _versions()
     yield from _variables()
     yield _group_of_one()
     yield from _ranks()
     yield from doctor_cuda.findings(_gpu_alone, lambda: _on_ranks(over_gpus, devices="cuda"))
     if compiler:
-        yield tried("torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not touched")
+        yield tried("torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not affected")
         yield tried("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
     yield _package("rich", "colours and progress bars", "cli")
-    yield _package("matplotlib", "the demo's picture", "plots")
+    yield _package("matplotlib", "the demo's plot", "plots")
 
 
 def _versions() -> Finding:
@@ -85,10 +87,10 @@ def _variables() -> Iterator[Finding]:
 
 
 def round_trip(group: ExpertGroup) -> str:
-    """Send rows to every expert and back, and check them. Collective.
+    """Send rows to every expert and back, and check the result. Collective.
 
     Raises:
-        ArithmeticError: other rows came back.
+        ArithmeticError: the result is wrong.
     """
     generator = torch.Generator().manual_seed(group.rank)
     x = torch.randn(16, group.shape.hidden, generator=generator).to(group.device)
@@ -111,11 +113,11 @@ def _group_of_one() -> Finding:
         with ExpertGroup(None, _shape(1), backend="cpu") as group:
             return round_trip(group)
 
-    return tried("group of one", attempt, "report it: nothing but torch is needed here", needed=True)
+    return tried("group of one", attempt, "report it: this needs only torch", needed=True)
 
 
 def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
-    """Add up ranks over gloo; a job of `World`."""
+    """Sum the ranks over gloo; a job of `World`."""
     total = torch.tensor([rank + 1])
     dist.all_reduce(total, group=pg)
     if total.item() != sum(range(1, pg.size() + 1)):
@@ -131,10 +133,10 @@ def over_transport(rank: int, pg: dist.ProcessGroup, transport: str) -> str:
 
 def _ranks() -> Iterator[Finding]:
     remedies = {
-        "gloo": "several ranks need gloo; use a torch that has it",
-        "transport shared_memory": "a group falls back to the transport 'process_group'; it needs one host, and Unix "
-        "sockets that pass descriptors",
-        "transport process_group": "report it: it needs nothing but gloo",
+        "gloo": "several ranks need gloo; use a torch that includes it",
+        "transport shared_memory": "groups fall back to the transport 'process_group'; this one needs a single host "
+        "and Unix sockets that pass descriptors",
+        "transport process_group": "report it: this needs only gloo",
     }
     jobs = {
         "gloo": (over_gloo,),
@@ -147,7 +149,7 @@ def _ranks() -> Iterator[Finding]:
 
 
 def _on_ranks(fn: Callable[..., str], *args: object, devices: str = "cpu") -> str:
-    """Run one job in a world of its own, so that what one check breaks does not reach the next."""
+    """Run one job in a world of its own, so that a failed check does not affect the next."""
     try:
         with World(RANKS, devices=devices, timeout_s=JOB_TIMEOUT_S) as world:
             text: str = world.run(fn, *args)[0]
@@ -162,7 +164,7 @@ def _gpu_alone() -> str:
 
 
 def over_gpus(rank: int, pg: dist.ProcessGroup) -> str:
-    """Make a round trip over ranks that own GPUs; a job of `World`."""
+    """Make a round trip over ranks on GPUs; a job of `World`."""
     with ExpertGroup(pg, _shape(pg.size()), backend="cuda", timeout_s=JOB_TIMEOUT_S / 2) as group:
         group.warmup()
         return round_trip(group)

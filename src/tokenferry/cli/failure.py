@@ -1,4 +1,4 @@
-"""What to print when ranks failed: one line for a reason that has a name, everything for one that has none."""
+"""The text of a failed job: one line for each expected error, all tracebacks for any other."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tokenferry.testing.world import WorldError
 
 
 def explain(error: WorldError) -> str:
-    """Return why a job failed: each different reason once, with the ranks that gave it."""
+    """Return why a job failed: each distinct error once, with its ranks."""
     if not all(isinstance(one, TokenferryError | WrongAnswer | ChildProcessError) for one in error.errors.values()):
-        return str(error)  # with the tracebacks of all ranks
-    ranks: dict[str, list[int]] = {}
+        return str(error)  # includes the tracebacks of all ranks
+    by_error: dict[str, list[int]] = {}
     for rank, one in sorted(error.errors.items()):
-        ranks.setdefault(f"{type(one).__name__}: {one}", []).append(rank)
-    return "\n".join(f"rank {', '.join(map(str, which))}: {reason}" for reason, which in ranks.items())
+        by_error.setdefault(f"{type(one).__name__}: {one}", []).append(rank)
+    return "\n".join(f"rank {', '.join(map(str, ranks))}: {reason}" for reason, ranks in by_error.items())

@@ -1,4 +1,4 @@
-"""What the doctor finds: one line each."""
+"""The findings of `tokenferry doctor`, one line each."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line.
+    """The result of one check.
 
     Attributes:
-        name: What was tried.
-        good: It works.
-        text: What was seen; if it does not work, why, and what to do.
-        needed: Without it nothing works.
+        name: The name of the check.
+        good: Whether it passed.
+        text: What was found; for a failed check, the reason and the remedy.
+        needed: Whether tokenferry cannot work without it.
     """
 
     name: str
@@ -24,10 +24,10 @@ class Finding:
 
 
 def tried(name: str, attempt: Callable[[], str], remedy: str, *, needed: bool = False) -> Finding:
-    """Try something; whatever stops it becomes the reason, and ``remedy`` what to do."""
+    """Run one check; an exception becomes the reason of a failed finding, followed by ``remedy``."""
     try:
         return Finding(name, True, attempt(), needed)
-    except Exception as error:  # noqa: BLE001 - whatever stops it is what the doctor has to tell
-        first = str(error).strip().splitlines()
-        told = f"{type(error).__name__}: {first[0] if first else ''}"
-        return Finding(name, False, f"{told}; {remedy}" if remedy else told, needed)
+    except Exception as error:  # noqa: BLE001 - any failure is a finding
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        return Finding(name, False, f"{reason}; {remedy}" if remedy else reason, needed)

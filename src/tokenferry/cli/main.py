@@ -1,4 +1,4 @@
-"""The door of the command line: which command, with which arguments, and what its end means to a shell."""
+"""The entry point of the command line: parse the arguments, run the command and return its exit status."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS = {
     "deep-ep-path": deep_ep_path,
 }
 
-EPILOG = "Exit status: 0 all is well, 1 a check failed, 2 the command line is wrong, 130 interrupted."
+EPILOG = "Exit status: 0 success, 1 a check failed, 2 the command line is wrong, 130 interrupted."
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,17 +30,17 @@ def make_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="tokenferry",
-        description="Mixture-of-Experts dispatch and combine: try it, ask what this machine can do, measure it.",
+        description="Mixture-of-Experts dispatch and combine: try them, check this machine, run benchmarks.",
         epilog=EPILOG,
         formatter_class=form,
     )
     parser.add_argument("--version", action="version", version=f"tokenferry {tokenferry.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
-        one = commands.add_parser(
+        subparser = commands.add_parser(
             name, help=module.HELP, description=module.DESCRIPTION, epilog=EPILOG, formatter_class=form
         )
-        module.add_arguments(one)
+        module.add_arguments(subparser)
     return parser
 
 
@@ -48,17 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The arguments, without the program's name; None: those of this process.
+        argv: The arguments without the program's name; None takes those of this process.
 
     Returns:
-        The exit status: 0 all is well, 1 a check failed, 2 an option is wrong, 130 interrupted.
+        The exit status: 0 success, 1 a check failed, 2 an option is wrong, 130 interrupted.
 
     Raises:
-        SystemExit: --help, --version, or a command line that cannot be read (status 2).
+        SystemExit: --help, --version, or a command line that cannot be parsed (status 2).
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(words)
-    args.command_line = " ".join(["tokenferry", *words])
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser().parse_args(arguments)
+    args.command_line = " ".join(["tokenferry", *arguments])
     errors = Screen(sys.stderr)
     try:
         status: int = COMMANDS[args.command].run(args, Screen())

@@ -1,4 +1,4 @@
-"""The only place that writes to the terminal: with rich where it is installed, the same content without."""
+"""Terminal output of all commands: through rich if it is installed, otherwise as plain text with the same content."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 Advance = Callable[[int, str], None]
-"""``advance(done, text)``: so much more is done, and what is being done now."""
+"""``advance(done, text)``: add ``done`` to the progress, and show ``text`` as the current activity."""
 
 
 class Screen:
     """Prints lines, tables and progress.
 
     Args:
-        stream: Where to; None: standard output.
-        fancy: Use rich; None: if it is installed and the stream is a terminal.
+        stream: The output stream; None: standard output.
+        fancy: Whether to use rich; None: if it is installed and the stream is a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None, *, fancy: bool | None = None) -> None:
@@ -28,7 +28,7 @@ class Screen:
         self._console = _console(self.stream) if fancy or (fancy is None and self.stream.isatty()) else None
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
-        """Print one line; ``style`` is a colour of rich, without which it is left out."""
+        """Print one line; ``style`` is a style of rich, ignored in plain text."""
         if self._console is None:
             print(text, file=self.stream, flush=True)
         else:
@@ -42,9 +42,9 @@ class Screen:
         *,
         heat: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        """Print a table: the first column to the left, the others to the right.
+        """Print a table; the first column is aligned to the left, the others to the right.
 
-        ``heat``: for each cell 0 (no colour) to 1 (red); with rich only.
+        ``heat`` is the colour of each cell, from 0 (none) to 1 (red), ignored in plain text.
         """
         if self._console is None:
             widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -64,7 +64,7 @@ class Screen:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:
-        """Show how far something is: a bar with rich; without, a line for each new tenth that comes with a text."""
+        """Show progress: as a bar with rich, else as a line for each tenth, if it comes with a text."""
         if self._console is None:
             yield self._plain_progress(title, total)
             return

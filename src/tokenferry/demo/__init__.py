@@ -1,1 +1,1 @@
-"""The training demo: a small Mixture-of-Experts model over ranks, and the same in one process."""
+"""The training demo: a small Mixture-of-Experts model trained over ranks, and again in one process."""

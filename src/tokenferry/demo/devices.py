@@ -1,4 +1,4 @@
-"""Where the demo runs: on GPUs, one rank each, or on the CPU; decided from what is there, and said."""
+"""Choose where the demo runs: on GPUs, one rank each, or on the CPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from tokenferry.errors import ConfigError
 
 CPU_RANKS = 4
-OLDEST = (9, 0)
-"""Compute capability that backend cuda needs."""
+MIN_CAPABILITY = (9, 0)
+"""The lowest compute capability that backend cuda supports."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What was decided.
+class Placement:
+    """The devices of the demo.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
         ranks: R.
-        text: What is said about it.
+        text: A line for the user about the choice.
     """
 
     device: str
@@ -29,43 +29,45 @@ class Place:
     text: str
 
 
-def gpus() -> list[tuple[int, int]]:
-    """Compute capability of each GPU that torch sees."""
+def gpu_capabilities() -> list[tuple[int, int]]:
+    """Return the compute capability of each GPU that torch sees."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.cuda.get_device_capability(i) for i in range(count)]
 
 
-def choose(wish: str, ranks: int | None, capabilities: Sequence[tuple[int, int]]) -> Place:
-    """Decide. ``auto`` takes the GPUs if there are at least two, all of them can, and each rank gets one of its own.
+def choose(requested: str, ranks: int | None, capabilities: Sequence[tuple[int, int]]) -> Placement:
+    """Choose the device and the number of ranks.
+
+    ``auto`` takes the GPUs if there are at least two, backend cuda supports all, and each rank gets its own.
 
     Args:
-        wish: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        ranks: R, or None for a power of two that suits.
-        capabilities: Of the GPUs that are there.
+        requested: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        ranks: R, or None for a power of two that fits.
+        capabilities: The compute capability of each GPU.
 
     Raises:
-        ConfigError: ``cuda`` is wished, and no GPU can.
+        ConfigError: ``cuda`` is requested, and a GPU is too old or there is none.
     """
-    count, old = len(capabilities), [one for one in capabilities if one < OLDEST]
+    count, old = len(capabilities), [each for each in capabilities if each < MIN_CAPABILITY]
     why_not = ""
     if old:
-        why_not = f"a GPU of compute capability {_dotted(min(old))} is among them, {_dotted(OLDEST)} is needed"
+        why_not = f"one has compute capability {_dotted(min(old))}, {_dotted(MIN_CAPABILITY)} is needed"
     elif count < 2:
-        why_not = "two are needed for one rank each"
+        why_not = "at least two are needed"
     elif ranks is not None and ranks > count:
-        why_not = f"--ranks {ranks} needs as many"
-    if wish == "cuda" and (old or not count):
+        why_not = f"--ranks {ranks} needs one for each rank"
+    if requested == "cuda" and (old or not count):
         raise ConfigError(
             f"--device cuda: torch sees {count} GPU(s){f'; {why_not}' if old else ''}; use --device cpu; "
-            "`tokenferry doctor` says more"
+            "run `tokenferry doctor` for details"
         )
-    if wish == "cuda" or (wish == "auto" and not why_not):
+    if requested == "cuda" or (requested == "auto" and not why_not):
         ranks = ranks or next(power for power in (8, 4, 2, 1) if power <= count)
-        shared = f", which take turns on {count} GPU(s): slow" if ranks > count else f", one on each of {ranks} GPU(s)"
-        return Place("cuda", ranks, f"device: cuda, {ranks} ranks{shared}")
+        shared = f", sharing {count} GPU(s): slow" if ranks > count else f", one on each of {ranks} GPU(s)"
+        return Placement("cuda", ranks, f"device: cuda, {ranks} ranks{shared}")
     ranks = ranks or CPU_RANKS
-    why = f" (auto: torch sees {count} GPU(s); {why_not})" if wish == "auto" else ""
-    return Place("cpu", ranks, f"device: cpu, {ranks} ranks{why}")
+    why = f" (auto: torch sees {count} GPU(s); {why_not})" if requested == "auto" else ""
+    return Placement("cpu", ranks, f"device: cpu, {ranks} ranks{why}")
 
 
 def _dotted(capability: tuple[int, int]) -> str:

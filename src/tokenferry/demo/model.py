@@ -1,6 +1,6 @@
 """The demo's model: a small byte-level transformer whose feed-forward layers are mixtures of experts.
 
-It knows nothing of ranks: whoever builds it says what a mixture is, spread over ranks or whole in this process.
+The model is independent of ranks: its caller provides the mixtures, which are sharded over ranks or local.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 NUM_BYTES = 256
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a mixture of experts; both are added to what came in."""
+    """Causal self-attention, then a mixture of experts, each with a residual connection."""
 
     def __init__(self, hidden: int, heads: int, moe: nn.Module) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.moe = moe
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, context, H]`` -> the same."""
+        """Map ``[batch, context, H]`` to the same shape."""
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attention.transpose(1, 2).flatten(2))
@@ -36,15 +36,15 @@ class Block(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    """Predicts the next byte of each place.
+    """Predicts the next byte at each position.
 
     Args:
         hidden: H.
-        context: Most bytes that it sees at once.
-        heads: Attention heads; a divisor of H.
-        layers: Blocks.
-        make_moe: Gives the mixture of block 0, 1, ...: a module ``[..., H] -> [..., H]``.
-        seed: Of every parameter but those of the mixtures, which have their own.
+        context: The maximum number of bytes in a sequence.
+        heads: The number of attention heads, a divisor of H.
+        layers: The number of blocks.
+        make_moe: Returns the mixture of block 0, 1, ...: a module ``[..., H] -> [..., H]``.
+        seed: The seed of all parameters but those of the mixtures, which have their own.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class ByteTransformer(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embed = nn.Embedding(NUM_BYTES, hidden)
-            self.place = nn.Embedding(context, hidden)
+            self.position = nn.Embedding(context, hidden)
             self.blocks = nn.ModuleList(Block(hidden, heads, make_moe(i)) for i in range(layers))
             self.norm = nn.LayerNorm(hidden)
             self.head = nn.Linear(hidden, NUM_BYTES, bias=False)
 
     def forward(self, text: Tensor) -> Tensor:
-        """``[batch, context]`` int64 bytes -> ``[batch, context, 256]`` scores of the byte that follows each."""
-        x = self.embed(text) + self.place.weight[: text.shape[1]]
+        """Map ``[batch, context]`` int64 bytes to ``[batch, context, 256]`` logits of the next byte."""
+        x = self.embed(text) + self.position.weight[: text.shape[1]]
         for block in self.blocks:
             x = block(x)
-        scores: Tensor = self.head(self.norm(x))
-        return scores
+        logits: Tensor = self.head(self.norm(x))
+        return logits

@@ -1,4 +1,4 @@
-"""The demo's picture: both loss curves, and how the tokens fell on the experts."""
+"""The demo's plot: both loss curves, and the load of the experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tokenferry.demo.train import History
 
 
 def write(path: Path, sharded: History, dense: History) -> bool:
-    """Write a PNG; False if matplotlib is not installed (then nothing is written)."""
+    """Write a PNG and return True, or return False if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ def write(path: Path, sharded: History, dense: History) -> bool:
     FigureCanvasAgg(figure)
     loss, load = figure.subplots(1, 2)
     steps = range(1, len(sharded.losses) + 1)
-    loss.plot(steps, sharded.losses, linewidth=3, alpha=0.5, label=f"{sharded.ranks} ranks, experts spread over them")
+    loss.plot(steps, sharded.losses, linewidth=3, alpha=0.5, label=f"{sharded.ranks} ranks, experts sharded")
     loss.plot(steps, dense.losses, linewidth=1, color="black", label="one process, all experts")
     loss.set(xlabel="step", ylabel="loss, nats per byte", title="The same model learns the same")
     loss.legend()

@@ -1,4 +1,4 @@
-"""The demo's training: with the experts spread over ranks, and whole in one process; same text, seed and batches."""
+"""The demo's training loops: with the experts sharded over ranks, and with all in one process; same text and seed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import progress as feed
+from tokenferry.bench.core import progress
 from tokenferry.demo.model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
@@ -26,14 +26,23 @@ TEXT_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is trained; the same for both runs.
+    """The options of both runs.
 
     Args:
         steps: Optimizer steps.
-        ranks: R of the run that is spread.
-        seed: Of parameters and batches.
-        dtype: Of parameters and rows.
-        device: ``"cpu"``, or ``"cuda"``: of each rank its own GPU, and for the run in one process the first.
+        ranks: R of the run over ranks.
+        seed: The seed of parameters and batches.
+        dtype: The dtype of parameters and rows.
+        device: ``"cpu"``, or ``"cuda"``: each rank's own GPU, and the first GPU for the run in one process.
+        batch: Sequences in the batch of all ranks.
+        context: Bytes in a sequence.
+        hidden: H.
+        heads: Attention heads.
+        layers: Blocks.
+        experts: E.
+        top_k: K.
+        ffn_hidden: Hidden size of an expert.
+        learning_rate: The learning rate of AdamW.
     """
 
     steps: int
@@ -54,14 +63,14 @@ class Options:
 
 @dataclass(slots=True)
 class History:
-    """What a run has to show, one entry a step.
+    """The history of a run: one entry per step in each list.
 
     Attributes:
-        ranks: Ranks that took part.
-        losses: Mean loss of the whole batch, nats per byte.
-        expert_tokens: Rows that each of the E experts received, all layers together.
-        dispatch_s: Seconds in dispatch and redispatch, on rank 0, waiting for others included.
-        combine_s: The same in combine.
+        ranks: R.
+        losses: The mean loss of the whole batch, in nats per byte.
+        expert_tokens: ``[E]`` rows that each expert received, summed over layers.
+        dispatch_s: Seconds in dispatch and redispatch on rank 0, including the wait for other ranks.
+        combine_s: Seconds in combine on rank 0, including the wait for other ranks.
         step_s: Seconds of the whole step.
     """
 
@@ -74,17 +83,17 @@ class History:
 
 
 class TimedGroup(ExpertGroup):
-    """An ExpertGroup that adds up the seconds that its calls take, forward and backward.
+    """An ExpertGroup that sums the seconds of its calls, forward and backward.
 
-    On a GPU it waits for the device before and after each call, so that nothing else is counted. That costs time, which
-    a real training would not spend.
+    On a GPU it synchronizes the device before and after each call, so that nothing else is counted. This slows training
+    down.
     """
 
     dispatch_s = 0.0
     combine_s = 0.0
 
     def now(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
+        """Return the time in seconds, after all work queued on the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -97,7 +106,7 @@ class TimedGroup(ExpertGroup):
         options: DispatchOptions | None = None,
         num_sms: int | None = None,
     ) -> Dispatched:
-        """As ExpertGroup's."""
+        """Time `ExpertGroup.dispatch`."""
         start = self.now()
         result = super().dispatch(x, routing, options=options, num_sms=num_sms)
         self.dispatch_s += self.now() - start
@@ -111,7 +120,7 @@ class TimedGroup(ExpertGroup):
         topk_weights: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Dispatched:
-        """As ExpertGroup's; the backward of combine."""
+        """Time `ExpertGroup.redispatch`, the backward of combine."""
         start = self.now()
         result = super().redispatch(x, plan, topk_weights=topk_weights, num_sms=num_sms)
         self.dispatch_s += self.now() - start
@@ -127,7 +136,7 @@ class TimedGroup(ExpertGroup):
         out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Combined:
-        """As ExpertGroup's; also the backward of dispatch."""
+        """Time `ExpertGroup.combine`, also the backward of dispatch."""
         start = self.now()
         result = super().combine(y, plan, topk_weights=topk_weights, bias=bias, out=out, num_sms=num_sms)
         self.combine_s += self.now() - start
@@ -135,10 +144,10 @@ class TimedGroup(ExpertGroup):
 
 
 def load_text(folder: Path | None = None) -> Tensor:
-    """Return source text of Python's own standard library as bytes: its modules by name, the first 4 MiB.
+    """Return the first 4 MiB of the source text of Python's standard library as bytes, its modules sorted by name.
 
     Raises:
-        FileNotFoundError: this Python came without the sources of its library; says where they were looked for.
+        FileNotFoundError: this Python has no sources of its library; the message names the folder.
     """
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     data = bytearray()
@@ -147,20 +156,20 @@ def load_text(folder: Path | None = None) -> Tensor:
     if len(data) < 100_000:
         raise FileNotFoundError(
             f"demo: expected the source text of Python's standard library (*.py) in {folder}, found {len(data)} bytes; "
-            "use a Python that has it"
+            "use a Python that includes it"
         )
     return torch.frombuffer(data[:TEXT_BYTES], dtype=torch.uint8)
 
 
 def batch_of(text: Tensor, options: Options, step: int) -> Tensor:
-    """``[batch, context + 1]`` int64: the whole batch of one step, the same for every rank and run."""
+    """Return the whole batch of one step, ``[batch, context + 1]`` int64, the same for every rank and run."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
     starts = torch.randint(len(text) - options.context, (options.batch,), generator=generator)
     return text[starts[:, None] + torch.arange(options.context + 1)].long()
 
 
 def make_model(options: Options, make_moe: Callable[[int], nn.Module]) -> ByteTransformer:
-    """Return the model of the demo with the mixtures that ``make_moe`` makes."""
+    """Return the model of the demo with the mixtures of ``make_moe``."""
     o = options
     return ByteTransformer(o.hidden, o.context, o.heads, o.layers, make_moe, o.seed).to(o.device, o.dtype)
 
@@ -168,20 +177,20 @@ def make_model(options: Options, make_moe: Callable[[int], nn.Module]) -> ByteTr
 def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of both runs.
 
-    Adam divides each gradient by its own size, and so would blow the rounding of gradients that are nearly zero up to
-    full steps; an eps above that rounding keeps the two runs comparable.
+    Adam divides each gradient by its own magnitude, which would amplify rounding errors of gradients near zero to full
+    steps. An eps above these errors keeps the two runs comparable.
     """
     return torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), eps=1e-5)
 
 
 def loss_sum(model: nn.Module, batch: Tensor) -> Tensor:
-    """Sum of the losses of all places of ``batch``, a scalar."""
-    scores = model(batch[:, :-1])
-    return F.cross_entropy(scores.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+    """Return the summed loss of all positions of ``batch``, a scalar."""
+    logits = model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
 
-def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) -> History:
-    """Train on this rank's share of each batch; experts live on their ranks. A job of `World`."""
+def train_sharded(rank: int, pg: dist.ProcessGroup, progress_file: str, options: Options) -> History:
+    """Train on this rank's share of each batch, with E/R experts on each rank. A job of `World`."""
     o = options
     text = load_text()
     tokens = -(-o.batch // o.ranks) * o.context
@@ -203,21 +212,21 @@ def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) 
             torch.autograd.backward(loss)
             sum_over_ranks(pg, [p.grad for p in shared if p.grad is not None])
             optimizer.step()
-            news_of_all = gather_news(pg, rank, loss.detach(), layers, o)
-            history.losses.append(float(news_of_all[0]))
-            history.expert_tokens.append([int(n) for n in news_of_all[1:]])
+            totals = reduce_metrics(pg, rank, loss.detach(), layers, o)
+            history.losses.append(float(totals[0]))
+            history.expert_tokens.append([int(n) for n in totals[1:]])
             history.dispatch_s.append(group.dispatch_s)
             history.combine_s.append(group.combine_s)
             history.step_s.append(group.now() - start)
             if rank == 0:
-                feed.send(news, latest(history))
+                progress.send(progress_file, latest(history))
     return history
 
 
 def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, in one exchange. Collective.
+    """Replace each tensor by its sum over ranks, in one all-reduce. Collective.
 
-    By way of the CPU, wherever they are: the process group need not know GPUs.
+    The sum is computed on the CPU, since the process group may not support GPUs.
     """
     flat = torch.cat([t.flatten() for t in tensors]).cpu()
     dist.all_reduce(flat, group=pg)
@@ -225,20 +234,20 @@ def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def gather_news(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
-    """``[1 + E]`` float64: the loss of the whole batch, then each expert's rows, all layers together. Collective."""
-    news = torch.zeros(1 + options.experts, dtype=torch.float64)
-    news[0] = loss.item()
+def reduce_metrics(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
+    """Return ``[1 + E]`` float64: the loss of the whole batch, then each expert's rows over all layers. Collective."""
+    metrics = torch.zeros(1 + options.experts, dtype=torch.float64)
+    metrics[0] = loss.item()
     local = options.experts // options.ranks
     for layer in layers:
         assert layer.expert_counts is not None
-        news[1 + rank * local : 1 + (rank + 1) * local] += layer.expert_counts.cpu()
-    dist.all_reduce(news, group=pg)
-    return news
+        metrics[1 + rank * local : 1 + (rank + 1) * local] += layer.expert_counts.cpu()
+    dist.all_reduce(metrics, group=pg)
+    return metrics
 
 
 def latest(history: History) -> dict[str, Any]:
-    """Return the last entry of each list, as an item for a feed."""
+    """Return the last entry of each list, as a progress item."""
     return {
         "loss": history.losses[-1],
         "expert_tokens": history.expert_tokens[-1],
@@ -249,20 +258,20 @@ def latest(history: History) -> dict[str, Any]:
 
 
 def moe_seed(options: Options, layer: int) -> int:
-    """Return the seed of one mixture's parameters: another one for each layer, the same in both runs."""
+    """Return the seed of the parameters of one layer's mixture, the same in both runs."""
     return options.seed * options.layers + layer
 
 
 def dense_layer(options: Options, layer: int) -> DenseMoE:
-    """Return a mixture with all experts in this process, with the parameters that the ranks draw."""
+    """Return a mixture with all experts in this process, with the same initial parameters as the sharded one."""
     o = options
     with ExpertGroup(None, MoeShape(o.experts, o.top_k, o.hidden, max_tokens=1), backend="cpu") as group:
-        drawn = MoELayer(group, o.ffn_hidden, seed=moe_seed(o, layer))
-    return DenseMoE(drawn.router, [drawn.state_dict()])
+        initial = MoELayer(group, o.ffn_hidden, seed=moe_seed(o, layer))
+    return DenseMoE(initial.router, [initial.state_dict()])
 
 
 def train_dense(options: Options, on_step: Callable[[float], None]) -> History:
-    """Train the same model with all experts in this process, on the whole of each batch; no rank, no exchange."""
+    """Train the same model with all experts in this process, on the whole of each batch, without communication."""
     o = options
     text = load_text()
     history = History(1)
