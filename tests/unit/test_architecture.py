@@ -1,4 +1,4 @@
-"""The rooms of the package, the arrows between them, and the sizes of their files."""
+"""The structure of the package: imports between its parts, sizes of files and functions, rules for signatures."""
 
 import ast
 import graphlib
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "formats": {"types", "errors"},
     "tuning": {"types", "errors"},
     "transports": {"errors"},
-    # Knows nothing of experts: could be lifted out as it is.
+    # Independent of experts, and usable outside of this project.
     "jit": {"errors"},
     "memory": {"errors", "transports", "jit"},
     "kernels": {"errors", "jit"},
@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "nn": {"types", "errors", "api", "autograd"},
     "compat": {"__init__", "types", "errors", "checks", "api"},
     "testing": {"types", "errors", "api"},
-    # What the links do is measured below the API, by kernels of its own.
+    # Links are measured below the API, by separate kernels.
     "bench": {
         "__init__",
         "types",
@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "kernels",
     },
     "demo": {"types", "errors", "api", "autograd", "nn", "testing", "bench"},
-    # Of compat only the folder that `tokenferry deep-ep-path` prints; of jit what `tokenferry doctor` asks it.
+    # From compat only the folder of `tokenferry deep-ep-path`; from jit only the checks of `tokenferry doctor`.
     "cli": {
         "demo",
         "__init__",
@@ -70,19 +70,28 @@ MAY_IMPORT = {
     },
 }
 LAZY = {"rich": {"cli"}, "matplotlib": {"demo", "bench"}, "cuda": {"jit", "memory", "backends"}}
-"""Packages that may be missing, and who may import them: inside functions only."""
+"""Optional packages, and the parts that may import them, inside functions only."""
 
-CUDA_ROOMS = {"jit", "memory", "kernels"}
-"""Rooms that a program on CPUs never opens."""
+CUDA_PARTS = {"jit", "memory", "kernels"}
+"""Parts that a program on CPUs never imports."""
 
 NEVER = r"cuMulticast|multimem|MallocManaged|cuMemAllocManaged"
-"""NVLink multicast and managed memory: the first is to stay off, the second hides who moves what."""
+"""NVLink multicast must stay off, and managed memory hides which processor moves data."""
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
+ONE_THING = {
+    "shape": "the sizes of a tensor",
+    "capability": "the compute capability of a GPU, as torch returns it",
+    "output": "the results of an operator, as torch passes them to setup_context",
+    "pair": "a source and a destination rank: the name of a link",
+}
+"""Parameters whose fixed number of like elements is a single value, and the value that it is."""
 
-def room(path: Path) -> str:
+
+def part_of(path: Path) -> str:
+    """Return the part of the package that a file belongs to: its top-level folder or module."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -92,7 +101,7 @@ def trees() -> Iterator[tuple[Path, ast.Module]]:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
-    """Dotted names that a tree imports; ``from a import b`` is ``a.b``."""
+    """Return the dotted names that a tree imports; ``from a import b`` is ``a.b``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
@@ -102,7 +111,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def dynamic_imports(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    """What a tree hands to ``import_module`` or ``__import__``: of an f-string its beginning, else "?"."""
+    """Return the arguments of ``import_module`` and ``__import__``: of an f-string its beginning, else "?"."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -112,64 +121,64 @@ def dynamic_imports(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
             yield name.value if isinstance(name, ast.Constant) else "?", node
 
 
-def later(tree: ast.AST) -> set[int]:
-    """The nodes that importing a file does not run: inside of functions, and what is for type checkers only."""
+def deferred_nodes(tree: ast.AST) -> set[int]:
+    """Return the nodes that an import does not run: those inside of functions, and those for type checkers only."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    homes = [node for node in ast.walk(tree) if isinstance(node, functions) or _is_guard(node)]
-    return {id(inner) for home in homes for inner in ast.walk(home)}
+    deferred = [node for node in ast.walk(tree) if isinstance(node, functions) or _is_guard(node)]
+    return {id(inner) for node in deferred for inner in ast.walk(node)}
 
 
-def foreign(home: str, tree: ast.AST) -> list[str]:
-    """Packages that a file of this room may not import, or not at once."""
+def foreign(part: str, tree: ast.AST) -> list[str]:
+    """Return the packages that a file of this part may not import, or only inside functions."""
     own = {"tokenferry", "torch", *sys.stdlib_module_names}
-    lazily = later(tree)
+    lazily = deferred_nodes(tree)
     wrong = []
     for name, node in (*imports(tree), *dynamic_imports(tree)):
         package = name.split(".")[0]
-        if package not in own and not (home in LAZY.get(package, ()) and id(node) in lazily):
+        if package not in own and not (part in LAZY.get(package, ()) and id(node) in lazily):
             wrong.append(name)
     return wrong
 
 
-def public_homes() -> dict[str, str]:
-    """Room of each name that tokenferry/__init__.py passes on."""
+def public_parts() -> dict[str, str]:
+    """Return the part that defines each name that tokenferry/__init__.py exports."""
     tree = ast.parse((ROOT / "__init__.py").read_text())
     return {n.split(".")[2]: n.split(".")[1] for n, _ in imports(tree) if n.startswith("tokenferry.")}
 
 
-def target_room(name: str, homes: dict[str, str]) -> str:
+def target_part(name: str, public: dict[str, str]) -> str:
     _, _, rest = name.partition(".")
     part = rest.split(".")[0]
-    if part in homes:
-        return homes[part]
+    if part in public:
+        return public[part]
     return part if part in MAY_IMPORT and part != "__init__" else "__init__"
 
 
-def test_rooms_import_downwards_only():
-    homes = public_homes()
+def test_parts_import_downwards_only():
+    public = public_parts()
     wrong = []
     for path, tree in trees():
-        allowed = MAY_IMPORT.get(room(path))
-        assert allowed is not None, f"{path}: a new room needs a line in MAY_IMPORT and in docs/architecture.md"
+        allowed = MAY_IMPORT.get(part_of(path))
+        assert allowed is not None, f"{path}: a new part needs a line in MAY_IMPORT and in docs/architecture.md"
         for name, _ in imports(tree):
-            if name.split(".")[0] == "tokenferry" and target_room(name, homes) not in allowed | {room(path)}:
+            if name.split(".")[0] == "tokenferry" and target_part(name, public) not in allowed | {part_of(path)}:
                 wrong.append(f"{path.relative_to(ROOT)} may not import {name}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_arrows_have_no_cycle():
+def test_the_allowed_imports_have_no_cycle():
     order = list(graphlib.TopologicalSorter(MAY_IMPORT).static_order())
     assert order[0] == "errors"
 
 
-def test_nobody_imports_the_deep_ep_shim():
+def test_the_deep_ep_shim_is_not_imported():
     wrong = [
         f"{path.relative_to(ROOT)}: {name}"
         for path, tree in trees()
         for name, _ in imports(tree)
-        if room(path) != "compat"
+        if part_of(path) != "compat"
         and name.startswith("tokenferry.compat")
-        and not (room(path) == "cli" and name.startswith("tokenferry.compat.deep_ep_path"))
+        and not (part_of(path) == "cli" and name.startswith("tokenferry.compat.deep_ep_path"))
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -186,18 +195,18 @@ def test_the_oracle_shares_no_code_with_what_it_judges():
 
 
 def test_nothing_but_torch_and_the_standard_library():
-    """The folder that holds the name deep_ep imports tokenferry's shim under that name."""
+    """The only exception: the folder for PYTHONPATH imports tokenferry's shim as deep_ep."""
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path, tree in trees()
-        for name in foreign(room(path), tree)
+        for name in foreign(part_of(path), tree)
         if not (name.split(".")[0] == "deep_ep" and "deep_ep_path" in path.parts)
     ]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
-    ("home", "text", "good"),
+    ("part", "text", "good"),
     [
         ("jit", "def f(): from cuda.bindings import driver", True),
         ("jit", 'def f(name): importlib.import_module(f"cuda.bindings.{name}")', True),
@@ -213,12 +222,12 @@ def test_nothing_but_torch_and_the_standard_library():
         ("api", "import torch, os", True),
     ],
 )
-def test_foreign_imports_are_noticed(home, text, good):
-    assert (foreign(home, ast.parse(text)) == []) is good
+def test_foreign_imports_are_noticed(part, text, good):
+    assert (foreign(part, ast.parse(text)) == []) is good
 
 
-def test_cpu_programs_open_no_room_of_cuda():
-    """What is imported with tokenferry, statement by statement, reaches neither kernels nor what launches them."""
+def test_cpu_programs_import_no_part_of_cuda():
+    """The modules imported with tokenferry include neither kernels nor the code that launches them."""
     files = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in FILES}
     files |= {name.removesuffix(".__init__"): path for name, path in files.items()}
     seen, waiting = set(), ["tokenferry"]
@@ -226,19 +235,19 @@ def test_cpu_programs_open_no_room_of_cuda():
         module = waiting.pop()
         seen.add(module)
         tree = ast.parse(files[module].read_text())
-        lazily = later(tree)
+        lazily = deferred_nodes(tree)
         for name, node in imports(tree):
             parts = name.split(".")
             names = {".".join(parts[:n]) for n in range(1, len(parts) + 1)} & files.keys()
             if id(node) not in lazily:
                 waiting += names - seen
     assert "tokenferry.backends.cpu.backend" in seen
-    closed = CUDA_ROOMS | {"backends.cuda"}
+    closed = CUDA_PARTS | {"backends.cuda"}
     wrong = [module for module in seen if module.removeprefix("tokenferry.").startswith(tuple(closed))]
     assert not wrong, f"imported with tokenferry: {sorted(wrong)}"
 
 
-def test_every_kernel_has_both_its_halves():
+def test_every_kernel_has_a_spec_and_device_code():
     folders = sorted(path for path in (ROOT / "kernels").iterdir() if (path / "__init__.py").exists())
     assert folders
     for folder in folders:
@@ -263,7 +272,7 @@ def test_neither_multicast_nor_managed_memory():
 def test_only_env_reads_the_environment():
     wrong = []
     for path, tree in trees():
-        if room(path) == "env":
+        if part_of(path) == "env":
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv", "unsetenv"):
@@ -288,8 +297,8 @@ def _is_harmless(node: ast.stmt, path: Path) -> bool:
         return False
     if isinstance(node.value, ast.Constant):
         return True
-    # Custom operators are registered with torch when their room is imported; there is no other way.
-    return room(path) == "autograd" and "register" in ast.unparse(node)
+    # torch requires that custom operators are registered on import.
+    return part_of(path) == "autograd" and "register" in ast.unparse(node)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -304,7 +313,7 @@ def test_importing_a_file_only_defines(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes(name):
-    """Docstrings do not count: a contract that is written out in full shall cost nothing."""
+    """Docstrings do not count, so that a complete contract costs nothing."""
     text = (ROOT / name).read_text()
     tree = ast.parse(text)
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
@@ -323,6 +332,115 @@ def _doc_lines(node: ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunc
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         return first.end_lineno - first.lineno + 1
     return 0
+
+
+def aliases_of(tree: ast.Module) -> dict[str, ast.expr]:
+    """Return the module-level names that may stand for a type, with their values."""
+    assigned = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    annotated = {
+        node.target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
+    }
+    named = {**assigned, **annotated}
+    return {name: value for name, value in named.items() if isinstance(value, ast.Subscript | ast.BinOp | ast.Name)}
+
+
+def known_aliases(tree: ast.Module, by_module: dict[str, dict[str, ast.expr]]) -> dict[str, ast.expr]:
+    """Return the aliases of a module, and those that it imports from the modules in ``by_module``."""
+    known = aliases_of(tree)
+    for name, _ in imports(tree):
+        module, _, last = name.rpartition(".")
+        if last in by_module.get(module, {}):
+            known[last] = by_module[module][last]
+    return known
+
+
+def is_bundle(name: str, annotation: ast.expr, aliases: dict[str, ast.expr]) -> bool:
+    """Return whether a parameter of this name and type is a tuple of unlike things, or may be one."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    if isinstance(annotation, ast.Name) and annotation.id in aliases:
+        others = {alias: value for alias, value in aliases.items() if alias != annotation.id}
+        return is_bundle(name, aliases[annotation.id], others)
+    if isinstance(annotation, ast.BinOp):
+        return any(is_bundle(name, side, aliases) for side in (annotation.left, annotation.right))
+    if not isinstance(annotation, ast.Subscript):
+        return False
+    generic = ast.unparse(annotation.value).rpartition(".")[2]
+    elements = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+    if generic in ("Optional", "Union"):
+        return any(is_bundle(name, element, aliases) for element in elements)
+    if generic not in ("tuple", "Tuple") or len(elements) < 2 or ast.unparse(elements[-1]) == "...":
+        return False
+    return len({ast.unparse(element) for element in elements}) > 1 or name not in ONE_THING
+
+
+def bundles(tree: ast.Module, aliases: dict[str, ast.expr]) -> Iterator[tuple[ast.arg, str]]:
+    """Return the parameters of all functions that are tuples of unlike things, with the functions' names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            extra = [each for each in (arguments.vararg, arguments.kwarg) if each is not None]
+            for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *extra):
+                if each.annotation is not None and is_bundle(each.arg, each.annotation, aliases):
+                    yield each, node.name
+
+
+def test_no_parameter_is_a_tuple_of_unlike_things():
+    """Values that belong together have names: they are fields of a dataclass.
+
+    A tuple of any length (``tuple[int, ...]``) is a sequence. A tuple of fixed length is refused even if its elements
+    have one type, since two integers are rarely one thing; the exceptions are in `ONE_THING`, by the parameter's name.
+    Tuples inside of a collection (``Sequence[tuple[str, float]]``) are its items, like those of a dict, and results are
+    not parameters. compat has the signatures of DeepEP.
+    """
+    modules = dict(trees())
+    by_module = {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): aliases_of(tree)
+        for path, tree in modules.items()
+    }
+    wrong = [
+        f"{path.relative_to(ROOT)}:{each.lineno} {function}: {ast.unparse(each)}"
+        for path, tree in modules.items()
+        if part_of(path) != "compat"
+        for each, function in bundles(tree, known_aliases(tree, by_module))
+    ]
+    assert not wrong, "use a dataclass:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("def f(a: tuple[int, str]): ...", ["a"]),
+        ("def f(a: tuple[int, int]): ...", ["a"]),
+        ("def f(shape: tuple[int, int]): ...", []),
+        ("def f(shape: tuple[int, bool]): ...", ["shape"]),
+        ("def f(a: tuple[int, ...]): ...", []),
+        ("def f(a, b: int, c: list[int]): ...", []),
+        ("async def f(a: int, /, b: tuple[int, str], *, c: tuple[str, int]): ...", ["b", "c"]),
+        ("def f(*args: tuple[int, str], **more: tuple[int, str]): ...", ["args", "more"]),
+        ("def f(a: tuple[int, str] | None, b: Optional[Tuple[int, str]]): ...", ["a", "b"]),
+        ('def f(a: "tuple[int, str]"): ...', ["a"]),
+        ("class A:\n    def f(self, a: typing.Tuple[int, bool]): ...", ["a"]),
+        ("def f():\n    def g(a: tuple[int, str]): ...", ["a"]),
+        ("Sms = tuple[int, int]\ndef f(sms: Sms): ...", ["sms"]),
+        ("Sms: TypeAlias = tuple[int, bool]\ndef f(sms: Sms | None): ...", ["sms"]),
+        ("A = tuple[int, str]\nB = A | None\nC = B\ndef f(a: C): ...", ["a"]),
+        ("A = tuple[int, ...]\ndef f(a: A): ...", []),
+        ("from tokenferry.other import Sms\ndef f(sms: Sms): ...", ["sms"]),
+        ("def f(rows: Sequence[tuple[str, float]]): ...", []),
+        ("def f() -> tuple[int, str]: ...", []),
+    ],
+)
+def test_tuples_of_unlike_things_are_noticed(text, found):
+    tree = ast.parse(text)
+    other = {"tokenferry.other": aliases_of(ast.parse("Sms = tuple[int, int]"))}
+    assert [each.arg for each, _ in bundles(tree, known_aliases(tree, other))] == found
 
 
 def test_the_backends_share_nothing_but_what_lies_above_them():
