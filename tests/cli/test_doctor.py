@@ -62,7 +62,7 @@ def cuda_lines(alone, on_ranks=lambda: "fine"):
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_the_cuda_lines_say_why_not():
+def test_the_cuda_checks_give_the_reason():
     lines = cuda_lines(doctor._gpu_alone)
     assert not any(line.needed for line in lines.values())
     assert "cuda peer access" not in lines
@@ -83,7 +83,7 @@ def pretend_gpus(monkeypatch, *capabilities, no_access=()):
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) not in no_access)
 
 
-def test_the_cuda_lines_of_a_host_with_gpus(monkeypatch):
+def test_the_cuda_checks_of_a_host_with_gpus(monkeypatch):
     pretend_gpus(monkeypatch, (9, 0), (9, 0), (9, 0))
     lines = cuda_lines(lambda: "round trip")
     assert lines["cuda GPUs"].text == "0, 1, 2: NVIDIA H200, 139 GiB, compute capability 9.0"
@@ -156,7 +156,7 @@ def test_failing_ranks(monkeypatch, capsys):
     assert "does not work: gloo, transport process_group" in out
 
 
-def test_what_a_rank_raises_is_the_reason():
+def test_the_error_of_a_rank_is_the_reason():
     with pytest.raises(RuntimeError, match="no reason at all"):
         doctor._on_ranks(broken, "news")
 
@@ -186,7 +186,7 @@ class PairOfRanks:
         return 2
 
 
-def test_variables_in_force(monkeypatch):
+def test_variables_that_are_set(monkeypatch):
     monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
     monkeypatch.setenv("TOKENFERRY_TRANSPORT", "process_group")
     texts = {finding.name: finding.text for finding in doctor._variables()}

@@ -71,7 +71,7 @@ def absent(rank, pg):
     return "no error"
 
 
-def test_a_store_names_the_rank_that_did_not_come(worlds):
+def test_a_store_names_the_missing_rank(worlds):
     results = worlds(3).run(absent)
     for rank in (0, 2):
         peers, text = results[rank]
@@ -103,7 +103,7 @@ def test_a_store_that_fails_is_a_timeout_of_all_others():
         handshakes._Store(Group(), Broken()).exchange(b"{}", Deadline(1.0))
 
 
-def test_tensors_that_do_not_come_end_with_the_deadline():
+def test_missing_tensors_end_at_the_deadline():
     class Never:
         def is_completed(self):
             return False
@@ -135,7 +135,7 @@ def only_nccl_like(rank, pg):
     return None
 
 
-def test_ranks_that_have_nothing_but_a_store_can_share_memory(worlds):
+def test_ranks_with_only_a_store_can_share_memory(worlds):
     for name, text in worlds(2).run(only_nccl_like):
         assert name == "shared_memory"
         assert "transport='process_group' was asked for, and the process group cannot move CPU tensors" in text

@@ -85,7 +85,7 @@ def different_transports(rank, pg):
         (different_transports, "rank 0: auto, rank 1: shared_memory"),
     ],
 )
-def test_ranks_that_disagree_say_so_on_every_rank(worlds, job, text):
+def test_different_options_are_an_error_on_every_rank(worlds, job, text):
     for kind, message in worlds(2).run(job):
         assert kind is ConfigError
         assert text in message
@@ -109,7 +109,7 @@ def strangers(rank, pg):
         rendezvous._connect_to_lower_ranks = original
 
 
-def test_a_stranger_without_the_secret_is_turned_away(worlds):
+def test_a_stranger_without_the_secret_is_rejected(worlds):
     assert worlds(2).run(strangers) == ["shared_memory", "shared_memory"]
 
 
@@ -123,7 +123,7 @@ def test_a_rank_that_does_not_connect_is_named():
         rendezvous._accept_higher_ranks(listener, 0, handshakes, timeout_s=0.05)
 
 
-def test_where_names_of_sockets_are_files_they_are_removed(monkeypatch, tmp_path):
+def test_sockets_that_are_files_are_removed(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -132,7 +132,7 @@ def test_where_names_of_sockets_are_files_they_are_removed(monkeypatch, tmp_path
         assert [str(tmp_path / path.name) for path in tmp_path.iterdir()] == [address]
 
 
-def test_a_host_without_a_boot_id_is_known_by_its_name(monkeypatch):
+def test_a_host_without_a_boot_id_is_identified_by_its_name(monkeypatch):
     def missing(*_):
         raise FileNotFoundError
 

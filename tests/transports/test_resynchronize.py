@@ -1,22 +1,15 @@
 """SharedMemoryTransport: ranks whose call numbers differ agree on one and continue."""
 
-import socket
-
 import pytest
-import test_shared_memory
-from test_shared_memory import HEADER, exchange, post
 
+from support.transport_pair import HEADER, connected, exchange, post, receive
 from tokenferry.transports.base import CallId, Deadline
-from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 
 @pytest.fixture
 def transports():
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    made = SharedMemoryTransport(0, {1: ours}), SharedMemoryTransport(1, {0: theirs})
-    yield made
-    for transport in made:
-        transport.close(linger=False)
+    with connected() as pair:
+        yield pair
 
 
 def test_a_returning_rank_continues_from_the_highest_number(transports):
@@ -50,5 +43,5 @@ def test_messages_of_later_calls_are_kept(transports):
     assert transports[1].highest_announced_call() == 5
     transports[1].skip_to(5)
     post(transports[1], 6, 100)
-    assert test_shared_memory.receive(transports[1], 6, 0) == 100
+    assert receive(transports[1], 6, 0) == 100
     assert transports[0].receive(CallId(6, "test"), 1, Deadline(1.0)).header == HEADER

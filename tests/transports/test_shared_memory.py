@@ -6,45 +6,16 @@ import socket
 import pytest
 import torch
 
+from support.transport_pair import HEADER, connected, exchange, post, receive
 from tokenferry.errors import PeerTimeout
-from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Watermarks
-from tokenferry.transports.shared_memory import SharedMemoryTransport
-
-HEADER = tuple(range(HEADER_INTS))
+from tokenferry.transports.base import CallId, Deadline, Watermarks
 
 
 @pytest.fixture
 def pair():
-    """Two connected transports, ranks 0 and 1."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    transports = SharedMemoryTransport(0, {1: ours}), SharedMemoryTransport(1, {0: theirs})
-    yield transports
-    for transport in transports:
-        transport.close(linger=False)
-
-
-def post(transport, number, payload, skip=frozenset()):
-    """Send ``payload`` bytes, all equal to the call's number, to both ranks."""
-    call = CallId(number, "test")
-    for buffer in transport.open(call, [payload, payload]):
-        buffer.fill_(number % 256)
-    transport.post(call, [HEADER, HEADER], Deadline(1.0), skip)
-    return call
-
-
-def receive(transport, number, src):
-    message = transport.receive(CallId(number, "test"), src, Deadline(1.0))
-    assert message.header == HEADER
-    assert bool((message.body == number % 256).all()), "another call's bytes"
-    return message.body.numel()
-
-
-def exchange(pair, number, payload):
-    for transport in pair:
-        post(transport, number, payload)
-    for transport in pair:
-        assert [receive(transport, number, src) for src in (0, 1)] == [payload, payload]
-        transport.finish(CallId(number, "test"), None)
+    """Return two connected transports, of ranks 0 and 1."""
+    with connected() as transports:
+        yield transports
 
 
 def test_two_segments_alternate_for_calls_of_any_number(pair):
@@ -95,7 +66,7 @@ def test_a_message_of_a_call_made_without_its_sender_is_dropped(pair):
     assert zero._peers[1].inbox == {}
 
 
-def test_a_message_that_came_before_its_call_was_skipped_is_dropped(pair):
+def test_a_message_that_arrived_before_its_call_was_skipped_is_dropped(pair):
     zero, one = pair
     exchange(pair, 1, 100)
     post(one, 2, 100)
@@ -138,7 +109,7 @@ def test_messages_sent_before_a_peer_closed_are_still_received(pair):
     assert receive(zero, 1, 1) == 100
 
 
-def test_a_silent_peer_is_named_when_the_time_is_up(pair):
+def test_a_silent_peer_is_named_at_the_deadline(pair):
     zero, _ = pair
     call = post(zero, 1, 100)
     with pytest.raises(
@@ -156,7 +127,7 @@ def test_a_peer_that_reads_nothing_fails_the_send_in_time(pair):
         post_without_end()
 
 
-def test_a_send_that_had_to_wait_goes_on_when_the_peer_reads(pair):
+def test_a_blocked_send_continues_when_the_peer_reads(pair):
     zero, one = pair
     zero._peers[1].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     pid = os.fork()

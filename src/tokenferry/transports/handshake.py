@@ -1,6 +1,6 @@
 """Handshakes: an all-gather of small JSON objects between the ranks of any process group.
 
-A group that can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl") transports them itself. For a group that cannot (NCCL
+A group that can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl") sends them itself. For a group that cannot (NCCL
 alone), they go through the store with which its ranks found each other. NCCL's own all-gather is the last resort: its
 first collective waits for a missing rank until the timeout of the process group, and cannot name the rank.
 """

@@ -155,6 +155,7 @@ def _start_combine(
 
 
 def _outgoing(request: DecodeCombineRequest, num_ranks: int, skip: frozenset[int], allocator: Allocator) -> _Outgoing:
+    """Select the rows for each rank not in ``skip``, sum them per token if ``fast``, and encode them."""
     flat, plan = request.y.view(-1, request.y.shape[-1]), request.plan
     nowhere = torch.empty(0, dtype=torch.int64)
     positions = [nowhere if src in skip else _positions_from(plan, src) for src in range(num_ranks)]

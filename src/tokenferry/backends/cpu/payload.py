@@ -1,4 +1,4 @@
-"""What a message of the CPU backend says about each row, and how it is packed and unpacked."""
+"""The contents of a message of the CPU backend: how rows and their metadata are packed and unpacked."""
 
 from __future__ import annotations
 
