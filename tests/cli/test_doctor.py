@@ -10,7 +10,7 @@ from support.bench_jobs import broken
 from tokenferry import env
 from tokenferry.api import ExpertGroup
 from tokenferry.cli import doctor, doctor_cuda
-from tokenferry.cli.finding import tried
+from tokenferry.cli.finding import run_check
 from tokenferry.cli.main import main
 from tokenferry.errors import BackendUnavailable, ConfigError
 
@@ -44,7 +44,7 @@ def test_both_compilers_are_checked(monkeypatch):
     monkeypatch.setattr(doctor, "_ranks", lambda: iter(()))
     tried = []
     monkeypatch.setattr(doctor, "_compiles", lambda backend: tried.append(backend) or "fine")
-    assert by_name(compiler=True)["torch.compile, code"].good
+    assert by_name(compiler=True)["torch.compile, code"].passed
     assert tried == ["aot_eager", "inductor"]
 
 
@@ -64,11 +64,11 @@ def cuda_lines(alone, on_ranks=lambda: "fine"):
 @pytest.mark.usefixtures("no_gpu")
 def test_the_cuda_checks_give_the_reason():
     lines = cuda_lines(doctor._gpu_alone)
-    assert not any(line.needed for line in lines.values())
+    assert not any(line.required for line in lines.values())
     assert "cuda peer access" not in lines
     assert "backend cuda, ranks" not in lines
     assert lines["cuda GPUs"].text.startswith("BackendUnavailable: torch sees no GPU; backend cuda needs")
-    assert not lines["backend cuda"].good
+    assert not lines["backend cuda"].passed
     assert "has no CUDA device" in lines["backend cuda"].text
 
 
@@ -99,9 +99,9 @@ def test_two_ranks_on_one_gpu(monkeypatch):
 def test_gpus_that_are_too_old_or_without_peer_access(monkeypatch):
     pretend_gpus(monkeypatch, (9, 0), (8, 6), (9, 0), no_access=((0, 1), (2, 0)))
     lines = cuda_lines(lambda: "round trip")
-    assert not lines["cuda GPUs"].good
+    assert not lines["cuda GPUs"].passed
     assert "GPU 1 is a NVIDIA H200, 139 GiB, compute capability 8.6; backend cuda needs" in lines["cuda GPUs"].text
-    assert not lines["cuda peer access"].good
+    assert not lines["cuda peer access"].passed
     assert "2 of 6 directions have no access: 0 -> 1, 2 -> 0" in lines["cuda peer access"].text
 
 
@@ -141,7 +141,7 @@ def test_the_kernel_cache(monkeypatch, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_machine_with_a_gpu():
     lines = cuda_lines(doctor._gpu_alone, lambda: doctor._on_ranks(doctor.over_gpus, devices="cuda"))
-    assert all(line.good for line in lines.values()), lines
+    assert all(line.passed for line in lines.values()), lines
     assert "over 2 rank(s), transport nvlink, backend cuda" in lines["backend cuda, ranks"].text
 
 
@@ -171,7 +171,7 @@ def test_wrong_rows_are_found(monkeypatch):
 
     monkeypatch.setattr(ExpertGroup, "combine", wrong)
     finding = doctor._group_of_one()
-    assert not finding.good
+    assert not finding.passed
     assert "ArithmeticError: the rows that came back are not the rows that were sent" in finding.text
 
 
@@ -197,21 +197,21 @@ def test_variables_that_are_set(monkeypatch):
 def test_a_variable_that_cannot_be_read(monkeypatch):
     monkeypatch.setenv("TOKENFERRY_TIMEOUT_S", "soon")
     [finding] = doctor._variables()
-    assert not finding.good
-    assert finding.needed
+    assert not finding.passed
+    assert finding.required
     assert "TOKENFERRY_TIMEOUT_S='soon'" in finding.text
 
 
 def test_an_old_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     finding = doctor._versions()
-    assert not finding.good
+    assert not finding.passed
     assert "install torch 2.11 or newer" in finding.text
 
 
 def test_a_missing_package():
     finding = doctor._package("no-such-package", "wings", "wings")
-    assert not finding.good
+    assert not finding.passed
     assert finding.text == "not installed, so no wings; pip install 'tokenferry[wings]'"
 
 
@@ -219,5 +219,5 @@ def test_reasons_of_any_kind_fit_into_a_line():
     def fail():
         raise BackendUnavailable("first line\nsecond line")
 
-    assert tried("x", fail, "buy another").text == "BackendUnavailable: first line; buy another"
-    assert tried("x", fail, "").text == "BackendUnavailable: first line"
+    assert run_check("x", fail, "buy another").text == "BackendUnavailable: first line; buy another"
+    assert run_check("x", fail, "").text == "BackendUnavailable: first line"

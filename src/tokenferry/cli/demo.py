@@ -98,7 +98,7 @@ def _train_sharded(options: Options, screen: Screen) -> History:
 
 
 def _printer(options: Options, screen: Screen, advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
-    """Return a function that prints a progress item of rank 0, for one step in ten."""
+    """Return a function of a progress item that advances the bar and, ten times in all, prints a line."""
     step = 0
 
     def show(item: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tokenferry import env
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.report.cpu import machine
 from tokenferry.cli import doctor_cuda
-from tokenferry.cli.finding import Finding, tried
+from tokenferry.cli.finding import Finding, run_check
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -42,12 +42,12 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     screen.line(f"{about['processor']}, {about['cores']} cores, {about['system']}")
     failed = []
     for finding in findings(compiler=not args.no_compile):
-        verdict = "PASS" if finding.good else "no"
-        mark = "!" if finding.needed else " "
+        verdict = "PASS" if finding.passed else "no"
+        mark = "!" if finding.required else " "
         screen.line(
-            f"{mark} {finding.name:<22} {verdict:<4}  {finding.text}", style="green" if finding.good else "yellow"
+            f"{mark} {finding.name:<22} {verdict:<4}  {finding.text}", style="green" if finding.passed else "yellow"
         )
-        if finding.needed and not finding.good:
+        if finding.required and not finding.passed:
             failed.append(finding.name)
     screen.line()
     screen.line(f"does not work: {', '.join(failed)}" if failed else "tokenferry works on this machine")
@@ -62,23 +62,25 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
     yield from _ranks()
     yield from doctor_cuda.findings(_gpu_alone, lambda: _on_ranks(over_gpus, devices="cuda"))
     if compiler:
-        yield tried("torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not affected")
-        yield tried("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
+        yield run_check(
+            "torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not affected"
+        )
+        yield run_check("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
     yield _package("rich", "colours and progress bars", "cli")
     yield _package("matplotlib", "the demo's plot", "plots")
 
 
 def _versions() -> Finding:
-    good = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+    passed = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
     text = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return Finding("versions", good, text if good else f"{text}; install torch 2.11 or newer", needed=True)
+    return Finding("versions", passed, text if passed else f"{text}; install torch 2.11 or newer", required=True)
 
 
 def _variables() -> Iterator[Finding]:
     try:
         settings = env.read()
     except ConfigError as error:
-        yield Finding("environment", False, str(error), needed=True)
+        yield Finding("environment", False, str(error), required=True)
         return
     for variable in env.VARIABLES:
         value = getattr(settings, variable.name.removeprefix("TOKENFERRY_").lower())
@@ -113,7 +115,7 @@ def _group_of_one() -> Finding:
         with ExpertGroup(None, _shape(1), backend="cpu") as group:
             return round_trip(group)
 
-    return tried("group of one", attempt, "report it: this needs only torch", needed=True)
+    return run_check("group of one", attempt, "report it: this needs only torch", required=True)
 
 
 def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
@@ -144,8 +146,8 @@ def _ranks() -> Iterator[Finding]:
         "transport process_group": (over_transport, "process_group"),
     }
     for name, job in jobs.items():
-        needed = name != "transport shared_memory"
-        yield tried(name, lambda job=job: _on_ranks(*job), remedies[name], needed=needed)  # type: ignore[misc]
+        required = name != "transport shared_memory"
+        yield run_check(name, lambda job=job: _on_ranks(*job), remedies[name], required=required)  # type: ignore[misc]
 
 
 def _on_ranks(fn: Callable[..., str], *args: object, devices: str = "cpu") -> str:

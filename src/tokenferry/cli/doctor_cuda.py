@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tokenferry import env
-from tokenferry.cli.finding import Finding, tried
+from tokenferry.cli.finding import Finding, run_check
 from tokenferry.errors import BackendUnavailable, ConfigError
 
 MIN_CAPABILITY = (9, 0)
@@ -24,22 +24,22 @@ def findings(alone: Callable[[], str], on_ranks: Callable[[], str]) -> Iterator[
         on_ranks: Makes a round trip over two ranks on GPUs.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    yield tried("cuda driver", _driver, "install an NVIDIA driver, and a torch built for CUDA")
-    yield tried(
+    yield run_check("cuda driver", _driver, "install an NVIDIA driver, and a torch built for CUDA")
+    yield run_check(
         "cuda GPUs", lambda: _gpus(count), f"backend cuda needs compute capability {_dotted(MIN_CAPABILITY)} or newer"
     )
     if count > 1:
-        yield tried(
+        yield run_check(
             "cuda peer access", lambda: _peers(count), "ranks on GPUs without access to each other use backend cpu"
         )
-    yield tried("cuda-bindings", _bindings, "pip install 'cuda-bindings==13.*'")
-    yield tried("NVRTC", _nvrtc, "CUDA builds of torch include it; or pip install nvidia-cuda-nvrtc")
-    yield tried("kernel cache", _cache, "each process compiles all kernels again; set TOKENFERRY_CACHE_DIR")
-    single = tried("backend cuda", alone, "")
+    yield run_check("cuda-bindings", _bindings, "pip install 'cuda-bindings==13.*'")
+    yield run_check("NVRTC", _nvrtc, "CUDA builds of torch include it; or pip install nvidia-cuda-nvrtc")
+    yield run_check("kernel cache", _cache, "each process compiles all kernels again; set TOKENFERRY_CACHE_DIR")
+    single = run_check("backend cuda", alone, "")
     yield single
-    if single.good:
+    if single.passed:
         shared = "" if count > 1 else ", both on one GPU"
-        yield tried("backend cuda, ranks", lambda: f"{on_ranks()}{shared}", "see the lines about cuda above")
+        yield run_check("backend cuda, ranks", lambda: f"{on_ranks()}{shared}", "see the lines about cuda above")
 
 
 def _driver() -> str:

@@ -12,22 +12,22 @@ class Finding:
 
     Attributes:
         name: The name of the check.
-        good: Whether it passed.
+        passed: Whether it passed.
         text: What was found; for a failed check, the reason and the remedy.
-        needed: Whether tokenferry cannot work without it.
+        required: Whether tokenferry cannot work without it.
     """
 
     name: str
-    good: bool
+    passed: bool
     text: str
-    needed: bool = False
+    required: bool = False
 
 
-def tried(name: str, attempt: Callable[[], str], remedy: str, *, needed: bool = False) -> Finding:
+def run_check(name: str, attempt: Callable[[], str], remedy: str, *, required: bool = False) -> Finding:
     """Run one check; an exception becomes the reason of a failed finding, followed by ``remedy``."""
     try:
-        return Finding(name, True, attempt(), needed)
+        return Finding(name, True, attempt(), required)
     except Exception as error:  # noqa: BLE001 - any failure is a finding
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
-        return Finding(name, False, f"{reason}; {remedy}" if remedy else reason, needed)
+        return Finding(name, False, f"{reason}; {remedy}" if remedy else reason, required)
