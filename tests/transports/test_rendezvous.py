@@ -95,14 +95,14 @@ def strangers(rank, pg):
     """Two strangers connect to rank 0's socket before rank 1 does."""
     original = rendezvous._connect_to_lower_ranks
 
-    def knock(rank, handshakes):
-        for hello in (b"who", rendezvous._HELLO.pack(b"0" * 16, 1)):
+    def intrude(rank, handshakes):
+        for preamble in (b"who", rendezvous._PREAMBLE.pack(b"0" * 16, 1)):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
                 stranger.connect(handshakes[0]["address"])
-                stranger.sendall(hello)
+                stranger.sendall(preamble)
         return original(rank, handshakes)
 
-    rendezvous._connect_to_lower_ranks = knock if rank == 1 else original
+    rendezvous._connect_to_lower_ranks = intrude if rank == 1 else original
     try:
         return make(pg, transport="shared_memory")
     finally:

@@ -20,7 +20,7 @@ def write(path: Path, sharded: History, dense: History) -> bool:
     steps = range(1, len(sharded.losses) + 1)
     loss.plot(steps, sharded.losses, linewidth=3, alpha=0.5, label=f"{sharded.ranks} ranks, experts sharded")
     loss.plot(steps, dense.losses, linewidth=1, color="black", label="one process, all experts")
-    loss.set(xlabel="step", ylabel="loss, nats per byte", title="The same model learns the same")
+    loss.set(xlabel="step", ylabel="loss, nats per byte", title="Loss of both runs")
     loss.legend()
     shares = [[count / max(1, sum(counts)) for count in counts] for counts in sharded.expert_tokens]
     by_expert = list(zip(*shares, strict=True))

@@ -19,7 +19,7 @@ from tokenferry.transports.handshake import Bootstrap, host_name, moves_cpu_tens
 from tokenferry.transports.process_group import ProcessGroupTransport
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
-_HELLO = struct.Struct("<16sq")
+_PREAMBLE = struct.Struct("<16sq")
 """The first bytes on a new connection: the group's secret and the rank of the connecting process."""
 
 
@@ -156,14 +156,14 @@ def _connect_to_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict
 
     If more ranks connect than the system can queue, the connection fails at once, like for any other reason.
     """
-    hello = _HELLO.pack(bytes.fromhex(handshakes[0]["secret"]), rank)
+    preamble = _PREAMBLE.pack(bytes.fromhex(handshakes[0]["secret"]), rank)
     sockets: dict[int, socket.socket] = {}
     try:
         for peer in range(rank):
             sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sockets[peer].setblocking(False)
             sockets[peer].connect(handshakes[peer]["address"])
-            sockets[peer].sendall(hello)
+            sockets[peer].sendall(preamble)
     except OSError:
         for sock in sockets.values():
             sock.close()
@@ -182,12 +182,12 @@ def _accept_higher_ranks(
         try:
             sock, _ = listener.accept()
             sock.settimeout(max(deadline.left(), 0.001))
-            hello = sock.recv(_HELLO.size, socket.MSG_WAITALL)
+            preamble = sock.recv(_PREAMBLE.size, socket.MSG_WAITALL)
         except TimeoutError:
             missing = [peer for peer in range(rank + 1, len(handshakes)) if peer not in sockets]
             call = CallId(0, "making the group")
             raise peer_timeout(call, rank, missing, "it did not connect", deadline.waited(), "") from None
-        secret, peer = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
+        secret, peer = _PREAMBLE.unpack(preamble) if len(preamble) == _PREAMBLE.size else (b"", -1)
         if secret == bytes.fromhex(handshakes[0]["secret"]):
             sockets[peer] = sock
         else:
