@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import inspect
@@ -25,6 +26,7 @@ PYTHON_LANGUAGES = ("python", "pycon")
 LANGUAGES = {"python", "pycon", "text", "bash", "make"}
 ON_GPUS = re.compile(r"# on (?:a GPU|GPUs: (\w+\.py))$", re.MULTILINE)
 """First line of a `python` block that needs GPUs: of the session, or a program with a name, one rank a GPU."""
+PACKAGE = documents.ROOT / "src" / "tokenferry"
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 WITH_CODE = [
     path for path in documents.FILES if any(b.language in PYTHON_LANGUAGES for b in documents.blocks(path.read_text()))
@@ -206,12 +208,11 @@ def test_readme_example_runs_on_several_ranks(tmp_path, monkeypatch):
     assert sorted(re.findall(r"rank (\d) of 2", printed)) == ["0", "1"], printed
 
 
-def imported_rooms() -> dict[str, set[str]]:
-    """Which rooms of the package each room imports."""
-    package = documents.ROOT / "src" / "tokenferry"
-    rooms: dict[str, set[str]] = {}
-    for path in sorted(package.rglob("*.py")):
-        room = path.relative_to(package).parts[0].removesuffix(".py")
+def imported_modules() -> dict[str, set[str]]:
+    """Which modules of the package, files or folders at its top, each of them imports."""
+    modules: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         text = path.read_text()
         found = set(
             re.findall(r"^\s*from tokenferry\.(\w+)[\w.]* import|^\s*import tokenferry\.(\w+)", text, re.MULTILINE)
@@ -220,19 +221,83 @@ def imported_rooms() -> dict[str, set[str]]:
         names = {name for pair in found for name in pair if name} | {
             n.strip() for line in named for n in line.split(",")
         }
-        rooms.setdefault(room, set()).update(names - {room})
-    del rooms["__init__"]
-    return {room: {name for name in names if name in rooms} for room, names in rooms.items()}
+        modules.setdefault(module, set()).update(names - {module})
+    del modules["__init__"]
+    return {module: {name for name in names if name in modules} for module, names in modules.items()}
 
 
-def test_the_table_of_rooms_is_complete_and_its_arrows_are_true():
+def test_the_table_of_modules_is_complete_and_its_imports_are_true():
     page = (documents.ROOT / "docs" / "architecture.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \|$", page, flags=re.MULTILINE))
-    rooms = imported_rooms()
-    assert set(table) == set(rooms)
-    for room, imports in rooms.items():
-        extra = imports - set(table[room].split(", "))
-        assert not extra, f"docs/architecture.md: {room} imports {sorted(extra)} too"
+    modules = imported_modules()
+    assert set(table) == set(modules)
+    for module, imports in modules.items():
+        extra = imports - set(table[module].split(", "))
+        assert not extra, f"docs/architecture.md: {module} imports {sorted(extra)} too"
+
+
+CHANGING = {"append", "add", "pop", "popitem", "clear", "setdefault", "update", "extend", "insert", "remove", "discard"}
+
+
+def changed_names(tree: ast.AST) -> set[str]:
+    """Names, dotted for attributes, that the functions of a file assign to, put items into or draw from."""
+    changed: set[str] = set()
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef | ast.Lambda):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                changed.update(node.names)
+            elif isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+                changed.add(ast.unparse(node.value if isinstance(node, ast.Subscript) else node))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
+                changed.add(ast.unparse(node.func.value))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "next":
+                changed.update(ast.unparse(argument) for argument in node.args[:1])
+    return changed
+
+
+def global_state(text: str) -> set[str]:
+    """Names at the top of a file, or of its classes, that its functions change, and functions that keep results."""
+    tree = ast.parse(text)
+    changed, found = changed_names(tree), set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and any("cache" in ast.unparse(mark) for mark in node.decorator_list):
+            found.add(node.name)
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for line in inside:
+            targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+            found |= {f"{prefix}{t.id}" for t in targets if isinstance(t, ast.Name) and f"{prefix}{t.id}" in changed}
+    return found
+
+
+def test_all_global_state_is_listed():
+    page = (documents.ROOT / "docs" / "architecture.md").read_text()
+    section = page.split("\n## Global state\n")[1].split("\n## ")[0]
+    found = {
+        ".".join((*path.relative_to(PACKAGE).with_suffix("").parts, name))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for name in global_state(path.read_text())
+    }
+    assert set(re.findall(r"^\| `([\w.]+)` \|", section, flags=re.MULTILINE)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a = {}\ndef f(): a[1] = 2", {"a"}),
+        ("a = []\ndef f(): a.append(1)", {"a"}),
+        ("a = count()\nclass B:\n    def f(self): self.n = next(a)", {"a"}),
+        ("a = 0\ndef f():\n    global a\n    a += 1", {"a"}),
+        ("class A:\n    n = 1\n    def f(): A.n = 2", {"A.n"}),
+        ("@functools.cache\ndef f(): return 1", {"f"}),
+        ("a = {}\ndef f(): return a[1]", set()),
+        ("class A:\n    n = 1\n    def f(self): self.n = 2", set()),
+    ],
+)
+def test_global_state_is_noticed(text, found):
+    assert global_state(text) == found
 
 
 def test_every_folder_of_tests_is_listed():
