@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenferry
-from tokenferry.nn import MoELayer, Router
+from tokenferry.nn import GroupLimit, MoELayer, Router
 from tokenferry.testing.dense import DenseMoE
 from tokenferry.types import MoeShape, Routing
 
@@ -46,7 +46,9 @@ class Setup:
     def router(self, rank=None):
         """The router of one rank, or of all ranks' tokens."""
         if self.routing in ("softmax", "grouped"):
-            router = Router(HIDDEN, EXPERTS, TOP_K, groups=(4, 2) if self.routing == "grouped" else None, seed=7)
+            router = Router(
+                HIDDEN, EXPERTS, TOP_K, group_limit=GroupLimit(4, 2) if self.routing == "grouped" else None, seed=7
+            )
             return router.double() if self.dtype == torch.float64 else router
         generator = torch.Generator().manual_seed(3)
         topk_idx = torch.randint(-1, EXPERTS, (sum(self.tokens), TOP_K), generator=generator)
