@@ -303,7 +303,7 @@ class Log:
 
     def _call(self, what, return_hook):
         self.done.append(f"{'send' if return_hook else 'call'} {what} {self.name}")
-        hook = (lambda: self.done.append(f"receive {what} {self.name}")) if return_hook else None
+        hook = (lambda: self.done.append(f"receive {what} {self.name}")) if return_hook else (lambda: None)
         return SimpleNamespace(hook=hook, plan=None)
 
     def decode_dispatch(self, x, routing, *, fp8, return_hook):

@@ -243,15 +243,15 @@ def test_host_counts_cross_with_the_plan(group, options, monkeypatch):
     x, weights, topk_idx = inputs(0, 6)
     sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
     expected = tuple(sent.expert_counts.tolist()) if options.counts == "host" else None
-    assert sent.host_counts == sent.plan.host_counts == expected
+    assert sent.host_counts == sent.plan._host_counts == expected
     seen = []
     redispatch = type(group).redispatch
     monkeypatch.setattr(
         type(group), "redispatch", lambda *args, **kwargs: seen.append(args[2]) or redispatch(*args, **kwargs)
     )
     autograd.combine(group, sent.x, sent.plan).x.sum().backward()
-    assert [plan.host_counts for plan in seen] == [expected]
-    assert all(len(plan.places) == 0 for plan in seen)
+    assert [plan._host_counts for plan in seen] == [expected]
+    assert all(len(plan._places) == 0 for plan in seen)
 
 
 def test_a_graph_keeps_its_group_and_its_sizes():

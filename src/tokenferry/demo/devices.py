@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenferry.errors import ConfigError
+from tokenferry.types import BackendName
 
 CPU_RANKS = 4
 OLDEST = (9, 0)
@@ -24,7 +25,7 @@ class Place:
         text: What is said about it.
     """
 
-    device: str
+    device: BackendName
     ranks: int
     text: str
 

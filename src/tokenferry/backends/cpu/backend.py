@@ -21,7 +21,7 @@ from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Received, Signature
 from tokenferry.errors import ArgumentError, BackendUnavailable, CapacityError
 from tokenferry.formats.dtypes import dtype_code
-from tokenferry.layout import Room, Sections, room
+from tokenferry.layout import RowCapacity, Sections, row_capacity
 from tokenferry.transports.rendezvous import meet
 from tokenferry.types import (
     Combined,
@@ -106,11 +106,11 @@ class CpuBackend:
         return rows.view(num_local, plan.num_delivered // num_local, hidden)
 
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
-        """Plans have no places."""
+        """Return 0: plans have no places."""
         return 0
 
     @torch.no_grad()
-    def dispatch(self, request: DispatchRequest) -> Dispatched:
+    def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
         _no_sms("dispatch", request.num_sms)
         shape, options, routing = request.shape, request.options, request.routing
@@ -138,7 +138,7 @@ class CpuBackend:
         send_counts = dst_counts.tolist()
         fill = payload.fill(torch.split(dst_token, send_counts), self.rank)
         pending = self._exchange.start(signature, payload.sections, send_counts, fill)
-        space = room(shape, options, self.num_ranks)
+        space = row_capacity(shape, options, self.num_ranks)
         with pending.receive() as received:
             small = payload.take_small(received)
             local_idx = cpu_routing.to_local(small["topk_idx"], self.rank * num_local, num_local)
@@ -156,7 +156,7 @@ class CpuBackend:
                 topk_idx=local_idx,
                 row_idx=row_idx,
                 expert_counts=counts.int(),
-                places=torch.empty(0, 0, dtype=torch.int32),
+                _places=torch.empty(0, 0, dtype=torch.int32),
             )
             fits = needed <= space.given or (options.counts == "host" and options.layout is not Layout.MASKED)
             if fits:
@@ -168,7 +168,7 @@ class CpuBackend:
         return result
 
     @torch.no_grad()
-    def redispatch(self, request: RedispatchRequest) -> Dispatched:
+    def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Move rows along a plan; all counts are known."""
         _no_sms("redispatch", request.num_sms)
         plan = request.plan
@@ -222,7 +222,7 @@ class CpuBackend:
         return Combined(out, weight_sum)
 
     @torch.no_grad()
-    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.decode`."""
         return decode.dispatch(self._exchange, self.key, request)
 
@@ -231,7 +231,9 @@ class CpuBackend:
         """See `tokenferry.backends.cpu.decode`."""
         return decode.combine(self._exchange, request)
 
-    def _deliver(self, plan: Plan, payload: Payload, received: Received, small: dict[str, Tensor]) -> Dispatched:
+    def _deliver(
+        self, plan: Plan, payload: Payload, received: Received, small: dict[str, Tensor]
+    ) -> Dispatched[Tensor | Quantized]:
         """Put received rows where the plan says."""
         options, layout, allocator = plan.options, plan.options.layout, self._exchange.allocator
         num_local, num_delivered = plan.expert_counts.numel(), plan.num_delivered
@@ -274,7 +276,7 @@ class CpuBackend:
             plan=plan,
         )
 
-    def _check_capacity(self, options: DispatchOptions, space: Room, needed: int) -> None:
+    def _check_capacity(self, options: DispatchOptions, space: RowCapacity, needed: int) -> None:
         """Tell each other who overflowed, so that all ranks raise or none; collective."""
         verdict = [needed] * self.num_ranks
         pending = self._exchange.start(Signature(Kind.capacity_check, {}), Sections(()), verdict, lambda *_: None)
@@ -306,7 +308,7 @@ def _parts(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
 
 
 def _arrange(
-    local_idx: Tensor, num_local: int, options: DispatchOptions, space: Room
+    local_idx: Tensor, num_local: int, options: DispatchOptions, space: RowCapacity
 ) -> tuple[Tensor, int, int, Tensor]:
     """Return rows per expert ``[L]``, rows delivered, rows that had to fit into the room, and ``Plan.row_idx``."""
     num_rows = local_idx.shape[0]
@@ -322,7 +324,7 @@ def _arrange(
     return where.counts, needed if options.counts == "host" else space.given, needed, where.row_idx
 
 
-def _padded(plan: Plan, space: Room) -> Plan:
+def _padded(plan: Plan, space: RowCapacity) -> Plan:
     """Give the plan's tensors the shapes that they have whatever the routing."""
     return dataclasses.replace(
         plan,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Payload, Pending, Received, Signature
@@ -23,7 +23,7 @@ from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, Decod
 _COUNT_BITS = 32
 
 
-def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> DecodeDispatched:
+def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
     """Cast, send; then, at once or in the hook, place into ``[L, R*M, H]``."""
     shape, routing = request.shape, request.routing
     num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
@@ -63,9 +63,9 @@ def dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> De
             src_token=torch.empty(num_local, room, dtype=torch.int32),
             src_range=torch.empty(num_local, num_ranks, dtype=torch.int64),
             row_weights=None if routing.topk_weights is None else torch.empty(num_local, room),
-            number=pending.number,
+            _call_number=pending.number,
         ),
-        hook=None,
+        hook=no_hook,
     )
 
     def place(received: Received) -> None:
@@ -89,7 +89,7 @@ def combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined
     payload, parts, counts = _cargo(request, places, exchange.allocator)
     fill = payload.fill(parts, exchange.rank)
     fields = {
-        "dispatch of the plan": plan.number,
+        "dispatch of the plan": plan._call_number,
         "fast": int(request.fast),
         "encoding": int(encoding),
         "dtype": dtype_code(y.dtype),
@@ -159,7 +159,7 @@ def _sums_of(payload: Payload, received: Received, encoding: Encoding, allocator
 
 def _finish(
     pending: Pending, stats: DecodeStats, work: Callable[[Received], None], *, return_hook: bool
-) -> Callable[[], None] | None:
+) -> Callable[[], None]:
     """Do the second half now, or return a hook that does it once."""
     done = False
 
@@ -175,10 +175,17 @@ def _finish(
     if return_hook:
         return hook
     hook()
-    return None
+    return no_hook
 
 
-def _place(result: DecodeDispatched, payload: Payload, received: Received, allocator: Allocator, *, first: int) -> None:
+def _place(
+    result: DecodeDispatched[Tensor | Quantized],
+    payload: Payload,
+    received: Received,
+    allocator: Allocator,
+    *,
+    first: int,
+) -> None:
     """Fill a result with what came."""
     plan = result.plan
     num_local, room = plan.src_token.shape
