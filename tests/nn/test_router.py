@@ -108,7 +108,7 @@ def test_gradients_reach_rows_and_weight(limit):
         return (routing.topk_weights.double() * head).sum()
 
     weight = router.weight.detach().clone().requires_grad_()
-    # Weights leave as float32: steps and tolerances that its rounding allows.
+    # Weights are float32: steps and tolerances that its rounding allows.
     assert torch.autograd.gradcheck(loss, (x, weight), eps=1e-3, atol=2e-4, rtol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""How errors about shapes, dtypes, devices and strides read."""
+"""The messages of errors about shapes, dtypes, devices and strides."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dataclasses that users make: what they accept, and what they say when they do not."""
+"""Dataclasses and option types of the public API: accepted values, messages, and what is private in them."""
 
 import copy
 import dataclasses

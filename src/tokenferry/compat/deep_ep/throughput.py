@@ -248,7 +248,7 @@ def _most_tokens(group: ExpertGroup, num_tokens: int, num_worst_tokens: int, cal
         return num_worst_tokens
     if num_tokens * group.num_ranks > num_worst_tokens:
         raise CapacityError(
-            f"{call}: num_worst_tokens={num_worst_tokens} has room for {num_worst_tokens // group.num_ranks} tokens "
+            f"{call}: num_worst_tokens={num_worst_tokens} holds {num_worst_tokens // group.num_ranks} tokens "
             f"from each of {group.num_ranks} ranks, got T={num_tokens}; pass at least R times the most of any rank"
         )
     return max(1, num_worst_tokens // group.num_ranks)
@@ -275,17 +275,17 @@ def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call:
 
 def _check_same(call: str, given: TokenLayout, expected: TokenLayout) -> None:
     """Raise ArgumentError if a count is not the one that follows from the routing."""
-    for name, told, found in (
+    for name, actual, wanted in (
         ("num_tokens_per_rank", given.per_rank, expected.per_rank),
         ("num_tokens_per_rdma_rank", given.per_node, expected.per_node),
         ("num_tokens_per_expert", given.per_expert, expected.per_expert),
     ):
-        if told is None or found is None or torch.equal(told.long(), found.long()):
+        if actual is None or wanted is None or torch.equal(actual.long(), wanted.long()):
             continue
-        place = int((told.long() != found.long()).nonzero()[0])
+        place = int((actual.long() != wanted.long()).nonzero()[0])
         raise ArgumentError(
-            f"{call}: {name}[{place}]: expected {int(found[place])}, which follows from the routing, got "
-            f"{int(told[place])}; pass what get_dispatch_layout returned for it"
+            f"{call}: {name}[{place}]: expected {int(wanted[place])}, which follows from the routing, got "
+            f"{int(actual[place])}; pass what get_dispatch_layout returned for it"
         )
 
 
