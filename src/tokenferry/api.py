@@ -159,7 +159,7 @@ class ExpertGroup:
         """Ranks that decode calls skip; see `mask`."""
         return self._backend.masked()
 
-    def for_shape(self, shape: MoeShape) -> ExpertGroup:
+    def for_shape(self: _Group, shape: MoeShape) -> _Group:
         """Return this group for other sizes; both share ranks, connections and errors.
 
         Contract: local, at once. All ranks must do the same before they use it. Closing or breaking either one does the
