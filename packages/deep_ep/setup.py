@@ -1,4 +1,4 @@
-"""Refuses to build where another distribution already provides `deep_ep`; everything else is in pyproject.toml."""
+"""Refuse to build where another distribution already provides `deep_ep`; all else is in pyproject.toml."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ def other_deep_ep(folders: Iterable[str]) -> str | None:
         for distribution in importlib.metadata.distributions(path=[folder]):
             if any(file.parts[0] == "deep_ep" for file in distribution.files or ()):
                 return f"{package} belongs to {distribution.metadata['Name']} {distribution.version}"
-        return f"{package} belongs to somebody else"
+        return f"{package} belongs to another distribution"
     return None
 
 
@@ -34,11 +34,11 @@ def _is_ours(package: str) -> bool:
 
 
 class Build(build_py):
-    """Builds the package, unless its files would land among another distribution's."""
+    """Build the package, unless its files would be installed among those of another distribution."""
 
     def run(self) -> None:
         """Check, then build."""
-        # Isolated builds run with another sys.path, but with the environment's own folders in sysconfig.
+        # An isolated build has another sys.path, but sysconfig still names the folders of the environment.
         found = other_deep_ep([*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
         if found:
             raise SystemExit(

@@ -1,9 +1,10 @@
-"""tokenferry: carries each token of a Mixture-of-Experts layer to the ranks that hold its experts, and home again.
+"""tokenferry: expert-parallel dispatch and combine for Mixture-of-Experts models.
 
-The public names; importing does nothing else: no process group, no CUDA, no files. Start with `ExpertGroup`; the legend
-of letters is in `tokenferry.types`. Not imported here: `tokenferry.autograd` (differentiable calls), `tokenferry.nn` (a
-complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.formats.fp8` and
-`tokenferry.formats.logfmt` (formats of few bits).
+This module defines the public names; importing it starts no process group, no CUDA, and opens no file. Begin with
+`ExpertGroup`. `tokenferry.types` explains the letters of all docstrings, and has a type for each option that is one of
+a few strings (`tokenferry.types.Numerics` and the like). Import by name: `tokenferry.autograd` (differentiable calls),
+`tokenferry.nn` (a complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.formats.fp8` and
+`tokenferry.formats.logfmt` (number formats of few bits).
 """
 
 from __future__ import annotations

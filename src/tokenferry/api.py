@@ -1,10 +1,10 @@
-"""ExpertGroup: the only door that users need. Each call is check -> resolve -> backend -> wrap."""
+"""`ExpertGroup`, the entry point of the library. Each call checks and resolves its arguments and calls a backend."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,6 +17,7 @@ from tokenferry.errors import ArgumentError, ClosedError
 from tokenferry.options import check_divides, resolve_options
 from tokenferry.resolve import Resolver
 from tokenferry.types import (
+    BackendName,
     Combined,
     DecodeCombined,
     DecodeDispatched,
@@ -24,17 +25,20 @@ from tokenferry.types import (
     DecodeStats,
     Dispatched,
     DispatchOptions,
+    EncodingName,
     MoeShape,
+    Numerics,
     Plan,
     Quantized,
     Routing,
     Scale,
+    TimeoutPolicy,
+    TransportName,
 )
 
-# The one piece of global state: torch.library ops carry strings, not objects, so `tokenferry.autograd` finds a group by
-# its key, also from a graph that was compiled long ago. Weak: it keeps no group alive.
+# The one piece of global state of the public API: torch.library ops take strings, not objects, so `tokenferry.autograd`
+# finds a group by its key, also from a graph that was compiled long ago. Weak: it keeps no group alive.
 _groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
-
 
 _Group = TypeVar("_Group", bound="ExpertGroup")
 
@@ -47,33 +51,33 @@ class ExpertGroup:
             are; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize` and the
             attributes are local.
         Threads: one at a time.
-        Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way, rows
-            that were handed in may be overwritten now. CUDA: a call returns when its work is on the stream, or, where
-            the host needs counts, when those are here; it never waits for rows. No wait for a peer takes longer than
+        Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way its
+            input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream, or, where the
+            host needs counts, when those have arrived; it never waits for rows. No wait for a peer takes longer than
             ``timeout_s``.
         Stream: CUDA: a call runs on torch's current stream. Consecutive calls may be made on different streams: each
             waits for the one before.
-        Errors on the device: what is found there (bad indices with ``counts="device"``, a late or dead peer) is raised
-            by the next call, or by `synchronize`. The plan and the results of such a call are undefined.
+        Errors on the device: an error that the device finds (bad indices with ``counts="device"``, a late or dead peer)
+            is raised by the next call, or by `synchronize`. The plan and the results of such a call are undefined.
 
     Args:
-        group: A process group, or None for a group of one rank, for which nothing has to be initialised. Backend cpu:
-            one that works on CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``); cuda: any (gloo, nccl).
-        shape: The sizes all ranks agree on.
-        backend: ``"cuda"``, ``"cpu"``, or ``"auto"`` for the best one that runs on every rank; one log line says which
-            and why.
+        group: A process group, or None for a group of one rank, which needs no initialisation. Backend cpu: one that
+            works on CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``); cuda: any (gloo, nccl).
+        shape: The sizes that all ranks agree on.
+        backend: ``"cuda"``, ``"cpu"``, or ``"auto"`` for the best one that runs on every rank; a log line names the
+            choice and the reason.
         transport: How CPU ranks reach each other: ``"shared_memory"`` (shared memory, all ranks on one host),
             ``"process_group"`` (torch.distributed's own send and receive) or ``"auto"`` for the best one that works
             for all ranks. Anything but ``"auto"`` excludes backend cuda.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, 100 if that is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
-            (see `mask`) and go on without it; the other calls raise. Backend cpu: needs the transport
+            (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
             ``"shared_memory"``.
 
     Raises:
-        ConfigError: an option is wrong, E is no multiple of R, or ranks disagree; says what each brought.
-        BackendUnavailable: the backend or transport cannot run here; says why.
-        PeerTimeout: a rank did not come.
+        ConfigError: an option is wrong, E is no multiple of R, or ranks disagree; gives the value of each rank.
+        BackendUnavailable: the backend or transport cannot run here; gives the reason.
+        PeerTimeout: a rank did not answer.
 
     Example:
         >>> import torch, tokenferry
@@ -90,19 +94,19 @@ class ExpertGroup:
         group: dist.ProcessGroup | None,
         shape: MoeShape,
         *,
-        backend: str = "auto",
-        transport: str = "auto",
+        backend: BackendName = "auto",
+        transport: TransportName = "auto",
         timeout_s: float | None = None,
-        on_timeout: str = "raise",
+        on_timeout: TimeoutPolicy = "raise",
     ) -> None:
         resolved = resolve_options(group, shape, backend, transport, timeout_s, on_timeout)
         self._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
 
     @classmethod
     def _with_heap(
-        cls, group: dist.ProcessGroup | None, shape: MoeShape, *, heap_bytes: int, on_timeout: str = "raise"
+        cls, group: dist.ProcessGroup | None, shape: MoeShape, *, heap_bytes: int, on_timeout: TimeoutPolicy = "raise"
     ) -> ExpertGroup:
-        """Make a group whose rows have this much GPU memory, unless TOKENFERRY_HEAP_MB says otherwise; collective.
+        """Make a group with this much GPU memory for rows, unless TOKENFERRY_HEAP_MB is set; collective.
 
         For APIs that learn the sizes only with each call, so that the memory cannot follow from the shape.
         """
@@ -127,7 +131,7 @@ class ExpertGroup:
 
     @property
     def key(self) -> str:
-        """Marks the plans of this group; the same on all ranks."""
+        """Identifies the group in its plans; the same on all ranks."""
         return self._backend.key
 
     @property
@@ -147,7 +151,7 @@ class ExpertGroup:
 
     @property
     def device(self) -> torch.device:
-        """Where every tensor argument has to be."""
+        """The device on which every tensor argument has to be."""
         return self._backend.device
 
     @property
@@ -155,10 +159,11 @@ class ExpertGroup:
         """Ranks that decode calls skip; see `mask`."""
         return self._backend.masked()
 
-    def for_shape(self, shape: MoeShape) -> ExpertGroup:
-        """Return this group for other sizes; both share ranks, connections and fate.
+    def for_shape(self: _Group, shape: MoeShape) -> _Group:
+        """Return this group for other sizes; both share ranks, connections and errors.
 
-        Contract: local, at once. All ranks must do the same before they use it. Closing either closes both.
+        Contract: local, at once. All ranks must do the same before they use it. Closing or breaking either one does the
+        same to both.
 
         Raises:
             ConfigError: E is no multiple of R.
@@ -174,15 +179,16 @@ class ExpertGroup:
         """Make decode calls skip a rank in both directions, or stop skipping it.
 
         Rows for a masked rank are not sent, and its experts add nothing to combined rows. With ``on_timeout="mask"``
-        decode calls mask a rank that stays silent. What the call that misses it brings of that rank is undefined.
+        decode calls mask a rank that stays silent. In the call that times out, the rows of that rank are undefined.
 
         Masking, contract: local, at once. Between a `decode_combine` and the next `decode_dispatch`, on both sides: a
-        rank that does not mask those that mask it waits for them in vain. Ranks may mask differently. CUDA: hooks that
-        are open are called first.
+        rank that does not mask those that mask it waits for them until its timeout. Ranks may mask differently. CUDA:
+        pending hooks are called first.
 
-        Coming back, contract: if two ranks have masked each other by hand, each with no call after which the other did
-        not, and make the same number of calls meanwhile, both may stop at any later call: local, at once. A rank that
-        was lost (stopped, late, masked by a timeout), or has made more or fewer calls, comes back when all ranks do
+        Unmasking, contract: if two ranks have masked each other by hand, between the same two calls on both, and make
+        the same number of calls meanwhile, both may unmask each other before any later call: local, at once. A rank
+        that was lost (stopped, late, masked by a timeout), or has made more or fewer calls, comes back when all ranks
+        do
 
             group.synchronize()  # CUDA graphs run outside of the group: torch.cuda.synchronize()
             dist.barrier()
@@ -190,18 +196,17 @@ class ExpertGroup:
                 group.mask(rank, masked=False)
             dist.barrier()
 
-        with barriers that are none of this group's calls. If some stay away, those that go on do so among themselves,
-        and all of them mask the others. It waits for no peer; CUDA: it waits for the device. What was under way is
-        lost: hooks that were not called do nothing, and plans from before must not be used any more. Not on the
-            transport
-        ``"process_group"``, where a timeout ends the process group.
+        with barriers that are none of this group's calls. If some ranks stay away, the others do this among themselves,
+        and all of them mask the absent ones. Unmasking waits for no peer; CUDA: it waits for the device. Calls that
+        were pending are lost: hooks that were not called do nothing, and plans from before must not be used any more.
+        Not on the transport ``"process_group"``, where a timeout ends the process group.
 
         CUDA graphs: a graph sees masks that are set or cleared after its capture; one that was captured while a rank
-        was masked leaves it out for good. Not while one is captured.
+        was masked leaves that rank out for good. Not during a capture.
 
         Args:
-            rank: Which one; this rank itself only with ``masked=False``: it was away, or others were.
-            masked: False: stop skipping it.
+            rank: The rank to mask or unmask; this rank itself only with ``masked=False``, to resynchronise it.
+            masked: True to skip the rank, False to stop skipping it.
 
         Raises:
             ArgumentError: ``rank`` is this rank and ``masked``, it is outside [0, R), or a CUDA graph is captured.
@@ -215,39 +220,39 @@ class ExpertGroup:
         self._backend.mask(rank, masked=masked)
 
     def warmup(self) -> None:
-        """Compile and load everything that calls need, so that no rank waits in a kernel for a peer that compiles.
+        """Compile and load all kernels, so that no rank waits in a kernel for a peer that still compiles.
 
-        Contract: collective. Host: returns when every rank is ready. Worth it once, before the first call on a GPU, and
-        before a CUDA graph is captured. The CPU backend has nothing to do.
+        Contract: collective. Host: returns when every rank is ready. Call it once before the first call on a GPU, and
+        before a CUDA graph is captured. Does nothing on the CPU backend.
 
         Raises:
-            PeerTimeout: a rank did not come.
+            PeerTimeout: a rank did not answer.
             ClosedError: the group was closed or is broken.
         """
         self._ready("warmup")
         self._backend.warmup()
 
     def synchronize(self) -> None:
-        """Wait until this rank's calls are done, and raise what they met. Local.
+        """Wait until this rank's calls are done, and raise the error of one that failed. Local.
 
-        Calls with ``counts="device"`` return before their work is done: what goes wrong there is raised here, or by the
-        next call. The CPU backend has nothing to wait for.
+        Calls with ``counts="device"`` return before their work is done: their errors are raised here, or by the next
+        call. Does nothing on the CPU backend.
 
         Raises:
-            RoutingError, CapacityError, MismatchError, PeerTimeout: a call met it.
+            RoutingError, CapacityError, MismatchError, PeerTimeout: a call failed with it.
             ClosedError: the group was closed or is broken.
         """
         self._ready("synchronize")
         self._backend.synchronize()
 
     def empty_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Return undefined rows for `combine`, in memory that peers can read: there they are fetched where they lie.
+        """Return uninitialised rows for `combine`, in memory that peers can read without a copy.
 
-        Contract: local, at once. Optional: `combine` takes any tensor. Of what lies elsewhere it pushes ROWS, and
-        copies EXPERTS and MASKED first. Rows of `dispatch` lie in such memory too.
+        Contract: local, at once. Optional: `combine` takes any tensor. Rows in other memory are pushed to their ranks
+        (ROWS) or copied first (EXPERTS and MASKED). The rows that `dispatch` returns are in such memory too.
 
         Args:
-            plan: Of the `dispatch` whose rows they answer.
+            plan: That of the `dispatch` whose experts write these rows.
             dtype: bfloat16, float16, float32 or float64.
 
         Returns:
@@ -262,14 +267,14 @@ class ExpertGroup:
         self._resolver.empty_rows(plan, dtype)
         return self._backend.empty_rows(plan, dtype, self.shape.hidden)
 
-    def plan_columns(self, options: DispatchOptions) -> int:
-        """C of ``Plan.places`` that a dispatch with these options makes; 0 on the CPU. Local."""
+    def _plan_columns(self, options: DispatchOptions) -> int:
+        """Return the columns of ``Plan._places`` of a dispatch with these options; 0 on the CPU. Local."""
         return self._backend.plan_columns(self.shape, options)
 
     def close(self) -> None:
-        """Free connections and memory. Local and idempotent; results keep living; later calls raise ClosedError.
+        """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.
 
-        Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to fetch what a call with
+        Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to receive what a call with
         a hook sent.
         """
         self._backend.close()
@@ -291,6 +296,16 @@ class ExpertGroup:
 
     # ------------------------------------------------------------------ throughput: training, prefill
 
+    @overload
+    def dispatch(
+        self, x: Tensor, routing: Routing, *, options: DispatchOptions | None = None, num_sms: int | None = None
+    ) -> Dispatched[Tensor]: ...
+
+    @overload
+    def dispatch(
+        self, x: Quantized, routing: Routing, *, options: DispatchOptions | None = None, num_sms: int | None = None
+    ) -> Dispatched[Quantized]: ...
+
     def dispatch(
         self,
         x: Tensor | Quantized,
@@ -298,7 +313,7 @@ class ExpertGroup:
         *,
         options: DispatchOptions | None = None,
         num_sms: int | None = None,
-    ) -> Dispatched:
+    ) -> Dispatched[Tensor] | Dispatched[Quantized]:
         """Send every token to each rank that holds one of its chosen experts.
 
         A token travels once per *rank*, however many of its experts live there. Rows are bit-for-bit copies and arrive
@@ -306,32 +321,32 @@ class ExpertGroup:
 
         Contract:
             Collective: yes; T may differ and may be 0; dtypes, K, S and ``options`` must be the same on all ranks.
-            Host: CPU backend: returns when the rows are here. CUDA: ``counts="host"``: waits for the counts (about one
-                round trip) without holding the GIL; ``counts="device"``: returns at once, unless ``capacity`` is below
-                the worst case: then it waits for the counts as well, to raise on every rank if rows do not fit.
-            Stream: torch's current one. ``x`` may be overwritten by what is put on it afterwards.
-            CUDA graph: capturable with ``counts="device"``. While it is captured nothing is waited for: an overflow
-                of ``capacity`` is raised by the next call that is not captured; nothing is written out of bounds.
+            Host: CPU backend: returns when the rows have arrived. CUDA: ``counts="host"``: waits for the counts (about
+                one round trip) without holding the GIL; ``counts="device"``: returns at once, unless ``capacity`` is
+                below the worst case: then it waits for the counts as well, to raise on every rank if rows do not fit.
+            Stream: torch's current one. Later work on it may overwrite ``x``.
+            CUDA graph: capturable with ``counts="device"``. A captured call does not wait: an overflow of ``capacity``
+                is raised by the next call that is not captured; nothing is written out of bounds.
             Gradient: none; use `tokenferry.autograd.dispatch`.
 
         Args:
             x: ``[T, H]`` bfloat16, float16, float32 or float64, contiguous, T <= M; or a `Quantized`.
-            routing: ``topk_idx`` ``[T, K]`` and, if they shall travel, ``topk_weights`` ``[T, K]``.
+            routing: ``topk_idx`` ``[T, K]`` and, if weights are to be sent, ``topk_weights`` ``[T, K]``.
             options: Layout, padding, and where counts are needed; None: ROWS with counts on the host.
-            num_sms: SMs that the call may occupy; None: what ``tokenferry explain`` says. CUDA only.
+            num_sms: SMs that the call may occupy; None: the number that ``tokenferry explain`` prints. CUDA only.
 
         Returns:
             Dispatched: rows, ids, weights, counts and the plan for `combine` and `redispatch`.
 
         Raises:
             ShapeError: an argument has the wrong shape, dtype, device or strides; names it.
-            RoutingError: an index is outside [-1, E); names the place. CUDA with ``counts="device"``: raised by the
-                next call or by `synchronize`; no row is written out of bounds, and what was launched behind that call
-                comes to nothing, too.
+            RoutingError: an index is outside [-1, E); names its position. CUDA with ``counts="device"``: raised by the
+                next call or by `synchronize`; no row is written out of bounds, and calls that were launched after the
+                failed one are aborted.
             CapacityError: T > M, or rows did not fit into ``options.capacity`` (then on every rank).
             ConfigError: backend cuda, a view of the group with E > 4096 or K > 64.
             MismatchError: ranks made different calls.
-            PeerTimeout: a rank did not answer within ``timeout_s``; names it, the call and its number.
+            PeerTimeout: a rank did not answer within ``timeout_s``; names the rank, the call and its number.
             ClosedError: the group was closed or is broken.
 
         Example:
@@ -347,6 +362,16 @@ class ExpertGroup:
         self._ready("dispatch")
         return self._backend.dispatch(self._resolver.dispatch(x, routing, options, num_sms))
 
+    @overload
+    def redispatch(
+        self, x: Tensor, plan: Plan, *, topk_weights: Tensor | None = None, num_sms: int | None = None
+    ) -> Dispatched[Tensor]: ...
+
+    @overload
+    def redispatch(
+        self, x: Quantized, plan: Plan, *, topk_weights: Tensor | None = None, num_sms: int | None = None
+    ) -> Dispatched[Quantized]: ...
+
     def redispatch(
         self,
         x: Tensor | Quantized,
@@ -354,16 +379,16 @@ class ExpertGroup:
         *,
         topk_weights: Tensor | None = None,
         num_sms: int | None = None,
-    ) -> Dispatched:
+    ) -> Dispatched[Tensor] | Dispatched[Quantized]:
         """Send new rows where an earlier `dispatch` sent its rows; neither routing nor counts are exchanged again.
 
-        Contract: as `dispatch`, but nobody waits for counts: on CUDA it returns at once, and it is capturable with
-        every plan. The backward of `combine` is this call.
+        Contract: as `dispatch`, but the counts are known: on CUDA it returns at once, and it is capturable with every
+        plan. The backward of `combine` is this call.
 
         Args:
-            x: As for `dispatch`, with the T of the plan; dtype and width may differ from the first rows.
+            x: As for `dispatch`, with the T of the plan; dtype and width may differ from those of the first rows.
             plan: From a `dispatch` or `redispatch` of this group.
-            topk_weights: ``[T, K]`` float32 to travel along, or None.
+            topk_weights: ``[T, K]`` float32 to send with the rows, or None.
             num_sms: As for `dispatch`.
 
         Returns:
@@ -386,7 +411,7 @@ class ExpertGroup:
         out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Combined:
-        """Bring every row home and add up the rows of each token.
+        """Return every row to the rank of its token and add up the rows of each token.
 
         Numerics: the sum starts with the biases (0 without any) and adds one partial sum per rank in rank order. With
         EXPERTS and MASKED a rank's partial sum adds its experts' rows in expert order. All in float32 (float64 rows:
@@ -394,17 +419,17 @@ class ExpertGroup:
 
         Contract:
             Collective: yes.
-            Host: CPU backend: returns when the sums are here. CUDA: returns at once, on torch's current stream; rows
-                that peers cannot read where they are (see `empty_rows`) are pushed; EXPERTS and MASKED: copied first.
+            Host: CPU backend: returns when the sums are complete. CUDA: returns at once, on torch's current stream;
+                rows in memory that peers cannot read (see `empty_rows`) are pushed; EXPERTS and MASKED: copied first.
             CUDA graph: capturable.
             Gradient: none; use `tokenferry.autograd.combine`.
 
         Args:
-            y: The experts' outputs in the places of ``Dispatched.x``: ``[N, H]``, ``[rows, H]`` or ``[L, capacity,
+            y: The experts' outputs in the layout of ``Dispatched.x``: ``[N, H]``, ``[rows, H]`` or ``[L, capacity,
                 H]``, contiguous, bfloat16, float16, float32 or float64; rows past the counts are not read.
             plan: From a `dispatch` or `redispatch` of this group; not consumed.
-            topk_weights: float32 in the shape of ``Dispatched.topk_weights``, to be carried home and added up per slot;
-                the backward of `dispatch` needs it.
+            topk_weights: float32 in the shape of ``Dispatched.topk_weights``, to be returned with the rows and added up
+                per slot; the backward of `dispatch` needs it.
             bias: One or two ``[T, H]`` tensors of y's dtype to start from.
             out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
             num_sms: As for `dispatch`.
@@ -414,13 +439,35 @@ class ExpertGroup:
 
         Raises:
             PlanError: the plan is another group's.
-            CapacityError: CUDA: the heap has no room for what comes home, or for copies; gives the numbers.
+            CapacityError: CUDA: the heap is too small for the rows that return, or for copies; gives the numbers.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("combine")
         return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out, num_sms))
 
     # ------------------------------------------------------------------ latency: decoding
+
+    @overload
+    def decode_dispatch(
+        self,
+        x: Tensor,
+        routing: Routing,
+        *,
+        quantize: None = None,
+        stats: DecodeStats | None = None,
+        return_hook: bool = False,
+    ) -> DecodeDispatched[Tensor]: ...
+
+    @overload
+    def decode_dispatch(
+        self,
+        x: Tensor,
+        routing: Routing,
+        *,
+        quantize: Scale,
+        stats: DecodeStats | None = None,
+        return_hook: bool = False,
+    ) -> DecodeDispatched[Quantized]: ...
 
     def decode_dispatch(
         self,
@@ -430,44 +477,43 @@ class ExpertGroup:
         quantize: Scale | None = None,
         stats: DecodeStats | None = None,
         return_hook: bool = False,
-    ) -> DecodeDispatched:
+    ) -> DecodeDispatched[Tensor] | DecodeDispatched[Quantized]:
         """Send every token to its experts, into a layout whose shape does not depend on the routing.
 
         Contract:
             Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive.
-            Host: CPU backend: returns when the rows are here; with ``return_hook=True`` when they are on their way, and
-                ``hook()`` waits for them. CUDA: returns at once, and so does ``hook()``; the first decode call of these
-                sizes makes memory together with the other ranks, and waits for them.
+            Host: CPU backend: returns when the rows have arrived; with ``return_hook=True`` when they have been sent,
+                and ``hook()`` waits for them. CUDA: returns at once, and so does ``hook()``; the first decode call of
+                these sizes allocates memory together with the other ranks, and waits for them.
             Stream: CUDA: torch's current one, all SMs. With ``return_hook=True`` the call only sends, ``hook()``
                 receives on the stream that is current then, and in between no SM is held. Any number of hooks may be
-                pending: where a third call would overwrite what has not been received, the oldest is received first.
-                ``x`` may be overwritten by what is put on the stream afterwards; the plan refers to the routing's
-                tensors, which have to stay until the last combine along it has been received.
+                pending: before a third call overwrites rows that have not been received, the oldest are received.
+                Later work on the stream may overwrite ``x``; the plan refers to the routing's tensors, which have to
+                stay unchanged until the last combine with it has been received.
             CUDA graph: capturable after one such call outside; a call and its hook in the same capture, or neither.
-                Replays take new data, and fewer tokens by rows of ``topk_idx`` that are -1. No hook of a call outside
-                may be pending.
+                Replays take new data, and fewer tokens as rows of ``topk_idx`` that are -1. No hook of a call outside
+                the graph may be pending.
             Gradient: none.
 
         Args:
             x: ``[T, H]`` bfloat16, float16 or float32, contiguous, T <= M.
             routing: As for `dispatch`. `decode_combine` needs ``topk_weights``; they may also be put into the plan
-                later.
-            quantize: Cast rows to float8_e4m3fn with one scale per row and 128 columns
-                (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use), stored as this says.
-                None: rows travel as they are (CUDA: of 16 bytes with all bits set, which are NaNs, the lowest bit may
-                    be lost). With NaN among the 128 columns
-                their scale and numbers are undefined.
+                later, with ``dataclasses.replace(plan, topk_weights=...)``.
+            quantize: How to store the scales of rows that are cast to float8_e4m3fn, with one scale per row and 128
+                columns (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use); if one of the 128
+                columns is NaN, their scale and values are undefined. None: rows are sent unchanged (CUDA: 16 bytes with
+                all bits set, which are NaNs, may lose their lowest bit).
             stats: Counters to add to.
-            return_hook: Return at once and let the caller receive with ``hook()``.
+            return_hook: Return after sending; the caller receives with ``hook()``.
 
         Returns:
             DecodeDispatched: ``x`` ``[L, R*M, H]``, ``expert_counts``, the plan and the hook.
 
         Raises:
             RoutingError: an index is outside [-1, E). CUDA: raised by the next call, by ``hook()`` or by `synchronize`;
-                nothing was sent by it, nor by calls launched behind it meanwhile: make all of them again.
-            CapacityError: T > M; CUDA: a rank's heap has no room for rows under way (then on every rank).
-            ArgumentError: CUDA: a graph cannot capture this; says what has to be called before.
+                neither that call nor those launched after it have sent anything: make all of them again.
+            CapacityError: T > M; CUDA: a rank's heap is too small for the rows (then on every rank).
+            ArgumentError: CUDA: a graph cannot capture this; names the call to make before.
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
@@ -475,34 +521,33 @@ class ExpertGroup:
         request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
         return self._backend.decode_dispatch(request)
 
-    def decode_combine(  # one more than the house's six: numerics and encoding are chosen apart
+    def decode_combine(  # seven parameters instead of six: numerics and encoding are chosen independently
         self,
         y: Tensor,
         plan: DecodePlan,
         *,
-        numerics: str = "exact",
-        encoding: str = "same",
+        numerics: Numerics = "exact",
+        encoding: EncodingName = "same",
         out: Tensor | None = None,
         stats: DecodeStats | None = None,
         return_hook: bool = False,
     ) -> DecodeCombined:
-        """Bring the experts' outputs home and add them up with the gate weights of the plan.
+        """Return the experts' outputs to the ranks of their tokens and add them up with the gate weights of the plan.
 
-        Numerics: ``"exact"``: every expert's row travels; ``sum_k weight[k] * row[k]`` in slot order in float32, each
+        Numerics: ``"exact"``: every expert's row is sent; ``sum_k weight[k] * row[k]`` in slot order in float32, each
         product and each sum rounded to float32, one rounding to y's dtype at the end. ``"fast"``: each rank sums its
         experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
         added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank.
 
-        Encoding: what travels (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after it was rounded to y's
-        dtype) is encoded by its sender and decoded to float32 by its receiver; the rest is as above. A rank's own rows
-        are encoded too, so that the sum does not depend on where an expert lives. ``"same"``: rows travel as they are;
-        ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see `tokenferry.formats.fp8`;
-        ``"logfmt10"``: 10 bits a number, with a logarithmic range per row and 128 columns, see
-        `tokenferry.formats.logfmt`. The documents say what either costs in precision.
+        Encoding: the rows on the way (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after it was rounded
+        to y's dtype) are encoded by their sender and decoded to float32 by their receiver; the rest is as above. A
+        rank's own rows are encoded too, so that the sum does not depend on which rank holds an expert. ``"same"``: rows
+        are sent unchanged; ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see
+        `tokenferry.formats.fp8`; ``"logfmt10"``: 10 bits a number, with a logarithmic range per row and 128 columns,
+        see `tokenferry.formats.logfmt`. docs/concepts.md gives the precision of each.
 
-        Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` is read once,
-        where it lies: no memory is better for it than other memory. It may be overwritten by what is put on the stream
-        after the call, even if the hook is pending.
+        Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` may be in any
+        memory and is read once. Later work on the stream may overwrite it, even while the hook is pending.
 
         Args:
             y: ``[L, R*M, H]`` bfloat16, float16 or float32, contiguous; rows past the counts are not read.
@@ -512,7 +557,7 @@ class ExpertGroup:
                 multiple of 128.
             out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
             stats: ``wait_ns`` is added to; ``received`` must be None.
-            return_hook: Return at once and let the caller receive with ``hook()``.
+            return_hook: Return after sending; the caller receives with ``hook()``.
 
         Returns:
             DecodeCombined: ``x`` ``[T, H]`` and the hook.
@@ -521,7 +566,7 @@ class ExpertGroup:
             PlanError: the plan is another group's, or has no weights.
             ArgumentError: ``numerics`` or ``encoding`` is none of these, or H is no multiple of 128 where it has to be;
                 CUDA: a graph cannot capture this.
-            CapacityError: CUDA: as `decode_dispatch`, if rows of y are larger than those of x were.
+            CapacityError: CUDA: as `decode_dispatch`, if rows of y are larger than those of x.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("decode_combine")
@@ -530,7 +575,7 @@ class ExpertGroup:
 
     def _adopt(self, backend: Backend, shape: MoeShape, timeout_s: float, *, origin: ExpertGroup | None = None) -> None:
         self._backend = backend
-        self._origin = origin  # what `find_group` finds lives as long as any of its shapes
+        self._origin = origin  # keeps the group that `find_group` finds alive as long as any of its shapes
         if origin is None:
             _groups[backend.key] = self
         self._resolver = Resolver(shape, backend.num_ranks, backend.device, backend.key, backend.checks_routing)

@@ -1,12 +1,13 @@
-"""Symbolic checks of tensors: the only place that words errors about shapes, dtypes, devices and strides.
+"""Symbolic checks of tensors, with the messages for wrong shapes, dtypes, devices and strides.
 
-A `Checks` belongs to one call. It learns what each letter (T, K, H ...) is from the group and from the arguments that
-it has seen, so that an error can say who set the number that was not met.
+A `Checks` belongs to one call. It takes the value of each letter (T, K, H ...) from the group and from the arguments
+that it has checked, so that an error can name the source of the number that an argument contradicts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,33 +15,50 @@ from torch import Tensor
 from tokenferry.errors import ArgumentError, CapacityError, RoutingError, ShapeError
 
 ROW_BYTES_MULTIPLE = 16
-"""Rows are moved in units of 16 bytes on every backend, so that code that runs on one runs on all."""
+"""Unit in which every backend moves rows, in bytes; the same everywhere, so that code that runs on one runs on all."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
 
 
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """The value of a letter, and the name of the argument that set it, or ``"the group"`` or the like."""
+
+    value: int
+    source: str
+
+
 class Checks:
-    """Checks the arguments of one call; every method raises before anything is sent.
+    """Check the arguments of one call; every method raises before anything is sent.
 
     Args:
         call: Name of the public call, for messages.
         device: Where every tensor has to be.
-        sizes: Letters that are already known and who set them, such as ``{"H": (7168, "the group")}``.
     """
 
-    def __init__(self, call: str, device: torch.device, sizes: dict[str, tuple[int, str]]) -> None:
+    def __init__(self, call: str, device: torch.device) -> None:
         self.call = call
         self.device = device
-        self.sizes = dict(sizes)
+        self._sizes: dict[str, _Size] = {}
+
+    def given(self, source: str, **sizes: int) -> Checks:
+        """Set letters before the arguments are checked, e.g. ``given("the group", H=7168)``; returns this object.
+
+        Args:
+            source: The origin of the sizes, for messages.
+            **sizes: The value of each letter.
+        """
+        self._sizes.update((letter, _Size(size, source)) for letter, size in sizes.items())
+        return self
 
     def tensor(
         self, name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] | None, *, contiguous: bool = True
     ) -> Tensor:
-        """Check that ``value`` is a tensor whose shape reads ``dims``, e.g. ``"T H"``; learn the letters it sets.
+        """Check that ``value`` is a tensor of shape ``dims``, e.g. ``"T H"``; take the letters that it is first to set.
 
         Raises:
-            ShapeError: names the argument, the expectation, the finding, who set a size, and the remedy.
+            ShapeError: names the argument, the expectation, the finding, what set a size, and the remedy.
         """
         letters = dims.split()
         wanted = f"[{', '.join(letters)}]"
@@ -58,12 +76,13 @@ class Checks:
         if value.ndim != len(letters):
             raise ShapeError(f"{head}; pass {len(letters)} dimensions instead of {value.ndim}")
         for letter, size in zip(letters, value.shape, strict=True):
-            if letter not in self.sizes:
-                self.sizes[letter] = (size, name)
-            elif self.sizes[letter][0] != size:
-                known, who = self.sizes[letter]
-                want = [self.sizes.get(ch, (s, ""))[0] for ch, s in zip(letters, value.shape, strict=True)]
-                raise ShapeError(f"{head}; {letter}={known} was set by {who}, here it is {size}: pass shape {want}")
+            known = self._sizes.setdefault(letter, _Size(size, name))
+            if known.value != size:
+                shape = zip(letters, value.shape, strict=True)
+                want = [self._sizes[other].value if other in self._sizes else found for other, found in shape]
+                raise ShapeError(
+                    f"{head}; {letter}={known.value} was set by {known.source}, here it is {size}: pass shape {want}"
+                )
         if contiguous and not value.is_contiguous():
             raise ShapeError(
                 f"{self.call}: {name}: must be contiguous, got strides {value.stride()}; call .contiguous()"
@@ -88,7 +107,7 @@ class Checks:
             )
 
     def experts(self, name: str, topk_idx: Tensor, num_experts: int) -> None:
-        """Check that every index lies in [-1, E); names the first that does not."""
+        """Check that every index is in [-1, E); the error names the first that is not."""
         if topk_idx.numel() == 0:
             return
         low, high = torch.aminmax(topk_idx)
@@ -101,7 +120,7 @@ class Checks:
         )
 
     def no_grad(self, **arguments: object) -> None:
-        """Refuse arguments whose gradient would be lost in silence."""
+        """Refuse arguments whose gradient would be lost silently."""
         if not torch.is_grad_enabled():
             return
         for name, value in arguments.items():
@@ -114,9 +133,9 @@ class Checks:
 
 
 def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], device: torch.device) -> bool:
-    """Whether `Checks` could have nothing against a contiguous tensor; costs a quarter of a microsecond.
+    """Return whether `Checks` is sure to accept a contiguous tensor; takes a quarter of a microsecond.
 
-    False only means that `Checks` has to look, which knows the words, and what else is allowed.
+    False only means that `Checks` has to decide: it also knows what else is allowed, and the messages.
     """
     return (
         type(value) is Tensor
@@ -129,7 +148,7 @@ def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], 
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
-    """Whether two devices are one; ``cuda`` without a number is any of them."""
+    """Return whether two devices are the same; ``cuda`` without an index is any of them."""
     return one == other or (one.type == other.type and None in (one.index, other.index))
 
 

@@ -1,4 +1,4 @@
-"""The one table of TOKENFERRY_* variables. Nothing else in the package reads os.environ, and nothing writes it."""
+"""The table of TOKENFERRY_* variables. No other module of the package reads os.environ, and none writes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("tokenferry")
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One line of the table: what a variable is called, what it means, and how its text is read."""
+    """One line of the table: the name of a variable, its default, its meaning, and how to parse its text."""
 
     name: str
     default: str
@@ -70,7 +70,12 @@ VARIABLES = (
         "megabytes of GPU memory per group for rows that peers write or read; auto: from the shape",
         _megabytes,
     ),
-    Variable("TOKENFERRY_TIMEOUT_S", "100", "seconds that any wait for a peer may take, unless a group says", _seconds),
+    Variable(
+        "TOKENFERRY_TIMEOUT_S",
+        "100",
+        "seconds that any wait for a peer may take, unless a group has its own timeout_s",
+        _seconds,
+    ),
     Variable(
         "TOKENFERRY_TRANSPORT",
         "auto",
@@ -83,7 +88,7 @@ VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The parsed table, one field a variable."""
+    """The parsed table: one field for each variable."""
 
     backend: str
     cache_dir: str
@@ -93,10 +98,10 @@ class Settings:
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
-    """Parse the TOKENFERRY_* variables; local, no side effect but one warning per unknown name.
+    """Parse the TOKENFERRY_* variables; local. The only side effect is one warning for each unknown name.
 
     Raises:
-        ConfigError: a variable has a value that cannot be read; names it, the value and what is expected.
+        ConfigError: a value cannot be parsed; names the variable, the value and the expectation.
     """
     environ = os.environ if environ is None else environ
     known = {v.name: v for v in VARIABLES}

@@ -1,4 +1,4 @@
-"""Every exception that tokenferry raises on purpose, and what the application should do about each.
+"""All exceptions of tokenferry, and how an application should handle each.
 
 TokenferryError
 ├── ArgumentError          the call was wrong; nothing was sent; fix the call, the group stays usable
@@ -7,20 +7,20 @@ TokenferryError
 │   ├── CapacityError      more tokens or rows than were agreed
 │   └── PlanError          a plan of another group, shape or layout
 ├── ConfigError            a constructor option, shape or TOKENFERRY_* variable is wrong
-├── BackendUnavailable     this machine or process group cannot run the backend that was asked for
+├── BackendUnavailable     this machine or process group cannot run the requested backend
 ├── UnsupportedError       an argument of the DeepEP API that this backend cannot honour
 ├── MismatchError          ranks made different calls; the group is broken
 ├── PeerTimeout            a rank did not answer in time, or died; the group is broken
 └── ClosedError            the group was closed, or broken by an earlier error
 
-A *broken* group raises ClosedError on every later call and can only be closed; make a new group to go on.
+A *broken* group raises ClosedError on every later call and can only be closed; make a new group to continue.
 """
 
 from __future__ import annotations
 
 
 class TokenferryError(Exception):
-    """Root of the tree: catch it to catch everything that tokenferry raises on purpose."""
+    """The base class of all exceptions of tokenferry."""
 
 
 class ArgumentError(TokenferryError, ValueError):
@@ -28,18 +28,18 @@ class ArgumentError(TokenferryError, ValueError):
 
 
 class ShapeError(ArgumentError):
-    """An argument has the wrong shape, dtype, device or strides. The message says what was expected and what came."""
+    """An argument has the wrong shape, dtype, device or strides. The message gives the expectation and the finding."""
 
 
 class RoutingError(ArgumentError):
-    """``topk_idx`` holds an expert outside ``[-1, E)``. The message names the first such place.
+    """``topk_idx`` holds an expert outside ``[-1, E)``. The message names the first such position.
 
-    Where the device found it, rows of that call are lost, and the call after it raises; see `ExpertGroup.synchronize`.
+    If the device found it, the rows of that call are lost, and a later call raises; see `ExpertGroup.synchronize`.
     """
 
 
 class CapacityError(ArgumentError):
-    """More tokens or rows than the group, the call, or the heap of a GPU has room for. The message gives both numbers.
+    """More tokens or rows than the group, the call, or the heap of a GPU can hold. The message gives both numbers.
 
     Raised before anything is sent, except where the number is known only after the counts have arrived
     (``DispatchOptions.capacity`` below the worst case): then every rank raises together and the group stays usable.
@@ -47,36 +47,36 @@ class CapacityError(ArgumentError):
 
 
 class PlanError(ArgumentError):
-    """A plan was given to a group, or to a kind of call, that it was not made by."""
+    """A plan was passed to a group, or to a kind of call, that did not make it."""
 
 
 class ConfigError(TokenferryError, ValueError):
     """A constructor option, a ``MoeShape`` or a ``TOKENFERRY_*`` variable is wrong; correct it and start again."""
 
 
-class BackendUnavailable(TokenferryError, RuntimeError):  # noqa: N818 - reads as what happened, like PeerTimeout
-    """The backend or transport asked for cannot run here. The message says why; `tokenferry doctor` says more."""
+class BackendUnavailable(TokenferryError, RuntimeError):  # noqa: N818 - names a condition, like PeerTimeout
+    """The requested backend or transport cannot run here. The message gives the reason; see `tokenferry doctor`."""
 
 
 class UnsupportedError(TokenferryError, NotImplementedError):
-    """An argument of the DeepEP API that this backend cannot honour. Leave it out, or choose what the message names."""
+    """An argument of the DeepEP API that this backend cannot honour. Omit it, or use what the message recommends."""
 
 
 class MismatchError(TokenferryError, RuntimeError):
     """Ranks made different calls (method, dtype, width, layout). A bug in the application: the group is broken."""
 
 
-class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - the name that every document uses
+class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - names a condition, like TimeoutExpired
     """A rank did not answer within ``timeout_s``, or its process ended. The group is broken: close it, make a new one.
 
-    On the transport ``"process_group"`` the process group is at an end too: gloo closes all its connections after one
+    On the transport ``"process_group"`` the process group is unusable too: gloo closes all its connections after one
     timeout.
 
     Attributes:
-        phase: The call that waited, such as ``"dispatch"``.
+        phase: The name of the call that waited, such as ``"dispatch"``.
         call: Number of that call on its group, counted from 1; 0 while the group was being made.
         rank: The rank that waited (this one).
-        peers: The ranks that it waited for in vain, ascending.
+        peers: The ranks that did not answer, ascending.
         waited_s: Seconds waited.
     """
 
@@ -91,7 +91,7 @@ class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - the name that 
         self.waited_s = waited_s
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Keep the attributes when the exception travels to another process."""
+        """Keep the attributes when the exception is pickled."""
         return (_rebuild_peer_timeout, (self.args[0], self.phase, self.call, self.rank, self.peers, self.waited_s))
 
 
@@ -102,4 +102,4 @@ def _rebuild_peer_timeout(
 
 
 class ClosedError(TokenferryError, RuntimeError):
-    """The group was closed, or an earlier error broke it (the message says which). Make a new group."""
+    """The group was closed, or an earlier error broke it (the message names the error). Make a new group."""

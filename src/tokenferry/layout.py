@@ -1,7 +1,7 @@
-"""Where each byte of a message lies, and how much room results need: integers in, integers out.
+"""The layout of messages and the number of rows of results: integers in, integers out.
 
 A message about n rows is a few sections, one after another; each holds one fixed-width piece of every row and starts at
-a multiple of 16 bytes, so that it can be viewed as the type that it is.
+a multiple of 16 bytes, so that it can be viewed as its dtype.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Sections:
     widths: tuple[int, ...]
 
     def offsets(self, num_rows: int) -> list[int]:
-        """First byte of each section, and the end of the last."""
+        """Return the first byte of each section, and the end of the last."""
         offsets = [0]
         for width in self.widths:
             offsets.append(offsets[-1] + -(-num_rows * width // _ALIGN) * _ALIGN)
         return offsets
 
     def num_bytes(self, num_rows: int) -> int:
-        """Size of a message about ``num_rows`` rows."""
+        """Return the size of a message about ``num_rows`` rows."""
         return self.offsets(num_rows)[-1]
 
     def split(self, body: Tensor, num_rows: int) -> list[Tensor]:
@@ -42,12 +42,12 @@ class Sections:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """How many rows a delivery has room for.
+class RowCapacity:
+    """How many rows the results of a dispatch can hold.
 
     Attributes:
         worst: Rows that the worst routing needs (MASKED: per expert).
-        given: Rows that there are (MASKED: per expert).
+        given: Rows that are allocated (MASKED: per expert).
         received: N of the plan's tensors with ``counts="device"``: (token, rank) rows.
         sent: Rows of ``Plan.dst_token`` with ``counts="device"``, per token of this rank.
     """
@@ -59,12 +59,12 @@ class Room:
 
     @property
     def tight(self) -> bool:
-        """Whether an overflow is possible."""
+        """Return whether an overflow is possible."""
         return self.given < self.worst
 
 
-def room(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Room:
-    """Return the room of a delivery on a group of R ranks."""
+def row_capacity(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> RowCapacity:
+    """Return the capacity of a dispatch on a group of R ranks."""
     num_local = shape.num_experts // num_ranks
     received = num_ranks * shape.max_tokens
     worst = received
@@ -74,4 +74,4 @@ def room(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Room:
     given = worst if options.capacity is None else options.capacity
     if options.layout is Layout.ROWS:
         received = given
-    return Room(worst, given, received, min(shape.top_k, num_ranks))
+    return RowCapacity(worst, given, received, min(shape.top_k, num_ranks))

@@ -1,4 +1,4 @@
-"""The options of a group: checked, and filled in with what the environment says, before ranks meet."""
+"""The options of a group: checked, and completed from the environment, before ranks connect."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch.distributed as dist
 from tokenferry import env
 from tokenferry.backends.base import Resolved
 from tokenferry.errors import ConfigError
-from tokenferry.types import MoeShape
+from tokenferry.types import BackendName, MoeShape, TimeoutPolicy, TransportName
 
 
 def resolve_options(
     group: dist.ProcessGroup | None,
     shape: MoeShape,
-    backend: str,
-    transport: str,
+    backend: BackendName,
+    transport: TransportName,
     timeout_s: float | None,
-    on_timeout: str,
+    on_timeout: TimeoutPolicy,
 ) -> Resolved:
-    """Check the options of a group, and fill in what the environment says; see `ExpertGroup`."""
+    """Check the options of a group and complete them from the environment; see `ExpertGroup`."""
     if group is not None and not isinstance(group, dist.ProcessGroup):
         got = type(group).__name__
         raise ConfigError(f"ExpertGroup: group: expected a torch.distributed.ProcessGroup or None, got {got}")
@@ -33,20 +33,15 @@ def resolve_options(
             f'ExpertGroup: transport: expected "auto", "shared_memory" or "process_group", got {transport!r}'
         )
     check_divides("ExpertGroup", shape, 1 if group is None else group.size())
-    backend = settings.backend if backend == "auto" else backend
-    asked_transport, transport = transport, settings.transport if transport == "auto" else transport
-    cpu_only = ""
-    if asked_transport != "auto":
-        cpu_only = f"transport={asked_transport!r} is a transport of the CPU backend"
     return Resolved(
         shape,
-        backend,
-        transport,
+        settings.backend if backend == "auto" else backend,
+        settings.transport if transport == "auto" else transport,
         float(timeout_s),
         mask_on_timeout=on_timeout == "mask",
         heap_bytes=None if settings.heap_mb is None else settings.heap_mb << 20,
         cache_folder=settings.cache_dir,
-        cpu_only=cpu_only,
+        cpu_only="" if transport == "auto" else f"transport={transport!r} is a transport of the CPU backend",
     )
 
 

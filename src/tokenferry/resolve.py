@@ -1,4 +1,4 @@
-"""Check and resolve: from the arguments of a call to a request that a backend can trust, before anything is sent."""
+"""Turn the arguments of a call into a checked and complete request for a backend, before anything is sent."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from tokenferry.types import (
     DecodePlan,
     DecodeStats,
     DispatchOptions,
+    EncodingName,
     Layout,
     MoeShape,
+    Numerics,
     Plan,
     Quantized,
     Routing,
@@ -32,16 +34,16 @@ from tokenferry.types import (
 _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHTS = (torch.float32,)
 _ENCODING_GROUP = 128
-_DEFAULT_DELIVERY = DispatchOptions()
+_DEFAULT_OPTIONS = DispatchOptions()
 _NO_STATS = DecodeStats()
 
 
 @dataclass(frozen=True, slots=True)
 class Resolver:
-    """What a group's arguments are checked against; one method a call, named like it.
+    """Check the arguments of a group's calls; one method for each call, with its name.
 
-    A call is checked twice. First with bare comparisons, which cost a microsecond and say no
-    more than "looks right"; only where they fail, by `Checks`, which knows every case and the words for it.
+    Bare comparisons come first: they cost a microsecond and only answer whether the arguments look right. Where they
+    fail, `Checks` decides: it accepts every case that is allowed, and says what is wrong with the others.
     """
 
     shape: MoeShape
@@ -52,8 +54,8 @@ class Resolver:
     _row_dtypes: frozenset[torch.dtype] = field(init=False)
 
     def __post_init__(self) -> None:
-        whole = (dtype for dtype in FLOATS if self.shape.hidden * dtype.itemsize % ROW_BYTES_MULTIPLE == 0)
-        object.__setattr__(self, "_row_dtypes", frozenset(whole))
+        fitting = (dtype for dtype in FLOATS if self.shape.hidden * dtype.itemsize % ROW_BYTES_MULTIPLE == 0)
+        object.__setattr__(self, "_row_dtypes", frozenset(fitting))
 
     def dispatch(
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
@@ -63,7 +65,7 @@ class Resolver:
             if not self.checks_routing:
                 self._checks("dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
             _check_num_sms("dispatch", num_sms)
-            return DispatchRequest(self.shape, x, routing, options or _DEFAULT_DELIVERY, num_sms)
+            return DispatchRequest(self.shape, x, routing, options or _DEFAULT_OPTIONS, num_sms)
         if options is not None and not isinstance(options, DispatchOptions):
             raise ArgumentError(
                 f"dispatch: options: expected a tokenferry.DispatchOptions, got {type(options).__name__}"
@@ -74,7 +76,7 @@ class Resolver:
         check.max_tokens("x", num_tokens, self.shape.max_tokens)
         check.no_grad(x=_tensors(x), topk_weights=routing.topk_weights)
         _check_num_sms("dispatch", num_sms)
-        return DispatchRequest(self.shape, x, routing, options or _DEFAULT_DELIVERY, num_sms)
+        return DispatchRequest(self.shape, x, routing, options or _DEFAULT_OPTIONS, num_sms)
 
     def redispatch(
         self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
@@ -86,7 +88,7 @@ class Resolver:
         ):
             _check_num_sms("redispatch", num_sms)
             return RedispatchRequest(self.shape, x, topk_weights, plan, num_sms)
-        check = self._checks("redispatch", T=(plan.num_tokens, "the plan"), K=(plan.topk_idx.shape[1], "the plan"))
+        check = self._checks("redispatch").given("the plan", T=plan.num_tokens, K=plan.topk_idx.shape[1])
         _check_rows(check, x)
         if topk_weights is not None:
             check.tensor("topk_weights", topk_weights, "T K", (torch.float32,))
@@ -114,14 +116,13 @@ class Resolver:
             return CombineRequest(y, plan, topk_weights, biases, out, num_sms)
         layout, delivered = plan.options.layout, plan.num_delivered
         num_local = plan.expert_counts.numel()
-        sizes = {"T": (plan.num_tokens, "the plan"), "K": (plan.topk_idx.shape[1], "the plan")}
+        check = self._checks("combine").given("the plan", T=plan.num_tokens, K=plan.topk_idx.shape[1])
         if layout is Layout.MASKED:
             rows = "L capacity"
-            sizes |= {"L": (num_local, "the plan"), "capacity": (delivered // num_local, "the plan")}
+            check.given("the plan", L=num_local, capacity=delivered // num_local)
         else:
             rows = "N" if layout is Layout.ROWS else "rows"
-            sizes[rows] = (delivered, "the plan")
-        check = self._checks("combine", **sizes)
+            check.given("the plan", **{rows: delivered})
         check.tensor("y", y, f"{rows} H", FLOATS)
         check.row_bytes("y", y)
         if topk_weights is not None:
@@ -164,8 +165,8 @@ class Resolver:
         self,
         y: Tensor,
         plan: DecodePlan,
-        numerics: str,
-        encoding: str,
+        numerics: Numerics,
+        encoding: EncodingName,
         out: Tensor | None,
         stats: DecodeStats | None,
         *,
@@ -182,13 +183,9 @@ class Resolver:
         ):
             return DecodeCombineRequest(self.shape, y, plan, fast, Encoding.same, out, _NO_STATS, return_hook)
         num_local, num_rows = plan.src_token.shape
-        sizes = {
-            "T": (plan.num_tokens, "the plan"),
-            "K": (plan.topk_idx.shape[1], "the plan"),
-            "L": (num_local, "the plan"),
-            "rows": (num_rows, "the plan (R * M)"),
-        }
-        check = self._checks("decode_combine", **sizes)
+        check = self._checks("decode_combine")
+        check.given("the plan", T=plan.num_tokens, K=plan.topk_idx.shape[1], L=num_local)
+        check.given("the plan (R * M)", rows=num_rows)
         if numerics not in ("exact", "fast"):
             raise ArgumentError(f'decode_combine: numerics: expected "exact" or "fast", got {numerics!r}')
         _check_encoding(encoding, self.shape.hidden)
@@ -209,6 +206,12 @@ class Resolver:
             raise ArgumentError("decode_combine: stats.received: expected None, only decode_dispatch receives tokens")
         check.no_grad(y=y, topk_weights=plan.topk_weights, out=out)
         return DecodeCombineRequest(self.shape, y, plan, fast, Encoding[encoding], out, stats, return_hook)
+
+    def empty_rows(self, plan: Plan, dtype: torch.dtype) -> None:
+        """See `ExpertGroup.empty_rows`."""
+        self._check_plan("empty_rows", plan, Plan)
+        if dtype not in FLOATS:
+            raise ArgumentError(f"empty_rows: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
 
     def _looks_right(self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None) -> bool:
         if type(routing) is not Routing or not (options is None or type(options) is DispatchOptions):
@@ -242,15 +245,15 @@ class Resolver:
 
     def _answer_looks_right(self, y: Tensor, plan: Plan, topk_weights: Tensor | None) -> bool:
         layout, delivered = plan.options.layout, plan.num_delivered
-        places: tuple[int, ...] = (delivered,)
+        rows: tuple[int, ...] = (delivered,)
         if layout is Layout.MASKED:
             num_local = plan.expert_counts.shape[0]
-            places = (num_local, delivered // num_local)
-        if not fits(y, (*places, self.shape.hidden), self._row_dtypes, self.device):
+            rows = (num_local, delivered // num_local)
+        if not fits(y, (*rows, self.shape.hidden), self._row_dtypes, self.device):
             return False
         if topk_weights is None:
             return True
-        shape = (delivered, plan.topk_idx.shape[1]) if layout is Layout.ROWS else places
+        shape = (delivered, plan.topk_idx.shape[1]) if layout is Layout.ROWS else rows
         return fits(topk_weights, shape, _WEIGHTS, self.device)
 
     def _tokens_look_right(self, x: Tensor, routing: Routing, quantize: Scale | None) -> bool:
@@ -275,14 +278,11 @@ class Resolver:
         shape, dtypes = (num_tokens, self.shape.hidden), (dtype,)
         return all(fits(one, shape, dtypes, self.device) for one in sums)
 
-    def _checks(self, call: str, **sizes: tuple[int, str]) -> Checks:
-        group = {
-            "K": (self.shape.top_k, "the group"),
-            "H": (self.shape.hidden, "the group"),
-            "L": (self.shape.num_experts // self.num_ranks, "the group"),
-            "R": (self.num_ranks, "the group"),
-        }
-        return Checks(call, self.device, {**group, **sizes})
+    def _checks(self, call: str) -> Checks:
+        num_local = self.shape.num_experts // self.num_ranks
+        return Checks(call, self.device).given(
+            "the group", K=self.shape.top_k, H=self.shape.hidden, L=num_local, R=self.num_ranks
+        )
 
     def _check_routing(self, check: Checks, routing: Routing) -> None:
         if not isinstance(routing, Routing):
@@ -292,12 +292,6 @@ class Resolver:
             check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
         if not self.checks_routing:
             check.experts("topk_idx", routing.topk_idx, self.shape.num_experts)
-
-    def empty_rows(self, plan: Plan, dtype: torch.dtype) -> None:
-        """See `ExpertGroup.empty_rows`."""
-        self._check_plan("empty_rows", plan, Plan)
-        if dtype not in FLOATS:
-            raise ArgumentError(f"empty_rows: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
 
     def _check_plan(self, call: str, plan: Plan | DecodePlan, kind: type) -> None:
         if not isinstance(plan, kind):
@@ -311,7 +305,7 @@ class Resolver:
             )
 
 
-def _check_encoding(encoding: str, hidden: int) -> None:
+def _check_encoding(encoding: EncodingName, hidden: int) -> None:
     if not isinstance(encoding, str) or encoding not in Encoding.__members__:
         names = ", ".join(f'"{name}"' for name in Encoding.__members__)
         raise ArgumentError(f"decode_combine: encoding: expected one of {names}, got {encoding!r}")

@@ -1,11 +1,11 @@
-"""The words of tokenferry: what users hand in and get back. Frozen dataclasses; nothing here does work.
+"""The types of tokenferry: what its calls take and return. Frozen dataclasses and names of options; no behaviour.
 
 Legend, used in every docstring:
 
 ====== =====================================================================================
 R      ranks in the group; a *rank* is one process
 T      tokens on this rank; differs from rank to rank; may be 0
-M      the most tokens any rank may bring (agreed by all): ``MoeShape.max_tokens``
+M      the most tokens any rank may bring to a call, agreed by all: ``MoeShape.max_tokens``
 H      hidden size
 E, L   experts in all; experts on this rank, L = E / R; rank r holds r*L .. r*L+L-1
 K      choices per token; -1 in ``topk_idx`` means "slot unused"
@@ -21,12 +21,31 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokenferry.errors import ConfigError
+
+BackendName = Literal["auto", "cpu", "cuda"]
+"""``ExpertGroup(backend=...)``."""
+
+TransportName = Literal["auto", "shared_memory", "process_group"]
+"""``ExpertGroup(transport=...)``."""
+
+TimeoutPolicy = Literal["raise", "mask"]
+"""``ExpertGroup(on_timeout=...)``."""
+
+CountsLocation = Literal["host", "device"]
+"""``DispatchOptions(counts=...)``."""
+
+Numerics = Literal["exact", "fast"]
+"""``ExpertGroup.decode_combine(numerics=...)``."""
+
+EncodingName = Literal["same", "fp8", "logfmt10"]
+"""``ExpertGroup.decode_combine(encoding=...)``."""
 
 
 class Layout(enum.Enum):
@@ -83,7 +102,7 @@ class MoeShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantized:
-    """Rows with their scales; both are moved as bytes and never interpreted.
+    """Rows with their scales; both are moved as bytes and are never interpreted.
 
     Args:
         data: ``[T, W]`` of any dtype and width (packed formats hold several elements in one), contiguous; its row must
@@ -93,6 +112,10 @@ class Quantized:
 
     data: Tensor
     scale: Tensor
+
+
+Rows_co = TypeVar("Rows_co", bound=Tensor | Quantized, covariant=True)
+"""The type of the rows of a result: that of the rows that were sent, or `Quantized` where the call casts them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +143,7 @@ class DispatchOptions:
             undefined.
         counts: ``"host"``: N is known on return (the call waits for it) and results have exactly N rows.
             ``"device"``: results have ``capacity`` rows, counts stay in tensors, rows past the count hold no data.
-        capacity: Rows to make room for (MASKED: per expert). None: the worst case, R*M for ROWS, R*M*min(K, L)
+        capacity: Rows to reserve memory for (MASKED: per expert). None: the worst case, R*M for ROWS, R*M*min(K, L)
             plus padding for EXPERTS, R*M per expert for MASKED. With ``counts="host"`` only MASKED takes one.
             Below the worst case an overflow raises `CapacityError` on every rank.
 
@@ -131,7 +154,7 @@ class DispatchOptions:
     layout: Layout = Layout.ROWS
     alignment: int = 1
     zero_padding: bool = False
-    counts: str = "host"
+    counts: CountsLocation = "host"
     capacity: int | None = None
 
     def __post_init__(self) -> None:
@@ -157,7 +180,7 @@ class DispatchOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What one dispatch learned about where rows went; reusable for any number of calls. Tensors and ints only.
+    """Where the rows of one dispatch went; reusable for any number of calls. Tensors and ints only.
 
     With ``counts="device"`` N below is the capacity in received (token, rank) rows, R*M, and only the first
     ``src_counts.sum()`` entries are meaningful.
@@ -176,10 +199,6 @@ class Plan:
         row_idx: EXPERTS and MASKED: ``[N, K]`` int64: the delivered row of each slot (MASKED: counting all experts'
             capacity), -1 where there is none; a repeated expert repeats its row. ROWS: ``[0, K]``.
         expert_counts: ``[L]`` int32: rows of each local expert, without padding.
-        places: Backend cuda: ``[T, C]`` int32, where this rank's rows lie on the other ranks (private to the backend);
-            CPU: ``[0, 0]``.
-        host_counts: Backend cuda: ``Dispatched.host_counts`` of the first dispatch, so that redispatch need not ask the
-            device; None where it was not known.
     """
 
     group_key: str
@@ -194,8 +213,10 @@ class Plan:
     topk_idx: Tensor
     row_idx: Tensor
     expert_counts: Tensor
-    places: Tensor
-    host_counts: tuple[int, ...] | None = None
+    # CUDA: [T, C] int32, where this rank's rows lie on the other ranks. CPU: [0, 0].
+    _places: Tensor = field(repr=False)
+    # CUDA: `Dispatched.host_counts` of the first dispatch, so that redispatch does not wait for the device.
+    _host_counts: tuple[int, ...] | None = field(default=None, repr=False)
 
     @property
     def src_rank(self) -> Tensor:
@@ -206,11 +227,11 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dispatched:
-    """What `dispatch` and `redispatch` return.
+class Dispatched(Generic[Rows_co]):
+    """The result of `dispatch` and `redispatch`: a ``Dispatched[Tensor]`` or a ``Dispatched[Quantized]``, as the rows.
 
     Attributes:
-        x: The rows, like the input (a Tensor or a `Quantized`), in the layout asked for.
+        x: The rows, a Tensor or a `Quantized` like the input, in the layout asked for.
         topk_idx: ROWS: ``[N, K]`` local expert ids, -1 where the expert is not on this rank; otherwise None.
         topk_weights: ROWS: ``[N, K]`` float32, 0 where the expert is not on this rank. EXPERTS: ``[rows]``, MASKED:
             ``[L, capacity]``: one weight a row, undefined in padding unless zeroed. None if none were sent.
@@ -220,7 +241,7 @@ class Dispatched:
         plan: For `combine` and `redispatch`.
     """
 
-    x: Tensor | Quantized
+    x: Rows_co
     topk_idx: Tensor | None
     topk_weights: Tensor | None
     expert_counts: Tensor
@@ -231,11 +252,11 @@ class Dispatched:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Combined:
-    """What `combine` returns.
+    """The result of `combine`.
 
     Attributes:
         x: ``[T, H]``, the dtype of the rows: the sum over all rows of each token, plus the biases.
-        topk_weights: ``[T, K]`` float32 if weights were given: each slot's weight back home; otherwise None.
+        topk_weights: ``[T, K]`` float32 if weights were given: each slot's weight, back on its token's rank; else None.
     """
 
     x: Tensor
@@ -244,11 +265,11 @@ class Combined:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeStats:
-    """Counters that the decode calls add to; they belong to the caller.
+    """Counters of the caller, to which decode calls add.
 
     Args:
-        received: ``[L]`` int32 or None: rows received by each local expert are added (dispatch only).
-        wait_ns: ``[R]`` int64 or None: nanoseconds waited for each source rank are added.
+        received: ``[L]`` int32 or None: the rows that each local expert received (`decode_dispatch` only).
+        wait_ns: ``[R]`` int64 or None: the nanoseconds that the call waited for each source rank.
     """
 
     received: Tensor | None = None
@@ -259,22 +280,18 @@ class DecodeStats:
 class DecodePlan:
     """Where the rows of one `decode_dispatch` are; for `decode_combine`, any number of times.
 
-    With a hook, ``src_token``, ``src_range``, ``row_weights`` and ``table`` hold nothing until it has been called.
+    With a hook, ``src_token``, ``src_range`` and ``row_weights`` are undefined until it has been called.
 
     Attributes:
         group_key: The group that made it.
         num_tokens: T of this rank.
         num_experts: E.
-        topk_idx: ``[T, K]``: this rank's own routing, with -1 for experts of ranks that were masked. The tensor that
-            was handed in, where it could be: it has to stay as it is until the last combine has been received.
+        topk_idx: ``[T, K]``: this rank's own routing, with -1 for experts of masked ranks. Where it can be, this is the
+            tensor that was passed in: leave it unchanged until the last combine has been received.
         topk_weights: ``[T, K]`` float32 of this rank, or None if the routing had none; likewise.
         src_token: ``[L, R*M]`` int32: source token of each row; meaningful below the count.
         src_range: ``[L, R]`` int64: rows of expert e from rank r: ``start << 32 | count``.
-        row_weights: ``[L, R*M]`` float32: gate weight of each row, for pre-reduced combine; None if none were sent.
-        table: Backend cuda: ``[16 + R*M*K]`` int32, what arrived from whom and where it lies (private to the backend).
-            CPU: None.
-        number: CPU: the number of the dispatch, so that a combine notices another one's plan on another rank. Backend
-            cuda: 0, that is in the table.
+        row_weights: ``[L, R*M]`` float32: gate weight of each row, for ``numerics="fast"``; None if none were sent.
     """
 
     group_key: str
@@ -285,15 +302,18 @@ class DecodePlan:
     src_token: Tensor
     src_range: Tensor
     row_weights: Tensor | None
-    table: Tensor | None = None
-    number: int = 0
+    # CUDA: [16 + R*M*K] int32, which rows arrived from which rank, and where they lie.
+    _table: Tensor | None = field(default=None, repr=False)
+    # CPU: number of the call, so that a combine finds out that another rank uses the plan of another call.
+    _call_number: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DecodeDispatched:
-    """What `decode_dispatch` returns. With a hook, tensors hold nothing until ``hook()`` has returned.
+class DecodeDispatched(Generic[Rows_co]):
+    """The result of `decode_dispatch`: a ``DecodeDispatched[Tensor]``, or with ``quantize`` one of `Quantized`.
 
-    CUDA: what the hook does is done when the stream that was current has come to it.
+    With ``return_hook=True`` its tensors are undefined until ``hook()`` has returned (CUDA: until the stream that was
+    current for the hook has done what the hook put on it).
 
     Attributes:
         x: ``[L, R*M, H]``: the rows of expert e are ``[e, :expert_counts[e]]``, by source rank, then source token;
@@ -301,19 +321,19 @@ class DecodeDispatched:
             as grouped FP8 GEMMs read it).
         expert_counts: ``[L]`` int32.
         plan: For `decode_combine`.
-        hook: Receives the rows; None if the call did. May be called on any stream, and again to no effect. If it is
-            never called, a later call receives them, or nobody does.
+        hook: With ``return_hook=True``: receives the rows. May be called on any stream, and again to no effect. If it
+            is never called, a later call receives the rows, or they are not received at all. Without: does nothing.
     """
 
-    x: Tensor | Quantized
+    x: Rows_co
     expert_counts: Tensor
     plan: DecodePlan
-    hook: Callable[[], None] | None
+    hook: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeCombined:
-    """What `decode_combine` returns. With a hook, ``x`` holds nothing until ``hook()`` has returned.
+    """The result of `decode_combine`. With ``return_hook=True`` ``x`` is undefined until ``hook()`` has returned.
 
     Attributes:
         x: ``[T, H]``: the weighted sums; zeros for a token without experts.
@@ -321,4 +341,4 @@ class DecodeCombined:
     """
 
     x: Tensor
-    hook: Callable[[], None] | None
+    hook: Callable[[], None]

@@ -303,10 +303,10 @@ class Log:
 
     def _call(self, what, return_hook):
         self.done.append(f"{'send' if return_hook else 'call'} {what} {self.name}")
-        hook = (lambda: self.done.append(f"receive {what} {self.name}")) if return_hook else None
+        hook = (lambda: self.done.append(f"receive {what} {self.name}")) if return_hook else (lambda: None)
         return SimpleNamespace(hook=hook, plan=None)
 
-    def decode_dispatch(self, x, routing, *, fp8, return_hook):
+    def decode_dispatch(self, x, routing, *, quantize, return_hook):
         return self._call("dispatch", return_hook)
 
     def decode_combine(self, y, plan, *, numerics, return_hook):

@@ -1,4 +1,4 @@
-"""A program written for DeepEP; it knows nothing of tokenferry. Two ranks, a layer's forward and backward, decoding."""
+"""A program written for DeepEP; it does not mention tokenferry. Two ranks, a layer's forward and backward, decoding."""
 
 import multiprocessing
 import sys

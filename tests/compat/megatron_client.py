@@ -1,4 +1,4 @@
-"""Megatron-Core, as it comes from the registry, with whatever `deep_ep` is on the path.
+"""Megatron-Core, as it is published, with whatever `deep_ep` is on the path.
 
 FusedDispatch, FusedCombine and MoEFlexTokenDispatcher, forward and backward, on four gloo ranks of this host. Nothing
 of Megatron is changed or replaced, and none of what is run here calls CUDA. It gets process groups made here instead
@@ -29,7 +29,7 @@ def rows(rank: int, salt: int) -> Tensor:
 
 
 def gates(rank: int) -> tuple[Tensor, Tensor]:
-    """``[T, E]`` router probabilities, 0 outside the top K, and the map of what was chosen."""
+    """``[T, E]`` router probabilities, 0 outside the top K, and the map of the chosen experts."""
     logits = torch.randn(TOKENS[rank], E, generator=torch.Generator().manual_seed(100 + rank))
     chosen = torch.zeros(TOKENS[rank], E, dtype=torch.bool).scatter_(1, logits.topk(K, dim=1).indices, True)
     return logits.softmax(1) * chosen, chosen
@@ -79,7 +79,7 @@ def check_fused(rank: int, how: dict) -> None:
 
 
 def groups(tp: int) -> tuple[ProcessGroupCollection, int, int]:
-    """R ranks as expert parallel x tensor parallel, the latter inside; returns them and this rank's places."""
+    """R ranks as expert parallel x tensor parallel, the latter inside; returns them and this rank's coordinates."""
     rank = dist.get_rank()
     found = ProcessGroupCollection()
     found.tp_ep = dist.group.WORLD

@@ -121,7 +121,7 @@ def test_a_bad_index_is_reported_and_does_no_harm(buffer, expert):
 def test_too_little_room_for_the_worst_case(buffer):
     topk_idx = torch.zeros(3, 2, dtype=torch.int64, device="cuda")
     x = torch.ones(3, 16, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(CapacityError, match="num_worst_tokens=2 has room for 2 tokens from each of 1 ranks, got T=3"):
+    with pytest.raises(CapacityError, match="num_worst_tokens=2 holds 2 tokens from each of 1 ranks, got T=3"):
         buffer.dispatch(x, num_worst_tokens=2, **routed(buffer, topk_idx))
     assert buffer.dispatch(x, num_worst_tokens=3, **routed(buffer, topk_idx))[0].shape == (3, 16)
 

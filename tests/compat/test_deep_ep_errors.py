@@ -248,7 +248,7 @@ def _uneven(rank, pg):
         buffer.low_latency_dispatch(X, IDX, M, E)
 
 
-# ------------------------------------------------------------------ small methods and life
+# ------------------------------------------------------------------ small methods and lifetime
 
 
 def test_local_buffer_is_memory_of_the_size_that_was_given(buffer):
@@ -272,7 +272,7 @@ def test_what_programs_ask_of_it(buffer):
 
 
 def test_init_can_be_replaced(monkeypatch):
-    """Programs wrap the constructor to keep its memory out of their own accounts."""
+    """Programs wrap the constructor to exclude its memory from their own accounting."""
     original, calls = Buffer.__init__, []
 
     def wrapped(self, *args, **kwargs):

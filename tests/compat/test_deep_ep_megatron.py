@@ -1,4 +1,4 @@
-"""A client that nobody here wrote: Megatron-Core, unmodified, on the shim's bare name; see `megatron_client.py`."""
+"""Megatron-Core, unmodified, as a client of the shim under its bare name; see `megatron_client.py`."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The shim takes what DeepEP's V1 and its forks take: `golden_v1.json` records V1's parameters, order and defaults."""
+"""The shim takes the arguments of DeepEP's V1 and its forks; `golden_v1.json` holds V1's parameters and defaults."""
 
 import inspect
 import json
@@ -13,7 +13,7 @@ import tokenferry.compat.deep_ep as deep_ep
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_v1.json").read_text())
 
-# What forks and later versions of DeepEP add to V1, by keyword.
+# Keywords that forks and later versions of DeepEP add to V1.
 DIALECTS = {
     "Buffer.__init__": {"use_fabric"},
     "Buffer.low_latency_dispatch": {"use_nvfp4", "x_global_scale"},

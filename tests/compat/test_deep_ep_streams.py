@@ -1,4 +1,4 @@
-"""Which stream a call runs on and what waits for what, told by stand-ins that note what is asked of them."""
+"""The streams and waits of calls, recorded by stand-ins for torch.cuda."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tokenferry.errors import ArgumentError
 
 
 class Cuda:
-    """What `Lane` and `EventHandle` use of torch.cuda; ``log`` says what happened, in order."""
+    """The parts of torch.cuda that `Lane` and `EventHandle` use; ``log`` lists the calls in order."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -61,7 +61,7 @@ class Event:
 
 
 class Marked(torch.Tensor):
-    """A tensor that says that it is on a GPU, and remembers for which streams it was marked."""
+    """A tensor with ``is_cuda`` set, which lists the streams that it was marked for."""
 
     streams: list[str]
 
@@ -130,7 +130,7 @@ def test_what_crosses_streams_is_marked_for_the_other(cuda, lane):
 
 
 def test_inputs_live_until_the_call_is_done(cuda, lane):
-    """Memory that is not torch's own knows no marks: a peer could still read what was written over."""
+    """Marks have no effect on memory that torch does not own: a peer could still read rows that were overwritten."""
     died = []
 
     class Dying(Marked):
@@ -156,7 +156,7 @@ def test_during_a_capture_the_event_keeps_the_inputs(cuda, lane):
     tensor = marked()
     _, event = lane.run("call", When(async_finish=True), (tensor,), work_on(cuda))
     assert event.event._kept == [tensor]
-    assert not lane._under_way
+    assert not lane._pending
 
 
 def test_a_bad_event_is_refused_before_anything_happens(cuda, lane):

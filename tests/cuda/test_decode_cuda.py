@@ -143,7 +143,7 @@ def copied(sent: DecodeDispatched) -> DecodeDispatched:
     """The same results in memory of their own, in order of the current stream."""
     values = {field.name: getattr(sent.plan, field.name) for field in fields(sent.plan)}
     plan = replace(sent.plan, **{name: one.clone() for name, one in values.items() if isinstance(one, Tensor)})
-    return DecodeDispatched(sent.x.clone(), sent.expert_counts.clone(), plan, None)
+    return DecodeDispatched(sent.x.clone(), sent.expert_counts.clone(), plan, sent.hook)
 
 
 class Filled:
@@ -173,7 +173,7 @@ def hooks_on_a_side_stream(rank, pg) -> None:
             step = Step(replace(CASE, seed=seed), rank)
             x, routing = brought(group, step)
             sent = group.decode_dispatch(x, routing, return_hook=True)
-            sizes = bytes_of(sent.x, sent.expert_counts, sent.plan.src_token, sent.plan.src_range, sent.plan.table, x)
+            sizes = bytes_of(sent.x, sent.expert_counts, sent.plan.src_token, sent.plan.src_range, sent.plan._table, x)
             del x, routing
             filled.take(sizes)
             with torch.cuda.stream(stream):
@@ -205,7 +205,7 @@ def combines_on_a_side_stream(rank, pg) -> None:
             y = ys[rank].to(group.device).reshape(local, step.capacity, CASE.hidden)
             sent = group.decode_dispatch(*brought(group, step))
             home = group.decode_combine(y, sent.plan, numerics=("exact", "fast")[seed % 2], return_hook=True)
-            sizes = bytes_of(y, home.x, sent.plan.table, sent.plan.topk_idx, sent.plan.topk_weights)
+            sizes = bytes_of(y, home.x, sent.plan._table, sent.plan.topk_idx, sent.plan.topk_weights)
             del y, sent
             filled.take(sizes)
             with torch.cuda.stream(stream):

@@ -276,8 +276,7 @@ def go_on_without(rank, pg, pair: Pair, folder: str) -> None:
             await_others(folder)
             return
         late = group.decode_dispatch(step.mine().x, step.routing(), return_hook=rank == 1)
-        if late.hook is not None:
-            late.hook()
+        late.hook()
         assert group.masked_ranks == {BAD_RANK}
         start = time.monotonic()
         for _ in range(3):

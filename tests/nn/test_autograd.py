@@ -1,4 +1,4 @@
-"""The gradients of dispatch, redispatch and combine: that each is the transpose of its forward over all ranks."""
+"""The gradients of dispatch, redispatch and combine: each is the transpose of its forward over all ranks."""
 
 import dataclasses
 import gc
@@ -50,7 +50,7 @@ def inputs(rank, num_tokens, seed=0):
 
 
 def live_rows(plan):
-    """Which delivered rows hold data, and which of their weights do, from the plan alone."""
+    """Return masks of the delivered rows that hold data, and of their weights, from the plan alone."""
     live = torch.zeros(plan.num_delivered, dtype=torch.bool)
     if plan.options.layout is Layout.ROWS:
         live[: int(plan.src_counts.sum())] = True
@@ -144,7 +144,7 @@ def test_each_backward_is_the_transpose(worlds, options, num_ranks):
 
 
 def _gradcheck(rank, pg, options):
-    """Collective: every rank has as many numbers to perturb as the others, in the same order, so all stay in step."""
+    """Collective: every rank perturbs as many numbers as the others, in the same order, so that their calls match."""
     with tokenferry.ExpertGroup(pg, MoeShape(num_experts=4, top_k=2, hidden=2, max_tokens=3)) as group:
         generator = torch.Generator().manual_seed(rank)
         topk_idx = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(3)])
@@ -185,7 +185,7 @@ def _weight_gradient(rank, pg, options):
 
 @pytest.mark.parametrize("options", [d for d in DELIVERIES if d != DispatchOptions()], ids=name)
 def test_padding_leaks_into_no_gradient(options):
-    """Otherwise uninitialised rows would meet zero gradients, and NaN times 0 is NaN."""
+    """Otherwise uninitialised rows would be multiplied by zero gradients, and NaN times 0 is NaN."""
     exact = DispatchOptions() if options.layout is Layout.ROWS else DispatchOptions(Layout.EXPERTS)
     for got, want in zip(_weight_gradient(0, None, options), _weight_gradient(0, None, exact), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -218,7 +218,7 @@ def test_quantized_rows_carry_bytes_and_gradients_of_weights(group, options):
 
 
 def test_masked_weights_are_not_taken_for_slots():
-    """Four rows of two slots, four experts of two places: the shapes are equal, the meaning is not."""
+    """Four rows of two slots, four experts of two rows: the shapes are equal, the meaning is not."""
     with tokenferry.ExpertGroup(None, MoeShape(num_experts=4, top_k=2, hidden=4, max_tokens=4)) as group:
         topk_idx = torch.tensor([[3, -1], [-1, 2], [1, -1], [-1, 0]])
         sent = group.dispatch(torch.ones(4, 4), Routing(topk_idx), options=DispatchOptions(Layout.MASKED, capacity=2))
@@ -239,23 +239,23 @@ def test_rows_without_weights_have_gradients_and_no_grad_mode_has_none(group):
 
 @pytest.mark.parametrize("options", DELIVERIES, ids=name)
 def test_host_counts_cross_with_the_plan(group, options, monkeypatch):
-    """Otherwise the backward of combine would have to ask the device for them, and wait."""
+    """Otherwise the backward of combine would have to wait for the device."""
     x, weights, topk_idx = inputs(0, 6)
     sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
     expected = tuple(sent.expert_counts.tolist()) if options.counts == "host" else None
-    assert sent.host_counts == sent.plan.host_counts == expected
+    assert sent.host_counts == sent.plan._host_counts == expected
     seen = []
     redispatch = type(group).redispatch
     monkeypatch.setattr(
         type(group), "redispatch", lambda *args, **kwargs: seen.append(args[2]) or redispatch(*args, **kwargs)
     )
     autograd.combine(group, sent.x, sent.plan).x.sum().backward()
-    assert [plan.host_counts for plan in seen] == [expected]
-    assert all(len(plan.places) == 0 for plan in seen)
+    assert [plan._host_counts for plan in seen] == [expected]
+    assert all(len(plan._places) == 0 for plan in seen)
 
 
 def test_a_graph_keeps_its_group_and_its_sizes():
-    """The group of other sizes is named nowhere else: only the graph can keep it for backward."""
+    """There is no other reference to the view of the group: only the graph can keep it for backward."""
     x, weights, topk_idx = inputs(0, 6)
     parent = tokenferry.ExpertGroup(None, dataclasses.replace(SHAPE, hidden=16))
     sent = autograd.dispatch(parent.for_shape(SHAPE), x, Routing(topk_idx, weights))

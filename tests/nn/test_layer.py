@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenferry
-from tokenferry.nn import MoELayer, Router
+from tokenferry.nn import GroupLimit, MoELayer, Router
 from tokenferry.testing.dense import DenseMoE
 from tokenferry.types import MoeShape, Routing
 
@@ -15,7 +15,7 @@ TOKENS = (5, 0, 9, 6)
 
 
 class Table(torch.nn.Module):
-    """A router that chooses what it is told, with weights that learn: -1, repeats and skew on demand."""
+    """A router with a given choice and weights that are parameters: for -1, repeats and skew."""
 
     def __init__(self, topk_idx, topk_weights):
         super().__init__()
@@ -28,7 +28,7 @@ class Table(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Setup:
-    """What all ranks bring; any part of it can be made by any process."""
+    """The inputs of all ranks; any process can make any part of them."""
 
     routing: str
     dtype: torch.dtype
@@ -46,7 +46,9 @@ class Setup:
     def router(self, rank=None):
         """The router of one rank, or of all ranks' tokens."""
         if self.routing in ("softmax", "grouped"):
-            router = Router(HIDDEN, EXPERTS, TOP_K, groups=(4, 2) if self.routing == "grouped" else None, seed=7)
+            router = Router(
+                HIDDEN, EXPERTS, TOP_K, group_limit=GroupLimit(4, 2) if self.routing == "grouped" else None, seed=7
+            )
             return router.double() if self.dtype == torch.float64 else router
         generator = torch.Generator().manual_seed(3)
         topk_idx = torch.randint(-1, EXPERTS, (sum(self.tokens), TOP_K), generator=generator)
@@ -64,7 +66,7 @@ class Setup:
 
 
 def run(module, x, head):
-    """Forward, backward, and every gradient by name."""
+    """Run forward and backward; return every gradient by name."""
     x = x.clone().requires_grad_()
     out = module(x)
     (out * head).sum().backward()
@@ -81,7 +83,7 @@ def _layer(rank, pg, setup):
 
 
 def assembled(results, setup):
-    """What the ranks hold together: rows and experts one after another, copies of a router added up."""
+    """Join the results of the ranks: rows and experts are concatenated, gradients of routers added up."""
     parts = {key: [result[key] for result, _, _ in results] for key in results[0][0]}
     shared = "router.weight"
     return {key: sum(values) if key == shared else torch.cat(values) for key, values in parts.items()}
@@ -124,7 +126,7 @@ def test_one_seed_is_one_layer_whatever_the_ranks(worlds):
 
 
 def _step_with_mean_loss(rank, pg, setup):
-    """What the documentation tells users to do for a mean loss over the ranks."""
+    """A mean loss over the ranks, as documented."""
     shape = MoeShape(EXPERTS, TOP_K, HIDDEN, max_tokens=max(setup.tokens))
     with tokenferry.ExpertGroup(pg, shape) as group:
         layer = MoELayer(group, FFN, router=setup.router(rank), seed=11, dtype=setup.dtype)

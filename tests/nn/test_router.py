@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenferry
-from tokenferry.nn import Router, group_limited_topk, softmax_topk
+from tokenferry.nn import GroupLimit, Router, group_limited_topk, softmax_topk
 
 
 def best(scores, count):
@@ -65,9 +65,7 @@ def test_group_limited_topk(num_experts, top_k, num_groups, top_groups, scale, t
     # Quarters: sums of equal scores and biases are equal in Python, too. They move the choice, and the group's rank.
     bias = torch.randint(-4, 5, (num_experts,), generator=torch.Generator().manual_seed(1)).double() / 4
     for given in (bias, None):
-        routing = group_limited_topk(
-            logits, top_k, num_groups=num_groups, top_groups=top_groups, bias=given, scale=scale
-        )
+        routing = group_limited_topk(logits, top_k, GroupLimit(num_groups, top_groups), bias=given, scale=scale)
         zero = [0.0] * num_experts
         values = zero if given is None else given.tolist()
         compare(routing, logits, lambda row, b=values: group_reference(row, top_k, num_groups, top_groups, b, scale))
@@ -76,7 +74,7 @@ def test_group_limited_topk(num_experts, top_k, num_groups, top_groups, scale, t
 def test_the_bias_moves_the_choice_and_not_the_weights():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     bias = torch.tensor([9.0, 0.0, 0.0, 0.0])
-    routing = group_limited_topk(logits, 2, num_groups=1, top_groups=1, bias=bias)
+    routing = group_limited_topk(logits, 2, GroupLimit(1, 1), bias=bias)
     assert routing.topk_idx.tolist() == [[0, 3]]
     scores = [0.5, 1 / (1 + math.exp(-3))]
     assert routing.topk_weights[0].tolist() == pytest.approx([s / sum(scores) for s in scores])
@@ -84,7 +82,7 @@ def test_the_bias_moves_the_choice_and_not_the_weights():
 
 def test_scores_that_underflow_give_weights_of_zero_and_finite_gradients():
     logits = torch.full((1, 4), -200.0, requires_grad=True)
-    routing = group_limited_topk(logits, 2, num_groups=2, top_groups=1)
+    routing = group_limited_topk(logits, 2, GroupLimit(2, 1))
     assert routing.topk_weights.tolist() == [[0.0, 0.0]]
     routing.topk_weights.sum().backward()
     assert logits.grad.isfinite().all()
@@ -93,15 +91,15 @@ def test_scores_that_underflow_give_weights_of_zero_and_finite_gradients():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_narrow_logits_are_computed_in_float32(dtype):
     logits = random_logits(16, ties=False).to(dtype)
-    for gate in (lambda v: softmax_topk(v, 4), lambda v: group_limited_topk(v, 4, num_groups=4, top_groups=2)):
+    for gate in (lambda v: softmax_topk(v, 4), lambda v: group_limited_topk(v, 4, GroupLimit(4, 2))):
         got, want = gate(logits), gate(logits.float())
         assert torch.equal(got.topk_idx, want.topk_idx)
         assert torch.equal(got.topk_weights, want.topk_weights)
 
 
-@pytest.mark.parametrize("groups", [None, (4, 2)])
-def test_gradients_reach_rows_and_weight(groups):
-    router = Router(4, 16, 3, groups=groups, scale=1.0 if groups is None else 2.5).double()
+@pytest.mark.parametrize("limit", [None, GroupLimit(4, 2)])
+def test_gradients_reach_rows_and_weight(limit):
+    router = Router(4, 16, 3, group_limit=limit, scale=1.0 if limit is None else 2.5).double()
     x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     head = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -110,7 +108,7 @@ def test_gradients_reach_rows_and_weight(groups):
         return (routing.topk_weights.double() * head).sum()
 
     weight = router.weight.detach().clone().requires_grad_()
-    # Weights leave as float32: steps and tolerances that its rounding allows.
+    # Weights are float32: steps and tolerances that its rounding allows.
     assert torch.autograd.gradcheck(loss, (x, weight), eps=1e-3, atol=2e-4, rtol=1e-3)
 
 
@@ -123,9 +121,9 @@ def test_routers_of_one_seed_are_equal_and_deterministic():
     assert one(x[:0]).topk_idx.shape == (0, 4)
 
 
-@pytest.mark.parametrize("groups", [None, (4, 2)])
-def test_narrow_rows_are_routed_in_float32(groups):
-    router = Router(32, 16, 4, groups=groups)
+@pytest.mark.parametrize("limit", [None, GroupLimit(4, 2)])
+def test_narrow_rows_are_routed_in_float32(limit):
+    router = Router(32, 16, 4, group_limit=limit)
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     got, want = router(x), router(x.float())
     assert torch.equal(got.topk_idx, want.topk_idx)
@@ -133,7 +131,7 @@ def test_narrow_rows_are_routed_in_float32(groups):
 
 
 def test_update_bias_follows_the_load():
-    router = Router(8, 4, 2, groups=(2, 1))
+    router = Router(8, 4, 2, group_limit=GroupLimit(2, 1))
     router.update_bias(torch.tensor([7, 1, 4, 4], dtype=torch.int32), rate=0.25)
     assert router.bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     router.update_bias(torch.tensor([0, 0, 8, 0]))
@@ -144,7 +142,7 @@ def test_update_bias_follows_the_load():
 
 def test_update_bias_balances_a_skewed_load():
     generator = torch.Generator().manual_seed(0)
-    router = Router(8, 8, 2, groups=(1, 1), seed=3)
+    router = Router(8, 8, 2, group_limit=GroupLimit(1, 1), seed=3)
     x = torch.randn(512, 8, generator=generator) + 1.0  # a common direction: some experts are liked by all
 
     def load():
@@ -162,19 +160,23 @@ BAD_CALLS = (
     (lambda: softmax_topk(LOGITS[0], 2), tokenferry.ShapeError, r"logits: expected floating point \[T, E\], got"),
     (lambda: softmax_topk(LOGITS.long(), 2), tokenferry.ShapeError, "logits: .* torch.int64"),
     (lambda: softmax_topk(LOGITS, 9), tokenferry.ConfigError, r"top_k: expected 1 \.\. 8, got 9"),
-    (lambda: group_limited_topk(LOGITS, 2, num_groups=3, top_groups=1), tokenferry.ConfigError, "does not divide E=8"),
-    (lambda: group_limited_topk(LOGITS, 2, num_groups=0, top_groups=1), tokenferry.ConfigError, "num_groups: .* got 0"),
-    (lambda: group_limited_topk(LOGITS, 2, num_groups=4, top_groups=5), tokenferry.ConfigError, "top_groups: .* got 5"),
-    (lambda: group_limited_topk(LOGITS, 5, num_groups=4, top_groups=2), tokenferry.ConfigError, r"top_k: .* 1 \.\. 4"),
+    (lambda: group_limited_topk(LOGITS, 2, GroupLimit(3, 1)), tokenferry.ConfigError, "does not divide E=8"),
+    (lambda: GroupLimit(0, 1), tokenferry.ConfigError, "num_groups: .* got 0"),
+    (lambda: GroupLimit(4, 5), tokenferry.ConfigError, "top_groups: .* got 5"),
+    (lambda: group_limited_topk(LOGITS, 5, GroupLimit(4, 2)), tokenferry.ConfigError, r"top_k: .* 1 \.\. 4"),
     (
-        lambda: group_limited_topk(LOGITS, 2, num_groups=4, top_groups=2, bias=torch.zeros(4)),
+        lambda: group_limited_topk(LOGITS, 2, GroupLimit(4, 2), bias=torch.zeros(4)),
         tokenferry.ShapeError,
         r"bias: expected \[E\] = \[8\], got \[4\]",
     ),
-    (lambda: Router(8, 8, 2, scale=2.0), tokenferry.ConfigError, "scale=2.0 needs groups"),
+    (lambda: Router(8, 8, 2, scale=2.0), tokenferry.ConfigError, "scale=2.0 needs group_limit"),
     (lambda: Router(8, 8, 2, seed=-1), tokenferry.ConfigError, "seed: .* got -1"),
     (lambda: Router(8, 8, 2).update_bias(torch.zeros(8)), tokenferry.ConfigError, "has no bias"),
-    (lambda: Router(8, 8, 2, groups=(1, 1)).update_bias(torch.zeros(4)), tokenferry.ShapeError, r"got \[4\]; gather"),
+    (
+        lambda: Router(8, 8, 2, group_limit=GroupLimit(1, 1)).update_bias(torch.zeros(4)),
+        tokenferry.ShapeError,
+        r"got \[4\]; gather",
+    ),
 )
 
 

@@ -39,7 +39,7 @@ def inputs(rank, num_tokens):
 
 
 def layer(group, options, x, weights, topk_idx):
-    """Both directions and a redispatch, with weights carried both ways."""
+    """Both directions and a redispatch, with weights sent both ways."""
     sent = autograd.dispatch(group, x, Routing(topk_idx, weights), options=options)
     home = autograd.combine(group, sent.x.tanh(), sent.plan, topk_weights=sent.topk_weights, bias=x)
     again = autograd.redispatch(group, home.x, sent.plan, topk_weights=home.topk_weights)
@@ -132,8 +132,8 @@ def test_fake_tensors_have_a_dynamic_number_of_rows_with_host_counts(group, opti
         assert autograd.combine(group, fake.x, fake.plan).x.shape == (5, 4)
 
 
-# What opcheck asks of an op: that its schema is true, that autograd is registered in the right place, that the fake
-# gives what the real one gives, and that both agree when traced with dynamic sizes, gradients included.
+# opcheck tests that the schema of an op is right, that autograd is registered correctly, that the fake implementation
+# agrees with the real one, and that both agree when traced with dynamic sizes, gradients included.
 @pytest.mark.parametrize("options", [*HOST, *DEVICE], ids=name)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_opcheck(group, options, quantized):
@@ -196,7 +196,7 @@ class OneBlock:
 
 @pytest.mark.parametrize("options", [*HOST, *DEVICE], ids=name)
 def test_results_that_share_one_block(group, options, monkeypatch):
-    """torch refuses ops whose results alias; none of them may be copied for it, they are the largest that there are."""
+    """torch refuses ops whose results alias; they must not be copied for that, as they are the largest tensors."""
     want = gradients(lambda *args: layer(group, options, *args), 5)
     monkeypatch.setattr(group, "_backend", backend := OneBlock(group._backend))
     for got, wanted in zip(gradients(lambda *args: layer(group, options, *args), 5), want, strict=True):

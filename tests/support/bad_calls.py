@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ("x: T=9", "max_tokens=8"),
     ),
     "decode to an unknown expert": (decode(topk_idx=at(0, 0, 99)), RoutingError, ("topk_idx[0, 0] is 99", "[0, 4)")),
-    "decode with a word for a scale": (decode(quantize="ue8m0"), ArgumentError, ("quantize:", "Scale", "'ue8m0'")),
+    "decode with a string for a scale": (decode(quantize="ue8m0"), ArgumentError, ("quantize:", "Scale", "'ue8m0'")),
     "fp8 rows of odd bytes": (
         lambda g: g.group.for_shape(SMALL_FP8).decode_dispatch(wide(3, 24), g.routing, quantize=Scale.FLOAT32),
         ShapeError,
@@ -275,7 +275,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ("stats:", "DecodeStats", "Tensor"),
     ),
     # ---------------------------------------------------------------- decode_combine
-    "numerics that nobody has": (
+    "numerics that do not exist": (
         decode_combine(numerics="quick"),
         ArgumentError,
         ("numerics:", '"exact" or "fast"', "'quick'"),
@@ -336,8 +336,8 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         ArgumentError,
         ("mask: rank:", "0..1", "other than this rank"),
     ),
-    "mask nobody": (lambda g: g.group.mask(2), ArgumentError, ("mask: rank:", "0..1", "got 2")),
-    "mask in words": (lambda g: g.group.mask("0"), ArgumentError, ("mask: rank:", "0..1", "got '0'")),
+    "mask a rank that does not exist": (lambda g: g.group.mask(2), ArgumentError, ("mask: rank:", "0..1", "got 2")),
+    "mask a string": (lambda g: g.group.mask("0"), ArgumentError, ("mask: rank:", "0..1", "got '0'")),
     "mask minus one": (lambda g: g.group.mask(-1), ArgumentError, ("mask: rank:", "0..1", "got -1")),
     "another shape that does not divide": (
         lambda g: g.group.for_shape(MoeShape(5, 2, 16, 8)),
@@ -356,8 +356,12 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     ),
     "a group without a shape": (open_group({"num_experts": 4}), ConfigError, ("shape:", "MoeShape", "dict")),
     "a group without time": (open_group(timeout_s=0), ConfigError, ("timeout_s:", "above 0", "got 0")),
-    "a group with time in words": (open_group(timeout_s="5"), ConfigError, ("timeout_s:", "seconds", "'5'")),
-    "a group with all the time": (open_group(timeout_s=float("inf")), ConfigError, ("timeout_s:", "finite", "inf")),
+    "a group with a string as timeout": (open_group(timeout_s="5"), ConfigError, ("timeout_s:", "seconds", "'5'")),
+    "a group with an infinite timeout": (
+        open_group(timeout_s=float("inf")),
+        ConfigError,
+        ("timeout_s:", "finite", "inf"),
+    ),
     "a group that ignores timeouts": (
         open_group(on_timeout="ignore"),
         ConfigError,

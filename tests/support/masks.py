@@ -90,15 +90,13 @@ class Rounds:
         away = group.masked_ranks
         step = Step(self._cases[number], group.rank, away)
         sent = group.decode_dispatch(step.mine().x, step.routing(), return_hook=hook)
-        if sent.hook is not None:
-            sent.hook()
+        sent.hook()
         if between is not None:
             between()
         # Experts that differ: a row that went astray, or is of another round, shows.
         experts = torch.arange(1.0, 1.0 + sent.x.shape[0], device=sent.x.device)[:, None, None]
         got = group.decode_combine(sent.x * experts, sent.plan, return_hook=hook)
-        if got.hook is not None:
-            got.hook()
+        got.hook()
         group.synchronize()
         if group.masked_ranks != away:
             self.masked_during += 1

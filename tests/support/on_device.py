@@ -41,7 +41,7 @@ class OnDevice(ExpertGroup):
         x, fresh = self._rows(x)
         counters = self._moved(stats)
         got = _spoil(fresh, super().decode_dispatch(x, self._moved(routing), stats=counters, **options))
-        return _after(got, lambda: _count(stats, counters))
+        return _after(got, lambda: _count(stats, counters), hooked=options.get("return_hook", False))
 
     def decode_combine(self, y, plan, *, out=None, stats=None, **options) -> DecodeCombined:
         y, fresh = self._rows(y)
@@ -53,7 +53,7 @@ class OnDevice(ExpertGroup):
             if out is not there:
                 _brought_back(out, there, got.x)
 
-        done = _after(got, bring_back)
+        done = _after(got, bring_back, hooked=options.get("return_hook", False))
         return done if out is there else replace(done, x=out)
 
     def _rows(self, x: _T) -> tuple[_T, list[Tensor]]:
@@ -109,9 +109,9 @@ def _count(stats: DecodeStats | None, there: DecodeStats | None) -> None:
             getattr(stats, name).copy_(getattr(there, name))
 
 
-def _after(result: _T, do: Callable[[], None]) -> _T:
+def _after(result: _T, do: Callable[[], None], *, hooked: bool) -> _T:
     """Do something when the result is there: now, or in its hook."""
-    if result.hook is None:
+    if not hooked:
         do()
         return result
 

@@ -1,4 +1,4 @@
-"""How errors about shapes, dtypes, devices and strides read."""
+"""The messages of errors about shapes, dtypes, devices and strides."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tokenferry.checks import FLOATS, Checks
 
 @pytest.fixture
 def check() -> Checks:
-    return Checks("dispatch", torch.device("cpu"), {"H": (8, "the group"), "K": (2, "the group")})
+    return Checks("dispatch", torch.device("cpu")).given("the group", H=8, K=2)
 
 
 def message(call, *args, **kwargs) -> str:
@@ -109,10 +109,14 @@ def test_lost_gradients(check):
 
 
 def test_sizes_of_one_call_do_not_leak_into_the_next():
-    sizes = {"H": (8, "the group")}
-    Checks("a", torch.device("cpu"), sizes).tensor("x", torch.zeros(3, 8), "T H", FLOATS)
-    Checks("b", torch.device("cpu"), sizes).tensor("x", torch.zeros(4, 8), "T H", FLOATS)
-    assert sizes == {"H": (8, "the group")}
+    for num_tokens in (3, 4):
+        check = Checks("a", torch.device("cpu")).given("the group", H=8)
+        assert check.tensor("x", torch.zeros(num_tokens, 8), "T H", FLOATS).shape == (num_tokens, 8)
+
+
+def test_the_source_of_a_size_that_was_given_is_named(check):
+    check.given("the plan", T=3)
+    assert "T=3 was set by the plan, here it is 5" in message(check.tensor, "y", torch.zeros(5, 8), "T H", FLOATS)
 
 
 def test_shape_error_is_what_is_raised(check):

@@ -118,7 +118,7 @@ def test_the_cpu_has_nothing_to_warm_up_and_nothing_to_wait_for():
     group.warmup()
     group.synchronize()
     plan = group.dispatch(torch.ones(1, 8), Routing(torch.tensor([[0, 1]]))).plan
-    assert (plan.places.shape, group.plan_columns(DispatchOptions())) == ((0, 0), 0)
+    assert (plan._places.shape, group._plan_columns(DispatchOptions())) == ((0, 0), 0)
     group.close()
     for call in (group.warmup, group.synchronize, lambda: group.empty_rows(plan)):
         with pytest.raises(ClosedError):

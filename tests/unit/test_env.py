@@ -1,4 +1,4 @@
-"""The one table of environment variables."""
+"""The table of environment variables."""
 
 import dataclasses
 import logging

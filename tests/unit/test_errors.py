@@ -1,4 +1,4 @@
-"""The exception tree: its branches, and the way of an exception to another process."""
+"""The exception tree: its branches, and exceptions that are pickled."""
 
 import inspect
 import pickle
@@ -26,7 +26,7 @@ def test_pickle_keeps_everything(kind):
     assert vars(again) == vars(error)
 
 
-def test_a_timeout_says_who_waited_for_whom():
+def test_a_timeout_has_the_ranks_that_waited_and_were_missed():
     error = make(errors.PeerTimeout)
     assert (error.phase, error.call, error.rank, error.peers, error.waited_s) == ("dispatch", 7, 1, (2, 5), 30.5)
 
@@ -54,7 +54,7 @@ def test_one_root_catches_all(kind):
         (errors.ClosedError, RuntimeError),
     ],
 )
-def test_programs_that_know_only_python_catch_them_too(kind, parent):
+def test_handlers_of_builtin_exceptions_catch_them_too(kind, parent):
     assert issubclass(kind, parent)
 
 

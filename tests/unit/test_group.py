@@ -1,4 +1,4 @@
-"""A group of one: options, variables, the log line. What groups do is in tests/contract."""
+"""A group of one: options, variables, the log line. The calls of groups are in tests/contract."""
 
 import logging
 
@@ -10,7 +10,7 @@ from tokenferry import ClosedError, ConfigError, ExpertGroup, MoeShape, Routing
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
 
 
-def test_auto_says_what_it_chose_and_why(caplog):
+def test_auto_logs_its_choice_and_the_reason(caplog):
     with caplog.at_level(logging.INFO, "tokenferry"), ExpertGroup(None, SHAPE) as group:
         assert (group.backend, group.transport, group.rank, group.num_ranks) == ("cpu", "none", 0, 1)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("tokenferry")]
@@ -19,7 +19,7 @@ def test_auto_says_what_it_chose_and_why(caplog):
     assert "group of one" in lines[0]
 
 
-def test_a_backend_that_was_asked_for_needs_no_words(caplog):
+def test_a_requested_backend_logs_nothing(caplog):
     with caplog.at_level(logging.INFO, "tokenferry"), ExpertGroup(None, SHAPE, backend="cpu"):
         assert not caplog.records
 
@@ -38,7 +38,7 @@ def test_a_bad_variable_stops_the_group(monkeypatch, name, value):
         ExpertGroup(None, SHAPE)
 
 
-def test_views_share_one_fate():
+def test_closing_a_view_closes_the_group():
     group = ExpertGroup(None, SHAPE)
     view = group.for_shape(MoeShape(2, 1, 16, 4))
     sent = view.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0], [1]])))

@@ -1,9 +1,10 @@
-"""Sections of a message: in order, apart, aligned, and all of them inside."""
+"""The sections of a message are in order, aligned, do not overlap, and lie inside of it; capacities of results."""
 
 import pytest
 import torch
 
-from tokenferry.layout import Sections
+from tokenferry.layout import RowCapacity, Sections, row_capacity
+from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 1000])
@@ -23,3 +24,20 @@ def test_sections_do_not_overlap(widths, num_rows):
         part += 1
     assert int(body.max()) <= 1 if body.numel() else True
     assert int(body.sum()) == num_rows * sum(widths)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (DispatchOptions(), RowCapacity(worst=20, given=20, received=20, sent=2)),
+        (DispatchOptions(counts="device", capacity=7), RowCapacity(worst=20, given=7, received=7, sent=2)),
+        (DispatchOptions(Layout.EXPERTS), RowCapacity(worst=60, given=60, received=20, sent=2)),
+        (DispatchOptions(Layout.EXPERTS, alignment=8), RowCapacity(worst=88, given=88, received=20, sent=2)),
+        (DispatchOptions(Layout.MASKED, capacity=9), RowCapacity(worst=20, given=9, received=20, sent=2)),
+    ],
+)
+def test_the_capacity_of_a_dispatch(options, expected):
+    """R=2, M=10, K=3, L=4: worst-case rows of every layout, and what an explicit capacity leaves of them."""
+    found = row_capacity(MoeShape(num_experts=8, top_k=3, hidden=8, max_tokens=10), options, 2)
+    assert found == expected
+    assert found.tight == (expected.given < expected.worst)

@@ -1,4 +1,4 @@
-"""Requests: the quick look at the arguments of a call finds no fault with fewer of them than the worded checks."""
+"""Requests: the quick comparisons accept no argument that the full checks refuse, and lead to the same request."""
 
 import itertools
 from typing import Any
@@ -77,7 +77,7 @@ def resolver(*, checks_routing: bool = False) -> Resolver:
 
 
 def outcome(call: str, *args: Any) -> tuple[Any, ...]:
-    """What a call comes to: its error, or the fields of its request."""
+    """Return the error of a call, or the fields of its request."""
     try:
         request = getattr(resolver(), call)(*args)
     except ArgumentError as error:
@@ -89,10 +89,10 @@ def both(monkeypatch: pytest.MonkeyPatch, call: str, *args: Any) -> None:
     quick = outcome(call, *args)
     for name in ("_looks_right", "_rows_look_right", "_answer_looks_right"):
         monkeypatch.setattr(Resolver, name, lambda *_: False)
-    worded = outcome(call, *args)
+    full = outcome(call, *args)
     monkeypatch.undo()
-    assert len(quick) == len(worded)
-    for one, other in zip(quick, worded, strict=True):
+    assert len(quick) == len(full)
+    for one, other in zip(quick, full, strict=True):
         assert one is other or (not isinstance(one, torch.Tensor) and one == other)
 
 
@@ -133,13 +133,13 @@ def test_combine(y, layout, monkeypatch):
             both(monkeypatch, "combine", ROWS[y], plan, None, None, bias, None)
 
 
-def test_what_is_right_needs_no_second_look(monkeypatch):
-    """Else the host time of a call is several times what it may be."""
+def test_good_arguments_need_no_full_checks(monkeypatch):
+    """Otherwise the host time of a call is several times longer."""
 
-    def second_look(*_: object, **__: object) -> None:
-        raise AssertionError("the worded checks ran")
+    def full_checks(*_: object, **__: object) -> None:
+        raise AssertionError("the full checks ran")
 
-    monkeypatch.setattr(Resolver, "_checks", second_look)
+    monkeypatch.setattr(Resolver, "_checks", full_checks)
     found = resolver(checks_routing=True)
     for rows in (X, X.bfloat16(), ROWS["quantized"]):
         found.dispatch(rows, Routing(IDX, WEIGHTS), DispatchOptions(), 8)
@@ -190,8 +190,8 @@ def test_options_that_only_the_cpu_backend_honours():
     assert resolve_options(None, SHAPE, "auto", "auto", None, "mask").cpu_only == ""
 
 
-def test_a_variable_is_no_wish_for_the_cpu(monkeypatch):
-    """TOKENFERRY_TRANSPORT speaks of CPU groups; it must not keep others from the GPU."""
+def test_a_variable_does_not_choose_the_cpu(monkeypatch):
+    """TOKENFERRY_TRANSPORT is for CPU groups; it must not exclude backend cuda."""
     monkeypatch.setenv("TOKENFERRY_TRANSPORT", "shared_memory")
     monkeypatch.setenv("TOKENFERRY_HEAP_MB", "3")
     options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
@@ -205,9 +205,9 @@ def test_cuda_refuses_them():
 
 @pytest.mark.parametrize(("megabytes", "fits"), [(1, True), (65_535, True), (65_536, False), (70_000, False)])
 def test_the_largest_heap(monkeypatch, megabytes, fits):
-    """Ranks tell each other where rows are in 32 bits."""
+    """Ranks exchange the addresses of rows as 32-bit numbers."""
     monkeypatch.setenv("TOKENFERRY_HEAP_MB", str(megabytes))
     options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
-    told = "" if fits else f"TOKENFERRY_HEAP_MB={megabytes}, and at most "
-    assert _unfit(options, 2).startswith(told)
+    message = "" if fits else f"TOKENFERRY_HEAP_MB={megabytes}, and at most "
+    assert _unfit(options, 2).startswith(message)
     assert fits == (_unfit(options, 2) == "")

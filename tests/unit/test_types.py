@@ -1,13 +1,16 @@
-"""Dataclasses that users make: what they accept, and what they say when they do not."""
+"""Dataclasses and option types of the public API: accepted values, messages, and what is private in them."""
 
+import copy
 import dataclasses
 import inspect
+import pickle
+import typing
 
 import pytest
 import torch
 
 import tokenferry
-from tokenferry import ConfigError, DispatchOptions, Layout, MoeShape, Plan
+from tokenferry import ConfigError, DispatchOptions, Layout, MoeShape, Plan, types
 
 
 @pytest.mark.parametrize("name", ["num_experts", "top_k", "hidden", "max_tokens"])
@@ -54,13 +57,64 @@ def test_plan_knows_the_source_of_each_row():
 
 
 @pytest.mark.parametrize("name", tokenferry.__all__)
-def test_words_are_frozen_and_their_fields_documented(name):
-    word = getattr(tokenferry, name)
-    if not dataclasses.is_dataclass(word):
+def test_dataclasses_are_frozen_and_their_public_fields_documented(name):
+    kind = getattr(tokenferry, name)
+    if not dataclasses.is_dataclass(kind):
         return
-    assert word.__dataclass_params__.frozen
-    documented = argument_names(word.__doc__)
-    assert documented == [field.name for field in dataclasses.fields(word)]
+    assert kind.__dataclass_params__.frozen
+    documented = argument_names(kind.__doc__)
+    assert documented == [field.name for field in dataclasses.fields(kind) if field.name[0] != "_"]
+
+
+def results():
+    with tokenferry.ExpertGroup(None, MoeShape(2, 2, 8, 4), backend="cpu") as group:
+        routing = tokenferry.Routing(torch.tensor([[0, 1], [1, -1]]), torch.ones(2, 2))
+        sent, decoded = group.dispatch(torch.ones(2, 8), routing), group.decode_dispatch(torch.ones(2, 8), routing)
+    return sent, decoded
+
+
+def test_the_state_of_backends_is_not_public_but_survives_a_copy():
+    """Weights are often put into a plan later; a plan that was copied belongs to the same call."""
+    sent, decoded = results()
+    for plan in (sent.plan, decoded.plan):
+        private = [field for field in dataclasses.fields(plan) if field.name[0] == "_"]
+        assert private
+        assert not any(f"{field.name}=" in repr(plan) for field in private)
+        for again in (dataclasses.replace(plan, num_tokens=7), copy.copy(plan)):
+            assert all(getattr(again, field.name) is getattr(plan, field.name) for field in private)
+    assert decoded.plan._call_number > 0
+
+
+def test_generic_results_are_as_small_as_any():
+    """A base class without slots would give each result a dictionary."""
+    for result in results():
+        assert not hasattr(result, "__dict__")
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            result.x = None
+        assert torch.equal(pickle.loads(pickle.dumps(result)).x, result.x)
+
+
+def test_results_can_be_named_with_their_rows():
+    assert tokenferry.Dispatched[torch.Tensor] == tokenferry.Dispatched[torch.Tensor]
+    assert tokenferry.DecodeDispatched[tokenferry.Quantized].__origin__ is tokenferry.DecodeDispatched
+
+
+@pytest.mark.parametrize(
+    ("alias", "call", "argument"),
+    [
+        (types.BackendName, tokenferry.ExpertGroup, "backend"),
+        (types.TransportName, tokenferry.ExpertGroup, "transport"),
+        (types.TimeoutPolicy, tokenferry.ExpertGroup, "on_timeout"),
+        (types.CountsLocation, DispatchOptions, "counts"),
+        (types.Numerics, tokenferry.ExpertGroup.decode_combine, "numerics"),
+        (types.EncodingName, tokenferry.ExpertGroup.decode_combine, "encoding"),
+    ],
+)
+def test_an_option_of_a_few_strings_has_a_type_that_lists_them(alias, call, argument):
+    parameter = inspect.signature(call).parameters[argument]
+    hints = typing.get_type_hints(call if inspect.isfunction(call) else call.__init__)
+    assert hints[argument] == alias
+    assert parameter.default in typing.get_args(alias)
 
 
 MORE_PARAMETERS = {"decode_combine": 7}

@@ -1,4 +1,4 @@
-"""The name `deep_ep`, spoken by tokenferry; its submodules lie in the folder that `tokenferry deep-ep-path` prints."""
+"""The package `deep_ep`, provided by tokenferry; its submodules are in the folder of `tokenferry deep-ep-path`."""
 
 import os
 
@@ -9,9 +9,9 @@ __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "__version__", "to
 __path__ = [os.path.join(deep_ep_path.folder(), "deep_ep")]
 
 _folder = os.path.dirname(os.path.abspath(__file__))
-_strangers = sorted(set(os.listdir(_folder)) - {"__init__.py", "__pycache__"})
-if _strangers:
+_foreign = sorted(set(os.listdir(_folder)) - {"__init__.py", "__pycache__"})
+if _foreign:
     raise ImportError(
-        f"deep_ep: {', '.join(_strangers)} in {_folder} are not tokenferry's: another distribution was installed over "
+        f"deep_ep: {', '.join(_foreign)} in {_folder} are not tokenferry's: another distribution was installed over "
         "tokenferry-deep-ep, or the other way round; uninstall both, then install one"
     )

@@ -9,18 +9,18 @@ combine      redispatch, along the same plan  gradients of rows, and of ``topk_w
                                               a bias's gradient is the incoming one
 ============ ================================ ===============================================================
 
-So gradients of gradients work too. The three are torch.library ops (``tokenferry::dispatch`` and so on) with fake
+So second derivatives work too. The three calls are torch.library ops (``tokenferry::dispatch`` and so on) with fake
 implementations: they trace under ``torch.compile(fullgraph=True)`` and run on fake tensors. With ``counts="host"`` the
 number of received rows is a dynamic size of the graph; with ``counts="device"`` every received shape is static.
 
 Contract, beyond that of `tokenferry.ExpertGroup`:
     Collective in backward: every forward call has one collective call in backward, in the order in which autograd walks
         the graph: the same on all ranks if they built the same graph. So every rank must run backward, requires_grad
-        must agree, and a rank with T = 0 or N = 0 must keep the graph whole: put zero rows through the same operations.
+        must agree, and a rank with T = 0 or N = 0 must keep the graph whole: pass its zero rows through the same
+        operations.
     Padding: rows that hold no data (alignment, capacity) are zero in results and in gradients, whatever
-        ``DispatchOptions.zero_padding`` says, so that a weight gradient ``x^T g`` never meets uninitialised memory.
-        What the
-        caller leaves in them is never read: a NaN there stays there.
+        ``DispatchOptions.zero_padding`` is, so that a weight gradient ``x^T g`` never reads uninitialised memory. The
+        values that the caller writes into such rows are never read.
     Quantized rows have no gradient: bytes are not differentiable. ``routing.topk_weights`` still has one.
     Lifetime: a graph holds its group. A *compiled* graph holds its key only: keep the group yourself.
     Numerics: gradients are summed as `ExpertGroup.combine` sums, and are bitwise reproducible.
@@ -29,6 +29,7 @@ Contract, beyond that of `tokenferry.ExpertGroup`:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -41,10 +42,22 @@ from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan
 __all__ = ["combine", "dispatch", "redispatch"]
 
 
+@overload
+def dispatch(
+    group: ExpertGroup, x: Tensor, routing: Routing, *, options: DispatchOptions | None = None
+) -> Dispatched[Tensor]: ...
+
+
+@overload
+def dispatch(
+    group: ExpertGroup, x: Quantized, routing: Routing, *, options: DispatchOptions | None = None
+) -> Dispatched[Quantized]: ...
+
+
 def dispatch(
     group: ExpertGroup, x: Tensor | Quantized, routing: Routing, *, options: DispatchOptions | None = None
-) -> Dispatched:
-    """`ExpertGroup.dispatch` with gradients of ``x`` and of ``routing.topk_weights``.
+) -> Dispatched[Tensor] | Dispatched[Quantized]:
+    """Call `ExpertGroup.dispatch` with gradients of ``x`` and of ``routing.topk_weights``.
 
     Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
     errors as `ExpertGroup.dispatch`, but ``zero_padding`` is always on, and ``host_counts`` is None in a traced graph.
@@ -77,10 +90,22 @@ def dispatch(
     return _dispatched((rows, scales, weights, host_counts, offsets), plan, x, routing.topk_weights)
 
 
+@overload
+def redispatch(
+    group: ExpertGroup, x: Tensor, plan: Plan, *, topk_weights: Tensor | None = None
+) -> Dispatched[Tensor]: ...
+
+
+@overload
+def redispatch(
+    group: ExpertGroup, x: Quantized, plan: Plan, *, topk_weights: Tensor | None = None
+) -> Dispatched[Quantized]: ...
+
+
 def redispatch(
     group: ExpertGroup, x: Tensor | Quantized, plan: Plan, *, topk_weights: Tensor | None = None
-) -> Dispatched:
-    """`ExpertGroup.redispatch` with gradients of ``x`` and of ``topk_weights``.
+) -> Dispatched[Tensor] | Dispatched[Quantized]:
+    """Call `ExpertGroup.redispatch` with gradients of ``x`` and of ``topk_weights``.
 
     Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
     errors as `ExpertGroup.redispatch`, with the differences of `dispatch`.
@@ -103,7 +128,7 @@ def combine(
     topk_weights: Tensor | None = None,
     bias: Tensor | tuple[Tensor, ...] | None = None,
 ) -> Combined:
-    """`ExpertGroup.combine` with gradients of ``y``, ``topk_weights`` and the biases.
+    """Call `ExpertGroup.combine` with gradients of ``y``, ``topk_weights`` and the biases.
 
     Contract: collective, and so is its backward (one `redispatch`); see the top of this module. Arguments, results and
     errors as `ExpertGroup.combine`; ROWS: weights in slots of other ranks' experts count as 0.
@@ -114,8 +139,8 @@ def combine(
     biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
     _only_tensors("combine", y=y, topk_weights=topk_weights, **{f"bias[{i}]": one for i, one in enumerate(biases)})
     where, sizes = ops.pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
-    x, home = ops.combine(y, topk_weights, list(biases), ops.tensors_of(plan), where, sizes)
-    return Combined(x, None if topk_weights is None else home)
+    x, weights = ops.combine(y, topk_weights, list(biases), ops.tensors_of(plan), where, sizes)
+    return Combined(x, None if topk_weights is None else weights)
 
 
 def _data_and_scale(call: str, x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
@@ -129,14 +154,16 @@ def _data_and_scale(call: str, x: Tensor | Quantized) -> tuple[Tensor, Tensor | 
 
 
 def _only_tensors(call: str, **arguments: object) -> None:
-    """Refuse what an op would refuse with its schema; everything else is for the group to check."""
+    """Refuse arguments that do not fit the schema of an op; the group checks everything else."""
     for name, value in arguments.items():
         optional = name == "topk_weights"
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise ShapeError(f"{call}: {name}: expected a torch.Tensor, got {type(value).__name__}; pass one")
 
 
-def _dispatched(parts: Sequence[Tensor], plan: Plan, x: Tensor | Quantized, topk_weights: Tensor | None) -> Dispatched:
+def _dispatched(
+    parts: Sequence[Tensor], plan: Plan, x: Tensor | Quantized, topk_weights: Tensor | None
+) -> Dispatched[Any]:
     rows, scales, weights, host_counts, offsets = parts
     layout = plan.options.layout
     return Dispatched(

@@ -1,7 +1,7 @@
 """The torch.library ops behind `tokenferry.autograd`: ``tokenferry::dispatch``, ``::redispatch`` and ``::combine``.
 
-An op takes and returns tensors, ints and strings. So a group goes in as its key, and is found again by it; a plan as
-its eight tensors, and its host counts as a ninth; everything else as one string and one list of ints:
+An op takes and returns tensors, ints and strings. So a group is passed as its key, by which it is found again; a plan
+as its eight tensors, with its host counts as a ninth; everything else as one string and one list of ints:
 
 ``where``  ``"<group key> <plan key> <layout> <counts>"``
 ``sizes``  E, K, H, M, A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch, which has no plan yet)
@@ -10,22 +10,22 @@ its eight tensors, and its host counts as a ninth; everything else as one string
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup, find_group
-from tokenferry.layout import room
-from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized, Routing
+from tokenferry.layout import row_capacity
+from tokenferry.types import CountsLocation, Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized, Routing
 
 _PLAN_TENSORS = 9
-_WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that may travel, for gradients of weights without rows
+_WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that can be sent, for gradients of weights without rows
 
 
 class _Context(Protocol):
-    """What a forward leaves for its backward."""
+    """The state that a forward saves for its backward."""
 
     where: str
     sizes: Sequence[int]
@@ -55,18 +55,19 @@ def _group(where: str, sizes: Sequence[int]) -> ExpertGroup:
 
 
 def _unpack(where: str, sizes: Sequence[int]) -> tuple[ExpertGroup, DispatchOptions]:
-    _, _, layout, counts = where.split()
+    _, _, layout, location = where.split()
+    counts: CountsLocation = "device" if location == "device" else "host"
     options = DispatchOptions(Layout(layout), alignment=int(sizes[4]), counts=counts, capacity=int(sizes[5]) or None)
     return _group(where, sizes), zeroing(options)
 
 
 def zeroing(options: DispatchOptions) -> DispatchOptions:
-    """The same options with padding zeroed, where there is padding."""
+    """Return the same options with padding zeroed, where there is padding."""
     return options if options.layout is Layout.ROWS else replace(options, zero_padding=True)
 
 
 def tensors_of(plan: Plan) -> list[Tensor]:
-    """The eight tensors of a plan in the order of its fields, then its host counts (no elements if not known)."""
+    """Return the eight tensors of a plan in the order of its fields, then its host counts (empty if not known)."""
     return [
         plan.dst_token,
         plan.dst_counts,
@@ -75,13 +76,13 @@ def tensors_of(plan: Plan) -> list[Tensor]:
         plan.topk_idx,
         plan.row_idx,
         plan.expert_counts,
-        plan.places,
-        torch.tensor(plan.host_counts or (), dtype=torch.int64),
+        plan._places,
+        torch.tensor(plan._host_counts or (), dtype=torch.int64),
     ]
 
 
 def plan_of(tensors: Sequence[Tensor], key: str, options: DispatchOptions, num_tokens: int, num_delivered: int) -> Plan:
-    """Make a plan again from what crossed the border."""
+    """Return the plan of tensors that an op was given or has returned."""
     dst_token, dst_counts, src_token, src_counts, topk_idx, row_idx, expert_counts, places, host_counts = tensors
     return Plan(
         group_key=key,
@@ -96,13 +97,13 @@ def plan_of(tensors: Sequence[Tensor], key: str, options: DispatchOptions, num_t
         topk_idx=topk_idx,
         row_idx=row_idx,
         expert_counts=expert_counts,
-        places=places,
-        host_counts=ints_of(host_counts),
+        _places=places,
+        _host_counts=ints_of(host_counts),
     )
 
 
 def ints_of(host_counts: Tensor) -> tuple[int, ...] | None:
-    """The host counts that crossed the border as a tensor; None if there are none, or no values yet."""
+    """Return host counts that an op returned as a tensor; None if they are not known, or while a graph is traced."""
     # A tensor that is being traced has no values; neither has a subclass such as FakeTensor.
     if torch.compiler.is_compiling() or type(host_counts) is not Tensor:
         return None
@@ -119,8 +120,8 @@ def num_rows(rows: Tensor) -> int:
     return rows.shape[0] if rows.ndim == 2 else rows.shape[0] * rows.shape[1]
 
 
-def _parts(sent: Dispatched) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What dispatch and redispatch both return; what is absent is a tensor of no elements, as an op returns no None."""
+def _parts(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of dispatch and redispatch; an absent one is an empty tensor, as an op cannot return None."""
     rows, scale = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else (sent.x, sent.x.new_empty(0))
     weights = rows.new_empty(0, dtype=torch.float32) if sent.topk_weights is None else sent.topk_weights
     offsets = sent.expert_counts.new_empty(0) if sent.expert_offsets is None else sent.expert_offsets
@@ -134,10 +135,10 @@ def _parts(sent: Dispatched) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Give each tensor a storage of its own, from its first byte on: what the fakes promise, and torch insists upon.
+    """Give each tensor a storage of its own that begins with it, as the fakes have and torch requires.
 
-    A backend may return views of what it received, several of one block. Only what has holes is copied: over the rest
-    goes a second storage, which keeps the first alive.
+    A backend may return several views of one block. Only a tensor that is not contiguous is copied: the others get a
+    second storage over the same memory, which keeps the first one alive.
     """
     seen: set[int] = set()
     apart = []
@@ -166,7 +167,7 @@ def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def dispatch(
     x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Carry rows out and make a plan: the five parts that `redispatch` returns too, then the plan's eight tensors."""
+    """Send rows and make a plan: the five results that `redispatch` returns too, then the plan's eight tensors."""
     group, options = _unpack(where, sizes)
     rows = x if scale is None else Quantized(x, scale)
     sent = group.dispatch(rows, Routing(topk_idx, topk_weights), options=options)
@@ -180,7 +181,7 @@ def _dispatch_fake(
     group, options = _unpack(where, sizes)
     new_size = torch.library.get_ctx().new_dynamic_size
     num_ranks, num_local, top_k = group.num_ranks, group.num_local_experts, group.shape.top_k
-    space = room(group.shape, options, num_ranks)
+    space = row_capacity(group.shape, options, num_ranks)
     on_host, layout = options.counts == "host", options.layout
     received: int | torch.SymInt = new_size() if on_host else space.received
     sent: int | torch.SymInt = new_size() if on_host else x.shape[0] * space.sent
@@ -192,9 +193,9 @@ def _dispatch_fake(
         delivered = space.given
     index = x.new_empty(0, dtype=torch.int64)
     slots = 0 if layout is Layout.ROWS else received
-    columns = group.plan_columns(options)
+    columns = group._plan_columns(options)
     return (
-        *_fake_parts((x, scale, topk_weights), (group, options), delivered, top_k),
+        *_fake_parts(_Sent(x, scale, topk_weights), options, num_local, delivered, top_k),
         index.new_empty(sent),
         index.new_empty(num_ranks),
         index.new_empty(received),
@@ -206,21 +207,25 @@ def _dispatch_fake(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """The tensors that a rank sends."""
+
+    x: Tensor
+    scale: Tensor | None
+    weights: Tensor | None
+
+
 def _fake_parts(
-    sent: tuple[Tensor, Tensor | None, Tensor | None],
-    to: tuple[ExpertGroup, DispatchOptions],
-    delivered: int | torch.SymInt,
-    top_k: int,
+    sent: _Sent, options: DispatchOptions, num_local: int, delivered: int | torch.SymInt, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (x, scale, weights), (group, options) = sent, to
-    layout, num_local = options.layout, group.num_local_experts
-    places = (num_local, delivered // num_local) if layout is Layout.MASKED else (delivered,)
+    x, scale, layout = sent.x, sent.scale, options.layout
+    rows = (num_local, delivered // num_local) if layout is Layout.MASKED else (delivered,)
+    weights = (0,) if sent.weights is None else (*rows, top_k) if layout is Layout.ROWS else rows
     return (
-        x.new_empty(*places, x.shape[1]),
-        x.new_empty(0) if scale is None else scale.new_empty(*places, scale.shape[1]),
-        x.new_empty(
-            (0,) if weights is None else (*places, top_k) if layout is Layout.ROWS else places, dtype=torch.float32
-        ),
+        x.new_empty(*rows, x.shape[1]),
+        x.new_empty(0) if scale is None else scale.new_empty(*rows, scale.shape[1]),
+        x.new_empty(weights, dtype=torch.float32),
         torch.empty(num_local if options.counts == "host" else 0, dtype=torch.int64, device="cpu"),
         x.new_empty(num_local + 1 if layout is Layout.EXPERTS else 0, dtype=torch.int32),
     )
@@ -228,15 +233,17 @@ def _fake_parts(
 
 def _dispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, scale, _, weights, where, sizes = inputs
-    sizes = [*sizes[:6], x.shape[0], num_rows(output[0])]
-    _remember(ctx, (where, sizes), (*output[5:], output[3]), output[:2], (scale is not None, weights is not None))
+    ctx.quantized, ctx.weighted = scale is not None, weights is not None
+    _save(ctx, (*output[5:], output[3]), where, [*sizes[:6], x.shape[0], num_rows(output[0])])
+    if ctx.quantized:
+        ctx.mark_non_differentiable(*output[:2])
 
 
 def _dispatch_backward(
     ctx: _Context, grad_rows: Tensor, _: Tensor, grad_weights: Tensor, *__: Tensor
 ) -> tuple[Any, ...]:
-    grad_x, grad_weights_home = _carry_home(ctx, grad_rows, grad_weights)
-    return grad_x, None, None, grad_weights_home, None, None
+    grad_x, grad_topk_weights = _combine_gradients(ctx, grad_rows, grad_weights)
+    return grad_x, None, None, grad_topk_weights, None, None
 
 
 dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
@@ -254,7 +261,7 @@ dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 def redispatch(
     x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Carry rows along a plan: rows, scale, weights, host counts, offsets; the absent ones have no elements."""
+    """Send rows along a plan: rows, scale, weights, host counts, offsets; the absent ones are empty."""
     group, full_plan = _unpack_plan(where, sizes, plan)
     sent = group.redispatch(x if scale is None else Quantized(x, scale), full_plan, topk_weights=topk_weights)
     return _apart(_parts(sent))
@@ -264,48 +271,43 @@ def redispatch(
 def _redispatch_fake(
     x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    return _fake_parts((x, scale, topk_weights), _unpack(where, sizes), sizes[7], sizes[1])
+    group, options = _unpack(where, sizes)
+    return _fake_parts(_Sent(x, scale, topk_weights), options, group.num_local_experts, sizes[7], sizes[1])
 
 
 def _redispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, scale, weights, plan, where, sizes = inputs
-    _remember(ctx, (where, sizes), plan, output[:2], (scale is not None, weights is not None))
+    ctx.quantized, ctx.weighted = scale is not None, weights is not None
+    _save(ctx, plan, where, sizes)
+    if ctx.quantized:
+        ctx.mark_non_differentiable(*output[:2])
 
 
 def _redispatch_backward(
     ctx: _Context, grad_rows: Tensor, _: Tensor, grad_weights: Tensor, *__: Tensor
 ) -> tuple[Any, ...]:
-    grad_x, grad_weights_home = _carry_home(ctx, grad_rows, grad_weights)
-    return grad_x, None, grad_weights_home, [None] * _PLAN_TENSORS, None, None
+    grad_x, grad_topk_weights = _combine_gradients(ctx, grad_rows, grad_weights)
+    return grad_x, None, grad_topk_weights, [None] * _PLAN_TENSORS, None, None
 
 
 redispatch.register_autograd(_redispatch_backward, setup_context=_redispatch_setup)
 
 
-def _remember(
-    ctx: _Context,
-    way: tuple[str, Sequence[int]],
-    plan: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    kinds: tuple[bool, bool],
-) -> None:
-    ctx.where, ctx.sizes = way
-    ctx.group = _group(*way)  # keeps it alive until backward has run
-    ctx.quantized, ctx.weighted = kinds
+def _save(ctx: _Context, plan: Sequence[Tensor], where: str, sizes: Sequence[int]) -> None:
+    ctx.where, ctx.sizes = where, sizes
+    ctx.group = _group(where, sizes)  # keeps it alive until backward has run
     ctx.save_for_backward(*plan)
-    if ctx.quantized:
-        ctx.mark_non_differentiable(*rows)
 
 
-def _carry_home(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The backward of dispatch and redispatch: one combine, the same on all ranks whatever each needs gradients of."""
+def _combine_gradients(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Run the backward of dispatch and redispatch: one combine on all ranks, whichever gradients each of them needs."""
     plan, sizes = ctx.saved_tensors, list(ctx.sizes)
     weights = grad_weights.contiguous() if ctx.weighted else None
     if ctx.quantized:
         sizes[2] = _WEIGHTS_ONLY_HIDDEN
         grad_rows = grad_rows.new_zeros(*grad_rows.shape[:-1], _WEIGHTS_ONLY_HIDDEN, dtype=torch.bfloat16)
-    home, weights_home = combine(grad_rows.contiguous(), weights, [], list(plan), ctx.where, sizes)
-    return None if ctx.quantized else home, weights_home if ctx.weighted else None
+    grad_x, grad_topk_weights = combine(grad_rows.contiguous(), weights, [], list(plan), ctx.where, sizes)
+    return None if ctx.quantized else grad_x, grad_topk_weights if ctx.weighted else None
 
 
 # ---------------------------------------------------------------------- combine
@@ -320,15 +322,15 @@ def _carry_home(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -> tuple
 def combine(
     y: Tensor, topk_weights: Tensor | None, biases: list[Tensor], plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Bring rows home along a plan: sums, and weights (no elements without)."""
+    """Return rows along a plan: sums, and weights (empty if none were given)."""
     group, full_plan = _unpack_plan(where, sizes, plan)
     by_slot = full_plan.options.layout is Layout.ROWS
     if topk_weights is not None and by_slot and topk_weights.shape == full_plan.topk_idx.shape:
-        # Dispatch made the slots of other ranks' experts 0, whatever was sent: so they carry no gradient home.
+        # Dispatch has set the slots of other ranks' experts to 0, whatever was sent: so they have no gradient.
         topk_weights = topk_weights.masked_fill(full_plan.topk_idx < 0, 0.0)
     sums = group.combine(y, full_plan, topk_weights=topk_weights, bias=tuple(biases))
-    home = y.new_empty(0, dtype=torch.float32) if sums.topk_weights is None else sums.topk_weights
-    return _apart((sums.x, home))
+    weights = y.new_empty(0, dtype=torch.float32) if sums.topk_weights is None else sums.topk_weights
+    return _apart((sums.x, weights))
 
 
 @combine.register_fake
@@ -341,14 +343,14 @@ def _combine_fake(
 
 def _combine_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, weights, biases, plan, where, sizes = inputs
-    ctx.num_biases = len(biases)
-    _remember(ctx, (where, sizes), plan, (), (False, weights is not None))
+    ctx.num_biases, ctx.quantized, ctx.weighted = len(biases), False, weights is not None
+    _save(ctx, plan, where, sizes)
 
 
-def _combine_backward(ctx: _Context, grad_x: Tensor, grad_home: Tensor) -> tuple[Any, ...]:
-    home = grad_home.contiguous() if ctx.weighted else None
+def _combine_backward(ctx: _Context, grad_x: Tensor, grad_weights_sum: Tensor) -> tuple[Any, ...]:
+    sent_weights = grad_weights_sum.contiguous() if ctx.weighted else None
     grad_y, _, grad_weights, *_ = redispatch(
-        grad_x.contiguous(), None, home, list(ctx.saved_tensors), ctx.where, ctx.sizes
+        grad_x.contiguous(), None, sent_weights, list(ctx.saved_tensors), ctx.where, ctx.sizes
     )
     return grad_y, grad_weights if ctx.weighted else None, [grad_x] * ctx.num_biases, [None] * _PLAN_TENSORS, None, None
 

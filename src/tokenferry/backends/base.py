@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -121,6 +121,10 @@ class DecodeCombineRequest:
     return_hook: bool
 
 
+def no_hook() -> None:
+    """Do nothing: the hook of a decode call that has received its rows already."""
+
+
 class Backend(Protocol):
     """One way to carry rows. Calls are collective; a failed one breaks the backend.
 
@@ -141,16 +145,16 @@ class Backend(Protocol):
     @property
     def broken(self) -> str | None: ...  # noqa: D102
     # What each call does is said once, in tokenferry.api.
-    def dispatch(self, request: DispatchRequest) -> Dispatched: ...  # noqa: D102
-    def redispatch(self, request: RedispatchRequest) -> Dispatched: ...  # noqa: D102
+    def dispatch(self, request: DispatchRequest) -> Dispatched[Any]: ...  # noqa: D102
+    def redispatch(self, request: RedispatchRequest) -> Dispatched[Any]: ...  # noqa: D102
     def combine(self, request: CombineRequest) -> Combined: ...  # noqa: D102
-    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched: ...  # noqa: D102
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Any]: ...  # noqa: D102
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined: ...  # noqa: D102
     def warmup(self) -> None: ...  # noqa: D102
     def synchronize(self) -> None: ...  # noqa: D102
     def empty_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor: ...  # noqa: D102
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
-        """C of ``Plan.places``, which has T rows where C > 0, and none otherwise."""
+        """Return the columns of ``Plan._places``, which has T rows, or none where this is 0."""
         ...
 
     def mask(self, rank: int, *, masked: bool) -> None: ...  # noqa: D102

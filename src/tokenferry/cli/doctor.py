@@ -18,7 +18,7 @@ from tokenferry.cli.finding import Finding, run_check
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
-from tokenferry.types import MoeShape, Routing
+from tokenferry.types import MoeShape, Routing, TransportName
 
 HELP = "run small checks of this machine, and print what works and why the rest does not"
 DESCRIPTION = """\
@@ -127,7 +127,7 @@ def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
     return f"all_reduce over {pg.size()} rank processes"
 
 
-def over_transport(rank: int, pg: dist.ProcessGroup, transport: str) -> str:
+def over_transport(rank: int, pg: dist.ProcessGroup, transport: TransportName) -> str:
     """Make a round trip over one transport; a job of `World`."""
     with ExpertGroup(pg, _shape(pg.size()), backend="cpu", transport=transport, timeout_s=JOB_TIMEOUT_S / 2) as group:
         return round_trip(group)

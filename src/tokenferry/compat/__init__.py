@@ -1,1 +1,1 @@
-"""APIs of other libraries, spoken by tokenferry. Imported by no other room."""
+"""APIs of other libraries, on top of tokenferry. No other module of the package imports them."""

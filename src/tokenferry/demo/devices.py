@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenferry.errors import ConfigError
+from tokenferry.types import BackendName
 
 CPU_RANKS = 4
 MIN_CAPABILITY = (9, 0)
@@ -24,7 +25,7 @@ class Placement:
         text: A line for the user about the choice.
     """
 
-    device: str
+    device: BackendName
     ranks: int
     text: str
 

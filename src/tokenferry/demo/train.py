@@ -19,7 +19,7 @@ from tokenferry.bench.core import progress
 from tokenferry.demo.model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
-from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import BackendName, Combined, Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
 
 TEXT_BYTES = 4 << 20
 
@@ -49,7 +49,7 @@ class Options:
     ranks: int
     seed: int
     dtype: torch.dtype = torch.float64
-    device: str = "cpu"
+    device: BackendName = "cpu"
     batch: int = 16
     context: int = 64
     hidden: int = 64
@@ -105,7 +105,7 @@ class TimedGroup(ExpertGroup):
         *,
         options: DispatchOptions | None = None,
         num_sms: int | None = None,
-    ) -> Dispatched:
+    ) -> Dispatched[Any]:
         """Time `ExpertGroup.dispatch`."""
         start = self.now()
         result = super().dispatch(x, routing, options=options, num_sms=num_sms)
@@ -119,7 +119,7 @@ class TimedGroup(ExpertGroup):
         *,
         topk_weights: Tensor | None = None,
         num_sms: int | None = None,
-    ) -> Dispatched:
+    ) -> Dispatched[Any]:
         """Time `ExpertGroup.redispatch`, the backward of combine."""
         start = self.now()
         result = super().redispatch(x, plan, topk_weights=topk_weights, num_sms=num_sms)

@@ -19,29 +19,29 @@ class MoELayer(nn.Module):
     """SwiGLU experts spread over the ranks of a group: the sum of ``w_k * ((silu(x @ gate) * (x @ up)) @ down)``.
 
     Contract:
-        Collective: forward (a dispatch and a combine) and backward (a combine and a redispatch). All ranks call both as
-            often, with the same grad mode; T may differ and may be 0, also N.
+        Collective: forward (a dispatch and a combine) and backward (a combine and a redispatch). All ranks call both
+            equally often, with the same grad mode; T and N may differ and may be 0.
         Host: waits for the counts, as `ExpertGroup.dispatch`. torch.compile: the counts break the graph, unless
             ``torch._dynamo.config.capture_scalar_outputs`` is set; then it compiles with ``fullgraph=True``.
-        Gradients: of the *sum* over all ranks' losses. An expert's are complete on the rank that holds it: leave those
-            alone. The router's, as those of every replicated parameter, are this rank's share: all-reduce them with
-            SUM. For a mean over ranks, every rank starts backward from ``loss / R``. `replicated_parameters` and
-            `expert_parameters` tell them apart.
+        Gradients: of the *sum* over all ranks' losses. Those of an expert are complete on the rank that holds it: do
+            not reduce them. Those of the router, and of every replicated parameter, are this rank's share: all-reduce
+            them with SUM. For a mean over ranks, every rank starts backward from ``loss / R``. See
+            `expert_parameters` and `replicated_parameters`.
         Parameters: drawn per expert of the whole layer, so that the same seed gives the same layer for every R.
 
     Args:
-        group: Its shape says E, K and H. The layer does not close it.
+        group: Its shape gives E, K and H. The layer does not close it.
         ffn_hidden: F, the width inside an expert.
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
             device.
         seed: In 0 .. 2^40 - 1; the same on every rank.
-        dtype: Of the experts; None: torch's default. It must be the dtype of the rows.
+        dtype: That of the experts and of the rows; None: torch's default.
 
     Attributes:
         gate, up: ``[L, H, F]`` parameters: this rank's experts.
         down: ``[L, F, H]`` parameter.
-        expert_counts: ``[L]`` int32: rows that this rank's experts got in the last forward, from all ranks; None
-            before it.
+        expert_counts: ``[L]`` int32: rows that this rank's experts received in the last forward, from all ranks; None
+            before the first.
 
     Raises:
         ConfigError: ``ffn_hidden`` or ``seed`` is out of range.
@@ -95,11 +95,10 @@ class MoELayer(nn.Module):
             raise ShapeError(f"MoELayer: x: expected {self.gate.dtype} as the experts, got {x.dtype}; call .to()")
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         sent = autograd.dispatch(self.group, rows, self.router(rows), options=DispatchOptions(Layout.EXPERTS))
-        assert isinstance(sent.x, Tensor)
         assert sent.topk_weights is not None
         self.expert_counts = sent.expert_counts
         counts = sent.expert_counts.tolist() if sent.host_counts is None else list(sent.host_counts)
-        # An expert without rows runs too: ranks must not differ in their graphs, and its gradient is 0, not None.
+        # An expert without rows runs too: all ranks must build the same graph, and its gradient is 0, not None.
         y = torch.cat(
             [swiglu(part, self.gate[e], self.up[e], self.down[e]) for e, part in enumerate(torch.split(sent.x, counts))]
         )
@@ -107,10 +106,10 @@ class MoELayer(nn.Module):
         return autograd.combine(self.group, y, sent.plan).x.reshape(x.shape)
 
     def expert_parameters(self) -> list[nn.Parameter]:
-        """Parameters that only this rank holds: leave their gradients alone."""
+        """Return the parameters that only this rank holds: do not reduce their gradients."""
         return [self.gate, self.up, self.down]
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """Parameters that every rank has a copy of: all-reduce their gradients with SUM."""
+        """Return the parameters that every rank has a copy of: all-reduce their gradients with SUM."""
         mine = {id(parameter) for parameter in self.expert_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in mine]

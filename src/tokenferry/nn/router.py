@@ -1,6 +1,8 @@
-"""Gating: which experts each token goes to, and with what weights."""
+"""Gating: choose the experts of each token, and their weights."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -11,6 +13,27 @@ from tokenferry.nn.seeds import ROUTER_STREAM, generator
 from tokenferry.types import Routing
 
 _SCORES_PER_GROUP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLimit:
+    """How many groups of experts a token may use; with one group per node, it limits the nodes that a token visits.
+
+    Args:
+        num_groups: Groups of neighbouring experts; a divisor of E.
+        top_groups: Groups that a token may use.
+
+    Raises:
+        ConfigError: ``num_groups`` is not positive, or ``top_groups`` is not in 1 .. num_groups.
+    """
+
+    num_groups: int
+    top_groups: int
+
+    def __post_init__(self) -> None:
+        if self.num_groups < 1:
+            raise ConfigError(f"GroupLimit: num_groups: expected a positive integer, got {self.num_groups}")
+        _in_range("GroupLimit", "top_groups", self.top_groups, self.num_groups)
 
 
 def softmax_topk(logits: Tensor, top_k: int, *, normalize: bool = True) -> Routing:
@@ -47,13 +70,7 @@ def softmax_topk(logits: Tensor, top_k: int, *, normalize: bool = True) -> Routi
 
 
 def group_limited_topk(
-    logits: Tensor,
-    top_k: int,
-    *,
-    num_groups: int,
-    top_groups: int,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
+    logits: Tensor, top_k: int, limit: GroupLimit, *, bias: Tensor | None = None, scale: float = 1.0
 ) -> Routing:
     """Choose experts from few groups only, with sigmoid scores and a bias that steers the choice but not the weights.
 
@@ -69,31 +86,28 @@ def group_limited_topk(
     Args:
         logits: ``[T, E]`` floating point; scores are computed in float32, of float64 in float64.
         top_k: K <= top_groups * E / num_groups.
-        num_groups: A divisor of E; 1 for no limit.
-        top_groups: Groups that a token may use.
+        limit: Groups, and how many of them a token may use; ``GroupLimit(1, 1)`` for no limit.
         bias: ``[E]`` floating point, or None. It has no gradient.
-        scale: What a token's weights add up to.
+        scale: The sum of a token's weights.
 
     Returns:
         Routing: ``topk_idx`` ``[T, K]`` int64, best biased score first, and ``topk_weights`` ``[T, K]`` float32.
 
     Raises:
         ShapeError: ``logits`` is no ``[T, E]`` of floating point, or ``bias`` no ``[E]``.
-        ConfigError: a count is out of its range.
+        ConfigError: ``top_k`` is out of range, or ``num_groups`` does not divide E.
 
     Example:
         >>> import torch
-        >>> from tokenferry.nn import group_limited_topk
+        >>> from tokenferry.nn import GroupLimit, group_limited_topk
         >>> logits = torch.tensor([[9.0, 0.0, 3.0, 3.0]])  # one good expert, and one good group
-        >>> group_limited_topk(logits, top_k=2, num_groups=2, top_groups=1).topk_idx
+        >>> group_limited_topk(logits, top_k=2, limit=GroupLimit(num_groups=2, top_groups=1)).topk_idx
         tensor([[2, 3]])
     """
     call = "group_limited_topk"
-    num_experts = _num_experts(call, logits)
-    _in_range(call, "num_groups", num_groups, num_experts)
+    num_experts, num_groups, top_groups = _num_experts(call, logits), limit.num_groups, limit.top_groups
     if num_experts % num_groups:
         raise ConfigError(f"{call}: num_groups={num_groups} does not divide E={num_experts}; use a divisor of E")
-    _in_range(call, "top_groups", top_groups, num_groups)
     width = num_experts // num_groups
     _in_range(call, "top_k", top_k, top_groups * width)
     if bias is not None and bias.shape != (num_experts,):
@@ -112,7 +126,7 @@ def group_limited_topk(
 
 
 class Router(nn.Module):
-    """A linear layer and a gating: which experts each token goes to, and with what weights.
+    """A linear layer and a gating: chooses the experts of each token, and their weights.
 
     Contract:
         Local; differentiable. Every rank holds a copy: sum its gradient over the ranks, as a replicated parameter.
@@ -122,9 +136,9 @@ class Router(nn.Module):
         hidden: H.
         num_experts: E.
         top_k: K.
-        groups: None for `softmax_topk`; ``(num_groups, top_groups)`` for `group_limited_topk` with a bias per expert.
-        scale: `group_limited_topk` only: what a token's weights add up to.
-        seed: Every rank must give the same.
+        group_limit: None for `softmax_topk`; for `group_limited_topk`, with a bias per expert, its limit.
+        scale: `group_limited_topk` only: the sum of a token's weights.
+        seed: The same on every rank.
 
     Attributes:
         weight: ``[E, H]`` float32 parameter.
@@ -135,8 +149,9 @@ class Router(nn.Module):
 
     Example:
         >>> import torch
-        >>> from tokenferry.nn import Router
-        >>> routing = Router(hidden=8, num_experts=16, top_k=4, groups=(4, 2), scale=2.5)(torch.randn(3, 8))
+        >>> from tokenferry.nn import GroupLimit, Router
+        >>> router = Router(hidden=8, num_experts=16, top_k=4, group_limit=GroupLimit(4, 2), scale=2.5)
+        >>> routing = router(torch.randn(3, 8))
         >>> routing.topk_idx.shape, routing.topk_weights.sum(dim=1)
         (torch.Size([3, 4]), tensor([2.5000, 2.5000, 2.5000], grad_fn=<SumBackward1>))
     """
@@ -150,34 +165,33 @@ class Router(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        groups: tuple[int, int] | None = None,
+        group_limit: GroupLimit | None = None,
         scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if groups is None and scale != 1.0:
-            raise ConfigError(f"Router: scale={scale} needs groups, e.g. groups=(1, 1); softmax weights add up to 1")
+        if group_limit is None and scale != 1.0:
+            raise ConfigError(
+                f"Router: scale={scale} needs group_limit, e.g. GroupLimit(1, 1); softmax weights add up to 1"
+            )
         self.top_k = top_k
-        self.groups = groups
+        self.group_limit = group_limit
         self.scale = scale
         draws = generator("Router", seed, ROUTER_STREAM)
         self.weight = nn.Parameter(torch.randn(num_experts, hidden, generator=draws) * hidden**-0.5)
-        self.register_buffer("bias", None if groups is None else torch.zeros(num_experts))
+        self.register_buffer("bias", None if group_limit is None else torch.zeros(num_experts))
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x`` ``[T, H]``; see `softmax_topk` and `group_limited_topk`."""
         rows = _wide(x)
         logits = F.linear(rows, self.weight.to(rows.dtype))
-        if self.groups is None:
+        if self.group_limit is None:
             return softmax_topk(logits, self.top_k)
-        num_groups, top_groups = self.groups
-        return group_limited_topk(
-            logits, self.top_k, num_groups=num_groups, top_groups=top_groups, bias=self.bias, scale=self.scale
-        )
+        return group_limited_topk(logits, self.top_k, self.group_limit, bias=self.bias, scale=self.scale)
 
     @torch.no_grad()
     def update_bias(self, expert_counts: Tensor, *, rate: float = 0.001) -> None:
-        """Make overloaded experts less likely and idle ones more: balance without an auxiliary loss.
+        """Make overloaded experts less likely and idle ones more likely: balance without an auxiliary loss.
 
         The rule of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): after a step, an expert's bias falls by ``rate`` if
         its load was above the mean, and rises by ``rate`` if it was below.
@@ -195,7 +209,7 @@ class Router(nn.Module):
         """
         if self.bias is None:
             raise ConfigError(
-                "update_bias: this router has no bias; make it with groups, e.g. Router(..., groups=(1, 1))"
+                "update_bias: this router has no bias; make it with Router(..., group_limit=GroupLimit(1, 1))"
             )
         if expert_counts.shape != self.bias.shape:
             raise ShapeError(
@@ -211,7 +225,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """The indices of each row's ``count`` largest; equal ones in their order, which `torch.topk` does not promise."""
+    """Return the indices of each row's ``count`` largest; equal ones in order, which `torch.topk` does not promise."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
 
 

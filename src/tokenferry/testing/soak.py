@@ -28,8 +28,18 @@ from tokenferry.testing.cases import ROUTINGS, Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle
 from tokenferry.testing.world import World, WorldError
-from tokenferry.types import DecodeDispatched, Dispatched, DispatchOptions, Layout, MoeShape, Routing
+from tokenferry.types import (
+    BackendName,
+    CountsLocation,
+    Dispatched,
+    DispatchOptions,
+    Layout,
+    MoeShape,
+    Quantized,
+    Routing,
+)
 
+_COUNTS: tuple[CountsLocation, ...] = ("host", "device")
 CHUNK_S = 20.0
 """Seconds of one job of the command; then it says how far it is."""
 STEPS_BETWEEN_AGREEMENTS = 16
@@ -52,7 +62,7 @@ class Soak:
 
     seconds: float
     seed: int = 0
-    device: str = "cpu"
+    device: BackendName = "cpu"
     timeout_s: float = 30.0
 
 
@@ -73,7 +83,7 @@ class Live:
     case: Case
     options: DispatchOptions
     oracle: Oracle
-    sent: Dispatched
+    sent: Dispatched[Tensor | Quantized]
 
 
 class Soaker:
@@ -204,15 +214,13 @@ class Soaker:
         mine, view = oracle.sent[self.rank], self.group.for_shape(case.shape)
         fast, hook = self._shared.random() < 0.5, self._shared.random() < 0.5
         routing = Routing(self._here(mine.topk_idx), self._maybe(mine.topk_weights))
-        sent: DecodeDispatched = view.decode_dispatch(self._here(mine.x), routing, return_hook=hook)
-        if sent.hook is not None:
-            sent.hook()
+        sent = view.decode_dispatch(self._here(mine.x), routing, return_hook=hook)
+        sent.hook()
         size = oracle.num_local * oracle.capacity
         ys = [answers(case, oracle, there, size, case.dtype) for there in range(self.ranks)]
         y = self._here(ys[self.rank]).reshape(oracle.num_local, oracle.capacity, case.hidden)
         home = view.decode_combine(y, sent.plan, numerics="fast" if fast else "exact", return_hook=hook)
-        if home.hook is not None:
-            home.hook()
+        home.hook()
         self.tally.calls += 2
         what = f"rank {self.rank}, {case} decode {fast=}"
         assert isinstance(sent.x, Tensor)
@@ -293,7 +301,7 @@ def draw_case(pick: random.Random, ranks: int, *, decode: bool = False) -> Case:
 
 def draw_options(pick: random.Random, case: Case) -> DispatchOptions:
     """Any delivery that the rows of ``case`` fit into."""
-    layout, counts = pick.choice(tuple(Layout)), pick.choice(("host", "device"))
+    layout, counts = pick.choice(tuple(Layout)), pick.choice(_COUNTS)
     alignment = pick.randint(1, 9) if layout is Layout.EXPERTS else 1
     room = None
     if (counts == "device" or layout is Layout.MASKED) and pick.random() < 0.5:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.testing.soak_graphs_truth import Brought, Truth, factors, loaded, numbers
 from tokenferry.testing.world import World, WorldError
-from tokenferry.types import DecodeDispatched, MoeShape, Quantized, Routing, Scale
+from tokenferry.types import BackendName, DecodeDispatched, EncodingName, MoeShape, Numerics, Quantized, Routing, Scale
 
 CHUNK = 2500
 """Replays of one group of the command; then it says how far it is, and makes another."""
@@ -58,7 +58,7 @@ class Kind:
 
     fp8: Scale | None = None
     fast: bool = False
-    encoding: str = "same"
+    encoding: EncodingName = "same"
     hooks: bool = False
     hidden: int = 1024
     tokens: int = 32
@@ -100,7 +100,7 @@ class Soak:
 
     replays: int
     seed: int = 0
-    device: str = "cpu"
+    device: BackendName = "cpu"
     first: int = 0
     timeout_s: float = 30.0
 
@@ -130,7 +130,7 @@ class Graph:
         self._factors = factors(kind.local * R, device)[first : first + kind.local, None, None]
         self._group = group.for_shape(kind.shape(R))
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._results: tuple[DecodeDispatched, Tensor] | None = None
+        self._results: tuple[DecodeDispatched[Tensor | Quantized], Tensor] | None = None
 
     def capture(self, stream: torch.cuda.Stream) -> None:
         """Make the graph; the calls have been made once without it."""
@@ -138,7 +138,7 @@ class Graph:
         with torch.cuda.graph(self._graph, stream=stream):
             self._results = self.call()
 
-    def replay(self, brought: Brought, *, eager: bool) -> tuple[DecodeDispatched, Tensor]:
+    def replay(self, brought: Brought, *, eager: bool) -> tuple[DecodeDispatched[Tensor | Quantized], Tensor]:
         """Write the inputs and go: with the graph, if there is one and not ``eager``; collective."""
         rank = self._group.rank
         self.x.copy_(brought.x[rank])
@@ -149,12 +149,12 @@ class Graph:
         self._graph.replay()
         return self._results
 
-    def call(self) -> tuple[DecodeDispatched, Tensor]:
+    def call(self) -> tuple[DecodeDispatched[Tensor | Quantized], Tensor]:
         """Dispatch, experts, combine. What a call has sent may be overwritten before its hook is called: it is."""
         kind, group = self.kind, self._group
         routing = Routing(self.topk_idx, self.topk_weights)
         sent = group.decode_dispatch(self.x, routing, quantize=kind.fp8, return_hook=kind.hooks)
-        if sent.hook is not None:
+        if kind.hooks:
             self.x.fill_(torch.nan)
             sent.hook()
         if isinstance(sent.x, Quantized):
@@ -162,9 +162,9 @@ class Graph:
         else:
             rows = sent.x.float()
         y = (rows * self._factors).to(torch.bfloat16)
-        numerics = "fast" if kind.fast else "exact"
+        numerics: Numerics = "fast" if kind.fast else "exact"
         home = group.decode_combine(y, sent.plan, numerics=numerics, encoding=kind.encoding, return_hook=kind.hooks)
-        if home.hook is not None:
+        if kind.hooks:
             y.fill_(torch.nan)
             home.hook()
         return sent, home.x

@@ -118,7 +118,7 @@ class Truth:
         self._num_local = num_experts // brought.x.shape[0]
         self._sizes = (torch.zeros(()), torch.zeros(()))  # of a sum over logfmt10: magnitudes, steps of one code
 
-    def wrong(self, sent: DecodeDispatched, total: Tensor) -> dict[str, Tensor]:
+    def wrong(self, sent: DecodeDispatched[Tensor | Quantized], total: Tensor) -> dict[str, Tensor]:
         """Where results differ, by what they are: bool tensors; nothing waits for the device."""
         found = self._wrong_rows(sent)
         want = self.total()
@@ -136,7 +136,7 @@ class Truth:
 
     # ------------------------------------------------------------------ dispatch
 
-    def _wrong_rows(self, sent: DecodeDispatched) -> dict[str, Tensor]:
+    def _wrong_rows(self, sent: DecodeDispatched[Tensor | Quantized]) -> dict[str, Tensor]:
         R, M, H = self._brought.x.shape
         device, L = self._brought.x.device, self._num_local
         local = torch.arange(L, device=device)

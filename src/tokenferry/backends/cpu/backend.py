@@ -27,6 +27,7 @@ from tokenferry.types import (
     Layout,
     MoeShape,
     Plan,
+    Quantized,
 )
 
 
@@ -102,13 +103,13 @@ class CpuBackend:
         return 0
 
     @torch.no_grad()
-    def dispatch(self, request: DispatchRequest) -> Dispatched:
+    def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("dispatch", request.num_sms)
         return dispatch.dispatch(self._exchange, self.key, request)
 
     @torch.no_grad()
-    def redispatch(self, request: RedispatchRequest) -> Dispatched:
+    def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("redispatch", request.num_sms)
         return dispatch.redispatch(self._exchange, request)
@@ -120,7 +121,7 @@ class CpuBackend:
         return combine.combine(self._exchange, request)
 
     @torch.no_grad()
-    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.decode`."""
         return decode.decode_dispatch(self._exchange, self.key, request)
 

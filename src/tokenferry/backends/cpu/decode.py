@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
@@ -41,7 +41,9 @@ class _Outgoing:
     counts: list[int]
 
 
-def decode_dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest) -> DecodeDispatched:
+def decode_dispatch(
+    exchange: Exchange, key: str, request: DecodeDispatchRequest
+) -> DecodeDispatched[Tensor | Quantized]:
     """Cast and send the rows; then, at once or in the hook, arrange those that arrive as ``[L, R*M, H]``."""
     shape, routing = request.shape, request.routing
     num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
@@ -69,9 +71,9 @@ def decode_dispatch(exchange: Exchange, key: str, request: DecodeDispatchRequest
             src_token=torch.empty(num_local, num_rows, dtype=torch.int32),
             src_range=torch.empty(num_local, num_ranks, dtype=torch.int64),
             row_weights=None if routing.topk_weights is None else torch.empty(num_local, num_rows),
-            number=pending.number,
+            _call_number=pending.number,
         ),
-        hook=None,
+        hook=no_hook,
     )
 
     def arrange(received: Sequence[ReceivedRows]) -> None:
@@ -143,7 +145,7 @@ def _start_combine(
     """Send each rank the rows of its tokens."""
     payload = outgoing.payload
     fields = {
-        "dispatch of the plan": request.plan.number,
+        "dispatch of the plan": request.plan._call_number,
         "fast": int(request.fast),
         "encoding": int(request.encoding),
         "dtype": dtype_code(request.y.dtype),
@@ -195,7 +197,7 @@ def _sums_by_source(
 
 def _finish(
     pending: Pending, stats: DecodeStats, work: Callable[[Sequence[ReceivedRows]], None], *, return_hook: bool
-) -> Callable[[], None] | None:
+) -> Callable[[], None]:
     """Run the second half of a call now, or return a hook that runs it once."""
     done = False
 
@@ -211,11 +213,16 @@ def _finish(
     if return_hook:
         return hook
     hook()
-    return None
+    return no_hook
 
 
 def _arrange(
-    result: DecodeDispatched, payload: Payload, received: Sequence[ReceivedRows], allocator: Allocator, *, first: int
+    result: DecodeDispatched[Tensor | Quantized],
+    payload: Payload,
+    received: Sequence[ReceivedRows],
+    allocator: Allocator,
+    *,
+    first: int,
 ) -> None:
     """Fill the result of a decode dispatch with received rows; ``first`` is the first local expert."""
     plan = result.plan

@@ -16,7 +16,7 @@ from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
 from tokenferry.backends.cpu.payload import Payload, ReceivedRows
 from tokenferry.errors import CapacityError
 from tokenferry.formats.dtypes import dtype_code
-from tokenferry.layout import Room, Sections, room
+from tokenferry.layout import RowCapacity, Sections, row_capacity
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized
 
 LAYOUT_CODES = {Layout.ROWS: 0, Layout.EXPERTS: 1, Layout.MASKED: 2}
@@ -40,7 +40,7 @@ class _Arrangement:
     row_idx: Tensor
 
 
-def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatched:
+def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
     """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
     shape, options, routing = request.shape, request.options, request.routing
     num_tokens, num_local = routing.topk_idx.shape[0], shape.num_experts // exchange.num_ranks
@@ -49,7 +49,7 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
         request.x, weights=routing.topk_weights, topk_idx=routing.topk_idx, token=torch.arange(num_tokens)
     )
     pending = _start_dispatch(exchange, request, payload, dst_token, dst_counts)
-    space = room(shape, options, exchange.num_ranks)
+    space = row_capacity(shape, options, exchange.num_ranks)
     with pending.receive() as received:
         metadata = payload.gather_metadata(received)
         local_idx = cpu_routing.to_local(metadata["topk_idx"], exchange.rank * num_local, num_local)
@@ -67,7 +67,7 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
             topk_idx=local_idx,
             row_idx=arrangement.row_idx,
             expert_counts=arrangement.counts.int(),
-            places=torch.empty(0, 0, dtype=torch.int32),
+            _places=torch.empty(0, 0, dtype=torch.int32),
         )
         unlimited = options.counts == "host" and options.layout is not Layout.MASKED
         fits = arrangement.needed <= space.given or unlimited
@@ -80,7 +80,7 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
     return result
 
 
-def redispatch(exchange: Exchange, request: RedispatchRequest) -> Dispatched:
+def redispatch(exchange: Exchange, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
     """Move rows along a plan, whose counts are known."""
     plan = request.plan
     payload = _payload(request.x, weights=request.topk_weights)
@@ -120,7 +120,7 @@ def _start_dispatch(
     return exchange.start(Signature(Kind.dispatch, fields), payload.sections, counts, fill)
 
 
-def _arrange(local_idx: Tensor, num_local: int, options: DispatchOptions, space: Room) -> _Arrangement:
+def _arrange(local_idx: Tensor, num_local: int, options: DispatchOptions, space: RowCapacity) -> _Arrangement:
     """Assign received rows their positions in the layout of the result."""
     num_rows = local_idx.shape[0]
     if options.layout is Layout.ROWS:
@@ -138,7 +138,7 @@ def _arrange(local_idx: Tensor, num_local: int, options: DispatchOptions, space:
     return _Arrangement(assigned.counts, num_delivered, needed, assigned.row_idx)
 
 
-def _padded(plan: Plan, space: Room) -> Plan:
+def _padded(plan: Plan, space: RowCapacity) -> Plan:
     """Pad the plan's tensors to shapes that do not depend on the routing."""
     has_positions = plan.options.layout is not Layout.ROWS
     return dataclasses.replace(
@@ -156,7 +156,7 @@ def _deliver(
     received: Sequence[ReceivedRows],
     metadata: dict[str, Tensor],
     allocator: Allocator,
-) -> Dispatched:
+) -> Dispatched[Tensor | Quantized]:
     """Copy received rows and their metadata to the positions in the plan."""
     options, layout = plan.options, plan.options.layout
     num_local, num_delivered = plan.expert_counts.numel(), plan.num_delivered
@@ -201,7 +201,7 @@ def _deliver(
     )
 
 
-def _check_capacity(exchange: Exchange, options: DispatchOptions, space: Room, needed: int) -> None:
+def _check_capacity(exchange: Exchange, options: DispatchOptions, space: RowCapacity, needed: int) -> None:
     """Exchange the rows that did not fit (0: all fit), so that either all ranks raise or none; collective."""
     verdict = [needed] * exchange.num_ranks
     pending = exchange.start(Signature(Kind.capacity_check, {}), Sections(()), verdict, lambda *_: None)

@@ -104,7 +104,7 @@ class CudaBackend:
         return found
 
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
-        """C of ``Plan.places``."""
+        """Return the columns of ``Plan._places``."""
         return num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
 
     def empty_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor:
@@ -114,7 +114,7 @@ class CudaBackend:
 
     # ------------------------------------------------------------------ throughput
 
-    def dispatch(self, request: DispatchRequest) -> Dispatched:
+    def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Plan, move, unpack; and wait for the counts if they are wanted here."""
         shape, options, routing = request.shape, request.options, request.routing
         payload = _payload(request.x, routing.topk_weights, routing.topk_idx)
@@ -132,7 +132,7 @@ class CudaBackend:
             )
         return self.dispatcher.first(call, payload, found, sms)
 
-    def redispatch(self, request: RedispatchRequest) -> Dispatched:
+    def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Move along a plan, unpack."""
         plan = request.plan
         options = plan.options
@@ -201,7 +201,7 @@ class CudaBackend:
     # ------------------------------------------------------------------ decode
 
     @torch.no_grad()
-    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.decode`."""
         return self.decoder.dispatch(request)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.faults import Signature
@@ -158,7 +158,7 @@ class Decoder:
 
     # ------------------------------------------------------------------ dispatch
 
-    def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched:
+    def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """Send; receive, or return what will."""
         context, shape, stats = self._context, request.shape, request.stats
         check_limits(shape, context.num_ranks)
@@ -179,7 +179,7 @@ class Decoder:
         pointers = (
             x.data_ptr(), topk_idx.data_ptr(), address(weights), address(choices), data.data_ptr(), address(scale),
             result.expert_counts.data_ptr(), address(stats.received), plan.src_token.data_ptr(),
-            plan.src_range.data_ptr(), address(plan.row_weights), address(plan.table), context.pinned.masked_address,
+            plan.src_range.data_ptr(), address(plan.row_weights), address(plan._table), context.pinned.masked_address,
             address(self.trace),
         )  # fmt: skip
 
@@ -189,7 +189,18 @@ class Decoder:
             _SIZES.pack_into(template.view, type(template.params).num_tokens.offset, topk_idx.shape[0], phases)
             template.launch(self.num_blocks, at.stream)
 
-        kept = (x, topk_idx, weights, choices, data, scale, plan.table, stats.received, stats.wait_ns, plan.row_weights)
+        kept = (
+            x,
+            topk_idx,
+            weights,
+            choices,
+            data,
+            scale,
+            plan._table,
+            stats.received,
+            stats.wait_ns,
+            plan.row_weights,
+        )
         outputs = (*kept, result.expert_counts, plan.src_token, plan.src_range)
         hook = self._go(channel, call, launch, outputs, return_hook=request.return_hook)
         return DecodeDispatched(rows, result.expert_counts, plan, hook)
@@ -215,7 +226,7 @@ class Decoder:
 
     def _results(
         self, shape: MoeShape, topk_idx: Tensor, request: DecodeDispatchRequest, weighted: bool
-    ) -> DecodeDispatched:
+    ) -> DecodeDispatched[Tensor | Quantized]:
         """Undefined results."""
         device, R, H = self._context.device, self._context.num_ranks, shape.hidden
         L, room = shape.num_experts // R, R * shape.max_tokens
@@ -235,9 +246,9 @@ class Decoder:
             src_token=torch.empty(L, room, dtype=torch.int32, device=device),
             src_range=torch.empty(L, R, dtype=torch.int64, device=device),
             row_weights=torch.empty(L, room, dtype=torch.float32, device=device) if weighted else None,
-            table=torch.empty(_TABLE_WORDS + room * shape.top_k, dtype=torch.int32, device=device),
+            _table=torch.empty(_TABLE_WORDS + room * shape.top_k, dtype=torch.int32, device=device),
         )
-        return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, None)
+        return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, no_hook)
 
     def _dispatch_template(
         self, workspace: Workspace, shape: MoeShape, x: Tensor, topk_idx: Tensor, request: DecodeDispatchRequest
@@ -270,7 +281,7 @@ class Decoder:
         """Send the rows home; receive the sums, or return what will."""
         context, plan, stats = self._context, request.plan, request.stats
         y, H = aligned(request.y), request.y.shape[-1]
-        table, weights = plan.table, plan.topk_weights
+        table, weights = plan._table, plan.topk_weights
         assert table is not None
         assert weights is not None
         topk_idx, weights = plan.topk_idx, weights.contiguous()
@@ -360,12 +371,12 @@ class Decoder:
         tensors: tuple[Tensor | None, ...],
         *,
         return_hook: bool,
-    ) -> Callable[[], None] | None:
+    ) -> Callable[[], None]:
         """Send and receive, or only send and return the hook that receives."""
         if not return_hook:
             launch(SEND | RECEIVE, call)
             channel.sent(None)
-            return None
+            return no_hook
         launch(SEND, call)
         pending = PendingRecv(call, lambda at: launch(RECEIVE, at), tensors)
         channel.sent(pending)

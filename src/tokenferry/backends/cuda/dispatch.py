@@ -36,7 +36,7 @@ class Dispatcher:
         self._key = key
         self._no_row_idx: dict[int, Tensor] = {}
 
-    def along(self, call: Call, payload: Payload, plan: Plan, sms: Sms) -> Dispatched:
+    def along(self, call: Call, payload: Payload, plan: Plan, sms: Sms) -> Dispatched[Tensor | Quantized]:
         """Move rows along a plan, and unpack them."""
         options = plan.options
         K, L = plan.topk_idx.shape[1], plan.expert_counts.shape[0]
@@ -44,12 +44,12 @@ class Dispatcher:
         rows_end, scale_end, end = _data_ends(payload, D, 1 if options.layout is not Layout.ROWS else K)
         block, staged = self._allocator.recv_block(call, end)
         recv = RecvOffsets(block.offset, block.offset + rows_end, block.offset + scale_end)
-        route = (plan.places, plan.dst_counts, plan.src_counts)
+        route = (plan._places, plan.dst_counts, plan.src_counts)
         by_expert = options.layout is not Layout.ROWS
         launch.move(self._context, call, payload, route, (K, L, by_expert), recv, sms[0])
         if by_expert:
             self._unpack(call, payload, recv, plan, (plan.row_idx.data_ptr(), D), sms[1])
-        offsets, host_counts = None, plan.host_counts
+        offsets, host_counts = None, plan._host_counts
         if options.layout is Layout.EXPERTS:
             padded = (plan.expert_counts + options.alignment - 1) // options.alignment * options.alignment
             offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
@@ -59,7 +59,7 @@ class Dispatcher:
 
     def first(
         self, call: Call, payload: Payload, found: Geometry, sms: Sms, src_expert: Tensor | None = None
-    ) -> Dispatched:
+    ) -> Dispatched[Tensor | Quantized]:
         """Make a plan and move rows along it; they bring the peers' half of the plan, too.
 
         Where the heap has room for the worst case, rows move at once, and the host learns their number meanwhile. Else
@@ -164,7 +164,7 @@ class Dispatcher:
 
     def _first_dispatched(
         self, payload: Payload, found: Geometry, tables: Tables, counts: Counts, parts: _Parts
-    ) -> Dispatched:
+    ) -> Dispatched[Tensor | Quantized]:
         """Wrap a first delivery, and give back what the worst case took too much."""
         block, small, starts, (ids_end, token_end), staged = parts
         index = payload.topk_idx
@@ -211,7 +211,7 @@ class Dispatcher:
         plan: Plan,
         starts: tuple[int, ...],
         more: tuple[Tensor | None, tuple[int, ...] | None, bool],
-    ) -> Dispatched:
+    ) -> Dispatched[Tensor | Quantized]:
         """Tensors over what landed in a block; ``starts`` of rows, scales, weights."""
         offsets, host_counts, staged = more
         D, allocator, by_rows = plan.num_delivered, self._allocator, plan.options.layout is Layout.ROWS

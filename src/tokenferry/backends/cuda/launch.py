@@ -342,7 +342,7 @@ def push(
 
 
 def _combine_template(context: Context, spec: KernelSpec, result: Sum) -> LaunchTemplate:
-    out, stride, top_k = result.out, result.plan.places.shape[1], result.plan.topk_idx.shape[1]
+    out, stride, top_k = result.out, result.plan._places.shape[1], result.plan.topk_idx.shape[1]
     key = (spec, out.dtype, out.shape[1], stride, top_k)
     found = context.templates.get(key)
     if found is not None:
@@ -364,7 +364,7 @@ def _combine_template(context: Context, spec: KernelSpec, result: Sum) -> Launch
 
 def _fill_combine(context: Context, call: Call, template: LaunchTemplate, result: Sum, before: int) -> None:
     """What `pull` and `push` have in common; ``before``: bytes of ``places`` before the columns of the table."""
-    plan, biases, out, places = result.plan, result.biases, result.out, result.plan.places.data_ptr()
+    plan, biases, out, places = result.plan, result.biases, result.out, result.plan._places.data_ptr()
     context.address(template, call)
     _SUM.pack_into(
         template.view,

@@ -15,7 +15,7 @@ from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.kernels.dispatch_notify.spec import num_units
-from tokenferry.layout import Room, room
+from tokenferry.layout import RowCapacity, row_capacity
 from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 CODES = {Layout.ROWS: ROWS, Layout.EXPERTS: EXPERTS, Layout.MASKED: MASKED}
@@ -43,7 +43,7 @@ class Geometry:
     options: DispatchOptions
     layout: int
     num_local: int
-    space: Room
+    space: RowCapacity
     count_sizes: tuple[int, ...]
     most_delivered: int
     masked_capacity: int
@@ -72,7 +72,8 @@ def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geome
     why_not = too_large(shape)
     if why_not:
         raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
-    layout, space, num_local = CODES[options.layout], room(shape, options, num_ranks), shape.num_experts // num_ranks
+    layout, num_local = CODES[options.layout], shape.num_experts // num_ranks
+    space = row_capacity(shape, options, num_ranks)
     capacity = space.given if layout == MASKED else 0
     limit = min(space.given if space.tight else _NO_LIMIT, _MOST_ROWS[layout != ROWS])
     most = space.given * (num_local if layout == MASKED else 1)

@@ -105,7 +105,7 @@ def _check_fp8(group: ExpertGroup, spec: Spec, variant: int, inputs: Inputs, rou
         must_be_near(f"decode_dispatch, FP8, expert {index}", rows, expected, relative=0.0626, absolute=absolute)
 
 
-def _experts(group: ExpertGroup, sent: DecodeDispatched) -> list[tuple[int, int, int]]:
+def _experts(group: ExpertGroup, sent: DecodeDispatched[Tensor | Quantized]) -> list[tuple[int, int, int]]:
     """(local expert, global expert, rows) of each expert of this rank."""
     first = group.rank * group.num_local_experts
     return [(e, first + e, count) for e, count in enumerate(sent.expert_counts.tolist())]

@@ -19,7 +19,7 @@ from tokenferry.bench.core.clock import Step, Summary, summarize
 from tokenferry.bench.core.device import Bed, bed_for, gather, no_collections, slowest
 from tokenferry.bench.core.static_inputs import Sizes
 from tokenferry.errors import BackendUnavailable
-from tokenferry.types import MoeShape
+from tokenferry.types import BackendName, MoeShape
 
 CHAIN = 5
 """Calls in each chained run; each run is one sample, its time divided by this."""
@@ -67,7 +67,7 @@ class Settings:
     iters: int
     warmup: int
     seed: int
-    device: str = "cuda"
+    device: BackendName = "cuda"
     timeout_s: float = 20.0
     decode_tokens: tuple[int, ...] = (1, 128)
     micro_tokens: int = 128

@@ -18,7 +18,16 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.device import Bed, bed_for
 from tokenferry.bench.core.inputs import Spec, draw, must_be_near
-from tokenferry.types import DecodeCombined, DecodeDispatched, DecodeStats, MoeShape, Routing, Scale
+from tokenferry.types import (
+    BackendName,
+    DecodeCombined,
+    DecodeDispatched,
+    DecodeStats,
+    MoeShape,
+    Quantized,
+    Routing,
+    Scale,
+)
 
 CALIBRATIONS = 64
 """Calls from which the clocks of ranks are brought together; each rank is late in every R-th."""
@@ -53,7 +62,7 @@ def shape_of(spec: Spec) -> MoeShape:
     return MoeShape(spec.experts, spec.top_k, spec.hidden, max_tokens=spec.tokens)
 
 
-def count_waits(rank: int, pg: dist.ProcessGroup, device: str, spec: Spec, slow: tuple[int, float]) -> Waited:
+def count_waits(rank: int, pg: dist.ProcessGroup, device: BackendName, spec: Spec, slow: tuple[int, float]) -> Waited:
     """Run ``spec.iters`` rounds of dispatch and combine; see `count_in`. A job of `World`.
 
     Raises:
@@ -216,10 +225,10 @@ class Step:
         self._group.synchronize()
         must_be_near("decode round trip", home.float(), self._x.float(), relative=2**-6, absolute=1e-6)
 
-    def dispatch(self, stats: DecodeStats | None = None) -> DecodeDispatched:
+    def dispatch(self, stats: DecodeStats | None = None) -> DecodeDispatched[Tensor | Quantized]:
         """Send."""
         return self._group.decode_dispatch(self._x, self._routing, quantize=self._fp8, stats=stats)
 
-    def combine(self, sent: DecodeDispatched, stats: DecodeStats | None = None) -> DecodeCombined:
+    def combine(self, sent: DecodeDispatched[Tensor | Quantized], stats: DecodeStats | None = None) -> DecodeCombined:
         """Bring home what the experts answered."""
         return self._group.decode_combine(self._y, sent.plan, stats=stats)

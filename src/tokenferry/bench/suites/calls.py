@@ -216,7 +216,7 @@ class _Cases:
             raise full or WrongAnswer("another rank has no room for one set of rows")
         return rows[:common]
 
-    def _check(self, what: str, variant: int, sent: Dispatched, *, fp8: bool = False) -> None:
+    def _check(self, what: str, variant: int, sent: Dispatched[Tensor | Quantized], *, fp8: bool = False) -> None:
         if not fp8:
             check_rows(what, self.sizes, variant, self.here.rank, ((_rows(sent), lambda inputs: inputs.x),))
             return
@@ -258,7 +258,7 @@ def default_sms(here: Trial, group: ExpertGroup, call: str) -> int | None:
     return {"dispatch": tuned.dispatch_sms, "fetch": tuned.combine_sms, "push": tuned.push_sms}[kind_of(call)]
 
 
-def groups_of(sent: Dispatched) -> list[Tensor]:
+def groups_of(sent: Dispatched[Tensor | Quantized]) -> list[Tensor]:
     """The rows of each local expert of a dispatch with ``Layout.EXPERTS``; waits for the counts."""
     assert sent.expert_offsets is not None
     starts = sent.expert_offsets.tolist()
@@ -266,7 +266,7 @@ def groups_of(sent: Dispatched) -> list[Tensor]:
     return [rows[start : start + count] for start, count in zip(starts, sent.expert_counts.tolist(), strict=False)]
 
 
-def _trimmed(sent: Dispatched) -> Dispatched:
+def _trimmed(sent: Dispatched[Tensor | Quantized]) -> Dispatched[Quantized]:
     """A dispatch whose counts stayed on the device, without what holds no data."""
     assert isinstance(sent.x, Quantized)
     n = int(sent.plan.src_counts.sum())
@@ -274,7 +274,7 @@ def _trimmed(sent: Dispatched) -> Dispatched:
     return Dispatched(x, None, None, sent.expert_counts, None, None, sent.plan)
 
 
-def _rows(sent: Dispatched) -> Tensor:
+def _rows(sent: Dispatched[Tensor | Quantized]) -> Tensor:
     if not isinstance(sent.x, Tensor):
         raise WrongAnswer(f"expected rows as a Tensor, got {type(sent.x).__name__}")
     return sent.x

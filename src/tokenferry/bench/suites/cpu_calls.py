@@ -15,7 +15,7 @@ from tokenferry.bench.core import progress as feed
 from tokenferry.bench.core.checked import Ready, prepare
 from tokenferry.bench.core.inputs import Spec, draw, sent_to
 from tokenferry.bench.core.static_inputs import FP8_COLUMNS
-from tokenferry.types import MoeShape, Scale
+from tokenferry.types import MoeShape, Numerics, Scale, TransportName
 
 VARIANTS = 3
 """Sets of inputs that the iterations go through, so that no cache or branch learns one routing."""
@@ -76,7 +76,9 @@ class Exchange:
         dist.all_to_all_single(target, source, receive, send, group=self._pg)
 
 
-def measure(rank: int, pg: dist.ProcessGroup, news: str, spec: Spec, transport: str) -> tuple[list[Samples], str]:
+def measure(
+    rank: int, pg: dist.ProcessGroup, news: str, spec: Spec, transport: TransportName
+) -> tuple[list[Samples], str]:
     """Check, then time every call over one transport; a job of `World` (through `run_with_feed`).
 
     Returns:
@@ -122,7 +124,7 @@ def _pair(group: ExpertGroup, ready: Ready) -> object:
     return group.combine(ready.y, sent.plan)
 
 
-def _decode_pair(group: ExpertGroup, ready: Ready, numerics: str = "exact") -> object:
+def _decode_pair(group: ExpertGroup, ready: Ready, numerics: Numerics = "exact") -> object:
     sent = group.decode_dispatch(ready.inputs.x, ready.routing)
     return group.decode_combine(ready.decode_y, sent.plan, numerics=numerics)
 

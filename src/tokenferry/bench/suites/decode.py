@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,16 @@ from tokenferry.bench.core.session import Settings, Trial, expert_group, trial
 from tokenferry.bench.core.static_inputs import Sizes
 from tokenferry.bench.suites.decode_reference import GROUP, Pool, Truth
 from tokenferry.bench.suites.host_time import host_time
-from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, Quantized, Routing, Scale
+from tokenferry.types import (
+    DecodeCombined,
+    DecodeDispatched,
+    DecodePlan,
+    EncodingName,
+    Numerics,
+    Quantized,
+    Routing,
+    Scale,
+)
 
 NODES = 100
 """Kernels in the graph that tells what a node costs."""
@@ -51,8 +61,8 @@ class Case:
 
     call: str
     fp8: bool = True
-    numerics: str = ""
-    encoding: str = "same"
+    numerics: Numerics = "exact"
+    encoding: EncodingName = "same"
     hooks: bool = True
 
     @property
@@ -75,13 +85,13 @@ class Case:
 CASES = (
     Case("dispatch"),
     Case("dispatch", fp8=False),
-    *(Case("combine", numerics=numerics) for numerics in ("exact", "fast")),
+    *(Case("combine", numerics=numerics) for numerics in get_args(Numerics)),
     *(
         Case("combine", numerics=numerics, encoding=encoding, hooks=False)
-        for numerics in ("exact", "fast")
+        for numerics in get_args(Numerics)
         for encoding in ("fp8", "logfmt10")
     ),
-    *(Case("pair", numerics=numerics) for numerics in ("exact", "fast")),
+    *(Case("pair", numerics=numerics) for numerics in get_args(Numerics)),
 )
 
 
@@ -89,7 +99,7 @@ CASES = (
 class Answer:
     """What one round of a case returned: the results of dispatch and of combine, as far as it has them."""
 
-    sent: DecodeDispatched | None
+    sent: DecodeDispatched[Tensor | Quantized] | None
     done: DecodeCombined | None
 
     def poison(self) -> None:
@@ -144,14 +154,14 @@ class Desk:
         if case.call != "combine":
             cast = Scale.FLOAT32 if case.fp8 else None
             sent = self.group.decode_dispatch(self.x, self.routing, quantize=cast, return_hook=hook)
-            if sent.hook is not None:
+            if hook:
                 sent.hook()
             plan = sent.plan
         if case.call != "dispatch":
             done = self.group.decode_combine(
                 self.y, plan, numerics=case.numerics, encoding=case.encoding, return_hook=hook
             )
-            if done.hook is not None:
+            if hook:
                 done.hook()
         return Answer(sent, done)
 

@@ -115,7 +115,7 @@ class Truth:
             "fast": int(by_rank[others][:, :, self._rank].any(-1).sum()),
         }
 
-    def check_dispatch(self, what: str, sent: DecodeDispatched) -> None:
+    def check_dispatch(self, what: str, sent: DecodeDispatched[Tensor | Quantized]) -> None:
         """Check rows and scales (every bit), counts and source tokens.
 
         Raises:

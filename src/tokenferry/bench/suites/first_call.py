@@ -15,11 +15,12 @@ import time
 import torch
 
 import tokenferry
+from tokenferry.types import BackendName
 
 TIMEOUT_S = 120.0
 
 
-def run_both(device: str) -> dict[str, dict[str, float]]:
+def run_both(device: BackendName) -> dict[str, dict[str, float]]:
     """Start two processes, the first with an empty folder of compiled kernels; seconds of each step.
 
     Raises:
@@ -29,7 +30,7 @@ def run_both(device: str) -> dict[str, dict[str, float]]:
         return {name: _run(device, folder) for name in ("nothing compiled", "second start")}
 
 
-def _run(device: str, folder: str) -> dict[str, float]:
+def _run(device: BackendName, folder: str) -> dict[str, float]:
     # `env` sets the variable for the child only: nothing here writes to this process's environment.
     command = [
         "env",
@@ -46,7 +47,7 @@ def _run(device: str, folder: str) -> dict[str, float]:
     return seconds
 
 
-def measure(device: str) -> dict[str, float]:
+def measure(device: BackendName) -> dict[str, float]:
     """Time the steps in this process: torch's context, the group, its kernels, the first and the second calls."""
     marks: list[tuple[str, float]] = [("", time.perf_counter())]
 
@@ -72,10 +73,10 @@ def measure(device: str) -> dict[str, float]:
     return {name: end - start for (_, start), (name, end) in itertools.pairwise(marks)}
 
 
-def _synchronize(device: str) -> None:
+def _synchronize(device: BackendName) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(sys.argv[1])) + "\n")
+    sys.stdout.write(json.dumps(measure("cuda" if sys.argv[1] == "cuda" else "cpu")) + "\n")

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from tokenferry.bench.core.inputs import WrongAnswer
 from tokenferry.bench.core.session import Settings, Trial, expert_group, trial
 from tokenferry.bench.suites.decode import ROOM, Answer, Case, Desk, Graph, new_answers
 from tokenferry.bench.suites.decode_reference import Pool, Truth
-from tokenferry.types import DecodeCombined, DecodeDispatched, Scale
+from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Scale
 
 WORK_S = 100e-6
 """How long a piece of work takes, about: that of the attention of a micro-batch."""
@@ -101,16 +102,16 @@ class Schedules:
         share_a, share_b = self._shares
         sent_a = self._dispatch(self._a, hook=True)
         self._work(share_b)  # B's attention
-        _receive(sent_a)
+        sent_a.hook()
         sent_b = self._dispatch(self._b, hook=True)
         self._work(share_a)  # A's experts
-        _receive(sent_b)
+        sent_b.hook()
         done_a = self._combine(self._a, sent_a, hook=True)
         self._work(share_b)  # B's experts
-        _receive(done_a)
+        done_a.hook()
         done_b = self._combine(self._b, sent_b, hook=True)
         self._work(share_a)  # A's attention of the next round
-        _receive(done_b)
+        done_b.hook()
         return [Answer(sent_a, done_a), Answer(sent_b, done_b)]
 
     def calls_only(self) -> list[Answer]:
@@ -127,16 +128,11 @@ class Schedules:
             self._work(share)
         return []
 
-    def _dispatch(self, desk: Desk, *, hook: bool) -> DecodeDispatched:
+    def _dispatch(self, desk: Desk, *, hook: bool) -> DecodeDispatched[Quantized]:
         return desk.group.decode_dispatch(desk.x, desk.routing, quantize=Scale.FLOAT32, return_hook=hook)
 
-    def _combine(self, desk: Desk, sent: DecodeDispatched, *, hook: bool) -> DecodeCombined:
+    def _combine(self, desk: Desk, sent: DecodeDispatched[Quantized], *, hook: bool) -> DecodeCombined:
         return desk.group.decode_combine(desk.y, sent.plan, numerics=self.case.numerics, return_hook=hook)
-
-
-def _receive(result: DecodeDispatched | DecodeCombined) -> None:
-    assert result.hook is not None
-    result.hook()
 
 
 def measure_micro(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> None:
@@ -151,7 +147,7 @@ def _measure(here: Trial) -> None:
         pool, y, work = Pool(sizes, here.bed.device), new_answers(group), Work(here)
         truths = [Truth(sizes, variant, here.rank, pool) for variant in range(2)]
         desks = Desk(group, truths[:1], pool, y), Desk(group, truths[1:], pool, y)
-        for numerics, (name, tilt) in itertools.product(("exact", "fast"), TILTS.items()):
+        for numerics, (name, tilt) in itertools.product(get_args(Numerics), TILTS.items()):
             tilt = tilt if here.rank % 2 == 0 else -tilt
             schedules = Schedules(desks, Case("pair", numerics=numerics), work, tilt)
             what = f"micro-batches, {numerics}, {name} work"

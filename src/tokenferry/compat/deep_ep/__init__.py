@@ -1,8 +1,8 @@
 """DeepEP's V1 API on tokenferry: ``import tokenferry.compat.deep_ep as deep_ep``.
 
-For programs that say ``import deep_ep``: put the folder that ``tokenferry deep-ep-path`` prints on PYTHONPATH.
-Importing is cheap, touches no GPU and needs no process group. What is missing: `ElasticBuffer` (DeepEP 2) and
-`HybridEPBuffer`; programs that look for them with ``hasattr`` see that they are not here. Arguments:
+For programs with ``import deep_ep``: put the folder that ``tokenferry deep-ep-path`` prints on PYTHONPATH.
+Importing is cheap, touches no GPU and needs no process group. `ElasticBuffer` (DeepEP 2) and `HybridEPBuffer` are
+missing; programs that test for them with ``hasattr`` find that they are absent. For arguments see
 `tokenferry.compat.deep_ep.buffer`.
 """
 
@@ -19,6 +19,6 @@ topk_idx_t = torch.int64
 """Dtype of ``topk_idx`` in DeepEP; int32 works as well."""
 
 __version__ = f"1.2.1+tokenferry.{tokenferry.__version__}"
-"""The DeepEP whose API this is, and the tokenferry that speaks it."""
+"""The version of DeepEP whose API this is, and the version of tokenferry."""
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"]

@@ -1,4 +1,4 @@
-"""What the calls of `Buffer` share: rows in and out, and the refusal of what cannot be honoured."""
+"""Helpers of all calls of `Buffer`: conversion of rows, and the refusal of arguments that cannot be honoured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenferry.errors import ArgumentError, ShapeError, UnsupportedError
 from tokenferry.types import Quantized
 
 Rows = Tensor | tuple[Tensor, Tensor]
-"""What DeepEP calls ``x``: rows, or (rows, scales)."""
+"""The type of DeepEP's ``x``: rows, or (rows, scales)."""
 
 
 def check_config(call: str, config: object) -> None:
@@ -65,16 +65,16 @@ def from_native(value: Tensor | Quantized, like: Rows) -> Rows:
 
 
 def width(rows: Tensor | Quantized) -> int:
-    """H, or the width of packed rows."""
+    """Return H, or the width of packed rows."""
     return (rows.data if isinstance(rows, Quantized) else rows).shape[1]
 
 
 def height(rows: Tensor | Quantized) -> int:
-    """T."""
+    """Return T."""
     return (rows.data if isinstance(rows, Quantized) else rows).shape[0]
 
 
-def _describe(x: Any) -> str:  # noqa: ANN401 - whatever the user passed
+def _describe(x: Any) -> str:  # noqa: ANN401 - any argument of a user
     if isinstance(x, Tensor):
         return f"{x.dtype} {list(x.shape)}"
     return f"({', '.join(_describe(part) for part in x)})" if isinstance(x, tuple) else type(x).__name__

@@ -1,14 +1,14 @@
 """`Buffer`: DeepEP's V1 API. Every method takes the arguments of all its dialects and returns DeepEP's tuples.
 
-What happens to arguments that speak of hardware, or of forks of DeepEP; what is not listed does what DeepEP says:
+The arguments for hardware, and those of forks of DeepEP; all others do what DeepEP documents:
 
 ================================================== ==============================================================
-argument                                           what tokenferry does with it
+argument                                           effect in tokenferry
 ================================================== ==============================================================
 num_nvl_bytes, num_rdma_bytes                      kept as attributes; `Buffer.get_local_buffer_tensor` uses them.
                                                    CUDA: the larger is the memory for rows that peers write or read,
                                                    if it is more than 2 GiB; TOKENFERRY_HEAP_MB overrides both. CPU:
-                                                   rows travel in memory that calls allocate as they need it
+                                                   calls allocate the memory of rows as they need it
 num_qps_per_rank, allow_mnnvl, use_fabric,         any value is right: there are no queue pairs and no NVLink
 allow_nvlink_for_low_latency_mode                  whose use they could steer
 config, Buffer.set_num_sms                         CUDA: SMs that a call may occupy, by ``config.num_sms``, else by
@@ -28,8 +28,8 @@ overlap, src_signals, src_signal_expect_value,
 packed_recv_count, comp_signal, block_m, threshold
 ================================================== ==============================================================
 
-Where tensors are on a GPU, no call looks at their values on the host but for the counts that `Buffer.dispatch` returns:
-so counts that contradict the routing are not found there, and an index outside [-1, E) is found by `Buffer.dispatch`.
+For tensors on a GPU, the host reads no values but the counts that `Buffer.dispatch` returns: so counts that contradict
+the routing are not detected, and an index outside [-1, E) is detected by `Buffer.dispatch`.
 
 Lifted limits: any R with E % R == 0 (also 1), any K, any H whose row is a multiple of 16 bytes, bfloat16, float16 and
 float32 rows, T = 0 and T that differs by rank, any number of results alive at once.
@@ -38,6 +38,7 @@ float32 rows, T = 0 and T that differs by rank, any number of results alive at o
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,10 +59,30 @@ from tokenferry.types import MoeShape, Routing
 
 Handle = tuple[Any, ...]
 
-_Mark = tuple["weakref.ref[Tensor]", int]
-
 _HEAP_BYTES = 2 << 30
-"""GPU memory for rows that peers write or read, where the caller names none: T and H are not known before the calls."""
+"""Default of the GPU memory for rows that peers write or read: T and H are not known before the calls."""
+
+
+class _Version:
+    """A tensor and the version of its content; torch counts no versions of inference tensors."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = 0 if tensor.is_inference() else tensor._version
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Return whether this is the same tensor, with the same content."""
+        version = 0 if tensor.is_inference() else tensor._version
+        return self._tensor() is tensor and self._version == version
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The inputs and outputs of a `Buffer.get_dispatch_layout`."""
+
+    num_experts: int
+    topk_idx: _Version
+    in_rank: _Version
 
 
 class Buffer(LowLatencyCalls):
@@ -93,8 +114,8 @@ class Buffer(LowLatencyCalls):
     Raises:
         UnsupportedError: ``comm`` was given.
         ArgumentError: ``enable_shrink`` without ``low_latency_mode``, or a negative size.
-        BackendUnavailable: no backend runs on this group; says why.
-        PeerTimeout: a rank did not come.
+        BackendUnavailable: no backend runs on this group; gives the reason.
+        PeerTimeout: a rank did not answer.
     """
 
     num_sms: int = 20
@@ -137,7 +158,7 @@ class Buffer(LowLatencyCalls):
             on_timeout="mask" if enable_shrink else "raise",
         )
         self._lane = Lane(self._experts.device)
-        self._latest_layout: tuple[int, _Mark, _Mark] | None = None
+        self._latest_layout: _Layout | None = None
         self._local: dict[bool, Tensor] = {}
         # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
         self._closing = weakref.finalize(self, self._experts.close)
@@ -160,7 +181,7 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether FP8 rows and groups of more than 8 ranks work: True."""
+        """Return whether FP8 rows and groups of more than 8 ranks work: True."""
         return True
 
     @staticmethod
@@ -175,36 +196,36 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event of what was submitted so far to torch's current stream."""
+        """Return an event of the work submitted so far to torch's current stream."""
         return EventOverlap(EventHandle())
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """DeepEP's default numbers for `dispatch`; for an R that it does not list, those of the next larger one."""
+        """Return DeepEP's defaults for `dispatch`; for an R that it does not list, those of the next larger one."""
         return configs.dispatch_config(num_ranks, Buffer.num_sms)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """The same for `combine`."""
+        """Return the same for `combine`."""
         return configs.combine_config(num_ranks, Buffer.num_sms)
 
     def get_comm_stream(self) -> torch.cuda.Stream | torch.cpu.Stream:
-        """The stream of calls with ``async_finish=True``: this Buffer's own; on the CPU there is one for everything."""
+        """Return the stream of calls with ``async_finish=True``: this Buffer's own; on the CPU torch's current one."""
         return torch.cpu.current_stream() if self._lane.stream is None else self._lane.stream
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
-        """Memory of the size that the constructor was given, allocated at the first call; no other call uses it.
+        """Return memory of the size of the constructor, allocated at the first call; no other call uses it.
 
         Args:
             dtype: Of the view that is returned.
-            size: Its shape; None: one dimension with all that is left.
-            offset: Bytes to leave out at the start.
-            use_rdma_buffer: The one of ``num_rdma_bytes`` instead of ``num_nvl_bytes``.
+            size: Its shape; None: one dimension with all the memory after ``offset``.
+            offset: Bytes to skip at the start.
+            use_rdma_buffer: The buffer of ``num_rdma_bytes`` instead of ``num_nvl_bytes``.
 
         Raises:
-            ArgumentError: ``size`` and ``offset`` need more than there is, or ``offset`` does not fit ``dtype``.
+            ArgumentError: ``size`` and ``offset`` exceed the memory, or ``offset`` does not fit ``dtype``.
         """
         self._open("Buffer.get_local_buffer_tensor")
         name, have = ("num_nvl_bytes", self.num_nvl_bytes)
@@ -232,7 +253,7 @@ class Buffer(LowLatencyCalls):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
-        """Count where tokens go. Local.
+        """Count the tokens for each rank and expert. Local.
 
         Args:
             topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused.
@@ -256,7 +277,7 @@ class Buffer(LowLatencyCalls):
             call, when, (topk_idx,), lambda: throughput.layout_of(self._experts, topk_idx, num_experts, call)
         )
         assert found.per_expert is not None
-        self._latest_layout = (num_experts, _mark(topk_idx), _mark(found.in_rank))
+        self._latest_layout = _Layout(num_experts, _Version(topk_idx), _Version(found.in_rank))
         per_node = found.per_node if self.group_size > configs.RANKS_PER_NODE else None
         return found.per_rank, per_node, found.per_expert, found.in_rank, event
 
@@ -282,18 +303,18 @@ class Buffer(LowLatencyCalls):
 
         Args:
             x: ``[T, H]``, or rows with scales, ``([T, H], [T, S])``; scales of any dtype and strides.
-            handle: Send where the rows of an earlier call went; the routing arguments must then be None.
+            handle: Send the rows where those of an earlier call went; the routing arguments must then be None.
             num_tokens_per_rank: These four as `get_dispatch_layout` returned them. Slots of a rank that
                 ``is_token_in_rank`` leaves out are dropped; it cannot add one that ``topk_idx`` does not name.
             num_tokens_per_rdma_rank: May be None.
             is_token_in_rank: See above.
             num_tokens_per_expert: Its length is E.
-            topk_idx: ``[T, K]`` int64 or int32; None: rows travel alone, by ``is_token_in_rank``.
-            topk_weights: ``[T, K]`` float32, to travel along; needs ``topk_idx``.
-            expert_alignment: Counts in the list that is returned are rounded up to this.
+            topk_idx: ``[T, K]`` int64 or int32; None: rows are sent alone, by ``is_token_in_rank``.
+            topk_weights: ``[T, K]`` float32, sent with the rows; needs ``topk_idx``.
+            expert_alignment: The counts in the returned list are rounded up to a multiple of this.
             num_worst_tokens: Above 0: results have this many rows, of which those past the end have ``recv_topk_idx``
                 -1 and undefined data; the list is empty. CPU: rows that do not fit raise CapacityError on every rank.
-                CUDA: at least R times the most tokens of any rank, or CapacityError; nothing is waited for then.
+                CUDA: at least R times the most tokens of any rank, or CapacityError; the host does not wait then.
             config: Its ``num_sms`` counts, on CUDA.
             previous_event: Waited for.
             async_finish: Return an event that can be waited for.
@@ -329,7 +350,7 @@ class Buffer(LowLatencyCalls):
             given = [name for name, value in routing_arguments.items() if value is not None]
             if given:
                 raise ArgumentError(
-                    f"{call}: {given[0]}: expected None, since handle says where rows go; leave out one of them"
+                    f"{call}: {given[0]}: expected None, since handle has the routing; leave out one of them"
                 )
             again, event = self._lane.run(
                 call, when, (x, handle), lambda: throughput.dispatch_again(self._experts, x, handle, num_sms)
@@ -344,14 +365,14 @@ class Buffer(LowLatencyCalls):
                 )
         assert num_tokens_per_rank is not None
         assert is_token_in_rank is not None
-        told = throughput.TokenLayout(
+        layout = throughput.TokenLayout(
             num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         )
         routing = None if topk_idx is None else Routing(topk_idx, topk_weights)
         same = topk_idx is not None and self._knows(topk_idx, is_token_in_rank, num_tokens_per_expert)
         options = throughput.Options(expert_alignment, num_worst_tokens, num_sms, same)
         sent, event = self._lane.run(
-            call, when, (x, routing, told), lambda: throughput.dispatch(self._experts, x, routing, told, options)
+            call, when, (x, routing, layout), lambda: throughput.dispatch(self._experts, x, routing, layout, options)
         )
         return *sent, event
 
@@ -367,7 +388,7 @@ class Buffer(LowLatencyCalls):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        """Add up the rows of each token at home: biases first, then rank by rank, in float32, rounded once. Collective.
+        """Add up the rows of each token: biases first, then rank by rank, in float32, rounded once. Collective.
 
         Args:
             x: ``[N, H]``: one row for each that `dispatch` delivered; gate weights are not applied here.
@@ -399,25 +420,18 @@ class Buffer(LowLatencyCalls):
         return combined_x, weights, event
 
     def _num_sms(self, config: Config | None) -> int | None:
-        """SMs that a call may occupy; None: the library's choice."""
+        """Return the SMs that a call may occupy; None: the library's choice."""
         if self._lane.stream is None:
             return None
         return (Buffer._asked_num_sms if config is None else config.num_sms) or None
 
     def _knows(self, topk_idx: Tensor, in_rank: Tensor, per_expert: Tensor | None) -> bool:
-        """Whether the latest `get_dispatch_layout` made ``in_rank`` of this ``topk_idx``, and both are as they were."""
-        if self._latest_layout is None or per_expert is None:
-            return False
-        num_experts, *marks = self._latest_layout
-        pairs = zip(marks, (topk_idx, in_rank), strict=True)
-        return num_experts == per_expert.numel() and all(_is_marked(tensor, mark) for mark, tensor in pairs)
-
-
-def _mark(tensor: Tensor) -> _Mark:
-    """Which tensor this is, and which version of its content; of inference tensors torch counts no versions."""
-    return weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version
-
-
-def _is_marked(tensor: Tensor, mark: _Mark) -> bool:
-    marked, version = mark
-    return marked() is tensor and version == (0 if tensor.is_inference() else tensor._version)
+        """Return whether the latest `get_dispatch_layout` made ``in_rank`` of ``topk_idx``, and both are unchanged."""
+        latest = self._latest_layout
+        return (
+            latest is not None
+            and per_expert is not None
+            and latest.num_experts == per_expert.numel()
+            and latest.topk_idx.is_of(topk_idx)
+            and latest.in_rank.is_of(in_rank)
+        )

@@ -1,6 +1,6 @@
-"""`Config`: the numbers with which DeepEP's V1 kernels are tuned, their defaults, and the buffer sizes that follow.
+"""`Config`: the tuning numbers of DeepEP's V1 kernels, their defaults, and the buffer sizes that follow from them.
 
-Nothing here changes what tokenferry sends: it has no channels, no chunks and no ring buffers. The class keeps DeepEP's
+They do not change what tokenferry sends: it has no channels, no chunks and no ring buffers. The class keeps DeepEP's
 rules and formulas so that programs can compute the sizes that they pass to `Buffer`.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 from tokenferry.errors import ConfigError
 
 RANKS_PER_NODE = 8
-"""DeepEP V1 takes ranks 8n .. 8n+7 for one NVLink domain; sizes and ``num_tokens_per_rdma_rank`` follow it."""
+"""Ranks of one NVLink domain in DeepEP V1: 8n .. 8n+7; sizes and ``num_tokens_per_rdma_rank`` depend on it."""
 
 _SOURCE_BYTES = 8
 """Source rank and source token of a row, int32 each."""
 
 _ROW_EXTRA_BYTES = _SOURCE_BYTES + 128 * 8 + 128 * 4 + 128 * 4
-"""Besides its data a row may bring 128 expert ids (int64), 128 gate weights and 128 scales (float32)."""
+"""A row is sent with up to 128 expert ids (int64), 128 gate weights and 128 scales (float32)."""
 
 # R: (nvl_send, nvl_recv, rdma_send, rdma_recv), as DeepEP publishes them.
 _DISPATCH = {
@@ -54,9 +54,9 @@ class Config:
     Args:
         num_sms: SMs of a kernel, even; half as many channels.
         num_max_nvl_chunked_send_tokens: Tokens sent at once over NVLink; fewer than are received at once.
-        num_max_nvl_chunked_recv_tokens: Tokens that an NVLink channel has room for.
+        num_max_nvl_chunked_recv_tokens: Tokens that an NVLink channel can hold.
         num_max_rdma_chunked_send_tokens: Tokens sent at once over RDMA; at most half of those received.
-        num_max_rdma_chunked_recv_tokens: Tokens that an RDMA channel has room for; rounded up to a multiple of those
+        num_max_rdma_chunked_recv_tokens: Tokens that an RDMA channel can hold; rounded up to a multiple of those
             sent.
 
     Raises:
@@ -97,7 +97,7 @@ class Config:
         self.num_max_rdma_chunked_recv_tokens = rdma_recv
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes that DeepEP would want as ``num_nvl_bytes``. Local.
+        """Return the bytes that DeepEP needs as ``num_nvl_bytes``. Local.
 
         Args:
             hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
@@ -108,7 +108,7 @@ class Config:
         return round_up(self.num_sms // 2 * nvl_ranks * channel, 128)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes that DeepEP would want as ``num_rdma_bytes``; 0 for R <= 8. Local; arguments as above."""
+        """Return the bytes that DeepEP needs as ``num_rdma_bytes``; 0 for R <= 8. Local; arguments as above."""
         if num_ranks <= RANKS_PER_NODE:
             return 0
         channel = (2 * RANKS_PER_NODE + 2) * 4 + self.num_max_rdma_chunked_recv_tokens * (
@@ -121,17 +121,17 @@ class Config:
 
 
 def dispatch_config(num_ranks: int, num_sms: int) -> Config:
-    """DeepEP's defaults for `Buffer.dispatch`; for an R that it does not list, those of the next larger one."""
+    """Return DeepEP's defaults for `Buffer.dispatch`; for an R that it does not list, those of the next larger one."""
     return Config(num_sms, *_nearest(_DISPATCH, num_ranks))
 
 
 def combine_config(num_ranks: int, num_sms: int) -> Config:
-    """The same for `Buffer.combine`."""
+    """Return the same for `Buffer.combine`."""
     return Config(num_sms, *_nearest(_COMBINE, num_ranks))
 
 
 def low_latency_rdma_size_hint(max_tokens: int, hidden: int, num_experts: int) -> int:
-    """The closed form of DeepEP V1's ``get_low_latency_rdma_size_hint``, byte for byte."""
+    """Return what DeepEP V1's ``get_low_latency_rdma_size_hint`` returns, byte for byte."""
     scale_bytes = hidden // 128 * 4
     dispatch_row = 16 + max(2 * hidden, hidden + scale_bytes)
     combine_row = scale_bytes + 2 * hidden
@@ -148,7 +148,7 @@ def check_num_sms(call: str, num_sms: int) -> None:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is not below ``value``."""
+    """Return the least multiple of ``multiple`` that is not below ``value``."""
     return -(-value // multiple) * multiple
 
 

@@ -1,6 +1,6 @@
 """DeepEP's low-latency mode on an `ExpertGroup`.
 
-A *handle* is a tuple of six: DeepEP's five places and a `LowLatencyState`.
+A *handle* is a tuple of six: DeepEP's five elements and a `LowLatencyState`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LOGFMT_COLUMNS = 128
 
 @dataclass(slots=True, eq=False)
 class LowLatencyState:
-    """What stands behind a handle.
+    """The state of a handle.
 
     Attributes:
         plan: Of the dispatch.
         topk_idx: CPU: a copy of its routing. CUDA: None; to compare, the host would have to wait.
-        combine_buffer: What zero-copy combine reads, once that was asked for.
+        combine_buffer: The tensor that zero-copy combine reads, once it was requested.
     """
 
     plan: DecodePlan
@@ -38,8 +38,48 @@ class LowLatencyState:
     combine_buffer: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchArguments:
+    """The arguments of `dispatch` besides rows and routing.
+
+    Attributes:
+        max_tokens: M.
+        num_experts: E.
+        quantize: How rows are cast; None: not at all.
+        received: ``[L]`` int32 counters, or None.
+        wait_ns: ``[R]`` int64 counters, or None.
+        return_hook: Whether the caller receives with a hook.
+    """
+
+    max_tokens: int
+    num_experts: int
+    quantize: Scale | None
+    received: Tensor | None
+    wait_ns: Tensor | None
+    return_hook: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineArguments:
+    """The arguments of `combine` besides rows, routing and handle.
+
+    Attributes:
+        use_logfmt: Send rows as LogFMT-10.
+        zero_copy: Read ``LowLatencyState.combine_buffer`` instead of the rows.
+        out: ``[T, H]`` to write to, or None.
+        wait_ns: ``[R]`` int64 counters, or None.
+        return_hook: Whether the caller receives with a hook.
+    """
+
+    use_logfmt: bool
+    zero_copy: bool
+    out: Tensor | None
+    wait_ns: Tensor | None
+    return_hook: bool
+
+
 def scale_format(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Scale | None:
-    """How rows are cast; None: not at all.
+    """Return how rows are cast; None: not at all.
 
     Raises:
         ArgumentError: packed exponents of scales that are not powers of two.
@@ -54,16 +94,9 @@ def scale_format(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Scale | N
 
 
 def dispatch(
-    group: ExpertGroup,
-    x: Tensor,
-    topk_idx: Tensor,
-    sizes: tuple[int, int],
-    fp8: Scale | None,
-    received: Tensor | None,
-    wait_ns: Tensor | None,
-    return_hook: bool,
+    group: ExpertGroup, x: Tensor, topk_idx: Tensor, given: DispatchArguments
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Handle, Hook | None]:
-    """Send tokens to their experts; ``sizes`` is (M, E). Collective.
+    """Send tokens to their experts. Collective.
 
     Raises:
         CapacityError: T > M.
@@ -71,9 +104,9 @@ def dispatch(
         `ExpertGroup.decode_dispatch`.
     """
     call = "Buffer.low_latency_dispatch"
-    max_tokens, num_experts = sizes
+    max_tokens, num_experts = given.max_tokens, given.num_experts
     R = group.num_ranks
-    check = Checks(call, group.device, {"EL": (num_experts // R, "num_experts"), "R": (R, "the group")})
+    check = Checks(call, group.device).given("num_experts", EL=num_experts // R).given("the group", R=R)
     check.tensor("x", x, "T H", FLOATS)
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
     if x.shape[0] > max_tokens:
@@ -81,16 +114,20 @@ def dispatch(
             f"{call}: x: T={x.shape[0]} rows exceed num_max_dispatch_tokens_per_rank={max_tokens}; send fewer, or "
             "agree on more"
         )
-    if received is not None:
-        check.tensor("cumulative_local_expert_recv_stats", received, "EL", (torch.int32,))
-    if wait_ns is not None:
-        check.tensor("dispatch_wait_recv_cost_stats", wait_ns, "R", (torch.int64,))
+    if given.received is not None:
+        check.tensor("cumulative_local_expert_recv_stats", given.received, "EL", (torch.int32,))
+    if given.wait_ns is not None:
+        check.tensor("dispatch_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
     view = group.for_shape(MoeShape(num_experts, topk_idx.shape[1], x.shape[1], max_tokens))
     on_cpu = group.device.type == "cpu"
     if on_cpu:
         topk_idx = topk_idx.clone()  # the caller's may be another one when it comes to combine
     sent = view.decode_dispatch(
-        x.detach(), Routing(topk_idx), quantize=fp8, stats=DecodeStats(received, wait_ns), return_hook=return_hook
+        x.detach(),
+        Routing(topk_idx),
+        quantize=given.quantize,
+        stats=DecodeStats(given.received, given.wait_ns),
+        return_hook=given.return_hook,
     )
     rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
     plan = sent.plan
@@ -102,21 +139,13 @@ def dispatch(
         num_experts,
         LowLatencyState(plan, topk_idx if on_cpu else None),
     )
-    return rows, sent.expert_counts, handle, sent.hook
+    return rows, sent.expert_counts, handle, sent.hook if given.return_hook else None
 
 
 def combine(
-    group: ExpertGroup,
-    x: Tensor,
-    routing: Routing,
-    handle: object,
-    use_logfmt: bool,
-    zero_copy: bool,
-    out: Tensor | None,
-    wait_ns: Tensor | None,
-    return_hook: bool,
+    group: ExpertGroup, x: Tensor, routing: Routing, handle: object, given: CombineArguments
 ) -> tuple[Tensor, Hook | None]:
-    """Add up the experts' rows with their gate weights at home. Collective.
+    """Add up the experts' rows with their gate weights, on the ranks of their tokens. Collective.
 
     Raises:
         ArgumentError: ``topk_idx`` is not what was dispatched (CPU), ``zero_copy`` without the buffer for it, or
@@ -128,27 +157,27 @@ def combine(
     state = state_of(handle, call)
     assert isinstance(handle, tuple)
     _, _, max_tokens, hidden, num_experts, _ = handle
-    rows, here = group.num_ranks * max_tokens, "the handle"
-    sizes = {"EL": (num_experts // group.num_ranks, here), "rows": (rows, here), "H": (hidden, here)}
-    sizes |= {"T": (state.plan.num_tokens, here), "K": (state.plan.topk_idx.shape[1], here)}
-    check = Checks(call, group.device, {**sizes, "R": (group.num_ranks, "the group")})
-    check.tensor("x", x, "EL rows H", FLOATS, contiguous=not zero_copy)
+    R, plan = group.num_ranks, state.plan
+    check = Checks(call, group.device).given("the group", R=R)
+    check.given("the handle", EL=num_experts // R, rows=R * max_tokens, H=hidden)
+    check.given("the handle", T=plan.num_tokens, K=plan.topk_idx.shape[1])
+    check.tensor("x", x, "EL rows H", FLOATS, contiguous=not given.zero_copy)
     check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
     check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
-    if wait_ns is not None:
-        check.tensor("combine_wait_recv_cost_stats", wait_ns, "R", (torch.int64,))
-    if use_logfmt and (x.dtype != torch.bfloat16 or hidden % LOGFMT_COLUMNS):
+    if given.wait_ns is not None:
+        check.tensor("combine_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
+    if given.use_logfmt and (x.dtype != torch.bfloat16 or hidden % LOGFMT_COLUMNS):
         raise ArgumentError(
             f"{call}: use_logfmt: needs bfloat16 rows whose hidden size is a multiple of {LOGFMT_COLUMNS}, got "
             f"{x.dtype} with H={hidden}; pass False"
         )
     assert routing.topk_weights is not None
-    plan = replace(state.plan, topk_weights=routing.topk_weights.detach())
-    if state.topk_idx is None:  # the plan has the tensor that was dispatched, which may be another one by now
+    plan = replace(plan, topk_weights=routing.topk_weights.detach())
+    if state.topk_idx is None:  # the plan has the tensor of the dispatch, which may have been overwritten since
         plan = replace(plan, topk_idx=routing.topk_idx.contiguous())
     elif not torch.equal(routing.topk_idx.long(), state.topk_idx.long()):
         raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
-    if zero_copy:
+    if given.zero_copy:
         if x.dtype != torch.bfloat16:
             raise ArgumentError(f"{call}: x: with zero_copy rows are bfloat16, got {x.dtype}; pass zero_copy=False")
         if state.combine_buffer is None:
@@ -158,24 +187,30 @@ def combine(
             )
         x = state.combine_buffer
     view = group.for_shape(MoeShape(num_experts, routing.topk_idx.shape[1], hidden, max_tokens))
-    encoding, stats = "logfmt10" if use_logfmt else "same", DecodeStats(None, wait_ns)
-    done = view.decode_combine(x.detach(), plan, encoding=encoding, out=out, stats=stats, return_hook=return_hook)
-    return done.x, done.hook
+    done = view.decode_combine(
+        x.detach(),
+        plan,
+        encoding="logfmt10" if given.use_logfmt else "same",
+        out=given.out,
+        stats=DecodeStats(None, given.wait_ns),
+        return_hook=given.return_hook,
+    )
+    return done.x, done.hook if given.return_hook else None
 
 
 def combine_buffer(group: ExpertGroup, handle: object) -> Tensor:
-    """``[EL, R*M, H]`` bfloat16 that zero-copy combine of this handle reads; the same tensor at each call. Local."""
+    """Return ``[EL, R*M, H]`` bfloat16, which zero-copy combine reads; the same tensor for the same handle. Local."""
     state = state_of(handle, "Buffer.get_next_low_latency_combine_buffer")
     assert isinstance(handle, tuple)
     if state.combine_buffer is None:
-        # Combine sends rows from wherever they lie: no memory is better than other memory.
+        # Combine sends rows from any memory.
         shape = (*state.plan.src_token.shape, handle[3])
         state.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=group.device)
     return state.combine_buffer
 
 
 def state_of(handle: object, call: str) -> LowLatencyState:
-    """What stands behind a handle.
+    """Return the state of a handle.
 
     Raises:
         PlanError: it is not a handle that `Buffer.low_latency_dispatch` returned.

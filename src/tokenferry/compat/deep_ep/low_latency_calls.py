@@ -57,11 +57,11 @@ class LowLatencyCalls:
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes that DeepEP would want as ``num_rdma_bytes`` for low latency, by its formula. Local."""
+        """Return the bytes that DeepEP needs as ``num_rdma_bytes`` for low latency, by its formula. Local."""
         return configs.low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Do nothing: no call leaves anything behind that another has to find clean. Local.
+        """Do nothing: no call needs a buffer that an earlier one left clean. Local.
 
         Raises:
             ArgumentError: a size is not positive.
@@ -79,8 +79,8 @@ class LowLatencyCalls:
         """Skip a rank in low-latency calls (True), or stop skipping it (False). Local.
 
         CUDA: the first low-latency dispatch of a size needs all ranks, so make it before.
-        A rank that was lost comes back as `tokenferry.ExpertGroup.mask` says: between two barriers all ranks pass
-        False, for the rank that comes back and for themselves.
+        A rank that was lost comes back as described in `tokenferry.ExpertGroup.mask`: between two barriers all ranks
+        pass False, for the rank that comes back and for themselves.
 
         Raises:
             ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is outside [0, R), or this rank with True.
@@ -91,7 +91,7 @@ class LowLatencyCalls:
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
 
-        CUDA: it tells what calls have found that are through when it is called, and does not wait for others.
+        CUDA: covers the calls that have completed on the device; does not wait for others.
 
         Raises:
             ArgumentError: ``enable_shrink`` is False.
@@ -99,7 +99,7 @@ class LowLatencyCalls:
         """
         call = "Buffer.low_latency_query_mask_buffer"
         self._shrinking(call)
-        check = Checks(call, self._experts.device, {"R": (self.group_size, "the group")})
+        check = Checks(call, self._experts.device).given("the group", R=self.group_size)
         check.tensor("mask_status", mask_status, "R", (torch.int32,))
         mask_status.zero_()
         for rank in self._experts.masked_ranks:
@@ -108,8 +108,8 @@ class LowLatencyCalls:
     def low_latency_clean_mask_buffer(self) -> None:
         """Stop skipping any rank: `low_latency_update_mask_buffer` with False for each that is skipped.
 
-        If one of them was lost, all ranks do so between two barriers; who skips nobody, but was skipped, passes its own
-        rank to `low_latency_update_mask_buffer` with False instead.
+        If one of them was lost, all ranks do so between two barriers; a rank that skips none, but was skipped, passes
+        its own rank to `low_latency_update_mask_buffer` with False instead.
 
         Raises:
             ArgumentError: ``enable_shrink`` is False.
@@ -121,9 +121,9 @@ class LowLatencyCalls:
     # ------------------------------------------------------------------ dispatch and combine
 
     def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
-        """The tensor ``[L, R*M, H]`` bfloat16 that `low_latency_combine` of this handle reads with ``zero_copy=True``.
+        """Return the tensor that `low_latency_combine` of this handle reads with ``zero_copy=True``.
 
-        Local; the same tensor at every call with the handle; contiguous.
+        ``[L, R*M, H]`` bfloat16. Local; the same tensor at every call with the handle; contiguous.
 
         Raises:
             PlanError: ``handle`` is not one of `low_latency_dispatch`.
@@ -183,14 +183,19 @@ class LowLatencyCalls:
         self._decoding(call)
         refuse(call, "use use_fp8=True or send bfloat16 rows", use_nvfp4=use_nvfp4, x_global_scale=x_global_scale)
         _exclusive(call, async_finish, return_recv_hook)
-        stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-        fp8 = low_latency.scale_format(use_fp8, round_scale, use_ue8m0)
-        sizes = (num_max_dispatch_tokens_per_rank, num_experts)
+        given = low_latency.DispatchArguments(
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            low_latency.scale_format(use_fp8, round_scale, use_ue8m0),
+            cumulative_local_expert_recv_stats,
+            dispatch_wait_recv_cost_stats,
+            return_recv_hook,
+        )
         (rows, counts, handle, hook), event = self._lane.run(
             call,
             When(async_finish=async_finish),
-            (x, topk_idx, stats),
-            lambda: low_latency.dispatch(self._experts, x, topk_idx, sizes, fp8, *stats, return_recv_hook),
+            (x, topk_idx, given.received, given.wait_ns),
+            lambda: low_latency.dispatch(self._experts, x, topk_idx, given),
         )
         return rows, counts, handle, event, hook
 
@@ -217,18 +222,18 @@ class LowLatencyCalls:
         threshold: int | None = None,
         num_sms: int | None = None,
     ) -> tuple[Tensor, EventOverlap, Hook | None]:
-        """Bring the experts' rows home and add them up with the gate weights, slot by slot in float32. Collective.
+        """Return the experts' rows and add them up with the gate weights, slot by slot in float32. Collective.
 
         Args:
-            x: ``[L, R*M, H]`` in the places of `low_latency_dispatch`, contiguous; rows past the counts are not read.
+            x: ``[L, R*M, H]`` in the layout of `low_latency_dispatch`, contiguous; rows past the counts are not read.
             topk_idx: ``[T, K]``, the same as for `low_latency_dispatch`; compared with it on the CPU only.
             topk_weights: ``[T, K]`` float32.
             handle: From `low_latency_dispatch`; may be used again.
-            use_logfmt: Rows travel in 10 bits a number (`tokenferry.formats.logfmt`); needs bfloat16 rows and H a
+            use_logfmt: Send rows in 10 bits a number (`tokenferry.formats.logfmt`); needs bfloat16 rows and H a
                 multiple of 128.
             zero_copy: Read the tensor of `get_next_low_latency_combine_buffer` instead of ``x``.
             async_finish: Return an event that can be waited for.
-            return_recv_hook: Return before the sums are here; ``hook()`` receives them. Not together with
+            return_recv_hook: Return before the sums are complete; ``hook()`` receives them. Not together with
                 ``async_finish``.
             out: ``[T, H]`` of the dtype of ``x`` to write to.
             combine_wait_recv_cost_stats: ``[R]`` int64: nanoseconds waited for each rank are added.
@@ -247,8 +252,8 @@ class LowLatencyCalls:
 
         Raises:
             UnsupportedError: an argument above that has to be neutral is not; names it.
-            ArgumentError: options exclude each other, ``topk_idx`` is not that of the handle, or ``use_logfmt`` cannot
-                be had for these rows.
+            ArgumentError: options exclude each other, ``topk_idx`` is not that of the handle, or ``use_logfmt`` is not
+                possible for these rows.
             PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
         """
         call = "Buffer.low_latency_combine"
@@ -266,14 +271,14 @@ class LowLatencyCalls:
         )
         _exclusive(call, async_finish, return_recv_hook)
         routing = Routing(topk_idx, topk_weights)
-        wait_ns = combine_wait_recv_cost_stats
+        given = low_latency.CombineArguments(
+            bool(use_logfmt), zero_copy, out, combine_wait_recv_cost_stats, return_recv_hook
+        )
         (combined_x, hook), event = self._lane.run(
             call,
             When(async_finish=async_finish),
-            (x, routing, handle, out, wait_ns),
-            lambda: low_latency.combine(
-                self._experts, x, routing, handle, bool(use_logfmt), zero_copy, out, wait_ns, return_recv_hook
-            ),
+            (x, routing, handle, out, given.wait_ns),
+            lambda: low_latency.combine(self._experts, x, routing, handle, given),
         )
         return combined_x, event, hook
 

@@ -1,12 +1,12 @@
-"""On which stream a call of `Buffer` runs, what it waits for, and what must live until it is done.
+"""The stream of a call of `Buffer`, the event that it waits for, and the lifetime of its tensors.
 
 On the CPU there are no streams: a call runs at once. On CUDA a call with ``async_finish=False`` runs on the caller's
 current stream; with ``async_finish=True`` on the communication stream of the Buffer, and the caller's stream does not
-wait until the event that is returned is waited for.
+wait for it until the caller waits for the returned event.
 
-Memory that two streams use must not come back to one of them while the other is at it. So what crosses is marked with
-`Tensor.record_stream`: inputs for the communication stream, results for the caller's. Memory that is not torch's own,
-such as rows that peers write, knows no marks: inputs are kept alive until the call is done.
+Memory that two streams use must not be reused by one of them while the other still reads or writes it. So the inputs
+are marked with `Tensor.record_stream` for the communication stream, and the results for the caller's. The marks have no
+effect on memory that torch does not own, such as rows that peers write: inputs are kept alive until the call is done.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class When:
-    """What a call says about streams.
+    """The arguments of a call that concern streams.
 
     Attributes:
         previous_event: An `EventOverlap` to wait for, or None.
         async_finish: Run on the communication stream, and return an event.
-        allocate_on_comm_stream: Checked only: results of such a call always belong to that stream.
+        allocate_on_comm_stream: Only checked: results of an asynchronous call always belong to that stream.
     """
 
     previous_event: object = None
@@ -40,10 +40,11 @@ class When:
     allocate_on_comm_stream: bool = False
 
     def event(self, call: str) -> EventHandle | None:
-        """What to wait for.
+        """Return the event to wait for.
 
         Raises:
-            ArgumentError: ``previous_event`` is of another kind, or ``allocate_on_comm_stream`` lacks what it needs.
+            ArgumentError: ``previous_event`` is of another type, or ``allocate_on_comm_stream`` was given without both
+                of the others.
         """
         event = self.previous_event
         event = event.event if isinstance(event, EventOverlap) else event
@@ -62,7 +63,7 @@ class When:
 
 
 class Lane:
-    """Where the calls of one Buffer run.
+    """Runs the calls of one Buffer on the right stream.
 
     Attributes:
         stream: The communication stream, or None on the CPU.
@@ -73,13 +74,13 @@ class Lane:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._device = device
-        self._under_way: deque[tuple[EventHandle, list[Tensor]]] = deque()
+        self._pending: deque[tuple[EventHandle, list[Tensor]]] = deque()
 
     def run(self, call: str, when: When, inputs: tuple[Any, ...], work: Callable[[], _T]) -> tuple[_T, EventOverlap]:
-        """Do ``work``, which reads ``inputs``, when and where the caller wants it; local to this rank.
+        """Call ``work``, which reads ``inputs``, on the stream and after the event of the call; local to this rank.
 
         Returns:
-            tuple: What ``work`` returned, and the call's event, which is empty if it was synchronous.
+            tuple: The result of ``work``, and the call's event, which is empty if the call was synchronous.
 
         Raises:
             ArgumentError: see `When.event`.
@@ -110,16 +111,16 @@ class Lane:
             if tensor.is_cuda:
                 tensor.record_stream(self.stream)
         if torch.cuda.is_current_stream_capturing():
-            # Nothing can be asked of the event now. But it is waited for before the capture ends.
+            # An event cannot be queried during a capture. But the program waits for it before the capture ends.
             done.keep(inputs)
             return
-        self._under_way.append((done, inputs))
-        while self._under_way and self._under_way[0][0].has_passed():
-            self._under_way.popleft()
+        self._pending.append((done, inputs))
+        while self._pending and self._pending[0][0].has_passed():
+            self._pending.popleft()
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in nested tuples and dataclasses."""
+    """Yield all tensors in nested tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):

@@ -1,6 +1,6 @@
 """DeepEP's normal mode on an `ExpertGroup`: layout, dispatch, cached dispatch, combine.
 
-A *handle* is a tuple of seven: DeepEP's six places, of which those that describe its channels are None, and the `Plan`.
+A *handle* is a tuple of seven: DeepEP's six elements, of which those for its channels are None, and the `Plan`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from tokenferry.errors import ArgumentError, CapacityError, PlanError
 from tokenferry.types import Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
-"""M of a group whose calls wait for counts: nothing is sized by it, so T is free."""
+"""M of a group whose calls wait for counts: no memory is sized by it, so T is unlimited."""
 
 Handle = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How `dispatch` is done, and what it returns.
+    """Options of `dispatch`.
 
     Attributes:
-        expert_alignment: Counts in the list that is returned are rounded up to this.
-        num_worst_tokens: Rows of the results, which are then not waited for; 0: as many as come.
+        expert_alignment: The counts in the returned list are rounded up to a multiple of this.
+        num_worst_tokens: Rows of the results, so that the host does not wait for counts; 0: as many as arrive.
         num_sms: SMs that the call may occupy; None: the library's choice.
-        same_routing: The layout that was given is known to be that of the routing: nothing is left to compare.
+        same_routing: The layout is known to belong to the routing, so that nothing has to be compared.
     """
 
     expert_alignment: int = 1
@@ -43,7 +43,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenLayout:
-    """What `Buffer.get_dispatch_layout` returns, by name.
+    """The tensors that `Buffer.get_dispatch_layout` returns.
 
     Attributes:
         per_rank: ``[R]`` int32: tokens for each rank; a token counts once per rank.
@@ -59,20 +59,20 @@ class TokenLayout:
 
 
 def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str) -> TokenLayout:
-    """Count where tokens go. Local; never waits for a GPU.
+    """Count the tokens for each rank and expert. Local; never waits for a GPU.
 
     Raises:
         ShapeError, RoutingError: ``topk_idx`` is wrong (indices outside [-1, E) on a GPU: `dispatch` raises).
         ConfigError: E is no multiple of R.
     """
-    check = Checks(call, group.device, {})
+    check = Checks(call, group.device)
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
     if not _on_gpu(group):
         check.experts("topk_idx", topk_idx, num_experts)
     group.for_shape(MoeShape(num_experts, 1, 1, 1))
     index = topk_idx.long()
     chosen = torch.zeros((topk_idx.shape[0], num_experts + 1), dtype=torch.bool, device=topk_idx.device)
-    # On a GPU indices outside [-1, E) are found by dispatch; until then they must do no harm.
+    # On a GPU indices outside [-1, E) are found by dispatch; until then they must not write out of bounds.
     chosen.scatter_(1, torch.where((index >= 0) & (index < num_experts), index, num_experts), True)
     chosen = chosen[:, :num_experts]
     in_rank = chosen.reshape(topk_idx.shape[0], group.num_ranks, num_experts // group.num_ranks).any(2)
@@ -80,13 +80,9 @@ def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str)
 
 
 def dispatch(
-    group: ExpertGroup,
-    x: Rows,
-    routing: Routing | None,
-    given: TokenLayout,
-    options: Options,
+    group: ExpertGroup, x: Rows, routing: Routing | None, given: TokenLayout, options: Options
 ) -> tuple[Rows, Tensor | None, Tensor | None, list[int], Handle]:
-    """Send rows by a new routing; ``given`` is what the caller says about it. Collective.
+    """Send rows by a new routing; ``given`` is its layout, from the caller. Collective.
 
     Raises:
         ArgumentError: arguments contradict each other; names them.
@@ -107,10 +103,10 @@ def dispatch(
             _check_same(call, given, _count(given.in_rank, None))
         return _dispatch_without_experts(group, rows, x, given, options)
     routing = _agreed(group, routing, given, num_experts, call, same=options.same_routing)
-    delivery = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else DispatchOptions()
+    native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else DispatchOptions()
     most = _most_tokens(group, height(rows), num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
     shape = MoeShape(num_experts, routing.topk_idx.shape[1], width(rows), most)
-    sent = group.for_shape(shape).dispatch(rows, routing, options=delivery, num_sms=options.num_sms)
+    sent = group.for_shape(shape).dispatch(rows, routing, options=native, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
     counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
     return from_native(sent.x, x), recv_idx, recv_weights, counts, _make_handle(group, sent.plan, given.in_rank)
@@ -127,7 +123,7 @@ def dispatch_again(group: ExpertGroup, x: Rows, handle: object, num_sms: int | N
 def combine(
     group: ExpertGroup, x: Tensor, handle: object, topk_weights: Tensor | None, bias: object, num_sms: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Add up rows at home; as `ExpertGroup.combine`. Collective.
+    """Add up rows on the ranks of their tokens; as `ExpertGroup.combine`. Collective.
 
     Raises:
         ArgumentError: ``bias`` is neither a tensor nor a tuple of exactly two.
@@ -135,7 +131,7 @@ def combine(
     """
     call = "Buffer.combine"
     plan = plan_of(handle, call)
-    Checks(call, group.device, {"N": (plan.num_delivered, "the handle")}).tensor("x", x, "N H", None)
+    Checks(call, group.device).given("the handle", N=plan.num_delivered).tensor("x", x, "N H", None)
     biases = bias if isinstance(bias, tuple) else () if bias is None else (bias,)
     if not all(isinstance(one, Tensor) for one in biases) or (isinstance(bias, tuple) and len(bias) != 2):
         raise ArgumentError(
@@ -147,7 +143,7 @@ def combine(
 
 
 def plan_of(handle: object, call: str) -> Plan:
-    """The plan inside a handle.
+    """Return the plan in a handle.
 
     Raises:
         PlanError: it is not a handle that `Buffer.dispatch` returned.
@@ -161,14 +157,14 @@ def plan_of(handle: object, call: str) -> Plan:
 
 
 def _make_handle(group: ExpertGroup, plan: Plan, in_rank: Tensor) -> Handle:
-    """DeepEP's places; of the prefix matrix a rank knows its own column, the others are -1."""
+    """Return DeepEP's handle; a rank knows only its own column of the prefix matrix, the others are -1."""
     prefix = torch.full((group.num_ranks, group.num_ranks), -1, dtype=torch.int32, device=group.device)
     prefix[:, group.rank] = plan.src_counts.cumsum(0)
     return (prefix, None, None, plan.src_token.to(torch.int32), in_rank, None, plan)
 
 
 def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
-    """The group for the sizes of a plan and rows of another width."""
+    """Return the group for the sizes of a plan and rows of another width."""
     experts = plan.expert_counts.numel() * group.num_ranks
     return group.for_shape(MoeShape(experts, plan.topk_idx.shape[1], hidden, ANY_NUM_TOKENS))
 
@@ -176,7 +172,7 @@ def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
 def _dispatch_without_experts(
     group: ExpertGroup, rows: Tensor | Quantized, x: Rows, given: TokenLayout, options: Options
 ) -> tuple[Rows, None, None, list[int], Handle]:
-    """Rows only: one pretended expert a rank carries them, and the counts per real expert travel on their own."""
+    """Send rows without expert ids: one expert a rank stands for all of its own, and their counts are sent apart."""
     R = group.num_ranks
     ranks = torch.arange(R, device=group.device)
     routing = Routing(torch.where(given.in_rank, ranks, -1))
@@ -193,8 +189,8 @@ def _dispatch_without_experts(
     return from_native(sent.x, x), None, None, aligned, _make_handle(group, sent.plan, given.in_rank)
 
 
-def _without_tail(sent: Dispatched) -> tuple[Tensor, Tensor | None]:
-    """Ids and weights; with counts on the device, rows past the count say that they hold nothing."""
+def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
+    """Return ids and weights; with counts on the device, ids past the count are -1 and weights 0."""
     assert sent.topk_idx is not None
     if sent.host_counts is not None:
         return sent.topk_idx, sent.topk_weights
@@ -207,18 +203,17 @@ def _without_tail(sent: Dispatched) -> tuple[Tensor, Tensor | None]:
 def _agreed(
     group: ExpertGroup, routing: Routing, given: TokenLayout, num_experts: int, call: str, *, same: bool
 ) -> Routing:
-    """The routing that ``topk_idx`` and ``is_token_in_rank`` agree on.
+    """Return the routing that agrees with both ``topk_idx`` and ``is_token_in_rank``.
 
     DeepEP routes by ``is_token_in_rank``: where it leaves a rank out, slots of that rank are dropped. A rank that no
-    slot of the token names cannot be added. On a GPU only that is done: to compare the rest, the host would have to
-    wait for it.
+    slot of the token names cannot be added. On a GPU nothing else is checked, since the host would have to wait.
     """
     index, weights = routing.topk_idx, routing.topk_weights
     weights = None if weights is None else weights.detach()
-    Checks(call, group.device, {"T": (given.in_rank.shape[0], "x")}).tensor("topk_idx", index, "T K", INDICES)
+    Checks(call, group.device).given("x", T=given.in_rank.shape[0]).tensor("topk_idx", index, "T K", INDICES)
     if _on_gpu(group):
         return Routing(index if same else _kept(index, given.in_rank, num_experts), weights)
-    Checks(call, group.device, {}).experts("topk_idx", index, num_experts)
+    Checks(call, group.device).experts("topk_idx", index, num_experts)
     kept = _kept(index, given.in_rank, num_experts)
     expected = layout_of(group, kept, num_experts, call)
     extra = given.in_rank & ~expected.in_rank
@@ -233,7 +228,7 @@ def _agreed(
 
 
 def _kept(index: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
-    """``index`` with -1 in the slots of ranks that ``in_rank`` leaves out; what is outside [-1, E) stays as it is."""
+    """Return ``index`` with -1 in the slots of ranks that ``in_rank`` leaves out; ids outside [-1, E) stay."""
     num_ranks = in_rank.shape[1]
     owner = (index // (num_experts // num_ranks)).clamp(0, num_ranks - 1).long()
     used = (index >= 0) & (index < num_experts)
@@ -241,34 +236,34 @@ def _kept(index: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
 
 
 def _most_tokens(group: ExpertGroup, num_tokens: int, num_worst_tokens: int, call: str) -> int:
-    """M of a dispatch into a fixed number of rows, the same on all ranks.
+    """Return M of a dispatch into a fixed number of rows, the same on all ranks.
 
-    DeepEP wants room for the worst: R times the tokens of a rank. The CPU backend takes less, since it can tell in time
-    whether the rows fit. On a GPU the host would have to wait for that, and not to wait is what the argument is for.
+    DeepEP requires rows for the worst case: R times the tokens of a rank. The CPU backend accepts fewer, since it knows
+    in time whether the rows fit. On a GPU the host would have to wait for that, and the argument is there to avoid it.
 
     Raises:
-        CapacityError: on a GPU, there is not room for R times T.
+        CapacityError: on a GPU, there are fewer than R times T rows.
     """
     if not _on_gpu(group):
         return num_worst_tokens
     if num_tokens * group.num_ranks > num_worst_tokens:
         raise CapacityError(
-            f"{call}: num_worst_tokens={num_worst_tokens} has room for {num_worst_tokens // group.num_ranks} tokens "
+            f"{call}: num_worst_tokens={num_worst_tokens} holds {num_worst_tokens // group.num_ranks} tokens "
             f"from each of {group.num_ranks} ranks, got T={num_tokens}; pass at least R times the most of any rank"
         )
     return max(1, num_worst_tokens // group.num_ranks)
 
 
 def _on_gpu(group: ExpertGroup) -> bool:
-    """Whether to look at values of tensors would make the host wait."""
+    """Return whether the host would have to wait for the values of tensors."""
     return group.device.type != "cpu"
 
 
 def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call: str) -> int:
-    """Check shapes and dtypes of what `get_dispatch_layout` returned; returns E."""
+    """Check the shapes and dtypes of a layout of `get_dispatch_layout`; return E."""
     R = group.num_ranks
     nodes = -(-R // RANKS_PER_NODE)
-    check = Checks(call, group.device, {"R": (R, "the group"), "T": (num_tokens, "x"), "nodes": (nodes, "the group")})
+    check = Checks(call, group.device).given("the group", R=R, nodes=nodes).given("x", T=num_tokens)
     check.tensor("num_tokens_per_rank", given.per_rank, "R", INDICES)
     check.tensor("is_token_in_rank", given.in_rank, "T R", (torch.bool,))
     per_expert = check.tensor("num_tokens_per_expert", given.per_expert, "E", INDICES)
@@ -279,18 +274,18 @@ def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call:
 
 
 def _check_same(call: str, given: TokenLayout, expected: TokenLayout) -> None:
-    """Raise ArgumentError where a count that was given is not the one that follows from the routing."""
-    for name, told, found in (
+    """Raise ArgumentError if a count is not the one that follows from the routing."""
+    for name, actual, wanted in (
         ("num_tokens_per_rank", given.per_rank, expected.per_rank),
         ("num_tokens_per_rdma_rank", given.per_node, expected.per_node),
         ("num_tokens_per_expert", given.per_expert, expected.per_expert),
     ):
-        if told is None or found is None or torch.equal(told.long(), found.long()):
+        if actual is None or wanted is None or torch.equal(actual.long(), wanted.long()):
             continue
-        place = int((told.long() != found.long()).nonzero()[0])
+        place = int((actual.long() != wanted.long()).nonzero()[0])
         raise ArgumentError(
-            f"{call}: {name}[{place}]: expected {int(found[place])}, which follows from the routing, got "
-            f"{int(told[place])}; pass what get_dispatch_layout returned for it"
+            f"{call}: {name}[{place}]: expected {int(wanted[place])}, which follows from the routing, got "
+            f"{int(actual[place])}; pass what get_dispatch_layout returned for it"
         )
 
 

@@ -1,4 +1,4 @@
-"""A folder that holds nothing but a package `deep_ep`, which is `tokenferry.compat.deep_ep` under its bare name."""
+"""A folder with only a package `deep_ep`, which is `tokenferry.compat.deep_ep` under its bare name."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def folder() -> str:
-    """The folder to put on PYTHONPATH so that ``import deep_ep`` finds tokenferry. Local."""
+    """Return the folder to put on PYTHONPATH so that ``import deep_ep`` finds tokenferry. Local."""
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "site")

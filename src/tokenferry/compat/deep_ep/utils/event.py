@@ -1,8 +1,8 @@
-"""What a DeepEP call returns as its event: something to wait for.
+"""The events that DeepEP's calls return.
 
-The CPU backend has no streams and returns with its work done, so there is never anything left to wait for; the objects
-keep DeepEP's rules nevertheless, so that a program that breaks them learns it here. Where a process uses CUDA, an event
-marks a place in torch's current stream.
+The CPU backend has no streams and returns with its work done, so there is nothing to wait for; the objects keep
+DeepEP's rules nevertheless, so that a program that breaks them fails on the CPU too. In a process that uses CUDA, an
+event marks a position in torch's current stream.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenferry.errors import ArgumentError
 
 
 class EventHandle:
-    """Marks what has been submitted so far to torch's current CUDA stream; on the CPU that is done already."""
+    """Marks the work submitted so far to torch's current CUDA stream; on the CPU that is done already."""
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
@@ -27,7 +27,7 @@ class EventHandle:
             self._event.record()
 
     def current_stream_wait(self) -> None:
-        """Let what is submitted to the current stream from now on wait for what is marked. Local, returns at once."""
+        """Make later work on the current stream wait for the marked work. Local, returns at once."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
 
@@ -36,17 +36,17 @@ class EventHandle:
         self._kept = tensors
 
     def has_passed(self) -> bool:
-        """Whether everything that is marked is done; not while a CUDA graph is captured."""
+        """Return whether the marked work is done; not while a CUDA graph is captured."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class EventOverlap:
-    """An event, the tensors that must live until it has passed, and what to do then. Local; a context manager.
+    """An event, the tensors that must live until it has passed, and a hook to call then. Local; a context manager.
 
-    ``with event:`` runs its body while the work goes on, and waits at the end.
+    ``with event:`` runs its body while the work continues, and waits at the end.
 
     Args:
-        event: What to wait for; None where the call that made it has already waited (``async_finish=False``).
+        event: The event to wait for; None if the call that returned this has already waited (``async_finish=False``).
         extra_tensors: Kept alive with this object.
     """
 
@@ -78,11 +78,11 @@ class EventOverlap:
             self.event = self.extra_tensors = None
 
     def register_hook_after_wait(self, hook: Callable[[], object]) -> None:
-        """Have ``hook()`` called after the next wait; replaces one that is registered already."""
+        """Call ``hook()`` after the next wait; replaces a hook that is registered already."""
         self.hook_after_wait = hook
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
-        """For ``with event(release_handle=True):``."""
+        """Return this object, for ``with event(release_handle=True):``."""
         self._release_at_exit = release_handle
         return self
 

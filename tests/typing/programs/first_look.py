@@ -1,0 +1,27 @@
+"""The calls of the README: dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+import tokenferry
+
+
+def main() -> None:
+    """Send tokens to their experts and add up what the experts return."""
+    shape = tokenferry.MoeShape(num_experts=8, top_k=2, hidden=64, max_tokens=32)
+    with tokenferry.ExpertGroup(dist.group.WORLD, shape) as group:
+        x = torch.randn(32, 64, device=group.device)
+        scores = torch.randn(32, 8, device=group.device)
+        weights, experts = scores.softmax(-1).topk(2)
+        sent = group.dispatch(x, tokenferry.Routing(experts, weights))
+        assert sent.topk_weights is not None
+        y = sent.x * sent.topk_weights.sum(1, keepdim=True)
+        out = group.combine(y, sent.plan).x
+        torch.testing.assert_close(out, x * weights.sum(1, keepdim=True))
+        print(f"rank {group.rank} of {group.num_ranks}: {sent.x.shape[0]} rows")
+
+
+if __name__ == "__main__":
+    main()

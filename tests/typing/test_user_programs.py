@@ -1,0 +1,83 @@
+"""Typed programs of users: they run, and two type checkers find their mistakes and nothing else.
+
+mypy runs with ``--strict``, basedpyright in strict mode but for members of torch whose types are only partly known.
+"""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokenferry
+
+FOLDER = Path(__file__).parent / "programs"
+MISTAKES = FOLDER / "mistakes.py"
+PROGRAMS = [path for path in sorted(FOLDER.glob("*.py")) if path != MISTAKES]
+LIBRARY = Path(tokenferry.__file__).parents[1]
+OLDEST_PYTHON = "3.10"
+
+
+def wrong_lines() -> set[tuple[str, int]]:
+    lines = MISTAKES.read_text().splitlines()
+    return {(MISTAKES.name, number) for number, line in enumerate(lines, 1) if line.endswith("# wrong")}
+
+
+def complaints(found: list[tuple[str, int, str]]) -> str:
+    """What was reported where nothing is wrong, and what is wrong and was not reported."""
+    wrong, reported = wrong_lines(), {(name, line) for name, line, _ in found}
+    extra = [f"{name}:{line}: {text}" for name, line, text in found if (name, line) not in wrong]
+    missed = [f"{name}:{line}: no error was reported" for name, line in sorted(wrong - reported)]
+    return "\n".join(extra + missed)
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_programs_run(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert "rows" in capsys.readouterr().out
+
+
+def test_there_are_mistakes_to_find():
+    assert len(wrong_lines()) >= 15
+
+
+def test_mypy(pytestconfig):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    environ = dict(os.environ)
+    if "site-packages" not in LIBRARY.parts:  # mypy looks there by itself, and insists on doing so
+        environ["MYPYPATH"] = str(LIBRARY)
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--strict", f"--python-version={OLDEST_PYTHON}"]
+    command += [f"--cache-dir={pytestconfig.cache.mkdir('mypy')}", "--no-error-summary", str(FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = re.findall(r"^(.+?):(\d+): error: (.*)$", done.stdout, flags=re.MULTILINE)
+    wrong = complaints([(Path(name).name, int(line), text) for name, line, text in lines])
+    assert not wrong, wrong
+
+
+def test_basedpyright(tmp_path):
+    pytest.importorskip("basedpyright", reason="basedpyright is not installed")
+    config = {
+        "include": [str(FOLDER)],
+        "extraPaths": [str(LIBRARY)],
+        "pythonVersion": OLDEST_PYTHON,
+        "typeCheckingMode": "strict",
+        "reportUnknownMemberType": False,  # torch is typed in part
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "basedpyright", "--project", str(tmp_path), "--outputjson"]
+    command += ["--pythonpath", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["summary"]["filesAnalyzed"] == len(PROGRAMS) + 1
+    errors = [
+        (Path(one["file"]).name, one["range"]["start"]["line"] + 1, one["message"])
+        for one in found["generalDiagnostics"]
+    ]
+    wrong = complaints(errors)
+    assert not wrong, wrong
