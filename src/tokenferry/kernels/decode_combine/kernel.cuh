@@ -1,21 +1,21 @@
-// decode_combine: low-latency combine. Sends the experts' rows back to the ranks of their tokens, one by one or summed per
-// rank (kFast), and adds up what arrives.
+// decode_combine: low-latency combine. Sends the experts' rows back to the ranks of their tokens, one by one or summed
+// per rank (kFast), and adds up what arrives.
 //
 // Grid     any number of blocks, at least 2; p.phases: whether this launch sends, receives, or both.
 // Reads    y [L, R*M, H] at the places in the plan's table; topk_idx [T, K], weights [T, K] of own tokens; row_weights
 //          (kFast).
 // Writes   packets in the workspaces of peers; out [T, H].
-// Numbers  Each product and each sum is in float32. Exact: weight * row in the order of slots. Fast: on the experts' rank
-//          weight * row in the order of experts, rounded to the type of y; then those sums in the order of ranks. `out` is
-//          rounded once at the end. Rows may be encoded on the way (kEncoding).
-// Roles    Warps take chunks of 512 columns: first of rows to send, then of own tokens. The row of slot k of token t goes
-//          to row t * K + k of its owner's packets, the sum of rank r to row r * M + t: addresses need no exchange. The
-//          last block, the leader, handles acknowledgements and signatures, and no rows.
+// Numbers  Each product and each sum is in float32. Exact: weight * row in the order of slots. Fast: on the experts'
+//          rank weight * row in the order of experts, rounded to the type of y; then those sums in the order of ranks.
+//          `out` is rounded once at the end. Rows may be encoded on the way (kEncoding).
+// Roles    Warps take chunks of 512 columns: first of rows to send, then of own tokens. The row of slot k of token t
+//          goes to row t * K + k of its owner's packets, the sum of rank r to row r * M + t: addresses need no
+//          exchange. The last block, the leader, handles acknowledgements and signatures, and no rows.
 // Order    Each packet is its own flag (device/decode.cuh).
-// Why      Nothing is overwritten before it is read: as in decode_dispatch. Both sides know from the plan's table which rows
-//          are not sent, or have not arrived.
-// Cost     bytes out = rows (exact: token, expert; fast: token, rank) * encoded row. sm_90a: <= 128 registers, 0 spills,
-//          256 B of static shared memory.
+// Why      Nothing is overwritten before it is read: as in decode_dispatch. Both sides know from the plan's table which
+//          rows are not sent, or have not arrived.
+// Cost     bytes out = rows (exact: token, expert; fast: token, rank) * encoded row. sm_90a: <= 128 registers,
+//          0 spills, 256 B of static shared memory.
 // Tests    tests/cuda/test_decode_combine.py, tests/contract/test_decode.py, tests/emulator, tests/compile.
 #include "decode_combine/receive.cuh"
 #include "decode_combine/send.cuh"

@@ -62,7 +62,7 @@ DEV u64 slots_from(const DecodeCombineParams& p, u32 ranks, const TokenSlots& s)
     return __ballot_sync(kAll, low) | (u64)__ballot_sync(kAll, high) << 32;
 }
 
-// Drops the slots whose rank takes part no longer.
+// Drops the slots whose rank no longer takes part.
 DEV void drop_lost(u32 alive, TokenSlots& s) {
 #pragma unroll
     for (u32 h = 0; h < 2; h++)

@@ -8,8 +8,8 @@ struct Batch {
     u32 size;
 };
 
-// Takes the next rows of a token: in the order of slots (exact) or of experts (fast). Lane k of `place` holds the rows of slots
-// k and k + 32. `left`: slots still to send (exact). `after`: one more than the last row, or 0 (fast).
+// Takes the next rows of a token: in the order of slots (exact) or of experts (fast). Lane k of `place` holds the rows
+// of slots k and k + 32. `left`: slots still to send (exact). `after`: one more than the last row, or 0 (fast).
 DEV void next_rows(const u32 (&place)[2], u64& left, u32& after, Batch& rows, Batch& slots) {
     rows.size = slots.size = 0;
 #pragma unroll
@@ -38,9 +38,9 @@ struct SendChunk {
     u32 place[2];  // lane k: rows of slots k and k + 32
 };
 
-// Advances to the next chunk and starts to load its places, which are valid if the rank has sent so many tokens. The order is
-// token by token, each from all ranks in turn, beginning with this rank's successor: all links are busy, and no rank gets
-// the rows of all others at once.
+// Advances to the next chunk and starts to load its places, which are valid if the rank has sent so many tokens. The
+// order is token by token, each from all ranks in turn, beginning with this rank's successor: all links are busy, and
+// no rank gets the rows of all others at once.
 DEV void advance(const DecodeCombineParams& p, SendChunk& c) {
     const u32 lane = threadIdx.x % 32, K = p.top_k, turns = c.next / p.num_ranks;
     c.from = p.rank + 1 + c.next % p.num_ranks;

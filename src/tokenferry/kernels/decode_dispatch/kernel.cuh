@@ -5,18 +5,19 @@
 // Reads    x [T, H], topk_idx [T, K] in [-1, E), weights [T, K].
 // Writes   workspaces of peers: words (rows for each expert, mask of tokens), notes (for each row: experts, its number
 //          among the rows of each from this rank, weights), packets (rows, scales).
-//          Own memory: out [L, R*M, ...], scales [L, S, R*M], counts, src_token, src_range, row_weights, the plan's table.
+//          Own memory: out [L, R*M, ...], scales [L, S, R*M], counts, src_token, src_range, row_weights, the plan's
+//          table.
 // Roles    The last block, the leader, handles counts, acknowledgements and signatures, and no rows. In the others each
-//          warp takes chunks of rows, first of own rows to send, then of rows that arrive; the first of these blocks send
-//          the notes before their rows. Every block checks the whole routing for bad indices. The place of a row follows
-//          from the counts of all ranks and the row's note: rows are ordered by expert, then rank, then token, and ranks
-//          exchange no places.
+//          warp takes chunks of rows, first of own rows to send, then of rows that arrive; the first of these blocks
+//          send the notes before their rows. Every block checks the whole routing for bad indices. The place of a row
+//          follows from the counts of all ranks and the row's note: rows are ordered by expert, then rank, then token,
+//          and ranks exchange no places.
 // Order    Each packet, note and word is its own flag (device/decode.cuh): no other flags, no fences.
-// Why      Nothing is overwritten before it is read: one lane reads a packet and restores the sentinel before its kernel
-//          ends, and the writer reuses that buffer only after the reader's rank has acknowledged it.
+// Why      Nothing is overwritten before it is read: one lane reads a packet and restores the sentinel before its
+//          kernel ends, and the writer reuses that buffer only after the reader's rank has acknowledged it.
 // Faults   A bad index aborts the call on this rank before anything is sent; the call can be repeated.
-// Cost     bytes out = distinct ranks of tokens * (row + scales + notes); every block reads T*K indices; for each row one
-//          warp searches the choices of the tokens before it. sm_90a: <= 128 registers, 0 spills,
+// Cost     bytes out = distinct ranks of tokens * (row + scales + notes); every block reads T*K indices; for each row
+//          one warp searches the choices of the tokens before it. sm_90a: <= 128 registers, 0 spills,
 //          256 B of static shared memory, at most 212992 B of dynamic.
 // Tests    tests/cuda/test_decode_dispatch.py, tests/contract/test_decode.py, tests/emulator, tests/compile.
 #include "decode_dispatch/receive.cuh"
@@ -29,8 +30,8 @@ struct BlockData {
     u16* choices;       // [T, K], in shared or global memory
 };
 
-// Sends the block's part of the call, once the peers' buffers are free; all threads. `free`: they are free already. False:
-// the group has failed. `loaded`: this warp's first chunk, prefetched.
+// Sends the block's part of the call, once the peers' buffers are free; all threads. `free`: they are free already.
+// False: the group has failed. `loaded`: this warp's first chunk, prefetched.
 DEV bool send(const DecodeDispatchParams& p, DecodeCall& call, bool free, const BlockData& block, const SendWork& work,
               RowChunk& loaded) {
     const bool leader = blockIdx.x == gridDim.x - 1;

@@ -90,7 +90,8 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
     const u32 num_scales = kCast ? min(kScalePackets, p.scale_units - unit / 32) : 0;
     int4 v[kLanePackets], code = make_int4(0, 0, 0, 0), weight = make_int4(0, 0, 0, 0), scales[kScalePackets];
     SpinDeadline deadline;
-    // All loads are in flight before the first value is used. What lies beyond the end of the row is loaded and ignored.
+    // All loads are in flight before the first value is used. What lies beyond the end of the row is
+    // ignored.
     for (;;) {
 #pragma unroll
         for (u32 i = 0; i < kLanePackets; i++) v[i] = load_packet(row_at + i * 512);

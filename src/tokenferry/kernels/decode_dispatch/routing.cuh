@@ -33,8 +33,8 @@ DEV u32 row_notes(const DecodeDispatchParams& p) { return code_notes(p) * (p.wei
 // Whether a token's choices lie in one warp as they are read, so that the warp finds repeated ones at once.
 DEV bool token_in_warp(const DecodeDispatchParams& p) { return 32 % p.top_k == 0; }
 
-// Reads the choices, into shared memory if kKeep. Marks the second and later choices of an expert by a token if the token
-// lies in one warp. Returns whether all choices that this thread has read are in [-1, E).
+// Reads the choices, into shared memory if kKeep. Marks the second and later choices of an expert by a token if the
+// token lies in one warp. Returns whether all choices that this thread has read are in [-1, E).
 template <bool kKeep>
 DEV bool read_choices(const DecodeDispatchParams& p, u16* choices) {
     constexpr u32 kReads = 4;  // loads in flight together
@@ -67,8 +67,8 @@ DEV bool read_choices(const DecodeDispatchParams& p, u16* choices) {
     return good;
 }
 
-// Marks the repeated choices that read_choices could not mark, and drops those of ranks that do not take part; all threads
-// of a block, after a barrier.
+// Marks the repeated choices that read_choices could not mark, and drops those of ranks that do not take part; all
+// threads of a block, after a barrier.
 DEV void finish_choices(const DecodeDispatchParams& p, const DecodeCall& call, u16* choices) {
     const u32 n = p.num_tokens * p.top_k;
     const bool all = call.alive == (1u << p.num_ranks) - 1;
@@ -101,8 +101,8 @@ DEV void report_bad_index(const DecodeDispatchParams& p) {
     stop(p);
 }
 
-// Sends every rank the number of rows for each of its experts, and a mask of the tokens that it gets; all threads of one
-// block. `counts` [E] and `masks` [R][mask words] are zeros.
+// Sends every rank the number of rows for each of its experts, and a mask of the tokens that it gets; all threads of
+// one block. `counts` [E] and `masks` [R][mask words] are zeros.
 DEV void send_counts(const DecodeDispatchParams& p, const DecodeCall& call, const u16* choices, u32* counts,
                      u32* masks) {
     const u32 R = p.num_ranks, L = p.num_local, mask_words = (p.max_tokens + 31) / 32, words = 1 + L + mask_words;

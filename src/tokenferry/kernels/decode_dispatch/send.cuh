@@ -2,8 +2,8 @@
 #pragma once
 #include "decode_dispatch/routing.cuh"
 
-// Counts the choices of expert `mine` among the first n, as far as this lane's group searches. This is the number of the row
-// among those that the expert gets from this rank.
+// Counts the choices of expert `mine` among the first n, as far as this lane's group searches. This is the number of
+// the row among those that the expert gets from this rank.
 DEV u32 count_earlier(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) {
     // The groups share the search: each takes every `groups`-th eight choices. Repeated choices never match.
     const u32 groups = 32 / lanes;
@@ -25,8 +25,8 @@ DEV float load_weight(const DecodeDispatchParams& p, u32 t) {
     return p.weighted && t < p.num_tokens && lane < p.top_k ? __ldg(p.weights + (u64)t * p.top_k + lane) : 0.f;
 }
 
-// Sends the notes of token t to `ranks` (bits): the code of each slot (expert << 16 | number of the row), then the weights,
-// to which those of repeated choices are added. `low_weight`: the weight of slot `lane`.
+// Sends the notes of token t to `ranks` (bits): the code of each slot (expert << 16 | number of the row), then the
+// weights, to which those of repeated choices are added. `low_weight`: the weight of slot `lane`.
 DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, const u16* choices, u32 t, u32 ranks,
                         float low_weight) {
     const u32 lane = threadIdx.x % 32, K = p.top_k, first = t * K;
@@ -75,8 +75,8 @@ DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, c
     }
 }
 
-// The part of a warp in the sends: chunks (counted over all rows) `first`, `first + step` ... below `end`; and notes, in the
-// first blocks.
+// The part of a warp in the sends: chunks (counted over all rows) `first`, `first + step` ... below `end`; and notes,
+// in the first blocks.
 struct SendWork {
     u32 row_chunks, first, step, end;
     u32 note_blocks;  // how many blocks send notes, if this is one of them; else 0

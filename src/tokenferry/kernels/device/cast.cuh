@@ -31,8 +31,8 @@ DEV int4 cast_packet(const int4 (&v)[kLoads], u32 format, int4& scales) {
 }
 
 // Stores a row's scales to out [L, S, capacity] (float32) or [L, ceil(S / 4), capacity] (int32 of four exponents):
-// column-major, as grouped FP8 GEMMs read them. `scales`: N packets of 512 columns each, the same in all lanes, the first of
-// which is packet `first` of the row. `place`: expert * capacity + row. `groups`: S.
+// column-major, as grouped FP8 GEMMs read them. `scales`: N packets of 512 columns each, the same in all lanes, the
+// first of which is packet `first` of the row. `place`: expert * capacity + row. `groups`: S.
 template <u32 N>
 DEV void store_scales(u32* out, const int4 (&scales)[N], u32 place, u32 capacity, u32 first, u32 groups, u32 format) {
     const u32 lane = threadIdx.x % 32, e = place / capacity, at = place % capacity;

@@ -10,8 +10,8 @@
 // A channel is one direction: 0 dispatch, 1 combine. Its epoch counts sends and lives on the device, so that a replayed
 // CUDA graph keeps counting. Receive buffers are double buffered by epoch parity: send n writes to buffer n & 1 of the
 // reader (words, notes and packets), once the reader has received n - 2. Readers acknowledge this (`acks`) in every
-// kernel that sends, and the host guarantees that they do: before it launches send n it launches receive n - 2. A sender
-// waits for an acknowledgement only if it is two calls ahead of the reader.
+// kernel that sends, and the host guarantees that they do: before it launches send n it launches receive n - 2. A
+// sender waits for an acknowledgement only if it is two calls ahead of the reader.
 //
 // A kernel that receives n writes `received` at its start: only later kernels of the same stream read it.
 #pragma once
@@ -106,8 +106,8 @@ DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
     return state;
 }
 
-// Whether a peer whose `word` does not arrive has made another call than this rank: it has sent in the other channel, or
-// entered a collective kernel, and this rank has not.
+// Whether a peer whose `word` does not arrive has made another call than this rank: it has sent in the other channel,
+// or entered a collective kernel, and this rank has not.
 template <class P>
 static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
     const ControlBlock* mine = control_block(p, p.rank);
@@ -124,8 +124,8 @@ static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, 
     return true;
 }
 
-// Handles a peer that missed the deadline. True: it is masked from now on, and the call continues without it. False: the
-// group has failed.
+// Handles a peer that missed the deadline. True: it is masked from now on, and the call continues without it. False:
+// the group has failed.
 template <class P>
 static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
     if (!p.mask_late) {
@@ -159,7 +159,7 @@ static __device__ __noinline__ bool agree_whether_arrived(const P& p, u32 channe
     }
 }
 
-// Waits for a word of a peer's message. kOk: `value` holds it. kTimedOut: the peer is masked. kFailed: the group failed.
+// Waits for a word of a peer's message. kOk: `value` holds it; kTimedOut: the peer is masked; kFailed: see above.
 template <class P>
 DEV u32 wait_for_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word, u32& value) {
     u64 seen = load_relaxed(word);
@@ -253,8 +253,8 @@ DEV void advance_epoch(const P& p, u32 channel, const DecodeCall& call) {
     mine->sends[channel] = call.epoch;
 }
 
-// Acknowledges to all peers the packets that earlier kernels of this stream have received and cleared; all threads of one
-// block, after the stores that peers wait for, since a release takes time.
+// Acknowledges to all peers the packets that earlier kernels of this stream have received and cleared; all threads of
+// one block, after the stores that peers wait for, since a release takes time.
 template <class P>
 DEV void send_acks(const P& p, const DecodeCall& call) {
     ControlBlock* mine = control_block(p, p.rank);
@@ -282,8 +282,8 @@ DEV void send_signature(const P& p, u32 channel, const DecodeCall& call, u32 dis
     }
 }
 
-// Waits until every peer has received what this send will overwrite; all threads of every block. The last block adds the
-// time to p.wait_ns. False: the group has failed.
+// Waits until every peer has received what this send will overwrite; all threads of every block. The last block adds
+// the time to p.wait_ns. False: the group has failed.
 template <class P>
 static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, DecodeCall& call) {
     bool good = true;
@@ -321,8 +321,8 @@ static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, Decod
 
 // ---- receiving
 
-// Waits for the signatures of all peers and compares them; all threads of one block. Adds the time to p.wait_ns. False: the
-// group has failed.
+// Waits for the signatures of all peers and compares them; all threads of one block. Adds the time to p.wait_ns. False:
+// the group has failed.
 template <class P>
 DEV bool check_signatures(const P& p, u32 channel, const DecodeCall& call, u32 dispatch) {
     // One warp a peer: threads of a warp wait together, and the time of each peer is counted apart.

@@ -1,9 +1,9 @@
-// Encoding of rows in decode combine, in chunks of 512 columns. kType: the type of rows; kEncoding: 0 none, 1 FP8, 2 logfmt10.
+// Encoding of rows in decode combine, in chunks of 512 columns. kType: type of rows; kEncoding: 0 none, 1 FP8, 2 logfmt10.
 //
 //   kEncoding 0   packet i * 32 + lane is the unit (16 bytes) i * 32 + lane of the chunk
-//   kEncoding 1   a lane holds 16 columns: packet `lane`; packet 32: four scales. Format: tokenferry/formats/fp8.py
-//   kEncoding 2   a lane holds 16 columns in 20 bytes: packet `lane` holds the first 16, packet 32 + lane / 4 the last 4 of
-//                 four lanes; packets 40 and 41: (lo, step) of two groups each. Format: tokenferry/formats/logfmt.py
+//   kEncoding 1   a lane holds 16 columns: packet `lane`; packet 32: four scales; tokenferry/formats/fp8.py
+//   kEncoding 2   a lane holds 16 columns in 20 bytes: packet `lane` holds the first 16, packet 32 + lane / 4 the last
+//                 4 of four lanes; packets 40 and 41: (lo, step) of two groups each; tokenferry/formats/logfmt.py
 #pragma once
 #include "device/fp8.cuh"
 #include "device/logfmt.cuh"

@@ -1,5 +1,5 @@
-// FP8 rows: float8_e4m3fn, one scale for 128 columns; bit for bit the format of tokenferry/formats/fp8.py. A lane holds 16
-// columns, so 8 lanes share a scale.
+// FP8 rows: float8_e4m3fn, one scale for 128 columns; bit for bit the format of tokenferry/formats/fp8.py. A lane holds
+// 16 columns, so 8 lanes share a scale.
 #pragma once
 #include "device/ptx.cuh"
 

@@ -12,8 +12,8 @@ struct LogScale {
     float per_step;      // 1 / step, or 0
 };
 
-// The code of magnitude a, rounded to the nearest in linear space. An error in the last bit of the logarithm may choose the
-// neighbouring step at the edge of two steps; both lead to the same code.
+// The code of magnitude a, rounded to the nearest in linear space. An error in the last bit of the logarithm may choose
+// the neighbouring step at the edge of two steps; both lead to the same code.
 DEV u32 log_code(float a, const LogScale& s) {
     float below = floorf((log2_near(a) - s.lo) * s.per_step);
     below = fminf(fmaxf(below, 0.f), kSteps - 1.f);
@@ -23,7 +23,8 @@ DEV u32 log_code(float a, const LogScale& s) {
     return a < s.least ? small : code;
 }
 
-// Encodes this lane's columns: returns the first 128 bits, `fifth` gets the last 32. All 8 lanes of a group get lo and step.
+// Encodes this lane's columns: returns the first 128 bits, `fifth` gets the last 32. All 8 lanes of a group get lo and
+// step.
 DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
     float most = 0.f, least = __uint_as_float(0x7f800000u);
     bool finite = true;
