@@ -159,7 +159,7 @@ static __device__ __noinline__ bool agree_whether_arrived(const P& p, u32 channe
     }
 }
 
-// Waits for a word of a peer's message. kOk: `value` holds it; kTimedOut: the peer is masked; kFailed: see above.
+// Waits for a word of a peer's message. Returns kOk (`value` holds it), kTimedOut (the peer is masked) or kFailed.
 template <class P>
 DEV u32 wait_for_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word, u32& value) {
     u64 seen = load_relaxed(word);

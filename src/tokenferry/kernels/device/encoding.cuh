@@ -1,4 +1,4 @@
-// Encoding of rows in decode combine, in chunks of 512 columns. kType: type of rows; kEncoding: 0 none, 1 FP8, 2 logfmt10.
+// Encoding of rows in decode combine, in chunks of 512 columns. kType: of rows; kEncoding: 0 none, 1 FP8, 2 logfmt10.
 //
 //   kEncoding 0   packet i * 32 + lane is the unit (16 bytes) i * 32 + lane of the chunk
 //   kEncoding 1   a lane holds 16 columns: packet `lane`; packet 32: four scales; tokenferry/formats/fp8.py
