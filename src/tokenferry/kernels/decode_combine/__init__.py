@@ -1,1 +1,1 @@
-"""The kernel `collect`: decode combine."""
+"""The kernel of `decode_combine`."""

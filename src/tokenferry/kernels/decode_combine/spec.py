@@ -1,4 +1,4 @@
-"""Host half of the kernel `collect`; kernel.cuh says what it does."""
+"""Spec of the kernel `decode_combine`: params, configs and resources; kernel.cuh describes the kernel."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from tokenferry.kernels.describe import TYPES, describe
 
 THREADS = 512
 CHUNK_COLUMNS = 512
-"""Columns that a warp handles at a time."""
+"""Columns of a row that a warp processes at a time."""
 ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 SAME, FP8, LOGFMT10 = 0, 1, 2
-"""What travels: rows as they are, or encoded."""
+"""Values of the config ``encoding``: how rows are stored on the way."""
 
 SPEC = replace(
     describe(
         __file__,
         (
             ("workspaces", "ptr[8]"),
-            ("y", "ptr"),
-            ("out", "ptr"),
-            ("topk_idx", "ptr"),
-            ("weights", "ptr"),
-            ("row_weights", "ptr"),
-            ("table", "ptr"),
-            ("pending", "ptr"),
-            ("masked_out", "ptr"),
-            ("trace", "ptr"),
+            ("y", "ptr:const int4"),
+            ("out", "ptr:int4"),
+            ("topk_idx", "ptr:const void"),
+            ("weights", "ptr:const float"),
+            ("row_weights", "ptr:const float"),
+            ("table", "ptr:const i32"),
+            ("pending", "ptr:u32"),
+            ("masked_out", "ptr:u32"),
+            ("trace", "ptr:u64"),
             ("packets_at", "u64"),
             ("packets_stride", "u64"),
             ("num_tokens", "u32"),
@@ -55,5 +55,5 @@ SPEC = replace(
 
 
 def packets_of_chunk(item_bytes: int, encoding: int) -> int:
-    """Packets of 16 bytes in which the chunk of a row travels."""
+    """Return the packets of 16 bytes that hold an encoded chunk."""
     return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: 33, LOGFMT10: 42}[encoding]

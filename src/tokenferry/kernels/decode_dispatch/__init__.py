@@ -1,1 +1,1 @@
-"""The kernel `spread`: decode dispatch."""
+"""The kernel of `decode_dispatch`."""

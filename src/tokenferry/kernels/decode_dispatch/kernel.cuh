@@ -1,99 +1,120 @@
-// decode_dispatch: decode dispatch. Casts each row, sends it once to every rank that needs it, and puts what comes into [L, R*M, H].
+// decode_dispatch: low-latency dispatch. Casts each row, sends it once to every rank that hosts one of its token's
+// experts, and stores the rows that arrive by expert: out [L, R*M, H].
 //
-// Grid     any number of blocks, at least 2; p.phases says whether this launch sends, receives, or both.
+// Grid     any number of blocks, at least 2; p.phases: whether this launch sends, receives, or both.
 // Reads    x [T, H], topk_idx [T, K] in [-1, E), weights [T, K].
-// Writes   peers' regions: words (how many rows for each expert, which tokens), notes (each row's experts, its number
-//          among its expert's rows of this rank, weights), packets (rows, scales).
-//          Here: out [L, R*M, ...], scales [L, S, R*M], counts, src_token, src_range, row_weights, the plan's table.
-// Roles    The last block only tells peers the counts, and checks their signatures. The first few send the notes, before they
-//          send rows as all do: warps take chunks, first of own rows to send, then of those that come. Every block looks through
-//          the whole routing for bad indices. A row's places follow from counts of all
-//          ranks and the row's note: by expert, then rank, then token, without any exchange of places.
-// Order    A packet, note or word is its own flag (device/decode.cuh): nothing else is waited for, nothing is fenced.
-// Why      The reader of a packet is one lane, which clears it before its kernel ends; the writer comes back to that half only
-//          when the reader's rank has said so.
-// Faults   A bad index: the call comes to nothing on this rank before anything is sent, and can be made again.
-// Cost     bytes out = distinct ranks of tokens * (row + scales + notes); reads T*K indices in every block; for each
-//          row one warp looks through the choices of the tokens before it. sm_90a: <= 128 registers, 0 spills,
+// Writes   workspaces of peers: words (rows for each expert, mask of tokens), notes (for each row: experts, its number
+//          among the rows of each from this rank, weights), packets (rows, scales).
+//          Own memory: out [L, R*M, ...], scales [L, S, R*M], counts, src_token, src_range, row_weights, the plan's
+//          table.
+// Roles    The last block, the leader, handles counts, acknowledgements and signatures, and no rows. In the others each
+//          warp takes chunks of rows, first of own rows to send, then of rows that arrive; the first of these blocks
+//          send the notes before their rows. Every block checks the whole routing for bad indices. The place of a row
+//          follows from the counts of all ranks and the row's note: rows are ordered by expert, then rank, then token,
+//          and ranks exchange no places.
+// Order    Each packet, note and word is its own flag (device/decode.cuh): no other flags, no fences.
+// Why      Nothing is overwritten before it is read: one lane reads a packet and restores the sentinel before its
+//          kernel ends, and the writer reuses that buffer only after the reader's rank has acknowledged it.
+// Faults   A bad index aborts the call on this rank before anything is sent; the call can be repeated.
+// Cost     bytes out = distinct ranks of tokens * (row + scales + notes); every block reads T*K indices; for each row
+//          one warp searches the choices of the tokens before it. sm_90a: <= 128 registers, 0 spills,
 //          256 B of static shared memory, at most 212992 B of dynamic.
 // Tests    tests/cuda/test_decode_dispatch.py, tests/contract/test_decode.py, tests/emulator, tests/compile.
 #include "decode_dispatch/receive.cuh"
 #include "decode_dispatch/send.cuh"
 
+// What the threads of a block share.
+struct BlockData {
+    RecvCounts counts;  // of own rows while they are sent, then of those that arrive
+    i32* table;         // the plan's
+    u16* choices;       // [T, K], in shared or global memory
+};
+
+// Sends the block's part of the call, once the peers' buffers are free; all threads. `free`: they are free already.
+// False: the group has failed. `loaded`: this warp's first chunk, prefetched.
+DEV bool send(const DecodeDispatchParams& p, DecodeCall& call, bool free, const BlockData& block, const SendWork& work,
+              RowChunk& loaded) {
+    const bool leader = blockIdx.x == gridDim.x - 1;
+    if (!free) {
+        if (leader) send_acks(p, call);  // peers may be waiting for the same
+        if (!wait_for_acks(p, kDispatch, call)) return false;
+    }
+    trace_time(p, kTraceReady);
+    if (leader) {
+        send_signature(p, kDispatch, call, 0);
+        send_counts(p, call, block.choices, block.counts.offsets, block.counts.masks);
+        if (threadIdx.x == 0) {
+            block.table[kEpochWord] = (i32)call.epoch;
+            block.table[kAliveWord] = (i32)call.alive;
+        }
+        if (free) send_acks(p, call);
+    } else {
+        send_notes(p, call, block.choices, work);
+        send_rows(p, call, work, loaded);
+    }
+    trace_time(p, kTraceSent);
+    return true;
+}
+
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     decode_dispatch(const __grid_constant__ DecodeDispatchParams p) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ u32 tokens[kMaxRanks];
-    const bool tells = blockIdx.x == gridDim.x - 1, sends = p.phases & kSend;
-    const u32 kept = p.choices ? 0 : (p.num_tokens * p.top_k * 2 + 15) & ~15u;
-    Arrivals a = {reinterpret_cast<u32*>(shared + kept),
-                  reinterpret_cast<u32*>(shared + kept) + p.num_ranks * p.num_local, tokens};
-    i32* table = reinterpret_cast<i32*>(p.table);
-    u16* choices = p.choices ? reinterpret_cast<u16*>(p.choices) : reinterpret_cast<u16*>(shared);
+    const bool leader = blockIdx.x == gridDim.x - 1, sends = p.phases & kSend;
+    const u32 choices_bytes = p.choices ? 0 : (p.num_tokens * p.top_k * 2 + 15) & ~15u;
+    u32* offsets = reinterpret_cast<u32*>(shared + choices_bytes);
+    const BlockData block = {{offsets, offsets + p.num_ranks * p.num_local, tokens},
+                             p.table,
+                             p.choices ? p.choices : reinterpret_cast<u16*>(shared)};
     wait_for_kernel_before();
-    mark(p, kTraceStart);
+    trace_time(p, kTraceStart);
     let_next_kernel_begin();
-    // All that can be known beforehand is on its way at once.
-    const Opening opening = read_opening(p, kDispatch, sends ? nullptr : p.table, nullptr);
-    const Share share = share_of(p);
-    Load load;
-    bool good = true, room = true;
+    // All loads whose addresses are known are in flight together.
+    const SnapshotLane lane_snapshot = load_snapshot(p, kDispatch, sends ? nullptr : p.table, nullptr);
+    const SendWork work = send_work(p);
+    RowChunk loaded;
+    bool valid = true, free = true;
     if (sends) {
-        if (!tells) load_chunk(p, share.first, share.chunks, share.end, load);
-        good = tells || share.notes ? read_choices<true>(p, choices) : read_choices<false>(p, choices);
-        room = has_room(p, opening);
-        if (tells)
+        if (!leader) load_chunk(p, work.first, work.row_chunks, work.end, loaded);
+        valid =
+            leader || work.note_blocks ? read_choices<true>(p, block.choices) : read_choices<false>(p, block.choices);
+        free = is_buffer_free(p, lane_snapshot);
+        if (leader)  // for send_counts: offsets and masks are adjacent
             for (u32 i = threadIdx.x; i < p.num_ranks * (p.num_local + (p.max_tokens + 31) / 32); i += blockDim.x)
-                a.bases[i] = 0;  // bits lie behind them
+                block.counts.offsets[i] = 0;
     }
-    bool ready = good && room;
-    const Known& known = share_opening(opening, ready);
-    if (known.failed) return;
-    Turn turn = next_turn(p, known);
+    bool ready = valid && free;
+    const Snapshot& snapshot = share_snapshot(lane_snapshot, ready);
+    if (snapshot.failed) return;
+    DecodeCall call = next_call(p, snapshot);
     if (sends) {
-        if (known.stopped) {
-            if (tells && threadIdx.x == 0) table[kAliveWord] = 0;
+        if (snapshot.stopped) {
+            if (leader && threadIdx.x == 0) block.table[kAliveWord] = 0;
             return;
         }
-        if (!ready && !__syncthreads_and(good)) {
-            if (tells && threadIdx.x == 0) {
-                table[kAliveWord] = 0;
-                report_bad(p);
+        if (!ready && !__syncthreads_and(valid)) {
+            if (leader && threadIdx.x == 0) {
+                block.table[kAliveWord] = 0;
+                report_bad_index(p);
             }
             return;
         }
-        if (threadIdx.x == blockDim.x - 1) close_send(p, kDispatch, turn);
-        if (tells || share.notes) mark_choices(p, turn, choices);
-        if (!ready) {
-            if (tells) send_acks(p, turn);  // peers may be waiting for this, too
-            if (!wait_for_room(p, kDispatch, turn)) return;
-        }
-        mark(p, kTraceReady);
-        if (tells) {
-            send_signature(p, kDispatch, turn, 0);
-            send_counts(p, turn, choices, a.bases, a.bits);
-            if (threadIdx.x == 0) {
-                table[kEpochWord] = (i32)turn.epoch;
-                table[kAliveWord] = (i32)turn.alive;
-            }
-            if (ready) send_acks(p, turn);
-        } else {
-            send_all_notes(p, turn, choices, share);
-            send_rows(p, turn, share, load);
-        }
-        mark(p, kTraceSent);
+        if (threadIdx.x == blockDim.x - 1) advance_epoch(p, kDispatch, call);
+        if (leader || work.note_blocks) finish_choices(p, call, block.choices);
+        if (!send(p, call, ready, block, work, loaded)) return;
     } else {
-        if (known.table[kAliveWord] == 0) return;  // the call came to nothing
-        turn = {known.table[kEpochWord], known.table[kEpochWord] & 1, known.table[kAliveWord] & ~known.masked};
+        if (snapshot.table[kAliveWord] == 0) return;  // the call was aborted
+        const u32 epoch = snapshot.table[kEpochWord];
+        call = {epoch, epoch & 1, snapshot.table[kAliveWord] & ~snapshot.masked};
     }
     if (!(p.phases & kReceive)) return;
-    __syncthreads();  // counts of this rank are told, choices done with: their memory is used again
-    if (tells) {
-        if (threadIdx.x == 0) mark_received(p, kDispatch, turn);
-        if (!__syncthreads_and(check_signatures(p, kDispatch, turn, 0))) return;  // the other blocks see it, too
+    __syncthreads();  // the counts of this rank are sent, and choices no longer needed: their memory is reused
+    if (leader) {
+        if (threadIdx.x == 0) mark_received(p, kDispatch, call);
+        if (!__syncthreads_and(check_signatures(p, kDispatch, call, 0))) return;  // other blocks see the fault, too
     }
-    if (!receive_counts(p, turn, a)) return;
-    mark(p, kTraceCounts);
-    if (!tells) receive_rows(p, turn, a);
-    mark(p, kTraceEnd);
+    if (!receive_counts(p, call, block.counts)) return;
+    trace_time(p, kTraceCounts);
+    if (!leader) receive_rows(p, call, block.counts);
+    trace_time(p, kTraceEnd);
 }

@@ -1,10 +1,11 @@
-// The first half of decode dispatch: rows and their notes go out; see kernel.cuh.
+// The send half of decode dispatch: rows and their notes; see kernel.cuh.
 #pragma once
 #include "decode_dispatch/routing.cuh"
 
-// How many rows this rank's tokens before one have for expert `mine`, as far as this lane's group looks: n choices in all.
-DEV u32 earlier_rows(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) {
-    // Lanes of a group share the search: each looks through every `groups`-th eight choices. Repeated ones never match.
+// Counts the choices of expert `mine` among the first n, as far as this lane's group searches. This is the number of
+// the row among those that the expert gets from this rank.
+DEV u32 count_earlier(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) {
+    // The groups share the search: each takes every `groups`-th eight choices. Repeated choices never match.
     const u32 groups = 32 / lanes;
     u32 found = 0;
     for (u32 i = group * 8; i + 8 <= n; i += groups * 8) {
@@ -18,32 +19,32 @@ DEV u32 earlier_rows(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) 
     return found;
 }
 
-// The weight of this lane's slot.
-DEV float weight_of(const DecodeDispatchParams& p, u32 t) {
+// Loads the weight of slot `lane` of token t.
+DEV float load_weight(const DecodeDispatchParams& p, u32 t) {
     const u32 lane = threadIdx.x % 32;
-    return p.weighted && t < p.num_tokens && lane < p.top_k
-               ? __ldg(reinterpret_cast<const float*>(p.weights) + (u64)t * p.top_k + lane)
-               : 0.f;
+    return p.weighted && t < p.num_tokens && lane < p.top_k ? __ldg(p.weights + (u64)t * p.top_k + lane) : 0.f;
 }
 
-DEV void send_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* choices, u32 t, u32 ranks,
-                    float low_weight) {
+// Sends the notes of token t to `ranks` (bits): the code of each slot (expert << 16 | number of the row), then the
+// weights, to which those of repeated choices are added. `low_weight`: the weight of slot `lane`.
+DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, const u16* choices, u32 t, u32 ranks,
+                        float low_weight) {
     const u32 lane = threadIdx.x % 32, K = p.top_k, first = t * K;
     const bool wide = K > 32;
     u32 lanes = 1;
     while (lanes < K && lanes < 32) lanes *= 2;
-    u32 code[2] = {kOnes, kOnes};
-    const float* weights = reinterpret_cast<const float*>(p.weights) + first;
+    u32 code[2] = {kUnused, kUnused};
+    const float* weights = p.weights + first;
     float weight[2] = {low_weight, 0.f};
     if (wide && p.weighted && lane + 32 < K) weight[1] = __ldg(weights + lane + 32);
     const bool repeats = __ballot_sync(kAll, (lane < K && choices[first + lane] & kRepeated) ||
                                                  (lane + 32 < K && choices[first + lane + 32] & kRepeated));
     for (u32 h = 0; h <= (u32)wide; h++) {
         const u32 k = lane % lanes + 32 * h, e = k < K ? choices[first + k] : kNone;
-        u32 all = e < kBad && first ? earlier_rows(choices, first, e, lanes, lane / lanes) : 0;
-        for (u32 d = lanes; d < 32; d *= 2) all += __shfl_xor_sync(kAll, all, (int)d);
+        u32 earlier = e < kBad && first ? count_earlier(choices, first, e, lanes, lane / lanes) : 0;
+        for (u32 d = lanes; d < 32; d *= 2) earlier += __shfl_xor_sync(kAll, earlier, (int)d);
         if (lane >= lanes || e >= kBad) continue;
-        code[h] = e << 16 | all;
+        code[h] = e << 16 | earlier;
         if (!p.weighted || !repeats) continue;
         for (u32 j = k + 1; j < K; j++)
             if (choices[first + j] == (e | kRepeated)) weight[h] += weights[j];
@@ -55,105 +56,111 @@ DEV void send_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* 
 #pragma unroll
         for (u32 j = 0; j < 3; j++) {
             const u32 k = (is_code ? n : n - notes) * 3 + j;
-            const u32 its_code = __shfl_sync(kAll, code[0], (int)(k % 32)),
-                      its_weight = __float_as_uint(__shfl_sync(kAll, weight[0], (int)(k % 32)));
-            word[j] = is_code ? its_code : its_weight;
+            const u32 low_code = __shfl_sync(kAll, code[0], (int)(k % 32)),
+                      low_bits = __float_as_uint(__shfl_sync(kAll, weight[0], (int)(k % 32)));
+            word[j] = is_code ? low_code : low_bits;
             if (wide) {
                 const u32 high_code = __shfl_sync(kAll, code[1], (int)(k % 32)),
-                          high_weight = __float_as_uint(__shfl_sync(kAll, weight[1], (int)(k % 32)));
-                if (k >= 32) word[j] = is_code ? high_code : high_weight;
+                          high_bits = __float_as_uint(__shfl_sync(kAll, weight[1], (int)(k % 32)));
+                if (k >= 32) word[j] = is_code ? high_code : high_bits;
             }
-            if (k >= K) word[j] = kOnes;
+            if (k >= K) word[j] = kUnused;
         }
         if (n >= all_notes) continue;
-        const int4 note = make_int4((int)word[0], (int)word[1], (int)word[2], (int)turn.epoch);
+        const int4 note = make_int4((int)word[0], (int)word[1], (int)word[2], (int)call.epoch);
         for (u32 m = ranks; m; m &= m - 1) {
             const u32 r = __ffs(m) - 1;
-            store_packet(notes_of(p, turn, r, p.rank) + ((u64)t * all_notes + n) * 16, note);
+            store_packet(notes_of(p, call, r, p.rank) + ((u64)t * all_notes + n) * 16, note);
         }
     }
 }
 
-// What a block sends. Its warps' chunks, counted over all rows, are `step` apart; the first blocks have notes as well.
-struct Share {
-    u32 chunks, first, step, end;
-    u32 notes;     // blocks that send notes, if this is one of them; else 0
-    float weight;  // of the first note's slots, on its way
+// The part of a warp in the sends: chunks (counted over all rows) `first`, `first + step` ... below `end`; and notes,
+// in the first blocks.
+struct SendWork {
+    u32 row_chunks, first, step, end;
+    u32 note_blocks;  // how many blocks send notes, if this is one of them; else 0
+    float weight;     // of this lane's slot in the first notes, prefetched
 };
 
-DEV Share share_of(const DecodeDispatchParams& p) {
-    const u32 chunks = (p.row_units + kChunk - 1) / kChunk, blocks = gridDim.x - 1, warps = blockDim.x / 32;
-    const u32 noting = min(blocks, (p.num_tokens + warps - 1) / warps);
-    // Blocks without notes come first: what there is little of begins at once.
-    const u32 index = blockIdx.x >= noting ? blockIdx.x - noting : blockIdx.x + blocks - noting;
-    const bool notes = blockIdx.x < noting;
-    const float weight = notes ? weight_of(p, threadIdx.x / 32 * noting + blockIdx.x) : 0.f;
-    return {chunks, threadIdx.x / 32 * blocks + index, blocks * warps, p.num_tokens * chunks, notes ? noting : 0,
+DEV SendWork send_work(const DecodeDispatchParams& p) {
+    const u32 row_chunks = (p.row_units + kChunk - 1) / kChunk, blocks = gridDim.x - 1, warps = blockDim.x / 32;
+    const u32 note_blocks = min(blocks, (p.num_tokens + warps - 1) / warps);
+    // The first chunks go to blocks without notes, so that they start at once even if there are few.
+    const u32 index = blockIdx.x >= note_blocks ? blockIdx.x - note_blocks : blockIdx.x + blocks - note_blocks;
+    const bool notes = blockIdx.x < note_blocks;
+    const float weight = notes ? load_weight(p, threadIdx.x / 32 * note_blocks + blockIdx.x) : 0.f;
+    return {row_chunks,
+            threadIdx.x / 32 * blocks + index,
+            blocks * warps,
+            p.num_tokens * row_chunks,
+            notes ? note_blocks : 0,
             weight};
 }
 
-DEV void send_all_notes(const DecodeDispatchParams& p, const Turn& turn, const u16* choices, const Share& share) {
-    if (!share.notes) return;
-    const u32 lane = threadIdx.x % 32, step = blockDim.x / 32 * share.notes;
-    float weight = share.weight;
-    for (u32 t = threadIdx.x / 32 * share.notes + blockIdx.x; t < p.num_tokens; t += step) {
+DEV void send_notes(const DecodeDispatchParams& p, const DecodeCall& call, const u16* choices, const SendWork& work) {
+    if (!work.note_blocks) return;
+    const u32 lane = threadIdx.x % 32, step = blockDim.x / 32 * work.note_blocks;
+    float weight = work.weight;
+    for (u32 t = threadIdx.x / 32 * work.note_blocks + blockIdx.x; t < p.num_tokens; t += step) {
         u32 ranks = 0;
         for (u32 k = lane; k < p.top_k; k += 32) {
             const u32 e = choices[t * p.top_k + k];
             if (e < kBad) ranks |= 1u << rank_of(p, e);
         }
-        ranks = __reduce_or_sync(kAll, ranks) & turn.alive;
-        if (ranks) send_notes(p, turn, choices, t, ranks, weight);
-        weight = weight_of(p, t + step);
+        ranks = __reduce_or_sync(kAll, ranks) & call.alive;
+        if (ranks) send_row_notes(p, call, choices, t, ranks, weight);
+        weight = load_weight(p, t + step);
     }
 }
 
-// A chunk before it is cast, and where its token goes: lane k has the expert of slot k.
-struct Load {
-    int4 v[kCast ? kReads : kChunk / 32];
+// A chunk before its cast, and the destinations of its token: lane k holds the expert of slot k.
+struct RowChunk {
+    int4 v[kCast ? kLoads : kChunk / 32];
     u32 expert;
 };
 
-// Starts to load a chunk, if there is one of this number.
-DEV void load_chunk(const DecodeDispatchParams& p, u32 number, const u32 chunks, u32 end, Load& load) {
+// Starts the loads of chunk `number`, if it is below `end`.
+DEV void load_chunk(const DecodeDispatchParams& p, u32 number, u32 row_chunks, u32 end, RowChunk& loaded) {
     if (number >= end) return;
-    const u32 lane = threadIdx.x % 32, t = number / chunks, chunk = number % chunks;
-    load.expert = lane < p.top_k ? (u32)index_at(p, t * p.top_k + lane) : kOnes;
+    const u32 lane = threadIdx.x % 32, t = number / row_chunks, chunk = number % row_chunks;
+    loaded.expert = lane < p.top_k ? (u32)index_at(p, t * p.top_k + lane) : kUnused;
     if constexpr (kCast) {
-        load_columns(p.x, t, p.columns, chunk * 512 + lane * 16, load.v);
+        load_columns(p.x, t, p.columns, chunk * 512 + lane * 16, loaded.v);
     } else {
 #pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) {
             const u32 unit = chunk * kChunk + i * 32 + lane;
-            if (unit < p.row_units) load.v[i] = __ldg(reinterpret_cast<const int4*>(p.x) + (u64)t * p.row_units + unit);
+            if (unit < p.row_units) loaded.v[i] = __ldg(p.x + (u64)t * p.row_units + unit);
         }
     }
 }
 
-// The ranks that the token goes to, as bits.
-DEV u32 ranks_of(const DecodeDispatchParams& p, const Turn& turn, u32 t, u32 expert) {
-    u32 bits = expert == kOnes ? 0 : 1u << rank_of(p, expert);
+// The ranks that token t goes to, as bits. `expert`: of slot `lane`.
+DEV u32 destinations(const DecodeDispatchParams& p, const DecodeCall& call, u32 t, u32 expert) {
+    u32 bits = expert == kUnused ? 0 : 1u << rank_of(p, expert);
     for (u32 k = threadIdx.x % 32 + 32; k < p.top_k; k += 32) {
         const u32 e = (u32)index_at(p, t * p.top_k + k);
-        if (e != kOnes) bits |= 1u << rank_of(p, e);
+        if (e != kUnused) bits |= 1u << rank_of(p, e);
     }
-    return __reduce_or_sync(kAll, bits) & turn.alive;
+    return __reduce_or_sync(kAll, bits) & call.alive;
 }
 
-DEV void send_chunk(const DecodeDispatchParams& p, const Turn& turn, u32 t, u32 chunk, u32 ranks, const Load& load) {
+DEV void send_chunk(const DecodeDispatchParams& p, const DecodeCall& call, u32 t, u32 chunk, u32 ranks,
+                    const RowChunk& loaded) {
     const u32 lane = threadIdx.x % 32;
     int4 v[kChunk / 32], scales;
     if constexpr (kCast) {
-        v[0] = cast_packet(load.v, p.scale_format, scales);
+        v[0] = cast_packet(loaded.v, p.scale_format, scales);
     } else {
 #pragma unroll
-        for (u32 i = 0; i < kChunk / 32; i++) v[i] = guarded(load.v[i]);
+        for (u32 i = 0; i < kChunk / 32; i++) v[i] = escape_sentinel(loaded.v[i]);
     }
-    // Each rank begins with the next one: so no rank gets all rows at the same time.
+    // Each rank starts with its successor, so that no rank gets the rows of all ranks at the same time.
     for (u32 i = 1; i <= p.num_ranks; i++) {
         const u32 r = p.rank + i < p.num_ranks ? p.rank + i : p.rank + i - p.num_ranks;
         if (!(ranks >> r & 1)) continue;
-        u8* to = packets_of(p, turn, r, p.rank);
+        u8* to = packets_of(p, call, r, p.rank);
 #pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) {
             const u32 unit = chunk * kChunk + i * 32 + lane;
@@ -164,12 +171,12 @@ DEV void send_chunk(const DecodeDispatchParams& p, const Turn& turn, u32 t, u32 
     }
 }
 
-// `load`: of the first chunk.
-DEV void send_rows(const DecodeDispatchParams& p, const Turn& turn, const Share& share, Load& load) {
-    for (u32 i = share.first; i < share.end; i += share.step) {
-        const Load here = load;
-        load_chunk(p, i + share.step, share.chunks, share.end, load);
-        const u32 t = i / share.chunks, ranks = ranks_of(p, turn, t, here.expert);
-        if (ranks) send_chunk(p, turn, t, i % share.chunks, ranks, here);
+// Sends this warp's chunks. `loaded`: the first one, prefetched.
+DEV void send_rows(const DecodeDispatchParams& p, const DecodeCall& call, const SendWork& work, RowChunk& loaded) {
+    for (u32 i = work.first; i < work.end; i += work.step) {
+        const RowChunk current = loaded;
+        load_chunk(p, i + work.step, work.row_chunks, work.end, loaded);
+        const u32 t = i / work.row_chunks, ranks = destinations(p, call, t, current.expert);
+        if (ranks) send_chunk(p, call, t, i % work.row_chunks, ranks, current);
     }
 }

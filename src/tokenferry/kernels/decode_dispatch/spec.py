@@ -1,4 +1,4 @@
-"""Host half of the kernel `spread`; kernel.cuh says what it does."""
+"""Spec of the kernel `decode_dispatch`: params, configs and resources; kernel.cuh describes the kernel."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from tokenferry.kernels.describe import TYPES, describe
 
 THREADS = 512
 CHOICES_BYTES = 128 * 1024
-"""Routing that a block keeps in shared memory; a larger one is read where it is."""
+"""The largest routing that a block keeps in shared memory; the host prepares a larger one in global memory."""
 ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 RAW = 4
-"""Of the config ``type``: rows travel as bytes; else they are numbers of this type, to be cast to FP8."""
+"""Value of the config ``type``: rows are sent as bytes; other values name the type of rows that are cast to FP8."""
 
 SPEC = replace(
     describe(
         __file__,
         (
             ("workspaces", "ptr[8]"),
-            ("x", "ptr"),
-            ("topk_idx", "ptr"),
-            ("weights", "ptr"),
-            ("choices", "ptr"),
-            ("out", "ptr"),
-            ("scale_out", "ptr"),
-            ("expert_counts", "ptr"),
-            ("received", "ptr"),
-            ("src_token", "ptr"),
-            ("src_range", "ptr"),
-            ("row_weights", "ptr"),
-            ("table", "ptr"),
-            ("masked_out", "ptr"),
-            ("trace", "ptr"),
+            ("x", "ptr:const int4"),
+            ("topk_idx", "ptr:const void"),
+            ("weights", "ptr:const float"),
+            ("choices", "ptr:u16"),
+            ("out", "ptr:int4"),
+            ("scale_out", "ptr:u32"),
+            ("expert_counts", "ptr:i32"),
+            ("received", "ptr:i32"),
+            ("src_token", "ptr:i32"),
+            ("src_range", "ptr:i64"),
+            ("row_weights", "ptr:float"),
+            ("table", "ptr:i32"),
+            ("masked_out", "ptr:u32"),
+            ("trace", "ptr:u64"),
             ("notes_at", "u64"),
             ("packets_at", "u64"),
             ("words_stride", "u64"),
@@ -63,20 +63,27 @@ SPEC = replace(
 
 
 def mask_words(max_tokens: int) -> int:
-    """Words of 32 bits for a bit a token."""
+    """Return the number of 32-bit words that hold one bit a token."""
     return -(-max_tokens // 32)
 
 
 def message_words(max_tokens: int, num_local: int) -> int:
-    """Words of a message from one rank to another: tokens, rows of each expert, which tokens."""
+    """Return the words of a message from one rank to another: its tokens, rows for each expert, a mask of tokens."""
     return 1 + num_local + mask_words(max_tokens)
 
 
 def notes(top_k: int) -> int:
-    """Notes of a row, most: three slots a note, and their weights."""
+    """Return the most notes of a row: one note for three slots, and as many for their weights."""
     return 2 * -(-top_k // 3)
 
 
 def smem_bytes(num_choices: int, num_experts: int, num_ranks: int, max_tokens: int) -> int:
-    """Dynamic shared memory of a block; ``num_choices``: the most slots of a routing."""
+    """Return the dynamic shared memory of a block in bytes.
+
+    Args:
+        num_choices: The most slots of a routing, M * K.
+        num_experts: E.
+        num_ranks: R.
+        max_tokens: M.
+    """
     return -(-min(2 * num_choices, CHOICES_BYTES) // 16) * 16 + 4 * (num_experts + num_ranks * mask_words(max_tokens))

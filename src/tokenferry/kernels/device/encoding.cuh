@@ -1,22 +1,22 @@
-// How a chunk of 512 columns of a row travels in decode combine. kType: what rows are made of; kEncoding: 0 as they are, 1 FP8, 2 logfmt10.
+// Encoding of rows in decode combine, in chunks of 512 columns. kType: of rows; kEncoding: 0 none, 1 FP8, 2 logfmt10.
 //
 //   kEncoding 0   packet i * 32 + lane is the unit (16 bytes) i * 32 + lane of the chunk
-//   kEncoding 1   a lane has 16 columns: packet lane; packet 32: four scales. Format of tokenferry/fp8.py
-//   kEncoding 2   a lane has 16 columns, 20 bytes: packet lane has the first 16, packet 32 + lane / 4 the last 4 of four lanes;
-//             packets 40 and 41: (lo, step) of four groups. Format of tokenferry/logfmt.py
+//   kEncoding 1   a lane holds 16 columns: packet `lane`; packet 32: four scales; tokenferry/formats/fp8.py
+//   kEncoding 2   a lane holds 16 columns in 20 bytes: packet `lane` holds the first 16, packet 32 + lane / 4 the last
+//                 4 of four lanes; packets 40 and 41: (lo, step) of two groups each; tokenferry/formats/logfmt.py
 #pragma once
 #include "device/fp8.cuh"
 #include "device/logfmt.cuh"
 #include "device/number.cuh"
 
-constexpr u32 kUnits = kType == 2 ? 4 : 2;  // of 16 bytes: 16 columns
+constexpr u32 kUnits = kType == 2 ? 4 : 2;  // units of 16 bytes in 16 columns
 constexpr u32 kUnitColumns = 16 / kUnits;
 constexpr u32 kPackets = kEncoding == 0 ? 32 * kUnits : kEncoding == 1 ? 33 : 42;
 
-// What a lane gets of a chunk. more: kEncoding 1: the scales; kEncoding 2: fifth words, then (lo, step).
-struct Coded {
+// A lane's part of an encoded chunk. extra: the scales (kEncoding 1), or fifth words and then (lo, step) (kEncoding 2).
+struct EncodedChunk {
     int4 v[kUnits];
-    int4 more[kEncoding == 2 ? 2 : 1];
+    int4 extra[kEncoding == 2 ? 2 : 1];
 };
 
 DEV u32 unit_of(u32 i) { return kEncoding == 0 ? i * 32 + threadIdx.x % 32 : threadIdx.x % 32 * kUnits + i; }
@@ -25,18 +25,16 @@ DEV u64 unit_index(u64 row, u32 columns, u32 chunk, u32 i) {
     return row * (columns / kUnitColumns) + chunk * (512 / kUnitColumns) + unit_of(i);
 }
 
-DEV void read_units(const u8* rows, u64 row, u32 columns, u32 chunk, int4 (&v)[kUnits]) {
+DEV void read_units(const int4* rows, u64 row, u32 columns, u32 chunk, int4 (&v)[kUnits]) {
 #pragma unroll
     for (u32 i = 0; i < kUnits; i++)
-        v[i] = has_unit(columns, chunk, i)
-                   ? __ldg(reinterpret_cast<const int4*>(rows) + unit_index(row, columns, chunk, i))
-                   : make_int4(0, 0, 0, 0);
+        v[i] = has_unit(columns, chunk, i) ? __ldg(rows + unit_index(row, columns, chunk, i)) : make_int4(0, 0, 0, 0);
 }
 
-DEV void write_units(u8* rows, u64 row, u32 columns, u32 chunk, const int4 (&v)[kUnits]) {
+DEV void write_units(int4* rows, u64 row, u32 columns, u32 chunk, const int4 (&v)[kUnits]) {
 #pragma unroll
     for (u32 i = 0; i < kUnits; i++)
-        if (has_unit(columns, chunk, i)) reinterpret_cast<int4*>(rows)[unit_index(row, columns, chunk, i)] = v[i];
+        if (has_unit(columns, chunk, i)) rows[unit_index(row, columns, chunk, i)] = v[i];
 }
 
 DEV void unpack_units(const int4 (&v)[kUnits], float (&n)[16]) {
@@ -66,18 +64,20 @@ DEV void add_weighted(const int4 (&v)[kUnits], float weight, float (&sum)[16]) {
     for (u32 i = 0; i < 16; i++) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, n[i]));
 }
 
+// Word i of v as a float.
 DEV float word_float(const int4& v, u32 i) {
     return __uint_as_float((u32)(i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w));
 }
 
 // ---- numbers to packets and back; all lanes
 
-// more[0], in every lane: the scales (kEncoding 1); lanes 0..7 a packet of fifth words, lanes 0 and 1 more[1]: (lo, step) (kEncoding 2).
-DEV void encode(const float (&n)[16], int4& packet, int4* more) {
+// kEncoding 1: extra[0] gets the scales, the same in every lane. kEncoding 2: extra[0] of lanes 0 to 7 gets a packet of
+// fifth words, extra[1] of lanes 0 and 1 gets (lo, step) of two groups.
+DEV void encode(const float (&n)[16], int4& packet, int4* extra) {
     if constexpr (kEncoding == 1) {
         float scale;
         packet = encode_fp8(n, kFloat32, scale);
-        more[0] = of_four_groups(scale);
+        extra[0] = gather_groups(scale);
     } else if constexpr (kEncoding == 2) {
         u32 fifth;
         float lo, step;
@@ -86,70 +86,71 @@ DEV void encode(const float (&n)[16], int4& packet, int4* more) {
         u32 w[4];
 #pragma unroll
         for (u32 i = 0; i < 4; i++) w[i] = __shfl_sync(kAll, fifth, (int)(lane * 4 + i) & 31);
-        more[0] = make_int4((int)w[0], (int)w[1], (int)w[2], (int)w[3]);
+        extra[0] = make_int4((int)w[0], (int)w[1], (int)w[2], (int)w[3]);
         const u32 a = __float_as_uint(lo), b = __float_as_uint(step);
         const u32 g = lane * 16 & 31;  // lane 0: groups 0 and 1; lane 1: groups 2 and 3
         const u32 lo0 = __shfl_sync(kAll, a, (int)g), step0 = __shfl_sync(kAll, b, (int)g),
                   lo1 = __shfl_sync(kAll, a, (int)g + 8), step1 = __shfl_sync(kAll, b, (int)g + 8);
-        more[1] = make_int4((int)lo0, (int)step0, (int)lo1, (int)step1);
+        extra[1] = make_int4((int)lo0, (int)step0, (int)lo1, (int)step1);
     }
 }
 
-DEV void decode_packet(const int4& packet, const int4* more, float (&n)[16]) {
+DEV void decode_packet(const int4& packet, const int4* extra, float (&n)[16]) {
     const u32 lane = threadIdx.x % 32;
-    if constexpr (kEncoding == 1) decode_fp8(packet, word_float(more[0], lane / 8), n);
+    if constexpr (kEncoding == 1) decode_fp8(packet, word_float(extra[0], lane / 8), n);
     else if constexpr (kEncoding == 2)
-        decode_log(packet, __float_as_uint(word_float(more[0], lane % 4)), word_float(more[1], lane / 8 % 2 * 2),
-                   word_float(more[1], lane / 8 % 2 * 2 + 1), n);
+        decode_log(packet, __float_as_uint(word_float(extra[0], lane % 4)), word_float(extra[1], lane / 8 % 2 * 2),
+                   word_float(extra[1], lane / 8 % 2 * 2 + 1), n);
 }
 
-// ---- a chunk under way
+// ---- chunks as packets
 
 DEV void send_units(u8* to, const int4 (&v)[kUnits], u32 columns, u32 chunk) {
     const u32 lane = threadIdx.x % 32;
     if constexpr (kEncoding == 0) {
 #pragma unroll
         for (u32 i = 0; i < kUnits; i++)
-            if (has_unit(columns, chunk, i)) store_packet(to + unit_of(i) * 16, guarded(v[i]));
+            if (has_unit(columns, chunk, i)) store_packet(to + unit_of(i) * 16, escape_sentinel(v[i]));
     } else {
         float n[16];
         unpack_units(v, n);
-        int4 packet, more[kEncoding == 2 ? 2 : 1];
-        encode(n, packet, more);
-        if (has_unit(columns, chunk, 0)) store_packet(to + lane * 16, guarded(packet));
-        if (kEncoding == 1 && lane == 0) store_packet(to + 32 * 16, guarded(more[0]));
+        int4 packet, extra[kEncoding == 2 ? 2 : 1];
+        encode(n, packet, extra);
+        if (has_unit(columns, chunk, 0)) store_packet(to + lane * 16, escape_sentinel(packet));
+        if (kEncoding == 1 && lane == 0) store_packet(to + 32 * 16, escape_sentinel(extra[0]));
         if constexpr (kEncoding == 2) {
-            if (lane < 8) store_packet(to + (32 + lane) * 16, guarded(more[0]));
-            if (lane < 2) store_packet(to + (40 + lane) * 16, guarded(more[1]));
+            if (lane < 8) store_packet(to + (32 + lane) * 16, escape_sentinel(extra[0]));
+            if (lane < 2) store_packet(to + (40 + lane) * 16, escape_sentinel(extra[1]));
         }
     }
 }
 
-// What lies behind a row's end is loaded, too: a chunk has all its packets.
-DEV void load_coded(const u8* from, Coded& c) {
+// Loads all packets of a chunk, those beyond the end of the row, too.
+DEV void load_encoded(const u8* from, EncodedChunk& c) {
     const u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++)
         c.v[i] = load_packet(from + (kEncoding == 0 ? unit_of(i) : lane) * 16);
-    if constexpr (kEncoding == 1) c.more[0] = load_packet(from + 32 * 16);
+    if constexpr (kEncoding == 1) c.extra[0] = load_packet(from + 32 * 16);
     if constexpr (kEncoding == 2) {
-        c.more[0] = load_packet(from + (32 + lane / 4) * 16);
-        c.more[1] = load_packet(from + (40 + lane / 16) * 16);
+        c.extra[0] = load_packet(from + (32 + lane / 4) * 16);
+        c.extra[1] = load_packet(from + (40 + lane / 16) * 16);
     }
 }
 
-// Whether all of it is here.
-DEV bool has_come(const Coded& c, u32 columns, u32 chunk) {
-    bool here = true;
+// Whether all packets of this lane's part have arrived.
+DEV bool is_complete(const EncodedChunk& c, u32 columns, u32 chunk) {
+    bool complete = true;
 #pragma unroll
-    for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++) here &= !has_unit(columns, chunk, i) || !is_empty(c.v[i]);
-    if constexpr (kEncoding >= 1) here &= !is_empty(c.more[0]);
-    if constexpr (kEncoding == 2) here &= !is_empty(c.more[1]);
-    return here;
+    for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++)
+        complete &= !has_unit(columns, chunk, i) || !is_empty(c.v[i]);
+    if constexpr (kEncoding >= 1) complete &= !is_empty(c.extra[0]);
+    if constexpr (kEncoding == 2) complete &= !is_empty(c.extra[1]);
+    return complete;
 }
 
-// All lanes have what they need of it.
-DEV void clear_coded(u8* at, u32 columns, u32 chunk) {
+// Restores the sentinel; once all lanes have what they need of the chunk.
+DEV void clear_encoded(u8* at, u32 columns, u32 chunk) {
     const u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (u32 i = 0; i < (kEncoding == 0 ? kUnits : 1); i++)
@@ -158,7 +159,7 @@ DEV void clear_coded(u8* at, u32 columns, u32 chunk) {
     if (kEncoding == 2 && lane < 10) clear_packet(at + (32 + lane) * 16);
 }
 
-DEV void decode(const Coded& c, float (&n)[16]) {
+DEV void decode(const EncodedChunk& c, float (&n)[16]) {
     if constexpr (kEncoding == 0) unpack_units(c.v, n);
-    else decode_packet(c.v[0], c.more, n);
+    else decode_packet(c.v[0], c.extra, n);
 }

@@ -1,27 +1,28 @@
-// FP8 rows: float8_e4m3fn, 128 columns share a scale; the format of tokenferry/fp8.py, bit for bit. A lane has 16 columns.
+// FP8 rows: float8_e4m3fn, one scale for 128 columns; bit for bit the format of tokenferry/formats/fp8.py. A lane holds
+// 16 columns, so 8 lanes share a scale.
 #pragma once
 #include "device/ptx.cuh"
 
 constexpr u32 kFloat32 = 1, kPowerOfTwo = 2, kUe8m0 = 3;  // how scales are stored
 
-// The least power of two that is not below v, which is positive and normal.
+// Rounds v, positive and normal, up to a power of two.
 DEV float power_of_two_above(float v) {
     const u32 bits = __float_as_uint(v);
     return __uint_as_float((bits & 0x7f800000u) + (bits & 0x7fffffu ? 0x800000u : 0));
 }
 
-// All lanes of 8 get the scale of their 128 columns.
+// Encodes this lane's columns; all 8 lanes of a group get its scale.
 DEV int4 encode_fp8(const float (&n)[16], u32 format, float& scale) {
-    float most = 0.f;
+    float amax = 0.f;
 #pragma unroll
-    for (u32 i = 0; i < 16; i++) most = fmaxf(most, fabsf(n[i]));
+    for (u32 i = 0; i < 16; i++) amax = fmaxf(amax, fabsf(n[i]));
 #pragma unroll
-    for (u32 d = 4; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, (int)d));
-    most = fmaxf(most, 1e-4f);
-    scale = __fdiv_rn(most, 448.f);
+    for (u32 d = 4; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, (int)d));
+    amax = fmaxf(amax, 1e-4f);
+    scale = __fdiv_rn(amax, 448.f);
     if (format != kFloat32) scale = power_of_two_above(scale);
-    // 448 / most as torch divides a number by a tensor: by way of the inverse, rounded twice.
-    const float factor = format == kFloat32 ? __fmul_rn(__fdiv_rn(1.f, most), 448.f) : __fdiv_rn(1.f, scale);
+    // 448 / amax the way torch divides a number by a tensor: by the reciprocal, rounded twice.
+    const float factor = format == kFloat32 ? __fmul_rn(__fdiv_rn(1.f, amax), 448.f) : __fdiv_rn(1.f, scale);
     u32 w[4];
 #pragma unroll
     for (u32 i = 0; i < 4; i++)
@@ -30,8 +31,8 @@ DEV int4 encode_fp8(const float (&n)[16], u32 format, float& scale) {
     return make_int4((int)w[0], (int)w[1], (int)w[2], (int)w[3]);
 }
 
-// One number of each group of the warp's 512 columns, in every lane.
-DEV int4 of_four_groups(float mine) {
+// Gathers the numbers of the warp's four groups of 128 columns; the same in every lane.
+DEV int4 gather_groups(float mine) {
     const u32 bits = __float_as_uint(mine);
     return make_int4((int)__shfl_sync(kAll, bits, 0), (int)__shfl_sync(kAll, bits, 8), (int)__shfl_sync(kAll, bits, 16),
                      (int)__shfl_sync(kAll, bits, 24));

@@ -1,29 +1,30 @@
-// logfmt10: ten bits a number, sign and a step of a logarithmic scale that 128 columns share; the format of tokenferry/logfmt.py.
-// A lane has 16 columns: 160 bits. Code 0 is zero, code c is 2^(lo + (c - 1) * step).
+// logfmt10: ten bits a number, the sign and a step of a logarithmic scale shared by 128 columns; the format of
+// tokenferry/formats/logfmt.py. A lane holds 16 columns: 160 bits. Code 0 is zero, code c is 2^(lo + (c - 1) * step).
 #pragma once
 #include "device/ptx.cuh"
 
 constexpr float kSteps = 510.f, kRange = 32.f;
 
-// What a group's codes follow from.
+// The scale of a group, and values derived from it.
 struct LogScale {
     float lo, step;
     float least, ratio;  // 2^lo, 2^step
     float per_step;      // 1 / step, or 0
 };
 
-// The code of a size, rounded to the nearest in linear space. Where the logarithm is off by a bit at the edge of two steps, either
-// gives the same code.
+// The code of magnitude a, rounded to the nearest in linear space. An error in the last bit of the logarithm may choose
+// the neighbouring step at the edge of two steps; both lead to the same code.
 DEV u32 log_code(float a, const LogScale& s) {
     float below = floorf((log2_near(a) - s.lo) * s.per_step);
     below = fminf(fmaxf(below, 0.f), kSteps - 1.f);
     const float low = exp2_near(s.lo + below * s.step), high = low * s.ratio;
     const u32 code = (u32)below + 1 + (s.per_step > 0.f && a - low >= high - a);
-    const u32 small = 2.f * a >= s.least && a > 0.f;  // below 2^lo: that, or zero
+    const u32 small = 2.f * a >= s.least && a > 0.f;  // below 2^lo: 2^lo or zero
     return a < s.least ? small : code;
 }
 
-// The first 128 bits of this lane's codes; `fifth`: the last 32. All lanes of 8 get lo and step.
+// Encodes this lane's columns: returns the first 128 bits, `fifth` gets the last 32. All 8 lanes of a group get lo and
+// step.
 DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
     float most = 0.f, least = __uint_as_float(0x7f800000u);
     bool finite = true;
@@ -40,7 +41,7 @@ DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
         least = fminf(least, __shfl_xor_sync(kAll, least, (int)d));
         finite &= (bool)__shfl_xor_sync(kAll, (u32)finite, (int)d);
     }
-    const float hi = fminf(log2_near(most), 127.9999f);  // no code stands for infinity
+    const float hi = fminf(log2_near(most), 127.9999f);  // infinity has no code
     lo = most > 0.f ? fminf(fmaxf(log2_near(least), hi - kRange), hi) : 0.f;
     step = most > 0.f ? (hi - lo) * (1.f / kSteps) : 0.f;
     const LogScale scale = {lo, step, exp2_near(lo), exp2_near(step),
@@ -65,7 +66,7 @@ DEV void decode_log(const int4& v, u32 fifth, float lo, float step, float (&n)[1
         const u32 at = 10 * i;
         u32 code = w[at / 32] >> at % 32;
         if (at % 32 > 22) code |= w[at / 32 + 1] << (32 - at % 32);
-        const float size = (code & 511) ? exp2_near(lo + (float)((code & 511) - 1) * step) : 0.f;
-        n[i] = code >> 9 & 1 ? -size : size;
+        const float magnitude = (code & 511) ? exp2_near(lo + (float)((code & 511) - 1) * step) : 0.f;
+        n[i] = code >> 9 & 1 ? -magnitude : magnitude;
     }
 }
