@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tokenferry.bench.core.progress import run_with_feed
-from tokenferry.bench.report.cpu import num_cores, threads_for
+from tokenferry.bench.core.progress import run_with_progress
+from tokenferry.bench.report.about import num_cores, threads_for
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
@@ -95,7 +95,7 @@ def _train_spread(options: Options, screen: Screen) -> History:
         screen.progress("training", options.steps) as advance,
     ):
         show = _show(options, screen, advance)
-        histories = run_with_feed(world, train_spread, options, on_item=show)
+        histories = run_with_progress(world, train_spread, options, on_item=show)
     history: History = histories[0]
     return history
 

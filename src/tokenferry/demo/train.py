@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
 from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import progress as feed
+from tokenferry.bench.core.progress import send
 from tokenferry.demo.model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
@@ -180,7 +180,7 @@ def loss_sum(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(scores.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
 
-def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) -> History:
+def train_spread(rank: int, pg: dist.ProcessGroup, progress: str, options: Options) -> History:
     """Train on this rank's share of each batch; experts live on their ranks. A job of `World`."""
     o = options
     text = load_text()
@@ -203,14 +203,14 @@ def train_spread(rank: int, pg: dist.ProcessGroup, news: str, options: Options) 
             torch.autograd.backward(loss)
             sum_over_ranks(pg, [p.grad for p in shared if p.grad is not None])
             optimizer.step()
-            news_of_all = gather_news(pg, rank, loss.detach(), layers, o)
-            history.losses.append(float(news_of_all[0]))
-            history.expert_tokens.append([int(n) for n in news_of_all[1:]])
+            sums = sum_statistics(pg, rank, loss.detach(), layers, o)
+            history.losses.append(float(sums[0]))
+            history.expert_tokens.append([int(n) for n in sums[1:]])
             history.dispatch_s.append(group.dispatch_s)
             history.combine_s.append(group.combine_s)
             history.step_s.append(group.now() - start)
             if rank == 0:
-                feed.send(news, latest(history))
+                send(progress, latest(history))
     return history
 
 
@@ -225,20 +225,20 @@ def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def gather_news(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
-    """``[1 + E]`` float64: the loss of the whole batch, then each expert's rows, all layers together. Collective."""
-    news = torch.zeros(1 + options.experts, dtype=torch.float64)
-    news[0] = loss.item()
+def sum_statistics(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
+    """Return ``[1 + E]`` float64: the loss of the whole batch, then each expert's rows in all layers. Collective."""
+    sums = torch.zeros(1 + options.experts, dtype=torch.float64)
+    sums[0] = loss.item()
     local = options.experts // options.ranks
     for layer in layers:
         assert layer.expert_counts is not None
-        news[1 + rank * local : 1 + (rank + 1) * local] += layer.expert_counts.cpu()
-    dist.all_reduce(news, group=pg)
-    return news
+        sums[1 + rank * local : 1 + (rank + 1) * local] += layer.expert_counts.cpu()
+    dist.all_reduce(sums, group=pg)
+    return sums
 
 
 def latest(history: History) -> dict[str, Any]:
-    """Return the last entry of each list, as an item for a feed."""
+    """Return the last entry of each list, as an item of progress."""
     return {
         "loss": history.losses[-1],
         "expert_tokens": history.expert_tokens[-1],
