@@ -44,7 +44,7 @@ def any_terminal(request, terminal):
 
 @pytest.fixture
 def phases(monkeypatch):
-    """Phases of `tokenferry bench` on GPUs, which a test may exchange; links are not measured."""
-    table = dict(bench_cuda.PHASES, limits=(limits_jobs.stand_in, 60.0, "links"))
+    """Phases of `tokenferry bench` on GPUs, which a test may replace; links are not measured."""
+    table = dict(bench_cuda.PHASES, limits=bench_cuda.Phase(limits_jobs.stand_in, 60.0, "links"))
     monkeypatch.setattr(bench_cuda, "PHASES", table)
     return table

@@ -1,92 +1,115 @@
-"""The bench: what it checks, what it prints, and that it prints no time for a wrong answer."""
+"""The bench on the CPU: what it measures, checks and prints, and that it prints no time for a wrong answer."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from support.bench_jobs import TINY, broken, measure_damaged, splits, wrong_answer
-from tokenferry.bench.core.inputs import WrongAnswer, draw, must_be_near, must_equal
+from support.bench_runs import bench
+from tokenferry.bench.core.checks import WrongAnswer, must_be_near, must_equal
+from tokenferry.bench.core.inputs import draw
 from tokenferry.bench.suites.cpu_calls import VARIANTS
-from tokenferry.cli import bench
+from tokenferry.cli import bench as command
 from tokenferry.cli.main import main
 
-ARGS = ["--ranks", "2", "--tokens", "6", "--top-k", "2", "--experts", "4", "--iters", "3"]
+CPU = torch.device("cpu")
+SIZES = TINY.sizes(6)
+ARGS = ["--ranks", "2", "--tokens", "6", "--top-k", "2", "--experts", "4", "--iterations", "3"]
 CALLS = {
     *("dispatch + combine", "dispatch", "redispatch (plan kept)", "combine"),
     *("decode pair, exact", "decode pair, fast", "decode dispatch", "decode combine, exact"),
 }
 
 
-def test_json_of_both_transports(tmp_path, capsys):
-    file = tmp_path / "out.json"
-    assert main(["bench", *ARGS, "--hidden", "128", "--json", str(file)]) == 0
-    whole = json.loads(file.read_text())
-    seen = {(line["transport"], line["call"], line["mode"]) for line in whole["results"]}
+MODES = ("isolated", "back_to_back")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A run over both transports."""
+    return bench(tmp_path_factory.mktemp("bench"), *ARGS, "--hidden", "128")
+
+
+def test_every_call_is_measured_over_both_transports(both):
+    assert both.status == 0
+    seen = [(result["label"]["note"], result["label"]["call"]) for result in both.report["results"]]
     calls = {*CALLS, "decode dispatch, FP8"}
-    assert seen == {
-        (w, c, m) for w in ("shared_memory", "process_group") for c in calls for m in ("drained", "chained")
-    }
-    for line in whole["results"]:
-        assert line["ours"]["n"] == line["gloo"]["n"] == 3
-        assert 0 < line["ours"]["p05_us"] <= line["ours"]["median_us"] <= line["ours"]["p95_us"]
-        assert line["ratio"] == pytest.approx(line["ours"]["median_us"] / line["gloo"]["median_us"])
-    bytes_of = {line["call"]: line["row_bytes"] for line in whole["results"]}
+    assert set(seen) == {(transport, call) for transport in ("shared_memory", "process_group") for call in calls}
+    assert len(seen) == len(set(seen))
+
+
+def test_every_call_has_the_times_of_both_modes_and_of_its_baseline(both):
+    for result in both.report["results"]:
+        for times in (result, result["baseline"]):
+            for mode in MODES:
+                assert times[mode]["n"] == 3
+                assert 0 < times[mode]["p05_us"] <= times[mode]["median_us"] <= times[mode]["p95_us"]
+        for mode in MODES:
+            ratio = result[mode]["median_us"] / result["baseline"][mode]["median_us"]
+            assert result["ratio"][mode] == pytest.approx(ratio)
+
+
+def test_bytes_of_the_calls(both):
+    bytes_of = {result["label"]["call"]: result["bytes_out"] for result in both.report["results"]}
     assert bytes_of["dispatch + combine"] == pytest.approx(2 * bytes_of["dispatch"])
     assert bytes_of["combine"] == pytest.approx(bytes_of["dispatch"])
     assert bytes_of["decode dispatch, FP8"] == pytest.approx(bytes_of["dispatch"] * (128 + 4) / 256)
     assert bytes_of["decode combine, exact"] == 6 * 2 * 256, "every expert's row travels: T * K rows of 2 * H bytes"
-    assert whole["command"].startswith("tokenferry bench --ranks 2")
-    out = capsys.readouterr().out
-    assert "checked: " in out
-    assert str(file) in out
+
+
+def test_the_report_says_where_it_comes_from(both):
+    assert set(both.report) == {
+        *("schema", "tokenferry", "commit", "date", "command", "machine", "threads_per_rank", "notes", "settings"),
+        *("limits", "results", "failed"),
+    }
+    assert both.report["schema"] == 3
+    assert both.report["command"].startswith("tokenferry bench --ranks 2")
+    assert both.report["settings"]["hidden"] == 128
+    assert set(both.report["machine"]) == {"processor", "cores", "load", "system", "python", "torch"}
+
+
+def test_the_output_says_what_was_checked_and_written(both):
+    assert both.output.count("checked: ") == 2
+    assert f"written: {both.folder}" in both.output
 
 
 def test_table_on_any_terminal(any_terminal):
     # H is no multiple of 128: no FP8.
-    assert (
-        main(["bench", *ARGS, "--hidden", "64", "--transport", "shared_memory", "--threads", "1", "--seed", "3"]) == 0
-    )
+    words = ["--hidden", "64", "--transport", "shared_memory", "--threads", "1", "--seed", "3"]
+    assert main(["bench", *ARGS, *words]) == 0
     out = any_terminal.getvalue()
-    for word in (
-        *CALLS,
-        "drained",
-        "chained",
-        "median us",
-        "ratio",
-        "seed 3",
-        "1 thread(s) a rank",
-        "command: tokenferry",
-    ):
+    modes = ("isolated", "back to back")
+    for word in (*CALLS, *modes, "median us", "ratio", "seed 3", "1 thread(s) a rank", "command: tokenferry"):
         assert word in out
-    assert "FP8 " not in out.split("within")[1]
+    assert "FP8" not in out
 
 
 @pytest.mark.parametrize(
-    ("method", "call_number", "complaint"),
+    ("method", "call_number", "error"),
     [
         ("dispatch", 1, "dispatch: 1 of"),
         ("redispatch", 1, "redispatch: 1 of"),
         ("combine", 1, "combine: 1 of"),
-        ("decode_dispatch", 1, "decode_dispatch, expert"),
-        ("decode_combine", 1, "decode_combine: 1 of"),
-        ("decode_combine", 2, "decode_combine, fast: outside"),
-        ("decode_dispatch", 2, "decode_dispatch, FP8, expert"),
+        ("decode_dispatch", 1, "decode_dispatch: 1 of"),
+        ("decode_combine", 1, "decode_combine, exact: 1 of"),
+        ("decode_combine", 2, "decode_combine, fast: 1 of"),
+        ("decode_dispatch", 2, "decode_dispatch, FP8: 1 of"),
         ("combine", 3, "combine: 1 of"),  # the third set of inputs
     ],
 )
-def test_every_call_is_checked(worlds, tmp_path, method, call_number, complaint):
-    for said in worlds(2).run(measure_damaged, str(tmp_path / "news"), TINY, "shared_memory", method, call_number):
-        assert said.startswith(complaint)
+def test_every_call_is_checked(worlds, tmp_path, method, call_number, error):
+    for found in worlds(2).run(measure_damaged, str(tmp_path / "progress"), TINY, "shared_memory", method, call_number):
+        assert found.startswith(error)
 
 
-def test_the_limit_moves_the_rows_that_the_calls_move(worlds):
+def test_the_baseline_moves_the_rows_that_the_calls_move(worlds):
     """Counted once more, by loops over tokens; home goes every row that went out, and each expert's answer."""
     rows = [[[0, 0], [0, 0]] for _ in range(VARIANTS)]
     answers = [[[0, 0], [0, 0]] for _ in range(VARIANTS)]
     for variant in range(VARIANTS):
         for source in range(2):
-            for experts in draw(TINY, variant, source).topk_idx.tolist():
+            for experts in draw(SIZES, variant, source, CPU).topk_idx.tolist():
                 for owner in {expert // 2 for expert in experts}:
                     rows[variant][source][owner] += 1
                 for expert in experts:
@@ -97,14 +120,15 @@ def test_the_limit_moves_the_rows_that_the_calls_move(worlds):
         assert seen == {"out": out, "home": out[::-1], "answers": home, "out fp8": out}
 
 
-def test_undamaged_calls_are_not_complained_about(worlds, tmp_path):
+def test_undamaged_calls_pass(worlds, tmp_path):
     assert (
-        worlds(2).run(measure_damaged, str(tmp_path / "news"), TINY, "process_group", "combine", -1) == ["nothing"] * 2
+        worlds(2).run(measure_damaged, str(tmp_path / "progress"), TINY, "process_group", "combine", -1)
+        == ["nothing"] * 2
     )
 
 
 def test_no_time_for_a_wrong_answer(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "measure", wrong_answer)
+    monkeypatch.setattr(command, "measure_cpu_calls", wrong_answer)
     assert main(["bench", *ARGS, "--hidden", "64", "--json", str(tmp_path / "out.json")]) == 1
     out = capsys.readouterr().out
     assert "rank 1: WrongAnswer: combine: 1 of 6 rows differ, the first is row 4" in out
@@ -113,8 +137,8 @@ def test_no_time_for_a_wrong_answer(monkeypatch, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_failures_are_shown_whole(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure", broken)
+def test_unexpected_failures_are_shown_whole(monkeypatch, capsys):
+    monkeypatch.setattr(command, "measure_cpu_calls", broken)
     assert main(["bench", *ARGS, "--hidden", "64"]) == 1
     out = capsys.readouterr().out
     assert "no reason at all" in out
@@ -122,29 +146,30 @@ def test_other_failures_are_shown_whole(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"),
+    ("args", "error"),
     [
         (["--ranks", "3", "--experts", "4"], "--experts 4 is no multiple of --ranks 3"),
         (["--top-k", "9", "--experts", "8"], "--top-k 9 exceeds --experts 8"),
         (["--hidden", "7"], "--hidden 7"),
     ],
 )
-def test_sizes_that_do_not_fit(args, complaint, capsys):
+def test_sizes_that_do_not_fit(args, error, capsys):
     assert main(["bench", *args]) == 2
-    assert complaint in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 def test_not_a_positive_number(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "--iters", "0"])
+        main(["bench", "--iterations", "0"])
     assert stop.value.code == 2
-    assert "--iters" in capsys.readouterr().err
+    assert "--iterations" in capsys.readouterr().err
 
 
 def test_inputs_differ_by_variant_rank_and_seed():
-    drawn = [draw(TINY, variant, rank).x for variant in range(2) for rank in range(2)]
+    drawn = [draw(SIZES, variant, rank, CPU).x for variant in range(2) for rank in range(2)]
     assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
-    assert torch.equal(drawn[0], draw(TINY, 0, 0).x)
+    assert torch.equal(drawn[0], draw(SIZES, 0, 0, CPU).x)
+    assert not torch.equal(drawn[0], draw(replace(SIZES, seed=8), 0, 0, CPU).x)
 
 
 def test_must_equal_names_the_row():

@@ -8,140 +8,196 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenferry.bench.core import session as trial
-from tokenferry.bench.core.clock import Summary
-from tokenferry.bench.core.inputs import WrongAnswer
+from support.bench_runs import bench_gpu_phases
+from tokenferry.bench.core import session
+from tokenferry.bench.core.checks import WrongAnswer, check_by_expert, check_rows, expected_sums
+from tokenferry.bench.core.inputs import ROUTINGS, Sizes, draw, remote_rows, sent_to
 from tokenferry.bench.core.session import Label, Result, Settings
-from tokenferry.bench.core.static_inputs import (
-    ROUTINGS,
-    Sizes,
-    check_by_expert,
-    check_rows,
-    draw,
-    expected_sums,
-    remote_rows,
-    sent_to,
-)
-from tokenferry.bench.report import gpu as gpu_report
+from tokenferry.bench.core.summary import Summary
+from tokenferry.bench.report import tables
+from tokenferry.bench.report.report import GPU_NOTES, Report
 from tokenferry.bench.suites import first_call, gemms, overlap
 from tokenferry.bench.suites.limits import Limits, Rate
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.main import main, make_parser
-from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
+from tokenferry.types import Quantized
 
 CPU = torch.device("cpu")
-TINY = ["--ranks", "2", "--hidden", "128", "--top-k", "2", "--experts", "8", "--iters", "2", "--seed", "5"]
 
 
-def run_on_cpu(*argv):
-    """The command with the CPU in place of GPUs; there `num_sms` has no meaning."""
-    words = ["bench", "--device", "cuda", *TINY, *argv]
-    args = make_parser().parse_args(words)
-    args.command_line = " ".join(["tokenferry", *words])
-    args.device, args.sms = "cpu", ()
-    return bench_cuda.run(args, Screen())
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """A run of the calls and their baseline, for two T and two routings, with pictures."""
+    folder = tmp_path_factory.mktemp("calls")
+    words = ["--tokens", "4,16", "--routing", "uniform,one-rank", "--plot", str(folder / "plots")]
+    return bench_gpu_phases(folder, "--only", "limits,calls,nccl", *words)
 
 
-def test_calls_and_their_rival(phases, tmp_path, capsys):
-    file, plots = tmp_path / "out.json", tmp_path / "plots"
-    argv = ["--tokens", "4,16", "--routing", "uniform,one-rank", "--json", str(file), "--plot", str(plots)]
-    assert run_on_cpu("--only", "limits,calls,nccl", *argv) == 0
-    whole = json.loads(file.read_text())
-    assert whole["failed"] == []
-    assert whole["settings"]["tokens"] == [4, 16]
-    assert whole["command"].endswith(str(plots))
-    seen = {(r["label"]["who"], r["label"]["call"], r["label"]["rows"], r["label"]["tokens"]) for r in whole["results"]}
-    for tokens in (4, 16):
-        for who in ("tokenferry", "gloo"):
-            for rows in ("fp8", "bf16"):
-                assert {(who, "dispatch", rows, tokens), (who, "dispatch, plan kept", rows, tokens)} <= seen
-        assert ("gloo", "combine", "bf16", tokens) in seen
-        assert ("tokenferry", "combine, rows in the group's memory", "bf16", tokens) in seen
-        assert ("tokenferry", "combine, rows in user memory", "bf16", tokens) in seen
-    assert ("tokenferry", "dispatch, by expert", "bf16", 16) in seen
-    for result in whole["results"]:
-        assert result["drained"]["n"] == result["chained"]["n"] == 2
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """A run of the other phases."""
+    folder = tmp_path_factory.mktemp("others")
+    return bench_gpu_phases(folder, "--only", "host,sms,overlap,memory,vdev", "--tokens", "8")
+
+
+def test_nothing_fails(calls):
+    assert calls.status == 0
+    assert calls.report["failed"] == []
+
+
+def test_settings_and_command_are_in_the_report(calls):
+    assert calls.report["settings"]["tokens"] == [4, 16]
+    assert calls.report["command"].startswith("tokenferry bench --only limits,calls,nccl")
+
+
+def labels(run):
+    return {tuple(r["label"][name] for name in ("library", "call", "rows", "tokens")) for r in run.report["results"]}
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_every_call_is_measured_beside_its_baseline(calls, tokens):
+    expected = {
+        (library, call, rows, tokens)
+        for library in ("tokenferry", "gloo")
+        for call in ("dispatch", "dispatch, plan kept")
+        for rows in ("fp8", "bf16")
+    }
+    expected |= {
+        ("gloo", "combine", "bf16", tokens),
+        ("tokenferry", "combine, rows in the group's memory", "bf16", tokens),
+        ("tokenferry", "combine, rows in user memory", "bf16", tokens),
+    }
+    assert expected <= labels(calls)
+
+
+def test_variants_of_dispatch_are_measured_for_one_number_of_tokens(calls):
+    variants = {label for label in labels(calls) if label[1] in ("dispatch, by expert", "dispatch, counts on device")}
+    assert variants == {
+        ("tokenferry", "dispatch, by expert", "bf16", 16),
+        ("tokenferry", "dispatch, counts on device", "fp8", 16),
+    }
+
+
+def test_other_routings_are_measured(calls):
+    assert {r["label"]["routing"] for r in calls.report["results"]} == {"uniform", "one-rank"}
+
+
+def test_every_result_has_both_times_and_its_limit(calls):
+    for result in calls.report["results"]:
+        assert result["isolated"]["n"] == result["back_to_back"]["n"] == 2
         assert result["ahead"] == 0, "on a CPU the host does the work itself"
         assert result["of_limit"] > 0 or result["bytes_out"] == 0
-    assert {path.name for path in plots.iterdir()} == {"tokens.png", "sms.png"}
-    out = capsys.readouterr().out
-    short = out[out.rindex("nccl drained") :].splitlines()
-    assert len(short) == 2 + 2 * 6 + 2, "the short table is the last thing: six calls for each T, two more for one"
 
 
-def test_bytes_are_those_that_leave(phases, tmp_path):
-    file = tmp_path / "out.json"
-    assert run_on_cpu("--only", "calls", "--tokens", "16", "--routing", "uniform", "--json", str(file)) == 0
+def test_bytes_are_those_that_leave(calls):
     sizes = Sizes(2, 16, 128, 2, 8, 5)
     rows = [0, 0]  # remote rows of each rank, by loops over tokens
     for variant in range(3):
         for rank in range(2):
             for experts in draw(sizes, variant, rank, CPU).topk_idx.tolist():
                 rows[rank] += any(expert // 4 != rank for expert in experts)
-    for result in json.loads(file.read_text())["results"]:
+    results = [
+        r
+        for r in calls.report["results"]
+        if (r["label"]["library"], r["label"]["tokens"], r["label"]["routing"]) == ("tokenferry", 16, "uniform")
+    ]
+    assert len(results) == 8
+    for result in results:
         row_bytes = 256 if result["label"]["rows"] == "bf16" else 128 + 4
         assert result["bytes_out"] == pytest.approx(sum(rows) / 2 / 3 * row_bytes)
         assert result["bytes_out_most"] == pytest.approx(max(rows) / 3 * row_bytes)
 
 
-def test_other_phases(phases, tmp_path, capsys):
-    file = tmp_path / "out.json"
-    assert run_on_cpu("--only", "host,sms,overlap,memory,vdev", "--tokens", "8", "--json", str(file)) == 0
-    whole = json.loads(file.read_text())
-    assert [one["what"] for one in whole["failed"]] == ["vdev_2d: starting NVSHMEM"], "a rival may fail"
-    assert {item["call"] for item in whole["host"]} > {"dispatch, plan kept, fp8"}
-    seen = {(item["call"], item["gemm"], item["first"]) for item in whole["overlap"]}
+def test_pictures_are_drawn(calls):
+    assert {path.name for path in (calls.folder / "plots").iterdir()} == {"tokens.png", "sms.png"}
+
+
+def test_the_short_table_is_the_last_output(calls):
+    short = calls.output[calls.output.rindex("nccl isolated") :].splitlines()
+    assert len(short) == 2 + 2 * 6 + 2, "six calls for each T, two more for one"
+
+
+def test_a_baseline_may_fail(others):
+    assert others.status == 0
+    assert [one["what"] for one in others.report["failed"]] == ["vdev_2d: starting NVSHMEM"]
+    assert "not measured: vdev_2d" in others.output
+
+
+def test_host_time_of_every_call(others):
+    kept = {f"dispatch, plan kept, {rows}" for rows in ("bf16", "fp8")}
+    counted = {f"dispatch, counts on device, {rows}" for rows in ("bf16", "fp8")}
+    host = others.report["host"]
+    assert {item["call"] for item in host} == {*kept, *counted, "combine, rows in the group's memory"}
+    assert all(0 < item["least_us"] <= item["median_us"] == max(item["by_rank_us"]) for item in host)
+
+
+def test_overlap_of_every_call_and_gemm(others):
+    overlap = others.report["overlap"]
+    seen = {(item["call"], item["gemm"], item["first"]) for item in overlap}
     assert seen == {
         (c, g, f) for c in ("dispatch FP8", "combine BF16") for g in gemms.KINDS for f in ("calls", "GEMMs")
     }
-    assert all(item["carve_out"] == 0 for item in whole["overlap"]), "a CPU has no SMs to leave out"
-    assert whole["memory"][0]["worst_rows_mb"] == 2 * 8 * 256 / 1e6
-    calls = {(r["label"]["call"], r["label"]["tokens"]) for r in whole["results"]}
-    assert ("dispatch + multiply + combine, one graph", 128) in calls
-    assert ("dispatch, by expert, counts on device", 8) in calls
-    out = capsys.readouterr().out
-    for text in ("host time of an eager call", "GEMMs slower by", "memory of a group", "not measured: vdev_2d"):
-        assert text in out
+    assert all(item["carve_out"] == 0 for item in overlap), "a CPU has no SMs to leave out"
 
 
-def no_answer(rank, pg, news, settings):
+def test_memory_of_a_group(others):
+    assert others.report["memory"][0]["worst_rows_mb"] == 2 * 8 * 256 / 1e6
+
+
+def test_calls_of_the_other_phases(others):
+    seen = {(call, tokens) for _, call, _, tokens in labels(others)}
+    assert {("dispatch + multiply + combine, one graph", 128), ("dispatch, by expert, counts on device", 8)} <= seen
+
+
+def test_tables_of_the_other_phases(others):
+    for text in ("host time of an eager call", "GEMMs slower by", "memory of a group"):
+        assert text in others.output
+
+
+def dies(rank, pg, progress, settings):
     """A phase that dies."""
     raise RuntimeError("no reason at all")
 
 
-def wrong(rank, pg, news, settings):
-    """A phase with one case that is right and one that is wrong on one rank."""
+def one_wrong(rank, pg, progress, settings):
+    """A phase with one case that is right and one that is wrong on both ranks."""
 
     def prepare_wrong():
         raise WrongAnswer("combine: 1 of 6 rows differ") if rank else ValueError("something else")
 
-    with trial.trial(rank, pg, news, settings) as here:
-        here.case(Label("tokenferry", "bad", "bf16", 4), prepare_wrong)
-        here.case(Label("tokenferry", "good", "bf16", 4), lambda: lambda i: None)
+    with session.open_session(rank, pg, progress, settings) as opened:
+        opened.case(Label("tokenferry", "bad", "bf16", 4), prepare_wrong)
+        opened.case(Label("tokenferry", "good", "bf16", 4), lambda: lambda i: None)
 
 
-def test_what_fails_is_left_out_and_the_rest_is_kept(phases, tmp_path, capsys):
-    phases["calls"] = (wrong, 60.0, "wrong")
-    phases["nccl"] = (no_answer, 60.0, "dead")
-    file = tmp_path / "out.json"
-    assert run_on_cpu("--only", "nccl,calls", "--tokens", "4", "--json", str(file)) == 1
-    whole = json.loads(file.read_text())
-    assert [r["label"]["call"] for r in whole["results"]] == ["good"]
-    assert [one["what"] for one in whole["failed"]] == ["phase nccl", "tokenferry: bad, bf16, T=4"]
-    assert "ValueError: something else" in whole["failed"][1]["why"]
-    out = capsys.readouterr().out
-    assert "no reason at all" in out
-    assert "bad" not in out.split("all cases")[1].split("checked:")[0]
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """A run with a phase that dies and one with a wrong answer."""
+    folder = tmp_path_factory.mktemp("failing")
+    return bench_gpu_phases(folder, "--only", "nccl,calls", "--tokens", "4", calls=one_wrong, nccl=dies)
 
 
-def test_a_rival_that_dies_is_no_failure(phases):
-    phases["nccl"] = (no_answer, 60.0, "dead")
-    assert run_on_cpu("--only", "nccl", "--tokens", "4") == 0
+def test_a_failed_case_is_left_out_and_the_rest_is_kept(failing):
+    assert failing.status == 1
+    assert [r["label"]["call"] for r in failing.report["results"]] == ["good"]
+    assert [one["what"] for one in failing.report["failed"]] == ["phase nccl", "tokenferry: bad, bf16, T=4"]
+    assert "ValueError: something else" in failing.report["failed"][1]["why"]
+
+
+def test_failures_are_printed_apart_from_the_table(failing):
+    assert "no reason at all" in failing.output
+    assert "bad" not in failing.output.split("all cases")[1].split("checked:")[0]
+
+
+def test_a_baseline_that_dies_is_no_failure(tmp_path):
+    run = bench_gpu_phases(tmp_path, "--only", "nccl", "--tokens", "4", nccl=dies)
+    assert run.status == 0
+    assert [one["what"] for one in run.report["failed"]] == ["phase nccl"]
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"),
+    ("args", "error"),
     [
         (["--device", "cuda", "--experts", "9", "--ranks", "2"], "--experts 9 is no multiple of --ranks 2"),
         (["--device", "cuda", "--top-k", "300"], "--top-k 300 exceeds"),
@@ -150,14 +206,14 @@ def test_a_rival_that_dies_is_no_failure(phases):
         (["--tokens", "1,2"], "--tokens 1,2: several need --device cuda"),
     ],
 )
-def test_options_that_do_not_fit(monkeypatch, args, complaint, capsys):
+def test_options_that_do_not_fit(monkeypatch, args, error, capsys):
     monkeypatch.setattr(bench_cuda, "need_gpus", lambda: 1)
     assert main(["bench", *args]) == 2
-    assert complaint in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--routing", "straight"], ["--only", "calls,none"], ["--sms", "8,0"]])
-def test_words_that_are_none(argv, capsys):
+def test_unknown_words(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--device", "cuda", *argv])
     assert stop.value.code == 2
@@ -228,19 +284,32 @@ def received(rank):
 def test_rows_are_checked():
     rows = received(1)
 
-    def check(got):
-        check_rows("dispatch", SIZES, 0, 1, ((got, lambda inputs: inputs.x),))
-
-    check(rows)
+    check_rows("dispatch", SIZES, 0, 1, rows)
     swapped = rows.clone()
     swapped[[0, 1]] = rows[[1, 0]]
-    for bad, complaint in (
+    for bad, error in (
         (swapped, "2 of .* rows from rank 0 are wrong on rank 1"),
         (rows[:-1], "has .* rows, .* or more were sent"),
         (torch.cat([rows, rows[:1]]), "were sent to it"),
     ):
-        with pytest.raises(WrongAnswer, match=complaint):
-            check(bad)
+        with pytest.raises(WrongAnswer, match=error):
+            check_rows("dispatch", SIZES, 0, 1, bad)
+
+
+def test_fp8_rows_and_scales_are_checked():
+    inputs = [draw(SIZES, 0, source, CPU) for source in range(2)]
+    sent = [sent_to(SIZES, one.topk_idx)[:, 1] for one in inputs]
+    data = torch.cat([one.quantized.data.view(torch.uint8)[here] for one, here in zip(inputs, sent, strict=True)])
+    scale = torch.cat([one.quantized.scale[here] for one, here in zip(inputs, sent, strict=True)])
+    check_rows("dispatch", SIZES, 0, 1, Quantized(data.view(torch.float8_e4m3fn), scale))
+    other = data.clone()
+    other[0, 5] ^= 1
+    for bad in (
+        Quantized(other.view(torch.float8_e4m3fn), scale),
+        Quantized(data.view(torch.float8_e4m3fn), scale * 2),
+    ):
+        with pytest.raises(WrongAnswer, match="rows from rank 0 are wrong on rank 1"):
+            check_rows("dispatch", SIZES, 0, 1, bad)
 
 
 def test_rows_by_expert_are_checked():
@@ -268,8 +337,8 @@ def test_remote_rows_of_both_directions():
 
 
 def make_report(tmp_path):
-    settings = Settings(2, (4096,), 7168, 8, 256, (), 4096, ("uniform",), 30, 5, 0)
-    whole = gpu_report.Report(settings, {"title": "title"}, tmp_path / "out.json")
+    settings = Settings(2, (4096,), 7168, 8, 256, 30, 5, 0, sweep_tokens=4096)
+    whole = Report(settings, {"title": "title"}, GPU_NOTES, tmp_path / "out.json")
     rates = (Rate("store", 7168, 64, 330.0), Rate("store", 14336, 64, 340.0), Rate("load", 14336, 12, 320.0))
     whole.limits = Limits(2, rates, 1.0, 2.0)
     return whole
@@ -284,12 +353,17 @@ def test_fraction_of_the_limit(tmp_path):
     assert whole.fraction(result) == pytest.approx(82.5e6 / 330e9 / 500e-6)
     combine = Label("tokenferry", "combine", "bf16", 4096, link="load", row_bytes=14336)
     assert whole.limit_for(combine) == 320.0
-    cells = dict(zip(gpu_report.HEADER, whole.cells(result), strict=True))
-    assert cells["GB/s"] == "165.0"
-    assert cells["of limit"] == "50%"
     whole.limits = None
     assert whole.fraction(result) is None
-    assert dict(zip(gpu_report.HEADER, whole.cells(result), strict=True))["of limit"] == "-"
+
+
+@pytest.mark.parametrize(("fraction", "text"), [(0.5, "50%"), (None, "-")])
+def test_a_row_of_the_table(fraction, text):
+    summary = Summary(30, 500.0, 490.0, 510.0)
+    dispatch = Label("tokenferry", "dispatch", "fp8", 4096, num_sms=24, link="store", row_bytes=7392)
+    row = tables.cells(Result(dispatch, 82.5e6, 83e6, summary, 1.0, summary), fraction)
+    cells = dict(zip(tables.HEADER, row, strict=True))
+    assert (cells["GB/s"], cells["SMs"], cells["of limit"]) == ("165.0", "24", text)
 
 
 def test_every_item_is_kept_at_once(tmp_path):
@@ -301,37 +375,69 @@ def test_every_item_is_kept_at_once(tmp_path):
     assert json.loads(whole.file.read_text())["failed"] == [{"what": "x", "why": "y"}]
 
 
-@pytest.mark.parametrize(("ahead", "said"), [(1.0, "ahead"), (0.95, "ahead"), (0.5, "50%"), (0.0, "in it")])
-def test_a_drained_time_says_whether_launches_are_in_it(tmp_path, ahead, said):
+@pytest.mark.parametrize(("ahead", "text"), [(1.0, "ahead"), (0.95, "ahead"), (0.5, "50%"), (0.0, "in it")])
+def test_an_isolated_time_says_whether_launches_are_in_it(tmp_path, ahead, text):
     summary = Summary(30, 500.0, 490.0, 510.0)
     result = Result(Label("tokenferry", "dispatch", "fp8", 4096, link="store"), 1e6, 1e6, summary, ahead, summary)
-    whole = make_report(tmp_path)
-    assert dict(zip(gpu_report.HEADER, whole.cells(result), strict=True))["launch"] == said
-    assert f"drained (launch: {said})" in whole.take({"case": asdict(result)})
-    assert dict(zip(gpu_report.SHORT_HEADER, whole.short()[0], strict=True))["launch"] == said
+    assert dict(zip(tables.HEADER, tables.cells(result, None), strict=True))["launch"] == text
+    assert f"isolated (launch: {text})" in make_report(tmp_path).take({"case": asdict(result)})
+    [short] = tables.short_rows([result], [None])
+    assert dict(zip(tables.SHORT_HEADER, short, strict=True))["launch"] == text
 
 
 def test_a_late_host_is_noticed(monkeypatch):
     """Rank 0 was late in one iteration that counts, rank 1 in another: two of four."""
-    settings = Settings(2, (4,), 128, 2, 8, (), 4, ("uniform",), iters=4, warmup=1, seed=0)
-    answers = iter([True, False, True, False, False])
-    stand = SimpleNamespace(stamp=lambda: 0.0, passed=lambda stamp: next(answers), seconds=lambda start, end: 1.0)
-    stand.hold = stand.synchronize = lambda *args: None
-    told = []
-    here = trial.Trial(None, stand, settings, "")
-    monkeypatch.setattr(trial.Trial, "rank", 0)
-    monkeypatch.setattr(trial.Trial, "tell", lambda self, item: told.append(item))
-    monkeypatch.setattr(trial.dist, "barrier", lambda pg: None)
-    monkeypatch.setattr(trial, "gather", lambda pg, item: [item, item])
+    settings = Settings(2, (4,), 128, 2, 8, iterations=4, warmup=1, seed=0)
+    passed = iter([True, False, True, False, False])
+    device = SimpleNamespace(stamp=lambda: 0.0, passed=lambda stamp: next(passed), seconds=lambda start, end: 1.0)
+    device.hold = device.synchronize = lambda *args: None
+    sent = []
+    opened = session.Session(None, device, settings, "")
+    monkeypatch.setattr(session.Session, "rank", 0)
+    monkeypatch.setattr(session.Session, "send", lambda self, item: sent.append(item))
+    monkeypatch.setattr(session.dist, "barrier", lambda pg: None)
+    monkeypatch.setattr(session, "gather", lambda pg, item: [item, item])
     other = {bool: [False, False, False, True], float: [2.0] * 4}
-    monkeypatch.setattr(trial, "slowest", lambda pg, mine: list(map(max, mine, other[type(mine[0])])))
-    assert here.case(Label("tokenferry", "x", "bf16", 4), lambda: lambda i: None)
-    assert told[-1]["case"]["ahead"] == 0.5
+    monkeypatch.setattr(session, "slowest", lambda pg, mine: list(map(max, mine, other[type(mine[0])])))
+    assert opened.case(Label("tokenferry", "x", "bf16", 4), lambda: lambda i: None)
+    assert sent[-1]["case"]["ahead"] == 0.5
+
+
+class CountingDevice:
+    """A device whose clock counts the calls made so far."""
+
+    def __init__(self):
+        self.calls = []
+
+    def stamp(self):
+        return float(len(self.calls))
+
+    def seconds(self, start, end):
+        return end - start
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("runs", "made", "samples"),
+    [
+        (session.Runs(warmup=1, samples=1, calls=2), ["a0", "a1", "a2", "b0", "b1", "b2", "a1", "a2", "a3"], 3),
+        (session.Runs(warmup=2, samples=2, calls=1), ["a0", "a1", "a2", "a3", "b0", "b1", "b2", "b3", "a2"], 3),
+    ],
+)
+def test_calls_back_to_back_take_turns_in_runs(monkeypatch, runs, made, samples):
+    monkeypatch.setattr(session.dist, "barrier", lambda pg: None)
+    device = CountingDevice()
+    opened = session.Session(None, device, Settings(2, (4,), 128, 2, 8, samples, 1, 0, runs=runs), "")
+    steps = [lambda i, name=name: device.calls.append(f"{name}{i}") for name in "ab"]
+    assert opened.back_to_back(steps) == [[1.0] * samples] * 2, "the time of one call"
+    assert device.calls[: len(made)] == made
 
 
 def test_overlap_figures():
     def times(both, gemm_beside=4.0):
-        return overlap.Times(4.0, 4.5, 2.0, both=both, gemm_beside=gemm_beside, comm_beside=3.0)
+        return overlap.OverlapTimes(4.0, 4.5, 2.0, both=both, gemm_beside=gemm_beside, comm_beside=3.0)
 
     assert times(5.0).hidden == 0.5
     assert times(5.0, gemm_beside=4.4).gemm_cost == pytest.approx(0.1)
@@ -366,11 +472,11 @@ def test_side_by_side(monkeypatch, first):
         done.append((stream[0], what))
         return len(done)
 
-    stand = SimpleNamespace(side=side, num_sms=132, stamp=lambda: log("stamp"), synchronize=lambda: None)
-    stand.hold, stand.seconds = lambda seconds: log("hold"), lambda start, end: (done[start - 1], done[end - 1])
-    here = SimpleNamespace(bed=stand, meet=lambda lead_s: log(f"lead {round(lead_s * 1e6)}"))
-    beside = overlap.Beside(here, None)
-    case = overlap.Case("dispatch FP8", None, "bmm", 0, first, 2)
+    device = SimpleNamespace(side=side, num_sms=132, stamp=lambda: log("stamp"), synchronize=lambda: None)
+    device.hold, device.seconds = lambda seconds: log("hold"), lambda start, end: (done[start - 1], done[end - 1])
+    opened = SimpleNamespace(device=device, synchronize_ranks=lambda lead_s: log(f"lead {round(lead_s * 1e6)}"))
+    beside = overlap.Beside(opened, None)
+    case = overlap.OverlapCase("dispatch FP8", None, "bmm", 0, first, 2)
     ends = beside._side_by_side(case, lambda: log("call"), lambda: log("gemm"))
     second = "GEMMs" if first == "calls" else "calls"
     work = {"calls": [("calls", "call")] * 2 + [("calls", "stamp")], "GEMMs": [("GEMMs", "gemm"), ("GEMMs", "stamp")]}
@@ -396,26 +502,26 @@ def test_sms_are_left_out_and_given_back():
         assert torch._C._get_sm_carveout_experimental() == before
 
 
-def test_what_torch_lacks_is_told_once_and_left_out(monkeypatch):
-    told = []
-    here = SimpleNamespace(bed=SimpleNamespace(side=lambda **kwargs: None), tell=told.append)
+def test_what_torch_lacks_is_reported_once_and_left_out(monkeypatch):
+    sent = []
+    opened = SimpleNamespace(device=SimpleNamespace(side=lambda **kwargs: None), send=sent.append)
     monkeypatch.delattr(torch._C, "_set_sm_carveout_experimental")
-    beside = overlap.Beside(here, None)
+    beside = overlap.Beside(opened, None)
     for gemm in gemms.KINDS:
-        beside.measure(overlap.Case("combine BF16", None, gemm, 16, "calls", 1), lambda: None)
-    assert [item["overlap left out"]["why"] for item in told] == [gemms.missing("bmm", 16)]
+        beside.measure(overlap.OverlapCase("combine BF16", None, gemm, 16, "calls", 1), lambda: None)
+    assert [item["overlap left out"]["why"] for item in sent] == [gemms.missing("bmm", 16)]
     assert gemms.missing("bmm", 0) is None
     monkeypatch.setattr(gemms, "_grouped_mm", lambda: None)
     assert gemms.missing("grouped_mm", 0) == "this torch has no grouped_mm"
 
 
-def test_kernels_in_words():
+def test_lines_of_kernels():
     found = [{"name": "nvjet" * 40, "grid": [132, 1, 1], "us": 2900.4}]
     items = [
         {"gemm": "bmm", "carve_out": 0, "kernels": found},
         {"gemm": "bmm", "carve_out": 16, "kernels": "RuntimeError: x"},
     ]
-    lines = gpu_report.kernel_lines(items)
+    lines = tables.kernel_lines(items)
     assert lines[0].startswith("kernels of bmm, 0 SMs left out: nvjet")
     assert lines[0].endswith("[132, 1, 1] blocks, 2900 us")
     assert lines[1] == "kernels of bmm, 16 SMs left out: RuntimeError: x"

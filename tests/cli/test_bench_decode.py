@@ -1,6 +1,5 @@
 """`tokenferry bench decode`: what it measures, what it checks that against, and the limit beside it; on CPUs."""
 
-import json
 from itertools import product
 from types import SimpleNamespace
 
@@ -8,67 +7,82 @@ import pytest
 import torch
 
 from support import bench_decode_jobs as decode_jobs
-from tokenferry.bench.core.inputs import WrongAnswer
-from tokenferry.bench.core.static_inputs import Sizes, draw
+from support.bench_runs import bench_gpu_phases
+from tokenferry.bench.core.checks import WrongAnswer
+from tokenferry.bench.core.inputs import Sizes, draw
 from tokenferry.bench.report import decode as decode_report
 from tokenferry.bench.report import plots
-from tokenferry.bench.suites import decode
-from tokenferry.bench.suites import two_batch_overlap as micro
-from tokenferry.bench.suites.decode_reference import Pool, Truth, encoded_row
+from tokenferry.bench.suites import decode, two_batch_overlap
+from tokenferry.bench.suites.decode import DecodeCase
+from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.bench.suites.limits import Limits, Rate
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.main import main, make_parser
-from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.oracle import Oracle, Sent, fp8_cast
 from tokenferry.types import Quantized
 
 CPU = torch.device("cpu")
-TINY = ["--ranks", "2", "--hidden", "128", "--top-k", "2", "--experts", "8", "--iters", "2", "--seed", "5"]
 CALLS = {
     *("dispatch FP8", "dispatch BF16", "pair exact", "pair fast", "combine exact", "combine fast"),
     *(f"combine {numerics}, encoding {encoding}" for numerics in ("exact", "fast") for encoding in ("fp8", "logfmt10")),
 }
 
 
-def run_on_cpu(*words):
-    """The command with the CPU in place of GPUs."""
-    args = make_parser().parse_args(["bench", *TINY, *words])
-    args.command_line = " ".join(["tokenferry bench", *words])
-    args.device, args.sms = "cpu", ()
-    return bench_cuda.run(args, Screen())
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of all decode phases for two T, with pictures."""
+    folder = tmp_path_factory.mktemp("decode")
+    words = ["--tokens", "1,5", "--two-batch-tokens", "6", "--plot", str(folder / "plots")]
+    return bench_gpu_phases(folder, "decode", *words)
 
 
-def test_all_of_it(phases, tmp_path, capsys):
-    file, folder = tmp_path / "out.json", tmp_path / "plots"
-    argv = ["--tokens", "1,5", "--micro-tokens", "6", "--json", str(file), "--plot", str(folder)]
-    assert run_on_cpu("decode", *argv) == 0
-    whole = json.loads(file.read_text())
-    assert whole["failed"] == []
-    assert {(item["call"], item["tokens"]) for item in whole["decode"]} == set(product(CALLS, (1, 5)))
-    assert len(whole["decode"]) == 2 * len(CALLS)
-    for item in whole["decode"]:
-        assert item["max_tokens"] == 5, "M is the largest T"
+def test_every_call_is_measured_for_every_number_of_tokens(run):
+    assert run.status == 0
+    assert run.report["failed"] == []
+    seen = [(item["call"], item["tokens"]) for item in run.report["decode"]]
+    assert set(seen) == set(product(CALLS, (1, 5)))
+    assert len(seen) == len(set(seen))
+    assert {item["max_tokens"] for item in run.report["decode"]} == {5}, "M is the largest T"
+
+
+def test_every_case_has_all_its_times(run):
+    for item in run.report["decode"]:
         hooked = ["graph_hook", "eager_hook"] if "encoding" not in item["call"] else []
-        for name in ("graph", "eager", "drained", *hooked):
+        for name in ("graph", "eager", "isolated", *hooked):
             assert item[name]["n"] == 2
             assert 0 < item[name]["p05_us"] <= item[name]["median_us"] <= item[name]["p95_us"]
         assert item["host_us"] > 0
         assert (item["host_hook_us"] is None) == ("encoding" in item["call"])
+
+
+def test_every_case_has_its_limit(run):
+    for item in run.report["decode"]:
         assert item["of_limit"] == pytest.approx(item["limit_us"] / item["graph"]["median_us"])
         assert item["limit_hook_us"] > item["limit_us"], "two kernels instead of one"
-    assert [item["numerics"] for item in whole["micro"]] == ["exact", "exact", "fast", "fast"]
-    assert [item["work_is"] for item in whole["micro"]] == ["even", "uneven"] * 2
-    for item in whole["micro"]:
-        assert item["tokens"] == 3, "of each of the two"
+
+
+def test_two_batch_overlap_of_both_numerics_and_kinds_of_work(run):
+    assert [item["numerics"] for item in run.report["two_batch"]] == ["exact", "exact", "fast", "fast"]
+    assert [item["work_is"] for item in run.report["two_batch"]] == ["even", "uneven"] * 2
+    assert {item["tokens"] for item in run.report["two_batch"]} == {3}, "of each of the two"
+
+
+def test_figures_of_two_batch_overlap(run):
+    for item in run.report["two_batch"]:
         serial, hooks = item["serial"]["median_us"], item["hooks"]["median_us"]
         assert item["speedup"] == pytest.approx(serial / hooks)
         rest = item["work"]["median_us"] + item["calls"]["median_us"] - hooks
         assert item["hidden"] == pytest.approx(rest / item["calls"]["median_us"])
-    assert [path.name for path in folder.iterdir()] == ["decode.png"]
-    out = capsys.readouterr().out
+
+
+def test_a_picture_is_drawn(run):
+    assert [path.name for path in (run.folder / "plots").iterdir()] == ["decode.png"]
+
+
+def test_tables_of_all_cases(run):
     for text in ("graph + hook us", "by hooks us", "an empty kernel of a graph", "bit-equal", *CALLS):
-        assert text in out
+        assert text in run.output
 
 
 def by_loops(sizes):
@@ -90,19 +104,19 @@ def test_rows_are_those_that_leave():
     sizes = Sizes(3, 40, 128, 3, 12, 9)
     pool, rows = Pool(sizes, CPU), by_loops(sizes)
     for rank in range(3):
-        got = Truth(sizes, 0, rank, pool).rows_out()
+        got = DecodeReference(sizes, 0, rank, pool).rows_out()
         assert got == {name: each[rank] for name, each in rows.items()}
 
 
 @pytest.mark.parametrize(
     ("case", "messages"),
     [
-        (decode.Case("dispatch"), [("dispatch", 7168 + 56 * 4)]),
-        (decode.Case("dispatch", fp8=False), [("dispatch", 14336)]),
-        (decode.Case("combine", numerics="fast"), [("fast", 14336)]),
-        (decode.Case("combine", numerics="exact", encoding="fp8"), [("exact", 14336 * 33 // 64)]),
-        (decode.Case("combine", numerics="exact", encoding="logfmt10"), [("exact", 14336 * 42 // 64)]),
-        (decode.Case("pair", numerics="exact"), [("dispatch", 7392), ("exact", 14336)]),
+        (DecodeCase("dispatch"), [("dispatch", 7168 + 56 * 4)]),
+        (DecodeCase("dispatch", fp8=False), [("dispatch", 14336)]),
+        (DecodeCase("combine", numerics="fast"), [("fast", 14336)]),
+        (DecodeCase("combine", numerics="exact", encoding="fp8"), [("exact", 14336 * 33 // 64)]),
+        (DecodeCase("combine", numerics="exact", encoding="logfmt10"), [("exact", 14336 * 42 // 64)]),
+        (DecodeCase("pair", numerics="exact"), [("dispatch", 7392), ("exact", 14336)]),
     ],
 )
 def test_bytes_of_rows(case, messages):
@@ -128,12 +142,12 @@ SIZES = Sizes(2, 7, 256, 3, 8, 11)
 
 
 def oracle_of(variant, padded):
-    """What the testing room's oracle makes of the same inputs, with the same answers; room for M = 9."""
+    """The oracle of the same inputs, with the same answers, for M = 9."""
     pool = Pool(SIZES, CPU)
     sent = []
     for rank in range(2):
-        truth = Truth(SIZES, variant, rank, pool, padded=padded)
-        sent.append(Sent(truth.x, truth.topk_idx, truth.topk_weights))
+        reference = DecodeReference(SIZES, variant, rank, pool, padded=padded)
+        sent.append(Sent(reference.x, reference.topk_idx, reference.topk_weights))
     return pool, Oracle(sent, 8, "masked", capacity=18)
 
 
@@ -146,53 +160,47 @@ def test_sums_are_those_of_the_oracle(numerics, encoding, padded):
     for rank, y in enumerate(ys):
         pool.fill(y, 4 * rank, 1)
     for rank in range(2):
-        truth = Truth(SIZES, 1, rank, pool, padded=padded)
+        reference = DecodeReference(SIZES, 1, rank, pool, padded=padded)
         want = oracle.decode_combine(rank, [y.flatten(0, 1) for y in ys], fast=numerics == "fast", encoding=encoding)
-        truth.check_sums("x", want, (numerics, encoding, 1))
-        other = "exact" if numerics == "fast" else "fast"
-        wrong = [(numerics, encoding, 2), (numerics, "same" if encoding == "fp8" else "fp8", 1)]
-        wrong += [] if encoding == "logfmt10" else [(other, encoding, 1)]  # one rounding more is less than a code
-        for options in wrong:
+        options = {"numerics": numerics, "encoding": encoding, "shift": 1}
+        reference.check_sums("x", want, **options)
+        wrong = [{"shift": 2}, {"encoding": "same" if encoding == "fp8" else "fp8"}]
+        if encoding != "logfmt10":  # one rounding more is less than a code
+            wrong.append({"numerics": "exact" if numerics == "fast" else "fast"})
+        for other in wrong:
             with pytest.raises(WrongAnswer, match="x: "):
-                truth.check_sums("x", want, options)
+                reference.check_sums("x", want, **{**options, **other})
         spoiled = want.clone()
         spoiled[-1, 3] = spoiled[-1, 3] * 1.1 + 1e-3
         with pytest.raises(WrongAnswer):
-            truth.check_sums("x", spoiled, (numerics, encoding, 1))
+            reference.check_sums("x", spoiled, **options)
 
 
 def test_fast_sums_are_in_the_order_of_experts():
     """Weights that swallow one another: another order is another sum."""
     sizes = Sizes(2, 40, 128, 6, 8, 3)
     pool = Pool(sizes, CPU)
-    truths = [Truth(sizes, 0, rank, pool) for rank in range(2)]
+    references = [DecodeReference(sizes, 0, rank, pool) for rank in range(2)]
     choices = torch.tensor([2.0**40, -(2.0**40), 1.0, 3.0])
-    for truth in truths:
-        truth.topk_weights = choices[torch.randint(4, (40, 6), generator=torch.Generator().manual_seed(1))]
+    for reference in references:
+        reference.topk_weights = choices[torch.randint(4, (40, 6), generator=torch.Generator().manual_seed(1))]
     pool.rows = lambda experts, places, shift: torch.ones(*experts.shape, 128, dtype=torch.bfloat16)
-    oracle = Oracle([Sent(t.x, t.topk_idx, t.topk_weights) for t in truths], 8, "masked", capacity=80)
+    oracle = Oracle([Sent(t.x, t.topk_idx, t.topk_weights) for t in references], 8, "masked", capacity=80)
     want = oracle.decode_combine(0, [torch.ones(320, 128, dtype=torch.bfloat16)] * 2, fast=True)
     assert len(want.unique()) > 3
-    truths[0].check_sums("x", want, ("fast", "same", 0))
+    references[0].check_sums("x", want, numerics="fast", shift=0)
 
 
 def test_logfmt10_allows_few_other_codes():
     """One number in a hundred may be a code off; more may not."""
     pool, _ = oracle_of(0, padded=False)
-    truth = Truth(SIZES, 0, 0, pool)
-    want, slack, _ = truth._added_up("fast", "logfmt10", 0)
-    off = (want.float() + slack).bfloat16()
+    reference = DecodeReference(SIZES, 0, 0, pool)
+    want, _, one_code = reference._sums("fast", "logfmt10", 0)
+    off = (want.float() + one_code).bfloat16()
     few = torch.where(torch.arange(256) < 2, off, want)
-    truth.check_sums("x", few, ("fast", "logfmt10", 0))
-    with pytest.raises(WrongAnswer, match="by up to a code"):
-        truth.check_sums("x", off, ("fast", "logfmt10", 0))
-
-
-def test_rows_of_zeros_travel():
-    rows = torch.zeros(2, 256, dtype=torch.bfloat16)
-    rows[1, 200] = -3.0
-    for encoding in ("same", "fp8", "logfmt10"):
-        assert torch.allclose(encoded_row(rows, encoding).values, rows.float(), rtol=1e-4)
+    reference.check_sums("x", few, numerics="fast", encoding="logfmt10", shift=0)
+    with pytest.raises(WrongAnswer, match="off by a code or more"):
+        reference.check_sums("x", off, numerics="fast", encoding="logfmt10", shift=0)
 
 
 def delivered(fp8, padded):
@@ -214,76 +222,76 @@ def delivered(fp8, padded):
         got = got.view(4, 18, 256)
     counts = torch.tensor(oracle.expert_counts(1), dtype=torch.int32)
     plan = SimpleNamespace(src_token=tokens.view(4, 18))
-    return Truth(SIZES, 1, 1, pool, padded=padded), SimpleNamespace(x=got, expert_counts=counts, plan=plan), places
+    return (
+        DecodeReference(SIZES, 1, 1, pool, padded=padded),
+        SimpleNamespace(x=got, expert_counts=counts, plan=plan),
+        places,
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_dispatch_is_that_of_the_oracle(fp8, padded):
-    truth, sent, places = delivered(fp8, padded)
-    truth.check_dispatch("x", sent)
+    reference, sent, places = delivered(fp8, padded)
+    reference.check_dispatch("x", sent)
     at = places[-1] // 18, places[-1] % 18
     sent.plan.src_token[at] += 1
     with pytest.raises(WrongAnswer, match="x: source tokens"):
-        truth.check_dispatch("x", sent)
+        reference.check_dispatch("x", sent)
     sent.plan.src_token[at] -= 1
     sent.expert_counts[2] += 1
     with pytest.raises(WrongAnswer, match="x: counts"):
-        truth.check_dispatch("x", sent)
+        reference.check_dispatch("x", sent)
     sent.expert_counts[2] -= 1
     data = sent.x.data.view(torch.uint8) if fp8 else sent.x
     data[at][3] += 1
     with pytest.raises(WrongAnswer, match=r"x: 1 of .* rows are wrong on rank 1"):
-        truth.check_dispatch("x", sent)
+        reference.check_dispatch("x", sent)
     data[at][3] -= 1
     if fp8:
         sent.x.scale[at][1] *= 1.01
         with pytest.raises(WrongAnswer, match=r"x: 1 of .* scales are wrong"):
-            truth.check_dispatch("x", sent)
+            reference.check_dispatch("x", sent)
 
 
 def test_ranks_bring_different_numbers_of_tokens():
     pool, _ = oracle_of(0, padded=True)
-    used = [int((Truth(SIZES, 0, rank, pool, padded=True).topk_idx >= 0).any(1).sum()) for rank in range(2)]
+    used = [int((DecodeReference(SIZES, 0, rank, pool, padded=True).topk_idx >= 0).any(1).sum()) for rank in range(2)]
     assert used == [7 * 2 // 3, 7]
 
 
-def test_no_time_for_what_is_wrong_afterwards(phases, tmp_path):
-    phases["decode"] = (decode_jobs.wrong_after_timing, 60.0, "wrong")
-    file = tmp_path / "out.json"
-    assert run_on_cpu("--only", "decode", "--tokens", "4", "--json", str(file)) == 1
-    whole = json.loads(file.read_text())
+def test_no_time_for_results_that_are_wrong_afterwards(tmp_path):
+    run = bench_gpu_phases(tmp_path, "--only", "decode", "--tokens", "4", decode=decode_jobs.wrong_after_timing)
     wrong = {f"combine {numerics}, encoding fp8" for numerics in ("exact", "fast")}
-    assert {item["call"] for item in whole["decode"]} == CALLS - wrong, "the rest is kept"
-    assert {one["what"] for one in whole["failed"]} == {f"decode: {name}, T=4" for name in wrong}
-    assert all("rank 1: WrongAnswer: " in one["why"] for one in whole["failed"])
+    assert run.status == 1
+    assert {item["call"] for item in run.report["decode"]} == CALLS - wrong, "the rest is kept"
+    assert {one["what"] for one in run.report["failed"]} == {f"decode: {name}, T=4" for name in wrong}
+    assert all("rank 1: WrongAnswer: " in one["why"] for one in run.report["failed"])
 
 
-def test_new_data_has_to_show(phases, tmp_path):
-    phases["decode"] = (decode_jobs.always_the_same, 60.0, "wrong")
-    file = tmp_path / "out.json"
-    assert run_on_cpu("--only", "decode", "--tokens", "4", "--json", str(file)) == 1
-    whole = json.loads(file.read_text())
-    assert {item["call"] for item in whole["decode"]} == CALLS - {"dispatch FP8", "dispatch BF16"}
-    assert {one["what"] for one in whole["failed"]} == {"decode: dispatch FP8, T=4", "decode: dispatch BF16, T=4"}
-    assert all("(inputs 1)" in one["why"] for one in whole["failed"])
+def test_new_data_has_to_show(tmp_path):
+    run = bench_gpu_phases(tmp_path, "--only", "decode", "--tokens", "4", decode=decode_jobs.always_the_same)
+    assert run.status == 1
+    assert {item["call"] for item in run.report["decode"]} == CALLS - {"dispatch FP8", "dispatch BF16"}
+    failed = run.report["failed"]
+    assert {one["what"] for one in failed} == {"decode: dispatch FP8, T=4", "decode: dispatch BF16, T=4"}
+    assert all("(inputs 1)" in one["why"] for one in failed)
 
 
-def test_micro_batches_are_checked(phases, tmp_path):
-    phases["micro"] = (decode_jobs.wrong_dispatch, 60.0, "wrong")
-    file = tmp_path / "out.json"
-    assert run_on_cpu("--only", "micro", "--micro-tokens", "8", "--json", str(file)) == 1
-    whole = json.loads(file.read_text())
-    assert "micro" not in whole
-    assert [one["what"] for one in whole["failed"]] == [
-        f"micro-batches, {numerics}, {work} work" for numerics in ("exact", "fast") for work in ("even", "uneven")
+def test_two_batch_overlap_is_checked(tmp_path):
+    words = ("--only", "two_batch", "--two-batch-tokens", "8")
+    run = bench_gpu_phases(tmp_path, *words, two_batch=decode_jobs.wrong_dispatch)
+    assert run.status == 1
+    assert "two_batch" not in run.report
+    assert [one["what"] for one in run.report["failed"]] == [
+        f"two-batch overlap, {numerics}, {work} work" for numerics in ("exact", "fast") for work in ("even", "uneven")
     ]
-    assert all("hooks, A: dispatch" in one["why"] for one in whole["failed"])
+    assert all("hooks, A: dispatch" in one["why"] for one in run.report["failed"])
 
 
 def test_answers_are_poisoned():
     """All that the checks look at, so that a graph that writes nothing cannot pass."""
-    truth, sent, _ = delivered(fp8=True, padded=False)
+    reference, sent, _ = delivered(fp8=True, padded=False)
     done = SimpleNamespace(x=torch.zeros(7, 256))
     decode.Answer(sent, done).poison()
     assert sent.x.data.float().isnan().all()
@@ -292,11 +300,11 @@ def test_answers_are_poisoned():
     assert (sent.plan.src_token == -1).all()
     assert done.x.isnan().all()
     with pytest.raises(WrongAnswer):
-        truth.check_dispatch("x", sent)
+        reference.check_dispatch("x", sent)
 
 
-class Log:
-    """A group whose calls are written down."""
+class Recorded:
+    """Static inputs whose group records its calls."""
 
     def __init__(self, done, name):
         self.done, self.name, self.x, self.y, self.routing, self.group = done, name, None, None, None, self
@@ -315,8 +323,8 @@ class Log:
 
 def test_schedules():
     done = []
-    desks = Log(done, "A"), Log(done, "B")
-    both = micro.Schedules(desks, decode.Case("pair", numerics="exact"), lambda share: done.append("work"))
+    batches = Recorded(done, "A"), Recorded(done, "B")
+    both = two_batch_overlap.Schedules(batches, DecodeCase("pair", numerics="exact"), lambda share: done.append("work"))
     both.by_hooks()
     assert done == [
         *("send dispatch A", "work", "receive dispatch A"),
@@ -332,17 +340,19 @@ def test_schedules():
     assert done == [f"call {what} {name}" for name in "AB" for what in ("dispatch", "combine")]
     done.clear()
     both.work_only()
-    assert done == ["work"] * micro.PIECES
+    assert done == ["work"] * two_batch_overlap.PIECES
 
 
 def test_uneven_work():
-    """What A has more, B has less, in every schedule, and each rank does as much as with even work."""
+    """A has as much more work as B has less, in every schedule: each rank does as much as with even work."""
     for name in ("by_hooks", "one_after_another", "work_only"):
         done = []
-        desks = Log([], "A"), Log([], "B")
-        getattr(micro.Schedules(desks, decode.Case("pair", numerics="exact"), done.append, tilt=0.5), name)()
+        batches = Recorded([], "A"), Recorded([], "B")
+        getattr(
+            two_batch_overlap.Schedules(batches, DecodeCase("pair", numerics="exact"), done.append, tilt=0.5), name
+        )()
         assert sorted(done) == [0.5, 0.5, 1.5, 1.5]
-        assert sum(done) == micro.PIECES
+        assert sum(done) == two_batch_overlap.PIECES
     assert done == [1.5, 0.5, 1.5, 0.5]
 
 
@@ -351,19 +361,19 @@ def chosen(*words):
     return bench_cuda.choose_phases(args), bench_cuda.make_settings(args, 4)
 
 
-def test_what_is_asked_for():
+def test_phases_and_tokens_that_options_choose():
     names, settings = chosen("decode")
-    assert names == ("limits", "decode", "micro")
+    assert names == ("limits", "decode", "two_batch")
     assert settings.decode_tokens == (1, 8, 32, 64, 128, 256, 512)
-    assert settings.micro_tokens == 128
-    assert chosen("--only", "decode")[0] == ("limits", "decode"), "the limit stands in its table"
+    assert settings.two_batch_tokens == 128
+    assert chosen("--only", "decode")[0] == ("limits", "decode"), "the limit is in its table"
     assert chosen("--only", "decode,limits")[0] == ("decode", "limits")
-    assert chosen("--only", "micro")[0] == ("micro",)
+    assert chosen("--only", "two_batch")[0] == ("two_batch",)
     assert set(chosen()[0]) == set(bench_cuda.PHASES)
     names, settings = chosen("--quick")
     assert "decode" in names
     assert settings.decode_tokens == (1, 128), "the targets"
-    assert chosen("decode", "--tokens", "4,16", "--micro-tokens", "64")[1].decode_tokens == (4, 16)
+    assert chosen("decode", "--tokens", "4,16", "--two-batch-tokens", "64")[1].decode_tokens == (4, 16)
     assert chosen("--tokens", "4096")[1].decode_tokens == bench_cuda.FULL_DECODE_TOKENS
     assert chosen("--tokens", "64,4096")[1].decode_tokens == (64,)
     with pytest.raises(ConfigError, match="decode and --only sms: choose one"):

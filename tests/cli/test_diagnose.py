@@ -51,11 +51,11 @@ def found(verdict):
 
 @pytest.mark.parametrize("count", [at_once, in_turn])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
-@pytest.mark.parametrize("who", [0, 1, -1])
-def test_one_slow_in_compute(count, num_ranks, who):
+@pytest.mark.parametrize("slow", [0, 1, -1])
+def test_one_slow_in_compute(count, num_ranks, slow):
     comes = [0.0] * num_ranks
-    comes[who] = 50_000.0
-    rank = who % num_ranks
+    comes[slow] = 50_000.0
+    rank = slow % num_ranks
     assert found(judge(count(comes))) == [(rank, Where.UNKNOWN)]
     verdict = judge(count(comes), rows(num_ranks))
     assert found(verdict) == [(rank, Where.COMPUTE)]
@@ -80,7 +80,7 @@ def test_nobody_slow():
 
 
 def test_the_wait_for_the_first_covers_that_for_the_second():
-    """No single wait tells of rank 2, whose message comes while everybody waits for rank 0."""
+    """No single wait shows rank 2, whose message comes while all ranks wait for rank 0."""
     waits = in_turn([7000.0, 0.0, 7000.0, 0.0])
     assert waits[:, 2].max() == 0
     assert found(judge(waits)) == [(0, Where.UNKNOWN), (2, Where.UNKNOWN)]
@@ -167,7 +167,7 @@ def test_rows_of_a_late_rank_come_last():
 
 
 def test_a_link_that_explains_little_is_no_excuse():
-    """Rank 2 comes 300 us late; rows that came 60 us late are not why."""
+    """Rank 2 comes 300 us late; rows that came 60 us late are not the reason."""
     verdict = judge(at_once([0.0, 0.0, 300_000.0, 0.0]), rows(4, [(2, s, 60_000.0) for s in (0, 1, 3)]))
     assert found(verdict) == [(2, Where.COMPUTE), (2, Where.LINK_IN)]
 
@@ -212,21 +212,21 @@ SMALL = ["--ranks", "3", "--tokens", "4", "--hidden", "128", "--experts", "6", "
 
 def test_a_slow_rank_of_this_machine(capsys, tmp_path):
     file = tmp_path / "report.json"
-    slow = ["--rounds", "10", "--slow-rank", "1", "--slow-us", "30000"]
+    slow = ["--iterations", "10", "--slow-rank", "1", "--slow-us", "30000"]
     assert main(["diagnose", *SMALL, *slow, "--json", str(file), "--plot", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "rank 1: slow: its messages come " in out
-    assert "whether it computes for too long or its link is slow cannot be told" in out
-    assert "decode_combine, us a round" in out
+    assert "whether it computes for too long or its link is slow is unknown" in out
+    assert "decode_combine, us an iteration" in out
     whole = json.loads(file.read_text())
     assert [one["rank"] for one in whole["slow"]] == [1]
     assert whole["slow"][0]["where"] == "compute or link"
     assert whole["slow"][0]["late_ns"] > 15e6
-    assert whole["round_ns"] > 30e6
+    assert whole["iteration_ns"] > 30e6
     waits = whole["tables_ns"]["decode_dispatch"]
     assert min(waits[0][1], waits[2][1]) > 15e6 > waits[1][0]
     both = torch.tensor(waits) + torch.tensor(whole["tables_ns"]["decode_combine"])
-    assert both.sum(1).max() <= whole["round_ns"], "waits are part of the rounds that count"
+    assert both.sum(1).max() <= whole["iteration_ns"], "waits are part of the iterations that count"
     assert (tmp_path / "waits.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -235,22 +235,22 @@ def test_ranks_with_the_times_of_rows(monkeypatch, capsys):
     monkeypatch.setattr(diagnose, "need_gpus", lambda: 2)
     monkeypatch.setattr(diagnose, "count_waits", diagnose_jobs.late_rows)
     monkeypatch.setattr(diagnose, "World", lambda ranks, devices, timeout_s: World(ranks, timeout_s=timeout_s))
-    assert main(["diagnose", "--device", "cuda", "--ranks", "2", "--rounds", "2"]) == 0
+    assert main(["diagnose", "--device", "cuda", "--ranks", "2", "--iterations", "2"]) == 0
     out = capsys.readouterr().out
-    assert "rows of decode_dispatch, us a round: who after all messages, for the last row of whom" in out
+    assert "rows of decode_dispatch, us an iteration: after all messages, wait for the last row of each rank" in out
     assert "rank 1: slow in its link: its messages come in time, its rows 80.0 us late at rank 0" in out
 
 
 def test_heat_has_colours_with_rich(terminal):
-    tables = dict.fromkeys(diagnose.WAITS, at_once([0, 9e4, 0, 0]))
-    diagnose.show(tables, diagnose.judge_all(tables, 1e5), 1e5, Screen())
+    waits = diagnose.Waits(dict.fromkeys(diagnose.WAITS, at_once([0, 9e4, 0, 0])), 1e5)
+    diagnose.show(waits, diagnose.judge_all(waits), Screen())
     assert "48;5;160" in terminal.getvalue(), "the hottest cell, red"
     assert "91.3 █" in terminal.getvalue()
 
 
 def test_nobody_slow_is_printed(capsys):
-    tables = dict.fromkeys(diagnose.WAITS, torch.zeros(2, 2))
-    diagnose.show(tables, diagnose.judge_all(tables, 1e5), 1e5, Screen())
+    waits = diagnose.Waits(dict.fromkeys(diagnose.WAITS, torch.zeros(2, 2)), 1e5)
+    diagnose.show(waits, diagnose.judge_all(waits), Screen())
     assert capsys.readouterr().out.splitlines()[-1] == "no rank stands out"
 
 
@@ -273,4 +273,4 @@ def test_wrong_answers_are_not_counted(monkeypatch, capsys):
     assert main(["diagnose", *SMALL]) == 1
     out = capsys.readouterr().out
     assert "WrongAnswer: decode round trip" in out
-    assert "us a round" not in out
+    assert "us an iteration" not in out

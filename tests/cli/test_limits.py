@@ -23,7 +23,7 @@ GPUS = Gpus(2, "H200", "13.0", ())
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_measure(worlds, num_ranks):
-    for found, told, launches in worlds(num_ranks).run(limits_jobs.measure):
+    for found, shown, launches in worlds(num_ranks).run(limits_jobs.measure):
         assert isinstance(found, Limits)
         assert found.num_ranks == num_ranks
         # 100 SMs are not there: the 5 that are stand for them.
@@ -32,25 +32,25 @@ def test_measure(worlds, num_ranks):
         assert all(rate.gbps > 0 for rate in found.rates)
         # One store that is checked, one that does not count, two that do.
         assert launches == [("store", sms) for _ in range(2) for sms in (2, 3, 5) for _ in range(4)]
-        assert len(told) <= bench_limits.num_steps(SMALL)
+        assert len(shown) <= bench_limits.num_steps(SMALL)
         if num_ranks == 1:
             assert found.flag_us is None
             assert found.barrier_us is None
         else:
-            assert 10000 <= found.flag_us < 20000, "one way is half of the 20 ms that a round takes"
+            assert 10000 <= found.flag_us < 20000, "one way is half of the 20 ms that an iteration takes"
             assert found.barrier_us > 0
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "error"),
     [
         ("store", "bulk store: 1 of 27 rows from rank 1 are wrong in the window of rank 0"),
         ("load", "bulk load: 1 of 27 rows are wrong on rank 1"),
         ("copy", "local copy: 1 of 27 rows are wrong on rank 0; local copy: 1 of 27 rows are wrong on rank 1"),
     ],
 )
-def test_rows_that_go_astray_are_told_by_all_ranks(worlds, spoil, complaint):
-    assert worlds(2).run(limits_jobs.measure, spoil) == [complaint] * 2
+def test_misplaced_rows_are_reported_by_all_ranks(worlds, spoil, error):
+    assert worlds(2).run(limits_jobs.measure, spoil) == [error] * 2
 
 
 def some_limits():
@@ -89,7 +89,7 @@ def test_command(two_gpus, monkeypatch, capsys, tmp_path):
     assert picture.startswith(b"\x89PNG")
 
 
-def test_no_rate_for_rows_astray(two_gpus, monkeypatch, capsys):
+def test_no_rate_for_misplaced_rows(two_gpus, monkeypatch, capsys):
     monkeypatch.setattr(limits, "measure_limits", limits_jobs.astray)
     assert main(["limits"]) == 1
     out = capsys.readouterr().out

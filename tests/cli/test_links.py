@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenferry.bench.core import device as bed
-from tokenferry.bench.core import session as trial
+from tokenferry.bench.core import device, session
 from tokenferry.bench.suites import links
 from tokenferry.bench.suites.links import SMEM_BYTES, CudaLinks, check_stored
 from tokenferry.errors import PeerTimeout
@@ -113,7 +112,7 @@ def test_a_block_has_an_sm_for_itself(monkeypatch, row_bytes, warps):
     assert 227 * 1024 // 2 < smem <= SMEM_BYTES
 
 
-def test_rounds_only_grow(monkeypatch):
+def test_iterations_only_grow(monkeypatch):
     machine = Machine(monkeypatch, 2)
     with CudaLinks(rank_of(1, 2), torch.device("cpu"), 0, 1.0) as one:
         one.barrier()
@@ -161,10 +160,10 @@ def test_the_clock_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 10))
     sms = SimpleNamespace(multi_processor_count=78)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sms)
-    gpu = bed.bed_for("cuda")
+    gpu = device.device_for("cuda")
     start, end = gpu.stamp(), gpu.stamp()
     gpu.synchronize()
-    # The events of CudaBed are torch's; the stand-in's class is in its place.
+    # The events of CudaDevice are torch's; the stand-in's class is in its place.
     assert gpu.seconds(start, end) == pytest.approx(1e-3), "milliseconds become seconds"
     assert (gpu.passed(start), gpu.passed(end)) == (True, False)
     assert gpu.used_bytes() == 7
@@ -187,15 +186,15 @@ def test_a_gpu_is_held_for_as_long_as_asked(monkeypatch):
         ("_sleep", sleep),
     ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    gpu = bed.bed_for("cuda")
+    gpu = device.device_for("cuda")
     gpu.hold(300e-6)
     gpu.hold(10e-6)
     assert slept[-2:] == [pytest.approx(600_000, abs=1), pytest.approx(20_000, abs=1)]
     assert len(slept) == 4, "its clock is measured once"
 
 
-def test_a_trial_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch, tmp_path):
-    met = []
+def test_a_session_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch, tmp_path):
+    events = []
 
     class Link:
         def __init__(self, pg, device, row_bytes, timeout_s, cache):
@@ -203,21 +202,21 @@ def test_a_trial_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch, tmp
             assert str(cache)
 
         def barrier(self):
-            met.append("device")
+            events.append("device")
 
         def __enter__(self):
             return self
 
         def __exit__(self, *args):
-            met.append("closed")
+            events.append("closed")
 
     monkeypatch.setattr(links, "CudaLinks", Link)
-    monkeypatch.setattr(bed.CpuBed, "hold", lambda self, seconds: met.append(f"held {seconds}"))
-    monkeypatch.setattr(trial, "bed_for", lambda kind: bed.CpuBed())
-    monkeypatch.setattr(trial.dist, "barrier", lambda pg: met.append("host"))
-    settings = trial.Settings(2, (4,), 128, 2, 8, (), 4, ("uniform",), 2, 1, 0)
-    with trial.trial(0, rank_of(0, 2), str(tmp_path / "news"), settings) as here:
-        here.meet()
-        here.meet(0.5)
-    # Held before they meet: a device that is held longer than others must not start later.
-    assert met == ["host", "device", "host", "held 0.5", "device", "host", "closed"]
+    monkeypatch.setattr(device.CpuDevice, "hold", lambda self, seconds: events.append(f"held {seconds}"))
+    monkeypatch.setattr(session, "device_for", lambda backend: device.CpuDevice())
+    monkeypatch.setattr(session.dist, "barrier", lambda pg: events.append("host"))
+    settings = session.Settings(2, (4,), 128, 2, 8, 2, 1, 0)
+    with session.open_session(0, rank_of(0, 2), str(tmp_path / "progress"), settings) as opened:
+        opened.synchronize_ranks()
+        opened.synchronize_ranks(0.5)
+    # Held before the barrier: a device that is held longer than others must not start later.
+    assert events == ["host", "device", "host", "held 0.5", "device", "host", "closed"]

@@ -2,34 +2,34 @@
 
 import json
 import subprocess
+from dataclasses import asdict, replace
 
 import pytest
 
-from support.bench_jobs import TINY
-from tokenferry.bench.core import clock
-from tokenferry.bench.report import cpu as report
-from tokenferry.bench.suites.cpu_calls import Samples
+from tokenferry.bench.core.session import Label, Result, Times, result_from_json
+from tokenferry.bench.core.summary import percentile, summarize
+from tokenferry.bench.report import about, tables
 
 
 @pytest.mark.parametrize(
     ("percent", "expected"), [(0, 1.0), (5, 1.2), (25, 2.0), (50, 3.0), (95, 4.8), (100, 5.0), (60, 3.4)]
 )
 def test_percentiles_are_linear_between_samples(percent, expected):
-    assert clock.percentile([3.0, 1.0, 5.0, 2.0, 4.0], percent) == pytest.approx(expected)
+    assert percentile([3.0, 1.0, 5.0, 2.0, 4.0], percent) == pytest.approx(expected)
 
 
 def test_percentile_of_one_sample_is_the_sample():
-    assert clock.percentile([7.0], 5) == clock.percentile([7.0], 95) == 7.0
+    assert percentile([7.0], 5) == percentile([7.0], 95) == 7.0
 
 
 @pytest.mark.parametrize(("values", "percent"), [([], 50), ([1.0], -1), ([1.0], 101)])
 def test_percentile_refuses(values, percent):
     with pytest.raises(ValueError, match=f"{len(values)} values, {percent}"):
-        clock.percentile(values, percent)
+        percentile(values, percent)
 
 
 def test_summary_takes_the_slowest_rank_of_each_iteration():
-    summary = clock.summarize([[1e-6, 9e-6, 3e-6], [5e-6, 2e-6, 4e-6]])  # slowest: 5, 9, 4
+    summary = summarize([[1e-6, 9e-6, 3e-6], [5e-6, 2e-6, 4e-6]])  # slowest: 5, 9, 4
     assert summary.n == 3
     assert summary.median_us == pytest.approx(5.0)
     assert summary.p05_us == pytest.approx(4.1)
@@ -38,47 +38,39 @@ def test_summary_takes_the_slowest_rank_of_each_iteration():
 
 def test_summary_refuses_ranks_of_different_lengths():
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        clock.summarize([[1.0], [1.0, 2.0]])
+        summarize([[1.0], [1.0, 2.0]])
 
 
-def one_line():
-    slow = Samples("dispatch", 2e6, {"drained": [2e-3, 4e-3]}, {"drained": [1e-3, 1e-3]})
-    fast = Samples("dispatch", 4e6, {"drained": [1e-3, 1e-3]}, {"drained": [2e-3, 2e-3]})
-    [line] = report.lines("shared_memory", [[slow], [fast]])
-    return line
+def summary(median):
+    return summarize([[median * 1e-6]])
 
 
-def test_line_of_two_ranks():
-    line = one_line()
-    assert (line.transport, line.call, line.mode) == ("shared_memory", "dispatch", "drained")
-    assert line.row_bytes == 3e6
-    assert line.ours.median_us == pytest.approx(3000)
-    assert line.gloo.median_us == pytest.approx(2000)
-    assert line.ratio == pytest.approx(1.5)
+def result(**changes):
+    label = Label("tokenferry", "dispatch", "bf16", 6, row_bytes=256, rows_out=7)
+    baseline = Times(summary(2000.0), summary(1500.0))
+    return replace(Result(label, 3e6, 4e6, summary(3000.0), 0.0, summary(1200.0), baseline), **changes)
 
 
-def test_cells_match_the_header():
-    cells = dict(zip(report.HEADER, report.cells(one_line()), strict=True))
-    assert cells["call"] == "dispatch"
-    assert cells["median us"] == "3000"
-    assert cells["gloo us"] == "2000"
-    assert cells["ratio"] == "1.50"
-    assert cells["MB/rank"] == "3.00"
-    assert cells["GB/s"] == "1.00"
+def test_results_survive_json():
+    for one in (result(), result(baseline=None)):
+        assert result_from_json(json.loads(json.dumps(asdict(one)))) == one
 
 
-def test_json_holds_everything_a_number_needs():
-    whole = json.loads(json.dumps(report.as_json(TINY, 1, "tokenferry bench", [one_line()])))
-    assert set(whole) == {
-        *("schema", "tokenferry", "commit", "date", "command", "machine", "threads_per_rank", "spec", "bytes"),
-        *("checked", "results"),
-    }
-    assert whole["schema"] == 1
-    assert whole["spec"]["hidden"] == TINY.hidden
-    assert set(whole["machine"]) == {"processor", "cores", "load", "system", "python", "torch"}
-    [line] = whole["results"]
-    assert set(line) == {"transport", "call", "mode", "row_bytes", "ours", "gloo", "ratio"}
-    assert set(line["ours"]) == {"n", "median_us", "p05_us", "p95_us"}
+def test_ratios_are_those_of_medians():
+    one = result()
+    assert tables.ratios(one, one.baseline) == tables.Ratios(
+        isolated=pytest.approx(1.5), back_to_back=pytest.approx(0.8)
+    )
+
+
+def test_rows_of_a_call_and_its_baseline():
+    first, second = (dict(zip(tables.BASELINE_HEADER, row, strict=True)) for row in tables.baseline_rows([result()]))
+    assert (first["mode"], second["mode"]) == ("isolated", "back to back")
+    assert first["call"] == second["call"] == "dispatch"
+    assert (first["median us"], second["median us"]) == ("3000", "1200")
+    assert (first["gloo us"], second["gloo us"]) == ("2000", "1500")
+    assert (first["ratio"], second["ratio"]) == ("1.50", "0.80")
+    assert (first["MB/rank"], first["GB/s"], second["GB/s"]) == ("3.00", "1.00", "2.50")
 
 
 def test_commit_is_that_of_the_clone_that_holds_the_package(tmp_path):
@@ -86,20 +78,21 @@ def test_commit_is_that_of_the_clone_that_holds_the_package(tmp_path):
         name = ("-c", "user.name=t", "-c", "user.email=t@example.org")
         return subprocess.run(["git", "-C", tmp_path, *name, *words], check=True, capture_output=True, text=True).stdout
 
-    assert report.commit(tmp_path) is None
+    file = tmp_path / "about.py"
+    file.write_text("")
+    assert about.commit(file) is None
     git("init", "-q")
-    (tmp_path / "report.py").write_text("")
-    assert report.commit(tmp_path) is None, "a package inside another project's clone is not part of it"
-    git("add", "report.py")
+    assert about.commit(file) is None, "a package inside another project's clone is not part of it"
+    git("add", "about.py")
     git("commit", "-q", "-m", "x")
-    assert report.commit(tmp_path) == git("rev-parse", "--short=12", "HEAD").strip()
-    (tmp_path / "report.py").write_text("changed")
-    assert report.commit(tmp_path).endswith("-dirty")
+    assert about.commit(file) == git("rev-parse", "--short=12", "HEAD").strip()
+    file.write_text("changed")
+    assert about.commit(file).endswith("-dirty")
 
 
 def test_commit_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert report.commit() is None
+    assert about.commit() is None
 
 
 @pytest.mark.parametrize("text", [None, "nothing here"])
@@ -109,10 +102,10 @@ def test_processor_where_the_system_does_not_say(monkeypatch, text):
             raise FileNotFoundError
         return text
 
-    monkeypatch.setattr(report.Path, "read_text", read)
-    assert report.machine()["processor"]
+    monkeypatch.setattr(about.Path, "read_text", read)
+    assert about.machine()["processor"]
 
 
 def test_threads_share_the_cores(monkeypatch):
-    monkeypatch.setattr(report, "num_cores", lambda: 8)
-    assert [report.threads_for(ranks) for ranks in (1, 2, 3, 8, 9)] == [8, 4, 2, 1, 1]
+    monkeypatch.setattr(about, "num_cores", lambda: 8)
+    assert [about.threads_for(ranks) for ranks in (1, 2, 3, 8, 9)] == [8, 4, 2, 1, 1]

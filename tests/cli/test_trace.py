@@ -1,4 +1,4 @@
-"""`tokenferry trace`: clocks, phases, events, and what is printed. The kernels' part: tests/emulator, tests/cuda."""
+"""`tokenferry trace`: clocks, phases, events, and the output. The kernels' part: tests/emulator, tests/cuda."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_calls_in_which_a_rank_looks_late_do_not_count():
     assert find_clocks(shifted(one_way[:1], (0, 500))).offset_ns != (0, 500)
 
 
-def test_ranks_that_never_heard_each_other():
+def test_ranks_without_messages_of_each_other():
     words = calls(3, even(3, 900))
     words[:, 1, :, TRACE_SIGNATURE + 2] = 0
     with pytest.raises(ArgumentError, match="rank 1 has seen no message of rank 2"):
@@ -91,7 +91,7 @@ def spans(words, **options):
 
 def test_phases_of_a_block():
     assert spans(DISPATCH[0, 0]) == [
-        ("read, wait for room", 1000, 2000),
+        ("read, wait for space", 1000, 2000),
         ("send", 2000, 5000),
         ("wait for counts", 5000, 6500),
         ("receive", 6500, 9000),
@@ -99,9 +99,9 @@ def test_phases_of_a_block():
 
 
 def test_phases_of_the_last_block():
-    assert spans(DISPATCH[0, 2], tells=True) == [
-        ("read, wait for room", 1050, 2100),
-        ("tell", 2100, 3100),
+    assert spans(DISPATCH[0, 2], last=True) == [
+        ("read, wait for space", 1050, 2100),
+        ("send counts", 2100, 3100),
         (WAIT, 3100, 5600),
         ("wait for counts", 5600, 6000),
     ]
@@ -109,13 +109,13 @@ def test_phases_of_the_last_block():
 
 def test_what_was_not_written_is_no_phase():
     assert spans(COMBINE[0, 1]) == [
-        ("read, wait for room", 21100, 22200),
+        ("read, wait for space", 21100, 22200),
         ("send", 22200, 26200),
         ("receive", 26200, 29900),
     ]
     assert spans(block(start=5, sent=9)) == [("send", 5, 9)]
     assert spans(block()) == []
-    assert spans(block(start=100, ready=200, sent=300, signature={1: 250}), tells=True)[-1] == ("tell", 200, 300)
+    assert spans(block(start=100, ready=200, sent=300, signature={1: 250}), last=True)[-1] == ("send counts", 200, 300)
 
 
 def test_times_of_ranks():
@@ -124,7 +124,7 @@ def test_times_of_ranks():
     assert (first.lasts_us, second.lasts_us) == (8.9, 7.6)
     assert first.phases["send"] == (3.5, 4.0)
     assert first.phases["wait for counts"] == pytest.approx((0.95, 1.5))
-    assert first.waits_us == {1: 2.5}, "from 3100, when it had told its own, to 5600"
+    assert first.waits_us == {1: 2.5}, "from 3100, when it had sent its own, to 5600"
     assert first.waited_longest == 1
     assert second.waits_us == {0: 0.2}
 
@@ -138,7 +138,7 @@ def test_a_message_that_is_there_is_not_waited_for():
 def test_a_rank_that_wrote_nothing():
     words = DISPATCH.clone()
     words[1] = 0
-    with pytest.raises(ArgumentError, match="decode_dispatch: rank 1 wrote nothing down"):
+    with pytest.raises(ArgumentError, match="decode_dispatch: rank 1 recorded nothing"):
         rank_times(Recorded("decode_dispatch", words))
 
 
@@ -160,7 +160,7 @@ def test_events():
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in found if e["name"] == "thread_name"}
     assert threads == {
         **{(r, b): f"block {b}" for r in range(2) for b in range(2)},
-        **{(r, 2): "block 2: tells" for r in range(2)},
+        **{(r, 2): "block 2: counts" for r in range(2)},
         (0, 4): "from rank 1",
         (1, 3): "from rank 0",
     }
@@ -172,7 +172,7 @@ def test_events():
     journey = [(e["name"], e["ts"], e["dur"]) for e in complete if (e["pid"], e["tid"]) == (0, 4)]
     assert journey[:2] == [("message", 3.0, 1.6), ("rows", 4.6, 4.1)], "sent at 4000 by rank 1, seen at 5600"
     instants = [(e["pid"], e["tid"], e["name"], e["ts"]) for e in found if e["ph"] == "i"]
-    assert (0, 1, "last row of rank 1 here", 8.7) in instants
+    assert (0, 1, "last row of rank 1", 8.7) in instants
     assert len(instants) == 14
 
 
@@ -205,8 +205,8 @@ def test_command(two_gpus, capsys, tmp_path):
     file = tmp_path / "a.json"
     assert main(["trace", "--json", str(file), "--seed", "3"]) == 0
     out = capsys.readouterr().out
-    assert "clocks of the ranks stood at 0.00, 123.46 us" in out
-    assert "off by at most 1.30 us" in out
+    assert "clocks of the ranks relative to that of rank 0: 0.00, 123.46 us" in out
+    assert "error at most 1.30 us" in out
     lines = [line.split() for line in out.splitlines() if line.startswith(("0 ", "1 "))]
     assert len(lines) == 4, "two ranks, two calls"
     assert lines[0][:3] == ["0", "0.0", "8.9"]

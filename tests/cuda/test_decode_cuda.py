@@ -12,7 +12,7 @@ from support.pairs import NUM_GPUS, Pair
 from tokenferry import ArgumentError, ConfigError, DecodeDispatched, ExpertGroup, MoeShape, Quantized, Routing, Scale
 from tokenferry.testing.cases import Case, answers
 from tokenferry.testing.compare import same_bits
-from tokenferry.testing.soak_graphs_truth import cast
+from tokenferry.testing.reference import fp8_cast
 
 PAIR = Pair("cuda", "nvlink")
 RANKS = 2
@@ -251,7 +251,7 @@ def check_cast(sent: DecodeDispatched, everything: Tensor) -> None:
     for expert in FULL:
         for first in range(0, RANKS * TOKENS, TOKENS):
             part = slice(first, first + TOKENS)
-            data, scale = cast(numbered(everything[part]), Scale.FLOAT32)
+            data, scale = fp8_cast(numbered(everything[part]), Scale.FLOAT32)
             wrong = (sent.x.data[expert, part].view(torch.uint8) != data.view(torch.uint8)).any(dim=1)
             wrong |= (sent.x.scale[expert, part] != scale).any(dim=1)
             assert not bool(wrong.any()), f"expert {expert}: row {first + int(wrong.nonzero()[0])} is wrong"

@@ -5,18 +5,20 @@ import time
 import pytest
 import torch
 
-from tokenferry.bench.suites.limits import Plan, measure_limits
+from tokenferry.bench.suites.limits import LimitSettings, measure_limits
 from tokenferry.bench.suites.links import CudaLinks
 from tokenferry.errors import PeerTimeout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SMALL = Plan(num_sms=(1, 3, 24), row_bytes=(16, 7168, 14336), total_bytes=7168 * 301, runs=2, launches=2, rounds=3)
+SMALL = LimitSettings(
+    num_sms=(1, 3, 24), row_bytes=(16, 7168, 14336), total_bytes=7168 * 301, runs=2, launches=2, iterations=3
+)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_every_row_is_where_it_belongs(worlds, tmp_path, num_ranks):
-    found = worlds(num_ranks, "cuda").run(measure_limits, str(tmp_path / "news"), SMALL)[0]
+    found = worlds(num_ranks, "cuda").run(measure_limits, str(tmp_path / "progress"), SMALL)[0]
     assert len(found.rates) == 3 * 3 * 3
     assert all(rate.gbps > 0 for rate in found.rates)
 

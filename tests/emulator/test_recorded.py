@@ -1,4 +1,4 @@
-"""Timelines and counters of real kernels: what they write down on the emulator fits together."""
+"""Timelines and counters of real kernels: what they record on the emulator is consistent."""
 
 import time
 
@@ -7,10 +7,9 @@ import torch
 from test_groups import run  # noqa: F401 - the fixture
 
 from support.emulator import Emulator
-from tokenferry.bench.core.device import CpuBed
-from tokenferry.bench.core.inputs import Spec
-from tokenferry.bench.profile import iterations as rounds
-from tokenferry.bench.profile import timeline
+from tokenferry.bench.core.device import CpuDevice
+from tokenferry.bench.core.inputs import Sizes
+from tokenferry.bench.profile import iterations, timeline
 from tokenferry.bench.profile.diagnose import Where, judge
 from tokenferry.kernels.control_block import MAX_RANKS, TRACE, TRACE_ROWS
 from tokenferry.types import MoeShape, Routing
@@ -20,17 +19,17 @@ pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.mi
 NAMES = ("decode_dispatch", "decode_combine")
 
 
-def record(rank, pg, hall, spec, found):
-    with hall.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
-        found[rank] = rounds.record_in(group, CpuBed(), hall._shared["barrier"].wait, spec, NAMES)
+def record(rank, pg, hall, sizes, found):
+    with hall.open(pg, sizes.shape) as group, torch.no_grad():
+        found[rank] = iterations.record_in(group, CpuDevice(), hall._shared["barrier"].wait, sizes, NAMES)
         assert group._backend.decoder.trace is None
 
 
 def test_a_pair_on_two_ranks(run, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(rounds, "CALIBRATIONS", 6)
-    monkeypatch.setattr(rounds, "CHAIN", 3)
-    spec, found = Spec(2, 8, 256, 2, 4, 0, 0, 5), {}
-    run(2, record, spec, found)
+    monkeypatch.setattr(iterations, "CALIBRATIONS", 6)
+    monkeypatch.setattr(iterations, "CHAIN", 3)
+    found = {}
+    run(2, record, Sizes(2, 8, 256, 2, 4, 5), found)
     both = [found[0], found[1]]
     clocks = timeline.find_clocks(timeline.stacked([one["clocks"] for one in both]))
     # The ranks have the same clock here.
@@ -39,11 +38,11 @@ def test_a_pair_on_two_ranks(run, monkeypatch):  # noqa: F811
     for call in calls:
         assert int((call.words[..., TRACE["start"]] > 0).sum()) == 8, "four blocks on each rank"
         for one in timeline.rank_times(call):
-            assert {"read, wait for room", "send", "receive"} <= set(one.phases)
+            assert {"read, wait for space", "send", "receive"} <= set(one.phases)
             assert one.waited_longest == 1 - one.rank
             assert one.lasts_us > 0
     named = {e["name"] for e in timeline.events(calls) if e["ph"] in "Xi"}
-    assert {"send", "tell", "receive", "message", "last row of rank 0 here", "last row of rank 1 here"} <= named
+    assert {"send", "send counts", "receive", "message", "last row of rank 0", "last row of rank 1"} <= named
     assert timeline.row_waits(timeline.stacked([one["clocks"] for one in both])).shape == (2, 2)
 
 
@@ -56,7 +55,7 @@ def take_rows(rank, pg, hall, found):
     x, weights = torch.ones(3, 16), torch.ones(3, 2)
     experts = torch.tensor([*GOES[rank], -1, -1])[:2].repeat(3, 1)
     with hall.open(pg, MoeShape(3, 2, 16, 4)) as group:
-        recorder = rounds.Recorder(group, 3)
+        recorder = iterations.Recorder(group, 3)
         sent = recorder.call(0, group.decode_dispatch, x, Routing(experts, weights))
         for i, numerics in ((1, "exact"), (2, "fast")):
             recorder.call(i, group.decode_combine, sent.x, sent.plan, numerics=numerics)
@@ -75,18 +74,18 @@ def test_rows_are_booked_to_the_rank_that_they_came_from(run):  # noqa: F811
             assert bool(((rows == 0) | (rows >= starts)).all()), "a row came before its block began"
 
 
-def count(rank, pg, hall, spec, slow, found, late_s=0.0):
+def count(rank, pg, hall, settings, found, late_s=0.0):
     def barrier():
         hall._shared["barrier"].wait()
         time.sleep(late_s if rank == 1 else 0.0)
 
-    with hall.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
-        found[rank] = rounds.count_in(group, CpuBed(), barrier, spec, slow)
+    with hall.open(pg, settings.sizes.shape) as group, torch.no_grad():
+        found[rank] = iterations.count_in(group, CpuDevice(), barrier, settings)
 
 
 def test_who_waits_for_a_slow_rank(run):  # noqa: F811
-    spec, found = Spec(3, 4, 256, 2, 6, 3, 0, 5), {}
-    run(3, count, spec, (2, 0.3), found)
+    settings, found = iterations.CountSettings(Sizes(3, 4, 256, 2, 6, 5), 3, slowed=iterations.Slowed(2, 0.3)), {}
+    run(3, count, settings, found)
     waits = torch.stack([found[r].dispatch_ns + found[r].combine_ns for r in range(3)])
     assert waits[0, 2] > 3 * 0.2e9
     rows = timeline.row_waits(timeline.stacked([found[r].words for r in range(3)]))
@@ -95,6 +94,6 @@ def test_who_waits_for_a_slow_rank(run):  # noqa: F811
 
 
 def test_a_host_that_begins_late_is_not_counted(run):  # noqa: F811
-    spec, found = Spec(2, 4, 256, 2, 6, 2, 0, 5), {}
-    run(2, count, spec, (-1, 0.0), found, 0.5)
+    found = {}
+    run(2, count, iterations.CountSettings(Sizes(2, 4, 256, 2, 6, 5), 2), found, 0.5)
     assert found[0].dispatch_ns[1] + found[0].combine_ns[1] < 0.25e9

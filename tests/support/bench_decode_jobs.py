@@ -5,10 +5,16 @@ from unittest import mock
 
 import torch
 
+from support.bench_jobs import FEW_CALLS
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.suites import decode
-from tokenferry.bench.suites import two_batch_overlap as micro
+from tokenferry.bench.suites import decode, host_time, two_batch_overlap
 from tokenferry.types import Quantized
+
+
+def measure_decode(rank, pg, progress, settings):
+    """`decode.measure_decode` with few calls where the time of the host is measured."""
+    with mock.patch.object(host_time, "CALLS", FEW_CALLS):
+        decode.measure_decode(rank, pg, progress, settings)
 
 
 def spoil(result):
@@ -21,7 +27,7 @@ def spoil(result):
     return result
 
 
-def wrong_after_timing(rank, pg, news, settings):
+def wrong_after_timing(rank, pg, progress, settings):
     """`measure_decode`; once a case has been timed, combines over the FP8 encoding are wrong, on rank 1 only."""
     right, checked, timed = ExpertGroup.decode_combine, decode._Tokens._checked, []
 
@@ -29,7 +35,7 @@ def wrong_after_timing(rank, pg, news, settings):
         timed.clear()
         return checked(self, case)
 
-    def host_time(*args):
+    def no_host_time(*args):
         timed.append(args)
         return {"median_us": 1.0}
 
@@ -38,19 +44,19 @@ def wrong_after_timing(rank, pg, news, settings):
         return spoil(result) if timed and rank == 1 and kwargs["encoding"] == "fp8" else result
 
     patches = (
-        (decode, "host_time", host_time),
+        (decode, "host_time", no_host_time),
         (ExpertGroup, "decode_combine", combine),
         (decode._Tokens, "_checked", begin),
     )
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
-        decode.measure_decode(rank, pg, news, settings)
+        measure_decode(rank, pg, progress, settings)
 
 
-def always_the_same(rank, pg, news, settings):
-    """`measure_decode` in which a dispatch alone goes on delivering what it did at first."""
-    first, right = {}, decode.Desk.act
+def always_the_same(rank, pg, progress, settings):
+    """`measure_decode` in which a dispatch alone keeps returning its first results."""
+    first, right = {}, decode.StaticInputs.act
 
     def act(self, case, *, hook):
         if case.call != "dispatch":
@@ -58,12 +64,12 @@ def always_the_same(rank, pg, news, settings):
         now = right(self, case, hook=hook)
         return first.setdefault((id(self), case, hook), now)
 
-    with mock.patch.object(decode.Desk, "act", act):
-        decode.measure_decode(rank, pg, news, settings)
+    with mock.patch.object(decode.StaticInputs, "act", act):
+        measure_decode(rank, pg, progress, settings)
 
 
-def wrong_dispatch(rank, pg, news, settings):
-    """`measure_micro` in which rows that a hook receives are wrong, on rank 0 only."""
+def wrong_dispatch(rank, pg, progress, settings):
+    """`measure_two_batch` in which rows that a hook receives are wrong, on rank 0 only."""
     right = ExpertGroup.decode_dispatch
 
     def dispatch(self, *args, **kwargs):
@@ -80,4 +86,4 @@ def wrong_dispatch(rank, pg, news, settings):
         return result
 
     with mock.patch.object(ExpertGroup, "decode_dispatch", dispatch):
-        micro.measure_micro(rank, pg, news, settings)
+        two_batch_overlap.measure_two_batch(rank, pg, progress, settings)

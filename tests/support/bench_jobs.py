@@ -6,12 +6,20 @@ from unittest import mock
 import torch
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import progress as feed
-from tokenferry.bench.core.inputs import Spec, WrongAnswer
-from tokenferry.bench.suites import cpu_calls as scenarios
+from tokenferry.bench.baselines.gloo import row_exchanges
+from tokenferry.bench.core.checks import WrongAnswer
+from tokenferry.bench.core.progress import send
+from tokenferry.bench.core.session import Settings
+from tokenferry.bench.suites import host_time
+from tokenferry.bench.suites.cpu_calls import RUNS, VARIANTS, measure_cpu_calls
 from tokenferry.types import Quantized
 
-TINY = Spec(ranks=2, tokens=6, hidden=128, top_k=2, experts=4, iters=2, warmup=1, seed=7)
+TINY = Settings(
+    ranks=2, tokens=(6,), hidden=128, top_k=2, experts=4, iterations=2, warmup=1, seed=7, backend="cpu", runs=RUNS
+)
+
+FEW_CALLS = 3
+"""Of a batch in which the host's time is measured."""
 
 
 def damaged(x):
@@ -22,8 +30,8 @@ def damaged(x):
     return x
 
 
-def measure_damaged(rank, pg, news, spec, transport, method, call_number):
-    """`scenarios.measure` in a world where one call of one method returns damaged rows; returns the complaint."""
+def measure_damaged(rank, pg, progress, settings, transport, method, call_number):
+    """`measure_cpu_calls` in a world where one call of one method returns damaged rows; returns the error."""
     right = getattr(ExpertGroup, method)
     calls = 0
 
@@ -38,42 +46,47 @@ def measure_damaged(rank, pg, news, spec, transport, method, call_number):
 
     with mock.patch.object(ExpertGroup, method, wrong):
         try:
-            scenarios.measure(rank, pg, news, spec, transport)
+            measure_cpu_calls(rank, pg, progress, settings, transport)
         except WrongAnswer as error:
             return str(error)
     return "nothing"
 
 
-def wrong_answer(rank, pg, news, spec, transport):
+def wrong_answer(rank, pg, progress, settings, transport):
     """A measurement that finds something wrong on rank 1."""
     if rank == 1:
         raise WrongAnswer("combine: 1 of 6 rows differ, the first is row 4")
-    return [], transport
 
 
-def broken(rank, pg, news, *args):
-    """A job that fails for a reason that has no name."""
+def broken(rank, pg, progress, *args):
+    """A job that fails for a unexpected reason."""
     raise RuntimeError("no reason at all")
 
 
-def talk(rank, pg, news, count):
+def report_items(rank, pg, progress, count):
     """Send ``count`` items from rank 0."""
     for i in range(count):
         if rank == 0:
-            feed.send(news, {"i": i})
+            send(progress, {"i": i})
     return rank
 
 
-def talk_and_stall(rank, pg, news):
+def report_and_stall(rank, pg, progress):
     """Send one item, then stay."""
-    feed.send(news, {"rank": rank})
+    send(progress, {"rank": rank})
     time.sleep(600)
 
 
-def splits(rank, pg, spec):
-    """(rows sent, rows received) by set of inputs and rank, for each exchange that the limit is made of."""
-    exchanges = scenarios._exchanges(pg, spec)
+def splits(rank, pg, settings):
+    """(rows sent, rows received) by set of inputs and rank, for each exchange of the baseline."""
+    exchanges = row_exchanges(pg, settings.sizes(settings.tokens[0]), VARIANTS)
     for exchange in exchanges.values():
-        for i in range(scenarios.VARIANTS):
+        for i in range(VARIANTS):
             exchange(i)
     return {name: (exchange._send, exchange._receive) for name, exchange in exchanges.items()}
+
+
+def measure_host(rank, pg, progress, settings):
+    """`host_time.measure_host` with few calls."""
+    with mock.patch.object(host_time, "CALLS", FEW_CALLS):
+        host_time.measure_host(rank, pg, progress, settings)

@@ -5,13 +5,13 @@ import time
 import torch
 import torch.distributed as dist
 
-from tokenferry.bench.core.device import CpuBed
-from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.checks import WrongAnswer
+from tokenferry.bench.core.device import CpuDevice
 from tokenferry.bench.suites import limits
 from tokenferry.bench.suites.links import rows_per_source
 
-SMALL = limits.Plan(
-    num_sms=(2, 3, 100), row_bytes=(16, 48), total_bytes=16 * 27, runs=2, launches=1, rounds=3, device="cpu"
+SMALL = limits.LimitSettings(
+    num_sms=(2, 3, 100), row_bytes=(16, 48), total_bytes=16 * 27, runs=2, launches=1, iterations=3
 )
 
 
@@ -34,14 +34,14 @@ class GlooLinks:
         others = max(self.num_ranks - 1, 1)
         return [((source + 1 + t % others) % self.num_ranks, t // others) for t in range(self.num_rows)]
 
-    def _everybody(self, rows):
+    def _gather(self, rows):
         all_rows = [torch.empty_like(rows) for _ in range(self.num_ranks)]
         dist.all_gather(all_rows, rows, group=self.pg)
         return all_rows
 
     def store(self, rows, num_sms):
         self.launches.append(("store", num_sms))
-        for source, theirs in enumerate(self._everybody(rows)):
+        for source, theirs in enumerate(self._gather(rows)):
             for t, (peer, place) in enumerate(self._moves(source)):
                 if peer == self.rank:
                     self.window[source, place] = theirs[t]
@@ -49,7 +49,7 @@ class GlooLinks:
             self.window[-1, 1, 3] += 1
 
     def load(self, rows, num_sms):
-        windows = self._everybody(self.window)
+        windows = self._gather(self.window)
         for t, (peer, place) in enumerate(self._moves(self.rank)):
             rows[t] = windows[peer][self.rank, place]
         if self.spoil == "load" and self.rank == 1:
@@ -60,11 +60,11 @@ class GlooLinks:
         if self.spoil == "copy":
             target[-1, 0] += 1
 
-    def flag(self, rounds):
-        time.sleep(0.02 * rounds)
+    def flag(self, iterations):
+        time.sleep(0.02 * iterations)
 
-    def barrier(self, rounds=1):
-        for _ in range(rounds):
+    def barrier(self, iterations=1):
+        for _ in range(iterations):
             dist.barrier(self.pg)
 
     def places(self):
@@ -75,20 +75,20 @@ class GlooLinks:
 
 
 def measure(rank, pg, spoil=None):
-    """Every limit, or the complaint."""
-    links, told = GlooLinks(pg, spoil), []
+    """Every limit, or the error."""
+    links, shown = GlooLinks(pg, spoil), []
     try:
-        found = limits.measure(links, CpuBed(), pg, SMALL, told.append)
+        found = limits.measure(links, CpuDevice(), pg, SMALL, shown.append)
     except WrongAnswer as error:
         return str(error)
-    return found, told, links.launches
+    return found, shown, links.launches
 
 
-def stand_in(rank, pg, news, plan):
+def stand_in(rank, pg, progress, settings):
     """`limits.measure_limits` without GPUs."""
-    return limits.measure(GlooLinks(pg), CpuBed(), pg, SMALL, lambda text: None)
+    return limits.measure(GlooLinks(pg), CpuDevice(), pg, SMALL, lambda text: None)
 
 
-def astray(rank, pg, news, plan):
+def astray(rank, pg, progress, settings):
     """A measurement that finds rows in the wrong place."""
     raise WrongAnswer("bulk store: 3 of 9 rows from rank 1 are wrong in the window of rank 0")

@@ -1,8 +1,8 @@
-"""Words that kernels could have written down, and jobs of ranks that return them."""
+"""Time stamps that kernels could have recorded, and jobs of ranks that return them."""
 
 import torch
 
-from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.kernels.control_block import TRACE, TRACE_ROWS, TRACE_SIGNATURE, TRACE_WORDS
 
 T0 = 1_760_000_000_000_000_000
@@ -43,7 +43,7 @@ def calls(num_ranks, way, late=30_000, num_calls=64):
 
 
 def shifted(words, offsets):
-    """The same as seen by clocks that stand elsewhere; ``[..., R, B, W]``."""
+    """The same as recorded by clocks with offsets; ``[..., R, B, W]``."""
     return torch.where(words > 0, words + torch.tensor(offsets).view(-1, 1, 1), 0)
 
 
@@ -73,8 +73,8 @@ OFFSETS = (0, 123_456)
 WAY = [[0, 1300], [1300, 0]]
 
 
-def recorded(rank, pg, spec, names):
-    """As `iterations.record_calls`: two ranks whose clocks stand apart; rank 1 has a block less."""
+def recorded(rank, pg, sizes, names):
+    """As `iterations.record_calls`: two ranks whose clocks differ; rank 1 has a block less."""
     words = {"clocks": calls(2, WAY), "decode_dispatch": DISPATCH, "decode_combine": COMBINE}
     mine = {name: shifted(one, OFFSETS).select(-3, rank) for name, one in words.items() if name in (*names, "clocks")}
     return {name: one if name == "clocks" or rank == 0 else one[1:] for name, one in mine.items()}

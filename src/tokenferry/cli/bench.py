@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tokenferry
-from tokenferry.bench.core.inputs import Spec
-from tokenferry.bench.core.progress import run_with_feed
-from tokenferry.bench.report import cpu as report
-from tokenferry.bench.suites.cpu_calls import measure, num_steps
+from tokenferry.bench.core.progress import run_with_progress
+from tokenferry.bench.core.session import Settings
+from tokenferry.bench.report import about, tables
+from tokenferry.bench.report.report import CPU_NOTES, Report
+from tokenferry.bench.suites.cpu_calls import RUNS, calls_for, measure_cpu_calls
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import check_experts, positive, positives
+from tokenferry.cli.options import check_experts, positive, positives, seed_of
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -27,14 +24,15 @@ Starts R ranks on this host, checks every answer, then times each call of the CP
 gloo all_to_all_single of the same row bytes between the same ranks. No time is printed for a wrong answer.
 
 `tokenferry bench decode` measures decode_dispatch and decode_combine on GPUs: as CUDA graphs and eagerly, with hooks
-and without, beside the limit, and two micro-batches that hooks overlap.
+and without, beside the limit, and two-batch overlap by hooks.
 
-With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside what the links do in the same run and
-NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left out.
+With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside the rates of the links in the same
+run and NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left
+out.
 
 Each time is the slowest rank's, the median over the iterations with 5th and 95th percentile:
-  drained   the ranks are synchronised before each call
-  chained   calls back to back
+  isolated       the ranks are synchronised before each call
+  back to back   one call after the other
 """
 JOB_TIMEOUT_S = 1800.0
 
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="?",
         choices=("decode",),
-        help="decode: the decode calls and micro-batches, on GPUs (default: all)",
+        help="decode: the decode calls and two-batch overlap, on GPUs (default: all)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with decode: cuda")
     parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=positive, default=7168, help="H, bfloat16 (default: 7168)")
     parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
     parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
-    parser.add_argument("--iters", type=positive, default=30, help="iterations that count (default: 30)")
+    parser.add_argument("--iterations", type=positive, default=30, help="iterations that count (default: 30)")
     parser.add_argument(
         "--transport", choices=("both", "shared_memory", "process_group"), default="both", help="default: both"
     )
@@ -72,37 +70,33 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     args.device = args.device or ("cuda" if args.what else "cpu")
     if args.device == "cuda":
         return bench_cuda.run(args, screen)
-    spec = _spec(args)
-    threads = args.threads or report.threads_for(spec.ranks)
-    machine = report.machine()
+    settings = _settings(args)
+    threads = args.threads or about.threads_for(settings.ranks)
+    report = Report(settings, {**about.about(args.command_line), "threads_per_rank": threads}, CPU_NOTES)
+    machine = report.about["machine"]
     screen.line(f"{machine['processor']}, {machine['cores']} cores (load {machine['load']}), {machine['system']}")
+    for line in about.lines(args.command_line):
+        screen.line(line)
     screen.line(
-        f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}, "
-        f"Python {machine['python']}, torch {machine['torch']}"
-    )
-    screen.line(f"command: {args.command_line}")
-    screen.line(
-        f"R={spec.ranks} T={spec.tokens} H={spec.hidden} K={spec.top_k} E={spec.experts} bfloat16, seed {spec.seed}, "
-        f"{spec.iters} iterations, {threads} thread(s) a rank"
+        f"{settings.sizes(settings.tokens[0])} bfloat16, {settings.iterations} iterations, {threads} thread(s) a rank"
     )
     transports = ("shared_memory", "process_group") if args.transport == "both" else (args.transport,)
-    results: list[report.Line] = []
     try:
-        with World(spec.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world:
+        with World(settings.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world:
             for transport in transports:
-                results += _measure(world, spec, transport, screen)
+                _measure(world, report, transport, screen)
     except WorldError as error:
         screen.line(f"{explain(error)}\nno time is printed", style="bold red")
         return 1
-    screen.line(f"MB/rank: {report.BYTES}. GB/s: these over the median.")
+    screen.line(f"MB/rank: {CPU_NOTES['bytes']}. GB/s: these over the median.")
     if args.json is not None:
-        text = json.dumps(report.as_json(spec, threads, args.command_line, results), indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
+        report.file = args.json
+        report.write()
         screen.line(f"written: {args.json}")
     return 0
 
 
-def _spec(args: argparse.Namespace) -> Spec:
+def _settings(args: argparse.Namespace) -> Settings:
     ranks, tokens = args.ranks or 4, args.tokens or (128,)
     if args.what:
         raise ConfigError(f"{args.what} needs --device cuda")
@@ -114,20 +108,32 @@ def _spec(args: argparse.Namespace) -> Spec:
     check_experts(args, ranks)
     if args.hidden % 8:
         raise ConfigError(f"--hidden {args.hidden}: a row has to be a multiple of 16 bytes; use a multiple of 8")
-    seed = secrets.randbits(31) if args.seed is None else args.seed % 2**31
-    warmup = max(1, min(5, args.iters))
-    return Spec(ranks, tokens[0], args.hidden, args.top_k, args.experts, args.iters, warmup, seed)
+    return Settings(
+        ranks=ranks,
+        tokens=tokens,
+        hidden=args.hidden,
+        top_k=args.top_k,
+        experts=args.experts,
+        iterations=args.iterations,
+        warmup=max(1, min(5, args.iterations)),
+        seed=seed_of(args),
+        backend="cpu",
+        runs=RUNS,
+    )
 
 
-def _measure(world: World, spec: Spec, transport: str, screen: Screen) -> list[report.Line]:
-    with screen.progress(f"transport {transport}", num_steps(spec)) as advance:
-        answers = run_with_feed(world, measure, spec, transport, on_item=_show(advance))
-    lines = report.lines(transport, [samples for samples, _ in answers])
-    screen.line(f"checked: {report.CHECKED}")
-    screen.table(f"transport {transport}", report.HEADER, [report.cells(line) for line in lines])
+def _measure(world: World, report: Report, transport: str, screen: Screen) -> None:
+    before = len(report.results)
+    with screen.progress(f"transport {transport}", 1 + len(calls_for(report.settings))) as advance:
+
+        def take(item: dict[str, Any]) -> None:
+            if "now" in item:
+                advance(1, item["now"])
+            else:
+                report.take(item)
+
+        run_with_progress(world, measure_cpu_calls, report.settings, transport, on_item=take)
+    screen.line(f"checked: {CPU_NOTES['checked']}")
+    rows = tables.baseline_rows(report.results[before:])
+    screen.table(f"transport {transport}", tables.BASELINE_HEADER, rows)
     screen.line()
-    return lines
-
-
-def _show(advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
-    return lambda item: advance(1, item["now"])

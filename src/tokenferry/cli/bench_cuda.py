@@ -1,33 +1,29 @@
-"""`tokenferry bench --device cuda`: which phases there are, each in ranks that may fail without ending the others."""
+"""`tokenferry bench --device cuda`: its phases, each in ranks that may fail without ending the others."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import secrets
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenferry
 from tokenferry.bench.baselines import nccl, vdev
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
-from tokenferry.bench.core.progress import run_with_feed
+from tokenferry.bench.core.inputs import ROUTINGS
+from tokenferry.bench.core.progress import run_with_progress
 from tokenferry.bench.core.session import Settings
-from tokenferry.bench.core.static_inputs import ROUTINGS
-from tokenferry.bench.report import cpu as report
+from tokenferry.bench.report import about, tables
 from tokenferry.bench.report import decode as decode_report
-from tokenferry.bench.report import gpu as gpu_report
-from tokenferry.bench.report.gpu import Report
 from tokenferry.bench.report.plots import need_matplotlib
-from tokenferry.bench.suites import calls, decode, first_call, limits, overlap
-from tokenferry.bench.suites import host_time as hosttime
-from tokenferry.bench.suites import two_batch_overlap as micro
+from tokenferry.bench.report.report import GPU_NOTES, Report
+from tokenferry.bench.suites import calls, decode, first_call, host_time, limits, overlap, two_batch_overlap
 from tokenferry.cli import limits as cli_limits
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import check_experts, check_fp8, one_of, positive, positives
+from tokenferry.cli.options import check_experts, check_fp8, one_of, positive, positives, seed_of
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -39,40 +35,54 @@ SWEEP_TOKENS = 4096
 QUICK_DECODE_TOKENS = (1, 128)
 FULL_DECODE_TOKENS = (1, 8, 32, 64, 128, 256, 512)
 MOST_DECODE_TOKENS = 1024
-"""Beyond, room for the worst case at every expert is more than GPUs have."""
+"""Beyond, the worst case at every expert needs more memory than GPUs have."""
 
-QUICK_LIMITS = limits.Plan(num_sms=(8, 12, 16, 24, 64, 132), runs=3, rounds=500)
+QUICK_LIMITS = limits.LimitSettings(num_sms=(8, 12, 16, 24, 64, 132), runs=3, iterations=500)
 
-Job = Callable[..., Any]
-PHASES: dict[str, tuple[Job, float, str]] = {
-    "limits": (limits.measure_limits, 60.0, "what the links do"),
-    "calls": (calls.measure_calls, 150.0, "dispatch and combine for every T, and other routings"),
-    "nccl": (nccl.measure_nccl, 90.0, nccl.WHAT),
-    "host": (hosttime.measure_host, 60.0, "host time of eager calls; a pair in a CUDA graph"),
-    "decode": (
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase.
+
+    Attributes:
+        job: Runs on every rank.
+        timeout_s: Seconds that it may take.
+        what: What it measures.
+    """
+
+    job: Callable[..., Any]
+    timeout_s: float
+    what: str
+
+
+PHASES = {
+    "limits": Phase(limits.measure_limits, 60.0, "the rates of the links"),
+    "calls": Phase(calls.measure_calls, 150.0, "dispatch and combine for every T, and other routings"),
+    "nccl": Phase(nccl.measure_nccl, 90.0, nccl.DESCRIPTION),
+    "host": Phase(host_time.measure_host, 60.0, "host time of eager calls; a pair in a CUDA graph"),
+    "decode": Phase(
         decode.measure_decode,
         180.0,
-        "decode calls: graphs, eager, drained, chained, hooks; brings limits with it",
+        "decode calls: graphs, eager, isolated, back to back, hooks; adds limits",
     ),
-    "micro": (micro.measure_micro, 60.0, "two micro-batches of decoding, overlapped by hooks"),
-    "sms": (calls.measure_sms, 90.0, "dispatch and combine for every number of SMs"),
-    "overlap": (overlap.measure_overlap, 180.0, "communication beside expert GEMMs"),
-    "memory": (hosttime.measure_memory, 60.0, "device memory of a group"),
-    "start": (first_call.run_both, 240.0, "the first call of a process"),
-    "vdev": (vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
+    "two_batch": Phase(two_batch_overlap.measure_two_batch, 60.0, "two micro-batches of decoding, overlapped by hooks"),
+    "sms": Phase(calls.measure_sms, 90.0, "dispatch and combine for every number of SMs"),
+    "overlap": Phase(overlap.measure_overlap, 180.0, "communication beside expert GEMMs"),
+    "memory": Phase(host_time.measure_memory, 60.0, "device memory of a group"),
+    "start": Phase(first_call.run_both, 240.0, "the first call of a process"),
+    "vdev": Phase(vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
 }
-"""Name, job, seconds that it may take, what it measures."""
 
-RIVALS = ("nccl", "vdev_2d", "phase nccl", "phase vdev")
-"""What may fail without this command failing: software that need not be there."""
+BASELINES = ("nccl", "vdev_2d", "phase nccl", "phase vdev")
+"""What may fail without this command failing: software that may not be installed."""
 
 QUICK_PHASES = ("limits", "calls", "nccl", "host", "decode", "memory", "start")
-DECODE_PHASES = ("limits", "decode", "micro")
+DECODE_PHASES = ("limits", "decode", "two_batch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that only GPUs have."""
-    phases = "; ".join(f"{name}: {what}" for name, (_, _, what) in PHASES.items())
+    phases = "; ".join(f"{name}: {phase.what}" for name, phase in PHASES.items())
     only = parser.add_argument_group("with --device cuda")
     only.add_argument("--quick", action="store_true", help="the cases of the targets only: about a minute")
     only.add_argument("--sms", type=positives, help="values of num_sms to sweep over, as 8,16,24")
@@ -80,54 +90,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     only.add_argument("--only", type=one_of(*PHASES), metavar="PHASES", help=f"with commas between them: {phases}")
     only.add_argument("--plot", metavar="FOLDER", type=Path, help="write pictures; needs matplotlib")
     only.add_argument(
-        "--micro-tokens", type=positive, default=128, help="T of both micro-batches together (default: 128)"
+        "--two-batch-tokens", type=positive, default=128, help="T of both micro-batches together (default: 128)"
     )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Measure, print; 1 if a case of tokenferry failed."""
-    there_are = need_gpus() if args.device == "cuda" else 0
+    available = need_gpus() if args.device == "cuda" else 0
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()
-    settings = make_settings(args, there_are)
+    settings = make_settings(args, available)
     phases = choose_phases(args)
     title = (
         f"{gpus.count} x {gpus.name}, R={settings.ranks} H={settings.hidden} K={settings.top_k} E={settings.experts}"
     )
-    about = gpu_report.about(args.command_line, dataclasses.asdict(gpus), title)
-    whole = Report(settings, about, args.json)
-    whole.write()  # a folder that is not there is noticed now
+    about_run = {"title": title, **about.about(args.command_line), "gpus": dataclasses.asdict(gpus)}
+    report = Report(settings, about_run, GPU_NOTES, args.json)
+    report.write()  # a missing folder is noticed now
     screen.line(gpus.line())
-    screen.line(
-        f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}, torch {report.machine()['torch']}"
-    )
-    screen.line(f"command: {args.command_line}")
-    screen.line(f"{title}, seed {settings.seed}, {settings.iters} iterations")
+    for line in about.lines(args.command_line):
+        screen.line(line)
+    screen.line(f"{title}, seed {settings.seed}, {settings.iterations} iterations")
     quick = args.quick or bool(args.what or (args.only and "limits" not in args.only))
-    worlds = Worlds(settings, screen, whole, QUICK_LIMITS if quick else limits.Plan())
+    worlds = Worlds(settings, screen, report, QUICK_LIMITS if quick else limits.LimitSettings())
     try:
         for name in phases:
             worlds.phase(name)
     finally:
         worlds.close()
-    whole.about["gpus_after"] = [dict(one) for one in find_gpus().smi]
-    show(whole, screen)
+    report.about["gpus_after"] = [dict(one) for one in find_gpus().smi]
+    show(report, screen)
     if args.plot is not None:
-        for file in whole.draw(args.plot):
+        for file in report.draw(args.plot):
             screen.line(f"written: {file}")
     if args.json is not None:
-        whole.write()
+        report.write()
         screen.line(f"written: {args.json}")
-    show_short(whole, screen)
-    return 1 if any(not one["what"].startswith(RIVALS) for one in whole.failed) else 0
+    show_short(report, screen)
+    return 1 if any(not one["what"].startswith(BASELINES) for one in report.failed) else 0
 
 
 def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
-    """What to measure, in order.
+    """Return the phases to measure, in order.
 
     Raises:
-        ConfigError: the options ask for different things.
+        ConfigError: the options contradict each other.
     """
     if args.what and args.only:
         raise ConfigError(f"{args.what} and --only {','.join(args.only)}: choose one of them")
@@ -137,13 +145,13 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
 
 
-def make_settings(args: argparse.Namespace, there_are: int) -> Settings:
-    """What the options ask for.
+def make_settings(args: argparse.Namespace, available: int) -> Settings:
+    """Return the settings that the options ask for, on ``available`` GPUs.
 
     Raises:
         ConfigError: sizes do not fit one another.
     """
-    ranks = args.ranks or max(1, min(there_are, 8))
+    ranks = args.ranks or max(1, min(available, 8))
     check_experts(args, ranks)
     check_fp8(args)
     tokens = args.tokens or (QUICK_TOKENS if args.quick else FULL_TOKENS)
@@ -154,41 +162,44 @@ def make_settings(args: argparse.Namespace, there_are: int) -> Settings:
         hidden=args.hidden,
         top_k=args.top_k,
         experts=args.experts,
+        iterations=args.iterations,
+        warmup=max(1, min(5, args.iterations)),
+        seed=seed_of(args),
+        backend=args.device,
         sms=FULL_SMS if args.sms is None else args.sms,
         sweep_tokens=SWEEP_TOKENS if SWEEP_TOKENS in tokens else max(tokens),
         routings=args.routing or (("uniform",) if args.quick else ("uniform", "skewed")),
-        iters=args.iters,
-        warmup=max(1, min(5, args.iters)),
-        seed=secrets.randbits(31) if args.seed is None else args.seed % 2**31,
-        device=args.device,
         decode_tokens=decode_tokens or (QUICK_DECODE_TOKENS if args.quick else FULL_DECODE_TOKENS),
-        micro_tokens=args.micro_tokens,
+        two_batch_tokens=args.two_batch_tokens,
     )
 
 
 class Worlds:
     """Ranks for one phase after another: new ones when a phase has lost them."""
 
-    def __init__(self, settings: Settings, screen: Screen, whole: Report, plan: limits.Plan) -> None:
-        self._settings, self._screen, self._whole = settings, screen, whole
-        self._plan = dataclasses.replace(plan, seed=settings.seed)
+    def __init__(
+        self, settings: Settings, screen: Screen, report: Report, limit_settings: limits.LimitSettings
+    ) -> None:
+        self._settings, self._screen, self._report = settings, screen, report
+        self._limit_settings = dataclasses.replace(limit_settings, seed=settings.seed)
         self._world: World | None = None
 
     def phase(self, name: str) -> None:
-        """Run one phase; what fails is shown and remembered."""
-        job, timeout_s, what = PHASES[name]
-        self._screen.line(f"-- {name}: {what}")
+        """Run one phase; a failure is shown and recorded."""
+        phase = PHASES[name]
+        self._screen.line(f"-- {name}: {phase.what}")
         start = time.monotonic()
         try:
             if name == "start":
-                self._whole.take({"first call": first_call.run_both(self._settings.device)})
+                self._report.take({"first call": first_call.run_both(self._settings.backend)})
             elif name == "limits":
-                found = run_with_feed(self._alive(timeout_s), job, self._plan, on_item=lambda item: None)[0]
-                self._whole.limits = found
+                world = self._alive(phase.timeout_s)
+                found = run_with_progress(world, phase.job, self._limit_settings, on_item=lambda item: None)[0]
+                self._report.limits = found
                 cli_limits.show(found, self._screen)
-                self._whole.write()
+                self._report.write()
             else:
-                run_with_feed(self._alive(timeout_s), job, self._settings, on_item=self._show)
+                run_with_progress(self._alive(phase.timeout_s), phase.job, self._settings, on_item=self._show)
         except WorldError as error:
             self._lost(name, explain(error))
         except (OSError, subprocess.SubprocessError) as error:
@@ -202,67 +213,67 @@ class Worlds:
 
     def _alive(self, timeout_s: float) -> World:
         if self._world is None or not self._world.alive:
-            self._world = World(self._settings.ranks, devices=self._settings.device, timeout_s=timeout_s)
+            self._world = World(self._settings.ranks, devices=self._settings.backend, timeout_s=timeout_s)
         self._world.timeout_s = timeout_s
         return self._world
 
     def _show(self, item: dict[str, Any]) -> None:
-        line = self._whole.take(item)
+        line = self._report.take(item)
         if line:
             self._screen.line(line)
 
     def _lost(self, name: str, why: str) -> None:
-        self._whole.fail(f"phase {name}", why)
+        self._report.fail(f"phase {name}", why)
         self._screen.line(f"FAILED phase {name}: {why}", style="bold red")
 
 
-def show(whole: Report, screen: Screen) -> None:
+def show(report: Report, screen: Screen) -> None:
     """Print everything."""
     screen.line()
-    if whole.results:
-        screen.table("all cases, median us", gpu_report.HEADER, [whole.cells(result) for result in whole.results])
-        screen.line(f"MB out: {gpu_report.BYTES}. of limit: against the best rate of the links in this run.")
-        screen.line(f"drained: {gpu_report.DRAINED}")
-        screen.line(f"checked: {gpu_report.CHECKED}")
-    show_decode(whole, screen)
-    if "overlap" in whole.others:
-        screen.table("overlap", gpu_report.OVERLAP_HEADER, gpu_report.overlap_rows(whole.others["overlap"]))
-    for line in gpu_report.kernel_lines(whole.others.get("gemm kernels", [])):
+    if report.results:
+        rows = [tables.cells(result, report.fraction(result)) for result in report.results]
+        screen.table("all cases, median us", tables.HEADER, rows)
+        screen.line(f"MB out: {GPU_NOTES['bytes']}. of limit: against the best rate of the links in this run.")
+        screen.line(f"isolated: {GPU_NOTES['isolated']}")
+        screen.line(f"checked: {GPU_NOTES['checked']}")
+    show_decode(report, screen)
+    if "overlap" in report.others:
+        screen.table("overlap", tables.OVERLAP_HEADER, tables.overlap_rows(report.others["overlap"]))
+    for line in tables.kernel_lines(report.others.get("gemm kernels", [])):
         screen.line(line)
-    for item in whole.others.get("overlap left out", []):
+    for item in report.others.get("overlap left out", []):
         screen.line(f"overlap beside {item['gemm']}, {item['carve_out']} SMs left out: not measured: {item['why']}")
-    if "host" in whole.others:
-        screen.table("host", gpu_report.HOST_HEADER, gpu_report.host_rows(whole.others["host"]))
-    for item in whole.others.get("memory", []):
+    if "host" in report.others:
+        screen.table("host", tables.HOST_HEADER, tables.host_rows(report.others["host"]))
+    for item in report.others.get("memory", []):
         screen.line("memory of a group: " + ", ".join(f"{name} {value:.1f}" for name, value in item.items()))
-    for item in whole.others.get("first call", []):
+    for item in report.others.get("first call", []):
         for name, seconds in item.items():
             screen.line(f"{name}: " + ", ".join(f"{step} {s:.3f} s" for step, s in seconds.items()))
     screen.line()
 
 
-def show_decode(whole: Report, screen: Screen) -> None:
-    """Print what the decode phases found."""
-    cases, micro_batches = whole.others.get("decode", []), whole.others.get("micro", [])
+def show_decode(report: Report, screen: Screen) -> None:
+    """Print the results of the decode phases."""
+    cases, two_batch = report.others.get("decode", []), report.others.get("two_batch", [])
     if cases:
-        rows = decode_report.rows(cases, whole.limits, whole.node_us)
+        rows = decode_report.rows(cases, report.limits, report.node_us)
         screen.table("decode calls, median us (5th-95th percentile)", decode_report.HEADER, rows)
-        screen.line(f"M={cases[0]['max_tokens']}. KB out: {gpu_report.BYTES}. {decode_report.HOOK}")
+        screen.line(f"M={cases[0]['max_tokens']}. KB out: {GPU_NOTES['bytes']}. {decode_report.HOOK}")
         screen.line(f"limit: {decode_report.LIMIT}. of limit: of the graph's time")
-        if whole.node_us is not None:
-            screen.line(f"an empty kernel of a graph: {whole.node_us:.2f} us")
+        if report.node_us is not None:
+            screen.line(f"an empty kernel of a graph: {report.node_us:.2f} us")
         screen.line(f"checked: {decode_report.CHECKED}")
-    if micro_batches:
-        screen.table(
-            "two micro-batches, as CUDA graphs", decode_report.MICRO_HEADER, decode_report.micro_rows(micro_batches)
-        )
+    if two_batch:
+        rows = decode_report.two_batch_rows(two_batch)
+        screen.table("two-batch overlap, as CUDA graphs", decode_report.TWO_BATCH_HEADER, rows)
         screen.line("hidden: (work alone + calls alone - by hooks) / calls alone")
 
 
-def show_short(whole: Report, screen: Screen) -> None:
+def show_short(report: Report, screen: Screen) -> None:
     """Print what failed, and the short table."""
-    for one in whole.failed:
+    for one in report.failed:
         screen.line(f"not measured: {one['what']}: {one['why']}")
-    rows = whole.short()
+    rows = tables.short_rows(report.results, [report.fraction(result) for result in report.results])
     if rows:
-        screen.table(f"{whole.about['title']}; medians", gpu_report.SHORT_HEADER, rows)
+        screen.table(f"{report.about['title']}; medians", tables.SHORT_HEADER, rows)

@@ -1,38 +1,38 @@
-"""`tokenferry diagnose`: which rank do the others wait for, and why."""
+"""`tokenferry diagnose`: the rank that the others wait for, and why."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import tokenferry
 from tokenferry.bench.core.gpus import need_gpus
 from tokenferry.bench.profile.diagnose import Verdict, judge, show_ns
-from tokenferry.bench.profile.iterations import Waited, count_waits
+from tokenferry.bench.profile.iterations import CountSettings, Slowed, Waited, count_waits
 from tokenferry.bench.profile.timeline import row_waits, stacked
-from tokenferry.bench.report import cpu as report
+from tokenferry.bench.report import about
 from tokenferry.bench.report.heatmap import plot_waits
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
-from tokenferry.cli.trace import make_spec, sizes
+from tokenferry.cli.trace import make_sizes
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "say which rank the others wait for, and whether it is slow in compute or in its link"
+HELP = "find the rank that the others wait for, and whether it is slow in compute or in its link"
 DESCRIPTION = """\
-Starts R ranks on this host, checks that rows come home right, runs rounds of decode_dispatch and decode_combine, and
-adds up how long each rank waited for the messages of each other one (DecodeStats.wait_ns). Prints that as a table, rank
-by rank, and says who holds the others up. On GPUs the kernels also write down when the rows of each rank came: a rank
-whose messages come late is slow in compute; one whose messages come in time and whose rows come late is slow in its
-link. On CPUs the two cannot be told apart.
+Starts R ranks on this host, checks that rows come home right, runs iterations of decode_dispatch and decode_combine,
+and adds up how long each rank waited for the messages of each other one (DecodeStats.wait_ns). Prints that as a table,
+rank by rank, and names the ranks that hold the others up. On GPUs the kernels also record when the rows of each rank
+came: a rank whose messages come late is slow in compute; one whose messages come in time and whose rows come late is
+slow in its link. On CPUs the two cannot be told apart.
 
 --slow-rank and --slow-us make one rank late on purpose, to see what that looks like.
 `tokenferry.bench.profile.diagnose.judge` gives the same verdict on an application's own counters.
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, letter in (("tokens", "T, on every rank"), ("hidden", "H"), ("top-k", "K"), ("experts", "E")):
         cpu, cuda = (DEFAULTS[device][option.replace("-", "_")] for device in ("cpu", "cuda"))
         parser.add_argument(f"--{option}", type=positive, help=f"{letter} (default: {cpu}; on GPUs {cuda})")
-    parser.add_argument("--rounds", type=positive, default=50, help="rounds that count (default: 50)")
-    parser.add_argument("--slow-rank", type=int, metavar="RANK", help="a rank that is busy before each round")
+    parser.add_argument("--iterations", type=positive, default=50, help="iterations that count (default: 50)")
+    parser.add_argument("--slow-rank", type=int, metavar="RANK", help="a rank that is busy before each iteration")
     parser.add_argument("--slow-us", type=positive, metavar="US", help="for how many microseconds")
     parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
@@ -62,78 +62,91 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Count, print, judge; 1 if a rank failed. A slow rank is a finding, not a failure."""
-    there_are = need_gpus() if args.device == "cuda" else 0
+    available = need_gpus() if args.device == "cuda" else 0
     if args.plot is not None:
         need_matplotlib()
-    defaults = {"ranks": min(there_are, 8), **DEFAULTS[args.device]}
+    defaults = {"ranks": min(available, 8), **DEFAULTS[args.device]}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    spec = make_spec(args, args.ranks, iters=args.rounds)
-    slow = slowed(args)
-    title = f"backend {args.device}, {sizes(spec)}, {spec.iters} rounds"
-    screen.line(f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}")
-    screen.line(f"command: {args.command_line}")
+    settings = CountSettings(make_sizes(args, args.ranks), args.iterations, args.device, slowed(args))
+    title = f"backend {args.device}, {settings.sizes}, {settings.iterations} iterations"
+    for line in about.lines(args.command_line):
+        screen.line(line)
     screen.line(title)
     try:
-        with World(spec.ranks, devices=args.device, timeout_s=JOB_TIMEOUT_S) as world:
-            found = world.run(count_waits, args.device, spec, slow)
+        with World(args.ranks, devices=args.device, timeout_s=JOB_TIMEOUT_S) as world:
+            found = world.run(count_waits, settings)
     except WorldError as error:
         screen.line(f"{explain(error)}\nnothing was counted", style="bold red")
         return 1
-    tables, took_ns = put_together(found, spec.iters)
-    verdict = judge_all(tables, took_ns)
-    show(tables, verdict, took_ns, screen)
+    waits = put_together(found, settings.iterations)
+    verdict = judge_all(waits)
+    show(waits, verdict, screen)
     if args.plot is not None:
-        for file in plot_waits({name: (ns / 1e3).tolist() for name, ns in tables.items()}, args.plot, title):
+        for file in plot_waits({name: (ns / 1e3).tolist() for name, ns in waits.tables.items()}, args.plot, title):
             screen.line(f"written: {file}")
     if args.json is not None:
-        whole = {"command": args.command_line, "title": title, **as_json(tables, verdict, took_ns)}
-        args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        report = {"schema": 2, "title": title, **about.about(args.command_line), **as_json(waits, verdict)}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         screen.line(f"written: {args.json}")
     return 0
 
 
-def slowed(args: argparse.Namespace) -> tuple[int, float]:
-    """The rank that is to be slow, and the seconds; (-1, 0.0): none.
+def slowed(args: argparse.Namespace) -> Slowed:
+    """Return the rank that is late on purpose.
 
     Raises:
         ConfigError: one of the two options is missing, or there is no such rank.
     """
     if args.slow_rank is None and args.slow_us is None:
-        return -1, 0.0
+        return Slowed()
     if args.slow_rank is None or args.slow_us is None:
         raise ConfigError("--slow-rank and --slow-us: one makes no sense without the other; give both")
     if not 0 <= args.slow_rank < args.ranks:
         raise ConfigError(f"--slow-rank {args.slow_rank}: expected one of 0..{args.ranks - 1}")
-    return args.slow_rank, args.slow_us / 1e6
+    return Slowed(args.slow_rank, args.slow_us / 1e6)
 
 
 WAITS = ("decode_dispatch", "decode_combine")
 ROWS = "rows of decode_dispatch"
 
 
-def put_together(found: Sequence[Waited], rounds: int) -> tuple[dict[str, Tensor], float]:
-    """Nanoseconds a round, ``[R, R]``, by `WAITS` and, where kernels write it down, `ROWS`; and what a round took."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Waits:
+    """The waits of all ranks.
+
+    Attributes:
+        tables: ``[R, R]`` nanoseconds an iteration, by `WAITS` and, where kernels record it, `ROWS`.
+        took_ns: The time of an iteration.
+    """
+
+    tables: Mapping[str, Tensor]
+    took_ns: float
+
+
+def put_together(found: Sequence[Waited], iterations: int) -> Waits:
+    """Put the waits of all ranks together."""
     counted = (torch.stack([one.dispatch_ns for one in found]), torch.stack([one.combine_ns for one in found]))
-    tables = {name: ns.double() / rounds for name, ns in zip(WAITS, counted, strict=True)}
+    tables = {name: ns.double() / iterations for name, ns in zip(WAITS, counted, strict=True)}
     words = [one.words for one in found if one.words is not None]
     if words:
         tables[ROWS] = row_waits(stacked(words))
-    return tables, max(one.took_ns for one in found) / rounds
+    return Waits(tables, max(one.took_ns for one in found) / iterations)
 
 
-def judge_all(tables: Mapping[str, Tensor], took_ns: float) -> Verdict:
-    """The verdict on both calls together."""
-    return judge(tables[WAITS[0]] + tables[WAITS[1]], tables.get(ROWS), took_ns=took_ns)
+def judge_all(waits: Waits) -> Verdict:
+    """Return the verdict on both calls together."""
+    tables = waits.tables
+    return judge(tables[WAITS[0]] + tables[WAITS[1]], tables.get(ROWS), took_ns=waits.took_ns)
 
 
-def show(tables: Mapping[str, Tensor], verdict: Verdict, took_ns: float, screen: Screen) -> None:
+def show(waits: Waits, verdict: Verdict, screen: Screen) -> None:
     """Print the heat maps and the verdict."""
-    hottest = max(float(tables[name].max()) for name in WAITS)
-    for name, ns in tables.items():
+    hottest = max(float(waits.tables[name].max()) for name in WAITS)
+    for name, ns in waits.tables.items():
         most = hottest if name in WAITS else float(ns.max())
-        what = "waited for messages of" if name in WAITS else "after all messages, for the last row of"
+        what = "wait for messages of" if name in WAITS else "after all messages, wait for the last row of"
         heat = [[0.0, *(value / most if most else 0.0 for value in row)] for row in ns.tolist()]
         rows = [
             [
@@ -143,25 +156,22 @@ def show(tables: Mapping[str, Tensor], verdict: Verdict, took_ns: float, screen:
             for r, row in enumerate(ns.tolist())
         ]
         header = ["", *(f"rank {s}" for s in range(len(rows)))]
-        screen.table(f"{name}, us a round: who {what} whom", header, rows, heat=heat)
-    screen.line(f"a round took {show_ns(took_ns)}")
+        screen.table(f"{name}, us an iteration: {what} each rank", header, rows, heat=heat)
+    screen.line(f"an iteration took {show_ns(waits.took_ns)}")
     for line in verdict.lines():
         screen.line(line, style="bold red" if verdict.slow else "green")
 
 
 def shade(heat: float) -> str:
-    """One character for 0 to 1."""
+    """Return one character for 0 to 1."""
     return SHADES[round(heat * (len(SHADES) - 1))]
 
 
-def as_json(tables: Mapping[str, Tensor], verdict: Verdict, took_ns: float) -> dict[str, Any]:
-    """The report as plain dicts; times in nanoseconds a round."""
+def as_json(waits: Waits, verdict: Verdict) -> dict[str, Any]:
+    """Return the results as plain dicts; times in nanoseconds an iteration."""
     return {
-        "schema": 1,
-        "tokenferry": tokenferry.__version__,
-        "machine": report.machine(),
-        "round_ns": took_ns,
-        "tables_ns": {name: ns.tolist() for name, ns in tables.items()},
+        "iteration_ns": waits.took_ns,
+        "tables_ns": {name: ns.tolist() for name, ns in waits.tables.items()},
         "late_ns": list(verdict.late_ns),
         "slow": [
             {"rank": one.rank, "where": one.where.value, "late_ns": one.late_ns, "peers": list(one.peers)}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.report.cpu import machine
+from tokenferry.bench.report.about import machine
 from tokenferry.cli import doctor_cuda
 from tokenferry.cli.finding import Finding, run_check
 from tokenferry.cli.screen import Screen

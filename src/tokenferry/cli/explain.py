@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tokenferry import tuning
-from tokenferry.bench.core.static_inputs import FP8_COLUMNS
+from tokenferry.bench.core.inputs import FP8_COLUMNS
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.errors import TokenferryError
 from tokenferry.testing.world import WorldError
 

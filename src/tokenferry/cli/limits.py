@@ -1,31 +1,30 @@
-"""`tokenferry limits`: what the links between the GPUs of this host do."""
+"""`tokenferry limits`: the rates of the links between the GPUs of this host."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import secrets
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import tokenferry
 from tokenferry.bench.core.gpus import Gpus, find_gpus, need_gpus
-from tokenferry.bench.core.progress import run_with_feed
-from tokenferry.bench.report import cpu as report
+from tokenferry.bench.core.progress import run_with_progress
+from tokenferry.bench.report import about
 from tokenferry.bench.report.plots import need_matplotlib, plot_limits
-from tokenferry.bench.suites.limits import Limits, Plan, measure_limits, num_steps
+from tokenferry.bench.suites.limits import Limits, LimitSettings, measure_limits, num_steps
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "measure what the links between the GPUs of this host do, with nothing in the way"
+HELP = "measure the rates of the links between the GPUs of this host, and nothing else"
 DESCRIPTION = """\
 Starts one rank on each GPU and lets all of them store rows into, and load rows from, the memory of all others at the
 same time, with different numbers of SMs: the limit that dispatch and combine are compared with. Measures flags,
-barriers and local copies too. What was moved is compared before anything is timed.
+barriers and local copies too. The rows moved are compared before anything is timed.
 
 Each rate is that of the slowest rank, the median over runs; in each run ranks start together, after a barrier on the
 devices. Uses neither NVLink multicast nor copy engines.
@@ -43,27 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    """Measure, print; 1 if rows went astray or the GPUs cannot reach each other."""
+    """Measure, print; 1 if rows were wrong or the GPUs cannot reach each other."""
     if args.ranks is not None and args.ranks > 8:
         raise ConfigError(f"--ranks {args.ranks}: windows reach at most 8 ranks of one host")
-    there_are = need_gpus()
-    ranks = args.ranks or min(there_are, 8)
+    available = need_gpus()
+    ranks = args.ranks or min(available, 8)
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()
     screen.line(f"{gpus.line()}, {ranks} ranks")
-    screen.line(f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}")
-    screen.line(f"command: {args.command_line}")
-    plan = Plan(runs=args.runs, seed=secrets.randbits(31))
+    for line in about.lines(args.command_line):
+        screen.line(line)
+    settings = LimitSettings(runs=args.runs, seed=secrets.randbits(31))
     try:
         with World(ranks, devices="cuda", timeout_s=JOB_TIMEOUT_S) as world:
-            limits = measure_in(world, plan, screen)
+            limits = measure_in(world, settings, screen)
     except WorldError as error:
         screen.line(f"{explain(error)}\nno rate is printed", style="bold red")
         return 1
     show(limits, screen)
     if args.json is not None:
-        text = json.dumps(as_json(limits, plan, gpus, args.command_line), indent=1)
+        text = json.dumps(as_json(limits, settings, gpus, args.command_line), indent=1)
         args.json.write_text(text + "\n", encoding="utf-8")
         screen.line(f"written: {args.json}")
     if args.plot is not None:
@@ -72,14 +71,14 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     return 0
 
 
-def measure_in(world: World, plan: Plan, screen: Screen) -> Limits:
+def measure_in(world: World, settings: LimitSettings, screen: Screen) -> Limits:
     """Measure in a world of ranks with GPUs, with progress.
 
     Raises:
         WorldError: a rank failed.
     """
-    with screen.progress("limits", num_steps(plan)) as advance:
-        answers = run_with_feed(world, measure_limits, plan, on_item=lambda item: advance(1, item["now"]))
+    with screen.progress("limits", num_steps(settings)) as advance:
+        answers = run_with_progress(world, measure_limits, settings, on_item=lambda item: advance(1, item["now"]))
     found: Limits = answers[0]
     return found
 
@@ -100,18 +99,14 @@ def show(limits: Limits, screen: Screen) -> None:
     screen.line(f"best: store {best['store']:.0f}, load {best['load']:.0f}, local copy {best['copy']:.0f} GB/s")
 
 
-def as_json(limits: Limits, plan: Plan, gpus: Gpus, command: str) -> dict[str, Any]:
+def as_json(limits: Limits, settings: LimitSettings, gpus: Gpus, command: str) -> dict[str, Any]:
     """Return the whole report as plain dicts."""
     return {
-        "schema": 1,
-        "tokenferry": tokenferry.__version__,
-        "commit": report.commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "machine": report.machine(),
+        "schema": 2,
+        **about.about(command),
         "gpus": {"count": gpus.count, "name": gpus.name, "cuda": gpus.torch_cuda, "smi": list(gpus.smi)},
         "bytes": BYTES,
-        "plan": {"runs": plan.runs, "launches": plan.launches, "rounds": plan.rounds, "bytes": plan.total_bytes},
+        "settings": asdict(settings),
         "limits": limits.as_json(),
     }
 

@@ -1,11 +1,12 @@
-"""How options are read."""
+"""Parsers and checks of options."""
 
 from __future__ import annotations
 
 import argparse
+import secrets
 from collections.abc import Callable
 
-from tokenferry.bench.core.static_inputs import FP8_COLUMNS
+from tokenferry.bench.core.inputs import FP8_COLUMNS
 from tokenferry.errors import ConfigError
 
 
@@ -13,7 +14,7 @@ def positive(text: str) -> int:
     """Parse an option that has to be a positive integer.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     value = int(text)
     if value < 1:
@@ -25,7 +26,7 @@ def positives(text: str) -> tuple[int, ...]:
     """Parse positive integers with commas between them.
 
     Raises:
-        ValueError: one of them is none.
+        ValueError: one of them is not positive.
     """
     return tuple(positive(part) for part in text.split(","))
 
@@ -37,14 +38,14 @@ def one_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
         given = tuple(part.strip() for part in text.split(","))
         wrong = [word for word in given if word not in choices]
         if wrong:
-            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(choices)}")
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(choices)}")
         return given
 
     return words
 
 
 def check_experts(args: argparse.Namespace, ranks: int) -> None:
-    """Look whether ``--experts`` and ``--top-k`` fit R ranks.
+    """Check that ``--experts`` and ``--top-k`` fit R ranks.
 
     Raises:
         ConfigError: they do not.
@@ -56,10 +57,15 @@ def check_experts(args: argparse.Namespace, ranks: int) -> None:
 
 
 def check_fp8(args: argparse.Namespace) -> None:
-    """Look whether rows of ``--hidden`` numbers can be cast to FP8.
+    """Check that rows of ``--hidden`` numbers can be cast to FP8.
 
     Raises:
         ConfigError: they cannot.
     """
     if args.hidden % FP8_COLUMNS:
         raise ConfigError(f"--hidden {args.hidden} is no multiple of {FP8_COLUMNS}, the columns of one FP8 scale")
+
+
+def seed_of(args: argparse.Namespace) -> int:
+    """Return ``--seed``, or another one each time."""
+    return secrets.randbits(31) if args.seed is None else int(args.seed) % 2**31

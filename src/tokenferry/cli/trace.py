@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import tokenferry
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
-from tokenferry.bench.core.inputs import Spec
-from tokenferry.bench.profile.iterations import CALIBRATIONS, CHAIN, record_calls
+from tokenferry.bench.core.inputs import Sizes
+from tokenferry.bench.profile.iterations import CALIBRATIONS, record_calls
 from tokenferry.bench.profile.timeline import (
     PHASES,
     Clocks,
@@ -27,9 +23,9 @@ from tokenferry.bench.profile.timeline import (
     rank_times,
     stacked,
 )
-from tokenferry.bench.report import cpu as report
+from tokenferry.bench.report import about
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import check_experts, check_fp8, positive
+from tokenferry.cli.options import check_experts, check_fp8, positive, seed_of
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -37,12 +33,12 @@ from tokenferry.testing.world import World, WorldError
 HELP = "draw a timeline of one decode call on all GPUs of this host, from time stamps inside the kernels"
 DESCRIPTION = """\
 Starts one rank on each GPU, checks that rows come home right, makes some decode calls back to back in a CUDA graph and
-records the last one: when each block of each rank had room at its peers, had sent its rows, had the counts of all, was
-done; when the message and the last row of each rank were there. Writes that as a file for https://ui.perfetto.dev or
-chrome://tracing (a process a rank, a thread a block), and prints what took how long.
+records the last one: when each block of each rank had space at its peers, had sent its rows, had the counts of all, was
+done; when the message and the last row of each rank had arrived. Writes that as a file for https://ui.perfetto.dev or
+chrome://tracing (a process a rank, a thread a block), and prints how long each phase took.
 
-The GPUs' clocks are brought together from the calls themselves, as NTP does; how far they may be off is printed.
-Kernels write time stamps down only while they are recorded.
+The GPUs' clocks are aligned by the calls themselves, as NTP does; a bound of the error is printed. Kernels write time
+stamps only while they are recorded.
 """
 JOB_TIMEOUT_S = 180.0
 CALLS = {
@@ -69,28 +65,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Record, print, write; 1 if a rank failed."""
-    spec = make_spec(args, args.ranks or min(need_gpus(), 8), iters=CHAIN)
+    sizes = make_sizes(args, args.ranks or min(need_gpus(), 8))
     gpus = find_gpus()
-    screen.line(f"{gpus.line()}, {spec.ranks} ranks")
-    screen.line(f"tokenferry {tokenferry.__version__}, commit {report.commit() or 'unknown'}")
-    screen.line(f"command: {args.command_line}")
-    screen.line(sizes(spec))
+    screen.line(f"{gpus.line()}, {sizes.ranks} ranks")
+    for line in about.lines(args.command_line):
+        screen.line(line)
+    screen.line(str(sizes))
     try:
-        with World(spec.ranks, devices="cuda", timeout_s=JOB_TIMEOUT_S) as world:
-            found = world.run(record_calls, spec, CALLS[args.call])
+        with World(sizes.ranks, devices="cuda", timeout_s=JOB_TIMEOUT_S) as world:
+            found = world.run(record_calls, sizes, CALLS[args.call])
     except WorldError as error:
         screen.line(f"{explain(error)}\nnothing was recorded", style="bold red")
         return 1
-    clocks, calls = together(found, CALLS[args.call])
+    clocks, calls = put_together(found, CALLS[args.call])
     show(clocks, calls, screen)
-    about = {"command": args.command_line, "tokenferry": tokenferry.__version__, "commit": report.commit()}
-    args.json.write_text(json.dumps(as_json(clocks, calls, {**about, "sizes": sizes(spec)})), encoding="utf-8")
+    about_run = {**about.about(args.command_line), "sizes": str(sizes)}
+    args.json.write_text(json.dumps(as_json(clocks, calls, about_run)), encoding="utf-8")
     screen.line(f"written: {args.json}; open it in https://ui.perfetto.dev")
     return 0
 
 
-def make_spec(args: argparse.Namespace, ranks: int, iters: int) -> Spec:
-    """What the options ask for.
+def make_sizes(args: argparse.Namespace, ranks: int) -> Sizes:
+    """Return the sizes that the options ask for.
 
     Raises:
         ConfigError: sizes do not fit one another.
@@ -99,17 +95,11 @@ def make_spec(args: argparse.Namespace, ranks: int, iters: int) -> Spec:
         raise ConfigError(f"--ranks {ranks}: windows reach at most 8 ranks of one host")
     check_experts(args, ranks)
     check_fp8(args)
-    seed = secrets.randbits(31) if args.seed is None else args.seed % 2**31
-    return Spec(ranks, args.tokens, args.hidden, args.top_k, args.experts, iters, 0, seed)
+    return Sizes(ranks, args.tokens, args.hidden, args.top_k, args.experts, seed_of(args))
 
 
-def sizes(spec: Spec) -> str:
-    """One line for people."""
-    return f"R={spec.ranks} T={spec.tokens} H={spec.hidden} K={spec.top_k} E={spec.experts}, seed {spec.seed}"
-
-
-def together(found: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> tuple[Clocks, list[Recorded]]:
-    """What all ranks recorded, on one clock."""
+def put_together(found: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> tuple[Clocks, list[Recorded]]:
+    """Put the records of all ranks on one clock."""
     clocks = find_clocks(stacked([one["clocks"] for one in found]))
     calls = [Recorded(name, stacked([one[name] for one in found])) for name in names]
     return clocks, [aligned(call, clocks) for call in calls]
@@ -121,13 +111,13 @@ def show(clocks: Clocks, calls: Sequence[Recorded], screen: Screen) -> None:
         screen.table(f"{call.name}, us (phases: median / maximum over blocks)", HEADER, cells(call))
     offsets = ", ".join(f"{offset / 1e3:.2f}" for offset in clocks.offset_ns)
     screen.line(
-        f"clocks of the ranks stood at {offsets} us against that of rank 0 (from {CALIBRATIONS} calls; "
-        f"off by at most {clocks.error_ns / 1e3:.2f} us)"
+        f"clocks of the ranks relative to that of rank 0: {offsets} us (from {CALIBRATIONS} calls; "
+        f"error at most {clocks.error_ns / 1e3:.2f} us)"
     )
 
 
 def cells(call: Recorded) -> list[list[str]]:
-    """One row a rank, under `HEADER`."""
+    """Return one row a rank, under `HEADER`."""
     rows = []
     for one in rank_times(call):
         spans = [one.phases.get(name) for name in PHASES.values()]
@@ -139,15 +129,13 @@ def cells(call: Recorded) -> list[list[str]]:
 
 
 def as_json(clocks: Clocks, calls: Sequence[Recorded], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The file: trace events, and what they are about."""
+    """Return the contents of the file: trace events, and what they belong to."""
     return {
         "traceEvents": events(calls),
         "displayTimeUnit": "ns",
         "otherData": {
             **about,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "torch": torch.__version__,
             "clock_offsets_ns": list(clocks.offset_ns),
-            "clocks_off_by_at_most_ns": clocks.error_ns,
+            "clock_error_at_most_ns": clocks.error_ns,
         },
     }

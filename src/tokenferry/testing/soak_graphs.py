@@ -4,9 +4,9 @@
 
 There are several graphs, each of another kind of call, and they take turns; now and then their calls are made without
 the graph. Before each replay new rows, weights and choices are written into the inputs of the graph, rows of -1 where a
-rank has fewer tokens; sometimes a rank comes late. After each everything that it gave is compared on the device, bit
+rank has fewer tokens; sometimes a rank comes late. After each replay all of its results are compared on the device, bit
 for bit (but a number half-way between two codes of logfmt10 may take either). All that belongs to a replay is drawn
-from the seed and the replay's number, on every rank for all ranks, so nobody has to ask what the others bring, and
+from the seed and the replay's number, on every rank for all ranks, so that ranks need not exchange their inputs, and
 ``--first N --replays 1`` makes the N-th again.
 
 With ``--device cpu`` the same calls are made without graphs.
@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.testing.soak_graphs_truth import Brought, Truth, factors, loaded, numbers
+from tokenferry.testing.reference import fp8_values, unpacked
+from tokenferry.testing.soak_graphs_reference import AllInputs, Reference, factors
 from tokenferry.testing.world import World, WorldError
 from tokenferry.types import BackendName, DecodeDispatched, EncodingName, MoeShape, Numerics, Quantized, Routing, Scale
 
@@ -67,7 +68,7 @@ class Kind:
     idx_dtype: torch.dtype = torch.int64
 
     def shape(self, num_ranks: int) -> MoeShape:
-        """The sizes."""
+        """Return the sizes."""
         return MoeShape(self.local * num_ranks, self.top_k, self.hidden, self.tokens)
 
 
@@ -88,7 +89,7 @@ WIDE = Kind(fp8=Scale.FLOAT32, hidden=7168)
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """What is to be done.
+    """How long a soak is, and where it runs.
 
     Args:
         replays: How many.
@@ -107,7 +108,7 @@ class Soak:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How much was done, and was right."""
+    """How many replays were made, and how many results compared; all were right."""
 
     replays: int
     checks: int
@@ -138,19 +139,19 @@ class Graph:
         with torch.cuda.graph(self._graph, stream=stream):
             self._results = self.call()
 
-    def replay(self, brought: Brought, *, eager: bool) -> tuple[DecodeDispatched[Tensor | Quantized], Tensor]:
-        """Write the inputs and go: with the graph, if there is one and not ``eager``; collective."""
+    def replay(self, inputs: AllInputs, *, eager: bool) -> tuple[DecodeDispatched[Tensor | Quantized], Tensor]:
+        """Write the inputs and make the calls: with the graph, if there is one and not ``eager``; collective."""
         rank = self._group.rank
-        self.x.copy_(brought.x[rank])
-        self.topk_idx.copy_(brought.topk_idx[rank])
-        self.topk_weights.copy_(brought.topk_weights[rank])
+        self.x.copy_(inputs.x[rank])
+        self.topk_idx.copy_(inputs.topk_idx[rank])
+        self.topk_weights.copy_(inputs.topk_weights[rank])
         if self._graph is None or self._results is None or eager:
             return self.call()
         self._graph.replay()
         return self._results
 
     def call(self) -> tuple[DecodeDispatched[Tensor | Quantized], Tensor]:
-        """Dispatch, experts, combine. What a call has sent may be overwritten before its hook is called: it is."""
+        """Dispatch, experts, combine. The input of a call may be overwritten before its hook is called: it is."""
         kind, group = self.kind, self._group
         routing = Routing(self.topk_idx, self.topk_weights)
         sent = group.decode_dispatch(self.x, routing, quantize=kind.fp8, return_hook=kind.hooks)
@@ -158,7 +159,7 @@ class Graph:
             self.x.fill_(torch.nan)
             sent.hook()
         if isinstance(sent.x, Quantized):
-            rows = numbers(sent.x.data, loaded(sent.x.scale, kind.hidden // 128))
+            rows = fp8_values(sent.x.data, unpacked(sent.x.scale, kind.hidden // 128))
         else:
             rows = sent.x.float()
         y = (rows * self._factors).to(torch.bfloat16)
@@ -171,7 +172,7 @@ class Graph:
 
 
 class Findings:
-    """What was wrong, kept on the device until somebody looks.
+    """The results that were wrong, kept on the device until `look` reads them.
 
     Args:
         device: Where results are.
@@ -191,7 +192,7 @@ class Findings:
         self.checks = 0
 
     def note(self, number: int, wrong: dict[str, Tensor]) -> None:
-        """Keep what a replay got wrong; does not wait for the device."""
+        """Record the wrong results of a replay; does not wait for the device."""
         lines = []
         for name in self.NAMES:
             if name not in wrong:
@@ -202,11 +203,11 @@ class Findings:
             lines.append(torch.stack((flat.sum(), flat.byte().argmax())))
             self.checks += 1
         self._now.fill_(number)
-        news = torch.cat((self._now[:, None], torch.stack(lines)), dim=1)
-        self._table = torch.where(((self._table[:, 0] < 0) & (news[:, 1] > 0))[:, None], news, self._table)
+        update = torch.cat((self._now[:, None], torch.stack(lines)), dim=1)
+        self._table = torch.where(((self._table[:, 0] < 0) & (update[:, 1] > 0))[:, None], update, self._table)
 
     def look(self, rank: int, soak: Soak, kinds: dict[int, Kind]) -> None:
-        """Wait for the device; ``kinds``: of each replay since the last look.
+        """Wait for the device and raise what was found; ``kinds``: of each replay since the last look.
 
         Raises:
             AssertionError: something was wrong; names the seed, the replay, its kind, and what.
@@ -221,25 +222,25 @@ class Findings:
                     place = [int(one) for one in torch.unravel_index(torch.tensor(at), shape)]
                     texts.append(f"{name}: {count} of {list(shape)} values, the first at {place}")
             raise AssertionError(
-                f"rank {rank}: seed {soak.seed}, replay {number} differs from what it must give: {'; '.join(texts)}; "
+                f"rank {rank}: seed {soak.seed}, replay {number} has wrong results: {'; '.join(texts)}; "
                 f"{kinds[number]}. Places are [source rank * M + token, local expert, column] for rows. "
                 f"The same inputs again: --seed {soak.seed} --first {number} --replays 1"
             )
         self._shapes.clear()
 
 
-# ---------------------------------------------------------------------- what is drawn
+# ---------------------------------------------------------------------- inputs
 
 
 def kind_of(seed: int, number: int) -> Kind:
-    """The kind of a replay."""
+    """Return the kind of a replay."""
     if number % WIDE_EVERY == WIDE_EVERY - 1:
         return WIDE
     return random.Random(f"{seed} {number} kind").choice(KINDS)
 
 
-def draw(kind: Kind, num_ranks: int, device: torch.device, seed: int, number: int) -> Brought:
-    """What all ranks bring to a replay; the same on every rank."""
+def draw(kind: Kind, num_ranks: int, device: torch.device, seed: int, number: int) -> AllInputs:
+    """Draw the inputs of all ranks for a replay; the same on every rank."""
     pick = random.Random(f"{seed} {number}")
     make = torch.Generator(device).manual_seed(pick.randrange(1 << 62))
     R, M, K, E = num_ranks, kind.tokens, kind.top_k, kind.local * num_ranks
@@ -262,7 +263,7 @@ def draw(kind: Kind, num_ranks: int, device: torch.device, seed: int, number: in
     if pick.random() < 0.3:
         tokens = torch.full_like(tokens, M)
     absent = torch.arange(M, device=device)[:, None] >= tokens
-    return Brought(x, torch.where(dropped | absent, -1, chosen).to(kind.idx_dtype), weights)
+    return AllInputs(x, torch.where(dropped | absent, -1, chosen).to(kind.idx_dtype), weights)
 
 
 # ---------------------------------------------------------------------- the soak
@@ -297,17 +298,17 @@ def _sizes(shape: MoeShape) -> tuple[int, int, int, int]:
 
 
 def _replay(group: ExpertGroup, soak: Soak, graphs: dict[Kind, Graph]) -> Tally:
-    """All replays; kinds without a graph are called."""
+    """Make all replays; kinds without a graph are called."""
     device, R, rank = group.device, group.num_ranks, group.rank
     findings, since = Findings(device), dict[int, Kind]()
     for number in range(soak.first, soak.first + soak.replays):
         kind = since[number] = kind_of(soak.seed, number)
         graph = graphs[kind] = graphs.get(kind) or Graph(group, kind)
-        brought = draw(kind, R, device, soak.seed, number)
+        inputs = draw(kind, R, device, soak.seed, number)
         _be_late(soak, rank, number)
-        sent, total = graph.replay(brought, eager=random.Random(f"{soak.seed} {number} eager").random() < 0.05)
-        truth = Truth(brought, kind.local * R, rank, kind.fp8, (kind.fast, kind.encoding))
-        findings.note(number, truth.wrong(sent, total))
+        sent, total = graph.replay(inputs, eager=random.Random(f"{soak.seed} {number} eager").random() < 0.05)
+        reference = Reference(inputs, kind.local * R, rank, kind.fp8, fast=kind.fast, encoding=kind.encoding)
+        findings.note(number, reference.wrong(sent, total))
         if len(since) == LOOK_EVERY or number == soak.first + soak.replays - 1:
             group.synchronize()  # what the kernels found comes first
             findings.look(rank, soak, since)
@@ -316,7 +317,7 @@ def _replay(group: ExpertGroup, soak: Soak, graphs: dict[Kind, Graph]) -> Tally:
 
 
 def _be_late(soak: Soak, rank: int, number: int) -> None:
-    """Now and then, for up to a millisecond, a rank lets the others wait."""
+    """Make the other ranks wait now and then, for up to a millisecond."""
     own = random.Random(f"{soak.seed} {number} {rank} late")
     if own.random() > 0.03:
         return
@@ -327,7 +328,7 @@ def _be_late(soak: Soak, rank: int, number: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 if every result was right."""
+    """Run the command; return 0 if every result was right."""
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m tokenferry.testing.soak_graphs", description=about)
     parser.add_argument("--replays", type=int, default=10000, help="how many (default: 10000)")

@@ -1,23 +1,32 @@
-"""Random inputs that every rank can make for every rank, and what has to come of them.
+"""Random inputs that every rank can draw for every rank, on any device.
 
 Nothing here calls the library: a rank knows what it must receive because it can draw its peers' inputs itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokenferry.errors import ConfigError
+from tokenferry.types import MoeShape, Quantized, Routing
 
-class WrongAnswer(RuntimeError):  # noqa: N818 - reads as what happened
-    """A call delivered something else than it has to; no time is printed for it."""
+FP8_COLUMNS = 128
+"""Columns that share one scale."""
+
+ROUTINGS = {
+    "uniform": "every set of K experts is equally likely",
+    "skewed": "expert e is drawn with a weight of 1 / (e + 1): most tokens go to the first rank",
+    "one-rank": "all choices are experts of rank 0, as far as it has K",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """What is measured.
+class Sizes:
+    """The sizes of one case, equal on all ranks.
 
     Args:
         ranks: R.
@@ -25,9 +34,8 @@ class Spec:
         hidden: H.
         top_k: K.
         experts: E.
-        iters: Iterations that count, of each call and mode.
-        warmup: Iterations before them.
-        seed: Of inputs; each run of the command draws another.
+        seed: Of the inputs.
+        routing: One of `ROUTINGS`.
     """
 
     ranks: int
@@ -35,100 +43,107 @@ class Spec:
     hidden: int
     top_k: int
     experts: int
-    iters: int
-    warmup: int
     seed: int
+    routing: str = "uniform"
+
+    def __str__(self) -> str:
+        letters = f"R={self.ranks} T={self.tokens} H={self.hidden} K={self.top_k} E={self.experts}"
+        return f"{letters}, seed {self.seed}"
+
+    @property
+    def local_experts(self) -> int:
+        """Return the number of experts of each rank."""
+        return self.experts // self.ranks
+
+    @property
+    def fp8_row_bytes(self) -> int:
+        """Return the bytes of an FP8 row and its float32 scales."""
+        return self.hidden + 4 * -(-self.hidden // FP8_COLUMNS)
+
+    @property
+    def shape(self) -> MoeShape:
+        """Return the shape of a group for this case, with M = T."""
+        return MoeShape(self.experts, self.top_k, self.hidden, self.tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """What one rank brings: ``x`` ``[T, H]`` bfloat16, ``topk_idx`` ``[T, K]`` int64, ``topk_weights`` float32."""
+    """The inputs of one rank.
+
+    Attributes:
+        x: ``[T, H]`` bfloat16.
+        quantized: FP8 rows of random bytes, ``[T, H]``, with scales ``[T, ceil(H / 128)]`` float32.
+        topk_idx: ``[T, K]`` int64.
+        topk_weights: ``[T, K]`` float32; those of a token add up to 1.
+    """
 
     x: Tensor
+    quantized: Quantized
     topk_idx: Tensor
     topk_weights: Tensor
 
-
-def draw(spec: Spec, variant: int, rank: int) -> Inputs:
-    """Draw the inputs of one rank: normal rows, K distinct experts of uniform probability, softmax weights."""
-    generator = torch.Generator().manual_seed((spec.seed * 64 + variant) * 4096 + rank)
-    x = torch.randn(spec.tokens, spec.hidden, generator=generator).bfloat16()
-    topk_idx = torch.rand(spec.tokens, spec.experts, generator=generator).topk(spec.top_k, dim=1).indices
-    weights = torch.randn(spec.tokens, spec.top_k, generator=generator).softmax(1)
-    return Inputs(x, topk_idx, weights)
+    @property
+    def routing(self) -> Routing:
+        """Return choices and weights as the library takes them."""
+        return Routing(self.topk_idx, self.topk_weights)
 
 
-def sent_to(spec: Spec, inputs: Inputs) -> Tensor:
-    """``[T, R]`` bool: the ranks that hold a chosen expert of each token."""
-    ranks = inputs.topk_idx // (spec.experts // spec.ranks)
-    return torch.stack([(ranks == r).any(1) for r in range(spec.ranks)], 1)
+def draw(sizes: Sizes, variant: int, rank: int, device: torch.device) -> Inputs:
+    """Draw the inputs of one rank: the same bits on every device of a kind.
+
+    Raises:
+        ConfigError: the routing is unknown.
+    """
+    generator = torch.Generator(device).manual_seed((sizes.seed * 64 + variant) * 4096 + rank)
+    T, H = sizes.tokens, sizes.hidden
+    topk_idx = _route(sizes, torch.rand(T, sizes.experts, generator=generator, device=device))
+    weights = torch.rand(T, sizes.top_k, generator=generator, device=device)
+    x = torch.randn(T, H, generator=generator, device=device).bfloat16()
+    data = torch.randint(0, 256, (T, H), generator=generator, device=device, dtype=torch.uint8)
+    scale = torch.rand(T, -(-H // FP8_COLUMNS), generator=generator, device=device)
+    quantized = Quantized(data.view(torch.float8_e4m3fn), scale)
+    return Inputs(x, quantized, topk_idx, weights / weights.sum(1, keepdim=True))
+
+
+def draw_all(sizes: Sizes, variant: int, device: torch.device) -> Iterator[Inputs]:
+    """Draw the inputs of every rank, one after another."""
+    for source in range(sizes.ranks):
+        yield draw(sizes, variant, source, device)
+
+
+def _route(sizes: Sizes, uniform: Tensor) -> Tensor:
+    """Choose K distinct experts of each token, from one uniform number for each (token, expert)."""
+    if sizes.routing == "uniform":
+        scores = uniform
+    elif sizes.routing == "skewed":  # the K largest u ** (1 / w): drawing without replacement with weights w
+        scores = uniform.clamp_min(1e-30).log() * torch.arange(1, sizes.experts + 1, device=uniform.device)
+    elif sizes.routing == "one-rank":
+        scores = uniform.clone()
+        scores[:, : max(sizes.local_experts, sizes.top_k)] += 1
+    else:
+        raise ConfigError(f"routing {sizes.routing!r} is unknown; choose one of {', '.join(ROUTINGS)}")
+    return scores.topk(sizes.top_k, dim=1).indices
+
+
+def sent_to(sizes: Sizes, topk_idx: Tensor) -> Tensor:
+    """Return ``[T, R]`` bool: the ranks that hold a chosen expert of each token."""
+    hit = torch.zeros(len(topk_idx), sizes.ranks, dtype=torch.bool, device=topk_idx.device)
+    return hit.scatter_(1, topk_idx // sizes.local_experts, True)
 
 
 def expert(y: Tensor, index: int) -> Tensor:
-    """What expert (or rank) ``index`` answers: each another multiple, so that a row gone astray shows."""
+    """Return the answer of expert (or rank) ``index``: each another multiple, so that a misplaced row shows."""
     return (y.float() * (1 + index / 8)).to(y.dtype)
 
 
-def expected_rows(spec: Spec, variant: int, rank: int) -> Tensor:
-    """``[N, H]``: what dispatch must deliver to ``rank``: by source rank, then token."""
-    rows = []
-    for source in range(spec.ranks):
-        inputs = draw(spec, variant, source)
-        rows.append(inputs.x[sent_to(spec, inputs)[:, rank]])
-    return torch.cat(rows)
-
-
-def expected_sums(spec: Spec, inputs: Inputs) -> Tensor:
-    """``[T, H]``: what combine must return if rank r answers ``expert(row, r)``: float32, rank order, one rounding."""
-    total = torch.zeros(spec.tokens, spec.hidden)
-    for r, here in enumerate(sent_to(spec, inputs).unbind(1)):
-        total[here] += expert(inputs.x[here], r).float()
-    return total.bfloat16()
-
-
-def expected_decode_rows(spec: Spec, variant: int, global_expert: int) -> Tensor:
-    """``[count, H]``: the rows that one expert must receive: by source rank, then token."""
-    rows = []
-    for source in range(spec.ranks):
-        inputs = draw(spec, variant, source)
-        rows.append(inputs.x[(inputs.topk_idx == global_expert).any(1)])
-    return torch.cat(rows)
-
-
-def expected_decode_sums(spec: Spec, inputs: Inputs) -> Tensor:
-    """``[T, H]``: exact decode combine of ``expert(row, e)``: slot order, every product and sum rounded to float32."""
-    total = torch.zeros(spec.tokens, spec.hidden)
-    factors = 1 + inputs.topk_idx.float() / 8
-    for k in range(spec.top_k):
-        answer = (inputs.x.float() * factors[:, k : k + 1]).bfloat16().float()
-        product = answer * inputs.topk_weights[:, k : k + 1]
-        total = total + product
-    return total.bfloat16()
-
-
-def must_equal(what: str, got: Tensor, expected: Tensor) -> None:
-    """Check shape and every bit.
-
-    Raises:
-        WrongAnswer: names ``what`` and the first row that differs.
-    """
-    if got.shape != expected.shape or got.dtype != expected.dtype:
-        raise WrongAnswer(
-            f"{what}: expected {expected.dtype} {list(expected.shape)}, got {got.dtype} {list(got.shape)}"
-        )
-    wrong = (got != expected).flatten(1).any(1).nonzero().flatten().tolist()
-    if wrong:
-        raise WrongAnswer(f"{what}: {len(wrong)} of {len(got)} rows differ, the first is row {wrong[0]}")
-
-
-def must_be_near(what: str, got: Tensor, expected: Tensor, *, relative: float, absolute: Tensor | float) -> None:
-    """Check that ``|got - expected| <= relative * |expected| + absolute`` everywhere.
-
-    Raises:
-        WrongAnswer: names ``what`` and by how much the worst element is outside.
-    """
-    if got.shape != expected.shape:
-        raise WrongAnswer(f"{what}: expected {list(expected.shape)}, got {list(got.shape)}")
-    excess = (got - expected).abs() - relative * expected.abs() - absolute
-    if not bool((excess <= 0).all()):
-        raise WrongAnswer(f"{what}: outside the bound by up to {float(excess.max()):.3g} (or NaN)")
+def remote_rows(sizes: Sizes, variants: int, rank: int, device: torch.device) -> tuple[float, float]:
+    """Count the rows that leave this rank in dispatch, and in combine; means over the sets of inputs."""
+    out = home = 0
+    for variant in range(variants):
+        for source, inputs in enumerate(draw_all(sizes, variant, device)):
+            counts = sent_to(sizes, inputs.topk_idx).sum(0)
+            if source == rank:
+                out += int(counts.sum() - counts[rank])
+            else:
+                home += int(counts[rank])
+    return out / variants, home / variants

@@ -1,4 +1,4 @@
-"""News from rank processes while a job runs: ranks append JSON lines to a file, the caller reads them."""
+"""Progress of rank processes while a job runs: ranks append JSON lines to a file, the caller reads them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tokenferry.testing.world import World
 POLL_S = 0.1
 
 
-def send(feed: str, item: Mapping[str, object]) -> None:
-    """Append one item to the feed; an item is a small mapping of JSON values. Local, does not block."""
-    with open(feed, "a", encoding="utf-8") as file:
+def send(progress: str, item: Mapping[str, object]) -> None:
+    """Append one item to a progress file; an item is a small mapping of JSON values. Local, does not block."""
+    with open(progress, "a", encoding="utf-8") as file:
         file.write(json.dumps(item) + "\n")
 
 
-def run_with_feed(
+def run_with_progress(
     world: World, fn: Callable[..., Any], *args: object, on_item: Callable[[dict[str, Any]], None]
 ) -> list[Any]:
-    """Call ``fn(rank, process_group, feed, *args)`` on every rank, and ``on_item`` here for each item that ranks send.
+    """Call ``fn(rank, process_group, progress, *args)`` on every rank, and ``on_item`` in this process for each item.
 
     Returns:
-        What the ranks return, by rank.
+        list: The results of the ranks, by rank.
 
     Raises:
         WorldError: as `World.run`.
     """
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8", prefix="tokenferry-feed-") as file:
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", prefix="tokenferry-progress-") as file:
         with ThreadPoolExecutor(1) as pool:
             job = pool.submit(world.run, fn, file.name, *args)
             try:

@@ -1,8 +1,9 @@
-"""One case after another on all ranks: checked, timed, told; one that fails is told and left out."""
+"""One case after another on all ranks: checked, timed, reported; one that fails is reported and left out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -14,24 +15,36 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import progress as feed
-from tokenferry.bench.core.clock import Step, Summary, summarize
-from tokenferry.bench.core.device import Bed, bed_for, gather, no_collections, slowest
-from tokenferry.bench.core.static_inputs import Sizes
+from tokenferry.bench.core import progress
+from tokenferry.bench.core.device import Device, device_for, gather, no_collections, slowest
+from tokenferry.bench.core.inputs import Sizes
+from tokenferry.bench.core.summary import Summary, summarize
 from tokenferry.errors import BackendUnavailable
 from tokenferry.types import BackendName, MoeShape
-
-CHAIN = 5
-"""Calls in each chained run; each run is one sample, its time divided by this."""
-
-CHAIN_WARMUP = 3
-"""Calls at the head of each chained run that do not count."""
 
 REPLAYS = 2
 """Replays of a graph in each run, after one that does not count."""
 
 LEAD_S = 300e-6
-"""Seconds for which devices are held before a drained call: the time that hosts have to put it on the stream."""
+"""Seconds for which devices are held before an isolated call: the time that hosts have to put it on the stream."""
+
+Step = Callable[[int], object]
+"""One collective call; the argument is the iteration, so that every iteration can bring other data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """How calls back to back are sampled: in runs, each after a barrier.
+
+    Args:
+        warmup: Calls at the head of a run that do not count: the barrier lets ranks start apart.
+        samples: Samples of a run.
+        calls: Calls of a sample, whose time is divided by this.
+    """
+
+    warmup: int = 3
+    samples: int = 1
+    calls: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +57,17 @@ class Settings:
         hidden: H.
         top_k: K.
         experts: E.
-        sms: Values of ``num_sms`` to sweep over, besides the default.
-        sweep_tokens: T of the sweep, of the other routings and of the overlap.
-        routings: Besides uniform ones, those of `tokenferry.bench.core.static_inputs.ROUTINGS` to measure.
-        iters: Iterations that count.
+        iterations: Iterations that count.
         warmup: Iterations before them.
         seed: Of the inputs.
-        device: ``"cuda"``; ``"cpu"`` runs the same program without GPUs, for tests.
+        backend: ``"cpu"`` or ``"cuda"``; the phases for GPUs run on the CPU too, for tests.
         timeout_s: Seconds that any wait for a peer may take.
+        runs: How calls back to back are sampled.
+        sms: Values of ``num_sms`` to sweep over, besides the default.
+        sweep_tokens: T of the sweep, of the other routings and of the overlap.
+        routings: Besides uniform ones, those of `tokenferry.bench.core.inputs.ROUTINGS` to measure.
         decode_tokens: Values of T of the decode calls; M is the largest.
-        micro_tokens: T of both micro-batches together.
+        two_batch_tokens: T of both micro-batches of two-batch overlap together.
     """
 
     ranks: int
@@ -61,19 +75,20 @@ class Settings:
     hidden: int
     top_k: int
     experts: int
-    sms: tuple[int, ...]
-    sweep_tokens: int
-    routings: tuple[str, ...]
-    iters: int
+    iterations: int
     warmup: int
     seed: int
-    device: BackendName = "cuda"
+    backend: BackendName = "cuda"
     timeout_s: float = 20.0
+    runs: Runs = Runs()
+    sms: tuple[int, ...] = ()
+    sweep_tokens: int = 0
+    routings: tuple[str, ...] = ("uniform",)
     decode_tokens: tuple[int, ...] = (1, 128)
-    micro_tokens: int = 128
+    two_batch_tokens: int = 128
 
     def sizes(self, tokens: int, routing: str = "uniform") -> Sizes:
-        """The sizes of one case."""
+        """Return the sizes of one case."""
         return Sizes(self.ranks, tokens, self.hidden, self.top_k, self.experts, self.seed, routing)
 
 
@@ -82,19 +97,19 @@ class Label:
     """What a case is called, and what it moves.
 
     Attributes:
-        who: ``"tokenferry"``, ``"nccl"``, ``"vdev_2d"``.
+        library: ``"tokenferry"``, ``"nccl"``, ``"vdev_2d"``.
         call: ``"dispatch"``, ``"redispatch"``, ``"combine"``, ... and what is special about it.
         rows: ``"fp8"`` or ``"bf16"``.
         tokens: T.
         routing: How tokens are routed.
         num_sms: SMs of the call; None: not ours to say.
-        link: ``"store"`` or ``"load"``: which limit it is compared with; empty: none.
+        link: ``"store"`` or ``"load"``: the limit that it is compared with; empty: none.
         row_bytes: Bytes of a row, with its scales.
-        rows_out: Rows that leave this rank's GPU, mean over the sets of inputs.
+        rows_out: Rows that this rank sends, mean over the sets of inputs; of GPUs without those to itself.
         note: What else has to be said.
     """
 
-    who: str
+    library: str
     call: str
     rows: str
     tokens: int
@@ -107,55 +122,88 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
+class Samples:
+    """The times of one call on this rank, seconds.
+
+    Attributes:
+        isolated: Of each iteration, with all ranks synchronised before it.
+        late: Of each of them, whether the device had started by when this host was done with the call.
+        back_to_back: Of calls back to back.
+    """
+
+    isolated: list[float]
+    late: list[bool]
+    back_to_back: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The times of one call over all ranks.
+
+    Attributes:
+        isolated: Ranks synchronised before each call.
+        back_to_back: Calls back to back.
+    """
+
+    isolated: Summary
+    back_to_back: Summary
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """A case that was measured.
 
     Attributes:
         label: What it is; its ``rows_out`` is that of rank 0.
-        bytes_out: Bytes that leave a GPU, mean over ranks: rows to other ranks, with their scales.
+        bytes_out: Bytes that a rank sends, with scales, mean over ranks.
         bytes_out_most: The same of the rank with most.
-        drained: Ranks synchronised before each call.
-        ahead: The part of the drained iterations in which every rank's host had put the whole call on its stream before
-            the device came to it, so that no launch is in the time: 0 where the host waits for what the call finds out.
-        chained: Calls back to back.
+        isolated: Ranks synchronised before each call.
+        ahead: The part of the isolated iterations in which every rank's host had put the whole call on its stream
+            before the device came to it, so that no launch is in the time: 0 where the host waits for what the call
+            finds out.
+        back_to_back: Calls back to back.
+        baseline: What was timed in turns with it, if anything.
     """
 
     label: Label
     bytes_out: float
     bytes_out_most: float
-    drained: Summary
+    isolated: Summary
     ahead: float
-    chained: Summary
+    back_to_back: Summary
+    baseline: Times | None = None
 
 
 def result_from_json(values: dict[str, Any]) -> Result:
-    """What ``dataclasses.asdict`` came from."""
+    """Return what ``dataclasses.asdict`` was given."""
+    baseline = values["baseline"]
     return Result(
         Label(**values["label"]),
         values["bytes_out"],
         values["bytes_out_most"],
-        Summary(**values["drained"]),
+        Summary(**values["isolated"]),
         values["ahead"],
-        Summary(**values["chained"]),
+        Summary(**values["back_to_back"]),
+        baseline and Times(**{mode: Summary(**summary) for mode, summary in baseline.items()}),
     )
 
 
 @dataclass(slots=True, eq=False)
-class Trial:
-    """What a phase needs on each rank.
+class Session:
+    """What a phase needs on each rank. All of its methods but `send` are collective.
 
     Attributes:
         pg: The process group (gloo).
-        bed: The device and its clock.
+        device: The device and its clock.
         settings: What is measured.
-        news: The feed; rank 0 tells.
-        gate: A barrier of all ranks on the device, so that they start within microseconds of one another.
+        progress: Where progress goes.
+        gate: Lets all devices wait for one another.
     """
 
     pg: dist.ProcessGroup
-    bed: Bed
+    device: Device
     settings: Settings
-    news: str
+    progress: str
     gate: Callable[[], None] = field(default=lambda: None)
 
     @property
@@ -163,166 +211,186 @@ class Trial:
         """This rank."""
         return int(self.pg.rank())
 
-    def tell(self, item: dict[str, object]) -> None:
-        """Send one item of news, from rank 0."""
+    def send(self, item: dict[str, object]) -> None:
+        """Send one item of progress, from rank 0."""
         if self.rank == 0:
-            feed.send(self.news, item)
+            progress.send(self.progress, item)
 
     def attempt(self, what: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the work returns
-        """Do something that may fail on any rank; then it counts as failed on all. Collective.
+        """Do something that may fail on any rank; then it counts as failed on all.
 
         Returns:
-            What ``work`` returned; None if it failed anywhere, which has been told.
+            The result of ``work``; None if it failed on any rank, which has been reported.
         """
         try:
-            answer, complaint = work(), None
-        except Exception as error:  # noqa: BLE001 - a rival may fail for any reason: it is told, and the others go on
-            answer, complaint = None, f"{type(error).__name__}: {_first_lines(error)}"
-        complaints = [f"rank {rank}: {text}" for rank, text in enumerate(gather(self.pg, complaint)) if text]
-        if complaints:
-            self.tell({"failed": what, "why": complaints[0], "ranks": len(complaints)})
+            result, error_text = work(), None
+        except Exception as error:  # noqa: BLE001 - a baseline may fail for any reason: the other cases go on
+            result, error_text = None, f"{type(error).__name__}: {_first_lines(error)}"
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather(self.pg, error_text)) if text]
+        if failures:
+            self.send({"failed": what, "why": failures[0], "ranks": len(failures)})
             return None
-        return answer
+        return result
 
     def case(self, label: Label, prepare: Callable[[], Step]) -> bool:
-        """Prepare a call, which includes checking what it delivers, then time it and tell. Collective.
+        """Prepare a call, which includes checking what it delivers, then time and report it.
 
         Returns:
             Whether it worked.
         """
-        what = f"{label.who}: {label.call}, {label.rows}, T={label.tokens}"
-        self.tell({"now": what})
-        samples = self.attempt(what, lambda: self._time(prepare()))
-        if samples is None:
-            return False
+        what = f"{label.library}: {label.call}, {label.rows}, T={label.tokens}"
+        self.send({"now": what})
+        samples = self.attempt(what, lambda: self.time([prepare()]))
+        if samples is not None:
+            self.report(label, samples)
+        return samples is not None
+
+    def report(self, label: Label, samples: Sequence[Samples]) -> None:
+        """Put the samples of all ranks together and report them: of a call, and of its baseline if there is one."""
         moved = [float(out) * label.row_bytes for out in gather(self.pg, label.rows_out)]
-        (drained, late), chained = samples
-        ahead = 1 - sum(slowest(self.pg, late)) / len(late)
-        times = (self.summary(drained), ahead, self.summary(chained))
-        result = Result(label, sum(moved) / len(moved), max(moved), *times)
-        self.tell({"case": asdict(result)})
-        return True
+        times = [Times(self.summary(one.isolated), self.summary(one.back_to_back)) for one in samples]
+        late = slowest(self.pg, samples[0].late)
+        result = Result(
+            label,
+            sum(moved) / len(moved),
+            max(moved),
+            times[0].isolated,
+            1 - sum(late) / len(late),
+            times[0].back_to_back,
+            times[1] if len(times) > 1 else None,
+        )
+        self.send({"case": asdict(result)})
 
-    def _time(self, step: Step) -> tuple[tuple[list[float], list[bool]], list[float]]:
+    def time(self, steps: Sequence[Step]) -> list[Samples]:
+        """Time calls in both modes; they take turns, so that what disturbs the machine disturbs all of them alike."""
         with no_collections():
-            return self.drained(step), self.chained(step)
+            isolated, back_to_back = self.isolated(steps), self.back_to_back(steps)
+        return [Samples(*one, chained) for one, chained in zip(isolated, back_to_back, strict=True)]
 
-    def drained(self, step: Step) -> tuple[list[float], list[bool]]:
-        """Seconds of each iteration, and whether the device had started by when this host was done with the call.
-
-        Collective; of this rank, as all of this class.
-        """
-        stamps, late = [], []
-        for i in range(self.settings.warmup + self.settings.iters):
-            self.meet(LEAD_S)
-            start = self.bed.stamp()
-            step(i)
-            stamps.append((start, self.bed.stamp()))
-            late.append(self.bed.passed(start))
-        self.bed.synchronize()
+    def isolated(self, steps: Sequence[Step]) -> list[tuple[list[float], list[bool]]]:
+        """Time calls with all ranks synchronised before each; return `Samples.isolated` and `Samples.late` of each."""
+        stamps: list[list[tuple[object, object]]] = [[] for _ in steps]
+        late: list[list[bool]] = [[] for _ in steps]
+        for i in range(self.settings.warmup + self.settings.iterations):
+            for which, step in enumerate(steps):
+                self.synchronize_ranks(LEAD_S)
+                start = self.device.stamp()
+                step(i)
+                stamps[which].append((start, self.device.stamp()))
+                late[which].append(self.device.passed(start))
+        self.device.synchronize()
         count = self.settings.warmup
-        return [self.bed.seconds(*pair) for pair in stamps[count:]], late[count:]
+        return [(self._seconds(pairs[count:]), those[count:]) for pairs, those in zip(stamps, late, strict=True)]
 
-    def chained(self, step: Step) -> list[float]:
-        """Seconds of a call of each run of `CHAIN` calls back to back."""
-        stamps = []
-        for run in range(self.settings.iters):
-            self.meet()
-            for i in range(CHAIN_WARMUP):
-                step(run + i)
-            start = self.bed.stamp()
-            for i in range(CHAIN):
-                step(run + CHAIN_WARMUP + i)
-            stamps.append((start, self.bed.stamp()))
-        self.bed.synchronize()
-        return [self.bed.seconds(*pair) / CHAIN for pair in stamps]
+    def back_to_back(self, steps: Sequence[Step]) -> list[list[float]]:
+        """Time calls in runs back to back, as `Settings.runs` says; return the seconds of a call of each sample."""
+        runs, iterations = self.settings.runs, self.settings.iterations
+        stamps: list[list[tuple[object, object]]] = [[] for _ in steps]
+        for first in range(0, iterations, runs.samples):
+            for which, step in enumerate(steps):
+                self.synchronize_ranks()
+                numbers = itertools.count(first)
+                for _ in range(runs.warmup):
+                    step(next(numbers))
+                start = self.device.stamp()
+                for _ in range(min(runs.samples, iterations - first)):
+                    for _ in range(runs.calls):
+                        step(next(numbers))
+                    end = self.device.stamp()
+                    stamps[which].append((start, end))
+                    start = end
+        self.device.synchronize()
+        return [[seconds / runs.calls for seconds in self._seconds(pairs)] for pairs in stamps]
 
     def replayed(self, replay: Callable[[], None], parts: int) -> list[float]:
-        """Seconds of a part of each run of `REPLAYS` replays back to back.
+        """Time runs of `REPLAYS` replays back to back; return the seconds of a part of each run.
 
         Args:
             replay: Puts a graph on the stream.
-            parts: Calls, or rounds of calls, that it holds.
+            parts: Calls, or iterations of several calls, that it holds.
         """
         stamps = []
-        for _ in range(1 + self.settings.iters):
-            self.meet()
-            replay()  # brings the ranks into step, and the host ahead
-            start = self.bed.stamp()
+        for _ in range(1 + self.settings.iterations):
+            self.synchronize_ranks()
+            replay()  # synchronises the ranks, and brings the host ahead
+            start = self.device.stamp()
             for _ in range(REPLAYS):
                 replay()
-            stamps.append((start, self.bed.stamp()))
-        self.bed.synchronize()
-        return [self.bed.seconds(*pair) / (REPLAYS * parts) for pair in stamps[1:]]
+            stamps.append((start, self.device.stamp()))
+        self.device.synchronize()
+        return [seconds / (REPLAYS * parts) for seconds in self._seconds(stamps[1:])]
 
     def gather(self, item: Any) -> list[Any]:  # noqa: ANN401 - whatever can be pickled
-        """What each rank brought, by rank. Collective."""
+        """Return the items of all ranks, by rank."""
         return gather(self.pg, item)
 
     def summary(self, seconds: list[float]) -> Summary:
-        """What the samples of all ranks say together, the slowest of each."""
+        """Return the summary over the samples of all ranks, the slowest of each."""
         return summarize([slowest(self.pg, seconds)])
 
-    def meet(self, lead_s: float = 0.0) -> None:
+    def synchronize_ranks(self, lead_s: float = 0.0) -> None:
         """Wait until every rank's device is idle, and start together.
 
         Args:
-            lead_s: Seconds by which hosts may get ahead: each device is held for so long, and then meets the others.
+            lead_s: Seconds by which hosts may get ahead: each device is held for so long, then waits for the others.
         """
-        self.bed.synchronize()
+        self.device.synchronize()
         dist.barrier(self.pg)
         if lead_s:
-            self.bed.hold(lead_s)
+            self.device.hold(lead_s)
         self.gate()
+
+    def _seconds(self, stamps: Sequence[tuple[object, object]]) -> list[float]:
+        return [self.device.seconds(start, end) for start, end in stamps]
 
 
 @contextmanager
-def trial(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> Iterator[Trial]:
-    """What a job of `World` starts with; closes what it opened. Collective."""
-    bed = bed_for(settings.device)
-    if settings.device == "cpu":
-        yield Trial(pg, bed, settings, news)
+def open_session(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> Iterator[Session]:
+    """Open what a job of `World` starts with; closes what it opened. Collective."""
+    device = device_for(settings.backend)
+    if settings.backend == "cpu":
+        yield Session(pg, device, settings, progress)
         return
     from tokenferry.bench.suites.links import CudaLinks
 
-    with CudaLinks(pg, bed.device, 0, settings.timeout_s, Path(env.read().cache_dir)) as links:
-        yield Trial(pg, bed, settings, news, links.barrier)
-        bed.synchronize()
+    with CudaLinks(pg, device.torch_device, 0, settings.timeout_s, Path(env.read().cache_dir)) as links:
+        yield Session(pg, device, settings, progress, links.barrier)
+        device.synchronize()
         dist.barrier(pg)
 
 
 @contextmanager
-def expert_group(trial: Trial, tokens: int, experts: int | None = None, room: int = 2) -> Iterator[ExpertGroup]:
-    """A group whose heap has room for several sets of results of T tokens, as a view for M = T. Collective.
+def expert_group(session: Session, tokens: int, experts: int | None = None, heap_for: int = 2) -> Iterator[ExpertGroup]:
+    """Open a group whose heap holds several sets of results of T tokens, as a view for M = T. Collective.
 
-    The heap's size follows from M: the group is made for ``room`` times as many tokens.
+    The heap's size follows from M: the group is made for ``heap_for`` times as many tokens.
 
     Raises:
         BackendUnavailable: the backend cannot run here.
     """
-    settings = trial.settings
+    settings = session.settings
     experts = settings.experts if experts is None else experts
-    roomy = MoeShape(experts, settings.top_k, settings.hidden, room * tokens)
-    backend = settings.device
-    with ExpertGroup(trial.pg, roomy, backend=backend, timeout_s=settings.timeout_s) as group, torch.no_grad():
+    largest = MoeShape(experts, settings.top_k, settings.hidden, heap_for * tokens)
+    backend = settings.backend
+    with ExpertGroup(session.pg, largest, backend=backend, timeout_s=settings.timeout_s) as group, torch.no_grad():
         group.warmup()
         try:
             yield group.for_shape(MoeShape(experts, settings.top_k, settings.hidden, tokens))
         finally:
-            trial.bed.synchronize()
+            session.device.synchronize()
 
 
-def nccl_group(trial: Trial) -> dist.ProcessGroup:
+def baseline_group(session: Session) -> dist.ProcessGroup:
     """Make a process group for the device's tensors beside the one there is: NCCL, or gloo for the CPU. Collective.
 
     Raises:
         BackendUnavailable: this torch has no NCCL.
     """
-    if trial.settings.device == "cuda" and not dist.is_nccl_available():
+    if session.settings.backend == "cuda" and not dist.is_nccl_available():
         raise BackendUnavailable("this build of torch has no NCCL")
-    name = "nccl" if trial.settings.device == "cuda" else "gloo"
-    timeout = timedelta(seconds=3 * trial.settings.timeout_s)
-    group: dist.ProcessGroup = dist.new_group(range(trial.settings.ranks), timeout=timeout, backend=name)
+    name = "nccl" if session.settings.backend == "cuda" else "gloo"
+    timeout = timedelta(seconds=3 * session.settings.timeout_s)
+    group: dist.ProcessGroup = dist.new_group(range(session.settings.ranks), timeout=timeout, backend=name)
     return group
 
 

@@ -1,6 +1,6 @@
-"""Which rank holds the others up, and whether by what it computes or by its link: from counters to a verdict.
+"""Find the rank that holds the others up, and whether by its computation or by its link, from counters.
 
-Works on an application's own counters: `judge` takes what each rank's ``DecodeStats.wait_ns`` has added up.
+Works on an application's own counters: `judge` takes the sums in each rank's ``DecodeStats.wait_ns``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from tokenferry.errors import ArgumentError
 
 WAITS_LESS = 0.5
-"""A rank that waits less than this part of what the longest waiting one waits is late itself."""
+"""A rank that waits less than this part of the longest wait of any rank is late itself."""
 ROWS_TAKE = 2.0
-"""Rows that take so many times what is usual are late."""
+"""Rows that take so many times the usual time are late."""
 NOTICED = 0.1
-"""Less than this part of the time that all took is not worth a word."""
+"""Less than this part of the whole time is not reported."""
 _EXPLAINS = 0.5
 _ALIKE = 1.5
 
@@ -40,7 +40,7 @@ class Slow:
     Attributes:
         rank: The rank.
         where: Where it loses time.
-        late_ns: How much; of a link: how much later than usual the last row comes, at most.
+        late_ns: How much; of a link: by how much the last row is later than usual, at most.
         peers: Of a link: the ranks at the other end.
     """
 
@@ -50,7 +50,7 @@ class Slow:
     peers: tuple[int, ...] = ()
 
     def line(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         late = show_ns(self.late_ns)
         ends = f"rank{'s' if len(self.peers) > 1 else ''} {', '.join(map(str, self.peers))}"
         if self.where is Where.LINK_OUT:
@@ -63,25 +63,25 @@ class Slow:
             )
         return (
             f"rank {self.rank}: slow: its messages come {late} late; whether it computes for too long or its link is "
-            "slow cannot be told without the times of rows, which GPUs write down"
+            "slow is unknown without the times of rows, which GPUs record"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `judge` found.
+    """The result of `judge`.
 
     Attributes:
         slow: The ranks that hold others up, the worst first; empty: none stands out.
-        late_ns: By rank: how much less it waits than the rank that waits longest: so much later it comes. Where several
-            are late at once and waits run at the same time (GPUs), more than that.
+        late_ns: By rank: how much less it waits than the rank that waits longest, which is by how much it is late.
+            Where several are late at once and waits run at the same time (GPUs), they are later than that.
     """
 
     slow: tuple[Slow, ...]
     late_ns: tuple[float, ...]
 
     def lines(self) -> list[str]:
-        """For people: one line a slow rank."""
+        """Return lines for people, one for each slow rank."""
         if not self.slow:
             return ["no rank stands out"]
         lines = [one.line() for one in self.slow]
@@ -93,30 +93,30 @@ class Verdict:
 
 
 def judge(wait_ns: Tensor, row_ns: Tensor | None = None, *, took_ns: float = 0.0) -> Verdict:
-    """Say which ranks hold the others up, and where they lose the time.
+    """Find the ranks that hold the others up, and where they lose the time.
 
     Rules, in this order. All times are sums, or means, over the same calls.
 
-    1. *Late*: rank r waits ``W[r]``, the sum of its row of ``wait_ns``. Who comes late to the calls finds the messages
-       of the others there and waits for nobody: a rank is late if ``W`` is less than `WAITS_LESS` of the longest. Sums
-       count, not single places: where a rank waits for one peer after the other (CPU), the wait for the first covers
-       that for a second which is as late. A rank that comes *early* makes all others late by this rule; `Verdict.lines`
-       says so.
+    1. *Late*: rank r waits ``W[r]``, the sum of its row of ``wait_ns``. A rank that is late to the calls finds the
+       messages of the others there and waits for none: a rank is late if ``W`` is less than `WAITS_LESS` of the
+       longest. Sums count, not single places: where a rank waits for one peer after the other (CPU), the wait for the
+       first covers that for a second which is as late. A rank that comes *early* makes all others late by this rule;
+       `Verdict.lines` says so.
     2. *Link* (with ``row_ns``): rank r takes rows of r + 1, r + 2 and so on, modulo R, in this order. Those of r + d
        are late if they take `ROWS_TAKE` times what is usual: the median over ranks of what the d-th adds to those
        before, added up. Most late pairs with one sender: its link outwards; with one receiver: its link inwards; then
        again without these. Rows that follow late ones and are about as late only queued behind them.
     3. A late rank to which rows came late, by at least half of what it is waited for, is late because of that link,
-       and not named itself. Every other late rank: *compute*; without ``row_ns``: *compute or link*, for nobody can
-       tell. Rows of such a rank are on their way while those of the others lie there: they are its link's fault only if
-       they are later than the rank itself.
+       and not named itself. Every other late rank: *compute*; without ``row_ns``: *compute or link*, since these
+       cannot be told apart. Rows of such a rank are on their way when those of the others have arrived: they are its
+       link's fault only if they are later than the rank itself.
 
     Args:
-        wait_ns: ``[R, R]``: what rank r waited for messages of rank s: row r is the ``DecodeStats.wait_ns`` of rank r.
-        row_ns: ``[R, R]``: from when r had everybody's message until it had the last row of s; 0: none came. See
+        wait_ns: ``[R, R]``: the waits of rank r for messages of rank s: row r is the ``DecodeStats.wait_ns`` of rank r.
+        row_ns: ``[R, R]``: from when r had the messages of all until it had the last row of s; 0: none came. See
             `tokenferry.bench.profile.timeline.row_waits`. None: not known.
-        took_ns: How long the calls and what lay between them took: who is late by less than `NOTICED` of it is not
-            named. 0: whoever is late is.
+        took_ns: The time of the calls and of everything between them: ranks that are late by less than `NOTICED` of it
+            are not named. 0: all that are late are named.
 
     Returns:
         Verdict: ``late_ns`` in the unit of ``wait_ns``.
@@ -147,7 +147,7 @@ def judge(wait_ns: Tensor, row_ns: Tensor | None = None, *, took_ns: float = 0.0
 
 
 def show_ns(ns: float) -> str:
-    """A time for people."""
+    """Format a time for people."""
     for unit, size in (("s", 1e9), ("ms", 1e6)):
         if ns >= size:
             return f"{ns / size:.2f} {unit}"
@@ -162,7 +162,7 @@ def _check(name: str, matrix: Tensor, num_ranks: int) -> None:
 
 
 def _excess(rows: Tensor, enough: float) -> dict[tuple[int, int], float]:
-    """(receiver, sender) -> by how much rows are later than usual, of the pairs whose rows are late."""
+    """Return by (receiver, sender) how much later than usual rows are, of the pairs whose rows are late."""
     num_ranks = rows.shape[0]
     found: dict[tuple[int, int], float] = {}
     receiver, before, usual = torch.arange(num_ranks), torch.zeros(num_ranks, dtype=rows.dtype), 0.0
@@ -181,7 +181,7 @@ def _excess(rows: Tensor, enough: float) -> dict[tuple[int, int], float]:
 
 
 def _links(excess: dict[tuple[int, int], float], num_ranks: int) -> list[Slow]:
-    """The links that explain the late pairs: each time the one that explains most."""
+    """Return the links that explain the late pairs: each time the one that explains most."""
     left, found = dict(excess), []
     while left:
         sender, as_sender = Counter(s for _, s in left).most_common(1)[0]
@@ -200,7 +200,7 @@ def _links(excess: dict[tuple[int, int], float], num_ranks: int) -> list[Slow]:
 
 
 def _queued(pair: tuple[int, int], late: tuple[int, int], excess: dict[tuple[int, int], float], num_ranks: int) -> bool:
-    """Whether rows of ``pair`` waited behind those of ``late`` at the same receiver."""
+    """Return whether rows of ``pair`` waited behind those of ``late`` at the same receiver."""
     (at, sender), (receiver, first) = pair, late
     behind = (sender - at) % num_ranks > (first - at) % num_ranks
     return at == receiver and behind and excess[pair] < _ALIKE * excess[late]

@@ -1,6 +1,6 @@
-"""Timelines of decode calls: clocks of several GPUs brought together, phases, events for Perfetto and Chrome.
+"""Timelines of decode calls: aligned clocks of several GPUs, phases, events for Perfetto and Chrome.
 
-Everything here is a function of what kernels wrote down (see `tokenferry.kernels.control_block`, ``TRACE``): tensors
+Everything here is a function of the time stamps of kernels (see `tokenferry.kernels.control_block`, ``TRACE``): tensors
 in, numbers out. Nothing here needs a GPU. Letters: N calls, R ranks, B blocks of a kernel, W = ``TRACE_WORDS``.
 """
 
@@ -18,24 +18,24 @@ from torch.nn.functional import pad
 from tokenferry.errors import ArgumentError
 from tokenferry.kernels.control_block import MAX_RANKS, TRACE, TRACE_ROWS, TRACE_SIGNATURE
 
-PHASES = {"ready": "read, wait for room", "sent": "send", "counts": "wait for counts", "end": "receive"}
-"""What a block was busy with until it wrote down the word of this name; a word of 0 was not written: there is no such
-phase."""
-TELLS = {**PHASES, "sent": "tell"}
-"""The same of a kernel's last block, which tells counts and signatures instead of sending rows."""
+PHASES = {"ready": "read, wait for space", "sent": "send", "counts": "wait for counts", "end": "receive"}
+"""The phase of a block that ends with the time stamp of this name; if that is 0, it was not written and there is no
+such phase."""
+LAST_BLOCK_PHASES = {**PHASES, "sent": "send counts"}
+"""The same of a kernel's last block, which sends counts and signatures instead of rows."""
 WAIT = "wait for messages"
-"""What the last block does after that, until every rank's message is here."""
-_HELLO = slice(TRACE_SIGNATURE, TRACE_SIGNATURE + MAX_RANKS)
+"""The phase of the last block after that, until every rank's message has arrived."""
+_SIGNATURES = slice(TRACE_SIGNATURE, TRACE_SIGNATURE + MAX_RANKS)
 _ROWS = slice(TRACE_ROWS, TRACE_ROWS + MAX_RANKS)
 
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """Where the clocks of ranks stand.
+    """The differences between the clocks of ranks.
 
     Attributes:
         offset_ns: By rank: its clock minus that of rank 0.
-        error_ns: No clock is further off than this.
+        error_ns: A bound of the error of each offset.
     """
 
     offset_ns: tuple[int, ...]
@@ -44,7 +44,7 @@ class Clocks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recorded:
-    """One call as all ranks wrote it down.
+    """One call as all ranks recorded it.
 
     Attributes:
         name: Such as ``"decode_dispatch"``.
@@ -57,7 +57,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one block was busy with, nanoseconds."""
+    """One phase of one block, nanoseconds."""
 
     name: str
     start_ns: int
@@ -65,7 +65,7 @@ class Phase:
 
     @property
     def lasts_ns(self) -> int:
-        """How long."""
+        """How long it lasts."""
         return self.end_ns - self.start_ns
 
 
@@ -75,10 +75,10 @@ class RankTimes:
 
     Attributes:
         rank: The rank.
-        late_us: It began so much later than the first rank.
+        late_us: How much later than the first rank it began.
         lasts_us: From its first block's begin to its last block's end.
         phases: Name to median and maximum over its blocks, the last one apart.
-        waits_us: By rank: how long its message was waited for.
+        waits_us: By rank: the wait for its message.
     """
 
     rank: int
@@ -110,24 +110,23 @@ def stacked(words: Sequence[Tensor]) -> Tensor:
 
 
 def find_clocks(words: Tensor) -> Clocks:
-    """Say how the clocks of R ranks differ, from what N calls wrote down.
+    """Find how the clocks of R ranks differ, from the time stamps of N calls.
 
-    As NTP does: in every call rank a notes on its clock when it sent its message (``ready`` of its last block), and
-    rank b on its own when it saw it (``TRACE_HELLO + a``, too of the last block). The smallest difference over all
-    calls is the one in which nothing but the way took time: the way plus b's clock minus a's. In the other direction
-    it is the way minus that. So half the difference of these two minima is the offset, if both ways are as long; in
-    any case it is no further off than half their sum. Each rank's offset is the mean over the ways by all ranks.
+    As NTP does: in every call rank a records on its clock when it sent its message (``ready`` of its last block), and
+    rank b on its own when it saw it (``TRACE_SIGNATURE + a``, also of the last block). The smallest difference over all
+    calls is the one in which nothing but the transfer took time: the transfer plus b's clock minus a's. In the other
+    direction it is the transfer minus that. So half the difference of these two minima is the offset, if both transfers
+    take equally long; in any case its error is at most half their sum. Each rank's offset is the mean over all peers.
 
-    A message that came before its reader looked for it tells too late a time. So each rank has to be the last in some
-    of the calls: `tokenferry.bench.profile.iterations` makes them late in turn. The calls should lie within
-        milliseconds of what is
-    put in order with them: clocks drift.
+    The time stamp of a message that came before its reader looked for it is too late. So each rank has to be the last
+    in some of the calls: `tokenferry.bench.profile.iterations` makes them late in turn. The calls should lie within
+    milliseconds of those that are aligned with them: clocks drift.
 
     Args:
         words: ``[N, R, B, W]`` int64.
 
     Raises:
-        ArgumentError: two ranks have never heard one another.
+        ArgumentError: a rank has seen no message of another one.
     """
     last = _last_blocks(words)
     num_ranks = last.shape[1]
@@ -135,10 +134,10 @@ def find_clocks(words: Tensor) -> Clocks:
     seen = last[..., TRACE_SIGNATURE : TRACE_SIGNATURE + num_ranks].transpose(1, 2)  # [N, a, b]
     never = torch.iinfo(torch.int64).max
     way = torch.where((sent > 0) & (seen > 0), seen - sent, never).min(dim=0).values.fill_diagonal_(0)
-    deaf = (way == never).nonzero().tolist()
-    if deaf:
+    unseen = (way == never).nonzero().tolist()
+    if unseen:
         raise ArgumentError(
-            f"find_clocks: words: rank {deaf[0][1]} has seen no message of rank {deaf[0][0]} in any call"
+            f"find_clocks: words: rank {unseen[0][1]} has seen no message of rank {unseen[0][0]} in any call"
         )
     apart = (way - way.T).double() / 2  # b's clock minus a's
     offset = apart.mean(dim=0)
@@ -160,22 +159,22 @@ def _last_blocks(words: Tensor) -> Tensor:
     return words.gather(-2, index).squeeze(-2)
 
 
-# ------------------------------------------------------------------ what happened when
+# ------------------------------------------------------------------ phases
 
 
-def phases(block: Sequence[int], *, tells: bool = False) -> list[Phase]:
-    """The phases of one block, in order.
+def phases(block: Sequence[int], *, last: bool = False) -> list[Phase]:
+    """Return the phases of one block, in order.
 
     Args:
         block: ``[W]``, its words.
-        tells: It is its kernel's last block.
+        last: Whether it is its kernel's last block.
     """
     found: list[Phase] = []
     before = block[TRACE["start"]]
-    seen = max(block[_HELLO])
-    for name, text in (TELLS if tells else PHASES).items():
+    seen = max(block[_SIGNATURES])
+    for name, text in (LAST_BLOCK_PHASES if last else PHASES).items():
         now = block[TRACE[name]]
-        if tells and name == "counts" and seen > before:
+        if last and name == "counts" and seen > before:
             found.append(Phase(WAIT, before, seen))
             before = seen
         if now > before and before:
@@ -185,7 +184,7 @@ def phases(block: Sequence[int], *, tells: bool = False) -> list[Phase]:
 
 
 def rank_times(call: Recorded) -> list[RankTimes]:
-    """What each rank did in one call whose ranks are on one clock."""
+    """Return the times of each rank in one call whose ranks are on one clock."""
     begin = _begin([call])
     last = _last_blocks(call.words)
     num_ranks = call.words.shape[0]
@@ -211,7 +210,7 @@ def rank_times(call: Recorded) -> list[RankTimes]:
 
 
 def row_waits(words: Tensor) -> Tensor:
-    """``[R, R]`` float64: nanoseconds from when rank r had the messages of all until it had the last row of s.
+    """Return ``[R, R]`` float64: nanoseconds from when rank r had the messages of all until it had the last row of s.
 
     The mean of the calls; 0 where no rows came, and for a rank's own. What `tokenferry.bench.profile.diagnose.judge`
     takes as ``row_ns``. A rank begins to receive rows only when it has the counts of all: a late message delays no
@@ -229,14 +228,14 @@ def row_waits(words: Tensor) -> Tensor:
 
 
 def _blocks(call: Recorded) -> list[list[list[int]]]:
-    """By rank: the words of the blocks that ran.
+    """Return, by rank, the words of the blocks that ran.
 
     Raises:
-        ArgumentError: on some rank none did.
+        ArgumentError: no block ran on some rank.
     """
     found = [[block for block in blocks if block[TRACE["start"]]] for blocks in call.words.tolist()]
     if not all(found):
-        raise ArgumentError(f"{call.name}: rank {[bool(blocks) for blocks in found].index(False)} wrote nothing down")
+        raise ArgumentError(f"{call.name}: rank {[bool(blocks) for blocks in found].index(False)} recorded nothing")
     return found
 
 
@@ -252,11 +251,11 @@ def _end(block: Sequence[int]) -> int:
 
 
 def events(calls: Sequence[Recorded]) -> list[dict[str, Any]]:
-    """Trace events of calls whose ranks are on one clock: a process a rank, a thread a block.
+    """Return the trace events of calls whose ranks are on one clock: a process a rank, a thread a block.
 
-    Phases are complete events. Below the blocks each rank has a line for each peer: how long its message was under way
-    (from being sent there to being seen here; two clocks, so only as exact as these), and from then on until its last
-    row was here. Where a block took the last row of a rank is an instant. ``ts`` and ``dur`` are microseconds since the
+    Phases are complete events. Below the blocks each rank has a line for each peer: the time from when its message was
+    sent until it was seen (two clocks, so only as exact as these), and from then on until its last row had arrived. The
+    time at which a block took the last row of a rank is an instant. ``ts`` and ``dur`` are microseconds since the
     first block of the first call began.
     """
     begin = _begin(calls)
@@ -266,11 +265,11 @@ def events(calls: Sequence[Recorded]) -> list[dict[str, Any]]:
         for rank, blocks in enumerate(_blocks(call)):
             for tid, block in enumerate(blocks):
                 where = {"cat": call.name, "pid": rank, "tid": tid}
-                for phase in phases(block, tells=tid == len(blocks) - 1):
+                for phase in phases(block, last=tid == len(blocks) - 1):
                     found.append({**where, **_span(phase, begin)})
                 for source, at in enumerate(block[_ROWS]):
                     if at:
-                        name = f"last row of rank {source} here"
+                        name = f"last row of rank {source}"
                         found.append({**where, "ph": "i", "s": "t", "name": name, "ts": (at - begin) / 1e3})
         for rank, source, phase in _journeys(call):
             found.append({"cat": call.name, "pid": rank, "tid": num_blocks + source, **_span(phase, begin)})
@@ -282,7 +281,7 @@ def _names(num_ranks: int, num_blocks: int) -> Iterator[dict[str, Any]]:
         named = {"ph": "M", "pid": rank}
         yield {**named, "name": "process_name", "args": {"name": f"rank {rank}"}}
         yield {**named, "name": "process_sort_index", "args": {"sort_index": rank}}
-        threads = [f"block {b}" for b in range(num_blocks - 1)] + [f"block {num_blocks - 1}: tells"]
+        threads = [f"block {b}" for b in range(num_blocks - 1)] + [f"block {num_blocks - 1}: counts"]
         threads += [f"from rank {s}" for s in range(num_ranks)]
         for tid, text in enumerate(threads):
             if tid != num_blocks + rank:
@@ -291,7 +290,7 @@ def _names(num_ranks: int, num_blocks: int) -> Iterator[dict[str, Any]]:
 
 
 def _journeys(call: Recorded) -> Iterator[tuple[int, int, Phase]]:
-    """(receiver, sender, phase) of every message, and of the rows after it."""
+    """Yield (receiver, sender, phase) of every message, and of the rows after it."""
     last = _last_blocks(call.words).tolist()
     rows = call.words[..., _ROWS].amax(dim=1).tolist()
     for rank in range(len(last)):

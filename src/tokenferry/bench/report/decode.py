@@ -1,11 +1,12 @@
-"""What the decode phases say: times beside the limit of the same run, tables, JSON, curves."""
+"""Reports of the decode phases: times beside the limit of the same run, tables, JSON, curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenferry.bench.core.clock import Summary
+from tokenferry.bench.core.summary import Summary
+from tokenferry.bench.report.tables import dash, launch
 from tokenferry.bench.suites.limits import Limits
 
 Item = dict[str, Any]
@@ -21,12 +22,12 @@ LIMIT = (
 HOOK = "+ hook: sent with a hook that is called at once: two kernels instead of one"
 
 HEADER = (
-    *("decode call", "T", "graph us", "limit us", "of limit", "graph + hook us", "drained us", "launch"),
+    *("decode call", "T", "graph us", "limit us", "of limit", "graph + hook us", "isolated us", "launch"),
     *("eager us", "eager + hook us", "host us", "host + hook us", "KB out"),
 )
-MICRO_HEADER = (
+TWO_BATCH_HEADER = (
     *(
-        "micro-batches",
+        "two-batch overlap",
         "T of each",
         "work is",
         "work us",
@@ -38,11 +39,11 @@ MICRO_HEADER = (
     *("hidden", "faster by"),
 )
 CURVES = ("dispatch FP8", "combine exact", "combine fast", "pair exact", "pair fast")
-"""What the picture shows."""
+"""The calls in the picture."""
 
 
 def limit_us(item: Item, limits: Limits | None, node_us: float | None, kernels: int = 1) -> float | None:
-    """The least time of a round.
+    """Return the least time of an iteration.
 
     Args:
         item: A case.
@@ -65,7 +66,7 @@ def limit_us(item: Item, limits: Limits | None, node_us: float | None, kernels: 
 
 
 def as_json(items: Sequence[Item], limits: Limits | None, node_us: float | None) -> list[Item]:
-    """The cases with their limits."""
+    """Return the cases with their limits."""
     whole = []
     for item in items:
         limit = limit_us(item, limits, node_us)
@@ -76,21 +77,21 @@ def as_json(items: Sequence[Item], limits: Limits | None, node_us: float | None)
 
 
 def rows(items: Sequence[Item], limits: Limits | None, node_us: float | None) -> list[list[str]]:
-    """Rows under `HEADER`."""
+    """Return rows under `HEADER`."""
     table = []
     for item in as_json(items, limits, node_us):
         cells = [item["call"], str(item["tokens"]), _range(item["graph"])]
-        cells += [_dash(item["limit_us"], ".1f"), _dash(item["of_limit"], ".0%"), _range(item["graph_hook"])]
-        cells += [_range(item["drained"]), launch(item["ahead"])]
+        cells += [dash(item["limit_us"], ".1f"), dash(item["of_limit"], ".0%"), _range(item["graph_hook"])]
+        cells += [_range(item["isolated"]), launch(item["ahead"])]
         cells += [_range(item["eager"]), _range(item["eager_hook"])]
-        cells += [_dash(item["host_us"], ".1f"), _dash(item["host_hook_us"], ".1f")]
+        cells += [dash(item["host_us"], ".1f"), dash(item["host_hook_us"], ".1f")]
         sent = sum(message["rows"] * message["row_bytes"] for message in item["messages"])
         table.append([*cells, f"{sent / 1e3:.0f}"])
     return table
 
 
-def micro_rows(items: Sequence[Item]) -> list[list[str]]:
-    """Rows under `MICRO_HEADER`."""
+def two_batch_rows(items: Sequence[Item]) -> list[list[str]]:
+    """Return rows under `TWO_BATCH_HEADER`."""
     return [
         [
             *(item["numerics"], str(item["tokens"]), item["work_is"], f"{item['piece_us']:.1f}"),
@@ -102,24 +103,24 @@ def micro_rows(items: Sequence[Item]) -> list[list[str]]:
 
 
 def line(item: Item) -> str:
-    """One case for people who watch."""
+    """Return one case as a line."""
     hooked = "" if item["graph_hook"] is None else f" ({item['graph_hook']['median_us']:.1f} with hook)"
     graph = f"{item['graph']['median_us']:.1f} us in a graph{hooked}"
-    rest = f"{item['drained']['median_us']:.1f} drained, {item['eager']['median_us']:.1f} eager"
+    rest = f"{item['isolated']['median_us']:.1f} isolated, {item['eager']['median_us']:.1f} eager"
     return f"decode: {item['call']}, T={item['tokens']}: {graph}, {rest}, {item['host_us']:.1f} of the host"
 
 
-def micro_line(item: Item) -> str:
-    """The same for micro-batches."""
+def two_batch_line(item: Item) -> str:
+    """Return one case of two-batch overlap as a line."""
     times = f"{item['serial']['median_us']:.1f} us one after another, {item['hooks']['median_us']:.1f} by hooks"
     kind = f"{item['numerics']}, {item['work_is']} work"
-    return f"micro-batches, {kind}: {times}, {item['hidden']:.0%} hidden"
+    return f"two-batch overlap, {kind}: {times}, {item['hidden']:.0%} hidden"
 
 
 def curves(
     items: Sequence[Item], limits: Limits | None, node_us: float | None
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[tuple[float, float]]]]:
-    """Points (T, us) of the calls of `CURVES`, and of their limits."""
+    """Return the points (T, us) of the calls of `CURVES`, and of their limits."""
     times: dict[str, list[tuple[float, float]]] = {}
     floors: dict[str, list[tuple[float, float]]] = {}
     for item in as_json(items, limits, node_us):
@@ -131,24 +132,9 @@ def curves(
     return times, floors
 
 
-def launch(ahead: float) -> str:
-    """Whether the hosts' launches are in a drained time, which part of the iterations had them ``ahead``."""
-    if ahead >= ALWAYS:
-        return "ahead"
-    return "in it" if ahead <= 1 - ALWAYS else f"{ahead:.0%}"
-
-
-ALWAYS = 0.9
-"""From this part of the iterations on, something holds for the median and its percentiles."""
-
-
 def _range(values: Mapping[str, Any] | None) -> str:
-    """Median with 5th and 95th percentile."""
+    """Format a median with 5th and 95th percentile."""
     if values is None:
         return "-"
     one = Summary(**values)
     return f"{one.median_us:.1f} ({one.p05_us:.1f}-{one.p95_us:.1f})"
-
-
-def _dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""Pictures of who waited for whom. Needs matplotlib."""
+"""Pictures of the waits of each rank for each other rank. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ def plot_waits(tables: Mapping[str, Sequence[Sequence[float]]], folder: Path, ti
     """Write waits.png: a heat map for each table.
 
     Args:
-        tables: By name ``[R][R]`` microseconds: what the rank of the row waited for that of the column.
-        folder: Is made if it is not there.
+        tables: By name ``[R][R]`` microseconds: the wait of the rank of the row for that of the column.
+        folder: Is made if it does not exist.
         title: Above all of them.
 
     Returns:
-        list: What was written.
+        list: The files written.
     """
     from matplotlib.figure import Figure  # without pyplot: no display, nothing global
 
@@ -36,7 +36,7 @@ def plot_waits(tables: Mapping[str, Sequence[Sequence[float]]], folder: Path, ti
         axes.set_ylabel("rank")
         axes.set_xticks(range(num_ranks))
         axes.set_yticks(range(num_ranks))
-        figure.colorbar(image, ax=axes, label="us a round", shrink=0.8)
+        figure.colorbar(image, ax=axes, label="us an iteration", shrink=0.8)
     figure.suptitle(title, fontsize=9)
     file = folder / "waits.png"
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def need_matplotlib() -> None:
 
 
 def plot_limits(limits: Limits, folder: Path, title: str) -> list[Path]:
-    """Write limits.png: GB/s against SMs for stores and loads of every row size; returns what was written."""
+    """Write limits.png: GB/s against SMs for stores and loads of every row size; return its file."""
 
     def draw(axes: Any) -> None:  # noqa: ANN401 - matplotlib
         for kind, line in (("store", "o-"), ("load", "s--")):
@@ -57,7 +57,7 @@ def plot_sms(curves: Mapping[str, Points], limits: Limits | None, folder: Path, 
 def plot_tokens(
     curves: Mapping[str, Points], floors: Mapping[str, Points], folder: Path, title: str, file: str = "tokens.png"
 ) -> list[Path]:
-    """Write a picture: microseconds against tokens, both logarithmic; ``floors`` are what the links need.
+    """Write a picture: microseconds against tokens, both logarithmic; ``floors`` are the times that the links need.
 
     The floor called ``limit: name`` gets the colour of the curve called ``name``.
     """

@@ -1,8 +1,8 @@
-"""What `tokenferry bench` measures: each call, and all_to_all_single of the same bytes in the same group and run."""
+"""The calls of the CPU backend, each in turns with all_to_all_single of the same bytes between the same ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,174 +10,158 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import clock
-from tokenferry.bench.core import progress as feed
-from tokenferry.bench.core.checked import Ready, prepare
-from tokenferry.bench.core.inputs import Spec, draw, sent_to
-from tokenferry.bench.core.static_inputs import FP8_COLUMNS
-from tokenferry.types import MoeShape, Numerics, Scale, TransportName
+from tokenferry.bench.baselines.gloo import RowExchange, row_exchanges
+from tokenferry.bench.core.checks import as_tensor, check_rows, expected_sums, must_equal
+from tokenferry.bench.core.inputs import FP8_COLUMNS, Inputs, draw, expert
+from tokenferry.bench.core.session import Label, Runs, Session, Settings, Step, open_session
+from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
+from tokenferry.types import DecodePlan, Numerics, Plan, Routing, Scale, TransportName
 
 VARIANTS = 3
 """Sets of inputs that the iterations go through, so that no cache or branch learns one routing."""
 
-CHAINED_WARMUP = 2
-"""Calls at the head of each chained run that do not count: the barrier before them lets ranks start apart."""
+RUNS = Runs(warmup=2, samples=10, calls=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """One call on one rank.
+@dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """One set of inputs, checked: what the timed calls start from.
 
     Attributes:
-        call: Its name.
-        row_bytes: Bytes of rows that this rank sends in it, those to itself included, mean over the sets of inputs.
-        ours: Seconds of each iteration, by mode (``"drained"``, ``"chained"``).
-        limit: The same of all_to_all_single.
+        x: This rank's rows.
+        routing: Their routing.
+        plan: Of `dispatch`.
+        y: ``[N, H]``: this rank's answers, for `combine`.
+        decode_plan: Of `decode_dispatch`.
+        decode_y: ``[L, R*M, H]``: the answers of this rank's experts, for `decode_combine`.
     """
 
-    call: str
-    row_bytes: float
-    ours: dict[str, list[float]]
-    limit: dict[str, list[float]]
+    x: Tensor
+    routing: Routing
+    plan: Plan
+    y: Tensor
+    decode_plan: DecodePlan
+    decode_y: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """A call and the plain exchanges that move the same bytes."""
+    """A call, and the directions in which its rows travel: names of `row_exchanges`."""
 
     name: str
-    ours: clock.Step
-    limit: clock.Step
-    row_bytes: float
+    make: Callable[[ExpertGroup, Checked], object]
+    directions: tuple[str, ...]
+    rows: str = "bf16"
 
 
-class Exchange:
-    """all_to_all_single of ready-made rows, one set of splits per variant; buffers exist and were touched beforehand.
-
-    Args:
-        pg: The process group.
-        counts: ``[VARIANTS, R, R]`` rows from each rank to each rank.
-        row_bytes: Bytes of a row.
-    """
-
-    def __init__(self, pg: dist.ProcessGroup, counts: Tensor, row_bytes: int) -> None:
-        self._pg = pg
-        rank = pg.rank()
-        self._send = counts[:, rank].tolist()
-        self._receive = counts[:, :, rank].tolist()
-        self._source = torch.randint(0, 256, (max(map(sum, self._send)), row_bytes), dtype=torch.uint8)
-        self._target = torch.zeros(max(map(sum, self._receive)), row_bytes, dtype=torch.uint8)
-        self.row_bytes = sum(map(sum, self._send)) * row_bytes / len(self._send)
-
-    def __call__(self, i: int) -> None:
-        """Exchange the rows of iteration ``i``. Collective; returns when they are here."""
-        send, receive = self._send[i % VARIANTS], self._receive[i % VARIANTS]
-        source, target = self._source[: sum(send)], self._target[: sum(receive)]
-        dist.all_to_all_single(target, source, receive, send, group=self._pg)
+def _pair(group: ExpertGroup, ready: Checked) -> object:
+    return group.combine(ready.y, group.dispatch(ready.x, ready.routing).plan)
 
 
-def measure(
-    rank: int, pg: dist.ProcessGroup, news: str, spec: Spec, transport: TransportName
-) -> tuple[list[Samples], str]:
-    """Check, then time every call over one transport; a job of `World` (through `run_with_feed`).
+def _decode_pair(group: ExpertGroup, ready: Checked, numerics: Numerics = "exact") -> object:
+    sent = group.decode_dispatch(ready.x, ready.routing)
+    return group.decode_combine(ready.decode_y, sent.plan, numerics=numerics)
 
-    Returns:
-        The samples of this rank, and the transport that the group chose.
+
+CALLS = (
+    Call("dispatch + combine", _pair, ("out", "home")),
+    Call("dispatch", lambda g, r: g.dispatch(r.x, r.routing), ("out",)),
+    Call("redispatch (plan kept)", lambda g, r: g.redispatch(r.x, r.plan), ("out",)),
+    Call("combine", lambda g, r: g.combine(r.y, r.plan), ("home",)),
+    Call("decode pair, exact", _decode_pair, ("out", "answers")),
+    Call("decode pair, fast", lambda g, r: _decode_pair(g, r, "fast"), ("out", "home")),
+    Call("decode dispatch", lambda g, r: g.decode_dispatch(r.x, r.routing), ("out",)),
+    Call("decode combine, exact", lambda g, r: g.decode_combine(r.decode_y, r.decode_plan), ("answers",)),
+    Call(
+        "decode dispatch, FP8",
+        lambda g, r: g.decode_dispatch(r.x, r.routing, quantize=Scale.FLOAT32),
+        ("out fp8",),
+        rows="fp8",
+    ),
+)
+
+
+def calls_for(settings: Settings) -> Sequence[Call]:
+    """Return the calls to measure: FP8 only where H is a multiple of the columns of a scale."""
+    return [call for call in CALLS if call.rows == "bf16" or settings.hidden % FP8_COLUMNS == 0]
+
+
+def measure_cpu_calls(
+    rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings, transport: TransportName
+) -> None:
+    """Check, then time every call over one transport; a job of `World` (through `run_with_progress`).
 
     Raises:
         WrongAnswer: a check failed; nothing was timed.
     """
-
-    def tell(text: str) -> None:
-        if rank == 0:
-            feed.send(news, {"transport": transport, "now": text})
-
-    shape = MoeShape(spec.experts, spec.top_k, spec.hidden, max_tokens=spec.tokens)
-    with ExpertGroup(pg, shape, transport=transport) as group, torch.no_grad():
-        tell("checking every answer")
-        ready = [prepare(group, spec, variant) for variant in range(VARIANTS)]
-        samples = []
-        for call in _calls(group, pg, spec, ready):
-            tell(call.name)
-            samples.append(_time(pg, spec, call))
-        return samples, group.transport
-
-
-def num_steps(spec: Spec) -> int:
-    """How many times `measure` tells what it does."""
-    return 1 + len(_THROUGHPUT) + len(_DECODE) + (spec.hidden % FP8_COLUMNS == 0)
-
-
-def _time(pg: dist.ProcessGroup, spec: Spec, call: Call) -> Samples:
-    steps = (call.ours, call.limit)
-    drained = clock.drained(pg, steps, iters=spec.iters, warmup=spec.warmup)
-    chained = clock.chained(pg, steps, iters=spec.iters, warmup=CHAINED_WARMUP)
-    ours, limit = ({"drained": d, "chained": c} for d, c in zip(drained, chained, strict=True))
-    return Samples(call.name, call.row_bytes, ours, limit)
+    sizes = settings.sizes(settings.tokens[0])
+    with (
+        open_session(rank, pg, progress, settings) as session,
+        ExpertGroup(pg, sizes.shape, backend="cpu", transport=transport) as group,
+        torch.no_grad(),
+    ):
+        session.send({"now": "checking every answer"})
+        pool = Pool(sizes, session.device.torch_device)
+        ready = [_checked(session, group, variant, pool) for variant in range(VARIANTS)]
+        exchanges = row_exchanges(pg, sizes, VARIANTS)
+        for call in calls_for(settings):
+            session.send({"now": call.name})
+            moved = [exchanges[name] for name in call.directions]
+            label = Label(
+                library="tokenferry",
+                call=call.name,
+                rows=call.rows,
+                tokens=sizes.tokens,
+                row_bytes=sizes.fp8_row_bytes if call.rows == "fp8" else 2 * sizes.hidden,
+                rows_out=sum(exchange.rows for exchange in moved),
+                note=group.transport,
+            )
+            session.report(label, session.time(_steps(group, call, ready, moved)))
 
 
-Ours = Callable[[ExpertGroup, Ready], object]
+def _steps(group: ExpertGroup, call: Call, ready: list[Checked], exchanges: list[RowExchange]) -> tuple[Step, Step]:
+    """Return the call, and the plain exchanges that move the same bytes."""
 
-
-def _pair(group: ExpertGroup, ready: Ready) -> object:
-    sent = group.dispatch(ready.inputs.x, ready.routing)
-    return group.combine(ready.y, sent.plan)
-
-
-def _decode_pair(group: ExpertGroup, ready: Ready, numerics: Numerics = "exact") -> object:
-    sent = group.decode_dispatch(ready.inputs.x, ready.routing)
-    return group.decode_combine(ready.decode_y, sent.plan, numerics=numerics)
-
-
-# Name, call, and the directions in which its rows travel: "out" and "home" carry one row per token and rank, "answers"
-# one per token and expert.
-_THROUGHPUT: tuple[tuple[str, Ours, tuple[str, ...]], ...] = (
-    ("dispatch + combine", _pair, ("out", "home")),
-    ("dispatch", lambda g, r: g.dispatch(r.inputs.x, r.routing), ("out",)),
-    ("redispatch (plan kept)", lambda g, r: g.redispatch(r.inputs.x, r.plan), ("out",)),
-    ("combine", lambda g, r: g.combine(r.y, r.plan), ("home",)),
-)
-_DECODE: tuple[tuple[str, Ours, tuple[str, ...]], ...] = (
-    ("decode pair, exact", _decode_pair, ("out", "answers")),
-    ("decode pair, fast", lambda g, r: _decode_pair(g, r, "fast"), ("out", "home")),
-    ("decode dispatch", lambda g, r: g.decode_dispatch(r.inputs.x, r.routing), ("out",)),
-    ("decode combine, exact", lambda g, r: g.decode_combine(r.decode_y, r.decode_plan), ("answers",)),
-)
-_FP8: tuple[str, Ours, tuple[str, ...]] = (
-    "decode dispatch, FP8",
-    lambda g, r: g.decode_dispatch(r.inputs.x, r.routing, quantize=Scale.FLOAT32),
-    ("out fp8",),
-)
-
-
-def _calls(group: ExpertGroup, pg: dist.ProcessGroup, spec: Spec, ready: list[Ready]) -> list[Call]:
-    exchanges = _exchanges(pg, spec)
-    table = [*_THROUGHPUT, *_DECODE, *([_FP8] if spec.hidden % FP8_COLUMNS == 0 else [])]
-    return [_call(group, ready, name, ours, [exchanges[d] for d in directions]) for name, ours, directions in table]
-
-
-def _call(group: ExpertGroup, ready: list[Ready], name: str, ours: Ours, exchanges: list[Exchange]) -> Call:
-    def limit(i: int) -> None:
+    def baseline(i: int) -> None:
         for exchange in exchanges:
             exchange(i)
 
-    return Call(name, lambda i: ours(group, ready[i % VARIANTS]), limit, sum(e.row_bytes for e in exchanges))
+    return lambda i: call.make(group, ready[i % VARIANTS]), baseline
 
 
-def _exchanges(pg: dist.ProcessGroup, spec: Spec) -> dict[str, Exchange]:
-    rows = torch.zeros(VARIANTS, spec.ranks, spec.ranks, dtype=torch.int64)
-    answers = torch.zeros_like(rows)
-    experts_per_rank = spec.experts // spec.ranks
-    for variant in range(VARIANTS):
-        for source in range(spec.ranks):
-            inputs = draw(spec, variant, source)
-            rows[variant, source] = sent_to(spec, inputs).sum(0)
-            owners = (inputs.topk_idx // experts_per_rank).flatten()
-            answers[variant, source] = torch.bincount(owners, minlength=spec.ranks)
-    bf16 = 2 * spec.hidden
-    return {
-        "out": Exchange(pg, rows, bf16),
-        "home": Exchange(pg, rows.transpose(1, 2), bf16),
-        "answers": Exchange(pg, answers.transpose(1, 2), bf16),
-        "out fp8": Exchange(pg, rows, spec.hidden + 4 * (spec.hidden // FP8_COLUMNS)),
-    }
+def _checked(session: Session, group: ExpertGroup, variant: int, pool: Pool) -> Checked:
+    """Draw one set of inputs, make every call with it and check every answer. Collective.
+
+    Raises:
+        WrongAnswer: a call delivered something else than it has to.
+    """
+    sizes = session.settings.sizes(session.settings.tokens[0])
+    inputs = draw(sizes, variant, session.rank, session.device.torch_device)
+    routing = inputs.routing
+    sent = group.dispatch(inputs.x, routing)
+    check_rows("dispatch", sizes, variant, session.rank, sent.x)
+    check_rows("redispatch", sizes, variant, session.rank, group.redispatch(inputs.x, sent.plan).x)
+    y = expert(as_tensor(sent.x), session.rank)
+    must_equal("combine", group.combine(y, sent.plan).x, expected_sums(sizes, inputs))
+    reference = DecodeReference(sizes, variant, session.rank, pool)
+    decode_plan, decode_y = _check_decode(group, inputs, reference, pool)
+    if sizes.hidden % FP8_COLUMNS == 0:
+        reference.check_dispatch(
+            "decode_dispatch, FP8", group.decode_dispatch(inputs.x, routing, quantize=Scale.FLOAT32)
+        )
+    return Checked(inputs.x, routing, sent.plan, y, decode_plan, decode_y)
+
+
+def _check_decode(
+    group: ExpertGroup, inputs: Inputs, reference: DecodeReference, pool: Pool
+) -> tuple[DecodePlan, Tensor]:
+    """Check the decode calls; return plan and answers."""
+    sent = group.decode_dispatch(inputs.x, inputs.routing)
+    reference.check_dispatch("decode_dispatch", sent)
+    y = torch.empty_like(as_tensor(sent.x))  # rows past the counts stay undefined: they must not be read
+    for e, count in enumerate(sent.expert_counts.tolist()):
+        y[e, :count] = pool.rows(torch.tensor(reference.first + e), torch.arange(count), 0)
+    for numerics in ("exact", "fast"):
+        sums = group.decode_combine(y, sent.plan, numerics=numerics).x
+        reference.check_sums(f"decode_combine, {numerics}", sums, numerics=numerics, shift=0)
+    return sent.plan, y

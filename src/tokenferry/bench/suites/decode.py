@@ -1,23 +1,21 @@
-"""The decode calls, for every T: as CUDA graphs and eagerly, drained and chained, with hooks and without."""
+"""The decode calls, for every T: as CUDA graphs and eagerly, isolated and back to back, with hooks and without."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core.clock import Step
+from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.bench.core.device import no_collections, slowest
-from tokenferry.bench.core.inputs import WrongAnswer
-from tokenferry.bench.core.session import Settings, Trial, expert_group, trial
-from tokenferry.bench.core.static_inputs import Sizes
-from tokenferry.bench.suites.decode_reference import GROUP, Pool, Truth
+from tokenferry.bench.core.inputs import FP8_COLUMNS, Sizes
+from tokenferry.bench.core.session import Session, Settings, Step, expert_group, open_session
+from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.bench.suites.host_time import host_time
 from tokenferry.types import (
     DecodeCombined,
@@ -31,24 +29,33 @@ from tokenferry.types import (
 )
 
 NODES = 100
-"""Kernels in the graph that tells what a node costs."""
+"""Kernels in the graph that measures the cost of a node."""
 
 FEW_TOKENS = 64
-"""Up to here a call is so short that graphs are made of more of them."""
+"""Up to session a call is so short that graphs are made of more of them."""
 
 HOST_BATCHES = 3
-ROOM = 4
-"""The group's heap is that of so many times M tokens: it has to hold what is under way in decode calls."""
+HEAP_FOR = 4
+"""The group's heap is that of so many times M tokens: it has to hold the data under way in decode calls."""
 
 PADDED = 2
 """The set of inputs in which ranks bring fewer tokens."""
 
-SETS = ((1, 1), (PADDED, 2), (0, 0))
-"""What static inputs are overwritten with: a set of inputs, and a set of the pool's rows; the last one is timed."""
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """What static inputs are overwritten with: a set of inputs, and a set of the pool's rows."""
+
+    variant: int
+    shift: int
+
+
+SETS = (DataSet(1, 1), DataSet(PADDED, 2), DataSet(0, 0))
+"""The last one is timed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class DecodeCase:
     """One call, or a dispatch with its combine.
 
     Attributes:
@@ -67,37 +74,37 @@ class Case:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The call and its options, for people."""
         encoding = "" if self.encoding == "same" else f", encoding {self.encoding}"
         if self.call == "dispatch":
             return "dispatch FP8" if self.fp8 else "dispatch BF16"
         return f"{self.call} {self.numerics}{encoding}"
 
     def messages(self, hidden: int) -> list[tuple[str, int]]:
-        """What travels: which of `Truth.rows_out`, and the bytes of a row with its scales."""
+        """Return, for each call, which of `DecodeReference.rows_out` it sends, and the bytes of a row with scales."""
         bf16 = 2 * hidden
-        encoded = {"same": bf16, "fp8": hidden + 4 * hidden // GROUP, "logfmt10": 168 * hidden // GROUP}
+        encoded = {"same": bf16, "fp8": hidden + 4 * hidden // FP8_COLUMNS, "logfmt10": 168 * hidden // FP8_COLUMNS}
         dispatch = [("dispatch", encoded["fp8"] if self.fp8 else bf16)] if self.call != "combine" else []
         combine = [(self.numerics, encoded[self.encoding])] if self.call != "dispatch" else []
         return dispatch + combine
 
 
 CASES = (
-    Case("dispatch"),
-    Case("dispatch", fp8=False),
-    *(Case("combine", numerics=numerics) for numerics in get_args(Numerics)),
+    DecodeCase("dispatch"),
+    DecodeCase("dispatch", fp8=False),
+    *(DecodeCase("combine", numerics=numerics) for numerics in ("exact", "fast")),
     *(
-        Case("combine", numerics=numerics, encoding=encoding, hooks=False)
-        for numerics in get_args(Numerics)
+        DecodeCase("combine", numerics=numerics, encoding=encoding, hooks=False)
+        for numerics in ("exact", "fast")
         for encoding in ("fp8", "logfmt10")
     ),
-    *(Case("pair", numerics=numerics) for numerics in get_args(Numerics)),
+    *(DecodeCase("pair", numerics=numerics) for numerics in ("exact", "fast")),
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What one round of a case returned: the results of dispatch and of combine, as far as it has them."""
+    """The results of one iteration of a case: of dispatch and of combine, as far as it has them."""
 
     sent: DecodeDispatched[Tensor | Quantized] | None
     done: DecodeCombined | None
@@ -117,38 +124,38 @@ class Answer:
             self.done.x.fill_(torch.nan)
 
 
-class Desk:
-    """Tensors that calls, and graphs of them, read at fixed places, and what is written there.
+class StaticInputs:
+    """Tensors that calls, and graphs of them, read at fixed addresses, and the data written there.
 
     Args:
         group: As a view of the shape that is measured.
-        truths: Sets of inputs.
-        pool: What experts answer with.
+        references: Sets of inputs.
+        pool: The answers of experts.
         y: ``[L, R*M, H]`` bfloat16, to hold these answers.
     """
 
-    def __init__(self, group: ExpertGroup, truths: Sequence[Truth], pool: Pool, y: Tensor) -> None:
-        self.group, self.truths, self.y = group, truths, y
+    def __init__(self, group: ExpertGroup, references: Sequence[DecodeReference], pool: Pool, y: Tensor) -> None:
+        self.group, self.references, self.y = group, references, y
         self._pool, self._now = pool, SETS[-1]
-        first = truths[0]
+        first = references[0]
         self.x = first.x.clone()
         self.routing = Routing(first.topk_idx.clone(), first.topk_weights.clone())
-        pool.fill(y, first.first, self._now[1])
+        pool.fill(y, first.first, self._now.shift)
         self.plan: DecodePlan = group.decode_dispatch(self.x, self.routing, quantize=Scale.FLOAT32).plan
 
-    def load(self, variant: int, shift: int) -> None:
+    def load(self, data: DataSet) -> None:
         """Write a set of inputs, and a set of answers."""
-        before, self._now = self._now, (variant, shift)
-        truth, weights = self.truths[variant], self.routing.topk_weights
+        before, self._now = self._now, data
+        reference, weights = self.references[data.variant], self.routing.topk_weights
         assert weights is not None
-        if before[0] != variant:
-            self.x.copy_(truth.x)
-            self.routing.topk_idx.copy_(truth.topk_idx)
-            weights.copy_(truth.topk_weights)
-        if before[1] != shift:
-            self._pool.fill(self.y, truth.first, shift)
+        if before.variant != data.variant:
+            self.x.copy_(reference.x)
+            self.routing.topk_idx.copy_(reference.topk_idx)
+            weights.copy_(reference.topk_weights)
+        if before.shift != data.shift:
+            self._pool.fill(self.y, reference.first, data.shift)
 
-    def act(self, case: Case, *, hook: bool) -> Answer:
+    def act(self, case: DecodeCase, *, hook: bool) -> Answer:
         """Make the calls of a case. Collective."""
         sent, done, plan = None, None, self.plan
         if case.call != "combine":
@@ -165,57 +172,64 @@ class Desk:
                 done.hook()
         return Answer(sent, done)
 
-    def complaints(self, what: str, case: Case, answer: Answer) -> list[str]:
-        """What is wrong with an answer to what was loaded last. Does not raise: other ranks are in step still."""
-        variant, shift = self._now
-        truth, said = self.truths[variant], []
+    def errors_of(self, what: str, case: DecodeCase, answer: Answer) -> list[str]:
+        """Return what is wrong with the results of the data loaded last; raises nothing, so that ranks stay in step."""
+        reference, errors = self.references[self._now.variant], []
         try:
             if answer.sent is not None:
-                truth.check_dispatch(f"{what}: dispatch", answer.sent)
+                reference.check_dispatch(f"{what}: dispatch", answer.sent)
             if answer.done is not None:
-                truth.check_sums(f"{what}: combine", answer.done.x, (case.numerics, case.encoding, shift))
+                reference.check_sums(
+                    f"{what}: combine",
+                    answer.done.x,
+                    numerics=case.numerics,
+                    encoding=case.encoding,
+                    shift=self._now.shift,
+                )
         except WrongAnswer as error:
-            said.append(f"{error} (inputs {variant})")
-        return said
+            errors.append(f"{error} (inputs {self._now.variant})")
+        return errors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """Rounds of a case in one CUDA graph, and what the last of them returns."""
+    """Iterations of a case in one CUDA graph, and the results of the last of them."""
 
     replay: Callable[[], None]
     last: list[Answer]
 
-    def run(self, desk: Desk) -> list[Answer]:
+    def run(self, inputs: StaticInputs) -> list[Answer]:
         """Replay it once over poisoned results, which it returns; waits. Collective.
 
         Raises:
-            TokenferryError: what the calls met.
+            TokenferryError: as the calls.
         """
         for answer in self.last:
             answer.poison()
         self.replay()
-        desk.group.synchronize()
+        inputs.group.synchronize()
         return self.last
 
 
-def measure_decode(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> None:
-    """Measure the decode calls for every T; a job of `World` (through `run_with_feed`). Results go to the news."""
-    with trial(rank, pg, news, settings) as here:
-        here.attempt("decode", lambda: _measure(here))
+def measure_decode(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+    """Measure the decode calls for every T; a job of `World` (through `run_with_progress`)."""
+    with open_session(rank, pg, progress, settings) as session:
+        session.attempt("decode", lambda: _measure(session))
 
 
-def _measure(here: Trial) -> None:
-    settings, device = here.settings, here.bed.device
+def _measure(session: Session) -> None:
+    settings, device = session.settings, session.device.torch_device
     sizes = settings.sizes(max(settings.decode_tokens))
-    with expert_group(here, sizes.tokens, room=ROOM) as group:
+    with expert_group(session, sizes.tokens, heap_for=HEAP_FOR) as group:
         pool = Pool(sizes, device)
         y = new_answers(group)
         with no_collections():
-            node_us = _graph_node(here)
-        here.tell({"graph node": {"us": node_us}})
+            node_us = _graph_node(session)
+        session.send({"graph node": {"us": node_us}})
         for tokens in settings.decode_tokens:
-            bench = here.attempt(f"decode, T={tokens}", partial(_Tokens, here, group, settings.sizes(tokens), pool, y))
+            bench = session.attempt(
+                f"decode, T={tokens}", partial(_Tokens, session, group, settings.sizes(tokens), pool, y)
+            )
             if bench is None:
                 continue
             with no_collections():
@@ -230,102 +244,105 @@ def new_answers(group: ExpertGroup) -> Tensor:
     return torch.empty(group.num_local_experts, places, shape.hidden, dtype=torch.bfloat16, device=group.device)
 
 
-def calls_in_a_graph(here: Trial, case: Case, tokens: int) -> int:
-    """Enough of them that what is between two graphs does not count; the CPU has none."""
-    if here.settings.device == "cpu":
+def calls_in_a_graph(session: Session, case: DecodeCase, tokens: int) -> int:
+    """Return enough calls that the gap between two graphs does not count; the CPU has no graphs."""
+    if session.settings.backend == "cpu":
         return 2
-    return (20 if tokens <= FEW_TOKENS else 10) // len(case.messages(GROUP))
+    return (20 if tokens <= FEW_TOKENS else 10) // len(case.messages(FP8_COLUMNS))
 
 
-def _graph_node(here: Trial) -> float:
-    """Microseconds that a kernel which does next to nothing takes in a graph of such kernels."""
-    one = torch.zeros(1, device=here.bed.device)
+def _graph_node(session: Session) -> float:
+    """Measure the microseconds of a kernel that does next to nothing, in a graph of such kernels."""
+    one = torch.zeros(1, device=session.device.torch_device)
 
     def work() -> None:
         for _ in range(NODES):
             one.add_(1)
 
-    return here.summary(here.replayed(here.bed.capture(work), NODES)).median_us
+    return session.summary(session.replayed(session.device.capture(work), NODES)).median_us
 
 
 class _Tokens:
     """All cases of one T."""
 
-    def __init__(self, here: Trial, group: ExpertGroup, sizes: Sizes, pool: Pool, y: Tensor) -> None:
-        truths = [Truth(sizes, variant, here.rank, pool, padded=variant == PADDED) for variant in range(len(SETS))]
-        self._here, self._sizes, self._group = here, sizes, group
-        self._desk = Desk(group, truths, pool, y)
-        self._rows_out: list[dict[str, int]] = here.gather(truths[0].rows_out())
+    def __init__(self, session: Session, group: ExpertGroup, sizes: Sizes, pool: Pool, y: Tensor) -> None:
+        references = [
+            DecodeReference(sizes, variant, session.rank, pool, padded=variant == PADDED)
+            for variant in range(len(SETS))
+        ]
+        self._session, self._sizes, self._group = session, sizes, group
+        self._inputs = StaticInputs(group, references, pool, y)
+        self._rows_out: list[dict[str, int]] = session.gather(references[0].rows_out())
 
-    def measure(self, case: Case) -> None:
-        """Check, time, check again, tell. Collective."""
-        here, what = self._here, f"decode: {case.name}, T={self._sizes.tokens}"
-        here.tell({"now": what})
-        graphs = here.attempt(what, lambda: self._checked(case))
+    def measure(self, case: DecodeCase) -> None:
+        """Check, time, check again, report. Collective."""
+        session, what = self._session, f"decode: {case.name}, T={self._sizes.tokens}"
+        session.send({"now": what})
+        graphs = session.attempt(what, lambda: self._checked(case))
         if graphs is None:
             return
-        item = here.attempt(what, lambda: self._timed(case, graphs))
-        if item is None or here.attempt(what, lambda: self._again(case, graphs)) is None:
+        item = session.attempt(what, lambda: self._timed(case, graphs))
+        if item is None or session.attempt(what, lambda: self._again(case, graphs)) is None:
             return
-        here.tell({"decode": {**self._label(case), **item}})
+        session.send({"decode": {**self._label(case), **item}})
 
-    def _checked(self, case: Case) -> dict[bool, Graph]:
-        """Graphs, without hooks and with; everything that they and eager calls return has been checked."""
-        self._desk.load(*SETS[-1])
+    def _checked(self, case: DecodeCase) -> dict[bool, Graph]:
+        """Return graphs, without hooks and with, after all results of theirs and of eager calls have been checked."""
+        self._inputs.load(SETS[-1])
         graphs = {hook: self._capture(case, hook=hook) for hook in ((False, True) if case.hooks else (False,))}
-        said = []
+        errors = []
         for hook in graphs:
-            answer = self._desk.act(case, hook=hook)
+            answer = self._inputs.act(case, hook=hook)
             self._group.synchronize()
-            said += self._desk.complaints("eager", case, answer)
-        _refuse(said + self._replayed(case, graphs, SETS))
+            errors += self._inputs.errors_of("eager", case, answer)
+        _refuse(errors + self._replayed(case, graphs, SETS))
         return graphs
 
-    def _capture(self, case: Case, *, hook: bool) -> Graph:
+    def _capture(self, case: DecodeCase, *, hook: bool) -> Graph:
         last: list[Answer] = []
 
         def work() -> None:
             last.clear()
-            for _ in range(calls_in_a_graph(self._here, case, self._sizes.tokens)):
-                last[:] = [self._desk.act(case, hook=hook)]
+            for _ in range(calls_in_a_graph(self._session, case, self._sizes.tokens)):
+                last[:] = [self._inputs.act(case, hook=hook)]
 
-        return Graph(self._here.bed.capture(work), last)
+        return Graph(self._session.device.capture(work), last)
 
-    def _again(self, case: Case, graphs: dict[bool, Graph]) -> bool:
-        """Whether replays are right still."""
+    def _again(self, case: DecodeCase, graphs: dict[bool, Graph]) -> bool:
+        """Check that replays are still right."""
         _refuse(self._replayed(case, graphs, SETS[:1]))
         return True
 
-    def _replayed(self, case: Case, graphs: dict[bool, Graph], sets: Sequence[tuple[int, int]]) -> list[str]:
-        """Overwrite the static inputs, replay, look; what is wrong."""
-        said = []
-        for variant, shift in sets:
+    def _replayed(self, case: DecodeCase, graphs: dict[bool, Graph], sets: Sequence[DataSet]) -> list[str]:
+        """Overwrite the static inputs and replay; return what is wrong."""
+        errors = []
+        for data in sets:
             # A plan is of its routing: a combine alone gets other rows only.
-            self._desk.load(0 if case.call == "combine" else variant, shift)
+            self._inputs.load(replace(data, variant=0) if case.call == "combine" else data)
             for hook, graph in graphs.items():
                 what = "graph, hook" if hook else "graph"
-                said += self._desk.complaints(what, case, graph.run(self._desk)[-1])
-        self._desk.load(*SETS[-1])
-        return said
+                errors += self._inputs.errors_of(what, case, graph.run(self._inputs)[-1])
+        self._inputs.load(SETS[-1])
+        return errors
 
-    def _timed(self, case: Case, graphs: dict[bool, Graph]) -> dict[str, object]:
-        here = self._here
+    def _timed(self, case: DecodeCase, graphs: dict[bool, Graph]) -> dict[str, object]:
+        session = self._session
         item: dict[str, object] = {}
         for hook, suffix in ((False, ""), (True, "_hook")):
             if hook not in graphs:
                 item.update(graph_hook=None, eager_hook=None, host_hook_us=None)
                 continue
-            calls = calls_in_a_graph(here, case, self._sizes.tokens)
-            act = partial(self._desk.act, case, hook=hook)
-            item[f"graph{suffix}"] = asdict(here.summary(here.replayed(graphs[hook].replay, calls)))
-            item[f"eager{suffix}"] = asdict(here.summary(here.chained(_ignoring(act))))
-            item[f"host{suffix}_us"] = max(here.gather(host_time(here, act, HOST_BATCHES)["median_us"]))
-        drained, late = here.drained(lambda i: self._desk.act(case, hook=False))
-        item["drained"] = asdict(here.summary(drained))
-        item["ahead"] = 1 - sum(slowest(here.pg, late)) / len(late)
+            calls = calls_in_a_graph(session, case, self._sizes.tokens)
+            act = partial(self._inputs.act, case, hook=hook)
+            item[f"graph{suffix}"] = asdict(session.summary(session.replayed(graphs[hook].replay, calls)))
+            item[f"eager{suffix}"] = asdict(session.summary(session.back_to_back([_without_index(act)])[0]))
+            item[f"host{suffix}_us"] = max(session.gather(host_time(session, act, HOST_BATCHES)["median_us"]))
+        [(isolated, late)] = session.isolated([lambda i: self._inputs.act(case, hook=False)])
+        item["isolated"] = asdict(session.summary(isolated))
+        item["ahead"] = 1 - sum(slowest(session.pg, late)) / len(late)
         return item
 
-    def _label(self, case: Case) -> dict[str, object]:
+    def _label(self, case: DecodeCase) -> dict[str, object]:
         messages = []
         for which, row_bytes in case.messages(self._sizes.hidden):
             rows = [one[which] for one in self._rows_out]
@@ -338,12 +355,12 @@ class _Tokens:
         }
 
 
-def _ignoring(act: Callable[[], object]) -> Step:
-    """The same inputs in every iteration: those of the graphs."""
+def _without_index(act: Callable[[], object]) -> Step:
+    """Return a step that has the same inputs in every iteration: those of the graphs."""
     return lambda i: act()
 
 
-def _refuse(said: list[str]) -> None:
-    """Raise what is wrong: when all collectives are made, so that ranks stay in step."""
-    if said:
-        raise WrongAnswer("; ".join(said[:3]))
+def _refuse(errors: list[str]) -> None:
+    """Raise what is wrong, after all collectives have been made, so that ranks stay in step."""
+    if errors:
+        raise WrongAnswer("; ".join(errors[:3]))

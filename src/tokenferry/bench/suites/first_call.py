@@ -1,4 +1,4 @@
-"""What a process waits for before its first call is done: run as a program of its own, once with no compiled kernels.
+"""The time until the first call of a process is done: a program of its own, run once with no compiled kernels.
 
 ``python -m tokenferry.bench.suites.first_call`` prints one JSON line of seconds.
 """
@@ -21,7 +21,7 @@ TIMEOUT_S = 120.0
 
 
 def run_both(device: BackendName) -> dict[str, dict[str, float]]:
-    """Start two processes, the first with an empty folder of compiled kernels; seconds of each step.
+    """Start two processes, the first with an empty folder of compiled kernels; return the seconds of each step.
 
     Raises:
         OSError, subprocess.SubprocessError: a process failed or took too long.

@@ -21,7 +21,7 @@ WEIGHT_BYTES = 8 << 30
 
 KINDS = ("bmm", "bmm, cuBLASLt", "grouped_mm")
 """
-``bmm``: a strided batch through cuBLAS, torch's default; torch 2.11 does not tell it of the carve-out.
+``bmm``: a strided batch through cuBLAS, torch's default; torch 2.11 does not pass the carve-out on to it.
 ``bmm, cuBLASLt``: the same through cuBLASLt, which takes the carve-out as a hint: some of its kernels obey.
 ``grouped_mm``: one product of all rows, cut up by offsets; its kernels have as many blocks as SMs are left to them.
 """
@@ -30,7 +30,7 @@ _CARVE_OUT = "_set_sm_carveout_experimental"
 
 
 def missing(kind: str, left_out: int) -> str | None:
-    """What this torch lacks to run one of `KINDS` with ``left_out`` SMs left out; None: nothing."""
+    """Return what this torch lacks to run one of `KINDS` with ``left_out`` SMs left out; None: nothing."""
     if left_out and not hasattr(torch._C, _CARVE_OUT):
         return f"this torch has no torch._C.{_CARVE_OUT}: its GEMMs leave no SMs out"
     if kind == "grouped_mm" and _grouped_mm() is None:
@@ -55,11 +55,11 @@ class Experts:
         self._second = torch.randn(own, WIDTH, hidden, generator=generator, device=device).bfloat16()
         self._x = torch.randn(own, rows, hidden, generator=generator, device=device).bfloat16()
         self._ends = torch.arange(1, own + 1, dtype=torch.int32, device=device) * rows
-        self._rounds = -(-num_local // own)
-        self.flops = 2.0 * self._rounds * own * rows * hidden * 3 * WIDTH
+        self._repeats = -(-num_local // own)
+        self.flops = 2.0 * self._repeats * own * rows * hidden * 3 * WIDTH
 
     def work(self, kind: str) -> Callable[[], Tensor]:
-        """What runs all of them on the current stream, by one of `KINDS` that is not `missing`."""
+        """Return what runs all of them on the current stream, by one of `KINDS` that is not `missing`."""
         grouped_mm = _grouped_mm() if kind == "grouped_mm" else None
         if grouped_mm is not None:
             x = self._x.flatten(0, 1)
@@ -68,7 +68,7 @@ class Experts:
 
     def _run(self, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         y = x
-        for _ in range(self._rounds):
+        for _ in range(self._repeats):
             gate, up = multiply(x, self._first).chunk(2, -1)
             y = multiply(torch.nn.functional.silu(gate) * up, self._second)
         return y
@@ -116,10 +116,10 @@ def carve_out(num_sms: int) -> Iterator[None]:
 
 
 def kernels_of(work: Callable[[], object]) -> list[dict[str, object]]:
-    """The kernels that some work launches on the GPU, in order: ``name``, ``grid``, ``us``. Runs it under a profiler.
+    """Run some work under a profiler; return its kernels in order: ``name``, ``grid``, ``us``.
 
     Raises:
-        RuntimeError: the profiler cannot look at this GPU.
+        RuntimeError: the profiler does not work on this GPU.
     """
     from torch.profiler import ProfilerActivity, profile
 

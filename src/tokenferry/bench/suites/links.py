@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.core.inputs import WrongAnswer
+from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.errors import PeerTimeout
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.link_limits import spec
@@ -24,7 +24,7 @@ SMEM_BYTES = 220 * 1024
 
 
 class Links(Protocol):
-    """What `tokenferry.bench.suites.limits` measures; launches go to the current stream and are not waited for.
+    """The links that `tokenferry.bench.suites.limits` measures; launches go to the current stream, unawaited.
 
     Rows: each rank has ``num_rows`` rows of ``row_bytes``; row t goes to rank ``(rank + 1 + t % n) % R`` with
     ``n = max(R - 1, 1)``, to place ``t // n`` of this source in that rank's window.
@@ -38,8 +38,8 @@ class Links(Protocol):
     def store(self, rows: Tensor, num_sms: int) -> None: ...  # noqa: D102 - rows -> the peers' windows
     def load(self, rows: Tensor, num_sms: int) -> None: ...  # noqa: D102 - the same places -> rows
     def copy(self, target: Tensor, source: Tensor, num_sms: int) -> None: ...  # noqa: D102 - within this rank
-    def flag(self, rounds: int) -> None: ...  # noqa: D102 - ping-pong between ranks 0 and 1
-    def barrier(self, rounds: int = 1) -> None: ...  # noqa: D102 - of all ranks
+    def flag(self, iterations: int) -> None: ...  # noqa: D102 - ping-pong between ranks 0 and 1
+    def barrier(self, iterations: int = 1) -> None: ...  # noqa: D102 - of all ranks
     def places(self) -> Tensor: ...  # noqa: D102 - [R, rows per source, row_bytes] uint8: what peers stored here
     def check(self) -> None: ...  # noqa: D102 - raise PeerTimeout if a wait ran out; after synchronize
 
@@ -53,12 +53,12 @@ class CudaLinks:
         pg: The process group.
         device: This rank's GPU.
         row_bytes: Most bytes of rows, over all ranks and places, that `shape` will ask for.
-        timeout_s: For meeting, and for each wait of a kernel.
+        timeout_s: For the rendezvous, and for each wait of a kernel.
         cache: Folder of compiled kernels; None: they are compiled anew.
 
     Raises:
         BackendUnavailable: the GPUs cannot reach each other, or there is no memory or compiler.
-        PeerTimeout: a rank did not come.
+        PeerTimeout: a rank did not arrive.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CudaLinks:
         self._params.timeout_ns = int(timeout_s * 1e9)
         self._params.rows_offset = ROWS_OFFSET
         self._params.rank, self._params.num_ranks = self.rank, self.num_ranks
-        self._rounds = {spec.FLAG: 1, spec.BARRIER: 1}  # words of a new window are zero: the first round is 1
+        self._next = {spec.FLAG: 1, spec.BARRIER: 1}  # words of a new window are zero: the first iteration is 1
 
     def shape(self, num_rows: int, row_bytes: int) -> None:
         """Say how many rows of which size each rank has."""
@@ -100,13 +100,13 @@ class CudaLinks:
         self._params.target = target.data_ptr()
         self._move(spec.COPY, source, num_sms)
 
-    def flag(self, rounds: int) -> None:
-        """Let ranks 0 and 1 answer each other."""
-        self._meet(spec.FLAG, rounds)
+    def flag(self, iterations: int) -> None:
+        """Let ranks 0 and 1 exchange flags in turns."""
+        self._synchronize(spec.FLAG, iterations)
 
-    def barrier(self, rounds: int = 1) -> None:
+    def barrier(self, iterations: int = 1) -> None:
         """Let every rank wait for every rank."""
-        self._meet(spec.BARRIER, rounds)
+        self._synchronize(spec.BARRIER, iterations)
 
     def places(self) -> Tensor:
         """View what peers stored into this rank's window: ``[R, rows per source, row_bytes]`` uint8."""
@@ -115,7 +115,7 @@ class CudaLinks:
         return bytes_at(self._window.base + ROWS_OFFSET, num_bytes, self._device, self._window).view(sizes)
 
     def check(self) -> None:
-        """Look whether a kernel gave up; the device has to be idle.
+        """Check whether a wait of a kernel ran out; the device has to be idle.
 
         Raises:
             PeerTimeout: a wait ran out; names the peer.
@@ -125,7 +125,7 @@ class CudaLinks:
             raise PeerTimeout(
                 f"limits: rank {self.rank} waited {self.timeout_s} s in a kernel for rank {late - 1}",
                 phase="limits",
-                call=self._rounds[spec.BARRIER],
+                call=self._next[spec.BARRIER],
                 rank=self.rank,
                 peers=(late - 1,),
                 waited_s=self.timeout_s,
@@ -154,9 +154,9 @@ class CudaLinks:
         smem = warps * spec.STAGES * row_bytes
         self._kernel(which).launch(self._params, num_sms, warps * 32, smem, self._stream())
 
-    def _meet(self, which: KernelSpec, rounds: int) -> None:
-        self._params.epoch, self._params.rounds = self._rounds[which], rounds
-        self._rounds[which] += rounds
+    def _synchronize(self, which: KernelSpec, iterations: int) -> None:
+        self._params.epoch, self._params.rounds = self._next[which], iterations
+        self._next[which] += iterations
         self._kernel(which).launch(self._params, 1, 32, 0, self._stream())
 
     def _stream(self) -> int:
@@ -169,17 +169,17 @@ def rows_per_source(num_rows: int, num_ranks: int) -> int:
 
 
 def window_bytes(row_bytes: int, num_ranks: int) -> int:
-    """Bytes of places for R sources of ``row_bytes`` in all each, with room for one unfinished round of rows."""
+    """Bytes of places for R sources of ``row_bytes`` in all each, with space for one unfinished turn of rows."""
     return num_ranks * (-(-row_bytes // max(num_ranks - 1, 1)) + (1 << 16))
 
 
 def check_stored(places: Tensor, rank: int, source: int, rows: Tensor) -> None:
-    """Check what a rank's window holds of one source.
+    """Check the rows of one source in a rank's window.
 
     Args:
         places: ``[R, rows per source, row_bytes]``: the window of ``rank``.
-        rank: Whose window it is.
-        source: Whose rows are looked at.
+        rank: The rank whose window it is.
+        source: The rank whose rows are checked.
         rows: ``[num_rows, row_bytes]``: all rows of ``source``.
 
     Raises:

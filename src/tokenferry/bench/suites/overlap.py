@@ -1,9 +1,9 @@
 """Communication beside expert GEMMs: how much of it is hidden, what it costs the GEMMs, and what decides that.
 
-The question is who gets the SMs. A block of a call wants an SM for itself, and GEMM kernels of Hopper fill all of them,
-each block until its kernel ends. So the cases differ in what leaves SMs free: GEMMs that leave some out
-(`gemms.carve_out`), calls whose blocks are there before the GEMMs' (`Case.first`), and one call or as many as take as
-long as the GEMMs (`Case.calls`): only the first of these can be there before.
+The question is which kernels get the SMs. A block of a call wants an SM for itself, and GEMM kernels of Hopper fill all
+of them, each block until its kernel ends. So the cases differ in what leaves SMs free: GEMMs that leave some out
+(`gemms.carve_out`), calls whose blocks are on the SMs before the GEMMs' (`OverlapCase.first`), and one call or as many
+as take as long as the GEMMs (`OverlapCase.calls`): only the first of these can be there before.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.core.device import gather, no_collections, slowest
-from tokenferry.bench.core.inputs import expert, must_equal
-from tokenferry.bench.core.session import LEAD_S, Settings, Trial, expert_group, trial
-from tokenferry.bench.core.static_inputs import Inputs, Sizes, check_rows, data_of, draw, expected_sums, scale_of
+from tokenferry.bench.core.checks import check_rows, expected_sums, must_equal
+from tokenferry.bench.core.device import no_collections, slowest
+from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
+from tokenferry.bench.core.session import LEAD_S, Session, Settings, expert_group, open_session
 from tokenferry.bench.suites import gemms
 from tokenferry.bench.suites.calls import default_sms
-from tokenferry.types import Quantized, Routing
+from tokenferry.types import Quantized
 
 WARMUP = 3
 
@@ -30,7 +30,7 @@ LEAD_OF_A_CALL_S = 50e-6
 """More than the host needs to put one call on its stream."""
 
 HEAD_START_S = 10e-6
-"""By so much the one that goes first is ahead: enough for its blocks to be on their SMs. It is in the times of both."""
+"""The lead of the one that goes first: enough for its blocks to be on their SMs. It is in the times of both."""
 
 LEFT_OUT = 16
 """SMs that GEMMs are asked to leave out when their kernels are looked at."""
@@ -39,16 +39,16 @@ Work = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """What runs beside what.
+class OverlapCase:
+    """A call beside GEMMs.
 
     Attributes:
         call: ``"dispatch FP8"`` or ``"combine BF16"``.
         num_sms: SMs of the call; None: its default.
         gemm: One of `gemms.KINDS`.
         carve_out: SMs that the GEMMs are asked to leave out; 0: none.
-        first: ``"calls"`` or ``"GEMMs"``: who starts ahead, by `HEAD_START_S`. Calls always have the higher priority.
-        calls: One after another.
+        first: ``"calls"`` or ``"GEMMs"``: which start ahead, by `HEAD_START_S`. Calls always have the higher priority.
+        calls: Calls, one after another.
     """
 
     call: str
@@ -60,7 +60,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class OverlapTimes:
     """Seconds of the slowest rank, medians.
 
     Attributes:
@@ -81,37 +81,37 @@ class Times:
 
     @property
     def hidden(self) -> float:
-        """The part of the communication that costs no time of its own: 1 is all of it. Against GEMMs on all SMs."""
+        """Return the part of the communication that costs no time beside GEMMs on all SMs; 1 is all of it."""
         return min(1.0, (self.gemm_all + self.comm - self.both) / min(self.comm, self.gemm_all))
 
     @property
     def gemm_cost(self) -> float:
-        """How much longer the GEMMs take beside communication than alone on all SMs: 0 is no longer."""
+        """Return how much longer the GEMMs take beside communication than alone on all SMs: 0 is no longer."""
         return self.gemm_beside / self.gemm_all - 1
 
 
-def measure_overlap(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> None:
-    """Measure for every number of SMs; a job of `World` (through `run_with_feed`). Results go to the news."""
-    with trial(rank, pg, news, settings) as here:
-        here.attempt("overlap", lambda: _measure(here))
+def measure_overlap(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+    """Measure for every number of SMs; a job of `World` (through `run_with_progress`)."""
+    with open_session(rank, pg, progress, settings) as session:
+        session.attempt("overlap", lambda: _measure(session))
 
 
-def variants(call: str, num_sms: int | None, default: int | None, many: int) -> list[Case]:
-    """The cases of one call: all of them for its default number of SMs, those that decide for the others.
+def variants(call: str, num_sms: int | None, default: int | None, many: int) -> list[OverlapCase]:
+    """Return the cases of one call: all of them for its default number of SMs, those that decide for the others.
 
     Args:
-        call: As in `Case`.
-        num_sms: As in `Case`.
-        default: What None stands for; None where SMs have no meaning.
+        call: As in `OverlapCase`.
+        num_sms: As in `OverlapCase`.
+        default: The number of SMs that None stands for; None where SMs have no meaning.
         many: Calls that take as long as the GEMMs.
     """
     sms = num_sms or default or 0
     if num_sms is not None:
-        return [Case(call, num_sms, kind, sms, "calls", many) for kind in gemms.KINDS]
+        return [OverlapCase(call, num_sms, kind, sms, "calls", many) for kind in gemms.KINDS]
     asked = dict.fromkeys((0, sms))
     counts = dict.fromkeys((many, 1))
     return [
-        Case(call, None, kind, left_out, first, calls)
+        OverlapCase(call, None, kind, left_out, first, calls)
         for kind in gemms.KINDS
         for calls in counts
         for left_out in asked
@@ -119,72 +119,74 @@ def variants(call: str, num_sms: int | None, default: int | None, many: int) -> 
     ]
 
 
-def _measure(here: Trial) -> None:
-    settings = here.settings
+def _measure(session: Session) -> None:
+    settings = session.settings
     sizes = settings.sizes(settings.sweep_tokens)
-    inputs = draw(sizes, 0, here.rank, here.bed.device)
-    routing, quantized = Routing(inputs.topk_idx, inputs.topk_weights), Quantized(inputs.data, inputs.scale)
-    with expert_group(here, sizes.tokens) as group:
-        sent = group.dispatch(inputs.x, routing)
+    inputs = draw(sizes, 0, session.rank, session.device.torch_device)
+    with expert_group(session, sizes.tokens) as group:
+        sent = group.dispatch(inputs.x, inputs.routing)
         assert isinstance(sent.x, Tensor)
         y = group.empty_rows(sent.plan)
-        y.copy_(expert(sent.x, here.rank))
+        y.copy_(expert(sent.x, session.rank))
         plan = sent.plan
         del sent
         rows = max(1, settings.ranks * sizes.tokens * sizes.top_k // sizes.experts)
-        beside = Beside(here, gemms.Experts(group.num_local_experts, sizes.hidden, rows, here.bed.device))
+        beside = Beside(
+            session, gemms.Experts(group.num_local_experts, sizes.hidden, rows, session.device.torch_device)
+        )
         for num_sms in (None, *settings.sms):
-            here.tell({"now": f"overlap, {num_sms or 'default'} SMs"})
+            session.send({"now": f"overlap, {num_sms or 'default'} SMs"})
 
             def dispatch(num_sms: int | None = num_sms) -> Tensor | Quantized:
-                return group.redispatch(quantized, plan, num_sms=num_sms).x
+                return group.redispatch(inputs.quantized, plan, num_sms=num_sms).x
 
             def combine(num_sms: int | None = num_sms) -> Tensor:
                 return group.combine(y, plan, num_sms=num_sms).x
 
-            _check(here, sizes, inputs, dispatch(), combine())
+            _check(session, sizes, inputs, dispatch(), combine())
             for name, comm in (("dispatch FP8", dispatch), ("combine BF16", combine)):
-                default = default_sms(here, group, name)
+                default = default_sms(session, group, name)
                 for case in variants(name, num_sms, default, beside.as_long_as_gemms(name, num_sms, comm)):
                     beside.measure(case, comm)
         beside.show_kernels()
 
 
-def _check(here: Trial, sizes: Sizes, inputs: Inputs, got: Tensor | Quantized, sums: Tensor) -> None:
-    assert isinstance(got, Quantized)
-    check_rows("redispatch", sizes, 0, here.rank, ((got.data, data_of), (got.scale, scale_of)))
+def _check(session: Session, sizes: Sizes, inputs: Inputs, got: Tensor | Quantized, sums: Tensor) -> None:
+    check_rows("redispatch", sizes, 0, session.rank, got)
     must_equal("combine", sums, expected_sums(sizes, inputs))
 
 
 class Beside:
     """Measures cases; what runs alone is measured once. Everything is collective."""
 
-    def __init__(self, here: Trial, experts: gemms.Experts) -> None:
-        self._here, self._experts = here, experts
-        self._calls, self._gemms = here.bed.side(), here.bed.side(first=False)
+    def __init__(self, session: Session, experts: gemms.Experts) -> None:
+        self._session, self._experts = session, experts
+        self._calls, self._gemms = session.device.side(), session.device.side(first=False)
         self._alone: dict[object, float] = {}
-        self._told: set[str] = set()
+        self._left_out: set[str] = set()
 
     def as_long_as_gemms(self, name: str, num_sms: int | None, comm: Work) -> int:
-        """How many calls take about as long as the GEMMs."""
+        """Return how many calls take about as long as the GEMMs."""
         one = self._once((name, num_sms, 1), 1, comm)
         return max(1, round(self._gemm_alone(gemms.KINDS[0], 0) / one))
 
-    def measure(self, case: Case, comm: Work) -> None:
-        """Measure one case and tell; one that this torch cannot do is told once and left out."""
+    def measure(self, case: OverlapCase, comm: Work) -> None:
+        """Measure and report one case; one that this torch cannot do is reported once and left out."""
         if self._skip(case.gemm, case.carve_out):
             return
         left_out = f"{case.carve_out} SMs left out" if case.carve_out else "on all SMs"
-        times = self._here.attempt(f"overlap beside {case.gemm}, {left_out}", lambda: self._times(case, comm))
+        times = self._session.attempt(f"overlap beside {case.gemm}, {left_out}", lambda: self._times(case, comm))
         if times is not None:
-            self._here.tell({"overlap": _item(case, times, self._here.settings.sweep_tokens, self._experts.flops)})
+            self._session.send(
+                {"overlap": _item(case, times, self._session.settings.sweep_tokens, self._experts.flops)}
+            )
 
     def show_kernels(self) -> None:
-        """Tell which kernels the GEMMs are, and how many blocks they have.
+        """Report which kernels the GEMMs are, and how many blocks they have.
 
-        As many as SMs: each works to the end of the kernel, and no SM gets free before.
+        With as many as SMs, each works to the end of the kernel, and no SM gets free before.
         """
-        if self._here.bed.num_sms == 0:
+        if self._session.device.num_sms == 0:
             return
         for kind in gemms.KINDS:
             for left_out in (0, LEFT_OUT):
@@ -192,15 +194,15 @@ class Beside:
                     continue
                 with _as_asked(kind, left_out):
                     kernels = _kernels(self._experts.work(kind))
-                self._here.tell({"gemm kernels": {"gemm": kind, "carve_out": left_out, "kernels": kernels}})
-        gather(self._here.pg, None)  # a profiler may be slow on one rank
+                self._session.send({"gemm kernels": {"gemm": kind, "carve_out": left_out, "kernels": kernels}})
+        self._session.gather(None)  # a profiler may be slow on one rank
 
     def _skip(self, kind: str, left_out: int) -> bool:
-        """Whether this torch cannot do it, which is told once."""
+        """Return whether this torch cannot do it, which is reported once."""
         why = gemms.missing(kind, left_out)
-        if why is not None and why not in self._told:
-            self._told.add(why)
-            self._here.tell({"overlap left out": {"gemm": kind, "carve_out": left_out, "why": why}})
+        if why is not None and why not in self._left_out:
+            self._left_out.add(why)
+            self._session.send({"overlap left out": {"gemm": kind, "carve_out": left_out, "why": why}})
         return why is not None
 
     def _gemm_alone(self, kind: str, left_out: int) -> float:
@@ -209,41 +211,41 @@ class Beside:
 
     def _once(self, key: object, calls: int, work: Work) -> float:
         if key not in self._alone:
-            self._alone[key] = _alone(self._here, work, calls)
+            self._alone[key] = _alone(self._session, work, calls)
         return self._alone[key]
 
-    def _times(self, case: Case, comm: Work) -> Times:
+    def _times(self, case: OverlapCase, comm: Work) -> OverlapTimes:
         alone = self._gemm_alone(case.gemm, 0), self._gemm_alone(case.gemm, case.carve_out)
         comm_alone = self._once((case.call, case.num_sms, case.calls), case.calls, comm)
         with _as_asked(case.gemm, case.carve_out), no_collections():
             work, samples = self._experts.work(case.gemm), []
-            for _ in range(WARMUP + max(3, self._here.settings.iters // 3)):
+            for _ in range(WARMUP + max(3, self._session.settings.iterations // 3)):
                 samples.append(self._side_by_side(case, comm, work))
         # (GEMMs, calls) -> the slowest rank of each iteration
         gemm_beside, comm_beside = (
-            statistics.median(slowest(self._here.pg, [pair[which] for pair in samples[WARMUP:]])) for which in (0, 1)
+            statistics.median(slowest(self._session.pg, [pair[which] for pair in samples[WARMUP:]])) for which in (0, 1)
         )
-        both = statistics.median(slowest(self._here.pg, [max(pair) for pair in samples[WARMUP:]]))
-        return Times(*alone, comm_alone, both, gemm_beside, comm_beside)
+        both = statistics.median(slowest(self._session.pg, [max(pair) for pair in samples[WARMUP:]]))
+        return OverlapTimes(*alone, comm_alone, both, gemm_beside, comm_beside)
 
-    def _side_by_side(self, case: Case, comm: Work, work: Work) -> tuple[float, float]:
-        """Seconds from the start until the GEMMs, and until the calls were done, on this rank."""
-        bed, ends = self._here.bed, {}
-        self._here.meet(LEAD_S + LEAD_OF_A_CALL_S * case.calls)
-        start = bed.stamp()
-        for who in ("calls", "GEMMs") if case.first == "calls" else ("GEMMs", "calls"):
-            with self._calls() if who == "calls" else self._gemms():
-                if who != case.first:
-                    bed.hold(HEAD_START_S)
-                for _ in range(case.calls if who == "calls" else 1):
-                    (comm if who == "calls" else work)()
-                ends[who] = bed.stamp()
-        bed.synchronize()
-        return bed.seconds(start, ends["GEMMs"]), bed.seconds(start, ends["calls"])
+    def _side_by_side(self, case: OverlapCase, comm: Work, work: Work) -> tuple[float, float]:
+        """Return the seconds from the start until the GEMMs, and until the calls were done, on this rank."""
+        device, ends = self._session.device, {}
+        self._session.synchronize_ranks(LEAD_S + LEAD_OF_A_CALL_S * case.calls)
+        start = device.stamp()
+        for part in ("calls", "GEMMs") if case.first == "calls" else ("GEMMs", "calls"):
+            with self._calls() if part == "calls" else self._gemms():
+                if part != case.first:
+                    device.hold(HEAD_START_S)
+                for _ in range(case.calls if part == "calls" else 1):
+                    (comm if part == "calls" else work)()
+                ends[part] = device.stamp()
+        device.synchronize()
+        return device.seconds(start, ends["GEMMs"]), device.seconds(start, ends["calls"])
 
 
 def _kernels(work: Work) -> list[dict[str, object]] | str:
-    """The kernels, or why this GPU's profiler does not show them."""
+    """Return the kernels, or why this GPU's profiler does not show them."""
     try:
         return gemms.kernels_of(work)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
@@ -256,22 +258,22 @@ def _as_asked(kind: str, left_out: int) -> Iterator[None]:
         yield
 
 
-def _alone(here: Trial, work: Work, calls: int) -> float:
+def _alone(session: Session, work: Work, calls: int) -> float:
     stamps = []
     with no_collections():
-        for _ in range(WARMUP + max(3, here.settings.iters // 3)):
-            here.meet(LEAD_S + LEAD_OF_A_CALL_S * calls)
-            start = here.bed.stamp()
+        for _ in range(WARMUP + max(3, session.settings.iterations // 3)):
+            session.synchronize_ranks(LEAD_S + LEAD_OF_A_CALL_S * calls)
+            start = session.device.stamp()
             for _ in range(calls):
                 work()
-            stamps.append((start, here.bed.stamp()))
-    here.bed.synchronize()
-    seconds = [here.bed.seconds(*pair) for pair in stamps[WARMUP:]]
+            stamps.append((start, session.device.stamp()))
+    session.device.synchronize()
+    seconds = [session.device.seconds(*pair) for pair in stamps[WARMUP:]]
     # Equal on all ranks, so that they make the same number of calls.
-    return statistics.median(slowest(here.pg, seconds))
+    return statistics.median(slowest(session.pg, seconds))
 
 
-def _item(case: Case, times: Times, tokens: int, flops: float) -> dict[str, object]:
+def _item(case: OverlapCase, times: OverlapTimes, tokens: int, flops: float) -> dict[str, object]:
     return {
         **asdict(case),
         "tokens": tokens,

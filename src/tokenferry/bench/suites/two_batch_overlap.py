@@ -1,4 +1,4 @@
-"""Two micro-batches of decoding with work between their calls: one after another, and overlapped by hooks."""
+"""Two-batch overlap: two micro-batches of decoding with work between their calls, overlapped by hooks or not."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from typing import get_args
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from tokenferry.bench.core.checks import raise_together
 from tokenferry.bench.core.device import no_collections, slowest
-from tokenferry.bench.core.inputs import WrongAnswer
-from tokenferry.bench.core.session import Settings, Trial, expert_group, trial
-from tokenferry.bench.suites.decode import ROOM, Answer, Case, Desk, Graph, new_answers
-from tokenferry.bench.suites.decode_reference import Pool, Truth
+from tokenferry.bench.core.session import Session, Settings, expert_group, open_session
+from tokenferry.bench.suites.decode import HEAP_FOR, Answer, DecodeCase, Graph, StaticInputs, new_answers
+from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Scale
 
 WORK_S = 100e-6
 """How long a piece of work takes, about: that of the attention of a micro-batch."""
 
 MOST_GEMMS = 50
-TRIAL_RUNS, TRIAL_GEMMS = 5, 20
-ROUNDS = 5
-"""Rounds in a graph."""
+CALIBRATION_RUNS, CALIBRATION_GEMMS = 5, 20
+ITERATIONS = 5
+"""Iterations of a schedule in a graph."""
 
 PIECES = 4
-"""Pieces of work in a round: attention, and experts, of each micro-batch."""
+"""Pieces of work in an iteration: attention, and experts, of each micro-batch."""
 
 TILTS = {"even": 0.0, "uneven": 0.5}
-"""By how much more work one micro-batch has than usual, and the other one less: the first on even ranks, the second on
-odd ones. So all ranks have the same to do, at different times, as with sequences of different lengths."""
+"""The share of work that one micro-batch has more than usual, and the other one less: the first on even ranks, the
+second on odd ones. So all ranks have the same to do, at different times, as with sequences of different lengths."""
 
 
 class Work:
     """Some GEMMs that take about `WORK_S`, equally many on all ranks. Making it is collective."""
 
-    def __init__(self, here: Trial) -> None:
-        rows, width = (64, 64) if here.settings.device == "cpu" else (512, 4096)
-        generator = torch.Generator(here.bed.device).manual_seed(1)
+    def __init__(self, session: Session) -> None:
+        rows, width = (64, 64) if session.settings.backend == "cpu" else (512, 4096)
+        generator = torch.Generator(session.device.torch_device).manual_seed(1)
         sizes = ((rows, width), (width, width))
         self._a, self._b = (
-            torch.randn(*size, generator=generator, device=here.bed.device).bfloat16() for size in sizes
+            torch.randn(*size, generator=generator, device=session.device.torch_device).bfloat16() for size in sizes
         )
         self._c = self._a @ self._b
-        one = _seconds(here, self._gemm)
+        one = _seconds(session, self._gemm)
         self.gemms = max(1, min(MOST_GEMMS, round(WORK_S / one)))
 
     def __call__(self, share: float = 1.0) -> None:
@@ -58,47 +59,57 @@ class Work:
         torch.mm(self._a, self._b, out=self._c)
 
 
-def _seconds(here: Trial, gemm: Callable[[], None]) -> float:
-    """Of one of many GEMMs; equal on all ranks."""
+def _seconds(session: Session, gemm: Callable[[], None]) -> float:
+    """Return the seconds of one of many GEMMs; equal on all ranks."""
     samples = []
-    for _ in range(1 + TRIAL_RUNS):
-        here.meet()
+    for _ in range(1 + CALIBRATION_RUNS):
+        session.synchronize_ranks()
         gemm()
-        start = here.bed.stamp()
-        for _ in range(TRIAL_GEMMS):
+        start = session.device.stamp()
+        for _ in range(CALIBRATION_GEMMS):
             gemm()
-        samples.append((start, here.bed.stamp()))
-    here.bed.synchronize()
-    return statistics.median(slowest(here.pg, [here.bed.seconds(*pair) for pair in samples[1:]])) / TRIAL_GEMMS
+        samples.append((start, session.device.stamp()))
+    session.device.synchronize()
+    return (
+        statistics.median(slowest(session.pg, [session.device.seconds(*pair) for pair in samples[1:]]))
+        / CALIBRATION_GEMMS
+    )
 
 
 class Schedules:
-    """Rounds of two micro-batches, A and B. Each goes through attention, dispatch, experts and combine.
+    """Schedules of two micro-batches, A and B. Each goes through attention, dispatch, experts and combine.
 
     Args:
-        desks: Of A and B.
-        case: The pair that is made of them.
+        batches: A and B.
+        case: The pair of calls.
         work: A share of a piece: attention, or experts.
         tilt: How much more work A has than usual, and B less.
     """
 
-    def __init__(self, desks: tuple[Desk, Desk], case: Case, work: Callable[[float], None], tilt: float = 0.0) -> None:
-        self._a, self._b = desks
+    def __init__(
+        self,
+        batches: tuple[StaticInputs, StaticInputs],
+        case: DecodeCase,
+        work: Callable[[float], None],
+        tilt: float = 0.0,
+    ) -> None:
+        self.batches = batches
+        self._a, self._b = batches
         self.case, self._work = case, work
         self._shares = (1 + tilt, 1 - tilt)
 
     def one_after_another(self) -> list[Answer]:
-        """Nothing overlaps: every call is there before the work that needs it begins."""
+        """Overlap nothing: every call ends before the work that needs it begins."""
         answers = []
-        for desk, share in zip((self._a, self._b), self._shares, strict=True):
+        for batch, share in zip((self._a, self._b), self._shares, strict=True):
             self._work(share)
-            sent = self._dispatch(desk, hook=False)
+            sent = self._dispatch(batch, hook=False)
             self._work(share)
-            answers.append(Answer(sent, self._combine(desk, sent, hook=False)))
+            answers.append(Answer(sent, self._combine(batch, sent, hook=False)))
         return answers
 
     def by_hooks(self) -> list[Answer]:
-        """While one micro-batch travels, the other one's work is done; A's attention was, in the round before."""
+        """Do one micro-batch's work while the other one travels; A's attention was done in the iteration before."""
         share_a, share_b = self._shares
         sent_a = self._dispatch(self._a, hook=True)
         self._work(share_b)  # B's attention
@@ -110,67 +121,73 @@ class Schedules:
         self._work(share_b)  # B's experts
         done_a.hook()
         done_b = self._combine(self._b, sent_b, hook=True)
-        self._work(share_a)  # A's attention of the next round
-        done_b.hook()
+        self._work(share_a)  # A's attention of the next iteration
+        _receive(done_b)
         return [Answer(sent_a, done_a), Answer(sent_b, done_b)]
 
     def calls_only(self) -> list[Answer]:
-        """No work."""
+        """Make the calls without work."""
         answers = []
-        for desk in (self._a, self._b):
-            sent = self._dispatch(desk, hook=False)
-            answers.append(Answer(sent, self._combine(desk, sent, hook=False)))
+        for batch in (self._a, self._b):
+            sent = self._dispatch(batch, hook=False)
+            answers.append(Answer(sent, self._combine(batch, sent, hook=False)))
         return answers
 
     def work_only(self) -> list[Answer]:
-        """No calls."""
+        """Do the work without calls."""
         for share in PIECES // 2 * self._shares:
             self._work(share)
         return []
 
-    def _dispatch(self, desk: Desk, *, hook: bool) -> DecodeDispatched[Quantized]:
-        return desk.group.decode_dispatch(desk.x, desk.routing, quantize=Scale.FLOAT32, return_hook=hook)
+    def _dispatch(self, batch: StaticInputs, *, hook: bool) -> DecodeDispatched[Tensor | Quantized]:
+        return batch.group.decode_dispatch(batch.x, batch.routing, quantize=Scale.FLOAT32, return_hook=hook)
 
-    def _combine(self, desk: Desk, sent: DecodeDispatched[Quantized], *, hook: bool) -> DecodeCombined:
-        return desk.group.decode_combine(desk.y, sent.plan, numerics=self.case.numerics, return_hook=hook)
-
-
-def measure_micro(rank: int, pg: dist.ProcessGroup, news: str, settings: Settings) -> None:
-    """Measure two micro-batches; a job of `World` (through `run_with_feed`). Results go to the news."""
-    with trial(rank, pg, news, settings) as here:
-        here.attempt("micro-batches", lambda: _measure(here))
+    def _combine(
+        self, batch: StaticInputs, sent: DecodeDispatched[Tensor | Quantized], *, hook: bool
+    ) -> DecodeCombined:
+        return batch.group.decode_combine(batch.y, sent.plan, numerics=self.case.numerics, return_hook=hook)
 
 
-def _measure(here: Trial) -> None:
-    sizes = here.settings.sizes(max(1, here.settings.micro_tokens // 2))
-    with expert_group(here, sizes.tokens, room=ROOM) as group, no_collections():
-        pool, y, work = Pool(sizes, here.bed.device), new_answers(group), Work(here)
-        truths = [Truth(sizes, variant, here.rank, pool) for variant in range(2)]
-        desks = Desk(group, truths[:1], pool, y), Desk(group, truths[1:], pool, y)
+def _receive(result: DecodeDispatched[Tensor | Quantized] | DecodeCombined) -> None:
+    result.hook()
+
+
+def measure_two_batch(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+    """Measure two-batch overlap; a job of `World` (through `run_with_progress`)."""
+    with open_session(rank, pg, progress, settings) as session:
+        session.attempt("two-batch overlap", lambda: _measure(session))
+
+
+def _measure(session: Session) -> None:
+    sizes = session.settings.sizes(max(1, session.settings.two_batch_tokens // 2))
+    with expert_group(session, sizes.tokens, heap_for=HEAP_FOR) as group, no_collections():
+        pool, y, work = Pool(sizes, session.device.torch_device), new_answers(group), Work(session)
+        a, b = (
+            StaticInputs(group, [DecodeReference(sizes, variant, session.rank, pool)], pool, y) for variant in range(2)
+        )
         for numerics, (name, tilt) in itertools.product(get_args(Numerics), TILTS.items()):
-            tilt = tilt if here.rank % 2 == 0 else -tilt
-            schedules = Schedules(desks, Case("pair", numerics=numerics), work, tilt)
-            what = f"micro-batches, {numerics}, {name} work"
-            here.tell({"now": what})
-            times = here.attempt(what, partial(_times, here, desks, schedules))
+            tilt = tilt if session.rank % 2 == 0 else -tilt
+            schedules = Schedules((a, b), DecodeCase("pair", numerics=numerics), work, tilt)
+            what = f"two-batch overlap, {numerics}, {name} work"
+            session.send({"now": what})
+            times = session.attempt(what, partial(_times, session, schedules))
             about = {"numerics": numerics, "work_is": name, "tokens": sizes.tokens, "gemms": work.gemms}
             if times is not None:
-                here.tell({"micro": {**times, **about}})
+                session.send({"two_batch": {**times, **about}})
 
 
-def _times(here: Trial, desks: tuple[Desk, Desk], schedules: Schedules) -> dict[str, object]:
-    """Of one round of each schedule, all of them checked before and after."""
-    case = schedules.case
-    rounds = {
+def _times(session: Session, schedules: Schedules) -> dict[str, object]:
+    """Return the times of one iteration of each schedule; all of them are checked before and after."""
+    iterations = {
         "serial": schedules.one_after_another,
         "hooks": schedules.by_hooks,
         "calls": schedules.calls_only,
         "work": schedules.work_only,
     }
-    graphs = {name: _capture(here, one) for name, one in rounds.items()}
-    _check(here, desks, case, graphs)
-    found = {name: here.summary(here.replayed(graph.replay, ROUNDS)) for name, graph in graphs.items()}
-    _check(here, desks, case, graphs)
+    graphs = {name: _capture(session, one) for name, one in iterations.items()}
+    _check(session, schedules, graphs)
+    found = {name: session.summary(session.replayed(graph.replay, ITERATIONS)) for name, graph in graphs.items()}
+    _check(session, schedules, graphs)
     median = {name: summary.median_us for name, summary in found.items()}
     return {
         **{name: asdict(summary) for name, summary in found.items()},
@@ -180,28 +197,26 @@ def _times(here: Trial, desks: tuple[Desk, Desk], schedules: Schedules) -> dict[
     }
 
 
-def _capture(here: Trial, round_of: Callable[[], list[Answer]]) -> Graph:
+def _capture(session: Session, iteration: Callable[[], list[Answer]]) -> Graph:
     last: list[Answer] = []
 
     def work() -> None:
         last.clear()
-        for _ in range(ROUNDS):
-            last[:] = round_of()
+        for _ in range(ITERATIONS):
+            last[:] = iteration()
 
-    return Graph(here.bed.capture(work), last)
+    return Graph(session.device.capture(work), last)
 
 
-def _check(here: Trial, desks: tuple[Desk, Desk], case: Case, graphs: dict[str, Graph]) -> None:
-    """Replay and look at both micro-batches.
+def _check(session: Session, schedules: Schedules, graphs: dict[str, Graph]) -> None:
+    """Replay and compare the results of both micro-batches.
 
     Raises:
-        WrongAnswer: on every rank, if any has complaints.
+        WrongAnswer: on every rank, if any has wrong results.
     """
-    said = []
+    errors = []
     for name, graph in graphs.items():
-        graph.run(desks[0])
-        for which, desk, answer in zip("AB", desks, graph.last, strict=False):
-            said += desk.complaints(f"{name}, {which}", case, answer)
-    everybody = [text for texts in here.gather(said) for text in texts]
-    if everybody:
-        raise WrongAnswer("; ".join(everybody[:3]))
+        graph.run(schedules.batches[0])
+        for which, batch, answer in zip("AB", schedules.batches, graph.last, strict=False):
+            errors += batch.errors_of(f"{name}, {which}", schedules.case, answer)
+    raise_together(session.pg, errors)

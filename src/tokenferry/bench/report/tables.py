@@ -1,0 +1,151 @@
+"""Results as rows of tables, and as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenferry.bench.core.session import Label, Result, Times
+
+BASELINE_HEADER = ("call", "mode", "median us", "p05", "p95", "gloo us", "p05", "p95", "ratio", "MB/rank", "GB/s")
+HEADER = (
+    *("library", "call", "rows", "T", "SMs", "isolated us", "p05", "p95", "launch", "back to back us"),
+    *("MB out", "GB/s", "of limit"),
+)
+SHORT_HEADER = (
+    *("call", "rows", "T", "SMs", "isolated us", "launch", "back to back us", "of limit"),
+    *("nccl isolated", "nccl back to back"),
+)
+OVERLAP_HEADER = (
+    *("beside GEMMs", "SMs", "calls", "GEMMs by", "SMs left out", "first"),
+    *("GEMMs us", "with SMs left out", "calls us", "both us", "hidden", "GEMMs slower by"),
+)
+HOST_HEADER = ("host time of an eager call", "median us", "least us")
+
+ALWAYS = 0.9
+"""From this part of the iterations on, something holds for the median and its percentiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratios:
+    """Medians of a call over those of its baseline."""
+
+    isolated: float
+    back_to_back: float
+
+
+def ratios(result: Result, baseline: Times) -> Ratios:
+    """Return the ratios of a result and its baseline."""
+    return Ratios(
+        result.isolated.median_us / baseline.isolated.median_us,
+        result.back_to_back.median_us / baseline.back_to_back.median_us,
+    )
+
+
+def baseline_rows(results: Sequence[Result]) -> list[list[str]]:
+    """Return rows under `BASELINE_HEADER`: two for each result, which all have a baseline."""
+    rows = []
+    for result in results:
+        assert result.baseline is not None
+        ratio = ratios(result, result.baseline)
+        for mode, ours, theirs, over in (
+            ("isolated", result.isolated, result.baseline.isolated, ratio.isolated),
+            ("back to back", result.back_to_back, result.baseline.back_to_back, ratio.back_to_back),
+        ):
+            times = [f"{us:.0f}" for one in (ours, theirs) for us in (one.median_us, one.p05_us, one.p95_us)]
+            moved = [f"{result.bytes_out / 1e6:.2f}", f"{result.bytes_out / ours.median_us / 1e3:.2f}"]
+            rows.append([result.label.call, mode, *times, f"{over:.2f}", *moved])
+    return rows
+
+
+def result_line(result: Result) -> str:
+    """Return one result as a line."""
+    label = result.label
+    sms = "" if label.num_sms is None else f", {label.num_sms} SMs"
+    routing = "" if label.routing == "uniform" else f", {label.routing}"
+    text = f"{label.library}: {label.call}, {label.rows}, T={label.tokens}{sms}{routing}"
+    isolated = f"{result.isolated.median_us:.1f} us isolated (launch: {launch(result.ahead)})"
+    return f"{text}: {isolated}, {result.back_to_back.median_us:.1f} back to back"
+
+
+def cells(result: Result, of_limit: float | None) -> list[str]:
+    """Return one row under `HEADER`; ``of_limit`` as from `Report.fraction`."""
+    label, isolated = result.label, result.isolated
+    call = label.call + "".join(f", {extra}" for extra in (label.note, label.routing) if extra not in ("", "uniform"))
+    return [
+        *(label.library, call, label.rows, str(label.tokens), dash(label.num_sms, "d")),
+        *(f"{us:.1f}" for us in (isolated.median_us, isolated.p05_us, isolated.p95_us)),
+        *(launch(result.ahead), f"{result.back_to_back.median_us:.1f}"),
+        f"{result.bytes_out / 1e6:.2f}",
+        f"{result.bytes_out / isolated.median_us / 1e3:.1f}",
+        dash(of_limit, ".0%"),
+    ]
+
+
+def short_rows(results: Sequence[Result], of_limit: Sequence[float | None]) -> list[list[str]]:
+    """Return rows under `SHORT_HEADER`: our calls with default SMs and uniform routing, and NCCL's beside them.
+
+    Args:
+        results: Of all libraries.
+        of_limit: Of each result, as from `Report.fraction`.
+    """
+    baselines = {_key(r.label): r for r in results if r.label.library in ("nccl", "gloo")}
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for result, fraction in zip(results, of_limit, strict=True):
+        label = result.label
+        if label.library != "tokenferry" or label.routing != "uniform" or label.note or not label.link:
+            continue
+        first = (label.call, label.rows, str(label.tokens), dash(label.num_sms, "d"))
+        times = [f"{result.isolated.median_us:.1f}", launch(result.ahead), f"{result.back_to_back.median_us:.1f}"]
+        baseline = baselines.get(_key(label))
+        theirs = ["-", "-"]
+        if baseline is not None:
+            theirs = [f"{one.median_us:.1f}" for one in (baseline.isolated, baseline.back_to_back)]
+        rows.setdefault(first, [*first, *times, dash(fraction, ".0%"), *theirs])
+    return sorted(rows.values(), key=lambda row: (int(row[2]), row[0], row[1], row[3]))
+
+
+def overlap_rows(items: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return rows under `OVERLAP_HEADER`."""
+    return [
+        [
+            *(item["call"], dash(item["num_sms"], "d"), str(item["calls"])),
+            *(item["gemm"], dash(item["carve_out"] or None, "d"), item["first"]),
+            *(f"{item[name]:.0f}" for name in ("gemm_all_us", "gemm_us", "comm_us", "both_us")),
+            *(f"{item[name]:.0%}" for name in ("hidden", "gemm_cost")),
+        ]
+        for item in items
+    ]
+
+
+def kernel_lines(items: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the GEMM kernels, a line for each kind of GEMM and number of SMs left out."""
+    lines = []
+    for item in items:
+        found = item["kernels"]
+        if not isinstance(found, str):
+            found = "; ".join(f"{one['name'][:60]} {one['grid']} blocks, {one['us']:.0f} us" for one in found)
+        lines.append(f"kernels of {item['gemm']}, {item['carve_out']} SMs left out: {found}")
+    return lines
+
+
+def host_rows(items: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return rows under `HOST_HEADER`."""
+    return [[item["call"], f"{item['median_us']:.1f}", f"{item['least_us']:.1f}"] for item in items]
+
+
+def launch(ahead: float) -> str:
+    """Say whether launches are in an isolated time; in the part ``ahead`` of its iterations the hosts were ahead."""
+    if ahead >= ALWAYS:
+        return "ahead"
+    return "in it" if ahead <= 1 - ALWAYS else f"{ahead:.0%}"
+
+
+def dash(value: float | None, form: str) -> str:
+    """Format a number; ``-`` for None."""
+    return "-" if value is None else format(value, form)
+
+
+def _key(label: Label) -> tuple[str, str, int]:
+    return label.call.split(", rows in")[0], label.rows, label.tokens

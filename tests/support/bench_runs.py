@@ -1,0 +1,64 @@
+"""Runs of `tokenferry bench`, whose reports and output several tests share."""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support import bench_decode_jobs, bench_jobs, limits_jobs
+from tokenferry.cli import bench_cuda
+from tokenferry.cli.main import main, make_parser
+from tokenferry.cli.screen import Screen
+
+TINY = ["--ranks", "2", "--hidden", "128", "--top-k", "2", "--experts", "8", "--iterations", "2", "--seed", "5"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the command.
+
+    Attributes:
+        status: Its exit status.
+        output: Everything that it printed.
+        report: The JSON file.
+        folder: Holds its files.
+    """
+
+    status: int
+    output: str
+    report: dict
+    folder: Path
+
+
+def bench(folder, *words):
+    """Run `tokenferry bench` on the CPU backend."""
+    file, output = folder / "out.json", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = main(["bench", *words, "--json", str(file)])
+    return Run(status, output.getvalue(), json.loads(file.read_text()), folder)
+
+
+def bench_gpu_phases(folder, *words, **jobs):
+    """Run the phases for GPUs on the CPU backend, where `num_sms` has no meaning; links are not measured.
+
+    ``jobs`` replace those of phases; calls are few where the time of the host is measured.
+    """
+    file, output = folder / "out.json", io.StringIO()
+    words = ["bench", *words, *TINY, "--json", str(file)]
+    args = make_parser().parse_args(words)
+    args.command_line = " ".join(["tokenferry", *words])
+    args.device, args.sms = "cpu", ()
+    jobs = {
+        "limits": limits_jobs.stand_in,
+        "host": bench_jobs.measure_host,
+        "decode": bench_decode_jobs.measure_decode,
+        **jobs,
+    }
+    phases = {name: bench_cuda.Phase(job, 60.0, "a test") for name, job in jobs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_cuda, "PHASES", {**bench_cuda.PHASES, **phases})
+        status = bench_cuda.run(args, Screen(output))
+    return Run(status, output.getvalue(), json.loads(file.read_text()), folder)
