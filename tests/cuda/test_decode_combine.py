@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_decode_dispatch import SHORT_S, late_s
 
 from support.decoding import uneven
+from support.kernel_deadlines import SHORT_S, late_s
 from support.virtual_decode import (
     ALIVE,
     BOTH,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from support.kernel_deadlines import SHORT_S, late_s
 from support.virtual_decode import (
     ALIVE,
     BOTH,
@@ -25,15 +26,13 @@ from support.virtual_decode import (
     sends_and_receipts_at_once,
     the_third_waits_for_room,
 )
-from support.virtual_ranks import MACHINE, POISON, Ranks
+from support.virtual_ranks import POISON, Ranks
 from tokenferry import Scale
 from tokenferry.kernels.control_block import Fault
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.types import MoeShape
 
-SHORT_S = 0.2
-"""Deadline of kernels whose peer never comes."""
 TOKENS = (6, 0, 11, 1, 4, 2, 9, 33)
 """Of up to eight ranks."""
 
@@ -459,11 +458,6 @@ def test_a_late_rank_is_masked(num_ranks):
     bed.ranks.wait()
     bed.ranks.check_quiet()
     check_without(after, gone=1, alive=all_ranks & ~2)
-
-
-def late_s(num_ranks: int) -> float:
-    """A deadline by which all ranks but one are here."""
-    return SHORT_S if num_ranks == 2 or MACHINE.device.type == "cuda" else 3.0
 
 
 def check_without(one: Dispatch, gone: int, alive: int) -> None:
