@@ -1,12 +1,8 @@
 """Single calls of groups on the emulator: what ranks have to agree on, kept params, rooms, and where results lie."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
-from support.emulated_group import emulate
 from support.emulator import Emulator
 from tokenferry import MoeShape
 from tokenferry.backends.cuda import plan as cuda_plan
@@ -16,12 +12,6 @@ from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
 SHAPE = MoeShape(4, 2, 16, 8)
-
-
-@pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
 
 
 # ---------------------------------------------------------------------- what ranks have to agree on

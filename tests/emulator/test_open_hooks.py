@@ -1,12 +1,8 @@
 """Hooks that are open while something else happens: a rank is masked, a later call receives, streams change."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
-from support.emulated_group import emulate
 from support.emulator import Emulator
 from tokenferry import MoeShape, Routing
 from tokenferry.errors import RoutingError
@@ -15,12 +11,6 @@ pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.mi
 
 SHAPE = MoeShape(6, 2, 64, 4)
 """Of three ranks with two experts each."""
-
-
-@pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
 
 
 def choosing(*experts: int) -> Routing:

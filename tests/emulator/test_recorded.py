@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-from test_groups import run  # noqa: F401 - the fixture
 
 from support.emulator import Emulator
 from tokenferry.bench.core.device import CpuBed
@@ -26,7 +25,7 @@ def record(rank, pg, hall, spec, found):
         assert group._backend.decoder.trace is None
 
 
-def test_a_pair_on_two_ranks(run, monkeypatch):  # noqa: F811
+def test_a_pair_on_two_ranks(run, monkeypatch):
     monkeypatch.setattr(rounds, "CALIBRATIONS", 6)
     monkeypatch.setattr(rounds, "CHAIN", 3)
     spec, found = Spec(2, 8, 256, 2, 4, 0, 0, 5), {}
@@ -63,7 +62,7 @@ def take_rows(rank, pg, hall, found):
         found[rank] = recorder.words()
 
 
-def test_rows_are_booked_to_the_rank_that_they_came_from(run):  # noqa: F811
+def test_rows_are_booked_to_the_rank_that_they_came_from(run):
     found = {}
     run(3, take_rows, found)
     for rank in range(3):
@@ -84,7 +83,7 @@ def count(rank, pg, hall, spec, slow, found, late_s=0.0):
         found[rank] = rounds.count_in(group, CpuBed(), barrier, spec, slow)
 
 
-def test_who_waits_for_a_slow_rank(run):  # noqa: F811
+def test_who_waits_for_a_slow_rank(run):
     spec, found = Spec(3, 4, 256, 2, 6, 3, 0, 5), {}
     run(3, count, spec, (2, 0.3), found)
     waits = torch.stack([found[r].dispatch_ns + found[r].combine_ns for r in range(3)])
@@ -94,7 +93,7 @@ def test_who_waits_for_a_slow_rank(run):  # noqa: F811
     assert (slow.rank, slow.where) == (2, Where.COMPUTE)
 
 
-def test_a_host_that_begins_late_is_not_counted(run):  # noqa: F811
+def test_a_host_that_begins_late_is_not_counted(run):
     spec, found = Spec(2, 4, 256, 2, 6, 2, 0, 5), {}
     run(2, count, spec, (-1, 0.0), found, 0.5)
     assert found[0].dispatch_ns[1] + found[0].combine_ns[1] < 0.25e9

@@ -3,9 +3,8 @@
 import socket
 
 import pytest
-import test_shared_memory
-from test_shared_memory import HEADER, exchange, post
 
+from support.shared_memory_jobs import HEADER, exchange, post, take
 from tokenferry.transports.base import CallId, Deadline
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
@@ -50,5 +49,5 @@ def test_what_is_here_of_later_calls_stays(transports):
     assert transports[1].heard_number() == 5
     transports[1].go_on_from(5)
     post(transports[1], 6, 100)
-    assert test_shared_memory.take(transports[1], 6, 0) == 100
+    assert take(transports[1], 6, 0) == 100
     assert transports[0].take(CallId(6, "test"), 1, Deadline(1.0)).header == HEADER

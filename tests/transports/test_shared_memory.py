@@ -6,11 +6,10 @@ import socket
 import pytest
 import torch
 
+from support.shared_memory_jobs import HEADER, exchange, post, take
 from tokenferry.errors import PeerTimeout
-from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Floor
+from tokenferry.transports.base import CallId, Deadline, Floor
 from tokenferry.transports.shared_memory import SharedMemoryTransport
-
-HEADER = tuple(range(HEADER_INTS))
 
 
 @pytest.fixture
@@ -21,30 +20,6 @@ def pair():
     yield transports
     for transport in transports:
         transport.close(linger=False)
-
-
-def post(transport, number, payload, skip=frozenset()):
-    """Send ``payload`` bytes, all equal to the call's number, to both ranks."""
-    call = CallId(number, "test")
-    for buffer in transport.open(call, [payload, payload]):
-        buffer.fill_(number % 256)
-    transport.post(call, [HEADER, HEADER], Deadline(1.0), skip)
-    return call
-
-
-def take(transport, number, src):
-    message = transport.take(CallId(number, "test"), src, Deadline(1.0))
-    assert message.header == HEADER
-    assert bool((message.body == number % 256).all()), "another call's bytes"
-    return message.body.numel()
-
-
-def exchange(pair, number, payload):
-    for transport in pair:
-        post(transport, number, payload)
-    for transport in pair:
-        assert [take(transport, number, src) for src in (0, 1)] == [payload, payload]
-        transport.finish(CallId(number, "test"), None)
 
 
 def test_two_segments_alternate_for_calls_of_any_number(pair):
