@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from support.lost_ranks import (
     CASE,
+    CROWDED_S,
     LOST_RANK,
     Loss,
     Report,
@@ -45,7 +46,7 @@ def reports(request, tmp_path_factory) -> dict[str, Future[list[Report]]]:
     """By loss, what ranks 0 and 1 report; the ranks of all losses wait at the same time."""
 
     def job(name: str, phase: str) -> partial:
-        loss = Loss(phase, str(tmp_path_factory.mktemp("loss")), never_calls=name.startswith("never"))
+        loss = Loss(phase, str(tmp_path_factory.mktemp("loss")), CROWDED_S, never_calls=name.startswith("never"))
         return partial(lose_and_go_on, pair=request.param, loss=loss)
 
     return run_at_once(3, request.param.backend, {name: job(name, phase) for name, phase in LOSSES.items()})
@@ -54,7 +55,7 @@ def reports(request, tmp_path_factory) -> dict[str, Future[list[Report]]]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_ranks_go_on_together(reports, name):
     for rank, report in enumerate(reports[name].result()[:2]):
-        check_late(report, rank, LOSSES[name])
+        check_late(report, rank, LOSSES[name], CROWDED_S)
 
 
 def die_and_go_on(rank, pg, pair: Pair, phase: str, folder: str) -> Report:

@@ -21,6 +21,7 @@ import torch
 from support.decoding import Step, check_combined, check_received
 from support.lost_ranks import (
     CASE,
+    CROWDED_S,
     LONG_S,
     LOST_RANK,
     PHASES,
@@ -90,14 +91,14 @@ def reports_of_sleep(request, tmp_path_factory) -> dict[str, Future[list[Report]
     """By phase, what ranks 0 and 1 report when rank 2 sleeps in it; all phases wait at the same time."""
 
     def job(phase: str) -> partial:
-        return partial(sleep_in, pair=request.param, loss=Loss(phase, str(tmp_path_factory.mktemp("sleep"))))
+        return partial(sleep_in, pair=request.param, loss=Loss(phase, str(tmp_path_factory.mktemp("sleep")), CROWDED_S))
 
     return run_at_once(3, request.param.backend, {phase: job(phase) for phase in SLEEPY_PHASES})
 
 
 @pytest.mark.parametrize("phase", SLEEPY_PHASES)
 def test_a_rank_that_sleeps(reports_of_sleep, phase):
-    check_both_late(reports_of_sleep[phase].result(), phase)
+    check_both_late(reports_of_sleep[phase].result(), phase, CROWDED_S)
 
 
 def test_a_rank_that_is_stopped(pair, tmp_path):
