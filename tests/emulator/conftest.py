@@ -10,5 +10,5 @@ from support.emulated_group import emulate
 
 @pytest.fixture
 def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
+    """``run(R, job, *args)``: call ``job(rank, threads, pair, *args)`` in R threads."""
     return emulate(monkeypatch, pytestconfig)

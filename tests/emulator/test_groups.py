@@ -1,4 +1,4 @@
-"""The contract suite's jobs on the CUDA backend, on the emulator; see hall.py."""
+"""The contract suite's jobs on the CUDA backend, on the emulator; see pair.py."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support import decode_jobs, throughput_jobs
-from support.emulated_group import Hall
+from support.emulated_group import EmulatedPair
 from support.emulator import Emulator
 from support.on_device import OnDevice
 from tokenferry import MoeShape
@@ -47,9 +47,9 @@ def test_decode_encodings(run):
 SHAPE = MoeShape(4, 2, 16, 8)
 
 
-def one_errs(rank: int, pg: None, hall: Hall) -> None:
+def one_errs(rank: int, pg: None, pair: EmulatedPair) -> None:
     """A bad index stops the rank that has it; the others wait for its next call."""
-    with hall.open(pg, SHAPE) as group:
+    with pair.open(pg, SHAPE) as group:
         x, good = torch.ones(3, 16), torch.tensor([[0, 3], [1, 2], [2, -1]])
         if rank == 1:
             bad = good.clone()
@@ -75,8 +75,8 @@ def other_call(group: OnDevice, sent: Any, rank: int) -> None:
     group.synchronize()
 
 
-def other_calls(rank: int, pg: None, hall: Hall) -> None:
-    with hall.open(pg, SHAPE) as group:
+def other_calls(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
         sent = group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])))
         with pytest.raises(MismatchError, match="different calls"):
             other_call(group, sent, rank)
@@ -87,9 +87,9 @@ def test_other_calls(run):
     run(2, other_calls)
 
 
-def odd_views(rank: int, pg: None, hall: Hall) -> None:
-    """What a view has no room for is told before a kernel runs; the group stays usable."""
-    with hall.open(pg, SHAPE) as group:
+def odd_views(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """What does not fit a view raises before a kernel runs; the group stays usable."""
+    with pair.open(pg, SHAPE) as group:
         x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, -1]]))
         for shape, what in ((MoeShape(8192, 2, 16, 8), "num_experts=8192"), (MoeShape(4, 65, 16, 8), "top_k=65")):
             wide = Routing(torch.full((2, shape.top_k), -1))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.emulated_group import TIMEOUT_S, DoneJit, DoneKernel, emulate
+from support.emulated_group import TIMEOUT_S, SynchronousJit, SynchronousKernel, emulate
 from support.emulator import Emulator, Stream
 from tokenferry import MoeShape
 from tokenferry.errors import RoutingError
@@ -55,7 +55,7 @@ class Queue:
             time.sleep(1e-3)
 
 
-class QueuedKernel(DoneKernel):
+class QueuedKernel(SynchronousKernel):
     """Runs in its turn, where the thread that launches it has a queue."""
 
     def launch(self, params: Any, grid: int, block: int, smem_bytes: int, stream: int) -> None:
@@ -67,13 +67,13 @@ class QueuedKernel(DoneKernel):
         queue.submit(partial(self._go, copied, min(grid, 4), block, smem_bytes))
 
 
-class QueuedJit(DoneJit):
+class QueuedJit(SynchronousJit):
     kernel_type = QueuedKernel
 
 
 @pytest.fixture
 def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads.
+    """``run(R, job, *args)``: call ``job(rank, threads, pair, *args)`` in R threads.
 
     What calls make stays to the end: queued kernels use it, and no allocator here knows of streams.
     """
@@ -105,9 +105,9 @@ def values(x: torch.Tensor) -> set[float]:
     return set(x.flatten().tolist())
 
 
-def several(rank, pg, hall):
+def several(rank, pg, pair):
     """Rank 0 asks for an expert that there is none, and learns it when calls of every kind are queued behind that."""
-    with hall.open(pg, SHAPE, timeout_s=20.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=20.0) as group:
         kept: list[Any] = []
         first = group.dispatch(rows(5), Routing(INDEX))
 
@@ -140,9 +140,9 @@ def test_calls_behind_a_bad_one_come_to_nothing(run):
     run(2, several)
 
 
-def told_by_a_launched_call(rank, pg, hall):
+def told_by_a_launched_call(rank, pg, pair):
     """A call that waits for its counts learns there of the bad one before it."""
-    with hall.open(pg, SHAPE, timeout_s=20.0) as group, Queue() as queue:
+    with pair.open(pg, SHAPE, timeout_s=20.0) as group, Queue() as queue:
         x, bad, good = rows(rank), BAD.clone(), INDEX.clone()
         pinned = group._backend.context.pinned
         wait = pinned.wait_for_call_number
@@ -171,9 +171,9 @@ def test_a_launched_call_raises_what_an_earlier_one_met(run):
     run(2, told_by_a_launched_call)
 
 
-def several_of_decode(rank, pg, hall, hook):
+def several_of_decode(rank, pg, pair, hook):
     """As `several`: behind the bad dispatch a combine along an earlier plan, and another dispatch."""
-    with hall.open(pg, SHAPE, timeout_s=20.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=20.0) as group:
         weights, kept = torch.ones(3, 2), []
         first = group.decode_dispatch(rows(5), Routing(INDEX, weights))
 
@@ -216,8 +216,8 @@ def test_decode_calls_behind_a_bad_one_come_to_nothing(run, hook):
     run(2, several_of_decode, hook)
 
 
-def close_early(rank, pg, hall):
-    group = hall.open(pg, SHAPE)
+def close_early(rank, pg, pair):
+    group = pair.open(pg, SHAPE)
     with Queue():
         x, index = rows(1), INDEX.clone()
         sent = group.dispatch(x, Routing(index), options=DEVICE)

@@ -22,7 +22,7 @@ def rows(value: float) -> torch.Tensor:
     return torch.full((4, 64), float(value))
 
 
-def pair(group, x, routing, *, hook=False):
+def dispatch_and_combine(group, x, routing, *, hook=False):
     """A dispatch and a combine; expert e multiplies by e + 1."""
     sent = group.decode_dispatch(x, routing)
     factors = torch.arange(1.0, 3.0)[:, None, None] + 2 * group.rank
@@ -32,17 +32,17 @@ def pair(group, x, routing, *, hook=False):
 # ---------------------------------------------------------------------- masks
 
 
-def mask_while_combining(rank, crowd, hall):
+def mask_while_combining(rank, threads, pair):
     """Then ranks 0 and 1 combine from rank 1 what came from rank 2 before."""
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         away = (0, 1) if rank == 2 else (2,)
-        open_one = pair(group, rows(7), choosing(4, 0), hook=True)
-        crowd.wait()
+        open_one = dispatch_and_combine(group, rows(7), choosing(4, 0), hook=True)
+        threads.wait()
         for other in away:
             group.mask(other)
         open_one.hook()
         for n in range(0 if rank == 2 else 4):
-            found = pair(group, rows(100 + n), choosing(2, 0)).x
+            found = dispatch_and_combine(group, rows(100 + n), choosing(2, 0)).x
             assert found.unique().tolist() == [(3.0 + 10.0) * (100 + n)], f"rank {rank}, call {n} after the mask"
 
 
@@ -51,24 +51,24 @@ def test_a_mask_while_a_combine_is_open(run):
     run(3, mask_while_combining)
 
 
-def mask_while_dispatching(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=60.0) as group:
+def mask_while_dispatching(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=60.0) as group:
         away = (0, 1) if rank == 2 else (2,)
         open_one = group.decode_dispatch(rows(7), choosing(4, 0), return_hook=True)
-        crowd.wait()
+        threads.wait()
         for other in away:
             group.mask(other)
         open_one.hook()
         for n in range(2):
-            pair(group, rows(100 + n), choosing(2 * rank, 2 * rank + 1))
-        crowd.wait()
+            dispatch_and_combine(group, rows(100 + n), choosing(2 * rank, 2 * rank + 1))
+        threads.wait()
         for other in away:
             group.mask(other, masked=False)
-        crowd.wait()
+        threads.wait()
         workspace = group._backend.decoder.workspaces.now
         packets = workspace._memory[workspace.rows_at :]
         assert int((packets != 0xFF).sum()) == 0, "packets that nobody will take"
-        crowd.wait()
+        threads.wait()
         for n in range(3):
             sent = group.decode_dispatch(rows(1000 + n), choosing(4, 0))
             for e, count in enumerate(sent.expert_counts.tolist()):
@@ -106,8 +106,8 @@ class Streams:
         self.waits.append((stream, event))
 
 
-def late_hook(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+def late_hook(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         streams = group._backend.context._streams = Streams()
         first, *_ = [group.decode_dispatch(rows(1), choosing(0, 2), return_hook=True) for _ in range(3)]
         streams.now = 2
@@ -120,8 +120,8 @@ def test_a_hook_whose_rows_a_later_call_has_received(run):
     run(1, late_hook)
 
 
-def around_a_capture(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+def around_a_capture(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         context, waited = group._backend.context, []
         context._driver.cuda.cuStreamSynchronize = lambda stream: (waited.append(stream), (0,))[1]
         streams = context._streams = Streams()
@@ -141,8 +141,8 @@ def test_calls_before_and_after_a_capture(run):
     run(1, around_a_capture)
 
 
-def fault_in_a_capture(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+def fault_in_a_capture(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         streams = group._backend.context._streams = Streams()
         group.decode_dispatch(rows(1), choosing(0, 2))
         group.decode_dispatch(rows(1), choosing(0, 6))

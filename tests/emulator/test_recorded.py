@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.mi
 NAMES = ("decode_dispatch", "decode_combine")
 
 
-def record(rank, pg, hall, spec, found):
-    with hall.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
-        found[rank] = rounds.record_in(group, CpuBed(), hall._shared["barrier"].wait, spec, NAMES)
+def record(rank, pg, pair, spec, found):
+    with pair.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
+        found[rank] = rounds.record_in(group, CpuBed(), pair.barrier, spec, NAMES)
         assert group._backend.decoder.trace is None
 
 
@@ -50,11 +50,11 @@ GOES = ((0, 1), (2,), (0, 2))
 """By rank: the ranks whose experts its tokens choose."""
 
 
-def take_rows(rank, pg, hall, found):
+def take_rows(rank, pg, pair, found):
     """One expert a rank; a dispatch, and a combine of each kind."""
     x, weights = torch.ones(3, 16), torch.ones(3, 2)
     experts = torch.tensor([*GOES[rank], -1, -1])[:2].repeat(3, 1)
-    with hall.open(pg, MoeShape(3, 2, 16, 4)) as group:
+    with pair.open(pg, MoeShape(3, 2, 16, 4)) as group:
         recorder = rounds.Recorder(group, 3)
         sent = recorder.call(0, group.decode_dispatch, x, Routing(experts, weights))
         for i, numerics in ((1, "exact"), (2, "fast")):
@@ -74,12 +74,12 @@ def test_rows_are_booked_to_the_rank_that_they_came_from(run):
             assert bool(((rows == 0) | (rows >= starts)).all()), "a row came before its block began"
 
 
-def count(rank, pg, hall, spec, slow, found, late_s=0.0):
+def count(rank, pg, pair, spec, slow, found, late_s=0.0):
     def barrier():
-        hall._shared["barrier"].wait()
+        pair.barrier()
         time.sleep(late_s if rank == 1 else 0.0)
 
-    with hall.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
+    with pair.open(pg, rounds.shape_of(spec)) as group, torch.no_grad():
         found[rank] = rounds.count_in(group, CpuBed(), barrier, spec, slow)
 
 

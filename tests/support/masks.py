@@ -175,6 +175,12 @@ def all_together(group: ExpertGroup, iterations: Iterations, case: Case) -> None
 CASE = Case((3, 2, 4), 6, 3, hidden=64, dtype=torch.float32)
 
 
+def warm_up(pg, pair, case: Case) -> None:
+    """Make a few calls with a long deadline: the first ones of a process take longer than all others."""
+    with pair.open(pg, case.shape) as group:
+        Iterations(group, case).several(2)
+
+
 @dataclass(frozen=True)
 class Absence:
     """How `skip_and_return` loses a rank.
@@ -191,6 +197,7 @@ class Absence:
 def skip_and_return(rank: int, pg, pair, folder: str, timeout_s: float, absence: Absence) -> None:
     """The lost rank calls only after the others have masked it, which is too late; then all resynchronise."""
     notes = Notes(folder, rank, 3)
+    warm_up(pg, pair, CASE)
     with pair.open(pg, CASE.shape, timeout_s=timeout_s, on_timeout="mask") as group:
         group.warmup()
         iterations = Iterations(group, CASE)
@@ -248,6 +255,7 @@ def under_load(rank: int, pg, pair, folder: str, timeout_s: float, load: Load) -
     notes, lost = Notes(folder, rank, pg.size()), load.lost
     case = Case((3, 2, 4, 1)[: pg.size()], 2 * pg.size(), 3, hidden=64, dtype=torch.float32)
     others = frozenset(range(pg.size())) - set(lost)
+    warm_up(pg, pair, case)
     with pair.open(pg, case.shape, timeout_s=timeout_s, on_timeout="mask") as group:
         group.warmup()
         iterations = Iterations(group, case)
@@ -285,6 +293,7 @@ def by_hand(rank: int, pg, pair, folder: str, both_sides: bool, timeout_s: float
     """Ranks 0 and 1 mask rank 2, which masks them or not; they make different numbers of calls, and leave some open."""
     notes, others = Notes(folder, rank, 3), frozenset(range(3)) - {rank}
     away = frozenset({LOST}) if rank != LOST else others
+    warm_up(pg, pair, CASE)
     with pair.open(pg, CASE.shape, timeout_s=timeout_s, on_timeout="raise" if both_sides else "mask") as group:
         group.warmup()
         iterations = Iterations(group, CASE)

@@ -12,14 +12,14 @@ def choices_of(topk_idx):
 
 
 def form_for(layout, choices, num_experts, alignment=1):
-    """A form in which every row has a place; masked: and not one place more than the fullest expert needs."""
+    """Return a form in which every row has a place; masked: with just the capacity that the fullest expert needs."""
     if layout != "masked":
         return Form(layout, alignment if layout == "experts" else 1)
     return Form("masked", capacity=max(1, *Expected(choices, num_experts, Form("masked", capacity=1)).ends))
 
 
 def check(planner, expected, what=""):
-    """Every word that both kernels leave behind, on every rank."""
+    """Check every word that both kernels write, on every rank."""
     for rank in range(planner.ranks.num_ranks):
         check_counts(planner, expected, rank, f"{what} rank {rank}")
         t = planner.tables[rank]

@@ -13,7 +13,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def check_rows(what: str, block: Block, places: list[int], rows: list[Tensor], row_bytes: int) -> None:
-    """The rows at their places, and poison everywhere else."""
+    """Check the rows at their places, and poison everywhere else."""
     want = torch.full((block.tensor.numel() // row_bytes, row_bytes), POISON, dtype=torch.uint8)
     if places:
         want[torch.tensor(places)] = torch.stack(rows).reshape(len(places), row_bytes)

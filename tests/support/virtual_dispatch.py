@@ -16,7 +16,7 @@ from tokenferry.kernels.dispatch_assign import spec as assign_spec
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of a row: how many, of which type, and how they lie: row by row, column by column, or in wider rows."""
+    """Scales of a row: their number, type and layout: row by row, column by column, or in wider rows."""
 
     num: int
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Payload:
-    """What travels."""
+    """The data of a row."""
 
     row_bytes: int
     scales: Scales | None = None
@@ -56,7 +56,7 @@ class Payload:
 
 @dataclass
 class Brought:
-    """What one rank brings."""
+    """The input of one rank."""
 
     x: Tensor
     scale: Tensor | None
@@ -66,7 +66,7 @@ class Brought:
 
 @dataclass
 class Landed:
-    """The blocks of one rank, and what their bytes have to be."""
+    """The receive buffers of one rank."""
 
     rows: Block
     scale: Block | None
@@ -80,7 +80,7 @@ class Landed:
 
 
 class Delivery:
-    """One launch of `move` on all ranks."""
+    """One launch of dispatch on all ranks."""
 
     def __init__(
         self, ranks: Ranks, expected: Expected, payload: Payload, topk_idx: list[Tensor], seed: int = 0
@@ -111,7 +111,7 @@ class Delivery:
         )
 
     def fields(self, rank: int, **more: object) -> dict[str, object]:
-        """Params of `move`."""
+        """Return the params of dispatch."""
         ex, payload, mine, up = self.expected, self.payload, self.brought[rank], self.ranks.on_device
         scales = payload.scales
         bulk = scales.row_bytes if scales and scales.bulk else 0
@@ -155,7 +155,7 @@ class Delivery:
     def run(self) -> None:
         self.ranks.run(dispatch_spec.SPEC, [self.fields(rank) for rank in range(self.ranks.num_ranks)], self.sizes())
 
-    # ------------------------------------------------------------------ what has to be there
+    # ------------------------------------------------------------------ expected output
 
     def check(self) -> None:
         for rank in range(self.ranks.num_ranks):
@@ -187,7 +187,7 @@ class Delivery:
             check_rows(f"{what} row_idx", landed.row_idx, order, row_idx, K * 8)
 
     def weight_rows(self, rank: int) -> list[Tensor]:
-        """Rows: the weights of the slots that are here, 0 elsewhere."""
+        """Return the weights of each row (ROWS): those of slots on this rank, 0 for others."""
         ids = self.expected.ids(rank, torch.int64)
         rows = []
         for row, (src, token) in enumerate(self.expected.received(rank)):
@@ -195,7 +195,7 @@ class Delivery:
         return rows
 
     def weight_sums(self, rank: int) -> dict[int, Tensor]:
-        """By expert: of each place, the sum over the slots that name it, in slot order."""
+        """Return the weight of each place (by expert): the sum over the slots that name it, in slot order."""
         ex, sums = self.expected, {}
         for src, token in ex.received(rank):
             for k, e in enumerate(ex.choices[src][token]):

@@ -53,11 +53,11 @@ class Sizes:
 
 
 Entries = list[tuple[int, int]]
-"""(rank, place) of each entry, by rank; (-1, -1) for none."""
+"""(rank, place) of each entry of a token, by rank; (-1, -1) for none."""
 
 
 class Pull:
-    """One launch on all ranks: random entries, rows of which only those that are named may be read."""
+    """One launch on all ranks, with random entries; only the rows that they name may be read."""
 
     def __init__(self, ranks: Ranks, sizes: Sizes, dtype: torch.dtype, alive: int | None = None) -> None:
         self.ranks, self.sizes, self.dtype = ranks, sizes, dtype
@@ -74,14 +74,14 @@ class Pull:
         self.out = [ranks.poisoned(T, self.hidden, dtype=dtype) for T in sizes.tokens]
 
     def _choose(self) -> Entries:
-        """Entries of one token, and none behind them."""
+        """Return the entries of one token, followed by empty ones."""
         R, W, places = self.ranks.num_ranks, self.sizes.width, self.sizes.num_places
         wanted = self.pick.choice((0, 1, W, self.pick.randint(0, W)))
         chosen = [(self.pick.randrange(R), self.pick.randrange(places)) for _ in range(wanted)]
         return sorted(chosen) + [(-1, -1)] * (W - wanted)
 
     def _rows(self) -> list[Tensor]:
-        """``[places, H]`` of each rank, NaN where nobody may read: also all rows of ranks that take no part."""
+        """Return ``[places, H]`` of each rank, NaN where no rank may read: also all rows of ranks that take no part."""
         named = {one for tokens in self.entries for entries in tokens for one in entries}
         tables = []
         for rank in range(self.ranks.num_ranks):
@@ -102,7 +102,7 @@ class Pull:
     # ------------------------------------------------------------------ the launch
 
     def table(self, rank: int) -> Tensor:
-        """The entries as the kernel wants them, part of a wider table."""
+        """Return the entries as the kernel reads them, part of a wider table."""
         wide = torch.full((self.sizes.tokens[rank], self.sizes.width + 5), 0x0FFFFFF7, dtype=torch.int32)
         for token, entries in enumerate(self.entries[rank]):
             for j, (r, place) in enumerate(entries):
@@ -110,7 +110,7 @@ class Pull:
         return self.ranks.on_device(wide)[:, 3 : 3 + self.sizes.width]
 
     def fields(self, rank: int, **more: object) -> dict[str, object]:
-        """Params of `pull`."""
+        """Return the params of combine_pull."""
         sizes, up, R = self.sizes, self.ranks.on_device, self.ranks.num_ranks
         table = self.table(rank)
         values: dict[str, object] = {
@@ -141,10 +141,10 @@ class Pull:
         fields = [self.fields(rank) if rank in here else None for rank in range(self.ranks.num_ranks)]
         self.ranks.run(pull_spec.SPEC, fields, self.launch_sizes(), self.config)
 
-    # ------------------------------------------------------------------ what has to come out
+    # ------------------------------------------------------------------ expected output
 
     def want(self, rank: int) -> Tensor:
-        """By torch on the CPU, one operation after the other."""
+        """Return the sums, by torch on the CPU, one operation after the other."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         sums = torch.zeros(self.sizes.tokens[rank], self.hidden, dtype=wide)
         for token, entries in enumerate(self.entries[rank]):
