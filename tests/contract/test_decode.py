@@ -50,9 +50,9 @@ def other_encodings(rank, pg, pair: Pair) -> str:
     return str(caught.value)
 
 
-def test_ranks_that_choose_other_encodings_hear_of_it(run):
-    told = run(next(pair for pair in PAIRS if pair.transport == "shared_memory"), 2, other_encodings)
-    assert "encoding is fp8 on rank 0 and logfmt10 on rank 1" in told[0]
+def test_ranks_with_different_encodings_raise(run):
+    texts = run(next(pair for pair in PAIRS if pair.transport == "shared_memory"), 2, other_encodings)
+    assert "encoding is fp8 on rank 0 and logfmt10 on rank 1" in texts[0]
 
 
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
@@ -98,7 +98,7 @@ def test_hooks_may_be_called_in_any_order_and_twice(run, pair):
 
 
 def forgotten_hook(rank, pg, pair: Pair) -> None:
-    """A rank that never receives a result harms nobody."""
+    """Rank 1 never receives its results; all calls of rank 0 work."""
     case = Case((3, 4), 4, 2, hidden=64)
     step = Step(case, rank)
     with pair.open(pg, case.shape) as group:
@@ -112,8 +112,8 @@ def forgotten_hook(rank, pg, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.transport != "process_group"], ids=str)
-def test_a_hook_that_is_never_called_harms_nobody_in_shared_memory(run, pair):
-    """Not over torch.distributed: there a message that nobody receives stays in the process group."""
+def test_a_hook_that_is_never_called_disturbs_no_call_over_shared_memory(run, pair):
+    """Not over torch.distributed: there a message that is not received stays in the process group."""
     run(pair, 2, forgotten_hook)
 
 
@@ -122,7 +122,7 @@ def test_counters_are_added_to(run, pair):
 
 
 def many_tokens(rank, pg, pair: Pair) -> None:
-    """More rows than any block in which a backend may work."""
+    """Send more rows than any block that a backend may work through."""
     case = Case((300, 260), 4, 2, hidden=640, dtype=torch.float32)
     step = Step(case, rank)
     with pair.open(pg, case.shape) as group:
@@ -152,7 +152,7 @@ def test_weights_may_come_with_the_plan(run, pair):
 
 
 def other_calls_between(rank, pg, pair: Pair) -> None:
-    """Both families, two shapes and several live results on one group; a rank is late now and then."""
+    """Use both families, two shapes and several live results on one group; a rank is late now and then."""
     one = Step(Case((3, 1, 2), 6, 2, hidden=128), rank)
     two = Step(Case((1, 5, 0), 3, 3, hidden=256, dtype=torch.float32, routing="repeated", seed=2), rank)
     pick = random.Random(rank)
@@ -200,7 +200,7 @@ def test_masked_ranks_are_skipped_both_ways(run, pair):
 
 
 def fast_is_near(rank, pg, pair: Pair) -> None:
-    """The promise about "fast" in numbers: one more rounding per rank, no more."""
+    """Compare "fast" with "exact": it may differ by one more rounding per rank."""
     case = Case((6, 5), 8, 6, hidden=256)
     step = Step(case, rank)
     with pair.open(pg, case.shape) as group:

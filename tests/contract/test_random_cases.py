@@ -1,4 +1,4 @@
-"""Cases that nobody thought of."""
+"""Random cases on every transport."""
 
 import os
 

@@ -35,7 +35,7 @@ def test_round_trips(run, pair, ranks):
 
 
 def large_then_small(rank, pg, pair: Pair) -> None:
-    """Messages grow and shrink from call to call, far beyond any first buffer."""
+    """Send messages that grow and shrink from call to call, far beyond any first buffer."""
     tokens = ((3, 1), (400, 250), (1, 0), (700, 900), (2, 2), (40, 400))
     steps = [Case(t, 4, 2, hidden=640, dtype=torch.float32, seed=i) for i, t in enumerate(tokens)]
     with pair.open(pg, steps[0].shape) as group:
@@ -62,7 +62,7 @@ def test_overflow_raises_on_every_rank_and_leaves_the_group_usable(run, pair, ra
 
 
 def same_again(rank, pg, pair: Pair, ranks: int) -> list[bytes]:
-    """One job, with another rank late each time; returns every bit that it saw."""
+    """Make the same calls with another rank late each time, and return all bytes of their results."""
     pick = random.Random(0)
     case = Case((6, 2, 9, 3)[:ranks], 2 * ranks, 3, dtype=torch.float32, routing="repeated")
     seen = []
@@ -94,7 +94,7 @@ def test_plans_and_results_outlive_later_calls(run, pair):
 
 
 def two_groups(rank, pg, pair: Pair) -> None:
-    """Two groups on one process group, their calls interleaved, do not take each other's messages."""
+    """Interleave the calls of two groups on one process group."""
     one, other = Case((5, 3), 4, 2), Case((2, 6), 8, 4, dtype=torch.float32, routing="repeated", seed=3)
     with pair.open(pg, one.shape) as a, pair.open(pg, other.shape) as b:
         for options in (DispatchOptions(), DispatchOptions(Layout.EXPERTS)):

@@ -1,4 +1,4 @@
-"""Documents are true: their code runs and prints what they say, their links lead somewhere, what they name exists."""
+"""Documents are true: their code runs and prints what they say, and their links, files and commands exist."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_blocks_say_their_language(path):
 
 
 @pytest.mark.parametrize("path", documents.FILES, ids=documents.name)
-def test_links_lead_somewhere(path):
+def test_links_have_targets(path):
     for link in documents.links(path.read_text()):
         if link.startswith(("https://", "http://")):
             continue
@@ -143,7 +143,7 @@ def test_links_lead_somewhere(path):
             assert anchor in documents.anchors(file.read_text()), f"{documents.name(path)}: {link}: no such heading"
 
 
-def test_links_in_the_code_lead_somewhere():
+def test_links_in_the_code_have_targets():
     found = 0
     for source in sorted((documents.ROOT / "src").rglob("*.py")):
         # A message may be split over two literals: join adjacent ones before looking.

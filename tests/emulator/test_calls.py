@@ -1,4 +1,4 @@
-"""Single calls of groups on the emulator: what ranks have to agree on, kept params, rooms, and where results lie."""
+"""Single calls of groups on the emulator: mismatches, kept launch params, capacities, and overlapping memory."""
 
 import pytest
 import torch
@@ -64,10 +64,10 @@ def test_scales_in_a_wider_buffer_after_few(run, first_tokens):
     run(2, strided_scales, first_tokens)
 
 
-# ---------------------------------------------------------------------- calls that come to nothing
+# ---------------------------------------------------------------------- aborted calls
 
 
-def offsets_of_nothing(rank, threads, pair, fill):
+def offsets_of_an_aborted_call(rank, threads, pair, fill):
     bad = torch.tensor([[0, 3], [1, 9], [2, 0]])
     with pair.open(None, SHAPE, timeout_s=20.0) as group:
         fill(0x3FFFFFFF)
@@ -76,8 +76,8 @@ def offsets_of_nothing(rank, threads, pair, fill):
         assert sent.expert_offsets.tolist() == [0] * 5
 
 
-def test_offsets_of_a_call_that_comes_to_nothing(run, monkeypatch):
-    """Grouped GEMMs that are queued behind it take them for places."""
+def test_offsets_of_an_aborted_call(run, monkeypatch):
+    """They must be 0: grouped GEMMs that are queued behind it read them."""
     empty, dirt = torch.empty, []
 
     def dirty(*size, **options):
@@ -85,7 +85,7 @@ def test_offsets_of_a_call_that_comes_to_nothing(run, monkeypatch):
         return made.fill_(dirt[0]) if dirt and made.dtype is torch.int32 else made
 
     monkeypatch.setattr(torch, "empty", dirty)
-    run(1, offsets_of_nothing, dirt.append)
+    run(1, offsets_of_an_aborted_call, dirt.append)
 
 
 def interrupted(rank, threads, pair, monkeypatch):
@@ -109,11 +109,11 @@ def test_an_interrupt_between_counts_and_rows(run, monkeypatch):
     run(1, interrupted, monkeypatch)
 
 
-# ---------------------------------------------------------------------- rooms and places
+# ---------------------------------------------------------------------- capacities and memory
 
 
 def tiny_rows(rank, threads, pair):
-    """Rows of 16 bytes: what says where they go takes more room than they do."""
+    """Rows of 16 bytes: the table of their places is larger than they are."""
     with pair.open(None, MoeShape(64, 32, 4, 130_000)) as group:
         index = torch.full((4, 32), -1)
         index[:, 0] = 0
@@ -121,8 +121,8 @@ def tiny_rows(rank, threads, pair):
         assert sent.x.shape[0] == (8, 0)[rank]
 
 
-def test_room_for_what_comes_but_not_for_the_worst(run):
-    """The host waits for the counts, and takes what they need; it does not give up."""
+def test_a_heap_that_holds_the_rows_but_not_the_worst_case(run):
+    """The host waits for the counts and allocates what they need instead of raising."""
     run(2, tiny_rows)
 
 
@@ -140,5 +140,5 @@ def result_in_what_is_given(rank, threads, pair):
 
 
 def test_a_result_that_lies_in_what_is_given(run):
-    """Blocks that receive would overwrite rows that others have yet to send."""
+    """Otherwise blocks that receive would overwrite rows that others have yet to send."""
     run(2, result_in_what_is_given)

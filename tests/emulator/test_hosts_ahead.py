@@ -135,13 +135,13 @@ def several(rank, pg, pair):
             assert values(again) == {10.0}
 
 
-def test_calls_behind_a_bad_one_come_to_nothing(run):
-    """Else they would meet the peers' calls before them: rows of one call would arrive in another."""
+def test_calls_behind_a_bad_one_are_no_ops(run):
+    """Otherwise they would pair with earlier calls of the peers: rows of one call would arrive in another."""
     run(2, several)
 
 
-def told_by_a_launched_call(rank, pg, pair):
-    """A call that waits for its counts learns there of the bad one before it."""
+def bad_call_before_one_that_waits(rank, pg, pair):
+    """A call that waits for its counts raises the error of the bad one before it."""
     with pair.open(pg, SHAPE, timeout_s=20.0) as group, Queue() as queue:
         x, bad, good = rows(rank), BAD.clone(), INDEX.clone()
         pinned = group._backend.context.pinned
@@ -166,9 +166,9 @@ def told_by_a_launched_call(rank, pg, pair):
         assert values(sent.x) == {0.0, 1.0}
 
 
-def test_a_launched_call_raises_what_an_earlier_one_met(run):
-    """It came to nothing, too; else its peers would meet it a second time."""
-    run(2, told_by_a_launched_call)
+def test_a_launched_call_raises_the_error_of_an_earlier_one(run):
+    """It is a no-op, too; otherwise its peers would receive it twice."""
+    run(2, bad_call_before_one_that_waits)
 
 
 def several_of_decode(rank, pg, pair, hook):
@@ -212,7 +212,7 @@ def several_of_decode(rank, pg, pair, hook):
 
 
 @pytest.mark.parametrize("hook", [False, True])
-def test_decode_calls_behind_a_bad_one_come_to_nothing(run, hook):
+def test_decode_calls_behind_a_bad_one_are_no_ops(run, hook):
     run(2, several_of_decode, hook)
 
 
@@ -226,7 +226,7 @@ def close_early(rank, pg, pair):
         kept = sent.x
         del group, sent
         gc.collect()
-        assert memory() is not None, "`count` is queued, and the words that it will write belong to nobody"
+        assert memory() is not None, "dispatch_notify is queued, and the words that it will write are freed"
     assert kept.shape[1] == 16
 
 

@@ -47,7 +47,7 @@ def mask_while_combining(rank, threads, pair):
 
 
 def test_a_mask_while_a_combine_is_open(run):
-    """What the masked rank has sent is received; left where it lies, it would be another rank's two calls later."""
+    """Rows of the masked rank are received; otherwise a later call would take them for another rank's."""
     run(3, mask_while_combining)
 
 
@@ -67,7 +67,7 @@ def mask_while_dispatching(rank, threads, pair):
         threads.wait()
         workspace = group._backend.decoder.workspaces.now
         packets = workspace._memory[workspace.rows_at :]
-        assert int((packets != 0xFF).sum()) == 0, "packets that nobody will take"
+        assert int((packets != 0xFF).sum()) == 0, "packets that no call will receive"
         threads.wait()
         for n in range(3):
             sent = group.decode_dispatch(rows(1000 + n), choosing(4, 0))
@@ -77,7 +77,7 @@ def mask_while_dispatching(rank, threads, pair):
 
 
 def test_masks_while_a_dispatch_is_open(run):
-    """The same of a dispatch, whose rows would be new ones when all are together again."""
+    """The same for a dispatch: its rows must not appear in a call after all ranks are unmasked."""
     run(3, mask_while_dispatching)
 
 
@@ -154,6 +154,6 @@ def fault_in_a_capture(rank, threads, pair):
             group.decode_dispatch(rows(1), choosing(0, 2))
 
 
-def test_a_capture_raises_nothing_that_calls_before_it_met(run):
-    """What makes calls run again would be in the graph, and not where it is needed."""
+def test_a_capture_does_not_raise_errors_of_earlier_calls(run):
+    """Otherwise the work that resumes calls would be captured instead of executed."""
     run(1, fault_in_a_capture)

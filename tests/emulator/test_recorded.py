@@ -1,4 +1,4 @@
-"""Timelines and counters of real kernels: what they write down on the emulator fits together."""
+"""Timelines and counters that kernels record on the emulator are consistent."""
 
 import time
 
@@ -62,7 +62,7 @@ def take_rows(rank, pg, pair, found):
         found[rank] = recorder.words()
 
 
-def test_rows_are_booked_to_the_rank_that_they_came_from(run):
+def test_rows_are_recorded_for_their_source_rank(run):
     found = {}
     run(3, take_rows, found)
     for rank in range(3):
@@ -83,7 +83,7 @@ def count(rank, pg, pair, spec, slow, found, late_s=0.0):
         found[rank] = rounds.count_in(group, CpuBed(), barrier, spec, slow)
 
 
-def test_who_waits_for_a_slow_rank(run):
+def test_a_slow_rank_is_identified(run):
     spec, found = Spec(3, 4, 256, 2, 6, 3, 0, 5), {}
     run(3, count, spec, (2, 0.3), found)
     waits = torch.stack([found[r].dispatch_ns + found[r].combine_ns for r in range(3)])

@@ -82,7 +82,7 @@ def masked_encodings(rank, pg, pair: Pair) -> None:
 
 
 def hooks_in_any_order(rank, pg, pair: Pair) -> None:
-    """Each rank receives in an order of its own, and throughput calls pass between."""
+    """Receive in another order on each rank, with throughput calls between."""
     pick = random.Random(rank)
     steps = [Step(Case((3, 0, 4), 6, 3, hidden=64, dtype=torch.float32, seed=seed), rank) for seed in range(6)]
     with pair.open(pg, steps[0].case.shape) as group:
@@ -105,7 +105,7 @@ def hooks_in_any_order(rank, pg, pair: Pair) -> None:
 
 
 def combine_in_any_order(group, steps, sent, order) -> None:
-    """All combines are under way before the first is received."""
+    """Start all combines before the first is received."""
     made = [group.decode_combine(one.x * 2, one.plan, return_hook=True) for one in sent]
     for i in order + order:
         made[i].hook()
@@ -117,7 +117,7 @@ def combine_in_any_order(group, steps, sent, order) -> None:
 
 
 def rows_of(oracle, rank: int, step: Step) -> torch.Tensor:
-    """What rank ``rank`` holds, in its places."""
+    """Return the rows that a rank has received, in their places."""
     table = torch.zeros(oracle.num_local * step.capacity, step.case.hidden, dtype=step.case.dtype)
     for row, x in zip(oracle.rows(rank), oracle.x(rank), strict=True):
         table[row.place] = x
@@ -125,7 +125,7 @@ def rows_of(oracle, rank: int, step: Step) -> torch.Tensor:
 
 
 BEFORE = 10**15
-"""Nanoseconds that a counter holds already."""
+"""Nanoseconds in a counter before the calls."""
 
 
 def counters(rank, pg, pair: Pair, ranks: int) -> list[list[int]]:
@@ -151,12 +151,12 @@ def counters(rank, pg, pair: Pair, ranks: int) -> list[list[int]]:
     return [stats.wait_ns.tolist(), waits.wait_ns.tolist()]
 
 
-def check_counters(told: list[list[list[int]]]) -> None:
-    """What `counters` gave on each rank: only peers are waited for, and rank 0, which was late, by the others."""
-    for rank, (dispatch, combine) in enumerate(told):
+def check_counters(counted: list[list[list[int]]]) -> None:
+    """Check the results of `counters`: ranks wait for peers only, and for rank 0, which was late."""
+    for rank, (dispatch, combine) in enumerate(counted):
         assert min(dispatch) >= BEFORE
         assert min(combine) >= 0
-        assert (dispatch[rank], combine[rank]) == (BEFORE, 0), "nobody waits for himself"
+        assert (dispatch[rank], combine[rank]) == (BEFORE, 0), "a rank waited for itself"
         if rank:
             # Nanoseconds, not seconds; less than the whole test may take.
             assert BEFORE < dispatch[0] < BEFORE + 60e9

@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of the shim; judged by the oracle, which shares no code with the library."""
+"""Jobs of the tests of `tokenferry.compat.deep_ep`; their results are compared with the oracle's."""
 
 import torch
 from torch import Tensor

@@ -200,7 +200,7 @@ def work(pg, pair: Pair, case: Case) -> None:
         check_combined(group, step, sent, torch.bfloat16)
 
 
-# ---------------------------------------------------------------------- what the others must report
+# ---------------------------------------------------------------------- reports
 
 
 def check_report(report: Report, rank: int, phase: str) -> None:

@@ -23,7 +23,7 @@ from tokenferry.testing.compare import same_bits
 
 
 def cases(ranks: int) -> list[Case]:
-    """Every kind of routing, each with other sizes and dtypes; T differs between ranks and is 0 on some."""
+    """Return cases of every kind of routing, sizes and dtypes; T differs between ranks and is 0 on some."""
     uneven = (6, 0, 9, 3, 1, 4, 0, 7)[:ranks]
     return [
         Case(uneven, 2 * ranks, 2),
@@ -79,7 +79,7 @@ def quantized_rows(rank, pg, pair: Pair, ranks: int) -> None:
 
 
 def check_bf16_answers(group, deal: Deal, routing, rows) -> None:
-    """FP8 rows go out, bfloat16 answers come home along the same plan."""
+    """Combine bfloat16 rows along the plan of a dispatch of FP8 rows."""
     sent = group.dispatch(rows, routing, options=deal.options)
     like = group.redispatch(deal.oracle.sent[deal.rank].x, sent.plan)
     check_combine(group, deal, like, torch.bfloat16, 1, True, True)
@@ -106,7 +106,7 @@ def overflow(rank, pg, pair: Pair, ranks: int) -> None:
 
 
 def many_plans(rank, pg, pair: Pair) -> None:
-    """Plans outlive other calls: ten dispatches first, then their combines, last plan first."""
+    """Make ten dispatches first, then their combines, last plan first: plans outlive other calls."""
     steps = [Case((4, 7, 2), 6, 2, dtype=torch.float32, seed=seed) for seed in range(10)]
     with pair.open(pg, steps[0].shape) as group:
         made = []
@@ -121,7 +121,7 @@ def many_plans(rank, pg, pair: Pair) -> None:
 
 
 def plans_in_other_views(rank, pg, pair: Pair) -> None:
-    """A plan knows its own sizes: any view of its group may use it, whatever that view's E, K and M."""
+    """Use plans in another view of their group, whose E, K and M differ: a plan has its own sizes."""
     case = Case((4, 7, 2), 6, 2, dtype=torch.float32)
     with pair.open(pg, case.shape) as group:
         other = group.for_shape(MoeShape(3, 5, case.hidden, max_tokens=1))

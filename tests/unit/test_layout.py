@@ -1,9 +1,10 @@
-"""Sections of a message: in order, apart, aligned, and all of them inside."""
+"""Sections of a message are in order, apart, aligned and inside; results have room for the worst routing."""
 
 import pytest
 import torch
 
-from tokenferry.layout import Sections
+from tokenferry.layout import Sections, room
+from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 1000])
@@ -23,3 +24,10 @@ def test_sections_do_not_overlap(widths, num_rows):
         part += 1
     assert int(body.max()) <= 1 if body.numel() else True
     assert int(body.sum()) == num_rows * sum(widths)
+
+
+def test_padding_of_the_worst_routing_has_room():
+    """Two ranks send a token each, to different experts of one rank: 8 places for each expert."""
+    shape = MoeShape(num_experts=4, top_k=1, hidden=16, max_tokens=1)
+    options = DispatchOptions(Layout.EXPERTS, alignment=8, counts="device")
+    assert room(shape, options, num_ranks=2).worst == 16
