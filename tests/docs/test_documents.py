@@ -207,11 +207,11 @@ def test_readme_example_runs_on_several_ranks(tmp_path, monkeypatch):
 
 
 def imported_rooms() -> dict[str, set[str]]:
-    """Which rooms of the package each room imports."""
+    """Return the modules at the top of the package and which others each imports."""
     package = documents.ROOT / "src" / "tokenferry"
-    rooms: dict[str, set[str]] = {}
+    modules: dict[str, set[str]] = {}
     for path in sorted(package.rglob("*.py")):
-        room = path.relative_to(package).parts[0].removesuffix(".py")
+        module = path.relative_to(package).parts[0].removesuffix(".py")
         text = path.read_text()
         found = set(
             re.findall(r"^\s*from tokenferry\.(\w+)[\w.]* import|^\s*import tokenferry\.(\w+)", text, re.MULTILINE)
@@ -220,19 +220,19 @@ def imported_rooms() -> dict[str, set[str]]:
         names = {name for pair in found for name in pair if name} | {
             n.strip() for line in named for n in line.split(",")
         }
-        rooms.setdefault(room, set()).update(names - {room})
-    del rooms["__init__"]
-    return {room: {name for name in names if name in rooms} for room, names in rooms.items()}
+        modules.setdefault(module, set()).update(names - {module})
+    del modules["__init__"]
+    return {module: {name for name in names if name in modules} for module, names in modules.items()}
 
 
-def test_the_table_of_rooms_is_complete_and_its_arrows_are_true():
+def test_the_table_of_modules_is_complete_and_its_imports_are_true():
     page = (documents.ROOT / "docs" / "architecture.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \|$", page, flags=re.MULTILINE))
-    rooms = imported_rooms()
-    assert set(table) == set(rooms)
-    for room, imports in rooms.items():
-        extra = imports - set(table[room].split(", "))
-        assert not extra, f"docs/architecture.md: {room} imports {sorted(extra)} too"
+    modules = imported_rooms()
+    assert set(table) == set(modules)
+    for module, imports in modules.items():
+        extra = imports - set(table[module].split(", "))
+        assert not extra, f"docs/architecture.md: {module} imports {sorted(extra)} too"
 
 
 def test_every_folder_of_tests_is_listed():

@@ -38,7 +38,7 @@ def needed(case: Case, layout: Layout, alignment: int = 1) -> int:
 
 
 def all_options(case: Case) -> list[DispatchOptions]:
-    """Return options of every layout, with counts on host and device, aligned and not, roomy and tight."""
+    """Return options of every layout, with counts on host and device, aligned and not, with free rows and without."""
     tight = {layout: needed(case, layout) for layout in Layout}
     return [
         DispatchOptions(),

@@ -42,7 +42,7 @@ def cases(ranks: int) -> list[Case]:
 def round_trips(rank, pg, pair: Pair, ranks: int) -> None:
     with pair.open(pg, cases(ranks)[0].shape) as group:
         for i, case in enumerate(cases(ranks)):
-            # Every case meets every layout; roomy, tight and padded variants take turns.
+            # Every case meets every layout; variants with free rows, without and with padding take turns.
             for options in all_options(case)[i % 3 :: 3]:
                 check_round_trip(group.for_shape(case.shape), case, options)
 
@@ -88,7 +88,7 @@ def check_bf16_answers(group, deal: Deal, routing, rows) -> None:
 def overflow(rank, pg, pair: Pair, ranks: int) -> None:
     # All tokens choose rank 0: with more than one rank, only that one overflows, and yet all must raise.
     case = Case((4,) * ranks, 2 * ranks, 3, routing="all_to_expert_0")
-    roomy = 4 * ranks
+    enough = 4 * ranks
     with pair.open(pg, case.shape) as group:
         mine = case.inputs()[rank]
         for layout, counts in (
@@ -97,12 +97,12 @@ def overflow(rank, pg, pair: Pair, ranks: int) -> None:
             (Layout.MASKED, "device"),
             (Layout.MASKED, "host"),
         ):
-            assert needed(case, layout) == roomy
-            with pytest.raises(CapacityError, match=rf"(?s)(?=.*\b{roomy}\b)(?=.*\b{roomy - 1}\b)"):
+            assert needed(case, layout) == enough
+            with pytest.raises(CapacityError, match=rf"(?s)(?=.*\b{enough}\b)(?=.*\b{enough - 1}\b)"):
                 group.dispatch(
-                    mine.x, routing_of(mine), options=DispatchOptions(layout, counts=counts, capacity=roomy - 1)
+                    mine.x, routing_of(mine), options=DispatchOptions(layout, counts=counts, capacity=enough - 1)
                 )
-            check_round_trip(group, case, DispatchOptions(layout, counts=counts, capacity=roomy))
+            check_round_trip(group, case, DispatchOptions(layout, counts=counts, capacity=enough))
 
 
 def many_plans(rank, pg, pair: Pair) -> None:
