@@ -10,17 +10,17 @@ from support.pools import prefer
 from tokenferry.testing.world import World
 
 CUDA_JOB_S = 240.0
-"""Ranks that share a GPU wait for turns of milliseconds, many times a call."""
+"""Seconds for a job on GPUs: ranks that share one wait milliseconds for their turn, many times a call."""
 
-# Tests that leave the backend open are about the CPU's promises, and have tensors there. On a machine with GPUs "auto"
-# would choose otherwise, also in documents' examples and in ranks that are forked later.
+# Tests that name no backend test the CPU's, with tensors on the CPU. On a machine with GPUs "auto" would choose the
+# other one, also in the examples of documents and in ranks that are forked later.
 if torch.cuda.is_available():
     os.environ.setdefault("TOKENFERRY_BACKEND", "cpu")
 
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Callable[..., World]]:
-    """One pool of ranks per R and kind of device for the whole session; made anew after a job failed.
+    """Return pools of ranks, one per R and kind of device for the whole session; a new one after a job failed.
 
     ``worlds(4).run(fn, ...)`` runs on the CPU, ``worlds(4, "cuda").run(fn, ...)`` on ranks that own a GPU.
     """

@@ -1,4 +1,4 @@
-"""What contract tests run on."""
+"""Pairs of backend and transport that contract tests run on."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Jobs of one rank run in this process; like the ranks of a world, it shall not use all cores for tiny tensors."""
+    """Use one thread, as the ranks of a world do: jobs of one rank run in this process, and their tensors are tiny."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Cases that nobody thought of."""
+"""Random cases on every transport."""
 
 import os
 
@@ -37,11 +37,11 @@ def case_and_options(draw: st.DrawFn) -> tuple[Case, DispatchOptions]:
     layout = draw(st.sampled_from(Layout))
     counts = draw(st.sampled_from(("host", "device")))
     alignment = draw(st.integers(1, 9)) if layout is Layout.EXPERTS else 1
-    room = None
+    capacity = None
     if (counts == "device" or layout is Layout.MASKED) and draw(st.booleans()):
-        room = needed(chosen, layout, alignment) + draw(st.integers(0, 3))
+        capacity = needed(chosen, layout, alignment) + draw(st.integers(0, 3))
     zero = layout is not Layout.ROWS and draw(st.booleans())
-    return chosen, DispatchOptions(layout, alignment, zero, counts, room)
+    return chosen, DispatchOptions(layout, alignment, zero, counts, capacity)
 
 
 def round_trip(rank, pg, pair: Pair, chosen: Case, options: DispatchOptions) -> None:

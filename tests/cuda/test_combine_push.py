@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from test_combine_pull import TYPES, by_type
 
+from support.virtual_pull import TYPES, by_type
 from support.virtual_push import Push, Sizes, as_bytes, landed, push
 from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.combine_push import spec as push_spec

@@ -4,10 +4,10 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from test_group_cuda import GIB, HIDDEN, check_numbered, heap_of, numbered
 from torch import Tensor
 
 from support.decoding import Step, check_combined, check_received
+from support.numbered_rows import GIB, HIDDEN, check_numbered, heap_of, numbered
 from support.pairs import NUM_GPUS, Pair
 from tokenferry import ArgumentError, ConfigError, DecodeDispatched, ExpertGroup, MoeShape, Quantized, Routing, Scale
 from tokenferry.testing.cases import Case, answers

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_dispatch_kernel import as_bytes, check_rows
-from test_dispatch_plan import choices_of, form_for
 
+from support.plan_checks import choices_of, form_for
+from support.row_bytes import as_bytes, check_rows
 from support.virtual_plan import Expected
 from support.virtual_ranks import POISON, ranks_of, same_bytes
 from tokenferry.kernels.dispatch_expand import spec as expand_spec

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from support.plan_checks import check, check_counts, choices_of, form_for
 from support.virtual_plan import NO_LIMIT, Expected, Form, Planner
 from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.control_block import Fault
 from tokenferry.kernels.dispatch_notify.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.testing.cases import ROUTINGS, Case
-from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle
 
 RANKS = (1, 2, 3, 4, 5, 8)
@@ -20,46 +20,6 @@ ALIGNMENTS = (8, 1, 3, 128)
 
 by_ranks = pytest.mark.parametrize("num_ranks", RANKS)
 by_layout = pytest.mark.parametrize("layout", ["rows", "experts", "masked"])
-
-
-def choices_of(topk_idx):
-    return [one.tolist() for one in topk_idx]
-
-
-def form_for(layout, choices, num_experts, alignment=1):
-    """A form in which every row has a place; masked: and not one place more than the fullest expert needs."""
-    if layout != "masked":
-        return Form(layout, alignment if layout == "experts" else 1)
-    return Form("masked", capacity=max(1, *Expected(choices, num_experts, Form("masked", capacity=1)).ends))
-
-
-def check(planner, expected, what=""):
-    """Every word that both kernels leave behind, on every rank."""
-    for rank in range(planner.ranks.num_ranks):
-        check_counts(planner, expected, rank, f"{what} rank {rank}")
-        t = planner.tables[rank]
-        places = expected.table(rank)
-        if places.numel():
-            same_bits(f"{what} rank {rank} places", t.places, places)
-        tokens = [token for there in expected.sent[rank] for token in there]
-        flat = torch.full(t.dst_token.shape, int.from_bytes(bytes([POISON]) * 8, "little", signed=True))
-        flat[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        same_bits(f"{what} rank {rank} dst_token", t.dst_token, flat)
-
-
-def check_counts(planner, expected, rank, what):
-    t = planner.tables[rank]
-    same_bits(f"{what} dst_counts", t.dst_counts, torch.tensor(expected.dst_counts(rank)))
-    same_bits(f"{what} src_counts", t.src_counts, torch.tensor(expected.src_counts(rank)))
-    same_bits(f"{what} expert_counts", t.expert_counts, torch.tensor(expected.expert_counts(rank), dtype=torch.int32))
-    same_bits(f"{what} src_expert", t.src_expert, torch.tensor(expected.src_expert(rank), dtype=torch.int32))
-    if expected.form.layout == "experts":
-        first = rank * expected.num_local
-        offsets = [*expected.starts[first : first + expected.num_local], expected.ends[rank]]
-        same_bits(f"{what} expert_offsets", t.expert_offsets, torch.tensor(offsets, dtype=torch.int32))
-    unused = [-1] * (8 - expected.num_ranks)
-    host = [planner.ranks.call, *expected.src_counts(rank), *unused, *expected.dst_counts(rank), *unused]
-    assert t.host.tolist() == [*host, *expected.expert_counts(rank)], f"{what} host words"
 
 
 def plan(num_ranks, topk_idx, num_experts, form, what=""):

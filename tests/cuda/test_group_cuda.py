@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from support.numbered_rows import GIB, HIDDEN, STEP, check_numbered, heap_of, numbered
 from support.pairs import NUM_GPUS, Pair
 from support.throughput import (
     Deal,
@@ -28,7 +29,6 @@ from tokenferry.testing.compare import same_bits
 
 PAIR = Pair("cuda", "nvlink")
 RANKS = 2
-GIB = 1 << 30
 
 
 # ---------------------------------------------------------------------- process groups
@@ -190,25 +190,8 @@ def test_any_number_of_sms(worlds):
 # ---------------------------------------------------------------------- sizes beyond 2^31 and 2^32 bytes
 
 
-HIDDEN = 7168
 TOKENS = 160_000
 """Each goes to both ranks: 320000 rows of 14336 bytes arrive, 4.6e9 bytes; 2^32 is passed near row 299593."""
-STEP = 4096
-
-
-def numbered(numbers: Tensor) -> Tensor:
-    """``[n, HIDDEN]`` bfloat16 made from token numbers: integers from -128 to 127, whose doubles are exact, too."""
-    columns = torch.arange(HIDDEN, device=numbers.device)
-    mixed = (numbers[:, None] * 2_654_435_761 + columns * 40_503) & 0xFFFFFFFF
-    return (((mixed >> 13) ^ (mixed >> 5)) & 0xFF).sub_(128).to(torch.bfloat16)
-
-
-def check_numbered(what: str, rows: Tensor, numbers: Tensor, factor: int = 1) -> None:
-    """Every row is that of its token, checked on the GPU, block by block."""
-    assert rows.shape == (numbers.numel(), HIDDEN), f"{what}: got shape {list(rows.shape)}"
-    for first in range(0, numbers.numel(), STEP):
-        wrong = (rows[first : first + STEP] != numbered(numbers[first : first + STEP]) * factor).any(dim=1)
-        assert not bool(wrong.any()), f"{what}: row {first + int(wrong.nonzero()[0])} is wrong, the first of its block"
 
 
 def check_big(what: str, layout: Layout, x: Tensor) -> None:
@@ -253,15 +236,6 @@ def test_offsets_beyond_32_bits(worlds, layout):
 
 
 # ---------------------------------------------------------------------- the heap
-
-
-@contextmanager
-def heap_of(megabytes: int) -> Iterator[None]:
-    os.environ["TOKENFERRY_HEAP_MB"] = str(megabytes)
-    try:
-        yield
-    finally:
-        del os.environ["TOKENFERRY_HEAP_MB"]
 
 
 @contextmanager

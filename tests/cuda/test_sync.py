@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_combine_pull import Pull, Sizes
-from test_dispatch_kernel import Delivery, Payload
-from test_dispatch_plan import check, choices_of
 from torch import Tensor
 
+from support.plan_checks import check, choices_of
+from support.virtual_dispatch import Delivery, Payload
 from support.virtual_plan import Expected, Form, Planner
+from support.virtual_pull import Pull, Sizes
 from support.virtual_ranks import CONTROL_BLOCK_OFFSETS, POISON, Ranks, ranks_of
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.control_block import HANDSHAKE_WORDS, MAX_RANKS, ROWS_WORD, Fault

@@ -38,7 +38,7 @@ def examples(module: str) -> list[doctest.DocTest]:
 
 
 def public_objects() -> list[tuple[str, object]]:
-    """(dotted name, object) of everything exported, and of the public members of exported classes."""
+    """Yield (dotted name, object) of everything exported, and of the public members of exported classes."""
     found: list[tuple[str, object]] = []
     for name in ("tokenferry", *PUBLIC_MODULES):
         module = importlib.import_module(name)

@@ -1,7 +1,14 @@
-"""Where the emulator and the jobs of other suites are found."""
+"""Groups of threads whose kernels the emulator runs."""
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "contract"), str(HERE.parent / "faults"), str(HERE)]
+import pytest
+
+from support.emulated_group import emulate
+
+
+@pytest.fixture
+def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
+    """``run(R, job, *args)``: call ``job(rank, threads, pair, *args)`` in R threads."""
+    return emulate(monkeypatch, pytestconfig)

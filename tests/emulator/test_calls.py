@@ -1,12 +1,8 @@
-"""Single calls of groups on the emulator: what ranks have to agree on, kept params, rooms, and where results lie."""
-
-from collections.abc import Callable
-from typing import Any
+"""Single calls of groups on the emulator: mismatches, kept launch params, capacities, and overlapping memory."""
 
 import pytest
 import torch
 
-from support.emulated_group import emulate
 from support.emulator import Emulator
 from tokenferry import MoeShape
 from tokenferry.backends.cuda import plan as cuda_plan
@@ -18,18 +14,12 @@ pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.mi
 SHAPE = MoeShape(4, 2, 16, 8)
 
 
-@pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
-
-
 # ---------------------------------------------------------------------- what ranks have to agree on
 
 
-def other_top_k(rank, crowd, hall):
+def other_top_k(rank, threads, pair):
     top_k, dtype = ((4, torch.int64), (8, torch.int32))[rank]
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         view = group.for_shape(MoeShape(4, top_k, 16, 8))
         index = torch.arange(2 * top_k, dtype=dtype).reshape(2, top_k) % 4
         with pytest.raises(MismatchError):
@@ -41,8 +31,8 @@ def test_another_number_of_choices_in_as_many_bytes(run):
     run(2, other_top_k)
 
 
-def one_weight_or_none(rank, crowd, hall):
-    with hall.open(None, MoeShape(4, 1, 16, 8), timeout_s=20.0) as group:
+def one_weight_or_none(rank, threads, pair):
+    with pair.open(None, MoeShape(4, 1, 16, 8), timeout_s=20.0) as group:
         x, index = torch.ones(2, 16), torch.tensor([[0], [2]])
         group.dispatch(x, Routing(index))  # its signature is kept
         weights = torch.full((2, 1), 7.0) if rank == 0 else None
@@ -58,8 +48,8 @@ def test_weights_of_one_slot_and_none(run):
 # ---------------------------------------------------------------------- what is kept from call to call
 
 
-def strided_scales(rank, crowd, hall, first_tokens):
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+def strided_scales(rank, threads, pair, first_tokens):
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         scale = torch.arange(80.0).reshape(4, 20)[:, :4]
         index = torch.tensor([[0, -1], [1, -1], [0, -1], [1, -1]]) + torch.tensor([2 * rank, 0])
         for tokens in (first_tokens, 4):
@@ -74,20 +64,20 @@ def test_scales_in_a_wider_buffer_after_few(run, first_tokens):
     run(2, strided_scales, first_tokens)
 
 
-# ---------------------------------------------------------------------- calls that come to nothing
+# ---------------------------------------------------------------------- aborted calls
 
 
-def offsets_of_nothing(rank, crowd, hall, fill):
+def offsets_of_an_aborted_call(rank, threads, pair, fill):
     bad = torch.tensor([[0, 3], [1, 9], [2, 0]])
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         fill(0x3FFFFFFF)
         sent = group.dispatch(torch.ones(3, 16), Routing(bad), options=DispatchOptions(Layout.EXPERTS, counts="device"))
         assert sent.expert_counts.tolist() == [0] * 4
         assert sent.expert_offsets.tolist() == [0] * 5
 
 
-def test_offsets_of_a_call_that_comes_to_nothing(run, monkeypatch):
-    """Grouped GEMMs that are queued behind it take them for places."""
+def test_offsets_of_an_aborted_call(run, monkeypatch):
+    """They must be 0: grouped GEMMs that are queued behind it read them."""
     empty, dirt = torch.empty, []
 
     def dirty(*size, **options):
@@ -95,16 +85,16 @@ def test_offsets_of_a_call_that_comes_to_nothing(run, monkeypatch):
         return made.fill_(dirt[0]) if dirt and made.dtype is torch.int32 else made
 
     monkeypatch.setattr(torch, "empty", dirty)
-    run(1, offsets_of_nothing, dirt.append)
+    run(1, offsets_of_an_aborted_call, dirt.append)
 
 
-def interrupted(rank, crowd, hall, monkeypatch):
+def interrupted(rank, threads, pair, monkeypatch):
     delivery = DispatchOptions(counts="device", capacity=6)  # the host asks whether it was enough before rows move
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 1], [2, 3]]))
         with monkeypatch.context() as patch:
             patch.setattr(cuda_plan, "wait", interrupt)
@@ -119,25 +109,25 @@ def test_an_interrupt_between_counts_and_rows(run, monkeypatch):
     run(1, interrupted, monkeypatch)
 
 
-# ---------------------------------------------------------------------- rooms and places
+# ---------------------------------------------------------------------- capacities and memory
 
 
-def tiny_rows(rank, crowd, hall):
-    """Rows of 16 bytes: what says where they go takes more room than they do."""
-    with hall.open(None, MoeShape(64, 32, 4, 130_000)) as group:
+def tiny_rows(rank, threads, pair):
+    """Rows of 16 bytes: the table of their places is larger than they are."""
+    with pair.open(None, MoeShape(64, 32, 4, 130_000)) as group:
         index = torch.full((4, 32), -1)
         index[:, 0] = 0
         sent = group.dispatch(torch.ones(4, 4), Routing(index))
         assert sent.x.shape[0] == (8, 0)[rank]
 
 
-def test_room_for_what_comes_but_not_for_the_worst(run):
-    """The host waits for the counts, and takes what they need; it does not give up."""
+def test_a_heap_that_holds_the_rows_but_not_the_worst_case(run):
+    """The host waits for the counts and allocates what they need instead of raising."""
     run(2, tiny_rows)
 
 
-def result_in_what_is_given(rank, crowd, hall):
-    with hall.open(None, MoeShape(4, 1, 64, 64)) as group:
+def result_in_what_is_given(rank, threads, pair):
+    with pair.open(None, MoeShape(4, 1, 64, 64)) as group:
         for n in range(4):
             index = torch.randint(0, 4, (64, 1), generator=torch.Generator().manual_seed(2 * n + rank))
             sent = group.decode_dispatch(torch.randn(64, 64), Routing(index, torch.ones(64, 1)))
@@ -150,5 +140,5 @@ def result_in_what_is_given(rank, crowd, hall):
 
 
 def test_a_result_that_lies_in_what_is_given(run):
-    """Blocks that receive would overwrite rows that others have yet to send."""
+    """Otherwise blocks that receive would overwrite rows that others have yet to send."""
     run(2, result_in_what_is_given)

@@ -1,14 +1,12 @@
-"""The contract suite's jobs on the CUDA backend, on the emulator; see hall.py."""
+"""The contract suite's jobs on the CUDA backend, on the emulator; see pair.py."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_decode as decode
-import test_throughput as throughput
 import torch
 
-from support.emulated_group import Hall, emulate
+from support import decode_jobs, throughput_jobs
+from support.emulated_group import EmulatedPair
 from support.emulator import Emulator
 from support.on_device import OnDevice
 from tokenferry import MoeShape
@@ -19,45 +17,39 @@ from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
 
-@pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_round_trips(run, ranks):
-    run(ranks, throughput.round_trips, ranks)
+    run(ranks, throughput_jobs.round_trips, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2])
 def test_the_rest_of_the_throughput_calls(run, ranks):
-    run(ranks, throughput.quantized_rows, ranks)
-    run(ranks, throughput.overflow, ranks)
-    run(3, throughput.plans_in_other_views)
-    run(3, throughput.many_plans)
+    run(ranks, throughput_jobs.quantized_rows, ranks)
+    run(ranks, throughput_jobs.overflow, ranks)
+    run(3, throughput_jobs.plans_in_other_views)
+    run(3, throughput_jobs.many_plans)
 
 
 def test_decode_rounds(run):
-    run(2, decode.rounds, 2)
-    decode.check_counters(run(3, decode.counters, 3))
+    run(2, decode_jobs.rounds, 2)
+    decode_jobs.check_counters(run(3, decode_jobs.counters, 3))
 
 
 def test_decode_hooks(run):
-    run(3, decode.hooks_in_any_order)
+    run(3, decode_jobs.hooks_in_any_order)
 
 
 def test_decode_encodings(run):
-    run(2, decode.encodings, 2)
-    run(3, decode.masked_encodings)
+    run(2, decode_jobs.encodings, 2)
+    run(3, decode_jobs.masked_encodings)
 
 
 SHAPE = MoeShape(4, 2, 16, 8)
 
 
-def one_errs(rank: int, pg: None, hall: Hall) -> None:
+def one_errs(rank: int, pg: None, pair: EmulatedPair) -> None:
     """A bad index stops the rank that has it; the others wait for its next call."""
-    with hall.open(pg, SHAPE) as group:
+    with pair.open(pg, SHAPE) as group:
         x, good = torch.ones(3, 16), torch.tensor([[0, 3], [1, 2], [2, -1]])
         if rank == 1:
             bad = good.clone()
@@ -83,8 +75,8 @@ def other_call(group: OnDevice, sent: Any, rank: int) -> None:
     group.synchronize()
 
 
-def other_calls(rank: int, pg: None, hall: Hall) -> None:
-    with hall.open(pg, SHAPE) as group:
+def other_calls(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
         sent = group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])))
         with pytest.raises(MismatchError, match="different calls"):
             other_call(group, sent, rank)
@@ -95,9 +87,9 @@ def test_other_calls(run):
     run(2, other_calls)
 
 
-def odd_views(rank: int, pg: None, hall: Hall) -> None:
-    """What a view has no room for is told before a kernel runs; the group stays usable."""
-    with hall.open(pg, SHAPE) as group:
+def odd_views(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """What does not fit a view raises before a kernel runs; the group stays usable."""
+    with pair.open(pg, SHAPE) as group:
         x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, -1]]))
         for shape, what in ((MoeShape(8192, 2, 16, 8), "num_experts=8192"), (MoeShape(4, 65, 16, 8), "top_k=65")):
             wide = Routing(torch.full((2, shape.top_k), -1))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.emulated_group import TIMEOUT_S, DoneJit, DoneKernel, emulate
+from support.emulated_group import TIMEOUT_S, SynchronousJit, SynchronousKernel, emulate
 from support.emulator import Emulator, Stream
 from tokenferry import MoeShape
 from tokenferry.errors import RoutingError
@@ -55,7 +55,7 @@ class Queue:
             time.sleep(1e-3)
 
 
-class QueuedKernel(DoneKernel):
+class QueuedKernel(SynchronousKernel):
     """Runs in its turn, where the thread that launches it has a queue."""
 
     def launch(self, params: Any, grid: int, block: int, smem_bytes: int, stream: int) -> None:
@@ -67,13 +67,13 @@ class QueuedKernel(DoneKernel):
         queue.submit(partial(self._go, copied, min(grid, 4), block, smem_bytes))
 
 
-class QueuedJit(DoneJit):
+class QueuedJit(SynchronousJit):
     kernel_type = QueuedKernel
 
 
 @pytest.fixture
 def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads.
+    """``run(R, job, *args)``: call ``job(rank, threads, pair, *args)`` in R threads.
 
     What calls make stays to the end: queued kernels use it, and no allocator here knows of streams.
     """
@@ -105,9 +105,9 @@ def values(x: torch.Tensor) -> set[float]:
     return set(x.flatten().tolist())
 
 
-def several(rank, pg, hall):
+def several(rank, pg, pair):
     """Rank 0 asks for an expert that there is none, and learns it when calls of every kind are queued behind that."""
-    with hall.open(pg, SHAPE, timeout_s=20.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=20.0) as group:
         kept: list[Any] = []
         first = group.dispatch(rows(5), Routing(INDEX))
 
@@ -135,14 +135,14 @@ def several(rank, pg, hall):
             assert values(again) == {10.0}
 
 
-def test_calls_behind_a_bad_one_come_to_nothing(run):
-    """Else they would meet the peers' calls before them: rows of one call would arrive in another."""
+def test_calls_behind_a_bad_one_are_no_ops(run):
+    """Otherwise they would pair with earlier calls of the peers: rows of one call would arrive in another."""
     run(2, several)
 
 
-def told_by_a_launched_call(rank, pg, hall):
-    """A call that waits for its counts learns there of the bad one before it."""
-    with hall.open(pg, SHAPE, timeout_s=20.0) as group, Queue() as queue:
+def bad_call_before_one_that_waits(rank, pg, pair):
+    """A call that waits for its counts raises the error of the bad one before it."""
+    with pair.open(pg, SHAPE, timeout_s=20.0) as group, Queue() as queue:
         x, bad, good = rows(rank), BAD.clone(), INDEX.clone()
         pinned = group._backend.context.pinned
         wait = pinned.wait_for_call_number
@@ -166,14 +166,14 @@ def told_by_a_launched_call(rank, pg, hall):
         assert values(sent.x) == {0.0, 1.0}
 
 
-def test_a_launched_call_raises_what_an_earlier_one_met(run):
-    """It came to nothing, too; else its peers would meet it a second time."""
-    run(2, told_by_a_launched_call)
+def test_a_launched_call_raises_the_error_of_an_earlier_one(run):
+    """It is a no-op, too; otherwise its peers would receive it twice."""
+    run(2, bad_call_before_one_that_waits)
 
 
-def several_of_decode(rank, pg, hall, hook):
+def several_of_decode(rank, pg, pair, hook):
     """As `several`: behind the bad dispatch a combine along an earlier plan, and another dispatch."""
-    with hall.open(pg, SHAPE, timeout_s=20.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=20.0) as group:
         weights, kept = torch.ones(3, 2), []
         first = group.decode_dispatch(rows(5), Routing(INDEX, weights))
 
@@ -212,12 +212,12 @@ def several_of_decode(rank, pg, hall, hook):
 
 
 @pytest.mark.parametrize("hook", [False, True])
-def test_decode_calls_behind_a_bad_one_come_to_nothing(run, hook):
+def test_decode_calls_behind_a_bad_one_are_no_ops(run, hook):
     run(2, several_of_decode, hook)
 
 
-def close_early(rank, pg, hall):
-    group = hall.open(pg, SHAPE)
+def close_early(rank, pg, pair):
+    group = pair.open(pg, SHAPE)
     with Queue():
         x, index = rows(1), INDEX.clone()
         sent = group.dispatch(x, Routing(index), options=DEVICE)
@@ -226,7 +226,7 @@ def close_early(rank, pg, hall):
         kept = sent.x
         del group, sent
         gc.collect()
-        assert memory() is not None, "`count` is queued, and the words that it will write belong to nobody"
+        assert memory() is not None, "dispatch_notify is queued, and the words that it will write are freed"
     assert kept.shape[1] == 16
 
 

@@ -1,20 +1,18 @@
-"""Lost ranks and other faults of decode calls on the CUDA backend, on the emulator; the jobs are those of tests/faults.
+"""Lost ranks and other faults of decode calls on the CUDA backend, on the emulator, with the jobs of tests/faults.
 
 A thread cannot be stopped: here a rank is lost by not calling.
 """
 
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-import test_bad_routing as routing
-import test_go_on as go_on
-import test_lost_ranks as lost
 
-from support.emulated_group import emulate
+from support.bad_routing import decode_with_bad_experts
 from support.emulator import Emulator, build, translate
-from support.masks import Load, by_hand, skip_and_return, under_load
+from support.lost_ranks import CROWDED_S, PHASES, Loss, check_both_late, check_late, lose_and_go_on, sleep_in
+from support.masks import Absence, Load, by_hand, skip_and_return, under_load
+from support.mismatches import MISMATCHES, check_mismatch, disagree
 from tokenferry.kernels import control_block
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
 
@@ -22,24 +20,18 @@ DEVICE = Path(control_block.__file__).parent
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
-TIMEOUT_S = 5.0
-"""Of calls whose ranks are all there, and slow: threads of one processor or two."""
+TIMEOUT_S = 4.0
+"""Enough for threads that share one processor or two."""
 
 
-@pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
-
-
-@pytest.mark.parametrize(("where", "hook"), [("dispatch", False), ("dispatch", True), ("combine", False)])
-def test_a_rank_that_is_away_comes_back(run, tmp_path, where, hook):
-    run(3, skip_and_return, str(tmp_path), TIMEOUT_S, where, hook)
+@pytest.mark.parametrize("absence", [Absence("dispatch"), Absence("dispatch", hook=True), Absence("combine")], ids=str)
+def test_a_rank_that_is_away_comes_back(run, tmp_path, absence):
+    run(3, skip_and_return, str(tmp_path), TIMEOUT_S, absence)
 
 
 def test_two_ranks_that_are_away_come_back_one_by_one(run, tmp_path):
-    told = run(3, under_load, str(tmp_path), TIMEOUT_S, Load((2, 1), 20, stopped=False))
-    assert told[0]["masked"] in (1, 2)
+    found = run(3, under_load, str(tmp_path), TIMEOUT_S, Load((2, 1), 20, stopped=False))
+    assert found[0]["masked"] in (1, 2)
 
 
 @pytest.mark.parametrize("both_sides", [True, False])
@@ -47,7 +39,7 @@ def test_masks_by_hand(run, tmp_path, both_sides):
     run(3, by_hand, str(tmp_path), both_sides, TIMEOUT_S)
 
 
-def test_the_host_knows_where_fields_of_a_board_are(tmp_path):
+def test_the_host_knows_where_the_fields_of_a_control_block_are(tmp_path):
     """g++ compares it with the struct that the kernels use."""
     headers = {
         name: translate(name, (DEVICE / name).read_text()) for name in ("device/control_block.cuh", "device/ptx.cuh")
@@ -59,34 +51,30 @@ def test_the_host_knows_where_fields_of_a_board_are(tmp_path):
     build(main, headers, "control_block", tmp_path)
 
 
-@pytest.fixture
-def patient(monkeypatch):
-    """Deadlines that threads of one processor keep."""
-    for module in (lost, go_on):
-        monkeypatch.setattr(module, "SHORT_S", TIMEOUT_S)
+DECODING = [phase for phase in PHASES if phase.startswith("decode")]
 
 
-DECODING = [phase for phase in lost.PHASES if phase.startswith("decode")]
+def test_a_rank_that_sleeps(run, tmp_path_factory):
+    """In each phase of decode calls; the ranks of all phases wait at the same time."""
+    losses = [Loss(phase, str(tmp_path_factory.mktemp("sleep")), CROWDED_S) for phase in DECODING]
+    with ThreadPoolExecutor(len(losses)) as pool:
+        for loss, reports in zip(losses, pool.map(lambda loss: run(3, sleep_in, loss), losses), strict=True):
+            check_both_late(reports, loss.phase, CROWDED_S)
 
 
-@pytest.mark.parametrize("phase", DECODING)
-def test_a_rank_that_sleeps(run, patient, tmp_path, phase):
-    lost.check_both_late(run(3, lost.stall_in, phase, str(tmp_path)), phase)
-
-
-@pytest.mark.parametrize(("how", "phase"), [("sleeps", DECODING[0]), ("never calls", DECODING[1])])
-def test_ranks_go_on_together(run, patient, tmp_path, how, phase):
-    results = run(3, go_on.lose_and_go_on, phase, how, str(tmp_path))
+@pytest.mark.parametrize(("never_calls", "phase"), [(False, DECODING[0]), (True, DECODING[1])])
+def test_ranks_go_on_together(run, tmp_path, never_calls, phase):
+    results = run(3, lose_and_go_on, Loss(phase, str(tmp_path), TIMEOUT_S, never_calls))
     for rank in (0, 1):
-        lost.check_late(results[rank], rank, phase)
+        check_late(results[rank], rank, phase, TIMEOUT_S)
 
 
-@pytest.mark.parametrize("name", lost.MISMATCHES)
+@pytest.mark.parametrize("name", MISMATCHES)
 def test_ranks_that_call_different_things(run, name):
-    for rank, text in enumerate(run(3, lost.disagree, name)):
-        lost.check_mismatch(text, rank, 3, name)
+    for rank, text in enumerate(run(3, disagree, name)):
+        check_mismatch(text, rank, 3, name)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_decoding_goes_on_after_bad_experts(run, culprit):
-    run(2, routing.decoding_errs, culprit)
+    run(2, decode_with_bad_experts, culprit)

@@ -1,12 +1,8 @@
 """Hooks that are open while something else happens: a rank is masked, a later call receives, streams change."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
-from support.emulated_group import emulate
 from support.emulator import Emulator
 from tokenferry import MoeShape, Routing
 from tokenferry.errors import RoutingError
@@ -15,12 +11,6 @@ pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.mi
 
 SHAPE = MoeShape(6, 2, 64, 4)
 """Of three ranks with two experts each."""
-
-
-@pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
-    """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
 
 
 def choosing(*experts: int) -> Routing:
@@ -32,7 +22,7 @@ def rows(value: float) -> torch.Tensor:
     return torch.full((4, 64), float(value))
 
 
-def pair(group, x, routing, *, hook=False):
+def dispatch_and_combine(group, x, routing, *, hook=False):
     """A dispatch and a combine; expert e multiplies by e + 1."""
     sent = group.decode_dispatch(x, routing)
     factors = torch.arange(1.0, 3.0)[:, None, None] + 2 * group.rank
@@ -42,43 +32,43 @@ def pair(group, x, routing, *, hook=False):
 # ---------------------------------------------------------------------- masks
 
 
-def mask_while_combining(rank, crowd, hall):
+def mask_while_combining(rank, threads, pair):
     """Then ranks 0 and 1 combine from rank 1 what came from rank 2 before."""
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         away = (0, 1) if rank == 2 else (2,)
-        open_one = pair(group, rows(7), choosing(4, 0), hook=True)
-        crowd.wait()
+        open_one = dispatch_and_combine(group, rows(7), choosing(4, 0), hook=True)
+        threads.wait()
         for other in away:
             group.mask(other)
         open_one.hook()
         for n in range(0 if rank == 2 else 4):
-            found = pair(group, rows(100 + n), choosing(2, 0)).x
+            found = dispatch_and_combine(group, rows(100 + n), choosing(2, 0)).x
             assert found.unique().tolist() == [(3.0 + 10.0) * (100 + n)], f"rank {rank}, call {n} after the mask"
 
 
 def test_a_mask_while_a_combine_is_open(run):
-    """What the masked rank has sent is received; left where it lies, it would be another rank's two calls later."""
+    """Rows of the masked rank are received; otherwise a later call would take them for another rank's."""
     run(3, mask_while_combining)
 
 
-def mask_while_dispatching(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=60.0) as group:
+def mask_while_dispatching(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=60.0) as group:
         away = (0, 1) if rank == 2 else (2,)
         open_one = group.decode_dispatch(rows(7), choosing(4, 0), return_hook=True)
-        crowd.wait()
+        threads.wait()
         for other in away:
             group.mask(other)
         open_one.hook()
         for n in range(2):
-            pair(group, rows(100 + n), choosing(2 * rank, 2 * rank + 1))
-        crowd.wait()
+            dispatch_and_combine(group, rows(100 + n), choosing(2 * rank, 2 * rank + 1))
+        threads.wait()
         for other in away:
             group.mask(other, masked=False)
-        crowd.wait()
+        threads.wait()
         workspace = group._backend.decoder.workspaces.now
         packets = workspace._memory[workspace.rows_at :]
-        assert int((packets != 0xFF).sum()) == 0, "packets that nobody will take"
-        crowd.wait()
+        assert int((packets != 0xFF).sum()) == 0, "packets that no call will receive"
+        threads.wait()
         for n in range(3):
             sent = group.decode_dispatch(rows(1000 + n), choosing(4, 0))
             for e, count in enumerate(sent.expert_counts.tolist()):
@@ -87,7 +77,7 @@ def mask_while_dispatching(rank, crowd, hall):
 
 
 def test_masks_while_a_dispatch_is_open(run):
-    """The same of a dispatch, whose rows would be new ones when all are together again."""
+    """The same for a dispatch: its rows must not appear in a call after all ranks are unmasked."""
     run(3, mask_while_dispatching)
 
 
@@ -116,8 +106,8 @@ class Streams:
         self.waits.append((stream, event))
 
 
-def late_hook(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+def late_hook(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         streams = group._backend.context._streams = Streams()
         first, *_ = [group.decode_dispatch(rows(1), choosing(0, 2), return_hook=True) for _ in range(3)]
         streams.now = 2
@@ -130,8 +120,8 @@ def test_a_hook_whose_rows_a_later_call_has_received(run):
     run(1, late_hook)
 
 
-def around_a_capture(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+def around_a_capture(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         context, waited = group._backend.context, []
         context._driver.cuda.cuStreamSynchronize = lambda stream: (waited.append(stream), (0,))[1]
         streams = context._streams = Streams()
@@ -151,8 +141,8 @@ def test_calls_before_and_after_a_capture(run):
     run(1, around_a_capture)
 
 
-def fault_in_a_capture(rank, crowd, hall):
-    with hall.open(None, SHAPE, timeout_s=20.0) as group:
+def fault_in_a_capture(rank, threads, pair):
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
         streams = group._backend.context._streams = Streams()
         group.decode_dispatch(rows(1), choosing(0, 2))
         group.decode_dispatch(rows(1), choosing(0, 6))
@@ -164,6 +154,6 @@ def fault_in_a_capture(rank, crowd, hall):
             group.decode_dispatch(rows(1), choosing(0, 2))
 
 
-def test_a_capture_raises_nothing_that_calls_before_it_met(run):
-    """What makes calls run again would be in the graph, and not where it is needed."""
+def test_a_capture_does_not_raise_errors_of_earlier_calls(run):
+    """Otherwise the work that resumes calls would be captured instead of executed."""
     run(1, fault_in_a_capture)

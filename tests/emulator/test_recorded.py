@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-from test_groups import run  # noqa: F401 - the fixture
 
 from support.emulator import Emulator
 from tokenferry.bench.core.device import CpuDevice
@@ -19,13 +18,13 @@ pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.mi
 NAMES = ("decode_dispatch", "decode_combine")
 
 
-def record(rank, pg, hall, sizes, found):
-    with hall.open(pg, sizes.shape) as group, torch.no_grad():
-        found[rank] = iterations.record_in(group, CpuDevice(), hall._shared["barrier"].wait, sizes, NAMES)
+def record(rank, pg, pair, sizes, found):
+    with pair.open(pg, sizes.shape) as group, torch.no_grad():
+        found[rank] = iterations.record_in(group, CpuDevice(), pair.barrier, sizes, NAMES)
         assert group._backend.decoder.trace is None
 
 
-def test_a_pair_on_two_ranks(run, monkeypatch):  # noqa: F811
+def test_a_pair_on_two_ranks(run, monkeypatch):
     monkeypatch.setattr(iterations, "CALIBRATIONS", 6)
     monkeypatch.setattr(iterations, "CHAIN", 3)
     found = {}
@@ -50,11 +49,11 @@ GOES = ((0, 1), (2,), (0, 2))
 """By rank: the ranks whose experts its tokens choose."""
 
 
-def take_rows(rank, pg, hall, found):
+def take_rows(rank, pg, pair, found):
     """One expert a rank; a dispatch, and a combine of each kind."""
     x, weights = torch.ones(3, 16), torch.ones(3, 2)
     experts = torch.tensor([*GOES[rank], -1, -1])[:2].repeat(3, 1)
-    with hall.open(pg, MoeShape(3, 2, 16, 4)) as group:
+    with pair.open(pg, MoeShape(3, 2, 16, 4)) as group:
         recorder = iterations.Recorder(group, 3)
         sent = recorder.call(0, group.decode_dispatch, x, Routing(experts, weights))
         for i, numerics in ((1, "exact"), (2, "fast")):
@@ -62,7 +61,7 @@ def take_rows(rank, pg, hall, found):
         found[rank] = recorder.words()
 
 
-def test_rows_are_booked_to_the_rank_that_they_came_from(run):  # noqa: F811
+def test_rows_are_recorded_for_their_source_rank(run):
     found = {}
     run(3, take_rows, found)
     for rank in range(3):
@@ -74,16 +73,16 @@ def test_rows_are_booked_to_the_rank_that_they_came_from(run):  # noqa: F811
             assert bool(((rows == 0) | (rows >= starts)).all()), "a row came before its block began"
 
 
-def count(rank, pg, hall, settings, found, late_s=0.0):
+def count(rank, pg, pair, settings, found, late_s=0.0):
     def barrier():
-        hall._shared["barrier"].wait()
+        pair.barrier()
         time.sleep(late_s if rank == 1 else 0.0)
 
-    with hall.open(pg, settings.sizes.shape) as group, torch.no_grad():
+    with pair.open(pg, settings.sizes.shape) as group, torch.no_grad():
         found[rank] = iterations.count_in(group, CpuDevice(), barrier, settings)
 
 
-def test_who_waits_for_a_slow_rank(run):  # noqa: F811
+def test_a_slow_rank_is_identified(run):
     settings, found = iterations.CountSettings(Sizes(3, 4, 256, 2, 6, 5), 3, slowed=iterations.Slowed(2, 0.3)), {}
     run(3, count, settings, found)
     waits = torch.stack([found[r].dispatch_ns + found[r].combine_ns for r in range(3)])
@@ -93,7 +92,7 @@ def test_who_waits_for_a_slow_rank(run):  # noqa: F811
     assert (slow.rank, slow.where) == (2, Where.COMPUTE)
 
 
-def test_a_host_that_begins_late_is_not_counted(run):  # noqa: F811
+def test_a_host_that_begins_late_is_not_counted(run):
     found = {}
     run(2, count, iterations.CountSettings(Sizes(2, 4, 256, 2, 6, 5), 2), found, 0.5)
     assert found[0].dispatch_ns[1] + found[0].combine_ns[1] < 0.25e9

@@ -1,4 +1,4 @@
-"""Faults are tried on the pairs of the contract suite, with its helpers."""
+"""Faults are tested on the pairs of the contract suite."""
 
 import pytest
 

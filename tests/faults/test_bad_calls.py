@@ -1,4 +1,4 @@
-"""Every bad call raises before anything is sent, says what is wrong and what to do, and harms nobody."""
+"""Every bad call raises before anything is sent, says what is wrong and what to do, and leaves the group usable."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tokenferry import BackendUnavailable, ExpertGroup, Routing, ShapeError
 
 
 def call_badly(rank, pg, pair: Pair, names: list[str]) -> list[str]:
-    """Turn by turn one rank makes the bad call, and then both make a round trip together."""
+    """Ranks take turns to make a bad call; after each, both make a round trip together."""
     complaints = []
     with pair.open(pg, SHAPE) as group, pair.open(pg, SHAPE) as stranger:
         g = good(pg, group, stranger)
@@ -28,13 +28,13 @@ def call_badly(rank, pg, pair: Pair, names: list[str]) -> list[str]:
 
 def call_and_wait(g, call) -> None:
     call(g)
-    g.group.synchronize()  # what a device found may be said no earlier
+    g.group.synchronize()  # a device may report its findings no earlier
 
 
 def complaints_about(name: str, call, kind: type[Exception], words: list[str]) -> list[str]:
     try:
         call()
-    except Exception as error:  # noqa: BLE001 - whatever comes is compared with what should have come
+    except Exception as error:  # noqa: BLE001 - compared with the expected one
         if type(error) is not kind:
             return [f"{name}: raised {error!r} instead of {kind.__name__}"]
         return [f"{name}: {word!r} is not in {str(error)!r}" for word in words if word not in str(error)]
@@ -46,13 +46,13 @@ def test_the_table_is_long_enough():
     assert len(BAD) >= 40
 
 
-def test_bad_calls_of_one_rank_harm_nobody(worlds, pair):
+def test_bad_calls_of_one_rank_leave_the_group_usable(worlds, pair):
     complaints = worlds(2, pair.backend).run(call_badly, pair, list(BAD))
     assert complaints == [[], []], "\n".join(complaint for rank in complaints for complaint in rank)
 
 
 @pytest.mark.parametrize("name", ["x is too narrow", "an expert is too high", "y has too many rows"])
-def test_bad_calls_of_all_ranks_harm_nobody(worlds, pair, name):
+def test_bad_calls_of_all_ranks_leave_the_group_usable(worlds, pair, name):
     complaints = worlds(2, pair.backend).run(call_badly, pair, [name, name])
     assert complaints == [[], []]
 
@@ -63,7 +63,7 @@ def need_cuda(rank, pg) -> str:
     return str(caught.value)
 
 
-@pytest.mark.skipif(NUM_GPUS > 0, reason="asks what is said where there is no GPU")
+@pytest.mark.skipif(NUM_GPUS > 0, reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu(worlds):
     for text in worlds(2).run(need_cuda):
         assert "backend='cuda'" in text

@@ -1,4 +1,4 @@
-"""A program that ends with a group still open ends at once, with nothing on stderr."""
+"""A program that ends with an open group ends at once, with nothing on stderr."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ ON_GPU = [(1, "nvlink", "process_group"), (2, "nvlink", "process_group"), (2, "n
 
 
 @pytest.mark.parametrize(("ranks", "transport", "left"), ON_CPU + (ON_GPU if NUM_GPUS else []))
-def test_a_program_with_an_open_group_just_ends(ranks, transport, left, tmp_path):
+def test_a_program_with_an_open_group_ends_at_once(ranks, transport, left, tmp_path):
     programs = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(rank), str(ranks), transport, str(tmp_path / "store"), left],

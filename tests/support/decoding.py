@@ -15,7 +15,7 @@ CASTS = (None, Scale.FLOAT32, Scale.POWER_OF_TWO, Scale.UE8M0)
 
 @dataclass(frozen=True)
 class Step:
-    """One decode round under test; ``away`` are ranks that this one has masked."""
+    """A decode_dispatch and a decode_combine under test; ``away`` are ranks that this one has masked."""
 
     case: Case
     rank: int
@@ -26,7 +26,7 @@ class Step:
         return self.case.ranks * self.case.shape.max_tokens
 
     def oracle(self) -> Oracle:
-        """As if masked ranks brought nothing and nobody chose their experts."""
+        """Return the oracle of the case in which masked ranks send nothing and no token chooses their experts."""
         sent = list(self.case.inputs())
         local = self.case.experts // self.case.ranks
         for rank, one in enumerate(sent):
@@ -49,7 +49,7 @@ class Step:
 
 
 def check_received(step: Step, sent: DecodeDispatched, fp8: Scale | None) -> None:
-    """Rows, scales, counts, source tokens, ranges and weights."""
+    """Check rows, scales, counts, source tokens, ranges and weights."""
     oracle, rank = step.oracle(), step.rank
     rows = oracle.rows(rank)
     places = torch.tensor([row.place for row in rows], dtype=torch.int64)
@@ -71,7 +71,7 @@ def check_received(step: Step, sent: DecodeDispatched, fp8: Scale | None) -> Non
     tokens = torch.tensor([row.src_token for row in rows], dtype=torch.int32)
     same_bits(f"{step} src_token", plan.src_token.reshape(-1)[places], tokens)
     ranges = torch.tensor([[start << 32 | count for start, count in line] for line in oracle.decode_ranges(rank)])
-    # Where there are no rows, nobody may ask where they start.
+    # Where there are no rows, their start is undefined.
     full = (ranges & 0xFFFFFFFF) > 0
     same_bits(f"{step} counts in src_range", plan.src_range & 0xFFFFFFFF, ranges & 0xFFFFFFFF)
     same_bits(f"{step} src_range", plan.src_range[full], ranges[full])
@@ -80,14 +80,14 @@ def check_received(step: Step, sent: DecodeDispatched, fp8: Scale | None) -> Non
         assert plan.row_weights is not None, f"{step}: weights were lost"
         same_bits(f"{step} row_weights", plan.row_weights.reshape(-1)[places], oracle.weights(rank))
     else:
-        assert plan.row_weights is None, f"{step}: weights out of nothing"
-        assert plan.topk_weights is None, f"{step}: weights out of nothing"
+        assert plan.row_weights is None, f"{step}: weights that were not sent"
+        assert plan.topk_weights is None, f"{step}: weights that were not sent"
 
 
 def check_cast(
     what: str, x: Tensor | Quantized, places: Tensor, want: Tensor, fp8: Scale, sizes: tuple[int, int]
 ) -> None:
-    """FP8 bytes and scales of each row, and scales that lie row after row in memory."""
+    """Check the FP8 bytes and scales of each row, and that scales are column-major."""
     assert isinstance(x, Quantized), f"{what}: got {type(x).__name__}"
     hidden = want.shape[1]
     width = -(-hidden // (512 if fp8 is Scale.UE8M0 else 128))
@@ -104,7 +104,7 @@ def check_cast(
 
 
 def check_combined(group: ExpertGroup, step: Step, sent: DecodeDispatched, dtype: torch.dtype, **options: bool) -> None:
-    """Exact or fast, into ``out`` or not, by hook or not; unread rows hold NaN."""
+    """Check a combine, exact or fast, into ``out`` or not, by hook or not; rows that are not read hold NaN."""
     fast, into, hook = (options.get(name, False) for name in ("fast", "into", "hook"))
     oracle, case = step.oracle(), step.case
     size = oracle.num_local * step.capacity
@@ -126,7 +126,7 @@ def check_combined(group: ExpertGroup, step: Step, sent: DecodeDispatched, dtype
 def check_encoding(
     group: ExpertGroup, step: Step, sent: DecodeDispatched, dtype: torch.dtype, encoding: str, fast: bool
 ) -> None:
-    """Sums of rows that travelled encoded, own ones too: FP8 to the bit; logfmt10 but for a code here and there."""
+    """Check sums of rows that were encoded on the way: FP8 bit for bit, logfmt10 except for a few codes."""
     oracle, case = step.oracle(), step.case
     size = oracle.num_local * step.capacity
     ys = [uneven(answers(case, oracle, there, size, dtype)) for there in range(case.ranks)]
@@ -149,6 +149,6 @@ def check_encoding(
 
 
 def uneven(y: Tensor) -> Tensor:
-    """Rows whose groups of 128 columns have magnitudes of their own, so that another group's scale cannot do."""
+    """Return rows whose groups of 128 columns have different magnitudes, so that the scale of another group shows."""
     groups = torch.arange(y.shape[1]) // 128
     return y * torch.exp2(((5 * torch.arange(len(y))[:, None] + 3 * groups) % 10 - 5).float()).to(y.dtype)

@@ -65,7 +65,7 @@ class CarryingBuffer(Buffer):
         _wait(event)
         _spoil(rows, x)
         if hook is None and choices is not topk_idx:
-            choices.fill_(-1)  # combine is told again
+            choices.fill_(-1)  # combine gets it again
         return *sent, event, _brought_back(hook, ((received, counters[0]), (waited, counters[1])))
 
     def low_latency_combine(
@@ -243,15 +243,15 @@ def graph(rank, pg, case: Case) -> None:
     oracle, ys = _expected(case, rank)
     mine = case.inputs()[rank]
     topk_idx, weights, x = there(mine.topk_idx), there(mine.topk_weights), there(mine.x)
-    room, num = case.ranks * max(case.tokens), oracle.num_delivered(rank)
-    y = torch.full((room, case.hidden), torch.nan, dtype=case.dtype, device="cuda")
+    capacity, num = case.ranks * max(case.tokens), oracle.num_delivered(rank)
+    y = torch.full((capacity, case.hidden), torch.nan, dtype=case.dtype, device="cuda")
     y[:num] = there(ys[rank])
     buffer = Buffer(pg)
 
     def both_ways() -> tuple[Tensor, Tensor, Tensor]:
         given = jobs.layout_arguments(buffer, topk_idx, case.experts)
         got, ids, _, counts, handle, event = buffer.dispatch(
-            x, topk_idx=topk_idx, topk_weights=weights, num_worst_tokens=room, async_finish=True, **given
+            x, topk_idx=topk_idx, topk_weights=weights, num_worst_tokens=capacity, async_finish=True, **given
         )
         assert counts == []
         event.current_stream_wait()
@@ -328,7 +328,7 @@ def low_latency_counters(rank, pg, case: Case) -> None:
         for before, stats in ((known, waited), (known_home, waited_home)):
             added = (stats - before).tolist()
             before.copy_(stats)
-            assert added[rank] == 0, "nobody waits for himself"
+            assert added[rank] == 0, "a rank waited for itself"
             assert min(added) >= 0
             if rank:
                 # Nanoseconds, not microseconds; a rank that comes late itself waits for less.
@@ -392,6 +392,6 @@ def low_latency_graph(rank, pg, case: Case, how: dict[str, bool]) -> None:
 
 def low_latency_lost_rank(rank, pg, case: Case) -> None:
     """As on the CPU, with a deadline for which a test can wait."""
-    decode_as_on_the_cpu(rank, pg, "shrink", case)  # what is compiled by now makes nobody late
+    decode_as_on_the_cpu(rank, pg, "shrink", case)  # compiles all kernels: no rank shall be late for that
     with mock.patch.dict(os.environ, TOKENFERRY_TIMEOUT_S=str(DEADLINE_S)):
         decode_as_on_the_cpu(rank, pg, "lost_rank", case)

@@ -230,7 +230,7 @@ def three_alive(rank, pg, case):
 
 
 def lost_rank(rank, pg, case):
-    """With enable_shrink a rank that is gone is masked by the call that misses it; nobody raises, and all goes on."""
+    """With enable_shrink the call that misses a rank masks it instead of raising, and later calls go on."""
     sent, last = case.inputs(), case.ranks - 1
     local = case.experts // case.ranks
     mine = sent[rank]

@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of the shim; judged by the oracle, which shares no code with the library."""
+"""Jobs of the tests of `tokenferry.compat.deep_ep`; their results are compared with the oracle's."""
 
 import torch
 from torch import Tensor
@@ -157,19 +157,19 @@ def worst_tokens(rank, pg, case):
     num = oracle.num_delivered(rank)
     buffer = Buffer(pg)
     given = layout_arguments(buffer, mine.topk_idx, case.experts)
-    room = sum(case.tokens)
+    capacity = sum(case.tokens)
     x, ids, weights, counts, handle, _ = buffer.dispatch(
-        mine.x, topk_idx=mine.topk_idx, topk_weights=mine.topk_weights, num_worst_tokens=room, **given
+        mine.x, topk_idx=mine.topk_idx, topk_weights=mine.topk_weights, num_worst_tokens=capacity, **given
     )
-    assert x.shape == (room, case.hidden)
-    assert ids.shape == weights.shape == (room, case.top_k)
+    assert x.shape == (capacity, case.hidden)
+    assert ids.shape == weights.shape == (capacity, case.top_k)
     assert counts == []
     same_bits("recv_x", x[:num], oracle.x(rank))
     same_bits("recv_topk_idx", ids[:num], oracle.topk_idx(rank))
     same_bits("recv_topk_weights", weights[:num], oracle.weights(rank))
     assert (ids[num:] == -1).all()
     assert (weights[num:] == 0).all()
-    y = torch.full((room, case.hidden), torch.nan, dtype=case.dtype)
+    y = torch.full((capacity, case.hidden), torch.nan, dtype=case.dtype)
     ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
     y[:num] = ys[rank]
     same_bits("combined_x", buffer.combine(y, handle)[0], oracle.combine(rank, ys))

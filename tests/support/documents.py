@@ -1,4 +1,4 @@
-"""The project's Markdown files, taken apart: blocks of code, headings, links."""
+"""Parser of the project's Markdown files: blocks of code, headings, links."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def prose(text: str) -> str:
-    """The text without its fenced blocks."""
+    """Return the text without its fenced blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 

@@ -1,6 +1,6 @@
-"""Groups of threads on the CUDA backend, whose kernels the emulator runs: a thread a rank, no GPU.
+"""Groups on the CUDA backend whose ranks are threads and whose kernels the emulator runs, without a GPU.
 
-What a launch would put on a stream is done when it returns: so this says nothing about streams and graphs.
+A launch returns when its kernel has ended, so these groups test neither streams nor CUDA graphs.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ HEAP_BYTES = 64 << 20
 TIMEOUT_S = 60.0
 
 
-class DoneKernel(Kernel):
-    """A kernel that has run when its launch returns."""
+class SynchronousKernel(Kernel):
+    """A kernel that has ended when its launch returns."""
 
     def launch(self, params: Any, grid: int, block: int, smem_bytes: int, stream: int) -> None:
         copied = type(params).from_buffer_copy(params)
         self._go(copied, min(grid, 4), block, smem_bytes)
 
 
-class DoneJit(Jit):
-    """Kernels that run at once; shared by the ranks of this process."""
+class SynchronousJit(Jit):
+    """The kernels of all ranks of this process."""
 
-    kernel_type: type[Kernel] = DoneKernel
+    kernel_type: type[Kernel] = SynchronousKernel
     _lock = threading.Lock()
 
     def kernel(self, spec: Any, **config: int) -> Kernel:
@@ -51,8 +51,8 @@ class DoneJit(Jit):
             return self._kernels[key]
 
 
-class Place(Window):
-    """A window of a rank, with what a station asks for."""
+class EmulatedWindow(Window):
+    """The window of a rank, with what the context of a group needs."""
 
     def __init__(self, rank: int, bases: list[int], num_bytes: int) -> None:
         super().__init__(rank, bases, num_bytes)
@@ -62,11 +62,11 @@ class Place(Window):
         return Heap(self.base, self.num_bytes - first, self.device, first)
 
     def close(self) -> None:
-        """The memory stays; see the emulator."""
+        """Do nothing: the emulator keeps the memory."""
 
 
-class Crowd:
-    """The threads of a job; what its ranks use of a process group."""
+class Threads:
+    """The threads of a job, with the methods of a process group that jobs use."""
 
     def __init__(self, num_ranks: int) -> None:
         self._barrier = threading.Barrier(num_ranks)
@@ -84,56 +84,59 @@ class Crowd:
     def wait(self) -> None:
         self._barrier.wait(TIMEOUT_S)
 
-    def give_up(self) -> None:
-        """End the waits of all: a rank has failed."""
+    def abort(self) -> None:
+        """End the waits of all threads after a rank has failed."""
         self._barrier.abort()
 
 
-class Hall:
-    """Where R threads meet to open groups; stands for the suite's `Pair`."""
+class EmulatedPair:
+    """Opens groups of threads; stands for the contract suite's `Pair`."""
 
     backend = "cuda"
     transport = "nvlink"
     device = torch.device("cpu")
 
-    def __init__(self, rank: int, crowd: Crowd) -> None:
-        self._rank, self._crowd = rank, crowd
-        self._shared = {"barrier": crowd}
+    def __init__(self, rank: int, threads: Threads) -> None:
+        self._rank, self._threads = rank, threads
+
+    def barrier(self) -> None:
+        """Wait until all threads are here."""
+        self._threads.wait()
 
     def open(
         self, pg: Any, shape: MoeShape, *, timeout_s: float = TIMEOUT_S, on_timeout: str = "raise", **options: Any
     ) -> OnDevice:
-        crowd, rank = self._crowd, self._rank
-        crowd.wait()
+        threads, rank = self._threads, self._rank
+        threads.wait()
         if rank == 0:
-            crowd.windows = crowd.emulator.windows(crowd.num_ranks, CONTROL_BLOCK_BYTES + HEAP_BYTES)
-        crowd.wait()
-        window = crowd.windows[rank]
+            threads.windows = threads.emulator.windows(threads.num_ranks, CONTROL_BLOCK_BYTES + HEAP_BYTES)
+        threads.wait()
+        window = threads.windows[rank]
         resolved = Resolved(shape, "cuda", "auto", timeout_s, on_timeout == "mask", HEAP_BYTES, "")
 
         def exchange(handshake: dict[str, Any]) -> list[dict[str, Any]]:
-            crowd.handshakes[rank] = handshake
-            crowd.wait()
-            handshakes = [crowd.handshakes[peer] for peer in range(crowd.num_ranks)]
-            crowd.wait()
+            threads.handshakes[rank] = handshake
+            threads.wait()
+            handshakes = [threads.handshakes[peer] for peer in range(threads.num_ranks)]
+            threads.wait()
             return handshakes
 
-        place = Place(rank, window.bases, window.num_bytes)
-        backend = cuda_setup.assemble(place, resolved, "emulated", "emulated", exchange)
+        emulated = EmulatedWindow(rank, window.bases, window.num_bytes)
+        backend = cuda_setup.assemble(emulated, resolved, "emulated", "emulated", exchange)
         group = object.__new__(OnDevice)
         group._adopt(backend, shape, timeout_s)
         return group
 
 
 def run_jobs(num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
-    """Call ``job(rank, crowd, hall, *args)`` in R threads; return what they return, by rank, or raise what one did."""
-    crowd = Crowd(num_ranks)
+    """Call ``job(rank, threads, pair, *args)`` in R threads; return their results by rank, or raise the first error."""
+    threads = Threads(num_ranks)
 
     def work(rank: int) -> Any:
         try:
-            return job(rank, crowd, Hall(rank, crowd), *args)
+            return job(rank, threads, EmulatedPair(rank, threads), *args)
         except BaseException:
-            crowd.give_up()
+            threads.abort()
             raise
 
     with ThreadPoolExecutor(num_ranks) as pool:
@@ -145,7 +148,7 @@ def run_jobs(num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any
 
 
 def emulate(
-    monkeypatch: pytest.MonkeyPatch, config: pytest.Config, jit_type: type[DoneJit] = DoneJit
+    monkeypatch: pytest.MonkeyPatch, config: pytest.Config, jit_type: type[SynchronousJit] = SynchronousJit
 ) -> Callable[..., list[Any]]:
     """Put the CUDA backend on the emulator; returns `run_jobs`. Compiled kernels stay for the next session."""
     jit = jit_type(config.cache.mkdir("emulator"))

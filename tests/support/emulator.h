@@ -12,6 +12,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,9 +50,10 @@ struct EmuCopy {
 };
 
 struct EmuFiber {
-    ucontext_t context;
+    ucontext_t context;  // where it starts
+    jmp_buf place;       // where it goes on, once started
     EmuIndex index;
-    bool done = false;
+    bool started = false, done = false;
     unsigned exchanges = 0;
     const unsigned* watched = nullptr;  // need not run as long as this word is `old`
     unsigned old = 0;
@@ -75,7 +77,7 @@ struct EmuBlock {
     bool all[2] = {true, true};  // of __syncthreads_and; halves take turns
     std::unordered_map<void*, std::vector<EmuCopy>>
         loads;  // by barrier: each is done when it is waited for, no earlier
-    ucontext_t scheduler;
+    jmp_buf scheduler;
 };
 
 static thread_local EmuBlock* emu_block;
@@ -87,7 +89,17 @@ static std::atomic<const char*> emu_fault{nullptr};  // as on a GPU, nothing run
 #define blockDim (EmuIndex{emu_block->threads})
 #define gridDim (EmuIndex{emu_block->grid})
 
-static void __attribute__((noinline)) emu_change_fiber() { swapcontext(&EMU_FIBER.context, &emu_block->scheduler); }
+// By _setjmp and _longjmp: swapcontext makes a system call each time, to keep signal masks that nobody has here.
+static void __attribute__((noinline)) emu_change_fiber() {
+    if (!_setjmp(EMU_FIBER.place)) _longjmp(emu_block->scheduler, 1);
+}
+static void __attribute__((noinline)) emu_resume_fiber() {
+    EmuFiber& fiber = EMU_FIBER;
+    if (_setjmp(emu_block->scheduler)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+}
 static void emu_await_change(const unsigned& word, unsigned old) {
     EMU_FIBER.watched = &word, EMU_FIBER.old = old;
     while (word == old) emu_change_fiber();
@@ -326,6 +338,8 @@ static void* emu_run_block(void* given) {
         fiber.context.uc_link = 0;
         makecontext(&fiber.context, (void (*)())emu_run_fiber, 1, (int)i);
     }
+    const timespec pause = {0, 50000};
+    unsigned idle = 0;  // times in a row that all threads waited for other blocks
     while (emu_block->live && !emu_fault) {
         const unsigned progress = emu_block->progress, live = emu_block->live;
         unsigned ran = 0;
@@ -334,10 +348,13 @@ static void* emu_run_block(void* given) {
             if (fiber.done || (fiber.watched && *fiber.watched == fiber.old)) continue;
             emu_block->current = i;
             ran++;
-            swapcontext(&emu_block->scheduler, &emu_block->fibers[i].context);
+            emu_resume_fiber();
         }
         if (!ran && !emu_fault) emu_fault = "every thread of a block waits for another one of it";
-        if (emu_block->progress == progress && emu_block->live == live) sched_yield();  // all wait for other blocks
+        idle = emu_block->progress == progress && emu_block->live == live ? idle + 1 : 0;
+        if (idle > 200)
+            nanosleep(&pause, 0);  // or blocks that wait for a deadline would take the processors of all others
+        else if (idle) sched_yield();
     }
     for (auto& one : emu_block->loads)
         if (!one.second.empty() && !emu_fault) emu_fault = "a block ends with bulk loads under way";

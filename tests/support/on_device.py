@@ -1,4 +1,4 @@
-"""A group for tests whose tensors are on the CPU: one place carries arguments to the device, and ``out`` back."""
+"""A group for tests whose tensors are on the CPU: it copies arguments to the device, and ``out`` back."""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -15,8 +15,8 @@ _T = TypeVar("_T")
 class OnDevice(ExpertGroup):
     """An ExpertGroup that takes CPU tensors, whatever its device; results stay on the device.
 
-    The rows that it carried to the device are overwritten as soon as the call has returned: every call promises that
-    they may be. What a caller passes as ``out`` or as counters comes back in the caller's own tensors.
+    The rows that it copied to the device are overwritten as soon as the call has returned, which every call allows.
+    Results in ``out`` and in counters are copied back to the caller's own tensors.
     """
 
     def dispatch(self, x, routing, **options) -> Dispatched:
@@ -57,12 +57,12 @@ class OnDevice(ExpertGroup):
         return done if out is there else replace(done, x=out)
 
     def _rows(self, x: _T) -> tuple[_T, list[Tensor]]:
-        """Rows on the device, and those tensors of them that the caller does not know."""
+        """Return the rows on the device, and those of their tensors that are copies."""
         moved = self._moved(x)
         return moved, [there for here, there in zip(_tensors(x), _tensors(moved), strict=True) if here is not there]
 
     def _moved(self, value: _T) -> _T:
-        """The same value with every CPU tensor in it on the device, strides kept; what is no tensor stays as it is."""
+        """Return the value with its CPU tensors copied to the device, with the same strides."""
         if isinstance(value, Tensor):
             here = value.device.type == "cpu" and self.device.type != "cpu"
             return _carried(value, self.device) if here else value
@@ -87,7 +87,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _spoil(fresh: list[Tensor], result: _T) -> _T:
-    """Overwrite rows that were handed in; the device does so in stream order."""
+    """Overwrite the copies of rows; the device does so in stream order."""
     for tensor in fresh:
         if tensor.is_floating_point() and tensor.element_size() > 1:
             tensor.detach().fill_(torch.nan)
@@ -110,7 +110,7 @@ def _count(stats: DecodeStats | None, there: DecodeStats | None) -> None:
 
 
 def _after(result: _T, do: Callable[[], None], *, hooked: bool) -> _T:
-    """Do something when the result is there: now, or in its hook."""
+    """Call ``do`` when the result is complete: now, or in its hook."""
     if not hooked:
         do()
         return result

@@ -1,4 +1,4 @@
-"""The (backend, transport) pairs that keep the same promises. A new backend is one more line."""
+"""The pairs of backend and transport that pass the same suite. A new backend is one more line."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from tokenferry import ExpertGroup, MoeShape
 
 @dataclass(frozen=True)
 class Pair:
-    """How the ranks of a test reach each other; transport "none" is a group of one without a process group."""
+    """A backend and a transport; the transport "none" is a group of one rank without a process group."""
 
     backend: str
     transport: str
@@ -21,7 +21,7 @@ class Pair:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors of this rank belong."""
+        """The device of this rank's tensors."""
         return torch.device("cpu") if self.backend == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
     def open(self, pg: dist.ProcessGroup | None, shape: MoeShape, **options) -> ExpertGroup:

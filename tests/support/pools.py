@@ -4,7 +4,7 @@ import os
 
 
 def prefer(rank, pg, backend: str) -> None:
-    """Groups of this rank that leave the backend open shall choose among what the pool is for."""
+    """Make backend="auto" choose, on this rank, the backend that the pool is for."""
     if backend == "cpu":
         os.environ["TOKENFERRY_BACKEND"] = "cpu"
     else:

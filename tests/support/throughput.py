@@ -29,7 +29,7 @@ def oracle_for(case: Case, options: DispatchOptions) -> Oracle:
 
 
 def needed(case: Case, layout: Layout, alignment: int = 1) -> int:
-    """The least capacity that holds every rank's rows (MASKED: every expert's)."""
+    """Return the least capacity that holds every rank's rows (MASKED: every expert's)."""
     oracle = Oracle(case.inputs(), case.experts, layout.value, alignment=alignment, capacity=0)
     ranks = range(case.ranks)
     if layout is Layout.MASKED:
@@ -38,7 +38,7 @@ def needed(case: Case, layout: Layout, alignment: int = 1) -> int:
 
 
 def all_options(case: Case) -> list[DispatchOptions]:
-    """Every layout, with counts on host and device, aligned and not, roomy and tight."""
+    """Return options of every layout, with counts on host and device, aligned and not, with free rows and without."""
     tight = {layout: needed(case, layout) for layout in Layout}
     return [
         DispatchOptions(),
@@ -57,7 +57,7 @@ def all_options(case: Case) -> list[DispatchOptions]:
 
 @dataclass(frozen=True)
 class Deal:
-    """One dispatch under test."""
+    """A dispatch under test."""
 
     case: Case
     options: DispatchOptions
@@ -75,12 +75,12 @@ class Deal:
         return torch.tensor([row.place for row in self.oracle.rows(self.rank)], dtype=torch.int64)
 
     def num_rows(self, rank: int, like: Tensor) -> int:
-        """Rows of the delivered tensor on any rank; with counts on the device all ranks have as many as ``like``."""
+        """Return the rows of the delivered tensor of a rank; with counts on the device they are those of ``like``."""
         return self.oracle.num_delivered(rank) if self.options.counts == "host" else like.shape[0]
 
 
 def check_round_trip(group: ExpertGroup, case: Case, options: DispatchOptions) -> None:
-    """Dispatch, redispatch and combine in every variant."""
+    """Check dispatch, redispatch and combine in every variant."""
     deal = Deal(case, options, oracle_for(case, options), group.rank)
     mine = deal.oracle.sent[group.rank]
     sent = group.dispatch(mine.x, routing_of(mine), options=options)
@@ -94,7 +94,7 @@ def check_round_trip(group: ExpertGroup, case: Case, options: DispatchOptions) -
 def check_delivered(
     deal: Deal, sent: Dispatched, values: list[Tensor] | None, weights: list[Tensor | None] | list[Tensor]
 ) -> None:
-    """Rows, ids, weights and counts of one result, and zeros where they were promised."""
+    """Check the rows, ids, weights, counts and zero padding of a result."""
     oracle, options, rank = deal.oracle, deal.options, deal.rank
     assert isinstance(sent.x, Tensor), f"{deal}: got {type(sent.x).__name__} for tensor rows"
     check_rows(f"{deal} x", deal, sent.x, oracle.x(rank, values))
@@ -114,14 +114,14 @@ def check_delivered(
     else:
         assert sent.topk_idx is None, f"{deal}: topk_idx in {options.layout}"
     if weights[rank] is None:
-        assert sent.topk_weights is None, f"{deal}: weights out of nothing"
+        assert sent.topk_weights is None, f"{deal}: weights that were not sent"
     else:
         assert sent.topk_weights is not None, f"{deal}: weights were lost"
         check_rows(f"{deal} topk_weights", deal, sent.topk_weights, oracle.weights(rank, weights))
 
 
 def check_rows(what: str, deal: Deal, got: Tensor, want: Tensor) -> None:
-    """The rows that hold data, the number of rows in all, and zeros in the padding where promised."""
+    """Check the rows that hold data, the number of rows in all, and zero padding."""
     options, case = deal.options, deal.case
     if options.layout is Layout.MASKED:
         assert got.shape[:2] == (deal.oracle.num_local, deal.oracle.capacity), f"{what}: got shape {list(got.shape)}"
@@ -140,7 +140,7 @@ def check_rows(what: str, deal: Deal, got: Tensor, want: Tensor) -> None:
 
 
 def check_plan(deal: Deal, sent: Dispatched) -> None:
-    """What a plan says about itself."""
+    """Check the fields of a plan."""
     plan, oracle, rank = sent.plan, deal.oracle, deal.rank
     received = oracle.received(rank)
     num = len(received)
@@ -174,7 +174,7 @@ def check_combine(
     into: bool,
     weights: bool,
 ) -> Combined:
-    """One combine; rows that may not be read hold NaN, and so does ``out`` before."""
+    """Check a combine; rows that may not be read hold NaN, and so does ``out`` before."""
     case, oracle, rank = deal.case, deal.oracle, deal.rank
     dtype = legal(case, dtype)
     assert isinstance(sent.x, Tensor)
@@ -199,17 +199,17 @@ def check_combine(
         assert got.topk_weights is not None, f"{what}: no weights"
         same_bits(f"{what} topk_weights", got.topk_weights, oracle.combine_weights(rank, ws))
     else:
-        assert got.topk_weights is None, f"{what}: weights out of nothing"
+        assert got.topk_weights is None, f"{what}: weights that were not sent"
     return got
 
 
 def legal(case: Case, dtype: torch.dtype | None) -> torch.dtype:
-    """``dtype`` if a row of it is a multiple of 16 bytes, else that of the case."""
+    """Return ``dtype`` if a row of it is a multiple of 16 bytes, else that of the case."""
     return dtype if dtype is not None and case.hidden * dtype.itemsize % 16 == 0 else case.dtype
 
 
 def check_redispatch(group: ExpertGroup, deal: Deal, sent: Dispatched) -> None:
-    """Other rows, of other dtypes and widths, along the same plan; with and without weights; twice."""
+    """Check other rows, of other dtypes and widths, along the same plan; with and without weights; twice."""
     case, rank = deal.case, deal.rank
     for dtype, weights in ((torch.float32, True), (torch.float64, False)):
         values = [case.rows(there, legal(case, dtype), case.hidden, 5) for there in range(case.ranks)]
@@ -232,7 +232,7 @@ def quantized(
     scale_dtype: torch.dtype,
     data_dtype: torch.dtype = torch.uint8,
 ) -> Quantized:
-    """Random bytes with column-major scales of any width."""
+    """Return random bytes with column-major scales of any width."""
     data = case.rows(rank, torch.float64, width * data_dtype.itemsize // 8, 7).view(torch.uint8).view(data_dtype)
     size = scale_dtype.itemsize
     scale_bytes = case.rows(rank, torch.float64, -(-num_scales * size // 8), 8).view(torch.uint8)[
@@ -243,7 +243,7 @@ def quantized(
 
 
 def check_quantized(deal: Deal, sent: Dispatched, rows: list[Quantized]) -> None:
-    """Bytes of data and scales, each in its place."""
+    """Check the bytes of data and scales, each in its place."""
     assert isinstance(sent.x, Quantized), f"{deal}: got {type(sent.x).__name__} for quantized rows"
     for part in ("data", "scale"):
         want = deal.oracle.x(deal.rank, [getattr(one, part) for one in rows])

@@ -9,9 +9,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from test_dispatch_kernel import as_bytes, check_rows
 from torch import Tensor
 
+from support.row_bytes import as_bytes, check_rows
 from support.virtual_ranks import MACHINE, Block, Ranks, same_bytes
 from tokenferry import Scale
 from tokenferry.backends.cuda.decode import prepared_choices

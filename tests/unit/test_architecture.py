@@ -453,3 +453,26 @@ def test_the_backends_share_nothing_but_what_lies_above_them():
         if folders / own in path.parents and name.startswith(f"tokenferry.backends.{other}")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+TESTS = sorted(Path(__file__).parents[1].rglob("*.py"))
+
+
+def lines_of_tests(pattern: str) -> list[str]:
+    """Return the lines under tests/ that match, programs in strings included."""
+    return [
+        f"{path.name}: {line.strip()}"
+        for path in TESTS
+        for line in path.read_text().splitlines()
+        if re.search(pattern, line)
+    ]
+
+
+def test_no_test_module_imports_another():
+    """What several of them need is in tests/support, so that each can be moved, renamed or run alone."""
+    assert len(TESTS) > 100
+    assert not lines_of_tests(r"^\s*(from\s+([\w.]+\.)?test_\w*\s+import|import\s.*\btest_|from\s.*\simport\s+test_)")
+
+
+def test_only_the_test_runner_puts_folders_on_the_import_path():
+    assert not lines_of_tests(r"sys\.path(\.(insert|append|extend)\(|\[.*\] *=[^=]| *\+?=[^=])")

@@ -3,7 +3,7 @@
 import json
 import logging
 import multiprocessing
-import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -182,16 +182,16 @@ def test_processes_that_write_the_same_entries_at_once(tmp_path):
 
 
 HIT = """
+import pickle
 import sys
-sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_jit_cache import UNIT, BUILT
 from tokenferry.jit import compiler
 from tokenferry.jit.cache import Cache
 cache = Cache(Path(sys.argv[1]))
+unit, built = pickle.loads(bytes.fromhex(sys.argv[2]))
 if sys.argv[3] == "keep":
-    cache.keep(UNIT, compiler.version(), BUILT)
-assert cache.find(UNIT, compiler.version()) == BUILT.cubin
+    cache.keep(unit, compiler.version(), built)
+assert cache.find(unit, compiler.version()) == built.cubin
 assert "cuda.bindings.nvrtc" not in sys.modules
 """
 
@@ -199,5 +199,5 @@ assert "cuda.bindings.nvrtc" not in sys.modules
 def test_a_hit_loads_no_compiler(tmp_path):
     pytest.importorskip("cuda.bindings", reason="no NVRTC: its version cannot be asked for")
     for what in ("keep", "find"):
-        command = [sys.executable, "-c", HIT, str(tmp_path), os.path.dirname(__file__), what]
+        command = [sys.executable, "-c", HIT, str(tmp_path), pickle.dumps((UNIT, BUILT)).hex(), what]
         assert subprocess.run(command, check=False, timeout=120).returncode == 0

@@ -41,3 +41,10 @@ def test_the_capacity_of_a_dispatch(options, expected):
     found = row_capacity(MoeShape(num_experts=8, top_k=3, hidden=8, max_tokens=10), options, 2)
     assert found == expected
     assert found.tight == (expected.given < expected.worst)
+
+
+def test_padding_of_the_worst_routing_has_room():
+    """Two ranks send a token each, to different experts of one rank: 8 places for each expert."""
+    shape = MoeShape(num_experts=4, top_k=1, hidden=16, max_tokens=1)
+    options = DispatchOptions(Layout.EXPERTS, alignment=8, counts="device")
+    assert row_capacity(shape, options, num_ranks=2).worst == 16

@@ -1,0 +1,163 @@
+"""Jobs of decode calls; processes on every backend run them, and threads on the emulator."""
+
+import random
+import time
+
+import torch
+
+from support.decoding import CASTS, Step, check_combined, check_encoding, check_received
+from support.pairs import Pair
+from support.throughput import check_round_trip
+from tokenferry import DecodeStats, DispatchOptions
+from tokenferry.testing.cases import Case
+from tokenferry.testing.compare import same_bits
+
+
+def cases(ranks: int) -> list[Case]:
+    uneven = (3, 0, 5, 2, 1, 4, 0, 2)[:ranks]
+    return [
+        Case(uneven, 2 * ranks, 2, hidden=128),
+        Case(uneven[::-1], 3 * ranks, 4, hidden=640, idx_dtype=torch.int32, routing="repeated", dtype=torch.float32),
+        Case((2,) * ranks, ranks, 1, hidden=1024, dtype=torch.float16, routing="one_rank_idle"),
+        Case(uneven, 2 * ranks, 11, hidden=80, routing="half_dropped"),
+        Case((0,) * ranks, 2 * ranks, 3, hidden=64),
+        Case((4,) * ranks, 2 * ranks, 3, hidden=16, dtype=torch.float32, routing="all_to_expert_0"),
+        Case(uneven, 4 * ranks, 2, hidden=48, routing="nothing"),
+        Case((2, 1, 3, 0, 1, 0, 3, 2)[:ranks], 4 * ranks, 32, hidden=32, dtype=torch.float32, routing="repeated"),
+    ]
+
+
+def rounds(rank, pg, pair: Pair, ranks: int) -> None:
+    answer_dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    with pair.open(pg, cases(ranks)[0].shape) as group:
+        for case in cases(ranks):
+            view, step = group.for_shape(case.shape), Step(case, rank)
+            for i, fp8 in enumerate(CASTS):
+                hook = i % 2 == 1
+                sent = view.decode_dispatch(step.mine().x, step.routing(), quantize=fp8, return_hook=hook)
+                if hook:
+                    sent.hook()
+                check_received(step, sent, fp8)
+                sent.hook()  # again, or without return_hook: to no effect
+                check_received(step, sent, fp8)
+            for dtype in answer_dtypes:
+                for fast in (False, True):
+                    check_combined(view, step, sent, dtype, fast=fast, into=fast, hook=dtype == torch.float16)
+
+
+def encoding_cases(ranks: int) -> list[Case]:
+    uneven = (3, 0, 5, 2, 1, 4, 0, 2)[:ranks]
+    return [
+        Case(uneven, 2 * ranks, 3, hidden=384),
+        Case(uneven[::-1], 3 * ranks, 4, hidden=640, routing="repeated", dtype=torch.float32),
+        Case((4,) * ranks, 2 * ranks, 5, hidden=128, routing="half_dropped"),
+        Case((0,) * ranks, 2 * ranks, 3, hidden=256),
+        Case(uneven, 4 * ranks, 2, hidden=128, routing="nothing"),
+    ]
+
+
+def encodings(rank, pg, pair: Pair, ranks: int) -> None:
+    with pair.open(pg, encoding_cases(ranks)[0].shape) as group:
+        for case in encoding_cases(ranks):
+            view, step = group.for_shape(case.shape), Step(case, rank)
+            sent = view.decode_dispatch(step.mine().x, step.routing())
+            for encoding in ("fp8", "logfmt10"):
+                check_encoding(view, step, sent, torch.float16, encoding, fast=False)  # sums per rank would be infinite
+                for dtype in (torch.bfloat16, torch.float32):
+                    check_encoding(view, step, sent, dtype, encoding, fast=False)
+                    check_encoding(view, step, sent, dtype, encoding, fast=True)
+
+
+def masked_encodings(rank, pg, pair: Pair) -> None:
+    """Ranks 0 and 1 go on without 2, and 2 without them."""
+    case = Case((3, 2, 4), 6, 3, hidden=256, dtype=torch.float32)
+    step = Step(case, rank, frozenset({2}) if rank < 2 else frozenset({0, 1}))
+    with pair.open(pg, case.shape) as group:
+        group.decode_dispatch(step.mine().x, step.routing())  # of these sizes the first: it takes all ranks
+        for other in step.away:
+            group.mask(other)
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        for encoding in ("fp8", "logfmt10"):
+            check_encoding(group, step, sent, torch.float32, encoding, fast=False)
+            check_encoding(group, step, sent, torch.float32, encoding, fast=True)
+
+
+def hooks_in_any_order(rank, pg, pair: Pair) -> None:
+    """Receive in another order on each rank, with throughput calls between."""
+    pick = random.Random(rank)
+    steps = [Step(Case((3, 0, 4), 6, 3, hidden=64, dtype=torch.float32, seed=seed), rank) for seed in range(6)]
+    with pair.open(pg, steps[0].case.shape) as group:
+        for _ in range(2):
+            sent = []
+            for step in steps:
+                x = step.mine().x.clone()
+                sent.append(group.decode_dispatch(x, step.routing(), return_hook=True))
+                x.fill_(torch.nan)  # the caller's again as soon as the call returns
+            order = list(range(len(steps)))
+            pick.shuffle(order)
+            for i in order[:3]:
+                sent[i].hook()
+            check_round_trip(group, steps[0].case, DispatchOptions())
+            for i in order[3:] + order:
+                sent[i].hook()
+            for i in order:
+                check_received(steps[i], sent[i], None)
+            combine_in_any_order(group, steps, sent, order)
+
+
+def combine_in_any_order(group, steps, sent, order) -> None:
+    """Start all combines before the first is received."""
+    made = [group.decode_combine(one.x * 2, one.plan, return_hook=True) for one in sent]
+    for i in order + order:
+        made[i].hook()
+    for step, one, got in zip(steps, sent, made, strict=True):
+        oracle = step.oracle()
+        ys = [rows_of(oracle, there, step) * 2 for there in range(step.case.ranks)]
+        same_bits(f"{step} combine by hook", got.x, oracle.decode_combine(step.rank, ys))
+        check_received(step, one, None)
+
+
+def rows_of(oracle, rank: int, step: Step) -> torch.Tensor:
+    """Return the rows that a rank has received, in their places."""
+    table = torch.zeros(oracle.num_local * step.capacity, step.case.hidden, dtype=step.case.dtype)
+    for row, x in zip(oracle.rows(rank), oracle.x(rank), strict=True):
+        table[row.place] = x
+    return table
+
+
+BEFORE = 10**15
+"""Nanoseconds in a counter before the calls."""
+
+
+def counters(rank, pg, pair: Pair, ranks: int) -> list[list[int]]:
+    case = Case((3, 2, 4)[:ranks], 2 * ranks, 3, hidden=64, routing="repeated")
+    step = Step(case, rank)
+    counts = torch.tensor(step.oracle().expert_counts(rank), dtype=torch.int32)
+    base = torch.arange(2, dtype=torch.int32) * 100
+    stats = DecodeStats(base.clone(), torch.full((ranks,), BEFORE, dtype=torch.int64))
+    waits = DecodeStats(wait_ns=torch.zeros(ranks, dtype=torch.int64))
+    with pair.open(pg, case.shape) as group:
+        group.decode_dispatch(step.mine().x, step.routing())  # no counters: nothing to add to
+        for i in range(1, 4):
+            if rank == 0:
+                time.sleep(0.05)  # so that the others wait
+            sent = group.decode_dispatch(step.mine().x, step.routing(), stats=stats, return_hook=i == 2)
+            sent.hook()
+            sent.hook()
+            same_bits(f"{step} received", stats.received, base + counts * i)
+        if rank == 0:
+            time.sleep(0.05)
+        group.decode_combine(sent.x, sent.plan, stats=waits)
+    return [stats.wait_ns.tolist(), waits.wait_ns.tolist()]
+
+
+def check_counters(counted: list[list[list[int]]]) -> None:
+    """Check the results of `counters`: ranks wait for peers only, and for rank 0, which was late."""
+    for rank, (dispatch, combine) in enumerate(counted):
+        assert min(dispatch) >= BEFORE
+        assert min(combine) >= 0
+        assert (dispatch[rank], combine[rank]) == (BEFORE, 0), "a rank waited for itself"
+        if rank:
+            # Nanoseconds, not seconds; less than the whole test may take.
+            assert BEFORE < dispatch[0] < BEFORE + 60e9
+            assert 0 < combine[0] < 60e9

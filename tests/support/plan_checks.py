@@ -1,0 +1,47 @@
+"""Checks of dispatch plans that the kernels made on virtual ranks."""
+
+import torch
+
+from support.virtual_plan import Expected, Form
+from support.virtual_ranks import POISON
+from tokenferry.testing.compare import same_bits
+
+
+def choices_of(topk_idx):
+    return [one.tolist() for one in topk_idx]
+
+
+def form_for(layout, choices, num_experts, alignment=1):
+    """Return a form in which every row has a place; masked: with just the capacity that the fullest expert needs."""
+    if layout != "masked":
+        return Form(layout, alignment if layout == "experts" else 1)
+    return Form("masked", capacity=max(1, *Expected(choices, num_experts, Form("masked", capacity=1)).ends))
+
+
+def check(planner, expected, what=""):
+    """Check every word that both kernels write, on every rank."""
+    for rank in range(planner.ranks.num_ranks):
+        check_counts(planner, expected, rank, f"{what} rank {rank}")
+        t = planner.tables[rank]
+        places = expected.table(rank)
+        if places.numel():
+            same_bits(f"{what} rank {rank} places", t.places, places)
+        tokens = [token for there in expected.sent[rank] for token in there]
+        flat = torch.full(t.dst_token.shape, int.from_bytes(bytes([POISON]) * 8, "little", signed=True))
+        flat[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        same_bits(f"{what} rank {rank} dst_token", t.dst_token, flat)
+
+
+def check_counts(planner, expected, rank, what):
+    t = planner.tables[rank]
+    same_bits(f"{what} dst_counts", t.dst_counts, torch.tensor(expected.dst_counts(rank)))
+    same_bits(f"{what} src_counts", t.src_counts, torch.tensor(expected.src_counts(rank)))
+    same_bits(f"{what} expert_counts", t.expert_counts, torch.tensor(expected.expert_counts(rank), dtype=torch.int32))
+    same_bits(f"{what} src_expert", t.src_expert, torch.tensor(expected.src_expert(rank), dtype=torch.int32))
+    if expected.form.layout == "experts":
+        first = rank * expected.num_local
+        offsets = [*expected.starts[first : first + expected.num_local], expected.ends[rank]]
+        same_bits(f"{what} expert_offsets", t.expert_offsets, torch.tensor(offsets, dtype=torch.int32))
+    unused = [-1] * (8 - expected.num_ranks)
+    host = [planner.ranks.call, *expected.src_counts(rank), *unused, *expected.dst_counts(rank), *unused]
+    assert t.host.tolist() == [*host, *expected.expert_counts(rank)], f"{what} host words"
