@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokenferry.bench.core.progress import run_with_progress
-from tokenferry.bench.report.cpu import num_cores, threads_for
+from tokenferry.bench.report.about import num_cores, threads_for
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
