@@ -357,7 +357,11 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     "a group without a shape": (open_group({"num_experts": 4}), ConfigError, ("shape:", "MoeShape", "dict")),
     "a group without time": (open_group(timeout_s=0), ConfigError, ("timeout_s:", "above 0", "got 0")),
     "a group with a string as timeout": (open_group(timeout_s="5"), ConfigError, ("timeout_s:", "seconds", "'5'")),
-    "a group with an infinite timeout": (open_group(timeout_s=float("inf")), ConfigError, ("timeout_s:", "finite", "inf")),
+    "a group with an infinite timeout": (
+        open_group(timeout_s=float("inf")),
+        ConfigError,
+        ("timeout_s:", "finite", "inf"),
+    ),
     "a group that ignores timeouts": (
         open_group(on_timeout="ignore"),
         ConfigError,
