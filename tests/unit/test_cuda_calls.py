@@ -9,7 +9,7 @@ import torch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.dispatch import Dispatcher
-from tokenferry.backends.cuda.faults import Signature
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import PeerTimeout
 from tokenferry.kernels.control_block import HANDSHAKE_WORDS, SIGNATURE_WORDS
 from tokenferry.kernels.dispatch import spec
@@ -25,7 +25,7 @@ def test_params_say_what_the_call_at_hand_says():
     one, other = Signature("dispatch", hidden=1), Signature("dispatch", hidden=2)
     calls = [(1, one, 0), (2, one, 64), (3, other, 64), (4, one, 0), (5, Signature("dispatch", hidden=2), 0)]
     for number, signature, wait_ns in calls:
-        Context.address(None, template, Call(number, 0, False, 3, signature, wait_ns))
+        template.set_call(Call(number, 0, False, 3, signature, wait_ns))
         p = template.params
         assert (p.call_number, p.alive, p.wait_ns) == (number, 3, wait_ns)
         handshake = memoryview(p.handshake).cast("B").cast("I")
@@ -37,16 +37,17 @@ def test_params_say_what_the_call_at_hand_says():
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 300])
 def test_tables_do_not_overlap(layout, num_tokens):
     shape = MoeShape(num_experts=18, top_k=2, hidden=8, max_tokens=512)
-    found = cuda_plan.geometry(shape, DispatchOptions(layout), 3)
+    geometry = cuda_plan.geometry(shape, DispatchOptions(layout), 3)
     context = SimpleNamespace(num_ranks=3, device=CPU)
-    tables = cuda_plan._tables(context, found, torch.zeros(num_tokens, 2, dtype=torch.int64), None)
-    shown = [tables.dst_counts, tables.src_counts, tables.dst_token, tables.expert_counts, tables.places]
+    tables = cuda_plan.new_tables(context, geometry, torch.zeros(num_tokens, 2, dtype=torch.int64))
+    route = tables.route
+    shown = [route.dst_counts, route.src_counts, tables.dst_token, tables.expert_counts, route.places]
     assert [tuple(one.shape) for one in shown] == [
         (3,),
         (3,),
         (num_tokens * 2,),
         (6,),
-        (num_tokens, found_columns(layout)),
+        (num_tokens, num_columns(layout)),
     ]
     assert (tables.expert_offsets is None) == (layout is not Layout.EXPERTS)
     if tables.expert_offsets is not None:
@@ -59,7 +60,7 @@ def test_tables_do_not_overlap(layout, num_tokens):
     assert all(start % one.element_size() == 0 for (start, _), one in zip(spans, shown, strict=False))
     spans = sorted(span for span in spans if span[0] != span[1])
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    storage = tables.places.untyped_storage()
+    storage = route.places.untyped_storage()
     assert storage.data_ptr() <= tables.table
     assert tables.bases + 4 * (2 * 3 + 18) <= storage.data_ptr() + storage.nbytes(), "they live with the plan's tensors"
 
@@ -67,11 +68,11 @@ def test_tables_do_not_overlap(layout, num_tokens):
 @pytest.mark.parametrize(("layout", "most"), [(Layout.ROWS, (1 << 31) - 1), (Layout.EXPERTS, (1 << 28) - 1)])
 def test_no_more_rows_than_places_can_say(layout, most):
     """A place is an int32, of EXPERTS with a rank in its upper bits: with more rows `count` says so, and none moves."""
-    found = cuda_plan.geometry(MoeShape(8, 8, 8, 1 << 28), DispatchOptions(layout), 1)
-    assert found.count_sizes[-1] == most
+    geometry = cuda_plan.geometry(MoeShape(8, 8, 8, 1 << 28), DispatchOptions(layout), 1)
+    assert geometry.sizes.row_limit == most
 
 
-def found_columns(layout):
+def num_columns(layout):
     return (3 + 2) * (1 if layout is Layout.ROWS else 2)
 
 
@@ -79,7 +80,7 @@ def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward():
     """At least what all plans share."""
     dispatcher = Dispatcher(SimpleNamespace(device=CPU), None, "key")
     with torch.inference_mode():
-        shared = dispatcher._no_rows(4)
+        shared = dispatcher._empty_row_idx(4)
     assert not shared.is_inference()
     assert shared.shape == (0, 4)
     assert dispatcher._no_row_idx[4] is shared

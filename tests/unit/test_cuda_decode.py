@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tokenferry.backends.cuda.channel import Channel, PendingRecv
 from tokenferry.backends.cuda.context import Call
-from tokenferry.backends.cuda.decode import Channel, PendingRecv, check_limits
-from tokenferry.backends.cuda.faults import Signature
+from tokenferry.backends.cuda.decode import check_limits
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspaces, sizes_for
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.types import MoeShape
@@ -52,7 +53,7 @@ class Calls:
     def send(self, number, *, tensors=()):
         """One with a hook, on the current stream."""
         call = new_call(number, stream=self.stream, capturing=self.capturing)
-        self.channel.make_room(call)
+        self.channel.receive_overwritten(call)
         pending = PendingRecv(call, lambda at: self.launched.append((number, at.stream)), tensors)
         self.channel.sent(pending)
         return pending
@@ -212,7 +213,7 @@ class Ground:
         self.lost, self.asked = set(), 0
         self.workspaces = Workspaces(self, self, self.exchange)
 
-    def absent(self):
+    def masked_ranks(self):
         return frozenset(self.lost)
 
     def synchronize(self):

@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Signature
+from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Record
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import MismatchError
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.control_block import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
@@ -28,7 +29,7 @@ SIGNATURE = Signature(
 def test_what_differs_is_called_what_the_user_calls_it(word, seen, told):
     flight_recorder = FlightRecorder(0)
     flight_recorder.note(7, SIGNATURE)
-    error = flight_recorder.explain([Fault.mismatch, 7, 2, word, seen, SIGNATURE.fields[word][1], 2, 0])
+    error = flight_recorder.explain(Record(Fault.mismatch, 7, 2, word, seen, SIGNATURE.fields[word][1], 2, 0))
     assert isinstance(error, MismatchError)
     assert str(error) == (
         f"dispatch #7: rank 0 and rank 2 made different calls: {told}; it has to be the same on all ranks"
@@ -46,7 +47,7 @@ def test_what_differs_is_called_what_the_user_calls_it(word, seen, told):
 def test_plans_that_do_not_fit(word, told):
     flight_recorder = FlightRecorder(0)
     flight_recorder.note(7, Signature("combine"))
-    error = flight_recorder.explain([Fault.mismatch, 7, 2, word, 5, 6, 2, 0])
+    error = flight_recorder.explain(Record(Fault.mismatch, 7, 2, word, 5, 6, 2, 0))
     assert isinstance(error, MismatchError)
     assert str(error) == f"combine #7: {told}; use plans of the same dispatch on all ranks"
 
@@ -57,7 +58,7 @@ def test_a_call_that_nobody_remembers():
     flight_recorder.note(1, SIGNATURE)
     for number in range(2, 70):
         flight_recorder.note(number, Signature("combine"))
-    error = flight_recorder.explain([Fault.mismatch, 1, 1, 1, 3, 4, 1, 0])
+    error = flight_recorder.explain(Record(Fault.mismatch, 1, 1, 1, 3, 4, 1, 0))
     assert isinstance(error, MismatchError)
     assert str(error) == (
         "a call #1: rank 0 and rank 1 made different calls; call the same on all ranks, in the same order"

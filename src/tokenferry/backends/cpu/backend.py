@@ -109,6 +109,15 @@ class CpuBackend:
         """Plans have no places."""
         return 0
 
+    def new_traces(self, num_calls: int) -> Tensor | None:
+        """There are no time stamps of calls on the CPU."""
+        return None
+
+    def set_trace(self, trace: Tensor | None) -> None:
+        """Refuse a trace."""
+        if trace is not None:
+            raise BackendUnavailable("set_trace: backend 'cpu' has no time stamps of calls; use backend='cuda'")
+
     @torch.no_grad()
     def dispatch(self, request: DispatchRequest) -> Dispatched:
         """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
