@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,22 @@ from tokenferry.backends.cuda.plan import LAYOUT_CODES
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.tuning import Topology, Tuning, tune
-from tokenferry.types import Combined, Layout, MoeShape, Plan
+from tokenferry.types import Combined, Layout, MoeShape
 
 _MAX_FORMS = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineForm:
+    """What all combines of equal sizes, layouts and dtypes have in common.
+
+    Attributes:
+        signature: Of the calls.
+        tuning: SMs of the kernels, unless the call gives a number.
+    """
+
+    signature: Signature
+    tuning: Tuning
 
 
 class Combiner:
@@ -33,32 +47,32 @@ class Combiner:
     def __init__(self, context: Context, allocator: SymmetricAllocator) -> None:
         self._context = context
         self._allocator = allocator
-        self._signatures: BoundedDict[tuple[Any, ...], Signature] = BoundedDict(_MAX_FORMS)
-        self._tunings: BoundedDict[tuple[int, ...], Tuning] = BoundedDict(_MAX_FORMS)
+        self._forms: BoundedDict[tuple[Any, ...], CombineForm] = BoundedDict(_MAX_FORMS)
 
     def combine(self, request: CombineRequest) -> Combined:
         """Add up the rows of each of this rank's tokens."""
         y, plan, weights, device = request.y, request.plan, request.topk_weights, self._context.device
-        key = (plan.options.layout, y.dtype, y.shape[-1], weights is None)
-        call = self._context.begin(self._signatures.get(key) or self._new_signature(key, request))
+        L, K = plan.expert_counts.shape[0], plan.topk_idx.shape[1]
+        key = (plan.options.layout, y.dtype, y.shape[-1], weights is None, L, K, plan.num_tokens)
+        form = self._forms.get(key) or self._new_form(key, request)
+        call = self._context.begin(form.signature)
         out = request.out
         if out is None or out.data_ptr() % 16 or overlap(out, y):
             out = torch.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype, device=device)
         weights_out, weights_offset, copied = None, 0, None
         if weights is not None:
-            weights_out = torch.empty(plan.num_tokens, plan.topk_idx.shape[1], dtype=torch.float32, device=device)
+            weights_out = torch.empty(plan.num_tokens, K, dtype=torch.float32, device=device)
             weights_offset, copied = self._allocator.in_window(call, weights)
         biases = tuple(aligned(bias) for bias in request.biases) if request.biases else ()
-        self._launch(call, y, Reduction(plan, out, biases, weights_out, weights_offset), request.num_sms)
+        self._launch(call, y, Reduction(plan, out, biases, weights_out, weights_offset), form.tuning, request.num_sms)
         del copied  # its block is given back on this stream, after the kernel
         if request.out is not None and request.out is not out:
             request.out.copy_(out)
             out = request.out
         return Combined(out, weights_out)
 
-    def _launch(self, call: Call, y: Tensor, reduction: Reduction, num_sms: int | None) -> None:
+    def _launch(self, call: Call, y: Tensor, reduction: Reduction, tuning: Tuning, num_sms: int | None) -> None:
         plan, allocator = reduction.plan, self._allocator
-        tuning = self._tuning(plan, y.shape[-1])
         if plan.options.layout is Layout.ROWS:
             y = aligned(y)
             reduction.rows_offset = allocator.offset(y)
@@ -71,24 +85,18 @@ class Combiner:
             reduction.rows_offset, _copied = allocator.expert_rows_in_window(call, y, plan, sms)
             launch.combine_pull(self._context, call, reduction, num_sms or tuning.combine_sms)
 
-    def _new_signature(self, key: tuple[Any, ...], request: CombineRequest) -> Signature:
-        y, layout = request.y, request.plan.options.layout
-        signature = self._signatures[key] = Signature(
+    def _new_form(self, key: tuple[Any, ...], request: CombineRequest) -> CombineForm:
+        y, plan, num_ranks = request.y, request.plan, self._context.num_ranks
+        hidden = y.shape[-1]
+        signature = Signature(
             "combine",
-            layout=LAYOUT_CODES[layout],
+            layout=LAYOUT_CODES[plan.options.layout],
             dtype=dtype_code(y.dtype),
-            bytes_of_rows=y.shape[-1] * y.element_size(),
+            bytes_of_rows=hidden * y.element_size(),
             bytes_of_weights=0 if request.topk_weights is None else 4,
         )
-        return signature
-
-    def _tuning(self, plan: Plan, hidden: int) -> Tuning:
-        """Return the SMs of a combine along a plan that does not give a number."""
-        num_ranks, num_sms = self._context.num_ranks, self._context.num_sms
-        key = (plan.expert_counts.shape[0], plan.topk_idx.shape[1], hidden, plan.num_tokens)
-        tuning = self._tunings.get(key)
-        if tuning is None:
-            num_local, top_k, _, num_tokens = key
-            shape = MoeShape(num_local * num_ranks, top_k, hidden, max(num_tokens, 1))
-            tuning = self._tunings[key] = tune(shape, Topology(num_ranks, num_sms))
-        return tuning
+        num_experts = plan.expert_counts.shape[0] * num_ranks
+        shape = MoeShape(num_experts, plan.topk_idx.shape[1], hidden, max(plan.num_tokens, 1))
+        tuning = tune(shape, Topology(num_ranks, self._context.num_sms))
+        form = self._forms[key] = CombineForm(signature, tuning)
+        return form

@@ -14,12 +14,11 @@ from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, section_ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import MASKED, Expansion, Payload, RecvOffsets, Route, Tables
+from tokenferry.backends.cuda.launch import MASKED, Expansion, Payload, RecvBuffers, Route, Tables
 from tokenferry.backends.cuda.plan import LAYOUT_CODES, Counts, Geometry
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import ArgumentError, TokenferryError
 from tokenferry.formats.dtypes import dtype_code
-from tokenferry.memory.heap import Block
 from tokenferry.tuning import Topology, tune
 from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized
 
@@ -54,21 +53,12 @@ class DispatchForm:
     sms: SmCounts
 
 
-@dataclass(slots=True)
-class RecvBuffers:
-    """Memory that the rows of a call land in.
+@dataclass(frozen=True, slots=True, eq=False)
+class RedispatchForm:
+    """What all redispatches with the same shape, layout and kind of payload have in common; as `DispatchForm`."""
 
-    Attributes:
-        rows: Block of rows, scales and weights.
-        plan: Block of the plan's tensors that peers write, or None for a redispatch.
-        offsets: Where the parts of both begin.
-        copy_out: Whether results have to leave the block at once.
-    """
-
-    rows: Block
-    plan: Block | None
-    offsets: RecvOffsets
-    copy_out: bool
+    signature: Signature
+    sms: SmCounts
 
 
 class Dispatcher:
@@ -85,9 +75,8 @@ class Dispatcher:
         self._allocator = allocator
         self._key = key
         self._forms: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_FORMS)
-        self._signatures: BoundedDict[tuple[Any, ...], Signature] = BoundedDict(_MAX_FORMS)
+        self._redispatch_forms: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_FORMS)
         self._geometries: BoundedDict[tuple[MoeShape, DispatchOptions], Geometry] = BoundedDict(_MAX_FORMS)
-        self._sms: BoundedDict[MoeShape, SmCounts] = BoundedDict(_MAX_FORMS)
         self._no_row_idx: dict[int, Tensor] = {}
 
     # ------------------------------------------------------------------ dispatch
@@ -123,10 +112,10 @@ class Dispatcher:
             counts = exact if wants_counts else counts
         with context.breaking_off():  # from here on peers wait for this rank's rows
             buffers = buffers or self._recv_buffers(call, payload, geometry, counts)
-            launch.dispatch(context, call, payload, tables.route, buffers.offsets, sms.links)
+            launch.dispatch(context, call, payload, tables.route, buffers, sms.links)
             if geometry.by_expert:
-                expansion = _expansion(geometry, tables, counts, context.window.base + buffers.offsets.row_idx)
-                launch.dispatch_expand(context, call, payload, buffers.offsets, expansion, sms.local)
+                expansion = _expansion(geometry, tables, counts, context.window.base + buffers.row_idx)
+                launch.dispatch_expand(context, call, payload, buffers, expansion, sms.local)
         if wants_counts and counts.host is None:
             counts = cuda_plan.wait(context, call, geometry)
         return self._planned(payload, geometry, tables, counts, buffers)
@@ -148,7 +137,7 @@ class Dispatcher:
         if geometry is None:
             geometry = cuda_plan.geometry(shape, options, self._context.num_ranks)
             self._geometries[shape, options] = geometry
-        form = self._forms[key] = DispatchForm(signature, geometry, self._new_sms(shape))
+        form = self._forms[key] = DispatchForm(signature, geometry, self._tuned_sms(shape))
         return form
 
     def _recv_buffers(self, call: Call, payload: Payload, geometry: Geometry, counts: Counts) -> RecvBuffers:
@@ -170,25 +159,33 @@ class Dispatcher:
             D * payload.row_bytes,
         )
         rows, copy_out = self._allocator.recv_block(call, end)
-        at, plan_at = rows.offset, plan.offset
-        offsets = RecvOffsets(at + scale_end, at + weights_end, at, plan_at, plan_at + idx_end, plan_at + token_end)
-        return RecvBuffers(rows, plan, offsets, copy_out)
+        return RecvBuffers(
+            block=rows,
+            copy_out=copy_out,
+            rows=rows.offset + scale_end,
+            scale=rows.offset + weights_end,
+            weights=rows.offset,
+            plan_block=plan,
+            topk_idx=plan.offset,
+            src_token=plan.offset + idx_end,
+            row_idx=plan.offset + token_end,
+        )
 
     def _planned(
         self, payload: Payload, geometry: Geometry, tables: Tables, counts: Counts, buffers: RecvBuffers
     ) -> Dispatched:
         """Return the result of a dispatch with its plan, and give back the memory that it did not need."""
-        index, block, offsets = payload.topk_idx, buffers.plan, buffers.offsets
+        index, block = payload.topk_idx, buffers.plan_block
         assert index is not None
         assert block is not None
         N, K, allocator, route = counts.received, index.shape[1], self._allocator, tables.route
         dst_token, row_idx = tables.dst_token, self._no_row_idx.get(K)
         if counts.host is not None:  # else results have the size of the worst case
-            block.trim(offsets.row_idx - block.offset + (N * K * 8 if geometry.by_expert else 0))
-            buffers.rows.trim(offsets.rows - buffers.rows.offset + counts.delivered * payload.row_bytes)
+            block.trim(buffers.row_idx - block.offset + (N * K * 8 if geometry.by_expert else 0))
+            buffers.block.trim(buffers.rows - buffers.block.offset + counts.delivered * payload.row_bytes)
             dst_token = dst_token[: counts.sent]
         if geometry.by_expert:
-            row_idx = allocator.tensor(block, offsets.row_idx, (N, K), torch.int64)
+            row_idx = allocator.tensor(block, buffers.row_idx, (N, K), torch.int64)
         elif row_idx is None:
             row_idx = self._empty_row_idx(K)
         plan = Plan(
@@ -199,9 +196,9 @@ class Dispatcher:
             counts.delivered,
             dst_token,
             route.dst_counts,
-            allocator.tensor(block, offsets.src_token, (N,), torch.int64),
+            allocator.tensor(block, buffers.src_token, (N,), torch.int64),
             route.src_counts,
-            allocator.tensor(block, offsets.topk_idx, (N, K), index.dtype),
+            allocator.tensor(block, buffers.topk_idx, (N, K), index.dtype),
             row_idx,
             tables.expert_counts,
             route.places,
@@ -223,16 +220,10 @@ class Dispatcher:
         plan, context = request.plan, self._context
         options, layout = plan.options, plan.options.layout
         payload = _payload(request.x, request.topk_weights, None)
-        key = (layout, *_kind(payload))
-        signature = self._signatures.get(key)
-        if signature is None:
-            signature = Signature("redispatch", layout=LAYOUT_CODES[layout], **_signature_fields(payload))
-            self._signatures[key] = signature
-        call = context.begin(signature)
-        if request.num_sms:
-            sms = SmCounts(request.num_sms, request.num_sms)
-        else:
-            sms = self._sms.get(request.shape) or self._new_sms(request.shape)
+        key = (request.shape, layout, *_kind(payload))
+        form = self._redispatch_forms.get(key) or self._new_redispatch_form(key, request, payload)
+        call = context.begin(form.signature)
+        sms = SmCounts(request.num_sms, request.num_sms) if request.num_sms else form.sms
         K, L, D = plan.topk_idx.shape[1], plan.expert_counts.shape[0], plan.num_delivered
         by_expert = layout is not Layout.ROWS
         rows_end, scale_end, end = section_ends(
@@ -241,31 +232,39 @@ class Dispatcher:
             0 if payload.weights is None else D * 4 * (1 if by_expert else K),
         )
         block, copy_out = self._allocator.recv_block(call, end)
-        recv = RecvOffsets(block.offset, block.offset + rows_end, block.offset + scale_end)
+        start = block.offset
+        buffers = RecvBuffers(block, copy_out, start, start + rows_end, start + scale_end)
         route = Route(plan.places, plan.dst_counts, plan.src_counts, K, L, by_expert)
-        launch.dispatch(context, call, payload, route, recv, sms.links)
+        launch.dispatch(context, call, payload, route, buffers, sms.links)
         if by_expert:
             capacity = D // L if layout is Layout.MASKED else 0
             expansion = Expansion(
                 route, plan.row_idx.data_ptr(), D, options.alignment, capacity, options.zero_padding, plan.expert_counts
             )
-            launch.dispatch_expand(context, call, payload, recv, expansion, sms.local)
+            launch.dispatch_expand(context, call, payload, buffers, expansion, sms.local)
         expert_offsets, host_counts = None, plan.host_counts
         if layout is Layout.EXPERTS:
             padded = (plan.expert_counts + options.alignment - 1) // options.alignment * options.alignment
             expert_offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
         if host_counts is None and options.counts == "host":
             host_counts = tuple(plan.expert_counts.tolist())
-        return self._dispatched(RecvBuffers(block, None, recv, copy_out), payload, plan, expert_offsets, host_counts)
+        return self._dispatched(buffers, payload, plan, expert_offsets, host_counts)
+
+    def _new_redispatch_form(
+        self, key: tuple[Any, ...], request: RedispatchRequest, payload: Payload
+    ) -> RedispatchForm:
+        layout = LAYOUT_CODES[request.plan.options.layout]
+        signature = Signature("redispatch", layout=layout, **_signature_fields(payload))
+        form = self._redispatch_forms[key] = RedispatchForm(signature, self._tuned_sms(request.shape))
+        return form
 
     # ------------------------------------------------------------------ both
 
-    def _new_sms(self, shape: MoeShape) -> SmCounts:
-        """Return the SMs of dispatches that do not give a number."""
+    def _tuned_sms(self, shape: MoeShape) -> SmCounts:
+        """Return the SMs of calls that do not give a number."""
         context = self._context
-        tuned = tune(shape, Topology(context.num_ranks, context.num_sms))
-        sms = self._sms[shape] = SmCounts(tuned.dispatch_sms, context.num_sms)
-        return sms
+        tuning = tune(shape, Topology(context.num_ranks, context.num_sms))
+        return SmCounts(tuning.dispatch_sms, context.num_sms)
 
     def _dispatched(
         self,
@@ -276,15 +275,15 @@ class Dispatcher:
         host_counts: tuple[int, ...] | None,
     ) -> Dispatched:
         """Return a result over the rows that land in a block."""
-        block, offsets = buffers.rows, buffers.offsets
+        block = buffers.block
         D, allocator, by_rows = plan.num_delivered, self._allocator, plan.options.layout is Layout.ROWS
-        rows = allocator.tensor(block, offsets.rows, (D, payload.rows.shape[1]), payload.rows.dtype)
+        rows = allocator.tensor(block, buffers.rows, (D, payload.rows.shape[1]), payload.rows.dtype)
         scale = weights = None
         if payload.scale is not None:
-            scale = allocator.tensor(block, offsets.scale, (D, payload.scale.shape[1]), payload.scale.dtype)
+            scale = allocator.tensor(block, buffers.scale, (D, payload.scale.shape[1]), payload.scale.dtype)
         if payload.weights is not None:
             shape = (D, payload.weights.shape[1]) if by_rows else (D,)
-            weights = allocator.tensor(block, offsets.weights, shape, torch.float32)
+            weights = allocator.tensor(block, buffers.weights, shape, torch.float32)
         if buffers.copy_out:
             rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
         if plan.options.layout is Layout.MASKED:

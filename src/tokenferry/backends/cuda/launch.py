@@ -27,6 +27,7 @@ from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_expand import spec as expand_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.stage_input import spec as stage_spec
+from tokenferry.memory.heap import Block
 from tokenferry.tuning import num_pushers
 from tokenferry.types import Plan
 
@@ -149,12 +150,27 @@ class Payload:
 
 
 @dataclass(slots=True)
-class RecvOffsets:
-    """Where rows from peers land, as offsets in this rank's window; 0 for what does not travel."""
+class RecvBuffers:
+    """Memory that the rows of a call land in: blocks, and where their parts begin, as offsets in this rank's window.
 
-    rows: int = 0
-    scale: int = 0
-    weights: int = 0
+    Attributes:
+        block: Holds rows, scales and weights.
+        copy_out: Whether results have to leave the block at once.
+        rows: Of the rows, in ``block``.
+        scale: Of the scales, likewise.
+        weights: Of the weights, likewise.
+        plan_block: Holds the parts of the plan that peers write; None for a redispatch.
+        topk_idx: Of `Plan.topk_idx`, in ``plan_block``.
+        src_token: Of `Plan.src_token`, likewise.
+        row_idx: Of `Plan.row_idx`, likewise.
+    """
+
+    block: Block
+    copy_out: bool
+    rows: int
+    scale: int
+    weights: int
+    plan_block: Block | None = None
     topk_idx: int = 0
     src_token: int = 0
     row_idx: int = 0
@@ -288,7 +304,7 @@ def _assign_template(
     return template
 
 
-def dispatch(context: Context, call: Call, payload: Payload, route: Route, recv: RecvOffsets, num_sms: int) -> None:
+def dispatch(context: Context, call: Call, payload: Payload, route: Route, recv: RecvBuffers, num_sms: int) -> None:
     """Launch `dispatch`."""
     scale, index = payload.scale, payload.topk_idx
     scale_ptr = 0
@@ -344,7 +360,7 @@ def _dispatch_template(context: Context, key: tuple[Any, ...], payload: Payload,
 
 
 def dispatch_expand(
-    context: Context, call: Call, payload: Payload, recv: RecvOffsets, expansion: Expansion, num_sms: int
+    context: Context, call: Call, payload: Payload, recv: RecvBuffers, expansion: Expansion, num_sms: int
 ) -> None:
     """Launch `dispatch_expand` for rows that have landed at ``recv``."""
     key = (expand_spec.SPEC,)
