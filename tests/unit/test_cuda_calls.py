@@ -1,4 +1,4 @@
-"""What the CUDA backend keeps from call to call, and hands out more than once."""
+"""What the CUDA backend keeps from call to call, and shares between results."""
 
 import itertools
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from tokenferry.types import DispatchOptions, Layout, MoeShape
 CPU = torch.device("cpu")
 
 
-def test_params_say_what_the_call_at_hand_says():
+def test_params_belong_to_the_last_call():
     """They are kept; so whatever differs from the call before has to be written again."""
     template = LaunchTemplate(SimpleNamespace(new_params=spec.SPEC.params.struct))
     one, other = Signature("dispatch", hidden=1), Signature("dispatch", hidden=2)
@@ -62,12 +62,14 @@ def test_tables_do_not_overlap(layout, num_tokens):
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     storage = route.places.untyped_storage()
     assert storage.data_ptr() <= tables.table
-    assert tables.bases + 4 * (2 * 3 + 18) <= storage.data_ptr() + storage.nbytes(), "they live with the plan's tensors"
+    assert tables.bases + 4 * (2 * 3 + 18) <= storage.data_ptr() + storage.nbytes(), (
+        "they live as long as the plan's tensors"
+    )
 
 
 @pytest.mark.parametrize(("layout", "most"), [(Layout.ROWS, (1 << 31) - 1), (Layout.EXPERTS, (1 << 28) - 1)])
-def test_no_more_rows_than_places_can_say(layout, most):
-    """A place is an int32, of EXPERTS with a rank in its upper bits: with more rows `count` says so, and none moves."""
+def test_no_more_rows_than_places_can_number(layout, most):
+    """A place is an int32, of EXPERTS with a rank in its upper bits; `dispatch_notify` refuses more rows."""
     geometry = cuda_plan.geometry(MoeShape(8, 8, 8, 1 << 28), DispatchOptions(layout), 1)
     assert geometry.sizes.row_limit == most
 
@@ -77,7 +79,7 @@ def num_columns(layout):
 
 
 def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward():
-    """At least what all plans share."""
+    """This is about the tensor that all plans share."""
     dispatcher = Dispatcher(SimpleNamespace(device=CPU), None, "key")
     with torch.inference_mode():
         shared = dispatcher._empty_row_idx(4)
@@ -87,7 +89,7 @@ def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward():
 
 
 def test_the_host_waits_longer_than_a_kernel_ahead_of_its_call():
-    """That one says for whom it waited, the host only that its stream is stuck. A combine may take two deadlines."""
+    """Its record names the peer, the host knows only that its stream is stuck. A combine may take two deadlines."""
     waited: list[float] = []
     pinned = SimpleNamespace(wait_for_call_number=lambda _, timeout_s: waited.append(timeout_s))
     context = SimpleNamespace(timeout_s=5.0, rank=1, pinned=pinned, break_off=lambda _: None)

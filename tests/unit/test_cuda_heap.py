@@ -604,12 +604,12 @@ class HeapMachine(RuleBasedStateMachine):
         stream=streams_of,
         kib=st.sampled_from((0, 1, 1, 2, 2, 3, 5, 9, 16)),
         times=st.integers(1, 3),
-        told=st.booleans(),
+        given=st.booleans(),
     )
-    def take(self, stream, kib, times, told):
+    def take(self, stream, kib, times, given):
         for _ in range(times):
             try:
-                block = self.heap.block(kib * KIB, stream, self.streams.capture(stream) if told else None)
+                block = self.heap.block(kib * KIB, stream, self.streams.capture(stream) if given else None)
             except HeapFull:
                 return
             capture = self.streams.capture(stream)
@@ -657,7 +657,7 @@ class HeapMachine(RuleBasedStateMachine):
 
     @rule(kib=st.integers(0, 33))
     def ask(self, kib):
-        """Whatever was taken, what is free can be told, at little cost or in full."""
+        """The free bytes are known whatever was taken, at little cost or in full."""
         free = sum(quick.size * len(quick.free) for quick in self.heap._quicks.values())
         room = self.heap.has_room(kib * KIB)
         assert self.heap.free_bytes >= free
