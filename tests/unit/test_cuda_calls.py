@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
+from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.dispatch import Dispatcher
+from tokenferry.backends.cuda.launch import Payload, RecvBuffers, Route
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import PeerTimeout
-from tokenferry.kernels.control_block import HANDSHAKE_WORDS, SIGNATURE_WORDS
+from tokenferry.kernels.control_block import FIRST_OFFSET, HANDSHAKE_WORDS, OFFSET_BYTES, SIGNATURE_WORDS
 from tokenferry.kernels.dispatch import spec
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.types import DispatchOptions, Layout, MoeShape
@@ -97,3 +100,60 @@ def test_the_host_waits_longer_than_a_kernel_ahead_of_its_call():
     with pytest.raises(PeerTimeout, match=r"dispatch #3: rank 1 waited 15\.0 s for its own stream"):
         Context.wait_for_counts(context, call)
     assert waited[0] > 2 * context.timeout_s
+
+
+def test_what_can_be_made_again_is_bounded():
+    kept = BoundedDict(2)
+    kept["a"], kept["b"] = 1, 2
+    kept["b"] = 3
+    assert kept == {"a": 1, "b": 3}
+    kept["c"] = 4
+    assert kept == {"c": 4}
+
+
+def test_a_template_that_is_not_complete_is_not_kept(monkeypatch):
+    """It would be found by the next call, and launched with fields that nobody has filled in."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    context = one_rank()
+    monkeypatch.setattr(spec, "cut", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        launch_dispatch(context)
+    assert context.templates == {}
+    monkeypatch.undo()
+    launch_dispatch(context)
+    (template,) = context.templates.values()
+    assert context.launched == [template.kernel]
+
+
+def test_a_launch_fills_its_fields_by_name():
+    context = one_rank()
+    payload, route, buffers = launch_dispatch(context)
+    (template,) = context.templates.values()
+    p = template.params
+    assert (p.x, p.scale, p.weights, p.topk_idx) == (payload.rows.data_ptr(), 0, payload.weights.data_ptr(), 0)
+    assert (p.places, p.rows_out) == (route.places.data_ptr(), route.dst_counts.data_ptr())
+    assert (p.rows_in, p.num_tokens, p.top_k, p.num_local, p.by_expert) == (route.src_counts.data_ptr(), 3, 2, 4, 0)
+    offsets = list(p.handshake)[FIRST_OFFSET : FIRST_OFFSET + 6]
+    assert [OFFSET_BYTES * offset for offset in offsets] == [buffers.rows, buffers.scale, buffers.weights, 4096, 0, 0]
+
+
+def one_rank():
+    """A context whose kernels only note that they were launched."""
+    launched = []
+
+    def new_template(spec):
+        kernel = SimpleNamespace(new_params=spec.params.struct, launch=lambda *_: launched.append(kernel))
+        return LaunchTemplate(kernel)
+
+    return SimpleNamespace(num_ranks=2, templates=BoundedDict(8), new_template=new_template, launched=launched)
+
+
+def launch_dispatch(context):
+    payload = Payload(torch.ones(3, 16), None, torch.ones(3, 2), None, 64, 0)
+    route = Route(torch.zeros(3, 4), torch.zeros(2), torch.zeros(2), 2, 4, by_expert=False)
+    buffers = RecvBuffers(None, False, 512, 1024, 2048, None, 4096)
+    launch.dispatch(context, Call(1, 0, False, 3, Signature("dispatch"), 0), payload, route, buffers, 4)
+    return payload, route, buffers

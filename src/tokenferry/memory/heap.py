@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tokenferry.errors import ClosedError, TokenferryError
 from tokenferry.jit.driver import Device
-from tokenferry.memory.ranges import Quick, Ranges, Waits, needs_others
+from tokenferry.memory.ranges import Mark, Quick, Ranges, Waits, needs_others
 from tokenferry.memory.streams import CudaStreams, HostStreams, Streams
 from tokenferry.memory.tensor import bytes_at
 
@@ -301,7 +301,7 @@ class Heap:
             # torch.cuda.graph synchronises the device before it captures.
             if mark is None and self._streams.capture(other):
                 continue
-            event = self._streams.record(other) if mark is None else mark[1]
+            event = self._streams.record(other) if mark is None else mark.event
             self._streams.wait(stream, event, outside=True)
             self._kept.append(event)
         pool.cut(start, size)
@@ -318,7 +318,7 @@ class Heap:
     def _wait(self, waits: Waits, stream: int) -> None:
         for other, mark in waits.items():
             if other != stream:
-                event = self._streams.record(other) if mark is None else mark[1]
+                event = self._streams.record(other) if mark is None else mark.event
                 self._streams.wait(stream, event, outside=False)
 
     def _died(self, block: Block) -> None:
@@ -339,7 +339,7 @@ class Heap:
             if current != stream and current_capture == capture:
                 # The number comes first: so a higher one on the same stream means a later event, whatever threads do.
                 number = next(self._order)
-                mark = (number, self._streams.record(current))
+                mark = Mark(number, self._streams.record(current))
         except RuntimeError:  # the state of the stream cannot be queried now: try again later
             current, current_capture = stream, _UNKNOWN
         self._dead.append((block.offset, block._size, stream, capture, current, current_capture, mark, True))

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
-Mark = tuple[int, Any] | None
-"""An event that a stream has to pass, after its number in the order of all events. None: everything queued so far."""
-Waits = dict[int, Mark]
-"""A mark for each stream that used a range, all to be passed before it is used again. Replaced, never changed."""
+
+class Mark(NamedTuple):
+    """An event that a stream has to pass, and its number in the order of all events."""
+
+    number: int
+    event: Any
+
+
+Waits = dict[int, "Mark | None"]
+"""A mark for each stream that used a range, all to be passed before it is used again; None: everything queued so far.
+Replaced, never changed."""
 
 
 class Ranges:
@@ -126,5 +133,5 @@ def _both(one: Waits, other: Waits) -> Waits:
     return merged
 
 
-def _order(mark: tuple[int, Any]) -> int:
-    return mark[0]
+def _order(mark: Mark) -> int:
+    return mark.number

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,20 +22,29 @@ _MANAGED = struct.Struct("@QiiiBBHQQQQQqqq")
 contiguous), offset, context, deleter (64 bytes); then shape[3]."""
 _SHAPE_AT = 64
 _SHAPE_WORD = _SHAPE_AT // 8
-_KINDS = {"cpu": 1, "cuda": 2}
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _NAME = b"dltensor"
-_TYPES: dict[torch.dtype, tuple[int, int] | None] = {
-    torch.uint8: (1, 8),
-    torch.int8: (0, 8),
-    torch.int32: (0, 32),
-    torch.int64: (0, 64),
-    torch.float16: (2, 16),
-    torch.float32: (2, 32),
-    torch.float64: (2, 64),
-    torch.bfloat16: (4, 16),
+
+
+class _DlpackType(NamedTuple):
+    """DLPack's name of a dtype."""
+
+    code: int
+    bits: int
+
+
+_TYPES: dict[torch.dtype, _DlpackType | None] = {
+    torch.uint8: _DlpackType(1, 8),
+    torch.int8: _DlpackType(0, 8),
+    torch.int32: _DlpackType(0, 32),
+    torch.int64: _DlpackType(0, 64),
+    torch.float16: _DlpackType(2, 16),
+    torch.float32: _DlpackType(2, 32),
+    torch.float64: _DlpackType(2, 64),
+    torch.bfloat16: _DlpackType(4, 16),
 }
-"""DLPack's code and bits of a dtype. Others are added when first used; None: made as bytes, and viewed."""
-_NEWER_TYPES = {torch.float8_e4m3fn: (10, 8), torch.float8_e5m2: (12, 8)}
+"""Others are added when first used; None: torch does not accept it, so tensors are made as bytes and viewed."""
+_NEWER_TYPES = {torch.float8_e4m3fn: _DlpackType(10, 8), torch.float8_e5m2: _DlpackType(12, 8)}
 """Types that only newer versions of torch accept."""
 
 # Own function objects: setting restype on those of ctypes.pythonapi would change them for the whole process.
@@ -81,17 +90,17 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: 
     return tensor
 
 
-def _new_struct(code: tuple[int, int], device: torch.device, num_dims: int) -> tuple[Any, int]:
+def _new_struct(code: _DlpackType, device: torch.device, num_dims: int) -> tuple[Any, int]:
     """Return a struct for one byte of a kind of tensor, as words, and its address."""
     at = _malloc(_MANAGED.size)
     raw = (ctypes.c_char * _MANAGED.size).from_address(at)
-    place = _KINDS[device.type], device.index or 0
+    place = _DEVICE_TYPES[device.type], device.index or 0
     _MANAGED.pack_into(raw, 0, 0, *place, num_dims, *code, 1, at + _SHAPE_AT, 0, 0, 0, 0, 1, 1, 1)
     return memoryview(raw).cast("B").cast("Q"), at
 
 
-def _learn(dtype: torch.dtype) -> tuple[int, int] | None:
-    """Return DLPack's code and bits of a dtype if this torch accepts them, else None; noted in ``_TYPES``."""
+def _learn(dtype: torch.dtype) -> _DlpackType | None:
+    """Return DLPack's name of a dtype if this torch accepts it, else None; noted in ``_TYPES``."""
     code = _NEWER_TYPES.get(dtype)
     if code is not None:
         words, at = _new_struct(code, torch.device("cpu"), 1)

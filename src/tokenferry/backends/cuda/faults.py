@@ -138,10 +138,9 @@ class FlightRecorder:
         """Return the exception for a record."""
         signature = next((found for number, found in reversed(self._calls) if number == record.call_number), None)
         call = CallId(record.call_number, signature.phase if signature else "a call")
-        fields = signature.fields if signature else ()
         peer, seen, expected = record.peer, record.seen, record.expected
         if record.code == Fault.mismatch:
-            return self._mismatch(call, fields, record)
+            return self._mismatch(call, signature, record)
         if record.code == Fault.peer_gave_up and record.word == Fault.mismatch:
             return MismatchError(
                 f"{call.phase} #{call.number}: rank {peer} and rank {record.blamed} made different calls, as rank "
@@ -155,7 +154,8 @@ class FlightRecorder:
                 f"call #{call.number})"
             )
         if record.code == Fault.overflow:
-            per_expert = " per expert" if dict(fields).get("layout") == 2 else ""
+            masked = signature is not None and dict(signature.fields).get("layout") == 2
+            per_expert = " per expert" if masked else ""
             return CapacityError(
                 f"{call.phase}: options.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
                 "raise it, or leave it out for the worst case"
@@ -175,7 +175,7 @@ class FlightRecorder:
             why = f"it did not signal that its rows are complete: epoch {seen} seen, {expected} expected"
         return peer_timeout(call, self._rank, [peer], why, record.waited_ms / 1000, "")
 
-    def _mismatch(self, call: CallId, fields: tuple[tuple[str, int], ...], record: Record) -> MismatchError:
+    def _mismatch(self, call: CallId, signature: Signature | None, record: Record) -> MismatchError:
         rank, peer, word = self._rank, record.peer, record.word
         seen, expected = record.seen, record.expected
         if word == ROWS_WORD:
@@ -194,13 +194,14 @@ class FlightRecorder:
                 f"for it begin at {seen}; use plans of the same dispatch on all ranks"
             )
         start = f"{call.phase} #{call.number}: rank {rank} and rank {peer} made different calls"
-        if not fields:  # a call in a CUDA graph, captured long ago
+        if signature is None:  # a call in a CUDA graph, captured long ago
             return MismatchError(f"{start}; call the same on all ranks, in the same order")
         if word == DISPATCH_WORD:
             return MismatchError(
                 f"{start}: rank {rank} combines the rows of dispatch {expected}, rank {peer} those of dispatch {seen} "
                 "(epochs); use plans of the same dispatch on all ranks"
             )
+        fields = signature.fields
         if word == 0 or word >= len(fields):
             theirs = KINDS[seen] if 0 < seen < len(KINDS) else f"kind {seen}"
             return MismatchError(f"{start}: rank {peer} called {theirs}; call the same on all ranks, in the same order")
