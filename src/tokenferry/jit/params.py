@@ -27,7 +27,7 @@ _CODES = {
     ctypes.c_int32: "i",
     ctypes.c_float: "f",
 }
-"""What the module struct calls the types of fields."""
+"""Format characters of the types of fields, for the module struct."""
 _TYPE = re.compile(r"(?P<kind>ptr|u64|i64|u32|i32|f32)(?::(?P<target>[A-Za-z_][\w: ]*))?(?:\[(?P<count>[1-9]\d*)\])?")
 
 

@@ -108,11 +108,11 @@ class Block:
         if kept < size:
             self._size = kept
             here = (self._quick.stream, self._quick.capture)
-            self._heap._dead.append((self.offset + kept, size - kept, *here, *here, None, False))
+            self._heap._to_collect.append((self.offset + kept, size - kept, *here, *here, None, False))
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
         if not finalizing():
-            self._heap._died(self)
+            self._heap._freed(self)
 
 
 class Heap:
@@ -145,7 +145,7 @@ class Heap:
         self._closed = False
         self._lock = threading.Lock()
         self._order = itertools.count()
-        self._dead: deque[tuple[Any, ...]] = deque()
+        self._to_collect: deque[tuple[Any, ...]] = deque()
         self._limbo: list[tuple[int, int, int, int]] = []
         self._quicks: dict[tuple[int, int], Quick] = {}
         self._large = self.num_bytes // _LARGE
@@ -160,7 +160,7 @@ class Heap:
     def num_live(self) -> int:
         """Number of blocks alive."""
         with self._lock:
-            self._bury()
+            self._collect()
             return self._live - sum(len(quick.free) for quick in self._quicks.values())
 
     @property
@@ -183,7 +183,7 @@ class Heap:
         if ranges.largest_known >= num_bytes:
             return True
         with self._lock:
-            self._bury()
+            self._collect()
             if ranges.largest < num_bytes:
                 self._settle()
             return ranges.largest >= num_bytes
@@ -228,8 +228,8 @@ class Heap:
                 raise ClosedError("the heap of this group was closed; make a new group")
             if size > self._large:
                 self._settle()
-            elif self._dead:
-                self._bury()
+            elif self._to_collect:
+                self._collect()
             if self._limbo:
                 self._leave_limbo()
             start = self._take(size, stream, capture)
@@ -254,11 +254,11 @@ class Heap:
         return quick
 
     def _clear(self, quick: Quick) -> None:
-        """Hand the blocks of a quick list over to `_bury`. Takes no lock."""
+        """Hand the blocks of a quick list over to `_collect`. Takes no lock."""
         here = (quick.stream, _EAGER)
         try:
             while True:
-                self._dead.append((quick.free.pop(), quick.size, *here, *here, None, True))
+                self._to_collect.append((quick.free.pop(), quick.size, *here, *here, None, True))
         except IndexError:
             return
 
@@ -267,8 +267,8 @@ class Heap:
         for quick in self._quicks.values():
             if quick.free:
                 self._clear(quick)
-        found = bool(self._dead)
-        self._bury()
+        found = bool(self._to_collect)
+        self._collect()
         return found
 
     def _take(self, size: int, stream: int, capture: int) -> int | None:
@@ -321,7 +321,7 @@ class Heap:
                 event = self._streams.record(other) if mark is None else mark.event
                 self._streams.wait(stream, event, outside=False)
 
-    def _died(self, block: Block) -> None:
+    def _freed(self, block: Block) -> None:
         """Note the streams that may still use a block that was freed. Takes no lock."""
         if self._closed:
             return
@@ -342,12 +342,12 @@ class Heap:
                 mark = Mark(number, self._streams.record(current))
         except RuntimeError:  # the state of the stream cannot be queried now: try again later
             current, current_capture = stream, _UNKNOWN
-        self._dead.append((block.offset, block._size, stream, capture, current, current_capture, mark, True))
+        self._to_collect.append((block.offset, block._size, stream, capture, current, current_capture, mark, True))
 
-    def _bury(self) -> None:
+    def _collect(self) -> None:
         """Give freed blocks back to the ranges."""
-        while self._dead:
-            start, size, stream, capture, current, current_capture, mark, whole = self._dead.popleft()
+        while self._to_collect:
+            start, size, stream, capture, current, current_capture, mark, whole = self._to_collect.popleft()
             self._live -= whole
             if capture == current_capture:
                 waits: Waits = {stream: None} if mark is None else {stream: None, current: mark}

@@ -1,4 +1,4 @@
-"""A dictionary for what can be made again, such as signatures and launch templates."""
+"""A dictionary for objects that can be made again, such as signatures and launch templates."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _MAX_FORMS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CombineForm:
-    """What all combines of equal sizes, layouts and dtypes have in common.
+    """The parts that all combines of equal sizes, layouts and dtypes share.
 
     Attributes:
         signature: Of the calls.

@@ -1,4 +1,4 @@
-"""The context of a CUDA group: what all its calls share, in what order they run, and what broke it."""
+"""The context of a CUDA group: resources that its calls share, their order on the device, and errors that break it."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Call:
 
 
 class LaunchTemplate:
-    """A kernel, and params that hold already whatever is the same in all calls of one geometry.
+    """A kernel, and params in which everything that calls of one geometry share is filled in.
 
-    What differs from call to call is written by packers, which are bound to these params. Those of the kernel's own
-    fields are set by the maker of the template.
+    Fields that differ from call to call are written by packers, which are bound to these params. Those of the kernel's
+    own fields are set by the function that makes the template.
 
     Attributes:
         params: The struct.
@@ -118,7 +118,7 @@ class LaunchTemplate:
 
 
 class Context:
-    """What the calls of one rank share. One thread at a time.
+    """The resources and the state that the calls of one rank share. For one thread at a time.
 
     Args:
         window: Shared by all ranks; the control block at its start is zero.

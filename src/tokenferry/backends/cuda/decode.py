@@ -282,7 +282,7 @@ class Decoder:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a launch: one for each SM."""
+        """Number of blocks of a launch: one for each SM."""
         return max(2, self._context.num_sms)
 
     def _enqueue(

@@ -40,7 +40,7 @@ class SmCounts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DispatchForm:
-    """What all dispatches with the same shape, options and kind of payload have in common.
+    """The parts that all dispatches with the same shape, options and kind of payload share.
 
     Attributes:
         signature: Of the calls.
@@ -55,7 +55,7 @@ class DispatchForm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RedispatchForm:
-    """What all redispatches with the same shape, layout and kind of payload have in common; as `DispatchForm`."""
+    """The parts that all redispatches with the same shape, layout and kind of payload share; see `DispatchForm`."""
 
     signature: Signature
     sms: SmCounts
@@ -339,7 +339,7 @@ def _payload(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | N
 
 
 def _kind(payload: Payload) -> tuple[Any, ...]:
-    """Return what payloads have in common that need the same signature."""
+    """Return a key that is equal for payloads with the same signature."""
     weights, index, scale = payload.weights, payload.topk_idx, payload.scale
     return (
         payload.rows.dtype,

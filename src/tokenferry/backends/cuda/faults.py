@@ -1,4 +1,4 @@
-"""What kernels report to the host: the record of the first fault, and the counts of a dispatch, in pinned memory.
+"""Reports of kernels to the host, in pinned memory: the record of the first fault, and the counts of a dispatch.
 
 Kernels never trap and never throw: they write a record and return. The host reads it when it waits for counts, at the
 start of every call, and in `ExpertGroup.synchronize`.

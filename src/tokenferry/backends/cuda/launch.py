@@ -1,10 +1,10 @@
-"""One function for each kernel of a throughput call: from what the call knows to a params struct and a launch.
+"""Launches of the kernels of dispatch and combine: one function for each, which fills a params struct and enqueues it.
 
 The functions are named for their kernels, and decide nothing.
 
 Host time counts: a whole eager call may cost 15 us. So a template is kept for each geometry, with all that follows from
-it filled in. What differs from call to call is written by packers, which are checked against the params struct when
-this module is imported.
+it filled in. The other fields are written by packers, which are checked against the params struct when this module is
+imported.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PlanSizes:
 
 @dataclass(slots=True)
 class Route:
-    """Where the rows of a dispatch go.
+    """The destinations of the rows of a dispatch.
 
     Attributes:
         places: ``[T, C]`` int32.
@@ -130,7 +130,7 @@ class Tables:
 
 @dataclass(slots=True)
 class Payload:
-    """Rows to send, and what travels with them; ``topk_idx`` only where a plan is made.
+    """Rows to send, with their scales, weights and, where a plan is made, their ``topk_idx``.
 
     Attributes:
         rows: ``[T, H]``, at a multiple of 16 bytes.
@@ -178,7 +178,7 @@ class RecvBuffers:
 
 @dataclass(slots=True)
 class Expansion:
-    """How rows that have landed are laid out by expert.
+    """The layout by expert of rows that have landed.
 
     Attributes:
         route: Of the rows.
@@ -201,7 +201,7 @@ class Expansion:
 
 @dataclass(slots=True)
 class Reduction:
-    """What a combine adds up, where it puts the sums, and what peers find in this rank's window meanwhile.
+    """The input and output of a combine, and the offsets at which peers find this rank's part of it.
 
     Offsets are those in the window; 0 for what is not there.
 
