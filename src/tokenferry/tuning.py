@@ -1,7 +1,7 @@
-"""How many SMs a call takes, and why: from the sizes of a group and its machine to numbers, without looking at either.
+"""Tuning: how many SMs a call uses, and why, given the sizes of a group and its machine.
 
-The figures come from measurements on H200 GPUs behind NVSwitch; `tokenferry limits` measures them on another machine.
-Everything here is pure; `tokenferry explain` prints it.
+The figures were measured on H200 GPUs behind NVSwitch; `tokenferry limits` measures them on another machine.
+All functions are pure; `tokenferry explain` prints what they return.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from tokenferry.errors import ConfigError
 from tokenferry.types import MoeShape
 
 LINK_GBPS = 340.0
-"""What bulk stores of whole rows reach at best: 10^9 bytes a second that leave a GPU, every GPU to all its peers."""
+"""Peak rate of bulk stores of whole rows: 10^9 bytes per second that leave a GPU, every GPU to all its peers."""
 
 STORE_GBPS = ((4, 172.0), (8, 317.0), (16, 310.0), (24, 322.0), (48, 330.0), (64, 335.0), (132, 340.0))
-"""The same by the number of SMs that store, 8 GPUs."""
+"""The same rate by the number of SMs that store, 8 GPUs."""
 
 LOAD_GBPS = ((4, 196.0), (8, 314.0), (12, 320.0), (24, 320.0), (48, 290.0), (64, 289.0), (132, 316.0))
-"""Bulk loads from peers by the number of SMs that load, 8 GPUs."""
+"""Rate of bulk loads from peers by the number of SMs that load, 8 GPUs."""
 
 DISPATCH_US = ((8, 290), (12, 250), (16, 250), (20, 252), (24, 254))
-"""Microseconds of a dispatch along a kept plan by SMs: FP8, T=4096, H=7168, K=8, E=256, 4 H200."""
+"""Microseconds of a redispatch by SMs: FP8, T=4096, H=7168, K=8, E=256, 4 H200."""
 
 COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
-"""The same of a combine of bfloat16 rows in the heap."""
+"""The same of a combine of bfloat16 rows in the heap, which are fetched."""
 
 PUSH_US = ((16, 676), (20, 520), (24, 502), (36, 501), (66, 498), (132, 487))
-"""The same of rows in the user's memory, which are pushed; 1024 rows: 166 us with 24, 162 with 66."""
+"""The same of rows in the user's memory, which are pushed; for 1024 rows: 166 us with 24 SMs, 162 with 66."""
 
 DISPATCH_SMS = 16
 COMBINE_SMS = 16
@@ -37,15 +37,15 @@ PUSH_SMS = 24
 _ROWS_AT_ONCE = 8  # rows that the warps of one SM move at the same time
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum at the same time
 _PIECE_BYTES = 2048
-_SHORT_PUSH = 2048  # rows: of fewer, most of the time goes by until the first ones land and after the last ones have
+_SHORT_PUSH = 2048  # tokens: with fewer, most of the time passes before the first rows land and after the last have
 _LEAST_HEAP = 64 << 20
 _MOST_DECODE = 512 << 20
-"""Shapes whose decode calls have more than this under way are not shapes for decoding."""
+"""A shape whose decode calls need more than this is not meant for decoding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """What there is.
+    """The ranks and SMs of a group.
 
     Args:
         num_ranks: R.
@@ -67,13 +67,13 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What was chosen.
+    """The SMs of calls that do not give a number, and the reasons.
 
     Attributes:
-        dispatch_sms: SMs of `dispatch` and `redispatch` unless the call says.
-        combine_sms: SMs of `combine` unless the call says, of rows in the group's memory or by expert.
-        push_sms: The same of ROWS that lie in the user's memory.
-        reasons: Why, a sentence each.
+        dispatch_sms: SMs of `dispatch` and `redispatch`.
+        combine_sms: SMs of `combine` for rows in the group's memory, or by expert.
+        push_sms: SMs of `combine` for ROWS in the user's memory.
+        reasons: A sentence for each number.
     """
 
     dispatch_sms: int
@@ -84,11 +84,11 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Travel:
-    """What one call of T tokens moves on average if every choice of K distinct experts is equally likely.
+    """The average traffic of a call of T tokens, if every choice of K distinct experts is equally likely.
 
     Attributes:
         ranks_per_token: Distinct ranks that hold a chosen expert, the own rank included.
-        remote_per_token: The same without the own rank: copies of the row that leave the GPU.
+        remote_per_token: The same without the own rank: copies of a row that leave the GPU.
         rows_received: N.
         bytes_out: Bytes that leave a GPU: rows to other ranks.
     """
@@ -102,7 +102,7 @@ class Travel:
 def tune(shape: MoeShape, topology: Topology) -> Tuning:
     """Choose the SMs of each call. Pure.
 
-    Sizes of calls differ; the choice is for calls of M tokens, bfloat16 rows.
+    The choice is for calls of M tokens with bfloat16 rows.
     """
     dispatch, why_dispatch = _dispatch_sms(shape, topology)
     combine, why_combine = _combine_sms(shape, topology)
@@ -111,7 +111,7 @@ def tune(shape: MoeShape, topology: Topology) -> Tuning:
 
 
 def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> Travel:
-    """Return what a call of ``num_tokens`` rows of ``row_bytes`` moves, for routings drawn uniformly. Pure."""
+    """Return the traffic of a call of ``num_tokens`` rows of ``row_bytes``, for routings drawn uniformly. Pure."""
     per_rank = shape.num_experts // num_ranks
     miss = 1.0  # probability that none of K distinct experts lies on one given rank
     for k in range(min(shape.top_k, shape.num_experts)):
@@ -122,7 +122,7 @@ def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> 
 
 
 def gbps(curve: tuple[tuple[int, float], ...], num_sms: int) -> float:
-    """Read a measured curve at a number of SMs: linear between its points, proportional below the first. Pure."""
+    """Interpolate a measured curve at a number of SMs: linear between points, proportional below the first. Pure."""
     first_sms, first_rate = curve[0]
     if num_sms <= first_sms:
         return first_rate * num_sms / first_sms
@@ -137,18 +137,18 @@ def _dispatch_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     if needed < DISPATCH_SMS:
         chosen = min(needed, topology.num_sms)
         return chosen, (
-            f"dispatch: {chosen} SMs: an SM moves {_ROWS_AT_ONCE} rows at a time, so more find no row to move at "
-            f"M={shape.max_tokens} (at 128 rows the time was the same with 16 to 132)"
+            f"dispatch: {chosen} SMs: an SM moves {_ROWS_AT_ONCE} rows at a time, so more would be idle at "
+            f"M={shape.max_tokens} (for 128 rows the time was the same with 16 to 132)"
         )
     chosen = min(DISPATCH_SMS, topology.num_sms)
     if chosen < DISPATCH_SMS:
-        return chosen, f"dispatch: {chosen} SMs: all that the device has; {DISPATCH_SMS} would be taken of a larger one"
+        return chosen, f"dispatch: {chosen} SMs: all that the device has; {DISPATCH_SMS} would be used on a larger one"
     if topology.num_ranks == 1:
         return chosen, f"dispatch: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
     best, least = min(us for _, us in DISPATCH_US), DISPATCH_US[0]
     return chosen, (
         f"dispatch: {chosen} SMs: FP8 rows of T=4096 took {best} us with 12 to 24 SMs, within 2 %, and {least[1]} us "
-        f"with {least[0]} (4 H200); more disturb one another, and {topology.num_sms - chosen} SMs are left to others"
+        f"with {least[0]} (4 H200); more slow one another down, and {topology.num_sms - chosen} SMs are left to others"
     )
 
 
@@ -159,11 +159,11 @@ def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
         chosen = min(needed, topology.num_sms)
         return chosen, (
             f"combine: {chosen} SMs: an SM sums {_PIECES_AT_ONCE} pieces of {_PIECE_BYTES} bytes at a time, so more "
-            f"find nothing to sum at M={shape.max_tokens}"
+            f"would be idle at M={shape.max_tokens}"
         )
     chosen = min(COMBINE_SMS, topology.num_sms)
     if chosen < COMBINE_SMS:
-        return chosen, f"combine: {chosen} SMs: all that the device has; {COMBINE_SMS} would be taken of a larger one"
+        return chosen, f"combine: {chosen} SMs: all that the device has; {COMBINE_SMS} would be used on a larger one"
     if topology.num_ranks == 1:
         return chosen, f"combine: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
     best, fewer = min(us for _, us in COMBINE_US), COMBINE_US[1]
@@ -176,20 +176,20 @@ def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
 def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     what, most = "combine of rows in the user's memory", topology.num_sms
     pieces = -(-2 * shape.hidden // _PIECE_BYTES)
-    needed = 2 * -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)  # as many push as add up
+    needed = 2 * -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)  # half of them push, half add up
     wanted = PUSH_SMS if shape.max_tokens >= _SHORT_PUSH else max(PUSH_SMS, most // 2)
     if needed < wanted:
         chosen = min(needed, most)
-        return chosen, f"{what}: {chosen} SMs: more find nothing to push or to add up at M={shape.max_tokens}"
+        return chosen, f"{what}: {chosen} SMs: more would be idle at M={shape.max_tokens}"
     chosen = min(wanted, most)
     if chosen < PUSH_SMS:
-        return chosen, f"{what}: {chosen} SMs: all that the device has; {PUSH_SMS} would be taken of a larger one"
+        return chosen, f"{what}: {chosen} SMs: all that the device has; {PUSH_SMS} would be used on a larger one"
     if topology.num_ranks == 1:
         return chosen, f"{what}: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
     if chosen > PUSH_SMS:
         return chosen, (
-            f"{what}: {chosen} SMs: half of the device, if less than {_SHORT_PUSH} tokens come home: rows land late "
-            "and then all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
+            f"{what}: {chosen} SMs: half of the device, if less than {_SHORT_PUSH} tokens are combined: rows land late "
+            "and all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
         )
     times, few, many = dict(PUSH_US), PUSH_US[0], PUSH_US[-2]
     return chosen, (
@@ -199,16 +199,16 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
 
 
 def num_pushers(num_sms: int) -> int:
-    """SMs of a combine of rows in the user's memory that push; 10 fill the links, the others have to keep up. Pure."""
+    """Return how many SMs of a pushing combine push; 10 fill the links, the other SMs have to keep up. Pure."""
     return max(1, min(num_sms * 5 // 12, 16))
 
 
 def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
-    """GPU memory for rows that peers write or read, unless TOKENFERRY_HEAP_MB says. Pure.
+    """Return the bytes of GPU memory for rows that peers write or read; TOKENFERRY_HEAP_MB overrides it. Pure.
 
-    Room for five deliveries of bfloat16 rows in the worst case: what was received and the answers to it, both once more
-    while the next ones come, and a last one that is for landing only; for small M also for what decode calls have
-    under way.
+    There is room for the rows of five dispatches in the worst case, in bfloat16: the rows received and the expert
+    outputs, both a second time while the next ones arrive, and a last one that is for landing only. For small M there
+    is also room for decode calls.
     """
     rows = num_ranks * shape.max_tokens
     row_bytes = 2 * shape.hidden + 24 * shape.top_k + 8  # data; weights, ids and places; source token
@@ -217,9 +217,9 @@ def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
 
 
 def decode_bytes(shape: MoeShape, num_ranks: int) -> int:
-    """GPU memory for bfloat16 rows that decode calls have under way, or a little more. Pure.
+    """Return the bytes of GPU memory that decode calls of bfloat16 rows need, or a little more. Pure.
 
-    Two calls of each direction: rows from every rank with their notes and counts, and answers.
+    There are two calls of each direction under way: rows from every rank with their notes and counts, and answers.
     """
     M, K, line = shape.max_tokens, shape.top_k, 128
     row = 2 * -(-shape.hidden // 512) * 512

@@ -8,6 +8,7 @@ import torch
 
 from tokenferry import (
     ArgumentError,
+    BackendUnavailable,
     ClosedError,
     ConfigError,
     DispatchOptions,
@@ -119,6 +120,11 @@ def test_the_cpu_has_nothing_to_warm_up_and_nothing_to_wait_for():
     group.synchronize()
     plan = group.dispatch(torch.ones(1, 8), Routing(torch.tensor([[0, 1]]))).plan
     assert (plan._places.shape, group._plan_columns(DispatchOptions())) == ((0, 0), 0)
+    backend = group._backend
+    assert backend.new_traces(1) is None
+    backend.set_trace(None)
+    with pytest.raises(BackendUnavailable, match="set_trace: backend 'cpu' has no time stamps"):
+        backend.set_trace(torch.zeros(1, 1))
     group.close()
     for call in (group.warmup, group.synchronize, lambda: group.empty_rows(plan)):
         with pytest.raises(ClosedError):

@@ -1,13 +1,14 @@
-"""Decode calls of the CUDA backend on the host: which hooks, regions and sizes they take, and which they refuse."""
+"""Decode calls of the CUDA backend on the host: which hooks, workspaces and sizes they accept or refuse."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tokenferry.backends.cuda.channel import Channel, PendingRecv
 from tokenferry.backends.cuda.context import Call
-from tokenferry.backends.cuda.decode import Channel, PendingRecv, check_limits
-from tokenferry.backends.cuda.faults import Signature
+from tokenferry.backends.cuda.decode import check_limits
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspaces, sizes_for
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.types import MoeShape
@@ -20,7 +21,7 @@ def new_call(number=1, *, stream=1, capturing=False):
 
 
 class Tensor:
-    """What a receipt writes; remembers the streams that use it."""
+    """A tensor that a receive writes; records the streams that use it."""
 
     def __init__(self):
         self.streams = []
@@ -30,16 +31,16 @@ class Tensor:
 
 
 class Calls:
-    """A channel on a station whose current stream, number 1, a test may change.
+    """A channel, and a context whose current stream, number 1, a test may change.
 
     Attributes:
-        launched: Number and stream of what was received.
-        behind: Streams that came behind all calls without one of their own.
+        launched: Number and stream of each receive.
+        ordered: Streams that were ordered after all calls without a call of their own.
     """
 
     def __init__(self):
         self.stream, self.capturing = 1, False
-        self.launched, self.behind = [], []
+        self.launched, self.ordered = [], []
         self.device = torch.device("cuda")
         self.channel = Channel(self)
 
@@ -47,12 +48,12 @@ class Calls:
         return new_call(call.number, stream=self.stream, capturing=self.capturing)
 
     def order_after_calls(self):
-        self.behind.append(self.stream)
+        self.ordered.append(self.stream)
 
     def send(self, number, *, tensors=()):
-        """One with a hook, on the current stream."""
+        """Send with a hook, on the current stream."""
         call = new_call(number, stream=self.stream, capturing=self.capturing)
-        self.channel.make_room(call)
+        self.channel.receive_overwritten(call)
         pending = PendingRecv(call, lambda at: self.launched.append((number, at.stream)), tensors)
         self.channel.sent(pending)
         return pending
@@ -69,7 +70,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_hook_does_not_cross_the_border_of_a_capture(calls, inside):
+def test_a_hook_belongs_to_the_capture_of_its_call(calls, inside):
     calls.capturing = inside
     tensor = Tensor()
     pending = calls.send(1, tensors=(tensor,))
@@ -77,14 +78,14 @@ def test_a_hook_does_not_cross_the_border_of_a_capture(calls, inside):
     with pytest.raises(ArgumentError, match="decode_dispatch: hook: a CUDA graph has to capture both"):
         calls.channel.receive(pending)
     assert calls.launched == []
-    assert pending.tensors == (tensor,), "it may still be called on its side of the border"
+    assert pending.tensors == (tensor,), "it may still be called where it belongs"
     calls.capturing = inside
     calls.channel.receive(pending)
     assert calls.launched == [(1, 1)]
 
 
 @pytest.mark.parametrize("capturing", [True, False])
-def test_a_send_receives_the_one_that_it_overwrites(calls, capturing):
+def test_a_send_receives_the_call_that_it_overwrites(calls, capturing):
     calls.capturing = capturing
     for number in (1, 2):
         calls.send(number)
@@ -98,7 +99,7 @@ def test_a_send_receives_the_one_that_it_overwrites(calls, capturing):
     assert calls.launched == [(1, 1), (3, 1), (2, 1)], "the third was received by its own hook"
 
 
-def test_a_capture_needs_the_room_of_a_call_outside(calls):
+def test_a_capture_overwrites_a_call_outside(calls):
     first = calls.send(1)
     calls.send(2)
     calls.capturing = True
@@ -110,13 +111,13 @@ def test_a_capture_needs_the_room_of_a_call_outside(calls):
     calls.capturing = False
     calls.channel.receive(first)
     calls.capturing = True
-    calls.send(3)  # it takes the room of the first
+    calls.send(3)  # it overwrites the first
     with pytest.raises(ArgumentError, match="has to be called before"):
         calls.send(4)
     assert calls.launched == [(1, 1)]
 
 
-def test_what_a_capture_forgot_stays_forgotten(calls):
+def test_a_hook_not_called_in_its_capture_is_dropped(calls):
     calls.capturing = True
     for number in (1, 2):
         calls.send(number)
@@ -126,8 +127,8 @@ def test_what_a_capture_forgot_stays_forgotten(calls):
     assert calls.launched == []
 
 
-def test_a_hook_on_another_stream_tells_the_allocator(calls):
-    """Their memory may not be used again before that stream is done."""
+def test_a_hook_on_another_stream_is_known_to_the_allocator(calls):
+    """The memory of tensors may not be reused before that stream is done."""
     one, other = Tensor(), Tensor()
     pending = calls.send(1, tensors=(one, None, other))
     calls.stream = 2
@@ -149,8 +150,8 @@ def test_the_allocator_need_not_know_of_its_own_stream_or_of_captures(calls, str
     assert tensor.streams == []
 
 
-def test_a_hook_that_a_later_call_has_called_orders_its_stream(calls):
-    """Its caller goes on to read results there, wherever they were received."""
+def test_the_hook_of_a_call_that_was_received_orders_its_stream(calls):
+    """Its caller reads results on that stream, whichever stream received them."""
     first = calls.send(1)
     calls.send(2)
     calls.stream = 2
@@ -159,10 +160,10 @@ def test_a_hook_that_a_later_call_has_called_orders_its_stream(calls):
     calls.stream = 4
     calls.channel.receive(first)
     assert calls.launched == [(1, 2)]
-    assert calls.behind == [4]
+    assert calls.ordered == [4]
 
 
-def test_open_hooks_are_called_at_once_but_those_of_captures(calls):
+def test_pending_receives_are_enqueued_except_those_of_captures(calls):
     calls.capturing = True
     calls.send(1)
     calls.capturing = False
@@ -173,7 +174,7 @@ def test_open_hooks_are_called_at_once_but_those_of_captures(calls):
     assert second.done
 
 
-def test_a_receipt_that_fails_is_still_owed(calls, monkeypatch):
+def test_a_receive_that_fails_is_still_pending(calls, monkeypatch):
     def refuse(at):
         raise OSError("no launch")
 
@@ -185,10 +186,10 @@ def test_a_receipt_that_fails_is_still_owed(calls, monkeypatch):
     assert len(pending.tensors) == 1
 
 
-def test_forgotten_hooks_do_nothing(calls):
-    receipts = [calls.send(number, tensors=(Tensor(),)) for number in (1, 2)]
+def test_dropped_hooks_do_nothing(calls):
+    pendings = [calls.send(number, tensors=(Tensor(),)) for number in (1, 2)]
     calls.channel.forget()
-    for pending in receipts:
+    for pending in pendings:
         assert pending.tensors == ()
         calls.channel.receive(pending)
     calls.capturing = True
@@ -197,23 +198,23 @@ def test_forgotten_hooks_do_nothing(calls):
     assert calls.launched == []
 
 
-# ---------------------------------------------------------------------- regions
+# ---------------------------------------------------------------------- workspaces
 
 
 SMALL, LARGE = MoeShape(4, 2, 128, 8), MoeShape(4, 2, 128, 16)
 
 
-class Ground:
-    """Where the regions of one rank lie: memory of the host; peers say what it says. It counts what they are asked."""
+class OneRank:
+    """Context and allocator of one rank on host memory. Peers send what it sends; ``exchanges`` counts the messages."""
 
     def __init__(self):
         self.rank, self.num_ranks, self.device = 0, 2, torch.device("cpu")
         self.window = SimpleNamespace(bases=(0, 1 << 40))
-        self.lost, self.asked = set(), 0
+        self.masked, self.exchanges = set(), 0
         self.workspaces = Workspaces(self, self, self.exchange)
 
-    def absent(self):
-        return frozenset(self.lost)
+    def masked_ranks(self):
+        return frozenset(self.masked)
 
     def synchronize(self):
         pass
@@ -223,56 +224,56 @@ class Ground:
         return SimpleNamespace(address=memory.data_ptr(), offset=512, memory=memory)
 
     def exchange(self, handshake):
-        self.asked += 1
+        self.exchanges += 1
         return [handshake, handshake]
 
     def fitting(self, shape, *, capturing=False):
         return self.workspaces.fitting(new_call(capturing=capturing), shape, 2)
 
 
-def capture_one(ground):
-    ground.fitting(LARGE, capturing=True)
+def make_one_in_a_capture(one_rank):
+    one_rank.fitting(LARGE, capturing=True)
 
 
-def make_one_without_a_rank(ground):
-    ground.lost = {1}
-    ground.fitting(LARGE)
+def make_one_without_a_rank(one_rank):
+    one_rank.masked = {1}
+    one_rank.fitting(LARGE)
 
 
 @pytest.mark.parametrize(
-    ("do", "told"),
+    ("make", "message"),
     [
-        (capture_one, "decode_dispatch: the first decode call .* call it once before the capture"),
+        (make_one_in_a_capture, "decode_dispatch: the first decode call .* call it once before the capture"),
         (make_one_without_a_rank, r"decode_dispatch: the first decode call .* rank\(s\) \[1\] are masked"),
     ],
 )
-def test_a_region_takes_all_ranks_and_no_capture(do, told):
-    ground = Ground()
-    with pytest.raises(ArgumentError, match=told):
-        do(ground)
-    assert ground.workspaces.now is None
-    ground.lost = set()
-    small = ground.fitting(SMALL)
-    with pytest.raises(ArgumentError, match=told):
-        do(ground)
-    assert ground.workspaces.now is small, "there is one, and it has no room for these"
-    assert ground.asked == 1, "peers were asked for what is refused here"
-    ground.lost = set()
-    large = ground.fitting(LARGE)
+def test_a_workspace_is_made_by_all_ranks_and_in_no_capture(make, message):
+    one_rank = OneRank()
+    with pytest.raises(ArgumentError, match=message):
+        make(one_rank)
+    assert one_rank.workspaces.now is None
+    one_rank.masked = set()
+    small = one_rank.fitting(SMALL)
+    with pytest.raises(ArgumentError, match=message):
+        make(one_rank)
+    assert one_rank.workspaces.now is small, "the one that there is has no room for these"
+    assert one_rank.exchanges == 1, "peers took part in a call that is refused here"
+    one_rank.masked = set()
+    large = one_rank.fitting(LARGE)
     assert large is not small
     assert large.addresses == (512, (1 << 40) + 512)
     for shape in (LARGE, SMALL):
         assert sizes_for(shape, 2, 2).within(large.sizes)
-        assert ground.fitting(shape, capturing=True) is large
-    ground.lost = {1}
-    assert ground.fitting(LARGE) is large
-    assert ground.asked == 2
+        assert one_rank.fitting(shape, capturing=True) is large
+    one_rank.masked = {1}
+    assert one_rank.fitting(LARGE) is large
+    assert one_rank.exchanges == 2
 
 
 # ---------------------------------------------------------------------- sizes
 
 
-def test_the_most_tokens():
+def test_limit_of_tokens():
     check_limits(MoeShape(4096, 64, 128, 1 << 16), 8)
     with pytest.raises(ConfigError, match="max_tokens=65537, and at most 65536 are possible in decode calls"):
         check_limits(MoeShape(4, 2, 128, (1 << 16) + 1), 2)

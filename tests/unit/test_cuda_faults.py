@@ -1,11 +1,12 @@
-"""What a kernel writes down, put into words; no GPU is needed to read it."""
+"""Errors made from the records of kernels; no GPU is needed."""
 
 import time
 
 import pytest
 import torch
 
-from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Signature
+from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Record
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import MismatchError
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.control_block import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
@@ -16,7 +17,7 @@ SIGNATURE = Signature(
 
 
 @pytest.mark.parametrize(
-    ("word", "seen", "told"),
+    ("word", "seen", "message"),
     [
         (1, 6, "num_experts is 4 on rank 0 and 6 on rank 2"),
         (2, 99, "max_tokens is 8 on rank 0 and 99 on rank 2"),
@@ -25,39 +26,39 @@ SIGNATURE = Signature(
         (5, dtype_code(torch.bfloat16), "dtype is torch.float32 on rank 0 and torch.bfloat16 on rank 2"),
     ],
 )
-def test_what_differs_is_called_what_the_user_calls_it(word, seen, told):
+def test_a_mismatch_names_the_argument(word, seen, message):
     flight_recorder = FlightRecorder(0)
     flight_recorder.note(7, SIGNATURE)
-    error = flight_recorder.explain([Fault.mismatch, 7, 2, word, seen, SIGNATURE.fields[word][1], 2, 0])
+    error = flight_recorder.explain(Record(Fault.mismatch, 7, 2, word, seen, SIGNATURE.fields[word][1], 2, 0))
     assert isinstance(error, MismatchError)
     assert str(error) == (
-        f"dispatch #7: rank 0 and rank 2 made different calls: {told}; it has to be the same on all ranks"
+        f"dispatch #7: rank 0 and rank 2 made different calls: {message}; it has to be the same on all ranks"
     )
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         (ROWS_WORD, "rank 2 has 5 rows for rank 0, whose plan says 6"),
         (ROOM_WORD, "rank 0 has 6 rows for rank 2, whose plan says 5"),
         (START_WORD, "the plan of rank 0 names row 6 of rank 2, whose rows for it begin at 5"),
     ],
 )
-def test_plans_that_do_not_fit(word, told):
+def test_plans_that_do_not_fit(word, message):
     flight_recorder = FlightRecorder(0)
     flight_recorder.note(7, Signature("combine"))
-    error = flight_recorder.explain([Fault.mismatch, 7, 2, word, 5, 6, 2, 0])
+    error = flight_recorder.explain(Record(Fault.mismatch, 7, 2, word, 5, 6, 2, 0))
     assert isinstance(error, MismatchError)
-    assert str(error) == f"combine #7: {told}; use plans of the same dispatch on all ranks"
+    assert str(error) == f"combine #7: {message}; use plans of the same dispatch on all ranks"
 
 
-def test_a_call_that_nobody_remembers():
-    """It was captured, and its graph runs long after: what the words of its signature were called is not known."""
+def test_a_call_that_is_no_longer_in_the_flight_recorder():
+    """It was captured, and its graph runs long after: the names of its fields are not known."""
     flight_recorder = FlightRecorder(0)
     flight_recorder.note(1, SIGNATURE)
     for number in range(2, 70):
         flight_recorder.note(number, Signature("combine"))
-    error = flight_recorder.explain([Fault.mismatch, 1, 1, 1, 3, 4, 1, 0])
+    error = flight_recorder.explain(Record(Fault.mismatch, 1, 1, 1, 3, 4, 1, 0))
     assert isinstance(error, MismatchError)
     assert str(error) == (
         "a call #1: rank 0 and rank 1 made different calls; call the same on all ranks, in the same order"
@@ -65,8 +66,8 @@ def test_a_call_that_nobody_remembers():
 
 
 @pytest.mark.parametrize("word", [0, RECORD_WORDS])
-def test_what_came_while_the_host_was_stopped(monkeypatch, word):
-    """A ticket, or a fault: by a debugger, or another thread, the host may be held up beyond any deadline."""
+def test_counts_that_came_while_the_host_was_stopped(monkeypatch, word):
+    """Or a fault: a debugger or another thread may hold up the host beyond any deadline."""
     pinned, slept = Pinned(pin=False), []
 
     def stop(_):
@@ -79,7 +80,7 @@ def test_what_came_while_the_host_was_stopped(monkeypatch, word):
     assert pinned.wait_for_call_number(7, timeout_s=200.0)
 
 
-def test_a_ticket_that_does_not_come(monkeypatch):
+def test_counts_that_do_not_come(monkeypatch):
     clock = iter(range(0, 10_000, 100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     assert not Pinned(pin=False).wait_for_call_number(7, timeout_s=200.0)

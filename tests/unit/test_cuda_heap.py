@@ -135,7 +135,7 @@ def test_the_smallest_range_that_fits_is_taken():
     assert heap.block(4 * KIB, 1).offset == offsets[2]
 
 
-def test_a_death_elsewhere_leaves_an_event():
+def test_a_block_freed_on_another_stream_leaves_an_event():
     heap, streams = make()
     block = heap.block(64 * KIB, 1)
     streams.now = 2
@@ -223,7 +223,7 @@ def test_blocks_of_a_capture_stay_with_its_graph():
     assert streams.log == []
 
 
-def test_a_block_from_before_that_dies_during_a_capture_comes_back_after_it():
+def test_a_block_from_before_that_is_freed_during_a_capture_is_available_after_it():
     heap, streams = make()
     block = heap.block(64 * KIB, 1)
     streams.begin_capture(2, 7)
@@ -353,7 +353,7 @@ def test_the_oldest_of_many_quick_lists_makes_room():
     assert heap.largest_free == 1024 * KIB
 
 
-def test_a_death_while_its_quick_list_is_closed(monkeypatch):
+def test_a_block_freed_while_its_quick_list_is_closed(monkeypatch):
     """By another thread, between the question whether it is open and the entry in it."""
     heap, streams = make()
     block = heap.block(KIB, 1)
@@ -410,7 +410,7 @@ class Trap:
         self.block = block
 
 
-def test_a_death_inside_block():
+def test_a_block_freed_inside_block():
     heap, streams = make()
     trap = Trap(heap.block(32 * KIB, 1))
     original = streams.capture
@@ -429,7 +429,7 @@ def test_a_death_inside_block():
     assert block.offset == 0
 
 
-def test_deaths_in_other_threads():
+def test_blocks_freed_in_other_threads():
     heap, _ = make(2048)
     sizes = itertools.count()
 
@@ -604,12 +604,12 @@ class HeapMachine(RuleBasedStateMachine):
         stream=streams_of,
         kib=st.sampled_from((0, 1, 1, 2, 2, 3, 5, 9, 16)),
         times=st.integers(1, 3),
-        told=st.booleans(),
+        given=st.booleans(),
     )
-    def take(self, stream, kib, times, told):
+    def take(self, stream, kib, times, given):
         for _ in range(times):
             try:
-                block = self.heap.block(kib * KIB, stream, self.streams.capture(stream) if told else None)
+                block = self.heap.block(kib * KIB, stream, self.streams.capture(stream) if given else None)
             except HeapFull:
                 return
             capture = self.streams.capture(stream)
@@ -657,7 +657,7 @@ class HeapMachine(RuleBasedStateMachine):
 
     @rule(kib=st.integers(0, 33))
     def ask(self, kib):
-        """Whatever was taken, what is free can be told, at little cost or in full."""
+        """The free bytes are known whatever was taken, at little cost or in full."""
         free = sum(quick.size * len(quick.free) for quick in self.heap._quicks.values())
         room = self.heap.has_room(kib * KIB)
         assert self.heap.free_bytes >= free

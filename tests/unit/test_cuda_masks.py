@@ -1,4 +1,4 @@
-"""Epochs of ranks that come into step, in numbers."""
+"""Epochs of ranks that resynchronise."""
 
 import struct
 
@@ -18,5 +18,5 @@ def test_the_latest_epoch(epochs, latest):
 
 
 @pytest.mark.parametrize(("epoch", "even", "odd"), [(0, 0, 0), (1, 0, 1), (2, 2, 1), (3, 2, 3), (LAST, LAST - 1, LAST)])
-def test_who_is_in_step_has_received_everything(epoch, even, odd):
+def test_a_resynchronised_rank_has_received_everything(epoch, even, odd):
     assert struct.unpack("<2I", _by_half(epoch)) == (even, odd)

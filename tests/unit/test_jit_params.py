@@ -2,11 +2,12 @@
 
 import copy
 import ctypes
+import struct
 
 import pytest
 
 from tokenferry.errors import ConfigError
-from tokenferry.jit.params import Params
+from tokenferry.jit.params import Packer, Params
 
 FIELDS = [("x", "ptr"), ("n", "i32"), ("to", "ptr:const u64[2]"), ("few", "u32[3]"), ("f", "f32"), ("big", "i64")]
 
@@ -60,3 +61,76 @@ def test_unknown_types(kind):
 def test_bad_names(names):
     with pytest.raises(ConfigError, match="ToyParams: field name"):
         Params("ToyParams", [(name, "u32") for name in names])
+
+
+# ---------------------------------------------------------------------- packers
+
+PACKED = [("x", "ptr"), ("n", "i32"), ("f", "f32"), ("m", "u32"), ("big", "i64"), ("few", "u32[3]"), ("end", "u32")]
+TOY = Params("ToyParams", PACKED).struct
+
+
+def test_a_packer_writes_its_fields_and_no_other():
+    params = TOY(*(1 for _ in PACKED[:5]), (1, 1, 1), 1)
+    Packer(TOY, "n", "f", "m").bind(params)(-2, 0.5, 2**32 - 1)
+    assert (params.n, params.f, params.m) == (-2, 0.5, 2**32 - 1)
+    assert (params.x, params.big, list(params.few), params.end) == (1, 1, [1, 1, 1], 1)
+
+
+def test_a_packer_of_items_writes_no_other_item():
+    params = TOY(few=(7, 7, 7), big=7, end=7)
+    Packer.items(TOY, "few", 1, 2).bind(params)(8, 9)
+    assert (params.big, list(params.few), params.end) == (7, [7, 8, 9], 7)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["x", "number"], r"ToyParams\.number is none of x, n, f, m, big, few, end"),
+        (["n", "x"], r"ToyParams\.x is at byte 0, expected 12, right behind n"),
+        (["x", "f"], r"ToyParams\.f is at byte 12, expected 8, right behind x"),
+        (["m", "big"], r"ToyParams\.big is at byte 24, expected 20, right behind m"),
+        (["n", "n"], r"ToyParams\.n is at byte 8, expected 12, right behind n"),
+        (["big", "few"], r"ToyParams\.few is an array; use Packer\.items"),
+        ([], "ToyParams: expected at least one field"),
+    ],
+    ids=["name", "order", "gap", "padding", "twice", "array", "none"],
+)
+def test_a_packer_that_does_not_fit_its_struct(names, problem):
+    """It is found when the packer is made; at a launch it would be a value in the wrong place."""
+    with pytest.raises(ConfigError, match=problem):
+        Packer(TOY, *names)
+
+
+def test_a_field_that_became_wider_is_packed_as_wide_as_it_is():
+    wider = Params("ToyParams", [("n", "u64"), ("m", "u32")]).struct
+    packer = Packer(wider, "n", "m")
+    assert (packer.offset, packer.num_bytes) == (0, 12)
+    params = wider()
+    packer.bind(params)(2**40, 3)
+    assert (params.n, params.m) == (2**40, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "count"), [("few", 2, 2), ("few", 0, 0), ("few", -1, 2), ("n", 0, 1), ("no", 0, 1)]
+)
+def test_items_that_an_array_does_not_have(name, first, count):
+    with pytest.raises(ConfigError, match=rf"ToyParams\.{name} has \d items, expected items"):
+        Packer.items(TOY, name, first, count)
+
+
+def test_a_packer_is_bound_to_its_own_struct_only():
+    other = Params("OtherParams", PACKED).struct()
+    with pytest.raises(ConfigError, match="expected ToyParams, got OtherParams"):
+        Packer(TOY, "x").bind(other)
+
+
+@pytest.mark.parametrize("values", [(1,), (1, 2, 3), ("x", 1), (2**64, 1)])
+def test_values_that_do_not_fit(values):
+    with pytest.raises(struct.error):
+        Packer(TOY, "x", "n").bind(TOY())(*values)
+
+
+def test_bound_fields_keep_the_struct_alive():
+    params = TOY()
+    view, _ = Packer(TOY, "x").bind(params).args
+    assert view.obj is params

@@ -1,4 +1,4 @@
-"""Windows over a driver that only keeps books: who maps what, what is freed when, and one answer on all ranks."""
+"""Windows over a fake driver that records calls: what is mapped and freed when, and one result on all ranks."""
 
 import contextlib
 import ctypes
@@ -33,7 +33,7 @@ class Handle:
 
 
 class Cuda:
-    """The driver of one machine: allocations by address, mappings, and what was done in which order."""
+    """The driver of one machine: allocations by address, mappings, and a log of calls."""
 
     CUresult = Code
     CUipcMemHandle = Handle
@@ -226,7 +226,7 @@ def test_too_little_memory_on_one_rank_is_an_error_on_all(cuda):
     cuda.cuMemAlloc = alloc
     first, second = share_all(2)
     assert first == second
-    assert "3 MiB for the window are not to be had, 2 of 1048576 MiB are free" in first
+    assert "3 MiB for the window are not available, 2 of 1048576 MiB are free" in first
     assert "set TOKENFERRY_HEAP_MB lower" in first
     gc.collect()
     assert cuda.allocated == {}
@@ -256,7 +256,7 @@ def test_handles_that_are_not_to_be_had_are_an_error_on_all(cuda):
     assert "making an IPC handle of the window failed: CUDA_ERROR_NOT_SUPPORTED" in first
 
 
-def test_one_reason_is_told_on_all_ranks(cuda, monkeypatch):
+def test_all_ranks_get_the_same_reason(cuda, monkeypatch):
     monkeypatch.setattr(
         window, "describe", lambda device: describe(device, capability=[8, 0] if device.index == 2 else [9, 0])
     )
@@ -286,12 +286,12 @@ def handshakes(*changes):
     ],
     ids=["fine", "nine", "hosts", "none", "trouble"],
 )
-def test_reasons_that_cards_show(monkeypatch, case, text):
+def test_reasons_in_handshakes(monkeypatch, case, text):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert reach.why_not(case, 0) == text
 
 
-def test_a_card_describes_the_gpu_or_its_trouble(monkeypatch):
+def test_a_handshake_describes_the_gpu_or_its_trouble(monkeypatch):
     class Properties:
         name, uuid, major, minor = "H", "GPU-5", 9, 0
 

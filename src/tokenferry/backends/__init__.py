@@ -1,1 +1,1 @@
-"""Where the work is done: one module a backend, all behind the protocol of `base`."""
+"""The backends: one package for each, behind the protocol in `base`."""

@@ -1,4 +1,4 @@
-"""What crosses from `api` to a backend: requests in which everything is checked and resolved."""
+"""The seam between `api` and the backends: their protocol, and requests in which everything is checked and resolved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tokenferry.types import (
 
 
 class Encoding(enum.IntEnum):
-    """In what format rows travel home in `decode_combine`; named as its callers name it."""
+    """The format of rows on the way in `decode_combine`; named as the argument ``encoding`` names it."""
 
     same = 0
     fp8 = 1
@@ -40,12 +40,12 @@ class Resolved:
     Attributes:
         shape: The sizes all ranks agree on.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        transport: How CPU ranks reach each other; backend cuda has no use for it.
+        transport: How CPU ranks reach each other; backend cuda ignores it.
         timeout_s: Seconds that any wait for a peer may take.
         mask_on_timeout: Decode calls mask a silent rank instead of raising.
-        heap_bytes: GPU memory for rows that peers write or read; None: what the backend finds right for the shape.
+        heap_bytes: GPU memory for rows that peers write or read; None: chosen by the backend, for the shape.
         cache_folder: Where compiled kernels are kept.
-        cpu_only: Why an option of this rank can be honoured by the CPU backend only; empty if none is.
+        cpu_only: Why only the CPU backend can honour an option of this rank; empty if there is none.
     """
 
     shape: MoeShape
@@ -71,7 +71,7 @@ class DispatchRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RedispatchRequest:
-    """New rows, and perhaps new weights, along an old plan."""
+    """New rows, and perhaps new weights, along a plan that there is."""
 
     shape: MoeShape
     x: Tensor | Quantized
@@ -82,7 +82,7 @@ class RedispatchRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CombineRequest:
-    """Rows to bring home; ``out`` is where the sums go."""
+    """Rows to send back and add up; ``out`` is where the sums go."""
 
     y: Tensor
     plan: Plan
@@ -94,7 +94,7 @@ class CombineRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeDispatchRequest:
-    """Rows to put into the masked layout; ``quantize`` says how they are cast, None leaves them."""
+    """Rows to put into the masked layout; ``quantize``: how they are cast to FP8, None: they are not."""
 
     shape: MoeShape
     x: Tensor
@@ -106,9 +106,9 @@ class DecodeDispatchRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeCombineRequest:
-    """Expert outputs in the masked layout; ``fast`` sums per rank before it is sent.
+    """Expert outputs in the masked layout; ``fast``: each rank adds up its rows of a token before it sends them.
 
-    ``encoding``: the format of what travels, own rows included: with another than ``same``, H is a multiple of 128.
+    ``encoding``: the format of rows on the way, own rows included; with another than ``same``, H is a multiple of 128.
     """
 
     shape: MoeShape
@@ -126,11 +126,17 @@ def no_hook() -> None:
 
 
 class Backend(Protocol):
-    """One way to carry rows. Calls are collective; a failed one breaks the backend.
+    """One way to move rows between ranks. Calls are collective; one that fails breaks the backend.
 
-    ``broken`` then says by what ("was closed", "is broken by ..."); ``key`` is the same on all ranks and marks plans;
-    ``why`` says why this backend and transport were chosen. ``checks_routing``: indices outside [-1, E) are found
-    where the rows are, so that the host need not look at them.
+    Attributes:
+        name: ``"cpu"`` or ``"cuda"``.
+        transport: How ranks reach each other.
+        why: Why this backend and transport were chosen.
+        key: The same on all ranks; marks plans.
+        rank: This rank.
+        num_ranks: R.
+        device: Of tensors.
+        checks_routing: Whether indices outside [-1, E) are found where the rows are, so that the host need not check.
     """
 
     name: str
@@ -143,8 +149,10 @@ class Backend(Protocol):
     checks_routing: bool
 
     @property
-    def broken(self) -> str | None: ...  # noqa: D102
-    # What each call does is said once, in tokenferry.api.
+    def broken(self) -> str | None:
+        """What ended the backend: ``"was closed"``, ``"is broken by ..."``, or None."""
+
+    # Calls are documented once, in tokenferry.api.
     def dispatch(self, request: DispatchRequest) -> Dispatched[Any]: ...  # noqa: D102
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Any]: ...  # noqa: D102
     def combine(self, request: CombineRequest) -> Combined: ...  # noqa: D102
@@ -153,10 +161,32 @@ class Backend(Protocol):
     def warmup(self) -> None: ...  # noqa: D102
     def synchronize(self) -> None: ...  # noqa: D102
     def empty_rows(self, plan: Plan, dtype: torch.dtype, hidden: int) -> Tensor: ...  # noqa: D102
-    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
-        """Return the columns of ``Plan._places``, which has T rows, or none where this is 0."""
-        ...
-
     def mask(self, rank: int, *, masked: bool) -> None: ...  # noqa: D102
     def masked(self) -> frozenset[int]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
+
+    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
+        """Return C of ``Plan._places``, which has T rows where C > 0, and none otherwise."""
+        ...
+
+    def new_traces(self, num_calls: int) -> Tensor | None:
+        """Return tensors for the time stamps of several decode calls, all zero; None if the backend has none.
+
+        Returns:
+            Tensor: ``[num_calls, blocks, words]`` int64.
+        """
+        ...
+
+    def set_trace(self, trace: Tensor | None) -> None:
+        """Make the decode calls from now on write time stamps; None: they do not, which costs nothing.
+
+        Contract: local; returns at once. The time stamps of a call are there when its stream has passed it. The tensor
+        has to live until then, and, if a CUDA graph captures the call, as long as the graph.
+
+        Args:
+            trace: One of the tensors that `new_traces` returned.
+
+        Raises:
+            BackendUnavailable: the backend has no time stamps.
+        """
+        ...

@@ -1,4 +1,4 @@
-"""Which backend a group gets; said in one log line, never a silent fallback."""
+"""The choice of a group's backend; logged in one line, never a silent fallback."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _log = logging.getLogger("tokenferry")
 
 
 def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend:
-    """Make the backend that was asked for, or for ``"auto"`` the best that runs here; collective.
+    """Return the backend that was asked for, or for ``"auto"`` the best that runs here; collective.
 
     Raises:
         BackendUnavailable: it cannot run here; says why.
-        ConfigError: there is none of that name, it cannot honour an option, or ranks disagree.
+        ConfigError: there is no backend of that name, it cannot honour an option, or ranks disagree.
         PeerTimeout: a rank did not come.
     """
     name = resolved.backend
@@ -32,7 +32,7 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
 
     if name == "cuda":
         return make_cuda_backend(group, resolved)
-    # Every rank asks, also one that knows its own answer: the question is collective.
+    # Collective: every rank calls it, even one that knows its own answer.
     why_not = why_not_cuda(group, resolved)
     backend = make_cpu_backend(group, resolved) if why_not else make_cuda_backend(group, resolved)
     instead = f"; not cuda: {why_not}" if why_not else ""

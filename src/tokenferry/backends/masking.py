@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def drop_ranks(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:
-    """Return ``topk_idx`` ``[T, K]`` with -1 for the experts of ``ranks``; on any device, itself if there are none."""
+    """Return ``topk_idx`` ``[T, K]`` with -1 for the experts of ``ranks``; itself if there are none. On any device."""
     for rank in ranks:
         topk_idx = torch.where(topk_idx // num_local == rank, -1, topk_idx)
     return topk_idx

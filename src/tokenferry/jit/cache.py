@@ -1,4 +1,4 @@
-"""Cubins on disk, shared by all processes of a user: one folder an entry, which explains itself.
+"""The cache of cubins on disk, shared by all processes of a user: one folder per entry, readable by itself.
 
 An entry ``<kernel>-<key>`` holds ``kernel.cu`` and its headers (``nvcc -cubin -arch=sm_90a kernel.cu`` works in it),
 ``kernel.cubin`` and ``build.json`` (options, version of the compiler, checksum, resources, log).
@@ -27,7 +27,7 @@ class Cache:
     """The entries below one folder; a folder that cannot be used costs time and one warning, never an error.
 
     Args:
-        folder: Made when first needed. None: nothing is kept.
+        folder: Created when first needed. None: nothing is kept.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -35,7 +35,7 @@ class Cache:
         self._warned = False
 
     def find(self, unit: Unit, compiler: str) -> bytes | None:
-        """The cubin of a unit, or None. An entry whose content is not what was written is set aside, with a warning."""
+        """Return the cubin of a unit, or None. A damaged entry is moved aside, with a warning."""
         if self.folder is None:
             return None
         entry = self._entry(self.folder, unit, compiler)
@@ -45,7 +45,7 @@ class Cache:
             except FileNotFoundError:
                 if not entry.exists():
                     return None
-                return _read(entry)  # it appeared, whole, between the two lines above; or it lacks a file
+                return _read(entry)  # another process has just written it, or a file is missing
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             self._set_aside(entry, error)
         except OSError as error:
@@ -53,7 +53,7 @@ class Cache:
         return None
 
     def keep(self, unit: Unit, compiler: str, built: Built) -> None:
-        """Write an entry; safe between processes: it appears whole or not at all, and the first one stays."""
+        """Write an entry, atomically: of several processes that write the same entry, the first one wins."""
         if self.folder is None:
             return
         try:
@@ -102,11 +102,11 @@ class Cache:
 
 
 def _read(entry: Path) -> bytes:
-    """The cubin of an entry that is as it was written; else one of the errors that ``find`` expects."""
+    """Return the cubin of an intact entry; else raise one of the errors that ``find`` expects."""
     report = json.loads((entry / "build.json").read_bytes())
     cubin = (entry / "kernel.cubin").read_bytes()
     if not cubin.startswith(b"\x7fELF") or report["sha256"] != hashlib.sha256(cubin).hexdigest():
-        raise ValueError("kernel.cubin is not what was written")
+        raise ValueError("kernel.cubin does not match its checksum")
     return cubin
 
 

@@ -15,14 +15,14 @@ _LOG_LINES = 20
 
 @dataclass(frozen=True)
 class Built:
-    """What the compiler made: the binary, and what it and the assembler said about it."""
+    """A compiled unit: the cubin, and the log of the compiler and the assembler."""
 
     cubin: bytes
     log: str
 
 
 def version() -> str:
-    """The version of NVRTC, such as ``"13.0.88"``, without loading it where its package says so.
+    """Return the version of NVRTC, such as ``"13.0.88"``; from its package if there is one, else by loading it.
 
     Raises:
         BackendUnavailable: NVRTC is not installed.
@@ -37,7 +37,7 @@ def compile_unit(unit: Unit) -> Built:
     """Compile one translation unit; takes 20 to 100 ms, releases the GIL, may run in several threads.
 
     Raises:
-        BackendUnavailable: NVRTC is not installed, or refuses the text; gives the first lines of its log.
+        BackendUnavailable: NVRTC is not installed, or reports errors; gives the first lines of its log.
     """
     nvrtc = _load()
     names = sorted(unit.headers)
@@ -63,7 +63,7 @@ def compile_unit(unit: Unit) -> Built:
 
 
 def _load() -> Any:  # noqa: ANN401 - a module without types
-    """The module cuda.bindings.nvrtc, with its library found."""
+    """Return the module cuda.bindings.nvrtc, after checking that it finds its library."""
     nvrtc = bindings("nvrtc")
     try:
         nvrtc.nvrtcVersion()

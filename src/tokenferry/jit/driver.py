@@ -1,4 +1,4 @@
-"""The door to cuda.bindings: imported when first asked for, and one way to read what its functions return."""
+"""Access to cuda.bindings: imported on first use, and one way to check what its functions return."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenferry.errors import BackendUnavailable
 
 
 def bindings(name: str = "driver") -> Any:  # noqa: ANN401 - a module without types
-    """The module ``cuda.bindings.<name>``, such as ``driver`` or ``nvrtc``.
+    """Return the module ``cuda.bindings.<name>``, such as ``driver`` or ``nvrtc``.
 
     Raises:
         BackendUnavailable: cuda-bindings is not installed; says what to install.
@@ -26,14 +26,14 @@ def bindings(name: str = "driver") -> Any:  # noqa: ANN401 - a module without ty
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - what the CUDA function returned
-    """What a function of cuda.bindings returned, without its error code.
+    """Return the result of a function of cuda.bindings without its error code.
 
     Args:
         result: ``(code, ...)`` as the function returned it.
-        what: What was tried, for the message: ``"launch of kernel move"``.
+        what: The action, for the message: ``"launch of kernel dispatch"``.
 
     Returns:
-        None, the one value, or the tuple of values behind the code.
+        None, the one value, or the tuple of values after the code.
 
     Raises:
         BackendUnavailable: the code is not 0; names ``what`` and the code.
@@ -45,14 +45,12 @@ def check(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - what the
 
 
 def name_of(code: Any) -> str:  # noqa: ANN401 - an enum of cuda.bindings
-    """``"CUDA_ERROR_INVALID_VALUE (1)"``."""
+    """Return the name and number of a code: ``"CUDA_ERROR_INVALID_VALUE (1)"``."""
     return f"{getattr(code, 'name', type(code).__name__)} ({int(code)})"
 
 
 class Device:
-    """One GPU and its primary context, which is the one that torch uses.
-
-    Keeps the context alive until ``close``.
+    """One GPU and its primary context, which torch uses, too; the context is kept alive until ``close``.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver, or a device with this index is missing.
@@ -73,7 +71,7 @@ class Device:
         )
 
     def arch(self) -> str:
-        """``"sm_90a"`` on Hopper, where some instructions exist in that variant only; else ``"sm_XY"``."""
+        """Return ``"sm_90a"`` on Hopper, where some instructions exist in that variant only; else ``"sm_XY"``."""
         kinds = self.cuda.CUdevice_attribute
         major, minor = (
             check(self.cuda.cuDeviceGetAttribute(kind, self._handle), "asking for the compute capability")
@@ -86,7 +84,7 @@ class Device:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context this thread's own inside the ``with`` block, and put back what was before."""
+        """Make the context current in this thread inside the ``with`` block; the one before is restored."""
         check(self.cuda.cuCtxPushCurrent(self._context), "entering the CUDA context")
         try:
             yield
@@ -94,5 +92,5 @@ class Device:
             check(self.cuda.cuCtxPopCurrent(), "leaving the CUDA context")
 
     def close(self) -> None:
-        """Let go of the context; torch keeps its own hold on it."""
+        """Release the context; torch retains it by itself."""
         check(self.cuda.cuDevicePrimaryCtxRelease(self._handle), "releasing the CUDA context")

@@ -1,4 +1,4 @@
-"""Kernels: what one is (``KernelSpec``), the compiled ones of a device (``Jit``), how one is launched (``Kernel``)."""
+"""Kernels: their description (``KernelSpec``), one that is compiled (``Kernel``), all of a device (``Jit``)."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Compile = Callable[[Unit], compiler.Built]
 
 @dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """One kernel: its files, its params, and what it promises to need.
+    """One kernel: its files, its params, and limits of the resources that it needs.
 
     Attributes:
         name: The ``extern "C"`` entry point, and the kernel's name in messages.
         source: The ``.cuh`` file.
         include: Root folder of ``#include "device/x.cuh"`` lines.
         params: The struct that the kernel takes by value: ``const __grid_constant__ <params.name> p``.
-        max_registers: Most registers a thread (and no spills): a test compiles every config and holds it to this.
-        max_threads: Most threads a block: the constant ``kMaxThreads``, for ``__launch_bounds__``.
-        static_smem: Most bytes of static shared memory a block.
-        early: The kernel begins with ``griddepcontrol.wait``: it may be launched while the kernel before it ends, which
-            hides a part of the launch (programmatic dependent launch).
-        configs: Every set of compile-time constants that may be asked for: ``{"num_stages": 4}`` becomes
+        max_registers: Limit of registers per thread, without spills; a test compiles every config and checks it.
+        max_threads: Limit of threads per block: the constant ``kMaxThreads``, for ``__launch_bounds__``.
+        static_smem: Limit of bytes of static shared memory per block.
+        configs: Every set of compile-time constants that may be used: ``{"num_stages": 4}`` becomes
             ``constexpr int kNumStages = 4;``.
+        early: Whether the kernel begins with ``griddepcontrol.wait``: it may then be launched before the kernel before
+            it has ended, which hides a part of the launch (programmatic dependent launch).
     """
 
     name: str
@@ -51,7 +51,7 @@ class KernelSpec:
     early: bool = False
 
     def unit(self, config: Mapping[str, int], arch: str) -> Unit:
-        """What the compiler gets for one config and an architecture such as ``"sm_90a"``; reads the files.
+        """Return the translation unit for one config and an architecture such as ``"sm_90a"``; reads the files.
 
         Raises:
             ConfigError: the config is not one of ``configs``, or a header is missing.
@@ -66,7 +66,7 @@ class KernelSpec:
         return Unit(self.name, text, headers(own, self.source, self.include), options(arch))
 
     def load(self, device_index: int, config: Mapping[str, int]) -> Kernel:
-        """One kernel, compiled now and kept nowhere: for trials. Everything else goes through a ``Jit``.
+        """Compile and return one kernel, without a cache: for experiments. Everything else goes through a ``Jit``.
 
         Raises:
             BackendUnavailable: no GPU, no NVRTC, or the kernel does not compile.
@@ -79,8 +79,8 @@ class Kernel:
     """A compiled kernel in a module of one device. May be launched by several threads, each with params of its own.
 
     Args:
-        spec: What was compiled.
-        device: Where it is loaded.
+        spec: The kernel.
+        device: The device that it is loaded on.
         function: The driver's handle (``CUfunction``).
     """
 
@@ -94,7 +94,7 @@ class Kernel:
         self._smem_bytes = 0
 
     def new_params(self) -> Struct:
-        """Params of this kernel, all zero. Keep and overwrite them: making them costs more than a launch."""
+        """Return params of this kernel, all zero. Keep and overwrite them: making them costs more than a launch."""
         return self.spec.params.struct()
 
     def launch(self, params: Struct, grid: int, block: int, smem_bytes: int, stream: int) -> None:
@@ -103,8 +103,8 @@ class Kernel:
         Args:
             params: From ``new_params`` of a kernel of the same spec; no other thread may write them meanwhile.
             grid: Number of blocks, at least 1.
-            block: Threads a block, at most ``spec.max_threads``.
-            smem_bytes: Dynamic shared memory a block.
+            block: Threads per block, at most ``spec.max_threads``.
+            smem_bytes: Dynamic shared memory per block.
             stream: Handle of the stream (``torch.cuda.current_stream().cuda_stream``) on this kernel's device.
 
         Raises:
@@ -115,10 +115,10 @@ class Kernel:
             packed = self._pack(grid, block, smem_bytes, stream)
         result = self._submit(packed, self._function, params.arguments_address, 0)
         if result[0] != 0:
-            self._again(result, packed, params)
+            self._retry(result, packed, params)
 
     def _pack(self, grid: int, block: int, smem_bytes: int, stream: int) -> Any:  # noqa: ANN401 - a CUlaunchConfig
-        """The launch sizes as the driver wants them; never written again, so that threads may share them."""
+        """Return the launch sizes as the driver takes them; never written again, so that threads may share them."""
         cuda = self._device.cuda
         with self._lock:
             if smem_bytes > self._smem_bytes:
@@ -140,12 +140,12 @@ class Kernel:
                 packed.attrs = [early]
                 packed.numAttrs = 1
             if len(self._packed) >= _MAX_PACKED:
-                self._packed.clear()  # an application that makes streams without end
+                self._packed.clear()  # the application makes more and more streams
             self._packed[grid, block, smem_bytes, stream] = packed
         return packed
 
-    def _again(self, result: tuple[Any, ...], packed: Any, params: Struct) -> None:  # noqa: ANN401 - a CUlaunchConfig
-        """A thread that has not used CUDA yet, or uses another device, has the wrong context: put ours in its place."""
+    def _retry(self, result: tuple[Any, ...], packed: Any, params: Struct) -> None:  # noqa: ANN401 - a CUlaunchConfig
+        """Launch again in this device's context, if the thread has none or another one; raise for other errors."""
         codes = self._device.cuda.CUresult
         if result[0] in (codes.CUDA_ERROR_INVALID_CONTEXT, codes.CUDA_ERROR_INVALID_HANDLE):
             with self._device.current():
@@ -157,12 +157,12 @@ class Kernel:
 
 
 class Jit:
-    """The compiled kernels of one device; one a backend. Safe to share between threads.
+    """The compiled kernels of one device; each backend has one. Safe to share between threads.
 
     Args:
         device_index: As torch counts devices.
-        folder: Where cubins are kept between processes; None: nowhere.
-        compile_unit: The compiler; tests put their own here.
+        folder: Cache of cubins, shared by processes; None: none.
+        compile_unit: The compiler; tests pass their own.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
@@ -179,7 +179,7 @@ class Jit:
         self._closed = False
 
     def kernel(self, spec: KernelSpec, **config: int) -> Kernel:
-        """The kernel of a spec in one of its configs; compiled when first asked for. Costs a microsecond afterwards.
+        """Return the kernel of a spec in one of its configs; compiled on first use, later calls cost a microsecond.
 
         Raises:
             BackendUnavailable: the kernel does not compile or load here.
@@ -236,6 +236,6 @@ class Jit:
             function = check(
                 self._device.cuda.cuModuleGetFunction(module, spec.name.encode()), f"finding kernel {spec.name}"
             )
-            # The driver loads code late: at a first launch it would wait for kernels that wait for this very one.
+            # The driver loads lazily: the first launch would wait for running kernels, which may wait for this one.
             check(self._device.cuda.cuFuncLoad(function), f"loading kernel {spec.name}")
         return Kernel(spec, self._device, function)

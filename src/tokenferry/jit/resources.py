@@ -1,4 +1,4 @@
-"""What a kernel needs of an SM, as the assembler reports it."""
+"""Resources of an SM that a kernel needs, as the assembler reports them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _FUNCTION = re.compile(
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel needs.
+    """The resources of one kernel.
 
     Attributes:
-        registers: Registers a thread.
+        registers: Registers per thread.
         spill_bytes: Bytes of spill stores and loads, of the kernel and of the functions that it calls.
-        stack_bytes: Bytes of stack a thread, likewise.
-        static_smem_bytes: Bytes of static shared memory a block.
+        stack_bytes: Bytes of stack per thread, likewise.
+        static_smem_bytes: Bytes of static shared memory per block.
     """
 
     registers: int
@@ -32,10 +32,10 @@ class Resources:
 
 
 def parse(log: str) -> dict[str, Resources]:
-    """The resources of every kernel in a log of ``--ptxas-options=-v``, by name.
+    """Return the resources of every kernel in a log of ``--ptxas-options=-v``, by name.
 
-    Functions that were not inlined are reported without a kernel: they count for every kernel of the log.
-    A kernel whose registers the log does not give is left out.
+    The log does not say which kernel calls a function that was not inlined: it counts for every kernel of the log.
+    A kernel whose registers are missing from the log is left out.
     """
     found = {match["name"]: match for match in _FUNCTION.finditer(log)}
     entries = set(_ENTRY.findall(log))

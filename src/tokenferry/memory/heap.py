@@ -1,20 +1,21 @@
-"""The heap of a window: blocks that live as long as the tensors made of them, and come back in the order of streams.
+"""The heap of a window: blocks that live as long as the tensors made of them, and are reused in stream order.
 
-When the last tensor over a block dies, work that is queued may still read it. So a free range remembers which streams
-used it, and who takes it on another stream waits for them, on the device. On one stream there is nothing to wait for.
+When the last tensor over a block is freed, queued work may still read the block. So a free range remembers which
+streams used it. A stream that takes it waits, on the device, for the others of them; on one stream there is nothing to
+wait for.
 
-* A block that dies while its own stream is torch's current one was last used there: nothing is recorded.
-* Where another stream is current, an event is recorded on it: that is where the block was last used. The block's own
-  stream is remembered too. So work on a third stream must be joined to one of these two before the last tensor dies.
+* A block that is freed while its own stream is torch's current one was last used there: nothing is recorded.
+* If another stream is current, the block was last used there, and an event is recorded on it. The block's own stream
+  is remembered too. So work on a third stream must be joined to one of these two before the last tensor is freed.
 * A block taken while its stream is being captured into a CUDA graph belongs to that capture for good: each replay
-  writes it again, and nobody tells when the graph dies. It is taken again by the same capture only.
-* A block from before that dies during a capture is not available before that capture has ended: until then no event can
-  be recorded on its stream.
+  writes it again, and there is no notice of the end of a graph. Only the same capture takes it again.
+* A block from before a capture that is freed during the capture is available after its end: until then no event can be
+  recorded on its stream.
 
-Calls of equal size that follow each other on one stream get the place of the call before without a lock or a search: a
-block that dies eagerly on its own stream goes to a quick list, and who takes a block of that size on that stream looks
-there first. What is on a quick list is as free as any range: it goes back to the ranges (it is *settled*) before the
-heap makes a stream wait for another one, says that it is full, or gives away a range to a graph or a large block.
+Calls of equal size that follow each other on one stream reuse the memory of the call before without a lock or a search:
+a block that is freed eagerly on its own stream goes to a quick list, which the next request of that size on that stream
+looks at first. Memory on a quick list is as free as any range: it goes back to the ranges (it is *settled*) before the
+heap makes a stream wait for another one, reports that it is full, or gives a range to a graph or a large block.
 
 `Block.__del__` may run in any thread, and within any call, `Heap.block` included: it only appends to deques.
 """
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from tokenferry.errors import ClosedError, TokenferryError
 from tokenferry.jit.driver import Device
-from tokenferry.memory.ranges import Quick, Ranges, Waits, needs_others
+from tokenferry.memory.ranges import Mark, Quick, Ranges, Waits, needs_others
 from tokenferry.memory.streams import CudaStreams, HostStreams, Streams
 from tokenferry.memory.tensor import bytes_at
 
@@ -41,9 +42,10 @@ ALIGNMENT = 512
 _EAGER = 0
 _UNKNOWN = -1
 _QUICK_LISTS = 16
-"""Pairs of size and stream that have a quick list: those that were last taken from the ranges."""
+"""How many pairs of size and stream have a quick list: those that were last taken from the ranges."""
 _LARGE = 16
-"""Blocks of more than one part in so many of the heap are placed with all that is free in view."""
+"""A block is large if it takes more than this fraction (1 / 16) of the heap; quick lists are settled before it is
+placed."""
 
 
 class HeapFull(TokenferryError):  # noqa: N818 - reads as what happened, like PeerTimeout
@@ -61,7 +63,7 @@ class HeapFull(TokenferryError):  # noqa: N818 - reads as what happened, like Pe
         graphs = f", {_mib(captured)} belong to CUDA graphs" if captured else ""
         super().__init__(
             f"the heap is full: {_mib(requested)} requested, {_mib(free)} of {_mib(total)} free, the largest free "
-            f"range has {_mib(largest)}{graphs}; set TOKENFERRY_HEAP_MB higher, or let go of earlier results"
+            f"range has {_mib(largest)}{graphs}; set TOKENFERRY_HEAP_MB higher, or release earlier results"
         )
         self.requested = requested
         self.free = free
@@ -71,12 +73,12 @@ class HeapFull(TokenferryError):  # noqa: N818 - reads as what happened, like Pe
 
 
 class Block:
-    """A part of a heap, as long as this object or a tensor of it is alive; made by `Heap.block`.
+    """A part of a heap, allocated as long as this object or a tensor of it is alive; made by `Heap.block`.
 
     Attributes:
         offset: Bytes from the window's base; a multiple of 512.
-        num_bytes: As asked for.
-        address: The same place, as an address of this process.
+        num_bytes: As requested.
+        address: Of the block in this process.
     """
 
     __slots__ = ("_heap", "_quick", "_size", "address", "num_bytes", "offset")
@@ -94,7 +96,7 @@ class Block:
         return bytes_at(self.address, self.num_bytes, self._heap.device, self)
 
     def trim(self, num_bytes: int) -> None:
-        """Keep the first ``num_bytes`` and give back the rest, which nobody has touched yet; before `tensor`.
+        """Keep the first ``num_bytes`` and give back the rest, which has not been used yet; before `tensor`.
 
         Raises:
             ValueError: ``num_bytes`` is more than the block has.
@@ -106,11 +108,11 @@ class Block:
         if kept < size:
             self._size = kept
             here = (self._quick.stream, self._quick.capture)
-            self._heap._dead.append((self.offset + kept, size - kept, *here, *here, None, False))
+            self._heap._to_collect.append((self.offset + kept, size - kept, *here, *here, None, False))
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
         if not finalizing():
-            self._heap._died(self)
+            self._heap._freed(self)
 
 
 class Heap:
@@ -119,9 +121,9 @@ class Heap:
     Args:
         base: Address of the window in this process.
         num_bytes: Bytes of the heap.
-        device: Where the memory is.
+        device: Of the memory.
         first: Offset of the heap in the window.
-        memory: Something to keep alive as long as this heap is open, and each block.
+        memory: Owner of the memory; kept alive as long as this heap is open, and each block.
         streams: The streams of the device, if other than the usual.
     """
 
@@ -143,7 +145,7 @@ class Heap:
         self._closed = False
         self._lock = threading.Lock()
         self._order = itertools.count()
-        self._dead: deque[tuple[Any, ...]] = deque()
+        self._to_collect: deque[tuple[Any, ...]] = deque()
         self._limbo: list[tuple[int, int, int, int]] = []
         self._quicks: dict[tuple[int, int], Quick] = {}
         self._large = self.num_bytes // _LARGE
@@ -156,9 +158,9 @@ class Heap:
 
     @property
     def num_live(self) -> int:
-        """Blocks alive."""
+        """Number of blocks alive."""
         with self._lock:
-            self._bury()
+            self._collect()
             return self._live - sum(len(quick.free) for quick in self._quicks.values())
 
     @property
@@ -170,18 +172,18 @@ class Heap:
 
     @property
     def largest_free(self) -> int:
-        """Bytes of the largest block to be had."""
+        """Bytes of the largest block that could be taken."""
         with self._lock:
             self._settle()
             return self._pools[_EAGER].largest
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether ``num_bytes <= largest_free``; costs little, and settles nothing, if that can be said without."""
+        """Return whether ``num_bytes <= largest_free``; cheap, and settles nothing, where that is known already."""
         ranges = self._pools[_EAGER]
         if ranges.largest_known >= num_bytes:
             return True
         with self._lock:
-            self._bury()
+            self._collect()
             if ranges.largest < num_bytes:
                 self._settle()
             return ranges.largest >= num_bytes
@@ -193,11 +195,11 @@ class Heap:
 
         Args:
             num_bytes: Its size.
-            stream: Where it is used first, and where it should die.
-            capture: The number of the capture that the stream takes part in, 0 if none; asked for if not given.
+            stream: The stream that uses it first, and on which it should be freed.
+            capture: The number of the capture that the stream takes part in, 0 if none; queried if None.
 
         Raises:
-            HeapFull: nothing large enough is free.
+            HeapFull: no free range is large enough.
             ClosedError: the heap was closed.
         """
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT or ALIGNMENT
@@ -213,21 +215,21 @@ class Heap:
         return self._search(num_bytes, size, stream, capture)
 
     def close(self) -> None:
-        """Give no more blocks. Those alive stay, and the memory goes with the last of them. Local, idempotent."""
+        """Refuse new blocks. Those alive stay; the memory is freed with the last of them. Local, idempotent."""
         self._closed = True
         self._memory = None
         self._quicks = {}
         self._kept.clear()
 
     def _search(self, num_bytes: int, size: int, stream: int, capture: int) -> Block:
-        """A block from the ranges; see `block`."""
+        """Return a block from the ranges; see `block`."""
         with self._lock:
             if self._closed:
                 raise ClosedError("the heap of this group was closed; make a new group")
             if size > self._large:
                 self._settle()
-            elif self._dead:
-                self._bury()
+            elif self._to_collect:
+                self._collect()
             if self._limbo:
                 self._leave_limbo()
             start = self._take(size, stream, capture)
@@ -238,7 +240,7 @@ class Heap:
             return Block(self, self._quick_list(size, stream, capture), start, num_bytes)
 
     def _quick_list(self, size: int, stream: int, capture: int) -> Quick:
-        """The quick list of a block that comes from the ranges. The oldest makes room for a new one."""
+        """Return the quick list for a block that comes from the ranges; a new one replaces the oldest."""
         quicks, key = self._quicks, (size, stream)
         if capture:
             return Quick(size, stream, capture, self._memory)
@@ -252,32 +254,32 @@ class Heap:
         return quick
 
     def _clear(self, quick: Quick) -> None:
-        """Hand what is on a quick list over to `_bury`. Takes no lock."""
+        """Hand the blocks of a quick list over to `_collect`. Takes no lock."""
         here = (quick.stream, _EAGER)
         try:
             while True:
-                self._dead.append((quick.free.pop(), quick.size, *here, *here, None, True))
+                self._to_collect.append((quick.free.pop(), quick.size, *here, *here, None, True))
         except IndexError:
             return
 
     def _settle(self) -> bool:
-        """Bring back what has died, and what is on quick lists; returns whether that was anything."""
+        """Give freed blocks, and those on quick lists, back to the ranges; returns whether there were any."""
         for quick in self._quicks.values():
             if quick.free:
                 self._clear(quick)
-        found = bool(self._dead)
-        self._bury()
+        found = bool(self._to_collect)
+        self._collect()
         return found
 
     def _take(self, size: int, stream: int, capture: int) -> int | None:
-        """Where a block of ``size`` bytes may begin; ``stream`` waits already for what was there."""
+        """Return the offset of a block of ``size`` bytes, or None; ``stream`` waits for earlier users already."""
         pool = self._pools.setdefault(capture, Ranges())
         unfit: frozenset[int] = frozenset()
         while True:
             found = pool.best(size, stream, unfit)
             if found is None or needs_others(found[1], stream):
                 if self._settle():
-                    continue  # what was unfit is so still, whatever it has merged with
+                    continue  # unfit ranges stay unfit, whatever they have merged with
                 if found is None:
                     return self._take_for_capture(size, stream) if capture else None
                 if not self._can_wait(found[1], stream, capture):
@@ -288,18 +290,18 @@ class Heap:
             return found[0]
 
     def _take_for_capture(self, size: int, stream: int) -> int | None:
-        """Take what nobody gives back. The graph waits, at each replay, for the eager work that used it."""
+        """Take memory for good. The graph waits, at each replay, for the eager work that used it."""
         pool = self._pools[_EAGER]
         found = pool.best(size, stream)
         if found is None:
             return None
         start, waits = found
         for other, mark in waits.items():
-            # Work that was queued before on a stream that is being captured cannot be waited for by an event. Nor need
-            # it: torch.cuda.graph synchronises the device before it captures.
+            # No event can stand for work that was queued on a stream before its capture. None is needed:
+            # torch.cuda.graph synchronises the device before it captures.
             if mark is None and self._streams.capture(other):
                 continue
-            event = self._streams.record(other) if mark is None else mark[1]
+            event = self._streams.record(other) if mark is None else mark.event
             self._streams.wait(stream, event, outside=True)
             self._kept.append(event)
         pool.cut(start, size)
@@ -307,7 +309,7 @@ class Heap:
         return start
 
     def _can_wait(self, waits: Waits, stream: int, capture: int) -> bool:
-        """Whether events can be recorded where they are missing: not on a stream that is in another capture."""
+        """Return whether missing events can be recorded: not on a stream that is in another capture."""
         return all(
             mark is not None or other == stream or self._streams.capture(other) == capture
             for other, mark in waits.items()
@@ -316,11 +318,11 @@ class Heap:
     def _wait(self, waits: Waits, stream: int) -> None:
         for other, mark in waits.items():
             if other != stream:
-                event = self._streams.record(other) if mark is None else mark[1]
+                event = self._streams.record(other) if mark is None else mark.event
                 self._streams.wait(stream, event, outside=False)
 
-    def _died(self, block: Block) -> None:
-        """A block died: note who may still use it. Takes no lock."""
+    def _freed(self, block: Block) -> None:
+        """Note the streams that may still use a block that was freed. Takes no lock."""
         if self._closed:
             return
         quick = block._quick
@@ -329,33 +331,33 @@ class Heap:
         try:
             if quick.open and block._size == quick.size and self._streams.is_eager(stream):
                 quick.free.append(block.offset)
-                if not quick.open:  # closed just now, by a thread that may have missed this one
+                if not quick.open:  # another thread has just closed it, and may have missed this block
                     self._clear(quick)
                 return
             current = self._streams.current()
             current_capture = self._streams.capture(current)
             if current != stream and current_capture == capture:
-                # The number first: then a higher one on the same stream means a later event, whatever threads do.
+                # The number comes first: so a higher one on the same stream means a later event, whatever threads do.
                 number = next(self._order)
-                mark = (number, self._streams.record(current))
-        except RuntimeError:  # a stream of which nothing can be known now: ask again later
+                mark = Mark(number, self._streams.record(current))
+        except RuntimeError:  # the state of the stream cannot be queried now: try again later
             current, current_capture = stream, _UNKNOWN
-        self._dead.append((block.offset, block._size, stream, capture, current, current_capture, mark, True))
+        self._to_collect.append((block.offset, block._size, stream, capture, current, current_capture, mark, True))
 
-    def _bury(self) -> None:
-        """Bring back what has died."""
-        while self._dead:
-            start, size, stream, capture, current, current_capture, mark, whole = self._dead.popleft()
+    def _collect(self) -> None:
+        """Give freed blocks back to the ranges."""
+        while self._to_collect:
+            start, size, stream, capture, current, current_capture, mark, whole = self._to_collect.popleft()
             self._live -= whole
             if capture == current_capture:
                 waits: Waits = {stream: None} if mark is None else {stream: None, current: mark}
                 self._pools.setdefault(capture, Ranges()).give(start, size, waits)
             elif capture == _EAGER:
                 self._limbo.append((start, size, stream, current))
-            # else: a block of a capture that has ended, or that died outside of it, stays with its graph
+            # else: a block of a capture that has ended, or that was freed outside of it, stays with its graph
 
     def _leave_limbo(self) -> None:
-        """Bring back what died during captures that have ended."""
+        """Give back blocks that were freed during captures that have ended."""
         waiting, self._limbo = self._limbo, []
         for start, size, stream, current in waiting:
             if self._is_captured(stream) or self._is_captured(current):
@@ -366,7 +368,7 @@ class Heap:
     def _is_captured(self, stream: int) -> bool:
         try:
             return self._streams.capture(stream) != _EAGER
-        except RuntimeError:  # some capture forbids to ask
+        except RuntimeError:  # a capture forbids the query
             return True
 
 

@@ -1,22 +1,29 @@
-"""Free memory of a heap: ranges with what must be waited for, and blocks to be taken again. Knows nothing of CUDA."""
+"""Free memory of a heap: ranges, with the streams to wait for, and quick lists of blocks. Independent of CUDA."""
 
 from __future__ import annotations
 
 import bisect
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
-Mark = tuple[int, Any] | None
-"""An event that a stream has to pass, and its place in the order of all events. None: all that is queued when asked."""
-Waits = dict[int, Mark]
-"""What must be done before a range is used again: a mark for each stream that used it. Replaced, never changed."""
+
+class Mark(NamedTuple):
+    """An event that a stream has to pass, and its number in the order of all events."""
+
+    number: int
+    event: Any
+
+
+Waits = dict[int, "Mark | None"]
+"""A mark for each stream that used a range, all to be passed before it is used again; None: everything queued so far.
+Replaced, never changed."""
 
 
 class Ranges:
-    """Ranges that do not touch: neighbours merge, and so does what they wait for. In order of their starts.
+    """Free ranges, in order of their starts. Neighbours merge, and so do their waits.
 
     Attributes:
-        largest_known: Bytes of a range that is known to be there. Any thread may read it.
+        largest_known: Bytes of a range that certainly exists. Any thread may read it.
     """
 
     def __init__(self) -> None:
@@ -37,7 +44,7 @@ class Ranges:
         return largest
 
     def give(self, start: int, size: int, waits: Waits) -> None:
-        """Add a range that overlaps none."""
+        """Add a range, which must not overlap another."""
         starts, sizes, all_waits = self._starts, self._sizes, self._waits
         at = bisect.bisect_left(starts, start)
         before = at > 0 and starts[at - 1] + sizes[at - 1] == start
@@ -59,10 +66,10 @@ class Ranges:
             all_waits.insert(at, waits)
 
     def best(self, size: int, stream: int, unfit: frozenset[int] = frozenset()) -> tuple[int, Waits] | None:
-        """Start and waits of the range to take ``size`` bytes from, but none whose start is ``unfit``.
+        """Return start and waits of the best range for ``size`` bytes, or None; none that starts at one of ``unfit``.
 
-        First those for which ``stream`` need not wait: waiting would tie streams together that the user keeps apart. Of
-        these the smallest, so that large ranges stay whole.
+        Ranges for which ``stream`` need not wait come first: waiting would tie streams together that the user keeps
+        apart. Of these the smallest is best, so that large ranges stay whole.
         """
         found, least = -1, (True, 0)
         for at, has in enumerate(self._sizes):
@@ -76,9 +83,9 @@ class Ranges:
         return None if found < 0 else (self._starts[found], self._waits[found])
 
     def cut(self, start: int, size: int) -> None:
-        """Take the first ``size`` bytes of the range that starts here; what is left waits for the same."""
+        """Take the first ``size`` bytes of the range that starts here; the rest keeps its waits."""
         at = bisect.bisect_left(self._starts, start)
-        if self._sizes[at] >= self.largest_known:  # perhaps the one that was known; what is left of it is still there
+        if self._sizes[at] >= self.largest_known:  # it may be the known one; its rest still exists
             self.largest_known = self._sizes[at] - size
         if self._sizes[at] > size:
             self._starts[at] += size
@@ -88,15 +95,15 @@ class Ranges:
 
 
 class Quick:
-    """What blocks of one size that were taken on one stream have in common, and those of them that are free again.
+    """The quick list of one size and stream: what its blocks have in common, and which of them are free again.
 
     Attributes:
         size: Bytes, a multiple of 512.
         stream: The raw handle.
         capture: The capture that they were taken in; 0: none.
-        memory: Kept alive.
-        free: Offsets of blocks that died eagerly on ``stream`` and are not settled.
-        open: Whether there may be more of them.
+        memory: Owner of the memory, kept alive.
+        free: Offsets of blocks that were freed eagerly on ``stream`` and are not settled.
+        open: Whether more may be added.
     """
 
     __slots__ = ("capture", "free", "memory", "open", "size", "stream")
@@ -111,12 +118,12 @@ class Quick:
 
 
 def needs_others(waits: Waits, stream: int) -> bool:
-    """Whether anything but ``stream`` itself has to be waited for."""
+    """Return whether streams other than ``stream`` itself have to be waited for."""
     return len(waits) > 1 or (bool(waits) and stream not in waits)
 
 
 def _both(one: Waits, other: Waits) -> Waits:
-    """What to wait for where one range is made of two: of each stream the later mark, and None is later than any."""
+    """Return the waits of two merged ranges: the later mark of each stream, where None is later than any."""
     if not other or one == other:
         return one
     merged = dict(one)
@@ -126,5 +133,5 @@ def _both(one: Waits, other: Waits) -> Waits:
     return merged
 
 
-def _order(mark: tuple[int, Any]) -> int:
-    return mark[0]
+def _order(mark: Mark) -> int:
+    return mark.number

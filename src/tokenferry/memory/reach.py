@@ -1,4 +1,4 @@
-"""Whether ranks can map each other's GPU memory; each rank's part of the answer, and one answer for all."""
+"""Whether ranks can map each other's GPU memory: the reason of each rank why not, and one reason for all."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from tokenferry.transports.handshake import host_name
 
 MAX_RANKS = 8
-"""More GPUs than this do not share one NVLink domain on the machines that this is made for."""
+"""The machines that this is made for have at most so many GPUs in one NVLink domain."""
 _OLDEST = (9, 0)
 
 
 class Exchange(Protocol):
-    """What `tokenferry.transports.handshake.Bootstrap` does."""
+    """The part of `tokenferry.transports.handshake.Bootstrap` that windows use."""
 
     def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
-        """Give one handshake to every rank, and return every rank's."""
+        """Send one handshake to every rank, and return every rank's."""
 
 
 def process_name() -> str:
-    """Something that differs between the processes of a host, in containers too."""
+    """Return a name that differs between the processes of a host, in containers too."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -32,12 +32,12 @@ def process_name() -> str:
 
 
 def describe(device: torch.device | None) -> dict[str, Any]:
-    """This rank's handshake: JSON values, the same keys on every rank, with or without a GPU."""
+    """Return this rank's handshake: JSON values, with the same keys on every rank, with or without a GPU."""
     handshake: dict[str, Any] = {"host": host_name(), "process": process_name(), "device": None, "trouble": ""}
     if device is not None and device.type == "cuda" and torch.cuda.is_available():
         try:
             properties = torch.cuda.get_device_properties(device)
-        except (RuntimeError, AssertionError) as error:  # the others shall hear of it, and not wait in vain
+        except (RuntimeError, AssertionError) as error:  # sent to the others, which would wait for it
             return {**handshake, "trouble": f" that works: {error}"}
         handshake["device"] = {
             "name": properties.name,
@@ -49,7 +49,7 @@ def describe(device: torch.device | None) -> dict[str, Any]:
 
 
 def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
-    """Why this rank cannot map the memory of all others, or nothing; local."""
+    """Return why this rank cannot map the memory of all others; empty if it can. Local."""
     if len(handshakes) > MAX_RANKS:
         return f"{len(handshakes)} ranks are more than the {MAX_RANKS} that can share memory"
     hosts = {handshake["host"] for handshake in handshakes}
@@ -66,7 +66,7 @@ def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
     mine = handshakes[rank]["device"]
     here = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     for peer, handshake in enumerate(handshakes):
-        # A device that CUDA_VISIBLE_DEVICES hides cannot be asked about; opening its memory will tell.
+        # A device hidden by CUDA_VISIBLE_DEVICES cannot be queried; opening its memory shows whether it is reachable.
         uuid = handshake["device"]["uuid"]
         other = here.get(uuid)
         if other is not None and other != mine["index"] and not torch.cuda.can_device_access_peer(mine["index"], other):
@@ -75,12 +75,12 @@ def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
 
 
 def agree(table: Exchange, reason: str) -> str:
-    """One rank's reason, the lowest rank's, on all ranks; nothing if no rank has one. Collective."""
+    """Return the reason of the lowest rank that has one, the same on all ranks; empty if none has. Collective."""
     return next((handshake["why_not"] for handshake in table.exchange({"why_not": reason}) if handshake["why_not"]), "")
 
 
 def obstacle(table: Exchange | None, rank: int, device: torch.device | None) -> str:
-    """Why these ranks cannot share GPU memory, the same on all ranks; nothing if they can.
+    """Return why these ranks cannot share GPU memory, the same on all ranks; empty if they can.
 
     Collective; allocates nothing. ``table`` may be None for a group of one.
 

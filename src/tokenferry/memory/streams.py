@@ -1,4 +1,4 @@
-"""Streams and events as the heap sees them: a seam, so that its rules can be tested without a GPU."""
+"""Streams and events as the heap uses them; a seam, so that its rules can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ class Streams(Protocol):
     """The streams of one device, as raw handles."""
 
     def current(self) -> int:
-        """The stream that torch would launch on, in this thread."""
+        """Return the stream that torch would launch on, in this thread."""
 
     def capture(self, stream: int) -> int:
-        """The number of the CUDA graph capture that a stream takes part in; 0 if none. Numbers are not used twice."""
+        """Return the number of the CUDA graph capture that a stream is part of, 0 if none; numbers are not reused."""
 
     def is_eager(self, stream: int) -> bool:
-        """Whether a stream is the current one and not being captured; False also where only `capture` can tell."""
+        """Return whether a stream is the current one and not being captured; False where only `capture` can know."""
 
     def record(self, stream: int) -> object:
-        """An event behind all that is queued on a stream."""
+        """Return an event after everything that is queued on a stream."""
 
     def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - what `record` returned
         """Make a stream wait for an event; ``outside``: the stream is being captured, the event is not part of that."""
 
 
 class HostStreams:
-    """For memory of the host, where work is done when it is queued."""
+    """Streams for memory of the host, where work is done as soon as it is queued."""
 
     def current(self) -> int:
-        """One stream, number 0."""
+        """Return 0, the only stream."""
         return 0
 
     def capture(self, stream: int) -> int:
-        """Never."""
+        """Return 0: nothing is captured."""
         return 0
 
     def is_eager(self, stream: int) -> bool:
-        """Whether it is the one stream."""
+        """Return whether it is the only stream."""
         return stream == 0
 
     def record(self, stream: int) -> object:
-        """Nothing to wait for."""
+        """Return None: there is nothing to wait for."""
         return None
 
     def wait(self, stream: int, event: object, *, outside: bool) -> None:
-        """Done already."""
+        """Do nothing: the work is done already."""
 
 
 class CudaStreams:
@@ -63,7 +63,7 @@ class CudaStreams:
         self._device = device
         self._index = device.index
         self._cuda = device.cuda
-        # Bound here: both are asked for each block, and `torch` may be gone when the last tensors die.
+        # Bound here: they are called for each block, and `torch` may be gone when the last tensors are freed.
         self._current = torch._C._cuda_getCurrentRawStream
         self._capturing = torch.cuda.is_current_stream_capturing
         self._current_device = torch._C._cuda_getDevice
@@ -75,7 +75,7 @@ class CudaStreams:
     def capture(self, stream: int) -> int:
         """See `Streams.capture`.
 
-        torch answers for the current stream of the current device at a quarter of the driver's price.
+        For the current stream of the current device torch is asked, at a quarter of the driver's cost.
         """
         if self.is_eager(stream):
             return 0
@@ -99,14 +99,14 @@ class CudaStreams:
 
     def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - as the protocol
         """See `Streams.wait`."""
-        # 1 is CU_EVENT_WAIT_EXTERNAL: a node of its own in the graph. Without it a stream that is being captured
-        # may only wait for events of its own capture; and outside of a capture that flag is an error.
+        # 1 is CU_EVENT_WAIT_EXTERNAL: the wait becomes a node of the graph. Without it a stream that is being captured
+        # may only wait for events of its own capture; outside of a capture the flag is an error.
         with self._device.current():
             check(self._cuda.cuStreamWaitEvent(stream, event.handle, int(outside)), "waiting for an event")
 
 
 class _Event:
-    """A CUDA event that is destroyed when nobody refers to it; what waits for it already is not disturbed."""
+    """A CUDA event that is destroyed with its last reference; work that waits for it already is not disturbed."""
 
     __slots__ = ("_destroy", "handle")
 

@@ -1,10 +1,10 @@
-"""A tensor over memory that somebody else owns, and that keeps its owner alive.
+"""Tensors over memory that something else owns; such a tensor keeps the owner alive.
 
-DLPack carries the address. torch copies what DLPack's struct says, but for the deleter, which it looks up when the
-storage dies, and that may be after the interpreter has ended. There is nothing to delete: so the deleter is null, and
-the struct, which is never freed, serves again for the next tensor. The owner hangs on the Python object of the tensor's
-storage, which torch keeps as long as the storage lives, whoever holds that: a view, a saved tensor of autograd, C++
-code.
+DLPack carries the address. torch copies the contents of DLPack's struct except for the deleter, which it looks up when
+the storage is freed; that may be after the interpreter has ended. There is nothing to delete: so the deleter is null,
+and the struct, which is never freed, is reused for the next tensor. The owner is an attribute of the Python object of
+the tensor's storage, which torch keeps as long as the storage lives, whatever refers to it: a view, a saved tensor of
+autograd, C++ code.
 """
 
 from __future__ import annotations
@@ -12,42 +12,52 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _MANAGED = struct.Struct("@QiiiBBHQQQQQqqq")
-"""DLManagedTensor: data, device type, device index, dimensions, dtype (code, bits, lanes), shape, strides (0: row by
-row), offset, context, deleter (64 bytes); then shape[3]."""
+"""DLManagedTensor: data, device type, device index, dimensions, dtype (code, bits, lanes), shape, strides (0:
+contiguous), offset, context, deleter (64 bytes); then shape[3]."""
 _SHAPE_AT = 64
 _SHAPE_WORD = _SHAPE_AT // 8
-_KINDS = {"cpu": 1, "cuda": 2}
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _NAME = b"dltensor"
-_TYPES: dict[torch.dtype, tuple[int, int] | None] = {
-    torch.uint8: (1, 8),
-    torch.int8: (0, 8),
-    torch.int32: (0, 32),
-    torch.int64: (0, 64),
-    torch.float16: (2, 16),
-    torch.float32: (2, 32),
-    torch.float64: (2, 64),
-    torch.bfloat16: (4, 16),
-}
-"""What DLPack calls a dtype (code, bits); None, which others get once met: they travel as bytes and are viewed."""
-_NEWER_TYPES = {torch.float8_e4m3fn: (10, 8), torch.float8_e5m2: (12, 8)}
-"""What only newer versions of torch take."""
 
-# Functions of our own: to set restype on those of ctypes.pythonapi would change them for everybody.
+
+class _DlpackType(NamedTuple):
+    """DLPack's name of a dtype."""
+
+    code: int
+    bits: int
+
+
+_TYPES: dict[torch.dtype, _DlpackType | None] = {
+    torch.uint8: _DlpackType(1, 8),
+    torch.int8: _DlpackType(0, 8),
+    torch.int32: _DlpackType(0, 32),
+    torch.int64: _DlpackType(0, 64),
+    torch.float16: _DlpackType(2, 16),
+    torch.float32: _DlpackType(2, 32),
+    torch.float64: _DlpackType(2, 64),
+    torch.bfloat16: _DlpackType(4, 16),
+}
+"""Others are added when first used; None: torch does not accept it, so tensors are made as bytes and viewed."""
+_NEWER_TYPES = {torch.float8_e4m3fn: _DlpackType(10, 8), torch.float8_e5m2: _DlpackType(12, 8)}
+"""Types that only newer versions of torch accept."""
+
+# Own function objects: setting restype on those of ctypes.pythonapi would change them for the whole process.
 _malloc = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("PyMem_RawMalloc", ctypes.pythonapi))
 _capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
 _from_dlpack = torch._C._from_dlpack
 _Kind = tuple[torch.dtype, torch.device, int]
-"""What a struct is filled in with for good: dtype, device, number of dimensions."""
+"""The fields of a struct that never change: dtype, device, number of dimensions."""
 _idle: dict[_Kind, deque[tuple[Any, int]]] = {}
-"""Structs, as words, and their addresses, that no thread is using: of each kind as many as ever wanted at once."""
+"""Structs, as words, with their addresses, that no thread is using: of each kind as many as were ever used at once.
+They are never freed, as torch may read a struct after the interpreter has ended."""
 
 
 def bytes_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
@@ -80,21 +90,21 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: 
     return tensor
 
 
-def _new_struct(code: tuple[int, int], device: torch.device, num_dims: int) -> tuple[Any, int]:
-    """A struct for one byte of a kind of tensor, as words, and its address."""
+def _new_struct(code: _DlpackType, device: torch.device, num_dims: int) -> tuple[Any, int]:
+    """Return a struct for one byte of a kind of tensor, as words, and its address."""
     at = _malloc(_MANAGED.size)
     raw = (ctypes.c_char * _MANAGED.size).from_address(at)
-    place = _KINDS[device.type], device.index or 0
+    place = _DEVICE_TYPES[device.type], device.index or 0
     _MANAGED.pack_into(raw, 0, 0, *place, num_dims, *code, 1, at + _SHAPE_AT, 0, 0, 0, 0, 1, 1, 1)
     return memoryview(raw).cast("B").cast("Q"), at
 
 
-def _learn(dtype: torch.dtype) -> tuple[int, int] | None:
-    """Find out, once, whether this torch knows DLPack's code of a dtype."""
+def _learn(dtype: torch.dtype) -> _DlpackType | None:
+    """Return DLPack's name of a dtype if this torch accepts it, else None; noted in ``_TYPES``."""
     code = _NEWER_TYPES.get(dtype)
     if code is not None:
         words, at = _new_struct(code, torch.device("cpu"), 1)
-        words[0] = at  # any byte will do
+        words[0] = at  # any readable byte
         try:
             code = code if _from_dlpack(_capsule(at, _NAME, None)).dtype is dtype else None
         except (BufferError, RuntimeError):

@@ -1,9 +1,9 @@
 """Windows: one allocation of GPU memory per rank, which every rank of the node addresses by plain pointers.
 
-Memory is `cuMemAlloc`'s, shared by CUDA IPC. NVLink multicast is never used.
+Memory comes from `cuMemAlloc` and is shared by CUDA IPC. NVLink multicast is never used.
 
-A window may be closed while peers still have it mapped, and while tensors still lie in it: its own memory is freed when
-it is closed and the last block of its heap is gone, and what a peer has mapped stays until that peer closes, too.
+A window may be closed while peers still have it mapped, and while tensors still lie in it: its memory is freed when it
+is closed and the last block of its heap is freed. A peer's mapping stays until that peer closes its window, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenferry.memory.reach import Exchange, agree, describe, why_not
 from tokenferry.memory.streams import CudaStreams
 
 _PAGE = 2 << 20
-"""Allocations are multiples of this: what is smaller shares a page with others, and IPC would share those too."""
+"""Allocations are multiples of this: smaller ones share a page with others, which IPC would share, too."""
 _HANDLE_BYTES = 64
 
 
@@ -29,7 +29,7 @@ class Memory:
     """One allocation on a device, zero at its start; freed when the last reference to this object is gone.
 
     Raises:
-        BackendUnavailable: it is not to be had; gives the numbers and the setting.
+        BackendUnavailable: there is not enough memory; gives the numbers and the setting.
     """
 
     def __init__(self, device: Device, num_bytes: int, zero_bytes: int) -> None:
@@ -42,18 +42,18 @@ class Memory:
             if code == cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
                 free, total = check(cuda.cuMemGetInfo(), "asking for free memory")
                 raise BackendUnavailable(
-                    f"cuda:{device.index}: {num_bytes >> 20} MiB for the window are not to be had, {free >> 20} of "
+                    f"cuda:{device.index}: {num_bytes >> 20} MiB for the window are not available, {free >> 20} of "
                     f"{total >> 20} MiB are free; set TOKENFERRY_HEAP_MB lower, or free memory first "
-                    "(torch.cuda.empty_cache() gives back what torch keeps)"
+                    "(torch.cuda.empty_cache() releases the memory that torch caches)"
                 )
             check((code,), "allocating the window")
             self.address = int(address)
             check(cuda.cuMemsetD8(self.address, 0, zero_bytes), "clearing the window")
-            # Peers write as soon as they know the address: the zeros have to be there first.
+            # Peers write as soon as they have the address: the zeros have to be there first.
             check(cuda.cuStreamSynchronize(0), "clearing the window")
 
     def handle(self) -> str:
-        """The IPC handle, in hexadecimal."""
+        """Return the IPC handle, in hexadecimal."""
         with self._device.current():
             handle = check(self._cuda.cuIpcGetMemHandle(self.address), "making an IPC handle of the window")
         return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex()
@@ -61,8 +61,8 @@ class Memory:
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
         if finalizing() or not getattr(self, "address", 0):
             return
-        # The last tensor may die during a capture, which freeing memory would break. A failure tells nobody anything:
-        # the context is gone or broken, and the memory with it.
+        # The last tensor may be freed during a capture, which freeing memory would break. A failure is of no interest:
+        # it means that the context is gone or broken, and the memory with it.
         _, mode = self._cuda.cuThreadExchangeStreamCaptureMode(self._relaxed)
         try:
             with self._device.current():
@@ -77,10 +77,10 @@ class Window:
     """One rank's view of all windows; made by `share`.
 
     Attributes:
-        rank: Whose view this is.
+        rank: The rank whose view this is.
         num_ranks: R.
         num_bytes: Of each window.
-        device: Where this rank's own window is.
+        device: Of this rank's own window.
         bases: Address, in this process, of every rank's window; this rank's own included.
         base: ``bases[rank]``.
     """
@@ -100,22 +100,21 @@ class Window:
         self._driver = memories[0]._device
 
     def heap(self, first: int) -> Heap:
-        """Return a heap over the bytes from ``first`` to the end. It is closed with the window."""
+        """Return a heap over the bytes from ``first`` to the end; it is closed with the window."""
         own = next(memory for memory in self._memories if memory.address == self.base)
         heap = Heap(self.base, self.num_bytes - first, self.device, first, own, CudaStreams(self._driver))
         self._heaps.append(heap)
         return heap
 
     def _reach(self, handshakes: list[dict[str, Any]]) -> str:
-        """Learn the address of every peer's window in this process; returns why that fails, or nothing."""
+        """Map every peer's window; returns why that fails, or an empty string."""
         bases = list(self.bases)
         for peer, handshake in enumerate(handshakes):
             if peer == self.rank:
                 continue
             try:
-                if (
-                    handshake["process"] == handshakes[self.rank]["process"]
-                ):  # the driver refuses handles of its own process
+                # The driver refuses handles of its own process.
+                if handshake["process"] == handshakes[self.rank]["process"]:
                     bases[peer] = _neighbour(self._driver, handshake["device"]["index"], handshake["address"])
                 else:
                     bases[peer] = _map(self._driver, bytes.fromhex(handshake["handle"]))
@@ -127,9 +126,9 @@ class Window:
         return ""
 
     def close(self) -> None:
-        """Unmap the peers' windows, and free the own when no tensor lies in it. Local, idempotent.
+        """Unmap the peers' windows, and free the own once no tensor lies in it. Local, idempotent.
 
-        Waits for the work that is queued on the device, which may still use what is unmapped.
+        Waits for the work that is queued on the device, which may still use the mappings.
         """
         heaps, self._heaps = self._heaps, []
         mapped, self._mapped = self._mapped, []
@@ -153,12 +152,12 @@ def share(
     When it returns, every rank has mapped every window, and the first ``zero_bytes`` of each (all, if None) are zero.
 
     Args:
-        table: Where the ranks exchange handshakes; may be None for a group of one.
+        table: For exchanging handshakes; may be None for a group of one.
         rank: This rank.
         num_ranks: R.
         device: This rank's GPU. Ranks may share one.
-        num_bytes: The same on all ranks.
-        zero_bytes: How much is cleared.
+        num_bytes: Of each window, the same on all ranks.
+        zero_bytes: Bytes at the start that are cleared.
 
     Raises:
         BackendUnavailable: on all ranks, if any rank cannot: it has no Hopper GPU, its GPU cannot reach another, the
@@ -189,7 +188,7 @@ def share(
 
 
 def share_in_process(num_ranks: int, device: torch.device, num_bytes: int) -> list[Window]:
-    """Make R windows on one device in this process: *virtual ranks*. Each keeps the memory of all.
+    """Return R windows on one device in this process: *virtual ranks*. Each keeps the memory of all alive.
 
     Raises:
         BackendUnavailable: there is not enough memory.
@@ -201,12 +200,12 @@ def share_in_process(num_ranks: int, device: torch.device, num_bytes: int) -> li
 
 
 def _exchange(table: Exchange | None, handshake: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's handshake; a group of one has only its own."""
+    """Return every rank's handshake; a group of one has only its own."""
     return table.exchange(handshake) if table else [handshake]
 
 
 def _map(device: Device, handle: bytes) -> int:
-    """Map another process's window."""
+    """Map another process's window; returns its address."""
     cuda = device.cuda
     wanted = cuda.CUipcMemHandle()
     ctypes.memmove(wanted.getPtr(), handle, _HANDLE_BYTES)
@@ -216,7 +215,7 @@ def _map(device: Device, handle: bytes) -> int:
 
 
 def _neighbour(device: Device, index: int, address: int) -> int:
-    """The window of a rank in this process: its own address, once this device may use the other."""
+    """Return the address of the window of a rank in this process, after enabling access to its device."""
     if index != device.index:
         cuda = device.cuda
         peer = Device(index)
@@ -228,8 +227,8 @@ def _neighbour(device: Device, index: int, address: int) -> int:
 
 
 def _unmap(device: Device, addresses: list[int]) -> None:
-    """Let go of peers' windows, after all work that may use them."""
-    try:  # a failure means that the context is gone or broken, and every mapping with it
+    """Unmap peers' windows, after all work that may use them."""
+    try:  # a failure means that the context is gone or broken, and with it every mapping
         with device.current():
             device.cuda.cuCtxSynchronize()
             for address in addresses:

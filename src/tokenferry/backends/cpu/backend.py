@@ -102,6 +102,15 @@ class CpuBackend:
         """Return 0: plans of this backend have no ``places``."""
         return 0
 
+    def new_traces(self, num_calls: int) -> Tensor | None:
+        """There are no time stamps of calls on the CPU."""
+        return None
+
+    def set_trace(self, trace: Tensor | None) -> None:
+        """Refuse a trace."""
+        if trace is not None:
+            raise BackendUnavailable("set_trace: backend 'cpu' has no time stamps of calls; use backend='cuda'")
+
     @torch.no_grad()
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""

@@ -1,25 +1,26 @@
-"""What all calls of a CUDA group share: window, heap, kernels, the order of calls, and what broke the group."""
+"""The context of a CUDA group: resources that its calls share, their order on the device, and errors that break it."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tokenferry.backends.cuda.faults import SIGNATURE_BYTES, FlightRecorder, Pinned, Signature
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.faults import FlightRecorder, Pinned
+from tokenferry.backends.cuda.signature import SIGNATURE_BYTES, Signature
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
+from tokenferry.jit.params import Packer
 from tokenferry.kernels.all import SPECS
 from tokenferry.kernels.control_block import (
     CONTROL_BLOCK_BYTES,
     CONTROL_BLOCK_OFFSETS,
     FIRST_OFFSET,
-    HANDSHAKE_WORDS,
     MAX_RANKS,
 )
 from tokenferry.memory.streams import CudaStreams
@@ -27,23 +28,23 @@ from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
 
 _MAX_TEMPLATES = 512
-_HARMLESS = (RoutingError, CapacityError)
-"""What does not put ranks out of step: the device found it before anything was sent, or all ranks found it together."""
+_NUM_OFFSETS = 6
+"""Words of a handshake, from `FIRST_OFFSET` on, that hold offsets and are not compared."""
+_RECOVERABLE = (RoutingError, CapacityError)
+"""Errors that leave all ranks in step: found before anything was sent, or by all ranks together."""
 _NONE_MASKED = memoryview(bytes(4 * MAX_RANKS)).cast("I")
-_CALL = struct.Struct("<II")
-"""``alive`` and ``call`` of params, which lie side by side."""
 
 
 @dataclass(slots=True)
 class Call:
-    """One call at work.
+    """One call of a group.
 
     Attributes:
-        number: Of the call on its group.
+        number: Of the call, counted by its group.
         stream: Where it runs.
         capturing: Whether a CUDA graph captures it.
         alive: A bit for each rank that takes part.
-        signature: What it announces.
+        signature: Of the call.
         wait_ns: Address of ``[R]`` int64 to which kernels add the nanoseconds waited for each rank, or 0.
     """
 
@@ -56,60 +57,74 @@ class Call:
 
 
 class LaunchTemplate:
-    """A kernel, and params in which all that follows from one geometry is filled in.
+    """A kernel, and params in which everything that calls of one geometry share is filled in.
+
+    Fields that differ from call to call are written by packers, which are bound to these params. Those of the kernel's
+    own fields are set by the function that makes the template.
 
     Attributes:
         params: The struct.
-        view: Its bytes.
-        first: Where the fields behind the common ones begin.
-        offsets: Where the handshake's offsets begin.
+        pack_offsets: Writes the six offsets of the handshake.
+        pack: Writes the kernel's own fields.
+        pack_rest: Writes those of them that do not lie beside the others.
         block: Threads of a block.
         smem_bytes: Dynamic shared memory of a block.
-        signature: What the handshake says now.
-        wait_ns: What the field of this name holds now.
     """
 
     __slots__ = (
-        "alive",
+        "_handshake",
+        "_pack_call",
+        "_signature",
+        "_view",
+        "_wait_ns",
         "block",
-        "first",
-        "handshake",
         "kernel",
-        "offsets",
+        "pack",
+        "pack_offsets",
+        "pack_rest",
         "params",
-        "signature",
         "smem_bytes",
-        "view",
-        "wait_ns",
     )
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.params: Any = kernel.new_params()
-        kind = type(self.params)
-        self.view = memoryview(self.params).cast("B")
-        self.alive: int = kind.alive.offset
-        self.handshake: int = kind.handshake.offset
-        self.offsets = self.handshake + 4 * FIRST_OFFSET
-        self.first = self.handshake + 4 * HANDSHAKE_WORDS
         self.block = 32
         self.smem_bytes = 0
-        self.signature: Signature | None = None
-        self.wait_ns = 0
+        struct_type = type(self.params)
+        self.pack: Callable[..., None]
+        self.pack_rest: Callable[..., None]
+        self.pack_offsets = Packer.items(struct_type, "handshake", FIRST_OFFSET, _NUM_OFFSETS).bind(self.params)
+        self._pack_call = Packer(struct_type, "alive", "call_number").bind(self.params)
+        self._view = memoryview(self.params).cast("B")
+        start = struct_type.handshake.offset
+        self._handshake = slice(start, start + SIGNATURE_BYTES)
+        self._signature: Signature | None = None
+        self._wait_ns = 0
+
+    def set_call(self, call: Call) -> None:
+        """Write what belongs to the call: its number, who takes part, and its signature."""
+        self._pack_call(call.alive, call.number)
+        signature = call.signature
+        if self._signature is not signature:
+            self._signature = signature
+            self._view[self._handshake] = signature.words
+        if self._wait_ns != call.wait_ns:
+            self._wait_ns = self.params.wait_ns = call.wait_ns
 
     def launch(self, grid: int, stream: int) -> None:
-        """Enqueue it."""
+        """Enqueue the kernel."""
         self.kernel.launch(self.params, grid, self.block, self.smem_bytes, stream)
 
 
 class Context:
-    """One rank's place in a CUDA group. One thread at a time.
+    """The resources and the state that the calls of one rank share. For one thread at a time.
 
     Args:
         window: Shared by all ranks; the control block at its start is zero.
         jit: Kernels of the device.
         timeout_s: Seconds that each wait may take.
-        mask_late: Whether decode calls mask a late rank and go on.
+        mask_late: Whether decode calls mask a rank that is late, instead of raising.
     """
 
     def __init__(self, window: Window, jit: Jit, timeout_s: float, *, mask_late: bool = False) -> None:
@@ -123,68 +138,72 @@ class Context:
         self.heap = window.heap(CONTROL_BLOCK_BYTES)
         self.pinned = Pinned(pin=window.device.type == "cuda")
         self.flight_recorder = FlightRecorder(self.rank)
-        self.masked: set[int] = set()
+        self._masked: set[int] = set()
         self.broken: str | None = None
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.templates: dict[tuple[Any, ...], LaunchTemplate] = {}
+        self.templates: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_TEMPLATES)
         self._driver = Device(self.device.index or 0)
         self._streams = CudaStreams(self._driver)
-        self._everybody = (1 << self.num_ranks) - 1
+        self._all_ranks = (1 << self.num_ranks) - 1
         self._number = 0
-        self._last: dict[int, int] = {}  # by capture, 0 if none: the stream of the last call
+        self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)
 
     # ------------------------------------------------------------------ one call
 
-    def begin(self, signature: Signature, *, tolerant: bool = False, wait_ns: int = 0) -> Call:
-        """Number a call, raise what earlier ones met, and put it behind them on the device.
+    def begin(self, signature: Signature, *, skip_masked: bool = False, wait_ns: int = 0) -> Call:
+        """Number a call, raise errors of earlier ones, and order the current stream after them.
 
         Args:
-            signature: What has to be the same on all ranks.
-            tolerant: Whether ranks that are masked are left out.
+            signature: Of the call.
+            skip_masked: Whether masked ranks take no part.
             wait_ns: See `Call`.
 
         Raises:
             ClosedError: the group was closed or is broken.
-            TokenferryError: what a kernel has found since.
+            TokenferryError: the error of an earlier call, found by a kernel.
         """
-        stream, capture = self._join(signature.phase)
+        stream, capture = self._order(signature.phase)
         number = self._number = self._number % 0xFFFFFFFF + 1
         self.flight_recorder.note(number, signature)
-        alive = self._everybody
-        if tolerant:
-            alive &= ~sum(1 << rank for rank in self.absent())
+        alive = self._all_ranks
+        if skip_masked:
+            alive &= ~sum(1 << rank for rank in self.masked_ranks())
         return Call(number, stream, capture != 0, alive, signature, wait_ns)
 
     def resume(self, call: Call) -> Call:
-        """Go on with a call on the current stream, behind what came before; as `begin`, without a new number.
+        """Return a call again, to be continued on the current stream; as `begin`, without a new number.
 
         Raises:
             ClosedError: the group was closed or is broken.
-            TokenferryError: what a kernel has found since.
+            TokenferryError: the error of an earlier call, found by a kernel.
         """
-        stream, capture = self._join(call.signature.phase)
+        stream, capture = self._order(call.signature.phase)
         return Call(call.number, stream, capture != 0, call.alive, call.signature, call.wait_ns)
 
-    def absent(self) -> frozenset[int]:
-        """Ranks that decode calls leave out: by hand, or since a kernel waited for one in vain."""
+    def masked_ranks(self) -> frozenset[int]:
+        """Return the ranks that decode calls skip: masked by the user, or by a kernel whose wait for one timed out."""
         if self.mask_late and self.pinned.masked != _NONE_MASKED:
-            self.masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
-        return frozenset(self.masked)
+            self._masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
+        return frozenset(self._masked)
 
     @property
-    def number(self) -> int:
-        """Of the last call."""
+    def last_call_number(self) -> int:
+        """Number of the last call."""
         return self._number
 
+    def mask(self, rank: int) -> None:
+        """Skip a rank in the decode calls that begin from now on."""
+        self._masked.add(rank)
+
     def unmask(self, rank: int) -> bool:
-        """Stop leaving a rank out; returns whether a kernel had waited for it in vain."""
+        """Stop skipping a rank; returns whether a kernel had masked it, after a timeout."""
         lost = self.pinned.masked[rank] != 0
         self.pinned.masked[rank] = 0
-        self.masked.discard(rank)
+        self._masked.discard(rank)
         return lost
 
     def order_after_calls_outside_graphs(self, what: str) -> None:
-        """Put the current stream behind all calls, for work that is no call.
+        """Order the current stream after all calls, for work that is not a call.
 
         Raises:
             ArgumentError: a CUDA graph is being captured.
@@ -194,9 +213,9 @@ class Context:
         self.order_after_calls()
 
     def order_after_calls(self) -> tuple[int, int]:
-        """Put the current stream behind all calls; raises nothing that they met.
+        """Order the current stream after all calls; raises none of their errors.
 
-        A call in a CUDA graph and one outside are not ordered here: when a graph runs, its user says.
+        A call in a CUDA graph is not ordered against one outside of it: the user decides when a graph runs.
 
         Returns:
             tuple: the stream, and its capture, or 0.
@@ -214,63 +233,63 @@ class Context:
         """The current stream of torch in this thread, as a raw handle."""
         return self._streams.current()
 
-    def _join(self, phase: str) -> tuple[int, int]:
-        """Raise what earlier calls met, and put the current stream behind them; returns it and its capture, or 0."""
+    def _order(self, phase: str) -> tuple[int, int]:
+        """Raise errors of earlier calls, and order the current stream after them; returns it and its capture, or 0."""
         if self.broken:
             raise ClosedError(f"{phase}: the group {self.broken}; make a new ExpertGroup")
         stream, capture = self.order_after_calls()
-        if self.pinned.faulty and not capture:  # a call that is captured runs later, if at all
-            self.raise_fault()
+        if self.pinned.faulty and not capture:  # a captured call runs later, if at all
+            self.raise_recorded()
         return stream, capture
 
-    def raise_fault(self) -> None:
-        """Raise what the record says; does nothing if it says nothing.
+    def raise_recorded(self) -> None:
+        """Raise the error that a kernel has recorded, if there is one.
 
         Raises:
-            TokenferryError: what a kernel has found.
+            TokenferryError: the error of an earlier call.
         """
         if not self.pinned.faulty:
             return
         error = self.flight_recorder.explain(self.pinned.take_record())
-        if isinstance(error, _HARMLESS):
-            self._go_on()
+        if isinstance(error, _RECOVERABLE):
+            self._run_again()
         else:
             self.break_off(error)
         raise error
 
-    def _go_on(self) -> None:
-        """Let calls from now on run again: those behind one that came to nothing come to nothing, too."""
+    def _run_again(self) -> None:
+        """Clear ``stopped``, which makes kernels queued behind an aborted call no-ops; behind all of these."""
         self.order_after_calls()
         stopped = self.window.base + CONTROL_BLOCK_OFFSETS["stopped"]
-        bytes_at(stopped, 4, self.device, self.window).zero_()  # in the order of the stream: behind all of them
+        bytes_at(stopped, 4, self.device, self.window).zero_()
 
     @contextmanager
-    def breaking_off(self, *harmless: type[BaseException]) -> Iterator[None]:
-        """Something that peers wait for: if it ends early, by an interrupt, too, the group is at an end."""
+    def breaking_off(self, *handled: type[BaseException]) -> Iterator[None]:
+        """Break the group if the block raises, as peers wait for what it does; not for ``handled`` errors."""
         try:
             yield
-        except BaseException as error:
-            if not isinstance(error, harmless):
+        except BaseException as error:  # an interrupt, too
+            if not isinstance(error, handled):
                 self.break_off(error)
             raise
 
     def break_off(self, error: BaseException) -> None:
-        """The group is at an end: its ranks may be out of step."""
+        """Break the group: its ranks may be out of step."""
         self.broken = f"is broken by an earlier {type(error).__name__}: {error}"
 
     def wait_for_counts(self, call: Call) -> None:
-        """Wait until the host words of a dispatch are here; other threads run meanwhile.
+        """Wait until the counts of a dispatch are in pinned memory; other threads run meanwhile.
 
         Raises:
-            TokenferryError: what a kernel has found.
+            TokenferryError: a kernel has recorded an error.
         """
-        # A kernel ahead may take two deadlines before it says for whom it waited (kernels/push); then comes this one.
+        # A kernel ahead of this call may take two deadlines before it records its timeout (kernels/combine_push).
         waited_s = 3 * self.timeout_s
         if not self.pinned.wait_for_call_number(call.number, waited_s):
             phase = call.signature.phase
             error = PeerTimeout(
                 f"{phase} #{call.number}: rank {self.rank} waited {waited_s:.1f} s for its own stream, which has "
-                "not come to this call; work that was queued before it does not end",
+                "not reached this call; work that was queued before it does not end",
                 phase=phase,
                 call=call.number,
                 rank=self.rank,
@@ -279,24 +298,24 @@ class Context:
             )
             self.break_off(error)
             raise error
-        self.raise_fault()
+        self.raise_recorded()
 
     def synchronize(self) -> None:
-        """Wait for all work of this rank's calls, and raise what they met."""
+        """Wait for all work of this rank's calls, and raise their errors."""
         if 0 in self._last:
-            with self._driver.current():  # a handle of 0 is the default stream of whatever device is current
+            with self._driver.current():  # handle 0 is the default stream of the current device
                 check(self._driver.cuda.cuStreamSynchronize(self._last[0]), "waiting for the stream of the last call")
-        self.raise_fault()
+        self.raise_recorded()
 
     def close(self, why: str) -> None:
-        """Unmap the peers; memory of results lives as long as they do. Local, idempotent."""
+        """Unmap the windows of peers; the memory of results lives as long as they do. Local, idempotent."""
         self.broken = why
         self.window.close()
 
     # ------------------------------------------------------------------ kernels
 
-    def new_template(self, key: tuple[Any, ...], spec: KernelSpec, **config: int) -> LaunchTemplate:
-        """Params for a new geometry, kept under ``key`` in ``templates``, with all that never changes filled in."""
+    def new_template(self, spec: KernelSpec, **config: int) -> LaunchTemplate:
+        """Return a template with the common fields filled in; to be kept in ``templates`` once it is complete."""
         template = LaunchTemplate(self.jit.kernel(spec, **config))
         params = template.params
         for rank, base in enumerate(self.window.bases):
@@ -305,20 +324,7 @@ class Context:
         params.timeout_ns = int(self.timeout_s * 1e9)
         params.rank = self.rank
         params.num_ranks = self.num_ranks
-        if len(self.templates) >= _MAX_TEMPLATES:
-            self.templates.clear()
-        self.templates[key] = template
         return template
-
-    def address(self, template: LaunchTemplate, call: Call) -> None:
-        """Fill in what belongs to the call: its number, who takes part, and the signature in the handshake."""
-        view, signature = template.view, call.signature
-        _CALL.pack_into(view, template.alive, call.alive, call.number)
-        if template.signature is not signature:
-            template.signature = signature
-            view[template.handshake : template.handshake + SIGNATURE_BYTES] = signature.words
-        if template.wait_ns != call.wait_ns:
-            template.wait_ns = template.params.wait_ns = call.wait_ns
 
     def warmup(self) -> None:
         """Compile and load every kernel."""

@@ -1,127 +1,54 @@
-"""Decode calls of the CUDA backend: one kernel a call; with a hook one that sends, and one that receives."""
+"""Decode calls of the CUDA backend: one kernel for each; with a hook two, one that sends and one that receives."""
 
 from __future__ import annotations
 
-import struct
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook
+from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
+from tokenferry.backends.cuda.channel import Channel, PendingRecv
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
-from tokenferry.backends.cuda.faults import Signature
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Exchange, Workspace, Workspaces
 from tokenferry.backends.masking import drop_ranks
-from tokenferry.errors import ArgumentError, ConfigError
+from tokenferry.errors import ConfigError
 from tokenferry.formats.dtypes import dtype_code
+from tokenferry.jit.params import Packer
+from tokenferry.kernels.control_block import TRACE_WORDS
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.describe import TYPES
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
 SEND, RECEIVE = 1, 2
-_SPREAD = struct.Struct("<14Q")
-_COLLECT = struct.Struct("<9Q")
-_SIZES = struct.Struct("<2I")
+"""Phases of a call; bits of the field ``phases``."""
+_DISPATCH = Packer(
+    decode_dispatch_spec.SPEC.params.struct,
+    "x", "topk_idx", "weights", "choices", "out", "scale_out", "expert_counts", "received", "src_token", "src_range",
+    "row_weights", "table", "masked_out", "trace",
+)  # fmt: skip
+_COMBINE = Packer(
+    decode_combine_spec.SPEC.params.struct,
+    "y", "out", "topk_idx", "weights", "row_weights", "table", "pending", "masked_out", "trace",
+)  # fmt: skip
+_DISPATCH_REST, _COMBINE_REST = (
+    Packer(spec.params.struct, "num_tokens", "phases") for spec in (decode_dispatch_spec.SPEC, decode_combine_spec.SPEC)
+)
 _TABLE_WORDS = 16
 """Words of a plan's table before the places."""
-_MOST_TOKENS = 1 << 16
-"""M; with the most experts, places of rows stay far below 2^31."""
+_MAX_TOKENS = 1 << 16
+"""Largest M; even with the most experts, places of rows stay far below 2^31."""
+_MAX_SIGNATURES = 1024
 _REPEATED, _NONE, _BAD = 0x8000, 0x7FFF, 0x7FFE
-"""What the kernel calls choices that are no experts; see kernels/decode_dispatch/routing.cuh."""
-_SCALES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
-
-
-@dataclass(slots=True, eq=False)
-class PendingRecv:
-    """The second half of a call that has been sent.
-
-    Attributes:
-        call: The call.
-        launch: Enqueues what receives.
-        tensors: What that writes.
-        done: Whether it has been enqueued.
-    """
-
-    call: Call
-    launch: Callable[[Call], None]
-    tensors: tuple[Tensor | None, ...]
-    done: bool = False
-
-
-class Channel:
-    """The sends of one direction whose receipt may still be owed: of the last two.
-
-    A send writes to the half of the peers' memory of the send two before it. So that one is received first, here as on
-    every rank: where its hook has not been called, it is as if it was called now.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._last: deque[PendingRecv | None] = deque(maxlen=2)
-
-    def make_room(self, call: Call) -> None:
-        """Receive what the next send will overwrite.
-
-        Raises:
-            ArgumentError: a CUDA graph is captured, and the receipt belongs to a call outside of it.
-        """
-        if len(self._last) < 2 or self._last[0] is None or self._last[0].done:
-            return
-        owed = self._last[0]
-        if call.capturing and not owed.call.capturing:
-            raise ArgumentError(
-                f"{call.signature.phase}: the hook of an earlier {owed.call.signature.phase} has to be called before a "
-                "CUDA graph is captured"
-            )
-        if call.capturing == owed.call.capturing:  # a hook that a capture forgot stays forgotten
-            self.receive(owed)
-
-    def sent(self, pending: PendingRecv | None) -> None:
-        """Note a send; None: it was received by the same kernel."""
-        self._last.append(pending)
-
-    def receive_open(self) -> None:
-        """Enqueue what is owed, but for what a capture forgot."""
-        for pending in tuple(self._last):
-            if pending is not None and not pending.done and not pending.call.capturing:
-                self.receive(pending)
-
-    def forget(self) -> None:
-        """Owe nothing any more: hooks that have not been called do nothing."""
-        for pending in self._last:
-            if pending is not None:
-                pending.done, pending.tensors = True, ()
-        self._last.clear()
-
-    def receive(self, pending: PendingRecv) -> None:
-        """Enqueue the second half of a call, once.
-
-        Raises:
-            ArgumentError: it was sent inside of a capture and is received outside of it, or the other way round.
-        """
-        if pending.done:
-            self._context.order_after_calls()  # a later call has received it, perhaps on another stream
-            return
-        before = pending.call
-        call = self._context.resume(before)
-        if call.capturing != before.capturing:
-            raise ArgumentError(
-                f"{before.signature.phase}: hook: a CUDA graph has to capture both the call and its hook, or neither"
-            )
-        if call.stream != before.stream and not call.capturing and self._context.device.type == "cuda":
-            stream = torch.cuda.current_stream(self._context.device)
-            for tensor in pending.tensors:
-                if tensor is not None:
-                    tensor.record_stream(stream)
-        pending.launch(call)
-        pending.done, pending.tensors = True, ()
+"""Codes of choices that are not experts; see kernels/decode_dispatch/routing.cuh."""
+_SCALE_CODES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
 
 
 class Decoder:
@@ -129,12 +56,13 @@ class Decoder:
 
     Args:
         context: This rank's.
-        allocator: Where blocks come from.
+        allocator: Of blocks.
         key: Of the group, for plans.
-        exchange: Collective; makes workspaces.
+        exchange: Collective; for making workspaces.
 
     Attributes:
-        trace: ``[blocks, TRACE_WORDS]`` int64 zeros, to which calls write when what happened; None: they do not.
+        workspaces: Memory for rows under way.
+        trace: ``[blocks, TRACE_WORDS]`` int64 zeros, to which kernels write time stamps; None: they do not.
     """
 
     def __init__(self, context: Context, allocator: SymmetricAllocator, key: str, exchange: Exchange) -> None:
@@ -142,35 +70,39 @@ class Decoder:
         self._key = key
         self.workspaces = Workspaces(context, allocator, exchange)
         self._channels = (Channel(context), Channel(context))
-        self._signatures: dict[tuple[object, ...], Signature] = {}
+        self._signatures: BoundedDict[tuple[object, ...], Signature] = BoundedDict(_MAX_SIGNATURES)
         self.trace: Tensor | None = None
 
     def forget(self) -> None:
-        """As if nothing were under way: receipts and workspaces."""
+        """Drop pending receives, and empty the workspaces; nothing may be under way."""
         for channel in self._channels:
             channel.forget()
         self.workspaces.clear()
 
     def receive_open(self) -> None:
-        """As if all open hooks were called now."""
+        """Enqueue all pending receives, as if their hooks were called now."""
         for channel in self._channels:
             channel.receive_open()
+
+    def new_traces(self, num_calls: int) -> Tensor:
+        """Return ``[num_calls, blocks, TRACE_WORDS]`` int64 zeros: a ``trace`` for each of several calls."""
+        return torch.zeros(num_calls, self.num_blocks, TRACE_WORDS, dtype=torch.int64, device=self._context.device)
 
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
-        """Send; receive, or return what will."""
+        """Send rows, and receive or return a hook that will."""
         context, shape, stats = self._context, request.shape, request.stats
         check_limits(shape, context.num_ranks)
         x, weights = aligned(request.x), request.routing.topk_weights
         weights = None if weights is None else weights.contiguous()
-        topk_idx = drop_ranks(request.routing.topk_idx, context.absent(), shape.num_experts // context.num_ranks)
-        topk_idx = topk_idx.contiguous()
+        num_local = shape.num_experts // context.num_ranks
+        topk_idx = drop_ranks(request.routing.topk_idx, context.masked_ranks(), num_local).contiguous()
         signature = self._dispatch_signature(request, x, topk_idx, weights is not None)
-        call = context.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
+        call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
         workspace = self.workspaces.fitting(call, shape, x.element_size())
         channel = self._channels[0]
-        channel.make_room(call)
+        channel.receive_overwritten(call)
         result = self._results(shape, topk_idx, request, weights is not None)
         choices = prepared_choices(topk_idx, shape.num_experts)
         template = self._dispatch_template(workspace, shape, x, topk_idx, request)
@@ -184,25 +116,14 @@ class Decoder:
         )  # fmt: skip
 
         def launch(phases: int, at: Call, _kept: Workspace = workspace) -> None:
-            context.address(template, at)
-            _SPREAD.pack_into(template.view, template.first + 64, *pointers)
-            _SIZES.pack_into(template.view, type(template.params).num_tokens.offset, topk_idx.shape[0], phases)
+            template.set_call(at)
+            template.pack(*pointers)
+            template.pack_rest(topk_idx.shape[0], phases)
             template.launch(self.num_blocks, at.stream)
 
-        kept = (
-            x,
-            topk_idx,
-            weights,
-            choices,
-            data,
-            scale,
-            plan._table,
-            stats.received,
-            stats.wait_ns,
-            plan.row_weights,
-        )
-        outputs = (*kept, result.expert_counts, plan.src_token, plan.src_range)
-        hook = self._go(channel, call, launch, outputs, return_hook=request.return_hook)
+        inputs = (x, topk_idx, weights, choices, plan._table, plan.row_weights, stats.received, stats.wait_ns)
+        outputs = (*inputs, data, scale, result.expert_counts, plan.src_token, plan.src_range)
+        hook = self._enqueue(channel, call, launch, outputs, return_hook=request.return_hook)
         return DecodeDispatched(rows, result.expert_counts, plan, hook)
 
     def _dispatch_signature(
@@ -217,7 +138,7 @@ class Decoder:
                 num_experts=shape.num_experts,
                 max_tokens=shape.max_tokens,
                 dtype=dtype_code(x.dtype),
-                fp8_scale=_SCALES[request.quantize],
+                fp8_scale=_SCALE_CODES[request.quantize],
                 bytes_of_rows=x.shape[1] * x.element_size(),
                 bytes_of_weights=4 * shape.top_k if weighted else 0,
                 bytes_of_topk_idx=shape.top_k * topk_idx.element_size(),
@@ -227,26 +148,26 @@ class Decoder:
     def _results(
         self, shape: MoeShape, topk_idx: Tensor, request: DecodeDispatchRequest, weighted: bool
     ) -> DecodeDispatched[Tensor | Quantized]:
-        """Undefined results."""
+        """Return tensors for the results, undefined."""
         device, R, H = self._context.device, self._context.num_ranks, shape.hidden
-        L, room = shape.num_experts // R, R * shape.max_tokens
+        L, capacity = shape.num_experts // R, R * shape.max_tokens
         if request.quantize is None:
-            x: Tensor | Quantized = torch.empty(L, room, H, dtype=request.x.dtype, device=device)
+            x: Tensor | Quantized = torch.empty(L, capacity, H, dtype=request.x.dtype, device=device)
         else:
             groups = -(-H // 512) if request.quantize is Scale.UE8M0 else -(-H // 128)
             kind = torch.int32 if request.quantize is Scale.UE8M0 else torch.float32
-            scale = torch.empty(L, groups, room, dtype=kind, device=device).transpose(1, 2)
-            x = Quantized(torch.empty(L, room, H, dtype=torch.float8_e4m3fn, device=device), scale)
+            scale = torch.empty(L, groups, capacity, dtype=kind, device=device).transpose(1, 2)
+            x = Quantized(torch.empty(L, capacity, H, dtype=torch.float8_e4m3fn, device=device), scale)
         plan = DecodePlan(
             group_key=self._key,
             num_tokens=topk_idx.shape[0],
             num_experts=shape.num_experts,
             topk_idx=topk_idx,
             topk_weights=request.routing.topk_weights,
-            src_token=torch.empty(L, room, dtype=torch.int32, device=device),
+            src_token=torch.empty(L, capacity, dtype=torch.int32, device=device),
             src_range=torch.empty(L, R, dtype=torch.int64, device=device),
-            row_weights=torch.empty(L, room, dtype=torch.float32, device=device) if weighted else None,
-            _table=torch.empty(_TABLE_WORDS + room * shape.top_k, dtype=torch.int32, device=device),
+            row_weights=torch.empty(L, capacity, dtype=torch.float32, device=device) if weighted else None,
+            _table=torch.empty(_TABLE_WORDS + capacity * shape.top_k, dtype=torch.int32, device=device),
         )
         return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, no_hook)
 
@@ -260,25 +181,28 @@ class Decoder:
         if found is not None:
             return found
         kind = decode_dispatch_spec.RAW if fp8 is None else TYPES[x.dtype]
-        found = context.new_template(key, decode_dispatch_spec.SPEC, type=kind)
-        p, num_local = found.params, shape.num_experts // context.num_ranks
-        self._fill_workspace(found, workspace, workspace.rows_at, workspace.sizes.rows)
+        template = context.new_template(decode_dispatch_spec.SPEC, type=kind)
+        p, num_local = template.params, shape.num_experts // context.num_ranks
+        template.pack, template.pack_rest = _DISPATCH.bind(p), _DISPATCH_REST.bind(p)
+        self._set_workspace(p, workspace)
+        p.packets_at, p.packets_stride = workspace.rows_at, workspace.sizes.rows
         p.notes_at, p.notes_stride, p.words_stride = workspace.notes_at, workspace.sizes.notes, workspace.sizes.words
         p.max_tokens, p.top_k, p.num_local, p.columns = shape.max_tokens, shape.top_k, num_local, shape.hidden
         p.row_units = shape.hidden * (x.element_size() if fp8 is None else 1) // 16
         p.scale_units = 0 if fp8 is None else -(-shape.hidden // 512)
-        p.scale_format, p.per_local = _SCALES[fp8], 1 / num_local
+        p.scale_format, p.per_local = _SCALE_CODES[fp8], 1 / num_local
         p.wide, p.weighted = int(topk_idx.dtype is torch.int64), int(weighted)
-        found.block = decode_dispatch_spec.THREADS
-        found.smem_bytes = decode_dispatch_spec.smem_bytes(
+        template.block = decode_dispatch_spec.THREADS
+        template.smem_bytes = decode_dispatch_spec.smem_bytes(
             shape.max_tokens * shape.top_k, shape.num_experts, context.num_ranks, shape.max_tokens
         )
-        return found
+        context.templates[key] = template
+        return template
 
     # ------------------------------------------------------------------ combine
 
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
-        """Send the rows home; receive the sums, or return what will."""
+        """Send rows back, and receive the sums or return a hook that will."""
         context, plan, stats = self._context, request.plan, request.stats
         y, H = aligned(request.y), request.y.shape[-1]
         table, weights = plan._table, plan.topk_weights
@@ -286,20 +210,11 @@ class Decoder:
         assert weights is not None
         topk_idx, weights = plan.topk_idx, weights.contiguous()
         shape = MoeShape(plan.num_experts, topk_idx.shape[1], H, y.shape[1] // context.num_ranks)
-        key = (1, shape, y.dtype, request.fast, request.encoding)
-        signature = self._signatures.get(key)
-        if signature is None:
-            signature = self._signatures[key] = Signature(
-                "decode_combine",
-                fast=int(request.fast),
-                encoding=int(request.encoding),
-                dtype=dtype_code(y.dtype),
-                bytes_of_rows=H * y.element_size(),
-            )
-        call = context.begin(signature, tolerant=True, wait_ns=address(stats.wait_ns))
+        signature = self._combine_signature(request, shape)
+        call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
         workspace = self.workspaces.fitting(call, shape, y.element_size())
         channel = self._channels[1]
-        channel.make_room(call)
+        channel.receive_overwritten(call)
         template = self._combine_template(workspace, shape, y, topk_idx, request)
         out = request.out
         if out is None or out.data_ptr() % 16 or overlap(out, y):
@@ -311,59 +226,66 @@ class Decoder:
         )  # fmt: skip
 
         def launch(phases: int, at: Call, _kept: Workspace = workspace) -> None:
-            context.address(template, at)
-            _COLLECT.pack_into(template.view, template.first + 64, *pointers)
-            _SIZES.pack_into(template.view, type(template.params).num_tokens.offset, plan.num_tokens, phases)
+            template.set_call(at)
+            template.pack(*pointers)
+            template.pack_rest(plan.num_tokens, phases)
             template.launch(self.num_blocks, at.stream)
             if phases & RECEIVE and request.out is not None and request.out is not out:
                 request.out.copy_(out)
 
         kept = (y, out, topk_idx, weights, plan.row_weights, table, pending_words, stats.wait_ns)
-        hook = self._go(channel, call, launch, kept, return_hook=request.return_hook)
+        hook = self._enqueue(channel, call, launch, kept, return_hook=request.return_hook)
         return DecodeCombined(out if request.out is None else request.out, hook)
+
+    def _combine_signature(self, request: DecodeCombineRequest, shape: MoeShape) -> Signature:
+        y = request.y
+        key = (1, shape, y.dtype, request.fast, request.encoding)
+        found = self._signatures.get(key)
+        if found is None:
+            found = self._signatures[key] = Signature(
+                "decode_combine",
+                fast=int(request.fast),
+                encoding=int(request.encoding),
+                dtype=dtype_code(y.dtype),
+                bytes_of_rows=shape.hidden * y.element_size(),
+            )
+        return found
 
     def _combine_template(
         self, workspace: Workspace, shape: MoeShape, y: Tensor, topk_idx: Tensor, request: DecodeCombineRequest
     ) -> LaunchTemplate:
-        context = self._context
-        key = (
-            decode_combine_spec.SPEC,
-            workspace.number,
-            shape,
-            y.dtype,
-            topk_idx.dtype,
-            request.fast,
-            request.encoding,
-        )
+        context, fast, encoding = self._context, request.fast, request.encoding
+        key = (decode_combine_spec.SPEC, workspace.number, shape, y.dtype, topk_idx.dtype, fast, encoding)
         found = context.templates.get(key)
         if found is not None:
             return found
-        found = context.new_template(
-            key, decode_combine_spec.SPEC, type=TYPES[y.dtype], fast=int(request.fast), encoding=int(request.encoding)
+        template = context.new_template(
+            decode_combine_spec.SPEC, type=TYPES[y.dtype], fast=int(fast), encoding=int(encoding)
         )
-        p = found.params
-        self._fill_workspace(found, workspace, workspace.answers_at, workspace.sizes.answers)
+        p = template.params
+        template.pack, template.pack_rest = _COMBINE.bind(p), _COMBINE_REST.bind(p)
+        self._set_workspace(p, workspace)
+        p.packets_at, p.packets_stride = workspace.answers_at, workspace.sizes.answers
         p.max_tokens, p.top_k, p.columns = shape.max_tokens, shape.top_k, shape.hidden
         p.num_local = shape.num_experts // context.num_ranks
         p.wide = int(topk_idx.dtype is torch.int64)
-        found.block = decode_combine_spec.THREADS
-        return found
+        template.block = decode_combine_spec.THREADS
+        context.templates[key] = template
+        return template
 
     # ------------------------------------------------------------------ both
 
-    def _fill_workspace(self, template: LaunchTemplate, workspace: Workspace, at: int, stride: int) -> None:
-        p = template.params
+    def _set_workspace(self, params: Any, workspace: Workspace) -> None:  # noqa: ANN401 - fields of a params struct
         for rank, start in enumerate(workspace.addresses):
-            p.workspaces[rank] = start
-        p.packets_at, p.packets_stride = at, stride
-        p.mask_late = int(self._context.mask_late)
+            params.workspaces[rank] = start
+        params.mask_late = int(self._context.mask_late)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a launch: one on each SM."""
+        """Number of blocks of a launch: one for each SM."""
         return max(2, self._context.num_sms)
 
-    def _go(
+    def _enqueue(
         self,
         channel: Channel,
         call: Call,
@@ -372,7 +294,7 @@ class Decoder:
         *,
         return_hook: bool,
     ) -> Callable[[], None]:
-        """Send and receive, or only send and return the hook that receives."""
+        """Enqueue a kernel that sends and receives, or one that sends; then return the hook that receives."""
         if not return_hook:
             launch(SEND | RECEIVE, call)
             channel.sent(None)
@@ -384,19 +306,20 @@ class Decoder:
 
 
 def check_limits(shape: MoeShape, num_ranks: int) -> None:
-    """Raise ConfigError for sizes that the kernels have no room for."""
+    """Raise ConfigError for sizes that are too large for the kernels."""
     why_not = too_large(shape)
-    if not why_not and shape.max_tokens > _MOST_TOKENS:
-        why_not = f"max_tokens={shape.max_tokens}, and at most {_MOST_TOKENS} are possible in decode calls"
+    if not why_not and shape.max_tokens > _MAX_TOKENS:
+        why_not = f"max_tokens={shape.max_tokens}, and at most {_MAX_TOKENS} are possible in decode calls"
     if why_not:
         raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
 
 
 def prepared_choices(topk_idx: Tensor, num_experts: int) -> Tensor | None:
-    """The routing as the kernel wants it, if it is too large for a block to prepare; else None.
+    """Return a routing in the form that blocks prepare for themselves; None if it is small enough for them to do so.
 
     Returns:
-        Tensor: ``[T * K]`` int16: an expert, with the highest bit if it repeats an earlier slot's, or no expert.
+        Tensor: ``[T * K]`` int16: an expert, with the highest bit set if an earlier slot of the token has chosen it,
+        too; or a code for no expert.
     """
     if 2 * topk_idx.numel() <= decode_dispatch_spec.CHOICES_BYTES:
         return None

@@ -1,32 +1,72 @@
-"""Deliveries of the CUDA backend: blocks for rows to land in, kernels that bring them, tensors over what has come."""
+"""Dispatch and redispatch of the CUDA backend: blocks that rows land in, kernels that send them, tensors over them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.buffers import SymmetricAllocator, ends
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, section_ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import MASKED, Delivered, Payload, RecvOffsets, Tables
-from tokenferry.backends.cuda.plan import Counts, Geometry
-from tokenferry.errors import TokenferryError
-from tokenferry.memory.heap import Block
-from tokenferry.types import Dispatched, Layout, Plan, Quantized
+from tokenferry.backends.cuda.launch import MASKED, Expansion, Payload, RecvBuffers, Route, Tables
+from tokenferry.backends.cuda.plan import LAYOUT_CODES, Counts, Geometry
+from tokenferry.backends.cuda.signature import Signature
+from tokenferry.errors import ArgumentError, TokenferryError
+from tokenferry.formats.dtypes import dtype_code
+from tokenferry.tuning import Topology, tune
+from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized
 
-Sms = tuple[int, int]
-"""SMs of what uses the links, and of what is local."""
-_Parts = tuple[Block, Block, tuple[int, ...], tuple[int, ...], bool]
-"""Block of rows, block of the plan, starts of rows, scales and weights, ends of ids and src_token, whether staged."""
+_MAX_FORMS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SmCounts:
+    """SMs that the kernels of a call use.
+
+    Attributes:
+        links: Kernels that use the links between GPUs.
+        local: Kernels that rearrange rows on this GPU.
+    """
+
+    links: int
+    local: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchForm:
+    """The parts that all dispatches with the same shape, options and kind of payload share.
+
+    Attributes:
+        signature: Of the calls.
+        geometry: Of the calls.
+        sms: Of the kernels, unless the call gives a number.
+    """
+
+    signature: Signature
+    geometry: Geometry
+    sms: SmCounts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RedispatchForm:
+    """The parts that all redispatches with the same shape, layout and kind of payload share; see `DispatchForm`."""
+
+    signature: Signature
+    sms: SmCounts
 
 
 class Dispatcher:
-    """Where one rank's rows land.
+    """Dispatch and redispatch calls of one rank.
 
     Args:
         context: This rank's.
-        allocator: Where blocks come from.
+        allocator: Of blocks.
         key: Of the group, for plans.
     """
 
@@ -34,195 +74,217 @@ class Dispatcher:
         self._context = context
         self._allocator = allocator
         self._key = key
+        self._forms: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_FORMS)
+        self._redispatch_forms: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_FORMS)
+        self._geometries: BoundedDict[tuple[MoeShape, DispatchOptions], Geometry] = BoundedDict(_MAX_FORMS)
         self._no_row_idx: dict[int, Tensor] = {}
 
-    def along(self, call: Call, payload: Payload, plan: Plan, sms: Sms) -> Dispatched[Tensor | Quantized]:
-        """Move rows along a plan, and unpack them."""
-        options = plan.options
-        K, L = plan.topk_idx.shape[1], plan.expert_counts.shape[0]
-        D = plan.num_delivered
-        rows_end, scale_end, end = _data_ends(payload, D, 1 if options.layout is not Layout.ROWS else K)
-        block, staged = self._allocator.recv_block(call, end)
-        recv = RecvOffsets(block.offset, block.offset + rows_end, block.offset + scale_end)
-        route = (plan._places, plan.dst_counts, plan.src_counts)
-        by_expert = options.layout is not Layout.ROWS
-        launch.move(self._context, call, payload, route, (K, L, by_expert), recv, sms[0])
-        if by_expert:
-            self._unpack(call, payload, recv, plan, (plan.row_idx.data_ptr(), D), sms[1])
-        offsets, host_counts = None, plan._host_counts
-        if options.layout is Layout.EXPERTS:
-            padded = (plan.expert_counts + options.alignment - 1) // options.alignment * options.alignment
-            offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
-        if host_counts is None and options.counts == "host":
-            host_counts = tuple(plan.expert_counts.tolist())
-        return self._dispatched(block, payload, plan, (0, rows_end, scale_end), (offsets, host_counts, staged))
+    # ------------------------------------------------------------------ dispatch
 
-    def first(
-        self, call: Call, payload: Payload, found: Geometry, sms: Sms, src_expert: Tensor | None = None
-    ) -> Dispatched[Tensor | Quantized]:
-        """Make a plan and move rows along it; they bring the peers' half of the plan, too.
+    def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
+        """Make a plan and send rows along it; the rows bring the peers' half of the plan, too.
 
-        Where the heap has room for the worst case, rows move at once, and the host learns their number meanwhile. Else
-        it waits for the counts first, and takes what they need.
+        Where the heap has room for the worst case, rows are sent at once, and the host waits for the counts meanwhile.
+        Otherwise it waits for the counts first, and takes blocks of the size that they need.
         """
-        index, options, context = payload.topk_idx, found.options, self._context
-        assert index is not None
-        num_tokens = index.shape[0]
-        counts = cuda_plan.at_most(found, num_tokens)
-        asks = options.counts == "host"
-        waits = asks and not self._allocator.has_room_twice(_worst_bytes(payload, found))
-        parts = None if waits else self._take(call, payload, found, counts)  # nothing is sent yet if this fails
-        tables = cuda_plan.start(context, call, index, found, sms[0], src_expert)
-        if waits or (found.space.tight and not call.capturing):
-            with context.breaking_off(TokenferryError):  # those that `wait` raises are dealt with there
-                exact = cuda_plan.wait(context, call, found)
-            counts = exact if asks else counts
-        with context.breaking_off():  # peers wait for this rank's rows by now
-            parts = parts or self._take(call, payload, found, counts)
-            self._move_first(call, payload, found, (tables, counts, parts), sms)
-        if asks and counts.host is None:
-            counts = cuda_plan.wait(context, call, found)
-        return self._first_dispatched(payload, found, tables, counts, parts)
+        options, routing, context = request.options, request.routing, self._context
+        index = routing.topk_idx
+        payload = _payload(request.x, routing.topk_weights, index)
+        key = (request.shape, options, *_kind(payload))
+        form = self._forms.get(key) or self._new_form(key, request, payload)
+        call = context.begin(form.signature)
+        wants_counts = options.counts == "host"
+        if wants_counts and call.capturing:
+            raise ArgumentError(
+                'dispatch: options: counts="host" waits for the device, which a CUDA graph cannot capture; '
+                'use DispatchOptions(counts="device")'
+            )
+        sms = SmCounts(request.num_sms, request.num_sms) if request.num_sms else form.sms
+        geometry = form.geometry
+        counts = cuda_plan.at_most(geometry, index.shape[0])
+        waits_first = wants_counts and not self._allocator.has_room_for_two(_worst_bytes(payload, index, geometry))
+        # Taken before anything is sent: if the heap is full, the group is still whole.
+        buffers = None if waits_first else self._recv_buffers(call, payload, geometry, counts)
+        tables = cuda_plan.start(context, call, index, geometry, sms.links)
+        if waits_first or (geometry.space.tight and not call.capturing):
+            with context.breaking_off(TokenferryError):  # `wait` breaks the group by itself where an error does
+                exact = cuda_plan.wait(context, call, geometry)
+            counts = exact if wants_counts else counts
+        with context.breaking_off():  # from here on peers wait for this rank's rows
+            buffers = buffers or self._recv_buffers(call, payload, geometry, counts)
+            launch.dispatch(context, call, payload, tables.route, buffers, sms.links)
+            if geometry.by_expert:
+                expansion = _expansion(geometry, tables, counts, context.window.base + buffers.row_idx)
+                launch.dispatch_expand(context, call, payload, buffers, expansion, sms.local)
+        if wants_counts and counts.host is None:
+            counts = cuda_plan.wait(context, call, geometry)
+        return self._planned(payload, geometry, tables, counts, buffers)
 
-    def _take(self, call: Call, payload: Payload, found: Geometry, counts: Counts) -> _Parts:
-        """Blocks for what comes.
+    def _new_form(self, key: tuple[Any, ...], request: DispatchRequest, payload: Payload) -> DispatchForm:
+        shape, options = request.shape, request.options
+        signature = Signature(
+            "dispatch",
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            max_tokens=shape.max_tokens,
+            layout=LAYOUT_CODES[options.layout],
+            alignment=options.alignment,
+            device_counts=int(options.counts == "device"),
+            capacity=options.capacity or 0,
+            **_signature_fields(payload),
+        )
+        geometry = self._geometries.get((shape, options))
+        if geometry is None:
+            geometry = cuda_plan.geometry(shape, options, self._context.num_ranks)
+            self._geometries[shape, options] = geometry
+        form = self._forms[key] = DispatchForm(signature, geometry, self._tuned_sms(shape))
+        return form
+
+    def _recv_buffers(self, call: Call, payload: Payload, geometry: Geometry, counts: Counts) -> RecvBuffers:
+        """Take the blocks of a dispatch.
 
         Raises:
             CapacityError: the heap is full.
         """
         index = payload.topk_idx
         assert index is not None
-        N, K, by_expert = counts.received, index.shape[1], found.by_expert
-        ids_end, token_end, end = ends(N * K * index.element_size(), N * 8, N * K * 8 if by_expert else 0)
-        small = self._allocator.room(call, end)
-        # Rows last: where N turns out smaller, what is behind them goes back.
+        N, K, by_expert = counts.received, index.shape[1], geometry.by_expert
+        idx_end, token_end, end = section_ends(N * K * index.element_size(), N * 8, N * K * 8 if by_expert else 0)
+        plan = self._allocator.call_block(call, end)
+        # Rows come last: where there are fewer than expected, the memory behind them is given back.
         D = counts.delivered
-        weights_end, scale_end, end = ends(
+        weights_end, scale_end, end = section_ends(
             0 if payload.weights is None else D * 4 * (1 if by_expert else K),
             D * payload.scale_bytes,
             D * payload.row_bytes,
         )
-        block, staged = self._allocator.recv_block(call, end)
-        return block, small, (scale_end, weights_end, 0), (ids_end, token_end), staged
-
-    def _move_first(
-        self, call: Call, payload: Payload, found: Geometry, planned: tuple[Tables, Counts, _Parts], sms: Sms
-    ) -> None:
-        """Launch what brings the rows, and the peers' half of the plan."""
-        tables, counts, (block, small, starts, (ids_end, token_end), _) = planned
-        index = payload.topk_idx
-        assert index is not None
-        K, by_expert = index.shape[1], found.by_expert
-        recv = RecvOffsets(
-            block.offset + starts[0],
-            block.offset + starts[1],
-            block.offset + starts[2],
-            small.offset,
-            small.offset + ids_end,
-            small.offset + token_end,
+        rows, copy_out = self._allocator.recv_block(call, end)
+        return RecvBuffers(
+            block=rows,
+            copy_out=copy_out,
+            rows=rows.offset + scale_end,
+            scale=rows.offset + weights_end,
+            weights=rows.offset,
+            plan_block=plan,
+            topk_idx=plan.offset,
+            src_token=plan.offset + idx_end,
+            row_idx=plan.offset + token_end,
         )
-        route = (tables.places, tables.dst_counts, tables.src_counts)
-        launch.move(self._context, call, payload, route, (K, found.num_local, by_expert), recv, sms[0])
-        if by_expert:
-            exact = found.options.counts == "host" and found.layout != MASKED
-            rows = (small.address + token_end, 0 if exact else counts.delivered)
-            self._unpack(call, payload, recv, (tables, found), rows, sms[1])
 
-    def _unpack(
-        self,
-        call: Call,
-        payload: Payload,
-        recv: RecvOffsets,
-        plan: Plan | tuple[Tables, Geometry],
-        rows: tuple[int, int],
-        num_sms: int,
-    ) -> None:
-        """Launch `unpack` for rows that have landed; ``rows``: address of row_idx, rows in all (0: see `Delivered`)."""
-        base = self._context.window.base
-        if isinstance(plan, Plan):
-            options, K = plan.options, plan.topk_idx.shape[1]
-            src_counts, expert_counts = plan.src_counts, plan.expert_counts
-            masked = options.layout is Layout.MASKED
-            capacity = plan.num_delivered // expert_counts.shape[0] if masked else 0
-        else:
-            tables, found = plan
-            assert payload.topk_idx is not None
-            options, K, capacity = found.options, payload.topk_idx.shape[1], found.masked_capacity
-            src_counts, expert_counts = tables.src_counts, tables.expert_counts
-        delivered = Delivered(
-            base + recv.rows,
-            base + recv.scale if payload.scale_bytes else 0,
-            0 if payload.weights is None else base + recv.weights,
-            rows[1],
-            payload.row_bytes,
-            payload.scale_bytes,
-            options.alignment,
-            capacity,
-            options.zero_padding,
-        )
-        launch.unpack(self._context, call, delivered, (rows[0], K, src_counts, expert_counts), num_sms)
-
-    def _first_dispatched(
-        self, payload: Payload, found: Geometry, tables: Tables, counts: Counts, parts: _Parts
+    def _planned(
+        self, payload: Payload, geometry: Geometry, tables: Tables, counts: Counts, buffers: RecvBuffers
     ) -> Dispatched[Tensor | Quantized]:
-        """Wrap a first delivery, and give back what the worst case took too much."""
-        block, small, starts, (ids_end, token_end), staged = parts
-        index = payload.topk_idx
+        """Return the result of a dispatch with its plan, and give back the memory that it did not need."""
+        index, block = payload.topk_idx, buffers.plan_block
         assert index is not None
-        N, K, allocator = counts.received, index.shape[1], self._allocator
+        assert block is not None
+        N, K, allocator, route = counts.received, index.shape[1], self._allocator, tables.route
         dst_token, row_idx = tables.dst_token, self._no_row_idx.get(K)
-        if counts.host is not None:  # else there is as much as there was room for
-            small.trim(token_end + (N * K * 8 if found.by_expert else 0))
-            block.trim(starts[0] + counts.delivered * payload.row_bytes)
+        if counts.host is not None:  # else results have the size of the worst case
+            block.trim(buffers.row_idx - block.offset + (N * K * 8 if geometry.by_expert else 0))
+            buffers.block.trim(buffers.rows - buffers.block.offset + counts.delivered * payload.row_bytes)
             dst_token = dst_token[: counts.sent]
-        if found.by_expert:
-            row_idx = allocator.tensor(small, token_end, (N, K), torch.int64)
+        if geometry.by_expert:
+            row_idx = allocator.tensor(block, buffers.row_idx, (N, K), torch.int64)
         elif row_idx is None:
-            row_idx = self._no_rows(K)
+            row_idx = self._empty_row_idx(K)
         plan = Plan(
             self._key,
-            found.options,
+            geometry.options,
             index.shape[0],
-            N if found.options.counts == "host" else None,
+            N if geometry.options.counts == "host" else None,
             counts.delivered,
             dst_token,
-            tables.dst_counts,
-            allocator.tensor(small, ids_end, (N,), torch.int64),
-            tables.src_counts,
-            allocator.tensor(small, 0, (N, K), index.dtype),
+            route.dst_counts,
+            allocator.tensor(block, buffers.src_token, (N,), torch.int64),
+            route.src_counts,
+            allocator.tensor(block, buffers.topk_idx, (N, K), index.dtype),
             row_idx,
             tables.expert_counts,
-            tables.places,
+            route.places,
             counts.host,
         )
-        return self._dispatched(block, payload, plan, starts, (tables.expert_offsets, counts.host, staged))
+        return self._dispatched(buffers, payload, plan, tables.expert_offsets, counts.host)
 
-    def _no_rows(self, top_k: int) -> Tensor:
-        """What `Plan.row_idx` is for ROWS: there is nothing in it, so that all plans share it."""
+    def _empty_row_idx(self, top_k: int) -> Tensor:
+        """Return `Plan.row_idx` of ROWS: an empty tensor, which all plans share."""
         with torch.inference_mode(False):  # else no plan with it could be saved for a backward
             made = torch.empty(0, top_k, dtype=torch.int64, device=self._context.device)
         self._no_row_idx[top_k] = made
         return made
 
+    # ------------------------------------------------------------------ redispatch
+
+    def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
+        """Send rows along a plan that there is."""
+        plan, context = request.plan, self._context
+        options, layout = plan.options, plan.options.layout
+        payload = _payload(request.x, request.topk_weights, None)
+        key = (request.shape, layout, *_kind(payload))
+        form = self._redispatch_forms.get(key) or self._new_redispatch_form(key, request, payload)
+        call = context.begin(form.signature)
+        sms = SmCounts(request.num_sms, request.num_sms) if request.num_sms else form.sms
+        K, L, D = plan.topk_idx.shape[1], plan.expert_counts.shape[0], plan.num_delivered
+        by_expert = layout is not Layout.ROWS
+        rows_end, scale_end, end = section_ends(
+            D * payload.row_bytes,
+            D * payload.scale_bytes,
+            0 if payload.weights is None else D * 4 * (1 if by_expert else K),
+        )
+        block, copy_out = self._allocator.recv_block(call, end)
+        start = block.offset
+        buffers = RecvBuffers(block, copy_out, start, start + rows_end, start + scale_end)
+        route = Route(plan._places, plan.dst_counts, plan.src_counts, K, L, by_expert)
+        launch.dispatch(context, call, payload, route, buffers, sms.links)
+        if by_expert:
+            capacity = D // L if layout is Layout.MASKED else 0
+            expansion = Expansion(
+                route, plan.row_idx.data_ptr(), D, options.alignment, capacity, options.zero_padding, plan.expert_counts
+            )
+            launch.dispatch_expand(context, call, payload, buffers, expansion, sms.local)
+        expert_offsets, host_counts = None, plan._host_counts
+        if layout is Layout.EXPERTS:
+            padded = (plan.expert_counts + options.alignment - 1) // options.alignment * options.alignment
+            expert_offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
+        if host_counts is None and options.counts == "host":
+            host_counts = tuple(plan.expert_counts.tolist())
+        return self._dispatched(buffers, payload, plan, expert_offsets, host_counts)
+
+    def _new_redispatch_form(
+        self, key: tuple[Any, ...], request: RedispatchRequest, payload: Payload
+    ) -> RedispatchForm:
+        layout = LAYOUT_CODES[request.plan.options.layout]
+        signature = Signature("redispatch", layout=layout, **_signature_fields(payload))
+        form = self._redispatch_forms[key] = RedispatchForm(signature, self._tuned_sms(request.shape))
+        return form
+
+    # ------------------------------------------------------------------ both
+
+    def _tuned_sms(self, shape: MoeShape) -> SmCounts:
+        """Return the SMs of calls that do not give a number."""
+        context = self._context
+        tuning = tune(shape, Topology(context.num_ranks, context.num_sms))
+        return SmCounts(tuning.dispatch_sms, context.num_sms)
+
     def _dispatched(
         self,
-        block: Block,
+        buffers: RecvBuffers,
         payload: Payload,
         plan: Plan,
-        starts: tuple[int, ...],
-        more: tuple[Tensor | None, tuple[int, ...] | None, bool],
+        expert_offsets: Tensor | None,
+        host_counts: tuple[int, ...] | None,
     ) -> Dispatched[Tensor | Quantized]:
-        """Tensors over what landed in a block; ``starts`` of rows, scales, weights."""
-        offsets, host_counts, staged = more
+        """Return a result over the rows that land in a block."""
+        block = buffers.block
         D, allocator, by_rows = plan.num_delivered, self._allocator, plan.options.layout is Layout.ROWS
-        rows = allocator.tensor(block, starts[0], (D, payload.rows.shape[1]), payload.rows.dtype)
+        rows = allocator.tensor(block, buffers.rows, (D, payload.rows.shape[1]), payload.rows.dtype)
         scale = weights = None
         if payload.scale is not None:
-            scale = allocator.tensor(block, starts[1], (D, payload.scale.shape[1]), payload.scale.dtype)
+            scale = allocator.tensor(block, buffers.scale, (D, payload.scale.shape[1]), payload.scale.dtype)
         if payload.weights is not None:
             shape = (D, payload.weights.shape[1]) if by_rows else (D,)
-            weights = allocator.tensor(block, starts[2], shape, torch.float32)
-        if staged:
+            weights = allocator.tensor(block, buffers.weights, shape, torch.float32)
+        if buffers.copy_out:
             rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
         if plan.options.layout is Layout.MASKED:
             rows = shaped(rows, plan)
@@ -233,34 +295,79 @@ class Dispatcher:
             plan.topk_idx if by_rows else None,
             weights,
             plan.expert_counts,
-            offsets,
+            expert_offsets,
             host_counts,
             plan,
         )
 
 
-def _data_ends(payload: Payload, num_rows: int, weights_of_row: int) -> tuple[int, ...]:
-    """Ends of rows, scales and weights in a block."""
-    weights_bytes = 0 if payload.weights is None else num_rows * 4 * weights_of_row
-    return ends(num_rows * payload.row_bytes, num_rows * payload.scale_bytes, weights_bytes)
-
-
-def _worst_bytes(payload: Payload, found: Geometry) -> int:
-    """What a delivery needs if its room is full."""
-    row = payload.row_bytes + payload.scale_bytes + (0 if payload.weights is None else 4 * payload.weights.shape[1])
-    index = payload.topk_idx
-    assert index is not None
-    plan = 8 + index.shape[1] * (index.element_size() + (8 if found.by_expert else 0))
-    return found.most_delivered * row + found.space.received * plan
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
-
-
 def shaped(tensor: Tensor, plan: Plan) -> Tensor:
-    """``[rows, ...]`` in the shape of the layout."""
+    """Return ``[rows, ...]`` in the shape of the plan's layout."""
     if plan.options.layout is not Layout.MASKED:
         return tensor
     num_local = plan.expert_counts.numel()
     return tensor.view(num_local, plan.num_delivered // num_local, *tensor.shape[1:])
+
+
+def _expansion(geometry: Geometry, tables: Tables, counts: Counts, row_idx: int) -> Expansion:
+    """Return how the rows of a dispatch are laid out by expert; ``row_idx``: address of `Plan.row_idx`."""
+    options = geometry.options
+    ends_with_last_row = options.counts == "host" and geometry.layout != MASKED
+    return Expansion(
+        tables.route,
+        row_idx,
+        0 if ends_with_last_row else counts.delivered,
+        options.alignment,
+        geometry.sizes.capacity,
+        options.zero_padding,
+        tables.expert_counts,
+    )
+
+
+def _payload(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | None) -> Payload:
+    rows, scale = (x.data, x.scale) if isinstance(x, Quantized) else (x, None)
+    if scale is not None and scale.element_size() > 8:  # a lane copies up to 8 bytes; wider ones are copied in bulk
+        scale = aligned(scale.contiguous())
+    return Payload(
+        aligned(rows),
+        scale,
+        weights,
+        topk_idx,
+        rows.shape[1] * rows.element_size(),
+        0 if scale is None else scale.shape[1] * scale.element_size(),
+    )
+
+
+def _kind(payload: Payload) -> tuple[Any, ...]:
+    """Return a key that is equal for payloads with the same signature."""
+    weights, index, scale = payload.weights, payload.topk_idx, payload.scale
+    return (
+        payload.rows.dtype,
+        payload.row_bytes,
+        payload.scale_bytes,
+        scale is None,
+        None if weights is None else weights.shape[1],
+        None if index is None else index.dtype,
+    )
+
+
+def _signature_fields(payload: Payload) -> dict[str, int]:
+    index, weights = payload.topk_idx, payload.weights
+    return {
+        "dtype": dtype_code(payload.rows.dtype),
+        "bytes_of_rows": payload.row_bytes,
+        "bytes_of_scale": payload.scale_bytes,
+        "bytes_of_weights": 0 if weights is None else 4 * weights.shape[1],
+        "bytes_of_topk_idx": 0 if index is None else index.shape[1] * index.element_size(),
+    }
+
+
+def _worst_bytes(payload: Payload, topk_idx: Tensor, geometry: Geometry) -> int:
+    """Return the bytes that a dispatch needs in the worst case."""
+    row = payload.row_bytes + payload.scale_bytes + (0 if payload.weights is None else 4 * payload.weights.shape[1])
+    plan = 8 + topk_idx.shape[1] * (topk_idx.element_size() + (8 if geometry.by_expert else 0))
+    return geometry.most_delivered * row + geometry.space.received * plan
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

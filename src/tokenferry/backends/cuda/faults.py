@@ -1,18 +1,19 @@
-"""What the device tells the host: the record of the first fault, and the counts of a dispatch. Both in pinned memory.
+"""Reports of kernels to the host, in pinned memory: the record of the first fault, and the counts of a dispatch.
 
-Kernels never trap and never throw: they write down what they found and return. The host looks when it waits for counts,
-at the start of every call, and in `ExpertGroup.synchronize`.
+Kernels never trap and never throw: they write a record and return. The host reads it when it waits for counts, at the
+start of every call, and in `ExpertGroup.synchronize`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import struct
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 
+from tokenferry.backends.cuda.signature import KINDS, Signature, field_label
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.kernels.control_block import (
@@ -22,7 +23,6 @@ from tokenferry.kernels.control_block import (
     RECORD_WORDS,
     ROOM_WORD,
     ROWS_WORD,
-    SIGNATURE_WORDS,
     START_WORD,
     Fault,
 )
@@ -31,65 +31,55 @@ from tokenferry.transports.base import CallId, peer_timeout
 
 _REMEMBERED_CALLS = 64
 _STARTING_S = 1.0
-"""Added to a deadline on the host: kernels keep their own, which starts when they do."""
+"""Added to a deadline on the host: kernels have their own, which begins when they start."""
+
+_kept_pinned: list[torch.Tensor] = []
+"""Pinned memory of all groups of the process. It is never freed: a kernel that writes it may still be queued, or belong
+to a CUDA graph, when its group is gone."""
 
 
-KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine")
-"""What word 0 of a signature says; all kernels of a call announce the same."""
-_USERS_NAMES = ("num_experts", "max_tokens", "topk_idx", "top_k")
-"""Arguments of the user: they keep their underscores when a field is put into words."""
-
-
-class Signature:
-    """What a call announces on its handshakes: its kind, then the fields that have to be the same on all ranks.
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A fault as a kernel writes it: the `RECORD_WORDS` words of the record, in order.
 
     Attributes:
-        phase: The call's name.
-        fields: By name; the first is ``("kind", n)``, n an index of `KINDS`.
-        words: The same, packed as the words of a handshake.
+        code: A `Fault`.
+        call_number: The call.
+        peer: The other rank; of a bad routing, the slot k.
+        word: Which word of the handshake differs; of a bad routing, the token.
+        seen: What was found.
+        expected: What should have been found.
+        blamed: The rank that the peer waited for.
+        waited_ms: How long this rank waited.
     """
 
-    __slots__ = ("fields", "phase", "words")
-
-    def __init__(self, phase: str, **fields: int) -> None:
-        self.phase = phase
-        self.fields = (("kind", KINDS.index(phase)), *fields.items())
-        values = [value & 0xFFFFFFFF for _, value in self.fields]
-        self.words = struct.pack(f"<{SIGNATURE_WORDS}I", *values, *(0,) * (SIGNATURE_WORDS - len(values)))
-
-
-SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
-
-
-def _field_name(name: str) -> str:
-    """A field's name as a message says it: "bytes_of_topk_idx" is "bytes of topk_idx"."""
-    said = name.replace("_", " ")
-    for users in _USERS_NAMES:
-        said = said.replace(users.replace("_", " "), users)
-    return said
-
-
-_kept: list[torch.Tensor] = []
-"""Pinned memory of all groups, for ever: kernels that write it may still be queued when nobody knows their group."""
+    code: int
+    call_number: int
+    peer: int
+    word: int
+    seen: int
+    expected: int
+    blamed: int
+    waited_ms: int
 
 
 class Pinned:
-    """Pinned memory that kernels write and the host reads: a record, then ticket and counts.
+    """Pinned memory that kernels write and the host reads: a record, then the number of a call and its counts.
 
     Args:
-        pin: Whether it has to be pinned; kernels that run on the CPU reach any memory.
+        pin: Whether to pin it; kernels that run on the CPU reach any memory.
 
     Attributes:
         record_address: For the field ``record`` of params.
-        host_address: For the field ``host`` of `count`.
-        masked_address: For the field ``masked_out`` of `spread` and `collect`: a word a rank, 1 once it was masked.
+        host_address: For the field ``host`` of `dispatch_notify`.
+        masked_address: For the field ``masked_out`` of the decode kernels: a word for each rank, 1 once it was masked.
     """
 
     def __init__(self, *, pin: bool) -> None:
         counts_end = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS + MAX_EXPERTS
         num_words = counts_end + MAX_RANKS
         self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin)
-        _kept.append(self._memory)
+        _kept_pinned.append(self._memory)
         self.record_address = self._memory.data_ptr()
         self.host_address = self.record_address + 4 * RECORD_WORDS
         self.masked_address = self.record_address + 4 * counts_end
@@ -102,26 +92,26 @@ class Pinned:
         """Whether a kernel has written a record."""
         return self.words[0] != 0
 
-    def take_record(self) -> list[int]:
+    def take_record(self) -> Record:
         """Return the record and clear it."""
-        record = self.words[:RECORD_WORDS].tolist()
+        record = Record(*self.words[:RECORD_WORDS].tolist())
         self.words[0] = 0
         return record
 
-    def wait_for_call_number(self, ticket: int, timeout_s: float) -> bool:
-        """Wait, without the GIL, until the counts of a call are here, or a fault is; False after the deadline."""
+    def wait_for_call_number(self, number: int, timeout_s: float) -> bool:
+        """Wait, without the GIL, until the counts of a call or a fault are here; return False after the deadline."""
         words, at = self.words, RECORD_WORDS
         deadline = 0.0
-        while words[at] != ticket and not words[0]:
+        while words[at] != number and not words[0]:
             time.sleep(0)  # lets other threads run
             now = time.monotonic()
             deadline = deadline or now + timeout_s + _STARTING_S
-            if now > deadline:  # perhaps of a thread that was held up, and not of the device
-                return words[at] == ticket or words[0] != 0
+            if now > deadline:  # look once more: perhaps this thread was held up, and not the device
+                return words[at] == number or words[0] != 0
         return True
 
     def counts(self, num_ranks: int, num_local: int) -> tuple[list[int], list[int], list[int]]:
-        """Rows from each rank, rows to each rank, rows of each local expert; after `wait_for_ticket`."""
+        """Return rows from each rank, rows to each rank, rows of each local expert; after `wait_for_call_number`."""
         first = RECORD_WORDS + 1
         most = (HOST_WORDS_BEFORE_EXPERTS - 1) // 2
         experts = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS
@@ -134,7 +124,7 @@ class Pinned:
 
 
 class FlightRecorder:
-    """The last calls, so that a record, which knows a number, can be put into words."""
+    """The last calls of a rank; a record has only a call's number, and a message needs its name and fields."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -144,52 +134,50 @@ class FlightRecorder:
         """Remember a call."""
         self._calls.append((number, signature))
 
-    def explain(self, record: list[int]) -> TokenferryError:
-        """The exception that a record stands for."""
-        code, number, peer, word, seen, expected, blamed, _ = record
-        found = next((one for one in reversed(self._calls) if one[0] == number), None)
-        call = CallId(number, found[1].phase if found else "a call")
-        fields = found[1].fields if found else ()
-        if code == Fault.mismatch:
-            return self._mismatch(call, fields, (peer, word, seen, expected))
-        if code == Fault.peer_gave_up and word == Fault.mismatch:
+    def explain(self, record: Record) -> TokenferryError:
+        """Return the exception for a record."""
+        signature = next((found for number, found in reversed(self._calls) if number == record.call_number), None)
+        call = CallId(record.call_number, signature.phase if signature else "a call")
+        peer, seen, expected = record.peer, record.seen, record.expected
+        if record.code == Fault.mismatch:
+            return self._mismatch(call, signature, record)
+        if record.code == Fault.peer_gave_up and record.word == Fault.mismatch:
             return MismatchError(
-                f"{call.phase} #{call.number}: rank {peer} and rank {blamed} made different calls, as rank {peer} told "
-                f"rank {self._rank}; call the same on all ranks, in the same order"
+                f"{call.phase} #{call.number}: rank {peer} and rank {record.blamed} made different calls, as rank "
+                f"{peer} told rank {self._rank}; call the same on all ranks, in the same order"
             )
-        if code == Fault.bad_routing:
+        if record.code == Fault.bad_routing:
             index = seen - (1 << 32) if seen >= 1 << 31 else seen
             return RoutingError(
-                f"{call.phase}: topk_idx[{word}, {peer}] is {index}, expected an expert in [0, {expected}), or -1 for "
-                f"an unused slot; the group has num_experts={expected} (found on the device, call #{call.number})"
+                f"{call.phase}: topk_idx[{record.word}, {peer}] is {index}, expected an expert in [0, {expected}), or "
+                f"-1 for an unused slot; the group has num_experts={expected} (found on the device, "
+                f"call #{call.number})"
             )
-        if code == Fault.overflow:
-            per_expert = " per expert" if dict(fields).get("layout") == 2 else ""
+        if record.code == Fault.overflow:
+            masked = signature is not None and dict(signature.fields).get("layout") == 2
+            per_expert = " per expert" if masked else ""
             return CapacityError(
                 f"{call.phase}: options.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
                 "raise it, or leave it out for the worst case"
             )
-        return self._lost(call, record)
+        return self._timeout(call, record)
 
-    def _lost(self, call: CallId, record: list[int]) -> PeerTimeout:
-        code, _, peer, _, seen, expected, blamed, waited_ms = record
-        words = {
-            Fault.late_handshake: f"its handshake did not come: epoch {seen} seen, {expected} expected.",
-            Fault.late_rows: f"it did not say that its rows are complete: epoch {seen} seen, {expected} expected.",
-        }
-        if code == Fault.peer_gave_up and blamed != self._rank:
-            why = f"rank {peer} gave it up (epoch {seen} seen here, {expected} expected)."
-            peer = blamed
-        elif code == Fault.peer_gave_up:
-            why = f"it gave up waiting for this rank (epoch {seen} seen here, {expected} expected)."
+    def _timeout(self, call: CallId, record: Record) -> PeerTimeout:
+        peer, seen, expected = record.peer, record.seen, record.expected
+        if record.code == Fault.peer_gave_up and record.blamed != self._rank:
+            why = f"rank {peer} gave it up (epoch {seen} seen here, {expected} expected)"
+            peer = record.blamed
+        elif record.code == Fault.peer_gave_up:
+            why = f"it gave up waiting for this rank (epoch {seen} seen here, {expected} expected)"
+        elif record.code == Fault.late_handshake:
+            why = f"its handshake did not come: epoch {seen} seen, {expected} expected"
         else:
-            why = words[Fault(code)]
-        return peer_timeout(call, self._rank, [peer], why[:-1], waited_ms / 1000, "")
+            why = f"it did not signal that its rows are complete: epoch {seen} seen, {expected} expected"
+        return peer_timeout(call, self._rank, [peer], why, record.waited_ms / 1000, "")
 
-    def _mismatch(
-        self, call: CallId, fields: tuple[tuple[str, int], ...], what: tuple[int, int, int, int]
-    ) -> MismatchError:
-        rank, (peer, word, seen, expected) = self._rank, what
+    def _mismatch(self, call: CallId, signature: Signature | None, record: Record) -> MismatchError:
+        rank, peer, word = self._rank, record.peer, record.word
+        seen, expected = record.seen, record.expected
         if word == ROWS_WORD:
             return MismatchError(
                 f"{call.phase} #{call.number}: rank {peer} has {seen} rows for rank {rank}, whose plan says {expected};"
@@ -206,18 +194,19 @@ class FlightRecorder:
                 f"for it begin at {seen}; use plans of the same dispatch on all ranks"
             )
         start = f"{call.phase} #{call.number}: rank {rank} and rank {peer} made different calls"
-        if not fields:  # of a call long ago, in a CUDA graph
+        if signature is None:  # a call in a CUDA graph, captured long ago
             return MismatchError(f"{start}; call the same on all ranks, in the same order")
         if word == DISPATCH_WORD:
             return MismatchError(
                 f"{start}: rank {rank} combines the rows of dispatch {expected}, rank {peer} those of dispatch {seen} "
                 "(epochs); use plans of the same dispatch on all ranks"
             )
+        fields = signature.fields
         if word == 0 or word >= len(fields):
             theirs = KINDS[seen] if 0 < seen < len(KINDS) else f"kind {seen}"
             return MismatchError(f"{start}: rank {peer} called {theirs}; call the same on all ranks, in the same order")
-        name = _field_name(fields[word][0])
-        mine, other = (dtype_name(value) if name == "dtype" else str(value) for value in (expected, seen))
+        label = field_label(fields[word][0])
+        mine, other = (dtype_name(value) if label == "dtype" else str(value) for value in (expected, seen))
         return MismatchError(
-            f"{start}: {name} is {mine} on rank {rank} and {other} on rank {peer}; it has to be the same on all ranks"
+            f"{start}: {label} is {mine} on rank {rank} and {other} on rank {peer}; it has to be the same on all ranks"
         )

@@ -1,12 +1,14 @@
-"""One function a kernel: from what a call knows to a params struct and a launch. Nothing here decides anything.
+"""Launches of the kernels of dispatch and combine: one function for each, which fills a params struct and enqueues it.
 
-Host time counts: a whole eager call may cost 15 us. So params are kept for each geometry, with all that follows from it
-filled in, and what differs from call to call lies side by side, to be packed in one go.
+The functions are named for their kernels, and decide nothing.
+
+Host time counts: a whole eager call may cost 15 us. So a template is kept for each geometry, with all that follows from
+it filled in. The other fields are written by packers, which are checked against the params struct when this module is
+imported.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.jit.kernel import KernelSpec
+from tokenferry.jit.params import Packer
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import OFFSET_BYTES
@@ -24,49 +27,119 @@ from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_expand import spec as expand_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.stage_input import spec as stage_spec
+from tokenferry.memory.heap import Block
 from tokenferry.tuning import num_pushers
 from tokenferry.types import Plan
 
 ROWS, EXPERTS, MASKED = 0, 1, 2
-"""What the kernels call the layouts."""
+"""Codes of the layouts in kernels."""
 
-_OFFSETS = struct.Struct("<6I")
-_COUNT = struct.Struct("<9QI")
-_SEVEN = struct.Struct("<7Q")
-_SUM = struct.Struct("<9Q")  # pull_spec.SUM_FIELDS
-_PUSH = struct.Struct("<QII")
+_NOTIFY = Packer(
+    notify_spec.SPEC.params.struct,
+    "topk_idx", "table", "bases", "dst_counts", "src_counts", "expert_counts", "expert_offsets",
+)  # fmt: skip
+_NOTIFY_REST = Packer(notify_spec.SPEC.params.struct, "num_tokens")
+_ASSIGN = Packer(
+    assign_spec.SPEC.params.struct,
+    "topk_idx", "table", "bases", "dst_counts", "places", "dst_token", "num_tokens",
+)  # fmt: skip
+_DISPATCH = Packer(
+    dispatch_spec.SPEC.params.struct,
+    "x", "scale", "weights", "topk_idx", "places", "rows_out", "rows_in",
+)  # fmt: skip
+_DISPATCH_REST = Packer(dispatch_spec.SPEC.params.struct, "num_tokens")
+_EXPAND = Packer(
+    expand_spec.SPEC.params.struct,
+    "rows", "scale", "weights", "row_idx", "src_counts", "expert_counts", "num_delivered", "row_bytes", "scale_bytes",
+    "top_k", "num_local", "alignment", "capacity", "zero",
+)  # fmt: skip
+_STAGE = Packer(
+    stage_spec.SPEC.params.struct,
+    "source", "to", "expert_counts", "src_counts", "num_local", "capacity", "row_bytes",
+)  # fmt: skip
+_PULL, _PUSH = (
+    Packer(
+        spec.params.struct,
+        "table", "places", "out", "bias0", "bias1", "weights_out", "rows_out", "rows_in", "num_tokens",
+    )
+    for spec in (pull_spec.SPEC, push_spec.SPEC)
+)  # fmt: skip
+_PUSH_REST = Packer(push_spec.SPEC.params.struct, "source", "pushers", "whole")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanSizes:
+    """Sizes that `dispatch_notify` and `dispatch_assign` need; one object for each geometry, and templates by object.
+
+    Attributes:
+        num_experts: E.
+        layout: ROWS, EXPERTS or MASKED.
+        alignment: A.
+        capacity: MASKED: rows of an expert; else 0.
+        row_limit: Most rows that a rank may receive.
+    """
+
+    num_experts: int
+    layout: int
+    alignment: int
+    capacity: int
+    row_limit: int
+
+
+@dataclass(slots=True)
+class Route:
+    """The destinations of the rows of a dispatch.
+
+    Attributes:
+        places: ``[T, C]`` int32.
+        dst_counts: ``[R]`` int64 rows to each rank.
+        src_counts: ``[R]`` int64 rows from each rank.
+        top_k: K.
+        num_local: L.
+        by_expert: Whether rows lie by expert.
+    """
+
+    places: Tensor
+    dst_counts: Tensor
+    src_counts: Tensor
+    top_k: int
+    num_local: int
+    by_expert: bool
 
 
 @dataclass(slots=True)
 class Tables:
-    """What `count` and `place` fill.
+    """Tensors and memory that `dispatch_notify` and `dispatch_assign` fill.
 
     Attributes:
-        table: Address of ``[units, E + R]`` int32, in the allocation of ``places``.
+        route: Of the rows.
+        table: Address of ``[units, E + R]`` int32, in the allocation of ``route.places``.
         bases: Address of ``[2 * R + E]`` int32, likewise.
-        dst_counts: ``[R]`` int64 rows to each rank.
-        src_counts: ``[R]`` int64 rows from each rank.
         expert_counts: ``[L]`` int32.
         expert_offsets: EXPERTS: ``[L + 1]`` int32.
-        places: ``[T, C]`` int32.
         dst_token: ``[T * min(K, R)]`` int64.
-        src_expert: ``[R, L]`` int32 rows from each rank for each local expert, or None if nobody asks.
     """
 
+    route: Route
     table: int
     bases: int
-    dst_counts: Tensor
-    src_counts: Tensor
     expert_counts: Tensor
     expert_offsets: Tensor | None
-    places: Tensor
     dst_token: Tensor
-    src_expert: Tensor | None
 
 
 @dataclass(slots=True)
 class Payload:
-    """What one rank's rows bring along; ``topk_idx`` in a first dispatch only."""
+    """Rows to send, with their scales, weights and, where a plan is made, their ``topk_idx``.
+
+    Attributes:
+        rows: ``[T, H]``, at a multiple of 16 bytes.
+        scale: ``[T, S]``, or None.
+        weights: ``[T, K]`` float32, or None.
+        topk_idx: ``[T, K]``, or None.
+        row_bytes: Bytes of a row.
+        scale_bytes: Bytes of the scales of a row.
+    """
 
     rows: Tensor
     scale: Tensor | None
@@ -77,93 +150,200 @@ class Payload:
 
 
 @dataclass(slots=True)
-class RecvOffsets:
-    """Where rows land in this rank's window, as offsets; 0 for what does not travel."""
+class RecvBuffers:
+    """Memory that the rows of a call land in: blocks, and where their parts begin, as offsets in this rank's window.
 
-    rows: int = 0
-    scale: int = 0
-    weights: int = 0
-    ids: int = 0
+    Attributes:
+        block: Holds rows, scales and weights.
+        copy_out: Whether results have to leave the block at once.
+        rows: Of the rows, in ``block``.
+        scale: Of the scales, likewise.
+        weights: Of the weights, likewise.
+        plan_block: Holds the parts of the plan that peers write; None for a redispatch.
+        topk_idx: Of `Plan.topk_idx`, in ``plan_block``.
+        src_token: Of `Plan.src_token`, likewise.
+        row_idx: Of `Plan.row_idx`, likewise.
+    """
+
+    block: Block
+    copy_out: bool
+    rows: int
+    scale: int
+    weights: int
+    plan_block: Block | None = None
+    topk_idx: int = 0
     src_token: int = 0
     row_idx: int = 0
 
 
+@dataclass(slots=True)
+class Expansion:
+    """The layout by expert of rows that have landed.
+
+    Attributes:
+        route: Of the rows.
+        row_idx: Address of ``[N, K]`` int64: where each row has been put.
+        num_delivered: ``Plan.num_delivered``, or 0 where rows end with the last expert's last aligned row.
+        alignment: A.
+        capacity: MASKED: rows of an expert; else 0.
+        zero_padding: Whether padding is zeroed.
+        expert_counts: ``[L]`` int32.
+    """
+
+    route: Route
+    row_idx: int
+    num_delivered: int
+    alignment: int
+    capacity: int
+    zero_padding: bool
+    expert_counts: Tensor
+
+
+@dataclass(slots=True)
+class Reduction:
+    """The input and output of a combine, and the offsets at which peers find this rank's part of it.
+
+    Offsets are those in the window; 0 for what is not there.
+
+    Attributes:
+        plan: Where the rows of each token are.
+        out: ``[T, H]``.
+        biases: What sums start from: up to two of ``[T, H]``.
+        weights_out: ``[T, K]`` float32 for the weights that are sent back, or None.
+        weights_offset: Weights for peers to fetch.
+        rows_offset: Rows for peers to fetch.
+        recv_offset: Where rows that peers push land.
+    """
+
+    plan: Plan
+    out: Tensor
+    biases: tuple[Tensor, ...]
+    weights_out: Tensor | None
+    weights_offset: int
+    rows_offset: int = 0
+    recv_offset: int = 0
+
+
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor begins; 0 for none."""
+    """Return the address of a tensor; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def count(context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes: tuple[int, ...], num_sms: int) -> None:
-    """Launch `count`; ``sizes``: E, layout, alignment, capacity, room."""
+def dispatch_notify(
+    context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes: PlanSizes, num_sms: int
+) -> None:
+    """Launch `dispatch_notify`."""
     num_tokens, top_k = topk_idx.shape
     wide = topk_idx.dtype is torch.int64
     key = (notify_spec.SPEC, wide, top_k, sizes)
-    template = context.templates.get(key)
-    if template is None:
-        template = context.new_template(key, notify_spec.SPEC, wide=int(wide))
-        p = template.params
-        p.top_k = top_k
-        p.num_experts, p.layout, p.alignment, p.capacity, p.room = sizes
-        template.block = notify_spec.THREADS
-        template.smem_bytes = notify_spec.smem_bytes(p.num_experts, context.num_ranks)
-    context.address(template, call)
-    _COUNT.pack_into(
-        template.view,
-        template.first,
+    template = context.templates.get(key) or _notify_template(context, key, sizes, top_k, wide=wide)
+    route = tables.route
+    template.set_call(call)
+    template.pack(
         topk_idx.data_ptr(),
         tables.table,
         tables.bases,
-        tables.dst_counts.data_ptr(),
-        tables.src_counts.data_ptr(),
+        route.dst_counts.data_ptr(),
+        route.src_counts.data_ptr(),
         tables.expert_counts.data_ptr(),
         address(tables.expert_offsets),
-        address(tables.src_expert),
-        context.pinned.host_address,
-        num_tokens,
     )
+    template.pack_rest(num_tokens)
     template.launch(max(1, min(notify_spec.num_units(num_tokens), num_sms)), call.stream)
 
 
-def place(
-    context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes: tuple[int, bool], num_sms: int
+def _notify_template(
+    context: Context, key: tuple[Any, ...], sizes: PlanSizes, top_k: int, *, wide: bool
+) -> LaunchTemplate:
+    template = context.new_template(notify_spec.SPEC, wide=int(wide))
+    p = template.params
+    template.pack, template.pack_rest = _NOTIFY.bind(p), _NOTIFY_REST.bind(p)
+    p.host = context.pinned.host_address
+    p.top_k, p.num_experts, p.layout = top_k, sizes.num_experts, sizes.layout
+    p.alignment, p.capacity, p.room = sizes.alignment, sizes.capacity, sizes.row_limit
+    template.block = notify_spec.THREADS
+    template.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks)
+    context.templates[key] = template
+    return template
+
+
+def dispatch_assign(
+    context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes: PlanSizes, num_sms: int
 ) -> None:
-    """Launch `place`; ``sizes``: E, whether rows lie by expert."""
-    num_experts, by_expert = sizes
+    """Launch `dispatch_assign`."""
     num_tokens, top_k = topk_idx.shape
     if not num_tokens:
         return
     wide = topk_idx.dtype is torch.int64
-    key = (assign_spec.SPEC, wide, top_k, num_experts, by_expert)
-    template = context.templates.get(key)
-    if template is None:
-        template = context.new_template(key, assign_spec.SPEC, wide=int(wide))
-        p = template.params
-        p.top_k, p.num_experts, p.by_expert = top_k, num_experts, by_expert
-        template.block = assign_spec.THREADS
-        template.smem_bytes = notify_spec.smem_bytes(num_experts, context.num_ranks)
-    context.address(template, call)
-    _SEVEN.pack_into(
-        template.view,
-        template.first,
+    key = (assign_spec.SPEC, wide, top_k, sizes)
+    template = context.templates.get(key) or _assign_template(context, key, sizes, top_k, wide=wide)
+    route = tables.route
+    template.set_call(call)
+    template.pack(
         topk_idx.data_ptr(),
         tables.table,
         tables.bases,
-        tables.dst_counts.data_ptr(),
-        tables.places.data_ptr(),
+        route.dst_counts.data_ptr(),
+        route.places.data_ptr(),
         tables.dst_token.data_ptr(),
         num_tokens,
     )
     template.launch(min(notify_spec.num_units(num_tokens), num_sms), call.stream)
 
 
-def _dispatch_template(
-    context: Context, key: tuple[Any, ...], payload: Payload, geometry: tuple[int, int, bool]
+def _assign_template(
+    context: Context, key: tuple[Any, ...], sizes: PlanSizes, top_k: int, *, wide: bool
 ) -> LaunchTemplate:
-    template = context.new_template(key, dispatch_spec.SPEC)
+    template = context.new_template(assign_spec.SPEC, wide=int(wide))
+    p = template.params
+    template.pack = _ASSIGN.bind(p)
+    p.top_k, p.num_experts, p.by_expert = top_k, sizes.num_experts, sizes.layout != ROWS
+    template.block = assign_spec.THREADS
+    template.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks)
+    context.templates[key] = template
+    return template
+
+
+def dispatch(context: Context, call: Call, payload: Payload, route: Route, recv: RecvBuffers, num_sms: int) -> None:
+    """Launch `dispatch`."""
+    scale, index = payload.scale, payload.topk_idx
+    scale_ptr = 0
+    kind: tuple[Any, ...] | None = None
+    if scale is not None and payload.scale_bytes:
+        scale_ptr = scale.data_ptr()
+        kind = (scale.shape[1], scale.stride(), scale.is_contiguous(), scale.element_size(), scale_ptr % 16)
+    top_k, num_local, by_expert = route.top_k, route.num_local, route.by_expert
+    key = (dispatch_spec.SPEC, payload.row_bytes, kind, top_k, num_local, by_expert, index is not None and index.dtype)
+    template = context.templates.get(key) or _dispatch_template(context, key, payload, route)
+    template.set_call(call)
+    template.pack_offsets(
+        recv.rows // OFFSET_BYTES,
+        recv.scale // OFFSET_BYTES,
+        recv.weights // OFFSET_BYTES,
+        recv.topk_idx // OFFSET_BYTES,
+        recv.src_token // OFFSET_BYTES,
+        recv.row_idx // OFFSET_BYTES,
+    )
+    template.pack(
+        payload.rows.data_ptr(),
+        scale_ptr,
+        address(payload.weights),
+        address(index),
+        route.places.data_ptr(),
+        route.dst_counts.data_ptr(),
+        route.src_counts.data_ptr(),
+    )
+    template.pack_rest(payload.rows.shape[0])
+    template.launch(num_sms, call.stream)
+
+
+def _dispatch_template(context: Context, key: tuple[Any, ...], payload: Payload, route: Route) -> LaunchTemplate:
+    template = context.new_template(dispatch_spec.SPEC)
     p, scale = template.params, payload.scale
-    p.top_k, p.num_local, p.by_expert = geometry
+    template.pack, template.pack_rest = _DISPATCH.bind(p), _DISPATCH_REST.bind(p)
+    p.top_k, p.num_local, p.by_expert = route.top_k, route.num_local, route.by_expert
     p.row_bytes = payload.row_bytes
-    p.width = assign_spec.num_columns(context.num_ranks, p.top_k, by_expert=geometry[2])
+    p.width = assign_spec.num_columns(context.num_ranks, route.top_k, by_expert=route.by_expert)
     p.bulk_scale_bytes = p.small_scale = 0
     if scale is not None and payload.scale_bytes:
         if payload.scale_bytes % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous():
@@ -175,206 +355,130 @@ def _dispatch_template(
     rings = dispatch_spec.cut(payload.row_bytes, p.bulk_scale_bytes)
     p.piece_bytes, p.pitch, p.pieces, p.stages = rings.piece_bytes, rings.pitch, rings.pieces, rings.stages
     template.block, template.smem_bytes = rings.warps * 32, rings.smem_bytes
+    context.templates[key] = template
     return template
 
 
-def move(
-    context: Context,
-    call: Call,
-    payload: Payload,
-    route: tuple[Tensor, Tensor, Tensor],
-    geometry: tuple[int, int, bool],
-    recv: RecvOffsets,
-    num_sms: int,
+def dispatch_expand(
+    context: Context, call: Call, payload: Payload, recv: RecvBuffers, expansion: Expansion, num_sms: int
 ) -> None:
-    """Launch `move`; ``route``: places, rows out, rows in; ``geometry``: K, L, by expert."""
-    scale, index = payload.scale, payload.topk_idx
-    scale_ptr = 0
-    kind: tuple[Any, ...] | None = None
-    if scale is not None and payload.scale_bytes:
-        scale_ptr = scale.data_ptr()
-        kind = (scale.shape[1], scale.stride(), scale.is_contiguous(), scale.element_size(), scale_ptr % 16)
-    key = (dispatch_spec.SPEC, payload.row_bytes, kind, geometry, index is not None and index.dtype)
-    template = context.templates.get(key) or _dispatch_template(context, key, payload, geometry)
-    context.address(template, call)
-    _OFFSETS.pack_into(
-        template.view,
-        template.offsets,
-        recv.rows // OFFSET_BYTES,
-        recv.scale // OFFSET_BYTES,
-        recv.weights // OFFSET_BYTES,
-        recv.ids // OFFSET_BYTES,
-        recv.src_token // OFFSET_BYTES,
-        recv.row_idx // OFFSET_BYTES,
-    )
-    _SEVEN.pack_into(
-        template.view,
-        template.first,
-        payload.rows.data_ptr(),
-        scale_ptr,
-        address(payload.weights),
-        address(index),
-        route[0].data_ptr(),
-        route[1].data_ptr(),
-        route[2].data_ptr(),
-    )
-    template.params.num_tokens = payload.rows.shape[0]
-    template.launch(num_sms, call.stream)
-
-
-@dataclass(slots=True)
-class Delivered:
-    """Rows that have landed, as addresses, and how they are laid out.
-
-    Attributes:
-        rows: Address.
-        scale: Address, or 0.
-        weights: Address, or 0.
-        num_rows: ``Plan.num_delivered``, or 0 where it ends with the last expert's last aligned row.
-        row_bytes: Of a row.
-        scale_bytes: Of its scales.
-        alignment: A.
-        capacity: MASKED: rows of an expert.
-        zero: Whether padding is zeroed.
-    """
-
-    rows: int
-    scale: int
-    weights: int
-    num_rows: int
-    row_bytes: int
-    scale_bytes: int
-    alignment: int
-    capacity: int
-    zero: bool
-
-
-def unpack(
-    context: Context, call: Call, delivered: Delivered, plan: tuple[int, int, Tensor, Tensor], num_sms: int
-) -> None:
-    """Launch `unpack`; the plan's part: address of row_idx, K, src_counts, expert_counts."""
-    row_idx, top_k, src_counts, expert_counts = plan
-    key = (expand_spec.SPEC, top_k)
+    """Launch `dispatch_expand` for rows that have landed at ``recv``."""
+    key = (expand_spec.SPEC,)
     template = context.templates.get(key)
     if template is None:
-        template = context.new_template(key, expand_spec.SPEC)
-        template.params.top_k = top_k
+        template = context.new_template(expand_spec.SPEC)
+        template.pack = _EXPAND.bind(template.params)
         template.block = expand_spec.THREADS
-    p = template.params
-    context.address(template, call)
-    p.rows, p.scale, p.weights = delivered.rows, delivered.scale, delivered.weights
-    p.row_idx, p.src_counts, p.expert_counts = row_idx, src_counts.data_ptr(), expert_counts.data_ptr()
-    p.num_delivered, p.row_bytes, p.scale_bytes = delivered.num_rows, delivered.row_bytes, delivered.scale_bytes
-    p.num_local, p.alignment = expert_counts.shape[0], delivered.alignment
-    p.capacity, p.zero = delivered.capacity, delivered.zero
+        context.templates[key] = template
+    base, route = context.window.base, expansion.route
+    template.set_call(call)
+    template.pack(
+        base + recv.rows,
+        base + recv.scale if payload.scale_bytes else 0,
+        0 if payload.weights is None else base + recv.weights,
+        expansion.row_idx,
+        route.src_counts.data_ptr(),
+        expansion.expert_counts.data_ptr(),
+        expansion.num_delivered,
+        payload.row_bytes,
+        payload.scale_bytes,
+        route.top_k,
+        route.num_local,
+        expansion.alignment,
+        expansion.capacity,
+        expansion.zero_padding,
+    )
     template.launch(num_sms, call.stream)
 
 
-def stage(context: Context, call: Call, source: Tensor, target: int, plan: Plan, num_sms: int) -> None:
-    """Launch `stage` for ``source`` ``[L, capacity, H]``."""
+def stage_input(context: Context, call: Call, source: Tensor, target: int, plan: Plan, num_sms: int) -> None:
+    """Launch `stage_input` for ``source`` ``[L, capacity, H]``; ``target`` is an address in the window."""
     key = (stage_spec.SPEC,)
     template = context.templates.get(key)
     if template is None:
-        template = context.new_template(key, stage_spec.SPEC)
+        template = context.new_template(stage_spec.SPEC)
+        template.pack = _STAGE.bind(template.params)
         template.block = stage_spec.THREADS
-    p = template.params
-    context.address(template, call)
-    p.source, p.to = source.data_ptr(), target
-    p.src_counts, p.expert_counts = plan.src_counts.data_ptr(), plan.expert_counts.data_ptr()
-    p.num_local, p.capacity, p.row_bytes = *source.shape[:2], source.shape[2] * source.element_size()
-    template.launch(num_sms, call.stream)
-
-
-@dataclass(slots=True)
-class Sum:
-    """What `pull` and `push` add up, and where they put it.
-
-    Attributes:
-        plan: Where the rows of each token are.
-        out: ``[T, H]``.
-        biases: What sums start from: up to two of ``[T, H]``.
-        weights_out: ``[T, K]`` float32 for the weights that come home, or None.
-    """
-
-    plan: Plan
-    out: Tensor
-    biases: tuple[Tensor, ...]
-    weights_out: Tensor | None
-
-
-def pull(context: Context, call: Call, result: Sum, offsets: tuple[int, int], num_sms: int) -> None:
-    """Launch `pull`; ``offsets``: where in this rank's window its rows and weights are."""
-    template = _combine_template(context, pull_spec.SPEC, result)
-    first = 2 * context.num_ranks + result.plan.topk_idx.shape[1]  # the columns `pull`
-    _fill_combine(context, call, template, result, 4 * first)
-    _OFFSETS.pack_into(
-        template.view, template.offsets, offsets[0] // OFFSET_BYTES, offsets[1] // OFFSET_BYTES, 0, 0, 0, 0
+        context.templates[key] = template
+    num_local, capacity, hidden = source.shape
+    template.set_call(call)
+    template.pack(
+        source.data_ptr(),
+        target,
+        plan.expert_counts.data_ptr(),
+        plan.src_counts.data_ptr(),
+        num_local,
+        capacity,
+        hidden * source.element_size(),
     )
     template.launch(num_sms, call.stream)
 
 
-def push(
-    context: Context, call: Call, result: Sum, source: Tensor, offsets: tuple[int, int, int], num_sms: int
-) -> None:
-    """Launch `push` for ``source`` ``[N, H]``.
+def combine_pull(context: Context, call: Call, reduction: Reduction, num_sms: int) -> None:
+    """Launch `combine_pull`: peers' rows are fetched from where they lie by expert."""
+    template = _combine_template(context, pull_spec.SPEC, _PULL, reduction)
+    first_column = 2 * context.num_ranks + reduction.plan.topk_idx.shape[1]  # of the columns for `combine_pull`
+    _set_combine(template, call, reduction, 4 * first_column)
+    template.pack_offsets(reduction.rows_offset // OFFSET_BYTES, reduction.weights_offset // OFFSET_BYTES, 0, 0, 0, 0)
+    template.launch(num_sms, call.stream)
 
-    ``offsets`` in this rank's window: where peers' rows land, its weights, and, if peers are to fetch them, its rows.
-    """
-    template = _combine_template(context, push_spec.SPEC, result)
-    _fill_combine(context, call, template, result, 0)
-    recv, weights, rows = offsets
-    num_tokens, pieces = result.out.shape[0], -(-source.shape[1] * source.element_size() // pull_spec.PIECE_BYTES)
+
+def combine_push(context: Context, call: Call, reduction: Reduction, y: Tensor, num_sms: int) -> None:
+    """Launch `combine_push` for ``y`` ``[N, H]``: rows are pushed, or fetched by peers if they lie in the window."""
+    template = _combine_template(context, push_spec.SPEC, _PUSH, reduction)
+    _set_combine(template, call, reduction, 0)
+    rows = reduction.rows_offset
+    num_tokens, pieces = reduction.out.shape[0], -(-y.shape[1] * y.element_size() // pull_spec.PIECE_BYTES)
     pushers = 0 if rows or context.num_ranks == 1 else num_pushers(num_sms)
     whole = 0 if rows else push_spec.num_whole(num_tokens, pieces, max(1, num_sms - pushers))
-    bits = push_spec.unit_bits(num_tokens)
-    _PUSH.pack_into(template.view, template.first + _SUM.size, source.data_ptr(), pushers, whole)
-    _OFFSETS.pack_into(
-        template.view,
-        template.offsets,
-        recv // OFFSET_BYTES,
-        weights // OFFSET_BYTES,
+    template.pack_rest(y.data_ptr(), pushers, whole)
+    template.pack_offsets(
+        reduction.recv_offset // OFFSET_BYTES,
+        reduction.weights_offset // OFFSET_BYTES,
         0,
-        bits,
+        push_spec.unit_bits(num_tokens),
         rows // OFFSET_BYTES,
         0,
     )
     template.launch(num_sms, call.stream)
 
 
-def _combine_template(context: Context, spec: KernelSpec, result: Sum) -> LaunchTemplate:
-    out, stride, top_k = result.out, result.plan._places.shape[1], result.plan.topk_idx.shape[1]
+def _combine_template(context: Context, spec: KernelSpec, packer: Packer, reduction: Reduction) -> LaunchTemplate:
+    """Return the template of `combine_pull` or `combine_push`."""
+    out, stride, top_k = reduction.out, reduction.plan._places.shape[1], reduction.plan.topk_idx.shape[1]
     key = (spec, out.dtype, out.shape[1], stride, top_k)
     found = context.templates.get(key)
     if found is not None:
         return found
-    found = context.new_template(key, spec, type=TYPES[out.dtype])
-    p = found.params
+    template = context.new_template(spec, type=TYPES[out.dtype])
+    p = template.params
+    template.pack = packer.bind(p)
     p.table_stride = p.places_stride = stride
     p.top_k = top_k
     p.row_bytes = out.shape[1] * out.element_size()
     p.pieces = -(-p.row_bytes // pull_spec.PIECE_BYTES)
-    found.block, found.smem_bytes = spec.max_threads, pull_spec.SMEM_BYTES
+    template.block, template.smem_bytes = spec.max_threads, pull_spec.SMEM_BYTES
     p.width = top_k
     if spec is push_spec.SPEC:
+        template.pack_rest = _PUSH_REST.bind(p)
         p.width, rings = context.num_ranks, push_spec.cut(p.row_bytes)
         p.row_pieces, p.piece_bytes, p.pitch = rings.pieces, rings.piece_bytes, rings.pitch
-        p.stages, p.warps, found.smem_bytes = rings.stages, rings.warps, rings.smem_bytes
-    return found
+        p.stages, p.warps, template.smem_bytes = rings.stages, rings.warps, rings.smem_bytes
+    context.templates[key] = template
+    return template
 
 
-def _fill_combine(context: Context, call: Call, template: LaunchTemplate, result: Sum, before: int) -> None:
-    """What `pull` and `push` have in common; ``before``: bytes of ``places`` before the columns of the table."""
-    plan, biases, out, places = result.plan, result.biases, result.out, result.plan._places.data_ptr()
-    context.address(template, call)
-    _SUM.pack_into(
-        template.view,
-        template.first,
-        places + before,
+def _set_combine(template: LaunchTemplate, call: Call, reduction: Reduction, table_offset: int) -> None:
+    """Write what `combine_pull` and `combine_push` have in common; ``table_offset``: bytes of ``places`` to skip."""
+    plan, biases, out, places = reduction.plan, reduction.biases, reduction.out, reduction.plan._places.data_ptr()
+    template.set_call(call)
+    template.pack(
+        places + table_offset,
         places,
         out.data_ptr(),
         biases[0].data_ptr() if biases else 0,
         biases[1].data_ptr() if len(biases) > 1 else 0,
-        address(result.weights_out),
+        address(reduction.weights_out),
         plan.src_counts.data_ptr(),
         plan.dst_counts.data_ptr(),
         out.shape[0],

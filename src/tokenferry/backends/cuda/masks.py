@@ -1,14 +1,13 @@
-"""Whom the decode calls of a CUDA group leave out, and how a rank that was left out comes back.
+"""Masks of a CUDA group: which ranks decode calls skip, and how a rank that was skipped takes part again.
 
-A rank is masked in three places: the host's set (`Context.masked`), which calls to come start from; a word of pinned
-memory, where a kernel notes whom it has waited for in vain; and the word ``masked`` of the control block, which
-every kernel reads when it starts, those of a CUDA graph too.
+A rank is masked in three places: in the set of the host (`Context.masked_ranks`), from which calls start; in a word of
+pinned memory, which a kernel sets when its wait for the rank times out; and in the word ``masked`` of the control
+block, which every kernel reads when it starts, those of CUDA graphs too.
 
-Decode calls carry epochs, which each rank counts by itself. Who was away has counted fewer, or others, and rows that
-were sent to or by it may lie half taken in workspaces. So all ranks resynchronise together, while nothing is under
-way: each takes the latest epoch of all boards as its own, says that it has received everything up to there, and
-    empties its
-workspace.
+Decode calls carry epochs, which each rank counts by itself. A rank that was masked has counted others, and rows that
+were sent to it or by it may lie half received in workspaces. So all ranks resynchronise together, while nothing is
+under way: each takes the latest epoch of all control blocks for its own, marks everything up to there as received, and
+clears its workspace.
 """
 
 from __future__ import annotations
@@ -38,56 +37,56 @@ class Masks:
     def __init__(self, context: Context, decoder: Decoder) -> None:
         self._context = context
         self._decoder = decoder
-        self._last_step = -1
+        self._resynchronised_at = -1
 
     def add(self, rank: int) -> None:
-        """Leave a rank out of the calls that follow on this rank's stream, and of CUDA graphs that run from now on.
+        """Skip a rank in the calls that follow on this rank's stream, and in CUDA graphs that run from now on.
 
         Raises:
             ArgumentError: a CUDA graph is being captured.
         """
         self._context.order_after_calls_outside_graphs("mask")
         self._decoder.receive_open()
-        self._context.masked.add(rank)
+        self._context.mask(rank)
         self._publish_mask()
 
     def remove(self, rank: int) -> None:
-        """Stop leaving a rank out; come into step if it was lost, or is this one.
+        """Stop skipping a rank; resynchronise if it was lost, or is this one.
 
         Raises:
             ArgumentError: a CUDA graph is being captured.
-            TokenferryError: what a kernel has found since.
+            TokenferryError: the error of an earlier call, found by a kernel.
         """
         context = self._context
         context.order_after_calls_outside_graphs("mask")
-        if rank != context.rank and rank not in context.absent():
+        if rank != context.rank and rank not in context.masked_ranks():
             return
-        # Whoever comes back after this rank did, but before its next call, was away, too.
-        if context.unmask(rank) or rank == context.rank or self._last_step == context.number:
-            self._last_step = context.number
+        # A rank that comes back after this one did, but before this one's next call, was lost, too.
+        if context.unmask(rank) or rank == context.rank or self._resynchronised_at == context.last_call_number:
+            self._resynchronised_at = context.last_call_number
             self._resynchronise()
         self._publish_mask()
 
     def _publish_mask(self) -> None:
-        bits = sum(1 << rank for rank in self._context.absent())
+        bits = sum(1 << rank for rank in self._context.masked_ranks())
         self._write("masked", struct.pack("<I", bits))
 
     def _resynchronise(self) -> None:
-        """Take over the latest epochs, and forget what was under way; see `ExpertGroup.mask` for what has to hold."""
+        """Take the latest epochs for this rank's own, and drop what was under way; see `ExpertGroup.mask`."""
         context = self._context
         context.synchronize()
-        self._settle()
-        call = [rank for rank in range(context.num_ranks) if rank not in context.absent()]
-        boards = [struct.unpack("<2I", self._read(rank, "sends", 8)) for rank in call]
-        latest = [_latest([epochs[channel] for epochs in boards]) for channel in range(_CHANNELS)]
+        self._wait_for_device()
+        ranks = [rank for rank in range(context.num_ranks) if rank not in context.masked_ranks()]
+        sends = [struct.unpack("<2I", self._read(rank, "sends", 8)) for rank in ranks]
+        latest = [_latest([epochs[channel] for epochs in sends]) for channel in range(_CHANNELS)]
         halves = [_by_half(epoch) for epoch in latest]
         self._write("sends", struct.pack("<2I", *latest))
         self._write("received", b"".join(halves))
         self._write("acks", b"".join(half * MAX_RANKS for half in halves))
         self._decoder.forget()
-        self._settle()
+        self._wait_for_device()
 
-    def _settle(self) -> None:
+    def _wait_for_device(self) -> None:
         """Wait until all work on the device is done, CUDA graphs included."""
         if self._context.device.type == "cuda":
             torch.cuda.synchronize(self._context.device)
@@ -104,7 +103,7 @@ class Masks:
 
 
 def _latest(epochs: list[int]) -> int:
-    """The one that comes last; they wrap around."""
+    """Return the latest of several epochs, which wrap around."""
     latest = epochs[0]
     for epoch in epochs:
         if 0 < (epoch - latest) % _EPOCHS < _EPOCHS // 2:
@@ -113,6 +112,6 @@ def _latest(epochs: list[int]) -> int:
 
 
 def _by_half(epoch: int) -> bytes:
-    """What a rank says that has received every send up to ``epoch``: the last even one, then the last odd one."""
+    """Return the words of a rank that has received every send up to ``epoch``: the last even one, the last odd one."""
     before = max(epoch - 1, 0)
     return struct.pack("<2I", *((before, epoch) if epoch % 2 else (epoch, before)))

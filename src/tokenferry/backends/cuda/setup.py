@@ -1,4 +1,4 @@
-"""How a CUDA backend comes to be: whether it can, how large its windows are, and the meeting of the ranks."""
+"""Setup of the CUDA backend: whether these ranks can use it, how large the windows are, and the shared windows."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tokenferry.transports.rendezvous import compare_terms
 
 
 def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
-    """Why these ranks cannot run the CUDA backend, the same on all ranks; empty if they can. Collective.
+    """Return why these ranks cannot run the CUDA backend, the same on all ranks; empty if they can. Collective.
 
     Raises:
         PeerTimeout: a rank did not come.
     """
-    rank, num_ranks = _place(group)
+    rank, num_ranks = _rank_and_size(group)
     table = _table(group, resolved, _device())
     reason = obstacle(table, rank, _device()) or _unfit(resolved, num_ranks)
     if not reason:
@@ -44,14 +44,14 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     """Share windows with the other ranks, and load the kernels; collective.
 
     Raises:
-        BackendUnavailable: a rank cannot; says which and why, on all ranks.
-        ConfigError: ranks brought different sizes.
+        BackendUnavailable: a rank cannot run the backend; says which and why, on all ranks.
+        ConfigError: ranks have different shapes or options.
         PeerTimeout: a rank did not come.
     """
     why_not = why_not_cuda(group, resolved)
     if why_not:
         raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}; use backend='cpu' or 'auto'")
-    rank, num_ranks = _place(group)
+    rank, num_ranks = _rank_and_size(group)
     device = _device()
     assert device is not None
     table = _table(group, resolved, device)
@@ -70,40 +70,37 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         key = handshakes[0]["key"]
     window = share(table, rank, num_ranks, device, num_bytes, CONTROL_BLOCK_BYTES)
     why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
-
     return assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
 
 
 def assemble(window: Window, resolved: Resolved, key: str, why: str, exchange: Exchange) -> CudaBackend:
-    """Make the backend of one rank over its window; local."""
+    """Return the backend of one rank over its window; local."""
     jit = Jit(window.device.index or 0, Path(resolved.cache_folder))
     context = Context(window, jit, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
     return CudaBackend(context, key, why, exchange)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:
-    """Bytes for rows that peers write or read: what was asked for, or by the shape. Pure."""
+    """Return the bytes for rows that peers write or read: those of the options, or those for the shape. Pure."""
     if resolved.heap_bytes is not None:
         return resolved.heap_bytes
     return min(tuning.heap_bytes(resolved.shape, num_ranks), memory_bytes // 4)
 
 
 def _unfit(resolved: Resolved, num_ranks: int) -> str:
-    """Why a shape or an option is beyond this backend."""
+    """Return why this backend cannot have a shape or honour an option; empty if it can."""
     if resolved.cpu_only:
         return resolved.cpu_only
     if num_ranks > MAX_RANKS:
         return f"ranks={num_ranks}, and at most {MAX_RANKS} are possible"
-    heap_bytes, most = (
-        resolved.heap_bytes or 0,
-        (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES,
-    )  # handshakes give offsets in 32 bits
+    heap_bytes = resolved.heap_bytes or 0
+    most = (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES  # handshakes have offsets of 32 bits
     if heap_bytes > most:
         return f"TOKENFERRY_HEAP_MB={heap_bytes >> 20}, and at most {most >> 20} are possible"
     return too_large(resolved.shape)
 
 
-def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
 
 

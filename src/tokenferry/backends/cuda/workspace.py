@@ -1,14 +1,13 @@
-"""Workspaces: memory of a CUDA group for what decode calls have under way.
+"""Workspaces: memory of a CUDA group for rows that decode calls have under way.
 
 kernels/device/decode.cuh says how it is used.
 
-A workspace lies in the heap, is made by the first decode call, and again by one that needs a larger one. All ranks make
-theirs together, so that each knows where those of its peers are.
+A workspace lies in the heap. It is made by the first decode call, and again by one that needs a larger one. All ranks
+make theirs together and exchange the addresses.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -29,19 +28,17 @@ PACKET_BYTES = 16
 _WORD_BYTES = 8
 _LINE = 128
 
-_numbers = itertools.count()
-
 Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
-"""Sends a message to every rank, and returns every rank's; collective."""
+"""A function that sends a message to every rank, and returns every rank's; collective."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of each part of a workspace, for one half and, but for the last, one source rank.
+    """Bytes of each part of a workspace, for one half; all but the last are for one source rank.
 
     Attributes:
         words: Messages: how many rows for each expert, which tokens.
-        notes: What belongs to each row.
+        notes: Slots and weights of each row.
         rows: Rows of a dispatch, with their scales.
         answers: Rows of a combine, from all ranks.
     """
@@ -52,16 +49,16 @@ class Sizes:
     answers: int
 
     def within(self, other: Sizes) -> bool:
-        """Whether a workspace of ``other`` has room for this."""
+        """Return whether a workspace of ``other`` has room for this."""
         return all(mine <= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
     def or_more(self, other: Sizes) -> Sizes:
-        """Room for both."""
+        """Return sizes with room for both."""
         return Sizes(*map(max, zip(astuple(self), astuple(other), strict=True)))
 
 
 def sizes_for(shape: MoeShape, num_ranks: int, item_bytes: int) -> Sizes:
-    """What decode calls of a shape need, whatever their options; rows have H elements of ``item_bytes``."""
+    """Return the sizes that decode calls of a shape need, whatever their options; an element has ``item_bytes``."""
     M, K, H = shape.max_tokens, shape.top_k, shape.hidden
     num_local = shape.num_experts // num_ranks
     scales = -(-H // CHUNK_COLUMNS) * PACKET_BYTES
@@ -79,20 +76,20 @@ def _lines(num_bytes: int) -> int:
 
 
 class Workspace:
-    """One rank's, and where those of its peers are.
+    """The workspace of one rank, and the addresses of those of its peers.
 
     Attributes:
-        number: Of this workspace, of all in the process.
+        number: Of this workspace in its group; launch templates are kept by it.
         sizes: Of its parts.
         addresses: Of the workspace of each rank, in this process.
-        notes_at: Where parts begin, from the workspace's start; the words are first.
-        rows_at: See ``notes_at``.
-        answers_at: See ``notes_at``.
+        notes_at: Where the notes begin, from the workspace's start; the words are first.
+        rows_at: Where the rows begin.
+        answers_at: Where the answers begin.
     """
 
-    def __init__(self, context: Context, sizes: Sizes, block: Block) -> None:
+    def __init__(self, context: Context, sizes: Sizes, block: Block, number: int = 0) -> None:
         sources = HALVES * context.num_ranks
-        self.number = next(_numbers)
+        self.number = number
         self.sizes = sizes
         self.addresses: tuple[int, ...] = ()
         self.notes_at = sources * sizes.words
@@ -103,35 +100,39 @@ class Workspace:
         self._memory = bytes_at(block.address, self.num_bytes, context.device, block)
 
     def clear(self) -> None:
-        """As if no call had ever been: no word or note has an epoch, no packet is under way."""
+        """Reset everything to the state before the first call: no word or note has an epoch, no packet is under way."""
         self._memory[: self.rows_at].zero_()
         self._memory[self.rows_at :].fill_(0xFF)
 
 
 def bytes_of(sizes: Sizes, num_ranks: int) -> int:
-    """Bytes of a workspace."""
+    """Return the bytes of a workspace."""
     return HALVES * (num_ranks * (sizes.words + sizes.notes + sizes.rows) + sizes.answers)
 
 
 class Workspaces:
-    """The workspace of a group, made when it is needed.
+    """The workspaces of a rank, made when they are needed.
 
     Args:
         context: This rank's.
-        allocator: Where blocks come from.
-        exchange: Collective.
+        allocator: Of blocks.
+        exchange: Collective; for the addresses.
+
+    Attributes:
+        now: The latest one, or None.
     """
 
     def __init__(self, context: Context, allocator: SymmetricAllocator, exchange: Exchange) -> None:
         self._context = context
         self._allocator = allocator
         self._exchange = exchange
+        self._num_made = 0
         self._captured: list[Workspace] = []
         self._fits: dict[tuple[MoeShape, int], Workspace] = {}
         self.now: Workspace | None = None
 
     def fitting(self, call: Call, shape: MoeShape, item_bytes: int) -> Workspace:
-        """A workspace with room for calls of a shape, of rows of such elements; collective if it has to be made.
+        """Return a workspace with room for calls of a shape; collective if it has to be made.
 
         Raises:
             ArgumentError: a CUDA graph is being captured, and there is none yet.
@@ -151,7 +152,7 @@ class Workspaces:
         return workspace
 
     def clear(self) -> None:
-        """Empty all workspaces, those of CUDA graphs too; nothing may be under way."""
+        """Clear all workspaces, those of CUDA graphs too; nothing may be under way."""
         for workspace in (*self._captured, *(() if self.now is None or self.now in self._captured else (self.now,))):
             workspace.clear()
 
@@ -162,11 +163,11 @@ class Workspaces:
                 f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
                 "ranks, which a CUDA graph cannot capture; call it once before the capture"
             )
-        absent = sorted(context.absent())
-        if absent:
+        masked = sorted(context.masked_ranks())
+        if masked:
             raise ArgumentError(
                 f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
-                f"ranks, and rank(s) {absent} are masked; call it once before a rank is masked"
+                f"ranks, and rank(s) {masked} are masked; call it once before a rank is masked"
             )
         num_bytes, problem, block = bytes_of(sizes, context.num_ranks), "", None
         try:
@@ -174,7 +175,8 @@ class Workspaces:
         except CapacityError as error:
             problem = str(error)
         if block is not None:
-            workspace = Workspace(context, sizes, block)
+            workspace = Workspace(context, sizes, block, self._num_made)
+            self._num_made += 1
             workspace.clear()
             context.synchronize()  # before a peer writes to it
             if context.device.type == "cuda":

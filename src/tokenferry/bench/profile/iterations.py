@@ -200,19 +200,18 @@ class Recorder:
 
     def __init__(self, group: ExpertGroup, num_calls: int) -> None:
         # What only some backends can do has no place in the API.
-        new_traces = getattr(group._backend, "new_traces", None)
-        self._record: Callable[[Tensor | None], None] = getattr(group._backend, "record", lambda trace: None)
-        self._traces: Tensor | None = None if new_traces is None else new_traces(num_calls)
+        self._backend = group._backend
+        self._traces = self._backend.new_traces(num_calls)
 
     def call(self, i: int | None, do: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Make a call, the i-th of those that are recorded; None: it is not recorded."""
         if self._traces is None or i is None:
             return do(*args, **options)
-        self._record(self._traces[i])
+        self._backend.set_trace(self._traces[i])
         try:
             return do(*args, **options)
         finally:
-            self._record(None)
+            self._backend.set_trace(None)
 
     def words(self) -> Tensor | None:
         """Return ``[num_calls, blocks, TRACE_WORDS]``, on the CPU; None where nothing is recorded."""

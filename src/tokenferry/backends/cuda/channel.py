@@ -1,0 +1,99 @@
+"""Receives that a decode call has left to its hook, and the order in which they have to happen."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.cuda.context import Call, Context
+from tokenferry.errors import ArgumentError
+
+
+@dataclass(slots=True, eq=False)
+class PendingRecv:
+    """The second half of a call whose rows have been sent.
+
+    Attributes:
+        call: The call.
+        launch: Enqueues the kernel that receives.
+        tensors: What the kernel uses.
+        done: Whether it has been enqueued.
+    """
+
+    call: Call
+    launch: Callable[[Call], None]
+    tensors: tuple[Tensor | None, ...]
+    done: bool = False
+
+
+class Channel:
+    """The last two sends of one direction, each with its receive if that is still pending.
+
+    A send overwrites the half of the peers' workspaces that the send two before it used. So that one is received first,
+    on every rank: if its hook has not been called, it is as if it was called now.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._last: deque[PendingRecv | None] = deque(maxlen=2)
+
+    def receive_overwritten(self, call: Call) -> None:
+        """Receive what the next send will overwrite.
+
+        Raises:
+            ArgumentError: a CUDA graph is being captured, and the receive belongs to a call outside of it.
+        """
+        if len(self._last) < 2 or self._last[0] is None or self._last[0].done:
+            return
+        pending = self._last[0]
+        if call.capturing and not pending.call.capturing:
+            raise ArgumentError(
+                f"{call.signature.phase}: the hook of an earlier {pending.call.signature.phase} has to be called "
+                "before a CUDA graph is captured"
+            )
+        if call.capturing == pending.call.capturing:  # a hook that was never called in its capture never will be
+            self.receive(pending)
+
+    def sent(self, pending: PendingRecv | None) -> None:
+        """Note a send; None: the same kernel has received."""
+        self._last.append(pending)
+
+    def receive_open(self) -> None:
+        """Enqueue the receives that are pending, except those that belong to a capture."""
+        for pending in tuple(self._last):
+            if pending is not None and not pending.done and not pending.call.capturing:
+                self.receive(pending)
+
+    def forget(self) -> None:
+        """Drop all pending receives: their hooks do nothing."""
+        for pending in self._last:
+            if pending is not None:
+                pending.done, pending.tensors = True, ()
+        self._last.clear()
+
+    def receive(self, pending: PendingRecv) -> None:
+        """Enqueue the second half of a call, once.
+
+        Raises:
+            ArgumentError: it was sent inside of a capture and is received outside of it, or the other way round.
+        """
+        if pending.done:
+            self._context.order_after_calls()  # a later call has received it, perhaps on another stream
+            return
+        before = pending.call
+        call = self._context.resume(before)
+        if call.capturing != before.capturing:
+            raise ArgumentError(
+                f"{before.signature.phase}: hook: a CUDA graph has to capture both the call and its hook, or neither"
+            )
+        if call.stream != before.stream and not call.capturing and self._context.device.type == "cuda":
+            stream = torch.cuda.current_stream(self._context.device)
+            for tensor in pending.tensors:
+                if tensor is not None:
+                    tensor.record_stream(stream)
+        pending.launch(call)
+        pending.done, pending.tensors = True, ()
