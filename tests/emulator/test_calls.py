@@ -19,9 +19,9 @@ SHAPE = MoeShape(4, 2, 16, 8)
 
 
 @pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
+def run(pytestconfig) -> Callable[..., list[Any]]:
     """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
+    return emulate(pytestconfig)
 
 
 # ---------------------------------------------------------------------- what ranks have to agree on

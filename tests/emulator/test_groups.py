@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.mi
 
 
 @pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
+def run(pytestconfig) -> Callable[..., list[Any]]:
     """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
+    return emulate(pytestconfig)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

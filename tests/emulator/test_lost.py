@@ -4,7 +4,6 @@ A thread cannot be stopped: here a rank is lost by not calling.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,8 @@ import test_go_on as go_on
 import test_lost_ranks as lost
 
 from support.emulated_group import emulate
-from support.emulator import Emulator, build, translate
+from support.emulator import Emulator
 from support.masks import Load, by_hand, skip_and_return, under_load
-from tokenferry.kernels import control_block
-from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
-
-DEVICE = Path(control_block.__file__).parent
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -27,9 +22,9 @@ TIMEOUT_S = 5.0
 
 
 @pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
+def run(pytestconfig) -> Callable[..., list[Any]]:
     """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
+    return emulate(pytestconfig)
 
 
 @pytest.mark.parametrize(("where", "hook"), [("dispatch", False), ("dispatch", True), ("combine", False)])
@@ -45,18 +40,6 @@ def test_two_ranks_that_are_away_come_back_one_by_one(run, tmp_path):
 @pytest.mark.parametrize("both_sides", [True, False])
 def test_masks_by_hand(run, tmp_path, both_sides):
     run(3, by_hand, str(tmp_path), both_sides, TIMEOUT_S)
-
-
-def test_the_host_knows_where_fields_of_a_board_are(tmp_path):
-    """g++ compares it with the struct that the kernels use."""
-    headers = {
-        name: translate(name, (DEVICE / name).read_text()) for name in ("device/control_block.cuh", "device/ptx.cuh")
-    }
-    offsets = CONTROL_BLOCK_OFFSETS.items()
-    fields = "\n".join(f"static_assert(offsetof(ControlBlock, {name}) == {at});" for name, at in offsets)
-    types = "#include <stddef.h>\ntypedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64; typedef int32_t i32;"
-    main = f'#include "emulator.h"\n{types}\n#include "device/control_block.cuh"\n{fields}\n'
-    build(main, headers, "control_block", tmp_path)
 
 
 @pytest.fixture

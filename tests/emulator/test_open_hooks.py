@@ -18,9 +18,9 @@ SHAPE = MoeShape(6, 2, 64, 4)
 
 
 @pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
+def run(pytestconfig) -> Callable[..., list[Any]]:
     """``run(R, job, *args)``: call ``job(rank, crowd, hall, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
+    return emulate(pytestconfig)
 
 
 def choosing(*experts: int) -> Routing:

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tokenferry.backends.cuda.faults import SIGNATURE_BYTES, FlightRecorder, Pinned, Signature
+from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
-from tokenferry.jit.driver import Device, check
-from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
+from tokenferry.jit.driver import check
+from tokenferry.jit.kernel import Kernel, KernelSpec
 from tokenferry.kernels.all import SPECS
 from tokenferry.kernels.control_block import (
     CONTROL_BLOCK_BYTES,
@@ -22,7 +21,6 @@ from tokenferry.kernels.control_block import (
     HANDSHAKE_WORDS,
     MAX_RANKS,
 )
-from tokenferry.memory.streams import CudaStreams
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
 
@@ -107,28 +105,28 @@ class Context:
 
     Args:
         window: Shared by all ranks; the control block at its start is zero.
-        jit: Kernels of the device.
+        runtime: Kernels and streams of the device.
         timeout_s: Seconds that each wait may take.
         mask_late: Whether decode calls mask a late rank and go on.
     """
 
-    def __init__(self, window: Window, jit: Jit, timeout_s: float, *, mask_late: bool = False) -> None:
+    def __init__(self, window: Window, runtime: Runtime, timeout_s: float, *, mask_late: bool = False) -> None:
         self.window = window
         self.rank = window.rank
         self.num_ranks = window.num_ranks
         self.device = window.device
         self.timeout_s = timeout_s
         self.mask_late = mask_late
-        self.jit = jit
+        self.jit = runtime.jit
         self.heap = window.heap(CONTROL_BLOCK_BYTES)
         self.pinned = Pinned(pin=window.device.type == "cuda")
         self.flight_recorder = FlightRecorder(self.rank)
         self.masked: set[int] = set()
         self.broken: str | None = None
-        self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.num_sms = runtime.num_sms
         self.templates: dict[tuple[Any, ...], LaunchTemplate] = {}
-        self._driver = Device(self.device.index or 0)
-        self._streams = CudaStreams(self._driver)
+        self._driver = runtime.driver
+        self._streams = runtime.streams
         self._everybody = (1 << self.num_ranks) - 1
         self._number = 0
         self._last: dict[int, int] = {}  # by capture, 0 if none: the stream of the last call
