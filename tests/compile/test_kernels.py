@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from tokenferry.jit import compiler
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
 from tokenferry.jit.resources import Resources
+from tokenferry.jit.source import constant_name
+from tokenferry.kernels import control_block
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
+from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: kernels cannot be compiled here")
 
@@ -82,6 +86,37 @@ def test_every_kernel_file_has_a_spec():
     for spec in SPECS:
         used |= {KERNELS / name for name in spec.unit(spec.configs[0], "sm_90a").headers}
     assert set(KERNELS.rglob("*.cuh")) <= used
+
+
+def code(spec: KernelSpec) -> str:
+    """All text that a kernel is made of, without comments and generated headers."""
+    headers = spec.unit(spec.configs[0], "sm_90a").headers
+    return "\n".join(re.sub(r"//.*", "", text) for name, text in headers.items() if name not in spec.generated)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_every_field_and_every_constant_is_read(spec):
+    text = code(spec)
+    fields = [name for name, _ in spec.params.struct._fields_ if not re.search(rf"\bp\.{name}\b", text)]
+    constants = [name for name in spec.configs[0] if not re.search(rf"\b{constant_name(name)}\b", text)]
+    assert (fields, constants) == ([], []), f"{spec.name} reads neither"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_kernels_do_not_cast_their_own_pointers(spec):
+    """A field has the type of what it points to; one of bytes is cast in functions that say what lies there."""
+    assert not re.findall(r"reinterpret_cast<[^>]*>\(p\.(?!windows\[)\w+\)", code(spec))
+
+
+def test_every_shared_constant_is_used():
+    """A declaration that no kernel uses is dead, or a number is written a second time."""
+    text = "\n".join(path.read_text() for path in KERNELS.rglob("*.cuh"))
+    headers = {text for spec in SPECS for text in spec.generated.values()}
+    declared = re.findall(r"^constexpr u32 (\w+) =", "\n".join(sorted(headers)), re.MULTILINE)
+    assert "kMaxRanks" in declared
+    assert [name for name in declared if not re.search(rf"\b{name}\b", text)] == []
+    again = [name for name in declared if re.search(rf"constexpr \w+ (?:\w+ = [^,;]+, )*{name} =", text)]
+    assert again == [], "declared a second time, in C++"
 
 
 def test_what_groups_warm_up_is_tested_here():
@@ -173,6 +208,15 @@ def test_two_layouts_of_one_struct_do_not_compile(tmp_path):
     params.cpp = params.cpp.replace("int* y", "short y")
     with pytest.raises(BackendUnavailable, match=r"(?s)kernel any: NVRTC .*Python and C\+\+ lay out ScaleParams"):
         promises.compiled(dataclasses.replace(SCALE, params=params), {"offset": 0})
+
+
+def test_two_layouts_of_the_control_block_do_not_compile():
+    name = control_block.HEADER.name
+    other = STAGE_INPUT.generated[name].replace("u32 masked;", "u64 masked;")
+    assert other != STAGE_INPUT.generated[name]
+    spec = dataclasses.replace(STAGE_INPUT, generated={**STAGE_INPUT.generated, name: other})
+    with pytest.raises(BackendUnavailable, match=r"(?s)kernel any: NVRTC .*static assertion failed"):
+        promises.compiled(spec, {})
 
 
 def test_mixed_fields_lie_where_ctypes_puts_them():

@@ -1,4 +1,4 @@
-"""The kernels `pull` and `stage` alone, on virtual ranks: sums in the stated order, bit for bit."""
+"""The kernels combine_pull and stage_input alone, on virtual ranks: sums in the documented order, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from test_dispatch_kernel import check_rows
 from torch import Tensor
 
 from support.virtual_ranks import POISON, Block, Ranks, offsets, ranks_of
-from tokenferry.kernels import describe
+from tokenferry.kernels.codes import PIECE_BYTES
+from tokenferry.kernels.codes import TYPES as TYPE_CODES
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.control_block import RANK_SHIFT
 from tokenferry.kernels.stage_input import spec as stage_spec
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
 
-TYPES = tuple(describe.TYPES)
+TYPES = tuple(TYPE_CODES)
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -51,7 +52,7 @@ class Sizes:
 
     @property
     def pieces(self) -> int:
-        return -(-self.row_bytes // pull_spec.PIECE_BYTES)
+        return -(-self.row_bytes // PIECE_BYTES)
 
 
 Entries = list[tuple[int, int]]
@@ -136,7 +137,7 @@ class Pull:
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": describe.TYPES[self.dtype]}
+        return {"type": TYPE_CODES[self.dtype]}
 
     def run(self, only: Sequence[int] | None = None) -> None:
         here = range(self.ranks.num_ranks) if only is None else only

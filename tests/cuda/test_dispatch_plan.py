@@ -5,7 +5,7 @@ import torch
 
 from support.virtual_plan import NO_LIMIT, Expected, Form, Planner
 from support.virtual_ranks import POISON, Ranks, ranks_of
-from tokenferry.kernels.control_block import Fault
+from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS, Fault
 from tokenferry.kernels.dispatch_notify.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.compare import same_bits
@@ -52,7 +52,6 @@ def check_counts(planner, expected, rank, what):
     same_bits(f"{what} dst_counts", t.dst_counts, torch.tensor(expected.dst_counts(rank)))
     same_bits(f"{what} src_counts", t.src_counts, torch.tensor(expected.src_counts(rank)))
     same_bits(f"{what} expert_counts", t.expert_counts, torch.tensor(expected.expert_counts(rank), dtype=torch.int32))
-    same_bits(f"{what} src_expert", t.src_expert, torch.tensor(expected.src_expert(rank), dtype=torch.int32))
     if expected.form.layout == "experts":
         first = rank * expected.num_local
         offsets = [*expected.starts[first : first + expected.num_local], expected.ends[rank]]
@@ -74,12 +73,14 @@ def plan(num_ranks, topk_idx, num_experts, form, what=""):
 
 
 def test_the_worked_example():
-    """What the heads of both kernels say."""
+    """The examples in the heads of both kernels."""
     topk_idx = [torch.tensor([[0, 1], [1, 3]])] * 2
     planner, _ = plan(2, topk_idx, 4, Form("rows"))
     t = planner.tables[1]
-    assert t.src_expert[0].tolist() == [0, 1]
-    assert planner.tables[0].src_expert[0].tolist() == [1, 2]
+    half = planner.ranks.epochs()[1] & 1
+    published = planner.ranks.words(1, "counts", 4, torch.int64, half * MAX_RANKS * MAX_EXPERTS)
+    assert (published & 0xFFFFFFFF).tolist() == [1, 2, 0, 1], "rank 0's rows for each expert"
+    assert t.expert_counts.tolist() == [0, 2]
     assert t.dst_counts.tolist() == [2, 1]
     assert t.places[:, :2].tolist() == [[2, -1], [3, 1]]
 

@@ -117,6 +117,12 @@ DEV void store_packet(void* p, const int4& packet) {
 }
 DEV u32 add_acquire_release(u32* p, u32 v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
 
+DEV u32 pack_bf16(float low, float high) { return emu_pair(emu_to_bfloat16(low), emu_to_bfloat16(high)); }
+DEV u32 pack_fp16(float low, float high) { return emu_pair(emu_to_float16(low), emu_to_float16(high)); }
+DEV void unpack_fp16(u32 v, float& low, float& high) {
+    low = emu_from_float16(v & 0xffff);
+    high = emu_from_float16(v >> 16);
+}
 DEV u32 pack_fp8(float a, float b, float c, float d) {
     return emu_to_float8(a) | emu_to_float8(b) << 8 | emu_to_float8(c) << 16 | emu_to_float8(d) << 24;
 }

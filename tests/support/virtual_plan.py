@@ -87,10 +87,6 @@ class Expected:
     def src_counts(self, rank: int) -> list[int]:
         return [len(self.sent[src][rank]) for src in range(self.num_ranks)]
 
-    def src_expert(self, rank: int) -> list[list[int]]:
-        first = rank * self.num_local
-        return [[len(self.wanted[src][first + i]) for i in range(self.num_local)] for src in range(self.num_ranks)]
-
     def expert_counts(self, rank: int) -> list[int]:
         first = rank * self.num_local
         return [sum(len(wanted[first + i]) for wanted in self.wanted) for i in range(self.num_local)]
@@ -187,7 +183,6 @@ class Tables:
         self.src_counts = ranks.poisoned(R, dtype=torch.int64)
         self.expert_counts = ranks.poisoned(E // R, dtype=torch.int32)
         self.expert_offsets = ranks.poisoned(E // R + 1, dtype=torch.int32)
-        self.src_expert = ranks.poisoned(R, E // R, dtype=torch.int32)
         self.places = ranks.poisoned(num_tokens, columns, dtype=torch.int32)
         self.dst_token = ranks.poisoned(num_tokens * min(top_k, R), dtype=torch.int64)
         words = notify_spec.HOST_WORDS_BEFORE_EXPERTS + E // R
@@ -224,7 +219,6 @@ class Planner:
             "src_counts": t.src_counts,
             "expert_counts": t.expert_counts,
             "expert_offsets": t.expert_offsets if experts else 0,
-            "src_expert": t.src_expert,
             "host": t.host,
             "num_tokens": self.topk_idx[rank].shape[0],
             "top_k": self.top_k,

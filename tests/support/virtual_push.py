@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from support.virtual_ranks import POISON, Block, Ranks, offsets, ranks_of, same_bytes
-from tokenferry.kernels import describe
-from tokenferry.kernels.combine_pull.spec import PIECE_BYTES
+from tokenferry.kernels.codes import PIECE_BYTES, TYPES
 from tokenferry.kernels.combine_push import spec as push_spec
-from tokenferry.kernels.control_block import FIRST_OFFSET, MAX_LANDED, MAX_RANKS
+from tokenferry.kernels.control_block import MAX_LANDED, MAX_RANKS, ROWS_AT_WORD, SHIFT_WORD
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
-
-BITS_WORD, ROWS_AT_WORD = FIRST_OFFSET + 3, FIRST_OFFSET + 4
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ class Push:
                 0: 3,
                 2: sizes.row_bytes,
                 **offsets(self.recv[rank], self.weight_blocks[rank]),
-                BITS_WORD: sizes.bits_of(rank),
+                SHIFT_WORD: sizes.bits_of(rank),
                 ROWS_AT_WORD: heap.handshake if heap else 0,
             },
         }
@@ -198,7 +195,7 @@ class Push:
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": describe.TYPES[self.dtype]}
+        return {"type": TYPES[self.dtype]}
 
     def run(self) -> None:
         """Launch on all ranks; of the words `landed` only those of units that were brought may change."""

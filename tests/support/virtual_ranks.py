@@ -10,12 +10,9 @@ Where there is no GPU, tests/emulator runs the kernels on the CPU; what "on the 
 from __future__ import annotations
 
 import functools
-import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,9 +21,15 @@ from torch import Tensor
 
 from support.emulator import Emulator
 from tokenferry.jit.kernel import Jit, KernelSpec
-from tokenferry.kernels import control_block
 from tokenferry.kernels.all import SPECS
-from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS, Fault
+from tokenferry.kernels.control_block import (
+    CONTROL_BLOCK_BYTES,
+    CONTROL_BLOCK_OFFSETS,
+    FIRST_OFFSET,
+    OFFSET_BYTES,
+    RECORD_WORDS,
+    Fault,
+)
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window, share_in_process
 
@@ -76,23 +79,6 @@ class Gpu:
 MACHINE = Gpu() if torch.cuda.is_available() else Emulator()
 TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", MACHINE.timeout_s))
 """Deadline of the kernels; a sanitizer needs more."""
-
-
-def _layout() -> dict[str, int]:
-    """Offset of each field of the control block; its fields are u64 and u32 words and arrays."""
-    text = (Path(control_block.__file__).parent / "device" / "control_block.cuh").read_text()
-    constants = {name: int(value) for name, value in re.findall(r"constexpr u32 (\w+) = (\d+);", text)}
-    fields, at = {}, 0
-    body = text.split("struct ControlBlock {")[1].split("};")[0]
-    for width, name, dims in re.findall(r"^\s*u(64|32) (\w+)((?:\[[\w +]+\])*);", body, re.MULTILINE):
-        fields[name] = at
-        sizes = re.findall(r"\[([\w +]+)\]", dims)  # numbers, names, or sums of them
-        sizes = [sum(constants.get(term) or int(term) for term in size.split(" + ")) for size in sizes]
-        at += math.prod(sizes) * int(width) // 8
-    return fields
-
-
-CONTROL_BLOCK_OFFSETS = _layout()
 
 
 class Record(NamedTuple):

@@ -39,7 +39,7 @@ def test_tables_do_not_overlap(layout, num_tokens):
     shape = MoeShape(num_experts=18, top_k=2, hidden=8, max_tokens=512)
     found = cuda_plan.geometry(shape, DispatchOptions(layout), 3)
     context = SimpleNamespace(num_ranks=3, device=CPU)
-    tables = cuda_plan._tables(context, found, torch.zeros(num_tokens, 2, dtype=torch.int64), None)
+    tables = cuda_plan._tables(context, found, torch.zeros(num_tokens, 2, dtype=torch.int64))
     shown = [tables.dst_counts, tables.src_counts, tables.dst_token, tables.expert_counts, tables.places]
     assert [tuple(one.shape) for one in shown] == [
         (3,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class KernelSpec:
         max_registers: Most registers a thread (and no spills): a test compiles every config and holds it to this.
         max_threads: Most threads a block: the constant ``kMaxThreads``, for ``__launch_bounds__``.
         static_smem: Most bytes of static shared memory a block.
+        generated: Text of headers that are not files below ``include``, by the name in their ``#include`` lines.
         early: The kernel begins with ``griddepcontrol.wait``: it may be launched while the kernel before it ends, which
             hides a part of the launch (programmatic dependent launch).
         configs: Every set of compile-time constants that may be asked for: ``{"num_stages": 4}`` becomes
@@ -48,6 +49,7 @@ class KernelSpec:
     max_threads: int
     static_smem: int
     configs: tuple[Mapping[str, int], ...]
+    generated: Mapping[str, str] = field(default_factory=dict)
     early: bool = False
 
     def unit(self, config: Mapping[str, int], arch: str) -> Unit:
@@ -63,7 +65,7 @@ class KernelSpec:
             )
         constants = {**config, "max_threads": self.max_threads}
         text, own = translation_unit(self.source, self.params.cpp, constants, self.include)
-        return Unit(self.name, text, headers(own, self.source, self.include), options(arch))
+        return Unit(self.name, text, headers(own, self.source, self.include, self.generated), options(arch))
 
     def load(self, device_index: int, config: Mapping[str, int]) -> Kernel:
         """One kernel, compiled now and kept nowhere: for trials. Everything else goes through a ``Jit``.

@@ -20,22 +20,33 @@ from tokenferry.backends.cuda.workspace import Exchange, Workspace, Workspaces
 from tokenferry.backends.masking import drop_ranks
 from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.formats.dtypes import dtype_code
+from tokenferry.kernels.codes import RAW, TYPES
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
-from tokenferry.kernels.describe import TYPES
+from tokenferry.kernels.decode_words import (
+    BAD,
+    NONE,
+    PLACES_WORD,
+    RECEIVE,
+    REPEATED,
+    SCALE_FLOAT32,
+    SCALE_POWER_OF_TWO,
+    SCALE_UE8M0,
+    SEND,
+)
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
-SEND, RECEIVE = 1, 2
 _SPREAD = struct.Struct("<14Q")
 _COLLECT = struct.Struct("<9Q")
 _SIZES = struct.Struct("<2I")
-_TABLE_WORDS = 16
-"""Words of a plan's table before the places."""
 _MOST_TOKENS = 1 << 16
 """M; with the most experts, places of rows stay far below 2^31."""
-_REPEATED, _NONE, _BAD = 0x8000, 0x7FFF, 0x7FFE
-"""What the kernel calls choices that are no experts; see kernels/decode_dispatch/routing.cuh."""
-_SCALES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
+_SCALES = {
+    None: 0,
+    Scale.FLOAT32: SCALE_FLOAT32,
+    Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO,
+    Scale.UE8M0: SCALE_UE8M0,
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -235,7 +246,7 @@ class Decoder:
             src_token=torch.empty(L, room, dtype=torch.int32, device=device),
             src_range=torch.empty(L, R, dtype=torch.int64, device=device),
             row_weights=torch.empty(L, room, dtype=torch.float32, device=device) if weighted else None,
-            table=torch.empty(_TABLE_WORDS + room * shape.top_k, dtype=torch.int32, device=device),
+            table=torch.empty(PLACES_WORD + room * shape.top_k, dtype=torch.int32, device=device),
         )
         return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, None)
 
@@ -248,7 +259,7 @@ class Decoder:
         found = context.templates.get(key)
         if found is not None:
             return found
-        kind = decode_dispatch_spec.RAW if fp8 is None else TYPES[x.dtype]
+        kind = RAW if fp8 is None else TYPES[x.dtype]
         found = context.new_template(key, decode_dispatch_spec.SPEC, type=kind)
         p, num_local = found.params, shape.num_experts // context.num_ranks
         self._fill_workspace(found, workspace, workspace.rows_at, workspace.sizes.rows)
@@ -390,8 +401,8 @@ def prepared_choices(topk_idx: Tensor, num_experts: int) -> Tensor | None:
     if 2 * topk_idx.numel() <= decode_dispatch_spec.CHOICES_BYTES:
         return None
     good = (topk_idx >= 0) & (topk_idx < num_experts)
-    codes = torch.where(good, topk_idx.int(), torch.where(topk_idx == -1, _NONE, _BAD))
+    codes = torch.where(good, topk_idx.int(), torch.where(topk_idx == -1, NONE, BAD))
     for k in range(1, topk_idx.shape[1]):
         again = (topk_idx[:, :k] == topk_idx[:, k : k + 1]).any(dim=1) & good[:, k]
-        codes[:, k] += again.int() * _REPEATED
+        codes[:, k] += again.int() * REPEATED
     return codes.to(torch.int16).flatten()

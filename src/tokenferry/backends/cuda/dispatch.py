@@ -9,9 +9,10 @@ from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import MASKED, Delivered, Payload, RecvOffsets, Tables
+from tokenferry.backends.cuda.launch import Delivered, Payload, RecvOffsets, Tables
 from tokenferry.backends.cuda.plan import Counts, Geometry
 from tokenferry.errors import TokenferryError
+from tokenferry.kernels.codes import MASKED
 from tokenferry.memory.heap import Block
 from tokenferry.types import Dispatched, Layout, Plan, Quantized
 
@@ -57,9 +58,7 @@ class Dispatcher:
             host_counts = tuple(plan.expert_counts.tolist())
         return self._dispatched(block, payload, plan, (0, rows_end, scale_end), (offsets, host_counts, staged))
 
-    def first(
-        self, call: Call, payload: Payload, found: Geometry, sms: Sms, src_expert: Tensor | None = None
-    ) -> Dispatched:
+    def first(self, call: Call, payload: Payload, found: Geometry, sms: Sms) -> Dispatched:
         """Make a plan and move rows along it; they bring the peers' half of the plan, too.
 
         Where the heap has room for the worst case, rows move at once, and the host learns their number meanwhile. Else
@@ -72,7 +71,7 @@ class Dispatcher:
         asks = options.counts == "host"
         waits = asks and not self._allocator.has_room_twice(_worst_bytes(payload, found))
         parts = None if waits else self._take(call, payload, found, counts)  # nothing is sent yet if this fails
-        tables = cuda_plan.start(context, call, index, found, sms[0], src_expert)
+        tables = cuda_plan.start(context, call, index, found, sms[0])
         if waits or (found.space.tight and not call.capturing):
             with context.breaking_off(TokenferryError):  # those that `wait` raises are dealt with there
                 exact = cuda_plan.wait(context, call, found)

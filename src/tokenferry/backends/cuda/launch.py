@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.jit.kernel import KernelSpec
+from tokenferry.kernels.codes import PIECE_BYTES, TYPES
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import OFFSET_BYTES
-from tokenferry.kernels.describe import TYPES
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_expand import spec as expand_spec
@@ -27,11 +27,8 @@ from tokenferry.kernels.stage_input import spec as stage_spec
 from tokenferry.tuning import num_pushers
 from tokenferry.types import Plan
 
-ROWS, EXPERTS, MASKED = 0, 1, 2
-"""What the kernels call the layouts."""
-
 _OFFSETS = struct.Struct("<6I")
-_COUNT = struct.Struct("<9QI")
+_COUNT = struct.Struct("<8QI")
 _SEVEN = struct.Struct("<7Q")
 _SUM = struct.Struct("<9Q")  # pull_spec.SUM_FIELDS
 _PUSH = struct.Struct("<QII")
@@ -50,7 +47,6 @@ class Tables:
         expert_offsets: EXPERTS: ``[L + 1]`` int32.
         places: ``[T, C]`` int32.
         dst_token: ``[T * min(K, R)]`` int64.
-        src_expert: ``[R, L]`` int32 rows from each rank for each local expert, or None if nobody asks.
     """
 
     table: int
@@ -61,7 +57,6 @@ class Tables:
     expert_offsets: Tensor | None
     places: Tensor
     dst_token: Tensor
-    src_expert: Tensor | None
 
 
 @dataclass(slots=True)
@@ -117,7 +112,6 @@ def count(context: Context, call: Call, topk_idx: Tensor, tables: Tables, sizes:
         tables.src_counts.data_ptr(),
         tables.expert_counts.data_ptr(),
         address(tables.expert_offsets),
-        address(tables.src_expert),
         context.pinned.host_address,
         num_tokens,
     )
@@ -323,7 +317,7 @@ def push(
     template = _combine_template(context, push_spec.SPEC, result)
     _fill_combine(context, call, template, result, 0)
     recv, weights, rows = offsets
-    num_tokens, pieces = result.out.shape[0], -(-source.shape[1] * source.element_size() // pull_spec.PIECE_BYTES)
+    num_tokens, pieces = result.out.shape[0], -(-source.shape[1] * source.element_size() // PIECE_BYTES)
     pushers = 0 if rows or context.num_ranks == 1 else num_pushers(num_sms)
     whole = 0 if rows else push_spec.num_whole(num_tokens, pieces, max(1, num_sms - pushers))
     bits = push_spec.unit_bits(num_tokens)
@@ -352,7 +346,7 @@ def _combine_template(context: Context, spec: KernelSpec, result: Sum) -> Launch
     p.table_stride = p.places_stride = stride
     p.top_k = top_k
     p.row_bytes = out.shape[1] * out.element_size()
-    p.pieces = -(-p.row_bytes // pull_spec.PIECE_BYTES)
+    p.pieces = -(-p.row_bytes // PIECE_BYTES)
     found.block, found.smem_bytes = spec.max_threads, pull_spec.SMEM_BYTES
     p.width = top_k
     if spec is push_spec.SPEC:

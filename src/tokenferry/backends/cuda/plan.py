@@ -10,8 +10,9 @@ from torch import Tensor
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.buffers import ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import EXPERTS, MASKED, ROWS, Tables
+from tokenferry.backends.cuda.launch import Tables
 from tokenferry.errors import CapacityError, ConfigError
+from tokenferry.kernels.codes import EXPERTS, MASKED, ROWS
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.kernels.dispatch_notify.spec import num_units
@@ -110,17 +111,15 @@ class Counts:
     host: tuple[int, ...] | None
 
 
-def start(
-    context: Context, call: Call, topk_idx: Tensor, found: Geometry, num_sms: int, src_expert: Tensor | None
-) -> Tables:
+def start(context: Context, call: Call, topk_idx: Tensor, found: Geometry, num_sms: int) -> Tables:
     """Launch `count` and `place`; returns what they fill."""
-    tables = _tables(context, found, topk_idx, src_expert)
+    tables = _tables(context, found, topk_idx)
     launch.count(context, call, topk_idx, tables, found.count_sizes, num_sms)
     launch.place(context, call, topk_idx, tables, (found.shape.num_experts, found.by_expert), num_sms)
     return tables
 
 
-def _tables(context: Context, found: Geometry, topk_idx: Tensor, src_expert: Tensor | None) -> Tables:
+def _tables(context: Context, found: Geometry, topk_idx: Tensor) -> Tables:
     """Room for what the kernels fill: one allocation of int64 and one of int32, of which plans show parts."""
     R, E, L, device = context.num_ranks, found.shape.num_experts, found.num_local, context.device
     num_tokens, top_k = topk_idx.shape
@@ -144,7 +143,6 @@ def _tables(context: Context, found: Geometry, topk_idx: Tensor, src_expert: Ten
         ints.as_strided((num_offsets,), (1,)) if num_offsets else None,
         ints.as_strided((num_tokens, columns), (columns, 1), offsets_end // 4),
         dst_token,
-        src_expert,
     )
 
 

@@ -6,13 +6,19 @@ from dataclasses import replace
 
 import torch
 
+from tokenferry.kernels.decode_words import (
+    CHUNK_COLUMNS,
+    ENCODING_FP8,
+    ENCODING_LOGFMT10,
+    ENCODING_SAME,
+    FP8_PACKETS,
+    LOGFMT10_PACKETS,
+)
 from tokenferry.kernels.describe import TYPES, describe
 
 THREADS = 512
-CHUNK_COLUMNS = 512
-"""Columns that a warp handles at a time."""
 ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-SAME, FP8, LOGFMT10 = 0, 1, 2
+SAME, FP8, LOGFMT10 = ENCODING_SAME, ENCODING_FP8, ENCODING_LOGFMT10
 """What travels: rows as they are, or encoded."""
 
 SPEC = replace(
@@ -56,4 +62,4 @@ SPEC = replace(
 
 def packets_of_chunk(item_bytes: int, encoding: int) -> int:
     """Packets of 16 bytes in which the chunk of a row travels."""
-    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: 33, LOGFMT10: 42}[encoding]
+    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: FP8_PACKETS, LOGFMT10: LOGFMT10_PACKETS}[encoding]

@@ -3,10 +3,9 @@
 #include "device/cast.cuh"
 #include "device/decode.cuh"
 
-constexpr u32 kNone = 0x7fff, kBad = 0x7ffe, kRepeated = 0x8000;  // choices: an expert, or one of these
-constexpr u32 kChunk = kCast ? 32 : 64;                           // packets of a row that a warp sends at a time
-constexpr u32 kTaken = 4;                                         // packets that a lane receives at a time
-constexpr u32 kScales = kCast ? kTaken : 1;                       // packets of scales among them, each of 512 columns
+constexpr u32 kChunk = kCast ? 32 : 64;      // packets of a row that a warp sends at a time
+constexpr u32 kTaken = 4;                    // packets that a lane receives at a time
+constexpr u32 kScales = kCast ? kTaken : 1;  // packets of scales among them, each of 512 columns
 
 DEV i64 index_at(const DecodeDispatchParams& p, u32 i) {
     return p.wide ? reinterpret_cast<const i64*>(p.topk_idx)[i] : (i64) reinterpret_cast<const i32*>(p.topk_idx)[i];

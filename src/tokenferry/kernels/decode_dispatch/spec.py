@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from tokenferry.kernels.describe import TYPES, describe
+from tokenferry.kernels.codes import RAW, TYPES
+from tokenferry.kernels.describe import describe
 
 THREADS = 512
 CHOICES_BYTES = 128 * 1024
 """Routing that a block keeps in shared memory; a larger one is read where it is."""
 ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-RAW = 4
-"""Of the config ``type``: rows travel as bytes; else they are numbers of this type, to be cast to FP8."""
+"""Rows of a type that is cast to FP8; with the config ``type=RAW`` rows travel as bytes."""
 
 SPEC = replace(
     describe(

@@ -1,8 +1,7 @@
 // FP8 rows: float8_e4m3fn, 128 columns share a scale; the format of tokenferry/fp8.py, bit for bit. A lane has 16 columns.
 #pragma once
 #include "device/ptx.cuh"
-
-constexpr u32 kFloat32 = 1, kPowerOfTwo = 2, kUe8m0 = 3;  // how scales are stored
+#include "generated/decode_words.cuh"
 
 // The least power of two that is not below v, which is positive and normal.
 DEV float power_of_two_above(float v) {
