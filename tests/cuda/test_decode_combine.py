@@ -1,4 +1,4 @@
-"""The kernel `collect` (decode combine) alone, on virtual ranks, along tables made by plain loops: sums bit for bit."""
+"""The kernel decode_combine alone, on virtual ranks, along tables made by plain loops: sums bit for bit."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from support.virtual_decode import (
 from support.virtual_ranks import POISON, Ranks
 from tokenferry.kernels.control_block import DISPATCH_WORD, MAX_RANKS, Fault
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
+from tokenferry.kernels.decode_words import CHUNK_COLUMNS
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.oracle import Oracle
 from tokenferry.types import MoeShape
@@ -39,8 +40,8 @@ from tokenferry.types import MoeShape
 by_numerics = pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
 
 
-def collect(case: Case, *, fast: bool = False, encoding: str = "same", max_tokens: int = 0) -> Combine:
-    """One call that goes well, twice: both halves of the regions."""
+def check_call(case: Case, *, fast: bool = False, encoding: str = "same", max_tokens: int = 0) -> Combine:
+    """Make one call twice, for both halves of the workspaces, and check it."""
     bed = Bed.of(case, max_tokens)
     for seed in (case.seed, case.seed + 1):
         one = Combine(bed, replace(case, seed=seed), fast=fast, encoding=encoding)
@@ -55,7 +56,9 @@ def collect(case: Case, *, fast: bool = False, encoding: str = "same", max_token
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_routing(routing, num_ranks, fast):
     top_k = (4, 3, 8, 6, 2, 5, 7, 9)[ROUTINGS.index(routing)]
-    collect(Case((6, 0, 11, 1, 4, 2, 9, 33)[:num_ranks], 5 * num_ranks, top_k, routing=routing, hidden=24), fast=fast)
+    check_call(
+        Case((6, 0, 11, 1, 4, 2, 9, 33)[:num_ranks], 5 * num_ranks, top_k, routing=routing, hidden=24), fast=fast
+    )
 
 
 @by_numerics
@@ -63,7 +66,7 @@ def test_every_routing(routing, num_ranks, fast):
 def test_every_number_of_choices(top_k, fast):
     """Slots are read four at a time, or two; those beyond 32 are another word of a lane."""
     for routing in ("repeated", "half_dropped"):
-        collect(Case((7, 5), 2 * 37, top_k, routing=routing), fast=fast)
+        check_call(Case((7, 5), 2 * 37, top_k, routing=routing), fast=fast)
 
 
 @by_numerics
@@ -72,7 +75,7 @@ def test_every_number_of_choices(top_k, fast):
 def test_rows_of_every_size(num_ranks, dtype, fast):
     """Chunks have 512 columns: less than one, its end, and a bit more."""
     for hidden in (8, 24, 504, 512, 520, 1160):
-        collect(Case((2, 0, 3, 1, 5)[:num_ranks], 2 * num_ranks, 3, hidden=hidden, dtype=dtype), fast=fast)
+        check_call(Case((2, 0, 3, 1, 5)[:num_ranks], 2 * num_ranks, 3, hidden=hidden, dtype=dtype), fast=fast)
 
 
 @by_numerics
@@ -97,13 +100,13 @@ def test_every_encoding(num_ranks, dtype, encoding, fast):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_wide_rows(encoding, fast):
     tokens, top_k = ((1, 1), 1) if encoding == "logfmt10" else ((2, 3), 2)  # the oracle looks at 512 codes a number
-    collect(Case(tokens, 4, top_k, hidden=7168), encoding=encoding, fast=fast)
+    check_call(Case(tokens, 4, top_k, hidden=7168), encoding=encoding, fast=fast)
 
 
 @by_numerics
 def test_every_kind_of_index(fast):
     for idx_dtype in (torch.int32, torch.int64):
-        collect(Case((9, 0, 4), 6, 4, idx_dtype=idx_dtype, routing="half_dropped"), fast=fast)
+        check_call(Case((9, 0, 4), 6, 4, idx_dtype=idx_dtype, routing="half_dropped"), fast=fast)
 
 
 @by_numerics
@@ -111,14 +114,14 @@ def test_every_kind_of_index(fast):
 @pytest.mark.parametrize(("experts", "top_k"), [(4096, 8), (4096, 64), (255, 33)])
 def test_many_experts(experts, top_k, num_ranks, fast):
     experts -= experts % num_ranks
-    collect(Case((3, 5, 0, 1, 2)[:num_ranks], experts, top_k, hidden=8), fast=fast)
+    check_call(Case((3, 5, 0, 1, 2)[:num_ranks], experts, top_k, hidden=8), fast=fast)
 
 
 @by_numerics
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_room_for_many_tokens(num_ranks, fast):
     """M = 4096, of which ranks bring few: the places of the others are poison in the table."""
-    collect(Case((70, 1, 0, 40, 3)[:num_ranks], 2 * num_ranks, 3, hidden=8), fast=fast, max_tokens=4096)
+    check_call(Case((70, 1, 0, 40, 3)[:num_ranks], 2 * num_ranks, 3, hidden=8), fast=fast, max_tokens=4096)
 
 
 @by_numerics
@@ -135,13 +138,13 @@ def test_most_tokens(num_ranks, fast):
 @by_numerics
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_nobody_has_tokens(num_ranks, fast):
-    collect(Case((0,) * num_ranks, 2 * num_ranks, 2), fast=fast)
+    check_call(Case((0,) * num_ranks, 2 * num_ranks, 2), fast=fast)
 
 
 @by_numerics
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_rows_that_look_like_no_packet(encoding, fast):
-    """16 bytes of ones mean "not here yet": such rows come home all the same, as NaN."""
+    """16 bytes of ones are the sentinel: such rows are returned all the same, as NaN."""
     case = Case((5, 4), 4, 3, hidden=528)
     bed = Bed.of(case)
     ys = [y.clone() for y in Combine(bed, case).ys]
@@ -191,7 +194,7 @@ def test_any_number_of_blocks(blocks, fast):
 
 
 def varied(num_ranks: int, seed: int) -> Case:
-    """Another case of the same sizes."""
+    """Return another case of the same sizes."""
     tokens = tuple((7 * seed + 5 * rank) % 13 for rank in range(num_ranks))
     return Case(tokens, 4 * num_ranks, 5, hidden=264, routing=ROUTINGS[seed % 3], seed=seed)
 
@@ -214,7 +217,7 @@ def test_many_calls_at_once(num_ranks):
 @by_numerics
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_sends_before_their_receipts(num_ranks, fast):
-    """What was to be sent may be overwritten between the two; never more than two sends are owed their receipts."""
+    """Rows may be overwritten once they are sent; at most two sends are not yet received."""
     bed = bed_for(num_ranks)
     calls = [Combine(bed, varied(num_ranks, seed), fast=fast, hook=True) for seed in range(9)]
     for i, one in enumerate(calls):
@@ -258,14 +261,14 @@ def test_a_late_rank_is_waited_for_and_the_time_counted(late):
     one.run()
     one.check()
     for rank in range(3):
-        told = one.wait_ns[rank].tolist()
-        assert told[rank] == 0, "a rank waited for itself"
+        waited = one.wait_ns[rank].tolist()
+        assert waited[rank] == 0, "a rank waited for itself"
         if rank != late:
-            assert told[late] > 10_000_000, told
+            assert waited[late] > 10_000_000, waited
 
 
 def test_a_void_plan_brings_nothing_home():
-    """After a dispatch that came to nothing the table says so; nothing is sent, nothing is written."""
+    """An aborted dispatch leaves its mark in the table; nothing is sent, nothing is written."""
     case = varied(2, 4)
     bed = Bed.of(case)
     one = Combine(bed, case, hook=True)
@@ -285,7 +288,7 @@ def test_a_void_plan_brings_nothing_home():
 
 
 def fresh(num_ranks: int, case: Case, calls: int, *, fast: bool = False, hook: bool = False) -> tuple[Bed, Combine]:
-    """New ranks that have called some times, and another call."""
+    """Return new ranks that have made some calls, and another call."""
     bed = Bed(Ranks(num_ranks), case.shape)
     for seed in range(calls):
         Combine(bed, replace(case, seed=seed)).run()
@@ -296,7 +299,7 @@ def fresh(num_ranks: int, case: Case, calls: int, *, fast: bool = False, hook: b
 @by_numerics
 @pytest.mark.parametrize("calls", [0, 1, 2, 3])
 def test_a_rank_that_never_sends(calls, fast):
-    """Whoever finds out first says so: the block that compares signatures, or one that waits for rows."""
+    """The first block to find it records it: that which compares signatures, or one that waits for rows."""
     bed, one = fresh(2, Case((4, 3), 4, 3), calls, fast=fast)
     one.launch(only=(0,), timeout_s=SHORT_S)
     bed.ranks.wait()
@@ -313,7 +316,7 @@ def test_a_rank_that_never_sends(calls, fast):
 def lose_packet(bed: Bed, one: Combine, at: int, row: int) -> None:
     """Take the first packet of a row away before it is received."""
     packets = decode_combine_spec.packets_of_chunk(one.case.dtype.itemsize, decode_combine_spec.SAME)
-    chunks = -(-one.case.hidden // decode_combine_spec.CHUNK_COLUMNS)
+    chunks = -(-one.case.hidden // CHUNK_COLUMNS)
     start = bed.workspaces[at].answers_at + (one.epoch & 1) * bed.sizes.answers + row * chunks * packets * 16
     there = bed.blocks[at].tensor[start : start + 16]
     assert (there != 0xFF).any(), "there is no packet"
@@ -356,13 +359,13 @@ def test_a_late_rank_is_masked(routing, num_ranks, fast):
 
 
 def check_without(one: Combine, gone: int) -> None:
-    """As if nobody had chosen the experts of a rank, which is masked."""
+    """Expect the sums without the experts of a masked rank."""
     check_sums_without(one, gone)
     for rank in range(one.case.ranks):
         if rank != gone:
             assert int(one.ranks.words(rank, "masked")) == 1 << gone
-            told = one.bed.masked[rank].tolist()[: one.case.ranks]
-            assert told == [int(peer == gone) for peer in range(one.case.ranks)]
+            masked = one.bed.masked[rank].tolist()[: one.case.ranks]
+            assert masked == [int(peer == gone) for peer in range(one.case.ranks)]
 
 
 def check_sums_without(one: Combine, gone: int) -> None:
@@ -384,7 +387,7 @@ def check_sums_without(one: Combine, gone: int) -> None:
 
 @by_numerics
 def test_a_rank_that_is_lost_while_it_sends(fast):
-    """What came from it is taken away, though nobody adds it up: two calls later it would be another rank's."""
+    """Its packets are cleared, though they are not summed: two calls later they would pass for another rank's."""
     bed, one = fresh(2, Case((8, 8), 4, 2, hidden=64), 1, fast=fast)
     places = one._tables[1][PLACES:].view(2, bed.shape.max_tokens, 2)
     places[:, :4] = -1  # it has sent the later half of each rank's tokens

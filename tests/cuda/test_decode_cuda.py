@@ -147,7 +147,7 @@ def copied(sent: DecodeDispatched) -> DecodeDispatched:
 
 
 class Filled:
-    """Memory that the allocator hands out on the current stream at once, and nobody else may write to."""
+    """Memory that the allocator returns on the current stream at once, and that only its owner may write."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

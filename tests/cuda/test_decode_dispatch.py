@@ -1,4 +1,4 @@
-"""The kernel `spread` (decode dispatch) alone, on virtual ranks: every byte that it may touch, and late ranks."""
+"""The kernel decode_dispatch alone, on virtual ranks: every byte that it may touch, and late ranks."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.types import MoeShape
 
 SHORT_S = 0.2
-"""Deadline of kernels whose peer never comes."""
+"""Deadline of kernels whose peer never launches."""
 TOKENS = (6, 0, 11, 1, 4, 2, 9, 33)
 """Of up to eight ranks."""
 
 
-def spread(case: Case, fp8: Scale | None = None, *, max_tokens: int = 0, prepared: bool = False) -> Dispatch:
-    """One call that goes well, twice: both halves of the regions."""
+def check_call(case: Case, fp8: Scale | None = None, *, max_tokens: int = 0, prepared: bool = False) -> Dispatch:
+    """Make one call twice, for both halves of the workspaces, and check it."""
     bed = Bed.of(case, max_tokens)
     for seed in (case.seed, case.seed + 1):
         one = Dispatch(bed, replace(case, seed=seed), fp8, prepared=prepared, counts=seed == 1)
@@ -51,7 +51,7 @@ def spread(case: Case, fp8: Scale | None = None, *, max_tokens: int = 0, prepare
 
 @pytest.fixture
 def host_prepares(monkeypatch):
-    """The host prepares all choices, small routings', too."""
+    """Let the host prepare all choices, those of small routings, too."""
     monkeypatch.setattr(decode_dispatch_spec, "CHOICES_BYTES", 0)
 
 
@@ -62,14 +62,14 @@ def host_prepares(monkeypatch):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_routing(routing, num_ranks):
     top_k = (4, 3, 8, 6, 2, 5, 7, 9)[ROUTINGS.index(routing)]
-    spread(Case(TOKENS[:num_ranks], 5 * num_ranks, top_k, routing=routing, hidden=24))
+    check_call(Case(TOKENS[:num_ranks], 5 * num_ranks, top_k, routing=routing, hidden=24))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 7, 8, 11, 16, 31, 32, 33, 48, 64])
 @pytest.mark.parametrize("routing", ["repeated", "half_dropped"])
 def test_every_number_of_choices(routing, top_k):
-    """A token's choices lie in one warp, or in two; are marked at once, or later; three go into a note."""
-    spread(Case((7, 5), 2 * 37, top_k, routing=routing, weights=top_k != 5))
+    """The choices of a token lie in one warp or two, and are marked at once or later; a note holds three."""
+    check_call(Case((7, 5), 2 * 37, top_k, routing=routing, weights=top_k != 5))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -79,21 +79,21 @@ def test_choices_that_the_host_prepares(num_ranks, top_k):
     kinds = ("repeated", "half_dropped") if top_k < 64 else ("repeated",)
     for routing in kinds:
         idx_dtype = torch.int32 if top_k % 4 else torch.int64
-        spread(Case(TOKENS[:num_ranks], 17 * num_ranks, top_k, routing=routing, idx_dtype=idx_dtype), prepared=True)
+        check_call(Case(TOKENS[:num_ranks], 17 * num_ranks, top_k, routing=routing, idx_dtype=idx_dtype), prepared=True)
 
 
 @pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("weights", [True, False])
 def test_every_kind_of_index(idx_dtype, weights):
     for dtype in (*TYPES, torch.float64):
-        spread(Case((9, 0, 4), 6, 4, hidden=24, dtype=dtype, idx_dtype=idx_dtype, weights=weights))
+        check_call(Case((9, 0, 4), 6, 4, hidden=24, dtype=dtype, idx_dtype=idx_dtype, weights=weights))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 @pytest.mark.parametrize(("experts", "top_k"), [(4096, 8), (4096, 64), (255, 33)])
 def test_many_experts(num_ranks, experts, top_k):
     experts -= experts % num_ranks
-    spread(Case((3, 5, 0, 1, 2)[:num_ranks], experts, top_k, hidden=8, weights=top_k != 33))
+    check_call(Case((3, 5, 0, 1, 2)[:num_ranks], experts, top_k, hidden=8, weights=top_k != 33))
 
 
 @pytest.mark.parametrize("num_local", [41, 47, 1351])
@@ -115,7 +115,7 @@ def test_first_and_last_experts_of_ranks(num_local):
 def test_rows_of_every_size(num_ranks, hidden):
     """From one packet to several chunks; a chunk is 64 packets to send, 128 to receive, of 16 bytes each."""
     tokens = (5, 0, 3) if hidden > 4000 else (40, 0, 17)
-    spread(Case(tokens[:num_ranks], 2 * num_ranks, 3, hidden=hidden, routing="half_dropped"))
+    check_call(Case(tokens[:num_ranks], 2 * num_ranks, 3, hidden=hidden, routing="half_dropped"))
 
 
 @pytest.mark.parametrize("fp8", SCALES[1:], ids=lambda scale: scale.name)
@@ -125,12 +125,12 @@ def test_casts(num_ranks, dtype, fp8):
     """Scales of 128 columns, packets of 512, chunks of 2048: ends of all of them."""
     for hidden in (16, 128, 144, 512, 528, 640, 2064):
         tokens = (3, 2, 0, 1, 2)[:num_ranks]
-        spread(Case(tokens, 2 * num_ranks, 3, hidden=hidden, dtype=dtype, routing="half_dropped"), fp8)
+        check_call(Case(tokens, 2 * num_ranks, 3, hidden=hidden, dtype=dtype, routing="half_dropped"), fp8)
 
 
 @pytest.mark.parametrize("fp8", SCALES[1:], ids=lambda scale: scale.name)
 def test_casts_of_wide_rows(fp8):
-    spread(Case((2, 3), 4, 2, hidden=7168), fp8)
+    check_call(Case((2, 3), 4, 2, hidden=7168), fp8)
 
 
 def test_casts_of_rows_without_a_size():
@@ -153,7 +153,7 @@ def test_casts_of_rows_without_a_size():
 def test_room_for_many_tokens(num_ranks):
     """M = 4096, of which some ranks bring few."""
     tokens = (70, 1, 0, 40, 3)[:num_ranks]
-    spread(Case(tokens, 2 * num_ranks, 3, hidden=8, routing="repeated"), max_tokens=4096)
+    check_call(Case(tokens, 2 * num_ranks, 3, hidden=8, routing="repeated"), max_tokens=4096)
 
 
 @pytest.mark.parametrize(("top_k", "num_ranks"), [(16, 5), (17, 5)])
@@ -169,11 +169,11 @@ def test_most_tokens(top_k, num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_nobody_has_tokens(num_ranks):
-    spread(Case((0,) * num_ranks, 2 * num_ranks, 2))
+    check_call(Case((0,) * num_ranks, 2 * num_ranks, 2))
 
 
 def test_rows_that_look_like_no_packet():
-    """16 bytes of ones mean "not here yet": rows of them arrive all the same, as other NaNs."""
+    """16 bytes of ones are the sentinel: such rows arrive all the same, as other NaNs."""
     case = Case((5, 4), 4, 3, hidden=1000)
     sent = case.inputs()
     sent[0].x[1:3] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)
@@ -187,7 +187,7 @@ def test_rows_that_look_like_no_packet():
 
 @pytest.mark.parametrize("blocks", [2, 9])
 def test_any_number_of_blocks(blocks):
-    """One block for rows, and one that tells; or more than there are tokens."""
+    """One block for rows, and one for counts; or more blocks than tokens."""
     case = Case((21, 4), 6, 4, hidden=520)
     bed = Bed.of(case)
     for seed in range(3):
@@ -203,7 +203,7 @@ def test_any_number_of_blocks(blocks):
 
 
 def varied(num_ranks: int, seed: int, *, weights: bool = True) -> Case:
-    """Another case of the same sizes."""
+    """Return another case of the same sizes."""
     tokens = tuple((7 * seed + 5 * rank) % 13 for rank in range(num_ranks))
     return Case(tokens, 4 * num_ranks, 5, hidden=272, routing=ROUTINGS[seed % 3], seed=seed, weights=weights)
 
@@ -213,7 +213,7 @@ SHAPE = MoeShape(4 * 8, 5, 272, 12)
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 def test_many_calls_at_once(num_ranks):
-    """Twelve calls on every stream before the first has ended: halves take turns, acks keep ranks from running away."""
+    """Twelve calls on every stream before the first has ended: halves alternate, acks keep ranks from running ahead."""
     bed = Bed(decode_ranks(num_ranks), replace(SHAPE, num_experts=4 * num_ranks))
     calls = [Dispatch(bed, varied(num_ranks, seed), SCALES[seed % 2]) for seed in range(12)]
     all_at_once(calls)
@@ -221,7 +221,7 @@ def test_many_calls_at_once(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_sends_before_their_receipts(num_ranks):
-    """A launch that sends, one that receives; never more than two sends are owed their receipts."""
+    """A launch that sends, then one that receives; at most two sends are not yet received."""
     bed = Bed(decode_ranks(num_ranks), replace(SHAPE, num_experts=4 * num_ranks))
     calls = [Dispatch(bed, varied(num_ranks, seed)) for seed in range(9)]
     calls[0].run(SEND)
@@ -268,12 +268,12 @@ def test_a_rank_waits_until_its_peer_has_received(before):
         bed.start_at(before)
     first, second, third = (Dispatch(bed, varied(2, seed), counts=True) for seed in (1, 2, 3))
     the_third_waits_for_room(first, second, third)
-    assert third.wait_ns[0][1] > 0, "rank 0 has waited for rank 1, but nobody knows"
+    assert third.wait_ns[0][1] > 0, "rank 0 has waited for rank 1, and has not counted the time"
 
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_late_rank_is_waited_for_and_the_time_counted(late):
-    """Whoever waits adds the time to the late rank's entry."""
+    """The ranks that wait add the time to the late rank's entry."""
     case = varied(3, 4)
     bed = Bed.of(case)
     one = Dispatch(bed, case, counts=True)
@@ -281,10 +281,10 @@ def test_a_late_rank_is_waited_for_and_the_time_counted(late):
     one.run()
     one.check()
     for rank in range(3):
-        told = one.wait_ns[rank].tolist()
-        assert told[rank] == 0, "a rank waited for itself"
+        waited = one.wait_ns[rank].tolist()
+        assert waited[rank] == 0, "a rank waited for itself"
         if rank != late:
-            assert told[late] > 10_000_000, told
+            assert waited[late] > 10_000_000, waited
 
 
 def test_counters_add_up():
@@ -306,7 +306,7 @@ def test_counters_add_up():
 @pytest.mark.parametrize("index", [12, -2, 13_000, 1 << 40, -(1 << 40)])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_a_bad_index_sends_nothing(index, prepared, monkeypatch):
-    """It is recorded; the peers wait; the call is made again with a good routing, as if nothing had been."""
+    """It is recorded; the peers wait; the call is repeated with a good routing."""
     if prepared:
         monkeypatch.setattr(decode_dispatch_spec, "CHOICES_BYTES", 0)
     case = Case((9, 7, 8), 12, 5, hidden=264, routing="half_dropped")
@@ -327,14 +327,14 @@ def test_a_bad_index_sends_nothing(index, prepared, monkeypatch):
     bed.sends[DISPATCH] -= 1
     record = bed.ranks.record(1)
     assert record is not None
-    told = max(-(1 << 31), min(index, (1 << 31) - 1)) & 0xFFFFFFFF
+    recorded = max(-(1 << 31), min(index, (1 << 31) - 1)) & 0xFFFFFFFF
     assert (record.code, record.call) == (Fault.bad_routing, bed.ranks.call)
-    assert (record.peer, record.word, record.seen, record.expected) == (2, 3, told, 12)
+    assert (record.peer, record.word, record.seen, record.expected) == (2, 3, recorded, 12)
     for rank, block in enumerate(bed.blocks):
         assert block.cpu().equal(before[rank]), f"something was sent to rank {rank}"
     assert bed.ranks.failed() == [0, 0, 0]
     assert bad.landed[1]["table"].cpu().view(torch.int32)[ALIVE] == 0
-    # What follows along this plan comes to nothing.
+    # Later calls along this plan are aborted.
     bad.launch(RECEIVE, only=(1,))
     bed.ranks.wait()
     assert (bad.landed[1]["out"].cpu() == POISON).all()
@@ -369,7 +369,7 @@ def test_peers_of_a_bad_index_wait_for_the_next_try():
 
 
 def fresh(num_ranks: int, case: Case, calls: int) -> tuple[Bed, Dispatch]:
-    """New ranks that have called some times, and another call."""
+    """Return new ranks that have made some calls, and another call."""
     bed = Bed(Ranks(num_ranks), case.shape)
     for seed in range(calls):
         one = Dispatch(bed, replace(case, seed=seed))
@@ -380,7 +380,7 @@ def fresh(num_ranks: int, case: Case, calls: int) -> tuple[Bed, Dispatch]:
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3])
 def test_a_rank_that_never_sends(calls):
-    """The other one's record says who, and which epochs: messages of every second one lie in the same place."""
+    """The other rank records which one, and which epochs: messages of every second epoch lie in the same place."""
     bed, one = fresh(2, Case((4, 3), 4, 2), calls)
     ranks = bed.ranks
     one.launch(only=(0,), timeout_s=SHORT_S)
@@ -393,7 +393,7 @@ def test_a_rank_that_never_sends(calls):
     assert record.waited_ms >= SHORT_S * 1000
     assert ranks.failed() == [Fault.late_handshake, 0]
     assert int(ranks.words(1, "gave_up", 8, torch.int64)[0]) == Fault.late_handshake << 32 | 1
-    # Who comes too late learns that it was given up.
+    # The rank that is too late sees that it was given up.
     one.begin = lambda phases: None
     one.launch(only=(1,))
     ranks.wait()
@@ -467,7 +467,7 @@ def late_s(num_ranks: int) -> float:
 
 
 def check_without(one: Dispatch, gone: int, alive: int) -> None:
-    """As if a rank had brought nothing, and its experts' rows are nobody's."""
+    """Expect no tokens of a rank, and no rows for its experts."""
     bed, case = one.bed, one.case
     sent = [
         replace(had, x=had.x[:0], topk_idx=had.topk_idx[:0], topk_weights=had.topk_weights[:0]) if rank == gone else had
@@ -499,7 +499,7 @@ def test_a_rank_whose_rows_are_lost_is_masked():
 
 @pytest.mark.parametrize("word", [0, 1, 13])
 def test_a_peer_that_calls_something_else(word):
-    """Another signature: both say which word, or that the other one has said so."""
+    """Another signature: both ranks record the word, or that the other rank saw it first."""
     bed, one = fresh(2, Case((4, 3), 4, 2), 1)
     handshakes = [{0: 6, 1: 4}, {0: 6, 1: 4, word: 99}]
     fields = [one.fields(rank, handshake=handshakes[rank]) for rank in range(2)]
@@ -517,7 +517,7 @@ def test_a_peer_that_calls_something_else(word):
 
 
 def test_a_peer_that_is_in_the_other_channel():
-    """One dispatches, one combines: they say so long before the deadline."""
+    """One rank dispatches, one combines: both record it long before the deadline."""
     case = Case((4, 3), 4, 2)
     bed, one = fresh(2, case, 1)
     other = Combine(bed, case)

@@ -1,4 +1,4 @@
-"""The kernel `move` alone, on virtual ranks, along plans made by plain loops: every byte that it may touch."""
+"""The kernel dispatch alone, on virtual ranks, along plans made by plain loops: every byte that it may touch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = ("rows", "experts", "masked")
 
 @dataclass(frozen=True)
 class Scales:
-    """Scales of a row: how many, of which type, and how they lie: row by row, column by column, or in wider rows."""
+    """Scales of a row: their number, type and layout: row by row, column by column, or in wider rows."""
 
     num: int
     dtype: torch.dtype
@@ -44,7 +44,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Payload:
-    """What travels."""
+    """The data of a row."""
 
     row_bytes: int
     scales: Scales | None = None
@@ -77,7 +77,7 @@ PAYLOADS = (
 
 @dataclass
 class Brought:
-    """What one rank brings."""
+    """The input of one rank."""
 
     x: Tensor
     scale: Tensor | None
@@ -87,7 +87,7 @@ class Brought:
 
 @dataclass
 class Landed:
-    """The blocks of one rank, and what their bytes have to be."""
+    """The receive buffers of one rank."""
 
     rows: Block
     scale: Block | None
@@ -101,7 +101,7 @@ class Landed:
 
 
 class Delivery:
-    """One launch of `move` on all ranks."""
+    """One launch of dispatch on all ranks."""
 
     def __init__(
         self, ranks: Ranks, expected: Expected, payload: Payload, topk_idx: list[Tensor], seed: int = 0
@@ -132,7 +132,7 @@ class Delivery:
         )
 
     def fields(self, rank: int, **more: object) -> dict[str, object]:
-        """Params of `move`."""
+        """Return the params of dispatch."""
         ex, payload, mine, up = self.expected, self.payload, self.brought[rank], self.ranks.on_device
         scales = payload.scales
         bulk = scales.row_bytes if scales and scales.bulk else 0
@@ -176,7 +176,7 @@ class Delivery:
     def run(self) -> None:
         self.ranks.run(dispatch_spec.SPEC, [self.fields(rank) for rank in range(self.ranks.num_ranks)], self.sizes())
 
-    # ------------------------------------------------------------------ what has to be there
+    # ------------------------------------------------------------------ expected output
 
     def check(self) -> None:
         for rank in range(self.ranks.num_ranks):
@@ -208,7 +208,7 @@ class Delivery:
             check_rows(f"{what} row_idx", landed.row_idx, order, row_idx, K * 8)
 
     def weight_rows(self, rank: int) -> list[Tensor]:
-        """Rows: the weights of the slots that are here, 0 elsewhere."""
+        """Return the weights of each row (ROWS): those of slots on this rank, 0 for others."""
         ids = self.expected.ids(rank, torch.int64)
         rows = []
         for row, (src, token) in enumerate(self.expected.received(rank)):
@@ -216,7 +216,7 @@ class Delivery:
         return rows
 
     def weight_sums(self, rank: int) -> dict[int, Tensor]:
-        """By expert: of each place, the sum over the slots that name it, in slot order."""
+        """Return the weight of each place (by expert): the sum over the slots that name it, in slot order."""
         ex, sums = self.expected, {}
         for src, token in ex.received(rank):
             for k, e in enumerate(ex.choices[src][token]):
@@ -231,7 +231,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def check_rows(what: str, block: Block, places: list[int], rows: list[Tensor], row_bytes: int) -> None:
-    """The rows at their places, and poison everywhere else."""
+    """Check the rows at their places, and poison everywhere else."""
     want = torch.full((block.tensor.numel() // row_bytes, row_bytes), POISON, dtype=torch.uint8)
     if places:
         want[torch.tensor(places)] = torch.stack(rows).reshape(len(places), row_bytes)
@@ -250,7 +250,7 @@ def deliver(num_ranks, case, layout, payload):
 @pytest.mark.parametrize("payload", PAYLOADS, ids=str)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 def test_every_kind_of_row(num_ranks, payload):
-    """In every layout. More tokens than warps, so that rings come round; but few of the large rows."""
+    """In every layout. More tokens than warps, so that rings wrap around; but few of the large rows."""
     i = PAYLOADS.index(payload)
     few = 20 if payload.row_bytes > 10_000 else 90
     tokens = (few, 0, 33, 1, 7, 2, 12, 5)[:num_ranks]
@@ -268,19 +268,19 @@ def test_uneven_routings(num_ranks, routing):
         deliver(num_ranks, case, layout, Payload(256, Scales(2, torch.float32), weights=True))
 
 
-def test_nobody_has_tokens():
+def test_no_rank_has_tokens():
     for layout in LAYOUTS:
         deliver(3, Case((0, 0, 0), 6, 2), layout, Payload(256, weights=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_units_than_the_rings_hold(layout):
-    """One block has up to 24 warps with 3 buffers each; every warp comes round many times."""
+    """One block has up to 24 warps with 3 buffers each; every ring wraps around many times."""
     deliver(2, Case((700, 301), 8, 2, routing="even"), layout, Payload(1024, Scales(4, torch.float32), True, blocks=1))
 
 
 def test_one_plan_again_and_again():
-    """Handshakes lie in two halves that take turns: ten rounds along one plan, other sizes, a late rank each time."""
+    """Handshakes alternate between two halves: ten calls along one plan, other sizes, a late rank each time."""
     ranks = ranks_of(3)
     case = Case((31, 4, 18), 6, 3, routing="repeated")
     topk_idx = [one.topk_idx for one in case.inputs()]
@@ -294,8 +294,8 @@ def test_one_plan_again_and_again():
         delivery.check()
 
 
-def test_a_void_plan_moves_nothing():
-    """After a call that came to nothing the counts are -1, on all ranks: no kernel meets, nothing is written."""
+def test_an_aborted_plan_moves_nothing():
+    """After an aborted call the counts are -1 on all ranks: kernels no-op, nothing is written."""
     ranks = ranks_of(2)
     topk_idx = [one.topk_idx for one in Case((9, 5), 4, 2).inputs()]
     expected = Expected(choices_of(topk_idx), 4, Form("experts"))

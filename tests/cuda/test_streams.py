@@ -86,7 +86,7 @@ def test_calls_on_a_side_stream(worlds):
 
 
 def on_turns_of_streams(rank, pg) -> None:
-    """Nobody but the group itself orders a call behind the one before."""
+    """Only the group itself orders a call behind the one before."""
     streams = [torch.cuda.Stream() for _ in range(3)]
     with PAIR.open(pg, CASE.shape) as group:
         made = []

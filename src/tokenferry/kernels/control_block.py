@@ -22,10 +22,12 @@ HEADER = Header("generated/control_block.cuh", "kernels/control_block.py")
 # ---- sizes
 
 MAX_RANKS = HEADER.constant("kMaxRanks", 8, "ranks of a group")
-MAX_EXPERTS = HEADER.constant("kMaxExperts", 4096, "experts of a group")
+MAX_EXPERTS = 4096
+"""Experts of a group."""
 MAX_TOP_K = 64
 """Experts of a token."""
-MAX_LANDED = HEADER.constant("kMaxLanded", 4096, "units of rows that one rank can push in a combine")
+MAX_LANDED = 4096
+"""Units of rows that one rank can push to another in a combine."""
 CONTROL_BLOCK_BYTES = 1 << 20
 """The heap begins behind these bytes of a window."""
 OFFSET_BYTES = HEADER.constant("kOffsetBytes", 16, "offsets in handshakes count units of so many bytes")
@@ -43,7 +45,8 @@ DISPATCH_WORD = HEADER.constant(
     "kDispatchWord", 14, "decode combine: the epoch of the dispatch that it belongs to; the kernel fills it in"
 )
 ROWS_WORD = HEADER.constant("kRowsWord", 15, "rows that the sender moves to (or has from) the reader; compared, too")
-FIRST_OFFSET = HEADER.constant("kFirstOffset", 16, "the first word that is not compared")
+FIRST_OFFSET = 16
+"""The first word that is not compared; kernels use the words from here on as they need."""
 BLOCKS_WORD = HEADER.constant("kBlocksWord", 31, "blocks of the sender's kernel, each of which adds 1 to `done`")
 
 SENT_WORD = HEADER.constant("kSentWord", FIRST_OFFSET, "dispatch_notify: R words: rows from the sender to each rank")

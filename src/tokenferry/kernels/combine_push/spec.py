@@ -53,5 +53,5 @@ def unit_bits(num_tokens: int) -> int:
 
 
 def num_whole(num_tokens: int, pieces: int, num_adding: int) -> int:
-    """Return how many tokens are summed as a whole; of the last ones, warps sum single pieces, so that all end together."""
+    """Return how many tokens are summed as a whole; the last ones are summed by piece, so that all warps end as one."""
     return max(0, num_tokens - 2 * WARPS * num_adding // pieces)

@@ -18,12 +18,12 @@
 #include "device/number.cuh"
 
 constexpr u32 kBatch =
-    kType == 2 || kEncoding == 2 ? 2 : 4;  // rows whose chunks are in flight together; registers bound them
+    kType == kFp32 || kEncoding == kLogfmt10 ? 2 : 4;  // rows whose chunks are in flight together; registers bound them
 
 DEV u8* packets_of(const DecodeCombineParams& p, const Turn& turn, u32 at) {
     return p.workspaces[at] + p.packets_at + turn.half * p.packets_stride;
 }
-DEV u32 chunks_of(const DecodeCombineParams& p) { return (p.columns + 511) / 512; }
+DEV u32 chunks_of(const DecodeCombineParams& p) { return (p.columns + kChunkColumns - 1) / kChunkColumns; }
 DEV u8* chunk_at(const DecodeCombineParams& p, u8* packets, u32 row, u32 chunk) {
     return packets + ((u64)row * chunks_of(p) + chunk) * (kPackets * 16);
 }

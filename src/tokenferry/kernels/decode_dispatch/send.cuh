@@ -120,7 +120,7 @@ DEV void load_chunk(const DecodeDispatchParams& p, u32 number, const u32 chunks,
     const u32 lane = threadIdx.x % 32, t = number / chunks, chunk = number % chunks;
     load.expert = lane < p.top_k ? (u32)index_at(p, t * p.top_k + lane) : kOnes;
     if constexpr (kCast) {
-        load_columns(p.x, t, p.columns, chunk * 512 + lane * 16, load.v);
+        load_columns(p.x, t, p.columns, chunk * kChunkColumns + lane * 16, load.v);
     } else {
 #pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) {

@@ -1,10 +1,10 @@
-// What decode dispatch casts, and where scales go. kType: what x is made of, 4: nothing is cast.
+// What decode dispatch casts, and where scales go. kType: what x is made of, or kRaw: nothing is cast.
 #pragma once
 #include "device/fp8.cuh"
 #include "device/number.cuh"
 
-constexpr bool kCast = kType != 4;
-constexpr u32 kReads = kType == 2 ? 4 : 2;  // of 16 bytes, for 16 columns
+constexpr bool kCast = kType != kRaw;
+constexpr u32 kReads = kType == kFp32 ? 4 : 2;  // of 16 bytes, for 16 columns
 
 // This lane's 16 columns; zeros behind the end.
 DEV void load_columns(const u8* x, u64 row, u32 columns, u32 column, int4 (&v)[kReads]) {

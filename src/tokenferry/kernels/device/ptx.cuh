@@ -94,7 +94,7 @@ DEV u64 load_relaxed(const u64* p) {
     return v;
 }
 
-// Words in shared memory by which warps of a block tell each other what they have done.
+// Words in shared memory with which the warps of a block signal each other.
 DEV void store_in_block(u32* p, u32 v) {
     asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
 }
