@@ -26,6 +26,7 @@ def test_a_header():
         "static_assert(TOKENFERRY_OFFSET(Toy, words) == 0);",
         "static_assert(TOKENFERRY_OFFSET(Toy, last) == 48);",
         "static_assert(sizeof(Toy) == 52);",
+        "",
     ]
 
 

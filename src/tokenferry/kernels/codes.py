@@ -21,9 +21,9 @@ RAW = HEADER.constant("kRaw", 4, "kType of decode dispatch: rows are bytes, noth
 
 # ---- layouts of received rows, params.layout
 
-ROWS = HEADER.constant("kRows", 0, "by source rank, then token")
-EXPERTS = HEADER.constant("kExperts", 1, "by expert, each group padded to the alignment")
-MASKED = HEADER.constant("kMasked", 2, "by expert, `capacity` rows for each")
+ROWS = HEADER.constant("kRows", 0, "layout: by source rank, then token")
+EXPERTS = HEADER.constant("kExperts", 1, "layout: by expert, each group padded to the alignment")
+MASKED = HEADER.constant("kMasked", 2, "layout: by expert, `capacity` rows for each")
 
 # ---- units of work
 

@@ -34,13 +34,15 @@ OFFSET_BYTES = HEADER.constant("kOffsetBytes", 16, "offsets in handshakes count 
 
 # ---- places of rows on any rank, in 32 bits
 
-RANK_SHIFT = HEADER.constant("kRankShift", 28, "a row is rank << kRankShift | its place there; -1: none")
-PLACE_MASK = HEADER.constant("kPlaceMask", (1 << RANK_SHIFT) - 1, "its place")
+RANK_SHIFT = HEADER.constant("kRankShift", 28, "a row on any rank is rank << kRankShift | its place there; -1: none")
+PLACE_MASK = HEADER.constant("kPlaceMask", (1 << RANK_SHIFT) - 1, "the bits of the place in it")
 
 # ---- words of a handshake
 
 HANDSHAKE_WORDS = HEADER.constant("kHandshakeWords", 32, "words of a handshake")
-SIGNATURE_WORDS = HEADER.constant("kSignatureWords", 15, "the first words of a handshake")
+SIGNATURE_WORDS = HEADER.constant(
+    "kSignatureWords", 15, "the first words of a handshake, which are the same on all ranks"
+)
 DISPATCH_WORD = HEADER.constant(
     "kDispatchWord", 14, "decode combine: the epoch of the dispatch that it belongs to; the kernel fills it in"
 )
@@ -52,14 +54,16 @@ BLOCKS_WORD = HEADER.constant("kBlocksWord", 31, "blocks of the sender's kernel,
 SENT_WORD = HEADER.constant("kSentWord", FIRST_OFFSET, "dispatch_notify: R words: rows from the sender to each rank")
 
 RECV_ROWS_WORD = HEADER.constant("kRecvRowsWord", FIRST_OFFSET, "dispatch: offset of the sender's rows")
-RECV_SCALE_WORD = HEADER.constant("kRecvScaleWord", FIRST_OFFSET + 1, "dispatch: of its scales")
-RECV_WEIGHTS_WORD = HEADER.constant("kRecvWeightsWord", FIRST_OFFSET + 2, "dispatch: of its weights")
-RECV_IDS_WORD = HEADER.constant("kRecvIdsWord", FIRST_OFFSET + 3, "first dispatch: of its expert ids")
-RECV_SRC_TOKEN_WORD = HEADER.constant("kRecvSrcTokenWord", FIRST_OFFSET + 4, "first dispatch: of its src_token")
-RECV_ROW_IDX_WORD = HEADER.constant("kRecvRowIdxWord", FIRST_OFFSET + 5, "first dispatch: of its row_idx")
+RECV_SCALE_WORD = HEADER.constant("kRecvScaleWord", FIRST_OFFSET + 1, "dispatch: offset of its scales")
+RECV_WEIGHTS_WORD = HEADER.constant("kRecvWeightsWord", FIRST_OFFSET + 2, "dispatch: offset of its weights")
+RECV_IDS_WORD = HEADER.constant("kRecvIdsWord", FIRST_OFFSET + 3, "first dispatch: offset of its expert ids")
+RECV_SRC_TOKEN_WORD = HEADER.constant("kRecvSrcTokenWord", FIRST_OFFSET + 4, "first dispatch: offset of its src_token")
+RECV_ROW_IDX_WORD = HEADER.constant("kRecvRowIdxWord", FIRST_OFFSET + 5, "first dispatch: offset of its row_idx")
 
 COMBINE_ROWS_WORD = HEADER.constant(
-    "kCombineRowsWord", FIRST_OFFSET, "combine: offset of the sender's rows (pull), or of the place for pushed rows"
+    "kCombineRowsWord",
+    FIRST_OFFSET,
+    "combine: offset of the sender's rows (combine_pull), or of memory for pushed ones",
 )
 COMBINE_WEIGHTS_WORD = HEADER.constant("kCombineWeightsWord", FIRST_OFFSET + 1, "combine: offset of its weights")
 START_WORD = HEADER.constant("kStartWord", FIRST_OFFSET + 2, "combine_push: rows of the sender before the reader's")
@@ -130,7 +134,7 @@ RECORD = HEADER.struct(
     [
         Field("code", "u32", (), "a fault; written last. 0: none"),
         Field("call_number", "u32", (), "of the call that found it"),
-        *(Field(name, "u32", (), "see the codes") for name in ("peer", "word", "seen", "expected", "blamed")),
+        *(Field(name, "u32", (), "depends on the code") for name in ("peer", "word", "seen", "expected", "blamed")),
         Field("waited_ms", "u32", (), "how long the kernel waited"),
     ],
 )
@@ -139,13 +143,15 @@ RECORD_WORDS = RECORD.num_bytes // 4
 
 # ---- what dispatch_notify reports to the host, behind the record
 
-HOST_RECEIVED_WORD = HEADER.constant("kHostReceivedWord", 1, "rows from each rank; word 0 is the call number")
-HOST_SENT_WORD = HEADER.constant("kHostSentWord", HOST_RECEIVED_WORD + MAX_RANKS, "rows to each rank")
-HOST_EXPERTS_WORD = HEADER.constant("kHostExpertsWord", HOST_SENT_WORD + MAX_RANKS, "rows of each local expert")
+HOST_RECEIVED_WORD = HEADER.constant("kHostReceivedWord", 1, "R words: rows from each rank; word 0 is the call number")
+HOST_SENT_WORD = HEADER.constant("kHostSentWord", HOST_RECEIVED_WORD + MAX_RANKS, "R words: rows to each rank")
+HOST_EXPERTS_WORD = HEADER.constant(
+    "kHostExpertsWord", HOST_SENT_WORD + MAX_RANKS, "L words: rows of each local expert"
+)
 
 # ---- the timeline of a decode kernel: [blocks][kTraceWords], nanoseconds of the GPU's clock
 
-TRACE_WORDS = HEADER.constant("kTraceWords", 32, "words of a block")
+TRACE_WORDS = HEADER.constant("kTraceWords", 32, "words of a block in a timeline, in nanoseconds")
 TRACE = {
     "start": HEADER.constant("kTraceStart", 0, "the block has begun"),
     "ready": HEADER.constant("kTraceReady", 1, "peers have room for what it sends"),

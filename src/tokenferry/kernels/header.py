@@ -103,5 +103,13 @@ class Header:
         asserts = [
             f"static_assert(TOKENFERRY_OFFSET({name}, {field}) == {offset});" for field, offset in offsets.items()
         ]
-        self._lines += ["", f"struct {name} {{", *members, "};", *asserts, f"static_assert(sizeof({name}) == {end});"]
+        self._lines += [
+            "",
+            f"struct {name} {{",
+            *members,
+            "};",
+            *asserts,
+            f"static_assert(sizeof({name}) == {end});",
+            "",
+        ]
         return Layout(tuple(fields), offsets, end)
