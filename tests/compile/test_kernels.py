@@ -28,7 +28,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: ker
 
 
 def shipped() -> list[KernelSpec]:
-    """Every spec in a ``spec.py``: those that groups warm up, and those that only a command uses."""
+    """Return every spec in a ``spec.py``: those that groups warm up, and those that only a command uses."""
     found: dict[KernelSpec, None] = {}
     for path in sorted(KERNELS.glob("*/spec.py")):
         module = importlib.import_module(f"tokenferry.kernels.{path.parent.name}.spec")
@@ -89,7 +89,7 @@ def test_every_kernel_file_has_a_spec():
 
 
 def code(spec: KernelSpec) -> str:
-    """All text that a kernel is made of, without comments and generated headers."""
+    """Return the text of a kernel and its headers, without comments and generated headers."""
     headers = spec.unit(spec.configs[0], "sm_90a").headers
     return "\n".join(re.sub(r"//.*", "", text) for name, text in headers.items() if name not in spec.generated)
 
@@ -174,7 +174,7 @@ def test_too_much_shared_memory_is_seen(tmp_path):
 
 
 def test_a_block_that_cannot_be_launched_is_seen():
-    """1024 threads can have 64 registers each; registers are given out in eights."""
+    """1024 threads can have 64 registers each; registers are allocated in eights."""
     spec = dataclasses.replace(SCALE, max_threads=1024, max_registers=65)
     assert promises.broken_promises(spec, Resources(64, 0, 0, 0), "") == []
     assert ["no __launch_bounds__?" in line for line in promises.broken_promises(spec, Resources(65, 0, 0, 0), "")] == [

@@ -20,7 +20,7 @@ CASE = Case((40, 25), 8, 3, hidden=256)
 
 
 def brought(group: ExpertGroup, step: Step) -> tuple[Tensor, Routing]:
-    """What a rank brings, on its device."""
+    """Return the input of a rank, on its device."""
     mine = step.mine()
     x, topk_idx, weights = (tensor.to(group.device) for tensor in (mine.x, mine.topk_idx, mine.topk_weights))
     return x, Routing(topk_idx, weights)
@@ -164,7 +164,7 @@ class Filled:
 
 
 def hooks_on_a_side_stream(rank, pg) -> None:
-    """What the hooks' kernels read and write dies before they begin."""
+    """Free the memory that the kernels of hooks read and write before they start."""
     stream, made = torch.cuda.Stream(), []
     with PAIR.open(pg, CASE.shape) as group:
         group.warmup()

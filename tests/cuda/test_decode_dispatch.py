@@ -35,7 +35,7 @@ from tokenferry.types import MoeShape
 SHORT_S = 0.2
 """Deadline of kernels whose peer never launches."""
 TOKENS = (6, 0, 11, 1, 4, 2, 9, 33)
-"""Of up to eight ranks."""
+"""Tokens of up to eight ranks."""
 
 
 def check_call(case: Case, fp8: Scale | None = None, *, max_tokens: int = 0, prepared: bool = False) -> Dispatch:

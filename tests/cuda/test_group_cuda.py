@@ -266,7 +266,7 @@ def heap_of(megabytes: int) -> Iterator[None]:
 
 @contextmanager
 def said() -> Iterator[list[str]]:
-    """What tokenferry logs meanwhile."""
+    """Collect what tokenferry logs meanwhile."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())

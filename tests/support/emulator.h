@@ -115,7 +115,7 @@ static bool __syncthreads_and(bool value) {
 }
 static void __syncthreads() { __syncthreads_and(true); }
 
-// What each lane brings, once all have.
+// Returns the values of all lanes, once each lane has one.
 template <class T>
 static const unsigned long long* emu_exchange(unsigned mask, T value) {
     if (mask != ~0u) emu_fail("a warp intrinsic of a part of a warp: the emulator has none");

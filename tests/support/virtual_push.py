@@ -24,12 +24,12 @@ class Sizes:
 
     Attributes:
         tokens: T of each rank.
-        row_bytes: Of a row.
+        row_bytes: Bytes of a row.
         biases: How many.
-        blocks: Of the grid.
+        blocks: Blocks of the grid.
         pushers: Blocks that push, of a rank whose rows are not fetched.
-        whole: The part of the tokens, from the first on, of which a warp adds up all pieces; of the others single ones.
-        bits: Rows of a unit that is pushed, as a power of two: what each rank asks for, in turn.
+        whole: The share of the tokens, from the first on, that a warp sums as a whole; the others by single pieces.
+        bits: log2 of the rows of a unit that is pushed: of each rank, in turn.
         fetched: Ranks whose rows lie in the heap, for peers to fetch.
         top_k: K, if weights come home.
         routing: random; own: each token has a row on its own rank only; last: on the last; nowhere.

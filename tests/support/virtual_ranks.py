@@ -123,7 +123,7 @@ class Ranks:
 
     Args:
         num_ranks: R.
-        heap_bytes: Of each window.
+        heap_bytes: Bytes of the heap of each window.
     """
 
     def __init__(self, num_ranks: int, heap_bytes: int = HEAP_BYTES) -> None:

@@ -1,4 +1,4 @@
-"""What the compiler gets, and by what name the result is kept."""
+"""The text that the compiler gets, and the key of the result in the cache."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What ranks exchange through their windows, and what kernels report to the host, in one place for both languages.
+"""The control block, the handshake, and the reports of kernels to the host, declared once for Python and C++.
 
 A window begins with its control block: words that the kernels of the peers write and those of the owner read. Every
 word that is waited for carries an epoch, so nothing is ever cleared. The epoch counts the collective kernels; it lives

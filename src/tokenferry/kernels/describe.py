@@ -1,4 +1,4 @@
-"""What the specs of all kernels of a group have in common."""
+"""The common part of the specs of all kernels that a group launches."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ class Field:
 
     Attributes:
         name: In Python and in C++.
-        type: Of an item: ``"u8"``, ``"u32"`` or ``"u64"``.
-        shape: Of the array; empty for a single word.
+        type: Type of an item: ``"u8"``, ``"u32"`` or ``"u64"``.
+        shape: Shape of the array; empty for a single word.
         meaning: One line for the reader of the C++ struct.
     """
 
@@ -27,12 +27,12 @@ class Field:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of an item."""
+        """Size of an item."""
         return _ITEM_BYTES[self.type]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the whole field."""
+        """Size of the whole field."""
         return self.item_bytes * math.prod(self.shape)
 
 
@@ -41,9 +41,9 @@ class Layout:
     """Where the fields of a struct lie.
 
     Attributes:
-        fields: In order.
-        offsets: Of each field, in bytes, by name.
-        num_bytes: Of the struct.
+        fields: The fields, in order.
+        offsets: Offset of each field in bytes, by name.
+        num_bytes: Size of the struct.
     """
 
     fields: tuple[Field, ...]
@@ -55,7 +55,7 @@ class Header:
     """A C++ header that grows by one declaration at a time, in the order in which Python makes them.
 
     Args:
-        name: In ``#include`` lines, such as ``"generated/codes.cuh"``.
+        name: Name in ``#include`` lines, such as ``"generated/codes.cuh"``.
         source: The Python file that declares, for the header's first line.
     """
 
@@ -72,9 +72,9 @@ class Header:
         """Declare ``constexpr u32 <name> = <value>;``.
 
         Args:
-            name: In C++.
-            value: Of 32 bits.
-            meaning: One line.
+            name: Name in C++.
+            value: An unsigned number of 32 bits.
+            meaning: One line for the reader of the header.
 
         Returns:
             int: The value.
@@ -86,8 +86,8 @@ class Header:
         """Declare a struct of words, with a static_assert on its size and on the offset of every field.
 
         Args:
-            name: In C++.
-            fields: In order; each has to lie at a multiple of its item's size, so that there is no padding.
+            name: Name in C++.
+            fields: The fields, in order; each has to lie at a multiple of its item's size, so that there is no padding.
 
         Returns:
             Layout: Where the fields lie.
