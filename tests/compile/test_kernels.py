@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,21 @@ from tokenferry.jit import compiler
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
 from tokenferry.jit.resources import Resources
+from tokenferry.jit.source import constant_name
+from tokenferry.kernels import control_block
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
+from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: kernels cannot be compiled here")
 
 
 def shipped() -> list[KernelSpec]:
-    """Every spec in a ``spec.py``: those that groups warm up, and those that only a command uses."""
+    """Return every spec in a ``spec.py``: those that groups warm up, and those that only a command uses."""
     found: dict[KernelSpec, None] = {}
     for path in sorted(KERNELS.glob("*/spec.py")):
         module = importlib.import_module(f"tokenferry.kernels.{path.parent.name}.spec")
@@ -84,6 +88,36 @@ def test_every_kernel_file_has_a_spec():
     assert set(KERNELS.rglob("*.cuh")) <= used
 
 
+def code(spec: KernelSpec) -> str:
+    """Return the text of a kernel and its headers, without comments and generated headers."""
+    headers = spec.unit(spec.configs[0], "sm_90a").headers
+    return "\n".join(re.sub(r"//.*", "", text) for name, text in headers.items() if name not in spec.generated)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_every_field_and_every_constant_is_read(spec):
+    text = code(spec)
+    fields = [name for name, _ in spec.params.struct._fields_ if not re.search(rf"\bp\.{name}\b", text)]
+    constants = [name for name in spec.configs[0] if not re.search(rf"\b{constant_name(name)}\b", text)]
+    assert (fields, constants) == ([], []), f"{spec.name} reads neither"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_kernels_do_not_cast_pointers_that_have_a_type(spec):
+    """Only pointers to bytes are cast: to memory that holds one type or another."""
+    typed = re.findall(r"^  (?!unsigned char|u8|const u8|void|const void)[\w ]+\* (\w+)", spec.params.cpp, re.MULTILINE)
+    cast = re.findall(r"reinterpret_cast<[^>]*>\(p\.(\w+)", code(spec))
+    assert not set(typed) & set(cast)
+
+
+def test_no_shared_constant_is_declared_in_device_code():
+    text = "\n".join(path.read_text() for path in KERNELS.rglob("*.cuh"))
+    headers = {text for spec in SPECS for text in spec.generated.values()}
+    declared = re.findall(r"^constexpr u32 (\w+) =", "\n".join(sorted(headers)), re.MULTILINE)
+    assert "kMaxRanks" in declared
+    assert not set(declared) & set(re.findall(r"\b(k[A-Z]\w*) =[^=]", text))
+
+
 def test_what_groups_warm_up_is_tested_here():
     from tokenferry.kernels.all import SPECS as WARMED_UP
 
@@ -140,7 +174,7 @@ def test_too_much_shared_memory_is_seen(tmp_path):
 
 
 def test_a_block_that_cannot_be_launched_is_seen():
-    """1024 threads can have 64 registers each; registers are given out in eights."""
+    """1024 threads can have 64 registers each; registers are allocated in eights."""
     spec = dataclasses.replace(SCALE, max_threads=1024, max_registers=65)
     assert promises.broken_promises(spec, Resources(64, 0, 0, 0), "") == []
     assert ["no __launch_bounds__?" in line for line in promises.broken_promises(spec, Resources(65, 0, 0, 0), "")] == [
@@ -173,6 +207,15 @@ def test_two_layouts_of_one_struct_do_not_compile(tmp_path):
     params.cpp = params.cpp.replace("int* y", "short y")
     with pytest.raises(BackendUnavailable, match=r"(?s)kernel any: NVRTC .*Python and C\+\+ lay out ScaleParams"):
         promises.compiled(dataclasses.replace(SCALE, params=params), {"offset": 0})
+
+
+def test_two_layouts_of_the_control_block_do_not_compile():
+    name = control_block.HEADER.name
+    other = STAGE_INPUT.generated[name].replace("u32 masked;", "u64 masked;")
+    assert other != STAGE_INPUT.generated[name]
+    spec = dataclasses.replace(STAGE_INPUT, generated={**STAGE_INPUT.generated, name: other})
+    with pytest.raises(BackendUnavailable, match=r"(?s)kernel any: NVRTC .*static assertion failed"):
+        promises.compiled(spec, {})
 
 
 def test_mixed_fields_lie_where_ctypes_puts_them():

@@ -54,15 +54,15 @@ MORE_RANKS = (
     "test_dispatch_kernel.py::test_one_plan_again_and_again",
     "test_combine_pull.py::test_every_type[2-float32]",
     "test_combine_pull.py::test_tables_of_every_width[33]",
-    "test_combine_pull.py::test_weights_come_home",
+    "test_combine_pull.py::test_weights_are_returned",
     "test_combine_pull.py::test_stage_copies_rows_below_the_counts",
     "test_combine_push.py::test_every_type[3-bfloat16]",
     "test_combine_push.py::test_rows_of_every_size[14336-(1,)]",
     "test_combine_push.py::test_any_grid_and_a_late_rank[1-1-None]",
     "test_combine_push.py::test_any_grid_and_a_late_rank[4-2-0]",
     "test_combine_push.py::test_some_ranks_rows_are_fetched[3-fetched1]",
-    "test_combine_push.py::test_weights_come_home[8]",
-    "test_sync.py::test_plans_of_different_dispatches[move]",
+    "test_combine_push.py::test_weights_are_returned[8]",
+    "test_sync.py::test_plans_of_different_dispatches[dispatch]",
     "test_decode_dispatch.py::test_every_routing[repeated-3]",
     "test_decode_dispatch.py::test_every_number_of_choices[repeated-33]",
     "test_decode_dispatch.py::test_casts[2-bfloat16-FLOAT32]",
@@ -82,8 +82,8 @@ MORE_RANKS = (
 def command(sanitizer: str, tool: str, tests: list[str]) -> list[str]:
     """One run of one tool."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
-    # Calls of the driver that fail are checked where they are made; bindings ask for functions that a driver may lack.
-    # Bytes right behind an allocation may be another's; memcheck finds who touches them if they are nobody's.
+    # Failed calls of the driver are checked where they are made, and the bindings ask for functions that it may lack.
+    # memcheck keeps bytes free behind each allocation, and finds accesses that would otherwise hit the next one.
     more = ["--report-api-errors", "no", "--padding", PADDING] if tool == "memcheck" else []
     return [sanitizer, "--tool", tool, *more, "--error-exitcode", str(FOUND), *pytest]
 

@@ -1,4 +1,4 @@
-"""The kernels `pull` and `stage` alone, on virtual ranks: sums in the stated order, bit for bit."""
+"""The kernels combine_pull and stage_input alone, on virtual ranks: sums in the documented order, bit for bit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_tables_of_every_width(width):
 
 
 def test_more_units_than_warps():
-    """One block has twelve warps; every warp's ring comes round many times, in tokens and in pieces."""
+    """One block has twelve warps; every ring wraps around many times, in tokens and in pieces."""
     pull(Sizes((150, 70), 6160, 9, blocks=1), torch.bfloat16)
 
 
@@ -70,11 +70,11 @@ def test_the_same_bits_with_a_late_rank_and_any_grid():
 
 
 @pytest.mark.parametrize("width", [8, 40])
-def test_ranks_that_take_no_part_give_nothing(width):
-    """Ranks 1 and 3 do not launch: nobody waits for them, and their rows, all NaN, are not read."""
+def test_ranks_that_take_no_part_contribute_nothing(width):
+    """Ranks 1 and 3 do not launch: no rank waits for them, and their rows, all NaN, are not read."""
     ranks = Ranks(4)
     one = Pull(ranks, Sizes((20, 5, 9, 6), 528, width, biases=1), torch.float32, alive=0b0101)
-    for rank in (1, 3):  # their handshakes are not read: who reads rows all the same finds these, and they are NaN
+    for rank in (1, 3):  # their handshakes are not read; these point to rows of NaN
         ranks.words(rank, "handshake", 8192).fill_(-1)
     one.run(only=(0, 2))
     one.check(only=(0, 2))
@@ -87,7 +87,7 @@ def test_ranks_that_take_no_part_give_nothing(width):
 
 @dataclass
 class Weights:
-    """Weights that come home: what each rank holds, one a place, and where each token's slots find theirs."""
+    """Weights that are returned: those of each rank, one a place, and the places of each token's slots."""
 
     pull: Pull
     top_k: int
@@ -132,7 +132,7 @@ class Weights:
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 64])
-def test_weights_come_home(top_k):
+def test_weights_are_returned(top_k):
     one = Pull(ranks_of(3), Sizes((40, 0, 21), 4112, 6, biases=1), torch.bfloat16)
     weights = Weights(one, top_k)
     one.ranks.run(pull_spec.SPEC, [weights.fields(rank) for rank in range(3)], one.launch_sizes(), one.config)
@@ -141,15 +141,15 @@ def test_weights_come_home(top_k):
         same_bits(f"weights of rank {rank}", weights.out[rank], weights.want(rank))
 
 
-# ---------------------------------------------------------------------- stage
+# ---------------------------------------------------------------------- stage_input
 
 
-def stage(ranks, rank, source, block, counts, *, void=False):
-    """Params of `stage` for ``source`` ``[L * capacity, row_bytes]``; ``counts``: rows of each expert."""
+def stage_fields(ranks, rank, source, block, counts, *, aborted=False):
+    """Return params of stage_input for ``source`` ``[L * capacity, row_bytes]``; ``counts``: rows of each expert."""
     return {
         "source": ranks.on_device(source),
         "to": block.address,
-        "src_counts": ranks.on_device(torch.full((ranks.num_ranks,), -1 if void else 5)),
+        "src_counts": ranks.on_device(torch.full((ranks.num_ranks,), -1 if aborted else 5)),
         "expert_counts": ranks.on_device(torch.tensor(counts, dtype=torch.int32)),
         "num_local": len(counts),
         "capacity": source.shape[0] // len(counts),
@@ -168,7 +168,7 @@ def test_stage_copies_rows_below_the_counts(row_bytes):
     capacity, counts = 11, ([0, 11, 3, 7], [1, 0, 0, 10])
     sources = [random_rows(4 * capacity, row_bytes, rank) for rank in range(2)]
     blocks = [ranks.block(rank, sources[rank].numel()) for rank in range(2)]
-    fields = [stage(ranks, rank, sources[rank], blocks[rank], counts[rank]) for rank in range(2)]
+    fields = [stage_fields(ranks, rank, sources[rank], blocks[rank], counts[rank]) for rank in range(2)]
     ranks.run(stage_spec.SPEC, fields, (3, stage_spec.THREADS, 0))
     for rank in range(2):
         places = [e * capacity + i for e, count in enumerate(counts[rank]) for i in range(count)]
@@ -179,15 +179,15 @@ def test_stage_has_more_rows_than_warps():
     ranks = ranks_of(1)
     source = random_rows(2 * 300, 272, 0)
     block = ranks.block(0, source.numel())
-    ranks.run(stage_spec.SPEC, [stage(ranks, 0, source, block, [300, 171])], (1, stage_spec.THREADS, 0))
+    ranks.run(stage_spec.SPEC, [stage_fields(ranks, 0, source, block, [300, 171])], (1, stage_spec.THREADS, 0))
     check_rows("rank 0", block, list(range(471)), list(source[:471]), 272)
 
 
-def test_a_void_plan_stages_nothing():
+def test_an_aborted_plan_stages_nothing():
     ranks = ranks_of(2)
     blocks = [ranks.block(rank, 8 * 64) for rank in range(2)]
     rows = random_rows(8, 64, 0)
-    fields = [stage(ranks, rank, rows, blocks[rank], [4, 4], void=True) for rank in range(2)]
+    fields = [stage_fields(ranks, rank, rows, blocks[rank], [4, 4], aborted=True) for rank in range(2)]
     ranks.run(stage_spec.SPEC, fields, (1, stage_spec.THREADS, 0))
     for block in blocks:
-        check_rows("a void plan", block, [], [], 64)
+        check_rows("an aborted plan", block, [], [], 64)

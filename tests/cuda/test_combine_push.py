@@ -1,4 +1,4 @@
-"""The kernel `push` alone, on virtual ranks: rows at home where they belong, and sums in rank order, bit for bit."""
+"""The kernel combine_push alone, on virtual ranks: where rows are pushed to, and sums in rank order, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenferry.kernels.control_block import MAX_LANDED, ROOM_WORD, ROWS_WORD, S
 from tokenferry.testing.compare import same_bits
 
 SHORT_S, LATE_S = 0.2, 0.7
-"""Deadlines of kernels that wait in vain: where a peer does not come; where it has to, but does not do its part."""
+"""Deadlines of kernels that time out: because a peer does not launch; because it launches, but pushes no rows."""
 
 
 # ---------------------------------------------------------------------- sums
@@ -34,7 +34,7 @@ def test_every_type(num_ranks, dtype):
 @pytest.mark.parametrize("bits", [(0,), (1,), (3,), (3, 0, 1)], ids=str)
 @pytest.mark.parametrize("row_bytes", [16, 48, 2048, 2064, 8208, 14336, 65536])
 def test_rows_of_every_size(row_bytes, bits):
-    """A piece has 2048 bytes where rows are added up, up to 8192 where they are pushed; each rank has its own units."""
+    """A piece has 2048 bytes where rows are summed, up to 8192 where they are pushed; each rank has its own units."""
     tokens = (30, 1, 17) if row_bytes < 10_000 else (9, 1, 6)
     for biases, whole in enumerate((0, 0.5, 1)):
         push(Sizes(tokens, row_bytes, biases, blocks=3, whole=whole, bits=bits))
@@ -46,14 +46,14 @@ def test_uneven_plans(num_ranks, routing):
     push(Sizes((40, 3, 0, 17, 50)[:num_ranks], 272, biases=1, blocks=3, bits=(1,), routing=routing))
 
 
-def test_nobody_has_tokens():
+def test_no_rank_has_tokens():
     push(Sizes((0, 0, 0), 272))
 
 
 @pytest.mark.parametrize("late", [None, 0, 2])
 @pytest.mark.parametrize(("blocks", "pushers"), [(1, 1), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3)])
 def test_any_grid_and_a_late_rank(blocks, pushers, late):
-    """A single block pushes, then adds up; otherwise blocks do the one or the other."""
+    """A single block pushes, then sums; otherwise blocks do one or the other."""
     one = Push(ranks_of(3), Sizes((60, 31, 8), 4112, 1, blocks, pushers, bits=(1,)), torch.bfloat16)
     if late is not None:
         one.ranks.delay(late, 5)
@@ -62,7 +62,7 @@ def test_any_grid_and_a_late_rank(blocks, pushers, late):
 
 
 def test_every_rank_has_a_grid_of_its_own():
-    """How many blocks push, and how many say that they are done, is each rank's affair."""
+    """Ranks may differ in the blocks that push, and in the blocks that announce their end."""
     one = Push(ranks_of(4), Sizes((30, 41, 8, 22), 2064, 1), torch.bfloat16)
     grids = ((1, 1), (4, 2), (2, 1), (3, 2))
     fields = [one.fields(rank, pushers=pushers) for rank, (_, pushers) in enumerate(grids)]
@@ -78,24 +78,24 @@ def test_every_rank_has_a_grid_of_its_own():
 @pytest.mark.parametrize("bits", [0, 2])
 @pytest.mark.parametrize("row_bytes", [48, 6160, 14336])
 def test_more_units_than_warps(row_bytes, bits):
-    """A block has up to eleven warps that push: rings come round, and units end before those behind them are begun."""
+    """A block has up to eleven warps that push: rings wrap around, and units end before the next ones start."""
     for blocks, whole in ((1, 1), (2, 0)):
         push(Sizes((150, 70), row_bytes, blocks=blocks, whole=whole, bits=(bits,)))
 
 
-def test_a_unit_is_told_of_when_its_last_row_is_there():
-    """Warps enough to read all rows of a large unit at once, as soon as they hear of it."""
+def test_the_flag_of_a_unit_is_set_after_its_last_row():
+    """Enough warps to read all rows of a large unit at once, as soon as its flag is set."""
     push(Sizes((39, 0), 65536, blocks=4, whole=1, bits=(6,), routing="last"))
 
 
-def test_as_many_units_as_there_are_words():
+def test_as_many_units_as_there_are_flags():
     """Rank 0 has a row of each token on rank 1; the last unit may be short."""
     for tokens, bits in ((MAX_LANDED, 0), (MAX_LANDED + 1, 1)):
         assert push_spec.unit_bits(tokens) == bits
         push(Sizes((tokens, 3), 16, bits=(bits,), routing="last", blocks=3))
 
 
-def test_units_have_words_whatever_the_number_of_tokens():
+def test_units_have_flags_whatever_the_number_of_tokens():
     for tokens in (0, 1, 127, 128, 4096, 4097, 8192, 8193, 1 << 17, (1 << 20) + 1):
         assert -(-tokens >> push_spec.unit_bits(tokens)) <= MAX_LANDED
 
@@ -111,13 +111,13 @@ def test_no_more_tokens_are_whole_than_there_are():
 @pytest.mark.parametrize("fetched", [(1,), (0, 2), (0, 1, 2)])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_some_ranks_rows_are_fetched(blocks, fetched):
-    """Where they lie, by peers; the others bring theirs, to those ranks, too."""
+    """Peers fetch them where they lie; the other ranks push theirs, also to those ranks."""
     for row_bytes in (48, 4112):
         push(Sizes((40, 13, 29), row_bytes, biases=1, blocks=blocks, bits=(0, 2), fetched=fetched), torch.float16)
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 64])
-def test_weights_come_home(top_k):
+def test_weights_are_returned(top_k):
     """Also to tokens without rows, and of tokens in many units."""
     for fetched, whole in (((), 0), ((), 1), ((2,), 0.5)):
         push(Sizes((40, 0, 21), 4112, biases=1, blocks=3, whole=whole, fetched=fetched, top_k=top_k))
@@ -127,24 +127,24 @@ def test_weights_come_home(top_k):
 
 
 def test_other_rows_along_one_plan():
-    """The block still has the rows of the run before, and the words say so: who does not wait adds those up."""
+    """Memory and flags still hold the last run: a kernel that does not wait sums old rows."""
     one = Push(ranks_of(3), Sizes((40, 25, 33), 4112, blocks=3, bits=(2, 0)), torch.bfloat16)
     for seed in range(6):
-        one.bring(seed)
+        one.fill(seed)
         one.ranks.delay(seed % 3, 1)
         one.run()
         one.check()
 
 
-def test_plans_that_take_turns():
-    """Units that only one of them has keep words of two runs ago; also of a run with units of another size."""
+def test_alternating_plans():
+    """Units that only one plan has keep flags of two runs ago; also of a run with units of another size."""
     for seed in range(6):
         push(Sizes(((40, 7), (9, 31))[seed % 2], 528, bits=((0,), (3,), (1,))[seed % 3], blocks=3, seed=seed))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "last", "next"])
-def test_words_that_say_something_else(wrong):
-    """Only the epoch of this run means that rows are here."""
+def test_flags_with_another_epoch(wrong):
+    """Only the epoch of this run means that rows have arrived."""
     ranks = ranks_of(3)
     epoch = ranks.epochs()[0]
     for rank in range(3):
@@ -152,7 +152,7 @@ def test_words_that_say_something_else(wrong):
     push(Sizes((40, 13, 29), 2064, bits=(1,), blocks=3))
 
 
-def test_a_void_plan_brings_nothing():
+def test_an_aborted_plan_pushes_nothing():
     ranks = ranks_of(2)
     one = Push(ranks, Sizes((9, 5), 64, top_k=2), torch.float32)
     epochs, void = ranks.epochs(), ranks.on_device(torch.tensor([-1, -1]))
@@ -165,12 +165,12 @@ def test_a_void_plan_brings_nothing():
         assert torch.equal(landed(ranks, rank), words[rank])
 
 
-# ---------------------------------------------------------------------- ranks that do not do their part
+# ---------------------------------------------------------------------- lost ranks
 
 
 @pytest.mark.parametrize("fetched", [(), (2,)], ids=str)
-def test_ranks_that_take_no_part_give_nothing(fetched):
-    """Ranks 1 and 3 do not launch: nobody waits for them or their rows, or brings them any."""
+def test_ranks_that_take_no_part_contribute_nothing(fetched):
+    """Ranks 1 and 3 do not launch: no rank waits for them or their rows, or pushes them any."""
     ranks = Ranks(4)
     one = Push(ranks, Sizes((20, 5, 9, 6), 528, biases=1, blocks=3, fetched=fetched), torch.float32, alive=0b0101)
     one.run()
@@ -181,7 +181,7 @@ def test_ranks_that_take_no_part_give_nothing(fetched):
 
 
 def records_of(one: Push, fields: Sequence[dict[str, object] | None]):
-    """What ranks record in a run that goes wrong; nobody has written around a block."""
+    """Return the records of a run that fails; check that no rank has written around a block."""
     one.ranks.call += 1
     one.ranks.launch(push_spec.SPEC, fields, one.launch_sizes(), one.config)
     one.ranks.wait()
@@ -209,24 +209,24 @@ def test_a_rank_that_never_launches():
 
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_a_rank_whose_rows_do_not_come(rounds):
-    """Rank 1 has met, but does not push. It has what it needs itself, and learns that it was given up."""
+    """Rank 1 publishes its handshake, but does not push. It gets its own rows, and sees that it was given up."""
     one = Push(Ranks(2), Sizes((20, 9), 528, blocks=1), torch.bfloat16)
     for _ in range(rounds):
         one.run()
-    late, told = records_of(one, [one.fields(0, timeout_s=LATE_S), one.fields(1, pushers=0)])
+    late, given_up = records_of(one, [one.fields(0, timeout_s=LATE_S), one.fields(1, pushers=0)])
     assert late is not None
     assert (late.code, late.call, late.peer, late.blamed) == (Fault.late_rows, one.ranks.call, 1, 1)
     assert (late.seen, late.expected) == (rounds, rounds + 1)
     assert late.waited_ms >= LATE_S * 1000
-    assert told is not None
-    assert (told.code, told.peer, told.word, told.blamed) == (Fault.peer_gave_up, 0, Fault.late_rows, 1)
+    assert given_up is not None
+    assert (given_up.code, given_up.peer, given_up.word, given_up.blamed) == (Fault.peer_gave_up, 0, Fault.late_rows, 1)
     same_bits("rank 1", one.out[1], one.want(1))
     assert one.ranks.epochs() == [rounds] * 2
 
 
 @pytest.mark.parametrize("tokens", [(20, 9, 14), (20, 9, 0)])
-def test_all_who_wait_for_rows_name_the_same_rank(tokens):
-    """A block that only pushes, and a rank that needs nothing, wait for those who wait: these say who is late."""
+def test_all_ranks_that_wait_for_rows_name_the_same_rank(tokens):
+    """Blocks that push, and ranks without rows, wait for ranks that wait for rows: the latter record which is late."""
     one = Push(Ranks(3), Sizes(tokens, 528, blocks=3), torch.bfloat16)
     for record in records_of(one, [one.fields(r, timeout_s=LATE_S, pushers=int(r != 1)) for r in range(3)]):
         assert record is not None
@@ -236,8 +236,8 @@ def test_all_who_wait_for_rows_name_the_same_rank(tokens):
 
 
 @pytest.mark.parametrize(("bits", "missing"), [(0, 0), (0, 21), (1, 6), (3, -1)])
-def test_a_unit_that_does_not_come(bits, missing):
-    """All the others have: no row of that one is added up, and nobody is taken in by those behind it."""
+def test_a_missing_unit(bits, missing):
+    """All others arrive: no row of the missing unit is summed, and later units do not stand for it."""
     one = Push(Ranks(2), Sizes((70, 0), 528, blocks=1, bits=(bits,)), torch.float32)
     rows = one.plan.out[1][0]
     units = -(-rows >> bits)
@@ -252,13 +252,13 @@ def test_a_unit_that_does_not_come(bits, missing):
     got, want = one.out[0].view(torch.int32).cpu(), one.want(0).view(torch.int32)
     untouched = (one.out[0].view(torch.uint8) == POISON).all(dim=1).cpu()
     row = one.plan.table[0][:, 1]
-    assert untouched[(row >= 0) & (row >> bits == missing)].all(), "rows that are not here were added up"
+    assert untouched[(row >= 0) & (row >> bits == missing)].all(), "rows that are missing were summed"
     assert torch.equal(got[~untouched], want[~untouched])
 
 
 @pytest.mark.parametrize("more", [-1, 1])
 def test_plans_of_different_dispatches(more):
-    """Rank 1 has not as many rows for rank 0 as that one's plan says: each sees it, rank 2 may by where its begin."""
+    """Rank 1 has fewer rows for rank 0 than rank 0 expects: both see it; rank 2 may see it by its start word."""
     one = Push(Ranks(3), Sizes((20, 9, 14), 528, blocks=3), torch.bfloat16)
     expected = one.plan.out[1][0]
     fields = one.all_fields()
@@ -278,5 +278,5 @@ def test_plans_of_different_dispatches(more):
     for rank in (0, 1):
         assert (one.out[rank].view(torch.uint8) == POISON).all()
     for rank, src in itertools.product(range(3), range(2)):
-        assert not landed(one.ranks, rank)[src].any(), "who sees it brings no rows"
+        assert not landed(one.ranks, rank)[src].any(), "a rank that sees it pushes no rows"
     assert one.ranks.epochs() == [0] * 3

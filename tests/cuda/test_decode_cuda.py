@@ -20,7 +20,7 @@ CASE = Case((40, 25), 8, 3, hidden=256)
 
 
 def brought(group: ExpertGroup, step: Step) -> tuple[Tensor, Routing]:
-    """What a rank brings, on its device."""
+    """Return the input of a rank, on its device."""
     mine = step.mine()
     x, topk_idx, weights = (tensor.to(group.device) for tensor in (mine.x, mine.topk_idx, mine.topk_weights))
     return x, Routing(topk_idx, weights)
@@ -147,7 +147,7 @@ def copied(sent: DecodeDispatched) -> DecodeDispatched:
 
 
 class Filled:
-    """Memory that the allocator hands out on the current stream at once, and nobody else may write to."""
+    """Memory that the allocator returns on the current stream at once, and that only its owner may write."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -164,7 +164,7 @@ class Filled:
 
 
 def hooks_on_a_side_stream(rank, pg) -> None:
-    """What the hooks' kernels read and write dies before they begin."""
+    """Free the memory that the kernels of hooks read and write before they start."""
     stream, made = torch.cuda.Stream(), []
     with PAIR.open(pg, CASE.shape) as group:
         group.warmup()

@@ -1,4 +1,4 @@
-"""The kernel `unpack` alone: each row at all its experts, zeros in the padding if asked for, nothing else."""
+"""The kernel dispatch_expand alone: each row at all its experts, zeros in the padding if requested, nothing else."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from tokenferry.kernels.dispatch_expand import spec as expand_spec
 from tokenferry.testing.cases import Case
 
 ROWS_MORE = 7
-"""Places behind those of a plan: where counts stay on the device there are some."""
+"""Places beyond those of a plan: there are some where counts stay on the device."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a row and of its scales, and whether weights come along."""
+    """Bytes of a row and of its scales, and whether there are weights."""
 
     row_bytes: int
     scale_bytes: int = 0
@@ -30,7 +30,7 @@ ROUTINGS = ("repeated", "even", "half_dropped", "one_token_all", "all_to_expert_
 
 
 def images(expected, rank, num_rows, sizes, make):
-    """What `move` leaves (rows at their first places, weights at all, else poison), and what has to be there after."""
+    """Return memory before (as dispatch leaves it: rows at their first places, all weights, else poison) and after."""
     parts = []
     for row_bytes in (sizes.row_bytes, sizes.scale_bytes):
         rows = torch.randint(256, (expected.num_received(rank), row_bytes), dtype=torch.uint8, generator=make)
@@ -50,13 +50,13 @@ def images(expected, rank, num_rows, sizes, make):
 
 
 def used(expected, rank):
-    """Places that hold a row."""
+    """Return the places that hold a row."""
     experts = range(rank * expected.num_local, (rank + 1) * expected.num_local)
     return {place for (_, _, e), place in expected.places.items() if e in experts}
 
 
-def check(case, layout, sizes, zero, tell):
-    """Unpack on every rank; ``tell``: the number of rows that the kernel is told, from the exact one."""
+def check(case, layout, sizes, zero, given):
+    """Run on every rank; ``given``: from the exact number of rows to num_delivered."""
     ranks = ranks_of(case.ranks)
     topk_idx = [one.topk_idx for one in case.inputs()]
     expected = Expected(choices_of(topk_idx), case.experts, form_for(layout, choices_of(topk_idx), case.experts, 4))
@@ -69,9 +69,9 @@ def check(case, layout, sizes, zero, tell):
         mine = [ranks.block(rank, num_rows * size) for size in (sizes.row_bytes, sizes.scale_bytes, 4)]
         for block, (before, _) in zip(mine, parts, strict=True):
             block.tensor.copy_(before.flatten())
-        told = tell(exact)
+        num_delivered = given(exact)
         if zero:
-            for place in set(range(told or exact)) - used(expected, rank):
+            for place in set(range(num_delivered or exact)) - used(expected, rank):
                 for i, (_, after) in enumerate(parts):
                     if i < 2 or sizes.weights:
                         after[place] = 0
@@ -85,7 +85,7 @@ def check(case, layout, sizes, zero, tell):
                 "row_idx": ranks.on_device(expected.row_idx(rank)),
                 "src_counts": ranks.on_device(torch.tensor(expected.src_counts(rank))),
                 "expert_counts": ranks.on_device(torch.tensor(expected.expert_counts(rank), dtype=torch.int32)),
-                "num_delivered": told,
+                "num_delivered": num_delivered,
                 "row_bytes": sizes.row_bytes,
                 "scale_bytes": sizes.scale_bytes,
                 "top_k": case.top_k,
@@ -116,19 +116,19 @@ def test_copies_and_zeros(num_ranks, layout, sizes):
 
 @pytest.mark.parametrize("layout", ["experts", "masked"])
 def test_zeros_reach_as_far_as_there_are_rows(layout):
-    """Where counts stay on the device: to the end of what was given."""
+    """Where counts stay on the device: up to num_delivered."""
     more = ROWS_MORE if layout == "experts" else 0
     for routing in ("half_dropped", "nothing"):
         check(Case((30, 11), 6, 3, routing=routing), layout, Sizes(256, 8, True), True, lambda exact: exact + more)
 
 
 def test_zero_rows_given_means_up_to_the_end_of_the_last_expert():
-    """The host does not know yet how many rows there are: the kernel zeroes the padding of the last expert, too."""
+    """The host does not know the number of rows yet: the kernel zeroes the padding of the last expert, too."""
     for routing in ("half_dropped", "repeated"):
         check(Case((30, 11), 6, 3, routing=routing), "experts", Sizes(256, 8, True), True, lambda exact: 0)
 
 
-def test_a_void_plan_unpacks_nothing():
+def test_an_aborted_plan_expands_nothing():
     ranks = ranks_of(2)
     blocks = [ranks.block(rank, 4096) for rank in range(2)]
     fields = [
@@ -148,4 +148,4 @@ def test_a_void_plan_unpacks_nothing():
     ]
     ranks.run(expand_spec.SPEC, fields, (1, expand_spec.THREADS, 0))
     for block in blocks:
-        check_rows("a void plan", block, [], [], 256)
+        check_rows("an aborted plan", block, [], [], 256)

@@ -1,4 +1,4 @@
-"""The kernel `move` alone, on virtual ranks, along plans made by plain loops: every byte that it may touch."""
+"""The kernel dispatch alone, on virtual ranks, along plans made by plain loops: every byte that it may touch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def deliver(num_ranks, case, layout, payload):
 @pytest.mark.parametrize("payload", PAYLOADS, ids=str)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 def test_every_kind_of_row(num_ranks, payload):
-    """In every layout. More tokens than warps, so that rings come round; but few of the large rows."""
+    """In every layout. More tokens than warps, so that rings wrap around; but few of the large rows."""
     i = PAYLOADS.index(payload)
     few = 20 if payload.row_bytes > 10_000 else 90
     tokens = (few, 0, 33, 1, 7, 2, 12, 5)[:num_ranks]
@@ -62,19 +62,19 @@ def test_uneven_routings(num_ranks, routing):
         deliver(num_ranks, case, layout, Payload(256, Scales(2, torch.float32), weights=True))
 
 
-def test_nobody_has_tokens():
+def test_no_rank_has_tokens():
     for layout in LAYOUTS:
         deliver(3, Case((0, 0, 0), 6, 2), layout, Payload(256, weights=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_units_than_the_rings_hold(layout):
-    """One block has up to 24 warps with 3 buffers each; every warp comes round many times."""
+    """One block has up to 24 warps with 3 buffers each; every ring wraps around many times."""
     deliver(2, Case((700, 301), 8, 2, routing="even"), layout, Payload(1024, Scales(4, torch.float32), True, blocks=1))
 
 
 def test_one_plan_again_and_again():
-    """Handshakes lie in two halves that take turns: ten rounds along one plan, other sizes, a late rank each time."""
+    """Handshakes alternate between two halves: ten calls along one plan, other sizes, a late rank each time."""
     ranks = ranks_of(3)
     case = Case((31, 4, 18), 6, 3, routing="repeated")
     topk_idx = [one.topk_idx for one in case.inputs()]
@@ -88,8 +88,8 @@ def test_one_plan_again_and_again():
         delivery.check()
 
 
-def test_a_void_plan_moves_nothing():
-    """After a call that came to nothing the counts are -1, on all ranks: no kernel meets, nothing is written."""
+def test_an_aborted_plan_moves_nothing():
+    """After an aborted call the counts are -1 on all ranks: kernels no-op, nothing is written."""
     ranks = ranks_of(2)
     topk_idx = [one.topk_idx for one in Case((9, 5), 4, 2).inputs()]
     expected = Expected(choices_of(topk_idx), 4, Form("experts"))

@@ -1,4 +1,4 @@
-"""The kernels `count` and `place` alone, on virtual ranks: the whole plan, and what comes of a bad one."""
+"""The kernels dispatch_notify and dispatch_assign alone, on virtual ranks: whole plans, and aborted ones."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from support.plan_checks import check, check_counts, choices_of, form_for
 from support.virtual_plan import NO_LIMIT, Expected, Form, Planner
 from support.virtual_ranks import POISON, Ranks, ranks_of
-from tokenferry.kernels.control_block import Fault
+from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS, Fault
 from tokenferry.kernels.dispatch_notify.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.oracle import Oracle
@@ -34,12 +34,14 @@ def plan(num_ranks, topk_idx, num_experts, form, what=""):
 
 
 def test_the_worked_example():
-    """What the heads of both kernels say."""
+    """The examples in the heads of both kernels."""
     topk_idx = [torch.tensor([[0, 1], [1, 3]])] * 2
     planner, _ = plan(2, topk_idx, 4, Form("rows"))
     t = planner.tables[1]
-    assert t.src_expert[0].tolist() == [0, 1]
-    assert planner.tables[0].src_expert[0].tolist() == [1, 2]
+    half = planner.ranks.epochs()[1] & 1
+    published = planner.ranks.words(1, "counts", 4, torch.int64, half * MAX_RANKS * MAX_EXPERTS)
+    assert (published & 0xFFFFFFFF).tolist() == [1, 2, 0, 1], "rank 0's rows for each expert"
+    assert t.expert_counts.tolist() == [0, 2]
     assert t.dst_counts.tolist() == [2, 1]
     assert t.places[:, :2].tolist() == [[2, -1], [3, 1]]
 
@@ -66,7 +68,7 @@ def test_every_routing(num_ranks, routing):
 @by_ranks
 @by_layout
 def test_small_plans_are_those_of_the_oracle(num_ranks, layout):
-    """The reference of these tests against the oracle of the contract, and the kernels against both."""
+    """Compare the reference of these tests with the oracle of the contract, and the kernels with both."""
     for seed, routing in enumerate(("even", "repeated", "half_dropped")):
         tokens = (7, 0, 12, 1, 5, 3, 0, 9)[:num_ranks]
         case = Case(tokens, 3 * num_ranks, 4, routing=routing, seed=seed)
@@ -90,7 +92,7 @@ def test_most_experts_and_choices(num_ranks, num_experts, top_k, dtype, layout):
 
 
 def test_many_units_on_few_blocks():
-    """More units than the columns' sums take at a time, and each block has many of them."""
+    """More units than the sums of columns take at a time, and many for each block."""
     case = Case((16 * 128 * 2 + 1, 300), 4, 2, routing="half_dropped")
     topk_idx = [one.topk_idx for one in case.inputs()]
     for layout in ("rows", "experts"):
@@ -111,7 +113,7 @@ def test_the_same_places_every_time():
 
 
 def test_a_rank_that_takes_no_part_counts_for_nothing():
-    """Rank 1 is masked: it does not launch, nobody waits for it, and whatever it left on the boards is not read."""
+    """Rank 1 is masked: it does not launch, no rank waits for it, and its words in control blocks are not read."""
     ranks = Ranks(3)
     case = Case((130, 20, 60), 6, 3, routing="half_dropped")
     topk_idx = [one.topk_idx for one in case.inputs()]
@@ -123,7 +125,7 @@ def test_a_rank_that_takes_no_part_counts_for_nothing():
     for layout in ("rows", "experts"):
         planner = Planner(ranks, without, 6, Form(layout))
         ranks.call += 1
-        planner.count(only=(0, 2), alive=0b101)
+        planner.notify(only=(0, 2), alive=0b101)
         ranks.wait()
         ranks.check_quiet()
         expected = Expected([*choices_of(without)], 6, Form(layout))
@@ -132,30 +134,30 @@ def test_a_rank_that_takes_no_part_counts_for_nothing():
     assert ranks.epochs() == [3, 1, 3]
 
 
-# ---------------------------------------------------------------------- calls that come to nothing
+# ---------------------------------------------------------------------- aborted calls
 
 
-def check_void(planner, rank):
-    """A plan that no kernel follows, and a host that has seen no ticket."""
+def check_aborted(planner, rank):
+    """Check that kernels will skip the plan, and that the host has seen no call number."""
     t = planner.tables[rank]
     R = planner.ranks.num_ranks
     assert t.dst_counts.tolist() == [-1] * R
     assert t.src_counts.tolist() == [-1] * R
     assert not t.expert_counts.any()
-    assert t.host.unique().tolist() == [-1], "the host was told"
+    assert t.host.unique().tolist() == [-1], "the host has got counts"
 
 
-def check_unplaced(planner):
-    """`place` leaves everything as it was after a void plan."""
-    planner.place()
+def check_unassigned(planner):
+    """Check that dispatch_assign writes nothing along an aborted plan."""
+    planner.assign()
     planner.ranks.wait()
     for t in planner.tables:
         for tensor in (t.places, t.dst_token):
-            assert (tensor.view(torch.uint8) == POISON).all(), "place wrote along a void plan"
+            assert (tensor.view(torch.uint8) == POISON).all(), "dispatch_assign wrote along an aborted plan"
 
 
 BAD = (
-    # (index, as a record says it)
+    # (index, index in the record)
     (6, 6),
     (-2, -2),
     (1 << 40, (1 << 31) - 1),
@@ -164,7 +166,7 @@ BAD = (
 
 
 @pytest.mark.parametrize(
-    ("dtype", "index", "told"),
+    ("dtype", "index", "recorded"),
     [
         pytest.param(dtype, *case, id=f"{str(dtype)[6:]}-{case[0]}")
         for dtype in (torch.int32, torch.int64)
@@ -172,29 +174,29 @@ BAD = (
         if torch.iinfo(dtype).min <= case[0] <= torch.iinfo(dtype).max
     ],
 )
-def test_a_bad_index_stops_its_rank_only_and_the_call_can_be_made_again(index, told, dtype):
+def test_a_bad_index_stops_its_rank_only_and_the_call_can_be_made_again(index, recorded, dtype):
     ranks = ranks_of(3)
     case = Case((150, 200, 9), 6, 8, idx_dtype=dtype, routing="half_dropped")
     good = [one.topk_idx for one in case.inputs()]
     bad = [good[0], good[1].clone(), good[2]]
-    # The least is told: of a thread that sees two, of a block, and of all blocks.
+    # The least one is recorded: of a thread that sees two, of a block, and of all blocks.
     for token, slot in ((131, 2), (195, 2), (132, 1), (139, 0)):
         bad[1][token, slot] = index
     form = Form("experts", alignment=4)
     planner, retry = Planner(ranks, bad, 6, form), Planner(ranks, good, 6, form)
     epochs = ranks.epochs()
     ranks.call += 1
-    planner.count()
+    planner.notify()
     ranks.wait(1)
     record = ranks.record(1)
-    # Nothing but the repeated call until the peers have met it: they wait on the device.
-    retry.count(only=(1,))
+    # Only the repeated call until the peers have synchronised with it: they wait on the device.
+    retry.notify(only=(1,))
     ranks.wait()
     assert record is not None
     assert (record.code, record.call, record.word, record.peer) == (Fault.bad_routing, ranks.call, 131, 2)
-    assert (record.seen, record.expected) == (told & 0xFFFFFFFF, 6)
+    assert (record.seen, record.expected) == (recorded & 0xFFFFFFFF, 6)
     ranks.check_quiet()
-    check_void(planner, 1)
+    check_aborted(planner, 1)
     assert ranks.epochs() == [epoch + 1 for epoch in epochs]
     expected = Expected(choices_of(good), 6, form)
     for rank, done in ((0, planner), (1, retry), (2, planner)):
@@ -210,21 +212,21 @@ def test_a_bad_index_on_every_rank():
     planner = Planner(ranks, bad, 4, Form("rows"))
     epochs = ranks.epochs()
     ranks.call += 1
-    planner.count()
+    planner.notify()
     ranks.wait()
     for rank, where in ((0, (4, 1)), (1, (299, 0))):
         record = ranks.record(rank)
         assert record is not None
         assert (record.code, record.word, record.peer) == (Fault.bad_routing, *where)
-        check_void(planner, rank)
+        check_aborted(planner, rank)
     assert ranks.epochs() == epochs, "a rank went on to the next epoch alone"
-    check_unplaced(planner)
+    check_unassigned(planner)
     plan(2, good, 4, Form("rows"), "after bad indices")
 
 
 @by_layout
 @pytest.mark.parametrize("num_ranks", [1, 3, 8])
-def test_too_many_rows_for_a_tight_room_are_recorded_by_all(num_ranks, layout):
+def test_too_many_rows_for_a_tight_capacity_are_recorded_by_all(num_ranks, layout):
     ranks = ranks_of(num_ranks)
     case = Case((20, 3, 9, 0, 140, 1, 2, 4)[:num_ranks], 2 * num_ranks, 2, routing="even", seed=4)
     topk_idx = [one.topk_idx for one in case.inputs()]
@@ -236,7 +238,7 @@ def test_too_many_rows_for_a_tight_room_are_recorded_by_all(num_ranks, layout):
     tight = Form(layout, free.alignment, free.capacity, room=max(ends) - 1)
     planner = Planner(ranks, topk_idx, case.experts, tight)
     ranks.call += 1
-    planner.count()
+    planner.notify()
     ranks.wait()
     for rank in range(num_ranks):
         assert int(ranks.words(rank, "stopped")), "calls behind it in the stream would run"
@@ -244,13 +246,13 @@ def test_too_many_rows_for_a_tight_room_are_recorded_by_all(num_ranks, layout):
         assert record is not None, f"rank {rank} recorded nothing"
         assert (record.code, record.call, record.peer) == (Fault.overflow, ranks.call, worst), record
         assert (record.seen, record.expected) == (max(ends), max(ends) - 1), record
-        check_void(planner, rank)
-    check_unplaced(planner)
+        check_aborted(planner, rank)
+    check_unassigned(planner)
     assert not any(ranks.failed()), "an overflow broke the group"
     for room in (max(ends), NO_LIMIT):
         plan(num_ranks, topk_idx, case.experts, Form(layout, free.alignment, free.capacity, room=room), "it fits")
 
 
 def test_host_words_are_where_the_host_looks():
-    """The ticket, eight words of rows from, eight of rows to, then the experts."""
+    """The call number, rows from eight ranks, rows to eight ranks, then the experts."""
     assert HOST_WORDS_BEFORE_EXPERTS == 17

@@ -240,7 +240,7 @@ def test_offsets_beyond_32_bits(worlds, layout):
 
 @contextmanager
 def said() -> Iterator[list[str]]:
-    """What tokenferry logs meanwhile."""
+    """Collect what tokenferry logs meanwhile."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -275,9 +275,9 @@ def small_heap(rank, pg, layout: Layout) -> list[str]:
 @pytest.mark.parametrize("layout", [Layout.ROWS, Layout.EXPERTS], ids=lambda layout: layout.value)
 def test_a_heap_too_small_for_two_results_copies_and_says_so_once(worlds, layout):
     for lines in worlds(RANKS, "cuda").run(small_heap, layout):
-        told = [line for line in lines if "TOKENFERRY_HEAP_MB" in line]
-        assert len(told) == 1, lines
-        assert "MiB" in told[0]
+        logged = [line for line in lines if "TOKENFERRY_HEAP_MB" in line]
+        assert len(logged) == 1, lines
+        assert "MiB" in logged[0]
 
 
 def full_heap(rank, pg) -> str:

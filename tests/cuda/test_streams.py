@@ -86,7 +86,7 @@ def test_calls_on_a_side_stream(worlds):
 
 
 def on_turns_of_streams(rank, pg) -> None:
-    """Nobody but the group itself orders a call behind the one before."""
+    """Only the group itself orders a call behind the one before."""
     streams = [torch.cuda.Stream() for _ in range(3)]
     with PAIR.open(pg, CASE.shape) as group:
         made = []
@@ -326,7 +326,7 @@ def test_counts_on_the_host_cannot_be_captured(worlds):
 
 
 def decode_in_a_graph(rank, pg, fp8: Scale | None) -> None:
-    """What a captured round gives is what the same calls give eagerly."""
+    """A captured iteration gives the same results as the same calls without a graph."""
     case = replace(CASE, tokens=(7, 4))
     x, topk_idx, weights = (
         torch.zeros_like(tensor, device="cuda")

@@ -1,4 +1,4 @@
-"""How kernels meet and part: late ranks, ranks that never come, other calls. The context survives all of it."""
+"""entry_sync and exit_sync: late ranks, ranks that never launch, mismatched calls. The CUDA context survives each."""
 
 import pytest
 import torch
@@ -16,43 +16,43 @@ from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.testing.cases import Case
 
 SHORT_S = 0.2
-"""Deadline of kernels whose peer never comes."""
+"""Deadline of kernels whose peer never launches."""
 
 
-def counting(ranks: Ranks):
-    """(spec, params of each rank, sizes, config) of a `count`; other kernels below."""
+def notify(ranks: Ranks):
+    """Return (spec, params of each rank, sizes, config) of dispatch_notify; other kernels below."""
     topk_idx = [one.topk_idx for one in Case((20,) * ranks.num_ranks, 2 * ranks.num_ranks, 3).inputs()]
     planner = Planner(ranks, topk_idx, 2 * ranks.num_ranks, Form("rows"))
     sizes = (2, notify_spec.THREADS, planner.smem_bytes)
-    return notify_spec.SPEC, [planner.count_fields(r) for r in range(ranks.num_ranks)], sizes, planner.config
+    return notify_spec.SPEC, [planner.notify_fields(r) for r in range(ranks.num_ranks)], sizes, planner.config
 
 
-def moving(ranks: Ranks):
+def dispatch(ranks: Ranks):
     topk_idx = [one.topk_idx for one in Case((20,) * ranks.num_ranks, 2 * ranks.num_ranks, 3).inputs()]
     expected = Expected(choices_of(topk_idx), 2 * ranks.num_ranks, Form("rows"))
     delivery = Delivery(ranks, expected, Payload(256, weights=True), topk_idx)
     return dispatch_spec.SPEC, [delivery.fields(r) for r in range(ranks.num_ranks)], delivery.sizes(), {}
 
 
-def pulling(ranks: Ranks):
+def combine_pull(ranks: Ranks):
     one = Pull(ranks, Sizes((20,) * ranks.num_ranks, 528, 6), torch.bfloat16)
     fields = [one.fields(r) for r in range(ranks.num_ranks)]
     return pull_spec.SPEC, [{**f, "keep_alive": one} for f in fields], one.launch_sizes(), one.config
 
 
-KERNELS = {"count": counting, "move": moving, "pull": pulling}
+KERNELS = {"dispatch_notify": notify, "dispatch": dispatch, "combine_pull": combine_pull}
 by_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
 def template(ranks: Ranks, kernel: str, **more):
-    """What `Ranks.launch` takes, with some params changed on every rank; and what has to stay alive meanwhile."""
+    """Return the arguments of `Ranks.launch`, with some params changed on every rank, and what has to stay alive."""
     spec, fields, sizes, config = KERNELS[kernel](ranks)
     kept = [one.pop("keep_alive", None) for one in fields]
     return (spec, [{**one, **more} for one in fields], sizes, config), kept
 
 
 def run(ranks: Ranks, kernel: str) -> None:
-    """One kernel that goes well."""
+    """Run a kernel that succeeds."""
     arguments, _kept = template(ranks, kernel)
     ranks.run(*arguments)
 
@@ -71,7 +71,7 @@ def launch(ranks: Ranks, kernel: str, only, change=None, timeout_s: float = SHOR
 
 
 def check_context() -> None:
-    """The GPU goes on: torch computes, and new ranks plan, move and pull."""
+    """Check that the GPU still works: torch computes, and new ranks run all kernels."""
     ranks = Ranks(2)
     assert int(torch.ones(1000, device=ranks.device).sum()) == 1000
     for kernel in KERNELS:
@@ -88,7 +88,7 @@ def check_context() -> None:
 @by_kernel
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_late_rank_is_waited_for_and_the_time_counted(kernel, late):
-    """Whoever waits adds the time to the late rank's entry, and to no other's by much."""
+    """The ranks that wait add the time to the late rank's entry, and little to any other."""
     ranks = ranks_of(3)
     waits = torch.zeros(3, 3, dtype=torch.int64, device=ranks.device)
     (spec, fields, sizes, config), _kept = template(ranks, kernel)
@@ -96,29 +96,29 @@ def test_a_late_rank_is_waited_for_and_the_time_counted(kernel, late):
     ranks.delay(late, 40)
     ranks.run(spec, fields, sizes, config)
     for rank in range(3):
-        told = waits[rank].tolist()
-        assert told[rank] == 0, "a rank waited for itself"
+        waited = waits[rank].tolist()
+        assert waited[rank] == 0, "a rank waited for itself"
         if rank != late:
-            assert told[late] > 10_000_000, told
+            assert waited[late] > 10_000_000, waited
 
 
 def test_the_time_is_added_up():
     ranks = ranks_of(2)
     waits = torch.full((2, 2), 1_000_000_000_000, dtype=torch.int64, device=ranks.device)
     for _ in range(2):
-        (spec, fields, sizes, config), _kept = template(ranks, "move")
+        (spec, fields, sizes, config), _kept = template(ranks, "dispatch")
         ranks.delay(1, 40)
         ranks.run(spec, [{**one, "wait_ns": waits[rank]} for rank, one in enumerate(fields)], sizes, config)
     assert int(waits[0, 1]) > 1_000_000_000_000 + 20_000_000
 
 
-# ---------------------------------------------------------------------- ranks that never come
+# ---------------------------------------------------------------------- ranks that never launch
 
 
 @by_kernel
 @pytest.mark.parametrize("rounds", [0, 1, 2])
 def test_a_rank_that_never_launches(kernel, rounds):
-    """The other one's record says who, and which epochs: handshakes of every second one lie in the same place."""
+    """The other rank records which one, and which epochs: handshakes of every second epoch lie in the same place."""
     ranks = Ranks(2)
     for _ in range(rounds):
         run(ranks, kernel)
@@ -130,13 +130,13 @@ def test_a_rank_that_never_launches(kernel, rounds):
     assert SHORT_S * 1000 <= record.waited_ms < SHORT_S * 1000 + 2000
     assert ranks.failed() == [Fault.late_handshake, 0]
     assert ranks.epochs() == [rounds, rounds]
-    told = ranks.words(1, "gave_up", MAX_RANKS, torch.int64).tolist()
-    assert told == [Fault.late_handshake << 32 | 1, *(0,) * 7], "the late rank was not told"
+    announced = ranks.words(1, "gave_up", MAX_RANKS, torch.int64).tolist()
+    assert announced == [Fault.late_handshake << 32 | 1, *(0,) * 7], "the fault was not announced to the late rank"
     check_context()
 
 
 @by_kernel
-def test_all_who_wait_name_the_same_rank(kernel):
+def test_all_waiting_ranks_name_the_same_rank(kernel):
     ranks = Ranks(4)
     records = launch(ranks, kernel, only=(0, 1, 3))
     assert records.pop(2) is None
@@ -154,15 +154,15 @@ def test_all_who_wait_name_the_same_rank(kernel):
 
 
 @by_kernel
-def test_who_comes_too_late_learns_that_it_was_given_up(kernel):
-    """`count` finds all that it needs, which the other one told before it gave up; then the next kernel learns it."""
+def test_a_rank_that_is_too_late_sees_that_it_was_given_up(kernel):
+    """dispatch_notify finds all counts, published before the other rank gave up; the next kernel sees the fault."""
     ranks = Ranks(2)
     launch(ranks, kernel, only=(0,))
     none, record = launch(ranks, kernel, only=(1,), timeout_s=5)
-    if kernel == "count":
+    if kernel == "dispatch_notify":
         assert record is None
         assert ranks.epochs() == [0, 1]
-        none, record = launch(ranks, "move", only=(1,), timeout_s=5)
+        none, record = launch(ranks, "dispatch", only=(1,), timeout_s=5)
     assert none is None
     assert record is not None
     assert (record.code, record.peer, record.word, record.blamed) == (Fault.peer_gave_up, 0, Fault.late_handshake, 1)
@@ -170,7 +170,7 @@ def test_who_comes_too_late_learns_that_it_was_given_up(kernel):
 
 @by_kernel
 def test_a_broken_group_does_nothing_more(kernel):
-    """Kernels that come later return at once, record nothing, and write nothing."""
+    """Later kernels return at once, record nothing, and write nothing."""
     ranks = Ranks(2)
     launch(ranks, kernel, only=(0,))
     before = ranks.words(1, "handshake", CONTROL_BLOCK_OFFSETS["epoch"], torch.uint8).cpu()
@@ -179,9 +179,9 @@ def test_a_broken_group_does_nothing_more(kernel):
     assert ranks.words(1, "handshake", CONTROL_BLOCK_OFFSETS["epoch"], torch.uint8).cpu().equal(before)
     topk_idx = [one.topk_idx for one in Case((20, 20), 4, 3).inputs()]
     planner = Planner(ranks, topk_idx, 4, Form("rows"))
-    planner.count(only=(0,))
+    planner.notify(only=(0,))
     ranks.wait()
-    assert planner.tables[0].dst_counts.tolist() == [-1, -1], "the plan of a broken group is void"
+    assert planner.tables[0].dst_counts.tolist() == [-1, -1], "the plan of a broken group is not aborted"
     expected = Expected(choices_of(topk_idx), 4, Form("rows"))
     delivery = Delivery(ranks, expected, Payload(256), topk_idx)
     ranks.launch(dispatch_spec.SPEC, [delivery.fields(0), None], delivery.sizes())
@@ -191,7 +191,7 @@ def test_a_broken_group_does_nothing_more(kernel):
 
 
 def write_handshake(ranks: Ranks, fields, epoch: int, *, sender: int, reader: int, **words: int) -> None:
-    """Put the handshake of a rank that does not launch on a peer's control block."""
+    """Write the handshake of a rank that does not launch into a peer's control block."""
     first = ((epoch & 1) * MAX_RANKS + sender) * HANDSHAKE_WORDS
     handshake = torch.zeros(HANDSHAKE_WORDS, dtype=torch.int64)
     for word, value in fields[sender]["handshake"].items():
@@ -201,9 +201,9 @@ def write_handshake(ranks: Ranks, fields, epoch: int, *, sender: int, reader: in
     ranks.words(reader, "handshake", HANDSHAKE_WORDS, torch.int64, first).copy_(handshake + (epoch << 32))
 
 
-@pytest.mark.parametrize("kernel", ["move", "pull"])
-def test_a_rank_that_dies_between_its_card_and_its_rows(kernel):
-    """It has said that it would come, with five blocks, of which two finish."""
+@pytest.mark.parametrize("kernel", ["dispatch", "combine_pull"])
+def test_a_rank_that_dies_between_its_handshake_and_its_rows(kernel):
+    """Its handshake announces five blocks, of which two finish."""
     ranks = Ranks(2)
     (spec, fields, sizes, config), _kept = template(ranks, kernel, timeout_s=SHORT_S)
     sent: Tensor = fields[1]["rows_out"]
@@ -220,13 +220,13 @@ def test_a_rank_that_dies_between_its_card_and_its_rows(kernel):
     check_context()
 
 
-# ---------------------------------------------------------------------- ranks that call something else
+# ---------------------------------------------------------------------- mismatched calls
 
 
 @by_kernel
 @pytest.mark.parametrize("word", [0, 6, 14])
 def test_other_signatures(kernel, word):
-    """Each side sees the other's word, or is told that the other saw it first."""
+    """Each rank sees the other's word, or that the other saw the mismatch first."""
     ranks = Ranks(2)
     change = lambda fields: {**fields, "handshake": {**fields.get("handshake", {}), word: 99}}  # noqa: E731
     own = template(ranks, kernel)[0][1][0].get("handshake", {}).get(word, 0)
@@ -246,28 +246,28 @@ def test_other_signatures(kernel, word):
     check_context()
 
 
-def test_all_ranks_hear_of_a_mismatch():
-    """Those who take part in it and those who are told, over whomever they hear it: nobody takes it for a lost rank."""
+def test_all_ranks_record_a_mismatch():
+    """The ranks that disagree, and those that learn it from any other: none takes it for a lost rank."""
     for _ in range(5):
         ranks = Ranks(5)
         change = lambda fields: {**fields, "handshake": {**fields["handshake"], 3: 99}}  # noqa: E731
-        for record in launch(ranks, "move", only=range(5), change=(2, change), timeout_s=5):
+        for record in launch(ranks, "dispatch", only=range(5), change=(2, change), timeout_s=5):
             assert record is not None
             cause = record.word if record.code == Fault.peer_gave_up else record.code
             assert cause == Fault.mismatch, record
 
 
-def test_the_first_word_that_differs_is_told():
+def test_the_first_word_that_differs_is_recorded():
     ranks = Ranks(2)
     change = lambda fields: {**fields, "handshake": {**fields["handshake"], 4: 7, 2: 8, 9: 9}}  # noqa: E731
-    records = launch(ranks, "move", only=(0, 1), change=(0, change), timeout_s=5)
-    told = [record.word for record in records if record is not None and record.code == Fault.mismatch]
-    assert set(told) == {2}
+    records = launch(ranks, "dispatch", only=(0, 1), change=(0, change), timeout_s=5)
+    words = [record.word for record in records if record is not None and record.code == Fault.mismatch]
+    assert set(words) == {2}
 
 
-@pytest.mark.parametrize("kernel", ["move", "pull"])
+@pytest.mark.parametrize("kernel", ["dispatch", "combine_pull"])
 def test_plans_of_different_dispatches(kernel):
-    """Rank 1 has other numbers of rows for rank 0 than that one's plan says."""
+    """Rank 1 has another number of rows for rank 0 than the plan of rank 0 says."""
     ranks = Ranks(2)
 
     def change(fields):
@@ -286,8 +286,8 @@ def test_plans_of_different_dispatches(kernel):
 
 
 def test_other_words_than_those_of_the_signature_may_differ():
-    """Offsets, and the number of blocks, are each rank's own: words from 16 on are not compared."""
+    """Each rank has offsets and a number of blocks of its own: words from 16 on are not compared."""
     ranks = ranks_of(2)
-    (spec, fields, sizes, config), _kept = template(ranks, "count")
+    (spec, fields, sizes, config), _kept = template(ranks, "dispatch_notify")
     fields[0] = {**fields[0], "handshake": {16: 5, 31: 7}}
     ranks.run(spec, fields, sizes, config)

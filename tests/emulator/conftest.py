@@ -9,6 +9,6 @@ from support.emulated_group import emulate
 
 
 @pytest.fixture
-def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
+def run(pytestconfig) -> Callable[..., list[Any]]:
     """``run(R, job, *args)``: call ``job(rank, threads, pair, *args)`` in R threads."""
-    return emulate(monkeypatch, pytestconfig)
+    return emulate(pytestconfig)

@@ -1,4 +1,4 @@
-"""The emulator itself: numbers as PTX rounds them, and misuse that it has to tell."""
+"""The emulator itself: numbers as PTX rounds them, and misuse that it has to report."""
 
 import ctypes
 
@@ -53,7 +53,7 @@ def test_numbers_are_rounded_as_torch_does(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("bulk_load(shared, memory + 4, 16, &barrier);", "not of whole 16 bytes"),
         ("bulk_store(memory, shared, 24);", "not of whole 16 bytes"),
@@ -64,16 +64,16 @@ def test_numbers_are_rounded_as_torch_does(tmp_path):
         ("if (threadIdx.x) __syncwarp(); else __syncthreads();", "waits for another"),
     ],
 )
-def test_misuse_is_told(body, told, tmp_path):
+def test_misuse_is_reported(body, message, tmp_path):
     library = compiled(KERNEL.format(body), "misuse", tmp_path)
     library.run.restype = ctypes.c_char_p
     memory = torch.zeros(256, dtype=torch.uint8)
     address = ctypes.c_void_p(-(-memory.data_ptr() // 128) * 128)
-    assert told in library.run(address, 32).decode()
+    assert message in library.run(address, 32).decode()
 
 
 def test_a_buffer_is_poisoned_until_its_load_is_waited_for(tmp_path):
-    """And a store comes no earlier than somebody waits for it."""
+    """And a store is not done before it is waited for."""
     body = """
     if (threadIdx.x == 0) {
         mbarrier_init(&barrier);

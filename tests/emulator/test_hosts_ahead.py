@@ -86,7 +86,7 @@ def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
         return made
 
     monkeypatch.setattr(torch, "empty", keep)
-    return emulate(monkeypatch, pytestconfig, QueuedJit)
+    return emulate(pytestconfig, QueuedJit)
 
 
 SHAPE = MoeShape(4, 2, 16, 8)

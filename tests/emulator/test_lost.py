@@ -4,19 +4,14 @@ A thread cannot be stopped: here a rank is lost by not calling.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from support.bad_routing import decode_with_bad_experts
-from support.emulator import Emulator, build, translate
+from support.emulator import Emulator
 from support.lost_ranks import CROWDED_S, PHASES, Loss, check_both_late, check_late, lose_and_go_on, sleep_in
 from support.masks import Absence, Load, by_hand, skip_and_return, under_load
 from support.mismatches import MISMATCHES, check_mismatch, disagree
-from tokenferry.kernels import control_block
-from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
-
-DEVICE = Path(control_block.__file__).parent
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -37,18 +32,6 @@ def test_two_ranks_that_are_away_come_back_one_by_one(run, tmp_path):
 @pytest.mark.parametrize("both_sides", [True, False])
 def test_masks_by_hand(run, tmp_path, both_sides):
     run(3, by_hand, str(tmp_path), both_sides, TIMEOUT_S)
-
-
-def test_the_host_knows_where_the_fields_of_a_control_block_are(tmp_path):
-    """g++ compares it with the struct that the kernels use."""
-    headers = {
-        name: translate(name, (DEVICE / name).read_text()) for name in ("device/control_block.cuh", "device/ptx.cuh")
-    }
-    offsets = CONTROL_BLOCK_OFFSETS.items()
-    fields = "\n".join(f"static_assert(offsetof(ControlBlock, {name}) == {at});" for name, at in offsets)
-    types = "#include <stddef.h>\ntypedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64; typedef int32_t i32;"
-    main = f'#include "emulator.h"\n{types}\n#include "device/control_block.cuh"\n{fields}\n'
-    build(main, headers, "control_block", tmp_path)
 
 
 DECODING = [phase for phase in PHASES if phase.startswith("decode")]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,8 @@ from support.emulator import Emulator, Jit, Kernel, Window
 from support.on_device import OnDevice
 from tokenferry import MoeShape
 from tokenferry.backends.base import Resolved
-from tokenferry.backends.cuda import context as cuda_context
-from tokenferry.backends.cuda import setup as cuda_setup
+from tokenferry.backends.cuda.runtime import Runtime
+from tokenferry.backends.cuda.setup import assemble
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.streams import HostStreams
@@ -68,9 +69,10 @@ class EmulatedWindow(Window):
 class Threads:
     """The threads of a job, with the methods of a process group that jobs use."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, runtime: Runtime) -> None:
         self._barrier = threading.Barrier(num_ranks)
         self.num_ranks = num_ranks
+        self.runtime = runtime
         self.emulator = Emulator()
         self.windows: list[Window] = []
         self.handshakes: dict[int, dict[str, Any]] = {}
@@ -122,15 +124,15 @@ class EmulatedPair:
             return handshakes
 
         emulated = EmulatedWindow(rank, window.bases, window.num_bytes)
-        backend = cuda_setup.assemble(emulated, resolved, "emulated", "emulated", exchange)
+        backend = assemble(emulated, resolved, "emulated", "emulated", exchange, threads.runtime)
         group = object.__new__(OnDevice)
         group._adopt(backend, shape, timeout_s)
         return group
 
 
-def run_jobs(num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
+def run_jobs(runtime: Runtime, num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
     """Call ``job(rank, threads, pair, *args)`` in R threads; return their results by rank, or raise the first error."""
-    threads = Threads(num_ranks)
+    threads = Threads(num_ranks, runtime)
 
     def work(rank: int) -> Any:
         try:
@@ -147,15 +149,8 @@ def run_jobs(num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any
     return [job.result() for job in jobs]
 
 
-def emulate(
-    monkeypatch: pytest.MonkeyPatch, config: pytest.Config, jit_type: type[SynchronousJit] = SynchronousJit
-) -> Callable[..., list[Any]]:
-    """Put the CUDA backend on the emulator; returns `run_jobs`. Compiled kernels stay for the next session."""
-    jit = jit_type(config.cache.mkdir("emulator"))
-    properties = SimpleNamespace(multi_processor_count=4)
-    device = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)), current=nullcontext)
-    monkeypatch.setattr(cuda_setup, "Jit", lambda index, cache: jit)
-    monkeypatch.setattr(cuda_context, "Device", lambda index: device)
-    monkeypatch.setattr(cuda_context, "CudaStreams", lambda device: HostStreams())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return run_jobs
+def emulate(config: pytest.Config, jit_type: type[SynchronousJit] = SynchronousJit) -> Callable[..., list[Any]]:
+    """Return `run_jobs` on the emulator. Compiled kernels stay for the next session."""
+    driver: Any = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)), current=nullcontext)
+    jit: Any = jit_type(config.cache.mkdir("emulator"))
+    return partial(run_jobs, Runtime(jit, driver, HostStreams(), num_sms=4))

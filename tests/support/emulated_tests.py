@@ -1,4 +1,4 @@
-"""Which tests of tests/cuda the emulator runs: some 30 s of them, or with EMULATE=all every one that it can."""
+"""Which tests of tests/cuda run on the emulator: a selection, or with EMULATE=all every one that can."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ NEED_TIME = (
     "test_a_late_rank_is_waited_for_and_the_time_counted",
     "test_the_time_is_added_up",
     "test_a_rank_that_never_launches",
-    "test_all_who_wait_name_the_same_rank",
+    "test_all_waiting_ranks_name_the_same_rank",
 )
-"""What they ask for is a matter of milliseconds, which busy CPUs do not keep."""
+"""Tests of deadlines of milliseconds, which busy CPUs do not keep."""
 LARGE_ROWS = 10_000
-"""Bytes: those of `unpack` take seconds here."""
+"""Bytes: rows of this size take seconds in dispatch_expand."""
 
 
 def is_possible(item: pytest.Item) -> bool:
-    """Whether the emulator can run it."""
+    """Return whether the emulator can run a test."""
     return item.path.name in FILES
 
 
 def is_chosen(item: pytest.Item) -> bool:
-    """Whether it runs wherever there is no GPU."""
+    """Return whether a test runs wherever there is no GPU."""
     if os.environ.get("EMULATE") == "all":
         return True
     name, params = item.originalname, item.callspec.params if hasattr(item, "callspec") else {}

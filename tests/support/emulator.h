@@ -1,13 +1,14 @@
 // CUDA C++ for g++, as far as the kernels use it: each block of a grid is an OS thread, each of its threads a fiber.
-// What is not CUDA has a name that begins with emu, so that it cannot be taken for a name of a kernel.
+// Names that are not CUDA begin with emu, so that none clashes with a name of a kernel.
 //
-// Fibers of a block take turns, and change over only where a thread waits (barriers, warp intrinsics, polls of memory that
-// others write), so a run of one block is the same every time; blocks and ranks run side by side as the system likes.
+// The fibers of a block take turns, and switch only where a thread waits (barriers, warp intrinsics, polls of memory that
+// others write), so one block runs the same way every time; the system schedules blocks and ranks.
 //
 // Catches  wrong results, deadlocks of one block, misaligned bulk copies, a buffer that is used before its load has come or
-//          after its store was issued, bulk stores or loads that nobody waits for.
-// Cannot   see missing fences (a CPU orders more than a GPU), races in shared memory between two changes of fibers, what the
-//          asynchronous proxy needs, static shared memory that nobody has written (it is zero here), timing, registers.
+//          after its store was issued, bulk stores or loads that are not waited for.
+// Misses   missing fences (a CPU orders more than a GPU), races in shared memory between two changes of fibers, missing
+//          fences of the asynchronous proxy, reads of static shared memory that was never written (it is zero here), timing,
+//          registers.
 #pragma once
 #include <math.h>
 #include <pthread.h>
@@ -126,7 +127,7 @@ static bool __syncthreads_and(bool value) {
 }
 static void __syncthreads() { __syncthreads_and(true); }
 
-// What each lane brings, once all have.
+// Returns the values of all lanes, once each lane has one.
 template <class T>
 static const unsigned long long* emu_exchange(unsigned mask, T value) {
     if (mask != ~0u) emu_fail("a warp intrinsic of a part of a warp: the emulator has none");

@@ -1,10 +1,10 @@
 """Runs the package's kernels on the CPU, so that the tests of single kernels run where there is no GPU.
 
-g++ compiles the very files that NVRTC gets, but for device/ptx.cuh, which ptx.cuh here stands for, and three
-instructions in device/number.cuh. emulator.h says how blocks and threads run, and what cannot be seen in this way.
+g++ compiles the same files as NVRTC, except for device/ptx.cuh, which the ptx.cuh of this folder replaces. The head of
+emulator.h describes how blocks and threads run, and which faults the emulator cannot find.
 
-A launch is a job on a stream, and a stream is a thread that does one job after the other. Windows and what else would
-be on the GPU are ordinary memory.
+A launch is a job on a stream, and a stream is a thread that runs one job after the other. Windows and all other memory
+of the GPU are ordinary memory.
 """
 
 from __future__ import annotations
@@ -42,20 +42,6 @@ OPTIONS = (
 )
 
 DYNAMIC = r"extern __shared__ __align__\(\d+\) u8 shared\[\];"
-INSTRUCTIONS = (
-    (
-        r'asm\("\{\\n\.reg \.f16 a, b;.*?\);',
-        "low = emu_from_float16(w[i] & 0xffff); high = emu_from_float16(w[i] >> 16);",
-    ),
-    (
-        r'asm\("cvt\.rn\.bf16x2\.f32 .*?\)\);',
-        "w[i] = emu_pair(emu_to_bfloat16((float)n[2 * i]), emu_to_bfloat16((float)n[2 * i + 1]));",
-    ),
-    (
-        r'asm\("cvt\.rn\.f16x2\.f32 .*?\)\);',
-        "w[i] = emu_pair(emu_to_float16((float)n[2 * i]), emu_to_float16((float)n[2 * i + 1]));",
-    ),
-)
 MAIN = """
 static void emu_main(const void* p) {{ {kernel}(*(const {params}*)p); }}
 extern "C" const char* run(const void* p, unsigned grid, unsigned threads, unsigned smem) {{
@@ -65,20 +51,14 @@ extern "C" const char* run(const void* p, unsigned grid, unsigned threads, unsig
 
 
 def translate(name: str, text: str) -> str:
-    """A file of the kernels, as g++ takes it."""
+    """Return a file of the kernels in the form that g++ compiles."""
     if name == "device/ptx.cuh":
         return (HERE / "ptx.cuh").read_text()
-    text = re.sub(DYNAMIC, "u8* shared = emu_block->dynamic;", text)
-    for pattern, instead in INSTRUCTIONS:
-        text = re.sub(pattern, instead, text, flags=re.DOTALL)
-    left = re.search(r".*\basm\b.*", text)
-    if left:
-        raise NotImplementedError(f"{name}: tests/support/emulator.py does not know this instruction: {left.group()}")
-    return text
+    return re.sub(DYNAMIC, "u8* shared = emu_block->dynamic;", text)
 
 
 def build(main: str, headers: dict[str, str], name: str, folder: Path) -> ctypes.CDLL:
-    """Compile and load; what an earlier run has compiled from the same text is taken from the folder."""
+    """Compile and load a library; one that an earlier run compiled from the same text is loaded from the folder."""
     headers = {**headers, "emulator.h": (HERE / "emulator.h").read_text()}
     key = hashlib.sha256(repr((main, sorted(headers.items()), OPTIONS)).encode()).hexdigest()[:16]
     library = folder / f"{name}-{key}.so"
@@ -148,7 +128,7 @@ class Jit:
 
 
 class Stream:
-    """A thread that does one job after the other. A daemon: a kernel that never ends does not keep the process."""
+    """A thread that runs one job after the other. A daemon: a kernel that never ends does not keep the process."""
 
     known: ClassVar[dict[int, Stream]] = {}
 
@@ -165,7 +145,7 @@ class Stream:
         self._jobs.put(job)
 
     def query(self) -> bool:
-        """Whether all is done; raises what a job has raised."""
+        """Return whether all jobs are done; raise the error of a job."""
         if self._error is not None:
             raise self._error
         return self._done == self._submitted
@@ -174,13 +154,13 @@ class Stream:
         while True:
             try:
                 self._jobs.get()()
-            except Exception as error:  # noqa: BLE001 - whoever asks gets it
+            except Exception as error:  # noqa: BLE001 - `query` raises it
                 self._error = error
             self._done += 1
 
 
 class Window:
-    """What virtual ranks use of a ``tokenferry.memory.window.Window``."""
+    """The part of ``tokenferry.memory.window.Window`` that virtual ranks use."""
 
     def __init__(self, rank: int, bases: Sequence[int], num_bytes: int) -> None:
         self.bases, self.base, self.num_bytes, self.device = bases, bases[rank], num_bytes, Emulator.device
@@ -192,13 +172,13 @@ class Emulator:
     device = torch.device("cpu")
     timeout_s = 60.0
     folder: Path | None = None
-    """Where compiled kernels stay for the next run; None: nowhere."""
+    """Folder of compiled kernels for the next run; None: they are not kept."""
     _memories: ClassVar[list[tuple[mmap.mmap, Any]]] = []
-    """For ever: a kernel of a test that failed may still run. Untouched pages cost nothing."""
+    """Kept for ever: a kernel of a failed test may still run. Untouched pages cost nothing."""
 
     @staticmethod
     def missing() -> str | None:
-        """Why there can be no emulator here."""
+        """Return why the emulator cannot run on this machine."""
         return None if shutil.which("g++") else "needs an NVIDIA GPU, or g++ on PATH for the emulator"
 
     def windows(self, num_ranks: int, num_bytes: int) -> list[Window]:
@@ -220,7 +200,7 @@ class Emulator:
         return tensor
 
     def settle(self) -> None:
-        """Nothing runs but kernels."""
+        """Do nothing: only kernels run asynchronously."""
 
     @functools.cached_property
     def jit(self) -> Jit:

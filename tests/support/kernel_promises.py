@@ -1,4 +1,4 @@
-"""What every kernel that we ship promises, held against what the compiler makes of it."""
+"""The resources that the specs of kernels promise, compared with those that the compiler reports."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ SM_REGISTERS = 65536
 
 
 class HashableUnit:
-    """A unit that equals another one with the same content, so that kernels of one file compile once."""
+    """A unit that equals any other with the same content, so that the kernels of one file compile once."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = dataclasses.replace(unit, name="any")
@@ -33,7 +33,7 @@ def built(unit: HashableUnit) -> compiler.Built:
 
 
 def compiled(spec: KernelSpec, config: Mapping[str, int]) -> tuple[Resources, str]:
-    """What the kernel needs, and the whole log."""
+    """Return the resources that a kernel needs, and the whole log."""
     log = built(HashableUnit(spec.unit(config, ARCH))).log
     found = resources.parse(log)
     assert spec.name in found, f'{spec.source}: no kernel extern "C" {spec.name}; it has {sorted(found)}'
@@ -41,7 +41,7 @@ def compiled(spec: KernelSpec, config: Mapping[str, int]) -> tuple[Resources, st
 
 
 def broken_promises(spec: KernelSpec, needs: Resources, log: str) -> list[str]:
-    """One line for each number that the compiler does not confirm."""
+    """Return a line for each number that the compiler does not confirm."""
     allocated = -(-needs.registers // 8) * 8 * spec.max_threads
     wrong = {
         f"spills {needs.spill_bytes} bytes": needs.spill_bytes > 0,
@@ -58,7 +58,7 @@ def broken_promises(spec: KernelSpec, needs: Resources, log: str) -> list[str]:
 
 
 def unwritten_promises(spec: KernelSpec) -> list[str]:
-    """What the ``// Cost`` lines of the kernel's header should say and do not."""
+    """Return the phrases that are missing from the ``// Cost`` lines of the kernel's head."""
     header = re.match(r"(?://.*\n)+", spec.source.read_text())
     cost = re.search(r"^// Cost\b(?:.*\n)(?://  .*\n)*", header[0] if header else "", re.MULTILINE)
     text = " ".join(line.removeprefix("//").strip() for line in cost[0].splitlines()) if cost else ""

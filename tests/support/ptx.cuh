@@ -1,11 +1,11 @@
-// Stands for the package's device/ptx.cuh: the same functions, on emulator.h.
+// Replaces the package's device/ptx.cuh on a CPU: the same functions, on top of emulator.h.
 #pragma once
 
 #define DEV static inline __attribute__((unused))
 
 constexpr u32 kAll = 0xffffffffu;
 
-// ---- mbarriers: bit 0 the phase, bit 1 whether the one arrival has come, upper half the bytes that are due
+// ---- mbarriers: bit 0 is the phase, bit 1 whether the one arrival has come, the upper half the bytes still to come
 
 DEV void emu_turn_phase(u64* barrier) {
     if ((*barrier & 2) && *barrier >> 32 == 0) {
@@ -21,7 +21,7 @@ DEV void mbarrier_expect(u64* barrier, u32 bytes) {
     emu_turn_phase(barrier);
 }
 DEV void mbarrier_wait(u64* barrier, u32 parity) {
-    emu_change_fiber();  // a load takes its time: others see what was said before it was there
+    emu_change_fiber();  // a load takes time: other threads run before it arrives
     while ((*barrier & 1) == parity) {
         std::vector<EmuCopy>& loads = emu_block->loads[barrier];
         for (const EmuCopy& one : loads) {
@@ -34,7 +34,7 @@ DEV void mbarrier_wait(u64* barrier, u32 parity) {
     }
 }
 
-// ---- bulk copies: done as late as they may be, so that whoever does not wait finds something else
+// ---- bulk copies: done as late as possible, so that a kernel that does not wait finds other data
 
 DEV void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
     emu_check_aligned(shared, global, bytes);
@@ -63,7 +63,7 @@ DEV void bulk_wait() {
     emu_finish_groups(N);
 }
 
-// ---- order between threads and ranks; whoever polls lets others go on
+// ---- order between threads and ranks; a poll lets other threads run
 
 DEV void fence_async() {}
 DEV void fence_system() { __threadfence(); }
@@ -101,7 +101,7 @@ DEV float exp2_near(float v) { return exp2f(v); }
 DEV void wait_for_kernel_before() {}
 DEV void let_next_kernel_begin() {}
 
-// Processors that have AVX read and write 16 aligned bytes as one.
+// Processors with AVX read and write 16 aligned bytes at once.
 typedef long long EmuPair __attribute__((vector_size(16)));
 DEV int4 load_packet(const void* p) {
     emu_change_fiber();
@@ -117,6 +117,12 @@ DEV void store_packet(void* p, const int4& packet) {
 }
 DEV u32 add_acquire_release(u32* p, u32 v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
 
+DEV u32 pack_bf16(float low, float high) { return emu_pair(emu_to_bfloat16(low), emu_to_bfloat16(high)); }
+DEV u32 pack_fp16(float low, float high) { return emu_pair(emu_to_float16(low), emu_to_float16(high)); }
+DEV void unpack_fp16(u32 v, float& low, float& high) {
+    low = emu_from_float16(v & 0xffff);
+    high = emu_from_float16(v >> 16);
+}
 DEV u32 pack_fp8(float a, float b, float c, float d) {
     return emu_to_float8(a) | emu_to_float8(b) << 8 | emu_to_float8(c) << 16 | emu_to_float8(d) << 24;
 }

@@ -16,6 +16,7 @@ from support.virtual_ranks import MACHINE, Block, Ranks, same_bytes
 from tokenferry import Scale
 from tokenferry.backends.cuda.decode import prepared_choices
 from tokenferry.backends.cuda.workspace import Workspace, bytes_of, sizes_for
+from tokenferry.kernels.codes import RAW
 from tokenferry.kernels.control_block import MAX_RANKS
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
@@ -268,7 +269,7 @@ class DispatchCall(DecodeCall):
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": decode_dispatch_spec.RAW if self.fp8 is None else TYPES.index(self.case.dtype)}
+        return {"type": RAW if self.fp8 is None else TYPES.index(self.case.dtype)}
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Where every row goes, by plain loops over all ranks' choices: in the words of the kernels' heads."""
+"""Where every row goes, by plain loops over the choices of all ranks, in the terms of the heads of the kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_LIMIT = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Form:
-    """How rows lie: layout, alignment (experts), capacity of an expert (masked), and the room of a rank."""
+    """A layout of rows, with its alignment (experts), capacity of an expert (masked), and most rows of a rank."""
 
     layout: str
     alignment: int = 1
@@ -36,9 +36,9 @@ class Expected:
     """The plan of all ranks.
 
     Args:
-        choices: Of each rank, of each token, the experts; -1: none.
+        choices: The experts of each token of each rank; -1: none.
         num_experts: E.
-        form: How rows lie.
+        form: The layout of rows.
     """
 
     def __init__(self, choices: Sequence[list[list[int]]], num_experts: int, form: Form) -> None:
@@ -68,7 +68,7 @@ class Expected:
             self.rows.update({(*one, rank): row for row, one in enumerate(order)})
 
     def _lay_out(self) -> tuple[list[int], list[int]]:
-        """First place of each expert in its rank's layout, and the rows that each rank needs."""
+        """Return the first place of each expert in the layout of its rank, and the rows that each rank needs."""
         starts, ends = [], []
         for rank in range(self.num_ranks):
             end = 0
@@ -87,10 +87,6 @@ class Expected:
     def src_counts(self, rank: int) -> list[int]:
         return [len(self.sent[src][rank]) for src in range(self.num_ranks)]
 
-    def src_expert(self, rank: int) -> list[list[int]]:
-        first = rank * self.num_local
-        return [[len(self.wanted[src][first + i]) for i in range(self.num_local)] for src in range(self.num_ranks)]
-
     def expert_counts(self, rank: int) -> list[int]:
         first = rank * self.num_local
         return [sum(len(wanted[first + i]) for wanted in self.wanted) for i in range(self.num_local)]
@@ -104,18 +100,18 @@ class Expected:
     # ------------------------------------------------------------------ places
 
     def place(self, src: int, token: int, expert: int) -> int:
-        """Where on the rank of an expert the row for it lies."""
+        """Return the place of an expert's row on its rank."""
         if self.form.by_expert:
             return self.places[src, token, expert]
         return self.rows[src, token, expert // self.num_local]
 
     def first_place(self, src: int, token: int, rank: int) -> int:
-        """Where a row lands: rows: its place; else the place at its first expert there."""
+        """Return where a row is stored: its place (rows), or its place at its first expert there (other layouts)."""
         experts = [e for e in self.choices[src][token] if e >= 0 and e // self.num_local == rank]
         return self.place(src, token, min(experts)) if experts else -1
 
     def table(self, src: int) -> Tensor:
-        """``places`` of a rank: columns send and slot, and by expert row and pull."""
+        """Return ``places`` of a rank: columns send and slot, and in layouts by expert row and pull."""
         K, lines = self.top_k, []
         for token, experts in enumerate(self.choices[src]):
             line = [self.first_place(src, token, rank) for rank in range(self.num_ranks)]
@@ -133,14 +129,14 @@ class Expected:
         rank, local = divmod(expert, self.num_local)
         return rank << RANK_SHIFT | (self.place(src, token, expert) if self.form.by_expert else local)
 
-    # ------------------------------------------------------------------ what a rank learns of what it received
+    # ------------------------------------------------------------------ received rows
 
     def received(self, rank: int) -> list[tuple[int, int]]:
-        """(source, token) of each received row."""
+        """Return (source, token) of each received row."""
         return [(src, token) for src in range(self.num_ranks) for token in self.sent[src][rank]]
 
     def ids(self, rank: int, dtype: torch.dtype) -> Tensor:
-        """``[N, K]`` local experts."""
+        """Return the local experts ``[N, K]`` of received rows."""
         lines = [
             [e % self.num_local if e >= 0 and e // self.num_local == rank else -1 for e in self.choices[src][token]]
             for src, token in self.received(rank)
@@ -148,7 +144,7 @@ class Expected:
         return torch.tensor(lines, dtype=dtype).reshape(len(lines), self.top_k)
 
     def row_idx(self, rank: int) -> Tensor:
-        """``[N, K]`` places of each received row."""
+        """Return the places ``[N, K]`` of received rows."""
         lines = [
             [
                 self.place(src, token, e) if e >= 0 and e // self.num_local == rank else -1
@@ -159,7 +155,7 @@ class Expected:
         return torch.tensor(lines, dtype=torch.int64).reshape(len(lines), self.top_k)
 
     def check_against(self, oracle: Oracle) -> None:
-        """This class and the oracle of the contract are two readings of the same words."""
+        """Compare this class with the oracle of the contract: both read the same documentation."""
         for rank in range(self.num_ranks):
             assert self.received(rank) == oracle.received(rank)
             assert self.expert_counts(rank) == oracle.expert_counts(rank)
@@ -175,7 +171,7 @@ class Expected:
 
 
 class Tables:
-    """What `count` and `place` fill for one rank, poisoned before."""
+    """The output of dispatch_notify and dispatch_assign for one rank, poisoned."""
 
     def __init__(self, ranks: Ranks, num_tokens: int, top_k: int, num_experts: int, form: Form) -> None:
         R, E = ranks.num_ranks, num_experts
@@ -187,7 +183,6 @@ class Tables:
         self.src_counts = ranks.poisoned(R, dtype=torch.int64)
         self.expert_counts = ranks.poisoned(E // R, dtype=torch.int32)
         self.expert_offsets = ranks.poisoned(E // R + 1, dtype=torch.int32)
-        self.src_expert = ranks.poisoned(R, E // R, dtype=torch.int32)
         self.places = ranks.poisoned(num_tokens, columns, dtype=torch.int32)
         self.dst_token = ranks.poisoned(num_tokens * min(top_k, R), dtype=torch.int64)
         words = notify_spec.HOST_WORDS_BEFORE_EXPERTS + E // R
@@ -195,13 +190,13 @@ class Tables:
 
 
 class Planner:
-    """One dispatch's plan on all ranks.
+    """Makes the plan of a dispatch on all ranks.
 
     Args:
-        ranks: Who plans.
+        ranks: The ranks.
         topk_idx: ``[T, K]`` of each rank, on the CPU.
         num_experts: E.
-        form: How rows lie.
+        form: The layout of rows.
     """
 
     def __init__(self, ranks: Ranks, topk_idx: Sequence[Tensor], num_experts: int, form: Form) -> None:
@@ -212,8 +207,8 @@ class Planner:
         self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
         self.smem_bytes = notify_spec.smem_bytes(num_experts, ranks.num_ranks)
 
-    def count_fields(self, rank: int, **more: object) -> dict[str, object]:
-        """Params of `count`."""
+    def notify_fields(self, rank: int, **more: object) -> dict[str, object]:
+        """Return the params of dispatch_notify."""
         t, form = self.tables[rank], self.form
         experts = form.layout == "experts"
         return {
@@ -224,7 +219,6 @@ class Planner:
             "src_counts": t.src_counts,
             "expert_counts": t.expert_counts,
             "expert_offsets": t.expert_offsets if experts else 0,
-            "src_expert": t.src_expert,
             "host": t.host,
             "num_tokens": self.topk_idx[rank].shape[0],
             "top_k": self.top_k,
@@ -236,8 +230,8 @@ class Planner:
             **more,
         }
 
-    def place_fields(self, rank: int) -> dict[str, object] | None:
-        """Params of `place`; without tokens there is nothing to launch."""
+    def assign_fields(self, rank: int) -> dict[str, object] | None:
+        """Return the params of dispatch_assign; None without tokens: it is not launched."""
         t = self.tables[rank]
         if not self.topk_idx[rank].shape[0]:
             return None
@@ -254,22 +248,22 @@ class Planner:
             "by_expert": int(self.form.by_expert),
         }
 
-    def count(self, only: Sequence[int] | None = None, **more: object) -> None:
-        """Launch `count` on some ranks, or all; does not wait."""
+    def notify(self, only: Sequence[int] | None = None, **more: object) -> None:
+        """Launch dispatch_notify on some ranks, or all; does not wait."""
         here = range(self.ranks.num_ranks) if only is None else only
-        fields = [self.count_fields(rank, **more) if rank in here else None for rank in range(self.ranks.num_ranks)]
+        fields = [self.notify_fields(rank, **more) if rank in here else None for rank in range(self.ranks.num_ranks)]
         self.ranks.launch(notify_spec.SPEC, fields, (2, notify_spec.THREADS, self.smem_bytes), self.config)
 
-    def place(self) -> None:
-        """Launch `place` on all ranks; does not wait."""
-        fields = [self.place_fields(rank) for rank in range(self.ranks.num_ranks)]
+    def assign(self) -> None:
+        """Launch dispatch_assign on all ranks; does not wait."""
+        fields = [self.assign_fields(rank) for rank in range(self.ranks.num_ranks)]
         self.ranks.launch(assign_spec.SPEC, fields, (3, assign_spec.THREADS, self.smem_bytes), self.config)
 
     def run(self) -> None:
-        """The whole plan."""
+        """Make the whole plan, and wait for it."""
         self.ranks.call += 1
-        self.count()
+        self.notify()
         self.ranks.wait()
-        self.place()
+        self.assign()
         self.ranks.wait()
         self.ranks.check_quiet()

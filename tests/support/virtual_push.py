@@ -1,4 +1,4 @@
-"""What tests of the kernel `push` have in common: situations, plans, launches, and what has to come out."""
+"""Cases, plans and launches of the kernel combine_push, and the expected output."""
 
 from __future__ import annotations
 
@@ -11,28 +11,25 @@ import torch
 from torch import Tensor
 
 from support.virtual_ranks import POISON, Block, Ranks, offsets, ranks_of, same_bytes
-from tokenferry.kernels import describe
-from tokenferry.kernels.combine_pull.spec import PIECE_BYTES
+from tokenferry.kernels.codes import PIECE_BYTES, TYPES
 from tokenferry.kernels.combine_push import spec as push_spec
-from tokenferry.kernels.control_block import FIRST_OFFSET, MAX_LANDED, MAX_RANKS
+from tokenferry.kernels.control_block import MAX_LANDED, MAX_RANKS, ROWS_AT_WORD, SHIFT_WORD
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
-
-BITS_WORD, ROWS_AT_WORD = FIRST_OFFSET + 3, FIRST_OFFSET + 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """One situation.
+    """One case.
 
     Attributes:
         tokens: T of each rank.
-        row_bytes: Of a row.
+        row_bytes: Bytes of a row.
         biases: How many.
-        blocks: Of the grid.
+        blocks: Blocks of the grid.
         pushers: Blocks that push, of a rank whose rows are not fetched.
-        whole: The part of the tokens, from the first on, of which a warp adds up all pieces; of the others single ones.
-        bits: Rows of a unit that is pushed, as a power of two: what each rank asks for, in turn.
+        whole: The share of the tokens, from the first on, that a warp sums as a whole; the others by single pieces.
+        bits: log2 of the rows of a unit that is pushed: of each rank, in turn.
         fetched: Ranks whose rows lie in the heap, for peers to fetch.
         top_k: K, if weights come home.
         routing: random; own: each token has a row on its own rank only; last: on the last; nowhere.
@@ -64,12 +61,12 @@ class Sizes:
 
 
 class Plan:
-    """Who has rows where.
+    """Which rank has which rows.
 
     Attributes:
-        received: Of each rank, (src, token) of its rows.
-        table: Of each rank ``[T, R]``: the row that a token has on rank r, or -1.
-        out: ``out[rank][r]`` rows of a rank came from r; so many does r expect of it.
+        received: (src, token) of the rows of each rank.
+        table: ``[T, R]`` for each rank: the row that a token has on rank r, or -1.
+        out: ``out[rank][r]``: the rows of a rank that came from r and return there.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -97,7 +94,7 @@ class Plan:
 
 
 class Push:
-    """One launch on all ranks, or several along one plan."""
+    """Launches on all ranks along one plan."""
 
     def __init__(self, ranks: Ranks, sizes: Sizes, dtype: torch.dtype, alive: int | None = None) -> None:
         self.ranks, self.sizes, self.dtype = ranks, sizes, dtype
@@ -115,10 +112,10 @@ class Push:
         self.weight_blocks = [self._block_of(r, self.weights[r]) for r in here] if sizes.top_k else [None] * len(here)
         self.out = [ranks.poisoned(T, self.hidden, dtype=dtype) for T in sizes.tokens]
         self.weights_out = [ranks.poisoned(T, sizes.top_k, dtype=torch.float32) for T in sizes.tokens]
-        self.bring(sizes.seed)
+        self.fill(sizes.seed)
 
-    def bring(self, seed: int) -> None:
-        """Other rows along the same plan."""
+    def fill(self, seed: int) -> None:
+        """Replace the rows by others along the same plan."""
         self.rows = [
             payload(torch.arange(len(received)) + 100_003 * rank + 11 * seed, self.hidden, self.dtype)
             for rank, received in enumerate(self.plan.received)
@@ -132,7 +129,7 @@ class Push:
         return block
 
     def _landed(self, rank: int) -> list[tuple[int, int]]:
-        """(peer, row there) of what its block has room for, in this order."""
+        """Return (peer, row there) of the rows that are pushed to a rank, in the order of its memory."""
         counts = enumerate(self.plan.out)
         firsts = [(r, self.plan.first(r, rank), out[rank]) for r, out in counts if r != rank]
         return [(r, first + i) for r, first, many in firsts for i in range(many)]
@@ -140,18 +137,18 @@ class Push:
     # ------------------------------------------------------------------ the launch
 
     def table(self, rank: int, behind: int) -> Tensor:
-        """The rows of a rank's tokens, part of a wider table."""
+        """Return the rows of a rank's tokens, part of a wider table."""
         wide = torch.full((self.sizes.tokens[rank], 1 + self.ranks.num_ranks + behind), 0x0FFFFFF7, dtype=torch.int32)
         wide[:, 1 : 1 + self.ranks.num_ranks] = self.plan.table[rank]
         return self.ranks.on_device(wide)[:, 1 : 1 + self.ranks.num_ranks]
 
     def source(self, rank: int) -> Tensor:
-        """A rank's rows in memory of its own, with NaN around them."""
+        """Return a rank's rows outside of the heap, with NaN around them."""
         around = torch.full((1, self.hidden), torch.nan, dtype=self.dtype)
         return self.ranks.on_device(torch.cat([around, self.rows[rank], around]))[1:-1]
 
     def fields(self, rank: int, **more: object) -> dict[str, object]:
-        """Params of `push`."""
+        """Return the params of combine_push."""
         sizes, up, plan = self.sizes, self.ranks.on_device, self.plan
         table, places, rings = self.table(rank, 1), self.table(rank, 4), push_spec.cut(sizes.row_bytes)
         heap = self.heap.get(rank)
@@ -181,7 +178,7 @@ class Push:
                 0: 3,
                 2: sizes.row_bytes,
                 **offsets(self.recv[rank], self.weight_blocks[rank]),
-                BITS_WORD: sizes.bits_of(rank),
+                SHIFT_WORD: sizes.bits_of(rank),
                 ROWS_AT_WORD: heap.handshake if heap else 0,
             },
         }
@@ -198,10 +195,10 @@ class Push:
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": describe.TYPES[self.dtype]}
+        return {"type": TYPES[self.dtype]}
 
     def run(self) -> None:
-        """Launch on all ranks; of the words `landed` only those of units that were brought may change."""
+        """Launch on all ranks; of the flags only those of units that were pushed may change."""
         want = [landed(self.ranks, rank).clone() for rank in range(self.ranks.num_ranks)]
         epoch = max(self.ranks.epochs()) + 1
         for rank, src in itertools.permutations(self.alive, 2):
@@ -212,10 +209,10 @@ class Push:
         for rank in range(self.ranks.num_ranks):
             assert torch.equal(landed(self.ranks, rank), want[rank]), f"{self.sizes}: wrong units of rank {rank}"
 
-    # ------------------------------------------------------------------ what has to come out
+    # ------------------------------------------------------------------ expected output
 
     def want(self, rank: int) -> Tensor:
-        """By torch on the CPU, one operation after the other."""
+        """Return the sums, by torch on the CPU, one operation after the other."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         sums = torch.zeros(self.sizes.tokens[rank], self.hidden, dtype=wide)
         for bias in self.biases[rank]:
@@ -243,7 +240,7 @@ class Push:
             same_bytes(f"rows in the heap of rank {rank}", block.cpu(), as_bytes(self.rows[rank]), self.sizes.row_bytes)
 
     def check_landing(self, what: str, rank: int) -> None:
-        """Every row at its place, poison where rows are fetched, or come from ranks that take no part."""
+        """Check every pushed row; the rest is poison: fetched rows, and those of ranks that take no part."""
         want = torch.full((len(self._landed(rank)), self.sizes.row_bytes), POISON, dtype=torch.uint8)
         for i, (r, row) in enumerate(self._landed(rank)):
             if r in self.alive and r not in self.heap:
@@ -251,7 +248,7 @@ class Push:
         same_bytes(f"{what} landing", self.recv[rank].cpu(), want.flatten(), self.sizes.row_bytes)
 
     def check_untouched(self, rank: int) -> None:
-        """Nothing was added up, nothing has landed."""
+        """Check that nothing was summed and nothing pushed."""
         assert (self.out[rank].view(torch.uint8) == POISON).all()
         assert (self.recv[rank].cpu() == POISON).all()
 
@@ -261,7 +258,7 @@ def as_bytes(rows: Tensor) -> Tensor:
 
 
 def landed(ranks: Ranks, rank: int) -> Tensor:
-    """``[from, unit]``: the words of a rank's control block that say what has landed."""
+    """Return ``[from, unit]``: the flags in a rank's control block."""
     return ranks.words(rank, "landed", MAX_RANKS * MAX_LANDED).view(MAX_RANKS, MAX_LANDED)
 
 

@@ -1,21 +1,17 @@
 """R virtual ranks on one GPU: R windows in one process, and for each a record and a stream. Kernels run alone.
 
-A launch is of one kernel on all ranks, each on its own stream, with grids so small that all blocks are resident
-together; `Ranks.wait` ends it. So no stream ever has a kernel that waits for its peers in front of one that they wait
-for.
+A launch starts one kernel on all ranks, each on its own stream, with grids so small that all blocks are resident
+together; `Ranks.wait` waits for it. So no kernel that waits for its peers is queued before one that they wait for.
 
-Where there is no GPU, tests/emulator runs the kernels on the CPU; what "on the GPU" says is then ordinary memory.
+Without a GPU, the emulator runs the kernels on the CPU; memory "on the GPU" is then ordinary memory.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,16 +20,22 @@ from torch import Tensor
 
 from support.emulator import Emulator
 from tokenferry.jit.kernel import Jit, KernelSpec
-from tokenferry.kernels import control_block
 from tokenferry.kernels.all import SPECS
-from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, FIRST_OFFSET, OFFSET_BYTES, RECORD_WORDS, Fault
+from tokenferry.kernels.control_block import (
+    CONTROL_BLOCK_BYTES,
+    CONTROL_BLOCK_OFFSETS,
+    FIRST_OFFSET,
+    OFFSET_BYTES,
+    RECORD_WORDS,
+    Fault,
+)
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window, share_in_process
 
 HEAP_BYTES = 32 << 20
 POISON = 0xA5
 GUARD = 512
-"""Bytes before and behind each block that nobody may touch."""
+"""Bytes before and behind each block that must not be written."""
 MILLISECOND = 1_500_000
 """Cycles, roughly."""
 
@@ -41,7 +43,7 @@ Fields = Mapping[str, Any]
 
 
 class Gpu:
-    """What virtual ranks need of a machine; ``Emulator`` has the same."""
+    """A GPU as virtual ranks use it; ``Emulator`` has the same methods."""
 
     device = torch.device("cuda", 0)
     timeout_s = 5.0
@@ -53,21 +55,21 @@ class Gpu:
         return torch.cuda.Stream(self.device)
 
     def sleep(self, stream: torch.cuda.Stream, milliseconds: float) -> None:
-        """Put a kernel that does nothing for a while on a stream."""
+        """Enqueue a kernel that does nothing for a while."""
         with torch.cuda.stream(stream):
             torch.cuda._sleep(int(milliseconds * MILLISECOND))
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        """The same in memory that kernels may write."""
+        """Return a copy in memory of the host that kernels can write."""
         return tensor.pin_memory()
 
     def settle(self) -> None:
-        """Wait until what torch writes is there."""
+        """Wait for the work of torch."""
         torch.cuda.current_stream(self.device).synchronize()
 
     @functools.cached_property
     def jit(self) -> Jit:
-        """The kernels of this process, all loaded: a driver that loads one later might wait for those that run."""
+        """All kernels, loaded: a driver that loads one later might wait for running kernels."""
         made = Jit(0, None)
         made.warmup(SPECS)
         return made
@@ -78,25 +80,8 @@ TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", MACHINE.timeout_s))
 """Deadline of the kernels; a sanitizer needs more."""
 
 
-def _layout() -> dict[str, int]:
-    """Offset of each field of the control block; its fields are u64 and u32 words and arrays."""
-    text = (Path(control_block.__file__).parent / "device" / "control_block.cuh").read_text()
-    constants = {name: int(value) for name, value in re.findall(r"constexpr u32 (\w+) = (\d+);", text)}
-    fields, at = {}, 0
-    body = text.split("struct ControlBlock {")[1].split("};")[0]
-    for width, name, dims in re.findall(r"^\s*u(64|32) (\w+)((?:\[[\w +]+\])*);", body, re.MULTILINE):
-        fields[name] = at
-        sizes = re.findall(r"\[([\w +]+)\]", dims)  # numbers, names, or sums of them
-        sizes = [sum(constants.get(term) or int(term) for term in size.split(" + ")) for size in sizes]
-        at += math.prod(sizes) * int(width) // 8
-    return fields
-
-
-CONTROL_BLOCK_OFFSETS = _layout()
-
-
 class Record(NamedTuple):
-    """What a kernel found wrong; device/control_block.cuh says what the words mean."""
+    """A fault that a kernel found; kernels/control_block.py documents the words."""
 
     code: int
     call: int
@@ -112,8 +97,8 @@ class Block:
     """Poisoned bytes in the heap of one rank's window, with guards around them.
 
     Attributes:
-        handshake: Where it begins, as a handshake says it.
-        address: The same, as an address.
+        handshake: Where it begins, as an offset in a handshake.
+        address: Where it begins, as an address.
         tensor: uint8 ``[num_bytes]``.
     """
 
@@ -126,7 +111,7 @@ class Block:
         self.tensor = self._whole[GUARD : GUARD + num_bytes]
 
     def cpu(self) -> Tensor:
-        """The bytes, brought to the CPU; fails if somebody wrote around them."""
+        """Return the bytes, on the CPU; fail if the guards were written."""
         whole = self._whole.cpu()
         wrong = torch.cat([whole[:GUARD], whole[whole.numel() - GUARD :]]) != POISON
         assert not bool(wrong.any()), f"{int(wrong.sum())} bytes around a block of {self.tensor.numel()} were written"
@@ -138,7 +123,7 @@ class Ranks:
 
     Args:
         num_ranks: R.
-        heap_bytes: Of each window.
+        heap_bytes: Bytes of the heap of each window.
     """
 
     def __init__(self, num_ranks: int, heap_bytes: int = HEAP_BYTES) -> None:
@@ -158,49 +143,49 @@ class Ranks:
     # ------------------------------------------------------------------ memory
 
     def reset(self) -> None:
-        """Give all blocks back. Ranks begin at different offsets, so that a handshake of another rank leads astray."""
+        """Free all blocks. Ranks start at different offsets, so that offsets of another rank are wrong."""
         self._next = [CONTROL_BLOCK_BYTES + 4096 * rank for rank in range(self.num_ranks)]
 
     def block(self, rank: int, num_bytes: int) -> Block:
-        """Poisoned bytes in a window."""
+        """Return poisoned bytes in a window."""
         start = self._next[rank]
         self._next[rank] = -(-(start + num_bytes + 2 * GUARD) // 128) * 128
         assert self._next[rank] <= self.windows[rank].num_bytes, "the heap of the test is too small"
         return Block(self, rank, start, num_bytes)
 
     def on_device(self, tensor: Tensor) -> Tensor:
-        """The same on the GPU, strides kept."""
+        """Return a copy on the GPU, with the same strides."""
         there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
         return there.copy_(tensor)
 
     def poisoned(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor on the GPU of which every byte is poison."""
+        """Return a tensor on the GPU of which every byte is poison."""
         made = torch.empty(*shape, dtype=dtype, device=self.device)
         made.view(torch.uint8).fill_(POISON)
         return made
 
     def pinned(self, tensor: Tensor) -> Tensor:
-        """The same in memory of the host that kernels may write."""
+        """Return a copy in memory of the host that kernels can write."""
         return MACHINE.pinned(tensor)
 
     def words(self, rank: int, field: str, count: int = 1, dtype: torch.dtype = torch.int32, first: int = 0) -> Tensor:
-        """Words of a field of a rank's control block, for reading and writing while no kernel runs."""
+        """Return words of a field of a rank's control block, to read and write while no kernel runs."""
         window = self.windows[rank]
         at = window.base + CONTROL_BLOCK_OFFSETS[field] + first * dtype.itemsize
         return bytes_at(at, count * dtype.itemsize, window.device, window).view(dtype)
 
     def epochs(self) -> list[int]:
-        """Of the last kernel of each rank that met and ended."""
+        """Return the epoch of each rank's last collective kernel that ended."""
         return [int(self.words(rank, "epoch")) for rank in range(self.num_ranks)]
 
     def failed(self) -> list[int]:
-        """The code for which each rank gave up, or 0."""
+        """Return the fault for which each rank gave up, or 0."""
         return [int(self.words(rank, "failed")) for rank in range(self.num_ranks)]
 
     # ------------------------------------------------------------------ kernels
 
     def delay(self, rank: int, milliseconds: float) -> None:
-        """Keep a rank's stream busy for a while."""
+        """Keep the stream of a rank busy for a while."""
         MACHINE.sleep(self.streams[rank], milliseconds)
 
     def launch(
@@ -213,16 +198,16 @@ class Ranks:
         """Launch a kernel on every rank that has fields; returns at once.
 
         Args:
-            spec: Of the kernel.
-            fields: One mapping a rank: what the params hold; tensors stand for their addresses, ``handshake`` is a
-                mapping of words, ``alive`` the ranks that take part, ``timeout_s`` another deadline. None: does not
+            spec: The kernel.
+            fields: One mapping a rank: the values of the params; tensors stand for their addresses, ``handshake`` is a
+                mapping of words, ``alive`` the ranks that take part, ``timeout_s`` another deadline. None: no
                 launch.
             sizes: Blocks, threads a block, dynamic shared memory.
-            config: Of the kernel.
+            config: Config of the kernel.
         """
         kernel = self._kernels.kernel(spec, **(config or {}))
         ready = [None if one is None else self._fill(kernel.new_params(), rank, one) for rank, one in enumerate(fields)]
-        MACHINE.settle()  # what tests wrote is there
+        MACHINE.settle()  # the work of the test itself is done
         for rank, params in enumerate(ready):
             if params is not None:
                 kernel.launch(params, *sizes, self.streams[rank].cuda_stream)
@@ -241,7 +226,7 @@ class Ranks:
         self.check_quiet()
 
     def wait(self, *ranks: int) -> None:
-        """Wait for some ranks, or all. A kernel that does not end takes the whole run of tests down, and is named."""
+        """Wait for some ranks, or all. A kernel that does not end stops the whole run of tests, with a message."""
         deadline = time.monotonic() + 4 * TIMEOUT_S + 10
         for rank in ranks or range(self.num_ranks):
             while not self.streams[rank].query():
@@ -252,7 +237,7 @@ class Ranks:
             self._kept.clear()
 
     def record(self, rank: int) -> Record | None:
-        """What a rank recorded, and clear it; as a host does, that raises it."""
+        """Return the record of a rank and clear it, as a host does that raises it."""
         words = [word & 0xFFFFFFFF for word in self.records[rank].tolist()]
         self.records[rank].zero_()
         if words[0] in (Fault.bad_routing, Fault.overflow):
@@ -260,7 +245,7 @@ class Ranks:
         return Record(*words) if words[0] else None
 
     def check_quiet(self) -> None:
-        """No rank recorded a fault."""
+        """Check that no rank recorded a fault."""
         records = [self.record(rank) for rank in range(self.num_ranks)]
         assert records == [None] * self.num_ranks, records
 
@@ -285,7 +270,7 @@ _ranks: dict[int, Ranks] = {}
 
 
 def ranks_of(num_ranks: int) -> Ranks:
-    """R virtual ranks that go on from test to test, as a group does from call to call; new ones after a failed test."""
+    """Return R virtual ranks, the same from test to test, as in a group from call to call; new ones after a failure."""
     found = _ranks.get(num_ranks)
     if found is None or any(found.failed()) or len(set(found.epochs())) > 1 or bool(found.records.any()):
         found = _ranks[num_ranks] = Ranks(num_ranks)
@@ -294,12 +279,12 @@ def ranks_of(num_ranks: int) -> Ranks:
 
 
 def offsets(*blocks: Block | None) -> dict[int, int]:
-    """The words of a handshake that say where blocks are."""
+    """Return the words of a handshake with the offsets of blocks."""
     return {FIRST_OFFSET + i: block.handshake for i, block in enumerate(blocks) if block is not None}
 
 
 def same_bytes(what: str, got: Tensor, want: Tensor, row_bytes: int) -> None:
-    """Assert that bytes are the same; says in which row they first differ, and whether that one was touched at all."""
+    """Assert that bytes are equal; the message gives the first row that differs, and whether it was written at all."""
     assert got.shape == want.shape, f"{what}: got {got.numel()} bytes, want {want.numel()}"
     if torch.equal(got, want):
         return

@@ -80,6 +80,7 @@ NEVER = r"cuMulticast|multimem|MallocManaged|cuMemAllocManaged"
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_DEVICE_FUNCTION_LINES = 80
 
 ONE_THING = {
     "shape": "the sizes of a tensor",
@@ -476,3 +477,36 @@ def test_no_test_module_imports_another():
 
 def test_only_the_test_runner_puts_folders_on_the_import_path():
     assert not lines_of_tests(r"sys\.path(\.(insert|append|extend)\(|\[.*\] *=[^=]| *\+?=[^=])")
+
+
+def device_functions(text: str) -> Iterator[tuple[str, int]]:
+    """First line and number of lines of each function at the top level of device code, as clang-format writes it."""
+    first, start, opened = "", 0, False
+    for number, line in enumerate(text.splitlines()):
+        if not first and re.match(r"(?!template|struct|constexpr|typedef)[A-Za-z]", line):
+            first, start, opened = line, number, False
+        opened = opened or line.endswith("{")
+        if first and line == "}":
+            yield first, number - start + 1
+        if line == "}" or (not opened and line.endswith((";", "}"))):
+            first = ""
+
+
+@pytest.mark.parametrize("name", DEVICE_CODE)
+def test_sizes_of_device_functions(name):
+    sizes = device_functions((ROOT / name).read_text())
+    wrong = [f"{first} has {size} lines" for first, size in sizes if size > MAX_DEVICE_FUNCTION_LINES]
+    assert not wrong, f"{name}: " + "\n".join(wrong)
+
+
+def test_device_functions_are_found():
+    text = "DEV void f() { return; }\nDEV void g(int a,\n           int b) {\n    if (a) {\n    }\n}\nstruct S {\n};\n"
+    assert list(device_functions(text)) == [("DEV void g(int a,", 5)]
+    names = [name for name in DEVICE_CODE if list(device_functions((ROOT / name).read_text()))]
+    assert len(names) > len(DEVICE_CODE) // 2
+
+
+def test_inline_assembly_lies_in_one_file():
+    """The emulator replaces that file, and translates no instruction elsewhere."""
+    found = [name for name in DEVICE_CODE if re.search(r"\basm\b", (ROOT / name).read_text())]
+    assert found == ["kernels/device/ptx.cuh"]

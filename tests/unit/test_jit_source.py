@@ -1,4 +1,4 @@
-"""What the compiler gets, and by what name the result is kept."""
+"""The text that the compiler gets, and the key of the result in the cache."""
 
 import dataclasses
 from pathlib import Path
@@ -46,6 +46,17 @@ def test_a_source_outside_the_root_goes_by_its_own_name(tmp_path):
     (tmp_path / "toy" / "kernel.cuh").write_text('#include "b.cuh"')
     (tmp_path / "device" / "b.cuh").write_text("int b;")
     assert sorted(other.unit({"num_stages": 4}, "sm_90a").headers) == ["b.cuh", "kernel.cuh"]
+
+
+def test_generated_headers_need_no_file(tmp_path):
+    """They are part of the unit, and so of its key, once a file includes them; like files, they may include others."""
+    toy = spec(tmp_path)
+    (tmp_path / "device" / "b.cuh").write_text('#include "generated/c.cuh"\n')
+    generated = {"generated/c.cuh": '#include "generated/d.cuh"\n', "generated/d.cuh": "int d;", "generated/e.cuh": ""}
+    toy = dataclasses.replace(toy, generated=generated)
+    headers = toy.unit({"num_stages": 4}, "sm_90a").headers
+    assert sorted(headers) == ["device/a.cuh", "device/b.cuh", "generated/c.cuh", "generated/d.cuh", "toy/kernel.cuh"]
+    assert headers["generated/d.cuh"] == "int d;"
 
 
 def test_a_missing_header_is_named(tmp_path):

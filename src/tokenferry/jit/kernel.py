@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class KernelSpec:
         static_smem: Limit of bytes of static shared memory per block.
         configs: Every set of compile-time constants that may be used: ``{"num_stages": 4}`` becomes
             ``constexpr int kNumStages = 4;``.
+        generated: Text of headers that are not files below ``include``, by the name in their ``#include`` lines.
         early: Whether the kernel begins with ``griddepcontrol.wait``: it may then be launched before the kernel before
             it has ended, which hides a part of the launch (programmatic dependent launch).
     """
@@ -48,6 +49,7 @@ class KernelSpec:
     max_threads: int
     static_smem: int
     configs: tuple[Mapping[str, int], ...]
+    generated: Mapping[str, str] = field(default_factory=dict)
     early: bool = False
 
     def unit(self, config: Mapping[str, int], arch: str) -> Unit:
@@ -63,7 +65,7 @@ class KernelSpec:
             )
         constants = {**config, "max_threads": self.max_threads}
         text, own = translation_unit(self.source, self.params.cpp, constants, self.include)
-        return Unit(self.name, text, headers(own, self.source, self.include), options(arch))
+        return Unit(self.name, text, headers(own, self.source, self.include, self.generated), options(arch))
 
     def load(self, device_index: int, config: Mapping[str, int]) -> Kernel:
         """Compile and return one kernel, without a cache: for experiments. Everything else goes through a ``Jit``.

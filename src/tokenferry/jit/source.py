@@ -1,4 +1,4 @@
-"""The text that the compiler gets: a prelude, the params struct, and the kernel with all headers that it reaches."""
+"""The text that the compiler gets: a prelude, the params struct, and the kernel with all headers that it includes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ typedef float f32;
 
 @dataclass(frozen=True)
 class Unit:
-    """One translation unit: everything that decides what the compiler makes, but for its version.
+    """One translation unit: all that determines the binary, except for the version of the compiler.
 
     Attributes:
-        name: Of the kernel.
+        name: Name of the kernel.
         text: The unit itself, which includes the headers by name.
-        headers: Text of each file that it reaches, by the name in its ``#include`` line.
-        options: For NVRTC.
+        headers: Text of each header that it includes, directly or not, by the name in the ``#include`` line.
+        options: Options for NVRTC.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Unit:
     options: tuple[str, ...]
 
     def key(self, compiler: str) -> str:
-        """Hex SHA-256 of the unit and of the compiler's version."""
+        """Return the SHA-256 of the unit and of the compiler's version, in hexadecimal."""
         digest = hashlib.sha256()
         parts = [compiler, self.name, self.text, *self.options]
         for name in sorted(self.headers):
@@ -60,22 +60,22 @@ class Unit:
 
 
 def options(arch: str) -> tuple[str, ...]:
-    """The options that every kernel is compiled with, for an architecture such as ``"sm_90a"``."""
-    # Without the last one, a header that lies in the current folder would get in, which the cache's key does not cover.
+    """Return the options that every kernel is compiled with, for an architecture such as ``"sm_90a"``."""
+    # Without the last one, NVRTC would also find headers in the current folder, which the key of the cache ignores.
     return (f"-arch={arch}", "-std=c++17", "--ptxas-options=-v", "-lineinfo", "--no-source-include")
 
 
 def translation_unit(source: Path, params_cpp: str, constants: Mapping[str, int], include: Path) -> tuple[str, str]:
-    """The text of the unit of one kernel, and the name by which it includes its source.
+    """Return the text of a kernel's unit, and the name by which it includes the kernel's source.
 
     Args:
-        source: The kernel's file.
+        source: The kernel's ``.cuh`` file.
         params_cpp: ``Params.cpp``.
         constants: ``{"num_stages": 4}`` becomes ``constexpr int kNumStages = 4;``.
         include: Root folder of the ``#include`` lines.
 
     Raises:
-        ConfigError: the name of a constant is not in snake_case, or its value is no int.
+        ConfigError: the name of a constant is not in snake_case, or its value is not an int.
     """
     lines = [f"constexpr int {constant_name(name)} = {_int(name, value)};" for name, value in sorted(constants.items())]
     try:
@@ -86,7 +86,7 @@ def translation_unit(source: Path, params_cpp: str, constants: Mapping[str, int]
 
 
 def constant_name(name: str) -> str:
-    """``num_stages`` is ``kNumStages`` in C++.
+    """Return the C++ name of a constant: ``kNumStages`` for ``num_stages``.
 
     Raises:
         ConfigError: the name is not in snake_case.
@@ -102,11 +102,17 @@ def _int(name: str, value: int) -> int:
     return int(value)  # True is written as 1
 
 
-def headers(own: str, source: Path, include: Path) -> dict[str, str]:
-    """The kernel's text and that of every header that it reaches by ``#include "..."``, by name.
+def headers(own: str, source: Path, include: Path, generated: Mapping[str, str]) -> dict[str, str]:
+    """Return the kernel's text and that of every header that it includes, directly or not, by name.
+
+    Args:
+        own: Name by which the unit includes the kernel's source.
+        source: The kernel's ``.cuh`` file.
+        include: Root folder of the ``#include`` lines.
+        generated: Text of headers that are not files, by name; they take precedence.
 
     Raises:
-        ConfigError: a header does not exist below ``include``; names it and the file that asks for it.
+        ConfigError: a header is neither generated nor a file below ``include``; names it and the file that includes it.
     """
     found = {own: source.read_text()}
     waiting = [own]
@@ -116,7 +122,7 @@ def headers(own: str, source: Path, include: Path) -> dict[str, str]:
             if name in found:
                 continue
             try:
-                found[name] = (include / name).read_text()
+                found[name] = generated[name] if name in generated else (include / name).read_text()
             except OSError as error:
                 raise ConfigError(f'kernel {own}: {user} includes "{name}", which cannot be read: {error}') from error
             waiting.append(name)

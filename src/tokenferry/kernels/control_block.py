@@ -1,53 +1,173 @@
-"""The control block and the handshake, as the host sees them: sizes, codes, names of words."""
+"""The control block, the handshake, and the reports of kernels to the host, declared once for Python and C++.
+
+A window begins with its control block: words that the kernels of the peers write and those of the owner read. Every
+word that is waited for carries an epoch, so nothing is ever cleared. The epoch counts the collective kernels; it lives
+on the device, so that a CUDA graph that is replayed goes on counting.
+
+At the start of a collective kernel each rank writes its *handshake* to every peer: first the signature, which has to be
+the same on all ranks, then what the peer needs to know, such as where it may write. Class ``Signature`` of
+backends/cuda/faults.py names the words of the signature.
+
+Kernels get these declarations as ``generated/control_block.cuh``.
+"""
 
 from __future__ import annotations
 
 import enum
 
-MAX_RANKS = 8
-MAX_EXPERTS = 4096
-MAX_TOP_K = 64
-MAX_LANDED = 4096
-"""Units of rows from one rank of whose landing `push` tells."""
-CONTROL_BLOCK_BYTES = 1 << 20
-"""A window begins with its control block; the heap follows."""
-RECORD_WORDS = 8
-HANDSHAKE_WORDS = 32
-SIGNATURE_WORDS = 15
-DISPATCH_WORD = 14
-"""Of the signature of a decode combine: the epoch of its dispatch, which the kernel fills in."""
-ROWS_WORD = 15
-FIRST_OFFSET = 16
-"""First word of a handshake that is not compared: offsets in the window, in units of `OFFSET_BYTES`."""
-START_WORD, ROOM_WORD = FIRST_OFFSET + 2, FIRST_OFFSET + 5
-"""Of a handshake of `push`: rows before those for its reader, and rows that there is room for, of its reader."""
-OFFSET_BYTES = 16
-RANK_SHIFT = 28
-"""A place on another rank is ``rank << RANK_SHIFT | place`` in int32."""
+from tokenferry.kernels.header import Field, Header
 
-_CONTROL_BLOCK = (
-    ("handshake", 8, 2 * MAX_RANKS * HANDSHAKE_WORDS),
-    ("counts", 8, 2 * MAX_RANKS * MAX_EXPERTS),
-    ("gave_up", 8, MAX_RANKS),
-    ("signatures", 8, 4 * MAX_RANKS * (SIGNATURE_WORDS + 1)),
-    ("acks", 8, 2 * MAX_RANKS),
-    ("verdict", 8, 2 * MAX_RANKS),
-    ("received", 4, 4),
-    ("sends", 4, 2),
-    ("opened", 4, 2),
-    ("masked", 4, 1),
-    ("stopped", 4, 1),
+HEADER = Header("generated/control_block.cuh", "kernels/control_block.py")
+
+# ---- sizes
+
+MAX_RANKS = HEADER.constant("kMaxRanks", 8, "ranks of a group")
+MAX_EXPERTS = 4096
+"""Experts of a group."""
+MAX_TOP_K = 64
+"""Experts of a token."""
+MAX_LANDED = 4096
+"""Units of rows that one rank can push to another in a combine."""
+CONTROL_BLOCK_BYTES = 1 << 20
+"""The heap begins behind these bytes of a window."""
+OFFSET_BYTES = HEADER.constant("kOffsetBytes", 16, "offsets in handshakes count units of so many bytes")
+
+# ---- places of rows on any rank, in 32 bits
+
+RANK_SHIFT = HEADER.constant("kRankShift", 28, "a row on any rank is rank << kRankShift | its place there; -1: none")
+PLACE_MASK = HEADER.constant("kPlaceMask", (1 << RANK_SHIFT) - 1, "the bits of the place in it")
+
+# ---- words of a handshake
+
+HANDSHAKE_WORDS = HEADER.constant("kHandshakeWords", 32, "words of a handshake")
+SIGNATURE_WORDS = HEADER.constant(
+    "kSignatureWords", 15, "the first words of a handshake, which are the same on all ranks"
 )
-"""Fields as far as the host looks at them: name, bytes of an item, items; their twin is device/control_block.cuh."""
-CONTROL_BLOCK_OFFSETS = {
-    name: sum(size * many for _, size, many in _CONTROL_BLOCK[:i]) for i, (name, _, _) in enumerate(_CONTROL_BLOCK)
+DISPATCH_WORD = HEADER.constant(
+    "kDispatchWord", 14, "decode combine: the epoch of the dispatch that it belongs to; the kernel fills it in"
+)
+ROWS_WORD = HEADER.constant("kRowsWord", 15, "rows that the sender moves to (or has from) the reader; compared, too")
+FIRST_OFFSET = 16
+"""The first word that is not compared; kernels use the words from here on as they need."""
+BLOCKS_WORD = HEADER.constant("kBlocksWord", 31, "blocks of the sender's kernel, each of which adds 1 to `done`")
+
+SENT_WORD = HEADER.constant("kSentWord", FIRST_OFFSET, "dispatch_notify: R words: rows from the sender to each rank")
+
+RECV_ROWS_WORD = HEADER.constant("kRecvRowsWord", FIRST_OFFSET, "dispatch: offset of the sender's rows")
+RECV_SCALE_WORD = HEADER.constant("kRecvScaleWord", FIRST_OFFSET + 1, "dispatch: offset of its scales")
+RECV_WEIGHTS_WORD = HEADER.constant("kRecvWeightsWord", FIRST_OFFSET + 2, "dispatch: offset of its weights")
+RECV_IDS_WORD = HEADER.constant("kRecvIdsWord", FIRST_OFFSET + 3, "first dispatch: offset of its expert ids")
+RECV_SRC_TOKEN_WORD = HEADER.constant("kRecvSrcTokenWord", FIRST_OFFSET + 4, "first dispatch: offset of its src_token")
+RECV_ROW_IDX_WORD = HEADER.constant("kRecvRowIdxWord", FIRST_OFFSET + 5, "first dispatch: offset of its row_idx")
+
+COMBINE_ROWS_WORD = HEADER.constant(
+    "kCombineRowsWord",
+    FIRST_OFFSET,
+    "combine: offset of the sender's rows (combine_pull), or of memory for pushed ones",
+)
+COMBINE_WEIGHTS_WORD = HEADER.constant("kCombineWeightsWord", FIRST_OFFSET + 1, "combine: offset of its weights")
+START_WORD = HEADER.constant("kStartWord", FIRST_OFFSET + 2, "combine_push: rows of the sender before the reader's")
+SHIFT_WORD = HEADER.constant("kShiftWord", FIRST_OFFSET + 3, "combine_push: log2 of the rows of a unit that it expects")
+ROWS_AT_WORD = HEADER.constant(
+    "kRowsAtWord", FIRST_OFFSET + 4, "combine_push: offset of its rows if peers fetch them; 0: it pushes them"
+)
+ROOM_WORD = HEADER.constant("kRoomWord", FIRST_OFFSET + 5, "combine_push: rows of the reader that it has room for")
+
+# ---- the control block
+
+
+def _fields() -> list[Field]:
+    halves, R = 2, MAX_RANKS  # the parity of an epoch chooses the half
+    fields = [
+        Field("handshake", "u64", (halves, R, HANDSHAKE_WORDS), "[parity][from][word]: epoch << 32 | value"),
+        Field("counts", "u64", (halves, R, MAX_EXPERTS), "[parity][from][expert]: epoch << 32 | rows for that expert"),
+        Field("gave_up", "u64", (R,), "[from]: 0, or fault << 32 | the rank that it blames; never cleared"),
+        # Decode calls, see device/decode.cuh. [channel]: 0 dispatch, 1 combine.
+        Field(
+            "signatures",
+            "u64",
+            (2, halves, R, SIGNATURE_WORDS + 1),
+            "[channel][parity][from][word]: epoch << 32 | value",
+        ),
+        Field("acks", "u64", (2, R), "[channel][from]: the last odd epoch that it received << 32 | the last even one"),
+        Field("verdict", "u64", (2, R), "[channel][from]: epoch << 32 | 1 if its message came in time, 2 if not"),
+        Field("received", "u32", (2, halves), "[channel][parity]: the epoch that this rank received last"),
+        Field("sends", "u32", (2,), "[channel]: epoch of this rank's last send"),
+        Field("opened", "u32", (2,), "[channel]: blocks of a running send that have read its epoch"),
+        Field("masked", "u32", (), "a bit for each rank that decode calls leave out"),
+        Field("stopped", "u32", (), "1: a call was aborted; later kernels return at once until the host clears this"),
+        Field("done", "u32", (R,), "[from]: blocks of all its kernels whose work on this rank is complete"),
+        Field("landed", "u32", (R, MAX_LANDED), "[from][unit]: epoch of the last combine_push that wrote the unit"),
+        # From here on used by the owner's kernels only.
+        Field("expected", "u32", (R,), "[from]: the value of `done` when the last kernel ended"),
+        Field("epoch", "u32", (), "of the last collective kernel that ended"),
+        Field("arrived", "u32", (), "blocks of a running dispatch_notify that have ended"),
+        Field("failed", "u32", (), "0, or the fault that broke the group: kernels return at once"),
+        Field("bad_slot", "u32", (), "complement of the least token * K + slot with a bad expert; 0: none"),
+        Field("claimed", "u32", (), "units that warps of the running kernel have taken beyond their first ones"),
+        Field("pushed", "u32", (), "combine_push: the same for warps that push"),
+        Field("unused", "u32", (2,), "rounds up to 8 bytes"),
+    ]
+    rest = CONTROL_BLOCK_BYTES - sum(field.num_bytes for field in fields)
+    return [*fields, Field("rest", "u8", (rest,), "up to the heap")]
+
+
+CONTROL_BLOCK_OFFSETS = HEADER.struct("ControlBlock", _fields()).offsets
+"""Offset of each field in the control block, in bytes."""
+
+# ---- the record of a fault
+
+
+class Fault(enum.IntEnum):
+    """Codes of faults that kernels find."""
+
+    late_handshake = HEADER.constant("kLateHandshake", 1, "peer's handshake did not come: seen, expected are epochs")
+    late_rows = HEADER.constant("kLateRows", 2, "peer did not announce that its rows are complete")
+    mismatch = HEADER.constant("kMismatch", 3, "this word of peer's handshake differs")
+    peer_gave_up = HEADER.constant("kPeerGaveUp", 4, "peer gave up, because of rank `blamed`; word: its fault")
+    bad_routing = HEADER.constant("kBadRouting", 5, "word: the token, peer: the slot, seen: the index")
+    overflow = HEADER.constant("kOverflow", 6, "peer: the rank with most rows, seen: how many, expected: its room")
+
+
+RECORD = HEADER.struct(
+    "Record",
+    [
+        Field("code", "u32", (), "a fault; written last. 0: none"),
+        Field("call_number", "u32", (), "of the call that found it"),
+        *(Field(name, "u32", (), "depends on the code") for name in ("peer", "word", "seen", "expected", "blamed")),
+        Field("waited_ms", "u32", (), "how long the kernel waited"),
+    ],
+)
+"""The first fault of a group, in pinned memory of the host."""
+RECORD_WORDS = RECORD.num_bytes // 4
+
+# ---- what dispatch_notify reports to the host, behind the record
+
+HOST_RECEIVED_WORD = HEADER.constant("kHostReceivedWord", 1, "R words: rows from each rank; word 0 is the call number")
+HOST_SENT_WORD = HEADER.constant("kHostSentWord", HOST_RECEIVED_WORD + MAX_RANKS, "R words: rows to each rank")
+HOST_EXPERTS_WORD = HEADER.constant(
+    "kHostExpertsWord", HOST_SENT_WORD + MAX_RANKS, "L words: rows of each local expert"
+)
+
+# ---- the timeline of a decode kernel: [blocks][kTraceWords], nanoseconds of the GPU's clock
+
+TRACE_WORDS = HEADER.constant("kTraceWords", 32, "words of a block in a timeline, in nanoseconds")
+TRACE = {
+    "start": HEADER.constant("kTraceStart", 0, "the block has begun"),
+    "ready": HEADER.constant("kTraceReady", 1, "peers have room for what it sends"),
+    "sent": HEADER.constant("kTraceSent", 2, "warp 0 has sent its rows"),
+    "counts": HEADER.constant("kTraceCounts", 3, "dispatch: the counts of all ranks are here"),
+    "end": HEADER.constant("kTraceEnd", 4, "warp 0 is done"),
 }
-"""Offset of each of these fields."""
+TRACE_SIGNATURE = HEADER.constant("kTraceSignature", 8, "[from]: its signature was seen; last block only")
+TRACE_ROWS = HEADER.constant("kTraceRows", 16, "[from]: its last row was here")
+
+# ---- params
 
 COMMON = (
-    ("windows", f"ptr[{MAX_RANKS}]"),
-    ("record", "ptr"),
-    ("wait_ns", "ptr"),
+    ("windows", f"ptr:u8[{MAX_RANKS}]"),
+    ("record", "ptr:struct Record"),
+    ("wait_ns", "ptr:u64"),
     ("timeout_ns", "u64"),
     ("rank", "u32"),
     ("num_ranks", "u32"),
@@ -55,27 +175,8 @@ COMMON = (
     ("call_number", "u32"),
     ("handshake", f"u32[{HANDSHAKE_WORDS}]"),
 )
-"""What every params struct begins with: windows of all ranks, the host's record, where to add
-nanoseconds waited for each rank (or 0), the deadline, this rank, R, a bit for each rank that takes part, the number
-of the call, this rank's handshake."""
+"""The fields that every params struct begins with.
 
-
-class Fault(enum.IntEnum):
-    """Codes in a record; device/control_block.cuh has their twins."""
-
-    late_handshake = 1
-    late_rows = 2
-    mismatch = 3
-    peer_gave_up = 4
-    bad_routing = 5
-    overflow = 6
-
-
-TRACE_WORDS = 32
-"""What a block of a decode kernel writes down, in nanoseconds of its GPU's clock; words of device/decode.cuh:"""
-TRACE = {"start": 0, "ready": 1, "sent": 2, "counts": 3, "end": 4}
-"""Begun; peers have room; warp 0 has sent its rows; everybody's counts are here (dispatch); warp 0 is done."""
-TRACE_SIGNATURE = 8
-"""First of R words: the message of each rank was seen (last block only)."""
-TRACE_ROWS = 16
-"""First of R words: the last row of each rank was here."""
+Windows of all ranks; the host's record; ``[R]`` sums of nanoseconds waited for each rank, or null; the deadline of a
+wait; this rank; R; a bit for each rank that takes part; the number of the call; this rank's handshake.
+"""

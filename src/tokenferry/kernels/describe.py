@@ -1,18 +1,19 @@
-"""What the specs of all kernels that meet have in common."""
+"""The common part of the specs of all kernels that a group launches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
-from tokenferry.kernels.control_block import COMMON
+from tokenferry.kernels import codes, control_block, decode_words
+from tokenferry.kernels.codes import TYPES
 
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-"""What device/number.cuh calls the types of numbers: its ``kType``."""
+__all__ = ["GENERATED", "TYPES", "describe"]
+
+GENERATED = {header.name: header.text for header in (control_block.HEADER, codes.HEADER, decode_words.HEADER)}
+"""The headers that any kernel may include beside the files of this folder."""
 
 
 def describe(
@@ -24,15 +25,15 @@ def describe(
     static_smem: int,
     configs: tuple[Mapping[str, int], ...] = ({},),
 ) -> KernelSpec:
-    """The spec of the kernel in the folder of ``spec_file``, which has the folder's name.
+    """Return the spec of the kernel in the folder of ``spec_file``, which has the name of the folder.
 
     Args:
         spec_file: ``__file__`` of its spec.py.
-        fields: Of its params struct, ``<Name>Params``, behind the common ones.
-        max_registers: See `KernelSpec`, as the others.
-        max_threads: Of a block.
-        static_smem: Bytes of a block.
-        configs: All that are compiled.
+        fields: The fields of its params struct, ``<Name>Params``, behind the common ones.
+        max_registers: Most registers of a thread, as in `KernelSpec`.
+        max_threads: Most threads of a block.
+        static_smem: Most bytes of static shared memory of a block.
+        configs: All sets of constants that it is compiled with.
     """
     folder = Path(spec_file).parent
     camel = "".join(part.capitalize() for part in folder.name.split("_"))
@@ -40,9 +41,10 @@ def describe(
         name=folder.name,
         source=folder / "kernel.cuh",
         include=folder.parent,
-        params=Params(f"{camel}Params", (*COMMON, *fields)),
+        params=Params(f"{camel}Params", (*control_block.COMMON, *fields)),
         max_registers=max_registers,
         max_threads=max_threads,
         static_smem=static_smem,
         configs=configs,
+        generated=GENERATED,
     )

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned
+from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.signature import SIGNATURE_BYTES, Signature
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
-from tokenferry.jit.driver import Device, check
-from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
+from tokenferry.jit.driver import check
+from tokenferry.jit.kernel import Kernel, KernelSpec
 from tokenferry.jit.params import Packer
 from tokenferry.kernels.all import SPECS
 from tokenferry.kernels.control_block import (
@@ -23,7 +22,6 @@ from tokenferry.kernels.control_block import (
     FIRST_OFFSET,
     MAX_RANKS,
 )
-from tokenferry.memory.streams import CudaStreams
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
 
@@ -122,28 +120,28 @@ class Context:
 
     Args:
         window: Shared by all ranks; the control block at its start is zero.
-        jit: Kernels of the device.
+        runtime: Kernels and streams of the device.
         timeout_s: Seconds that each wait may take.
         mask_late: Whether decode calls mask a rank that is late, instead of raising.
     """
 
-    def __init__(self, window: Window, jit: Jit, timeout_s: float, *, mask_late: bool = False) -> None:
+    def __init__(self, window: Window, runtime: Runtime, timeout_s: float, *, mask_late: bool = False) -> None:
         self.window = window
         self.rank = window.rank
         self.num_ranks = window.num_ranks
         self.device = window.device
         self.timeout_s = timeout_s
         self.mask_late = mask_late
-        self.jit = jit
+        self.jit = runtime.jit
         self.heap = window.heap(CONTROL_BLOCK_BYTES)
         self.pinned = Pinned(pin=window.device.type == "cuda")
         self.flight_recorder = FlightRecorder(self.rank)
         self._masked: set[int] = set()
         self.broken: str | None = None
-        self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.num_sms = runtime.num_sms
         self.templates: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_TEMPLATES)
-        self._driver = Device(self.device.index or 0)
-        self._streams = CudaStreams(self._driver)
+        self._driver = runtime.driver
+        self._streams = runtime.streams
         self._all_ranks = (1 << self.num_ranks) - 1
         self._number = 0
         self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)

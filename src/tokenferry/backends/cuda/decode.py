@@ -21,14 +21,23 @@ from tokenferry.backends.masking import drop_ranks
 from tokenferry.errors import ConfigError
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.jit.params import Packer
+from tokenferry.kernels.codes import RAW, TYPES
 from tokenferry.kernels.control_block import TRACE_WORDS
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
-from tokenferry.kernels.describe import TYPES
+from tokenferry.kernels.decode_words import (
+    BAD,
+    NONE,
+    PLACES_WORD,
+    RECEIVE,
+    REPEATED,
+    SCALE_FLOAT32,
+    SCALE_POWER_OF_TWO,
+    SCALE_UE8M0,
+    SEND,
+)
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
-SEND, RECEIVE = 1, 2
-"""Phases of a call; bits of the field ``phases``."""
 _DISPATCH = Packer(
     decode_dispatch_spec.SPEC.params.struct,
     "x", "topk_idx", "weights", "choices", "out", "scale_out", "expert_counts", "received", "src_token", "src_range",
@@ -41,14 +50,10 @@ _COMBINE = Packer(
 _DISPATCH_REST, _COMBINE_REST = (
     Packer(spec.params.struct, "num_tokens", "phases") for spec in (decode_dispatch_spec.SPEC, decode_combine_spec.SPEC)
 )
-_TABLE_WORDS = 16
-"""Words of a plan's table before the places."""
 _MAX_TOKENS = 1 << 16
 """Largest M; even with the most experts, places of rows stay far below 2^31."""
 _MAX_SIGNATURES = 1024
-_REPEATED, _NONE, _BAD = 0x8000, 0x7FFF, 0x7FFE
-"""Codes of choices that are not experts; see kernels/decode_dispatch/routing.cuh."""
-_SCALE_CODES = {None: 0, Scale.FLOAT32: 1, Scale.POWER_OF_TWO: 2, Scale.UE8M0: 3}
+_SCALE_CODES = {None: 0, Scale.FLOAT32: SCALE_FLOAT32, Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO, Scale.UE8M0: SCALE_UE8M0}
 
 
 class Decoder:
@@ -167,7 +172,7 @@ class Decoder:
             src_token=torch.empty(L, capacity, dtype=torch.int32, device=device),
             src_range=torch.empty(L, R, dtype=torch.int64, device=device),
             row_weights=torch.empty(L, capacity, dtype=torch.float32, device=device) if weighted else None,
-            _table=torch.empty(_TABLE_WORDS + capacity * shape.top_k, dtype=torch.int32, device=device),
+            _table=torch.empty(PLACES_WORD + capacity * shape.top_k, dtype=torch.int32, device=device),
         )
         return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, no_hook)
 
@@ -180,7 +185,7 @@ class Decoder:
         found = context.templates.get(key)
         if found is not None:
             return found
-        kind = decode_dispatch_spec.RAW if fp8 is None else TYPES[x.dtype]
+        kind = RAW if fp8 is None else TYPES[x.dtype]
         template = context.new_template(decode_dispatch_spec.SPEC, type=kind)
         p, num_local = template.params, shape.num_experts // context.num_ranks
         template.pack, template.pack_rest = _DISPATCH.bind(p), _DISPATCH_REST.bind(p)
@@ -324,8 +329,8 @@ def prepared_choices(topk_idx: Tensor, num_experts: int) -> Tensor | None:
     if 2 * topk_idx.numel() <= decode_dispatch_spec.CHOICES_BYTES:
         return None
     good = (topk_idx >= 0) & (topk_idx < num_experts)
-    codes = torch.where(good, topk_idx.int(), torch.where(topk_idx == -1, _NONE, _BAD))
+    codes = torch.where(good, topk_idx.int(), torch.where(topk_idx == -1, NONE, BAD))
     for k in range(1, topk_idx.shape[1]):
         again = (topk_idx[:, :k] == topk_idx[:, k : k + 1]).any(dim=1) & good[:, k]
-        codes[:, k] += again.int() * _REPEATED
+        codes[:, k] += again.int() * REPEATED
     return codes.to(torch.int16).flatten()

@@ -14,11 +14,12 @@ from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, section_ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import MASKED, Expansion, Payload, RecvBuffers, Route, Tables
+from tokenferry.backends.cuda.launch import Expansion, Payload, RecvBuffers, Route, Tables
 from tokenferry.backends.cuda.plan import LAYOUT_CODES, Counts, Geometry
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import ArgumentError, TokenferryError
 from tokenferry.formats.dtypes import dtype_code
+from tokenferry.kernels.codes import MASKED
 from tokenferry.tuning import Topology, tune
 from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized
 

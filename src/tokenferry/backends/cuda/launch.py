@@ -18,10 +18,10 @@ from torch import Tensor
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Packer
+from tokenferry.kernels.codes import PIECE_BYTES, ROWS, TYPES
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import OFFSET_BYTES
-from tokenferry.kernels.describe import TYPES
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_expand import spec as expand_spec
@@ -30,9 +30,6 @@ from tokenferry.kernels.stage_input import spec as stage_spec
 from tokenferry.memory.heap import Block
 from tokenferry.tuning import num_pushers
 from tokenferry.types import Plan
-
-ROWS, EXPERTS, MASKED = 0, 1, 2
-"""Codes of the layouts in kernels."""
 
 _NOTIFY = Packer(
     notify_spec.SPEC.params.struct,
@@ -428,7 +425,7 @@ def combine_push(context: Context, call: Call, reduction: Reduction, y: Tensor, 
     template = _combine_template(context, push_spec.SPEC, _PUSH, reduction)
     _set_combine(template, call, reduction, 0)
     rows = reduction.rows_offset
-    num_tokens, pieces = reduction.out.shape[0], -(-y.shape[1] * y.element_size() // pull_spec.PIECE_BYTES)
+    num_tokens, pieces = reduction.out.shape[0], -(-y.shape[1] * y.element_size() // PIECE_BYTES)
     pushers = 0 if rows or context.num_ranks == 1 else num_pushers(num_sms)
     whole = 0 if rows else push_spec.num_whole(num_tokens, pieces, max(1, num_sms - pushers))
     template.pack_rest(y.data_ptr(), pushers, whole)
@@ -456,7 +453,7 @@ def _combine_template(context: Context, spec: KernelSpec, packer: Packer, reduct
     p.table_stride = p.places_stride = stride
     p.top_k = top_k
     p.row_bytes = out.shape[1] * out.element_size()
-    p.pieces = -(-p.row_bytes // pull_spec.PIECE_BYTES)
+    p.pieces = -(-p.row_bytes // PIECE_BYTES)
     template.block, template.smem_bytes = spec.max_threads, pull_spec.SMEM_BYTES
     p.width = top_k
     if spec is push_spec.SPEC:

@@ -10,8 +10,9 @@ from torch import Tensor
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import EXPERTS, MASKED, ROWS, PlanSizes, Route, Tables
+from tokenferry.backends.cuda.launch import PlanSizes, Route, Tables
 from tokenferry.errors import CapacityError, ConfigError
+from tokenferry.kernels.codes import EXPERTS, MASKED, ROWS
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.kernels.dispatch_notify.spec import num_units

@@ -13,6 +13,7 @@ from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.plan import too_large
+from tokenferry.backends.cuda.runtime import Runtime, cuda_runtime
 from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
@@ -73,10 +74,21 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     return assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
 
 
-def assemble(window: Window, resolved: Resolved, key: str, why: str, exchange: Exchange) -> CudaBackend:
-    """Return the backend of one rank over its window; local."""
-    jit = Jit(window.device.index or 0, Path(resolved.cache_folder))
-    context = Context(window, jit, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
+def assemble(
+    window: Window, resolved: Resolved, key: str, why: str, exchange: Exchange, runtime: Runtime | None = None
+) -> CudaBackend:
+    """Return the backend of one rank over its window; local.
+
+    Args:
+        window: The memory that the ranks share.
+        resolved: Shape and options.
+        key: Key of the group, which its plans carry.
+        why: Why this backend was chosen.
+        exchange: Sends a message to every rank and returns those of all ranks; collective.
+        runtime: Kernels and streams; None: those of the window's GPU.
+    """
+    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder))
+    context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
     return CudaBackend(context, key, why, exchange)
 
 

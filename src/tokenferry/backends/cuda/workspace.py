@@ -17,8 +17,9 @@ import torch
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import ArgumentError, CapacityError, MismatchError
-from tokenferry.kernels.decode_combine.spec import CHUNK_COLUMNS, packets_of_chunk
+from tokenferry.kernels.decode_combine.spec import packets_of_chunk
 from tokenferry.kernels.decode_dispatch.spec import message_words, notes
+from tokenferry.kernels.decode_words import CHUNK_COLUMNS
 from tokenferry.memory.heap import Block
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.types import MoeShape

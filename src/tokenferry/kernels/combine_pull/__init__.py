@@ -1,1 +1,1 @@
-"""The kernel `pull`: see the head of kernel.cuh."""
+"""The kernel combine_pull; the head of kernel.cuh documents it."""

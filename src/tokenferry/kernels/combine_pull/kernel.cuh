@@ -1,42 +1,40 @@
-// combine_pull: fetches the rows of each own token from the ranks that hold them and adds them up: combine of rows that lie by expert.
+// combine_pull: sums the rows of each token by fetching them from the ranks that hold them: combine of the layouts EXPERTS and
+// MASKED.
 //
-// Grid     num_sms blocks; every warp takes units (a token, 2 KB of its columns) as it comes to them.
-// Reads    peers' heaps, where their cards say: rows, weights. table [T, width]: a token's rows as rank << 28 | place, by rank;
-//          -1: none. biases [T, H].
+// Grid     num_sms blocks; every warp takes units (a token, 2 KB of its columns) one by one.
+// Reads    peers' heaps, at the offsets in their handshakes: rows, weights. table [T, width]: the rows of a token as
+//          rank << 28 | place, by rank; -1: none. biases [T, H].
 // Writes   out [T, H]; weights_out [T, K].
-// Roles    device/add.cuh: each warp loads and adds up for itself.
-// Order    A peer's card says that its rows are written. depart tells it that they have been read: its kernel ends after that,
-//          so the block may be given away.
-// Cost     bytes in = rows of own tokens * row_bytes. sm_90a: <= 128 registers, 0 spills, 3072 B of static shared
+// Roles    Each warp loads and sums for itself, see device/add.cuh.
+// Order    The handshake of a peer says that its rows are written. exit_sync announces to it that they have been read: its
+//          kernel ends after that, and only then may the memory of the rows be reused.
+// Cost     bytes in = rows of this rank's tokens * row_bytes. sm_90a: <= 128 registers, 0 spills, 3072 B of static shared
 //          memory, at most 196608 B of dynamic.
 // Tests    tests/cuda/test_combine_pull.py, tests/compile.
 constexpr bool kGrouped = true;
 #include "device/add.cuh"
 
-constexpr u32 kRankShift = 28, kPlaceMask = (1u << kRankShift) - 1;
-
 struct Rows {
-    u64 base;  // lane r: where rank r's rows are
+    u64 base;  // lane r: where rank r's rows begin
     __device__ u32 rank_of(u32 entry, u32) const { return entry >> kRankShift; }
     __device__ u32 place_of(u32 entry) const { return entry & kPlaceMask; }
     __device__ const u8* at(const CombinePullParams&, u32 rank) const {
         return reinterpret_cast<const u8*>(__shfl_sync(kAll, base, rank & 31));
     }
-    __device__ bool here(const CombinePullParams&, u32, u32, bool) const { return true; }
-    __device__ u32 whole(const CombinePullParams&) const { return 0; }
+    __device__ bool wait(const CombinePullParams&, u32, u32, bool) const { return true; }
+    __device__ u32 num_whole(const CombinePullParams&) const { return 0; }
 };
 
-// weights_out of one token: the weight of each slot's place.
-DEV void bring_weights(const CombinePullParams& p, u32 t, const u32 (*handshakes)[kHandshakeWords]) {
+// Fills weights_out for one token: the weight of each slot's row.
+DEV void gather_weights(const CombinePullParams& p, u32 t, const u32 (*handshakes)[kHandshakeWords]) {
     const u32 K = p.top_k;
-    const i32* slots = reinterpret_cast<const i32*>(p.places) + (u64)t * p.places_stride + p.num_ranks;
+    const i32* slots = p.places + (u64)t * p.places_stride + p.num_ranks;
     for (u32 k = threadIdx.x % 32; k < K; k += 32) {
         const u32 slot = (u32)slots[k], r = slot >> kRankShift;
         float weight = 0.f;
         if ((i32)slot >= 0)
-            weight = reinterpret_cast<const float*>(p.windows[r] +
-                                                    (u64)handshakes[r][kFirstOffset + 1] * 16)[slot & kPlaceMask];
-        reinterpret_cast<float*>(p.weights_out)[(u64)t * K + k] = weight;
+            weight = at_offset<const float>(p, r, handshakes[r][kCombineWeightsWord])[slot & kPlaceMask];
+        p.weights_out[(u64)t * K + k] = weight;
     }
 }
 
@@ -55,22 +53,20 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_pull(const 
         mbarrier_init_done();
     }
     __syncwarp();
-    const i64* rows_out = reinterpret_cast<const i64*>(p.rows_out);
-    const i64* rows_in = reinterpret_cast<const i64*>(p.rows_in);
     if (blockIdx.x == 0)
         publish_handshake(p, epoch, [&](u32 w, u32 peer) -> u32 {
-            return w == kRowsWord ? (u32)rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w];
+            return w == kRowsWord ? (u32)p.rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w];
         });
-    if (!read_handshakes(p, epoch, handshakes, blockIdx.x == 0, [&](u32 peer) { return (u32)rows_in[peer]; })) return;
-    fence_async();  // the bulk loads that follow see what the cards promise
-    warp.rows.base = lane < p.num_ranks ? (u64)p.windows[lane] + (u64)handshakes[lane][kFirstOffset] * 16 : 0;
+    if (!read_handshakes(p, epoch, handshakes, blockIdx.x == 0, [&](u32 peer) { return (u32)p.rows_in[peer]; })) return;
+    fence_async();  // so that the bulk loads that follow see the rows that the handshakes announce
+    warp.rows.base = lane < p.num_ranks ? (u64)at_offset<u8>(p, lane, handshakes[lane][kCombineRowsWord]) : 0;
     warp.units = count_units(p, warp.rows);
     warp.dealt = gridDim.x * (blockDim.x / 32);
     warp.next = blockIdx.x * (blockDim.x / 32) + index;
     warp.opened = 0;
     warp.broken = false;
-    add_up(p, warp, [&](const Unit& unit) {
-        if (p.weights_out && unit.piece == 0) bring_weights(p, unit.token, handshakes);
+    sum_units(p, warp, [&](const Unit& unit) {
+        if (p.weights_out && unit.piece == 0) gather_weights(p, unit.token, handshakes);
     });
     exit_sync(p, epoch, handshakes);
 }

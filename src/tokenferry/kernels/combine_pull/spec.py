@@ -1,27 +1,25 @@
-"""Host half of the kernel `pull`; kernel.cuh says what it does."""
+"""Host half of the kernel combine_pull; kernel.cuh documents the kernel."""
 
 from __future__ import annotations
 
-from tokenferry.kernels.describe import TYPES, describe
+from tokenferry.kernels.codes import GROUP_ROWS, PIECE_BYTES, STAGES, TYPES
+from tokenferry.kernels.describe import describe
 
 MAX_WARPS = 12
-GROUP_ROWS = 4
-STAGES = 2
-PIECE_BYTES = 2048
 SMEM_BYTES = MAX_WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
 
 SUM_FIELDS = (
-    ("table", "ptr"),
-    ("places", "ptr"),
-    ("out", "ptr"),
-    ("bias0", "ptr"),
-    ("bias1", "ptr"),
-    ("weights_out", "ptr"),
-    ("rows_out", "ptr"),
-    ("rows_in", "ptr"),
+    ("table", "ptr:const i32"),
+    ("places", "ptr:const i32"),
+    ("out", "ptr:u8"),
+    ("bias0", "ptr:const u8"),
+    ("bias1", "ptr:const u8"),
+    ("weights_out", "ptr:f32"),
+    ("rows_out", "ptr:const i64"),
+    ("rows_in", "ptr:const i64"),
     ("num_tokens", "u64"),
 )
-"""What `pull` and `push` begin with: what is added up, and where to; the host packs them in one go."""
+"""The fields that combine_pull and combine_push begin with: the sums, and the rows of which they are made."""
 
 SPEC = describe(
     __file__,

@@ -1,1 +1,1 @@
-"""The kernel `push`: see the head of kernel.cuh."""
+"""The kernel combine_push; the head of kernel.cuh documents it."""

@@ -1,22 +1,23 @@
-"""Host half of the kernel `push`; kernel.cuh says what it does."""
+"""Host half of the kernel combine_push; kernel.cuh documents the kernel."""
 
 from __future__ import annotations
 
-from tokenferry.kernels.combine_pull.spec import GROUP_ROWS, PIECE_BYTES, STAGES, SUM_FIELDS
+from tokenferry.kernels.codes import GROUP_ROWS, MAX_PUSH_STAGES, PIECE_BYTES, STAGES, TYPES
+from tokenferry.kernels.combine_pull.spec import SUM_FIELDS
 from tokenferry.kernels.control_block import MAX_LANDED
-from tokenferry.kernels.describe import TYPES, describe
+from tokenferry.kernels.describe import describe
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 
 WARPS = 13
-"""Of a block: 13 add up, or up to 12 push, and the last one tells peers."""
+"""Warps of a block: 13 sum, or up to 12 push and the last one sets flags."""
 
-_ADDING_BYTES = WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
+_SUMMING_BYTES = WARPS * STAGES * GROUP_ROWS * PIECE_BYTES
 
 SPEC = describe(
     __file__,
     (
         *SUM_FIELDS,
-        ("source", "ptr"),
+        ("source", "ptr:const u8"),
         ("pushers", "u32"),
         ("whole", "u32"),
         ("row_bytes", "u32"),
@@ -39,20 +40,18 @@ SPEC = describe(
 
 
 def cut(row_bytes: int) -> dispatch_spec.Rings:
-    """How a block that pushes cuts rows and shared memory; it takes no less than a block that adds up."""
+    """Return how a pushing block cuts rows and shared memory; a summing block needs no more of it."""
     rings = dispatch_spec.cut(row_bytes, 0)
-    warps = min(rings.warps, WARPS - 1)
-    taken = warps * rings.stages * rings.pitch
-    return dispatch_spec.Rings(
-        rings.pieces, rings.piece_bytes, rings.pitch, rings.stages, warps, max(taken, _ADDING_BYTES)
-    )
+    warps, stages = min(rings.warps, WARPS - 1), min(rings.stages, MAX_PUSH_STAGES)
+    smem_bytes = max(warps * stages * rings.pitch, _SUMMING_BYTES)
+    return dispatch_spec.Rings(rings.pieces, rings.piece_bytes, rings.pitch, stages, warps, smem_bytes)
 
 
 def unit_bits(num_tokens: int) -> int:
-    """Rows of a unit, as a power of two: one, or as many as it takes to have a word for each unit."""
+    """Return the log2 of the rows of a unit: 0, or as much as it takes to have a flag for each unit."""
     return max(0, (max(num_tokens, 1) - 1).bit_length() - MAX_LANDED.bit_length() + 1)
 
 
 def num_whole(num_tokens: int, pieces: int, num_adding: int) -> int:
-    """Tokens that a warp adds up as a whole; of the last ones it takes single pieces, so that all end together."""
+    """Return how many tokens are summed as a whole; the last ones are summed by piece, so that all warps end as one."""
     return max(0, num_tokens - 2 * WARPS * num_adding // pieces)

@@ -5,13 +5,13 @@
 #include "device/number.cuh"
 
 // Rows whose chunks are in flight together; limited by registers.
-constexpr u32 kBatch = kType == 2 || kEncoding == 2 ? 2 : 4;
+constexpr u32 kBatch = kType == kFp32 || kEncoding == kLogfmt10 ? 2 : 4;
 
 // The packets that rank `at` receives in a call.
 DEV u8* packets_of(const DecodeCombineParams& p, const DecodeCall& call, u32 at) {
     return p.workspaces[at] + p.packets_at + call.parity * p.packets_stride;
 }
-DEV u32 chunks_of(const DecodeCombineParams& p) { return (p.columns + 511) / 512; }
+DEV u32 chunks_of(const DecodeCombineParams& p) { return (p.columns + kChunkColumns - 1) / kChunkColumns; }
 DEV u8* chunk_at(const DecodeCombineParams& p, u8* packets, u32 row, u32 chunk) {
     return packets + ((u64)row * chunks_of(p) + chunk) * (kPackets * 16);
 }

@@ -6,13 +6,20 @@ from dataclasses import replace
 
 import torch
 
-from tokenferry.kernels.describe import TYPES, describe
+from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.decode_words import (
+    CHUNK_COLUMNS,
+    ENCODING_FP8,
+    ENCODING_LOGFMT10,
+    ENCODING_SAME,
+    FP8_PACKETS,
+    LOGFMT10_PACKETS,
+)
+from tokenferry.kernels.describe import describe
 
 THREADS = 512
-CHUNK_COLUMNS = 512
-"""Columns of a row that a warp processes at a time."""
 ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-SAME, FP8, LOGFMT10 = 0, 1, 2
+SAME, FP8, LOGFMT10 = ENCODING_SAME, ENCODING_FP8, ENCODING_LOGFMT10
 """Values of the config ``encoding``: how rows are stored on the way."""
 
 SPEC = replace(
@@ -56,4 +63,4 @@ SPEC = replace(
 
 def packets_of_chunk(item_bytes: int, encoding: int) -> int:
     """Return the packets of 16 bytes that hold an encoded chunk."""
-    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: 33, LOGFMT10: 42}[encoding]
+    return {SAME: CHUNK_COLUMNS * item_bytes // 16, FP8: FP8_PACKETS, LOGFMT10: LOGFMT10_PACKETS}[encoding]

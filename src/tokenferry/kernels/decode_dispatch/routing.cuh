@@ -3,11 +3,10 @@
 #include "device/cast.cuh"
 #include "device/decode.cuh"
 
-constexpr u32 kNone = 0x7fff, kBad = 0x7ffe, kRepeated = 0x8000;  // choices: an expert, or one of these
-constexpr u32 kChunk = kCast ? 32 : 64;                           // packets of a row that a warp sends at a time
-constexpr u32 kLanePackets = 4;                                   // packets of a row that a lane receives at a time
-constexpr u32 kScalePackets = kCast ? kLanePackets : 1;           // packets of their scales, each of 512 columns
-constexpr u32 kRecvChunk = kLanePackets * 32;                     // packets of a row that a warp receives at a time
+constexpr u32 kChunk = kCast ? 32 : 64;                  // packets of a row that a warp sends at a time
+constexpr u32 kLanePackets = 4;                          // packets of a row that a lane receives at a time
+constexpr u32 kScalePackets = kCast ? kLanePackets : 1;  // packets of their scales, each of 512 columns
+constexpr u32 kRecvChunk = kLanePackets * 32;            // packets of a row that a warp receives at a time
 
 DEV i64 index_at(const DecodeDispatchParams& p, u32 i) {
     return p.wide ? static_cast<const i64*>(p.topk_idx)[i] : (i64) static_cast<const i32*>(p.topk_idx)[i];

@@ -126,7 +126,7 @@ DEV void load_chunk(const DecodeDispatchParams& p, u32 number, u32 row_chunks, u
     const u32 lane = threadIdx.x % 32, t = number / row_chunks, chunk = number % row_chunks;
     loaded.expert = lane < p.top_k ? (u32)index_at(p, t * p.top_k + lane) : kUnused;
     if constexpr (kCast) {
-        load_columns(p.x, t, p.columns, chunk * 512 + lane * 16, loaded.v);
+        load_columns(p.x, t, p.columns, chunk * kChunkColumns + lane * 16, loaded.v);
     } else {
 #pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) {

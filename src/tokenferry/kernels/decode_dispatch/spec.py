@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from tokenferry.kernels.describe import TYPES, describe
+from tokenferry.kernels.codes import RAW, TYPES
+from tokenferry.kernels.describe import describe
 
 THREADS = 512
 CHOICES_BYTES = 128 * 1024
 """The largest routing that a block keeps in shared memory; the host prepares a larger one in global memory."""
 ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-RAW = 4
-"""Value of the config ``type``: rows are sent as bytes; other values name the type of rows that are cast to FP8."""
+"""Types of rows that are cast to FP8; with the config ``type=RAW`` rows are sent as bytes."""
 
 SPEC = replace(
     describe(

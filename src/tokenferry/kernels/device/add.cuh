@@ -1,50 +1,52 @@
-// Adding up the rows of each own token: what `pull`, which fetches rows from peers, and `push`, to which peers bring them, have in
-// common.
+// Sums the rows of each token of this rank: the common part of combine_pull, which fetches the rows from peers, and
+// combine_push, to which peers push them.
 //
-// Each warp owns a ring of groups of up to 4 rows. While one group is on its way, the warp adds up the one before and stores sums 16
-// bytes a lane. A unit is a token and one piece (2 KB) of its columns, or all of them, which a warp goes through one after another. A
-// group never spans two pieces; each of its rows is loaded by the lane of its entry in the table.
-//
-// kGrouped is the kernel's: false: biases, then each rank's row, in rank order; true: biases, then each rank's sum of its rows. In
-// float32 (float64 rows: float64), one rounding at the end: the same bits every time.
-//
-// Params need table, table_stride, width, pieces, row_bytes, bias0, bias1, out. Rows, of which a kernel has its own kind, says
-//   rank_of(entry, number)           the rank that an entry names, `number` is its column
-//   place_of(entry)                  and the row there
-//   at(p, rank)                      where that rank's rows are; all lanes call it
-//   here(p, rank, place, mine)       waits until a row is there, if it is `mine`; all lanes call it. False: the group is broken
-//   whole(p)                         for how many tokens, from the first on, a unit has all pieces
+// Work     A unit is one token and one piece (2 KB) of its columns, or all of its pieces, one after another. Warps take units
+//          one by one (claim_unit).
+// Rings    Each warp has a ring of kStages groups of up to kGroup rows in shared memory. While one group is loaded, the warp
+//          sums the group before it and stores sums, 16 bytes a lane. A group never spans two pieces. Each of its rows is
+//          loaded by the lane that holds its entry of the table.
+// Order    kGrouped is a constant of the kernel. false: biases, then the row of each rank in rank order. true: biases, then for
+//          each rank the sum of its rows. Sums are in float32 (float64 for float64 rows) and are rounded once, at the end:
+//          the same bits every time.
+// Params   table, table_stride, width, num_tokens, pieces, row_bytes, bias0, bias1, out.
+// Rows     A class of the kernel:
+//            rank_of(entry, column)           the rank that an entry of the table refers to
+//            place_of(entry)                  the row on that rank
+//            at(p, rank)                      where the rank's rows begin; called by all lanes
+//            wait(p, rank, place, mine)       waits until a row may be read, if it is `mine`; called by all lanes. Returns
+//                                             false if the group is broken
+//            num_whole(p)                     the first so many tokens have one unit for all pieces, the others one a piece
 #pragma once
 #include "device/number.cuh"
 #include "device/sync.cuh"
+#include "generated/codes.cuh"
 
-constexpr u32 kPiece = 2048, kChunks = kPiece / 512;
-constexpr u32 kGroup = 4;   // rows that one barrier waits for
-constexpr u32 kStages = 2;  // groups in a warp's ring
+constexpr u32 kChunks = kPiece / 512;  // of 16 bytes a lane
 
-// A unit, and the piece that is at hand. Lane i holds entries i and i + 32.
+// A unit, and its current piece. Lane i holds entries i and i + 32 of the token.
 struct Unit {
     u32 token, piece, first, last;  // pieces
     i32 low, high;
-    u64 all, left;  // bit per entry; those of the piece that are still to come
+    u64 all, left;  // a bit for each entry that has a row; those of the current piece that are not summed yet
 };
 
 template <class Rows>
 struct Warp {
     Rows rows;
-    u8* buffers;    // [kStages][kGroup][kPiece]
-    u64* barriers;  // [kStages]
-    u32 units, dealt;
-    u32 next;   // lane 0: the unit to open next
-    u32 queue;  // lane i: the unit that was opened as i-th, modulo 32
-    u32 opened;
-    bool broken;
+    u8* buffers;       // [kStages][kGroup][kPiece]
+    u64* barriers;     // [kStages]
+    u32 units, dealt;  // of the kernel; see claim_unit
+    u32 next;          // lane 0: the unit to open next
+    u32 queue;         // lane i: the unit that was opened as i-th, modulo 32
+    u32 opened;        // units
+    bool broken;       // the group
 };
 
 template <class P, class Rows>
 DEV void open_unit(const P& p, const Rows& rows, u32 index, Unit& unit) {
     const u32 lane = threadIdx.x % 32;
-    const u32 whole = rows.whole(p);
+    const u32 whole = rows.num_whole(p);
     if (index < whole) {
         unit.token = index;
         unit.first = 0;
@@ -54,7 +56,7 @@ DEV void open_unit(const P& p, const Rows& rows, u32 index, Unit& unit) {
         unit.first = unit.last = (index - whole) % p.pieces;
     }
     unit.piece = unit.first;
-    const i32* entries = reinterpret_cast<const i32*>(p.table) + (u64)unit.token * p.table_stride;
+    const i32* entries = p.table + (u64)unit.token * p.table_stride;
     unit.low = lane < p.width ? __ldg(entries + lane) : -1;
     unit.all = __ballot_sync(kAll, unit.low >= 0 && is_alive(p, rows.rank_of((u32)unit.low, lane)));
     if (p.width > 32) {
@@ -65,7 +67,7 @@ DEV void open_unit(const P& p, const Rows& rows, u32 index, Unit& unit) {
     unit.left = unit.all;
 }
 
-// Goes on to the next piece; false: that was the last.
+// Goes on to the next piece; returns false after the last one.
 DEV bool next_piece(Unit& unit) {
     if (unit.piece == unit.last) return false;
     unit.piece++;
@@ -73,20 +75,20 @@ DEV bool next_piece(Unit& unit) {
     return true;
 }
 
-// Of all tokens.
+// Returns the number of units of all tokens.
 template <class P, class Rows>
 DEV u32 count_units(const P& p, const Rows& rows) {
-    const u32 whole = rows.whole(p);
+    const u32 whole = rows.num_whole(p);
     return whole + ((u32)p.num_tokens - whole) * p.pieces;
 }
 
 template <class P>
-DEV u32 bytes_of(const P& p, const Unit& unit) {
+DEV u32 piece_bytes(const P& p, const Unit& unit) {
     return min(kPiece, p.row_bytes - unit.piece * kPiece);
 }
 
-// Takes up to kGroup entries off the unit; returns their bits.
-DEV u64 take(Unit& unit) {
+// Takes up to kGroup entries of the unit; returns their bits.
+DEV u64 take_group(Unit& unit) {
     u64 group = 0;
 #pragma unroll
     for (u32 i = 0; i < kGroup; i++) {
@@ -97,27 +99,27 @@ DEV u64 take(Unit& unit) {
     return group;
 }
 
-// Waits for the row of one entry, if it is of the group; called by all lanes, each with its own entry.
+// Waits for the row of one entry, if the entry is in the group; called by all lanes, each with its own entry.
 template <class P, class Rows>
-DEV bool await_entry(const P& p, const Rows& rows, u64 group, u32 number, i32 entry) {
-    return rows.here(p, rows.rank_of((u32)entry, number), rows.place_of((u32)entry), group >> number & 1);
+DEV bool wait_entry(const P& p, const Rows& rows, u64 group, u32 number, i32 entry) {
+    return rows.wait(p, rows.rank_of((u32)entry, number), rows.place_of((u32)entry), group >> number & 1);
 }
 
-// Loads it.
+// Loads the row of one entry, if the entry is in the group; called by all lanes.
 template <class P, class Rows>
 DEV void load_entry(const P& p, const Warp<Rows>& warp, const Unit& unit, u64 group, u32 number, i32 entry, u32 stage) {
     const u8* base = warp.rows.at(p, warp.rows.rank_of((u32)entry, number));
     if (!(group >> number & 1)) return;
     const u32 slot = stage * kGroup + __popcll(group & ((1ull << number) - 1));
     bulk_load(warp.buffers + slot * kPiece,
-              base + (u64)warp.rows.place_of((u32)entry) * p.row_bytes + (u64)unit.piece * kPiece, bytes_of(p, unit),
+              base + (u64)warp.rows.place_of((u32)entry) * p.row_bytes + (u64)unit.piece * kPiece, piece_bytes(p, unit),
               warp.barriers + stage);
 }
 
-// The sums of one piece: 16 bytes in each of kChunks places a lane.
+// The sums of one piece: each lane has 16 bytes in each of kChunks chunks.
 struct Sums {
     Number total[kChunks][kPerChunk];
-    Number part[kGrouped ? kChunks : 1][kPerChunk];  // of the rank at hand
+    Number part[kGrouped ? kChunks : 1][kPerChunk];  // of the current rank
 };
 
 template <class P>
@@ -178,9 +180,9 @@ DEV void store_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
     }
 }
 
-// Starts the loads of the next group; `ahead` is the unit that loads have come to, `done` the number of units summed up.
-// False: no unit is left, or too many without rows lie between, or the group is broken.
-// Rows are waited for with the first piece of a unit: each wait is a trip to memory.
+// Starts the loads of the next group. `ahead`: the unit that loads have come to; `done`: the number of units that are summed.
+// Returns false if no unit is left, if 32 units are open, or if the group is broken.
+// Rows are waited for with the first piece of a unit only: each wait is a trip to memory.
 template <class P, class Rows>
 DEV bool load_group(const P& p, Warp<Rows>& warp, Unit& ahead, u32 stage, u32 done) {
     const u32 lane = threadIdx.x % 32;
@@ -193,25 +195,25 @@ DEV bool load_group(const P& p, Warp<Rows>& warp, Unit& ahead, u32 stage, u32 do
         if (lane == warp.opened % 32) warp.queue = index;
         warp.opened++;
     }
-    const u64 group = take(ahead);
+    const u64 group = take_group(ahead);
     if (ahead.piece == ahead.first) {
-        bool here = await_entry(p, warp.rows, group, lane, ahead.low);
-        if (p.width > 32) here &= await_entry(p, warp.rows, group, lane + 32, ahead.high);
-        warp.broken = !__all_sync(kAll, here);
+        bool good = wait_entry(p, warp.rows, group, lane, ahead.low);
+        if (p.width > 32) good &= wait_entry(p, warp.rows, group, lane + 32, ahead.high);
+        warp.broken = !__all_sync(kAll, good);
         if (warp.broken) return false;
     }
-    if (lane == 0) mbarrier_expect(warp.barriers + stage, __popcll(group) * bytes_of(p, ahead));
+    if (lane == 0) mbarrier_expect(warp.barriers + stage, __popcll(group) * piece_bytes(p, ahead));
     __syncwarp();
     load_entry(p, warp, ahead, group, lane, ahead.low, stage);
     if (p.width > 32) load_entry(p, warp, ahead, group, lane + 32, ahead.high, stage);
     return true;
 }
 
-// Adds the rows of one group to the sums, in order. Returns the rank of the last.
+// Adds the rows of one group to the sums, in order. Returns the rank of the last row.
 template <class P, class Rows>
 DEV u32 add_group(const P& p, const Warp<Rows>& warp, const Unit& here, u64 group, u32 stage, u32 last_rank,
                   Sums& sums) {
-    const u32 bytes = bytes_of(p, here);
+    const u32 bytes = piece_bytes(p, here);
     const u8* buffer = warp.buffers + stage * kGroup * kPiece;
     for (u64 left = group; left; left &= left - 1, buffer += kPiece) {
         bool new_rank = false;
@@ -226,13 +228,12 @@ DEV u32 add_group(const P& p, const Warp<Rows>& warp, const Unit& here, u64 grou
     return last_rank;
 }
 
-// The sums of all units that this warp takes. `first(unit)` is called with every one, before its sums are there. False: the group is
-// broken.
+// Sums all units that this warp takes, after a call of `first(unit)` for each. Returns false if the group is broken.
 template <class P, class Rows, class F>
-DEV bool add_up(const P& p, Warp<Rows>& warp, F first) {
+DEV bool sum_units(const P& p, Warp<Rows>& warp, F first) {
     Unit here, ahead;
     ahead.left = ahead.all = 0;
-    u32 issued = 0, consumed = 0;  // groups
+    u32 issued = 0, consumed = 0;  // groups that are loaded, or on the way; groups that are summed
     const auto fill = [&](u32 most, u32 done) {
         while (!warp.broken && issued - consumed < most && load_group(p, warp, ahead, issued % kStages, done)) issued++;
     };
@@ -241,26 +242,26 @@ DEV bool add_up(const P& p, Warp<Rows>& warp, F first) {
         open_unit(p, warp.rows, __shfl_sync(kAll, warp.queue, done % 32), here);
         first(here);
         do {
-            const u32 bytes = bytes_of(p, here);
+            const u32 bytes = piece_bytes(p, here);
             Sums sums;
             start_sums(p, here, bytes, sums);
             u32 last_rank = ~0u;
             while (here.left) {
                 fill(kStages, done);
-                if (warp.broken) {  // memory of a block that ends must not be written
+                if (warp.broken) {  // no load may arrive after the block has ended
                     for (; consumed != issued; consumed++)
                         mbarrier_wait(warp.barriers + consumed % kStages, consumed / kStages & 1);
                     return false;
                 }
                 const u32 stage = consumed % kStages;
                 mbarrier_wait(warp.barriers + stage, consumed / kStages & 1);
-                last_rank = add_group(p, warp, here, take(here), stage, last_rank, sums);
+                last_rank = add_group(p, warp, here, take_group(here), stage, last_rank, sums);
                 __syncwarp();  // all lanes have read the buffers
                 consumed++;
             }
             store_sums(p, here, bytes, sums);
         } while (next_piece(here));
-        if (done + 1 == warp.opened) fill(kStages - 1, done + 1);  // behind units without rows
+        if (done + 1 == warp.opened) fill(kStages - 1, done + 1);  // past units without rows
     }
     return !warp.broken;
 }

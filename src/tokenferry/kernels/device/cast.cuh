@@ -1,10 +1,10 @@
-// The FP8 cast of decode dispatch, and the layout of its scales. kType: the type of x; 4: rows are not cast.
+// The FP8 cast of decode dispatch, and the layout of its scales. kType: the type of x, or kRaw: rows are not cast.
 #pragma once
 #include "device/fp8.cuh"
 #include "device/number.cuh"
 
-constexpr bool kCast = kType != 4;
-constexpr u32 kLoads = kType == 2 ? 4 : 2;  // loads of 16 bytes for 16 columns
+constexpr bool kCast = kType != kRaw;
+constexpr u32 kLoads = kType == kFp32 ? 4 : 2;  // loads of 16 bytes for 16 columns
 
 // Loads this lane's 16 columns; zeros beyond the end of the row.
 DEV void load_columns(const int4* x, u64 row, u32 columns, u32 column, int4 (&v)[kLoads]) {

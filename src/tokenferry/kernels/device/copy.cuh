@@ -1,4 +1,4 @@
-// Copies and zeros of one warp within local memory, in the widest words that address and size allow.
+// Copies and zeroes local memory with one warp, in the widest words that addresses and size allow.
 #pragma once
 #include "device/ptx.cuh"
 

@@ -16,22 +16,7 @@
 // A kernel that receives n writes `received` at its start: only later kernels of the same stream read it.
 #pragma once
 #include "device/sync.cuh"
-
-constexpr u32 kDispatch = 0, kCombine = 1;
-constexpr u32 kSend = 1, kReceive = 2;  // p.phases
-
-// Words of a plan's table.
-constexpr u32 kEpochWord = 0;   // of its dispatch
-constexpr u32 kAliveWord = 1;   // ranks to which rows were sent; 0: nothing follows, the call came to nothing
-constexpr u32 kTokensWord = 8;  // [from]: tokens that a rank brought; 0 if it was left out
-constexpr u32 kPlacesWord =
-    16;  // [from * M + token][K]: where the row is here, of each slot; -1: not here, or as an earlier slot
-
-// What a block writes down for a timeline: p.trace [blocks][kTraceWords], nanoseconds of this GPU's clock.
-constexpr u32 kTraceWords = 32;
-constexpr u32 kTraceStart = 0, kTraceReady = 1, kTraceSent = 2, kTraceCounts = 3, kTraceEnd = 4;
-constexpr u32 kTraceSignature = 8;  // [from]: its message was seen
-constexpr u32 kTraceRows = 16;      // [from]: its last row was here
+#include "generated/decode_words.cuh"
 
 template <class P>
 DEV void trace_time(const P& p, u32 word) {
@@ -304,8 +289,7 @@ static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, Decod
             else lost = 1u << peer;
             break;
         }
-        if (p.wait_ns && peer != p.rank && blockIdx.x == gridDim.x - 1)
-            atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, clock_ns() - start);
+        if (p.wait_ns && peer != p.rank && blockIdx.x == gridDim.x - 1) atomicAdd(p.wait_ns + peer, clock_ns() - start);
     }
     if (!__syncthreads_and(good)) return false;
     if (p.mask_late) {
@@ -335,7 +319,7 @@ DEV bool check_signatures(const P& p, u32 channel, const DecodeCall& call, u32 d
                                         &control_block(p, p.rank)->signatures[channel][call.parity][peer][w], value);
         if (w == 0 && peer != p.rank) {
             const u64 now = clock_ns();
-            if (p.wait_ns) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, now - start);
+            if (p.wait_ns) atomicAdd(p.wait_ns + peer, now - start);
             if (p.trace) p.trace[blockIdx.x * kTraceWords + kTraceSignature + peer] = now;
         }
         if (state == kOk && value != signature_word(p, w, dispatch)) {

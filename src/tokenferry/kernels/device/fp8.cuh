@@ -2,8 +2,7 @@
 // 16 columns, so 8 lanes share a scale.
 #pragma once
 #include "device/ptx.cuh"
-
-constexpr u32 kFloat32 = 1, kPowerOfTwo = 2, kUe8m0 = 3;  // how scales are stored
+#include "generated/decode_words.cuh"
 
 // Rounds v, positive and normal, up to a power of two.
 DEV float power_of_two_above(float v) {

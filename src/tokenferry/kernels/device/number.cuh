@@ -1,6 +1,7 @@
-// Rows as numbers: 16 bytes of a row in the type in which they are added up. kType: 0 bfloat16, 1 float16, 2 float32, 3 float64.
+// 16 bytes of a row as numbers, in the type in which they are summed. kType: the type of the row (generated/codes.cuh).
 #pragma once
 #include "device/ptx.cuh"
+#include "generated/codes.cuh"
 
 template <bool Wide>
 struct Sum {
@@ -10,29 +11,27 @@ template <>
 struct Sum<true> {
     typedef double type;
 };
-typedef Sum<kType == 3>::type Number;
+typedef Sum<kType == kFp64>::type Number;
 
-constexpr u32 kPerChunk = kType <= 1 ? 8 : kType == 2 ? 4 : 2;  // numbers in 16 bytes
+constexpr u32 kPerChunk = kType == kBf16 || kType == kFp16 ? 8 : kType == kFp32 ? 4 : 2;  // numbers in 16 bytes
 
 DEV void unpack_chunk(const int4& v, Number (&n)[kPerChunk]) {
     const u32* w = reinterpret_cast<const u32*>(&v);
-    if constexpr (kType == 0) {
+    if constexpr (kType == kBf16) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             n[2 * i] = __uint_as_float(w[i] << 16);
             n[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
         }
-    } else if constexpr (kType == 1) {
+    } else if constexpr (kType == kFp16) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             float low, high;
-            asm("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}"
-                : "=f"(low), "=f"(high)
-                : "r"(w[i]));
+            unpack_fp16(w[i], low, high);
             n[2 * i] = low;
             n[2 * i + 1] = high;
         }
-    } else if constexpr (kType == 2) {
+    } else if constexpr (kType == kFp32) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) n[i] = __uint_as_float(w[i]);
     } else {
@@ -42,19 +41,17 @@ DEV void unpack_chunk(const int4& v, Number (&n)[kPerChunk]) {
     }
 }
 
-// One rounding, to nearest even.
+// Rounds once, to nearest even.
 DEV int4 pack_chunk(const Number (&n)[kPerChunk]) {
     int4 v;
     u32* w = reinterpret_cast<u32*>(&v);
-    if constexpr (kType == 0) {
+    if constexpr (kType == kBf16) {
 #pragma unroll
-        for (u32 i = 0; i < 4; i++)
-            asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(w[i]) : "f"((float)n[2 * i]), "f"((float)n[2 * i + 1]));
-    } else if constexpr (kType == 1) {
+        for (u32 i = 0; i < 4; i++) w[i] = pack_bf16((float)n[2 * i], (float)n[2 * i + 1]);
+    } else if constexpr (kType == kFp16) {
 #pragma unroll
-        for (u32 i = 0; i < 4; i++)
-            asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(w[i]) : "f"((float)n[2 * i]), "f"((float)n[2 * i + 1]));
-    } else if constexpr (kType == 2) {
+        for (u32 i = 0; i < 4; i++) w[i] = pack_fp16((float)n[2 * i], (float)n[2 * i + 1]);
+    } else if constexpr (kType == kFp32) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) w[i] = __float_as_uint((float)n[i]);
     } else {

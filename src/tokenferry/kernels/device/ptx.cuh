@@ -1,4 +1,5 @@
-// PTX that CUDA C++ has no name for: bulk copies, mbarriers, fences, loads and stores that other GPUs see.
+// PTX instructions that CUDA C++ has no function for: bulk copies, mbarriers, fences, loads and stores with a scope and an
+// order, conversions. All inline assembly of the package lies here; tests/support/ptx.cuh replaces this file on a CPU.
 #pragma once
 
 #define DEV static __device__ __forceinline__
@@ -7,7 +8,7 @@ constexpr u32 kAll = 0xffffffffu;
 
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// ---- mbarriers: one arrival (the thread that issues the loads) and the bytes that it announced
+// ---- mbarriers: one arrival, by the thread that issues the loads, with the number of bytes that they bring
 
 DEV void mbarrier_init(u64* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
@@ -17,7 +18,8 @@ DEV void mbarrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// Waits for loads of this GPU or of a peer that answers: memory does, a process need not. So no deadline.
+// Waits for loads. They need no deadline: they come from memory of this GPU or of a peer, which answers whatever the
+// process of the peer does.
 DEV void mbarrier_wait(u64* barrier, u32 parity) {
     u32 done = 0;
     while (!done)
@@ -41,12 +43,12 @@ DEV void bulk_store(void* global, const void* shared, u32 bytes) {
                  : "memory");
 }
 DEV void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// The sources of all but the last N groups may be overwritten.
+// Waits until the sources of all but the last N groups may be overwritten.
 template <int N>
 DEV void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
-// All groups of this thread but the last N are in memory.
+// Waits until all groups of this thread but the last N are in memory.
 template <int N>
 DEV void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
@@ -92,7 +94,7 @@ DEV u64 load_relaxed(const u64* p) {
     return v;
 }
 
-// Words in shared memory by which warps of a block tell each other what they have done.
+// Words in shared memory with which the warps of a block signal each other.
 DEV void store_in_block(u32* p, u32 v) {
     asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
 }
@@ -102,7 +104,7 @@ DEV u32 load_in_block(const u32* p) {
     return v;
 }
 
-// One instruction each, right to about the last two bits; the functions of CUDA C++ take twenty.
+// One instruction each, accurate to about the last two bits; the functions of CUDA C++ take twenty.
 DEV float log2_near(float v) {
     float l;
     asm("lg2.approx.f32 %0, %1;" : "=f"(l) : "f"(v));
@@ -114,11 +116,12 @@ DEV float exp2_near(float v) {
     return e;
 }
 
-// For kernels that may be launched early. The next kernel of the stream may take what SMs are free, if it waits likewise.
+// Programmatic dependent launch: the first waits for the kernel before this one in the stream; the second lets the next
+// kernel start on SMs that are free, if it begins with such a wait.
 DEV void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEV void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// 16 bytes as one: no reader sees a part of a write.
+// 16 bytes at once: no reader sees a part of a write.
 DEV int4 load_packet(const void* p) {
     u64 low, high;
     asm volatile("{\n.reg .b128 v;\nld.relaxed.sys.global.b128 v, [%2];\nmov.b128 {%0, %1}, v;\n}"
@@ -139,7 +142,26 @@ DEV u32 add_acquire_release(u32* p, u32 v) {
     return old;
 }
 
-// Four numbers as float8_e4m3fn, lowest byte first; beyond 448 it is 448.
+// ---- conversions: to nearest even
+
+// Two numbers in 32 bits, `low` in the lower half.
+DEV u32 pack_bf16(float low, float high) {
+    u32 v;
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(v) : "f"(low), "f"(high));
+    return v;
+}
+DEV u32 pack_fp16(float low, float high) {
+    u32 v;
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(v) : "f"(low), "f"(high));
+    return v;
+}
+DEV void unpack_fp16(u32 v, float& low, float& high) {
+    asm("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}"
+        : "=f"(low), "=f"(high)
+        : "r"(v));
+}
+
+// Four numbers as float8_e4m3fn, lowest byte first; numbers beyond 448 become 448.
 DEV u32 pack_fp8(float a, float b, float c, float d) {
     u32 v;
     asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, "
@@ -157,7 +179,9 @@ DEV void unpack_fp8(u32 v, float (&n)[4]) {
         : "r"(v));
 }
 
-// Sleeps for about a tenth of a microsecond: polls of many warps are in the way of what they wait for.
+// ---- time
+
+// Sleeps for about a tenth of a microsecond: polls of many warps delay the very stores that they wait for.
 DEV void backoff() { asm volatile("nanosleep.u32 100;"); }
 
 DEV u64 clock_ns() {

@@ -1,32 +1,46 @@
-// How the kernels of R ranks meet and part. All of it works on any params struct that begins with COMMON of
-// kernels/control_block.py: windows, record, timeout_ns, rank, num_ranks, alive, call, card.
+// How the collective kernels of R ranks start and end together. All functions work on any params struct that begins with
+// COMMON of kernels/control_block.py, which also declares the control block, the handshake and the record.
 //
-//   meet    every rank writes its card to every peer, and each block waits for all peers' cards. A card says that all
-//           earlier work of its rank is done: what it offers may be read, where it points may be written.
-//   depart  every block tells every peer that all its work on them is complete; one block of each rank waits for all blocks
-//           of all peers. So when the kernel ends, what peers wrote here is here, and what they read here may be overwritten.
+//   entry_sync  publish_handshake writes this rank's handshake to every peer; read_handshakes waits for those of all peers,
+//               in every block. The handshake of a rank says that all its earlier work is done: the memory that it offers
+//               may be read, and the memory that it asks to be filled may be written.
+//   exit_sync   Every block announces to every rank that its work there is complete; block 0 of each rank waits for all
+//               blocks of all ranks. So when the kernel ends, the peers' writes to this rank have arrived, and what they
+//               read here may be overwritten.
 //
-// Why no card is overwritten before it is read: cards of epoch n lie in half n & 1. Rank a writes those of n + 2 after its
-// kernel n + 1 met, that is after its peer b published n + 1, which b does after its kernel n has ended.
+// Why no handshake is overwritten before it is read: handshakes of epoch n lie in half n & 1. Rank a writes those of epoch
+// n + 2 after entry_sync of its kernel n + 1, so after its peer b has published epoch n + 1, and b does that after its own
+// kernel n has ended.
 //
-// Every wait has a deadline. Who gives up writes the record for its host, tells its peers, marks its own board as failed
-// and returns; kernels that come later return at once. No trap: the CUDA context stays usable.
+// Every wait has a deadline. A rank that gives up writes the record for its host, announces the fault to its peers, marks
+// its own control block as failed, and returns; later kernels return at once. Kernels never trap: the CUDA context stays
+// usable.
 #pragma once
-#include "device/control_block.cuh"
+#include "device/ptx.cuh"
+#include "generated/control_block.cuh"
 
 template <class P>
 DEV ControlBlock* control_block(const P& p, u32 rank) {
     return reinterpret_cast<ControlBlock*>(p.windows[rank]);
 }
+
+// Memory in the window of a rank, at an offset that this rank put into its handshake.
+template <class T, class P>
+DEV T* at_offset(const P& p, u32 rank, u32 offset) {
+    return reinterpret_cast<T*>(p.windows[rank] + (u64)offset * kOffsetBytes);
+}
+
 template <class P>
 DEV bool is_alive(const P& p, u32 rank) {
     return rank < p.num_ranks && (p.alive >> rank & 1);
 }
 
-// Only the first fault of a group is recorded: the others follow from it.
+// ---- faults
+
+// The host reads a record once `code` is not 0, so the code is written last.
 template <class P>
 DEV void record_fault(const P& p, u32 code, u32 peer, u32 word, u32 seen, u32 expected, u32 blamed, u64 waited_ns) {
-    Record* record = reinterpret_cast<Record*>(p.record);
+    Record* record = p.record;
     record->call_number = p.call_number;
     record->peer = peer;
     record->word = word;
@@ -38,29 +52,34 @@ DEV void record_fault(const P& p, u32 code, u32 peer, u32 word, u32 seen, u32 ex
     store_release(&record->code, code);
 }
 
+// Breaks the group. Only its first fault is recorded: the others follow from it.
 template <class P>
 static __device__ __noinline__ void give_up(const P& p, u32 code, u32 peer, u32 word, u32 seen, u32 expected,
                                             u32 blamed, u64 waited_ns) {
     if (atomicCAS(&control_block(p, p.rank)->failed, 0u, code) != 0) return;
     record_fault(p, code, peer, word, seen, expected, blamed, waited_ns);
-    // Who only heard of a fault passes on what it was, so that all ranks say the same.
+    // A rank that gives up because a peer did passes on the original fault, so that all ranks report the same.
     const u32 culprit = code == kPeerGaveUp ? blamed : peer, cause = code == kPeerGaveUp ? word : code;
     for (u32 r = 0; r < p.num_ranks; r++)
         if (r != p.rank && is_alive(p, r))
             store_release(&control_block(p, r)->gave_up[p.rank], (u64)cause << 32 | culprit);
 }
 
+// ---- waits
+
 DEV u32 epoch_in(u64 word) { return (u32)(word >> 32); }
 DEV u32 epoch_in(u32 word) { return word; }
 
-// What is waited for may have come since it was looked for, and its peer gone on from there.
+// Looks at a word once more before a fault is declared: it may have arrived since, and then its writer has gone on to other
+// work, so that what was seen of that writer afterwards proves nothing.
 template <class W>
 DEV bool has_come(const W* word, u32 epoch) {
     fence_system();
     return epoch_in(load_relaxed(word)) == epoch;
 }
 
-// Whether to go on polling a word: false if this rank has to give up, or has. `start`: 0 at first; `times` the usual deadline.
+// Returns whether to go on polling a word: false if the group is broken, or breaks now. `start`: 0 on the first call;
+// `times`: the deadline, in units of the usual one.
 template <class P, class W>
 DEV bool may_wait(const P& p, const W* word, u32 epoch, u32 peer, u32 code, u64& start, u32 times) {
     ControlBlock* mine = control_block(p, p.rank);
@@ -81,8 +100,8 @@ DEV bool may_wait(const P& p, const W* word, u32 epoch, u32 peer, u32 code, u64&
     return true;
 }
 
-// Polls until `word` carries `epoch` in its upper half (u64) or is it (u32); false if this rank has to give up. Orders
-// nothing: whoever goes on to read what the word announces fences first.
+// Polls until `word` carries `epoch` in its upper half (u64) or equals it (u32). Returns false if the group is broken. Orders
+// nothing: a caller that reads the memory which the word announces needs a fence first.
 template <class P, class W>
 DEV bool wait_for(const P& p, const W* word, u32 epoch, u32 peer, u32 code, W& value, u32 times = 1) {
     u64 start = 0;
@@ -93,33 +112,37 @@ DEV bool wait_for(const P& p, const W* word, u32 epoch, u32 peer, u32 code, W& v
     }
 }
 
+// ---- whether a kernel runs at all
+
 template <class P>
 DEV u32 next_epoch(const P& p) {
     return load_relaxed(&control_block(p, p.rank)->epoch) + 1;
 }
 
-// Whether nothing is done here: the group is broken; or a call came to nothing, and its host, which does not know yet, has launched
-// others behind it. They would meet other calls of the peers than they should.
+// Returns whether kernels no-op: the group is broken; or a call was aborted, and the host, which has not seen that yet, has
+// launched others behind it. Those would be matched with the wrong calls of the peers.
 template <class P>
 DEV bool is_stopped(const P& p) {
     const ControlBlock* mine = control_block(p, p.rank);
     return load_relaxed(&mine->failed) || load_relaxed(&mine->stopped);
 }
 
-// Whether this kernel has nothing to do: see there, or the plan is void. `counts` are some of the plan's; a call that came to
-// nothing leaves -1 there, so that whatever follows along its plan comes to nothing, too.
+// Returns whether this kernel no-ops: as is_stopped, or because its plan was aborted. `counts` are counts of the plan: an
+// aborted dispatch leaves -1 there, so that all later calls along its plan are aborted, too.
 template <class P>
-DEV bool must_skip(const P& p, const u8* counts) {
-    return is_stopped(p) || *reinterpret_cast<const i64*>(counts) < 0;
+DEV bool must_skip(const P& p, const i64* counts) {
+    return is_stopped(p) || *counts < 0;
 }
 
-// This call comes to nothing, and what is launched behind it, too, until its host clears `stopped`; one thread.
+// Aborts this call and all that are queued behind it, until the host clears `stopped`; called by one thread.
 template <class P>
 DEV void stop(const P& p) {
     control_block(p, p.rank)->stopped = 1;
 }
 
-// Writes this rank's card to every peer; called by one block, all threads. `word(i, peer)` is the value of word i.
+// ---- entry_sync
+
+// Writes this rank's handshake to every peer; called by all threads of one block. `word(i, peer)` returns word i.
 template <class P, class F>
 DEV void publish_handshake(const P& p, u32 epoch, F word) {
     for (u32 i = threadIdx.x; i < p.num_ranks * kHandshakeWords; i += blockDim.x) {
@@ -129,22 +152,22 @@ DEV void publish_handshake(const P& p, u32 epoch, F word) {
     }
 }
 
-// Waits for all peers' cards and compares their signatures; all threads of a block. `cards` is shared memory; cards of ranks
-// that are not alive are zeros. `rows(peer)` is what this rank knows about kRowsWord.
-// One block of a kernel has `tell`: it adds the time that it waits to p.wait_ns.
+// Waits for the handshakes of all peers and compares their signatures; called by all threads of a block. Returns false if the
+// group is broken. `handshakes` is shared memory; those of ranks that do not take part become zeros. `rows(peer)` returns
+// what this rank expects in kRowsWord. One block of a kernel is `timed`: it adds the time that it waits to p.wait_ns.
 template <class P, class F>
-DEV bool read_handshakes(const P& p, u32 epoch, u32 (*handshakes)[kHandshakeWords], bool tell, F rows) {
+DEV bool read_handshakes(const P& p, u32 epoch, u32 (*handshakes)[kHandshakeWords], bool timed, F rows) {
     __shared__ u32 first_wrong;
     if (threadIdx.x == 0) first_wrong = ~0u;
     bool good = true;
     for (u32 i = threadIdx.x; i < p.num_ranks * kHandshakeWords; i += blockDim.x) {
         const u32 peer = i / kHandshakeWords, w = i % kHandshakeWords;
         u64 value = 0;
-        const u64 start = tell && p.wait_ns ? clock_ns() : 0;
+        const u64 start = timed && p.wait_ns ? clock_ns() : 0;
         if (is_alive(p, peer) && good)
             good = wait_for(p, &control_block(p, p.rank)->handshake[epoch & 1][peer][w], epoch, peer, kLateHandshake,
                             value);
-        if (start && w == 0 && peer != p.rank) atomicAdd(reinterpret_cast<u64*>(p.wait_ns) + peer, clock_ns() - start);
+        if (start && w == 0 && peer != p.rank) atomicAdd(p.wait_ns + peer, clock_ns() - start);
         handshakes[peer][w] = (u32)value;
     }
     fence_system();
@@ -153,7 +176,7 @@ DEV bool read_handshakes(const P& p, u32 epoch, u32 (*handshakes)[kHandshakeWord
         const u32 peer = i / kHandshakeWords, w = i % kHandshakeWords;
         if (w > kRowsWord || !is_alive(p, peer)) continue;
         if (handshakes[peer][w] != (w == kRowsWord ? rows(peer) : p.handshake[w]))
-            atomicMin(&first_wrong, i);  // tell the first only
+            atomicMin(&first_wrong, i);  // only the first is reported
     }
     __syncthreads();
     if (first_wrong == ~0u) return true;
@@ -164,7 +187,9 @@ DEV bool read_handshakes(const P& p, u32 epoch, u32 (*handshakes)[kHandshakeWord
     return false;
 }
 
-// Tells whether this is the last block of the grid to come here; all threads of every block.
+// ---- exit_sync
+
+// Returns whether this is the last block of the grid to get here; called by all threads of every block.
 template <class P>
 DEV bool last_block(const P& p) {
     __shared__ u32 last;
@@ -178,9 +203,10 @@ DEV bool last_block(const P& p) {
     return last;
 }
 
-// Ends a kernel that met: all work of this block on peers is complete (bulk stores waited for). All threads. Every block
-// tells every rank, its own included; block 0 waits for the blocks of all, so no block of this kernel still reads the board.
-// `times`: see may_wait: more where who departs may have to wait for those who still wait for others.
+// Ends a collective kernel, once all work of this block on peers is complete (bulk stores waited for); called by all threads.
+// Every block announces its end to every rank, its own included; block 0 waits for the blocks of all ranks, so that no block
+// of this kernel still reads the control block afterwards. `times`: see may_wait; more than 1 where a rank may have to wait
+// for peers that themselves wait for others.
 template <class P>
 DEV void exit_sync(const P& p, u32 epoch, const u32 (*handshakes)[kHandshakeWords], u32 times = 1) {
     __syncthreads();
@@ -203,9 +229,11 @@ DEV void exit_sync(const P& p, u32 epoch, const u32 (*handshakes)[kHandshakeWord
     }
 }
 
-// Warps take units as they come to them: SMs do not get equal shares of the links, and the slowest of a fixed deal would
-// hold up all ranks (by 6 % of a call when it was tried). `dealt` units were dealt out beforehand. Lane 0 has the answer;
-// whoever broadcasts it late does not wait for it.
+// ---- work sharing
+
+// Warps take units of work one by one: SMs do not get equal shares of the links, and with a fixed distribution the slowest
+// SM delayed all ranks (by 6 % of a call, measured). The first `dealt` units were distributed beforehand. Only lane 0 gets
+// the unit: the caller broadcasts it later, so that the warp does not wait for the atomic.
 template <class P>
 DEV u32 claim_unit(const P& p, u32 dealt) {
     return threadIdx.x % 32 ? 0 : dealt + atomicAdd(&control_block(p, p.rank)->claimed, 1u);

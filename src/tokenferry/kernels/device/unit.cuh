@@ -1,16 +1,13 @@
-// A unit: 128 tokens of a routing, and which of them want each expert and each rank, as bits.
+// A unit: 128 tokens of a routing. For each expert and each rank it has 128 bits: which of the tokens go there.
 #pragma once
-#include "device/ptx.cuh"
+#include "device/index.cuh"
+#include "generated/codes.cuh"
 
-constexpr u32 kUnit = 128;
+// kWide: whether indices are int64.
+DEV i64 index_at(const u8* topk_idx, u64 i) { return load_index(topk_idx, kWide, i); }
 
-// kWide: indices are int64; else int32.
-DEV i64 index_at(const u8* topk_idx, u64 i) {
-    return kWide ? reinterpret_cast<const i64*>(topk_idx)[i] : (i64) reinterpret_cast<const i32*>(topk_idx)[i];
-}
-
-// Fills masks [E + R][4] for one unit; all threads of the block, which synchronises. Returns the least token * K + slot
-// whose index is outside [-1, E) that this thread has seen, or ~0. Such an index marks nothing.
+// Fills masks [E + R][4] for one unit; called by all threads of a block, with barriers inside. Returns the least
+// token * K + slot with an index outside [-1, E) among those that this thread reads, or ~0. Such an index sets no bit.
 DEV u32 mark_unit(const u8* topk_idx, u32 num_tokens, u32 top_k, u32 num_experts, u32 num_ranks, u32 unit, u32* masks) {
     const u32 columns = num_experts + num_ranks, local = num_experts / num_ranks;
     for (u32 i = threadIdx.x; i < columns * 4; i += blockDim.x) masks[i] = 0;
@@ -32,7 +29,7 @@ DEV u32 mark_unit(const u8* topk_idx, u32 num_tokens, u32 top_k, u32 num_experts
     return bad;
 }
 
-// How many tokens of the unit below `token` are marked in column c.
+// Returns how many tokens of the unit before `token` are marked in column c.
 DEV i32 count_marked(const u32* masks, u32 c, u32 token) {
     i32 n = 0;
 #pragma unroll

@@ -1,1 +1,1 @@
-"""The kernel `move`: see the head of kernel.cuh."""
+"""The kernel dispatch; the head of kernel.cuh documents it."""

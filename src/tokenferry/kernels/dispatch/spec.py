@@ -1,4 +1,4 @@
-"""Host half of the kernel `move`; kernel.cuh says what it does."""
+"""Host half of the kernel dispatch; kernel.cuh documents the kernel."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from tokenferry.kernels.describe import describe
 
 MAX_WARPS = 24
 MAX_PIECE_BYTES = 8192
+STAGES = 3
+"""Buffers of a ring."""
 SMEM_BYTES = 224 * 1024
-"""What the rings of a block may take together; Hopper has 227 KB a block."""
+"""Most bytes of all rings of a block together; Hopper has 227 KB for a block."""
 
 SPEC = describe(
     __file__,
     (
-        ("x", "ptr"),
-        ("scale", "ptr"),
-        ("weights", "ptr"),
-        ("topk_idx", "ptr"),
-        ("places", "ptr"),
-        ("rows_out", "ptr"),
-        ("rows_in", "ptr"),
+        ("x", "ptr:const u8"),
+        ("scale", "ptr:const u8"),
+        ("weights", "ptr:const f32"),
+        ("topk_idx", "ptr:const u8"),
+        ("places", "ptr:const i32"),
+        ("rows_out", "ptr:const i64"),
+        ("rows_in", "ptr:const i64"),
         ("scale_row_stride", "i64"),
         ("scale_stride", "i64"),
         ("num_tokens", "u32"),
@@ -47,15 +49,15 @@ SPEC = describe(
 
 @dataclass(frozen=True, slots=True)
 class Rings:
-    """How a block's shared memory is cut into rings.
+    """How rows are cut into pieces, and the shared memory of a block into rings, one for each warp.
 
     Attributes:
         pieces: Pieces of a row.
-        piece_bytes: Of each but perhaps the last.
-        pitch: Bytes from buffer to buffer.
+        piece_bytes: Bytes of a piece; the last one may have fewer.
+        pitch: Bytes from one buffer to the next.
         stages: Buffers of a ring.
         warps: Rings of a block.
-        smem_bytes: All rings of a block.
+        smem_bytes: Bytes of all rings of a block.
     """
 
     pieces: int
@@ -67,14 +69,13 @@ class Rings:
 
 
 def cut(row_bytes: int, bulk_scale_bytes: int) -> Rings:
-    """Cut rows into pieces of at most 8 KB, and shared memory into rings of 3 buffers, or as many as fit.
+    """Cut rows into pieces of at most 8 KB, and shared memory into as many rings of 3 buffers as fit.
 
-    Three buffers keep a load and a store of each warp in flight; more of them, or larger pieces, measured no faster.
+    Three buffers keep a load and a store of each warp in flight; more buffers, or larger pieces, measured no faster.
     """
     pieces = -(-row_bytes // MAX_PIECE_BYTES)
     piece_bytes = -(-row_bytes // pieces // 16) * 16
     # Bulk copies from and to shared memory are slower where a buffer does not begin at a multiple of 128.
     pitch = -(-(piece_bytes + bulk_scale_bytes) // 128) * 128
-    stages = 3
-    warps = max(1, min(MAX_WARPS, SMEM_BYTES // (stages * pitch)))
-    return Rings(pieces, piece_bytes, pitch, stages, warps, warps * stages * pitch)
+    warps = max(1, min(MAX_WARPS, SMEM_BYTES // (STAGES * pitch)))
+    return Rings(pieces, piece_bytes, pitch, STAGES, warps, warps * STAGES * pitch)

@@ -1,1 +1,1 @@
-"""The kernel `place`: see the head of kernel.cuh."""
+"""The kernel dispatch_assign; the head of kernel.cuh documents it."""

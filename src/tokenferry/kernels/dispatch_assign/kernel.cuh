@@ -1,24 +1,23 @@
-// dispatch_assign: the second half of a plan. From the sums of `count`: where each row of this rank goes.
+// dispatch_assign: the second half of a plan: from the sums of dispatch_notify to the place of each row of this rank.
 //
-// Grid     any number of blocks; each takes units of 128 tokens. Meets nobody.
-// Reads    topk_idx [T, K]; table [units, E + R] and bases of count.
+// Grid     any number of blocks; each takes units of 128 tokens. Not collective.
+// Reads    topk_idx [T, K]; table [units, E + R] and bases of dispatch_notify.
 // Writes   places [T, C] int32, columns:
-//            send [R]   place of the token's row on each rank (EXPERTS, MASKED: that of its first expert there), -1: none
+//            send [R]   place of the token's row on each rank (EXPERTS, MASKED: at its first expert there), -1: none
 //            slot [K]   rank << 28 | the slot's expert on that rank (ROWS) or place (EXPERTS, MASKED); -1: unused
 //            and for EXPERTS and MASKED only
 //            row  [R]   which received row of each rank the token is, by source, then token; -1: none
 //            pull [K]   the distinct values of slot, ascending, then -1: by rank, then by expert
 //          dst_token [rows sent] int64: tokens by destination, then token.
-// Why      A row's place is the sum of three counts: rows of lower ranks (bases), of earlier units (table), of earlier tokens
-//          (bits of the unit). No atomics, so the same places every time: by source rank, then source token.
+// Why the same places every time
+//          A row's place is the sum of three counts: rows of lower ranks (bases), of earlier units (table), of earlier tokens
+//          (bits of the unit). No atomics decide: rows lie by source rank, then source token.
 // Cost     reads T * K indices, writes T * C words. sm_90a: <= 40 registers, 0 spills, 64 B of static shared
 //          memory, at most 65664 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}} on both ranks; rank 1, ROWS: send = {{2,-1},{3,1}}.
 // Tests    tests/cuda/test_dispatch_plan.py, tests/compile.
 #include "device/sync.cuh"
 #include "device/unit.cuh"
-
-constexpr u32 kRankShift = 28;
 
 struct Unit {
     const u32* masks;
@@ -27,8 +26,8 @@ struct Unit {
     u32 first;          // token
 };
 
-// slot and pull of one token's slot k.
-DEV void place_slot(const DispatchAssignParams& p, const Unit& unit, u32 token, u32 k, i32* out) {
+// Fills slot and pull of one token's slot k.
+DEV void assign_slot(const DispatchAssignParams& p, const Unit& unit, u32 token, u32 k, i32* out) {
     const u64 row = (u64)(unit.first + token) * p.top_k;
     const u32 local = p.num_experts / p.num_ranks;
     i32* slot = out + p.num_ranks;
@@ -54,14 +53,13 @@ DEV void place_slot(const DispatchAssignParams& p, const Unit& unit, u32 token, 
     if (k >= distinct) pull[k] = -1;
 }
 
-// send, row and dst_token of one token and rank.
-DEV void place_row(const DispatchAssignParams& p, const Unit& unit, u32 token, u32 r, i32* out) {
+// Fills send, row and dst_token of one token and rank.
+DEV void assign_row(const DispatchAssignParams& p, const Unit& unit, u32 token, u32 r, i32* out) {
     const u32 column = p.num_experts + r, local = p.num_experts / p.num_ranks, t = unit.first + token;
-    const i32* bases = reinterpret_cast<const i32*>(p.bases);
     const bool goes = is_marked(unit.masks, column, token);
     const i32 index = unit.before[column] + count_marked(unit.masks, column, token);
-    if (goes) reinterpret_cast<i64*>(p.dst_token)[bases[p.num_ranks + r] + index] = t;
-    const i32 row = goes ? bases[r] + index : -1;
+    if (goes) p.dst_token[p.bases[p.num_ranks + r] + index] = t;
+    const i32 row = goes ? p.bases[r] + index : -1;
     if (!p.by_expert) {
         out[r] = row;
         return;
@@ -85,14 +83,13 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     const u32 num_tokens = (u32)p.num_tokens, units = (num_tokens + kUnit - 1) / kUnit;
     for (u32 u = blockIdx.x; u < units; u += gridDim.x) {
         mark_unit(p.topk_idx, num_tokens, K, p.num_experts, R, u, masks);
-        const Unit unit = {masks, reinterpret_cast<const i32*>(p.table) + (u64)u * columns,
-                           reinterpret_cast<const i32*>(p.bases) + 2 * R, u * kUnit};
+        const Unit unit = {masks, p.table + (u64)u * columns, p.bases + 2 * R, u * kUnit};
         const u32 tokens = min(kUnit, num_tokens - unit.first);
-        i32* out = reinterpret_cast<i32*>(p.places) + (u64)unit.first * width;
+        i32* out = p.places + (u64)unit.first * width;
         for (u32 i = threadIdx.x; i < tokens * K; i += blockDim.x)
-            place_slot(p, unit, i / K, i % K, out + (u64)(i / K) * width);
+            assign_slot(p, unit, i / K, i % K, out + (u64)(i / K) * width);
         for (u32 i = threadIdx.x; i < tokens * R; i += blockDim.x)
-            place_row(p, unit, i / R, i % R, out + (u64)(i / R) * width);
+            assign_row(p, unit, i / R, i % R, out + (u64)(i / R) * width);
         __syncthreads();
     }
 }

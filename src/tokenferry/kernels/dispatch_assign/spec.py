@@ -1,4 +1,4 @@
-"""Host half of the kernel `place`; kernel.cuh says what it does."""
+"""Host half of the kernel dispatch_assign; kernel.cuh documents the kernel."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ THREADS = 512
 SPEC = describe(
     __file__,
     (
-        ("topk_idx", "ptr"),
-        ("table", "ptr"),
-        ("bases", "ptr"),
-        ("dst_counts", "ptr"),
-        ("places", "ptr"),
-        ("dst_token", "ptr"),
+        ("topk_idx", "ptr:const u8"),
+        ("table", "ptr:const i32"),
+        ("bases", "ptr:const i32"),
+        ("dst_counts", "ptr:const i64"),
+        ("places", "ptr:i32"),
+        ("dst_token", "ptr:i64"),
         ("num_tokens", "u64"),
         ("top_k", "u32"),
         ("num_experts", "u32"),
@@ -28,5 +28,5 @@ SPEC = describe(
 
 
 def num_columns(num_ranks: int, top_k: int, *, by_expert: bool) -> int:
-    """Columns of ``places``: send and slot, and for layouts by expert row and pull."""
+    """Return the columns of ``places``: send and slot, and for layouts by expert also row and pull."""
     return (num_ranks + top_k) * (2 if by_expert else 1)

@@ -1,1 +1,1 @@
-"""The kernel `unpack`: see the head of kernel.cuh."""
+"""The kernel dispatch_expand; the head of kernel.cuh documents it."""

@@ -1,4 +1,4 @@
-"""Host half of the kernel `unpack`; kernel.cuh says what it does."""
+"""Host half of the kernel dispatch_expand; kernel.cuh documents the kernel."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ THREADS = 512
 SPEC = describe(
     __file__,
     (
-        ("rows", "ptr"),
-        ("scale", "ptr"),
-        ("weights", "ptr"),
-        ("row_idx", "ptr"),
-        ("src_counts", "ptr"),
-        ("expert_counts", "ptr"),
+        ("rows", "ptr:u8"),
+        ("scale", "ptr:u8"),
+        ("weights", "ptr:f32"),
+        ("row_idx", "ptr:const i64"),
+        ("src_counts", "ptr:const i64"),
+        ("expert_counts", "ptr:const i32"),
         ("num_delivered", "u64"),
         ("row_bytes", "u32"),
         ("scale_bytes", "u32"),

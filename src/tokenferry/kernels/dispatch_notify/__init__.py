@@ -1,1 +1,1 @@
-"""The kernel `count`: see the head of kernel.cuh."""
+"""The kernel dispatch_notify; the head of kernel.cuh documents it."""

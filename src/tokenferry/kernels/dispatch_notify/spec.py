@@ -1,26 +1,26 @@
-"""Host half of the kernel `count`; kernel.cuh says what it does."""
+"""Host half of the kernel dispatch_notify; kernel.cuh documents the kernel."""
 
 from __future__ import annotations
 
+from tokenferry.kernels.codes import UNIT_TOKENS
+from tokenferry.kernels.control_block import HOST_EXPERTS_WORD
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
-UNIT_TOKENS = 128
-HOST_WORDS_BEFORE_EXPERTS = 1 + 2 * 8
-"""``host``: the ticket, rows from each of 8 ranks, rows to each of 8 ranks, rows of each local expert."""
+HOST_WORDS_BEFORE_EXPERTS = HOST_EXPERTS_WORD
+"""Words of ``host`` before the counts of the local experts: the call number, rows from and to each rank."""
 
 SPEC = describe(
     __file__,
     (
-        ("topk_idx", "ptr"),
-        ("table", "ptr"),
-        ("bases", "ptr"),
-        ("dst_counts", "ptr"),
-        ("src_counts", "ptr"),
-        ("expert_counts", "ptr"),
-        ("expert_offsets", "ptr"),
-        ("src_expert", "ptr"),
-        ("host", "ptr"),
+        ("topk_idx", "ptr:const u8"),
+        ("table", "ptr:i32"),
+        ("bases", "ptr:i32"),
+        ("dst_counts", "ptr:i64"),
+        ("src_counts", "ptr:i64"),
+        ("expert_counts", "ptr:i32"),
+        ("expert_offsets", "ptr:i32"),
+        ("host", "ptr:u32"),
         ("num_tokens", "u32"),
         ("top_k", "u32"),
         ("num_experts", "u32"),
@@ -37,10 +37,10 @@ SPEC = describe(
 
 
 def num_units(num_tokens: int) -> int:
-    """Units that T tokens make."""
+    """Return the number of units that T tokens make."""
     return -(-num_tokens // UNIT_TOKENS)
 
 
 def smem_bytes(num_experts: int, num_ranks: int) -> int:
-    """Dynamic shared memory: a mask of 128 bits per expert and rank."""
+    """Return the dynamic shared memory of a block: a mask of 128 bits for each expert and rank."""
     return (num_experts + num_ranks) * 16

@@ -1,1 +1,1 @@
-"""What the links and the memory do, with nothing in the way."""
+"""The kernels of `tokenferry limits`: the bare rates of links and memory."""

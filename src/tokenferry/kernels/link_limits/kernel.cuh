@@ -1,55 +1,54 @@
-// kernels/link_limits/kernel.cuh: what the links and the memory do, with nothing in the way: rows, flags, barriers.
+// link_limits: the bare rates of links and memory: rows, flags and barriers, without the work of a dispatch around them.
 //
-// Grid       link_limits_store, link_limits_load, link_limits_copy: as many blocks as SMs are to be used; their shared memory
-//            (kStages rows a warp, more than half of what an SM has) keeps two blocks from sharing an SM.
-//            link_limits_flag, link_limits_barrier: one block of 32.
-// Reads      store, copy: p.local [num_rows][row_bytes]; load: the peers' rows; flag, barrier: words of the own window.
+// Grid       link_limits_store, link_limits_load, link_limits_copy: one block for each SM that is to be used; their shared
+//            memory (kStages rows a warp, more than half of what an SM has) keeps two blocks from sharing an SM.
+//            link_limits_flag, link_limits_barrier: one block of 32 threads.
+// Reads      store, copy: p.local [num_rows][row_bytes]; load: the peers' rows; flag, barrier: words of this rank's window.
 // Writes     store: the peers' rows; load: p.local; copy: p.target; flag, barrier: words of the peers' windows.
-// Window     words, one in 128 bytes: word r for the barrier with rank r, word 8 for the ping-pong;
+// Window     words, kWordStride bytes apart: word r for the barrier with rank r, word kMaxRanks for the ping-pong;
 //            from rows_offset on: rows [R sources][rows_per_rank][row_bytes].
-// Rows       row t of rank m travels to rank d = (m + 1 + t % n) % R with n = max(R - 1, 1), to place t / n of source m.
-//            load reads the same places, so that a load brings home what a store took out.
-// Roles      lane 0 of each warp: loads row after row into its kStages buffers and stores it from there.
+// Rows       Row t of rank m is stored on rank d = (m + 1 + t % n) % R with n = max(R - 1, 1), as row t / n of source m.
+//            load reads the same memory, so that a load returns what a store has written.
+// Roles      Lane 0 of each warp loads row after row into its kStages buffers and stores it from there.
 //
 // Order      load into a buffer -> mbarrier -> store from it (both asynchronous, same proxy) -> the store has read the
-//            buffer (wait_group.read) -> next load into it. At the end wait_group: the rows are where they belong.
-//            Words: st.release.sys / ld.acquire.sys. Between launches that read what another rank's launch has
-//            written lies a barrier launch of the same stream.
-// Invariants I1 a buffer is loaded only after the store of what it held has read it.
-//            I2 words only grow: round n of a barrier or ping-pong writes n, counted over the life of the window (wraps
-//               after 2^32), and waits until what it sees is at least n. Nothing is cleared.
-//            I3 no two rows have the same place, so no write races with another.
-// Waits      link_limits_flag and link_limits_barrier, with a deadline; on expiry *p.failed = 1 + the peer, and the kernel
-//            returns. Loads and stores end by themselves.
-// Example    R=3 num_rows=4: rank 0 stores rows 0, 2 to rank 1 (places 0, 1) and rows 1, 3 to rank 2 (places 0, 1).
+//            buffer (wait_group.read) -> next load into it. At the end wait_group: the rows are in memory.
+//            Words: st.release.sys / ld.acquire.sys. A launch that reads what another rank's launch has written has a
+//            barrier launch before it on the same stream.
+// Invariants I1 a buffer is loaded only after the store of its last content has read it.
+//            I2 words only grow: iteration n of a barrier or ping-pong writes n, counted over the life of the window (wraps
+//               after 2^32), and waits until the word that it polls is at least n. Nothing is cleared.
+//            I3 no two rows are stored to the same memory, so no write races with another.
+// Waits      link_limits_flag and link_limits_barrier, with a deadline; when it expires *p.failed = 1 + the peer, and the
+//            kernel returns. Loads and stores end by themselves.
+// Example    R=3 num_rows=4: rank 0 stores rows 0, 2 on rank 1 (as rows 0, 1) and rows 1, 3 on rank 2 (as rows 0, 1).
 // Cost       Every row is read once and written once. sm_90a: <= 32 registers, 0 spills, 384 B of static shared memory.
 // Tests      tests/cli/test_limits.py, tests/cuda/test_link_limits_cuda.py, tests/compile/.
 
 #pragma once
 #include "device/ptx.cuh"
-
-constexpr u32 kMostRanks = 8;
-constexpr u32 kWordStride = 128;  // bytes: one word a line, so that no two ranks poll or write the same one
+#include "generated/control_block.cuh"
+#include "generated/link_limits.cuh"
 
 DEV u32* word_of(const LinkLimitsParams& p, u32 rank, u32 index) {
     return reinterpret_cast<u32*>(p.windows[rank] + kWordStride * index);
 }
 
-// Waits until the word is at least `value`; false if the deadline passed first. The clock is read once in 64 looks.
+// Waits until the word is at least `value`; returns false if the deadline passes first. Reads the clock every 64 polls.
 DEV bool wait_until(const u32* word, u32 value, u64 end_ns) {
-    for (u32 looks = 1; (i32)(load_acquire(word) - value) < 0; looks++)
-        if (looks % 64 == 0 && clock_ns() > end_ns) return false;
+    for (u32 polls = 1; (i32)(load_acquire(word) - value) < 0; polls++)
+        if (polls % 64 == 0 && clock_ns() > end_ns) return false;
     return true;
 }
 
-// Where row t of this rank lies in the windows.
-DEV u8* place(const LinkLimitsParams& p, u32 t) {
+// Returns where row t of this rank is stored.
+DEV u8* row_in_window(const LinkLimitsParams& p, u32 t) {
     const u32 others = p.num_ranks > 1 ? p.num_ranks - 1 : 1;
     const u32 peer = (p.rank + 1 + t % others) % p.num_ranks;
     return p.windows[peer] + p.rows_offset + ((u64)p.rank * p.rows_per_rank + t / others) * p.row_bytes;
 }
 
-// Moves the rows that are this warp's turn through its buffers; `from` and `to` give the addresses of a row.
+// Moves this warp's share of the rows through its buffers; `from` and `to` return the addresses of a row.
 template <class From, class To>
 DEV void move_rows(const LinkLimitsParams& p, From from, To to) {
     extern __shared__ __align__(128) u8 shared[];
@@ -74,8 +73,8 @@ DEV void move_rows(const LinkLimitsParams& p, From from, To to) {
         bulk_store(to(t), buffers + stage * p.row_bytes, p.row_bytes);
         bulk_commit();
         if (next < p.num_rows) {
-            bulk_wait_read<
-                1>();  // `ahead` held the row before this one: all stores but the newest have read theirs (I1)
+            // `ahead` held the row before this one: all stores but the newest have read their buffers (I1).
+            bulk_wait_read<1>();
             load(next, ahead);
             next += step;
         }
@@ -87,12 +86,12 @@ DEV void move_rows(const LinkLimitsParams& p, From from, To to) {
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     link_limits_store(const __grid_constant__ LinkLimitsParams p) {
-    move_rows(p, [&](u32 t) { return p.local + (u64)t * p.row_bytes; }, [&](u32 t) { return place(p, t); });
+    move_rows(p, [&](u32 t) { return p.local + (u64)t * p.row_bytes; }, [&](u32 t) { return row_in_window(p, t); });
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     link_limits_load(const __grid_constant__ LinkLimitsParams p) {
-    move_rows(p, [&](u32 t) { return place(p, t); }, [&](u32 t) { return p.local + (u64)t * p.row_bytes; });
+    move_rows(p, [&](u32 t) { return row_in_window(p, t); }, [&](u32 t) { return p.local + (u64)t * p.row_bytes; });
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
@@ -101,14 +100,14 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     move_rows(p, at(p.local), at(p.target));
 }
 
-// Ping-pong between ranks 0 and 1, p.rounds times; the others have nothing to do.
+// Runs a ping-pong between ranks 0 and 1, p.rounds times; other ranks return at once.
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     link_limits_flag(const __grid_constant__ LinkLimitsParams p) {
     if (threadIdx.x != 0 || p.rank > 1 || p.num_ranks < 2) return;
     const u64 end_ns = clock_ns() + p.timeout_ns;
     const u32 peer = 1 - p.rank;
-    u32* theirs = word_of(p, peer, kMostRanks);
-    const u32* mine = word_of(p, p.rank, kMostRanks);
+    u32* theirs = word_of(p, peer, kMaxRanks);
+    const u32* mine = word_of(p, p.rank, kMaxRanks);
     for (u32 round = p.epoch; round != p.epoch + p.rounds; round++) {
         if (p.rank == 0) store_release(theirs, round);
         if (!wait_until(mine, round, end_ns)) {
@@ -119,19 +118,19 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     }
 }
 
-// p.rounds barriers of all ranks, one after another; lane r tells rank r and waits for it.
+// Runs p.rounds barriers of all ranks, one after another; lane r signals rank r and waits for its signal.
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     link_limits_barrier(const __grid_constant__ LinkLimitsParams p) {
     const u32 peer = threadIdx.x;
     if (peer >= 32) return;
     const u64 end_ns = clock_ns() + p.timeout_ns;
     for (u32 round = p.epoch; round != p.epoch + p.rounds; round++) {
-        bool came = true;
+        bool in_time = true;
         if (peer < p.num_ranks) {
             store_release(word_of(p, peer, p.rank), round);
-            came = wait_until(word_of(p, p.rank, peer), round, end_ns);
-            if (!came) *p.failed = 1 + peer;
+            in_time = wait_until(word_of(p, p.rank, peer), round, end_ns);
+            if (!in_time) *p.failed = 1 + peer;
         }
-        if (!__all_sync(kAll, came)) return;
+        if (!__all_sync(kAll, in_time)) return;
     }
 }

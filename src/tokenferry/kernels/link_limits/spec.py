@@ -1,4 +1,4 @@
-"""The host's half of kernel.cuh: params, sizes, promises. `tokenferry.bench.suites.links` launches them."""
+"""Host half of the kernels of kernel.cuh; `tokenferry.bench.suites.links` launches them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ from pathlib import Path
 
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
+from tokenferry.kernels import control_block
+from tokenferry.kernels.control_block import MAX_RANKS
+from tokenferry.kernels.header import Header
+
+HEADER = Header("generated/link_limits.cuh", "kernels/link_limits/spec.py")
+WORD_STRIDE = HEADER.constant("kWordStride", 128, "bytes: no two ranks poll or write the same line")
 
 PARAMS = Params(
     "LinkLimitsParams",
     [
-        ("windows", "ptr[8]"),  # window of each rank, as this process addresses it
-        ("local", "ptr"),  # [num_rows, row_bytes]: what is stored or copied, where loads go
-        ("target", "ptr"),  # copy: [num_rows, row_bytes]: where to
-        ("failed", "ptr:u32"),  # 0, or 1 + the rank that did not come in time
+        ("windows", f"ptr:u8[{MAX_RANKS}]"),  # window of each rank, as this process addresses it
+        ("local", "ptr:u8"),  # [num_rows, row_bytes]: what is stored or copied, where loads go
+        ("target", "ptr:u8"),  # copy: [num_rows, row_bytes]: where to
+        ("failed", "ptr:u32"),  # 0, or 1 + a rank that was late
         ("timeout_ns", "u64"),
-        ("rows_offset", "u64"),  # of the rows in each window
+        ("rows_offset", "u64"),  # offset of the rows in each window
         ("num_rows", "u32"),
         ("row_bytes", "u32"),  # a multiple of 16
-        ("rows_per_rank", "u32"),  # places for the rows of each source: ceil(num_rows / max(R - 1, 1))
+        ("rows_per_rank", "u32"),  # rows of each source in a window: ceil(num_rows / max(R - 1, 1))
         ("rank", "u32"),
         ("num_ranks", "u32"),
-        ("epoch", "u32"),  # flag, barrier: number of the first round
+        ("epoch", "u32"),  # flag, barrier: number of the first iteration
         ("rounds", "u32"),  # flag, barrier: how many
     ],
 )
 
-MAX_RANKS = 8
 STAGES = 3
 MAX_THREADS = 512
-WORD_STRIDE = 128
 
 
 def _spec(name: str, static_smem: int) -> KernelSpec:
@@ -43,6 +47,7 @@ def _spec(name: str, static_smem: int) -> KernelSpec:
         max_threads=MAX_THREADS,
         static_smem=static_smem,
         configs=({"stages": STAGES},),
+        generated={header.name: header.text for header in (control_block.HEADER, HEADER)},
     )
 
 

@@ -1,1 +1,1 @@
-"""The kernel `stage`: see the head of kernel.cuh."""
+"""The kernel stage_input; the head of kernel.cuh documents it."""

@@ -1,4 +1,4 @@
-"""Host half of the kernel `stage`; kernel.cuh says what it does."""
+"""Host half of the kernel stage_input; kernel.cuh documents the kernel."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ THREADS = 512
 SPEC = describe(
     __file__,
     (
-        ("source", "ptr"),
-        ("to", "ptr"),
-        ("expert_counts", "ptr"),
-        ("src_counts", "ptr"),
+        ("source", "ptr:const u8"),
+        ("to", "ptr:u8"),
+        ("expert_counts", "ptr:const i32"),
+        ("src_counts", "ptr:const i64"),
         ("num_local", "u32"),
         ("capacity", "u32"),
         ("row_bytes", "u32"),

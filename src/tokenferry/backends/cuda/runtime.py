@@ -1,0 +1,45 @@
+"""The device of a rank as the backend uses it: a seam, so that tests can run the backend without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tokenferry.jit.driver import Device
+from tokenferry.jit.kernel import Jit
+from tokenferry.memory.streams import CudaStreams, Streams
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What runs the work of one rank.
+
+    Attributes:
+        jit: The compiled kernels.
+        driver: The device and its context.
+        streams: The streams that order the work.
+        num_sms: Multiprocessors of the device.
+    """
+
+    jit: Jit
+    driver: Device
+    streams: Streams
+    num_sms: int
+
+
+def cuda_runtime(device: torch.device, cache: Path) -> Runtime:
+    """Return the runtime of a GPU.
+
+    Args:
+        device: The GPU.
+        cache: Folder of compiled kernels.
+
+    Raises:
+        BackendUnavailable: cuda-bindings, the driver or the device is missing.
+    """
+    index = device.index or 0
+    driver = Device(index)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return Runtime(Jit(index, cache), driver, CudaStreams(driver), num_sms)

@@ -1,0 +1,103 @@
+// The pushing half of combine_push: rows are loaded into shared memory and stored to peers; see kernel.cuh.
+#pragma once
+constexpr bool kGrouped = false;
+#include "device/add.cuh"
+
+constexpr u32 kBehind = 2;  // pieces after which the stores of one are waited for
+
+// Where the rows for one peer are, and where they go.
+struct Route {
+    const u8* from;
+    u8* to;
+    u32* landed;  // the flags of its units, on the peer
+    u32 rows, shift;
+};
+
+// A buffer of a ring. flag: that of the unit that ends with this piece, or null.
+struct Slot {
+    u8* to;
+    u32* flag;
+    u32 bytes;
+};
+
+// The flags that one pushing warp wants to be set: words[head .. tail), modulo kQueue.
+constexpr u32 kQueue = 4, kOwed = 8, kEnd = 1u << 31;  // kEnd in tail: nothing follows
+struct Queue {
+    u32* words[kQueue];
+    u32* owed[kOwed];  // flags of the last pieces, whose stores may be under way
+    u32 head, tail;
+};
+
+// Sets flags as their units arrive; called by the last warp of a block that pushes. Lane i serves warp i.
+DEV void set_flags(Queue* queues, u32 warps, u32 epoch) {
+    if (threadIdx.x % 32 >= warps) return;
+    Queue& queue = queues[threadIdx.x % 32];
+    for (u32 head = 0;;) {
+        const u32 tail = load_in_block(&queue.tail);
+        if (head == (tail & ~kEnd)) {
+            if (tail & kEnd) return;
+            backoff();
+            continue;
+        }
+        fence_async();
+        fence_system();
+        for (; head != (tail & ~kEnd); head++) store_relaxed(queue.words[head % kQueue], epoch);
+        store_in_block(&queue.head, head);
+    }
+}
+
+DEV u32 units_of(const Route& route) { return (route.rows + (1u << route.shift) - 1) >> route.shift; }
+
+// Pushes the units that this warp takes; called by one thread. `next`: its first unit; `dealt`: see claim_unit.
+DEV void push_rows(const CombinePushParams& p, const Route* routes, u32 next, u32 dealt, u8* buffers, u64* barriers,
+                   Slot* slots, Queue& queue) {
+    const u32 peers = p.num_ranks - 1, stages = p.stages;
+    u32 total = 0;
+    for (u32 r = 0; r < p.num_ranks; r++) total = max(total, units_of(routes[r]));
+    total *= peers;
+    const Route* route = routes;
+    u32 unit = 0, row = 0, end = 0, piece = 0;
+    const auto load = [&](u32 stage) {  // starts to load the next piece; returns false if there is none
+        while (row == end) {
+            if (next >= total) return false;
+            route = routes + (p.rank + 1 + next % peers) % p.num_ranks;
+            unit = next / peers;
+            next = dealt + atomicAdd(&control_block(p, p.rank)->pushed, 1u);
+            if (unit >= units_of(*route)) continue;
+            row = unit << route->shift;
+            end = min(row + (1u << route->shift), route->rows);
+        }
+        const u32 bytes = min(p.piece_bytes, p.row_bytes - piece * p.piece_bytes);
+        const u64 at = (u64)row * p.row_bytes + (u64)piece * p.piece_bytes;
+        mbarrier_expect(barriers + stage, bytes);
+        bulk_load(buffers + stage * p.pitch, route->from + at, bytes, barriers + stage);
+        if (++piece == p.row_pieces) piece = 0, row++;
+        slots[stage] = {route->to + at, row == end ? route->landed + unit : nullptr, bytes};
+        return true;
+    };
+    u32 issued = 0, queued = 0;
+    const auto announce = [&](u32 n) {  // the n-th piece is in memory: queues the flag of a unit that ends with it
+        u32* word = queue.owed[n % kOwed];
+        if (!word) return;
+        while (queued - load_in_block(&queue.head) == kQueue) backoff();
+        queue.words[queued % kQueue] = word;
+        store_in_block(&queue.tail, ++queued);
+    };
+    while (issued < stages - 1 && load(issued)) issued++;
+    for (u32 n = 0; n < issued; n++) {
+        const u32 stage = n % stages;
+        mbarrier_wait(barriers + stage, n / stages & 1);
+        const Slot slot = slots[stage];
+        bulk_store(slot.to, buffers + stage * p.pitch, slot.bytes);
+        bulk_commit();
+        queue.owed[n % kOwed] = slot.flag;
+        bulk_wait_read<1>();  // the buffer of the piece before this one may be filled again
+        if (load(issued % stages)) issued++;
+        if (n < kBehind) continue;
+        bulk_wait<kBehind>();
+        announce(n - kBehind);
+    }
+    bulk_wait<0>();
+    for (u32 n = issued < kBehind ? 0 : issued - kBehind; n < issued; n++) announce(n);
+    store_in_block(&queue.tail, queued | kEnd);
+}
