@@ -106,7 +106,7 @@ class Label:
         link: ``"store"`` or ``"load"``: the limit that it is compared with; empty: none.
         row_bytes: Bytes of a row, with its scales.
         rows_out: Rows that this rank sends, mean over the sets of inputs; of GPUs without those to itself.
-        note: What else has to be said.
+        note: Anything else, such as the transport.
     """
 
     library: str
@@ -265,7 +265,7 @@ class Session:
         """Time calls in both modes; they take turns, so that what disturbs the machine disturbs all of them alike."""
         with no_collections():
             isolated, back_to_back = self.isolated(steps), self.back_to_back(steps)
-        return [Samples(*one, chained) for one, chained in zip(isolated, back_to_back, strict=True)]
+        return [Samples(*one, seconds) for one, seconds in zip(isolated, back_to_back, strict=True)]
 
     def isolated(self, steps: Sequence[Step]) -> list[tuple[list[float], list[bool]]]:
         """Time calls with all ranks synchronised before each; return `Samples.isolated` and `Samples.late` of each."""
