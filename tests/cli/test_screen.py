@@ -7,7 +7,7 @@ from tokenferry.cli.screen import Screen
 
 
 def words(text):
-    """What can be read: no colours, cursor movements or frames."""
+    """The readable text, without colours, cursor movements and frames."""
     return re.findall(r"[\w.:%/=-]*\w[\w.:%/=-]*", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", text))
 
 

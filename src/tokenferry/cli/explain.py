@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     sizes = f"{CONTROL_BLOCK_MB} MB of flags and counts, and a heap of {heap / 2**20:.0f} MB"
     screen.line(f"window of each rank: {sizes},")
     screen.line(
-        f"which holds five dispatches of {args.ranks * args.tokens} rows of {2 * args.hidden} bytes, the worst routing, "
+        f"holding five dispatches of {args.ranks * args.tokens} rows of {2 * args.hidden} bytes (the worst routing), "
         "and for small M the data under way of decode calls;"
     )
     screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")

@@ -41,7 +41,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """How long a soak is, and where it runs.
+    """Length and place of a soak.
 
     Args:
         seconds: Its length.

@@ -20,7 +20,7 @@ MOST_TOKENS = 2048
 MOST_HIDDEN = 2048
 MOST_CHOICES = 8
 _LARGEST = 15
-"""Of a value: sums over at most `MOST_CHOICES` places and a bias stay below 2^8, exact in bfloat16."""
+"""The largest value: sums over at most `MOST_CHOICES` places and a bias stay below 2^8, exact in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)

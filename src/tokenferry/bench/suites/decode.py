@@ -35,7 +35,7 @@ PADDED = 2
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """What static inputs are overwritten with: a set of inputs, and a set of the pool's rows."""
+    """Data for static inputs: a set of inputs, and a set of the pool's rows."""
 
     variant: int
     shift: int

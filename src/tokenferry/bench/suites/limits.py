@@ -23,7 +23,7 @@ TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class LimitSettings:
-    """What is measured.
+    """Settings of the measurement.
 
     Args:
         num_sms: Numbers of SMs; those that the device does not have are left out.
@@ -63,7 +63,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What was measured.
+    """Results of the measurement.
 
     Attributes:
         num_ranks: R.

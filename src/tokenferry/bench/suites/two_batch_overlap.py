@@ -19,7 +19,7 @@ from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.types import DecodeCombined, DecodeDispatched, Scale
 
 WORK_S = 100e-6
-"""How long a piece of work takes, about: that of the attention of a micro-batch."""
+"""Approximate seconds of a piece of work: those of the attention of a micro-batch."""
 
 MOST_GEMMS = 50
 CALIBRATION_RUNS, CALIBRATION_GEMMS = 5, 20
