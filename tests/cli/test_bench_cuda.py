@@ -269,7 +269,7 @@ SIZES = Sizes(2, 6, 128, 2, 4, 3)
 
 
 def received(rank):
-    """What rank has to receive, by loops over tokens."""
+    """The rows that rank has to receive, by loops over tokens."""
     inputs = [draw(SIZES, 0, source, CPU) for source in range(2)]
     return torch.stack(
         [

@@ -1,4 +1,4 @@
-"""How the kernels of `tokenferry limits` are launched: on memory of this process, with a stand-in for the GPU."""
+"""Launches of the kernels of `tokenferry limits`, on memory of this process, with a stand-in for the GPU."""
 
 import ctypes
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ ROWS, ROW_BYTES = 11, 48
 
 
 class Machine:
-    """Windows in ordinary memory, and kernels that do what kernels/link_limits/kernel.cuh says, in plain loops."""
+    """Windows in ordinary memory, and the kernels of kernels/link_limits/kernel.cuh in plain loops."""
 
     def __init__(self, monkeypatch, num_ranks):
         self.windows = [torch.zeros(links.ROWS_OFFSET + (1 << 20), dtype=torch.uint8) for _ in range(num_ranks)]

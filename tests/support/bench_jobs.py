@@ -19,7 +19,7 @@ TINY = Settings(
 )
 
 FEW_CALLS = 3
-"""Of a batch in which the host's time is measured."""
+"""Calls of a batch in which the host's time is measured."""
 
 
 def damaged(x):

@@ -16,7 +16,7 @@ SMALL = limits.LimitSettings(
 
 
 class GlooLinks:
-    """What kernels/link_limits/kernel.cuh says, in plain loops over a process group; ``spoil`` breaks a call."""
+    """The kernels of kernels/link_limits/kernel.cuh, in plain loops over a process group; ``spoil`` breaks a call."""
 
     num_sms = 5
 

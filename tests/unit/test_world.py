@@ -70,7 +70,7 @@ def test_errors_by_rank():
         assert isinstance(caught.value.errors[1], CapacityError)
         assert caught.value.results == {0: 0}
         assert not world.alive
-        with pytest.raises(RuntimeError, match="make another"):
+        with pytest.raises(RuntimeError, match="make a new one"):
             world.run(tells, 1)
 
 

@@ -1,1 +1,1 @@
-"""Measuring: inputs whose answers are known, clocks, the limit of the same run, and reports."""
+"""Measuring: inputs whose results are known, clocks, the limit of the same run, and reports."""

@@ -74,7 +74,7 @@ PHASES = {
 }
 
 BASELINES = ("nccl", "vdev_2d", "phase nccl", "phase vdev")
-"""What may fail without this command failing: software that may not be installed."""
+"""Parts that may fail without this command failing: software that may not be installed."""
 
 QUICK_PHASES = ("limits", "calls", "nccl", "host", "decode", "memory", "start")
 DECODE_PHASES = ("limits", "decode", "two_batch")

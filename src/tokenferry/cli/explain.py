@@ -1,4 +1,4 @@
-"""`tokenferry explain`: what calls move, how long the links need for it, what is chosen, and why."""
+"""`tokenferry explain`: the bytes of calls, the time that links need for them, the SMs chosen, and why."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import argparse
 
 from tokenferry import tuning
 from tokenferry.bench.core.inputs import FP8_COLUMNS
-from tokenferry.cli.options import positive
+from tokenferry.cli.options import check_experts, positive
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ConfigError
 from tokenferry.tuning import Topology
 from tokenferry.types import MoeShape
 
-HELP = "say what dispatch and combine of given sizes move, and which SMs they take, and why"
+HELP = "show the bytes that dispatch and combine of given sizes move, the SMs that they take, and why"
 DESCRIPTION = """\
 Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), the time that the links need for
-them at least, the SMs that calls take unless they say themselves, with the reasons, and the GPU memory of a group.
+them at least, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group.
 """
-BOARD_MB = 1
+CONTROL_BLOCK_MB = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print it."""
-    if args.experts % args.ranks:
-        raise ConfigError(f"--experts {args.experts} is no multiple of --ranks {args.ranks}; change one of them")
-    if args.top_k > args.experts:
-        raise ConfigError(f"--top-k {args.top_k} exceeds --experts {args.experts}; choose at most as many")
+    check_experts(args, args.ranks)
     shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
     tuned = tuning.tune(shape, Topology(args.ranks, args.sms))
     moved = tuning.travel(shape, args.ranks, args.tokens, 1)
@@ -54,10 +50,11 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     screen.line("num_sms of each call takes precedence")
     screen.line()
     heap = tuning.heap_bytes(shape, args.ranks)
-    screen.line(f"window of each rank: {BOARD_MB} MB of flags and counts, and a heap of {heap / 2**20:.0f} MB,")
+    sizes = f"{CONTROL_BLOCK_MB} MB of flags and counts, and a heap of {heap / 2**20:.0f} MB"
+    screen.line(f"window of each rank: {sizes},")
     screen.line(
-        f"room for five deliveries of {args.ranks * args.tokens} rows of {2 * args.hidden} bytes, the worst routing, "
-        "and for small M for what decode calls have under way;"
+        f"holding five dispatches of {args.ranks * args.tokens} rows of {2 * args.hidden} bytes (the worst routing), "
+        "and for small M the data under way of decode calls;"
     )
     screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")
     return 0

@@ -1,1 +1,1 @@
-"""How numbers are stored on their way between ranks: FP8 and logfmt10."""
+"""The formats of numbers on their way between ranks: FP8 and logfmt10."""

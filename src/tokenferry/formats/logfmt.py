@@ -3,7 +3,7 @@
 The format LogFMT of "Insights into DeepSeek-V3" (arXiv 2505.09343, section on communication compression) with 10 bits:
 of each group the logarithms of the magnitudes are spread evenly between the smallest and the largest, zero has a code
 of its own, the smallest is kept within 2^32 of the largest, and rounding is to the nearest *value*, not to the nearest
-logarithm, which would be biased. Where that text leaves something open, what follows is our own.
+logarithm, which would be biased. Where that text leaves a detail open, we define it below.
 
 Of one group, with a = abs(x) over its numbers other than 0::
 
@@ -47,7 +47,7 @@ _QUAD = 4
 """Numbers that together fill whole bytes."""
 _QUAD_BYTES = 5
 _BLOCK = 1 << 16
-"""Numbers that are worked on at once: logarithms are taken in float64, and shall stay in cache on a CPU."""
+"""Numbers that are processed at once: logarithms are taken in float64, and should stay in cache on a CPU."""
 
 
 def encode(x: Tensor) -> Quantized:
@@ -89,7 +89,7 @@ def encode(x: Tensor) -> Quantized:
 
 
 def decode(rows: Quantized) -> Tensor:
-    """Return ``[..., H]`` float32: what the codes stand for. Local.
+    """Return ``[..., H]`` float32: the values of the codes. Local.
 
     Args:
         rows: As from `encode`.
@@ -104,11 +104,11 @@ def decode(rows: Quantized) -> Tensor:
 
 
 def _encode(x: Tensor, data: Tensor, ranges: Tensor) -> None:
-    """Groups ``[n, 128]`` to their bytes ``[n, 160]`` and ranges ``[n, 2]``."""
+    """Encode groups ``[n, 128]`` to their bytes ``[n, 160]`` and ranges ``[n, 2]``."""
     size = x.double().abs()
     largest = size.amax(1, keepdim=True)
     smallest = size.masked_fill(size == 0, torch.inf).amin(1, keepdim=True)
-    # Ends of the range as float32, since that is what the receiver has.
+    # Ends of the range as float32, as the receiver has them.
     hi = largest.log2().clamp(max=_MAX_LOG).float()
     lo = torch.minimum(torch.maximum(smallest.log2(), hi.double() - _RANGE).float(), hi)
     step = (hi - lo) / torch.full_like(hi, _TOP)
@@ -126,7 +126,7 @@ def _encode(x: Tensor, data: Tensor, ranges: Tensor) -> None:
 
 
 def _decode(data: Tensor, ranges: Tensor, out: Tensor) -> None:
-    """Bytes ``[n, 160]`` and ranges ``[n, 2]`` to groups ``[n, 128]``."""
+    """Decode bytes ``[n, 160]`` and ranges ``[n, 2]`` to groups ``[n, 128]``."""
     numbers = _unpack(data)
     code = numbers & _CODES
     lo, step = ranges.unsqueeze(2).unbind(1)
@@ -135,7 +135,7 @@ def _decode(data: Tensor, ranges: Tensor, out: Tensor) -> None:
 
 
 def _value(lo: Tensor, step: Tensor, steps: Tensor) -> Tensor:
-    """2^(lo + step * steps), float64."""
+    """Return 2^(lo + step * steps), float64."""
     return (lo.double() + step.double() * steps).exp2_()
 
 
@@ -154,5 +154,5 @@ def _unpack(data: Tensor) -> Tensor:
 
 
 def _block(x: Tensor) -> int:
-    """Groups that are worked on at once."""
+    """Return how many groups are processed at once."""
     return _BLOCK // GROUP if x.device.type == "cpu" else max(x.numel(), 1)

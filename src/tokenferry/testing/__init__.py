@@ -1,1 +1,1 @@
-"""What tests, benchmarks and the demo share: an oracle of plain loops, cases, and ranks to run them on."""
+"""Shared by tests, benchmarks and the demo: an oracle of plain loops, cases, and ranks to run them on."""

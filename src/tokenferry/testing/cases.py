@@ -1,4 +1,4 @@
-"""Cases: who brings what. The same seeds give the same tensors on every rank, so each rank knows all inputs.
+"""Cases: the inputs of every rank. The same seeds give the same tensors on every rank, so each rank knows all inputs.
 
 Every value of a row is made from the token's number in the whole group: a row that lands in the wrong place, or a sum
 in which one is missing or doubled, cannot look right. Exponents are spread so widely that a float32 sum in another
@@ -28,9 +28,9 @@ ROUTINGS = (
 )
 """Kinds of routing.
 
-even: distinct experts at random. repeated: with repetition. half_dropped: slots are -1 at random. one_rank_idle: nobody
-chooses the last rank. all_to_expert_0: every slot is 0. nothing: every slot is -1. own_rank: only experts of the own
-rank. one_token_all: each rank's first token chooses as many experts as it can, the others none.
+even: distinct experts at random. repeated: with repetition. half_dropped: slots are -1 at random. one_rank_idle: no
+token chooses the last rank. all_to_expert_0: every slot is 0. nothing: every slot is -1. own_rank: only experts of the
+own rank. one_token_all: each rank's first token chooses as many experts as it can, the others none.
 """
 
 _MASK = (1 << 40) - 1
@@ -78,17 +78,17 @@ class Case:
         return MoeShape(self.experts, self.top_k, self.hidden, max_tokens=max(*self.tokens, 1))
 
     def inputs(self) -> tuple[Sent, ...]:
-        """What each rank brings."""
+        """Return the inputs of each rank."""
         return tuple(self._sent(rank) for rank in range(self.ranks))
 
     def rows(self, rank: int, dtype: torch.dtype, width: int, salt: int) -> Tensor:
-        """``[T, width]`` values of the tokens of ``rank``; another ``salt``, other values."""
+        """Return ``[T, width]`` values of the tokens of ``rank``; another ``salt``, other values."""
         first = sum(self.tokens[:rank])
         numbers = torch.arange(first, first + self.tokens[rank]) + (self.seed * 64 + salt) * 1_000_003
         return payload(numbers, width, dtype)
 
     def gates(self, rank: int, salt: int = 0) -> Tensor:
-        """``[T, K]`` float32 gate weights of ``rank``, none of them 0."""
+        """Return ``[T, K]`` float32 gate weights of ``rank``, none of them 0."""
         return self.rows(rank, torch.float32, self.top_k, 32 + salt)
 
     def _sent(self, rank: int) -> Sent:
@@ -119,7 +119,7 @@ class Case:
 
 
 def payload(numbers: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """``[len(numbers), width]`` values hashed from number and column, never 0, of magnitudes 2^-9 to 2^10.
+    """Return ``[len(numbers), width]`` values hashed from number and column, never 0, of magnitudes 2^-9 to 2^10.
 
     Args:
         numbers: ``[n]`` int64.
@@ -138,7 +138,7 @@ def payload(numbers: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def answers(case: Case, oracle: Oracle, rank: int, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """``[num_rows, H]``: what the experts of ``rank`` answer, NaN in every row that combine must not read.
+    """Return ``[num_rows, H]``: the answers of the experts of ``rank``, NaN in every row that combine must not read.
 
     Any rank can make any rank's answers. They depend on the token, the rank and the expert, and on nothing received, so
     that a wrong combine is not hidden by an equally wrong dispatch.
@@ -147,7 +147,7 @@ def answers(case: Case, oracle: Oracle, rank: int, num_rows: int, dtype: torch.d
 
 
 def returned_weights(case: Case, oracle: Oracle, rank: int, num_rows: int) -> Tensor:
-    """``[num_rows, K]`` (rows) or ``[num_rows]``: weights that ``rank`` sends home, NaN where none may be read."""
+    """Return the weights that ``rank`` sends home, ``[num_rows, K]`` (rows) or ``[num_rows]``; NaN: not to be read."""
     if oracle.layout == "rows":
         return _scatter(case, oracle, rank, (num_rows, case.top_k), torch.float32, salt=2)
     return _scatter(case, oracle, rank, (num_rows, 1), torch.float32, salt=2).reshape(num_rows)

@@ -1,4 +1,4 @@
-"""Comparisons that say where two tensors first differ: bits, unless a tolerance is asked for."""
+"""Comparisons whose errors name the first difference of two tensors: of bits, or beyond a tolerance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def same_bits(what: str, got: Tensor, want: Tensor) -> None:
     """Assert that two tensors have the same dtype, shape and bits, wherever each of them is; any NaN equals any NaN.
 
-    Nobody promises the bits of a NaN: processors differ in those that they make.
+    The bits of a NaN are not defined: processors differ in those that they make.
 
     Raises:
         AssertionError: names ``what``, the first place that differs, how many do, and both values.
@@ -39,7 +39,7 @@ def close(what: str, got: Tensor, want: Tensor, *, rtol: float, atol: float) -> 
 
 
 def close_each(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
-    """Assert that two tensors of one shape differ nowhere by more than ``bound`` ``[...]`` says there.
+    """Assert that two tensors of one shape differ nowhere by more than ``bound`` ``[...]``.
 
     Raises:
         AssertionError: as `same_bits`.

@@ -1,4 +1,4 @@
-"""DenseMoE: what an expert-parallel layer must compute, by one process that holds all experts, in plain loops."""
+"""DenseMoE: the result of an expert-parallel layer, from one process that holds all experts, in plain loops."""
 
 from __future__ import annotations
 

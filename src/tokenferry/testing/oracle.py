@@ -1,6 +1,6 @@
-"""What every call must give, by plain loops over all ranks' inputs; shares no code with what it judges.
+"""The expected results of every call, by plain loops over all ranks' inputs; shares no code with what it judges.
 
-The oracle sees what every rank sends, so it needs no process group, and it imports nothing but torch. It follows the
+The oracle has the inputs of every rank, so it needs no process group, and it imports nothing but torch. It follows the
 docstrings of `tokenferry.ExpertGroup`; where those say "rounded", it rounds, and nowhere else: bit for bit.
 """
 
@@ -28,7 +28,7 @@ LOG_CODES = 512
 
 @dataclass(frozen=True, eq=False)
 class Sent:
-    """What one rank brings: ``x`` ``[T, H]``, ``topk_idx`` ``[T, K]``, ``topk_weights`` ``[T, K]`` or None."""
+    """The inputs of one rank: ``x`` ``[T, H]``, ``topk_idx`` ``[T, K]``, ``topk_weights`` ``[T, K]`` or None."""
 
     x: Tensor
     topk_idx: Tensor
@@ -37,7 +37,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Row:
-    """One delivered row: where it lies, whose token it is, and (EXPERTS, MASKED) which local expert it is for.
+    """One delivered row: its place, its token, and (EXPERTS, MASKED) its local expert.
 
     ``place`` counts rows of the delivered tensor; in MASKED expert e begins at ``e * capacity``.
     """
@@ -49,10 +49,10 @@ class Row:
 
 
 class Oracle:
-    """One dispatch, seen from above.
+    """One dispatch with the inputs of all ranks.
 
     Args:
-        sent: What each of the R ranks brings.
+        sent: The inputs of each of the R ranks.
         num_experts: E, a multiple of R.
         layout: ``"rows"``, ``"experts"`` or ``"masked"``.
         alignment: A; experts only.
@@ -72,10 +72,10 @@ class Oracle:
         self._rows = [self._deliver(rank) for rank in range(self.num_ranks)]
         self._places = [{(row.src_rank, row.src_token, row.expert): row.place for row in rows} for rows in self._rows]
 
-    # ------------------------------------------------------------------ where rows go
+    # ------------------------------------------------------------------ places
 
     def received(self, rank: int) -> list[tuple[int, int]]:
-        """(source rank, source token) of every token that ``rank`` receives: once each, by source, then token."""
+        """Return (source rank, source token) of each token that ``rank`` receives, once, by source, then token."""
         first = rank * self.num_local
         places = []
         for src, tokens in enumerate(self.choices):
@@ -85,7 +85,7 @@ class Oracle:
         return places
 
     def expert_counts(self, rank: int) -> list[int]:
-        """Rows of each local expert: a token counts once per expert, however often it names it."""
+        """Return the rows of each local expert: a token counts once per expert, even if it names it repeatedly."""
         counts = [0] * self.num_local
         for src, token in self.received(rank):
             for expert in set(self._local(rank, src, token)) - {-1}:
@@ -93,24 +93,24 @@ class Oracle:
         return counts
 
     def expert_offsets(self, rank: int) -> list[int]:
-        """First row of each expert in the layout EXPERTS, and the end."""
+        """Return the first row of each expert in the layout EXPERTS, and the end."""
         offsets = [0]
         for count in self.expert_counts(rank):
             offsets.append(offsets[-1] + -(-count // self.alignment) * self.alignment)
         return offsets
 
     def rows(self, rank: int) -> list[Row]:
-        """Every row that holds data on ``rank``, by place."""
+        """Return every row that holds data on ``rank``, by place."""
         return self._rows[rank]
 
     def num_delivered(self, rank: int) -> int:
-        """Rows of the delivered tensor when the counts are known on the host."""
+        """Return the rows of the delivered tensor when the counts are known on the host."""
         if self.layout == "rows":
             return len(self.received(rank))
         return self.expert_offsets(rank)[-1] if self.layout == "experts" else self.num_local * self.capacity
 
     def place(self, rank: int, src_rank: int, src_token: int, expert: int | None = None) -> int:
-        """Where on ``rank`` a token lies (for a local expert), or -1."""
+        """Return the place of a token on ``rank`` (for a local expert), or -1."""
         return self._places[rank].get((src_rank, src_token, expert), -1)
 
     def _deliver(self, rank: int) -> list[Row]:
@@ -128,26 +128,26 @@ class Oracle:
         return rows
 
     def _local(self, rank: int, src: int, token: int) -> list[int]:
-        """Local expert of each slot of a token as ``rank`` sees it, -1 where it is not here."""
+        """Return the local expert on ``rank`` of each slot of a token, -1 where it is elsewhere."""
         first = rank * self.num_local
         return [e - first if first <= e < first + self.num_local else -1 for e in self.choices[src][token]]
 
-    # ------------------------------------------------------------------ what dispatch delivers
+    # ------------------------------------------------------------------ dispatch
 
     def x(self, rank: int, values: Sequence[Tensor] | None = None) -> Tensor:
-        """The rows of `rows(rank)`, in that order: of what was sent, or of ``values``, one ``[T, ...]`` a rank."""
+        """Return the rows of `rows(rank)`, in that order: of the inputs, or of ``values``, one ``[T, ...]`` a rank."""
         values = [one.x for one in self.sent] if values is None else values
         taken = [values[row.src_rank][row.src_token] for row in self.rows(rank)]
         return torch.stack(taken) if taken else values[rank][:0]
 
     def topk_idx(self, rank: int) -> Tensor:
-        """``[N, K]`` local expert ids of the tokens received, -1 where the expert is elsewhere."""
+        """Return ``[N, K]`` local expert ids of the tokens received, -1 where the expert is elsewhere."""
         like = self.sent[rank].topk_idx
         ids = [self._local(rank, src, token) for src, token in self.received(rank)]
         return torch.tensor(ids, dtype=like.dtype).reshape(len(ids), like.shape[1])
 
     def row_idx(self, rank: int) -> Tensor:
-        """``[N, K]`` int64: the delivered row of each slot, -1 where there is none."""
+        """Return ``[N, K]`` int64: the delivered row of each slot, -1 where there is none."""
         table = []
         for src, token in self.received(rank):
             local = self._local(rank, src, token)
@@ -155,7 +155,7 @@ class Oracle:
         return torch.tensor(table, dtype=torch.int64).reshape(len(table), self.sent[rank].topk_idx.shape[1])
 
     def weights(self, rank: int, values: Sequence[Tensor | None] | None = None) -> Tensor:
-        """Gate weights as delivered: rows ``[N, K]``, 0 elsewhere; experts, masked: one for each of `rows(rank)`."""
+        """Return the delivered weights: rows ``[N, K]``, 0 elsewhere; experts, masked: one for each of `rows(rank)`."""
         given = [one.topk_weights for one in self.sent] if values is None else values
         table = []
         for row in self.rows(rank):
@@ -172,14 +172,14 @@ class Oracle:
         done = torch.stack(flat) if flat else torch.zeros(0)
         return done.reshape(len(table), width) if self.layout == "rows" else done
 
-    # ------------------------------------------------------------------ what combine brings home
+    # ------------------------------------------------------------------ combine
 
     def combine(self, rank: int, ys: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
-        """``[T, H]`` of ``rank``: biases, then one partial sum a rank in rank order, rounded once.
+        """Return ``[T, H]`` of ``rank``: biases, then one partial sum a rank in rank order, rounded once.
 
         Args:
-            rank: Whose tokens.
-            ys: What each rank gives back, ``[rows, H]`` (masked: ``[L * capacity, H]``).
+            rank: The rank of the tokens.
+            ys: The answers of each rank, ``[rows, H]`` (masked: ``[L * capacity, H]``).
             biases: Of ``rank``, each ``[T, H]``.
         """
         dtype = ys[rank].dtype
@@ -197,11 +197,11 @@ class Oracle:
         return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
 
     def combine_weights(self, rank: int, ws: Sequence[Tensor]) -> Tensor:
-        """``[T, K]`` float32: rows: slots added up in rank order; experts, masked: each slot has its row's weight.
+        """Return ``[T, K]`` float32: rows: slots added in rank order; experts, masked: each slot has its row's weight.
 
         Args:
-            rank: Whose tokens.
-            ws: What each rank gives back: rows ``[N, K]``; experts ``[rows]``; masked ``[L * capacity]``.
+            rank: The rank of the tokens.
+            ws: The weights that each rank returns: rows ``[N, K]``; experts ``[rows]``; masked ``[L * capacity]``.
         """
         table = torch.zeros(self.sent[rank].topk_idx.shape)
         for token, experts in enumerate(self.choices[rank]):
@@ -217,7 +217,7 @@ class Oracle:
         return table
 
     def _home(self, there: int, rank: int, token: int) -> list[int]:
-        """Places on rank ``there`` of a token of ``rank``, in expert order."""
+        """Return the places on rank ``there`` of a token of ``rank``, in expert order."""
         keys = [None] if self.layout == "rows" else list(range(self.num_local))
         places = [self.place(there, rank, token, key) for key in keys]
         return [place for place in places if place >= 0]
@@ -225,7 +225,7 @@ class Oracle:
     # ------------------------------------------------------------------ decoding (layout "masked", capacity R * M)
 
     def decode_ranges(self, rank: int) -> list[list[tuple[int, int]]]:
-        """(start, count) of the rows of each local expert from each rank."""
+        """Return (start, count) of the rows of each local expert from each rank."""
         table = []
         for expert in range(self.num_local):
             sources = [row.src_rank for row in self.rows(rank) if row.expert == expert]
@@ -234,13 +234,13 @@ class Oracle:
         return table
 
     def decode_combine(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False, encoding: str = "same") -> Tensor:
-        """``[T, H]`` of ``rank``: weighted sums in slot order, or (fast) rounded per rank, then in rank order.
+        """Return ``[T, H]`` of ``rank``: weighted sums in slot order, or (fast) rounded per rank, then in rank order.
 
         Args:
-            rank: Whose tokens.
-            ys: What each rank gives back, ``[L * capacity, H]``.
+            rank: The rank of the tokens.
+            ys: The answers of each rank, ``[L * capacity, H]``.
             fast: Sum before the encoding.
-            encoding: How what travels is encoded: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
+            encoding: Of the rows on the way: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
         """
         sums = []
         for token in range(len(self.choices[rank])):
@@ -252,7 +252,7 @@ class Oracle:
         return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
 
     def decode_slack(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False) -> tuple[Tensor, Tensor]:
-        """By how much `decode_combine` over ``"logfmt10"`` changes if each number gets a neighbouring code.
+        """Return by how much `decode_combine` over ``"logfmt10"`` changes if each number gets a neighbouring code.
 
         Returns:
             (``[T, H]``, ``[T, H]``), both float32: that change, and the sum of the magnitudes that were added.
@@ -271,7 +271,7 @@ class Oracle:
     def _decode_terms(
         self, rank: int, token: int, ys: Sequence[Tensor], *, fast: bool
     ) -> Iterator[tuple[Tensor, float]]:
-        """What travels home for one token, in the order in which it is added, and what it is multiplied with there."""
+        """Yield the rows that travel home for one token, in the order of the sum, and their factors."""
         weights = self.sent[rank].topk_weights
         assert weights is not None
         if fast:
@@ -318,7 +318,7 @@ def fp8_cast(row: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 
 def encoded_row(row: Tensor, encoding: str) -> Tensor:
-    """One row ``[H]`` as float32, after it travelled in the format ``encoding``."""
+    """Return one row ``[H]`` as float32, after it travelled in the format ``encoding``."""
     if encoding == "same":
         return row.float()
     if encoding == "fp8":
@@ -333,7 +333,7 @@ def encoded_row(row: Tensor, encoding: str) -> Tensor:
 
 
 def logfmt10(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes ``[128]`` int64 of the magnitudes of one block of finite numbers, and what the 512 codes stand for.
+    """Return the codes ``[128]`` int64 of the magnitudes of a block of finite numbers, and the values of all 512 codes.
 
     Each magnitude takes the code whose value is nearest, found by looking at them all.
     """
@@ -352,7 +352,7 @@ def logfmt10(block: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _neighbours(block: Tensor) -> Tensor:
-    """How far the value of each number's code is from that of the code next to it; 0 has none, nor has the least."""
+    """Return how far the value of each number's code is from that of the next code; 0 for zero and the least."""
     codes, values = logfmt10(block)
     gaps = values.diff()
     return torch.where(codes > 1, torch.maximum(gaps[codes.clamp(max=LOG_CODES - 2)], gaps[codes - 1]), 0.0).float()

@@ -1,11 +1,11 @@
-"""A soak: random shapes, routings, layouts, lifetimes, streams and delays for as long as you like; all results checked.
+"""A soak: random shapes, routings, layouts, lifetimes, streams and delays for a given time; all results checked.
 
     python -m tokenferry.testing.soak --seconds 600 --device cuda --ranks 2
 
-Everything that ranks have to agree on is drawn from one seed, so that each of them knows what all of them bring; what
-each does for itself (how late it is, on which stream) is drawn apart. Small calls are compared with the oracle, bit for
-bit, large ones with what their token numbers say. Results live for a while, also longer than their group, and are
-looked at again when they go: memory that was given away too early shows.
+Everything that ranks have to agree on is drawn from one seed, so that each of them knows the inputs of all; what each
+does for itself (how late it is, on which stream) is drawn separately. Small calls are compared with the oracle, bit for
+bit, large ones with values made from their token numbers. Results are kept for a while, also longer than their group,
+and compared again before they are dropped, to find memory that was reused too early.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tokenferry.types import (
 
 _COUNTS: tuple[CountsLocation, ...] = ("host", "device")
 CHUNK_S = 20.0
-"""Seconds of one job of the command; then it says how far it is."""
+"""Seconds of one job of the command, after which it prints its progress."""
 STEPS_BETWEEN_AGREEMENTS = 16
 STEPS_OF_A_GROUP = 200
 MOST_ALIVE = 6
@@ -51,10 +51,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """What is to be done.
+    """Length and place of a soak.
 
     Args:
-        seconds: How long.
+        seconds: Its length.
         seed: Of everything that is drawn.
         device: ``"cpu"`` or ``"cuda"``: the backend, and where tensors are.
         timeout_s: Of the groups.
@@ -68,7 +68,7 @@ class Soak:
 
 @dataclass(slots=True)
 class Tally:
-    """How much was done, the same on all ranks."""
+    """Counts of what was done, the same on all ranks."""
 
     groups: int = 1
     calls: int = 0
@@ -77,7 +77,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Live:
-    """A result that is kept for a while, and what it must hold."""
+    """A result that is kept for a while, and its expected contents."""
 
     what: str
     case: Case
@@ -87,11 +87,11 @@ class Live:
 
 
 class Soaker:
-    """One rank at work.
+    """The soak of one rank.
 
     Attributes:
-        group: The group that works; closed by the caller.
-        tally: What was done so far.
+        group: The open group; closed by the caller.
+        tally: Counts so far.
     """
 
     def __init__(self, rank: int, pg: dist.ProcessGroup, soak: Soak) -> None:
@@ -100,42 +100,42 @@ class Soaker:
         self._pg, self._soak = pg, soak
         self._shared, self._own = random.Random(soak.seed), random.Random(f"{soak.seed} {rank}")
         self._alive: list[Live] = []
-        self._owed: list[tuple[str, Tensor, Tensor]] = []
+        self._pending: list[tuple[str, Tensor, Tensor]] = []
         cuda = soak.device == "cuda"
         self._streams = [torch.cuda.Stream() for _ in range(3)] if cuda else []  # type: ignore[no-untyped-call]
         self._stream = self._streams[0] if cuda else None
         self.group = open_group(pg, soak)
 
     def step(self) -> None:
-        """Do one thing, drawn for all ranks."""
+        """Take one action, drawn for all ranks."""
         if self._shared.random() < 0.1 and self._shared.randrange(self.ranks) == self.rank:
             time.sleep(self._own.random() * 0.02)
-        deeds = (self._dispatch, self._combine, self._redispatch, self._decode, self._drop, self._large)
-        deed = self._shared.choices(deeds, weights=(30, 40, 15, 10, 10, 3))[0]
+        actions = (self._dispatch, self._combine, self._redispatch, self._decode, self._drop, self._large)
+        action = self._shared.choices(actions, weights=(30, 40, 15, 10, 10, 3))[0]
         with self._some_stream():
-            deed()
-        if self._own.random() < 0.2 or len(self._owed) > 20:
+            action()
+        if self._own.random() < 0.2 or len(self._pending) > 20:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the device, and compare everything that is owed."""
+        """Wait for the device, and make all pending comparisons."""
         self.group.synchronize()
         if self._streams:
             torch.cuda.synchronize()
-        for what, got, want in self._owed:
+        for what, got, want in self._pending:
             same_bits(what, got, want)
             self.tally.checks += 1
-        self._owed.clear()
+        self._pending.clear()
 
     def change_group(self) -> None:
-        """Close the group while its results live on, and make another."""
+        """Close the group while its results are kept, and open another."""
         self.settle()
         self.group.close()
         self.group = open_group(self._pg, self._soak)
         self.tally.groups += 1
-        # Plans are the old group's: all that is left to do with these results is to look at them once more.
+        # Plans belong to the old group: these results can only be compared once more.
         for live in self._alive:
-            self._look(live)
+            self._compare(live)
         self.settle()
         self._alive.clear()
 
@@ -144,21 +144,21 @@ class Soaker:
             return contextlib.nullcontext()
         before, self._stream = self._stream, self._own.choice(self._streams)
         if before is not self._stream:
-            self._stream.wait_stream(before)  # what is looked at here may have been computed there
+            self._stream.wait_stream(before)  # what is compared on this stream may have been computed on the other
         return torch.cuda.stream(self._stream)
 
-    # ------------------------------------------------------------------ what is done
+    # ------------------------------------------------------------------ actions
 
     def _dispatch(self) -> None:
         case = draw_case(self._shared, self.ranks)
         options = draw_options(self._shared, case)
         oracle = oracle_of(case, options)
         mine = oracle.sent[self.rank]
-        routing = Routing(self._here(mine.topk_idx), self._maybe(mine.topk_weights))
+        routing = Routing(self._to_device(mine.topk_idx), self._maybe(mine.topk_weights))
         view = self.group.for_shape(case.shape)
-        sent = view.dispatch(self._here(mine.x), routing, options=options, num_sms=self._num_sms())
+        sent = view.dispatch(self._to_device(mine.x), routing, options=options, num_sms=self._num_sms())
         live = Live(f"rank {self.rank}, {case}, {options}", case, options, oracle, sent)
-        self._look(live)
+        self._compare(live)
         self._keep(live)
 
     def _redispatch(self) -> None:
@@ -167,12 +167,12 @@ class Soaker:
             return
         values = [one.x * 2 for one in live.oracle.sent]
         again = self.group.for_shape(live.case.shape).redispatch(
-            self._here(values[self.rank]), live.sent.plan, num_sms=self._num_sms()
+            self._to_device(values[self.rank]), live.sent.plan, num_sms=self._num_sms()
         )
         self.tally.calls += 1
         assert isinstance(again.x, Tensor)
         rows = again.x.reshape(-1, live.case.hidden)[self._places(live)]
-        self._owed.append((f"{live.what} redispatch", rows, live.oracle.x(self.rank, values)))
+        self._pending.append((f"{live.what} redispatch", rows, live.oracle.x(self.rank, values)))
 
     def _combine(self) -> None:
         live = self._any_alive()
@@ -193,40 +193,40 @@ class Soaker:
         weights = None
         if weighted:
             columns = (case.top_k,) if live.options.layout is Layout.ROWS else ()
-            weights = self._here(ws[self.rank]).reshape(*rows_shape, *columns)
+            weights = self._to_device(ws[self.rank]).reshape(*rows_shape, *columns)
         home = self.group.for_shape(case.shape).combine(
-            self._here(ys[self.rank]).reshape(*rows_shape, case.hidden),
+            self._to_device(ys[self.rank]).reshape(*rows_shape, case.hidden),
             sent.plan,
             topk_weights=weights,
-            bias=tuple(self._here(bias) for bias in biases) or None,
-            out=torch.full_like(self._here(biases[0]), torch.nan) if into and biases else None,
+            bias=tuple(self._to_device(bias) for bias in biases) or None,
+            out=torch.full_like(self._to_device(biases[0]), torch.nan) if into and biases else None,
             num_sms=self._num_sms(),
         )
         self.tally.calls += 1
         what = f"{live.what} combine {dtype} {num_biases=}"
-        self._owed.append((what, home.x, oracle.combine(self.rank, ys, biases)))
+        self._pending.append((what, home.x, oracle.combine(self.rank, ys, biases)))
         if home.topk_weights is not None:
-            self._owed.append((f"{what} weights", home.topk_weights, oracle.combine_weights(self.rank, ws)))
+            self._pending.append((f"{what} weights", home.topk_weights, oracle.combine_weights(self.rank, ws)))
 
     def _decode(self) -> None:
         case = draw_case(self._shared, self.ranks, decode=True)
         oracle = Oracle(case.inputs(), case.experts, "masked", capacity=self.ranks * case.shape.max_tokens)
         mine, view = oracle.sent[self.rank], self.group.for_shape(case.shape)
         fast, hook = self._shared.random() < 0.5, self._shared.random() < 0.5
-        routing = Routing(self._here(mine.topk_idx), self._maybe(mine.topk_weights))
-        sent = view.decode_dispatch(self._here(mine.x), routing, return_hook=hook)
+        routing = Routing(self._to_device(mine.topk_idx), self._maybe(mine.topk_weights))
+        sent = view.decode_dispatch(self._to_device(mine.x), routing, return_hook=hook)
         sent.hook()
         size = oracle.num_local * oracle.capacity
         ys = [answers(case, oracle, there, size, case.dtype) for there in range(self.ranks)]
-        y = self._here(ys[self.rank]).reshape(oracle.num_local, oracle.capacity, case.hidden)
+        y = self._to_device(ys[self.rank]).reshape(oracle.num_local, oracle.capacity, case.hidden)
         home = view.decode_combine(y, sent.plan, numerics="fast" if fast else "exact", return_hook=hook)
         home.hook()
         self.tally.calls += 2
         what = f"rank {self.rank}, {case} decode {fast=}"
         assert isinstance(sent.x, Tensor)
         places = torch.tensor([row.place for row in oracle.rows(self.rank)], dtype=torch.int64)
-        self._owed.append((what, sent.x.reshape(-1, case.hidden)[self._here(places)], oracle.x(self.rank)))
-        self._owed.append((f"{what} combine", home.x, oracle.decode_combine(self.rank, ys, fast=fast)))
+        self._pending.append((what, sent.x.reshape(-1, case.hidden)[self._to_device(places)], oracle.x(self.rank)))
+        self._pending.append((f"{what} combine", home.x, oracle.decode_combine(self.rank, ys, fast=fast)))
 
     def _large(self) -> None:
         large = soak_large.draw(self._shared, self.ranks)
@@ -235,7 +235,7 @@ class Soaker:
 
     def _drop(self) -> None:
         if self._alive:
-            self._let_go(self._alive.pop(self._shared.randrange(len(self._alive))))
+            self._drop_result(self._alive.pop(self._shared.randrange(len(self._alive))))
 
     # ------------------------------------------------------------------ helpers
 
@@ -243,31 +243,31 @@ class Soaker:
         self.tally.calls += 1
         self._alive.append(live)
         if len(self._alive) > MOST_ALIVE:
-            self._let_go(self._alive.pop(0))
+            self._drop_result(self._alive.pop(0))
 
-    def _let_go(self, live: Live) -> None:
-        self._look(live)
+    def _drop_result(self, live: Live) -> None:
+        self._compare(live)
         self.settle()
 
-    def _look(self, live: Live) -> None:
-        """Owe a comparison of everything that a dispatch delivered."""
+    def _compare(self, live: Live) -> None:
+        """Add comparisons of everything that a dispatch delivered."""
         oracle, sent, rank = live.oracle, live.sent, self.rank
         assert isinstance(sent.x, Tensor)
         places = self._places(live)
-        self._owed.append((f"{live.what} x", sent.x.reshape(-1, live.case.hidden)[places], oracle.x(rank)))
+        self._pending.append((f"{live.what} x", sent.x.reshape(-1, live.case.hidden)[places], oracle.x(rank)))
         counts = torch.tensor(oracle.expert_counts(rank), dtype=torch.int32)
-        self._owed.append((f"{live.what} expert_counts", sent.expert_counts, counts))
+        self._pending.append((f"{live.what} expert_counts", sent.expert_counts, counts))
         if sent.topk_weights is not None:
             columns = (live.case.top_k,) if live.options.layout is Layout.ROWS else ()
             weights = sent.topk_weights.reshape(-1, *columns)[places]
-            self._owed.append((f"{live.what} topk_weights", weights, oracle.weights(rank)))
+            self._pending.append((f"{live.what} topk_weights", weights, oracle.weights(rank)))
         if sent.topk_idx is not None:
             ids = oracle.topk_idx(rank)
-            self._owed.append((f"{live.what} topk_idx", sent.topk_idx[: ids.shape[0]], ids))
+            self._pending.append((f"{live.what} topk_idx", sent.topk_idx[: ids.shape[0]], ids))
 
     def _places(self, live: Live) -> Tensor:
         places = [row.place for row in live.oracle.rows(self.rank)]
-        return self._here(torch.tensor(places, dtype=torch.int64))
+        return self._to_device(torch.tensor(places, dtype=torch.int64))
 
     def _any_alive(self) -> Live | None:
         return self._shared.choice(self._alive) if self._alive else None
@@ -275,15 +275,15 @@ class Soaker:
     def _num_sms(self) -> int | None:
         return self._own.choice((None, None, 1, 3, 16)) if self._soak.device == "cuda" else None
 
-    def _here(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.group.device)
 
     def _maybe(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else self._here(tensor)
+        return None if tensor is None else self._to_device(tensor)
 
 
 def draw_case(pick: random.Random, ranks: int, *, decode: bool = False) -> Case:
-    """Any small case; ``decode``: one that the decode calls take."""
+    """Draw any small case; ``decode``: one for the decode calls."""
     dtype = pick.choice(_DTYPES[:3] if decode else _DTYPES)
     most = pick.choice((0, 1, 9, 40))
     return Case(
@@ -303,15 +303,15 @@ def draw_options(pick: random.Random, case: Case) -> DispatchOptions:
     """Any delivery that the rows of ``case`` fit into."""
     layout, counts = pick.choice(tuple(Layout)), pick.choice(_COUNTS)
     alignment = pick.randint(1, 9) if layout is Layout.EXPERTS else 1
-    room = None
+    capacity = None
     if (counts == "device" or layout is Layout.MASKED) and pick.random() < 0.5:
-        room = least_room(case, layout, alignment) + pick.randint(0, 3)
+        capacity = least_capacity(case, layout, alignment) + pick.randint(0, 3)
     zero = layout is not Layout.ROWS and pick.random() < 0.5
-    return DispatchOptions(layout, alignment, zero_padding=zero, counts=counts, capacity=room)
+    return DispatchOptions(layout, alignment, zero_padding=zero, counts=counts, capacity=capacity)
 
 
-def least_room(case: Case, layout: Layout, alignment: int) -> int:
-    """The least capacity that holds the rows of every rank (MASKED: of every expert)."""
+def least_capacity(case: Case, layout: Layout, alignment: int) -> int:
+    """Return the least capacity that holds the rows of every rank (MASKED: of every expert)."""
     oracle = Oracle(case.inputs(), case.experts, layout.value, alignment=alignment)
     if layout is Layout.MASKED:
         return max(1, *(count for rank in range(case.ranks) for count in oracle.expert_counts(rank)))
@@ -319,20 +319,20 @@ def least_room(case: Case, layout: Layout, alignment: int) -> int:
 
 
 def oracle_of(case: Case, options: DispatchOptions) -> Oracle:
-    """What a dispatch of ``case`` must give."""
+    """Return the oracle of a dispatch of ``case``."""
     capacity = (options.capacity or case.ranks * case.shape.max_tokens) if options.layout is Layout.MASKED else 0
     return Oracle(case.inputs(), case.experts, options.layout.value, alignment=options.alignment, capacity=capacity)
 
 
 def open_group(pg: dist.ProcessGroup, soak: Soak) -> ExpertGroup:
-    """A group whose memory is for the large cases; collective."""
+    """Open a group whose memory holds the large cases; collective."""
     # Rows as wide as a token's rows for all of its experts together: so EXPERTS fits at its worst.
     shape = MoeShape(pg.size(), 1, soak_large.MOST_CHOICES * soak_large.MOST_HIDDEN, soak_large.MOST_TOKENS)
     return ExpertGroup(pg, shape, backend=soak.device, timeout_s=soak.timeout_s)
 
 
 def run(rank: int, pg: dist.ProcessGroup, soak: Soak) -> Tally:
-    """Soak for a while; a job of `World`. Collective: rank 0 says when it is enough.
+    """Run the soak; a job of `World`. Collective: rank 0 decides when it ends.
 
     Raises:
         AssertionError: a result is wrong; names the case.
@@ -354,14 +354,14 @@ def run(rank: int, pg: dist.ProcessGroup, soak: Soak) -> Tally:
 
 
 def _agreed(pg: dist.ProcessGroup, more: bool) -> bool:
-    """What rank 0 wants."""
-    wish = torch.tensor([int(more)])
-    dist.broadcast(wish, src=0, group=pg)
-    return bool(wish.item())
+    """Return ``more`` of rank 0."""
+    decision = torch.tensor([int(more)])
+    dist.broadcast(decision, src=0, group=pg)
+    return bool(decision.item())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 if every result was right. Another seed is another soak; the same one is the same."""
+    """Run the command; return 0 if every result was right. The same seed gives the same soak."""
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m tokenferry.testing.soak", description=about)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")

@@ -38,7 +38,7 @@ LOOK_EVERY = 50
 WIDE_EVERY = 100
 CHUNK_TIMEOUT_S = 600.0
 _WEIGHT_BITS = 18
-"""Of weights: sums of all of a token's are exact in float32, products with rows are not."""
+"""Bits of weights: sums of a token's weights are exact in float32, products with rows are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ WIDE = Kind(fp8=Scale.FLOAT32, hidden=7168)
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """How long a soak is, and where it runs.
+    """Length and place of a soak.
 
     Args:
         replays: How many.
@@ -108,7 +108,7 @@ class Soak:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many replays were made, and how many results compared; all were right."""
+    """Counts of replays made and results compared; all were right."""
 
     replays: int
     checks: int

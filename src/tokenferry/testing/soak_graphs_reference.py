@@ -71,32 +71,32 @@ class Reference:
         R, M, H = self._inputs.x.shape
         device, L = self._inputs.x.device, self._num_local
         local = torch.arange(L, device=device)
-        named = self._inputs.topk_idx.reshape(R * M, -1, 1) == local + self._rank * L  # [S, K, L]
-        here = named.any(1)
-        place = (here.cumsum(0) - 1).clamp(min=0)  # [S, L]: by source rank, then token
-        counts = here.view(R, M, L).sum(1)
+        chosen = self._inputs.topk_idx.reshape(R * M, -1, 1) == local + self._rank * L  # [S, K, L]
+        received = chosen.any(1)
+        place = (received.cumsum(0) - 1).clamp(min=0)  # [S, L]: by source rank, then token
+        counts = received.view(R, M, L).sum(1)
         ranges = (counts.cumsum(0) - counts << 32 | counts).t()
         empty = (counts == 0).t()
         tokens = torch.arange(M, device=device).repeat(R)[:, None]
         # Weights are such that sums are exact in any order.
-        weights = (named * self._inputs.topk_weights.reshape(R * M, -1, 1)).sum(1)
+        weights = (chosen * self._inputs.topk_weights.reshape(R * M, -1, 1)).sum(1)
         plan = sent.plan
         assert plan.row_weights is not None
         wrong = {
             "expert_counts": sent.expert_counts != counts.sum(0),
             "src_range": ((plan.src_range != ranges) & ~empty) | ((plan.src_range & 0xFFFFFFFF != 0) & empty),
-            "src_token": (plan.src_token[local, place] != tokens) & here,
-            "row_weights": (plan.row_weights[local, place] != weights) & here,
+            "src_token": (plan.src_token[local, place] != tokens) & received,
+            "row_weights": (plan.row_weights[local, place] != weights) & received,
         }
         x = self._inputs.x.view(R * M, 1, H)
         if self._quantize is None:
             assert isinstance(sent.x, Tensor)
-            return {**wrong, "rows": (_bits(sent.x[local, place]) != _bits(x)) & here[..., None]}
+            return {**wrong, "rows": (_bits(sent.x[local, place]) != _bits(x)) & received[..., None]}
         assert isinstance(sent.x, Quantized)
         data, scale = fp8_cast(x, self._quantize)
         scales = unpacked(sent.x.scale[local, place], scale.shape[-1])
-        wrong["rows"] = (_bits(sent.x.data)[local, place] != _bits(data)) & here[..., None]
-        wrong["scales"] = (scales != scale) & here[..., None]
+        wrong["rows"] = (_bits(sent.x.data)[local, place] != _bits(data)) & received[..., None]
+        wrong["scales"] = (scales != scale) & received[..., None]
         return wrong
 
     # ------------------------------------------------------------------ combine

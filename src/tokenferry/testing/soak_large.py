@@ -1,7 +1,7 @@
-"""Large round trips of a soak: rows made from token numbers, checked where they are, without a loop over tokens.
+"""Large round trips of a soak: rows made from token numbers, checked on their device, without a loop over tokens.
 
 Values are small integers, so that bfloat16 and every sum of them are exact: rows of a dispatch are those of the tokens
-that the routing sends here, in order; a combine of what arrived gives each row times the number of its places.
+that are routed to the rank, in order; a combine of the received rows gives each row times the number of its places.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_TOKENS = 2048
 MOST_HIDDEN = 2048
 MOST_CHOICES = 8
 _LARGEST = 15
-"""Of a value: sums over at most `MOST_CHOICES` places and a bias stay below 2^8, exact in bfloat16."""
+"""The largest value: sums over at most `MOST_CHOICES` places and a bias stay below 2^8, exact in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class Large:
         experts: E.
         top_k: K.
         hidden: H.
-        skew: How much likelier the first expert is; 0: not at all.
+        skew: How much likelier the first expert is; 0: not likelier.
         seed: Of the routing.
-        options: Any layout; MASKED has room for all.
+        options: Any layout; MASKED holds all rows.
     """
 
     tokens: tuple[int, ...]
@@ -61,7 +61,7 @@ class Large:
 
 
 def draw(pick: random.Random, ranks: int) -> Large:
-    """Any large case."""
+    """Draw any large case."""
     most = pick.choice((200, 700, MOST_TOKENS))
     local = pick.choice((1, 4, 16))
     layout = pick.choice(tuple(Layout))
@@ -83,7 +83,7 @@ def draw(pick: random.Random, ranks: int) -> Large:
 
 
 def numbered(numbers: Tensor, hidden: int) -> Tensor:
-    """``[n, hidden]`` bfloat16: integers of magnitude 1 to 15, made from token numbers and columns."""
+    """Return ``[n, hidden]`` bfloat16: integers of magnitude 1 to 15, made from token numbers and columns."""
     columns = torch.arange(hidden, device=numbers.device)
     mixed = (numbers[:, None] * 2_654_435_761 + columns * 40_503) & 0xFFFFFFFF
     bits = (mixed >> 13) ^ (mixed >> 5)
@@ -116,7 +116,7 @@ def round_trip(group: ExpertGroup, large: Large, num_sms: int | None) -> int:
 
 
 def _places(large: Large, choices: Tensor, num_ranks: int) -> Tensor:
-    """``[sum of T]``: how many rows each token has in all."""
+    """Return ``[sum of T]``: how many rows each token has in all."""
     if large.options.layout is not Layout.ROWS:
         return (choices >= 0).sum(1)
     there = torch.where(choices >= 0, choices // (large.experts // num_ranks), num_ranks)
@@ -125,12 +125,12 @@ def _places(large: Large, choices: Tensor, num_ranks: int) -> Tensor:
 
 
 def _check_rows(what: str, group: ExpertGroup, large: Large, choices: Tensor, x: Tensor) -> None:
-    """Compare every row that holds data with that of the token which belongs there."""
+    """Compare every row that holds data with that of its token."""
     local, options = large.experts // group.num_ranks, large.options
     first = group.rank * local
-    here = (choices >= first) & (choices < first + local)
+    chosen = (choices >= first) & (choices < first + local)
     if options.layout is Layout.ROWS:
-        tokens = here.any(1).nonzero()[:, 0]
+        tokens = chosen.any(1).nonzero()[:, 0]
         same_bits(what, x[: tokens.numel()], numbered(tokens, large.hidden))
         return
     start = 0

@@ -1,8 +1,8 @@
 """World: R rank processes on this host that run jobs one after another. Made once, used many times.
 
 Ranks are forked from one server process that has imported torch and tokenferry, so a world of four is up in a fraction
-of a second, and its ranks share that server's memory pages. Each rank is in one gloo process group. The server knows
-nothing of CUDA: a rank that owns a GPU meets it for the first time by itself.
+of a second, and its ranks share that server's memory pages. Each rank is in one gloo process group. The server does
+not initialise CUDA: each rank that owns a GPU does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -30,8 +31,8 @@ class WorldError(RuntimeError):
     """A job failed on some ranks.
 
     Attributes:
-        errors: What each failed rank raised; a rank that died has a ChildProcessError, one that hung a TimeoutError.
-        results: What the other ranks returned.
+        errors: The exception of each failed rank; ChildProcessError for one that died, TimeoutError for one that hung.
+        results: The results of the other ranks.
     """
 
     def __init__(self, errors: dict[int, BaseException], results: dict[int, Any], texts: dict[int, str]) -> None:
@@ -44,12 +45,12 @@ class WorldError(RuntimeError):
 class World:
     """A pool of R rank processes, each in one gloo group; a context manager.
 
-    A job that fails on any rank ends the world (its ranks may be out of step): `alive` is then False, make another.
+    A job that fails on any rank ends the world (its ranks may be out of step): `alive` is then False; make a new one.
 
     Args:
         num_ranks: R.
         devices: ``"cpu"``, or ``"cuda"``: rank r owns GPU ``r % number of GPUs``, which is then its current device.
-            Ranks that share a GPU take turns on it: slow, but right.
+            Ranks that share a GPU take turns on it, which is slow.
         timeout_s: Seconds a job may take before its ranks are killed; their stacks go to stderr first.
         threads: Threads that torch may use in each rank.
 
@@ -74,8 +75,8 @@ class World:
         store = os.path.join(self._folder.name, "store")
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            who = (rank, num_ranks, devices, threads)
-            process = context.Process(target=_serve, args=(*who, store, theirs), daemon=True)
+            settings = _RankSettings(rank, num_ranks, devices, threads, store)
+            process = context.Process(target=_serve, args=(settings, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -88,12 +89,12 @@ class World:
         return [process.pid or 0 for process in self._ranks]
 
     def run(self, fn: Callable[..., Any], *args: object) -> list[Any]:
-        """Call ``fn(rank, process_group, *args)`` on every rank and return what they return, by rank.
+        """Call ``fn(rank, process_group, *args)`` on every rank and return its results, by rank.
 
-        ``fn`` and ``args`` travel by pickle: ``fn`` is a module's function.
+        ``fn`` and ``args`` are pickled: ``fn`` is a function of a module.
 
         Raises:
-            WorldError: a rank raised, died, or took longer than ``timeout_s``; the world is then gone.
+            WorldError: a rank raised, died, or took longer than ``timeout_s``; the world has then ended.
         """
         self.submit(fn, *args)
         return self.collect()
@@ -101,7 +102,7 @@ class World:
     def submit(self, fn: Callable[..., Any], *args: object) -> None:
         """Start a job and return at once; `collect` waits for it."""
         if not self.alive:
-            raise RuntimeError("this world is gone; make another")
+            raise RuntimeError("this world has ended; make a new one")
         # Paths travel apart and first: unpickling ``fn`` imports its module.
         job = pickle.dumps((list(sys.path), pickle.dumps((fn, args))))
         for pipe in self._pipes:
@@ -157,7 +158,7 @@ class World:
             process.kill()
 
     def close(self) -> None:
-        """Let all ranks end; idempotent."""
+        """End all ranks; idempotent."""
         if self.alive:
             self.alive = False
             for pipe in self._pipes:
@@ -182,19 +183,35 @@ class World:
     ) -> None:
         if kind is None:
             self.close()
-        elif self.alive:  # ranks may be in the middle of a job that nobody will collect
+        elif self.alive:  # ranks may be in the middle of a job whose results will not be collected
             self.kill()
 
 
-def _serve(rank: int, num_ranks: int, devices: str, threads: int, store: str, pipe: Connection) -> None:
-    """What a rank does: join the group, then run jobs until it is told to end or its parent is gone."""
+@dataclass(frozen=True, slots=True)
+class _RankSettings:
+    """The settings of one rank."""
+
+    rank: int
+    num_ranks: int
+    devices: str
+    threads: int
+    store: str
+
+
+def _serve(settings: _RankSettings, pipe: Connection) -> None:
+    """Run a rank: join the group, then run jobs until an empty one comes or the parent process is gone."""
+    rank = settings.rank
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    if devices == "cuda":
+    torch.set_num_threads(settings.threads)
+    if settings.devices == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120)
+        "gloo",
+        init_method=f"file://{settings.store}",
+        rank=rank,
+        world_size=settings.num_ranks,
+        timeout=timedelta(seconds=120),
     )
     while True:
         try:
@@ -208,13 +225,13 @@ def _serve(rank: int, num_ranks: int, devices: str, threads: int, store: str, pi
 
 
 def _answer(rank: int, job: bytes) -> bytes:
-    """Run one job; whatever happens, something that can be unpickled comes back."""
+    """Run one job; return something that can be unpickled, whatever happens."""
     try:
         paths, call = pickle.loads(job)
         sys.path[:] = paths
         fn, args = pickle.loads(call)
         return pickle.dumps((True, fn(rank, dist.group.WORLD, *args), ""))
-    except BaseException as error:  # noqa: BLE001 - everything, KeyboardInterrupt too, is the caller's to judge
+    except BaseException as error:  # noqa: BLE001 - everything, KeyboardInterrupt too, is returned to the caller
         text = traceback.format_exc()
         try:
             answer = pickle.dumps((False, error, text))

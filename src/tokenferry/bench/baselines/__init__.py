@@ -1,1 +1,1 @@
-"""What torch users would write without tokenferry, measured in the same run."""
+"""Exchanges as torch users write them without tokenferry, measured in the same run."""

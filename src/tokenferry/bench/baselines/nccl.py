@@ -21,7 +21,7 @@ DESCRIPTION = "all_to_all_single over NCCL, one row per token and rank, with gat
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NcclPlan:
-    """Where rows go: the plan of a dispatch.
+    """The plan of a dispatch: the ranks and tokens of its rows.
 
     Attributes:
         tokens: ``[rows sent]`` int64: the token of each row that leaves, by rank, then token.

@@ -1,1 +1,1 @@
-"""What every measurement stands on: devices, sessions, clocks, inputs and their checks."""
+"""The base of every measurement: devices, sessions, clocks, inputs and checks."""

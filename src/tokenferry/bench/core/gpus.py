@@ -1,4 +1,4 @@
-"""What GPUs the numbers belong to, as nvidia-smi and torch say."""
+"""The GPUs that numbers belong to, from nvidia-smi and torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Gpus:
         count: How many.
         name: Of the first.
         torch_cuda: The CUDA version that torch was built with.
-        smi: Per GPU what nvidia-smi says now, by field; empty without nvidia-smi.
+        smi: Per GPU the output of nvidia-smi now, by field; empty without nvidia-smi.
     """
 
     count: int
@@ -29,7 +29,7 @@ class Gpus:
     smi: tuple[dict[str, str], ...]
 
     def line(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         first = self.smi[0] if self.smi else {}
         clocks = f", SM clock {first['clocks.sm']} of {first['clocks.max.sm']}" if first else ""
         driver = f", driver {first['driver_version']}" if first else ""
@@ -37,10 +37,10 @@ class Gpus:
 
 
 def need_gpus() -> int:
-    """How many GPUs torch sees.
+    """Return how many GPUs torch sees.
 
     Raises:
-        BackendUnavailable: none; says why.
+        BackendUnavailable: torch sees none; says why.
     """
     if not torch.cuda.is_available():
         why = "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
@@ -49,7 +49,7 @@ def need_gpus() -> int:
 
 
 def find_gpus() -> Gpus:
-    """Ask; starts no CUDA context in this process. There has to be a GPU."""
+    """Query nvidia-smi; starts no CUDA context in this process. There has to be a GPU."""
     smi = _smi()
     name = smi[0]["name"] if smi else "GPU"
     return Gpus(torch.cuda.device_count(), name, torch.version.cuda or "none", smi)

@@ -34,7 +34,7 @@ Step = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """How calls back to back are sampled: in runs, each after a barrier.
+    """Sampling of calls back to back: in runs, each after a barrier.
 
     Args:
         warmup: Calls at the head of a run that do not count: the barrier lets ranks start apart.
@@ -49,7 +49,7 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured, equal on all ranks.
+    """Settings of a measurement, equal on all ranks.
 
     Args:
         ranks: R.
@@ -94,7 +94,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a case is called, and what it moves.
+    """The name of a case, and the rows that it moves.
 
     Attributes:
         library: ``"tokenferry"``, ``"nccl"``, ``"vdev_2d"``.
@@ -106,7 +106,7 @@ class Label:
         link: ``"store"`` or ``"load"``: the limit that it is compared with; empty: none.
         row_bytes: Bytes of a row, with its scales.
         rows_out: Rows that this rank sends, mean over the sets of inputs; of GPUs without those to itself.
-        note: What else has to be said.
+        note: Anything else, such as the transport.
     """
 
     library: str
@@ -154,7 +154,7 @@ class Result:
     """A case that was measured.
 
     Attributes:
-        label: What it is; its ``rows_out`` is that of rank 0.
+        label: Its name and rows; its ``rows_out`` is that of rank 0.
         bytes_out: Bytes that a rank sends, with scales, mean over ranks.
         bytes_out_most: The same of the rank with most.
         isolated: Ranks synchronised before each call.
@@ -162,7 +162,7 @@ class Result:
             before the device came to it, so that no launch is in the time: 0 where the host waits for what the call
             finds out.
         back_to_back: Calls back to back.
-        baseline: What was timed in turns with it, if anything.
+        baseline: The times of the call that took turns with it, if any.
     """
 
     label: Label
@@ -175,7 +175,7 @@ class Result:
 
 
 def result_from_json(values: dict[str, Any]) -> Result:
-    """Return what ``dataclasses.asdict`` was given."""
+    """Return the result that ``dataclasses.asdict`` was given."""
     baseline = values["baseline"]
     return Result(
         Label(**values["label"]),
@@ -190,13 +190,13 @@ def result_from_json(values: dict[str, Any]) -> Result:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """What a phase needs on each rank. All of its methods but `send` are collective.
+    """The tools of a phase on each rank. All of its methods but `send` are collective.
 
     Attributes:
         pg: The process group (gloo).
         device: The device and its clock.
-        settings: What is measured.
-        progress: Where progress goes.
+        settings: Settings of the measurement.
+        progress: The file of progress.
         gate: Lets all devices wait for one another.
     """
 
@@ -265,7 +265,7 @@ class Session:
         """Time calls in both modes; they take turns, so that what disturbs the machine disturbs all of them alike."""
         with no_collections():
             isolated, back_to_back = self.isolated(steps), self.back_to_back(steps)
-        return [Samples(*one, chained) for one, chained in zip(isolated, back_to_back, strict=True)]
+        return [Samples(*one, seconds) for one, seconds in zip(isolated, back_to_back, strict=True)]
 
     def isolated(self, steps: Sequence[Step]) -> list[tuple[list[float], list[bool]]]:
         """Time calls with all ranks synchronised before each; return `Samples.isolated` and `Samples.late` of each."""
@@ -346,7 +346,7 @@ class Session:
 
 @contextmanager
 def open_session(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> Iterator[Session]:
-    """Open what a job of `World` starts with; closes what it opened. Collective."""
+    """Open the session of a job of `World`, and close it at the end. Collective."""
     device = device_for(settings.backend)
     if settings.backend == "cpu":
         yield Session(pg, device, settings, progress)

@@ -1,1 +1,1 @@
-"""Who waits for whom: counters, timelines, and the verdict of tokenferry diagnose."""
+"""Waits of ranks for one another: counters, timelines, and the verdict of tokenferry diagnose."""

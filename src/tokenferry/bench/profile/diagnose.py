@@ -25,7 +25,7 @@ _ALIKE = 1.5
 
 
 class Where(enum.Enum):
-    """Where a rank loses time."""
+    """The places where a rank loses time."""
 
     COMPUTE = "compute"
     LINK_OUT = "its link, outwards"

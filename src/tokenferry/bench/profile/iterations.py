@@ -63,7 +63,7 @@ class Slowed:
 
 @dataclass(frozen=True, slots=True)
 class CountSettings:
-    """What `count_waits` runs.
+    """Settings of `count_waits`.
 
     Attributes:
         sizes: Of the group and the inputs.

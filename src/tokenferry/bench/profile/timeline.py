@@ -65,7 +65,7 @@ class Phase:
 
     @property
     def lasts_ns(self) -> int:
-        """How long it lasts."""
+        """Its duration."""
         return self.end_ns - self.start_ns
 
 

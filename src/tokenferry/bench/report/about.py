@@ -1,4 +1,4 @@
-"""What numbers belong to: this machine, and the version, commit and command that measured."""
+"""The origin of numbers: this machine, and the version, commit and command that measured."""
 
 from __future__ import annotations
 

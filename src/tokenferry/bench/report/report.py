@@ -25,7 +25,7 @@ CPU_NOTES = {
     "checked": "every row, scale and count of a dispatch and every sum of a combine: bit-equal",
     "baseline": "gloo all_to_all_single of the same row bytes, in the same process group, in turns with the call",
 }
-"""What the numbers of the CPU backend mean."""
+"""The meaning of the numbers of the CPU backend."""
 
 GPU_NOTES = {
     "bytes": "bytes that leave a GPU in one call: rows to other ranks, with their scales; mean over ranks",
@@ -46,14 +46,14 @@ class Report:
     """Everything that has been measured so far; written to a file whenever something is added.
 
     Attributes:
-        settings: What is measured.
+        settings: Settings of the measurement.
         about: Machine, commit, command.
-        notes: What the numbers mean.
+        notes: The meaning of the numbers.
         file: Where it is written; None: nowhere.
         results: Cases.
         limits: The rates of the links, once they are known.
         others: Items of other kinds (``"host"``, ``"memory"``, ``"overlap"``, ``"first call"``), by kind.
-        failed: What failed, and why.
+        failed: Cases and phases that failed, and why.
     """
 
     settings: Settings
@@ -139,7 +139,7 @@ class Report:
         }
 
     def draw(self, folder: Path) -> list[Path]:
-        """Write the pictures of what was measured; return their files."""
+        """Write the pictures of all results; return their files."""
         return [*(self._draw_calls(folder) if self.results else ()), *self._draw_decode(folder)]
 
     def _draw_decode(self, folder: Path) -> list[Path]:

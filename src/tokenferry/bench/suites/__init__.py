@@ -1,1 +1,1 @@
-"""What is measured: one file for each family of calls."""
+"""Measurements, one file for each family of calls."""

@@ -192,7 +192,7 @@ class _Cases:
         return Ready(inputs, routing, sent.plan, expert(as_tensor(sent.x), self.session.rank))
 
     def _heap_rows(self) -> list[Tensor]:
-        """Return as many sets of rows as the heap has room for. Collective."""
+        """Return as many sets of rows as fit into the heap. Collective."""
         rows: list[Tensor] = []
         full = None
         for ready in self.ready:
@@ -204,7 +204,7 @@ class _Cases:
         # Ranks have to combine the same plans in the same order, so that all take the smallest number.
         common = min(self.session.gather(len(rows)))
         if common == 0:
-            raise full or WrongAnswer("another rank has no room for one set of rows")
+            raise full or WrongAnswer("one set of rows does not fit into the heap of another rank")
         return rows[:common]
 
     def _case(self, call: str, rows: str, num_sms: int | None, prepare: Callable[[], Step]) -> None:

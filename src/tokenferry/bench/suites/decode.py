@@ -44,7 +44,7 @@ PADDED = 2
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """What static inputs are overwritten with: a set of inputs, and a set of the pool's rows."""
+    """Data for static inputs: a set of inputs, and a set of the pool's rows."""
 
     variant: int
     shift: int
@@ -211,6 +211,18 @@ class Graph:
         return self.last
 
 
+def capture(session: Session, iteration: Callable[[], list[Answer]], count: int) -> Graph:
+    """Capture so many iterations as one graph."""
+    last: list[Answer] = []
+
+    def work() -> None:
+        last.clear()
+        for _ in range(count):
+            last[:] = iteration()
+
+    return Graph(session.device.capture(work), last)
+
+
 def measure_decode(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
     """Measure the decode calls for every T; a job of `World` (through `run_with_progress`)."""
     with open_session(rank, pg, progress, settings) as session:
@@ -299,14 +311,8 @@ class _Tokens:
         return graphs
 
     def _capture(self, case: DecodeCase, *, hook: bool) -> Graph:
-        last: list[Answer] = []
-
-        def work() -> None:
-            last.clear()
-            for _ in range(calls_in_a_graph(self._session, case, self._sizes.tokens)):
-                last[:] = [self._inputs.act(case, hook=hook)]
-
-        return Graph(self._session.device.capture(work), last)
+        calls = calls_in_a_graph(self._session, case, self._sizes.tokens)
+        return capture(self._session, lambda: [self._inputs.act(case, hook=hook)], calls)
 
     def _again(self, case: DecodeCase, graphs: dict[bool, Graph]) -> bool:
         """Check that replays are still right."""

@@ -58,18 +58,18 @@ class DecodeReference:
 
     def __init__(self, sizes: Sizes, variant: int, rank: int, pool: Pool, *, padded: bool = False) -> None:
         self._sizes, self._rank, self._pool = sizes, rank, pool
-        everybody = list(draw_all(sizes, variant, pool.device))
+        all_inputs = list(draw_all(sizes, variant, pool.device))
         T, E = sizes.tokens, sizes.experts
         if padded:
-            for source, one in enumerate(everybody):
+            for source, one in enumerate(all_inputs):
                 one.topk_idx[T * (source + 2) // (sizes.ranks + 1) :] = -1
-        self._all_x = torch.cat([one.x for one in everybody])
-        self._all_idx = torch.cat([one.topk_idx for one in everybody])
+        self._all_x = torch.cat([one.x for one in all_inputs])
+        self._all_idx = torch.cat([one.topk_idx for one in all_inputs])
         hits = torch.zeros(len(self._all_idx), E + 1, dtype=torch.bool, device=self._all_idx.device)
         # -1 goes to a column of its own, which is left out.
         self._hits = hits.scatter_(1, torch.where(self._all_idx < 0, E, self._all_idx), True)[:, :E]
         self._places = self._hits.cumsum(0) - 1
-        mine = everybody[rank]
+        mine = all_inputs[rank]
         self.x, self.topk_idx, self.topk_weights = mine.x, mine.topk_idx, mine.topk_weights
         self._cached: dict[tuple[str, str, int], tuple[Tensor, Tensor, Tensor]] = {}
 

@@ -23,7 +23,7 @@ TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class LimitSettings:
-    """What is measured.
+    """Settings of the measurement.
 
     Args:
         num_sms: Numbers of SMs; those that the device does not have are left out.
@@ -63,7 +63,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What was measured.
+    """Results of the measurement.
 
     Attributes:
         num_ranks: R.
@@ -165,15 +165,31 @@ class _Measured:
     pg: dist.ProcessGroup
     settings: LimitSettings
 
+    def synchronize(self) -> None:
+        """Wait for the device, and check that no wait of a kernel ran out."""
+        self.device.synchronize()
+        self.links.check()
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """Return the median over runs of the slowest rank, which all start together. Collective."""
+        stamps = []
+        for _ in range(1 + self.settings.runs):
+            self.links.barrier()  # on the device: ranks start within microseconds of one another
+            start = self.device.stamp()
+            work()
+            stamps.append((start, self.device.stamp()))
+        self.synchronize()
+        seconds = [self.device.seconds(*pair) for pair in stamps[1:]]
+        return statistics.median(slowest(self.pg, seconds))
+
 
 class _Rows:
     """One size of rows: checked, then timed."""
 
     def __init__(self, measured: _Measured, row_bytes: int) -> None:
-        self._links, self._device = measured.links, measured.device
-        self._pg, self._settings = measured.pg, measured.settings
-        links = self._links
-        self._num_rows = self._settings.total_bytes // row_bytes
+        links = measured.links
+        self._measured, self._links = measured, links
+        self._num_rows = measured.settings.total_bytes // row_bytes
         self._row_bytes = row_bytes
         links.shape(self._num_rows, row_bytes)
         self._rows = self._draw(links.rank)
@@ -192,9 +208,10 @@ class _Rows:
         return [Rate(kind, self._row_bytes, num_sms, rate / 1e9) for kind, rate in points]
 
     def _draw(self, rank: int) -> Tensor:
-        generator = torch.Generator(self._device.torch_device).manual_seed(self._settings.seed * 64 + rank)
+        device = self._measured.device.torch_device
+        generator = torch.Generator(device).manual_seed(self._measured.settings.seed * 64 + rank)
         sizes = self._num_rows, self._row_bytes
-        return torch.randint(0, 256, sizes, generator=generator, dtype=torch.uint8, device=self._device.torch_device)
+        return torch.randint(0, 256, sizes, generator=generator, dtype=torch.uint8, device=device)
 
     def _check_store(self, num_sms: int) -> None:
         links = self._links
@@ -203,7 +220,7 @@ class _Rows:
         links.barrier()
         links.store(self._rows, num_sms)
         links.barrier()
-        self._synchronize()
+        self._measured.synchronize()
         errors = []
         try:
             for source in range(links.num_ranks):
@@ -211,47 +228,31 @@ class _Rows:
                     check_stored(links.places(), links.rank, source, self._draw(source))
         except WrongAnswer as error:
             errors.append(str(error))
-        raise_together(self._pg, errors)
+        raise_together(self._measured.pg, errors)
 
     def _check_target(self, what: str, launch: Callable[[], None]) -> None:
         self._target.zero_()
         launch()
-        self._synchronize()
+        self._measured.synchronize()
         errors = []
         if not torch.equal(self._target, self._rows):
             wrong = int((self._target != self._rows).any(1).sum())
             errors.append(f"{what}: {wrong} of {self._num_rows} rows are wrong on rank {self._links.rank}")
-        raise_together(self._pg, errors)
+        raise_together(self._measured.pg, errors)
 
     def _seconds(self, launch: Callable[[], None]) -> float:
-        stamps = []
-        for _ in range(1 + self._settings.runs):
-            self._links.barrier()  # on the device: ranks start within microseconds of one another
-            start = self._device.stamp()
-            for _ in range(self._settings.launches):
-                launch()
-            stamps.append((start, self._device.stamp()))
-        self._synchronize()
-        seconds = [self._device.seconds(*pair) for pair in stamps[1:]]
-        return statistics.median(slowest(self._pg, seconds)) / self._settings.launches
+        launches = self._measured.settings.launches
 
-    def _synchronize(self) -> None:
-        self._device.synchronize()
-        self._links.check()
+        def work() -> None:
+            for _ in range(launches):
+                launch()
+
+        return self._measured.seconds(work) / launches
 
 
 def _per_iteration(measured: _Measured, launch: Callable[[int], None]) -> float | None:
     """Return the microseconds of one iteration in a launch; None if there are no peers."""
-    links, device, settings = measured.links, measured.device, measured.settings
-    if links.num_ranks == 1:
+    if measured.links.num_ranks == 1:
         return None
-    stamps = []
-    for _ in range(1 + settings.runs):
-        links.barrier()
-        start = device.stamp()
-        launch(settings.iterations)
-        stamps.append((start, device.stamp()))
-    device.synchronize()
-    links.check()
-    seconds = [device.seconds(*pair) for pair in stamps[1:]]
-    return statistics.median(slowest(measured.pg, seconds)) / settings.iterations * 1e6
+    iterations = measured.settings.iterations
+    return measured.seconds(lambda: launch(iterations)) / iterations * 1e6

@@ -16,12 +16,12 @@ from torch import Tensor
 from tokenferry.bench.core.checks import raise_together
 from tokenferry.bench.core.device import no_collections, slowest
 from tokenferry.bench.core.session import Session, Settings, expert_group, open_session
-from tokenferry.bench.suites.decode import HEAP_FOR, Answer, DecodeCase, Graph, StaticInputs, new_answers
+from tokenferry.bench.suites.decode import HEAP_FOR, Answer, DecodeCase, Graph, StaticInputs, capture, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Scale
 
 WORK_S = 100e-6
-"""How long a piece of work takes, about: that of the attention of a micro-batch."""
+"""Approximate seconds of a piece of work: those of the attention of a micro-batch."""
 
 MOST_GEMMS = 50
 CALIBRATION_RUNS, CALIBRATION_GEMMS = 5, 20
@@ -184,7 +184,7 @@ def _times(session: Session, schedules: Schedules) -> dict[str, object]:
         "calls": schedules.calls_only,
         "work": schedules.work_only,
     }
-    graphs = {name: _capture(session, one) for name, one in iterations.items()}
+    graphs = {name: capture(session, one, ITERATIONS) for name, one in iterations.items()}
     _check(session, schedules, graphs)
     found = {name: session.summary(session.replayed(graph.replay, ITERATIONS)) for name, graph in graphs.items()}
     _check(session, schedules, graphs)
@@ -195,17 +195,6 @@ def _times(session: Session, schedules: Schedules) -> dict[str, object]:
         "hidden": (median["work"] + median["calls"] - median["hooks"]) / median["calls"],
         "speedup": median["serial"] / median["hooks"],
     }
-
-
-def _capture(session: Session, iteration: Callable[[], list[Answer]]) -> Graph:
-    last: list[Answer] = []
-
-    def work() -> None:
-        last.clear()
-        for _ in range(ITERATIONS):
-            last[:] = iteration()
-
-    return Graph(session.device.capture(work), last)
 
 
 def _check(session: Session, schedules: Schedules, graphs: dict[str, Graph]) -> None:
