@@ -1,4 +1,4 @@
-"""Terminals, with rich and where it is not installed; phases of the benchmark."""
+"""Terminals, with rich and where it is not installed."""
 
 import io
 import sys
@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from support import limits_jobs
-from tokenferry.cli import bench_cuda, screen
+from tokenferry.cli import screen
 
 
 class Terminal(io.StringIO):
@@ -40,11 +39,3 @@ def any_terminal(request, terminal):
     if request.param == "plain":
         request.getfixturevalue("without_rich")
     return terminal
-
-
-@pytest.fixture
-def phases(monkeypatch):
-    """Phases of `tokenferry bench` on GPUs, which a test may replace; links are not measured."""
-    table = dict(bench_cuda.PHASES, limits=bench_cuda.Phase(limits_jobs.stand_in, 60.0, "links"))
-    monkeypatch.setattr(bench_cuda, "PHASES", table)
-    return table

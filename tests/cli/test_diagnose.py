@@ -72,7 +72,7 @@ def test_two_slow(count, comes, slow):
     assert len(verdict.lines()) == 2
 
 
-def test_nobody_slow():
+def test_no_slow_rank():
     for waits in (torch.zeros(4, 4), torch.zeros(1, 1), at_once([0, 100, 50, 200]), in_turn([0, 0, 0])):
         verdict = judge(waits, rows(len(waits)))
         assert verdict.slow == ()
@@ -172,7 +172,7 @@ def test_a_link_that_explains_little_is_no_excuse():
     assert found(verdict) == [(2, Where.COMPUTE), (2, Where.LINK_IN)]
 
 
-def test_rows_a_little_late_are_nobodys_fault():
+def test_rows_a_little_late_are_no_fault():
     assert judge(at_once([0.0] * 4), rows(4, [(0, 1, 3000.0), (2, 3, 6000.0)])).slow == ()
     few = rows(4, [(0, 1, 60_000.0)])
     assert judge(at_once([0.0] * 4), few, took_ns=7e5).slow == ()
@@ -248,7 +248,7 @@ def test_heat_has_colours_with_rich(terminal):
     assert "91.3 █" in terminal.getvalue()
 
 
-def test_nobody_slow_is_printed(capsys):
+def test_no_slow_rank_is_printed(capsys):
     waits = diagnose.Waits(dict.fromkeys(diagnose.WAITS, torch.zeros(2, 2)), 1e5)
     diagnose.show(waits, diagnose.judge_all(waits), Screen())
     assert capsys.readouterr().out.splitlines()[-1] == "no rank stands out"

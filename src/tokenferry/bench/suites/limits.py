@@ -106,7 +106,7 @@ def from_json(values: dict[str, Any]) -> Limits:
 
 
 def measure_limits(rank: int, pg: dist.ProcessGroup, progress: str, settings: LimitSettings) -> Limits:
-    """Measure everything; a job of `World` (through `run_with_feed`), equal on all ranks.
+    """Measure everything; a job of `World` (through `run_with_progress`), equal on all ranks.
 
     Raises:
         WrongAnswer: rows are not where they have to be.
