@@ -324,7 +324,7 @@ class Recorded:
 def test_schedules():
     done = []
     batches = Recorded(done, "A"), Recorded(done, "B")
-    both = two_batch_overlap.Schedules(batches, DecodeCase("pair", numerics="exact"), lambda share: done.append("work"))
+    both = two_batch_overlap.Schedules(*batches, DecodeCase("pair", numerics="exact"), lambda share: done.append("work"))
     both.by_hooks()
     assert done == [
         *("send dispatch A", "work", "receive dispatch A"),
@@ -349,7 +349,7 @@ def test_uneven_work():
         done = []
         batches = Recorded([], "A"), Recorded([], "B")
         getattr(
-            two_batch_overlap.Schedules(batches, DecodeCase("pair", numerics="exact"), done.append, tilt=0.5), name
+            two_batch_overlap.Schedules(*batches, DecodeCase("pair", numerics="exact"), done.append, tilt=0.5), name
         )()
         assert sorted(done) == [0.5, 0.5, 1.5, 1.5]
         assert sum(done) == two_batch_overlap.PIECES

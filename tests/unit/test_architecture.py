@@ -87,6 +87,7 @@ ONE_THING = {
     "capability": "the compute capability of a GPU, as torch returns it",
     "output": "the results of an operator, as torch passes them to setup_context",
     "pair": "a source and a destination rank: the name of a link",
+    "late": "likewise: a link whose rows are late",
 }
 """Parameters whose fixed number of like elements is a single value, and the value that it is."""
 

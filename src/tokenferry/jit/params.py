@@ -122,8 +122,11 @@ class Packer:
             gap.
 
     Example:
-        >>> pack = Packer(SPEC.params.struct, "rows", "num_rows").bind(params)
-        >>> pack(rows.data_ptr(), rows.shape[0])
+        >>> params = Params("CopyParams", [("rows", "ptr"), ("num_rows", "u32")]).struct()
+        >>> pack = Packer(type(params), "rows", "num_rows").bind(params)
+        >>> pack(0x1000, 7)
+        >>> params.rows, params.num_rows
+        (4096, 7)
     """
 
     __slots__ = ("_struct", "_struct_type", "num_bytes", "offset")

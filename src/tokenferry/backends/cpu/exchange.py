@@ -85,7 +85,7 @@ class Exchange:
     Attributes:
         masked: Ranks that decode calls skip.
         lost: The masked ranks that this rank masked itself, after a timeout.
-        num_resyncs: How often the ranks have resynchronized their call numbers.
+        num_resyncs: How often the ranks have resynchronised their call numbers.
     """
 
     def __init__(self, transport: Transport, timeout_s: float, *, mask_on_timeout: bool) -> None:
@@ -119,7 +119,7 @@ class Exchange:
         """
         with self.guard(signature.kind.name):
             if self._resync_due:
-                self._resynchronize()
+                self._resynchronise()
             self._last_call += 1
             call = CallId(self._last_call, signature.kind.name)
             copied = [0 if dst == self.rank and not copy_own else count for dst, count in enumerate(counts)]
@@ -140,7 +140,7 @@ class Exchange:
         """Expect messages of a rank again.
 
         If this rank has lost that rank, or is that rank itself, the ranks may have made different numbers of calls.
-        Then they resynchronize: each announces the number of its last call, all between the same two calls, and the
+        Then they resynchronise: each announces the number of its last call, all between the same two calls, and the
         next call continues from the highest number.
         """
         if rank != self.rank and rank not in self.masked:
@@ -153,7 +153,7 @@ class Exchange:
             self._resync_due = True
             self.transport.announce_call(self._last_call, frozenset(self.masked))
 
-    def _resynchronize(self) -> None:
+    def _resynchronise(self) -> None:
         self._resync_due = False
         self._last_call = max(self._last_call, self.transport.highest_announced_call())
         self.transport.skip_to(self._last_call)
@@ -208,7 +208,7 @@ class Pending:
 
     @property
     def aborted(self) -> bool:
-        """Whether the ranks have resynchronized since: the messages of this exchange are lost."""
+        """Whether the ranks have resynchronised since: the messages of this exchange are lost."""
         return self._num_resyncs != self._exchange.num_resyncs
 
     @contextlib.contextmanager

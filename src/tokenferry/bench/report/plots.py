@@ -37,7 +37,7 @@ def plot_limits(limits: Limits, folder: Path, title: str) -> list[Path]:
                 ]
                 _line(axes, points, line, f"bulk {kind}, rows of {row_bytes} B")
 
-    return [_figure(folder / "limits.png", title, ("SMs", "GB/s that leave each GPU"), draw)]
+    return [_figure(folder / "limits.png", title, "SMs", "GB/s that leave each GPU", draw)]
 
 
 def plot_sms(curves: Mapping[str, Points], limits: Limits | None, folder: Path, title: str) -> list[Path]:
@@ -51,7 +51,7 @@ def plot_sms(curves: Mapping[str, Points], limits: Limits | None, folder: Path, 
             rates = [r for r in limits.rates if (r.kind, r.row_bytes) == (kind, row_bytes)]
             _line(axes, [(r.num_sms, r.gbps) for r in rates], ":", f"limit: {kind}, {row_bytes} B")
 
-    return [_figure(folder / "sms.png", title, ("SMs", "GB/s that leave each GPU"), draw)]
+    return [_figure(folder / "sms.png", title, "SMs", "GB/s that leave each GPU", draw)]
 
 
 def plot_tokens(
@@ -71,7 +71,7 @@ def plot_tokens(
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
 
-    return [_figure(folder / file, title, ("tokens on each rank", "us, median"), draw)]
+    return [_figure(folder / file, title, "tokens on each rank", "us, median", draw)]
 
 
 def _line(
@@ -85,15 +85,15 @@ def _line(
         axes.plot(*zip(*sorted(points), strict=True), style, label=label, color=colour)
 
 
-def _figure(file: Path, title: str, labels: tuple[str, str], draw: Callable[[Any], None]) -> Path:
+def _figure(file: Path, title: str, x_label: str, y_label: str, draw: Callable[[Any], None]) -> Path:
     from matplotlib.figure import Figure  # without pyplot: no display, nothing global
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.grid(visible=True, alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)

@@ -80,7 +80,8 @@ class Schedules:
     """Schedules of two micro-batches, A and B. Each goes through attention, dispatch, experts and combine.
 
     Args:
-        batches: A and B.
+        a: Inputs of micro-batch A.
+        b: Inputs of micro-batch B.
         case: The pair of calls.
         work: A share of a piece: attention, or experts.
         tilt: How much more work A has than usual, and B less.
@@ -88,13 +89,14 @@ class Schedules:
 
     def __init__(
         self,
-        batches: tuple[StaticInputs, StaticInputs],
+        a: StaticInputs,
+        b: StaticInputs,
         case: DecodeCase,
         work: Callable[[float], None],
         tilt: float = 0.0,
     ) -> None:
-        self.batches = batches
-        self._a, self._b = batches
+        self.batches = (a, b)
+        self._a, self._b = a, b
         self.case, self._work = case, work
         self._shares = (1 + tilt, 1 - tilt)
 
@@ -167,7 +169,7 @@ def _measure(session: Session) -> None:
         )
         for numerics, (name, tilt) in itertools.product(get_args(Numerics), TILTS.items()):
             tilt = tilt if session.rank % 2 == 0 else -tilt
-            schedules = Schedules((a, b), DecodeCase("pair", numerics=numerics), work, tilt)
+            schedules = Schedules(a, b, DecodeCase("pair", numerics=numerics), work, tilt)
             what = f"two-batch overlap, {numerics}, {name} work"
             session.send({"now": what})
             times = session.attempt(what, partial(_times, session, schedules))
