@@ -324,7 +324,9 @@ class Recorded:
 def test_schedules():
     done = []
     batches = Recorded(done, "A"), Recorded(done, "B")
-    both = two_batch_overlap.Schedules(*batches, DecodeCase("pair", numerics="exact"), lambda share: done.append("work"))
+    both = two_batch_overlap.Schedules(
+        *batches, DecodeCase("pair", numerics="exact"), lambda share: done.append("work")
+    )
     both.by_hooks()
     assert done == [
         *("send dispatch A", "work", "receive dispatch A"),

@@ -110,7 +110,7 @@ def test_a_synchronous_call_waits_on_the_current_stream_for_an_event(cuda, lane)
     assert cuda.log == ["event 0 on mine", "mine waits for event 0", "work on mine"]
 
 
-def test_an_asynchronous_call_runs_on_the_other_stream_and_nobody_waits_for_it(cuda, lane):
+def test_an_asynchronous_call_runs_on_the_other_stream_without_being_waited_for(cuda, lane):
     _, event = lane.run("call", When(async_finish=True), (), work_on(cuda))
     assert cuda.log == ["comm waits for mine", "work on comm", "event 0 on comm"]
     event.current_stream_wait()

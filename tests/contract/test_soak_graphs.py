@@ -57,7 +57,7 @@ def wrong(rank, pg, what: str, from_call: int) -> None:
 
 @pytest.mark.parametrize("what", soak_graphs.Findings.NAMES)
 def test_it_finds_a_wrong_value(what):
-    """And tells which, in which replay: not before the first that is wrong."""
+    """It says which, and in which replay: not before the first that is wrong."""
     with World(1) as world, pytest.raises(WorldError) as caught:
         world.run(wrong, what, 21)
     error = caught.value.errors[0]

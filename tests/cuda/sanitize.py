@@ -39,11 +39,11 @@ ONE_RANK = (
     "test_decode_dispatch.py::test_choices_that_the_host_prepares[33-1]",
     "test_decode_dispatch.py::test_many_experts[4096-64-1]",
     "test_decode_dispatch.py::test_rows_of_every_size[1-1032]",
-    "test_decode_dispatch.py::test_nobody_has_tokens[1]",
+    "test_decode_dispatch.py::test_no_rank_has_tokens[1]",
     "test_decode_combine.py::test_every_routing[repeated-1-exact]",
     "test_decode_combine.py::test_every_routing[repeated-1-fast]",
     "test_decode_combine.py::test_many_experts[255-33-1-exact]",
-    "test_decode_combine.py::test_nobody_has_tokens[1-fast]",
+    "test_decode_combine.py::test_no_rank_has_tokens[1-fast]",
 )
 MORE_RANKS = (
     "test_dispatch_plan.py::test_the_worked_example",
@@ -68,14 +68,14 @@ MORE_RANKS = (
     "test_decode_dispatch.py::test_casts[2-bfloat16-FLOAT32]",
     "test_decode_dispatch.py::test_casts[2-float32-UE8M0]",
     "test_decode_dispatch.py::test_many_calls_at_once[2]",
-    "test_decode_dispatch.py::test_sends_before_their_receipts[2]",
+    "test_decode_dispatch.py::test_sends_before_their_receives[2]",
     "test_decode_dispatch.py::test_a_bad_index_sends_nothing[False-12]",
     "test_decode_combine.py::test_every_routing[half_dropped-3-exact]",
     "test_decode_combine.py::test_rows_of_every_size[3-float32-fast]",
     "test_decode_combine.py::test_every_encoding[2-bfloat16-fp8-exact]",
     "test_decode_combine.py::test_every_encoding[2-float16-logfmt10-fast]",
     "test_decode_combine.py::test_many_calls_at_once[2]",
-    "test_decode_combine.py::test_sends_before_their_receipts[2-exact]",
+    "test_decode_combine.py::test_sends_before_their_receives[2-exact]",
 )
 
 

@@ -12,7 +12,7 @@ from support.virtual_pull import TYPES, by_type
 from support.virtual_push import Push, Sizes, as_bytes, landed, push
 from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.combine_push import spec as push_spec
-from tokenferry.kernels.control_block import MAX_LANDED, ROOM_WORD, ROWS_WORD, START_WORD, Fault
+from tokenferry.kernels.control_block import CAPACITY_WORD, MAX_LANDED, ROWS_WORD, START_WORD, Fault
 from tokenferry.testing.compare import same_bits
 
 SHORT_S, LATE_S = 0.2, 0.7
@@ -270,7 +270,7 @@ def test_plans_of_different_dispatches(more):
             causes.append(record.word)
             continue
         causes.append(record.code)
-        assert (record.peer, record.word) == ((1, ROWS_WORD), (0, ROOM_WORD), (1, START_WORD))[rank], record
+        assert (record.peer, record.word) == ((1, ROWS_WORD), (0, CAPACITY_WORD), (1, START_WORD))[rank], record
         if rank != 2:
             seen = (record.seen, record.expected)
             assert seen == ((expected + more, expected), (expected, expected + more))[rank], record

@@ -137,7 +137,7 @@ def test_most_tokens(num_ranks, fast):
 
 @by_numerics
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_nobody_has_tokens(num_ranks, fast):
+def test_no_rank_has_tokens(num_ranks, fast):
     check_combine(Case((0,) * num_ranks, 2 * num_ranks, 2), fast=fast)
 
 
@@ -216,7 +216,7 @@ def test_many_calls_at_once(num_ranks):
 
 @by_numerics
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
-def test_sends_before_their_receipts(num_ranks, fast):
+def test_sends_before_their_receives(num_ranks, fast):
     """Rows may be overwritten once they are sent; at most two sends are not yet received."""
     group = group_for(num_ranks)
     calls = [CombineCall(group, varied(num_ranks, seed), fast=fast, hook=True) for seed in range(9)]

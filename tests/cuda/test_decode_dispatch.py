@@ -172,7 +172,7 @@ def test_most_tokens(top_k, num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_nobody_has_tokens(num_ranks):
+def test_no_rank_has_tokens(num_ranks):
     check_dispatch(Case((0,) * num_ranks, 2 * num_ranks, 2))
 
 
@@ -224,7 +224,7 @@ def test_many_calls_at_once(num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
-def test_sends_before_their_receipts(num_ranks):
+def test_sends_before_their_receives(num_ranks):
     """Separate launches send and receive; at most two sends are not yet received."""
     group = VirtualGroup(decode_ranks(num_ranks), replace(SHAPE, num_experts=4 * num_ranks))
     calls = [DispatchCall(group, varied(num_ranks, seed)) for seed in range(9)]

@@ -235,7 +235,7 @@ def test_too_many_rows_for_a_tight_capacity_are_recorded_by_all(num_ranks, layou
     free = form_for(layout, choices_of(topk_idx), case.experts, 4)
     ends = Expected(choices_of(topk_idx), case.experts, free).ends
     worst = ends.index(max(ends))
-    tight = Form(layout, free.alignment, free.capacity, room=max(ends) - 1)
+    tight = Form(layout, free.alignment, free.capacity, row_limit=max(ends) - 1)
     planner = Planner(ranks, topk_idx, case.experts, tight)
     ranks.call += 1
     planner.notify()
@@ -249,8 +249,14 @@ def test_too_many_rows_for_a_tight_capacity_are_recorded_by_all(num_ranks, layou
         check_aborted(planner, rank)
     check_unassigned(planner)
     assert not any(ranks.failed()), "an overflow broke the group"
-    for room in (max(ends), NO_LIMIT):
-        plan(num_ranks, topk_idx, case.experts, Form(layout, free.alignment, free.capacity, room=room), "it fits")
+    for row_limit in (max(ends), NO_LIMIT):
+        plan(
+            num_ranks,
+            topk_idx,
+            case.experts,
+            Form(layout, free.alignment, free.capacity, row_limit=row_limit),
+            "it fits",
+        )
 
 
 def test_host_words_are_where_the_host_looks():

@@ -176,7 +176,7 @@ def _nearly(got: Tensor, want: Tensor, one_code: Tensor, magnitude: Tensor) -> N
 
 
 def shrink(rank, pg, case):
-    """Everybody masks the last rank, which masks all others: rows to and from it are missing, the rest is whole."""
+    """All ranks mask the last one, which masks all others: rows to and from it are missing, the rest is complete."""
     sent, last = case.inputs(), case.ranks - 1
     local = case.experts // case.ranks
     away = set(range(last)) if rank == last else {last}

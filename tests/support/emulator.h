@@ -90,7 +90,7 @@ static std::atomic<const char*> emu_fault{nullptr};  // as on a GPU, nothing run
 #define blockDim (EmuIndex{emu_block->threads})
 #define gridDim (EmuIndex{emu_block->grid})
 
-// By _setjmp and _longjmp: swapcontext makes a system call each time, to keep signal masks that nobody has here.
+// By _setjmp and _longjmp: swapcontext makes a system call each time, to keep signal masks that no test uses.
 static void __attribute__((noinline)) emu_change_fiber() {
     if (!_setjmp(EMU_FIBER.place)) _longjmp(emu_block->scheduler, 1);
 }

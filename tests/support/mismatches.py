@@ -127,6 +127,6 @@ def disagree(rank, pg, pair: Pair, name: str) -> str:
 
 def check_mismatch(text: str, rank: int, ranks: int, name: str) -> None:
     assert f"rank {rank}" in text
-    if " told rank" not in text:  # a rank that was only notified names the rank that notified it
+    if " reported to rank" not in text:  # a rank that was only notified names the rank that notified it
         assert f"rank {ranks - 1}" in text
-    assert MISMATCHES[name].word in text or " told rank" in text
+    assert MISMATCHES[name].word in text or " reported to rank" in text

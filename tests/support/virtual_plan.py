@@ -25,7 +25,7 @@ class Form:
     layout: str
     alignment: int = 1
     capacity: int = 0
-    room: int = NO_LIMIT
+    row_limit: int = NO_LIMIT
 
     @property
     def by_expert(self) -> bool:
@@ -226,7 +226,7 @@ class Planner:
             "layout": LAYOUTS.index(form.layout),
             "alignment": form.alignment,
             "capacity": form.capacity,
-            "room": form.room,
+            "row_limit": form.row_limit,
             **more,
         }
 

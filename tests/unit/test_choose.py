@@ -1,4 +1,4 @@
-"""Which backend a group gets, told by stand-ins for the CUDA backend's two functions; and the small calls of groups."""
+"""Which backend a group gets, shown by stand-ins for the CUDA backend, and the small calls of groups."""
 
 import logging
 from typing import Any

@@ -112,7 +112,7 @@ def test_what_can_be_made_again_is_bounded():
 
 
 def test_a_template_that_is_not_complete_is_not_kept(monkeypatch):
-    """It would be found by the next call, and launched with fields that nobody has filled in."""
+    """It would be found by the next call, and launched with fields that were never filled in."""
 
     def interrupt(*_):
         raise KeyboardInterrupt

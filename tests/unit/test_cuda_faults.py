@@ -9,7 +9,7 @@ from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Record
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import MismatchError
 from tokenferry.formats.dtypes import dtype_code
-from tokenferry.kernels.control_block import RECORD_WORDS, ROOM_WORD, ROWS_WORD, START_WORD, Fault
+from tokenferry.kernels.control_block import CAPACITY_WORD, RECORD_WORDS, ROWS_WORD, START_WORD, Fault
 
 SIGNATURE = Signature(
     "dispatch", num_experts=4, max_tokens=8, device_counts=0, bytes_of_topk_idx=16, dtype=dtype_code(torch.float32)
@@ -40,7 +40,7 @@ def test_a_mismatch_names_the_argument(word, seen, message):
     ("word", "message"),
     [
         (ROWS_WORD, "rank 2 has 5 rows for rank 0, whose plan says 6"),
-        (ROOM_WORD, "rank 0 has 6 rows for rank 2, whose plan says 5"),
+        (CAPACITY_WORD, "rank 0 has 6 rows for rank 2, whose plan says 5"),
         (START_WORD, "the plan of rank 0 names row 6 of rank 2, whose rows for it begin at 5"),
     ],
 )

@@ -319,7 +319,7 @@ def test_large_blocks_see_all_that_is_free():
     heap, _ = make(64)
     kept = heap.block(10 * KIB, 1)
     for size in (11 * KIB, 12 * KIB, 13 * KIB):
-        assert heap.block(size, 1).offset == 10 * KIB, "the room behind stays whole"
+        assert heap.block(size, 1).offset == 10 * KIB, "the space behind it stays whole"
     del kept
 
 
@@ -574,7 +574,7 @@ class HeapMachine(RuleBasedStateMachine):
     """Takes, uses and drops blocks on some streams, in and out of captures.
 
     Whoever gets memory must run after everything that used it, by the streams' clocks; what a graph writes at its
-    replays, nobody else ever gets.
+    replays, no other call ever gets.
     """
 
     streams_of = st.integers(1, 3)
@@ -665,7 +665,7 @@ class HeapMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_balance(self):
-        """Without settling: what lies on quick lists is to meet all that follows."""
+        """Without settling: what lies on quick lists meets all that follows."""
         assert self.heap.num_live == len(self.blocks)
         for ranges in self.heap._pools.values():
             assert ranges.largest_known <= max(ranges._sizes, default=0), "a range is believed in that is not there"

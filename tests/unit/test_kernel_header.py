@@ -56,7 +56,7 @@ def test_words_of_a_handshake_do_not_overlap():
         c.RECV_ROWS_WORD, c.RECV_SCALE_WORD, c.RECV_WEIGHTS_WORD, c.RECV_IDS_WORD, c.RECV_SRC_TOKEN_WORD,
         c.RECV_ROW_IDX_WORD,
     )  # fmt: skip
-    combine = (c.COMBINE_ROWS_WORD, c.COMBINE_WEIGHTS_WORD, c.START_WORD, c.SHIFT_WORD, c.ROWS_AT_WORD, c.ROOM_WORD)
+    combine = (c.COMBINE_ROWS_WORD, c.COMBINE_WEIGHTS_WORD, c.START_WORD, c.SHIFT_WORD, c.ROWS_AT_WORD, c.CAPACITY_WORD)
     notify = range(c.SENT_WORD, c.SENT_WORD + c.MAX_RANKS)
     for words in (dispatch, combine, notify):
         assert len(set(words)) == len(words)

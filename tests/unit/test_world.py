@@ -11,7 +11,7 @@ from tokenferry import CapacityError
 from tokenferry.testing.world import World, WorldError
 
 
-def tells(rank, pg, factor):
+def scaled_rank(rank, pg, factor):
     assert pg.size() == dist.get_world_size()
     return rank * factor
 
@@ -37,8 +37,8 @@ def dies_or_hangs(rank, pg):
 
 def test_results_by_rank_and_many_jobs():
     with World(2) as world:
-        assert world.run(tells, 10) == [0, 10]
-        assert world.run(tells, torch.tensor(3)) == [0, torch.tensor(3)]
+        assert world.run(scaled_rank, 10) == [0, 10]
+        assert world.run(scaled_rank, torch.tensor(3)) == [0, torch.tensor(3)]
         assert len(set(world.pids)) == 2
     assert not world.alive
     world.close()
@@ -71,7 +71,7 @@ def test_errors_by_rank():
         assert caught.value.results == {0: 0}
         assert not world.alive
         with pytest.raises(RuntimeError, match="make a new one"):
-            world.run(tells, 1)
+            world.run(scaled_rank, 1)
 
 
 def test_any_exception_comes_back_as_text():

@@ -71,7 +71,9 @@ SHIFT_WORD = HEADER.constant("kShiftWord", FIRST_OFFSET + 3, "combine_push: log2
 ROWS_AT_WORD = HEADER.constant(
     "kRowsAtWord", FIRST_OFFSET + 4, "combine_push: offset of its rows if peers fetch them; 0: it pushes them"
 )
-ROOM_WORD = HEADER.constant("kRoomWord", FIRST_OFFSET + 5, "combine_push: rows of the reader that it has room for")
+CAPACITY_WORD = HEADER.constant(
+    "kCapacityWord", FIRST_OFFSET + 5, "combine_push: rows of the reader that it has room for"
+)
 
 # ---- the control block
 
@@ -126,7 +128,7 @@ class Fault(enum.IntEnum):
     mismatch = HEADER.constant("kMismatch", 3, "this word of peer's handshake differs")
     peer_gave_up = HEADER.constant("kPeerGaveUp", 4, "peer gave up, because of rank `blamed`; word: its fault")
     bad_routing = HEADER.constant("kBadRouting", 5, "word: the token, peer: the slot, seen: the index")
-    overflow = HEADER.constant("kOverflow", 6, "peer: the rank with most rows, seen: how many, expected: its room")
+    overflow = HEADER.constant("kOverflow", 6, "peer: the rank with most rows, seen: how many, expected: its limit")
 
 
 RECORD = HEADER.struct(

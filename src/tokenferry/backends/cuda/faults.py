@@ -17,11 +17,11 @@ from tokenferry.backends.cuda.signature import KINDS, Signature, field_label
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.kernels.control_block import (
+    CAPACITY_WORD,
     DISPATCH_WORD,
     MAX_EXPERTS,
     MAX_RANKS,
     RECORD_WORDS,
-    ROOM_WORD,
     ROWS_WORD,
     START_WORD,
     Fault,
@@ -144,7 +144,7 @@ class FlightRecorder:
         if record.code == Fault.peer_gave_up and record.word == Fault.mismatch:
             return MismatchError(
                 f"{call.phase} #{call.number}: rank {peer} and rank {record.blamed} made different calls, as rank "
-                f"{peer} told rank {self._rank}; call the same on all ranks, in the same order"
+                f"{peer} reported to rank {self._rank}; call the same on all ranks, in the same order"
             )
         if record.code == Fault.bad_routing:
             index = seen - (1 << 32) if seen >= 1 << 31 else seen
@@ -183,7 +183,7 @@ class FlightRecorder:
                 f"{call.phase} #{call.number}: rank {peer} has {seen} rows for rank {rank}, whose plan says {expected};"
                 " use plans of the same dispatch on all ranks"
             )
-        if word == ROOM_WORD:
+        if word == CAPACITY_WORD:
             return MismatchError(
                 f"{call.phase} #{call.number}: rank {rank} has {expected} rows for rank {peer}, whose plan says {seen};"
                 " use plans of the same dispatch on all ranks"

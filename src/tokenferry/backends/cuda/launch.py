@@ -257,7 +257,7 @@ def _notify_template(
     template.pack, template.pack_rest = _NOTIFY.bind(p), _NOTIFY_REST.bind(p)
     p.host = context.pinned.host_address
     p.top_k, p.num_experts, p.layout = top_k, sizes.num_experts, sizes.layout
-    p.alignment, p.capacity, p.room = sizes.alignment, sizes.capacity, sizes.row_limit
+    p.alignment, p.capacity, p.row_limit = sizes.alignment, sizes.capacity, sizes.row_limit
     template.block = notify_spec.THREADS
     template.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks)
     context.templates[key] = template

@@ -87,8 +87,8 @@ DEV bool open_route(const CombinePushParams& p, u32 peer, const u32* handshake, 
     route.landed = control_block(p, peer)->landed[p.rank];
     route.rows = peer == p.rank || !is_alive(p, peer) ? 0 : (u32)p.rows_out[peer];
     route.shift = handshake[kShiftWord];
-    const bool good = !route.rows || handshake[kRoomWord] == route.rows;
-    if (!good) give_up(p, kMismatch, peer, kRoomWord, handshake[kRoomWord], route.rows, peer, 0);
+    const bool good = !route.rows || handshake[kCapacityWord] == route.rows;
+    if (!good) give_up(p, kMismatch, peer, kCapacityWord, handshake[kCapacityWord], route.rows, peer, 0);
     return good;
 }
 
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
             if (w == kCombineRowsWord)
                 return p.handshake[w] + (u32)(rows_before(p.rows_in, peer, p.rank) * (p.row_bytes / kOffsetBytes));
             if (w == kStartWord) return (u32)rows_before(p.rows_out, peer, kMaxRanks);
-            if (w == kRoomWord) return (u32)p.rows_in[peer];
+            if (w == kCapacityWord) return (u32)p.rows_in[peer];
             return w == kRowsWord ? (u32)p.rows_out[peer] : w == kBlocksWord ? gridDim.x : p.handshake[w];
         });
     if (!read_handshakes(p, epoch, handshakes, blockIdx.x == 0, [&](u32 peer) { return (u32)p.rows_in[peer]; })) return;

@@ -211,14 +211,14 @@ DEV void finish(const DispatchNotifyParams& p, u32 epoch, const i32* all, const 
         mine->arrived = 0;
         mine->epoch = epoch;
     }
-    if ((u32)ends[worst] <= p.room) {
+    if ((u32)ends[worst] <= p.row_limit) {
         publish_to_host(p, all, sent);
         return;
     }
     __syncthreads();
     abort_plan(p);
     if (threadIdx.x != 0) return;
-    record_fault(p, kOverflow, worst, 0, (u32)ends[worst], p.room, 0, 0);
+    record_fault(p, kOverflow, worst, 0, (u32)ends[worst], p.row_limit, 0, 0);
     stop(p);
 }
 

@@ -27,7 +27,7 @@ SPEC = describe(
         ("layout", "u32"),
         ("alignment", "u32"),
         ("capacity", "u32"),
-        ("room", "u32"),
+        ("row_limit", "u32"),
     ),
     max_registers=80,
     max_threads=THREADS,
