@@ -23,7 +23,7 @@ class Machine:
         self.launches, self.late = [], 0
         stream = SimpleNamespace(cuda_stream=77)
         monkeypatch.setattr(links, "share", self.share)
-        monkeypatch.setattr(links, "Table", lambda pg, timeout_s, device: "table")
+        monkeypatch.setattr(links, "Bootstrap", lambda pg, timeout_s, device: "table")
         monkeypatch.setattr(links, "Jit", lambda index, folder: self)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
         sms = SimpleNamespace(multi_processor_count=132)

@@ -79,4 +79,5 @@ def _synchronize(device: BackendName) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure("cuda" if sys.argv[1] == "cuda" else "cpu")) + "\n")
+    BACKENDS: dict[str, BackendName] = {"cpu": "cpu", "cuda": "cuda"}
+    sys.stdout.write(json.dumps(measure(BACKENDS[sys.argv[1]])) + "\n")
