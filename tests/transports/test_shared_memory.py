@@ -78,6 +78,19 @@ def test_a_message_that_arrived_before_its_call_was_skipped_is_dropped(pair):
     assert zero._peers[1].inbox == {}
 
 
+def test_a_message_that_was_read_before_its_call_was_skipped_is_dropped(pair):
+    zero, one = pair
+    post(one, 1, 100)
+    post(one, 2, 100)
+    post(zero, 1, 100)
+    assert receive(zero, 1, 1) == 100
+    zero.finish(CallId(1, "test"), None)
+    while 2 not in zero._peers[1].inbox:
+        zero._progress(1.0)
+    post(zero, 2, 100, skip=frozenset({1}))
+    assert zero._peers[1].inbox == {}
+
+
 def test_drop_peer_keeps_what_the_peer_may_still_read(pair):
     zero, _ = pair
     post(zero, 1, 100)
