@@ -15,9 +15,9 @@ import pytest
 
 import tokenferry
 
-FOLDER = Path(__file__).parent / "programs"
-MISTAKES = FOLDER / "mistakes.py"
-PROGRAMS = [path for path in sorted(FOLDER.glob("*.py")) if path != MISTAKES]
+MISTAKES = Path(__file__).parent / "mistakes.py"
+PROGRAMS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+CHECKED = [str(path) for path in (*PROGRAMS, MISTAKES)]
 LIBRARY = Path(tokenferry.__file__).parents[1]
 OLDEST_PYTHON = "3.10"
 
@@ -51,7 +51,7 @@ def test_mypy(pytestconfig):
     if "site-packages" not in LIBRARY.parts:  # mypy looks there by itself, and insists on doing so
         environ["MYPYPATH"] = str(LIBRARY)
     command = [sys.executable, "-m", "mypy", "--config-file=", "--strict", f"--python-version={OLDEST_PYTHON}"]
-    command += [f"--cache-dir={pytestconfig.cache.mkdir('mypy')}", "--no-error-summary", str(FOLDER)]
+    command += [f"--cache-dir={pytestconfig.cache.mkdir('mypy')}", "--no-error-summary", *CHECKED]
     done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = re.findall(r"^(.+?):(\d+): error: (.*)$", done.stdout, flags=re.MULTILINE)
@@ -62,7 +62,7 @@ def test_mypy(pytestconfig):
 def test_basedpyright(tmp_path):
     pytest.importorskip("basedpyright", reason="basedpyright is not installed")
     config = {
-        "include": [str(FOLDER)],
+        "include": CHECKED,
         "extraPaths": [str(LIBRARY)],
         "pythonVersion": OLDEST_PYTHON,
         "typeCheckingMode": "strict",
