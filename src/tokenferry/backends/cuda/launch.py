@@ -2,9 +2,9 @@
 
 The functions are named for their kernels, and decide nothing.
 
-Host time counts: a whole eager call may cost 15 us. So a template is kept for each geometry, with all that follows from
-it filled in. The other fields are written by packers, which are checked against the params struct when this module is
-imported.
+Host time matters: a whole eager call may take 15 us. So one template is kept for each geometry, with everything that
+follows from the geometry filled in. The other fields are written by packers, which are checked against the params
+struct when this module is imported.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Tables:
     """Tensors and memory that `dispatch_notify` and `dispatch_assign` fill.
 
     Attributes:
-        route: Of the rows.
+        route: Destinations of the rows.
         table: Address of ``[units, E + R]`` int32, in the allocation of ``route.places``.
         bases: Address of ``[2 * R + E]`` int32, likewise.
         expert_counts: ``[L]`` int32.
@@ -148,18 +148,18 @@ class Payload:
 
 @dataclass(slots=True)
 class RecvBuffers:
-    """Memory that the rows of a call land in: blocks, and where their parts begin, as offsets in this rank's window.
+    """Memory for the rows that a call receives: blocks, and where their parts begin, as offsets in this rank's window.
 
     Attributes:
         block: Holds rows, scales and weights.
         copy_out: Whether results have to leave the block at once.
-        rows: Of the rows, in ``block``.
-        scale: Of the scales, likewise.
-        weights: Of the weights, likewise.
+        rows: Offset of the rows, in ``block``.
+        scale: Offset of the scales, likewise.
+        weights: Offset of the weights, likewise.
         plan_block: Holds the parts of the plan that peers write; None for a redispatch.
-        topk_idx: Of `Plan.topk_idx`, in ``plan_block``.
-        src_token: Of `Plan.src_token`, likewise.
-        row_idx: Of `Plan.row_idx`, likewise.
+        topk_idx: Offset of `Plan.topk_idx`, in ``plan_block``.
+        src_token: Offset of `Plan.src_token`, likewise.
+        row_idx: Offset of `Plan.row_idx`, likewise.
     """
 
     block: Block
@@ -175,10 +175,10 @@ class RecvBuffers:
 
 @dataclass(slots=True)
 class Expansion:
-    """The layout by expert of rows that have landed.
+    """The layout by expert of rows that have arrived.
 
     Attributes:
-        route: Of the rows.
+        route: Destinations of the rows.
         row_idx: Address of ``[N, K]`` int64: where each row has been put.
         num_delivered: ``Plan.num_delivered``, or 0 where rows end with the last expert's last aligned row.
         alignment: A.
@@ -200,16 +200,16 @@ class Expansion:
 class Reduction:
     """The input and output of a combine, and the offsets at which peers find this rank's part of it.
 
-    Offsets are those in the window; 0 for what is not there.
+    Offsets are those in the window; 0 for what does not lie there.
 
     Attributes:
         plan: Where the rows of each token are.
         out: ``[T, H]``.
-        biases: What sums start from: up to two of ``[T, H]``.
+        biases: Up to two tensors ``[T, H]``, from which the sums start.
         weights_out: ``[T, K]`` float32 for the weights that are sent back, or None.
-        weights_offset: Weights for peers to fetch.
-        rows_offset: Rows for peers to fetch.
-        recv_offset: Where rows that peers push land.
+        weights_offset: Offset of the weights that peers fetch.
+        rows_offset: Offset of the rows that peers fetch.
+        recv_offset: Offset of the memory for rows that peers push.
     """
 
     plan: Plan
@@ -359,7 +359,7 @@ def _dispatch_template(context: Context, key: tuple[Any, ...], payload: Payload,
 def dispatch_expand(
     context: Context, call: Call, payload: Payload, recv: RecvBuffers, expansion: Expansion, num_sms: int
 ) -> None:
-    """Launch `dispatch_expand` for rows that have landed at ``recv``."""
+    """Launch `dispatch_expand` for the rows that have arrived in ``recv``."""
     key = (expand_spec.SPEC,)
     template = context.templates.get(key)
     if template is None:

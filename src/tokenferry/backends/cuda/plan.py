@@ -32,11 +32,11 @@ class Geometry:
     """Everything about a dispatch that follows from the shape and options alone; made once for each.
 
     Attributes:
-        shape: Of the group's view.
-        options: Of the call.
+        shape: Sizes of the group, or of its view.
+        options: Options of the call.
         num_local: L.
-        space: How many rows there is room for.
-        sizes: For the kernels that make the plan.
+        space: How many rows there is space for.
+        sizes: Sizes for the kernels that make the plan.
         by_expert: Whether rows lie by expert.
         most_delivered: Rows of ``Dispatched.x`` in the worst case.
     """
