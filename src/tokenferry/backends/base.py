@@ -134,7 +134,7 @@ class Backend(Protocol):
         why: Why this backend and transport were chosen.
         key: Key of the group, the same on all ranks; its plans carry it.
         rank: This rank.
-        num_ranks: R.
+        num_ranks: Number of ranks, R.
         device: Device of all tensors.
         checks_routing: Whether indices outside [-1, E) are found where the rows are, so that the host need not check.
     """

@@ -18,7 +18,7 @@ class PendingRecv:
     """The second half of a call whose rows have been sent.
 
     Attributes:
-        call: The call.
+        call: The call whose rows have been sent.
         launch: Function that enqueues the kernel that receives.
         tensors: Tensors that the kernel uses.
         done: Whether it has been enqueued.

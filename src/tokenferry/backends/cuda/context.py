@@ -61,7 +61,7 @@ class LaunchTemplate:
     own fields are set by the function that makes the template.
 
     Attributes:
-        params: The struct.
+        params: The params struct of the kernel.
         pack_offsets: Writes the six offsets of the handshake.
         pack: Writes the kernel's own fields.
         pack_rest: Writes those of them that do not lie beside the others.

@@ -46,8 +46,8 @@ class Record:
     """A fault as a kernel writes it: the `RECORD_WORDS` words of the record, in order.
 
     Attributes:
-        code: A `Fault`.
-        call_number: The call.
+        code: The fault, a value of `Fault`.
+        call_number: Number of the call that found it.
         peer: The other rank; for a bad routing, the slot k.
         word: Which word of the handshake differs; for a bad routing, the token.
         seen: What was found.

@@ -69,9 +69,9 @@ class PlanSizes:
     """Sizes that `dispatch_notify` and `dispatch_assign` need; one object for each geometry, and templates by object.
 
     Attributes:
-        num_experts: E.
-        layout: ROWS, EXPERTS or MASKED.
-        alignment: A.
+        num_experts: Number of experts, E.
+        layout: The code of the layout: ROWS, EXPERTS or MASKED.
+        alignment: Multiple to which the rows of each expert are padded, A.
         capacity: MASKED: rows of an expert; else 0.
         row_limit: Most rows that a rank may receive.
     """
@@ -88,11 +88,11 @@ class Route:
     """The destinations of the rows of a dispatch.
 
     Attributes:
-        places: ``[T, C]`` int32.
+        places: ``[T, C]`` int32, as `dispatch_assign` writes it.
         dst_counts: ``[R]`` int64 rows to each rank.
         src_counts: ``[R]`` int64 rows from each rank.
-        top_k: K.
-        num_local: L.
+        top_k: Experts of a token, K.
+        num_local: Number of local experts, L.
         by_expert: Whether rows lie by expert.
     """
 
@@ -112,9 +112,9 @@ class Tables:
         route: Destinations of the rows.
         table: Address of ``[units, E + R]`` int32, in the allocation of ``route.places``.
         bases: Address of ``[2 * R + E]`` int32, likewise.
-        expert_counts: ``[L]`` int32.
-        expert_offsets: EXPERTS: ``[L + 1]`` int32.
-        dst_token: ``[T * min(K, R)]`` int64.
+        expert_counts: ``[L]`` int32 rows of each local expert.
+        expert_offsets: ``[L + 1]`` int32, where the rows of each local expert begin; None unless EXPERTS.
+        dst_token: ``[T * min(K, R)]`` int64 tokens of the rows sent, by destination.
     """
 
     route: Route
@@ -181,10 +181,10 @@ class Expansion:
         route: Destinations of the rows.
         row_idx: Address of ``[N, K]`` int64: where each row has been put.
         num_delivered: ``Plan.num_delivered``, or 0 where rows end with the last expert's last aligned row.
-        alignment: A.
+        alignment: Multiple to which the rows of each expert are padded, A.
         capacity: MASKED: rows of an expert; else 0.
         zero_padding: Whether padding is zeroed.
-        expert_counts: ``[L]`` int32.
+        expert_counts: ``[L]`` int32 rows of each local expert.
     """
 
     route: Route
@@ -204,7 +204,7 @@ class Reduction:
 
     Attributes:
         plan: Where the rows of each token are.
-        out: ``[T, H]``.
+        out: ``[T, H]``, receives the sums.
         biases: Up to two tensors ``[T, H]``, from which the sums start.
         weights_out: ``[T, K]`` float32 for the weights that are sent back, or None.
         weights_offset: Offset of the weights that peers fetch.
