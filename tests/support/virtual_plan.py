@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support.virtual_ranks import Ranks
-from tokenferry.kernels.control_block import RANK_SHIFT
+from tokenferry.kernels.control_block import HOST_EXPERTS_WORD, RANK_SHIFT
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.testing.oracle import Oracle
@@ -185,7 +185,7 @@ class Tables:
         self.expert_offsets = ranks.poisoned(E // R + 1, dtype=torch.int32)
         self.places = ranks.poisoned(num_tokens, columns, dtype=torch.int32)
         self.dst_token = ranks.poisoned(num_tokens * min(top_k, R), dtype=torch.int64)
-        words = notify_spec.HOST_WORDS_BEFORE_EXPERTS + E // R
+        words = HOST_EXPERTS_WORD + E // R
         self.host = ranks.pinned(torch.full((words,), -1, dtype=torch.int32))
 
 

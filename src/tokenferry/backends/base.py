@@ -35,7 +35,7 @@ class Encoding(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The options of a group, each decided.
+    """The options of a group, all decided.
 
     Attributes:
         shape: The sizes all ranks agree on.
@@ -71,7 +71,7 @@ class DispatchRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RedispatchRequest:
-    """New rows, and perhaps new weights, along a plan that there is."""
+    """New rows, and perhaps new weights, along an existing plan."""
 
     shape: MoeShape
     x: Tensor | Quantized
@@ -132,10 +132,10 @@ class Backend(Protocol):
         name: ``"cpu"`` or ``"cuda"``.
         transport: How ranks reach each other.
         why: Why this backend and transport were chosen.
-        key: The same on all ranks; marks plans.
+        key: Key of the group, the same on all ranks; its plans carry it.
         rank: This rank.
-        num_ranks: R.
-        device: Of tensors.
+        num_ranks: Number of ranks, R.
+        device: Device of all tensors.
         checks_routing: Whether indices outside [-1, E) are found where the rows are, so that the host need not check.
     """
 

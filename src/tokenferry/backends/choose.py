@@ -19,7 +19,7 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
     Raises:
         BackendUnavailable: it cannot run here; says why.
         ConfigError: there is no backend of that name, it cannot honour an option, or ranks disagree.
-        PeerTimeout: a rank did not come.
+        PeerTimeout: a rank did not answer in time.
     """
     name = resolved.backend
     if name not in ("auto", "cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""Every kernel that the CUDA backend launches; what `ExpertGroup.warmup` and the compile tests go through."""
+"""All kernels that the CUDA backend launches; `ExpertGroup.warmup` and the compile tests iterate over them."""
 
 from __future__ import annotations
 

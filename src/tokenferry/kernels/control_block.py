@@ -30,7 +30,7 @@ MAX_LANDED = 4096
 """Units of rows that one rank can push to another in a combine."""
 CONTROL_BLOCK_BYTES = 1 << 20
 """The heap begins behind these bytes of a window."""
-OFFSET_BYTES = HEADER.constant("kOffsetBytes", 16, "offsets in handshakes count units of so many bytes")
+OFFSET_BYTES = HEADER.constant("kOffsetBytes", 16, "offsets in handshakes are in units of this many bytes")
 
 # ---- places of rows on any rank, in 32 bits
 
@@ -48,7 +48,7 @@ DISPATCH_WORD = HEADER.constant(
 )
 ROWS_WORD = HEADER.constant("kRowsWord", 15, "rows that the sender moves to (or has from) the reader; compared, too")
 FIRST_OFFSET = 16
-"""The first word that is not compared; kernels use the words from here on as they need."""
+"""The first word that is not compared; each kernel uses the words from here on in its own way."""
 BLOCKS_WORD = HEADER.constant("kBlocksWord", 31, "blocks of the sender's kernel, each of which adds 1 to `done`")
 
 SENT_WORD = HEADER.constant("kSentWord", FIRST_OFFSET, "dispatch_notify: R words: rows from the sender to each rank")
@@ -72,7 +72,7 @@ ROWS_AT_WORD = HEADER.constant(
     "kRowsAtWord", FIRST_OFFSET + 4, "combine_push: offset of its rows if peers fetch them; 0: it pushes them"
 )
 CAPACITY_WORD = HEADER.constant(
-    "kCapacityWord", FIRST_OFFSET + 5, "combine_push: rows of the reader that it has room for"
+    "kCapacityWord", FIRST_OFFSET + 5, "combine_push: rows from the reader that it has space for"
 )
 
 # ---- the control block
@@ -102,16 +102,16 @@ def _fields() -> list[Field]:
         Field("landed", "u32", (R, MAX_LANDED), "[from][unit]: epoch of the last combine_push that wrote the unit"),
         # From here on used by the owner's kernels only.
         Field("expected", "u32", (R,), "[from]: the value of `done` when the last kernel ended"),
-        Field("epoch", "u32", (), "of the last collective kernel that ended"),
+        Field("epoch", "u32", (), "epoch of the last collective kernel that ended"),
         Field("arrived", "u32", (), "blocks of a running dispatch_notify that have ended"),
         Field("failed", "u32", (), "0, or the fault that broke the group: kernels return at once"),
         Field("bad_slot", "u32", (), "complement of the least token * K + slot with a bad expert; 0: none"),
         Field("claimed", "u32", (), "units that warps of the running kernel have taken beyond their first ones"),
-        Field("pushed", "u32", (), "combine_push: the same for warps that push"),
+        Field("pushed", "u32", (), "combine_push: units that pushing warps have taken beyond their first ones"),
         Field("unused", "u32", (2,), "rounds up to 8 bytes"),
     ]
     rest = CONTROL_BLOCK_BYTES - sum(field.num_bytes for field in fields)
-    return [*fields, Field("rest", "u8", (rest,), "up to the heap")]
+    return [*fields, Field("rest", "u8", (rest,), "the rest, up to the heap")]
 
 
 CONTROL_BLOCK_OFFSETS = HEADER.struct("ControlBlock", _fields()).offsets
@@ -128,14 +128,14 @@ class Fault(enum.IntEnum):
     mismatch = HEADER.constant("kMismatch", 3, "this word of peer's handshake differs")
     peer_gave_up = HEADER.constant("kPeerGaveUp", 4, "peer gave up, because of rank `blamed`; word: its fault")
     bad_routing = HEADER.constant("kBadRouting", 5, "word: the token, peer: the slot, seen: the index")
-    overflow = HEADER.constant("kOverflow", 6, "peer: the rank with most rows, seen: how many, expected: its limit")
+    overflow = HEADER.constant("kOverflow", 6, "peer: the rank with the most rows, seen: how many, expected: its limit")
 
 
 RECORD = HEADER.struct(
     "Record",
     [
         Field("code", "u32", (), "a fault; written last. 0: none"),
-        Field("call_number", "u32", (), "of the call that found it"),
+        Field("call_number", "u32", (), "number of the call that found it"),
         *(Field(name, "u32", (), "depends on the code") for name in ("peer", "word", "seen", "expected", "blamed")),
         Field("waited_ms", "u32", (), "how long the kernel waited"),
     ],
@@ -156,13 +156,13 @@ HOST_EXPERTS_WORD = HEADER.constant(
 TRACE_WORDS = HEADER.constant("kTraceWords", 32, "words of a block in a timeline, in nanoseconds")
 TRACE = {
     "start": HEADER.constant("kTraceStart", 0, "the block has begun"),
-    "ready": HEADER.constant("kTraceReady", 1, "peers have room for what it sends"),
+    "ready": HEADER.constant("kTraceReady", 1, "the peers' buffers are free"),
     "sent": HEADER.constant("kTraceSent", 2, "warp 0 has sent its rows"),
-    "counts": HEADER.constant("kTraceCounts", 3, "dispatch: the counts of all ranks are here"),
+    "counts": HEADER.constant("kTraceCounts", 3, "dispatch: the counts of all ranks have arrived"),
     "end": HEADER.constant("kTraceEnd", 4, "warp 0 is done"),
 }
-TRACE_SIGNATURE = HEADER.constant("kTraceSignature", 8, "[from]: its signature was seen; last block only")
-TRACE_ROWS = HEADER.constant("kTraceRows", 16, "[from]: its last row was here")
+TRACE_SIGNATURE = HEADER.constant("kTraceSignature", 8, "[from]: its signature arrived; last block only")
+TRACE_ROWS = HEADER.constant("kTraceRows", 16, "[from]: its last row arrived")
 
 # ---- params
 

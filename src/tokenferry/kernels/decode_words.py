@@ -31,7 +31,7 @@ PLACES_WORD = HEADER.constant(
 
 # ---- choices: a routing as 16-bit words, an expert or one of these
 
-REPEATED = HEADER.constant("kRepeated", 0x8000, "choice, a bit: an earlier slot of the token names the same expert")
+REPEATED = HEADER.constant("kRepeated", 0x8000, "bit of a choice: an earlier slot of the token names the same expert")
 NONE = HEADER.constant("kNone", 0x7FFF, "choice: the slot is not used")
 BAD = HEADER.constant("kBad", 0x7FFE, "choice: the index is outside [-1, E)")
 

@@ -29,11 +29,11 @@ def describe(
 
     Args:
         spec_file: ``__file__`` of its spec.py.
-        fields: The fields of its params struct, ``<Name>Params``, behind the common ones.
+        fields: The fields of its params struct, ``<Name>Params``, after the common ones.
         max_registers: Most registers of a thread, as in `KernelSpec`.
         max_threads: Most threads of a block.
         static_smem: Most bytes of static shared memory of a block.
-        configs: All sets of constants that it is compiled with.
+        configs: All sets of constants that the kernel is compiled with.
     """
     folder = Path(spec_file).parent
     camel = "".join(part.capitalize() for part in folder.name.split("_"))

@@ -14,7 +14,7 @@ class Field:
     """A field of a struct: a word or an array of words.
 
     Attributes:
-        name: In Python and in C++.
+        name: Name in Python and in C++.
         type: Type of an item: ``"u8"``, ``"u32"`` or ``"u64"``.
         shape: Shape of the array; empty for a single word.
         meaning: One line for the reader of the C++ struct.

@@ -103,7 +103,7 @@ class CpuBackend:
         return 0
 
     def new_traces(self, num_calls: int) -> Tensor | None:
-        """There are no time stamps of calls on the CPU."""
+        """Return None: this backend records no time stamps."""
         return None
 
     def set_trace(self, trace: Tensor | None) -> None:

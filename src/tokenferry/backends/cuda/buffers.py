@@ -51,10 +51,10 @@ class SymmetricAllocator:
         return self.block(call.signature.phase, num_bytes, call.stream, None if call.capturing else 0)
 
     def recv_block(self, call: Call, num_bytes: int) -> tuple[Block, bool]:
-        """Return a block for rows to land in, and whether they have to be copied out of it at once.
+        """Return a block for received rows, and whether they have to be copied out of it at once.
 
-        The last free part of the heap is for landing only: a result that stayed there would leave no room for the rows
-        of the next call.
+        The last free part of the heap is for rows under way only: a result that stayed there would leave no space for
+        the rows of the next call.
 
         Raises:
             CapacityError: as `block`.

@@ -18,9 +18,9 @@ class PendingRecv:
     """The second half of a call whose rows have been sent.
 
     Attributes:
-        call: The call.
-        launch: Enqueues the kernel that receives.
-        tensors: What the kernel uses.
+        call: The call whose rows have been sent.
+        launch: Function that enqueues the kernel that receives.
+        tensors: Tensors that the kernel uses.
         done: Whether it has been enqueued.
     """
 
@@ -33,8 +33,8 @@ class PendingRecv:
 class Channel:
     """The last two sends of one direction, each with its receive if that is still pending.
 
-    A send overwrites the half of the peers' workspaces that the send two before it used. So that one is received first,
-    on every rank: if its hook has not been called, it is as if it was called now.
+    A send overwrites the half of the peers' workspaces that the send two before it used. So that send is received
+    first, on every rank: if its hook has not been called, it is called now.
     """
 
     def __init__(self, context: Context) -> None:

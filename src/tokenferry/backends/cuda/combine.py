@@ -28,8 +28,8 @@ class CombineForm:
     """The parts that all combines of equal sizes, layouts and dtypes share.
 
     Attributes:
-        signature: Of the calls.
-        tuning: SMs of the kernels, unless the call gives a number.
+        signature: Signature of the calls.
+        tuning: SMs of the kernels, unless the call sets ``num_sms``.
     """
 
     signature: Signature
@@ -40,8 +40,8 @@ class Combiner:
     """Combine calls of one rank.
 
     Args:
-        context: This rank's.
-        allocator: Of blocks.
+        context: Context of this rank.
+        allocator: Allocator of blocks of the heap.
     """
 
     def __init__(self, context: Context, allocator: SymmetricAllocator) -> None:

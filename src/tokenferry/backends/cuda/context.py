@@ -38,11 +38,11 @@ class Call:
     """One call of a group.
 
     Attributes:
-        number: Of the call, counted by its group.
-        stream: Where it runs.
+        number: Number of the call, counted by its group.
+        stream: Stream on which it runs.
         capturing: Whether a CUDA graph captures it.
         alive: A bit for each rank that takes part.
-        signature: Of the call.
+        signature: Signature of the call.
         wait_ns: Address of ``[R]`` int64 to which kernels add the nanoseconds waited for each rank, or 0.
     """
 
@@ -61,7 +61,7 @@ class LaunchTemplate:
     own fields are set by the function that makes the template.
 
     Attributes:
-        params: The struct.
+        params: The params struct of the kernel.
         pack_offsets: Writes the six offsets of the handshake.
         pack: Writes the kernel's own fields.
         pack_rest: Writes those of them that do not lie beside the others.
@@ -119,7 +119,7 @@ class Context:
     """The resources and the state that the calls of one rank share. For one thread at a time.
 
     Args:
-        window: Shared by all ranks; the control block at its start is zero.
+        window: The window of this rank, shared by all; the control block at its start is zero.
         runtime: Kernels and streams of the device.
         timeout_s: Seconds that each wait may take.
         mask_late: Whether decode calls mask a rank that is late, instead of raising.
@@ -152,7 +152,7 @@ class Context:
         """Number a call, raise errors of earlier ones, and order the current stream after them.
 
         Args:
-            signature: Of the call.
+            signature: Signature of the call.
             skip_masked: Whether masked ranks take no part.
             wait_ns: See `Call`.
 
@@ -256,14 +256,14 @@ class Context:
         raise error
 
     def _run_again(self) -> None:
-        """Clear ``stopped``, which makes kernels queued behind an aborted call no-ops; behind all of these."""
+        """Clear ``stopped``, which makes kernels behind an aborted call no-ops, in stream order after all of these."""
         self.order_after_calls()
         stopped = self.window.base + CONTROL_BLOCK_OFFSETS["stopped"]
         bytes_at(stopped, 4, self.device, self.window).zero_()
 
     @contextmanager
     def breaking_off(self, *handled: type[BaseException]) -> Iterator[None]:
-        """Break the group if the block raises, as peers wait for what it does; not for ``handled`` errors."""
+        """Break the group if the block raises, because peers wait for its work; not for ``handled`` errors."""
         try:
             yield
         except BaseException as error:  # an interrupt, too

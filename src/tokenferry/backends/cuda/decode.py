@@ -60,10 +60,10 @@ class Decoder:
     """Decode calls of one rank.
 
     Args:
-        context: This rank's.
-        allocator: Of blocks.
-        key: Of the group, for plans.
-        exchange: Collective; for making workspaces.
+        context: Context of this rank.
+        allocator: Allocator of blocks of the heap.
+        key: Key of the group, which its plans carry.
+        exchange: Collective function with which workspaces are made.
 
     Attributes:
         workspaces: Memory for rows under way.
@@ -96,7 +96,7 @@ class Decoder:
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
-        """Send rows, and receive or return a hook that will."""
+        """Send rows, and receive rows, or return a hook that receives them."""
         context, shape, stats = self._context, request.shape, request.stats
         check_limits(shape, context.num_ranks)
         x, weights = aligned(request.x), request.routing.topk_weights
@@ -207,7 +207,7 @@ class Decoder:
     # ------------------------------------------------------------------ combine
 
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
-        """Send rows back, and receive the sums or return a hook that will."""
+        """Send rows back, and receive and add up, or return a hook that does."""
         context, plan, stats = self._context, request.plan, request.stats
         y, H = aligned(request.y), request.y.shape[-1]
         table, weights = plan._table, plan.topk_weights

@@ -1,4 +1,4 @@
-"""Dispatch and redispatch of the CUDA backend: blocks that rows land in, kernels that send them, tensors over them."""
+"""Dispatch and redispatch of the CUDA backend: blocks for received rows, and the kernels that send and arrange rows."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class DispatchForm:
     """The parts that all dispatches with the same shape, options and kind of payload share.
 
     Attributes:
-        signature: Of the calls.
-        geometry: Of the calls.
-        sms: Of the kernels, unless the call gives a number.
+        signature: Signature of the calls.
+        geometry: Geometry of the calls.
+        sms: SMs of the kernels, unless the call sets ``num_sms``.
     """
 
     signature: Signature
@@ -66,9 +66,9 @@ class Dispatcher:
     """Dispatch and redispatch calls of one rank.
 
     Args:
-        context: This rank's.
-        allocator: Of blocks.
-        key: Of the group, for plans.
+        context: Context of this rank.
+        allocator: Allocator of blocks of the heap.
+        key: Key of the group, which its plans carry.
     """
 
     def __init__(self, context: Context, allocator: SymmetricAllocator, key: str) -> None:
@@ -85,7 +85,7 @@ class Dispatcher:
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Make a plan and send rows along it; the rows bring the peers' half of the plan, too.
 
-        Where the heap has room for the worst case, rows are sent at once, and the host waits for the counts meanwhile.
+        If the heap has space for the worst case, rows are sent at once, and the host waits for the counts meanwhile.
         Otherwise it waits for the counts first, and takes blocks of the size that they need.
         """
         options, routing, context = request.options, request.routing, self._context
@@ -108,10 +108,10 @@ class Dispatcher:
         buffers = None if waits_first else self._recv_buffers(call, payload, geometry, counts)
         tables = cuda_plan.start(context, call, index, geometry, sms.links)
         if waits_first or (geometry.space.tight and not call.capturing):
-            with context.breaking_off(TokenferryError):  # `wait` breaks the group by itself where an error does
+            with context.breaking_off(TokenferryError):  # `wait` itself breaks the group, if the error calls for it
                 exact = cuda_plan.wait(context, call, geometry)
             counts = exact if wants_counts else counts
-        with context.breaking_off():  # from here on peers wait for this rank's rows
+        with context.breaking_off():  # from here on, peers wait for the rows of this rank
             buffers = buffers or self._recv_buffers(call, payload, geometry, counts)
             launch.dispatch(context, call, payload, tables.route, buffers, sms.links)
             if geometry.by_expert:
@@ -217,7 +217,7 @@ class Dispatcher:
     # ------------------------------------------------------------------ redispatch
 
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
-        """Send rows along a plan that there is."""
+        """Send rows along an existing plan."""
         plan, context = request.plan, self._context
         options, layout = plan.options, plan.options.layout
         payload = _payload(request.x, request.topk_weights, None)
@@ -262,7 +262,7 @@ class Dispatcher:
     # ------------------------------------------------------------------ both
 
     def _tuned_sms(self, shape: MoeShape) -> SmCounts:
-        """Return the SMs of calls that do not give a number."""
+        """Return the SMs of calls that do not set ``num_sms``."""
         context = self._context
         tuning = tune(shape, Topology(context.num_ranks, context.num_sms))
         return SmCounts(tuning.dispatch_sms, context.num_sms)
@@ -275,7 +275,7 @@ class Dispatcher:
         expert_offsets: Tensor | None,
         host_counts: tuple[int, ...] | None,
     ) -> Dispatched[Tensor | Quantized]:
-        """Return a result over the rows that land in a block."""
+        """Return a result over the rows that arrive in a block."""
         block = buffers.block
         D, allocator, by_rows = plan.num_delivered, self._allocator, plan.options.layout is Layout.ROWS
         rows = allocator.tensor(block, buffers.rows, (D, payload.rows.shape[1]), payload.rows.dtype)

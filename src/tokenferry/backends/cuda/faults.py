@@ -16,9 +16,13 @@ import torch
 from tokenferry.backends.cuda.signature import KINDS, Signature, field_label
 from tokenferry.errors import CapacityError, MismatchError, PeerTimeout, RoutingError, TokenferryError
 from tokenferry.formats.dtypes import dtype_name
+from tokenferry.kernels.codes import MASKED
 from tokenferry.kernels.control_block import (
     CAPACITY_WORD,
     DISPATCH_WORD,
+    HOST_EXPERTS_WORD,
+    HOST_RECEIVED_WORD,
+    HOST_SENT_WORD,
     MAX_EXPERTS,
     MAX_RANKS,
     RECORD_WORDS,
@@ -26,7 +30,6 @@ from tokenferry.kernels.control_block import (
     START_WORD,
     Fault,
 )
-from tokenferry.kernels.dispatch_notify.spec import HOST_WORDS_BEFORE_EXPERTS
 from tokenferry.transports.base import CallId, peer_timeout
 
 _REMEMBERED_CALLS = 64
@@ -43,10 +46,10 @@ class Record:
     """A fault as a kernel writes it: the `RECORD_WORDS` words of the record, in order.
 
     Attributes:
-        code: A `Fault`.
-        call_number: The call.
-        peer: The other rank; of a bad routing, the slot k.
-        word: Which word of the handshake differs; of a bad routing, the token.
+        code: The fault, a value of `Fault`.
+        call_number: Number of the call that found it.
+        peer: The other rank; for a bad routing, the slot k.
+        word: Which word of the handshake differs; for a bad routing, the token.
         seen: What was found.
         expected: What should have been found.
         blamed: The rank that the peer waited for.
@@ -76,7 +79,7 @@ class Pinned:
     """
 
     def __init__(self, *, pin: bool) -> None:
-        counts_end = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS + MAX_EXPERTS
+        counts_end = RECORD_WORDS + HOST_EXPERTS_WORD + MAX_EXPERTS
         num_words = counts_end + MAX_RANKS
         self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin)
         _kept_pinned.append(self._memory)
@@ -112,13 +115,12 @@ class Pinned:
 
     def counts(self, num_ranks: int, num_local: int) -> tuple[list[int], list[int], list[int]]:
         """Return rows from each rank, rows to each rank, rows of each local expert; after `wait_for_call_number`."""
-        first = RECORD_WORDS + 1
-        most = (HOST_WORDS_BEFORE_EXPERTS - 1) // 2
-        experts = RECORD_WORDS + HOST_WORDS_BEFORE_EXPERTS
+        received, sent = RECORD_WORDS + HOST_RECEIVED_WORD, RECORD_WORDS + HOST_SENT_WORD
+        experts = RECORD_WORDS + HOST_EXPERTS_WORD
         words = self.words
         return (
-            words[first : first + num_ranks].tolist(),
-            words[first + most : first + most + num_ranks].tolist(),
+            words[received : received + num_ranks].tolist(),
+            words[sent : sent + num_ranks].tolist(),
             words[experts : experts + num_local].tolist(),
         )
 
@@ -154,7 +156,7 @@ class FlightRecorder:
                 f"call #{call.number})"
             )
         if record.code == Fault.overflow:
-            masked = signature is not None and dict(signature.fields).get("layout") == 2
+            masked = signature is not None and dict(signature.fields).get("layout") == MASKED
             per_expert = " per expert" if masked else ""
             return CapacityError(
                 f"{call.phase}: options.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "

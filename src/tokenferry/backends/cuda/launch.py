@@ -2,9 +2,9 @@
 
 The functions are named for their kernels, and decide nothing.
 
-Host time counts: a whole eager call may cost 15 us. So a template is kept for each geometry, with all that follows from
-it filled in. The other fields are written by packers, which are checked against the params struct when this module is
-imported.
+Host time matters: a whole eager call may take 15 us. So one template is kept for each geometry, with everything that
+follows from the geometry filled in. The other fields are written by packers, which are checked against the params
+struct when this module is imported.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class PlanSizes:
     """Sizes that `dispatch_notify` and `dispatch_assign` need; one object for each geometry, and templates by object.
 
     Attributes:
-        num_experts: E.
-        layout: ROWS, EXPERTS or MASKED.
-        alignment: A.
+        num_experts: Number of experts, E.
+        layout: The code of the layout: ROWS, EXPERTS or MASKED.
+        alignment: Multiple to which the rows of each expert are padded, A.
         capacity: MASKED: rows of an expert; else 0.
         row_limit: Most rows that a rank may receive.
     """
@@ -88,11 +88,11 @@ class Route:
     """The destinations of the rows of a dispatch.
 
     Attributes:
-        places: ``[T, C]`` int32.
+        places: ``[T, C]`` int32, as `dispatch_assign` writes it.
         dst_counts: ``[R]`` int64 rows to each rank.
         src_counts: ``[R]`` int64 rows from each rank.
-        top_k: K.
-        num_local: L.
+        top_k: Experts of a token, K.
+        num_local: Number of local experts, L.
         by_expert: Whether rows lie by expert.
     """
 
@@ -109,12 +109,12 @@ class Tables:
     """Tensors and memory that `dispatch_notify` and `dispatch_assign` fill.
 
     Attributes:
-        route: Of the rows.
+        route: Destinations of the rows.
         table: Address of ``[units, E + R]`` int32, in the allocation of ``route.places``.
         bases: Address of ``[2 * R + E]`` int32, likewise.
-        expert_counts: ``[L]`` int32.
-        expert_offsets: EXPERTS: ``[L + 1]`` int32.
-        dst_token: ``[T * min(K, R)]`` int64.
+        expert_counts: ``[L]`` int32 rows of each local expert.
+        expert_offsets: ``[L + 1]`` int32, where the rows of each local expert begin; None unless EXPERTS.
+        dst_token: ``[T * min(K, R)]`` int64 tokens of the rows sent, by destination.
     """
 
     route: Route
@@ -148,18 +148,18 @@ class Payload:
 
 @dataclass(slots=True)
 class RecvBuffers:
-    """Memory that the rows of a call land in: blocks, and where their parts begin, as offsets in this rank's window.
+    """Memory for the rows that a call receives: blocks, and where their parts begin, as offsets in this rank's window.
 
     Attributes:
         block: Holds rows, scales and weights.
         copy_out: Whether results have to leave the block at once.
-        rows: Of the rows, in ``block``.
-        scale: Of the scales, likewise.
-        weights: Of the weights, likewise.
+        rows: Offset of the rows, in ``block``.
+        scale: Offset of the scales, likewise.
+        weights: Offset of the weights, likewise.
         plan_block: Holds the parts of the plan that peers write; None for a redispatch.
-        topk_idx: Of `Plan.topk_idx`, in ``plan_block``.
-        src_token: Of `Plan.src_token`, likewise.
-        row_idx: Of `Plan.row_idx`, likewise.
+        topk_idx: Offset of `Plan.topk_idx`, in ``plan_block``.
+        src_token: Offset of `Plan.src_token`, likewise.
+        row_idx: Offset of `Plan.row_idx`, likewise.
     """
 
     block: Block
@@ -175,16 +175,16 @@ class RecvBuffers:
 
 @dataclass(slots=True)
 class Expansion:
-    """The layout by expert of rows that have landed.
+    """The layout by expert of rows that have arrived.
 
     Attributes:
-        route: Of the rows.
+        route: Destinations of the rows.
         row_idx: Address of ``[N, K]`` int64: where each row has been put.
         num_delivered: ``Plan.num_delivered``, or 0 where rows end with the last expert's last aligned row.
-        alignment: A.
+        alignment: Multiple to which the rows of each expert are padded, A.
         capacity: MASKED: rows of an expert; else 0.
         zero_padding: Whether padding is zeroed.
-        expert_counts: ``[L]`` int32.
+        expert_counts: ``[L]`` int32 rows of each local expert.
     """
 
     route: Route
@@ -200,16 +200,16 @@ class Expansion:
 class Reduction:
     """The input and output of a combine, and the offsets at which peers find this rank's part of it.
 
-    Offsets are those in the window; 0 for what is not there.
+    Offsets are those in the window; 0 for what does not lie there.
 
     Attributes:
         plan: Where the rows of each token are.
-        out: ``[T, H]``.
-        biases: What sums start from: up to two of ``[T, H]``.
+        out: ``[T, H]``, receives the sums.
+        biases: Up to two tensors ``[T, H]``, from which the sums start.
         weights_out: ``[T, K]`` float32 for the weights that are sent back, or None.
-        weights_offset: Weights for peers to fetch.
-        rows_offset: Rows for peers to fetch.
-        recv_offset: Where rows that peers push land.
+        weights_offset: Offset of the weights that peers fetch.
+        rows_offset: Offset of the rows that peers fetch.
+        recv_offset: Offset of the memory for rows that peers push.
     """
 
     plan: Plan
@@ -359,7 +359,7 @@ def _dispatch_template(context: Context, key: tuple[Any, ...], payload: Payload,
 def dispatch_expand(
     context: Context, call: Call, payload: Payload, recv: RecvBuffers, expansion: Expansion, num_sms: int
 ) -> None:
-    """Launch `dispatch_expand` for rows that have landed at ``recv``."""
+    """Launch `dispatch_expand` for the rows that have arrived in ``recv``."""
     key = (expand_spec.SPEC,)
     template = context.templates.get(key)
     if template is None:

@@ -4,9 +4,9 @@ A rank is masked in three places: in the set of the host (`Context.masked_ranks`
 pinned memory, which a kernel sets when its wait for the rank times out; and in the word ``masked`` of the control
 block, which every kernel reads when it starts, those of CUDA graphs too.
 
-Decode calls carry epochs, which each rank counts by itself. A rank that was masked has counted others, and rows that
-were sent to it or by it may lie half received in workspaces. So all ranks resynchronise together, while nothing is
-under way: each takes the latest epoch of all control blocks for its own, marks everything up to there as received, and
+Decode calls carry epochs, which each rank counts for itself. A rank that was masked may have counted differently, and
+rows that were sent to it or by it may lie half received in workspaces. So all ranks resynchronise together, while
+nothing is under way: each adopts the latest epoch of all control blocks, marks everything up to there as received, and
 clears its workspace.
 """
 
@@ -30,8 +30,8 @@ class Masks:
     """The masks of one rank.
 
     Args:
-        context: This rank's.
-        decoder: Its decode calls.
+        context: Context of this rank.
+        decoder: Decode calls of this rank.
     """
 
     def __init__(self, context: Context, decoder: Decoder) -> None:
@@ -61,7 +61,7 @@ class Masks:
         context.order_after_calls_outside_graphs("mask")
         if rank != context.rank and rank not in context.masked_ranks():
             return
-        # A rank that comes back after this one did, but before this one's next call, was lost, too.
+        # A rank that is unmasked after this one was, but before this one's next call, was lost, too.
         if context.unmask(rank) or rank == context.rank or self._resynchronised_at == context.last_call_number:
             self._resynchronised_at = context.last_call_number
             self._resynchronise()
@@ -72,7 +72,7 @@ class Masks:
         self._write("masked", struct.pack("<I", bits))
 
     def _resynchronise(self) -> None:
-        """Take the latest epochs for this rank's own, and drop what was under way; see `ExpertGroup.mask`."""
+        """Adopt the latest epochs of all ranks, and drop what was under way; see `ExpertGroup.mask`."""
         context = self._context
         context.synchronize()
         self._wait_for_device()

@@ -32,11 +32,11 @@ class Geometry:
     """Everything about a dispatch that follows from the shape and options alone; made once for each.
 
     Attributes:
-        shape: Of the group's view.
-        options: Of the call.
-        num_local: L.
-        space: How many rows there is room for.
-        sizes: For the kernels that make the plan.
+        shape: Sizes of the group, or of its view.
+        options: Options of the call.
+        num_local: Number of local experts, L.
+        space: How many rows there is space for.
+        sizes: Sizes for the kernels that make the plan.
         by_expert: Whether rows lie by expert.
         most_delivered: Rows of ``Dispatched.x`` in the worst case.
     """
@@ -84,7 +84,7 @@ def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geome
     most = space.given * (num_local if layout == MASKED else 1)
     if most > _MOST_ROWS_BY_EXPERT and (layout == MASKED or options.counts == "device"):
         raise CapacityError(
-            f"dispatch: options: room for {most} rows, and a place can say less than {1 << RANK_SHIFT}; give a "
+            f"dispatch: options: up to {most} rows, and at most {_MOST_ROWS_BY_EXPERT} are possible; give a "
             "smaller DispatchOptions.capacity, or make the group with a smaller max_tokens"
         )
     return Geometry(
@@ -109,8 +109,8 @@ class Counts:
     """Numbers of rows: as counted, or the most that there may be where the host does not wait for the counts.
 
     Attributes:
-        received: N.
-        delivered: Rows of ``Dispatched.x``.
+        received: Rows that this rank receives, N.
+        delivered: Rows that ``Dispatched.x`` has.
         sent: Rows that this rank sends.
         host: Rows of each local expert, or None.
     """

@@ -28,7 +28,7 @@ def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
     """Return why these ranks cannot run the CUDA backend, the same on all ranks; empty if they can. Collective.
 
     Raises:
-        PeerTimeout: a rank did not come.
+        PeerTimeout: a rank did not answer in time.
     """
     rank, num_ranks = _rank_and_size(group)
     table = _table(group, resolved, _device())
@@ -47,7 +47,7 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     Raises:
         BackendUnavailable: a rank cannot run the backend; says which and why, on all ranks.
         ConfigError: ranks have different shapes or options.
-        PeerTimeout: a rank did not come.
+        PeerTimeout: a rank did not answer in time.
     """
     why_not = why_not_cuda(group, resolved)
     if why_not:
@@ -100,7 +100,7 @@ def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:
 
 
 def _unfit(resolved: Resolved, num_ranks: int) -> str:
-    """Return why this backend cannot have a shape or honour an option; empty if it can."""
+    """Return why this backend cannot support a shape or honour an option; empty if it can."""
     if resolved.cpu_only:
         return resolved.cpu_only
     if num_ranks > MAX_RANKS:

@@ -7,7 +7,7 @@ import struct
 from tokenferry.kernels.control_block import SIGNATURE_WORDS
 
 KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine")
-"""Names of calls; word 0 of a signature is an index of this."""
+"""Names of calls; word 0 of a signature is an index into this."""
 
 SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
 
@@ -19,8 +19,8 @@ class Signature:
     """The kind of a call, then the fields that have to be the same on all ranks.
 
     Attributes:
-        phase: The call's name.
-        fields: By name; the first is ``("kind", n)``, n an index of `KINDS`.
+        phase: Name of the call.
+        fields: Names and values; the first is ``("kind", n)``, n an index into `KINDS`.
         words: Their values, packed as the words of a handshake.
     """
 

@@ -19,7 +19,7 @@ from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import ArgumentError, CapacityError, MismatchError
 from tokenferry.kernels.decode_combine.spec import packets_of_chunk
 from tokenferry.kernels.decode_dispatch.spec import message_words, notes
-from tokenferry.kernels.decode_words import CHUNK_COLUMNS
+from tokenferry.kernels.decode_words import CHUNK_COLUMNS, ENCODING_SAME
 from tokenferry.memory.heap import Block
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.types import MoeShape
@@ -38,7 +38,7 @@ class Sizes:
     """Bytes of each part of a workspace, for one half; all but the last are for one source rank.
 
     Attributes:
-        words: Messages: how many rows for each expert, which tokens.
+        words: Messages that give the number of rows for each expert, and the tokens.
         notes: Slots and weights of each row.
         rows: Rows of a dispatch, with their scales.
         answers: Rows of a combine, from all ranks.
@@ -50,11 +50,11 @@ class Sizes:
     answers: int
 
     def within(self, other: Sizes) -> bool:
-        """Return whether a workspace of ``other`` has room for this."""
+        """Return whether a workspace of ``other`` has space for this."""
         return all(mine <= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
     def or_more(self, other: Sizes) -> Sizes:
-        """Return sizes with room for both."""
+        """Return sizes with space for both."""
         return Sizes(*map(max, zip(astuple(self), astuple(other), strict=True)))
 
 
@@ -62,13 +62,14 @@ def sizes_for(shape: MoeShape, num_ranks: int, item_bytes: int) -> Sizes:
     """Return the sizes that decode calls of a shape need, whatever their options; an element has ``item_bytes``."""
     M, K, H = shape.max_tokens, shape.top_k, shape.hidden
     num_local = shape.num_experts // num_ranks
-    scales = -(-H // CHUNK_COLUMNS) * PACKET_BYTES
     chunks = -(-H // CHUNK_COLUMNS)
+    scales = chunks * PACKET_BYTES
+    packets = packets_of_chunk(max(item_bytes, 2), ENCODING_SAME)
     return Sizes(
         words=_lines(message_words(M, num_local) * _WORD_BYTES),
         notes=_lines(M * notes(K) * PACKET_BYTES),
         rows=_lines(M * max(H * item_bytes, H + scales)),
-        answers=_lines(M * max(K, num_ranks) * chunks * packets_of_chunk(max(item_bytes, 2), 0) * PACKET_BYTES),
+        answers=_lines(M * max(K, num_ranks) * chunks * packets * PACKET_BYTES),
     )
 
 
@@ -80,9 +81,9 @@ class Workspace:
     """The workspace of one rank, and the addresses of those of its peers.
 
     Attributes:
-        number: Of this workspace in its group; launch templates are kept by it.
-        sizes: Of its parts.
-        addresses: Of the workspace of each rank, in this process.
+        number: Index of this workspace in its group; a part of the keys of launch templates.
+        sizes: Bytes of its parts.
+        addresses: Address of the workspace of each rank, in this process.
         notes_at: Where the notes begin, from the workspace's start; the words are first.
         rows_at: Where the rows begin.
         answers_at: Where the answers begin.
@@ -115,12 +116,12 @@ class Workspaces:
     """The workspaces of a rank, made when they are needed.
 
     Args:
-        context: This rank's.
-        allocator: Of blocks.
-        exchange: Collective; for the addresses.
+        context: Context of this rank.
+        allocator: Allocator of blocks of the heap.
+        exchange: Collective function that exchanges the addresses.
 
     Attributes:
-        now: The latest one, or None.
+        now: The latest workspace, or None.
     """
 
     def __init__(self, context: Context, allocator: SymmetricAllocator, exchange: Exchange) -> None:
@@ -139,7 +140,7 @@ class Workspaces:
             ArgumentError: a CUDA graph is being captured, and there is none yet.
             CapacityError: a rank's heap has no room.
             MismatchError: ranks made different calls.
-            PeerTimeout: a rank did not come.
+            PeerTimeout: a rank did not answer in time.
         """
         workspace = self._fits.get((shape, item_bytes))
         if workspace is None:

@@ -1,5 +1,5 @@
-// combine_push: pushes rows to the ranks that their tokens came from; those sum rows as they arrive: combine of the layout
-// ROWS.
+// combine_push: combine of the layout ROWS: pushes each row to the rank that its token came from, which sums rows as they
+// arrive.
 //
 // Grid     num_sms blocks: the first p.pushers of them push, the others sum (a single block does both, in this order).
 //          Correctness does not depend on how many run at once: blocks that push wait for nothing but handshakes.
@@ -17,17 +17,17 @@
 //          4 peer      the lane that loads a row sees 3, with acquire, fences, and loads: sees 1
 //          When all sums of this rank are stored, exit_sync: until then the memory that peers push to is not reused.
 // Why nothing is overwritten
-//          A handshake says where its rank wants the rows of each peer, for how many it has room, and that nothing reads that
-//          memory any more. Words of `landed` are never cleared: no two kernels have the same epoch, and no peer writes for
+//          A handshake says where its rank receives the rows of the reader, how many it has space for, and that nothing reads
+//          that memory any more. Words of `landed` are never cleared: no two kernels have the same epoch, and no peer writes for
 //          the next kernel before it has read this rank's handshake for it.
 // Cost     bytes out = rows for other ranks * row_bytes, read once; bytes read = rows of own tokens * row_bytes. sm_90a: <= 128
 //          registers, 0 spills, 4096 B of static shared memory, at most 228096 B of dynamic.
 // Tests    tests/cuda/test_combine_push.py, tests/compile.
 #include "combine_push/push.cuh"
 
-constexpr u32 kBackoffPolls = 256;  // polls of a summing warp with sleeps between them, before it polls without
+constexpr u32 kBackoffPolls = 256;  // a summing warp sleeps between its first polls of a flag
 
-// Where rows are: pushed to this rank, on a peer, or this rank's own. Lane r has rank r's.
+// Where rows lie: pushed to this rank, on a peer, or in this rank's own source. Lane r holds the values of rank r.
 struct Rows {
     u64 base;          // where row 0 would lie
     u32 start, count;  // the first row for this rank, and how many there are
@@ -41,7 +41,7 @@ struct Rows {
     }
     __device__ bool wait(const CombinePushParams& p, u32 rank, u32 place, bool mine) const {
         if (!mine || ready >> rank & 1) return true;
-        const u32 row = place - start;  // the lane that holds an entry has its rank's start, too
+        const u32 row = place - start;  // the lane that holds an entry also holds the start of its rank
         if (row >= count) {             // the peer uses another plan
             give_up(p, kMismatch, rank, kStartWord, start, place, rank, 0);
             return false;
@@ -59,7 +59,7 @@ struct Rows {
     __device__ u32 num_whole(const CombinePushParams& p) const { return p.whole; }
 };
 
-// Fills weights_out for one token: of each slot the sum over the rows of all ranks, in rank order.
+// Fills weights_out for one token: for each slot the sum over the rows of all ranks, in rank order.
 DEV void gather_weights(const CombinePushParams& p, u32 t, const u32 (*handshakes)[kHandshakeWords]) {
     const u32 K = p.top_k;
     const i32* row = p.places + (u64)t * p.places_stride;
@@ -80,7 +80,7 @@ DEV u64 rows_before(const i64* counts, u32 rank, u32 except) {
     return rows;
 }
 
-// Fills in the route to one peer. Returns false if the peer has no room for just these rows: it uses another plan.
+// Fills in the route to one peer. Returns false if the peer expects another number of rows: it uses another plan.
 DEV bool open_route(const CombinePushParams& p, u32 peer, const u32* handshake, Route& route) {
     route.from = p.source + rows_before(p.rows_out, peer, kMaxRanks) * p.row_bytes;
     route.to = at_offset<u8>(p, peer, handshake[kCombineRowsWord]);
@@ -157,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
                   barriers[index], slots[index], queues[index]);
     if (pushes && index == warps - 1) set_flags(queues, p.warps, epoch);
     if (sums) {
-        __syncthreads();  // a single block has read its buffers
+        __syncthreads();  // a single block no longer reads the buffers of its pushing warps
         const u32 first = gridDim.x == 1 ? 0 : p.pushers;
         good = sum_tokens(p, epoch, handshakes, shared, barriers[index] + kMaxPushStages, blockIdx.x - first,
                           gridDim.x - first);
     }
     if (!__syncthreads_and(good)) return;
-    exit_sync(p, epoch, handshakes, 2);  // ranks that wait for rows give up first, and report whose are late
+    exit_sync(p, epoch, handshakes, 2);  // a rank that waits for rows times out first, and reports whose are late
 }

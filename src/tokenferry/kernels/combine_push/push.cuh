@@ -3,7 +3,7 @@
 constexpr bool kGrouped = false;
 #include "device/add.cuh"
 
-constexpr u32 kBehind = 2;  // pieces after which the stores of one are waited for
+constexpr u32 kBehind = 2;  // the stores of a piece are waited for after this many more pieces
 
 // Where the rows for one peer are, and where they go.
 struct Route {
@@ -20,7 +20,7 @@ struct Slot {
     u32 bytes;
 };
 
-// The flags that one pushing warp wants to be set: words[head .. tail), modulo kQueue.
+// The flags that one pushing warp has queued to be set: words[head .. tail), modulo kQueue.
 constexpr u32 kQueue = 4, kOwed = 8, kEnd = 1u << 31;  // kEnd in tail: nothing follows
 struct Queue {
     u32* words[kQueue];
@@ -28,7 +28,8 @@ struct Queue {
     u32 head, tail;
 };
 
-// Sets flags as their units arrive; called by the last warp of a block that pushes. Lane i serves warp i.
+// Sets the flags of units that are in the memory of their peers; called by the last warp of a block that pushes. Lane i
+// serves warp i.
 DEV void set_flags(Queue* queues, u32 warps, u32 epoch) {
     if (threadIdx.x % 32 >= warps) return;
     Queue& queue = queues[threadIdx.x % 32];

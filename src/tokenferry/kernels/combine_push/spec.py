@@ -40,7 +40,7 @@ SPEC = describe(
 
 
 def cut(row_bytes: int) -> dispatch_spec.Rings:
-    """Return how a pushing block cuts rows and shared memory; a summing block needs no more of it."""
+    """Return how a pushing block cuts rows and shared memory; a summing block has the same memory."""
     rings = dispatch_spec.cut(row_bytes, 0)
     warps, stages = min(rings.warps, WARPS - 1), min(rings.stages, MAX_PUSH_STAGES)
     smem_bytes = max(warps * stages * rings.pitch, _SUMMING_BYTES)
@@ -48,10 +48,10 @@ def cut(row_bytes: int) -> dispatch_spec.Rings:
 
 
 def unit_bits(num_tokens: int) -> int:
-    """Return the log2 of the rows of a unit: 0, or as much as it takes to have a flag for each unit."""
+    """Return the log2 of the rows of a unit: the least that leaves no more units than flags."""
     return max(0, (max(num_tokens, 1) - 1).bit_length() - MAX_LANDED.bit_length() + 1)
 
 
 def num_whole(num_tokens: int, pieces: int, num_adding: int) -> int:
-    """Return how many tokens are summed as a whole; the last ones are summed by piece, so that all warps end as one."""
+    """Return how many tokens are summed as a whole; the last ones are summed by piece, so that warps end together."""
     return max(0, num_tokens - 2 * WARPS * num_adding // pieces)

@@ -12,8 +12,8 @@
 //          goes to row t * K + k of its owner's packets, the sum of rank r to row r * M + t: addresses need no
 //          exchange. The last block, the leader, handles acknowledgements and signatures, and no rows.
 // Order    Each packet is its own flag (device/decode.cuh).
-// Why      Nothing is overwritten before it is read: as in decode_dispatch. Both sides know from the plan's table which
-//          rows are not sent, or have not arrived.
+// Why      Nothing is overwritten before it is read: as in decode_dispatch. The plan's table gives both sides the ranks
+//          that take part, and the sender the rows that have arrived.
 // Cost     bytes out = rows (exact: token, expert; fast: token, rank) * encoded row. sm_90a: <= 128 registers,
 //          0 spills, 256 B of static shared memory.
 // Tests    tests/cuda/test_decode_combine.py, tests/contract/test_decode.py, tests/emulator, tests/compile.

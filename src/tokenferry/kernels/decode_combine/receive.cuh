@@ -40,12 +40,12 @@ DEV void resolve_slots(const DecodeCombineParams& p, u32 alive, TokenSlots& s) {
     }
 }
 
-// Slots whose rank takes part, as bits.
+// Returns the slots whose rank takes part, as bits.
 DEV u64 used_slots(const TokenSlots& s) {
     return __ballot_sync(kAll, s.rank[0] != kUnused) | (u64)__ballot_sync(kAll, s.rank[1] != kUnused) << 32;
 }
 
-// Slots (fast: ranks) whose rows arrive: those whose rank takes part.
+// Returns the slots (fast: ranks) whose rows will arrive: those whose rank takes part.
 DEV u64 awaited(const TokenSlots& s) {
     u64 found = used_slots(s);
     if (kFast)
@@ -54,7 +54,7 @@ DEV u64 awaited(const TokenSlots& s) {
     return found;
 }
 
-// Slots (fast: ranks) whose packets come from any of `ranks`.
+// Returns the slots (fast: ranks) whose packets come from any of `ranks`.
 DEV u64 slots_from(const DecodeCombineParams& p, u32 ranks, const TokenSlots& s) {
     const bool low = s.owner[0] < p.num_ranks && ranks >> s.owner[0] & 1,
                high = s.owner[1] < p.num_ranks && ranks >> s.owner[1] & 1;
@@ -69,7 +69,7 @@ DEV void drop_lost(u32 alive, TokenSlots& s) {
         if (s.rank[h] != kUnused && !(alive >> s.rank[h] & 1)) s.rank[h] = kUnused;
 }
 
-// Adds up one chunk of an own token; one warp. False: the group has failed.
+// Adds up one chunk of an own token; one warp. Returns false if the group has failed.
 DEV bool add_token(const DecodeCombineParams& p, DecodeCall& call, TokenSlots& s, u32 t, u32 chunk) {
     const u32 lane = threadIdx.x % 32, K = p.top_k;
     u8* packets = packets_of(p, call, p.rank);
@@ -148,7 +148,7 @@ DEV bool add_token(const DecodeCombineParams& p, DecodeCall& call, TokenSlots& s
     return true;
 }
 
-// Adds up the chunks `first`, `first + step` ... of this rank's tokens. `slots`: of the first one, prefetched.
+// Adds up the chunks `first`, `first + step`, ... of this rank's tokens. `slots`: those of the first one, prefetched.
 DEV void add_tokens(const DecodeCombineParams& p, DecodeCall& call, TokenSlots& slots, u32 first, u32 step) {
     const u32 chunks = chunks_of(p), end = p.num_tokens * chunks;
     for (u32 i = first; i < end; i += step) {

@@ -31,7 +31,7 @@ struct BlockData {
 };
 
 // Sends the block's part of the call, once the peers' buffers are free; all threads. `free`: they are free already.
-// False: the group has failed. `loaded`: this warp's first chunk, prefetched.
+// Returns false if the group has failed. `loaded`: this warp's first chunk, prefetched.
 DEV bool send(const DecodeDispatchParams& p, DecodeCall& call, bool free, const BlockData& block, const SendWork& work,
               RowChunk& loaded) {
     const bool leader = blockIdx.x == gridDim.x - 1;

@@ -9,7 +9,8 @@ struct RecvCounts {
     u32* tokens;   // [R]: tokens of the rank, whether or not they come here
 };
 
-// Waits for the counts of all peers and turns them into offsets; all threads of a block. False: the group has failed.
+// Waits for the counts of all peers and turns them into offsets; all threads of a block. Returns false if the group has
+// failed.
 DEV bool receive_counts(const DecodeDispatchParams& p, DecodeCall& call, const RecvCounts& counts) {
     __shared__ u32 lost;
     const u32 R = p.num_ranks, L = p.num_local, mask_words = (p.max_tokens + 31) / 32, words = 1 + L + mask_words;
@@ -59,7 +60,7 @@ DEV void mark_absent(const DecodeDispatchParams& p, u64 row) {
     for (u32 k = threadIdx.x % 32; k < p.top_k; k += 32) places[k] = -1;
 }
 
-// The value of slot k, of which three lie in the note of each lane.
+// Returns the value of slot k; the note of each lane holds three slots.
 DEV u32 slot_value(const int4& note, u32 k) {
     const u32 x = __shfl_sync(kAll, (u32)note.x, (int)(k / 3 % 32)),
               y = __shfl_sync(kAll, (u32)note.y, (int)(k / 3 % 32));
@@ -67,15 +68,15 @@ DEV u32 slot_value(const int4& note, u32 k) {
     return k % 3 == 0 ? x : k % 3 == 1 ? y : z;
 }
 
-// The row of `out` for a slot with this code; kUnused: none here.
+// Returns the row of `out` for a slot with this code; kUnused if it has none on this rank.
 DEV u32 place_of(const DecodeDispatchParams& p, const RecvCounts& counts, u32 from, u32 code) {
     const u32 e = (code >> 16) - p.rank * p.num_local, capacity = p.num_ranks * p.max_tokens;
     if (code == kUnused || e >= p.num_local) return kUnused;
     const u32 at = counts.offsets[from * p.num_local + e] + (code & 0xffff);
-    return at < capacity ? e * capacity + at : kUnused;  // beyond only if ranks have made different calls
+    return at < capacity ? e * capacity + at : kUnused;  // at >= capacity only if ranks made different calls
 }
 
-// Receives kRecvChunk packets of a row, from packet `unit` on; one warp. False: the group has failed.
+// Receives kRecvChunk packets of a row, from packet `unit` on; one warp. Returns false if the group has failed.
 DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const RecvCounts& counts, u32 from, u32 t,
                        u32 unit) {
     const u32 lane = threadIdx.x % 32, K = p.top_k;
@@ -85,7 +86,7 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
     const u32 codes = code_notes(p), wanted = first ? row_notes(p) : codes;
     u8* row_at = packets + ((u64)t * p.row_units + unit + lane) * 16;
     u8* scale_at = packets + ((u64)p.max_tokens * p.row_units + (u64)t * p.scale_units + unit / 32) * 16;
-    // Packets of this lane: may be more than it receives at a time.
+    // Packets of this lane up to the end of the row: may be more than it receives at a time.
     const u32 lane_packets = p.row_units - unit > lane ? (p.row_units - unit - lane + 31) / 32 : 0;
     const u32 num_scales = kCast ? min(kScalePackets, p.scale_units - unit / 32) : 0;
     int4 v[kLanePackets], code = make_int4(0, 0, 0, 0), weight = make_int4(0, 0, 0, 0), scales[kScalePackets];
@@ -144,7 +145,7 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
     return true;
 }
 
-// Receives the chunks of this warp: all announced tokens in order, from this rank's own on.
+// Receives the chunks of this warp: all announced tokens in order, beginning with this rank's own.
 DEV void receive_rows(const DecodeDispatchParams& p, DecodeCall& call, const RecvCounts& counts) {
     const u32 chunks = (p.row_units + kRecvChunk - 1) / kRecvChunk, mask_words = (p.max_tokens + 31) / 32;
     const u32 blocks = gridDim.x - 1, step = blocks * (blockDim.x / 32);

@@ -23,13 +23,13 @@ DEV u8* packets_of(const DecodeDispatchParams& p, const DecodeCall& call, u32 at
     return p.workspaces[at] + p.packets_at + (call.parity * p.num_ranks + from) * p.packets_stride;
 }
 
-// The rank of an expert. A division takes ten times as long; sizes are so small that this is exact.
+// Returns the rank of an expert. A division takes ten times as long; sizes are so small that this is exact.
 DEV u32 rank_of(const DecodeDispatchParams& p, u32 e) { return (u32)(((float)e + 0.5f) * p.per_local); }
-// Notes of a row: three slots each, first for codes, then for weights.
+// Number of notes of a row: each holds three slots; codes come first, then weights.
 DEV u32 code_notes(const DecodeDispatchParams& p) { return (p.top_k + 2) / 3; }
 DEV u32 row_notes(const DecodeDispatchParams& p) { return code_notes(p) * (p.weighted ? 2 : 1); }
 
-// Whether a token's choices lie in one warp as they are read, so that the warp finds repeated ones at once.
+// Returns whether a token's choices lie in one warp as they are read, so that the warp finds repeated ones at once.
 DEV bool token_in_warp(const DecodeDispatchParams& p) { return 32 % p.top_k == 0; }
 
 // Reads the choices, into shared memory if kKeep. Marks the second and later choices of an expert by a token if the

@@ -2,10 +2,10 @@
 #pragma once
 #include "decode_dispatch/routing.cuh"
 
-// Counts the choices of expert `mine` among the first n, as far as this lane's group searches. This is the number of
-// the row among those that the expert gets from this rank.
+// Counts the choices of expert `mine` among those of the first n that this lane's group searches. The sum over the groups
+// is the index of the row among those that the expert gets from this rank.
 DEV u32 count_earlier(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) {
-    // The groups share the search: each takes every `groups`-th eight choices. Repeated choices never match.
+    // The groups share the search: each takes every `groups`-th run of eight choices. Repeated choices never match.
     const u32 groups = 32 / lanes;
     u32 found = 0;
     for (u32 i = group * 8; i + 8 <= n; i += groups * 8) {
@@ -75,8 +75,8 @@ DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, c
     }
 }
 
-// The part of a warp in the sends: chunks (counted over all rows) `first`, `first + step` ... below `end`; and notes,
-// in the first blocks.
+// A warp's share of the sends: the chunks (counted over all rows) `first`, `first + step`, ... below `end`; and, in the
+// first blocks, notes.
 struct SendWork {
     u32 row_chunks, first, step, end;
     u32 note_blocks;  // how many blocks send notes, if this is one of them; else 0
@@ -136,7 +136,7 @@ DEV void load_chunk(const DecodeDispatchParams& p, u32 number, u32 row_chunks, u
     }
 }
 
-// The ranks that token t goes to, as bits. `expert`: of slot `lane`.
+// Returns the ranks that token t goes to, as bits. `expert`: that of slot `lane`.
 DEV u32 destinations(const DecodeDispatchParams& p, const DecodeCall& call, u32 t, u32 expert) {
     u32 bits = expert == kUnused ? 0 : 1u << rank_of(p, expert);
     for (u32 k = threadIdx.x % 32 + 32; k < p.top_k; k += 32) {

@@ -63,7 +63,7 @@ SPEC = replace(
 
 
 def mask_words(max_tokens: int) -> int:
-    """Return the number of 32-bit words that hold one bit a token."""
+    """Return the number of 32-bit words that hold one bit per token."""
     return -(-max_tokens // 32)
 
 

@@ -10,13 +10,13 @@
 //          each rank the sum of its rows. Sums are in float32 (float64 for float64 rows) and are rounded once, at the end:
 //          the same bits every time.
 // Params   table, table_stride, width, num_tokens, pieces, row_bytes, bias0, bias1, out.
-// Rows     A class of the kernel:
+// Rows     A class that the kernel defines:
 //            rank_of(entry, column)           the rank that an entry of the table refers to
 //            place_of(entry)                  the row on that rank
 //            at(p, rank)                      where the rank's rows begin; called by all lanes
 //            wait(p, rank, place, mine)       waits until a row may be read, if it is `mine`; called by all lanes. Returns
 //                                             false if the group is broken
-//            num_whole(p)                     the first so many tokens have one unit for all pieces, the others one a piece
+//            num_whole(p)                     this many first tokens have one unit for all pieces, the others one per piece
 #pragma once
 #include "device/number.cuh"
 #include "device/sync.cuh"
@@ -36,11 +36,11 @@ struct Warp {
     Rows rows;
     u8* buffers;       // [kStages][kGroup][kPiece]
     u64* barriers;     // [kStages]
-    u32 units, dealt;  // of the kernel; see claim_unit
+    u32 units, dealt;  // units of the kernel; see claim_unit
     u32 next;          // lane 0: the unit to open next
     u32 queue;         // lane i: the unit that was opened as i-th, modulo 32
-    u32 opened;        // units
-    bool broken;       // the group
+    u32 opened;        // number of units opened
+    bool broken;       // the group is broken
 };
 
 template <class P, class Rows>
@@ -180,7 +180,7 @@ DEV void store_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
     }
 }
 
-// Starts the loads of the next group. `ahead`: the unit that loads have come to; `done`: the number of units that are summed.
+// Starts the loads of the next group. `ahead`: the unit that is being loaded; `done`: the number of units that are summed.
 // Returns false if no unit is left, if 32 units are open, or if the group is broken.
 // Rows are waited for with the first piece of a unit only: each wait is a trip to memory.
 template <class P, class Rows>
@@ -228,7 +228,7 @@ DEV u32 add_group(const P& p, const Warp<Rows>& warp, const Unit& here, u64 grou
     return last_rank;
 }
 
-// Sums all units that this warp takes, after a call of `first(unit)` for each. Returns false if the group is broken.
+// Sums all units that this warp takes; calls `first(unit)` before each. Returns false if the group is broken.
 template <class P, class Rows, class F>
 DEV bool sum_units(const P& p, Warp<Rows>& warp, F first) {
     Unit here, ahead;

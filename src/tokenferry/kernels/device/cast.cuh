@@ -14,7 +14,7 @@ DEV void load_columns(const int4* x, u64 row, u32 columns, u32 column, int4 (&v)
         v[c] = column + c * per < columns ? __ldg(x + (row * columns + column) / per + c) : make_int4(0, 0, 0, 0);
 }
 
-// Casts them to one packet; `scales` gets the four scales of the warp's 512 columns.
+// Casts this lane's 16 columns to one packet; `scales` gets the four scales of the warp's 512 columns.
 DEV int4 cast_packet(const int4 (&v)[kLoads], u32 format, int4& scales) {
     float n[16];
 #pragma unroll

@@ -38,7 +38,8 @@ struct DecodeCall {
 constexpr u32 kSentinel = 0xffffffffu;  // each word of an empty packet
 constexpr u32 kUnused = 0xffffffffu;    // instead of an expert, a rank or a row: this slot has none
 
-// Instead of an acknowledgement: its writer has masked this rank. It is no acknowledgement, whose lower half is even.
+// Stored in place of an acknowledgement by a rank that has masked this one. It differs from every acknowledgement: their
+// lower half is even.
 constexpr u64 kMaskedAck = ~0ull;
 
 DEV bool is_empty(const int4& v) {
@@ -60,7 +61,7 @@ struct SpinDeadline {
     u32 spins = 0;
 };
 
-constexpr u32 kOk = 0;        // of a poll: continue; of a wait: the message is here
+constexpr u32 kOk = 0;        // from a poll: continue; from a wait: the message has arrived
 constexpr u32 kTimedOut = 1;  // the deadline has passed
 constexpr u32 kFailed = 2;    // the group has failed
 
@@ -91,7 +92,7 @@ DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
     return state;
 }
 
-// Whether a peer whose `word` does not arrive has made another call than this rank: it has sent in the other channel,
+// Returns whether a peer whose `word` does not arrive has made another call than this rank: it has sent in the other channel,
 // or entered a collective kernel, and this rank has not.
 template <class P>
 static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
@@ -109,8 +110,8 @@ static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, 
     return true;
 }
 
-// Handles a peer that missed the deadline. True: it is masked from now on, and the call continues without it. False:
-// the group has failed.
+// Handles a peer that missed the deadline. Returns true if it is masked from now on, and the call continues without it; false
+// if the group has failed.
 template <class P>
 static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
     if (!p.mask_late) {
@@ -124,7 +125,7 @@ static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u3
     return true;
 }
 
-// Whether the blocks have agreed that a peer's message missed the deadline.
+// Returns whether the blocks have agreed that a peer's message missed the deadline.
 template <class P>
 DEV bool agreed_late(const P& p, u32 channel, u32 epoch, u32 peer) {
     return load_relaxed(&control_block(p, p.rank)->verdict[channel][peer]) == ((u64)epoch << 32 | 2);
@@ -158,7 +159,7 @@ DEV u32 wait_for_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* w
             return kTimedOut;
         if (state == kTimedOut) {
             if (p.mask_late && agree_whether_arrived(p, channel, epoch, peer, false))
-                deadline.start = 0;  // in another block
+                deadline.start = 0;  // it has arrived in another block
             else return mask_peer(p, peer, kLateHandshake, epoch_in(seen), epoch, p.timeout_ns) ? kTimedOut : kFailed;
         }
         if (deadline.start && deadline.spins % 4096 == 0 && is_in_another_call(p, channel, epoch, peer, word))
@@ -173,7 +174,7 @@ DEV u32 wait_for_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* w
 
 // ---- sending
 
-// The state that a block needs before it starts. One warp of each block reads it, one word a lane, all at once: a round
+// The state that a block needs before it starts. One warp of each block reads it, one word per lane, all at once: a round
 // trip to memory takes most of a microsecond, and a word that all warps of the GPU read takes several.
 struct Snapshot {
     u32 sends, masked, failed, stopped, unused[4];
@@ -205,7 +206,7 @@ DEV SnapshotLane load_snapshot(const P& p, u32 channel, const i32* table, const 
     return s;
 }
 
-// Whether the peer of this lane has received what the next send will overwrite; true in all warps but the first.
+// Returns whether the peer of this lane has received what the next send will overwrite; true in all warps but the first.
 template <class P>
 DEV bool is_buffer_free(const P& p, const SnapshotLane& s) {
     if (threadIdx.x >= 32) return true;
@@ -223,7 +224,7 @@ DEV const Snapshot& share_snapshot(const SnapshotLane& s, bool& good) {
     return snapshot;
 }
 
-// The next send.
+// Returns the next send.
 template <class P>
 DEV DecodeCall next_call(const P& p, const Snapshot& snapshot) {
     return {snapshot.sends + 1, (snapshot.sends + 1) & 1, p.alive & ~snapshot.masked};
@@ -250,7 +251,7 @@ DEV void send_acks(const P& p, const DecodeCall& call) {
     }
 }
 
-// A word of this call's signature; `dispatch`: see kDispatchWord.
+// Returns a word of this call's signature; `dispatch`: see kDispatchWord.
 template <class P>
 DEV u32 signature_word(const P& p, u32 w, u32 dispatch) {
     return w == kDispatchWord ? dispatch : p.handshake[w];
@@ -268,7 +269,7 @@ DEV void send_signature(const P& p, u32 channel, const DecodeCall& call, u32 dis
 }
 
 // Waits until every peer has received what this send will overwrite; all threads of every block. The last block adds
-// the time to p.wait_ns. False: the group has failed.
+// the time to p.wait_ns. Returns false if the group has failed.
 template <class P>
 static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, DecodeCall& call) {
     bool good = true;
@@ -305,11 +306,11 @@ static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, Decod
 
 // ---- receiving
 
-// Waits for the signatures of all peers and compares them; all threads of one block. Adds the time to p.wait_ns. False:
-// the group has failed.
+// Waits for the signatures of all peers and compares them; all threads of one block. Adds the time to p.wait_ns. Returns
+// false if the group has failed.
 template <class P>
 DEV bool check_signatures(const P& p, u32 channel, const DecodeCall& call, u32 dispatch) {
-    // One warp a peer: threads of a warp wait together, and the time of each peer is counted apart.
+    // One warp per peer: threads of a warp wait together, and the time of each peer is counted apart.
     for (u32 peer = threadIdx.x / 32; peer < p.num_ranks; peer += blockDim.x / 32) {
         const u32 w = threadIdx.x % 32;
         if (w >= kSignatureWords || !(call.alive >> peer & 1)) continue;

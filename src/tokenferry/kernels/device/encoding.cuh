@@ -1,4 +1,4 @@
-// Encoding of rows in decode combine, in chunks of 512 columns. kType: of rows; kEncoding: 0 none, 1 FP8, 2 logfmt10.
+// Encoding of rows in decode combine, in chunks of 512 columns. kType: the type of rows; kEncoding: one of
 //
 //   kSame     packet i * 32 + lane is the unit (16 bytes) i * 32 + lane of the chunk
 //   kFp8      a lane holds 16 columns: packet `lane`; packet 32: four scales; tokenferry/formats/fp8.py
@@ -138,7 +138,7 @@ DEV void load_encoded(const u8* from, EncodedChunk& c) {
     }
 }
 
-// Whether all packets of this lane's part have arrived.
+// Returns whether all packets of this lane's part have arrived.
 DEV bool is_complete(const EncodedChunk& c, u32 columns, u32 chunk) {
     bool complete = true;
 #pragma unroll

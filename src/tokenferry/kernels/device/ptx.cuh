@@ -18,7 +18,7 @@ DEV void mbarrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// Waits for loads. They need no deadline: they come from memory of this GPU or of a peer, which answers whatever the
+// Waits for loads. They need no deadline: they come from memory of this GPU or of a peer, which responds whatever the
 // process of the peer does.
 DEV void mbarrier_wait(u64* barrier, u32 parity) {
     u32 done = 0;

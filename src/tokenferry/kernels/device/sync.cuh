@@ -3,7 +3,7 @@
 //
 //   entry_sync  publish_handshake writes this rank's handshake to every peer; read_handshakes waits for those of all peers,
 //               in every block. The handshake of a rank says that all its earlier work is done: the memory that it offers
-//               may be read, and the memory that it asks to be filled may be written.
+//               may be read, and the memory where it receives rows may be written.
 //   exit_sync   Every block announces to every rank that its work there is complete; block 0 of each rank waits for all
 //               blocks of all ranks. So when the kernel ends, the peers' writes to this rank have arrived, and what they
 //               read here may be overwritten.
@@ -79,7 +79,7 @@ DEV bool has_come(const W* word, u32 epoch) {
 }
 
 // Returns whether to go on polling a word: false if the group is broken, or breaks now. `start`: 0 on the first call;
-// `times`: the deadline, in units of the usual one.
+// `times`: the deadline, as a multiple of the usual one.
 template <class P, class W>
 DEV bool may_wait(const P& p, const W* word, u32 epoch, u32 peer, u32 code, u64& start, u32 times) {
     ControlBlock* mine = control_block(p, p.rank);
@@ -119,16 +119,16 @@ DEV u32 next_epoch(const P& p) {
     return load_relaxed(&control_block(p, p.rank)->epoch) + 1;
 }
 
-// Returns whether kernels no-op: the group is broken; or a call was aborted, and the host, which has not seen that yet, has
-// launched others behind it. Those would be matched with the wrong calls of the peers.
+// Returns whether all kernels are no-ops: the group is broken, or a call was aborted. The host may have launched more calls
+// before it noticed; they would be matched with the wrong calls of the peers.
 template <class P>
 DEV bool is_stopped(const P& p) {
     const ControlBlock* mine = control_block(p, p.rank);
     return load_relaxed(&mine->failed) || load_relaxed(&mine->stopped);
 }
 
-// Returns whether this kernel no-ops: as is_stopped, or because its plan was aborted. `counts` are counts of the plan: an
-// aborted dispatch leaves -1 there, so that all later calls along its plan are aborted, too.
+// Returns whether this kernel is a no-op: because of is_stopped, or because its plan was aborted. `counts` are counts of the
+// plan: an aborted dispatch leaves -1 there, so that all later calls with its plan are no-ops, too.
 template <class P>
 DEV bool must_skip(const P& p, const i64* counts) {
     return is_stopped(p) || *counts < 0;

@@ -13,8 +13,8 @@
 //          4 block    __syncthreads; adds 1 to done[rank] on every peer, with release (exit_sync)
 //          5 peer     block 0 sees the sum of all blocks, fences                      sees 4, therefore 2 and all small stores
 // Why nothing is overwritten
-//          A handshake says where its rank wants rows, and that nothing reads that memory any more (it was taken from the heap
-//          on the stream of this call). Loads need no handshake, so they start before the wait.
+//          A handshake says where its rank receives rows, and that nothing reads that memory any more (it was taken from the
+//          heap on the stream of this call). Loads need no handshake, so they start before the wait.
 // Cost     bytes out = rows sent * (row + scale + small). sm_90a: <= 64 registers, 0 spills, 3072 B of static shared
 //          memory, at most 228480 B of dynamic.
 // Tests    tests/cuda/test_dispatch_kernel.py, tests/compile.
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) dispatch(const __gr
         if (place >= 0) store_unit(p, ring.buffers + stage * ring.pitch, c, (u32)place, to, to_scale);
         bulk_commit();
         next = __shfl_sync(kAll, claim, 0);
-        const u32 before = stage ? stage - 1 : stages - 1;  // its stores had the time of a unit to be read
+        const u32 before = stage ? stage - 1 : stages - 1;  // its stores have had the time of one unit
         if (next < units) {
             bulk_wait_read<1>();
             __syncwarp();

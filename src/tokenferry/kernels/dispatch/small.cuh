@@ -19,8 +19,8 @@ DEV void store_scale(const DispatchParams& p, u64 t, u32 hits, u64 to, i32 place
     }
 }
 
-// Stores what a peer needs to know about one token: ids, row_idx and source token (a first dispatch) and weights (ROWS). Each
-// lane handles a pair of a rank and a slot. `row`: lane r has the token's row on rank r; -1: none.
+// Stores the metadata of one token on its ranks: ids, row_idx and source token (in a first dispatch), and weights (ROWS).
+// Each lane handles pairs of a rank and a slot. `row`: lane r has the token's row on rank r; -1: none.
 DEV void store_indices(const DispatchParams& p, u32 t, i32 row, const u32 (*handshakes)[kHandshakeWords]) {
     const u32 K = p.top_k, pairs = p.num_ranks * K;
     const i32* slots = p.places + (u64)t * p.width + p.num_ranks;

@@ -9,9 +9,9 @@ from tokenferry.kernels.describe import describe
 MAX_WARPS = 24
 MAX_PIECE_BYTES = 8192
 STAGES = 3
-"""Buffers of a ring."""
+"""Number of buffers in a ring."""
 SMEM_BYTES = 224 * 1024
-"""Most bytes of all rings of a block together; Hopper has 227 KB for a block."""
+"""Most bytes of all rings of a block together; Hopper allows 227 KB per block."""
 
 SPEC = describe(
     __file__,
@@ -52,11 +52,11 @@ class Rings:
     """How rows are cut into pieces, and the shared memory of a block into rings, one for each warp.
 
     Attributes:
-        pieces: Pieces of a row.
+        pieces: Number of pieces of a row.
         piece_bytes: Bytes of a piece; the last one may have fewer.
         pitch: Bytes from one buffer to the next.
-        stages: Buffers of a ring.
-        warps: Rings of a block.
+        stages: Number of buffers in a ring.
+        warps: Number of warps of a block; each has one ring.
         smem_bytes: Bytes of all rings of a block.
     """
 

@@ -1,4 +1,4 @@
-// dispatch_assign: the second half of a plan: from the sums of dispatch_notify to the place of each row of this rank.
+// dispatch_assign: the second half of a plan: computes the place of each row of this rank from the sums of dispatch_notify.
 //
 // Grid     any number of blocks; each takes units of 128 tokens. Not collective.
 // Reads    topk_idx [T, K]; table [units, E + R] and bases of dispatch_notify.
@@ -6,12 +6,12 @@
 //            send [R]   place of the token's row on each rank (EXPERTS, MASKED: at its first expert there), -1: none
 //            slot [K]   rank << 28 | the slot's expert on that rank (ROWS) or place (EXPERTS, MASKED); -1: unused
 //            and for EXPERTS and MASKED only
-//            row  [R]   which received row of each rank the token is, by source, then token; -1: none
+//            row  [R]   index of the token's row among all rows that each rank receives; -1: none
 //            pull [K]   the distinct values of slot, ascending, then -1: by rank, then by expert
 //          dst_token [rows sent] int64: tokens by destination, then token.
-// Why the same places every time
-//          A row's place is the sum of three counts: rows of lower ranks (bases), of earlier units (table), of earlier tokens
-//          (bits of the unit). No atomics decide: rows lie by source rank, then source token.
+// Why the places are the same in every run
+//          The place of a row is the sum of three counts: rows of lower ranks (bases), of earlier units (table), and of
+//          earlier tokens (bits of the unit). No atomics: rows are ordered by source rank, then source token.
 // Cost     reads T * K indices, writes T * C words. sm_90a: <= 40 registers, 0 spills, 64 B of static shared
 //          memory, at most 65664 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}} on both ranks; rank 1, ROWS: send = {{2,-1},{3,1}}.
@@ -23,10 +23,10 @@ struct Unit {
     const u32* masks;
     const i32* before;  // [E + R] rows of earlier units
     const i32* place;   // [E] where each expert's rows from this rank begin
-    u32 first;          // token
+    u32 first;          // first token
 };
 
-// Fills slot and pull of one token's slot k.
+// Fills the columns slot and pull for slot k of one token.
 DEV void assign_slot(const DispatchAssignParams& p, const Unit& unit, u32 token, u32 k, i32* out) {
     const u64 row = (u64)(unit.first + token) * p.top_k;
     const u32 local = p.num_experts / p.num_ranks;
@@ -53,7 +53,7 @@ DEV void assign_slot(const DispatchAssignParams& p, const Unit& unit, u32 token,
     if (k >= distinct) pull[k] = -1;
 }
 
-// Fills send, row and dst_token of one token and rank.
+// Fills the columns send and row, and dst_token, for one token and rank.
 DEV void assign_row(const DispatchAssignParams& p, const Unit& unit, u32 token, u32 r, i32* out) {
     const u32 column = p.num_experts + r, local = p.num_experts / p.num_ranks, t = unit.first + token;
     const bool goes = is_marked(unit.masks, column, token);

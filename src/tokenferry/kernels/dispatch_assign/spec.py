@@ -28,5 +28,5 @@ SPEC = describe(
 
 
 def num_columns(num_ranks: int, top_k: int, *, by_expert: bool) -> int:
-    """Return the columns of ``places``: send and slot, and for layouts by expert also row and pull."""
+    """Return the number of columns of ``places``: send and slot, and for layouts by expert also row and pull."""
     return (num_ranks + top_k) * (2 if by_expert else 1)

@@ -1,7 +1,8 @@
 // dispatch_notify: the first half of a plan: counts the rows for each expert and each rank, and exchanges the counts of all
 // ranks.
 //
-// Grid     any number of blocks; each takes units of 128 tokens, and the last one to end does what needs all of them.
+// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish does the work that needs all of
+//          them.
 // Reads    topk_idx [T, K] in [-1, E).
 // Writes   peers' control blocks: counts, handshake. table [units, E + R]: rows of earlier units, per expert and per rank.
 //          bases: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on the device and,
@@ -28,7 +29,8 @@ struct Totals {
     i32* lower;    // [E] rows of lower ranks
 };
 
-// Leaves a plan that all later kernels skip: -1 for all counts of rows, no rows for any expert. All threads of a block.
+// Leaves a plan that all later kernels skip: -1 for all counts of rows, no rows for any expert. Called by all threads of a
+// block.
 DEV void abort_plan(const DispatchNotifyParams& p) {
     const u32 local = p.num_experts / p.num_ranks;
     for (u32 r = threadIdx.x; r < p.num_ranks; r += blockDim.x) {
@@ -41,7 +43,7 @@ DEV void abort_plan(const DispatchNotifyParams& p) {
 
 // ---- 1: all blocks
 
-// Fills in the table for the units of this block; notes the least bad index in the control block.
+// Fills in the table for the units of this block; records the first slot with a bad index in the control block.
 DEV void count_units(const DispatchNotifyParams& p, u32 units, u32* masks) {
     const u32 E = p.num_experts, R = p.num_ranks, columns = E + R;
     for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
@@ -143,8 +145,8 @@ DEV void write_rank_counts(const DispatchNotifyParams& p, const i32 (*sent)[kMax
     __syncthreads();
 }
 
-// Finds where each expert's rows begin in the layout of its rank; EXPERTS and MASKED: ends[r] becomes the rows that rank r
-// needs room for. One warp handles a rank.
+// Finds where each expert's rows begin in the layout of its rank. ends[r] becomes the rows of rank r with their padding
+// (EXPERTS), or the rows of its fullest expert (MASKED). One warp handles a rank.
 DEV void lay_out_experts(const DispatchNotifyParams& p, const i32* all, i32* starts, i32* ends) {
     const u32 lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
     for (u32 r = threadIdx.x / 32; r < p.num_ranks; r += blockDim.x / 32) {
@@ -200,7 +202,7 @@ DEV void publish_to_host(const DispatchNotifyParams& p, const i32* all, const i3
     }
 }
 
-// Publishes the counts if all ranks have room for their rows; else aborts the call, here as on all ranks.
+// Publishes the counts to the host if the rows of every rank fit; otherwise aborts the call, as every other rank does.
 DEV void finish(const DispatchNotifyParams& p, u32 epoch, const i32* all, const i32 (*sent)[kMaxRanks],
                 const i32* ends) {
     u32 worst = 0;

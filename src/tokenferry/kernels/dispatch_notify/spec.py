@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from tokenferry.kernels.codes import UNIT_TOKENS
-from tokenferry.kernels.control_block import HOST_EXPERTS_WORD
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
-HOST_WORDS_BEFORE_EXPERTS = HOST_EXPERTS_WORD
-"""Words of ``host`` before the counts of the local experts: the call number, rows from and to each rank."""
 
 SPEC = describe(
     __file__,
