@@ -64,14 +64,14 @@ _HEAP_BYTES = 2 << 30
 
 
 class _Version:
-    """A tensor and the version of its content; torch counts no versions of inference tensors."""
+    """A tensor and the version of its content. Inference tensors have no version, and are taken to be unchanged."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = weakref.ref(tensor)
         self._version = 0 if tensor.is_inference() else tensor._version
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether this is the same tensor, with the same content."""
+        """Return whether this is the same tensor, with the same version."""
         version = 0 if tensor.is_inference() else tensor._version
         return self._tensor() is tensor and self._version == version
 
