@@ -1,10 +1,10 @@
 """tokenferry: expert-parallel dispatch and combine for Mixture-of-Experts models.
 
-This module defines the public names; importing it starts no process group, no CUDA, and opens no file. Begin with
-`ExpertGroup`. `tokenferry.types` explains the letters of all docstrings, and has a type for each option that is one of
-a few strings (`tokenferry.types.Numerics` and the like). Import by name: `tokenferry.autograd` (differentiable calls),
-`tokenferry.nn` (a complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API), `tokenferry.formats.fp8` and
-`tokenferry.formats.logfmt` (number formats of few bits).
+This module exports the public names. Importing it does not initialise a process group or CUDA, and opens no file. Start
+with `ExpertGroup`. `tokenferry.types` defines the letters used in all docstrings, and a type for each option that takes
+one of a few strings (such as `tokenferry.types.Numerics`). Import by name: `tokenferry.autograd` (differentiable
+calls), `tokenferry.nn` (a complete layer and routers), `tokenferry.compat.deep_ep` (DeepEP's API),
+`tokenferry.formats.fp8` and `tokenferry.formats.logfmt` (low-precision number formats).
 """
 
 from __future__ import annotations

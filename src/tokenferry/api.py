@@ -1,4 +1,4 @@
-"""`ExpertGroup`, the entry point of the library. Each call checks and resolves its arguments and calls a backend."""
+"""`ExpertGroup`, the entry point of the library. Each call checks its arguments and passes a request to a backend."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tokenferry.types import (
 )
 
 # The one piece of global state of the public API: torch.library ops take strings, not objects, so `tokenferry.autograd`
-# finds a group by its key, also from a graph that was compiled long ago. Weak: it keeps no group alive.
+# finds a group by its key, even from a graph that was compiled long ago. Weak, so that it keeps no group alive.
 _groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
 
 _Group = TypeVar("_Group", bound="ExpertGroup")
@@ -47,35 +47,36 @@ class ExpertGroup:
     """R ranks that share E experts, and the calls that move rows between them.
 
     Contract:
-        Collective: making it, `warmup`, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and `decode_combine`
-            are; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize` and the
-            attributes are local.
-        Threads: one at a time.
+        Collective: the constructor, `warmup`, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and
+            `decode_combine`; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize`
+            and the attributes are local.
+        Threads: one thread at a time.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way its
-            input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream, or, where the
-            host needs counts, when those have arrived; it never waits for rows. No wait for a peer takes longer than
-            ``timeout_s``.
+            input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream or, if the
+            host needs counts, when the counts have arrived; it never waits for rows. No wait for a peer takes longer
+            than ``timeout_s``.
         Stream: CUDA: a call runs on torch's current stream. Consecutive calls may be made on different streams: each
             waits for the one before.
-        Errors on the device: an error that the device finds (bad indices with ``counts="device"``, a late or dead peer)
-            is raised by the next call, or by `synchronize`. The plan and the results of such a call are undefined.
+        Errors on the device: an error that the device detects (bad indices with ``counts="device"``, a late or dead
+            peer) is raised by the next call, or by `synchronize`. The plan and the results of such a call are
+            undefined.
 
     Args:
         group: A process group, or None for a group of one rank, which needs no initialisation. Backend cpu: one that
-            works on CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``); cuda: any (gloo, nccl).
-        shape: The sizes that all ranks agree on.
+            supports CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``); cuda: any (gloo, nccl).
+        shape: The sizes of the group, the same on all ranks.
         backend: ``"cuda"``, ``"cpu"``, or ``"auto"`` for the best one that runs on every rank; a log line names the
             choice and the reason.
         transport: How CPU ranks reach each other: ``"shared_memory"`` (shared memory, all ranks on one host),
-            ``"process_group"`` (torch.distributed's own send and receive) or ``"auto"`` for the best one that works
+            ``"process_group"`` (send and receive of torch.distributed) or ``"auto"`` for the best one that works
             for all ranks. Anything but ``"auto"`` excludes backend cuda.
-        timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, 100 if that is not set.
+        timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, or 100 if it is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
             (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
             ``"shared_memory"``.
 
     Raises:
-        ConfigError: an option is wrong, E is no multiple of R, or ranks disagree; gives the value of each rank.
+        ConfigError: an option is wrong, E is not a multiple of R, or ranks disagree; gives the value of each rank.
         BackendUnavailable: the backend or transport cannot run here; gives the reason.
         PeerTimeout: a rank did not answer.
 
@@ -106,9 +107,9 @@ class ExpertGroup:
     def _with_heap(
         cls, group: dist.ProcessGroup | None, shape: MoeShape, *, heap_bytes: int, on_timeout: TimeoutPolicy = "raise"
     ) -> ExpertGroup:
-        """Make a group with this much GPU memory for rows, unless TOKENFERRY_HEAP_MB is set; collective.
+        """Make a group with ``heap_bytes`` of GPU memory for rows, unless TOKENFERRY_HEAP_MB is set. Collective.
 
-        For APIs that learn the sizes only with each call, so that the memory cannot follow from the shape.
+        For APIs that receive the sizes only with each call, so that the memory cannot be derived from the shape.
         """
         resolved = resolve_options(group, shape, "auto", "auto", None, on_timeout)
         if resolved.heap_bytes is None:
@@ -117,7 +118,7 @@ class ExpertGroup:
         made._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
         return made
 
-    # ------------------------------------------------------------------ what the group is
+    # ------------------------------------------------------------------ attributes and local calls
 
     @property
     def rank(self) -> int:
@@ -126,27 +127,27 @@ class ExpertGroup:
 
     @property
     def num_ranks(self) -> int:
-        """R."""
+        """Number of ranks in the group, R."""
         return self._backend.num_ranks
 
     @property
     def key(self) -> str:
-        """Identifies the group in its plans; the same on all ranks."""
+        """Identifier of the group in its plans; the same on all ranks."""
         return self._backend.key
 
     @property
     def num_local_experts(self) -> int:
-        """L = E / R; this rank holds experts ``rank * L .. rank * L + L - 1``."""
+        """Experts on this rank, L = E / R: those numbered ``rank * L .. rank * L + L - 1``."""
         return self.shape.num_experts // self.num_ranks
 
     @property
     def backend(self) -> str:
-        """The backend that was chosen: ``"cuda"`` or ``"cpu"``."""
+        """The backend in use: ``"cuda"`` or ``"cpu"``."""
         return self._backend.name
 
     @property
     def transport(self) -> str:
-        """How ranks reach each other: "nvlink", "shared_memory", "process_group", or "none" for a group of one."""
+        """The transport in use: "nvlink", "shared_memory", "process_group", or "none" for a group of one rank."""
         return self._backend.transport
 
     @property
@@ -160,13 +161,13 @@ class ExpertGroup:
         return self._backend.masked()
 
     def for_shape(self: _Group, shape: MoeShape) -> _Group:
-        """Return this group for other sizes; both share ranks, connections and errors.
+        """Return a view of this group for other sizes; both share ranks, connections and errors.
 
-        Contract: local, at once. All ranks must do the same before they use it. Closing or breaking either one does the
-        same to both.
+        Contract: local, returns at once. All ranks must make the same view before any of them uses it. Closing or
+        breaking either one closes or breaks both.
 
         Raises:
-            ConfigError: E is no multiple of R.
+            ConfigError: E is not a multiple of R.
             ClosedError: the group was closed or is broken.
         """
         self._ready("for_shape")
@@ -181,35 +182,36 @@ class ExpertGroup:
         Rows for a masked rank are not sent, and its experts add nothing to combined rows. With ``on_timeout="mask"``
         decode calls mask a rank that stays silent. In the call that times out, the rows of that rank are undefined.
 
-        Masking, contract: local, at once. Between a `decode_combine` and the next `decode_dispatch`, on both sides: a
-        rank that does not mask those that mask it waits for them until its timeout. Ranks may mask differently. CUDA:
-        pending hooks are called first.
+        Contract of masking: local, returns at once. Call it between a `decode_combine` and the next `decode_dispatch`,
+        on both sides: a rank that does not mask those that mask it waits for them until its timeout. Ranks may mask
+        differently. CUDA: pending hooks are called first.
 
-        Unmasking, contract: if two ranks have masked each other by hand, between the same two calls on both, and make
-        the same number of calls meanwhile, both may unmask each other before any later call: local, at once. A rank
-        that was lost (stopped, late, masked by a timeout), or has made more or fewer calls, comes back when all ranks
-        do
+        Contract of unmasking: if two ranks have masked each other by hand, between the same two calls on both, and make
+        the same number of calls meanwhile, both may unmask each other before any later call: local, returns at once. A
+        rank that was lost (stopped, late, masked by a timeout), or has made more or fewer calls, comes back when all
+        ranks do
 
-            group.synchronize()  # CUDA graphs run outside of the group: torch.cuda.synchronize()
+            group.synchronize()  # after replays of CUDA graphs: torch.cuda.synchronize()
             dist.barrier()
-            for rank in range(group.num_ranks):  # this one, too
+            for rank in range(group.num_ranks):  # including this rank
                 group.mask(rank, masked=False)
             dist.barrier()
 
-        with barriers that are none of this group's calls. If some ranks stay away, the others do this among themselves,
-        and all of them mask the absent ones. Unmasking waits for no peer; CUDA: it waits for the device. Calls that
-        were pending are lost: hooks that were not called do nothing, and plans from before must not be used any more.
-        Not on the transport ``"process_group"``, where a timeout ends the process group.
+        with barriers that are not calls of this group. If some ranks stay away, the others do this among themselves,
+        and all of them mask the absent ones. Unmasking waits for no peer; CUDA: it waits for the device. Pending
+        calls are lost: hooks that were not called do nothing, and earlier plans must no longer be used. A lost rank
+        cannot come back on the transport ``"process_group"``, where a timeout ends the process group.
 
-        CUDA graphs: a graph sees masks that are set or cleared after its capture; one that was captured while a rank
-        was masked leaves that rank out for good. Not during a capture.
+        CUDA graphs: a graph sees masks that are set or cleared after its capture; one captured while a rank was
+        masked leaves that rank out for good. This method must not be called during a capture.
 
         Args:
             rank: The rank to mask or unmask; this rank itself only with ``masked=False``, to resynchronise it.
             masked: True to skip the rank, False to stop skipping it.
 
         Raises:
-            ArgumentError: ``rank`` is this rank and ``masked``, it is outside [0, R), or a CUDA graph is captured.
+            ArgumentError: ``rank`` is outside [0, R), it is this rank and ``masked`` is True, or a CUDA graph is being
+                captured.
             ClosedError: the group was closed or is broken.
         """
         self._ready("mask")
@@ -220,7 +222,7 @@ class ExpertGroup:
         self._backend.mask(rank, masked=masked)
 
     def warmup(self) -> None:
-        """Compile and load all kernels, so that no rank waits in a kernel for a peer that still compiles.
+        """Compile and load all kernels, so that no rank waits in a kernel for a peer that is still compiling.
 
         Contract: collective. Host: returns when every rank is ready. Call it once before the first call on a GPU, and
         before a CUDA graph is captured. Does nothing on the CPU backend.
@@ -239,7 +241,7 @@ class ExpertGroup:
         call. Does nothing on the CPU backend.
 
         Raises:
-            RoutingError, CapacityError, MismatchError, PeerTimeout: a call failed with it.
+            RoutingError, CapacityError, MismatchError, PeerTimeout: an earlier call failed with this error.
             ClosedError: the group was closed or is broken.
         """
         self._ready("synchronize")
@@ -248,19 +250,19 @@ class ExpertGroup:
     def empty_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return uninitialised rows for `combine`, in memory that peers can read without a copy.
 
-        Contract: local, at once. Optional: `combine` takes any tensor. Rows in other memory are pushed to their ranks
-        (ROWS) or copied first (EXPERTS and MASKED). The rows that `dispatch` returns are in such memory too.
+        Contract: local, returns at once. Optional: `combine` takes any tensor. Rows in other memory are pushed to their
+        ranks (ROWS) or copied first (EXPERTS and MASKED). The rows that `dispatch` returns are in such memory too.
 
         Args:
-            plan: That of the `dispatch` whose experts write these rows.
-            dtype: bfloat16, float16, float32 or float64.
+            plan: The plan of the `dispatch` whose expert outputs these rows will hold.
+            dtype: dtype of the rows: bfloat16, float16, float32 or float64.
 
         Returns:
-            Tensor: in the shape of ``Dispatched.x``, with H columns.
+            Tensor: shape of ``Dispatched.x``, with H columns.
 
         Raises:
             PlanError: the plan is another group's.
-            ArgumentError: ``dtype`` is none of these.
+            ArgumentError: ``dtype`` is not one of these.
             ClosedError: the group was closed or is broken.
         """
         self._ready("empty_rows")
@@ -268,7 +270,7 @@ class ExpertGroup:
         return self._backend.empty_rows(plan, dtype, self.shape.hidden)
 
     def _plan_columns(self, options: DispatchOptions) -> int:
-        """Return the columns of ``Plan._places`` of a dispatch with these options; 0 on the CPU. Local."""
+        """Return the number of columns of ``Plan._places`` for a dispatch with these options; 0 on the CPU. Local."""
         return self._backend.plan_columns(self.shape, options)
 
     def close(self) -> None:
@@ -316,15 +318,15 @@ class ExpertGroup:
     ) -> Dispatched[Tensor] | Dispatched[Quantized]:
         """Send every token to each rank that holds one of its chosen experts.
 
-        A token travels once per *rank*, however many of its experts live there. Rows are bit-for-bit copies and arrive
-        by source rank, then source token, in every layout (EXPERTS and MASKED: within each expert), always.
+        A token is sent once per *rank*, however many of its experts are there. Rows are bit-for-bit copies, always
+        ordered by source rank, then source token (EXPERTS and MASKED: within each expert).
 
         Contract:
             Collective: yes; T may differ and may be 0; dtypes, K, S and ``options`` must be the same on all ranks.
             Host: CPU backend: returns when the rows have arrived. CUDA: ``counts="host"``: waits for the counts (about
                 one round trip) without holding the GIL; ``counts="device"``: returns at once, unless ``capacity`` is
-                below the worst case: then it waits for the counts as well, to raise on every rank if rows do not fit.
-            Stream: torch's current one. Later work on it may overwrite ``x``.
+                below the worst case: then it also waits for the counts, to raise on every rank if rows do not fit.
+            Stream: torch's current stream. Later work on it may overwrite ``x``.
             CUDA graph: capturable with ``counts="device"``. A captured call does not wait: an overflow of ``capacity``
                 is raised by the next call that is not captured; nothing is written out of bounds.
             Gradient: none; use `tokenferry.autograd.dispatch`.
@@ -332,11 +334,11 @@ class ExpertGroup:
         Args:
             x: ``[T, H]`` bfloat16, float16, float32 or float64, contiguous, T <= M; or a `Quantized`.
             routing: ``topk_idx`` ``[T, K]`` and, if weights are to be sent, ``topk_weights`` ``[T, K]``.
-            options: Layout, padding, and where counts are needed; None: ROWS with counts on the host.
+            options: Layout, padding and location of the counts; None: ROWS with counts on the host.
             num_sms: SMs that the call may occupy; None: the number that ``tokenferry explain`` prints. CUDA only.
 
         Returns:
-            Dispatched: rows, ids, weights, counts and the plan for `combine` and `redispatch`.
+            Dispatched: rows, expert ids, weights, counts and the plan for `combine` and `redispatch`.
 
         Raises:
             ShapeError: an argument has the wrong shape, dtype, device or strides; names it.
@@ -380,14 +382,14 @@ class ExpertGroup:
         topk_weights: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Dispatched[Tensor] | Dispatched[Quantized]:
-        """Send new rows where an earlier `dispatch` sent its rows; neither routing nor counts are exchanged again.
+        """Send new rows to where an earlier `dispatch` sent its rows, without exchanging routing or counts again.
 
         Contract: as `dispatch`, but the counts are known: on CUDA it returns at once, and it is capturable with every
         plan. The backward of `combine` is this call.
 
         Args:
             x: As for `dispatch`, with the T of the plan; dtype and width may differ from those of the first rows.
-            plan: From a `dispatch` or `redispatch` of this group.
+            plan: The plan of a `dispatch` or `redispatch` of this group.
             topk_weights: ``[T, K]`` float32 to send with the rows, or None.
             num_sms: As for `dispatch`.
 
@@ -414,8 +416,8 @@ class ExpertGroup:
         """Return every row to the rank of its token and add up the rows of each token.
 
         Numerics: the sum starts with the biases (0 without any) and adds one partial sum per rank in rank order. With
-        EXPERTS and MASKED a rank's partial sum adds its experts' rows in expert order. All in float32 (float64 rows:
-        float64) with one rounding at the end; the same bits every time. Gate weights are not applied: the sum is plain.
+        EXPERTS and MASKED a rank's partial sum adds its experts' rows in expert order. All sums are in float32
+        (float64 rows: float64) with one rounding at the end, and bitwise reproducible. Gate weights are not applied.
 
         Contract:
             Collective: yes.
@@ -426,12 +428,12 @@ class ExpertGroup:
 
         Args:
             y: The experts' outputs in the layout of ``Dispatched.x``: ``[N, H]``, ``[rows, H]`` or ``[L, capacity,
-                H]``, contiguous, bfloat16, float16, float32 or float64; rows past the counts are not read.
-            plan: From a `dispatch` or `redispatch` of this group; not consumed.
+                H]``, contiguous; bfloat16, float16, float32 or float64; rows past the counts are not read.
+            plan: The plan of a `dispatch` or `redispatch` of this group; not consumed.
             topk_weights: float32 in the shape of ``Dispatched.topk_weights``, to be returned with the rows and added up
                 per slot; the backward of `dispatch` needs it.
-            bias: One or two ``[T, H]`` tensors of y's dtype to start from.
-            out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
+            bias: One or two ``[T, H]`` tensors of y's dtype, with which the sum starts.
+            out: The tensor to write to: ``[T, H]`` of y's dtype, contiguous; None: a new tensor.
             num_sms: As for `dispatch`.
 
         Returns:
@@ -481,18 +483,19 @@ class ExpertGroup:
         """Send every token to its experts, into a layout whose shape does not depend on the routing.
 
         Contract:
-            Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive.
+            Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive at once.
             Host: CPU backend: returns when the rows have arrived; with ``return_hook=True`` when they have been sent,
                 and ``hook()`` waits for them. CUDA: returns at once, and so does ``hook()``; the first decode call of
                 these sizes allocates memory together with the other ranks, and waits for them.
-            Stream: CUDA: torch's current one, all SMs. With ``return_hook=True`` the call only sends, ``hook()``
-                receives on the stream that is current then, and in between no SM is held. Any number of hooks may be
+            Stream: CUDA: torch's current stream, on all SMs. With ``return_hook=True`` the call only sends, ``hook()``
+                receives on the stream that is current then, and no SM is occupied in between. Any number of hooks may
+                be
                 pending: before a third call overwrites rows that have not been received, the oldest are received.
                 Later work on the stream may overwrite ``x``; the plan refers to the routing's tensors, which have to
                 stay unchanged until the last combine with it has been received.
-            CUDA graph: capturable after one such call outside; a call and its hook in the same capture, or neither.
-                Replays take new data, and fewer tokens as rows of ``topk_idx`` that are -1. No hook of a call outside
-                the graph may be pending.
+            CUDA graph: capturable after one such call outside of the graph. A call and its hook belong in the same
+                capture. Replays may use new data; rows of ``topk_idx`` that are all -1 stand for missing tokens. No
+                hook of a call outside of the graph may be pending.
             Gradient: none.
 
         Args:
@@ -532,15 +535,15 @@ class ExpertGroup:
         stats: DecodeStats | None = None,
         return_hook: bool = False,
     ) -> DecodeCombined:
-        """Return the experts' outputs to the ranks of their tokens and add them up with the gate weights of the plan.
+        """Return the experts' outputs to the ranks of their tokens, and add them up with the gate weights of the plan.
 
         Numerics: ``"exact"``: every expert's row is sent; ``sum_k weight[k] * row[k]`` in slot order in float32, each
         product and each sum rounded to float32, one rounding to y's dtype at the end. ``"fast"``: each rank sums its
         experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
         added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank.
 
-        Encoding: the rows on the way (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after it was rounded
-        to y's dtype) are encoded by their sender and decoded to float32 by their receiver; the rest is as above. A
+        Encoding: the rows in transit (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after rounding to
+        y's dtype) are encoded by their sender and decoded to float32 by their receiver; the rest is as above. A
         rank's own rows are encoded too, so that the sum does not depend on which rank holds an expert. ``"same"``: rows
         are sent unchanged; ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see
         `tokenferry.formats.fp8`; ``"logfmt10"``: 10 bits a number, with a logarithmic range per row and 128 columns,
@@ -551,12 +554,12 @@ class ExpertGroup:
 
         Args:
             y: ``[L, R*M, H]`` bfloat16, float16 or float32, contiguous; rows past the counts are not read.
-            plan: From `decode_dispatch` of this group, with ``topk_weights``.
+            plan: The plan of a `decode_dispatch` of this group, with ``topk_weights``.
             numerics: ``"exact"`` or ``"fast"``; the same on all ranks.
             encoding: ``"same"``, ``"fp8"`` or ``"logfmt10"``; the same on all ranks. The latter two need H to be a
                 multiple of 128.
-            out: ``[T, H]`` of y's dtype, contiguous, to write to; None: a new tensor.
-            stats: ``wait_ns`` is added to; ``received`` must be None.
+            out: The tensor to write to: ``[T, H]`` of y's dtype, contiguous; None: a new tensor.
+            stats: Counters to add to; ``received`` must be None.
             return_hook: Return after sending; the caller receives with ``hook()``.
 
         Returns:
@@ -564,9 +567,9 @@ class ExpertGroup:
 
         Raises:
             PlanError: the plan is another group's, or has no weights.
-            ArgumentError: ``numerics`` or ``encoding`` is none of these, or H is no multiple of 128 where it has to be;
-                CUDA: a graph cannot capture this.
-            CapacityError: CUDA: as `decode_dispatch`, if rows of y are larger than those of x.
+            ArgumentError: ``numerics`` or ``encoding`` is not one of these, or ``encoding`` needs H to be a multiple of
+                128; CUDA: a graph cannot capture this.
+            CapacityError: CUDA: as `decode_dispatch`, if the rows of y are larger than those of x.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """
         self._ready("decode_combine")
@@ -575,7 +578,7 @@ class ExpertGroup:
 
     def _adopt(self, backend: Backend, shape: MoeShape, timeout_s: float, *, origin: ExpertGroup | None = None) -> None:
         self._backend = backend
-        self._origin = origin  # keeps the group that `find_group` finds alive as long as any of its shapes
+        self._origin = origin  # keeps the registered group alive as long as any view of it
         if origin is None:
             _groups[backend.key] = self
         self._resolver = Resolver(shape, backend.num_ranks, backend.device, backend.key, backend.checks_routing)
@@ -588,10 +591,10 @@ class ExpertGroup:
 
 
 def find_group(key: str, shape: MoeShape) -> ExpertGroup:
-    """Return the living group with this key, for these sizes; local.
+    """Return the live group with this key, for these sizes. Local.
 
     Raises:
-        ClosedError: it has been garbage collected.
+        ClosedError: the group has been garbage collected.
     """
     group = _groups.get(key)
     if group is None:

@@ -1,7 +1,7 @@
-"""Symbolic checks of tensors, with the messages for wrong shapes, dtypes, devices and strides.
+"""Symbolic checks of tensors, with messages for wrong shapes, dtypes, devices and strides.
 
 A `Checks` belongs to one call. It takes the value of each letter (T, K, H ...) from the group and from the arguments
-that it has checked, so that an error can name the source of the number that an argument contradicts.
+checked so far, so that an error can name the source of the size that an argument contradicts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenferry.errors import ArgumentError, CapacityError, RoutingError, ShapeError
 
 ROW_BYTES_MULTIPLE = 16
-"""Unit in which every backend moves rows, in bytes; the same everywhere, so that code that runs on one runs on all."""
+"""Every backend requires rows to be a multiple of this many bytes, so that code that runs on one runs on all."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -23,18 +23,18 @@ INDICES = (torch.int64, torch.int32)
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """The value of a letter, and the name of the argument that set it, or ``"the group"`` or the like."""
+    """The value of a letter and its source: the name of an argument, ``"the group"`` or the like."""
 
     value: int
     source: str
 
 
 class Checks:
-    """Check the arguments of one call; every method raises before anything is sent.
+    """The checks of the arguments of one call; every method raises before anything is sent.
 
     Args:
         call: Name of the public call, for messages.
-        device: Where every tensor has to be.
+        device: Device on which every tensor has to be.
     """
 
     def __init__(self, call: str, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Checks:
         self._sizes: dict[str, _Size] = {}
 
     def given(self, source: str, **sizes: int) -> Checks:
-        """Set letters before the arguments are checked, e.g. ``given("the group", H=7168)``; returns this object.
+        """Set letters before the arguments are checked, e.g. ``given("the group", H=7168)``, and return this object.
 
         Args:
             source: The origin of the sizes, for messages.
@@ -55,10 +55,10 @@ class Checks:
     def tensor(
         self, name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] | None, *, contiguous: bool = True
     ) -> Tensor:
-        """Check that ``value`` is a tensor of shape ``dims``, e.g. ``"T H"``; take the letters that it is first to set.
+        """Check that ``value`` is a tensor of shape ``dims``, e.g. ``"T H"``; record letters not seen before.
 
         Raises:
-            ShapeError: names the argument, the expectation, the finding, what set a size, and the remedy.
+            ShapeError: names the argument, what was expected and found, what set a size, and the remedy.
         """
         letters = dims.split()
         wanted = f"[{', '.join(letters)}]"
@@ -120,7 +120,7 @@ class Checks:
         )
 
     def no_grad(self, **arguments: object) -> None:
-        """Refuse arguments whose gradient would be lost silently."""
+        """Reject arguments whose gradient would be lost silently."""
         if not torch.is_grad_enabled():
             return
         for name, value in arguments.items():
@@ -133,9 +133,9 @@ class Checks:
 
 
 def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], device: torch.device) -> bool:
-    """Return whether `Checks` is sure to accept a contiguous tensor; takes a quarter of a microsecond.
+    """Return whether `Checks` would certainly accept a contiguous tensor; takes a quarter of a microsecond.
 
-    False only means that `Checks` has to decide: it also knows what else is allowed, and the messages.
+    False only means that `Checks` has to decide: it also accepts the rarer valid cases, and has the messages.
     """
     return (
         type(value) is Tensor
@@ -148,7 +148,7 @@ def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], 
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
-    """Return whether two devices are the same; ``cuda`` without an index is any of them."""
+    """Return whether two devices are the same; ``cuda`` without an index matches any index."""
     return one == other or (one.type == other.type and None in (one.index, other.index))
 
 

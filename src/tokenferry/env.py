@@ -1,4 +1,4 @@
-"""The table of TOKENFERRY_* variables. No other module of the package reads os.environ, and none writes it."""
+"""The TOKENFERRY_* environment variables. No other module of the package reads os.environ, and none writes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("tokenferry")
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One line of the table: the name of a variable, its default, its meaning, and how to parse its text."""
+    """One environment variable: its name, default, meaning and parser."""
 
     name: str
     default: str
@@ -88,7 +88,7 @@ VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The parsed table: one field for each variable."""
+    """The parsed values, one field for each variable."""
 
     backend: str
     cache_dir: str

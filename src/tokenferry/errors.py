@@ -1,11 +1,11 @@
-"""All exceptions of tokenferry, and how an application should handle each.
+"""The exceptions of tokenferry, and how an application should handle each.
 
 TokenferryError
 ├── ArgumentError          the call was wrong; nothing was sent; fix the call, the group stays usable
 │   ├── ShapeError         shape, dtype, device or strides
 │   ├── RoutingError       an expert index outside [-1, E)
 │   ├── CapacityError      more tokens or rows than were agreed
-│   └── PlanError          a plan of another group, shape or layout
+│   └── PlanError          a plan of another group or kind of call, or without weights
 ├── ConfigError            a constructor option, shape or TOKENFERRY_* variable is wrong
 ├── BackendUnavailable     this machine or process group cannot run the requested backend
 ├── UnsupportedError       an argument of the DeepEP API that this backend cannot honour
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class TokenferryError(Exception):
-    """The base class of all exceptions of tokenferry."""
+    """Base class of all exceptions of tokenferry."""
 
 
 class ArgumentError(TokenferryError, ValueError):
@@ -28,13 +28,14 @@ class ArgumentError(TokenferryError, ValueError):
 
 
 class ShapeError(ArgumentError):
-    """An argument has the wrong shape, dtype, device or strides. The message gives the expectation and the finding."""
+    """An argument has the wrong shape, dtype, device or strides. The message says what was expected and found."""
 
 
 class RoutingError(ArgumentError):
     """``topk_idx`` holds an expert outside ``[-1, E)``. The message names the first such position.
 
-    If the device found it, the rows of that call are lost, and a later call raises; see `ExpertGroup.synchronize`.
+    If the device detected the error, the rows of that call are lost, and a later call raises; see
+    `ExpertGroup.synchronize`.
     """
 
 
@@ -47,7 +48,7 @@ class CapacityError(ArgumentError):
 
 
 class PlanError(ArgumentError):
-    """A plan was passed to a group, or to a kind of call, that did not make it."""
+    """A plan of another group or kind of call, or a plan without the weights that the call needs."""
 
 
 class ConfigError(TokenferryError, ValueError):
@@ -63,20 +64,20 @@ class UnsupportedError(TokenferryError, NotImplementedError):
 
 
 class MismatchError(TokenferryError, RuntimeError):
-    """Ranks made different calls (method, dtype, width, layout). A bug in the application: the group is broken."""
+    """Ranks made different calls (method, dtype, width, layout): a bug in the application. The group is broken."""
 
 
 class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - names a condition, like TimeoutExpired
-    """A rank did not answer within ``timeout_s``, or its process ended. The group is broken: close it, make a new one.
+    """A rank did not answer within ``timeout_s``, or its process ended. The group is broken; make a new one.
 
     On the transport ``"process_group"`` the process group is unusable too: gloo closes all its connections after one
     timeout.
 
     Attributes:
-        phase: The name of the call that waited, such as ``"dispatch"``.
+        phase: Name of the call that waited, such as ``"dispatch"``.
         call: Number of that call on its group, counted from 1; 0 while the group was being made.
         rank: The rank that waited (this one).
-        peers: The ranks that did not answer, ascending.
+        peers: The ranks that did not answer, in ascending order.
         waited_s: Seconds waited.
     """
 

@@ -1,7 +1,7 @@
-"""The layout of messages and the number of rows of results: integers in, integers out.
+"""The layout of messages, and the number of rows of results: arithmetic on sizes only.
 
-A message about n rows is a few sections, one after another; each holds one fixed-width piece of every row and starts at
-a multiple of 16 bytes, so that it can be viewed as its dtype.
+A message about n rows consists of consecutive sections. Each section holds one fixed-width piece of every row and
+starts at a multiple of 16 bytes, so that it can be viewed as its dtype.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Sections:
     widths: tuple[int, ...]
 
     def offsets(self, num_rows: int) -> list[int]:
-        """Return the first byte of each section, and the end of the last."""
+        """Return the offset of each section, then the end of the last one, in bytes."""
         offsets = [0]
         for width in self.widths:
             offsets.append(offsets[-1] + -(-num_rows * width // _ALIGN) * _ALIGN)
         return offsets
 
     def num_bytes(self, num_rows: int) -> int:
-        """Return the size of a message about ``num_rows`` rows."""
+        """Return the size in bytes of a message about ``num_rows`` rows."""
         return self.offsets(num_rows)[-1]
 
     def split(self, body: Tensor, num_rows: int) -> list[Tensor]:
@@ -43,12 +43,12 @@ class Sections:
 
 @dataclass(frozen=True, slots=True)
 class RowCapacity:
-    """How many rows the results of a dispatch can hold.
+    """The number of rows that the results of a dispatch can hold.
 
     Attributes:
-        worst: Rows that the worst routing needs (MASKED: per expert).
-        given: Rows that are allocated (MASKED: per expert).
-        received: N of the plan's tensors with ``counts="device"``: (token, rank) rows.
+        worst: Rows that the worst-case routing needs (MASKED: per expert).
+        given: Rows allocated (MASKED: per expert).
+        received: N of the plan's tensors with ``counts="device"``, in (token, rank) rows.
         sent: Rows of ``Plan.dst_token`` with ``counts="device"``, per token of this rank.
     """
 
@@ -59,7 +59,7 @@ class RowCapacity:
 
     @property
     def tight(self) -> bool:
-        """Return whether an overflow is possible."""
+        """Whether an overflow is possible."""
         return self.given < self.worst
 
 

@@ -1,4 +1,4 @@
-"""The options of a group: checked, and completed from the environment, before ranks connect."""
+"""Check the options of a group, and complete them from the environment, before ranks connect."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:
         raise ConfigError(f"{call}: shape: expected a MoeShape, got {type(shape).__name__}")
     if shape.num_experts % num_ranks:
         raise ConfigError(
-            f"{call}: num_experts={shape.num_experts} is no multiple of the group's {num_ranks} ranks; "
+            f"{call}: num_experts={shape.num_experts} is not a multiple of the group's {num_ranks} ranks; "
             f"use {-(-shape.num_experts // num_ranks) * num_ranks} experts, or another number of ranks"
         )

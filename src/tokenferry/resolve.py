@@ -1,4 +1,4 @@
-"""Turn the arguments of a call into a checked and complete request for a backend, before anything is sent."""
+"""Turn the arguments of a call into a checked, complete request to a backend, before anything is sent."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _NO_STATS = DecodeStats()
 
 @dataclass(frozen=True, slots=True)
 class Resolver:
-    """Check the arguments of a group's calls; one method for each call, with its name.
+    """The checks of a group's calls: one method for each call, of the same name.
 
-    Bare comparisons come first: they cost a microsecond and only answer whether the arguments look right. Where they
-    fail, `Checks` decides: it accepts every case that is allowed, and says what is wrong with the others.
+    Each method starts with bare comparisons, which cost a microsecond and recognise the common valid arguments. If they
+    fail, `Checks` decides: it accepts every valid case, and its errors explain the others.
     """
 
     shape: MoeShape
@@ -61,7 +61,7 @@ class Resolver:
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
     ) -> DispatchRequest:
         """See `ExpertGroup.dispatch`."""
-        if self._looks_right(x, routing, options):
+        if self._dispatch_looks_right(x, routing, options):
             if not self.checks_routing:
                 self._checks("dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
             _check_num_sms("dispatch", num_sms)
@@ -109,8 +109,8 @@ class Resolver:
         self._check_plan("combine", plan, Plan)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         sums = biases if out is None else (*biases, out)
-        if self._answer_looks_right(y, plan, topk_weights) and (
-            not sums or (len(biases) <= 2 and self._sums_look_right(sums, y.dtype, plan.num_tokens))
+        if self._combine_looks_right(y, plan, topk_weights) and (
+            not sums or (len(biases) <= 2 and self._bias_and_out_look_right(sums, y.dtype, plan.num_tokens))
         ):
             _check_num_sms("combine", num_sms)
             return CombineRequest(y, plan, topk_weights, biases, out, num_sms)
@@ -141,7 +141,7 @@ class Resolver:
         self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatchRequest:
         """See `ExpertGroup.decode_dispatch`."""
-        if stats is None and self._tokens_look_right(x, routing, quantize):
+        if stats is None and self._decode_dispatch_looks_right(x, routing, quantize):
             if not self.checks_routing:
                 self._checks("decode_dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
             return DecodeDispatchRequest(self.shape, x, routing, quantize, _NO_STATS, return_hook)
@@ -161,7 +161,7 @@ class Resolver:
         check.no_grad(x=x, topk_weights=routing.topk_weights)
         return DecodeDispatchRequest(self.shape, x, routing, quantize, stats, return_hook)
 
-    def decode_combine(  # the parameters of the call, which has seven
+    def decode_combine(  # seven parameters, like the call
         self,
         y: Tensor,
         plan: DecodePlan,
@@ -179,7 +179,7 @@ class Resolver:
             stats is None
             and encoding == "same"
             and (fast or numerics == "exact")
-            and self._sum_looks_right(y, plan, out, fast)
+            and self._decode_combine_looks_right(y, plan, out, fast)
         ):
             return DecodeCombineRequest(self.shape, y, plan, fast, Encoding.same, out, _NO_STATS, return_hook)
         num_local, num_rows = plan.src_token.shape
@@ -213,7 +213,7 @@ class Resolver:
         if dtype not in FLOATS:
             raise ArgumentError(f"empty_rows: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
 
-    def _looks_right(self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None) -> bool:
+    def _dispatch_looks_right(self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None) -> bool:
         if type(routing) is not Routing or not (options is None or type(options) is DispatchOptions):
             return False
         topk_idx, weights, device = routing.topk_idx, routing.topk_weights, self.device
@@ -243,7 +243,7 @@ class Resolver:
             and not ((data.requires_grad or scale.requires_grad) and torch.is_grad_enabled())
         )
 
-    def _answer_looks_right(self, y: Tensor, plan: Plan, topk_weights: Tensor | None) -> bool:
+    def _combine_looks_right(self, y: Tensor, plan: Plan, topk_weights: Tensor | None) -> bool:
         layout, delivered = plan.options.layout, plan.num_delivered
         rows: tuple[int, ...] = (delivered,)
         if layout is Layout.MASKED:
@@ -256,15 +256,15 @@ class Resolver:
         shape = (delivered, plan.topk_idx.shape[1]) if layout is Layout.ROWS else rows
         return fits(topk_weights, shape, _WEIGHTS, self.device)
 
-    def _tokens_look_right(self, x: Tensor, routing: Routing, quantize: Scale | None) -> bool:
+    def _decode_dispatch_looks_right(self, x: Tensor, routing: Routing, quantize: Scale | None) -> bool:
         return (
             type(x) is Tensor
             and x.dtype in _DECODE_FLOATS
             and (quantize is None or (type(quantize) is Scale and self.shape.hidden % ROW_BYTES_MULTIPLE == 0))
-            and self._looks_right(x, routing, None)
+            and self._dispatch_looks_right(x, routing, None)
         )
 
-    def _sum_looks_right(self, y: Tensor, plan: DecodePlan, out: Tensor | None, fast: bool) -> bool:
+    def _decode_combine_looks_right(self, y: Tensor, plan: DecodePlan, out: Tensor | None, fast: bool) -> bool:
         weights, hidden, device = plan.topk_weights, self.shape.hidden, self.device
         return (
             fits(weights, (plan.num_tokens, plan.topk_idx.shape[1]), _WEIGHTS, device)
@@ -274,7 +274,7 @@ class Resolver:
             and (out is None or fits(out, (plan.num_tokens, hidden), (y.dtype,), device))
         )
 
-    def _sums_look_right(self, sums: tuple[Tensor, ...], dtype: torch.dtype, num_tokens: int) -> bool:
+    def _bias_and_out_look_right(self, sums: tuple[Tensor, ...], dtype: torch.dtype, num_tokens: int) -> bool:
         shape, dtypes = (num_tokens, self.shape.hidden), (dtype,)
         return all(fits(one, shape, dtypes, self.device) for one in sums)
 
@@ -311,7 +311,7 @@ def _check_encoding(encoding: EncodingName, hidden: int) -> None:
         raise ArgumentError(f"decode_combine: encoding: expected one of {names}, got {encoding!r}")
     if Encoding[encoding] is not Encoding.same and hidden % _ENCODING_GROUP:
         raise ArgumentError(
-            f"decode_combine: encoding: {encoding!r} works on groups of {_ENCODING_GROUP} columns, H={hidden} is no "
+            f"decode_combine: encoding: {encoding!r} works on groups of {_ENCODING_GROUP} columns, H={hidden} is not a "
             'multiple of it; pad the hidden size or use encoding="same"'
         )
 
@@ -322,7 +322,7 @@ def _check_num_sms(call: str, num_sms: int | None) -> None:
 
 
 def _check_rows(check: Checks, x: Tensor | Quantized) -> int:
-    """Check rows and return T."""
+    """Check the rows, and return T."""
     if isinstance(x, Quantized):
         check.tensor("x.data", x.data, "T W", None)
         check.row_bytes("x.data", x.data)
@@ -339,7 +339,7 @@ def _tensors(x: Tensor | Quantized) -> tuple[Tensor, ...]:
 
 def _check_stats(check: Checks, stats: DecodeStats | None) -> DecodeStats:
     if stats is None:
-        return DecodeStats()
+        return _NO_STATS
     if not isinstance(stats, DecodeStats):
         raise ArgumentError(f"{check.call}: stats: expected a tokenferry.DecodeStats, got {type(stats).__name__}")
     if stats.received is not None:

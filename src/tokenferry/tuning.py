@@ -1,6 +1,6 @@
-"""Tuning: how many SMs a call uses, and why, given the sizes of a group and its machine.
+"""Choice of the number of SMs for each call, with the reasons, from the sizes of a group and its machine.
 
-The figures were measured on H200 GPUs behind NVSwitch; `tokenferry limits` measures them on another machine.
+The figures were measured on H200 GPUs behind NVSwitch; `tokenferry limits` measures them on any machine.
 All functions are pure; `tokenferry explain` prints what they return.
 """
 
@@ -13,34 +13,36 @@ from tokenferry.errors import ConfigError
 from tokenferry.types import MoeShape
 
 LINK_GBPS = 340.0
-"""Peak rate of bulk stores of whole rows: 10^9 bytes per second that leave a GPU, every GPU to all its peers."""
+"""Peak rate of bulk stores of whole rows, from every GPU to all its peers: 10^9 bytes per second leaving a GPU."""
 
 STORE_GBPS = ((4, 172.0), (8, 317.0), (16, 310.0), (24, 322.0), (48, 330.0), (64, 335.0), (132, 340.0))
-"""The same rate by the number of SMs that store, 8 GPUs."""
+"""The same rate by number of storing SMs, on 8 GPUs."""
 
 LOAD_GBPS = ((4, 196.0), (8, 314.0), (12, 320.0), (24, 320.0), (48, 290.0), (64, 289.0), (132, 316.0))
-"""Rate of bulk loads from peers by the number of SMs that load, 8 GPUs."""
+"""Rate of bulk loads from peers by number of loading SMs, on 8 GPUs."""
 
 DISPATCH_US = ((8, 290), (12, 250), (16, 250), (20, 252), (24, 254))
-"""Microseconds of a redispatch by SMs: FP8, T=4096, H=7168, K=8, E=256, 4 H200."""
+"""Microseconds of a redispatch by number of SMs: FP8, T=4096, H=7168, K=8, E=256, 4 H200."""
 
 COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
-"""The same of a combine of bfloat16 rows in the heap, which are fetched."""
+"""The same for a combine of bfloat16 rows in the heap, which are fetched."""
 
 PUSH_US = ((16, 676), (20, 520), (24, 502), (36, 501), (66, 498), (132, 487))
-"""The same of rows in the user's memory, which are pushed; for 1024 rows: 166 us with 24 SMs, 162 with 66."""
+"""The same for rows in the user's memory, which are pushed; 1024 rows took 166 us with 24 SMs and 162 us with 66."""
 
 DISPATCH_SMS = 16
 COMBINE_SMS = 16
 PUSH_SMS = 24
 
-_ROWS_AT_ONCE = 8  # rows that the warps of one SM move at the same time
-_PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum at the same time
+_ROWS_AT_ONCE = 8  # rows that the warps of one SM move concurrently
+_PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum concurrently
 _PIECE_BYTES = 2048
-_SHORT_PUSH = 2048  # tokens: with fewer, most of the time passes before the first rows land and after the last have
+_SHORT_PUSH = (
+    2048  # tokens; with fewer, most of the time passes before the first rows land and after the last ones have landed
+)
 _LEAST_HEAP = 64 << 20
 _MOST_DECODE = 512 << 20
-"""A shape whose decode calls need more than this is not meant for decoding."""
+"""The heap reserves no memory for decode calls that need more than this: such a shape is not meant for decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The SMs of calls that do not give a number, and the reasons.
+    """The number of SMs of calls that do not give one, with the reasons.
 
     Attributes:
         dispatch_sms: SMs of `dispatch` and `redispatch`.
@@ -87,9 +89,9 @@ class Travel:
     """The average traffic of a call of T tokens, if every choice of K distinct experts is equally likely.
 
     Attributes:
-        ranks_per_token: Distinct ranks that hold a chosen expert, the own rank included.
-        remote_per_token: The same without the own rank: copies of a row that leave the GPU.
-        rows_received: N.
+        ranks_per_token: Distinct ranks that hold a chosen expert, including this rank.
+        remote_per_token: The same without this rank: copies of a row that leave the GPU.
+        rows_received: Rows received on a rank, N.
         bytes_out: Bytes that leave a GPU: rows to other ranks.
     """
 
@@ -100,10 +102,7 @@ class Travel:
 
 
 def tune(shape: MoeShape, topology: Topology) -> Tuning:
-    """Choose the SMs of each call. Pure.
-
-    The choice is for calls of M tokens with bfloat16 rows.
-    """
+    """Choose the number of SMs of each call, for M tokens with bfloat16 rows. Pure."""
     dispatch, why_dispatch = _dispatch_sms(shape, topology)
     combine, why_combine = _combine_sms(shape, topology)
     push, why_push = _push_sms(shape, topology)
@@ -188,8 +187,8 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
         return chosen, f"{what}: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
     if chosen > PUSH_SMS:
         return chosen, (
-            f"{what}: {chosen} SMs: half of the device, if less than {_SHORT_PUSH} tokens are combined: rows land late "
-            "and all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
+            f"{what}: {chosen} SMs: half of the device, if fewer than {_SHORT_PUSH} tokens are combined: rows land "
+            "late and all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
         )
     times, few, many = dict(PUSH_US), PUSH_US[0], PUSH_US[-2]
     return chosen, (
@@ -199,16 +198,16 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
 
 
 def num_pushers(num_sms: int) -> int:
-    """Return how many SMs of a pushing combine push; 10 fill the links, the other SMs have to keep up. Pure."""
+    """Return how many SMs of a pushing combine push: 10 fill the links, and the others must keep up. Pure."""
     return max(1, min(num_sms * 5 // 12, 16))
 
 
 def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
     """Return the bytes of GPU memory for rows that peers write or read; TOKENFERRY_HEAP_MB overrides it. Pure.
 
-    There is room for the rows of five dispatches in the worst case, in bfloat16: the rows received and the expert
-    outputs, both a second time while the next ones arrive, and a last one that is for landing only. For small M there
-    is also room for decode calls.
+    The heap holds the bfloat16 rows of five worst-case dispatches: the rows received and the expert outputs, both a
+    second time while the next ones arrive, and one more set into which rows land. For small M it also holds the memory
+    of decode calls.
     """
     rows = num_ranks * shape.max_tokens
     row_bytes = 2 * shape.hidden + 24 * shape.top_k + 8  # data; weights, ids and places; source token
@@ -217,9 +216,10 @@ def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
 
 
 def decode_bytes(shape: MoeShape, num_ranks: int) -> int:
-    """Return the bytes of GPU memory that decode calls of bfloat16 rows need, or a little more. Pure.
+    """Return an upper estimate of the bytes of GPU memory that decode calls of bfloat16 rows need. Pure.
 
-    There are two calls of each direction under way: rows from every rank with their notes and counts, and answers.
+    Two calls of each direction may be under way: dispatches, with rows, metadata and counts from every rank, and
+    combines, with the rows that return.
     """
     M, K, line = shape.max_tokens, shape.top_k, 128
     row = 2 * -(-shape.hidden // 512) * 512

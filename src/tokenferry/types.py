@@ -1,20 +1,20 @@
-"""The types of tokenferry: what its calls take and return. Frozen dataclasses and names of options; no behaviour.
+"""The arguments and results of tokenferry's calls: frozen dataclasses and names of options, without behaviour.
 
-Legend, used in every docstring:
+The letters used in every docstring:
 
 ====== =====================================================================================
 R      ranks in the group; a *rank* is one process
-T      tokens on this rank; differs from rank to rank; may be 0
-M      the most tokens any rank may bring to a call, agreed by all: ``MoeShape.max_tokens``
+T      tokens on this rank; may differ between ranks, and may be 0
+M      the most tokens any rank may pass to a call, the same on all: ``MoeShape.max_tokens``
 H      hidden size
-E, L   experts in all; experts on this rank, L = E / R; rank r holds r*L .. r*L+L-1
+E, L   experts in total; experts on this rank, L = E / R; rank r holds r*L .. r*L+L-1
 K      choices per token; -1 in ``topk_idx`` means "slot unused"
 N      rows received on this rank
 S      scales per row of a ``Quantized``
 A      expert alignment, in rows
 ====== =====================================================================================
 
-*row*: one token's data at one place. *plan*: what dispatch learned about where rows went; combine needs it.
+*row*: the data of one token in one place. *plan*: a record of where a dispatch sent its rows; combine needs it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EncodingName = Literal["same", "fp8", "logfmt10"]
 
 
 class Layout(enum.Enum):
-    """Where `dispatch` puts the rows that a rank receives."""
+    """The arrangement in which `dispatch` delivers the rows that a rank receives."""
 
     ROWS = "rows"
     """``[N, H]``: one row per (token, rank), by source rank, then source token."""
@@ -62,7 +62,7 @@ class Layout(enum.Enum):
 
 
 class Scale(enum.Enum):
-    """How the scales of an FP8 cast are stored; one scale per row and 128 columns."""
+    """The format of the scales of an FP8 cast: one scale per row and 128 columns."""
 
     FLOAT32 = "float32"
     """``amax / 448`` as float32."""
@@ -76,13 +76,13 @@ class Scale(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """The sizes that all ranks of a group agree on.
+    """The sizes of a group, the same on all its ranks.
 
     Args:
         num_experts: E, a multiple of R.
         top_k: K, choices per token.
         hidden: H, elements in a row. A row of data must be a multiple of 16 bytes.
-        max_tokens: M, the most tokens any rank may bring to one call.
+        max_tokens: M, the most tokens any rank may pass to one call.
 
     Raises:
         ConfigError: a size is not a positive integer.
@@ -102,11 +102,11 @@ class MoeShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantized:
-    """Rows with their scales; both are moved as bytes and are never interpreted.
+    """Rows with their scales; both are moved as bytes, without being interpreted.
 
     Args:
-        data: ``[T, W]`` of any dtype and width (packed formats hold several elements in one), contiguous; its row must
-            be a multiple of 16 bytes.
+        data: ``[T, W]`` of any dtype and width (packed formats hold several elements in one), contiguous; a row
+            must be a multiple of 16 bytes.
         scale: ``[T, S]`` of any dtype and any strides; any S, also 0.
     """
 
@@ -115,7 +115,7 @@ class Quantized:
 
 
 Rows_co = TypeVar("Rows_co", bound=Tensor | Quantized, covariant=True)
-"""The type of the rows of a result: that of the rows that were sent, or `Quantized` where the call casts them."""
+"""The type of the rows of a result: the type of the rows sent, or `Quantized` if the call casts them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,15 +134,15 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class DispatchOptions:
-    """How `dispatch` delivers; the same on every rank.
+    """Options of `dispatch`; the same on every rank.
 
     Args:
-        layout: See `Layout`.
-        alignment: A; EXPERTS only: each expert's rows start at a multiple of A.
-        zero_padding: EXPERTS and MASKED: rows between the counts and the alignment or capacity are zero instead of
-            undefined.
-        counts: ``"host"``: N is known on return (the call waits for it) and results have exactly N rows.
-            ``"device"``: results have ``capacity`` rows, counts stay in tensors, rows past the count hold no data.
+        layout: The arrangement of the received rows.
+        alignment: A (EXPERTS only): each expert's rows start at a multiple of A.
+        zero_padding: Fill the padding with zeros instead of leaving it undefined (EXPERTS and MASKED): the rows between
+            an expert's count and the alignment or capacity.
+        counts: ``"host"``: the call waits until N is known, and results have exactly N rows. ``"device"``: results have
+            ``capacity`` rows, counts stay in tensors, and rows past the count hold no data.
         capacity: Rows to reserve memory for (MASKED: per expert). None: the worst case, R*M for ROWS, R*M*min(K, L)
             plus padding for EXPERTS, R*M per expert for MASKED. With ``counts="host"`` only MASKED takes one.
             Below the worst case an overflow raises `CapacityError` on every rank.
@@ -180,14 +180,14 @@ class DispatchOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Where the rows of one dispatch went; reusable for any number of calls. Tensors and ints only.
+    """A record of where one dispatch sent its rows; reusable for any number of calls. Plain data, without the group.
 
-    With ``counts="device"`` N below is the capacity in received (token, rank) rows, R*M, and only the first
-    ``src_counts.sum()`` entries are meaningful.
+    With ``counts="device"``, N below is the capacity in received (token, rank) rows (R*M, or for ROWS the ``capacity``
+    of the options), and only the first ``src_counts.sum()`` entries are meaningful.
 
     Attributes:
-        group_key: The group that made it (groups made by `ExpertGroup.for_shape` share theirs).
-        options: How the rows were delivered.
+        group_key: Key of the group that made the plan; groups made by `ExpertGroup.for_shape` share one key.
+        options: The options of the dispatch.
         num_tokens: T of this rank.
         num_received: N, rows received on this rank, or None with ``counts="device"``.
         num_delivered: Rows in the first axis of ``Dispatched.x`` (MASKED: L * capacity).
@@ -195,9 +195,9 @@ class Plan:
         dst_counts: ``[R]`` int64: rows sent to each rank.
         src_token: ``[N]`` int64: the token, on its source rank, of each row received.
         src_counts: ``[R]`` int64: rows received from each rank.
-        topk_idx: ``[N, K]``, the dtype of the routing: local expert of each slot, -1 where it is not here.
-        row_idx: EXPERTS and MASKED: ``[N, K]`` int64: the delivered row of each slot (MASKED: counting all experts'
-            capacity), -1 where there is none; a repeated expert repeats its row. ROWS: ``[0, K]``.
+        topk_idx: ``[N, K]``, dtype of the routing: local expert of each slot, -1 if the expert is on another rank.
+        row_idx: EXPERTS and MASKED: ``[N, K]`` int64: the delivered row of each slot (MASKED: an index into the
+            ``L * capacity`` rows), -1 if there is none; a repeated expert repeats its row. ROWS: ``[0, K]``.
         expert_counts: ``[L]`` int32: rows of each local expert, without padding.
     """
 
@@ -213,14 +213,14 @@ class Plan:
     topk_idx: Tensor
     row_idx: Tensor
     expert_counts: Tensor
-    # CUDA: [T, C] int32, where this rank's rows lie on the other ranks. CPU: [0, 0].
+    # CUDA: [T, C] int32: positions of this rank's rows on the other ranks. CPU: [0, 0].
     _places: Tensor = field(repr=False)
     # CUDA: `Dispatched.host_counts` of the first dispatch, so that redispatch does not wait for the device.
     _host_counts: tuple[int, ...] | None = field(default=None, repr=False)
 
     @property
     def src_rank(self) -> Tensor:
-        """``[src_counts.sum()]`` int64: source rank of each row received."""
+        """Source rank of each row received: ``[src_counts.sum()]`` int64."""
         ranks = torch.arange(self.src_counts.numel(), device=self.src_counts.device)
         # With a known size nothing has to be read back from the device.
         return torch.repeat_interleave(ranks, self.src_counts, output_size=self.num_received)
@@ -228,17 +228,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dispatched(Generic[Rows_co]):
-    """The result of `dispatch` and `redispatch`: a ``Dispatched[Tensor]`` or a ``Dispatched[Quantized]``, as the rows.
+    """The result of `dispatch` and `redispatch`: ``Dispatched[Tensor]`` or ``Dispatched[Quantized]``, after its rows.
 
     Attributes:
-        x: The rows, a Tensor or a `Quantized` like the input, in the layout asked for.
+        x: The rows in the requested layout, a Tensor or a `Quantized` like the input.
         topk_idx: ROWS: ``[N, K]`` local expert ids, -1 where the expert is not on this rank; otherwise None.
         topk_weights: ROWS: ``[N, K]`` float32, 0 where the expert is not on this rank. EXPERTS: ``[rows]``, MASKED:
-            ``[L, capacity]``: one weight a row, undefined in padding unless zeroed. None if none were sent.
+            ``[L, capacity]``: one weight per row, undefined in padding unless zeroed. None if none were sent.
         expert_counts: ``[L]`` int32: rows of each local expert, without padding.
-        expert_offsets: EXPERTS: ``[L + 1]`` int32: first row of each expert, aligned; the last is the end. Else None.
+        expert_offsets: EXPERTS: ``[L + 1]`` int32: first row of each expert, aligned, then the end. Otherwise None.
         host_counts: ``expert_counts`` as Python ints, or None with ``counts="device"``.
-        plan: For `combine` and `redispatch`.
+        plan: The plan to pass to `combine` and `redispatch`.
     """
 
     x: Rows_co
@@ -256,7 +256,7 @@ class Combined:
 
     Attributes:
         x: ``[T, H]``, the dtype of the rows: the sum over all rows of each token, plus the biases.
-        topk_weights: ``[T, K]`` float32 if weights were given: each slot's weight, back on its token's rank; else None.
+        topk_weights: ``[T, K]`` float32: the weight of each slot, back on its token's rank; None if none were given.
     """
 
     x: Tensor
@@ -265,11 +265,11 @@ class Combined:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeStats:
-    """Counters of the caller, to which decode calls add.
+    """Counters owned by the caller, to which decode calls add.
 
     Args:
-        received: ``[L]`` int32 or None: the rows that each local expert received (`decode_dispatch` only).
-        wait_ns: ``[R]`` int64 or None: the nanoseconds that the call waited for each source rank.
+        received: ``[L]`` int32 or None: rows that each local expert received (`decode_dispatch` only).
+        wait_ns: ``[R]`` int64 or None: nanoseconds that calls waited for each source rank.
     """
 
     received: Tensor | None = None
@@ -278,18 +278,19 @@ class DecodeStats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodePlan:
-    """Where the rows of one `decode_dispatch` are; for `decode_combine`, any number of times.
+    """A record of where one `decode_dispatch` sent its rows; reusable for any number of `decode_combine` calls.
 
-    With a hook, ``src_token``, ``src_range`` and ``row_weights`` are undefined until it has been called.
+    With a hook, ``src_token``, ``src_range`` and ``row_weights`` are undefined until the hook has been called.
 
     Attributes:
-        group_key: The group that made it.
+        group_key: Key of the group that made the plan.
         num_tokens: T of this rank.
-        num_experts: E.
-        topk_idx: ``[T, K]``: this rank's own routing, with -1 for experts of masked ranks. Where it can be, this is the
+        num_experts: Number of experts, E.
+        topk_idx: ``[T, K]``: this rank's own routing, with -1 for experts of masked ranks. If possible, this is the
             tensor that was passed in: leave it unchanged until the last combine has been received.
-        topk_weights: ``[T, K]`` float32 of this rank, or None if the routing had none; likewise.
-        src_token: ``[L, R*M]`` int32: source token of each row; meaningful below the count.
+        topk_weights: ``[T, K]`` float32: this rank's own weights, or None if the routing had none. Leave it unchanged
+            too.
+        src_token: ``[L, R*M]`` int32: source token of each row; meaningful only below the count.
         src_range: ``[L, R]`` int64: rows of expert e from rank r: ``start << 32 | count``.
         row_weights: ``[L, R*M]`` float32: gate weight of each row, for ``numerics="fast"``; None if none were sent.
     """
@@ -302,27 +303,28 @@ class DecodePlan:
     src_token: Tensor
     src_range: Tensor
     row_weights: Tensor | None
-    # CUDA: [16 + R*M*K] int32, which rows arrived from which rank, and where they lie.
+    # CUDA: [16 + R*M*K] int32: which rows arrived from which rank, and their positions.
     _table: Tensor | None = field(default=None, repr=False)
-    # CPU: number of the call, so that a combine finds out that another rank uses the plan of another call.
+    # CPU: number of the call, by which a combine detects that another rank uses the plan of a different call.
     _call_number: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeDispatched(Generic[Rows_co]):
-    """The result of `decode_dispatch`: a ``DecodeDispatched[Tensor]``, or with ``quantize`` one of `Quantized`.
+    """The result of `decode_dispatch`; its type parameter is Tensor, or with ``quantize`` `Quantized`, as for ``x``.
 
-    With ``return_hook=True`` its tensors are undefined until ``hook()`` has returned (CUDA: until the stream that was
-    current for the hook has done what the hook put on it).
+    With ``return_hook=True`` its tensors are undefined until ``hook()`` has returned (CUDA: until the work that the
+    hook enqueued on the current stream is done).
 
     Attributes:
         x: ``[L, R*M, H]``: the rows of expert e are ``[e, :expert_counts[e]]``, by source rank, then source token;
             a Tensor, or a `Quantized` whose scale is ``[L, R*M, S]`` with unit stride along the rows (column-major,
             as grouped FP8 GEMMs read it).
-        expert_counts: ``[L]`` int32.
-        plan: For `decode_combine`.
-        hook: With ``return_hook=True``: receives the rows. May be called on any stream, and again to no effect. If it
-            is never called, a later call receives the rows, or they are not received at all. Without: does nothing.
+        expert_counts: ``[L]`` int32: rows of each local expert.
+        plan: The plan to pass to `decode_combine`.
+        hook: With ``return_hook=True``, a function that receives the rows; otherwise it does nothing. It may be called
+            on any stream; further calls have no effect. If it is never called, a later call receives the rows, or they
+            are not received at all.
     """
 
     x: Rows_co
@@ -337,7 +339,7 @@ class DecodeCombined:
 
     Attributes:
         x: ``[T, H]``: the weighted sums; zeros for a token without experts.
-        hook: Receives them; as that of `DecodeDispatched`.
+        hook: With ``return_hook=True``, a function that receives the sums; otherwise as for `DecodeDispatched`.
     """
 
     x: Tensor

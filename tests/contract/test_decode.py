@@ -87,7 +87,7 @@ def test_encodings_need_whole_groups(encoding):
     with ExpertGroup(None, MoeShape(2, 2, 192, 4), backend="cpu") as group:
         sent = group.decode_dispatch(torch.ones(1, 192), Routing(torch.tensor([[0, 1]]), torch.ones(1, 2)))
         with pytest.raises(
-            ArgumentError, match=f"encoding: '{encoding}' works on groups of 128 columns, H=192 is no multiple"
+            ArgumentError, match=f"encoding: '{encoding}' works on groups of 128 columns, H=192 is not a multiple"
         ):
             group.decode_combine(sent.x, sent.plan, encoding=encoding)
         group.decode_combine(sent.x, sent.plan)

@@ -177,7 +177,7 @@ def test_leading_dimensions_and_bad_arguments():
     assert layer.expert_counts.sum() == 12
     assert {id(p) for p in layer.expert_parameters()} == {id(layer.gate), id(layer.up), id(layer.down)}
     assert [id(p) for p in layer.replicated_parameters()] == [id(layer.router.weight)]
-    with pytest.raises(tokenferry.ShapeError, match=r"x: expected torch.float32 as the experts, got torch.float64"):
+    with pytest.raises(tokenferry.ShapeError, match=r"x: expected torch.float32 like the experts, got torch.float64"):
         layer(x.double())
     with pytest.raises(tokenferry.CapacityError, match="T=7 rows exceed max_tokens=6"):
         layer(torch.randn(7, 16))

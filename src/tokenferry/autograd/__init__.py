@@ -1,4 +1,4 @@
-"""dispatch, redispatch and combine with gradients: each is the backward of another.
+"""Differentiable dispatch, redispatch and combine: the backward of each is another one of them.
 
 ============ ================================ ===============================================================
 forward      backward                         carries
@@ -6,23 +6,23 @@ forward      backward                         carries
 dispatch     combine                          gradients of rows, and of ``topk_weights`` where they were sent
 redispatch   combine                          the same
 combine      redispatch, along the same plan  gradients of rows, and of ``topk_weights`` where they were sent;
-                                              a bias's gradient is the incoming one
+                                              the gradient of a bias is the incoming one
 ============ ================================ ===============================================================
 
-So second derivatives work too. The three calls are torch.library ops (``tokenferry::dispatch`` and so on) with fake
-implementations: they trace under ``torch.compile(fullgraph=True)`` and run on fake tensors. With ``counts="host"`` the
-number of received rows is a dynamic size of the graph; with ``counts="device"`` every received shape is static.
+Second derivatives therefore work too. The three calls are torch.library ops (``tokenferry::dispatch`` and so on) with
+fake implementations: they trace under ``torch.compile(fullgraph=True)`` and run on fake tensors. With ``counts="host"``
+the number of received rows is a dynamic size of the graph; with ``counts="device"`` every received shape is static.
 
 Contract, beyond that of `tokenferry.ExpertGroup`:
-    Collective in backward: every forward call has one collective call in backward, in the order in which autograd walks
-        the graph: the same on all ranks if they built the same graph. So every rank must run backward, requires_grad
-        must agree, and a rank with T = 0 or N = 0 must keep the graph whole: pass its zero rows through the same
-        operations.
+    Collective in backward: every forward call has one collective call in backward, in the order in which autograd
+        traverses the graph, which is the same on all ranks if they built the same graph. Therefore every rank must run
+        backward, requires_grad must agree, and a rank with T = 0 or N = 0 must not break the graph: it passes its empty
+        tensors through the same operations.
     Padding: rows that hold no data (alignment, capacity) are zero in results and in gradients, whatever
-        ``DispatchOptions.zero_padding`` is, so that a weight gradient ``x^T g`` never reads uninitialised memory. The
-        values that the caller writes into such rows are never read.
+        ``DispatchOptions.zero_padding`` is, so that a weight gradient ``x^T g`` never reads uninitialised memory.
+        Values that the caller writes into such rows are never read.
     Quantized rows have no gradient: bytes are not differentiable. ``routing.topk_weights`` still has one.
-    Lifetime: a graph holds its group. A *compiled* graph holds its key only: keep the group yourself.
+    Lifetime: a graph keeps its group alive. A *compiled* graph only holds the key of the group: keep a reference.
     Numerics: gradients are summed as `ExpertGroup.combine` sums, and are bitwise reproducible.
 """
 
@@ -108,7 +108,7 @@ def redispatch(
     """Call `ExpertGroup.redispatch` with gradients of ``x`` and of ``topk_weights``.
 
     Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
-    errors as `ExpertGroup.redispatch`, with the differences of `dispatch`.
+    errors as `ExpertGroup.redispatch`, with the same differences as `dispatch`.
 
     Raises:
         ArgumentError: a `Quantized` requires grad. And whatever `ExpertGroup.redispatch` raises.
@@ -134,7 +134,7 @@ def combine(
     errors as `ExpertGroup.combine`; ROWS: weights in slots of other ranks' experts count as 0.
 
     Raises:
-        PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
+        PlanError, ShapeError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
     """
     biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
     _only_tensors("combine", y=y, topk_weights=topk_weights, **{f"bias[{i}]": one for i, one in enumerate(biases)})
@@ -154,7 +154,7 @@ def _data_and_scale(call: str, x: Tensor | Quantized) -> tuple[Tensor, Tensor | 
 
 
 def _only_tensors(call: str, **arguments: object) -> None:
-    """Refuse arguments that do not fit the schema of an op; the group checks everything else."""
+    """Reject arguments that do not fit the schema of an op; the group checks everything else."""
     for name, value in arguments.items():
         optional = name == "topk_weights"
         if not isinstance(value, Tensor) and not (optional and value is None):

@@ -1,7 +1,7 @@
 """The torch.library ops behind `tokenferry.autograd`: ``tokenferry::dispatch``, ``::redispatch`` and ``::combine``.
 
-An op takes and returns tensors, ints and strings. So a group is passed as its key, by which it is found again; a plan
-as its eight tensors, with its host counts as a ninth; everything else as one string and one list of ints:
+Ops take and return only tensors, ints and strings. A group is therefore passed as its key, a plan as its eight tensors
+plus its host counts as a ninth, and everything else as one string and one list of ints:
 
 ``where``  ``"<group key> <plan key> <layout> <counts>"``
 ``sizes``  E, K, H, M, A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch, which has no plan yet)
@@ -25,7 +25,7 @@ _WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that can be sent, for gr
 
 
 class _Context(Protocol):
-    """The state that a forward saves for its backward."""
+    """The state that forward saves for backward."""
 
     where: str
     sizes: Sequence[int]
@@ -50,7 +50,7 @@ def pack(
 
 
 def _group(where: str, sizes: Sequence[int]) -> ExpertGroup:
-    # int(): while a graph is traced, sizes may be symbols; these become constants of the graph.
+    # int(): while a graph is being traced, sizes may be symbolic; these four become constants of the graph.
     return find_group(where.split()[0], MoeShape(*map(int, sizes[:4])))
 
 
@@ -62,12 +62,12 @@ def _unpack(where: str, sizes: Sequence[int]) -> tuple[ExpertGroup, DispatchOpti
 
 
 def zeroing(options: DispatchOptions) -> DispatchOptions:
-    """Return the same options with padding zeroed, where there is padding."""
+    """Return the same options with zeroed padding, if the layout has padding."""
     return options if options.layout is Layout.ROWS else replace(options, zero_padding=True)
 
 
 def tensors_of(plan: Plan) -> list[Tensor]:
-    """Return the eight tensors of a plan in the order of its fields, then its host counts (empty if not known)."""
+    """Return the eight tensors of a plan in the order of its fields, then its host counts (empty if unknown)."""
     return [
         plan.dst_token,
         plan.dst_counts,
@@ -82,7 +82,7 @@ def tensors_of(plan: Plan) -> list[Tensor]:
 
 
 def plan_of(tensors: Sequence[Tensor], key: str, options: DispatchOptions, num_tokens: int, num_delivered: int) -> Plan:
-    """Return the plan of tensors that an op was given or has returned."""
+    """Return the plan made of tensors that an op takes or returns; the inverse of `tensors_of`."""
     dst_token, dst_counts, src_token, src_counts, topk_idx, row_idx, expert_counts, places, host_counts = tensors
     return Plan(
         group_key=key,
@@ -103,8 +103,8 @@ def plan_of(tensors: Sequence[Tensor], key: str, options: DispatchOptions, num_t
 
 
 def ints_of(host_counts: Tensor) -> tuple[int, ...] | None:
-    """Return host counts that an op returned as a tensor; None if they are not known, or while a graph is traced."""
-    # A tensor that is being traced has no values; neither has a subclass such as FakeTensor.
+    """Return the values of a host counts tensor; None if they are unknown or a graph is being traced."""
+    # Neither a traced tensor nor a subclass such as FakeTensor has values.
     if torch.compiler.is_compiling() or type(host_counts) is not Tensor:
         return None
     return tuple(host_counts.tolist()) or None
@@ -116,12 +116,12 @@ def _unpack_plan(where: str, sizes: Sequence[int], tensors: Sequence[Tensor]) ->
 
 
 def num_rows(rows: Tensor) -> int:
-    """Return ``Plan.num_delivered`` of rows in their layout."""
+    """Return ``Plan.num_delivered`` for received rows in any layout."""
     return rows.shape[0] if rows.ndim == 2 else rows.shape[0] * rows.shape[1]
 
 
 def _parts(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the results of dispatch and redispatch; an absent one is an empty tensor, as an op cannot return None."""
+    """Return rows, scale, weights, host counts and offsets; absent ones are empty, since ops cannot return None."""
     rows, scale = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else (sent.x, sent.x.new_empty(0))
     weights = rows.new_empty(0, dtype=torch.float32) if sent.topk_weights is None else sent.topk_weights
     offsets = sent.expert_counts.new_empty(0) if sent.expert_offsets is None else sent.expert_offsets
@@ -129,13 +129,13 @@ def _parts(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor, Tensor
         empty = torch.arange(rows.shape[0], device=rows.device) >= sent.plan.src_counts.sum()
         for tensor in (rows, scale, weights):
             if tensor.numel():
-                # As bytes: not every dtype can be assigned to.
+                # As bytes, since masked_fill_ does not support every dtype.
                 tensor.view(torch.uint8).masked_fill_(empty.unsqueeze(1), 0)
     return rows, scale, weights, torch.tensor(sent.host_counts or (), dtype=torch.int64), offsets
 
 
 def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Give each tensor a storage of its own that begins with it, as the fakes have and torch requires.
+    """Give each tensor a storage of its own that starts with it, as torch requires and the fakes have.
 
     A backend may return several views of one block. Only a tensor that is not contiguous is copied: the others get a
     second storage over the same memory, which keeps the first one alive.
@@ -147,7 +147,7 @@ def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         elif tensor.storage_offset() or storage in seen:
-            # As bytes, which every torch can put into a DLPack capsule.
+            # As bytes, which every version of torch can put into a DLPack capsule.
             flat = torch._C._from_dlpack(torch._C._to_dlpack(tensor.reshape(-1).view(torch.uint8)))
             tensor = flat.view(tensor.dtype).view(tensor.shape)
         seen.add(storage)
@@ -167,11 +167,11 @@ def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def dispatch(
     x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Send rows and make a plan: the five results that `redispatch` returns too, then the plan's eight tensors."""
+    """Send rows and make a plan; return the same five results as `redispatch`, then the plan's eight tensors."""
     group, options = _unpack(where, sizes)
     rows = x if scale is None else Quantized(x, scale)
     sent = group.dispatch(rows, Routing(topk_idx, topk_weights), options=options)
-    return _apart((*_parts(sent), *tensors_of(sent.plan)[:-1]))  # the host counts are among the parts already
+    return _apart((*_parts(sent), *tensors_of(sent.plan)[:-1]))  # without the host counts, which are among the parts
 
 
 @dispatch.register_fake
@@ -261,7 +261,7 @@ dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 def redispatch(
     x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Send rows along a plan: rows, scale, weights, host counts, offsets; the absent ones are empty."""
+    """Send rows along a plan; return rows, scale, weights, host counts and offsets, empty if absent."""
     group, full_plan = _unpack_plan(where, sizes, plan)
     sent = group.redispatch(x if scale is None else Quantized(x, scale), full_plan, topk_weights=topk_weights)
     return _apart(_parts(sent))
@@ -300,7 +300,7 @@ def _save(ctx: _Context, plan: Sequence[Tensor], where: str, sizes: Sequence[int
 
 
 def _combine_gradients(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Run the backward of dispatch and redispatch: one combine on all ranks, whichever gradients each of them needs."""
+    """Run the backward of dispatch or redispatch: one combine on every rank, whichever gradients it needs."""
     plan, sizes = ctx.saved_tensors, list(ctx.sizes)
     weights = grad_weights.contiguous() if ctx.weighted else None
     if ctx.quantized:
@@ -322,11 +322,11 @@ def _combine_gradients(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -
 def combine(
     y: Tensor, topk_weights: Tensor | None, biases: list[Tensor], plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Return rows along a plan: sums, and weights (empty if none were given)."""
+    """Combine rows along a plan; return the sums and the weights (empty if none were given)."""
     group, full_plan = _unpack_plan(where, sizes, plan)
     by_slot = full_plan.options.layout is Layout.ROWS
     if topk_weights is not None and by_slot and topk_weights.shape == full_plan.topk_idx.shape:
-        # Dispatch has set the slots of other ranks' experts to 0, whatever was sent: so they have no gradient.
+        # Dispatch sets the slots of other ranks' experts to 0, whatever was sent, so they have no gradient.
         topk_weights = topk_weights.masked_fill(full_plan.topk_idx < 0, 0.0)
     sums = group.combine(y, full_plan, topk_weights=topk_weights, bias=tuple(biases))
     weights = y.new_empty(0, dtype=torch.float32) if sums.topk_weights is None else sums.topk_weights

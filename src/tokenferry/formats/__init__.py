@@ -1,1 +1,1 @@
-"""The formats of numbers on their way between ranks: FP8 and logfmt10."""
+"""Low-precision formats of rows in transit between ranks: FP8 and logfmt10."""

@@ -26,7 +26,7 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
 
     Args:
         x: ``[..., H]`` floating point.
-        scale: How the scales are stored.
+        scale: Format of the scales.
 
     Returns:
         Quantized: ``data`` ``[..., H]`` float8_e4m3fn; ``scale`` ``[..., ceil(H / 128)]`` float32, or for UE8M0
@@ -43,7 +43,7 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
     with torch.no_grad():
         groups = _grouped(x.float())
         amax = groups.abs().amax(dim=-1, keepdim=True).clamp_(min=_MIN_AMAX)
-        # By a tensor: torch divides by a number on GPUs by multiplying with its rounded inverse.
+        # Divide by a tensor: on GPUs, torch divides by a number by multiplying with its rounded reciprocal.
         exact = amax / torch.full_like(amax, _MAX)
         if scale is Scale.FLOAT32:
             factor = exact
@@ -51,7 +51,7 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
         else:
             factor = _round_up_to_power_of_two(exact)
             groups = groups / factor
-        # The cast of older torch gives NaN above 464 where hardware saturates.
+        # In older torch the cast gives NaN above 464, where the hardware saturates.
         data = groups.clamp_(-_MAX, _MAX).to(torch.float8_e4m3fn)
         data = data.flatten(-2)[..., : x.shape[-1]].contiguous()
         factor = factor.squeeze(-1)
@@ -59,10 +59,10 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
 
 
 def dequantize(rows: Quantized) -> Tensor:
-    """Return ``[..., H]`` float32: each FP8 row times its scales, stored in any of the three ways. Local.
+    """Return ``[..., H]`` float32: each FP8 row times its scales, which may have any of the three formats. Local.
 
     Args:
-        rows: As from `cast`.
+        rows: FP8 rows as `cast` returns them.
     """
     scale = rows.scale
     if scale.dtype == torch.int32:
@@ -74,7 +74,7 @@ def dequantize(rows: Quantized) -> Tensor:
 
 
 def _grouped(x: Tensor) -> Tensor:
-    """View ``[..., H]`` as ``[..., groups, 128]``, the last group filled up with zeros."""
+    """View ``[..., H]`` as ``[..., groups, 128]``, the last group padded with zeros."""
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP))
     return x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
 
@@ -85,7 +85,7 @@ def _round_up_to_power_of_two(x: Tensor) -> Tensor:
 
 
 def _power_of_two(biased: Tensor) -> Tensor:
-    """Return 2^(biased - 127) as float32, from its bits: exact, unlike exp2."""
+    """Return 2^(biased - 127) as float32, made from its bits: exact, unlike exp2."""
     return (biased.to(torch.int32) << 23).view(torch.float32)
 
 

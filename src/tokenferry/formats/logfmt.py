@@ -1,25 +1,25 @@
-"""Logfmt10 rows: 10 bits a number, logarithmic, with a range of its own for each row and 128 columns.
+"""Logfmt10 rows: 10 bits per number, logarithmic, with a range for each row and 128 columns.
 
 The format LogFMT of "Insights into DeepSeek-V3" (arXiv 2505.09343, section on communication compression) with 10 bits:
-of each group the logarithms of the magnitudes are spread evenly between the smallest and the largest, zero has a code
+in each group, codes are spaced evenly between the logarithms of the smallest and the largest magnitude, zero has a code
 of its own, the smallest is kept within 2^32 of the largest, and rounding is to the nearest *value*, not to the nearest
-logarithm, which would be biased. Where that text leaves a detail open, we define it below.
+logarithm, which would be biased. Details that the paper leaves open are defined below.
 
-Of one group, with a = abs(x) over its numbers other than 0::
+For one group, with a = abs(x) over its nonzero numbers::
 
     hi   = log2(max a)                           at most 127.9999, so that no code stands for an infinity
     lo   = max(log2(min a), hi - 32)             at most hi
     step = (hi - lo) / 510                       lo, hi and step are float32
     code 0 stands for 0, code c in 1..511 for 2^(lo + step * (c - 1))
 
-Each magnitude gets the code whose value is nearest, the higher one of two; so what lies below 2^lo becomes 0 or 2^lo.
-If step is 0, because all magnitudes are the same, the code is 1. A group of zeros has lo = step = 0. The sign bit, also
+Each magnitude gets the code of the nearest value, the higher code in a tie; magnitudes below 2^lo become 0 or 2^lo. If
+step is 0, because all magnitudes are equal, the code is 1. A group of zeros has lo = step = 0. The sign bit, also
 of a zero, is kept. A group that holds a NaN or an infinity has lo = NaN and code 1 everywhere: all its columns decode
-to NaN. Since step is rounded, the largest magnitude comes back within 2e-5 of itself.
+to NaN. Since step is rounded, the largest magnitude is reproduced to within 2e-5 of itself.
 
-Bytes: the number of a column is ``sign << 9 | code``. A row is these numbers, lowest bit first, without gaps, so that
-16 columns take 20 bytes (five little-endian uint32, number i from bit 10 * i) and a group takes 160; beside them lie lo
-and step of each group.
+Bytes: the number of a column is ``sign << 9 | code``. A row consists of these numbers, lowest bit first, without gaps,
+so that 16 columns take 20 bytes (five little-endian uint32, number i from bit 10 * i) and a group takes 160. lo and
+step of each group are stored separately, as the scales.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ GROUP_BYTES = 160
 """Bytes of the codes of a group."""
 
 _TOP = 510
-"""The highest code less 1; as many steps lie between the ends of the range."""
+"""The highest code minus 1: the number of steps between the ends of the range."""
 _RANGE = 32.0
 _MAX_LOG = 127.9999
 _SIGN = 1 << 9
 _CODES = _SIGN - 1
 _BITS = 10
 _QUAD = 4
-"""Numbers that together fill whole bytes."""
+"""The least count of numbers that fill whole bytes."""
 _QUAD_BYTES = 5
 _BLOCK = 1 << 16
-"""Numbers that are processed at once: logarithms are taken in float64, and should stay in cache on a CPU."""
+"""Numbers processed at once on a CPU: the float64 intermediate results should stay in cache."""
 
 
 def encode(x: Tensor) -> Quantized:
     """Cast rows to logfmt10. Local, on x's device, not differentiable.
 
-    Logarithms are taken in float64, so that the bits depend on the numbers only.
+    Logarithms are computed in float64, so that the result depends on the numbers only.
 
     Args:
         x: ``[..., H]`` bfloat16, float16 or float32, H a multiple of 128.
@@ -63,7 +63,7 @@ def encode(x: Tensor) -> Quantized:
         each group in turn.
 
     Raises:
-        ShapeError: H is no multiple of 128.
+        ShapeError: H is not a multiple of 128.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def decode(rows: Quantized) -> Tensor:
     """Return ``[..., H]`` float32: the values of the codes. Local.
 
     Args:
-        rows: As from `encode`.
+        rows: Logfmt10 rows as `encode` returns them.
     """
     lead, num_groups = rows.data.shape[:-1], rows.data.shape[-1] // GROUP_BYTES
     data, ranges = rows.data.reshape(-1, GROUP_BYTES), rows.scale.reshape(-1, 2)
@@ -108,20 +108,20 @@ def _encode(x: Tensor, data: Tensor, ranges: Tensor) -> None:
     size = x.double().abs()
     largest = size.amax(1, keepdim=True)
     smallest = size.masked_fill(size == 0, torch.inf).amin(1, keepdim=True)
-    # Ends of the range as float32, as the receiver has them.
+    # The ends of the range as float32, which is what the receiver gets.
     hi = largest.log2().clamp(max=_MAX_LOG).float()
     lo = torch.minimum(torch.maximum(smallest.log2(), hi.double() - _RANGE).float(), hi)
     step = (hi - lo) / torch.full_like(hi, _TOP)
-    nothing, strange = largest == 0, ~largest.isfinite()
+    all_zero, non_finite = largest == 0, ~largest.isfinite()
     for one in (lo, step):
-        one.masked_fill_(nothing, 0.0).masked_fill_(strange, torch.nan)
+        one.masked_fill_(all_zero, 0.0).masked_fill_(non_finite, torch.nan)
     ranges.copy_(torch.cat([lo, step], dim=1))
 
     below = ((size.log2() - lo) / step).floor_().nan_to_num_(nan=0.0).clamp_(0, _TOP - 1)
     lower, upper = _value(lo, step, below), _value(lo, step, below + 1)
-    # Should rounding have put `below` one too high, it is still the nearest; one too low, and the upper one is.
+    # If rounding made `below` one too high, `lower` is still the nearest value; if one too low, `upper` is.
     code = below + 1 + (size - lower >= upper - size)
-    code.masked_fill_(strange | (step == 0), 1.0).masked_fill_(2 * size < lower, 0.0)
+    code.masked_fill_(non_finite | (step == 0), 1.0).masked_fill_(2 * size < lower, 0.0)
     _pack(code.long() + torch.where(x.signbit(), _SIGN, 0), data)
 
 
@@ -154,5 +154,5 @@ def _unpack(data: Tensor) -> Tensor:
 
 
 def _block(x: Tensor) -> int:
-    """Return how many groups are processed at once."""
+    """Return the number of groups to process at once."""
     return _BLOCK // GROUP if x.device.type == "cpu" else max(x.numel(), 1)

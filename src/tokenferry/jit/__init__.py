@@ -1,1 +1,1 @@
-"""From CUDA C++ text to a function that Python can launch: source, cubin, cache, launch. Knows nothing of experts."""
+"""Compile CUDA C++ text to kernels that Python can launch: source, cubin, cache, launch. Independent of experts."""

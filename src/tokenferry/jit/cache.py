@@ -1,4 +1,4 @@
-"""The cache of cubins on disk, shared by all processes of a user: one folder per entry, readable by itself.
+"""The cache of cubins on disk, shared by all processes of a user: one self-contained folder per entry.
 
 An entry ``<kernel>-<key>`` holds ``kernel.cu`` and its headers (``nvcc -cubin -arch=sm_90a kernel.cu`` works in it),
 ``kernel.cubin`` and ``build.json`` (options, version of the compiler, checksum, resources, log).
@@ -24,10 +24,10 @@ _log = logging.getLogger("tokenferry")
 
 
 class Cache:
-    """The entries below one folder; a folder that cannot be used costs time and one warning, never an error.
+    """The cache entries in one folder. An unusable folder costs time and one warning, but never raises an error.
 
     Args:
-        folder: Created when first needed. None: nothing is kept.
+        folder: Folder of the entries, created when first needed; None: nothing is cached.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -86,7 +86,7 @@ class Cache:
         try:
             entry.rename(aside)
         except FileNotFoundError:
-            return  # another process saw the same and was faster
+            return  # another process detected the same and was faster
         except OSError as error:
             self._warn(error)
 

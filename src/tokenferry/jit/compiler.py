@@ -34,7 +34,7 @@ def version() -> str:
 
 
 def compile_unit(unit: Unit) -> Built:
-    """Compile one translation unit; takes 20 to 100 ms, releases the GIL, may run in several threads.
+    """Compile one translation unit; takes 20 to 100 ms, releases the GIL, and is thread-safe.
 
     Raises:
         BackendUnavailable: NVRTC is not installed, or reports errors; gives the first lines of its log.
@@ -63,7 +63,7 @@ def compile_unit(unit: Unit) -> Built:
 
 
 def _load() -> Any:  # noqa: ANN401 - a module without types
-    """Return the module cuda.bindings.nvrtc, after checking that it finds its library."""
+    """Return the module cuda.bindings.nvrtc, after checking that it can load its library."""
     nvrtc = bindings("nvrtc")
     try:
         nvrtc.nvrtcVersion()

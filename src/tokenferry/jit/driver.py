@@ -1,4 +1,4 @@
-"""Access to cuda.bindings: imported on first use, and one way to check what its functions return."""
+"""Access to cuda.bindings: import it on first use, and check the results of its functions."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def bindings(name: str = "driver") -> Any:  # noqa: ANN401 - a module without ty
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - what the CUDA function returned
-    """Return the result of a function of cuda.bindings without its error code.
+    """Check the error code that a function of cuda.bindings returned, and return its values.
 
     Args:
         result: ``(code, ...)`` as the function returned it.
-        what: The action, for the message: ``"launch of kernel dispatch"``.
+        what: The action, for the message, such as ``"launch of kernel dispatch"``.
 
     Returns:
         None, the one value, or the tuple of values after the code.
@@ -45,12 +45,12 @@ def check(result: tuple[Any, ...], what: str) -> Any:  # noqa: ANN401 - what the
 
 
 def name_of(code: Any) -> str:  # noqa: ANN401 - an enum of cuda.bindings
-    """Return the name and number of a code: ``"CUDA_ERROR_INVALID_VALUE (1)"``."""
+    """Return the name and number of an error code, such as ``"CUDA_ERROR_INVALID_VALUE (1)"``."""
     return f"{getattr(code, 'name', type(code).__name__)} ({int(code)})"
 
 
 class Device:
-    """One GPU and its primary context, which torch uses, too; the context is kept alive until ``close``.
+    """One GPU and its primary context, which torch uses too. The context is retained until ``close``.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver, or a device with this index is missing.
@@ -71,7 +71,7 @@ class Device:
         )
 
     def arch(self) -> str:
-        """Return ``"sm_90a"`` on Hopper, where some instructions exist in that variant only; else ``"sm_XY"``."""
+        """Return ``"sm_90a"`` on Hopper, where some instructions need that variant, otherwise ``"sm_XY"``."""
         kinds = self.cuda.CUdevice_attribute
         major, minor = (
             check(self.cuda.cuDeviceGetAttribute(kind, self._handle), "asking for the compute capability")
@@ -84,7 +84,7 @@ class Device:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context current in this thread inside the ``with`` block; the one before is restored."""
+        """Make the context current in this thread inside the ``with`` block; restore the previous one."""
         check(self.cuda.cuCtxPushCurrent(self._context), "entering the CUDA context")
         try:
             yield
@@ -92,5 +92,5 @@ class Device:
             check(self.cuda.cuCtxPopCurrent(), "leaving the CUDA context")
 
     def close(self) -> None:
-        """Release the context; torch retains it by itself."""
+        """Release the context; torch holds a reference of its own."""
         check(self.cuda.cuDevicePrimaryCtxRelease(self._handle), "releasing the CUDA context")

@@ -1,4 +1,4 @@
-"""Kernels: their description (``KernelSpec``), one that is compiled (``Kernel``), all of a device (``Jit``)."""
+"""Kernels: the description of one (``KernelSpec``), a compiled one (``Kernel``), all those of a device (``Jit``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Compile = Callable[[Unit], compiler.Built]
 
 @dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """One kernel: its files, its params, and limits of the resources that it needs.
+    """The description of a kernel: its files, its params, and limits of its resources.
 
     Attributes:
         name: The ``extern "C"`` entry point, and the kernel's name in messages.
@@ -37,8 +37,8 @@ class KernelSpec:
         configs: Every set of compile-time constants that may be used: ``{"num_stages": 4}`` becomes
             ``constexpr int kNumStages = 4;``.
         generated: Text of headers that are not files below ``include``, by the name in their ``#include`` lines.
-        early: Whether the kernel begins with ``griddepcontrol.wait``: it may then be launched before the kernel before
-            it has ended, which hides a part of the launch (programmatic dependent launch).
+        early: Whether the kernel begins with ``griddepcontrol.wait``: it may then be launched before the previous
+            kernel has ended, which hides a part of the launch latency (programmatic dependent launch).
     """
 
     name: str
@@ -68,7 +68,7 @@ class KernelSpec:
         return Unit(self.name, text, headers(own, self.source, self.include, self.generated), options(arch))
 
     def load(self, device_index: int, config: Mapping[str, int]) -> Kernel:
-        """Compile and return one kernel, without a cache: for experiments. Everything else goes through a ``Jit``.
+        """Compile and return one kernel without a cache, for experiments. Everything else should use a ``Jit``.
 
         Raises:
             BackendUnavailable: no GPU, no NVRTC, or the kernel does not compile.
@@ -78,12 +78,12 @@ class KernelSpec:
 
 
 class Kernel:
-    """A compiled kernel in a module of one device. May be launched by several threads, each with params of its own.
+    """A compiled kernel, loaded on one device. Several threads may launch it, each with its own params.
 
     Args:
-        spec: The kernel.
-        device: The device that it is loaded on.
-        function: The driver's handle (``CUfunction``).
+        spec: The description of the kernel.
+        device: The device on which the kernel is loaded.
+        function: The kernel's ``CUfunction`` handle.
     """
 
     def __init__(self, spec: KernelSpec, device: Device, function: Any) -> None:  # noqa: ANN401 - a handle
@@ -96,21 +96,21 @@ class Kernel:
         self._smem_bytes = 0
 
     def new_params(self) -> Struct:
-        """Return params of this kernel, all zero. Keep and overwrite them: making them costs more than a launch."""
+        """Return zeroed params for this kernel. Reuse them: making them costs more than a launch."""
         return self.spec.params.struct()
 
     def launch(self, params: Struct, grid: int, block: int, smem_bytes: int, stream: int) -> None:
-        """Enqueue the kernel; does not wait for it. The params are copied: they may be overwritten on return.
+        """Enqueue the kernel without waiting for it. The params are copied, and may be overwritten on return.
 
         Args:
-            params: From ``new_params`` of a kernel of the same spec; no other thread may write them meanwhile.
+            params: From ``new_params`` of a kernel of the same spec; no other thread may write them during the call.
             grid: Number of blocks, at least 1.
             block: Threads per block, at most ``spec.max_threads``.
             smem_bytes: Dynamic shared memory per block.
             stream: Handle of the stream (``torch.cuda.current_stream().cuda_stream``) on this kernel's device.
 
         Raises:
-            BackendUnavailable: the driver refused; names the kernel, the code and the sizes.
+            BackendUnavailable: the driver reported an error; names the kernel, the code and the sizes.
         """
         packed = self._packed.get((grid, block, smem_bytes, stream))
         if packed is None:
@@ -120,7 +120,7 @@ class Kernel:
             self._retry(result, packed, params)
 
     def _pack(self, grid: int, block: int, smem_bytes: int, stream: int) -> Any:  # noqa: ANN401 - a CUlaunchConfig
-        """Return the launch sizes as the driver takes them; never written again, so that threads may share them."""
+        """Return the launch config for the driver; it is never changed again, so that threads may share it."""
         cuda = self._device.cuda
         with self._lock:
             if smem_bytes > self._smem_bytes:
@@ -142,12 +142,12 @@ class Kernel:
                 packed.attrs = [early]
                 packed.numAttrs = 1
             if len(self._packed) >= _MAX_PACKED:
-                self._packed.clear()  # the application makes more and more streams
+                self._packed.clear()  # the application keeps making new streams
             self._packed[grid, block, smem_bytes, stream] = packed
         return packed
 
     def _retry(self, result: tuple[Any, ...], packed: Any, params: Struct) -> None:  # noqa: ANN401 - a CUlaunchConfig
-        """Launch again in this device's context, if the thread has none or another one; raise for other errors."""
+        """Launch again in this device's context if the thread has none or another one; raise an error otherwise."""
         codes = self._device.cuda.CUresult
         if result[0] in (codes.CUDA_ERROR_INVALID_CONTEXT, codes.CUDA_ERROR_INVALID_HANDLE):
             with self._device.current():
@@ -159,11 +159,11 @@ class Kernel:
 
 
 class Jit:
-    """The compiled kernels of one device; each backend has one. Safe to share between threads.
+    """The compiled kernels of one device; each backend has its own. Thread-safe.
 
     Args:
-        device_index: As torch counts devices.
-        folder: Cache of cubins, shared by processes; None: none.
+        device_index: Index of the device in torch.
+        folder: Folder of the cubin cache, shared by processes; None: no cache.
         compile_unit: The compiler; tests pass their own.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Params structs: one list of fields gives the struct that Python fills and the struct that the kernel reads."""
+"""Params structs: from one list of fields, make the struct that Python fills and the one that the kernel reads."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _CODES = {
     ctypes.c_int32: "i",
     ctypes.c_float: "f",
 }
-"""Format characters of the types of fields, for the module struct."""
+"""Format characters of the field types for Python's ``struct`` module."""
 _TYPE = re.compile(r"(?P<kind>ptr|u64|i64|u32|i32|f32)(?::(?P<target>[A-Za-z_][\w: ]*))?(?:\[(?P<count>[1-9]\d*)\])?")
 
 
 class Struct(ctypes.Structure):
     """A params struct, with the argument list that the driver expects for it.
 
-    Fields are plain attributes; numbers that do not fit wrap around, as in C. A field that does not exist raises
-    AttributeError. Pointer fields hold addresses: the caller keeps alive what they point to.
+    Fields are plain attributes; numbers that do not fit wrap around, as in C. Setting a field that does not exist
+    raises AttributeError. Pointer fields hold addresses: the caller keeps the memory alive.
     """
 
     # No __dict__: a misspelt field must not become an attribute that no kernel sees.
@@ -57,7 +57,7 @@ class Params:
             Alignment is natural, as in C++.
 
     Attributes:
-        name: As given.
+        name: Name of the C++ struct.
         cpp: The C++ struct, followed by a static_assert on its size and on the offset of every field.
         struct: The ctypes struct (a ``Struct``); pointers are 64-bit integers.
 
@@ -104,10 +104,10 @@ def _member(struct: str, field: str, kind: str) -> tuple[Any, str]:
 
 
 class Packer:
-    """Writes several neighbouring fields of a params struct with one call.
+    """A writer of several adjacent fields of a params struct with one call.
 
     The fields are given by name, and checked when the packer is made: a field that was renamed, moved or separated from
-    its neighbours is an error then, and not a value in the wrong place at a launch.
+    its neighbours causes an error at that point, instead of a value in the wrong place at a launch.
 
     Args:
         struct_type: The ``struct`` of a `Params`.
@@ -165,8 +165,8 @@ class Packer:
     def bind(self, params: Struct) -> Callable[..., None]:
         """Return a function that writes the fields of ``params``, given their values in order.
 
-        It is `struct.Struct.pack_into` with its first arguments: it costs what that costs, and raises what that raises.
-        The memory of ``params`` stays alive as long as the function.
+        It is `struct.Struct.pack_into` with its first arguments bound, with the same cost and exceptions. The memory of
+        ``params`` stays alive as long as the function.
 
         Raises:
             ConfigError: ``params`` is another struct.

@@ -1,4 +1,4 @@
-"""Resources of an SM that a kernel needs, as the assembler reports them."""
+"""The SM resources that a kernel needs, as reported by the assembler."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Resources:
 
     Attributes:
         registers: Registers per thread.
-        spill_bytes: Bytes of spill stores and loads, of the kernel and of the functions that it calls.
-        stack_bytes: Bytes of stack per thread, likewise.
+        spill_bytes: Bytes of spill stores and loads, of the kernel and the functions that it calls.
+        stack_bytes: Bytes of stack per thread, of the kernel and the functions that it calls.
         static_smem_bytes: Bytes of static shared memory per block.
     """
 
@@ -34,7 +34,7 @@ class Resources:
 def parse(log: str) -> dict[str, Resources]:
     """Return the resources of every kernel in a log of ``--ptxas-options=-v``, by name.
 
-    The log does not say which kernel calls a function that was not inlined: it counts for every kernel of the log.
+    The log does not say which kernel calls a function that was not inlined, so it counts for every kernel in the log.
     A kernel whose registers are missing from the log is left out.
     """
     found = {match["name"]: match for match in _FUNCTION.finditer(log)}

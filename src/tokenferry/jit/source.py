@@ -1,4 +1,4 @@
-"""The text that the compiler gets: a prelude, the params struct, and the kernel with all headers that it includes."""
+"""The input of the compiler: a prelude, the params struct, and the kernel with all headers that it includes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ typedef float f32;
 
 @dataclass(frozen=True)
 class Unit:
-    """One translation unit: all that determines the binary, except for the version of the compiler.
+    """One translation unit: everything that determines the binary, except the version of the compiler.
 
     Attributes:
         name: Name of the kernel.
-        text: The unit itself, which includes the headers by name.
+        text: Source text of the unit, which includes the headers by name.
         headers: Text of each header that it includes, directly or not, by the name in the ``#include`` line.
         options: Options for NVRTC.
     """
@@ -66,7 +66,7 @@ def options(arch: str) -> tuple[str, ...]:
 
 
 def translation_unit(source: Path, params_cpp: str, constants: Mapping[str, int], include: Path) -> tuple[str, str]:
-    """Return the text of a kernel's unit, and the name by which it includes the kernel's source.
+    """Return the text of a kernel's translation unit, and the name by which it includes the kernel's source.
 
     Args:
         source: The kernel's ``.cuh`` file.

@@ -1,1 +1,1 @@
-"""GPU memory that all ranks of a node address (`window`), and blocks in it that live as long as tensors (`heap`)."""
+"""GPU memory that all ranks of a node address (`window`), and blocks of it with the lifetime of tensors (`heap`)."""

@@ -1,20 +1,20 @@
-"""The heap of a window: blocks that live as long as the tensors made of them, and are reused in stream order.
+"""The heap of a window: blocks that live as long as the tensors over them, and are reused in stream order.
 
-When the last tensor over a block is freed, queued work may still read the block. So a free range remembers which
-streams used it. A stream that takes it waits, on the device, for the others of them; on one stream there is nothing to
-wait for.
+When the last tensor over a block is freed, queued work may still read the block. A free range therefore records which
+streams used it, and a stream that takes the range waits for the other streams on the device. With a single stream there
+is nothing to wait for.
 
 * A block that is freed while its own stream is torch's current one was last used there: nothing is recorded.
 * If another stream is current, the block was last used there, and an event is recorded on it. The block's own stream
-  is remembered too. So work on a third stream must be joined to one of these two before the last tensor is freed.
+  is recorded too. Work on a third stream must therefore be joined to one of these two before the last tensor is freed.
 * A block taken while its stream is being captured into a CUDA graph belongs to that capture for good: each replay
-  writes it again, and there is no notice of the end of a graph. Only the same capture takes it again.
+  writes it again, and the end of a graph cannot be observed. Only the same capture can take it again.
 * A block from before a capture that is freed during the capture is available after its end: until then no event can be
   recorded on its stream.
 
 Calls of equal size that follow each other on one stream reuse the memory of the call before without a lock or a search:
 a block that is freed eagerly on its own stream goes to a quick list, which the next request of that size on that stream
-looks at first. Memory on a quick list is as free as any range: it goes back to the ranges (it is *settled*) before the
+checks first. Memory on a quick list is as free as any range: it goes back to the ranges (it is *settled*) before the
 heap makes a stream wait for another one, reports that it is full, or gives a range to a graph or a large block.
 
 `Block.__del__` may run in any thread, and within any call, `Heap.block` included: it only appends to deques.
@@ -42,7 +42,7 @@ ALIGNMENT = 512
 _EAGER = 0
 _UNKNOWN = -1
 _QUICK_LISTS = 16
-"""How many pairs of size and stream have a quick list: those that were last taken from the ranges."""
+"""Number of (size, stream) pairs with a quick list; a new pair replaces the oldest."""
 _LARGE = 16
 """A block is large if it takes more than this fraction (1 / 16) of the heap; quick lists are settled before it is
 placed."""
@@ -52,8 +52,8 @@ class HeapFull(TokenferryError):  # noqa: N818 - reads as what happened, like Pe
     """No free range is large enough.
 
     Attributes:
-        requested: Bytes that were asked for.
-        free: Bytes free.
+        requested: Bytes requested.
+        free: Bytes that are free.
         largest: Bytes of the largest free range.
         total: Bytes of the heap.
         captured: Bytes that belong to CUDA graphs.
@@ -77,8 +77,8 @@ class Block:
 
     Attributes:
         offset: Bytes from the window's base; a multiple of 512.
-        num_bytes: As requested.
-        address: Of the block in this process.
+        num_bytes: Size of the block in bytes, as requested.
+        address: Address of the block in this process.
     """
 
     __slots__ = ("_heap", "_quick", "_size", "address", "num_bytes", "offset")
@@ -92,14 +92,14 @@ class Block:
         self._size = quick.size
 
     def tensor(self) -> Tensor:
-        """Return a uint8 tensor ``[num_bytes]`` that keeps the block alive, and so do its views."""
+        """Return a uint8 tensor ``[num_bytes]``; the tensor and its views keep the block alive."""
         return bytes_at(self.address, self.num_bytes, self._heap.device, self)
 
     def trim(self, num_bytes: int) -> None:
-        """Keep the first ``num_bytes`` and give back the rest, which has not been used yet; before `tensor`.
+        """Keep the first ``num_bytes``, and free the rest, which must not have been used; call it before `tensor`.
 
         Raises:
-            ValueError: ``num_bytes`` is more than the block has.
+            ValueError: the block is smaller than ``num_bytes``.
         """
         if num_bytes > self.num_bytes:
             raise ValueError(f"trim: expected at most num_bytes={self.num_bytes}, got {num_bytes}")
@@ -121,10 +121,10 @@ class Heap:
     Args:
         base: Address of the window in this process.
         num_bytes: Bytes of the heap.
-        device: Of the memory.
+        device: Device of the memory.
         first: Offset of the heap in the window.
-        memory: Owner of the memory; kept alive as long as this heap is open, and each block.
-        streams: The streams of the device, if other than the usual.
+        memory: Owner of the memory; kept alive while the heap is open, and as long as any block.
+        streams: The streams of the device; None: those of ``device``.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Heap:
             return self._pools[_EAGER].largest
 
     def has_room(self, num_bytes: int) -> bool:
-        """Return whether ``num_bytes <= largest_free``; cheap, and settles nothing, where that is known already."""
+        """Return whether ``num_bytes <= largest_free``; cheap, without settling anything, if that is known already."""
         ranges = self._pools[_EAGER]
         if ranges.largest_known >= num_bytes:
             return True
@@ -189,12 +189,12 @@ class Heap:
             return ranges.largest >= num_bytes
 
     def block(self, num_bytes: int, stream: int, capture: int | None = None) -> Block:
-        """Take a block for work on ``stream`` (a raw handle), which waits on the device for earlier users if need be.
+        """Take a block for work on ``stream`` (a raw handle), which waits on the device for earlier users if necessary.
 
         Local; does not block the host; may be called while the stream is being captured.
 
         Args:
-            num_bytes: Its size.
+            num_bytes: Size of the block.
             stream: The stream that uses it first, and on which it should be freed.
             capture: The number of the capture that the stream takes part in, 0 if none; queried if None.
 
@@ -215,14 +215,14 @@ class Heap:
         return self._search(num_bytes, size, stream, capture)
 
     def close(self) -> None:
-        """Refuse new blocks. Those alive stay; the memory is freed with the last of them. Local, idempotent."""
+        """Refuse new blocks. Live blocks stay valid; the memory is freed with the last of them. Local, idempotent."""
         self._closed = True
         self._memory = None
         self._quicks = {}
         self._kept.clear()
 
     def _search(self, num_bytes: int, size: int, stream: int, capture: int) -> Block:
-        """Return a block from the ranges; see `block`."""
+        """Take a block from the ranges; see `block`."""
         with self._lock:
             if self._closed:
                 raise ClosedError("the heap of this group was closed; make a new group")
@@ -254,7 +254,7 @@ class Heap:
         return quick
 
     def _clear(self, quick: Quick) -> None:
-        """Hand the blocks of a quick list over to `_collect`. Takes no lock."""
+        """Move the blocks of a quick list to the queue of `_collect`. Takes no lock."""
         here = (quick.stream, _EAGER)
         try:
             while True:
@@ -263,7 +263,7 @@ class Heap:
             return
 
     def _settle(self) -> bool:
-        """Give freed blocks, and those on quick lists, back to the ranges; returns whether there were any."""
+        """Give freed blocks, and those on quick lists, back to the ranges; return whether there were any."""
         for quick in self._quicks.values():
             if quick.free:
                 self._clear(quick)
@@ -290,7 +290,7 @@ class Heap:
             return found[0]
 
     def _take_for_capture(self, size: int, stream: int) -> int | None:
-        """Take memory for good. The graph waits, at each replay, for the eager work that used it."""
+        """Take memory for good; at each replay, the graph waits for the eager work that used it."""
         pool = self._pools[_EAGER]
         found = pool.best(size, stream)
         if found is None:
@@ -309,7 +309,7 @@ class Heap:
         return start
 
     def _can_wait(self, waits: Waits, stream: int, capture: int) -> bool:
-        """Return whether missing events can be recorded: not on a stream that is in another capture."""
+        """Return whether missing events can be recorded: not on a stream that takes part in another capture."""
         return all(
             mark is not None or other == stream or self._streams.capture(other) == capture
             for other, mark in waits.items()
@@ -322,7 +322,7 @@ class Heap:
                 self._streams.wait(stream, event, outside=False)
 
     def _freed(self, block: Block) -> None:
-        """Note the streams that may still use a block that was freed. Takes no lock."""
+        """Record the streams that may still use a freed block. Takes no lock."""
         if self._closed:
             return
         quick = block._quick
@@ -337,7 +337,7 @@ class Heap:
             current = self._streams.current()
             current_capture = self._streams.capture(current)
             if current != stream and current_capture == capture:
-                # The number comes first: so a higher one on the same stream means a later event, whatever threads do.
+                # Take the number first: a higher one on the same stream then means a later event, whatever threads do.
                 number = next(self._order)
                 mark = Mark(number, self._streams.record(current))
         except RuntimeError:  # the state of the stream cannot be queried now: try again later

@@ -1,4 +1,4 @@
-"""Free memory of a heap: ranges, with the streams to wait for, and quick lists of blocks. Independent of CUDA."""
+"""Free memory of a heap: ranges with the streams to wait for, and quick lists of blocks. Independent of CUDA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Mark(NamedTuple):
-    """An event that a stream has to pass, and its number in the order of all events."""
+    """An event to wait for, and its number in the order of all events."""
 
     number: int
     event: Any
@@ -20,10 +20,10 @@ Replaced, never changed."""
 
 
 class Ranges:
-    """Free ranges, in order of their starts. Neighbours merge, and so do their waits.
+    """Free ranges, ordered by start. Adjacent ranges merge, and so do their waits.
 
     Attributes:
-        largest_known: Bytes of a range that certainly exists. Any thread may read it.
+        largest_known: Size in bytes of a range that certainly exists. Any thread may read it.
     """
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ class Ranges:
             all_waits.insert(at, waits)
 
     def best(self, size: int, stream: int, unfit: frozenset[int] = frozenset()) -> tuple[int, Waits] | None:
-        """Return start and waits of the best range for ``size`` bytes, or None; none that starts at one of ``unfit``.
+        """Return start and waits of the best range for ``size`` bytes, or None; skip starts in ``unfit``.
 
-        Ranges for which ``stream`` need not wait come first: waiting would tie streams together that the user keeps
-        apart. Of these the smallest is best, so that large ranges stay whole.
+        Ranges for which ``stream`` need not wait come first: waiting would serialise streams that the user keeps
+        separate. Of these the smallest is best, so that large ranges stay whole.
         """
         found, least = -1, (True, 0)
         for at, has in enumerate(self._sizes):
@@ -83,9 +83,9 @@ class Ranges:
         return None if found < 0 else (self._starts[found], self._waits[found])
 
     def cut(self, start: int, size: int) -> None:
-        """Take the first ``size`` bytes of the range that starts here; the rest keeps its waits."""
+        """Take the first ``size`` bytes of the range at ``start``; the rest keeps its waits."""
         at = bisect.bisect_left(self._starts, start)
-        if self._sizes[at] >= self.largest_known:  # it may be the known one; its rest still exists
+        if self._sizes[at] >= self.largest_known:  # this may be the known range, of which the rest still exists
             self.largest_known = self._sizes[at] - size
         if self._sizes[at] > size:
             self._starts[at] += size
@@ -95,15 +95,15 @@ class Ranges:
 
 
 class Quick:
-    """The quick list of one size and stream: what its blocks have in common, and which of them are free again.
+    """The quick list of one size and stream: the common properties of its blocks, and the free ones among them.
 
     Attributes:
-        size: Bytes, a multiple of 512.
-        stream: The raw handle.
-        capture: The capture that they were taken in; 0: none.
+        size: Bytes of each block, a multiple of 512.
+        stream: Raw handle of the stream.
+        capture: Number of the capture in which the blocks were taken, 0 if none.
         memory: Owner of the memory, kept alive.
         free: Offsets of blocks that were freed eagerly on ``stream`` and are not settled.
-        open: Whether more may be added.
+        open: Whether freed blocks may be added.
     """
 
     __slots__ = ("capture", "free", "memory", "open", "size", "stream")

@@ -1,4 +1,4 @@
-"""Whether ranks can map each other's GPU memory: the reason of each rank why not, and one reason for all."""
+"""Checks whether ranks can map each other's GPU memory, and agreement on one reason if they cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tokenferry.transports.handshake import host_name
 
 MAX_RANKS = 8
-"""The machines that this is made for have at most so many GPUs in one NVLink domain."""
+"""The largest number of GPUs in one NVLink domain on the supported machines."""
 _OLDEST = (9, 0)
 
 
@@ -19,11 +19,11 @@ class Exchange(Protocol):
     """The part of `tokenferry.transports.handshake.Bootstrap` that windows use."""
 
     def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
-        """Send one handshake to every rank, and return every rank's."""
+        """Send one handshake to every rank, and return those of all ranks, by rank."""
 
 
 def process_name() -> str:
-    """Return a name that differs between the processes of a host, in containers too."""
+    """Return a name that is unique to this process on its host, even in containers."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -37,7 +37,7 @@ def describe(device: torch.device | None) -> dict[str, Any]:
     if device is not None and device.type == "cuda" and torch.cuda.is_available():
         try:
             properties = torch.cuda.get_device_properties(device)
-        except (RuntimeError, AssertionError) as error:  # sent to the others, which would wait for it
+        except (RuntimeError, AssertionError) as error:  # sent to the others, which would otherwise wait
             return {**handshake, "trouble": f" that works: {error}"}
         handshake["device"] = {
             "name": properties.name,
@@ -49,7 +49,7 @@ def describe(device: torch.device | None) -> dict[str, Any]:
 
 
 def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
-    """Return why this rank cannot map the memory of all others; empty if it can. Local."""
+    """Return the reason why this rank cannot map the memory of all others, or an empty string. Local."""
     if len(handshakes) > MAX_RANKS:
         return f"{len(handshakes)} ranks are more than the {MAX_RANKS} that can share memory"
     hosts = {handshake["host"] for handshake in handshakes}
@@ -75,17 +75,17 @@ def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
 
 
 def agree(table: Exchange, reason: str) -> str:
-    """Return the reason of the lowest rank that has one, the same on all ranks; empty if none has. Collective."""
+    """Return the reason of the lowest rank that has one, or an empty string; the same on all ranks. Collective."""
     return next((handshake["why_not"] for handshake in table.exchange({"why_not": reason}) if handshake["why_not"]), "")
 
 
 def obstacle(table: Exchange | None, rank: int, device: torch.device | None) -> str:
-    """Return why these ranks cannot share GPU memory, the same on all ranks; empty if they can.
+    """Return the reason why these ranks cannot share GPU memory, or an empty string; the same on all ranks.
 
     Collective; allocates nothing. ``table`` may be None for a group of one.
 
     Raises:
-        PeerTimeout: a rank did not come.
+        PeerTimeout: a rank did not answer.
     """
     handshake = describe(device)
     if table is None:

@@ -1,4 +1,4 @@
-"""Streams and events as the heap uses them; a seam, so that its rules can be tested without a GPU."""
+"""Streams and events for the heap, behind an interface, so that the heap can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class Streams(Protocol):
     """The streams of one device, as raw handles."""
 
     def current(self) -> int:
-        """Return the stream that torch would launch on, in this thread."""
+        """Return the stream on which torch would launch in this thread."""
 
     def capture(self, stream: int) -> int:
         """Return the number of the CUDA graph capture that a stream is part of, 0 if none; numbers are not reused."""
 
     def is_eager(self, stream: int) -> bool:
-        """Return whether a stream is the current one and not being captured; False where only `capture` can know."""
+        """Return whether a stream is the current one and not being captured; False also if only `capture` can tell."""
 
     def record(self, stream: int) -> object:
-        """Return an event after everything that is queued on a stream."""
+        """Record and return an event after everything queued on a stream."""
 
     def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - what `record` returned
-        """Make a stream wait for an event; ``outside``: the stream is being captured, the event is not part of that."""
+        """Make a stream wait for an event; ``outside``: the stream is being captured, and the event is not."""
 
 
 class HostStreams:
-    """Streams for memory of the host, where work is done as soon as it is queued."""
+    """The streams for host memory, where work is done as soon as it is queued."""
 
     def current(self) -> int:
         """Return 0, the only stream."""
@@ -53,10 +53,10 @@ class HostStreams:
 
 
 class CudaStreams:
-    """Streams of a CUDA device.
+    """The streams of a CUDA device.
 
     Raises:
-        BackendUnavailable: (by every method) the driver refuses; names what was tried and the code.
+        BackendUnavailable: (by every method) the driver reports an error; names the action and the code.
     """
 
     def __init__(self, device: Device) -> None:
@@ -75,7 +75,7 @@ class CudaStreams:
     def capture(self, stream: int) -> int:
         """See `Streams.capture`.
 
-        For the current stream of the current device torch is asked, at a quarter of the driver's cost.
+        For the current stream of the current device, asking torch costs a quarter of asking the driver.
         """
         if self.is_eager(stream):
             return 0
@@ -106,7 +106,7 @@ class CudaStreams:
 
 
 class _Event:
-    """A CUDA event that is destroyed with its last reference; work that waits for it already is not disturbed."""
+    """A CUDA event that is destroyed with its last reference; work that already waits for it is not affected."""
 
     __slots__ = ("_destroy", "handle")
 

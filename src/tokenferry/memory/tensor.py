@@ -1,7 +1,7 @@
-"""Tensors over memory that something else owns; such a tensor keeps the owner alive.
+"""Tensors over memory that another object owns; such a tensor keeps the owner alive.
 
 DLPack carries the address. torch copies the contents of DLPack's struct except for the deleter, which it looks up when
-the storage is freed; that may be after the interpreter has ended. There is nothing to delete: so the deleter is null,
+the storage is freed; that may be after the interpreter has ended. Nothing needs to be deleted, so the deleter is null,
 and the struct, which is never freed, is reused for the next tensor. The owner is an attribute of the Python object of
 the tensor's storage, which torch keeps as long as the storage lives, whatever refers to it: a view, a saved tensor of
 autograd, C++ code.
@@ -27,7 +27,7 @@ _NAME = b"dltensor"
 
 
 class _DlpackType(NamedTuple):
-    """DLPack's name of a dtype."""
+    """DLPack's code and width of a dtype."""
 
     code: int
     bits: int
@@ -43,7 +43,7 @@ _TYPES: dict[torch.dtype, _DlpackType | None] = {
     torch.float64: _DlpackType(2, 64),
     torch.bfloat16: _DlpackType(4, 16),
 }
-"""Others are added when first used; None: torch does not accept it, so tensors are made as bytes and viewed."""
+"""Others are added on first use; None: torch does not accept the type, so that tensors are viewed from bytes."""
 _NEWER_TYPES = {torch.float8_e4m3fn: _DlpackType(10, 8), torch.float8_e5m2: _DlpackType(12, 8)}
 """Types that only newer versions of torch accept."""
 
@@ -56,12 +56,12 @@ _from_dlpack = torch._C._from_dlpack
 _Kind = tuple[torch.dtype, torch.device, int]
 """The fields of a struct that never change: dtype, device, number of dimensions."""
 _idle: dict[_Kind, deque[tuple[Any, int]]] = {}
-"""Structs, as words, with their addresses, that no thread is using: of each kind as many as were ever used at once.
-They are never freed, as torch may read a struct after the interpreter has ended."""
+"""Structs (as words, with their addresses) that no thread is using, by kind. They are never freed, since torch may
+read a struct after the interpreter has ended."""
 
 
 def bytes_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
-    """Return a uint8 tensor ``[num_bytes]`` over the memory at ``address`` of ``device``; as `tensor_at`."""
+    """Return a uint8 tensor ``[num_bytes]`` over the memory at ``address``; see `tensor_at`."""
     return tensor_at(address, (num_bytes,), torch.uint8, device, owner)
 
 
@@ -100,7 +100,7 @@ def _new_struct(code: _DlpackType, device: torch.device, num_dims: int) -> tuple
 
 
 def _learn(dtype: torch.dtype) -> _DlpackType | None:
-    """Return DLPack's name of a dtype if this torch accepts it, else None; noted in ``_TYPES``."""
+    """Return DLPack's type of a dtype if this torch accepts it, else None; store the result in ``_TYPES``."""
     code = _NEWER_TYPES.get(dtype)
     if code is not None:
         words, at = _new_struct(code, torch.device("cpu"), 1)

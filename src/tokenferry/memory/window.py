@@ -1,9 +1,9 @@
-"""Windows: one allocation of GPU memory per rank, which every rank of the node addresses by plain pointers.
+"""Windows: one allocation of GPU memory per rank, which every rank of the node can address by plain pointers.
 
 Memory comes from `cuMemAlloc` and is shared by CUDA IPC. NVLink multicast is never used.
 
-A window may be closed while peers still have it mapped, and while tensors still lie in it: its memory is freed when it
-is closed and the last block of its heap is freed. A peer's mapping stays until that peer closes its window, too.
+A window may be closed while peers still have it mapped, and while tensors still use it: its memory is freed once it is
+closed and the last block of its heap is freed. The mapping of a peer stays until that peer closes its own window.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tokenferry.memory.reach import Exchange, agree, describe, why_not
 from tokenferry.memory.streams import CudaStreams
 
 _PAGE = 2 << 20
-"""Allocations are multiples of this: smaller ones share a page with others, which IPC would share, too."""
+"""Allocations are multiples of this: smaller ones share a page with others, which IPC would then share too."""
 _HANDLE_BYTES = 64
 
 
 class Memory:
-    """One allocation on a device, zero at its start; freed when the last reference to this object is gone.
+    """One allocation on a device, of which the first bytes are zeroed; freed with the last reference to this object.
 
     Raises:
         BackendUnavailable: there is not enough memory; gives the numbers and the setting.
@@ -61,8 +61,8 @@ class Memory:
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
         if finalizing() or not getattr(self, "address", 0):
             return
-        # The last tensor may be freed during a capture, which freeing memory would break. A failure is of no interest:
-        # it means that the context is gone or broken, and the memory with it.
+        # The last tensor may be freed during a capture, which freeing memory would break. A failure can be
+        # ignored: it means that the context, and the memory with it, is gone or broken.
         _, mode = self._cuda.cuThreadExchangeStreamCaptureMode(self._relaxed)
         try:
             with self._device.current():
@@ -79,9 +79,9 @@ class Window:
     Attributes:
         rank: The rank whose view this is.
         num_ranks: R.
-        num_bytes: Of each window.
-        device: Of this rank's own window.
-        bases: Address, in this process, of every rank's window; this rank's own included.
+        num_bytes: Bytes of each window.
+        device: Device of this rank's window.
+        bases: Address of every rank's window in this process, including this rank's own.
         base: ``bases[rank]``.
     """
 
@@ -107,7 +107,7 @@ class Window:
         return heap
 
     def _reach(self, handshakes: list[dict[str, Any]]) -> str:
-        """Map every peer's window; returns why that fails, or an empty string."""
+        """Map every peer's window; return the reason of a failure, or an empty string."""
         bases = list(self.bases)
         for peer, handshake in enumerate(handshakes):
             if peer == self.rank:
@@ -126,9 +126,9 @@ class Window:
         return ""
 
     def close(self) -> None:
-        """Unmap the peers' windows, and free the own once no tensor lies in it. Local, idempotent.
+        """Unmap the windows of peers, and free this rank's own once no tensor uses it. Local, idempotent.
 
-        Waits for the work that is queued on the device, which may still use the mappings.
+        Waits for the work queued on the device, which may still use the mappings.
         """
         heaps, self._heaps = self._heaps, []
         mapped, self._mapped = self._mapped, []
@@ -147,22 +147,22 @@ def share(
     num_bytes: int,
     zero_bytes: int | None = None,
 ) -> Window:
-    """Allocate this rank's window, and map those of all others. Collective.
+    """Allocate this rank's window, and map the windows of all others. Collective.
 
     When it returns, every rank has mapped every window, and the first ``zero_bytes`` of each (all, if None) are zero.
 
     Args:
-        table: For exchanging handshakes; may be None for a group of one.
+        table: The exchange of handshakes; may be None for a group of one rank.
         rank: This rank.
-        num_ranks: R.
-        device: This rank's GPU. Ranks may share one.
-        num_bytes: Of each window, the same on all ranks.
-        zero_bytes: Bytes at the start that are cleared.
+        num_ranks: Number of ranks, R.
+        device: GPU of this rank; ranks may share one.
+        num_bytes: Bytes of each window, the same on all ranks.
+        zero_bytes: Bytes to zero at the start of each window; None: all.
 
     Raises:
         BackendUnavailable: on all ranks, if any rank cannot: it has no Hopper GPU, its GPU cannot reach another, the
             ranks are on several hosts or more than 8, or there is not enough memory. Names the rank.
-        PeerTimeout: a rank did not come.
+        PeerTimeout: a rank did not answer.
     """
     handshakes = _exchange(table, describe(device))
     reason = why_not(handshakes, rank)
@@ -205,7 +205,7 @@ def _exchange(table: Exchange | None, handshake: dict[str, Any]) -> list[dict[st
 
 
 def _map(device: Device, handle: bytes) -> int:
-    """Map another process's window; returns its address."""
+    """Map the window of another process, and return its address."""
     cuda = device.cuda
     wanted = cuda.CUipcMemHandle()
     ctypes.memmove(wanted.getPtr(), handle, _HANDLE_BYTES)
@@ -227,7 +227,7 @@ def _neighbour(device: Device, index: int, address: int) -> int:
 
 
 def _unmap(device: Device, addresses: list[int]) -> None:
-    """Unmap peers' windows, after all work that may use them."""
+    """Unmap the windows of peers, after all work that may use them."""
     try:  # a failure means that the context is gone or broken, and with it every mapping
         with device.current():
             device.cuda.cuCtxSynchronize()

@@ -1,4 +1,4 @@
-"""The experts of one rank: SwiGLU, a Python loop over experts."""
+"""The SwiGLU experts of a `MoELayer`: their initial weights and their computation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator
 def draw_expert(seed: int, expert: int, hidden: int, ffn_hidden: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return gate ``[H, F]``, up ``[H, F]`` and down ``[F, H]`` of one expert, drawn in float32 on the CPU.
 
-    They depend neither on the rank that holds the expert nor on its dtype.
+    The values do not depend on the rank that holds the expert, nor on the dtype of the layer.
     """
     draws = generator("MoELayer", seed, FIRST_EXPERT_STREAM + expert)
     gate = torch.randn(hidden, ffn_hidden, generator=draws) * hidden**-0.5

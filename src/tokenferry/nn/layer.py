@@ -20,26 +20,26 @@ class MoELayer(nn.Module):
 
     Contract:
         Collective: forward (a dispatch and a combine) and backward (a combine and a redispatch). All ranks call both
-            equally often, with the same grad mode; T and N may differ and may be 0.
+            the same number of times, with the same grad mode; T and N may differ and may be 0.
         Host: waits for the counts, as `ExpertGroup.dispatch`. torch.compile: the counts break the graph, unless
             ``torch._dynamo.config.capture_scalar_outputs`` is set; then it compiles with ``fullgraph=True``.
-        Gradients: of the *sum* over all ranks' losses. Those of an expert are complete on the rank that holds it: do
-            not reduce them. Those of the router, and of every replicated parameter, are this rank's share: all-reduce
-            them with SUM. For a mean over ranks, every rank starts backward from ``loss / R``. See
+        Gradients: those of the *sum* of all ranks' losses. The gradients of an expert are complete on the rank that
+            holds it: do not reduce them. Those of the router, and of every replicated parameter, are this rank's share:
+            all-reduce them with SUM. For the mean over ranks, call backward on ``loss / R`` on every rank. See
             `expert_parameters` and `replicated_parameters`.
-        Parameters: drawn per expert of the whole layer, so that the same seed gives the same layer for every R.
+        Parameters: drawn separately for each of the E experts, so that a seed gives the same layer for every R.
 
     Args:
-        group: Its shape gives E, K and H. The layer does not close it.
-        ffn_hidden: F, the width inside an expert.
+        group: The group of the experts; its shape determines E, K and H. The layer does not close it.
+        ffn_hidden: F, the intermediate size of an expert.
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
             device.
-        seed: In 0 .. 2^40 - 1; the same on every rank.
-        dtype: That of the experts and of the rows; None: torch's default.
+        seed: Seed of the parameters, in 0 .. 2^40 - 1; the same on every rank.
+        dtype: dtype of the experts and of the rows; None: torch's default.
 
     Attributes:
-        gate, up: ``[L, H, F]`` parameters: this rank's experts.
-        down: ``[L, F, H]`` parameter.
+        gate, up: ``[L, H, F]`` parameters: the two input projections of this rank's experts.
+        down: ``[L, F, H]`` parameter: their output projection.
         expert_counts: ``[L]`` int32: rows that this rank's experts received in the last forward, from all ranks; None
             before the first.
 
@@ -86,19 +86,19 @@ class MoELayer(nn.Module):
         self.expert_counts: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Send each token of ``x`` ``[..., H]`` through its experts; at most M tokens. Returns ``[..., H]``.
+        """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
 
         Raises:
-            ShapeError: the dtype is not the experts'. And whatever `ExpertGroup.dispatch` raises.
+            ShapeError: the dtype is not that of the experts. And whatever `ExpertGroup.dispatch` raises.
         """
         if x.dtype != self.gate.dtype:
-            raise ShapeError(f"MoELayer: x: expected {self.gate.dtype} as the experts, got {x.dtype}; call .to()")
+            raise ShapeError(f"MoELayer: x: expected {self.gate.dtype} like the experts, got {x.dtype}; call .to()")
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         sent = autograd.dispatch(self.group, rows, self.router(rows), options=DispatchOptions(Layout.EXPERTS))
         assert sent.topk_weights is not None
         self.expert_counts = sent.expert_counts
         counts = sent.expert_counts.tolist() if sent.host_counts is None else list(sent.host_counts)
-        # An expert without rows runs too: all ranks must build the same graph, and its gradient is 0, not None.
+        # Run experts without rows too: all ranks must build the same graph, and their gradients must be 0, not None.
         y = torch.cat(
             [swiglu(part, self.gate[e], self.up[e], self.down[e]) for e, part in enumerate(torch.split(sent.x, counts))]
         )
@@ -110,6 +110,6 @@ class MoELayer(nn.Module):
         return [self.gate, self.up, self.down]
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that every rank has a copy of: all-reduce their gradients with SUM."""
+        """Return the parameters of which every rank has a copy: all-reduce their gradients with SUM."""
         mine = {id(parameter) for parameter in self.expert_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in mine]

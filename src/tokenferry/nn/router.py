@@ -1,4 +1,4 @@
-"""Gating: choose the experts of each token, and their weights."""
+"""Gating: the choice of the experts of each token, and of their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCORES_PER_GROUP = 2
 
 @dataclass(frozen=True, slots=True)
 class GroupLimit:
-    """How many groups of experts a token may use; with one group per node, it limits the nodes that a token visits.
+    """Limit of the groups of experts that a token may use; with one group per node, of the nodes that it visits.
 
     Args:
         num_groups: Groups of neighbouring experts; a divisor of E.
@@ -37,20 +37,20 @@ class GroupLimit:
 
 
 def softmax_topk(logits: Tensor, top_k: int, *, normalize: bool = True) -> Routing:
-    """Choose the ``top_k`` experts of the highest probability; equal ones in the order of their numbers.
+    """Choose the ``top_k`` experts with the highest probabilities; ties go to the lower index.
 
     Contract: local, deterministic; differentiable through ``topk_weights``.
 
     Args:
-        logits: ``[T, E]`` floating point; the softmax is taken in float32, of float64 in float64.
-        top_k: K <= E.
-        normalize: Whether a token's weights are divided by their sum.
+        logits: ``[T, E]`` floating point; the softmax is computed in float32 (float64 logits: float64).
+        top_k: Choices per token, K <= E.
+        normalize: Divide a token's weights by their sum.
 
     Returns:
         Routing: ``topk_idx`` ``[T, K]`` int64, best first, and ``topk_weights`` ``[T, K]`` float32.
 
     Raises:
-        ShapeError: ``logits`` is no ``[T, E]`` of floating point.
+        ShapeError: ``logits`` is not a floating-point ``[T, E]`` tensor.
         ConfigError: ``top_k`` is not in 1..E.
 
     Example:
@@ -75,26 +75,26 @@ def group_limited_topk(
     """Choose experts from few groups only, with sigmoid scores and a bias that steers the choice but not the weights.
 
     The gating of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, and its released model): an expert's score is
-    ``sigmoid(logit)``; for choosing, ``bias`` is added. A group of E / num_groups neighbours counts as the sum of its
-    two best biased scores (the paper's K / top_groups, which is two there); the best ``top_groups`` groups stay, and
-    from these the ``top_k`` best biased scores are chosen. Weights are the scores without bias, divided by their sum,
-    times ``scale``. Equal scores are taken in the order of their numbers. With one group per node, a token visits at
+    ``sigmoid(logit)``; for choosing, ``bias`` is added. A group of E / num_groups neighbours is scored by the sum of
+    its two best biased scores (the paper's K / top_groups, which is two there); the best ``top_groups`` groups stay,
+    and from these the ``top_k`` best biased scores are chosen. Weights are the scores without bias, divided by their
+    sum, times ``scale``. Ties go to the lower index. With one group per node, a token visits at
     most ``top_groups`` nodes.
 
     Contract: local, deterministic; differentiable through ``topk_weights``.
 
     Args:
-        logits: ``[T, E]`` floating point; scores are computed in float32, of float64 in float64.
-        top_k: K <= top_groups * E / num_groups.
-        limit: Groups, and how many of them a token may use; ``GroupLimit(1, 1)`` for no limit.
-        bias: ``[E]`` floating point, or None. It has no gradient.
+        logits: ``[T, E]`` floating point; scores are computed in float32 (float64 logits: float64).
+        top_k: Choices per token, K <= top_groups * E / num_groups.
+        limit: The number of groups, and how many of them a token may use; ``GroupLimit(1, 1)`` for no limit.
+        bias: ``[E]`` floating point, or None; it gets no gradient.
         scale: The sum of a token's weights.
 
     Returns:
         Routing: ``topk_idx`` ``[T, K]`` int64, best biased score first, and ``topk_weights`` ``[T, K]`` float32.
 
     Raises:
-        ShapeError: ``logits`` is no ``[T, E]`` of floating point, or ``bias`` no ``[E]``.
+        ShapeError: ``logits`` is not a floating-point ``[T, E]`` tensor, or ``bias`` is not ``[E]``.
         ConfigError: ``top_k`` is out of range, or ``num_groups`` does not divide E.
 
     Example:
@@ -126,23 +126,23 @@ def group_limited_topk(
 
 
 class Router(nn.Module):
-    """A linear layer and a gating: chooses the experts of each token, and their weights.
+    """A linear layer with a gating function, which choose the experts of each token and their weights.
 
     Contract:
         Local; differentiable. Every rank holds a copy: sum its gradient over the ranks, as a replicated parameter.
         Computes in float32 (float64 rows: float64), whatever the dtype of the rows and of the weight.
 
     Args:
-        hidden: H.
-        num_experts: E.
-        top_k: K.
-        group_limit: None for `softmax_topk`; for `group_limited_topk`, with a bias per expert, its limit.
-        scale: `group_limited_topk` only: the sum of a token's weights.
-        seed: The same on every rank.
+        hidden: Hidden size, H.
+        num_experts: Number of experts, E.
+        top_k: Choices per token, K.
+        group_limit: The limit of `group_limited_topk`, with a bias per expert; None to use `softmax_topk`.
+        scale: The sum of a token's weights (`group_limited_topk` only).
+        seed: Seed of the weight, in 0 .. 2^40 - 1; the same on every rank.
 
     Attributes:
         weight: ``[E, H]`` float32 parameter.
-        bias: ``[E]`` float32 buffer, zero at first, or None with softmax; `update_bias` moves it, gradients do not.
+        bias: ``[E]`` float32 buffer, initially zero, or None with softmax; `update_bias` changes it, gradients do not.
 
     Raises:
         ConfigError: ``scale`` is given with softmax, or ``seed`` is out of range.
@@ -191,21 +191,22 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, expert_counts: Tensor, *, rate: float = 0.001) -> None:
-        """Make overloaded experts less likely and idle ones more likely: balance without an auxiliary loss.
+        """Make overloaded experts less likely, and underused ones more likely, without an auxiliary loss.
 
         The rule of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): after a step, an expert's bias falls by ``rate`` if
         its load was above the mean, and rises by ``rate`` if it was below.
 
-        Contract: local. Every rank must give the same counts, or the copies drift apart.
+        Contract: local. Every rank must pass the same counts, or the copies drift apart.
 
         Args:
-            expert_counts: ``[E]`` tokens that each expert got from *all* ranks: every rank's `MoELayer.expert_counts`
-                one after another, in rank order (an all-gather), added up over the steps since the last update.
-            rate: The paper's gamma; 0.001 there.
+            expert_counts: ``[E]``: tokens that each expert received from *all* ranks: every rank's
+                `MoELayer.expert_counts`, concatenated in rank order (an all-gather), added up over the steps since the
+                last update.
+            rate: Step size: gamma of the paper, which uses 0.001.
 
         Raises:
-            ConfigError: the router has no bias, as its gating is softmax.
-            ShapeError: ``expert_counts`` is no ``[E]``.
+            ConfigError: the router has no bias, because its gating is softmax.
+            ShapeError: ``expert_counts`` is not ``[E]``.
         """
         if self.bias is None:
             raise ConfigError(
@@ -225,7 +226,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of each row's ``count`` largest; equal ones in order, which `torch.topk` does not promise."""
+    """Return the indices of the ``count`` largest of each row; ties in order, which `torch.topk` does not guarantee."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
 
 

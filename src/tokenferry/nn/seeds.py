@@ -1,4 +1,4 @@
-"""Random numbers of a layer: one stream for the router and one for each expert of the whole layer."""
+"""Random number streams of a layer: one for the router, and one for each of the E experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIRST_EXPERT_STREAM = 1
 
 
 def generator(call: str, seed: int, stream: int) -> torch.Generator:
-    """Return a generator on the CPU; equal on all ranks.
+    """Return a CPU generator that yields the same numbers on all ranks.
 
     Raises:
         ConfigError: ``seed`` is out of range.

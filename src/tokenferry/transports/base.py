@@ -1,11 +1,11 @@
-"""The interface of a transport, and what all transports share: numbered calls, messages and completion watermarks.
+"""The interface of a transport, and the parts that transports share: calls, messages, deadlines and watermarks.
 
 A *call* is one exchange: every rank posts one message to every other rank and receives one from each. Calls are
 numbered from 1, in the same order on all ranks, but several may be in flight (receive hooks) and may be received in any
 order.
 
 Buffers are reused without extra messages: each message carries the *watermark* of its sender, the number up to which
-that rank has finished every call. A buffer sent in call n may be overwritten once the watermarks of its readers are at
+that rank has finished all calls. A buffer sent in call n may be overwritten once the watermarks of its readers are at
 least n.
 """
 
@@ -25,12 +25,12 @@ HEADER_INTS = 16
 
 
 Check = Callable[[int, tuple[int, ...]], object]
-"""A function of a rank and the header that it sent."""
+"""A function that checks the header that a rank sent; it may raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallId:
-    """One exchange: its number in the group, counted from 1, and its name for error messages."""
+    """The identity of a call: its number in the group, counted from 1, and its name for error messages."""
 
     number: int
     phase: str
@@ -61,7 +61,7 @@ class Deadline:
 
 
 class Transport(Protocol):
-    """Messages between R ranks.
+    """The messages between R ranks.
 
     ``post`` and ``receive`` raise PeerTimeout; all other methods are local. No method writes into a buffer that a peer
     may still read.
@@ -77,21 +77,21 @@ class Transport(Protocol):
     def post(
         self, call: CallId, headers: Sequence[tuple[int, ...]], deadline: Deadline, skip: frozenset[int] = frozenset()
     ) -> None:
-        """Send each rank but those in ``skip`` its header and buffer; returns when the sends have started."""
+        """Send each rank but those in ``skip`` its header and buffer; return when the sends have started."""
 
     def receive(self, call: CallId, src: int, deadline: Deadline, check: Check | None = None) -> Message:
         """Wait for the message of rank ``src``; once per call and rank.
 
-        ``check(peer, header)`` may raise. It gets every header before the body of that message is awaited, so that
-        ranks that made different calls do not wait for bodies that will never come.
+        ``check(peer, header)`` may raise. It is called with each header before the body of that message is awaited, so
+        that ranks that made different calls do not wait for bodies that will never come.
         """
 
     def finish(self, call: CallId, deadline: Deadline | None) -> None:
         """Mark a call as finished: its bodies have been read, or will not be.
 
-        With a deadline, also wait until every peer has received what this call sent, if the transport cannot guarantee
-        that otherwise. Pass one only if peers receive this call at once: a peer that receives it in a hook may need
-        this rank's next call first.
+        With a deadline, also wait until every peer has received the messages of this call, if the transport cannot
+        guarantee that otherwise. Pass one only if peers receive this call at once: a peer that receives it in a hook
+        may need this rank's next call first.
         """
 
     def drop_peer(self, src: int) -> None:
@@ -101,7 +101,7 @@ class Transport(Protocol):
         """Send each rank but those in ``skip`` the number of this rank's last call; see `highest_announced_call`."""
 
     def highest_announced_call(self) -> int:
-        """Return the highest number that a peer has announced, 0 without one; does not wait."""
+        """Return the highest number that any peer has announced, or 0, without waiting."""
 
     def skip_to(self, number: int) -> None:
         """Count all calls up to ``number`` as finished, and drop their messages."""
@@ -115,7 +115,7 @@ class Transport(Protocol):
 
 
 class Watermarks:
-    """The number up to which all calls are finished, on this rank and on each peer."""
+    """The numbers up to which this rank, and each peer, has finished all calls."""
 
     def __init__(self, num_ranks: int) -> None:
         self.local = 0
@@ -144,7 +144,7 @@ class Watermarks:
 
 
 def peer_timeout(call: CallId, rank: int, peers: Sequence[int], why: str, waited_s: float, last: str) -> PeerTimeout:
-    """Return the error of a failed wait.
+    """Return the `PeerTimeout` for a failed wait.
 
     Its message names the call, the waiting rank, the missing peers, the time waited and the last message (``last``).
     """
@@ -172,7 +172,7 @@ class LastMessages:
         self._calls[peer] = call
 
     def describe(self, peer: int) -> str:
-        """Return a sentence about ``peer``."""
+        """Return a sentence about the last message from ``peer``."""
         last = self._calls[peer]
         if last is None:
             return f"Nothing was received from rank {peer} before."

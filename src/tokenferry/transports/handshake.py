@@ -1,7 +1,7 @@
 """Handshakes: an all-gather of small JSON objects between the ranks of any process group.
 
-A group that can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl") sends them itself. For a group that cannot (NCCL
-alone), they go through the store with which its ranks found each other. NCCL's own all-gather is the last resort: its
+If the group can send CPU tensors (gloo, or "cpu:gloo,cuda:nccl"), handshakes are sent through it. Otherwise (NCCL
+alone), they go through the store with which the process group was made. NCCL's own all-gather is the last resort: its
 first collective waits for a missing rank until the timeout of the process group, and cannot name the rank.
 """
 
@@ -29,7 +29,7 @@ _REMEDY = "All ranks make a group together."
 
 
 class Bootstrap:
-    """Exchanges handshakes between all ranks of a process group. Collective, with a deadline.
+    """An exchange of handshakes between all ranks of a process group. Collective, with a deadline.
 
     After a `PeerTimeout` the ranks may have made different numbers of exchanges: do not use the process group for
     another one.
@@ -73,7 +73,7 @@ def host_name() -> str:
 
 
 class _Carrier(Protocol):
-    """One way to all-gather a few bytes."""
+    """A way to all-gather a few bytes."""
 
     def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
         """Return the bytes of all ranks, by rank; collective."""
@@ -84,12 +84,12 @@ def _carrier(group: dist.ProcessGroup, device: torch.device) -> _Carrier:
         return _SendReceive(group)
     try:
         return _Store(group, group.get_group_store())
-    except RuntimeError:  # a process group that torch.distributed did not make may have none
+    except RuntimeError:  # process groups not made by torch.distributed may have no store
         return _Tensors(group, device)
 
 
 class _SendReceive:
-    """By send and receive of CPU tensors."""
+    """The carrier that sends and receives CPU tensors."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._transport = ProcessGroupTransport(group)
@@ -106,7 +106,7 @@ class _SendReceive:
 
 
 class _Store:
-    """By the store with which the process group was made.
+    """The carrier that uses the store with which the process group was made.
 
     Each rank counts its exchanges in the store, so that successive bootstraps of a group use different keys.
     """
@@ -151,7 +151,7 @@ class _Store:
 
 
 class _Tensors:
-    """By an all-gather of byte tensors on the rank's device."""
+    """The carrier that uses an all-gather of byte tensors on this rank's device."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = group

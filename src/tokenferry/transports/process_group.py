@@ -41,7 +41,7 @@ _LINGER_S = 5.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Send:
-    """A send to one peer that was started."""
+    """A started send to one peer."""
 
     peer: int
     work: dist.Work
@@ -49,7 +49,7 @@ class _Send:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _HeaderReceive:
-    """A receive of a header that was started."""
+    """A started receive of a header."""
 
     work: dist.Work
     header: Tensor
@@ -57,7 +57,7 @@ class _HeaderReceive:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _BodyReceive:
-    """A message whose header has arrived; ``work`` receives its body, None if there is nothing to wait for."""
+    """A message whose header has arrived; ``work`` receives its body, or is None if there is nothing to wait for."""
 
     work: dist.Work | None
     message: Message
@@ -65,7 +65,7 @@ class _BodyReceive:
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
-    """A call that this rank has opened: its sends, and by peer its receives and the error of its sends."""
+    """A call that this rank has opened: its sends, and the receives and send errors by peer."""
 
     call: CallId
     buffers: list[Tensor]
@@ -78,7 +78,7 @@ class _InFlight:
 
 
 class ProcessGroupTransport:
-    """The transport that needs only a process group that can send CPU tensors."""
+    """The transport over any process group that can send CPU tensors."""
 
     name = "process_group"
 
@@ -143,7 +143,7 @@ class ProcessGroupTransport:
             self._wait(send.work, call, send.peer, deadline)
 
     def drop_peer(self, src: int) -> None:
-        """Wait no more for messages of ``src``, or until it has received ours. See `Transport.drop_peer`."""
+        """Stop waiting for messages from and to ``src``. See `Transport.drop_peer`."""
         for current in self._in_flight.values():
             current.headers.pop(src, None)
             current.bodies.pop(src, None)
@@ -164,7 +164,7 @@ class ProcessGroupTransport:
         """Free all buffers; the process group belongs to the caller and stays open. See `Transport.close`."""
         deadline = Deadline(_LINGER_S if linger else 0.0)
         works = [send.work for current in self._lingering for send in current.sends]
-        # Peers need the headers of a call that failed here, to see why. They may never receive its bodies.
+        # Peers need the headers of a call that failed here, to report why. They may never receive its bodies.
         works += [work for current in self._in_flight.values() for work in current.header_sends]
         for work in works:
             if deadline.left() == 0:

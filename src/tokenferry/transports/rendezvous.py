@@ -1,4 +1,4 @@
-"""Rendezvous: the ranks of a group compare their options, agree on a transport and connect. Collective."""
+"""Rendezvous: compare the options of all ranks of a group, agree on a transport, and connect. Collective."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenferry.transports.process_group import ProcessGroupTransport
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 _PREAMBLE = struct.Struct("<16sq")
-"""The first bytes on a new connection: the group's secret and the rank of the connecting process."""
+"""First bytes on a new connection: the secret of the group, and the rank of the connecting process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Agreement:
     Attributes:
         transport: A connected transport, ready for call 1.
         key: The name of this group, the same on all ranks.
-        why: The reason for this transport, for the log.
+        why: The reason for choosing this transport, for the log.
     """
 
     transport: Transport
@@ -39,7 +39,7 @@ class Agreement:
 
 
 def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: dict[str, object]) -> Agreement:
-    """Compare ``terms``, choose a transport, connect.
+    """Compare ``terms``, choose a transport, and connect. Collective.
 
     Args:
         group: The process group, or None for a group of one.
@@ -49,7 +49,7 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
 
     Raises:
         ConfigError: ranks have different terms; the message names the first that differs, and each rank's value.
-        BackendUnavailable: the wanted transport does not work; the message says why.
+        BackendUnavailable: the wanted transport, or every transport, does not work; the message gives the reason.
         PeerTimeout: a rank did not answer in time.
     """
     if group is None or group.size() == 1:
@@ -95,10 +95,10 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
 def _try_local(
     rank: int, handshakes: list[dict[str, Any]], bootstrap: Bootstrap
 ) -> tuple[str, dict[int, socket.socket]]:
-    """Connect to the lower ranks, and learn whether every rank could.
+    """Connect to the lower ranks, and exchange whether every rank has succeeded. Collective.
 
     Returns:
-        Why a rank could not, or an empty string, and the sockets.
+        tuple: The reason why a rank failed, or an empty string, and the sockets.
     """
     sockets: dict[int, socket.socket] = {}
     why_not = ""
@@ -129,7 +129,7 @@ def compare_terms(terms: list[dict[str, Any]]) -> None:
 
 
 def _why_not_local(handshakes: list[dict[str, Any]], wanted: str) -> str:
-    """Return why shared memory cannot work, as far as the handshakes show, or an empty string."""
+    """Return the reason that rules out shared memory according to the handshakes, or an empty string."""
     if wanted == "process_group":
         return "transport='process_group' was asked for"
     hosts = {handshake["host"] for handshake in handshakes}
@@ -152,9 +152,9 @@ def _listen() -> tuple[socket.socket | None, str]:
 
 
 def _connect_to_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, socket.socket]:
-    """Connect to every lower rank, without waiting: they are already listening.
+    """Connect to every lower rank without waiting, since they are already listening.
 
-    If more ranks connect than the system can queue, the connection fails at once, like for any other reason.
+    If more ranks connect than the system can queue, the connection fails at once, as for any other reason.
     """
     preamble = _PREAMBLE.pack(bytes.fromhex(handshakes[0]["secret"]), rank)
     sockets: dict[int, socket.socket] = {}
@@ -174,7 +174,7 @@ def _connect_to_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict
 def _accept_higher_ranks(
     listener: socket.socket, rank: int, handshakes: list[dict[str, Any]], timeout_s: float
 ) -> dict[int, socket.socket]:
-    """Accept the connections of all higher ranks, and close any that does not know the secret."""
+    """Accept the connections of all higher ranks, and close any that does not send the secret."""
     deadline = Deadline(timeout_s)
     sockets: dict[int, socket.socket] = {}
     while len(sockets) < len(handshakes) - 1 - rank:

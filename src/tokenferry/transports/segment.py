@@ -27,7 +27,7 @@ class Segment:
         fd: The file descriptor that peers receive.
         memory: ``[size]`` uint8, shared.
         known: Peers that already have the descriptor.
-        call: The number of the call whose messages the segment holds.
+        call: Number of the call whose messages the segment holds.
         readers: The ranks that those messages are for.
     """
 
@@ -48,7 +48,7 @@ def create(number: int, num_bytes: int) -> Segment:
     """Create a segment of at least ``num_bytes``, and up to an eighth more so that it fits later calls too.
 
     Raises:
-        MemoryError: the system has not enough shared memory.
+        MemoryError: there is not enough shared memory.
     """
     unit = max(_PAGE, 1 << max(num_bytes.bit_length() - 4, 0))
     size = -(-num_bytes // unit) * unit

@@ -1,12 +1,12 @@
 """SharedMemoryTransport: messages between ranks of one host, through shared memory and Unix sockets.
 
-The bodies of messages lie in segments that the sender owns and the receivers map: the sender writes a row once, and the
-receiver reads it once. A small notice over a Unix socket says where a body lies. It wakes the receiver, so that nothing
-spins, and it arrives after the bytes that it describes. A closed socket shows at once that its rank is gone.
+The bodies of messages are in segments that the sender owns and the receivers map: the sender writes a row once, and the
+receiver reads it once. A small notice over a Unix socket gives the position of a body. It wakes the receiver, so that
+nothing spins, and it arrives after the bytes that it describes. A closed socket shows at once that its rank is gone.
 
 A segment holds the messages of one call. It is reused when the watermarks of all its readers have reached that call
-(see `tokenferry.transports.base`), so two segments alternate in steady state; with receive hooks there are as many as
-calls in flight. No call ever waits for a segment.
+(see `tokenferry.transports.base`), so two segments alternate in steady state; with receive hooks there is one for
+each call in flight. No call ever waits for a segment.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ class _Peer:
     """The connection to one peer.
 
     Attributes:
-        rank: The peer.
-        socket: The socket to it.
+        rank: The rank of the peer.
+        socket: The socket connected to the peer.
         data: Received bytes of an incomplete notice.
         fds: Received file descriptors whose notices have not been handled.
-        inbox: Messages that were not yet received by the backend, by call.
-        mappings: The peer's segments that are mapped here, by number.
+        inbox: Messages that the backend has not yet received, by call.
+        mappings: Segments of the peer that are mapped here, by number.
         writable: False once sends fail; messages that the peer sent before may still be in the socket.
-        readable: False once everything that it sent has been read.
+        readable: False once the socket is closed and everything that the peer sent has been read.
     """
 
     rank: int
@@ -108,7 +108,7 @@ class _InFlight:
 
 
 class SharedMemoryTransport:
-    """The transport for ranks of one host; `tokenferry.transports.rendezvous` connects its sockets."""
+    """The transport for ranks on one host; `tokenferry.transports.rendezvous` connects its sockets."""
 
     name = "shared_memory"
 
@@ -133,7 +133,7 @@ class SharedMemoryTransport:
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return views of a segment. See `Transport.open`.
 
-        This rank's own message lies there too, because used memory is cheaper than new memory.
+        This rank's own message is there too, because reused memory is cheaper than new memory.
         """
         offsets, end = [], 0
         for size in sizes:
@@ -234,7 +234,7 @@ class SharedMemoryTransport:
             peer.inbox = {call: message for call, message in peer.inbox.items() if call > number}
 
     def close(self, *, linger: bool) -> None:
-        """Close the sockets, which the peers notice, and free all memory. See `Transport.close`.
+        """Close the sockets, which peers detect, and free all memory. See `Transport.close`.
 
         Notices and segments that are on their way stay valid, so there is nothing to linger for.
         """

@@ -1,9 +1,9 @@
 """DeepEP's V1 API on tokenferry: ``import tokenferry.compat.deep_ep as deep_ep``.
 
 For programs with ``import deep_ep``: put the folder that ``tokenferry deep-ep-path`` prints on PYTHONPATH.
-Importing is cheap, touches no GPU and needs no process group. `ElasticBuffer` (DeepEP 2) and `HybridEPBuffer` are
-missing; programs that test for them with ``hasattr`` find that they are absent. For arguments see
-`tokenferry.compat.deep_ep.buffer`.
+Importing is cheap, and needs neither a GPU nor a process group. `ElasticBuffer` (DeepEP 2) and `HybridEPBuffer` are
+missing; programs that test for them with ``hasattr`` see that they are absent. The
+arguments are described in `tokenferry.compat.deep_ep.buffer`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Helpers of all calls of `Buffer`: conversion of rows, and the refusal of arguments that cannot be honoured."""
+"""Helpers for all calls of `Buffer`: convert rows, and reject arguments that cannot be honoured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_config(call: str, config: object) -> None:
 
 
 def refuse(call: str, remedy: str, **arguments: object) -> None:
-    """Refuse every argument that is not at its neutral value (None, False or 0).
+    """Reject every argument that does not have a neutral value (None, False or 0).
 
     Raises:
         UnsupportedError: names the argument, its value and the remedy.
@@ -35,7 +35,7 @@ def refuse(call: str, remedy: str, **arguments: object) -> None:
 
 
 def to_native(call: str, x: object) -> Tensor | Quantized:
-    """Wrap ``x``: floating rows as they are; (rows, scales), and rows of any other dtype, as `Quantized`.
+    """Return floating-point rows unchanged, and (rows, scales) or rows of any other dtype as `Quantized`.
 
     Raises:
         ShapeError: ``x`` is neither rows nor (rows, scales).
@@ -55,7 +55,7 @@ def to_native(call: str, x: object) -> Tensor | Quantized:
 
 
 def from_native(value: Tensor | Quantized, like: Rows) -> Rows:
-    """Unwrap received rows into the form in which they were sent; scales are contiguous by row."""
+    """Return received rows in the form in which they were sent; scales are contiguous by row."""
     if isinstance(value, Tensor):
         return value
     if isinstance(like, Tensor):
@@ -65,12 +65,12 @@ def from_native(value: Tensor | Quantized, like: Rows) -> Rows:
 
 
 def width(rows: Tensor | Quantized) -> int:
-    """Return H, or the width of packed rows."""
+    """Return the width of rows: H, or that of packed rows."""
     return (rows.data if isinstance(rows, Quantized) else rows).shape[1]
 
 
 def height(rows: Tensor | Quantized) -> int:
-    """Return T."""
+    """Return the number of rows, T."""
     return (rows.data if isinstance(rows, Quantized) else rows).shape[0]
 
 

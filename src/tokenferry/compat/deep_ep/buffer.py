@@ -1,6 +1,6 @@
-"""`Buffer`: DeepEP's V1 API. Every method takes the arguments of all its dialects and returns DeepEP's tuples.
+"""`Buffer`: DeepEP's V1 API. Every method takes the arguments of DeepEP and its forks, and returns DeepEP's tuples.
 
-The arguments for hardware, and those of forks of DeepEP; all others do what DeepEP documents:
+These arguments concern hardware or come from forks of DeepEP; all others do what DeepEP documents:
 
 ================================================== ==============================================================
 argument                                           effect in tokenferry
@@ -8,18 +8,18 @@ argument                                           effect in tokenferry
 num_nvl_bytes, num_rdma_bytes                      kept as attributes; `Buffer.get_local_buffer_tensor` uses them.
                                                    CUDA: the larger is the memory for rows that peers write or read,
                                                    if it is more than 2 GiB; TOKENFERRY_HEAP_MB overrides both. CPU:
-                                                   calls allocate the memory of rows as they need it
-num_qps_per_rank, allow_mnnvl, use_fabric,         any value is right: there are no queue pairs and no NVLink
-allow_nvlink_for_low_latency_mode                  whose use they could steer
+                                                   calls allocate memory for rows as they need it
+num_qps_per_rank, allow_mnnvl, use_fabric,         any value is accepted, without effect: there are no queue
+allow_nvlink_for_low_latency_mode                  pairs, and the use of NVLink is not configurable
 config, Buffer.set_num_sms                         CUDA: SMs that a call may occupy, by ``config.num_sms``, else by
                                                    `Buffer.set_num_sms`, else by the library's own choice. The rest
-                                                   of a `Config`, and all of it on the CPU, is without effect
+                                                   of a `Config`, and all of it on the CPU, has no effect
 num_sms                                            of `Buffer.low_latency_combine`: a hint without effect
 previous_event, async_finish,                      CUDA: as in DeepEP; results of an asynchronous call are allocated
 allocate_on_comm_stream                            on the communication stream in any case. CPU: checked by DeepEP's
                                                    rules; work is done when a call returns, so an event that is
                                                    returned has passed already
-round_scale, use_ue8m0                             describe FP8 scales; without use_fp8 there are none
+round_scale, use_ue8m0                             the format of FP8 scales; no effect without use_fp8
 dispatch_wait_recv_cost_stats,                     nanoseconds are added (DeepEP: clock cycles)
 combine_wait_recv_cost_stats
 use_logfmt                                         needs bfloat16 rows, H a multiple of 128
@@ -28,11 +28,11 @@ overlap, src_signals, src_signal_expect_value,
 packed_recv_count, comp_signal, block_m, threshold
 ================================================== ==============================================================
 
-For tensors on a GPU, the host reads no values but the counts that `Buffer.dispatch` returns: so counts that contradict
-the routing are not detected, and an index outside [-1, E) is detected by `Buffer.dispatch`.
+For tensors on a GPU, the host reads no values but the counts that `Buffer.dispatch` returns. Counts that contradict
+the routing are therefore not detected, and an index outside [-1, E) is detected by `Buffer.dispatch`.
 
 Lifted limits: any R with E % R == 0 (also 1), any K, any H whose row is a multiple of 16 bytes, bfloat16, float16 and
-float32 rows, T = 0 and T that differs by rank, any number of results alive at once.
+float32 rows, T = 0 and T that differs by rank, and any number of results alive at once.
 """
 
 from __future__ import annotations
@@ -60,25 +60,25 @@ from tokenferry.types import MoeShape, Routing
 Handle = tuple[Any, ...]
 
 _HEAP_BYTES = 2 << 30
-"""Default of the GPU memory for rows that peers write or read: T and H are not known before the calls."""
+"""Least GPU memory for rows that peers write or read: T and H are not known before the calls."""
 
 
 class _Version:
-    """A tensor and the version of its content; torch counts no versions of inference tensors."""
+    """A tensor and the version of its content. Inference tensors have no version, and are taken to be unchanged."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = weakref.ref(tensor)
         self._version = 0 if tensor.is_inference() else tensor._version
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether this is the same tensor, with the same content."""
+        """Return whether this is the same tensor, with the same version."""
         version = 0 if tensor.is_inference() else tensor._version
         return self._tensor() is tensor and self._version == version
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The inputs and outputs of a `Buffer.get_dispatch_layout`."""
+    """Inputs and outputs of a call of `Buffer.get_dispatch_layout`."""
 
     num_experts: int
     topk_idx: _Version
@@ -86,30 +86,31 @@ class _Layout:
 
 
 class Buffer(LowLatencyCalls):
-    """R ranks that send tokens to experts, as DeepEP's V1 `Buffer` has it.
+    """R ranks that send tokens to experts, with the interface of DeepEP's V1 `Buffer`.
 
     Contract:
-        Collective: making it, `dispatch`, `combine`, `low_latency_dispatch` and `low_latency_combine`; the rest is
-            local, `destroy` too.
+        Collective: the constructor, `dispatch`, `combine`, `low_latency_dispatch` and `low_latency_combine`; the rest
+            is local, including `destroy`.
         Host: CPU: every call returns with its work done, or with a hook that does the rest. CUDA: every call returns
             when its work is on its stream; `dispatch` waits for the counts that it returns, without holding the GIL.
-        Stream: CUDA: torch's current one; with ``async_finish=True`` the communication stream, see `get_comm_stream`.
+        Stream: CUDA: torch's current stream; with ``async_finish=True`` the communication stream, see
+            `get_comm_stream`.
         Gradient: none; results carry no graph. The backward of `dispatch` is `combine` with ``topk_weights``; that of
             `combine` is `dispatch` with the handle.
 
     Args:
-        group: Any process group (on the CPU backend: one that works on CPU tensors), or None for a group of one rank.
+        group: Any process group (on the CPU backend: one that supports CPU tensors), or None for a group of one rank.
             TOKENFERRY_BACKEND chooses the backend; by default the best that runs on every rank.
         num_nvl_bytes: Size of one of the two local buffers; see the table of this module.
-        num_rdma_bytes: Size of the other.
+        num_rdma_bytes: Size of the other local buffer.
         low_latency_mode: Allow the low-latency calls.
-        num_qps_per_rank: A hint, see the table of this module.
-        allow_nvlink_for_low_latency_mode: The same.
-        allow_mnnvl: The same.
-        explicitly_destroy: Allow `destroy`. Without it everything is freed when the object is.
-        enable_shrink: A rank that does not answer in time is masked in low-latency calls instead of raising.
-        comm: Only None: a group is made of a process group.
-        use_fabric: A hint, see the table of this module.
+        num_qps_per_rank: A hint without effect.
+        allow_nvlink_for_low_latency_mode: A hint without effect.
+        allow_mnnvl: A hint without effect.
+        explicitly_destroy: Allow `destroy`. If False, everything is freed together with the object.
+        enable_shrink: Mask a rank that does not answer in time in low-latency calls, instead of raising an error.
+        comm: Not supported; must be None.
+        use_fabric: A hint without effect.
 
     Raises:
         UnsupportedError: ``comm`` was given.
@@ -181,7 +182,7 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Return whether FP8 rows and groups of more than 8 ranks work: True."""
+        """Return True: features that DeepEP compiles for SM90 only, such as FP8 rows, are available."""
         return True
 
     @staticmethod
@@ -189,7 +190,7 @@ class Buffer(LowLatencyCalls):
         """Set ``Buffer.num_sms``, for calls without a config and for default configs; class-wide, as in DeepEP.
 
         Raises:
-            ConfigError: it is not even.
+            ConfigError: ``new_num_sms`` is negative or odd.
         """
         configs.check_num_sms("Buffer.set_num_sms", new_num_sms)
         Buffer.num_sms = Buffer._asked_num_sms = new_num_sms
@@ -206,23 +207,23 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """Return the same for `combine`."""
+        """Return DeepEP's defaults for `combine`; for an R that it does not list, those of the next larger one."""
         return configs.combine_config(num_ranks, Buffer.num_sms)
 
     def get_comm_stream(self) -> torch.cuda.Stream | torch.cpu.Stream:
-        """Return the stream of calls with ``async_finish=True``: this Buffer's own; on the CPU torch's current one."""
+        """Return the stream of calls with ``async_finish=True``: this Buffer's own; on the CPU the current one."""
         return torch.cpu.current_stream() if self._lane.stream is None else self._lane.stream
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
-        """Return memory of the size of the constructor, allocated at the first call; no other call uses it.
+        """Return a local buffer of the size given to the constructor, allocated on first use; no other call uses it.
 
         Args:
-            dtype: Of the view that is returned.
-            size: Its shape; None: one dimension with all the memory after ``offset``.
+            dtype: dtype of the returned view.
+            size: Shape of the view; None: one dimension with all the memory after ``offset``.
             offset: Bytes to skip at the start.
-            use_rdma_buffer: The buffer of ``num_rdma_bytes`` instead of ``num_nvl_bytes``.
+            use_rdma_buffer: Use the buffer of ``num_rdma_bytes`` instead of that of ``num_nvl_bytes``.
 
         Raises:
             ArgumentError: ``size`` and ``offset`` exceed the memory, or ``offset`` does not fit ``dtype``.
@@ -258,9 +259,9 @@ class Buffer(LowLatencyCalls):
         Args:
             topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused.
             num_experts: E, a multiple of R.
-            previous_event: Waited for.
+            previous_event: Event to wait for, or None.
             async_finish: Return an event that can be waited for.
-            allocate_on_comm_stream: Needs both of these.
+            allocate_on_comm_stream: Accepted only together with ``previous_event`` and ``async_finish``.
 
         Returns:
             (``num_tokens_per_rank`` ``[R]`` int32: a token counts once per rank, ``num_tokens_per_rdma_rank``
@@ -303,22 +304,23 @@ class Buffer(LowLatencyCalls):
 
         Args:
             x: ``[T, H]``, or rows with scales, ``([T, H], [T, S])``; scales of any dtype and strides.
-            handle: Send the rows where those of an earlier call went; the routing arguments must then be None.
-            num_tokens_per_rank: These four as `get_dispatch_layout` returned them. Slots of a rank that
-                ``is_token_in_rank`` leaves out are dropped; it cannot add one that ``topk_idx`` does not name.
-            num_tokens_per_rdma_rank: May be None.
-            is_token_in_rank: See above.
-            num_tokens_per_expert: Its length is E.
+            handle: Handle of an earlier call, to send the rows to the same places; the routing arguments must be None.
+            num_tokens_per_rank: As returned by `get_dispatch_layout`.
+            num_tokens_per_rdma_rank: As returned by `get_dispatch_layout`, or None.
+            is_token_in_rank: As returned by `get_dispatch_layout`. Entries may be cleared, to drop the slots of a rank,
+                but ranks that ``topk_idx`` does not name cannot be added.
+            num_tokens_per_expert: As returned by `get_dispatch_layout`; its length determines E.
             topk_idx: ``[T, K]`` int64 or int32; None: rows are sent alone, by ``is_token_in_rank``.
-            topk_weights: ``[T, K]`` float32, sent with the rows; needs ``topk_idx``.
-            expert_alignment: The counts in the returned list are rounded up to a multiple of this.
-            num_worst_tokens: Above 0: results have this many rows, of which those past the end have ``recv_topk_idx``
-                -1 and undefined data; the list is empty. CPU: rows that do not fit raise CapacityError on every rank.
-                CUDA: at least R times the most tokens of any rank, or CapacityError; the host does not wait then.
-            config: Its ``num_sms`` counts, on CUDA.
-            previous_event: Waited for.
+            topk_weights: ``[T, K]`` float32 to send with the rows; needs ``topk_idx``.
+            expert_alignment: Multiple to which the counts in the returned list are rounded up.
+            num_worst_tokens: If above 0, the number of rows of the results; rows past the received ones have
+                ``recv_topk_idx`` -1 and undefined data, and the list of counts is empty. CPU: rows that do not fit
+                raise CapacityError on every rank. CUDA: must be at least R times the most tokens of any rank, or
+                CapacityError is raised; the host does not wait.
+            config: Only ``num_sms`` has an effect, on CUDA.
+            previous_event: Event to wait for, or None.
             async_finish: Return an event that can be waited for.
-            allocate_on_comm_stream: Needs both of these.
+            allocate_on_comm_stream: Accepted only together with ``previous_event`` and ``async_finish``.
 
         Returns:
             (``recv_x`` ``[N, H]`` in the form of ``x``, by source rank, then token; ``recv_topk_idx`` ``[N, K]`` local
@@ -391,14 +393,14 @@ class Buffer(LowLatencyCalls):
         """Add up the rows of each token: biases first, then rank by rank, in float32, rounded once. Collective.
 
         Args:
-            x: ``[N, H]``: one row for each that `dispatch` delivered; gate weights are not applied here.
-            handle: From `dispatch`; may be used again.
-            topk_weights: ``[N, K]`` float32, added up the same way.
-            bias: None, ``[T, H]`` or two of them.
-            config: Its ``num_sms`` counts, on CUDA.
-            previous_event: Waited for.
+            x: ``[N, H]``: one row for each row that `dispatch` delivered; gate weights are not applied.
+            handle: Handle of a `dispatch`; may be used again.
+            topk_weights: ``[N, K]`` float32 to add up in the same way.
+            bias: A tensor ``[T, H]``, a tuple of two, or None.
+            config: Only ``num_sms`` has an effect, on CUDA.
+            previous_event: Event to wait for, or None.
             async_finish: Return an event that can be waited for.
-            allocate_on_comm_stream: Needs both of these.
+            allocate_on_comm_stream: Accepted only together with ``previous_event`` and ``async_finish``.
 
         Returns:
             (``combined_x`` ``[T, H]``, ``combined_topk_weights`` ``[T, K]`` or None, event).
@@ -420,7 +422,7 @@ class Buffer(LowLatencyCalls):
         return combined_x, weights, event
 
     def _num_sms(self, config: Config | None) -> int | None:
-        """Return the SMs that a call may occupy; None: the library's choice."""
+        """Return the number of SMs that a call may occupy; None: the library's choice."""
         if self._lane.stream is None:
             return None
         return (Buffer._asked_num_sms if config is None else config.num_sms) or None

@@ -9,13 +9,13 @@ from __future__ import annotations
 from tokenferry.errors import ConfigError
 
 RANKS_PER_NODE = 8
-"""Ranks of one NVLink domain in DeepEP V1: 8n .. 8n+7; sizes and ``num_tokens_per_rdma_rank`` depend on it."""
+"""Number of ranks in an NVLink domain of DeepEP V1, which holds ranks 8n .. 8n+7."""
 
 _SOURCE_BYTES = 8
 """Source rank and source token of a row, int32 each."""
 
 _ROW_EXTRA_BYTES = _SOURCE_BYTES + 128 * 8 + 128 * 4 + 128 * 4
-"""A row is sent with up to 128 expert ids (int64), 128 gate weights and 128 scales (float32)."""
+"""Bytes sent with a row: its source, and up to 128 expert ids (int64), gate weights and scales (float32)."""
 
 # R: (nvl_send, nvl_recv, rdma_send, rdma_recv), as DeepEP publishes them.
 _DISPATCH = {
@@ -52,12 +52,12 @@ class Config:
     """Tuning numbers of DeepEP's V1 kernels; `Buffer.dispatch` and `Buffer.combine` accept them. Local.
 
     Args:
-        num_sms: SMs of a kernel, even; half as many channels.
-        num_max_nvl_chunked_send_tokens: Tokens sent at once over NVLink; fewer than are received at once.
+        num_sms: SMs of a kernel, an even number; there are half as many channels.
+        num_max_nvl_chunked_send_tokens: Tokens sent at once over NVLink; fewer than a channel can hold.
         num_max_nvl_chunked_recv_tokens: Tokens that an NVLink channel can hold.
-        num_max_rdma_chunked_send_tokens: Tokens sent at once over RDMA; at most half of those received.
-        num_max_rdma_chunked_recv_tokens: Tokens that an RDMA channel can hold; rounded up to a multiple of those
-            sent.
+        num_max_rdma_chunked_send_tokens: Tokens sent at once over RDMA; at most half of what a channel can hold.
+        num_max_rdma_chunked_recv_tokens: Tokens that an RDMA channel can hold; rounded up to a multiple of
+            those sent at once.
 
     Raises:
         ConfigError: a number breaks one of these rules; names it.
@@ -101,14 +101,19 @@ class Config:
 
         Args:
             hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
-            num_ranks: R, any.
+            num_ranks: Number of ranks, R; any.
         """
         nvl_ranks, nodes = min(num_ranks, RANKS_PER_NODE), _num_nodes(num_ranks)
         channel = (2 * nodes + 3) * 4 + self.num_max_nvl_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
         return round_up(self.num_sms // 2 * nvl_ranks * channel, 128)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the bytes that DeepEP needs as ``num_rdma_bytes``; 0 for R <= 8. Local; arguments as above."""
+        """Return the bytes that DeepEP needs as ``num_rdma_bytes``; 0 for R <= 8. Local.
+
+        Args:
+            hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
+            num_ranks: Number of ranks, R; any.
+        """
         if num_ranks <= RANKS_PER_NODE:
             return 0
         channel = (2 * RANKS_PER_NODE + 2) * 4 + self.num_max_rdma_chunked_recv_tokens * (
@@ -126,12 +131,12 @@ def dispatch_config(num_ranks: int, num_sms: int) -> Config:
 
 
 def combine_config(num_ranks: int, num_sms: int) -> Config:
-    """Return the same for `Buffer.combine`."""
+    """Return DeepEP's defaults for `Buffer.combine`; for an R that it does not list, as `dispatch_config`."""
     return Config(num_sms, *_nearest(_COMBINE, num_ranks))
 
 
 def low_latency_rdma_size_hint(max_tokens: int, hidden: int, num_experts: int) -> int:
-    """Return what DeepEP V1's ``get_low_latency_rdma_size_hint`` returns, byte for byte."""
+    """Return the exact result of DeepEP V1's ``get_low_latency_rdma_size_hint``, in bytes."""
     scale_bytes = hidden // 128 * 4
     dispatch_row = 16 + max(2 * hidden, hidden + scale_bytes)
     combine_row = scale_bytes + 2 * hidden
@@ -148,7 +153,7 @@ def check_num_sms(call: str, num_sms: int) -> None:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Return the least multiple of ``multiple`` that is not below ``value``."""
+    """Round ``value`` up to a multiple of ``multiple``."""
     return -(-value // multiple) * multiple
 
 

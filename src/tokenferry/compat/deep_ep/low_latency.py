@@ -28,9 +28,9 @@ class LowLatencyState:
     """The state of a handle.
 
     Attributes:
-        plan: Of the dispatch.
-        topk_idx: CPU: a copy of its routing. CUDA: None; to compare, the host would have to wait.
-        combine_buffer: The tensor that zero-copy combine reads, once it was requested.
+        plan: The plan of the dispatch.
+        topk_idx: CPU: a copy of the routing, for comparison. CUDA: None, since the host would have to wait to compare.
+        combine_buffer: The tensor that zero-copy combine reads; None until it is requested.
     """
 
     plan: DecodePlan
@@ -43,9 +43,9 @@ class DispatchArguments:
     """The arguments of `dispatch` besides rows and routing.
 
     Attributes:
-        max_tokens: M.
-        num_experts: E.
-        quantize: How rows are cast; None: not at all.
+        max_tokens: The most tokens of any rank, M.
+        num_experts: Number of experts, E.
+        quantize: Format of the scales of rows cast to FP8; None: rows are not cast.
         received: ``[L]`` int32 counters, or None.
         wait_ns: ``[R]`` int64 counters, or None.
         return_hook: Whether the caller receives with a hook.
@@ -79,10 +79,10 @@ class CombineArguments:
 
 
 def scale_format(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Scale | None:
-    """Return how rows are cast; None: not at all.
+    """Return the format of the scales of rows cast to FP8; None: rows are not cast.
 
     Raises:
-        ArgumentError: packed exponents of scales that are not powers of two.
+        ArgumentError: ``use_ue8m0`` without ``round_scale``.
     """
     if not use_fp8:
         return None
@@ -121,7 +121,7 @@ def dispatch(
     view = group.for_shape(MoeShape(num_experts, topk_idx.shape[1], x.shape[1], max_tokens))
     on_cpu = group.device.type == "cpu"
     if on_cpu:
-        topk_idx = topk_idx.clone()  # the caller's may be another one when it comes to combine
+        topk_idx = topk_idx.clone()  # the caller may overwrite its tensor before combine
     sent = view.decode_dispatch(
         x.detach(),
         Routing(topk_idx),
@@ -149,8 +149,9 @@ def combine(
 
     Raises:
         ArgumentError: ``topk_idx`` is not what was dispatched (CPU), ``zero_copy`` without the buffer for it, or
-            ``zero_copy`` or ``use_logfmt`` with other rows than bfloat16, or without whole groups of 128 columns.
-        PlanError: ``handle`` is not one of low_latency_dispatch, or another group's.
+            ``zero_copy`` or ``use_logfmt`` with rows that are not bfloat16, or ``use_logfmt`` with H not a multiple
+            of 128.
+        PlanError: ``handle`` does not come from low_latency_dispatch, or belongs to another group.
         ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
     """
     call = "Buffer.low_latency_combine"
@@ -173,7 +174,7 @@ def combine(
         )
     assert routing.topk_weights is not None
     plan = replace(plan, topk_weights=routing.topk_weights.detach())
-    if state.topk_idx is None:  # the plan has the tensor of the dispatch, which may have been overwritten since
+    if state.topk_idx is None:  # the plan holds the tensor of the dispatch, which may since have been overwritten
         plan = replace(plan, topk_idx=routing.topk_idx.contiguous())
     elif not torch.equal(routing.topk_idx.long(), state.topk_idx.long()):
         raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
@@ -182,7 +183,7 @@ def combine(
             raise ArgumentError(f"{call}: x: with zero_copy rows are bfloat16, got {x.dtype}; pass zero_copy=False")
         if state.combine_buffer is None:
             raise ArgumentError(
-                f"{call}: zero_copy: reads get_next_low_latency_combine_buffer(handle), which was not asked for this "
+                f"{call}: zero_copy: reads get_next_low_latency_combine_buffer(handle), which was not called for this "
                 "handle; write the rows there first, or pass zero_copy=False"
             )
         x = state.combine_buffer
@@ -203,7 +204,7 @@ def combine_buffer(group: ExpertGroup, handle: object) -> Tensor:
     state = state_of(handle, "Buffer.get_next_low_latency_combine_buffer")
     assert isinstance(handle, tuple)
     if state.combine_buffer is None:
-        # Combine sends rows from any memory.
+        # Any memory will do, since combine sends rows from anywhere.
         shape = (*state.plan.src_token.shape, handle[3])
         state.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=group.device)
     return state.combine_buffer

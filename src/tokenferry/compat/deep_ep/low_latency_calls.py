@@ -1,9 +1,6 @@
-"""`LowLatencyCalls`: the part of `Buffer` for decoding."""
+"""`LowLatencyCalls`: the low-latency methods of `Buffer`."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +10,20 @@ from tokenferry.checks import Checks
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import low_latency
 from tokenferry.compat.deep_ep.arguments import Rows, refuse
+from tokenferry.compat.deep_ep.low_latency import Handle, Hook
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
 from tokenferry.errors import ArgumentError, ClosedError
 from tokenferry.types import Routing
 
-Handle = tuple[Any, ...]
-Hook = Callable[[], None]
-
 _OVERLAP_REMEDY = "combine after the experts are done, without the arguments that overlap the two"
 
 
 class LowLatencyCalls:
-    """The low-latency calls of `Buffer`; needs ``low_latency_mode=True``. M: ``num_max_dispatch_tokens_per_rank``.
+    """The low-latency methods of `Buffer`, which need ``low_latency_mode=True``.
 
-    L, the experts of this rank, is E / R. Any number of results may be alive at once.
+    M is ``num_max_dispatch_tokens_per_rank``; L, the experts of this rank, is E / R. Any number of results may be alive
+    at once.
     """
 
     rank: int
@@ -78,12 +74,14 @@ class LowLatencyCalls:
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Skip a rank in low-latency calls (True), or stop skipping it (False). Local.
 
-        CUDA: the first low-latency dispatch of a size needs all ranks, so make it before.
+        CUDA: the first low-latency dispatch of a size needs all ranks, so make it before masking any.
+
         A rank that was lost comes back as described in `tokenferry.ExpertGroup.mask`: between two barriers all ranks
         pass False, for the rank that comes back and for themselves.
 
         Raises:
-            ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is outside [0, R), or this rank with True.
+            ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is outside [0, R) or this rank with
+                ``mask=True``.
         """
         self._shrinking("Buffer.low_latency_update_mask_buffer")
         self._experts.mask(rank_to_mask, masked=bool(mask))
@@ -106,7 +104,7 @@ class LowLatencyCalls:
             mask_status[rank] = 1
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Stop skipping any rank: `low_latency_update_mask_buffer` with False for each that is skipped.
+        """Stop skipping all ranks: call `low_latency_update_mask_buffer` with False for each skipped rank. Local.
 
         If one of them was lost, all ranks do so between two barriers; a rank that skips none, but was skipped, passes
         its own rank to `low_latency_update_mask_buffer` with False instead.
@@ -126,7 +124,7 @@ class LowLatencyCalls:
         ``[L, R*M, H]`` bfloat16. Local; the same tensor at every call with the handle; contiguous.
 
         Raises:
-            PlanError: ``handle`` is not one of `low_latency_dispatch`.
+            PlanError: ``handle`` does not come from `low_latency_dispatch`.
         """
         self._decoding("Buffer.get_next_low_latency_combine_buffer")
         return low_latency.combine_buffer(self._experts, handle)
@@ -154,18 +152,18 @@ class LowLatencyCalls:
         Args:
             x: ``[T, H]`` bfloat16, float16 or float32, contiguous, T <= M.
             topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused.
-            num_max_dispatch_tokens_per_rank: M, the same on all ranks.
-            num_experts: E, a multiple of R.
-            cumulative_local_expert_recv_stats: ``[L]`` int32: rows received are added.
-            dispatch_wait_recv_cost_stats: ``[R]`` int64: nanoseconds waited for each rank are added.
+            num_max_dispatch_tokens_per_rank: The most tokens of any rank, M; the same on all ranks.
+            num_experts: Number of experts, E, a multiple of R.
+            cumulative_local_expert_recv_stats: ``[L]`` int32, to which the rows received are added.
+            dispatch_wait_recv_cost_stats: ``[R]`` int64, to which the nanoseconds waited for each rank are added.
             use_fp8: Cast rows to float8_e4m3fn, one scale per row and 128 columns: ``max(amax, 1e-4) / 448``.
             round_scale: Round scales up to powers of two.
-            use_ue8m0: Return them as exponent bytes, four to an int32; needs ``round_scale``.
+            use_ue8m0: Return scales as exponent bytes, four to an int32; needs ``round_scale``.
             async_finish: Return an event that can be waited for.
             return_recv_hook: Return before rows are received; ``hook()`` receives them. Not together with
                 ``async_finish``.
-            use_nvfp4: Only False.
-            x_global_scale: Only None.
+            use_nvfp4: Not supported; must be False.
+            x_global_scale: Not supported; must be None.
 
         Returns:
             (rows ``[L, R*M, H]``, with ``use_fp8`` a tuple of them and their scales ``[L, R*M, H/128]`` float32 or
@@ -226,25 +224,24 @@ class LowLatencyCalls:
 
         Args:
             x: ``[L, R*M, H]`` in the layout of `low_latency_dispatch`, contiguous; rows past the counts are not read.
-            topk_idx: ``[T, K]``, the same as for `low_latency_dispatch`; compared with it on the CPU only.
+            topk_idx: ``[T, K]``, the same as in `low_latency_dispatch`; checked on the CPU only.
             topk_weights: ``[T, K]`` float32.
-            handle: From `low_latency_dispatch`; may be used again.
-            use_logfmt: Send rows in 10 bits a number (`tokenferry.formats.logfmt`); needs bfloat16 rows and H a
+            handle: Handle of a `low_latency_dispatch`; may be used again.
+            use_logfmt: Send rows with 10 bits per number (`tokenferry.formats.logfmt`); needs bfloat16 rows and H a
                 multiple of 128.
             zero_copy: Read the tensor of `get_next_low_latency_combine_buffer` instead of ``x``.
             async_finish: Return an event that can be waited for.
-            return_recv_hook: Return before the sums are complete; ``hook()`` receives them. Not together with
+            return_recv_hook: Return before the sums are complete; ``hook()`` completes them. Not together with
                 ``async_finish``.
-            out: ``[T, H]`` of the dtype of ``x`` to write to.
-            combine_wait_recv_cost_stats: ``[R]`` int64: nanoseconds waited for each rank are added.
-            overlap: Only False; likewise at their defaults ``src_signals``, ``src_signal_expect_value``,
-                ``packed_recv_count``, ``comp_signal``, ``block_m`` and ``threshold``, which steer it.
-            src_signals: See above.
-            src_signal_expect_value: See above.
-            packed_recv_count: See above.
-            comp_signal: See above.
-            block_m: See above.
-            threshold: See above.
+            out: The tensor to write to: ``[T, H]`` of the dtype of ``x``; None: a new tensor.
+            combine_wait_recv_cost_stats: ``[R]`` int64, to which the nanoseconds waited for each rank are added.
+            overlap: Not supported; must be False.
+            src_signals: Not supported; must be None.
+            src_signal_expect_value: Not supported; must be 0.
+            packed_recv_count: Not supported; must be None.
+            comp_signal: Not supported; must be None.
+            block_m: Not supported; must be None.
+            threshold: Not supported; must be None.
             num_sms: A hint without effect.
 
         Returns:
@@ -252,8 +249,8 @@ class LowLatencyCalls:
 
         Raises:
             UnsupportedError: an argument above that has to be neutral is not; names it.
-            ArgumentError: options exclude each other, ``topk_idx`` is not that of the handle, or ``use_logfmt`` is not
-                possible for these rows.
+            ArgumentError: options exclude each other, ``topk_idx`` is not that of the handle, or ``zero_copy`` or
+                ``use_logfmt`` is not possible for these rows.
             PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
         """
         call = "Buffer.low_latency_combine"

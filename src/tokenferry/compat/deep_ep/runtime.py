@@ -13,7 +13,7 @@ class Runtime:
         self._group = group
 
     def is_available(self) -> bool:
-        """Return whether the buffer can be used."""
+        """Return True: a buffer can be used as soon as it has been made."""
         return True
 
     def get_num_rdma_ranks(self) -> int:
@@ -21,7 +21,7 @@ class Runtime:
         return -(-self._group.num_ranks // RANKS_PER_NODE)
 
     def get_rdma_rank(self) -> int:
-        """Return this rank's node."""
+        """Return the index of this rank's node."""
         return self._group.rank // RANKS_PER_NODE
 
     def get_root_rdma_rank(self, global_: bool) -> int:

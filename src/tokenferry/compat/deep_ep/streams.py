@@ -4,9 +4,10 @@ On the CPU there are no streams: a call runs at once. On CUDA a call with ``asyn
 current stream; with ``async_finish=True`` on the communication stream of the Buffer, and the caller's stream does not
 wait for it until the caller waits for the returned event.
 
-Memory that two streams use must not be reused by one of them while the other still reads or writes it. So the inputs
-are marked with `Tensor.record_stream` for the communication stream, and the results for the caller's. The marks have no
-effect on memory that torch does not own, such as rows that peers write: inputs are kept alive until the call is done.
+Memory that two streams use must not be reused by one of them while the other still reads or writes it. The inputs are
+therefore marked with `Tensor.record_stream` for the communication stream, and the results for the caller's. The marks
+have no effect on memory that torch does not own, such as rows that peers write: inputs are kept alive until the call is
+done.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class When:
     Attributes:
         previous_event: An `EventOverlap` to wait for, or None.
         async_finish: Run on the communication stream, and return an event.
-        allocate_on_comm_stream: Only checked: results of an asynchronous call always belong to that stream.
+        allocate_on_comm_stream: Checked but otherwise unused: asynchronous calls always allocate on that stream.
     """
 
     previous_event: object = None
@@ -63,7 +64,7 @@ class When:
 
 
 class Lane:
-    """Runs the calls of one Buffer on the right stream.
+    """The streams on which the calls of one `Buffer` run.
 
     Attributes:
         stream: The communication stream, or None on the CPU.
@@ -77,7 +78,7 @@ class Lane:
         self._pending: deque[tuple[EventHandle, list[Tensor]]] = deque()
 
     def run(self, call: str, when: When, inputs: tuple[Any, ...], work: Callable[[], _T]) -> tuple[_T, EventOverlap]:
-        """Call ``work``, which reads ``inputs``, on the stream and after the event of the call; local to this rank.
+        """Run ``work``, which reads ``inputs``, on the stream of the call, after the event that it waits for. Local.
 
         Returns:
             tuple: The result of ``work``, and the call's event, which is empty if the call was synchronous.
@@ -105,13 +106,13 @@ class Lane:
         return result, EventOverlap(done)
 
     def _keep(self, done: EventHandle, inputs: list[Tensor]) -> None:
-        """Keep the inputs of a call on the communication stream, which is current, until it is done."""
+        """Keep the inputs of a call alive until it is done; the communication stream must be current."""
         assert self.stream is not None
         for tensor in inputs:
             if tensor.is_cuda:
                 tensor.record_stream(self.stream)
         if torch.cuda.is_current_stream_capturing():
-            # An event cannot be queried during a capture. But the program waits for it before the capture ends.
+            # An event cannot be queried during a capture, but the program must wait for it before the capture ends.
             done.keep(inputs)
             return
         self._pending.append((done, inputs))

@@ -19,7 +19,7 @@ from tokenferry.errors import ArgumentError, CapacityError, PlanError
 from tokenferry.types import Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
-"""M of a group whose calls wait for counts: no memory is sized by it, so T is unlimited."""
+"""M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
 
 Handle = tuple[Any, ...]
 
@@ -29,10 +29,10 @@ class Options:
     """Options of `dispatch`.
 
     Attributes:
-        expert_alignment: The counts in the returned list are rounded up to a multiple of this.
+        expert_alignment: Multiple to which the counts in the returned list are rounded up.
         num_worst_tokens: Rows of the results, so that the host does not wait for counts; 0: as many as arrive.
         num_sms: SMs that the call may occupy; None: the library's choice.
-        same_routing: The layout is known to belong to the routing, so that nothing has to be compared.
+        same_routing: Whether the layout is known to belong to the routing, so that nothing has to be compared.
     """
 
     expert_alignment: int = 1
@@ -47,9 +47,9 @@ class TokenLayout:
 
     Attributes:
         per_rank: ``[R]`` int32: tokens for each rank; a token counts once per rank.
-        per_node: ``[ceil(R / 8)]`` int32: the same per eight ranks, or None where the caller gave none.
-        per_expert: ``[E]`` int32: tokens for each expert.
-        in_rank: ``[T, R]`` bool.
+        per_node: ``[ceil(R / 8)]`` int32: the same per eight ranks, or None if the caller gave none.
+        per_expert: ``[E]`` int32: tokens for each expert, or None.
+        in_rank: ``[T, R]`` bool: whether a token goes to a rank.
     """
 
     per_rank: Tensor
@@ -63,7 +63,7 @@ def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str)
 
     Raises:
         ShapeError, RoutingError: ``topk_idx`` is wrong (indices outside [-1, E) on a GPU: `dispatch` raises).
-        ConfigError: E is no multiple of R.
+        ConfigError: E is not a multiple of R.
     """
     check = Checks(call, group.device)
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
@@ -72,7 +72,7 @@ def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str)
     group.for_shape(MoeShape(num_experts, 1, 1, 1))
     index = topk_idx.long()
     chosen = torch.zeros((topk_idx.shape[0], num_experts + 1), dtype=torch.bool, device=topk_idx.device)
-    # On a GPU indices outside [-1, E) are found by dispatch; until then they must not write out of bounds.
+    # On a GPU, indices outside [-1, E) are detected by dispatch; until then they must not cause writes out of bounds.
     chosen.scatter_(1, torch.where((index >= 0) & (index < num_experts), index, num_experts), True)
     chosen = chosen[:, :num_experts]
     in_rank = chosen.reshape(topk_idx.shape[0], group.num_ranks, num_experts // group.num_ranks).any(2)
@@ -82,7 +82,7 @@ def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str)
 def dispatch(
     group: ExpertGroup, x: Rows, routing: Routing | None, given: TokenLayout, options: Options
 ) -> tuple[Rows, Tensor | None, Tensor | None, list[int], Handle]:
-    """Send rows by a new routing; ``given`` is its layout, from the caller. Collective.
+    """Send rows by a new routing, of which ``given`` is the layout that the caller passed. Collective.
 
     Raises:
         ArgumentError: arguments contradict each other; names them.
@@ -113,7 +113,7 @@ def dispatch(
 
 
 def dispatch_again(group: ExpertGroup, x: Rows, handle: object, num_sms: int | None) -> Rows:
-    """Send new rows where the rows of ``handle`` went. Collective; as `ExpertGroup.redispatch`."""
+    """Send new rows to where the rows of ``handle`` went, as `ExpertGroup.redispatch`. Collective."""
     call = "Buffer.dispatch"
     plan = plan_of(handle, call)
     rows = to_native(call, x)
@@ -123,7 +123,7 @@ def dispatch_again(group: ExpertGroup, x: Rows, handle: object, num_sms: int | N
 def combine(
     group: ExpertGroup, x: Tensor, handle: object, topk_weights: Tensor | None, bias: object, num_sms: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Add up rows on the ranks of their tokens; as `ExpertGroup.combine`. Collective.
+    """Add up rows on the ranks of their tokens, as `ExpertGroup.combine`. Collective.
 
     Raises:
         ArgumentError: ``bias`` is neither a tensor nor a tuple of exactly two.
@@ -146,7 +146,7 @@ def plan_of(handle: object, call: str) -> Plan:
     """Return the plan in a handle.
 
     Raises:
-        PlanError: it is not a handle that `Buffer.dispatch` returned.
+        PlanError: the handle does not come from `Buffer.dispatch`.
     """
     if isinstance(handle, tuple) and handle and isinstance(handle[-1], Plan):
         return handle[-1]
@@ -157,14 +157,14 @@ def plan_of(handle: object, call: str) -> Plan:
 
 
 def _make_handle(group: ExpertGroup, plan: Plan, in_rank: Tensor) -> Handle:
-    """Return DeepEP's handle; a rank knows only its own column of the prefix matrix, the others are -1."""
+    """Return a handle like DeepEP's; a rank knows only its own column of the prefix matrix, and the others are -1."""
     prefix = torch.full((group.num_ranks, group.num_ranks), -1, dtype=torch.int32, device=group.device)
     prefix[:, group.rank] = plan.src_counts.cumsum(0)
     return (prefix, None, None, plan.src_token.to(torch.int32), in_rank, None, plan)
 
 
 def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
-    """Return the group for the sizes of a plan and rows of another width."""
+    """Return the view of the group for the sizes of a plan and rows of width ``hidden``."""
     experts = plan.expert_counts.numel() * group.num_ranks
     return group.for_shape(MoeShape(experts, plan.topk_idx.shape[1], hidden, ANY_NUM_TOKENS))
 
@@ -172,7 +172,7 @@ def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
 def _dispatch_without_experts(
     group: ExpertGroup, rows: Tensor | Quantized, x: Rows, given: TokenLayout, options: Options
 ) -> tuple[Rows, None, None, list[int], Handle]:
-    """Send rows without expert ids: one expert a rank stands for all of its own, and their counts are sent apart."""
+    """Send rows without expert ids: one expert stands for all those of a rank; their counts are sent separately."""
     R = group.num_ranks
     ranks = torch.arange(R, device=group.device)
     routing = Routing(torch.where(given.in_rank, ranks, -1))
@@ -190,7 +190,7 @@ def _dispatch_without_experts(
 
 
 def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
-    """Return ids and weights; with counts on the device, ids past the count are -1 and weights 0."""
+    """Return ids and weights; with counts on the device, rows past the count get ids -1 and weights 0."""
     assert sent.topk_idx is not None
     if sent.host_counts is not None:
         return sent.topk_idx, sent.topk_weights
@@ -205,8 +205,8 @@ def _agreed(
 ) -> Routing:
     """Return the routing that agrees with both ``topk_idx`` and ``is_token_in_rank``.
 
-    DeepEP routes by ``is_token_in_rank``: where it leaves a rank out, slots of that rank are dropped. A rank that no
-    slot of the token names cannot be added. On a GPU nothing else is checked, since the host would have to wait.
+    DeepEP routes by ``is_token_in_rank``: if it leaves out a rank, slots of that rank are dropped. A rank that no slot
+    of the token names cannot be added. On a GPU that is not checked, since the host would have to wait.
     """
     index, weights = routing.topk_idx, routing.topk_weights
     weights = None if weights is None else weights.detach()
@@ -239,10 +239,10 @@ def _most_tokens(group: ExpertGroup, num_tokens: int, num_worst_tokens: int, cal
     """Return M of a dispatch into a fixed number of rows, the same on all ranks.
 
     DeepEP requires rows for the worst case: R times the tokens of a rank. The CPU backend accepts fewer, since it knows
-    in time whether the rows fit. On a GPU the host would have to wait for that, and the argument is there to avoid it.
+    in time whether the rows fit. On a GPU the host would have to wait, which the argument exists to avoid.
 
     Raises:
-        CapacityError: on a GPU, there are fewer than R times T rows.
+        CapacityError: on a GPU, ``num_worst_tokens`` is below R times T.
     """
     if not _on_gpu(group):
         return num_worst_tokens
@@ -260,7 +260,7 @@ def _on_gpu(group: ExpertGroup) -> bool:
 
 
 def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call: str) -> int:
-    """Check the shapes and dtypes of a layout of `get_dispatch_layout`; return E."""
+    """Check the shapes and dtypes of the tensors of `get_dispatch_layout`, and return E."""
     R = group.num_ranks
     nodes = -(-R // RANKS_PER_NODE)
     check = Checks(call, group.device).given("the group", R=R, nodes=nodes).given("x", T=num_tokens)

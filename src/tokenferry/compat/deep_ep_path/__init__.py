@@ -1,4 +1,4 @@
-"""A folder with only a package `deep_ep`, which is `tokenferry.compat.deep_ep` under its bare name."""
+"""A folder that holds only a package `deep_ep`, which re-exports `tokenferry.compat.deep_ep`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Module path of DeepEP 2: `deep_ep.buffers.legacy.Buffer`."""
+"""The package of buffers in DeepEP 2, for the path `deep_ep.buffers.legacy.Buffer`."""

@@ -1,4 +1,4 @@
-"""Where DeepEP's clients look for its events."""
+"""The package from which clients of DeepEP import its events."""
 
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 

@@ -17,7 +17,7 @@ from tokenferry.errors import ArgumentError
 
 
 class EventHandle:
-    """Marks the work submitted so far to torch's current CUDA stream; on the CPU that is done already."""
+    """A mark behind the work submitted so far to torch's current CUDA stream; on the CPU that work is already done."""
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
@@ -47,7 +47,7 @@ class EventOverlap:
 
     Args:
         event: The event to wait for; None if the call that returned this has already waited (``async_finish=False``).
-        extra_tensors: Kept alive with this object.
+        extra_tensors: Tensors to keep alive with this object.
     """
 
     def __init__(self, event: EventHandle | None = None, extra_tensors: tuple[Tensor, ...] | None = None) -> None:

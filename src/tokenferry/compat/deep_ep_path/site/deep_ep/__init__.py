@@ -1,4 +1,4 @@
-"""The name `deep_ep`, spoken by tokenferry."""
+"""The package `deep_ep`, implemented by tokenferry."""
 
 from tokenferry.compat.deep_ep import Buffer, Config, EventHandle, EventOverlap, __version__, topk_idx_t
 

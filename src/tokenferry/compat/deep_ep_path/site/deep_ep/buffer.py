@@ -1,4 +1,4 @@
-"""DeepEP 1's path of `Buffer`."""
+"""The module path of `Buffer` in DeepEP 1."""
 
 from tokenferry.compat.deep_ep.buffer import Buffer
 

@@ -1,1 +1,1 @@
-"""DeepEP 2's folder of buffers."""
+"""The package of buffers in DeepEP 2."""

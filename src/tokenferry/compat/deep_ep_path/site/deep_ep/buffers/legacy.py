@@ -1,4 +1,4 @@
-"""DeepEP 2's path of the V1 `Buffer`."""
+"""The module path of the V1 `Buffer` in DeepEP 2."""
 
 from tokenferry.compat.deep_ep.buffer import Buffer
 

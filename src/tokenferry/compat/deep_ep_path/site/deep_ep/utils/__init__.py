@@ -1,4 +1,4 @@
-"""DeepEP's path of events."""
+"""The package of events in DeepEP."""
 
 from tokenferry.compat.deep_ep.utils import EventHandle, EventOverlap
 

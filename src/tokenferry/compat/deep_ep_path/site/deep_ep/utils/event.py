@@ -1,4 +1,4 @@
-"""DeepEP's other path of events."""
+"""The module of events in DeepEP."""
 
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 
