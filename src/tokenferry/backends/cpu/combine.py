@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.dispatch import LAYOUT_CODES
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
 from tokenferry.backends.cpu.payload import Payload
+from tokenferry.backends.tensors import overlap
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import Combined, Layout
 
@@ -54,11 +54,6 @@ def _start(exchange: Exchange, request: CombineRequest, payload: Payload) -> Pen
     counts, ends = plan.src_counts.tolist(), plan.src_counts.cumsum(0).tolist()
     slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
     # This rank's own rows are read in place, unless the sums may overwrite them.
-    copy_own = request.out is not None and _overlap(request.out, y)
+    copy_own = request.out is not None and overlap(request.out, y)
     fill = payload.fill(slices, exchange.rank)
     return exchange.start(Signature(Kind.combine, fields), payload.sections, counts, fill, copy_own=copy_own)
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors share a storage, and so may overlap."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -17,7 +17,7 @@ from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
 from tokenferry.backends.cpu.payload import Payload, ReceivedRows
-from tokenferry.backends.masking import drop_ranks
+from tokenferry.backends.tensors import drop_ranks
 from tokenferry.formats import fp8, logfmt
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale

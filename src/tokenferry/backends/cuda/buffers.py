@@ -131,11 +131,6 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors may lie in the same memory."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
 @functools.lru_cache(maxsize=256)
 def section_ends(*sizes: int) -> tuple[int, ...]:
     """Return where sections of these sizes end, each at a multiple of 128."""

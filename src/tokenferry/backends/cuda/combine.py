@@ -11,11 +11,12 @@ from torch import Tensor
 from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.bounded import BoundedDict
-from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.launch import Reduction
 from tokenferry.backends.cuda.plan import LAYOUT_CODES
 from tokenferry.backends.cuda.signature import Signature
+from tokenferry.backends.tensors import overlap
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.tuning import Topology, Tuning, tune
 from tokenferry.types import Combined, Layout, MoeShape

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook
 from tokenferry.backends.cuda.bounded import BoundedDict
-from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, overlap
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.channel import Channel, PendingRecv
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Exchange, Workspace, Workspaces
-from tokenferry.backends.masking import drop_ranks
+from tokenferry.backends.tensors import drop_ranks, overlap
 from tokenferry.errors import ConfigError
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.jit.params import Packer

@@ -1,4 +1,4 @@
-"""Routings without the experts of masked ranks."""
+"""What both backends do with tensors."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def drop_ranks(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tenso
     for rank in ranks:
         topk_idx = torch.where(topk_idx // num_local == rank, -1, topk_idx)
     return topk_idx
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors share a storage, and so may overlap."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
