@@ -32,7 +32,7 @@ class Large:
         experts: E.
         top_k: K.
         hidden: H.
-        skew: Additional likelihood of the first expert; 0: none.
+        skew: Amount added to the score of the first expert; 0: all are equally likely.
         seed: Seed of the routing.
         options: Any layout; MASKED holds all rows.
     """
