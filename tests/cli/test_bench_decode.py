@@ -290,7 +290,7 @@ def test_two_batch_overlap_is_checked(tmp_path):
 
 
 def test_answers_are_poisoned():
-    """All that the checks look at, so that a graph that writes nothing cannot pass."""
+    """Everything that is checked is poisoned, so that a graph that writes nothing cannot pass."""
     reference, sent, _ = delivered(fp8=True, padded=False)
     done = SimpleNamespace(x=torch.zeros(7, 256))
     decode.Answer(sent, done).poison()

@@ -86,7 +86,7 @@ def test_the_wait_for_the_first_covers_that_for_the_second():
     assert found(judge(waits)) == [(0, Where.UNKNOWN), (2, Where.UNKNOWN)]
 
 
-def test_little_beside_the_time_that_all_took_is_not_worth_a_word():
+def test_small_lateness_is_not_reported():
     waits = at_once([0, 0, 50_000.0])
     assert found(judge(waits, took_ns=400_000.0)) == [(2, Where.UNKNOWN)]
     assert judge(waits, took_ns=600_000.0).slow == ()
@@ -166,13 +166,13 @@ def test_rows_of_a_late_rank_come_last():
     assert both == [(1, Where.LINK_OUT), (1, Where.COMPUTE)]
 
 
-def test_a_link_that_explains_little_is_no_excuse():
+def test_a_slightly_late_link_does_not_explain_a_very_late_rank():
     """Rank 2 comes 300 us late; rows that came 60 us late are not the reason."""
     verdict = judge(at_once([0.0, 0.0, 300_000.0, 0.0]), rows(4, [(2, s, 60_000.0) for s in (0, 1, 3)]))
     assert found(verdict) == [(2, Where.COMPUTE), (2, Where.LINK_IN)]
 
 
-def test_rows_a_little_late_are_no_fault():
+def test_slightly_late_rows_are_not_reported():
     assert judge(at_once([0.0] * 4), rows(4, [(0, 1, 3000.0), (2, 3, 6000.0)])).slow == ()
     few = rows(4, [(0, 1, 60_000.0)])
     assert judge(at_once([0.0] * 4), few, took_ns=7e5).slow == ()

@@ -165,7 +165,7 @@ def test_a_bad_event_is_refused_before_anything_happens(cuda, lane):
     assert cuda.log == []
 
 
-def test_the_cpu_has_one_lane(cuda):
+def test_the_cpu_has_one_stream(cuda):
     lane = Lane(torch.device("cpu"))
     assert lane.stream is None
     _, event = lane.run("call", When(async_finish=True), (), work_on(cuda))

@@ -118,7 +118,7 @@ def test_some_ranks_rows_are_fetched(blocks, fetched):
 
 @pytest.mark.parametrize("top_k", [1, 8, 64])
 def test_weights_are_returned(top_k):
-    """Also to tokens without rows, and of tokens in many units."""
+    """Weights are returned to tokens without rows, too, and for tokens in many units."""
     for fetched, whole in (((), 0), ((), 1), ((2,), 0.5)):
         push(Sizes((40, 0, 21), 4112, biases=1, blocks=3, whole=whole, fetched=fetched, top_k=top_k))
 

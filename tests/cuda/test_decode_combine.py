@@ -389,7 +389,7 @@ def check_sums_without(call: CombineCall, gone: int) -> None:
 
 @by_numerics
 def test_a_rank_that_is_lost_while_it_sends(fast):
-    """Its packets are cleared, although no sum uses them: two calls later they would be taken for another rank's."""
+    """The packets of the lost rank are cleared unused: two calls later they would be taken for another rank's."""
     group, call = fresh(2, Case((8, 8), 4, 2, hidden=64), 1, fast=fast)
     places = call._tables[1][PLACES:].view(2, group.shape.max_tokens, 2)
     places[:, :4] = -1  # it sends only the rows of each rank's later tokens
@@ -459,7 +459,7 @@ def test_a_late_rank_is_waited_for_once():
 
 @pytest.mark.parametrize("word", [0, 1, 13, DISPATCH_WORD])
 def test_a_peer_that_calls_something_else(word):
-    """Or that combines the rows of another dispatch."""
+    """The peer dispatches, or combines the rows of another dispatch."""
     group, call = fresh(2, Case((4, 3), 4, 2), 1)
     handshakes = [{0: 7, 1: 0}, {0: 7, 1: 0, word: 99}]
     call.begin(BOTH)

@@ -203,7 +203,7 @@ def write_handshake(ranks: Ranks, fields, epoch: int, *, sender: int, reader: in
 
 @pytest.mark.parametrize("kernel", ["dispatch", "combine_pull"])
 def test_a_rank_that_dies_between_its_handshake_and_its_rows(kernel):
-    """Its handshake announces five blocks, of which two finish."""
+    """The handshake announces five blocks, of which two finish."""
     ranks = Ranks(2)
     (spec, fields, sizes, config), _kept = template(ranks, kernel, timeout_s=SHORT_S)
     sent: Tensor = fields[1]["rows_out"]

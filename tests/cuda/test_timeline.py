@@ -1,4 +1,4 @@
-"""Timelines and counters on several GPUs; without them tests/emulator/test_recorded.py says most of it."""
+"""Timelines and counters on several GPUs; tests/emulator/test_recorded.py covers most of this without them."""
 
 import json
 

@@ -338,7 +338,7 @@ def test_every_method_of_the_deepep_api_is_listed():
 
 
 def test_arguments_listed_as_raising_raise():
-    """What the tables say about the calls of a group of one; that the rest is honoured, tests/compat shows."""
+    """Check the tables for the calls of a group of one; tests/compat shows that the rest is honoured."""
     with pytest.raises(tokenferry.UnsupportedError, match="comm"):
         Buffer(None, comm=object())
     buffer = Buffer(None, low_latency_mode=True)

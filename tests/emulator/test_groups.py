@@ -1,4 +1,4 @@
-"""The contract suite's jobs on the CUDA backend, on the emulator; see pair.py."""
+"""The contract suite's jobs on the CUDA backend, on the emulator; see tests/support/emulated_group.py."""
 
 from typing import Any
 
@@ -88,7 +88,7 @@ def test_other_calls(run):
 
 
 def odd_views(rank: int, pg: None, pair: EmulatedPair) -> None:
-    """What does not fit a view raises before a kernel runs; the group stays usable."""
+    """Arguments that do not fit a view raise before a kernel runs; the group stays usable."""
     with pair.open(pg, SHAPE) as group:
         x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, -1]]))
         for shape, what in ((MoeShape(8192, 2, 16, 8), "num_experts=8192"), (MoeShape(4, 65, 16, 8), "top_k=65")):

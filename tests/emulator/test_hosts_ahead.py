@@ -1,4 +1,4 @@
-"""Hosts that have launched calls before the device has come to the first of them, on the emulator.
+"""Calls that hosts launch before the device has begun the first of them, on the emulator.
 
 Other tests of groups run a kernel when it is launched. Here launches wait in a stream, a thread of their own.
 """

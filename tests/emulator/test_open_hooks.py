@@ -10,7 +10,7 @@ from tokenferry.errors import RoutingError
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
 SHAPE = MoeShape(6, 2, 64, 4)
-"""Of three ranks with two experts each."""
+"""The shape of groups of three ranks with two experts each."""
 
 
 def choosing(*experts: int) -> Routing:

@@ -59,7 +59,7 @@ def wrong_answer(rank, pg, progress, settings, transport):
 
 
 def broken(rank, pg, progress, *args):
-    """A job that fails for a unexpected reason."""
+    """A job that fails for an unexpected reason."""
     raise RuntimeError("no reason at all")
 
 

@@ -21,7 +21,7 @@ class Run:
     """One run of the command.
 
     Attributes:
-        status: Its exit status.
+        status: Exit status.
         output: Everything that it printed.
         report: The JSON file.
         folder: Holds its files.

@@ -1,4 +1,4 @@
-"""What ranks with GPUs do in the tests of the shim: the jobs of the CPU on another `Buffer`, and what streams add."""
+"""Jobs of ranks with GPUs in the tests of the shim: those of the CPU on another `Buffer`, and jobs with streams."""
 
 import gc
 import os
@@ -229,7 +229,7 @@ def overlap(rank, pg, case: Case) -> None:
 
 
 def captured(calls: Callable[[], tuple[Any, ...]]) -> tuple[Callable[[], None], tuple[Any, ...]]:
-    """What replays a CUDA graph of calls that have been made before without one, and what each replay writes."""
+    """Capture calls that have been made before; return the replay of the graph, and its results."""
     torch.cuda.synchronize()
     gc.collect()  # a Buffer of an earlier job must not be freed in the middle of the capture
     made = torch.cuda.CUDAGraph()

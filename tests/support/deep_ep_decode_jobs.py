@@ -1,4 +1,4 @@
-"""What the ranks do in the tests of the low-latency calls; judged by the oracle."""
+"""Jobs of the tests of the low-latency calls; their results are compared with the oracle's."""
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ def shrink(rank, pg, case):
         same_bits("combined", got, oracle.decode_combine(rank, ys))
 
     round_trip([seen(r, one) for r, one in enumerate(sent)])
-    pg.barrier().wait()  # nothing is under way: whoever is here has compared his sums
+    pg.barrier().wait()  # nothing is under way: every rank that is here has compared its sums
     buffer.low_latency_clean_mask_buffer()
     pg.barrier().wait()
     buffer.low_latency_query_mask_buffer(status)

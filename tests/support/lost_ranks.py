@@ -41,7 +41,7 @@ class Report:
 
     Attributes:
         phase: The call that timed out.
-        call: Its call number.
+        call: Call number.
         rank: The rank that waited.
         peers: The ranks that it waited for.
         waited_s: Seconds waited, as the error states them.

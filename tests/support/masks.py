@@ -72,7 +72,7 @@ class Iterations:
     """Pairs of decode calls, each with another routing; their results are compared with the oracle's.
 
     Args:
-        group: Makes the calls.
+        group: The group that makes the calls.
         sizes: A case; four seeds of it take turns.
     """
 
@@ -231,7 +231,7 @@ def be_away(group: ExpertGroup, iterations: Iterations, notes: Notes, absence: A
 
 @dataclass(frozen=True)
 class Load:
-    """What `under_load` does.
+    """Settings of `under_load`.
 
     Attributes:
         lost: Ranks that are lost; they come back one after the other.

@@ -29,7 +29,7 @@ Call = Callable[[ExpertGroup, torch.Tensor, Routing, Dispatched], Any]
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What the last rank calls, what all others call, and a word that the error must contain."""
+    """The call of the last rank, that of all others, and a word that the error must contain."""
 
     last: Call
     others: Call

@@ -27,12 +27,12 @@ class Sizes:
 
     Attributes:
         tokens: T of each rank.
-        row_bytes: Of a row.
+        row_bytes: Bytes of a row.
         width: Entries of a token.
         num_places: Rows that each rank has.
-        biases: How many.
-        blocks: Of the grid.
-        seed: Makes another one.
+        biases: Number of biases.
+        blocks: Blocks of the grid.
+        seed: Seed of the case.
     """
 
     tokens: tuple[int, ...]

@@ -25,7 +25,7 @@ class Sizes:
     Attributes:
         tokens: T of each rank.
         row_bytes: Bytes of a row.
-        biases: How many.
+        biases: Number of biases.
         blocks: Blocks of the grid.
         pushers: Blocks that push, of a rank whose rows are not fetched.
         whole: The share of the tokens, from the first on, that a warp sums as a whole; the others by single pieces.
@@ -33,7 +33,7 @@ class Sizes:
         fetched: Ranks whose rows lie in the heap, for peers to fetch.
         top_k: K, if weights come home.
         routing: random; own: each token has a row on its own rank only; last: on the last; nowhere.
-        seed: Makes other tokens.
+        seed: Seed of the tokens.
     """
 
     tokens: tuple[int, ...]

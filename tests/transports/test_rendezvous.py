@@ -109,7 +109,7 @@ def strangers(rank, pg):
         rendezvous._connect_to_lower_ranks = original
 
 
-def test_a_stranger_without_the_secret_is_rejected(worlds):
+def test_a_connection_without_the_secret_is_rejected(worlds):
     assert worlds(2).run(strangers) == ["shared_memory", "shared_memory"]
 
 

@@ -28,7 +28,7 @@ def wrong_lines() -> set[tuple[str, int]]:
 
 
 def complaints(found: list[tuple[str, int, str]]) -> str:
-    """What was reported where nothing is wrong, and what is wrong and was not reported."""
+    """Return the reports where nothing is wrong, and the mistakes that were not reported."""
     wrong, reported = wrong_lines(), {(name, line) for name, line, _ in found}
     extra = [f"{name}:{line}: {text}" for name, line, text in found if (name, line) not in wrong]
     missed = [f"{name}:{line}: no error was reported" for name, line in sorted(wrong - reported)]

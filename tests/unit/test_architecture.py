@@ -471,7 +471,7 @@ def lines_of_tests(pattern: str) -> list[str]:
 
 
 def test_no_test_module_imports_another():
-    """What several of them need is in tests/support, so that each can be moved, renamed or run alone."""
+    """Shared helpers are in tests/support, so that each can be moved, renamed or run alone."""
     assert len(TESTS) > 100
     assert not lines_of_tests(r"^\s*(from\s+([\w.]+\.)?test_\w*\s+import|import\s.*\btest_|from\s.*\simport\s+test_)")
 

@@ -66,7 +66,7 @@ def test_auto_says_why_it_did_not(monkeypatch, caplog):
     assert caplog.messages[0].endswith("; not cuda: rank 1 has no GPU")
 
 
-def test_a_backend_that_was_asked_for_needs_no_question_and_no_words(monkeypatch, caplog):
+def test_a_requested_backend_is_not_probed_and_logs_nothing(monkeypatch, caplog):
     cuda = Cuda(monkeypatch, "")
     with caplog.at_level(logging.INFO, "tokenferry"):
         assert choice("cpu").name == "cpu"
@@ -75,8 +75,8 @@ def test_a_backend_that_was_asked_for_needs_no_question_and_no_words(monkeypatch
     assert not caplog.messages
 
 
-def test_every_rank_asks_even_where_an_option_needs_the_cpu(monkeypatch):
-    """The question is collective: a rank that left it out would leave the others waiting."""
+def test_every_rank_probes_cuda_even_if_an_option_needs_the_cpu(monkeypatch):
+    """The probe is collective: a rank that left it out would leave the others waiting."""
     cuda = Cuda(monkeypatch, "no")
     choice("auto", transport="shared_memory")
     assert cuda.asked == ["why not"]
@@ -91,13 +91,13 @@ def test_cuda_refuses_what_only_the_cpu_can(monkeypatch):
     assert not cuda.asked
 
 
-def test_there_is_no_other():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(ConfigError, match="expected 'auto', 'cpu' or 'cuda', got 'tpu'"):
         choice("tpu")
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_new_rows_have_the_shape_of_what_came(layout):
+def test_empty_rows_have_the_shape_of_the_received_rows(layout):
     with ExpertGroup(None, SHAPE, backend="cpu") as group:
         sent = group.dispatch(
             torch.ones(3, 8), Routing(torch.tensor([[0, 1], [2, -1], [0, 3]])), options=DispatchOptions(layout)

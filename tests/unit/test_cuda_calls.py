@@ -1,4 +1,4 @@
-"""What the CUDA backend keeps from call to call, and shares between results."""
+"""State that the CUDA backend keeps from call to call, and shares between results."""
 
 import itertools
 from types import SimpleNamespace
@@ -92,7 +92,7 @@ def test_a_plan_made_in_inference_mode_can_be_saved_for_a_backward():
 
 
 def test_the_host_waits_longer_than_a_kernel_ahead_of_its_call():
-    """Its record names the peer, the host knows only that its stream is stuck. A combine may take two deadlines."""
+    """The kernel's record names the peer; the host only sees a stuck stream. A combine may take two deadlines."""
     waited: list[float] = []
     pinned = SimpleNamespace(wait_for_call_number=lambda _, timeout_s: waited.append(timeout_s))
     context = SimpleNamespace(timeout_s=5.0, rank=1, pinned=pinned, break_off=lambda _: None)

@@ -1,4 +1,4 @@
-"""What the assembler's report is understood to say. The logs are NVRTC's own."""
+"""Parsing of the assembler's report. The logs are NVRTC's own."""
 
 from tokenferry.jit.resources import Resources, parse
 

@@ -65,7 +65,7 @@ def test_some_push_and_some_add_up(num_sms, pushers):
     assert tuning.num_pushers(num_sms) == pushers
 
 
-def test_one_rank_has_no_links_to_argue_with():
+def test_one_rank_uses_no_links():
     assert all("one rank" in reason for reason in tune(V3, Topology(1, 132)).reasons)
 
 

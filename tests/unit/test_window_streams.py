@@ -1,4 +1,4 @@
-"""What the heap asks the CUDA driver about streams, with a driver that writes it down."""
+"""The heap's questions to the CUDA driver about streams, with a driver that records them."""
 
 import contextlib
 import enum

@@ -45,11 +45,11 @@ class Case:
         experts: E.
         top_k: K.
         hidden: H.
-        dtype: Of the rows.
-        idx_dtype: Of ``topk_idx``.
+        dtype: Dtype of the rows.
+        idx_dtype: Dtype of ``topk_idx``.
         routing: One of `ROUTINGS`.
         weights: Whether gate weights travel along.
-        seed: Makes other rows and routings of the same kind.
+        seed: Seed; another one gives other rows and routings of the same kind.
     """
 
     tokens: tuple[int, ...]

@@ -180,7 +180,7 @@ class Oracle:
         Args:
             rank: The rank of the tokens.
             ys: The answers of each rank, ``[rows, H]`` (masked: ``[L * capacity, H]``).
-            biases: Of ``rank``, each ``[T, H]``.
+            biases: Biases of ``rank``, each ``[T, H]``.
         """
         dtype = ys[rank].dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -240,7 +240,7 @@ class Oracle:
             rank: The rank of the tokens.
             ys: The answers of each rank, ``[L * capacity, H]``.
             fast: Sum before the encoding.
-            encoding: Of the rows on the way: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
+            encoding: Encoding of the rows on the way: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
         """
         sums = []
         for token in range(len(self.choices[rank])):

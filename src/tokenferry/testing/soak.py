@@ -54,10 +54,10 @@ class Soak:
     """Length and place of a soak.
 
     Args:
-        seconds: Its length.
-        seed: Of everything that is drawn.
+        seconds: Length of the soak.
+        seed: Seed of everything that is drawn.
         device: ``"cpu"`` or ``"cuda"``: the backend, and where tensors are.
-        timeout_s: Of the groups.
+        timeout_s: Timeout of the groups.
     """
 
     seconds: float

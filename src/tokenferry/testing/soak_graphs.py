@@ -46,15 +46,15 @@ class Kind:
     """One graph: sizes and options of its calls.
 
     Attributes:
-        fp8: Cast of the dispatch.
-        fast: Numerics of the combine.
-        encoding: Of the combine.
+        fp8: FP8 cast of the dispatch.
+        fast: Whether the numerics of the combine are "fast".
+        encoding: Encoding of the combine.
         hooks: Whether each call sends first, and receives by its hook.
         hidden: H.
         tokens: M.
         local: L.
         top_k: K.
-        idx_dtype: Of ``topk_idx``.
+        idx_dtype: Dtype of ``topk_idx``.
     """
 
     fp8: Scale | None = None
@@ -92,11 +92,11 @@ class Soak:
     """Length and place of a soak.
 
     Args:
-        replays: How many.
-        seed: Of everything that is drawn.
+        replays: Number of replays.
+        seed: Seed of everything that is drawn.
         device: ``"cpu"`` or ``"cuda"``.
         first: Number of the first replay.
-        timeout_s: Of the group.
+        timeout_s: Timeout of the group.
     """
 
     replays: int
@@ -175,7 +175,7 @@ class Findings:
     """The results that were wrong, kept on the device until `look` reads them.
 
     Args:
-        device: Where results are.
+        device: Device of the results.
 
     Attributes:
         checks: Results compared.

@@ -37,12 +37,12 @@ class Reference:
     """The expected results of one rank.
 
     Args:
-        inputs: Of all ranks; E is a multiple of R.
+        inputs: Inputs of all ranks; E is a multiple of R.
         num_experts: E.
         rank: The rank whose results are expected.
         quantize: The cast of the dispatch; None: none.
         fast: Numerics of the combine.
-        encoding: Of the combine.
+        encoding: Encoding of the combine.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class Large:
         experts: E.
         top_k: K.
         hidden: H.
-        skew: How much likelier the first expert is; 0: not likelier.
-        seed: Of the routing.
+        skew: Amount added to the score of the first expert; 0: all are equally likely.
+        seed: Seed of the routing.
         options: Any layout; MASKED holds all rows.
     """
 

@@ -1,4 +1,4 @@
-"""Comparisons of what calls deliver with what they have to deliver; nothing is timed before they pass."""
+"""Comparisons of results with expected results; nothing is timed before they pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenferry.types import Quantized
 
 
 class WrongAnswer(RuntimeError):  # noqa: N818 - reads as what happened
-    """A call delivered something else than it has to; no time is printed for it."""
+    """A call returned a wrong result; no time is printed for it."""
 
 
 def must_equal(what: str, got: Tensor, expected: Tensor) -> None:
@@ -77,7 +77,7 @@ def check_rows(what: str, sizes: Sizes, variant: int, rank: int, got: Tensor | Q
 
     Args:
         what: The call, for the message.
-        sizes: Of the case.
+        sizes: Sizes of the case.
         variant: The set of inputs.
         rank: The receiver.
         got: ``[N, H]`` bfloat16 rows, which have to be those of `Inputs.x`, or FP8 rows and scales of

@@ -17,8 +17,8 @@ class Gpus:
     """The GPUs of this host.
 
     Attributes:
-        count: How many.
-        name: Of the first.
+        count: Number of GPUs.
+        name: Name of the first GPU.
         torch_cuda: The CUDA version that torch was built with.
         smi: Per GPU the output of nvidia-smi now, by field; empty without nvidia-smi.
     """

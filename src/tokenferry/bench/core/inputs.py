@@ -34,7 +34,7 @@ class Sizes:
         hidden: H.
         top_k: K.
         experts: E.
-        seed: Of the inputs.
+        seed: Seed of the inputs.
         routing: One of `ROUTINGS`.
     """
 

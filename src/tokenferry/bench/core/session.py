@@ -59,10 +59,10 @@ class Settings:
         experts: E.
         iterations: Iterations that count.
         warmup: Iterations before them.
-        seed: Of the inputs.
+        seed: Seed of the inputs.
         backend: ``"cpu"`` or ``"cuda"``; the phases for GPUs run on the CPU too, for tests.
         timeout_s: Seconds that any wait for a peer may take.
-        runs: How calls back to back are sampled.
+        runs: Sampling of calls back to back.
         sms: Values of ``num_sms`` to sweep over, besides the default.
         sweep_tokens: T of the sweep, of the other routings and of the overlap.
         routings: Besides uniform ones, those of `tokenferry.bench.core.inputs.ROUTINGS` to measure.
@@ -101,11 +101,11 @@ class Label:
         call: ``"dispatch"``, ``"redispatch"``, ``"combine"``, ... and what is special about it.
         rows: ``"fp8"`` or ``"bf16"``.
         tokens: T.
-        routing: How tokens are routed.
-        num_sms: SMs of the call; None: not ours to say.
+        routing: Kind of routing.
+        num_sms: SMs of the call; None: not applicable.
         link: ``"store"`` or ``"load"``: the limit that it is compared with; empty: none.
         row_bytes: Bytes of a row, with its scales.
-        rows_out: Rows that this rank sends, mean over the sets of inputs; of GPUs without those to itself.
+        rows_out: Rows that this rank sends, mean over the sets of inputs; on GPUs without those to itself.
         note: Anything else, such as the transport.
     """
 
@@ -126,9 +126,9 @@ class Samples:
     """The times of one call on this rank, seconds.
 
     Attributes:
-        isolated: Of each iteration, with all ranks synchronised before it.
-        late: Of each of them, whether the device had started by when this host was done with the call.
-        back_to_back: Of calls back to back.
+        isolated: Time of each iteration, with all ranks synchronised before it.
+        late: For each of these iterations: whether the device had started by when this host was done with the call.
+        back_to_back: Times of calls back to back.
     """
 
     isolated: list[float]
@@ -141,8 +141,8 @@ class Times:
     """The times of one call over all ranks.
 
     Attributes:
-        isolated: Ranks synchronised before each call.
-        back_to_back: Calls back to back.
+        isolated: Times with the ranks synchronised before each call.
+        back_to_back: Times of calls back to back.
     """
 
     isolated: Summary
@@ -156,12 +156,12 @@ class Result:
     Attributes:
         label: Its name and rows; its ``rows_out`` is that of rank 0.
         bytes_out: Bytes that a rank sends, with scales, mean over ranks.
-        bytes_out_most: The same of the rank with most.
-        isolated: Ranks synchronised before each call.
+        bytes_out_most: The same for the rank that sends most.
+        isolated: Times with the ranks synchronised before each call.
         ahead: The part of the isolated iterations in which every rank's host had put the whole call on its stream
             before the device came to it, so that no launch is in the time: 0 where the host waits for what the call
             finds out.
-        back_to_back: Calls back to back.
+        back_to_back: Times of calls back to back.
         baseline: The times of the call that took turns with it, if any.
     """
 

@@ -40,8 +40,8 @@ class Slow:
     Attributes:
         rank: The rank.
         where: Where it loses time.
-        late_ns: How much; of a link: by how much the last row is later than usual, at most.
-        peers: Of a link: the ranks at the other end.
+        late_ns: The time it loses; for a link: the most by which the last row is later than usual.
+        peers: The ranks at the other end, for a link.
     """
 
     rank: int

@@ -37,7 +37,7 @@ class Waited:
 
     Attributes:
         dispatch_ns: ``[R]`` int64: the time it waited for messages of each rank in the dispatches of all iterations.
-        combine_ns: The same of the combines.
+        combine_ns: The same for the combines.
         took_ns: The time of all iterations.
         words: ``[iterations, blocks, TRACE_WORDS]`` of the dispatches; None where kernels record nothing.
     """
@@ -66,7 +66,7 @@ class CountSettings:
     """Settings of `count_waits`.
 
     Attributes:
-        sizes: Of the group and the inputs.
+        sizes: Sizes of the group and the inputs.
         iterations: Iterations that count.
         backend: ``"cpu"`` or ``"cuda"``.
         slowed: A rank that is late on purpose.
@@ -94,8 +94,8 @@ def count_in(group: ExpertGroup, device: Device, barrier: Barrier, settings: Cou
     All iterations run twice, back to back; those of the second time are counted.
 
     Args:
-        group: For ``settings.sizes``.
-        device: Of the group.
+        group: A group for ``settings.sizes``.
+        device: Device of the group.
         barrier: Returns when all ranks have called it.
         settings: What is run; its backend is not used.
     """
@@ -148,10 +148,10 @@ def record_in(
     `CHAIN` iterations of the calls in ``names``, back to back, of which the last is kept.
 
     Args:
-        group: For ``sizes``; its kernels have to record time stamps.
-        device: Of the group.
+        group: A group for ``sizes``; its kernels have to record time stamps.
+        device: Device of the group.
         barrier: Returns when all ranks have called it.
-        sizes: Of the group and the inputs.
+        sizes: Sizes of the group and the inputs.
         names: ``"decode_dispatch"``, ``"decode_combine"``, or both.
 
     Returns:

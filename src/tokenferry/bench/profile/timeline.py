@@ -47,7 +47,7 @@ class Recorded:
     """One call as all ranks recorded it.
 
     Attributes:
-        name: Such as ``"decode_dispatch"``.
+        name: Name of the call, such as ``"decode_dispatch"``.
         words: ``[R, B, W]`` int64, nanoseconds; 0: not written.
     """
 
@@ -65,7 +65,7 @@ class Phase:
 
     @property
     def lasts_ns(self) -> int:
-        """Its duration."""
+        """The duration of the phase."""
         return self.end_ns - self.start_ns
 
 
@@ -75,7 +75,7 @@ class RankTimes:
 
     Attributes:
         rank: The rank.
-        late_us: How much later than the first rank it began.
+        late_us: Time by which it began later than the first rank.
         lasts_us: From its first block's begin to its last block's end.
         phases: Name to median and maximum over its blocks, the last one apart.
         waits_us: By rank: the wait for its message.

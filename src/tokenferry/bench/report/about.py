@@ -1,4 +1,4 @@
-"""The origin of numbers: this machine, and the version, commit and command that measured."""
+"""The origin of numbers: this machine, and the version, commit and command of the measurement."""
 
 from __future__ import annotations
 

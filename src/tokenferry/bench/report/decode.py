@@ -47,9 +47,9 @@ def limit_us(item: Item, limits: Limits | None, node_us: float | None, kernels: 
 
     Args:
         item: A case.
-        limits: Of the links.
-        node_us: An empty kernel in a graph.
-        kernels: Of each call.
+        limits: Limits of the links.
+        node_us: Microseconds of an empty kernel in a graph.
+        kernels: Kernels of each call.
 
     Returns:
         float | None: microseconds; None if a part of it was not measured.

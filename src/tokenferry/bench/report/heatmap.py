@@ -11,8 +11,8 @@ def plot_waits(tables: Mapping[str, Sequence[Sequence[float]]], folder: Path, ti
 
     Args:
         tables: By name ``[R][R]`` microseconds: the wait of the rank of the row for that of the column.
-        folder: Is made if it does not exist.
-        title: Above all of them.
+        folder: Output folder, made if it does not exist.
+        title: Title above all of them.
 
     Returns:
         list: The files written.

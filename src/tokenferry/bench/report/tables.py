@@ -87,8 +87,8 @@ def short_rows(results: Sequence[Result], of_limit: Sequence[float | None]) -> l
     """Return rows under `SHORT_HEADER`: our calls with default SMs and uniform routing, and NCCL's beside them.
 
     Args:
-        results: Of all libraries.
-        of_limit: Of each result, as from `Report.fraction`.
+        results: Results of all libraries.
+        of_limit: Fraction of the limit of each result, as from `Report.fraction`.
     """
     baselines = {_key(r.label): r for r in results if r.label.library in ("nccl", "gloo")}
     rows: dict[tuple[str, ...], list[str]] = {}

@@ -35,9 +35,9 @@ class Ready:
     """One set of inputs and the results of a first dispatch.
 
     Attributes:
-        inputs: This rank's.
+        inputs: Inputs of this rank.
         routing: Their routing.
-        plan: Of `dispatch`.
+        plan: Plan of `dispatch`.
         y: ``[N, H]`` bfloat16: this rank's answers, in ordinary memory.
     """
 

@@ -30,9 +30,9 @@ class Checked:
     Attributes:
         x: This rank's rows.
         routing: Their routing.
-        plan: Of `dispatch`.
+        plan: Plan of `dispatch`.
         y: ``[N, H]``: this rank's answers, for `combine`.
-        decode_plan: Of `decode_dispatch`.
+        decode_plan: Plan of `decode_dispatch`.
         decode_y: ``[L, R*M, H]``: the answers of this rank's experts, for `decode_combine`.
     """
 
@@ -133,7 +133,7 @@ def _checked(session: Session, group: ExpertGroup, variant: int, pool: Pool) -> 
     """Draw one set of inputs, make every call with it and check every answer. Collective.
 
     Raises:
-        WrongAnswer: a call delivered something else than it has to.
+        WrongAnswer: a call returned a wrong result.
     """
     sizes = session.settings.sizes(session.settings.tokens[0])
     inputs = draw(sizes, variant, session.rank, session.device.torch_device)

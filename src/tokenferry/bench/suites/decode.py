@@ -61,8 +61,8 @@ class DecodeCase:
     Attributes:
         call: ``"dispatch"``, ``"combine"`` or ``"pair"``.
         fp8: Whether dispatch casts its rows.
-        numerics: Of combine.
-        encoding: Of combine.
+        numerics: Numerics of combine.
+        encoding: Encoding of combine.
         hooks: Whether it is measured with hooks as well: sent, and received right away.
     """
 

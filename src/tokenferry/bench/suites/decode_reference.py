@@ -23,8 +23,8 @@ class Pool:
     """Rows that experts answer with, the same on all ranks: normal, each of another size.
 
     Args:
-        sizes: Of them, H and the seed count.
-        device: Where.
+        sizes: Sizes of the case; only H and the seed are used.
+        device: Device of the rows.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class DecodeReference:
     """One set of inputs of all ranks, and the expected results of each call on one rank.
 
     Args:
-        sizes: Of the case.
+        sizes: Sizes of the case.
         variant: The set of inputs.
         rank: The rank whose results are expected.
         pool: The answers of experts.
@@ -124,8 +124,8 @@ class DecodeReference:
         Args:
             what: The call, for the message.
             got: ``[T, H]``.
-            numerics: Of the combine.
-            encoding: Of the combine.
+            numerics: Numerics of the combine.
+            encoding: Encoding of the combine.
             shift: The set of the pool's rows.
 
         Raises:

@@ -45,7 +45,7 @@ class Experts:
         num_local: Experts of this rank.
         hidden: H.
         rows: Rows of each expert.
-        device: Where.
+        device: Device of the matrices.
     """
 
     def __init__(self, num_local: int, hidden: int, rows: int, device: torch.device) -> None:

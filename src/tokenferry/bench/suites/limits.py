@@ -32,7 +32,7 @@ class LimitSettings:
         runs: Runs that count, of each point.
         launches: Launches in a run, back to back.
         iterations: Ping-pongs, or barriers, in a launch.
-        seed: Of the rows.
+        seed: Seed of the rows.
     """
 
     num_sms: tuple[int, ...] = NUM_SMS

@@ -52,7 +52,7 @@ class CudaLinks:
     Args:
         pg: The process group.
         device: This rank's GPU.
-        row_bytes: Most bytes of rows, over all ranks and places, that `shape` will ask for.
+        row_bytes: The most bytes of rows, over all ranks and places, that `shape` will request.
         timeout_s: For the rendezvous, and for each wait of a kernel.
         cache: Folder of compiled kernels; None: they are compiled anew.
 

@@ -100,8 +100,8 @@ def variants(call: str, num_sms: int | None, default: int | None, many: int) -> 
     """Return the cases of one call: all of them for its default number of SMs, those that decide for the others.
 
     Args:
-        call: As in `OverlapCase`.
-        num_sms: As in `OverlapCase`.
+        call: The call, as in `OverlapCase`.
+        num_sms: SMs of the call, as in `OverlapCase`.
         default: The number of SMs that None stands for; None where SMs have no meaning.
         many: Calls that take as long as the GEMMs.
     """

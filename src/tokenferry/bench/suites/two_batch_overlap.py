@@ -84,7 +84,7 @@ class Schedules:
         b: Inputs of micro-batch B.
         case: The pair of calls.
         work: A share of a piece: attention, or experts.
-        tilt: How much more work A has than usual, and B less.
+        tilt: Share of work that A has more than usual, and B less.
     """
 
     def __init__(
