@@ -155,7 +155,7 @@ class CudaLinks:
         self._kernel(which).launch(self._params, num_sms, warps * 32, smem, self._stream())
 
     def _synchronize(self, which: KernelSpec, iterations: int) -> None:
-        self._params.epoch, self._params.rounds = self._next[which], iterations
+        self._params.epoch, self._params.iterations = self._next[which], iterations
         self._next[which] += iterations
         self._kernel(which).launch(self._params, 1, 32, 0, self._stream())
 

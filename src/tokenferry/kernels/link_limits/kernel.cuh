@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     move_rows(p, at(p.local), at(p.target));
 }
 
-// Runs a ping-pong between ranks 0 and 1, p.rounds times; other ranks return at once.
+// Runs a ping-pong between ranks 0 and 1, p.iterations times; other ranks return at once.
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     link_limits_flag(const __grid_constant__ LinkLimitsParams p) {
     if (threadIdx.x != 0 || p.rank > 1 || p.num_ranks < 2) return;
@@ -108,27 +108,27 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     const u32 peer = 1 - p.rank;
     u32* theirs = word_of(p, peer, kMaxRanks);
     const u32* mine = word_of(p, p.rank, kMaxRanks);
-    for (u32 round = p.epoch; round != p.epoch + p.rounds; round++) {
-        if (p.rank == 0) store_release(theirs, round);
-        if (!wait_until(mine, round, end_ns)) {
+    for (u32 epoch = p.epoch; epoch != p.epoch + p.iterations; epoch++) {
+        if (p.rank == 0) store_release(theirs, epoch);
+        if (!wait_until(mine, epoch, end_ns)) {
             *p.failed = 1 + peer;
             return;
         }
-        if (p.rank == 1) store_release(theirs, round);
+        if (p.rank == 1) store_release(theirs, epoch);
     }
 }
 
-// Runs p.rounds barriers of all ranks, one after another; lane r signals rank r and waits for its signal.
+// Runs p.iterations barriers of all ranks, one after another; lane r signals rank r and waits for its signal.
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     link_limits_barrier(const __grid_constant__ LinkLimitsParams p) {
     const u32 peer = threadIdx.x;
     if (peer >= 32) return;
     const u64 end_ns = clock_ns() + p.timeout_ns;
-    for (u32 round = p.epoch; round != p.epoch + p.rounds; round++) {
+    for (u32 epoch = p.epoch; epoch != p.epoch + p.iterations; epoch++) {
         bool in_time = true;
         if (peer < p.num_ranks) {
-            store_release(word_of(p, peer, p.rank), round);
-            in_time = wait_until(word_of(p, p.rank, peer), round, end_ns);
+            store_release(word_of(p, peer, p.rank), epoch);
+            in_time = wait_until(word_of(p, p.rank, peer), epoch, end_ns);
             if (!in_time) *p.failed = 1 + peer;
         }
         if (!__all_sync(kAll, in_time)) return;

@@ -28,7 +28,7 @@ PARAMS = Params(
         ("rank", "u32"),
         ("num_ranks", "u32"),
         ("epoch", "u32"),  # flag, barrier: number of the first iteration
-        ("rounds", "u32"),  # flag, barrier: how many
+        ("iterations", "u32"),  # flag, barrier: how many
     ],
 )
 
