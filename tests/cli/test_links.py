@@ -70,8 +70,8 @@ class Machine:
         ctypes.memmove(p.target, p.local, p.num_rows * p.row_bytes)
 
     def link_limits_barrier(self, p):
-        self.launches = getattr(self, "launches", [])
-        self.launches.append((p.epoch, p.iterations))
+        self.epochs = getattr(self, "epochs", [])
+        self.epochs.append((p.epoch, p.iterations))
         ctypes.memmove(p.failed, (ctypes.c_uint32 * 1)(self.late), 4)
 
     link_limits_flag = link_limits_barrier
@@ -121,7 +121,7 @@ def test_iterations_only_grow(monkeypatch):
         one.barrier()
         one.flag(1)
         one.check()
-    assert machine.launches == [(1, 1), (2, 5), (1, 7), (7, 1), (8, 1)]
+    assert machine.epochs == [(1, 1), (2, 5), (1, 7), (7, 1), (8, 1)]
 
 
 def test_a_wait_that_ran_out_names_the_peer(monkeypatch):
