@@ -216,6 +216,7 @@ def test_command(two_gpus, capsys, tmp_path):
     whole = json.loads(file.read_text())
     assert {e["cat"] for e in whole["traceEvents"] if e["ph"] == "X"} == {"decode_dispatch", "decode_combine"}
     assert whole["otherData"]["clock_offsets_ns"] == [0, 123456]
+    assert 0 <= whole["otherData"]["clock_error_at_most_ns"] < 20_000
     assert "seed 3" in whole["otherData"]["sizes"]
     assert main(["trace", "--call", "decode_combine", "--json", str(file)]) == 0
     whole = json.loads(file.read_text())

@@ -18,7 +18,7 @@ def test_trace(tmp_path, capsys):
     file = tmp_path / "trace.json"
     assert main(["trace", *SIZES, "--json", str(file)]) == 0, capsys.readouterr().out
     whole = json.loads(file.read_text())
-    assert whole["otherData"]["clocks_off_by_at_most_ns"] < 20_000
+    assert whole["otherData"]["clock_error_at_most_ns"] < 20_000
     spans = [e for e in whole["traceEvents"] if e["ph"] == "X"]
     assert {e["pid"] for e in spans} == {0, 1}
     assert {e["cat"] for e in spans} == {"decode_dispatch", "decode_combine"}
