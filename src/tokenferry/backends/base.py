@@ -150,7 +150,7 @@ class Backend(Protocol):
 
     @property
     def broken(self) -> str | None:
-        """What ended the backend: ``"was closed"``, ``"is broken by ..."``, or None."""
+        """The reason why the backend ended: ``"was closed"``, ``"is broken by ..."``, or None."""
 
     # Calls are documented once, in tokenferry.api.
     def dispatch(self, request: DispatchRequest) -> Dispatched[Any]: ...  # noqa: D102

@@ -1,4 +1,4 @@
-"""What both backends do with tensors."""
+"""Operations on tensors that both backends need."""
 
 from __future__ import annotations
 

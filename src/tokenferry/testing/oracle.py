@@ -346,7 +346,7 @@ def logfmt10(block: Tensor) -> tuple[Tensor, Tensor]:
         step = _float32(_float32(hi - lo) / (LOG_CODES - 2))
     values = torch.tensor([0.0] + [2.0 ** (lo + step * i) for i in range(LOG_CODES - 1)], dtype=torch.float64)
     known = values if step else values[:2]
-    # Of two equally near, the higher: of equal ones argmin gives the first.
+    # The higher of two equally near codes: argmin gives the first of equal ones.
     distances = (sizes[:, None] - known.flip(0)[None, :]).abs()
     return len(known) - 1 - distances.argmin(1), values
 

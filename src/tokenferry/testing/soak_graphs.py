@@ -184,7 +184,7 @@ class Findings:
     NAMES = ("expert_counts", "src_range", "src_token", "row_weights", "rows", "scales", "sum")
 
     def __init__(self, device: torch.device) -> None:
-        # Of each name: the first replay that was wrong, how many values, the first of them.
+        # For each name: the first replay that was wrong, how many values, and the first of them.
         self._table = torch.full((len(self.NAMES), 3), -1, dtype=torch.int64, device=device)
         self._now = torch.zeros(len(self.NAMES), dtype=torch.int64, device=device)
         self._right = torch.zeros(2, dtype=torch.int64, device=device)

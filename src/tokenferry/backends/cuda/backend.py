@@ -56,7 +56,7 @@ class CudaBackend:
 
     @property
     def broken(self) -> str | None:
-        """What ended the group, or None."""
+        """The reason why the group ended, or None."""
         return self.context.broken
 
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:

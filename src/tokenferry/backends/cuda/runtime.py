@@ -14,7 +14,7 @@ from tokenferry.memory.streams import CudaStreams, Streams
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What runs the work of one rank.
+    """The kernels, driver and streams with which one rank works.
 
     Attributes:
         jit: The compiled kernels.

@@ -199,7 +199,7 @@ class Recorder:
     """
 
     def __init__(self, group: ExpertGroup, num_calls: int) -> None:
-        # What only some backends can do has no place in the API.
+        # The API has no method for this: only one backend can do it.
         self._backend = group._backend
         self._traces = self._backend.new_traces(num_calls)
 

@@ -23,7 +23,7 @@
 #include "decode_dispatch/receive.cuh"
 #include "decode_dispatch/send.cuh"
 
-// What the threads of a block share.
+// State that the threads of a block share.
 struct BlockData {
     RecvCounts counts;  // of own rows while they are sent, then of those that arrive
     i32* table;         // the plan's

@@ -2,7 +2,7 @@
 #pragma once
 #include "decode_dispatch/routing.cuh"
 
-// What the peers' messages say about the rows that this rank receives; in shared memory.
+// Contents of the peers' messages about the rows that this rank receives; in shared memory.
 struct RecvCounts {
     u32* offsets;  // [R][L]: rows of an expert from lower ranks
     u32* masks;    // [R][mask words]: bit t: token t of the rank comes here
