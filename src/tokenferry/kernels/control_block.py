@@ -6,7 +6,7 @@ on the device, so that a CUDA graph that is replayed goes on counting.
 
 At the start of a collective kernel each rank writes its *handshake* to every peer: first the signature, which has to be
 the same on all ranks, then what the peer needs to know, such as where it may write. Class ``Signature`` of
-backends/cuda/faults.py names the words of the signature.
+backends/cuda/signature.py names the words of the signature.
 
 Kernels get these declarations as ``generated/control_block.cuh``.
 """
