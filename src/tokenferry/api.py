@@ -199,8 +199,9 @@ class ExpertGroup:
 
         with barriers that are not calls of this group. If some ranks stay away, the others do this among themselves,
         and all of them mask the absent ones. Unmasking waits for no peer; CUDA: it waits for the device. Pending
-        calls are lost: hooks that were not called do nothing, and earlier plans must no longer be used. A lost rank
-        cannot come back on the transport ``"process_group"``, where a timeout ends the process group.
+        calls are lost: hooks that were not called do nothing, and earlier plans must no longer be used. The
+        transport ``"process_group"`` has no such return, since a timeout ends the process group: there only masks that
+        were set by hand can be cleared.
 
         CUDA graphs: a graph sees masks that are set or cleared after its capture; one captured while a rank was
         masked leaves that rank out for good. This method must not be called during a capture.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from support.virtual_ranks import Block, Ranks, offsets
-from tokenferry.kernels import describe
+from tokenferry.kernels import codes
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.control_block import RANK_SHIFT
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
 
-TYPES = tuple(describe.TYPES)
+TYPES = tuple(codes.TYPES)
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -134,7 +134,7 @@ class Pull:
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": describe.TYPES[self.dtype]}
+        return {"type": codes.TYPES[self.dtype]}
 
     def run(self, only: Sequence[int] | None = None) -> None:
         here = range(self.ranks.num_ranks) if only is None else only

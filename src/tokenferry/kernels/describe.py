@@ -8,9 +8,8 @@ from pathlib import Path
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
 from tokenferry.kernels import codes, control_block, decode_words
-from tokenferry.kernels.codes import TYPES
 
-__all__ = ["GENERATED", "TYPES", "describe"]
+__all__ = ["GENERATED", "describe"]
 
 GENERATED = {header.name: header.text for header in (control_block.HEADER, codes.HEADER, decode_words.HEADER)}
 """The headers that any kernel may include beside the files of this folder."""
