@@ -180,6 +180,7 @@ static unsigned __match_any_sync(unsigned mask, T value) {
     return bits;
 }
 static bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+static bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 template <class T>
 static T __shfl_xor_sync(unsigned mask, T value, int bits) {
     const unsigned long long* values = emu_exchange(mask, value);
