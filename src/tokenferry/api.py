@@ -504,9 +504,9 @@ class ExpertGroup:
             routing: As for `dispatch`. `decode_combine` needs ``topk_weights``; they may also be put into the plan
                 later, with ``dataclasses.replace(plan, topk_weights=...)``.
             quantize: How to store the scales of rows that are cast to float8_e4m3fn, with one scale per row and 128
-                columns (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use); if one of the 128
-                columns is NaN, their scale and values are undefined. None: rows are sent unchanged (CUDA: 16 bytes with
-                all bits set, which are NaNs, may lose their lowest bit).
+                columns (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use). A NaN or an
+                infinity arrives as NaN (the byte 0x7F); the other columns arrive as if it were 0. None: rows are sent
+                unchanged (CUDA: 16 bytes with all bits set, which are NaNs, may lose their lowest bit).
             stats: Counters to add to.
             return_hook: Return after sending; the caller receives with ``hook()``.
 
@@ -548,7 +548,8 @@ class ExpertGroup:
         rank's own rows are encoded too, so that the sum does not depend on which rank holds an expert. ``"same"``: rows
         are sent unchanged; ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see
         `tokenferry.formats.fp8`; ``"logfmt10"``: 10 bits a number, with a logarithmic range per row and 128 columns,
-        see `tokenferry.formats.logfmt`. docs/concepts.md gives the precision of each.
+        see `tokenferry.formats.logfmt`. In both a NaN or an infinity arrives as NaN, and the other columns as if it
+        were 0. docs/concepts.md gives the precision of each.
 
         Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` may be in any
         memory and is read once. Later work on the stream may overwrite it, even while the hook is pending.

@@ -62,10 +62,10 @@ class Layout(enum.Enum):
 
 
 class Scale(enum.Enum):
-    """The format of the scales of an FP8 cast: one scale per row and 128 columns."""
+    """The format of the scales of an FP8 cast: one scale per row and 128 columns; amax is their largest finite size."""
 
     FLOAT32 = "float32"
-    """``amax / 448`` as float32."""
+    """``amax / 448`` as float32; amax is at least 1e-4."""
 
     POWER_OF_TWO = "power_of_two"
     """The same, rounded up to a power of two, as float32."""

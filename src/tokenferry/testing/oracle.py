@@ -16,6 +16,9 @@ from torch import Tensor
 FP8_MAX = 448.0
 """The largest float8_e4m3fn."""
 
+FP8_NAN = 0x7F
+"""Its NaN without a sign."""
+
 FP8_BLOCK = 128
 """Columns that share a scale."""
 
@@ -302,19 +305,24 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def fp8_cast(row: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Cast one row ``[H]`` to float8_e4m3fn with a float32 scale for each 128 columns (the last block may be short)."""
+    """Cast one row ``[H]`` to float8_e4m3fn with a float32 scale for each 128 columns (the last block may be short).
+
+    What is not finite becomes the NaN without a sign, and is 0 to its block.
+    """
     casts, scales = [], []
     for first in range(0, row.numel(), FP8_BLOCK):
-        block = row[first : first + FP8_BLOCK].float()
+        given = row[first : first + FP8_BLOCK].float()
+        block = torch.where(given.isfinite(), given, 0.0)
         amax = block.abs().amax().clamp(min=1e-4)
         if power_of_two:
             scale = torch.tensor(2.0 ** _ceil_log2(float(amax / FP8_MAX)))
             factor = 1.0 / scale
         else:
             scale, factor = amax / FP8_MAX, FP8_MAX / amax
-        casts.append((block * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+        cast = (block * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        casts.append(torch.where(given.isfinite(), cast.view(torch.uint8), FP8_NAN))
         scales.append(scale)
-    return torch.cat([cast.view(torch.uint8) for cast in casts]).view(torch.float8_e4m3fn), torch.stack(scales)
+    return torch.cat(casts).view(torch.float8_e4m3fn), torch.stack(scales)
 
 
 def encoded_row(row: Tensor, encoding: str) -> Tensor:
@@ -328,16 +336,19 @@ def encoded_row(row: Tensor, encoding: str) -> Tensor:
     blocks = []
     for block in torch.split(row, LOG_BLOCK):
         codes, values = logfmt10(block)
-        blocks.append(torch.where(block.signbit(), -values[codes], values[codes]).float())
+        decoded = torch.where(block.signbit(), -values[codes], values[codes]).float()
+        if not block.isfinite().all():  # NaN takes the place of the negative zero
+            decoded = torch.where(block.isfinite(), torch.where(decoded == 0, 0.0, decoded), torch.nan)
+        blocks.append(decoded)
     return torch.cat(blocks)
 
 
 def logfmt10(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes ``[128]`` int64 of the magnitudes of a block of finite numbers, and the values of all 512 codes.
+    """Return the codes ``[128]`` int64 of the magnitudes of a block, and the values of all 512 codes.
 
-    Each magnitude takes the code whose value is nearest, found by looking at them all.
+    Each magnitude takes the code whose value is nearest, found by looking at them all. What is not finite counts as 0.
     """
-    sizes = block.double().abs()
+    sizes = torch.where(block.isfinite(), block, 0.0).double().abs()
     some = [size for size in sizes.tolist() if size > 0]
     lo = step = 0.0
     if some:

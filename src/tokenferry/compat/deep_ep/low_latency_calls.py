@@ -156,7 +156,8 @@ class LowLatencyCalls:
             num_experts: Number of experts, E, a multiple of R.
             cumulative_local_expert_recv_stats: ``[L]`` int32, to which the rows received are added.
             dispatch_wait_recv_cost_stats: ``[R]`` int64, to which the nanoseconds waited for each rank are added.
-            use_fp8: Cast rows to float8_e4m3fn, one scale per row and 128 columns: ``max(amax, 1e-4) / 448``.
+            use_fp8: Cast rows to float8_e4m3fn, one scale per row and 128 columns: ``max(amax, 1e-4) / 448``. A NaN or
+                an infinity arrives as NaN; the other columns arrive as if it were 0.
             round_scale: Round scales up to powers of two.
             use_ue8m0: Return scales as exponent bytes, four to an int32; needs ``round_scale``.
             async_finish: Return an event that can be waited for.
@@ -228,7 +229,7 @@ class LowLatencyCalls:
             topk_weights: ``[T, K]`` float32.
             handle: Handle of a `low_latency_dispatch`; may be used again.
             use_logfmt: Send rows with 10 bits per number (`tokenferry.formats.logfmt`); needs bfloat16 rows and H a
-                multiple of 128.
+                multiple of 128. A NaN or an infinity arrives as NaN; the other columns arrive as if it were 0.
             zero_copy: Read the tensor of `get_next_low_latency_combine_buffer` instead of ``x``.
             async_finish: Return an event that can be waited for.
             return_recv_hook: Return before the sums are complete; ``hook()`` completes them. Not together with
