@@ -221,7 +221,7 @@ class Plan:
     @property
     def src_rank(self) -> Tensor:
         """Source rank of each row received: ``[src_counts.sum()]`` int64."""
-        ranks = torch.arange(self.src_counts.numel(), device=self.src_counts.device)
+        ranks = torch.arange(self.src_counts.numel(), device=self.src_counts.device, dtype=torch.int64)
         # With a known size nothing has to be read back from the device.
         return torch.repeat_interleave(ranks, self.src_counts, output_size=self.num_received)
 

@@ -163,9 +163,11 @@ def load_text(folder: Path | None = None) -> Tensor:
 
 def batch_of(text: Tensor, options: Options, step: int) -> Tensor:
     """Return the whole batch of one step, ``[batch, context + 1]`` int64, the same for every rank and run."""
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-    starts = torch.randint(len(text) - options.context, (options.batch,), generator=generator)
-    return text[starts[:, None] + torch.arange(options.context + 1)].long()
+    generator = torch.Generator(device="cpu").manual_seed(options.seed * 1_000_003 + step)
+    high, size = len(text) - options.context, (options.batch,)
+    starts = torch.randint(high, size, generator=generator, dtype=torch.int64, device="cpu")
+    columns = torch.arange(options.context + 1, dtype=torch.int64, device="cpu")
+    return text[starts[:, None] + columns].long()
 
 
 def make_model(options: Options, make_moe: Callable[[int], nn.Module]) -> ByteTransformer:
@@ -236,7 +238,7 @@ def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
 
 def reduce_metrics(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
     """Return ``[1 + E]`` float64: the loss of the whole batch, then each expert's rows over all layers. Collective."""
-    metrics = torch.zeros(1 + options.experts, dtype=torch.float64)
+    metrics = torch.zeros(1 + options.experts, dtype=torch.float64, device="cpu")
     metrics[0] = loss.item()
     local = options.experts // options.ranks
     for layer in layers:

@@ -51,7 +51,7 @@ def encode_and_decode(rows: Tensor, encoding: str) -> Decoded:
     if encoding == "logfmt10":
         return logfmt10(rows)
     values = fp8_values(*fp8_cast(rows)) if encoding == "fp8" else rows.float()
-    return Decoded(values, torch.zeros((), device=rows.device))
+    return Decoded(values, torch.zeros((), device=rows.device, dtype=torch.float32))
 
 
 def fp8_cast(rows: Tensor, scale: Scale = Scale.FLOAT32) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def unpacked(scale: Tensor, num_groups: int) -> Tensor:
     """Return scales ``[..., num_groups]`` as float32, in whichever of the three ways a result stores them."""
     if scale.dtype == torch.float32:
         return scale
-    shifts = torch.arange(0, 32, 8, device=scale.device)
+    shifts = torch.arange(0, 32, 8, device=scale.device, dtype=torch.int64)
     exponents = (scale[..., None] >> shifts & 255).flatten(-2)[..., :num_groups]
     return power_of_two(exponents - 127)
 

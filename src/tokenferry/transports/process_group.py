@@ -95,7 +95,7 @@ class ProcessGroupTransport:
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return new tensors. See `Transport.open`."""
         self._free_lingering()
-        current = _InFlight(call, [torch.empty(size, dtype=torch.uint8) for size in sizes])
+        current = _InFlight(call, [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes])
         self._in_flight[call.number] = current
         return current.buffers
 
@@ -175,10 +175,10 @@ class ProcessGroupTransport:
         self._in_flight.clear()
 
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...]) -> None:
-        incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64)
+        incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64, device="cpu")
         current.headers[peer] = _HeaderReceive(self._start("recv", incoming, peer, current.call, 0), incoming)
         body = current.buffers[peer]
-        outgoing = torch.tensor([self._watermarks.local, body.numel(), *header], dtype=torch.int64)
+        outgoing = torch.tensor([self._watermarks.local, body.numel(), *header], dtype=torch.int64, device="cpu")
         current.header_sends.append(self._start("send", outgoing, peer, current.call, 0))
         current.sends.append(_Send(peer, current.header_sends[-1]))
         if body.numel():
@@ -191,7 +191,7 @@ class ProcessGroupTransport:
         self._watermarks.update(peer, watermark)
         if check is not None:
             check(peer, tuple(header))
-        body = torch.empty(size, dtype=torch.uint8)
+        body = torch.empty(size, dtype=torch.uint8, device="cpu")
         work = self._start("recv", body, peer, current.call, 1) if size else None
         current.bodies[peer] = _BodyReceive(work, Message(tuple(header), body))
 

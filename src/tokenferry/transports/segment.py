@@ -67,7 +67,8 @@ def create(number: int, num_bytes: int) -> Segment:
 
 def attach(fd: int, size: int) -> Tensor:
     """Map a segment as a uint8 tensor; the mapping exists as long as the tensor."""
-    return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+    with torch.inference_mode(False):  # else no call outside of inference mode could write to it
+        return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
 def _anonymous_file(size: int) -> int:

@@ -140,7 +140,7 @@ class SharedMemoryTransport:
             offsets.append(end)
             end += -(-size // _ALIGN) * _ALIGN
         segment = self._free_segment(end) if end else None
-        memory = torch.empty(0, dtype=torch.uint8) if segment is None else segment.memory
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu") if segment is None else segment.memory
         buffers = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
         self._in_flight[call.number] = _InFlight(buffers, offsets, segment)
         return buffers
@@ -326,7 +326,7 @@ class SharedMemoryTransport:
         late = notice.call <= self._last_call and (current is None or peer.rank not in current.expected)
         if late:
             return
-        body = torch.empty(0, dtype=torch.uint8)
+        body = torch.empty(0, dtype=torch.uint8, device="cpu")
         if notice.size:
             # This view keeps the memory if the sender retires the segment before the message is received.
             body = peer.mappings[notice.segment][notice.offset : notice.offset + notice.size]

@@ -250,7 +250,7 @@ class Pending:
 
     def _receive_from(self, src: int, deadline: Deadline, *, tolerant: bool) -> ReceivedRows:
         exchange = self._exchange
-        nothing = ReceivedRows(0, self._sections.split(torch.empty(0, dtype=torch.uint8), 0))
+        nothing = ReceivedRows(0, self._sections.split(torch.empty(0, dtype=torch.uint8, device="cpu"), 0))
         if src in self._skip or (tolerant and src in exchange.masked):
             return nothing
         try:

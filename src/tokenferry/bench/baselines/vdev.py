@@ -46,7 +46,7 @@ class VdevBaseline:
         except (ImportError, AttributeError, RuntimeError) as error:
             raise BackendUnavailable(f"torch's symmetric memory has no NVSHMEM backend session: {error}") from error
         self._sizes, self._name = sizes, group.group_name
-        self._experts = torch.arange(sizes.experts, device=device)
+        self._experts = torch.arange(sizes.experts, device=device, dtype=torch.int64)
         rows = sizes.tokens * sizes.top_k
         # The worst routing sends every row to one rank; that much is not needed for uniform ones.
         most_received = rows * min(sizes.ranks, 2) + 1024

@@ -160,7 +160,8 @@ def _check_decode(
     reference.check_dispatch("decode_dispatch", sent)
     y = torch.empty_like(as_tensor(sent.x))  # rows past the counts stay undefined: they must not be read
     for e, count in enumerate(sent.expert_counts.tolist()):
-        y[e, :count] = pool.rows(torch.tensor(reference.first + e), torch.arange(count), 0)
+        expert = torch.tensor(reference.first + e, dtype=torch.int64, device="cpu")
+        y[e, :count] = pool.rows(expert, torch.arange(count, dtype=torch.int64, device="cpu"), 0)
     for numerics in ("exact", "fast"):
         sums = group.decode_combine(y, sent.plan, numerics=numerics).x
         reference.check_sums(f"decode_combine, {numerics}", sums, numerics=numerics, shift=0)

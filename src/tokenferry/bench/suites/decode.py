@@ -265,7 +265,7 @@ def calls_in_a_graph(session: Session, case: DecodeCase, tokens: int) -> int:
 
 def _graph_node(session: Session) -> float:
     """Measure the microseconds of a kernel that does next to nothing, in a graph of such kernels."""
-    one = torch.zeros(1, device=session.device.torch_device)
+    one = torch.zeros(1, device=session.device.torch_device, dtype=torch.float32)
 
     def work() -> None:
         for _ in range(NODES):

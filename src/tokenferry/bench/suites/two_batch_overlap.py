@@ -44,7 +44,8 @@ class Work:
         generator = torch.Generator(session.device.torch_device).manual_seed(1)
         sizes = ((rows, width), (width, width))
         self._a, self._b = (
-            torch.randn(*size, generator=generator, device=session.device.torch_device).bfloat16() for size in sizes
+            torch.randn(*size, generator=generator, device=session.device.torch_device, dtype=torch.float32).bfloat16()
+            for size in sizes
         )
         self._c = self._a @ self._b
         one = _seconds(session, self._gemm)

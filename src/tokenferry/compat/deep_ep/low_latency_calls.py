@@ -86,6 +86,7 @@ class LowLatencyCalls:
         self._shrinking("Buffer.low_latency_update_mask_buffer")
         self._experts.mask(rank_to_mask, masked=bool(mask))
 
+    @torch.inference_mode()  # the caller's tensor may come from it
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
 

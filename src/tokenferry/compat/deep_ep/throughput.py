@@ -174,7 +174,7 @@ def _dispatch_without_experts(
 ) -> tuple[Rows, None, None, list[int], Handle]:
     """Send rows without expert ids: one expert stands for all those of a rank; their counts are sent separately."""
     R = group.num_ranks
-    ranks = torch.arange(R, device=group.device)
+    ranks = torch.arange(R, device=group.device, dtype=torch.int64)
     routing = Routing(torch.where(given.in_rank, ranks, -1))
     view = group.for_shape(MoeShape(R, R, width(rows), ANY_NUM_TOKENS))
     sent = view.dispatch(rows, routing, num_sms=options.num_sms)
@@ -194,7 +194,7 @@ def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor 
     assert sent.topk_idx is not None
     if sent.host_counts is not None:
         return sent.topk_idx, sent.topk_weights
-    rows = torch.arange(sent.topk_idx.shape[0], device=sent.topk_idx.device)
+    rows = torch.arange(sent.topk_idx.shape[0], device=sent.topk_idx.device, dtype=torch.int64)
     tail = (rows >= sent.plan.src_counts.sum()).unsqueeze(1)
     weights = None if sent.topk_weights is None else sent.topk_weights.masked_fill(tail, 0.0)
     return sent.topk_idx.masked_fill(tail, -1), weights
