@@ -210,6 +210,16 @@ def test_the_layout_of_a_tensor_is_known_until_either_changes():
     assert not buffer._knows(topk_idx, in_rank, per_expert)
 
 
+def test_the_parts_of_a_layout_have_names():
+    layout = Buffer(None).get_dispatch_layout(torch.tensor([[0, 1], [2, -1]]), 4)
+    per_rank, per_node, per_expert, in_rank, event = layout
+    assert layout.num_tokens_per_rank is per_rank
+    assert layout.num_tokens_per_rdma_rank is per_node
+    assert layout.num_tokens_per_expert is per_expert
+    assert layout.is_token_in_rank is in_rank
+    assert layout.event is event
+
+
 def test_groups_have_the_memory_that_was_asked_for(monkeypatch):
     from tokenferry import api
 

@@ -70,13 +70,10 @@ def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str)
     if not _on_gpu(group):
         check.experts("topk_idx", topk_idx, num_experts)
     group.for_shape(MoeShape(num_experts, 1, 1, 1))
-    index = topk_idx.long()
-    chosen = torch.zeros((topk_idx.shape[0], num_experts + 1), dtype=torch.bool, device=topk_idx.device)
-    # On a GPU, indices outside [-1, E) are detected by dispatch; until then they must not cause writes out of bounds.
-    chosen.scatter_(1, torch.where((index >= 0) & (index < num_experts), index, num_experts), True)
-    chosen = chosen[:, :num_experts]
-    in_rank = chosen.reshape(topk_idx.shape[0], group.num_ranks, num_experts // group.num_ranks).any(2)
-    return _count(in_rank, chosen.sum(0, dtype=torch.int32))
+    counted = group._token_layout(topk_idx.contiguous(), num_experts)
+    # A GPU's group is one node, whose number of tokens nobody asks for; on the CPU it is compared with what was given.
+    per_node = None if _on_gpu(group) else _tokens_of_nodes(counted.in_rank)
+    return TokenLayout(counted.per_rank, per_node, counted.per_expert, counted.in_rank)
 
 
 def dispatch(
@@ -100,7 +97,8 @@ def dispatch(
                 f"{call}: num_worst_tokens={num_worst_tokens} needs topk_idx; pass topk_idx and topk_weights"
             )
         if not _on_gpu(group):
-            _check_same(call, given, _count(given.in_rank, None))
+            per_rank = given.in_rank.sum(0, dtype=torch.int32)
+            _check_same(call, given, TokenLayout(per_rank, _tokens_of_nodes(given.in_rank), None, given.in_rank))
         return _dispatch_without_experts(group, rows, x, given, options)
     routing = _agreed(group, routing, given, num_experts, call, same=options.same_routing)
     native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else DispatchOptions()
@@ -289,9 +287,10 @@ def _check_same(call: str, given: TokenLayout, expected: TokenLayout) -> None:
         )
 
 
-def _count(in_rank: Tensor, per_expert: Tensor | None) -> TokenLayout:
-    nodes = [part.any(1).sum() for part in torch.split(in_rank, RANKS_PER_NODE, dim=1)]
-    return TokenLayout(in_rank.sum(0, dtype=torch.int32), torch.stack(nodes).to(torch.int32), per_expert, in_rank)
+def _tokens_of_nodes(in_rank: Tensor) -> Tensor:
+    """Return ``[ceil(R / 8)]`` int32: the tokens for each eight ranks."""
+    nodes = [part.any(1).sum(dtype=torch.int32) for part in torch.split(in_rank, RANKS_PER_NODE, dim=1)]
+    return torch.stack(nodes)
 
 
 def _check_positive(call: str, name: str, value: object, least: int) -> None:
