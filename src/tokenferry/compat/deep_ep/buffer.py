@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,8 +56,6 @@ from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
 from tokenferry.types import MoeShape, Routing
-
-Handle = tuple[Any, ...]
 
 _HEAP_BYTES = 2 << 30
 """Least GPU memory for rows that peers write or read: T and H are not known before the calls."""
@@ -302,7 +300,7 @@ class Buffer(LowLatencyCalls):
     def dispatch(
         self,
         x: Rows,
-        handle: Handle | None = None,
+        handle: throughput.Handle | None = None,
         num_tokens_per_rank: Tensor | None = None,
         num_tokens_per_rdma_rank: Tensor | None = None,
         is_token_in_rank: Tensor | None = None,
@@ -315,7 +313,7 @@ class Buffer(LowLatencyCalls):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap]:
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, throughput.Handle | None, EventOverlap]:
         """Send every token to each rank that holds one of its experts. Collective.
 
         Args:
@@ -398,7 +396,7 @@ class Buffer(LowLatencyCalls):
     def combine(
         self,
         x: Tensor,
-        handle: Handle,
+        handle: throughput.Handle,
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, Tensor] | None = None,
         config: Config | None = None,

@@ -1,12 +1,13 @@
 """DeepEP's normal mode on an `ExpertGroup`: layout, dispatch, cached dispatch, combine.
 
-A *handle* is a tuple of seven: DeepEP's six elements, of which those for its channels are None, and the `Plan`.
+A *handle* is a sequence of seven: DeepEP's six elements, of which those for its channels are None, and the `Plan`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from tokenferry.types import Dispatched, DispatchOptions, MoeShape, Plan, Quanti
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
 
-Handle = tuple[Any, ...]
+_HANDLE_ELEMENTS = 7
+_SRC_TOKEN_ELEMENT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,51 @@ class Options:
     num_worst_tokens: int = 0
     num_sms: int | None = None
     same_routing: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handle(Sequence[Any]):
+    """The handle of a `dispatch`. Programs pass it on, and rarely read it: its elements are made when they are read.
+
+    Attributes:
+        plan: The plan of the dispatch, which is also the last element.
+        in_rank: ``[T, R]`` bool: whether a token goes to a rank.
+        rank: This rank.
+    """
+
+    plan: Plan
+    in_rank: Tensor
+    rank: int
+
+    def __len__(self) -> int:
+        """Return 7."""
+        return _HANDLE_ELEMENTS
+
+    @overload
+    def __getitem__(self, i: int) -> Any: ...  # noqa: ANN401 - tensors, None, and a plan
+
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Any, ...]: ...
+
+    def __getitem__(self, i: int | slice) -> Any:
+        """Return an element, or a tuple of some.
+
+        They are: the prefix matrix ``[R, R]`` int32, of which a rank knows only its own column and the others are -1;
+        None twice; ``src_token`` ``[N]`` int32; ``in_rank``; None; the plan.
+        """
+        places = range(_HANDLE_ELEMENTS)[i]
+        return self._element(places) if isinstance(places, int) else tuple(self._element(place) for place in places)
+
+    def _element(self, place: int) -> Any:  # noqa: ANN401 - see __getitem__
+        plan = self.plan
+        if place == 0:
+            ranks = plan.src_counts.shape[0]
+            prefix = torch.full((ranks, ranks), -1, dtype=torch.int32, device=plan.src_counts.device)
+            prefix[:, self.rank] = plan.src_counts.cumsum(0)
+            return prefix
+        if place == _SRC_TOKEN_ELEMENT:
+            return plan.src_token.to(torch.int32)
+        return {4: self.in_rank, 6: plan}.get(place)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +154,7 @@ def dispatch(
     sent = group.for_shape(shape).dispatch(rows, routing, options=native, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
     counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
-    return from_native(sent.x, x), recv_idx, recv_weights, counts, _make_handle(group, sent.plan, given.in_rank)
+    return from_native(sent.x, x), recv_idx, recv_weights, counts, Handle(sent.plan, given.in_rank, group.rank)
 
 
 def dispatch_again(group: ExpertGroup, x: Rows, handle: object, num_sms: int | None) -> Rows:
@@ -146,19 +193,12 @@ def plan_of(handle: object, call: str) -> Plan:
     Raises:
         PlanError: the handle does not come from `Buffer.dispatch`.
     """
-    if isinstance(handle, tuple) and handle and isinstance(handle[-1], Plan):
-        return handle[-1]
+    if isinstance(handle, Handle):
+        return handle.plan
     raise PlanError(
         f"{call}: handle: expected the one that tokenferry's Buffer.dispatch returned, got {type(handle).__name__}; "
         "pass it on as it is"
     )
-
-
-def _make_handle(group: ExpertGroup, plan: Plan, in_rank: Tensor) -> Handle:
-    """Return a handle like DeepEP's; a rank knows only its own column of the prefix matrix, and the others are -1."""
-    prefix = torch.full((group.num_ranks, group.num_ranks), -1, dtype=torch.int32, device=group.device)
-    prefix[:, group.rank] = plan.src_counts.cumsum(0)
-    return (prefix, None, None, plan.src_token.to(torch.int32), in_rank, None, plan)
 
 
 def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
@@ -184,7 +224,7 @@ def _dispatch_without_experts(
     assert isinstance(swapped.x, Quantized)
     totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
     aligned = [round_up(count, options.expert_alignment) for count in totals]
-    return from_native(sent.x, x), None, None, aligned, _make_handle(group, sent.plan, given.in_rank)
+    return from_native(sent.x, x), None, None, aligned, Handle(sent.plan, given.in_rank, group.rank)
 
 
 def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
