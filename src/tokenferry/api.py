@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.backends.base import Backend
+from tokenferry.backends.base import Backend, TokenLayout
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError
 from tokenferry.options import check_divides, resolve_options
@@ -269,6 +269,10 @@ class ExpertGroup:
         self._ready("empty_rows")
         self._resolver.empty_rows(plan, dtype)
         return self._backend.empty_rows(plan, dtype, self.shape.hidden)
+
+    def _token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
+        """Count the tokens for each rank and each expert; for `tokenferry.compat`."""
+        return self._backend.token_layout(topk_idx, num_experts)
 
     def _plan_columns(self, options: DispatchOptions) -> int:
         """Return the number of columns of ``Plan._places`` for a dispatch with these options; 0 on the CPU. Local."""

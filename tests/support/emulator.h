@@ -227,6 +227,11 @@ static T atomicMax(T* p, U v) {
     return old;
 }
 
+template <class T>
+static T atomicExch(T* p, T v) {
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
+}
+
 // ---- numbers
 
 static int __popc(unsigned v) { return __builtin_popcount(v); }

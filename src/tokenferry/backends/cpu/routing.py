@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenferry.backends.base import TokenLayout
 from tokenferry.backends.cpu.allocator import Allocator
 
 _BLOCK_BYTES = 1 << 21
@@ -36,6 +37,14 @@ def destinations(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Te
     """Return the token of each row to send, by destination rank, then token, and the rows per rank ``[R]`` int64."""
     hit = hits(topk_idx.long(), num_experts // num_ranks, num_ranks)
     return hit.T.nonzero()[:, 1].contiguous(), hit.sum(0)
+
+
+def token_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> TokenLayout:
+    """Return how many tokens go to each rank and to each expert, and which go where."""
+    index = torch.where(topk_idx < num_experts, topk_idx, -1).long()
+    in_rank, chosen = hits(index, num_experts // num_ranks, num_ranks), hits(index, 1, num_experts)
+    counts = torch.cat([in_rank.sum(0, dtype=torch.int32), chosen.sum(0, dtype=torch.int32)])
+    return TokenLayout(counts, in_rank.contiguous(), num_ranks)
 
 
 def to_local(topk_idx: Tensor, first: int, num_local: int) -> Tensor:
