@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import progress
 from tokenferry.demo.model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
+from tokenferry.testing.world import Progress
 from tokenferry.types import BackendName, Combined, Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
 
 TEXT_BYTES = 4 << 20
@@ -191,7 +191,7 @@ def loss_sum(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
 
-def train_sharded(rank: int, pg: dist.ProcessGroup, progress_file: str, options: Options) -> History:
+def train_sharded(rank: int, pg: dist.ProcessGroup, progress: Progress, options: Options) -> History:
     """Train on this rank's share of each batch, with E/R experts on each rank. A job of `World`."""
     o = options
     text = load_text()
@@ -221,7 +221,7 @@ def train_sharded(rank: int, pg: dist.ProcessGroup, progress_file: str, options:
             history.combine_s.append(group.combine_s)
             history.step_s.append(group.now() - start)
             if rank == 0:
-                progress.send(progress_file, latest(history))
+                progress(latest(history))
     return history
 
 

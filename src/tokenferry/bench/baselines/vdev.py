@@ -24,6 +24,7 @@ from tokenferry.bench.core.session import (
 )
 from tokenferry.bench.suites.calls import BY_EXPERT, groups_of, num_variants
 from tokenferry.errors import BackendUnavailable
+from tokenferry.testing.world import Progress
 from tokenferry.types import DispatchOptions, Layout
 
 NAME = "vdev_2d"
@@ -77,7 +78,7 @@ class VdevBaseline:
         return [torch.cat(pieces[first : first + ranks]) for first in range(0, len(pieces), ranks)]
 
 
-def measure_vdev(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_vdev(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the baseline, and dispatch of the same rows by expert; a job of `World`."""
     sizes = replace(settings.sizes(settings.sweep_tokens), experts=MAX_LOCAL_EXPERTS * settings.ranks)
     with open_session(rank, pg, progress, settings) as session, torch.no_grad():

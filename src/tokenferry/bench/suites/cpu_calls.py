@@ -15,6 +15,7 @@ from tokenferry.bench.core.checks import as_tensor, check_rows, expected_sums, m
 from tokenferry.bench.core.inputs import FP8_COLUMNS, Inputs, draw, expert
 from tokenferry.bench.core.session import Label, Runs, Session, Settings, Step, open_session
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
+from tokenferry.testing.world import Progress
 from tokenferry.types import DecodePlan, Numerics, Plan, Routing, Scale, TransportName
 
 VARIANTS = 3
@@ -87,7 +88,7 @@ def calls_for(settings: Settings) -> Sequence[Call]:
 
 
 def measure_cpu_calls(
-    rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings, transport: TransportName
+    rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings, transport: TransportName
 ) -> None:
     """Check, then time every call over one transport; a job of `World` (through `run_with_progress`).
 

@@ -18,6 +18,7 @@ from tokenferry.bench.core.device import no_collections, slowest
 from tokenferry.bench.core.session import Session, Settings, expert_group, open_session
 from tokenferry.bench.suites.decode import HEAP_FOR, Answer, DecodeCase, Graph, StaticInputs, capture, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
+from tokenferry.testing.world import Progress
 from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Scale
 
 WORK_S = 100e-6
@@ -155,7 +156,7 @@ def _receive(result: DecodeDispatched[Tensor | Quantized] | DecodeCombined) -> N
     result.hook()
 
 
-def measure_two_batch(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_two_batch(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure two-batch overlap; a job of `World` (through `run_with_progress`)."""
     with open_session(rank, pg, progress, settings) as session:
         session.attempt("two-batch overlap", lambda: _measure(session))
