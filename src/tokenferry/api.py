@@ -69,6 +69,8 @@ class ExpertGroup(Connected):
             `decode_combine`; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize`
             and the attributes are local.
         Threads: one thread at a time.
+        Processes: in a forked child every call raises ClosedError; `close` does nothing there.
+        Copies: `copy.deepcopy`, of a model that holds the group too, shares it. It cannot be pickled: PickleError.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way its
             input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream or, if the
             host needs counts, when the counts have arrived; it never waits for rows. No wait for a peer takes longer
@@ -298,6 +300,7 @@ class ExpertGroup(Connected):
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.
 
+        Optional on the CPU backend: a group that is dropped takes its connections and memory along.
         Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to receive what a call with
         a hook sent.
         """

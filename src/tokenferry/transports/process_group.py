@@ -226,8 +226,8 @@ class ProcessGroupTransport:
     def _wait(self, work: dist.Work, call: CallId, peer: int, deadline: Deadline) -> None:
         try:
             with self._watch.waiting(peer):
-                # gloo takes 0 for "no limit"
-                work.wait(timedelta(seconds=max(deadline.left(), 0.001)))
+                # gloo waits for whole milliseconds, not a fraction less than the deadline, and takes 0 for "no limit".
+                work.wait(timedelta(milliseconds=int(deadline.left() * 1000.0) + 1))
         except RuntimeError as error:
             why = "no answer within timeout_s" if deadline.left() == 0 else _reason(error)
             if self._watch.ended(peer):
