@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,30 @@ def make_every_call_in_a_child(rank, pg, pair: Pair) -> None:
 @pytest.mark.parametrize("pair", CPU_PAIRS, ids=str)
 def test_every_call_of_a_child_raises(worlds, pair):
     worlds(3).run(make_every_call_in_a_child, pair)
+
+
+def drop_in_a_child(rank, pg, pair: Pair) -> None:
+    """Rank 1 forks a child that drops the group, with a call under way whose rows do not fit into gloo's sockets."""
+    x, routing = torch.ones(4096, 64), Routing(torch.zeros(4096, 1, dtype=torch.int64))
+    group = pair.open(pg, MoeShape(num_experts=2, top_k=1, hidden=64, max_tokens=4096))
+    held = {"group": group, "result": group.decode_dispatch(x, routing, return_hook=True)}
+    alive = weakref.ref(group)
+    del group
+
+    def drop() -> bool:
+        held.clear()
+        gc.collect()
+        return alive() is None
+
+    assert rank == 0 or in_child(drop)
+    held["result"].hook()
+    assert held["result"].expert_counts.tolist() == [[8192], [0]][rank]
+    held["group"].close()
+
+
+@pytest.mark.parametrize("pair", CPU_PAIRS, ids=str)
+def test_a_child_drops_its_copy_and_the_parent_goes_on(worlds, pair):
+    worlds(2).run(drop_in_a_child, pair)
 
 
 def use_a_buffer_in_a_child(rank, pg) -> None:
