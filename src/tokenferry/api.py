@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import TracebackType
-from typing import TypeVar, overload
+from typing import NoReturn, SupportsIndex, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tokenferry.backends.base import Backend, TokenLayout
 from tokenferry.backends.choose import make_backend
-from tokenferry.errors import ArgumentError, ClosedError
-from tokenferry.options import check_divides, resolve_options
+from tokenferry.errors import ArgumentError, ClosedError, PickleError
+from tokenferry.options import check_divides, check_group, resolve_options
 from tokenferry.resolve import Resolver
 from tokenferry.types import (
     BackendName,
@@ -41,9 +41,27 @@ from tokenferry.types import (
 _groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
 
 _Group = TypeVar("_Group", bound="ExpertGroup")
+_Connected = TypeVar("_Connected", bound="Connected")
 
 
-class ExpertGroup:
+class Connected:
+    """An object that stands for connections and memory of this process: its copies are itself, and it has no pickle."""
+
+    def __copy__(self: _Connected) -> _Connected:
+        return self
+
+    def __deepcopy__(self: _Connected, memo: dict[int, object]) -> _Connected:
+        return self  # so that copies of a model, such as a moving average, share the group
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        name = type(self).__name__
+        raise PickleError(
+            f"{name}: cannot be pickled, since its connections and memory belong to this process; to save a model, "
+            f"save model.state_dict() and load it into a model with a new {name}; another process makes its own"
+        )
+
+
+class ExpertGroup(Connected):
     """R ranks that share E experts, and the calls that move rows between them.
 
     Contract:
@@ -51,6 +69,8 @@ class ExpertGroup:
             `decode_combine`; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize`
             and the attributes are local.
         Threads: one thread at a time.
+        Processes: in a forked child every call raises ClosedError; `close` does nothing there.
+        Copies: `copy.deepcopy`, of a model that holds the group too, shares it. It cannot be pickled: PickleError.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way its
             input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream or, if the
             host needs counts, when the counts have arrived; it never waits for rows. No wait for a peer takes longer
@@ -62,8 +82,9 @@ class ExpertGroup:
             undefined.
 
     Args:
-        group: A process group, or None for a group of one rank, which needs no initialisation. Backend cpu: one that
-            supports CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``); cuda: any (gloo, nccl).
+        group: A process group, or None for a group of one rank, which needs no initialisation (and warns if this
+            process is one of several). Backend cpu: one that supports CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``);
+            cuda: any (gloo, nccl). A process that is not a member of the process group cannot make a group.
         shape: The sizes of the group, the same on all ranks.
         backend: ``"cuda"``, ``"cpu"``, or ``"auto"`` for the best one that runs on every rank; a log line names the
             choice and the reason.
@@ -105,12 +126,14 @@ class ExpertGroup:
 
     @classmethod
     def _with_heap(
-        cls, group: dist.ProcessGroup | None, shape: MoeShape, *, heap_bytes: int, on_timeout: TimeoutPolicy = "raise"
+        cls, group: dist.ProcessGroup | None, *, heap_bytes: int, on_timeout: TimeoutPolicy = "raise"
     ) -> ExpertGroup:
         """Make a group with ``heap_bytes`` of GPU memory for rows, unless TOKENFERRY_HEAP_MB is set. Collective.
 
-        For APIs that receive the sizes only with each call, so that the memory cannot be derived from the shape.
+        For APIs that receive the sizes only with each call: the shape of the group is the smallest, and the memory
+        cannot be derived from it.
         """
+        shape = MoeShape(check_group(group), 1, 16, 1)
         resolved = resolve_options(group, shape, "auto", "auto", None, on_timeout)
         if resolved.heap_bytes is None:
             resolved = replace(resolved, heap_bytes=heap_bytes)
@@ -281,6 +304,7 @@ class ExpertGroup:
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.
 
+        Optional on the CPU backend: a group that is dropped takes its connections and memory along.
         Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to receive what a call with
         a hook sent.
         """

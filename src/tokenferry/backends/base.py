@@ -176,7 +176,10 @@ class Backend(Protocol):
 
     @property
     def broken(self) -> str | None:
-        """The reason why the backend ended: ``"was closed"``, ``"is broken by ..."``, or None."""
+        """The reason why the backend ended, or None: ``"was closed"``, ``"is broken by ..."``, ``"belongs to ..."``.
+
+        The last is that of a forked child: the backend, or what it is made of, calls `forked.forget_in_child`.
+        """
 
     # Calls are documented once, in tokenferry.api.
     def dispatch(self, request: DispatchRequest) -> Dispatched[Any]: ...  # noqa: D102

@@ -38,10 +38,13 @@ class Segment:
     call: int = 0
     readers: frozenset[int] = frozenset()
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # bound here, since `os` may be gone at interpreter exit
-        close(self.fd)
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the descriptor; idempotent. The memory exists as long as a tensor uses it."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            close(fd)  # an argument, since `os` may be gone at interpreter exit
+
+    __del__ = close
 
 
 def create(number: int, num_bytes: int) -> Segment:

@@ -45,7 +45,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.api import ExpertGroup
+from tokenferry.api import Connected, ExpertGroup
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.arguments import Rows, check_config, refuse
@@ -55,7 +55,7 @@ from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
-from tokenferry.types import MoeShape, Routing
+from tokenferry.types import Routing
 
 _HEAP_BYTES = 2 << 30
 """Least GPU memory for rows that peers write or read: T and H are not known before the calls."""
@@ -101,7 +101,7 @@ class _Layout:
     in_rank: _Version
 
 
-class Buffer(LowLatencyCalls):
+class Buffer(Connected, LowLatencyCalls):
     """R ranks that send tokens to experts, with the interface of DeepEP's V1 `Buffer`.
 
     Contract:
@@ -161,8 +161,6 @@ class Buffer(LowLatencyCalls):
                 "Buffer: enable_shrink: only low-latency calls can skip a rank; pass low_latency_mode=True"
             )
         self.group = group
-        self.rank = 0 if group is None else group.rank()
-        self.group_size = 1 if group is None else group.size()
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
@@ -170,10 +168,10 @@ class Buffer(LowLatencyCalls):
         self.enable_shrink = enable_shrink
         self._experts = ExpertGroup._with_heap(
             group,
-            MoeShape(self.group_size, 1, 16, 1),
             heap_bytes=max(num_nvl_bytes, num_rdma_bytes, _HEAP_BYTES),
             on_timeout="mask" if enable_shrink else "raise",
         )
+        self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)
         self._latest_layout: _Layout | None = None
         self._local: dict[bool, Tensor] = {}

@@ -35,9 +35,10 @@ class LowLatencyCalls:
     _lane: Lane
 
     def _open(self, call: str) -> None:
-        """Raise ClosedError after `Buffer.destroy`."""
+        """Raise ClosedError after `Buffer.destroy`, after an error that broke the group, and in a forked child."""
         if self.runtime is None:
             raise ClosedError(f"{call}: the Buffer was destroyed; make a new one")
+        self._experts._ready(call)
 
     def _decoding(self, call: str) -> None:
         self._open(call)
