@@ -249,10 +249,13 @@ class ExpertGroup(Connected):
         """Compile and load all kernels, so that no rank waits in a kernel for a peer that is still compiling.
 
         Contract: collective. Host: returns when every rank is ready. Call it once before the first call on a GPU, and
-        before a CUDA graph is captured. Does nothing on the CPU backend.
+        before a CUDA graph is captured. Does nothing on the CPU backend. Masked ranks are left out; with
+        ``on_timeout="mask"`` a rank that is late is masked.
 
         Raises:
-            PeerTimeout: a rank did not answer.
+            ArgumentError: a CUDA graph is being captured.
+            MismatchError: a rank made another call.
+            PeerTimeout: a rank did not answer in time.
             ClosedError: the group was closed or is broken.
         """
         self._ready("warmup")
@@ -515,7 +518,8 @@ class ExpertGroup(Connected):
             Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive at once.
             Host: CPU backend: returns when the rows have arrived; with ``return_hook=True`` when they have been sent,
                 and ``hook()`` waits for them. CUDA: returns at once, and so does ``hook()``; the first decode call of
-                these sizes allocates memory together with the other ranks, and waits for them.
+                these sizes allocates memory together with the ranks that are not masked, and waits for them, at most
+                ``timeout_s``.
             Stream: CUDA: torch's current stream, on all SMs. With ``return_hook=True`` the call only sends, ``hook()``
                 receives on the stream that is current then, and no SM is occupied in between. Any number of hooks may
                 be
@@ -545,7 +549,8 @@ class ExpertGroup(Connected):
             RoutingError: an index is outside [-1, E). CUDA: raised by the next call, by ``hook()`` or by `synchronize`;
                 neither that call nor those launched after it have sent anything: make all of them again.
             CapacityError: T > M; CUDA: a rank's heap is too small for the rows (then on every rank).
-            ArgumentError: CUDA: a graph cannot capture this; names the call to make before.
+            ArgumentError: CUDA: a graph cannot capture this; names the call to make before. Or a rank takes part that
+                was masked when the memory for these calls was made; says how it comes back.
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
             ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
         """

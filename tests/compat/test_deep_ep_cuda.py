@@ -1,5 +1,9 @@
 """DeepEP's API on GPUs: the jobs of the CPU, streams and events, CUDA graphs, errors."""
 
+import os
+import time
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from support import deep_ep_jobs as jobs
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.errors import CapacityError, RoutingError
 from tokenferry.testing.cases import Case
+from tokenferry.testing.world import World, WorldError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -95,6 +100,19 @@ def test_low_latency_without_a_lost_rank(worlds):
     worlds(MORE_RANKS, "cuda").run(cuda_jobs.low_latency_lost_rank, decode_case(MORE_RANKS, top_k=5, hidden=128))
 
 
+@pytest.mark.parametrize("leave", [partial(os._exit, 1), partial(time.sleep, 40.0)], ids=["ends", "does not call"])
+@at_ranks
+def test_low_latency_without_a_rank_from_the_start(ranks, leave):
+    case = decode_case(ranks, hidden=128)
+    if leave.func is time.sleep:
+        with World(ranks, devices="cuda", timeout_s=120.0) as world:
+            world.run(cuda_jobs.low_latency_gone_at_once, case, leave)
+        return
+    with World(ranks, devices="cuda", timeout_s=120.0) as world, pytest.raises(WorldError) as caught:
+        world.run(cuda_jobs.low_latency_gone_at_once, case, leave)
+    assert set(caught.value.errors) == {ranks - 1}, caught.value
+
+
 @pytest.fixture
 def buffer(monkeypatch):
     monkeypatch.setenv("TOKENFERRY_BACKEND", "cuda")
@@ -116,6 +134,32 @@ def test_a_bad_index_is_reported_and_does_no_harm(buffer, expert):
             buffer.dispatch(x, **(routed(buffer, bad) | {"topk_idx": topk_idx}))
     torch.cuda.synchronize()
     assert torch.equal(buffer.dispatch(x, **routed(buffer, good))[0], x)
+
+
+def test_a_routing_that_is_edited_in_inference_mode(buffer):
+    """The rows go by ``is_token_in_rank``, as they do for tensors that have a version."""
+    x = torch.arange(48, dtype=torch.bfloat16, device="cuda").view(3, 16)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            topk_idx = torch.tensor([[0, 1], [2, -1], [-1, -1]], device="cuda")
+            given = routed(buffer, topk_idx)
+            topk_idx[2, 0] = 3
+            got, ids, *_ = buffer.dispatch(x, **given)
+            assert torch.equal(got, x[:2]), mode
+            assert ids.tolist() == [[0, 1], [2, -1]]
+
+
+def test_the_local_buffer_lies_in_the_memory_for_rows(monkeypatch):
+    monkeypatch.setenv("TOKENFERRY_BACKEND", "cuda")
+    buffer = Buffer(None, 1 << 28, 1 << 33, low_latency_mode=True)
+    before = torch.cuda.memory_allocated()
+    view = buffer.get_local_buffer_tensor(torch.int8)
+    assert torch.cuda.memory_allocated() == before, "it was allocated"
+    topk_idx = torch.zeros(3, 1, dtype=torch.int64, device="cuda")
+    x = torch.ones(3, 16, dtype=torch.bfloat16, device="cuda")
+    got = buffer.dispatch(x, **routed(buffer, topk_idx))[0]
+    assert view.zero_().numel() == 1 << 28
+    assert torch.equal(got, x)
 
 
 def test_too_little_room_for_the_worst_case(buffer):

@@ -257,9 +257,23 @@ def test_local_buffer_is_memory_of_the_size_that_was_given(buffer):
     view.fill_(7.0)
     assert buffer.get_local_buffer_tensor(torch.float32)[4:10].tolist() == [7.0] * 6
     assert buffer.get_local_buffer_tensor(torch.int64, (2,), offset=48).shape == (2,)
+    with torch.inference_mode():
+        assert buffer.get_local_buffer_tensor(torch.float32)[4:10].tolist() == [7.0] * 6
+    assert buffer.get_local_buffer_tensor(torch.int8, torch.Size([0]), offset=64).numel() == 0
     for bad in ({"size": torch.Size([17])}, {"offset": 3}, {"offset": -4}, {"offset": 68}):
         with pytest.raises(ArgumentError, match="num_nvl_bytes=64"):
             buffer.get_local_buffer_tensor(torch.float32, **bad)
+
+
+def test_local_buffers_are_freed_with_their_last_view(buffer):
+    """Programs zero them, which is no reason to keep gigabytes."""
+    view = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True)[8:16]
+    memory = weakref.ref(view.untyped_storage())
+    again = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True)
+    assert again.untyped_storage() is memory()
+    del view, again
+    assert memory() is None
+    assert buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True).zero_().tolist() == [0] * 128
 
 
 def test_what_programs_ask_of_it(buffer):

@@ -1,9 +1,13 @@
 """Low-latency mode on four ranks."""
 
+import os
+from functools import partial
+
 import pytest
 
 from support import deep_ep_decode_jobs as jobs
 from tokenferry.testing.cases import Case
+from tokenferry.testing.world import World, WorldError
 
 
 @pytest.mark.parametrize("case", jobs.CASES, ids=str)
@@ -31,3 +35,11 @@ def test_any_number_of_results_alive(worlds):
 
 def test_a_lost_rank_is_masked(worlds):
     worlds(3).run(jobs.lost_rank, Case((2, 3, 1), experts=6, top_k=6, hidden=128))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_ends_right_after_the_constructor(ranks):
+    case = Case((2, 3, 1, 4)[:ranks], experts=2 * ranks, top_k=3, hidden=128)
+    with World(ranks) as world, pytest.raises(WorldError) as caught:
+        world.run(jobs.gone_at_once, case, partial(os._exit, 1))
+    assert set(caught.value.errors) == {ranks - 1}, caught.value

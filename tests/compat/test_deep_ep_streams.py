@@ -244,6 +244,21 @@ def test_a_handle_reads_like_a_tuple_whose_tensors_are_made_when_read():
         handle[7]
 
 
+def test_the_layout_of_an_inference_tensor_is_never_known():
+    """It has no version, so that nobody can say whether it was edited since."""
+    buffer = Buffer(None)
+    with torch.inference_mode():
+        topk_idx = torch.tensor([[0, 1], [2, -1]])
+        _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
+        topk_idx[0, 0] = 3
+        assert not buffer._knows(topk_idx, in_rank, per_expert)
+    normal = torch.tensor([[0, 1], [2, -1]])
+    with torch.inference_mode():
+        _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(normal, 4)
+        in_rank[0, 0] = False
+        assert not buffer._knows(normal, in_rank, per_expert)
+
+
 def test_groups_have_the_memory_that_was_asked_for(monkeypatch):
     from tokenferry import api
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from support.lost_ranks import CROWDED_S
+from support.lost_ranks import CROWDED_S, LONG_S
 from support.masks import Absence, Load, by_hand, in_a_graph, skip_and_return, under_load
+from support.new_sizes import Start, lost_at_the_start, new_sizes_apart, new_sizes_by_hand
 from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS
 from support.worlds import run_at_once
-from tokenferry.testing.world import World
+from tokenferry.testing.world import World, WorldError
 
 TIMEOUT_S = 2.0
 
@@ -67,6 +68,48 @@ def test_processes_that_are_stopped_under_load_come_back(pair, lost, tmp_path):
     for rank in others:
         assert found[rank]["made"] >= 300
         assert 1 <= found[rank]["masked"] <= 2 * len(lost), "they were waited for again and again"
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+NO_SHOWS = [
+    pytest.param(pair, ranks, lost, id=f"{pair} {lost} of {ranks}")
+    for pair in MASKABLE
+    for ranks, lost in ((2, (1,)), (3, (2, 0)), (4, (1, 2)))
+    if ranks <= max(NUM_GPUS, 3)
+]
+
+
+@pytest.mark.parametrize(("pair", "ranks", "lost"), NO_SHOWS)
+def test_processes_that_end_before_their_first_call(pair, ranks, lost, tmp_path):
+    timeout_s = 2 * LONG_S if pair.backend == "cpu" else TIMEOUT_S  # CPU transports see at once that a rank has died
+    start = Start(lost, timeout_s, within_s=LONG_S, hook=len(lost) == 1, leave=partial(os._exit, 1))
+    with World(ranks, devices=pair.backend) as world, pytest.raises(WorldError) as caught:
+        world.run(lost_at_the_start, pair, str(tmp_path), start)
+    assert set(caught.value.errors) == set(lost), caught.value
+
+
+@pytest.mark.parametrize("pair", MASKABLE, ids=str)
+def test_a_process_that_is_stopped_before_its_first_call(pair, tmp_path):
+    with World(2, devices=pair.backend) as world:
+        world.submit(lost_at_the_start, pair, str(tmp_path), Start((1,), TIMEOUT_S, within_s=LONG_S, leave=stop))
+        try:
+            await_notes(tmp_path, "done", [0])
+        finally:
+            os.kill(world.pids[1], signal.SIGCONT)
+        world.collect()
+
+
+@pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)
+def test_ranks_that_make_new_sizes_apart_come_together(worlds, pair, tmp_path):
+    worlds(3, pair.backend).run(new_sizes_apart, pair, str(tmp_path), CROWDED_S)
+
+
+@pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)
+def test_a_new_size_under_masks_by_hand(worlds, pair, tmp_path):
+    worlds(3, pair.backend).run(new_sizes_by_hand, pair, str(tmp_path))
 
 
 @pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)

@@ -395,3 +395,10 @@ def low_latency_lost_rank(rank, pg, case: Case) -> None:
     decode_as_on_the_cpu(rank, pg, "shrink", case)  # compiles all kernels: no rank shall be late for that
     with mock.patch.dict(os.environ, TOKENFERRY_TIMEOUT_S=str(DEADLINE_S)):
         decode_as_on_the_cpu(rank, pg, "lost_rank", case)
+
+
+def low_latency_gone_at_once(rank, pg, case: Case, leave: Callable[[], None]) -> None:
+    """As on the CPU, likewise."""
+    decode_as_on_the_cpu(rank, pg, "shrink", case)
+    with mock.patch.dict(os.environ, TOKENFERRY_TIMEOUT_S=str(DEADLINE_S)):
+        decode_as_on_the_cpu(rank, pg, "gone_at_once", case, leave)

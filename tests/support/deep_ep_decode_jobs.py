@@ -1,5 +1,7 @@
 """Jobs of the tests of the low-latency calls; their results are compared with the oracle's."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -181,7 +183,7 @@ def shrink(rank, pg, case):
     local = case.experts // case.ranks
     away = set(range(last)) if rank == last else {last}
     buffer = Buffer(pg, low_latency_mode=True, enable_shrink=True)
-    # The first call of its sizes needs all ranks.
+    # Memory of these sizes is made with all ranks, so that masks may be cleared without a barrier.
     buffer.low_latency_dispatch(sent[rank].x, sent[rank].topk_idx, M, case.experts, use_fp8=False)
     for other in away:
         buffer.low_latency_update_mask_buffer(other, True)
@@ -260,3 +262,56 @@ def lost_rank(rank, pg, case):
         got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
         same_bits("combined", got, oracle.decode_combine(rank, ys))
     pg.barrier().wait()
+
+
+def gone_at_once(rank, pg, case, leave):
+    """As DeepEP's test of shrink mode: ranks leave right after the constructor, and the others decode without them.
+
+    Args:
+        leave: Called by the last rank; returns, ends the process or stops it.
+    """
+    last = case.ranks - 1
+    buffer = Buffer(pg, low_latency_mode=True, enable_shrink=True)
+    if rank == last:
+        leave()
+        return
+    status = torch.full((case.ranks,), 9, dtype=torch.int32)
+
+    def masked() -> list[int]:
+        buffer.low_latency_query_mask_buffer(status)
+        return status.tolist()
+
+    assert masked() == [0] * case.ranks
+    for hidden, hook in ((case.hidden, False), (2 * case.hidden, True)):  # the second needs larger memory
+        _without_the_last(buffer, rank, replace(case, hidden=hidden), hook)
+        assert masked() == [0] * last + [1]
+    buffer.low_latency_update_mask_buffer(last, False)
+    assert masked() == [0] * case.ranks
+    _without_the_last(buffer, rank, case, False)  # waits for it again
+    assert masked() == [0] * last + [1]
+    buffer.low_latency_clean_mask_buffer()
+    assert masked() == [0] * case.ranks
+    buffer.low_latency_update_mask_buffer(last, True)
+    _without_the_last(buffer, rank, replace(case, hidden=4 * case.hidden), True)
+
+
+def _without_the_last(buffer, rank, case, hook):
+    """A dispatch and a combine of the rows of all ranks but the last."""
+    last, local, mine = case.ranks - 1, case.experts // case.ranks, case.inputs()[rank]
+    left = [
+        Sent(one.x, one.topk_idx.where((one.topk_idx < last * local) & (src != last), -1), one.topk_weights)
+        for src, one in enumerate(case.inputs())
+    ]
+    oracle = oracle_of(left, case.experts)
+    x, counts, handle, _, receive = buffer.low_latency_dispatch(
+        mine.x, mine.topk_idx, M, case.experts, use_fp8=False, return_recv_hook=hook
+    )
+    if hook:
+        receive()
+    check_rows(oracle, rank, x, counts, handle)
+    ys = [answers(case, oracle, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
+    y = ys[rank].view(local, case.ranks * M, case.hidden)
+    got, _, receive = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle, return_recv_hook=hook)
+    if hook:
+        receive()
+    same_bits("combined", got, oracle.decode_combine(rank, ys))

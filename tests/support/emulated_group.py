@@ -75,7 +75,6 @@ class Threads:
         self.runtime = runtime
         self.emulator = Emulator()
         self.windows: list[Window] = []
-        self.handshakes: dict[int, dict[str, Any]] = {}
 
     def size(self) -> int:
         return self.num_ranks
@@ -115,16 +114,8 @@ class EmulatedPair:
         threads.wait()
         window = threads.windows[rank]
         resolved = Resolved(shape, "cuda", "auto", timeout_s, on_timeout == "mask", HEAP_BYTES, "")
-
-        def exchange(handshake: dict[str, Any]) -> list[dict[str, Any]]:
-            threads.handshakes[rank] = handshake
-            threads.wait()
-            handshakes = [threads.handshakes[peer] for peer in range(threads.num_ranks)]
-            threads.wait()
-            return handshakes
-
         emulated = EmulatedWindow(rank, window.bases, window.num_bytes)
-        backend = assemble(emulated, resolved, "emulated", "emulated", exchange, threads.runtime)
+        backend = assemble(emulated, resolved, "emulated", "emulated", threads.runtime)
         group = object.__new__(OnDevice)
         group._adopt(backend, shape, timeout_s)
         return group

@@ -1,10 +1,12 @@
 """Decode calls of the CUDA backend on the host: which hooks, workspaces and sizes they accept or refuse."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tokenferry.backends.cuda import workspace
 from tokenferry.backends.cuda.channel import Channel, PendingRecv
 from tokenferry.backends.cuda.context import Call
 from tokenferry.backends.cuda.decode import check_limits
@@ -205,69 +207,68 @@ SMALL, LARGE = MoeShape(4, 2, 128, 8), MoeShape(4, 2, 128, 16)
 
 
 class OneRank:
-    """Context and allocator of one rank on host memory. Peers send what it sends; ``exchanges`` counts the messages."""
+    """Context and allocator of one rank on host memory, whose peers offer what it offers; ``exchanges`` counts."""
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         self.rank, self.num_ranks, self.device = 0, 2, torch.device("cpu")
         self.window = SimpleNamespace(bases=(0, 1 << 40))
         self.masked, self.exchanges = set(), 0
-        self.workspaces = Workspaces(self, self, self.exchange)
+        self.workspaces = Workspaces(self, self)
+        monkeypatch.setattr(self.workspaces, "_share", self.share)
+        monkeypatch.setattr(workspace, "write_field", lambda window, field, value: None)
 
     def masked_ranks(self):
         return frozenset(self.masked)
-
-    def synchronize(self):
-        pass
 
     def block(self, phase, num_bytes, stream):
         memory = torch.empty(num_bytes, dtype=torch.uint8)
         return SimpleNamespace(address=memory.data_ptr(), offset=512, memory=memory)
 
-    def exchange(self, handshake):
+    def share(self, call, sizes, offset):
         self.exchanges += 1
-        return [handshake, handshake]
+        return workspace._Shared(self.exchanges, {rank: offset for rank in range(2) if call.alive >> rank & 1})
 
     def fitting(self, shape, *, capturing=False):
-        return self.workspaces.fitting(new_call(capturing=capturing), shape, 2)
+        call = new_call(capturing=capturing)
+        call.alive &= ~sum(1 << rank for rank in self.masked)
+        return self.workspaces.fitting(call, shape, 2)
 
 
-def make_one_in_a_capture(one_rank):
-    one_rank.fitting(LARGE, capturing=True)
-
-
-def make_one_without_a_rank(one_rank):
-    one_rank.masked = {1}
-    one_rank.fitting(LARGE)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (make_one_in_a_capture, "decode_dispatch: the first decode call .* call it once before the capture"),
-        (make_one_without_a_rank, r"decode_dispatch: the first decode call .* rank\(s\) \[1\] are masked"),
-    ],
-)
-def test_a_workspace_is_made_by_all_ranks_and_in_no_capture(make, message):
-    one_rank = OneRank()
-    with pytest.raises(ArgumentError, match=message):
-        make(one_rank)
-    assert one_rank.workspaces.now is None
-    one_rank.masked = set()
-    small = one_rank.fitting(SMALL)
-    with pytest.raises(ArgumentError, match=message):
-        make(one_rank)
-    assert one_rank.workspaces.now is small, "the one that there is has no room for these"
-    assert one_rank.exchanges == 1, "peers took part in a call that is refused here"
-    one_rank.masked = set()
+def test_a_workspace_is_made_outside_of_captures(monkeypatch):
+    one_rank = OneRank(monkeypatch)
+    for number in range(2):
+        with pytest.raises(
+            ArgumentError, match=r"decode_dispatch: the first decode call .* call it once before the capture"
+        ):
+            one_rank.fitting(LARGE, capturing=True)
+        assert one_rank.exchanges == number, "peers took part in a call that is refused here"
+        small = one_rank.fitting(SMALL)
+        assert one_rank.workspaces.now is small
     large = one_rank.fitting(LARGE)
     assert large is not small
     assert large.addresses == (512, (1 << 40) + 512)
     for shape in (LARGE, SMALL):
         assert sizes_for(shape, 2, 2).within(large.sizes)
         assert one_rank.fitting(shape, capturing=True) is large
-    one_rank.masked = {1}
-    assert one_rank.fitting(LARGE) is large
     assert one_rank.exchanges == 2
+
+
+def test_a_workspace_made_without_a_rank(monkeypatch):
+    """It has no address of that rank; and the one before is kept, since that rank may still be writing there."""
+    one_rank = OneRank(monkeypatch)
+    small = weakref.ref(one_rank.fitting(SMALL))
+    one_rank.masked = {1}
+    assert one_rank.fitting(SMALL) is small(), "it has room for these sizes"
+    large = one_rank.fitting(LARGE)
+    assert large.addresses == (512, 0)
+    assert small() is not None
+    one_rank.masked = set()
+    with pytest.raises(ArgumentError, match=r"rank\(s\) \[1\] were masked when the memory for rows under way was made"):
+        one_rank.fitting(SMALL)
+    monkeypatch.setattr(workspace, "read_field", lambda window, rank, field, num_bytes: bytes(num_bytes))
+    one_rank.workspaces.resynchronise([0, 1])
+    assert small() is None
+    assert one_rank.fitting(SMALL).addresses == (512, (1 << 40) + 512)
 
 
 # ---------------------------------------------------------------------- sizes

@@ -130,6 +130,26 @@ def toy(spec, compile_unit=None):
     return Jit(3, None, compile_unit or FakeCompiler()).kernel(spec, num_stages=4, wide=0)
 
 
+def test_a_device_releases_its_context_once(cuda, spec, monkeypatch):
+    device = driver.Device(3)
+    device.close()
+    device.close()
+    del device
+    assert cuda.released == 1
+    device = driver.Device(3)
+    del device
+    assert cuda.released == 2, "nobody closed it, and nothing needs it"
+    with monkeypatch.context() as child:
+        device = driver.Device(3)
+        child.setattr(driver.os, "getpid", lambda: 1)
+        del device
+    assert cuda.released == 2, "a forked child has no context"
+    kernel = toy(spec)
+    assert cuda.released == 2, "the kernel needs it, whatever became of what loaded it"
+    del kernel
+    assert cuda.released == 3
+
+
 def test_a_launch_reaches_the_driver(cuda, spec):
     kernel = toy(spec)
     params = kernel.new_params()

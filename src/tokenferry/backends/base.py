@@ -194,6 +194,19 @@ class Backend(Protocol):
     def masked(self) -> frozenset[int]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
+    def write_masks(self, out: Tensor) -> None:
+        """Set ``out`` ``[R]`` int32 to 1 for each rank that decode calls skip, and to 0 for the others.
+
+        CUDA: in the order of the current stream, so that it covers what the calls before find.
+        """
+
+    def scratch(self, num_bytes: int) -> Tensor:
+        """Return ``[num_bytes]`` uint8, undefined, which no call uses while it is alive. Local.
+
+        It is memory of the group if enough is free there, otherwise of torch.
+        """
+        ...
+
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """Return C of ``Plan._places``, which has T rows where C > 0, and none otherwise."""
         ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,7 +52,9 @@ def name_of(code: Any) -> str:  # noqa: ANN401 - an enum of cuda.bindings
 
 
 class Device:
-    """One GPU and its primary context, which torch uses too. The context is retained until ``close``.
+    """One GPU and its primary context, which torch uses too.
+
+    The context is retained until `close`, or as long as this object: what needs the context keeps its `Device`.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver, or a device with this index is missing.
@@ -69,6 +73,8 @@ class Device:
         self._context = check(
             self.cuda.cuDevicePrimaryCtxRetain(self._handle), f"opening the context of CUDA device {index}"
         )
+        self._release = weakref.finalize(self, _release, self.cuda, self._handle, os.getpid())
+        self._release.atexit = False  # the process ends, and with it every context
 
     def arch(self) -> str:
         """Return ``"sm_90a"`` on Hopper, where some instructions need that variant, otherwise ``"sm_XY"``."""
@@ -92,5 +98,12 @@ class Device:
             check(self.cuda.cuCtxPopCurrent(), "leaving the CUDA context")
 
     def close(self) -> None:
-        """Release the context; torch holds a reference of its own."""
-        check(self.cuda.cuDevicePrimaryCtxRelease(self._handle), "releasing the CUDA context")
+        """Release the context; torch holds a reference of its own. Idempotent."""
+        result = self._release()
+        if result is not None:
+            check(result, "releasing the CUDA context")
+
+
+def _release(cuda: Any, handle: Any, pid: int) -> Any:  # noqa: ANN401 - a module and objects without types
+    """Release the context, unless this is a forked child, which has none; return the result."""
+    return cuda.cuDevicePrimaryCtxRelease(handle) if os.getpid() == pid else None

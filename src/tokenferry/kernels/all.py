@@ -11,6 +11,7 @@ from tokenferry.kernels.dispatch_assign.spec import SPEC as DISPATCH_ASSIGN
 from tokenferry.kernels.dispatch_expand.spec import SPEC as DISPATCH_EXPAND
 from tokenferry.kernels.dispatch_layout.spec import SPEC as DISPATCH_LAYOUT
 from tokenferry.kernels.dispatch_notify.spec import SPEC as DISPATCH_NOTIFY
+from tokenferry.kernels.share_workspace.spec import SPEC as SHARE_WORKSPACE
 from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
 SPECS = (
@@ -24,4 +25,5 @@ SPECS = (
     COMBINE_PUSH,
     DECODE_DISPATCH,
     DECODE_COMBINE,
+    SHARE_WORKSPACE,
 )

@@ -75,6 +75,16 @@ CAPACITY_WORD = HEADER.constant(
     "kCapacityWord", FIRST_OFFSET + 5, "combine_push: rows from the reader that it has space for"
 )
 
+# ---- words of an offer: what ranks tell each other about their workspaces (see share_workspace)
+
+OFFER_SIZES_WORD = SIGNATURE_WORDS
+"""After the signature: the sizes of the workspace, in lines of 128 bytes."""
+OFFER_OFFSET_WORD = HEADER.constant(
+    "kOfferOffsetWord", OFFER_SIZES_WORD + 4, "where it lies, as an offset; 0: the sender has no room for it"
+)
+OFFER_WORDS = HEADER.constant("kOfferWords", OFFER_OFFSET_WORD + 1, "words of an offer")
+SIZES_WORD = HEADER.constant("kSizesWord", 30, "in place of a word in the record of a mismatch: the sizes differ")
+
 # ---- the control block
 
 
@@ -92,7 +102,9 @@ def _fields() -> list[Field]:
             "[channel][parity][from][word]: epoch << 32 | value",
         ),
         Field("acks", "u64", (2, R), "[channel][from]: the last odd epoch that it received << 32 | the last even one"),
-        Field("verdict", "u64", (2, R), "[channel][from]: epoch << 32 | 1 if its message came in time, 2 if not"),
+        Field("offers", "u64", (halves, R, OFFER_WORDS), "[parity][from][word]: exchange << 32 | value"),
+        Field("workspace", "u64", (), "exchange in which this rank's workspace was made << 32 | its members; 0: none"),
+        Field("verdict", "u64", (3, R), "[channel or kExchange][from]: epoch << 32 | 1 if it came in time, 2 if not"),
         Field("received", "u32", (2, halves), "[channel][parity]: the epoch that this rank received last"),
         Field("sends", "u32", (2,), "[channel]: epoch of this rank's last send"),
         Field("opened", "u32", (2,), "[channel]: blocks of a running send that have read its epoch"),
@@ -105,6 +117,8 @@ def _fields() -> list[Field]:
         Field("epoch", "u32", (), "epoch of the last collective kernel that ended"),
         Field("arrived", "u32", (), "blocks of a running dispatch_notify or dispatch_layout that have ended"),
         Field("failed", "u32", (), "0, or the fault that broke the group: kernels return at once"),
+        Field("shares", "u32", (), "number of the last exchange of workspaces that ended"),
+        Field("members", "u32", (), "a bit for each rank whose offer came in it"),
         Field("bad_slot", "u32", (), "complement of the least token * K + slot with a bad expert; 0: none"),
         Field("claimed", "u32", (), "units that warps of the running kernel have taken beyond their first ones"),
         Field("pushed", "u32", (), "combine_push: units that pushing warps have taken beyond their first ones"),

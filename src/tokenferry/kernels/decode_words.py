@@ -10,6 +10,7 @@ HEADER = Header("generated/decode_words.cuh", "kernels/decode_words.py")
 
 DISPATCH = HEADER.constant("kDispatch", 0, "channel of dispatches")
 COMBINE = HEADER.constant("kCombine", 1, "channel of combines")
+EXCHANGE = HEADER.constant("kExchange", 2, "in place of a channel: exchanges of workspaces")
 
 # ---- params.phases: bits
 

@@ -74,6 +74,15 @@ class CpuBackend:
         """Ranks that decode calls skip."""
         return frozenset(self._exchange.masked)
 
+    def scratch(self, num_bytes: int) -> Tensor:
+        """See `tokenferry.backends.base.Backend`; the system maps pages when they are first written."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def write_masks(self, out: Tensor) -> None:
+        """See `tokenferry.backends.base.Backend`."""
+        for rank in range(self.num_ranks):
+            out[rank] = int(rank in self._exchange.masked)
+
     def mask(self, rank: int, *, masked: bool) -> None:
         """Skip a rank in decode calls, or stop skipping it."""
         if masked:

@@ -20,7 +20,6 @@ from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.backends.cuda.dispatch import Dispatcher, shaped
 from tokenferry.backends.cuda.masks import Masks
 from tokenferry.backends.cuda.token_layout import token_layout
-from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.types import (
     Combined,
@@ -41,7 +40,7 @@ class CudaBackend:
     name = "cuda"
     checks_routing = True
 
-    def __init__(self, context: Context, key: str, why: str, exchange: Exchange) -> None:
+    def __init__(self, context: Context, key: str, why: str) -> None:
         self.key = key
         self.why = why
         self.rank = context.rank
@@ -52,9 +51,8 @@ class CudaBackend:
         self.allocator = SymmetricAllocator(context)
         self.dispatcher = Dispatcher(context, self.allocator, key)
         self.combiner = Combiner(context, self.allocator)
-        self.decoder = Decoder(context, self.allocator, key, exchange)
+        self.decoder = Decoder(context, self.allocator, key)
         self.masks = Masks(context, self.decoder)
-        self._exchange = exchange
 
     @property
     def broken(self) -> str | None:
@@ -88,6 +86,12 @@ class CudaBackend:
         stream = self.context.current_stream()
         return shaped(self.allocator.new_rows("empty_rows", (plan.num_delivered, hidden), dtype, stream), plan)
 
+    def scratch(self, num_bytes: int) -> Tensor:
+        """See `tokenferry.backends.base.Backend`; as much must stay free in the heap for calls."""
+        if num_bytes and self.allocator.has_room_for_two(num_bytes):
+            return self.allocator.block("scratch", num_bytes, self.context.current_stream()).tensor()
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """See `tokenferry.backends.base.Backend`."""
         return num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
@@ -100,6 +104,10 @@ class CudaBackend:
         """Return the ranks that decode calls skip."""
         return self.context.masked_ranks()
 
+    def write_masks(self, out: Tensor) -> None:
+        """See `tokenferry.backends.base.Backend`."""
+        self.masks.write(out)
+
     def mask(self, rank: int, *, masked: bool) -> None:
         """Skip a rank in decode calls, or stop skipping it."""
         (self.masks.add if masked else self.masks.remove)(rank)
@@ -107,7 +115,7 @@ class CudaBackend:
     def warmup(self) -> None:
         """Compile and load every kernel; returns when every rank has."""
         self.context.warmup()
-        self._exchange({})
+        self.decoder.meet()
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise their errors."""

@@ -30,6 +30,10 @@ class PendingRecv:
     done: bool = False
 
 
+def _nothing(_: Call) -> None:
+    """Take the place of a launch that is not wanted any more, and would keep its workspace."""
+
+
 class Channel:
     """The last two sends of one direction, each with its receive if that is still pending.
 
@@ -72,7 +76,7 @@ class Channel:
         """Drop all pending receives: their hooks do nothing."""
         for pending in self._last:
             if pending is not None:
-                pending.done, pending.tensors = True, ()
+                pending.done, pending.tensors, pending.launch = True, (), _nothing
         self._last.clear()
 
     def receive(self, pending: PendingRecv) -> None:

@@ -16,7 +16,7 @@ from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.backends.cuda.workspace import Exchange, Workspace, Workspaces
+from tokenferry.backends.cuda.workspace import Workspace, Workspaces
 from tokenferry.backends.tensors import drop_ranks, overlap
 from tokenferry.errors import ConfigError
 from tokenferry.formats.dtypes import dtype_code
@@ -63,26 +63,43 @@ class Decoder:
         context: Context of this rank.
         allocator: Allocator of blocks of the heap.
         key: Key of the group, which its plans carry.
-        exchange: Collective function with which workspaces are made.
 
     Attributes:
         workspaces: Memory for rows under way.
         trace: ``[blocks, TRACE_WORDS]`` int64 zeros, to which kernels write time stamps; None: they do not.
     """
 
-    def __init__(self, context: Context, allocator: SymmetricAllocator, key: str, exchange: Exchange) -> None:
+    def __init__(self, context: Context, allocator: SymmetricAllocator, key: str) -> None:
         self._context = context
         self._key = key
-        self.workspaces = Workspaces(context, allocator, exchange)
+        self.workspaces = Workspaces(context, allocator)
         self._channels = (Channel(context), Channel(context))
         self._signatures: BoundedDict[tuple[object, ...], Signature] = BoundedDict(_MAX_SIGNATURES)
         self.trace: Tensor | None = None
 
-    def forget(self) -> None:
-        """Drop pending receives, and empty the workspaces; nothing may be under way."""
+    def meet(self) -> None:
+        """Wait until all ranks are here, but for masked ones; collective. As a decode call, it masks late ranks.
+
+        It is no call that users count: its number is 0, as that of making the group.
+
+        Raises:
+            ArgumentError: a CUDA graph is being captured.
+            MismatchError, PeerTimeout: as in a decode call.
+        """
+        context, signature = self._context, Signature("warmup")
+        alive = sum(1 << rank for rank in range(context.num_ranks) if rank not in context.masked_ranks())
+        context.flight_recorder.note(0, signature)
+        self.workspaces.meet(context.resume(Call(0, 0, False, alive, signature, 0)))
+
+    def resynchronise(self, ranks: list[int]) -> None:
+        """Drop pending receives, and empty the workspaces; nothing may be under way.
+
+        Args:
+            ranks: The ranks that resynchronise.
+        """
         for channel in self._channels:
             channel.forget()
-        self.workspaces.clear()
+        self.workspaces.resynchronise(ranks)
 
     def receive_open(self) -> None:
         """Enqueue all pending receives, as if their hooks were called now."""

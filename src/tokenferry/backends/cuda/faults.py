@@ -27,6 +27,7 @@ from tokenferry.kernels.control_block import (
     MAX_RANKS,
     RECORD_WORDS,
     ROWS_WORD,
+    SIZES_WORD,
     START_WORD,
     Fault,
 )
@@ -198,6 +199,17 @@ class FlightRecorder:
         start = f"{call.phase} #{call.number}: rank {rank} and rank {peer} made different calls"
         if signature is None:  # a call in a CUDA graph, captured long ago
             return MismatchError(f"{start}; call the same on all ranks, in the same order")
+        if word == SIZES_WORD:
+            return MismatchError(
+                f"{start}: the memory for rows under way, which the first call of a size makes, takes "
+                f"{128 * expected} bytes on rank {rank} where it takes {128 * seen} on rank {peer}; call the same on "
+                "all ranks, in the same order"
+            )
+        if word == 0 and seen == expected:
+            return MismatchError(
+                f"{start}: it is the first of its size for rank {rank}, and not for rank {peer}; call the same on all "
+                "ranks, in the same order"
+            )
         if word == DISPATCH_WORD:
             return MismatchError(
                 f"{start}: rank {rank} combines the rows of dispatch {expected}, rank {peer} those of dispatch {seen} "

@@ -7,7 +7,7 @@ block, which every kernel reads when it starts, those of CUDA graphs too.
 Decode calls carry epochs, which each rank counts for itself. A rank that was masked may have counted differently, and
 rows that were sent to it or by it may lie half received in workspaces. So all ranks resynchronise together, while
 nothing is under way: each adopts the latest epoch of all control blocks, marks everything up to there as received, and
-clears its workspace.
+clears its workspace, or drops it if these ranks have not made it together.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.control import read_field, write_field
 from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, MAX_RANKS
-from tokenferry.memory.tensor import bytes_at
+from tokenferry.memory.tensor import tensor_at
 
 _CHANNELS = 2
 _EPOCHS = 1 << 32
@@ -67,39 +68,41 @@ class Masks:
             self._resynchronise()
         self._publish_mask()
 
+    def write(self, out: Tensor) -> None:
+        """Set ``out`` ``[R]`` int32 to 1 for each masked rank and 0 for the others, behind all calls so far."""
+        context = self._context
+        context.order_after_calls()
+        word = tensor_at(
+            context.window.base + CONTROL_BLOCK_OFFSETS["masked"], (1,), torch.int32, context.device, context.window
+        )
+        bits = torch.arange(context.num_ranks, dtype=torch.int32, device=context.device)
+        out.copy_(torch.bitwise_right_shift(word, bits) & 1)
+
     def _publish_mask(self) -> None:
         bits = sum(1 << rank for rank in self._context.masked_ranks())
-        self._write("masked", struct.pack("<I", bits))
+        write_field(self._context.window, "masked", struct.pack("<I", bits))
 
     def _resynchronise(self) -> None:
         """Adopt the latest epochs of all ranks, and drop what was under way; see `ExpertGroup.mask`."""
-        context = self._context
+        context, window = self._context, self._context.window
         context.synchronize()
         self._wait_for_device()
         ranks = [rank for rank in range(context.num_ranks) if rank not in context.masked_ranks()]
-        sends = [struct.unpack("<2I", self._read(rank, "sends", 8)) for rank in ranks]
+        sends = [struct.unpack("<2I", read_field(window, rank, "sends", 8)) for rank in ranks]
+        shares = [struct.unpack("<I", read_field(window, rank, "shares", 4))[0] for rank in ranks]
         latest = [_latest([epochs[channel] for epochs in sends]) for channel in range(_CHANNELS)]
         halves = [_by_half(epoch) for epoch in latest]
-        self._write("sends", struct.pack("<2I", *latest))
-        self._write("received", b"".join(halves))
-        self._write("acks", b"".join(half * MAX_RANKS for half in halves))
-        self._decoder.forget()
+        write_field(window, "sends", struct.pack("<2I", *latest))
+        write_field(window, "received", b"".join(halves))
+        write_field(window, "acks", b"".join(half * MAX_RANKS for half in halves))
+        write_field(window, "shares", struct.pack("<I", _latest(shares)))
+        self._decoder.resynchronise(ranks)
         self._wait_for_device()
 
     def _wait_for_device(self) -> None:
         """Wait until all work on the device is done, CUDA graphs included."""
         if self._context.device.type == "cuda":
             torch.cuda.synchronize(self._context.device)
-
-    def _read(self, rank: int, field: str, num_bytes: int) -> bytes:
-        return bytes(self._field(rank, field, num_bytes).tolist())
-
-    def _write(self, field: str, value: bytes) -> None:
-        self._field(self._context.rank, field, len(value)).copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
-
-    def _field(self, rank: int, field: str, num_bytes: int) -> Tensor:
-        window = self._context.window
-        return bytes_at(window.bases[rank] + CONTROL_BLOCK_OFFSETS[field], num_bytes, window.device, window)
 
 
 def _latest(epochs: list[int]) -> int:

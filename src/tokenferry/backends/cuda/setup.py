@@ -14,7 +14,6 @@ from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.runtime import Runtime, cuda_runtime
-from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_RANKS, OFFSET_BYTES
@@ -71,12 +70,10 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         key = handshakes[0]["key"]
     window = share(table, rank, num_ranks, device, num_bytes, CONTROL_BLOCK_BYTES)
     why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
-    return assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
+    return assemble(window, resolved, key, why)
 
 
-def assemble(
-    window: Window, resolved: Resolved, key: str, why: str, exchange: Exchange, runtime: Runtime | None = None
-) -> CudaBackend:
+def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Runtime | None = None) -> CudaBackend:
     """Return the backend of one rank over its window; local.
 
     Args:
@@ -84,12 +81,11 @@ def assemble(
         resolved: Shape and options.
         key: Key of the group, which its plans carry.
         why: Why this backend was chosen.
-        exchange: Sends a message to every rank and returns those of all ranks; collective.
         runtime: Kernels and streams; None: those of the window's GPU.
     """
     runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder))
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
-    return CudaBackend(context, key, why, exchange)
+    return CudaBackend(context, key, why)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:

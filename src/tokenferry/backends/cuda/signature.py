@@ -6,7 +6,7 @@ import struct
 
 from tokenferry.kernels.control_block import SIGNATURE_WORDS
 
-KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine")
+KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine", "warmup")
 """Names of calls; word 0 of a signature is an index into this."""
 
 SIGNATURE_BYTES = 4 * SIGNATURE_WORDS

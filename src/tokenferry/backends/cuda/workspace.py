@@ -2,24 +2,27 @@
 
 kernels/device/decode.cuh says how it is used.
 
-A workspace lies in the heap. It is made by the first decode call, and again by one that needs a larger one. All ranks
-make theirs together and exchange the addresses.
+A workspace lies in the heap. It is made by the first decode call, and again by one that needs a larger one. The ranks
+make theirs together: the kernel share_workspace exchanges the offsets. It leaves out masked ranks, and treats a rank
+that is late as any decode kernel does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import torch
 
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
-from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.errors import ArgumentError, CapacityError, MismatchError
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.control import read_field, write_field
+from tokenferry.errors import ArgumentError, CapacityError, RoutingError
+from tokenferry.kernels.control_block import MAX_RANKS, OFFER_OFFSET_WORD, OFFER_WORDS, OFFSET_BYTES
 from tokenferry.kernels.decode_combine.spec import packets_of_chunk
 from tokenferry.kernels.decode_dispatch.spec import message_words, notes
 from tokenferry.kernels.decode_words import CHUNK_COLUMNS, ENCODING_SAME
+from tokenferry.kernels.share_workspace.spec import SPEC
 from tokenferry.memory.heap import Block
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.types import MoeShape
@@ -28,9 +31,8 @@ HALVES = 2
 PACKET_BYTES = 16
 _WORD_BYTES = 8
 _LINE = 128
-
-Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
-"""A function that sends a message to every rank, and returns every rank's; collective."""
+_WORD = struct.Struct("<2I")
+"""The word ``workspace`` of a control block: members, number of the exchange."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ class Workspace:
     Attributes:
         number: Index of this workspace in its group; a part of the keys of launch templates.
         sizes: Bytes of its parts.
-        addresses: Address of the workspace of each rank, in this process.
+        addresses: Address of the workspace of each rank, in this process; 0 for ranks that are not members.
+        members: A bit for each rank with which it was made.
         notes_at: Where the notes begin, from the workspace's start; the words are first.
         rows_at: Where the rows begin.
         answers_at: Where the answers begin.
@@ -94,6 +97,7 @@ class Workspace:
         self.number = number
         self.sizes = sizes
         self.addresses: tuple[int, ...] = ()
+        self.members = 0
         self.notes_at = sources * sizes.words
         self.rows_at = self.notes_at + sources * sizes.notes
         self.answers_at = self.rows_at + sources * sizes.rows
@@ -113,24 +117,36 @@ def bytes_of(sizes: Sizes, num_ranks: int) -> int:
     return HALVES * (num_ranks * (sizes.words + sizes.notes + sizes.rows) + sizes.answers)
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What an exchange of workspaces has found.
+
+    Attributes:
+        number: Number of the exchange.
+        offsets: Offset of the workspace of each rank that took part, in its window; 0: it has no room for one.
+    """
+
+    number: int
+    offsets: dict[int, int]
+
+
 class Workspaces:
     """The workspaces of a rank, made when they are needed.
 
     Args:
         context: Context of this rank.
         allocator: Allocator of blocks of the heap.
-        exchange: Collective function that exchanges the addresses.
 
     Attributes:
         now: The latest workspace, or None.
     """
 
-    def __init__(self, context: Context, allocator: SymmetricAllocator, exchange: Exchange) -> None:
+    def __init__(self, context: Context, allocator: SymmetricAllocator) -> None:
         self._context = context
         self._allocator = allocator
-        self._exchange = exchange
         self._num_made = 0
         self._captured: list[Workspace] = []
+        self._left_behind: list[Workspace] = []
         self._fits: dict[tuple[MoeShape, int], Workspace] = {}
         self.now: Workspace | None = None
 
@@ -138,7 +154,8 @@ class Workspaces:
         """Return a workspace with room for calls of a shape; collective if it has to be made.
 
         Raises:
-            ArgumentError: a CUDA graph is being captured, and there is none yet.
+            ArgumentError: a CUDA graph is being captured, and there is none yet; or a rank takes part again without
+                which the workspace was made.
             CapacityError: a rank's heap has no room.
             MismatchError: ranks made different calls.
             PeerTimeout: a rank did not answer in time.
@@ -150,13 +167,48 @@ class Workspaces:
                 workspace = self._make(call, sizes if workspace is None else sizes.or_more(workspace.sizes))
                 self._fits.clear()
             self._fits[shape, item_bytes] = workspace
+        if call.alive & ~workspace.members:
+            strangers = [rank for rank in range(self._context.num_ranks) if call.alive & ~workspace.members & 1 << rank]
+            raise ArgumentError(
+                f"{call.signature.phase}: rank(s) {strangers} were masked when the memory for rows under way was made, "
+                "and have no part in it; let them come back as lost ranks do: between two barriers, every rank calls "
+                "mask(rank, masked=False) for all ranks, its own number included"
+            )
         if call.capturing and workspace not in self._captured:
             self._captured.append(workspace)  # replays use it as long as the group lives
         return workspace
 
-    def clear(self) -> None:
-        """Clear all workspaces, those of CUDA graphs too; nothing may be under way."""
-        for workspace in (*self._captured, *(() if self.now is None or self.now in self._captured else (self.now,))):
+    def meet(self, call: Call) -> None:
+        """Wait until all ranks are here, as they are when they make a workspace; collective.
+
+        Raises:
+            ArgumentError: a CUDA graph is being captured.
+            MismatchError: ranks made different calls.
+            PeerTimeout: a rank did not answer in time.
+        """
+        if call.capturing:
+            raise ArgumentError(f"{call.signature.phase}: not while a CUDA graph is captured; do it before")
+        self._share(call, Sizes(0, 0, 0, 0), 0)
+
+    def resynchronise(self, ranks: list[int]) -> None:
+        """Clear all workspaces, those of CUDA graphs too; nothing may be under way.
+
+        The latest one is dropped unless all of these ranks have made it together: ranks that were apart have made
+        different ones, and the next call makes one anew. All ranks find the same, since what they read does not change
+        meanwhile, but for those that have dropped theirs already.
+        """
+        window, bits = self._context.window, sum(1 << rank for rank in ranks)
+        found = [_WORD.unpack(read_field(window, rank, "workspace", _WORD.size)) for rank in ranks]
+        numbers = {number for _, number in found}
+        together = len(numbers) == 1 and all(bits & ~members == 0 for members, _ in found)
+        if not together:
+            self._leave_behind()
+            self._fits.clear()
+            self.now = None
+            write_field(window, "workspace", _WORD.pack(0, 0))
+        masked = sum(1 << rank for rank in self._context.masked_ranks())
+        self._left_behind = [workspace for workspace in self._left_behind if workspace.members & masked]
+        for workspace in {id(one): one for one in (*self._captured, self.now) if one is not None}.values():
             workspace.clear()
 
     def _make(self, call: Call, sizes: Sizes) -> Workspace:
@@ -166,40 +218,76 @@ class Workspaces:
                 f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
                 "ranks, which a CUDA graph cannot capture; call it once before the capture"
             )
-        masked = sorted(context.masked_ranks())
-        if masked:
-            raise ArgumentError(
-                f"{phase}: the first decode call of these sizes makes memory for rows under way, together with all "
-                f"ranks, and rank(s) {masked} are masked; call it once before a rank is masked"
-            )
-        num_bytes, problem, block = bytes_of(sizes, context.num_ranks), "", None
+        num_bytes = bytes_of(sizes, context.num_ranks)
+        workspace: Workspace | None = None
+        full: CapacityError | None = None
         try:
-            block = self._allocator.block(phase, num_bytes, call.stream)
-        except CapacityError as error:
-            problem = str(error)
-        if block is not None:
-            workspace = Workspace(context, sizes, block, self._num_made)
+            workspace = Workspace(context, sizes, self._allocator.block(phase, num_bytes, call.stream), self._num_made)
             self._num_made += 1
             workspace.clear()
-            context.synchronize()  # before a peer writes to it
-            if context.device.type == "cuda":
-                torch.cuda.current_stream(context.device).synchronize()
-        at = -1 if block is None else block.offset
-        handshakes = self._exchange({"sizes": astuple(sizes), "at": at, "problem": problem, "call": phase})
-        for rank, handshake in enumerate(handshakes):
-            if handshake["call"] != phase or tuple(handshake["sizes"]) != astuple(sizes):
-                mismatch = MismatchError(
-                    f"{phase}: rank {context.rank} and rank {rank} made different calls: the first of these sizes, "
-                    f"{astuple(sizes)} bytes here, is {handshake['call']} with {tuple(handshake['sizes'])} there; "
-                    "call the same on all ranks, in the same order"
-                )
-                context.break_off(mismatch)
-                raise mismatch
-            if handshake["problem"]:
-                raise CapacityError(f"{phase}: rank {rank}: {handshake['problem']}")
-        assert block is not None
+        except CapacityError as error:
+            full = error
+        shared = self._share(call, sizes, 0 if workspace is None else workspace.block.offset)
+        if full is not None:
+            raise full
+        without = [rank for rank, offset in shared.offsets.items() if not offset]
+        if without:
+            raise CapacityError(
+                f"{phase}: the heap of rank(s) {without} has no room for the {num_bytes / 2**20:.1f} MiB of rows under "
+                "way that calls of this size need; set TOKENFERRY_HEAP_MB higher, or release earlier results there"
+            )
+        assert workspace is not None
+        bases = context.window.bases
         workspace.addresses = tuple(
-            base + handshake["at"] for base, handshake in zip(context.window.bases, handshakes, strict=True)
+            base + shared.offsets[rank] if rank in shared.offsets else 0 for rank, base in enumerate(bases)
         )
+        workspace.members = sum(1 << rank for rank in shared.offsets)
+        call.alive &= workspace.members
+        write_field(context.window, "workspace", _WORD.pack(workspace.members, shared.number))
+        self._leave_behind()
         self.now = workspace
         return workspace
+
+    def _share(self, call: Call, sizes: Sizes, offset: int) -> _Shared:
+        """Exchange offsets with all ranks that take part; late ones are masked, or break the group.
+
+        Raises:
+            MismatchError: a rank made another call.
+            PeerTimeout: a rank did not answer in time.
+        """
+        context = self._context
+        template = context.templates.get((SPEC,)) or self._template()
+        template.set_call(call)
+        for i, num_bytes in enumerate(astuple(sizes)):
+            template.params.sizes[i] = num_bytes // _LINE
+        template.params.offset = offset // OFFSET_BYTES
+        with context.breaking_off(RoutingError, CapacityError):  # these errors of earlier calls: nothing was offered
+            template.launch(1, call.stream)
+            context.synchronize()
+        (number,) = struct.unpack("<I", read_field(context.window, context.rank, "shares", 4))
+        (members,) = struct.unpack("<I", read_field(context.window, context.rank, "members", 4))
+        words = struct.Struct(f"<{HALVES * MAX_RANKS * OFFER_WORDS}Q")
+        offers = words.unpack(read_field(context.window, context.rank, "offers", words.size))
+        first = (number % HALVES * MAX_RANKS) * OFFER_WORDS + OFFER_OFFSET_WORD
+        return _Shared(
+            number,
+            {
+                rank: (offers[first + rank * OFFER_WORDS] & 0xFFFFFFFF) * OFFSET_BYTES
+                for rank in range(context.num_ranks)
+                if members >> rank & 1
+            },
+        )
+
+    def _template(self) -> LaunchTemplate:
+        context = self._context
+        template = context.templates[SPEC,] = context.new_template(SPEC)
+        template.params.masked_out = context.pinned.masked_address
+        template.params.mask_late = int(context.mask_late)
+        template.block = 32 * context.num_ranks
+        return template
+
+    def _leave_behind(self) -> None:
+        """Keep the workspace that will be replaced if masked ranks know it: they may still be sending to it."""
+        masked = sum(1 << rank for rank in self._context.masked_ranks())
+        if self.now is not None and self.now.members & masked:
+            self._left_behind.append(self.now)

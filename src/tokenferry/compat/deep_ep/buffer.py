@@ -54,7 +54,7 @@ from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
-from tokenferry.errors import ArgumentError
+from tokenferry.errors import ArgumentError, CapacityError
 from tokenferry.types import Routing
 
 _HEAP_BYTES = 2 << 30
@@ -80,16 +80,15 @@ class DispatchLayout(NamedTuple):
 
 
 class _Version:
-    """A tensor and the version of its content. Inference tensors have no version, and are taken to be unchanged."""
+    """A tensor and the version of its content. Inference tensors have none: their content may change unseen."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = weakref.ref(tensor)
-        self._version = 0 if tensor.is_inference() else tensor._version
+        self._version = None if tensor.is_inference() else tensor._version
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether this is the same tensor, with the same version."""
-        version = 0 if tensor.is_inference() else tensor._version
-        return self._tensor() is tensor and self._version == version
+        """Return whether this is the same tensor, and known to have the same content."""
+        return self._version is not None and self._tensor() is tensor and self._version == tensor._version
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +173,7 @@ class Buffer(Connected, LowLatencyCalls):
         self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)
         self._latest_layout: _Layout | None = None
-        self._local: dict[bool, Tensor] = {}
+        self._local: dict[bool, weakref.ref[torch.UntypedStorage]] = {}
         # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
         self._closing = weakref.finalize(self, self._experts.close)
         self._closing.atexit = False
@@ -231,7 +230,12 @@ class Buffer(Connected, LowLatencyCalls):
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
-        """Return a local buffer of the size given to the constructor, allocated on first use; no other call uses it.
+        """Return a view of a local buffer of the size given to the constructor, which no call of the library uses.
+
+        All views that are alive at the same time share their memory; it is freed with the last of them, and its content
+        is undefined at first. CUDA: it is a part of the memory for rows if as much stays free there, otherwise torch
+        allocates it. (DeepEP returns the memory through which its rows travel. Here results and rows under way live in
+        it, and writing to it would damage them.)
 
         Args:
             dtype: dtype of the returned view.
@@ -241,6 +245,7 @@ class Buffer(Connected, LowLatencyCalls):
 
         Raises:
             ArgumentError: ``size`` and ``offset`` exceed the memory, or ``offset`` does not fit ``dtype``.
+            CapacityError: there is not enough memory on the GPU.
         """
         self._open("Buffer.get_local_buffer_tensor")
         name, have = ("num_nvl_bytes", self.num_nvl_bytes)
@@ -253,9 +258,19 @@ class Buffer(Connected, LowLatencyCalls):
                 f"Buffer.get_local_buffer_tensor: {dtype} {list(shape)} at {offset=} would end at byte {end} of "
                 f"{name}={have}; ask for less, at a multiple of {dtype.itemsize} bytes, or make a larger Buffer"
             )
-        if use_rdma_buffer not in self._local:
-            self._local[use_rdma_buffer] = torch.empty(have, dtype=torch.uint8, device=self._experts.device)
-        return self._local[use_rdma_buffer][offset:end].view(dtype).view(shape)
+        known = self._local.get(use_rdma_buffer)
+        storage = None if known is None else known()
+        if storage is None:
+            try:
+                storage = self._experts._backend.scratch(have).untyped_storage()
+            except torch.OutOfMemoryError as error:
+                raise CapacityError(
+                    f"Buffer.get_local_buffer_tensor: {name}={have} bytes are not available on {self._experts.device}; "
+                    "free memory, or make a smaller Buffer"
+                ) from error
+            self._local[use_rdma_buffer] = weakref.ref(storage)
+        whole = torch.empty(0, dtype=torch.uint8, device=self._experts.device).set_(storage)
+        return whole[offset:end].view(dtype).view(shape)
 
     # ------------------------------------------------------------------ normal mode
 

@@ -75,10 +75,9 @@ class LowLatencyCalls:
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Skip a rank in low-latency calls (True), or stop skipping it (False). Local.
 
-        CUDA: the first low-latency dispatch of a size needs all ranks, so make it before masking any.
-
         A rank that was lost comes back as described in `tokenferry.ExpertGroup.mask`: between two barriers all ranks
-        pass False, for the rank that comes back and for themselves.
+        pass False, for the rank that comes back and for themselves. CUDA: a rank that was masked during the first
+        low-latency call of a size comes back in the same way.
 
         Raises:
             ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is outside [0, R) or this rank with
@@ -91,7 +90,7 @@ class LowLatencyCalls:
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
 
-        CUDA: covers the calls that have completed on the device; does not wait for others.
+        CUDA: written in the order of the current stream, behind all calls so far; the host does not wait.
 
         Raises:
             ArgumentError: ``enable_shrink`` is False.
@@ -101,9 +100,7 @@ class LowLatencyCalls:
         self._shrinking(call)
         check = Checks(call, self._experts.device).given("the group", R=self.group_size)
         check.tensor("mask_status", mask_status, "R", (torch.int32,))
-        mask_status.zero_()
-        for rank in self._experts.masked_ranks:
-            mask_status[rank] = 1
+        self._experts._backend.write_masks(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Stop skipping all ranks: call `low_latency_update_mask_buffer` with False for each skipped rank. Local.

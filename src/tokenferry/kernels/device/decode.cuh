@@ -92,16 +92,18 @@ DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
     return state;
 }
 
-// Returns whether a peer whose `word` does not arrive has made another call than this rank: it has sent in the other channel,
+// Returns whether a peer whose `word` does not arrive has made another call than this rank: it has sent in another channel,
 // or entered a collective kernel, and this rank has not.
 template <class P>
 static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
     const ControlBlock* mine = control_block(p, p.rank);
-    const u32 entered = load_relaxed(&mine->epoch) + 1, sent = load_relaxed(&mine->sends[1 - channel]) + 1;
+    const u32 entered = load_relaxed(&mine->epoch) + 1;
     u64 seen = load_relaxed(&mine->handshake[entered & 1][peer][0]);
     bool there = epoch_in(seen) == entered;
-    if (!there) {
-        seen = load_relaxed(&mine->signatures[1 - channel][sent & 1][peer][0]);
+    for (u32 other = 0; other < 2 && !there; other++) {
+        if (other == channel) continue;
+        const u32 sent = load_relaxed(&mine->sends[other]) + 1;
+        seen = load_relaxed(&mine->signatures[other][sent & 1][peer][0]);
         there = epoch_in(seen) == sent;
     }
     // A peer that has received all it needs proceeds to its next call: `word` may have arrived since it was last read.

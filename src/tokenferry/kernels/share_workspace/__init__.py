@@ -1,0 +1,1 @@
+"""The kernel share_workspace; the head of kernel.cuh documents it."""
