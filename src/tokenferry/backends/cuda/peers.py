@@ -55,27 +55,27 @@ class Peers:
         try:
             self._open(processes)
         except OSError as error:
-            self._close_descriptors()
-            _log.warning(
-                "cannot watch the processes of other ranks (%s): calls notice after timeout_s that one has ended", error
-            )
+            self._do_without(error)
 
     def watch(self, ended: memoryview) -> None:
         """Set bit r of ``ended[0]`` when the process of rank r ends, from now on until `close`."""
         if self._wake < 0:
             return
         args = (self._ranks, self._wake, ended)  # not this object: it must be able to die
-        threading.Thread(target=_watch, args=args, name="tokenferry-peers", daemon=True).start()
-        self._watching = True
+        try:
+            threading.Thread(target=_watch, args=args, name="tokenferry-peers", daemon=True).start()
+            self._watching = True
+        except RuntimeError as error:  # no more threads
+            self._do_without(error)
 
     def close(self) -> None:
         """Stop watching. Idempotent."""
-        if os.getpid() != self._pid or not self._watching:
+        if os.getpid() != self._pid or not self._watching:  # in a forked child there is no thread
             self._close_descriptors()
             return
         self._watching = False
-        wake, self._wake = self._wake, -1
-        os.eventfd_write(wake, 1)  # the thread closes the descriptors
+        wake, self._wake, self._ranks = self._wake, -1, {}
+        os.eventfd_write(wake, 1)  # the thread closes all descriptors
 
     def _open(self, processes: Sequence[Process]) -> None:
         mine = Process.this()
@@ -90,8 +90,14 @@ class Peers:
             self._ranks[os.pidfd_open(process.pid)] = rank
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
 
+    def _do_without(self, error: Exception) -> None:
+        self._close_descriptors()
+        _log.warning(
+            "cannot watch the processes of other ranks (%s): calls notice after timeout_s that one has ended", error
+        )
+
     def _close_descriptors(self) -> None:
-        descriptors = [*self._ranks, self._wake][: None if self._wake >= 0 else -1]
+        descriptors = [*self._ranks, *([self._wake] if self._wake >= 0 else [])]
         self._ranks, self._wake = {}, -1
         for descriptor in descriptors:
             os.close(descriptor)

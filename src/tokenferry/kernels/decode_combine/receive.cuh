@@ -99,7 +99,7 @@ DEV bool add_token(const DecodeCombineParams& p, DecodeCall& call, TokenSlots& s
         }
         EncodedChunk v[kBatch];
         SpinDeadline deadline;
-        // All loads are in flight before the first value is used. `late`: see poll_deadline.
+        // All loads are in flight before the first value is used. `late`: see late_ranks.
         for (u32 late = 0;;) {
 #pragma unroll
             for (u32 q = 0; q < kBatch; q++)
@@ -119,7 +119,7 @@ DEV bool add_token(const DecodeCombineParams& p, DecodeCall& call, TokenSlots& s
                 drop_lost(call.alive, s);  // later batches do not wait for them
                 left &= kFast ? call.alive : used_slots(s);
             }
-            late = __shfl_sync(kAll, lane == 0 ? poll_deadline(p, deadline) : 0, 0);
+            late = __shfl_sync(kAll, lane == 0 ? late_ranks(p, deadline) : 0, 0);
         }
 #pragma unroll
         for (u32 q = 0; q < kBatch; q++) {

@@ -92,7 +92,7 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
     int4 v[kLanePackets], code = make_int4(0, 0, 0, 0), weight = make_int4(0, 0, 0, 0), scales[kScalePackets];
     SpinDeadline deadline;
     // All loads are in flight before the first value is used. What lies beyond the end of the row is
-    // ignored. `late`: see poll_deadline.
+    // ignored. `late`: see late_ranks.
     for (u32 late = 0;;) {
 #pragma unroll
         for (u32 i = 0; i < kLanePackets; i++) v[i] = load_packet(row_at + i * 512);
@@ -115,7 +115,7 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
             call.alive &= ~(1u << from);
             return late != kFailed && p.mask_late;
         }
-        late = __shfl_sync(kAll, lane == 0 ? poll_deadline(p, deadline) : 0, 0);
+        late = __shfl_sync(kAll, lane == 0 ? late_ranks(p, deadline) : 0, 0);
     }
 #pragma unroll
     for (u32 i = 0; i < kLanePackets; i++)

@@ -98,7 +98,7 @@ static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
 // Returns kFailed, or the ranks for which there is no more waiting, as bits: all once the deadline has passed; before, those
 // that are gone. The caller looks once more whether their message has come. Looks at clock and peers in every 64th poll.
 template <class P>
-DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
+DEV u32 late_ranks(const P& p, SpinDeadline& deadline) {
     if (++deadline.spins % 64) return 0;
     u64 start = deadline.start;  // a copy: a variable whose address a call takes would not stay in a register
     const u32 late = check_deadline(p, start);
@@ -166,7 +166,7 @@ DEV u32 wait_for_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* w
     SpinDeadline deadline;
     bool arrived = false;  // in another block
     while (epoch_in(seen) != epoch) {
-        const u32 late = poll_deadline(p, deadline);
+        const u32 late = late_ranks(p, deadline);
         seen = load_relaxed(word);  // it may have arrived while this thread read the clock
         if (epoch_in(seen) == epoch) break;
         if (late == kFailed) return kFailed;
@@ -311,7 +311,7 @@ static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, Decod
                 lost = 1u << peer;
                 break;
             }
-            late = poll_deadline(p, deadline);
+            late = late_ranks(p, deadline);
         }
         if (p.wait_ns && peer != p.rank && blockIdx.x == gridDim.x - 1) atomicAdd(p.wait_ns + peer, clock_ns() - start);
     }
