@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,11 +53,14 @@ def name_of(code: Any) -> str:  # noqa: ANN401 - an enum of cuda.bindings
 class Device:
     """One GPU and its primary context, which torch uses too. The context is retained until ``close``.
 
+    A forked child has no context: destructors there call nothing of CUDA (``inherited``).
+
     Raises:
         BackendUnavailable: cuda-bindings, the driver, or a device with this index is missing.
     """
 
     def __init__(self, index: int) -> None:
+        self._pid = os.getpid()
         self.cuda = bindings()
         try:
             check(self.cuda.cuInit(0), "cuInit")
@@ -69,6 +73,11 @@ class Device:
         self._context = check(
             self.cuda.cuDevicePrimaryCtxRetain(self._handle), f"opening the context of CUDA device {index}"
         )
+
+    @property
+    def inherited(self) -> bool:
+        """Whether another process made this object, from which this one was forked."""
+        return os.getpid() != self._pid
 
     def arch(self) -> str:
         """Return ``"sm_90a"`` on Hopper, where some instructions need that variant, otherwise ``"sm_XY"``."""

@@ -22,13 +22,17 @@ class Exchange(Protocol):
         """Send one handshake to every rank, and return those of all ranks, by rank."""
 
 
+def pid_namespace() -> str:
+    """Return the name of this process's PID namespace, or an empty string where there are none."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def process_name() -> str:
     """Return a name that is unique to this process on its host, even in containers."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return f"{os.getpid()} {namespace}"
+    return f"{os.getpid()} {pid_namespace()}"
 
 
 def describe(device: torch.device | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.peers import Peers, Process
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.runtime import Runtime, cuda_runtime
 from tokenferry.backends.cuda.workspace import Exchange
@@ -60,18 +62,23 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory
     )
     key = secrets.token_hex(4)
+    peers = None
     if table:
         terms = {
             "shape": str(resolved.shape),
             "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
             "heap bytes": num_bytes,
         }
-        handshakes = table.exchange({"terms": terms, "key": key})
+        handshakes = table.exchange({"terms": terms, "key": key, "process": asdict(Process.this())})
         compare_terms([handshake["terms"] for handshake in handshakes])
         key = handshakes[0]["key"]
+        peers = Peers([Process(**handshake["process"]) for handshake in handshakes])
     window = share(table, rank, num_ranks, device, num_bytes, CONTROL_BLOCK_BYTES)
     why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
-    return assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
+    backend = assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
+    if peers:
+        backend.context.watch(peers)
+    return backend
 
 
 def assemble(
