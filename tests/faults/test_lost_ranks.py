@@ -4,8 +4,7 @@ Rank 2 of three is lost in one phase. Only the deadlines under test depend on a 
 others have reported what they saw.
 
 On GPUs a call may return before the device has found anything, so the ranks here wait for their calls
-(`ExpertGroup.synchronize`, which has nothing to do on the CPU). A GPU does not notice that a peer's process has ended:
-there a rank that died is one that does not come.
+(`ExpertGroup.synchronize`, which has nothing to do on the CPU).
 """
 
 import os
@@ -31,9 +30,7 @@ from support.lost_ranks import (
     barrier,
     calls,
     check_both_late,
-    check_late,
     check_report,
-    death_timeout_s,
     expect_timeout,
     leave_note,
     report_of,
@@ -57,7 +54,7 @@ from tokenferry.testing.world import World, WorldError
 
 def die_in(rank, pg, pair: Pair, phase: str, how: str, folder: str) -> Report:
     barrier(pg)
-    with pair.open(pg, CASE.shape, timeout_s=death_timeout_s(pair)) as group:
+    with pair.open(pg, CASE.shape, timeout_s=LONG_S) as group:
         todo = calls(group, rank)
         if rank != LOST_RANK:
             leave_note(folder, rank, "is ready")
@@ -77,10 +74,8 @@ def test_a_rank_that_dies(pair, phase, how, tmp_path):
     assert isinstance(caught.value.errors[LOST_RANK], ChildProcessError)
     for rank, report in caught.value.results.items():
         check_report(report, rank, phase)
-        if pair.backend == "cpu":
-            assert report.took_s < LONG_S, "a dead rank is seen at once"
-        else:
-            check_late(report, rank, phase)
+        assert report.took_s < LONG_S, "a dead rank is seen at once"
+        assert pair.backend == "cpu" or "its process ended" in report.text
 
 
 SLEEPY_PHASES = ("dispatch", "combine", *PHASES[3:])

@@ -16,7 +16,7 @@ import torch
 from support.decoding import Step, check_combined, check_received
 from support.pairs import Pair
 from support.throughput import all_options, check_round_trip
-from tokenferry import ClosedError, ExpertGroup, PeerTimeout, Routing, TokenferryError
+from tokenferry import ClosedError, DispatchOptions, ExpertGroup, PeerTimeout, Routing, TokenferryError
 from tokenferry.testing.cases import Case
 
 LOST_RANK = 2
@@ -97,20 +97,15 @@ def wait_for_others(folder: str, note: str = "has reported") -> None:
         time.sleep(0.01)
 
 
-def death_timeout_s(pair: Pair) -> float:
-    """Return a deadline for tests in which a rank dies: CPU transports notice that at once, a GPU only waits."""
-    return LONG_S if pair.backend == "cpu" else SHORT_S
-
-
 # ---------------------------------------------------------------------- calls
 
 
-def calls(group: ExpertGroup, rank: int) -> dict[str, Callable[[], Any]]:
+def calls(group: ExpertGroup, rank: int, options: DispatchOptions | None = None) -> dict[str, Callable[[], Any]]:
     """Return a function for each phase; all that it needs has been made and received."""
     group.warmup()  # a rank that compiles is not late
     mine = CASE.inputs()[rank]
     routing = Routing(mine.topk_idx, mine.topk_weights)
-    sent = group.dispatch(mine.x, routing)
+    sent = group.dispatch(mine.x, routing, options=options)
     decoded = group.decode_dispatch(mine.x, routing)
     group.synchronize()
 
@@ -121,7 +116,7 @@ def calls(group: ExpertGroup, rank: int) -> dict[str, Callable[[], Any]]:
         group.decode_combine(decoded.x, decoded.plan, return_hook=True).hook()
 
     return {
-        "dispatch": lambda: group.dispatch(mine.x, routing),
+        "dispatch": lambda: group.dispatch(mine.x, routing, options=options),
         "redispatch": lambda: group.redispatch(mine.x, sent.plan),
         "combine": lambda: group.combine(sent.x, sent.plan),
         "decode_dispatch": lambda: group.decode_dispatch(mine.x, routing),

@@ -7,7 +7,7 @@ import torch
 
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Record
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.errors import MismatchError
+from tokenferry.errors import MismatchError, PeerTimeout
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.kernels.control_block import CAPACITY_WORD, RECORD_WORDS, ROWS_WORD, START_WORD, Fault
 
@@ -63,6 +63,53 @@ def test_a_call_that_is_no_longer_in_the_flight_recorder():
     assert str(error) == (
         "a call #1: rank 0 and rank 1 made different calls; call the same on all ranks, in the same order"
     )
+
+
+@pytest.mark.parametrize(
+    ("record", "peers", "why"),
+    [
+        (
+            Record(Fault.late_handshake, 7, 2, 0, 5, 6, 2, 100_000),
+            (2,),
+            "its handshake did not come: epoch 5 seen, 6 expected",
+        ),
+        (Record(Fault.peer_ended, 7, 2, 0, 5, 6, 2, 90), (2,), "its process ended: epoch 5 seen, 6 expected"),
+        (Record(Fault.peer_closed, 7, 2, 0, 5, 6, 2, 90), (2,), "it closed the group: epoch 5 seen, 6 expected"),
+        (
+            Record(Fault.peer_gave_up, 7, 1, Fault.peer_ended, 5, 6, 2, 90),
+            (2,),
+            "its process ended, as rank 1 found (epoch 5 seen here, 6 expected)",
+        ),
+        (
+            Record(Fault.peer_gave_up, 7, 1, Fault.late_rows, 5, 6, 2, 90),
+            (2,),
+            "rank 1 gave it up (epoch 5 seen here, 6 expected)",
+        ),
+        (
+            Record(Fault.peer_gave_up, 7, 1, Fault.late_rows, 5, 6, 0, 90),
+            (1,),
+            "it gave up waiting for this rank (epoch 5 seen here, 6 expected)",
+        ),
+    ],
+)
+def test_a_timeout_says_whom_and_why(record, peers, why):
+    flight_recorder = FlightRecorder(0)
+    flight_recorder.note(7, SIGNATURE)
+    error = flight_recorder.explain(record)
+    assert isinstance(error, PeerTimeout)
+    assert error.peers == peers
+    assert str(error).startswith(
+        f"dispatch #7: rank 0 waited {record.waited_ms / 1000:.1f} s for rank {peers[0]}: {why}. "
+    )
+
+
+def test_what_the_host_notes_is_no_part_of_a_fault():
+    pinned = Pinned(pin=False)
+    pinned.ended[0] = 0b100
+    pinned.words[:8] = memoryview(bytes(range(32))).cast("I")
+    record = pinned.take_record()
+    assert record.waited_ms == 0x1F1E1D1C
+    assert pinned.ended[0] == 0b100
 
 
 @pytest.mark.parametrize("word", [0, RECORD_WORDS])

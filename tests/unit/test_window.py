@@ -107,6 +107,8 @@ class Cuda:
 
 
 class Device:
+    inherited = False
+
     def __init__(self, cuda, index):
         self.cuda = cuda
         self.index = index

@@ -40,6 +40,8 @@ class Cuda:
 
 
 class Device:
+    inherited = False
+
     def __init__(self):
         self.cuda = Cuda()
         self.index = 1

@@ -56,11 +56,14 @@ class Device:
 
     The context is retained until `close`, or as long as this object: what needs the context keeps its `Device`.
 
+    A forked child has no context: destructors there call nothing of CUDA (``inherited``).
+
     Raises:
         BackendUnavailable: cuda-bindings, the driver, or a device with this index is missing.
     """
 
     def __init__(self, index: int) -> None:
+        self._pid = os.getpid()
         self.cuda = bindings()
         try:
             check(self.cuda.cuInit(0), "cuInit")
@@ -75,6 +78,11 @@ class Device:
         )
         self._release = weakref.finalize(self, _release, self.cuda, self._handle, os.getpid())
         self._release.atexit = False  # the process ends, and with it every context
+
+    @property
+    def inherited(self) -> bool:
+        """Whether another process made this object, from which this one was forked."""
+        return os.getpid() != self._pid
 
     def arch(self) -> str:
         """Return ``"sm_90a"`` on Hopper, where some instructions need that variant, otherwise ``"sm_XY"``."""

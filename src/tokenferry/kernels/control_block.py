@@ -93,7 +93,12 @@ def _fields() -> list[Field]:
     fields = [
         Field("handshake", "u64", (halves, R, HANDSHAKE_WORDS), "[parity][from][word]: epoch << 32 | value"),
         Field("counts", "u64", (halves, R, MAX_EXPERTS), "[parity][from][expert]: epoch << 32 | rows for that expert"),
-        Field("gave_up", "u64", (R,), "[from]: 0, or fault << 32 | the rank that it blames; never cleared"),
+        Field(
+            "gave_up",
+            "u64",
+            (R,),
+            "[from]: 0, or fault << 32 | the rank that it blames (itself: it closed the group); never cleared",
+        ),
         # Decode calls, see device/decode.cuh. [channel]: 0 dispatch, 1 combine.
         Field(
             "signatures",
@@ -144,6 +149,8 @@ class Fault(enum.IntEnum):
     peer_gave_up = HEADER.constant("kPeerGaveUp", 4, "peer gave up, because of rank `blamed`; word: its fault")
     bad_routing = HEADER.constant("kBadRouting", 5, "word: the token, peer: the slot, seen: the index")
     overflow = HEADER.constant("kOverflow", 6, "peer: the rank with the most rows, seen: how many, expected: its limit")
+    peer_ended = HEADER.constant("kPeerEnded", 7, "the process of peer has ended: seen, expected are epochs")
+    peer_closed = HEADER.constant("kPeerClosed", 8, "peer has closed the group: seen, expected are epochs")
 
 
 RECORD = HEADER.struct(
@@ -153,10 +160,13 @@ RECORD = HEADER.struct(
         Field("call_number", "u32", (), "number of the call that found it"),
         *(Field(name, "u32", (), "depends on the code") for name in ("peer", "word", "seen", "expected", "blamed")),
         Field("waited_ms", "u32", (), "how long the kernel waited"),
+        Field("ended", "u32", (), "a bit for each rank whose process has ended; written by the host"),
     ],
 )
-"""The first fault of a group, in pinned memory of the host."""
+"""The first fault of a group, and what the host knows about the processes of its peers; in pinned memory."""
 RECORD_WORDS = RECORD.num_bytes // 4
+ENDED_WORD = RECORD.offsets["ended"] // 4
+"""The word ``ended``; those before it are the fault."""
 
 # ---- what dispatch_notify reports to the host, behind the record
 

@@ -93,7 +93,7 @@ class CudaStreams:
         cuda = self._cuda
         with self._device.current():
             flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            event = _Event(check(cuda.cuEventCreate(flags), "making an event"), cuda.cuEventDestroy)
+            event = _Event(check(cuda.cuEventCreate(flags), "making an event"), self._device)
             check(cuda.cuEventRecord(event.handle, stream), "recording an event")
         return event
 
@@ -108,12 +108,12 @@ class CudaStreams:
 class _Event:
     """A CUDA event that is destroyed with its last reference; work that already waits for it is not affected."""
 
-    __slots__ = ("_destroy", "handle")
+    __slots__ = ("_device", "handle")
 
-    def __init__(self, handle: Any, destroy: Any) -> None:  # noqa: ANN401 - objects without types
+    def __init__(self, handle: Any, device: Device) -> None:  # noqa: ANN401 - an object without a type
         self.handle = handle
-        self._destroy = destroy
+        self._device = device
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
-        if not finalizing():
-            self._destroy(self.handle)
+        if not finalizing() and not self._device.inherited:
+            self._device.cuda.cuEventDestroy(self.handle)

@@ -17,8 +17,9 @@ import torch
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.driver import Device, check
 from tokenferry.memory.heap import Heap
-from tokenferry.memory.reach import Exchange, agree, describe, why_not
+from tokenferry.memory.reach import describe, why_not
 from tokenferry.memory.streams import CudaStreams
+from tokenferry.transports.handshake import Exchange, agree
 
 _PAGE = 2 << 20
 """Allocations are multiples of this: smaller ones share a page with others, which IPC would then share too."""
@@ -59,7 +60,7 @@ class Memory:
         return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex()
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
-        if finalizing() or not getattr(self, "address", 0):
+        if finalizing() or not getattr(self, "address", 0) or self._device.inherited:
             return
         # The last tensor may be freed during a capture, which freeing memory would break. A failure can be
         # ignored: it means that the context, and the memory with it, is gone or broken.
@@ -124,6 +125,12 @@ class Window:
                 return f"rank {self.rank} cannot map the memory of rank {peer} ({error}; {hint})"
         self.bases = tuple(bases)
         return ""
+
+    def forget(self) -> None:
+        """Leave all memory alone, in a forked child: blocks that die there, and `close`, call nothing of CUDA."""
+        self._mapped = []
+        for heap in self._heaps:
+            heap.close()
 
     def close(self) -> None:
         """Unmap the windows of peers, and free this rank's own once no tensor uses it. Local, idempotent.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned
+from tokenferry.backends.cuda.peers import Peers
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.signature import SIGNATURE_BYTES, Signature
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
+from tokenferry.forked import forget_in_child
 from tokenferry.jit.driver import check
 from tokenferry.jit.kernel import Kernel, KernelSpec
 from tokenferry.jit.params import Packer
@@ -21,6 +26,7 @@ from tokenferry.kernels.control_block import (
     CONTROL_BLOCK_OFFSETS,
     FIRST_OFFSET,
     MAX_RANKS,
+    Fault,
 )
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
@@ -145,6 +151,10 @@ class Context:
         self._all_ranks = (1 << self.num_ranks) - 1
         self._number = 0
         self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)
+        self._peers = Peers()
+        self._told_peers = False  # why this group ended
+        self._inherited = False
+        forget_in_child(self, Context.forget)
 
     # ------------------------------------------------------------------ one call
 
@@ -183,6 +193,16 @@ class Context:
         if self.mask_late and self.pinned.masked != _NONE_MASKED:
             self._masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
         return frozenset(self._masked)
+
+    def watch(self, peers: Peers) -> None:
+        """Notice from now on when a peer's process ends."""
+        peers.watch(self.pinned.ended)
+        self._peers = peers
+
+    def ended_ranks(self) -> frozenset[int]:
+        """Return the ranks whose processes have ended. What they had sent before is still valid."""
+        ended = self.pinned.ended[0]
+        return frozenset(rank for rank in range(self.num_ranks) if ended >> rank & 1)
 
     @property
     def last_call_number(self) -> int:
@@ -252,6 +272,7 @@ class Context:
         if isinstance(error, _RECOVERABLE):
             self._run_again()
         else:
+            self._told_peers = True  # by the kernel
             self.break_off(error)
         raise error
 
@@ -306,9 +327,37 @@ class Context:
         self.raise_recorded()
 
     def close(self, why: str) -> None:
-        """Unmap the windows of peers; the memory of results lives as long as they do. Local, idempotent."""
+        """Tell peers, and unmap their windows; the memory of results lives as long as they do. Local, idempotent.
+
+        Waits for the work queued on the device.
+        """
+        if self._inherited:
+            return
+        if not self._told_peers and not self.pinned.faulty:
+            self._told_peers = True
+            self._tell_peers()
         self.broken = why
+        self._peers.close()
         self.window.close()
+
+    def _tell_peers(self) -> None:
+        """Tell the kernels of peers that they wait in vain from now on; all that this rank has sent comes before."""
+        word = torch.frombuffer(bytearray(struct.pack("<2I", self.rank, Fault.peer_closed)), dtype=torch.uint8)
+        offset = CONTROL_BLOCK_OFFSETS["gave_up"] + word.numel() * self.rank
+        with suppress(RuntimeError):  # the CUDA context is broken, or gone
+            if self.device.type == "cuda" and self.num_ranks > 1:
+                torch.cuda.synchronize(self.device)
+            for rank, base in enumerate(self.window.bases):
+                if rank != self.rank:
+                    bytes_at(base + offset, word.numel(), self.device, self.window).copy_(word)
+
+    def forget(self, why: str) -> None:
+        """Leave the group alone, in a forked child, where nothing of CUDA works; see `tokenferry.forked`."""
+        self._inherited = True
+        self.broken = why
+        self.pinned = Pinned(pin=False)  # a child cannot read the pinned memory of its parent
+        self._peers.close()
+        self.window.forget()
 
     # ------------------------------------------------------------------ kernels
 

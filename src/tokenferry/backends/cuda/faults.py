@@ -20,6 +20,7 @@ from tokenferry.kernels.codes import MASKED
 from tokenferry.kernels.control_block import (
     CAPACITY_WORD,
     DISPATCH_WORD,
+    ENDED_WORD,
     HOST_EXPERTS_WORD,
     HOST_RECEIVED_WORD,
     HOST_SENT_WORD,
@@ -37,6 +38,15 @@ _REMEMBERED_CALLS = 64
 _STARTING_S = 1.0
 """Added to a deadline on the host: kernels have their own, which begins when they start."""
 
+_LATE: dict[int, str] = {
+    Fault.late_handshake: "its handshake did not come",
+    Fault.late_rows: "it did not signal that its rows are complete",
+    Fault.peer_ended: "its process ended",
+    Fault.peer_closed: "it closed the group",
+}
+"""Why a peer is late, by fault."""
+_GONE = (Fault.peer_ended, Fault.peer_closed)
+
 _kept_pinned: list[torch.Tensor] = []
 """Pinned memory of all groups of the process. It is never freed: a kernel that writes it may still be queued, or belong
 to a CUDA graph, when its group is gone."""
@@ -44,7 +54,7 @@ to a CUDA graph, when its group is gone."""
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A fault as a kernel writes it: the `RECORD_WORDS` words of the record, in order.
+    """A fault as a kernel writes it: the first `ENDED_WORD` words of the record, in order.
 
     Attributes:
         code: The fault, a value of `Fault`.
@@ -70,6 +80,8 @@ class Record:
 class Pinned:
     """Pinned memory that kernels write and the host reads: a record, then the number of a call and its counts.
 
+    One word goes the other way: the host notes there whose processes have ended.
+
     Args:
         pin: Whether to pin it; kernels that run on the CPU reach any memory.
 
@@ -77,6 +89,9 @@ class Pinned:
         record_address: For the field ``record`` of params.
         host_address: For the field ``host`` of `dispatch_notify`.
         masked_address: For the field ``masked_out`` of the decode kernels: a word for each rank, 1 once it was masked.
+        words: All words.
+        masked: The words at ``masked_address``.
+        ended: One word, with a bit for each rank whose process has ended; see `tokenferry.backends.cuda.peers`.
     """
 
     def __init__(self, *, pin: bool) -> None:
@@ -90,6 +105,7 @@ class Pinned:
         words = (ctypes.c_uint32 * num_words).from_address(self.record_address)
         self.words = memoryview(words).cast("B").cast("I")
         self.masked = self.words[counts_end:]
+        self.ended = self.words[ENDED_WORD : ENDED_WORD + 1]
 
     @property
     def faulty(self) -> bool:
@@ -98,7 +114,7 @@ class Pinned:
 
     def take_record(self) -> Record:
         """Return the record and clear it."""
-        record = Record(*self.words[:RECORD_WORDS].tolist())
+        record = Record(*self.words[:ENDED_WORD].tolist())
         self.words[0] = 0
         return record
 
@@ -167,15 +183,17 @@ class FlightRecorder:
 
     def _timeout(self, call: CallId, record: Record) -> PeerTimeout:
         peer, seen, expected = record.peer, record.seen, record.expected
-        if record.code == Fault.peer_gave_up and record.blamed != self._rank:
-            why = f"rank {peer} gave it up (epoch {seen} seen here, {expected} expected)"
-            peer = record.blamed
-        elif record.code == Fault.peer_gave_up:
-            why = f"it gave up waiting for this rank (epoch {seen} seen here, {expected} expected)"
-        elif record.code == Fault.late_handshake:
-            why = f"its handshake did not come: epoch {seen} seen, {expected} expected"
+        if record.code != Fault.peer_gave_up:
+            why = f"{_LATE[record.code]}: epoch {seen} seen, {expected} expected"
         else:
-            why = f"it did not signal that its rows are complete: epoch {seen} seen, {expected} expected"
+            if record.blamed == self._rank:
+                why = "it gave up waiting for this rank"
+            elif record.word in _GONE:
+                why = f"{_LATE[record.word]}, as rank {peer} found"
+            else:
+                why = f"rank {peer} gave it up"
+            why += f" (epoch {seen} seen here, {expected} expected)"
+            peer = peer if record.blamed == self._rank else record.blamed
         return peer_timeout(call, self._rank, [peer], why, record.waited_ms / 1000, "")
 
     def _mismatch(self, call: CallId, signature: Signature | None, record: Record) -> MismatchError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,14 +13,16 @@ from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.peers import Peers, Process
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.runtime import Runtime, cuda_runtime
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_RANKS, OFFSET_BYTES
-from tokenferry.memory.reach import agree, obstacle
+from tokenferry.memory.reach import obstacle
 from tokenferry.memory.window import Window, share
-from tokenferry.transports.handshake import Bootstrap
+from tokenferry.transports.handshake import Bootstrap, agree
+from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import compare_terms
 
 
@@ -35,8 +38,8 @@ def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
     if not reason:
         try:
             Jit(torch.cuda.current_device(), None).close()
-        except BackendUnavailable as error:
-            reason = f"rank {rank}: {error}"
+        except (RuntimeError, OSError, MemoryError) as error:
+            reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
     return agree(table, reason) if table else reason
 
 
@@ -59,18 +62,31 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory
     )
     key = secrets.token_hex(4)
+    peers = None
     if table:
         terms = {
             "shape": str(resolved.shape),
             "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
             "heap bytes": num_bytes,
         }
-        handshakes = table.exchange({"terms": terms, "key": key})
+        handshakes = table.exchange({"terms": terms, "key": key, "process": asdict(Process.this())})
         compare_terms([handshake["terms"] for handshake in handshakes])
         key = handshakes[0]["key"]
+        peers = Peers([Process(**handshake["process"]) for handshake in handshakes])
     window = share(table, rank, num_ranks, device, num_bytes, CONTROL_BLOCK_BYTES)
     why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
-    return assemble(window, resolved, key, why)
+    backend, why_not = None, ""
+    try:
+        backend = assemble(window, resolved, key, why)
+    except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
+        why_not = f"rank {rank}: {resource_error('making the group', error) or error}"
+    why_not = agree(table, why_not) if table else why_not
+    if backend is None or why_not:
+        (window if backend is None else backend).close()
+        raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}; use backend='cpu' or 'auto'")
+    if peers:
+        backend.context.watch(peers)
+    return backend
 
 
 def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Runtime | None = None) -> CudaBackend:
@@ -113,7 +129,11 @@ def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _device() -> torch.device | None:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    """Return the device of this rank; None if there is none, or none that works."""
+    try:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    except RuntimeError:  # CUDA cannot be initialised; the ranks agree on what to do
+        return None
 
 
 def _table(group: dist.ProcessGroup | None, resolved: Resolved, device: torch.device | None) -> Bootstrap | None:

@@ -211,6 +211,12 @@ class Workspaces:
         for workspace in {id(one): one for one in (*self._captured, self.now) if one is not None}.values():
             workspace.clear()
 
+    def close(self) -> None:
+        """Give back the memory of all workspaces."""
+        self.now = None
+        self._captured.clear()
+        self._fits.clear()
+
     def _make(self, call: Call, sizes: Sizes) -> Workspace:
         context, phase = self._context, call.signature.phase
         if call.capturing:

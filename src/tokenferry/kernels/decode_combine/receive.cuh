@@ -78,7 +78,7 @@ DEV bool add_token(const DecodeCombineParams& p, DecodeCall& call, TokenSlots& s
     u64 taken = 0;  // slots (fast: ranks) whose packets have been read and are to be cleared
     float sum[16] = {};
     while (left) {
-        u32 rank[kBatch], row[kBatch], number[kBatch], size = 0, missing = 0;
+        u32 rank[kBatch], row[kBatch], number[kBatch], size = 0;
         float weight[kBatch];
 #pragma unroll
         for (u32 q = 0; q < kBatch; q++) {
@@ -99,33 +99,31 @@ DEV bool add_token(const DecodeCombineParams& p, DecodeCall& call, TokenSlots& s
         }
         EncodedChunk v[kBatch];
         SpinDeadline deadline;
-        // All loads are in flight before the first value is used.
-        for (;;) {
+        // All loads are in flight before the first value is used. `late`: see late_ranks.
+        for (u32 late = 0;;) {
 #pragma unroll
             for (u32 q = 0; q < kBatch; q++)
                 if (q < size) load_encoded(chunk_at(p, packets, row[q], chunk), v[q]);
-            missing = 0;
+            u32 missing = 0;  // ranks
 #pragma unroll
             for (u32 q = 0; q < kBatch; q++)
-                if (q < size && !is_complete(v[q], p.columns, chunk)) missing |= 1u << q;
+                if (q < size && call.alive >> rank[q] & 1 && !is_complete(v[q], p.columns, chunk))
+                    missing |= 1u << rank[q];
             if (__all_sync(kAll, missing == 0)) break;
-            const u32 state = __shfl_sync(kAll, lane == 0 ? poll_deadline(p, deadline) : kOk, 0);
-            if (state == kOk) continue;
-            if (state == kFailed) return false;
-            missing = __reduce_or_sync(kAll, missing);
-            for (u32 q = 0; q < size; q++) {
-                if (!(missing >> q & 1)) continue;
-                if (lane == 0) mask_peer(p, rank[q], kLateRows, 0, call.epoch, p.timeout_ns);
-                call.alive &= ~(1u << rank[q]);
+            if (late == kFailed) return false;
+            if (late && (late &= __reduce_or_sync(kAll, missing))) {
+                for (u32 r = 0; lane == 0 && r < p.num_ranks; r++)
+                    if (late >> r & 1) mask_peer(p, r, kLateRows, 0, call.epoch, waited_ns(deadline));
+                if (!p.mask_late) return false;
+                call.alive &= ~late;
+                drop_lost(call.alive, s);  // later batches do not wait for them
+                left &= kFast ? call.alive : used_slots(s);
             }
-            if (!p.mask_late) return false;
-            drop_lost(call.alive, s);  // later batches do not wait for them
-            left &= kFast ? call.alive : used_slots(s);
-            break;
+            late = __shfl_sync(kAll, lane == 0 ? late_ranks(p, deadline) : 0, 0);
         }
 #pragma unroll
         for (u32 q = 0; q < kBatch; q++) {
-            if (q >= size || missing >> q & 1) continue;
+            if (q >= size || !(call.alive >> rank[q] & 1)) continue;
             float n[16];
             decode(v[q], n);
 #pragma unroll

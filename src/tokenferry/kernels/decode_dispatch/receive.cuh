@@ -92,8 +92,8 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
     int4 v[kLanePackets], code = make_int4(0, 0, 0, 0), weight = make_int4(0, 0, 0, 0), scales[kScalePackets];
     SpinDeadline deadline;
     // All loads are in flight before the first value is used. What lies beyond the end of the row is
-    // ignored.
-    for (;;) {
+    // ignored. `late`: see late_ranks.
+    for (u32 late = 0;;) {
 #pragma unroll
         for (u32 i = 0; i < kLanePackets; i++) v[i] = load_packet(row_at + i * 512);
 #pragma unroll
@@ -108,12 +108,14 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
 #pragma unroll
         for (u32 i = 0; i < kScalePackets; i++) complete &= i >= num_scales || !is_empty(scales[i]);
         if (__all_sync(kAll, complete)) break;
-        const u32 state = __shfl_sync(kAll, lane == 0 ? poll_deadline(p, deadline) : kOk, 0);
-        if (state == kOk) continue;
-        if (lane == 0 && state == kTimedOut) mask_peer(p, from, kLateRows, (u32)code.w, call.epoch, p.timeout_ns);
-        if (first) mark_absent(p, (u64)from * p.max_tokens + t);  // a combine reads places of all announced tokens
-        call.alive &= ~(1u << from);
-        return state == kTimedOut && p.mask_late;
+        if (late == kFailed || late >> from & 1) {
+            if (lane == 0 && late != kFailed)
+                mask_peer(p, from, kLateRows, (u32)code.w, call.epoch, waited_ns(deadline));
+            if (first) mark_absent(p, (u64)from * p.max_tokens + t);  // a combine reads places of all announced tokens
+            call.alive &= ~(1u << from);
+            return late != kFailed && p.mask_late;
+        }
+        late = __shfl_sync(kAll, lane == 0 ? late_ranks(p, deadline) : 0, 0);
     }
 #pragma unroll
     for (u32 i = 0; i < kLanePackets; i++)

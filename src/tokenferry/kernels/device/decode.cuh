@@ -61,11 +61,19 @@ struct SpinDeadline {
     u32 spins = 0;
 };
 
-constexpr u32 kOk = 0;        // from a poll: continue; from a wait: the message has arrived
-constexpr u32 kTimedOut = 1;  // the deadline has passed
-constexpr u32 kFailed = 2;    // the group has failed
+constexpr u32 kEveryRank = (1u << kMaxRanks) - 1;
+constexpr u32 kFailed = 1u << 31;  // from a poll or a wait: the group has failed
+constexpr u32 kOk = 0;             // from a wait: the message has arrived
+constexpr u32 kTimedOut = 1;       // from a wait: it does not come
 
 DEV u64 waited_ns(const SpinDeadline& deadline) { return deadline.start ? clock_ns() - deadline.start : 0; }
+
+// Returns whether a wait was so long that other blocks may have given up the peer: see agree_whether_arrived.
+template <class P>
+DEV bool is_long(const P& p, const SpinDeadline& deadline) {
+    const u64 twice = 2 * waited_ns(deadline);
+    return twice > p.timeout_ns || twice > kLongWait;
+}
 
 template <class P>
 static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
@@ -73,23 +81,29 @@ static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
     if (load_relaxed(&mine->failed)) return kFailed;
     const u64 now = clock_ns();
     if (!start) start = now;
+    u32 late = ended_ranks(p, now, start);
     for (u32 r = 0; r < p.num_ranks; r++) {
         const u64 lost = load_relaxed(&mine->gave_up[r]);
         if (!lost || !is_alive(p, r) || load_relaxed(&mine->masked) >> r & 1) continue;
+        if (is_closed(lost, r)) {
+            late |= 1u << r;
+            continue;
+        }
         give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), 0, 0, (u32)lost, now - start);
         return kFailed;
     }
-    return now - start > p.timeout_ns ? kTimedOut : kOk;
+    return now - start > p.timeout_ns ? kEveryRank : late;
 }
 
-// Looks at the clock and at the peers' faults in every 64th poll.
+// Returns kFailed, or the ranks for which there is no more waiting, as bits: all once the deadline has passed; before, those
+// that are gone. The caller looks once more whether their message has come. Looks at clock and peers in every 64th poll.
 template <class P>
-DEV u32 poll_deadline(const P& p, SpinDeadline& deadline) {
-    if (++deadline.spins % 64) return kOk;
+DEV u32 late_ranks(const P& p, SpinDeadline& deadline) {
+    if (++deadline.spins % 64) return 0;
     u64 start = deadline.start;  // a copy: a variable whose address a call takes would not stay in a register
-    const u32 state = check_deadline(p, start);
+    const u32 late = check_deadline(p, start);
     deadline.start = start;
-    return state;
+    return late;
 }
 
 // Returns whether a peer whose `word` does not arrive has made another call than this rank: it has sent in another channel,
@@ -112,12 +126,12 @@ static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, 
     return true;
 }
 
-// Handles a peer that missed the deadline. Returns true if it is masked from now on, and the call continues without it; false
+// Handles a peer whose message does not come. Returns true if it is masked from now on, and the call continues without it; false
 // if the group has failed.
 template <class P>
 static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
     if (!p.mask_late) {
-        give_up(p, code, peer, 0, seen, expected, peer, waited);
+        give_up(p, fault_of(p, peer, code), peer, 0, seen, expected, peer, waited);
         return false;
     }
     atomicOr(&control_block(p, p.rank)->masked, 1u << peer);
@@ -134,7 +148,7 @@ DEV bool agreed_late(const P& p, u32 channel, u32 epoch, u32 peer) {
 }
 
 // Makes all blocks agree whether a peer's message arrived in time: the first block to call this decides with `arrived`.
-// Only blocks that have waited for long call it. Returns the decision.
+// Only blocks that have waited for long (is_long) call it: those that have not start too late to differ. Returns the decision.
 template <class P>
 static __device__ __noinline__ bool agree_whether_arrived(const P& p, u32 channel, u32 epoch, u32 peer, bool arrived) {
     u64* verdict = &control_block(p, p.rank)->verdict[channel][peer];
@@ -152,25 +166,30 @@ template <class P>
 DEV u32 wait_for_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word, u32& value) {
     u64 seen = load_relaxed(word);
     SpinDeadline deadline;
+    bool arrived = false;  // in another block
     while (epoch_in(seen) != epoch) {
-        const u32 state = poll_deadline(p, deadline);
+        const u32 late = late_ranks(p, deadline);
         seen = load_relaxed(word);  // it may have arrived while this thread read the clock
         if (epoch_in(seen) == epoch) break;
-        if (state == kFailed) return kFailed;
+        if (late == kFailed) return kFailed;
         if (p.mask_late && deadline.start && deadline.spins % 64 == 0 && agreed_late(p, channel, epoch, peer))
             return kTimedOut;
-        if (state == kTimedOut) {
-            if (p.mask_late && agree_whether_arrived(p, channel, epoch, peer, false))
-                deadline.start = 0;  // it has arrived in another block
-            else return mask_peer(p, peer, kLateHandshake, epoch_in(seen), epoch, p.timeout_ns) ? kTimedOut : kFailed;
+        if (late >> peer & 1) {
+            // The verdict is about the first word of a message; a rank can end before it sends the rest, which then no
+            // block receives.
+            if (p.mask_late && !arrived && agree_whether_arrived(p, channel, epoch, peer, false)) {
+                arrived = true;
+                deadline.start = 0;
+                continue;
+            }
+            const u64 waited = waited_ns(deadline);
+            return mask_peer(p, peer, kLateHandshake, epoch_in(seen), epoch, waited) ? kTimedOut : kFailed;
         }
         if (deadline.start && deadline.spins % 4096 == 0 && is_in_another_call(p, channel, epoch, peer, word))
             return kFailed;
     }
     value = (u32)seen;
-    if (p.mask_late && deadline.start && 2 * waited_ns(deadline) > p.timeout_ns &&
-        !agree_whether_arrived(p, channel, epoch, peer, true))
-        return kTimedOut;
+    if (p.mask_late && is_long(p, deadline) && !agree_whether_arrived(p, channel, epoch, peer, true)) return kTimedOut;
     return kOk;
 }
 
@@ -281,16 +300,20 @@ static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, Decod
     if (peer < p.num_ranks && (call.alive >> peer & 1)) {
         const u64* acks = &control_block(p, p.rank)->acks[channel][peer];
         SpinDeadline deadline;
-        for (;;) {
+        for (u32 late = 0;;) {
             const u64 ack = load_acquire(acks);
             const u32 seen = (u32)(ack >> (call.parity ? 32 : 0));
             if (ack != kMaskedAck && (i32)(seen - (call.epoch - 2)) >= 0) break;
-            const u32 state = ack == kMaskedAck && p.mask_late ? kTimedOut : poll_deadline(p, deadline);
-            if (state == kOk) continue;
-            if (state == kFailed || !mask_peer(p, peer, kLateHandshake, seen, call.epoch - 2, p.timeout_ns))
+            if (late == kFailed) {
                 good = false;
-            else lost = 1u << peer;
-            break;
+                break;
+            }
+            if (late >> peer & 1 || (ack == kMaskedAck && p.mask_late)) {
+                good = mask_peer(p, peer, kLateHandshake, seen, call.epoch - 2, waited_ns(deadline));
+                lost = 1u << peer;
+                break;
+            }
+            late = late_ranks(p, deadline);
         }
         if (p.wait_ns && peer != p.rank && blockIdx.x == gridDim.x - 1) atomicAdd(p.wait_ns + peer, clock_ns() - start);
     }

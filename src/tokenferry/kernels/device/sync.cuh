@@ -14,7 +14,7 @@
 //
 // Every wait has a deadline. A rank that gives up writes the record for its host, announces the fault to its peers, marks
 // its own control block as failed, and returns; later kernels return at once. Kernels never trap: the CUDA context stays
-// usable.
+// usable. A wait for a peer whose process has ended, or that has closed the group, ends after kLongWait instead.
 #pragma once
 #include "device/ptx.cuh"
 #include "generated/control_block.cuh"
@@ -65,6 +65,33 @@ static __device__ __noinline__ void give_up(const P& p, u32 code, u32 peer, u32 
             store_release(&control_block(p, r)->gave_up[p.rank], (u64)cause << 32 | culprit);
 }
 
+// ---- peers that are gone
+
+// Waits that last longer, in nanoseconds, look whether the peer's process has ended. Less than any deadline that makes sense,
+// and more than the blocks of a kernel start apart.
+constexpr u64 kLongWait = 1u << 26;
+
+// Returns the ranks whose processes have ended, as bits. Their host word is read about once a millisecond, and only by
+// threads that have waited for long, since a read of host memory takes microseconds. What those ranks have sent is seen by
+// loads that follow.
+template <class P>
+static __device__ __noinline__ u32 ended_ranks(const P& p, u64 now, u64 start) {
+    if (now - start < kLongWait || (now >> 16) % 16) return 0;
+    const u32 ended = load_relaxed(&p.record->ended);
+    if (ended) fence_system();
+    return ended;
+}
+
+// Returns whether `lost`, of ControlBlock::gave_up, says that rank r has closed the group. It has completed its calls before.
+DEV bool is_closed(u64 lost, u32 r) { return lost == ((u64)kPeerClosed << 32 | r); }
+
+// Returns the fault of a peer whose message does not come: `code`, unless more is known.
+template <class P>
+static __device__ __noinline__ u32 fault_of(const P& p, u32 peer, u32 code) {
+    if (is_closed(load_relaxed(&control_block(p, p.rank)->gave_up[peer]), peer)) return kPeerClosed;
+    return load_relaxed(&p.record->ended) >> peer & 1 ? kPeerEnded : code;
+}
+
 // ---- waits
 
 DEV u32 epoch_in(u64 word) { return (u32)(word >> 32); }
@@ -86,18 +113,20 @@ DEV bool may_wait(const P& p, const W* word, u32 epoch, u32 peer, u32 code, u64&
     if (load_relaxed(&mine->failed)) return false;
     const u64 now = clock_ns();
     if (!start) start = now;
+    bool late = now - start > times * p.timeout_ns || ended_ranks(p, now, start) >> peer & 1;
     for (u32 r = 0; r < p.num_ranks; r++) {
         const u64 lost = load_relaxed(&mine->gave_up[r]);
-        if (lost && !has_come(word, epoch)) {
+        if (!lost) continue;
+        if (is_closed(lost, r)) {
+            late |= r == peer;  // others need not wait for a rank that has done its part
+        } else if (!has_come(word, epoch)) {
             give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), epoch_in(load_relaxed(word)), epoch, (u32)lost, now - start);
             return false;
         }
     }
-    if (now - start > times * p.timeout_ns && !has_come(word, epoch)) {
-        give_up(p, code, peer, 0, epoch_in(load_relaxed(word)), epoch, peer, now - start);
-        return false;
-    }
-    return true;
+    if (!late || has_come(word, epoch)) return true;
+    give_up(p, fault_of(p, peer, code), peer, 0, epoch_in(load_relaxed(word)), epoch, peer, now - start);
+    return false;
 }
 
 // Polls until `word` carries `epoch` in its upper half (u64) or equals it (u32). Returns false if the group is broken. Orders
