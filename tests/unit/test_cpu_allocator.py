@@ -53,6 +53,16 @@ def test_few_free_blocks_are_kept():
     assert len(allocator._free) == 12
 
 
+def test_nothing_is_kept_after_closing():
+    allocator = Allocator()
+    results = [allocator.empty(*LARGE, dtype=torch.float32) for _ in range(3)]
+    results.pop()
+    allocator.close()
+    assert not allocator._free
+    results.clear()
+    assert not allocator._free
+
+
 def test_results_outlive_the_allocator():
     result = Allocator().empty(*LARGE, dtype=torch.float32)
     gc.collect()

@@ -26,6 +26,7 @@ class Allocator:
 
     def __init__(self) -> None:
         self._free: deque[mmap.mmap] = deque(maxlen=_KEPT_BLOCKS)
+        self._closed = False
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return a contiguous tensor whose content is undefined, like `torch.empty`."""
@@ -37,8 +38,18 @@ class Allocator:
         block = self._take(num_bytes)
         view = memoryview(block)
         # Only the tensor's storage refers to the view, so the block is free when the storage is.
-        weakref.finalize(view, self._free.append, block).atexit = False
+        weakref.finalize(view, self._put_back, block).atexit = False
         return torch.frombuffer(view, dtype=torch.uint8, count=num_bytes).view(dtype).view(*shape)
+
+    def close(self) -> None:
+        """Unmap the free blocks, and keep none from now on: the memory of a result is gone with its last tensor."""
+        self._closed = True
+        self._free.clear()
+
+    def _put_back(self, block: mmap.mmap) -> None:
+        self._free.append(block)
+        if self._closed:  # looked up last: another thread may have closed meanwhile
+            self._free.clear()
 
     def _take(self, num_bytes: int) -> mmap.mmap:
         """Return the smallest free block that fits and is at most twice too large, or a new one."""
