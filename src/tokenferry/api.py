@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import Backend
 from tokenferry.backends.choose import make_backend
-from tokenferry.errors import ArgumentError, ClosedError
+from tokenferry.errors import ArgumentError, ClosedError, TokenferryError
 from tokenferry.options import check_divides, resolve_options
 from tokenferry.resolve import Resolver
 from tokenferry.types import (
@@ -39,6 +39,9 @@ from tokenferry.types import (
 # The one piece of global state of the public API: torch.library ops take strings, not objects, so `tokenferry.autograd`
 # finds a group by its key, even from a graph that was compiled long ago. Weak, so that it keeps no group alive.
 _groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
+
+_MAY_BE_REFUSALS = (OSError, MemoryError, RuntimeError)
+"""The classes of errors with which the system and torch report that a resource was refused."""
 
 _Group = TypeVar("_Group", bound="ExpertGroup")
 
@@ -267,8 +270,12 @@ class ExpertGroup:
             ClosedError: the group was closed or is broken.
         """
         self._ready("empty_rows")
-        self._resolver.empty_rows(plan, dtype)
-        return self._backend.empty_rows(plan, dtype, self.shape.hidden)
+        try:
+            self._resolver.empty_rows(plan, dtype)
+            return self._backend.empty_rows(plan, dtype, self.shape.hidden)
+        except _MAY_BE_REFUSALS as error:
+            self._raise_if_refused("empty_rows", error, local=True)
+            raise
 
     def _plan_columns(self, options: DispatchOptions) -> int:
         """Return the number of columns of ``Plan._places`` for a dispatch with these options; 0 on the CPU. Local."""
@@ -350,6 +357,7 @@ class ExpertGroup:
             ConfigError: backend cuda, a view of the group with E > 4096 or K > 64.
             MismatchError: ranks made different calls.
             PeerTimeout: a rank did not answer within ``timeout_s``; names the rank, the call and its number.
+            ResourceError: the system refused memory, descriptors or the like; names the limit.
             ClosedError: the group was closed or is broken.
 
         Example:
@@ -363,7 +371,11 @@ class ExpertGroup:
             ([1, 2], [4.0, 0.0, 8.0])
         """
         self._ready("dispatch")
-        return self._backend.dispatch(self._resolver.dispatch(x, routing, options, num_sms))
+        try:
+            return self._backend.dispatch(self._resolver.dispatch(x, routing, options, num_sms))
+        except _MAY_BE_REFUSALS as error:
+            self._raise_if_refused("dispatch", error)
+            raise
 
     @overload
     def redispatch(
@@ -399,10 +411,14 @@ class ExpertGroup:
 
         Raises:
             PlanError: the plan is another group's.
-            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+            ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         self._ready("redispatch")
-        return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights, num_sms))
+        try:
+            return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights, num_sms))
+        except _MAY_BE_REFUSALS as error:
+            self._raise_if_refused("redispatch", error)
+            raise
 
     def combine(
         self,
@@ -443,10 +459,14 @@ class ExpertGroup:
         Raises:
             PlanError: the plan is another group's.
             CapacityError: CUDA: the heap is too small for the rows that return, or for copies; gives the numbers.
-            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+            ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         self._ready("combine")
-        return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out, num_sms))
+        try:
+            return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out, num_sms))
+        except _MAY_BE_REFUSALS as error:
+            self._raise_if_refused("combine", error)
+            raise
 
     # ------------------------------------------------------------------ latency: decoding
 
@@ -519,11 +539,15 @@ class ExpertGroup:
             CapacityError: T > M; CUDA: a rank's heap is too small for the rows (then on every rank).
             ArgumentError: CUDA: a graph cannot capture this; names the call to make before.
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
-            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+            ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         self._ready("decode_dispatch")
-        request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
-        return self._backend.decode_dispatch(request)
+        try:
+            request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
+            return self._backend.decode_dispatch(request)
+        except _MAY_BE_REFUSALS as error:
+            self._raise_if_refused("decode_dispatch", error)
+            raise
 
     def decode_combine(  # seven parameters instead of six: numerics and encoding are chosen independently
         self,
@@ -571,11 +595,15 @@ class ExpertGroup:
             ArgumentError: ``numerics`` or ``encoding`` is not one of these, or ``encoding`` needs H to be a multiple of
                 128; CUDA: a graph cannot capture this.
             CapacityError: CUDA: as `decode_dispatch`, if the rows of y are larger than those of x.
-            ShapeError, MismatchError, PeerTimeout, ClosedError: as `dispatch`.
+            ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         self._ready("decode_combine")
-        request = self._resolver.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
-        return self._backend.decode_combine(request)
+        try:
+            request = self._resolver.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
+            return self._backend.decode_combine(request)
+        except _MAY_BE_REFUSALS as error:
+            self._raise_if_refused("decode_combine", error)
+            raise
 
     def _adopt(self, backend: Backend, shape: MoeShape, timeout_s: float, *, origin: ExpertGroup | None = None) -> None:
         self._backend = backend
@@ -589,6 +617,11 @@ class ExpertGroup:
     def _ready(self, call: str) -> None:
         if self._backend.broken:
             raise ClosedError(f"{call}: the group {self._backend.broken}; make a new ExpertGroup")
+
+    def _raise_if_refused(self, call: str, error: Exception, *, local: bool = False) -> None:
+        refused = None if isinstance(error, TokenferryError) else self._backend.refused(call, error, local=local)
+        if refused is not None:
+            raise refused from error
 
 
 def find_group(key: str, shape: MoeShape) -> ExpertGroup:

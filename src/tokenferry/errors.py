@@ -11,6 +11,7 @@ TokenferryError
 ├── UnsupportedError       an argument of the DeepEP API that this backend cannot honour
 ├── MismatchError          ranks made different calls; the group is broken
 ├── PeerTimeout            a rank did not answer in time, or died; the group is broken
+├── ResourceError          the system refused memory, file descriptors or the like; the group is broken (see the class)
 └── ClosedError            the group was closed, or broken by an earlier error
 
 A *broken* group raises ClosedError on every later call and can only be closed; make a new group to continue.
@@ -100,6 +101,32 @@ def _rebuild_peer_timeout(
     message: str, phase: str, call: int, rank: int, peers: tuple[int, ...], waited_s: float
 ) -> PeerTimeout:
     return PeerTimeout(message, phase=phase, call=call, rank=rank, peers=peers, waited_s=waited_s)
+
+
+class ResourceError(TokenferryError, OSError):
+    """The system refused memory, file descriptors or another resource. The message names it, the limit and the remedy.
+
+    On the CPU the group is broken: its peers would wait for this rank, so they are told at once, and raise
+    `PeerTimeout` with the same reason. On a GPU nothing was sent, and the group stays usable, unless the message says
+    otherwise.
+
+    Attributes:
+        resource: What was refused, such as ``"file descriptors"``, ``"memory"`` or ``"shared memory"``.
+        errno: The code of the system, such as ``errno.EMFILE``.
+    """
+
+    def __init__(self, message: str, *, resource: str, errno: int) -> None:
+        super().__init__(message)
+        self.resource = resource
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep the attributes when the exception is pickled."""
+        return (_rebuild_resource_error, (self.args[0], self.resource, self.errno))
+
+
+def _rebuild_resource_error(message: str, resource: str, errno: int) -> ResourceError:
+    return ResourceError(message, resource=resource, errno=errno)
 
 
 class ClosedError(TokenferryError, RuntimeError):

@@ -1,6 +1,7 @@
 """The contract suite's jobs on the CUDA backend, on the emulator; see tests/support/emulated_group.py."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from support.emulated_group import EmulatedPair
 from support.emulator import Emulator
 from support.on_device import OnDevice
 from tokenferry import MoeShape
-from tokenferry.errors import CapacityError, ConfigError, MismatchError, RoutingError
+from tokenferry.errors import CapacityError, ConfigError, MismatchError, ResourceError, RoutingError
 from tokenferry.testing.compare import same_bits
 from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 
@@ -104,3 +105,53 @@ def odd_views(rank: int, pg: None, pair: EmulatedPair) -> None:
 
 def test_odd_views_and_wide_scales(run):
     run(2, odd_views)
+
+
+def close_after_decoding(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """A group that is closed has no block of the window, which can be freed although the group is still referenced."""
+    with pair.open(pg, SHAPE) as group:
+        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]), torch.ones(2, 2))
+        got = group.decode_dispatch(x, routing, return_hook=True)
+        got.hook()
+        group.decode_combine(got.x, got.plan)
+        assert group._backend.context.heap.num_live > 0
+        del got
+        pair.barrier()
+    assert group._backend.context.heap.num_live == 0
+
+
+def test_a_closed_group_holds_no_memory(run):
+    run(2, close_after_decoding)
+
+
+def use_up_memory(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """Before anything is sent, the group stays usable; afterwards it is broken."""
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none.")
+    with pair.open(pg, SHAPE) as group:
+        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+        pair.barrier()
+        if rank == 1:
+            with (
+                mock.patch.object(group._backend.dispatcher, "_recv_buffers", side_effect=full),
+                pytest.raises(
+                    ResourceError, match=r"^dispatch: rank 1 \(nothing was sent\): memory of the GPU refused"
+                ),
+            ):
+                group.dispatch(x, routing)
+        sent = group.dispatch(x, routing)
+        allocator = group._backend.allocator
+        if rank == 1:
+            copied_out = lambda call, num_bytes: (allocator.call_block(call, num_bytes), True)  # noqa: E731
+            with (
+                mock.patch.object(allocator, "recv_block", copied_out),
+                mock.patch("tokenferry.backends.cuda.dispatch._clone", side_effect=full),
+                pytest.raises(ResourceError, match=r"rank 1 \(the group is broken\): memory of the GPU .*empty_cache"),
+            ):
+                group.redispatch(x, sent.plan)
+            assert "OutOfMemoryError" in group._backend.broken
+        else:
+            group.redispatch(x, sent.plan)
+
+
+def test_memory_that_runs_out(run):
+    run(2, use_up_memory)

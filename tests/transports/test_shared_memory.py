@@ -1,14 +1,19 @@
 """SharedMemoryTransport, both ends in one process: what the contract suite cannot observe."""
 
+import contextlib
+import errno
+import gc
 import os
 import socket
 
 import pytest
 import torch
 
+from support.refusals import descriptors_left
 from support.transport_pair import HEADER, connected, exchange, post, receive
-from tokenferry.errors import PeerTimeout
+from tokenferry.errors import PeerTimeout, ResourceError
 from tokenferry.transports.base import CallId, Deadline, Watermarks
+from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 
 @pytest.fixture
@@ -122,6 +127,64 @@ def test_messages_sent_before_a_peer_closed_are_still_received(pair):
     assert receive(zero, 1, 1) == 100
 
 
+def test_a_group_of_one_shares_nothing(monkeypatch):
+    monkeypatch.setattr("os.memfd_create", None)  # as where it is forbidden
+    alone = SharedMemoryTransport(0, {})
+    call = CallId(1, "test")
+    (buffer,) = alone.open(call, [100])
+    buffer.fill_(7)
+    alone.post(call, [HEADER], Deadline(1.0))
+    assert bool((alone.receive(call, 0, Deadline(1.0)).body == 7).all())
+
+
+def test_a_peer_that_leaves_says_why(pair):
+    zero, one = pair
+    post(one, 1, 100)
+    one.leave("ä" * 1000)
+    one.close(linger=False)
+    post(zero, 1, 100)
+    assert receive(zero, 1, 1) == 100
+    post(zero, 2, 100)
+    with pytest.raises(PeerTimeout, match=r"test #2: .* rank 1: it left the group: ä{1000}\. The last"):
+        receive(zero, 2, 1)
+
+
+def test_a_peer_that_leaves_does_not_wait_for_one_that_reads_nothing(pair):
+    zero, _ = pair
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            zero._peers[1].socket.send(bytes(1 << 16))
+    zero.leave("no reason")
+
+
+def test_descriptors_that_find_no_space_are_an_error(pair):
+    zero, one = pair
+    post(one, 1, 100)
+    post(zero, 1, 100)
+    with descriptors_left(0), pytest.raises(ResourceError, match="RLIMIT_NOFILE") as caught:
+        receive(zero, 1, 1)
+    assert caught.value.errno == errno.EMFILE
+
+
+def test_a_closed_transport_holds_no_memory(pair):
+    """Neither segments nor mappings, of messages that nobody has received either."""
+    gc.collect()
+    before = mapped_segments()
+    for transport in pair:
+        post(transport, 1, 10_000_000)
+    for transport in pair:
+        transport.highest_announced_call()
+    assert mapped_segments() == before + 4
+    for transport in pair:
+        transport.close(linger=False)
+    assert mapped_segments() == before
+
+
+def mapped_segments() -> int:
+    with open("/proc/self/maps") as file:
+        return sum("memfd:tokenferry" in line for line in file)
+
+
 def test_a_silent_peer_is_named_at_the_deadline(pair):
     zero, _ = pair
     call = post(zero, 1, 100)
@@ -160,7 +223,7 @@ def test_a_blocked_send_continues_when_the_peer_reads(pair):
 
 
 def test_too_little_memory_raises_instead_of_killing(pair):
-    with pytest.raises(MemoryError, match=r"cannot allocate .* bytes of shared memory"):
+    with pytest.raises(ResourceError, match=r"cannot allocate .* bytes of shared memory: .* refused"):
         pair[0].open(CallId(1, "test"), [0, 1 << 55])
 
 

@@ -14,6 +14,8 @@ CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubcla
 def make(kind: type[Exception]) -> Exception:
     if kind is errors.PeerTimeout:
         return kind("dispatch #7: rank 1 waited", phase="dispatch", call=7, rank=1, peers=(2, 5), waited_s=30.5)
+    if kind is errors.ResourceError:
+        return kind("dispatch #7: rank 1: file descriptors refused", resource="file descriptors", errno=24)
     return kind("x: expected 1, got 2")
 
 
@@ -24,6 +26,7 @@ def test_pickle_keeps_everything(kind):
     assert type(again) is kind
     assert str(again) == str(error)
     assert vars(again) == vars(error)
+    assert getattr(again, "errno", None) == getattr(error, "errno", None)
 
 
 def test_a_timeout_has_the_ranks_that_waited_and_were_missed():
@@ -51,6 +54,7 @@ def test_one_root_catches_all(kind):
         (errors.UnsupportedError, NotImplementedError),
         (errors.MismatchError, RuntimeError),
         (errors.PeerTimeout, TimeoutError),
+        (errors.ResourceError, OSError),
         (errors.ClosedError, RuntimeError),
     ],
 )

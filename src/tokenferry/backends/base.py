@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tokenferry.errors import ResourceError
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -164,6 +165,13 @@ class Backend(Protocol):
     def mask(self, rank: int, *, masked: bool) -> None: ...  # noqa: D102
     def masked(self) -> frozenset[int]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
+
+    def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
+        """Return the error to raise in place of one that a call met because a resource was refused, else None.
+
+        Breaks the backend if its peers wait for this rank; after a ``local`` call they do not.
+        """
+        ...
 
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """Return C of ``Plan._places``, which has T rows where C > 0, and none otherwise."""

@@ -1,25 +1,18 @@
-"""Checks whether ranks can map each other's GPU memory, and agreement on one reason if they cannot."""
+"""Checks whether ranks can map each other's GPU memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from tokenferry.transports.handshake import host_name
+from tokenferry.transports.handshake import Exchange, agree, host_name
 
 MAX_RANKS = 8
 """The largest number of GPUs in one NVLink domain on the supported machines."""
 _OLDEST = (9, 0)
-
-
-class Exchange(Protocol):
-    """The part of `tokenferry.transports.handshake.Bootstrap` that windows use."""
-
-    def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
-        """Send one handshake to every rank, and return those of all ranks, by rank."""
 
 
 def process_name() -> str:
@@ -72,11 +65,6 @@ def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
         if other is not None and other != mine["index"] and not torch.cuda.can_device_access_peer(mine["index"], other):
             return f"the GPU of rank {rank} ({mine['uuid']}) cannot reach that of rank {peer} ({uuid})"
     return ""
-
-
-def agree(table: Exchange, reason: str) -> str:
-    """Return the reason of the lowest rank that has one, or an empty string; the same on all ranks. Collective."""
-    return next((handshake["why_not"] for handshake in table.exchange({"why_not": reason}) if handshake["why_not"]), "")
 
 
 def obstacle(table: Exchange | None, rank: int, device: torch.device | None) -> str:

@@ -17,8 +17,9 @@ import torch
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.driver import Device, check
 from tokenferry.memory.heap import Heap
-from tokenferry.memory.reach import Exchange, agree, describe, why_not
+from tokenferry.memory.reach import describe, why_not
 from tokenferry.memory.streams import CudaStreams
+from tokenferry.transports.handshake import Exchange, agree
 
 _PAGE = 2 << 20
 """Allocations are multiples of this: smaller ones share a page with others, which IPC would then share too."""

@@ -106,6 +106,13 @@ class Transport(Protocol):
     def skip_to(self, number: int) -> None:
         """Count all calls up to ``number`` as finished, and drop their messages."""
 
+    def leave(self, why: str) -> None:
+        """Tell every peer, in place of the next call's message, that this rank makes no more calls, and why.
+
+        Then ``receive`` of that peer raises at once. Call `close` next. Raises nothing, and blocks for a few seconds at
+        most, while peers are yet to make the call.
+        """
+
     def close(self, *, linger: bool) -> None:
         """Free everything; local, idempotent.
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, peer_timeout
 from tokenferry.transports.process_group import ProcessGroupTransport
+from tokenferry.transports.refused import resource_error
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -26,6 +27,13 @@ _NO_HEADER = (0,) * HEADER_INTS
 _CALL = CallId(0, "making the group")
 _POLL_S = 0.0005
 _REMEDY = "All ranks make a group together."
+
+
+class Exchange(Protocol):
+    """The part of `Bootstrap` that others use."""
+
+    def exchange(self, handshake: dict[str, Any]) -> list[dict[str, Any]]:
+        """Send one handshake to every rank, and return those of all ranks, by rank."""
 
 
 class Bootstrap:
@@ -41,6 +49,7 @@ class Bootstrap:
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float, device: torch.device | None = None) -> None:
+        self._rank = group.rank()
         self._timeout_s = timeout_s
         self._carrier = _carrier(group, device or torch.device("cpu"))
 
@@ -49,9 +58,21 @@ class Bootstrap:
 
         Raises:
             PeerTimeout: a rank did not send its handshake in time; the message names it.
+            ResourceError: the system refused memory or descriptors for it.
         """
-        texts = self._carrier.exchange(json.dumps(handshake).encode(), Deadline(self._timeout_s))
+        try:
+            texts = self._carrier.exchange(json.dumps(handshake).encode(), Deadline(self._timeout_s))
+        except (OSError, MemoryError, RuntimeError) as error:
+            refused = resource_error(f"{_CALL.phase}: rank {self._rank}", error)
+            if refused is None:
+                raise
+            raise refused from error
         return [json.loads(text) for text in texts]
+
+
+def agree(table: Exchange, reason: str) -> str:
+    """Return the reason of the lowest rank that has one, or an empty string; the same on all ranks. Collective."""
+    return next((handshake["why_not"] for handshake in table.exchange({"why_not": reason}) if handshake["why_not"]), "")
 
 
 def moves_cpu_tensors(group: dist.ProcessGroup) -> bool:
@@ -127,6 +148,8 @@ class _Store:
                 self._store.delete_key(self._last)
             self._last = self._key(number, self._rank)
         except RuntimeError as error:
+            if resource_error("", error) is not None:  # nobody else's fault
+                raise
             why = f"the process group's store failed ({str(error).splitlines()[0][:160]})"
             others = [peer for peer in range(self._num_ranks) if peer != self._rank]
             raise peer_timeout(_CALL, self._rank, others, why, deadline.waited(), _REMEDY) from error

@@ -34,9 +34,14 @@ from tokenferry.transports.base import (
     Watermarks,
     peer_timeout,
 )
+from tokenferry.transports.refused import resource_error
 
 _TAG = 0x40000000
+GROUP_IDS = 1 << 14
+"""The number of ids of groups; handshakes have id 0."""
 _LINGER_S = 5.0
+_LEFT = -1
+"""In place of a watermark: the sender makes no more calls, and the body is its reason."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +70,10 @@ class _BodyReceive:
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
-    """A call that this rank has opened: its sends, and the receives and send errors by peer."""
+    """A call that this rank has opened: its sends, and by peer the receives and the errors to raise.
+
+    ``undeliverable``: there was no memory for a body, for whose receipt its sender waits.
+    """
 
     call: CallId
     buffers: list[Tensor]
@@ -75,6 +83,7 @@ class _InFlight:
     headers: dict[int, _HeaderReceive] = field(default_factory=dict)
     bodies: dict[int, _BodyReceive] = field(default_factory=dict)
     failed: dict[int, PeerTimeout] = field(default_factory=dict)
+    undeliverable: bool = False
 
 
 class ProcessGroupTransport:
@@ -86,11 +95,12 @@ class ProcessGroupTransport:
         self.rank = group.rank()
         self.num_ranks = group.size()
         self._group = group
-        self._tag = _TAG | (group_id & 0x3FFF) << 16
+        self._tag = _TAG | (group_id % GROUP_IDS) << 16
         self._watermarks = Watermarks(self.num_ranks)
         self._last_messages = LastMessages(self.num_ranks)
         self._in_flight: dict[int, _InFlight] = {}
         self._lingering: deque[_InFlight] = deque()
+        self._next_calls = [1] * self.num_ranks
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return new tensors. See `Transport.open`."""
@@ -123,6 +133,8 @@ class ProcessGroupTransport:
             raise error
         for peer in list(current.headers):
             self._receive_header(current, peer, deadline, check)
+        for error in current.failed.values():
+            raise error
         body = current.bodies.pop(src)
         if body.work is not None:
             self._wait(body.work, call, src, deadline)
@@ -160,6 +172,23 @@ class ProcessGroupTransport:
     def skip_to(self, number: int) -> None:
         """Do nothing: all ranks have made the same number of calls. See `Transport.skip_to`."""
 
+    def leave(self, why: str) -> None:
+        """Send the reason as the message of the next call. See `Transport.leave`."""
+        text = torch.frombuffer(bytearray(why.encode()), dtype=torch.uint8)
+        header = torch.tensor([_LEFT, text.numel(), *[0] * HEADER_INTS], dtype=torch.int64, device="cpu")
+        deadline, sends, patience_s = Deadline(_LINGER_S), [], _LINGER_S
+        try:
+            self._drain(deadline)
+        except (PeerTimeout, RuntimeError, MemoryError):
+            patience_s = 0.0  # then the waits below time out: gloo closes all connections, which peers see at once
+        for peer in sorted(set(range(self.num_ranks)) - {self.rank}):
+            with contextlib.suppress(PeerTimeout, RuntimeError):
+                call = CallId(self._next_calls[peer], "leave")
+                sends += [self._start("send", header, peer, call, 0), self._start("send", text, peer, call, 1)]
+        for work in sends:
+            with contextlib.suppress(RuntimeError):
+                work.wait(timedelta(seconds=max(min(deadline.left(), patience_s), 0.001)))
+
     def close(self, *, linger: bool) -> None:
         """Free all buffers; the process group belongs to the caller and stays open. See `Transport.close`."""
         deadline = Deadline(_LINGER_S if linger else 0.0)
@@ -180,6 +209,7 @@ class ProcessGroupTransport:
         body = current.buffers[peer]
         outgoing = torch.tensor([self._watermarks.local, body.numel(), *header], dtype=torch.int64)
         current.header_sends.append(self._start("send", outgoing, peer, current.call, 0))
+        self._next_calls[peer] = current.call.number + 1
         current.sends.append(_Send(peer, current.header_sends[-1]))
         if body.numel():
             current.sends.append(_Send(peer, self._start("send", body, peer, current.call, 1)))
@@ -188,18 +218,44 @@ class ProcessGroupTransport:
         started = current.headers.pop(peer)
         self._wait(started.work, current.call, peer, deadline)
         watermark, size, *header = started.header.tolist()
+        if watermark == _LEFT:
+            # Raised only when the headers of all others have come, or these ranks would wait for this one.
+            current.failed[peer] = self._left(current.call, peer, size, deadline)
+            return
         self._watermarks.update(peer, watermark)
         if check is not None:
             check(peer, tuple(header))
+        current.undeliverable = True  # until there is memory for the body
         body = torch.empty(size, dtype=torch.uint8)
+        current.undeliverable = False
         work = self._start("recv", body, peer, current.call, 1) if size else None
         current.bodies[peer] = _BodyReceive(work, Message(tuple(header), body))
+
+    def _drain(self, deadline: Deadline) -> None:
+        """Receive what peers have sent in the calls in flight, for which they wait: else they could not be told."""
+        for current in self._in_flight.values():
+            if current.undeliverable:
+                raise MemoryError
+            for peer in list(current.headers):
+                self._receive_header(current, peer, deadline, None)
+            for peer, body in current.bodies.items():
+                if body.work is not None:
+                    self._wait(body.work, current.call, peer, deadline)
+
+    def _left(self, call: CallId, peer: int, size: int, deadline: Deadline) -> PeerTimeout:
+        """Receive the reason why a peer left the group, and return the error to raise."""
+        text = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self._wait(self._start("recv", text, peer, call, 1), call, peer, deadline)
+        why = f"it left the group: {bytes(text.tolist()).decode(errors='replace')}"
+        return peer_timeout(call, self.rank, [peer], why, deadline.waited(), self._last_messages.describe(peer))
 
     def _start(self, verb: str, tensor: Tensor, peer: int, call: CallId, part: int) -> dist.Work:
         tag = self._tag | (call.number & 0x7FFF) << 1 | part
         try:
             work: dist.Work = getattr(self._group, verb)([tensor], peer, tag)
         except RuntimeError as error:
+            if resource_error("", error) is not None:  # no peer's fault
+                raise
             if "No backend type associated with device type cpu" in str(error):
                 raise BackendUnavailable(
                     f"the process group cannot move CPU tensors ({error}); pass a group made with backend 'gloo' or "
@@ -214,6 +270,8 @@ class ProcessGroupTransport:
             # gloo takes 0 for "no limit"
             work.wait(timedelta(seconds=max(deadline.left(), 0.001)))
         except RuntimeError as error:
+            if resource_error("", error) is not None:  # no peer's fault
+                raise
             why = "no answer within timeout_s" if deadline.left() == 0 else _reason(error)
             last = self._last_messages.describe(peer)
             raise peer_timeout(call, self.rank, [peer], why, deadline.waited(), last) from error

@@ -6,8 +6,10 @@ no path, does not outlive the processes, and is not subject to the size limit of
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokenferry.errors import ResourceError
+from tokenferry.transports.refused import resource_error
+
 _PAGE = 1 << 16
+MAX_FDS = 64
+"""Descriptors to receive at once."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +55,7 @@ def create(number: int, num_bytes: int) -> Segment:
     """Create a segment of at least ``num_bytes``, and up to an eighth more so that it fits later calls too.
 
     Raises:
-        MemoryError: there is not enough shared memory.
+        ResourceError: shared memory, or what it takes, was refused.
     """
     unit = max(_PAGE, 1 << max(num_bytes.bit_length() - 4, 0))
     size = -(-num_bytes // unit) * unit
@@ -56,13 +63,13 @@ def create(number: int, num_bytes: int) -> Segment:
     try:
         fd = _anonymous_file(size)
         return Segment(number, fd, attach(fd, size))
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         if fd >= 0:
             os.close(fd)
-        raise MemoryError(
-            f"cannot allocate {size} bytes of shared memory ({error}); send fewer tokens at once, or use "
-            "transport='process_group'"
-        ) from error
+        refused = resource_error(f"cannot allocate {size} bytes of shared memory", error)
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def attach(fd: int, size: int) -> Tensor:
@@ -70,10 +77,64 @@ def attach(fd: int, size: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
+def receive(sock: socket.socket, num_bytes: int) -> tuple[bytes, list[int]]:
+    """Receive bytes and the descriptors of segments that come along; as `socket.recv`.
+
+    Raises:
+        ResourceError: this process may not have the descriptors, which are lost.
+    """
+    data, fds, flags, _ = socket.recv_fds(sock, num_bytes, MAX_FDS)
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        refused = resource_error("cannot receive the descriptor of a peer's shared memory", _why_lost(sock))
+        assert refused is not None
+        raise refused
+    return data, fds
+
+
+def _why_lost(sock: socket.socket) -> OSError:
+    """Return why the system has dropped a descriptor, which it does not say: there is space for none, or a rule."""
+    try:
+        os.close(os.dup(sock.fileno()))
+    except OSError as error:
+        return error
+    return PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def why_not() -> str:
+    """Return why this process cannot use segments, or an empty string, by trying all of it with a small one.
+
+    One is created, mapped, sent over a Unix socket, received, and mapped once more.
+    """
+    if not hasattr(socket, "send_fds"):
+        return "there are no Unix sockets that pass descriptors"
+    try:
+        made = create(1, 1)
+        made.memory[0] = 7
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours, theirs:
+            socket.send_fds(ours, [b"-"], [made.fd])
+            _, fds = receive(theirs, 1)
+        try:
+            same = attach(fds[0], made.memory.numel())[0].item() == 7
+        finally:
+            os.close(fds[0])
+        return "" if same else "memory that is passed to another process is not the same memory there"
+    except (OSError, MemoryError, RuntimeError) as error:
+        return str(
+            error if isinstance(error, ResourceError) else resource_error("trying shared memory", error) or error
+        )
+
+
 def _anonymous_file(size: int) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("tokenferry", os.MFD_CLOEXEC)
-        os.ftruncate(fd, size)
+        try:
+            os.ftruncate(fd, size)
+        except OSError:
+            os.close(fd)
+            raise
         return fd
     with tempfile.TemporaryFile() as file:  # macOS: already unlinked, exists as long as a descriptor
         file.truncate(size)

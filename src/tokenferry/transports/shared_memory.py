@@ -11,6 +11,7 @@ each call in flight. No call ever waits for a segment.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -34,7 +35,7 @@ from tokenferry.transports.base import (
 )
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
-_POST, _POST_WITH_FD, _RETIRE, _ANNOUNCE = 1, 2, 3, 4
+_POST, _POST_WITH_FD, _RETIRE, _ANNOUNCE, _LEAVE = 1, 2, 3, 4, 5
 _NO_HEADER = (0,) * HEADER_INTS
 _ALIGN = 64
 
@@ -45,7 +46,8 @@ class _Notice:
 
     Attributes:
         kind: `_POST`: a message is ready; `_POST_WITH_FD`: the same, and the descriptor of its segment comes along;
-            `_RETIRE`: unmap a segment; `_ANNOUNCE`: the number of the sender's last call.
+            `_RETIRE`: unmap a segment; `_ANNOUNCE`: the number of the sender's last call; `_LEAVE`: the sender leaves,
+            and everything behind this notice is its reason, a text.
         call: The number of a call.
         watermark: The sender's watermark.
         segment: The number of the segment of a body, 0 without a body.
@@ -84,6 +86,7 @@ class _Peer:
         mappings: Segments of the peer that are mapped here, by number.
         writable: False once sends fail; messages that the peer sent before may still be in the socket.
         readable: False once the socket is closed and everything that the peer sent has been read.
+        left: True once the peer has sent `_LEAVE`; ``data`` is then its reason.
     """
 
     rank: int
@@ -94,6 +97,13 @@ class _Peer:
     mappings: dict[int, Tensor] = field(default_factory=dict)
     writable: bool = True
     readable: bool = True
+    left: bool = False
+
+    def why_gone(self) -> str:
+        """Return why this peer sends no more messages."""
+        if self.left:
+            return f"it left the group: {self.data.decode(errors='replace')}"
+        return "its process ended or closed the group"
 
 
 @dataclass(slots=True, eq=False)
@@ -139,8 +149,9 @@ class SharedMemoryTransport:
         for size in sizes:
             offsets.append(end)
             end += -(-size // _ALIGN) * _ALIGN
-        segment = self._free_segment(end) if end else None
-        memory = torch.empty(0, dtype=torch.uint8) if segment is None else segment.memory
+        # A group of one has nothing to share, and works where shared memory is forbidden.
+        segment = self._free_segment(end) if end and self._peers else None
+        memory = torch.empty(end, dtype=torch.uint8) if segment is None else segment.memory
         buffers = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
         self._in_flight[call.number] = _InFlight(buffers, offsets, segment)
         return buffers
@@ -182,9 +193,8 @@ class SharedMemoryTransport:
         peer = self._peers[src]
         while call.number not in peer.inbox:
             if not peer.readable:
-                why = "its process ended or closed the group"
                 last = self._last_messages.describe(src)
-                raise peer_timeout(call, self.rank, [src], why, deadline.waited(), last)
+                raise peer_timeout(call, self.rank, [src], peer.why_gone(), deadline.waited(), last)
             left = deadline.left()
             if left == 0:
                 missing = sorted(r for r in current.expected if call.number not in self._peers[r].inbox)
@@ -233,6 +243,13 @@ class SharedMemoryTransport:
         for peer in self._peers.values():
             peer.inbox = {call: message for call, message in peer.inbox.items() if call > number}
 
+    def leave(self, why: str) -> None:
+        """Send a last notice, with the reason behind it. See `Transport.leave`."""
+        text = why.encode()
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):  # a peer that reads nothing finds the closed socket
+                peer.socket.send(_Notice(_LEAVE, size=len(text)).pack() + text)
+
     def close(self, *, linger: bool) -> None:
         """Close the sockets, which peers detect, and free all memory. See `Transport.close`.
 
@@ -243,6 +260,7 @@ class SharedMemoryTransport:
             for fd in peer.fds:
                 os.close(fd)
             peer.fds.clear()
+            peer.inbox.clear()
             peer.mappings.clear()
         self._segments.clear()
         self._in_flight.clear()
@@ -293,7 +311,7 @@ class SharedMemoryTransport:
 
     def _read(self, peer: _Peer) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(peer.socket, 1 << 16, 64)
+            data, fds = seg.receive(peer.socket, 1 << 16)
         except BlockingIOError:
             return
         except ConnectionResetError:
@@ -304,7 +322,7 @@ class SharedMemoryTransport:
             return
         peer.data += data
         peer.fds += fds
-        while len(peer.data) >= _NOTICE.size:
+        while len(peer.data) >= _NOTICE.size and not peer.left:
             notice = _Notice.unpack(peer.data)
             del peer.data[: _NOTICE.size]
             self._handle(peer, notice)
@@ -316,10 +334,15 @@ class SharedMemoryTransport:
         if notice.kind == _ANNOUNCE:
             self._announced = max(self._announced, notice.call)
             return
+        if notice.kind == _LEAVE:
+            peer.left = True
+            return
         if notice.kind == _POST_WITH_FD:
             fd = peer.fds.pop(0)
-            peer.mappings[notice.segment] = seg.attach(fd, os.fstat(fd).st_size)
-            os.close(fd)
+            try:
+                peer.mappings[notice.segment] = seg.attach(fd, os.fstat(fd).st_size)
+            finally:
+                os.close(fd)
         self._watermarks.update(peer.rank, notice.watermark)
         current = self._in_flight.get(notice.call)
         # A message is late if its call was made without this peer.

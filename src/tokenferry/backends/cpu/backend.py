@@ -16,7 +16,8 @@ from tokenferry.backends.base import (
 )
 from tokenferry.backends.cpu import combine, decode, dispatch
 from tokenferry.backends.cpu.exchange import Exchange
-from tokenferry.errors import ArgumentError, BackendUnavailable
+from tokenferry.errors import ArgumentError, BackendUnavailable, ResourceError
+from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import connect
 from tokenferry.types import (
     Combined,
@@ -97,6 +98,10 @@ class CpuBackend:
             return rows
         num_local = plan.expert_counts.numel()
         return rows.view(num_local, plan.num_delivered // num_local, hidden)
+
+    def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
+        """Break the group if a call was refused a resource: its peers are told, and need not wait for this rank."""
+        return resource_error(call, error) if local else self._exchange.refused(call, error)
 
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """Return 0: plans of this backend have no ``places``."""

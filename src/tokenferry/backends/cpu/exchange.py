@@ -14,10 +14,11 @@ from torch import Tensor
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.payload import Fill, ReceivedRows
-from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
+from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, ResourceError
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.layout import Sections
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
+from tokenferry.transports.refused import resource_error
 
 
 class Kind(enum.IntEnum):
@@ -168,16 +169,33 @@ class Exchange:
         except ArgumentError:
             raise
         except BaseException as error:
-            # After a mismatch, peers need this rank's header to see it too. After a timeout, they have their own.
-            why = f"is broken by an earlier {type(error).__name__} in {phase} #{self._last_call}"
-            self.close(why, linger=isinstance(error, MismatchError))
+            where = f"{phase} #{self._last_call}"
+            refused = self.refused(where, error)
+            if refused is not None:
+                raise refused from error
+            self._break(where, error)
             raise
+
+    def refused(self, where: str, error: BaseException) -> ResourceError | None:
+        """Break the group if ``error`` means that a resource was refused, and return the error to raise instead."""
+        refused = resource_error(f"{where}: rank {self.rank}", error)
+        if refused is not None:
+            self._break(where, refused)
+        return refused
+
+    def _break(self, where: str, error: BaseException) -> None:
+        # After a timeout, peers have their own. An interrupt must not take the time to tell them.
+        tell = isinstance(error, Exception) and not isinstance(error, PeerTimeout) and not self.broken
+        if tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
+            self.transport.leave(f"{type(error).__name__}: {error}")
+        self.close(f"is broken by an earlier {type(error).__name__} in {where}", linger=tell)
 
     def close(self, why: str, *, linger: bool) -> None:
         """Close the transport, which the peers notice; with ``linger``, only after they have what was sent."""
         if not self.broken:
             self.broken = why
             self.transport.close(linger=linger)
+            self.allocator.close()
 
 
 class Pending:

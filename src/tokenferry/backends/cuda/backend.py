@@ -19,7 +19,9 @@ from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.backends.cuda.dispatch import Dispatcher, shaped
 from tokenferry.backends.cuda.masks import Masks
 from tokenferry.backends.cuda.workspace import Exchange
+from tokenferry.errors import ResourceError
 from tokenferry.kernels.dispatch_assign.spec import num_columns
+from tokenferry.transports.refused import resource_error
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -86,6 +88,11 @@ class CudaBackend:
         stream = self.context.current_stream()
         return shaped(self.allocator.new_rows("empty_rows", (plan.num_delivered, hidden), dtype, stream), plan)
 
+    def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
+        """Name the state of the group, too: it is whole unless the call had begun to send, which breaks it."""
+        state = "the group is broken" if self.broken else "nothing was sent"
+        return resource_error(f"{call}: rank {self.rank} ({state})", error)
+
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """See `tokenferry.backends.base.Backend`."""
         return num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
@@ -119,3 +126,4 @@ class CudaBackend:
         """Release the windows."""
         if self.context.broken != "was closed":
             self.context.close("was closed")
+            self.decoder.close()

@@ -75,6 +75,10 @@ class Channel:
                 pending.done, pending.tensors = True, ()
         self._last.clear()
 
+    def close(self) -> None:
+        """Let go of the tensors of pending receives; their hooks raise ClosedError once the group is closed."""
+        self._last.clear()
+
     def receive(self, pending: PendingRecv) -> None:
         """Enqueue the second half of a call, once.
 

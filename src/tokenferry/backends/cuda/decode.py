@@ -84,6 +84,12 @@ class Decoder:
             channel.forget()
         self.workspaces.clear()
 
+    def close(self) -> None:
+        """Give back all memory: the window is freed with its last block. The group has been closed."""
+        for channel in self._channels:
+            channel.close()
+        self.workspaces.close()
+
     def receive_open(self) -> None:
         """Enqueue all pending receives, as if their hooks were called now."""
         for channel in self._channels:

@@ -286,7 +286,8 @@ class Dispatcher:
             shape = (D, payload.weights.shape[1]) if by_rows else (D,)
             weights = allocator.tensor(block, buffers.weights, shape, torch.float32)
         if buffers.copy_out:
-            rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
+            with self._context.breaking_off():  # the rows are sent, and lost if there is no memory for the copy
+                rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
         if plan.options.layout is Layout.MASKED:
             rows = shaped(rows, plan)
             scale = None if scale is None else shaped(scale, plan)

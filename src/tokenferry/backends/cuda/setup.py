@@ -18,9 +18,10 @@ from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.kernel import Jit
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_RANKS, OFFSET_BYTES
-from tokenferry.memory.reach import agree, obstacle
+from tokenferry.memory.reach import obstacle
 from tokenferry.memory.window import Window, share
-from tokenferry.transports.handshake import Bootstrap
+from tokenferry.transports.handshake import Bootstrap, agree
+from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import compare_terms
 
 
@@ -36,8 +37,8 @@ def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
     if not reason:
         try:
             Jit(torch.cuda.current_device(), None).close()
-        except BackendUnavailable as error:
-            reason = f"rank {rank}: {error}"
+        except (RuntimeError, OSError, MemoryError) as error:
+            reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
     return agree(table, reason) if table else reason
 
 
@@ -71,7 +72,16 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         key = handshakes[0]["key"]
     window = share(table, rank, num_ranks, device, num_bytes, CONTROL_BLOCK_BYTES)
     why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
-    return assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
+    backend, why_not = None, ""
+    try:
+        backend = assemble(window, resolved, key, why, table.exchange if table else lambda handshake: [handshake])
+    except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
+        why_not = f"rank {rank}: {resource_error('making the group', error) or error}"
+    why_not = agree(table, why_not) if table else why_not
+    if backend is None or why_not:
+        (window if backend is None else backend).close()
+        raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}; use backend='cpu' or 'auto'")
+    return backend
 
 
 def assemble(
@@ -117,7 +127,11 @@ def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def _device() -> torch.device | None:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    """Return the device of this rank; None if there is none, or none that works."""
+    try:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    except RuntimeError:  # CUDA cannot be initialised; the ranks agree on what to do
+        return None
 
 
 def _table(group: dist.ProcessGroup | None, resolved: Resolved, device: torch.device | None) -> Bootstrap | None:

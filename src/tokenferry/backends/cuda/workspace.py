@@ -158,6 +158,12 @@ class Workspaces:
         for workspace in (*self._captured, *(() if self.now is None or self.now in self._captured else (self.now,))):
             workspace.clear()
 
+    def close(self) -> None:
+        """Give back the memory of all workspaces."""
+        self.now = None
+        self._captured.clear()
+        self._fits.clear()
+
     def _make(self, call: Call, sizes: Sizes) -> Workspace:
         context, phase = self._context, call.signature.phase
         if call.capturing:
