@@ -1,5 +1,8 @@
 """The doctor: every check, passing and failing."""
 
+import json
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -38,6 +41,45 @@ def test_a_machine_that_works(any_terminal):
     assert "over 2 rank(s), transport shared_memory" in out
     assert "over 2 rank(s), transport process_group" in out
     assert "tokenferry works on this machine" in out
+
+
+FORBIDDEN = """
+import ctypes, errno, json, platform, struct, sys
+from tokenferry.cli import doctor
+
+def forbid_memfd_create():
+    '''As the seccomp profiles of hardened containers do; what this process starts inherits it.'''
+    number = {"x86_64": 319, "aarch64": 279}[platform.machine()]
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+        raise OSError(ctypes.get_errno(), "no seccomp")
+
+if __name__ == "__main__":
+    try:
+        forbid_memfd_create()
+    except (OSError, KeyError) as error:
+        sys.exit(f"SKIP {error}")
+    shared = next(finding.text for finding in doctor._ranks() if finding.name == "transport shared_memory")
+    print(json.dumps([shared, doctor._on_ranks(doctor.over_transport, "auto"), doctor._group_of_one().text]))
+"""
+
+
+def test_where_memfd_create_is_forbidden_the_doctor_says_what_groups_do():
+    run = subprocess.run([sys.executable, "-c", FORBIDDEN], capture_output=True, text=True, timeout=100, check=False)
+    if run.stderr.startswith("SKIP"):
+        pytest.skip(run.stderr)
+    assert run.returncode == 0, run.stderr
+    shared, auto, alone = json.loads(run.stdout)
+    assert shared.startswith(
+        "BackendUnavailable: ExpertGroup: transport='shared_memory' cannot run: rank 0: cannot alloc"
+    )
+    assert "65536 bytes of shared memory: a call of the system refused (EPERM: Operation not permitted)" in shared
+    assert "groups fall back to the transport 'process_group'" in shared
+    assert "transport process_group, backend cpu" in auto
+    assert "over 1 rank(s), transport none" in alone
 
 
 def test_both_compilers_are_checked(monkeypatch):

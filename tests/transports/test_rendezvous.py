@@ -1,13 +1,19 @@
 """How ranks agree on a transport, and the errors when they cannot."""
 
+import contextlib
+import errno
+import os
 import socket
 import sys
+import time
+from unittest import mock
 
 import pytest
 import torch
 
 import tokenferry
-from tokenferry.errors import BackendUnavailable, ConfigError, PeerTimeout
+from support.refusals import descriptors_left
+from tokenferry.errors import BackendUnavailable, ConfigError, ResourceError
 from tokenferry.transports import rendezvous, segment
 
 SHAPE = tokenferry.MoeShape(num_experts=4, top_k=1, hidden=8, max_tokens=4)
@@ -24,50 +30,91 @@ def make(pg, shape=SHAPE, **options):
         return type(error), str(error)
 
 
-def with_handshakes(rank, pg, changed, option="auto"):
-    """Make a group after rank 1 has replaced a function of the rendezvous."""
-    original = {name: getattr(rendezvous, name) for name in changed}
-    if rank == 1:
-        for name, replacement in changed.items():
-            setattr(rendezvous, name, replacement)
-    try:
+def replaced(rank, pg, changed, option="auto"):
+    """Make a group while functions are replaced on rank 1."""
+    with contextlib.ExitStack() as stack:
+        for name, replacement in changed.items() if rank == 1 else ():
+            stack.enter_context(mock.patch(name, replacement))
         return make(pg, transport=option)
-    finally:
-        for name, value in original.items():
-            setattr(rendezvous, name, value)
 
 
 def other_host():
     return "another host"
 
 
-def no_socket():
-    return None, ""
+def other_user():
+    return 12345
 
 
-def refuse(rank, handshakes):
+def refuse(*_, **__):
     raise ConnectionRefusedError("no way")
 
 
+def forbid(*_, **__):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def use_up_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def use_up_descriptors(*_, **__):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def lose_descriptors(*_):
+    return b"-", [], socket.MSG_CTRUNC, None
+
+
+HERE = "tokenferry.transports.rendezvous"
+
+
 def test_ranks_of_one_host_share_memory(worlds):
-    assert worlds(2).run(with_handshakes, {}) == ["shared_memory", "shared_memory"]
+    assert worlds(2).run(replaced, {}) == ["shared_memory", "shared_memory"]
 
 
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"host_name": other_host}, "the ranks are on 2 hosts"),
-        ({"_listen": no_socket}, "rank 1 has no Unix sockets"),
-        ({"_connect_to_lower_ranks": refuse}, "rank 1 cannot reach a rank of its host over a Unix socket (no way)"),
+        ({f"{HERE}.host_name": other_host}, "the ranks are on 2 hosts"),
+        ({f"{HERE}.os.geteuid": other_user}, "the ranks belong to 2 users"),
+        (
+            {"socket.socket.bind": use_up_descriptors},
+            "rank 1: cannot listen on a Unix socket: file descriptors refused",
+        ),
+        ({"socket.socket.connect": refuse}, "rank 1 cannot reach rank 0 of its host over a Unix socket (no way)"),
+        ({"os.memfd_create": forbid}, "65536 bytes of shared memory: a call of the system refused (EPERM"),
+        ({"os.ftruncate": use_up_disk}, "65536 bytes of shared memory: shared memory refused (ENOSPC"),
+        ({"mmap.mmap": forbid}, "a call of the system refused (EPERM: Operation not permitted); containers forbid"),
+        ({"socket.recv_fds": lose_descriptors}, "cannot receive the descriptor of a peer's shared memory"),
+        ({"socket.socketpair": use_up_descriptors}, "file descriptors refused (EMFILE: Too many open files); RLIMIT_"),
     ],
-    ids=["hosts", "sockets", "refused"],
+    ids=["hosts", "users", "listen", "connect", "memfd", "full", "mmap", "receive", "descriptors"],
 )
 def test_one_reason_on_one_rank_moves_all_ranks_to_the_group_transport(worlds, changed, why):
-    assert worlds(2).run(with_handshakes, changed) == ["process_group", "process_group"]
-    for kind, text in worlds(2).run(with_handshakes, changed, "shared_memory"):
+    assert worlds(2).run(replaced, changed) == ["process_group", "process_group"]
+    for kind, text in worlds(2).run(replaced, changed, "shared_memory"):
         assert kind is BackendUnavailable
         assert why in text
         assert "use transport='auto' or 'process_group'" in text
+
+
+def with_few_descriptors(rank, pg):
+    """Rank 0 and rank 1 in turn have 0, 1, 2.. descriptors left; returns what became of the groups."""
+    found = []
+    for poor in (0, 1):
+        for spare in range(12):
+            with descriptors_left(spare) if rank == poor else contextlib.nullcontext():
+                found.append(make(pg))
+    return found
+
+
+def test_a_rank_with_too_few_descriptors_moves_all_ranks_to_the_group_transport(worlds):
+    zero, one = worlds(2).run(with_few_descriptors)
+    assert zero == one
+    for found in (zero[:12], zero[12:]):
+        assert found == sorted(found)
+        assert set(found) == {"process_group", "shared_memory"}
 
 
 def different_shapes(rank, pg):
@@ -92,44 +139,58 @@ def test_different_options_are_an_error_on_every_rank(worlds, job, text):
 
 
 def strangers(rank, pg):
-    """Two strangers connect to rank 0's socket before rank 1 does."""
-    original = rendezvous._connect_to_lower_ranks
+    """Strangers connect to rank 0's socket before rank 1 does, and stay; one of them says nothing."""
+    connect, guests = rendezvous._connect_to_lower_ranks, []
 
-    def intrude(rank, handshakes):
-        for preamble in (b"who", rendezvous._PREAMBLE.pack(b"0" * 16, 1)):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-                stranger.connect(handshakes[0]["address"])
-                stranger.sendall(preamble)
-        return original(rank, handshakes)
+    def intrude(rank, handshakes, secret, sockets):
+        for preamble in (b"", b"who", rendezvous._PREAMBLE.pack(b"0" * 16, 1), rendezvous._PREAMBLE.pack(secret, 0)):
+            guests.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            guests[-1].connect(handshakes[0]["address"])
+            guests[-1].sendall(preamble)
+        return connect(rank, handshakes, secret, sockets)
 
-    rendezvous._connect_to_lower_ranks = intrude if rank == 1 else original
-    try:
-        return make(pg, transport="shared_memory")
-    finally:
-        rendezvous._connect_to_lower_ranks = original
+    with mock.patch(f"{HERE}._connect_to_lower_ranks", intrude if rank == 1 else connect):
+        start = time.monotonic()
+        made = make(pg, transport="shared_memory")
+    took_s = time.monotonic() - start
+    for guest in guests:
+        guest.settimeout(5.0)
+        assert guest.recv(1) == b"", "a stranger is still connected"
+        guest.close()
+    return made, took_s < 4.0
 
 
-def test_a_connection_without_the_secret_is_rejected(worlds):
-    assert worlds(2).run(strangers) == ["shared_memory", "shared_memory"]
+def test_strangers_are_turned_away_and_delay_nobody(worlds):
+    assert worlds(2).run(strangers) == [("shared_memory", True)] * 2
+
+
+def strangers_of_another_user(rank, pg, stranger):
+    """One rank sees another user at the other end of its connection, which knows the secret."""
+    users = rendezvous._CREDENTIALS.pack(os.getpid(), os.geteuid() + 1, os.getgid())
+    other = mock.patch("socket.socket.getsockopt", return_value=users)
+    with other if rank == stranger else contextlib.nullcontext():
+        return make(pg)
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="needs Linux")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_user_is_turned_away_whatever_it_says(worlds, rank):
+    assert worlds(2).run(strangers_of_another_user, rank) == ["process_group"] * 2
 
 
 def test_a_rank_that_does_not_connect_is_named():
-    listener, _ = rendezvous._listen()
-    handshakes = [{"secret": "00" * 16}] * 3
-    with (
-        listener,
-        pytest.raises(PeerTimeout, match=r"making the group: rank 0 waited .* ranks 1, 2: it did not connect"),
-    ):
-        rendezvous._accept_higher_ranks(listener, 0, handshakes, timeout_s=0.05)
+    with rendezvous._Listener() as listener:
+        why_not = rendezvous._accept_higher_ranks(0, 3, listener, b"0" * 16, {})
+    assert why_not == "rank 0 has no connection from rank 1"
 
 
 def test_sockets_that_are_files_are_removed(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    listener, address = rendezvous._listen()
-    with listener:
-        assert [str(tmp_path / path.name) for path in tmp_path.iterdir()] == [address]
+    with rendezvous._Listener() as listener:
+        assert [str(tmp_path / path.name) for path in tmp_path.iterdir()] == [listener.address]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_host_without_a_boot_id_is_identified_by_its_name(monkeypatch):
@@ -153,5 +214,16 @@ def test_a_full_disk_is_an_exception(monkeypatch):
 
     monkeypatch.delattr("os.memfd_create")
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(MemoryError, match=r"cannot allocate 65536 bytes of shared memory .*No space left"):
+    with pytest.raises(
+        ResourceError,
+        match=r"cannot allocate 65536 bytes of shared memory: shared memory refused \(ENOSPC: No space left",
+    ):
         segment.create(1, 1000)
+
+
+def test_memory_can_be_tried_without_memfd(monkeypatch):
+    assert segment.why_not() == ""
+    monkeypatch.delattr("os.memfd_create")
+    assert segment.why_not() == ""
+    monkeypatch.delattr("socket.send_fds")
+    assert "no Unix sockets" in segment.why_not()

@@ -136,8 +136,8 @@ def over_transport(rank: int, pg: dist.ProcessGroup, transport: TransportName) -
 def _ranks() -> Iterator[Finding]:
     remedies = {
         "gloo": "several ranks need gloo; use a torch that includes it",
-        "transport shared_memory": "groups fall back to the transport 'process_group'; this one needs a single host "
-        "and Unix sockets that pass descriptors",
+        "transport shared_memory": "groups fall back to the transport 'process_group'; this one needs a single host, "
+        "memfd_create, and Unix sockets that pass descriptors",
         "transport process_group": "report it: this needs only gloo",
     }
     jobs = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -14,13 +15,19 @@ from typing import Any
 import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable, ConfigError
-from tokenferry.transports.base import CallId, Deadline, Transport, peer_timeout
-from tokenferry.transports.handshake import Bootstrap, host_name, moves_cpu_tensors
-from tokenferry.transports.process_group import ProcessGroupTransport
+from tokenferry.transports import segment
+from tokenferry.transports.base import Deadline, Transport
+from tokenferry.transports.handshake import Bootstrap, agree, host_name, moves_cpu_tensors
+from tokenferry.transports.process_group import GROUP_IDS, ProcessGroupTransport
+from tokenferry.transports.refused import resource_error
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 _PREAMBLE = struct.Struct("<16sq")
 """First bytes on a new connection: the secret of the group, and the rank of the connecting process."""
+_CREDENTIALS = struct.Struct("iII")
+"""The process, the user and the group at the other end of a connection, as Linux returns them."""
+_ACCEPT_S = 5.0
+"""Seconds to turn away strangers, who may come without end. The ranks have connected before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,65 +61,51 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
     """
     if group is None or group.size() == 1:
         return Agreement(SharedMemoryTransport(0, {}), secrets.token_hex(4), "a group of one rank needs no transport")
-    bootstrap = Bootstrap(group, timeout_s)
-    listener, address = _listen()
-    try:
+    rank, bootstrap = group.rank(), Bootstrap(group, timeout_s)
+    with _Listener() as listener:
         handshakes = bootstrap.exchange(
             {
                 "terms": terms,
                 "key": secrets.token_hex(4),
+                "group_id": _new_group_id(group) if rank == 0 else 0,
                 "secret": secrets.token_hex(16),
                 "host": host_name(),
-                "address": address,
+                "user": user(),
+                "address": listener.address,
+                "why_not": "" if wanted == "process_group" else listener.why_not or segment.why_not(),
             }
         )
         compare_terms([handshake["terms"] for handshake in handshakes])
         key = handshakes[0]["key"]
         why_not = _why_not_local(handshakes, wanted)
-        sockets: dict[int, socket.socket] = {}
         if not why_not:
-            why_not, sockets = _try_local(group.rank(), handshakes, bootstrap)
-        if not why_not and listener:
-            sockets.update(_accept_higher_ranks(listener, group.rank(), handshakes, timeout_s))
-            return Agreement(SharedMemoryTransport(group.rank(), sockets), key, "all ranks on one host: shared memory")
-        if wanted == "shared_memory":
-            raise BackendUnavailable(
-                f"ExpertGroup: transport='shared_memory' cannot run: {why_not}; use transport='auto' or 'process_group'"
-            )
-        if not moves_cpu_tensors(group):
-            raise BackendUnavailable(
-                f"ExpertGroup: no transport works: {why_not}, and the process group cannot move CPU tensors; pass one "
-                "made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
-            )
-        return Agreement(ProcessGroupTransport(group, int(key, 16)), key, f"torch.distributed, because {why_not}")
-    finally:
-        if listener:
-            listener.close()
-            if not address.startswith("\0"):
-                os.unlink(address)
+            why_not, sockets = _connect_all(rank, handshakes, listener, bootstrap)
+            if not why_not:
+                return Agreement(SharedMemoryTransport(rank, sockets), key, "all ranks on one host: shared memory")
+    if wanted == "shared_memory":
+        raise BackendUnavailable(
+            f"ExpertGroup: transport='shared_memory' cannot run: {why_not}; use transport='auto' or 'process_group'"
+        )
+    if not moves_cpu_tensors(group):
+        raise BackendUnavailable(
+            f"ExpertGroup: no transport works: {why_not}, and the process group cannot move CPU tensors; pass one "
+            "made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
+        )
+    transport = ProcessGroupTransport(group, handshakes[0]["group_id"])
+    return Agreement(transport, key, f"torch.distributed, because {why_not}")
 
 
-def _try_local(
-    rank: int, handshakes: list[dict[str, Any]], bootstrap: Bootstrap
-) -> tuple[str, dict[int, socket.socket]]:
-    """Connect to the lower ranks, and exchange whether every rank has succeeded. Collective.
-
-    Returns:
-        tuple: The reason why a rank failed, or an empty string, and the sockets.
-    """
-    sockets: dict[int, socket.socket] = {}
-    why_not = ""
+def _new_group_id(group: dist.ProcessGroup) -> int:
+    """Return a number that no earlier group has on a process group, where its messages may still be under way."""
     try:
-        sockets = _connect_to_lower_ranks(rank, handshakes)
-    except OSError as error:
-        why_not = f"rank {rank} cannot reach a rank of its host over a Unix socket ({error})"
-    reasons = [handshake["why_not"] for handshake in bootstrap.exchange({"why_not": why_not})]
-    why_not = next((reason for reason in reasons if reason), "")
-    if why_not:
-        for sock in sockets.values():
-            sock.close()
-        sockets = {}
-    return why_not, sockets
+        return int(group.get_group_store().add("tokenferry/groups", 1))
+    except RuntimeError:  # no store, or one that fails
+        return secrets.randbelow(GROUP_IDS)
+
+
+def user() -> int:
+    """Return the number of the user whose rights this process has, or -1 where there is none."""
+    return os.geteuid() if hasattr(os, "geteuid") else -1
 
 
 def compare_terms(terms: list[dict[str, Any]]) -> None:
@@ -132,64 +125,165 @@ def _why_not_local(handshakes: list[dict[str, Any]], wanted: str) -> str:
     """Return the reason that rules out shared memory according to the handshakes, or an empty string."""
     if wanted == "process_group":
         return "transport='process_group' was asked for"
+    for rank, handshake in enumerate(handshakes):  # first, since a rank without descriptors does not know its host
+        if handshake["why_not"]:
+            return f"rank {rank}: {handshake['why_not']}"
     hosts = {handshake["host"] for handshake in handshakes}
     if len(hosts) > 1:
         return f"the ranks are on {len(hosts)} hosts"
-    without = [rank for rank, handshake in enumerate(handshakes) if not handshake["address"]]
-    return f"rank {without[0]} has no Unix sockets that pass descriptors" if without else ""
+    users = {handshake["user"] for handshake in handshakes}
+    return f"the ranks belong to {len(users)} users" if len(users) > 1 else ""
 
 
-def _listen() -> tuple[socket.socket | None, str]:
-    """Listen on a Unix socket, whose name is abstract on Linux and a temporary file elsewhere."""
-    if not hasattr(socket, "send_fds"):
-        return None, ""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    name = f"tokenferry-{secrets.token_hex(8)}"
-    address = f"\0{name}" if sys.platform == "linux" else os.path.join(tempfile.gettempdir(), name)
-    listener.bind(address)
-    listener.listen(1024)
-    return listener, address
+class _Listener:
+    """A Unix socket that listens for the higher ranks; a context manager, which closes it.
+
+    Its name is abstract on Linux and a temporary file elsewhere.
+
+    Attributes:
+        address: The name.
+        why_not: Why there is no such socket, or an empty string.
+    """
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.why_not = ""
+        self._socket: socket.socket | None = None
+
+    def __enter__(self) -> _Listener:
+        try:
+            self._listen()
+        except (OSError, AttributeError) as error:  # there is no AF_UNIX on Windows
+            self.__exit__()
+            self.why_not = _reason("cannot listen on a Unix socket", error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+        if self.address and not self.address.startswith("\0"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.address)
+        self.address = ""
+
+    def _listen(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.setblocking(False)
+        name = f"tokenferry-{secrets.token_hex(8)}"
+        address = f"\0{name}" if sys.platform == "linux" else os.path.join(tempfile.gettempdir(), name)
+        self._socket.bind(address)
+        self.address = address
+        self._socket.listen(1024)
+
+    def accept(self, missing: set[int], secret: bytes, sockets: dict[int, socket.socket]) -> None:
+        """Accept the ranks in ``missing``, which have connected and sent their preambles; waits for nothing.
+
+        Connections of strangers are closed: those of another user, and those that have not sent the secret of the group
+        and the number of a rank that is missing.
+
+        Raises:
+            OSError: there is a connection that the system refuses to accept, such as for want of descriptors.
+        """
+        assert self._socket is not None
+        deadline = Deadline(_ACCEPT_S)
+        with contextlib.suppress(BlockingIOError):  # no connection is left
+            while missing and deadline.left():
+                sock, _ = self._socket.accept()
+                peer = _peer_behind(sock, secret)
+                if peer in missing:
+                    missing.remove(peer)
+                    sockets[peer] = sock
+                else:
+                    sock.close()
 
 
-def _connect_to_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, socket.socket]:
-    """Connect to every lower rank without waiting, since they are already listening.
+def _connect_all(
+    rank: int, handshakes: list[dict[str, Any]], listener: _Listener, bootstrap: Bootstrap
+) -> tuple[str, dict[int, socket.socket]]:
+    """Connect to all other ranks. Collective.
+
+    Every rank connects to the lower ones, and accepts the higher ones only when all have connected. So it never waits
+    for a connection, and a stranger that connects and says nothing delays nobody.
+
+    Returns:
+        tuple: The reason why any rank has failed, the same on all ranks, or an empty string; and the sockets.
+    """
+    sockets: dict[int, socket.socket] = {}
+    secret = bytes.fromhex(handshakes[0]["secret"])
+    try:
+        why_not = agree(bootstrap, _connect_to_lower_ranks(rank, handshakes, secret, sockets))
+        if not why_not:
+            why_not = agree(bootstrap, _accept_higher_ranks(rank, len(handshakes), listener, secret, sockets))
+    except BaseException:
+        _close(sockets)
+        raise
+    if why_not:
+        _close(sockets)
+        sockets = {}
+    return why_not, sockets
+
+
+def _connect_to_lower_ranks(
+    rank: int, handshakes: list[dict[str, Any]], secret: bytes, sockets: dict[int, socket.socket]
+) -> str:
+    """Connect to every lower rank without waiting, since they are already listening; return the reason of a failure.
 
     If more ranks connect than the system can queue, the connection fails at once, as for any other reason.
     """
-    preamble = _PREAMBLE.pack(bytes.fromhex(handshakes[0]["secret"]), rank)
-    sockets: dict[int, socket.socket] = {}
-    try:
-        for peer in range(rank):
-            sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sockets[peer].setblocking(False)
-            sockets[peer].connect(handshakes[peer]["address"])
-            sockets[peer].sendall(preamble)
-    except OSError:
-        for sock in sockets.values():
-            sock.close()
-        raise
-    return sockets
+    for peer in range(rank):
+        try:
+            sockets[peer] = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            sock.connect(handshakes[peer]["address"])
+            if not _same_user(sock):
+                return f"rank {rank} reached another user's process instead of rank {peer}"
+            sock.sendall(_PREAMBLE.pack(secret, rank))
+        except BlockingIOError:
+            return f"rank {rank} cannot reach rank {peer}: too many connections wait at its Unix socket"
+        except OSError as error:
+            return _reason(f"rank {rank} cannot reach rank {peer} of its host over a Unix socket", error)
+    return ""
 
 
 def _accept_higher_ranks(
-    listener: socket.socket, rank: int, handshakes: list[dict[str, Any]], timeout_s: float
-) -> dict[int, socket.socket]:
-    """Accept the connections of all higher ranks, and close any that does not send the secret."""
-    deadline = Deadline(timeout_s)
-    sockets: dict[int, socket.socket] = {}
-    while len(sockets) < len(handshakes) - 1 - rank:
-        listener.settimeout(max(deadline.left(), 0.001))
-        try:
-            sock, _ = listener.accept()
-            sock.settimeout(max(deadline.left(), 0.001))
-            preamble = sock.recv(_PREAMBLE.size, socket.MSG_WAITALL)
-        except TimeoutError:
-            missing = [peer for peer in range(rank + 1, len(handshakes)) if peer not in sockets]
-            call = CallId(0, "making the group")
-            raise peer_timeout(call, rank, missing, "it did not connect", deadline.waited(), "") from None
-        secret, peer = _PREAMBLE.unpack(preamble) if len(preamble) == _PREAMBLE.size else (b"", -1)
-        if secret == bytes.fromhex(handshakes[0]["secret"]):
-            sockets[peer] = sock
-        else:
-            sock.close()
-    return sockets
+    rank: int, num_ranks: int, listener: _Listener, secret: bytes, sockets: dict[int, socket.socket]
+) -> str:
+    """Accept every higher rank without waiting, since all have connected; return the reason of a failure."""
+    missing = set(range(rank + 1, num_ranks))
+    try:
+        listener.accept(missing, secret, sockets)
+    except OSError as error:
+        return _reason(f"rank {rank} cannot accept a connection of its host over a Unix socket", error)
+    return f"rank {rank} has no connection from rank {min(missing)}" if missing else ""
+
+
+def _peer_behind(sock: socket.socket, secret: bytes) -> int:
+    """Return the rank that has sent its preamble over a new connection, or -1 if a stranger has connected."""
+    sock.setblocking(False)
+    try:
+        preamble = sock.recv(_PREAMBLE.size) if _same_user(sock) else b""
+    except (BlockingIOError, ConnectionResetError):  # it has sent nothing
+        return -1
+    sent, peer = _PREAMBLE.unpack(preamble) if len(preamble) == _PREAMBLE.size else (b"", -1)
+    return peer if secrets.compare_digest(sent, secret) else -1
+
+
+def _same_user(sock: socket.socket) -> bool:
+    """Return whether the process at the other end belongs to the user of this one; True where that cannot be asked.
+
+    Other users, root included, have no business here: all ranks of a group belong to one user.
+    """
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    _, peer, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return bool(peer == user())
+
+
+def _reason(what: str, error: Exception) -> str:
+    return str(resource_error(what, error) or f"{what} ({error})")
+
+
+def _close(sockets: dict[int, socket.socket]) -> None:
+    for sock in sockets.values():
+        sock.close()
