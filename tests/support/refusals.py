@@ -113,8 +113,13 @@ def refuse_descriptors(rank, pg, poor: int, spare: int) -> str:
 
 
 def refuse_memory(rank, pg, pair: Pair) -> str:
-    """Rank 1 of two has no address space left for the rows that it receives."""
+    """Rank 1 of two has no address space left for the rows that it receives; it cannot wait until its peer knows."""
     barrier(pg)
+    with mock.patch("tokenferry.transports.process_group._LINGER_S", 2 * PROMPTLY_S):
+        return _refuse_memory(rank, pg, pair)
+
+
+def _refuse_memory(rank, pg, pair: Pair) -> str:
     shape = MoeShape(2, 1, hidden=1024, max_tokens=1 << 15)
     x = torch.zeros(1 << 15, 1024)  # 128 MiB
     with pair.open(pg, shape, timeout_s=LONG_S) as group:

@@ -127,6 +127,16 @@ def test_messages_sent_before_a_peer_closed_are_still_received(pair):
     assert receive(zero, 1, 1) == 100
 
 
+def test_a_group_of_one_shares_nothing(monkeypatch):
+    monkeypatch.setattr("os.memfd_create", None)  # as where it is forbidden
+    alone = SharedMemoryTransport(0, {})
+    call = CallId(1, "test")
+    (buffer,) = alone.open(call, [100])
+    buffer.fill_(7)
+    alone.post(call, [HEADER], Deadline(1.0))
+    assert bool((alone.receive(call, 0, Deadline(1.0)).body == 7).all())
+
+
 def test_a_peer_that_leaves_says_why(pair):
     zero, one = pair
     post(one, 1, 100)

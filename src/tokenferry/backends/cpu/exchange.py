@@ -189,7 +189,8 @@ class Exchange:
         # After a timeout, peers have their own. An interrupt must not take the time to tell them.
         tell = isinstance(error, Exception) and not isinstance(error, PeerTimeout) and not self.broken
         if tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
-            self.transport.leave(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError, MemoryError, RuntimeError):  # there may be no memory for a message
+                self.transport.leave(f"{type(error).__name__}: {error}")
         self.close(f"is broken by an earlier {type(error).__name__} in {where}", linger=tell)
 
     def _forget(self, reason: str) -> None:
