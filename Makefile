@@ -35,7 +35,7 @@ help:
 	@echo "make clean   remove .venv and what the others leave behind"
 
 demo: $(READY)
-	$(PY) -m tokenferry.cli demo $(ARGS)
+	$(PY) -m tokenferry demo $(ARGS)
 
 # Ranks are processes that the tests fork: each leaves a coverage file of its own, which `combine` puts together.
 # Without .venv, what is not installed is left out, and said.

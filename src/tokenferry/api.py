@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import TracebackType
-from typing import TypeVar, overload
+from typing import NoReturn, SupportsIndex, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.backends.base import Backend
+from tokenferry.backends.base import Backend, TokenLayout
 from tokenferry.backends.choose import make_backend
-from tokenferry.errors import ArgumentError, ClosedError
-from tokenferry.options import check_divides, resolve_options
+from tokenferry.errors import ArgumentError, ClosedError, PickleError
+from tokenferry.options import check_divides, check_group, resolve_options
 from tokenferry.resolve import Resolver
 from tokenferry.types import (
     BackendName,
@@ -41,9 +41,27 @@ from tokenferry.types import (
 _groups: WeakValueDictionary[str, ExpertGroup] = WeakValueDictionary()
 
 _Group = TypeVar("_Group", bound="ExpertGroup")
+_Connected = TypeVar("_Connected", bound="Connected")
 
 
-class ExpertGroup:
+class Connected:
+    """An object that stands for connections and memory of this process: its copies are itself, and it has no pickle."""
+
+    def __copy__(self: _Connected) -> _Connected:
+        return self
+
+    def __deepcopy__(self: _Connected, memo: dict[int, object]) -> _Connected:
+        return self  # so that copies of a model, such as a moving average, share the group
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        name = type(self).__name__
+        raise PickleError(
+            f"{name}: cannot be pickled, since its connections and memory belong to this process; to save a model, "
+            f"save model.state_dict() and load it into a model with a new {name}; another process makes its own"
+        )
+
+
+class ExpertGroup(Connected):
     """R ranks that share E experts, and the calls that move rows between them.
 
     Contract:
@@ -51,6 +69,8 @@ class ExpertGroup:
             `decode_combine`; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize`
             and the attributes are local.
         Threads: one thread at a time.
+        Processes: in a forked child every call raises ClosedError; `close` does nothing there.
+        Copies: `copy.deepcopy`, of a model that holds the group too, shares it. It cannot be pickled: PickleError.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way its
             input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream or, if the
             host needs counts, when the counts have arrived; it never waits for rows. No wait for a peer takes longer
@@ -62,8 +82,9 @@ class ExpertGroup:
             undefined.
 
     Args:
-        group: A process group, or None for a group of one rank, which needs no initialisation. Backend cpu: one that
-            supports CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``); cuda: any (gloo, nccl).
+        group: A process group, or None for a group of one rank, which needs no initialisation (and warns if this
+            process is one of several). Backend cpu: one that supports CPU tensors (gloo, or ``cpu:gloo,cuda:nccl``);
+            cuda: any (gloo, nccl). A process that is not a member of the process group cannot make a group.
         shape: The sizes of the group, the same on all ranks.
         backend: ``"cuda"``, ``"cpu"``, or ``"auto"`` for the best one that runs on every rank; a log line names the
             choice and the reason.
@@ -105,12 +126,14 @@ class ExpertGroup:
 
     @classmethod
     def _with_heap(
-        cls, group: dist.ProcessGroup | None, shape: MoeShape, *, heap_bytes: int, on_timeout: TimeoutPolicy = "raise"
+        cls, group: dist.ProcessGroup | None, *, heap_bytes: int, on_timeout: TimeoutPolicy = "raise"
     ) -> ExpertGroup:
         """Make a group with ``heap_bytes`` of GPU memory for rows, unless TOKENFERRY_HEAP_MB is set. Collective.
 
-        For APIs that receive the sizes only with each call, so that the memory cannot be derived from the shape.
+        For APIs that receive the sizes only with each call: the shape of the group is the smallest, and the memory
+        cannot be derived from it.
         """
+        shape = MoeShape(check_group(group), 1, 16, 1)
         resolved = resolve_options(group, shape, "auto", "auto", None, on_timeout)
         if resolved.heap_bytes is None:
             resolved = replace(resolved, heap_bytes=heap_bytes)
@@ -270,6 +293,10 @@ class ExpertGroup:
         self._resolver.empty_rows(plan, dtype)
         return self._backend.empty_rows(plan, dtype, self.shape.hidden)
 
+    def _token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
+        """Count the tokens for each rank and each expert; for `tokenferry.compat`."""
+        return self._backend.token_layout(topk_idx, num_experts)
+
     def _plan_columns(self, options: DispatchOptions) -> int:
         """Return the number of columns of ``Plan._places`` for a dispatch with these options; 0 on the CPU. Local."""
         return self._backend.plan_columns(self.shape, options)
@@ -277,6 +304,7 @@ class ExpertGroup:
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.
 
+        Optional on the CPU backend: a group that is dropped takes its connections and memory along.
         Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to receive what a call with
         a hook sent.
         """
@@ -504,9 +532,9 @@ class ExpertGroup:
             routing: As for `dispatch`. `decode_combine` needs ``topk_weights``; they may also be put into the plan
                 later, with ``dataclasses.replace(plan, topk_weights=...)``.
             quantize: How to store the scales of rows that are cast to float8_e4m3fn, with one scale per row and 128
-                columns (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use); if one of the 128
-                columns is NaN, their scale and values are undefined. None: rows are sent unchanged (CUDA: 16 bytes with
-                all bits set, which are NaNs, may lose their lowest bit).
+                columns (``scale = max(amax, 1e-4) / 448``, the format that DeepEP and DeepGEMM use). A NaN or an
+                infinity arrives as NaN (the byte 0x7F); the other columns arrive as if it were 0. None: rows are sent
+                unchanged (CUDA: 16 bytes with all bits set, which are NaNs, may lose their lowest bit).
             stats: Counters to add to.
             return_hook: Return after sending; the caller receives with ``hook()``.
 
@@ -548,7 +576,8 @@ class ExpertGroup:
         rank's own rows are encoded too, so that the sum does not depend on which rank holds an expert. ``"same"``: rows
         are sent unchanged; ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see
         `tokenferry.formats.fp8`; ``"logfmt10"``: 10 bits a number, with a logarithmic range per row and 128 columns,
-        see `tokenferry.formats.logfmt`. docs/concepts.md gives the precision of each.
+        see `tokenferry.formats.logfmt`. In both a NaN or an infinity arrives as NaN, and the other columns as if it
+        were 0. docs/concepts.md gives the precision of each.
 
         Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` may be in any
         memory and is read once. Later work on the stream may overwrite it, even while the hook is pending.

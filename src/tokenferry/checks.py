@@ -61,33 +61,54 @@ class Checks:
             ShapeError: names the argument, what was expected and found, what set a size, and the remedy.
         """
         letters = dims.split()
-        wanted = f"[{', '.join(letters)}]"
-        kinds = " or ".join(str(d) for d in dtypes) if dtypes else "a tensor"
-        if not isinstance(value, Tensor):
-            raise ShapeError(
-                f"{self.call}: {name}: expected {kinds} {wanted}, got {type(value).__name__}; pass a torch.Tensor"
-            )
-        got = f"got {value.dtype} {list(value.shape)} on {value.device}"
-        head = f"{self.call}: {name}: expected {kinds} {wanted}, {got}"
-        if not _same_device(value.device, self.device):
-            raise ShapeError(f"{head}; the group is on {self.device}: call .to('{self.device}')")
-        if dtypes is not None and value.dtype not in dtypes:
-            raise ShapeError(f"{head}; call .to({dtypes[0]})")
-        if value.ndim != len(letters):
-            raise ShapeError(f"{head}; pass {len(letters)} dimensions instead of {value.ndim}")
+        if (
+            not isinstance(value, Tensor)
+            or not _same_device(value.device, self.device)
+            or (dtypes is not None and value.dtype not in dtypes)
+            or value.ndim != len(letters)
+        ):
+            raise self._wrong_kind(name, value, letters, dtypes)
         for letter, size in zip(letters, value.shape, strict=True):
-            known = self._sizes.setdefault(letter, _Size(size, name))
-            if known.value != size:
-                shape = zip(letters, value.shape, strict=True)
-                want = [self._sizes[other].value if other in self._sizes else found for other, found in shape]
-                raise ShapeError(
-                    f"{head}; {letter}={known.value} was set by {known.source}, here it is {size}: pass shape {want}"
-                )
+            known = self._sizes.get(letter)
+            if known is None:
+                self._sizes[letter] = _Size(size, name)
+            elif known.value != size:
+                raise self._wrong_size(name, value, letters, dtypes, letter)
         if contiguous and not value.is_contiguous():
             raise ShapeError(
                 f"{self.call}: {name}: must be contiguous, got strides {value.stride()}; call .contiguous()"
             )
         return value
+
+    # Most calls are right: these find the words only for one that is not.
+
+    def _wrong_kind(
+        self, name: str, value: object, letters: list[str], dtypes: Sequence[torch.dtype] | None
+    ) -> ShapeError:
+        if not isinstance(value, Tensor):
+            wanted, got = _kind(letters, dtypes), type(value).__name__
+            return ShapeError(f"{self.call}: {name}: expected {wanted}, got {got}; pass a torch.Tensor")
+        head = self._head(name, value, letters, dtypes)
+        if not _same_device(value.device, self.device):
+            return ShapeError(f"{head}; the group is on {self.device}: call .to('{self.device}')")
+        if dtypes is not None and value.dtype not in dtypes:
+            return ShapeError(f"{head}; call .to({dtypes[0]})")
+        return ShapeError(f"{head}; pass {len(letters)} dimensions instead of {value.ndim}")
+
+    def _wrong_size(
+        self, name: str, value: Tensor, letters: list[str], dtypes: Sequence[torch.dtype] | None, letter: str
+    ) -> ShapeError:
+        known, shape = self._sizes[letter], list(zip(letters, value.shape, strict=True))
+        want = [self._sizes[other].value if other in self._sizes else size for other, size in shape]
+        found = next(size for other, size in shape if other == letter and size != known.value)
+        return ShapeError(
+            f"{self._head(name, value, letters, dtypes)}; {letter}={known.value} was set by {known.source}, here it is "
+            f"{found}: pass shape {want}"
+        )
+
+    def _head(self, name: str, value: Tensor, letters: list[str], dtypes: Sequence[torch.dtype] | None) -> str:
+        got = f"got {value.dtype} {list(value.shape)} on {value.device}"
+        return f"{self.call}: {name}: expected {_kind(letters, dtypes)}, {got}"
 
     def row_bytes(self, name: str, rows: Tensor) -> None:
         """Check that a row of ``rows`` is a multiple of 16 bytes."""
@@ -150,6 +171,11 @@ def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], 
 def _same_device(one: torch.device, other: torch.device) -> bool:
     """Return whether two devices are the same; ``cuda`` without an index matches any index."""
     return one == other or (one.type == other.type and None in (one.index, other.index))
+
+
+def _kind(letters: list[str], dtypes: Sequence[torch.dtype] | None) -> str:
+    kinds = " or ".join(str(d) for d in dtypes) if dtypes else "a tensor"
+    return f"{kinds} [{', '.join(letters)}]"
 
 
 def _pad(rows: Tensor) -> int:

@@ -1,4 +1,7 @@
-"""The TOKENFERRY_* environment variables. No other module of the package reads os.environ, and none writes it."""
+"""The TOKENFERRY_* environment variables, and one of torchrun.
+
+No other module of the package reads os.environ, and none writes it.
+"""
 
 from __future__ import annotations
 
@@ -118,3 +121,9 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
             raise ConfigError(f"{variable.name}={text!r}: {error}; it is the {variable.meaning}") from None
     assert set(values) == {f.name for f in fields(Settings)}
     return Settings(**values)
+
+
+def world_size(environ: Mapping[str, str] | None = None) -> int:
+    """Return WORLD_SIZE, the number of processes that torchrun started together; 1 if it is no number. Local."""
+    text = (os.environ if environ is None else environ).get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1

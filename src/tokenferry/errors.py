@@ -11,12 +11,15 @@ TokenferryError
 ├── UnsupportedError       an argument of the DeepEP API that this backend cannot honour
 ├── MismatchError          ranks made different calls; the group is broken
 ├── PeerTimeout            a rank did not answer in time, or died; the group is broken
-└── ClosedError            the group was closed, or broken by an earlier error
+├── ClosedError            the group was closed, broken by an earlier error, or is that of a parent process
+└── PickleError            a group cannot be pickled; nothing has changed
 
 A *broken* group raises ClosedError on every later call and can only be closed; make a new group to continue.
 """
 
 from __future__ import annotations
+
+import pickle
 
 
 class TokenferryError(Exception):
@@ -103,4 +106,11 @@ def _rebuild_peer_timeout(
 
 
 class ClosedError(TokenferryError, RuntimeError):
-    """The group was closed, or an earlier error broke it (the message names the error). Make a new group."""
+    """The group was closed, an earlier error broke it, or this process is a forked child; the message says which.
+
+    Make a new group. In a forked child: use the group in the process that made it, or start children with "spawn".
+    """
+
+
+class PickleError(TokenferryError, pickle.PicklingError, TypeError):
+    """A group, or an object that holds one, cannot be pickled. Save the ``state_dict`` of a model instead of it."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -50,6 +51,11 @@ def forget_in_child(thing: _Thing, forget: Callable[[_Thing, str], object] | Non
     _owned[thing] = _Owned(os.getpid(), forget)
 
 
+def close_in_child(sock: socket.socket) -> None:
+    """Close a socket in every process that is forked while it is open."""
+    forget_in_child(sock, _close)
+
+
 def owner(thing: object) -> int | None:
     """Return the id of the process that passed ``thing`` to `forget_in_child`, or None: nobody has."""
     owned = _owned.get(thing)
@@ -62,6 +68,10 @@ def reason(pid: int) -> str:
         f"belongs to process {pid}, from which this process ({os.getpid()}) was forked; use it in process {pid} alone, "
         "or start this process with 'spawn' instead of 'fork'"
     )
+
+
+def _close(sock: socket.socket, reason: str) -> None:
+    sock.close()
 
 
 def _forget_inherited() -> None:

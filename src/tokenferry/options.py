@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.backends.base import Resolved
 from tokenferry.errors import ConfigError
+from tokenferry.forked import forget_in_child, owner
 from tokenferry.types import BackendName, MoeShape, TimeoutPolicy, TransportName
+
+_NO_MEMBER = dist.GroupMember.NON_GROUP_MEMBER
 
 
 def resolve_options(
@@ -19,9 +25,7 @@ def resolve_options(
     on_timeout: TimeoutPolicy,
 ) -> Resolved:
     """Check the options of a group and complete them from the environment; see `ExpertGroup`."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        got = type(group).__name__
-        raise ConfigError(f"ExpertGroup: group: expected a torch.distributed.ProcessGroup or None, got {got}")
+    num_ranks = check_group(group)
     settings = env.read()
     timeout_s = settings.timeout_s if timeout_s is None else timeout_s
     if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
@@ -32,7 +36,9 @@ def resolve_options(
         raise ConfigError(
             f'ExpertGroup: transport: expected "auto", "shared_memory" or "process_group", got {transport!r}'
         )
-    check_divides("ExpertGroup", shape, 1 if group is None else group.size())
+    check_divides("ExpertGroup", shape, num_ranks)
+    if group is None:
+        _warn_of_others()
     return Resolved(
         shape,
         settings.backend if backend == "auto" else backend,
@@ -43,6 +49,44 @@ def resolve_options(
         cache_folder=settings.cache_dir,
         cpu_only="" if transport == "auto" else f"transport={transport!r} is a transport of the CPU backend",
     )
+
+
+def check_group(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks of a process group; raise ConfigError unless this process can use it."""
+    if group is None:
+        return 1
+    if not isinstance(group, dist.ProcessGroup):
+        # An int; in older versions of torch a bare object.
+        if type(group) is type(_NO_MEMBER) and group == _NO_MEMBER:
+            raise ConfigError(
+                "ExpertGroup: group: this rank is not a member of the process group (it is GroupMember."
+                "NON_GROUP_MEMBER, as new_group returns it to other ranks); make an ExpertGroup on the members only"
+            )
+        got = type(group).__name__
+        raise ConfigError(f"ExpertGroup: group: expected a torch.distributed.ProcessGroup or None, got {got}")
+    made_by = owner(group)
+    if made_by is None:
+        forget_in_child(group)
+    elif made_by != os.getpid():
+        raise ConfigError(
+            f"ExpertGroup: group: this process group belongs to process {made_by}, from which this process "
+            f"({os.getpid()}) was forked; call init_process_group in this process, or start it with 'spawn'"
+        )
+    return group.size()
+
+
+def _warn_of_others() -> None:
+    """Warn if a group of one rank was made among several processes, which is rarely meant."""
+    ready = dist.is_initialized()
+    num_processes = dist.get_world_size() if ready else env.world_size()
+    if num_processes > 1:
+        found = f"torch.distributed has {num_processes} ranks" if ready else f"WORLD_SIZE is {num_processes}"
+        first = "" if ready else "call torch.distributed.init_process_group, and "
+        warnings.warn(
+            f"ExpertGroup: group=None makes a group of this rank alone, and {found}; {first}pass "
+            "torch.distributed.group.WORLD, or, if each rank is to hold all experts, a process group of one rank",
+            stacklevel=4,
+        )
 
 
 def check_divides(call: str, shape: MoeShape, num_ranks: int) -> None:

@@ -62,10 +62,10 @@ class Layout(enum.Enum):
 
 
 class Scale(enum.Enum):
-    """The format of the scales of an FP8 cast: one scale per row and 128 columns."""
+    """The format of the scales of an FP8 cast: one scale per row and 128 columns; amax is their largest finite size."""
 
     FLOAT32 = "float32"
-    """``amax / 448`` as float32."""
+    """``amax / 448`` as float32; amax is at least 1e-4."""
 
     POWER_OF_TWO = "power_of_two"
     """The same, rounded up to a power of two, as float32."""
@@ -221,7 +221,7 @@ class Plan:
     @property
     def src_rank(self) -> Tensor:
         """Source rank of each row received: ``[src_counts.sum()]`` int64."""
-        ranks = torch.arange(self.src_counts.numel(), device=self.src_counts.device)
+        ranks = torch.arange(self.src_counts.numel(), device=self.src_counts.device, dtype=torch.int64)
         # With a known size nothing has to be read back from the device.
         return torch.repeat_interleave(ranks, self.src_counts, output_size=self.num_received)
 

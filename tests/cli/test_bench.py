@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support.bench_jobs import TINY, broken, measure_damaged, splits, wrong_answer
+from support.bench_jobs import TINY, broken, discard, measure_damaged, splits, wrong_answer
 from support.bench_runs import bench
 from tokenferry.bench.core.checks import WrongAnswer, must_be_near, must_equal
 from tokenferry.bench.core.inputs import draw
@@ -98,8 +98,8 @@ def test_table_on_any_terminal(any_terminal):
         ("combine", 3, "combine: 1 of"),  # the third set of inputs
     ],
 )
-def test_every_call_is_checked(worlds, tmp_path, method, call_number, error):
-    for found in worlds(2).run(measure_damaged, str(tmp_path / "progress"), TINY, "shared_memory", method, call_number):
+def test_every_call_is_checked(worlds, method, call_number, error):
+    for found in worlds(2).run(measure_damaged, discard, TINY, "shared_memory", method, call_number):
         assert found.startswith(error)
 
 
@@ -120,11 +120,8 @@ def test_the_baseline_moves_the_rows_that_the_calls_move(worlds):
         assert seen == {"out": out, "home": out[::-1], "answers": home, "out fp8": out}
 
 
-def test_undamaged_calls_pass(worlds, tmp_path):
-    assert (
-        worlds(2).run(measure_damaged, str(tmp_path / "progress"), TINY, "process_group", "combine", -1)
-        == ["nothing"] * 2
-    )
+def test_undamaged_calls_pass(worlds):
+    assert worlds(2).run(measure_damaged, discard, TINY, "process_group", "combine", -1) == ["nothing"] * 2
 
 
 def test_no_time_for_a_wrong_answer(monkeypatch, capsys, tmp_path):

@@ -133,6 +133,11 @@ def test_the_kernel_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENFERRY_CACHE_DIR", str(tmp_path / "not" / "yet"))
     assert doctor_cuda._cache() == str(tmp_path / "not" / "yet")
     assert not list(tmp_path.iterdir()), "the check created a folder"
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("TOKENFERRY_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ConfigError, match="has mode 0777: others than its owner may write to it"):
+        doctor_cuda._cache()
+    monkeypatch.setenv("TOKENFERRY_CACHE_DIR", str(tmp_path / "not" / "yet"))
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(ConfigError, match=f"is not writable .{tmp_path} is not a folder with write access"):
         doctor_cuda._cache()

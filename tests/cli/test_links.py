@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from support.bench_jobs import discard
 from tokenferry.bench.core import device, session
 from tokenferry.bench.suites import links
 from tokenferry.bench.suites.links import SMEM_BYTES, CudaLinks, check_stored
@@ -193,7 +194,7 @@ def test_a_gpu_is_held_for_as_long_as_asked(monkeypatch):
     assert len(slept) == 4, "its clock is measured once"
 
 
-def test_a_session_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch, tmp_path):
+def test_a_session_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch):
     events = []
 
     class Link:
@@ -215,7 +216,7 @@ def test_a_session_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch, t
     monkeypatch.setattr(session, "device_for", lambda backend: device.CpuDevice())
     monkeypatch.setattr(session.dist, "barrier", lambda pg: events.append("host"))
     settings = session.Settings(2, (4,), 128, 2, 8, 2, 1, 0)
-    with session.open_session(0, rank_of(0, 2), str(tmp_path / "progress"), settings) as opened:
+    with session.open_session(0, rank_of(0, 2), discard, settings) as opened:
         opened.synchronize_ranks()
         opened.synchronize_ranks(0.5)
     # Held before the barrier: a device that is held longer than others must not start later.

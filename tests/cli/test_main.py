@@ -1,8 +1,10 @@
 """The entry point of the command line: help, version, exit statuses."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -30,7 +32,14 @@ def test_help_explains_each_command(command, capsys):
     assert "Exit status" in text
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["bench", "--wings", "2"], ["demo", "--steps", "none"]])
+def test_no_command_prints_the_help(capsys):
+    assert main.main([]) == 0
+    without = capsys.readouterr().out
+    assert stopped(["--help"]) == 0
+    assert without == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["fly"], ["bench", "--wings", "2"], ["demo", "--steps", "none"]])
 def test_wrong_command_lines(argv, capsys):
     assert stopped(argv) == 2
     assert "usage: tokenferry" in capsys.readouterr().err
@@ -77,7 +86,7 @@ def test_deep_ep_path_prints_a_folder_that_works(capsys):
 
 def test_runs_as_a_module():
     done = subprocess.run(
-        [sys.executable, "-m", "tokenferry.cli", "deep-ep-path"],
+        [sys.executable, "-m", "tokenferry", "deep-ep-path"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -85,3 +94,87 @@ def test_runs_as_a_module():
     )
     assert os.path.isdir(done.stdout.strip())
     assert done.stderr == ""
+
+
+CLOSED = """
+import os, sys
+from tokenferry.cli import main
+for descriptor in (0, 1, 2):
+    os.close(descriptor)
+sys.stdin = sys.stdout = sys.stderr = None  # as Python finds them at its start
+for name in sys.argv[2:]:
+    try:
+        status = main.main(name.split())
+    except SystemExit as stop:
+        status = stop.code
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{name}: {status}\\n")
+os.fstat(1), os.fstat(2)
+"""
+
+
+def test_closed_standard_streams(tmp_path):
+    """As by ``tokenferry doctor >&- 2>&- <&-``. Their numbers are then free, and the next socket would get one."""
+    statuses = {
+        "": 0,
+        "--version": 0,
+        "doctor --help": 0,
+        "fly": 2,
+        "explain --experts 8 --top-k 2 --hidden 128 --tokens 16 --ranks 2": 0,
+        "deep-ep-path": 0,
+        "limits --ranks 9": 2,
+        "trace --ranks 9": 2,
+        "bench --ranks 3": 2,
+        "demo --ranks 3": 2,
+        "diagnose --device cpu --ranks 2 --iterations 1 --tokens 8 --hidden 128 --experts 8 --top-k 2": 0,
+        "doctor --no-compile": 0,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED, str(tmp_path / "statuses"), *statuses], timeout=120, check=False
+    )
+    assert (tmp_path / "statuses").read_text().splitlines() == [f"{name}: {code}" for name, code in statuses.items()]
+    assert done.returncode == 0
+
+
+def test_a_reader_that_has_seen_enough():
+    """As by ``tokenferry explain | head -1``."""
+    program = subprocess.Popen(
+        [sys.executable, "-m", "tokenferry", "explain"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    assert program.wait(60) == 141
+
+
+def test_a_disk_that_is_full():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tokenferry", "deep-ep-path"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.stderr == "tokenferry deep-ep-path: [Errno 28] No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_sigterm_ends_a_command_as_an_exception_does(monkeypatch):
+    """The handler is there while a command runs only."""
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+
+    def wait(args, screen):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            cleaned.append(signal.getsignal(signal.SIGTERM))
+
+    monkeypatch.setattr(doctor, "run", wait)
+    assert stopped(["doctor"]) == 143
+    assert cleaned == [signal.SIG_DFL], "a second one would not end the program at once"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -210,6 +210,40 @@ def test_the_layout_of_a_tensor_is_known_until_either_changes():
     assert not buffer._knows(topk_idx, in_rank, per_expert)
 
 
+def test_the_parts_of_a_layout_have_names():
+    layout = Buffer(None).get_dispatch_layout(torch.tensor([[0, 1], [2, -1]]), 4)
+    per_rank, per_node, per_expert, in_rank, event = layout
+    assert layout.num_tokens_per_rank is per_rank
+    assert layout.num_tokens_per_rdma_rank is per_node
+    assert layout.num_tokens_per_expert is per_expert
+    assert layout.is_token_in_rank is in_rank
+    assert layout.event is event
+
+
+def test_a_handle_reads_like_a_tuple_whose_tensors_are_made_when_read():
+    buffer = Buffer(None)
+    topk_idx = torch.tensor([[0, 1], [2, -1]])
+    counted = buffer.get_dispatch_layout(topk_idx, 4)
+    *_, handle, _ = buffer.dispatch(
+        torch.ones(2, 8),
+        num_tokens_per_rank=counted.num_tokens_per_rank,
+        is_token_in_rank=counted.is_token_in_rank,
+        num_tokens_per_expert=counted.num_tokens_per_expert,
+        topk_idx=topk_idx,
+    )
+    assert len(handle) == 7
+    prefix, *channels, src_token, in_rank, send_head, plan = handle
+    assert (prefix.dtype, prefix.tolist()) == (torch.int32, [[2]])
+    assert (src_token.dtype, src_token.tolist()) == (torch.int32, [0, 1])
+    assert in_rank is counted.is_token_in_rank
+    assert plan is handle[-1] is handle.plan
+    assert [*channels, send_head] == [None] * 3
+    assert handle[0] is not prefix
+    assert handle[3:5][1] is in_rank
+    with pytest.raises(IndexError):
+        handle[7]
+
+
 def test_groups_have_the_memory_that_was_asked_for(monkeypatch):
     from tokenferry import api
 

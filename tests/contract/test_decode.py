@@ -13,6 +13,7 @@ from support.decode_jobs import (
     encodings,
     hooks_in_any_order,
     masked_encodings,
+    not_finite,
     rounds,
 )
 from support.decoding import Step, check_combined, check_received
@@ -34,6 +35,10 @@ def test_rounds(run, pair, ranks):
 @at_places
 def test_encodings(run, pair, ranks):
     run(pair, ranks, encodings, ranks)
+
+
+def test_what_is_not_finite(run, pair):
+    run(pair, 2, not_finite)
 
 
 def test_encodings_without_masked_ranks(run, pair):

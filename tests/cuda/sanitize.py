@@ -25,7 +25,7 @@ FOUND = 9
 ONE_RANK = (
     "test_dispatch_plan.py::test_every_routing[even-1]",
     "test_dispatch_plan.py::test_most_experts_and_choices[experts-1-4096-64-dtype0]",
-    "test_dispatch_plan.py::test_too_many_rows_for_a_tight_room_are_recorded_by_all[1-masked]",
+    "test_dispatch_plan.py::test_too_many_rows_for_a_tight_capacity_are_recorded_by_all[1-masked]",
     "test_dispatch_kernel.py::test_every_kind_of_row[1-16-w1-first-int64]",
     "test_dispatch_kernel.py::test_every_kind_of_row[1-7168-56xint32-columns-w0-first-int32]",
     "test_dispatch_kernel.py::test_every_kind_of_row[1-65536-4xfloat32-rows-w1-first-int64]",

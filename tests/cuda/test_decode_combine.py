@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from support.decoding import uneven
+from support.not_finite import any_bits, spoil
 from support.virtual_decode import (
     ALIVE,
     BOTH,
@@ -94,6 +95,24 @@ def test_every_encoding(num_ranks, dtype, encoding, fast):
         call.run()
         call.check()
         group.check_clear()
+
+
+@by_numerics
+@pytest.mark.parametrize("encoding", ENCODINGS[1:])
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
+def test_what_is_not_finite(dtype, encoding, fast):
+    """Infinities and NaNs become NaN at their places; the columns beside them do not change."""
+    case = Case((3, 4), 4, 2, hidden=640, dtype=dtype)
+    group = VirtualGroup.of(case)
+    ys = [spoil(y / 64) for y in CombineCall(group, case).ys]
+    assert not any(y.isfinite().all(dim=1).any() for y in ys)
+    many = [[any_bits(y, seed=i) for i, y in enumerate(ys)]] if encoding == "fp8" else []  # whose sums are infinite
+    for rows in (ys, *many):
+        call = CombineCall(group, case, fast=fast, encoding=encoding, ys=rows)
+        call.run()
+        call.check()
+        group.check_clear()
+        assert all(call.sums(rank).isnan().any() for rank in range(2))
 
 
 @by_numerics

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from support.not_finite import any_bits, spoil
 from support.virtual_decode import (
     ALIVE,
     BOTH,
@@ -151,6 +152,21 @@ def test_casts_of_extreme_rows():
         call.run()
         call.check()
         group.check_clear()
+
+
+@pytest.mark.parametrize("fp8", SCALES[1:], ids=lambda scale: scale.name)
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
+def test_casts_of_what_is_not_finite(dtype, fp8):
+    """Infinities and NaNs become the NaN without a sign, at their places; the columns beside them do not change."""
+    for hidden in (16, 144, 640):
+        case = Case((9, 4), 4, 2, hidden=hidden, dtype=dtype)
+        group = VirtualGroup.of(case)
+        for change in (spoil, any_bits):
+            sent = [replace(one, x=change(one.x)) for one in case.inputs()]
+            call = DispatchCall(group, case, fp8, sent=sent)
+            call.run()
+            call.check()
+            group.check_clear()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])

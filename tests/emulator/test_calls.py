@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.emulated_group import SynchronousKernel
 from support.emulator import Emulator
 from tokenferry import MoeShape
 from tokenferry.backends.cuda import plan as cuda_plan
@@ -62,6 +64,45 @@ def strided_scales(rank, threads, pair, first_tokens):
 def test_scales_in_a_wider_buffer_after_few(run, first_tokens):
     """So few are contiguous whatever their strides; the same strides are not, of more."""
     run(2, strided_scales, first_tokens)
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+class TorchCalls(TorchDispatchMode):
+    """Notes the names of the operators that torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def count_tokens(rank, threads, pair):
+    index = torch.tensor([[0, 2], [3, -1], [1, 1]], dtype=torch.int64)
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
+        with TorchCalls() as calls:
+            layout = group._backend.token_layout(index, 4)
+        assert calls.names == ["aten.empty.memory_format"] * 2
+        assert layout.per_rank.tolist() == [2, 2]
+        assert layout.per_expert.tolist() == [1, 1, 1, 1]
+        assert layout.in_rank.tolist() == [[True, True], [False, True], [True, False]]
+
+
+def test_a_layout_takes_one_kernel_and_two_allocations(run, monkeypatch):
+    launched = []
+    launch = SynchronousKernel.launch
+
+    def counting(kernel, *args):
+        launched.append(kernel.spec.name)
+        return launch(kernel, *args)
+
+    monkeypatch.setattr(SynchronousKernel, "launch", counting)
+    run(2, count_tokens)
+    assert launched == ["dispatch_layout"] * 2
 
 
 # ---------------------------------------------------------------------- aborted calls

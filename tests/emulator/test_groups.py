@@ -41,6 +41,7 @@ def test_decode_hooks(run):
 
 def test_decode_encodings(run):
     run(2, decode_jobs.encodings, 2)
+    run(2, decode_jobs.not_finite)
     run(3, decode_jobs.masked_encodings)
 
 

@@ -312,6 +312,17 @@ def test_bad_calls_say_what_is_wrong_and_leave_the_group_usable(group, call, err
     autograd.dispatch(group, Arguments.x, Arguments.routing)
 
 
+@pytest.mark.parametrize("call", ["redispatch", "combine"])
+def test_a_plan_of_inference_mode_is_refused_where_backward_would_need_it(group, call):
+    x, weights, topk_idx = inputs(0, 6)
+    with torch.inference_mode():
+        plan = group.dispatch(x, Routing(topk_idx, weights)).plan
+    rows = x if call == "redispatch" else torch.ones(plan.num_delivered, x.shape[1], dtype=x.dtype).requires_grad_()
+    with pytest.raises(tokenferry.PlanError, match=r"plan: was made in torch.inference_mode\(\), .*; dispatch outside"):
+        getattr(autograd, call)(group, rows, plan)
+    assert getattr(autograd, call)(group, rows.detach(), plan).x.isfinite().all()
+
+
 def test_a_group_that_is_gone_is_named():
     group = tokenferry.ExpertGroup(None, SHAPE)
     x, _, topk_idx = inputs(0, 6)

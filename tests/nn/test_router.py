@@ -88,6 +88,60 @@ def test_scores_that_underflow_give_weights_of_zero_and_finite_gradients():
     assert logits.grad.isfinite().all()
 
 
+GATINGS = {
+    "softmax": lambda logits: softmax_topk(logits, 2),
+    "raw softmax": lambda logits: softmax_topk(logits, 2, normalize=False),
+    "sigmoid": lambda logits: group_limited_topk(logits, 2, GroupLimit(1, 1)),
+    "groups": lambda logits: group_limited_topk(logits, 2, GroupLimit(2, 1), bias=torch.tensor([5.0, 0, 0, 0])),
+}
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize("gate", GATINGS.values(), ids=GATINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_minus_infinity_masks_experts(gate, dtype):
+    """Masked experts are never chosen, a row of nothing else goes nowhere, and gradients stay finite."""
+    rows = [[-INF] * 4, [-INF, -INF, -INF, 1], [-INF, -300, 2, -INF], [0.0, 1, 2, 3]]
+    logits = torch.tensor(rows, dtype=dtype, requires_grad=True)
+    routing = gate(logits)
+    assert [sorted(row) for row in routing.topk_idx[:2].tolist()] == [[-1, -1], [-1, 3]]
+    assert 0 not in routing.topk_idx[:3]
+    weights = routing.topk_weights
+    assert weights[0].tolist() == [0.0, 0.0]
+    assert weights[1, 1] == 0
+    assert weights[1, 0] > 0.4  # raw scores of a single expert: 1 of softmax
+    assert weights[3].gt(0).all()
+    (weights * torch.tensor([1.0, 3.0])).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[0].any()
+    assert logits.grad[3].any()
+
+
+def test_experts_that_are_masked_do_not_take_the_place_of_unlikely_ones():
+    routing = softmax_topk(torch.tensor([[-INF, 0.0, -INF, -300.0]]), 2)  # whose probability rounds to 0
+    assert routing.topk_idx.tolist() == [[1, 3]]
+
+
+def test_a_group_is_scored_by_its_experts_that_are_not_masked():
+    """Group 0 has one good expert, group 1 none, group 2 two bad ones."""
+    logits = torch.tensor([[9.0, -INF, -INF, -INF, -4.0, -4.0]])
+    assert group_limited_topk(logits, 2, GroupLimit(3, 1)).topk_idx.tolist() == [[0, -1]]
+    assert group_limited_topk(logits, 3, GroupLimit(3, 2)).topk_idx.tolist() == [[0, 4, 5]]
+    assert group_limited_topk(logits, 5, GroupLimit(3, 3)).topk_idx.tolist() == [[0, 4, 5, -1, -1]]
+
+
+@pytest.mark.parametrize("gate", GATINGS.values(), ids=GATINGS)
+@pytest.mark.parametrize("row", [[NAN, 0.0, 1.0, 2.0], [NAN, -INF, -INF, -INF], [NAN] * 4], ids=str)
+def test_a_nan_stays_visible(gate, row):
+    routing = gate(torch.tensor([row, [0.0, 1, 2, 3]]))
+    assert routing.topk_weights[0].isnan().any()
+    assert routing.topk_weights[1].isfinite().all()
+
+
+def test_infinity_stays_visible_in_softmax():
+    assert softmax_topk(torch.tensor([[0.0, INF, 0.0]]), 2).topk_weights.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_narrow_logits_are_computed_in_float32(dtype):
     logits = random_logits(16, ties=False).to(dtype)

@@ -1,5 +1,6 @@
-"""Functions that run in a forked child, and return to the parent what they found."""
+"""Forked children: functions that run in one and return what they found, and children that only live on."""
 
+import ctypes
 import os
 import pickle
 import signal
@@ -33,3 +34,32 @@ def in_child(fn: Callable[[], Any]) -> Any:
     good, value = pickle.loads(answer)
     assert good, value
     return value
+
+
+def leave_child(how: str, closed: frozenset[int] = frozenset()) -> int:
+    """Fork a child that does nothing until it is killed; return its process id.
+
+    Args:
+        how: ``"fork"``: as Python forks; ``"fork in C"``: as a C library does, without the hooks of Python.
+        closed: Descriptors that the child closes.
+    """
+    # PyDLL keeps the GIL, so that the child has it.
+    pid = os.fork() if how == "fork" else ctypes.PyDLL(None).fork()
+    if pid == 0:
+        signal.alarm(CHILD_S)
+        for fd in closed:
+            os.close(fd)
+        signal.pause()
+        os._exit(0)
+    return pid
+
+
+def open_descriptors() -> dict[int, str]:
+    """Return the descriptors of this process, and what each refers to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+    return found

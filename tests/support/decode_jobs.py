@@ -68,6 +68,18 @@ def encodings(rank, pg, pair: Pair, ranks: int) -> None:
                     check_encoding(view, step, sent, dtype, encoding, fast=True)
 
 
+def not_finite(rank, pg, pair: Pair) -> None:
+    """Send infinities and NaNs: raw rows keep them, casts and encodings turn them into NaN and keep what is beside."""
+    step = Step(Case((9, 8), 4, 2, hidden=256, dtype=torch.float32), rank, spoilt=True)
+    with pair.open(pg, step.case.shape) as group:
+        for fp8 in CASTS:
+            sent = group.decode_dispatch(step.mine().x, step.routing(), quantize=fp8)
+            check_received(step, sent, fp8)
+        for encoding in ("fp8", "logfmt10"):
+            for fast in (False, True):
+                check_encoding(group, step, sent, torch.bfloat16, encoding, fast)
+
+
 def masked_encodings(rank, pg, pair: Pair) -> None:
     """Ranks 0 and 1 go on without 2, and 2 without them."""
     case = Case((3, 2, 4), 6, 3, hidden=256, dtype=torch.float32)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from support.not_finite import spoil
 from tokenferry import DecodeDispatched, ExpertGroup, Quantized, Routing, Scale
 from tokenferry.testing.cases import Case, answers
 from tokenferry.testing.compare import close_each, same_bits
@@ -15,11 +16,19 @@ CASTS = (None, Scale.FLOAT32, Scale.POWER_OF_TWO, Scale.UE8M0)
 
 @dataclass(frozen=True)
 class Step:
-    """A decode_dispatch and a decode_combine under test; ``away`` are ranks that this one has masked."""
+    """A decode_dispatch and a decode_combine under test.
+
+    Attributes:
+        case: Sizes and inputs.
+        rank: The rank that checks.
+        away: Ranks that this one has masked.
+        spoilt: Whether rows and answers hold infinities and NaNs.
+    """
 
     case: Case
     rank: int
     away: frozenset[int] = frozenset()
+    spoilt: bool = False
 
     @property
     def capacity(self) -> int:
@@ -27,7 +36,7 @@ class Step:
 
     def oracle(self) -> Oracle:
         """Return the oracle of the case in which masked ranks send nothing and no token chooses their experts."""
-        sent = list(self.case.inputs())
+        sent = self.inputs()
         local = self.case.experts // self.case.ranks
         for rank, one in enumerate(sent):
             gone = torch.zeros_like(one.topk_idx, dtype=torch.bool)
@@ -38,14 +47,17 @@ class Step:
             sent[rank] = replace(one, topk_idx=torch.where(gone, -1, one.topk_idx))
         return Oracle(sent, self.case.experts, "masked", capacity=self.capacity)
 
+    def inputs(self) -> list[Sent]:
+        return [replace(one, x=spoil(one.x)) if self.spoilt else one for one in self.case.inputs()]
+
     def mine(self) -> Sent:
-        return self.case.inputs()[self.rank]
+        return self.inputs()[self.rank]
 
     def routing(self) -> Routing:
         return Routing(self.mine().topk_idx, self.mine().topk_weights)
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {self.case} away={sorted(self.away)}"
+        return f"rank {self.rank} {self.case} away={sorted(self.away)} spoilt={self.spoilt}"
 
 
 def check_received(step: Step, sent: DecodeDispatched, fp8: Scale | None) -> None:
@@ -130,6 +142,7 @@ def check_encoding(
     oracle, case = step.oracle(), step.case
     size = oracle.num_local * step.capacity
     ys = [uneven(answers(case, oracle, there, size, dtype)) for there in range(case.ranks)]
+    ys = [spoil(y) for y in ys] if step.spoilt else ys
     y = ys[step.rank].clone().reshape(oracle.num_local, step.capacity, case.hidden)
     got = group.decode_combine(y, sent.plan, numerics="fast" if fast else "exact", encoding=encoding, return_hook=fast)
     y.fill_(torch.nan)  # it was sent already

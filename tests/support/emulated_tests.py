@@ -9,6 +9,7 @@ import pytest
 FILES = (
     *(
         "test_dispatch_plan.py",
+        "test_dispatch_layout.py",
         "test_dispatch_kernel.py",
         "test_combine_pull.py",
         "test_combine_push.py",

@@ -180,6 +180,7 @@ static unsigned __match_any_sync(unsigned mask, T value) {
     return bits;
 }
 static bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == ~0u; }
+static bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 template <class T>
 static T __shfl_xor_sync(unsigned mask, T value, int bits) {
     const unsigned long long* values = emu_exchange(mask, value);
@@ -224,6 +225,11 @@ static T atomicMax(T* p, U v) {
     T old = *p;
     while ((T)v > old && !__atomic_compare_exchange_n(p, &old, (T)v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
     return old;
+}
+
+template <class T>
+static T atomicExch(T* p, T v) {
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
 }
 
 // ---- numbers

@@ -89,10 +89,17 @@ DEV u64 load_relaxed(const u64* p) {
 }
 
 DEV void store_relaxed(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
-DEV void store_in_block(u32* p, u32 v) { *p = v; }
-DEV u32 load_in_block(const u32* p) {
+DEV u64 exchange_in_block(u64* p, u64 v) {
     emu_change_fiber();
-    return *p;
+    const u64 old = *p;
+    *p = v;
+    return old;
+}
+DEV u64 replace_in_block(u64* p, u64 expected, u64 v) {
+    emu_change_fiber();
+    const u64 old = *p;
+    if (old == expected) *p = v;
+    return old;
 }
 
 DEV float log2_near(float v) { return log2f(v); }

@@ -9,6 +9,7 @@ import torch
 from support.transport_pair import HEADER, connected, exchange, post, receive
 from tokenferry.errors import PeerTimeout
 from tokenferry.transports.base import CallId, Deadline, Watermarks
+from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 
 @pytest.fixture
@@ -140,23 +141,26 @@ def test_a_peer_that_reads_nothing_fails_the_send_in_time(pair):
         post_without_end()
 
 
-def test_a_blocked_send_continues_when_the_peer_reads(pair):
-    zero, one = pair
-    zero._peers[1].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+def test_a_blocked_send_continues_when_the_peer_reads():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     pid = os.fork()
     if pid == 0:  # the peer, in a process of its own
-        good = True
+        one, good = SharedMemoryTransport(1, {0: theirs}), True
         for number in range(1, 301):
             call = CallId(number, "test")
             one.open(call, [0, 0])
             good &= one.receive(call, 0, Deadline(10.0)).header == HEADER
             one.finish(call, None)
         os._exit(0 if good else 1)
+    zero = SharedMemoryTransport(0, {1: ours})
+    theirs.close()
     for number in range(1, 301):
         call = CallId(number, "test")
         zero.open(call, [0, 0])
         zero.post(call, [HEADER, HEADER], Deadline(10.0))
     assert os.waitpid(pid, 0)[1] == 0
+    zero.close(linger=False)
 
 
 def test_too_little_memory_raises_instead_of_killing(pair):

@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "kernels",
     },
     "demo": {"types", "errors", "api", "autograd", "nn", "testing", "bench"},
+    "__main__": {"cli"},
     # From compat only the folder of `tokenferry deep-ep-path`; from jit only the checks of `tokenferry doctor`.
     "cli": {
         "demo",

@@ -52,6 +52,8 @@ def test_one_root_catches_all(kind):
         (errors.MismatchError, RuntimeError),
         (errors.PeerTimeout, TimeoutError),
         (errors.ClosedError, RuntimeError),
+        (errors.PickleError, TypeError),
+        (errors.PickleError, pickle.PicklingError),
     ],
 )
 def test_handlers_of_builtin_exceptions_catch_them_too(kind, parent):

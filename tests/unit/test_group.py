@@ -1,11 +1,14 @@
 """A group of one: options, variables, the log line. The calls of groups are in tests/contract."""
 
 import logging
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tokenferry import ClosedError, ConfigError, ExpertGroup, MoeShape, Routing
+from tokenferry.compat.deep_ep import Buffer
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=16)
 
@@ -53,3 +56,40 @@ def test_a_group_closes_when_its_block_ends_in_an_error():
         raise RuntimeError("mine")
     with pytest.raises(ClosedError):
         group.for_shape(SHAPE)
+
+
+@pytest.mark.parametrize("make", [lambda group: ExpertGroup(group, SHAPE), Buffer])
+def test_a_rank_that_is_no_member_is_told_so(make):
+    with pytest.raises(ConfigError, match="this rank is not a member of the process group"):
+        make(dist.GroupMember.NON_GROUP_MEMBER)
+    with pytest.raises(ConfigError, match=r"expected a torch.distributed.ProcessGroup or None, got int"):
+        make(3)
+
+
+def test_a_group_of_one_among_several_processes_warns_once_where_it_was_made(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            ExpertGroup(None, SHAPE)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert "WORLD_SIZE is 4; call torch.distributed.init_process_group, and pass" in str(caught[0].message)
+    with pytest.warns(UserWarning, match="WORLD_SIZE is 4"):
+        Buffer(None)
+
+
+@pytest.mark.parametrize("size", ["1", "", "many"])
+def test_a_process_alone_does_not_warn(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ExpertGroup(None, SHAPE)
+
+
+def make_alone(rank, pg) -> None:
+    with pytest.warns(UserWarning, match=r"torch\.distributed has 2 ranks; pass torch\.distributed\.group\.WORLD"):
+        assert ExpertGroup(None, SHAPE).num_ranks == 1
+
+
+def test_a_group_of_one_among_several_ranks_warns(worlds):
+    worlds(2).run(make_alone)

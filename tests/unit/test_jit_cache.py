@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenferry.jit import cache
 from tokenferry.jit.cache import Cache
 from tokenferry.jit.compiler import Built
 from tokenferry.jit.source import Unit
@@ -144,14 +146,116 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, caplog):
 
 
 def test_a_disk_that_fills_up_is_a_warning_and_leaves_nothing(tmp_path, caplog, monkeypatch):
-    def full(self, data):
+    def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(cache, "_write", full)
     with caplog.at_level(logging.WARNING, "tokenferry"):
         Cache(tmp_path).keep(UNIT, V, BUILT)
     assert "No space left" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_else_can_write_or_read_what_is_kept(tmp_path):
+    before = os.umask(0)
+    try:
+        entry = kept(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "cache", entry, *entry.rglob("*"))}
+    assert set(modes.values()) == {0o700, 0o600}
+    assert {path for path, mode in modes.items() if mode == 0o700} == {path for path in modes if path.is_dir()}
+
+
+STRANGER = 12345
+
+
+def owned_by(monkeypatch, path, uid=STRANGER):
+    """Let a path, link or not, belong to another user, without the rights that this takes."""
+    number, fstat, lstat = path.lstat().st_ino, os.fstat, os.lstat
+
+    def changed(found):
+        return os.stat_result([*found[:4], uid, *found[5:]]) if found.st_ino == number else found
+
+    monkeypatch.setattr(os, "fstat", lambda file: changed(fstat(file)))
+    monkeypatch.setattr(os, "lstat", lambda name: changed(lstat(name)))
+
+
+def linked(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+FOLDERS = {
+    "all may write": (lambda path, monkeypatch: path.chmod(0o777), "has mode 0777: others than its owner may write"),
+    "all may write, sticky": (lambda path, monkeypatch: path.chmod(0o1777), "has mode 1777"),
+    "the group may write": (lambda path, monkeypatch: path.chmod(0o770), "has mode 0770"),
+    "of another user": (lambda path, monkeypatch: owned_by(monkeypatch, path), "belongs to user 12345, this process"),
+    "a link of another user": (
+        lambda path, monkeypatch: (linked(path), owned_by(monkeypatch, path)),
+        "belongs to user 12345",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "why"), FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_others_may_have_written_is_not_used(tmp_path, caplog, monkeypatch, change, why):
+    folder = tmp_path / "cache"
+    kept(folder)
+    change(folder, monkeypatch)
+    untrusted = Cache(folder)
+    other = Unit("other", *(getattr(UNIT, name) for name in ("text", "headers", "options")))
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        for _ in range(2):
+            assert untrusted.find(UNIT, V) is None
+            untrusted.keep(other, V, BUILT)
+    assert len(list(folder.iterdir())) == 1, "something was kept"
+    [record] = caplog.records
+    assert why in record.getMessage()
+    assert "make the folder yours alone (chown, chmod go-w), or set TOKENFERRY_CACHE_DIR" in record.getMessage()
+    assert why in cache.refusal(folder)
+
+
+TRUSTED = {
+    "readable for all": lambda path, monkeypatch: path.chmod(0o755),
+    "of root": lambda path, monkeypatch: owned_by(monkeypatch, path, 0),
+    "a link of this user": lambda path, monkeypatch: linked(path),
+    "in a folder like /tmp": lambda path, monkeypatch: path.parent.chmod(0o1777),
+}
+
+
+@pytest.mark.parametrize("change", TRUSTED.values(), ids=TRUSTED)
+def test_folders_that_only_this_user_or_root_can_have_written(tmp_path, caplog, monkeypatch, change):
+    kept(tmp_path / "cache")
+    change(tmp_path / "cache", monkeypatch)
+    assert Cache(tmp_path / "cache").find(UNIT, V) == BUILT.cubin
+    assert cache.refusal(tmp_path / "cache") is None
+    assert caplog.text == ""
+
+
+ENTRIES = {
+    "an entry of another user": lambda entry, monkeypatch: owned_by(monkeypatch, entry),
+    "an entry that all may write to": lambda entry, monkeypatch: entry.chmod(0o777),
+    "an entry that is a link": lambda entry, monkeypatch: linked(entry),
+    "an entry that is a file": lambda entry, monkeypatch: (entry.rename(entry.parent / "old"), entry.touch()),
+    "a cubin of another user": lambda entry, monkeypatch: owned_by(monkeypatch, entry / "kernel.cubin"),
+    "a cubin that the group may write": lambda entry, monkeypatch: (entry / "kernel.cubin").chmod(0o660),
+    "a cubin that is a link": lambda entry, monkeypatch: linked(entry / "kernel.cubin"),
+    "a report of another user": lambda entry, monkeypatch: owned_by(monkeypatch, entry / "build.json"),
+}
+
+
+@pytest.mark.parametrize("change", ENTRIES.values(), ids=ENTRIES)
+def test_an_entry_that_others_may_have_written_is_set_aside(tmp_path, caplog, monkeypatch, change):
+    """It may be left from a time when others could write to the folder."""
+    entry = kept(tmp_path)
+    change(entry, monkeypatch)
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        assert Cache(tmp_path).find(UNIT, V) is None
+    assert f"{entry} is damaged" in caplog.text
+    assert not entry.exists()
+    Cache(tmp_path).keep(UNIT, V, BUILT)
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
 
 
 def _keep_and_find(folder, start, answers):
@@ -186,6 +290,7 @@ import pickle
 import sys
 from pathlib import Path
 from tokenferry.jit import compiler
+from tokenferry.jit import cache
 from tokenferry.jit.cache import Cache
 cache = Cache(Path(sys.argv[1]))
 unit, built = pickle.loads(bytes.fromhex(sys.argv[2]))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from support.not_finite import spoil
 from tokenferry import ShapeError
 from tokenferry.formats import logfmt
 from tokenferry.testing.cases import payload
@@ -85,14 +86,44 @@ def test_rounding_is_to_the_nearest_value_not_logarithm():
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_group_with_what_is_not_finite_is_nan(value):
+def test_what_is_not_finite_changes_nothing_beside_it(value):
+    """All 128 columns became NaN."""
     x = payload(torch.arange(2), 384, torch.float32)
+    x[0, 130:133] = torch.tensor([0.0, 0.0, -0.0])
+    before = logfmt.encode(x)
     x[0, 130] = value
-    x[0, 131] = 0.0
+    got, back = logfmt.encode(x), logfmt.decode(logfmt.encode(x))
+    assert back.isnan().nonzero().tolist() == [[0, 130]]
+    assert torch.equal(back.nan_to_num(0.0), logfmt.decode(before)), "0 and -0 are equal"
+    assert back[0, 131:133].signbit().tolist() == [False, False], "a negative zero would be NaN"
+    step = before.scale.clone()
+    step[0, 3] *= -1
+    same_bits("the sign of the step of the group, and no other scale", got.scale, step)
+    want = numbers(before.data)
+    want[0, 130:133] = torch.tensor([512, 0, 0])
+    assert torch.equal(numbers(got.data), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+def test_what_is_not_finite_is_decoded_as_by_the_oracle(dtype):
+    x = spoil(payload(torch.arange(16), 384, dtype))
     back = logfmt.decode(logfmt.encode(x))
-    assert bool(back[0, 128:256].isnan().all())
-    rest = torch.cat([back[0, :128], back[0, 256:], back[1]])
-    assert bool(rest.isfinite().all())
+    same_bits("decoded", back, torch.stack([encoded_row(row, "logfmt10") for row in x]))
+    assert back.isnan().equal(~x.isfinite())
+    zeros = logfmt.decode(logfmt.encode(x.nan_to_num(0.0, 0.0, 0.0)))
+    assert torch.equal(back.nan_to_num(0.0), zeros)
+
+
+def test_a_group_without_finite_numbers_has_the_range_of_zeros():
+    x = torch.tensor([math.nan, math.inf, -math.inf, -math.nan]).repeat(32)[None]
+    got = logfmt.encode(x)
+    same_bits("range", got.scale, torch.tensor([[0.0, -0.0]]))
+    assert numbers(got.data).unique().tolist() == [512]
+    assert bool(logfmt.decode(got).isnan().all())
+    x[0, 0] = 3.0  # one magnitude: the step is 0, and marked
+    back = logfmt.decode(logfmt.encode(x))
+    assert float(back[0, 0]) == pytest.approx(3.0)
+    assert bool(back[0, 1:].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenferry.testing.cases import ROUTINGS, Case, answers, payload
-from tokenferry.testing.compare import close, same_bits
+from tokenferry.testing.compare import close, close_each, same_bits
 from tokenferry.testing.oracle import Oracle, Sent, fp8_cast, ue8m0
 
 
@@ -161,3 +161,14 @@ def test_comparisons_with_a_tolerance():
         close("a", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]), rtol=0.0, atol=0.1)
     with pytest.raises(AssertionError, match="differ"):
         close("a", torch.tensor([float("nan")]), torch.tensor([1.0]), rtol=9.0, atol=9.0)
+
+
+def test_comparisons_with_a_bound_for_each():
+    want = torch.tensor([1.0, float("inf"), float("nan"), 2.0])
+    bound = torch.tensor([0.1, float("nan"), float("nan"), 0.0])
+    close_each("a", torch.tensor([1.05, float("inf"), float("nan"), 2.0]), want, bound)
+    for place, value in enumerate((float("nan"), -float("inf"), 3.0, float("nan"))):
+        got = want.clone()
+        got[place] = value
+        with pytest.raises(AssertionError, match=rf"1 of 4 values differ, the first at \[{place}\]"):
+            close_each("a", got, want, bound)

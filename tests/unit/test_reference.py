@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from support.not_finite import spoil
 from tokenferry import Scale
 from tokenferry.testing.cases import payload
 from tokenferry.testing.compare import same_bits
@@ -25,7 +26,7 @@ def rows() -> torch.Tensor:
 @pytest.mark.parametrize("kind", [Scale.FLOAT32, Scale.POWER_OF_TWO])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_cast_is_the_oracles(kind, dtype):
-    x = rows().to(dtype)
+    x = torch.cat([rows(), spoil(rows())]).to(dtype)
     data, scale = cast(x, kind)
     for row, row_data, row_scale in zip(x, data, scale, strict=True):
         want, want_scale = fp8_cast(row, power_of_two=kind is not Scale.FLOAT32)
@@ -42,7 +43,7 @@ def test_packed_scales_are_unpacked():
 
 @pytest.mark.parametrize("encoding", ["same", "fp8", "logfmt10"])
 def test_rows_arrive_as_those_of_the_oracle(encoding):
-    x = rows().bfloat16()
+    x = torch.cat([rows(), spoil(rows())]).bfloat16()
     arrived = encode_and_decode(x, encoding)
     same_bits(encoding, arrived.values, torch.stack([encoded_row(row, encoding) for row in x]))
     assert (encoding == "logfmt10") == bool(arrived.one_code.any())
@@ -67,3 +68,4 @@ def test_few_numbers_may_take_the_other_code():
     assert beyond_a_code(far, want, size, one_code).nonzero().tolist() == [[2, 3]]
     far[2, 3] = torch.nan
     assert beyond_a_code(far, want, size, one_code).nonzero().tolist() == [[2, 3]]
+    assert not beyond_a_code(far, far, far, one_code).any()

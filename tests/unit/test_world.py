@@ -1,13 +1,19 @@
 """Ranks for tests: what comes back when a job fails, dies or hangs."""
 
+import errno
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from support import processes
 from tokenferry import CapacityError
+from tokenferry.testing import rank_server
 from tokenferry.testing.world import World, WorldError
 
 
@@ -83,5 +89,111 @@ def test_ranks_that_die_or_hang():
     with World(3, timeout_s=1.0) as world, pytest.raises(WorldError) as caught:
         world.run(dies_or_hangs)
     assert isinstance(caught.value.errors[0], ChildProcessError)
+    assert str(caught.value.errors[0]) == "rank 0 died: exit status 3"
     assert isinstance(caught.value.errors[1], TimeoutError)
     assert caught.value.results == {2: 2}
+
+
+def forks(rank, pg, then):
+    """The forked process of rank 0 outlives it and has its pipe, or comes back from the job."""
+    if rank == 0:
+        if os.fork() == 0:
+            if then == "return":
+                return "an answer of the wrong process"
+            time.sleep(3)
+            os._exit(0)
+        if then == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.2)
+    return rank
+
+
+def test_a_process_that_a_job_forked_is_no_rank():
+    with World(2, timeout_s=60) as world:
+        assert world.run(forks, "return") == [0, 1]
+        assert world.run(scaled_rank, 10) == [0, 10]
+        start = time.monotonic()
+        with pytest.raises(WorldError, match="rank 0 died: killed by SIGKILL"):
+            world.run(forks, "die")
+        assert time.monotonic() - start < 2
+
+
+def test_a_rank_that_has_died_between_jobs():
+    """The next job fails, and closing does not."""
+    with World(2) as world:
+        world.run(scaled_rank, 1)
+        os.kill(world.pids[1], signal.SIGKILL)
+        with pytest.raises(WorldError, match="rank 1 died: killed by SIGKILL"):
+            world.run(scaled_rank, 1)
+    with World(2) as world:
+        world.run(scaled_rank, 1)
+        os.kill(world.pids[1], signal.SIGKILL)
+
+
+def test_a_world_that_is_closed_in_the_middle_of_a_job_kills_its_ranks():
+    world = World(2)
+    world.submit(dies_or_hangs)
+    start = time.monotonic()
+    world.close()
+    assert time.monotonic() - start < 5
+    assert not set(world.pids) & set(processes.parents())
+
+
+def test_a_forked_process_cannot_use_or_end_the_world():
+    with World(1) as world:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with pytest.raises(RuntimeError, match="belongs to another process"):
+                    world.run(scaled_rank, 1)
+                world.close()
+                world.kill()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert world.run(scaled_rank, 10) == [0]
+
+
+def test_a_world_that_cannot_be_made_leaves_no_ranks(monkeypatch):
+    """The server answers the second request with an error, as if it could not fork."""
+    start, made = rank_server.RankServer.start, []
+
+    def fail(self, store):
+        if made:
+            raise OSError(errno.EAGAIN, "cannot start one")
+        made.append(start(self, store))
+        return made[0]
+
+    monkeypatch.setattr(rank_server.RankServer, "start", fail)
+    with pytest.raises(OSError, match="cannot start one"):
+        World(2)
+    assert made[0].ending == "killed by SIGKILL"
+
+
+def test_a_server_that_was_killed_is_replaced():
+    """The kernel ends its ranks (Linux)."""
+    with World(1) as world:
+        server = rank_server.get_server()
+        server._process.kill()
+        server._process.wait()
+        assert not processes.left_after(5, world.pids)
+        with pytest.raises(WorldError, match="rank 0 died: its server died"):
+            world.run(scaled_rank, 10)
+    with World(1) as world:
+        assert world.run(scaled_rank, 10) == [0]
+
+
+UNGUARDED = """
+from tokenferry.testing.world import World
+World(1).run(abs)
+"""
+
+
+def test_a_program_without_a_guard_is_told_so(tmp_path):
+    (tmp_path / "program.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert 'make worlds below `if __name__ == "__main__":`' in done.stderr
+    assert "rank 0 died: exit status 1" in done.stderr

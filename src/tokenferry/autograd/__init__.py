@@ -36,7 +36,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
-from tokenferry.errors import ArgumentError, ShapeError
+from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing
 
 __all__ = ["combine", "dispatch", "redispatch"]
@@ -111,10 +111,13 @@ def redispatch(
     errors as `ExpertGroup.redispatch`, with the same differences as `dispatch`.
 
     Raises:
-        ArgumentError: a `Quantized` requires grad. And whatever `ExpertGroup.redispatch` raises.
+        ArgumentError: a `Quantized` requires grad.
+        PlanError: the plan was made in inference mode, and an input requires grad. And whatever
+            `ExpertGroup.redispatch` raises.
     """
     data, scale = _data_and_scale("redispatch", x)
     _only_tensors("redispatch", topk_weights=topk_weights)
+    _can_be_saved("redispatch", plan, data, topk_weights)
     where, sizes = ops.pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
     parts = ops.redispatch(data, scale, topk_weights, ops.tensors_of(plan), where, sizes)
     return _dispatched(parts, plan, x, topk_weights)
@@ -134,10 +137,12 @@ def combine(
     errors as `ExpertGroup.combine`; ROWS: weights in slots of other ranks' experts count as 0.
 
     Raises:
-        PlanError, ShapeError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
+        PlanError: the plan was made in inference mode, and an input requires grad; or as `ExpertGroup.combine`.
+        ShapeError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
     """
     biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
     _only_tensors("combine", y=y, topk_weights=topk_weights, **{f"bias[{i}]": one for i, one in enumerate(biases)})
+    _can_be_saved("combine", plan, y, topk_weights, *biases)
     where, sizes = ops.pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
     x, weights = ops.combine(y, topk_weights, list(biases), ops.tensors_of(plan), where, sizes)
     return Combined(x, None if topk_weights is None else weights)
@@ -159,6 +164,17 @@ def _only_tensors(call: str, **arguments: object) -> None:
         optional = name == "topk_weights"
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise ShapeError(f"{call}: {name}: expected a torch.Tensor, got {type(value).__name__}; pass one")
+
+
+def _can_be_saved(call: str, plan: Plan, *inputs: Tensor | None) -> None:
+    """Reject a plan that torch could not keep for backward, before anything is sent."""
+    if torch.compiler.is_compiling() or not plan.dst_token.is_inference() or not torch.is_grad_enabled():
+        return
+    if any(one is not None and one.requires_grad for one in inputs):
+        raise PlanError(
+            f"{call}: plan: was made in torch.inference_mode(), so that no backward pass can use it; dispatch outside "
+            "of inference mode, or pass tensors that do not require grad"
+        )
 
 
 def _dispatched(

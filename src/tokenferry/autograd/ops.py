@@ -77,7 +77,7 @@ def tensors_of(plan: Plan) -> list[Tensor]:
         plan.row_idx,
         plan.expert_counts,
         plan._places,
-        torch.tensor(plan._host_counts or (), dtype=torch.int64),
+        torch.tensor(plan._host_counts or (), dtype=torch.int64, device="cpu"),
     ]
 
 
@@ -126,12 +126,12 @@ def _parts(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor, Tensor
     weights = rows.new_empty(0, dtype=torch.float32) if sent.topk_weights is None else sent.topk_weights
     offsets = sent.expert_counts.new_empty(0) if sent.expert_offsets is None else sent.expert_offsets
     if sent.plan.options.layout is Layout.ROWS and sent.plan.num_received is None:
-        empty = torch.arange(rows.shape[0], device=rows.device) >= sent.plan.src_counts.sum()
+        empty = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int64) >= sent.plan.src_counts.sum()
         for tensor in (rows, scale, weights):
             if tensor.numel():
                 # As bytes, since masked_fill_ does not support every dtype.
                 tensor.view(torch.uint8).masked_fill_(empty.unsqueeze(1), 0)
-    return rows, scale, weights, torch.tensor(sent.host_counts or (), dtype=torch.int64), offsets
+    return rows, scale, weights, torch.tensor(sent.host_counts or (), dtype=torch.int64, device="cpu"), offsets
 
 
 def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -121,6 +121,32 @@ class DecodeCombineRequest:
     return_hook: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenLayout:
+    """Where the tokens of a rank go.
+
+    Attributes:
+        counts: ``[R + E]`` int32: tokens for each rank, then for each expert; a token counts once per rank, once per
+            expert.
+        in_rank: ``[T, R]`` bool: whether a token goes to a rank.
+        num_ranks: R.
+    """
+
+    counts: Tensor
+    in_rank: Tensor
+    num_ranks: int
+
+    @property
+    def per_rank(self) -> Tensor:
+        """``[R]``: tokens for each rank."""
+        return self.counts[: self.num_ranks]
+
+    @property
+    def per_expert(self) -> Tensor:
+        """``[E]``: tokens for each expert."""
+        return self.counts[self.num_ranks :]
+
+
 def no_hook() -> None:
     """Do nothing: the hook of a decode call that has received its rows already."""
 
@@ -170,6 +196,15 @@ class Backend(Protocol):
 
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """Return C of ``Plan._places``, which has T rows where C > 0, and none otherwise."""
+        ...
+
+    def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
+        """Count the tokens of this rank for each rank and each expert. Local; never waits for a GPU.
+
+        Args:
+            topk_idx: ``[T, K]`` int64 or int32, contiguous; indices outside [0, E) count nowhere.
+            num_experts: E, a multiple of R.
+        """
         ...
 
     def new_traces(self, num_calls: int) -> Tensor | None:

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def without_autocast(call: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Run a function on CPU tensors outside of torch.autocast, which would refuse to join float16 rows."""
+
+    @wraps(call)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not torch.is_autocast_enabled("cpu"):
+            return call(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return call(*args, **kwargs)
+
+    return run
 
 
 def drop_ranks(topk_idx: Tensor, ranks: frozenset[int], num_local: int) -> Tensor:

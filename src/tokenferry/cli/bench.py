@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tokenferry.bench.core.progress import run_with_progress
 from tokenferry.bench.core.session import Settings
 from tokenferry.bench.report import about, tables
 from tokenferry.bench.report.report import CPU_NOTES, Report
@@ -132,7 +131,7 @@ def _measure(world: World, report: Report, transport: str, screen: Screen) -> No
             else:
                 report.take(item)
 
-        run_with_progress(world, measure_cpu_calls, report.settings, transport, on_item=take)
+        world.run_with_progress(measure_cpu_calls, report.settings, transport, on_item=take)
     screen.line(f"checked: {CPU_NOTES['checked']}")
     rows = tables.baseline_rows(report.results[before:])
     screen.table(f"transport {transport}", tables.BASELINE_HEADER, rows)

@@ -14,7 +14,6 @@ from typing import Any
 from tokenferry.bench.baselines import nccl, vdev
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
 from tokenferry.bench.core.inputs import ROUTINGS
-from tokenferry.bench.core.progress import run_with_progress
 from tokenferry.bench.core.session import Settings
 from tokenferry.bench.report import about, tables
 from tokenferry.bench.report import decode as decode_report
@@ -194,12 +193,12 @@ class Worlds:
                 self._report.take({"first call": first_call.run_both(self._settings.backend)})
             elif name == "limits":
                 world = self._alive(phase.timeout_s)
-                found = run_with_progress(world, phase.job, self._limit_settings, on_item=lambda item: None)[0]
+                found = world.run_with_progress(phase.job, self._limit_settings, on_item=lambda item: None)[0]
                 self._report.limits = found
                 cli_limits.show(found, self._screen)
                 self._report.write()
             else:
-                run_with_progress(self._alive(phase.timeout_s), phase.job, self._settings, on_item=self._show)
+                self._alive(phase.timeout_s).run_with_progress(phase.job, self._settings, on_item=self._show)
         except WorldError as error:
             self._lost(name, explain(error))
         except (OSError, subprocess.SubprocessError) as error:

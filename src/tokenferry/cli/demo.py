@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tokenferry.bench.core.progress import run_with_progress
 from tokenferry.bench.report.about import num_cores, threads_for
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import positive
@@ -92,7 +91,7 @@ def _train_sharded(options: Options, screen: Screen) -> History:
         screen.progress("training", options.steps) as advance,
     ):
         show = _printer(options, screen, advance)
-        histories = run_with_progress(world, train_sharded, options, on_item=show)
+        histories = world.run_with_progress(train_sharded, options, on_item=show)
     history: History = histories[0]
     return history
 

@@ -94,10 +94,11 @@ def round_trip(group: ExpertGroup) -> str:
     Raises:
         ArithmeticError: the result is wrong.
     """
-    generator = torch.Generator().manual_seed(group.rank)
-    x = torch.randn(16, group.shape.hidden, generator=generator).to(group.device)
+    generator = torch.Generator(device="cpu").manual_seed(group.rank)
+    x = torch.randn(16, group.shape.hidden, generator=generator, dtype=torch.float32, device="cpu").to(group.device)
     experts = group.shape.num_experts
-    topk_idx = (torch.arange(16 * experts) % experts).view(16, experts).to(group.device)
+    chosen = torch.arange(16 * experts, dtype=torch.int64, device=group.device) % experts
+    topk_idx = chosen.view(16, experts)
     sent = group.dispatch(x, Routing(topk_idx))
     assert isinstance(sent.x, torch.Tensor)
     back = group.combine(sent.x, sent.plan).x
@@ -120,7 +121,7 @@ def _group_of_one() -> Finding:
 
 def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
     """Sum the ranks over gloo; a job of `World`."""
-    total = torch.tensor([rank + 1])
+    total = torch.tensor([rank + 1], dtype=torch.int64, device="cpu")
     dist.all_reduce(total, group=pg)
     if total.item() != sum(range(1, pg.size() + 1)):
         raise ArithmeticError(f"all_reduce gave {total.item()}")
@@ -176,14 +177,14 @@ def _compiles(backend: str) -> str:
     from tokenferry import autograd
 
     with ExpertGroup(None, _shape(1), backend="cpu") as group:
-        routing = Routing(torch.tensor([[0, 1]] * 16))
+        routing = Routing(torch.tensor([[0, 1]] * 16, dtype=torch.int64, device="cpu"))
 
         def layer(x: torch.Tensor) -> torch.Tensor:
             sent = autograd.dispatch(group, x, routing)
             assert isinstance(sent.x, torch.Tensor)
             return autograd.combine(group, torch.tanh(sent.x), sent.plan).x
 
-        x = torch.randn(16, group.shape.hidden, requires_grad=True)
+        x = torch.randn(16, group.shape.hidden, requires_grad=True, dtype=torch.float32, device="cpu")
         compiled = torch.compile(layer, fullgraph=True, backend=backend)(x)
         torch.testing.assert_close(compiled, layer(x))
         return f"dispatch, an expert and combine in one graph, by {backend}"

@@ -93,10 +93,15 @@ def _nvrtc() -> str:
 
 
 def _cache() -> str:
+    from tokenferry.jit import cache
+
     folder = Path(env.read().cache_dir)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ConfigError(f"{folder} is not writable ({existing} is not a folder with write access)")
+    why = cache.refusal(folder)
+    if why is not None:
+        raise ConfigError(why)
     return str(folder)
 
 

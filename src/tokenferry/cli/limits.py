@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.core.gpus import Gpus, find_gpus, need_gpus
-from tokenferry.bench.core.progress import run_with_progress
 from tokenferry.bench.report import about
 from tokenferry.bench.report.plots import need_matplotlib, plot_limits
 from tokenferry.bench.suites.limits import Limits, LimitSettings, measure_limits, num_steps
@@ -78,7 +77,7 @@ def measure_in(world: World, settings: LimitSettings, screen: Screen) -> Limits:
         WorldError: a rank failed.
     """
     with screen.progress("limits", num_steps(settings)) as advance:
-        answers = run_with_progress(world, measure_limits, settings, on_item=lambda item: advance(1, item["now"]))
+        answers = world.run_with_progress(measure_limits, settings, on_item=lambda item: advance(1, item["now"]))
     found: Limits = answers[0]
     return found
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import tokenferry
 from tokenferry.cli import bench, deep_ep_path, demo, diagnose, doctor, explain, limits, trace
-from tokenferry.cli.screen import Screen
+from tokenferry.cli.screen import OutputClosed, Screen
 from tokenferry.errors import ConfigError, TokenferryError
+from tokenferry.testing.streams import open_closed_streams
 
 COMMANDS = {
     "demo": demo,
@@ -22,7 +28,10 @@ COMMANDS = {
     "deep-ep-path": deep_ep_path,
 }
 
-EPILOG = "Exit status: 0 success, 1 a check failed, 2 the command line is wrong, 130 interrupted."
+EPILOG = (
+    "Exit status: 0 success, 1 a check failed, 2 the command line is wrong, 130 interrupted, 141 the reader of the "
+    "output has ended, 143 terminated."
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=form,
     )
     parser.add_argument("--version", action="version", version=f"tokenferry {tokenferry.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():
         subparser = commands.add_parser(
             name, help=module.HELP, description=module.DESCRIPTION, epilog=EPILOG, formatter_class=form
@@ -45,19 +54,34 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command; without any, print the help.
 
     Args:
         argv: The arguments without the program's name; None takes those of this process.
 
     Returns:
-        The exit status: 0 success, 1 a check failed, 2 an option is wrong, 130 interrupted.
+        The exit status: 0 success, 1 a check failed, 2 an option is wrong, 130 interrupted, 141 the reader of the
+        output has ended (as the pipe to ``head`` does).
 
     Raises:
-        SystemExit: --help, --version, or a command line that cannot be parsed (status 2).
+        SystemExit: --help, --version, a command line that cannot be parsed (status 2), or SIGTERM (status 143).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(arguments)
+    open_closed_streams()
+    with _ended_by_sigterm():
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        except OutputClosed:
+            return 128 + signal.SIGPIPE
+        finally:
+            _flush()
+
+
+def _run(arguments: list[str]) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
     args.command_line = " ".join(["tokenferry", *arguments])
     errors = Screen(sys.stderr)
     try:
@@ -72,3 +96,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.line(f"tokenferry {args.command}: interrupted")
         return 130
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the program as an exception does, so that ranks are ended and folders removed; a second at once.
+
+    The handler is for commands only: programs that use the library decide about signals themselves.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _flush() -> None:
+    """Write what is still buffered; if that is impossible, discard it, or the interpreter would complain at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

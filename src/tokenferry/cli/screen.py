@@ -15,6 +15,10 @@ Advance = Callable[[int, str], None]
 """``advance(done, text)``: add ``done`` to the progress, and show ``text`` as the current activity."""
 
 
+class OutputClosed(Exception):  # noqa: N818 - not an error: ``tokenferry doctor | head -1`` has what it wants
+    """Nobody reads the output any more. Not an OSError, which commands take for a failure of what they measure."""
+
+
 class Screen:
     """Prints lines, tables and progress.
 
@@ -28,9 +32,16 @@ class Screen:
         self._console = _console(self.stream) if fancy or (fancy is None and self.stream.isatty()) else None
 
     def line(self, text: str = "", *, style: str | None = None) -> None:
-        """Print one line; ``style`` is a style of rich, ignored in plain text."""
+        """Print one line; ``style`` is a style of rich, ignored in plain text.
+
+        Raises:
+            OutputClosed: the other end of the pipe is closed.
+        """
         if self._console is None:
-            print(text, file=self.stream, flush=True)
+            try:
+                print(text, file=self.stream, flush=True)
+            except BrokenPipeError:
+                raise OutputClosed from None
         else:
             self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 

@@ -20,10 +20,10 @@ class Block(nn.Module):
     def __init__(self, hidden: int, heads: int, moe: nn.Module) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_attention = nn.LayerNorm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.out = nn.Linear(hidden, hidden, bias=False)
-        self.norm_moe = nn.LayerNorm(hidden)
+        self.norm_attention = nn.LayerNorm(hidden, dtype=torch.float32, device="cpu")
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False, dtype=torch.float32, device="cpu")
+        self.out = nn.Linear(hidden, hidden, bias=False, dtype=torch.float32, device="cpu")
+        self.norm_moe = nn.LayerNorm(hidden, dtype=torch.float32, device="cpu")
         self.moe = moe
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,11 +53,11 @@ class ByteTransformer(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.embed = nn.Embedding(NUM_BYTES, hidden)
-            self.position = nn.Embedding(context, hidden)
+            self.embed = nn.Embedding(NUM_BYTES, hidden, dtype=torch.float32, device="cpu")
+            self.position = nn.Embedding(context, hidden, dtype=torch.float32, device="cpu")
             self.blocks = nn.ModuleList(Block(hidden, heads, make_moe(i)) for i in range(layers))
-            self.norm = nn.LayerNorm(hidden)
-            self.head = nn.Linear(hidden, NUM_BYTES, bias=False)
+            self.norm = nn.LayerNorm(hidden, dtype=torch.float32, device="cpu")
+            self.head = nn.Linear(hidden, NUM_BYTES, bias=False, dtype=torch.float32, device="cpu")
 
     def forward(self, text: Tensor) -> Tensor:
         """Map ``[batch, context]`` int64 bytes to ``[batch, context, 256]`` logits of the next byte."""

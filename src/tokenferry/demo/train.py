@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import progress
 from tokenferry.demo.model import ByteTransformer
 from tokenferry.nn import MoELayer
 from tokenferry.testing.dense import DenseMoE
+from tokenferry.testing.world import Progress
 from tokenferry.types import BackendName, Combined, Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
 
 TEXT_BYTES = 4 << 20
@@ -163,9 +163,11 @@ def load_text(folder: Path | None = None) -> Tensor:
 
 def batch_of(text: Tensor, options: Options, step: int) -> Tensor:
     """Return the whole batch of one step, ``[batch, context + 1]`` int64, the same for every rank and run."""
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-    starts = torch.randint(len(text) - options.context, (options.batch,), generator=generator)
-    return text[starts[:, None] + torch.arange(options.context + 1)].long()
+    generator = torch.Generator(device="cpu").manual_seed(options.seed * 1_000_003 + step)
+    high, size = len(text) - options.context, (options.batch,)
+    starts = torch.randint(high, size, generator=generator, dtype=torch.int64, device="cpu")
+    columns = torch.arange(options.context + 1, dtype=torch.int64, device="cpu")
+    return text[starts[:, None] + columns].long()
 
 
 def make_model(options: Options, make_moe: Callable[[int], nn.Module]) -> ByteTransformer:
@@ -189,7 +191,7 @@ def loss_sum(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
 
-def train_sharded(rank: int, pg: dist.ProcessGroup, progress_file: str, options: Options) -> History:
+def train_sharded(rank: int, pg: dist.ProcessGroup, progress: Progress, options: Options) -> History:
     """Train on this rank's share of each batch, with E/R experts on each rank. A job of `World`."""
     o = options
     text = load_text()
@@ -219,7 +221,7 @@ def train_sharded(rank: int, pg: dist.ProcessGroup, progress_file: str, options:
             history.combine_s.append(group.combine_s)
             history.step_s.append(group.now() - start)
             if rank == 0:
-                progress.send(progress_file, latest(history))
+                progress(latest(history))
     return history
 
 
@@ -236,7 +238,7 @@ def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
 
 def reduce_metrics(pg: dist.ProcessGroup, rank: int, loss: Tensor, layers: list[MoELayer], options: Options) -> Tensor:
     """Return ``[1 + E]`` float64: the loss of the whole batch, then each expert's rows over all layers. Collective."""
-    metrics = torch.zeros(1 + options.experts, dtype=torch.float64)
+    metrics = torch.zeros(1 + options.experts, dtype=torch.float64, device="cpu")
     metrics[0] = loss.item()
     local = options.experts // options.ranks
     for layer in layers:

@@ -4,6 +4,11 @@
 ``scale = 2^ceil(log2(scale))`` and ``q = e4m3(x / scale)``. The scaling per 1x128 tile is that of the DeepSeek-V3
 report (arXiv 2412.19437, section 3.3.2); UE8M0 is the scale format of the OCP Microscaling specification (exponent,
 bias 127).
+
+``amax`` is the largest magnitude of the finite numbers of the 128 columns, 0 if there are none. A NaN or an infinity
+becomes NaN at its place, since e4m3fn has no infinity: always the byte 0x7F, whatever its sign and payload. The columns
+beside it are cast as if it were 0. Scales are finite: powers of two lie between 2^-22 and 2^120. With 2^120 a number
+from 248 * 2^120 (3.3e38) on rounds to 2^128, which float32 cannot hold.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
     """Cast rows to FP8. Local, on x's device, not differentiable.
 
     Args:
-        x: ``[..., H]`` floating point.
+        x: ``[..., H]`` floating point; numbers beyond the range of float32 count as infinities.
         scale: Format of the scales.
 
     Returns:
@@ -42,7 +47,8 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
     """
     with torch.no_grad():
         groups = _grouped(x.float())
-        amax = groups.abs().amax(dim=-1, keepdim=True).clamp_(min=_MIN_AMAX)
+        finite = groups.abs().nan_to_num_(nan=0.0, posinf=0.0)
+        amax = finite.amax(dim=-1, keepdim=True).clamp_(min=_MIN_AMAX)
         # Divide by a tensor: on GPUs, torch divides by a number by multiplying with its rounded reciprocal.
         exact = amax / torch.full_like(amax, _MAX)
         if scale is Scale.FLOAT32:
@@ -51,6 +57,7 @@ def cast(x: Tensor, scale: Scale) -> Quantized:
         else:
             factor = _round_up_to_power_of_two(exact)
             groups = groups / factor
+        groups.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=torch.nan)  # the cast keeps the sign of a NaN
         # In older torch the cast gives NaN above 464, where the hardware saturates.
         data = groups.clamp_(-_MAX, _MAX).to(torch.float8_e4m3fn)
         data = data.flatten(-2)[..., : x.shape[-1]].contiguous()

@@ -5,7 +5,7 @@ in each group, codes are spaced evenly between the logarithms of the smallest an
 of its own, the smallest is kept within 2^32 of the largest, and rounding is to the nearest *value*, not to the nearest
 logarithm, which would be biased. Details that the paper leaves open are defined below.
 
-For one group, with a = abs(x) over its nonzero numbers::
+For one group, with a = abs(x) over its finite numbers other than zero::
 
     hi   = log2(max a)                           at most 127.9999, so that no code stands for an infinity
     lo   = max(log2(min a), hi - 32)             at most hi
@@ -13,9 +13,12 @@ For one group, with a = abs(x) over its nonzero numbers::
     code 0 stands for 0, code c in 1..511 for 2^(lo + step * (c - 1))
 
 Each magnitude gets the code of the nearest value, the higher code in a tie; magnitudes below 2^lo become 0 or 2^lo. If
-step is 0, because all magnitudes are equal, the code is 1. A group of zeros has lo = step = 0. The sign bit, also
-of a zero, is kept. A group that holds a NaN or an infinity has lo = NaN and code 1 everywhere: all its columns decode
-to NaN. Since step is rounded, the largest magnitude is reproduced to within 2e-5 of itself.
+step is 0, because all magnitudes are equal, the code is 1. A group without such numbers has lo = step = 0. The sign
+bit, also of a zero, is kept. Since step is rounded, the largest magnitude is reproduced to within 2e-5 of itself.
+
+A NaN or an infinity becomes NaN at its place, and the columns beside it keep the values that they would have if it were
+0. There is no free code: in a group that holds one, which the sign bit of its step marks (-0.0, too), the negative zero
+stands for NaN, and zeros lose their sign.
 
 Bytes: the number of a column is ``sign << 9 | code``. A row consists of these numbers, lowest bit first, without gaps,
 so that 16 columns take 20 bytes (five little-endian uint32, number i from bit 10 * i) and a group takes 160. lo and
@@ -42,6 +45,8 @@ _RANGE = 32.0
 _MAX_LOG = 127.9999
 _SIGN = 1 << 9
 _CODES = _SIGN - 1
+_NEGATIVE_ZERO = _SIGN
+"""NaN, in groups whose step is marked."""
 _BITS = 10
 _QUAD = 4
 """The least count of numbers that fill whole bytes."""
@@ -60,7 +65,7 @@ def encode(x: Tensor) -> Quantized:
 
     Returns:
         Quantized: ``data`` ``[..., H / 128 * 160]`` uint8; ``scale`` ``[..., H / 128 * 2]`` float32: lo and step of
-        each group in turn.
+        each group in turn, step negative or -0.0 if the group holds a NaN or an infinity.
 
     Raises:
         ShapeError: H is not a multiple of 128.
@@ -106,23 +111,25 @@ def decode(rows: Quantized) -> Tensor:
 def _encode(x: Tensor, data: Tensor, ranges: Tensor) -> None:
     """Encode groups ``[n, 128]`` to their bytes ``[n, 160]`` and ranges ``[n, 2]``."""
     size = x.double().abs()
+    marked = ~size.amax(1, keepdim=True).isfinite()
+    size.nan_to_num_(nan=0.0, posinf=0.0)
     largest = size.amax(1, keepdim=True)
     smallest = size.masked_fill(size == 0, torch.inf).amin(1, keepdim=True)
     # The ends of the range as float32, which is what the receiver gets.
     hi = largest.log2().clamp(max=_MAX_LOG).float()
     lo = torch.minimum(torch.maximum(smallest.log2(), hi.double() - _RANGE).float(), hi)
     step = (hi - lo) / torch.full_like(hi, _TOP)
-    all_zero, non_finite = largest == 0, ~largest.isfinite()
     for one in (lo, step):
-        one.masked_fill_(all_zero, 0.0).masked_fill_(non_finite, torch.nan)
-    ranges.copy_(torch.cat([lo, step], dim=1))
+        one.masked_fill_(largest == 0, 0.0)
+    ranges.copy_(torch.cat([lo, torch.where(marked, -step, step)], dim=1))
 
     below = ((size.log2() - lo) / step).floor_().nan_to_num_(nan=0.0).clamp_(0, _TOP - 1)
     lower, upper = _value(lo, step, below), _value(lo, step, below + 1)
     # If rounding made `below` one too high, `lower` is still the nearest value; if one too low, `upper` is.
     code = below + 1 + (size - lower >= upper - size)
-    code.masked_fill_(non_finite | (step == 0), 1.0).masked_fill_(2 * size < lower, 0.0)
-    _pack(code.long() + torch.where(x.signbit(), _SIGN, 0), data)
+    code.masked_fill_(step == 0, 1.0).masked_fill_(2 * size < lower, 0.0)
+    negative = torch.where(marked & (code == 0), ~x.isfinite(), x.signbit())
+    _pack(code.long() + torch.where(negative, _SIGN, 0), data)
 
 
 def _decode(data: Tensor, ranges: Tensor, out: Tensor) -> None:
@@ -130,8 +137,9 @@ def _decode(data: Tensor, ranges: Tensor, out: Tensor) -> None:
     numbers = _unpack(data)
     code = numbers & _CODES
     lo, step = ranges.unsqueeze(2).unbind(1)
-    value = _value(lo, step, code.double() - 1).masked_fill_(code == 0, 0.0)
-    out.copy_(torch.where(numbers >= _SIGN, -value, value))
+    value = _value(lo, step.abs(), code.double() - 1).masked_fill_(code == 0, 0.0)
+    value = torch.where(numbers >= _SIGN, -value, value)
+    out.copy_(value.masked_fill_((numbers == _NEGATIVE_ZERO) & step.signbit(), torch.nan))
 
 
 def _value(lo: Tensor, step: Tensor, steps: Tensor) -> Tensor:

@@ -2,15 +2,22 @@
 
 An entry ``<kernel>-<key>`` holds ``kernel.cu`` and its headers (``nvcc -cubin -arch=sm_90a kernel.cu`` works in it),
 ``kernel.cubin`` and ``build.json`` (options, version of the compiler, checksum, resources, log).
+
+A kernel runs with all rights of its process, so what another user may have written is not loaded. The folder, an entry
+and its files have to belong to this user or to root, and nobody else may have write access, the group included. This is
+checked on what is open, not on paths, which may change in between. The folders above do not matter: whoever can rename
+the folder cannot put another one there that passes.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +30,14 @@ from tokenferry.jit.source import Unit
 _log = logging.getLogger("tokenferry")
 
 
+class _UntrustedError(Exception):
+    """A file or folder that another user may have written."""
+
+
 class Cache:
     """The cache entries in one folder. An unusable folder costs time and one warning, but never raises an error.
+
+    A folder that another user may write to is not used: kernels are compiled anew, and kept in memory.
 
     Args:
         folder: Folder of the entries, created when first needed; None: nothing is cached.
@@ -40,16 +53,25 @@ class Cache:
             return None
         entry = self._entry(self.folder, unit, compiler)
         try:
+            folder = _open_folder(self.folder)
+        except FileNotFoundError:
+            return None  # nothing was ever kept
+        except (OSError, _UntrustedError) as error:
+            self._warn(error)
+            return None
+        try:
             try:
-                return _read(entry)
+                return _read(entry.name, folder)
             except FileNotFoundError:
                 if not entry.exists():
                     return None
-                return _read(entry)  # another process has just written it, or a file is missing
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                return _read(entry.name, folder)  # another process has just written it, or a file is missing
+        except (FileNotFoundError, ValueError, KeyError, TypeError, _UntrustedError) as error:
             self._set_aside(entry, error)
         except OSError as error:
             self._warn(error)
+        finally:
+            os.close(folder)
         return None
 
     def keep(self, unit: Unit, compiler: str, built: Built) -> None:
@@ -58,17 +80,16 @@ class Cache:
             return
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(_open_folder(self.folder))
             scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
-        except OSError as error:
+        except (OSError, _UntrustedError) as error:
             self._warn(error)
             return
         try:
             for name, text in {**unit.headers, "kernel.cu": unit.text}.items():
-                path = scratch / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-            (scratch / "kernel.cubin").write_bytes(built.cubin)
-            (scratch / "build.json").write_text(json.dumps(_report(unit, compiler, built), indent=2) + "\n")
+                _write(scratch / name, text.encode())
+            _write(scratch / "kernel.cubin", built.cubin)
+            _write(scratch / "build.json", json.dumps(_report(unit, compiler, built), indent=2).encode() + b"\n")
             scratch.rename(self._entry(self.folder, unit, compiler))
         except OSError as error:
             if not self._entry(self.folder, unit, compiler).exists():  # else another process was faster
@@ -90,24 +111,99 @@ class Cache:
         except OSError as error:
             self._warn(error)
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, error: OSError | _UntrustedError) -> None:
         if not self._warned:
+            remedy = "set TOKENFERRY_CACHE_DIR to a folder that can be written"
+            if isinstance(error, _UntrustedError):
+                remedy = (
+                    "kernels from there could be anybody's code; make the folder yours alone (chown, chmod go-w), "
+                    "or set TOKENFERRY_CACHE_DIR to another one"
+                )
             _log.warning(
-                "kernel cache: cannot use %s (%s): every process compiles its kernels anew; "
-                "set TOKENFERRY_CACHE_DIR to a folder that can be written",
+                "kernel cache: cannot use %s (%s): every process compiles its kernels anew; %s",
                 self.folder,
                 error,
+                remedy,
             )
         self._warned = True
 
 
-def _read(entry: Path) -> bytes:
-    """Return the cubin of an intact entry; else raise one of the errors that ``find`` expects."""
-    report = json.loads((entry / "build.json").read_bytes())
-    cubin = (entry / "kernel.cubin").read_bytes()
+def refusal(folder: Path) -> str | None:
+    """Return why kernels from a folder would not be used; None if they would, or if there is no such folder yet."""
+    try:
+        os.close(_open_folder(folder))
+    except FileNotFoundError:
+        return None
+    except (OSError, _UntrustedError) as error:
+        return str(error)
+    return None
+
+
+def _open_folder(path: Path) -> int:
+    """Open the folder of all entries, and return its descriptor: nobody else can change the entries in there.
+
+    Raises:
+        _UntrustedError: somebody else can.
+    """
+    link = os.lstat(path)
+    if stat.S_ISLNK(link.st_mode):  # a link may be moved elsewhere by its owner only
+        _check_owner(link, str(path))
+    return _open_checked(str(path), os.O_DIRECTORY, None)
+
+
+def _open_checked(name: str, flags: int, folder: int | None) -> int:
+    """Open a file or folder for reading, after which it is checked: what is open cannot be exchanged."""
+    opened = os.open(name, os.O_RDONLY | os.O_CLOEXEC | flags, dir_fd=folder)
+    try:
+        found = os.fstat(opened)
+        _check_owner(found, name)
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise _UntrustedError(
+                f"{name} has mode {stat.S_IMODE(found.st_mode):04o}: others than its owner may write to it"
+            )
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def _check_owner(found: os.stat_result, name: str) -> None:
+    if found.st_uid not in (os.geteuid(), 0):
+        raise _UntrustedError(f"{name} belongs to user {found.st_uid}, this process to user {os.geteuid()}")
+
+
+def _read(name: str, folder: int) -> bytes:
+    """Return the cubin of an intact entry of an open folder; else raise one of the errors that ``find`` expects."""
+    try:
+        entry = _open_checked(name, os.O_DIRECTORY | os.O_NOFOLLOW, folder)
+    except NotADirectoryError:
+        raise _UntrustedError(f"{name} is not a folder") from None
+    try:
+        report = json.loads(_read_file("build.json", entry))
+        cubin = _read_file("kernel.cubin", entry)
+    finally:
+        os.close(entry)
     if not cubin.startswith(b"\x7fELF") or report["sha256"] != hashlib.sha256(cubin).hexdigest():
         raise ValueError("kernel.cubin does not match its checksum")
     return cubin
+
+
+def _read_file(name: str, entry: int) -> bytes:
+    try:
+        opened = _open_checked(name, os.O_NOFOLLOW | os.O_NONBLOCK, entry)  # a pipe would block
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _UntrustedError(f"{name} is a link") from None
+        raise
+    with open(opened, "rb") as file:
+        return file.read()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a new file that nobody else can write or read, whatever the umask; with the folders that it lies in."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600)) as file:
+        file.write(data)
 
 
 def _report(unit: Unit, compiler: str, built: Built) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tokenferry.kernels.decode_dispatch.spec import SPEC as DECODE_DISPATCH
 from tokenferry.kernels.dispatch.spec import SPEC as DISPATCH
 from tokenferry.kernels.dispatch_assign.spec import SPEC as DISPATCH_ASSIGN
 from tokenferry.kernels.dispatch_expand.spec import SPEC as DISPATCH_EXPAND
+from tokenferry.kernels.dispatch_layout.spec import SPEC as DISPATCH_LAYOUT
 from tokenferry.kernels.dispatch_notify.spec import SPEC as DISPATCH_NOTIFY
 from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
@@ -17,6 +18,7 @@ SPECS = (
     DISPATCH_ASSIGN,
     DISPATCH,
     DISPATCH_EXPAND,
+    DISPATCH_LAYOUT,
     STAGE_INPUT,
     COMBINE_PULL,
     COMBINE_PUSH,

@@ -108,11 +108,12 @@ def _fields() -> list[Field]:
         # From here on used by the owner's kernels only.
         Field("expected", "u32", (R,), "[from]: the value of `done` when the last kernel ended"),
         Field("epoch", "u32", (), "epoch of the last collective kernel that ended"),
-        Field("arrived", "u32", (), "blocks of a running dispatch_notify that have ended"),
+        Field("arrived", "u32", (), "blocks of a running dispatch_notify or dispatch_layout that have ended"),
         Field("failed", "u32", (), "0, or the fault that broke the group: kernels return at once"),
         Field("bad_slot", "u32", (), "complement of the least token * K + slot with a bad expert; 0: none"),
         Field("claimed", "u32", (), "units that warps of the running kernel have taken beyond their first ones"),
         Field("pushed", "u32", (), "combine_push: units that pushing warps have taken beyond their first ones"),
+        Field("layout_counts", "u32", (R + MAX_EXPERTS,), "dispatch_layout: tokens for each expert, then each rank"),
         Field("unused", "u32", (2,), "rounds up to 8 bytes"),
     ]
     rest = CONTROL_BLOCK_BYTES - sum(field.num_bytes for field in fields)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator
+from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator, normal
 
 
 def draw_expert(seed: int, expert: int, hidden: int, ffn_hidden: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,9 +14,9 @@ def draw_expert(seed: int, expert: int, hidden: int, ffn_hidden: int) -> tuple[T
     The values do not depend on the rank that holds the expert, nor on the dtype of the layer.
     """
     draws = generator("MoELayer", seed, FIRST_EXPERT_STREAM + expert)
-    gate = torch.randn(hidden, ffn_hidden, generator=draws) * hidden**-0.5
-    up = torch.randn(hidden, ffn_hidden, generator=draws) * hidden**-0.5
-    down = torch.randn(ffn_hidden, hidden, generator=draws) * ffn_hidden**-0.5
+    gate = normal(draws, hidden, ffn_hidden) * hidden**-0.5
+    up = normal(draws, hidden, ffn_hidden) * hidden**-0.5
+    down = normal(draws, ffn_hidden, hidden) * ffn_hidden**-0.5
     return gate, up, down
 
 

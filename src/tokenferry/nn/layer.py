@@ -11,6 +11,7 @@ from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.experts import draw_expert, swiglu
+from tokenferry.nn.precision import autocast_dtype
 from tokenferry.nn.router import Router
 from tokenferry.types import DispatchOptions, Layout, Routing
 
@@ -27,7 +28,10 @@ class MoELayer(nn.Module):
             holds it: do not reduce them. Those of the router, and of every replicated parameter, are this rank's share:
             all-reduce them with SUM. For the mean over ranks, call backward on ``loss / R`` on every rank. See
             `expert_parameters` and `replicated_parameters`.
-        Parameters: drawn separately for each of the E experts, so that a seed gives the same layer for every R.
+        Parameters: drawn separately for each of the E experts, so that a seed gives the same layer for every R, on the
+            group's device, whatever torch's default device. The router's are float32.
+        torch.autocast: as in `torch.nn.Linear`, rows and experts are cast to its dtype (float64 ones are not), rows
+            travel in it, and the result has it. The router computes in float32, from the rows as they come.
 
     Args:
         group: The group of the experts; its shape determines E, K and H. The layer does not close it.
@@ -35,7 +39,7 @@ class MoELayer(nn.Module):
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
             device.
         seed: Seed of the parameters, in 0 .. 2^40 - 1; the same on every rank.
-        dtype: dtype of the experts and of the rows; None: torch's default.
+        dtype: dtype of the experts and of the rows; None: torch's default dtype, as for the modules of `torch.nn`.
 
     Attributes:
         gate, up: ``[L, H, F]`` parameters: the two input projections of this rank's experts.
@@ -72,7 +76,8 @@ class MoELayer(nn.Module):
             raise ConfigError(f"MoELayer: ffn_hidden: expected a positive integer, got {ffn_hidden}")
         self.group = group
         if router is None:
-            router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed).to(group.device)
+            with group.device:
+                router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed)
         self.router = router
         first = group.rank * group.num_local_experts
         drawn = [
@@ -89,21 +94,32 @@ class MoELayer(nn.Module):
         """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
 
         Raises:
-            ShapeError: the dtype is not that of the experts. And whatever `ExpertGroup.dispatch` raises.
+            ShapeError: the dtype is not that of the experts (without autocast). And whatever `ExpertGroup.dispatch`
+                raises.
         """
-        if x.dtype != self.gate.dtype:
-            raise ShapeError(f"MoELayer: x: expected {self.gate.dtype} like the experts, got {x.dtype}; call .to()")
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        sent = autograd.dispatch(self.group, rows, self.router(rows), options=DispatchOptions(Layout.EXPERTS))
+        cast, *experts = self._cast(rows)
+        sent = autograd.dispatch(self.group, cast, self.router(rows), options=DispatchOptions(Layout.EXPERTS))
         assert sent.topk_weights is not None
         self.expert_counts = sent.expert_counts
         counts = sent.expert_counts.tolist() if sent.host_counts is None else list(sent.host_counts)
         # Run experts without rows too: all ranks must build the same graph, and their gradients must be 0, not None.
-        y = torch.cat(
-            [swiglu(part, self.gate[e], self.up[e], self.down[e]) for e, part in enumerate(torch.split(sent.x, counts))]
-        )
+        parts = torch.split(sent.x, counts)
+        y = torch.cat([swiglu(part, *expert) for part, *expert in zip(parts, *experts, strict=True)])
         y = y * sent.topk_weights.unsqueeze(1).to(y.dtype)
         return autograd.combine(self.group, y, sent.plan).x.reshape(x.shape)
+
+    def _cast(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows, gate, up and down in one dtype: under autocast, in its dtype."""
+        tensors: tuple[Tensor, ...] = (rows, self.gate, self.up, self.down)
+        narrow = autocast_dtype(rows.device.type)
+        if narrow is not None:
+            tensors = tuple(t if t.dtype == torch.float64 else t.to(narrow) for t in tensors)
+        if tensors[0].dtype != tensors[1].dtype:
+            raise ShapeError(
+                f"MoELayer: x: expected {tensors[1].dtype} like the experts, got {tensors[0].dtype}; call .to()"
+            )
+        return tensors
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that only this rank holds: do not reduce their gradients."""

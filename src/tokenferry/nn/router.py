@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from tokenferry.errors import ConfigError, ShapeError
-from tokenferry.nn.seeds import ROUTER_STREAM, generator
+from tokenferry.nn.precision import product
+from tokenferry.nn.seeds import ROUTER_STREAM, generator, normal
 from tokenferry.types import Routing
 
 _SCORES_PER_GROUP = 2
@@ -39,6 +39,9 @@ class GroupLimit:
 def softmax_topk(logits: Tensor, top_k: int, *, normalize: bool = True) -> Routing:
     """Choose the ``top_k`` experts with the highest probabilities; ties go to the lower index.
 
+    A logit of -inf masks its expert for that token. Slots for which no expert is left are -1, with weight 0; a row of
+    only -inf goes nowhere. A row with a NaN or +inf has weights of NaN, so that the fault stays visible.
+
     Contract: local, deterministic; differentiable through ``topk_weights``.
 
     Args:
@@ -61,11 +64,12 @@ def softmax_topk(logits: Tensor, top_k: int, *, normalize: bool = True) -> Routi
     """
     num_experts = _num_experts("softmax_topk", logits)
     _in_range("softmax_topk", "top_k", top_k, num_experts)
-    scores = _wide(logits).softmax(dim=-1)
-    topk_idx = _largest(scores, top_k)
-    weights = scores.gather(1, topk_idx)
+    masked = logits.detach() == -torch.inf
+    # The softmax of a row of only -inf would be NaN, also in backward. Its slots are all dropped, whatever it is.
+    scores = _wide(logits).masked_fill(masked.all(dim=-1, keepdim=True), 0.0).softmax(dim=-1)
+    topk_idx, weights = _chosen(scores, scores.detach().masked_fill(masked, -torch.inf), top_k)
     if normalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = weights / _divisor(weights)
     return Routing(topk_idx, weights.float())
 
 
@@ -80,6 +84,9 @@ def group_limited_topk(
     and from these the ``top_k`` best biased scores are chosen. Weights are the scores without bias, divided by their
     sum, times ``scale``. Ties go to the lower index. With one group per node, a token visits at
     most ``top_groups`` nodes.
+
+    A logit or a bias of -inf masks an expert, as in `softmax_topk`; it adds 0 to the score of its group, and a group
+    without other experts is chosen last. A NaN in a row stays visible as weights of NaN.
 
     Contract: local, deterministic; differentiable through ``topk_weights``.
 
@@ -114,15 +121,16 @@ def group_limited_topk(
         raise ShapeError(f"{call}: bias: expected [E] = [{num_experts}], got {list(bias.shape)}; one number per expert")
     scores = _wide(logits).sigmoid()
     choice = scores.detach() if bias is None else scores.detach() + bias.detach().to(scores.dtype)
+    choice = choice.masked_fill(logits.detach() == -torch.inf, -torch.inf)
     if top_groups < num_groups:
         grouped = choice.view(-1, num_groups, width)
-        value = grouped.sort(dim=-1, descending=True).values[..., :_SCORES_PER_GROUP].sum(dim=-1)
+        best = grouped.sort(dim=-1, descending=True).values[..., :_SCORES_PER_GROUP]
+        masked = best == -torch.inf
+        value = best.masked_fill(masked, 0.0).sum(dim=-1).masked_fill(masked.all(dim=-1), -torch.inf)
         kept = torch.zeros_like(value, dtype=torch.bool).scatter_(1, _largest(value, top_groups), True)
         choice = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
-    topk_idx = _largest(choice, top_k)
-    weights = scores.gather(1, topk_idx)
-    total = weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)  # all may underflow to 0
-    return Routing(topk_idx, (weights / total * scale).float())
+    topk_idx, weights = _chosen(scores, choice, top_k)
+    return Routing(topk_idx, (weights / _divisor(weights) * scale).float())
 
 
 class Router(nn.Module):
@@ -130,7 +138,11 @@ class Router(nn.Module):
 
     Contract:
         Local; differentiable. Every rank holds a copy: sum its gradient over the ranks, as a replicated parameter.
-        Computes in float32 (float64 rows: float64), whatever the dtype of the rows and of the weight.
+        Computes in float32 (float64 rows: float64), whatever the dtype of the rows and of the weight, and whatever
+            torch.autocast says, in backward too. Only `torch.set_float32_matmul_precision`, which applies to all
+            products of float32, applies to this one.
+        Made in float32, whatever torch's default dtype, on torch's default device; `.to()` moves and casts it. A seed
+            gives the same bits everywhere.
 
     Args:
         hidden: Hidden size, H.
@@ -178,13 +190,15 @@ class Router(nn.Module):
         self.group_limit = group_limit
         self.scale = scale
         draws = generator("Router", seed, ROUTER_STREAM)
-        self.weight = nn.Parameter(torch.randn(num_experts, hidden, generator=draws) * hidden**-0.5)
-        self.register_buffer("bias", None if group_limit is None else torch.zeros(num_experts))
+        device = torch.get_default_device()
+        self.weight = nn.Parameter((normal(draws, num_experts, hidden) * hidden**-0.5).to(device))
+        bias = None if group_limit is None else torch.zeros(num_experts, dtype=torch.float32, device=device)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x`` ``[T, H]``; see `softmax_topk` and `group_limited_topk`."""
         rows = _wide(x)
-        logits = F.linear(rows, self.weight.to(rows.dtype))
+        logits = product(rows, self.weight.to(rows.dtype).T)
         if self.group_limit is None:
             return softmax_topk(logits, self.top_k)
         return group_limited_topk(logits, self.top_k, self.group_limit, bias=self.bias, scale=self.scale)
@@ -228,6 +242,18 @@ def _wide(x: Tensor) -> Tensor:
 def _largest(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the ``count`` largest of each row; ties in order, which `torch.topk` does not guarantee."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
+
+
+def _chosen(scores: Tensor, choice: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the best of each row by ``choice``, and their ``scores``; -1 and 0 where ``choice`` is -inf."""
+    topk_idx = _largest(choice, top_k)
+    nothing = choice.gather(1, topk_idx) == -torch.inf
+    return topk_idx.masked_fill(nothing, -1), scores.gather(1, topk_idx).masked_fill(nothing, 0.0)
+
+
+def _divisor(weights: Tensor) -> Tensor:
+    """Return the sum of each row, or a small number: all weights may be 0, or underflow to it."""
+    return weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def _num_experts(call: str, logits: Tensor) -> int:

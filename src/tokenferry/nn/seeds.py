@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tokenferry.errors import ConfigError
 
@@ -20,4 +21,9 @@ def generator(call: str, seed: int, stream: int) -> torch.Generator:
     """
     if not 0 <= seed < _MAX_SEED:
         raise ConfigError(f"{call}: seed: expected 0 .. 2^40 - 1, got {seed}")
-    return torch.Generator().manual_seed(seed * _STREAMS_PER_SEED + stream)
+    return torch.Generator(device="cpu").manual_seed(seed * _STREAMS_PER_SEED + stream)
+
+
+def normal(draws: torch.Generator, rows: int, columns: int) -> Tensor:
+    """Draw ``[rows, columns]`` normal numbers in float32 on the CPU: the same whatever torch's defaults are."""
+    return torch.randn(rows, columns, generator=draws, dtype=torch.float32, device="cpu")

@@ -84,7 +84,8 @@ class Case:
     def rows(self, rank: int, dtype: torch.dtype, width: int, salt: int) -> Tensor:
         """Return ``[T, width]`` values of the tokens of ``rank``; another ``salt``, other values."""
         first = sum(self.tokens[:rank])
-        numbers = torch.arange(first, first + self.tokens[rank]) + (self.seed * 64 + salt) * 1_000_003
+        numbers = torch.arange(first, first + self.tokens[rank], dtype=torch.int64, device="cpu")
+        numbers += (self.seed * 64 + salt) * 1_000_003
         return payload(numbers, width, dtype)
 
     def gates(self, rank: int, salt: int = 0) -> Tensor:
@@ -94,7 +95,7 @@ class Case:
     def _sent(self, rank: int) -> Sent:
         pick = random.Random(f"{self.seed} {rank} {self.routing}")
         chosen = [self._choose(pick, rank, token) for token in range(self.tokens[rank])]
-        topk_idx = torch.tensor(chosen, dtype=self.idx_dtype).reshape(self.tokens[rank], self.top_k)
+        topk_idx = torch.tensor(chosen, dtype=self.idx_dtype, device="cpu").reshape(self.tokens[rank], self.top_k)
         x = self.rows(rank, self.dtype, self.hidden, 0)
         return Sent(x, topk_idx, self.gates(rank) if self.weights else None)
 
@@ -126,7 +127,8 @@ def payload(numbers: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         width: Columns.
         dtype: Any floating-point dtype; values are rounded to it.
     """
-    state = numbers[:, None] * 2_654_435 + torch.arange(width)[None, :] * 40_503 + 12_345
+    columns = torch.arange(width, dtype=torch.int64, device="cpu")
+    state = numbers[:, None] * 2_654_435 + columns[None, :] * 40_503 + 12_345
     words = []
     for _ in range(3):
         state = ((state ^ (state >> 17)) * 1_103_515 + 1_013_904_223) & _MASK
@@ -154,13 +156,13 @@ def returned_weights(case: Case, oracle: Oracle, rank: int, num_rows: int) -> Te
 
 
 def _scatter(case: Case, oracle: Oracle, rank: int, shape: tuple[int, int], dtype: torch.dtype, *, salt: int) -> Tensor:
-    table = torch.full(shape, torch.nan, dtype=dtype)
+    table = torch.full(shape, torch.nan, dtype=dtype, device="cpu")
     rows = oracle.rows(rank)
     if rows:
         numbers = [
             ((salt * 61 + rank) * 257 + (row.expert or 0)) * 100_003 + sum(case.tokens[: row.src_rank]) + row.src_token
             for row in rows
         ]
-        places = torch.tensor([row.place for row in rows])
-        table[places] = payload(torch.tensor(numbers) + case.seed * 7, shape[1], dtype)
+        places = torch.tensor([row.place for row in rows], dtype=torch.int64, device="cpu")
+        table[places] = payload(torch.tensor(numbers, dtype=torch.int64, device="cpu") + case.seed * 7, shape[1], dtype)
     return table

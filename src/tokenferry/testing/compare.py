@@ -39,7 +39,7 @@ def close(what: str, got: Tensor, want: Tensor, *, rtol: float, atol: float) -> 
 
 
 def close_each(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
-    """Assert that two tensors of one shape differ nowhere by more than ``bound`` ``[...]``.
+    """Assert that two tensors of one shape differ nowhere by more than ``bound`` ``[...]``; any NaN equals any NaN.
 
     Raises:
         AssertionError: as `same_bits`.
@@ -47,7 +47,8 @@ def close_each(what: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     assert got.shape == want.shape, f"{what}: got shape {list(got.shape)}, want {list(want.shape)}"
     got, want = got.detach().cpu(), want.detach().cpu()
     near = (got.double() - want.double()).abs() <= bound.double()
-    _report(what, ~near & (got != want), got, want)  # infinities may be equal
+    same = (got == want) | (got.isnan() & want.isnan())  # infinities may be equal
+    _report(what, ~near & ~same, got, want)
 
 
 def _bits(tensor: Tensor) -> Tensor:

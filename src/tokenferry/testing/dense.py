@@ -14,8 +14,8 @@ from tokenferry.types import Routing
 class DenseMoE(nn.Module):
     """The reference for `tokenferry.nn.MoELayer`: the same sum, without a group, a plan or a permutation.
 
-    Products are taken in the dtype of the rows, as in the layer, and added up in float32 (float64 rows: float64) with
-    one rounding. It shares no code with what it judges but the router that it is given.
+    Products are taken in the dtype of the rows, as in the layer without autocast, and added up in float32 (float64
+    rows: float64) with one rounding. It shares no code with what it judges but the router that it is given.
 
     Args:
         router: Maps ``[T, H]`` to a `Routing` with weights.
@@ -61,5 +61,5 @@ class DenseMoE(nn.Module):
             answer = (inner @ self.down[expert]) * weights.unsqueeze(1)
             total = total.index_add(0, tokens, answer.to(total.dtype))
             counts.append(tokens.numel())
-        self.expert_counts = torch.tensor(counts)
+        self.expert_counts = torch.tensor(counts, dtype=torch.int64, device="cpu")
         return total.to(rows.dtype).reshape(x.shape)

@@ -16,6 +16,9 @@ from torch import Tensor
 FP8_MAX = 448.0
 """The largest float8_e4m3fn."""
 
+FP8_NAN = 0x7F
+"""Its NaN without a sign."""
+
 FP8_BLOCK = 128
 """Columns that share a scale."""
 
@@ -144,7 +147,7 @@ class Oracle:
         """Return ``[N, K]`` local expert ids of the tokens received, -1 where the expert is elsewhere."""
         like = self.sent[rank].topk_idx
         ids = [self._local(rank, src, token) for src, token in self.received(rank)]
-        return torch.tensor(ids, dtype=like.dtype).reshape(len(ids), like.shape[1])
+        return torch.tensor(ids, dtype=like.dtype, device="cpu").reshape(len(ids), like.shape[1])
 
     def row_idx(self, rank: int) -> Tensor:
         """Return ``[N, K]`` int64: the delivered row of each slot, -1 where there is none."""
@@ -152,7 +155,8 @@ class Oracle:
         for src, token in self.received(rank):
             local = self._local(rank, src, token)
             table.append([self.place(rank, src, token, e) if e >= 0 else -1 for e in local])
-        return torch.tensor(table, dtype=torch.int64).reshape(len(table), self.sent[rank].topk_idx.shape[1])
+        top_k = self.sent[rank].topk_idx.shape[1]
+        return torch.tensor(table, dtype=torch.int64, device="cpu").reshape(len(table), top_k)
 
     def weights(self, rank: int, values: Sequence[Tensor | None] | None = None) -> Tensor:
         """Return the delivered weights: rows ``[N, K]``, 0 elsewhere; experts, masked: one for each of `rows(rank)`."""
@@ -169,7 +173,7 @@ class Oracle:
                 table[-1] = [_sum([w for w, e in zip(table[-1], local, strict=True) if e == row.expert])]
         flat = [weight for line in table for weight in line]
         width = self.sent[rank].topk_idx.shape[1]
-        done = torch.stack(flat) if flat else torch.zeros(0)
+        done = torch.stack(flat) if flat else torch.zeros(0, dtype=torch.float32, device="cpu")
         return done.reshape(len(table), width) if self.layout == "rows" else done
 
     # ------------------------------------------------------------------ combine
@@ -186,7 +190,7 @@ class Oracle:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         sums = []
         for token in range(len(self.choices[rank])):
-            total = torch.zeros(ys[rank].shape[1], dtype=wide)
+            total = torch.zeros(ys[rank].shape[1], dtype=wide, device="cpu")
             for bias in biases:
                 total = total + bias[token].to(wide)
             for there in range(self.num_ranks):
@@ -203,7 +207,7 @@ class Oracle:
             rank: The rank of the tokens.
             ws: The weights that each rank returns: rows ``[N, K]``; experts ``[rows]``; masked ``[L * capacity]``.
         """
-        table = torch.zeros(self.sent[rank].topk_idx.shape)
+        table = torch.zeros(self.sent[rank].topk_idx.shape, dtype=torch.float32, device="cpu")
         for token, experts in enumerate(self.choices[rank]):
             for there in range(self.num_ranks):
                 if self.layout == "rows":
@@ -244,7 +248,7 @@ class Oracle:
         """
         sums = []
         for token in range(len(self.choices[rank])):
-            total = torch.zeros(ys[rank].shape[1])
+            total = torch.zeros(ys[rank].shape[1], dtype=torch.float32, device="cpu")
             for row, weight in self._decode_terms(rank, token, ys, fast=fast):
                 product = encoded_row(row, encoding) * weight
                 total = total + product
@@ -257,10 +261,11 @@ class Oracle:
         Returns:
             (``[T, H]``, ``[T, H]``), both float32: that change, and the sum of the magnitudes that were added.
         """
-        one_code, sizes = [torch.zeros(0, ys[rank].shape[1])], [torch.zeros(0, ys[rank].shape[1])]
+        nothing = torch.zeros(0, ys[rank].shape[1], dtype=torch.float32, device="cpu")
+        one_code, sizes = [nothing], [nothing]
         for token in range(len(self.choices[rank])):
-            change = torch.zeros(1, ys[rank].shape[1])
-            size = torch.zeros(1, ys[rank].shape[1])
+            change = torch.zeros(1, ys[rank].shape[1], dtype=torch.float32, device="cpu")
+            size = torch.zeros(1, ys[rank].shape[1], dtype=torch.float32, device="cpu")
             for row, weight in self._decode_terms(rank, token, ys, fast=fast):
                 change = change + abs(weight) * torch.cat([_neighbours(group) for group in torch.split(row, LOG_BLOCK)])
                 size = size + abs(weight) * encoded_row(row, "logfmt10").abs()
@@ -285,7 +290,7 @@ class Oracle:
 
     def _fast_partial(self, there: int, rank: int, token: int, y: Tensor, weights: Tensor) -> Tensor:
         local = self._local(there, rank, token)
-        partial = torch.zeros(y.shape[1])
+        partial = torch.zeros(y.shape[1], dtype=torch.float32, device="cpu")
         for expert in sorted(set(local) - {-1}):
             weight = _sum([w for w, e in zip(weights, local, strict=True) if e == expert])
             product = y[self.place(there, rank, token, expert)].float() * weight
@@ -302,19 +307,24 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def fp8_cast(row: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Cast one row ``[H]`` to float8_e4m3fn with a float32 scale for each 128 columns (the last block may be short)."""
+    """Cast one row ``[H]`` to float8_e4m3fn with a float32 scale for each 128 columns (the last block may be short).
+
+    What is not finite becomes the NaN without a sign, and is 0 to its block.
+    """
     casts, scales = [], []
     for first in range(0, row.numel(), FP8_BLOCK):
-        block = row[first : first + FP8_BLOCK].float()
+        given = row[first : first + FP8_BLOCK].float()
+        block = torch.where(given.isfinite(), given, 0.0)
         amax = block.abs().amax().clamp(min=1e-4)
         if power_of_two:
-            scale = torch.tensor(2.0 ** _ceil_log2(float(amax / FP8_MAX)))
+            scale = torch.tensor(2.0 ** _ceil_log2(float(amax / FP8_MAX)), dtype=torch.float32, device="cpu")
             factor = 1.0 / scale
         else:
             scale, factor = amax / FP8_MAX, FP8_MAX / amax
-        casts.append((block * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+        cast = (block * factor).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        casts.append(torch.where(given.isfinite(), cast.view(torch.uint8), FP8_NAN))
         scales.append(scale)
-    return torch.cat([cast.view(torch.uint8) for cast in casts]).view(torch.float8_e4m3fn), torch.stack(scales)
+    return torch.cat(casts).view(torch.float8_e4m3fn), torch.stack(scales)
 
 
 def encoded_row(row: Tensor, encoding: str) -> Tensor:
@@ -328,23 +338,28 @@ def encoded_row(row: Tensor, encoding: str) -> Tensor:
     blocks = []
     for block in torch.split(row, LOG_BLOCK):
         codes, values = logfmt10(block)
-        blocks.append(torch.where(block.signbit(), -values[codes], values[codes]).float())
+        decoded = torch.where(block.signbit(), -values[codes], values[codes]).float()
+        if not block.isfinite().all():  # NaN takes the place of the negative zero
+            decoded = torch.where(block.isfinite(), torch.where(decoded == 0, 0.0, decoded), torch.nan)
+        blocks.append(decoded)
     return torch.cat(blocks)
 
 
 def logfmt10(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes ``[128]`` int64 of the magnitudes of a block of finite numbers, and the values of all 512 codes.
+    """Return the codes ``[128]`` int64 of the magnitudes of a block, and the values of all 512 codes.
 
-    Each magnitude takes the code whose value is nearest, found by looking at them all.
+    Each magnitude takes the code whose value is nearest, found by looking at them all. What is not finite counts as 0.
     """
-    sizes = block.double().abs()
+    sizes = torch.where(block.isfinite(), block, 0.0).double().abs()
     some = [size for size in sizes.tolist() if size > 0]
     lo = step = 0.0
     if some:
         hi = _float32(min(math.log2(max(some)), 127.9999))
         lo = min(_float32(max(math.log2(min(some)), hi - 32)), hi)
         step = _float32(_float32(hi - lo) / (LOG_CODES - 2))
-    values = torch.tensor([0.0] + [2.0 ** (lo + step * i) for i in range(LOG_CODES - 1)], dtype=torch.float64)
+    values = torch.tensor(
+        [0.0] + [2.0 ** (lo + step * i) for i in range(LOG_CODES - 1)], dtype=torch.float64, device="cpu"
+    )
     known = values if step else values[:2]
     # The higher of two equally near codes: argmin gives the first of equal ones.
     distances = (sizes[:, None] - known.flip(0)[None, :]).abs()
@@ -359,7 +374,7 @@ def _neighbours(block: Tensor) -> Tensor:
 
 
 def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
+    return float(torch.tensor(value, dtype=torch.float32, device="cpu"))
 
 
 def _ceil_log2(value: float) -> int:
@@ -375,4 +390,4 @@ def ue8m0(scales: Tensor) -> Tensor:
         for byte, scale in enumerate(scales[first : first + 4].tolist()):
             word |= (_ceil_log2(scale) + 127) << (8 * byte)
         packed.append(word - (1 << 32) if word >= 1 << 31 else word)
-    return torch.tensor(packed, dtype=torch.int32)
+    return torch.tensor(packed, dtype=torch.int32, device="cpu")

@@ -20,6 +20,7 @@ LOG_STEPS = 510
 """Steps of logfmt10 from its least number other than 0 to the largest."""
 
 _FP8_MAX = 448.0
+_FP8_NAN = 0x7F
 _MIN_AMAX = 1e-4
 _MAX_LOG = 127.9999
 _LOG_RANGE = 32.0
@@ -44,18 +45,19 @@ def encode_and_decode(rows: Tensor, encoding: str) -> Decoded:
     """Return bfloat16 rows ``[..., H]`` as they arrive after they travelled in an encoding of `decode_combine`.
 
     Args:
-        rows: Finite numbers.
+        rows: Numbers, finite or not.
         encoding: ``"same"``, ``"fp8"`` or ``"logfmt10"``.
     """
     if encoding == "logfmt10":
         return logfmt10(rows)
     values = fp8_values(*fp8_cast(rows)) if encoding == "fp8" else rows.float()
-    return Decoded(values, torch.zeros((), device=rows.device))
+    return Decoded(values, torch.zeros((), device=rows.device, dtype=torch.float32))
 
 
 def fp8_cast(rows: Tensor, scale: Scale = Scale.FLOAT32) -> tuple[Tensor, Tensor]:
     """Cast ``[..., H]`` to float8_e4m3fn, with scales ``[..., H / 128]`` float32, unpacked also for UE8M0."""
-    groups = _grouped(rows.float())
+    given = _grouped(rows.float())
+    groups = torch.where(given.isfinite(), given, 0.0)
     amax = groups.abs().amax(-1, keepdim=True).clamp(min=_MIN_AMAX)
     # Tensors on both sides: torch divides by a number on GPUs by multiplying with its rounded inverse.
     factor = amax / torch.full_like(amax, _FP8_MAX)
@@ -65,7 +67,9 @@ def fp8_cast(rows: Tensor, scale: Scale = Scale.FLOAT32) -> tuple[Tensor, Tensor
         mantissa, exponent = torch.frexp(factor)
         factor = power_of_two(exponent - (mantissa == 0.5).int())
         scaled = groups / factor
-    return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).flatten(-2), factor.squeeze(-1)
+    codes = scaled.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = torch.where(given.isfinite(), codes, _FP8_NAN)
+    return codes.view(torch.float8_e4m3fn).flatten(-2), factor.squeeze(-1)
 
 
 def fp8_values(data: Tensor, scale: Tensor) -> Tensor:
@@ -77,15 +81,16 @@ def unpacked(scale: Tensor, num_groups: int) -> Tensor:
     """Return scales ``[..., num_groups]`` as float32, in whichever of the three ways a result stores them."""
     if scale.dtype == torch.float32:
         return scale
-    shifts = torch.arange(0, 32, 8, device=scale.device)
+    shifts = torch.arange(0, 32, 8, device=scale.device, dtype=torch.int64)
     exponents = (scale[..., None] >> shifts & 255).flatten(-2)[..., :num_groups]
     return power_of_two(exponents - 127)
 
 
 def logfmt10(rows: Tensor) -> Decoded:
-    """Return finite numbers ``[..., H]`` after they travelled as logfmt10: each the nearest of its group's codes."""
+    """Return numbers ``[..., H]`` after they travelled as logfmt10: each the nearest of its group's codes, or NaN."""
     groups = _grouped(rows.double())
-    sizes = groups.abs()
+    finite = groups.isfinite()
+    sizes = torch.where(finite, groups, 0.0).abs()
     hi = sizes.amax(-1, keepdim=True).log2().clamp(max=_MAX_LOG).float()
     least = sizes.masked_fill(sizes == 0, torch.inf).amin(-1, keepdim=True).log2()
     lo = torch.minimum(torch.maximum(least, hi.double() - _LOG_RANGE).float(), hi)
@@ -102,11 +107,14 @@ def logfmt10(rows: Tensor) -> Decoded:
     one_code = nearest * (torch.exp2(step.double()) - 1)
     only_zeros = sizes.amax(-1, keepdim=True) == 0
     nearest, one_code = (torch.where(only_zeros, 0.0, one) for one in (nearest, one_code))
-    return Decoded(torch.copysign(nearest, groups).float().flatten(-2), one_code.float().flatten(-2))
+    # Where something is not finite, NaN takes the place of the negative zero.
+    signed = torch.where(finite.all(-1, keepdim=True) | (nearest > 0), torch.copysign(nearest, groups), 0.0)
+    values = torch.where(finite, signed, torch.nan)
+    return Decoded(values.float().flatten(-2), one_code.float().flatten(-2))
 
 
 def beyond_a_code(got: Tensor, want: Tensor, magnitude: Tensor, one_code: Tensor) -> Tensor:
-    """Return where sums over logfmt10 are wrong, bool; does not wait for the device.
+    """Return where sums over logfmt10 are wrong, bool; does not wait for the device. Any NaN equals any NaN.
 
     A number half-way between two codes takes either, since logarithms differ in their last bits. Few numbers are: if
     more than one in a hundred takes the other code, all of these are wrong.
@@ -119,7 +127,7 @@ def beyond_a_code(got: Tensor, want: Tensor, magnitude: Tensor, one_code: Tensor
     """
     off = (got.float() - want.float()).abs()
     rounding = magnitude * 2.0**-16 + want.float().abs() * torch.finfo(want.dtype).eps
-    other_code = ~(off <= rounding)
+    other_code = ~((off <= rounding) | (got.isnan() & want.isnan()))
     few = other_code.sum() <= max(2, other_code.numel() // _ONE_IN)
     return other_code & ~((off <= rounding + 1.01 * one_code) & few)
 

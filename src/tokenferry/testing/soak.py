@@ -224,7 +224,7 @@ class Soaker:
         self.tally.calls += 2
         what = f"rank {self.rank}, {case} decode {fast=}"
         assert isinstance(sent.x, Tensor)
-        places = torch.tensor([row.place for row in oracle.rows(self.rank)], dtype=torch.int64)
+        places = torch.tensor([row.place for row in oracle.rows(self.rank)], dtype=torch.int64, device="cpu")
         self._pending.append((what, sent.x.reshape(-1, case.hidden)[self._to_device(places)], oracle.x(self.rank)))
         self._pending.append((f"{what} combine", home.x, oracle.decode_combine(self.rank, ys, fast=fast)))
 
@@ -255,7 +255,7 @@ class Soaker:
         assert isinstance(sent.x, Tensor)
         places = self._places(live)
         self._pending.append((f"{live.what} x", sent.x.reshape(-1, live.case.hidden)[places], oracle.x(rank)))
-        counts = torch.tensor(oracle.expert_counts(rank), dtype=torch.int32)
+        counts = torch.tensor(oracle.expert_counts(rank), dtype=torch.int32, device="cpu")
         self._pending.append((f"{live.what} expert_counts", sent.expert_counts, counts))
         if sent.topk_weights is not None:
             columns = (live.case.top_k,) if live.options.layout is Layout.ROWS else ()
@@ -267,7 +267,7 @@ class Soaker:
 
     def _places(self, live: Live) -> Tensor:
         places = [row.place for row in live.oracle.rows(self.rank)]
-        return self._to_device(torch.tensor(places, dtype=torch.int64))
+        return self._to_device(torch.tensor(places, dtype=torch.int64, device="cpu"))
 
     def _any_alive(self) -> Live | None:
         return self._shared.choice(self._alive) if self._alive else None
@@ -355,7 +355,7 @@ def run(rank: int, pg: dist.ProcessGroup, soak: Soak) -> Tally:
 
 def _agreed(pg: dist.ProcessGroup, more: bool) -> bool:
     """Return ``more`` of rank 0."""
-    decision = torch.tensor([int(more)])
+    decision = torch.tensor([int(more)], dtype=torch.int64, device="cpu")
     dist.broadcast(decision, src=0, group=pg)
     return bool(decision.item())
 

@@ -126,7 +126,7 @@ class Graph:
         self.kind = kind
         self.x = torch.zeros(kind.tokens, kind.hidden, dtype=torch.bfloat16, device=device)
         self.topk_idx = torch.full((kind.tokens, kind.top_k), -1, dtype=kind.idx_dtype, device=device)
-        self.topk_weights = torch.zeros(kind.tokens, kind.top_k, device=device)
+        self.topk_weights = torch.zeros(kind.tokens, kind.top_k, device=device, dtype=torch.float32)
         first = group.rank * kind.local
         self._factors = factors(kind.local * R, device)[first : first + kind.local, None, None]
         self._group = group.for_shape(kind.shape(R))
@@ -219,7 +219,8 @@ class Findings:
             for when, count, at, name in found:
                 if when == number:
                     shape = self._shapes[number, name]
-                    place = [int(one) for one in torch.unravel_index(torch.tensor(at), shape)]
+                    flat = torch.tensor(at, dtype=torch.int64, device="cpu")
+                    place = [int(one) for one in torch.unravel_index(flat, shape)]
                     texts.append(f"{name}: {count} of {list(shape)} values, the first at {place}")
             raise AssertionError(
                 f"rank {rank}: seed {soak.seed}, replay {number} has wrong results: {'; '.join(texts)}; "
@@ -246,23 +247,24 @@ def draw(kind: Kind, num_ranks: int, device: torch.device, seed: int, number: in
     R, M, K, E = num_ranks, kind.tokens, kind.top_k, kind.local * num_ranks
 
     def integers(low: int, high: int, *sizes: int) -> Tensor:
-        return torch.randint(low, high, sizes, generator=make, device=device)
+        return torch.randint(low, high, sizes, generator=make, device=device, dtype=torch.int64)
 
     sizes = torch.exp2(integers(-8, 8, R, M, kind.hidden // 128).float()).repeat_interleave(128, dim=2)
-    x = (torch.randn(R, M, kind.hidden, generator=make, device=device) * sizes).to(torch.bfloat16)
-    weights = integers(1 - (1 << _WEIGHT_BITS), 1 << _WEIGHT_BITS, R, M, K) / (1 << _WEIGHT_BITS)
+    x = (torch.randn(R, M, kind.hidden, generator=make, device=device, dtype=torch.float32) * sizes).to(torch.bfloat16)
+    weights = integers(1 - (1 << _WEIGHT_BITS), 1 << _WEIGHT_BITS, R, M, K).float() / (1 << _WEIGHT_BITS)
     way = pick.choice(("distinct", "distinct", "distinct", "repeated", "few"))
     if way == "distinct":
-        chosen = torch.rand(R, M, E, generator=make, device=device).topk(min(K, E), dim=2).indices
+        chosen = torch.rand(R, M, E, generator=make, device=device, dtype=torch.float32).topk(min(K, E), dim=2).indices
         chosen = torch.nn.functional.pad(chosen, (0, K - chosen.shape[2]), value=-1)
     else:
         first = pick.randrange(E)
         chosen = integers(0, E, R, M, K) if way == "repeated" else integers(first, min(first + 2, E), R, M, K)
-    dropped = torch.rand(R, M, K, generator=make, device=device) < pick.choice((0.0, 0.0, 0.1, 0.5, 1.0))
+    share = pick.choice((0.0, 0.0, 0.1, 0.5, 1.0))
+    dropped = torch.rand(R, M, K, generator=make, device=device, dtype=torch.float32) < share
     tokens = integers(0, M + 1, R, 1, 1)
     if pick.random() < 0.3:
         tokens = torch.full_like(tokens, M)
-    absent = torch.arange(M, device=device)[:, None] >= tokens
+    absent = torch.arange(M, device=device, dtype=torch.int64)[:, None] >= tokens
     return AllInputs(x, torch.where(dropped | absent, -1, chosen).to(kind.idx_dtype), weights)
 
 

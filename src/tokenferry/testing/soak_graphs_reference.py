@@ -25,7 +25,7 @@ class AllInputs:
 
 def factors(num_experts: int, device: torch.device) -> Tensor:
     """Return ``[E]`` float32: the factor of each expert; neighbours differ, and products are exact."""
-    numbers = torch.arange(num_experts, device=device)
+    numbers = torch.arange(num_experts, device=device, dtype=torch.int64)
     return power_of_two(numbers % 7 - 3) * (1 - 2 * (numbers // 7 % 2))
 
 
@@ -52,7 +52,8 @@ class Reference:
         self._fast, self._encoding = fast, encoding
         self._num_experts = num_experts
         self._num_local = num_experts // inputs.x.shape[0]
-        self._magnitude = self._one_code = torch.zeros(())  # of a sum over logfmt10; see `beyond_a_code`
+        # Of a sum over logfmt10; see `beyond_a_code`.
+        self._magnitude = self._one_code = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def wrong(self, sent: DecodeDispatched[Tensor | Quantized], total: Tensor) -> dict[str, Tensor]:
         """Return where results differ, by name: bool tensors. Does not wait for the device."""
@@ -70,14 +71,14 @@ class Reference:
     def _wrong_rows(self, sent: DecodeDispatched[Tensor | Quantized]) -> dict[str, Tensor]:
         R, M, H = self._inputs.x.shape
         device, L = self._inputs.x.device, self._num_local
-        local = torch.arange(L, device=device)
+        local = torch.arange(L, device=device, dtype=torch.int64)
         chosen = self._inputs.topk_idx.reshape(R * M, -1, 1) == local + self._rank * L  # [S, K, L]
         received = chosen.any(1)
         place = (received.cumsum(0) - 1).clamp(min=0)  # [S, L]: by source rank, then token
         counts = received.view(R, M, L).sum(1)
         ranges = (counts.cumsum(0) - counts << 32 | counts).t()
         empty = (counts == 0).t()
-        tokens = torch.arange(M, device=device).repeat(R)[:, None]
+        tokens = torch.arange(M, device=device, dtype=torch.int64).repeat(R)[:, None]
         # Weights are such that sums are exact in any order.
         weights = (chosen * self._inputs.topk_weights.reshape(R * M, -1, 1)).sum(1)
         plan = sent.plan
@@ -123,7 +124,7 @@ class Reference:
         first, chosen, weights = (one.gather(1, order) for one in (first, chosen, weights))
         answers = answers.gather(1, order[..., None].expand_as(answers))
         terms = answers.float() * weights[..., None]
-        ranks = torch.arange(self._inputs.x.shape[0], device=chosen.device)
+        ranks = torch.arange(self._inputs.x.shape[0], device=chosen.device, dtype=torch.int64)
         from_rank = (chosen[..., None] // self._num_local == ranks) & first[..., None]  # [M, K, R]
         partial = torch.zeros_like(terms[:, :1]).repeat(1, len(ranks), 1)
         for slot in range(terms.shape[1]):

@@ -53,11 +53,12 @@ class Large:
     @property
     def routing(self) -> Tensor:
         """``[sum of T, K]`` int64: the choices of all ranks' tokens, distinct experts, some slots unused."""
-        generator = torch.Generator().manual_seed(self.seed)
-        scores = torch.rand(sum(self.tokens), self.experts, generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        scores = torch.rand(sum(self.tokens), self.experts, generator=generator, dtype=torch.float32, device="cpu")
         scores[:, 0] += self.skew
         chosen = scores.topk(self.top_k, dim=1).indices
-        return torch.where(torch.rand(chosen.shape, generator=generator) < 0.1, -1, chosen)
+        dropped = torch.rand(chosen.shape, generator=generator, dtype=torch.float32, device="cpu") < 0.1
+        return torch.where(dropped, -1, chosen)
 
 
 def draw(pick: random.Random, ranks: int) -> Large:
@@ -84,7 +85,7 @@ def draw(pick: random.Random, ranks: int) -> Large:
 
 def numbered(numbers: Tensor, hidden: int) -> Tensor:
     """Return ``[n, hidden]`` bfloat16: integers of magnitude 1 to 15, made from token numbers and columns."""
-    columns = torch.arange(hidden, device=numbers.device)
+    columns = torch.arange(hidden, device=numbers.device, dtype=torch.int64)
     mixed = (numbers[:, None] * 2_654_435_761 + columns * 40_503) & 0xFFFFFFFF
     bits = (mixed >> 13) ^ (mixed >> 5)
     return ((bits % _LARGEST + 1) * (1 - 2 * (bits >> 6 & 1))).to(torch.bfloat16)
@@ -99,7 +100,7 @@ def round_trip(group: ExpertGroup, large: Large, num_sms: int | None) -> int:
     device, hidden, rank = group.device, large.hidden, group.rank
     choices = large.routing.to(device)
     first = sum(large.tokens[:rank])
-    mine = torch.arange(first, first + large.tokens[rank], device=device)
+    mine = torch.arange(first, first + large.tokens[rank], device=device, dtype=torch.int64)
     x = numbered(mine, hidden)
     routing = Routing(choices[first : first + large.tokens[rank]].contiguous())
     sent = group.dispatch(x, routing, options=large.options, num_sms=num_sms)

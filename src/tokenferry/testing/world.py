@@ -3,28 +3,35 @@
 Ranks are forked from one server process that has imported torch and tokenferry, so a world of four is up in a fraction
 of a second, and its ranks share that server's memory pages. Each rank is in one gloo process group. The server does
 not initialise CUDA: each rank that owns a GPU does.
+
+Ranks end when the program ends, however that happens, and a world leaves no files (on Linux; elsewhere a killed
+program leaves one folder).
 """
 
 from __future__ import annotations
 
-import faulthandler
-import multiprocessing as mp
 import os
 import pickle
 import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from tokenferry.testing.rank import RankSettings, preparation
+from tokenferry.testing.rank_server import STALL_S, RankProcess, get_server
+
+END_S = 10.0
+"""Seconds that ranks have to end by themselves, and that the system has to end those that were killed."""
+
+Progress = Callable[[Mapping[str, object]], None]
+"""``progress(item)``: send a small mapping to the program, from within a job of `World.run_with_progress`."""
 
 
 class WorldError(RuntimeError):
@@ -46,6 +53,7 @@ class World:
     """A pool of R rank processes, each in one gloo group; a context manager.
 
     A job that fails on any rank ends the world (its ranks may be out of step): `alive` is then False; make a new one.
+    A world belongs to the process that made it: in a process forked from that, it can only be dropped.
 
     Args:
         num_ranks: R.
@@ -57,6 +65,7 @@ class World:
     Raises:
         ValueError: ``devices`` is neither.
         RuntimeError: there is no GPU.
+        OSError: a process cannot be started, or no file can be opened.
     """
 
     def __init__(self, num_ranks: int, *, devices: str = "cpu", timeout_s: float = 60.0, threads: int = 1) -> None:
@@ -67,26 +76,31 @@ class World:
         self.num_ranks = num_ranks
         self.devices = devices
         self.timeout_s = timeout_s
-        self._folder = tempfile.TemporaryDirectory(prefix="tokenferry-world-")
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "tokenferry", "tokenferry.autograd"])
-        self._pipes: list[Connection] = []
-        self._ranks: list[mp.process.BaseProcess] = []
-        store = os.path.join(self._folder.name, "store")
-        for rank in range(num_ranks):
-            ours, theirs = context.Pipe()
-            settings = _RankSettings(rank, num_ranks, devices, threads, store)
-            process = context.Process(target=_serve, args=(settings, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._ranks.append(process)
+        self._pid = os.getpid()
+        self._busy = False
+        self._ranks: list[RankProcess] = []
+        self._held = ExitStack()  # closed last
         self.alive = True
+        try:
+            server = get_server()
+            # Linux: a file without a name, which is gone with the last process that has it open.
+            store = self._held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - closed with what is held
+            path = None
+            if sys.platform != "linux":
+                folder = self._held.enter_context(tempfile.TemporaryDirectory(prefix="tokenferry-world-"))
+                path = os.path.join(folder, "store")
+            for rank in range(num_ranks):
+                self._ranks.append(server.start(store))
+                settings = RankSettings(rank, num_ranks, devices, threads, path)
+                self._ranks[rank].pipe.send_bytes(pickle.dumps((preparation(), settings)))
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def pids(self) -> list[int]:
         """Process id of each rank, for tests that stop or kill one."""
-        return [process.pid or 0 for process in self._ranks]
+        return [process.pid for process in self._ranks]
 
     def run(self, fn: Callable[..., Any], *args: object) -> list[Any]:
         """Call ``fn(rank, process_group, *args)`` on every rank and return its results, by rank.
@@ -99,81 +113,105 @@ class World:
         self.submit(fn, *args)
         return self.collect()
 
+    def run_with_progress(
+        self, fn: Callable[..., Any], *args: object, on_item: Callable[[dict[str, Any]], None]
+    ) -> list[Any]:
+        """Call ``fn(rank, process_group, progress, *args)`` on every rank, and ``on_item`` here for each item.
+
+        Args:
+            fn: A function of a module; it may call its third argument, a `Progress`, any number of times.
+            args: Further arguments.
+            on_item: Called in this process, with the items of a rank in their order. If it raises, the world ends.
+
+        Returns:
+            list: The results of the ranks, by rank.
+
+        Raises:
+            WorldError: as `run`.
+        """
+        self._submit(fn, args, with_progress=True)
+        return self._collect(on_item)
+
     def submit(self, fn: Callable[..., Any], *args: object) -> None:
         """Start a job and return at once; `collect` waits for it."""
-        if not self.alive:
-            raise RuntimeError("this world has ended; make a new one")
-        # Paths travel apart and first: unpickling ``fn`` imports its module.
-        job = pickle.dumps((list(sys.path), pickle.dumps((fn, args))))
-        for pipe in self._pipes:
-            pipe.send_bytes(job)
+        self._submit(fn, args, with_progress=False)
 
     def collect(self) -> list[Any]:
         """Wait for the job that `submit` started; as `run`."""
+        return self._collect(lambda item: None)
+
+    def _submit(self, fn: Callable[..., Any], args: tuple[object, ...], *, with_progress: bool) -> None:
+        if not self.alive or self._pid != os.getpid():
+            raise RuntimeError("this world has ended, or belongs to another process; make a new one")
+        # Paths travel apart and first: unpickling ``fn`` imports its module.
+        job = pickle.dumps((list(sys.path), pickle.dumps((fn, args, with_progress))))
+        self._busy = True
+        for process in self._ranks:
+            with suppress(OSError):  # it died, or is stopped: `collect` says so
+                process.pipe.send_bytes(job)
+
+    def _collect(self, on_item: Callable[[dict[str, Any]], None]) -> list[Any]:
         deadline = time.monotonic() + self.timeout_s
-        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        waiting = dict(enumerate(self._ranks))
         results: dict[int, Any] = {}
         errors: dict[int, BaseException] = {}
         texts: dict[int, str] = {}
-        while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                for rank in waiting.values():
-                    errors[rank] = TimeoutError(f"rank {rank} did not finish the job within {self.timeout_s} s")
-                break
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                rank = waiting.pop(pipe)
-                try:
-                    good, value, text = pickle.loads(pipe.recv_bytes())
-                except (EOFError, ConnectionResetError):
-                    errors[rank] = ChildProcessError(f"rank {rank} died")
-                    continue
-                if good:
-                    results[rank] = value
-                else:
-                    errors[rank], texts[rank] = value, text
+        try:
+            while waiting:
+                left = deadline - time.monotonic()
+                ends = [end for process in waiting.values() for end in (process.pipe, process.status)]
+                if left <= 0 or not wait(ends, left):
+                    break
+                for rank, process in list(waiting.items()):
+                    kind, value, text = _next_message(rank, process)
+                    if kind == "item":
+                        on_item(value)
+                    elif kind == "result":
+                        results[rank] = value
+                    elif kind == "error":
+                        errors[rank], texts[rank] = value, text
+                    if rank in results or rank in errors:
+                        del waiting[rank]
+        except BaseException:
+            self.kill()  # the ranks are in the middle of a job
+            raise
+        self._busy = False
+        for rank in waiting:
+            errors[rank] = TimeoutError(f"rank {rank} did not finish the job within {self.timeout_s} s")
         if errors:
-            self.kill(dump=tuple(waiting.values()))
+            self.kill(dump=tuple(waiting))
             raise WorldError(errors, results, texts)
         return [results[rank] for rank in range(self.num_ranks)]
 
     def kill(self, dump: tuple[int, ...] = ()) -> None:
-        """End all ranks at once; the ranks in ``dump`` print their stacks to stderr first."""
-        self.alive = False
-        for rank in dump:
-            os.kill(self.pids[rank], signal.SIGCONT)
-            os.kill(self.pids[rank], signal.SIGUSR1)
-            self._ranks[rank].join(0.2)
-        for process in self._ranks:
-            process.kill()
+        """End all ranks at once; the ranks in ``dump`` print their stacks to stderr first. Idempotent."""
+        if self.alive and self._pid == os.getpid():
+            for rank in dump:
+                self._ranks[rank].signal(signal.SIGCONT)
+                self._ranks[rank].signal(signal.SIGUSR1)
+                self._ranks[rank].join(0.2)
+            for process in self._ranks:
+                process.signal(signal.SIGKILL)
+            for process in self._ranks:
+                process.join(END_S)
         self._end()
 
-    def stop(self) -> None:
-        """Kill all ranks, from another thread than the one that waits in `run` or `collect`, which raises WorldError.
-
-        It alone frees what the world holds: two threads that do would close each other's files.
-        """
-        for process in self._ranks:
-            process.kill()
-
     def close(self) -> None:
-        """End all ranks; idempotent."""
-        if self.alive:
-            self.alive = False
-            for pipe in self._pipes:
-                pipe.send_bytes(b"")
+        """End all ranks; idempotent. Ranks that are in the middle of a job are killed."""
+        if self.alive and not self._busy and self._pid == os.getpid():
             for process in self._ranks:
-                process.join(10.0)
-                process.kill()
-            self._end()
+                with suppress(OSError):  # it has died
+                    process.pipe.send_bytes(b"")
+            deadline = time.monotonic() + END_S
+            for process in self._ranks:
+                process.join(max(0.0, deadline - time.monotonic()))
+        self.kill()
 
     def _end(self) -> None:
+        self.alive = False
         for process in self._ranks:
-            process.join()
-        for pipe in self._pipes:
-            pipe.close()
-        self._folder.cleanup()
+            process.close()
+        self._held.close()
 
     def __enter__(self) -> World:
         return self
@@ -183,59 +221,25 @@ class World:
     ) -> None:
         if kind is None:
             self.close()
-        elif self.alive:  # ranks may be in the middle of a job whose results will not be collected
+        else:  # ranks may be in the middle of a job whose results will not be collected
             self.kill()
 
 
-@dataclass(frozen=True, slots=True)
-class _RankSettings:
-    """The settings of one rank."""
-
-    rank: int
-    num_ranks: int
-    devices: str
-    threads: int
-    store: str
-
-
-def _serve(settings: _RankSettings, pipe: Connection) -> None:
-    """Run a rank: join the group, then run jobs until an empty one comes or the parent process is gone."""
-    rank = settings.rank
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(settings.threads)
-    if settings.devices == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{settings.store}",
-        rank=rank,
-        world_size=settings.num_ranks,
-        timeout=timedelta(seconds=120),
-    )
-    while True:
-        try:
-            job = pipe.recv_bytes()
-        except (EOFError, ConnectionResetError):
-            break
-        if not job:
-            break
-        pipe.send_bytes(_answer(rank, job))
-    dist.destroy_process_group()
-
-
-def _answer(rank: int, job: bytes) -> bytes:
-    """Run one job; return something that can be unpickled, whatever happens."""
+def _next_message(rank: int, process: RankProcess) -> tuple[str, Any, str]:
+    """Return the kind of the next message of a rank, its value and text; of kind "" if there is none yet."""
+    # A process that a dead rank has forked may hold its pipe open, so look at both. First whether it has ended: what
+    # it sent before that is then in the pipe.
+    ended = process.join(0.0)
     try:
-        paths, call = pickle.loads(job)
-        sys.path[:] = paths
-        fn, args = pickle.loads(call)
-        return pickle.dumps((True, fn(rank, dist.group.WORLD, *args), ""))
-    except BaseException as error:  # noqa: BLE001 - everything, KeyboardInterrupt too, is returned to the caller
-        text = traceback.format_exc()
-        try:
-            answer = pickle.dumps((False, error, text))
-            pickle.loads(answer)
-        except Exception:  # noqa: BLE001 - an exception may be of any class, picklable or not
-            answer = pickle.dumps((False, RuntimeError(text), text))
-        return answer
+        if process.pipe.poll():
+            kind, value, text = pickle.loads(process.pipe.recv_bytes())
+            return kind, value, text
+    except BlockingIOError:
+        late = TimeoutError(f"rank {rank} stopped in the middle of a message, and did not go on for {STALL_S:.0f} s")
+        return "error", late, repr(late)
+    except (EOFError, ConnectionResetError):
+        ended = process.join(END_S)
+    if not ended:
+        return "", None, ""
+    died = ChildProcessError(f"rank {rank} died: {process.ending}")
+    return "error", died, repr(died)

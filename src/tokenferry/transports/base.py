@@ -64,7 +64,8 @@ class Transport(Protocol):
     """The messages between R ranks.
 
     ``post`` and ``receive`` raise PeerTimeout; all other methods are local. No method writes into a buffer that a peer
-    may still read.
+    may still read. A forked child calls no method; a transport with descriptors of its own has them closed there
+    (`tokenferry.forked`).
     """
 
     name: str

@@ -158,8 +158,9 @@ class _Tensors:
         self._device = device
 
     def exchange(self, text: bytes, deadline: Deadline) -> list[bytes]:
-        sizes = [int(size) for size in self._gather(torch.tensor([len(text)]), deadline)]
-        body = torch.zeros(max(sizes), dtype=torch.uint8)
+        size = torch.tensor([len(text)], dtype=torch.int64, device="cpu")
+        sizes = [int(size) for size in self._gather(size, deadline)]
+        body = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         body[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         texts = self._gather(body, deadline)
         return [bytes(text[:size].tolist()) for text, size in zip(texts, sizes, strict=True)]

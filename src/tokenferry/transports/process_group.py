@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from tokenferry.transports.base import (
     Watermarks,
     peer_timeout,
 )
+from tokenferry.transports.lifetime import Watch
 
 _TAG = 0x40000000
 _LINGER_S = 5.0
@@ -78,11 +81,20 @@ class _InFlight:
 
 
 class ProcessGroupTransport:
-    """The transport over any process group that can send CPU tensors."""
+    """The transport over any process group that can send CPU tensors.
+
+    Args:
+        group: The process group.
+        group_id: A number that differs between the groups on one process group.
+        processes: For peers on this host, descriptors of their processes; see `tokenferry.transports.lifetime`. The
+            transport closes them.
+    """
 
     name = "process_group"
 
-    def __init__(self, group: dist.ProcessGroup, group_id: int = 0) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, group_id: int = 0, processes: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
         self.rank = group.rank()
         self.num_ranks = group.size()
         self._group = group
@@ -91,11 +103,12 @@ class ProcessGroupTransport:
         self._last_messages = LastMessages(self.num_ranks)
         self._in_flight: dict[int, _InFlight] = {}
         self._lingering: deque[_InFlight] = deque()
+        self._watch = Watch(processes, partial(_fail, group, self._tag))
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return new tensors. See `Transport.open`."""
         self._free_lingering()
-        current = _InFlight(call, [torch.empty(size, dtype=torch.uint8) for size in sizes])
+        current = _InFlight(call, [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes])
         self._in_flight[call.number] = current
         return current.buffers
 
@@ -173,12 +186,13 @@ class ProcessGroupTransport:
                 work.wait(timedelta(seconds=deadline.left()))
         self._lingering.clear()
         self._in_flight.clear()
+        self._watch.close()
 
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...]) -> None:
-        incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64)
+        incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64, device="cpu")
         current.headers[peer] = _HeaderReceive(self._start("recv", incoming, peer, current.call, 0), incoming)
         body = current.buffers[peer]
-        outgoing = torch.tensor([self._watermarks.local, body.numel(), *header], dtype=torch.int64)
+        outgoing = torch.tensor([self._watermarks.local, body.numel(), *header], dtype=torch.int64, device="cpu")
         current.header_sends.append(self._start("send", outgoing, peer, current.call, 0))
         current.sends.append(_Send(peer, current.header_sends[-1]))
         if body.numel():
@@ -191,7 +205,7 @@ class ProcessGroupTransport:
         self._watermarks.update(peer, watermark)
         if check is not None:
             check(peer, tuple(header))
-        body = torch.empty(size, dtype=torch.uint8)
+        body = torch.empty(size, dtype=torch.uint8, device="cpu")
         work = self._start("recv", body, peer, current.call, 1) if size else None
         current.bodies[peer] = _BodyReceive(work, Message(tuple(header), body))
 
@@ -211,10 +225,13 @@ class ProcessGroupTransport:
 
     def _wait(self, work: dist.Work, call: CallId, peer: int, deadline: Deadline) -> None:
         try:
-            # gloo takes 0 for "no limit"
-            work.wait(timedelta(seconds=max(deadline.left(), 0.001)))
+            with self._watch.waiting(peer):
+                # gloo waits for whole milliseconds, not a fraction less than the deadline, and takes 0 for "no limit".
+                work.wait(timedelta(milliseconds=int(deadline.left() * 1000.0) + 1))
         except RuntimeError as error:
             why = "no answer within timeout_s" if deadline.left() == 0 else _reason(error)
+            if self._watch.ended(peer):
+                why = "its process ended"
             last = self._last_messages.describe(peer)
             raise peer_timeout(call, self.rank, [peer], why, deadline.waited(), last) from error
 
@@ -225,6 +242,13 @@ class ProcessGroupTransport:
             if not self._watermarks.reached(oldest.call.number, oldest.readers):
                 break
             self._lingering.popleft()
+
+
+def _fail(group: dist.ProcessGroup, tag: int, peer: int) -> None:
+    """Make the running waits of a process group fail: if one times out, gloo closes all connections."""
+    with contextlib.suppress(RuntimeError):
+        nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
+        group.recv([nothing], peer, tag).wait(timedelta(milliseconds=1))
 
 
 def _reason(error: RuntimeError) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.forked import close_in_child
 from tokenferry.transports.base import CallId, Deadline, Transport, peer_timeout
 from tokenferry.transports.handshake import Bootstrap, host_name, moves_cpu_tensors
+from tokenferry.transports.lifetime import open_process, process_numbers
 from tokenferry.transports.process_group import ProcessGroupTransport
 from tokenferry.transports.shared_memory import SharedMemoryTransport
 
@@ -64,6 +66,7 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
                 "secret": secrets.token_hex(16),
                 "host": host_name(),
                 "address": address,
+                "process": {"id": os.getpid(), "numbers": process_numbers()},
             }
         )
         compare_terms([handshake["terms"] for handshake in handshakes])
@@ -84,7 +87,8 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
                 f"ExpertGroup: no transport works: {why_not}, and the process group cannot move CPU tensors; pass one "
                 "made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
             )
-        return Agreement(ProcessGroupTransport(group, int(key, 16)), key, f"torch.distributed, because {why_not}")
+        transport = ProcessGroupTransport(group, int(key, 16), _open_processes(group.rank(), handshakes))
+        return Agreement(transport, key, f"torch.distributed, because {why_not}")
     finally:
         if listener:
             listener.close()
@@ -139,11 +143,24 @@ def _why_not_local(handshakes: list[dict[str, Any]], wanted: str) -> str:
     return f"rank {without[0]} has no Unix sockets that pass descriptors" if without else ""
 
 
+def _open_processes(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, int]:
+    """Return, for each other rank whose process this one can see, a descriptor of it; see `open_process`."""
+    mine = handshakes[rank]
+    return {
+        peer: open_process(theirs["process"]["id"])
+        for peer, theirs in enumerate(handshakes)
+        if peer != rank
+        and theirs["host"] == mine["host"]
+        and theirs["process"]["numbers"] == mine["process"]["numbers"] != ""
+    }
+
+
 def _listen() -> tuple[socket.socket | None, str]:
     """Listen on a Unix socket, whose name is abstract on Linux and a temporary file elsewhere."""
     if not hasattr(socket, "send_fds"):
         return None, ""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    close_in_child(listener)
     name = f"tokenferry-{secrets.token_hex(8)}"
     address = f"\0{name}" if sys.platform == "linux" else os.path.join(tempfile.gettempdir(), name)
     listener.bind(address)
@@ -161,6 +178,7 @@ def _connect_to_lower_ranks(rank: int, handshakes: list[dict[str, Any]]) -> dict
     try:
         for peer in range(rank):
             sockets[peer] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            close_in_child(sockets[peer])
             sockets[peer].setblocking(False)
             sockets[peer].connect(handshakes[peer]["address"])
             sockets[peer].sendall(preamble)
@@ -181,6 +199,7 @@ def _accept_higher_ranks(
         listener.settimeout(max(deadline.left(), 0.001))
         try:
             sock, _ = listener.accept()
+            close_in_child(sock)
             sock.settimeout(max(deadline.left(), 0.001))
             preamble = sock.recv(_PREAMBLE.size, socket.MSG_WAITALL)
         except TimeoutError:

@@ -38,10 +38,13 @@ class Segment:
     call: int = 0
     readers: frozenset[int] = frozenset()
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # bound here, since `os` may be gone at interpreter exit
-        close(self.fd)
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the descriptor; idempotent. The memory exists as long as a tensor uses it."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            close(fd)  # an argument, since `os` may be gone at interpreter exit
+
+    __del__ = close
 
 
 def create(number: int, num_bytes: int) -> Segment:
@@ -67,7 +70,8 @@ def create(number: int, num_bytes: int) -> Segment:
 
 def attach(fd: int, size: int) -> Tensor:
     """Map a segment as a uint8 tensor; the mapping exists as long as the tensor."""
-    return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+    with torch.inference_mode(False):  # else no call outside of inference mode could write to it
+        return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
 
 
 def _anonymous_file(size: int) -> int:

@@ -11,16 +11,18 @@ each call in flight. No call ever waits for a segment.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tokenferry.forked import forget_in_child
 from tokenferry.transports import segment as seg
 from tokenferry.transports.base import (
     HEADER_INTS,
@@ -32,6 +34,7 @@ from tokenferry.transports.base import (
     Watermarks,
     peer_timeout,
 )
+from tokenferry.transports.lifetime import Connection, open_peer
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
 _POST, _POST_WITH_FD, _RETIRE, _ANNOUNCE = 1, 2, 3, 4
@@ -73,11 +76,12 @@ class _Notice:
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """The connection to one peer.
+    """The connection to one peer; its descriptors are closed with it.
 
     Attributes:
         rank: The rank of the peer.
         socket: The socket connected to the peer.
+        process: A descriptor that shows the end of the peer's process, or -1; see `open_peer`.
         data: Received bytes of an incomplete notice.
         fds: Received file descriptors whose notices have not been handled.
         inbox: Messages that the backend has not yet received, by call.
@@ -87,13 +91,26 @@ class _Peer:
     """
 
     rank: int
-    socket: socket.socket
+    socket: Connection
+    process: int
     data: bytearray = field(default_factory=bytearray)
     fds: list[int] = field(default_factory=list)
     inbox: dict[int, Message] = field(default_factory=dict)
     mappings: dict[int, Tensor] = field(default_factory=dict)
     writable: bool = True
     readable: bool = True
+
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close all descriptors, and drop all messages; idempotent."""
+        self.socket.close()
+        fds, self.fds, self.process = [*self.fds, self.process], [], -1
+        for fd in fds:
+            if fd >= 0:
+                close(fd)  # an argument, since `os` may be gone at interpreter exit
+        self.mappings.clear()
+        self.inbox.clear()
+
+    __del__ = close
 
 
 @dataclass(slots=True, eq=False)
@@ -115,13 +132,12 @@ class SharedMemoryTransport:
     def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
         self.rank = rank
         self.num_ranks = len(sockets) + 1
-        self._peers = {peer: _Peer(peer, sock) for peer, sock in sockets.items()}
+        self._peers: dict[int, _Peer] = {}
         self._poll = select.poll()
-        self._by_fd = {}
-        for peer in self._peers.values():
-            peer.socket.setblocking(False)
-            self._by_fd[peer.socket.fileno()] = peer
-            self._poll.register(peer.socket, select.POLLIN)
+        self._by_fd: dict[int, _Peer] = {}
+        for other, sock in sockets.items():
+            connection = Connection(fileno=sock.detach())
+            self._add(_Peer(other, connection, open_peer(connection)))
         self._watermarks = Watermarks(self.num_ranks)
         self._last_messages = LastMessages(self.num_ranks)
         self._segments: list[seg.Segment] = []
@@ -129,6 +145,15 @@ class SharedMemoryTransport:
         self._in_flight: dict[int, _InFlight] = {}
         self._last_call = 0
         self._announced = 0
+        forget_in_child(self, SharedMemoryTransport._free)
+
+    def _add(self, peer: _Peer) -> None:
+        peer.socket.setblocking(False)
+        self._peers[peer.rank] = peer
+        for fd in (peer.socket.fileno(), peer.process):
+            if fd >= 0:
+                self._by_fd[fd] = peer
+                self._poll.register(fd, select.POLLIN)
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return views of a segment. See `Transport.open`.
@@ -140,7 +165,7 @@ class SharedMemoryTransport:
             offsets.append(end)
             end += -(-size // _ALIGN) * _ALIGN
         segment = self._free_segment(end) if end else None
-        memory = torch.empty(0, dtype=torch.uint8) if segment is None else segment.memory
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu") if segment is None else segment.memory
         buffers = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
         self._in_flight[call.number] = _InFlight(buffers, offsets, segment)
         return buffers
@@ -239,11 +264,17 @@ class SharedMemoryTransport:
         Notices and segments that are on their way stay valid, so there is nothing to linger for.
         """
         for peer in self._peers.values():
-            peer.socket.close()
-            for fd in peer.fds:
-                os.close(fd)
-            peer.fds.clear()
-            peer.mappings.clear()
+            # Also ends a connection of which a child that C code forked, and that no hook reached, has a copy.
+            with contextlib.suppress(OSError):
+                peer.socket.shutdown(socket.SHUT_RDWR)
+        self._free()
+
+    def _free(self, _reason: str = "") -> None:
+        """Close all descriptors and free all memory; in a forked child, its copies of them."""
+        for peer in self._peers.values():
+            peer.close()
+        for segment in self._segments:  # a thread of the parent, whose frames a child keeps, may refer to it
+            segment.close()
         self._segments.clear()
         self._in_flight.clear()
 
@@ -288,26 +319,42 @@ class SharedMemoryTransport:
     def _progress(self, timeout_s: float) -> None:
         """Wait until any peer has sent something, and handle all notices that have arrived."""
         for fd, event in self._poll.poll(timeout_s * 1000.0):
-            if event & ~select.POLLOUT:
-                self._read(self._by_fd[fd])
+            peer = self._by_fd[fd]
+            if fd == peer.process:
+                # What the process sent before it ended is in the socket, which a child may keep open.
+                self._poll.unregister(fd)
+                while self._read(peer):
+                    pass
+                self._hang_up(peer)
+            elif event & ~select.POLLOUT:
+                self._read(peer)
 
-    def _read(self, peer: _Peer) -> None:
+    def _hang_up(self, peer: _Peer) -> None:
+        """Record that the peer sends nothing more."""
+        if peer.readable:
+            peer.readable = False
+            self._poll.unregister(peer.socket)
+
+    def _read(self, peer: _Peer) -> bool:
+        """Handle the notices that a peer has sent; returns whether it may have sent more of them."""
+        if not peer.readable:
+            return False
         try:
             data, fds, _, _ = socket.recv_fds(peer.socket, 1 << 16, 64)
         except BlockingIOError:
-            return
+            return False
         except ConnectionResetError:
             data, fds = b"", []
         if not data:
-            peer.readable = False
-            self._poll.unregister(peer.socket)
-            return
+            self._hang_up(peer)
+            return False
         peer.data += data
         peer.fds += fds
         while len(peer.data) >= _NOTICE.size:
             notice = _Notice.unpack(peer.data)
             del peer.data[: _NOTICE.size]
             self._handle(peer, notice)
+        return True
 
     def _handle(self, peer: _Peer, notice: _Notice) -> None:
         if notice.kind == _RETIRE:
@@ -326,7 +373,7 @@ class SharedMemoryTransport:
         late = notice.call <= self._last_call and (current is None or peer.rank not in current.expected)
         if late:
             return
-        body = torch.empty(0, dtype=torch.uint8)
+        body = torch.empty(0, dtype=torch.uint8, device="cpu")
         if notice.size:
             # This view keeps the memory if the sender retires the segment before the message is received.
             body = peer.mappings[notice.segment][notice.offset : notice.offset + notice.size]

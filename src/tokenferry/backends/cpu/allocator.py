@@ -33,7 +33,7 @@ class Allocator:
         for size in shape:
             num_bytes *= size
         if num_bytes < _LARGE_BYTES:
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(*shape, dtype=dtype, device="cpu")
         block = self._take(num_bytes)
         view = memoryview(block)
         # Only the tensor's storage refers to the view, so the block is free when the storage is.

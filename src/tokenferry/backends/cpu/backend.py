@@ -13,8 +13,9 @@ from tokenferry.backends.base import (
     DispatchRequest,
     RedispatchRequest,
     Resolved,
+    TokenLayout,
 )
-from tokenferry.backends.cpu import combine, decode, dispatch
+from tokenferry.backends.cpu import combine, decode, dispatch, routing
 from tokenferry.backends.cpu.exchange import Exchange
 from tokenferry.errors import ArgumentError, BackendUnavailable
 from tokenferry.transports.rendezvous import connect
@@ -101,6 +102,10 @@ class CpuBackend:
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """Return 0: plans of this backend have no ``places``."""
         return 0
+
+    def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
+        """See `tokenferry.backends.base.Backend`."""
+        return routing.token_layout(topk_idx, num_experts, self.num_ranks)
 
     def new_traces(self, num_calls: int) -> Tensor | None:
         """Return None: this backend records no time stamps."""

@@ -9,11 +9,12 @@ from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.dispatch import LAYOUT_CODES
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
 from tokenferry.backends.cpu.payload import Payload
-from tokenferry.backends.tensors import overlap
+from tokenferry.backends.tensors import overlap, without_autocast
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import Combined, Layout
 
 
+@without_autocast
 def combine(exchange: Exchange, request: CombineRequest) -> Combined:
     """Send one row per (token, rank) back to the token's rank, and sum the rows that arrive."""
     plan, allocator = request.plan, exchange.allocator
@@ -23,15 +24,17 @@ def combine(exchange: Exchange, request: CombineRequest) -> Combined:
     if out is None:
         out = allocator.empty(plan.num_tokens, request.y.shape[-1], dtype=request.y.dtype)
     weight_sum = None
+    if request.topk_weights is not None:
+        weight_sum = torch.empty(plan.num_tokens, plan.topk_idx.shape[1], dtype=torch.float32, device="cpu")
     dst_counts = plan.dst_counts.tolist()
-    with pending.receive() as received:
+    # `out` may come from inference mode, and be filled outside of it.
+    with pending.receive() as received, torch.inference_mode():
         pending.check_counts(received, dst_counts)
         tokens = torch.split(plan.dst_token[: sum(dst_counts)], dst_counts)
         rows = [payload.view_rows(source) for source in received]
         cpu_routing.reduce_rows(out, tokens, rows, allocator, request.biases)
-        if request.topk_weights is not None:
+        if weight_sum is not None:
             weights = torch.split(payload.gather_metadata(received)["weights"], dst_counts)
-            weight_sum = torch.empty(plan.num_tokens, weights[0].shape[1])
             cpu_routing.reduce_rows(weight_sum, tokens, weights, allocator)
     return Combined(out, weight_sum)
 

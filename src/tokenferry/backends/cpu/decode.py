@@ -17,7 +17,7 @@ from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
 from tokenferry.backends.cpu.payload import Payload, ReceivedRows
-from tokenferry.backends.tensors import drop_ranks
+from tokenferry.backends.tensors import drop_ranks, without_autocast
 from tokenferry.formats import fp8, logfmt
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
@@ -41,6 +41,7 @@ class _Outgoing:
     counts: list[int]
 
 
+@without_autocast
 def decode_dispatch(
     exchange: Exchange, key: str, request: DecodeDispatchRequest
 ) -> DecodeDispatched[Tensor | Quantized]:
@@ -55,22 +56,24 @@ def decode_dispatch(
         scale=rows.scale if isinstance(rows, Quantized) else None,
         weights=routing.topk_weights,
         topk_idx=topk_idx,
-        token=torch.arange(topk_idx.shape[0]),
+        token=torch.arange(topk_idx.shape[0], dtype=torch.int64, device="cpu"),
     )
     pending = _start_dispatch(exchange, request, payload, topk_idx, skip)
     num_rows = num_ranks * shape.max_tokens
+    weighted = routing.topk_weights is not None
+    row_weights = torch.empty(num_local, num_rows, dtype=torch.float32, device="cpu") if weighted else None
     result = DecodeDispatched(
         x=_empty_like(rows, num_local, num_rows, exchange.allocator),
-        expert_counts=torch.empty(num_local, dtype=torch.int32),
+        expert_counts=torch.empty(num_local, dtype=torch.int32, device="cpu"),
         plan=DecodePlan(
             group_key=key,
             num_tokens=topk_idx.shape[0],
             num_experts=shape.num_experts,
             topk_idx=topk_idx,
             topk_weights=routing.topk_weights,
-            src_token=torch.empty(num_local, num_rows, dtype=torch.int32),
-            src_range=torch.empty(num_local, num_ranks, dtype=torch.int64),
-            row_weights=None if routing.topk_weights is None else torch.empty(num_local, num_rows),
+            src_token=torch.empty(num_local, num_rows, dtype=torch.int32, device="cpu"),
+            src_range=torch.empty(num_local, num_ranks, dtype=torch.int64, device="cpu"),
+            row_weights=row_weights,
             _call_number=pending.number,
         ),
         hook=no_hook,
@@ -85,6 +88,7 @@ def decode_dispatch(
     return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
 
 
+@without_autocast
 def decode_combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined:
     """Send the experts' rows back, if ``fast`` weighted and summed per token; then sum the rows that arrive."""
     y, plan, weights, encoding = request.y, request.plan, request.plan.topk_weights, request.encoding
@@ -159,13 +163,13 @@ def _start_combine(
 def _outgoing(request: DecodeCombineRequest, num_ranks: int, skip: frozenset[int], allocator: Allocator) -> _Outgoing:
     """Select the rows for each rank not in ``skip``, sum them per token if ``fast``, and encode them."""
     flat, plan = request.y.view(-1, request.y.shape[-1]), request.plan
-    nowhere = torch.empty(0, dtype=torch.int64)
+    nowhere = torch.empty(0, dtype=torch.int64, device="cpu")
     positions = [nowhere if src in skip else _positions_from(plan, src) for src in range(num_ranks)]
     if request.encoding is Encoding.same and not request.fast:
         return _Outgoing(Payload(flat), positions, [each.numel() for each in positions])
     parts = [_sum_per_token(flat, plan, each, allocator) if request.fast else flat[each] for each in positions]
     counts = [part.shape[0] for part in parts]
-    ends = torch.tensor(counts).cumsum(0).tolist()
+    ends = torch.tensor(counts, dtype=torch.int64, device="cpu").cumsum(0).tolist()
     slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
     rows = torch.cat(parts)
     if request.encoding is Encoding.same:
@@ -201,7 +205,8 @@ def _finish(
     """Run the second half of a call now, or return a hook that runs it once."""
     done = False
 
-    @torch.no_grad()
+    @torch.inference_mode()  # results, `out` and counters may come from inference mode, and be filled outside of it
+    @without_autocast
     def hook() -> None:
         nonlocal done
         if done or pending.aborted:
@@ -246,10 +251,10 @@ def _arrange(
     plan.src_token[expert, column] = metadata["token"][row, 0].int()
     result.expert_counts.copy_(assigned.counts)
 
-    num_rows = torch.tensor([source.num_rows for source in received])
-    src = torch.repeat_interleave(torch.arange(len(received)), num_rows)
+    num_rows = torch.tensor([source.num_rows for source in received], dtype=torch.int64, device="cpu")
+    src = torch.repeat_interleave(torch.arange(len(received), dtype=torch.int64, device="cpu"), num_rows)
     hits = cpu_routing.hits(local_idx, 1, num_local).long()
-    counts = torch.zeros(len(received), num_local, dtype=torch.int64).index_add_(0, src, hits).T
+    counts = torch.zeros(len(received), num_local, dtype=torch.int64, device="cpu").index_add_(0, src, hits).T
     starts = counts.cumsum(1) - counts
     plan.src_range.copy_(starts << _COUNT_BITS | counts)
 
@@ -259,9 +264,10 @@ def _positions_from(plan: DecodePlan, src: int) -> Tensor:
     capacity = plan.src_token.shape[1]
     ranges = plan.src_range[:, src]
     counts = ranges & ((1 << _COUNT_BITS) - 1)
-    firsts = (ranges >> _COUNT_BITS) + torch.arange(ranges.numel()) * capacity
+    firsts = (ranges >> _COUNT_BITS) + torch.arange(ranges.numel(), dtype=torch.int64, device="cpu") * capacity
     before = counts.cumsum(0) - counts
-    return torch.repeat_interleave(firsts - before, counts) + torch.arange(int(counts.sum()))
+    within = torch.arange(int(counts.sum()), dtype=torch.int64, device="cpu")
+    return torch.repeat_interleave(firsts - before, counts) + within
 
 
 def _sum_per_token(flat: Tensor, plan: DecodePlan, positions: Tensor, allocator: Allocator) -> Tensor:
@@ -274,10 +280,11 @@ def _sum_per_token(flat: Tensor, plan: DecodePlan, positions: Tensor, allocator:
     # Build the table of each token's positions: sorted by token and, because the sort is stable, by expert within one.
     order = which.argsort(stable=True)
     which = which[order]
-    column = torch.arange(which.numel()) - (counts.cumsum(0) - counts)[which]
-    row_idx = torch.full((tokens.numel(), int(counts.max()) if counts.numel() else 0), -1)
+    column = torch.arange(which.numel(), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts)[which]
+    most = int(counts.max()) if counts.numel() else 0
+    row_idx = torch.full((tokens.numel(), most), -1, dtype=torch.int64, device="cpu")
     row_idx[which, column] = positions[order]
-    weights = torch.zeros(row_idx.shape)
+    weights = torch.zeros(row_idx.shape, dtype=torch.float32, device="cpu")
     weights[which, column] = plan.row_weights.flatten()[positions[order]]
     sums = flat.new_empty(tokens.numel(), flat.shape[1])
     cpu_routing.reduce_weighted(sums, flat, row_idx, weights, allocator)

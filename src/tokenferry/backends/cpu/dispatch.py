@@ -14,6 +14,7 @@ from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
 from tokenferry.backends.cpu.payload import Payload, ReceivedRows
+from tokenferry.backends.tensors import without_autocast
 from tokenferry.errors import CapacityError
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.layout import RowCapacity, Sections, row_capacity
@@ -40,13 +41,17 @@ class _Arrangement:
     row_idx: Tensor
 
 
+@without_autocast
 def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
     """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
     shape, options, routing = request.shape, request.options, request.routing
     num_tokens, num_local = routing.topk_idx.shape[0], shape.num_experts // exchange.num_ranks
     dst_token, dst_counts = cpu_routing.destinations(routing.topk_idx, shape.num_experts, exchange.num_ranks)
     payload = _payload(
-        request.x, weights=routing.topk_weights, topk_idx=routing.topk_idx, token=torch.arange(num_tokens)
+        request.x,
+        weights=routing.topk_weights,
+        topk_idx=routing.topk_idx,
+        token=torch.arange(num_tokens, dtype=torch.int64, device="cpu"),
     )
     pending = _start_dispatch(exchange, request, payload, dst_token, dst_counts)
     space = row_capacity(shape, options, exchange.num_ranks)
@@ -63,11 +68,11 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
             dst_token=dst_token,
             dst_counts=dst_counts,
             src_token=metadata["token"][:, 0],
-            src_counts=torch.tensor([source.num_rows for source in received]),
+            src_counts=torch.tensor([source.num_rows for source in received], dtype=torch.int64, device="cpu"),
             topk_idx=local_idx,
             row_idx=arrangement.row_idx,
             expert_counts=arrangement.counts.int(),
-            _places=torch.empty(0, 0, dtype=torch.int32),
+            _places=torch.empty(0, 0, dtype=torch.int32, device="cpu"),
         )
         unlimited = options.counts == "host" and options.layout is not Layout.MASKED
         fits = arrangement.needed <= space.given or unlimited
@@ -80,6 +85,7 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
     return result
 
 
+@without_autocast
 def redispatch(exchange: Exchange, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
     """Move rows along a plan, whose counts are known."""
     plan = request.plan
@@ -125,7 +131,7 @@ def _arrange(local_idx: Tensor, num_local: int, options: DispatchOptions, space:
     num_rows = local_idx.shape[0]
     if options.layout is Layout.ROWS:
         counts = cpu_routing.hits(local_idx.long(), 1, num_local).sum(0)
-        no_positions = torch.empty(0, local_idx.shape[1], dtype=torch.int64)
+        no_positions = torch.empty(0, local_idx.shape[1], dtype=torch.int64, device="cpu")
         num_delivered = num_rows if options.counts == "host" else space.given
         return _Arrangement(counts, num_delivered, num_rows, no_positions)
     masked = options.layout is Layout.MASKED
@@ -169,7 +175,7 @@ def _deliver(
             metadata["weights"] = torch.where(plan.topk_idx >= 0, metadata["weights"], 0.0)
     else:
         if layout is Layout.MASKED:
-            starts = torch.arange(num_local + 1) * (num_delivered // num_local)
+            starts = torch.arange(num_local + 1, dtype=torch.int64, device="cpu") * (num_delivered // num_local)
         ranges = [range(first, first + count) for first, count in zip(starts.tolist(), counts, strict=False)]
         row_idx = plan.row_idx[: sum(source.num_rows for source in received)]
 

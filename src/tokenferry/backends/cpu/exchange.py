@@ -15,6 +15,7 @@ from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.payload import Fill, ReceivedRows
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout
+from tokenferry.forked import forget_in_child
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.layout import Sections
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
@@ -101,6 +102,7 @@ class Exchange:
         self.allocator = Allocator()
         self._last_call = 0
         self._resync_due = False
+        forget_in_child(self, Exchange._forget)
 
     def start(
         self,
@@ -172,6 +174,10 @@ class Exchange:
             why = f"is broken by an earlier {type(error).__name__} in {phase} #{self._last_call}"
             self.close(why, linger=isinstance(error, MismatchError))
             raise
+
+    def _forget(self, reason: str) -> None:
+        """End the group in a forked child, without a sign to its peers. The transport closes its own descriptors."""
+        self.broken = self.broken or reason
 
     def close(self, why: str, *, linger: bool) -> None:
         """Close the transport, which the peers notice; with ``linger``, only after they have what was sent."""
@@ -250,7 +256,7 @@ class Pending:
 
     def _receive_from(self, src: int, deadline: Deadline, *, tolerant: bool) -> ReceivedRows:
         exchange = self._exchange
-        nothing = ReceivedRows(0, self._sections.split(torch.empty(0, dtype=torch.uint8), 0))
+        nothing = ReceivedRows(0, self._sections.split(torch.empty(0, dtype=torch.uint8, device="cpu"), 0))
         if src in self._skip or (tolerant and src in exchange.masked):
             return nothing
         try:

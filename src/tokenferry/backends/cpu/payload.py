@@ -48,7 +48,8 @@ class Payload:
         }
         columns = [as_bytes(piece) for piece in self._metadata.values()]
         padding = -sum(piece.shape[1] for piece in columns) % 8
-        self._joined = torch.cat([*columns, torch.zeros(rows.shape[0], padding, dtype=torch.uint8)], dim=1)
+        fill = torch.zeros(rows.shape[0], padding, dtype=torch.uint8, device="cpu")
+        self._joined = torch.cat([*columns, fill], dim=1)
         self.sections = Sections((rows.shape[1] * rows.element_size(), self._joined.shape[1]))
         widths = dict(zip(self._metadata, (piece.shape[1] for piece in columns), strict=True))
         self.fields = {

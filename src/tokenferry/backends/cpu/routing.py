@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenferry.backends.base import TokenLayout
 from tokenferry.backends.cpu.allocator import Allocator
 
 _BLOCK_BYTES = 1 << 21
@@ -38,6 +39,14 @@ def destinations(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Te
     return hit.T.nonzero()[:, 1].contiguous(), hit.sum(0)
 
 
+def token_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> TokenLayout:
+    """Return how many tokens go to each rank and to each expert, and which go where."""
+    index = torch.where(topk_idx < num_experts, topk_idx, -1).long()
+    in_rank, chosen = hits(index, num_experts // num_ranks, num_ranks), hits(index, 1, num_experts)
+    counts = torch.cat([in_rank.sum(0, dtype=torch.int32), chosen.sum(0, dtype=torch.int32)])
+    return TokenLayout(counts, in_rank.contiguous(), num_ranks)
+
+
 def to_local(topk_idx: Tensor, first: int, num_local: int) -> Tensor:
     """Return local expert ids: ``first`` becomes 0, and experts of other ranks become -1."""
     here = (topk_idx >= first) & (topk_idx < first + num_local)
@@ -51,11 +60,14 @@ def assign(local_idx: Tensor, num_local: int, alignment: int, capacity: int | No
     """
     hit = hits(local_idx.long(), 1, num_local)
     counts = hit.sum(0)
-    starts = expert_starts(counts, alignment) if capacity is None else torch.arange(num_local + 1) * capacity
+    if capacity is None:
+        starts = expert_starts(counts, alignment)
+    else:
+        starts = torch.arange(num_local + 1, dtype=torch.int64, device="cpu") * capacity
     experts, rows = hit.T.nonzero().unbind(1)
     first_pair = counts.cumsum(0) - counts
-    positions = torch.arange(rows.numel()) + (starts[:-1] - first_pair)[experts]
-    table = torch.full((local_idx.shape[0], num_local + 1), -1)
+    positions = torch.arange(rows.numel(), dtype=torch.int64, device="cpu") + (starts[:-1] - first_pair)[experts]
+    table = torch.full((local_idx.shape[0], num_local + 1), -1, dtype=torch.int64, device="cpu")
     table[rows, experts] = positions
     row_idx = table.gather(1, torch.where(local_idx >= 0, local_idx, num_local).long())
     return Assignment(counts, starts, row_idx)
@@ -78,7 +90,7 @@ def expand_rows(rows: Tensor, row_idx: Tensor, ranges: Sequence[range], out: Ten
     """
     if not rows.shape[1]:
         return
-    source = torch.empty(out.shape[0], dtype=torch.int64)
+    source = torch.empty(out.shape[0], dtype=torch.int64, device="cpu")
     row, slot = (row_idx >= 0).nonzero().unbind(1)
     source[row_idx[row, slot]] = row
     for of_expert in ranges:
@@ -99,7 +111,7 @@ def pad(rows: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
     """Return ``rows`` extended to ``num_rows`` with ``fill``, or with undefined rows."""
     if rows.shape[0] == num_rows:
         return rows
-    out = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype)
+    out = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype, device="cpu")
     out[: rows.shape[0]] = rows
     if fill is not None:
         out[rows.shape[0] :] = fill
@@ -109,13 +121,14 @@ def pad(rows: Tensor, num_rows: int, fill: int | None = None) -> Tensor:
 def scatter_weights(topk_weights: Tensor, row_idx: Tensor, num_positions: int) -> Tensor:
     """Return ``[num_positions]`` float32: per delivered row, the sum of the weights of its slots, in slot order."""
     used = row_idx >= 0
-    return torch.zeros(num_positions).index_add_(0, row_idx[used], topk_weights[used])
+    weights = torch.zeros(num_positions, dtype=torch.float32, device="cpu")
+    return weights.index_add_(0, row_idx[used], topk_weights[used])
 
 
 def gather_weights(row_weights: Tensor, row_idx: Tensor) -> Tensor:
     """Return ``[N, K]`` float32, the transpose of `scatter_weights`: per slot the weight of its row, 0 without one."""
     used = row_idx >= 0
-    weights = torch.zeros(row_idx.shape)
+    weights = torch.zeros(row_idx.shape, dtype=torch.float32, device="cpu")
     weights[used] = row_weights.flatten()[row_idx[used]]
     return weights
 
@@ -144,7 +157,7 @@ def reduce_rows(
     block = max(1, _BLOCK_BYTES // (4 * width))
     size, dtype = min(block, num_tokens), accumulator_dtype(out.dtype)
     total, addend = (allocator.empty(size, width, dtype=dtype) for _ in range(2))
-    starts = torch.arange(0, num_tokens + block, block)
+    starts = torch.arange(0, num_tokens + block, block, dtype=torch.int64, device="cpu")
     cuts = [torch.searchsorted(each, starts).tolist() for each in tokens]
     for i, first in enumerate(range(0, num_tokens, block)):
         part = total[: min(block, num_tokens - first)].zero_()
@@ -183,7 +196,7 @@ def reduce_expert_rows(y: Tensor, row_idx: Tensor) -> Tensor:
 
     A position that several slots share is added once.
     """
-    total = torch.zeros(row_idx.shape[0], y.shape[1], dtype=accumulator_dtype(y.dtype))
+    total = torch.zeros(row_idx.shape[0], y.shape[1], dtype=accumulator_dtype(y.dtype), device="cpu")
     order = row_idx.sort(dim=1).values
     for slot in range(order.shape[1]):
         fresh = order[:, slot] >= 0
@@ -208,12 +221,12 @@ def as_words(rows: Tensor) -> Tensor:
     width = rows.shape[1]
     for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
         if width % size == 0 and width:
-            return rows.view(dtype) if len(rows) else torch.empty(0, width // size, dtype=dtype)
+            return rows.view(dtype) if len(rows) else torch.empty(0, width // size, dtype=dtype, device="cpu")
     return rows
 
 
 def hits(topk_idx: Tensor, width: int, num: int) -> Tensor:
     """Return ``[T, num]`` bool: whether any index of row t lies in ``[i * width, (i + 1) * width)``."""
-    hit = torch.zeros(topk_idx.shape[0], num + 1, dtype=torch.bool)
+    hit = torch.zeros(topk_idx.shape[0], num + 1, dtype=torch.bool, device="cpu")
     hit.scatter_(1, torch.where(topk_idx >= 0, topk_idx // width, num), True)
     return hit[:, :num]

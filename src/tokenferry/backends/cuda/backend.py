@@ -11,6 +11,7 @@ from tokenferry.backends.base import (
     DecodeDispatchRequest,
     DispatchRequest,
     RedispatchRequest,
+    TokenLayout,
 )
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.combine import Combiner
@@ -18,6 +19,7 @@ from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.backends.cuda.dispatch import Dispatcher, shaped
 from tokenferry.backends.cuda.masks import Masks
+from tokenferry.backends.cuda.token_layout import token_layout
 from tokenferry.backends.cuda.workspace import Exchange
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.types import (
@@ -89,6 +91,10 @@ class CudaBackend:
     def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
         """See `tokenferry.backends.base.Backend`."""
         return num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
+
+    def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
+        """See `tokenferry.backends.cuda.token_layout`."""
+        return token_layout(self.context, topk_idx, num_experts)
 
     def masked(self) -> frozenset[int]:
         """Return the ranks that decode calls skip."""

@@ -68,7 +68,8 @@ class Combiner:
         self._launch(call, y, Reduction(plan, out, biases, weights_out, weights_offset), form.tuning, request.num_sms)
         del copied  # its block is given back on this stream, after the kernel
         if request.out is not None and request.out is not out:
-            request.out.copy_(out)
+            with torch.inference_mode():  # `out` may come from it
+                request.out.copy_(out)
             out = request.out
         return Combined(out, weights_out)
 

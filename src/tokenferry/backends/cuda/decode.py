@@ -236,7 +236,8 @@ class Decoder:
             template.pack_rest(plan.num_tokens, phases)
             template.launch(self.num_blocks, at.stream)
             if phases & RECEIVE and request.out is not None and request.out is not out:
-                request.out.copy_(out)
+                with torch.inference_mode():  # `out` may come from it
+                    request.out.copy_(out)
 
         kept = (y, out, topk_idx, weights, plan.row_weights, table, pending_words, stats.wait_ns)
         hook = self._enqueue(channel, call, launch, kept, return_hook=request.return_hook)

@@ -96,7 +96,7 @@ class Pinned:
     def __init__(self, *, pin: bool) -> None:
         counts_end = RECORD_WORDS + HOST_EXPERTS_WORD + MAX_EXPERTS
         num_words = counts_end + MAX_RANKS
-        self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin)
+        self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin, device="cpu")
         _kept_pinned.append(self._memory)
         self.record_address = self._memory.data_ptr()
         self.host_address = self.record_address + 4 * RECORD_WORDS

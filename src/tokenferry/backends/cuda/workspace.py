@@ -99,7 +99,8 @@ class Workspace:
         self.answers_at = self.rows_at + sources * sizes.rows
         self.num_bytes = self.answers_at + HALVES * sizes.answers
         self.block = block
-        self._memory = bytes_at(block.address, self.num_bytes, context.device, block)
+        with torch.inference_mode(False):  # else it could not be emptied outside of inference mode
+            self._memory = bytes_at(block.address, self.num_bytes, context.device, block)
 
     def clear(self) -> None:
         """Reset everything to the state before the first call: no word or note has an epoch, no packet is under way."""

@@ -28,8 +28,8 @@ class RowExchange:
         rank = pg.rank()
         self._send = counts[:, rank].tolist()
         self._receive = counts[:, :, rank].tolist()
-        self._source = torch.randint(0, 256, (max(map(sum, self._send)), row_bytes), dtype=torch.uint8)
-        self._target = torch.zeros(max(map(sum, self._receive)), row_bytes, dtype=torch.uint8)
+        self._source = torch.randint(0, 256, (max(map(sum, self._send)), row_bytes), dtype=torch.uint8, device="cpu")
+        self._target = torch.zeros(max(map(sum, self._receive)), row_bytes, dtype=torch.uint8, device="cpu")
         self.rows = sum(map(sum, self._send)) / len(self._send)
 
     def __call__(self, i: int) -> None:
@@ -46,7 +46,7 @@ def row_exchanges(pg: dist.ProcessGroup, sizes: Sizes, variants: int) -> dict[st
         dict: ``out`` and ``home``: one row per token and rank, there and back; ``answers``: one per token and expert,
         back; ``out fp8``: as ``out``, of FP8 rows with scales.
     """
-    rows = torch.zeros(variants, sizes.ranks, sizes.ranks, dtype=torch.int64)
+    rows = torch.zeros(variants, sizes.ranks, sizes.ranks, dtype=torch.int64, device="cpu")
     answers = torch.zeros_like(rows)
     for variant in range(variants):
         for source, inputs in enumerate(draw_all(sizes, variant, CPU)):

@@ -13,6 +13,7 @@ from tokenferry.bench.core.checks import check_rows, expected_sums, must_be_near
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert, remote_rows, sent_to
 from tokenferry.bench.core.session import Label, Session, Settings, Step, baseline_group, open_session
 from tokenferry.bench.suites.calls import num_variants
+from tokenferry.testing.world import Progress
 from tokenferry.types import Quantized
 
 NAME = "nccl"
@@ -79,7 +80,7 @@ class NcclBaseline:
         return arrived
 
 
-def measure_nccl(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_nccl(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the baseline for every T; a job of `World` (through `run_with_progress`)."""
     with open_session(rank, pg, progress, settings) as session, torch.no_grad():
         own = session.attempt("nccl: making a process group", lambda: baseline_group(session))

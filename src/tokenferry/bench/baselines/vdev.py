@@ -24,6 +24,7 @@ from tokenferry.bench.core.session import (
 )
 from tokenferry.bench.suites.calls import BY_EXPERT, groups_of, num_variants
 from tokenferry.errors import BackendUnavailable
+from tokenferry.testing.world import Progress
 from tokenferry.types import DispatchOptions, Layout
 
 NAME = "vdev_2d"
@@ -46,7 +47,7 @@ class VdevBaseline:
         except (ImportError, AttributeError, RuntimeError) as error:
             raise BackendUnavailable(f"torch's symmetric memory has no NVSHMEM backend session: {error}") from error
         self._sizes, self._name = sizes, group.group_name
-        self._experts = torch.arange(sizes.experts, device=device)
+        self._experts = torch.arange(sizes.experts, device=device, dtype=torch.int64)
         rows = sizes.tokens * sizes.top_k
         # The worst routing sends every row to one rank; that much is not needed for uniform ones.
         most_received = rows * min(sizes.ranks, 2) + 1024
@@ -77,7 +78,7 @@ class VdevBaseline:
         return [torch.cat(pieces[first : first + ranks]) for first in range(0, len(pieces), ranks)]
 
 
-def measure_vdev(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_vdev(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the baseline, and dispatch of the same rows by expert; a job of `World`."""
     sizes = replace(settings.sizes(settings.sweep_tokens), experts=MAX_LOCAL_EXPERTS * settings.ranks)
     with open_session(rank, pg, progress, settings) as session, torch.no_grad():

@@ -132,7 +132,7 @@ def expected_sums(sizes: Sizes, inputs: Inputs) -> Tensor:
     Returns:
         Tensor: ``[T, H]`` bfloat16.
     """
-    total = torch.zeros(inputs.x.shape, device=inputs.x.device)
+    total = torch.zeros(inputs.x.shape, device=inputs.x.device, dtype=torch.float32)
     for rank, sent in enumerate(sent_to(sizes, inputs.topk_idx).unbind(1)):
         tokens = sent.nonzero().flatten()
         total[tokens] += expert(inputs.x[tokens], rank).float()

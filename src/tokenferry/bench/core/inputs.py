@@ -96,11 +96,11 @@ def draw(sizes: Sizes, variant: int, rank: int, device: torch.device) -> Inputs:
     """
     generator = torch.Generator(device).manual_seed((sizes.seed * 64 + variant) * 4096 + rank)
     T, H = sizes.tokens, sizes.hidden
-    topk_idx = _route(sizes, torch.rand(T, sizes.experts, generator=generator, device=device))
-    weights = torch.rand(T, sizes.top_k, generator=generator, device=device)
-    x = torch.randn(T, H, generator=generator, device=device).bfloat16()
+    topk_idx = _route(sizes, torch.rand(T, sizes.experts, generator=generator, device=device, dtype=torch.float32))
+    weights = torch.rand(T, sizes.top_k, generator=generator, device=device, dtype=torch.float32)
+    x = torch.randn(T, H, generator=generator, device=device, dtype=torch.float32).bfloat16()
     data = torch.randint(0, 256, (T, H), generator=generator, device=device, dtype=torch.uint8)
-    scale = torch.rand(T, -(-H // FP8_COLUMNS), generator=generator, device=device)
+    scale = torch.rand(T, -(-H // FP8_COLUMNS), generator=generator, device=device, dtype=torch.float32)
     quantized = Quantized(data.view(torch.float8_e4m3fn), scale)
     return Inputs(x, quantized, topk_idx, weights / weights.sum(1, keepdim=True))
 
@@ -116,7 +116,8 @@ def _route(sizes: Sizes, uniform: Tensor) -> Tensor:
     if sizes.routing == "uniform":
         scores = uniform
     elif sizes.routing == "skewed":  # the K largest u ** (1 / w): drawing without replacement with weights w
-        scores = uniform.clamp_min(1e-30).log() * torch.arange(1, sizes.experts + 1, device=uniform.device)
+        places = torch.arange(1, sizes.experts + 1, device=uniform.device, dtype=torch.int64)
+        scores = uniform.clamp_min(1e-30).log() * places
     elif sizes.routing == "one-rank":
         scores = uniform.clone()
         scores[:, : max(sizes.local_experts, sizes.top_k)] += 1

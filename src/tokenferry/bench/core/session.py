@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core import progress
 from tokenferry.bench.core.device import Device, device_for, gather, no_collections, slowest
 from tokenferry.bench.core.inputs import Sizes
 from tokenferry.bench.core.summary import Summary, summarize
 from tokenferry.errors import BackendUnavailable
+from tokenferry.testing.world import Progress
 from tokenferry.types import BackendName, MoeShape
 
 REPLAYS = 2
@@ -203,7 +203,7 @@ class Session:
     pg: dist.ProcessGroup
     device: Device
     settings: Settings
-    progress: str
+    progress: Progress
     gate: Callable[[], None] = field(default=lambda: None)
 
     @property
@@ -214,7 +214,7 @@ class Session:
     def send(self, item: dict[str, object]) -> None:
         """Send one item of progress, from rank 0."""
         if self.rank == 0:
-            progress.send(self.progress, item)
+            self.progress(item)
 
     def attempt(self, what: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the work returns
         """Do something that may fail on any rank; then it counts as failed on all.
@@ -345,7 +345,7 @@ class Session:
 
 
 @contextmanager
-def open_session(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> Iterator[Session]:
+def open_session(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> Iterator[Session]:
     """Open the session of a job of `World`, and close it at the end. Collective."""
     device = device_for(settings.backend)
     if settings.backend == "cpu":

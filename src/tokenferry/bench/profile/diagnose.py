@@ -165,7 +165,8 @@ def _excess(rows: Tensor, enough: float) -> dict[tuple[int, int], float]:
     """Return by (receiver, sender) how much later than usual rows are, of the pairs whose rows are late."""
     num_ranks = rows.shape[0]
     found: dict[tuple[int, int], float] = {}
-    receiver, before, usual = torch.arange(num_ranks), torch.zeros(num_ranks, dtype=rows.dtype), 0.0
+    receiver, usual = torch.arange(num_ranks, dtype=torch.int64, device="cpu"), 0.0
+    before = torch.zeros(num_ranks, dtype=rows.dtype, device="cpu")
     for d in range(1, num_ranks):
         sender = (receiver + d) % num_ranks
         times = rows[receiver, sender]

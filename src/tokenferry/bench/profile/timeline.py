@@ -147,14 +147,14 @@ def find_clocks(words: Tensor) -> Clocks:
 
 def aligned(call: Recorded, clocks: Clocks) -> Recorded:
     """Put all ranks on the clock of rank 0."""
-    offset = torch.tensor(clocks.offset_ns, dtype=torch.int64).view(-1, 1, 1)
+    offset = torch.tensor(clocks.offset_ns, dtype=torch.int64, device="cpu").view(-1, 1, 1)
     return replace(call, words=torch.where(call.words > 0, call.words - offset, 0))
 
 
 def _last_blocks(words: Tensor) -> Tensor:
     """``[..., B, W]`` -> ``[..., W]``: of the last block that ran."""
     ran = words[..., TRACE["start"]] > 0
-    last = (ran * torch.arange(words.shape[-2])).amax(dim=-1)
+    last = (ran * torch.arange(words.shape[-2], dtype=torch.int64, device="cpu")).amax(dim=-1)
     index = last[..., None, None].expand(*last.shape, 1, words.shape[-1])
     return words.gather(-2, index).squeeze(-2)
 

@@ -20,6 +20,7 @@ from tokenferry.bench.core.checks import (
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert, remote_rows
 from tokenferry.bench.core.session import Label, Session, Settings, Step, expert_group, open_session
 from tokenferry.errors import TokenferryError
+from tokenferry.testing.world import Progress
 from tokenferry.tuning import Topology, tune
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing
 
@@ -51,7 +52,7 @@ ROWS: dict[str, Rows] = {"fp8": lambda ready: ready.inputs.quantized, "bf16": la
 """The rows that a dispatch sends, by `Label.rows`."""
 
 
-def measure_calls(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_calls(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the calls for every T; a job of `World` (through `run_with_progress`)."""
     with open_session(rank, pg, progress, settings) as session:
         for tokens in settings.tokens:
@@ -61,7 +62,7 @@ def measure_calls(rank: int, pg: dist.ProcessGroup, progress: str, settings: Set
                 _measure_tokens(session, settings.sizes(settings.sweep_tokens, routing), in_full=False)
 
 
-def measure_sms(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_sms(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the calls with plans kept for every number of SMs; a job of `World`."""
     with open_session(rank, pg, progress, settings) as session:
         cases = _Cases.make(session, settings.sizes(settings.sweep_tokens))

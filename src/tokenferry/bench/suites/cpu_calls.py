@@ -15,6 +15,7 @@ from tokenferry.bench.core.checks import as_tensor, check_rows, expected_sums, m
 from tokenferry.bench.core.inputs import FP8_COLUMNS, Inputs, draw, expert
 from tokenferry.bench.core.session import Label, Runs, Session, Settings, Step, open_session
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
+from tokenferry.testing.world import Progress
 from tokenferry.types import DecodePlan, Numerics, Plan, Routing, Scale, TransportName
 
 VARIANTS = 3
@@ -87,7 +88,7 @@ def calls_for(settings: Settings) -> Sequence[Call]:
 
 
 def measure_cpu_calls(
-    rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings, transport: TransportName
+    rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings, transport: TransportName
 ) -> None:
     """Check, then time every call over one transport; a job of `World` (through `run_with_progress`).
 
@@ -160,7 +161,8 @@ def _check_decode(
     reference.check_dispatch("decode_dispatch", sent)
     y = torch.empty_like(as_tensor(sent.x))  # rows past the counts stay undefined: they must not be read
     for e, count in enumerate(sent.expert_counts.tolist()):
-        y[e, :count] = pool.rows(torch.tensor(reference.first + e), torch.arange(count), 0)
+        expert = torch.tensor(reference.first + e, dtype=torch.int64, device="cpu")
+        y[e, :count] = pool.rows(expert, torch.arange(count, dtype=torch.int64, device="cpu"), 0)
     for numerics in ("exact", "fast"):
         sums = group.decode_combine(y, sent.plan, numerics=numerics).x
         reference.check_sums(f"decode_combine, {numerics}", sums, numerics=numerics, shift=0)

@@ -17,6 +17,7 @@ from tokenferry.bench.core.inputs import FP8_COLUMNS, Sizes
 from tokenferry.bench.core.session import Session, Settings, Step, expert_group, open_session
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.bench.suites.host_time import host_time
+from tokenferry.testing.world import Progress
 from tokenferry.types import (
     DecodeCombined,
     DecodeDispatched,
@@ -223,7 +224,7 @@ def capture(session: Session, iteration: Callable[[], list[Answer]], count: int)
     return Graph(session.device.capture(work), last)
 
 
-def measure_decode(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_decode(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the decode calls for every T; a job of `World` (through `run_with_progress`)."""
     with open_session(rank, pg, progress, settings) as session:
         session.attempt("decode", lambda: _measure(session))
@@ -265,7 +266,7 @@ def calls_in_a_graph(session: Session, case: DecodeCase, tokens: int) -> int:
 
 def _graph_node(session: Session) -> float:
     """Measure the microseconds of a kernel that does next to nothing, in a graph of such kernels."""
-    one = torch.zeros(1, device=session.device.torch_device)
+    one = torch.zeros(1, device=session.device.torch_device, dtype=torch.float32)
 
     def work() -> None:
         for _ in range(NODES):

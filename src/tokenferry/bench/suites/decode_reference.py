@@ -30,8 +30,9 @@ class Pool:
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.device = device
         generator = torch.Generator(device).manual_seed(sizes.seed)
-        rows = torch.randn(_POOL_ROWS, sizes.hidden, generator=generator, device=device)
-        self._rows = (rows * torch.rand(_POOL_ROWS, 1, generator=generator, device=device)).bfloat16()
+        rows = torch.randn(_POOL_ROWS, sizes.hidden, generator=generator, device=device, dtype=torch.float32)
+        sizes_of_rows = torch.rand(_POOL_ROWS, 1, generator=generator, device=device, dtype=torch.float32)
+        self._rows = (rows * sizes_of_rows).bfloat16()
 
     def rows(self, experts: Tensor, places: Tensor, shift: int) -> Tensor:
         """Return answers ``[..., H]`` bfloat16 of ``experts`` (of all ranks) at ``places``; ``shift``: which set."""
@@ -40,8 +41,9 @@ class Pool:
     def fill(self, y: Tensor, first: int, shift: int) -> None:
         """Write every row of ``y`` ``[L, places, H]``, whose experts begin with ``first``."""
         device = y.device
-        experts = torch.arange(first, first + y.shape[0], device=device)[:, None]
-        index = (experts * _STRIDE + torch.arange(y.shape[1], device=device) + shift * _SHIFT) % _POOL_ROWS
+        experts = torch.arange(first, first + y.shape[0], device=device, dtype=torch.int64)[:, None]
+        places = torch.arange(y.shape[1], device=device, dtype=torch.int64)
+        index = (experts * _STRIDE + places + shift * _SHIFT) % _POOL_ROWS
         torch.index_select(self._rows, 0, index.flatten(), out=y.view(-1, y.shape[-1]))
 
 
@@ -87,7 +89,7 @@ class DecodeReference:
         """
         sizes, local = self._sizes, self._sizes.local_experts
         by_rank = self._hits.view(sizes.ranks, sizes.tokens, sizes.ranks, local)
-        others = torch.arange(sizes.ranks, device=by_rank.device) != self._rank
+        others = torch.arange(sizes.ranks, device=by_rank.device, dtype=torch.int64) != self._rank
         return {
             "dispatch": int(by_rank[self._rank][:, others].any(-1).sum()),
             "exact": int(by_rank[others][:, :, self._rank].sum()),
@@ -145,7 +147,7 @@ class DecodeReference:
     def _sums(self, numerics: str, encoding: str, shift: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums, the magnitudes added, and the change if each number gets the next code; ``[T, H]`` each."""
         parts = self._partials(shift) if numerics == "fast" else self._products(shift)
-        total = torch.zeros(self.x.shape, device=self.x.device)
+        total = torch.zeros(self.x.shape, device=self.x.device, dtype=torch.float32)
         magnitude, one_code = total.clone(), total.clone()
         for rows, weight in parts:
             arrived = encode_and_decode(rows, encoding)
@@ -163,14 +165,16 @@ class DecodeReference:
         """Return, by rank, its experts' weighted rows added in the order of the experts, rounded once; and ones."""
         local = self._sizes.local_experts
         idx, order = self.topk_idx.sort(1)
-        totals = [torch.zeros(self.x.shape, device=self.x.device) for _ in range(self._sizes.ranks)]
+        totals = [
+            torch.zeros(self.x.shape, device=self.x.device, dtype=torch.float32) for _ in range(self._sizes.ranks)
+        ]
         for slot in range(self._sizes.top_k):
             expert = idx[:, slot : slot + 1]
             row, weight = self._answers(order[:, slot : slot + 1], expert, shift)
             product = row.float() * weight
             for rank, total in enumerate(totals):
                 total += torch.where((expert >= 0) & (expert // local == rank), product, 0.0)
-        one = torch.ones(len(self.x), 1, device=self.x.device)
+        one = torch.ones(len(self.x), 1, device=self.x.device, dtype=torch.float32)
         return [(total.bfloat16(), one) for total in totals]
 
     def _answers(self, slot: Tensor | int, expert: Tensor, shift: int) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,10 @@ class Experts:
     def __init__(self, num_local: int, hidden: int, rows: int, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(1)
         own = max(1, min(num_local, WEIGHT_BYTES // (3 * WIDTH * hidden * 2)))
-        self._first = torch.randn(own, hidden, 2 * WIDTH, generator=generator, device=device).bfloat16()
-        self._second = torch.randn(own, WIDTH, hidden, generator=generator, device=device).bfloat16()
-        self._x = torch.randn(own, rows, hidden, generator=generator, device=device).bfloat16()
+        self._first, self._second, self._x = (
+            torch.randn(*size, generator=generator, device=device, dtype=torch.float32).bfloat16()
+            for size in ((own, hidden, 2 * WIDTH), (own, WIDTH, hidden), (own, rows, hidden))
+        )
         self._ends = torch.arange(1, own + 1, dtype=torch.int32, device=device) * rows
         self._repeats = -(-num_local // own)
         self.flops = 2.0 * self._repeats * own * rows * hidden * 3 * WIDTH

@@ -16,6 +16,7 @@ from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.inputs import draw
 from tokenferry.bench.core.session import Label, Session, Settings, Step, expert_group, open_session
 from tokenferry.bench.suites.calls import ON_DEVICE
+from tokenferry.testing.world import Progress
 
 TOKENS = 128
 CALLS = 40
@@ -25,7 +26,7 @@ BATCHES = 15
 WARMUP_BATCHES = 2
 
 
-def measure_host(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_host(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure host time of eager calls, and a pair in a graph; a job of `World`."""
     with open_session(rank, pg, progress, settings) as session:
         session.send({"now": "host time"})
@@ -34,7 +35,7 @@ def measure_host(rank: int, pg: dist.ProcessGroup, progress: str, settings: Sett
         session.attempt("dispatch + combine as a graph", lambda: _throughput_graph(session))
 
 
-def measure_memory(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_memory(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the device memory that one group takes; a job of `World`."""
     with open_session(rank, pg, progress, settings) as session:
         session.send({"now": "memory"})

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.core import progress as progress_file
 from tokenferry.bench.core.checks import WrongAnswer, raise_together
 from tokenferry.bench.core.device import Device, device_for, slowest
 from tokenferry.bench.suites.links import CudaLinks, Links, check_stored
+from tokenferry.testing.world import Progress
 
 ROW_BYTES = (7168, 14336)
 NUM_SMS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 132)
@@ -105,7 +105,7 @@ def from_json(values: dict[str, Any]) -> Limits:
     return Limits(values["num_ranks"], rates, values["flag_us"], values["barrier_us"])
 
 
-def measure_limits(rank: int, pg: dist.ProcessGroup, progress: str, settings: LimitSettings) -> Limits:
+def measure_limits(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: LimitSettings) -> Limits:
     """Measure everything; a job of `World` (through `run_with_progress`), equal on all ranks.
 
     Raises:
@@ -115,7 +115,7 @@ def measure_limits(rank: int, pg: dist.ProcessGroup, progress: str, settings: Li
 
     def show(text: str) -> None:
         if rank == 0:
-            progress_file.send(progress, {"now": text})
+            progress({"now": text})
 
     device = device_for("cuda")
     with CudaLinks(pg, device.torch_device, settings.total_bytes, TIMEOUT_S) as links:

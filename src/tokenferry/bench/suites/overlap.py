@@ -22,6 +22,7 @@ from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
 from tokenferry.bench.core.session import LEAD_S, Session, Settings, expert_group, open_session
 from tokenferry.bench.suites import gemms
 from tokenferry.bench.suites.calls import default_sms
+from tokenferry.testing.world import Progress
 from tokenferry.types import Quantized
 
 WARMUP = 3
@@ -90,7 +91,7 @@ class OverlapTimes:
         return self.gemm_beside / self.gemm_all - 1
 
 
-def measure_overlap(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_overlap(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure for every number of SMs; a job of `World` (through `run_with_progress`)."""
     with open_session(rank, pg, progress, settings) as session:
         session.attempt("overlap", lambda: _measure(session))

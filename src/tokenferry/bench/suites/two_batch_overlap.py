@@ -18,6 +18,7 @@ from tokenferry.bench.core.device import no_collections, slowest
 from tokenferry.bench.core.session import Session, Settings, expert_group, open_session
 from tokenferry.bench.suites.decode import HEAP_FOR, Answer, DecodeCase, Graph, StaticInputs, capture, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
+from tokenferry.testing.world import Progress
 from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Scale
 
 WORK_S = 100e-6
@@ -44,7 +45,8 @@ class Work:
         generator = torch.Generator(session.device.torch_device).manual_seed(1)
         sizes = ((rows, width), (width, width))
         self._a, self._b = (
-            torch.randn(*size, generator=generator, device=session.device.torch_device).bfloat16() for size in sizes
+            torch.randn(*size, generator=generator, device=session.device.torch_device, dtype=torch.float32).bfloat16()
+            for size in sizes
         )
         self._c = self._a @ self._b
         one = _seconds(session, self._gemm)
@@ -154,7 +156,7 @@ def _receive(result: DecodeDispatched[Tensor | Quantized] | DecodeCombined) -> N
     result.hook()
 
 
-def measure_two_batch(rank: int, pg: dist.ProcessGroup, progress: str, settings: Settings) -> None:
+def measure_two_batch(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure two-batch overlap; a job of `World` (through `run_with_progress`)."""
     with open_session(rank, pg, progress, settings) as session:
         session.attempt("two-batch overlap", lambda: _measure(session))

@@ -39,13 +39,13 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.api import ExpertGroup
+from tokenferry.api import Connected, ExpertGroup
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.arguments import Rows, check_config, refuse
@@ -55,12 +55,28 @@ from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
-from tokenferry.types import MoeShape, Routing
-
-Handle = tuple[Any, ...]
+from tokenferry.types import Routing
 
 _HEAP_BYTES = 2 << 30
 """Least GPU memory for rows that peers write or read: T and H are not known before the calls."""
+
+
+class DispatchLayout(NamedTuple):
+    """The result of `Buffer.get_dispatch_layout`: a tuple of five, as DeepEP returns it, whose elements have names.
+
+    Attributes:
+        num_tokens_per_rank: ``[R]`` int32; a token counts once per rank.
+        num_tokens_per_rdma_rank: ``[ceil(R / 8)]`` int32, or None for R <= 8.
+        num_tokens_per_expert: ``[E]`` int32; a token counts once per expert.
+        is_token_in_rank: ``[T, R]`` bool.
+        event: The event that ``async_finish`` asked for; see `EventOverlap`.
+    """
+
+    num_tokens_per_rank: Tensor
+    num_tokens_per_rdma_rank: Tensor | None
+    num_tokens_per_expert: Tensor
+    is_token_in_rank: Tensor
+    event: EventOverlap
 
 
 class _Version:
@@ -85,7 +101,7 @@ class _Layout:
     in_rank: _Version
 
 
-class Buffer(LowLatencyCalls):
+class Buffer(Connected, LowLatencyCalls):
     """R ranks that send tokens to experts, with the interface of DeepEP's V1 `Buffer`.
 
     Contract:
@@ -145,8 +161,6 @@ class Buffer(LowLatencyCalls):
                 "Buffer: enable_shrink: only low-latency calls can skip a rank; pass low_latency_mode=True"
             )
         self.group = group
-        self.rank = 0 if group is None else group.rank()
-        self.group_size = 1 if group is None else group.size()
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = low_latency_mode
@@ -154,10 +168,10 @@ class Buffer(LowLatencyCalls):
         self.enable_shrink = enable_shrink
         self._experts = ExpertGroup._with_heap(
             group,
-            MoeShape(self.group_size, 1, 16, 1),
             heap_bytes=max(num_nvl_bytes, num_rdma_bytes, _HEAP_BYTES),
             on_timeout="mask" if enable_shrink else "raise",
         )
+        self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)
         self._latest_layout: _Layout | None = None
         self._local: dict[bool, Tensor] = {}
@@ -253,8 +267,8 @@ class Buffer(LowLatencyCalls):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
-        """Count the tokens for each rank and expert. Local.
+    ) -> DispatchLayout:
+        """Count the tokens for each rank and expert. Local; on CUDA one kernel.
 
         Args:
             topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused.
@@ -264,9 +278,7 @@ class Buffer(LowLatencyCalls):
             allocate_on_comm_stream: Accepted only together with ``previous_event`` and ``async_finish``.
 
         Returns:
-            (``num_tokens_per_rank`` ``[R]`` int32: a token counts once per rank, ``num_tokens_per_rdma_rank``
-            ``[ceil(R / 8)]`` int32 or None for R <= 8, ``num_tokens_per_expert`` ``[E]`` int32, ``is_token_in_rank``
-            ``[T, R]`` bool, event).
+            DispatchLayout: counts for each rank, node and expert, ``is_token_in_rank`` and an event; a tuple of five.
 
         Raises:
             ShapeError, RoutingError, ConfigError, ArgumentError: an argument is wrong; names it.
@@ -280,13 +292,13 @@ class Buffer(LowLatencyCalls):
         assert found.per_expert is not None
         self._latest_layout = _Layout(num_experts, _Version(topk_idx), _Version(found.in_rank))
         per_node = found.per_node if self.group_size > configs.RANKS_PER_NODE else None
-        return found.per_rank, per_node, found.per_expert, found.in_rank, event
+        return DispatchLayout(found.per_rank, per_node, found.per_expert, found.in_rank, event)
 
     @torch.no_grad()
     def dispatch(
         self,
         x: Rows,
-        handle: Handle | None = None,
+        handle: throughput.Handle | None = None,
         num_tokens_per_rank: Tensor | None = None,
         num_tokens_per_rdma_rank: Tensor | None = None,
         is_token_in_rank: Tensor | None = None,
@@ -299,7 +311,7 @@ class Buffer(LowLatencyCalls):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap]:
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, throughput.Handle | None, EventOverlap]:
         """Send every token to each rank that holds one of its experts. Collective.
 
         Args:
@@ -382,7 +394,7 @@ class Buffer(LowLatencyCalls):
     def combine(
         self,
         x: Tensor,
-        handle: Handle,
+        handle: throughput.Handle,
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, Tensor] | None = None,
         config: Config | None = None,

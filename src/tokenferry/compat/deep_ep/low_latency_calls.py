@@ -35,9 +35,10 @@ class LowLatencyCalls:
     _lane: Lane
 
     def _open(self, call: str) -> None:
-        """Raise ClosedError after `Buffer.destroy`."""
+        """Raise ClosedError after `Buffer.destroy`, after an error that broke the group, and in a forked child."""
         if self.runtime is None:
             raise ClosedError(f"{call}: the Buffer was destroyed; make a new one")
+        self._experts._ready(call)
 
     def _decoding(self, call: str) -> None:
         self._open(call)
@@ -86,6 +87,7 @@ class LowLatencyCalls:
         self._shrinking("Buffer.low_latency_update_mask_buffer")
         self._experts.mask(rank_to_mask, masked=bool(mask))
 
+    @torch.inference_mode()  # the caller's tensor may come from it
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status`` ``[R]`` int32 with 1 for each rank that is skipped and 0 for the others. Local.
 
@@ -156,7 +158,8 @@ class LowLatencyCalls:
             num_experts: Number of experts, E, a multiple of R.
             cumulative_local_expert_recv_stats: ``[L]`` int32, to which the rows received are added.
             dispatch_wait_recv_cost_stats: ``[R]`` int64, to which the nanoseconds waited for each rank are added.
-            use_fp8: Cast rows to float8_e4m3fn, one scale per row and 128 columns: ``max(amax, 1e-4) / 448``.
+            use_fp8: Cast rows to float8_e4m3fn, one scale per row and 128 columns: ``max(amax, 1e-4) / 448``. A NaN or
+                an infinity arrives as NaN; the other columns arrive as if it were 0.
             round_scale: Round scales up to powers of two.
             use_ue8m0: Return scales as exponent bytes, four to an int32; needs ``round_scale``.
             async_finish: Return an event that can be waited for.
@@ -228,7 +231,7 @@ class LowLatencyCalls:
             topk_weights: ``[T, K]`` float32.
             handle: Handle of a `low_latency_dispatch`; may be used again.
             use_logfmt: Send rows with 10 bits per number (`tokenferry.formats.logfmt`); needs bfloat16 rows and H a
-                multiple of 128.
+                multiple of 128. A NaN or an infinity arrives as NaN; the other columns arrive as if it were 0.
             zero_copy: Read the tensor of `get_next_low_latency_combine_buffer` instead of ``x``.
             async_finish: Return an event that can be waited for.
             return_recv_hook: Return before the sums are complete; ``hook()`` completes them. Not together with

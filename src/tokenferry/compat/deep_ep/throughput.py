@@ -1,12 +1,13 @@
 """DeepEP's normal mode on an `ExpertGroup`: layout, dispatch, cached dispatch, combine.
 
-A *handle* is a tuple of seven: DeepEP's six elements, of which those for its channels are None, and the `Plan`.
+A *handle* is a sequence of seven: DeepEP's six elements, of which those for its channels are None, and the `Plan`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from tokenferry.types import Dispatched, DispatchOptions, MoeShape, Plan, Quanti
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
 
-Handle = tuple[Any, ...]
+_HANDLE_ELEMENTS = 7
+_SRC_TOKEN_ELEMENT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,51 @@ class Options:
     num_worst_tokens: int = 0
     num_sms: int | None = None
     same_routing: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handle(Sequence[Any]):
+    """The handle of a `dispatch`. Programs pass it on, and rarely read it: its elements are made when they are read.
+
+    Attributes:
+        plan: The plan of the dispatch, which is also the last element.
+        in_rank: ``[T, R]`` bool: whether a token goes to a rank.
+        rank: This rank.
+    """
+
+    plan: Plan
+    in_rank: Tensor
+    rank: int
+
+    def __len__(self) -> int:
+        """Return 7."""
+        return _HANDLE_ELEMENTS
+
+    @overload
+    def __getitem__(self, i: int) -> Any: ...  # noqa: ANN401 - tensors, None, and a plan
+
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Any, ...]: ...
+
+    def __getitem__(self, i: int | slice) -> Any:
+        """Return an element, or a tuple of some.
+
+        They are: the prefix matrix ``[R, R]`` int32, of which a rank knows only its own column and the others are -1;
+        None twice; ``src_token`` ``[N]`` int32; ``in_rank``; None; the plan.
+        """
+        places = range(_HANDLE_ELEMENTS)[i]
+        return self._element(places) if isinstance(places, int) else tuple(self._element(place) for place in places)
+
+    def _element(self, place: int) -> Any:  # noqa: ANN401 - see __getitem__
+        plan = self.plan
+        if place == 0:
+            ranks = plan.src_counts.shape[0]
+            prefix = torch.full((ranks, ranks), -1, dtype=torch.int32, device=plan.src_counts.device)
+            prefix[:, self.rank] = plan.src_counts.cumsum(0)
+            return prefix
+        if place == _SRC_TOKEN_ELEMENT:
+            return plan.src_token.to(torch.int32)
+        return {4: self.in_rank, 6: plan}.get(place)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,13 +117,10 @@ def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str)
     if not _on_gpu(group):
         check.experts("topk_idx", topk_idx, num_experts)
     group.for_shape(MoeShape(num_experts, 1, 1, 1))
-    index = topk_idx.long()
-    chosen = torch.zeros((topk_idx.shape[0], num_experts + 1), dtype=torch.bool, device=topk_idx.device)
-    # On a GPU, indices outside [-1, E) are detected by dispatch; until then they must not cause writes out of bounds.
-    chosen.scatter_(1, torch.where((index >= 0) & (index < num_experts), index, num_experts), True)
-    chosen = chosen[:, :num_experts]
-    in_rank = chosen.reshape(topk_idx.shape[0], group.num_ranks, num_experts // group.num_ranks).any(2)
-    return _count(in_rank, chosen.sum(0, dtype=torch.int32))
+    counted = group._token_layout(topk_idx.contiguous(), num_experts)
+    # A GPU's group is one node, whose number of tokens nobody asks for; on the CPU it is compared with what was given.
+    per_node = None if _on_gpu(group) else _tokens_of_nodes(counted.in_rank)
+    return TokenLayout(counted.per_rank, per_node, counted.per_expert, counted.in_rank)
 
 
 def dispatch(
@@ -100,7 +144,8 @@ def dispatch(
                 f"{call}: num_worst_tokens={num_worst_tokens} needs topk_idx; pass topk_idx and topk_weights"
             )
         if not _on_gpu(group):
-            _check_same(call, given, _count(given.in_rank, None))
+            per_rank = given.in_rank.sum(0, dtype=torch.int32)
+            _check_same(call, given, TokenLayout(per_rank, _tokens_of_nodes(given.in_rank), None, given.in_rank))
         return _dispatch_without_experts(group, rows, x, given, options)
     routing = _agreed(group, routing, given, num_experts, call, same=options.same_routing)
     native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else DispatchOptions()
@@ -109,7 +154,7 @@ def dispatch(
     sent = group.for_shape(shape).dispatch(rows, routing, options=native, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
     counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
-    return from_native(sent.x, x), recv_idx, recv_weights, counts, _make_handle(group, sent.plan, given.in_rank)
+    return from_native(sent.x, x), recv_idx, recv_weights, counts, Handle(sent.plan, given.in_rank, group.rank)
 
 
 def dispatch_again(group: ExpertGroup, x: Rows, handle: object, num_sms: int | None) -> Rows:
@@ -148,19 +193,12 @@ def plan_of(handle: object, call: str) -> Plan:
     Raises:
         PlanError: the handle does not come from `Buffer.dispatch`.
     """
-    if isinstance(handle, tuple) and handle and isinstance(handle[-1], Plan):
-        return handle[-1]
+    if isinstance(handle, Handle):
+        return handle.plan
     raise PlanError(
         f"{call}: handle: expected the one that tokenferry's Buffer.dispatch returned, got {type(handle).__name__}; "
         "pass it on as it is"
     )
-
-
-def _make_handle(group: ExpertGroup, plan: Plan, in_rank: Tensor) -> Handle:
-    """Return a handle like DeepEP's; a rank knows only its own column of the prefix matrix, and the others are -1."""
-    prefix = torch.full((group.num_ranks, group.num_ranks), -1, dtype=torch.int32, device=group.device)
-    prefix[:, group.rank] = plan.src_counts.cumsum(0)
-    return (prefix, None, None, plan.src_token.to(torch.int32), in_rank, None, plan)
 
 
 def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
@@ -174,7 +212,7 @@ def _dispatch_without_experts(
 ) -> tuple[Rows, None, None, list[int], Handle]:
     """Send rows without expert ids: one expert stands for all those of a rank; their counts are sent separately."""
     R = group.num_ranks
-    ranks = torch.arange(R, device=group.device)
+    ranks = torch.arange(R, device=group.device, dtype=torch.int64)
     routing = Routing(torch.where(given.in_rank, ranks, -1))
     view = group.for_shape(MoeShape(R, R, width(rows), ANY_NUM_TOKENS))
     sent = view.dispatch(rows, routing, num_sms=options.num_sms)
@@ -186,7 +224,7 @@ def _dispatch_without_experts(
     assert isinstance(swapped.x, Quantized)
     totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
     aligned = [round_up(count, options.expert_alignment) for count in totals]
-    return from_native(sent.x, x), None, None, aligned, _make_handle(group, sent.plan, given.in_rank)
+    return from_native(sent.x, x), None, None, aligned, Handle(sent.plan, given.in_rank, group.rank)
 
 
 def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
@@ -194,7 +232,7 @@ def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor 
     assert sent.topk_idx is not None
     if sent.host_counts is not None:
         return sent.topk_idx, sent.topk_weights
-    rows = torch.arange(sent.topk_idx.shape[0], device=sent.topk_idx.device)
+    rows = torch.arange(sent.topk_idx.shape[0], device=sent.topk_idx.device, dtype=torch.int64)
     tail = (rows >= sent.plan.src_counts.sum()).unsqueeze(1)
     weights = None if sent.topk_weights is None else sent.topk_weights.masked_fill(tail, 0.0)
     return sent.topk_idx.masked_fill(tail, -1), weights
@@ -289,9 +327,10 @@ def _check_same(call: str, given: TokenLayout, expected: TokenLayout) -> None:
         )
 
 
-def _count(in_rank: Tensor, per_expert: Tensor | None) -> TokenLayout:
-    nodes = [part.any(1).sum() for part in torch.split(in_rank, RANKS_PER_NODE, dim=1)]
-    return TokenLayout(in_rank.sum(0, dtype=torch.int32), torch.stack(nodes).to(torch.int32), per_expert, in_rank)
+def _tokens_of_nodes(in_rank: Tensor) -> Tensor:
+    """Return ``[ceil(R / 8)]`` int32: the tokens for each eight ranks."""
+    nodes = [part.any(1).sum(dtype=torch.int32) for part in torch.split(in_rank, RANKS_PER_NODE, dim=1)]
+    return torch.stack(nodes)
 
 
 def _check_positive(call: str, name: str, value: object, least: int) -> None:

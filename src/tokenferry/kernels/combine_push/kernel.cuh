@@ -12,8 +12,8 @@
 //          that have arrived, so that pushing warps do not wait for fences. Summing warps: device/add.cuh. A rank's own rows
 //          are read where they are.
 // Order    1 lane 0    bulk stores of a unit                                  async proxy, no order yet
-//          2 lane 0    wait_group, a few pieces later: the rows are in memory; queues the unit's flag, with release
-//          3 last warp sees 2, with acquire; fences; landed[rank][unit] = epoch on the peer
+//          2 lane 0    wait_group, a few pieces later: the rows are in memory; queues the unit's flag, with an atomic
+//          3 last warp takes it, with an atomic; fences; landed[rank][unit] = epoch on the peer
 //          4 peer      the lane that loads a row sees 3, with acquire, fences, and loads: sees 1
 //          When all sums of this rank are stored, exit_sync: until then the memory that peers push to is not reused.
 // Why nothing is overwritten
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
     if (must_skip(p, p.rows_in)) return;
     const u32 lane = threadIdx.x % 32, index = threadIdx.x / 32, warps = blockDim.x / 32;
     if (lane == 0) {
-        queues[index].head = queues[index].tail = 0;
+        for (u32 i = 0; i < kQueue; i++) queues[index].words[i] = kFree;
         for (u32 i = 0; i < kMaxPushStages + kStages; i++) mbarrier_init(barriers[index] + i);
         mbarrier_init_done();
     }

@@ -20,31 +20,39 @@ struct Slot {
     u32 bytes;
 };
 
-// The flags that one pushing warp has queued to be set: words[head .. tail), modulo kQueue.
-constexpr u32 kQueue = 4, kOwed = 8, kEnd = 1u << 31;  // kEnd in tail: nothing follows
+// The flags that one pushing warp has queued to be set, in turn. A word is the address of a flag, or one of the two below;
+// both warps reach it by atomics alone, each of which hands it over.
+constexpr u32 kQueue = 4, kOwed = 8;
+constexpr u64 kFree = 0, kEnd = 1;  // kEnd: nothing follows
 struct Queue {
-    u32* words[kQueue];
+    u64 words[kQueue];
     u32* owed[kOwed];  // flags of the last pieces, whose stores may be under way
-    u32 head, tail;
 };
 
 // Sets the flags of units that are in the memory of their peers; called by the last warp of a block that pushes. Lane i
-// serves warp i.
+// serves warp i; the lanes share the fences.
 DEV void set_flags(Queue* queues, u32 warps, u32 epoch) {
-    if (threadIdx.x % 32 >= warps) return;
-    Queue& queue = queues[threadIdx.x % 32];
-    for (u32 head = 0;;) {
-        const u32 tail = load_in_block(&queue.tail);
-        if (head == (tail & ~kEnd)) {
-            if (tail & kEnd) return;
+    const u32 lane = threadIdx.x % 32;
+    bool open = lane < warps;
+    for (u32 taken = 0; __any_sync(kAll, open);) {
+        const u64 word = open ? exchange_in_block(&queues[lane].words[taken % kQueue], kFree) : kFree;
+        open = open && word != kEnd;
+        const bool ready = word != kFree && word != kEnd;
+        if (!__any_sync(kAll, ready)) {
             backoff();
             continue;
         }
         fence_async();
         fence_system();
-        for (; head != (tail & ~kEnd); head++) store_relaxed(queue.words[head % kQueue], epoch);
-        store_in_block(&queue.head, head);
+        if (!ready) continue;
+        store_relaxed((u32*)word, epoch);
+        taken++;
     }
+}
+
+// Queues a word for `set_flags` as the n-th; waits while the queue is full.
+DEV void queue_word(Queue& queue, u32 n, u64 word) {
+    while (replace_in_block(&queue.words[n % kQueue], kFree, word) != kFree) backoff();
 }
 
 DEV u32 units_of(const Route& route) { return (route.rows + (1u << route.shift) - 1) >> route.shift; }
@@ -78,11 +86,7 @@ DEV void push_rows(const CombinePushParams& p, const Route* routes, u32 next, u3
     };
     u32 issued = 0, queued = 0;
     const auto announce = [&](u32 n) {  // the n-th piece is in memory: queues the flag of a unit that ends with it
-        u32* word = queue.owed[n % kOwed];
-        if (!word) return;
-        while (queued - load_in_block(&queue.head) == kQueue) backoff();
-        queue.words[queued % kQueue] = word;
-        store_in_block(&queue.tail, ++queued);
+        if (u32* flag = queue.owed[n % kOwed]) queue_word(queue, queued++, (u64)flag);
     };
     while (issued < stages - 1 && load(issued)) issued++;
     for (u32 n = 0; n < issued; n++) {
@@ -100,5 +104,5 @@ DEV void push_rows(const CombinePushParams& p, const Route* routes, u32 next, u3
     }
     bulk_wait<0>();
     for (u32 n = issued < kBehind ? 0 : issued - kBehind; n < issued; n++) announce(n);
-    store_in_block(&queue.tail, queued | kEnd);
+    queue_word(queue, queued, kEnd);
 }

@@ -1,7 +1,7 @@
 // FP8 rows: float8_e4m3fn, one scale for 128 columns; bit for bit the format of tokenferry/formats/fp8.py. A lane holds
 // 16 columns, so 8 lanes share a scale.
 #pragma once
-#include "device/ptx.cuh"
+#include "device/number.cuh"
 #include "generated/decode_words.cuh"
 
 // Rounds v, positive and normal, up to a power of two.
@@ -12,9 +12,12 @@ DEV float power_of_two_above(float v) {
 
 // Encodes this lane's columns; all 8 lanes of a group get its scale.
 DEV int4 encode_fp8(const float (&n)[16], u32 format, float& scale) {
-    float amax = 0.f;
+    float v[16], amax = 0.f;
 #pragma unroll
-    for (u32 i = 0; i < 16; i++) amax = fmaxf(amax, fabsf(n[i]));
+    for (u32 i = 0; i < 16; i++) {
+        v[i] = nan_if_infinite(n[i]);
+        amax = fmaxf(amax, fabsf(v[i]));  // of a number and a NaN the number
+    }
 #pragma unroll
     for (u32 d = 4; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, (int)d));
     amax = fmaxf(amax, 1e-4f);
@@ -25,8 +28,8 @@ DEV int4 encode_fp8(const float (&n)[16], u32 format, float& scale) {
     u32 w[4];
 #pragma unroll
     for (u32 i = 0; i < 4; i++)
-        w[i] = pack_fp8(__fmul_rn(n[4 * i], factor), __fmul_rn(n[4 * i + 1], factor), __fmul_rn(n[4 * i + 2], factor),
-                        __fmul_rn(n[4 * i + 3], factor));
+        w[i] = pack_fp8(__fmul_rn(v[4 * i], factor), __fmul_rn(v[4 * i + 1], factor), __fmul_rn(v[4 * i + 2], factor),
+                        __fmul_rn(v[4 * i + 3], factor));
     return make_int4((int)w[0], (int)w[1], (int)w[2], (int)w[3]);
 }
 

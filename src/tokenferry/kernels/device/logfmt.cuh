@@ -1,9 +1,11 @@
 // logfmt10: ten bits a number, the sign and a step of a logarithmic scale shared by 128 columns; the format of
 // tokenferry/formats/logfmt.py. A lane holds 16 columns: 160 bits. Code 0 is zero, code c is 2^(lo + (c - 1) * step).
+// If the sign bit of step is set, the group holds numbers that are not finite, and a negative zero stands for NaN.
 #pragma once
-#include "device/ptx.cuh"
+#include "device/number.cuh"
 
 constexpr float kSteps = 510.f, kRange = 32.f;
+constexpr u32 kSignBit = 1u << 9;  // of a number; alone a negative zero
 
 // The scale of a group, and values derived from it.
 struct LogScale {
@@ -26,14 +28,15 @@ DEV u32 log_code(float a, const LogScale& s) {
 // Encodes this lane's columns: returns the first 128 bits, `fifth` gets the last 32. All 8 lanes of a group get lo and
 // step.
 DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
+    float size[16];  // NaN where n is not finite
     float most = 0.f, least = __uint_as_float(0x7f800000u);
     bool finite = true;
 #pragma unroll
     for (u32 i = 0; i < 16; i++) {
-        const float a = fabsf(n[i]);
-        most = fmaxf(most, a);
+        const float a = size[i] = fabsf(nan_if_infinite(n[i]));
+        most = fmaxf(most, a);  // of a number and a NaN the number
         if (a > 0.f) least = fminf(least, a);
-        finite &= a <= 3.402823466e38f;
+        finite &= a == a;
     }
 #pragma unroll
     for (u32 d = 4; d; d /= 2) {
@@ -46,11 +49,13 @@ DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
     step = most > 0.f ? (hi - lo) * (1.f / kSteps) : 0.f;
     const LogScale scale = {lo, step, exp2_near(lo), exp2_near(step),
                             hi > lo && most > 0.f ? __fdiv_rn(kSteps, hi - lo) : 0.f};
-    if (!finite) lo = __uint_as_float(0x7fc00000u);  // the whole group is NaN
+    if (!finite) step = -step;
     u32 w[5] = {};
 #pragma unroll
     for (u32 i = 0; i < 16; i++) {
-        const u32 code = (finite ? log_code(fabsf(n[i]), scale) : 1) | (__float_as_uint(n[i]) >> 31) << 9;
+        u32 code = log_code(size[i], scale);
+        if (finite || code) code |= (__float_as_uint(n[i]) >> 31) * kSignBit;
+        if (size[i] != size[i]) code = kSignBit;
         const u32 at = 10 * i;
         w[at / 32] |= code << at % 32;
         if (at % 32 > 22) w[at / 32 + 1] |= code >> (32 - at % 32);
@@ -61,12 +66,15 @@ DEV int4 encode_log(const float (&n)[16], u32& fifth, float& lo, float& step) {
 
 DEV void decode_log(const int4& v, u32 fifth, float lo, float step, float (&n)[16]) {
     const u32 w[5] = {(u32)v.x, (u32)v.y, (u32)v.z, (u32)v.w, fifth};
+    const float negative_zero = __uint_as_float(__float_as_uint(step) >> 31 ? 0x7fc00000u : 0x80000000u);
+    step = fabsf(step);
 #pragma unroll
     for (u32 i = 0; i < 16; i++) {
         const u32 at = 10 * i;
         u32 code = w[at / 32] >> at % 32;
         if (at % 32 > 22) code |= w[at / 32 + 1] << (32 - at % 32);
-        const float magnitude = (code & 511) ? exp2_near(lo + (float)((code & 511) - 1) * step) : 0.f;
-        n[i] = code >> 9 & 1 ? -magnitude : magnitude;
+        const float magnitude = exp2_near(lo + (float)((code & 511) - 1) * step);
+        if (code & kSignBit) n[i] = code & 511 ? -magnitude : negative_zero;
+        else n[i] = code & 511 ? magnitude : 0.f;
     }
 }

@@ -41,6 +41,9 @@ DEV void unpack_chunk(const int4& v, Number (&n)[kPerChunk]) {
     }
 }
 
+// v; NaN if it is infinite. Multiplied by 0, a finite number changes nothing: one instruction.
+DEV float nan_if_infinite(float v) { return v * 0.f + v; }
+
 // Rounds once, to nearest even.
 DEV int4 pack_chunk(const Number (&n)[kPerChunk]) {
     int4 v;

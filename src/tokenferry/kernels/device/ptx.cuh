@@ -94,14 +94,24 @@ DEV u64 load_relaxed(const u64* p) {
     return v;
 }
 
-// Words in shared memory with which the warps of a block signal each other.
-DEV void store_in_block(u32* p, u32 v) {
-    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
+// Words in shared memory that the warps of a block hand each other. Atomics, and no loads and stores with an order, so that
+// compute-sanitizer can see that they synchronise. Both return what was there before.
+DEV u64 exchange_in_block(u64* p, u64 v) {
+    u64 old;
+    asm volatile("atom.acq_rel.cta.shared::cta.exch.b64 %0, [%1], %2;"
+                 : "=l"(old)
+                 : "r"(shared_address(p)), "l"(v)
+                 : "memory");
+    return old;
 }
-DEV u32 load_in_block(const u32* p) {
-    u32 v;
-    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
-    return v;
+// Stores v if the word is `expected`.
+DEV u64 replace_in_block(u64* p, u64 expected, u64 v) {
+    u64 old;
+    asm volatile("atom.acq_rel.cta.shared::cta.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(old)
+                 : "r"(shared_address(p)), "l"(expected), "l"(v)
+                 : "memory");
+    return old;
 }
 
 // One instruction each, accurate to about the last two bits; the functions of CUDA C++ take twenty.

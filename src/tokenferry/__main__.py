@@ -1,4 +1,4 @@
-"""`python -m tokenferry.cli`, for use where the `tokenferry` script is not installed."""
+"""`python -m tokenferry`, for use where the `tokenferry` script is not installed."""
 
 from __future__ import annotations
 

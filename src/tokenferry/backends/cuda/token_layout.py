@@ -1,0 +1,34 @@
+"""Where the tokens of this rank go: the kernel `dispatch_layout`, for the DeepEP API."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.base import TokenLayout
+from tokenferry.backends.cuda.context import Context
+from tokenferry.jit.params import Packer
+from tokenferry.kernels.dispatch_layout import spec as layout_spec
+from tokenferry.kernels.dispatch_notify.spec import num_units, smem_bytes
+
+_LAYOUT = Packer(layout_spec.SPEC.params.struct, "topk_idx", "counts", "in_rank", "num_tokens", "top_k", "num_experts")
+
+
+def token_layout(context: Context, topk_idx: Tensor, num_experts: int) -> TokenLayout:
+    """Launch `dispatch_layout` on the current stream; see `tokenferry.backends.base.Backend`."""
+    stream, _ = context.order_after_calls()  # the kernel counts in the control block, as those of a dispatch do
+    num_ranks, device, (num_tokens, top_k) = context.num_ranks, context.device, topk_idx.shape
+    counts = torch.empty(num_ranks + num_experts, dtype=torch.int32, device=device)
+    in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
+    wide = topk_idx.dtype is torch.int64
+    key = (layout_spec.SPEC, wide, num_experts)
+    template = context.templates.get(key)
+    if template is None:
+        template = context.new_template(layout_spec.SPEC, wide=int(wide))
+        template.pack = _LAYOUT.bind(template.params)
+        template.block = layout_spec.THREADS
+        template.smem_bytes = smem_bytes(num_experts, num_ranks)
+        context.templates[key] = template
+    template.pack(topk_idx.data_ptr(), counts.data_ptr(), in_rank.data_ptr(), num_tokens, top_k, num_experts)
+    template.launch(max(1, min(num_units(num_tokens), layout_spec.MAX_BLOCKS)), stream)
+    return TokenLayout(counts, in_rank, num_ranks)

@@ -1,0 +1,1 @@
+"""The kernel dispatch_layout; the head of kernel.cuh documents it."""

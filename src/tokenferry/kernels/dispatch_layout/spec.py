@@ -1,0 +1,25 @@
+"""Host half of the kernel dispatch_layout; kernel.cuh documents the kernel."""
+
+from __future__ import annotations
+
+from tokenferry.kernels.describe import describe
+
+THREADS = 512
+MAX_BLOCKS = 32
+"""Blocks of a launch: each adds to the same counters, and has to be worth its start."""
+
+SPEC = describe(
+    __file__,
+    (
+        ("topk_idx", "ptr:const u8"),
+        ("counts", "ptr:i32"),
+        ("in_rank", "ptr:u8"),
+        ("num_tokens", "u32"),
+        ("top_k", "u32"),
+        ("num_experts", "u32"),
+    ),
+    max_registers=32,
+    max_threads=THREADS,
+    static_smem=16,
+    configs=({"wide": 0}, {"wide": 1}),
+)

@@ -1,0 +1,56 @@
+"""What torch.autocast changes in a layer, and what it does not."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype in which torch.autocast computes products; None where it is off."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``, matrices, in their own dtype under torch.autocast too, and if backward runs inside of it."""
+    out: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Context(Protocol):
+    """The state that forward saves for backward."""
+
+    saved_tensors: tuple[Tensor, Tensor]
+    needs_input_grad: tuple[bool, bool]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with _without_autocast(a.device.type):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        for_a, for_b = ctx.needs_input_grad
+        return product(grad, b.mT) if for_a else None, product(a.mT, grad) if for_b else None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

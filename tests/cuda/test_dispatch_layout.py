@@ -1,0 +1,101 @@
+"""The kernel dispatch_layout alone, on virtual ranks."""
+
+import pytest
+import torch
+
+from support.virtual_ranks import POISON, Ranks, ranks_of
+from tokenferry.kernels.control_block import MAX_EXPERTS
+from tokenferry.kernels.dispatch_layout import spec as layout_spec
+from tokenferry.kernels.dispatch_notify import spec as notify_spec
+
+TOKENS = (129, 0, 1000, 1, 128, 127, 63, 257)
+"""A unit has 128."""
+
+
+def launch(ranks: Ranks, topk_idx: list[torch.Tensor], num_experts: int, blocks: int = 2):
+    """Return (counts, in_rank) of each rank."""
+    R = ranks.num_ranks
+    counts = [ranks.poisoned(R + num_experts, dtype=torch.int32) for _ in topk_idx]
+    in_rank = [ranks.poisoned(len(index), R, dtype=torch.uint8) for index in topk_idx]
+    fields = [
+        {
+            "topk_idx": ranks.on_device(index),
+            "counts": counts[rank],
+            "in_rank": in_rank[rank],
+            "num_tokens": len(index),
+            "top_k": index.shape[1],
+            "num_experts": num_experts,
+        }
+        for rank, index in enumerate(topk_idx)
+    ]
+    size = (blocks, layout_spec.THREADS, notify_spec.smem_bytes(num_experts, R))
+    ranks.run(layout_spec.SPEC, fields, size, {"wide": int(topk_idx[0].dtype is torch.int64)})
+    return [(counts[rank].cpu().tolist(), in_rank[rank].cpu().tolist()) for rank in range(R)]
+
+
+def expected(topk_idx: torch.Tensor, num_experts: int, num_ranks: int):
+    """The same by plain loops."""
+    per_rank, per_expert = [0] * num_ranks, [0] * num_experts
+    in_rank = []
+    for experts in topk_idx.tolist():
+        distinct = {e for e in experts if 0 <= e < num_experts}
+        ranks = {e // (num_experts // num_ranks) for e in distinct}
+        for e in distinct:
+            per_expert[e] += 1
+        for rank in ranks:
+            per_rank[rank] += 1
+        in_rank.append([int(rank in ranks) for rank in range(num_ranks)])
+    return per_rank + per_expert, in_rank
+
+
+def test_the_worked_example():
+    """The example in the head of the kernel."""
+    found = launch(ranks_of(2), [torch.tensor([[0, 1], [1, 3]])] * 2, 4)
+    assert found == [([2, 1, 1, 2, 0, 1], [[1, 0], [1, 1]])] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_any_routing(num_ranks, dtype):
+    """Repeated experts, unused slots and bad indices; the next launch finds the counters at zero."""
+    ranks, make = ranks_of(num_ranks), torch.Generator().manual_seed(num_ranks)
+    for i, (local, top_k, blocks) in enumerate(((1, 1, 1), (3, 8, 2), (32, 7, 4), (2, 64, 3))):
+        E = local * num_ranks
+        drawn = [torch.randint(-2, E + 1, (TOKENS[(i + r) % 8], top_k), generator=make) for r in range(num_ranks)]
+        topk_idx = [index.to(dtype) for index in drawn]
+        found = launch(ranks, topk_idx, E, blocks)
+        assert found == [expected(index, E, num_ranks) for index in topk_idx], (local, top_k, blocks)
+
+
+def test_most_experts():
+    topk_idx = [torch.arange(MAX_EXPERTS, dtype=torch.int64).view(64, 64)] * 2
+    for counts, in_rank in launch(ranks_of(2), topk_idx, MAX_EXPERTS):
+        assert counts == [32, 32] + [1] * MAX_EXPERTS
+        assert in_rank == [[1, 0]] * 32 + [[0, 1]] * 32
+
+
+def test_only_its_outputs_are_written():
+    ranks = ranks_of(2)
+    around = [ranks.poisoned(6, 2, dtype=torch.uint8) for _ in range(2)]
+    counts = [ranks.poisoned(2 + 2 + 1, dtype=torch.int32) for _ in range(2)]
+    before = [int(ranks.words(rank, "arrived")) for rank in range(2)]
+    fields = [
+        {
+            "topk_idx": ranks.on_device(torch.tensor([[0], [1]])),
+            "counts": counts[rank],
+            "in_rank": around[rank][2:],
+            "num_tokens": 2,
+            "top_k": 1,
+            "num_experts": 2,
+        }
+        for rank in range(2)
+    ]
+    ranks.run(layout_spec.SPEC, fields, (1, layout_spec.THREADS, notify_spec.smem_bytes(2, 2)), {"wide": 1})
+    for rank in range(2):
+        rows = around[rank].cpu()
+        assert rows[2:4].tolist() == [[1, 0], [0, 1]]
+        assert bool((rows[:2] == POISON).all())
+        assert bool((rows[4:] == POISON).all())
+        assert counts[rank].cpu()[:4].tolist() == [1, 1, 1, 1]
+        assert bool((counts[rank].cpu()[4:].view(torch.uint8) == POISON).all())
+        assert int(ranks.words(rank, "arrived")) == before[rank]
