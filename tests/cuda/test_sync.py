@@ -10,7 +10,7 @@ from support.virtual_plan import Expected, Form, Planner
 from support.virtual_pull import Pull, Sizes
 from support.virtual_ranks import CONTROL_BLOCK_OFFSETS, POISON, Ranks, ranks_of
 from tokenferry.kernels.combine_pull import spec as pull_spec
-from tokenferry.kernels.control_block import HANDSHAKE_WORDS, MAX_RANKS, ROWS_WORD, Fault
+from tokenferry.kernels.control_block import ENDED_WORD, HANDSHAKE_WORDS, MAX_RANKS, ROWS_WORD, Fault
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.testing.cases import Case
@@ -151,6 +151,32 @@ def test_all_waiting_ranks_name_the_same_rank(kernel):
             assert (record.code, record.peer, record.blamed, record.expected) == (Fault.late_handshake, 2, 2, 1), record
     assert Fault.late_handshake in seen
     check_context()
+
+
+def test_a_rank_that_is_gone_ends_no_wait_for_another():
+    """Rank 2 has sent all that dispatch_notify needs of it before the others start, and rank 1 is late."""
+    ranks = Ranks(3)
+    for rank in (0, 1):
+        ranks.words(rank, "gave_up", MAX_RANKS, torch.int64)[2] = Fault.peer_closed << 32 | 2
+        ranks.records[rank, ENDED_WORD] = 1 << 2
+    arguments, _kept = template(ranks, "dispatch_notify")
+    ranks.delay(0, 100)
+    ranks.delay(1, 400)
+    ranks.run(*arguments)
+
+
+@by_kernel
+@pytest.mark.parametrize("gone", [Fault.peer_closed, Fault.peer_ended])
+def test_a_rank_that_is_gone_is_not_waited_for(kernel, gone):
+    ranks = Ranks(2)
+    if gone == Fault.peer_closed:
+        ranks.words(0, "gave_up", MAX_RANKS, torch.int64)[1] = Fault.peer_closed << 32 | 1
+    else:
+        ranks.records[0, ENDED_WORD] = 1 << 1
+    record, none = launch(ranks, kernel, only=(0,), timeout_s=60)
+    assert none is None
+    assert (record.code, record.peer, record.blamed, record.seen, record.expected) == (gone, 1, 1, 0, 1)
+    assert record.waited_ms < 10_000
 
 
 @by_kernel

@@ -24,6 +24,7 @@ from tokenferry.kernels.all import SPECS
 from tokenferry.kernels.control_block import (
     CONTROL_BLOCK_BYTES,
     CONTROL_BLOCK_OFFSETS,
+    ENDED_WORD,
     FIRST_OFFSET,
     OFFSET_BYTES,
     RECORD_WORDS,
@@ -242,7 +243,7 @@ class Ranks:
         self.records[rank].zero_()
         if words[0] in (Fault.bad_routing, Fault.overflow):
             self.words(rank, "stopped").zero_()
-        return Record(*words) if words[0] else None
+        return Record(*words[:ENDED_WORD]) if words[0] else None
 
     def check_quiet(self) -> None:
         """Check that no rank recorded a fault."""

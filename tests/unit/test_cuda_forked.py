@@ -60,7 +60,7 @@ def make_group(device: Device, others: list[Process]) -> ExpertGroup:
     window._mapped = [own.address]
     runtime = Runtime(SimpleNamespace(), device, CudaStreams(device), 4)
     resolved = Resolved(SHAPE, "cuda", "auto", 5.0, True, HEAP_BYTES, "")
-    backend = assemble(window, resolved, "forked", "a test", lambda handshake: [handshake], runtime)
+    backend = assemble(window, resolved, "forked", "a test", runtime)
     backend.context.watch(Peers([Process.this(), *others]))
     group = object.__new__(ExpertGroup)
     group._adopt(backend, SHAPE, 5.0)

@@ -215,6 +215,7 @@ class Workspaces:
         """Give back the memory of all workspaces."""
         self.now = None
         self._captured.clear()
+        self._left_behind.clear()
         self._fits.clear()
 
     def _make(self, call: Call, sizes: Sizes) -> Workspace:
