@@ -9,6 +9,7 @@ import torch
 
 from support import deep_ep_cuda_jobs as cuda_jobs
 from support import deep_ep_jobs as jobs
+from support import pools
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.errors import CapacityError, RoutingError
 from tokenferry.testing.cases import Case
@@ -104,13 +105,14 @@ def test_low_latency_without_a_lost_rank(worlds):
 @at_ranks
 def test_low_latency_without_a_rank_from_the_start(ranks, leave):
     case = decode_case(ranks, hidden=128)
-    if leave.func is time.sleep:
-        with World(ranks, devices="cuda", timeout_s=120.0) as world:
+    with World(ranks, devices="cuda", timeout_s=120.0) as world:
+        world.run(pools.prefer, "cuda")
+        if leave.func is time.sleep:
             world.run(cuda_jobs.low_latency_gone_at_once, case, leave)
-        return
-    with World(ranks, devices="cuda", timeout_s=120.0) as world, pytest.raises(WorldError) as caught:
-        world.run(cuda_jobs.low_latency_gone_at_once, case, leave)
-    assert set(caught.value.errors) == {ranks - 1}, caught.value
+            return
+        with pytest.raises(WorldError) as caught:
+            world.run(cuda_jobs.low_latency_gone_at_once, case, leave)
+        assert set(caught.value.errors) == {ranks - 1}, caught.value
 
 
 @pytest.fixture
