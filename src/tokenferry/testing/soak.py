@@ -24,29 +24,19 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.testing import soak_large
-from tokenferry.testing.cases import ROUTINGS, Case, answers, returned_weights
+from tokenferry.testing.cases import answers
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle
+from tokenferry.testing.soak_cases import Combining, Comparison, Live, draw_case, draw_options, oracle_of, shape_of
 from tokenferry.testing.world import World, WorldError
-from tokenferry.types import (
-    BackendName,
-    CountsLocation,
-    Dispatched,
-    DispatchOptions,
-    Layout,
-    MoeShape,
-    Quantized,
-    Routing,
-)
+from tokenferry.types import BackendName, Routing
 
-_COUNTS: tuple[CountsLocation, ...] = ("host", "device")
 CHUNK_S = 20.0
 """Seconds of one job of the command, after which it prints its progress."""
 STEPS_BETWEEN_AGREEMENTS = 16
 STEPS_OF_A_GROUP = 200
 MOST_ALIVE = 6
 SLACK_S = 120.0
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +65,6 @@ class Tally:
     checks: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Live:
-    """A result that is kept for a while, and its expected contents."""
-
-    what: str
-    case: Case
-    options: DispatchOptions
-    oracle: Oracle
-    sent: Dispatched[Tensor | Quantized]
-
-
 class Soaker:
     """The soak of one rank.
 
@@ -100,7 +79,7 @@ class Soaker:
         self._pg, self._soak = pg, soak
         self._shared, self._own = random.Random(soak.seed), random.Random(f"{soak.seed} {rank}")
         self._alive: list[Live] = []
-        self._pending: list[tuple[str, Tensor, Tensor]] = []
+        self._pending: list[Comparison] = []
         cuda = soak.device == "cuda"
         self._streams = [torch.cuda.Stream() for _ in range(3)] if cuda else []  # type: ignore[no-untyped-call]
         self._stream = self._streams[0] if cuda else None
@@ -122,8 +101,8 @@ class Soaker:
         self.group.synchronize()
         if self._streams:
             torch.cuda.synchronize()
-        for what, got, want in self._pending:
-            same_bits(what, got, want)
+        for one in self._pending:
+            same_bits(one.what, one.got, one.want)
             self.tally.checks += 1
         self._pending.clear()
 
@@ -171,42 +150,17 @@ class Soaker:
         )
         self.tally.calls += 1
         assert isinstance(again.x, Tensor)
-        rows = again.x.reshape(-1, live.case.hidden)[self._places(live)]
-        self._pending.append((f"{live.what} redispatch", rows, live.oracle.x(self.rank, values)))
+        rows = again.x.reshape(-1, live.case.hidden)[live.places(self.rank)]
+        self._pending.append(Comparison(f"{live.what} redispatch", rows, live.oracle.x(self.rank, values)))
 
     def _combine(self) -> None:
         live = self._any_alive()
         if live is None:
             return
-        case, oracle, sent, ranks = live.case, live.oracle, live.sent, range(self.ranks)
-        assert isinstance(sent.x, Tensor)
-        host = live.options.counts == "host"
-        flat = sent.x.reshape(-1, case.hidden)
-        sizes = [oracle.num_delivered(there) if host else flat.shape[0] for there in ranks]
-        wide = case.hidden * 2 % 16 == 0
-        dtype = self._shared.choice((case.dtype, torch.bfloat16)) if wide else case.dtype
-        ys = [answers(case, oracle, there, sizes[there], dtype) for there in ranks]
-        num_biases, weighted, into = self._shared.randrange(3), self._shared.random() < 0.3, self._shared.random() < 0.3
-        biases = tuple(case.rows(self.rank, dtype, case.hidden, 3 + i) for i in range(num_biases))
-        ws = [returned_weights(case, oracle, there, sizes[there]) for there in ranks] if weighted else []
-        rows_shape = sent.x.shape[:-1] if live.options.layout is Layout.MASKED else (sizes[self.rank],)
-        weights = None
-        if weighted:
-            columns = (case.top_k,) if live.options.layout is Layout.ROWS else ()
-            weights = self._to_device(ws[self.rank]).reshape(*rows_shape, *columns)
-        home = self.group.for_shape(case.shape).combine(
-            self._to_device(ys[self.rank]).reshape(*rows_shape, case.hidden),
-            sent.plan,
-            topk_weights=weights,
-            bias=tuple(self._to_device(bias) for bias in biases) or None,
-            out=torch.full_like(self._to_device(biases[0]), torch.nan) if into and biases else None,
-            num_sms=self._num_sms(),
-        )
+        combining = Combining(self._shared, live, self.rank)
+        home = combining.call(self.group, self._num_sms())
         self.tally.calls += 1
-        what = f"{live.what} combine {dtype} {num_biases=}"
-        self._pending.append((what, home.x, oracle.combine(self.rank, ys, biases)))
-        if home.topk_weights is not None:
-            self._pending.append((f"{what} weights", home.topk_weights, oracle.combine_weights(self.rank, ws)))
+        self._pending += combining.compared(home)
 
     def _decode(self) -> None:
         case = draw_case(self._shared, self.ranks, decode=True)
@@ -225,8 +179,9 @@ class Soaker:
         what = f"rank {self.rank}, {case} decode {fast=}"
         assert isinstance(sent.x, Tensor)
         places = torch.tensor([row.place for row in oracle.rows(self.rank)], dtype=torch.int64, device="cpu")
-        self._pending.append((what, sent.x.reshape(-1, case.hidden)[self._to_device(places)], oracle.x(self.rank)))
-        self._pending.append((f"{what} combine", home.x, oracle.decode_combine(self.rank, ys, fast=fast)))
+        rows = sent.x.reshape(-1, case.hidden)[self._to_device(places)]
+        self._pending.append(Comparison(what, rows, oracle.x(self.rank)))
+        self._pending.append(Comparison(f"{what} combine", home.x, oracle.decode_combine(self.rank, ys, fast=fast)))
 
     def _large(self) -> None:
         large = soak_large.draw(self._shared, self.ranks)
@@ -251,23 +206,7 @@ class Soaker:
 
     def _compare(self, live: Live) -> None:
         """Add comparisons of everything that a dispatch delivered."""
-        oracle, sent, rank = live.oracle, live.sent, self.rank
-        assert isinstance(sent.x, Tensor)
-        places = self._places(live)
-        self._pending.append((f"{live.what} x", sent.x.reshape(-1, live.case.hidden)[places], oracle.x(rank)))
-        counts = torch.tensor(oracle.expert_counts(rank), dtype=torch.int32, device="cpu")
-        self._pending.append((f"{live.what} expert_counts", sent.expert_counts, counts))
-        if sent.topk_weights is not None:
-            columns = (live.case.top_k,) if live.options.layout is Layout.ROWS else ()
-            weights = sent.topk_weights.reshape(-1, *columns)[places]
-            self._pending.append((f"{live.what} topk_weights", weights, oracle.weights(rank)))
-        if sent.topk_idx is not None:
-            ids = oracle.topk_idx(rank)
-            self._pending.append((f"{live.what} topk_idx", sent.topk_idx[: ids.shape[0]], ids))
-
-    def _places(self, live: Live) -> Tensor:
-        places = [row.place for row in live.oracle.rows(self.rank)]
-        return self._to_device(torch.tensor(places, dtype=torch.int64, device="cpu"))
+        self._pending += live.compared(self.rank)
 
     def _any_alive(self) -> Live | None:
         return self._shared.choice(self._alive) if self._alive else None
@@ -282,53 +221,9 @@ class Soaker:
         return None if tensor is None else self._to_device(tensor)
 
 
-def draw_case(pick: random.Random, ranks: int, *, decode: bool = False) -> Case:
-    """Draw any small case; ``decode``: one for the decode calls."""
-    dtype = pick.choice(_DTYPES[:3] if decode else _DTYPES)
-    most = pick.choice((0, 1, 9, 40))
-    return Case(
-        tokens=tuple(pick.randint(0, most) for _ in range(ranks)),
-        experts=ranks * pick.choice((1, 2, 3, 5, 8)),
-        top_k=pick.choice((1, 2, 3, 4, 6, 8, 11)),
-        hidden=16 // dtype.itemsize * pick.choice((1, 2, 3, 7, 16, 33, 80)),
-        dtype=dtype,
-        idx_dtype=pick.choice((torch.int32, torch.int64)),
-        routing=pick.choice(ROUTINGS),
-        weights=decode or pick.random() < 0.7,
-        seed=pick.randrange(1 << 20),
-    )
-
-
-def draw_options(pick: random.Random, case: Case) -> DispatchOptions:
-    """Any delivery that the rows of ``case`` fit into."""
-    layout, counts = pick.choice(tuple(Layout)), pick.choice(_COUNTS)
-    alignment = pick.randint(1, 9) if layout is Layout.EXPERTS else 1
-    capacity = None
-    if (counts == "device" or layout is Layout.MASKED) and pick.random() < 0.5:
-        capacity = least_capacity(case, layout, alignment) + pick.randint(0, 3)
-    zero = layout is not Layout.ROWS and pick.random() < 0.5
-    return DispatchOptions(layout, alignment, zero_padding=zero, counts=counts, capacity=capacity)
-
-
-def least_capacity(case: Case, layout: Layout, alignment: int) -> int:
-    """Return the least capacity that holds the rows of every rank (MASKED: of every expert)."""
-    oracle = Oracle(case.inputs(), case.experts, layout.value, alignment=alignment)
-    if layout is Layout.MASKED:
-        return max(1, *(count for rank in range(case.ranks) for count in oracle.expert_counts(rank)))
-    return max(1, *(oracle.num_delivered(rank) for rank in range(case.ranks)))
-
-
-def oracle_of(case: Case, options: DispatchOptions) -> Oracle:
-    """Return the oracle of a dispatch of ``case``."""
-    capacity = (options.capacity or case.ranks * case.shape.max_tokens) if options.layout is Layout.MASKED else 0
-    return Oracle(case.inputs(), case.experts, options.layout.value, alignment=options.alignment, capacity=capacity)
-
-
 def open_group(pg: dist.ProcessGroup, soak: Soak) -> ExpertGroup:
     """Open a group whose memory holds the large cases; collective."""
-    # Rows as wide as a token's rows for all of its experts together: so EXPERTS fits at its worst.
-    shape = MoeShape(pg.size(), 1, soak_large.MOST_CHOICES * soak_large.MOST_HIDDEN, soak_large.MOST_TOKENS)
-    return ExpertGroup(pg, shape, backend=soak.device, timeout_s=soak.timeout_s)
+    return ExpertGroup(pg, shape_of(pg.size()), backend=soak.device, timeout_s=soak.timeout_s)
 
 
 def run(rank: int, pg: dist.ProcessGroup, soak: Soak) -> Tally:
