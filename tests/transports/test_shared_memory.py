@@ -55,6 +55,17 @@ def test_a_larger_call_replaces_segments_here_and_at_the_peer(pair):
     assert len(mapped) == 2, "a retired segment is still mapped"
 
 
+def test_what_came_in_time_is_found_by_a_rank_that_looks_too_late(pair):
+    """A rank may be stopped while it waits, and go on when its deadline has passed: its peers did answer."""
+    zero, one = pair
+    post(zero, 1, 100)
+    post(one, 1, 100)
+    message = zero.receive(CallId(1, "test"), 1, Deadline(0.0))
+    assert message.body.numel() == 100
+    with pytest.raises(PeerTimeout, match="no answer within timeout_s"):
+        zero.receive(post(zero, 2, 100), 1, Deadline(0.0))
+
+
 def test_an_empty_message_needs_no_segment(pair):
     exchange(pair, 1, 0)
     assert pair[0]._segments == []

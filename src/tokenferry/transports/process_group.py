@@ -43,6 +43,8 @@ _TAG = 0x40000000
 GROUP_IDS = 1 << 14
 """The number of ids of groups; handshakes have id 0."""
 _LINGER_S = 5.0
+_LATE_S = 0.1
+"""Seconds that a wait takes at least: this rank may have been stopped, and gloo has yet to read what has come."""
 _LEFT = -1
 """In place of a watermark: the sender makes no more calls, and the body is its reason."""
 
@@ -283,11 +285,13 @@ class ProcessGroupTransport:
         try:
             with self._watch.waiting(peer):
                 # gloo waits for whole milliseconds, not a fraction less than the deadline, and takes 0 for "no limit".
-                work.wait(timedelta(milliseconds=int(deadline.left() * 1000.0) + 1))
+                left = max(deadline.left(), _LATE_S)
+                work.wait(timedelta(milliseconds=int(left * 1000.0) + 1))
         except RuntimeError as error:
             if resource_error("", error) is not None:  # no peer's fault
                 raise
-            why = "no answer within timeout_s" if deadline.left() == 0 else _reason(error)
+            silent = deadline.left() == 0 and "Connection closed" not in str(error)
+            why = "no answer within timeout_s" if silent else _reason(error)
             if self._watch.ended(peer):
                 why = "its process ended"
             last = self._last_messages.describe(peer)
