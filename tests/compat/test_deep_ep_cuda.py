@@ -101,7 +101,7 @@ def test_low_latency_without_a_lost_rank(worlds):
     worlds(MORE_RANKS, "cuda").run(cuda_jobs.low_latency_lost_rank, decode_case(MORE_RANKS, top_k=5, hidden=128))
 
 
-@pytest.mark.parametrize("leave", [partial(os._exit, 1), partial(time.sleep, 40.0)], ids=["ends", "does not call"])
+@pytest.mark.parametrize("leave", [partial(os._exit, 1), partial(time.sleep, 15.0)], ids=["ends", "does not call"])
 @at_ranks
 def test_low_latency_without_a_rank_from_the_start(ranks, leave):
     case = decode_case(ranks, hidden=128)

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from support.lost_ranks import (
     CASE,
     CROWDED_S,
+    LONG_S,
     LOST_RANK,
     Loss,
     Report,
     barrier,
     calls,
     check_late,
-    death_timeout_s,
     expect_timeout,
     leave_note,
     lose_and_go_on,
@@ -61,7 +61,7 @@ def test_ranks_go_on_together(reports, name):
 def die_and_go_on(rank, pg, pair: Pair, phase: str, folder: str) -> Report:
     """Rank 2 is killed; the others make a process group of two, and a group on it."""
     barrier(pg)
-    with pair.open(pg, CASE.shape, timeout_s=death_timeout_s(pair)) as group:
+    with pair.open(pg, CASE.shape, timeout_s=LONG_S) as group:
         todo = calls(group, rank)
         if rank == LOST_RANK:
             wait_for_others(folder, "is ready")
