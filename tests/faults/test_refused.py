@@ -6,7 +6,13 @@ import pytest
 
 from support.lost_ranks import PHASES
 from support.pairs import CPU_PAIRS
-from support.refusals import free_memory_on_close, refuse_at_every_moment, refuse_descriptors, refuse_memory
+from support.refusals import (
+    free_memory_on_close,
+    make_where_cuda_cannot_be_loaded,
+    refuse_at_every_moment,
+    refuse_descriptors,
+    refuse_memory,
+)
 from tokenferry.testing.world import World
 
 
@@ -51,3 +57,12 @@ def test_a_closed_group_holds_no_memory(worlds, pair):
     for before, while_open, after in worlds(2).run(free_memory_on_close, pair):
         assert after == before
         assert while_open > before + (1 << 20)
+
+
+def test_a_rank_that_cannot_load_the_cuda_backend_tells_the_others(worlds):
+    """Its import fails, such as for want of descriptors: the others must not wait for its answer until the deadline."""
+    found = worlds(3).run(make_where_cuda_cannot_be_loaded, 1)
+    assert [backend for backend, _ in found] == ["cpu"] * 3
+    assert all(
+        "not cuda: rank 1 has no CUDA device that works: the CUDA backend cannot be loaded" in log for _, log in found
+    )

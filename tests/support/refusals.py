@@ -4,9 +4,11 @@ import contextlib
 import errno
 import gc
 import itertools
+import logging
 import mmap
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from unittest import mock
@@ -17,7 +19,7 @@ import torch
 from support.lost_ranks import CASE, LONG_S, LOST_RANK, barrier, calls, complete_twice
 from support.pairs import Pair
 from support.throughput import check_round_trip
-from tokenferry import ClosedError, DispatchOptions, MoeShape, PeerTimeout, ResourceError, Routing
+from tokenferry import ClosedError, DispatchOptions, ExpertGroup, MoeShape, PeerTimeout, ResourceError, Routing
 from tokenferry.testing.cases import Case
 
 PROMPTLY_S = 15.0
@@ -163,3 +165,29 @@ def _mapped_bytes() -> int:
     """Return the bytes that are mapped by `mmap.mmap` in this process."""
     gc.collect()
     return sum(len(each) for each in gc.get_objects() if type(each) is mmap.mmap)
+
+
+def make_where_cuda_cannot_be_loaded(rank, pg, poor: int) -> tuple[str, str]:
+    """Make a group with ``backend="auto"`` where the poor rank cannot open the modules of the CUDA backend.
+
+    Returns:
+        tuple: The backend, and what the log says about the choice.
+    """
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("tokenferry")
+    level, name = logger.level, "tokenferry.backends.cuda.setup"
+    refused = mock.patch.dict(sys.modules, {name: None}) if rank == poor else contextlib.nullcontext()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    barrier(pg)
+    try:
+        with mock.patch.dict(os.environ), refused:
+            os.environ.pop("TOKENFERRY_BACKEND", None)
+            with ExpertGroup(pg, CASE.shape, timeout_s=LONG_S) as group:
+                group.dispatch(torch.ones(1, 64), Routing(torch.zeros(1, 2, dtype=torch.int64)))
+                return group.backend, messages[0]
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 from tokenferry.backends.base import Backend, Resolved
 from tokenferry.backends.cpu.backend import make_cpu_backend
-from tokenferry.errors import ConfigError
+from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.transports.handshake import Bootstrap, agree
+from tokenferry.transports.refused import resource_error
 
 _log = logging.getLogger("tokenferry")
 
@@ -28,13 +30,29 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
         return make_cpu_backend(group, resolved)
     if name == "cuda" and resolved.cpu_only:
         raise ConfigError(f"ExpertGroup: backend='cuda': {resolved.cpu_only}; leave it out, or use backend='cpu'")
-    from tokenferry.backends.cuda.setup import make_cuda_backend, why_not_cuda
-
-    if name == "cuda":
-        return make_cuda_backend(group, resolved)
-    # Collective: every rank calls it, even one that knows its own answer.
-    why_not = why_not_cuda(group, resolved)
+    try:
+        from tokenferry.backends.cuda.setup import make_cuda_backend, why_not_cuda
+    except (ImportError, OSError) as error:  # such as for want of descriptors
+        why_not = _decline_cuda(group, resolved, error)
+        if name == "cuda":
+            raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}") from error
+    else:
+        if name == "cuda":
+            return make_cuda_backend(group, resolved)
+        # Collective: every rank calls it, even one that knows its own answer.
+        why_not = why_not_cuda(group, resolved)
     backend = make_cpu_backend(group, resolved) if why_not else make_cuda_backend(group, resolved)
     instead = f"; not cuda: {why_not}" if why_not else ""
     _log.info("backend 'auto' chose %s (%s)%s", backend.name, backend.why, instead)
     return backend
+
+
+def _decline_cuda(group: dist.ProcessGroup | None, resolved: Resolved, error: Exception) -> str:
+    """Take part in `why_not_cuda` of the other ranks for one that cannot import it; return the reason. Collective."""
+    why = str(resource_error("loading the CUDA backend", error) or f"the CUDA backend cannot be loaded ({error})")
+    if group is None or group.size() == 1:
+        return why
+    table = Bootstrap(group, resolved.timeout_s)
+    table.exchange({"host": "", "process": "", "device": None, "trouble": f" that works: {why}"})
+    reason = agree(table, f"rank {group.rank()}: {why}")
+    return agree(table, reason)

@@ -49,12 +49,15 @@ def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
     """Return the reason why this rank cannot map the memory of all others, or an empty string. Local."""
     if len(handshakes) > MAX_RANKS:
         return f"{len(handshakes)} ranks are more than the {MAX_RANKS} that can share memory"
+    for peer, handshake in enumerate(handshakes):  # first, since a rank without descriptors does not know its host
+        if handshake["trouble"]:
+            return f"rank {peer} has no CUDA device{handshake['trouble']}"
     hosts = {handshake["host"] for handshake in handshakes}
     if len(hosts) > 1:
         return f"the ranks are on {len(hosts)} hosts"
     for peer, handshake in enumerate(handshakes):
         if handshake["device"] is None:
-            return f"rank {peer} has no CUDA device{handshake['trouble']}"
+            return f"rank {peer} has no CUDA device"
         if tuple(handshake["device"]["capability"]) < _OLDEST:
             return (
                 f"rank {peer} has a GPU of compute capability {_dotted(handshake['device']['capability'])} "

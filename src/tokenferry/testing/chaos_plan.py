@@ -185,8 +185,7 @@ class Draw:
         prompt = all(fault.kind in PROMPT["cuda" if cuda else transport] for fault in fatal)
         # While ranks meet over gloo, a child that has its sockets hides the end of its parent until the deadline.
         prompt = prompt and not (in_making and first == "fork and kill")
-        # DeepEP's API has no timeout of its own, so its ranks are lost in ways that are noticed at once. (If a rank
-        # without descriptors cannot even import what chooses a backend, the others wait for the deadline.)
+        # DeepEP's API has no timeout of its own, so its ranks are lost in ways that are noticed at once.
         shim = transport == "shared_memory" and prompt and not in_making and pick.random() < 0.25
         silent = first in ("kill", "stop") and not in_making
         masks = transport != "process_group" and silent and pick.random() < 0.5

@@ -118,9 +118,8 @@ class Rank:
         self._join = join
         if join.episode.device == "cuda":
             torch.cuda.set_device(self._number % torch.cuda.device_count())
-            if not _on_cuda():  # a rank that starts its GPU is not late
-                torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
-                _use_gpu()
+            torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call] # graphs need another one
+            _use_gpu()  # a rank that starts its GPU is not late
         dist.init_process_group(
             "gloo",
             init_method=f"file://{join.store}",
