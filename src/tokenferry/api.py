@@ -548,7 +548,7 @@ class ExpertGroup(Connected):
                 stay unchanged until the last combine with it has been received.
             CUDA graph: capturable after one such call outside of the graph. A call and its hook belong in the same
                 capture. Replays may use new data; rows of ``topk_idx`` that are all -1 stand for missing tokens. No
-                hook of a call outside of the graph may be pending.
+                hook of a call outside of the graph may be pending while it is captured or replayed.
             Gradient: none.
 
         Args:

@@ -4,10 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from support import chaos_spoiled
+from tokenferry.testing.chaos_calls import Call, Replay, alternating
 from tokenferry.testing.chaos_judge import SILENT, Judge, Violation
 from tokenferry.testing.chaos_plan import LONG_S, Draw, Soak
 from tokenferry.testing.chaos_reports import CallReport, Report
@@ -85,6 +87,16 @@ def test_everything_is_drawn():
     assert any(len(episode.fatal) == 2 for episode in episodes)
     assert any(not episode.fatal for episode in episodes)
     assert {episode.transport for episode in episodes if episode.on_timeout == "mask"} == {"shared_memory"}
+
+
+def test_replays_come_before_any_hook_is_pending():
+    """The contract of `decode_dispatch` asks for it: a replay would wait for what the hook has yet to receive."""
+    replay = object.__new__(Replay)
+    replay.calls = [Call(f"replay {i}", int, frozenset) for i in range(3)]
+    decode = SimpleNamespace(calls=[Call("decode_combine", int, frozenset), Call("hook", int, frozenset)])
+    for seed in range(20):
+        order = [call.name for call in alternating([decode, replay], seed)]
+        assert order == ["replay 0", "replay 1", "replay 2", "decode_combine", "hook"]
 
 
 def test_ranks_that_use_gpus_do_not_fork():

@@ -325,8 +325,13 @@ def without(inputs: Sequence[Sent], num_experts: int, capacity: int, away: froze
 
 
 def alternating(rounds: Sequence[Rounds], seed: int) -> list[Call]:
-    """Return the calls of all rounds, each round's in their order; the same on all ranks."""
-    pick, waiting, order = random.Random(seed), [list(one.calls) for one in rounds], []
+    """Return the calls of all rounds, each round's in their order; the same on all ranks.
+
+    Replays come first: no hook of another call may be pending while a graph runs.
+    """
+    pick = random.Random(seed)
+    order = [call for one in rounds if isinstance(one, Replay) for call in one.calls]
+    waiting = [list(one.calls) for one in rounds if not isinstance(one, Replay)]
     while any(waiting):
         waiting = [calls for calls in waiting if calls]
         order.append(pick.choice(waiting).pop(0))

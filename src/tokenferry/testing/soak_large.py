@@ -105,13 +105,16 @@ def round_trip(group: ExpertGroup, large: Large, num_sms: int | None) -> int:
     routing = Routing(choices[first : first + large.tokens[rank]].contiguous())
     sent = group.dispatch(x, routing, options=large.options, num_sms=num_sms)
     assert isinstance(sent.x, Tensor)
+    group.synchronize()  # results are right once this has raised nothing
     _check_rows(f"rank {rank}, {large} dispatch", group, large, choices, sent.x)
     bias = numbered(mine + 7, hidden)
     home = group.combine(sent.x, sent.plan, bias=bias, num_sms=num_sms).x
     places = _places(large, choices, group.num_ranks)[first : first + large.tokens[rank]]
+    group.synchronize()
     same_bits(f"rank {rank}, {large} combine", home, x * places[:, None].to(x.dtype) + bias)
     again = group.redispatch(x, sent.plan, num_sms=num_sms)
     assert isinstance(again.x, Tensor)
+    group.synchronize()
     _check_rows(f"rank {rank}, {large} redispatch", group, large, choices, again.x)
     return 3
 
