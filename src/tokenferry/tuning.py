@@ -7,6 +7,7 @@ All functions are pure; `tokenferry explain` prints what they return.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from tokenferry.errors import ConfigError
@@ -27,16 +28,21 @@ DISPATCH_US = ((8, 290), (12, 250), (16, 250), (20, 252), (24, 254))
 COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
 """The same for a combine of bfloat16 rows in the heap, which are fetched."""
 
+COMBINE_US_OF_TWO = ((16, 371), (20, 298), (24, 252), (28, 217), (32, 191), (40, 189), (48, 193), (66, 193))
+"""The same on 2 H200: half as many rows are fetched, and the SMs that add up are the limit until there are 32."""
+
 PUSH_US = ((16, 676), (20, 520), (24, 502), (36, 501), (66, 498), (132, 487))
 """The same for rows in the user's memory, which are pushed; 1024 rows took 166 us with 24 SMs and 162 us with 66."""
 
 DISPATCH_SMS = 16
 COMBINE_SMS = 16
+MOST_COMBINE_SMS = 40
 PUSH_SMS = 24
 
 _ROWS_AT_ONCE = 8  # rows that the warps of one SM move concurrently
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum concurrently
 _PIECE_BYTES = 2048
+_ADDING_GBPS = 9.8  # bytes of sums that one SM completes: 14336 in 1.46 us, on 2 and on 4 GPUs alike
 _SHORT_PUSH = (
     2048  # tokens; with fewer, most of the time passes before the first rows land and after the last ones have landed
 )
@@ -154,22 +160,37 @@ def _dispatch_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
 def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     pieces = -(-2 * shape.hidden // _PIECE_BYTES)
     needed = -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)
-    if needed < COMBINE_SMS:
+    wanted = _adding_sms(shape, topology.num_ranks)
+    if needed < wanted:
         chosen = min(needed, topology.num_sms)
         return chosen, (
             f"combine: {chosen} SMs: an SM sums {_PIECES_AT_ONCE} pieces of {_PIECE_BYTES} bytes at a time, so more "
             f"would be idle at M={shape.max_tokens}"
         )
-    chosen = min(COMBINE_SMS, topology.num_sms)
-    if chosen < COMBINE_SMS:
-        return chosen, f"combine: {chosen} SMs: all that the device has; {COMBINE_SMS} would be used on a larger one"
+    chosen = min(wanted, topology.num_sms)
+    if chosen < wanted:
+        return chosen, f"combine: {chosen} SMs: all that the device has; {wanted} would be used on a larger one"
     if topology.num_ranks == 1:
         return chosen, f"combine: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+    if chosen > COMBINE_SMS:
+        times = dict(COMBINE_US_OF_TWO)
+        return chosen, (
+            f"combine: {chosen} SMs: few rows cross the links for each token, so more SMs are needed to add up as fast "
+            f"as rows arrive: bfloat16 rows of T=4096 took {times[40]} us with 40 and {times[16]} us with 16 (2 H200)"
+        )
     best, fewer = min(us for _, us in COMBINE_US), COMBINE_US[1]
     return chosen, (
         f"combine: {chosen} SMs: bfloat16 rows of T=4096 took {best} us with 16 to 24 SMs and {fewer[1]} us with "
         f"{fewer[0]} (4 H200); bulk loads from peers are slower with many ({gbps(LOAD_GBPS, 48):.0f} GB/s with 48)"
     )
+
+
+def _adding_sms(shape: MoeShape, num_ranks: int) -> int:
+    """Return how many SMs add up as fast as the links bring rows, if every choice of experts is equally likely."""
+    remote = travel(shape, num_ranks, 1, 0).remote_per_token
+    if not remote:
+        return COMBINE_SMS
+    return min(max(COMBINE_SMS, math.ceil(LINK_GBPS / (_ADDING_GBPS * remote))), MOST_COMBINE_SMS)
 
 
 def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:

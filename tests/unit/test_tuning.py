@@ -48,6 +48,20 @@ def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, numbers):
         assert f": {number} SMs: " in reason
 
 
+@pytest.mark.parametrize(("num_ranks", "number"), [(1, 16), (2, 35), (4, 16), (8, 16)])
+def test_combine_takes_as_many_as_add_up_what_the_links_bring(num_ranks, number):
+    """Half as many rows as with four ranks cross the links of two: 16 SMs took twice as long as 32."""
+    tuned = tune(V3, Topology(num_ranks, 132))
+    assert tuned.combine_sms == number
+    assert ("189 us with 40 and 371 us with 16" in tuned.reasons[1]) == (num_ranks == 2)
+
+
+def test_combine_of_one_choice_has_a_most():
+    """Each token has one row, which crosses the links in one case of two."""
+    tuned = tune(MoeShape(num_experts=256, top_k=1, hidden=7168, max_tokens=4096), Topology(2, 132))
+    assert tuned.combine_sms == 40
+
+
 @pytest.mark.parametrize("max_tokens", [1, 100, 4096])
 @pytest.mark.parametrize("num_sms", [1, 8, 20, 132])
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
