@@ -1,10 +1,13 @@
 """Errors made from the records of kernels; no GPU is needed."""
 
+import select
+import threading
 import time
 
 import pytest
 import torch
 
+from tokenferry.backends.cuda import faults
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned, Record
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import MismatchError, PeerTimeout
@@ -124,6 +127,7 @@ def test_counts_that_came_while_the_host_was_stopped(monkeypatch, word):
 
     monkeypatch.setattr(time, "sleep", stop)
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0 * len(slept))
+    monkeypatch.setattr(faults, "_SHORT_WAIT_S", 0.0)
     assert pinned.wait_for_call_number(7, timeout_s=200.0)
 
 
@@ -131,3 +135,39 @@ def test_counts_that_do_not_come(monkeypatch):
     clock = iter(range(0, 10_000, 100))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     assert not Pinned(pin=False).wait_for_call_number(7, timeout_s=200.0)
+
+
+def test_a_short_wait_does_not_sleep(monkeypatch):
+    """A sleep takes longer than the counts do."""
+    pinned, polls = Pinned(pin=False), []
+
+    class Poll:
+        def poll(self, timeout):
+            polls.append(timeout)
+            if len(polls) == 3:
+                pinned.words[RECORD_WORDS] = 7
+
+    monkeypatch.setattr(select, "poll", Poll)
+    monkeypatch.setattr(time, "sleep", None)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    assert pinned.wait_for_call_number(7, timeout_s=200.0)
+    assert polls == [0, 0, 0]
+
+
+def test_a_long_wait_lets_other_threads_run():
+    """They take the GIL between its polls; if it were kept, they would get it every 5 ms."""
+    pinned, turns = Pinned(pin=False), 0
+
+    def work():
+        nonlocal turns
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            turns += 1
+            time.sleep(0)
+        pinned.words[RECORD_WORDS] = 7
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert pinned.wait_for_call_number(7, timeout_s=20.0)
+    thread.join()
+    assert turns > 200
