@@ -12,7 +12,8 @@ import pytest
 
 from support.children import in_child, leave_child, open_descriptors
 from tokenferry.transports import lifetime
-from tokenferry.transports.lifetime import Watch, open_peer, open_process, process_numbers
+from tokenferry.transports.handshake import pid_namespace
+from tokenferry.transports.lifetime import Watch, open_peer, open_process
 
 
 @pytest.fixture
@@ -71,12 +72,12 @@ def test_a_system_without_such_descriptors(monkeypatch, refusal):
         raise refusal
 
     monkeypatch.setattr(os, "pidfd_open", refuse)
-    monkeypatch.setattr(os, "stat", refuse if refusal is PermissionError else os.stat)
+    monkeypatch.setattr(os, "readlink", refuse if refusal is PermissionError else os.readlink)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         assert open_peer(ours) == -1
     assert open_process(os.getpid()) == -1
-    assert (process_numbers() == "") is (refusal is PermissionError)
+    assert (pid_namespace() == "") is (refusal is PermissionError)
     assert Watch({1: -1}, print)._wake == -1
     assert watchers() == 0
 

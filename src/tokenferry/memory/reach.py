@@ -8,19 +8,11 @@ from typing import Any
 
 import torch
 
-from tokenferry.transports.handshake import Exchange, agree, host_name
+from tokenferry.transports.handshake import Exchange, agree, host_name, pid_namespace
 
 MAX_RANKS = 8
 """The largest number of GPUs in one NVLink domain on the supported machines."""
 _OLDEST = (9, 0)
-
-
-def pid_namespace() -> str:
-    """Return the name of this process's PID namespace, or an empty string where there are none."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 def process_name() -> str:

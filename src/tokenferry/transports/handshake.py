@@ -8,6 +8,7 @@ first collective waits for a missing rank until the timeout of the process group
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from datetime import timedelta
@@ -91,6 +92,14 @@ def host_name() -> str:
             return file.read().strip()
     except OSError:
         return socket.gethostname()
+
+
+def pid_namespace() -> str:
+    """Return the name of this process's PID namespace on its host, or an empty string where there are none."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 class _Carrier(Protocol):

@@ -53,14 +53,6 @@ def open_peer(connection: socket.socket) -> int:
     return open_process(_CREDENTIALS.unpack(credentials)[0])
 
 
-def process_numbers() -> str:
-    """Return an identifier of the table in which this process has its number; of another one on other hosts."""
-    try:
-        return f"{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
-
-
 class Watch:
     """Ends waits for peers whose process has ended: a thread that polls their descriptors, and sleeps otherwise.
 

@@ -18,8 +18,8 @@ from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.forked import close_in_child
 from tokenferry.transports import segment
 from tokenferry.transports.base import Deadline, Transport
-from tokenferry.transports.handshake import Bootstrap, agree, host_name, moves_cpu_tensors
-from tokenferry.transports.lifetime import open_process, process_numbers
+from tokenferry.transports.handshake import Bootstrap, agree, host_name, moves_cpu_tensors, pid_namespace
+from tokenferry.transports.lifetime import open_process
 from tokenferry.transports.process_group import GROUP_IDS, ProcessGroupTransport
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.shared_memory import SharedMemoryTransport
@@ -75,7 +75,7 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
                 "user": user(),
                 "address": listener.address,
                 "why_not": "" if wanted == "process_group" else listener.why_not or segment.why_not(),
-                "process": {"id": os.getpid(), "numbers": process_numbers()},
+                "process": {"id": os.getpid(), "namespace": pid_namespace()},
             }
         )
         compare_terms([handshake["terms"] for handshake in handshakes])
@@ -146,7 +146,7 @@ def _open_processes(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, in
         for peer, theirs in enumerate(handshakes)
         if peer != rank
         and theirs["host"] == mine["host"]
-        and theirs["process"]["numbers"] == mine["process"]["numbers"] != ""
+        and theirs["process"]["namespace"] == mine["process"]["namespace"] != ""
     }
 
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tokenferry.memory.reach import pid_namespace
+from tokenferry.transports.handshake import pid_namespace
 
 _log = logging.getLogger("tokenferry")
 
