@@ -65,7 +65,7 @@ def test_ranks_end_with_their_program(tmp_path):
 
 
 def test_the_demo_ends_without_a_trace(tmp_path):
-    demo = ("-m", "tokenferry", "demo", "--device", "cpu", "--ranks", "2", "--steps", "1000")
+    demo = ("-W", "ignore", "-m", "tokenferry", "demo", "--device", "cpu", "--ranks", "2", "--steps", "1000")
     with Program(tmp_path / "temporary", *demo) as program:
         program.line_with("step    1")
         assert program.kill(signal.SIGTERM) == 143

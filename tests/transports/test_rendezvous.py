@@ -113,8 +113,8 @@ def test_a_rank_with_too_few_descriptors_moves_all_ranks_to_the_group_transport(
     zero, one = worlds(2).run(with_few_descriptors)
     assert zero == one
     for found in (zero[:12], zero[12:]):
-        assert found == sorted(found)
-        assert set(found) == {"process_group", "shared_memory"}
+        # In between it depends on what else the process opens and closes meanwhile.
+        assert (found[0], found[-1]) == ("process_group", "shared_memory")
 
 
 def different_shapes(rank, pg):

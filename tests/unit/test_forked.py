@@ -2,6 +2,7 @@
 
 import gc
 import os
+import weakref
 
 import pytest
 
@@ -70,10 +71,10 @@ def test_an_object_without_a_function_has_an_owner():
 def test_nothing_is_kept_alive(forget):
     from tokenferry import forked
 
-    before = len(forked._owned)
     thing = Thing()
     forget_in_child(thing, forget)
-    assert len(forked._owned) == before + 1
+    assert thing in forked._owned
+    alive = weakref.ref(thing)
     del thing
     gc.collect()
-    assert len(forked._owned) == before
+    assert alive() is None
