@@ -1,6 +1,5 @@
 """DeepEP's API on GPUs: the jobs of the CPU, streams and events, CUDA graphs, errors."""
 
-import os
 import time
 from functools import partial
 
@@ -10,6 +9,7 @@ import torch
 from support import deep_ep_cuda_jobs as cuda_jobs
 from support import deep_ep_jobs as jobs
 from support import pools
+from support.children import end_process
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.errors import CapacityError, RoutingError
 from tokenferry.testing.cases import Case
@@ -101,13 +101,13 @@ def test_low_latency_without_a_lost_rank(worlds):
     worlds(MORE_RANKS, "cuda").run(cuda_jobs.low_latency_lost_rank, decode_case(MORE_RANKS, top_k=5, hidden=128))
 
 
-@pytest.mark.parametrize("leave", [partial(os._exit, 1), partial(time.sleep, 15.0)], ids=["ends", "does not call"])
+@pytest.mark.parametrize("leave", [end_process, partial(time.sleep, 15.0)], ids=["ends", "does not call"])
 @at_ranks
 def test_low_latency_without_a_rank_from_the_start(ranks, leave):
     case = decode_case(ranks, hidden=128)
     with World(ranks, devices="cuda", timeout_s=120.0) as world:
         world.run(pools.prefer, "cuda")
-        if leave.func is time.sleep:
+        if leave is not end_process:
             world.run(cuda_jobs.low_latency_gone_at_once, case, leave)
             return
         with pytest.raises(WorldError) as caught:

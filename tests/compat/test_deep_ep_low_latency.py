@@ -1,11 +1,9 @@
 """Low-latency mode on four ranks."""
 
-import os
-from functools import partial
-
 import pytest
 
 from support import deep_ep_decode_jobs as jobs
+from support.children import end_process
 from tokenferry.testing.cases import Case
 from tokenferry.testing.world import World, WorldError
 
@@ -41,5 +39,5 @@ def test_a_lost_rank_is_masked(worlds):
 def test_a_rank_that_ends_right_after_the_constructor(ranks):
     case = Case((2, 3, 1, 4)[:ranks], experts=2 * ranks, top_k=3, hidden=128)
     with World(ranks) as world, pytest.raises(WorldError) as caught:
-        world.run(jobs.gone_at_once, case, partial(os._exit, 1))
+        world.run(jobs.gone_at_once, case, end_process)
     assert set(caught.value.errors) == {ranks - 1}, caught.value

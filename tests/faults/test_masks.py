@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.children import end_process
 from support.lost_ranks import CROWDED_S, LONG_S
 from support.masks import Absence, Load, by_hand, in_a_graph, skip_and_return, under_load
 from support.new_sizes import Start, lost_at_the_start, new_sizes_apart, new_sizes_by_hand
@@ -85,7 +86,7 @@ NO_SHOWS = [
 @pytest.mark.parametrize(("pair", "ranks", "lost"), NO_SHOWS)
 def test_processes_that_end_before_their_first_call(pair, ranks, lost, tmp_path):
     timeout_s = 2 * LONG_S if pair.backend == "cpu" else TIMEOUT_S  # CPU transports see at once that a rank has died
-    start = Start(lost, timeout_s, within_s=LONG_S, hook=len(lost) == 1, leave=partial(os._exit, 1))
+    start = Start(lost, timeout_s, within_s=LONG_S, hook=len(lost) == 1, leave=end_process)
     with World(ranks, devices=pair.backend) as world, pytest.raises(WorldError) as caught:
         world.run(lost_at_the_start, pair, str(tmp_path), start)
     assert set(caught.value.errors) == set(lost), caught.value

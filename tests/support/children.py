@@ -36,6 +36,11 @@ def in_child(fn: Callable[[], Any]) -> Any:
     return value
 
 
+def end_process() -> None:
+    """End this process at once. Coverage replaces `os._exit` by a function that has no pickle; this one has."""
+    os._exit(1)
+
+
 def leave_child(how: str, closed: frozenset[int] = frozenset()) -> int:
     """Fork a child that does nothing until it is killed; return its process id.
 
