@@ -48,7 +48,7 @@ _Connected = TypeVar("_Connected", bound="Connected")
 
 
 class Connected:
-    """An object that stands for connections and memory of this process: its copies are itself, and it has no pickle."""
+    """An object that stands for connections and memory of this process: copies are the object itself; no pickles."""
 
     def __copy__(self: _Connected) -> _Connected:
         return self
@@ -73,7 +73,8 @@ class ExpertGroup(Connected):
             and the attributes are local.
         Threads: one thread at a time.
         Processes: in a forked child every call raises ClosedError; `close` does nothing there.
-        Copies: `copy.deepcopy`, of a model that holds the group too, shares it. It cannot be pickled: PickleError.
+        Copies: `copy.copy` and `copy.deepcopy`, also of a model that holds the group, share it. Pickling it raises
+            PickleError.
         Host: CPU backend: every call returns with its work done, or with a hook that does the rest; either way its
             input rows may be overwritten afterwards. CUDA: a call returns when its work is on the stream or, if the
             host needs counts, when the counts have arrived; it never waits for rows. No wait for a peer takes longer
@@ -133,8 +134,8 @@ class ExpertGroup(Connected):
     ) -> ExpertGroup:
         """Make a group with ``heap_bytes`` of GPU memory for rows, unless TOKENFERRY_HEAP_MB is set. Collective.
 
-        For APIs that receive the sizes only with each call: the shape of the group is the smallest, and the memory
-        cannot be derived from it.
+        For APIs that receive the sizes only with each call: the group has the smallest shape, from which the memory
+        cannot be derived.
         """
         shape = MoeShape(check_group(group), 1, 16, 1)
         resolved = resolve_options(group, shape, "auto", "auto", None, on_timeout)
@@ -314,7 +315,7 @@ class ExpertGroup(Connected):
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.
 
-        Optional on the CPU backend: a group that is dropped takes its connections and memory along.
+        Optional on the CPU backend: a group that is dropped frees its connections and memory.
         Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to receive what a call with
         a hook sent.
         """
@@ -538,12 +539,11 @@ class ExpertGroup(Connected):
             Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive at once.
             Host: CPU backend: returns when the rows have arrived; with ``return_hook=True`` when they have been sent,
                 and ``hook()`` waits for them. CUDA: returns at once, and so does ``hook()``; the first decode call of
-                these sizes allocates memory together with the ranks that are not masked, and waits for them, at most
-                ``timeout_s``.
+                these sizes allocates memory together with the ranks that are not masked, and waits for them for at
+                most ``timeout_s``.
             Stream: CUDA: torch's current stream, on all SMs. With ``return_hook=True`` the call only sends, ``hook()``
                 receives on the stream that is current then, and no SM is occupied in between. Any number of hooks may
-                be
-                pending: before a third call overwrites rows that have not been received, the oldest are received.
+                be pending: before a third call overwrites rows that have not been received, the oldest are received.
                 Later work on the stream may overwrite ``x``; the plan refers to the routing's tensors, which have to
                 stay unchanged until the last combine with it has been received.
             CUDA graph: capturable after one such call outside of the graph. A call and its hook belong in the same
@@ -569,8 +569,8 @@ class ExpertGroup(Connected):
             RoutingError: an index is outside [-1, E). CUDA: raised by the next call, by ``hook()`` or by `synchronize`;
                 neither that call nor those launched after it have sent anything: make all of them again.
             CapacityError: T > M; CUDA: a rank's heap is too small for the rows (then on every rank).
-            ArgumentError: CUDA: a graph cannot capture this; names the call to make before. Or a rank takes part that
-                was masked when the memory for these calls was made; says how it comes back.
+            ArgumentError: CUDA: a graph cannot capture this; names the call to make before. Or a rank takes
+                part that was masked when the memory for these calls was made; says how it comes back.
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """

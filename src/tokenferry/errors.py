@@ -72,7 +72,7 @@ class MismatchError(TokenferryError, RuntimeError):
 
 
 class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - names a condition, like TimeoutExpired
-    """A rank did not answer within ``timeout_s``, or its process ended. The group is broken; make a new one.
+    """A rank did not answer within ``timeout_s``, its process ended, or it left. The group is broken; make a new one.
 
     On the transport ``"process_group"`` the process group is unusable too: gloo closes all its connections after one
     timeout.
@@ -109,9 +109,9 @@ def _rebuild_peer_timeout(
 class ResourceError(TokenferryError, OSError):
     """The system refused memory, file descriptors or another resource. The message names it, the limit and the remedy.
 
-    On the CPU the group is broken: its peers would wait for this rank, so they are told at once, and raise
-    `PeerTimeout` with the same reason. On a GPU nothing was sent, and the group stays usable, unless the message says
-    otherwise.
+    On the CPU the group is broken, unless the call was local: its peers would wait for this rank, so they are told at
+    once, and raise `PeerTimeout` with the same reason. On a GPU nothing was sent, and the group stays usable, unless
+    the message says otherwise.
 
     Attributes:
         resource: What was refused, such as ``"file descriptors"``, ``"memory"`` or ``"shared memory"``.
@@ -140,4 +140,4 @@ class ClosedError(TokenferryError, RuntimeError):
 
 
 class PickleError(TokenferryError, pickle.PicklingError, TypeError):
-    """A group, or an object that holds one, cannot be pickled. Save the ``state_dict`` of a model instead of it."""
+    """A group, or an object that holds one, cannot be pickled. Save a model's ``state_dict`` instead."""

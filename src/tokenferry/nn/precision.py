@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Return the dtype in which torch.autocast computes products; None where it is off."""
+    """Return the dtype in which torch.autocast computes products; None if it is off."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``, matrices, in their own dtype under torch.autocast too, and if backward runs inside of it."""
+    """Return ``a @ b`` of two matrices in their own dtype, even if forward or backward runs under torch.autocast."""
     out: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
     return out
 

@@ -138,11 +138,10 @@ class Router(nn.Module):
 
     Contract:
         Local; differentiable. Every rank holds a copy: sum its gradient over the ranks, as a replicated parameter.
-        Computes in float32 (float64 rows: float64), whatever the dtype of the rows and of the weight, and whatever
-            torch.autocast says, in backward too. Only `torch.set_float32_matmul_precision`, which applies to all
-            products of float32, applies to this one.
+        Computes in float32 (float64 rows: float64), whatever the dtype of the rows and of the weight, and even under
+            torch.autocast, in backward too. `torch.set_float32_matmul_precision` applies, as to all float32 products.
         Made in float32, whatever torch's default dtype, on torch's default device; `.to()` moves and casts it. A seed
-            gives the same bits everywhere.
+            gives the same bits on every device.
 
     Args:
         hidden: Hidden size, H.

@@ -233,9 +233,9 @@ class Buffer(Connected, LowLatencyCalls):
         """Return a view of a local buffer of the size given to the constructor, which no call of the library uses.
 
         All views that are alive at the same time share their memory; it is freed with the last of them, and its content
-        is undefined at first. CUDA: it is a part of the memory for rows if as much stays free there, otherwise torch
-        allocates it. (DeepEP returns the memory through which its rows travel. Here results and rows under way live in
-        it, and writing to it would damage them.)
+        is undefined at first. CUDA: it is taken from the memory for rows if as much again stays free there, otherwise
+        torch allocates it. (DeepEP returns the memory through which its rows travel. Here results and rows under way
+        live in such memory, and writing to it would damage them.)
 
         Args:
             dtype: dtype of the returned view.
@@ -245,7 +245,7 @@ class Buffer(Connected, LowLatencyCalls):
 
         Raises:
             ArgumentError: ``size`` and ``offset`` exceed the memory, or ``offset`` does not fit ``dtype``.
-            CapacityError: there is not enough memory on the GPU.
+            CapacityError: CUDA: there is not enough memory on the GPU.
         """
         self._open("Buffer.get_local_buffer_tensor")
         name, have = ("num_nvl_bytes", self.num_nvl_bytes)
