@@ -29,7 +29,7 @@ COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
 """The same for a combine of bfloat16 rows in the heap, which are fetched."""
 
 COMBINE_US_OF_TWO = ((16, 371), (20, 298), (24, 252), (28, 217), (32, 191), (40, 189), (48, 193), (66, 193))
-"""The same on 2 H200: half as many rows are fetched, and the SMs that add up are the limit until there are 32."""
+"""The same on 2 H200: a third as many rows are fetched, and the SMs that add up are the limit until there are 32."""
 
 PUSH_US = ((16, 676), (20, 520), (24, 502), (36, 501), (66, 498), (132, 487))
 """The same for rows in the user's memory, which are pushed; 1024 rows took 166 us with 24 SMs and 162 us with 66."""

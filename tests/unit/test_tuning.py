@@ -50,7 +50,7 @@ def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, numbers):
 
 @pytest.mark.parametrize(("num_ranks", "number"), [(1, 16), (2, 35), (4, 16), (8, 16)])
 def test_combine_takes_as_many_as_add_up_what_the_links_bring(num_ranks, number):
-    """Half as many rows as with four ranks cross the links of two: 16 SMs took twice as long as 32."""
+    """Fewer rows cross the links of two ranks than of four, so more SMs have to add up: 16 took twice as long as 32."""
     tuned = tune(V3, Topology(num_ranks, 132))
     assert tuned.combine_sms == number
     assert ("189 us with 40 and 371 us with 16" in tuned.reasons[1]) == (num_ranks == 2)
