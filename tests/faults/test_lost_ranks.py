@@ -39,6 +39,7 @@ from support.lost_ranks import (
 )
 from support.mismatches import MISMATCHES, check_mismatch, disagree
 from support.pairs import CPU_PAIRS, CUDA_PAIRS, PAIRS, Pair
+from support.slow_ranks import SLOW_S, dropped_before_the_peer_receives, masked_behind_a_slow_one, one_gone_one_slow
 from support.worlds import run_at_once
 from tokenferry import (
     BackendUnavailable,
@@ -257,3 +258,30 @@ def test_ranks_that_call_different_things_over_torch_distributed():
     with World(3) as world:
         for rank, text in enumerate(world.run(disagree, CPU_PAIRS[1], "another dtype")):
             check_mismatch(text, rank, 3, "another dtype")
+
+
+# ---------------------------------------------------------------------- one is gone, another is slow
+
+
+@pytest.mark.parametrize("pair", CPU_PAIRS, ids=str)
+def test_a_rank_that_is_gone_is_named_while_another_is_slow(pair):
+    """Messages are received in the order of ranks; what ends a call is said at once all the same."""
+    with World(3) as world, pytest.raises(WorldError) as caught:
+        world.run(one_gone_one_slow, pair)
+    report = caught.value.results[2]
+    assert report.peers == (1,)
+    assert report.took_s < SLOW_S
+
+
+def test_rows_of_a_slow_rank_come_though_another_is_masked_first():
+    with World(3) as world, pytest.raises(WorldError) as caught:
+        world.run(masked_behind_a_slow_one, CPU_PAIRS[0])
+    assert CPU_PAIRS[0].transport == "shared_memory"
+    for rank, first in ((0, [1.0, 1.0, 3.0, 3.0]), (2, [1.0, 1.0, 3.0, 3.0])):
+        assert caught.value.results[rank] == (first, [1])
+
+
+@pytest.mark.parametrize("pair", CPU_PAIRS, ids=str)
+def test_what_a_dropped_group_has_sent_arrives(worlds, pair):
+    for rows in worlds(2).run(dropped_before_the_peer_receives, pair):
+        assert rows == [1.0, 1.0, 2.0, 2.0]

@@ -1,6 +1,7 @@
 """The gatings against plain loops over Python numbers, their ties, their gradients, and the bias update."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -238,3 +239,9 @@ BAD_CALLS = (
 def test_bad_calls_say_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("top_k", [0, 5, 2.0, "2", True])
+def test_a_number_of_experts_that_is_none(top_k):
+    with pytest.raises(tokenferry.ConfigError, match=re.escape(f"top_k: expected 1 .. 4, got {top_k!r}")):
+        softmax_topk(torch.zeros(2, 4), top_k)

@@ -117,6 +117,8 @@ def test_a_wait_for_a_process_that_has_ended_is_given_up_and_no_other(impatient,
     with watch.waiting(1):
         until(lambda: given_up)
     assert set(given_up) == {1}
+    with watch.waiting(2, others=(1,)):
+        until(lambda: 2 in given_up)
     watch.close()
     until(lambda: watchers() == 0)
 

@@ -143,3 +143,10 @@ def test_numbers_next_to_the_largest_round_beyond_float32():
     x[0, :3] = torch.tensor([FLOAT32_MAX, -248 * 2.0**120, 247 * 2.0**120])
     assert fp8.dequantize(fp8.cast(x, Scale.UE8M0))[0, :3].tolist() == [math.inf, -math.inf, 240 * 2.0**120]
     close("x", fp8.dequantize(fp8.cast(x, Scale.FLOAT32)), x, rtol=2.0**-4, atol=0.0)
+
+
+@pytest.mark.parametrize("scale", list(Scale))
+def test_rows_without_columns(scale):
+    rows = fp8.cast(torch.zeros(3, 0), scale)
+    assert rows.data.shape == rows.scale.shape == (3, 0)
+    assert rows.scale.dtype == (torch.int32 if scale is Scale.UE8M0 else torch.float32)

@@ -99,5 +99,7 @@ def _power_of_two(biased: Tensor) -> Tensor:
 def _exponents(scale: Tensor) -> Tensor:
     """Pack powers of two into exponent bytes, four to an int32, lowest byte first; unused bytes are 0."""
     _, exponent = torch.frexp(scale)
+    if not scale.shape[-1]:
+        return torch.empty(scale.shape, dtype=torch.int32, device=scale.device)
     exponents = torch.nn.functional.pad((exponent - 1 + _BIAS).to(torch.uint8), (0, -scale.shape[-1] % 4))
     return exponents.contiguous().view(torch.int32)

@@ -265,5 +265,5 @@ def _num_experts(call: str, logits: Tensor) -> int:
 
 
 def _in_range(call: str, name: str, value: int, high: int) -> None:
-    if not 1 <= value <= high:
-        raise ConfigError(f"{call}: {name}: expected 1 .. {high}, got {value}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
+        raise ConfigError(f"{call}: {name}: expected 1 .. {high}, got {value!r}")

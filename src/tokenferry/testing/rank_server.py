@@ -168,6 +168,7 @@ def main(descriptor: int, program: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of the terminal; the program decides
     importlib.import_module("tokenferry.autograd")  # all that ranks are likely to need, beside what this file imports
     _Server(descriptor, program).run()
+    os._exit(0)  # nothing to flush, and taking torch down can take seconds
 
 
 class _Server:
@@ -194,6 +195,7 @@ class _Server:
                 if self._commands in ready and not self._obey():
                     return
         finally:
+            signal.set_wakeup_fd(-1)
             for pid in self._statuses:
                 os.kill(pid, signal.SIGKILL)
 
@@ -223,11 +225,12 @@ class _Server:
             try:
                 pid = os.fork()
             except OSError as error:
-                answers.send(_STATUS.pack(-(error.errno or errno.EAGAIN)))
-            else:
-                if pid == 0:
-                    self._become_rank(pipe, answers, store)
+                pid = -(error.errno or errno.EAGAIN)
+            if pid == 0:
+                self._become_rank(pipe, answers, store)
+            if pid > 0:
                 self._statuses[pid] = answers.dup()
+            with suppress(OSError):  # the world was given up while it was made: the rank finds its pipe closed
                 answers.send(_STATUS.pack(pid))
         os.close(pipe)
         os.close(store)

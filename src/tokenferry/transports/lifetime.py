@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from tokenferry.forked import forget_in_child
 
@@ -75,14 +75,15 @@ class Watch:
         forget_in_child(self, Watch._forget)
 
     @contextlib.contextmanager
-    def waiting(self, peer: int) -> Iterator[None]:
-        """Watch the process of a peer while the block waits for it."""
-        self._state.since = time.monotonic()
-        self._state.peer = peer
+    def waiting(self, peer: int, others: Collection[int] = ()) -> Iterator[None]:
+        """Watch the process of a peer while the block waits for it, and those of others that will be waited for."""
+        state = self._state
+        state.since, state.peer = time.monotonic(), peer
+        state.awaited = frozenset((peer, *others))
         try:
             yield
         finally:
-            self._state.peer = -1
+            state.awaited = frozenset()
 
     def ended(self, peer: int) -> bool:
         """Return whether the process of a peer has ended."""
@@ -113,7 +114,8 @@ class _State:
         descriptors: All descriptors that are still open.
         give_up: See `Watch`.
         ended: Peers whose process has ended.
-        peer: The peer that is waited for, or -1.
+        peer: The peer that is waited for.
+        awaited: This peer, and others that have to send something, too; empty if nothing is waited for.
         since: The time at which that wait began.
     """
 
@@ -123,6 +125,7 @@ class _State:
         self.give_up = give_up
         self.ended: set[int] = set()
         self.peer = -1
+        self.awaited: frozenset[int] = frozenset()
         self.since = 0.0
 
     def close(self) -> None:
@@ -143,6 +146,5 @@ def _watch(state: _State, wake: int) -> None:
             poll.unregister(fd)
             state.ended.add(state.processes[fd])
             state.since = max(state.since, time.monotonic())
-        peer = state.peer
-        if peer in state.ended and time.monotonic() - state.since > _GRACE_S:
-            state.give_up(peer)
+        if state.awaited & state.ended and time.monotonic() - state.since > _GRACE_S:
+            state.give_up(state.peer)

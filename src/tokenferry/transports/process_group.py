@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,10 @@ class _InFlight:
     bodies: dict[int, _BodyReceive] = field(default_factory=dict)
     failed: dict[int, PeerTimeout] = field(default_factory=dict)
     undeliverable: bool = False
+
+
+_undelivered: WeakKeyDictionary[dist.ProcessGroup, list[_InFlight]] = WeakKeyDictionary()
+"""Messages of groups that were dropped before their peers had received them; kept as long as the process group."""
 
 
 class ProcessGroupTransport:
@@ -219,6 +224,10 @@ class ProcessGroupTransport:
         self._in_flight.clear()
         self._watch.close()
 
+    def __del__(self, kept: WeakKeyDictionary[dist.ProcessGroup, list[_InFlight]] = _undelivered) -> None:
+        if self._lingering:  # gloo may not have sent them yet, and would drop them
+            kept.setdefault(self._group, []).extend(self._lingering)
+
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...]) -> None:
         incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64, device="cpu")
         current.headers[peer] = _HeaderReceive(self._start("recv", incoming, peer, current.call, 0), incoming)
@@ -231,8 +240,10 @@ class ProcessGroupTransport:
             current.sends.append(_Send(peer, self._start("send", body, peer, current.call, 1)))
 
     def _receive_header(self, current: _InFlight, peer: int, deadline: Deadline, check: Check | None) -> None:
+        # The call cannot end before the headers of the others have come, too.
+        awaited = tuple(current.headers)
         started = current.headers.pop(peer)
-        self._wait(started.work, current.call, peer, deadline)
+        self._wait(started.work, current.call, peer, deadline, awaited)
         watermark, size, *header = started.header.tolist()
         if watermark == _LEFT:
             # Raised only when the headers of all others have come, or these ranks would wait for this one.
@@ -281,9 +292,12 @@ class ProcessGroupTransport:
             raise peer_timeout(call, self.rank, [peer], _reason(error), 0.0, last) from error
         return work
 
-    def _wait(self, work: dist.Work, call: CallId, peer: int, deadline: Deadline) -> None:
+    def _wait(
+        self, work: dist.Work, call: CallId, peer: int, deadline: Deadline, awaited: tuple[int, ...] = ()
+    ) -> None:
+        """Wait for work with a peer; less long if the process of that peer, or of another in ``awaited``, has ended."""
         try:
-            with self._watch.waiting(peer):
+            with self._watch.waiting(peer, awaited):
                 # gloo waits for whole milliseconds, not a fraction less than the deadline, and takes 0 for "no limit".
                 left = max(deadline.left(), _LATE_S)
                 work.wait(timedelta(milliseconds=int(left * 1000.0) + 1))
@@ -292,8 +306,9 @@ class ProcessGroupTransport:
                 raise
             silent = deadline.left() == 0 and "Connection closed" not in str(error)
             why = "no answer within timeout_s" if silent else _reason(error)
-            if self._watch.ended(peer):
-                why = "its process ended"
+            ended = [other for other in (peer, *awaited) if self._watch.ended(other)]
+            if ended:
+                peer, why = ended[0], "its process ended"
             last = self._last_messages.describe(peer)
             raise peer_timeout(call, self.rank, [peer], why, deadline.waited(), last) from error
 

@@ -216,9 +216,10 @@ class SharedMemoryTransport:
             return Message(current.own_header, current.buffers[src])
         peer = self._peers[src]
         while call.number not in peer.inbox:
-            if not peer.readable:
-                last = self._last_messages.describe(src)
-                raise peer_timeout(call, self.rank, [src], peer.why_gone(), deadline.waited(), last)
+            gone = [rank for rank in sorted(current.expected) if self._is_gone(rank, call)]
+            if gone:  # perhaps not `src`, which may be slow: what ends the call is said at once
+                why, last = self._peers[gone[0]].why_gone(), self._last_messages.describe(gone[0])
+                raise peer_timeout(call, self.rank, gone[:1], why, deadline.waited(), last)
             left = deadline.left()
             self._progress(left)  # after the deadline too: this rank may have been stopped, and its peers not
             if left == 0 and peer.readable and call.number not in peer.inbox:
@@ -231,6 +232,11 @@ class SharedMemoryTransport:
         current.expected.discard(src)
         self._last_messages.record(src, call)
         return message
+
+    def _is_gone(self, rank: int, call: CallId) -> bool:
+        """Return whether the message of a peer will never come."""
+        peer = self._peers[rank]
+        return not peer.readable and call.number not in peer.inbox
 
     def finish(self, call: CallId, deadline: Deadline | None) -> None:
         """Advance the watermark. See `Transport.finish`.

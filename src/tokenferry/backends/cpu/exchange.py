@@ -276,16 +276,19 @@ class Pending:
     def _receive_from(self, src: int, deadline: Deadline, *, tolerant: bool) -> ReceivedRows:
         exchange = self._exchange
         nothing = ReceivedRows(0, self._sections.split(torch.empty(0, dtype=torch.uint8, device="cpu"), 0))
-        if src in self._skip or (tolerant and src in exchange.masked):
+        if src in self._skip:
             return nothing
-        try:
-            message = exchange.transport.receive(self._call, src, deadline, self._check)
-        except PeerTimeout as error:
-            if not (tolerant and exchange.mask_on_timeout):
-                raise
-            for peer in error.peers:
-                exchange.mask(peer)
-                exchange.lost.add(peer)
+        while not (tolerant and src in exchange.masked):
+            try:
+                message = exchange.transport.receive(self._call, src, deadline, self._check)
+                break
+            except PeerTimeout as error:
+                if not (tolerant and exchange.mask_on_timeout):
+                    raise
+                for peer in error.peers:  # not always `src`: another one may be known to be gone
+                    exchange.mask(peer)
+                    exchange.lost.add(peer)
+        else:
             return nothing
         num_rows = self._check(src, message.header)
         if src == exchange.rank and not self._copy_own:
