@@ -14,8 +14,9 @@ cause, and nothing can continue after it: a `PeerTimeout` of this transport ends
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -111,6 +112,7 @@ class ProcessGroupTransport:
     def __init__(
         self, group: dist.ProcessGroup, group_id: int = 0, processes: Mapping[int, int] = MappingProxyType({})
     ) -> None:
+        self._lingering: deque[_InFlight] = deque()
         self.rank = group.rank()
         self.num_ranks = group.size()
         self._group = group
@@ -118,7 +120,6 @@ class ProcessGroupTransport:
         self._watermarks = Watermarks(self.num_ranks)
         self._last_messages = LastMessages(self.num_ranks)
         self._in_flight: dict[int, _InFlight] = {}
-        self._lingering: deque[_InFlight] = deque()
         self._watch = Watch(processes, partial(_fail, group, self._tag))
         self._next_calls = [1] * self.num_ranks
 
@@ -224,9 +225,9 @@ class ProcessGroupTransport:
         self._in_flight.clear()
         self._watch.close()
 
-    def __del__(self, kept: WeakKeyDictionary[dist.ProcessGroup, list[_InFlight]] = _undelivered) -> None:
-        if self._lingering:  # gloo may not have sent them yet, and would drop them
-            kept.setdefault(self._group, []).extend(self._lingering)
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: `sys` may be gone
+        if not finalizing() and self._lingering:  # gloo may not have sent them yet, and would drop them
+            _undelivered.setdefault(self._group, []).extend(self._lingering)
 
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...]) -> None:
         incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64, device="cpu")
