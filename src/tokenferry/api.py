@@ -402,8 +402,12 @@ class ExpertGroup(Connected):
             >>> sent.expert_counts.tolist(), sent.x[:, 0].tolist()
             ([1, 2], [4.0, 0.0, 8.0])
         """
-        self._ready("dispatch")
         try:
+            if self._fast_path is not None:
+                done = self._fast_path.dispatch(x, routing, options, num_sms)
+                if done is not None:
+                    return done
+            self._ready("dispatch")
             return self._backend.dispatch(self._resolver.dispatch(x, routing, options, num_sms))
         except _MAY_BE_REFUSALS as error:
             self._raise_if_refused("dispatch", error)
@@ -445,8 +449,12 @@ class ExpertGroup(Connected):
             PlanError: the plan is another group's.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
-        self._ready("redispatch")
         try:
+            if self._fast_path is not None:
+                done = self._fast_path.redispatch(x, plan, topk_weights, num_sms)
+                if done is not None:
+                    return done
+            self._ready("redispatch")
             return self._backend.redispatch(self._resolver.redispatch(x, plan, topk_weights, num_sms))
         except _MAY_BE_REFUSALS as error:
             self._raise_if_refused("redispatch", error)
@@ -493,8 +501,12 @@ class ExpertGroup(Connected):
             CapacityError: CUDA: the heap is too small for the rows that return, or for copies; gives the numbers.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
-        self._ready("combine")
         try:
+            if self._fast_path is not None and bias is None and out is None:
+                done = self._fast_path.combine(y, plan, topk_weights, num_sms)
+                if done is not None:
+                    return done
+            self._ready("combine")
             return self._backend.combine(self._resolver.combine(y, plan, topk_weights, bias, out, num_sms))
         except _MAY_BE_REFUSALS as error:
             self._raise_if_refused("combine", error)
@@ -574,8 +586,12 @@ class ExpertGroup(Connected):
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
-        self._ready("decode_dispatch")
         try:
+            if self._fast_path is not None and stats is None:
+                done = self._fast_path.decode_dispatch(x, routing, quantize, return_hook=return_hook)
+                if done is not None:
+                    return done
+            self._ready("decode_dispatch")
             request = self._resolver.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
             return self._backend.decode_dispatch(request)
         except _MAY_BE_REFUSALS as error:
@@ -631,8 +647,12 @@ class ExpertGroup(Connected):
             CapacityError: CUDA: as `decode_dispatch`, if the rows of y are larger than those of x.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
-        self._ready("decode_combine")
         try:
+            if self._fast_path is not None and stats is None:
+                done = self._fast_path.decode_combine(y, plan, numerics, encoding, out, return_hook=return_hook)
+                if done is not None:
+                    return done
+            self._ready("decode_combine")
             request = self._resolver.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
             return self._backend.decode_combine(request)
         except _MAY_BE_REFUSALS as error:
@@ -645,6 +665,7 @@ class ExpertGroup(Connected):
         if origin is None:
             _groups[backend.key] = self
         self._resolver = Resolver(shape, backend.num_ranks, backend.device, backend.key, backend.checks_routing)
+        self._fast_path = backend.fast_path(shape, self._resolver)
         self.shape = shape
         self.timeout_s = timeout_s
 

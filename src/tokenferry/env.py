@@ -44,6 +44,10 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _switch(text: str) -> bool:
+    return _one_of("on", "off")(text) == "on"
+
+
 def _megabytes(text: str) -> int | None:
     if text in ("", "auto"):
         return None
@@ -67,6 +71,12 @@ VARIABLES = (
         _one_of("auto", "cpu", "cuda"),
     ),
     Variable("TOKENFERRY_CACHE_DIR", "~/.cache/tokenferry", "folder of compiled kernels", _folder),
+    Variable(
+        "TOKENFERRY_FAST_PATH",
+        "on",
+        "on; or off, so that every call on CUDA goes through all checks: slower for the host, with the same results",
+        _switch,
+    ),
     Variable(
         "TOKENFERRY_HEAP_MB",
         "auto",
@@ -95,6 +105,7 @@ class Settings:
 
     backend: str
     cache_dir: str
+    fast_path: bool
     heap_mb: int | None
     timeout_s: float
     transport: str

@@ -47,6 +47,7 @@ def resolve_options(
         mask_on_timeout=on_timeout == "mask",
         heap_bytes=None if settings.heap_mb is None else settings.heap_mb << 20,
         cache_folder=settings.cache_dir,
+        fast_path=settings.fast_path,
         cpu_only="" if transport == "auto" else f"transport={transport!r} is a transport of the CPU backend",
     )
 

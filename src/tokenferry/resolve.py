@@ -61,7 +61,7 @@ class Resolver:
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
     ) -> DispatchRequest:
         """See `ExpertGroup.dispatch`."""
-        if self._dispatch_looks_right(x, routing, options):
+        if self.dispatch_looks_right(x, routing, options):
             if not self.checks_routing:
                 self._checks("dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
             _check_num_sms("dispatch", num_sms)
@@ -83,7 +83,7 @@ class Resolver:
     ) -> RedispatchRequest:
         """See `ExpertGroup.redispatch`."""
         self._check_plan("redispatch", plan, Plan)
-        if self._rows_look_right(x, plan.num_tokens) and (
+        if self.rows_look_right(x, plan.num_tokens) and (
             topk_weights is None or fits(topk_weights, (plan.num_tokens, plan.topk_idx.shape[1]), _WEIGHTS, self.device)
         ):
             _check_num_sms("redispatch", num_sms)
@@ -141,7 +141,7 @@ class Resolver:
         self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatchRequest:
         """See `ExpertGroup.decode_dispatch`."""
-        if stats is None and self._decode_dispatch_looks_right(x, routing, quantize):
+        if stats is None and self.decode_dispatch_looks_right(x, routing, quantize):
             if not self.checks_routing:
                 self._checks("decode_dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
             return DecodeDispatchRequest(self.shape, x, routing, quantize, _NO_STATS, return_hook)
@@ -213,7 +213,8 @@ class Resolver:
         if dtype not in FLOATS:
             raise ArgumentError(f"empty_rows: dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
 
-    def _dispatch_looks_right(self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None) -> bool:
+    def dispatch_looks_right(self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
         if type(routing) is not Routing or not (options is None or type(options) is DispatchOptions):
             return False
         topk_idx, weights, device = routing.topk_idx, routing.topk_weights, self.device
@@ -223,12 +224,13 @@ class Resolver:
         shape = (num_tokens, self.shape.top_k)
         return (
             num_tokens <= self.shape.max_tokens
-            and self._rows_look_right(x, num_tokens)
+            and self.rows_look_right(x, num_tokens)
             and fits(topk_idx, shape, INDICES, device)
             and (weights is None or fits(weights, shape, _WEIGHTS, device))
         )
 
-    def _rows_look_right(self, x: Tensor | Quantized, num_tokens: int) -> bool:
+    def rows_look_right(self, x: Tensor | Quantized, num_tokens: int) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
         if type(x) is Tensor:
             return fits(x, (num_tokens, self.shape.hidden), self._row_dtypes, self.device)
         if type(x) is not Quantized or type(x.data) is not Tensor or type(x.scale) is not Tensor:
@@ -243,35 +245,51 @@ class Resolver:
             and not ((data.requires_grad or scale.requires_grad) and torch.is_grad_enabled())
         )
 
+    def decode_rows_look_right(self, y: Tensor, rows: tuple[int, ...]) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
+        return self.sums_look_right(y, rows) and y.dtype in _DECODE_FLOATS
+
+    def out_looks_right(self, out: Tensor, num_tokens: int, dtype: torch.dtype) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
+        return fits(out, (num_tokens, self.shape.hidden), (dtype,), self.device)
+
+    def sums_look_right(self, y: Tensor, rows: tuple[int, ...]) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
+        return fits(y, (*rows, self.shape.hidden), self._row_dtypes, self.device)
+
+    def weights_look_right(self, weights: Tensor, shape: tuple[int, ...]) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
+        return fits(weights, shape, _WEIGHTS, self.device)
+
     def _combine_looks_right(self, y: Tensor, plan: Plan, topk_weights: Tensor | None) -> bool:
         layout, delivered = plan.options.layout, plan.num_delivered
         rows: tuple[int, ...] = (delivered,)
         if layout is Layout.MASKED:
             num_local = plan.expert_counts.shape[0]
             rows = (num_local, delivered // num_local)
-        if not fits(y, (*rows, self.shape.hidden), self._row_dtypes, self.device):
+        if not self.sums_look_right(y, rows):
             return False
         if topk_weights is None:
             return True
         shape = (delivered, plan.topk_idx.shape[1]) if layout is Layout.ROWS else rows
         return fits(topk_weights, shape, _WEIGHTS, self.device)
 
-    def _decode_dispatch_looks_right(self, x: Tensor, routing: Routing, quantize: Scale | None) -> bool:
+    def decode_dispatch_looks_right(self, x: Tensor, routing: Routing, quantize: Scale | None) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
         return (
             type(x) is Tensor
             and x.dtype in _DECODE_FLOATS
             and (quantize is None or (type(quantize) is Scale and self.shape.hidden % ROW_BYTES_MULTIPLE == 0))
-            and self._dispatch_looks_right(x, routing, None)
+            and self.dispatch_looks_right(x, routing, None)
         )
 
     def _decode_combine_looks_right(self, y: Tensor, plan: DecodePlan, out: Tensor | None, fast: bool) -> bool:
-        weights, hidden, device = plan.topk_weights, self.shape.hidden, self.device
+        weights, device = plan.topk_weights, self.device
         return (
             fits(weights, (plan.num_tokens, plan.topk_idx.shape[1]), _WEIGHTS, device)
             and not (fast and plan.row_weights is None)
-            and fits(y, (*plan.src_token.shape, hidden), self._row_dtypes, device)
-            and y.dtype in _DECODE_FLOATS
-            and (out is None or fits(out, (plan.num_tokens, hidden), (y.dtype,), device))
+            and self.decode_rows_look_right(y, tuple(plan.src_token.shape))
+            and (out is None or self.out_looks_right(out, plan.num_tokens, y.dtype))
         )
 
     def _bias_and_out_look_right(self, sums: tuple[Tensor, ...], dtype: torch.dtype, num_tokens: int) -> bool:

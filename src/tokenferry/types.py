@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -156,6 +156,10 @@ class DispatchOptions:
     zero_padding: bool = False
     counts: CountsLocation = "host"
     capacity: int | None = None
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __hash__(self) -> int:
+        return self._hash  # each call looks its options up, and that of a dataclass would take a microsecond
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Layout):
@@ -176,6 +180,10 @@ class DispatchOptions:
             raise ConfigError(
                 'DispatchOptions: capacity with counts="host" needs Layout.MASKED; the others return exactly N rows'
             )
+        # Of integers only, whose hashes are the same in every process: options are pickled.
+        layout = list(Layout).index(self.layout)
+        key = (layout, self.alignment, self.zero_padding, self.counts == "host", self.capacity or 0)
+        object.__setattr__(self, "_hash", hash(key))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,6 +315,10 @@ class DecodePlan:
     _table: Tensor | None = field(default=None, repr=False)
     # CPU: number of the call, by which a combine detects that another rank uses the plan of a different call.
     _call_number: int = field(default=0, repr=False)
+
+    def _routed(self, topk_idx: Tensor, topk_weights: Tensor) -> DecodePlan:
+        """Return the same plan with other tensors of the routing."""
+        return replace(self, topk_idx=topk_idx, topk_weights=topk_weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

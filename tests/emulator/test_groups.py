@@ -11,6 +11,7 @@ from support.emulated_group import EmulatedPair
 from support.emulator import Emulator
 from support.on_device import OnDevice
 from tokenferry import MoeShape
+from tokenferry.backends.cuda.results import LazyDispatched
 from tokenferry.errors import CapacityError, ConfigError, MismatchError, ResourceError, RoutingError
 from tokenferry.testing.compare import same_bits
 from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
@@ -133,7 +134,7 @@ def use_up_memory(rank: int, pg: None, pair: EmulatedPair) -> None:
         pair.barrier()
         if rank == 1:
             with (
-                mock.patch.object(group._backend.dispatcher, "_recv_buffers", side_effect=full),
+                mock.patch.object(group._backend.dispatcher, "_recv", side_effect=full),
                 pytest.raises(
                     ResourceError, match=r"^dispatch: rank 1 \(nothing was sent\): memory of the GPU refused"
                 ),
@@ -145,7 +146,7 @@ def use_up_memory(rank: int, pg: None, pair: EmulatedPair) -> None:
             copied_out = lambda call, num_bytes: (allocator.call_block(call, num_bytes), True)  # noqa: E731
             with (
                 mock.patch.object(allocator, "recv_block", copied_out),
-                mock.patch("tokenferry.backends.cuda.dispatch._clone", side_effect=full),
+                mock.patch.object(LazyDispatched, "leave_block", side_effect=full),
                 pytest.raises(ResourceError, match=r"rank 1 \(the group is broken\): memory of the GPU .*empty_cache"),
             ):
                 group.redispatch(x, sent.plan)

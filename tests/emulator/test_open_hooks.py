@@ -99,6 +99,9 @@ class Streams:
     def is_eager(self, stream):
         return stream == self.now and not self.graph
 
+    def eager(self):
+        return None if self.graph else self.now
+
     def record(self, stream):
         return stream
 

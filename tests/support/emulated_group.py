@@ -18,7 +18,7 @@ import torch
 
 from support.emulator import Emulator, Jit, Kernel, Window
 from support.on_device import OnDevice
-from tokenferry import MoeShape
+from tokenferry import MoeShape, env
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble
@@ -113,7 +113,9 @@ class EmulatedPair:
             threads.windows = threads.emulator.windows(threads.num_ranks, CONTROL_BLOCK_BYTES + HEAP_BYTES)
         threads.wait()
         window = threads.windows[rank]
-        resolved = Resolved(shape, "cuda", "auto", timeout_s, on_timeout == "mask", HEAP_BYTES, "")
+        resolved = Resolved(
+            shape, "cuda", "auto", timeout_s, on_timeout == "mask", HEAP_BYTES, "", fast_path=env.read().fast_path
+        )
         emulated = EmulatedWindow(rank, window.bases, window.num_bytes)
         backend = assemble(emulated, resolved, "emulated", "emulated", threads.runtime)
         group = object.__new__(OnDevice)

@@ -87,7 +87,7 @@ def outcome(call: str, *args: Any) -> tuple[Any, ...]:
 
 def both(monkeypatch: pytest.MonkeyPatch, call: str, *args: Any) -> None:
     quick = outcome(call, *args)
-    for name in ("_dispatch_looks_right", "_rows_look_right", "_combine_looks_right"):
+    for name in ("dispatch_looks_right", "rows_look_right", "_combine_looks_right"):
         monkeypatch.setattr(Resolver, name, lambda *_: False)
     full = outcome(call, *args)
     monkeypatch.undo()

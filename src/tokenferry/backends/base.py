@@ -46,6 +46,7 @@ class Resolved:
         mask_on_timeout: Decode calls mask a silent rank instead of raising.
         heap_bytes: GPU memory for rows that peers write or read; None: chosen by the backend, for the shape.
         cache_folder: Where compiled kernels are kept.
+        fast_path: Whether calls may take the `FastPath`.
         cpu_only: Why only the CPU backend can honour an option of this rank; empty if there is none.
     """
 
@@ -56,6 +57,7 @@ class Resolved:
     mask_on_timeout: bool
     heap_bytes: int | None
     cache_folder: str
+    fast_path: bool = True
     cpu_only: str = ""
 
 
@@ -148,6 +150,69 @@ class TokenLayout:
         return self.counts[self.num_ranks :]
 
 
+class QuickChecks(Protocol):
+    """Checks of arguments that take a microsecond and have no words: False only means that better ones must decide."""
+
+    def dispatch_looks_right(self, x: Any, routing: Any, options: Any) -> bool:  # noqa: ANN401 - arguments of a user
+        """Return whether the arguments of a dispatch are certainly right."""
+        ...
+
+    def rows_look_right(self, x: Any, num_tokens: int) -> bool:  # noqa: ANN401
+        """Return whether ``x`` is certainly rows or a `Quantized` for T tokens."""
+        ...
+
+    def decode_dispatch_looks_right(self, x: Any, routing: Any, quantize: Any) -> bool:  # noqa: ANN401
+        """Return whether the arguments of a decode dispatch are certainly right."""
+        ...
+
+    def decode_rows_look_right(self, y: Any, rows: tuple[int, ...]) -> bool:  # noqa: ANN401
+        """Return whether ``y`` is certainly ``[*rows, H]`` that a decode combine takes."""
+        ...
+
+    def out_looks_right(self, out: Any, num_tokens: int, dtype: torch.dtype) -> bool:  # noqa: ANN401
+        """Return whether ``out`` is certainly ``[T, H]`` of a dtype."""
+        ...
+
+    def sums_look_right(self, y: Any, rows: tuple[int, ...]) -> bool:  # noqa: ANN401
+        """Return whether ``y`` is certainly ``[*rows, H]`` that combine takes."""
+        ...
+
+    def weights_look_right(self, weights: Any, shape: tuple[int, ...]) -> bool:  # noqa: ANN401
+        """Return whether ``weights`` is certainly float32 of this shape."""
+        ...
+
+
+class FastPath(Protocol):
+    """Calls that need no words: each method makes the call, or returns None, having done nothing.
+
+    The arguments are those of the call of the same name in `tokenferry.api`, unchecked.
+    """
+
+    def dispatch(self, x: Any, routing: Any, options: Any, num_sms: Any) -> Dispatched[Any] | None: ...  # noqa: ANN401, D102
+    def redispatch(self, x: Any, plan: Any, topk_weights: Any, num_sms: Any) -> Dispatched[Any] | None: ...  # noqa: ANN401, D102
+    def combine(self, y: Any, plan: Any, topk_weights: Any, num_sms: Any) -> Combined | None: ...  # noqa: ANN401, D102
+
+    def decode_dispatch(  # noqa: D102
+        self,
+        x: Any,  # noqa: ANN401
+        routing: Any,  # noqa: ANN401
+        quantize: Any,  # noqa: ANN401
+        *,
+        return_hook: bool,
+    ) -> DecodeDispatched[Any] | None: ...
+
+    def decode_combine(  # noqa: D102
+        self,
+        y: Any,  # noqa: ANN401
+        plan: Any,  # noqa: ANN401
+        numerics: Any,  # noqa: ANN401
+        encoding: Any,  # noqa: ANN401
+        out: Any,  # noqa: ANN401
+        *,
+        return_hook: bool,
+    ) -> DecodeCombined | None: ...
+
+
 def no_hook() -> None:
     """Do nothing: the hook of a decode call that has received its rows already."""
 
@@ -194,6 +259,10 @@ class Backend(Protocol):
     def mask(self, rank: int, *, masked: bool) -> None: ...  # noqa: D102
     def masked(self) -> frozenset[int]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
+
+    def fast_path(self, shape: MoeShape, checks: QuickChecks) -> FastPath | None:
+        """Return the fast path of a view of the group with these sizes; None if the backend has none."""
+        ...
 
     def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
         """Return the error to raise in place of one that a call met because a resource was refused, else None.

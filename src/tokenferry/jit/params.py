@@ -8,7 +8,8 @@ import itertools
 import re
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tokenferry.errors import ConfigError
 
@@ -103,6 +104,23 @@ def _member(struct: str, field: str, kind: str) -> tuple[Any, str]:
     return ctype * int(match["count"]), f"{cpp} {field}[{match['count']}]"
 
 
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Some items of an array field, for a `Packer`.
+
+    Attributes:
+        name: The field.
+        first: Index of the first item.
+        count: Number of items.
+        raw: Whether they are given as one bytes object instead of numbers.
+    """
+
+    name: str
+    first: int
+    count: int
+    raw: bool = False
+
+
 class Packer:
     """A writer of several adjacent fields of a params struct with one call.
 
@@ -111,15 +129,16 @@ class Packer:
 
     Args:
         struct_type: The ``struct`` of a `Params`.
-        names: The fields, in the order in which their values will be given.
+        fields: Names of fields, or `Items` of an array field, in the order in which their values will be given. Items
+            that are left out at the end of an array, or between `Items` of the same array, are set to 0.
 
     Attributes:
-        offset: Bytes from the start of the struct to the first field.
-        num_bytes: Bytes of all fields together.
+        offset: Bytes from the start of the struct to the first value.
+        num_bytes: Bytes of all values together.
 
     Raises:
-        ConfigError: a name is no field of the struct or is an array, or the fields do not follow one another without a
-            gap.
+        ConfigError: a name is no field of the struct; or it is an array, and Items are no items of an array; or the
+            values do not follow one another without a gap.
 
     Example:
         >>> params = Params("CopyParams", [("rows", "ptr"), ("num_rows", "u32")]).struct()
@@ -131,36 +150,17 @@ class Packer:
 
     __slots__ = ("_struct", "_struct_type", "num_bytes", "offset")
 
-    def __init__(self, struct_type: type[Struct], *names: str) -> None:
-        types = _field_types(struct_type)
-        codes = []
-        for name in names:
-            if types.get(name) not in _CODES:
-                problem = "is an array; use Packer.items" if name in types else f"is none of {', '.join(types)}"
-                raise ConfigError(f"Packer: {struct_type.__name__}.{name} {problem}")
-            codes.append(_CODES[types[name]])
-        if not names:
+    def __init__(self, struct_type: type[Struct], *fields: str | Items) -> None:
+        if not fields:
             raise ConfigError(f"Packer: {struct_type.__name__}: expected at least one field")
-        self._check_neighbours(struct_type, names)
-        self._set(struct_type, "".join(codes), getattr(struct_type, names[0]).offset)
-
-    @classmethod
-    def items(cls, struct_type: type[Struct], name: str, first: int, count: int) -> Packer:
-        """Return a packer of ``count`` items of an array field, from index ``first`` on.
-
-        Raises:
-            ConfigError: the field is no array, or has fewer items.
-        """
-        kind = _field_types(struct_type).get(name)
-        length = getattr(kind, "_length_", 0)
-        if not (0 <= first < first + count <= length):
-            raise ConfigError(
-                f"Packer: {struct_type.__name__}.{name} has {length} items, expected items {first} to {first + count}"
-            )
-        made = cls.__new__(cls)
-        item: Any = getattr(kind, "_type_", None)
-        made._set(struct_type, _CODES[item] * count, getattr(struct_type, name).offset + first * ctypes.sizeof(item))
-        return made
+        spans = [_span(struct_type, field) for field in fields]
+        codes = "<" + spans[0].codes
+        for before, span in itertools.pairwise(spans):
+            codes += "x" * _gap(struct_type, before, span) + span.codes
+        self._struct_type = struct_type
+        self._struct = struct.Struct(codes)
+        self.offset = spans[0].start
+        self.num_bytes = self._struct.size
 
     def bind(self, params: Struct) -> Callable[..., None]:
         """Return a function that writes the fields of ``params``, given their values in order.
@@ -175,21 +175,52 @@ class Packer:
             raise ConfigError(f"Packer: expected {self._struct_type.__name__}, got {type(params).__name__}")
         return functools.partial(self._struct.pack_into, memoryview(params).cast("B"), self.offset)
 
-    def _set(self, struct_type: type[Struct], codes: str, offset: int) -> None:
-        self._struct_type = struct_type
-        self._struct = struct.Struct(f"<{codes}")
-        self.offset = offset
-        self.num_bytes = self._struct.size
 
-    @staticmethod
-    def _check_neighbours(struct_type: type[Struct], names: Sequence[str]) -> None:
-        for before, name in itertools.pairwise(names):
-            end = getattr(struct_type, before).offset + getattr(struct_type, before).size
-            offset = getattr(struct_type, name).offset
-            if offset != end:
-                raise ConfigError(
-                    f"Packer: {struct_type.__name__}.{name} is at byte {offset}, expected {end}, right behind {before}"
-                )
+class _Span(NamedTuple):
+    """Where a value lies in a struct: the bytes [start, end) of a field that ends at ``field_end``."""
+
+    name: str
+    start: int
+    end: int
+    field_end: int
+    codes: str
+
+
+def _span(struct_type: type[Struct], field: str | Items) -> _Span:
+    name = field if isinstance(field, str) else field.name
+    types = _field_types(struct_type)
+    kind = types.get(name)
+    label = f"{struct_type.__name__}.{name}"
+    if kind is None:
+        raise ConfigError(f"Packer: {label} is none of {', '.join(types)}")
+    place = getattr(struct_type, name)
+    field_end = place.offset + place.size
+    if isinstance(field, str):
+        if kind not in _CODES:
+            raise ConfigError(f"Packer: {label} is an array; use Items")
+        return _Span(name, place.offset, field_end, field_end, _CODES[kind])
+    length: int = getattr(kind, "_length_", 0)
+    item: Any = getattr(kind, "_type_", None)
+    if not (0 <= field.first < field.first + field.count <= length):
+        raise ConfigError(
+            f"Packer: {label} has {length} items, expected items {field.first} to {field.first + field.count}"
+        )
+    width = ctypes.sizeof(item)
+    start = place.offset + field.first * width
+    end = start + field.count * width
+    return _Span(name, start, end, field_end, f"{end - start}s" if field.raw else _CODES[item] * field.count)
+
+
+def _gap(struct_type: type[Struct], before: _Span, span: _Span) -> int:
+    """Return the bytes between two values: 0, or items of the first one's array that are left out."""
+    gap = span.start - before.end
+    inside = before.name == span.name and gap >= 0
+    if gap and not inside and span.start != before.field_end:
+        raise ConfigError(
+            f"Packer: {struct_type.__name__}.{span.name} is at byte {span.start}, expected {before.field_end}, right "
+            f"behind {before.name}"
+        )
+    return gap
 
 
 def _field_types(struct_type: type[Struct]) -> dict[str, Any]:

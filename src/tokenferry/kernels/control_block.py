@@ -194,16 +194,17 @@ TRACE_ROWS = HEADER.constant("kTraceRows", 16, "[from]: its last row arrived")
 COMMON = (
     ("windows", f"ptr:u8[{MAX_RANKS}]"),
     ("record", "ptr:struct Record"),
-    ("wait_ns", "ptr:u64"),
     ("timeout_ns", "u64"),
     ("rank", "u32"),
     ("num_ranks", "u32"),
+    ("wait_ns", "ptr:u64"),
     ("alive", "u32"),
     ("call_number", "u32"),
     ("handshake", f"u32[{HANDSHAKE_WORDS}]"),
 )
 """The fields that every params struct begins with.
 
-Windows of all ranks; the host's record; ``[R]`` sums of nanoseconds waited for each rank, or null; the deadline of a
-wait; this rank; R; a bit for each rank that takes part; the number of the call; this rank's handshake.
+Windows of all ranks; the host's record; the deadline of a wait; this rank; R. Then what differs from call to call:
+``[R]`` sums of nanoseconds waited for each rank, or null; a bit for each rank that takes part; the number of the call;
+this rank's handshake. A kernel's own fields follow, first those that differ from call to call: one write sets them all.
 """

@@ -25,7 +25,9 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -43,6 +45,8 @@ _EAGER = 0
 _UNKNOWN = -1
 _QUICK_LISTS = 16
 """Number of (size, stream) pairs with a quick list; a new pair replaces the oldest."""
+_TRIMMED = 256
+"""Number of trimmed blocks after which those that are gone are forgotten."""
 _LARGE = 16
 """A block is large if it takes more than this fraction (1 / 16) of the heap; quick lists are settled before it is
 placed."""
@@ -81,7 +85,7 @@ class Block:
         address: Address of the block in this process.
     """
 
-    __slots__ = ("_heap", "_quick", "_size", "address", "num_bytes", "offset")
+    __slots__ = ("__weakref__", "_heap", "_quick", "_size", "address", "num_bytes", "offset")
 
     def __init__(self, heap: Heap, quick: Quick, offset: int, num_bytes: int) -> None:
         self.offset = offset
@@ -96,15 +100,23 @@ class Block:
         return bytes_at(self.address, self.num_bytes, self._heap.device, self)
 
     def trim(self, num_bytes: int) -> None:
-        """Keep the first ``num_bytes``, and free the rest, which must not have been used; call it before `tensor`.
+        """Keep the first ``num_bytes``; the rest, which must not have been used, is freed when memory becomes short.
+
+        Until then the block keeps its size, so that the next one of that size takes its place without a search. Call it
+        before `tensor`.
 
         Raises:
             ValueError: the block is smaller than ``num_bytes``.
         """
         if num_bytes > self.num_bytes:
             raise ValueError(f"trim: expected at most num_bytes={self.num_bytes}, got {num_bytes}")
-        kept, size = _rounded(num_bytes), self._size
         self.num_bytes = num_bytes
+        if num_bytes <= self._size - ALIGNMENT:
+            self._heap._note_trimmed(self)
+
+    def _free_rest(self) -> None:
+        """Free what `trim` has left for it."""
+        kept, size = _rounded(self.num_bytes), self._size
         if kept < size:
             self._size = kept
             here = (self._quick.stream, self._quick.capture)
@@ -148,6 +160,7 @@ class Heap:
         self._to_collect: deque[tuple[Any, ...]] = deque()
         self._limbo: list[tuple[int, int, int, int]] = []
         self._quicks: dict[tuple[int, int], Quick] = {}
+        self._trimmed: deque[weakref.ref[Block]] = deque()
         self._large = self.num_bytes // _LARGE
         self._pools = {_EAGER: Ranges()}
         self._kept: list[object] = []
@@ -167,6 +180,7 @@ class Heap:
     def free_bytes(self) -> int:
         """Bytes that are free, in ranges of any size; not those of CUDA graphs."""
         with self._lock:
+            self._free_trimmed()
             self._settle()
             return self._pools[_EAGER].total
 
@@ -174,6 +188,7 @@ class Heap:
     def largest_free(self) -> int:
         """Bytes of the largest block that could be taken."""
         with self._lock:
+            self._free_trimmed()
             self._settle()
             return self._pools[_EAGER].largest
 
@@ -185,6 +200,8 @@ class Heap:
         with self._lock:
             self._collect()
             if ranges.largest < num_bytes:
+                self._settle()
+            if ranges.largest < num_bytes and self._free_trimmed():
                 self._settle()
             return ranges.largest >= num_bytes
 
@@ -233,11 +250,35 @@ class Heap:
             if self._limbo:
                 self._leave_limbo()
             start = self._take(size, stream, capture)
+            if start is None and self._free_trimmed():
+                start = self._take(size, stream, capture)
             if start is None:
                 free = self._pools[_EAGER]
                 raise HeapFull(num_bytes, free.total, free.largest, self.num_bytes, self._captured)
             self._live += 1
             return Block(self, self._quick_list(size, stream, capture), start, num_bytes)
+
+    def _note_trimmed(self, block: Block) -> None:
+        """Remember a block that is larger than it has to be. Takes no lock."""
+        trimmed = self._trimmed
+        trimmed.append(weakref.ref(block))
+        if len(trimmed) > _TRIMMED:
+            for _ in range(len(trimmed)):
+                with suppress(IndexError):  # another thread frees them
+                    oldest = trimmed.popleft()
+                    if oldest() is not None:
+                        trimmed.append(oldest)
+
+    def _free_trimmed(self) -> bool:
+        """Free what trimmed blocks do not need; return whether there were any."""
+        found = False
+        with suppress(IndexError):
+            while True:
+                block = self._trimmed.popleft()()
+                if block is not None:
+                    block._free_rest()
+                    found = True
+        return found
 
     def _quick_list(self, size: int, stream: int, capture: int) -> Quick:
         """Return the quick list for a block that comes from the ranges; a new one replaces the oldest."""

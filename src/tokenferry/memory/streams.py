@@ -22,6 +22,9 @@ class Streams(Protocol):
     def is_eager(self, stream: int) -> bool:
         """Return whether a stream is the current one and not being captured; False also if only `capture` can tell."""
 
+    def eager(self) -> int | None:
+        """Return the current stream, if `is_eager` is True of it."""
+
     def record(self, stream: int) -> object:
         """Record and return an event after everything queued on a stream."""
 
@@ -43,6 +46,10 @@ class HostStreams:
     def is_eager(self, stream: int) -> bool:
         """Return whether it is the only stream."""
         return stream == 0
+
+    def eager(self) -> int:
+        """Return 0, the only stream."""
+        return 0
 
     def record(self, stream: int) -> object:
         """Return None: there is nothing to wait for."""
@@ -87,6 +94,13 @@ class CudaStreams:
         """See `Streams.is_eager`."""
         index = self._index
         return self._current(index) == stream and self._current_device() == index and not self._capturing()
+
+    def eager(self) -> int | None:
+        """See `Streams.eager`."""
+        index = self._index
+        if self._capturing() or self._current_device() != index:
+            return None
+        return int(self._current(index))
 
     def record(self, stream: int) -> object:
         """See `Streams.record`."""

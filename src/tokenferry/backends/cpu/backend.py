@@ -11,6 +11,7 @@ from tokenferry.backends.base import (
     DecodeCombineRequest,
     DecodeDispatchRequest,
     DispatchRequest,
+    QuickChecks,
     RedispatchRequest,
     Resolved,
     TokenLayout,
@@ -108,6 +109,9 @@ class CpuBackend:
             return rows
         num_local = plan.expert_counts.numel()
         return rows.view(num_local, plan.num_delivered // num_local, hidden)
+
+    def fast_path(self, shape: MoeShape, checks: QuickChecks) -> None:
+        """Return None: moving the rows takes far longer than checking the arguments."""
 
     def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
         """Break the group if a call was refused a resource: its peers are told, and need not wait for this rank."""

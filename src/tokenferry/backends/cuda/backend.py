@@ -10,6 +10,7 @@ from tokenferry.backends.base import (
     DecodeCombineRequest,
     DecodeDispatchRequest,
     DispatchRequest,
+    QuickChecks,
     RedispatchRequest,
     TokenLayout,
 )
@@ -17,8 +18,10 @@ from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.combine import Combiner
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.decode import Decoder
-from tokenferry.backends.cuda.dispatch import Dispatcher, shaped
+from tokenferry.backends.cuda.dispatch import Dispatcher
+from tokenferry.backends.cuda.fast_path import CudaFastPath
 from tokenferry.backends.cuda.masks import Masks
+from tokenferry.backends.cuda.results import shaped
 from tokenferry.backends.cuda.token_layout import token_layout
 from tokenferry.errors import ResourceError
 from tokenferry.kernels.dispatch_assign.spec import num_columns
@@ -42,7 +45,8 @@ class CudaBackend:
     name = "cuda"
     checks_routing = True
 
-    def __init__(self, context: Context, key: str, why: str) -> None:
+    def __init__(self, context: Context, key: str, why: str, *, fast_path: bool = True) -> None:
+        self._has_fast_path = fast_path
         self.key = key
         self.why = why
         self.rank = context.rank
@@ -87,6 +91,12 @@ class CudaBackend:
         """Return undefined rows in the heap, in the shape of ``Dispatched.x``."""
         stream = self.context.current_stream()
         return shaped(self.allocator.new_rows("empty_rows", (plan.num_delivered, hidden), dtype, stream), plan)
+
+    def fast_path(self, shape: MoeShape, checks: QuickChecks) -> CudaFastPath | None:
+        """See `tokenferry.backends.base.Backend`."""
+        if not self._has_fast_path:
+            return None
+        return CudaFastPath(self, shape, checks)
 
     def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
         """Name the state of the group, too: it is whole unless the call had begun to send, which breaks it."""

@@ -9,12 +9,10 @@ import logging
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.errors import CapacityError
 from tokenferry.memory.heap import Block, HeapFull
 from tokenferry.memory.tensor import tensor_at
-from tokenferry.types import Layout, Plan
 
 _log = logging.getLogger("tokenferry")
 _SECTION = 128
@@ -109,20 +107,6 @@ class SymmetricAllocator:
         block = self.call_block(call, tensor.numel() * tensor.element_size())
         if tensor.numel():
             self.tensor(block, block.offset, tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        return block.offset, block
-
-    def expert_rows_in_window(self, call: Call, y: Tensor, plan: Plan, num_sms: int) -> tuple[int, Block | None]:
-        """Return the same for rows by expert; of a masked layout only the rows below the counts are copied.
-
-        Raises:
-            CapacityError: as `block`.
-        """
-        if plan.options.layout is Layout.EXPERTS or self.offset(y):
-            return self.in_window(call, y)
-        block = self.call_block(call, y.numel() * y.element_size())
-        y = aligned(y)
-        if y.numel():
-            launch.stage_input(self._context, call, y, block.address, plan, num_sms)
         return block.offset, block
 
 

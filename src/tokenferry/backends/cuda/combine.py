@@ -12,29 +12,69 @@ from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
-from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import Reduction
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import LAYOUT_CODES
+from tokenferry.backends.cuda.results import PlanAddresses, addresses_of
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.tensors import overlap
 from tokenferry.formats.dtypes import dtype_code
-from tokenferry.tuning import Topology, Tuning, tune
-from tokenferry.types import Combined, Layout, MoeShape
+from tokenferry.kernels.codes import PIECE_BYTES
+from tokenferry.kernels.combine_push import spec as push_spec
+from tokenferry.kernels.control_block import OFFSET_BYTES
+from tokenferry.memory.heap import Block
+from tokenferry.tuning import Topology, num_pushers, tune
+from tokenferry.types import Combined, Layout, MoeShape, Plan
 
-_MAX_FORMS = 1024
+_MAX_FORMS = 256
+_MAX_SPLITS = 1024
+"""Numbers of tokens for which a form remembers the division of work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The division of the work of a combine, which depends on T.
+
+    Attributes:
+        fetch_sms: SMs of a combine whose rows peers fetch.
+        push_sms: SMs of a combine that pushes rows.
+        pushers: Those of them that push.
+        whole: `combine_push`: what `spec.num_whole` returns.
+        unit_bits: `combine_push`: log2 of the rows of a unit.
+    """
+
+    fetch_sms: int
+    push_sms: int
+    pushers: int
+    whole: int
+    unit_bits: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CombineForm:
-    """The parts that all combines of equal sizes, layouts and dtypes share.
+    """What all combines of the same layout, sizes, dtype and ``num_sms`` share.
 
     Attributes:
         signature: Signature of the calls.
-        tuning: SMs of the kernels, unless the call sets ``num_sms``.
+        layout: Layout of the rows.
+        dtype: dtype of the rows.
+        columns: Elements of a row.
+        top_k: Experts of a token, K.
+        num_local: Number of local experts, L.
+        num_sms: SMs of the kernels; None: as tuned.
+        works: The division of work, by T.
+        kernel: `combine_push` for ROWS, else `combine_pull`.
     """
 
     signature: Signature
-    tuning: Tuning
+    layout: Layout
+    dtype: torch.dtype
+    columns: int
+    top_k: int
+    num_local: int
+    num_sms: int | None
+    works: BoundedDict[int, Work]
+    kernel: LaunchTemplate
 
 
 class Combiner:
@@ -49,56 +89,173 @@ class Combiner:
         self._context = context
         self._allocator = allocator
         self._forms: BoundedDict[tuple[Any, ...], CombineForm] = BoundedDict(_MAX_FORMS)
+        self._stages: BoundedDict[tuple[int, int, int], LaunchTemplate] = BoundedDict(_MAX_FORMS)
 
     def combine(self, request: CombineRequest) -> Combined:
         """Add up the rows of each of this rank's tokens."""
-        y, plan, weights, device = request.y, request.plan, request.topk_weights, self._context.device
-        L, K = plan.expert_counts.shape[0], plan.topk_idx.shape[1]
-        key = (plan.options.layout, y.dtype, y.shape[-1], weights is None, L, K, plan.num_tokens)
-        form = self._forms.get(key) or self._new_form(key, request)
+        y, plan, weights = request.y, request.plan, request.topk_weights
+        plan_at = addresses_of(plan)
+        form = self.form(plan, plan_at, y, weighted=weights is not None, num_sms=request.num_sms)
         call = self._context.begin(form.signature)
         out = request.out
-        if out is None or out.data_ptr() % 16 or overlap(out, y):
-            out = torch.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype, device=device)
-        weights_out, weights_offset, copied = None, 0, None
-        if weights is not None:
-            weights_out = torch.empty(plan.num_tokens, K, dtype=torch.float32, device=device)
-            weights_offset, copied = self._allocator.in_window(call, weights)
-        biases = tuple(aligned(bias) for bias in request.biases) if request.biases else ()
-        self._launch(call, y, Reduction(plan, out, biases, weights_out, weights_offset), form.tuning, request.num_sms)
-        del copied  # its block is given back on this stream, after the kernel
+        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
+            out = None
+        done = self.send(form, call, y, plan_at, weights, request.biases, out)
         if request.out is not None and request.out is not out:
             with torch.inference_mode():  # `out` may come from it
-                request.out.copy_(out)
-            out = request.out
+                request.out.copy_(done.x)
+            done = Combined(request.out, done.topk_weights)
+        return done
+
+    def form(
+        self, plan: Plan, plan_at: PlanAddresses, y: Tensor, *, weighted: bool, num_sms: int | None
+    ) -> CombineForm:
+        """Return the form of a combine of rows ``y``."""
+        layout, K, columns = plan.options.layout, plan_at.top_k, y.shape[-1]
+        key = (layout, y.dtype, columns, weighted, plan_at.num_local, K, num_sms)
+        found = self._forms.get(key)
+        if found is None:
+            signature = Signature(
+                "combine",
+                layout=LAYOUT_CODES[layout],
+                dtype=dtype_code(y.dtype),
+                bytes_of_rows=columns * y.element_size(),
+                bytes_of_weights=4 if weighted else 0,
+            )
+            make = launch.push_template if layout is Layout.ROWS else launch.pull_template
+            found = self._forms[key] = CombineForm(
+                signature,
+                layout,
+                y.dtype,
+                columns,
+                K,
+                plan_at.num_local,
+                num_sms,
+                BoundedDict(_MAX_SPLITS),
+                make(self._context, y.dtype, columns, K),
+            )
+        return found
+
+    def send(
+        self,
+        form: CombineForm,
+        call: Call,
+        y: Tensor,
+        plan_at: PlanAddresses,
+        weights: Tensor | None,
+        biases: tuple[Tensor, ...],
+        out: Tensor | None,
+    ) -> Combined:
+        """Add up the rows of each of this rank's tokens; ``out``: where to, or None for a new tensor."""
+        num_tokens, allocator, device = plan_at.num_tokens, self._allocator, self._context.device
+        work = form.works.get(num_tokens) or self._work(form, num_tokens)
+        if out is None:
+            out = torch.empty(num_tokens, form.columns, dtype=form.dtype, device=device)
+        weights_out, weights_at, copied = None, 0, None
+        if weights is not None:
+            weights_out = torch.empty(num_tokens, form.top_k, dtype=torch.float32, device=device)
+            weights_at, copied = allocator.in_window(call, weights)
+        if biases:
+            biases = tuple(aligned(bias) for bias in biases)
+        sums = (
+            out.data_ptr(),
+            biases[0].data_ptr() if biases else 0,
+            biases[1].data_ptr() if len(biases) > 1 else 0,
+            address(weights_out),
+            plan_at.src_counts,
+            plan_at.dst_counts,
+            num_tokens,
+        )
+        if form.layout is Layout.ROWS:
+            self._push(form, call, y, plan_at, work, weights_at, sums)
+        else:
+            self._pull(form, call, y, plan_at, work, weights_at, sums)
+        del copied  # its block is given back on this stream, after the kernel
         return Combined(out, weights_out)
 
-    def _launch(self, call: Call, y: Tensor, reduction: Reduction, tuning: Tuning, num_sms: int | None) -> None:
-        plan, allocator = reduction.plan, self._allocator
-        if plan.options.layout is Layout.ROWS:
-            y = aligned(y)
-            reduction.rows_offset = allocator.offset(y)
-            landing = allocator.call_block(call, plan.dst_token.shape[0] * y.shape[1] * y.element_size())
-            reduction.recv_offset = landing.offset
-            sms = num_sms or (tuning.combine_sms if reduction.rows_offset else tuning.push_sms)
-            launch.combine_push(self._context, call, reduction, y, sms)
-        else:
-            sms = num_sms or self._context.num_sms
-            reduction.rows_offset, _copied = allocator.expert_rows_in_window(call, y, plan, sms)
-            launch.combine_pull(self._context, call, reduction, num_sms or tuning.combine_sms)
-
-    def _new_form(self, key: tuple[Any, ...], request: CombineRequest) -> CombineForm:
-        y, plan, num_ranks = request.y, request.plan, self._context.num_ranks
-        hidden = y.shape[-1]
-        signature = Signature(
-            "combine",
-            layout=LAYOUT_CODES[plan.options.layout],
-            dtype=dtype_code(y.dtype),
-            bytes_of_rows=hidden * y.element_size(),
-            bytes_of_weights=0 if request.topk_weights is None else 4,
-        )
-        num_experts = plan.expert_counts.shape[0] * num_ranks
-        shape = MoeShape(num_experts, plan.topk_idx.shape[1], hidden, max(plan.num_tokens, 1))
+    def _work(self, form: CombineForm, num_tokens: int) -> Work:
+        num_ranks, columns = self._context.num_ranks, form.columns
+        shape = MoeShape(form.num_local * num_ranks, form.top_k, columns, max(num_tokens, 1))
         tuning = tune(shape, Topology(num_ranks, self._context.num_sms))
-        form = self._forms[key] = CombineForm(signature, tuning)
-        return form
+        push_sms = form.num_sms or tuning.push_sms
+        pushers = 0 if num_ranks == 1 else num_pushers(push_sms)
+        pieces = -(-columns * form.dtype.itemsize // PIECE_BYTES)
+        made = form.works[num_tokens] = Work(
+            form.num_sms or tuning.combine_sms,
+            push_sms,
+            pushers,
+            push_spec.num_whole(num_tokens, pieces, max(1, push_sms - pushers)),
+            push_spec.unit_bits(num_tokens),
+        )
+        return made
+
+    def _push(
+        self,
+        form: CombineForm,
+        call: Call,
+        y: Tensor,
+        plan_at: PlanAddresses,
+        work: Work,
+        weights_at: int,
+        sums: tuple[int, ...],
+    ) -> None:
+        """Launch `combine_push` for rows ``[N, H]``: they are pushed, or fetched by peers if they lie in the window."""
+        y = aligned(y)
+        rows_at = self._allocator.offset(y)
+        landing = self._allocator.call_block(call, plan_at.num_sent * form.columns * form.dtype.itemsize)
+        pushers, whole, sms = (0, 0, work.fetch_sms) if rows_at else (work.pushers, work.whole, work.push_sms)
+        form.kernel.pack(
+            0, call.alive, call.number, call.signature.words,
+            landing.offset // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, work.unit_bits, rows_at // OFFSET_BYTES, 0,
+            plan_at.places, plan_at.places, *sums, y.data_ptr(), pushers, whole,
+        )  # fmt: skip
+        form.kernel.launch(sms, call.stream)
+
+    def _pull(
+        self,
+        form: CombineForm,
+        call: Call,
+        y: Tensor,
+        plan_at: PlanAddresses,
+        work: Work,
+        weights_at: int,
+        sums: tuple[int, ...],
+    ) -> None:
+        """Launch `combine_pull` for rows by expert, which lie in the window, or are copied there."""
+        rows_at, copied = self._expert_rows_in_window(form, call, y, plan_at)
+        first_column = 2 * self._context.num_ranks + form.top_k  # of the columns for `combine_pull`
+        form.kernel.pack(
+            0, call.alive, call.number, call.signature.words,
+            rows_at // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, 0, 0, 0,
+            plan_at.places + 4 * first_column, plan_at.places, *sums,
+        )  # fmt: skip
+        form.kernel.launch(work.fetch_sms, call.stream)
+        del copied  # as in `send`
+
+    def _expert_rows_in_window(
+        self, form: CombineForm, call: Call, y: Tensor, plan_at: PlanAddresses
+    ) -> tuple[int, Block | None]:
+        """Return the offset of rows by expert in the window, or of a copy in a block, which is returned, too.
+
+        Of a masked layout only the rows below the counts are copied.
+
+        Raises:
+            CapacityError: the heap is full.
+        """
+        allocator = self._allocator
+        if form.layout is Layout.EXPERTS or allocator.offset(y):
+            return allocator.in_window(call, y)
+        block = allocator.call_block(call, y.numel() * y.element_size())
+        y = aligned(y)
+        if y.numel():
+            num_local, capacity, columns = y.shape
+            key = (num_local, capacity, columns * y.element_size())
+            stage = self._stages.get(key)
+            if stage is None:
+                stage = self._stages[key] = launch.stage_template(self._context, *key)
+            stage.pack(
+                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+                y.data_ptr(), block.address, plan_at.expert_counts, plan_at.src_counts,
+            )  # fmt: skip
+            stage.launch(form.num_sms or self._context.num_sms, call.stream)
+        return block.offset, block

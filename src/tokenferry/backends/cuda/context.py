@@ -14,18 +14,19 @@ from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.faults import FlightRecorder, Pinned
 from tokenferry.backends.cuda.peers import Peers
 from tokenferry.backends.cuda.runtime import Runtime
-from tokenferry.backends.cuda.signature import SIGNATURE_BYTES, Signature
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, PeerTimeout, RoutingError
 from tokenferry.forked import forget_in_child
 from tokenferry.jit.driver import check
 from tokenferry.jit.kernel import Kernel, KernelSpec
-from tokenferry.jit.params import Packer
+from tokenferry.jit.params import Items, Packer
 from tokenferry.kernels.all import SPECS
 from tokenferry.kernels.control_block import (
     CONTROL_BLOCK_BYTES,
     CONTROL_BLOCK_OFFSETS,
     FIRST_OFFSET,
     MAX_RANKS,
+    SIGNATURE_WORDS,
     Fault,
 )
 from tokenferry.memory.tensor import bytes_at
@@ -60,61 +61,44 @@ class Call:
     wait_ns: int
 
 
+def call_packer(spec: KernelSpec, *fields: str) -> Packer:
+    """Return a writer of everything in a kernel's params that differs from call to call.
+
+    Its values are: `Call.wait_ns`, `Call.alive` and `Call.number`; the words of the signature; six offsets for the
+    handshake; and the kernel's own ``fields``, which have to be the first in its spec.
+    """
+    return Packer(
+        spec.params.struct,
+        "wait_ns",
+        "alive",
+        "call_number",
+        Items("handshake", 0, SIGNATURE_WORDS, raw=True),
+        Items("handshake", FIRST_OFFSET, _NUM_OFFSETS),
+        *fields,
+    )
+
+
 class LaunchTemplate:
     """A kernel, and params in which everything that calls of one geometry share is filled in.
 
-    Fields that differ from call to call are written by packers, which are bound to these params. Those of the kernel's
-    own fields are set by the function that makes the template.
+    ``pack`` writes the rest: every call writes all of it, so that nothing is left over from the call before. The fields
+    that calls share are set by the function that makes the template.
 
     Attributes:
         params: The params struct of the kernel.
-        pack_offsets: Writes the six offsets of the handshake.
-        pack: Writes the kernel's own fields.
-        pack_rest: Writes those of them that do not lie beside the others.
+        pack: Writes what differs from call to call; see `call_packer`.
         block: Threads of a block.
         smem_bytes: Dynamic shared memory of a block.
     """
 
-    __slots__ = (
-        "_handshake",
-        "_pack_call",
-        "_signature",
-        "_view",
-        "_wait_ns",
-        "block",
-        "kernel",
-        "pack",
-        "pack_offsets",
-        "pack_rest",
-        "params",
-        "smem_bytes",
-    )
+    __slots__ = ("block", "kernel", "pack", "params", "smem_bytes")
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, packer: Packer) -> None:
         self.kernel = kernel
         self.params: Any = kernel.new_params()
         self.block = 32
         self.smem_bytes = 0
-        struct_type = type(self.params)
-        self.pack: Callable[..., None]
-        self.pack_rest: Callable[..., None]
-        self.pack_offsets = Packer.items(struct_type, "handshake", FIRST_OFFSET, _NUM_OFFSETS).bind(self.params)
-        self._pack_call = Packer(struct_type, "alive", "call_number").bind(self.params)
-        self._view = memoryview(self.params).cast("B")
-        start = struct_type.handshake.offset
-        self._handshake = slice(start, start + SIGNATURE_BYTES)
-        self._signature: Signature | None = None
-        self._wait_ns = 0
-
-    def set_call(self, call: Call) -> None:
-        """Write what belongs to the call: its number, who takes part, and its signature."""
-        self._pack_call(call.alive, call.number)
-        signature = call.signature
-        if self._signature is not signature:
-            self._signature = signature
-            self._view[self._handshake] = signature.words
-        if self._wait_ns != call.wait_ns:
-            self._wait_ns = self.params.wait_ns = call.wait_ns
+        self.pack: Callable[..., None] = packer.bind(self.params)
 
     def launch(self, grid: int, stream: int) -> None:
         """Enqueue the kernel."""
@@ -129,6 +113,9 @@ class Context:
         runtime: Kernels and streams of the device.
         timeout_s: Seconds that each wait may take.
         mask_late: Whether decode calls mask a rank that is late, instead of raising.
+
+    Attributes:
+        all_ranks: A bit for each rank.
     """
 
     def __init__(self, window: Window, runtime: Runtime, timeout_s: float, *, mask_late: bool = False) -> None:
@@ -148,7 +135,7 @@ class Context:
         self.templates: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_TEMPLATES)
         self._driver = runtime.driver
         self._streams = runtime.streams
-        self._all_ranks = (1 << self.num_ranks) - 1
+        self.all_ranks = (1 << self.num_ranks) - 1
         self._number = 0
         self._last: dict[int, int] = {}  # stream of the last call, by capture (0: none)
         self._peers = Peers()
@@ -173,10 +160,23 @@ class Context:
         stream, capture = self._order(signature.phase)
         number = self._number = self._number % 0xFFFFFFFF + 1
         self.flight_recorder.note(number, signature)
-        alive = self._all_ranks
+        alive = self.all_ranks
         if skip_masked:
             alive &= ~sum(1 << rank for rank in self.masked_ranks())
         return Call(number, stream, capture != 0, alive, signature, wait_ns)
+
+    def begin_eager(self, signature: Signature) -> Call | None:
+        """Begin a call as `begin` does if nothing has to be done for it but to number it; else return None.
+
+        That is: the group is whole, no kernel has recorded an error, no CUDA graph is being captured, and the current
+        stream is that of the last call.
+        """
+        stream = self._streams.eager()
+        if stream is None or self._last.get(0) != stream or self.pinned.words[0] or self.broken:
+            return None
+        number = self._number = self._number % 0xFFFFFFFF + 1
+        self.flight_recorder.note(number, signature)
+        return Call(number, stream, False, self.all_ranks, signature, 0)
 
     def resume(self, call: Call) -> Call:
         """Return a call again, to be continued on the current stream; as `begin`, without a new number.
@@ -193,6 +193,11 @@ class Context:
         if self.mask_late and self.pinned.masked != _NONE_MASKED:
             self._masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
         return frozenset(self._masked)
+
+    @property
+    def nobody_masked(self) -> bool:
+        """Whether decode calls skip no rank."""
+        return not self._masked and (not self.mask_late or self.pinned.masked == _NONE_MASKED)
 
     def watch(self, peers: Peers) -> None:
         """Notice from now on when a peer's process ends."""
@@ -361,9 +366,9 @@ class Context:
 
     # ------------------------------------------------------------------ kernels
 
-    def new_template(self, spec: KernelSpec, **config: int) -> LaunchTemplate:
+    def new_template(self, spec: KernelSpec, packer: Packer, **config: int) -> LaunchTemplate:
         """Return a template with the common fields filled in; to be kept in ``templates`` once it is complete."""
-        template = LaunchTemplate(self.jit.kernel(spec, **config))
+        template = LaunchTemplate(self.jit.kernel(spec, **config), packer)
         params = template.params
         for rank, base in enumerate(self.window.bases):
             params.windows[rank] = base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,48 +12,75 @@ from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.channel import Channel, PendingRecv
-from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.context import Call, Context
+from tokenferry.backends.cuda.decode_forms import (
+    CombineKind,
+    DecodeCombineForm,
+    DecodeDispatchForm,
+    DispatchKind,
+    LazyDecodePlan,
+    new_combine_form,
+    new_dispatch_form,
+)
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspace, Workspaces
 from tokenferry.backends.tensors import drop_ranks, overlap
 from tokenferry.errors import ConfigError
-from tokenferry.formats.dtypes import dtype_code
-from tokenferry.jit.params import Packer
-from tokenferry.kernels.codes import RAW, TYPES
 from tokenferry.kernels.control_block import TRACE_WORDS
-from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
-from tokenferry.kernels.decode_words import (
-    BAD,
-    NONE,
-    PLACES_WORD,
-    RECEIVE,
-    REPEATED,
-    SCALE_FLOAT32,
-    SCALE_POWER_OF_TWO,
-    SCALE_UE8M0,
-    SEND,
-)
-from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
+from tokenferry.kernels.decode_words import BAD, NONE, RECEIVE, REPEATED, SEND
+from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, MoeShape, Quantized, Routing
 
-_DISPATCH = Packer(
-    decode_dispatch_spec.SPEC.params.struct,
-    "x", "topk_idx", "weights", "choices", "out", "scale_out", "expert_counts", "received", "src_token", "src_range",
-    "row_weights", "table", "masked_out", "trace",
-)  # fmt: skip
-_COMBINE = Packer(
-    decode_combine_spec.SPEC.params.struct,
-    "y", "out", "topk_idx", "weights", "row_weights", "table", "pending", "masked_out", "trace",
-)  # fmt: skip
-_DISPATCH_REST, _COMBINE_REST = (
-    Packer(spec.params.struct, "num_tokens", "phases") for spec in (decode_dispatch_spec.SPEC, decode_combine_spec.SPEC)
-)
 _MAX_TOKENS = 1 << 16
 """Largest M; even with the most experts, places of rows stay far below 2^31."""
-_MAX_SIGNATURES = 1024
-_SCALE_CODES = {None: 0, Scale.FLOAT32: SCALE_FLOAT32, Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO, Scale.UE8M0: SCALE_UE8M0}
+_MAX_FORMS = 256
+
+
+class PlanParts(NamedTuple):
+    """What the kernel of a combine reads of a plan.
+
+    Attributes:
+        topk_idx: `DecodePlan.topk_idx`.
+        topk_weights: `DecodePlan.topk_weights`.
+        row_weights: Address of `DecodePlan.row_weights`, or 0.
+        table: Address of `DecodePlan._table`.
+        num_tokens: T.
+        kept: Tensors to keep until the kernel has run, besides these.
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor
+    row_weights: int
+    table: int
+    num_tokens: int
+    kept: tuple[Tensor | None, ...]
+
+
+def parts_of(plan: DecodePlan, topk_weights: Tensor, wait_ns: Tensor | None) -> PlanParts:
+    """Return what the kernel of a combine reads of a plan, and what it needs to be alive.
+
+    Args:
+        plan: The plan.
+        topk_weights: Its weights, contiguous.
+        wait_ns: `DecodeStats.wait_ns`.
+    """
+    if isinstance(plan, LazyDecodePlan):
+        form, at = plan._form, plan._words.data_ptr()
+        row_weights = at + 4 * form.layout.row_weights if form.weighted else 0
+        return PlanParts(
+            plan.topk_idx,
+            topk_weights,
+            row_weights,
+            at + 4 * form.layout.table,
+            plan.num_tokens,
+            (plan._words, wait_ns),
+        )
+    table, row_weights = address(plan._table), address(plan.row_weights)
+    return PlanParts(
+        plan.topk_idx, topk_weights, row_weights, table, plan.num_tokens, (plan._table, plan.row_weights, wait_ns)
+    )
 
 
 class Decoder:
@@ -74,7 +101,8 @@ class Decoder:
         self._key = key
         self.workspaces = Workspaces(context, allocator)
         self._channels = (Channel(context), Channel(context))
-        self._signatures: BoundedDict[tuple[object, ...], Signature] = BoundedDict(_MAX_SIGNATURES)
+        self._dispatches: BoundedDict[DispatchKind, DecodeDispatchForm] = BoundedDict(_MAX_FORMS)
+        self._combines: BoundedDict[CombineKind, DecodeCombineForm] = BoundedDict(_MAX_FORMS)
         self.trace: Tensor | None = None
 
     def meet(self) -> None:
@@ -126,208 +154,174 @@ class Decoder:
         weights = None if weights is None else weights.contiguous()
         num_local = shape.num_experts // context.num_ranks
         topk_idx = drop_ranks(request.routing.topk_idx, context.masked_ranks(), num_local).contiguous()
-        signature = self._dispatch_signature(request, x, topk_idx, weights is not None)
+        kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, weights is not None)
+        known = self._dispatches.get(kind)
+        signature = known.signature if known is not None else kind.signature()
         call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
         workspace = self.workspaces.fitting(call, shape, x.element_size())
-        channel = self._channels[0]
+        if known is None or known.workspace != workspace.number:
+            known = self._dispatches[kind] = new_dispatch_form(context, self._key, signature, workspace, kind)
+        routing = Routing(topk_idx, weights)
+        return self.send(known, call, x, routing, request.routing.topk_weights, stats, return_hook=request.return_hook)
+
+    def known_dispatch(self, kind: DispatchKind) -> DecodeDispatchForm | None:
+        """Return the form of a dispatch if one like it has been made, and the memory for its rows is still in use."""
+        form = self._dispatches.get(kind)
+        return form if form is not None and form.workspace == self.workspaces.number else None
+
+    def send(
+        self,
+        form: DecodeDispatchForm,
+        call: Call,
+        x: Tensor,
+        routing: Routing,
+        weights_of_plan: Tensor | None,
+        stats: DecodeStats,
+        *,
+        return_hook: bool,
+    ) -> DecodeDispatched[Any]:
+        """Send rows, and receive rows, or return a hook that receives them.
+
+        Args:
+            form: The form of the call.
+            call: The call.
+            x: ``[T, H]``, contiguous, at a multiple of 16 bytes.
+            routing: What the kernel reads, contiguous, with -1 for experts of masked ranks.
+            weights_of_plan: `DecodePlan.topk_weights`.
+            stats: Counters.
+            return_hook: Whether the caller receives with a hook.
+        """
+        context, layout = self._context, form.layout
+        channel, template = self._channels[0], form.kernel
         channel.receive_overwritten(call)
-        result = self._results(shape, topk_idx, request, weights is not None)
-        choices = prepared_choices(topk_idx, shape.num_experts)
-        template = self._dispatch_template(workspace, shape, x, topk_idx, request)
-        plan, rows = result.plan, result.x
+        topk_idx, weights = routing.topk_idx, routing.topk_weights
+        rows = form.new_rows(context.device)
         data, scale = (rows.data, rows.scale) if isinstance(rows, Quantized) else (rows, None)
+        words = torch.empty(layout.num_words, dtype=torch.int32, device=context.device)
+        choices = prepared_choices(topk_idx, form.shape.num_experts)
+        plan = LazyDecodePlan()
+        plan._form, plan._words, plan.num_tokens = form, words, topk_idx.shape[0]
+        plan.topk_idx, plan.topk_weights = topk_idx, weights_of_plan
+        at, num_tokens = words.data_ptr(), topk_idx.shape[0]
         pointers = (
             x.data_ptr(), topk_idx.data_ptr(), address(weights), address(choices), data.data_ptr(), address(scale),
-            result.expert_counts.data_ptr(), address(stats.received), plan.src_token.data_ptr(),
-            plan.src_range.data_ptr(), address(plan.row_weights), address(plan._table), context.pinned.masked_address,
-            address(self.trace),
+            at + 4 * layout.expert_counts, address(stats.received), at + 4 * layout.src_token,
+            at + 4 * layout.src_range, at + 4 * layout.row_weights if form.weighted else 0, at + 4 * layout.table,
+            context.pinned.masked_address, address(self.trace), num_tokens,
         )  # fmt: skip
+        if not return_hook:
+            head = (call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
+            template.pack(*head, *pointers, SEND | RECEIVE)
+            template.launch(self.num_blocks, call.stream)
+            channel.sent(None)
+            return DecodeDispatched(rows, plan.expert_counts, plan, no_hook)
 
-        def launch(phases: int, at: Call, _kept: Workspace = workspace) -> None:
-            template.set_call(at)
-            template.pack(*pointers)
-            template.pack_rest(topk_idx.shape[0], phases)
+        def launch(phases: int, at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
+            head = (at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
+            template.pack(*head, *pointers, phases)
             template.launch(self.num_blocks, at.stream)
 
-        inputs = (x, topk_idx, weights, choices, plan._table, plan.row_weights, stats.received, stats.wait_ns)
-        outputs = (*inputs, data, scale, result.expert_counts, plan.src_token, plan.src_range)
-        hook = self._enqueue(channel, call, launch, outputs, return_hook=request.return_hook)
-        return DecodeDispatched(rows, result.expert_counts, plan, hook)
-
-    def _dispatch_signature(
-        self, request: DecodeDispatchRequest, x: Tensor, topk_idx: Tensor, weighted: bool
-    ) -> Signature:
-        shape = request.shape
-        key = (0, shape, x.dtype, request.quantize, weighted, topk_idx.dtype)
-        found = self._signatures.get(key)
-        if found is None:
-            found = self._signatures[key] = Signature(
-                "decode_dispatch",
-                num_experts=shape.num_experts,
-                max_tokens=shape.max_tokens,
-                dtype=dtype_code(x.dtype),
-                fp8_scale=_SCALE_CODES[request.quantize],
-                bytes_of_rows=x.shape[1] * x.element_size(),
-                bytes_of_weights=4 * shape.top_k if weighted else 0,
-                bytes_of_topk_idx=shape.top_k * topk_idx.element_size(),
-            )
-        return found
-
-    def _results(
-        self, shape: MoeShape, topk_idx: Tensor, request: DecodeDispatchRequest, weighted: bool
-    ) -> DecodeDispatched[Tensor | Quantized]:
-        """Return tensors for the results, undefined."""
-        device, R, H = self._context.device, self._context.num_ranks, shape.hidden
-        L, capacity = shape.num_experts // R, R * shape.max_tokens
-        if request.quantize is None:
-            x: Tensor | Quantized = torch.empty(L, capacity, H, dtype=request.x.dtype, device=device)
-        else:
-            groups = -(-H // 512) if request.quantize is Scale.UE8M0 else -(-H // 128)
-            kind = torch.int32 if request.quantize is Scale.UE8M0 else torch.float32
-            scale = torch.empty(L, groups, capacity, dtype=kind, device=device).transpose(1, 2)
-            x = Quantized(torch.empty(L, capacity, H, dtype=torch.float8_e4m3fn, device=device), scale)
-        plan = DecodePlan(
-            group_key=self._key,
-            num_tokens=topk_idx.shape[0],
-            num_experts=shape.num_experts,
-            topk_idx=topk_idx,
-            topk_weights=request.routing.topk_weights,
-            src_token=torch.empty(L, capacity, dtype=torch.int32, device=device),
-            src_range=torch.empty(L, R, dtype=torch.int64, device=device),
-            row_weights=torch.empty(L, capacity, dtype=torch.float32, device=device) if weighted else None,
-            _table=torch.empty(PLACES_WORD + capacity * shape.top_k, dtype=torch.int32, device=device),
-        )
-        return DecodeDispatched(x, torch.empty(L, dtype=torch.int32, device=device), plan, no_hook)
-
-    def _dispatch_template(
-        self, workspace: Workspace, shape: MoeShape, x: Tensor, topk_idx: Tensor, request: DecodeDispatchRequest
-    ) -> LaunchTemplate:
-        context, fp8 = self._context, request.quantize
-        weighted = request.routing.topk_weights is not None
-        key = (decode_dispatch_spec.SPEC, workspace.number, shape, x.dtype, fp8, topk_idx.dtype, weighted)
-        found = context.templates.get(key)
-        if found is not None:
-            return found
-        kind = RAW if fp8 is None else TYPES[x.dtype]
-        template = context.new_template(decode_dispatch_spec.SPEC, type=kind)
-        p, num_local = template.params, shape.num_experts // context.num_ranks
-        template.pack, template.pack_rest = _DISPATCH.bind(p), _DISPATCH_REST.bind(p)
-        self._set_workspace(p, workspace)
-        p.packets_at, p.packets_stride = workspace.rows_at, workspace.sizes.rows
-        p.notes_at, p.notes_stride, p.words_stride = workspace.notes_at, workspace.sizes.notes, workspace.sizes.words
-        p.max_tokens, p.top_k, p.num_local, p.columns = shape.max_tokens, shape.top_k, num_local, shape.hidden
-        p.row_units = shape.hidden * (x.element_size() if fp8 is None else 1) // 16
-        p.scale_units = 0 if fp8 is None else -(-shape.hidden // 512)
-        p.scale_format, p.per_local = _SCALE_CODES[fp8], 1 / num_local
-        p.wide, p.weighted = int(topk_idx.dtype is torch.int64), int(weighted)
-        template.block = decode_dispatch_spec.THREADS
-        template.smem_bytes = decode_dispatch_spec.smem_bytes(
-            shape.max_tokens * shape.top_k, shape.num_experts, context.num_ranks, shape.max_tokens
-        )
-        context.templates[key] = template
-        return template
+        tensors = (x, topk_idx, weights, choices, words, stats.received, stats.wait_ns, data, scale)
+        hook = self._send_alone(channel, call, launch, tensors)
+        return DecodeDispatched(rows, plan.expert_counts, plan, hook)
 
     # ------------------------------------------------------------------ combine
 
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """Send rows back, and receive and add up, or return a hook that does."""
-        context, plan, stats = self._context, request.plan, request.stats
-        y, H = aligned(request.y), request.y.shape[-1]
-        table, weights = plan._table, plan.topk_weights
-        assert table is not None
-        assert weights is not None
-        topk_idx, weights = plan.topk_idx, weights.contiguous()
-        shape = MoeShape(plan.num_experts, topk_idx.shape[1], H, y.shape[1] // context.num_ranks)
-        signature = self._combine_signature(request, shape)
+        context, plan, stats, y = self._context, request.plan, request.stats, aligned(request.y)
+        assert plan._table is not None
+        assert plan.topk_weights is not None
+        topk_idx, weights = plan.topk_idx, plan.topk_weights.contiguous()
+        shape = MoeShape(plan.num_experts, topk_idx.shape[1], y.shape[-1], y.shape[1] // context.num_ranks)
+        kind = CombineKind(shape, y.dtype, request.fast, request.encoding, topk_idx.dtype)
+        known = self._combines.get(kind)
+        signature = known.signature if known is not None else kind.signature()
         call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
         workspace = self.workspaces.fitting(call, shape, y.element_size())
-        channel = self._channels[1]
-        channel.receive_overwritten(call)
-        template = self._combine_template(workspace, shape, y, topk_idx, request)
+        if known is None or known.workspace != workspace.number:
+            known = self._combines[kind] = new_combine_form(context, signature, workspace, kind)
         out = request.out
-        if out is None or out.data_ptr() % 16 or overlap(out, y):
-            out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=context.device)
-        pending_words = torch.empty(2, dtype=torch.int32, device=context.device) if request.return_hook else None
+        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
+            out = None
+        parts = parts_of(plan, weights, stats.wait_ns)
+        copy_to = None if request.out is out else request.out
+        return self.send_back(known, call, y, parts, out, copy_to, return_hook=request.return_hook)
+
+    def known_combine(self, kind: CombineKind) -> DecodeCombineForm | None:
+        """Return the form of a combine, as `known_dispatch`."""
+        form = self._combines.get(kind)
+        return form if form is not None and form.workspace == self.workspaces.number else None
+
+    def send_back(
+        self,
+        form: DecodeCombineForm,
+        call: Call,
+        y: Tensor,
+        plan: PlanParts,
+        out: Tensor | None,
+        copy_to: Tensor | None,
+        *,
+        return_hook: bool,
+    ) -> DecodeCombined:
+        """Send rows back, and receive and add up, or return a hook that does.
+
+        Args:
+            form: The form of the call.
+            call: The call.
+            y: ``[L, R * M, H]``, contiguous, at a multiple of 16 bytes.
+            plan: What the kernel reads of the plan.
+            out: ``[T, H]`` for the sums, at a multiple of 16 bytes; None: a new tensor.
+            copy_to: ``[T, H]`` to which the sums are copied, or None.
+            return_hook: Whether the caller receives with a hook.
+        """
+        context, channel, template = self._context, self._channels[1], form.kernel
+        channel.receive_overwritten(call)
+        if out is None:
+            out = torch.empty(plan.num_tokens, y.shape[2], dtype=y.dtype, device=context.device)
+        pending_words = torch.empty(2, dtype=torch.int32, device=context.device) if return_hook else None
         pointers = (
-            y.data_ptr(), out.data_ptr(), topk_idx.data_ptr(), weights.data_ptr(), address(plan.row_weights),
-            table.data_ptr(), address(pending_words), context.pinned.masked_address, address(self.trace),
+            y.data_ptr(), out.data_ptr(), plan.topk_idx.data_ptr(), plan.topk_weights.data_ptr(), plan.row_weights,
+            plan.table, address(pending_words), context.pinned.masked_address, address(self.trace), plan.num_tokens,
         )  # fmt: skip
+        if not return_hook and copy_to is None:
+            head = (call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
+            template.pack(*head, *pointers, SEND | RECEIVE)
+            template.launch(self.num_blocks, call.stream)
+            channel.sent(None)
+            return DecodeCombined(out, no_hook)
 
-        def launch(phases: int, at: Call, _kept: Workspace = workspace) -> None:
-            template.set_call(at)
-            template.pack(*pointers)
-            template.pack_rest(plan.num_tokens, phases)
+        def launch(phases: int, at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
+            head = (at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
+            template.pack(*head, *pointers, phases)
             template.launch(self.num_blocks, at.stream)
-            if phases & RECEIVE and request.out is not None and request.out is not out:
-                with torch.inference_mode():  # `out` may come from it
-                    request.out.copy_(out)
+            if phases & RECEIVE and copy_to is not None:
+                with torch.inference_mode():  # `copy_to` may come from it
+                    copy_to.copy_(out)
 
-        kept = (y, out, topk_idx, weights, plan.row_weights, table, pending_words, stats.wait_ns)
-        hook = self._enqueue(channel, call, launch, kept, return_hook=request.return_hook)
-        return DecodeCombined(out if request.out is None else request.out, hook)
-
-    def _combine_signature(self, request: DecodeCombineRequest, shape: MoeShape) -> Signature:
-        y = request.y
-        key = (1, shape, y.dtype, request.fast, request.encoding)
-        found = self._signatures.get(key)
-        if found is None:
-            found = self._signatures[key] = Signature(
-                "decode_combine",
-                fast=int(request.fast),
-                encoding=int(request.encoding),
-                dtype=dtype_code(y.dtype),
-                bytes_of_rows=shape.hidden * y.element_size(),
-            )
-        return found
-
-    def _combine_template(
-        self, workspace: Workspace, shape: MoeShape, y: Tensor, topk_idx: Tensor, request: DecodeCombineRequest
-    ) -> LaunchTemplate:
-        context, fast, encoding = self._context, request.fast, request.encoding
-        key = (decode_combine_spec.SPEC, workspace.number, shape, y.dtype, topk_idx.dtype, fast, encoding)
-        found = context.templates.get(key)
-        if found is not None:
-            return found
-        template = context.new_template(
-            decode_combine_spec.SPEC, type=TYPES[y.dtype], fast=int(fast), encoding=int(encoding)
-        )
-        p = template.params
-        template.pack, template.pack_rest = _COMBINE.bind(p), _COMBINE_REST.bind(p)
-        self._set_workspace(p, workspace)
-        p.packets_at, p.packets_stride = workspace.answers_at, workspace.sizes.answers
-        p.max_tokens, p.top_k, p.columns = shape.max_tokens, shape.top_k, shape.hidden
-        p.num_local = shape.num_experts // context.num_ranks
-        p.wide = int(topk_idx.dtype is torch.int64)
-        template.block = decode_combine_spec.THREADS
-        context.templates[key] = template
-        return template
+        done = out if copy_to is None else copy_to
+        if not return_hook:
+            launch(SEND | RECEIVE, call)
+            channel.sent(None)
+            return DecodeCombined(done, no_hook)
+        kept = (y, out, plan.topk_idx, plan.topk_weights, *plan.kept, pending_words)
+        return DecodeCombined(done, self._send_alone(channel, call, launch, kept))
 
     # ------------------------------------------------------------------ both
-
-    def _set_workspace(self, params: Any, workspace: Workspace) -> None:  # noqa: ANN401 - fields of a params struct
-        for rank, start in enumerate(workspace.addresses):
-            params.workspaces[rank] = start
-        params.mask_late = int(self._context.mask_late)
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks of a launch: one for each SM."""
         return max(2, self._context.num_sms)
 
-    def _enqueue(
+    def _send_alone(
         self,
         channel: Channel,
         call: Call,
         launch: Callable[[int, Call], None],
         tensors: tuple[Tensor | None, ...],
-        *,
-        return_hook: bool,
     ) -> Callable[[], None]:
-        """Enqueue a kernel that sends and receives, or one that sends; then return the hook that receives."""
-        if not return_hook:
-            launch(SEND | RECEIVE, call)
-            channel.sent(None)
-            return no_hook
+        """Enqueue a kernel that sends; return the hook that receives."""
         launch(SEND, call)
         pending = PendingRecv(call, lambda at: launch(RECEIVE, at), tensors)
         channel.sent(pending)

@@ -1,65 +1,41 @@
-"""Dispatch and redispatch of the CUDA backend: blocks for received rows, and the kernels that send and arrange rows."""
+"""Dispatch and redispatch of the CUDA backend: blocks for received rows, and the kernels that send and arrange rows.
+
+With the form of a call at hand (see `tokenferry.backends.cuda.forms`), a dispatch takes two blocks of the heap, and
+launches.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
-from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.bounded import BoundedDict
-from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned, section_ends
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import Expansion, Payload, RecvBuffers, Route, Tables
-from tokenferry.backends.cuda.plan import LAYOUT_CODES, Counts, Geometry
-from tokenferry.backends.cuda.signature import Signature
+from tokenferry.backends.cuda.forms import (
+    DispatchForm,
+    Payload,
+    RecvOffsets,
+    RedispatchForm,
+    expand,
+    move,
+    new_dispatch_form,
+    new_redispatch_form,
+    row_kind,
+)
+from tokenferry.backends.cuda.launch import RowKind, address
+from tokenferry.backends.cuda.plan import Counts
+from tokenferry.backends.cuda.results import LazyDispatched, LazyPlan, PlanAddresses, PlanLayout, addresses_of
 from tokenferry.errors import ArgumentError, TokenferryError
-from tokenferry.formats.dtypes import dtype_code
-from tokenferry.kernels.codes import MASKED
-from tokenferry.tuning import Topology, tune
+from tokenferry.kernels.codes import EXPERTS, MASKED
+from tokenferry.kernels.control_block import OFFSET_BYTES
+from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized
 
-_MAX_FORMS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class SmCounts:
-    """SMs that the kernels of a call use.
-
-    Attributes:
-        links: Kernels that use the links between GPUs.
-        local: Kernels that rearrange rows on this GPU.
-    """
-
-    links: int
-    local: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DispatchForm:
-    """The parts that all dispatches with the same shape, options and kind of payload share.
-
-    Attributes:
-        signature: Signature of the calls.
-        geometry: Geometry of the calls.
-        sms: SMs of the kernels, unless the call sets ``num_sms``.
-    """
-
-    signature: Signature
-    geometry: Geometry
-    sms: SmCounts
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RedispatchForm:
-    """The parts that all redispatches with the same shape, layout and kind of payload share; see `DispatchForm`."""
-
-    signature: Signature
-    sms: SmCounts
+_MAX_FORMS = 256
 
 
 class Dispatcher:
@@ -77,299 +53,231 @@ class Dispatcher:
         self._key = key
         self._forms: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_FORMS)
         self._redispatch_forms: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_FORMS)
-        self._geometries: BoundedDict[tuple[MoeShape, DispatchOptions], Geometry] = BoundedDict(_MAX_FORMS)
-        self._no_row_idx: dict[int, Tensor] = {}
 
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
-        """Make a plan and send rows along it; the rows bring the peers' half of the plan, too.
-
-        If the heap has space for the worst case, rows are sent at once, and the host waits for the counts meanwhile.
-        Otherwise it waits for the counts first, and takes blocks of the size that they need.
-        """
-        options, routing, context = request.options, request.routing, self._context
-        index = routing.topk_idx
-        payload = _payload(request.x, routing.topk_weights, index)
-        key = (request.shape, options, *_kind(payload))
-        form = self._forms.get(key) or self._new_form(key, request, payload)
-        call = context.begin(form.signature)
-        wants_counts = options.counts == "host"
-        if wants_counts and call.capturing:
+        """Make a plan and send rows along it."""
+        index, weights = request.routing.topk_idx, request.routing.topk_weights
+        rows, scale = _payload(request.x)
+        kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=index.shape[1])
+        form = self.form(request.shape, request.options, kind, request.num_sms)
+        call = self._context.begin(form.signature)
+        if form.waits and call.capturing:
             raise ArgumentError(
                 'dispatch: options: counts="host" waits for the device, which a CUDA graph cannot capture; '
                 'use DispatchOptions(counts="device")'
             )
-        sms = SmCounts(request.num_sms, request.num_sms) if request.num_sms else form.sms
-        geometry = form.geometry
-        counts = cuda_plan.at_most(geometry, index.shape[0])
-        waits_first = wants_counts and not self._allocator.has_room_for_two(_worst_bytes(payload, index, geometry))
-        # Taken before anything is sent: if the heap is full, the group is still whole.
-        buffers = None if waits_first else self._recv_buffers(call, payload, geometry, counts)
-        tables = cuda_plan.start(context, call, index, geometry, sms.links)
-        if waits_first or (geometry.space.tight and not call.capturing):
+        payload = Payload(rows.data_ptr(), scale, address(weights), index.data_ptr())
+        return self.send(form, call, payload, index.shape[0])
+
+    def form(self, shape: MoeShape, options: DispatchOptions, kind: RowKind, num_sms: int | None) -> DispatchForm:
+        """Return the form of a dispatch.
+
+        Raises:
+            ConfigError, CapacityError: as `tokenferry.backends.cuda.plan.geometry`.
+        """
+        key = (shape, options, kind, num_sms)
+        found = self._forms.get(key)
+        if found is None:
+            found = self._forms[key] = new_dispatch_form(self._context, self._key, shape, options, kind, num_sms)
+        return found
+
+    def send(self, form: DispatchForm, call: Call, payload: Payload, num_tokens: int) -> Dispatched[Any]:
+        """Make a plan and send rows along it; the rows bring the peers' half of the plan, too.
+
+        If the heap has space for the worst case, rows are sent at once, and the host waits for the counts meanwhile.
+        Otherwise it waits for the counts first, and takes blocks of the size that they need.
+
+        Args:
+            form: The form of the call.
+            call: The call.
+            payload: What it sends.
+            num_tokens: T.
+        """
+        context, allocator = self._context, self._allocator
+        layout = form.layouts.get(num_tokens) or self._layout(form, num_tokens)
+        waits_first = form.waits and not allocator.has_room_for_two(form.worst_bytes)
+        # Blocks are taken before anything is sent: if the heap is full, the group is still whole.
+        plan = LazyPlan()
+        plan._form, plan._layout, plan._num_sent = form.plan, layout, layout.num_sent
+        if waits_first:
+            plan._block = allocator.call_block(call, layout.num_bytes)
+            result = None
+        else:
+            plan._block = allocator.call_block(call, layout.num_bytes + form.worst_arrivals.num_bytes)
+            result = self._recv(form, call, plan, None)
+        self._launch_plan(form, call, plan, payload.topk_idx)
+        counts = None
+        if waits_first or (form.geometry.space.tight and not call.capturing):
             with context.breaking_off(TokenferryError):  # `wait` itself breaks the group, if the error calls for it
-                exact = cuda_plan.wait(context, call, geometry)
-            counts = exact if wants_counts else counts
-        with context.breaking_off():  # from here on, peers wait for the rows of this rank
-            buffers = buffers or self._recv_buffers(call, payload, geometry, counts)
-            launch.dispatch(context, call, payload, tables.route, buffers, sms.links)
-            if geometry.by_expert:
-                expansion = _expansion(geometry, tables, counts, context.window.base + buffers.row_idx)
-                launch.dispatch_expand(context, call, payload, buffers, expansion, sms.local)
-        if wants_counts and counts.host is None:
-            counts = cuda_plan.wait(context, call, geometry)
-        return self._planned(payload, geometry, tables, counts, buffers)
+                counts = cuda_plan.wait(context, call, form.geometry)
+        try:  # from here on, peers wait for the rows of this rank
+            if result is None:
+                result = self._recv(form, call, plan, counts)
+            self._launch_move(form, call, plan, result, payload)
+        except BaseException as error:  # an interrupt, too
+            context.break_off(error)
+            raise
+        if form.waits:
+            self._count(form, plan, result, counts or cuda_plan.wait(context, call, form.geometry))
+        if result.leaves_block:
+            with context.breaking_off():  # the rows are sent, and lost if there is no memory for the copy
+                result.leave_block()
+        return result
 
-    def _new_form(self, key: tuple[Any, ...], request: DispatchRequest, payload: Payload) -> DispatchForm:
-        shape, options = request.shape, request.options
-        signature = Signature(
-            "dispatch",
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            max_tokens=shape.max_tokens,
-            layout=LAYOUT_CODES[options.layout],
-            alignment=options.alignment,
-            device_counts=int(options.counts == "device"),
-            capacity=options.capacity or 0,
-            **_signature_fields(payload),
-        )
-        geometry = self._geometries.get((shape, options))
-        if geometry is None:
-            geometry = cuda_plan.geometry(shape, options, self._context.num_ranks)
-            self._geometries[shape, options] = geometry
-        form = self._forms[key] = DispatchForm(signature, geometry, self._tuned_sms(shape))
-        return form
+    def _layout(self, form: DispatchForm, num_tokens: int) -> PlanLayout:
+        made = cuda_plan.plan_layout(form.geometry, self._context.num_ranks, num_tokens, form.kind.top_k)
+        form.layouts[num_tokens] = made
+        return made
 
-    def _recv_buffers(self, call: Call, payload: Payload, geometry: Geometry, counts: Counts) -> RecvBuffers:
-        """Take the blocks of a dispatch.
+    def _recv(self, form: DispatchForm, call: Call, plan: LazyPlan, counts: Counts | None) -> LazyDispatched:
+        """Take the memory for what a dispatch receives: for the worst case, or for counts that are known.
 
         Raises:
             CapacityError: the heap is full.
         """
-        index = payload.topk_idx
-        assert index is not None
-        N, K, by_expert = counts.received, index.shape[1], geometry.by_expert
-        idx_end, token_end, end = section_ends(N * K * index.element_size(), N * 8, N * K * 8 if by_expert else 0)
-        plan = self._allocator.call_block(call, end)
-        # Rows come last: where there are fewer than expected, the memory behind them is given back.
-        D = counts.delivered
-        weights_end, scale_end, end = section_ends(
-            0 if payload.weights is None else D * 4 * (1 if by_expert else K),
-            D * payload.scale_bytes,
-            D * payload.row_bytes,
-        )
-        rows, copy_out = self._allocator.recv_block(call, end)
-        return RecvBuffers(
-            block=rows,
-            copy_out=copy_out,
-            rows=rows.offset + scale_end,
-            scale=rows.offset + weights_end,
-            weights=rows.offset,
-            plan_block=plan,
-            topk_idx=plan.offset,
-            src_token=plan.offset + idx_end,
-            row_idx=plan.offset + token_end,
-        )
+        geometry = form.geometry
+        result = LazyDispatched()
+        result.plan, result._device = plan, self._context.device
+        if counts is None:
+            plan._arrivals, plan._recv_block, plan._recv_at = (
+                form.worst_arrivals,
+                plan._block,
+                plan._block.address + plan._layout.num_bytes,
+            )
+            layout = form.worst
+            plan._num_rows, plan.num_delivered = geometry.space.received, geometry.most_delivered
+            plan.num_received = plan._host_counts = None
+        else:
+            kind = form.kind
+            assert kind.topk_dtype is not None
+            plan._arrivals = cuda_plan.arrivals(geometry, counts.received, kind.top_k, kind.topk_dtype)
+            plan._recv_block = self._allocator.call_block(call, plan._arrivals.num_bytes)
+            plan._recv_at = plan._recv_block.address
+            layout = cuda_plan.row_layout(geometry.options.layout, kind, counts.delivered)
+            plan.num_delivered = counts.delivered
+        result._layout = layout
+        result._block, result.leaves_block = self._allocator.recv_block(call, layout.num_bytes)
+        return result
 
-    def _planned(
-        self, payload: Payload, geometry: Geometry, tables: Tables, counts: Counts, buffers: RecvBuffers
-    ) -> Dispatched[Tensor | Quantized]:
-        """Return the result of a dispatch with its plan, and give back the memory that it did not need."""
-        index, block = payload.topk_idx, buffers.plan_block
-        assert index is not None
+    def _launch_plan(self, form: DispatchForm, call: Call, plan: LazyPlan, index: int) -> None:
+        """Launch the kernels that make a plan."""
+        layout, start = plan._layout, plan._block.address
+        T, E = layout.num_tokens, form.geometry.layout == EXPERTS
+        table, bases, dst_counts = start + layout.table, start + layout.bases, start + layout.dst_counts
+        alive, number, words, stream = call.alive, call.number, call.signature.words, call.stream
+        units, sms = num_units(T), form.sms.links
+        notify = form.notify
+        notify.pack(
+            0, alive, number, words, 0, 0, 0, 0, 0, 0,
+            index, table, bases, dst_counts, start + layout.src_counts, start + layout.expert_counts,
+            start + layout.expert_offsets if E else 0, T,
+        )  # fmt: skip
+        notify.launch(max(1, min(units, sms)), stream)
+        if T:
+            assign = form.assign
+            assign.pack(
+                0, alive, number, words, 0, 0, 0, 0, 0, 0,
+                index, table, bases, dst_counts, start + layout.places, start + layout.dst_token, T,
+            )  # fmt: skip
+            assign.launch(min(units, sms), stream)
+
+    def _launch_move(
+        self, form: DispatchForm, call: Call, plan: LazyPlan, result: LazyDispatched, payload: Payload
+    ) -> None:
+        """Launch the kernels that send rows and lay them out."""
+        block, layout, arrivals = result._block, result._layout, plan._arrivals
         assert block is not None
-        N, K, allocator, route = counts.received, index.shape[1], self._allocator, tables.route
-        dst_token, row_idx = tables.dst_token, self._no_row_idx.get(K)
-        if counts.host is not None:  # else results have the size of the worst case
-            block.trim(buffers.row_idx - block.offset + (N * K * 8 if geometry.by_expert else 0))
-            buffers.block.trim(buffers.rows - buffers.block.offset + counts.delivered * payload.row_bytes)
-            dst_token = dst_token[: counts.sent]
-        if geometry.by_expert:
-            row_idx = allocator.tensor(block, buffers.row_idx, (N, K), torch.int64)
-        elif row_idx is None:
-            row_idx = self._empty_row_idx(K)
-        plan = Plan(
-            self._key,
-            geometry.options,
-            index.shape[0],
-            N if geometry.options.counts == "host" else None,
-            counts.delivered,
-            dst_token,
-            route.dst_counts,
-            allocator.tensor(block, buffers.src_token, (N,), torch.int64),
-            route.src_counts,
-            allocator.tensor(block, buffers.topk_idx, (N, K), index.dtype),
-            row_idx,
-            tables.expert_counts,
-            route.places,
-            counts.host,
+        at, came, addresses = block.offset, plan._recv_at - self._context.window.base, plan._addresses()
+        recv = RecvOffsets(
+            (at + layout.rows) // OFFSET_BYTES,
+            (at + layout.scale) // OFFSET_BYTES,
+            (at + layout.weights) // OFFSET_BYTES,
+            (came + arrivals.topk_idx) // OFFSET_BYTES,
+            (came + arrivals.src_token) // OFFSET_BYTES,
+            (came + arrivals.row_idx) // OFFSET_BYTES,
         )
-        return self._dispatched(buffers, payload, plan, tables.expert_offsets, counts.host)
+        move(form.move, call, form.sms.links, recv, payload, addresses)
+        if form.expand is not None:
+            ends_with_last_row = form.waits and form.geometry.layout != MASKED
+            num_delivered = 0 if ends_with_last_row else plan.num_delivered
+            expand(form.expand, call, form.sms.local, block, layout, addresses, num_delivered)
 
-    def _empty_row_idx(self, top_k: int) -> Tensor:
-        """Return `Plan.row_idx` of ROWS: an empty tensor, which all plans share."""
-        with torch.inference_mode(False):  # else no plan with it could be saved for a backward
-            made = torch.empty(0, top_k, dtype=torch.int64, device=self._context.device)
-        self._no_row_idx[top_k] = made
-        return made
+    def _count(self, form: DispatchForm, plan: LazyPlan, result: LazyDispatched, counts: Counts) -> None:
+        """Fill in the counts of a dispatch, and give back the memory that it did not need when others need it."""
+        geometry, block = form.geometry, result._block
+        assert block is not None
+        plan._num_rows = plan.num_received = counts.received
+        plan.num_delivered, plan._num_sent, plan._host_counts = counts.delivered, counts.sent, counts.host
+        arrivals, K = plan._arrivals, form.kind.top_k
+        slots = counts.received * K
+        end = arrivals.topk_idx + slots * form.plan.topk_dtype.itemsize
+        if geometry.by_expert:
+            end = arrivals.row_idx + 8 * slots
+        recv_block = plan._recv_block
+        recv_block.trim(plan._recv_at - recv_block.address + end)
+        block.trim(result._layout.rows + counts.delivered * form.kind.row_bytes)
 
     # ------------------------------------------------------------------ redispatch
 
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Send rows along an existing plan."""
-        plan, context = request.plan, self._context
-        options, layout = plan.options, plan.options.layout
-        payload = _payload(request.x, request.topk_weights, None)
-        key = (request.shape, layout, *_kind(payload))
-        form = self._redispatch_forms.get(key) or self._new_redispatch_form(key, request, payload)
-        call = context.begin(form.signature)
-        sms = SmCounts(request.num_sms, request.num_sms) if request.num_sms else form.sms
-        K, L, D = plan.topk_idx.shape[1], plan.expert_counts.shape[0], plan.num_delivered
-        by_expert = layout is not Layout.ROWS
-        rows_end, scale_end, end = section_ends(
-            D * payload.row_bytes,
-            D * payload.scale_bytes,
-            0 if payload.weights is None else D * 4 * (1 if by_expert else K),
-        )
-        block, copy_out = self._allocator.recv_block(call, end)
-        start = block.offset
-        buffers = RecvBuffers(block, copy_out, start, start + rows_end, start + scale_end)
-        route = Route(plan._places, plan.dst_counts, plan.src_counts, K, L, by_expert)
-        launch.dispatch(context, call, payload, route, buffers, sms.links)
-        if by_expert:
-            capacity = D // L if layout is Layout.MASKED else 0
-            expansion = Expansion(
-                route, plan.row_idx.data_ptr(), D, options.alignment, capacity, options.zero_padding, plan.expert_counts
-            )
-            launch.dispatch_expand(context, call, payload, buffers, expansion, sms.local)
-        expert_offsets, host_counts = None, plan._host_counts
-        if layout is Layout.EXPERTS:
-            padded = (plan.expert_counts + options.alignment - 1) // options.alignment * options.alignment
-            expert_offsets = torch.nn.functional.pad(padded.cumsum(0), (1, 0)).int()
-        if host_counts is None and options.counts == "host":
-            host_counts = tuple(plan.expert_counts.tolist())
-        return self._dispatched(buffers, payload, plan, expert_offsets, host_counts)
+        plan, weights = request.plan, request.topk_weights
+        rows, scale = _payload(request.x)
+        addresses = addresses_of(plan)
+        kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=None, top_k=addresses.top_k)
+        form = self.redispatch_form(request.shape, plan, kind, addresses.num_local, request.num_sms)
+        call = self._context.begin(form.signature)
+        return self.send_again(form, call, plan, addresses, Payload(rows.data_ptr(), scale, address(weights), 0))
 
-    def _new_redispatch_form(
-        self, key: tuple[Any, ...], request: RedispatchRequest, payload: Payload
+    def redispatch_form(
+        self, shape: MoeShape, plan: Plan, kind: RowKind, num_local: int, num_sms: int | None
     ) -> RedispatchForm:
-        layout = LAYOUT_CODES[request.plan.options.layout]
-        signature = Signature("redispatch", layout=layout, **_signature_fields(payload))
-        form = self._redispatch_forms[key] = RedispatchForm(signature, self._tuned_sms(request.shape))
-        return form
+        """Return the form of a redispatch along a plan of L local experts."""
+        options = plan.options
+        masked = options.layout is Layout.MASKED
+        capacity = plan.num_delivered // num_local if masked else 0
+        key = (shape, options, kind, num_local, capacity, num_sms)
+        found = self._redispatch_forms.get(key)
+        if found is None:
+            found = self._redispatch_forms[key] = new_redispatch_form(
+                self._context, shape, options, kind, num_local, capacity, num_sms
+            )
+        return found
 
-    # ------------------------------------------------------------------ both
-
-    def _tuned_sms(self, shape: MoeShape) -> SmCounts:
-        """Return the SMs of calls that do not set ``num_sms``."""
-        context = self._context
-        tuning = tune(shape, Topology(context.num_ranks, context.num_sms))
-        return SmCounts(tuning.dispatch_sms, context.num_sms)
-
-    def _dispatched(
-        self,
-        buffers: RecvBuffers,
-        payload: Payload,
-        plan: Plan,
-        expert_offsets: Tensor | None,
-        host_counts: tuple[int, ...] | None,
-    ) -> Dispatched[Tensor | Quantized]:
-        """Return a result over the rows that arrive in a block."""
-        block = buffers.block
-        D, allocator, by_rows = plan.num_delivered, self._allocator, plan.options.layout is Layout.ROWS
-        rows = allocator.tensor(block, buffers.rows, (D, payload.rows.shape[1]), payload.rows.dtype)
-        scale = weights = None
-        if payload.scale is not None:
-            scale = allocator.tensor(block, buffers.scale, (D, payload.scale.shape[1]), payload.scale.dtype)
-        if payload.weights is not None:
-            shape = (D, payload.weights.shape[1]) if by_rows else (D,)
-            weights = allocator.tensor(block, buffers.weights, shape, torch.float32)
-        if buffers.copy_out:
-            with self._context.breaking_off():  # the rows are sent, and lost if there is no memory for the copy
-                rows, scale, weights = rows.clone(), _clone(scale), _clone(weights)
-        if plan.options.layout is Layout.MASKED:
-            rows = shaped(rows, plan)
-            scale = None if scale is None else shaped(scale, plan)
-            weights = None if weights is None else shaped(weights, plan)
-        return Dispatched(
-            rows if scale is None else Quantized(rows, scale),
-            plan.topk_idx if by_rows else None,
-            weights,
-            plan.expert_counts,
-            expert_offsets,
-            host_counts,
-            plan,
+    def send_again(
+        self, form: RedispatchForm, call: Call, plan: Plan, addresses: PlanAddresses, payload: Payload
+    ) -> Dispatched[Any]:
+        """Send rows along a plan, whose addresses are given, too."""
+        D = plan.num_delivered
+        result = LazyDispatched()
+        result.plan, result._device = plan, self._context.device
+        layout = form.layouts.get(D)
+        if layout is None:
+            layout = form.layouts[D] = cuda_plan.row_layout(plan.options.layout, form.kind, D)
+        result._layout = layout
+        block, result.leaves_block = self._allocator.recv_block(call, layout.num_bytes)
+        result._block, at = block, block.offset
+        recv = RecvOffsets(
+            (at + layout.rows) // OFFSET_BYTES,
+            (at + layout.scale) // OFFSET_BYTES,
+            (at + layout.weights) // OFFSET_BYTES,
         )
+        move(form.move, call, form.sms.links, recv, payload, addresses)
+        if form.expand is not None:
+            expand(form.expand, call, form.sms.local, block, layout, addresses, D)
+        if result.leaves_block:
+            with self._context.breaking_off():  # the rows are sent, and lost if there is no memory for the copy
+                result.leave_block()
+        return result
 
 
-def shaped(tensor: Tensor, plan: Plan) -> Tensor:
-    """Return ``[rows, ...]`` in the shape of the plan's layout."""
-    if plan.options.layout is not Layout.MASKED:
-        return tensor
-    num_local = plan.expert_counts.numel()
-    return tensor.view(num_local, plan.num_delivered // num_local, *tensor.shape[1:])
-
-
-def _expansion(geometry: Geometry, tables: Tables, counts: Counts, row_idx: int) -> Expansion:
-    """Return how the rows of a dispatch are laid out by expert; ``row_idx``: address of `Plan.row_idx`."""
-    options = geometry.options
-    ends_with_last_row = options.counts == "host" and geometry.layout != MASKED
-    return Expansion(
-        tables.route,
-        row_idx,
-        0 if ends_with_last_row else counts.delivered,
-        options.alignment,
-        geometry.sizes.capacity,
-        options.zero_padding,
-        tables.expert_counts,
-    )
-
-
-def _payload(x: Tensor | Quantized, weights: Tensor | None, topk_idx: Tensor | None) -> Payload:
-    rows, scale = (x.data, x.scale) if isinstance(x, Quantized) else (x, None)
-    if scale is not None and scale.element_size() > 8:  # a lane copies up to 8 bytes; wider ones are copied in bulk
+def _payload(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+    """Return rows and scales that kernels can read: copies where they are not aligned."""
+    if not isinstance(x, Quantized):
+        return aligned(x), None
+    scale = x.scale
+    if scale.element_size() > 8:  # a lane copies up to 8 bytes; wider ones are copied in bulk
         scale = aligned(scale.contiguous())
-    return Payload(
-        aligned(rows),
-        scale,
-        weights,
-        topk_idx,
-        rows.shape[1] * rows.element_size(),
-        0 if scale is None else scale.shape[1] * scale.element_size(),
-    )
-
-
-def _kind(payload: Payload) -> tuple[Any, ...]:
-    """Return a key that is equal for payloads with the same signature."""
-    weights, index, scale = payload.weights, payload.topk_idx, payload.scale
-    return (
-        payload.rows.dtype,
-        payload.row_bytes,
-        payload.scale_bytes,
-        scale is None,
-        None if weights is None else weights.shape[1],
-        None if index is None else index.dtype,
-    )
-
-
-def _signature_fields(payload: Payload) -> dict[str, int]:
-    index, weights = payload.topk_idx, payload.weights
-    return {
-        "dtype": dtype_code(payload.rows.dtype),
-        "bytes_of_rows": payload.row_bytes,
-        "bytes_of_scale": payload.scale_bytes,
-        "bytes_of_weights": 0 if weights is None else 4 * weights.shape[1],
-        "bytes_of_topk_idx": 0 if index is None else index.shape[1] * index.element_size(),
-    }
-
-
-def _worst_bytes(payload: Payload, topk_idx: Tensor, geometry: Geometry) -> int:
-    """Return the bytes that a dispatch needs in the worst case."""
-    row = payload.row_bytes + payload.scale_bytes + (0 if payload.weights is None else 4 * payload.weights.shape[1])
-    plan = 8 + topk_idx.shape[1] * (topk_idx.element_size() + (8 if geometry.by_expert else 0))
-    return geometry.most_delivered * row + geometry.space.received * plan
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
+    return aligned(x.data), scale

@@ -128,6 +128,8 @@ class Pinned:
         which releases the GIL for an instant; a longer one sleeps, and leaves GIL and core to other threads.
         """
         words, at = self.words, RECORD_WORDS
+        if words[at] == number and not words[0]:
+            return True
         nothing, start = select.poll(), time.monotonic()
         while words[at] != number and not words[0]:
             waited_s = time.monotonic() - start
@@ -141,14 +143,10 @@ class Pinned:
 
     def counts(self, num_ranks: int, num_local: int) -> tuple[list[int], list[int], list[int]]:
         """Return rows from each rank, rows to each rank, rows of each local expert; after `wait_for_call_number`."""
-        received, sent = RECORD_WORDS + HOST_RECEIVED_WORD, RECORD_WORDS + HOST_SENT_WORD
-        experts = RECORD_WORDS + HOST_EXPERTS_WORD
-        words = self.words
-        return (
-            words[received : received + num_ranks].tolist(),
-            words[sent : sent + num_ranks].tolist(),
-            words[experts : experts + num_local].tolist(),
-        )
+        first = RECORD_WORDS + HOST_RECEIVED_WORD
+        words = self.words[first : RECORD_WORDS + HOST_EXPERTS_WORD + num_local].tolist()
+        sent, experts = HOST_SENT_WORD - HOST_RECEIVED_WORD, HOST_EXPERTS_WORD - HOST_RECEIVED_WORD
+        return words[:num_ranks], words[sent : sent + num_ranks], words[experts:]
 
 
 class FlightRecorder:

@@ -1,16 +1,15 @@
-"""The plan of a dispatch on CUDA: its sizes, the tables that kernels fill, and the counts that the host waits for."""
+"""The plan of a dispatch on CUDA: its sizes, where its parts lie, and the counts that the host waits for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.launch import PlanSizes, Route, Tables
+from tokenferry.backends.cuda.launch import PlanSizes, RowKind
+from tokenferry.backends.cuda.results import Arrivals, PlanLayout, RowLayout
 from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.kernels.codes import EXPERTS, MASKED, ROWS
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
@@ -106,60 +105,50 @@ def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geome
 
 @dataclass(slots=True)
 class Counts:
-    """Numbers of rows: as counted, or the most that there may be where the host does not wait for the counts.
+    """Numbers of rows, as counted.
 
     Attributes:
         received: Rows that this rank receives, N.
         delivered: Rows that ``Dispatched.x`` has.
         sent: Rows that this rank sends.
-        host: Rows of each local expert, or None.
+        host: Rows of each local expert.
     """
 
     received: int
     delivered: int
     sent: int
-    host: tuple[int, ...] | None
+    host: tuple[int, ...]
 
 
-def start(context: Context, call: Call, topk_idx: Tensor, geometry: Geometry, num_sms: int) -> Tables:
-    """Launch the kernels that make a plan; returns the tables that they fill."""
-    tables = new_tables(context, geometry, topk_idx)
-    launch.dispatch_notify(context, call, topk_idx, tables, geometry.sizes, num_sms)
-    launch.dispatch_assign(context, call, topk_idx, tables, geometry.sizes, num_sms)
-    return tables
-
-
-def new_tables(context: Context, geometry: Geometry, topk_idx: Tensor) -> Tables:
-    """Allocate the tables of a plan: one tensor of int64 and one of int32, and views of them."""
-    R, E, L, device = context.num_ranks, geometry.sizes.num_experts, geometry.num_local, context.device
-    by_expert = geometry.by_expert
-    num_tokens, top_k = topk_idx.shape
+def plan_layout(geometry: Geometry, num_ranks: int, num_tokens: int, top_k: int) -> PlanLayout:
+    """Return where the parts of a plan lie that depend on this rank's tokens only."""
+    R, E, L = num_ranks, geometry.sizes.num_experts, geometry.num_local
+    columns = num_columns(R, top_k, by_expert=geometry.by_expert)
+    sent = num_tokens * geometry.space.sent
     num_offsets = L + 1 if geometry.sizes.layout == EXPERTS else 0
-    columns = num_columns(R, top_k, by_expert=by_expert)
     num_words = max(num_units(num_tokens), 1) * (E + R)
-    offsets_end, places_end, table_end, end = section_ends(
-        4 * num_offsets, 4 * num_tokens * columns, 4 * num_words, 8 * R + 4 * E
+    ends = section_ends(
+        8 * sent, 8 * R, 8 * R, 4 * L, 4 * num_offsets, 4 * num_tokens * columns, 4 * num_words, 8 * R + 4 * E
     )
-    sent = num_tokens * min(top_k, R)
-    longs = torch.empty(sent + 2 * R, dtype=torch.int64, device=device)
-    dst_token, dst_counts, src_counts = longs.split_with_sizes((sent, R, R))
-    ints = torch.empty(end // 4 + L, dtype=torch.int32, device=device)
-    start = ints.data_ptr()
-    places = ints.as_strided((num_tokens, columns), (columns, 1), offsets_end // 4)
-    return Tables(
-        Route(places, dst_counts, src_counts, top_k, L, by_expert),
-        start + places_end,
-        start + table_end,
-        ints.as_strided((L,), (1,), end // 4),
-        ints.as_strided((num_offsets,), (1,)) if num_offsets else None,
-        dst_token,
-    )
+    return PlanLayout(num_tokens, sent, columns, 0, *ends)
 
 
-def at_most(geometry: Geometry, num_tokens: int) -> Counts:
-    """Return the most rows that there may be."""
-    space = geometry.space
-    return Counts(space.received, geometry.most_delivered, num_tokens * space.sent, None)
+def arrivals(geometry: Geometry, num_rows: int, top_k: int, topk_dtype: torch.dtype) -> Arrivals:
+    """Return where the parts of a plan lie that depend on the number of rows that arrive."""
+    token_end, idx_end, end = section_ends(
+        8 * num_rows, num_rows * top_k * topk_dtype.itemsize, 8 * num_rows * top_k if geometry.by_expert else 0
+    )
+    return Arrivals(num_rows, 0, token_end, idx_end, end)
+
+
+def row_layout(layout: Layout, kind: RowKind, num_rows: int) -> RowLayout:
+    """Return where the parts of received rows lie in a block.
+
+    Rows come last: where there are fewer than expected, the memory behind them is given back.
+    """
+    weights = num_rows * 4 * (kind.top_k if layout is Layout.ROWS else 1) if kind.weighted else 0
+    weights_end, scale_end, end = section_ends(weights, num_rows * kind.scale_bytes, num_rows * kind.row_bytes)
+    return RowLayout(kind, layout is Layout.MASKED, 0, weights_end, scale_end, end)
 
 
 def wait(context: Context, call: Call, geometry: Geometry) -> Counts:

@@ -101,7 +101,7 @@ def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Ru
     """
     runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder))
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
-    return CudaBackend(context, key, why)
+    return CudaBackend(context, key, why, fast_path=resolved.fast_path)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:

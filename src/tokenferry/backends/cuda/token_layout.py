@@ -24,8 +24,7 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int) -> TokenL
     key = (layout_spec.SPEC, wide, num_experts)
     template = context.templates.get(key)
     if template is None:
-        template = context.new_template(layout_spec.SPEC, wide=int(wide))
-        template.pack = _LAYOUT.bind(template.params)
+        template = context.new_template(layout_spec.SPEC, _LAYOUT, wide=int(wide))
         template.block = layout_spec.THREADS
         template.smem_bytes = smem_bytes(num_experts, num_ranks)
         context.templates[key] = template

@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
-from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.control import read_field, write_field
 from tokenferry.errors import ArgumentError, CapacityError, RoutingError
 from tokenferry.kernels.control_block import MAX_RANKS, OFFER_OFFSET_WORD, OFFER_WORDS, OFFSET_BYTES
@@ -31,6 +31,7 @@ HALVES = 2
 PACKET_BYTES = 16
 _WORD_BYTES = 8
 _LINE = 128
+_OFFER = call_packer(SPEC)
 _WORD = struct.Struct("<2I")
 """The word ``workspace`` of a control block: members, number of the exchange."""
 
@@ -150,6 +151,11 @@ class Workspaces:
         self._fits: dict[tuple[MoeShape, int], Workspace] = {}
         self.now: Workspace | None = None
 
+    @property
+    def number(self) -> int:
+        """`Workspace.number` of the latest one; -1 if there is none."""
+        return -1 if self.now is None else self.now.number
+
     def fitting(self, call: Call, shape: MoeShape, item_bytes: int) -> Workspace:
         """Return a workspace with room for calls of a shape; collective if it has to be made.
 
@@ -264,7 +270,7 @@ class Workspaces:
         """
         context = self._context
         template = context.templates.get((SPEC,)) or self._template()
-        template.set_call(call)
+        template.pack(call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
         for i, num_bytes in enumerate(astuple(sizes)):
             template.params.sizes[i] = num_bytes // _LINE
         template.params.offset = offset // OFFSET_BYTES
@@ -287,7 +293,7 @@ class Workspaces:
 
     def _template(self) -> LaunchTemplate:
         context = self._context
-        template = context.templates[SPEC,] = context.new_template(SPEC)
+        template = context.templates[SPEC,] = context.new_template(SPEC, _OFFER)
         template.params.masked_out = context.pinned.masked_address
         template.params.mask_late = int(context.mask_late)
         template.block = 32 * context.num_ranks

@@ -26,7 +26,6 @@ SPEC = replace(
     describe(
         __file__,
         (
-            ("workspaces", "ptr[8]"),
             ("y", "ptr:const int4"),
             ("out", "ptr:int4"),
             ("topk_idx", "ptr:const void"),
@@ -36,10 +35,11 @@ SPEC = replace(
             ("pending", "ptr:u32"),
             ("masked_out", "ptr:u32"),
             ("trace", "ptr:u64"),
-            ("packets_at", "u64"),
-            ("packets_stride", "u64"),
             ("num_tokens", "u32"),
             ("phases", "u32"),
+            ("workspaces", "ptr[8]"),
+            ("packets_at", "u64"),
+            ("packets_stride", "u64"),
             ("max_tokens", "u32"),
             ("top_k", "u32"),
             ("num_local", "u32"),

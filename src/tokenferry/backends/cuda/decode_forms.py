@@ -1,0 +1,327 @@
+"""Forms of decode calls: what follows from sizes, options and dtypes, worked out once; and plans in one tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.base import Encoding
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.buffers import section_ends
+from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
+from tokenferry.backends.cuda.signature import Signature
+from tokenferry.backends.cuda.workspace import Workspace
+from tokenferry.formats.dtypes import dtype_code
+from tokenferry.kernels.codes import RAW, TYPES
+from tokenferry.kernels.decode_combine import spec as decode_combine_spec
+from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
+from tokenferry.kernels.decode_words import PLACES_WORD, SCALE_FLOAT32, SCALE_POWER_OF_TWO, SCALE_UE8M0
+from tokenferry.types import DecodePlan, MoeShape, Quantized, Scale
+
+_DISPATCH = call_packer(
+    decode_dispatch_spec.SPEC,
+    "x", "topk_idx", "weights", "choices", "out", "scale_out", "expert_counts", "received", "src_token", "src_range",
+    "row_weights", "table", "masked_out", "trace", "num_tokens", "phases",
+)  # fmt: skip
+_COMBINE = call_packer(
+    decode_combine_spec.SPEC,
+    "y", "out", "topk_idx", "weights", "row_weights", "table", "pending", "masked_out", "trace", "num_tokens", "phases",
+)  # fmt: skip
+_SCALE_CODES = {None: 0, Scale.FLOAT32: SCALE_FLOAT32, Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO, Scale.UE8M0: SCALE_UE8M0}
+_MAX_COMBINES = 64
+
+
+class DispatchKind(NamedTuple):
+    """What a form of decode dispatches follows from.
+
+    Attributes:
+        shape: Sizes.
+        dtype: dtype of the rows.
+        quantize: Format of the scales of rows cast to FP8; None: rows are not cast.
+        topk_dtype: dtype of ``topk_idx``.
+        weighted: Whether weights are sent.
+    """
+
+    shape: MoeShape
+    dtype: torch.dtype
+    quantize: Scale | None
+    topk_dtype: torch.dtype
+    weighted: bool
+
+    def signature(self) -> Signature:
+        """Return the signature of the calls."""
+        shape = self.shape
+        return Signature(
+            "decode_dispatch",
+            num_experts=shape.num_experts,
+            max_tokens=shape.max_tokens,
+            dtype=dtype_code(self.dtype),
+            fp8_scale=_SCALE_CODES[self.quantize],
+            bytes_of_rows=shape.hidden * self.dtype.itemsize,
+            bytes_of_weights=4 * shape.top_k if self.weighted else 0,
+            bytes_of_topk_idx=shape.top_k * self.topk_dtype.itemsize,
+        )
+
+
+class CombineKind(NamedTuple):
+    """What a form of decode combines follows from.
+
+    Attributes:
+        shape: Sizes.
+        dtype: dtype of the rows.
+        fast: Whether a rank adds up its rows of a token before it sends them.
+        encoding: Format of rows on the way.
+        topk_dtype: dtype of `DecodePlan.topk_idx`.
+    """
+
+    shape: MoeShape
+    dtype: torch.dtype
+    fast: bool
+    encoding: Encoding
+    topk_dtype: torch.dtype
+
+    def signature(self) -> Signature:
+        """Return the signature of the calls."""
+        return Signature(
+            "decode_combine",
+            fast=int(self.fast),
+            encoding=int(self.encoding),
+            dtype=dtype_code(self.dtype),
+            bytes_of_rows=self.shape.hidden * self.dtype.itemsize,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLayout:
+    """Where the parts of a decode plan lie in one tensor, in words of 32 bits.
+
+    Attributes:
+        src_range: `DecodePlan.src_range`.
+        expert_counts: `DecodeDispatched.expert_counts`.
+        src_token: `DecodePlan.src_token`.
+        row_weights: `DecodePlan.row_weights`.
+        table: `DecodePlan._table`.
+        num_words: Where the parts end.
+    """
+
+    src_range: int
+    expert_counts: int
+    src_token: int
+    row_weights: int
+    table: int
+    num_words: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeCombineForm:
+    """What all decode combines of the same shape, dtypes and options share.
+
+    Attributes:
+        signature: Signature of the calls.
+        workspace: Number of the workspace for their rows under way. Forms outlive workspaces, and keep none alive.
+        members: A bit for each rank with which it was made.
+        kernel: The kernel.
+    """
+
+    signature: Signature
+    workspace: int
+    members: int
+    kernel: LaunchTemplate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeDispatchForm:
+    """What all decode dispatches of the same shape, dtypes and options share.
+
+    Attributes:
+        signature: Signature of the calls.
+        workspace: Number of the workspace for their rows under way. Forms outlive workspaces, and keep none alive.
+        members: A bit for each rank with which it was made.
+        kernel: The kernel.
+        shape: Sizes of the call.
+        num_local: Number of local experts, L.
+        capacity: Rows of an expert, R * M.
+        num_ranks: R.
+        row_dtype: dtype of the rows that arrive.
+        scale_dtype: dtype of their scales; None without them.
+        num_scales: Scales of a row, S.
+        weighted: Whether weights are sent.
+        layout: Where the parts of a plan lie.
+        group_key: `DecodePlan.group_key`.
+        combines: Forms of the combines along plans of this form.
+    """
+
+    signature: Signature
+    workspace: int
+    members: int
+    kernel: LaunchTemplate
+    shape: MoeShape
+    num_local: int
+    capacity: int
+    num_ranks: int
+    row_dtype: torch.dtype
+    scale_dtype: torch.dtype | None
+    num_scales: int
+    weighted: bool
+    layout: DecodeLayout
+    group_key: str
+    combines: BoundedDict[tuple[Any, ...], DecodeCombineForm]
+
+    def new_rows(self, device: torch.device) -> Tensor | Quantized:
+        """Return memory for the rows that arrive."""
+        L, capacity = self.num_local, self.capacity
+        rows = torch.empty(L, capacity, self.shape.hidden, dtype=self.row_dtype, device=device)
+        if self.scale_dtype is None:
+            return rows
+        scale = torch.empty(L, self.num_scales, capacity, dtype=self.scale_dtype, device=device)
+        return Quantized(rows, scale.transpose(1, 2))
+
+
+def new_dispatch_form(
+    context: Context, group_key: str, signature: Signature, workspace: Workspace, kind: DispatchKind
+) -> DecodeDispatchForm:
+    """Return the form of decode dispatches with a signature, whose rows under way are in a workspace."""
+    shape, dtype, quantize, topk_dtype, weighted = kind
+    R, M, K, H = context.num_ranks, shape.max_tokens, shape.top_k, shape.hidden
+    L, capacity = shape.num_experts // R, R * M
+    kernel = context.new_template(decode_dispatch_spec.SPEC, _DISPATCH, type=RAW if quantize is None else TYPES[dtype])
+    p = kernel.params
+    _set_workspace(context, p, workspace)
+    p.packets_at, p.packets_stride = workspace.rows_at, workspace.sizes.rows
+    p.notes_at, p.notes_stride, p.words_stride = workspace.notes_at, workspace.sizes.notes, workspace.sizes.words
+    p.max_tokens, p.top_k, p.num_local, p.columns = M, K, L, H
+    p.row_units = H * (dtype.itemsize if quantize is None else 1) // 16
+    p.scale_units = 0 if quantize is None else -(-H // 512)
+    p.scale_format, p.per_local = _SCALE_CODES[quantize], 1 / L
+    p.wide, p.weighted = int(topk_dtype is torch.int64), int(weighted)
+    kernel.block = decode_dispatch_spec.THREADS
+    kernel.smem_bytes = decode_dispatch_spec.smem_bytes(M * K, shape.num_experts, R, M)
+    ends = section_ends(
+        8 * L * R, 4 * L, 4 * L * capacity, 4 * L * capacity if weighted else 0, 4 * (PLACES_WORD + capacity * K)
+    )
+    scale_dtype = None if quantize is None else torch.int32 if quantize is Scale.UE8M0 else torch.float32
+    return DecodeDispatchForm(
+        signature,
+        workspace.number,
+        workspace.members,
+        kernel,
+        shape,
+        L,
+        capacity,
+        R,
+        dtype if quantize is None else torch.float8_e4m3fn,
+        scale_dtype,
+        -(-H // 512) if quantize is Scale.UE8M0 else -(-H // 128),
+        weighted,
+        DecodeLayout(0, *(end // 4 for end in ends)),
+        group_key,
+        BoundedDict(_MAX_COMBINES),
+    )
+
+
+def new_combine_form(
+    context: Context, signature: Signature, workspace: Workspace, kind: CombineKind
+) -> DecodeCombineForm:
+    """Return the form of decode combines with a signature, whose rows under way are in a workspace."""
+    shape, dtype, fast, encoding, topk_dtype = kind
+    kernel = context.new_template(
+        decode_combine_spec.SPEC, _COMBINE, type=TYPES[dtype], fast=int(fast), encoding=int(encoding)
+    )
+    p = kernel.params
+    _set_workspace(context, p, workspace)
+    p.packets_at, p.packets_stride = workspace.answers_at, workspace.sizes.answers
+    p.max_tokens, p.top_k, p.columns = shape.max_tokens, shape.top_k, shape.hidden
+    p.num_local = shape.num_experts // context.num_ranks
+    p.wide = int(topk_dtype is torch.int64)
+    kernel.block = decode_combine_spec.THREADS
+    return DecodeCombineForm(signature, workspace.number, workspace.members, kernel)
+
+
+def _set_workspace(context: Context, params: Any, workspace: Workspace) -> None:  # noqa: ANN401 - a params struct
+    for rank, start in enumerate(workspace.addresses):
+        params.workspaces[rank] = start
+    params.mask_late = int(context.mask_late)
+
+
+class LazyDecodePlan(DecodePlan):
+    """A decode plan whose tensors are parts of one, made when they are asked for; see `LazyPlan`."""
+
+    __slots__ = ("_form", "_made", "_words")
+    __setattr__ = object.__setattr__
+
+    _form: DecodeDispatchForm
+    _words: Tensor
+    """``[num_words]`` int32: all parts of the plan."""
+    _made: dict[str, Tensor]
+    # Fields of `DecodePlan` that belong to the call.
+    num_tokens: int
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    _call_number: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102 - see tokenferry.backends.cuda.results
+        return DecodePlan(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    def __init__(self) -> None:
+        self._made = {}
+        self._call_number = 0
+
+    def __reduce__(self) -> tuple[type[DecodePlan], tuple[Any, ...]]:
+        return DecodePlan, tuple(getattr(self, field.name) for field in fields(DecodePlan))
+
+    def __repr__(self) -> str:
+        return repr(self.__reduce__()[0](*self.__reduce__()[1]))
+
+    def _routed(self, topk_idx: Tensor, topk_weights: Tensor) -> DecodePlan:
+        other = LazyDecodePlan()
+        other._form, other._words, other._made = self._form, self._words, self._made
+        other.num_tokens, other.topk_idx, other.topk_weights = self.num_tokens, topk_idx, topk_weights
+        return other
+
+    @property
+    def group_key(self) -> str:
+        """See `DecodePlan.group_key`."""
+        return self._form.group_key
+
+    @property
+    def num_experts(self) -> int:
+        """See `DecodePlan.num_experts`."""
+        return self._form.shape.num_experts
+
+    @property
+    def src_token(self) -> Tensor:
+        """See `DecodePlan.src_token`."""
+        return self._part("src_token", (self._form.num_local, self._form.capacity), torch.int32)
+
+    @property
+    def src_range(self) -> Tensor:
+        """See `DecodePlan.src_range`."""
+        return self._part("src_range", (self._form.num_local, self._form.num_ranks), torch.int64)
+
+    @property
+    def row_weights(self) -> Tensor | None:
+        """See `DecodePlan.row_weights`."""
+        form = self._form
+        return self._part("row_weights", (form.num_local, form.capacity), torch.float32) if form.weighted else None
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """`DecodeDispatched.expert_counts` of the dispatch."""
+        return self._part("expert_counts", (self._form.num_local,), torch.int32)
+
+    @property
+    def _table(self) -> Tensor:
+        return self._part("table", (PLACES_WORD + self._form.capacity * self._form.shape.top_k,), torch.int32)
+
+    def _part(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        found = self._made.get(name)
+        if found is None:
+            start = getattr(self._form.layout, name)
+            part = self._words.narrow(0, start, math.prod(shape) * dtype.itemsize // 4)
+            found = part if dtype is torch.int32 else part.view(dtype)
+            found = self._made[name] = found if len(shape) == 1 else found.view(shape)
+        return found

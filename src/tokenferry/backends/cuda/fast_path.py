@@ -1,0 +1,255 @@
+"""The fast path: calls like earlier ones, whose arguments bare comparisons recognise, go straight to their kernels.
+
+Everything that follows from shapes, options and dtypes is found under one key. Whatever is not plainly such a call,
+with a group in its usual state, is left to the general path, which has the words for errors. Both paths launch by the
+same code, `Dispatcher.send` and the like: they only differ in how they come by its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tokenferry.backends.base import Encoding, QuickChecks
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.combine import CombineForm, Combiner
+from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.decode import Decoder, parts_of
+from tokenferry.backends.cuda.decode_forms import (
+    CombineKind,
+    DecodeCombineForm,
+    DecodeDispatchForm,
+    DispatchKind,
+    LazyDecodePlan,
+)
+from tokenferry.backends.cuda.dispatch import Dispatcher
+from tokenferry.backends.cuda.forms import DispatchForm, Payload, RedispatchForm, row_kind
+from tokenferry.backends.cuda.results import LazyPlan
+from tokenferry.backends.tensors import overlap
+from tokenferry.types import (
+    Combined,
+    DecodeCombined,
+    DecodeDispatched,
+    DecodePlan,
+    DecodeStats,
+    Dispatched,
+    DispatchOptions,
+    EncodingName,
+    Layout,
+    MoeShape,
+    Numerics,
+    Plan,
+    Quantized,
+    Routing,
+    Scale,
+)
+
+_MAX_KEYS = 256
+_DEFAULT = DispatchOptions()
+_NO_STATS = DecodeStats()
+
+
+class Calls(Protocol):
+    """What the fast path needs of a backend: the calls of a rank, and the key of its group."""
+
+    context: Context
+    dispatcher: Dispatcher
+    combiner: Combiner
+    decoder: Decoder
+    key: str
+
+
+class CudaFastPath:
+    """The fast path of one view of a group; see `tokenferry.backends.base.FastPath`.
+
+    Args:
+        calls: The calls of this rank.
+        shape: Sizes of the view.
+        checks: Checks of arguments.
+    """
+
+    def __init__(self, calls: Calls, shape: MoeShape, checks: QuickChecks) -> None:
+        self._context = calls.context
+        self._dispatcher = calls.dispatcher
+        self._combiner = calls.combiner
+        self._decoder = calls.decoder
+        self._key = calls.key
+        self._shape = shape
+        self._checks = checks
+        self._dispatches: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_KEYS)
+        self._redispatches: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_KEYS)
+        self._combines: BoundedDict[tuple[Any, ...], CombineForm] = BoundedDict(_MAX_KEYS)
+        self._decode_dispatches: BoundedDict[tuple[Any, ...], DecodeDispatchForm] = BoundedDict(_MAX_KEYS)
+
+    def dispatch(
+        self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
+    ) -> Dispatched[Any] | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        if not _may_be_sms(num_sms) or not self._checks.dispatch_looks_right(x, routing, options):
+            return None
+        index, weights = routing.topk_idx, routing.topk_weights
+        rows, scale = (x, None) if isinstance(x, Tensor) else (x.data, x.scale)
+        at = rows.data_ptr()
+        kind = _kind_of_scale(rows, scale)
+        if at % 16 or kind is None or self._context.broken:
+            return None
+        key = (rows.dtype, index.dtype, weights is None, options, kind, num_sms)
+        form = self._dispatches.get(key)
+        if form is None:
+            sent = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=self._shape.top_k)
+            form = self._dispatches[key] = self._dispatcher.form(self._shape, options or _DEFAULT, sent, num_sms)
+        call = self._context.begin_eager(form.signature)
+        if call is None:
+            return None
+        payload = Payload(at, scale, 0 if weights is None else weights.data_ptr(), index.data_ptr())
+        return self._dispatcher.send(form, call, payload, index.shape[0])
+
+    def redispatch(
+        self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
+    ) -> Dispatched[Any] | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        if type(plan) is not LazyPlan or plan._form.group_key != self._key or not _may_be_sms(num_sms):
+            return None
+        plan_form, num_tokens = plan._form, plan._layout.num_tokens
+        weighted, top_k = topk_weights is not None, plan_form.top_k
+        if not self._checks.rows_look_right(x, num_tokens) or (
+            topk_weights is not None and not self._checks.weights_look_right(topk_weights, (num_tokens, top_k))
+        ):
+            return None
+        rows, scale = (x, None) if isinstance(x, Tensor) else (x.data, x.scale)
+        at = rows.data_ptr()
+        kind = _kind_of_scale(rows, scale)
+        if at % 16 or kind is None or self._context.broken:
+            return None
+        key = (plan_form, rows.dtype, weighted, kind, num_sms)
+        form = self._redispatches.get(key)
+        if form is None:
+            sent = row_kind(rows, scale, weighted=weighted, topk_idx=None, top_k=top_k)
+            form = self._dispatcher.redispatch_form(self._shape, plan, sent, plan_form.num_local, num_sms)
+            self._redispatches[key] = form
+        call = self._context.begin_eager(form.signature)
+        if call is None:
+            return None
+        payload = Payload(at, scale, 0 if topk_weights is None else topk_weights.data_ptr(), 0)
+        return self._dispatcher.send_again(form, call, plan, plan._addresses(), payload)
+
+    def combine(self, y: Tensor, plan: Plan, topk_weights: Tensor | None, num_sms: int | None) -> Combined | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        if type(plan) is not LazyPlan or plan._form.group_key != self._key or not _may_be_sms(num_sms):
+            return None
+        plan_form, delivered = plan._form, plan.num_delivered
+        layout = plan_form.options.layout
+        rows: tuple[int, ...] = (delivered,)
+        if layout is Layout.MASKED:
+            rows = (plan_form.num_local, delivered // plan_form.num_local)
+        checks = self._checks
+        if (
+            self._context.broken
+            or not checks.sums_look_right(y, rows)
+            or (
+                topk_weights is not None
+                and not checks.weights_look_right(
+                    topk_weights, (delivered, plan_form.top_k) if layout is Layout.ROWS else rows
+                )
+            )
+        ):
+            return None
+        key = (plan_form, y.dtype, topk_weights is None, num_sms)
+        form = self._combines.get(key)
+        addresses = plan._addresses()
+        if form is None:
+            form = self._combiner.form(plan, addresses, y, weighted=topk_weights is not None, num_sms=num_sms)
+            self._combines[key] = form
+        call = self._context.begin_eager(form.signature)
+        if call is None:
+            return None
+        return self._combiner.send(form, call, y, addresses, topk_weights, (), None)
+
+    def decode_dispatch(
+        self, x: Tensor, routing: Routing, quantize: Scale | None, *, return_hook: bool
+    ) -> DecodeDispatched[Any] | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        decoder, context = self._decoder, self._context
+        if not self._checks.decode_dispatch_looks_right(x, routing, quantize) or not context.nobody_masked:
+            return None
+        index, weights = routing.topk_idx, routing.topk_weights
+        key = (x.dtype, quantize, index.dtype, weights is None)
+        form = self._decode_dispatches.get(key)
+        if form is None or form.workspace != decoder.workspaces.number:
+            form = decoder.known_dispatch(
+                DispatchKind(self._shape, x.dtype, quantize, index.dtype, weights is not None)
+            )
+            if form is None:
+                return None
+            self._decode_dispatches[key] = form
+        if x.data_ptr() % 16 or form.members != context.all_ranks:
+            return None
+        call = context.begin_eager(form.signature)
+        if call is None:
+            return None
+        return decoder.send(form, call, x, routing, weights, _NO_STATS, return_hook=return_hook)
+
+    def decode_combine(
+        self,
+        y: Tensor,
+        plan: DecodePlan,
+        numerics: Numerics,
+        encoding: EncodingName,
+        out: Tensor | None,
+        *,
+        return_hook: bool,
+    ) -> DecodeCombined | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        decoder, context, checks = self._decoder, self._context, self._checks
+        if type(plan) is not LazyDecodePlan or plan._form.group_key != self._key or not context.nobody_masked:
+            return None
+        if type(numerics) is not str or type(encoding) is not str:
+            return None
+        of, weights, index, num_tokens = plan._form, plan.topk_weights, plan.topk_idx, plan.num_tokens
+        if (
+            not checks.decode_rows_look_right(y, (of.num_local, of.capacity))
+            or not checks.weights_look_right(weights, (num_tokens, of.shape.top_k))
+            or (out is not None and (not checks.out_looks_right(out, num_tokens, y.dtype) or overlap(out, y)))
+        ):
+            return None
+        key = (y.dtype, numerics, encoding, index.dtype)
+        form = of.combines.get(key)
+        if form is None or form.workspace != decoder.workspaces.number:
+            form = self._known_combine(of, y, numerics, encoding, index)
+            if form is None:
+                return None
+            of.combines[key] = form
+        if y.data_ptr() % 16 or (out is not None and out.data_ptr() % 16) or form.members != context.all_ranks:
+            return None
+        call = context.begin_eager(form.signature)
+        if call is None:
+            return None
+        assert weights is not None
+        return decoder.send_back(form, call, y, parts_of(plan, weights, None), out, None, return_hook=return_hook)
+
+    def _known_combine(
+        self, of: DecodeDispatchForm, y: Tensor, numerics: Numerics, encoding: EncodingName, topk_idx: Tensor
+    ) -> DecodeCombineForm | None:
+        """Return the form of a combine if one like it has been made; the general path makes the first."""
+        fast, hidden = numerics == "fast", y.shape[2]
+        if encoding not in Encoding.__members__ or not (fast or numerics == "exact") or (fast and not of.weighted):
+            return None
+        shape = MoeShape(of.shape.num_experts, of.shape.top_k, hidden, of.shape.max_tokens)
+        return self._decoder.known_combine(CombineKind(shape, y.dtype, fast, Encoding[encoding], topk_idx.dtype))
+
+
+def _may_be_sms(num_sms: int | None) -> bool:
+    return num_sms is None or (type(num_sms) is int and num_sms > 0)
+
+
+def _kind_of_scale(rows: Tensor, scale: Tensor | None) -> tuple[Any, ...] | int | None:
+    """Return what a form depends on besides dtype and H: 0 for plain rows; None if the scales have to be copied."""
+    if scale is None:
+        return 0
+    width = scale.element_size()
+    if width > 8:
+        return None
+    num_scales = scale.shape[1]
+    bulk = num_scales * width % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous()
+    return (rows.shape[1], scale.dtype, num_scales, bulk)

@@ -1,0 +1,275 @@
+"""Forms of dispatch and redispatch: what follows from sizes, options and dtypes, worked out once.
+
+A form holds the signature of its calls, the places of all parts in memory, and the kernels, with their params filled in
+but for what differs from call to call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.cuda import launch
+from tokenferry.backends.cuda import plan as cuda_plan
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.launch import RowKind
+from tokenferry.backends.cuda.plan import LAYOUT_CODES, Geometry
+from tokenferry.backends.cuda.results import Arrivals, PlanAddresses, PlanForm, PlanLayout, RowLayout
+from tokenferry.backends.cuda.signature import Signature
+from tokenferry.formats.dtypes import dtype_code
+from tokenferry.memory.heap import Block
+from tokenferry.tuning import Topology, tune
+from tokenferry.types import DispatchOptions, Layout, MoeShape
+
+_MAX_LAYOUTS = 1024
+"""Numbers of tokens, or rows, for which a form remembers where things lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sms:
+    """SMs that the kernels of a call use.
+
+    Attributes:
+        links: Kernels that use the links between GPUs.
+        local: Kernels that rearrange rows on this GPU.
+    """
+
+    links: int
+    local: int
+
+
+class Payload(NamedTuple):
+    """What a call sends.
+
+    Attributes:
+        rows: Address of the rows, ``[T, H]``, a multiple of 16.
+        scale: ``[T, S]``, or None.
+        weights: Address of the weights, ``[T, K]``, or 0.
+        topk_idx: Address of ``topk_idx``, ``[T, K]``; 0 along an existing plan.
+    """
+
+    rows: int
+    scale: Tensor | None
+    weights: int
+    topk_idx: int
+
+
+class RecvOffsets(NamedTuple):
+    """Where this rank receives, as offsets in its window, in units of `OFFSET_BYTES`; 0: it does not receive that.
+
+    Attributes:
+        rows: Rows.
+        scale: Scales.
+        weights: Weights.
+        topk_idx: `Plan.topk_idx`.
+        src_token: `Plan.src_token`.
+        row_idx: `Plan.row_idx`.
+    """
+
+    rows: int
+    scale: int
+    weights: int
+    topk_idx: int = 0
+    src_token: int = 0
+    row_idx: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchForm:
+    """What all dispatches with the same shape, options, types and ``num_sms`` share.
+
+    Attributes:
+        signature: Signature of the calls.
+        geometry: Geometry of the calls.
+        kind: Types and widths of the rows.
+        sms: SMs of the kernels.
+        plan: What the plans share.
+        worst: Where rows lie if there are as many as possible.
+        worst_arrivals: The same for the parts of a plan.
+        worst_bytes: Bytes that a call takes from the heap in the worst case.
+        layouts: Where the other parts of a plan lie, by T.
+        notify: Kernel that counts and exchanges counts.
+        assign: Kernel that computes places.
+        move: Kernel that moves rows.
+        expand: Kernel that lays out rows by expert; None for ROWS.
+    """
+
+    signature: Signature
+    geometry: Geometry
+    kind: RowKind
+    sms: Sms
+    plan: PlanForm
+    worst: RowLayout
+    worst_arrivals: Arrivals
+    worst_bytes: int
+    layouts: BoundedDict[int, PlanLayout]
+    notify: LaunchTemplate
+    assign: LaunchTemplate
+    move: LaunchTemplate
+    expand: LaunchTemplate | None
+
+    @property
+    def waits(self) -> bool:
+        """Whether results have exactly as many rows as arrive."""
+        return self.geometry.options.counts == "host"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RedispatchForm:
+    """What all redispatches with the same shape, options, types and ``num_sms`` share; see `DispatchForm`."""
+
+    signature: Signature
+    kind: RowKind
+    sms: Sms
+    move: LaunchTemplate
+    expand: LaunchTemplate | None
+    layouts: BoundedDict[int, RowLayout]
+    """Where rows lie, by their number."""
+
+
+def new_dispatch_form(
+    context: Context, key: str, shape: MoeShape, options: DispatchOptions, kind: RowKind, num_sms: int | None
+) -> DispatchForm:
+    """Return the form of a dispatch; ``key``: the key of the group.
+
+    Raises:
+        ConfigError, CapacityError: as `tokenferry.backends.cuda.plan.geometry`.
+    """
+    geometry = cuda_plan.geometry(shape, options, context.num_ranks)
+    signature = Signature(
+        "dispatch",
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        max_tokens=shape.max_tokens,
+        layout=geometry.layout,
+        alignment=options.alignment,
+        device_counts=int(options.counts == "device"),
+        capacity=options.capacity or 0,
+        **_signature_fields(kind),
+    )
+    K, L, by_expert = kind.top_k, geometry.num_local, geometry.by_expert
+    assert kind.topk_dtype is not None
+    wide = kind.topk_dtype is torch.int64
+    worst = cuda_plan.row_layout(options.layout, kind, geometry.most_delivered)
+    arrivals = cuda_plan.arrivals(geometry, geometry.space.received, K, kind.topk_dtype)
+    layouts: BoundedDict[int, PlanLayout] = BoundedDict(_MAX_LAYOUTS)
+    most = cuda_plan.plan_layout(geometry, context.num_ranks, shape.max_tokens, K)
+    return DispatchForm(
+        signature,
+        geometry,
+        kind,
+        _sms(context, shape, num_sms),
+        PlanForm(key, options, context.num_ranks, L, K, kind.topk_dtype, context.device),
+        worst,
+        arrivals,
+        worst.num_bytes + arrivals.num_bytes + most.num_bytes,
+        layouts,
+        launch.notify_template(context, geometry.sizes, K, wide=wide),
+        launch.assign_template(context, geometry.sizes, K, wide=wide),
+        launch.dispatch_template(context, kind, L, by_expert=by_expert),
+        _expand_template(context, kind, L, options, geometry.sizes.capacity) if by_expert else None,
+    )
+
+
+def new_redispatch_form(
+    context: Context,
+    shape: MoeShape,
+    options: DispatchOptions,
+    kind: RowKind,
+    num_local: int,
+    capacity: int,
+    num_sms: int | None,
+) -> RedispatchForm:
+    """Return the form of a redispatch along a plan of L local experts; ``capacity``: rows of an expert, or 0."""
+    by_expert = options.layout is not Layout.ROWS
+    return RedispatchForm(
+        Signature("redispatch", layout=LAYOUT_CODES[options.layout], **_signature_fields(kind)),
+        kind,
+        _sms(context, shape, num_sms),
+        launch.dispatch_template(context, kind, num_local, by_expert=by_expert),
+        _expand_template(context, kind, num_local, options, capacity) if by_expert else None,
+        BoundedDict(_MAX_LAYOUTS),
+    )
+
+
+def row_kind(rows: Tensor, scale: Tensor | None, *, weighted: bool, topk_idx: Tensor | None, top_k: int) -> RowKind:
+    """Return the types and widths of what a dispatch sends; ``topk_idx``: None along an existing plan."""
+    topk_dtype = None if topk_idx is None else topk_idx.dtype
+    if scale is None:
+        return RowKind(rows.dtype, rows.shape[1], None, 0, False, weighted, topk_dtype, top_k)
+    bulk = scale.shape[1] * scale.element_size() % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous()
+    return RowKind(rows.dtype, rows.shape[1], scale.dtype, scale.shape[1], bulk, weighted, topk_dtype, top_k)
+
+
+def move(
+    template: LaunchTemplate,
+    call: Call,
+    num_sms: int,
+    recv: RecvOffsets,
+    payload: Payload,
+    plan: PlanAddresses,
+) -> None:
+    """Launch `dispatch`; ``recv``: where this rank receives rows, scales, weights and the parts of a plan."""
+    rows, scale, weights, topk_idx = payload
+    scale_at = row_stride = stride = 0
+    if scale is not None and scale.shape[1]:
+        scale_at, (row_stride, stride) = scale.data_ptr(), scale.stride()
+    template.pack(
+        0, call.alive, call.number, call.signature.words, *recv,
+        rows, scale_at, weights, topk_idx, plan.places, plan.dst_counts, plan.src_counts, row_stride, stride,
+        plan.num_tokens,
+    )  # fmt: skip
+    template.launch(num_sms, call.stream)
+
+
+def expand(
+    template: LaunchTemplate,
+    call: Call,
+    num_sms: int,
+    block: Block,
+    layout: RowLayout,
+    plan: PlanAddresses,
+    num_delivered: int,
+) -> None:
+    """Launch `dispatch_expand` for rows in a block; ``num_delivered``: 0 where they end with the last aligned row."""
+    start, kind = block.address, layout.kind
+    template.pack(
+        0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+        start + layout.rows, start + layout.scale if kind.scale_bytes else 0,
+        start + layout.weights if kind.weighted else 0,
+        plan.row_idx, plan.src_counts, plan.expert_counts, num_delivered,
+    )  # fmt: skip
+    template.launch(num_sms, call.stream)
+
+
+def _sms(context: Context, shape: MoeShape, num_sms: int | None) -> Sms:
+    if num_sms:
+        return Sms(num_sms, num_sms)
+    return Sms(tune(shape, Topology(context.num_ranks, context.num_sms)).dispatch_sms, context.num_sms)
+
+
+def _expand_template(
+    context: Context, kind: RowKind, num_local: int, options: DispatchOptions, capacity: int
+) -> LaunchTemplate:
+    return launch.expand_template(
+        context,
+        kind,
+        num_local,
+        alignment=options.alignment,
+        capacity=capacity,
+        zero_padding=options.zero_padding,
+    )
+
+
+def _signature_fields(kind: RowKind) -> dict[str, int]:
+    return {
+        "dtype": dtype_code(kind.dtype),
+        "bytes_of_rows": kind.row_bytes,
+        "bytes_of_scale": kind.scale_bytes,
+        "bytes_of_weights": 4 * kind.top_k if kind.weighted else 0,
+        "bytes_of_topk_idx": 0 if kind.topk_dtype is None else kind.top_k * kind.topk_dtype.itemsize,
+    }
