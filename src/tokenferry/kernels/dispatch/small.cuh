@@ -1,12 +1,13 @@
 // The small data of a token in dispatch, stored by all lanes of a warp: scales that cannot be copied in bulk, weights, and in a
-// first dispatch the peer's half of the plan; see kernel.cuh.
+// first dispatch the peer's half of the plan; see kernel.cuh. All functions work on any params struct with the fields of
+// dispatch.
 #pragma once
 #include "device/index.cuh"
 #include "device/sync.cuh"
 
 // Stores the scales of token t on all ranks in `hits`. `to`, `place`: lane r has those of rank r.
-template <class T>
-DEV void store_scale(const DispatchParams& p, u64 t, u32 hits, u64 to, i32 place) {
+template <class T, class P>
+DEV void store_scale(const P& p, u64 t, u32 hits, u64 to, i32 place) {
     const T* from = reinterpret_cast<const T*>(p.scale) + (i64)t * p.scale_row_stride;
     for (u32 j = threadIdx.x % 32; j < ((p.num_scales + 31) & ~31u); j += 32) {
         const T value = j < p.num_scales ? from[(i64)j * p.scale_stride] : T();
@@ -21,7 +22,8 @@ DEV void store_scale(const DispatchParams& p, u64 t, u32 hits, u64 to, i32 place
 
 // Stores the metadata of one token on its ranks: ids, row_idx and source token (in a first dispatch), and weights (ROWS).
 // Each lane handles pairs of a rank and a slot. `row`: lane r has the token's row on rank r; -1: none.
-DEV void store_indices(const DispatchParams& p, u32 t, i32 row, const u32 (*handshakes)[kHandshakeWords]) {
+template <class P>
+DEV void store_indices(const P& p, bool wide, u32 t, i32 row, const u32 (*handshakes)[kHandshakeWords]) {
     const u32 K = p.top_k, pairs = p.num_ranks * K;
     const i32* slots = p.places + (u64)t * p.width + p.num_ranks;
     for (u32 i = threadIdx.x % 32; i < ((pairs + 31) & ~31u); i += 32) {
@@ -33,8 +35,8 @@ DEV void store_indices(const DispatchParams& p, u32 t, i32 row, const u32 (*hand
         const u64 at = (u64)(u32)to * K + k, from = (u64)t * K + k;
         const u32* handshake = handshakes[r];
         if (p.topk_idx) {
-            const i64 e = load_index(p.topk_idx, p.wide, from);
-            store_index(at_offset<u8>(p, r, handshake[kRecvIdsWord]), p.wide, at, here ? e - (i64)r * p.num_local : -1);
+            const i64 e = load_index(p.topk_idx, wide, from);
+            store_index(at_offset<u8>(p, r, handshake[kRecvIdsWord]), wide, at, here ? e - (i64)r * p.num_local : -1);
             if (p.by_expert)
                 at_offset<i64>(p, r, handshake[kRecvRowIdxWord])[at] = here ? (i64)((u32)slot & kPlaceMask) : -1;
             if (k == 0) at_offset<i64>(p, r, handshake[kRecvSrcTokenWord])[to] = t;
@@ -45,7 +47,8 @@ DEV void store_indices(const DispatchParams& p, u32 t, i32 row, const u32 (*hand
 }
 
 // EXPERTS, MASKED: stores one weight for each delivered row: the sum over the slots that share the row, in slot order.
-DEV void store_weights(const DispatchParams& p, u32 t, const u32 (*handshakes)[kHandshakeWords]) {
+template <class P>
+DEV void store_weights(const P& p, u32 t, const u32 (*handshakes)[kHandshakeWords]) {
     const u32 K = p.top_k, lane = threadIdx.x % 32;
     const i32* slots = p.places + (u64)t * p.width + p.num_ranks;
     const float* weights = p.weights + (u64)t * K;
@@ -64,8 +67,9 @@ DEV void store_weights(const DispatchParams& p, u32 t, const u32 (*handshakes)[k
     }
 }
 
-// Stores everything about a token that is not copied in bulk. `place`, `to_scale`: lane r has those of rank r.
-DEV void store_small(const DispatchParams& p, u32 t, u32 hits, i32 place, u64 to_scale,
+// Stores everything about a token that is not copied in bulk. `wide`: indices are int64; `place`, `to_scale`: lane r has those of rank r.
+template <class P>
+DEV void store_small(const P& p, bool wide, u32 t, u32 hits, i32 place, u64 to_scale,
                      const u32 (*handshakes)[kHandshakeWords]) {
     if (p.small_scale) {
         if (p.scale_size == 4) store_scale<u32>(p, t, hits, to_scale, place);
@@ -78,7 +82,7 @@ DEV void store_small(const DispatchParams& p, u32 t, u32 hits, i32 place, u64 to
         if (p.by_expert && threadIdx.x % 32 < p.num_ranks)
             row = p.places[(u64)t * p.width + p.num_ranks + p.top_k + threadIdx.x % 32];
         if (place < 0) row = -1;
-        store_indices(p, t, row, handshakes);
+        store_indices(p, wide, t, row, handshakes);
     }
     if (p.weights && p.by_expert) store_weights(p, t, handshakes);
 }

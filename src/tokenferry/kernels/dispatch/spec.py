@@ -68,7 +68,7 @@ class Rings:
     smem_bytes: int
 
 
-def cut(row_bytes: int, bulk_scale_bytes: int) -> Rings:
+def cut(row_bytes: int, bulk_scale_bytes: int, *, max_warps: int = MAX_WARPS, smem_bytes: int = SMEM_BYTES) -> Rings:
     """Cut rows into pieces of at most 8 KB, and shared memory into as many rings of 3 buffers as fit.
 
     Three buffers keep a load and a store of each warp in flight; more buffers, or larger pieces, measured no faster.
@@ -77,5 +77,5 @@ def cut(row_bytes: int, bulk_scale_bytes: int) -> Rings:
     piece_bytes = -(-row_bytes // pieces // 16) * 16
     # Bulk copies from and to shared memory are slower where a buffer does not begin at a multiple of 128.
     pitch = -(-(piece_bytes + bulk_scale_bytes) // 128) * 128
-    warps = max(1, min(MAX_WARPS, SMEM_BYTES // (STAGES * pitch)))
+    warps = max(1, min(max_warps, smem_bytes // (STAGES * pitch)))
     return Rings(pieces, piece_bytes, pitch, STAGES, warps, warps * STAGES * pitch)
