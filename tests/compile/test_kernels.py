@@ -21,6 +21,7 @@ from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.dispatch import spec as dispatch_spec
+from tokenferry.kernels.dispatch_fused import spec as fused_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
@@ -68,6 +69,12 @@ DYNAMIC = {
     "combine_push": max(push_spec.cut(row).smem_bytes for row in range(16, MOST_ROW + 1, 16)),
     "dispatch": max(
         dispatch_spec.cut(row, scale).smem_bytes for row in range(16, MOST_ROW + 1, 16) for scale in (0, 16, 224)
+    ),
+    "dispatch_fused": max(
+        fused_spec.rings_at(E, R) + fused_spec.cut_rings(row, scale, E, R).smem_bytes
+        for row in range(16, MOST_ROW + 1, 16)
+        for scale in (0, 16, 224)
+        for E, R in ((1, 1), (256, 8), (MAX_EXPERTS, MAX_RANKS))
     ),
     "decode_dispatch": max(decode_dispatch_spec.smem_bytes(1 << n, MAX_EXPERTS, MAX_RANKS, 1 << 16) for n in range(24)),
 }

@@ -6,12 +6,14 @@ from torch import Tensor
 
 from support.plan_checks import check, choices_of
 from support.virtual_dispatch import Delivery, Payload
+from support.virtual_fused import Whole
 from support.virtual_plan import Expected, Form, Planner
 from support.virtual_pull import Pull, Sizes
 from support.virtual_ranks import CONTROL_BLOCK_OFFSETS, POISON, Ranks, ranks_of
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.control_block import ENDED_WORD, HANDSHAKE_WORDS, MAX_RANKS, ROWS_WORD, Fault
 from tokenferry.kernels.dispatch import spec as dispatch_spec
+from tokenferry.kernels.dispatch_fused import spec as fused_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.testing.cases import Case
 
@@ -34,13 +36,25 @@ def dispatch(ranks: Ranks):
     return dispatch_spec.SPEC, [delivery.fields(r) for r in range(ranks.num_ranks)], delivery.sizes(), {}
 
 
+def dispatch_fused(ranks: Ranks):
+    topk_idx = [one.topk_idx for one in Case((20,) * ranks.num_ranks, 2 * ranks.num_ranks, 3).inputs()]
+    whole = Whole(ranks, topk_idx, 2 * ranks.num_ranks, Form("rows"), Payload(256, weights=True))
+    fields = [{**whole.fused_fields(r), "keep_alive": whole} for r in range(ranks.num_ranks)]
+    return fused_spec.SPEC, fields, whole.fused_sizes(3), whole.planner.config
+
+
 def combine_pull(ranks: Ranks):
     one = Pull(ranks, Sizes((20,) * ranks.num_ranks, 528, 6), torch.bfloat16)
     fields = [one.fields(r) for r in range(ranks.num_ranks)]
     return pull_spec.SPEC, [{**f, "keep_alive": one} for f in fields], one.launch_sizes(), one.config
 
 
-KERNELS = {"dispatch_notify": notify, "dispatch": dispatch, "combine_pull": combine_pull}
+KERNELS = {
+    "dispatch_notify": notify,
+    "dispatch": dispatch,
+    "dispatch_fused": dispatch_fused,
+    "combine_pull": combine_pull,
+}
 by_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 

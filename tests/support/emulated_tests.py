@@ -11,6 +11,7 @@ FILES = (
         "test_dispatch_plan.py",
         "test_dispatch_layout.py",
         "test_dispatch_kernel.py",
+        "test_dispatch_fused.py",
         "test_combine_pull.py",
         "test_combine_push.py",
         "test_dispatch_expand.py",

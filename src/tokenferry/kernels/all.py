@@ -9,6 +9,7 @@ from tokenferry.kernels.decode_dispatch.spec import SPEC as DECODE_DISPATCH
 from tokenferry.kernels.dispatch.spec import SPEC as DISPATCH
 from tokenferry.kernels.dispatch_assign.spec import SPEC as DISPATCH_ASSIGN
 from tokenferry.kernels.dispatch_expand.spec import SPEC as DISPATCH_EXPAND
+from tokenferry.kernels.dispatch_fused.spec import SPEC as DISPATCH_FUSED
 from tokenferry.kernels.dispatch_layout.spec import SPEC as DISPATCH_LAYOUT
 from tokenferry.kernels.dispatch_notify.spec import SPEC as DISPATCH_NOTIFY
 from tokenferry.kernels.share_workspace.spec import SPEC as SHARE_WORKSPACE
@@ -18,6 +19,7 @@ SPECS = (
     DISPATCH_NOTIFY,
     DISPATCH_ASSIGN,
     DISPATCH,
+    DISPATCH_FUSED,
     DISPATCH_EXPAND,
     DISPATCH_LAYOUT,
     STAGE_INPUT,

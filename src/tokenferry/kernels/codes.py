@@ -27,7 +27,7 @@ MASKED = HEADER.constant("kMasked", 2, "layout: by expert, `capacity` rows for e
 
 # ---- units of work
 
-UNIT_TOKENS = HEADER.constant("kUnit", 128, "tokens that a block counts at a time: dispatch_notify, dispatch_assign")
+UNIT_TOKENS = HEADER.constant("kUnit", 128, "tokens that a block counts at a time in a dispatch")
 MAX_STAGES = HEADER.constant("kMaxStages", 8, "dispatch: most buffers of a warp's ring")
 MAX_PUSH_STAGES = HEADER.constant("kMaxPushStages", 3, "combine_push: most buffers of a pushing warp's ring")
 PIECE_BYTES = HEADER.constant("kPiece", 2048, "combine: columns that a warp sums at a time, in bytes")

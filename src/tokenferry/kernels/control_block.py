@@ -51,14 +51,15 @@ FIRST_OFFSET = 16
 """The first word that is not compared; each kernel uses the words from here on in its own way."""
 BLOCKS_WORD = HEADER.constant("kBlocksWord", 31, "blocks of the sender's kernel, each of which adds 1 to `done`")
 
-SENT_WORD = HEADER.constant("kSentWord", FIRST_OFFSET, "dispatch_notify: R words: rows from the sender to each rank")
-
 RECV_ROWS_WORD = HEADER.constant("kRecvRowsWord", FIRST_OFFSET, "dispatch: offset of the sender's rows")
 RECV_SCALE_WORD = HEADER.constant("kRecvScaleWord", FIRST_OFFSET + 1, "dispatch: offset of its scales")
 RECV_WEIGHTS_WORD = HEADER.constant("kRecvWeightsWord", FIRST_OFFSET + 2, "dispatch: offset of its weights")
 RECV_IDS_WORD = HEADER.constant("kRecvIdsWord", FIRST_OFFSET + 3, "first dispatch: offset of its expert ids")
 RECV_SRC_TOKEN_WORD = HEADER.constant("kRecvSrcTokenWord", FIRST_OFFSET + 4, "first dispatch: offset of its src_token")
 RECV_ROW_IDX_WORD = HEADER.constant("kRecvRowIdxWord", FIRST_OFFSET + 5, "first dispatch: offset of its row_idx")
+SENT_WORD = HEADER.constant(
+    "kSentWord", FIRST_OFFSET + 6, "dispatch_notify, dispatch_fused: R words: rows from the sender to each rank"
+)
 
 COMBINE_ROWS_WORD = HEADER.constant(
     "kCombineRowsWord",
@@ -110,6 +111,12 @@ def _fields() -> list[Field]:
         Field("offers", "u64", (halves, R, OFFER_WORDS), "[parity][from][word]: exchange << 32 | value"),
         Field("workspace", "u64", (), "exchange in which this rank's workspace was made << 32 | its members; 0: none"),
         Field("verdict", "u64", (3, R), "[channel or kExchange][from]: epoch << 32 | 1 if it came in time, 2 if not"),
+        Field(
+            "planned",
+            "u64",
+            (),
+            "dispatch_fused: epoch of the last plan << 32 | whether its rows fit; for the other blocks of the kernel",
+        ),
         Field("received", "u32", (2, halves), "[channel][parity]: the epoch that this rank received last"),
         Field("sends", "u32", (2,), "[channel]: epoch of this rank's last send"),
         Field("opened", "u32", (2,), "[channel]: blocks of a running send that have read its epoch"),
