@@ -114,7 +114,7 @@ def test_most_tokens_experts_and_choices():
 
 def test_numbers_of_blocks():
     """None where the kernel does not do: then there are three kernels."""
-    assert [fused_spec.num_blocks(T, 24) for T in (0, 1, 8, 128, 1024, 1025)] == [1, 2, 9, 24, 24, 0]
+    assert [fused_spec.num_blocks(T, 24) for T in (0, 1, 8, 128, 512, 513)] == [1, 2, 9, 24, 24, 0]
     assert [fused_spec.num_blocks(T, 2) for T in (1, 256, 257)] == [2, 2, 0]
 
 

@@ -21,6 +21,7 @@ from tokenferry.backends.cuda.forms import (
     RecvOffsets,
     RedispatchForm,
     expand,
+    fuse,
     move,
     new_dispatch_form,
     new_redispatch_form,
@@ -32,6 +33,7 @@ from tokenferry.backends.cuda.results import LazyDispatched, LazyPlan, PlanAddre
 from tokenferry.errors import ArgumentError, TokenferryError
 from tokenferry.kernels.codes import EXPERTS, MASKED
 from tokenferry.kernels.control_block import OFFSET_BYTES
+from tokenferry.kernels.dispatch_fused.spec import num_blocks as blocks_of_fused
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized
 
@@ -107,18 +109,22 @@ class Dispatcher:
         else:
             plan._block = allocator.call_block(call, layout.num_bytes + form.worst_arrivals.num_bytes)
             result = self._recv(form, call, plan, None)
-        self._launch_plan(form, call, plan, payload.topk_idx)
-        counts = None
-        if waits_first or (form.geometry.space.tight and not call.capturing):
-            with context.breaking_off(TokenferryError):  # `wait` itself breaks the group, if the error calls for it
-                counts = cuda_plan.wait(context, call, form.geometry)
+        counts, num_blocks = None, blocks_of_fused(num_tokens, form.sms.links) if result else 0
+        if not num_blocks:
+            self._launch_plan(form, call, plan, payload.topk_idx)
+            if waits_first or (form.geometry.space.tight and not call.capturing):
+                with context.breaking_off(TokenferryError):  # `wait` itself breaks the group if it has to
+                    counts = cuda_plan.wait(context, call, form.geometry)
         try:  # from here on, peers wait for the rows of this rank
             if result is None:
                 result = self._recv(form, call, plan, counts)
-            self._launch_move(form, call, plan, result, payload)
+            self._launch_move(form, call, plan, result, payload, num_blocks)
         except BaseException as error:  # an interrupt, too
             context.break_off(error)
             raise
+        if num_blocks and form.geometry.space.tight and not call.capturing:
+            with context.breaking_off(TokenferryError):
+                counts = cuda_plan.wait(context, call, form.geometry)
         if form.waits:
             self._count(form, plan, result, counts or cuda_plan.wait(context, call, form.geometry))
         if result.leaves_block:
@@ -184,9 +190,15 @@ class Dispatcher:
             assign.launch(min(units, sms), stream)
 
     def _launch_move(
-        self, form: DispatchForm, call: Call, plan: LazyPlan, result: LazyDispatched, payload: Payload
+        self,
+        form: DispatchForm,
+        call: Call,
+        plan: LazyPlan,
+        result: LazyDispatched,
+        payload: Payload,
+        num_fused_blocks: int,
     ) -> None:
-        """Launch the kernels that send rows and lay them out."""
+        """Launch the kernels that send rows and lay them out; `dispatch_fused`, given blocks, makes the plan, too."""
         block, layout, arrivals = result._block, result._layout, plan._arrivals
         assert block is not None
         at, came, addresses = block.offset, plan._recv_at - self._context.window.base, plan._addresses()
@@ -198,7 +210,10 @@ class Dispatcher:
             (came + arrivals.src_token) // OFFSET_BYTES,
             (came + arrivals.row_idx) // OFFSET_BYTES,
         )
-        move(form.move, call, form.sms.links, recv, payload, addresses)
+        if num_fused_blocks:
+            fuse(form.fused, call, num_fused_blocks, recv, payload, plan)
+        else:
+            move(form.move, call, form.sms.links, recv, payload, addresses)
         if form.expand is not None:
             ends_with_last_row = form.waits and form.geometry.layout != MASKED
             num_delivered = 0 if ends_with_last_row else plan.num_delivered

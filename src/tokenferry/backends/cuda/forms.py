@@ -18,7 +18,7 @@ from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.plan import LAYOUT_CODES, Geometry
-from tokenferry.backends.cuda.results import Arrivals, PlanAddresses, PlanForm, PlanLayout, RowLayout
+from tokenferry.backends.cuda.results import Arrivals, LazyPlan, PlanAddresses, PlanForm, PlanLayout, RowLayout
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.memory.heap import Block
@@ -95,6 +95,7 @@ class DispatchForm:
         notify: Kernel that counts and exchanges counts.
         assign: Kernel that computes places.
         move: Kernel that moves rows.
+        fused: Kernel that does the work of these three, for few tokens.
         expand: Kernel that lays out rows by expert; None for ROWS.
     """
 
@@ -110,6 +111,7 @@ class DispatchForm:
     notify: LaunchTemplate
     assign: LaunchTemplate
     move: LaunchTemplate
+    fused: LaunchTemplate
     expand: LaunchTemplate | None
 
     @property
@@ -171,6 +173,7 @@ def new_dispatch_form(
         launch.notify_template(context, geometry.sizes, K, wide=wide),
         launch.assign_template(context, geometry.sizes, K, wide=wide),
         launch.dispatch_template(context, kind, L, by_expert=by_expert),
+        launch.fused_template(context, kind, geometry.sizes, L),
         _expand_template(context, kind, L, options, geometry.sizes.capacity) if by_expert else None,
     )
 
@@ -214,16 +217,39 @@ def move(
     plan: PlanAddresses,
 ) -> None:
     """Launch `dispatch`; ``recv``: where this rank receives rows, scales, weights and the parts of a plan."""
-    rows, scale, weights, topk_idx = payload
-    scale_at = row_stride = stride = 0
-    if scale is not None and scale.shape[1]:
-        scale_at, (row_stride, stride) = scale.data_ptr(), scale.stride()
+    scale_at, row_stride, stride = _scale_of(payload)
     template.pack(
         0, call.alive, call.number, call.signature.words, *recv,
-        rows, scale_at, weights, topk_idx, plan.places, plan.dst_counts, plan.src_counts, row_stride, stride,
-        plan.num_tokens,
+        payload.rows, scale_at, payload.weights, payload.topk_idx, plan.places, plan.dst_counts, plan.src_counts,
+        row_stride, stride, plan.num_tokens,
     )  # fmt: skip
     template.launch(num_sms, call.stream)
+
+
+def fuse(
+    template: LaunchTemplate, call: Call, num_blocks: int, recv: RecvOffsets, payload: Payload, plan: LazyPlan
+) -> None:
+    """Launch `dispatch_fused`, which makes a plan and sends rows along it."""
+    layout, start = plan._layout, plan._block.address
+    by_expert = plan._form.options.layout is Layout.EXPERTS
+    scale_at, row_stride, stride = _scale_of(payload)
+    template.pack(
+        0, call.alive, call.number, call.signature.words, *recv,
+        payload.rows, scale_at, payload.weights, payload.topk_idx, start + layout.table, start + layout.bases,
+        start + layout.dst_counts, start + layout.src_counts, start + layout.expert_counts,
+        start + layout.expert_offsets if by_expert else 0, start + layout.places, start + layout.dst_token,
+        row_stride, stride, layout.num_tokens,
+    )  # fmt: skip
+    template.launch(num_blocks, call.stream)
+
+
+def _scale_of(payload: Payload) -> tuple[int, int, int]:
+    """Return the address of the scales, and their strides."""
+    scale = payload.scale
+    if scale is None or not scale.shape[1]:
+        return 0, 0, 0
+    row_stride, stride = scale.stride()
+    return scale.data_ptr(), row_stride, stride
 
 
 def expand(

@@ -8,6 +8,7 @@ the values that come before those named here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_expand import spec as expand_spec
+from tokenferry.kernels.dispatch_fused import spec as fused_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.stage_input import spec as stage_spec
 
@@ -36,6 +38,11 @@ _DISPATCH = call_packer(
     dispatch_spec.SPEC,
     "x", "scale", "weights", "topk_idx", "places", "rows_out", "rows_in", "scale_row_stride", "scale_stride",
     "num_tokens",
+)  # fmt: skip
+_FUSED = call_packer(
+    fused_spec.SPEC,
+    "x", "scale", "weights", "topk_idx", "table", "bases", "dst_counts", "src_counts", "expert_counts",
+    "expert_offsets", "places", "dst_token", "scale_row_stride", "scale_stride", "num_tokens",
 )  # fmt: skip
 _EXPAND = call_packer(
     expand_spec.SPEC,
@@ -139,6 +146,32 @@ def dispatch_template(context: Context, kind: RowKind, num_local: int, *, by_exp
     """Return a template of `dispatch`; ``num_local``: number of local experts, L."""
     template = context.new_template(dispatch_spec.SPEC, _DISPATCH)
     p = template.params
+    _set_rows(context, p, kind, num_local, by_expert=by_expert)
+    p.wide = kind.topk_dtype is torch.int64
+    rings = dispatch_spec.cut(kind.row_bytes, p.bulk_scale_bytes)
+    _set_rings(p, rings)
+    template.block, template.smem_bytes = rings.warps * 32, rings.smem_bytes
+    return template
+
+
+def fused_template(context: Context, kind: RowKind, sizes: PlanSizes, num_local: int) -> LaunchTemplate:
+    """Return a template of `dispatch_fused`, which does what notify, assign and dispatch do."""
+    wide, num_ranks = kind.topk_dtype is torch.int64, context.num_ranks
+    template = context.new_template(fused_spec.SPEC, _FUSED, wide=int(wide))
+    p = template.params
+    _set_rows(context, p, kind, num_local, by_expert=sizes.layout != ROWS)
+    p.host = context.pinned.host_address
+    p.num_experts, p.layout, p.alignment = sizes.num_experts, sizes.layout, sizes.alignment
+    p.capacity, p.row_limit = sizes.capacity, sizes.row_limit
+    rings = fused_spec.cut_rings(kind.row_bytes, p.bulk_scale_bytes, sizes.num_experts, num_ranks)
+    _set_rings(p, rings)
+    p.warps, p.rings_at = rings.warps, fused_spec.rings_at(sizes.num_experts, num_ranks)
+    template.block, template.smem_bytes = fused_spec.THREADS, p.rings_at + rings.smem_bytes
+    return template
+
+
+def _set_rows(context: Context, p: Any, kind: RowKind, num_local: int, *, by_expert: bool) -> None:  # noqa: ANN401
+    """Set the fields of a params struct that say what the rows are."""
     p.top_k, p.num_local, p.by_expert = kind.top_k, num_local, by_expert
     p.row_bytes = kind.row_bytes
     p.width = assign_spec.num_columns(context.num_ranks, kind.top_k, by_expert=by_expert)
@@ -148,11 +181,10 @@ def dispatch_template(context: Context, kind: RowKind, num_local: int, *, by_exp
             p.bulk_scale_bytes = kind.scale_bytes
         else:
             p.small_scale, p.scale_size, p.num_scales = 1, kind.scale_dtype.itemsize, kind.scale_columns
-    p.wide = kind.topk_dtype is torch.int64
-    rings = dispatch_spec.cut(kind.row_bytes, p.bulk_scale_bytes)
+
+
+def _set_rings(p: Any, rings: dispatch_spec.Rings) -> None:  # noqa: ANN401
     p.piece_bytes, p.pitch, p.pieces, p.stages = rings.piece_bytes, rings.pitch, rings.pieces, rings.stages
-    template.block, template.smem_bytes = rings.warps * 32, rings.smem_bytes
-    return template
 
 
 def expand_template(

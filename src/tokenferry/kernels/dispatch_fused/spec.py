@@ -8,8 +8,8 @@ from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.kernels.dispatch_notify.spec import smem_bytes as mask_bytes
 
 THREADS = 512
-MAX_TOKENS = 1024
-"""Most tokens of a rank: block 0 counts all of them alone."""
+MAX_TOKENS = 512
+"""Most tokens of a rank: block 0 counts all of them alone. With 1024 three kernels were faster (71 against 60 us)."""
 
 SPEC = describe(
     __file__,
