@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenferry.ambient import without_function_modes
 from tokenferry.backends.base import Backend, TokenLayout
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError, PickleError, TokenferryError
@@ -348,6 +349,7 @@ class ExpertGroup(Connected):
         self, x: Quantized, routing: Routing, *, options: DispatchOptions | None = None, num_sms: int | None = None
     ) -> Dispatched[Quantized]: ...
 
+    @without_function_modes
     def dispatch(
         self,
         x: Tensor | Quantized,
@@ -423,6 +425,7 @@ class ExpertGroup(Connected):
         self, x: Quantized, plan: Plan, *, topk_weights: Tensor | None = None, num_sms: int | None = None
     ) -> Dispatched[Quantized]: ...
 
+    @without_function_modes
     def redispatch(
         self,
         x: Tensor | Quantized,
@@ -460,6 +463,7 @@ class ExpertGroup(Connected):
             self._raise_if_refused("redispatch", error)
             raise
 
+    @without_function_modes
     def combine(
         self,
         y: Tensor,
@@ -536,6 +540,7 @@ class ExpertGroup(Connected):
         return_hook: bool = False,
     ) -> DecodeDispatched[Quantized]: ...
 
+    @without_function_modes
     def decode_dispatch(
         self,
         x: Tensor,
@@ -598,6 +603,7 @@ class ExpertGroup(Connected):
             self._raise_if_refused("decode_dispatch", error)
             raise
 
+    @without_function_modes
     def decode_combine(  # seven parameters instead of six: numerics and encoding are chosen independently
         self,
         y: Tensor,

@@ -7,6 +7,7 @@ import torch
 
 from tokenferry.compat.deep_ep import Buffer, EventHandle, EventOverlap
 from tokenferry.compat.deep_ep.streams import Lane, When
+from tokenferry.compat.deep_ep.throughput import TokenLayout
 from tokenferry.errors import ArgumentError
 
 
@@ -198,16 +199,22 @@ def test_the_number_of_sms_of_a_call(cuda, monkeypatch):
     assert buffer._num_sms(None) is None
 
 
-def test_the_layout_of_a_tensor_is_known_until_either_changes():
+def test_a_layout_is_known_until_any_part_of_it_changes():
     buffer = Buffer(None)
     topk_idx = torch.tensor([[0, 1], [2, -1]])
-    _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
-    assert buffer._knows(topk_idx, in_rank, per_expert)
-    assert not buffer._knows(topk_idx.clone(), in_rank, per_expert)
-    assert not buffer._knows(topk_idx, in_rank.clone(), per_expert)
-    assert not buffer._knows(topk_idx, in_rank, per_expert[:2])
-    in_rank[0, 0] = False
-    assert not buffer._knows(topk_idx, in_rank, per_expert)
+    made = buffer.get_dispatch_layout(topk_idx, 4)
+    parts = (made.num_tokens_per_rank, None, made.num_tokens_per_expert, made.is_token_in_rank)
+    assert buffer._known_experts(topk_idx, TokenLayout(*parts)) == 4
+    assert not buffer._known_experts(topk_idx.clone(), TokenLayout(*parts))
+    for i, part in enumerate(parts):
+        changed = torch.ones(1, dtype=torch.int32) if part is None else part.clone()
+        assert not buffer._known_experts(topk_idx, TokenLayout(*parts[:i], changed, *parts[i + 1 :]))
+    assert not buffer._known_experts(topk_idx, TokenLayout(*parts[:2], None, parts[3]))
+    for i in (0, 2, 3):
+        made = buffer.get_dispatch_layout(topk_idx, 4)
+        parts = (made.num_tokens_per_rank, None, made.num_tokens_per_expert, made.is_token_in_rank)
+        parts[i].zero_()
+        assert not buffer._known_experts(topk_idx, TokenLayout(*parts))
 
 
 def test_the_parts_of_a_layout_have_names():
@@ -249,9 +256,9 @@ def test_the_layout_of_an_inference_tensor_is_never_known():
     buffer = Buffer(None)
     with torch.inference_mode():
         topk_idx = torch.tensor([[0, 1], [2, -1]])
-        _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
         topk_idx[0, 0] = 3
-        assert not buffer._knows(topk_idx, in_rank, per_expert)
+        assert not buffer._known_experts(topk_idx, TokenLayout(per_rank, None, per_expert, in_rank))
     normal = torch.tensor([[0, 1], [2, -1]])
     with torch.inference_mode():
         _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(normal, 4)

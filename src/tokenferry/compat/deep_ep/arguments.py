@@ -34,6 +34,11 @@ def refuse(call: str, remedy: str, **arguments: object) -> None:
             raise UnsupportedError(f"{call}: {name}: got {got}, which tokenferry cannot honour; {remedy}")
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """Return the tensor, or without its graph if it has one, or is a subclass such as a Parameter."""
+    return tensor if type(tensor) is Tensor and not tensor.requires_grad else tensor.detach()
+
+
 def to_native(call: str, x: object) -> Tensor | Quantized:
     """Return floating-point rows unchanged, and (rows, scales) or rows of any other dtype as `Quantized`.
 
@@ -47,11 +52,12 @@ def to_native(call: str, x: object) -> Tensor | Quantized:
             "reshape the rows to two dimensions"
         )
     if scale is None:
-        rows = data.detach()
+        rows = detached(data)
         return (
             rows if data.dtype in FLOATS else Quantized(rows, data.new_empty((data.shape[0], 0), dtype=torch.float32))
         )
-    return Quantized(data.detach(), scale.detach().unsqueeze(1) if scale.ndim == 1 else scale.detach())
+    scale = detached(scale)
+    return Quantized(detached(data), scale.unsqueeze(1) if scale.ndim == 1 else scale)
 
 
 def from_native(value: Tensor | Quantized, like: Rows) -> Rows:

@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenferry.ambient import without_grad
 from tokenferry.api import Connected, ExpertGroup
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
@@ -54,6 +55,7 @@ from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
+from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError
 from tokenferry.types import Routing
 
@@ -98,6 +100,8 @@ class _Layout:
     num_experts: int
     topk_idx: _Version
     in_rank: _Version
+    per_rank: _Version
+    per_expert: _Version
 
 
 class Buffer(Connected, LowLatencyCalls):
@@ -172,6 +176,7 @@ class Buffer(Connected, LowLatencyCalls):
         )
         self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)
+        self._views = Views(self._experts)
         self._latest_layout: _Layout | None = None
         self._local: dict[bool, weakref.ref[torch.UntypedStorage]] = {}
         # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
@@ -274,7 +279,7 @@ class Buffer(Connected, LowLatencyCalls):
 
     # ------------------------------------------------------------------ normal mode
 
-    @torch.no_grad()
+    @without_grad
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -302,14 +307,20 @@ class Buffer(Connected, LowLatencyCalls):
         self._open(call)
         when = When(previous_event, async_finish, allocate_on_comm_stream)
         found, event = self._lane.run(
-            call, when, (topk_idx,), lambda: throughput.layout_of(self._experts, topk_idx, num_experts, call)
+            call, when, (topk_idx,), lambda: throughput.layout_of(self._views, topk_idx, num_experts, call)
         )
         assert found.per_expert is not None
-        self._latest_layout = _Layout(num_experts, _Version(topk_idx), _Version(found.in_rank))
+        self._latest_layout = _Layout(
+            num_experts,
+            _Version(topk_idx),
+            _Version(found.in_rank),
+            _Version(found.per_rank),
+            _Version(found.per_expert),
+        )
         per_node = found.per_node if self.group_size > configs.RANKS_PER_NODE else None
         return DispatchLayout(found.per_rank, per_node, found.per_expert, found.in_rank, event)
 
-    @torch.no_grad()
+    @without_grad
     def dispatch(
         self,
         x: Rows,
@@ -382,7 +393,7 @@ class Buffer(Connected, LowLatencyCalls):
                     f"{call}: {given[0]}: expected None, since handle has the routing; leave out one of them"
                 )
             again, event = self._lane.run(
-                call, when, (x, handle), lambda: throughput.dispatch_again(self._experts, x, handle, num_sms)
+                call, when, (x, handle), lambda: throughput.dispatch_again(self._views, x, handle, num_sms)
             )
             return again, None, None, None, None, event
         if topk_weights is not None and topk_idx is None:
@@ -398,14 +409,14 @@ class Buffer(Connected, LowLatencyCalls):
             num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         )
         routing = None if topk_idx is None else Routing(topk_idx, topk_weights)
-        same = topk_idx is not None and self._knows(topk_idx, is_token_in_rank, num_tokens_per_expert)
-        options = throughput.Options(expert_alignment, num_worst_tokens, num_sms, same)
+        known = 0 if topk_idx is None else self._known_experts(topk_idx, layout)
+        options = throughput.Options(expert_alignment, num_worst_tokens, num_sms, known)
         sent, event = self._lane.run(
-            call, when, (x, routing, layout), lambda: throughput.dispatch(self._experts, x, routing, layout, options)
+            call, when, (x, routing, layout), lambda: throughput.dispatch(self._views, x, routing, layout, options)
         )
         return *sent, event
 
-    @torch.no_grad()
+    @without_grad
     def combine(
         self,
         x: Tensor,
@@ -444,7 +455,7 @@ class Buffer(Connected, LowLatencyCalls):
             call,
             when,
             (x, handle, topk_weights, bias),
-            lambda: throughput.combine(self._experts, x, handle, topk_weights, bias, num_sms),
+            lambda: throughput.combine(self._views, x, handle, topk_weights, bias, num_sms),
         )
         return combined_x, weights, event
 
@@ -454,13 +465,17 @@ class Buffer(Connected, LowLatencyCalls):
             return None
         return (Buffer._asked_num_sms if config is None else config.num_sms) or None
 
-    def _knows(self, topk_idx: Tensor, in_rank: Tensor, per_expert: Tensor | None) -> bool:
-        """Return whether the latest `get_dispatch_layout` made ``in_rank`` of ``topk_idx``, and both are unchanged."""
+    def _known_experts(self, topk_idx: Tensor, given: throughput.TokenLayout) -> int:
+        """Return E if the latest `get_dispatch_layout` made this of ``topk_idx``, and nothing has changed; else 0."""
         latest = self._latest_layout
-        return (
+        if (
             latest is not None
-            and per_expert is not None
-            and latest.num_experts == per_expert.numel()
             and latest.topk_idx.is_of(topk_idx)
-            and latest.in_rank.is_of(in_rank)
-        )
+            and latest.in_rank.is_of(given.in_rank)
+            and latest.per_rank.is_of(given.per_rank)
+            and given.per_expert is not None
+            and latest.per_expert.is_of(given.per_expert)
+            and given.per_node is None
+        ):
+            return latest.num_experts
+        return 0

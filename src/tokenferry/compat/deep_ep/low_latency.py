@@ -6,21 +6,24 @@ A *handle* is a tuple of six: DeepEP's five elements and a `LowLatencyState`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import INDICES, Checks
+from tokenferry.checks import INDICES, Checks, fits
+from tokenferry.compat.deep_ep.arguments import detached
+from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
-from tokenferry.types import DecodePlan, DecodeStats, MoeShape, Quantized, Routing, Scale
+from tokenferry.types import DecodePlan, DecodeStats, Quantized, Routing, Scale
 
 Handle = tuple[Any, ...]
 Hook = Callable[[], None]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LOGFMT_COLUMNS = 128
+_WEIGHTS = (torch.float32,)
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +97,7 @@ def scale_format(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Scale | N
 
 
 def dispatch(
-    group: ExpertGroup, x: Tensor, topk_idx: Tensor, given: DispatchArguments
+    views: Views, x: Tensor, topk_idx: Tensor, given: DispatchArguments
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Handle, Hook | None]:
     """Send tokens to their experts. Collective.
 
@@ -103,30 +106,18 @@ def dispatch(
         ShapeError, RoutingError, ConfigError, MismatchError, PeerTimeout, ClosedError: as
         `ExpertGroup.decode_dispatch`.
     """
-    call = "Buffer.low_latency_dispatch"
     max_tokens, num_experts = given.max_tokens, given.num_experts
-    R = group.num_ranks
-    check = Checks(call, group.device).given("num_experts", EL=num_experts // R).given("the group", R=R)
-    check.tensor("x", x, "T H", FLOATS)
-    check.tensor("topk_idx", topk_idx, "T K", INDICES)
-    if x.shape[0] > max_tokens:
-        raise CapacityError(
-            f"{call}: x: T={x.shape[0]} rows exceed num_max_dispatch_tokens_per_rank={max_tokens}; send fewer, or "
-            "agree on more"
-        )
-    if given.received is not None:
-        check.tensor("cumulative_local_expert_recv_stats", given.received, "EL", (torch.int32,))
-    if given.wait_ns is not None:
-        check.tensor("dispatch_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
-    view = group.for_shape(MoeShape(num_experts, topk_idx.shape[1], x.shape[1], max_tokens))
-    on_cpu = group.device.type == "cpu"
+    _check_dispatch(views.group, x, topk_idx, given)
+    view = views.of(num_experts, topk_idx.shape[1], x.shape[1], max_tokens)
+    on_cpu = view.device.type == "cpu"
     if on_cpu:
         topk_idx = topk_idx.clone()  # the caller may overwrite its tensor before combine
+    uncounted = given.received is None and given.wait_ns is None
     sent = view.decode_dispatch(
-        x.detach(),
+        detached(x),
         Routing(topk_idx),
         quantize=given.quantize,
-        stats=DecodeStats(given.received, given.wait_ns),
+        stats=None if uncounted else DecodeStats(given.received, given.wait_ns),
         return_hook=given.return_hook,
     )
     rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
@@ -142,8 +133,42 @@ def dispatch(
     return rows, sent.expert_counts, handle, sent.hook if given.return_hook else None
 
 
+def _check_dispatch(group: ExpertGroup, x: Tensor, topk_idx: Tensor, given: DispatchArguments) -> None:
+    """Check what `ExpertGroup.decode_dispatch` would report by other names.
+
+    Raises:
+        ShapeError, CapacityError: an argument is wrong; names it.
+    """
+    call, device, R = "Buffer.low_latency_dispatch", group.device, group.num_ranks
+    if not (
+        type(x) is type(topk_idx) is Tensor
+        and x.ndim == topk_idx.ndim == 2
+        and x.shape[0] == topk_idx.shape[0]
+        and x.dtype in FLOATS
+        and topk_idx.dtype in INDICES
+        and x.device == topk_idx.device == device
+        and x.is_contiguous()
+        and topk_idx.is_contiguous()
+    ):
+        check = Checks(call, device)
+        check.tensor("x", x, "T H", FLOATS)
+        check.tensor("topk_idx", topk_idx, "T K", INDICES)
+    if x.shape[0] > given.max_tokens:
+        raise CapacityError(
+            f"{call}: x: T={x.shape[0]} rows exceed num_max_dispatch_tokens_per_rank={given.max_tokens}; send fewer, "
+            "or agree on more"
+        )
+    if given.received is None and given.wait_ns is None:
+        return
+    check = Checks(call, device).given("num_experts", EL=given.num_experts // R).given("the group", R=R)
+    if given.received is not None:
+        check.tensor("cumulative_local_expert_recv_stats", given.received, "EL", (torch.int32,))
+    if given.wait_ns is not None:
+        check.tensor("dispatch_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
+
+
 def combine(
-    group: ExpertGroup, x: Tensor, routing: Routing, handle: object, given: CombineArguments
+    views: Views, x: Tensor, routing: Routing, handle: object, given: CombineArguments
 ) -> tuple[Tensor, Hook | None]:
     """Add up the experts' rows with their gate weights, on the ranks of their tokens. Collective.
 
@@ -158,26 +183,34 @@ def combine(
     state = state_of(handle, call)
     assert isinstance(handle, tuple)
     _, _, max_tokens, hidden, num_experts, _ = handle
-    R, plan = group.num_ranks, state.plan
-    check = Checks(call, group.device).given("the group", R=R)
-    check.given("the handle", EL=num_experts // R, rows=R * max_tokens, H=hidden)
-    check.given("the handle", T=plan.num_tokens, K=plan.topk_idx.shape[1])
-    check.tensor("x", x, "EL rows H", FLOATS, contiguous=not given.zero_copy)
-    check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
-    check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
-    if given.wait_ns is not None:
-        check.tensor("combine_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
+    group, plan = views.group, state.plan
+    R, device, of_routing = group.num_ranks, group.device, (plan.num_tokens, plan.topk_idx.shape[1])
+    if given.wait_ns is not None or not (
+        fits(x, (num_experts // R, R * max_tokens, hidden), FLOATS, device)
+        and fits(routing.topk_idx, of_routing, INDICES, device)
+        and fits(routing.topk_weights, of_routing, _WEIGHTS, device)
+    ):
+        check = Checks(call, device).given("the group", R=R)
+        check.given("the handle", EL=num_experts // R, rows=R * max_tokens, H=hidden)
+        check.given("the handle", T=of_routing[0], K=of_routing[1])
+        check.tensor("x", x, "EL rows H", FLOATS, contiguous=not given.zero_copy)
+        check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
+        check.tensor("topk_weights", routing.topk_weights, "T K", _WEIGHTS)
+        if given.wait_ns is not None:
+            check.tensor("combine_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
     if given.use_logfmt and (x.dtype != torch.bfloat16 or hidden % LOGFMT_COLUMNS):
         raise ArgumentError(
             f"{call}: use_logfmt: needs bfloat16 rows whose hidden size is a multiple of {LOGFMT_COLUMNS}, got "
             f"{x.dtype} with H={hidden}; pass False"
         )
     assert routing.topk_weights is not None
-    plan = replace(plan, topk_weights=routing.topk_weights.detach())
+    weights = detached(routing.topk_weights)
     if state.topk_idx is None:  # the plan holds the tensor of the dispatch, which may since have been overwritten
-        plan = replace(plan, topk_idx=routing.topk_idx.contiguous())
+        plan = plan._routed(routing.topk_idx.contiguous(), weights)
     elif not torch.equal(routing.topk_idx.long(), state.topk_idx.long()):
         raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
+    else:
+        plan = plan._routed(plan.topk_idx, weights)
     if given.zero_copy:
         if x.dtype != torch.bfloat16:
             raise ArgumentError(f"{call}: x: with zero_copy rows are bfloat16, got {x.dtype}; pass zero_copy=False")
@@ -187,13 +220,13 @@ def combine(
                 "handle; write the rows there first, or pass zero_copy=False"
             )
         x = state.combine_buffer
-    view = group.for_shape(MoeShape(num_experts, routing.topk_idx.shape[1], hidden, max_tokens))
+    view = views.of(num_experts, of_routing[1], hidden, max_tokens)
     done = view.decode_combine(
-        x.detach(),
+        detached(x),
         plan,
         encoding="logfmt10" if given.use_logfmt else "same",
         out=given.out,
-        stats=DecodeStats(None, given.wait_ns),
+        stats=None if given.wait_ns is None else DecodeStats(None, given.wait_ns),
         return_hook=given.return_hook,
     )
     return done.x, done.hook if given.return_hook else None

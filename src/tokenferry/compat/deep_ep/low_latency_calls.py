@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenferry.ambient import without_grad
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import Checks
 from tokenferry.compat.deep_ep import config as configs
@@ -13,6 +14,7 @@ from tokenferry.compat.deep_ep.arguments import Rows, refuse
 from tokenferry.compat.deep_ep.low_latency import Handle, Hook
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
+from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, ClosedError
 from tokenferry.types import Routing
 
@@ -32,6 +34,7 @@ class LowLatencyCalls:
     enable_shrink: bool
     runtime: object | None
     _experts: ExpertGroup
+    _views: Views
     _lane: Lane
 
     def _open(self, call: str) -> None:
@@ -128,7 +131,7 @@ class LowLatencyCalls:
         self._decoding("Buffer.get_next_low_latency_combine_buffer")
         return low_latency.combine_buffer(self._experts, handle)
 
-    @torch.no_grad()
+    @without_grad
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -193,11 +196,11 @@ class LowLatencyCalls:
             call,
             When(async_finish=async_finish),
             (x, topk_idx, given.received, given.wait_ns),
-            lambda: low_latency.dispatch(self._experts, x, topk_idx, given),
+            lambda: low_latency.dispatch(self._views, x, topk_idx, given),
         )
         return rows, counts, handle, event, hook
 
-    @torch.no_grad()
+    @without_grad
     def low_latency_combine(
         self,
         x: Tensor,
@@ -275,7 +278,7 @@ class LowLatencyCalls:
             call,
             When(async_finish=async_finish),
             (x, routing, handle, out, given.wait_ns),
-            lambda: low_latency.combine(self._experts, x, routing, handle, given),
+            lambda: low_latency.combine(self._views, x, routing, handle, given),
         )
         return combined_x, event, hook
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import INDICES, Checks
-from tokenferry.compat.deep_ep.arguments import Rows, from_native, height, to_native, width
+from tokenferry.compat.deep_ep.arguments import Rows, detached, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
+from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
-from tokenferry.types import Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import Dispatched, DispatchOptions, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
@@ -34,13 +35,14 @@ class Options:
         expert_alignment: Multiple to which the counts in the returned list are rounded up.
         num_worst_tokens: Rows of the results, so that the host does not wait for counts; 0: as many as arrive.
         num_sms: SMs that the call may occupy; None: the library's choice.
-        same_routing: Whether the layout is known to belong to the routing, so that nothing has to be compared.
+        num_experts: E, if `get_dispatch_layout` is known to have made the layout of the routing, so that nothing has to
+            be checked; else 0.
     """
 
     expert_alignment: int = 1
     num_worst_tokens: int = 0
     num_sms: int | None = None
-    same_routing: bool = False
+    num_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,11 +53,15 @@ class Handle(Sequence[Any]):
         plan: The plan of the dispatch, which is also the last element.
         in_rank: ``[T, R]`` bool: whether a token goes to a rank.
         rank: This rank.
+        num_experts: E of the dispatch.
+        top_k: K of the dispatch.
     """
 
     plan: Plan
     in_rank: Tensor
     rank: int
+    num_experts: int
+    top_k: int
 
     def __len__(self) -> int:
         """Return 7."""
@@ -105,18 +111,19 @@ class TokenLayout:
     in_rank: Tensor
 
 
-def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str) -> TokenLayout:
+def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> TokenLayout:
     """Count the tokens for each rank and expert. Local; never waits for a GPU.
 
     Raises:
         ShapeError, RoutingError: ``topk_idx`` is wrong (indices outside [-1, E) on a GPU: `dispatch` raises).
         ConfigError: E is not a multiple of R.
     """
+    group = views.group
     check = Checks(call, group.device)
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
     if not _on_gpu(group):
         check.experts("topk_idx", topk_idx, num_experts)
-    group.for_shape(MoeShape(num_experts, 1, 1, 1))
+    views.of(num_experts, 1, 1, 1)
     counted = group._token_layout(topk_idx.contiguous(), num_experts)
     # A GPU's group is one node, whose number of tokens nobody asks for; on the CPU it is compared with what was given.
     per_node = None if _on_gpu(group) else _tokens_of_nodes(counted.in_rank)
@@ -124,7 +131,7 @@ def layout_of(group: ExpertGroup, topk_idx: Tensor, num_experts: int, call: str)
 
 
 def dispatch(
-    group: ExpertGroup, x: Rows, routing: Routing | None, given: TokenLayout, options: Options
+    views: Views, x: Rows, routing: Routing | None, given: TokenLayout, options: Options
 ) -> tuple[Rows, Tensor | None, Tensor | None, list[int], Handle]:
     """Send rows by a new routing, of which ``given`` is the layout that the caller passed. Collective.
 
@@ -132,12 +139,14 @@ def dispatch(
         ArgumentError: arguments contradict each other; names them.
         ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.dispatch`.
     """
-    call = "Buffer.dispatch"
+    call, group = "Buffer.dispatch", views.group
     num_worst_tokens = options.num_worst_tokens
     _check_positive(call, "expert_alignment", options.expert_alignment, 1)
     _check_positive(call, "num_worst_tokens", num_worst_tokens, 0)
     rows = to_native(call, x)
-    num_experts = _check_layout(group, given, height(rows), call)
+    num_experts = options.num_experts
+    if not num_experts or given.in_rank.shape[0] != height(rows):
+        num_experts = _check_layout(views, given, height(rows), call)
     if routing is None:
         if num_worst_tokens:
             raise ArgumentError(
@@ -146,27 +155,30 @@ def dispatch(
         if not _on_gpu(group):
             per_rank = given.in_rank.sum(0, dtype=torch.int32)
             _check_same(call, given, TokenLayout(per_rank, _tokens_of_nodes(given.in_rank), None, given.in_rank))
-        return _dispatch_without_experts(group, rows, x, given, options)
-    routing = _agreed(group, routing, given, num_experts, call, same=options.same_routing)
-    native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else DispatchOptions()
+        return _dispatch_without_experts(views, rows, x, given, options)
+    routing = _agreed(views, routing, given, num_experts, call, same=bool(options.num_experts))
+    native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else None
     most = _most_tokens(group, height(rows), num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
-    shape = MoeShape(num_experts, routing.topk_idx.shape[1], width(rows), most)
-    sent = group.for_shape(shape).dispatch(rows, routing, options=native, num_sms=options.num_sms)
+    top_k = routing.topk_idx.shape[1]
+    view = views.of(num_experts, top_k, width(rows), most)
+    sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
     counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
-    return from_native(sent.x, x), recv_idx, recv_weights, counts, Handle(sent.plan, given.in_rank, group.rank)
+    handle = Handle(sent.plan, given.in_rank, group.rank, num_experts, top_k)
+    return from_native(sent.x, x), recv_idx, recv_weights, counts, handle
 
 
-def dispatch_again(group: ExpertGroup, x: Rows, handle: object, num_sms: int | None) -> Rows:
+def dispatch_again(views: Views, x: Rows, handle: object, num_sms: int | None) -> Rows:
     """Send new rows to where the rows of ``handle`` went, as `ExpertGroup.redispatch`. Collective."""
     call = "Buffer.dispatch"
-    plan = plan_of(handle, call)
+    known = checked(handle, call)
     rows = to_native(call, x)
-    return from_native(_group_of(group, plan, width(rows)).redispatch(rows, plan, num_sms=num_sms).x, x)
+    view = views.of(known.num_experts, known.top_k, width(rows), ANY_NUM_TOKENS)
+    return from_native(view.redispatch(rows, known.plan, num_sms=num_sms).x, x)
 
 
 def combine(
-    group: ExpertGroup, x: Tensor, handle: object, topk_weights: Tensor | None, bias: object, num_sms: int | None
+    views: Views, x: Tensor, handle: object, topk_weights: Tensor | None, bias: object, num_sms: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Add up rows on the ranks of their tokens, as `ExpertGroup.combine`. Collective.
 
@@ -175,56 +187,59 @@ def combine(
         PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
     """
     call = "Buffer.combine"
-    plan = plan_of(handle, call)
-    Checks(call, group.device).given("the handle", N=plan.num_delivered).tensor("x", x, "N H", None)
+    known, device = checked(handle, call), views.group.device
+    plan = known.plan
+    if not (
+        type(x) is Tensor
+        and x.ndim == 2
+        and x.shape[0] == plan.num_delivered
+        and x.device == device
+        and x.is_contiguous()
+    ):
+        Checks(call, device).given("the handle", N=plan.num_delivered).tensor("x", x, "N H", None)
     biases = bias if isinstance(bias, tuple) else () if bias is None else (bias,)
     if not all(isinstance(one, Tensor) for one in biases) or (isinstance(bias, tuple) and len(bias) != 2):
         raise ArgumentError(
             f"{call}: bias: expected None, a tensor [T, H] or a tuple of two, got {bias!r}; pass one of these"
         )
-    view = _group_of(group, plan, x.shape[1])
+    view = views.of(known.num_experts, known.top_k, x.shape[1], ANY_NUM_TOKENS)
     done = view.combine(x, plan, topk_weights=topk_weights, bias=biases or None, num_sms=num_sms)
     return done.x, done.topk_weights
 
 
-def plan_of(handle: object, call: str) -> Plan:
-    """Return the plan in a handle.
+def checked(handle: object, call: str) -> Handle:
+    """Return a handle.
 
     Raises:
         PlanError: the handle does not come from `Buffer.dispatch`.
     """
     if isinstance(handle, Handle):
-        return handle.plan
+        return handle
     raise PlanError(
         f"{call}: handle: expected the one that tokenferry's Buffer.dispatch returned, got {type(handle).__name__}; "
         "pass it on as it is"
     )
 
 
-def _group_of(group: ExpertGroup, plan: Plan, hidden: int) -> ExpertGroup:
-    """Return the view of the group for the sizes of a plan and rows of width ``hidden``."""
-    experts = plan.expert_counts.numel() * group.num_ranks
-    return group.for_shape(MoeShape(experts, plan.topk_idx.shape[1], hidden, ANY_NUM_TOKENS))
-
-
 def _dispatch_without_experts(
-    group: ExpertGroup, rows: Tensor | Quantized, x: Rows, given: TokenLayout, options: Options
+    views: Views, rows: Tensor | Quantized, x: Rows, given: TokenLayout, options: Options
 ) -> tuple[Rows, None, None, list[int], Handle]:
     """Send rows without expert ids: one expert stands for all those of a rank; their counts are sent separately."""
+    group = views.group
     R = group.num_ranks
     ranks = torch.arange(R, device=group.device, dtype=torch.int64)
     routing = Routing(torch.where(given.in_rank, ranks, -1))
-    view = group.for_shape(MoeShape(R, R, width(rows), ANY_NUM_TOKENS))
+    view = views.of(R, R, width(rows), ANY_NUM_TOKENS)
     sent = view.dispatch(rows, routing, num_sms=options.num_sms)
     assert given.per_expert is not None
     local = given.per_expert.to(torch.int32).reshape(R, -1)
     padded = torch.nn.functional.pad(local, (0, -local.shape[1] % 4))
     counts = Quantized(padded.contiguous(), padded.new_empty((R, 0)))
-    swapped = group.for_shape(MoeShape(R, 1, padded.shape[1], R)).dispatch(counts, Routing(ranks.unsqueeze(1)))
+    swapped = views.of(R, 1, padded.shape[1], R).dispatch(counts, Routing(ranks.unsqueeze(1)))
     assert isinstance(swapped.x, Quantized)
     totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
     aligned = [round_up(count, options.expert_alignment) for count in totals]
-    return from_native(sent.x, x), None, None, aligned, Handle(sent.plan, given.in_rank, group.rank)
+    return from_native(sent.x, x), None, None, aligned, Handle(sent.plan, given.in_rank, group.rank, R, R)
 
 
 def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
@@ -238,22 +253,23 @@ def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor 
     return sent.topk_idx.masked_fill(tail, -1), weights
 
 
-def _agreed(
-    group: ExpertGroup, routing: Routing, given: TokenLayout, num_experts: int, call: str, *, same: bool
-) -> Routing:
+def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int, call: str, *, same: bool) -> Routing:
     """Return the routing that agrees with both ``topk_idx`` and ``is_token_in_rank``.
 
     DeepEP routes by ``is_token_in_rank``: if it leaves out a rank, slots of that rank are dropped. A rank that no slot
     of the token names cannot be added. On a GPU that is not checked, since the host would have to wait.
     """
     index, weights = routing.topk_idx, routing.topk_weights
-    weights = None if weights is None else weights.detach()
+    weights = None if weights is None else detached(weights)
+    group = views.group
+    if same and given.in_rank.shape[0] == index.shape[0]:
+        return Routing(index, weights)
     Checks(call, group.device).given("x", T=given.in_rank.shape[0]).tensor("topk_idx", index, "T K", INDICES)
     if _on_gpu(group):
-        return Routing(index if same else _kept(index, given.in_rank, num_experts), weights)
+        return Routing(_kept(index, given.in_rank, num_experts), weights)
     Checks(call, group.device).experts("topk_idx", index, num_experts)
     kept = _kept(index, given.in_rank, num_experts)
-    expected = layout_of(group, kept, num_experts, call)
+    expected = layout_of(views, kept, num_experts, call)
     extra = given.in_rank & ~expected.in_rank
     if extra.any():
         token, rank = extra.nonzero()[0].tolist()
@@ -297,8 +313,9 @@ def _on_gpu(group: ExpertGroup) -> bool:
     return group.device.type != "cpu"
 
 
-def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call: str) -> int:
+def _check_layout(views: Views, given: TokenLayout, num_tokens: int, call: str) -> int:
     """Check the shapes and dtypes of the tensors of `get_dispatch_layout`, and return E."""
+    group = views.group
     R = group.num_ranks
     nodes = -(-R // RANKS_PER_NODE)
     check = Checks(call, group.device).given("the group", R=R, nodes=nodes).given("x", T=num_tokens)
@@ -307,7 +324,7 @@ def _check_layout(group: ExpertGroup, given: TokenLayout, num_tokens: int, call:
     per_expert = check.tensor("num_tokens_per_expert", given.per_expert, "E", INDICES)
     if given.per_node is not None:
         check.tensor("num_tokens_per_rdma_rank", given.per_node, "nodes", INDICES)
-    group.for_shape(MoeShape(per_expert.numel(), 1, 1, 1))
+    views.of(per_expert.numel(), 1, 1, 1)
     return per_expert.numel()
 
 

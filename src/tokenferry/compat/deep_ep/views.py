@@ -1,0 +1,36 @@
+"""Views of a group for the sizes that each call of `Buffer` brings."""
+
+from __future__ import annotations
+
+from tokenferry.api import ExpertGroup
+from tokenferry.types import MoeShape
+
+_MAX_VIEWS = 256
+
+
+class Views:
+    """The views of a group that have been used. To make one takes as long as a call.
+
+    Attributes:
+        group: The group.
+    """
+
+    def __init__(self, group: ExpertGroup) -> None:
+        self.group = group
+        self._known: dict[tuple[int, int, int, int], ExpertGroup] = {}
+
+    def of(self, num_experts: int, top_k: int, hidden: int, max_tokens: int) -> ExpertGroup:
+        """Return the view for these sizes. Local.
+
+        Raises:
+            ConfigError: a size is not positive, or E is not a multiple of R.
+            ClosedError: the group was closed or is broken, and has no such view yet.
+        """
+        key = (num_experts, top_k, hidden, max_tokens)
+        found = self._known.get(key)
+        if found is None:
+            found = self.group.for_shape(MoeShape(*key))
+            if len(self._known) >= _MAX_VIEWS:
+                self._known.clear()
+            self._known[key] = found
+        return found

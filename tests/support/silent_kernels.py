@@ -1,0 +1,118 @@
+"""A group of the CUDA backend whose kernels do nothing but note their params: for what the host does in a call."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tokenferry import ExpertGroup, MoeShape
+from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda import workspace
+from tokenferry.backends.cuda.runtime import Runtime
+from tokenferry.backends.cuda.setup import assemble
+from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, HOST_EXPERTS_WORD, HOST_SENT_WORD, RECORD_WORDS
+from tokenferry.memory.heap import Heap
+from tokenferry.memory.streams import HostStreams
+
+NUM_RANKS = 2
+HEAP_BYTES = 1 << 26
+SENT_TO_EACH = 3
+"""Rows that each rank sends to each, as the host reads them."""
+Launch = tuple[str, int, int, int, dict[str, Any]]
+
+
+class SilentKernel:
+    """A kernel that notes its launches: name, blocks, threads, shared memory and params."""
+
+    def __init__(self, spec: Any, launches: list[Launch], words: list[Any]) -> None:
+        self._spec, self._launches, self._words = spec, launches, words
+
+    def new_params(self) -> Any:
+        return self._spec.params.struct()
+
+    def launch(self, params: Any, grid: int, block: int, smem_bytes: int, stream: int) -> None:
+        values = {name: getattr(params, name) for name, _ in params._fields_}
+        values = {name: list(value) if isinstance(value, ctypes.Array) else value for name, value in values.items()}
+        self._launches.append((self._spec.name, grid, block, smem_bytes, values))
+        if self._spec.name in ("dispatch_notify", "dispatch_fused"):
+            words, first = self._words[0], RECORD_WORDS + 1
+            for rank in range(NUM_RANKS):
+                words[first + rank] = words[RECORD_WORDS + HOST_SENT_WORD + rank] = SENT_TO_EACH
+            num_local = params.num_experts // NUM_RANKS
+            for expert in range(num_local):
+                words[RECORD_WORDS + HOST_EXPERTS_WORD + expert] = NUM_RANKS * SENT_TO_EACH // num_local
+            words[RECORD_WORDS] = params.call_number
+
+
+class Window:
+    """The window of a rank, whose peers are itself."""
+
+    def __init__(self) -> None:
+        self._memory = torch.zeros(CONTROL_BLOCK_BYTES + HEAP_BYTES, dtype=torch.uint8, device="cpu")
+        self.device = torch.device("cpu")
+        self.num_bytes = self._memory.numel()
+        self.base = self._memory.data_ptr()
+        self.bases = [self.base] * NUM_RANKS
+        self.rank, self.num_ranks = 0, NUM_RANKS
+
+    def heap(self, first: int) -> Heap:
+        return Heap(self.base, self.num_bytes - first, self.device, first)
+
+    def close(self) -> None:
+        pass
+
+
+class SilentGroup:
+    """A group with such kernels.
+
+    Attributes:
+        group: The group.
+        launches: What has been launched.
+    """
+
+    def __init__(self, shape: MoeShape, *, fast_path: bool = True) -> None:
+        self.launches: list[Launch] = []
+        words: list[Any] = []
+        kernels: dict[Any, SilentKernel] = {}
+
+        def kernel(spec: Any, **config: int) -> SilentKernel:
+            return kernels.setdefault((spec, *sorted(config.items())), SilentKernel(spec, self.launches, words))
+
+        jit = SimpleNamespace(kernel=kernel, warmup=lambda _: None)
+        driver = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda _: (0,)), current=nullcontext)
+        resolved = Resolved(shape, "cuda", "auto", 20.0, False, HEAP_BYTES, "", fast_path=fast_path)
+        backend = assemble(Window(), resolved, "key", "", Runtime(jit, driver, HostStreams(), 132))
+        words.append(backend.context.pinned.words)
+        self.group = object.__new__(ExpertGroup)
+        self.group._adopt(backend, shape, 20.0)
+
+    @staticmethod
+    def workspaces_agree() -> Any:
+        """Return a patch that lets ranks agree on the memory for rows under way without a kernel."""
+        share = lambda _self, _call, _sizes, offset: workspace._Shared(1, dict.fromkeys(range(NUM_RANKS), offset))  # noqa: E731
+        return mock.patch.object(workspace.Workspaces, "_share", share)
+
+
+class CountedCalls(TorchFunctionMode):
+    """Counts the torch functions that are called, without those that only read a property of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name not in ("__get__", "data_ptr", "is_contiguous", "element_size", "numel", "stride", "dim", "size"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def rows_of(num_tokens: int, hidden: int) -> Tensor:
+    return torch.ones(num_tokens, hidden, dtype=torch.bfloat16, device="cpu")

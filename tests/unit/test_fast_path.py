@@ -1,0 +1,271 @@
+"""The fast path of the CUDA backend: the same launches as the general path, and few calls of torch."""
+
+import copy
+import dataclasses
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+
+from support.silent_kernels import CountedCalls, SilentGroup, rows_of
+from tokenferry import ambient
+from tokenferry.backends.cuda.dispatch import Dispatcher
+from tokenferry.errors import ClosedError, ShapeError
+from tokenferry.types import (
+    Dispatched,
+    DispatchOptions,
+    Layout,
+    MoeShape,
+    Plan,
+    Quantized,
+    Routing,
+    Scale,
+)
+
+T, K, E, H = 6, 2, 4, 256
+SHAPE = MoeShape(E, K, H, 8)
+ROWS, EXPERTS = DispatchOptions(), DispatchOptions(Layout.EXPERTS, alignment=4, zero_padding=True)
+OPTIONS = {
+    "rows": ROWS,
+    "rows, device": DispatchOptions(counts="device"),
+    "experts": EXPERTS,
+    "experts, device": DispatchOptions(Layout.EXPERTS, counts="device"),
+    "masked": DispatchOptions(Layout.MASKED, capacity=9),
+    "masked, device": DispatchOptions(Layout.MASKED, counts="device"),
+}
+PAYLOADS = {
+    "bfloat16": rows_of(T, H),
+    "float32": torch.ones(T, H, dtype=torch.float32, device="cpu"),
+    "scales by row": Quantized(torch.ones(T, H, dtype=torch.uint8), torch.ones(T, 4, dtype=torch.float32)),
+    "scales by column": Quantized(torch.ones(T, H, dtype=torch.uint8), torch.ones(3, T, dtype=torch.float32).T),
+    "no scales": Quantized(torch.ones(T, H, dtype=torch.uint8), torch.ones(T, 0, dtype=torch.float32)),
+}
+WEIGHTS = torch.ones(T, K, dtype=torch.float32)
+
+
+def routing(dtype=torch.int64, weights=WEIGHTS):
+    return Routing(torch.arange(T * K, device="cpu", dtype=dtype).view(T, K) % E, weights)
+
+
+def throughput(group, x, options, with_weights):
+    """Two rounds of calls; the second takes the fast path."""
+    for dtype in (torch.int64, torch.int32):
+        for num_sms in (None, 5):
+            weights = WEIGHTS if with_weights else None
+            sent = group.dispatch(x, routing(dtype, weights), options=options, num_sms=num_sms)
+            again = group.redispatch(x, sent.plan, topk_weights=weights, num_sms=num_sms)
+            assert again.plan is sent.plan
+            y = group.empty_rows(sent.plan, torch.bfloat16)
+            back = None if not with_weights else sent.topk_weights
+            group.combine(y, sent.plan, topk_weights=back, num_sms=num_sms)
+            group.combine(y.clone(), sent.plan, num_sms=num_sms)
+
+
+def launches(job, *args):
+    """Return the launches of the second time that a job runs, with both paths."""
+    found = []
+    for fast_path in (False, True):
+        silent = SilentGroup(SHAPE, fast_path=fast_path)
+        with silent.workspaces_agree():
+            job(silent.group, *args)
+            silent.launches.clear()
+            job(silent.group, *args)
+        found.append(silent.launches)
+    return found
+
+
+ADDRESSES = set(
+    [
+        "windows",
+        "record",
+        "host",
+        "x",
+        "scale",
+        "weights",
+        "topk_idx",
+        "table",
+        "bases",
+        "dst_counts",
+        "src_counts",
+        "expert_counts",
+        "expert_offsets",
+        "places",
+        "dst_token",
+        "rows_out",
+        "rows_in",
+        "rows",
+        "row_idx",
+        "source",
+        "to",
+        "out",
+        "bias0",
+        "bias1",
+        "weights_out",
+        "workspaces",
+        "scale_out",
+        "received",
+        "src_token",
+        "src_range",
+        "row_weights",
+        "choices",
+        "masked_out",
+        "trace",
+        "y",
+        "pending",
+    ]
+)
+
+
+def comparable(launch):
+    """Return a launch without what differs from process to process: addresses, of which only zeros are compared."""
+    name, *sizes, values = launch
+    return name, sizes, {field: bool(value) if field in ADDRESSES else value for field, value in values.items()}
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("x", PAYLOADS)
+def test_both_paths_launch_the_same(x, options, with_weights):
+    general, fast = launches(throughput, PAYLOADS[x], OPTIONS[options], with_weights)
+    assert len(general) == len(fast) > 0
+    for one, other in zip(general, fast, strict=True):
+        assert comparable(one) == comparable(other)
+
+
+def decoding(group, quantize, numerics, encoding, hooked):
+    for dtype in (torch.int64, torch.int32):
+        got = group.decode_dispatch(rows_of(T, H), routing(dtype), quantize=quantize, return_hook=hooked)
+        got.hook()
+        y = torch.ones(E // 2, 2 * SHAPE.max_tokens, H, dtype=torch.bfloat16)
+        out = torch.empty(T, H, dtype=torch.bfloat16)
+        for target in (None, out):
+            done = group.decode_combine(
+                y, got.plan, numerics=numerics, encoding=encoding, out=target, return_hook=hooked
+            )
+            done.hook()
+            assert target is None or done.x is target
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("quantize", [None, *Scale])
+@pytest.mark.parametrize(("numerics", "encoding"), [("exact", "same"), ("fast", "fp8"), ("exact", "logfmt10")])
+def test_both_paths_launch_the_same_in_decode_calls(quantize, numerics, encoding, hooked):
+    general, fast = launches(decoding, quantize, numerics, encoding, hooked)
+    assert len(general) == len(fast) > 0
+    for one, other in zip(general, fast, strict=True):
+        assert comparable(one) == comparable(other)
+
+
+# ---------------------------------------------------------------------- budgets
+
+
+def count(call):
+    call()
+    with CountedCalls() as counted, mock.patch.object(ambient, "_num_function_modes", return_value=0):
+        call()
+    return counted.names
+
+
+def test_calls_of_torch():
+    """Each costs a microsecond, or five with a default device. Results are made when they are read."""
+    silent = SilentGroup(SHAPE)
+    group = silent.group
+    x, where = rows_of(T, H), routing()
+    sent = group.dispatch(x, where)
+    y = group.empty_rows(sent.plan)
+    assert count(lambda: group.dispatch(x, where)) == []
+    assert count(lambda: group.dispatch(x, where, options=OPTIONS["experts, device"])) == []
+    assert count(lambda: group.redispatch(x, sent.plan)) == []
+    assert count(lambda: group.combine(y, sent.plan)) == ["empty"]
+    with silent.workspaces_agree():
+        got = group.decode_dispatch(x, where)
+        assert count(lambda: group.decode_dispatch(x, where)) == ["empty", "empty", "narrow"]
+        assert count(lambda: group.decode_combine(got.x, got.plan)) == ["empty"]
+
+
+def test_launches():
+    """Few tokens take one launch for a whole dispatch, in every layout but for that of the rows."""
+    silent = SilentGroup(MoeShape(E, K, H, 1024))
+    few, many = (rows_of(T, H), routing()), (rows_of(600, H), Routing(torch.zeros(600, K, dtype=torch.int64)))
+    names = {}
+    for label, (x, where) in (("few", few), ("many", many)):
+        for layout in ("rows", "experts, device"):
+            silent.launches.clear()
+            silent.group.dispatch(x, where, options=OPTIONS[layout])
+            names[label, layout] = [launch[0] for launch in silent.launches]
+    three = ["dispatch_notify", "dispatch_assign", "dispatch"]
+    assert names == {
+        ("few", "rows"): ["dispatch_fused"],
+        ("few", "experts, device"): ["dispatch_fused", "dispatch_expand"],
+        ("many", "rows"): three,
+        ("many", "experts, device"): [*three, "dispatch_expand"],
+    }
+
+
+def test_function_modes_see_nothing_of_a_call():
+    """A default device would run Python code for every use of a tensor."""
+    group = SilentGroup(SHAPE).group
+    x, where = rows_of(T, H), routing()
+    group.dispatch(x, where)
+    with CountedCalls() as counted:
+        sent = group.dispatch(x, where)
+        group.redispatch(x, sent.plan)
+    assert counted.names == []
+
+
+# ---------------------------------------------------------------------- what the fast path leaves to the general one
+
+
+def test_what_is_not_plainly_right_takes_the_general_path():
+    silent = SilentGroup(SHAPE)
+    group, x, where = silent.group, rows_of(T, H), routing()
+    group.dispatch(x, where)
+    unaligned = torch.ones(T * H + 1, dtype=torch.bfloat16)[1:].view(T, H)
+    taken = []
+    general = Dispatcher.dispatch
+    with mock.patch.object(Dispatcher, "dispatch", lambda self, request: taken.append(0) or general(self, request)):
+        group.dispatch(x, where)
+        assert not taken
+        group.dispatch(unaligned, where)
+        group.dispatch(torch.nn.Parameter(x, requires_grad=False), where)
+        assert len(taken) == 2
+        with pytest.raises(ShapeError):
+            group.dispatch(x[:, :16].contiguous(), where)
+    group.close()
+    with pytest.raises(ClosedError):
+        group.dispatch(x, where)
+
+
+def test_plans_and_results_become_plain_ones():
+    group = SilentGroup(SHAPE).group
+    sent = group.dispatch(rows_of(T, H), routing(), options=EXPERTS)
+    names = [field.name for field in dataclasses.fields(Plan)]
+    for other in (
+        dataclasses.replace(sent.plan, num_delivered=5),
+        copy.copy(sent.plan),
+        copy.deepcopy(sent.plan),
+        pickle.loads(pickle.dumps(sent.plan)),
+    ):
+        assert type(other) is Plan
+        for name in names:
+            one, same = getattr(other, name), getattr(sent.plan, name)
+            if isinstance(one, torch.Tensor):
+                assert torch.equal(one, same)
+            else:
+                assert one == same or name == "num_delivered"
+    assert type(copy.copy(sent)) is type(dataclasses.replace(sent, host_counts=None)) is Dispatched
+    assert sent.x is sent.x
+    assert repr(sent.plan).startswith("Plan(group_key='key', ")
+    assert repr(sent).startswith("Dispatched(x=")
+
+
+def test_a_decode_plan_becomes_a_plain_one():
+    silent = SilentGroup(SHAPE)
+    with silent.workspaces_agree():
+        plan = silent.group.decode_dispatch(rows_of(T, H), routing()).plan
+    other = dataclasses.replace(plan, topk_weights=None)
+    assert other.topk_weights is None
+    assert torch.equal(other.src_range, plan.src_range)
+    assert (plan.src_token.shape, plan.src_range.shape) == ((2, 16), (2, 2))
+    assert plan._routed(plan.topk_idx, 2 * WEIGHTS).topk_weights[0, 0] == 2
