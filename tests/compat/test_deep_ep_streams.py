@@ -263,7 +263,7 @@ def test_the_layout_of_an_inference_tensor_is_never_known():
     with torch.inference_mode():
         _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(normal, 4)
         in_rank[0, 0] = False
-        assert not buffer._knows(normal, in_rank, per_expert)
+        assert not buffer._known_experts(normal, TokenLayout(per_rank, None, per_expert, in_rank))
 
 
 def test_groups_have_the_memory_that_was_asked_for(monkeypatch):

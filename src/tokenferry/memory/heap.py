@@ -197,6 +197,8 @@ class Heap:
         ranges = self._pools[_EAGER]
         if ranges.largest_known >= num_bytes:
             return True
+        if num_bytes > self.num_bytes:
+            return False
         with self._lock:
             self._collect()
             if ranges.largest < num_bytes:
