@@ -25,6 +25,9 @@ gloo all_to_all_single of the same row bytes between the same ranks. No time is 
 `tokenferry bench decode` measures decode_dispatch and decode_combine on GPUs: as CUDA graphs and eagerly, with hooks
 and without, beside the limit, and two-batch overlap by hooks.
 
+`tokenferry bench eager` measures what a program feels: the wall clock of eager calls, natively, through DeepEP's API
+and with all_to_all_single and what it needs around it, and the host's time of each; also with --device cpu.
+
 With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside the rates of the links in the same
 run and NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left
 out.
@@ -41,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("decode",),
-        help="decode: the decode calls and two-batch overlap, on GPUs (default: all)",
+        choices=tuple(bench_cuda.WHAT),
+        help="decode: the decode calls and two-batch overlap, on GPUs; eager: wall clock and host time of eager calls "
+        "(default: all but eager)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with decode: cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with decode or eager: cuda")
     parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
     parser.add_argument(
         "--tokens", type=positives, help="T, on every rank; on GPUs several, as 128,4096 (default: 128; on GPUs many)"
@@ -67,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Check, measure, print; 1 if an answer was wrong."""
     args.device = args.device or ("cuda" if args.what else "cpu")
-    if args.device == "cuda":
+    if args.device == "cuda" or args.what in bench_cuda.ON_CPU:
         return bench_cuda.run(args, screen)
     settings = _settings(args)
     threads = args.threads or about.threads_for(settings.ranks)
@@ -99,9 +103,9 @@ def _settings(args: argparse.Namespace) -> Settings:
     ranks, tokens = args.ranks or 4, args.tokens or (128,)
     if args.what:
         raise ConfigError(f"{args.what} needs --device cuda")
-    for option in ("quick", "sms", "routing", "only", "plot"):
+    for option in ("quick", "sms", "routing", "only", "plot", "default_device"):
         if getattr(args, option):
-            raise ConfigError(f"--{option} needs --device cuda")
+            raise ConfigError(f"--{option.replace('_', '-')} needs --device cuda")
     if len(tokens) > 1:
         raise ConfigError(f"--tokens {','.join(map(str, tokens))}: several need --device cuda; choose one")
     check_experts(args, ranks)
