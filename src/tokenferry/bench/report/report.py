@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.core.session import Label, Result, Settings, result_from_json
-from tokenferry.bench.report import decode, eager, plots, tables
+from tokenferry.bench.report import decode, eager, plots, tables, training
 from tokenferry.bench.suites.limits import Limits
 
 SCHEMA = 3
@@ -39,6 +39,7 @@ GPU_NOTES = {
     "decode limit": decode.LIMIT,
     "eager": eager.MODES,
     "eager checked": eager.CHECKED,
+    "training": training.NOTE,
 }
 """The same of GPUs."""
 
