@@ -15,7 +15,9 @@ MODES = (
     "before each call. back to back: calls without a pause, then one wait; the time of all over their number. host: "
     "until the call returns, back to back, T up to 128"
 )
-CHECKED = "every row of a dispatch and every sum bit-equal (all_to_all_single: sums within rounding), before timing"
+CHECKED = (
+    "every row of a dispatch and every sum bit-equal (all_to_all_single: sums within rounding), before timing and after"
+)
 
 HEADER = ("call", "rows", "T", "library", "isolated us", "back to back us", "host us", "x torch.empty(8)")
 SHORT_HEADER = ("call", "rows", "T", "tokenferry", "Buffer", "all_to_all_single", "over tokenferry", "over Buffer")
