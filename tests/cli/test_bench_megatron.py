@@ -20,7 +20,7 @@ def test_a_step_of_each_dispatcher(tmp_path):
     assert [item["dispatcher"] for item in run.report["training"]] == ["alltoall", "flex"]
     for item in run.report["training results"]:
         assert len(item["differ_by"]) == 6, "the loss, and gradients of rows, routers and experts of two layers"
-        assert max(item["differ_by"].values()) <= (1e-4 if item["dtype"] == "float32" else 0.2)
+        assert max(item["differ_by"].values()) <= (1e-5 if item["dtype"] == "float32" else 2e-2)
     assert "back to back ms" in run.output
     assert "flex and alltoall in float32" in run.output
 

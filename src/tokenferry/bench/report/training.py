@@ -12,7 +12,7 @@ Item = dict[str, Any]
 NOTE = (
     f"two MoE layers of Megatron-Core with residual connections: forward, backward, SGD; wall clock. {FLEX}: over our "
     f"deep_ep; {OWN}: its own. Both have the same weights and rows. differ_by: norm of the difference over the norm, "
-    "the worst rank; in bfloat16 tokens with all but equal scores may choose other experts in the second layer"
+    "the worst rank"
 )
 HEADER = ("dispatcher", "rows", "T", "isolated ms", "back to back ms", f"over {OWN}")
 
