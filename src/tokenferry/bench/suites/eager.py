@@ -33,6 +33,9 @@ from tokenferry.testing.world import Progress
 CALLS = 60
 """Calls of a run back to back; a third of it from `MANY_TOKENS` on, where the last wait does not count any more."""
 
+CPU_CALLS = 3
+"""The same on CPUs, where no launch has to be hidden."""
+
 HOST_TOKENS = 128
 """The host's time is measured up to this T: beyond, the device decides when a call returns."""
 
@@ -135,7 +138,9 @@ def _prepared(session: Session, call: Call) -> Step:
 def _timed(session: Session, step: Step, tokens: int) -> tuple[WallTimes, float | None]:
     """Return wall-clock times, and the median of the host's time in microseconds if T is small."""
     with _default_device(session):
-        wall = wall_times(session, step, CALLS if tokens < MANY_TOKENS else max(1, CALLS // 3))
+        on_cpu = session.settings.backend == "cpu"
+        few = CPU_CALLS if on_cpu else max(1, CALLS // 3)
+        wall = wall_times(session, step, few if on_cpu or tokens >= MANY_TOKENS else CALLS)
         if tokens > HOST_TOKENS:
             return wall, None
         return wall, host_time(session, partial(step, 0), HOST_BATCHES)["median_us"]
