@@ -12,7 +12,7 @@ from tokenferry.bench.report.report import CPU_NOTES, Report
 from tokenferry.bench.suites.cpu_calls import RUNS, calls_for, measure_cpu_calls
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import check_experts, positive, positives, seed_of
+from tokenferry.cli.options import check_experts, fill_sizes, positive, positives, seed_of
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -24,6 +24,12 @@ gloo all_to_all_single of the same row bytes between the same ranks. No time is 
 
 `tokenferry bench decode` measures decode_dispatch and decode_combine on GPUs: as CUDA graphs and eagerly, with hooks
 and without, beside the limit, and two-batch overlap by hooks.
+
+`tokenferry bench eager` measures what a program feels: the wall clock of eager calls, natively, through DeepEP's API
+and with all_to_all_single and what it needs around it, and the host's time of each; also with --device cpu.
+
+`tokenferry bench megatron` measures a training step of two MoE layers of Megatron-Core, unmodified: its flex dispatcher
+over our `deep_ep` against its own all-to-all, after their losses and gradients have been compared.
 
 With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside the rates of the links in the same
 run and NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left
@@ -41,17 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("decode",),
-        help="decode: the decode calls and two-batch overlap, on GPUs (default: all)",
+        choices=tuple(bench_cuda.WHAT),
+        help="decode: the decode calls and two-batch overlap, on GPUs; eager: wall clock and host time of eager calls; "
+        "megatron: a training step of Megatron-Core (default: all but the last two)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with decode: cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with one of these parts: cuda")
     parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
     parser.add_argument(
         "--tokens", type=positives, help="T, on every rank; on GPUs several, as 128,4096 (default: 128; on GPUs many)"
     )
-    parser.add_argument("--hidden", type=positive, default=7168, help="H, bfloat16 (default: 7168)")
-    parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
-    parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
+    parser.add_argument("--hidden", type=positive, help="H, bfloat16 (default: 7168; megatron: 2048)")
+    parser.add_argument("--top-k", type=positive, help="K (default: 8)")
+    parser.add_argument("--experts", type=positive, help="E (default: 256; megatron: 32)")
     parser.add_argument("--iterations", type=positive, default=30, help="iterations that count (default: 30)")
     parser.add_argument(
         "--transport", choices=("both", "shared_memory", "process_group"), default="both", help="default: both"
@@ -67,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Check, measure, print; 1 if an answer was wrong."""
     args.device = args.device or ("cuda" if args.what else "cpu")
-    if args.device == "cuda":
+    if args.device == "cuda" or args.what in bench_cuda.ON_CPU:
         return bench_cuda.run(args, screen)
     settings = _settings(args)
     threads = args.threads or about.threads_for(settings.ranks)
@@ -96,12 +103,13 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
+    fill_sizes(args)
     ranks, tokens = args.ranks or 4, args.tokens or (128,)
     if args.what:
         raise ConfigError(f"{args.what} needs --device cuda")
-    for option in ("quick", "sms", "routing", "only", "plot"):
+    for option in ("quick", "sms", "routing", "only", "plot", "default_device"):
         if getattr(args, option):
-            raise ConfigError(f"--{option} needs --device cuda")
+            raise ConfigError(f"--{option.replace('_', '-')} needs --device cuda")
     if len(tokens) > 1:
         raise ConfigError(f"--tokens {','.join(map(str, tokens))}: several need --device cuda; choose one")
     check_experts(args, ranks)

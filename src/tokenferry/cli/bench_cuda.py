@@ -17,17 +17,30 @@ from tokenferry.bench.core.inputs import ROUTINGS
 from tokenferry.bench.core.session import Settings
 from tokenferry.bench.report import about, tables
 from tokenferry.bench.report import decode as decode_report
+from tokenferry.bench.report import eager as eager_report
+from tokenferry.bench.report import training as training_report
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.bench.report.report import GPU_NOTES, Report
-from tokenferry.bench.suites import calls, decode, first_call, host_time, limits, overlap, two_batch_overlap
+from tokenferry.bench.suites import (
+    calls,
+    decode,
+    eager,
+    first_call,
+    host_time,
+    limits,
+    megatron,
+    overlap,
+    two_batch_overlap,
+)
 from tokenferry.cli import limits as cli_limits
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import check_experts, check_fp8, one_of, positive, positives, seed_of
+from tokenferry.cli.options import check_experts, check_fp8, fill_sizes, one_of, positive, positives, seed_of
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
 QUICK_TOKENS = (128, 1024, 4096, 8192)
+TRAINING_TOKENS = (4096,)
 FULL_TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 FULL_SMS = (4, 8, 12, 16, 20, 24, 32, 48)
 SWEEP_TOKENS = 4096
@@ -69,14 +82,34 @@ PHASES = {
     "overlap": Phase(overlap.measure_overlap, 180.0, "communication beside expert GEMMs"),
     "memory": Phase(host_time.measure_memory, 60.0, "device memory of a group"),
     "start": Phase(first_call.run_both, 240.0, "the first call of a process"),
+    "eager": Phase(
+        eager.measure_eager,
+        540.0,
+        "eager calls on the wall clock: the native API, Buffer, all_to_all_single with the work around it; host time",
+    ),
+    "megatron": Phase(
+        megatron.measure_megatron,
+        300.0,
+        "a training step of two MoE layers of Megatron-Core: flex over our deep_ep, and its own all-to-all",
+    ),
     "vdev": Phase(vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
 }
 
-BASELINES = ("nccl", "vdev_2d", "phase nccl", "phase vdev")
+BASELINES = ("nccl", "all_to_all_single", "vdev_2d", "phase nccl", "phase vdev")
 """Parts that may fail without this command failing: software that may not be installed."""
 
 QUICK_PHASES = ("limits", "calls", "nccl", "host", "decode", "memory", "start")
-DECODE_PHASES = ("limits", "decode", "two_batch")
+WHAT = {"decode": ("limits", "decode", "two_batch"), "eager": ("eager",), "megatron": ("megatron",)}
+"""The phases of a part that is named on the command line."""
+
+FULL_PHASES = tuple(name for name in PHASES if name not in ("eager", "megatron"))
+"""The phases of a whole run: eager calls take minutes of their own, and a training step has other sizes."""
+
+ON_CPU = ("eager",)
+"""Parts that the command line offers on CPUs as well."""
+
+CPU_RANKS = 2
+CPU_TOKENS = (1, 128)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,25 +122,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     only.add_argument("--only", type=one_of(*PHASES), metavar="PHASES", help=f"with commas between them: {phases}")
     only.add_argument("--plot", metavar="FOLDER", type=Path, help="write pictures; needs matplotlib")
     only.add_argument(
+        "--default-device",
+        action="store_true",
+        help="with eager: make the calls with the device as torch's default, as torch.set_default_device does",
+    )
+    only.add_argument(
         "--two-batch-tokens", type=positive, default=128, help="T of both micro-batches together (default: 128)"
     )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Measure, print; 1 if a case of tokenferry failed."""
-    available = need_gpus() if args.device == "cuda" else 0
+    phases = choose_phases(args)
+    if "megatron" in phases and megatron.version() is None:
+        screen.line("Megatron-Core is not installed: its training step is not measured")
+        phases = tuple(name for name in phases if name != "megatron")
+        if not phases:
+            return 0
+    on_gpus = args.device == "cuda"
+    available = need_gpus() if on_gpus else CPU_RANKS
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()
     settings = make_settings(args, available)
-    phases = choose_phases(args)
-    title = (
-        f"{gpus.count} x {gpus.name}, R={settings.ranks} H={settings.hidden} K={settings.top_k} E={settings.experts}"
-    )
+    machine = f"{gpus.count} x {gpus.name}" if on_gpus else str(about.machine()["processor"])
+    title = f"{machine}, R={settings.ranks} H={settings.hidden} K={settings.top_k} E={settings.experts}"
     about_run = {"title": title, **about.about(args.command_line), "gpus": dataclasses.asdict(gpus)}
     report = Report(settings, about_run, GPU_NOTES, args.json)
     report.write()  # a missing folder is noticed now
-    screen.line(gpus.line())
+    screen.line(gpus.line() if on_gpus else machine)
     for line in about.lines(args.command_line):
         screen.line(line)
     screen.line(f"{title}, seed {settings.seed}, {settings.iterations} iterations")
@@ -138,9 +181,11 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
     """
     if args.what and args.only:
         raise ConfigError(f"{args.what} and --only {','.join(args.only)}: choose one of them")
+    chosen: tuple[str, ...] = args.only or (QUICK_PHASES if args.quick else FULL_PHASES)
     if args.what:
-        return DECODE_PHASES
-    chosen: tuple[str, ...] = args.only or (QUICK_PHASES if args.quick else tuple(PHASES))
+        chosen = WHAT[args.what]
+    if args.default_device and "eager" not in chosen:
+        raise ConfigError("--default-device is for eager calls: `tokenferry bench eager --default-device`")
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
 
 
@@ -150,10 +195,12 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
     Raises:
         ConfigError: sizes do not fit one another.
     """
+    fill_sizes(args)
     ranks = args.ranks or max(1, min(available, 8))
     check_experts(args, ranks)
     check_fp8(args)
-    tokens = args.tokens or (QUICK_TOKENS if args.quick else FULL_TOKENS)
+    few = CPU_TOKENS if args.device == "cpu" else QUICK_TOKENS if args.quick else None
+    tokens = args.tokens or (TRAINING_TOKENS if args.what == "megatron" else few or FULL_TOKENS)
     decode_tokens = tuple(count for count in args.tokens or () if count <= MOST_DECODE_TOKENS)
     return Settings(
         ranks=ranks,
@@ -168,8 +215,9 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
         sms=FULL_SMS if args.sms is None else args.sms,
         sweep_tokens=SWEEP_TOKENS if SWEEP_TOKENS in tokens else max(tokens),
         routings=args.routing or (("uniform",) if args.quick else ("uniform", "skewed")),
-        decode_tokens=decode_tokens or (QUICK_DECODE_TOKENS if args.quick else FULL_DECODE_TOKENS),
+        decode_tokens=decode_tokens or (QUICK_DECODE_TOKENS if few else FULL_DECODE_TOKENS),
         two_batch_tokens=args.two_batch_tokens,
+        default_device=args.default_device,
     )
 
 
@@ -236,6 +284,8 @@ def show(report: Report, screen: Screen) -> None:
         screen.line(f"isolated: {GPU_NOTES['isolated']}")
         screen.line(f"checked: {GPU_NOTES['checked']}")
     show_decode(report, screen)
+    show_eager(report, screen)
+    show_training(report, screen)
     if "overlap" in report.others:
         screen.table("overlap", tables.OVERLAP_HEADER, tables.overlap_rows(report.others["overlap"]))
     for line in tables.kernel_lines(report.others.get("gemm kernels", [])):
@@ -267,6 +317,27 @@ def show_decode(report: Report, screen: Screen) -> None:
         rows = decode_report.two_batch_rows(two_batch)
         screen.table("two-batch overlap, as CUDA graphs", decode_report.TWO_BATCH_HEADER, rows)
         screen.line("hidden: (work alone + calls alone - by hooks) / calls alone")
+
+
+def show_eager(report: Report, screen: Screen) -> None:
+    """Print the results of the eager calls."""
+    items = report.others.get("eager", [])
+    if not items:
+        return
+    rows = eager_report.rows(items, report.empty_us)
+    screen.table("eager calls, wall clock, median us (5th-95th percentile)", eager_report.HEADER, rows)
+    screen.table("back to back, median us", eager_report.SHORT_HEADER, eager_report.short_rows(items))
+    for line in eager_report.notes(report.settings, report.empty_us):
+        screen.line(line)
+
+
+def show_training(report: Report, screen: Screen) -> None:
+    """Print how the dispatchers of Megatron-Core compare."""
+    items, compared = report.others.get("training", []), report.others.get("training results", [])
+    if items:
+        screen.table("a training step, ms (5th-95th percentile)", training_report.HEADER, training_report.rows(items))
+    for item in compared:
+        screen.line(training_report.difference_line(item))
 
 
 def show_short(report: Report, screen: Screen) -> None:

@@ -44,6 +44,12 @@ def one_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
     return words
 
 
+def fill_sizes(args: argparse.Namespace) -> None:
+    """Fill in ``--hidden``, ``--top-k`` and ``--experts`` where they were not given: a training step has its own."""
+    hidden, experts = (2048, 32) if args.what == "megatron" else (7168, 256)
+    args.hidden, args.top_k, args.experts = args.hidden or hidden, args.top_k or 8, args.experts or experts
+
+
 def check_experts(args: argparse.Namespace, ranks: int) -> None:
     """Check that ``--experts`` and ``--top-k`` fit R ranks.
 

@@ -63,10 +63,13 @@ class NcclBaseline:
 
     def dispatch(self, inputs: Inputs, x: Tensor | Quantized) -> Tensor | Quantized:
         """Make the plan and send rows, ids and weights. Collective."""
+        return self._send(self.plan(inputs.topk_idx), inputs, x)
+
+    def pair(self, inputs: Inputs, x: Tensor | Quantized, y: Tensor) -> Tensor:
+        """Dispatch ``x``, then combine the answers ``y``, which are ready. Collective."""
         plan = self.plan(inputs.topk_idx)
-        received = self.redispatch(plan, x)
-        self.move(plan, torch.cat([inputs.topk_idx.int().view(torch.float32), inputs.topk_weights], 1))
-        return received
+        self._send(plan, inputs, x)
+        return self.combine(plan, y)
 
     def combine(self, plan: NcclPlan, y: Tensor) -> Tensor:
         """Send every row home and add up in float32; rounds once."""
@@ -74,10 +77,26 @@ class NcclBaseline:
         total = torch.zeros(self._sizes.tokens, y.shape[1], dtype=torch.float32, device=y.device)
         return total.index_add_(0, plan.tokens, rows.float()).to(y.dtype)
 
+    def _send(self, plan: NcclPlan, inputs: Inputs, x: Tensor | Quantized) -> Tensor | Quantized:
+        received = self.redispatch(plan, x)
+        self.move(plan, torch.cat([inputs.topk_idx.int().view(torch.float32), inputs.topk_weights], 1))
+        return received
+
     def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         arrived = rows.new_empty(sum(receive), *rows.shape[1:])
         dist.all_to_all_single(arrived, rows, receive, send, group=self._pg)
         return arrived
+
+
+def check_sums(what: str, sizes: Sizes, inputs: Inputs, got: Tensor) -> None:
+    """Check sums that were added in another order in float32, then rounded once: a unit in the last place apart.
+
+    Raises:
+        WrongAnswer: they are further apart.
+    """
+    expected = expected_sums(sizes, inputs).float()
+    magnitude = expected_sums(sizes, replace(inputs, x=inputs.x.abs())).float()
+    must_be_near(what, got.float(), expected, relative=2.0**-7, absolute=magnitude * 2.0**-20)
 
 
 def measure_nccl(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
@@ -120,13 +139,7 @@ def _measure(session: Session, baseline: NcclBaseline, sizes: Sizes) -> None:
     def combine() -> Step:
         ys = [expert(baseline.move(plans[v], one.x), session.rank) for v, one in enumerate(sets)]
         for v, one in enumerate(sets):
-            expected = expected_sums(sizes, one).float()
-            # Another order of additions in float32, then one rounding: at most a unit in the last place apart.
-            size = expected_sums(sizes, replace(one, x=one.x.abs())).float()
-            near = size * 2.0**-20
-            must_be_near(
-                "nccl: combine", baseline.combine(plans[v], ys[v]).float(), expected, relative=2.0**-7, absolute=near
-            )
+            check_sums("nccl: combine", sizes, one, baseline.combine(plans[v], ys[v]))
         return lambda i: baseline.combine(plans[i % variants], ys[i % variants])
 
     for call, prepare in (("dispatch, plan kept", kept), ("dispatch", whole)):

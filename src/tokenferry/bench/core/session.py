@@ -68,6 +68,7 @@ class Settings:
         routings: Besides uniform ones, those of `tokenferry.bench.core.inputs.ROUTINGS` to measure.
         decode_tokens: Values of T of the decode calls; M is the largest.
         two_batch_tokens: T of both micro-batches of two-batch overlap together.
+        default_device: Whether eager calls are made with the device as torch's default.
     """
 
     ranks: int
@@ -86,6 +87,7 @@ class Settings:
     routings: tuple[str, ...] = ("uniform",)
     decode_tokens: tuple[int, ...] = (1, 128)
     two_batch_tokens: int = 128
+    default_device: bool = False
 
     def sizes(self, tokens: int, routing: str = "uniform") -> Sizes:
         """Return the sizes of one case."""

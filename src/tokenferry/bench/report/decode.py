@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tokenferry.bench.core.summary import Summary
-from tokenferry.bench.report.tables import dash, launch
+from tokenferry.bench.report.tables import dash, launch, with_percentiles
 from tokenferry.bench.suites.limits import Limits
 
 Item = dict[str, Any]
@@ -80,10 +79,10 @@ def rows(items: Sequence[Item], limits: Limits | None, node_us: float | None) ->
     """Return rows under `HEADER`."""
     table = []
     for item in as_json(items, limits, node_us):
-        cells = [item["call"], str(item["tokens"]), _range(item["graph"])]
-        cells += [dash(item["limit_us"], ".1f"), dash(item["of_limit"], ".0%"), _range(item["graph_hook"])]
-        cells += [_range(item["isolated"]), launch(item["ahead"])]
-        cells += [_range(item["eager"]), _range(item["eager_hook"])]
+        cells = [item["call"], str(item["tokens"]), with_percentiles(item["graph"])]
+        cells += [dash(item["limit_us"], ".1f"), dash(item["of_limit"], ".0%"), with_percentiles(item["graph_hook"])]
+        cells += [with_percentiles(item["isolated"]), launch(item["ahead"])]
+        cells += [with_percentiles(item["eager"]), with_percentiles(item["eager_hook"])]
         cells += [dash(item["host_us"], ".1f"), dash(item["host_hook_us"], ".1f")]
         sent = sum(message["rows"] * message["row_bytes"] for message in item["messages"])
         table.append([*cells, f"{sent / 1e3:.0f}"])
@@ -95,7 +94,7 @@ def two_batch_rows(items: Sequence[Item]) -> list[list[str]]:
     return [
         [
             *(item["numerics"], str(item["tokens"]), item["work_is"], f"{item['piece_us']:.1f}"),
-            *(_range(item[name]) for name in ("work", "calls", "serial", "hooks")),
+            *(with_percentiles(item[name]) for name in ("work", "calls", "serial", "hooks")),
             *(f"{item['hidden']:.0%}", f"{item['speedup'] - 1:.0%}"),
         ]
         for item in items
@@ -130,11 +129,3 @@ def curves(
             if item["limit_us"] is not None:
                 floors.setdefault(f"limit: {name}", []).append((tokens, item["limit_us"]))
     return times, floors
-
-
-def _range(values: Mapping[str, Any] | None) -> str:
-    """Format a median with 5th and 95th percentile."""
-    if values is None:
-        return "-"
-    one = Summary(**values)
-    return f"{one.median_us:.1f} ({one.p05_us:.1f}-{one.p95_us:.1f})"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.core.session import Label, Result, Settings, result_from_json
-from tokenferry.bench.report import decode, plots, tables
+from tokenferry.bench.report import decode, eager, plots, tables, training
 from tokenferry.bench.suites.limits import Limits
 
 SCHEMA = 3
@@ -37,6 +37,9 @@ GPU_NOTES = {
     ),
     "decode checked": decode.CHECKED,
     "decode limit": decode.LIMIT,
+    "eager": eager.MODES,
+    "eager checked": eager.CHECKED,
+    "training": training.NOTE,
 }
 """The same of GPUs."""
 
@@ -79,13 +82,19 @@ class Report:
             return ""
         self.others.setdefault(kind, []).append(item[kind])
         self.write()
-        line = {"decode": decode.line, "two_batch": decode.two_batch_line}.get(kind)
+        line = {"decode": decode.line, "two_batch": decode.two_batch_line, "eager": eager.line}.get(kind)
         return line(item[kind]) if line else ""
 
     @property
     def node_us(self) -> float | None:
         """An empty kernel in a graph, if that was measured."""
         found = self.others.get("graph node")
+        return float(found[-1]["us"]) if found else None
+
+    @property
+    def empty_us(self) -> float | None:
+        """The host's time of ``torch.empty(8)``, if that was measured."""
+        found = self.others.get("torch.empty(8)")
         return float(found[-1]["us"]) if found else None
 
     def fail(self, what: str, why: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenferry.bench.core.session import Label, Result, Times
+from tokenferry.bench.core.summary import Summary
 
 BASELINE_HEADER = ("call", "mode", "median us", "p05", "p95", "gloo us", "p05", "p95", "ratio", "MB/rank", "GB/s")
 HEADER = (
@@ -145,6 +146,14 @@ def launch(ahead: float) -> str:
 def dash(value: float | None, form: str) -> str:
     """Format a number; ``-`` for None."""
     return "-" if value is None else format(value, form)
+
+
+def with_percentiles(values: Mapping[str, Any] | None) -> str:
+    """Format a summary: the median with 5th and 95th percentile; ``-`` for None."""
+    if values is None:
+        return "-"
+    one = Summary(**values)
+    return f"{one.median_us:.1f} ({one.p05_us:.1f}-{one.p95_us:.1f})"
 
 
 def _key(label: Label) -> tuple[str, str, int]:

@@ -102,19 +102,27 @@ class DecodeReference:
         Raises:
             WrongAnswer: names what differs.
         """
+        self.check_received(what, sent.x, sent.expert_counts, sent.plan.src_token)
+
+    def check_received(self, what: str, x: Tensor | Quantized, expert_counts: Tensor, src_token: Tensor) -> None:
+        """Check the same of a dispatch whose results are apart; see `DecodeDispatched` and `DecodePlan`.
+
+        Raises:
+            WrongAnswer: names what differs.
+        """
         local = slice(self.first, self.first + self._sizes.local_experts)
         hits = self._hits[:, local]
-        must_equal(f"{what}: counts", sent.expert_counts[:, None], hits.sum(0, dtype=torch.int32)[:, None])
+        must_equal(f"{what}: counts", expert_counts[:, None], hits.sum(0, dtype=torch.int32)[:, None])
         source, expert = hits.nonzero().unbind(1)
         at = expert, self._places[:, local][source, expert]
         tokens = (source % self._sizes.tokens).int()
-        must_equal(f"{what}: source tokens", sent.plan.src_token[at][:, None], tokens[:, None])
-        if isinstance(sent.x, Quantized):
+        must_equal(f"{what}: source tokens", src_token[at][:, None], tokens[:, None])
+        if isinstance(x, Quantized):
             data, scale = fp8_cast(self._all_x)
-            got = {"rows": (sent.x.data.view(torch.uint8)[at], data.view(torch.uint8)[source])}
-            got["scales"] = sent.x.scale[at], scale[source]
+            got = {"rows": (x.data.view(torch.uint8)[at], data.view(torch.uint8)[source])}
+            got["scales"] = x.scale[at], scale[source]
         else:
-            got = {"rows": (sent.x[at], self._all_x[source])}
+            got = {"rows": (x[at], self._all_x[source])}
         for name, (have, want) in got.items():
             wrong = int((~same_bits(have, want)).sum())
             if wrong:

@@ -1,0 +1,159 @@
+"""Eager calls as a program feels them: wall clock and host time, by the native API, DeepEP's and all_to_all_single."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tokenferry.bench.baselines.nccl import NcclBaseline
+from tokenferry.bench.core.inputs import Sizes
+from tokenferry.bench.core.session import Session, Settings, Step, baseline_group, expert_group, open_session
+from tokenferry.bench.core.wall import WallTimes, wall_times
+from tokenferry.bench.suites.calls import MANY_TOKENS
+from tokenferry.bench.suites.decode import HEAP_FOR, new_answers
+from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
+from tokenferry.bench.suites.eager_calls import (
+    Call,
+    Sets,
+    baseline_calls,
+    baseline_decode,
+    native_calls,
+    native_decode,
+)
+from tokenferry.bench.suites.eager_shim import Shim
+from tokenferry.bench.suites.host_time import host_time
+from tokenferry.testing.world import Progress
+
+CALLS = 60
+"""Calls of a run back to back; a third of it from `MANY_TOKENS` on, where the last wait does not count any more."""
+
+CPU_CALLS = 3
+"""The same on CPUs, where no launch has to be hidden."""
+
+HOST_TOKENS = 128
+"""The host's time is measured up to this T: beyond, the device decides when a call returns."""
+
+MOST_DECODE_TOKENS = 256
+"""The largest T of a decode pair."""
+
+HOST_BATCHES = 5
+DECODE_SETS = 2
+
+
+def measure_eager(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
+    """Measure every library for every T; a job of `World` (through `run_with_progress`)."""
+    largest = settings.sizes(max(settings.tokens))
+    with open_session(rank, pg, progress, settings) as session, torch.no_grad():
+        session.attempt("torch.empty(8)", lambda: _empty(session))
+        shim = session.attempt("Buffer: making one", lambda: Shim(pg, largest))
+        own = session.attempt("all_to_all_single: making a process group", lambda: baseline_group(session))
+        for tokens in settings.tokens:
+            _measure_tokens(session, settings.sizes(tokens), shim, own)
+        session.attempt("decode pairs", lambda: _measure_decode(session, shim, own))
+        session.device.synchronize()
+        if shim is not None:
+            shim.close()
+        if own is not None:
+            dist.destroy_process_group(own)
+
+
+def _measure_tokens(session: Session, sizes: Sizes, shim: Shim | None, own: dist.ProcessGroup | None) -> None:
+    what = f"T={sizes.tokens}"
+    sets = session.attempt(f"inputs, {what}", lambda: Sets(session, sizes))
+    if sets is None:
+        return
+    opened = expert_group(session, sizes.tokens, heap_for=HEAP_FOR)
+    group = session.attempt(f"tokenferry: making a group, {what}", opened.__enter__)
+    if group is not None:
+        try:
+            _measure_calls(session, "tokenferry", sizes.tokens, lambda: native_calls(sets, group))
+        finally:
+            opened.__exit__(None, None, None)
+    if shim is not None:
+        _measure_calls(session, "Buffer", sizes.tokens, lambda: shim.calls(sets))
+    if own is not None:
+        baseline = NcclBaseline(own, sizes)
+        _measure_calls(session, baseline.name, sizes.tokens, lambda: baseline_calls(sets, baseline))
+
+
+def _measure_decode(session: Session, shim: Shim | None, own: dist.ProcessGroup | None) -> None:
+    """Measure decode pairs; M is the largest T."""
+    settings, device = session.settings, session.device.torch_device
+    counts = [tokens for tokens in settings.decode_tokens if tokens <= MOST_DECODE_TOKENS]
+    if not counts:
+        return
+    sizes = settings.sizes(max(counts))
+    with expert_group(session, sizes.tokens, heap_for=HEAP_FOR) as group:
+        pool, y = Pool(sizes, device), new_answers(group)
+        pool.fill(y, session.rank * sizes.local_experts, 0)
+        for tokens in counts:
+            references = [
+                DecodeReference(settings.sizes(tokens), variant, session.rank, pool) for variant in range(DECODE_SETS)
+            ]
+            _measure_calls(session, "tokenferry", tokens, partial(native_decode, references, group, y))
+            if shim is not None:
+                _measure_calls(session, "Buffer", tokens, partial(shim.decode, references, y, sizes))
+            if own is not None:
+                baseline = NcclBaseline(own, settings.sizes(tokens))
+                sets = Sets(session, settings.sizes(tokens))
+                _measure_calls(session, baseline.name, tokens, partial(baseline_decode, sets, baseline))
+
+
+def _measure_calls(session: Session, library: str, tokens: int, make: Callable[[], Iterable[Call]]) -> None:
+    """Check, time and report the calls of a library; one that fails is left out. Collective."""
+    calls: list[Call] | None = session.attempt(f"{library}: first dispatches, T={tokens}", lambda: list(make()))
+    for call in calls or ():
+        what = f"{library}: {call.name}, {call.rows}, T={tokens}"
+        session.send({"now": what})
+        # Apart, since a rank whose results are right must not begin with the timing alone.
+        step = session.attempt(what, partial(_prepared, session, call))
+        found = None if step is None else session.attempt(what, partial(_timed, session, step, tokens))
+        # Again, since calls that were made many times may have taken a faster path than the first ones.
+        if found is None or session.attempt(what, partial(_prepared, session, call)) is None:
+            continue
+        wall, host_us = found
+        item = {
+            "library": library,
+            "call": call.name,
+            "rows": call.rows,
+            "tokens": tokens,
+            "isolated": asdict(session.summary(wall.isolated)),
+            "back_to_back": asdict(session.summary(wall.back_to_back)),
+            "host_us": None if host_us is None else max(session.gather(host_us)),
+        }
+        session.send({"eager": item})
+
+
+def _prepared(session: Session, call: Call) -> Step:
+    with _default_device(session):
+        return call.prepare()
+
+
+def _timed(session: Session, step: Step, tokens: int) -> tuple[WallTimes, float | None]:
+    """Return wall-clock times, and the median of the host's time in microseconds if T is small."""
+    with _default_device(session):
+        on_cpu = session.settings.backend == "cpu"
+        few = CPU_CALLS if on_cpu else max(1, CALLS // 3)
+        wall = wall_times(session, step, few if on_cpu or tokens >= MANY_TOKENS else CALLS)
+        if tokens > HOST_TOKENS:
+            return wall, None
+        return wall, host_time(session, partial(step, 0), HOST_BATCHES)["median_us"]
+
+
+def _empty(session: Session) -> bool:
+    """Measure the host's time of the least that a program can do with torch: the unit of host times."""
+    device = session.device.torch_device
+    found = host_time(session, lambda: torch.empty(8, dtype=torch.float32, device=device), HOST_BATCHES)
+    session.send({"torch.empty(8)": {"us": max(session.gather(found["median_us"]))}})
+    return True
+
+
+def _default_device(session: Session) -> AbstractContextManager[Any]:
+    """Make the device torch's default if the settings ask for it: then torch's functions go through a Python mode."""
+    return session.device.torch_device if session.settings.default_device else nullcontext()

@@ -1,0 +1,112 @@
+"""The eager calls of a program written for DeepEP, on `tokenferry.compat.deep_ep.Buffer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenferry.bench.core.checks import must_equal
+from tokenferry.bench.core.inputs import Inputs, Sizes, sent_to
+from tokenferry.bench.suites.decode_reference import DecodeReference
+from tokenferry.bench.suites.eager_calls import DECODE_PAIR, PAIR, USER_ROWS, Call, Pair, Sets, checked_step, dispatches
+from tokenferry.compat.deep_ep import Buffer
+from tokenferry.types import Quantized
+
+
+class Shim:
+    """One `Buffer`, with memory for several sets of rows of T tokens. Making it is collective.
+
+    Args:
+        pg: The process group.
+        sizes: The largest sizes that it is used for.
+    """
+
+    def __init__(self, pg: dist.ProcessGroup, sizes: Sizes) -> None:
+        rows_bytes = sizes.ranks * sizes.tokens * 2 * sizes.hidden
+        self._buffer = Buffer(pg, 4 * rows_bytes, low_latency_mode=True, explicitly_destroy=True)
+
+    def calls(self, sets: Sets) -> Iterator[Call]:
+        """Make the calls of normal mode as users write them: a layout before each dispatch. Collective."""
+        return _calls(sets, self._buffer)
+
+    def decode(self, references: list[DecodeReference], y: Tensor, sizes: Sizes) -> Iterator[Call]:
+        """Make the pair of low-latency calls; ``sizes.tokens`` is M. Collective."""
+        return _decode(references, self._buffer, y, sizes)
+
+    def close(self) -> None:
+        """Free it."""
+        self._buffer.destroy()
+
+
+def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
+    """Make the calls of DeepEP's API as its users write them: a layout before each dispatch. Collective."""
+    experts = sets.sizes.experts
+
+    def dispatch(inputs: Inputs, x: Any) -> tuple[Any, Any]:  # noqa: ANN401 - DeepEP's rows and handles
+        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(inputs.topk_idx, experts)
+        received, _, _, _, handle, _ = buffer.dispatch(
+            x,
+            topk_idx=inputs.topk_idx,
+            topk_weights=inputs.topk_weights,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+        )
+        return received, handle
+
+    def rows_of(v: int, rows: str) -> Any:  # noqa: ANN401
+        inputs = sets.inputs[v]
+        return (inputs.quantized.data, inputs.quantized.scale) if rows == "fp8" else inputs.x
+
+    def whole(v: int, rows: str) -> Tensor | Quantized:
+        return _as_rows(dispatch(sets.inputs[v], rows_of(v, rows))[0])
+
+    def kept(v: int, rows: str) -> Tensor | Quantized:
+        return _as_rows(buffer.dispatch(rows_of(v, rows), handle=ready[v].plan)[0])
+
+    def layout(v: int) -> Any:  # noqa: ANN401
+        return buffer.get_dispatch_layout(sets.inputs[v].topk_idx, experts)
+
+    def check_layout(v: int, got: Any) -> None:  # noqa: ANN401
+        per_rank, _, _, in_rank, _ = got
+        expected = sent_to(sets.sizes, sets.inputs[v].topk_idx)
+        must_equal("get_dispatch_layout: is_token_in_rank", in_rank, expected)
+        must_equal("get_dispatch_layout: num_tokens_per_rank", per_rank[:, None], expected.sum(0).int()[:, None])
+
+    def pair(v: int) -> Tensor:
+        received, handle = dispatch(sets.inputs[v], sets.inputs[v].x)
+        return buffer.combine(received, handle)[0]
+
+    ready = sets.ready(lambda inputs: dispatch(inputs, inputs.x))
+    yield Call("layout alone", "-", lambda: checked_step(len(sets.inputs), layout, check_layout))
+    yield from dispatches(sets, whole, kept)
+    yield Call(
+        USER_ROWS,
+        "bf16",
+        lambda: sets.combine_step("Buffer.combine", lambda v: buffer.combine(ready[v].y, ready[v].plan)[0]),
+    )
+    yield Call(PAIR, "bf16", lambda: sets.pair_step(f"Buffer: {PAIR}", pair))
+
+
+def _decode(references: list[DecodeReference], buffer: Buffer, y: Tensor, sizes: Sizes) -> Iterator[Call]:
+    """Make the same of DeepEP's low-latency calls; ``sizes.tokens`` is M."""
+
+    def pair(v: int) -> Pair:
+        one = references[v]
+        sent = buffer.low_latency_dispatch(one.x, one.topk_idx, sizes.tokens, sizes.experts)
+        return Pair(sent, buffer.low_latency_combine(y, one.topk_idx, one.topk_weights, sent[2])[0])
+
+    def check(v: int, got: Pair) -> None:
+        rows, counts, handle, _, _ = got.sent
+        references[v].check_received("low_latency_dispatch", _as_rows(rows), counts, handle[0])
+        references[v].check_sums("low_latency_combine", got.sums, numerics="exact", shift=0)
+
+    yield Call(DECODE_PAIR, "fp8", lambda: checked_step(len(references), pair, check))
+
+
+def _as_rows(x: Any) -> Tensor | Quantized:  # noqa: ANN401 - DeepEP's rows: a tensor, or a tuple of two
+    return x if isinstance(x, Tensor) else Quantized(*x)

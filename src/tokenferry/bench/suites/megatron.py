@@ -1,0 +1,246 @@
+"""A training step of Megatron-Core, unmodified: its flex dispatcher over our `deep_ep` against its own all-to-all."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tokenferry.bench.core.checks import WrongAnswer
+from tokenferry.bench.core.session import Session, Settings, baseline_group, open_session
+from tokenferry.bench.core.wall import wall_times
+from tokenferry.compat import deep_ep_path
+from tokenferry.errors import BackendUnavailable
+from tokenferry.testing.world import Progress
+
+LAYERS = 2
+ROUTED = 32
+"""Routers read one column in so many, and no expert writes those: so both dispatchers route alike in every layer."""
+
+STEPS = 5
+"""Steps of a run back to back."""
+
+OWN, FLEX = DISPATCHERS = ("alltoall", "flex")
+"""Values of ``moe_token_dispatcher_type``."""
+
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The numbers of a model, and how far two dispatchers may be apart: norm of the difference over the norm.
+
+    Attributes:
+        dtype: Of rows and weights. Router probabilities are float32.
+        bound: Most of a loss or a gradient: sums are added, and rounded, in another order.
+    """
+
+    dtype: torch.dtype
+    bound: float
+
+
+PRECISIONS = (Precision(torch.float32, 1e-5), Precision(torch.bfloat16, 2e-2))
+"""Compared in this order; the last one is timed."""
+
+
+def version() -> str | None:
+    """Return the version of Megatron-Core that can be imported; ``""`` if it does not say; None if there is none."""
+    try:
+        if importlib.util.find_spec("megatron.core") is None:
+            return None
+    except ModuleNotFoundError:
+        return None
+    try:
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return ""  # an unpacked wheel without its metadata
+
+
+def measure_megatron(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
+    """Compare losses and gradients, then time steps; a job of `World` (through `run_with_progress`)."""
+    with open_session(rank, pg, progress, settings) as session:
+        for tokens in settings.tokens:
+            what = f"Megatron-Core: training step, T={tokens}"
+            session.send({"now": what})
+            session.attempt(what, lambda tokens=tokens: _measure(session, tokens))  # type: ignore[misc]
+
+
+def _measure(session: Session, tokens: int) -> bool:
+    provide_deep_ep()
+    groups = _process_groups(session)
+    models: dict[str, Model] = {}
+    for precision in PRECISIONS:
+        models = {name: Model(session, groups, name, precision.dtype) for name in DISPATCHERS}
+        batch = Batch.draw(session, tokens, precision.dtype)
+        found = {name: model.results(batch) for name, model in models.items()}
+        differences = [_difference(found[FLEX][name], expected) for name, expected in found[OWN].items()]
+        worst = dict(zip(found[OWN], map(max, zip(*session.gather(differences), strict=True)), strict=True))
+        session.send({"training results": {"tokens": tokens, "dtype": _name(precision.dtype), "differ_by": worst}})
+        wrong = {name: by for name, by in worst.items() if not by <= precision.bound}
+        if wrong:  # the same on all ranks
+            raise WrongAnswer(
+                f"{FLEX} differs from {OWN} in {_name(precision.dtype)} by more than {precision.bound}: {wrong}"
+            )
+    for name, model in models.items():
+        wall = wall_times(session, model.stepper(batch), STEPS)
+        times = {mode: asdict(session.summary(getattr(wall, mode))) for mode in ("isolated", "back_to_back")}
+        session.send({"training": {"dispatcher": name, "tokens": tokens, "dtype": _name(precision.dtype), **times}})
+    return True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The inputs of a step on this rank: ``[T, 1, H]`` rows, and the rows that the layers should return."""
+
+    x: Tensor
+    target: Tensor
+
+    @classmethod
+    def draw(cls, session: Session, tokens: int, dtype: torch.dtype) -> Batch:
+        """Draw random rows, others on each rank."""
+        device = session.device.torch_device
+        generator = torch.Generator(device).manual_seed(session.settings.seed * 4096 + session.rank)
+        size = (2, tokens, 1, session.settings.hidden)
+        x, target = torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        return cls(x, target)
+
+
+class Model:
+    """Two MoE layers of Megatron-Core with residual connections; the same weights whatever the dispatcher is.
+
+    Args:
+        session: The session.
+        groups: Megatron's ProcessGroupCollection.
+        dispatcher: ``moe_token_dispatcher_type``.
+        dtype: Of rows and weights.
+    """
+
+    def __init__(self, session: Session, groups: Any, dispatcher: str, dtype: torch.dtype) -> None:  # noqa: ANN401
+        self.layers = _layers(session, groups, dispatcher, dtype)
+        generator, columns = torch.Generator(session.device.torch_device), session.settings.hidden // ROUTED
+        for name, weight in self.layers.named_parameters():
+            # Routers are the same on all ranks; experts are this rank's.
+            own = 0 if "router" in name else 1 + session.rank
+            generator.manual_seed(session.settings.seed * 4096 + own)
+            nn.init.normal_(weight.data, std=weight.shape[-1] ** -0.5, generator=generator)
+            if "router" in name:
+                weight.data[:, columns:] = 0
+                weight.data *= ROUTED**0.5
+            elif "linear_fc2" in name:
+                weight.data[:columns] = 0
+
+    def loss(self, x: Tensor, target: Tensor) -> Tensor:
+        """Return the mean square of the distance to the target, float32."""
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return (x.float() - target.float()).square().mean()
+
+    def results(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss, and the gradients of the rows and of every weight, by name. Collective."""
+        x = batch.x.clone().requires_grad_()
+        loss = self.loss(x, batch.target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        parts: dict[str, list[Tensor]] = {}
+        for name, weight in self.layers.named_parameters():
+            kind = "router" if "router" in name else "experts"
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # an expert may get no token
+            parts.setdefault(f"gradient of the {kind}, layer {name.partition('.')[0]}", []).append(grad.flatten())
+        self.layers.zero_grad()
+        assert x.grad is not None
+        weights = {what: torch.cat(grads) for what, grads in parts.items()}
+        return {"loss": loss.detach(), "gradient of the rows": x.grad, **weights}
+
+    def stepper(self, batch: Batch) -> Callable[[int], None]:
+        """Return a training step: forward, backward, SGD."""
+        optimizer = torch.optim.SGD(self.layers.parameters(), lr=LEARNING_RATE)
+
+        def step(i: int) -> None:
+            x = batch.x.clone().requires_grad_()
+            self.loss(x, batch.target).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+
+def _layers(session: Session, groups: Any, dispatcher: str, dtype: torch.dtype) -> nn.ModuleList:  # noqa: ANN401
+    """Make MoE layers of gated experts, one GEMM after another: what Megatron-Core has without Transformer Engine."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = session.settings
+    config = TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=settings.hidden,
+        ffn_hidden_size=settings.hidden,
+        moe_ffn_hidden_size=settings.hidden // 2,
+        num_attention_heads=1,
+        num_moe_experts=settings.experts,
+        moe_router_topk=settings.top_k,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type=dispatcher,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        expert_model_parallel_size=settings.ranks,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        **({"moe_flex_dispatcher_backend": "deepep"} if dispatcher == FLEX else {}),
+    )
+    if not hasattr(moe_utils, "te_general_gemm"):
+        raise BackendUnavailable(
+            f"the router of Megatron-Core {version() or ''} needs Transformer Engine; install it, or Megatron-Core 0.19"
+        )
+    spec = get_moe_module_spec(use_te=False, num_experts=settings.experts, moe_grouped_gemm=False)
+    # A function since 0.19, a description before.
+    make = spec if callable(spec) else partial(spec.module, submodules=spec.submodules)
+    layers = [make(config=config, layer_number=1 + i, pg_collection=groups) for i in range(LAYERS)]
+    return nn.ModuleList(layers)
+
+
+def _process_groups(session: Session) -> Any:  # noqa: ANN401 - Megatron's ProcessGroupCollection
+    """Make Megatron's groups: all ranks share the experts, nothing else is split. Collective."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    found = ProcessGroupCollection()
+    found.ep = found.tp_ep = found.dp = found.tp_dp_cp = everyone = baseline_group(session)
+    singles = [dist.new_group([rank], backend=everyone.name()) for rank in range(session.settings.ranks)]
+    alone = singles[session.rank]
+    found.tp = found.cp = found.tp_cp = found.pp = found.expt_tp = found.expt_dp = alone
+    return found
+
+
+def provide_deep_ep() -> None:
+    """Let ``import deep_ep`` find our package in this rank, as ``PYTHONPATH=$(tokenferry deep-ep-path)`` does.
+
+    Raises:
+        BackendUnavailable: another `deep_ep` has been imported already.
+    """
+    folder = deep_ep_path.folder()
+    sys.path.insert(0, folder)
+    import deep_ep
+
+    if not str(deep_ep.__file__).startswith(folder):
+        raise BackendUnavailable(f"deep_ep has been imported from {deep_ep.__file__}; it has to be that of {folder}")
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm of what is expected."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,55 @@
+"""`tokenferry bench megatron`: the program on CPU ranks, and what it says without Megatron-Core."""
+
+import pytest
+
+from support.bench_megatron_jobs import measure_megatron, wrong_combine
+from support.bench_runs import bench_gpu_phases
+from tokenferry.bench.report import training
+from tokenferry.bench.suites import megatron
+from tokenferry.cli import bench_cuda
+from tokenferry.cli.main import main, make_parser
+
+needs_megatron = pytest.mark.skipif(megatron.version() is None, reason="Megatron-Core is not installed")
+
+
+@needs_megatron
+def test_a_step_of_each_dispatcher(tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=measure_megatron)
+    assert run.status == 0
+    assert run.report["failed"] == []
+    assert [item["dispatcher"] for item in run.report["training"]] == ["alltoall", "flex"]
+    for item in run.report["training results"]:
+        assert len(item["differ_by"]) == 6, "the loss, and gradients of rows, routers and experts of two layers"
+        assert max(item["differ_by"].values()) <= (1e-5 if item["dtype"] == "float32" else 2e-2)
+    assert "back to back ms" in run.output
+    assert "flex and alltoall in float32" in run.output
+
+
+@needs_megatron
+def test_a_wrong_sum_gets_no_time(tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=wrong_combine)
+    assert run.status == 1
+    assert "flex differs from alltoall in float32" in run.report["failed"][0]["why"]
+    assert "training" not in run.report
+
+
+def test_without_megatron(monkeypatch, capsys):
+    monkeypatch.setattr(megatron, "version", lambda: None)
+    assert main(["bench", "megatron"]) == 0
+    assert "Megatron-Core is not installed" in capsys.readouterr().out
+
+
+def test_sizes_of_a_step():
+    settings = bench_cuda.make_settings(make_parser().parse_args(["bench", "megatron"]), 2)
+    assert (settings.tokens, settings.hidden, settings.experts, settings.top_k) == ((4096,), 2048, 32, 8)
+
+
+def test_rows_of_the_table():
+    times = {"n": 2, "median_us": 2000.0, "p05_us": 1000.0, "p95_us": 3000.0}
+    half = {name: us / 2 for name, us in times.items()}
+    label = {"tokens": 8, "dtype": "bfloat16"}
+    own = {"dispatcher": "alltoall", **label, "isolated": times, "back_to_back": times}
+    flex = {"dispatcher": "flex", **label, "isolated": times, "back_to_back": half}
+    assert training.rows([own, flex])[1] == [
+        *("flex", "bfloat16", "8", "2.00 (1.00-3.00)", "1.00 (0.50-1.50)", "0.50"),
+    ]
