@@ -261,7 +261,7 @@ def test_the_layout_of_an_inference_tensor_is_never_known():
         assert not buffer._known_experts(topk_idx, TokenLayout(per_rank, None, per_expert, in_rank))
     normal = torch.tensor([[0, 1], [2, -1]])
     with torch.inference_mode():
-        _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(normal, 4)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(normal, 4)
         in_rank[0, 0] = False
         assert not buffer._known_experts(normal, TokenLayout(per_rank, None, per_expert, in_rank))
 

@@ -138,7 +138,10 @@ class Ranks:
         self._next = [0] * num_ranks
         self._kept: list[Tensor] = []
         self.reset()
-        self.delay(0, 0)  # torch loads the kernel now, not while ranks wait for each other
+        # torch loads its kernels now, not while ranks wait for each other: that would wait for theirs.
+        self.delay(0, 0)
+        for rank in range(num_ranks):
+            self.words(rank, "stopped").zero_()
         self.wait()
 
     # ------------------------------------------------------------------ memory
