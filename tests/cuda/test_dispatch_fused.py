@@ -106,7 +106,7 @@ def test_no_rank_has_tokens():
 def test_most_tokens_experts_and_choices():
     """A limit of each: blocks go around their rings several times."""
     ranks = ranks_of(2)
-    run(ranks, inputs(Case((fused_spec.MAX_TOKENS, 700), 8, 2, routing="even")), 8, num_sms=9)
+    run(ranks, inputs(Case((fused_spec.MAX_TOKENS, 300), 8, 2, routing="even")), 8, num_sms=9)
     ranks.reset()
     case = Case((20, 3), MAX_EXPERTS, 64, routing="half_dropped")
     run(ranks, inputs(case), MAX_EXPERTS, "experts", Payload(64, weights=True))

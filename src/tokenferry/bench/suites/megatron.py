@@ -125,11 +125,11 @@ class Model:
 
     def __init__(self, session: Session, groups: Any, dispatcher: str, dtype: torch.dtype) -> None:  # noqa: ANN401
         self.layers = _layers(session, groups, dispatcher, dtype)
-        generator, columns = torch.Generator(session.device.torch_device), session.settings.hidden // ROUTED
+        columns = session.settings.hidden // ROUTED
         for name, weight in self.layers.named_parameters():
             # Routers are the same on all ranks; experts are this rank's.
             own = 0 if "router" in name else 1 + session.rank
-            generator.manual_seed(session.settings.seed * 4096 + own)
+            generator = torch.Generator(weight.device).manual_seed(session.settings.seed * 4096 + own)
             nn.init.normal_(weight.data, std=weight.shape[-1] ** -0.5, generator=generator)
             if "router" in name:
                 weight.data[:, columns:] = 0
