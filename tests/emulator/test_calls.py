@@ -11,7 +11,10 @@ from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.errors import ClosedError, MismatchError
 from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 
-pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
+pytestmark = [
+    pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing())),
+    pytest.mark.usefixtures("both_paths"),
+]
 
 SHAPE = MoeShape(4, 2, 16, 8)
 

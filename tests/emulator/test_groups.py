@@ -16,7 +16,10 @@ from tokenferry.errors import CapacityError, ConfigError, MismatchError, Resourc
 from tokenferry.testing.compare import same_bits
 from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 
-pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
+pytestmark = [
+    pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing())),
+    pytest.mark.usefixtures("both_paths"),
+]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

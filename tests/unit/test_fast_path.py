@@ -54,8 +54,9 @@ def throughput(group, x, options, with_weights):
         for num_sms in (None, 5):
             weights = WEIGHTS if with_weights else None
             sent = group.dispatch(x, routing(dtype, weights), options=options, num_sms=num_sms)
-            again = group.redispatch(x, sent.plan, topk_weights=weights, num_sms=num_sms)
-            assert again.plan is sent.plan
+            for other in (weights, None if with_weights else WEIGHTS):
+                again = group.redispatch(x, sent.plan, topk_weights=other, num_sms=num_sms)
+                assert again.plan is sent.plan
             y = group.empty_rows(sent.plan, torch.bfloat16)
             back = None if not with_weights else sent.topk_weights
             group.combine(y, sent.plan, topk_weights=back, num_sms=num_sms)
@@ -101,14 +102,14 @@ def test_both_paths_launch_the_same(x, options, with_weights):
 
 def decoding(group, quantize, numerics, encoding, hooked):
     for dtype in (torch.int64, torch.int32):
+        group.decode_dispatch(rows_of(T, H), routing(dtype)).hook()
         got = group.decode_dispatch(rows_of(T, H), routing(dtype), quantize=quantize, return_hook=hooked)
         got.hook()
         y = torch.ones(E // 2, 2 * SHAPE.max_tokens, H, dtype=torch.bfloat16)
         out = torch.empty(T, H, dtype=torch.bfloat16)
-        for target in (None, out):
-            done = group.decode_combine(
-                y, got.plan, numerics=numerics, encoding=encoding, out=target, return_hook=hooked
-            )
+        other = got.plan._routed(got.plan.topk_idx.int(), WEIGHTS)
+        for target, plan in ((None, got.plan), (out, got.plan), (None, other)):
+            done = group.decode_combine(y, plan, numerics=numerics, encoding=encoding, out=target, return_hook=hooked)
             done.hook()
             assert target is None or done.x is target
 
