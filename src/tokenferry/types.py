@@ -132,8 +132,16 @@ class Routing:
     topk_weights: Tensor | None = None
 
 
+class _Remembers:
+    """A place for a hash, which is no field."""
+
+    __slots__ = ("_hash",)
+
+    _hash: int
+
+
 @dataclass(frozen=True, slots=True)
-class DispatchOptions:
+class DispatchOptions(_Remembers):
     """Options of `dispatch`; the same on every rank.
 
     Args:
@@ -156,10 +164,15 @@ class DispatchOptions:
     zero_padding: bool = False
     counts: CountsLocation = "host"
     capacity: int | None = None
-    _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __hash__(self) -> int:
-        return self._hash  # each call looks its options up, and that of a dataclass would take a microsecond
+        """Remember the hash: each call looks its options up, and that of a dataclass takes a microsecond."""
+        try:
+            return self._hash
+        except AttributeError:  # the first time, and in a copy
+            known = hash((self.layout, self.alignment, self.zero_padding, self.counts, self.capacity))
+            object.__setattr__(self, "_hash", known)
+            return known
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Layout):
@@ -180,10 +193,6 @@ class DispatchOptions:
             raise ConfigError(
                 'DispatchOptions: capacity with counts="host" needs Layout.MASKED; the others return exactly N rows'
             )
-        # Of integers only, whose hashes are the same in every process: options are pickled.
-        layout = list(Layout).index(self.layout)
-        key = (layout, self.alignment, self.zero_padding, self.counts == "host", self.capacity or 0)
-        object.__setattr__(self, "_hash", hash(key))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

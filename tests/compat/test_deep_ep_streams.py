@@ -8,7 +8,7 @@ import torch
 from tokenferry.compat.deep_ep import Buffer, EventHandle, EventOverlap
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.throughput import TokenLayout
-from tokenferry.errors import ArgumentError
+from tokenferry.errors import ArgumentError, ConfigError
 
 
 class Cuda:
@@ -215,6 +215,30 @@ def test_a_layout_is_known_until_any_part_of_it_changes():
         parts = (made.num_tokens_per_rank, None, made.num_tokens_per_expert, made.is_token_in_rank)
         parts[i].zero_()
         assert not buffer._known_experts(topk_idx, TokenLayout(*parts))
+
+
+def test_on_the_cpu_a_layout_is_compared_although_it_is_known():
+    """Writes that torch does not count, such as those of numpy, are found."""
+    buffer = Buffer(None)
+    topk_idx = torch.tensor([[0, 1], [2, -1]])
+    made = buffer.get_dispatch_layout(topk_idx, 4)
+    made.num_tokens_per_expert.numpy()[0] = 9
+    with pytest.raises(ArgumentError, match=r"num_tokens_per_expert\[0\]: expected 1"):
+        buffer.dispatch(
+            torch.ones(2, 8),
+            num_tokens_per_rank=made.num_tokens_per_rank,
+            is_token_in_rank=made.is_token_in_rank,
+            num_tokens_per_expert=made.num_tokens_per_expert,
+            topk_idx=topk_idx,
+        )
+
+
+def test_a_size_that_is_no_integer_is_refused_although_it_equals_one():
+    buffer = Buffer(None)
+    topk_idx = torch.tensor([[0, 1], [2, -1]])
+    buffer.get_dispatch_layout(topk_idx, 4)
+    with pytest.raises(ConfigError, match=r"num_experts: expected a positive integer, got 4\.0"):
+        buffer.get_dispatch_layout(topk_idx, 4.0)
 
 
 def test_the_parts_of_a_layout_have_names():

@@ -179,6 +179,33 @@ def test_trim_gives_back_the_rest():
     assert (heap.free_bytes, heap.num_live, streams.log) == (64 * KIB, 0, [])
 
 
+def test_what_trimmed_blocks_have_left_over_is_freed_once():
+    heap, _ = make()
+    kept, gone, freed = (heap.block(4 * KIB, 1) for _ in range(3))
+    for block in (kept, gone, freed):
+        block.trim(100)
+    del block, gone  # it takes its rest along
+    assert heap.free_bytes == 64 * KIB - 2 * 512
+    del freed  # what is left of it
+    assert heap.free_bytes == 64 * KIB - 512
+    kept.trim(50)
+    assert heap.free_bytes == 64 * KIB - 512
+
+
+def test_many_trimmed_blocks_are_looked_through_less_often():
+    """A pipeline keeps hundreds of results alive: a look at all of them would take longer than the call."""
+    heap, _ = make(4096)
+    blocks = [heap.block(4 * KIB, 1) for _ in range(600)]
+    for block in blocks:
+        block.trim(100)
+    assert len(heap._trimmed) == 600
+    assert heap._most_trimmed >= 600
+    del block, blocks
+    for _ in range(700):
+        heap.block(4 * KIB, 1).trim(100)
+    assert len(heap._trimmed) < 600, "those that are gone are never forgotten"
+
+
 def test_exhaustion_names_the_numbers():
     heap, _ = make(1024)
     blocks = [heap.block(256 * KIB, 1) for _ in range(4)]

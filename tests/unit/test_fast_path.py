@@ -124,6 +124,28 @@ def test_both_paths_launch_the_same_in_decode_calls(quantize, numerics, encoding
         assert comparable(one) == comparable(other)
 
 
+def other_views(group):
+    """Calls along a plan of a view with other sizes: a form that the plan remembers is that of its own width only."""
+    wide = group.for_shape(dataclasses.replace(SHAPE, hidden=2 * H))
+    for view in (group, wide):
+        got = view.decode_dispatch(rows_of(T, view.shape.hidden), routing())
+        view.decode_combine(torch.ones(E // 2, 16, view.shape.hidden, dtype=torch.bfloat16), got.plan)
+    got = group.decode_dispatch(rows_of(T, H), routing())
+    sent = group.dispatch(rows_of(T, H), routing())
+    for view in (group, wide, group):
+        y = torch.ones(E // 2, 16, view.shape.hidden, dtype=torch.bfloat16)
+        assert view.decode_combine(y, got.plan).x.shape == (T, view.shape.hidden)
+        view.redispatch(rows_of(T, view.shape.hidden), sent.plan)
+        view.combine(view.empty_rows(sent.plan), sent.plan)
+
+
+def test_both_paths_launch_the_same_along_plans_of_other_views():
+    general, fast = launches(other_views)
+    assert len(general) == len(fast) > 0
+    for one, other in zip(general, fast, strict=True):
+        assert comparable(one) == comparable(other)
+
+
 # ---------------------------------------------------------------------- budgets
 
 
@@ -225,6 +247,18 @@ def test_plans_and_results_become_plain_ones():
     assert sent.x is sent.x
     assert repr(sent.plan).startswith("Plan(group_key='key', ")
     assert repr(sent).startswith("Dispatched(x=")
+
+
+def test_the_first_reader_does_not_decide_what_a_result_is_for():
+    """Made in inference mode, it could not be saved for a backward."""
+    weight = torch.ones(H, 4, dtype=torch.bfloat16, requires_grad=True)
+    sent = SilentGroup(SHAPE).group.dispatch(rows_of(T, H), routing())
+    with torch.inference_mode():
+        assert sent.x.shape == (6, H)
+        assert sent.topk_idx.shape == sent.topk_weights.shape == (6, K)
+    (sent.x @ weight).sum().backward()
+    assert weight.grad.shape == weight.shape
+    assert not any(part.is_inference() for part in (sent.topk_idx, sent.topk_weights, sent.plan.dst_token))
 
 
 def test_a_decode_plan_becomes_a_plain_one():

@@ -25,7 +25,6 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-import weakref
 from collections import deque
 from contextlib import suppress
 from typing import Any
@@ -46,7 +45,7 @@ _UNKNOWN = -1
 _QUICK_LISTS = 16
 """Number of (size, stream) pairs with a quick list; a new pair replaces the oldest."""
 _TRIMMED = 256
-"""Number of trimmed blocks after which those that are gone are forgotten."""
+"""Least number of trimmed blocks after which those that are gone are forgotten."""
 _LARGE = 16
 """A block is large if it takes more than this fraction (1 / 16) of the heap; quick lists are settled before it is
 placed."""
@@ -85,7 +84,7 @@ class Block:
         address: Address of the block in this process.
     """
 
-    __slots__ = ("__weakref__", "_heap", "_quick", "_size", "address", "num_bytes", "offset")
+    __slots__ = ("_heap", "_quick", "_rest", "_size", "address", "num_bytes", "offset")
 
     def __init__(self, heap: Heap, quick: Quick, offset: int, num_bytes: int) -> None:
         self.offset = offset
@@ -94,6 +93,8 @@ class Block:
         self._heap = heap
         self._quick = quick
         self._size = quick.size
+        # What `trim` has left over, as one range in a list: whoever takes it out of there frees it.
+        self._rest: list[tuple[Any, ...]] | None = None
 
     def tensor(self) -> Tensor:
         """Return a uint8 tensor ``[num_bytes]``; the tensor and its views keep the block alive."""
@@ -110,17 +111,22 @@ class Block:
         """
         if num_bytes > self.num_bytes:
             raise ValueError(f"trim: expected at most num_bytes={self.num_bytes}, got {num_bytes}")
+        size, kept = self._take_rest(), _rounded(num_bytes)
         self.num_bytes = num_bytes
-        if num_bytes <= self._size - ALIGNMENT:
-            self._heap._note_trimmed(self)
-
-    def _free_rest(self) -> None:
-        """Free what `trim` has left for it."""
-        kept, size = _rounded(self.num_bytes), self._size
         if kept < size:
-            self._size = kept
             here = (self._quick.stream, self._quick.capture)
-            self._heap._to_collect.append((self.offset + kept, size - kept, *here, *here, None, False))
+            self._rest = [(self.offset + kept, size - kept, *here, *here, None, False)]
+            self._heap._note_trimmed(self._rest)
+
+    def _take_rest(self) -> int:
+        """Take back what `trim` has left over, unless it has been freed; return the size of the block."""
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            try:
+                rest.pop()
+            except IndexError:
+                self._size = _rounded(self.num_bytes)
+        return self._size
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
         if not finalizing():
@@ -160,7 +166,8 @@ class Heap:
         self._to_collect: deque[tuple[Any, ...]] = deque()
         self._limbo: list[tuple[int, int, int, int]] = []
         self._quicks: dict[tuple[int, int], Quick] = {}
-        self._trimmed: deque[weakref.ref[Block]] = deque()
+        self._trimmed: deque[list[tuple[Any, ...]]] = deque()  # of each trimmed block, what is left over
+        self._most_trimmed = _TRIMMED
         self._large = self.num_bytes // _LARGE
         self._pools = {_EAGER: Ranges()}
         self._kept: list[object] = []
@@ -260,26 +267,25 @@ class Heap:
             self._live += 1
             return Block(self, self._quick_list(size, stream, capture), start, num_bytes)
 
-    def _note_trimmed(self, block: Block) -> None:
-        """Remember a block that is larger than it has to be. Takes no lock."""
+    def _note_trimmed(self, rest: list[tuple[Any, ...]]) -> None:
+        """Remember what a block has left over. Takes no lock."""
         trimmed = self._trimmed
-        trimmed.append(weakref.ref(block))
-        if len(trimmed) > _TRIMMED:
+        trimmed.append(rest)
+        if len(trimmed) > self._most_trimmed:
             for _ in range(len(trimmed)):
                 with suppress(IndexError):  # another thread frees them
                     oldest = trimmed.popleft()
-                    if oldest() is not None:
+                    if oldest:
                         trimmed.append(oldest)
+            self._most_trimmed = max(_TRIMMED, 2 * len(trimmed))
 
     def _free_trimmed(self) -> bool:
         """Free what trimmed blocks do not need; return whether there were any."""
         found = False
-        with suppress(IndexError):
-            while True:
-                block = self._trimmed.popleft()()
-                if block is not None:
-                    block._free_rest()
-                    found = True
+        while self._trimmed:
+            with suppress(IndexError):  # the block has gone, and has taken it along
+                self._to_collect.append(self._trimmed.popleft().pop())
+                found = True
         return found
 
     def _quick_list(self, size: int, stream: int, capture: int) -> Quick:
@@ -369,10 +375,10 @@ class Heap:
         if self._closed:
             return
         quick = block._quick
-        stream, capture = quick.stream, quick.capture
+        stream, capture, size = quick.stream, quick.capture, block._take_rest()
         mark = None
         try:
-            if quick.open and block._size == quick.size and self._streams.is_eager(stream):
+            if quick.open and size == quick.size and self._streams.is_eager(stream):
                 quick.free.append(block.offset)
                 if not quick.open:  # another thread has just closed it, and may have missed this block
                     self._clear(quick)
@@ -385,7 +391,7 @@ class Heap:
                 mark = Mark(number, self._streams.record(current))
         except RuntimeError:  # the state of the stream cannot be queried now: try again later
             current, current_capture = stream, _UNKNOWN
-        self._to_collect.append((block.offset, block._size, stream, capture, current, current_capture, mark, True))
+        self._to_collect.append((block.offset, size, stream, capture, current, current_capture, mark, True))
 
     def _collect(self) -> None:
         """Give freed blocks back to the ranges."""

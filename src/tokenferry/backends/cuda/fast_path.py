@@ -213,7 +213,7 @@ class CudaFastPath:
             or (out is not None and (not checks.out_looks_right(out, num_tokens, y.dtype) or overlap(out, y)))
         ):
             return None
-        key = (y.dtype, numerics, encoding, index.dtype)
+        key = (y.dtype, y.shape[2], numerics, encoding, index.dtype)
         form = of.combines.get(key)
         if form is None or form.workspace != decoder.workspaces.number:
             form = self._known_combine(of, y, numerics, encoding, index)

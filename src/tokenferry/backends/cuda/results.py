@@ -4,7 +4,8 @@ A call needs the addresses of tables, and most programs read a few of the tensor
 take longer than the call itself.
 
 Each of these objects is what its public class says: `dataclasses.replace`, copies and pickles of it are plain objects
-of that class, with all tensors made.
+of that class, with all tensors made. `torch.compile` cannot look into the making of a tensor: a compiled function takes
+plain objects, such as `tokenferry.autograd` makes, or a copy (`copy.copy`).
 """
 
 from __future__ import annotations
@@ -265,14 +266,14 @@ class LazyPlan(Plan):
         found = self._made.get(name)
         if found is None:
             at = self._block.address + getattr(self._layout, name)
-            found = self._made[name] = tensor_at(at, shape, dtype, self._form.device, self._block)
+            found = self._made[name] = _normal_tensor_at(at, shape, dtype, self._form.device, self._block)
         return found
 
     def _received(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         found = self._made.get(name)
         if found is None:
             at = self._recv_at + getattr(self._arrivals, name)
-            found = self._made[name] = tensor_at(at, shape, dtype, self._form.device, self._recv_block)
+            found = self._made[name] = _normal_tensor_at(at, shape, dtype, self._form.device, self._recv_block)
         return found
 
 
@@ -397,8 +398,18 @@ class LazyDispatched(Dispatched[Any]):
         block, num_rows = self._block, self.plan.num_delivered
         assert block is not None
         shape = (num_rows,) if columns is None else (num_rows, columns)
-        made = tensor_at(block.address + at, shape, dtype, self._device, block)
+        made = _normal_tensor_at(block.address + at, shape, dtype, self._device, block)
         return shaped(made, self.plan) if self._layout.masked else made
+
+
+def _normal_tensor_at(
+    address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: Block
+) -> Tensor:
+    """Return `tensor_at`, never an inference tensor: the first reader must not decide what others may do with it."""
+    if not torch.is_inference_mode_enabled():
+        return tensor_at(address, shape, dtype, device, owner)
+    with torch.inference_mode(False):
+        return tensor_at(address, shape, dtype, device, owner)
 
 
 def shaped(tensor: Tensor, plan: Plan) -> Tensor:

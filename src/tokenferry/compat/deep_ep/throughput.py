@@ -145,7 +145,7 @@ def dispatch(
     _check_positive(call, "num_worst_tokens", num_worst_tokens, 0)
     rows = to_native(call, x)
     num_experts = options.num_experts
-    if not num_experts or given.in_rank.shape[0] != height(rows):
+    if not num_experts or not _on_gpu(group) or given.in_rank.shape[0] != height(rows):
         num_experts = _check_layout(views, given, height(rows), call)
     if routing is None:
         if num_worst_tokens:
@@ -262,7 +262,7 @@ def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int
     index, weights = routing.topk_idx, routing.topk_weights
     weights = None if weights is None else detached(weights)
     group = views.group
-    if same and given.in_rank.shape[0] == index.shape[0]:
+    if same and _on_gpu(group) and given.in_rank.shape[0] == index.shape[0]:
         return Routing(index, weights)
     Checks(call, group.device).given("x", T=given.in_rank.shape[0]).tensor("topk_idx", index, "T K", INDICES)
     if _on_gpu(group):
