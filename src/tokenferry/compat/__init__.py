@@ -1,1 +1,1 @@
-"""APIs of other libraries, on top of tokenferry. No other module of the package imports them."""
+"""APIs of other libraries, on top of tokenferry. Modules that test or measure them import them, and no others."""
