@@ -33,7 +33,7 @@ def without_function_modes(call: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def without_grad(call: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Run a call outside of torch function modes, and as `torch.no_grad` does, at a third of its cost."""
+    """Run a call outside of torch function modes, and as `torch.no_grad` does, which takes longer to enter."""
 
     @wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -209,18 +209,16 @@ class Decoder:
             at + 4 * layout.src_range, at + 4 * layout.row_weights if form.weighted else 0, at + 4 * layout.table,
             context.pinned.masked_address, address(self.trace), num_tokens,
         )  # fmt: skip
-        if not return_hook:
-            head = (call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
-            template.pack(*head, *pointers, SEND | RECEIVE)
-            template.launch(self.num_blocks, call.stream)
-            channel.sent(None)
-            return DecodeDispatched(rows, plan.expert_counts, plan, no_hook)
 
         def launch(phases: int, at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
             head = (at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
             template.pack(*head, *pointers, phases)
             template.launch(self.num_blocks, at.stream)
 
+        if not return_hook:
+            launch(SEND | RECEIVE, call)
+            channel.sent(None)
+            return DecodeDispatched(rows, plan.expert_counts, plan, no_hook)
         tensors = (x, topk_idx, weights, choices, words, stats.received, stats.wait_ns, data, scale)
         hook = self._send_alone(channel, call, launch, tensors)
         return DecodeDispatched(rows, plan.expert_counts, plan, hook)
@@ -284,12 +282,6 @@ class Decoder:
             y.data_ptr(), out.data_ptr(), plan.topk_idx.data_ptr(), plan.topk_weights.data_ptr(), plan.row_weights,
             plan.table, address(pending_words), context.pinned.masked_address, address(self.trace), plan.num_tokens,
         )  # fmt: skip
-        if not return_hook and copy_to is None:
-            head = (call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
-            template.pack(*head, *pointers, SEND | RECEIVE)
-            template.launch(self.num_blocks, call.stream)
-            channel.sent(None)
-            return DecodeCombined(out, no_hook)
 
         def launch(phases: int, at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
             head = (at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)

@@ -9,8 +9,6 @@ from tokenferry.kernels.control_block import SIGNATURE_WORDS
 KINDS = ("", "dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine", "warmup")
 """Names of calls; word 0 of a signature is an index into this."""
 
-SIGNATURE_BYTES = 4 * SIGNATURE_WORDS
-
 _ARGUMENT_NAMES = ("num_experts", "max_tokens", "topk_idx", "top_k")
 """Arguments of the user, which keep their underscores in messages."""
 
