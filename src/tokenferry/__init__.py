@@ -26,6 +26,7 @@ from tokenferry.errors import (
     TokenferryError,
     UnsupportedError,
 )
+from tokenferry.topology import Topology
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -72,5 +73,6 @@ __all__ = [
     "Scale",
     "ShapeError",
     "TokenferryError",
+    "Topology",
     "UnsupportedError",
 ]

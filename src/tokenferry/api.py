@@ -17,6 +17,7 @@ from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError, PickleError, TokenferryError
 from tokenferry.options import check_divides, check_group, resolve_options
 from tokenferry.resolve import Resolver
+from tokenferry.topology import Topology
 from tokenferry.types import (
     BackendName,
     Combined,
@@ -100,6 +101,10 @@ class ExpertGroup(Connected):
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
             (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
             ``"shared_memory"``.
+        ranks_per_node: Number of consecutive ranks that form a node; None: TOKENFERRY_RANKS_PER_NODE, or if that is not
+            set, the ranks of a host form one. With several nodes, dispatch sends a row across the network once for each
+            node, and combine adds up the rows of each node before they cross; see `Topology`. Backend cuda has one
+            node.
 
     Raises:
         ConfigError: an option is wrong, E is not a multiple of R, or ranks disagree; gives the value of each rank.
@@ -125,8 +130,9 @@ class ExpertGroup(Connected):
         transport: TransportName = "auto",
         timeout_s: float | None = None,
         on_timeout: TimeoutPolicy = "raise",
+        ranks_per_node: int | None = None,
     ) -> None:
-        resolved = resolve_options(group, shape, backend, transport, timeout_s, on_timeout)
+        resolved = resolve_options(group, shape, backend, transport, timeout_s, on_timeout, ranks_per_node)
         self._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
 
     @classmethod
@@ -175,8 +181,17 @@ class ExpertGroup(Connected):
 
     @property
     def transport(self) -> str:
-        """The transport in use: "nvlink", "shared_memory", "process_group", or "none" for a group of one rank."""
+        """The transport in use; "none" for a group of one rank.
+
+        "nvlink", "shared_memory", "process_group", or, with several nodes on CPUs, "shared_memory+process_group": the
+        first within a node, the second between nodes.
+        """
         return self._backend.transport
+
+    @property
+    def topology(self) -> Topology:
+        """The nodes of the group, and the place of this rank among them."""
+        return self._backend.topology
 
     @property
     def device(self) -> torch.device:
@@ -309,9 +324,9 @@ class ExpertGroup(Connected):
         """Count the tokens for each rank and each expert; for `tokenferry.compat`."""
         return self._backend.token_layout(topk_idx, num_experts)
 
-    def _plan_columns(self, options: DispatchOptions) -> int:
-        """Return the number of columns of ``Plan._places`` for a dispatch with these options; 0 on the CPU. Local."""
-        return self._backend.plan_columns(self.shape, options)
+    def _places_shape(self, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
+        """Return the shape of ``Plan._places`` of a dispatch; None: its routing decides. Local."""
+        return self._backend.places_shape(self.shape, options, num_tokens)
 
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.

@@ -57,6 +57,15 @@ def _megabytes(text: str) -> int | None:
     return value
 
 
+def _ranks(text: str) -> int | None:
+    if text in ("", "auto"):
+        return None
+    value = int(text)
+    if value < 1:
+        raise ValueError("expected auto, or a whole number of ranks above 0")
+    return value
+
+
 def _folder(text: str) -> str:
     if not text:
         raise ValueError("expected a folder")
@@ -84,6 +93,12 @@ VARIABLES = (
         _megabytes,
     ),
     Variable(
+        "TOKENFERRY_RANKS_PER_NODE",
+        "auto",
+        "number of consecutive ranks that form a node; auto: the ranks of a host do",
+        _ranks,
+    ),
+    Variable(
         "TOKENFERRY_TIMEOUT_S",
         "100",
         "seconds that any wait for a peer may take, unless a group has its own timeout_s",
@@ -107,6 +122,7 @@ class Settings:
     cache_dir: str
     fast_path: bool
     heap_mb: int | None
+    ranks_per_node: int | None
     timeout_s: float
     transport: str
 

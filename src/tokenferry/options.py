@@ -11,6 +11,7 @@ from tokenferry import env
 from tokenferry.backends.base import Resolved
 from tokenferry.errors import ConfigError
 from tokenferry.forked import forget_in_child, owner
+from tokenferry.topology import consecutive
 from tokenferry.types import BackendName, MoeShape, TimeoutPolicy, TransportName
 
 _NO_MEMBER = dist.GroupMember.NON_GROUP_MEMBER
@@ -23,6 +24,7 @@ def resolve_options(
     transport: TransportName,
     timeout_s: float | None,
     on_timeout: TimeoutPolicy,
+    ranks_per_node: int | None = None,
 ) -> Resolved:
     """Check the options of a group and complete them from the environment; see `ExpertGroup`."""
     num_ranks = check_group(group)
@@ -37,6 +39,12 @@ def resolve_options(
             f'ExpertGroup: transport: expected "auto", "shared_memory" or "process_group", got {transport!r}'
         )
     check_divides("ExpertGroup", shape, num_ranks)
+    if ranks_per_node is None:
+        ranks_per_node = settings.ranks_per_node
+    elif not isinstance(ranks_per_node, int) or isinstance(ranks_per_node, bool) or ranks_per_node < 1:
+        raise ConfigError(f"ExpertGroup: ranks_per_node: expected a positive integer or None, got {ranks_per_node!r}")
+    if ranks_per_node is not None:
+        consecutive(num_ranks, ranks_per_node)
     if group is None:
         _warn_of_others()
     return Resolved(
@@ -48,6 +56,7 @@ def resolve_options(
         heap_bytes=None if settings.heap_mb is None else settings.heap_mb << 20,
         cache_folder=settings.cache_dir,
         fast_path=settings.fast_path,
+        ranks_per_node=ranks_per_node,
         cpu_only="" if transport == "auto" else f"transport={transport!r} is a transport of the CPU backend",
     )
 

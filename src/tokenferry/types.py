@@ -230,7 +230,8 @@ class Plan:
     topk_idx: Tensor
     row_idx: Tensor
     expert_counts: Tensor
-    # CUDA: [T, C] int32: positions of this rank's rows on the other ranks. CPU: [0, 0].
+    # CUDA: [T, C] int32: positions of this rank's rows on the other ranks. CPU: [0, 0]; with several nodes [rows that
+    # this rank passed on, 1 + ranks a node] int32: the node of each, then 1 for each rank of this node that got it.
     _places: Tensor = field(repr=False)
     # CUDA: `Dispatched.host_counts` of the first dispatch, so that redispatch does not wait for the device.
     _host_counts: tuple[int, ...] | None = field(default=None, repr=False)

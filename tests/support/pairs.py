@@ -11,13 +11,18 @@ from tokenferry import ExpertGroup, MoeShape
 
 @dataclass(frozen=True)
 class Pair:
-    """A backend and a transport; the transport "none" is a group of one rank without a process group."""
+    """A backend and a transport; the transport "none" is a group of one rank without a process group.
+
+    ``ranks_per_node``: how many ranks form a node; None: all do.
+    """
 
     backend: str
     transport: str
+    ranks_per_node: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.transport}"
+        nodes = "" if self.ranks_per_node is None else f"-nodes_of_{self.ranks_per_node}"
+        return f"{self.backend}-{self.transport}{nodes}"
 
     @property
     def device(self) -> torch.device:
@@ -25,11 +30,10 @@ class Pair:
         return torch.device("cpu") if self.backend == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
     def open(self, pg: dist.ProcessGroup | None, shape: MoeShape, **options) -> ExpertGroup:
-        transport = "auto" if self.backend != "cpu" or self.transport == "none" else self.transport
+        transport = "auto" if self.transport not in ("shared_memory", "process_group") else self.transport
         kind = ExpertGroup if self.backend == "cpu" else OnDevice
-        group = kind(
-            pg, shape, backend=self.backend, transport=transport, timeout_s=options.pop("timeout_s", 30), **options
-        )
+        options = {"timeout_s": 30, "ranks_per_node": self.ranks_per_node, **options}
+        group = kind(pg, shape, backend=self.backend, transport=transport, **options)
         assert group.backend == self.backend
         assert group.transport == ("none" if group.num_ranks == 1 else self.transport)
         return group
@@ -38,6 +42,14 @@ class Pair:
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 CPU_PAIRS = (Pair("cpu", "shared_memory"), Pair("cpu", "process_group"))
+NODES = [
+    (Pair("cpu", "shared_memory+process_group", ranks_per_node=2), 4),
+    (Pair("cpu", "shared_memory+process_group", ranks_per_node=2), 6),
+    (Pair("cpu", "shared_memory+process_group", ranks_per_node=4), 8),
+    (Pair("cpu", "process_group", ranks_per_node=1), 4),
+]
+"""Groups of several nodes: 2 x 2, 3 x 2, 2 x 4 and 4 x 1."""
+
 CUDA_PAIRS = (Pair("cuda", "nvlink"),) if NUM_GPUS else ()
 PAIRS = CPU_PAIRS + CUDA_PAIRS
 
@@ -47,6 +59,7 @@ CUDA_RANKS = tuple(ranks for ranks in (1, 2, 3, 4, 5, 8) if ranks <= max(NUM_GPU
 PLACES = [
     (Pair("cpu", "none"), 1),
     *((pair, ranks) for pair in CPU_PAIRS for ranks in (1, 2, 3, 4, 5)),
+    *NODES,
     *((Pair("cuda", "none"), 1) for _ in CUDA_PAIRS),
     *((pair, ranks) for pair in CUDA_PAIRS for ranks in CUDA_RANKS),
 ]

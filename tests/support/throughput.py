@@ -191,13 +191,14 @@ def check_combine(
     bias = None if not biases else biases[0] if len(biases) == 1 else biases
     got = group.combine(y, sent.plan, topk_weights=w if weights else None, bias=bias, out=out)
     what = f"{deal} combine {dtype} {num_biases=} {into=} {weights=}"
-    same_bits(what, got.x, oracle.combine(rank, ys, biases))
+    nodes = group.topology.ranks_per_node
+    same_bits(what, got.x, oracle.combine(rank, ys, biases, nodes))
     if out is not None:
         assert got.x.data_ptr() == out.data_ptr(), f"{what}: the sum is not in out"
         same_bits(f"{what} out", out, got.x)
     if weights:
         assert got.topk_weights is not None, f"{what}: no weights"
-        same_bits(f"{what} topk_weights", got.topk_weights, oracle.combine_weights(rank, ws))
+        same_bits(f"{what} topk_weights", got.topk_weights, oracle.combine_weights(rank, ws, nodes))
     else:
         assert got.topk_weights is None, f"{what}: weights that were not sent"
     return got

@@ -119,7 +119,7 @@ def test_the_cpu_has_nothing_to_warm_up_and_nothing_to_wait_for():
     group.warmup()
     group.synchronize()
     plan = group.dispatch(torch.ones(1, 8), Routing(torch.tensor([[0, 1]]))).plan
-    assert (plan._places.shape, group._plan_columns(DispatchOptions())) == ((0, 0), 0)
+    assert plan._places.shape == group._places_shape(DispatchOptions(), plan.num_tokens) == (0, 0)
     backend = group._backend
     assert backend.new_traces(1) is None
     backend.set_trace(None)

@@ -12,7 +12,7 @@ from tokenferry import ConfigError, env
 def test_defaults():
     cache = os.path.expanduser("~/.cache/tokenferry")
     assert env.read({}) == env.Settings(
-        "auto", cache_dir=cache, fast_path=True, heap_mb=None, timeout_s=100.0, transport="auto"
+        "auto", cache_dir=cache, fast_path=True, heap_mb=None, ranks_per_node=None, timeout_s=100.0, transport="auto"
     )
 
 
@@ -22,12 +22,19 @@ def test_values_are_parsed():
         "TOKENFERRY_CACHE_DIR": "/tmp/cubins",
         "TOKENFERRY_FAST_PATH": "off",
         "TOKENFERRY_HEAP_MB": "512",
+        "TOKENFERRY_RANKS_PER_NODE": "4",
         "TOKENFERRY_TIMEOUT_S": "2.5",
         "TOKENFERRY_TRANSPORT": "process_group",
         "OTHER": "x",
     }
     assert env.read(environ) == env.Settings(
-        "cuda", cache_dir="/tmp/cubins", fast_path=False, heap_mb=512, timeout_s=2.5, transport="process_group"
+        "cuda",
+        cache_dir="/tmp/cubins",
+        fast_path=False,
+        heap_mb=512,
+        ranks_per_node=4,
+        timeout_s=2.5,
+        transport="process_group",
     )
 
 
@@ -44,6 +51,7 @@ def test_values_are_parsed():
         ("TOKENFERRY_FAST_PATH", "yes", "expected one of on, off"),
         ("TOKENFERRY_HEAP_MB", "0", "expected auto, or a whole number of megabytes above 0"),
         ("TOKENFERRY_HEAP_MB", "1.5", "invalid literal"),
+        ("TOKENFERRY_RANKS_PER_NODE", "0", "expected auto, or a whole number of ranks above 0"),
         ("TOKENFERRY_CACHE_DIR", "", "expected a folder"),
     ],
 )

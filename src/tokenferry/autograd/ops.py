@@ -193,7 +193,7 @@ def _dispatch_fake(
         delivered = space.given
     index = x.new_empty(0, dtype=torch.int64)
     slots = 0 if layout is Layout.ROWS else received
-    columns = group._plan_columns(options)
+    places, columns = group._places_shape(options, x.shape[0])
     return (
         *_fake_parts(_Sent(x, scale, topk_weights), options, num_local, delivered, top_k),
         index.new_empty(sent),
@@ -203,7 +203,7 @@ def _dispatch_fake(
         topk_idx.new_empty(received, top_k),
         index.new_empty(slots, top_k),
         index.new_empty(num_local, dtype=torch.int32),
-        index.new_empty(x.shape[0] if columns else 0, columns, dtype=torch.int32),
+        index.new_empty(new_size() if places is None else places, columns, dtype=torch.int32),
     )
 
 

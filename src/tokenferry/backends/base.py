@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.errors import ResourceError
+from tokenferry.topology import Topology
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -47,6 +48,7 @@ class Resolved:
         heap_bytes: GPU memory for rows that peers write or read; None: chosen by the backend, for the shape.
         cache_folder: Where compiled kernels are kept.
         fast_path: Whether calls may take the `FastPath`.
+        ranks_per_node: Consecutive ranks that form a node; None: the ranks of a host do.
         cpu_only: Why only the CPU backend can honour an option of this rank; empty if there is none.
     """
 
@@ -58,6 +60,7 @@ class Resolved:
     heap_bytes: int | None
     cache_folder: str
     fast_path: bool = True
+    ranks_per_node: int | None = None
     cpu_only: str = ""
 
 
@@ -227,6 +230,7 @@ class Backend(Protocol):
         key: Key of the group, the same on all ranks; its plans carry it.
         rank: This rank.
         num_ranks: Number of ranks, R.
+        topology: The nodes.
         device: Device of all tensors.
         checks_routing: Whether indices outside [-1, E) are found where the rows are, so that the host need not check.
     """
@@ -237,6 +241,7 @@ class Backend(Protocol):
     key: str
     rank: int
     num_ranks: int
+    topology: Topology
     device: torch.device
     checks_routing: bool
 
@@ -284,8 +289,8 @@ class Backend(Protocol):
         """
         ...
 
-    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
-        """Return C of ``Plan._places``, which has T rows where C > 0, and none otherwise."""
+    def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
+        """Return the shape of ``Plan._places`` of a dispatch of T tokens; None: its routing decides."""
         ...
 
     def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:

@@ -178,47 +178,63 @@ class Oracle:
 
     # ------------------------------------------------------------------ combine
 
-    def combine(self, rank: int, ys: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
+    def combine(
+        self, rank: int, ys: Sequence[Tensor], biases: Sequence[Tensor] = (), ranks_per_node: int | None = None
+    ) -> Tensor:
         """Return ``[T, H]`` of ``rank``: biases, then one partial sum a rank in rank order, rounded once.
+
+        With several nodes the partial sums of each node are added first, and their sum is rounded too.
 
         Args:
             rank: The rank of the tokens.
             ys: The answers of each rank, ``[rows, H]`` (masked: ``[L * capacity, H]``).
             biases: Biases of ``rank``, each ``[T, H]``.
+            ranks_per_node: How many consecutive ranks form a node; None: all.
         """
         dtype = ys[rank].dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         sums = []
         for token in range(len(self.choices[rank])):
-            total = torch.zeros(ys[rank].shape[1], dtype=wide, device="cpu")
-            for bias in biases:
-                total = total + bias[token].to(wide)
-            for there in range(self.num_ranks):
-                partial = [ys[there][place].to(wide) for place in self._home(there, rank, token)]
-                if partial:
-                    total = total + _sum(partial)
-            sums.append(total.to(dtype))
+            terms = [bias[token].to(wide) for bias in biases]
+            for node in self._nodes(ranks_per_node):
+                places = {there: self._home(there, rank, token) for there in node}
+                here = [_sum([ys[r][at].to(wide) for at in where]) for r, where in places.items() if where]
+                if len(node) == self.num_ranks:
+                    terms += here
+                elif here:
+                    terms.append(_sum(here).to(dtype).to(wide))
+            zero = torch.zeros(ys[rank].shape[1], dtype=wide, device="cpu")
+            sums.append(_sum([zero, *terms]).to(dtype))
         return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
 
-    def combine_weights(self, rank: int, ws: Sequence[Tensor]) -> Tensor:
+    def combine_weights(self, rank: int, ws: Sequence[Tensor], ranks_per_node: int | None = None) -> Tensor:
         """Return ``[T, K]`` float32: rows: slots added in rank order; experts, masked: each slot has its row's weight.
+
+        With several nodes the slots of each node are added first.
 
         Args:
             rank: The rank of the tokens.
             ws: The weights that each rank returns: rows ``[N, K]``; experts ``[rows]``; masked ``[L * capacity]``.
+            ranks_per_node: How many consecutive ranks form a node; None: all.
         """
         table = torch.zeros(self.sent[rank].topk_idx.shape, dtype=torch.float32, device="cpu")
         for token, experts in enumerate(self.choices[rank]):
-            for there in range(self.num_ranks):
-                if self.layout == "rows":
-                    for place in self._home(there, rank, token):
-                        table[token] = table[token] + ws[there][place]
-                    continue
-                for slot, expert in enumerate(experts):
-                    if expert >= 0 and expert // self.num_local == there:
-                        place = self.place(there, rank, token, expert % self.num_local)
-                        table[token, slot] = ws[there][place]
+            for node in self._nodes(ranks_per_node):
+                sums = torch.zeros_like(table[token])
+                for there in node:
+                    if self.layout == "rows":
+                        for place in self._home(there, rank, token):
+                            sums = sums + ws[there][place]
+                        continue
+                    for slot, expert in enumerate(experts):
+                        if expert >= 0 and expert // self.num_local == there:
+                            sums[slot] = ws[there][self.place(there, rank, token, expert % self.num_local)]
+                table[token] = table[token] + sums
         return table
+
+    def _nodes(self, ranks_per_node: int | None) -> list[range]:
+        size = ranks_per_node or self.num_ranks
+        return [range(first, first + size) for first in range(0, self.num_ranks, size)]
 
     def _home(self, there: int, rank: int, token: int) -> list[int]:
         """Return the places on rank ``there`` of a token of ``rank``, in expert order."""

@@ -102,6 +102,14 @@ def pid_namespace() -> str:
         return ""
 
 
+def network_namespace() -> str:
+    """Return the name of this process's network namespace on its host, or an empty string where there are none."""
+    try:
+        return os.readlink("/proc/self/ns/net")
+    except OSError:
+        return ""
+
+
 class _Carrier(Protocol):
     """A way to all-gather a few bytes."""
 

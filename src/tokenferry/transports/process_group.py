@@ -3,9 +3,10 @@
 Works wherever gloo does, across hosts too. A message is two sends: a header of fixed size (watermark, body size, the
 backend's integers), then the body, whose receive is posted when its size is known.
 
-Tags are 0x40000000 | group id (14 bits) | call (15 bits) | part, so that groups on one process group, and calls in
-flight together, do not receive each other's messages. Each peer and direction is awaited separately, so that an error
-can name the peer.
+Tags are 0x40000000 | group id (14 bits) | number of the message between two ranks (15 bits) | part, so that groups on
+one process group, and calls in flight together, do not receive each other's messages. The number is not that of the
+call, because calls may skip ranks: then a rank that leaves need not know which call a peer makes next. Each peer and
+direction is awaited separately, so that an error can name the peer.
 
 When one wait times out, gloo closes every connection of the process group. The first failure of a call is therefore its
 cause, and nothing can continue after it: a `PeerTimeout` of this transport ends the process group too.
@@ -61,10 +62,11 @@ class _Send:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _HeaderReceive:
-    """A started receive of a header."""
+    """A started receive of a header; ``number`` counts the messages of its peer."""
 
     work: dist.Work
     header: Tensor
+    number: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +123,7 @@ class ProcessGroupTransport:
         self._last_messages = LastMessages(self.num_ranks)
         self._in_flight: dict[int, _InFlight] = {}
         self._watch = Watch(processes, partial(_fail, group, self._tag))
-        self._next_calls = [1] * self.num_ranks
+        self._next_numbers = [1] * self.num_ranks
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return new tensors. See `Transport.open`."""
@@ -197,15 +199,15 @@ class ProcessGroupTransport:
         """Send the reason as the message of the next call. See `Transport.leave`."""
         text = torch.frombuffer(bytearray(why.encode()), dtype=torch.uint8)
         header = torch.tensor([_LEFT, text.numel(), *[0] * HEADER_INTS], dtype=torch.int64, device="cpu")
-        deadline, sends, patience_s = Deadline(_LINGER_S), [], _LINGER_S
+        deadline, sends, patience_s, call = Deadline(_LINGER_S), [], _LINGER_S, CallId(0, "leave")
         try:
             self._drain(deadline)
         except (PeerTimeout, RuntimeError, MemoryError):
             patience_s = 0.0  # then the waits below time out: gloo closes all connections, which peers see at once
         for peer in sorted(set(range(self.num_ranks)) - {self.rank}):
             with contextlib.suppress(PeerTimeout, RuntimeError):
-                call = CallId(self._next_calls[peer], "leave")
-                sends += [self._start("send", header, peer, call, 0), self._start("send", text, peer, call, 1)]
+                tag = self._tag_of(self._next_numbers[peer])
+                sends += [self._start("send", header, peer, call, tag), self._start("send", text, peer, call, tag | 1)]
         for work in sends:
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(seconds=max(min(deadline.left(), patience_s), 0.001)))
@@ -230,15 +232,17 @@ class ProcessGroupTransport:
             _undelivered.setdefault(self._group, []).extend(self._lingering)
 
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...]) -> None:
+        number, call = self._next_numbers[peer], current.call
+        tag = self._tag_of(number)
         incoming = torch.empty(HEADER_INTS + 2, dtype=torch.int64, device="cpu")
-        current.headers[peer] = _HeaderReceive(self._start("recv", incoming, peer, current.call, 0), incoming)
+        current.headers[peer] = _HeaderReceive(self._start("recv", incoming, peer, call, tag), incoming, number)
         body = current.buffers[peer]
         outgoing = torch.tensor([self._watermarks.local, body.numel(), *header], dtype=torch.int64, device="cpu")
-        current.header_sends.append(self._start("send", outgoing, peer, current.call, 0))
-        self._next_calls[peer] = current.call.number + 1
+        current.header_sends.append(self._start("send", outgoing, peer, call, tag))
+        self._next_numbers[peer] = number + 1
         current.sends.append(_Send(peer, current.header_sends[-1]))
         if body.numel():
-            current.sends.append(_Send(peer, self._start("send", body, peer, current.call, 1)))
+            current.sends.append(_Send(peer, self._start("send", body, peer, call, tag | 1)))
 
     def _receive_header(self, current: _InFlight, peer: int, deadline: Deadline, check: Check | None) -> None:
         # The call cannot end before the headers of the others have come, too.
@@ -248,7 +252,7 @@ class ProcessGroupTransport:
         watermark, size, *header = started.header.tolist()
         if watermark == _LEFT:
             # Raised only when the headers of all others have come, or these ranks would wait for this one.
-            current.failed[peer] = self._left(current.call, peer, size, deadline)
+            current.failed[peer] = self._left(current.call, peer, size, self._tag_of(started.number) | 1, deadline)
             return
         self._watermarks.update(peer, watermark)
         if check is not None:
@@ -256,7 +260,8 @@ class ProcessGroupTransport:
         current.undeliverable = True  # until there is memory for the body
         body = torch.empty(size, dtype=torch.uint8, device="cpu")
         current.undeliverable = False
-        work = self._start("recv", body, peer, current.call, 1) if size else None
+        tag = self._tag_of(started.number) | 1
+        work = self._start("recv", body, peer, current.call, tag) if size else None
         current.bodies[peer] = _BodyReceive(work, Message(tuple(header), body))
 
     def _drain(self, deadline: Deadline) -> None:
@@ -270,15 +275,18 @@ class ProcessGroupTransport:
                 if body.work is not None:
                     self._wait(body.work, current.call, peer, deadline)
 
-    def _left(self, call: CallId, peer: int, size: int, deadline: Deadline) -> PeerTimeout:
+    def _left(self, call: CallId, peer: int, size: int, tag: int, deadline: Deadline) -> PeerTimeout:
         """Receive the reason why a peer left the group, and return the error to raise."""
         text = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self._wait(self._start("recv", text, peer, call, 1), call, peer, deadline)
+        self._wait(self._start("recv", text, peer, call, tag), call, peer, deadline)
         why = f"it left the group: {bytes(text.tolist()).decode(errors='replace')}"
         return peer_timeout(call, self.rank, [peer], why, deadline.waited(), self._last_messages.describe(peer))
 
-    def _start(self, verb: str, tensor: Tensor, peer: int, call: CallId, part: int) -> dist.Work:
-        tag = self._tag | (call.number & 0x7FFF) << 1 | part
+    def _tag_of(self, number: int) -> int:
+        """Return the tag of the header of a message; that of its body is odd."""
+        return self._tag | (number & 0x7FFF) << 1
+
+    def _start(self, verb: str, tensor: Tensor, peer: int, call: CallId, tag: int) -> dist.Work:
         try:
             work: dist.Work = getattr(self._group, verb)([tensor], peer, tag)
         except RuntimeError as error:

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,19 @@ import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.forked import close_in_child
+from tokenferry.topology import Topology, by_place, consecutive
 from tokenferry.transports import segment
 from tokenferry.transports.base import Deadline, Transport
-from tokenferry.transports.handshake import Bootstrap, agree, host_name, moves_cpu_tensors, pid_namespace
+from tokenferry.transports.handshake import (
+    Bootstrap,
+    agree,
+    host_name,
+    moves_cpu_tensors,
+    network_namespace,
+    pid_namespace,
+)
 from tokenferry.transports.lifetime import open_process
+from tokenferry.transports.mixed import MixedTransport
 from tokenferry.transports.process_group import GROUP_IDS, ProcessGroupTransport
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.shared_memory import SharedMemoryTransport
@@ -38,21 +48,36 @@ class Agreement:
 
     Attributes:
         transport: A connected transport, ready for call 1.
+        topology: The nodes of the group.
         key: The name of this group, the same on all ranks.
         why: The reason for choosing this transport, for the log.
     """
 
     transport: Transport
+    topology: Topology
     key: str
     why: str
 
 
-def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, terms: dict[str, object]) -> Agreement:
-    """Compare ``terms``, choose a transport, and connect. Collective.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the options of a group ask for.
+
+    Attributes:
+        transport: ``"shared_memory"``, ``"process_group"`` or ``"auto"``.
+        ranks_per_node: Consecutive ranks that form a node; None: the ranks of a host do.
+    """
+
+    transport: str
+    ranks_per_node: int | None
+
+
+def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, terms: dict[str, object]) -> Agreement:
+    """Compare ``terms``, find the nodes, choose a transport, and connect. Collective.
 
     Args:
         group: The process group, or None for a group of one.
-        wanted: ``"shared_memory"``, ``"process_group"`` or ``"auto"``.
+        wanted: What the options ask for; the same on all ranks, as ``terms`` has to ensure.
         timeout_s: Seconds that each wait may take.
         terms: JSON values that must be equal on all ranks, by their names in the API.
 
@@ -62,7 +87,8 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
         PeerTimeout: a rank did not answer in time.
     """
     if group is None or group.size() == 1:
-        return Agreement(SharedMemoryTransport(0, {}), secrets.token_hex(4), "a group of one rank needs no transport")
+        alone = SharedMemoryTransport(0, {})
+        return Agreement(alone, Topology(0, ((0,),)), secrets.token_hex(4), "a group of one rank needs no transport")
     rank, bootstrap = group.rank(), Bootstrap(group, timeout_s)
     with _Listener() as listener:
         handshakes = bootstrap.exchange(
@@ -72,30 +98,64 @@ def connect(group: dist.ProcessGroup | None, wanted: str, timeout_s: float, term
                 "group_id": _new_group_id(group) if rank == 0 else 0,
                 "secret": secrets.token_hex(16),
                 "host": host_name(),
+                "network": network_namespace(),
                 "user": user(),
                 "address": listener.address,
-                "why_not": "" if wanted == "process_group" else listener.why_not or segment.why_not(),
+                "why_not": "" if wanted.transport == "process_group" else listener.why_not or segment.why_not(),
                 "process": {"id": os.getpid(), "namespace": pid_namespace()},
             }
         )
         compare_terms([handshake["terms"] for handshake in handshakes])
         key = handshakes[0]["key"]
-        why_not = _why_not_local(handshakes, wanted)
+        nodes = _nodes(handshakes, wanted)
+        topology = Topology(rank, nodes)
+        near = nodes if wanted.transport == "auto" else (tuple(range(len(handshakes))),)
+        why_not = _why_not_near(handshakes, wanted, near)
+        sockets: dict[int, socket.socket] = {}
         if not why_not:
-            why_not, sockets = _connect_all(rank, handshakes, listener, bootstrap)
-            if not why_not:
-                return Agreement(SharedMemoryTransport(rank, sockets), key, "all ranks on one host: shared memory")
-    if wanted == "shared_memory":
+            mine = near[topology.node] if len(near) > 1 else near[0]
+            why_not, sockets = _connect_all(rank, mine, handshakes, listener, bootstrap)
+        if not why_not and len(near) == 1:
+            transport: Transport = SharedMemoryTransport(rank, sockets)
+            return Agreement(transport, topology, key, f"{_everybody(topology)} on one host: shared memory")
+    if wanted.transport == "shared_memory":
         raise BackendUnavailable(
             f"ExpertGroup: transport='shared_memory' cannot run: {why_not}; use transport='auto' or 'process_group'"
         )
     if not moves_cpu_tensors(group):
+        _close(sockets)
         raise BackendUnavailable(
-            f"ExpertGroup: no transport works: {why_not}, and the process group cannot move CPU tensors; pass one "
-            "made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
+            f"ExpertGroup: no transport works: {why_not or _across(topology)}, and the process group cannot move CPU "
+            "tensors; pass one made with backend 'gloo' or 'cpu:gloo,cuda:nccl'"
         )
-    transport = ProcessGroupTransport(group, handshakes[0]["group_id"], _open_processes(rank, handshakes))
-    return Agreement(transport, key, f"torch.distributed, because {why_not}")
+    far = ProcessGroupTransport(group, handshakes[0]["group_id"], _open_processes(rank, handshakes))
+    if not sockets:
+        return Agreement(far, topology, key, f"torch.distributed, because {why_not or _across(topology)}")
+    transport = MixedTransport(SharedMemoryTransport(rank, sockets, len(handshakes)), far, [rank, *sockets])
+    return Agreement(transport, topology, key, f"{_across(topology)}: shared memory inside, torch.distributed between")
+
+
+def _nodes(handshakes: list[dict[str, Any]], wanted: Wanted) -> tuple[tuple[int, ...], ...]:
+    """Return the ranks of each node: those of each host, if hosts have equally many, else all ranks are one node."""
+    num_ranks = len(handshakes)
+    if wanted.ranks_per_node is not None:
+        return consecutive(num_ranks, wanted.ranks_per_node)
+    hosts = by_place([_place(handshake) for handshake in handshakes])
+    even = len({len(ranks) for ranks in hosts}) == 1
+    return hosts if even and wanted.transport == "auto" else (tuple(range(num_ranks)),)
+
+
+def _place(handshake: dict[str, Any]) -> str:
+    """Return what ranks have in common that reach each other's Unix sockets."""
+    return f"{handshake['host']} {handshake['network']}"
+
+
+def _everybody(topology: Topology) -> str:
+    return "all ranks" if topology.num_nodes == 1 else f"the ranks of all {topology}"
+
+
+def _across(topology: Topology) -> str:
+    return f"the group has {topology}"
 
 
 def _new_group_id(group: dist.ProcessGroup) -> int:
@@ -124,18 +184,28 @@ def compare_terms(terms: list[dict[str, Any]]) -> None:
             raise ConfigError(f"ExpertGroup: {name} differs between ranks ({per_rank}); give all ranks the same")
 
 
-def _why_not_local(handshakes: list[dict[str, Any]], wanted: str) -> str:
-    """Return the reason that rules out shared memory according to the handshakes, or an empty string."""
-    if wanted == "process_group":
+def _why_not_near(handshakes: list[dict[str, Any]], wanted: Wanted, near: Sequence[Sequence[int]]) -> str:
+    """Return the reason that rules out shared memory according to the handshakes, or an empty string.
+
+    Args:
+        handshakes: By rank.
+        wanted: What the options ask for.
+        near: The ranks that are to share memory, one sequence for each node.
+    """
+    if wanted.transport == "process_group":
         return "transport='process_group' was asked for"
     for rank, handshake in enumerate(handshakes):  # first, since a rank without descriptors does not know its host
         if handshake["why_not"]:
             return f"rank {rank}: {handshake['why_not']}"
-    hosts = {handshake["host"] for handshake in handshakes}
-    if len(hosts) > 1:
-        return f"the ranks are on {len(hosts)} hosts"
-    users = {handshake["user"] for handshake in handshakes}
-    return f"the ranks belong to {len(users)} users" if len(users) > 1 else ""
+    for ranks in near:
+        who = "the ranks" if len(near) == 1 else f"ranks {', '.join(map(str, ranks))}, one node,"
+        places = {_place(handshakes[rank]) for rank in ranks}
+        if len(places) > 1:
+            return f"{who} are on {len(places)} hosts"
+        users = {handshakes[rank]["user"] for rank in ranks}
+        if len(users) > 1:
+            return f"{who} belong to {len(users)} users"
+    return ""
 
 
 def _open_processes(rank: int, handshakes: list[dict[str, Any]]) -> dict[int, int]:
@@ -216,9 +286,9 @@ class _Listener:
 
 
 def _connect_all(
-    rank: int, handshakes: list[dict[str, Any]], listener: _Listener, bootstrap: Bootstrap
+    rank: int, near: Sequence[int], handshakes: list[dict[str, Any]], listener: _Listener, bootstrap: Bootstrap
 ) -> tuple[str, dict[int, socket.socket]]:
-    """Connect to all other ranks. Collective.
+    """Connect to all other ranks in ``near``. Collective: all ranks of the group call it.
 
     Every rank connects to the lower ones, and accepts the higher ones only when all have connected. So it never waits
     for a connection, and a stranger that connects and says nothing delays nobody.
@@ -229,9 +299,9 @@ def _connect_all(
     sockets: dict[int, socket.socket] = {}
     secret = bytes.fromhex(handshakes[0]["secret"])
     try:
-        why_not = agree(bootstrap, _connect_to_lower_ranks(rank, handshakes, secret, sockets))
+        why_not = agree(bootstrap, _connect_to_lower_ranks(rank, near, handshakes, secret, sockets))
         if not why_not:
-            why_not = agree(bootstrap, _accept_higher_ranks(rank, len(handshakes), listener, secret, sockets))
+            why_not = agree(bootstrap, _accept_higher_ranks(rank, near, listener, secret, sockets))
     except BaseException:
         _close(sockets)
         raise
@@ -242,13 +312,17 @@ def _connect_all(
 
 
 def _connect_to_lower_ranks(
-    rank: int, handshakes: list[dict[str, Any]], secret: bytes, sockets: dict[int, socket.socket]
+    rank: int,
+    near: Sequence[int],
+    handshakes: list[dict[str, Any]],
+    secret: bytes,
+    sockets: dict[int, socket.socket],
 ) -> str:
     """Connect to every lower rank without waiting, since they are already listening; return the reason of a failure.
 
     If more ranks connect than the system can queue, the connection fails at once, as for any other reason.
     """
-    for peer in range(rank):
+    for peer in (lower for lower in near if lower < rank):
         try:
             sockets[peer] = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             close_in_child(sock)
@@ -265,10 +339,10 @@ def _connect_to_lower_ranks(
 
 
 def _accept_higher_ranks(
-    rank: int, num_ranks: int, listener: _Listener, secret: bytes, sockets: dict[int, socket.socket]
+    rank: int, near: Sequence[int], listener: _Listener, secret: bytes, sockets: dict[int, socket.socket]
 ) -> str:
     """Accept every higher rank without waiting, since all have connected; return the reason of a failure."""
-    missing = set(range(rank + 1, num_ranks))
+    missing = {higher for higher in near if higher > rank}
     try:
         listener.accept(missing, secret, sockets)
     except OSError as error:

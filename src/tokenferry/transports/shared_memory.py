@@ -134,13 +134,19 @@ class _InFlight:
 
 
 class SharedMemoryTransport:
-    """The transport for ranks on one host; `tokenferry.transports.rendezvous` connects its sockets."""
+    """The transport for ranks on one host; `tokenferry.transports.rendezvous` connects its sockets.
+
+    Args:
+        rank: This rank.
+        sockets: By rank, a socket that is connected to it. Calls must skip all other ranks.
+        num_ranks: R; None: all ranks have a socket.
+    """
 
     name = "shared_memory"
 
-    def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
+    def __init__(self, rank: int, sockets: dict[int, socket.socket], num_ranks: int | None = None) -> None:
         self.rank = rank
-        self.num_ranks = len(sockets) + 1
+        self.num_ranks = len(sockets) + 1 if num_ranks is None else num_ranks
         self._peers: dict[int, _Peer] = {}
         self._poll = select.poll()
         self._by_fd: dict[int, _Peer] = {}

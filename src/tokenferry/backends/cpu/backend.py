@@ -18,9 +18,11 @@ from tokenferry.backends.base import (
 )
 from tokenferry.backends.cpu import combine, decode, dispatch, routing
 from tokenferry.backends.cpu.exchange import Exchange
+from tokenferry.backends.cpu.route import make_route
 from tokenferry.errors import ArgumentError, BackendUnavailable, ResourceError
+from tokenferry.topology import Topology
 from tokenferry.transports.refused import resource_error
-from tokenferry.transports.rendezvous import connect
+from tokenferry.transports.rendezvous import Wanted, connect
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -40,16 +42,18 @@ def make_cpu_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cpu
         "shape": str(resolved.shape),
         "transport": resolved.transport,
         "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
+        "ranks_per_node": resolved.ranks_per_node,
     }
-    agreement = connect(group, resolved.transport, resolved.timeout_s, terms)
-    if resolved.mask_on_timeout and agreement.transport.name == "process_group":
+    wanted = Wanted(resolved.transport, resolved.ranks_per_node)
+    agreement = connect(group, wanted, resolved.timeout_s, terms)
+    if resolved.mask_on_timeout and agreement.transport.name != "shared_memory":
         raise BackendUnavailable(
-            "ExpertGroup: on_timeout='mask' needs the transport 'shared_memory', this group has 'process_group' "
-            f"({agreement.why}): after one timeout gloo closes all connections, so no rank can continue; "
-            "use on_timeout='raise'"
+            "ExpertGroup: on_timeout='mask' needs the transport 'shared_memory', this group has "
+            f"{agreement.transport.name!r} ({agreement.why}): after one timeout gloo closes all connections, so no "
+            "rank can continue; use on_timeout='raise'"
         )
     exchange = Exchange(agreement.transport, resolved.timeout_s, mask_on_timeout=resolved.mask_on_timeout)
-    return CpuBackend(exchange, agreement.key, agreement.why)
+    return CpuBackend(exchange, agreement.topology, agreement.key, agreement.why)
 
 
 class CpuBackend:
@@ -58,14 +62,16 @@ class CpuBackend:
     name = "cpu"
     checks_routing = False
 
-    def __init__(self, exchange: Exchange, key: str, why: str) -> None:
+    def __init__(self, exchange: Exchange, topology: Topology, key: str, why: str) -> None:
         self.key = key
         self.why = why
         self.rank = exchange.rank
         self.num_ranks = exchange.num_ranks
         self.transport = exchange.transport.name if exchange.num_ranks > 1 else "none"
+        self.topology = topology
         self.device = torch.device("cpu")
         self._exchange = exchange
+        self._route = make_route(exchange, topology)
 
     @property
     def broken(self) -> str | None:
@@ -117,9 +123,9 @@ class CpuBackend:
         """Break the group if a call was refused a resource: its peers are told, and need not wait for this rank."""
         return resource_error(call, error) if local else self._exchange.refused(call, error)
 
-    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
-        """Return 0: plans of this backend have no ``places``."""
-        return 0
+    def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
+        """See `tokenferry.backends.base.Backend`: only with several nodes do plans have ``places``."""
+        return (0, 0) if self.topology.num_nodes == 1 else (None, 1 + self.topology.ranks_per_node)
 
     def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
         """See `tokenferry.backends.base.Backend`."""
@@ -138,19 +144,19 @@ class CpuBackend:
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("dispatch", request.num_sms)
-        return dispatch.dispatch(self._exchange, self.key, request)
+        return dispatch.dispatch(self._exchange, self._route, self.key, request)
 
     @torch.no_grad()
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("redispatch", request.num_sms)
-        return dispatch.redispatch(self._exchange, request)
+        return dispatch.redispatch(self._exchange, self._route, request)
 
     @torch.no_grad()
     def combine(self, request: CombineRequest) -> Combined:
         """See `tokenferry.backends.cpu.combine`."""
         _check_no_sms("combine", request.num_sms)
-        return combine.combine(self._exchange, request)
+        return combine.combine(self._exchange, self._route, request)
 
     @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:

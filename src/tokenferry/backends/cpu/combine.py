@@ -1,4 +1,4 @@
-"""Combine of the CPU backend: send each row back to its token's rank and sum there, in rank order."""
+"""Combine of the CPU backend: send each row back to its token's rank and sum there, in the order of ranks or nodes."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ import torch
 from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.dispatch import LAYOUT_CODES
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Signature
 from tokenferry.backends.cpu.payload import Payload
+from tokenferry.backends.cpu.route import Route
 from tokenferry.backends.tensors import overlap, without_autocast
 from tokenferry.formats.dtypes import dtype_code
 from tokenferry.types import Combined, Layout
 
 
 @without_autocast
-def combine(exchange: Exchange, request: CombineRequest) -> Combined:
-    """Send one row per (token, rank) back to the token's rank, and sum the rows that arrive."""
+def combine(exchange: Exchange, route: Route, request: CombineRequest) -> Combined:
+    """Send the rows back to the tokens' ranks, and sum those that arrive."""
     plan, allocator = request.plan, exchange.allocator
     payload = _payload(request)
-    pending = _start(exchange, request, payload)
+    # This rank's own rows are read in place, unless the sums may overwrite them.
+    copy_own = request.out is not None and overlap(request.out, request.y)
     out = request.out
     if out is None:
         out = allocator.empty(plan.num_tokens, request.y.shape[-1], dtype=request.y.dtype)
     weight_sum = None
     if request.topk_weights is not None:
         weight_sum = torch.empty(plan.num_tokens, plan.topk_idx.shape[1], dtype=torch.float32, device="cpu")
-    dst_counts = plan.dst_counts.tolist()
     # `out` may come from inference mode, and be filled outside of it.
-    with pending.receive() as received, torch.inference_mode():
-        pending.check_counts(received, dst_counts)
-        tokens = torch.split(plan.dst_token[: sum(dst_counts)], dst_counts)
-        rows = [payload.view_rows(source) for source in received]
-        cpu_routing.reduce_rows(out, tokens, rows, allocator, request.biases)
+    with (
+        route.combine(_signature(request, payload), payload, plan, request.y.dtype, copy_own=copy_own) as addends,
+        torch.inference_mode(),
+    ):
+        rows = [addends.payload.view_rows(source) for source in addends.rows]
+        cpu_routing.reduce_rows(out, addends.tokens, rows, allocator, request.biases)
         if weight_sum is not None:
-            weights = torch.split(payload.gather_metadata(received)["weights"], dst_counts)
-            cpu_routing.reduce_rows(weight_sum, tokens, weights, allocator)
+            weights = [addends.payload.gather_metadata([source])["weights"] for source in addends.rows]
+            cpu_routing.reduce_rows(weight_sum, addends.tokens, weights, allocator)
     return Combined(out, weight_sum)
 
 
@@ -50,13 +52,7 @@ def _payload(request: CombineRequest) -> Payload:
     return Payload(rows, weights=None if weights is None else cpu_routing.gather_weights(weights, row_idx))
 
 
-def _start(exchange: Exchange, request: CombineRequest, payload: Payload) -> Pending:
-    """Send each source rank the rows that came from it."""
+def _signature(request: CombineRequest, payload: Payload) -> Signature:
     y, plan = request.y, request.plan
     fields = {"layout": LAYOUT_CODES[plan.options.layout], "dtype": dtype_code(y.dtype), **payload.fields}
-    counts, ends = plan.src_counts.tolist(), plan.src_counts.cumsum(0).tolist()
-    slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
-    # This rank's own rows are read in place, unless the sums may overwrite them.
-    copy_own = request.out is not None and overlap(request.out, y)
-    fill = payload.fill(slices, exchange.rank)
-    return exchange.start(Signature(Kind.combine, fields), payload.sections, counts, fill, copy_own=copy_own)
+    return Signature(Kind.combine, fields)

@@ -7,7 +7,6 @@ sums the rows. The first half allocates all results, so that a hook only fills t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
-from tokenferry.backends.cpu.payload import Payload, ReceivedRows
+from tokenferry.backends.cpu.payload import Outgoing, Payload, ReceivedRows
 from tokenferry.backends.tensors import drop_ranks, without_autocast
 from tokenferry.formats import fp8, logfmt
 from tokenferry.formats.dtypes import dtype_code
@@ -24,21 +23,6 @@ from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, Decod
 
 _COUNT_BITS = 32
 """Each entry of ``DecodePlan.src_range`` is a start, shifted by this, and a count."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Outgoing:
-    """The rows that a decode combine sends.
-
-    Attributes:
-        payload: All rows, in the encoding of the call.
-        rows: Per destination rank, its rows of the payload.
-        counts: Per destination rank, how many they are.
-    """
-
-    payload: Payload
-    rows: Sequence[Tensor | slice]
-    counts: list[int]
 
 
 @without_autocast
@@ -138,45 +122,43 @@ def _start_dispatch(
     }
     dst_token, dst_counts = cpu_routing.destinations(topk_idx, shape.num_experts, exchange.num_ranks)
     counts = dst_counts.tolist()
-    fill = payload.fill(torch.split(dst_token, counts), exchange.rank)
+    outgoing = Outgoing(payload, torch.split(dst_token, counts), counts)
     signature = Signature(Kind.decode_dispatch, fields)
-    return exchange.start(signature, payload.sections, counts, fill, skip=skip, copy_own=request.return_hook)
+    return exchange.start(signature, outgoing, skip=skip, copy_own=request.return_hook)
 
 
 def _start_combine(
-    exchange: Exchange, request: DecodeCombineRequest, outgoing: _Outgoing, skip: frozenset[int]
+    exchange: Exchange, request: DecodeCombineRequest, outgoing: Outgoing, skip: frozenset[int]
 ) -> Pending:
     """Send each rank the rows of its tokens."""
-    payload = outgoing.payload
     fields = {
         "dispatch of the plan": request.plan._call_number,
         "fast": int(request.fast),
         "encoding": int(request.encoding),
         "dtype": dtype_code(request.y.dtype),
-        **payload.fields,
+        **outgoing.payload.fields,
     }
-    fill = payload.fill(outgoing.rows, exchange.rank)
     signature = Signature(Kind.decode_combine, fields)
-    return exchange.start(signature, payload.sections, outgoing.counts, fill, skip=skip, copy_own=request.return_hook)
+    return exchange.start(signature, outgoing, skip=skip, copy_own=request.return_hook)
 
 
-def _outgoing(request: DecodeCombineRequest, num_ranks: int, skip: frozenset[int], allocator: Allocator) -> _Outgoing:
+def _outgoing(request: DecodeCombineRequest, num_ranks: int, skip: frozenset[int], allocator: Allocator) -> Outgoing:
     """Select the rows for each rank not in ``skip``, sum them per token if ``fast``, and encode them."""
     flat, plan = request.y.view(-1, request.y.shape[-1]), request.plan
     nowhere = torch.empty(0, dtype=torch.int64, device="cpu")
     positions = [nowhere if src in skip else _positions_from(plan, src) for src in range(num_ranks)]
     if request.encoding is Encoding.same and not request.fast:
-        return _Outgoing(Payload(flat), positions, [each.numel() for each in positions])
+        return Outgoing(Payload(flat), positions, [each.numel() for each in positions])
     parts = [_sum_per_token(flat, plan, each, allocator) if request.fast else flat[each] for each in positions]
     counts = [part.shape[0] for part in parts]
     ends = torch.tensor(counts, dtype=torch.int64, device="cpu").cumsum(0).tolist()
     slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
     rows = torch.cat(parts)
     if request.encoding is Encoding.same:
-        return _Outgoing(Payload(rows), slices, counts)
+        return Outgoing(Payload(rows), slices, counts)
     # This rank's own rows are encoded too, so that the sum does not depend on which rank an expert lives on.
     encoded = fp8.cast(rows, Scale.FLOAT32) if request.encoding is Encoding.fp8 else logfmt.encode(rows)
-    return _Outgoing(Payload(encoded.data, scale=encoded.scale), slices, counts)
+    return Outgoing(Payload(encoded.data, scale=encoded.scale), slices, counts)
 
 
 def _decoded_rows(

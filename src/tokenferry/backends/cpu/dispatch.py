@@ -12,12 +12,13 @@ from torch import Tensor
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
-from tokenferry.backends.cpu.payload import Payload, ReceivedRows
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Signature
+from tokenferry.backends.cpu.payload import Outgoing, Payload, ReceivedRows
+from tokenferry.backends.cpu.route import Route
 from tokenferry.backends.tensors import without_autocast
 from tokenferry.errors import CapacityError
 from tokenferry.formats.dtypes import dtype_code
-from tokenferry.layout import RowCapacity, Sections, row_capacity
+from tokenferry.layout import RowCapacity, row_capacity
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized
 
 LAYOUT_CODES = {Layout.ROWS: 0, Layout.EXPERTS: 1, Layout.MASKED: 2}
@@ -42,8 +43,8 @@ class _Arrangement:
 
 
 @without_autocast
-def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
-    """Make the plan and move the rows in one exchange: each message says how many rows it holds."""
+def dispatch(exchange: Exchange, route: Route, key: str, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
+    """Make the plan and move the rows: each message says how many rows it holds."""
     shape, options, routing = request.shape, request.options, request.routing
     num_tokens, num_local = routing.topk_idx.shape[0], shape.num_experts // exchange.num_ranks
     dst_token, dst_counts = cpu_routing.destinations(routing.topk_idx, shape.num_experts, exchange.num_ranks)
@@ -53,9 +54,10 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
         topk_idx=routing.topk_idx,
         token=torch.arange(num_tokens, dtype=torch.int64, device="cpu"),
     )
-    pending = _start_dispatch(exchange, request, payload, dst_token, dst_counts)
+    tokens = torch.split(dst_token, dst_counts.tolist())
     space = row_capacity(shape, options, exchange.num_ranks)
-    with pending.receive() as received:
+    with route.dispatch(_signature(request, payload), payload, tokens, num_local) as arrived:
+        received = arrived.rows
         metadata = payload.gather_metadata(received)
         local_idx = cpu_routing.to_local(metadata["topk_idx"], exchange.rank * num_local, num_local)
         arrangement = _arrange(local_idx, num_local, options, space)
@@ -72,7 +74,7 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
             topk_idx=local_idx,
             row_idx=arrangement.row_idx,
             expert_counts=arrangement.counts.int(),
-            _places=torch.empty(0, 0, dtype=torch.int32, device="cpu"),
+            _places=arrived.relay,
         )
         unlimited = options.counts == "host" and options.layout is not Layout.MASKED
         fits = arrangement.needed <= space.given or unlimited
@@ -86,18 +88,15 @@ def dispatch(exchange: Exchange, key: str, request: DispatchRequest) -> Dispatch
 
 
 @without_autocast
-def redispatch(exchange: Exchange, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
+def redispatch(exchange: Exchange, route: Route, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
     """Move rows along a plan, whose counts are known."""
     plan = request.plan
     payload = _payload(request.x, weights=request.topk_weights)
-    counts = plan.dst_counts.tolist()
-    tokens = torch.split(plan.dst_token[: sum(counts)], counts)
     rows = request.x.data if isinstance(request.x, Quantized) else request.x
     signature = Signature(Kind.redispatch, {"dtype": dtype_code(rows.dtype), **payload.fields})
-    pending = exchange.start(signature, payload.sections, counts, payload.fill(tokens, exchange.rank))
-    with pending.receive() as received:
-        pending.check_counts(received, plan.src_counts.tolist())
-        return _deliver(plan, payload, received, payload.gather_metadata(received), exchange.allocator)
+    with route.redispatch(signature, payload, plan) as arrived:
+        metadata = payload.gather_metadata(arrived.rows)
+        return _deliver(plan, payload, arrived.rows, metadata, exchange.allocator)
 
 
 def _payload(x: Tensor | Quantized, **metadata: Tensor | None) -> Payload:
@@ -105,10 +104,7 @@ def _payload(x: Tensor | Quantized, **metadata: Tensor | None) -> Payload:
     return Payload(rows, scale=scale, **metadata)
 
 
-def _start_dispatch(
-    exchange: Exchange, request: DispatchRequest, payload: Payload, dst_token: Tensor, dst_counts: Tensor
-) -> Pending:
-    """Send each rank the rows that its experts need."""
+def _signature(request: DispatchRequest, payload: Payload) -> Signature:
     shape, options = request.shape, request.options
     rows = request.x.data if isinstance(request.x, Quantized) else request.x
     fields = {
@@ -121,9 +117,7 @@ def _start_dispatch(
         "dtype": dtype_code(rows.dtype),
         **payload.fields,
     }
-    counts = dst_counts.tolist()
-    fill = payload.fill(torch.split(dst_token, counts), exchange.rank)
-    return exchange.start(Signature(Kind.dispatch, fields), payload.sections, counts, fill)
+    return Signature(Kind.dispatch, fields)
 
 
 def _arrange(local_idx: Tensor, num_local: int, options: DispatchOptions, space: RowCapacity) -> _Arrangement:
@@ -209,8 +203,9 @@ def _deliver(
 
 def _check_capacity(exchange: Exchange, options: DispatchOptions, space: RowCapacity, needed: int) -> None:
     """Exchange the rows that did not fit (0: all fit), so that either all ranks raise or none; collective."""
-    verdict = [needed] * exchange.num_ranks
-    pending = exchange.start(Signature(Kind.capacity_check, {}), Sections(()), verdict, lambda *_: None)
+    num_ranks, nothing = exchange.num_ranks, Payload(torch.empty(0, 0, dtype=torch.uint8, device="cpu"))
+    verdict = Outgoing(nothing, [slice(0, 0)] * num_ranks, [needed] * num_ranks)
+    pending = exchange.start(Signature(Kind.capacity_check, {}), verdict)
     with pending.receive() as received:
         needs = [source.num_rows for source in received]
     if max(needs) > space.given:

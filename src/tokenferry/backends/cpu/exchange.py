@@ -7,17 +7,17 @@ import enum
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.payload import Fill, ReceivedRows
+from tokenferry.backends.cpu.payload import Outgoing, ReceivedRows
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, ResourceError
 from tokenferry.forked import forget_in_child
 from tokenferry.formats.dtypes import dtype_name
-from tokenferry.layout import Sections
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
 from tokenferry.transports.refused import resource_error
 
@@ -35,10 +35,19 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The properties of a call that must be equal on all ranks; every header carries them."""
+    """The properties of a call that must be equal on all ranks; every header carries them.
+
+    ``leg`` says which of the exchanges of a call this is, if it has several.
+    """
 
     kind: Kind
     fields: dict[str, int]
+    leg: str = ""
+
+    @property
+    def phase(self) -> str:
+        """The name of the call, and of the leg, for error messages."""
+        return f"{self.kind.name} ({self.leg})" if self.leg else self.kind.name
 
     def header(self, num_rows: int) -> tuple[int, ...]:
         """Return the header of a message about ``num_rows`` rows."""
@@ -108,31 +117,31 @@ class Exchange:
     def start(
         self,
         signature: Signature,
-        sections: Sections,
-        counts: Sequence[int],
-        fill: Fill,
+        outgoing: Outgoing,
         *,
         skip: frozenset[int] = frozenset(),
         copy_own: bool = False,
+        deadline: Deadline | None = None,
     ) -> Pending:
-        """Send ``counts[r]`` rows to each rank r not in ``skip``; `Pending.receive` waits for those of the others.
+        """Send each rank not in ``skip`` its rows; `Pending.receive` waits for those of the others.
 
         With ``copy_own``, this rank's own rows are copied into a message too: needed if their source may be
-        overwritten before it is read.
+        overwritten before it is read. ``deadline`` is that of a call of several exchanges.
         """
-        with self.guard(signature.kind.name):
+        with self.guard(signature.phase):
             if self._resync_due:
                 self._resynchronise()
             self._last_call += 1
-            call = CallId(self._last_call, signature.kind.name)
+            call = CallId(self._last_call, signature.phase)
+            sections, counts = outgoing.payload.sections, outgoing.counts
             copied = [0 if dst == self.rank and not copy_own else count for dst, count in enumerate(counts)]
             buffers = self.transport.open(call, [sections.num_bytes(count) for count in copied])
-            for dst, (buffer, count) in enumerate(zip(buffers, copied, strict=True)):
-                if count:
-                    fill(dst, sections.split(buffer, count))
+            for rows, buffer, count in zip(outgoing.rows, buffers, copied, strict=True):
+                if buffer.numel():
+                    outgoing.payload.write(rows, sections.split(buffer, count))
             headers = [signature.header(count) for count in counts]
-            self.transport.post(call, headers, Deadline(self.timeout_s), skip)
-            return Pending(self, call, signature, sections, skip=skip, copy_own=copy_own)
+            self.transport.post(call, headers, deadline or Deadline(self.timeout_s), skip)
+            return Pending(self, call, signature, outgoing, skip=skip, copy_own=copy_own)
 
     def mask(self, rank: int) -> None:
         """Expect no more messages of a rank."""
@@ -213,7 +222,7 @@ class Pending:
         exchange: Exchange,
         call: CallId,
         signature: Signature,
-        sections: Sections,
+        outgoing: Outgoing,
         *,
         skip: frozenset[int],
         copy_own: bool,
@@ -221,7 +230,8 @@ class Pending:
         self._exchange = exchange
         self._call = call
         self._signature = signature
-        self._sections = sections
+        self._sections = outgoing.payload.sections
+        self._own = outgoing.rows[exchange.rank]
         self._skip = skip
         self._copy_own = copy_own
         self._num_resyncs = exchange.num_resyncs
@@ -238,7 +248,12 @@ class Pending:
 
     @contextlib.contextmanager
     def receive(
-        self, wait_ns: Tensor | None = None, *, tolerant: bool = False, hooked: bool = False
+        self,
+        wait_ns: Tensor | None = None,
+        *,
+        tolerant: bool = False,
+        hooked: bool = False,
+        deadline: Deadline | None = None,
     ) -> Iterator[list[ReceivedRows]]:
         """Wait for every rank's message; yields the rows by source rank, to be read inside the ``with`` block.
 
@@ -246,17 +261,26 @@ class Pending:
             wait_ns: ``[R]`` int64; the nanoseconds waited for each rank are added.
             tolerant: Masked ranks, and with ``mask_on_timeout`` silent ones, count as having sent no rows.
             hooked: Whether peers may receive this call later than this rank; see `Transport.finish`.
+            deadline: That of a call of several exchanges.
         """
-        exchange, call = self._exchange, self._call
-        with exchange.guard(call.phase):
-            deadline = Deadline(exchange.timeout_s)
+        with self.receive_each(tolerant=tolerant, hooked=hooked, deadline=deadline) as take:
             received: list[ReceivedRows] = []
-            for src in range(exchange.num_ranks):
+            for src in range(self._exchange.num_ranks):
                 start = time.perf_counter_ns()
-                received.append(self._receive_from(src, deadline, tolerant=tolerant))
-                if wait_ns is not None and src != exchange.rank:
+                received.append(take(src))
+                if wait_ns is not None and src != self._exchange.rank:
                     wait_ns[src] += time.perf_counter_ns() - start
             yield received
+
+    @contextlib.contextmanager
+    def receive_each(
+        self, *, tolerant: bool = False, hooked: bool = False, deadline: Deadline | None = None
+    ) -> Iterator[Callable[[int], ReceivedRows]]:
+        """Yield a function that waits for the message of one rank; the arguments are those of `receive`."""
+        exchange, call = self._exchange, self._call
+        with exchange.guard(call.phase):
+            deadline = deadline or Deadline(exchange.timeout_s)
+            yield partial(self._receive_from, deadline=deadline, tolerant=tolerant)
             exchange.transport.finish(call, None if hooked else deadline)
 
     def check_counts(self, received: Sequence[ReceivedRows], expected: Sequence[int]) -> None:
@@ -266,12 +290,16 @@ class Pending:
             MismatchError: a rank sent another number of rows.
         """
         for src, (source, count) in enumerate(zip(received, expected, strict=True)):
-            if source.num_rows != count:
-                call, rank = self._call, self._exchange.rank
-                raise MismatchError(
-                    f"{call.phase} #{call.number}: rank {src} sent {source.num_rows} rows to rank {rank}, whose plan "
-                    f"says {count}; use plans of the same dispatch on all ranks"
-                )
+            self.check_count(src, source.num_rows, count)
+
+    def check_count(self, src: int, num_rows: int, expected: int) -> None:
+        """Check that one rank sent the number of rows in the plan; as `check_counts`."""
+        if num_rows != expected:
+            call, rank = self._call, self._exchange.rank
+            raise MismatchError(
+                f"{call.phase} #{call.number}: rank {src} sent {num_rows} rows to rank {rank}, whose plan says "
+                f"{expected}; use plans of the same dispatch on all ranks"
+            )
 
     def _receive_from(self, src: int, deadline: Deadline, *, tolerant: bool) -> ReceivedRows:
         exchange = self._exchange
@@ -292,7 +320,7 @@ class Pending:
             return nothing
         num_rows = self._check(src, message.header)
         if src == exchange.rank and not self._copy_own:
-            return ReceivedRows(num_rows, [])
+            return ReceivedRows(num_rows, [], self._own)
         return ReceivedRows(num_rows, self._sections.split(message.body, num_rows))
 
     def _check(self, src: int, header: tuple[int, ...]) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,6 @@ from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.routing import as_bytes, as_words
 from tokenferry.layout import Sections
 
-Fill = Callable[[int, list[Tensor]], None]
-"""Writes the message to one rank: gets the rank and, per section, ``[num_rows, width]`` uint8 to write to."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReceivedRows:
@@ -23,10 +21,12 @@ class ReceivedRows:
     Attributes:
         num_rows: How many there are.
         sections: Per section, ``[num_rows, width]`` uint8; empty if the rows are this rank's own and were not copied.
+        own: Then: which rows of the payload they are.
     """
 
     num_rows: int
     sections: list[Tensor]
+    own: Tensor | slice | None = None
 
 
 class Payload:
@@ -41,47 +41,55 @@ class Payload:
 
     def __init__(self, rows: Tensor, **metadata: Tensor | None) -> None:
         self._rows = rows.contiguous()
-        self._metadata = {
+        pieces = {
             name: (piece if piece.ndim == 2 else piece[:, None]).contiguous()
             for name, piece in metadata.items()
             if piece is not None
         }
-        columns = [as_bytes(piece) for piece in self._metadata.values()]
+        columns = [as_bytes(piece) for piece in pieces.values()]
         padding = -sum(piece.shape[1] for piece in columns) % 8
         fill = torch.zeros(rows.shape[0], padding, dtype=torch.uint8, device="cpu")
         self._joined = torch.cat([*columns, fill], dim=1)
+        self._columns = {name: (piece.dtype, piece.shape[1]) for name, piece in pieces.items()}
         self.sections = Sections((rows.shape[1] * rows.element_size(), self._joined.shape[1]))
-        widths = dict(zip(self._metadata, (piece.shape[1] for piece in columns), strict=True))
+        widths = dict(zip(pieces, (piece.shape[1] for piece in columns), strict=True))
         self.fields = {
             "bytes of rows": self.sections.widths[0],
             **{f"bytes of {name}": widths.get(name, 0) for name in metadata},
         }
-        self._own: Tensor | slice = slice(0, 0)
 
-    def fill(self, rows: Sequence[Tensor | slice], own: int) -> Fill:
-        """Return a function that writes the rows ``rows[r]`` and their metadata into the message to rank r.
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        return self._rows.shape[0]
 
-        ``own`` is this rank.
-        """
-        self._own = rows[own]
+    def has(self, name: str) -> bool:
+        """Return whether each row has metadata of this name."""
+        return name in self._columns
 
-        def write(dst: int, sections: list[Tensor]) -> None:
-            which = rows[dst]
-            if isinstance(which, slice):
-                sections[0].copy_(as_bytes(self._rows[which]))
-                sections[1].copy_(self._joined[which])
-                return
-            for section, piece in zip(sections, (as_words(self._rows), as_words(self._joined)), strict=True):
-                if section.numel():
-                    torch.index_select(piece, 0, which, out=as_words(section))
+    def arrived(self, source: ReceivedRows) -> Payload:
+        """Return the payload that consists of the rows of one source, to pass them on; they are not copied."""
+        payload = copy.copy(self)
+        payload._rows, payload._joined = self.view_rows(source), self._joined[:0]
+        if source.sections:
+            payload._joined = source.sections[1]
+        return payload
 
-        return write
+    def write(self, which: Tensor | slice, sections: list[Tensor]) -> None:
+        """Write rows and their metadata into a message: per section, ``[num_rows, width]`` uint8."""
+        if isinstance(which, slice):
+            sections[0].copy_(as_bytes(self._rows[which]))
+            sections[1].copy_(self._joined[which])
+            return
+        for section, piece in zip(sections, (as_words(self._rows), as_words(self._joined)), strict=True):
+            if section.numel():
+                torch.index_select(piece, 0, which, out=as_words(section))
 
     def view_rows(self, source: ReceivedRows) -> Tensor:
         """Return the rows of one source as ``[rows, width]``, without a copy if they are contiguous."""
         if not source.num_rows:
             return self._rows[:0]
-        return source.sections[0].view(self._rows.dtype) if source.sections else self._rows[self._own]
+        return source.sections[0].view(self._rows.dtype) if source.sections else self._rows[source.own]
 
     def gather_rows(
         self, received: Sequence[ReceivedRows], allocator: Allocator, num_rows: int | None = None
@@ -96,23 +104,44 @@ class Payload:
             part = as_words(whole[start : start + num])
             if num and source.sections:
                 part.copy_(as_words(source.sections[0]))
-            elif num and isinstance(self._own, Tensor):
-                torch.index_select(as_words(self._rows), 0, self._own, out=part)
+            elif num and isinstance(source.own, Tensor):
+                torch.index_select(as_words(self._rows), 0, source.own, out=part)
             elif num:
-                part.copy_(as_words(self._rows[self._own]))
+                part.copy_(as_words(self._rows[source.own]))
             start += num
         return whole
+
+    def metadata(self) -> dict[str, Tensor]:
+        """Copy the metadata of all rows; see `gather_metadata`."""
+        return self.gather_metadata([ReceivedRows(self.num_rows, [], slice(None))])
 
     def gather_metadata(self, received: Sequence[ReceivedRows]) -> dict[str, Tensor]:
         """Copy the metadata of all sources; returns ``[rows, width]`` in the original dtype, by name."""
         parts = [
-            source.sections[1] if source.sections else self._joined[self._own] for source in received if source.num_rows
+            source.sections[1] if source.sections else self._joined[source.own]
+            for source in received
+            if source.num_rows
         ]
         joined = torch.cat([self._joined[:0], *parts])
         out, start = {}, 0
-        for name, piece in self._metadata.items():
-            end = start + piece.shape[1] * piece.element_size()
+        for name, (dtype, width) in self._columns.items():
+            end = start + width * dtype.itemsize
             flat = joined[:, start:end].reshape(-1).clone()
-            out[name] = flat.view(piece.dtype).view(joined.shape[0], piece.shape[1])
+            out[name] = flat.view(dtype).view(joined.shape[0], width)
             start = end
         return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outgoing:
+    """What one exchange sends.
+
+    Attributes:
+        payload: All rows.
+        rows: Per destination rank, its rows of the payload.
+        counts: Per destination rank, how many they are.
+    """
+
+    payload: Payload
+    rows: Sequence[Tensor | slice]
+    counts: Sequence[int]

@@ -25,6 +25,7 @@ from tokenferry.backends.cuda.results import shaped
 from tokenferry.backends.cuda.token_layout import token_layout
 from tokenferry.errors import ResourceError
 from tokenferry.kernels.dispatch_assign.spec import num_columns
+from tokenferry.topology import Topology
 from tokenferry.transports.refused import resource_error
 from tokenferry.types import (
     Combined,
@@ -51,6 +52,7 @@ class CudaBackend:
         self.why = why
         self.rank = context.rank
         self.num_ranks = context.num_ranks
+        self.topology = Topology(context.rank, (tuple(range(context.num_ranks)),))
         self.transport = "nvlink" if context.num_ranks > 1 else "none"
         self.device = context.device
         self.context = context
@@ -109,9 +111,10 @@ class CudaBackend:
             return self.allocator.block("scratch", num_bytes, self.context.current_stream()).tensor()
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def plan_columns(self, shape: MoeShape, options: DispatchOptions) -> int:
+    def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int, int]:
         """See `tokenferry.backends.base.Backend`."""
-        return num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
+        columns = num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
+        return num_tokens if columns else 0, columns
 
     def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
         """See `tokenferry.backends.cuda.token_layout`."""

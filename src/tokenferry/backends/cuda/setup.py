@@ -117,6 +117,8 @@ def _unfit(resolved: Resolved, num_ranks: int) -> str:
         return resolved.cpu_only
     if num_ranks > MAX_RANKS:
         return f"ranks={num_ranks}, and at most {MAX_RANKS} are possible"
+    if num_ranks > (resolved.ranks_per_node or num_ranks):
+        return f"ranks_per_node={resolved.ranks_per_node} makes several nodes of {num_ranks} ranks, and it has one"
     heap_bytes = resolved.heap_bytes or 0
     most = (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES  # handshakes have offsets of 32 bits
     if heap_bytes > most:
