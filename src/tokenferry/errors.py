@@ -81,12 +81,22 @@ class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - names a condit
         phase: Name of the call that waited, such as ``"dispatch"``.
         call: Number of that call on its group, counted from 1; 0 while the group was being made.
         rank: The rank that waited (this one).
-        peers: The ranks that did not answer, in ascending order.
+        peers: The ranks that did not answer, in ascending order. With several nodes those at fault, even if this rank
+            waited for others, which waited for them.
         waited_s: Seconds waited.
+        nodes: With several nodes, those of ``peers``.
     """
 
     def __init__(
-        self, message: str, *, phase: str, call: int, rank: int, peers: tuple[int, ...], waited_s: float
+        self,
+        message: str,
+        *,
+        phase: str,
+        call: int,
+        rank: int,
+        peers: tuple[int, ...],
+        waited_s: float,
+        nodes: tuple[int, ...] = (),
     ) -> None:
         super().__init__(message)
         self.phase = phase
@@ -94,16 +104,24 @@ class PeerTimeout(TokenferryError, TimeoutError):  # noqa: N818 - names a condit
         self.rank = rank
         self.peers = peers
         self.waited_s = waited_s
+        self.nodes = nodes
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the attributes when the exception is pickled."""
-        return (_rebuild_peer_timeout, (self.args[0], self.phase, self.call, self.rank, self.peers, self.waited_s))
+        values = (self.phase, self.call, self.rank, self.peers, self.waited_s, self.nodes)
+        return (_rebuild_peer_timeout, (self.args[0], *values))
 
 
 def _rebuild_peer_timeout(
-    message: str, phase: str, call: int, rank: int, peers: tuple[int, ...], waited_s: float
+    message: str,
+    phase: str,
+    call: int,
+    rank: int,
+    peers: tuple[int, ...],
+    waited_s: float,
+    nodes: tuple[int, ...],
 ) -> PeerTimeout:
-    return PeerTimeout(message, phase=phase, call=call, rank=rank, peers=peers, waited_s=waited_s)
+    return PeerTimeout(message, phase=phase, call=call, rank=rank, peers=peers, waited_s=waited_s, nodes=nodes)
 
 
 class ResourceError(TokenferryError, OSError):

@@ -37,9 +37,8 @@ def run_blocks(path: Path) -> None:
     """Run a document as one session, in the current folder.
 
     A `text` block right after a `python` block is what that block prints. A `python` block whose first line is a
-    comment with a file's name, such as `# example.py`, is a program of its own; `# example.py, on 4 ranks` is started by
-    torchrun, and its lines may be printed in any order. One whose first line says that it needs GPUs is compiled, and
-    run where there are any.
+    comment with a file's name, such as `# example.py`, is a program of its own; `# example.py, on 4 ranks` is started
+    by torchrun. One whose first line says that it needs GPUs is compiled, and run where there are any.
     """
     names: dict[str, object] = {"__name__": "__main__"}
     found = documents.blocks(path.read_text())
@@ -49,11 +48,8 @@ def run_blocks(path: Path) -> None:
             run_on_gpus(path, block, names, on_gpus[1])
         elif block.language == "python":
             program = re.match(r"# (\w+\.py)(?:, on (\d+) ranks)?$", block.text, flags=re.MULTILINE)
-            if program and program[2]:
-                lines = run_program(program[1], block.text, *torchrun(int(program[2]))).splitlines(keepends=True)
-                printed = "".join(sorted(lines))
-            else:
-                printed = run_program(program[1], block.text) if program else run_here(path, block, names)
+            command = torchrun(int(program[2])) if program and program[2] else ()
+            printed = run_program(program[1], block.text, *command) if program else run_here(path, block, names)
             after = found[i + 1] if i + 1 < len(found) else None
             if after is not None and after.language == "text" and after.adjacent:
                 assert printed == after.text, f"{where} prints something else than the text below it:\n{printed}"

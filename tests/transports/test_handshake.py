@@ -126,10 +126,10 @@ def only_nccl_like(rank, pg):
     from tokenferry.transports import rendezvous
 
     group = WithoutCpu(pg, True)
-    agreement = rendezvous.connect(group, "auto", 10.0, {"shape": "same"})
+    agreement = rendezvous.connect(group, rendezvous.Wanted("auto", None), 10.0, {"shape": "same"})
     agreement.transport.close(linger=False)
     try:
-        rendezvous.connect(group, "process_group", 10.0, {"shape": "same"})
+        rendezvous.connect(group, rendezvous.Wanted("process_group", None), 10.0, {"shape": "same"})
     except BackendUnavailable as error:
         return agreement.transport.name, str(error)
     return None

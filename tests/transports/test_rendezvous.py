@@ -117,6 +117,66 @@ def test_a_rank_with_too_few_descriptors_moves_all_ranks_to_the_group_transport(
         assert (found[0], found[-1]) == ("process_group", "shared_memory")
 
 
+def on_hosts(rank, pg, hosts, options):
+    """Make a group while each rank believes to be on a host; return its nodes and transport, or what was raised."""
+    try:
+        with (
+            mock.patch(f"{HERE}.host_name", return_value=hosts[rank]),
+            tokenferry.ExpertGroup(pg, SHAPE, timeout_s=5.0, **options) as group,
+        ):
+            routing = tokenferry.Routing(torch.tensor([[3]]))
+            sent = group.dispatch(torch.ones(1, 8), routing)
+            assert group.combine(sent.x, sent.plan).x.tolist() == [[1.0] * 8]
+            decoded = group.decode_dispatch(torch.ones(1, 8), tokenferry.Routing(routing.topk_idx, torch.ones(1, 1)))
+            assert group.decode_combine(decoded.x, decoded.plan).x.tolist() == [[1.0] * 8]
+            return group.topology.nodes, group.transport
+    except tokenferry.TokenferryError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "options", "nodes", "transport"),
+    [
+        ("aabb", {}, ((0, 1), (2, 3)), "shared_memory+process_group"),
+        ("abab", {}, ((0, 2), (1, 3)), "shared_memory+process_group"),
+        ("abcd", {}, ((0,), (1,), (2,), (3,)), "process_group"),
+        ("aaab", {}, ((0, 1, 2, 3),), "process_group"),
+        ("aabb", {"transport": "process_group"}, ((0, 1, 2, 3),), "process_group"),
+        ("aabb", {"ranks_per_node": 4}, ((0, 1, 2, 3),), "process_group"),
+        ("aaaa", {"ranks_per_node": 2}, ((0, 1), (2, 3)), "shared_memory+process_group"),
+        ("aaaa", {"ranks_per_node": 2, "transport": "shared_memory"}, ((0, 1), (2, 3)), "shared_memory"),
+        ("aaaa", {"ranks_per_node": 2, "transport": "process_group"}, ((0, 1), (2, 3)), "process_group"),
+        ("abba", {"ranks_per_node": 2}, ((0, 1), (2, 3)), "process_group"),
+    ],
+)
+def test_nodes_are_hosts_unless_they_are_given(worlds, hosts, options, nodes, transport):
+    assert worlds(4).run(on_hosts, hosts, options) == [(nodes, transport)] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"ranks_per_node": 3}, ConfigError, "ranks_per_node=3 does not divide the group's 4 ranks"),
+        ({"ranks_per_node": 0}, ConfigError, "ranks_per_node: expected a positive integer or None, got 0"),
+        ({"ranks_per_node": 2.0}, ConfigError, "ranks_per_node: expected a positive integer or None, got 2.0"),
+        (
+            {"ranks_per_node": 2, "on_timeout": "mask"},
+            BackendUnavailable,
+            "on_timeout='mask' needs the transport 'shared_memory', this group has 'shared_memory+process_group'",
+        ),
+        ({"ranks_per_node": 2, "backend": "cuda"}, BackendUnavailable, "backend='cuda' cannot run"),
+    ],
+)
+def test_nodes_that_cannot_be(worlds, options, error, text):
+    for kind, message in worlds(4).run(on_hosts, "aaaa", options):
+        assert kind is error
+        assert text in message
+
+
+def different_nodes(rank, pg):
+    return make(pg, ranks_per_node=1 if rank else 2)
+
+
 def different_shapes(rank, pg):
     return make(pg, tokenferry.MoeShape(4, top_k=1, hidden=8 + 8 * rank, max_tokens=4))
 
@@ -130,6 +190,7 @@ def different_transports(rank, pg):
     [
         (different_shapes, "shape differs between ranks (rank 0: MoeShape"),
         (different_transports, "rank 0: auto, rank 1: shared_memory"),
+        (different_nodes, "ranks_per_node differs between ranks (rank 0: 2, rank 1: 1)"),
     ],
 )
 def test_different_options_are_an_error_on_every_rank(worlds, job, text):
@@ -142,12 +203,12 @@ def strangers(rank, pg):
     """Strangers connect to rank 0's socket before rank 1 does, and stay; one of them says nothing."""
     connect, guests = rendezvous._connect_to_lower_ranks, []
 
-    def intrude(rank, handshakes, secret, sockets):
+    def intrude(rank, near, handshakes, secret, sockets):
         for preamble in (b"", b"who", rendezvous._PREAMBLE.pack(b"0" * 16, 1), rendezvous._PREAMBLE.pack(secret, 0)):
             guests.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             guests[-1].connect(handshakes[0]["address"])
             guests[-1].sendall(preamble)
-        return connect(rank, handshakes, secret, sockets)
+        return connect(rank, near, handshakes, secret, sockets)
 
     with mock.patch(f"{HERE}._connect_to_lower_ranks", intrude if rank == 1 else connect):
         start = time.monotonic()
@@ -180,7 +241,7 @@ def test_another_user_is_turned_away_whatever_it_says(worlds, rank):
 
 def test_a_rank_that_does_not_connect_is_named():
     with rendezvous._Listener() as listener:
-        why_not = rendezvous._accept_higher_ranks(0, 3, listener, b"0" * 16, {})
+        why_not = rendezvous._accept_higher_ranks(0, range(3), listener, b"0" * 16, {})
     assert why_not == "rank 0 has no connection from rank 1"
 
 

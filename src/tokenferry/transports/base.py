@@ -114,6 +114,9 @@ class Transport(Protocol):
         most, while peers are yet to make the call.
         """
 
+    def abandon(self) -> None:
+        """Make the waits of all peers for this rank fail soon; `close` follows. Raises nothing."""
+
     def close(self, *, linger: bool) -> None:
         """Free everything; local, idempotent.
 

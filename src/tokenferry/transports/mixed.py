@@ -73,6 +73,11 @@ class MixedTransport:
         self._near.leave(why)
         self._far.leave(why)
 
+    def abandon(self) -> None:
+        """See `Transport.abandon`."""
+        self._near.abandon()
+        self._far.abandon()
+
     def close(self, *, linger: bool) -> None:
         """Close both. See `Transport.close`."""
         self._near.close(linger=linger)

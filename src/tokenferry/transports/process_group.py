@@ -212,6 +212,12 @@ class ProcessGroupTransport:
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(seconds=max(min(deadline.left(), patience_s), 0.001)))
 
+    def abandon(self) -> None:
+        """Make gloo close all connections, which ends the process group. See `Transport.abandon`."""
+        for step in range(1, self.num_ranks):
+            if _fail(self._group, self._tag, (self.rank + step) % self.num_ranks):
+                break
+
     def close(self, *, linger: bool) -> None:
         """Free all buffers; the process group belongs to the caller and stays open. See `Transport.close`."""
         deadline = Deadline(_LINGER_S if linger else 0.0)
@@ -330,11 +336,18 @@ class ProcessGroupTransport:
             self._lingering.popleft()
 
 
-def _fail(group: dist.ProcessGroup, tag: int, peer: int) -> None:
-    """Make the running waits of a process group fail: if one times out, gloo closes all connections."""
-    with contextlib.suppress(RuntimeError):
-        nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
+def _fail(group: dist.ProcessGroup, tag: int, peer: int) -> bool:
+    """Make the running waits of a process group fail: if one times out, gloo closes all connections.
+
+    Returns:
+        bool: Whether it did; False if the connection to this peer is closed already, which does nothing to the others.
+    """
+    nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
+    try:
         group.recv([nothing], peer, tag).wait(timedelta(milliseconds=1))
+    except RuntimeError as error:
+        return "Timed out" in str(error)
+    return False
 
 
 def _reason(error: RuntimeError) -> str:

@@ -20,6 +20,7 @@ from tokenferry.forked import close_in_child
 from tokenferry.topology import Topology, by_place, consecutive
 from tokenferry.transports import segment
 from tokenferry.transports.base import Deadline, Transport
+from tokenferry.transports.failures import FailureReports
 from tokenferry.transports.handshake import (
     Bootstrap,
     agree,
@@ -51,12 +52,14 @@ class Agreement:
         topology: The nodes of the group.
         key: The name of this group, the same on all ranks.
         why: The reason for choosing this transport, for the log.
+        reports: With several nodes: where ranks that give up say why.
     """
 
     transport: Transport
     topology: Topology
     key: str
     why: str
+    reports: FailureReports | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
         key = handshakes[0]["key"]
         nodes = _nodes(handshakes, wanted)
         topology = Topology(rank, nodes)
+        reports = FailureReports(group, handshakes[0]["group_id"], topology) if len(nodes) > 1 else None
         near = nodes if wanted.transport == "auto" else (tuple(range(len(handshakes))),)
         why_not = _why_not_near(handshakes, wanted, near)
         sockets: dict[int, socket.socket] = {}
@@ -117,7 +121,7 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
             why_not, sockets = _connect_all(rank, mine, handshakes, listener, bootstrap)
         if not why_not and len(near) == 1:
             transport: Transport = SharedMemoryTransport(rank, sockets)
-            return Agreement(transport, topology, key, f"{_everybody(topology)} on one host: shared memory")
+            return Agreement(transport, topology, key, f"{_everybody(topology)} on one host: shared memory", reports)
     if wanted.transport == "shared_memory":
         raise BackendUnavailable(
             f"ExpertGroup: transport='shared_memory' cannot run: {why_not}; use transport='auto' or 'process_group'"
@@ -130,9 +134,11 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
         )
     far = ProcessGroupTransport(group, handshakes[0]["group_id"], _open_processes(rank, handshakes))
     if not sockets:
-        return Agreement(far, topology, key, f"torch.distributed, because {why_not or _across(topology)}")
+        why = f"torch.distributed, because {why_not or _across(topology)}"
+        return Agreement(far, topology, key, why, reports)
     transport = MixedTransport(SharedMemoryTransport(rank, sockets, len(handshakes)), far, [rank, *sockets])
-    return Agreement(transport, topology, key, f"{_across(topology)}: shared memory inside, torch.distributed between")
+    why = f"{_across(topology)}: shared memory inside, torch.distributed between"
+    return Agreement(transport, topology, key, why, reports)
 
 
 def _nodes(handshakes: list[dict[str, Any]], wanted: Wanted) -> tuple[tuple[int, ...], ...]:

@@ -286,6 +286,9 @@ class SharedMemoryTransport:
             with contextlib.suppress(OSError):  # a peer that reads nothing finds the closed socket
                 peer.socket.send(_Notice(_LEAVE, size=len(text)).pack() + text)
 
+    def abandon(self) -> None:
+        """Do nothing: `close` shows at once. See `Transport.abandon`."""
+
     def close(self, *, linger: bool) -> None:
         """Close the sockets, which peers detect, and free all memory. See `Transport.close`.
 

@@ -52,7 +52,12 @@ def make_cpu_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cpu
             f"{agreement.transport.name!r} ({agreement.why}): after one timeout gloo closes all connections, so no "
             "rank can continue; use on_timeout='raise'"
         )
-    exchange = Exchange(agreement.transport, resolved.timeout_s, mask_on_timeout=resolved.mask_on_timeout)
+    exchange = Exchange(
+        agreement.transport,
+        resolved.timeout_s,
+        mask_on_timeout=resolved.mask_on_timeout,
+        reports=agreement.reports,
+    )
     return CpuBackend(exchange, agreement.topology, agreement.key, agreement.why)
 
 

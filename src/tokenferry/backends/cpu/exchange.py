@@ -19,7 +19,11 @@ from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTim
 from tokenferry.forked import forget_in_child
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
+from tokenferry.transports.failures import FailureReports
 from tokenferry.transports.refused import resource_error
+
+_PATIENCE_S = 1.0
+"""Seconds, at most, that a rank with a lost peer waits to learn whether that one waited for another."""
 
 
 class Kind(enum.IntEnum):
@@ -92,6 +96,8 @@ class Exchange:
         transport: A connected transport.
         timeout_s: Seconds that each exchange may wait.
         mask_on_timeout: Whether a tolerant `Pending.receive` masks a silent rank instead of raising.
+        reports: With several nodes: where ranks that give up say why. Then a tenth of ``timeout_s``, or a second, is
+            for learning who is at fault.
 
     Attributes:
         masked: Ranks that decode calls skip.
@@ -99,11 +105,20 @@ class Exchange:
         num_resyncs: How often the ranks have resynchronised their call numbers.
     """
 
-    def __init__(self, transport: Transport, timeout_s: float, *, mask_on_timeout: bool) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        timeout_s: float,
+        *,
+        mask_on_timeout: bool,
+        reports: FailureReports | None = None,
+    ) -> None:
         self.transport = transport
         self.rank = transport.rank
         self.num_ranks = transport.num_ranks
-        self.timeout_s = timeout_s
+        self._reports = reports
+        self._patience_s = 0.0 if reports is None else min(_PATIENCE_S, timeout_s / 10)
+        self.timeout_s = timeout_s - self._patience_s
         self.mask_on_timeout = mask_on_timeout
         self.masked: set[int] = set()
         self.lost: set[int] = set()
@@ -184,7 +199,9 @@ class Exchange:
             refused = self.refused(where, error)
             if refused is not None:
                 raise refused from error
-            self._break(where, error)
+            raised = self._break(where, error)
+            if raised is not error:
+                raise raised from error
             raise
 
     def refused(self, where: str, error: BaseException) -> ResourceError | None:
@@ -194,13 +211,21 @@ class Exchange:
             self._break(where, refused)
         return refused
 
-    def _break(self, where: str, error: BaseException) -> None:
+    def _break(self, where: str, error: BaseException) -> BaseException:
+        """Tell the peers, close, and return the error to raise: with several nodes it names the rank at fault."""
         # After a timeout, peers have their own. An interrupt must not take the time to tell them.
         tell = isinstance(error, Exception) and not isinstance(error, PeerTimeout) and not self.broken
+        raised = error
         if tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
             with contextlib.suppress(OSError, MemoryError, RuntimeError):  # there may be no memory for a message
                 self.transport.leave(f"{type(error).__name__}: {error}")
-        self.close(f"is broken by an earlier {type(error).__name__} in {where}", linger=tell)
+        if self._reports is not None and not self.broken and isinstance(error, PeerTimeout | MismatchError):
+            self._reports.post(error)
+            if not tell:
+                self.transport.abandon()  # other ranks may wait for this one, and not for the one that is lost
+            raised = self._reports.explain(error, self._patience_s)
+        self.close(f"is broken by an earlier {type(raised).__name__} in {where}", linger=tell)
+        return raised
 
     def _forget(self, reason: str) -> None:
         """End the group in a forked child, without a sign to its peers. The transport closes its own descriptors."""
