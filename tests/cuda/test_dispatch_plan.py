@@ -6,7 +6,7 @@ import torch
 from support.plan_checks import check, check_counts, choices_of, form_for
 from support.virtual_plan import NO_LIMIT, Expected, Form, Planner
 from support.virtual_ranks import POISON, Ranks, ranks_of
-from tokenferry.kernels.control_block import HOST_EXPERTS_WORD, MAX_EXPERTS, MAX_RANKS, Fault
+from tokenferry.kernels.control_block import HOST_EXPERTS_WORD, HOST_MOST_WORD, MAX_EXPERTS, MAX_RANKS, Fault
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.oracle import Oracle
 
@@ -259,5 +259,5 @@ def test_too_many_rows_for_a_tight_capacity_are_recorded_by_all(num_ranks, layou
 
 
 def test_host_words_are_where_the_host_looks():
-    """The call number, rows from eight ranks, rows to eight ranks, then the experts."""
-    assert HOST_EXPERTS_WORD == 17
+    """The call number, rows from eight ranks, rows to eight ranks, rows of the fullest rank, then the experts."""
+    assert (HOST_MOST_WORD, HOST_EXPERTS_WORD) == (17, 18)

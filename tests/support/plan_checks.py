@@ -43,4 +43,5 @@ def check_counts(planner, expected, rank, what):
         same_bits(f"{what} expert_offsets", t.expert_offsets, torch.tensor(offsets, dtype=torch.int32))
     unused = [-1] * (8 - expected.num_ranks)
     host = [planner.ranks.call, *expected.src_counts(rank), *unused, *expected.dst_counts(rank), *unused]
+    host.append(max(expected.ends))
     assert t.host.tolist() == [*host, *expected.expert_counts(rank)], f"{what} host words"

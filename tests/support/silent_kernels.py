@@ -17,7 +17,13 @@ from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda import workspace
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble
-from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, HOST_EXPERTS_WORD, HOST_SENT_WORD, RECORD_WORDS
+from tokenferry.kernels.control_block import (
+    CONTROL_BLOCK_BYTES,
+    HOST_EXPERTS_WORD,
+    HOST_MOST_WORD,
+    HOST_SENT_WORD,
+    RECORD_WORDS,
+)
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.streams import HostStreams
 
@@ -48,6 +54,7 @@ class SilentKernel:
             num_local = params.num_experts // NUM_RANKS
             for expert in range(num_local):
                 words[RECORD_WORDS + HOST_EXPERTS_WORD + expert] = NUM_RANKS * SENT_TO_EACH // num_local
+            words[RECORD_WORDS + HOST_MOST_WORD] = NUM_RANKS * SENT_TO_EACH
             words[RECORD_WORDS] = params.call_number
 
 

@@ -179,9 +179,10 @@ ENDED_WORD = RECORD.offsets["ended"] // 4
 
 HOST_RECEIVED_WORD = HEADER.constant("kHostReceivedWord", 1, "R words: rows from each rank; word 0 is the call number")
 HOST_SENT_WORD = HEADER.constant("kHostSentWord", HOST_RECEIVED_WORD + MAX_RANKS, "R words: rows to each rank")
-HOST_EXPERTS_WORD = HEADER.constant(
-    "kHostExpertsWord", HOST_SENT_WORD + MAX_RANKS, "L words: rows of each local expert"
+HOST_MOST_WORD = HEADER.constant(
+    "kHostMostWord", HOST_SENT_WORD + MAX_RANKS, "rows that the fullest rank needs space for; compare row_limit"
 )
+HOST_EXPERTS_WORD = HEADER.constant("kHostExpertsWord", HOST_MOST_WORD + 1, "L words: rows of each local expert")
 
 # ---- the timeline of a decode kernel: [blocks][kTraceWords], nanoseconds of the GPU's clock
 

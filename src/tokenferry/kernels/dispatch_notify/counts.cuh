@@ -213,8 +213,17 @@ DEV bool exchange_counts(const P& p, u32 epoch, u32 blocks, const Totals& totals
 
 // ---- the host
 
+// Returns the rank that needs space for the most rows; ends[r]: rows that rank r needs space for.
 template <class P>
-DEV void publish_to_host(const P& p, const i32* all, const i32 (*sent)[kMaxRanks]) {
+DEV u32 fullest_rank(const P& p, const i32* ends) {
+    u32 fullest = 0;
+    for (u32 r = 1; r < p.num_ranks; r++)
+        if ((u32)ends[r] > (u32)ends[fullest]) fullest = r;
+    return fullest;
+}
+
+template <class P>
+DEV void publish_to_host(const P& p, const i32* all, const i32 (*sent)[kMaxRanks], const i32* ends) {
     const u32 local = p.num_experts / p.num_ranks;
     u32* words = p.host;
     for (u32 i = threadIdx.x; i < local; i += blockDim.x) words[kHostExpertsWord + i] = (u32)all[p.rank * local + i];
@@ -224,6 +233,7 @@ DEV void publish_to_host(const P& p, const i32* all, const i32 (*sent)[kMaxRanks
     }
     __syncthreads();
     if (threadIdx.x == 0) {
+        words[kHostMostWord] = (u32)ends[fullest_rank(p, ends)];
         fence_system();
         store_release(words, p.call_number);
     }
@@ -231,12 +241,10 @@ DEV void publish_to_host(const P& p, const i32* all, const i32 (*sent)[kMaxRanks
 
 // ---- rows that do not fit
 
-// Returns whether the rows of every rank fit; ends[r]: rows that rank r receives.
+// Returns whether the rows of every rank fit.
 template <class P>
 DEV bool rows_fit(const P& p, const i32* ends) {
-    bool fit = true;
-    for (u32 r = 0; r < p.num_ranks; r++) fit &= (u32)ends[r] <= p.row_limit;
-    return fit;
+    return (u32)ends[fullest_rank(p, ends)] <= p.row_limit;
 }
 
 // Aborts the call, as every other rank does, because the rows of the fullest rank do not fit.
@@ -244,9 +252,7 @@ template <class P>
 DEV void reject_rows(const P& p, const i32* ends) {
     abort_plan(p);
     if (threadIdx.x != 0) return;
-    u32 worst = 0;
-    for (u32 r = 1; r < p.num_ranks; r++)
-        if (ends[r] > ends[worst]) worst = r;
+    const u32 worst = fullest_rank(p, ends);
     record_fault(p, kOverflow, worst, 0, (u32)ends[worst], p.row_limit, 0, 0);
     stop(p);
 }

@@ -6,7 +6,7 @@
 // Reads    topk_idx [T, K] in [-1, E).
 // Writes   peers' control blocks: counts, handshake. table [units, E + R]: rows of earlier units, per expert and per rank.
 //          bases: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on the device and,
-//          once more, in memory of the host.
+//          once more, in memory of the host, there with the rows of the fullest rank.
 // Order    1 all blocks  a unit's rows per column (a token counts once per expert, once per rank)
 //          2 last block  columns over all units; publish totals, each word with the epoch in it
 //          3 last block  wait for every peer's totals; from them the places where this rank's rows begin everywhere
@@ -29,7 +29,7 @@ DEV void finish(const DispatchNotifyParams& p, u32 epoch, const i32* all, const 
         mine->epoch = epoch;
     }
     if (rows_fit(p, ends)) {
-        publish_to_host(p, all, sent);
+        publish_to_host(p, all, sent, ends);
         return;
     }
     __syncthreads();
