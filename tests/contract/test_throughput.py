@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from support.guess_jobs import change
 from support.pairs import PLACES, Pair
 from support.throughput import (
     Deal,
@@ -49,6 +50,13 @@ def large_then_small(rank, pg, pair: Pair) -> None:
 
 def test_messages_grow_and_shrink(run, pair):
     run(pair, 2, large_then_small)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rows_without_a_most_of_tokens_grow_and_shrink(run, pair, ranks):
+    """On CUDA they are guessed, by all ranks alike."""
+    first, *others = run(pair, ranks, change, ranks)
+    assert all(other == first for other in others)
 
 
 @at_places

@@ -11,6 +11,7 @@ import torch
 from support.silent_kernels import CountedCalls, SilentGroup, rows_of
 from tokenferry import ambient
 from tokenferry.backends.cuda.dispatch import Dispatcher
+from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.errors import ClosedError, ShapeError
 from tokenferry.types import (
     Dispatched,
@@ -142,6 +143,23 @@ def other_views(group):
 def test_both_paths_launch_the_same_along_plans_of_other_views():
     general, fast = launches(other_views)
     assert len(general) == len(fast) > 0
+    for one, other in zip(general, fast, strict=True):
+        assert comparable(one) == comparable(other)
+
+
+def without_most_tokens(group):
+    """The first call of a kind waits for the counts; the others guess them."""
+    view = group.for_shape(dataclasses.replace(SHAPE, max_tokens=ANY_NUM_TOKENS))
+    for num_sms in (None, 5):
+        for weights in (WEIGHTS, None):
+            sent = view.dispatch(rows_of(T, H), routing(weights=weights), num_sms=num_sms)
+            view.redispatch(rows_of(T, H), sent.plan)
+            view.combine(view.empty_rows(sent.plan), sent.plan)
+
+
+def test_both_paths_launch_the_same_without_a_most_of_tokens():
+    general, fast = launches(without_most_tokens)
+    assert [launch[0] for launch in general] == ["dispatch_fused", "dispatch", "combine_push"] * 4
     for one, other in zip(general, fast, strict=True):
         assert comparable(one) == comparable(other)
 

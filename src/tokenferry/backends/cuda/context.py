@@ -301,8 +301,12 @@ class Context:
         """Break the group: its ranks may be out of step."""
         self.broken = f"is broken by an earlier {type(error).__name__}: {error}"
 
-    def wait_for_counts(self, call: Call) -> None:
+    def wait_for_counts(self, call: Call, *, may_overflow: bool = False) -> bool:
         """Wait until the counts of a dispatch are in pinned memory; other threads run meanwhile.
+
+        Returns:
+            bool: True. With ``may_overflow`` False if there are more rows on any rank than the limit of the call: all
+            ranks have aborted it, and can make it again.
 
         Raises:
             TokenferryError: a kernel has recorded an error.
@@ -322,7 +326,12 @@ class Context:
             )
             self.break_off(error)
             raise error
+        if may_overflow and self.pinned.overflowed(call.number):
+            self.pinned.take_record()
+            self._run_again()
+            return False
         self.raise_recorded()
+        return True
 
     def synchronize(self) -> None:
         """Wait for all work of this rank's calls, and raise their errors."""

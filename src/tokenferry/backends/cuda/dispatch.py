@@ -22,11 +22,13 @@ from tokenferry.backends.cuda.forms import (
     RedispatchForm,
     expand,
     fuse,
+    guessed_form,
     move,
     new_dispatch_form,
     new_redispatch_form,
     row_kind,
 )
+from tokenferry.backends.cuda.guess import RowGuess
 from tokenferry.backends.cuda.launch import RowKind, address
 from tokenferry.backends.cuda.plan import Counts
 from tokenferry.backends.cuda.results import LazyDispatched, LazyPlan, PlanAddresses, PlanLayout, addresses_of
@@ -55,6 +57,8 @@ class Dispatcher:
         self._key = key
         self._forms: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_FORMS)
         self._redispatch_forms: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_FORMS)
+        # By signature, and only calls that are complete change it: it is the same on all ranks, which forms are not.
+        self._guesses: BoundedDict[bytes, RowGuess] = BoundedDict(_MAX_FORMS)
 
     # ------------------------------------------------------------------ dispatch
 
@@ -63,7 +67,7 @@ class Dispatcher:
         index, weights = request.routing.topk_idx, request.routing.topk_weights
         rows, scale = _payload(request.x)
         kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=index.shape[1])
-        form = self.form(request.shape, request.options, kind, request.num_sms)
+        form = self.sized(self.form(request.shape, request.options, kind, request.num_sms))
         call = self._context.begin(form.signature)
         if form.waits and call.capturing:
             raise ArgumentError(
@@ -85,52 +89,116 @@ class Dispatcher:
             found = self._forms[key] = new_dispatch_form(self._context, self._key, shape, options, kind, num_sms)
         return found
 
+    def sized(self, form: DispatchForm) -> DispatchForm:
+        """Return the form with space for the rows that are expected, if M does not say how many; else the same form.
+
+        The first call of a kind expects nothing.
+        """
+        if form.guessed is None:
+            return form
+        guess = self._guesses.get(form.signature.words)
+        if guess is None:
+            return form
+        found = form.guessed.get(guess.num_rows)
+        if found is None:
+            found = form.guessed[guess.num_rows] = guessed_form(self._context, form, guess.num_rows)
+        return found
+
     def send(self, form: DispatchForm, call: Call, payload: Payload, num_tokens: int) -> Dispatched[Any]:
         """Make a plan and send rows along it; the rows bring the peers' half of the plan, too.
 
-        If the heap has space for the worst case, rows are sent at once, and the host waits for the counts meanwhile.
-        Otherwise it waits for the counts first, and takes blocks of the size that they need.
+        If the heap has space for as many rows as there can be, or as many as are expected, rows are sent at once, and
+        the host waits for the counts meanwhile. Otherwise it waits for the counts first, and takes blocks of the size
+        that they need.
 
         Args:
-            form: The form of the call.
+            form: The form of the call, as `sized` returns it.
             call: The call.
             payload: What it sends.
             num_tokens: T.
         """
-        context, allocator = self._context, self._allocator
+        allocator = self._allocator
         layout = form.layouts.get(num_tokens) or self._layout(form, num_tokens)
-        waits_first = form.waits and not allocator.has_room_for_two(form.worst_bytes)
-        # Blocks are taken before anything is sent: if the heap is full, the group is still whole.
+        plan_bytes = layout.num_bytes + form.worst_arrivals.num_bytes
         plan = LazyPlan()
         plan._form, plan._layout, plan._num_sent = form.plan, layout, layout.num_sent
-        if waits_first:
+        # Blocks are taken before anything is sent: if the heap is full, the group is still whole.
+        if form.waits and not allocator.has_room_for_two(plan_bytes + form.worst.num_bytes):
             plan._block = allocator.call_block(call, layout.num_bytes)
-            result = None
+            result = self._send_counted(form, call, plan, payload)
         else:
-            plan._block = allocator.call_block(call, layout.num_bytes + form.worst_arrivals.num_bytes)
-            result = self._recv(form, call, plan, None)
-        counts, num_blocks = None, blocks_of_fused(num_tokens, form.sms.links) if result else 0
+            plan._block = allocator.call_block(call, plan_bytes)
+            result = self._send_at_once(form, call, plan, payload)
+        if result is None:
+            result = self._send_once_more(form, plan, payload)
+        if result.leaves_block:
+            with self._context.breaking_off():  # the rows are sent, and lost if there is no memory for the copy
+                result.leave_block()
+        return result
+
+    def _send_at_once(self, form: DispatchForm, call: Call, plan: LazyPlan, payload: Payload) -> LazyDispatched | None:
+        """Send rows before the host knows how many; None: there are more than was guessed, and none was sent."""
+        context = self._context
+        result = self._recv(form, call, plan, None)
+        counts, num_blocks = None, blocks_of_fused(plan._layout.num_tokens, form.sms.links)
+        tight = form.geometry.space.tight and not call.capturing
         if not num_blocks:
             self._launch_plan(form, call, plan, payload.topk_idx)
-            if waits_first or (form.geometry.space.tight and not call.capturing):
-                with context.breaking_off(TokenferryError):  # `wait` itself breaks the group if it has to
-                    counts = cuda_plan.wait(context, call, form.geometry)
+            if tight:
+                counts = self._wait(form, call)
         try:  # from here on, peers wait for the rows of this rank
-            if result is None:
-                result = self._recv(form, call, plan, counts)
             self._launch_move(form, call, plan, result, payload, num_blocks)
         except BaseException as error:  # an interrupt, too
             context.break_off(error)
             raise
-        if num_blocks and form.geometry.space.tight and not call.capturing:
-            with context.breaking_off(TokenferryError):
-                counts = cuda_plan.wait(context, call, form.geometry)
+        if form.unlimited or (tight and counts is None):
+            counts = self._wait(form, call)
+            if counts is None:
+                return None
         if form.waits:
             self._count(form, plan, result, counts or cuda_plan.wait(context, call, form.geometry))
-        if result.leaves_block:
-            with context.breaking_off():  # the rows are sent, and lost if there is no memory for the copy
-                result.leave_block()
         return result
+
+    def _send_counted(self, form: DispatchForm, call: Call, plan: LazyPlan, payload: Payload) -> LazyDispatched | None:
+        """Send rows once the host knows how many; None: there are more than was guessed, and none was sent."""
+        self._launch_plan(form, call, plan, payload.topk_idx)
+        counts = self._wait(form, call)
+        if counts is None:
+            return None
+        with self._context.breaking_off():  # peers wait for the rows of this rank
+            result = self._recv(form, call, plan, counts)
+            self._launch_move(form, call, plan, result, payload, 0)
+        self._count(form, plan, result, counts)
+        return result
+
+    def _send_once_more(self, form: DispatchForm, plan: LazyPlan, payload: Payload) -> LazyDispatched:
+        """Make a call again, with the same block for its plan, in which more rows came than were guessed."""
+        context, unlimited = self._context, form.unlimited
+        assert unlimited is not None
+        with context.breaking_off(TokenferryError):  # peers, which make it again as well, wait for this rank
+            plan._block.trim(plan._layout.num_bytes)
+            result = self._send_counted(unlimited, context.begin(unlimited.signature), plan, payload)
+        assert result is not None
+        return result
+
+    def _wait(self, form: DispatchForm, call: Call) -> Counts | None:
+        """Wait for counts on which it depends what this rank does next, and peers wait for that.
+
+        Returns:
+            Counts | None: None if there are more rows than was guessed, on any rank.
+        """
+        context, unlimited = self._context, form.unlimited or form
+        with context.breaking_off(TokenferryError):  # waiting itself breaks the group if it has to
+            if form.unlimited and not context.wait_for_counts(call, may_overflow=True):
+                return None
+            counts = cuda_plan.wait(context, call, form.geometry)
+            if unlimited.guessed is not None:
+                words = unlimited.signature.words
+                guess = self._guesses.get(words)
+                if guess is None:
+                    guess = self._guesses[words] = RowGuess()
+                guess.note(context.pinned.most_received)
+            return counts
 
     def _layout(self, form: DispatchForm, num_tokens: int) -> PlanLayout:
         made = cuda_plan.plan_layout(form.geometry, self._context.num_ranks, num_tokens, form.kind.top_k)

@@ -99,6 +99,7 @@ class CudaFastPath:
         if form is None:
             sent = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=self._shape.top_k)
             form = self._dispatches[key] = self._dispatcher.form(self._shape, options or _DEFAULT, sent, num_sms)
+        form = self._dispatcher.sized(form)
         call = self._context.begin_eager(form.signature)
         if call is None:
             return None

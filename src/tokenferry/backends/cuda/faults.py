@@ -23,6 +23,7 @@ from tokenferry.kernels.control_block import (
     DISPATCH_WORD,
     ENDED_WORD,
     HOST_EXPERTS_WORD,
+    HOST_MOST_WORD,
     HOST_RECEIVED_WORD,
     HOST_SENT_WORD,
     MAX_EXPERTS,
@@ -117,9 +118,13 @@ class Pinned:
 
     def take_record(self) -> Record:
         """Return the record and clear it."""
-        record = Record(*self.words[:ENDED_WORD].tolist())
+        record = self._record()
         self.words[0] = 0
         return record
+
+    def overflowed(self, number: int) -> bool:
+        """Return whether the record says that the rows of a call did not fit."""
+        return self.words[0] == Fault.overflow and self._record().call_number == number
 
     def wait_for_call_number(self, number: int, timeout_s: float) -> bool:
         """Wait, without the GIL, until the counts of a call or a fault are here; return False after the deadline.
@@ -147,6 +152,14 @@ class Pinned:
         words = self.words[first : RECORD_WORDS + HOST_EXPERTS_WORD + num_local].tolist()
         sent, experts = HOST_SENT_WORD - HOST_RECEIVED_WORD, HOST_EXPERTS_WORD - HOST_RECEIVED_WORD
         return words[:num_ranks], words[sent : sent + num_ranks], words[experts:]
+
+    @property
+    def most_received(self) -> int:
+        """Rows that the fullest rank needs space for, the same on all ranks; after `wait_for_call_number`."""
+        return self.words[RECORD_WORDS + HOST_MOST_WORD]
+
+    def _record(self) -> Record:
+        return Record(*self.words[:ENDED_WORD].tolist())
 
 
 class FlightRecorder:

@@ -6,7 +6,7 @@ but for what differs from call to call.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 _MAX_LAYOUTS = 1024
 """Numbers of tokens, or rows, for which a form remembers where things lie."""
+_MAX_GUESSES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,14 @@ class DispatchForm:
         plan: What the plans share.
         worst: Where rows lie if there are as many as possible.
         worst_arrivals: The same for the parts of a plan.
-        worst_bytes: Bytes that a call takes from the heap in the worst case.
         layouts: Where the other parts of a plan lie, by T.
         notify: Kernel that counts and exchanges counts.
         assign: Kernel that computes places.
         move: Kernel that moves rows.
         fused: Kernel that does the work of these three, for few tokens.
         expand: Kernel that lays out rows by expert; None for ROWS.
+        guessed: Forms with space for as many rows as are guessed, by that number; None where M says how many.
+        unlimited: The form without the guess, if this is one of those.
     """
 
     signature: Signature
@@ -106,13 +108,14 @@ class DispatchForm:
     plan: PlanForm
     worst: RowLayout
     worst_arrivals: Arrivals
-    worst_bytes: int
     layouts: BoundedDict[int, PlanLayout]
     notify: LaunchTemplate
     assign: LaunchTemplate
     move: LaunchTemplate
     fused: LaunchTemplate
     expand: LaunchTemplate | None
+    guessed: BoundedDict[int, DispatchForm] | None
+    unlimited: DispatchForm | None = None
 
     @property
     def waits(self) -> bool:
@@ -142,39 +145,47 @@ def new_dispatch_form(
         ConfigError, CapacityError: as `tokenferry.backends.cuda.plan.geometry`.
     """
     geometry = cuda_plan.geometry(shape, options, context.num_ranks)
-    signature = Signature(
-        "dispatch",
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-        max_tokens=shape.max_tokens,
-        layout=geometry.layout,
-        alignment=options.alignment,
-        device_counts=int(options.counts == "device"),
-        capacity=options.capacity or 0,
-        **_signature_fields(kind),
-    )
     K, L, by_expert = kind.top_k, geometry.num_local, geometry.by_expert
     assert kind.topk_dtype is not None
     wide = kind.topk_dtype is torch.int64
     worst = cuda_plan.row_layout(options.layout, kind, geometry.most_delivered)
     arrivals = cuda_plan.arrivals(geometry, geometry.space.received, K, kind.topk_dtype)
-    layouts: BoundedDict[int, PlanLayout] = BoundedDict(_MAX_LAYOUTS)
-    most = cuda_plan.plan_layout(geometry, context.num_ranks, shape.max_tokens, K)
     return DispatchForm(
-        signature,
+        _dispatch_signature(geometry, kind, options.capacity or 0),
         geometry,
         kind,
         _sms(context, shape, num_sms),
         PlanForm(key, options, context.num_ranks, L, K, kind.topk_dtype, context.device),
         worst,
         arrivals,
-        worst.num_bytes + arrivals.num_bytes + most.num_bytes,
-        layouts,
+        BoundedDict(_MAX_LAYOUTS),
         launch.notify_template(context, geometry.sizes, K, wide=wide),
         launch.assign_template(context, geometry.sizes, K, wide=wide),
         launch.dispatch_template(context, kind, L, by_expert=by_expert),
         launch.fused_template(context, kind, geometry.sizes, L),
         _expand_template(context, kind, L, options, geometry.sizes.capacity) if by_expert else None,
+        BoundedDict(_MAX_GUESSES) if geometry.guesses else None,
+    )
+
+
+def guessed_form(context: Context, form: DispatchForm, num_rows: int) -> DispatchForm:
+    """Return a form of the same calls that has space for a number of rows, which all ranks have guessed.
+
+    The number is a part of the signature: ranks whose guesses differed would find it before any row moves.
+    """
+    geometry, kind = cuda_plan.limited(form.geometry, num_rows), form.kind
+    limit = geometry.sizes.row_limit
+    assert kind.topk_dtype is not None
+    return replace(
+        form,
+        signature=_dispatch_signature(geometry, kind, limit),
+        geometry=geometry,
+        worst=cuda_plan.row_layout(geometry.options.layout, kind, limit),
+        worst_arrivals=cuda_plan.arrivals(geometry, limit, kind.top_k, kind.topk_dtype),
+        notify=launch.notify_template(context, geometry.sizes, kind.top_k, wide=kind.topk_dtype is torch.int64),
+        fused=launch.fused_template(context, kind, geometry.sizes, geometry.num_local),
+        guessed=None,
+        unlimited=form,
     )
 
 
@@ -288,6 +299,21 @@ def _expand_template(
         alignment=options.alignment,
         capacity=capacity,
         zero_padding=options.zero_padding,
+    )
+
+
+def _dispatch_signature(geometry: Geometry, kind: RowKind, capacity: int) -> Signature:
+    shape, options = geometry.shape, geometry.options
+    return Signature(
+        "dispatch",
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        max_tokens=shape.max_tokens,
+        layout=geometry.layout,
+        alignment=options.alignment,
+        device_counts=int(options.counts == "device"),
+        capacity=capacity,
+        **_signature_fields(kind),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,6 +53,15 @@ class Geometry:
         """ROWS, EXPERTS or MASKED."""
         return self.sizes.layout
 
+    @property
+    def guesses(self) -> bool:
+        """Whether calls guess how many rows there will be: there may be more than any memory holds.
+
+        That follows from what has to be the same on all ranks, so it is the same on all ranks, too.
+        """
+        waits = self.options.counts == "host"
+        return waits and self.layout == ROWS and self.space.given >= _MOST_ROWS_BY_TOKEN
+
 
 def too_large(shape: MoeShape) -> str:
     """Return which size of a shape is too large for the kernels; empty if none is."""
@@ -100,6 +109,17 @@ def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geome
         ),
         by_expert=layout != ROWS,
         most_delivered=most,
+    )
+
+
+def limited(geometry: Geometry, num_rows: int) -> Geometry:
+    """Return the geometry of a dispatch of ROWS with space for a number of rows, and no more."""
+    num_rows = min(num_rows, geometry.sizes.row_limit)
+    return replace(
+        geometry,
+        space=RowCapacity(num_rows, num_rows, num_rows, geometry.space.sent),
+        sizes=replace(geometry.sizes, row_limit=num_rows),
+        most_delivered=num_rows,
     )
 
 
