@@ -117,13 +117,20 @@ def tune(shape: MoeShape, topology: Topology) -> Tuning:
 
 def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> Travel:
     """Return the traffic of a call of ``num_tokens`` rows of ``row_bytes``, for routings drawn uniformly. Pure."""
-    per_rank = shape.num_experts // num_ranks
-    miss = 1.0  # probability that none of K distinct experts lies on one given rank
-    for k in range(min(shape.top_k, shape.num_experts)):
-        miss *= max(0, shape.num_experts - per_rank - k) / (shape.num_experts - k)
-    ranks = num_ranks * (1 - miss)
-    remote = (num_ranks - 1) * (1 - miss)
+    hit = hit_probability(shape.num_experts, shape.num_experts // num_ranks, shape.top_k)
+    ranks, remote = num_ranks * hit, (num_ranks - 1) * hit
     return Travel(ranks, remote, num_tokens * ranks, num_tokens * remote * row_bytes)
+
+
+def hit_probability(num_experts: int, num_local: int, top_k: int) -> float:
+    """Return the probability that K distinct experts, drawn uniformly, include one of ``num_local`` given ones. Pure.
+
+    ``1 - C(E - L, K) / C(E, K)``, which is exact.
+    """
+    miss = 1.0
+    for k in range(min(top_k, num_experts)):
+        miss *= max(0, num_experts - num_local - k) / (num_experts - k)
+    return 1 - miss
 
 
 def gbps(curve: tuple[tuple[int, float], ...], num_sms: int) -> float:
