@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "layout": {"types", "errors"},
     "formats": {"types", "errors"},
     "tuning": {"types", "errors"},
+    "cost": {"types", "errors", "topology", "tuning"},
     "transports": {"errors", "forked", "topology"},
     # Independent of experts, and usable outside of this project.
     "jit": {"errors"},
@@ -62,6 +63,7 @@ MAY_IMPORT = {
         "api",
         "testing",
         "tuning",
+        "cost",
         "transports",
         "jit",
         "memory",
@@ -83,6 +85,7 @@ MAY_IMPORT = {
         "testing",
         "bench",
         "tuning",
+        "cost",
         "compat",
         "jit",
     },

@@ -1,0 +1,4 @@
+"""A model of the cost of dispatch and combine across nodes: rows and bytes on each link, times, memory.
+
+Nothing here moves data, and only `sampling` computes with tensors.
+"""

@@ -1,0 +1,219 @@
+"""Bytes and times of one dispatch and one combine of either family, from the rows on the links.
+
+What is measured on one node is taken from benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tokenferry.cost.case import Case, Links
+from tokenferry.cost.rows import RankRows
+
+CallName = Literal["dispatch", "combine"]
+
+FIXED_US = 20.0
+"""Launch, entry, flags and exit of a throughput call: what one node takes beyond its bytes, for T from 512 to 8192."""
+
+PLACES_US = 30.0
+"""Counts and places of a new routing: what a dispatch takes beyond one whose plan is kept, T=4096 and 8192."""
+
+DECODE_US = {"dispatch": 7.0, "combine": 5.0}
+"""A decode call in a CUDA graph beyond its bytes: T=1 on one node."""
+
+DECODE_SHARE = {"dispatch": 0.62, "combine": 0.81}
+"""The share of the links' rate that decode calls of one node reach, from the time that T=512 takes longer than T=1."""
+
+COPY_GBS = 4143.0
+"""Rate of a copy in a GPU's memory, bytes read and bytes written."""
+
+LEAST_CHUNK_BYTES = 2_000_000
+MOST_CHUNKS = 8
+
+PEER_BYTES = 16
+"""What the exchange of routings adds for each peer: counts."""
+
+_TOKEN_BYTES = 4
+_WEIGHT_BYTES = 4
+_SLOT_ALIGN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The parts of the time of a call, on the busiest rank, in microseconds.
+
+    Attributes:
+        routing_us: Exchange of the routing, counts and places; a call whose plan is kept does without.
+        network_us: The network leg alone.
+        nvlink_us: The NVLink leg alone.
+        exposed_us: What is not hidden behind the slower leg: the first or last chunk of the other (decode calls: all
+            of it), and packing.
+        fixed_us: Launch and flags.
+    """
+
+    routing_us: float
+    network_us: float
+    nvlink_us: float
+    exposed_us: float
+    fixed_us: float
+
+    @property
+    def kept_us(self) -> float:
+        """Return the time of the call if its plan is kept."""
+        return max(self.network_us, self.nvlink_us) + self.exposed_us + self.fixed_us
+
+    @property
+    def total_us(self) -> float:
+        """Return the time of the call."""
+        return self.routing_us + self.kept_us
+
+    @property
+    def bound_by(self) -> str:
+        """Return the largest part: ``"network"``, ``"NVLink"`` or ``"overheads"``."""
+        parts = {
+            "network": self.network_us,
+            "NVLink": self.nvlink_us,
+            "overheads": self.total_us - max(self.network_us, self.nvlink_us),
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """The bytes that one call moves over the links of the busiest rank, and its time.
+
+    Attributes:
+        call: Its name.
+        row_bytes: Bytes of a row with its scales.
+        network_out_bytes: Rows to other nodes; decode calls send every slot, filled or not.
+        network_in_bytes: Rows from other nodes.
+        routing_out_bytes: What is sent to other nodes beside the rows: ids, weights, counts.
+        nvlink_out_bytes: Rows to other ranks of the node.
+        nvlink_in_bytes: Rows from other ranks of the node.
+        num_chunks: Exchanges in which the rows cross the network.
+        times: Its time.
+    """
+
+    call: CallName
+    row_bytes: int
+    network_out_bytes: float
+    network_in_bytes: float
+    routing_out_bytes: float
+    nvlink_out_bytes: float
+    nvlink_in_bytes: float
+    num_chunks: int
+    times: Times
+
+
+def entry_bytes(case: Case) -> int:
+    """Return the bytes of the routing of one (token, node): token, ids of 16 bits if they suffice, weights. Pure."""
+    id_bytes = 2 if case.shape.num_experts < 1 << 15 else 4
+    return _TOKEN_BYTES + case.shape.top_k * (id_bytes + _WEIGHT_BYTES)
+
+
+def slot_header_bytes(case: Case) -> int:
+    """Return the bytes of the same in the header of a slot of a decode call. Pure."""
+    return -(-entry_bytes(case) // _SLOT_ALIGN) * _SLOT_ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """Bytes of rows on the links, each of the rank where they are most; ``relayed`` is a part of ``nvlink_*``."""
+
+    row_bytes: int
+    network_out: float
+    network_in: float
+    nvlink_out: float
+    nvlink_in: float
+    relayed: float
+
+    @property
+    def network(self) -> float:
+        return max(self.network_out, self.network_in)
+
+    @property
+    def nvlink(self) -> float:
+        return max(self.nvlink_out, self.nvlink_in)
+
+
+def throughput_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Links) -> CallCost:
+    """Return the cost of `dispatch` or `combine`, whose legs overlap by chunks. Pure.
+
+    Args:
+        call: Which one.
+        case: Sizes and cluster.
+        rows: The rows of the dispatch on the links of every rank, expected or counted.
+        links: Their rates.
+    """
+    load, peers = _load(call, case, rows), case.cluster.num_nodes - 1
+    routing_us, entries = PLACES_US if call == "dispatch" else 0.0, 0.0
+    nvlink_us, network_us, exposed_us, chunks = _us(load.nvlink, links.nvlink_gbs), 0.0, 0.0, 0
+    if peers:
+        chunks = min(max(int(load.network_out / peers / LEAST_CHUNK_BYTES), 1), MOST_CHUNKS)
+        network_us = _us(load.network, links.network_gbs) + chunks * links.network_us
+        relayed_us = _us(load.relayed, links.nvlink_gbs)
+        end_us = max(nvlink_us, network_us + relayed_us / chunks, network_us / chunks + relayed_us)
+        exposed_us = end_us - max(nvlink_us, network_us) + _us(2 * load.network_out / chunks, COPY_GBS)
+        if call == "dispatch":
+            per_row = entry_bytes(case) / load.row_bytes
+            entries = load.network_out * per_row + peers * PEER_BYTES
+            routing_us += links.network_us + _us(load.network * per_row + peers * PEER_BYTES, links.network_gbs)
+    times = Times(routing_us, network_us, nvlink_us, exposed_us, FIXED_US)
+    return _call_cost(call, load, entries, chunks, times)
+
+
+def decode_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Links, slots: int) -> CallCost:
+    """Return the cost of `decode_dispatch` or `decode_combine`, whose legs follow each other. Pure.
+
+    Args:
+        call: Which one.
+        case: Sizes and cluster.
+        rows: The rows of the dispatch on the links of every rank, expected or counted.
+        links: Their rates.
+        slots: Rows that a rank sends to each other node, whether it has that many or not.
+    """
+    load, peers = _load(call, case, rows), case.cluster.num_nodes - 1
+    filled = load.network_out
+    headers = peers * slots * slot_header_bytes(case) if call == "dispatch" else 0
+    slot_bytes = float(peers * slots * load.row_bytes)
+    load = replace(load, network_out=slot_bytes, network_in=slot_bytes)
+    nvlink_us = _us(load.nvlink, links.nvlink_gbs * DECODE_SHARE[call])
+    network_us = _us(slot_bytes + headers, links.network_gbs) + links.network_us if peers else 0.0
+    exposed_us = min(network_us, nvlink_us) + _us(2 * filled, COPY_GBS)
+    times = Times(0.0, network_us, nvlink_us, exposed_us, DECODE_US[call])
+    return _call_cost(call, load, headers, min(peers, 1), times)
+
+
+def _load(call: CallName, case: Case, rows: Sequence[RankRows]) -> _Load:
+    if call == "dispatch":
+        row_bytes, directed = case.dispatch_row_bytes, list(rows)
+    else:
+        row_bytes, directed = case.combine_row_bytes, [each.reversed() for each in rows]
+    return _Load(
+        row_bytes,
+        row_bytes * max(each.network_out for each in directed),
+        row_bytes * max(each.network_in for each in directed),
+        row_bytes * max(each.own_out + each.relayed_out for each in directed),
+        row_bytes * max(each.own_in + each.relayed_in for each in directed),
+        row_bytes * max(max(each.relayed_out, each.relayed_in) for each in directed),
+    )
+
+
+def _call_cost(call: CallName, load: _Load, routing_bytes: float, chunks: int, times: Times) -> CallCost:
+    return CallCost(
+        call,
+        load.row_bytes,
+        load.network_out,
+        load.network_in,
+        routing_bytes,
+        load.nvlink_out,
+        load.nvlink_in,
+        chunks,
+        times,
+    )
+
+
+def _us(num_bytes: float, gbs: float) -> float:
+    return num_bytes / gbs / 1e3
