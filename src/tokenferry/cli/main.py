@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import tokenferry
-from tokenferry.cli import bench, deep_ep_path, demo, diagnose, doctor, explain, limits, trace
+from tokenferry.cli import bench, deep_ep_path, demo, diagnose, doctor, explain, limits, plan, trace
 from tokenferry.cli.screen import OutputClosed, Screen
 from tokenferry.errors import ConfigError, TokenferryError
 from tokenferry.testing.streams import open_closed_streams
@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": demo,
     "doctor": doctor,
     "explain": explain,
+    "plan": plan,
     "limits": limits,
     "bench": bench,
     "trace": trace,

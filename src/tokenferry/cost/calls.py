@@ -1,6 +1,6 @@
 """Bytes and times of one dispatch and one combine of either family, from the rows on the links.
 
-What is measured on one node is taken from benchmarks/README.md.
+What is measured on one node is taken from benchmarks/README.md; docs/cost-model.md says which constants are assumed.
 """
 
 from __future__ import annotations

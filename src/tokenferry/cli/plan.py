@@ -1,0 +1,205 @@
+"""`tokenferry plan`: the cost of dispatch and combine across nodes, from a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenferry.bench.report import about
+from tokenferry.bench.report.costs import plot_costs
+from tokenferry.bench.report.plots import need_matplotlib
+from tokenferry.cli.options import positive
+from tokenferry.cli.screen import Screen
+from tokenferry.cost.calls import CallCost
+from tokenferry.cost.case import Case, Cluster, Gate, Links
+from tokenferry.cost.estimate import DecodeSizes, Estimate, Family, as_json, estimate, over_nodes
+from tokenferry.cost.sampling import Sampling
+from tokenferry.errors import ConfigError
+from tokenferry.types import MoeShape
+
+HELP = "estimate bytes, times and memory of dispatch and combine across nodes, and what bounds them"
+DESCRIPTION = """\
+Computes, without any GPU, for up to 2048 ranks: the rows and bytes on the links of a rank, the parts of the time of
+each call, the memory of its buffers, and what bounds it. Two families of calls: throughput (dispatch, combine) and
+decoding (decode_dispatch, decode_combine).
+
+This is a model, not a measurement: docs/cost-model.md has its formulas, its assumptions and how far it was compared.
+GPUs do not cross nodes in this version.
+"""
+ROWS = ("family", "T=M", "network out", "in", "NVLink out", "in", "received", "mean")
+BYTES = ("call", "row bytes", "network out", "in", "routing out", "NVLink out", "in")
+TIMES = ("call", "routing", "network", "NVLink", "exposed", "fixed", "whole", "plan kept", "bound by")
+MEMORY = ("family", "network buffers", "rows of a dispatch", "worst case")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; the defaults are DeepSeek-V3's sizes on four nodes."""
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--nodes", type=positive, default=4, help="N (default: 4)")
+    sizes.add_argument("--ranks-per-node", type=positive, default=8, help="P (default: 8)")
+    sizes.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
+    sizes.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
+    sizes.add_argument("--hidden", type=positive, default=7168, help="H (default: 7168)")
+    sizes.add_argument("--tokens", type=positive, default=4096, help="T and M of throughput calls (default: 4096)")
+    sizes.add_argument("--decode-tokens", type=positive, default=128, help="T and M of decode calls (default: 128)")
+    sizes.add_argument("--slots", type=positive, help="rows that a decode call sends to each other node (default: M)")
+    sizes.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8", help="rows of dispatches (default: fp8)")
+    links = parser.add_argument_group("links, in each direction, 10^9 bytes a second a rank")
+    links.add_argument("--network-gbs", type=float, default=50.0, help="between nodes (default: 50, 400 Gb/s)")
+    links.add_argument("--nvlink-gbs", type=float, default=330.0, help="inside a node (default: 330, H200)")
+    links.add_argument(
+        "--network-us", type=float, default=10.0, help="us of an exchange beside its bytes (default: 10)"
+    )
+    gate = parser.add_argument_group("routing; uniform without these")
+    gate.add_argument("--groups", type=positive, metavar="G", help="groups of experts; DeepSeek-V3: 8")
+    gate.add_argument("--top-groups", type=positive, metavar="L", help="groups that a token may use; DeepSeek-V3: 4")
+    gate.add_argument("--limited-nodes", type=positive, metavar="L", help="--top-groups, with one group for each node")
+    gate.add_argument(
+        "--skew", type=float, default=0.0, metavar="S", help="expert i has popularity 1 / i^S (default: 0)"
+    )
+    gate.add_argument(
+        "--placement",
+        choices=("shuffled", "sorted"),
+        default="shuffled",
+        help="where popular experts are: anywhere, or on the first ranks (default: shuffled)",
+    )
+    gate.add_argument("--samples", type=positive, default=32768, help="tokens drawn if not uniform (default: 32768)")
+    gate.add_argument("--seed", type=int, default=0, help="seed of these tokens (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate to FILE as well")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a picture over nodes to FILE; needs matplotlib"
+    )
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Print the estimate."""
+    if args.plot is not None:
+        need_matplotlib()
+    shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
+    case = Case(Cluster(args.nodes, args.ranks_per_node), shape, _gate(args), args.dtype)
+    links = Links(args.network_gbs, args.nvlink_gbs, args.network_us)
+    decode, sampling = DecodeSizes(args.decode_tokens, args.slots), Sampling(args.samples, args.seed)
+    found = estimate(case, links, decode, sampling)
+    show(found, screen)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report(found, args.command_line), indent=1) + "\n", encoding="utf-8")
+        screen.line(f"written: {args.json}")
+    if args.plot is not None:
+        plot_costs(list(over_nodes(case, links, decode, sampling)), args.plot)
+        screen.line(f"written: {args.plot}")
+    return 0
+
+
+def report(found: Estimate, command: str) -> dict[str, Any]:
+    """Return the JSON report."""
+    return {"schema": 1, **about.about(command), "estimate": as_json(found)}
+
+
+def show(found: Estimate, screen: Screen) -> None:
+    """Print the tables."""
+    for line in _head(found):
+        screen.line(line)
+    screen.line()
+    families = (found.throughput, found.decoding)
+    calls = [(f"{family.name} {cost.call}", cost) for family in families for cost in (family.dispatch, family.combine)]
+    for title, header, rows in (
+        ("rows of one dispatch, on the busiest rank", ROWS, [_rows(family) for family in families]),
+        ("MB on the links of the busiest rank", BYTES, [[name, *_bytes(cost)] for name, cost in calls]),
+        ("us", TIMES, [[name, *_times(cost)] for name, cost in calls]),
+        ("MB of memory, on the busiest rank", MEMORY, [_memory(family) for family in families]),
+    ):
+        screen.table(title, header, rows)
+        screen.line()
+    for line in _foot(found):
+        screen.line(line)
+
+
+def _gate(args: argparse.Namespace) -> Gate:
+    groups, top_groups = args.groups, args.top_groups
+    if args.limited_nodes is not None:
+        if top_groups is not None:
+            raise ConfigError("--limited-nodes and --top-groups say the same; give one of them")
+        if groups not in (None, args.nodes):
+            raise ConfigError(
+                f"--limited-nodes {args.limited_nodes} needs one group for each node, but --groups {groups} is not "
+                f"--nodes {args.nodes}; give --top-groups instead"
+            )
+        groups, top_groups = args.nodes, args.limited_nodes
+    if (groups is None) != (top_groups is None):
+        raise ConfigError("--groups and --top-groups limit together: give both of them, or --limited-nodes")
+    return Gate(groups or 1, top_groups or 1, args.skew, args.placement)
+
+
+def _head(found: Estimate) -> list[str]:
+    case, reach, gate = found.case, found.reach, found.case.gate
+    cluster, shape = case.cluster, case.shape
+    how = f"sampled, {reach.sampled_tokens} tokens" if reach.sampled_tokens else "exact"
+    lines = [
+        f"N={cluster.num_nodes} P={cluster.ranks_per_node} R={cluster.num_ranks} E={shape.num_experts} "
+        f"K={shape.top_k} H={shape.hidden}, routing {gate} ({how})",
+        f"network {found.links.network_gbs:g} GB/s, NVLink {found.links.nvlink_gbs:g} GB/s a rank",
+        f"a token goes to {reach.nodes_per_token:.3f} nodes, {reach.remote_nodes_per_token:.3f} of them others "
+        f"(at most {case.most_remote_nodes}), and to {reach.ranks_per_token:.3f} ranks",
+    ]
+    if gate.skew:
+        node, rank = max(reach.nodes) * cluster.num_nodes, max(reach.ranks) * cluster.num_ranks
+        lines.append(
+            f"the busiest node gets {node / reach.nodes_per_token:.2f} times the mean, "
+            f"the busiest rank {rank / reach.ranks_per_token:.2f} times"
+        )
+    return lines
+
+
+def _foot(found: Estimate) -> list[str]:
+    v1, decoding = found.deep_ep_v1, found.decoding
+    lines = ["whole: routing, the longer one of network and NVLink, what it does not hide, and launch and flags"]
+    if found.case.cluster.num_nodes > 1:
+        filled = decoding.mean_rows.network_out / (found.case.cluster.num_nodes - 1)
+        lines.append(
+            f"decode calls send {found.decode_slots} slots to each other node, of which {filled:.1f} are filled; "
+            f"{found.overflows:.2g} overflows a call are expected"
+        )
+    lines.append(
+        f"DeepEP V1 low latency: {v1.dispatch_us:.0f} us for the bytes of a dispatch, {v1.combine_us:.0f} of a "
+        f"combine; {v1.buffer_bytes / 1e6:.0f} MB of buffers"
+    )
+    lines.append("a model: GPUs do not cross nodes in this version; see docs/cost-model.md")
+    return lines
+
+
+def _rows(family: Family) -> list[str]:
+    rows = family.busiest_rows
+    numbers = (
+        rows.network_out,
+        rows.network_in,
+        rows.own_out + rows.relayed_out,
+        rows.own_in + rows.relayed_in,
+        rows.received,
+        family.mean_rows.received,
+    )
+    return [family.name, str(family.tokens), *(f"{number:.0f}" for number in numbers)]
+
+
+def _bytes(cost: CallCost) -> list[str]:
+    sizes = (
+        cost.network_out_bytes,
+        cost.network_in_bytes,
+        cost.routing_out_bytes,
+        cost.nvlink_out_bytes,
+        cost.nvlink_in_bytes,
+    )
+    return [str(cost.row_bytes), *(f"{size / 1e6:.2f}" for size in sizes)]
+
+
+def _times(cost: CallCost) -> list[str]:
+    times = cost.times
+    parts = (times.routing_us, times.network_us, times.nvlink_us, times.exposed_us, times.fixed_us)
+    return [*(f"{us:.0f}" for us in (*parts, times.total_us, times.kept_us)), times.bound_by]
+
+
+def _memory(family: Family) -> list[str]:
+    memory = family.memory
+    sizes = (memory.network_bytes, memory.expected_rows_bytes, memory.worst_rows_bytes)
+    return [family.name, *(f"{size / 1e6:.0f}" for size in sizes)]

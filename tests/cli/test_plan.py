@@ -1,0 +1,147 @@
+"""`tokenferry plan` needs neither GPUs nor a network."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from tokenferry.cli.main import main
+from tokenferry.cost.calls import CallCost, Times
+from tokenferry.cost.deep_ep_v1 import LowLatency
+from tokenferry.cost.estimate import Estimate, Family
+from tokenferry.cost.memory import Memory
+from tokenferry.cost.rows import RankRows
+
+ISSUE = "plan --nodes 32 --ranks-per-node 8 --experts 256 --top-k 8 --hidden 7168 --tokens 4096"
+
+
+def names(thing):
+    return {field.name for field in fields(thing)}
+
+
+def line(out, start):
+    return next(each for each in out.splitlines() if each.startswith(start)).split()
+
+
+def test_a_large_cluster(capsys):
+    assert main([*ISSUE.split(), "--network-gbs", "50", "--nvlink-gbs", "330"]) == 0
+    out = capsys.readouterr().out
+    assert "N=32 P=8 R=256 E=256 K=8 H=7168, routing uniform (exact)" in out
+    assert "7.040 of them others (at most 8), and to 8.000 ranks" in out
+    # 4096 * 7.040 rows of 7392 bytes; at 50 GB/s, and 3 exchanges of 10 us.
+    assert line(out, "throughput dispatch  ") == [
+        "throughput",
+        "dispatch",
+        "7392",
+        *["213.15"] * 2,
+        "1.50",
+        *["211.94"] * 2,
+    ]
+    assert "throughput dispatch       70     4293     642      242     20   4625       4555   network" in out
+    assert "decode calls send 128 slots to each other node, of which 29.1 are filled; 0 overflows" in out
+    assert "a model: GPUs do not cross nodes in this version" in out
+
+
+def test_two_thousand_ranks(capsys):
+    assert main(["plan", "--nodes", "256", "--experts", "2048"]) == 0
+    assert "R=2048" in capsys.readouterr().out
+
+
+def test_one_node_has_no_slots(capsys):
+    assert main(["plan", "--nodes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "0.000 of them others (at most 0)" in out
+    assert "slots" not in out
+
+
+@pytest.mark.parametrize("words", ["--groups 8 --limited-nodes 4", "--limited-nodes 4", "--groups 8 --top-groups 4"])
+def test_group_limits(words, capsys):
+    assert main(["plan", "--nodes", "8", "--samples", "500", *words.split()]) == 0
+    out = capsys.readouterr().out
+    assert "routing 4 of 8 groups (sampled, 500 tokens)" in out
+    assert "(at most 4)" in out
+
+
+def test_skewed_routing(capsys):
+    assert main(["plan", "--skew", "1", "--placement", "sorted", "--samples", "2000"]) == 0
+    out = capsys.readouterr().out
+    assert "routing popularity 1 / i^1, sorted (sampled, 2000 tokens)" in out
+    assert "the busiest node gets" in out
+    received = line(out, "throughput  4096")
+    assert float(received[-2]) > 3 * float(received[-1]), "the first rank receives far more than the mean"
+
+
+def test_other_options(capsys):
+    words = "plan --dtype bf16 --decode-tokens 64 --slots 40 --network-us 25 --network-gbs 25 --nvlink-gbs 160"
+    assert main(words.split()) == 0
+    out = capsys.readouterr().out
+    assert "network 25 GB/s, NVLink 160 GB/s" in out
+    assert line(out, "decoding dispatch  ")[2] == "14336"
+    # (3 * 40 * (14336 + 64)) bytes at 25 GB/s, and 25 us.
+    assert "decoding dispatch          0       94 " in out
+    assert "decode calls send 40 slots" in out
+
+
+def test_the_same_seed_prints_the_same(capsys):
+    printed = []
+    for seed in ("1", "1", "2"):
+        assert main(["plan", "--skew", "1", "--samples", "300", "--seed", seed]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
+def test_json(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    assert main(["plan", "--nodes", "8", "--limited-nodes", "4", "--samples", "300", "--json", str(file)]) == 0
+    assert f"written: {file}" in capsys.readouterr().out
+    report = json.loads(file.read_text())
+    assert set(report) == {"schema", "tokenferry", "commit", "date", "command", "machine", "estimate"}
+    assert report["schema"] == 1
+    assert report["command"].startswith("tokenferry plan --nodes 8")
+    found = report["estimate"]
+    assert set(found) == names(Estimate)
+    assert found["case"]["cluster"] == {"num_nodes": 8, "ranks_per_node": 8}
+    assert found["case"]["gate"] == {"num_groups": 8, "top_groups": 4, "skew": 0.0, "placement": "shuffled"}
+    assert set(found["reach"]) == {
+        *("nodes_per_token", "remote_nodes_per_token", "ranks_per_token"),
+        *("busiest_node", "busiest_rank", "sampled_tokens"),
+    }
+    assert found["reach"]["sampled_tokens"] == 300
+    assert set(found["deep_ep_v1"]) == names(LowLatency)
+    for family in (found["throughput"], found["decoding"]):
+        assert set(family) == names(Family)
+        assert set(family["mean_rows"]) == set(family["busiest_rows"]) == names(RankRows)
+        assert set(family["memory"]) == names(Memory)
+        for call in ("dispatch", "combine"):
+            assert set(family[call]) == names(CallCost)
+            assert set(family[call]["times"]) == {*names(Times), "total_us", "kept_us", "bound_by"}
+
+
+def test_a_picture(tmp_path, capsys):
+    file = tmp_path / "new" / "plan.png"
+    assert main(["plan", "--nodes", "4", "--plot", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert f"written: {file}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--nodes 3", "256 experts are no multiple of 24 ranks"),
+        ("--top-k 300", "top_k=300 exceeds 256 experts"),
+        ("--nodes 512", "512 nodes of 8 ranks are 4096 ranks; the model covers up to 2048"),
+        ("--hidden 100", "hidden=100 is no multiple of 128"),
+        ("--network-gbs 0", "network_gbs: expected a positive rate"),
+        ("--slots 129", "slots: expected 1 .. 128"),
+        ("--nodes 2 --limited-nodes 3", "top_groups: expected 1 .. 2, got 3"),
+        ("--nodes 8 --limited-nodes 4 --groups 4", "--groups 4 is not --nodes 8; give --top-groups instead"),
+        ("--nodes 8 --limited-nodes 4 --top-groups 4", "--limited-nodes and --top-groups say the same"),
+        ("--groups 8", "--groups and --top-groups limit together"),
+        ("--top-groups 4", "--groups and --top-groups limit together"),
+        ("--groups 7 --top-groups 2", "7 groups do not divide 256 experts"),
+        ("--skew -1", "skew: expected 0 or more"),
+    ],
+)
+def test_what_does_not_fit(words, complaint, capsys):
+    assert main(["plan", *words.split()]) == 2
+    assert complaint in capsys.readouterr().err
