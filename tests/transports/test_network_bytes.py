@@ -1,0 +1,102 @@
+"""What crosses the network between nodes is what the cost model counts: one row for each token and other node."""
+
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from support.pairs import Pair
+from tokenferry import Quantized, Routing
+from tokenferry.backends.cpu.exchange import Exchange
+from tokenferry.cost.calls import throughput_call
+from tokenferry.cost.case import Case, Cluster, Links
+from tokenferry.cost.rows import count_rows, network_rows
+from tokenferry.layout import Sections
+from tokenferry.transports.process_group import ProcessGroupTransport
+from tokenferry.types import MoeShape
+
+T, K, H, E = 23, 4, 256, 24
+CPU = torch.device("cpu")
+CLUSTERS = {4: Cluster(2, 2), 6: Cluster(3, 2)}
+
+
+def topk_idx_of(rank):
+    """The experts of a rank's tokens; some slots are unused, and the last rank has fewer tokens."""
+    generator = torch.Generator(CPU).manual_seed(rank)
+    scores = torch.rand(T - 5 * (rank == 3), E, generator=generator, dtype=torch.float32, device=CPU)
+    chosen = scores.topk(K, dim=1).indices
+    chosen[::4, 1:] = -1
+    return chosen
+
+
+@dataclass
+class Crossing:
+    """What a rank sends along its rail, and all that its process group sends, both by destination rank."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    widths: list[tuple[int, ...]] = field(default_factory=list)
+    bytes: list[list[int]] = field(default_factory=list)
+
+
+def cross(rank, pg, per_node, quantized):
+    """Dispatch and combine; return for each of the two calls what crossed."""
+    calls = {"dispatch": Crossing(), "combine": Crossing()}
+    now = calls["dispatch"]
+    start, opened = Exchange.start, ProcessGroupTransport.open
+
+    def watched_start(self, signature, outgoing, **options):
+        if signature.leg == "between nodes":
+            now.rows.append(list(outgoing.counts))
+            now.widths.append(outgoing.payload.sections.widths)
+        return start(self, signature, outgoing, **options)
+
+    def watched_open(self, call, sizes):
+        if any(sizes):
+            now.bytes.append(list(sizes))
+        return opened(self, call, sizes)
+
+    topk_idx = topk_idx_of(rank)
+    x = torch.ones(len(topk_idx), H, dtype=torch.bfloat16, device=CPU)
+    if quantized:
+        scale = torch.ones(len(x), H // 128, dtype=torch.float32, device=CPU)
+        x = Quantized(x.to(torch.float8_e4m3fn), scale)
+    weights = torch.ones(topk_idx.shape, dtype=torch.float32, device=CPU)
+    pair = Pair("cpu", "shared_memory+process_group", per_node)
+    shape = MoeShape(E, K, H, T)
+    with pair.open(pg, shape) as group, patch.object(Exchange, "start", watched_start):
+        with patch.object(ProcessGroupTransport, "open", watched_open):
+            sent = group.dispatch(x, Routing(topk_idx, weights))
+            now = calls["combine"]
+            y = torch.ones(sent.plan.num_received, H, dtype=torch.bfloat16, device=CPU)
+            group.combine(y, sent.plan)
+        topology = group.topology
+    return topology, calls
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("ranks", CLUSTERS)
+def test_counted_rows_cross_the_network(worlds, ranks, quantized):
+    cluster = CLUSTERS[ranks]
+    case = Case(cluster, MoeShape(E, K, H, T), rows="fp8" if quantized else "bf16")
+    routing = [topk_idx_of(rank) for rank in range(ranks)]
+    expected = count_rows(routing, E, cluster.nodes)
+    # Scales travel with the metadata of a row on CPUs.
+    data_bytes = {"dispatch": H if quantized else 2 * H, "combine": 2 * H}
+    moved = {"dispatch": [0] * ranks, "combine": [0] * ranks}
+    for rank, (topology, calls) in enumerate(worlds(ranks).run(cross, cluster.ranks_per_node, quantized)):
+        assert topology.nodes == cluster.nodes
+        for name, crossing in calls.items():
+            ((rows,), ((width, metadata),)) = crossing.rows, crossing.widths
+            remote = [0 if peer == rank else count for peer, count in enumerate(rows)]
+            assert width == data_bytes[name]
+            assert crossing.bytes == [[Sections((width, metadata)).num_bytes(count) for count in remote]]
+            moved[name][rank] = sum(remote)
+            if name == "dispatch":
+                sent = network_rows(routing[rank], E, topology)
+                assert [remote[peer] for peer in topology.rail] == list(sent)
+    assert moved["dispatch"] == [each.network_out for each in expected]
+    assert moved["combine"] == [each.network_in for each in expected]
+    for name, rows in moved.items():
+        cost = throughput_call(name, case, expected, Links(50.0, 330.0))
+        assert cost.network_out_bytes == max(rows) * cost.row_bytes
