@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -236,6 +236,10 @@ class Plan:
     # CUDA: `Dispatched.host_counts` of the first dispatch, so that redispatch does not wait for the device.
     _host_counts: tuple[int, ...] | None = field(default=None, repr=False)
 
+    def _managed_by_torch(self) -> tuple[Tensor, ...]:
+        """Return the tensors in memory that torch manages, and reuses in the order of the streams that it knows of."""
+        return _tensors_of(self)
+
     @property
     def src_rank(self) -> Tensor:
         """Source rank of each row received: ``[src_counts.sum()]`` int64."""
@@ -330,6 +334,10 @@ class DecodePlan:
         """Return the same plan with other tensors of the routing."""
         return replace(self, topk_idx=topk_idx, topk_weights=topk_weights)
 
+    def _managed_by_torch(self) -> tuple[Tensor, ...]:
+        """See `Plan._managed_by_torch`."""
+        return _tensors_of(self)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeDispatched(Generic[Rows_co]):
@@ -366,3 +374,8 @@ class DecodeCombined:
 
     x: Tensor
     hook: Callable[[], None]
+
+
+def _tensors_of(plan: Plan | DecodePlan) -> tuple[Tensor, ...]:
+    values = (getattr(plan, part.name) for part in fields(plan))
+    return tuple(value for value in values if isinstance(value, Tensor))

@@ -5,70 +5,19 @@ from typing import Any
 import pytest
 import torch
 
+from support.fake_streams import Cuda
 from tokenferry.compat.deep_ep import Buffer, EventHandle, EventOverlap
+from tokenferry.compat.deep_ep.low_latency import Handle as LowLatencyHandle
 from tokenferry.compat.deep_ep.streams import Lane, When
-from tokenferry.compat.deep_ep.throughput import TokenLayout
+from tokenferry.compat.deep_ep.throughput import Handle, TokenLayout
 from tokenferry.errors import ArgumentError, ConfigError
-
-
-class Cuda:
-    """The parts of torch.cuda that `Lane` and `EventHandle` use; ``log`` lists the calls in order."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.done: set[str] = set()
-        self.capturing = False
-        self.streams = [Stream(self, "mine")]
-        self.num_events = 0
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: self.streams[-1])
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: Stream(self, "comm"))
-        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
-
-
-class Stream:
-    def __init__(self, cuda: Cuda, name: str) -> None:
-        self.cuda, self.name = cuda, name
-
-    def __enter__(self) -> None:
-        self.cuda.streams.append(self)
-
-    def __exit__(self, *_: object) -> None:
-        self.cuda.streams.pop()
-
-    def wait_event(self, event: "Event") -> None:
-        self.cuda.log.append(f"{self.name} waits for {event.name}")
-
-    def wait_stream(self, other: "Stream") -> None:
-        self.cuda.log.append(f"{self.name} waits for {other.name}")
-
-
-class Event:
-    def __init__(self, cuda: Cuda) -> None:
-        self.cuda = cuda
-        self.name = f"event {cuda.num_events}"
-        cuda.num_events += 1
-
-    def record(self) -> None:
-        self.cuda.log.append(f"{self.name} on {self.cuda.streams[-1].name}")
-
-    def query(self) -> bool:
-        assert not self.cuda.capturing, "an event cannot be asked anything during a capture"
-        return self.name in self.cuda.done
+from tokenferry.types import DecodePlan, DispatchOptions, Plan
 
 
 class Marked(torch.Tensor):
-    """A tensor with ``is_cuda`` set, which lists the streams that it was marked for."""
+    """A tensor that lists the streams that it was marked for."""
 
     streams: list[str]
-
-    @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
-        return True
 
     def record_stream(self, stream: Any) -> None:
         self.streams.append(stream.name)
@@ -113,9 +62,9 @@ def test_a_synchronous_call_waits_on_the_current_stream_for_an_event(cuda, lane)
 
 def test_an_asynchronous_call_runs_on_the_other_stream_without_being_waited_for(cuda, lane):
     _, event = lane.run("call", When(async_finish=True), (), work_on(cuda))
-    assert cuda.log == ["comm waits for mine", "work on comm", "event 0 on comm"]
+    assert cuda.log == ["event 0 on mine", "comm waits for event 0", "work on comm", "event 1 on comm"]
     event.current_stream_wait()
-    assert cuda.log[-1] == "mine waits for event 0"
+    assert cuda.log[-1] == "mine waits for event 1"
 
 
 def test_with_an_event_it_waits_for_that_alone(cuda, lane):
@@ -126,8 +75,34 @@ def test_with_an_event_it_waits_for_that_alone(cuda, lane):
 
 def test_what_crosses_streams_is_marked_for_the_other(cuda, lane):
     given, there, back = marked(), marked(), marked()
-    lane.run("call", When(async_finish=True), ((given, None), When(there)), work_on(cuda, (1, (back,), None)))
-    assert (given.streams, there.streams, back.streams) == (["comm"], ["comm"], ["mine"])
+    inputs = ((given, None), TokenLayout(there, None, None, there))
+    lane.run("call", When(async_finish=True), inputs, work_on(cuda, (1, (back,), None)))
+    assert (given.streams, set(there.streams), back.streams) == (["comm"], {"comm"}, ["mine"])
+
+
+def plan_of(tensor: Marked) -> Plan:
+    return Plan("key", DispatchOptions(), 0, 0, 0, *[tensor] * 8)
+
+
+def decode_plan_of(tensor: Marked) -> DecodePlan:
+    return DecodePlan("key", 0, 0, tensor, None, tensor, tensor, None)
+
+
+@pytest.mark.parametrize(
+    ("holder", "num_marks"),
+    [
+        (lambda tensor: TokenLayout(tensor, tensor, tensor, tensor), 4),
+        (lambda tensor: Handle(plan_of(marked()), tensor, 0, 1, 1), 1),
+        (lambda tensor: Handle(plan_of(tensor), marked(), 0, 1, 1), 8),
+        (lambda tensor: LowLatencyHandle(decode_plan_of(tensor), 1, 1, 1, None), 3),
+        (lambda tensor: LowLatencyHandle(decode_plan_of(marked()), 1, 1, 1, None, tensor), 1),
+    ],
+    ids=["layout", "in_rank", "plan", "decode plan", "combine buffer"],
+)
+def test_tensors_of_what_calls_take_and_return_are_marked(cuda, lane, holder, num_marks):
+    given, back = marked(), marked()
+    lane.run("call", When(async_finish=True), (holder(given),), work_on(cuda, (holder(back),)))
+    assert (given.streams, back.streams) == (["comm"] * num_marks, ["mine"] * num_marks)
 
 
 def test_inputs_live_until_the_call_is_done(cuda, lane):
@@ -146,8 +121,8 @@ def test_inputs_live_until_the_call_is_done(cuda, lane):
     call()
     assert not died
     lane.run("call", When(async_finish=True), (), work_on(cuda))
-    assert not died, "event 0 has not passed"
-    cuda.done.add("event 0")
+    assert not died, "event 1 has not passed"
+    cuda.done.add("event 1")
     lane.run("call", When(async_finish=True), (), work_on(cuda))
     assert died == [1]
 
@@ -156,7 +131,7 @@ def test_during_a_capture_the_event_keeps_the_inputs(cuda, lane):
     cuda.capturing = True
     tensor = marked()
     _, event = lane.run("call", When(async_finish=True), (tensor,), work_on(cuda))
-    assert event.event._kept == [tensor]
+    assert event.event._kept == (tensor,)
     assert not lane._pending
 
 
@@ -273,6 +248,26 @@ def test_a_handle_reads_like_a_tuple_whose_tensors_are_made_when_read():
     assert handle[3:5][1] is in_rank
     with pytest.raises(IndexError):
         handle[7]
+
+
+def test_a_low_latency_handle_reads_like_a_tuple_whose_tensors_are_made_when_read():
+    buffer = Buffer(None, low_latency_mode=True)
+    topk_idx = torch.tensor([[0, 1], [1, -1]])
+    handles = [buffer.low_latency_dispatch(torch.ones(2, 8), topk_idx, 4, 2, use_fp8=False)[2] for _ in range(2)]
+    handle = handles[0]
+    src_info, layout_range, *sizes, plan = handle
+    assert len(handle) == 6
+    assert (src_info.dtype, src_info.shape, src_info[:, 0].tolist()) == (torch.int32, (2, 4), [0, 0])
+    assert (layout_range.dtype, layout_range.tolist()) == (torch.int64, [[1], [2]])
+    assert (*sizes,) == handle[2:5] == (4, 8, 2)
+    assert plan is handle[-1] is handle.plan
+    assert torch.equal(handle[0], src_info)
+    assert handle[:2][1].tolist() == layout_range.tolist()
+    assert handle == handle
+    assert handle != handles[1]
+    assert {handle: 1}[handle]
+    with pytest.raises(IndexError):
+        handle[6]
 
 
 def test_the_layout_of_an_inference_tensor_is_never_known():

@@ -282,6 +282,11 @@ class LazyDecodePlan(DecodePlan):
         other.num_tokens, other.topk_idx, other.topk_weights = self.num_tokens, topk_idx, topk_weights
         return other
 
+    def _managed_by_torch(self) -> tuple[Tensor, ...]:
+        """Return those of which the others are parts."""
+        parts = (self._words, self.topk_idx)
+        return parts if self.topk_weights is None else (*parts, self.topk_weights)
+
     @property
     def group_key(self) -> str:
         """See `DecodePlan.group_key`."""

@@ -248,6 +248,10 @@ class LazyPlan(Plan):
         num_rows = 0 if self._form.options.layout is Layout.ROWS else self._num_rows
         return self._received("row_idx", (num_rows, self._form.top_k), torch.int64)
 
+    def _managed_by_torch(self) -> tuple[Tensor, ...]:
+        """Return none: all lie in the blocks, which the heap gives back after the streams that used them."""
+        return ()
+
     def _addresses(self) -> PlanAddresses:
         layout, start = self._layout, self._block.address
         return PlanAddresses(

@@ -409,10 +409,10 @@ class Buffer(Connected, LowLatencyCalls):
             num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         )
         routing = None if topk_idx is None else Routing(topk_idx, topk_weights)
-        known = 0 if topk_idx is None else self._known_experts(topk_idx, layout)
-        options = throughput.Options(expert_alignment, num_worst_tokens, num_sms, known)
+        options = throughput.Options(expert_alignment, num_worst_tokens, num_sms, self._known_experts(topk_idx, layout))
+        inputs, views = (x, topk_idx, topk_weights, layout), self._views
         sent, event = self._lane.run(
-            call, when, (x, routing, layout), lambda: throughput.dispatch(self._views, x, routing, layout, options)
+            call, when, inputs, lambda: throughput.dispatch(views, x, routing, layout, options)
         )
         return *sent, event
 
@@ -465,11 +465,12 @@ class Buffer(Connected, LowLatencyCalls):
             return None
         return (Buffer._asked_num_sms if config is None else config.num_sms) or None
 
-    def _known_experts(self, topk_idx: Tensor, given: throughput.TokenLayout) -> int:
+    def _known_experts(self, topk_idx: Tensor | None, given: throughput.TokenLayout) -> int:
         """Return E if the latest `get_dispatch_layout` made this of ``topk_idx``, and nothing has changed; else 0."""
         latest = self._latest_layout
         if (
             latest is not None
+            and topk_idx is not None
             and latest.topk_idx.is_of(topk_idx)
             and latest.in_rank.is_of(given.in_rank)
             and latest.per_rank.is_of(given.per_rank)

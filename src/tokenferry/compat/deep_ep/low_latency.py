@@ -1,13 +1,13 @@
 """DeepEP's low-latency mode on an `ExpertGroup`.
 
-A *handle* is a tuple of six: DeepEP's five elements and a `LowLatencyState`.
+A *handle* is a sequence of six: DeepEP's five elements, and the `DecodePlan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import INDICES, Checks, fits
 from tokenferry.compat.deep_ep.arguments import detached
+from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
 from tokenferry.types import DecodePlan, DecodeStats, Quantized, Routing, Scale
 
-Handle = tuple[Any, ...]
 Hook = Callable[[], None]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LOGFMT_COLUMNS = 128
@@ -27,18 +27,38 @@ _WEIGHTS = (torch.float32,)
 
 
 @dataclass(slots=True, eq=False)
-class LowLatencyState:
-    """The state of a handle.
+class Handle(HandleBase):
+    """The handle of a `dispatch`.
+
+    Its elements are: ``src_token`` ``[L, R*M]`` int32; ``src_range`` ``[L, R]`` int64; M; H; E; the plan.
 
     Attributes:
         plan: The plan of the dispatch.
+        max_tokens: M of the dispatch.
+        hidden: H of the dispatch.
+        num_experts: E of the dispatch.
         topk_idx: CPU: a copy of the routing, for comparison. CUDA: None, since the host would have to wait to compare.
         combine_buffer: The tensor that zero-copy combine reads; None until it is requested.
     """
 
+    _NUM_ELEMENTS: ClassVar[int] = 6
+
     plan: DecodePlan
+    max_tokens: int
+    hidden: int
+    num_experts: int
     topk_idx: Tensor | None
     combine_buffer: Tensor | None = None
+
+    def managed_by_torch(self) -> tuple[Tensor | None, ...]:
+        """See `HoldsTensors`."""
+        return (*self.plan._managed_by_torch(), self.combine_buffer)
+
+    def _element(self, place: int) -> Any:  # noqa: ANN401 - see HandleBase
+        plan = self.plan
+        if place == 0:
+            return plan.src_token
+        return plan.src_range if place == 1 else (self.max_tokens, self.hidden, self.num_experts, plan)[place - 2]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +88,7 @@ class CombineArguments:
 
     Attributes:
         use_logfmt: Send rows as LogFMT-10.
-        zero_copy: Read ``LowLatencyState.combine_buffer`` instead of the rows.
+        zero_copy: Read `Handle.combine_buffer` instead of the rows.
         out: ``[T, H]`` to write to, or None.
         wait_ns: ``[R]`` int64 counters, or None.
         return_hook: Whether the caller receives with a hook.
@@ -109,8 +129,7 @@ def dispatch(
     max_tokens, num_experts = given.max_tokens, given.num_experts
     _check_dispatch(views.group, x, topk_idx, given)
     view = views.of(num_experts, topk_idx.shape[1], x.shape[1], max_tokens)
-    on_cpu = view.device.type == "cpu"
-    if on_cpu:
+    if not views.on_gpu:
         topk_idx = topk_idx.clone()  # the caller may overwrite its tensor before combine
     uncounted = given.received is None and given.wait_ns is None
     sent = view.decode_dispatch(
@@ -121,15 +140,7 @@ def dispatch(
         return_hook=given.return_hook,
     )
     rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
-    plan = sent.plan
-    handle = (
-        plan.src_token,
-        plan.src_range,
-        max_tokens,
-        x.shape[1],
-        num_experts,
-        LowLatencyState(plan, topk_idx if on_cpu else None),
-    )
+    handle = Handle(sent.plan, max_tokens, x.shape[1], num_experts, None if views.on_gpu else topk_idx)
     return rows, sent.expert_counts, handle, sent.hook if given.return_hook else None
 
 
@@ -180,10 +191,9 @@ def combine(
         ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.decode_combine`.
     """
     call = "Buffer.low_latency_combine"
-    state = state_of(handle, call)
-    assert isinstance(handle, tuple)
-    _, _, max_tokens, hidden, num_experts, _ = handle
-    group, plan = views.group, state.plan
+    known = checked(handle, call)
+    max_tokens, hidden, num_experts = known.max_tokens, known.hidden, known.num_experts
+    group, plan = views.group, known.plan
     R, device, of_routing = group.num_ranks, group.device, (plan.num_tokens, plan.topk_idx.shape[1])
     if given.wait_ns is not None or not (
         fits(x, (num_experts // R, R * max_tokens, hidden), FLOATS, device)
@@ -205,21 +215,21 @@ def combine(
         )
     assert routing.topk_weights is not None
     weights = detached(routing.topk_weights)
-    if state.topk_idx is None:  # the plan holds the tensor of the dispatch, which may since have been overwritten
-        plan = plan._routed(routing.topk_idx.contiguous(), weights)
-    elif not torch.equal(routing.topk_idx.long(), state.topk_idx.long()):
+    if known.topk_idx is None:  # the plan holds the tensor of the dispatch, which may since have been overwritten
+        plan = plan._routed(routing.topk_idx, weights)
+    elif not torch.equal(routing.topk_idx.long(), known.topk_idx.long()):
         raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
     else:
         plan = plan._routed(plan.topk_idx, weights)
     if given.zero_copy:
         if x.dtype != torch.bfloat16:
             raise ArgumentError(f"{call}: x: with zero_copy rows are bfloat16, got {x.dtype}; pass zero_copy=False")
-        if state.combine_buffer is None:
+        if known.combine_buffer is None:
             raise ArgumentError(
                 f"{call}: zero_copy: reads get_next_low_latency_combine_buffer(handle), which was not called for this "
                 "handle; write the rows there first, or pass zero_copy=False"
             )
-        x = state.combine_buffer
+        x = known.combine_buffer
     view = views.of(num_experts, of_routing[1], hidden, max_tokens)
     done = view.decode_combine(
         detached(x),
@@ -234,23 +244,23 @@ def combine(
 
 def combine_buffer(group: ExpertGroup, handle: object) -> Tensor:
     """Return ``[EL, R*M, H]`` bfloat16, which zero-copy combine reads; the same tensor for the same handle. Local."""
-    state = state_of(handle, "Buffer.get_next_low_latency_combine_buffer")
-    assert isinstance(handle, tuple)
-    if state.combine_buffer is None:
+    known = checked(handle, "Buffer.get_next_low_latency_combine_buffer")
+    if known.combine_buffer is None:
         # Any memory will do, since combine sends rows from anywhere.
-        shape = (*state.plan.src_token.shape, handle[3])
-        state.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=group.device)
-    return state.combine_buffer
+        R = group.num_ranks
+        shape = (known.num_experts // R, R * known.max_tokens, known.hidden)
+        known.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=group.device)
+    return known.combine_buffer
 
 
-def state_of(handle: object, call: str) -> LowLatencyState:
-    """Return the state of a handle.
+def checked(handle: object, call: str) -> Handle:
+    """Return a handle.
 
     Raises:
-        PlanError: it is not a handle that `Buffer.low_latency_dispatch` returned.
+        PlanError: it is not one that `Buffer.low_latency_dispatch` returned.
     """
-    if isinstance(handle, tuple) and len(handle) == 6 and isinstance(handle[-1], LowLatencyState):
-        return handle[-1]
+    if isinstance(handle, Handle):
+        return handle
     raise PlanError(
         f"{call}: handle: expected the handle that Buffer.low_latency_dispatch of tokenferry returned, got "
         f"{type(handle).__name__}; pass it on as it is"

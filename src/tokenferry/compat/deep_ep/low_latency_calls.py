@@ -277,7 +277,7 @@ class LowLatencyCalls:
         (combined_x, hook), event = self._lane.run(
             call,
             When(async_finish=async_finish),
-            (x, routing, handle, out, given.wait_ns),
+            (x, topk_idx, topk_weights, handle, out, given.wait_ns),
             lambda: low_latency.combine(self._views, x, routing, handle, given),
         )
         return combined_x, event, hook

@@ -4,17 +4,20 @@ On the CPU there are no streams: a call runs at once. On CUDA a call with ``asyn
 current stream; with ``async_finish=True`` on the communication stream of the Buffer, and the caller's stream does not
 wait for it until the caller waits for the returned event.
 
-Memory that two streams use must not be reused by one of them while the other still reads or writes it. The inputs are
-therefore marked with `Tensor.record_stream` for the communication stream, and the results for the caller's. The marks
-have no effect on memory that torch does not own, such as rows that peers write: inputs are kept alive until the call is
-done.
+Memory that two streams use must not be reused by one of them while the other still reads or writes it:
+
+* Memory of torch goes back to the stream on which it was allocated. Inputs are therefore marked with
+  `Tensor.record_stream` for the communication stream, and results for the caller's.
+* Memory of the heap (rows, most plans), which such marks do not affect, goes back after the stream on which it was
+  allocated and the stream on which it is freed. Of results these are the two that use it. An input may come from a
+  third: all inputs are kept alive until the call is done, as they were given, so that a plan makes no tensor for it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +29,7 @@ from tokenferry.errors import ArgumentError
 _T = TypeVar("_T")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class When:
     """The arguments of a call that concern streams.
 
@@ -63,8 +66,18 @@ class When:
         return event
 
 
+class HoldsTensors:
+    """Something that calls take or return, and that holds tensors; its class says which of them torch manages."""
+
+    __slots__ = ()
+
+    def managed_by_torch(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors in memory that torch manages; they need not all differ."""
+        raise NotImplementedError
+
+
 class Lane:
-    """The streams on which the calls of one `Buffer` run.
+    """The streams on which the calls of one `Buffer` run. For one thread at a time.
 
     Attributes:
         stream: The communication stream, or None on the CPU.
@@ -74,11 +87,18 @@ class Lane:
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._device = device
-        self._pending: deque[tuple[EventHandle, list[Tensor]]] = deque()
+        self._pending: deque[tuple[EventHandle, tuple[Any, ...]]] = deque()
 
     def run(self, call: str, when: When, inputs: tuple[Any, ...], work: Callable[[], _T]) -> tuple[_T, EventOverlap]:
         """Run ``work``, which reads ``inputs``, on the stream of the call, after the event that it waits for. Local.
+
+        Args:
+            call: The method that was called, for errors.
+            when: The arguments that concern streams.
+            inputs: Tensors, tuples and `HoldsTensors`; anything else among them holds no tensors.
+            work: The call itself. Its result is like ``inputs``.
 
         Returns:
             tuple: The result of ``work``, and the call's event, which is empty if the call was synchronous.
@@ -93,24 +113,20 @@ class Lane:
             return work(), EventOverlap(EventHandle() if when.async_finish else None)
         current = torch.cuda.current_stream(self._device)
         if event is None:
-            self.stream.wait_stream(current)
+            self._before.record(current)
+            self.stream.wait_event(self._before)
+        else:
+            event.delay(self.stream)
         with torch.cuda.stream(self.stream):
-            if event is not None:
-                event.current_stream_wait()
             result = work()
-            done = EventHandle()
-            self._keep(done, list(_tensors_in(inputs)))
-        for tensor in _tensors_in(result):
-            if tensor.is_cuda:
-                tensor.record_stream(current)
+            done = EventHandle.behind(self.stream)
+            _mark(inputs, self.stream)
+            self._keep(done, inputs)
+        _mark(result, current)
         return result, EventOverlap(done)
 
-    def _keep(self, done: EventHandle, inputs: list[Tensor]) -> None:
+    def _keep(self, done: EventHandle, inputs: tuple[Any, ...]) -> None:
         """Keep the inputs of a call alive until it is done; the communication stream must be current."""
-        assert self.stream is not None
-        for tensor in inputs:
-            if tensor.is_cuda:
-                tensor.record_stream(self.stream)
         if torch.cuda.is_current_stream_capturing():
             # An event cannot be queried during a capture, but the program must wait for it before the capture ends.
             done.keep(inputs)
@@ -120,13 +136,12 @@ class Lane:
             self._pending.popleft()
 
 
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield all tensors in nested tuples and dataclasses."""
+def _mark(value: object, stream: torch.cuda.Stream) -> None:
+    """Let torch reuse the memory of tensors, where it manages it, only after the work that is now on a stream."""
     if isinstance(value, Tensor):
-        yield value
+        value.record_stream(stream)
     elif isinstance(value, tuple):
         for part in value:
-            yield from _tensors_in(part)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors_in(getattr(value, field.name))
+            _mark(part, stream)
+    elif isinstance(value, HoldsTensors):
+        _mark(value.managed_by_torch(), stream)

@@ -5,17 +5,17 @@ A *handle* is a sequence of seven: DeepEP's six elements, of which those for its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenferry.api import ExpertGroup
 from tokenferry.checks import INDICES, Checks
 from tokenferry.compat.deep_ep.arguments import Rows, detached, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
+from tokenferry.compat.deep_ep.handles import HandleBase
+from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
 from tokenferry.types import Dispatched, DispatchOptions, Plan, Quantized, Routing
@@ -23,7 +23,6 @@ from tokenferry.types import Dispatched, DispatchOptions, Plan, Quantized, Routi
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
 
-_HANDLE_ELEMENTS = 7
 _SRC_TOKEN_ELEMENT = 3
 
 
@@ -46,16 +45,21 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Handle(Sequence[Any]):
-    """The handle of a `dispatch`. Programs pass it on, and rarely read it: its elements are made when they are read.
+class Handle(HandleBase):
+    """The handle of a `dispatch`.
+
+    Its elements are: the prefix matrix ``[R, R]`` int32, of which a rank knows only its own column and the others are
+    -1; None twice; ``src_token`` ``[N]`` int32; ``in_rank``; None; the plan.
 
     Attributes:
-        plan: The plan of the dispatch, which is also the last element.
+        plan: The plan of the dispatch.
         in_rank: ``[T, R]`` bool: whether a token goes to a rank.
         rank: This rank.
         num_experts: E of the dispatch.
         top_k: K of the dispatch.
     """
+
+    _NUM_ELEMENTS: ClassVar[int] = 7
 
     plan: Plan
     in_rank: Tensor
@@ -63,26 +67,11 @@ class Handle(Sequence[Any]):
     num_experts: int
     top_k: int
 
-    def __len__(self) -> int:
-        """Return 7."""
-        return _HANDLE_ELEMENTS
+    def managed_by_torch(self) -> tuple[Tensor | None, ...]:
+        """See `HoldsTensors`."""
+        return (self.in_rank, *self.plan._managed_by_torch())
 
-    @overload
-    def __getitem__(self, i: int) -> Any: ...  # noqa: ANN401 - tensors, None, and a plan
-
-    @overload
-    def __getitem__(self, i: slice) -> tuple[Any, ...]: ...
-
-    def __getitem__(self, i: int | slice) -> Any:
-        """Return an element, or a tuple of some.
-
-        They are: the prefix matrix ``[R, R]`` int32, of which a rank knows only its own column and the others are -1;
-        None twice; ``src_token`` ``[N]`` int32; ``in_rank``; None; the plan.
-        """
-        places = range(_HANDLE_ELEMENTS)[i]
-        return self._element(places) if isinstance(places, int) else tuple(self._element(place) for place in places)
-
-    def _element(self, place: int) -> Any:  # noqa: ANN401 - see __getitem__
+    def _element(self, place: int) -> Any:  # noqa: ANN401 - see HandleBase
         plan = self.plan
         if place == 0:
             ranks = plan.src_counts.shape[0]
@@ -95,7 +84,7 @@ class Handle(Sequence[Any]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenLayout:
+class TokenLayout(HoldsTensors):
     """The tensors that `Buffer.get_dispatch_layout` returns.
 
     Attributes:
@@ -110,6 +99,10 @@ class TokenLayout:
     per_expert: Tensor | None
     in_rank: Tensor
 
+    def managed_by_torch(self) -> tuple[Tensor | None, ...]:
+        """See `HoldsTensors`."""
+        return (self.per_rank, self.per_node, self.per_expert, self.in_rank)
+
 
 def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> TokenLayout:
     """Count the tokens for each rank and expert. Local; never waits for a GPU.
@@ -121,12 +114,12 @@ def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> To
     group = views.group
     check = Checks(call, group.device)
     check.tensor("topk_idx", topk_idx, "T K", INDICES)
-    if not _on_gpu(group):
+    if not views.on_gpu:
         check.experts("topk_idx", topk_idx, num_experts)
     views.of(num_experts, 1, 1, 1)
-    counted = group._token_layout(topk_idx.contiguous(), num_experts)
+    counted = group._token_layout(topk_idx, num_experts)
     # A GPU's group is one node, whose number of tokens nobody asks for; on the CPU it is compared with what was given.
-    per_node = None if _on_gpu(group) else _tokens_of_nodes(counted.in_rank)
+    per_node = None if views.on_gpu else _tokens_of_nodes(counted.in_rank)
     return TokenLayout(counted.per_rank, per_node, counted.per_expert, counted.in_rank)
 
 
@@ -145,20 +138,20 @@ def dispatch(
     _check_positive(call, "num_worst_tokens", num_worst_tokens, 0)
     rows = to_native(call, x)
     num_experts = options.num_experts
-    if not num_experts or not _on_gpu(group) or given.in_rank.shape[0] != height(rows):
+    if not num_experts or not views.on_gpu or given.in_rank.shape[0] != height(rows):
         num_experts = _check_layout(views, given, height(rows), call)
     if routing is None:
         if num_worst_tokens:
             raise ArgumentError(
                 f"{call}: num_worst_tokens={num_worst_tokens} needs topk_idx; pass topk_idx and topk_weights"
             )
-        if not _on_gpu(group):
+        if not views.on_gpu:
             per_rank = given.in_rank.sum(0, dtype=torch.int32)
             _check_same(call, given, TokenLayout(per_rank, _tokens_of_nodes(given.in_rank), None, given.in_rank))
         return _dispatch_without_experts(views, rows, x, given, options)
     routing = _agreed(views, routing, given, num_experts, call, same=bool(options.num_experts))
     native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else None
-    most = _most_tokens(group, height(rows), num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
+    most = _most_tokens(views, height(rows), num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
     top_k = routing.topk_idx.shape[1]
     view = views.of(num_experts, top_k, width(rows), most)
     sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
@@ -262,10 +255,10 @@ def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int
     index, weights = routing.topk_idx, routing.topk_weights
     weights = None if weights is None else detached(weights)
     group = views.group
-    if same and _on_gpu(group) and given.in_rank.shape[0] == index.shape[0]:
+    if same and views.on_gpu and given.in_rank.shape[0] == index.shape[0]:
         return Routing(index, weights)
     Checks(call, group.device).given("x", T=given.in_rank.shape[0]).tensor("topk_idx", index, "T K", INDICES)
-    if _on_gpu(group):
+    if views.on_gpu:
         return Routing(_kept(index, given.in_rank, num_experts), weights)
     Checks(call, group.device).experts("topk_idx", index, num_experts)
     kept = _kept(index, given.in_rank, num_experts)
@@ -289,7 +282,7 @@ def _kept(index: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
     return index.masked_fill(used & ~in_rank.gather(1, owner), -1)
 
 
-def _most_tokens(group: ExpertGroup, num_tokens: int, num_worst_tokens: int, call: str) -> int:
+def _most_tokens(views: Views, num_tokens: int, num_worst_tokens: int, call: str) -> int:
     """Return M of a dispatch into a fixed number of rows, the same on all ranks.
 
     DeepEP requires rows for the worst case: R times the tokens of a rank. The CPU backend accepts fewer, since it knows
@@ -298,19 +291,15 @@ def _most_tokens(group: ExpertGroup, num_tokens: int, num_worst_tokens: int, cal
     Raises:
         CapacityError: on a GPU, ``num_worst_tokens`` is below R times T.
     """
-    if not _on_gpu(group):
+    if not views.on_gpu:
         return num_worst_tokens
-    if num_tokens * group.num_ranks > num_worst_tokens:
+    R = views.group.num_ranks
+    if num_tokens * R > num_worst_tokens:
         raise CapacityError(
-            f"{call}: num_worst_tokens={num_worst_tokens} holds {num_worst_tokens // group.num_ranks} tokens "
-            f"from each of {group.num_ranks} ranks, got T={num_tokens}; pass at least R times the most of any rank"
+            f"{call}: num_worst_tokens={num_worst_tokens} holds {num_worst_tokens // R} tokens from each of {R} ranks, "
+            f"got T={num_tokens}; pass at least R times the most of any rank"
         )
-    return max(1, num_worst_tokens // group.num_ranks)
-
-
-def _on_gpu(group: ExpertGroup) -> bool:
-    """Return whether the host would have to wait for the values of tensors."""
-    return group.device.type != "cpu"
+    return max(1, num_worst_tokens // R)
 
 
 def _check_layout(views: Views, given: TokenLayout, num_tokens: int, call: str) -> int:

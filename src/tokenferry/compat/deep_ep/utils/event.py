@@ -7,7 +7,7 @@ event marks a position in torch's current stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -21,19 +21,33 @@ class EventHandle:
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
-        self._kept: Sequence[Tensor] = ()
+        self._kept: object = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # else nothing can have been submitted
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
+
+    @classmethod
+    def behind(cls, stream: torch.cuda.Stream) -> EventHandle:
+        """Return a mark behind the work submitted so far to ``stream``."""
+        made = cls.__new__(cls)
+        made._kept = None
+        made._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        made._event.record(stream)
+        return made
 
     def current_stream_wait(self) -> None:
         """Make later work on the current stream wait for the marked work. Local, returns at once."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
 
-    def keep(self, tensors: Sequence[Tensor]) -> None:
-        """Keep tensors alive as long as this handle."""
-        self._kept = tensors
+    def delay(self, stream: torch.cuda.Stream) -> None:
+        """Make later work on a stream wait for the marked work. Local, returns at once."""
+        if self._event is not None:
+            stream.wait_event(self._event)
+
+    def keep(self, inputs: object) -> None:
+        """Keep the inputs of a call alive as long as this handle."""
+        self._kept = inputs
 
     def has_passed(self) -> bool:
         """Return whether the marked work is done; not while a CUDA graph is captured."""

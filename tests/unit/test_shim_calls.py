@@ -1,0 +1,187 @@
+"""Calls of `Buffer` on a GPU: few calls of torch, and marks for what two streams use. Kernels do nothing here."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from support.silent_kernels import CountedCalls
+from support.silent_shim import E, H, K, M, SilentShim, T, storage
+from tokenferry import ambient
+
+HOW = {"synchronous": {}, "asynchronous": {"async_finish": True}}
+
+
+@pytest.fixture
+def shim(monkeypatch):
+    return SilentShim(monkeypatch)
+
+
+def calls_of(shim, how):
+    """Return all calls of `Buffer` that send rows, by name."""
+    layout = shim.layout()
+    got, _, weights, _, handle, _ = shim.dispatch(layout)
+    rows, _, low_latency_handle, _, _ = shim.low_latency_dispatch(use_fp8=False)
+    y, answers = torch.ones_like(got), torch.ones_like(rows)
+    return {
+        "layout": lambda: shim.layout(**how),
+        "layout, dispatch": lambda: shim.dispatch(shim.layout(**how), **how),
+        "cached dispatch": lambda: shim.buffer.dispatch(shim.x, handle, **how),
+        "combine": lambda: shim.buffer.combine(y, handle, **how),
+        "combine with weights": lambda: shim.buffer.combine(y, handle, weights, **how),
+        "low-latency dispatch": lambda: shim.low_latency_dispatch(use_fp8=False, **how),
+        "low-latency dispatch, FP8": lambda: shim.low_latency_dispatch(**how),
+        "low-latency combine": lambda: shim.low_latency_combine(answers, low_latency_handle, **how),
+    }
+
+
+LAYOUT = ["empty", "empty", "__getitem__", "__getitem__"]
+READ = "untyped_storage"
+"""What torch is asked for a tensor over the heap."""
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_calls_of_torch(shim, how):
+    """Each costs a microsecond. Those of a dispatch are for the tensors that it returns; no plan makes any."""
+    found = {}
+    for name, call in calls_of(shim, how).items():
+        call()
+        with (
+            torch.no_grad(),
+            CountedCalls() as counted,
+            mock.patch.object(ambient, "_num_function_modes", return_value=0),
+        ):
+            call()
+        found[name] = [name for name in counted.names if name != "is_inference"]
+    assert found == {
+        "layout": LAYOUT,
+        "layout, dispatch": [*LAYOUT, READ, READ, READ],
+        "cached dispatch": [READ],
+        "combine": ["empty"],
+        "combine with weights": ["empty", "empty"],
+        "low-latency dispatch": ["empty", "empty", "narrow"],
+        "low-latency dispatch, FP8": ["empty", "empty", "transpose", "empty", "narrow"],
+        "low-latency combine": ["empty"],
+    }
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_calls_make_no_tensors_of_plans(shim, how):
+    got, _, _, _, handle, _ = shim.dispatch(shim.layout(**how), **how)
+    assert set(handle.plan._made) == {"topk_idx"}, "which the call returns"
+    shim.buffer.dispatch(shim.x, handle, **how)
+    shim.buffer.combine(torch.ones_like(got), handle, **how)
+    assert set(handle.plan._made) == {"topk_idx"}
+    for _ in range(2):  # the first call of a size checks more
+        rows, _, handle, _, _ = shim.low_latency_dispatch(use_fp8=False, **how)
+        shim.low_latency_combine(torch.ones_like(rows), handle, **how)
+    assert set(handle.plan._made) == {"expert_counts"}, "which the call returns"
+
+
+class Everything(TorchFunctionMode):
+    """Lists the torch functions that it is asked about, those that read a property included."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_function_modes_see_nothing_of_a_call(shim, how):
+    """A default device is one of them. It would run Python code for every use of a tensor."""
+    for name, call in calls_of(shim, how).items():
+        with Everything() as mode:
+            call()
+        assert mode.names == [], name
+
+
+# ---------------------------------------------------------------------- what two streams use
+
+
+def marked(shim, call):
+    """Return the result of an asynchronous call, and the storages that it marked for each stream."""
+    shim.marks.clear()
+    result = call(async_finish=True)
+    return result, *({at for at, stream in shim.marks if stream == name} for name in ("comm", "mine"))
+
+
+def in_torch(shim, *tensors):
+    """Return the storages of tensors, but for those in the heap."""
+    window = shim.silent.group._backend.context.window
+    found = {storage(tensor) for tensor in tensors}
+    return {at for at in found if not window.base <= at < window.base + window.num_bytes}
+
+
+def test_a_layout_marks_what_torch_owns(shim):
+    layout, to_comm, to_mine = marked(shim, shim.layout)
+    assert to_comm == {storage(shim.topk_idx)}
+    assert to_mine == in_torch(shim, layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank)
+    assert len(to_mine) == 2
+
+
+@pytest.mark.parametrize("num_worst_tokens", [0, 2 * T])
+def test_a_dispatch_marks_what_torch_owns(shim, num_worst_tokens):
+    layout = shim.layout()
+    found, to_comm, to_mine = marked(
+        shim, lambda **how: shim.dispatch(layout, num_worst_tokens=num_worst_tokens, **how)
+    )
+    x, topk_idx, topk_weights = found[:3]
+    assert to_comm == in_torch(shim, shim.x, shim.topk_idx, shim.topk_weights, *layout[:4:2], layout.is_token_in_rank)
+    assert to_mine >= in_torch(shim, x, topk_idx, topk_weights)
+    assert len(in_torch(shim, x, topk_idx, topk_weights)) == (2 if num_worst_tokens else 0)
+
+
+def test_calls_along_a_plan_mark_what_torch_owns(shim):
+    *_, handle, _ = shim.dispatch(shim.layout())
+    y = torch.ones(6, H, dtype=torch.bfloat16)
+    weights, bias = torch.ones(6, K, dtype=torch.float32), (torch.ones_like(shim.x), torch.ones_like(shim.x))
+    _, to_comm, _ = marked(shim, lambda **how: shim.buffer.dispatch(shim.x, handle, **how))
+    assert to_comm == in_torch(shim, shim.x, handle.in_rank)
+    (out, weights_out, _), to_comm, to_mine = marked(
+        shim, lambda **how: shim.buffer.combine(y, handle, weights, bias, **how)
+    )
+    assert to_comm == in_torch(shim, y, weights, *bias, handle.in_rank)
+    assert to_mine == in_torch(shim, out, weights_out)
+    assert len(to_mine) == 2
+
+
+def test_low_latency_calls_mark_what_torch_owns(shim):
+    counters = torch.zeros(E // 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), torch.zeros(2).long()
+    ((rows, scales), counts, handle, *_), to_comm, to_mine = marked(
+        shim,
+        lambda **how: shim.low_latency_dispatch(
+            cumulative_local_expert_recv_stats=counters[0], dispatch_wait_recv_cost_stats=counters[1], **how
+        ),
+    )
+    assert to_comm == in_torch(shim, shim.x, shim.topk_idx, *counters[:2])
+    assert to_mine == in_torch(shim, rows, scales, counts, shim.topk_idx)
+    assert storage(handle[0]) == storage(handle[1]) == storage(counts)
+    y, out = torch.ones(E // 2, 2 * M, H, dtype=torch.bfloat16), torch.empty(T, H, dtype=torch.bfloat16)
+    to_send = shim.buffer.get_next_low_latency_combine_buffer(handle)
+    _, to_comm, to_mine = marked(
+        shim,
+        lambda **how: shim.low_latency_combine(
+            y, handle, zero_copy=True, out=out, combine_wait_recv_cost_stats=counters[2], **how
+        ),
+    )
+    assert to_comm == in_torch(shim, y, to_send, shim.topk_idx, shim.topk_weights, counts, out, counters[2])
+    assert to_mine == in_torch(shim, out)
+
+
+def test_a_plan_of_another_stream_lives_until_the_call_is_done(shim):
+    """Its memory would go back to the stream of the dispatch, and the other one may still read it."""
+    heap = shim.silent.group._backend.context.heap
+    *results, handle, _ = shim.dispatch(shim.layout())
+    y = torch.ones(6, H, dtype=torch.bfloat16)
+    before = heap.num_live
+    shim.buffer.combine(y, handle, async_finish=True)
+    del results, handle
+    assert heap.num_live == before - 1, "only the rows have gone"
+    shim.cuda.done.update(f"event {number}" for number in range(shim.cuda.num_events))
+    shim.layout(async_finish=True)
+    assert heap.num_live == 0
