@@ -324,6 +324,10 @@ class ExpertGroup(Connected):
         """Count the tokens for each rank and each expert; for `tokenferry.compat`."""
         return self._backend.token_layout(topk_idx, num_experts)
 
+    def _restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+        """Return a routing without the slots of ranks that ``in_rank`` leaves out; for `tokenferry.compat`."""
+        return self._backend.restricted(topk_idx, in_rank, num_experts)
+
     def _places_shape(self, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
         """Return the shape of ``Plan._places`` of a dispatch; None: its routing decides. Local."""
         return self._backend.places_shape(self.shape, options, num_tokens)

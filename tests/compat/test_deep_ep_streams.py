@@ -190,6 +190,9 @@ def test_a_layout_is_known_until_any_part_of_it_changes():
         parts = (made.num_tokens_per_rank, None, made.num_tokens_per_expert, made.is_token_in_rank)
         parts[i].zero_()
         assert not buffer._known_experts(topk_idx, TokenLayout(*parts))
+    made = buffer.get_dispatch_layout(topk_idx.clone(), 4)  # that is gone at once
+    parts = (made.num_tokens_per_rank, None, made.num_tokens_per_expert, made.is_token_in_rank)
+    assert not buffer._known_experts(None, TokenLayout(*parts))
 
 
 def test_on_the_cpu_a_layout_is_compared_although_it_is_known():

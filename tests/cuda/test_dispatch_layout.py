@@ -1,4 +1,4 @@
-"""The kernel dispatch_layout alone, on virtual ranks."""
+"""The kernels dispatch_layout and dispatch_restrict alone, on virtual ranks."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.control_block import MAX_EXPERTS
 from tokenferry.kernels.dispatch_layout import spec as layout_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
+from tokenferry.kernels.dispatch_restrict import spec as restrict_spec
 
 TOKENS = (129, 0, 1000, 1, 128, 127, 63, 257)
 """A unit has 128."""
@@ -99,3 +100,61 @@ def test_only_its_outputs_are_written():
         assert counts[rank].cpu()[:4].tolist() == [1, 1, 1, 1]
         assert bool((counts[rank].cpu()[4:].view(torch.uint8) == POISON).all())
         assert int(ranks.words(rank, "arrived")) == before[rank]
+
+
+# ---------------------------------------------------------------------- dispatch_restrict
+
+
+def restrict(ranks: Ranks, topk_idx: list[torch.Tensor], in_rank: list[torch.Tensor], num_experts: int, blocks: int):
+    """Return the slots that are kept on each rank; checks that nothing is written behind them."""
+    kept = [ranks.poisoned(len(index) + 1, index.shape[1], dtype=index.dtype) for index in topk_idx]
+    fields = [
+        {
+            "topk_idx": ranks.on_device(index),
+            "in_rank": ranks.on_device(in_rank[rank]),
+            "kept": kept[rank],
+            "num_tokens": len(index),
+            "top_k": index.shape[1],
+            "num_experts": num_experts,
+        }
+        for rank, index in enumerate(topk_idx)
+    ]
+    size = (blocks, restrict_spec.THREADS, 0)
+    ranks.run(restrict_spec.SPEC, fields, size, {"wide": int(topk_idx[0].dtype is torch.int64)})
+    for rows in kept:
+        assert bool((rows[-1:].cpu().view(torch.uint8) == POISON).all())
+    return [rows[:-1].cpu().tolist() for rows in kept]
+
+
+def test_the_worked_example_of_restrict():
+    """The example in the head of the kernel."""
+    topk_idx, in_rank = torch.tensor([[0, 2], [3, -1]]), torch.tensor([[True, False], [False, True]])
+    assert restrict(ranks_of(2), [topk_idx] * 2, [in_rank] * 2, 4, 1) == [[[0, -1], [3, -1]]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_slots_of_ranks_that_are_left_out(num_ranks, dtype):
+    ranks, make = ranks_of(num_ranks), torch.Generator().manual_seed(num_ranks)
+    for i, (local, top_k, blocks) in enumerate(((1, 1, 1), (3, 8, 2), (32, 7, 4), (2, 64, 3))):
+        E, tokens = local * num_ranks, [TOKENS[(i + r) % 8] for r in range(num_ranks)]
+        topk_idx = [torch.randint(-2, E + 2, (T, top_k), generator=make).to(dtype) for T in tokens]
+        in_rank = [torch.randint(0, 2, (T, num_ranks), generator=make).bool() for T in tokens]
+        expected = [
+            [
+                [e if not 0 <= e < E or may_go[e // local] else -1 for e in experts]
+                for experts, may_go in zip(index.tolist(), places.tolist(), strict=True)
+            ]
+            for index, places in zip(topk_idx, in_rank, strict=True)
+        ]
+        assert restrict(ranks, topk_idx, in_rank, E, blocks) == expected, (local, top_k, blocks)
+
+
+def test_behind_an_aborted_call_nothing_is_restricted():
+    ranks = ranks_of(1)
+    ranks.words(0, "stopped").fill_(1)
+    try:
+        kept = restrict(ranks, [torch.tensor([[0]], dtype=torch.int64)], [torch.tensor([[True]])], 1, 1)
+    finally:
+        ranks.words(0, "stopped").zero_()
+    assert kept == [[[int.from_bytes([POISON] * 8, "little", signed=True)]]]

@@ -7,7 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.emulated_group import SynchronousKernel
 from support.emulator import Emulator
 from tokenferry import MoeShape
+from tokenferry.backends.cpu.routing import restricted as on_the_cpu
 from tokenferry.backends.cuda import plan as cuda_plan
+from tokenferry.compat.deep_ep import throughput
+from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ClosedError, MismatchError
 from tokenferry.types import DispatchOptions, Layout, Quantized, Routing
 
@@ -93,9 +96,17 @@ def count_tokens(rank, threads, pair):
         assert layout.per_rank.tolist() == [2, 2]
         assert layout.per_expert.tolist() == [1, 1, 1, 1]
         assert layout.in_rank.tolist() == [[True, True], [False, True], [True, False]]
+        left_out = torch.tensor([[True, False], [False, True], [False, True]])
+        for dtype in (torch.int64, torch.int32):
+            given = index.to(dtype)
+            with TorchCalls() as calls:
+                kept = group._backend.restricted(given, left_out, 4)
+            assert calls.names == ["aten.empty.memory_format"]
+            assert kept.equal(torch.tensor([[0, -1], [3, -1], [-1, -1]], dtype=dtype))
+            assert kept.equal(on_the_cpu(given, left_out, 4))
 
 
-def test_a_layout_takes_one_kernel_and_two_allocations(run, monkeypatch):
+def test_a_layout_takes_one_kernel_and_few_allocations(run, monkeypatch):
     launched = []
     launch = SynchronousKernel.launch
 
@@ -105,7 +116,28 @@ def test_a_layout_takes_one_kernel_and_two_allocations(run, monkeypatch):
 
     monkeypatch.setattr(SynchronousKernel, "launch", counting)
     run(2, count_tokens)
-    assert launched == ["dispatch_layout"] * 2
+    assert sorted(launched) == ["dispatch_layout"] * 2 + ["dispatch_restrict"] * 4
+
+
+def edited_layout(rank, threads, pair):
+    index, weights = torch.tensor([[0, 2], [3, 1]]), torch.tensor([[0.5, 2.0], [4.0, 8.0]])
+    x = torch.tensor([[1.0], [2.0]]).repeat(1, 16) + 10 * rank
+    with pair.open(None, SHAPE, timeout_s=20.0) as group:
+        views = Views(group)
+        views.on_gpu = True
+        layout = throughput.layout_of(views, index, 4, "layout")
+        layout.in_rank[0, 1] = layout.in_rank[1, 0] = False
+        sent = throughput.dispatch(views, x, Routing(index, weights), layout, throughput.Options())
+        got, ids, got_weights, counts, handle = sent
+        assert got[:, 0].tolist() == [1 + rank, 11 + rank], "token 0 goes to rank 0 alone, and token 1 to rank 1"
+        assert ids.tolist() == ([[0, -1]] * 2, [[1, -1]] * 2)[rank]
+        assert got_weights.tolist() == ([[0.5, 0.0]] * 2, [[4.0, 0.0]] * 2)[rank]
+        assert counts == ([2, 0], [0, 2])[rank]
+        assert throughput.combine(views, got, handle, None, None, None)[0].equal(x)
+
+
+def test_slots_that_an_edited_layout_leaves_out_are_dropped(run):
+    run(2, edited_layout)
 
 
 # ---------------------------------------------------------------------- aborted calls

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from support.silent_kernels import CountedCalls
 from support.silent_shim import E, H, K, M, SilentShim, T, storage
 from tokenferry import ambient
+from tokenferry.memory.streams import HostStreams
 
 HOW = {"synchronous": {}, "asynchronous": {"async_finish": True}}
 
@@ -66,6 +67,26 @@ def test_calls_of_torch(shim, how):
     }
 
 
+def test_marks_of_asynchronous_calls(shim):
+    """Each costs as much as a call of torch, and an event when the tensor is freed."""
+    found = {}
+    for name, call in calls_of(shim, {"async_finish": True}).items():
+        call()
+        shim.marks.clear()
+        call()
+        found[name] = len(shim.marks)
+    assert found == {
+        "layout": 4,
+        "layout, dispatch": 14,
+        "cached dispatch": 3,
+        "combine": 3,
+        "combine with weights": 5,
+        "low-latency dispatch": 6,
+        "low-latency dispatch, FP8": 7,
+        "low-latency combine": 6,
+    }
+
+
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_calls_make_no_tensors_of_plans(shim, how):
     got, _, _, _, handle, _ = shim.dispatch(shim.layout(**how), **how)
@@ -98,6 +119,75 @@ def test_function_modes_see_nothing_of_a_call(shim, how):
         with Everything() as mode:
             call()
         assert mode.names == [], name
+
+
+# ---------------------------------------------------------------------- routings that a layout may contradict
+
+
+def restrictions(shim):
+    """Return which routings `dispatch_restrict` has read since the last time, and with which layouts."""
+    launches = [params for name, _, _, _, params in shim.silent.launches if name == "dispatch_restrict"]
+    shim.silent.launches.clear()
+    return [(params["topk_idx"], params["in_rank"]) for params in launches]
+
+
+def test_a_layout_of_this_routing_is_not_compared_with_it(shim):
+    layout = shim.layout()
+    for _ in range(2):
+        shim.dispatch(layout)
+        assert restrictions(shim) == []
+
+
+def test_a_layout_that_may_have_changed_takes_one_kernel(shim):
+    in_place = shim.layout()
+    in_place.is_token_in_rank[0, 0] = False
+    routed = shim.layout()
+    shim.topk_idx[0, 0] = -1
+    earlier = shim.layout()
+    shim.layout()
+    for layout in (in_place, routed, earlier):
+        shim.dispatch(layout)
+        assert restrictions(shim) == [(shim.topk_idx.data_ptr(), layout.is_token_in_rank.data_ptr())]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 1), (6, 1), (600, 3), (40_000, 64)])
+def test_blocks_of_a_restriction(shim, num_tokens, num_blocks):
+    topk_idx, in_rank = torch.zeros(num_tokens, K, dtype=torch.int64), torch.zeros(num_tokens, 2, dtype=torch.bool)
+    shim.silent.group._backend.restricted(topk_idx, in_rank, E)
+    assert shim.silent.launches[-1][:2] == ("dispatch_restrict", num_blocks)
+
+
+def test_a_restriction_runs_behind_earlier_calls(shim):
+    """Behind one that was aborted it writes nothing, and the dispatch that reads it must find the same."""
+
+    class OtherStream(HostStreams):
+        def current(self):
+            return 7
+
+        def record(self, stream):
+            return f"an event of {stream}"
+
+        def wait(self, stream, event, *, outside):
+            waits.append((stream, event))
+
+    waits = []
+    layout = shim.layout()
+    shim.dispatch(layout)
+    shim.silent.group._backend.context._streams = OtherStream()
+    shim.silent.group._backend.restricted(shim.topk_idx, layout.is_token_in_rank, E)
+    assert waits == [(7, "an event of 0")]
+
+
+def test_in_inference_mode_a_layout_takes_one_kernel_and_one_call_of_torch(shim):
+    """Inference tensors do not tell whether they have changed."""
+    with torch.inference_mode():
+        shim.topk_idx = shim.topk_idx.clone()
+        shim.dispatch(shim.layout())
+        restrictions(shim)
+        with CountedCalls() as counted, mock.patch.object(ambient, "_num_function_modes", return_value=0):
+            shim.dispatch(shim.layout())
+    assert [name for name in counted.names if name != "is_inference"] == [*LAYOUT, "empty", READ, READ, READ]
+    assert len(restrictions(shim)) == 1
 
 
 # ---------------------------------------------------------------------- what two streams use

@@ -302,6 +302,18 @@ class Backend(Protocol):
         """
         ...
 
+    def restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+        """Return a routing without the slots of ranks that ``in_rank`` leaves out: they are -1. Local.
+
+        Never waits for a GPU. Indices outside [0, E) stay as they are.
+
+        Args:
+            topk_idx: ``[T, K]`` int64 or int32, contiguous.
+            in_rank: ``[T, R]`` bool, contiguous.
+            num_experts: E, a multiple of R.
+        """
+        ...
+
     def new_traces(self, num_calls: int) -> Tensor | None:
         """Return tensors for the time stamps of several decode calls, all zero; None if the backend has none.
 

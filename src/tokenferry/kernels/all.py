@@ -12,6 +12,7 @@ from tokenferry.kernels.dispatch_expand.spec import SPEC as DISPATCH_EXPAND
 from tokenferry.kernels.dispatch_fused.spec import SPEC as DISPATCH_FUSED
 from tokenferry.kernels.dispatch_layout.spec import SPEC as DISPATCH_LAYOUT
 from tokenferry.kernels.dispatch_notify.spec import SPEC as DISPATCH_NOTIFY
+from tokenferry.kernels.dispatch_restrict.spec import SPEC as DISPATCH_RESTRICT
 from tokenferry.kernels.share_workspace.spec import SPEC as SHARE_WORKSPACE
 from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
@@ -22,6 +23,7 @@ SPECS = (
     DISPATCH_FUSED,
     DISPATCH_EXPAND,
     DISPATCH_LAYOUT,
+    DISPATCH_RESTRICT,
     STAGE_INPUT,
     COMBINE_PULL,
     COMBINE_PUSH,

@@ -136,6 +136,10 @@ class CpuBackend:
         """See `tokenferry.backends.base.Backend`."""
         return routing.token_layout(topk_idx, num_experts, self.num_ranks)
 
+    def restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+        """See `tokenferry.backends.base.Backend`."""
+        return routing.restricted(topk_idx, in_rank, num_experts)
+
     def new_traces(self, num_calls: int) -> Tensor | None:
         """Return None: this backend records no time stamps."""
         return None

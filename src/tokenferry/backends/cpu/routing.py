@@ -47,6 +47,14 @@ def token_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> TokenLay
     return TokenLayout(counts, in_rank.contiguous(), num_ranks)
 
 
+def restricted(topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+    """Return a routing with -1 in the slots of ranks that ``in_rank`` leaves out; ids outside [0, E) stay."""
+    num_ranks = in_rank.shape[1]
+    owner = (topk_idx // (num_experts // num_ranks)).clamp(0, num_ranks - 1).long()
+    used = (topk_idx >= 0) & (topk_idx < num_experts)
+    return topk_idx.masked_fill(used & ~in_rank.gather(1, owner), -1)
+
+
 def to_local(topk_idx: Tensor, first: int, num_local: int) -> Tensor:
     """Return local expert ids: ``first`` becomes 0, and experts of other ranks become -1."""
     here = (topk_idx >= first) & (topk_idx < first + num_local)

@@ -22,7 +22,7 @@ from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.backends.cuda.fast_path import CudaFastPath
 from tokenferry.backends.cuda.masks import Masks
 from tokenferry.backends.cuda.results import shaped
-from tokenferry.backends.cuda.token_layout import token_layout
+from tokenferry.backends.cuda.token_layout import restricted, token_layout
 from tokenferry.errors import ResourceError
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.topology import Topology
@@ -119,6 +119,10 @@ class CudaBackend:
     def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
         """See `tokenferry.backends.cuda.token_layout`."""
         return token_layout(self.context, topk_idx, num_experts)
+
+    def restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+        """See `tokenferry.backends.cuda.token_layout`."""
+        return restricted(self.context, topk_idx, in_rank, num_experts)
 
     def masked(self) -> frozenset[int]:
         """Return the ranks that decode calls skip."""

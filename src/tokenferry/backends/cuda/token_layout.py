@@ -1,4 +1,4 @@
-"""Where the tokens of this rank go: the kernel `dispatch_layout`, for the DeepEP API."""
+"""Where the tokens of this rank go: the kernels `dispatch_layout` and `dispatch_restrict`, for the DeepEP API."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from tokenferry.backends.cuda.context import Context
 from tokenferry.jit.params import Packer
 from tokenferry.kernels.dispatch_layout import spec as layout_spec
 from tokenferry.kernels.dispatch_notify.spec import num_units, smem_bytes
+from tokenferry.kernels.dispatch_restrict import spec as restrict_spec
 
 _LAYOUT = Packer(layout_spec.SPEC.params.struct, "topk_idx", "counts", "in_rank", "num_tokens", "top_k", "num_experts")
+
+_RESTRICT = Packer(
+    restrict_spec.SPEC.params.struct, "topk_idx", "in_rank", "kept", "num_tokens", "top_k", "num_experts"
+)
 
 
 def token_layout(context: Context, topk_idx: Tensor, num_experts: int) -> TokenLayout:
@@ -31,3 +36,21 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int) -> TokenL
     template.pack(topk_idx.data_ptr(), counts.data_ptr(), in_rank.data_ptr(), num_tokens, top_k, num_experts)
     template.launch(max(1, min(num_units(num_tokens), layout_spec.MAX_BLOCKS)), stream)
     return TokenLayout(counts, in_rank, num_ranks)
+
+
+def restricted(context: Context, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+    """Launch `dispatch_restrict` on the current stream; see `tokenferry.backends.base.Backend`."""
+    stream, _ = context.order_after_calls()  # whether the kernel does anything follows from what they have found
+    num_tokens, top_k = topk_idx.shape
+    kept = torch.empty(num_tokens, top_k, dtype=topk_idx.dtype, device=context.device)
+    wide = topk_idx.dtype is torch.int64
+    key = (restrict_spec.SPEC, wide)
+    template = context.templates.get(key)
+    if template is None:
+        template = context.new_template(restrict_spec.SPEC, _RESTRICT, wide=int(wide))
+        template.block = restrict_spec.THREADS
+        context.templates[key] = template
+    template.pack(topk_idx.data_ptr(), in_rank.data_ptr(), kept.data_ptr(), num_tokens, top_k, num_experts)
+    num_blocks = -(-num_tokens * top_k // restrict_spec.THREADS)
+    template.launch(max(1, min(num_blocks, restrict_spec.MAX_BLOCKS)), stream)
+    return kept

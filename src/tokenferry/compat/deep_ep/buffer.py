@@ -38,7 +38,6 @@ float32 rows, T = 0 and T that differs by rank, and any number of results alive 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -81,27 +80,36 @@ class DispatchLayout(NamedTuple):
     event: EventOverlap
 
 
-class _Version:
-    """A tensor and the version of its content. Inference tensors have none: their content may change unseen."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
-        self._version = None if tensor.is_inference() else tensor._version
-
-    def is_of(self, tensor: Tensor) -> bool:
-        """Return whether this is the same tensor, and known to have the same content."""
-        return self._version is not None and self._tensor() is tensor and self._version == tensor._version
-
-
-@dataclass(frozen=True, slots=True)
 class _Layout:
-    """Inputs and outputs of a call of `Buffer.get_dispatch_layout`."""
+    """A call of `Buffer.get_dispatch_layout`: its routing and the tensors that it returned, none of which it keeps.
 
-    num_experts: int
-    topk_idx: _Version
-    in_rank: _Version
-    per_rank: _Version
-    per_expert: _Version
+    Attributes:
+        num_experts: E.
+    """
+
+    __slots__ = ("_tensors", "_versions", "num_experts")
+
+    def __init__(self, num_experts: int, *tensors: Tensor) -> None:
+        self.num_experts = num_experts
+        self._tensors = tuple(weakref.ref(tensor) for tensor in tensors)
+        self._versions = _versions(tensors)
+
+    def is_of(self, *tensors: Tensor | None) -> bool:
+        """Return whether these are the same tensors, in the same order, and known to hold the same as then."""
+        for known, tensor in zip(self._tensors, tensors, strict=True):
+            if known() is not tensor:
+                return False
+        return self._versions is not None and self._versions == _versions(tensors)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:
+    """Return how often each tensor was written; None if one is missing, or an inference tensor, which has no count."""
+    versions = []
+    for tensor in tensors:
+        if tensor is None or tensor.is_inference():
+            return None
+        versions.append(tensor._version)
+    return versions
 
 
 class Buffer(Connected, LowLatencyCalls):
@@ -310,13 +318,7 @@ class Buffer(Connected, LowLatencyCalls):
             call, when, (topk_idx,), lambda: throughput.layout_of(self._views, topk_idx, num_experts, call)
         )
         assert found.per_expert is not None
-        self._latest_layout = _Layout(
-            num_experts,
-            _Version(topk_idx),
-            _Version(found.in_rank),
-            _Version(found.per_rank),
-            _Version(found.per_expert),
-        )
+        self._latest_layout = _Layout(num_experts, topk_idx, found.in_rank, found.per_rank, found.per_expert)
         per_node = found.per_node if self.group_size > configs.RANKS_PER_NODE else None
         return DispatchLayout(found.per_rank, per_node, found.per_expert, found.in_rank, event)
 
@@ -468,15 +470,6 @@ class Buffer(Connected, LowLatencyCalls):
     def _known_experts(self, topk_idx: Tensor | None, given: throughput.TokenLayout) -> int:
         """Return E if the latest `get_dispatch_layout` made this of ``topk_idx``, and nothing has changed; else 0."""
         latest = self._latest_layout
-        if (
-            latest is not None
-            and topk_idx is not None
-            and latest.topk_idx.is_of(topk_idx)
-            and latest.in_rank.is_of(given.in_rank)
-            and latest.per_rank.is_of(given.per_rank)
-            and given.per_expert is not None
-            and latest.per_expert.is_of(given.per_expert)
-            and given.per_node is None
-        ):
-            return latest.num_experts
-        return 0
+        if latest is None or given.per_node is not None:
+            return 0
+        return latest.num_experts if latest.is_of(topk_idx, given.in_rank, given.per_rank, given.per_expert) else 0

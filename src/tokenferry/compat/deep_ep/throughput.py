@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenferry.checks import INDICES, Checks
+from tokenferry.checks import INDICES, Checks, fits
 from tokenferry.compat.deep_ep.arguments import Rows, detached, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
 from tokenferry.compat.deep_ep.handles import HandleBase
@@ -24,6 +24,7 @@ ANY_NUM_TOKENS = 2**31 - 1
 """M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
 
 _SRC_TOKEN_ELEMENT = 3
+_BOOL = (torch.bool,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +113,10 @@ def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> To
         ConfigError: E is not a multiple of R.
     """
     group = views.group
-    check = Checks(call, group.device)
-    check.tensor("topk_idx", topk_idx, "T K", INDICES)
+    if not _looks_like_routing(topk_idx, group.device):
+        Checks(call, group.device).tensor("topk_idx", topk_idx, "T K", INDICES)
     if not views.on_gpu:
-        check.experts("topk_idx", topk_idx, num_experts)
+        Checks(call, group.device).experts("topk_idx", topk_idx, num_experts)
     views.of(num_experts, 1, 1, 1)
     counted = group._token_layout(topk_idx, num_experts)
     # A GPU's group is one node, whose number of tokens nobody asks for; on the CPU it is compared with what was given.
@@ -252,18 +253,19 @@ def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int
     DeepEP routes by ``is_token_in_rank``: if it leaves out a rank, slots of that rank are dropped. A rank that no slot
     of the token names cannot be added. On a GPU that is not checked, since the host would have to wait.
     """
-    index, weights = routing.topk_idx, routing.topk_weights
-    weights = None if weights is None else detached(weights)
-    group = views.group
-    if same and views.on_gpu and given.in_rank.shape[0] == index.shape[0]:
+    index, in_rank, group = routing.topk_idx, given.in_rank, views.group
+    weights = None if routing.topk_weights is None else detached(routing.topk_weights)
+    if same and views.on_gpu and in_rank.shape[0] == index.shape[0]:
         return Routing(index, weights)
-    Checks(call, group.device).given("x", T=given.in_rank.shape[0]).tensor("topk_idx", index, "T K", INDICES)
+    if not _looks_like_routing(index, group.device) or in_rank.shape[0] != index.shape[0]:
+        Checks(call, group.device).given("x", T=in_rank.shape[0]).tensor("topk_idx", index, "T K", INDICES)
+    if not views.on_gpu:
+        Checks(call, group.device).experts("topk_idx", index, num_experts)
+    kept = group._restricted(index, in_rank, num_experts)
     if views.on_gpu:
-        return Routing(_kept(index, given.in_rank, num_experts), weights)
-    Checks(call, group.device).experts("topk_idx", index, num_experts)
-    kept = _kept(index, given.in_rank, num_experts)
+        return Routing(kept, weights)
     expected = layout_of(views, kept, num_experts, call)
-    extra = given.in_rank & ~expected.in_rank
+    extra = in_rank & ~expected.in_rank
     if extra.any():
         token, rank = extra.nonzero()[0].tolist()
         raise ArgumentError(
@@ -274,12 +276,9 @@ def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int
     return Routing(kept, weights)
 
 
-def _kept(index: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
-    """Return ``index`` with -1 in the slots of ranks that ``in_rank`` leaves out; ids outside [-1, E) stay."""
-    num_ranks = in_rank.shape[1]
-    owner = (index // (num_experts // num_ranks)).clamp(0, num_ranks - 1).long()
-    used = (index >= 0) & (index < num_experts)
-    return index.masked_fill(used & ~in_rank.gather(1, owner), -1)
+def _looks_like_routing(value: object, device: torch.device) -> bool:
+    """Return whether a value is certainly a contiguous ``[T, K]`` of indices; see `fits`."""
+    return isinstance(value, Tensor) and value.ndim == 2 and fits(value, value.shape, INDICES, device)
 
 
 def _most_tokens(views: Views, num_tokens: int, num_worst_tokens: int, call: str) -> int:
@@ -304,15 +303,20 @@ def _most_tokens(views: Views, num_tokens: int, num_worst_tokens: int, call: str
 
 def _check_layout(views: Views, given: TokenLayout, num_tokens: int, call: str) -> int:
     """Check the shapes and dtypes of the tensors of `get_dispatch_layout`, and return E."""
-    group = views.group
-    R = group.num_ranks
-    nodes = -(-R // RANKS_PER_NODE)
-    check = Checks(call, group.device).given("the group", R=R, nodes=nodes).given("x", T=num_tokens)
-    check.tensor("num_tokens_per_rank", given.per_rank, "R", INDICES)
-    check.tensor("is_token_in_rank", given.in_rank, "T R", (torch.bool,))
-    per_expert = check.tensor("num_tokens_per_expert", given.per_expert, "E", INDICES)
-    if given.per_node is not None:
-        check.tensor("num_tokens_per_rdma_rank", given.per_node, "nodes", INDICES)
+    R, device, per_expert = views.group.num_ranks, views.group.device, given.per_expert
+    if not (
+        given.per_node is None
+        and type(per_expert) is Tensor
+        and fits(per_expert, (per_expert.numel(),), INDICES, device)
+        and fits(given.per_rank, (R,), INDICES, device)
+        and fits(given.in_rank, (num_tokens, R), _BOOL, device)
+    ):
+        check = Checks(call, device).given("the group", R=R, nodes=-(-R // RANKS_PER_NODE)).given("x", T=num_tokens)
+        check.tensor("num_tokens_per_rank", given.per_rank, "R", INDICES)
+        check.tensor("is_token_in_rank", given.in_rank, "T R", _BOOL)
+        per_expert = check.tensor("num_tokens_per_expert", per_expert, "E", INDICES)
+        if given.per_node is not None:
+            check.tensor("num_tokens_per_rdma_rank", given.per_node, "nodes", INDICES)
     views.of(per_expert.numel(), 1, 1, 1)
     return per_expert.numel()
 

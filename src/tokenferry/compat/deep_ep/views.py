@@ -30,7 +30,8 @@ class Views:
         """
         key = (num_experts, top_k, hidden, max_tokens)
         found = self._known.get(key)
-        if found is None or not all(type(size) is int for size in key):  # 4.0 is found under 4
+        # 4.0 is found under 4.
+        if found is None or not (type(num_experts) is type(top_k) is type(hidden) is type(max_tokens) is int):
             found = self.group.for_shape(MoeShape(*key))
             if len(self._known) >= _MAX_VIEWS:
                 self._known.clear()
