@@ -31,6 +31,9 @@ NUM_RANKS = 2
 HEAP_BYTES = 1 << 26
 SENT_TO_EACH = 3
 """Rows that each rank sends to each, as the host reads them."""
+_PROPERTIES = frozenset(
+    ("__get__", "data_ptr", "is_contiguous", "element_size", "numel", "stride", "dim", "size", "is_inference")
+)
 Launch = tuple[str, int, int, int, dict[str, Any]]
 
 
@@ -116,7 +119,7 @@ class CountedCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        if name not in ("__get__", "data_ptr", "is_contiguous", "element_size", "numel", "stride", "dim", "size"):
+        if name not in _PROPERTIES:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -54,7 +54,7 @@ def test_calls_of_torch(shim, how):
             mock.patch.object(ambient, "_num_function_modes", return_value=0),
         ):
             call()
-        found[name] = [name for name in counted.names if name != "is_inference"]
+        found[name] = counted.names
     assert found == {
         "layout": LAYOUT,
         "layout, dispatch": [*LAYOUT, READ, READ, READ],
@@ -186,7 +186,7 @@ def test_in_inference_mode_a_layout_takes_one_kernel_and_one_call_of_torch(shim)
         restrictions(shim)
         with CountedCalls() as counted, mock.patch.object(ambient, "_num_function_modes", return_value=0):
             shim.dispatch(shim.layout())
-    assert [name for name in counted.names if name != "is_inference"] == [*LAYOUT, "empty", READ, READ, READ]
+    assert counted.names == [*LAYOUT, "empty", READ, READ, READ]
     assert len(restrictions(shim)) == 1
 
 
