@@ -294,6 +294,7 @@ class ExpertGroup(Connected):
         self._ready("synchronize")
         self._backend.synchronize()
 
+    @without_function_modes
     def empty_rows(self, plan: Plan, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return uninitialised rows for `combine`, in memory that peers can read without a copy.
 

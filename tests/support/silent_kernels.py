@@ -111,15 +111,20 @@ class SilentGroup:
 
 
 class CountedCalls(TorchFunctionMode):
-    """Counts the torch functions that are called, without those that only read a property of a tensor."""
+    """Lists the torch functions that are called.
 
-    def __init__(self) -> None:
+    Args:
+        properties: Whether to list those, too, that only read a property of a tensor.
+    """
+
+    def __init__(self, *, properties: bool = False) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._left_out = () if properties else _PROPERTIES
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        if name not in _PROPERTIES:
+        if name not in self._left_out:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -211,14 +211,29 @@ def test_launches():
 
 
 def test_function_modes_see_nothing_of_a_call():
-    """A default device would run Python code for every use of a tensor."""
-    group = SilentGroup(SHAPE).group
+    """A default device is one of them. It would run Python code for every use of a tensor."""
+    silent = SilentGroup(SHAPE)
+    group = silent.group
     x, where = rows_of(T, H), routing()
-    group.dispatch(x, where)
-    with CountedCalls() as counted:
-        sent = group.dispatch(x, where)
-        group.redispatch(x, sent.plan)
-    assert counted.names == []
+    sent = group.dispatch(x, where)
+    y = sent.x.clone()
+    with silent.workspaces_agree():
+        got = group.decode_dispatch(x, where)
+        answers = got.x.clone()
+        calls = {
+            "dispatch": lambda: group.dispatch(x, where),
+            "by expert": lambda: group.dispatch(x, where, options=OPTIONS["experts, device"]),
+            "redispatch": lambda: group.redispatch(x, sent.plan, topk_weights=WEIGHTS),
+            "empty_rows": lambda: group.empty_rows(sent.plan),
+            "combine": lambda: group.combine(y, sent.plan, topk_weights=WEIGHTS),
+            "decode_dispatch": lambda: group.decode_dispatch(x, where, quantize=Scale.FLOAT32),
+            "decode_combine": lambda: group.decode_combine(answers, got.plan),
+        }
+        for name, call in calls.items():
+            for _ in range(2):  # the first call of a kind takes the general path
+                with CountedCalls(properties=True) as counted:
+                    call()
+                assert counted.names == [], name
 
 
 # ---------------------------------------------------------------------- what the fast path leaves to the general one

@@ -4,7 +4,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from support.silent_kernels import CountedCalls
 from support.silent_shim import E, H, K, M, SilentShim, T, storage
@@ -100,25 +99,13 @@ def test_calls_make_no_tensors_of_plans(shim, how):
     assert set(handle.plan._made) == {"expert_counts"}, "which the call returns"
 
 
-class Everything(TorchFunctionMode):
-    """Lists the torch functions that it is asked about, those that read a property included."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.names.append(getattr(func, "__name__", str(func)))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_function_modes_see_nothing_of_a_call(shim, how):
     """A default device is one of them. It would run Python code for every use of a tensor."""
     for name, call in calls_of(shim, how).items():
-        with Everything() as mode:
+        with CountedCalls(properties=True) as counted:
             call()
-        assert mode.names == [], name
+        assert counted.names == [], name
 
 
 # ---------------------------------------------------------------------- routings that a layout may contradict
