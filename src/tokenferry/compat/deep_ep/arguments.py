@@ -29,7 +29,9 @@ def refuse(call: str, remedy: str, **arguments: object) -> None:
         UnsupportedError: names the argument, its value and the remedy.
     """
     for name, value in arguments.items():
-        if isinstance(value, Tensor) or value not in (None, False, 0):
+        if value is None or value is False:  # as nearly always
+            continue
+        if isinstance(value, Tensor) or value != 0:
             got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise UnsupportedError(f"{call}: {name}: got {got}, which tokenferry cannot honour; {remedy}")
 

@@ -61,7 +61,7 @@ class Handle(HandleBase):
         return plan.src_range if place == 1 else (self.max_tokens, self.hidden, self.num_experts, plan)[place - 2]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DispatchArguments:
     """The arguments of `dispatch` besides rows and routing.
 
@@ -82,7 +82,7 @@ class DispatchArguments:
     return_hook: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CombineArguments:
     """The arguments of `combine` besides rows, routing and handle.
 

@@ -29,7 +29,7 @@ from tokenferry.errors import ArgumentError
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class When:
     """The arguments of a call that concern streams.
 

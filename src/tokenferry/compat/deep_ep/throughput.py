@@ -27,7 +27,7 @@ _SRC_TOKEN_ELEMENT = 3
 _BOOL = (torch.bool,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Options:
     """Options of `dispatch`.
 
