@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "__init__",
         "types",
         "errors",
+        "topology",
         "env",
         "api",
         "testing",

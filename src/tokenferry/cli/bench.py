@@ -31,6 +31,9 @@ and with all_to_all_single and what it needs around it, and the host's time of e
 `tokenferry bench megatron` measures a training step of two MoE layers of Megatron-Core, unmodified: its flex dispatcher
 over our `deep_ep` against its own all-to-all, after their losses and gradients have been compared.
 
+`tokenferry bench nodes` measures dispatch and combine in a group of several nodes, on CPUs, beside each of their two
+legs alone, and counts the rows that cross the network.
+
 With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside the rates of the links in the same
 run and NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left
 out.
@@ -49,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=tuple(bench_cuda.WHAT),
         help="decode: the decode calls and two-batch overlap, on GPUs; eager: wall clock and host time of eager calls; "
-        "megatron: a training step of Megatron-Core (default: all but the last two)",
+        "megatron: a training step of Megatron-Core; nodes: calls across nodes, on CPUs (default: all but the last "
+        "three)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with one of these parts: cuda")
     parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
@@ -73,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Check, measure, print; 1 if an answer was wrong."""
-    args.device = args.device or ("cuda" if args.what else "cpu")
+    args.device = args.device or ("cpu" if args.what in (None, "nodes") else "cuda")
     if args.device == "cuda" or args.what in bench_cuda.ON_CPU:
         return bench_cuda.run(args, screen)
     settings = _settings(args)

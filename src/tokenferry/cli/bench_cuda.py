@@ -18,6 +18,7 @@ from tokenferry.bench.core.session import Settings
 from tokenferry.bench.report import about, tables
 from tokenferry.bench.report import decode as decode_report
 from tokenferry.bench.report import eager as eager_report
+from tokenferry.bench.report import nodes as nodes_report
 from tokenferry.bench.report import training as training_report
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.bench.report.report import GPU_NOTES, Report
@@ -29,6 +30,7 @@ from tokenferry.bench.suites import (
     host_time,
     limits,
     megatron,
+    nodes,
     overlap,
     two_batch_overlap,
 )
@@ -92,6 +94,7 @@ PHASES = {
         300.0,
         "a training step of two MoE layers of Megatron-Core: flex over our deep_ep, and its own all-to-all",
     ),
+    "nodes": Phase(nodes.measure_nodes, 540.0, "dispatch and combine across nodes, beside each of their legs alone"),
     "vdev": Phase(vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
 }
 
@@ -99,17 +102,24 @@ BASELINES = ("nccl", "all_to_all_single", "vdev_2d", "phase nccl", "phase vdev")
 """Parts that may fail without this command failing: software that may not be installed."""
 
 QUICK_PHASES = ("limits", "calls", "nccl", "host", "decode", "memory", "start")
-WHAT = {"decode": ("limits", "decode", "two_batch"), "eager": ("eager",), "megatron": ("megatron",)}
+WHAT = {
+    "decode": ("limits", "decode", "two_batch"),
+    "eager": ("eager",),
+    "megatron": ("megatron",),
+    "nodes": ("nodes",),
+}
 """The phases of a part that is named on the command line."""
 
-FULL_PHASES = tuple(name for name in PHASES if name not in ("eager", "megatron"))
-"""The phases of a whole run: eager calls take minutes of their own, and a training step has other sizes."""
+FULL_PHASES = tuple(name for name in PHASES if name not in ("eager", "megatron", "nodes"))
+"""The phases of a whole run: eager calls take minutes of their own, a training step has other sizes, and GPUs have one
+node."""
 
-ON_CPU = ("eager",)
+ON_CPU = ("eager", "nodes")
 """Parts that the command line offers on CPUs as well."""
 
-CPU_RANKS = 2
+CPU_RANKS = {"eager": 2, "nodes": 4}
 CPU_TOKENS = (1, 128)
+NODES_TOKENS = (128, 1024)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +136,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with eager: make the calls with the device as torch's default, as torch.set_default_device does",
     )
+    parser.add_argument(
+        "--ranks-per-node", type=positive, help="with nodes: consecutive ranks that form a node (default: half of R)"
+    )
     only.add_argument(
         "--two-batch-tokens", type=positive, default=128, help="T of both micro-batches together (default: 128)"
     )
@@ -140,7 +153,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         if not phases:
             return 0
     on_gpus = args.device == "cuda"
-    available = need_gpus() if on_gpus else CPU_RANKS
+    available = need_gpus() if on_gpus else CPU_RANKS[args.what]
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()
@@ -186,6 +199,10 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
         chosen = WHAT[args.what]
     if args.default_device and "eager" not in chosen:
         raise ConfigError("--default-device is for eager calls: `tokenferry bench eager --default-device`")
+    if "nodes" in chosen and args.device == "cuda":
+        raise ConfigError("GPUs do not cross nodes in this version: `tokenferry bench nodes --device cpu`")
+    if args.ranks_per_node and "nodes" not in chosen:
+        raise ConfigError("--ranks-per-node is for calls across nodes: `tokenferry bench nodes --ranks-per-node 2`")
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
 
 
@@ -199,6 +216,14 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
     ranks = args.ranks or max(1, min(available, 8))
     check_experts(args, ranks)
     check_fp8(args)
+    if args.what == "nodes":
+        args.ranks_per_node = args.ranks_per_node or max(1, ranks // 2)
+        if ranks % args.ranks_per_node or ranks == args.ranks_per_node:
+            raise ConfigError(
+                f"--ranks {ranks} --ranks-per-node {args.ranks_per_node}: expected at least two nodes, of equally many "
+                "ranks"
+            )
+        args.tokens = args.tokens or NODES_TOKENS
     few = CPU_TOKENS if args.device == "cpu" else QUICK_TOKENS if args.quick else None
     tokens = args.tokens or (TRAINING_TOKENS if args.what == "megatron" else few or FULL_TOKENS)
     decode_tokens = tuple(count for count in args.tokens or () if count <= MOST_DECODE_TOKENS)
@@ -218,6 +243,7 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
         decode_tokens=decode_tokens or (QUICK_DECODE_TOKENS if few else FULL_DECODE_TOKENS),
         two_batch_tokens=args.two_batch_tokens,
         default_device=args.default_device,
+        ranks_per_node=args.ranks_per_node,
     )
 
 
@@ -286,6 +312,7 @@ def show(report: Report, screen: Screen) -> None:
     show_decode(report, screen)
     show_eager(report, screen)
     show_training(report, screen)
+    show_nodes(report, screen)
     if "overlap" in report.others:
         screen.table("overlap", tables.OVERLAP_HEADER, tables.overlap_rows(report.others["overlap"]))
     for line in tables.kernel_lines(report.others.get("gemm kernels", [])):
@@ -338,6 +365,17 @@ def show_training(report: Report, screen: Screen) -> None:
         screen.table("a training step, ms (5th-95th percentile)", training_report.HEADER, training_report.rows(items))
     for item in compared:
         screen.line(training_report.difference_line(item))
+
+
+def show_nodes(report: Report, screen: Screen) -> None:
+    """Print the results of calls across nodes."""
+    items = report.others.get("nodes", [])
+    if items:
+        title = f"{items[0]['nodes']}, {items[0]['transport']}, median us (5th-95th percentile)"
+        screen.table(title, nodes_report.HEADER, nodes_report.rows(items))
+        screen.line(nodes_report.NOTE)
+        screen.line(nodes_report.LOOPBACK)
+        screen.line(f"checked: {nodes_report.CHECKED}")
 
 
 def show_short(report: Report, screen: Screen) -> None:

@@ -69,6 +69,7 @@ class Settings:
         decode_tokens: Values of T of the decode calls; M is the largest.
         two_batch_tokens: T of both micro-batches of two-batch overlap together.
         default_device: Whether eager calls are made with the device as torch's default.
+        ranks_per_node: Consecutive ranks that form a node, for calls across nodes.
     """
 
     ranks: int
@@ -88,6 +89,7 @@ class Settings:
     decode_tokens: tuple[int, ...] = (1, 128)
     two_batch_tokens: int = 128
     default_device: bool = False
+    ranks_per_node: int | None = None
 
     def sizes(self, tokens: int, routing: str = "uniform") -> Sizes:
         """Return the sizes of one case."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.core.session import Label, Result, Settings, result_from_json
-from tokenferry.bench.report import decode, eager, plots, tables, training
+from tokenferry.bench.report import decode, eager, nodes, plots, tables, training
 from tokenferry.bench.suites.limits import Limits
 
 SCHEMA = 3
@@ -40,6 +40,8 @@ GPU_NOTES = {
     "eager": eager.MODES,
     "eager checked": eager.CHECKED,
     "training": training.NOTE,
+    "nodes": nodes.NOTE,
+    "nodes checked": nodes.CHECKED,
 }
 """The same of GPUs."""
 
@@ -82,7 +84,12 @@ class Report:
             return ""
         self.others.setdefault(kind, []).append(item[kind])
         self.write()
-        line = {"decode": decode.line, "two_batch": decode.two_batch_line, "eager": eager.line}.get(kind)
+        line = {
+            "decode": decode.line,
+            "two_batch": decode.two_batch_line,
+            "eager": eager.line,
+            "nodes": nodes.line,
+        }.get(kind)
         return line(item[kind]) if line else ""
 
     @property
