@@ -404,9 +404,9 @@ class ExpertGroup(Connected):
 
         Raises:
             ShapeError: an argument has the wrong shape, dtype, device or strides; names it.
-            RoutingError: an index is outside [-1, E); names its position. CUDA with ``counts="device"``: raised by the
-                next call or by `synchronize`; no row is written out of bounds, and calls that were launched after the
-                failed one are aborted.
+            RoutingError: an index is outside [-1, E), or a token has experts on more nodes than ``MoeShape.max_nodes``;
+                names its position. CUDA with ``counts="device"``: raised by the next call or by `synchronize`; no row
+                is written out of bounds, and calls that were launched after the failed one are aborted.
             CapacityError: T > M, or rows did not fit into ``options.capacity`` (then on every rank).
             ConfigError: backend cuda, a view of the group with E > 4096 or K > 64.
             MismatchError: ranks made different calls.
@@ -603,8 +603,9 @@ class ExpertGroup(Connected):
             DecodeDispatched: ``x`` ``[L, R*M, H]``, ``expert_counts``, the plan and the hook.
 
         Raises:
-            RoutingError: an index is outside [-1, E). CUDA: raised by the next call, by ``hook()`` or by `synchronize`;
-                neither that call nor those launched after it have sent anything: make all of them again.
+            RoutingError: an index is outside [-1, E), or a token has experts on too many nodes, as in `dispatch`. CUDA:
+                raised by the next call, by ``hook()`` or by `synchronize`; neither that call nor those launched after
+                it have sent anything: make all of them again.
             CapacityError: T > M; CUDA: a rank's heap is too small for the rows (then on every rank).
             ArgumentError: CUDA: a graph cannot capture this; names the call to make before. Or a rank takes
                 part that was masked when the memory for these calls was made; says how it comes back.
@@ -690,7 +691,7 @@ class ExpertGroup(Connected):
         self._origin = origin  # keeps the registered group alive as long as any view of it
         if origin is None:
             _groups[backend.key] = self
-        self._resolver = Resolver(shape, backend.num_ranks, backend.device, backend.key, backend.checks_routing)
+        self._resolver = Resolver(shape, backend.topology, backend.device, backend.key, backend.checks_routing)
         self._fast_path = backend.fast_path(shape, self._resolver)
         self.shape = shape
         self.timeout_s = timeout_s

@@ -22,6 +22,21 @@ INDICES = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
+class NodeLimit:
+    """The most nodes that the experts of a token may lie on.
+
+    Attributes:
+        max_nodes: The limit.
+        node_of_rank: ``[R]``: the node of each rank.
+        num_local: Experts on each rank, L.
+    """
+
+    max_nodes: int
+    node_of_rank: tuple[int, ...]
+    num_local: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Size:
     """The value of a letter and its source: the name of an argument, ``"the group"`` or the like."""
 
@@ -138,6 +153,25 @@ class Checks:
         raise RoutingError(
             f"{self.call}: {name}[{token}, {slot}] is {int(topk_idx[token, slot])}, expected an expert in "
             f"[0, {num_experts}), or -1 for an unused slot; the group has num_experts={num_experts}"
+        )
+
+    def nodes(self, name: str, topk_idx: Tensor, limit: NodeLimit) -> None:
+        """Check that no token goes to too many nodes; the error names the first that does. Indices are in [-1, E)."""
+        num_nodes = max(limit.node_of_rank) + 1
+        node_of_rank = torch.tensor(limit.node_of_rank, dtype=torch.int64, device=topk_idx.device)
+        # An unused slot goes to a column of its own, which does not count.
+        node = torch.where(topk_idx >= 0, node_of_rank[topk_idx // limit.num_local], num_nodes)
+        goes_to = torch.zeros(topk_idx.shape[0], num_nodes + 1, dtype=torch.bool, device=topk_idx.device)
+        goes_to = goes_to.scatter_(1, node, True)[:, :num_nodes]
+        too_far = (goes_to.sum(1) > limit.max_nodes).nonzero()
+        if too_far.numel() == 0:
+            return
+        token = int(too_far[0])
+        nodes = goes_to[token].nonzero()[:, 0].tolist()
+        raise RoutingError(
+            f"{self.call}: {name}[{token}] has experts on {len(nodes)} nodes ({', '.join(map(str, nodes))}), expected "
+            f"at most {limit.max_nodes}; the group has max_nodes={limit.max_nodes}: limit the groups of the router, or "
+            f"make the group with MoeShape(max_nodes={len(nodes)})"
         )
 
     def no_grad(self, **arguments: object) -> None:

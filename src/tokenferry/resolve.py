@@ -15,8 +15,9 @@ from tokenferry.backends.base import (
     Encoding,
     RedispatchRequest,
 )
-from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, fits
+from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, NodeLimit, fits
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
+from tokenferry.topology import Topology, node_of_ranks
 from tokenferry.types import (
     DecodePlan,
     DecodeStats,
@@ -47,15 +48,17 @@ class Resolver:
     """
 
     shape: MoeShape
-    num_ranks: int
+    topology: Topology
     device: torch.device
     group_key: str
     checks_routing: bool
     _row_dtypes: frozenset[torch.dtype] = field(init=False)
+    _node_limit: NodeLimit | None = field(init=False)
 
     def __post_init__(self) -> None:
         fitting = (dtype for dtype in FLOATS if self.shape.hidden * dtype.itemsize % ROW_BYTES_MULTIPLE == 0)
         object.__setattr__(self, "_row_dtypes", frozenset(fitting))
+        object.__setattr__(self, "_node_limit", _node_limit(self.shape, self.topology))
 
     def dispatch(
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
@@ -63,7 +66,7 @@ class Resolver:
         """See `ExpertGroup.dispatch`."""
         if self.dispatch_looks_right(x, routing, options):
             if not self.checks_routing:
-                self._checks("dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+                self._check_choices(self._checks("dispatch"), routing)
             _check_num_sms("dispatch", num_sms)
             return DispatchRequest(self.shape, x, routing, options or _DEFAULT_OPTIONS, num_sms)
         if options is not None and not isinstance(options, DispatchOptions):
@@ -143,7 +146,7 @@ class Resolver:
         """See `ExpertGroup.decode_dispatch`."""
         if stats is None and self.decode_dispatch_looks_right(x, routing, quantize):
             if not self.checks_routing:
-                self._checks("decode_dispatch").experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+                self._check_choices(self._checks("decode_dispatch"), routing)
             return DecodeDispatchRequest(self.shape, x, routing, quantize, _NO_STATS, return_hook)
         check = self._checks("decode_dispatch")
         check.tensor("x", x, "T H", _DECODE_FLOATS)
@@ -297,9 +300,10 @@ class Resolver:
         return all(fits(one, shape, dtypes, self.device) for one in sums)
 
     def _checks(self, call: str) -> Checks:
-        num_local = self.shape.num_experts // self.num_ranks
+        num_ranks = self.topology.num_ranks
+        num_local = self.shape.num_experts // num_ranks
         return Checks(call, self.device).given(
-            "the group", K=self.shape.top_k, H=self.shape.hidden, L=num_local, R=self.num_ranks
+            "the group", K=self.shape.top_k, H=self.shape.hidden, L=num_local, R=num_ranks
         )
 
     def _check_routing(self, check: Checks, routing: Routing) -> None:
@@ -309,7 +313,12 @@ class Resolver:
         if routing.topk_weights is not None:
             check.tensor("topk_weights", routing.topk_weights, "T K", (torch.float32,))
         if not self.checks_routing:
-            check.experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+            self._check_choices(check, routing)
+
+    def _check_choices(self, check: Checks, routing: Routing) -> None:
+        check.experts("topk_idx", routing.topk_idx, self.shape.num_experts)
+        if self._node_limit is not None:
+            check.nodes("topk_idx", routing.topk_idx, self._node_limit)
 
     def _check_plan(self, call: str, plan: Plan | DecodePlan, kind: type) -> None:
         if not isinstance(plan, kind):
@@ -321,6 +330,14 @@ class Resolver:
                 f"{call}: plan: it was made by group {plan.group_key}, this is group {self.group_key}; "
                 "use the group that dispatched"
             )
+
+
+def _node_limit(shape: MoeShape, topology: Topology) -> NodeLimit | None:
+    """Return the limit of nodes of a token; None if no routing can exceed it."""
+    if shape.max_nodes is None or shape.max_nodes >= min(topology.num_nodes, shape.top_k):
+        return None
+    num_local = shape.num_experts // topology.num_ranks
+    return NodeLimit(shape.max_nodes, node_of_ranks(topology.nodes), num_local)
 
 
 def _check_encoding(encoding: EncodingName, hidden: int) -> None:

@@ -32,6 +32,11 @@ class Topology:
             raise ConfigError(f"Topology: rank: rank {self.rank} is on none of the nodes")
 
     @property
+    def num_ranks(self) -> int:
+        """The number of ranks of all nodes, R."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
     def num_nodes(self) -> int:
         """The number of nodes."""
         return len(self.nodes)
@@ -87,3 +92,9 @@ def by_place(places: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         places: By rank, the name of the place where it is.
     """
     return tuple(tuple(rank for rank, there in enumerate(places) if there == place) for place in dict.fromkeys(places))
+
+
+def node_of_ranks(nodes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the node of each rank."""
+    node_of = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
+    return tuple(node_of[rank] for rank in range(len(node_of)))

@@ -83,6 +83,9 @@ class MoeShape:
         top_k: K, choices per token.
         hidden: H, elements in a row. A row of data must be a multiple of 16 bytes.
         max_tokens: M, the most tokens any rank may pass to one call.
+        max_nodes: The most nodes that the experts of a token may lie on, its own node counted like any other; None: any
+            number. Dispatches refuse a routing that exceeds it, so that it bounds the rows that a rank sends to other
+            nodes. On one node it has no effect.
 
     Raises:
         ConfigError: a size is not a positive integer.
@@ -92,12 +95,19 @@ class MoeShape:
     top_k: int
     hidden: int
     max_tokens: int
+    max_nodes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden", "max_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _positive(value):
                 raise ConfigError(f"MoeShape: {name}: expected a positive integer, got {value!r}")
+        if self.max_nodes is not None and not _positive(self.max_nodes):
+            raise ConfigError(f"MoeShape: max_nodes: expected a positive integer or None, got {self.max_nodes!r}")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,14 +1,22 @@
-"""Experts that do not exist: the rank that named them raises, nothing is accessed out of bounds, and its peers go on.
+"""Experts that do not exist, or on too many nodes: the rank that named them raises, and its peers go on.
 
-On GPUs the device finds them. The call raises if it waits for counts; otherwise `synchronize` or the next call does.
+Nothing is accessed out of bounds. On GPUs the device finds them: the call raises if it waits for counts; otherwise
+`synchronize` or the next call does.
 """
 
 import pytest
 import torch
 
-from support.bad_routing import BAD, BAD_LONG, CASE, decode_with_bad_experts, with_bad_expert
+from support.bad_routing import (
+    BAD,
+    BAD_LONG,
+    CASE,
+    decode_with_bad_experts,
+    with_bad_expert,
+    with_too_many_nodes,
+)
 from support.lost_ranks import complete
-from support.pairs import CUDA_PAIRS, Pair
+from support.pairs import CUDA_PAIRS, NODES, Pair
 from support.throughput import check_round_trip
 from tokenferry import DispatchOptions, ExpertGroup, Layout, Routing, RoutingError
 
@@ -102,3 +110,8 @@ def found_by_the_next_call(rank, pg, pair: Pair) -> None:
 @pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)
 def test_the_next_call_raises(worlds, pair):
     worlds(2, pair.backend).run(found_by_the_next_call, pair)
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), NODES, ids=str)
+def test_one_rank_names_experts_on_too_many_nodes(worlds, nodes, ranks):
+    worlds(ranks).run(with_too_many_nodes, nodes)

@@ -265,6 +265,18 @@ def test_a_graph_keeps_its_group_and_its_sizes():
     assert x.grad.sum() > 0
 
 
+@pytest.mark.parametrize("max_nodes", [None, 1, 3])
+def test_operators_find_the_group_by_its_limit_of_nodes_too(max_nodes, monkeypatch):
+    """Otherwise each call would make a view, without the limit."""
+    limited = tokenferry.ExpertGroup(None, dataclasses.replace(SHAPE, max_nodes=max_nodes))
+    monkeypatch.setattr(tokenferry.ExpertGroup, "for_shape", None)
+    x, weights, topk_idx = inputs(0, 6)
+    sent = autograd.dispatch(limited, x, Routing(topk_idx, weights))
+    autograd.redispatch(limited, x, sent.plan)
+    autograd.combine(limited, sent.x, sent.plan).x.sum().backward()
+    assert x.grad.sum() > 0
+
+
 BAD_CALLS = (
     (lambda g, a: autograd.dispatch(g, None, a.routing), tokenferry.ShapeError, "dispatch: x: expected a torch.Tensor"),
     (

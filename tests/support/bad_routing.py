@@ -1,11 +1,13 @@
-"""Jobs whose routings name experts that do not exist."""
+"""Jobs whose routings name experts that do not exist, or on too many nodes."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from support.decoding import Step, check_combined, check_received
 from support.pairs import Pair
-from support.throughput import check_round_trip
+from support.throughput import all_options, check_round_trip
 from tokenferry import DispatchOptions, ExpertGroup, Routing, RoutingError, Scale
 from tokenferry.testing.cases import Case
 
@@ -48,3 +50,31 @@ def decode_pair(group: ExpertGroup, x: torch.Tensor, routing: Routing, fp8: Scal
     home = group.decode_combine(y, got.plan, return_hook=hook)
     home.hook()
     group.synchronize()
+
+
+def with_too_many_nodes(rank, pg, pair: Pair) -> None:
+    """One rank after the other names experts on one node too many, which its peers do not notice; then all go on."""
+    ranks = pg.size()
+    case = Case((5, 4, 7, 3, 6, 2, 1, 8)[:ranks], 2 * ranks, 4, routing="own_rank")
+    limited = replace(case.shape, max_nodes=1)
+    with pair.open(pg, limited) as group:
+        where, mine = group.topology, case.inputs()[rank]
+        ahead = (where.node + 1) % where.num_nodes
+        topk_idx = mine.topk_idx.clone()
+        topk_idx[-1] = torch.tensor([-1, 2 * where.nodes[ahead][0], 2 * rank, 2 * where.nodes[ahead][-1] + 1])
+        nodes = ", ".join(map(str, sorted((where.node, ahead))))
+        error = rf"topk_idx\[{len(topk_idx) - 1}\] has experts on 2 nodes \({nodes}\), expected at most 1; "
+        for culprit in range(ranks):
+            if rank == culprit:
+                for call in (group.dispatch, group.decode_dispatch):
+                    with pytest.raises(RoutingError, match=f"^{call.__name__}: {error}"):
+                        call(mine.x, Routing(topk_idx, mine.topk_weights))
+            for options in all_options(case)[culprit::ranks]:
+                check_round_trip(group, case, options)
+            step = Step(case, rank)
+            sent = group.decode_dispatch(step.mine().x, step.routing())
+            check_received(step, sent, None)
+            check_combined(group, step, sent, torch.float32, hook=False, fast=False)
+        # A view has the limit of its own shape.
+        free = group.for_shape(replace(limited, max_nodes=where.num_nodes))
+        check_round_trip(free, replace(case, routing="even"), DispatchOptions())

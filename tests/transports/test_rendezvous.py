@@ -181,6 +181,10 @@ def different_shapes(rank, pg):
     return make(pg, tokenferry.MoeShape(4, top_k=1, hidden=8 + 8 * rank, max_tokens=4))
 
 
+def different_limits(rank, pg):
+    return make(pg, tokenferry.MoeShape(4, top_k=1, hidden=8, max_tokens=4, max_nodes=1 if rank else None))
+
+
 def different_transports(rank, pg):
     return make(pg, transport="shared_memory" if rank else "auto")
 
@@ -189,6 +193,10 @@ def different_transports(rank, pg):
     ("job", "text"),
     [
         (different_shapes, "shape differs between ranks (rank 0: MoeShape"),
+        (
+            different_limits,
+            "max_nodes=None), rank 1: MoeShape(num_experts=4, top_k=1, hidden=8, max_tokens=4, max_nodes=1",
+        ),
         (different_transports, "rank 0: auto, rank 1: shared_memory"),
         (different_nodes, "ranks_per_node differs between ranks (rank 0: 2, rank 1: 1)"),
     ],

@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "kernels",
     },
     "options": {"types", "errors", "env", "forked", "topology", "backends"},
-    "resolve": {"types", "errors", "checks", "backends"},
+    "resolve": {"types", "errors", "topology", "checks", "backends"},
     "api": {"types", "errors", "ambient", "topology", "options", "resolve", "backends"},
     "__init__": {"types", "errors", "topology", "api"},
     "autograd": {"types", "errors", "layout", "api"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenferry import ArgumentError, CapacityError, RoutingError, ShapeError
-from tokenferry.checks import FLOATS, Checks
+from tokenferry.checks import FLOATS, Checks, NodeLimit
 
 
 @pytest.fixture
@@ -95,6 +95,34 @@ def test_experts_out_of_range(check, bad, place):
 def test_experts_in_range(check):
     check.experts("topk_idx", torch.tensor([[-1, 3]]), 4)
     check.experts("topk_idx", torch.empty(0, 2, dtype=torch.int64), 4)
+
+
+INTERLEAVED = (0, 1, 2, 0, 1, 2)
+"""The nodes of six ranks, with two experts each."""
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("experts", "nodes"),
+    [([0, 2, 5], "0, 1, 2"), ([11, 10, 8], "1, 2"), ([-1, 6, 9], "0, 1"), ([7, -1, 4], "0, 2")],
+)
+def test_too_many_nodes(check, experts, nodes, dtype):
+    idx = torch.tensor([[0, 1, -1], [-1, -1, -1], experts, [0, 2, 5]], dtype=dtype)
+    num = len(nodes.split(", "))
+    limit = NodeLimit(num - 1, INTERLEAVED, 2)
+    with pytest.raises(RoutingError) as caught:
+        check.nodes("topk_idx", idx, limit)
+    assert str(caught.value) == (
+        f"dispatch: topk_idx[2] has experts on {num} nodes ({nodes}), expected at most {num - 1}; the group has "
+        f"max_nodes={num - 1}: limit the groups of the router, or make the group with MoeShape(max_nodes={num})"
+    )
+    check.nodes("topk_idx", idx[:2], limit)
+
+
+def test_few_enough_nodes(check):
+    idx = torch.tensor([[0, 1, 6, 7], [-1, -1, 11, 5], [3, 9, 2, 8], [-1, -1, -1, -1]])
+    check.nodes("topk_idx", idx, NodeLimit(1, INTERLEAVED, 2))
+    check.nodes("topk_idx", torch.empty(0, 3, dtype=torch.int64), NodeLimit(1, INTERLEAVED, 2))
 
 
 def test_lost_gradients(check):

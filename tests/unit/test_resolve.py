@@ -1,6 +1,7 @@
 """Requests: the quick comparisons accept no argument that the full checks refuse, and lead to the same request."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from tokenferry import (
     Plan,
     Quantized,
     Routing,
+    RoutingError,
 )
 from tokenferry.backends.cuda.setup import _unfit
+from tokenferry.checks import Checks
 from tokenferry.options import resolve_options
 from tokenferry.resolve import Resolver
+from tokenferry.topology import Topology, consecutive
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=16, max_tokens=4)
 CPU = torch.device("cpu")
@@ -73,7 +77,7 @@ GATES = {
 
 
 def resolver(*, checks_routing: bool = False) -> Resolver:
-    return Resolver(SHAPE, 1, CPU, "key", checks_routing)
+    return Resolver(SHAPE, Topology(0, ((0,),)), CPU, "key", checks_routing)
 
 
 def outcome(call: str, *args: Any) -> tuple[Any, ...]:
@@ -157,6 +161,38 @@ def test_where_the_rows_are_may_check_the_routing():
     assert resolver(checks_routing=True).dispatch(X, outside, None, None).routing is outside
     with pytest.raises(ArgumentError, match=r"topk_idx\[0, 0\] is 4"):
         resolver().dispatch(X, outside, None, None)
+
+
+@pytest.mark.parametrize("call", ["dispatch", "decode_dispatch"])
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(
+    ("max_nodes", "ranks_per_node", "refused"),
+    [(None, 1, False), (1, 1, True), (1, 2, True), (1, 4, False), (2, 1, False), (3, 1, False)],
+)
+def test_a_token_goes_to_no_more_nodes_than_the_shape_allows(call, quick, max_nodes, ranks_per_node, refused):
+    topology = Topology(0, consecutive(4, ranks_per_node))
+    shape = replace(SHAPE, max_nodes=max_nodes)
+    x = X if quick else torch.nn.Parameter(X, requires_grad=False)  # which only the full checks accept
+    routing = Routing(torch.tensor([[0, 1], [1, -1], [1, 2]] if ranks_per_node == 2 else [[0, 0], [1, -1], [0, 3]]))
+    args = (x, routing, None, None)
+    options = {"return_hook": False} if call == "decode_dispatch" else {}
+    if refused:
+        with pytest.raises(RoutingError, match=rf"{call}: topk_idx\[2\] has experts on 2 nodes .*, expected at most 1"):
+            getattr(Resolver(shape, topology, CPU, "key", False), call)(*args, **options)
+    else:
+        assert getattr(Resolver(shape, topology, CPU, "key", False), call)(*args, **options).routing is routing
+    where_the_rows_are = Resolver(shape, topology, CPU, "key", True)
+    assert getattr(where_the_rows_are, call)(*args, **options).routing is routing
+
+
+@pytest.mark.parametrize(("max_nodes", "top_k", "checked"), [(2, 3, True), (2, 2, False), (3, 3, False), (4, 4, False)])
+def test_a_limit_that_nothing_can_exceed_costs_no_time(max_nodes, top_k, checked, monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(Checks, "nodes", lambda check, name, topk_idx, limit: seen.append(limit.max_nodes))
+    shape = MoeShape(8, top_k, 16, 4, max_nodes)
+    idx = torch.zeros(3, top_k, dtype=torch.int64)
+    Resolver(shape, Topology(0, consecutive(4, 1)), CPU, "key", False).dispatch(X, Routing(idx), None, None)
+    assert seen == [max_nodes] * checked
 
 
 @pytest.mark.parametrize("num_sms", [0, -1, True, 2.0, "8"])

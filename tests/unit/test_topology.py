@@ -3,12 +3,13 @@
 import pytest
 
 from tokenferry import ConfigError, Topology
-from tokenferry.topology import by_place, consecutive
+from tokenferry.topology import by_place, consecutive, node_of_ranks
 
 
 def test_a_rank_finds_itself():
     there = Topology(4, consecutive(6, 2))
     assert (there.num_nodes, there.ranks_per_node, there.node, there.local_rank) == (3, 2, 2, 0)
+    assert there.num_ranks == 6
     assert there.rail == (0, 2, 4)
     assert [there.node_of(rank) for rank in range(6)] == [0, 0, 1, 1, 2, 2]
     assert str(there) == "3 nodes of 2 ranks"
@@ -19,6 +20,7 @@ def test_nodes_need_not_be_consecutive_ranks():
     nodes = by_place(["b", "a", "b", "a"])
     assert nodes == ((0, 2), (1, 3))
     assert Topology(3, nodes).rail == (2, 3)
+    assert node_of_ranks(nodes) == (0, 1, 0, 1)
 
 
 @pytest.mark.parametrize(

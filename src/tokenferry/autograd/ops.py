@@ -4,7 +4,8 @@ Ops take and return only tensors, ints and strings. A group is therefore passed 
 plus its host counts as a ninth, and everything else as one string and one list of ints:
 
 ``where``  ``"<group key> <plan key> <layout> <counts>"``
-``sizes``  E, K, H, M, A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch, which has no plan yet)
+``sizes``  E, K, H, M, most nodes (0: any), A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch,
+           which has no plan yet)
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ def pack(
     """Return ``where`` and ``sizes``; see the top of this module."""
     shape = group.shape
     where = f"{group.key} {plan_key} {options.layout.value} {options.counts}"
-    sizes = [shape.num_experts, shape.top_k, shape.hidden, shape.max_tokens, options.alignment, options.capacity or 0]
-    return where, [*sizes, num_tokens, num_delivered]
+    sizes = [shape.num_experts, shape.top_k, shape.hidden, shape.max_tokens, shape.max_nodes or 0]
+    return where, [*sizes, options.alignment, options.capacity or 0, num_tokens, num_delivered]
 
 
 def _group(where: str, sizes: Sequence[int]) -> ExpertGroup:
-    # int(): while a graph is being traced, sizes may be symbolic; these four become constants of the graph.
-    return find_group(where.split()[0], MoeShape(*map(int, sizes[:4])))
+    # int(): while a graph is being traced, sizes may be symbolic; these five become constants of the graph.
+    num_experts, top_k, hidden, max_tokens, max_nodes = map(int, sizes[:5])
+    return find_group(where.split()[0], MoeShape(num_experts, top_k, hidden, max_tokens, max_nodes or None))
 
 
 def _unpack(where: str, sizes: Sequence[int]) -> tuple[ExpertGroup, DispatchOptions]:
     _, _, layout, location = where.split()
     counts: CountsLocation = "device" if location == "device" else "host"
-    options = DispatchOptions(Layout(layout), alignment=int(sizes[4]), counts=counts, capacity=int(sizes[5]) or None)
+    options = DispatchOptions(Layout(layout), alignment=int(sizes[5]), counts=counts, capacity=int(sizes[6]) or None)
     return _group(where, sizes), zeroing(options)
 
 
@@ -112,7 +114,7 @@ def ints_of(host_counts: Tensor) -> tuple[int, ...] | None:
 
 def _unpack_plan(where: str, sizes: Sequence[int], tensors: Sequence[Tensor]) -> tuple[ExpertGroup, Plan]:
     group, options = _unpack(where, sizes)
-    return group, plan_of(tensors, where.split()[1], options, sizes[6], sizes[7])
+    return group, plan_of(tensors, where.split()[1], options, sizes[7], sizes[8])
 
 
 def num_rows(rows: Tensor) -> int:
@@ -234,7 +236,7 @@ def _fake_parts(
 def _dispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, scale, _, weights, where, sizes = inputs
     ctx.quantized, ctx.weighted = scale is not None, weights is not None
-    _save(ctx, (*output[5:], output[3]), where, [*sizes[:6], x.shape[0], num_rows(output[0])])
+    _save(ctx, (*output[5:], output[3]), where, [*sizes[:7], x.shape[0], num_rows(output[0])])
     if ctx.quantized:
         ctx.mark_non_differentiable(*output[:2])
 
@@ -272,7 +274,7 @@ def _redispatch_fake(
     x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
     group, options = _unpack(where, sizes)
-    return _fake_parts(_Sent(x, scale, topk_weights), options, group.num_local_experts, sizes[7], sizes[1])
+    return _fake_parts(_Sent(x, scale, topk_weights), options, group.num_local_experts, sizes[8], sizes[1])
 
 
 def _redispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -337,8 +339,8 @@ def combine(
 def _combine_fake(
     y: Tensor, topk_weights: Tensor | None, biases: list[Tensor], plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    weights = (0,) if topk_weights is None else (sizes[6], sizes[1])
-    return y.new_empty(sizes[6], y.shape[-1]), y.new_empty(weights, dtype=torch.float32)
+    weights = (0,) if topk_weights is None else (sizes[7], sizes[1])
+    return y.new_empty(sizes[7], y.shape[-1]), y.new_empty(weights, dtype=torch.float32)
 
 
 def _combine_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -232,7 +232,8 @@ class Backend(Protocol):
         num_ranks: Number of ranks, R.
         topology: The nodes.
         device: Device of all tensors.
-        checks_routing: Whether indices outside [-1, E) are found where the rows are, so that the host need not check.
+        checks_routing: Whether indices outside [-1, E), and tokens that go to more nodes than the shape allows, are
+            found where the rows are, so that the host need not check.
     """
 
     name: str
