@@ -1,4 +1,4 @@
-"""The layout of messages, and the number of rows of results: arithmetic on sizes only.
+"""The layout of messages, and the numbers of rows of results and of network buffers: arithmetic on sizes only.
 
 A message about n rows consists of consecutive sections. Each section holds one fixed-width piece of every row and
 starts at a multiple of 16 bytes, so that it can be viewed as its dtype.
@@ -61,6 +61,30 @@ class RowCapacity:
     def tight(self) -> bool:
         """Whether an overflow is possible."""
         return self.given < self.worst
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkCapacity:
+    """The most rows that any routing makes one rank exchange with other nodes.
+
+    Attributes:
+        sent: Rows that it sends in a dispatch, and gets back in a combine.
+        received: Rows that it receives in a dispatch, and returns in a combine.
+    """
+
+    sent: int
+    received: int
+
+
+def network_capacity(shape: MoeShape, num_nodes: int) -> NetworkCapacity:
+    """Return the rows for which a rank needs buffers on the network.
+
+    A token crosses once for each other node that it goes to: at most K, at most ``max_nodes`` (none of them need be its
+    own node), and at most all others. No such limit holds for a receiver: all tokens of its peers may go to its node.
+    """
+    others = num_nodes - 1
+    reached = min(others, shape.top_k, others if shape.max_nodes is None else shape.max_nodes)
+    return NetworkCapacity(shape.max_tokens * reached, shape.max_tokens * others)
 
 
 def row_capacity(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> RowCapacity:

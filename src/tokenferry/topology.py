@@ -98,3 +98,38 @@ def node_of_ranks(nodes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Return the node of each rank."""
     node_of = {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
     return tuple(node_of[rank] for rank in range(len(node_of)))
+
+
+def most_nodes(nodes: Sequence[Sequence[int]], num_experts: int, top_k: int, num_groups: int, top_groups: int) -> int:
+    """Return the most nodes that a token can go to if it may use the experts of only some groups.
+
+    Exact if nodes are consecutive ranks. Of other nodes it may be more than any choice of experts reaches, never less.
+
+    Args:
+        nodes: The ranks of each node: `Topology.nodes`.
+        num_experts: E, a multiple of R.
+        top_k: K, experts of a token.
+        num_groups: Groups of neighbouring experts, as `tokenferry.nn.GroupLimit` has them; 1 without a limit.
+        top_groups: Groups whose experts a token may use.
+
+    Raises:
+        ConfigError: ``num_groups`` does not divide E.
+    """
+    if num_experts % num_groups:
+        raise ConfigError(f"GroupLimit: num_groups={num_groups} does not divide E={num_experts}; use a divisor of E")
+    node_of = node_of_ranks(nodes)
+    width, per_rank = num_experts // num_groups, num_experts // len(node_of)
+    spans = (
+        frozenset(node_of[first // per_rank : (first + width - 1) // per_rank + 1])
+        for first in range(0, num_experts, width)
+    )
+    groups = list(dict.fromkeys(spans))  # a second group on the same nodes adds none
+    # By the last group of a choice: the nodes of the best choice. Of consecutive nodes, a group shares with earlier
+    # groups only what it shares with the one before it in the choice.
+    most = [len(group) for group in groups]
+    for _ in range(min(top_groups, top_k) - 1):
+        most = [
+            max([most[i], *(most[before] + len(group - groups[before]) for before in range(i))])
+            for i, group in enumerate(groups)
+        ]
+    return min(max(most), len(nodes), top_k)

@@ -52,6 +52,7 @@ def test_one_node_has_no_slots(capsys):
     out = capsys.readouterr().out
     assert "0.000 of them others (at most 0)" in out
     assert "slots" not in out
+    assert "network buffers:" not in out
 
 
 @pytest.mark.parametrize("words", ["--groups 8 --limited-nodes 4", "--limited-nodes 4", "--groups 8 --top-groups 4"])
@@ -60,6 +61,8 @@ def test_group_limits(words, capsys):
     out = capsys.readouterr().out
     assert "routing 4 of 8 groups (sampled, 500 tokens)" in out
     assert "(at most 4)" in out
+    assert "network buffers: those of a group with MoeShape(max_nodes=4)" in out
+    assert float(line(out, "throughput   ")[1]) == round(4096 * (4 + 7) * (14336 + 52) / 1e6)
 
 
 def test_skewed_routing(capsys):

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "layout": {"types", "errors"},
     "formats": {"types", "errors"},
     "tuning": {"types", "errors"},
-    "cost": {"types", "errors", "topology", "tuning"},
+    "cost": {"types", "errors", "topology", "layout", "tuning"},
     "transports": {"errors", "forked", "topology"},
     # Independent of experts, and usable outside of this project.
     "jit": {"errors"},

@@ -198,6 +198,11 @@ def test_memory():
     assert memory.expected_rows_bytes == pytest.approx(each.throughput.busiest_rows.received * 7392)
     assert each.decoding.memory.network_bytes == 4 * 7 * 128 * (7392 + 64 + 14336)
     assert found(8).throughput.memory.network_bytes == 4096 * (7 + 7) * (14336 + 52)
+    wider = Case(Cluster(8, 8), replace(V3, max_nodes=5), Gate(8, 4))
+    memory = estimate(wider, LINKS, DecodeSizes(), Sampling(16)).throughput.memory
+    assert memory.network_bytes == 4096 * (5 + 7) * (14336 + 52), (
+        "the limit of the group, not what the gate needs of it"
+    )
 
 
 def test_memory_of_deep_ep_is_its_own_hint():

@@ -1,5 +1,7 @@
 """Inputs of the cost model: sizes that do not fit each other are refused, with both numbers."""
 
+from dataclasses import replace
+
 import pytest
 
 from tokenferry.cost.case import Case, Cluster, Gate, Links
@@ -30,6 +32,10 @@ V3 = MoeShape(256, 8, 7168, 4096)
         (lambda: Case(Cluster(1, 4), MoeShape(4, 5, 128, 1)), "top_k=5 exceeds 4 experts"),
         (lambda: Case(Cluster(2, 8), V3, Gate(3, 2)), "3 groups do not divide 256 experts"),
         (lambda: Case(Cluster(2, 8), V3, Gate(64, 1)), "top_k=8 exceeds 4, the experts of 1 of 64 groups"),
+        (
+            lambda: Case(Cluster(8, 8), replace(V3, max_nodes=3), Gate(8, 4)),
+            r"the gate \(4 of 8 groups\) may choose experts on 4 nodes, more than the max_nodes=3 of the shape",
+        ),
         (lambda: Case(Cluster(2, 8), V3, rows="fp16"), 'rows: expected "fp8" or "bf16", got \'fp16\''),
         (lambda: Case(Cluster(2, 8), MoeShape(16, 2, 100, 1)), "hidden=100 is no multiple of 128"),
         (lambda: DecodeSizes(0), "tokens: expected a positive integer, got 0"),
@@ -69,6 +75,14 @@ def test_most_nodes_of_a_token(nodes, gate, most):
 def test_a_group_across_the_edge_of_a_node():
     """Three nodes of four experts, two groups of six: the first lies on nodes 0 and 1, the second on 1 and 2."""
     assert Case(Cluster(3, 1), MoeShape(12, 3, 128, 1), Gate(2, 1)).most_remote_nodes == 2
+
+
+def test_the_shape_of_a_group_for_a_gate():
+    gate, cluster = Gate(8, 3), Cluster(8, 8)
+    assert Case(cluster, V3, gate).group_shape == replace(V3, max_nodes=3)
+    assert Case(cluster, V3).group_shape == replace(V3, max_nodes=8)
+    given = replace(V3, max_nodes=5)
+    assert Case(cluster, given, gate).group_shape == given
 
 
 @pytest.mark.parametrize(

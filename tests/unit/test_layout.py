@@ -1,9 +1,16 @@
 """The sections of a message are in order, aligned, do not overlap, and lie inside of it; capacities of results."""
 
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tokenferry.layout import RowCapacity, Sections, row_capacity
+from tokenferry.checks import Checks, NodeLimit
+from tokenferry.cost.rows import count_rows
+from tokenferry.layout import NetworkCapacity, RowCapacity, Sections, network_capacity, row_capacity
+from tokenferry.topology import by_place, node_of_ranks
 from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 
@@ -48,3 +55,79 @@ def test_padding_of_the_worst_routing_has_room():
     shape = MoeShape(num_experts=4, top_k=1, hidden=16, max_tokens=1)
     options = DispatchOptions(Layout.EXPERTS, alignment=8, counts="device")
     assert row_capacity(shape, options, num_ranks=2).worst == 16
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "max_nodes", "expected"),
+    [
+        (1, None, NetworkCapacity(0, 0)),
+        (1, 1, NetworkCapacity(0, 0)),
+        (4, None, NetworkCapacity(30, 30)),
+        (4, 4, NetworkCapacity(30, 30)),
+        (4, 3, NetworkCapacity(30, 30)),  # three other nodes, and none of its own
+        (4, 2, NetworkCapacity(20, 30)),
+        (8, None, NetworkCapacity(50, 70)),  # K
+        (8, 1, NetworkCapacity(10, 70)),
+    ],
+)
+def test_the_capacity_of_the_network(num_nodes, max_nodes, expected):
+    """M=10, K=5."""
+    shape = MoeShape(num_experts=64, top_k=5, hidden=8, max_tokens=10, max_nodes=max_nodes)
+    assert network_capacity(shape, num_nodes) == expected
+
+
+@st.composite
+def limited_shapes(draw):
+    """Draw the nodes of up to six ranks, in any order, and a shape with or without a limit of nodes."""
+    num_nodes, per_node = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    nodes = by_place(draw(st.permutations([str(node) for node in range(num_nodes)] * per_node)))
+    experts = num_nodes * per_node * draw(st.integers(1, 2))
+    max_nodes = draw(st.none() | st.integers(1, 5))
+    return nodes, MoeShape(experts, draw(st.integers(1, 4)), 8, draw(st.integers(1, 3)), max_nodes)
+
+
+def legal_routing(nodes, shape, pick):
+    """Return the experts of a rank's tokens, some slots unused, on no more nodes than a token may go to."""
+    local = shape.num_experts // sum(map(len, nodes))
+    tokens = []
+    for _ in range(pick.randint(0, shape.max_tokens)):
+        chosen = pick.sample(nodes, min(len(nodes), shape.max_nodes or len(nodes)))
+        experts = [rank * local + i for ranks in chosen for rank in ranks for i in range(local)]
+        tokens.append([pick.choice([-1, *experts]) for _ in range(shape.top_k)])
+    return tokens
+
+
+@given(limited_shapes(), st.integers(0, 1 << 30))
+@settings(deadline=None)
+def test_no_legal_routing_needs_more_of_the_network(drawn, seed):
+    nodes, shape = drawn
+    pick, node_of = random.Random(seed), node_of_ranks(nodes)
+    routings = [legal_routing(nodes, shape, pick) for _ in node_of]
+    if shape.max_nodes is not None:
+        limit = NodeLimit(shape.max_nodes, node_of, shape.num_experts // len(node_of))
+        for tokens in routings:
+            topk_idx = torch.tensor(tokens, dtype=torch.int64).reshape(len(tokens), shape.top_k)
+            Checks("dispatch", torch.device("cpu")).nodes("topk_idx", topk_idx, limit)
+    most = network_capacity(shape, len(nodes))
+    for rows in count_rows(routings, shape.num_experts, nodes):
+        assert rows.network_out <= most.sent
+        assert rows.network_in <= most.received
+
+
+@given(limited_shapes())
+@settings(deadline=None)
+def test_some_legal_routing_needs_all_of_it(drawn):
+    """Every token of a rank goes to as many other nodes as it may; then all tokens of all other nodes to one."""
+    nodes, shape = drawn
+    node_of, local = node_of_ranks(nodes), shape.num_experts // sum(map(len, nodes))
+    most = network_capacity(shape, len(nodes))
+    firsts = [ranks[0] * local for ranks in nodes]
+    away = []
+    for rank in range(len(node_of)):
+        others = [first for node, first in enumerate(firsts) if node != node_of[rank]]
+        token = others[: min(shape.top_k, shape.max_nodes or len(nodes))]
+        away.append([token + [-1] * (shape.top_k - len(token))] * shape.max_tokens)
+    assert {rows.network_out for rows in count_rows(away, shape.num_experts, nodes)} == {most.sent}
+    to_one = [[[firsts[0]] + [-1] * (shape.top_k - 1)] * shape.max_tokens for _ in node_of]
+    received = [rows.network_in for rows in count_rows(to_one, shape.num_experts, nodes)]
+    assert [received[rank] for rank in nodes[0]] == [most.received] * len(nodes[0])

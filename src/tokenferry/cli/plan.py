@@ -156,6 +156,10 @@ def _foot(found: Estimate) -> list[str]:
     v1, decoding = found.deep_ep_v1, found.decoding
     lines = ["whole: routing, the longer one of network and NVLink, what it does not hide, and launch and flags"]
     if found.case.cluster.num_nodes > 1:
+        if found.case.gate.limited:
+            lines.append(
+                f"network buffers: those of a group with MoeShape(max_nodes={found.case.group_shape.max_nodes})"
+            )
         filled = decoding.mean_rows.network_out / (found.case.cluster.num_nodes - 1)
         lines.append(
             f"decode calls send {found.decode_slots} slots to each other node, of which {filled:.1f} are filled; "

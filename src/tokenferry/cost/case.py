@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tokenferry.errors import ConfigError
-from tokenferry.topology import consecutive
+from tokenferry.topology import consecutive, most_nodes
 from tokenferry.types import MoeShape
 
 RowKind = Literal["fp8", "bf16"]
@@ -129,7 +129,7 @@ class Case:
 
     Args:
         cluster: The ranks.
-        shape: E, K, H and M.
+        shape: E, K, H and M; ``max_nodes`` sizes the buffers, None: the most nodes that the gate chooses.
         gate: How tokens choose their experts.
         rows: The rows of a dispatch.
 
@@ -158,6 +158,11 @@ class Case:
                 f"Case: top_k={shape.top_k} exceeds {open_experts}, the experts of {gate.top_groups} of "
                 f"{gate.num_groups} groups; allow more groups"
             )
+        if shape.max_nodes is not None and self.most_nodes > shape.max_nodes:
+            raise ConfigError(
+                f"Case: the gate ({gate}) may choose experts on {self.most_nodes} nodes, more than the "
+                f"max_nodes={shape.max_nodes} of the shape; change one of them"
+            )
         if self.rows not in ("fp8", "bf16"):
             raise ConfigError(f'Case: rows: expected "fp8" or "bf16", got {self.rows!r}')
         if self.rows == "fp8" and shape.hidden % FP8_COLUMNS:
@@ -178,13 +183,22 @@ class Case:
         return 2 * self.shape.hidden
 
     @property
-    def most_remote_nodes(self) -> int:
-        """Return the most other nodes that one token may reach: limited by N, by K and by the groups."""
-        return min(self.cluster.num_nodes - 1, self.shape.top_k, sum(sorted(self._spans())[-self.gate.top_groups :]))
+    def most_nodes(self) -> int:
+        """Return the most nodes that one token may go to: limited by N, by K and by the groups."""
+        shape, gate = self.shape, self.gate
+        return most_nodes(self.cluster.nodes, shape.num_experts, shape.top_k, gate.num_groups, gate.top_groups)
 
-    def _spans(self) -> list[int]:
-        """Return how many nodes the experts of each group lie on."""
-        per_node = self.shape.num_experts // self.cluster.num_nodes
-        width = self.shape.num_experts // self.gate.num_groups
-        firsts = range(0, self.shape.num_experts, width)
-        return [(first + width - 1) // per_node - first // per_node + 1 for first in firsts]
+    @property
+    def most_remote_nodes(self) -> int:
+        """Return the most other nodes that one token may go to."""
+        return min(self.cluster.num_nodes - 1, self.most_nodes)
+
+    @property
+    def group_shape(self) -> MoeShape:
+        """Return the shape of a group for these calls: with the least ``max_nodes`` that allows what the gate chooses.
+
+        One that is given stays.
+        """
+        if self.shape.max_nodes is not None:
+            return self.shape
+        return replace(self.shape, max_nodes=self.most_nodes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tokenferry.cost.calls import entry_bytes, slot_header_bytes
 from tokenferry.cost.case import Case
 from tokenferry.cost.rows import RankRows
+from tokenferry.layout import network_capacity
 
 _PARITIES = 2  # decode calls alternate between two sets of buffers
 
@@ -28,14 +29,13 @@ class Memory:
 
 
 def throughput_memory(case: Case, most: RankRows) -> Memory:
-    """Return the memory of throughput calls: each of M tokens may go to as many nodes as gate and K allow. Pure.
+    """Return the memory of throughput calls: room for any routing within ``max_nodes``. Pure.
 
     Dispatch sends from the smaller buffer and receives in the larger one; combine uses them the other way round.
     """
-    tokens = case.shape.max_tokens
-    slots = tokens * (case.most_remote_nodes + case.cluster.num_nodes - 1)
+    most_rows = network_capacity(case.group_shape, case.cluster.num_nodes)
     row_bytes = max(case.dispatch_row_bytes, case.combine_row_bytes)
-    return _memory(case, most, slots * (row_bytes + entry_bytes(case)))
+    return _memory(case, most, (most_rows.sent + most_rows.received) * (row_bytes + entry_bytes(case)))
 
 
 def decode_memory(case: Case, most: RankRows, slots: int) -> Memory:

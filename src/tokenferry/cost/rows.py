@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenferry.cost.case import Case
 from tokenferry.cost.reach import Reach
 from tokenferry.errors import ConfigError, RoutingError
-from tokenferry.topology import Topology
+from tokenferry.topology import Topology, node_of_ranks
 
 Experts = Tensor | Sequence[Sequence[int]]
 """The experts of the tokens of one rank, ``[T, K]``; -1: slot unused."""
@@ -70,7 +70,7 @@ def network_rows(topk_idx: Experts, num_experts: int, topology: Topology) -> tup
         ConfigError: E is no multiple of R.
         RoutingError: an expert is outside of ``[-1, E)``.
     """
-    node_of = _node_of(topology.nodes)
+    node_of = node_of_ranks(topology.nodes)
     rows = [0] * topology.num_nodes
     for ranks in _ranks_of_tokens(topk_idx, num_experts, len(node_of)):
         for node in {node_of[rank] for rank in ranks} - {topology.node}:
@@ -93,7 +93,7 @@ def count_rows(topk_idx: Sequence[Experts], num_experts: int, nodes: Sequence[Se
         ConfigError: E is no multiple of R, or there are not R routings.
         RoutingError: an expert is outside of ``[-1, E)``.
     """
-    node_of = _node_of(nodes)
+    node_of = node_of_ranks(nodes)
     if len(topk_idx) != len(node_of):
         raise ConfigError(
             f"count_rows: topk_idx: expected one routing for each of {len(node_of)} ranks, got {len(topk_idx)}"
@@ -153,11 +153,6 @@ def mean(rows: Sequence[RankRows]) -> RankRows:
 
 def _merged(rows: Sequence[RankRows], merge: Callable[[list[float]], float]) -> RankRows:
     return RankRows(**{field.name: merge([getattr(each, field.name) for each in rows]) for field in fields(RankRows)})
-
-
-def _node_of(nodes: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Return the node of each rank."""
-    return {rank: node for node, ranks in enumerate(nodes) for rank in ranks}
 
 
 def _ranks_of_tokens(topk_idx: Experts, num_experts: int, num_ranks: int) -> Iterator[set[int]]:
