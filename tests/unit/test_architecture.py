@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "api": {"types", "errors", "ambient", "topology", "options", "resolve", "backends"},
     "__init__": {"types", "errors", "topology", "api"},
     "autograd": {"types", "errors", "layout", "api"},
-    "nn": {"types", "errors", "api", "autograd"},
+    "nn": {"types", "errors", "topology", "api", "autograd"},
     "compat": {"__init__", "types", "errors", "ambient", "checks", "api"},
     # From compat only the chaos soak, which uses all APIs.
     "testing": {"types", "errors", "api", "compat"},

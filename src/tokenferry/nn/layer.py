@@ -12,7 +12,8 @@ from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.experts import draw_expert, swiglu
 from tokenferry.nn.precision import autocast_dtype
-from tokenferry.nn.router import Router
+from tokenferry.nn.router import GroupLimit, Router
+from tokenferry.topology import most_nodes
 from tokenferry.types import DispatchOptions, Layout, Routing
 
 
@@ -37,7 +38,8 @@ class MoELayer(nn.Module):
         group: The group of the experts; its shape determines E, K and H. The layer does not close it.
         ffn_hidden: F, the intermediate size of an expert.
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
-            device.
+            device. A `Router` must not be able to choose more nodes than ``MoeShape.max_nodes``, which takes a
+            `GroupLimit` if that is few; other routers are checked in each call.
         seed: Seed of the parameters, in 0 .. 2^40 - 1; the same on every rank.
         dtype: dtype of the experts and of the rows; None: torch's default dtype, as for the modules of `torch.nn`.
 
@@ -48,7 +50,8 @@ class MoELayer(nn.Module):
             before the first.
 
     Raises:
-        ConfigError: ``ffn_hidden`` or ``seed`` is out of range.
+        ConfigError: ``ffn_hidden`` or ``seed`` is out of range, or the router may choose experts on more nodes than
+            ``max_nodes`` of the group.
 
     Example:
         >>> import torch, tokenferry
@@ -78,6 +81,7 @@ class MoELayer(nn.Module):
         if router is None:
             with group.device:
                 router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed)
+        _check_nodes(group, router)
         self.router = router
         first = group.rank * group.num_local_experts
         drawn = [
@@ -129,3 +133,19 @@ class MoELayer(nn.Module):
         """Return the parameters of which every rank has a copy: all-reduce their gradients with SUM."""
         mine = {id(parameter) for parameter in self.expert_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in mine]
+
+
+def _check_nodes(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> None:
+    """Raise ConfigError if a `Router` may choose experts on more nodes than the group allows."""
+    shape = group.shape
+    if shape.max_nodes is None or not isinstance(router, Router):
+        return
+    limit = GroupLimit(1, 1) if router.group_limit is None else router.group_limit
+    nodes = group.topology.nodes
+    chosen = most_nodes(nodes, shape.num_experts, router.top_k, limit.num_groups, limit.top_groups)
+    if chosen > shape.max_nodes:
+        raise ConfigError(
+            f"MoELayer: router: with group_limit={router.group_limit} it may choose experts on {chosen} of "
+            f"{len(nodes)} nodes, and the group has max_nodes={shape.max_nodes}; let it use fewer groups, or make the "
+            f"group with MoeShape(max_nodes={chosen})"
+        )

@@ -82,8 +82,8 @@ def group_limited_topk(
     ``sigmoid(logit)``; for choosing, ``bias`` is added. A group of E / num_groups neighbours is scored by the sum of
     its two best biased scores (the paper's K / top_groups, which is two there); the best ``top_groups`` groups stay,
     and from these the ``top_k`` best biased scores are chosen. Weights are the scores without bias, divided by their
-    sum, times ``scale``. Ties go to the lower index. With one group per node, a token visits at
-    most ``top_groups`` nodes.
+    sum, times ``scale``. Ties go to the lower index. With one group per node, a token visits at most ``top_groups``
+    nodes: the ``MoeShape.max_nodes`` of the group that sends it.
 
     A logit or a bias of -inf masks an expert, as in `softmax_topk`; it adds 0 to the score of its group, and a group
     without other experts is chosen last. A NaN in a row stays visible as weights of NaN.
