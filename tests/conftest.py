@@ -3,11 +3,16 @@
 import os
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 
 from support.pools import prefer
 from tokenferry.testing.world import World
+
+# No test is timed: an example may take long on a busy machine.
+hypothesis.settings.register_profile("tokenferry", deadline=None)
+hypothesis.settings.load_profile("tokenferry")
 
 CUDA_JOB_S = 240.0
 """Seconds for a job on GPUs: ranks that share one wait milliseconds for their turn, many times a call."""

@@ -51,7 +51,6 @@ def round_trip(rank, pg, pair: Pair, chosen: Case, options: DispatchOptions) -> 
 
 @settings(
     max_examples=int(os.environ.get("EXAMPLES", "60")),
-    deadline=None,
     derandomize="EXAMPLES" not in os.environ,
     database=None,
     # A failure ends the ranks, and each new world takes a second: cases print well, so they are not shrunk.

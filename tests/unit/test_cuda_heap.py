@@ -713,4 +713,4 @@ class HeapMachine(RuleBasedStateMachine):
 
 
 TestHeapMachine = HeapMachine.TestCase
-TestHeapMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHeapMachine.settings = settings(max_examples=150, stateful_step_count=40)

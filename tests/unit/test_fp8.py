@@ -99,7 +99,7 @@ def test_what_is_not_finite_is_cast_as_by_the_oracle(kind, dtype, hidden):
     same_bits("the others", back.nan_to_num(0.0), fp8.dequantize(fp8.cast(x.nan_to_num(0.0, 0.0, 0.0), kind)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(kind=st.sampled_from(Scale), seed=st.integers(0, 2**32), hidden=st.sampled_from([16, 128, 272]))
 def test_any_bits_are_cast_as_by_the_oracle(kind, seed, hidden):
     check_cast(any_bits(torch.empty(2, hidden, dtype=torch.float32), seed), kind)

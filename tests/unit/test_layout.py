@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenferry.checks import Checks, NodeLimit
@@ -98,7 +98,6 @@ def legal_routing(nodes, shape, pick):
 
 
 @given(limited_shapes(), st.integers(0, 1 << 30))
-@settings(deadline=None)
 def test_no_legal_routing_needs_more_of_the_network(drawn, seed):
     nodes, shape = drawn
     pick, node_of = random.Random(seed), node_of_ranks(nodes)
@@ -115,7 +114,6 @@ def test_no_legal_routing_needs_more_of_the_network(drawn, seed):
 
 
 @given(limited_shapes())
-@settings(deadline=None)
 def test_some_legal_routing_needs_all_of_it(drawn):
     """Every token of a rank goes to as many other nodes as it may; then all tokens of all other nodes to one."""
     nodes, shape = drawn

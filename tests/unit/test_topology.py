@@ -4,7 +4,7 @@ import random
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenferry import ConfigError, Topology
@@ -80,7 +80,6 @@ def gates(draw):
 
 
 @given(gates(), st.integers(0, 1 << 30))
-@settings(deadline=None)
 def test_most_nodes_is_exact_for_nodes_of_consecutive_ranks_and_never_too_few(gate, seed):
     num_nodes, per_node, *rest = gate
     nodes = consecutive(num_nodes * per_node, per_node)
