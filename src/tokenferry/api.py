@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.ambient import without_function_modes
-from tokenferry.backends.base import Backend, TokenLayout
+from tokenferry.backends.base import Backend, CallSms, TokenLayout
 from tokenferry.backends.choose import make_backend
 from tokenferry.errors import ArgumentError, ClosedError, PickleError, TokenferryError
 from tokenferry.options import check_divides, check_group, resolve_options
@@ -137,7 +137,12 @@ class ExpertGroup(Connected):
 
     @classmethod
     def _with_heap(
-        cls, group: dist.ProcessGroup | None, *, heap_bytes: int, on_timeout: TimeoutPolicy = "raise"
+        cls,
+        group: dist.ProcessGroup | None,
+        *,
+        heap_bytes: int,
+        timeout_s: float | None = None,
+        on_timeout: TimeoutPolicy = "raise",
     ) -> ExpertGroup:
         """Make a group with ``heap_bytes`` of GPU memory for rows, unless TOKENFERRY_HEAP_MB is set. Collective.
 
@@ -145,7 +150,7 @@ class ExpertGroup(Connected):
         cannot be derived.
         """
         shape = MoeShape(check_group(group), 1, 16, 1)
-        resolved = resolve_options(group, shape, "auto", "auto", None, on_timeout)
+        resolved = resolve_options(group, shape, "auto", "auto", timeout_s, on_timeout)
         if resolved.heap_bytes is None:
             resolved = replace(resolved, heap_bytes=heap_bytes)
         made = object.__new__(cls)
@@ -328,6 +333,10 @@ class ExpertGroup(Connected):
     def _restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
         """Return a routing without the slots of ranks that ``in_rank`` leaves out; for `tokenferry.compat`."""
         return self._backend.restricted(topk_idx, in_rank, num_experts)
+
+    def _call_sms(self) -> CallSms | None:
+        """Return how many SMs calls occupy that do not say how many, or None on the CPU; for `tokenferry.compat`."""
+        return self._backend.call_sms(self.shape)
 
     def _places_shape(self, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
         """Return the shape of ``Plan._places`` of a dispatch; None: its routing decides. Local."""

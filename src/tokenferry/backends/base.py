@@ -153,6 +153,19 @@ class TokenLayout:
         return self.counts[self.num_ranks :]
 
 
+@dataclass(frozen=True, slots=True)
+class CallSms:
+    """How many SMs calls occupy that do not say how many.
+
+    Attributes:
+        dispatch: SMs of `dispatch` and `redispatch`.
+        combine: SMs of `combine` for rows that peers fetch.
+    """
+
+    dispatch: int
+    combine: int
+
+
 class QuickChecks(Protocol):
     """Checks of arguments that take a microsecond and have no words: False only means that better ones must decide."""
 
@@ -313,6 +326,10 @@ class Backend(Protocol):
             in_rank: ``[T, R]`` bool, contiguous.
             num_experts: E, a multiple of R.
         """
+        ...
+
+    def call_sms(self, shape: MoeShape) -> CallSms | None:
+        """Return how many SMs calls of this shape occupy that do not say how many; None: the device has none. Local."""
         ...
 
     def new_traces(self, num_calls: int) -> Tensor | None:

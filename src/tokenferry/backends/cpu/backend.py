@@ -140,6 +140,10 @@ class CpuBackend:
         """See `tokenferry.backends.base.Backend`."""
         return routing.restricted(topk_idx, in_rank, num_experts)
 
+    def call_sms(self, shape: MoeShape) -> None:
+        """Return None: this backend uses no SMs."""
+        return
+
     def new_traces(self, num_calls: int) -> Tensor | None:
         """Return None: this backend records no time stamps."""
         return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenferry import tuning
 from tokenferry.backends.base import (
+    CallSms,
     CombineRequest,
     DecodeCombineRequest,
     DecodeDispatchRequest,
@@ -123,6 +125,11 @@ class CudaBackend:
     def restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
         """See `tokenferry.backends.cuda.token_layout`."""
         return restricted(self.context, topk_idx, in_rank, num_experts)
+
+    def call_sms(self, shape: MoeShape) -> CallSms:
+        """See `tokenferry.backends.base.Backend`."""
+        tuned = tuning.tune(shape, tuning.Topology(self.num_ranks, self.context.num_sms))
+        return CallSms(tuned.dispatch_sms, tuned.combine_sms)
 
     def masked(self) -> frozenset[int]:
         """Return the ranks that decode calls skip."""
