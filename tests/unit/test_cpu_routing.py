@@ -1,5 +1,7 @@
 """Sums of the CPU backend across block boundaries are equal to those of plain loops, bit for bit."""
 
+import sys
+
 import pytest
 import torch
 
@@ -68,3 +70,14 @@ def test_sums_may_overwrite_their_rows(allocator):
         memory = torch.arange(20.0).repeat_interleave(8).view(20, 8)
         out = group.combine(memory[:19], sent.plan, out=memory).x
         assert out[:, 0].tolist() == [0.0, *map(float, range(19))]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 1), (1, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("strides", [(9, 1), (1, 4)], ids=str)
+def test_rows_become_bytes_whatever_strides_torch_calls_contiguous(shape, strides):
+    """A single number may have any strides, such as those of a column that is padded for a GPU."""
+    numbers = torch.arange(32, dtype=torch.int32, device="cpu")
+    rows = numbers.as_strided(shape, strides, storage_offset=2).contiguous()
+    found = cpu_routing.as_bytes(rows)
+    assert found.shape == (shape[0], 4 * shape[1])
+    assert bytes(found.flatten().tolist()) == b"".join(n.to_bytes(4, sys.byteorder) for n in rows.flatten().tolist())

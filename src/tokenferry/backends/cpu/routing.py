@@ -219,8 +219,9 @@ def as_bytes(rows: Tensor) -> Tensor:
     """View ``[n, width]`` contiguous rows as ``[n, bytes]`` uint8."""
     if rows.dtype == torch.uint8:
         return rows
-    # Flat first: the strides of empty tensors and of single columns need not be those that view() requires.
-    return rows.reshape(-1).view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())
+    # Flat first: the strides of empty tensors, and of single rows and columns, need not be those that view() requires.
+    flat = rows.as_strided((rows.numel(),), (1,))
+    return flat.view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())
 
 
 def as_words(rows: Tensor) -> Tensor:
