@@ -6,10 +6,11 @@ import tempfile
 
 import deep_ep
 import deep_ep.buffer
+import deep_ep.buffers.elastic
 import deep_ep.buffers.legacy
 import torch
 import torch.distributed as dist
-from deep_ep import Buffer, Config, EventOverlap, topk_idx_t
+from deep_ep import Buffer, Config, ElasticBuffer, EventOverlap, topk_idx_t
 from deep_ep.utils import EventHandle
 from deep_ep.utils.event import EventOverlap as SameEventOverlap
 
@@ -68,8 +69,18 @@ def rank_main(rank: int, store: str) -> None:
     assert event.event is None
     torch.testing.assert_close(out.float(), x.float() * topk_weights.sum(1, keepdim=True), rtol=1e-2, atol=1e-2)
 
+    elastic = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=M, hidden=H, num_topk=K)
+    recv_x, recv_idx, recv_weights, handle, event = elastic.dispatch(x, topk_idx, topk_weights, num_experts=E)
+    assert recv_idx.shape == recv_weights.shape == (recv_x.shape[0], K)
+    assert sum(handle.num_recv_tokens_per_expert_list) == (recv_idx >= 0).sum()
+    combined, grad_weights, event = elastic.combine(recv_x, handle=handle, topk_weights=recv_weights)
+    assert event.event is None
+    assert torch.equal(combined.float(), x.float() * in_rank.sum(1, keepdim=True))
+    assert torch.equal(grad_weights, topk_weights)
+
 
 def main() -> None:
+    assert deep_ep.buffers.elastic.ElasticBuffer is ElasticBuffer
     assert Buffer is deep_ep.buffer.Buffer is deep_ep.buffers.legacy.Buffer
     assert SameEventOverlap is EventOverlap
     assert isinstance(Config(num_sms=24), deep_ep.Config)

@@ -1,4 +1,7 @@
-"""The shim takes the arguments of DeepEP's V1 and its forks; `golden_v1.json` holds V1's parameters and defaults."""
+"""The shim takes the arguments of DeepEP and its forks; `golden_v1.json` and `golden_v2.json` hold what it takes.
+
+That is the parameters of each method, in order and with their defaults.
+"""
 
 import inspect
 import json
@@ -11,7 +14,11 @@ import torch
 
 import tokenferry.compat.deep_ep as deep_ep
 
-GOLDEN = json.loads((Path(__file__).parent / "golden_v1.json").read_text())
+GOLDEN = {
+    method: parameters
+    for version in ("v1", "v2")
+    for method, parameters in json.loads((Path(__file__).parent / f"golden_{version}.json").read_text()).items()
+}
 
 # Keywords that forks and later versions of DeepEP add to V1.
 DIALECTS = {
@@ -36,7 +43,7 @@ def written(parameter: inspect.Parameter) -> str:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_takes_what_v1_takes_in_its_order(name):
+def test_takes_what_deep_ep_takes_in_its_order(name):
     positional = [p for p in parameters(name) if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [written(p) for p in positional] == GOLDEN[name]
 
@@ -49,28 +56,37 @@ def test_adds_the_keywords_of_the_dialects_and_no_others(name):
 
 
 def test_records_every_public_method():
-    for owner in ("Buffer", "Config"):
+    for owner in ("Buffer", "Config", "ElasticBuffer"):
         public = {n for n, v in inspect.getmembers(getattr(deep_ep, owner), callable) if not n.startswith("_")}
         assert {f"{owner}.{name}" for name in public} <= set(GOLDEN)
 
 
-def test_exports_the_names_of_v1_and_not_those_that_stand_for_more():
-    assert set(deep_ep.__all__) == {"Buffer", "Config", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"}
+def test_exports_the_names_of_both_versions_and_not_those_that_stand_for_more():
+    assert set(deep_ep.__all__) == {
+        *("Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"),
+        *("get_logical_domain_size", "get_physical_domain_size"),
+    }
     assert deep_ep.topk_idx_t is torch.int64
-    assert deep_ep.__version__.startswith("1.2.1+tokenferry.")
-    assert not hasattr(deep_ep, "ElasticBuffer")  # programs take it for DeepEP 2 if it is there
+    assert deep_ep.__version__.startswith("2.1.0+tokenferry.")
     assert not hasattr(deep_ep, "HybridEPBuffer")
+
+
+@pytest.mark.parametrize("prefix", ["engram", "pp", "agrs", "all_gather"])
+def test_programs_find_out_that_methods_are_missing(prefix):
+    assert not [name for name in dir(deep_ep.ElasticBuffer) if name.startswith(prefix)]
 
 
 def test_answers_on_every_module_path():
     from tokenferry.compat.deep_ep import buffer, utils
-    from tokenferry.compat.deep_ep.buffers import legacy
+    from tokenferry.compat.deep_ep.buffers import elastic, legacy
     from tokenferry.compat.deep_ep.utils import event
 
     assert legacy.Buffer is buffer.Buffer is deep_ep.Buffer
+    assert (elastic.ElasticBuffer, elastic.EPHandle) == (deep_ep.ElasticBuffer, deep_ep.EPHandle)
     assert event.EventOverlap is utils.EventOverlap is deep_ep.EventOverlap
     assert utils.EventHandle is deep_ep.EventHandle
     assert isinstance(deep_ep.Config | None, object)  # evaluated in annotations of clients
+    assert isinstance(deep_ep.ElasticBuffer | None, object)
 
 
 def test_import_starts_nothing():

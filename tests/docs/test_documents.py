@@ -20,7 +20,7 @@ import tokenferry
 from support import documents
 from tokenferry import env
 from tokenferry.cli.main import COMMANDS
-from tokenferry.compat.deep_ep import Buffer
+from tokenferry.compat.deep_ep import Buffer, ElasticBuffer
 
 PYTHON_LANGUAGES = ("python", "pycon")
 LANGUAGES = {"python", "pycon", "text", "bash", "make"}
@@ -307,14 +307,18 @@ def test_every_folder_of_tests_is_listed():
     assert listed == {path.parent.name for path in documents.ROOT.glob("tests/*/test_*.py")}
 
 
-METHODS_WITH_TABLES = (
-    "__init__",
-    "get_dispatch_layout",
-    "dispatch",
-    "combine",
-    "low_latency_dispatch",
-    "low_latency_combine",
-)
+METHODS_WITH_TABLES = {
+    Buffer: (
+        "__init__",
+        "get_dispatch_layout",
+        "dispatch",
+        "combine",
+        "low_latency_dispatch",
+        "low_latency_combine",
+    ),
+    ElasticBuffer: ("__init__", "dispatch", "combine"),
+}
+TABLES = [(owner, method) for owner, methods in METHODS_WITH_TABLES.items() for method in methods]
 
 
 def deepep_section(heading: str) -> str:
@@ -324,17 +328,20 @@ def deepep_section(heading: str) -> str:
     return match[1]
 
 
-@pytest.mark.parametrize("method", METHODS_WITH_TABLES)
-def test_every_argument_of_the_deepep_api_is_listed(method):
-    section = deepep_section("Buffer" if method == "__init__" else f"Buffer.{method}")
+@pytest.mark.parametrize(("owner", "method"), TABLES)
+def test_every_argument_of_the_deepep_api_is_listed(owner, method):
+    section = deepep_section(owner.__name__ if method == "__init__" else f"{owner.__name__}.{method}")
     listed = re.findall(r"^\| `(\w+)` \| (?:honoured|kept|trivially true|raises) \|", section, flags=re.MULTILINE)
-    assert listed == list(inspect.signature(getattr(Buffer, method)).parameters)[1:]
+    assert listed == list(inspect.signature(getattr(owner, method)).parameters)[1:]
 
 
-def test_every_method_of_the_deepep_api_is_listed():
-    rows = re.findall(r"^\| (`.*?) \|", deepep_section("Small methods"), flags=re.MULTILINE)
-    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | set(METHODS_WITH_TABLES)
-    methods = {name for name in dir(Buffer) if callable(getattr(Buffer, name)) and not name.startswith("_")}
+@pytest.mark.parametrize(
+    ("owner", "heading"), [(Buffer, "Small methods"), (ElasticBuffer, "Small methods of ElasticBuffer")]
+)
+def test_every_method_of_the_deepep_api_is_listed(owner, heading):
+    rows = re.findall(r"^\| (`.*?) \|", deepep_section(heading), flags=re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | set(METHODS_WITH_TABLES[owner])
+    methods = {name for name in dir(owner) if callable(getattr(owner, name)) and not name.startswith("_")}
     assert listed == methods | {"__init__"}
 
 
@@ -342,6 +349,8 @@ def test_arguments_listed_as_raising_raise():
     """Check the tables for the calls of a group of one; tests/compat shows that the rest is honoured."""
     with pytest.raises(tokenferry.UnsupportedError, match="comm"):
         Buffer(None, comm=object())
+    with pytest.raises(tokenferry.UnsupportedError, match="num_cpu_bytes"):
+        ElasticBuffer(None, num_max_tokens_per_rank=1, num_cpu_bytes=1)
     buffer = Buffer(None, low_latency_mode=True)
     x, idx, weights = torch.zeros(2, 128, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
     rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 2, 1, use_fp8=False)

@@ -3,9 +3,31 @@
 import os
 
 from tokenferry.compat import deep_ep_path
-from tokenferry.compat.deep_ep import Buffer, Config, EventHandle, EventOverlap, __version__, topk_idx_t
+from tokenferry.compat.deep_ep import (
+    Buffer,
+    Config,
+    ElasticBuffer,
+    EPHandle,
+    EventHandle,
+    EventOverlap,
+    __version__,
+    get_logical_domain_size,
+    get_physical_domain_size,
+    topk_idx_t,
+)
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EPHandle",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "__version__",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]
 __path__ = [os.path.join(deep_ep_path.folder(), "deep_ep")]
 
 _folder = os.path.dirname(os.path.abspath(__file__))

@@ -1,9 +1,10 @@
-"""DeepEP's V1 API on tokenferry: ``import tokenferry.compat.deep_ep as deep_ep``.
+"""DeepEP's API on tokenferry: ``import tokenferry.compat.deep_ep as deep_ep``.
 
-For programs with ``import deep_ep``: put the folder that ``tokenferry deep-ep-path`` prints on PYTHONPATH.
-Importing is cheap, and needs neither a GPU nor a process group. `ElasticBuffer` (DeepEP 2) and `HybridEPBuffer` are
-missing; programs that test for them with ``hasattr`` see that they are absent. The
-arguments are described in `tokenferry.compat.deep_ep.buffer`.
+`Buffer` is that of DeepEP 1, which DeepEP 2 keeps as its legacy buffer; `ElasticBuffer` is that of DeepEP 2. For
+programs with ``import deep_ep``: put the folder that ``tokenferry deep-ep-path`` prints on PYTHONPATH. Importing is
+cheap, and needs neither a GPU nor a process group. `HybridEPBuffer` is missing, and so are the methods of
+`ElasticBuffer` that do not concern experts; programs that test for them with ``hasattr`` see that they are absent. The
+arguments are described in `tokenferry.compat.deep_ep.buffer` and `tokenferry.compat.deep_ep.elastic`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,25 @@ import torch
 import tokenferry
 from tokenferry.compat.deep_ep.buffer import Buffer
 from tokenferry.compat.deep_ep.config import Config
+from tokenferry.compat.deep_ep.elastic import ElasticBuffer, get_logical_domain_size, get_physical_domain_size
+from tokenferry.compat.deep_ep.elastic_handle import EPHandle
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
 """Dtype of ``topk_idx`` in DeepEP; int32 works as well."""
 
-__version__ = f"1.2.1+tokenferry.{tokenferry.__version__}"
+__version__ = f"2.1.0+tokenferry.{tokenferry.__version__}"
 """The version of DeepEP whose API this is, and the version of tokenferry."""
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EPHandle",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "__version__",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]

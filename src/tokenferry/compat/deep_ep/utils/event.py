@@ -82,7 +82,8 @@ class EventOverlap:
         if self.event is None:
             raise ArgumentError(
                 "EventOverlap.current_stream_wait: event: expected an EventHandle, found None: the call was made with "
-                "async_finish=False (or this object was released); test `event.event is not None` before waiting"
+                "async_finish=False or without async_with_compute_stream=True (or this object was released); test "
+                "`event.event is not None` before waiting"
             )
         self.event.current_stream_wait()
         hook, self.hook_after_wait = self.hook_after_wait, None

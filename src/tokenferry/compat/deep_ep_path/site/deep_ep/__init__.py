@@ -1,5 +1,27 @@
 """The package `deep_ep`, implemented by tokenferry."""
 
-from tokenferry.compat.deep_ep import Buffer, Config, EventHandle, EventOverlap, __version__, topk_idx_t
+from tokenferry.compat.deep_ep import (
+    Buffer,
+    Config,
+    ElasticBuffer,
+    EPHandle,
+    EventHandle,
+    EventOverlap,
+    __version__,
+    get_logical_domain_size,
+    get_physical_domain_size,
+    topk_idx_t,
+)
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EPHandle",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "__version__",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]
