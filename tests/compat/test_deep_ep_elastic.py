@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from support import deep_ep_elastic_ambient
+from support import deep_ep_elastic_clients as clients
 from support import deep_ep_elastic_jobs as jobs
+from support.ambient import STATES
 
 
 @pytest.mark.parametrize("case", jobs.CASES, ids=str)
@@ -36,3 +39,13 @@ def test_many_handles(worlds):
 @pytest.mark.parametrize("case", [jobs.CASES[0], jobs.CASES[1]], ids=str)
 def test_across_nodes(worlds, case):
     worlds(4).run(jobs.across_nodes, case, 2)
+
+
+@pytest.mark.parametrize("client", clients.JOBS, ids=lambda job: job.__name__)
+def test_clients(worlds, client):
+    worlds(4).run(client)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_state_of_torch_has_no_say(worlds, name):
+    assert min(worlds(2).run(deep_ep_elastic_ambient.compare, name)) > 70
