@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenferry.errors import ConfigError
 
@@ -19,10 +19,12 @@ class Topology:
     Attributes:
         rank: This rank.
         nodes: The ranks of each node, ascending; nodes are in the order of their first ranks and equally large.
+        found: How these nodes were found, in words.
     """
 
     rank: int
     nodes: tuple[tuple[int, ...], ...]
+    found: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if len({len(ranks) for ranks in self.nodes}) != 1:
@@ -72,11 +74,12 @@ class Topology:
 
 
 def consecutive(num_ranks: int, ranks_per_node: int) -> tuple[tuple[int, ...], ...]:
-    """Return nodes of consecutive ranks.
+    """Return nodes of consecutive ranks; a group that is smaller than a node is one.
 
     Raises:
         ConfigError: ``ranks_per_node`` does not divide R.
     """
+    ranks_per_node = min(ranks_per_node, num_ranks)
     if num_ranks % ranks_per_node:
         raise ConfigError(
             f"ExpertGroup: ranks_per_node={ranks_per_node} does not divide the group's {num_ranks} ranks; all nodes "

@@ -173,6 +173,29 @@ def test_nodes_that_cannot_be(worlds, options, error, text):
         assert text in message
 
 
+def how_found(rank, pg, hosts, options):
+    """Make a group while each rank believes to be on a host; return how its nodes were found."""
+    with (
+        mock.patch(f"{HERE}.host_name", return_value=hosts[rank]),
+        tokenferry.ExpertGroup(pg, SHAPE, timeout_s=5.0, **options) as group,
+    ):
+        return group.topology.found
+
+
+@pytest.mark.parametrize(
+    ("hosts", "options", "found"),
+    [
+        ("aaaa", {}, "all ranks are on one host"),
+        ("abab", {}, "each host is a node"),
+        ("abaa", {}, "one node, since the 2 hosts have unequal numbers of ranks: 3, 1"),
+        ("aabb", {"transport": "process_group"}, "transport='process_group' takes all ranks as one node"),
+        ("aabb", {"ranks_per_node": 1}, "ranks_per_node=1"),
+    ],
+)
+def test_a_topology_says_how_it_was_found(worlds, hosts, options, found):
+    assert worlds(4).run(how_found, hosts, options) == [found] * 4
+
+
 def different_nodes(rank, pg):
     return make(pg, ranks_per_node=1 if rank else 2)
 

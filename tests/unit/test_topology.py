@@ -40,6 +40,16 @@ def test_what_is_no_topology(rank, nodes, message):
         Topology(rank, nodes)
 
 
+def test_a_group_smaller_than_a_node_is_one():
+    """TOKENFERRY_RANKS_PER_NODE reaches every group of a program, also those of a few ranks."""
+    assert consecutive(1, 4) == ((0,),)
+    assert consecutive(3, 4) == ((0, 1, 2),)
+
+
+def test_how_nodes_were_found_makes_them_no_others():
+    assert Topology(0, consecutive(4, 2), "ranks_per_node=2") == Topology(0, consecutive(4, 2), "each host is a node")
+
+
 def test_nodes_have_equally_many_ranks():
     with pytest.raises(ConfigError, match="ranks_per_node=4 does not divide the group's 6 ranks"):
         consecutive(6, 4)

@@ -91,7 +91,8 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
     """
     if group is None or group.size() == 1:
         alone = SharedMemoryTransport(0, {})
-        return Agreement(alone, Topology(0, ((0,),)), secrets.token_hex(4), "a group of one rank needs no transport")
+        topology = Topology(0, ((0,),), "a group of one rank")
+        return Agreement(alone, topology, secrets.token_hex(4), "a group of one rank needs no transport")
     rank, bootstrap = group.rank(), Bootstrap(group, timeout_s)
     with _Listener() as listener:
         handshakes = bootstrap.exchange(
@@ -110,8 +111,8 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
         )
         compare_terms([handshake["terms"] for handshake in handshakes])
         key = handshakes[0]["key"]
-        nodes = _nodes(handshakes, wanted)
-        topology = Topology(rank, nodes)
+        topology = _find_nodes(rank, handshakes, wanted)
+        nodes = topology.nodes
         reports = FailureReports(group, handshakes[0]["group_id"], topology) if len(nodes) > 1 else None
         near = nodes if wanted.transport == "auto" else (tuple(range(len(handshakes))),)
         why_not = _why_not_near(handshakes, wanted, near)
@@ -141,14 +142,23 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
     return Agreement(transport, topology, key, why, reports)
 
 
-def _nodes(handshakes: list[dict[str, Any]], wanted: Wanted) -> tuple[tuple[int, ...], ...]:
-    """Return the ranks of each node: those of each host, if hosts have equally many, else all ranks are one node."""
-    num_ranks = len(handshakes)
+def _find_nodes(rank: int, handshakes: list[dict[str, Any]], wanted: Wanted) -> Topology:
+    """Return the nodes: the ranks of each host form one, if hosts have equally many, else all ranks do."""
+    everybody = (tuple(range(len(handshakes))),)
     if wanted.ranks_per_node is not None:
-        return consecutive(num_ranks, wanted.ranks_per_node)
+        nodes = consecutive(len(handshakes), wanted.ranks_per_node)
+        return Topology(rank, nodes, f"ranks_per_node={wanted.ranks_per_node}")
     hosts = by_place([_place(handshake) for handshake in handshakes])
-    even = len({len(ranks) for ranks in hosts}) == 1
-    return hosts if even and wanted.transport == "auto" else (tuple(range(num_ranks)),)
+    if len(hosts) == 1:
+        return Topology(rank, hosts, "all ranks are on one host")
+    if wanted.transport != "auto":
+        return Topology(rank, everybody, f"transport={wanted.transport!r} takes all ranks as one node")
+    sizes = [len(ranks) for ranks in hosts]
+    if len(set(sizes)) > 1:
+        counts = ", ".join(map(str, sizes))
+        found = f"one node, since the {len(hosts)} hosts have unequal numbers of ranks: {counts}"
+        return Topology(rank, everybody, found)
+    return Topology(rank, hosts, "each host is a node")
 
 
 def _place(handshake: dict[str, Any]) -> str:

@@ -54,7 +54,8 @@ class CudaBackend:
         self.why = why
         self.rank = context.rank
         self.num_ranks = context.num_ranks
-        self.topology = Topology(context.rank, (tuple(range(context.num_ranks)),))
+        everybody = tuple(range(context.num_ranks))
+        self.topology = Topology(context.rank, (everybody,), "all ranks are on one host")
         self.transport = "nvlink" if context.num_ranks > 1 else "none"
         self.device = context.device
         self.context = context
