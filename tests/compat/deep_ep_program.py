@@ -1,4 +1,7 @@
-"""A program written for DeepEP; it does not mention tokenferry. Two ranks, a layer's forward and backward, decoding."""
+"""A program written for DeepEP; it does not mention tokenferry. A layer's forward and backward, and decoding.
+
+Its argument is the number of ranks. It prints where `deep_ep` is, and the number of nodes.
+"""
 
 import multiprocessing
 import sys
@@ -26,20 +29,25 @@ def get_buffer(group: dist.ProcessGroup) -> Buffer:
     return Buffer(group, num_nvl_bytes, num_rdma_bytes, low_latency_mode=True, num_qps_per_rank=E // group.size())
 
 
-def rank_main(rank: int, store: str) -> None:
+def rank_main(rank: int, ranks: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.manual_seed(rank)
     x = torch.randn(T, H).bfloat16()
     scores = torch.rand(T, E).softmax(1)
     topk_weights, topk_idx = scores.topk(K, dim=1)
     topk_idx = topk_idx.to(topk_idx_t)
     buffer = get_buffer(dist.group.WORLD)
+    nodes = buffer.runtime.get_num_rdma_ranks()
 
     previous = EventOverlap(EventHandle())
     per_rank, per_rdma_rank, per_expert, in_rank, previous = buffer.get_dispatch_layout(
         topk_idx, E, previous_event=previous, async_finish=True, allocate_on_comm_stream=True
     )
+    if nodes == 1:
+        assert per_rdma_rank is None
+    else:
+        assert torch.equal(per_rdma_rank, in_rank.view(T, nodes, -1).any(2).sum(0))
     recv_x, recv_idx, recv_weights, counts, handle, event = buffer.dispatch(
         x,
         topk_idx=topk_idx,
@@ -53,7 +61,9 @@ def rank_main(rank: int, store: str) -> None:
         allocate_on_comm_stream=True,
     )
     event.current_stream_wait()
-    assert len(counts) == E // 2
+    assert len(counts) == E // ranks
+    if nodes > 1:
+        assert handle[-4][-1] == len(recv_x)
     assert sum(counts) == (recv_idx >= 0).sum()
     combined, _, event = buffer.combine(recv_x, handle, async_finish=True, previous_event=Buffer.capture())
     with event:
@@ -68,6 +78,9 @@ def rank_main(rank: int, store: str) -> None:
     assert hook is None
     assert event.event is None
     torch.testing.assert_close(out.float(), x.float() * topk_weights.sum(1, keepdim=True), rtol=1e-2, atol=1e-2)
+    if rank == 0:
+        sys.stdout.write(f"{deep_ep.__file__}\n{nodes}\n")
+    dist.barrier()
 
     elastic = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=M, hidden=H, num_topk=K)
     recv_x, recv_idx, recv_weights, handle, event = elastic.dispatch(x, topk_idx, topk_weights, num_experts=E)
@@ -84,16 +97,15 @@ def main() -> None:
     assert Buffer is deep_ep.buffer.Buffer is deep_ep.buffers.legacy.Buffer
     assert SameEventOverlap is EventOverlap
     assert isinstance(Config(num_sms=24), deep_ep.Config)
-    context = multiprocessing.get_context("fork")
+    context, ranks = multiprocessing.get_context("fork"), int(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=rank_main, args=(rank, f"{folder}/store")) for rank in range(2)]
-        for process in ranks:
+        processes = [context.Process(target=rank_main, args=(rank, ranks, f"{folder}/store")) for rank in range(ranks)]
+        for process in processes:
             process.start()
-        for process in ranks:
+        for process in processes:
             process.join()
-    if any(process.exitcode for process in ranks):
+    if any(process.exitcode for process in processes):
         sys.exit(1)
-    sys.stdout.write(f"{deep_ep.__file__}\n")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,8 @@ def rank_main(rank: int, store: str) -> None:
         for tp, capacity_factor in ((1, None), (1, 2.0), (2, None)):
             check_dispatcher(rank, tp, how, capacity_factor)
     assert isinstance(fused_a2a._buffer, deep_ep.Buffer)
+    if rank == 0:
+        sys.stdout.write(f"{fused_a2a._buffer.runtime.get_num_rdma_ranks()} nodes\n")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -34,10 +34,14 @@ def test_installing_tokenferry_alone_shadows_nothing():
     assert "tokenferry" not in done.stdout
 
 
-def test_a_program_for_deep_ep_runs_with_pythonpath():
-    done = run(sys.executable, PROGRAM, PYTHONPATH=os.pathsep.join([deep_ep_path.folder(), SOURCE]))
+@pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 2)])
+def test_a_program_for_deep_ep_runs_with_pythonpath(ranks, nodes):
+    path = os.pathsep.join([deep_ep_path.folder(), SOURCE])
+    done = run(sys.executable, PROGRAM, str(ranks), PYTHONPATH=path, TOKENFERRY_RANKS_PER_NODE=str(ranks // nodes))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().startswith(deep_ep_path.folder())
+    where, found = done.stdout.split()
+    assert where.startswith(deep_ep_path.folder())
+    assert int(found) == nodes
 
 
 class Environment:
@@ -66,9 +70,9 @@ def environment(tmp_path):
 def test_a_program_for_deep_ep_runs_with_the_distribution(environment):
     done = environment.install()
     assert done.returncode == 0, done.stdout + done.stderr
-    done = run(environment.python, PROGRAM)
+    done = run(environment.python, PROGRAM, "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(environment.packages / "deep_ep" / "__init__.py")
+    assert done.stdout.split() == [str(environment.packages / "deep_ep" / "__init__.py"), "1"]
     # Another distribution that is installed over it leaves files behind: no mixture is run.
     (environment.packages / "deep_ep" / "utils.py").write_text("")
     done = run(environment.python, "-c", "import deep_ep")

@@ -75,6 +75,20 @@ def test_rdma_hint_is_for_more_than_one_node():
     assert 0 < one < two
 
 
+def test_hints_take_nodes_of_the_size_that_is_set(monkeypatch):
+    """As many ranks as before, in more nodes: more traffic between them, and less inside."""
+    row, config = 64 + 8 + 128 * 8 + 128 * 4 + 128 * 4, Config(2)
+    assert config.get_nvl_buffer_size_hint(64, 6) == -(-6 * (5 * 4 + 256 * row) // 128) * 128
+    assert config.get_rdma_buffer_size_hint(64, 6) == 0
+    monkeypatch.setenv("TOKENFERRY_RANKS_PER_NODE", "2")
+    assert config.get_nvl_buffer_size_hint(64, 6) == -(-2 * (9 * 4 + 256 * row) // 128) * 128
+    assert config.get_rdma_buffer_size_hint(64, 6) == -(-3 * 2 * (6 * 4 + 258 * row) // 128) * 128
+    assert config.get_rdma_buffer_size_hint(64, 2) == 0
+    low_latency = Buffer.get_low_latency_rdma_size_hint(4, 128, 6, 2)
+    monkeypatch.delenv("TOKENFERRY_RANKS_PER_NODE")
+    assert Buffer.get_low_latency_rdma_size_hint(4, 128, 6, 2) == low_latency
+
+
 def test_low_latency_hint_is_exact():
     assert Buffer.get_low_latency_rdma_size_hint(1024, 6144, 32, 256) == 13086230656
     hint = Buffer.get_low_latency_rdma_size_hint(

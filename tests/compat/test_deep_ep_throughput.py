@@ -18,7 +18,8 @@ def test_any_number_of_ranks(worlds, ranks):
     worlds(ranks).run(jobs.round_trip, Case((2, 3, 1)[:ranks], experts=6, top_k=2, hidden=16))
 
 
-def test_more_than_one_node_of_eight_ranks():
+def test_more_ranks_than_deep_ep_has_in_a_node():
+    """They are one node all the same, if they are on one host."""
     case = Case((2, 1, 0, 3, 1, 1, 2, 1, 2), experts=18, top_k=3, hidden=16)
     with World(case.ranks) as world:
         world.run(jobs.round_trip, case)

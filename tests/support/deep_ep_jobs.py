@@ -1,9 +1,17 @@
 """Jobs of the tests of `tokenferry.compat.deep_ep`; their results are compared with the oracle's."""
 
+import os
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.compat.deep_ep import Buffer, EventHandle
+from tokenferry.compat.deep_ep.throughput import Handle
+from tokenferry.errors import ArgumentError, ShapeError
 from tokenferry.testing.cases import Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle, Sent
@@ -15,6 +23,19 @@ CASES = (
     Case((2, 3, 4, 5), experts=8, top_k=2, hidden=16, routing="repeated"),
     Case((2, 2, 2, 2), experts=8, top_k=2, hidden=16, routing="nothing"),
 )
+
+
+def on_nodes(
+    rank: int, pg: dist.ProcessGroup, ranks_per_node: int, job: Callable[..., object], *args: object
+) -> object:
+    """Run a job whose groups have nodes of so many ranks."""
+    with mock.patch.dict(os.environ, TOKENFERRY_RANKS_PER_NODE=str(ranks_per_node)):
+        return job(rank, pg, *args)
+
+
+def ranks_per_node(buffer: Buffer) -> int:
+    """The ranks of a node, as a program for DeepEP asks for them."""
+    return buffer.group_size // buffer.runtime.get_num_rdma_ranks()
 
 
 def layout_arguments(buffer: Buffer, topk_idx: Tensor, num_experts: int) -> dict[str, Tensor | None]:
@@ -39,9 +60,22 @@ def check_layout(buffer: Buffer, mine: Sent, case: Case) -> None:
     assert per_rank.tolist() == [sum(row[rank] for row in want_in) for rank in range(case.ranks)]
     assert per_expert.tolist() == [sum(e in experts for experts in chosen) for e in range(case.experts)]
     assert per_rank.dtype == per_expert.dtype == torch.int32
-    nodes = [sum(any(row[first : first + 8]) for row in want_in) for first in range(0, case.ranks, 8)]
-    assert (None if per_node is None else per_node.tolist()) == (nodes if case.ranks > 8 else None)
+    check_nodes(buffer, per_node, want_in)
     assert event.event is None
+
+
+def check_nodes(buffer: Buffer, per_node: Tensor | None, in_rank: list[list[bool]]) -> None:
+    """A token counts once for each node that it goes to; one node is not counted."""
+    size, runtime = ranks_per_node(buffer), buffer.runtime
+    assert runtime.is_internode_available() is (size < buffer.group_size)
+    assert (runtime.get_rdma_rank(), runtime.get_root_rdma_rank(True)) == divmod(buffer.rank, size)
+    assert runtime.get_root_rdma_rank(False) == 0
+    if size == buffer.group_size:
+        assert per_node is None
+        return
+    assert per_node.dtype == torch.int32
+    firsts = range(0, buffer.group_size, size)
+    assert per_node.tolist() == [sum(any(row[first : first + size]) for row in in_rank) for first in firsts]
 
 
 def round_trip(rank, pg, case):
@@ -53,7 +87,7 @@ def round_trip(rank, pg, case):
     buffer = Buffer(pg, 1 << 20, explicitly_destroy=True)
     assert (buffer.rank, buffer.group_size, buffer.group) == (rank, case.ranks, pg)
     check_layout(buffer, mine, case)
-    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    given, nodes = layout_arguments(buffer, mine.topk_idx, case.experts), ranks_per_node(buffer)
     for async_finish in (False, True):
         event = Buffer.capture() if async_finish else None
         how = {"previous_event": event, "async_finish": async_finish, "allocate_on_comm_stream": async_finish}
@@ -73,11 +107,7 @@ def round_trip(rank, pg, case):
         assert counts == [-(-count // 4) * 4 for count in oracle.expert_counts(rank)]
         assert all(type(count) is int for count in counts)
         assert isinstance(event.event, EventHandle) is async_finish
-        before = [src for src, _ in oracle.received(rank)]
-        assert handle[0].dtype == torch.int32
-        assert handle[0].shape == (case.ranks, case.ranks)
-        assert handle[0][:, rank].tolist() == [sum(src <= r for src in before) for r in range(case.ranks)]
-        assert handle[3].tolist() == [token for _, token in oracle.received(rank)]
+        check_handle(buffer, handle, oracle)
 
         again = buffer.dispatch(mine.x * 2, handle=handle, **how)
         assert again[1:5] == (None, None, None, None)
@@ -86,13 +116,71 @@ def round_trip(rank, pg, case):
         for biases in (None, bias, (bias, bias)):
             given_bias = () if biases is None else biases if isinstance(biases, tuple) else (biases,)
             out, out_weights, event = buffer.combine(ys[rank], handle, ws[rank], biases, **how)
-            same_bits("combined_x", out, oracle.combine(rank, ys, given_bias))
-            same_bits("combined_topk_weights", out_weights, oracle.combine_weights(rank, ws))
+            same_bits("combined_x", out, oracle.combine(rank, ys, given_bias, nodes))
+            same_bits("combined_topk_weights", out_weights, oracle.combine_weights(rank, ws, nodes))
             assert isinstance(event.event, EventHandle) is async_finish
         assert buffer.combine(ys[rank], handle)[1] is None
     buffer.destroy()
     buffer.destroy()
     assert buffer.runtime is None
+
+
+def check_handle(buffer: Buffer, handle: Handle, oracle: Oracle) -> None:
+    """What DeepEP's own tests read: with one node the first element, with several the fourth from the end."""
+    received, rank = oracle.received(buffer.rank), buffer.rank
+    rows_from = [sum(src <= r for src, _ in received) for r in range(buffer.group_size)]
+    if ranks_per_node(buffer) == buffer.group_size:
+        prefix, _, _, tokens, in_rank, _, plan = handle
+        assert prefix.shape == (buffer.group_size, buffer.group_size)
+        assert plan is handle.plan
+        assert tokens.tolist() == [token for _, token in received]
+        prefix = prefix[:, rank]
+    else:
+        in_rank, prefix, *channels = handle[0], handle[-4], *handle[1:6], *handle[-3:]
+        assert channels == [None] * 8
+        assert len(handle) == 10
+    assert (prefix.dtype, prefix.tolist()) == (torch.int32, rows_from)
+    assert in_rank is handle.in_rank
+
+
+def internode_calls(rank, pg, case):
+    """The calls that DeepEP makes across nodes do what `dispatch` and `combine` do, and want several nodes."""
+    mine = case.inputs()[rank]
+    buffer = Buffer(pg, 1 << 20, 1 << 20)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    whole = {"topk_idx": mine.topk_idx, "topk_weights": mine.topk_weights, **given}
+    how = {"config": Buffer.get_dispatch_config(case.ranks), "previous_event": Buffer.capture(), "async_finish": True}
+    if ranks_per_node(buffer) == case.ranks:
+        with pytest.raises(ArgumentError, match=r"internode_dispatch: the group has one node; call Buffer\.dispatch"):
+            buffer.internode_dispatch(mine.x, **whole, **how)
+        with pytest.raises(ArgumentError, match=r"internode_combine: the group has one node; call Buffer\.combine"):
+            buffer.internode_combine(mine.x, buffer.dispatch(mine.x, **whole)[4])
+        return
+    want, mirrored = buffer.dispatch(mine.x, **whole, expert_alignment=2), {**how, "allocate_on_comm_stream": True}
+    got = buffer.internode_dispatch(mine.x, expert_alignment=2, **whole, **mirrored)
+    for name, one, other in zip(("x", "ids", "weights"), got, want, strict=False):
+        same_bits(name, one, other)
+    assert (got[3], isinstance(got[5].event, EventHandle)) == (want[3], True)
+    again = buffer.internode_dispatch(mine.x * 2, got[4], **how)
+    same_bits("cached", again[0], got[0] * 2)
+    arguments = (got[0], got[4], got[2], (mine.x, mine.x))
+    for one, other in zip(buffer.internode_combine(*arguments, **how), buffer.combine(*arguments), strict=True):
+        if isinstance(one, Tensor):
+            same_bits("combined", one, other)
+
+
+def wrong_nodes(rank, pg, case):
+    """Counts of nodes that contradict the routing are refused before anything is sent."""
+    mine = case.inputs()[rank]
+    buffer = Buffer(pg)
+    given = layout_arguments(buffer, mine.topk_idx, case.experts)
+    per_node = given["num_tokens_per_rdma_rank"]
+    for wrong, error in ((per_node + 1, ArgumentError), (per_node[:1], ShapeError)):
+        for ids in (mine.topk_idx, None):
+            with pytest.raises(error, match="num_tokens_per_rdma_rank"):
+                buffer.dispatch(mine.x, topk_idx=ids, **given | {"num_tokens_per_rdma_rank": wrong})
+    x = buffer.dispatch(mine.x, topk_idx=mine.topk_idx, **given | {"num_tokens_per_rdma_rank": None})[0]
+    same_bits("recv_x", x, Oracle(case.inputs(), case.experts).x(rank))
 
 
 def scales(rank, pg, case, dtype):
@@ -131,7 +219,8 @@ def without_experts(rank, pg, case):
     assert weights is None
     assert counts == [-(-count // 2) * 2 for count in oracle.expert_counts(rank)]
     ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
-    same_bits("combined_x", buffer.combine(ys[rank], handle)[0], oracle.combine(rank, ys))
+    want = oracle.combine(rank, ys, ranks_per_node=ranks_per_node(buffer))
+    same_bits("combined_x", buffer.combine(ys[rank], handle)[0], want)
 
 
 def dropped_ranks(rank, pg, case):
@@ -172,7 +261,7 @@ def worst_tokens(rank, pg, case):
     y = torch.full((capacity, case.hidden), torch.nan, dtype=case.dtype)
     ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
     y[:num] = ys[rank]
-    same_bits("combined_x", buffer.combine(y, handle)[0], oracle.combine(rank, ys))
+    same_bits("combined_x", buffer.combine(y, handle)[0], oracle.combine(rank, ys, (), ranks_per_node(buffer)))
     same_bits("cached recv_x", buffer.dispatch(mine.x, handle=handle)[0][:num], oracle.x(rank))
 
 

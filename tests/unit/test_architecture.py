@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "__init__": {"types", "errors", "topology", "api"},
     "autograd": {"types", "errors", "layout", "api"},
     "nn": {"types", "errors", "topology", "api", "autograd"},
-    "compat": {"__init__", "types", "errors", "ambient", "checks", "api"},
+    "compat": {"__init__", "types", "errors", "ambient", "checks", "env", "api"},
     # From compat only the chaos soak, which uses all APIs.
     "testing": {"types", "errors", "api", "compat"},
     # Links are measured below the API, by separate kernels. From compat what programs written for DeepEP feel.

@@ -67,7 +67,7 @@ class DispatchLayout(NamedTuple):
 
     Attributes:
         num_tokens_per_rank: ``[R]`` int32; a token counts once per rank.
-        num_tokens_per_rdma_rank: ``[ceil(R / 8)]`` int32, or None for R <= 8.
+        num_tokens_per_rdma_rank: ``[nodes]`` int32; a token counts once per node. None if there is one node.
         num_tokens_per_expert: ``[E]`` int32; a token counts once per expert.
         is_token_in_rank: ``[T, R]`` bool.
         event: The event that ``async_finish`` asked for; see `EventOverlap`.
@@ -319,7 +319,7 @@ class Buffer(Connected, LowLatencyCalls):
         )
         assert found.per_expert is not None
         self._latest_layout = _Layout(num_experts, topk_idx, found.in_rank, found.per_rank, found.per_expert)
-        per_node = found.per_node if self.group_size > configs.RANKS_PER_NODE else None
+        per_node = found.per_node if len(self._views.nodes) > 1 else None
         return DispatchLayout(found.per_rank, per_node, found.per_expert, found.in_rank, event)
 
     @without_grad
@@ -367,7 +367,8 @@ class Buffer(Connected, LowLatencyCalls):
             experts, -1 for those of other ranks; ``recv_topk_weights`` ``[N, K]``, 0 there; rows per local expert as a
             list of ints; handle; event). With a handle: (``recv_x``, None, None, None, None, event). ``handle[0]`` is
             the int32 ``[R, R]`` matrix in which ``[i, rank]`` counts the rows from ranks 0..i; columns of other ranks
-            are -1.
+            are -1. With several nodes ``handle[-4]`` is this rank's column of it, and ``handle[0]``
+            ``is_token_in_rank``.
 
         Raises:
             ArgumentError: arguments are missing or contradict each other; names them.
@@ -432,6 +433,8 @@ class Buffer(Connected, LowLatencyCalls):
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """Add up the rows of each token: biases first, then rank by rank, in float32, rounded once. Collective.
 
+        With several nodes the rows of each node are added up first, and their sum is rounded before it crosses.
+
         Args:
             x: ``[N, H]``: one row for each row that `dispatch` delivered; gate weights are not applied.
             handle: Handle of a `dispatch`; may be used again.
@@ -460,6 +463,70 @@ class Buffer(Connected, LowLatencyCalls):
             lambda: throughput.combine(self._views, x, handle, topk_weights, bias, num_sms),
         )
         return combined_x, weights, event
+
+    def internode_dispatch(
+        self,
+        x: Rows,
+        handle: throughput.Handle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, throughput.Handle | None, EventOverlap]:
+        """Call `dispatch`, which crosses nodes by itself. Collective.
+
+        Raises:
+            ArgumentError: the group has one node.
+        """
+        self._check_internode("Buffer.internode_dispatch")
+        return self.dispatch(
+            x,
+            handle,
+            num_tokens_per_rank,
+            num_tokens_per_rdma_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+            expert_alignment,
+            config=config,
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+        )
+
+    def internode_combine(
+        self,
+        x: Tensor,
+        handle: throughput.Handle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Call `combine`, which crosses nodes by itself. Collective.
+
+        Raises:
+            ArgumentError: the group has one node.
+        """
+        self._check_internode("Buffer.internode_combine")
+        return self.combine(
+            x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
+        )
+
+    def _check_internode(self, call: str) -> None:
+        self._open(call)
+        if len(self._views.nodes) == 1:
+            raise ArgumentError(f"{call}: the group has one node; call Buffer.{call.rpartition('_')[2]} instead")
 
     def _num_sms(self, config: Config | None) -> int | None:
         """Return the number of SMs that a call may occupy; None: the library's choice."""

@@ -1,15 +1,17 @@
 """`Config`: the tuning numbers of DeepEP's V1 kernels, their defaults, and the buffer sizes that follow from them.
 
 They do not change what tokenferry sends: it has no channels, no chunks and no ring buffers. The class keeps DeepEP's
-rules and formulas so that programs can compute the sizes that they pass to `Buffer`.
+rules and formulas so that programs can compute the sizes that they pass to `Buffer`. A hint is asked for without a
+group, so it takes nodes of TOKENFERRY_RANKS_PER_NODE ranks, or if that is not set of eight, as DeepEP does.
 """
 
 from __future__ import annotations
 
+from tokenferry import env
 from tokenferry.errors import ConfigError
 
-RANKS_PER_NODE = 8
-"""Number of ranks in an NVLink domain of DeepEP V1, which holds ranks 8n .. 8n+7."""
+_RANKS_PER_NODE = 8
+"""Number of ranks of a node in DeepEP V1."""
 
 _SOURCE_BYTES = 8
 """Source rank and source token of a row, int32 each."""
@@ -97,29 +99,30 @@ class Config:
         self.num_max_rdma_chunked_recv_tokens = rdma_recv
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the bytes that DeepEP needs as ``num_nvl_bytes``. Local.
+        """Return the bytes that DeepEP needs as ``num_nvl_bytes``, for traffic within nodes. Local.
 
         Args:
             hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
             num_ranks: Number of ranks, R; any.
         """
-        nvl_ranks, nodes = min(num_ranks, RANKS_PER_NODE), _num_nodes(num_ranks)
+        per_node = _ranks_per_node()
+        nvl_ranks, nodes = min(num_ranks, per_node), -(-num_ranks // per_node)
         channel = (2 * nodes + 3) * 4 + self.num_max_nvl_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
         return round_up(self.num_sms // 2 * nvl_ranks * channel, 128)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the bytes that DeepEP needs as ``num_rdma_bytes``; 0 for R <= 8. Local.
+        """Return the bytes that DeepEP needs as ``num_rdma_bytes``, for traffic between nodes; 0 for one. Local.
 
         Args:
             hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
             num_ranks: Number of ranks, R; any.
         """
-        if num_ranks <= RANKS_PER_NODE:
+        per_node = _ranks_per_node()
+        nodes = -(-num_ranks // per_node)
+        if nodes <= 1:
             return 0
-        channel = (2 * RANKS_PER_NODE + 2) * 4 + self.num_max_rdma_chunked_recv_tokens * (
-            hidden_bytes + _ROW_EXTRA_BYTES
-        )
-        return round_up(self.num_sms // 2 * _num_nodes(num_ranks) * 2 * channel, 128)
+        channel = (2 * per_node + 2) * 4 + self.num_max_rdma_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
+        return round_up(self.num_sms // 2 * nodes * 2 * channel, 128)
 
     def __repr__(self) -> str:
         return f"Config({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
@@ -161,5 +164,5 @@ def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tup
     return table[min((r for r in table if r >= num_ranks), default=max(table))]
 
 
-def _num_nodes(num_ranks: int) -> int:
-    return -(-num_ranks // RANKS_PER_NODE)
+def _ranks_per_node() -> int:
+    return env.read().ranks_per_node or _RANKS_PER_NODE

@@ -1,6 +1,7 @@
 """DeepEP's normal mode on an `ExpertGroup`: layout, dispatch, cached dispatch, combine.
 
-A *handle* is a sequence of seven: DeepEP's six elements, of which those for its channels are None, and the `Plan`.
+A *handle* is a sequence of seven: DeepEP's six elements, of which those for its channels are None, and the `Plan`; with
+several nodes of DeepEP's ten.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tokenferry.checks import INDICES, Checks, fits
 from tokenferry.compat.deep_ep.arguments import Rows, detached, from_native, height, to_native, width
-from tokenferry.compat.deep_ep.config import RANKS_PER_NODE, round_up
+from tokenferry.compat.deep_ep.config import round_up
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
@@ -24,6 +25,7 @@ ANY_NUM_TOKENS = 2**31 - 1
 """M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
 
 _SRC_TOKEN_ELEMENT = 3
+_RANK_PREFIX_ELEMENT = 6
 _BOOL = (torch.bool,)
 
 
@@ -85,12 +87,27 @@ class Handle(HandleBase):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class InternodeHandle(Handle):
+    """The handle of a `dispatch` across nodes; see `Handle`. Programs count its elements from the end, so it has ten.
+
+    Its elements are: ``in_rank``; None five times; ``[R]`` int32: the rows received from ranks 0..i; None three times.
+    """
+
+    _NUM_ELEMENTS: ClassVar[int] = 10
+
+    def _element(self, place: int) -> Any:  # noqa: ANN401 - see HandleBase
+        if place == _RANK_PREFIX_ELEMENT:
+            return self.plan.src_counts.cumsum(0).to(torch.int32)
+        return self.in_rank if place == 0 else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenLayout(HoldsTensors):
     """The tensors that `Buffer.get_dispatch_layout` returns.
 
     Attributes:
         per_rank: ``[R]`` int32: tokens for each rank; a token counts once per rank.
-        per_node: ``[ceil(R / 8)]`` int32: the same per eight ranks, or None if the caller gave none.
+        per_node: ``[nodes]`` int32: tokens for each node, once each, or None if the caller gave none.
         per_expert: ``[E]`` int32: tokens for each expert, or None.
         in_rank: ``[T, R]`` bool: whether a token goes to a rank.
     """
@@ -119,8 +136,8 @@ def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> To
         Checks(call, group.device).experts("topk_idx", topk_idx, num_experts)
     views.of(num_experts, 1, 1, 1)
     counted = group._token_layout(topk_idx, num_experts)
-    # A GPU's group is one node, whose number of tokens nobody asks for; on the CPU it is compared with what was given.
-    per_node = None if views.on_gpu else _tokens_of_nodes(counted.in_rank)
+    # Of a single node nobody asks for the number of tokens; on the CPU it is compared with what was given.
+    per_node = None if views.on_gpu and len(views.nodes) == 1 else _tokens_of_nodes(views, counted.in_rank)
     return TokenLayout(counted.per_rank, per_node, counted.per_expert, counted.in_rank)
 
 
@@ -133,8 +150,7 @@ def dispatch(
         ArgumentError: arguments contradict each other; names them.
         ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.dispatch`.
     """
-    call, group = "Buffer.dispatch", views.group
-    num_worst_tokens = options.num_worst_tokens
+    call, num_worst_tokens = "Buffer.dispatch", options.num_worst_tokens
     _check_positive(call, "expert_alignment", options.expert_alignment, 1)
     _check_positive(call, "num_worst_tokens", num_worst_tokens, 0)
     rows = to_native(call, x)
@@ -148,7 +164,8 @@ def dispatch(
             )
         if not views.on_gpu:
             per_rank = given.in_rank.sum(0, dtype=torch.int32)
-            _check_same(call, given, TokenLayout(per_rank, _tokens_of_nodes(given.in_rank), None, given.in_rank))
+            per_node = _tokens_of_nodes(views, given.in_rank)
+            _check_same(call, given, TokenLayout(per_rank, per_node, None, given.in_rank))
         return _dispatch_without_experts(views, rows, x, given, options)
     routing = _agreed(views, routing, given, num_experts, call, same=bool(options.num_experts))
     native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else None
@@ -158,7 +175,7 @@ def dispatch(
     sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
     counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
-    handle = Handle(sent.plan, given.in_rank, group.rank, num_experts, top_k)
+    handle = _handle(views, sent.plan, given.in_rank, num_experts, top_k)
     return from_native(sent.x, x), recv_idx, recv_weights, counts, handle
 
 
@@ -233,7 +250,13 @@ def _dispatch_without_experts(
     assert isinstance(swapped.x, Quantized)
     totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
     aligned = [round_up(count, options.expert_alignment) for count in totals]
-    return from_native(sent.x, x), None, None, aligned, Handle(sent.plan, given.in_rank, group.rank, R, R)
+    return from_native(sent.x, x), None, None, aligned, _handle(views, sent.plan, given.in_rank, R, R)
+
+
+def _handle(views: Views, plan: Plan, in_rank: Tensor, num_experts: int, top_k: int) -> Handle:
+    """Return a handle in DeepEP's form for one node or for several."""
+    kind = Handle if len(views.nodes) == 1 else InternodeHandle
+    return kind(plan, in_rank, views.group.rank, num_experts, top_k)
 
 
 def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
@@ -311,7 +334,7 @@ def _check_layout(views: Views, given: TokenLayout, num_tokens: int, call: str) 
         and fits(given.per_rank, (R,), INDICES, device)
         and fits(given.in_rank, (num_tokens, R), _BOOL, device)
     ):
-        check = Checks(call, device).given("the group", R=R, nodes=-(-R // RANKS_PER_NODE)).given("x", T=num_tokens)
+        check = Checks(call, device).given("the group", R=R, nodes=len(views.nodes)).given("x", T=num_tokens)
         check.tensor("num_tokens_per_rank", given.per_rank, "R", INDICES)
         check.tensor("is_token_in_rank", given.in_rank, "T R", _BOOL)
         per_expert = check.tensor("num_tokens_per_expert", per_expert, "E", INDICES)
@@ -337,10 +360,9 @@ def _check_same(call: str, given: TokenLayout, expected: TokenLayout) -> None:
         )
 
 
-def _tokens_of_nodes(in_rank: Tensor) -> Tensor:
-    """Return ``[ceil(R / 8)]`` int32: the tokens for each eight ranks."""
-    nodes = [part.any(1).sum(dtype=torch.int32) for part in torch.split(in_rank, RANKS_PER_NODE, dim=1)]
-    return torch.stack(nodes)
+def _tokens_of_nodes(views: Views, in_rank: Tensor) -> Tensor:
+    """Return ``[nodes]`` int32: the tokens for each node; a token counts once."""
+    return torch.stack([in_rank[:, list(ranks)].any(1).sum(dtype=torch.int32) for ranks in views.nodes])
 
 
 def _check_positive(call: str, name: str, value: object, least: int) -> None:

@@ -14,11 +14,13 @@ class Views:
     Attributes:
         group: The group.
         on_gpu: Whether the host would have to wait for the values of tensors.
+        nodes: The ranks of each node.
     """
 
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
         self.on_gpu = group.device.type != "cpu"
+        self.nodes = group.topology.nodes
         self._known: dict[tuple[int, int, int, int], ExpertGroup] = {}
 
     def of(self, num_experts: int, top_k: int, hidden: int, max_tokens: int) -> ExpertGroup:
