@@ -142,9 +142,12 @@ class ExpertGroup(Connected):
         *,
         heap_bytes: int,
         timeout_s: float | None = None,
+        cache_folder: str | None = None,
         on_timeout: TimeoutPolicy = "raise",
     ) -> ExpertGroup:
         """Make a group with ``heap_bytes`` of GPU memory for rows, unless TOKENFERRY_HEAP_MB is set. Collective.
+
+        Kernels are kept in ``cache_folder``; None: where TOKENFERRY_CACHE_DIR says.
 
         For APIs that receive the sizes only with each call: the group has the smallest shape, from which the memory
         cannot be derived.
@@ -153,6 +156,8 @@ class ExpertGroup(Connected):
         resolved = resolve_options(group, shape, "auto", "auto", timeout_s, on_timeout)
         if resolved.heap_bytes is None:
             resolved = replace(resolved, heap_bytes=heap_bytes)
+        if cache_folder is not None:
+            resolved = replace(resolved, cache_folder=cache_folder)
         made = object.__new__(cls)
         made._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
         return made

@@ -1,4 +1,4 @@
-"""The TOKENFERRY_* environment variables, and one of torchrun.
+"""The TOKENFERRY_* environment variables, those of DeepEP that mean something here, and one of torchrun.
 
 No other module of the package reads os.environ, and none writes it.
 """
@@ -148,6 +148,50 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
             raise ConfigError(f"{variable.name}={text!r}: {error}; it is the {variable.meaning}") from None
     assert set(values) == {f.name for f in fields(Settings)}
     return Settings(**values)
+
+
+DEEP_EP_NETWORK = {
+    "DEEP_EP_DEVICE_TO_HCA_MAPPING": "NCCL_IB_HCA",
+    "EP_OVERRIDE_RDMA_SL": "NCCL_IB_SL",
+    "NVSHMEM_HCA_LIST": "NCCL_IB_HCA",
+    "NVSHMEM_HCA_PE_MAPPING": "NCCL_IB_HCA",
+    "NVSHMEM_HCA_PREFIX": "NCCL_IB_HCA",
+    "NVSHMEM_IB_GID_INDEX": "NCCL_IB_GID_INDEX",
+    "NVSHMEM_IB_SL": "NCCL_IB_SL",
+    "NVSHMEM_IB_TRAFFIC_CLASS": "NCCL_IB_TC",
+}
+"""Variables that choose what of a network the traffic of DeepEP uses, and NCCL's variable for the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeepEpSettings:
+    """What DeepEP's variables ask of a `Buffer` or `ElasticBuffer`.
+
+    Attributes:
+        buffer_debug: EP_BUFFER_DEBUG: say what each of them uses.
+        cache_dir: EP_JIT_CACHE_DIR, unless TOKENFERRY_CACHE_DIR is set; None: the default.
+        network: Those of `DEEP_EP_NETWORK` that are set.
+    """
+
+    buffer_debug: bool
+    cache_dir: str | None
+    network: tuple[str, ...]
+
+
+def read_deep_ep(environ: Mapping[str, str] | None = None) -> DeepEpSettings:
+    """Parse DeepEP's variables; local.
+
+    Raises:
+        ConfigError: a value cannot be parsed; names the variable, the value and the expectation.
+    """
+    environ = os.environ if environ is None else environ
+    debug = environ.get("EP_BUFFER_DEBUG", "0")
+    if debug not in ("0", "1"):
+        raise ConfigError(f"EP_BUFFER_DEBUG={debug!r}: expected 0 or 1; with 1 each buffer says what it uses")
+    folder = None if "TOKENFERRY_CACHE_DIR" in environ else environ.get("EP_JIT_CACHE_DIR") or None
+    return DeepEpSettings(
+        debug == "1", None if folder is None else _folder(folder), tuple(filter(environ.get, DEEP_EP_NETWORK))
+    )
 
 
 def world_size(environ: Mapping[str, str] | None = None) -> int:

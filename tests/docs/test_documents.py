@@ -335,6 +335,20 @@ def test_every_argument_of_the_deepep_api_is_listed(owner, method):
     assert listed == list(inspect.signature(getattr(owner, method)).parameters)[1:]
 
 
+def test_the_variables_of_deepep_that_are_read_are_listed_as_such():
+    page = (documents.ROOT / "docs" / "coming-from-deepep.md").read_text()
+    section = page.split("\n## Environment variables\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| ([\w ]+) \| (.*) \|$", section, flags=re.MULTILINE)
+    listed = {name: (state, text) for names, state, text in rows for name in re.findall(r"`(\w+)`", names)}
+    assert {name for name, (state, _) in listed.items() if state == "refused"} == set(env.DEEP_EP_NETWORK)
+    for name, instead in env.DEEP_EP_NETWORK.items():
+        assert f"`{instead}`" in listed[name][1]
+    assert {name for name, (state, _) in listed.items() if state == "honoured"} == {
+        "EP_BUFFER_DEBUG",
+        "EP_JIT_CACHE_DIR",
+    }
+
+
 @pytest.mark.parametrize(
     ("owner", "heading"), [(Buffer, "Small methods"), (ElasticBuffer, "Small methods of ElasticBuffer")]
 )

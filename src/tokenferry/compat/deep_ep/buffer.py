@@ -45,11 +45,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.ambient import without_grad
-from tokenferry.api import Connected, ExpertGroup
+from tokenferry.api import Connected
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.arguments import Rows, check_config, refuse
 from tokenferry.compat.deep_ep.config import Config
+from tokenferry.compat.deep_ep.connect import connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, When
@@ -140,7 +141,9 @@ class Buffer(Connected, LowLatencyCalls):
         use_fabric: A hint without effect.
 
     Raises:
-        UnsupportedError: ``comm`` was given.
+        UnsupportedError: ``comm`` was given, or ``enable_shrink`` for a group that cannot skip ranks, or a variable of
+            the environment asks for what cannot be honoured across nodes.
+        ConfigError: a variable of the environment cannot be parsed.
         ArgumentError: ``enable_shrink`` without ``low_latency_mode``, or a negative size.
         BackendUnavailable: no backend runs on this group; gives the reason.
         PeerTimeout: a rank did not answer.
@@ -177,11 +180,8 @@ class Buffer(Connected, LowLatencyCalls):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._experts = ExpertGroup._with_heap(
-            group,
-            heap_bytes=max(num_nvl_bytes, num_rdma_bytes, _HEAP_BYTES),
-            on_timeout="mask" if enable_shrink else "raise",
-        )
+        heap_bytes = max(num_nvl_bytes, num_rdma_bytes, _HEAP_BYTES)
+        self._experts = connect("Buffer", group, heap_bytes=heap_bytes, enable_shrink=enable_shrink)
         self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)
         self._views = Views(self._experts)

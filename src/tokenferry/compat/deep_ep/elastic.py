@@ -49,6 +49,7 @@ from tokenferry.api import Connected, ExpertGroup
 from tokenferry.compat.deep_ep import elastic_calls as calls
 from tokenferry.compat.deep_ep.arguments import Rows, refuse
 from tokenferry.compat.deep_ep.config import round_up
+from tokenferry.compat.deep_ep.connect import connect
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
 from tokenferry.compat.deep_ep.elastic_calls import COMBINE, DISPATCH, check_integer
 from tokenferry.compat.deep_ep.elastic_handle import CPU_NUM_SMS, EPHandle
@@ -136,7 +137,9 @@ class ElasticBuffer(Connected):
         nccl_comm_handle: None: there is no communicator of NCCL.
 
     Raises:
-        UnsupportedError: ``num_cpu_bytes`` was given.
+        UnsupportedError: ``num_cpu_bytes`` was given, or a variable of the environment asks for what cannot be honoured
+            across nodes.
+        ConfigError: a variable of the environment cannot be parsed.
         ArgumentError: a size or timeout is wrong, or there is neither ``num_bytes`` nor ``num_max_tokens_per_rank``.
         BackendUnavailable: no backend runs on this group; gives the reason.
         PeerTimeout: a rank did not answer.
@@ -178,7 +181,8 @@ class ElasticBuffer(Connected):
         if num_bytes is None and hidden:
             num_bytes = self.get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk)
         self.num_bytes = num_bytes or _LEAST_HEAP_BYTES
-        self._experts = ExpertGroup._with_heap(
+        self._experts = connect(
+            call,
             group,
             heap_bytes=max(self.num_bytes, _LEAST_HEAP_BYTES),
             timeout_s=_timeout_s(num_cpu_timeout_secs, num_gpu_timeout_secs),

@@ -1,0 +1,78 @@
+"""The group of a `Buffer` or `ElasticBuffer`, made as its arguments and DeepEP's environment variables ask."""
+
+from __future__ import annotations
+
+import logging
+
+import torch.distributed as dist
+
+from tokenferry import env
+from tokenferry.api import ExpertGroup
+from tokenferry.errors import BackendUnavailable, UnsupportedError
+
+_log = logging.getLogger("tokenferry")
+
+
+def connect(
+    owner: str,
+    group: dist.ProcessGroup | None,
+    *,
+    heap_bytes: int,
+    timeout_s: float | None = None,
+    enable_shrink: bool = False,
+) -> ExpertGroup:
+    """Make the group of a buffer. Collective.
+
+    Args:
+        owner: ``"Buffer"`` or ``"ElasticBuffer"``, for messages.
+        group: The process group, or None for one rank.
+        heap_bytes: GPU memory for rows, unless TOKENFERRY_HEAP_MB is set.
+        timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S.
+        enable_shrink: Mask a rank that does not answer in time.
+
+    Raises:
+        UnsupportedError: ranks of this group cannot be masked, or a variable asks for what cannot be honoured.
+        ConfigError: a variable cannot be parsed.
+        BackendUnavailable, PeerTimeout: as `ExpertGroup`.
+    """
+    settings = env.read_deep_ep()
+    try:
+        made = ExpertGroup._with_heap(
+            group,
+            heap_bytes=heap_bytes,
+            timeout_s=timeout_s,
+            cache_folder=settings.cache_dir,
+            on_timeout="mask" if enable_shrink else "raise",
+        )
+    except BackendUnavailable as error:
+        if "on_timeout='mask'" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"{owner}: enable_shrink: ranks can be skipped where all are on one node, and this group cannot: {error}; "
+            "pass enable_shrink=False"
+        ) from error
+    try:
+        _check_network(owner, made, settings)
+    except UnsupportedError:
+        made.close()
+        raise
+    if settings.buffer_debug:
+        ranks, where = f"rank {made.rank} of {made.num_ranks}", made.topology
+        # A warning, so that it is seen without any set-up, as what DeepEP prints is.
+        _log.warning(
+            "EP_BUFFER_DEBUG: %s: %s, backend %s, transport %s, %s: %s",
+            *(owner, ranks, made.backend, made.transport, where, where.found),
+        )
+    return made
+
+
+def _check_network(owner: str, group: ExpertGroup, settings: env.DeepEpSettings) -> None:
+    """Refuse variables that choose a part of the network, if the group uses one: its library would not see them."""
+    if group.topology.num_nodes == 1 or not settings.network:
+        return
+    names = ", ".join(f"{name} ({env.DEEP_EP_NETWORK[name]} of NCCL)" for name in settings.network)
+    raise UnsupportedError(
+        f"{owner}: the environment has {names}: DeepEP would choose what of the network it uses by them, and "
+        f"transport {group.transport} between {group.topology} does not; unset them, and set those of NCCL, or for "
+        "gloo GLOO_SOCKET_IFNAME"
+    )

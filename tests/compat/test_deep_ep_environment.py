@@ -1,0 +1,131 @@
+"""The environment variables of DeepEP: honoured, or refused by name where they ask for what nothing here does."""
+
+import logging
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+from support.deep_ep_jobs import on_nodes
+from tokenferry import api, env
+from tokenferry.compat.deep_ep import Buffer, ElasticBuffer
+from tokenferry.errors import BackendUnavailable, ConfigError, UnsupportedError
+
+
+def made(rank, pg, environ, **options):
+    """Make a Buffer with more variables; return what is raised."""
+    with mock.patch.dict(os.environ, environ):
+        try:
+            Buffer(pg, **options)
+        except (UnsupportedError, BackendUnavailable) as error:
+            return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", env.DEEP_EP_NETWORK)
+def test_a_choice_of_the_network_is_refused_across_nodes(worlds, name):
+    for kind, text in worlds(2).run(on_nodes, 1, made, {name: "3"}):
+        assert kind is UnsupportedError
+        assert f"the environment has {name} ({env.DEEP_EP_NETWORK[name]} of NCCL)" in text
+        assert "transport process_group between 2 nodes of 1 rank" in text
+        assert "GLOO_SOCKET_IFNAME" in text
+
+
+def test_all_of_them_are_named_at_once(worlds):
+    environ = {"NVSHMEM_IB_SL": "3", "NVSHMEM_HCA_LIST": "mlx5_0", "NVSHMEM_QP_DEPTH": "2048", "NVSHMEM_DEBUG": "INFO"}
+    for _, text in worlds(2).run(on_nodes, 1, made, environ):
+        assert "NVSHMEM_HCA_LIST (NCCL_IB_HCA of NCCL), NVSHMEM_IB_SL (NCCL_IB_SL of NCCL): " in text
+        assert "QP_DEPTH" not in text
+        assert "DEBUG" not in text
+
+
+def test_one_node_uses_no_network(worlds):
+    assert worlds(2).run(made, dict.fromkeys(env.DEEP_EP_NETWORK, "3")) == [None, None]
+
+
+def test_empty_ones_choose_nothing(worlds):
+    assert worlds(2).run(on_nodes, 1, made, dict.fromkeys(env.DEEP_EP_NETWORK, "")) == [None, None]
+
+
+def refused_and_closed(rank, pg):
+    """The group of a Buffer that was refused is closed, so that nothing keeps its connections."""
+    groups, make = [], api.ExpertGroup._with_heap
+    with (
+        mock.patch.dict(os.environ, NVSHMEM_IB_SL="1", TOKENFERRY_RANKS_PER_NODE="1"),
+        mock.patch.object(api.ExpertGroup, "_with_heap", lambda *a, **k: groups.append(make(*a, **k)) or groups[0]),
+        pytest.raises(UnsupportedError),
+    ):
+        Buffer(pg)
+    return repr(groups[0])
+
+
+def test_a_refused_buffer_leaves_nothing_open(worlds):
+    assert all("was closed" in text for text in worlds(2).run(refused_and_closed))
+
+
+def test_masks_need_one_node(worlds):
+    shrinking = {"low_latency_mode": True, "enable_shrink": True}
+    for kind, text in worlds(2).run(on_nodes, 1, _made_shrinking, shrinking):
+        assert kind is UnsupportedError
+        assert text.startswith("Buffer: enable_shrink: ranks can be skipped where all are on one node")
+
+
+def _made_shrinking(rank, pg, options):
+    return made(rank, pg, {}, **options)
+
+
+def test_other_reasons_are_not_taken_for_a_lack_of_masks(worlds):
+    if torch.cuda.is_available():
+        pytest.skip("backend cuda runs here")
+    for kind, text in worlds(2).run(made, {"TOKENFERRY_BACKEND": "cuda"}):
+        assert kind is BackendUnavailable
+        assert "shrink" not in text
+
+
+def made_elastic(rank, pg):
+    with mock.patch.dict(os.environ, EP_OVERRIDE_RDMA_SL="1"), pytest.raises(UnsupportedError) as caught:
+        ElasticBuffer(pg, num_max_tokens_per_rank=4)
+    return str(caught.value)
+
+
+def test_of_deep_ep_2_too(worlds, monkeypatch, caplog):
+    for text in worlds(2).run(on_nodes, 1, made_elastic):
+        assert text.startswith("ElasticBuffer: the environment has EP_OVERRIDE_RDMA_SL (NCCL_IB_SL of NCCL)")
+    monkeypatch.setenv("EP_BUFFER_DEBUG", "1")
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        ElasticBuffer(None, num_max_tokens_per_rank=4)
+    assert [message.split(",")[0] for message in caplog.messages] == ["EP_BUFFER_DEBUG: ElasticBuffer: rank 0 of 1"]
+
+
+@pytest.mark.parametrize(("value", "lines"), [("1", 1), ("0", 0), (None, 0)])
+def test_debugging_says_what_a_buffer_uses(monkeypatch, caplog, value, lines):
+    if value is not None:
+        monkeypatch.setenv("EP_BUFFER_DEBUG", value)
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        Buffer(None)
+    expected = (
+        "EP_BUFFER_DEBUG: Buffer: rank 0 of 1, backend cpu, transport none, 1 node of 1 rank: a group of one rank"
+    )
+    assert caplog.messages == [expected] * lines
+
+
+def test_a_switch_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("EP_BUFFER_DEBUG", "false")
+    with pytest.raises(ConfigError, match="EP_BUFFER_DEBUG='false': expected 0 or 1"):
+        Buffer(None)
+
+
+def test_kernels_are_kept_where_deep_ep_keeps_them(monkeypatch):
+    seen, make = [], api.make_backend
+    monkeypatch.setattr(api, "make_backend", lambda group, options: seen.append(options) or make(group, options))
+    monkeypatch.delenv("TOKENFERRY_CACHE_DIR", raising=False)
+    for environ, folder in (
+        ({}, os.path.expanduser("~/.cache/tokenferry")),
+        ({"EP_JIT_CACHE_DIR": "/tmp/of_deep_ep"}, "/tmp/of_deep_ep"),
+        ({"EP_JIT_CACHE_DIR": ""}, os.path.expanduser("~/.cache/tokenferry")),
+        ({"EP_JIT_CACHE_DIR": "/tmp/of_deep_ep", "TOKENFERRY_CACHE_DIR": "/tmp/ours"}, "/tmp/ours"),
+    ):
+        with mock.patch.dict(os.environ, environ):
+            Buffer(None)
+        assert seen[-1].cache_folder == folder
