@@ -40,6 +40,8 @@ def test_a_machine_that_works(any_terminal):
         assert variable.name in out
     assert "over 2 rank(s), transport shared_memory" in out
     assert "over 2 rank(s), transport process_group" in out
+    assert "1 node of 2 ranks (ranks 0 1): all ranks are on one host; shared_memory inside, backend cpu" in out
+    assert "2 nodes of 2 ranks (ranks 0 1, 2 3): ranks_per_node=2; shared_memory inside, process_group between" in out
     assert "tokenferry works on this machine" in out
 
 

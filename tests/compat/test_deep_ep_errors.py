@@ -288,6 +288,21 @@ def test_what_programs_ask_of_it(buffer):
     assert hasattr(buffer.get_comm_stream(), "wait_stream")
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("get_local_device_id", ()),
+        ("get_local_ipc_handle", ()),
+        ("get_local_nvshmem_unique_id", ()),
+        ("sync", ([0], [b""], None)),
+    ],
+)
+def test_methods_that_connect_ranks_are_refused_by_name(buffer, method, arguments):
+    with pytest.raises(UnsupportedError, match=rf"Buffer\.runtime\.{method}: .*; leave it out"):
+        getattr(buffer.runtime, method)(*arguments)
+    check_usable(buffer)
+
+
 def test_init_can_be_replaced(monkeypatch):
     """Programs wrap the constructor to exclude its memory from their own accounting."""
     original, calls = Buffer.__init__, []

@@ -187,7 +187,7 @@ def how_found(rank, pg, hosts, options):
     [
         ("aaaa", {}, "all ranks are on one host"),
         ("abab", {}, "each host is a node"),
-        ("abaa", {}, "one node, since the 2 hosts have unequal numbers of ranks: 3, 1"),
+        ("abaa", {}, "the 2 hosts have 3, 1 ranks; with equally many each would be a node"),
         ("aabb", {"transport": "process_group"}, "transport='process_group' takes all ranks as one node"),
         ("aabb", {"ranks_per_node": 1}, "ranks_per_node=1"),
     ],

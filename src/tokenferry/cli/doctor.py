@@ -13,20 +13,22 @@ import torch.distributed as dist
 from tokenferry import env
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.report.about import machine
-from tokenferry.cli import doctor_cuda
+from tokenferry.cli import doctor_cuda, doctor_nodes
+from tokenferry.cli.doctor_nodes import JOB_TIMEOUT_S, over_nodes, round_trip, shape_for
 from tokenferry.cli.finding import Finding, run_check
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
-from tokenferry.types import MoeShape, Routing, TransportName
+from tokenferry.types import Routing, TransportName
 
 HELP = "run small checks of this machine, and print what works and why the rest does not"
 DESCRIPTION = """\
 Runs a small round trip on every backend and transport, and prints PASS, or no with the reason and the remedy. Lines
-with ! are required for tokenferry to work at all; if one of them says no, the exit status is 1.
+with ! are required for tokenferry to work at all; if one of them says no, the exit status is 1. Started by torchrun, it
+checks the group of all ranks instead: which nodes it has, how they were found, and what carries rows.
 """
 RANKS = 2
-JOB_TIMEOUT_S = 60.0
+RANKS_PER_NODE = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,20 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print each finding as it comes; return 1 if something that is required does not work."""
+    if dist.is_torchelastic_launched():
+        return _run_job(screen)
     about = machine()
     screen.line(f"{about['processor']}, {about['cores']} cores, {about['system']}")
     failed = []
     for finding in findings(compiler=not args.no_compile):
-        verdict = "PASS" if finding.passed else "no"
-        mark = "!" if finding.required else " "
-        screen.line(
-            f"{mark} {finding.name:<22} {verdict:<4}  {finding.text}", style="green" if finding.passed else "yellow"
-        )
+        _show(finding, screen)
         if finding.required and not finding.passed:
             failed.append(finding.name)
     screen.line()
     screen.line(f"does not work: {', '.join(failed)}" if failed else "tokenferry works on this machine")
     return 1 if failed else 0
+
+
+def _show(finding: Finding, screen: Screen) -> None:
+    verdict = "PASS" if finding.passed else "no"
+    mark = "!" if finding.required else " "
+    style = "green" if finding.passed else "yellow"
+    screen.line(f"{mark} {finding.name:<22} {verdict:<4}  {finding.text}", style=style)
+
+
+def _run_job(screen: Screen) -> int:
+    """Check the ranks that torchrun started, of which this is one: rank 0 prints, and each that found an error."""
+    finding = doctor_nodes.of_job()
+    if not finding.passed or dist.get_node_local_rank(0) == 0:
+        _show(finding, screen)
+    return 0 if finding.passed else 1
 
 
 def findings(*, compiler: bool) -> Iterator[Finding]:
@@ -60,6 +75,7 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
     yield from _variables()
     yield _group_of_one()
     yield from _ranks()
+    yield from _nodes()
     yield from doctor_cuda.findings(_gpu_alone, lambda: _on_ranks(over_gpus, devices="cuda"))
     if compiler:
         yield run_check(
@@ -88,32 +104,9 @@ def _variables() -> Iterator[Finding]:
         yield Finding(variable.name, True, f"{value} ({origin}); {variable.meaning}")
 
 
-def round_trip(group: ExpertGroup) -> str:
-    """Send rows to every expert and back, and check the result. Collective.
-
-    Raises:
-        ArithmeticError: the result is wrong.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(group.rank)
-    x = torch.randn(16, group.shape.hidden, generator=generator, dtype=torch.float32, device="cpu").to(group.device)
-    experts = group.shape.num_experts
-    chosen = torch.arange(16 * experts, dtype=torch.int64, device=group.device) % experts
-    topk_idx = chosen.view(16, experts)
-    sent = group.dispatch(x, Routing(topk_idx))
-    assert isinstance(sent.x, torch.Tensor)
-    back = group.combine(sent.x, sent.plan).x
-    if not torch.equal(back, x * group.num_ranks):
-        raise ArithmeticError("the rows that came back are not the rows that were sent")
-    return f"round trip of 16 rows over {group.num_ranks} rank(s), transport {group.transport}, backend {group.backend}"
-
-
-def _shape(num_ranks: int) -> MoeShape:
-    return MoeShape(2 * num_ranks, top_k=2 * num_ranks, hidden=64, max_tokens=16)
-
-
 def _group_of_one() -> Finding:
     def attempt() -> str:
-        with ExpertGroup(None, _shape(1), backend="cpu") as group:
+        with ExpertGroup(None, shape_for(1), backend="cpu") as group:
             return round_trip(group)
 
     return run_check("group of one", attempt, "report it: this needs only torch", required=True)
@@ -130,7 +123,9 @@ def over_gloo(rank: int, pg: dist.ProcessGroup) -> str:
 
 def over_transport(rank: int, pg: dist.ProcessGroup, transport: TransportName) -> str:
     """Make a round trip over one transport; a job of `World`."""
-    with ExpertGroup(pg, _shape(pg.size()), backend="cpu", transport=transport, timeout_s=JOB_TIMEOUT_S / 2) as group:
+    with ExpertGroup(
+        pg, shape_for(pg.size()), backend="cpu", transport=transport, timeout_s=JOB_TIMEOUT_S / 2
+    ) as group:
         return round_trip(group)
 
 
@@ -151,10 +146,18 @@ def _ranks() -> Iterator[Finding]:
         yield run_check(name, lambda job=job: _on_ranks(*job), remedies[name], required=required)  # type: ignore[misc]
 
 
-def _on_ranks(fn: Callable[..., str], *args: object, devices: str = "cpu") -> str:
+def _nodes() -> Iterator[Finding]:
+    """Which nodes ranks of this machine form, and whether ranks that play two nodes reach each other."""
+    remedy = "see the lines about transports above"
+    yield run_check("nodes", lambda: _on_ranks(over_nodes, None), remedy)
+    two = 2 * RANKS_PER_NODE
+    yield run_check("nodes, two of them", lambda: _on_ranks(over_nodes, RANKS_PER_NODE, ranks=two), remedy)
+
+
+def _on_ranks(fn: Callable[..., str], *args: object, devices: str = "cpu", ranks: int = RANKS) -> str:
     """Run one job in a world of its own, so that a failed check does not affect the next."""
     try:
-        with World(RANKS, devices=devices, timeout_s=JOB_TIMEOUT_S) as world:
+        with World(ranks, devices=devices, timeout_s=JOB_TIMEOUT_S) as world:
             text: str = world.run(fn, *args)[0]
             return text
     except WorldError as error:
@@ -162,13 +165,13 @@ def _on_ranks(fn: Callable[..., str], *args: object, devices: str = "cpu") -> st
 
 
 def _gpu_alone() -> str:
-    with ExpertGroup(None, _shape(1), backend="cuda") as group:
+    with ExpertGroup(None, shape_for(1), backend="cuda") as group:
         return round_trip(group)
 
 
 def over_gpus(rank: int, pg: dist.ProcessGroup) -> str:
     """Make a round trip over ranks on GPUs; a job of `World`."""
-    with ExpertGroup(pg, _shape(pg.size()), backend="cuda", timeout_s=JOB_TIMEOUT_S / 2) as group:
+    with ExpertGroup(pg, shape_for(pg.size()), backend="cuda", timeout_s=JOB_TIMEOUT_S / 2) as group:
         group.warmup()
         return round_trip(group)
 
@@ -176,7 +179,7 @@ def over_gpus(rank: int, pg: dist.ProcessGroup) -> str:
 def _compiles(backend: str) -> str:
     from tokenferry import autograd
 
-    with ExpertGroup(None, _shape(1), backend="cpu") as group:
+    with ExpertGroup(None, shape_for(1), backend="cpu") as group:
         routing = Routing(torch.tensor([[0, 1]] * 16, dtype=torch.int64, device="cpu"))
 
         def layer(x: torch.Tensor) -> torch.Tensor:

@@ -155,8 +155,9 @@ def _find_nodes(rank: int, handshakes: list[dict[str, Any]], wanted: Wanted) -> 
         return Topology(rank, everybody, f"transport={wanted.transport!r} takes all ranks as one node")
     sizes = [len(ranks) for ranks in hosts]
     if len(set(sizes)) > 1:
-        counts = ", ".join(map(str, sizes))
-        found = f"one node, since the {len(hosts)} hosts have unequal numbers of ranks: {counts}"
+        found = (
+            f"the {len(hosts)} hosts have {', '.join(map(str, sizes))} ranks; with equally many each would be a node"
+        )
         return Topology(rank, everybody, found)
     return Topology(rank, hosts, "each host is a node")
 

@@ -59,7 +59,7 @@ class Runtime:
         """Raise UnsupportedError: there is no NVSHMEM."""
         _refuse_to_connect("get_local_nvshmem_unique_id")
 
-    def sync(self, *_: object) -> NoReturn:
+    def sync(self, *_: object, **__: object) -> NoReturn:
         """Raise UnsupportedError: the constructor of `Buffer` connects all ranks."""
         _refuse_to_connect("sync")
 
