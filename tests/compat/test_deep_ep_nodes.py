@@ -1,11 +1,16 @@
 """The calls of DeepEP across nodes: two nodes of two ranks, three of two, and nodes of one rank; on CPUs."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from support import deep_ep_decode_jobs as decode_jobs
 from support import deep_ep_jobs as jobs
+from tokenferry.compat.deep_ep import Buffer
 from tokenferry.testing.cases import Case
+from tokenferry.testing.compare import same_bits
+from tokenferry.testing.oracle import Oracle
 
 CASES = (
     (2, jobs.CASES[0]),
@@ -62,6 +67,27 @@ def test_each_direction_is_the_transpose_of_the_other(worlds):
     sums = worlds(4).run(jobs.on_nodes, 2, jobs.backward, jobs.CASES[0])
     there, home = (sum(side) for side in zip(*sums, strict=True))
     assert there == pytest.approx(home, rel=1e-5)
+
+
+def interleaved(rank, pg, case):
+    """Ranks 0 and 2 are on one host, 1 and 3 on another; DeepEP numbers nodes by consecutive ranks."""
+    mine, experts_per_rank = case.inputs()[rank], case.experts // case.ranks
+    with mock.patch("tokenferry.transports.rendezvous.host_name", return_value="abab"[rank]):
+        buffer = Buffer(pg)
+    assert (buffer.runtime.get_rdma_rank(), buffer.runtime.get_root_rdma_rank(True)) == (rank % 2, rank // 2)
+    given = jobs.layout_arguments(buffer, mine.topk_idx, case.experts)
+    goes_to = [{e // experts_per_rank % 2 for e in experts if e >= 0} for experts in mine.topk_idx.tolist()]
+    assert given["num_tokens_per_rdma_rank"].tolist() == [sum(node in nodes for nodes in goes_to) for node in (0, 1)]
+    x, ids, _, _, handle, _ = buffer.dispatch(mine.x, topk_idx=mine.topk_idx, **given)
+    oracle = Oracle(case.inputs(), case.experts)
+    same_bits("recv_x", x, oracle.x(rank))
+    same_bits("recv_topk_idx", ids, oracle.topk_idx(rank))
+    jobs.check_handle(buffer, handle, oracle)
+
+
+@pytest.mark.parametrize("case", jobs.CASES[:3], ids=str)
+def test_nodes_need_not_be_consecutive_ranks(worlds, case):
+    worlds(4).run(interleaved, case)
 
 
 @pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (6, 2)])
