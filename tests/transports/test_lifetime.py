@@ -7,6 +7,8 @@ import signal
 import socket
 import threading
 import time
+import weakref
+from functools import partial
 
 import pytest
 
@@ -138,3 +140,26 @@ def test_the_thread_and_the_descriptors_go_with_the_watch(child, dropped):
         watch.close()
     until(lambda: watchers() == 0)
     assert open_descriptors() == before
+
+
+def test_a_thread_that_has_not_ended_yet_keeps_no_process_group(child, monkeypatch):
+    """It may end while the interpreter exits, and torch aborts if the last reference to a process group goes there."""
+    may_end, close = threading.Event(), lifetime._State.close
+
+    def late(state):
+        may_end.wait(10.0)
+        close(state)
+
+    class Group:
+        pass
+
+    monkeypatch.setattr(lifetime._State, "close", late)
+    group, before = Group(), watchers()
+    gone = weakref.ref(group)
+    watch = Watch({1: open_process(child)}, partial(print, group))
+    watch.close()
+    del group
+    assert gone() is None
+    assert watchers() == before + 1
+    may_end.set()
+    until(lambda: watchers() == before)

@@ -91,6 +91,8 @@ class Watch:
 
     def close(self, write: Callable[[int, bytes], int] = os.write, close: Callable[[int], None] = os.close) -> None:
         """End the thread, which closes the descriptors; idempotent."""
+        # It ends a little later, maybe while the interpreter exits: torch aborts if a process group is freed there.
+        self._state.give_up = None
         wake, self._wake = self._wake, -1
         if wake >= 0:
             write(wake, b"x")  # arguments, since `os` may be gone at interpreter exit
@@ -112,7 +114,7 @@ class _State:
     Attributes:
         processes: Peers by descriptor.
         descriptors: All descriptors that are still open.
-        give_up: See `Watch`.
+        give_up: See `Watch`; None once that is closed.
         ended: Peers whose process has ended.
         peer: The peer that is waited for.
         awaited: This peer, and others that have to send something, too; empty if nothing is waited for.
@@ -122,7 +124,7 @@ class _State:
     def __init__(self, processes: Mapping[int, int], give_up: Callable[[int], object]) -> None:
         self.processes = {fd: peer for peer, fd in processes.items() if fd >= 0}
         self.descriptors = list(self.processes)
-        self.give_up = give_up
+        self.give_up: Callable[[int], object] | None = give_up
         self.ended: set[int] = set()
         self.peer = -1
         self.awaited: frozenset[int] = frozenset()
@@ -146,5 +148,7 @@ def _watch(state: _State, wake: int) -> None:
             poll.unregister(fd)
             state.ended.add(state.processes[fd])
             state.since = max(state.since, time.monotonic())
-        if state.awaited & state.ended and time.monotonic() - state.since > _GRACE_S:
-            state.give_up(state.peer)
+        give_up = state.give_up
+        if give_up is not None and state.awaited & state.ended and time.monotonic() - state.since > _GRACE_S:
+            give_up(state.peer)
+        del give_up
