@@ -17,7 +17,7 @@ from support.decode_jobs import (
     rounds,
 )
 from support.decoding import Step, check_combined, check_received
-from support.pairs import PAIRS, PLACES, Pair
+from support.pairs import NODES, PAIRS, PLACES, Pair
 from support.throughput import check_round_trip
 from tokenferry import ArgumentError, DispatchOptions, ExpertGroup, MismatchError, MoeShape, Routing, Scale
 from tokenferry.backends.cpu.exchange import Exchange
@@ -65,9 +65,9 @@ def test_fewer_bytes_travel(monkeypatch, numerics):
     widths = []
     start = Exchange.start
 
-    def watched(self, signature, sections, *args, **options):
-        widths.append(sections.widths)
-        return start(self, signature, sections, *args, **options)
+    def watched(self, signature, outgoing, *args, **options):
+        widths.append(outgoing.payload.sections.widths)
+        return start(self, signature, outgoing, *args, **options)
 
     monkeypatch.setattr(Exchange, "start", watched)
     with ExpertGroup(None, MoeShape(2, 2, 512, 4), backend="cpu") as group:
@@ -98,8 +98,9 @@ def test_encodings_need_whole_groups(encoding):
         group.decode_combine(sent.x, sent.plan)
 
 
-def test_hooks_may_be_called_in_any_order_and_twice(run, pair):
-    run(pair, 3, hooks_in_any_order)
+@pytest.mark.parametrize(("pair", "ranks"), [*((pair, 3) for pair in PAIRS), NODES[0]], ids=str)
+def test_hooks_may_be_called_in_any_order_and_twice(run, pair, ranks):
+    run(pair, ranks, hooks_in_any_order, ranks)
 
 
 def forgotten_hook(rank, pg, pair: Pair) -> None:

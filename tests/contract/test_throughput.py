@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support.guess_jobs import change
-from support.pairs import PLACES, Pair
+from support.pairs import NODES, PAIRS, PLACES, Pair
 from support.throughput import (
     Deal,
     all_options,
@@ -101,9 +101,10 @@ def test_plans_and_results_outlive_later_calls(run, pair):
     run(pair, 3, many_plans)
 
 
-def two_groups(rank, pg, pair: Pair) -> None:
+def two_groups(rank, pg, pair: Pair, ranks: int) -> None:
     """Interleave the calls of two groups on one process group."""
-    one, other = Case((5, 3), 4, 2), Case((2, 6), 8, 4, dtype=torch.float32, routing="repeated", seed=3)
+    one = Case((5, 3, 0, 2)[:ranks], 2 * ranks, 2)
+    other = Case((2, 6, 1, 4)[:ranks], 4 * ranks, 4, dtype=torch.float32, routing="repeated", seed=3)
     with pair.open(pg, one.shape) as a, pair.open(pg, other.shape) as b:
         for options in (DispatchOptions(), DispatchOptions(Layout.EXPERTS)):
             deals = [Deal(case, options, oracle_for(case, options), rank) for case in (one, other)]
@@ -116,8 +117,9 @@ def two_groups(rank, pg, pair: Pair) -> None:
         check_round_trip(again, one, DispatchOptions())
 
 
-def test_groups_on_one_process_group_do_not_mix(run, pair):
-    run(pair, 2, two_groups)
+@pytest.mark.parametrize(("pair", "ranks"), [*((pair, 2) for pair in PAIRS), NODES[0]], ids=str)
+def test_groups_on_one_process_group_do_not_mix(run, pair, ranks):
+    run(pair, ranks, two_groups, ranks)
 
 
 def test_plans_work_in_other_views_of_their_group(run, pair):

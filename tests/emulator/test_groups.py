@@ -41,7 +41,7 @@ def test_decode_rounds(run):
 
 
 def test_decode_hooks(run):
-    run(3, decode_jobs.hooks_in_any_order)
+    run(3, decode_jobs.hooks_in_any_order, 3)
 
 
 def test_decode_encodings(run):

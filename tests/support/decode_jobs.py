@@ -94,10 +94,11 @@ def masked_encodings(rank, pg, pair: Pair) -> None:
             check_encoding(group, step, sent, torch.float32, encoding, fast=True)
 
 
-def hooks_in_any_order(rank, pg, pair: Pair) -> None:
+def hooks_in_any_order(rank, pg, pair: Pair, ranks: int) -> None:
     """Receive in another order on each rank, with throughput calls between."""
     pick = random.Random(rank)
-    steps = [Step(Case((3, 0, 4), 6, 3, hidden=64, dtype=torch.float32, seed=seed), rank) for seed in range(6)]
+    tokens, experts = (3, 0, 4, 2)[:ranks], 2 * ranks
+    steps = [Step(Case(tokens, experts, 3, hidden=64, dtype=torch.float32, seed=seed), rank) for seed in range(6)]
     with pair.open(pg, steps[0].case.shape) as group:
         for _ in range(2):
             sent = []

@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tokenferry.compat.deep_ep import ElasticBuffer, EPHandle, EventHandle
 from tokenferry.testing.cases import Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle
+from tokenferry.topology import consecutive
 
 CASES = (
     Case((5, 3, 0, 7), experts=8, top_k=3, hidden=16),
@@ -193,7 +195,7 @@ def round_trips(rank: int, pg: Any, case: Case) -> None:
     assert buffer.runtime is None
 
 
-def round_trip(buffer: ElasticBuffer, deal: Deal, *, ranks_per_node: int | None = None) -> None:
+def round_trip(buffer: ElasticBuffer, deal: Deal, nodes: Sequence[Sequence[int]] = ()) -> None:
     mine, case, rank = deal.mine, deal.case, deal.rank
     stats = torch.full((len(deal.counts),), 100, dtype=torch.int32)
     x, ids, weights, handle, event = buffer.dispatch(
@@ -218,7 +220,7 @@ def round_trip(buffer: ElasticBuffer, deal: Deal, *, ranks_per_node: int | None 
     for biases in (None, bias, (bias, bias)):
         given = () if biases is None else biases if isinstance(biases, tuple) else (biases,)
         out, out_weights, event = buffer.combine(ys[rank], handle=handle, topk_weights=ws[rank], bias=biases)
-        same_bits("combined_x", out, deal.oracle.combine(rank, ys, given, ranks_per_node))
+        same_bits("combined_x", out, deal.oracle.combine(rank, ys, given, nodes))
         same_bits("combined_topk_weights", out_weights, deal.selected(ws))
         assert event.event is None
     assert buffer.combine(ys[rank], handle)[1] is None
@@ -346,16 +348,17 @@ def across_nodes(rank: int, pg: Any, case: Case, ranks_per_node: int) -> None:
             buffer = ElasticBuffer(pg, num_max_tokens_per_rank=16, allow_multiple_reduction=several)
             assert deep_ep.get_physical_domain_size(pg) == buffer.get_physical_domain_size()
         assert deep_ep.get_logical_domain_size(pg) == buffer.get_logical_domain_size() == (1, case.ranks)
-        nodes = (case.ranks // ranks_per_node, ranks_per_node)
-        assert buffer.get_physical_domain_size() == (buffer.num_rdma_ranks, buffer.num_nvlink_ranks) == nodes
+        sizes = (case.ranks // ranks_per_node, ranks_per_node)
+        assert buffer.get_physical_domain_size() == (buffer.num_rdma_ranks, buffer.num_nvlink_ranks) == sizes
+        nodes = consecutive(case.ranks, ranks_per_node)
         for mode in MODES:
             deal = Deal(rank, case, mode, 16)
             if several:
-                round_trip(buffer, deal, ranks_per_node=ranks_per_node)
+                round_trip(buffer, deal, nodes)
                 continue
             handle = buffer.dispatch(deal.mine.x, **deal.arguments())[3]
             ys = deal.answers()
             bias = case.rows(rank, case.dtype, case.hidden, 7)
-            wide = deal.oracle.combine(rank, [y.float() for y in ys], (bias.float(), bias.float()), ranks_per_node)
+            wide = deal.oracle.combine(rank, [y.float() for y in ys], (bias.float(), bias.float()), nodes)
             out = buffer.combine(ys[rank], handle, bias=(bias, bias))[0]
             same_bits("combined_x", out, wide.to(case.dtype))

@@ -15,6 +15,7 @@ from tokenferry.errors import ArgumentError, ShapeError
 from tokenferry.testing.cases import Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle, Sent
+from tokenferry.topology import consecutive
 
 CASES = (
     Case((5, 3, 0, 7), experts=8, top_k=3, hidden=16),
@@ -36,6 +37,11 @@ def on_nodes(
 def ranks_per_node(buffer: Buffer) -> int:
     """The ranks of a node, as a program for DeepEP asks for them."""
     return buffer.group_size // buffer.runtime.get_num_rdma_ranks()
+
+
+def nodes_of(buffer: Buffer) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each node."""
+    return consecutive(buffer.group_size, ranks_per_node(buffer))
 
 
 def layout_arguments(buffer: Buffer, topk_idx: Tensor, num_experts: int) -> dict[str, Tensor | None]:
@@ -87,7 +93,7 @@ def round_trip(rank, pg, case):
     buffer = Buffer(pg, 1 << 20, explicitly_destroy=True)
     assert (buffer.rank, buffer.group_size, buffer.group) == (rank, case.ranks, pg)
     check_layout(buffer, mine, case)
-    given, nodes = layout_arguments(buffer, mine.topk_idx, case.experts), ranks_per_node(buffer)
+    given, nodes = layout_arguments(buffer, mine.topk_idx, case.experts), nodes_of(buffer)
     for async_finish in (False, True):
         event = Buffer.capture() if async_finish else None
         how = {"previous_event": event, "async_finish": async_finish, "allocate_on_comm_stream": async_finish}
@@ -219,7 +225,7 @@ def without_experts(rank, pg, case):
     assert weights is None
     assert counts == [-(-count // 2) * 2 for count in oracle.expert_counts(rank)]
     ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
-    want = oracle.combine(rank, ys, ranks_per_node=ranks_per_node(buffer))
+    want = oracle.combine(rank, ys, nodes=nodes_of(buffer))
     same_bits("combined_x", buffer.combine(ys[rank], handle)[0], want)
 
 
@@ -261,7 +267,7 @@ def worst_tokens(rank, pg, case):
     y = torch.full((capacity, case.hidden), torch.nan, dtype=case.dtype)
     ys = [answers(case, oracle, r, oracle.num_delivered(r), case.dtype) for r in range(case.ranks)]
     y[:num] = ys[rank]
-    same_bits("combined_x", buffer.combine(y, handle)[0], oracle.combine(rank, ys, (), ranks_per_node(buffer)))
+    same_bits("combined_x", buffer.combine(y, handle)[0], oracle.combine(rank, ys, (), nodes_of(buffer)))
     same_bits("cached recv_x", buffer.dispatch(mine.x, handle=handle)[0][:num], oracle.x(rank))
 
 

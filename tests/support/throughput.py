@@ -191,7 +191,7 @@ def check_combine(
     bias = None if not biases else biases[0] if len(biases) == 1 else biases
     got = group.combine(y, sent.plan, topk_weights=w if weights else None, bias=bias, out=out)
     what = f"{deal} combine {dtype} {num_biases=} {into=} {weights=}"
-    nodes = group.topology.ranks_per_node
+    nodes = group.topology.nodes
     same_bits(what, got.x, oracle.combine(rank, ys, biases, nodes))
     if out is not None:
         assert got.x.data_ptr() == out.data_ptr(), f"{what}: the sum is not in out"

@@ -179,7 +179,7 @@ class Oracle:
     # ------------------------------------------------------------------ combine
 
     def combine(
-        self, rank: int, ys: Sequence[Tensor], biases: Sequence[Tensor] = (), ranks_per_node: int | None = None
+        self, rank: int, ys: Sequence[Tensor], biases: Sequence[Tensor] = (), nodes: Sequence[Sequence[int]] = ()
     ) -> Tensor:
         """Return ``[T, H]`` of ``rank``: biases, then one partial sum a rank in rank order, rounded once.
 
@@ -189,14 +189,14 @@ class Oracle:
             rank: The rank of the tokens.
             ys: The answers of each rank, ``[rows, H]`` (masked: ``[L * capacity, H]``).
             biases: Biases of ``rank``, each ``[T, H]``.
-            ranks_per_node: How many consecutive ranks form a node; None: all.
+            nodes: The ranks of each node; empty: all are one.
         """
         dtype = ys[rank].dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         sums = []
         for token in range(len(self.choices[rank])):
             terms = [bias[token].to(wide) for bias in biases]
-            for node in self._nodes(ranks_per_node):
+            for node in nodes or [range(self.num_ranks)]:
                 places = {there: self._home(there, rank, token) for there in node}
                 here = [_sum([ys[r][at].to(wide) for at in where]) for r, where in places.items() if where]
                 if len(node) == self.num_ranks:
@@ -207,7 +207,7 @@ class Oracle:
             sums.append(_sum([zero, *terms]).to(dtype))
         return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
 
-    def combine_weights(self, rank: int, ws: Sequence[Tensor], ranks_per_node: int | None = None) -> Tensor:
+    def combine_weights(self, rank: int, ws: Sequence[Tensor], nodes: Sequence[Sequence[int]] = ()) -> Tensor:
         """Return ``[T, K]`` float32: rows: slots added in rank order; experts, masked: each slot has its row's weight.
 
         With several nodes the slots of each node are added first.
@@ -215,11 +215,11 @@ class Oracle:
         Args:
             rank: The rank of the tokens.
             ws: The weights that each rank returns: rows ``[N, K]``; experts ``[rows]``; masked ``[L * capacity]``.
-            ranks_per_node: How many consecutive ranks form a node; None: all.
+            nodes: The ranks of each node; empty: all are one.
         """
         table = torch.zeros(self.sent[rank].topk_idx.shape, dtype=torch.float32, device="cpu")
         for token, experts in enumerate(self.choices[rank]):
-            for node in self._nodes(ranks_per_node):
+            for node in nodes or [range(self.num_ranks)]:
                 sums = torch.zeros_like(table[token])
                 for there in node:
                     if self.layout == "rows":
@@ -231,10 +231,6 @@ class Oracle:
                             sums[slot] = ws[there][self.place(there, rank, token, expert % self.num_local)]
                 table[token] = table[token] + sums
         return table
-
-    def _nodes(self, ranks_per_node: int | None) -> list[range]:
-        size = ranks_per_node or self.num_ranks
-        return [range(first, first + size) for first in range(0, self.num_ranks, size)]
 
     def _home(self, there: int, rank: int, token: int) -> list[int]:
         """Return the places on rank ``there`` of a token of ``rank``, in expert order."""

@@ -167,8 +167,9 @@ class TwoLevels:
         total = self._sum_here(signature, payload, plan, dtype, deadline)
         tokens = [_distinct(_tokens_by_rank(plan), ranks) for ranks in self._nodes]
         fields = {**signature.fields, **total.fields}
-        counts = self._by_rank(self._rail, [len(goes_to) for goes_to in self._relay(plan)], 0)
-        outgoing = Outgoing(total, _consecutive(counts), counts)
+        counts = [len(goes_to) for goes_to in self._relay(plan)]
+        rows = self._by_rank(self._rail, _consecutive(counts), slice(0, 0))  # a rail need not be ascending
+        outgoing = Outgoing(total, rows, self._by_rank(self._rail, counts, 0))
         pending = self._start_across(Signature(signature.kind, fields), outgoing, deadline)
         with pending.receive(deadline=deadline) as received:
             pending.check_counts(received, self._by_rank(self._rail, [each.numel() for each in tokens], 0))
