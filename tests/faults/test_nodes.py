@@ -1,13 +1,26 @@
 """A rank of a group of several nodes is lost, on either leg of a call: every survivor names it, in time."""
 
+import os
+import signal
 from functools import partial
 
 import pytest
 
-from support.lost_nodes import LOST_NODE, LOST_RANK, NUM_RANKS, Loss, Seen, lose
+from support.lost_nodes import LOST_NODE, LOST_RANK, NUM_RANKS, RANKS_PER_NODE, Loss, Seen, lose
 from support.lost_ranks import LONG_S, SLACK_S
+from support.mismatches import MISMATCHES
+from support.node_faults import (
+    Caught,
+    close_alone,
+    disagree,
+    fail,
+    fork,
+    interrupts,
+    refusals,
+)
+from support.refusals import PROMPTLY_S
 from support.worlds import run_at_once
-from tokenferry.testing.world import WorldError
+from tokenferry.testing.world import World, WorldError
 
 TIMEOUT_S = 4.0
 CASES = [("dispatch", 0), ("dispatch", 1), ("dispatch", 3), ("redispatch", 2), ("combine", 0), ("combine", 3)]
@@ -55,3 +68,58 @@ def test_every_survivor_names_a_dead_rank_at_once(call, exchange, killed):
         killed[call, exchange].result()
     assert set(caught.value.errors) == {LOST_RANK}, caught.value
     check(list(caught.value.results.values()), call, LONG_S)
+
+
+def check_named(caught: list[Caught], rank: int, words: str = "") -> None:
+    """Check that all but one rank name that one, with its reason, long before the deadline."""
+    for other, one in enumerate(caught):
+        if other != rank:
+            assert (one.name, one.peers, one.nodes) == ("PeerTimeout", (rank,), (rank // RANKS_PER_NODE,)), one
+            assert words in one.text, one
+        assert one.took_s < PROMPTLY_S, one
+
+
+@pytest.mark.parametrize("odd", [0, 3])
+def test_ranks_that_call_different_things(odd):
+    """Most ranks exchange nothing with the odd one, and yet all raise a MismatchError that names it."""
+    with World(NUM_RANKS) as world:
+        found = world.run(disagree, odd)
+    for name in MISMATCHES:
+        for one in (by_name[name] for by_name in found):
+            assert one.name == "MismatchError", f"{name}: {one}"
+            assert f"rank {odd}" in one.text, f"{name}: {one}"
+            assert one.took_s < PROMPTLY_S, f"{name}: {one}"
+
+
+def test_a_rank_that_is_refused_memory_or_descriptors():
+    with World(NUM_RANKS) as world:
+        found = world.run(fail, ("dispatch", "combine"), refusals())
+    for moment, mine in found[LOST_RANK].items():
+        assert mine.name == "ResourceError", f"{moment}: {mine}"
+        check_named([one[moment] for one in found], LOST_RANK, f"ResourceError: {moment.split(',')[0]}")
+
+
+def test_a_rank_that_is_interrupted():
+    with World(NUM_RANKS) as world:
+        found = world.run(fail, ("dispatch", "combine"), interrupts())
+    for moment, mine in found[LOST_RANK].items():
+        assert mine.name == "KeyboardInterrupt", f"{moment}: {mine}"
+        check_named([one[moment] for one in found], LOST_RANK)
+
+
+def test_a_rank_that_passes_a_wrong_argument_and_one_that_closes():
+    with World(NUM_RANKS) as world:
+        found = world.run(close_alone, TIMEOUT_S)
+    for one in found[:LOST_RANK] + found[LOST_RANK + 1 :]:
+        assert (one.name, one.peers, one.nodes) == ("PeerTimeout", (LOST_RANK,), (LOST_NODE,)), one
+        assert one.took_s < TIMEOUT_S + SLACK_S
+
+
+def test_forked_children(tmp_path):
+    with World(NUM_RANKS) as world, pytest.raises(WorldError) as caught:
+        world.run(fork, str(tmp_path))
+    for child in tmp_path.glob("* is a child"):
+        os.kill(int(child.name.split()[0]), signal.SIGKILL)
+    assert set(caught.value.errors) == {LOST_RANK}, caught.value
+    found = [caught.value.results.get(rank, Caught("", (), (), "", 0.0)) for rank in range(NUM_RANKS)]
+    check_named(found, LOST_RANK)

@@ -66,11 +66,18 @@ class Transport(Protocol):
     ``post`` and ``receive`` raise PeerTimeout; all other methods are local. No method writes into a buffer that a peer
     may still read. A forked child calls no method; a transport with descriptors of its own has them closed there
     (`tokenferry.forked`).
+
+    Attributes:
+        name: The name in the API.
+        rank: This rank.
+        num_ranks: R.
+        order: All ranks, in the order in which to receive their messages.
     """
 
     name: str
     rank: int
     num_ranks: int
+    order: Sequence[int]
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return a uint8 buffer of ``sizes[r]`` bytes for each rank r, itself included, to be filled before `post`."""

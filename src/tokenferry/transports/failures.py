@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -34,14 +34,25 @@ class FailureReport:
     Attributes:
         peers: The ranks for which it waited.
         mismatch: If ranks made different calls: the message that says so.
+        left: If it failed by itself: its error.
     """
 
     peers: tuple[int, ...] = ()
     mismatch: str = ""
+    left: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> FailureReport:
+        """Return the report of a rank that gives up with this error."""
+        if isinstance(error, PeerTimeout):
+            return cls(error.peers)
+        if isinstance(error, MismatchError):
+            return cls(mismatch=str(error))
+        return cls(left=f"{type(error).__name__}: {error}")
 
 
 class FailureReports:
-    """The reports of the ranks of a group. Without a store, or one that answers, a rank knows only what it has seen.
+    """The reports of the ranks of a group. Without a store that answers, a rank knows only what it has seen.
 
     Args:
         group: A process group; its store holds the reports.
@@ -56,21 +67,18 @@ class FailureReports:
         self._prefix = f"tokenferry/failures/{group_id}"
         self._topology = topology
 
-    def post(self, error: PeerTimeout | MismatchError) -> None:
+    def post(self, error: Exception) -> None:
         """Report the error with which this rank gives up, before its peers notice. Takes a second at most."""
-        report = [(), str(error)] if isinstance(error, MismatchError) else [error.peers, ""]
-        text = json.dumps(report)
+        text = json.dumps(asdict(FailureReport.of(error)))
         self._ask(lambda store: store.set(self._key(self._topology.rank), text), None)
 
-    def explain(self, error: PeerTimeout | MismatchError, patience_s: float) -> PeerTimeout | MismatchError:
+    def explain(self, error: PeerTimeout, patience_s: float) -> PeerTimeout | MismatchError:
         """Return the error to raise in place of one that this rank has met: it names the ranks at fault.
 
         Args:
             error: What this rank has met.
             patience_s: Seconds to wait for the reports of ranks that may be about to give up, too.
         """
-        if isinstance(error, MismatchError):
-            return error
         cause = self._cause(FailureReport(error.peers), patience_s)
         waited_for = ", ".join(f"rank {peer}" for peer in error.peers)
         where, rank = f"{error.phase} #{error.call}", error.rank
@@ -78,8 +86,9 @@ class FailureReports:
             return MismatchError(f"{where}: rank {rank} waited for {waited_for}; the cause: {cause.mismatch}")
         at_fault = ", ".join(f"rank {peer} on node {self._topology.node_of(peer)}" for peer in cause.peers)
         behind = "" if cause.peers == error.peers else f", for which {waited_for} waited"
+        why = f": {cause.left}" if cause.left else "."
         return PeerTimeout(
-            f"{error} The cause is {at_fault}{behind}.",
+            f"{error} The cause is {at_fault}{behind}{why}",
             phase=error.phase,
             call=error.call,
             rank=rank,
@@ -89,11 +98,11 @@ class FailureReports:
         )
 
     def _cause(self, report: FailureReport, patience_s: float) -> FailureReport:
-        """Return the ranks at the ends of all chains of waits that begin with a report, or a mismatch found there."""
+        """Return what is at the ends of all chains of waits that begin with a report: ranks, or a mismatch."""
         end = time.monotonic() + patience_s
         while True:
             found = self._follow(report)
-            if found.mismatch or time.monotonic() >= end:
+            if found.mismatch or found.left or self._store is None or time.monotonic() >= end:
                 return found
             time.sleep(_POLL_S)
 
@@ -109,17 +118,23 @@ class FailureReports:
                 ends.add(rank)
             elif other.mismatch:
                 return other
+            elif other.left:
+                return FailureReport((rank,), left=other.left)
             else:
                 todo += other.peers
-        return FailureReport(tuple(sorted(ends))) if ends else report  # in a circle nobody is silent
+        if ends:
+            return FailureReport(tuple(sorted(ends)))
+        # In a circle nobody is silent: perhaps they wait for each other because of what another rank has seen.
+        others = (self._read(rank) for ranks in self._topology.nodes for rank in ranks if rank not in seen)
+        return next((other for other in others if other is not None and other.mismatch), report)
 
     def _read(self, rank: int) -> FailureReport | None:
         key = self._key(rank)
         text = self._ask(lambda store: store.get(key) if store.check([key]) else b"", b"")
         if not text:
             return None
-        peers, mismatch = json.loads(text)
-        return FailureReport(tuple(peers), mismatch)
+        fields = json.loads(text)
+        return FailureReport(tuple(fields["peers"]), fields["mismatch"], fields["left"])
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"
@@ -136,8 +151,9 @@ class FailureReports:
                 answers.append(question(store))
 
         thread = threading.Thread(target=ask, name="tokenferry failure reports", daemon=True)
-        thread.start()
-        thread.join(_STORE_S)
+        with contextlib.suppress(RuntimeError, MemoryError):  # no thread is to be had
+            thread.start()
+            thread.join(_STORE_S)
         if not answers:
             self._store = None
             return otherwise

@@ -28,6 +28,9 @@ class MixedTransport:
         self._far = far
         self._near_ranks = frozenset(near_ranks)
         self._far_ranks = frozenset(range(far.num_ranks)) - self._near_ranks
+        # A rank that gives up closes its connections to all ranks of other nodes, which a wait for them shows at once.
+        # Two ranks of one node that wait for each other would see nothing until the deadline.
+        self.order: Sequence[int] = [*sorted(self._far_ranks), *sorted(self._near_ranks)]
 
     def open(self, call: CallId, sizes: Sequence[int]) -> list[Tensor]:
         """Return buffers of the transport that reaches each rank. See `Transport.open`."""

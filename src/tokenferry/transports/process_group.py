@@ -117,6 +117,7 @@ class ProcessGroupTransport:
         self._lingering: deque[_InFlight] = deque()
         self.rank = group.rank()
         self.num_ranks = group.size()
+        self.order: Sequence[int] = range(self.num_ranks)
         self._group = group
         self._tag = _TAG | (group_id % GROUP_IDS) << 16
         self._watermarks = Watermarks(self.num_ranks)
@@ -215,8 +216,9 @@ class ProcessGroupTransport:
     def abandon(self) -> None:
         """Make gloo close all connections, which ends the process group. See `Transport.abandon`."""
         for step in range(1, self.num_ranks):
-            if _fail(self._group, self._tag, (self.rank + step) % self.num_ranks):
-                break
+            with contextlib.suppress(OSError, MemoryError):
+                if _fail(self._group, self._tag, (self.rank + step) % self.num_ranks):
+                    break
 
     def close(self, *, linger: bool) -> None:
         """Free all buffers; the process group belongs to the caller and stays open. See `Transport.close`."""

@@ -147,6 +147,7 @@ class SharedMemoryTransport:
     def __init__(self, rank: int, sockets: dict[int, socket.socket], num_ranks: int | None = None) -> None:
         self.rank = rank
         self.num_ranks = len(sockets) + 1 if num_ranks is None else num_ranks
+        self.order: Sequence[int] = range(self.num_ranks)
         self._peers: dict[int, _Peer] = {}
         self._poll = select.poll()
         self._by_fd: dict[int, _Peer] = {}

@@ -213,19 +213,30 @@ class Exchange:
 
     def _break(self, where: str, error: BaseException) -> BaseException:
         """Tell the peers, close, and return the error to raise: with several nodes it names the rank at fault."""
+        if self.broken:
+            return error
         # After a timeout, peers have their own. An interrupt must not take the time to tell them.
-        tell = isinstance(error, Exception) and not isinstance(error, PeerTimeout) and not self.broken
+        tell = isinstance(error, Exception) and not isinstance(error, PeerTimeout)
         raised = error
-        if tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
+        if self._reports is not None:
+            raised = self._report(self._reports, error)
+        elif tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
             with contextlib.suppress(OSError, MemoryError, RuntimeError):  # there may be no memory for a message
                 self.transport.leave(f"{type(error).__name__}: {error}")
-        if self._reports is not None and not self.broken and isinstance(error, PeerTimeout | MismatchError):
-            self._reports.post(error)
-            if not tell:
-                self.transport.abandon()  # other ranks may wait for this one, and not for the one that is lost
-            raised = self._reports.explain(error, self._patience_s)
         self.close(f"is broken by an earlier {type(raised).__name__} in {where}", linger=tell)
         return raised
+
+    def _report(self, reports: FailureReports, error: BaseException) -> BaseException:
+        """Say why this rank gives up, end all waits for it, and return the error to raise.
+
+        A message of `Transport.leave` would reach only those peers to which the next exchange of this rank goes.
+        """
+        if isinstance(error, Exception):
+            reports.post(error)
+        # Peers need the headers of a mismatch to see it, too.
+        self.transport.close(linger=isinstance(error, MismatchError))
+        self.transport.abandon()
+        return reports.explain(error, self._patience_s) if isinstance(error, PeerTimeout) else error
 
     def _forget(self, reason: str) -> None:
         """End the group in a forked child, without a sign to its peers. The transport closes its own descriptors."""
@@ -289,13 +300,13 @@ class Pending:
             deadline: That of a call of several exchanges.
         """
         with self.receive_each(tolerant=tolerant, hooked=hooked, deadline=deadline) as take:
-            received: list[ReceivedRows] = []
-            for src in range(self._exchange.num_ranks):
+            received: dict[int, ReceivedRows] = {}
+            for src in self._exchange.transport.order:
                 start = time.perf_counter_ns()
-                received.append(take(src))
+                received[src] = take(src)
                 if wait_ns is not None and src != self._exchange.rank:
                     wait_ns[src] += time.perf_counter_ns() - start
-            yield received
+            yield [received[src] for src in range(self._exchange.num_ranks)]
 
     @contextlib.contextmanager
     def receive_each(

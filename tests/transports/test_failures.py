@@ -1,0 +1,123 @@
+"""Failure reports: which ranks a rank names that has waited for others, and what a bad store costs."""
+
+import threading
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from tokenferry.errors import MismatchError, PeerTimeout, ResourceError
+from tokenferry.topology import Topology, consecutive
+from tokenferry.transports.failures import FailureReports
+
+NODES = consecutive(6, 2)
+PATIENCE_S = 0.2
+
+
+def reports(rank: int, store) -> FailureReports:
+    return FailureReports(SimpleNamespace(get_group_store=lambda: store), 7, Topology(rank, NODES))
+
+
+def late(rank: int, *peers: int) -> PeerTimeout:
+    return PeerTimeout("late.", phase="dispatch", call=3, rank=rank, peers=peers, waited_s=1.0)
+
+
+def explain(posted: dict[int, Exception], error: PeerTimeout) -> PeerTimeout | MismatchError:
+    """Return what a rank makes of its error, when other ranks have posted theirs."""
+    store = dist.HashStore()
+    for rank, other in posted.items():
+        reports(rank, store).post(other)
+    return reports(error.rank, store).explain(error, PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("posted", "peers", "nodes"),
+    [
+        ({}, (1,), (0,)),
+        ({1: late(1, 3)}, (3,), (1,)),
+        ({1: late(1, 3), 3: late(3, 5, 2), 2: late(2, 4)}, (4, 5), (2,)),
+        ({1: late(1, 2), 2: late(2, 1)}, (1,), (0,)),
+        ({1: late(1, 0)}, (1,), (0,)),
+        ({1: late(1, 2), 2: late(2, 0, 4)}, (4,), (2,)),
+    ],
+    ids=["silent", "one behind", "two behind", "a circle", "each other", "circle with a way out"],
+)
+def test_the_ranks_at_the_ends_of_all_waits_are_named(posted, peers, nodes):
+    error = explain(posted, late(0, 1))
+    assert isinstance(error, PeerTimeout)
+    assert (error.peers, error.nodes) == (peers, nodes), error
+    assert (error.phase, error.call, error.rank, error.waited_s) == ("dispatch", 3, 0, 1.0)
+    assert f"rank {peers[0]} on node {nodes[0]}" in str(error)
+
+
+@pytest.mark.parametrize("posted", [{1: late(1, 0)}, {1: late(1, 2), 2: late(2, 0)}, {1: late(1, 5)}])
+def test_a_mismatch_that_another_rank_has_seen(posted):
+    """Two ranks may wait for each other because of it, and neither has met the rank that has seen it."""
+    error = explain({**posted, 5: MismatchError("rank 5 and rank 4 made different calls")}, late(0, 1))
+    assert isinstance(error, MismatchError)
+    assert "dispatch #3: rank 0 waited for rank 1; the cause: rank 5 and rank 4 made different calls" in str(error)
+
+
+def test_the_error_of_a_rank_that_has_left():
+    refused = ResourceError("dispatch: rank 3: memory refused", resource="memory", errno=12)
+    error = explain({1: late(1, 3, 5), 3: refused}, late(0, 1))
+    assert error.peers == (3,)
+    assert "rank 3 on node 1, for which rank 1 waited: ResourceError: dispatch: rank 3: memory refused" in str(error)
+
+
+class Blocked:
+    """A store whose host is gone: each question takes for ever."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.answer = threading.Event()
+
+    def set(self, key: str, text: str) -> None:
+        self.check([key])
+
+    def check(self, keys: list[str]) -> None:
+        self.asked += 1
+        self.answer.wait()
+
+
+def test_a_store_that_does_not_answer_is_asked_once():
+    store = Blocked()
+    mine = reports(0, store)
+    start = time.monotonic()
+    mine.post(late(0, 1))
+    error = mine.explain(late(0, 1), 30.0)
+    took_s = time.monotonic() - start
+    store.answer.set()
+    assert (error.peers, store.asked) == ((1,), 1)
+    assert took_s < 15.0, "nothing can be learned, and yet it waited"
+
+
+class Broken:
+    """A store whose connection has failed."""
+
+    def set(self, key: str, text: str) -> None:
+        self.check([key])
+
+    def check(self, keys: list[str]) -> None:
+        raise dist.DistNetworkError("Broken pipe")
+
+
+def none(self) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_a_store_a_rank_names_those_for_which_it_waited():
+    def no_store():
+        raise RuntimeError("no store")
+
+    groups = [SimpleNamespace(get_group_store=no_store), SimpleNamespace(get_group_store=Broken)]
+    for group in groups:
+        mine = FailureReports(group, 7, Topology(0, NODES))
+        mine.post(late(0, 3))
+        assert mine.explain(late(0, 3), 30.0).peers == (3,)
+    with mock.patch("threading.Thread.start", none):
+        mine = reports(0, dist.HashStore())
+        mine.post(late(0, 3))
+        assert mine.explain(late(0, 3), 30.0).peers == (3,)
