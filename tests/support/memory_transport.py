@@ -106,8 +106,11 @@ class MemoryTransport:
     def skip_to(self, number: int) -> None:
         raise NotImplementedError
 
-    def leave(self, why: str) -> None:
+    def leave(self, why: str, *, wait: bool) -> None:
         self._mail.abort()
+
+    def reason(self, src: int) -> str:
+        return ""
 
     def abandon(self) -> None:
         self._mail.abort()

@@ -151,7 +151,7 @@ def test_a_group_of_one_shares_nothing(monkeypatch):
 def test_a_peer_that_leaves_says_why(pair):
     zero, one = pair
     post(one, 1, 100)
-    one.leave("ä" * 1000)
+    one.leave("ä" * 1000, wait=True)
     one.close(linger=False)
     post(zero, 1, 100)
     assert receive(zero, 1, 1) == 100
@@ -165,7 +165,7 @@ def test_a_peer_that_leaves_does_not_wait_for_one_that_reads_nothing(pair):
     with contextlib.suppress(BlockingIOError):
         while True:
             zero._peers[1].socket.send(bytes(1 << 16))
-    zero.leave("no reason")
+    zero.leave("no reason", wait=True)
 
 
 def test_descriptors_that_find_no_space_are_an_error(pair):

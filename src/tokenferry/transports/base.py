@@ -114,12 +114,15 @@ class Transport(Protocol):
     def skip_to(self, number: int) -> None:
         """Count all calls up to ``number`` as finished, and drop their messages."""
 
-    def leave(self, why: str) -> None:
+    def leave(self, why: str, *, wait: bool) -> None:
         """Tell every peer, in place of the next call's message, that this rank makes no more calls, and why.
 
         Then ``receive`` of that peer raises at once. Call `close` next. Raises nothing, and blocks for a few seconds at
-        most, while peers are yet to make the call.
+        most, while peers are yet to make the call. Without ``wait``, tell only those that need not make it for that.
         """
+
+    def reason(self, src: int) -> str:
+        """Return why ``src`` has left, as far as it could say so without ``wait``, or an empty string; do not wait."""
 
     def abandon(self) -> None:
         """Make the waits of all peers for this rank fail soon; `close` follows. Raises nothing."""

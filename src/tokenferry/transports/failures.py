@@ -1,8 +1,9 @@
 """Failure reports: ranks that give up say for whom they waited, so that each of them can name the rank at fault.
 
 With several nodes a rank waits for few others, each of which may wait itself for the one that is lost. It would name
-its neighbour, which has done nothing wrong. So a rank that gives up posts for whom it waited, in the store of the
-process group, before it closes its connections, and follows what the others have posted to those who have not.
+its neighbour, which has done nothing wrong. So a rank that gives up says for whom it waited, to the ranks of its node
+and in the store of the process group, before it closes its connections, and follows what the others have said to those
+who have not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -42,13 +43,27 @@ class FailureReport:
     left: str = ""
 
     @classmethod
-    def of(cls, error: Exception) -> FailureReport:
+    def of(cls, error: BaseException) -> FailureReport:
         """Return the report of a rank that gives up with this error."""
         if isinstance(error, PeerTimeout):
             return cls(error.peers)
         if isinstance(error, MismatchError):
             return cls(mismatch=str(error))
         return cls(left=f"{type(error).__name__}: {error}")
+
+    def text(self) -> str:
+        """Return what `parse` reads; up to the null character it is for people."""
+        return f"{self.left or self.mismatch or f'it waited for {_ranks(self.peers)}'}\0{json.dumps(asdict(self))}"
+
+    @classmethod
+    def parse(cls, text: str) -> FailureReport:
+        """Return the report with this text."""
+        fields = json.loads(text.partition("\0")[2])
+        return cls(tuple(fields["peers"]), fields["mismatch"], fields["left"])
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ", ".join(f"rank {rank}" for rank in ranks)
 
 
 class FailureReports:
@@ -67,20 +82,21 @@ class FailureReports:
         self._prefix = f"tokenferry/failures/{group_id}"
         self._topology = topology
 
-    def post(self, error: Exception) -> None:
-        """Report the error with which this rank gives up, before its peers notice. Takes a second at most."""
-        text = json.dumps(asdict(FailureReport.of(error)))
+    def post(self, report: FailureReport) -> None:
+        """Report why this rank gives up, before its peers notice. Takes a second at most."""
+        text = report.text()
         self._ask(lambda store: store.set(self._key(self._topology.rank), text), None)
 
-    def explain(self, error: PeerTimeout, patience_s: float) -> PeerTimeout | MismatchError:
+    def explain(self, error: PeerTimeout, until: float, reason: Callable[[int], str]) -> PeerTimeout | MismatchError:
         """Return the error to raise in place of one that this rank has met: it names the ranks at fault.
 
         Args:
             error: What this rank has met.
-            patience_s: Seconds to wait for the reports of ranks that may be about to give up, too.
+            until: When to stop waiting for the reports of ranks that may be about to give up, too (`time.monotonic`).
+            reason: Returns the text with which a rank has left, if this rank has it; see `Transport.reason`.
         """
-        cause = self._cause(FailureReport(error.peers), patience_s)
-        waited_for = ", ".join(f"rank {peer}" for peer in error.peers)
+        cause = self._cause(FailureReport(error.peers), until, reason)
+        waited_for = _ranks(error.peers)
         where, rank = f"{error.phase} #{error.call}", error.rank
         if cause.mismatch:
             return MismatchError(f"{where}: rank {rank} waited for {waited_for}; the cause: {cause.mismatch}")
@@ -97,23 +113,22 @@ class FailureReports:
             nodes=tuple(sorted({self._topology.node_of(peer) for peer in cause.peers})),
         )
 
-    def _cause(self, report: FailureReport, patience_s: float) -> FailureReport:
+    def _cause(self, report: FailureReport, until: float, reason: Callable[[int], str]) -> FailureReport:
         """Return what is at the ends of all chains of waits that begin with a report: ranks, or a mismatch."""
-        end = time.monotonic() + patience_s
         while True:
-            found = self._follow(report)
-            if found.mismatch or found.left or self._store is None or time.monotonic() >= end:
+            found = self._follow(report, reason)
+            if found.mismatch or found.left or time.monotonic() >= until:
                 return found
             time.sleep(_POLL_S)
 
-    def _follow(self, report: FailureReport) -> FailureReport:
+    def _follow(self, report: FailureReport, reason: Callable[[int], str]) -> FailureReport:
         seen, ends, todo = {self._topology.rank}, set[int](), list(report.peers)
         while todo:
             rank = todo.pop()
             if rank in seen:
                 continue
             seen.add(rank)
-            other = self._read(rank)
+            other = self._read(rank, reason)
             if other is None:
                 ends.add(rank)
             elif other.mismatch:
@@ -125,16 +140,17 @@ class FailureReports:
         if ends:
             return FailureReport(tuple(sorted(ends)))
         # In a circle nobody is silent: perhaps they wait for each other because of what another rank has seen.
-        others = (self._read(rank) for ranks in self._topology.nodes for rank in ranks if rank not in seen)
+        others = (self._read(rank, reason) for ranks in self._topology.nodes for rank in ranks if rank not in seen)
         return next((other for other in others if other is not None and other.mismatch), report)
 
-    def _read(self, rank: int) -> FailureReport | None:
+    def _read(self, rank: int, reason: Callable[[int], str]) -> FailureReport | None:
+        with contextlib.suppress(OSError, MemoryError):
+            text = reason(rank)
+            if "\0" in text:
+                return FailureReport.parse(text)
         key = self._key(rank)
-        text = self._ask(lambda store: store.get(key) if store.check([key]) else b"", b"")
-        if not text:
-            return None
-        fields = json.loads(text)
-        return FailureReport(tuple(fields["peers"]), fields["mismatch"], fields["left"])
+        answer = self._ask(lambda store: store.get(key) if store.check([key]) else b"", b"")
+        return FailureReport.parse(answer.decode()) if answer else None
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/{rank}"

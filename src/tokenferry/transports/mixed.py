@@ -71,10 +71,14 @@ class MixedTransport:
         self._near.skip_to(number)
         self._far.skip_to(number)
 
-    def leave(self, why: str) -> None:
+    def leave(self, why: str, *, wait: bool) -> None:
         """Tell all ranks, those of this node first. See `Transport.leave`."""
-        self._near.leave(why)
-        self._far.leave(why)
+        self._near.leave(why, wait=wait)
+        self._far.leave(why, wait=wait)
+
+    def reason(self, src: int) -> str:
+        """See `Transport.reason`."""
+        return self._to(src).reason(src)
 
     def abandon(self) -> None:
         """See `Transport.abandon`."""

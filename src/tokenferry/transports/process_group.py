@@ -196,8 +196,10 @@ class ProcessGroupTransport:
     def skip_to(self, number: int) -> None:
         """Do nothing: all ranks have made the same number of calls. See `Transport.skip_to`."""
 
-    def leave(self, why: str) -> None:
+    def leave(self, why: str, *, wait: bool) -> None:
         """Send the reason as the message of the next call. See `Transport.leave`."""
+        if not wait:
+            return
         text = torch.frombuffer(bytearray(why.encode()), dtype=torch.uint8)
         header = torch.tensor([_LEFT, text.numel(), *[0] * HEADER_INTS], dtype=torch.int64, device="cpu")
         deadline, sends, patience_s, call = Deadline(_LINGER_S), [], _LINGER_S, CallId(0, "leave")
@@ -212,6 +214,10 @@ class ProcessGroupTransport:
         for work in sends:
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(seconds=max(min(deadline.left(), patience_s), 0.001)))
+
+    def reason(self, src: int) -> str:
+        """Return nothing: a message is received only in a call. See `Transport.reason`."""
+        return ""
 
     def abandon(self) -> None:
         """Make gloo close all connections, which ends the process group. See `Transport.abandon`."""

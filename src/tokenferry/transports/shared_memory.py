@@ -89,7 +89,7 @@ class _Peer:
         mappings: Segments of the peer that are mapped here, by number.
         writable: False once sends fail; messages that the peer sent before may still be in the socket.
         readable: False once the socket is closed and everything that the peer sent has been read.
-        left: True once the peer has sent `_LEAVE`; ``data`` is then its reason.
+        reason_size: Bytes of the reason, once the peer has sent `_LEAVE`, or -1; ``data`` is then that reason.
     """
 
     rank: int
@@ -101,13 +101,20 @@ class _Peer:
     mappings: dict[int, Tensor] = field(default_factory=dict)
     writable: bool = True
     readable: bool = True
-    left: bool = False
+    reason_size: int = -1
+
+    def sends_more(self) -> bool:
+        """Return whether there may be a message of this peer that has not been read."""
+        return self.readable and not 0 <= self.reason_size <= len(self.data)
+
+    def reason(self) -> str:
+        """Return the reason with which this peer has left, or an empty string."""
+        return "" if self.reason_size < 0 else self.data.decode(errors="replace")
 
     def why_gone(self) -> str:
         """Return why this peer sends no more messages."""
-        if self.left:
-            return f"it left the group: {self.data.decode(errors='replace')}"
-        return "its process ended or closed the group"
+        why = self.reason().partition("\0")[0]
+        return f"it left the group: {why}" if why else "its process ended or closed the group"
 
     def close(self, close: Callable[[int], None] = os.close) -> None:
         """Close all descriptors, and drop all messages; idempotent."""
@@ -243,7 +250,7 @@ class SharedMemoryTransport:
     def _is_gone(self, rank: int, call: CallId) -> bool:
         """Return whether the message of a peer will never come."""
         peer = self._peers[rank]
-        return not peer.readable and call.number not in peer.inbox
+        return not peer.sends_more() and call.number not in peer.inbox
 
     def finish(self, call: CallId, deadline: Deadline | None) -> None:
         """Advance the watermark. See `Transport.finish`.
@@ -268,8 +275,7 @@ class SharedMemoryTransport:
 
     def highest_announced_call(self) -> int:
         """Read all notices that have arrived. See `Transport.highest_announced_call`."""
-        while self._poll.poll(0):
-            self._progress(0)
+        self._progress_all()
         return self._announced
 
     def skip_to(self, number: int) -> None:
@@ -280,12 +286,20 @@ class SharedMemoryTransport:
         for peer in self._peers.values():
             peer.inbox = {call: message for call, message in peer.inbox.items() if call > number}
 
-    def leave(self, why: str) -> None:
-        """Send a last notice, with the reason behind it. See `Transport.leave`."""
+    def leave(self, why: str, *, wait: bool) -> None:
+        """Send a last notice, with the reason behind it, for which peers need not wait. See `Transport.leave`.
+
+        What follows a null character in ``why`` is not shown to users.
+        """
         text = why.encode()
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # a peer that reads nothing finds the closed socket
                 peer.socket.send(_Notice(_LEAVE, size=len(text)).pack() + text)
+
+    def reason(self, src: int) -> str:
+        """Read all notices that have arrived. See `Transport.reason`."""
+        self._progress_all()
+        return self._peers[src].reason() if src in self._peers else ""
 
     def abandon(self) -> None:
         """Do nothing: `close` shows at once. See `Transport.abandon`."""
@@ -348,6 +362,11 @@ class SharedMemoryTransport:
             except (BrokenPipeError, ConnectionResetError):
                 peer.writable = False
 
+    def _progress_all(self) -> None:
+        """Handle all notices that have arrived."""
+        while self._poll.poll(0):
+            self._progress(0)
+
     def _progress(self, timeout_s: float) -> None:
         """Wait until any peer has sent something, and handle all notices that have arrived."""
         for fd, event in self._poll.poll(timeout_s * 1000.0):
@@ -382,7 +401,7 @@ class SharedMemoryTransport:
             return False
         peer.data += data
         peer.fds += fds
-        while len(peer.data) >= _NOTICE.size and not peer.left:
+        while len(peer.data) >= _NOTICE.size and peer.reason_size < 0:
             notice = _Notice.unpack(peer.data)
             del peer.data[: _NOTICE.size]
             self._handle(peer, notice)
@@ -396,7 +415,7 @@ class SharedMemoryTransport:
             self._announced = max(self._announced, notice.call)
             return
         if notice.kind == _LEAVE:
-            peer.left = True
+            peer.reason_size = notice.size
             return
         if notice.kind == _POST_WITH_FD:
             fd = peer.fds.pop(0)

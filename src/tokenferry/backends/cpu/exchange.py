@@ -19,7 +19,7 @@ from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTim
 from tokenferry.forked import forget_in_child
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
-from tokenferry.transports.failures import FailureReports
+from tokenferry.transports.failures import FailureReport, FailureReports
 from tokenferry.transports.refused import resource_error
 
 _PATIENCE_S = 1.0
@@ -222,21 +222,26 @@ class Exchange:
             raised = self._report(self._reports, error)
         elif tell and not isinstance(error, MismatchError):  # peers need the header of a mismatch to see it, too
             with contextlib.suppress(OSError, MemoryError, RuntimeError):  # there may be no memory for a message
-                self.transport.leave(f"{type(error).__name__}: {error}")
+                self.transport.leave(f"{type(error).__name__}: {error}", wait=True)
         self.close(f"is broken by an earlier {type(raised).__name__} in {where}", linger=tell)
         return raised
 
     def _report(self, reports: FailureReports, error: BaseException) -> BaseException:
         """Say why this rank gives up, end all waits for it, and return the error to raise.
 
-        A message of `Transport.leave` would reach only those peers to which the next exchange of this rank goes.
+        To wait until `Transport.leave` has told all peers would take long: its message is part of the next exchange,
+        which goes to few of them. The others read the report in the store.
         """
+        until = time.monotonic() + self._patience_s
+        report = FailureReport.of(error)
+        with contextlib.suppress(OSError, MemoryError):
+            self.transport.leave(report.text(), wait=False)
         if isinstance(error, Exception):
-            reports.post(error)
-        # Peers need the headers of a mismatch to see it, too.
-        self.transport.close(linger=isinstance(error, MismatchError))
+            reports.post(report)
+        if isinstance(error, MismatchError):
+            self.transport.close(linger=True)  # peers need its headers to see the mismatch, too
         self.transport.abandon()
-        return reports.explain(error, self._patience_s) if isinstance(error, PeerTimeout) else error
+        return reports.explain(error, until, self.transport.reason) if isinstance(error, PeerTimeout) else error
 
     def _forget(self, reason: str) -> None:
         """End the group in a forked child, without a sign to its peers. The transport closes its own descriptors."""
