@@ -42,9 +42,10 @@ def test_a_soak_finds_a_wrong_row(method):
     assert "differ" in str(caught.value.errors[0])
 
 
-def test_the_command(capsys):
-    assert soak.main(["--seconds", "0.2", "--ranks", "2", "--seed", "3"]) == 0
-    assert "over 2 ranks (cpu)" in capsys.readouterr().out
+@pytest.mark.parametrize("nodes", [["--ranks", "2"], ["--ranks", "4", "--ranks-per-node", "2"]], ids=" ".join)
+def test_the_command(capsys, nodes):
+    assert soak.main(["--seconds", "0.2", *nodes, "--seed", "3"]) == 0
+    assert f"over {nodes[1]} ranks (cpu)" in capsys.readouterr().out
 
 
 def fail(rank, pg, plan) -> None:

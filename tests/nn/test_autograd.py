@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tokenferry
+from support.deep_ep_jobs import on_nodes
 from tokenferry import DispatchOptions, Layout, MoeShape, Quantized, Routing, autograd
 
 SHAPE = MoeShape(num_experts=8, top_k=3, hidden=4, max_tokens=6)
@@ -132,15 +133,19 @@ def _check_transposed(results):
         assert sum(forward) == pytest.approx(sum(backward), rel=1e-12, abs=1e-9)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 4])
+@pytest.mark.parametrize("num_nodes", [0, 1, 2])
 @pytest.mark.parametrize("options", DELIVERIES, ids=name)
-def test_each_backward_is_the_transpose(worlds, options, num_ranks):
+def test_each_backward_is_the_transpose(worlds, options, num_nodes):
+    """Four ranks; 0 nodes: one rank, without a process group."""
     for job, args in (
         (_dispatch_is_transposed_by_its_backward, (options, False)),
         (_dispatch_is_transposed_by_its_backward, (options, True)),
         (_combine_is_transposed_by_its_backward, (options,)),
     ):
-        _check_transposed(worlds(4).run(job, *args) if num_ranks > 1 else [job(0, None, *args)])
+        if num_nodes == 0:
+            _check_transposed([job(0, None, *args)])
+        else:
+            _check_transposed(worlds(4).run(*([on_nodes, 2] if num_nodes == 2 else []), job, *args))
 
 
 def _gradcheck(rank, pg, options):
@@ -171,6 +176,7 @@ def _gradcheck(rank, pg, options):
 def test_gradcheck(worlds, options):
     _gradcheck(0, None, options)
     worlds(4).run(_gradcheck, options)
+    worlds(4).run(on_nodes, 2, _gradcheck, options)
 
 
 def _weight_gradient(rank, pg, options):

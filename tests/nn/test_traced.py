@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tokenferry
+from support.deep_ep_jobs import on_nodes
 from tokenferry import DispatchOptions, Layout, MoeShape, Plan, Quantized, Routing, autograd
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=4, max_tokens=8)
@@ -78,6 +79,11 @@ def test_compile_fullgraph(options):
 
 def test_compile_fullgraph_between_ranks(worlds):
     worlds(2).run(_compiled_equals_eager, DispatchOptions(Layout.EXPERTS, alignment=4), "aot_eager")
+
+
+def test_compile_fullgraph_between_nodes(worlds):
+    """Where the plan has a tensor whose size only the routing decides."""
+    worlds(4).run(on_nodes, 2, _compiled_equals_eager, DispatchOptions(Layout.EXPERTS, alignment=4), "aot_eager")
 
 
 def test_a_compiled_function_may_return_what_dispatch_returns(group):

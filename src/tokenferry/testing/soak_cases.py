@@ -77,10 +77,12 @@ class Combining:
         self._dtype = pick.choice((case.dtype, torch.bfloat16)) if wide else case.dtype
         num_biases, self._weighted, self._into = pick.randrange(3), pick.random() < 0.3, pick.random() < 0.3
         self._biases = tuple(case.rows(rank, self._dtype, case.hidden, 3 + i) for i in range(num_biases))
+        self._nodes: tuple[tuple[int, ...], ...] = ()
 
     def call(self, group: ExpertGroup, num_sms: int | None = None) -> Combined:
         """Make the call; collective."""
         case, rank, device, x = self._live.case, self._rank, group.device, self._live.sent.x
+        self._nodes = group.topology.nodes
         layout = self._live.options.layout
         rows = (x.data if isinstance(x, Quantized) else x).shape[:-1]
         shape = rows if layout is Layout.MASKED else (self._size(rank),)
@@ -106,11 +108,12 @@ class Combining:
         case, oracle, sizes = live.case, live.oracle, [self._size(there) for there in range(self._live.case.ranks)]
         ys = [answers(case, oracle, there, sizes[there], self._dtype) for there in ranks]
         what = f"{live.what} combine {self._dtype} num_biases={len(self._biases)}"
-        found = [Comparison(what, home.x, oracle.combine(rank, ys, self._biases))]
+        found = [Comparison(what, home.x, oracle.combine(rank, ys, self._biases, self._nodes))]
         if self._weighted:
             ws = [returned_weights(case, oracle, there, sizes[there]) for there in ranks]
             assert home.topk_weights is not None, f"{what}: weights were lost"
-            found.append(Comparison(f"{what} weights", home.topk_weights, oracle.combine_weights(rank, ws)))
+            want = oracle.combine_weights(rank, ws, self._nodes)
+            found.append(Comparison(f"{what} weights", home.topk_weights, want))
         return found
 
     def _size(self, there: int) -> int:
