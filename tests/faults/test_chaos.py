@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from support import chaos_spoiled
+from tokenferry.testing import chaos
 from tokenferry.testing.chaos_calls import Call, Replay, alternating
 from tokenferry.testing.chaos_judge import SILENT, Judge, Violation
 from tokenferry.testing.chaos_plan import LONG_S, Draw, Soak
@@ -28,6 +29,32 @@ def test_a_short_soak(transport):
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{EPISODES[transport]} episodes" in done.stdout
     assert "all promises kept" in done.stdout
+
+
+def test_a_short_soak_over_nodes():
+    """One rank is killed, and one has no memory, in calls of two levels."""
+    command = [sys.executable, "-m", "tokenferry.testing.chaos", "--episodes", "2"]
+    command += ["--ranks", "4", "--ranks-per-node", "2", "--seed", "935"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 ranks (cpu, both --ranks-per-node 2)" in done.stdout
+    assert "1 x kill" in done.stdout
+    assert "1 x no memory" in done.stdout
+    assert "all promises kept" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verdict"),
+    [
+        (["--ranks", "3"], "does not divide --ranks 3"),
+        (["--transport", "shared_memory"], "leave out --transport"),
+        (["--device", "cuda"], "leave out --transport and --device"),
+    ],
+)
+def test_options_that_exclude_nodes(arguments, verdict, capsys):
+    with pytest.raises(SystemExit):
+        chaos.main(["--ranks-per-node", "2", *arguments])
+    assert verdict in capsys.readouterr().err
 
 
 def test_the_seeds_draw_what_they_are_for():

@@ -25,6 +25,7 @@ EPISODE = Episode(
     ranks=2,
     device="cpu",
     transport="shared_memory",
+    ranks_per_node=None,
     shim=False,
     on_timeout="raise",
     timeout_s=LONG_S,

@@ -226,6 +226,7 @@ def _none(left: Iterable[str]) -> None:
 def soak(what: Soak, numbers: Iterable[int], seconds: float, *, keep_going: bool) -> Tally | None:
     """Run episodes for a while, and print what was done; return None if a promise was broken."""
     tally, start, said, broken = Tally(), time.monotonic(), 0.0, 0
+    nodes = "" if what.ranks_per_node is None else f" --ranks-per-node {what.ranks_per_node}"
     for number in numbers:
         elapsed = time.monotonic() - start
         if elapsed > seconds:
@@ -241,12 +242,12 @@ def soak(what: Soak, numbers: Iterable[int], seconds: float, *, keep_going: bool
             _say(
                 f"FAILED: seed {what.seed}, {episode}\nlost: {[(f.kind, f.rank) for f in episode.fatal]}\n{violation}\n"
                 f"The same plan again: --seed {what.seed} --first {number} --episodes 1 --ranks {what.ranks} "
-                f"--transport {what.transport} --device {what.device}"
+                f"--transport {what.transport} --device {what.device}{nodes}"
             )
             if not keep_going:
                 break
     verdict = f"{broken} episode(s) FAILED" if broken else "all promises kept"
-    _say(f"{what.ranks} ranks ({what.device}, {what.transport}), seed {what.seed}: {tally}; {verdict}")
+    _say(f"{what.ranks} ranks ({what.device}, {what.transport}{nodes}), seed {what.seed}: {tally}; {verdict}")
     return None if broken else tally
 
 
@@ -266,13 +267,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
     parser.add_argument("--ranks", type=int, default=4, help="R (default: 4)")
     parser.add_argument("--transport", choices=("shared_memory", "process_group", "both"), default="both")
+    parser.add_argument("--ranks-per-node", type=int, help="as of ExpertGroup; excludes --transport (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the backend (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first episode (default: 0)")
     parser.add_argument("--episodes", type=int, default=1 << 30, help="how many at most (default: as many as fit)")
     parser.add_argument("--keep-going", action="store_true", help="run on after a promise was broken")
     args = parser.parse_args(argv)
-    what = Soak(args.seed, args.ranks, args.device, args.transport)
+    if args.ranks_per_node is not None:
+        if args.ranks_per_node < 1 or args.ranks % args.ranks_per_node:
+            parser.error(f"--ranks-per-node {args.ranks_per_node}: does not divide --ranks {args.ranks}")
+        if args.transport != "both" or args.device != "cpu":
+            parser.error("--ranks-per-node: nodes of CPUs use both transports; leave out --transport and --device")
+    what = Soak(args.seed, args.ranks, args.device, args.transport, args.ranks_per_node)
     adopt_orphans()
     torch.backends.cpu.get_cpu_capability()  # looked up once, from a file that a starved rank cannot open
     gc.freeze()  # collections in the ranks, which look for what is left, are a hundred times faster

@@ -58,12 +58,14 @@ class Soak:
         ranks: R.
         device: The backend, and where tensors are.
         transport: ``"shared_memory"``, ``"process_group"``, or ``"both"`` to take one of them in each episode.
+        ranks_per_node: Consecutive ranks that form a node, on both transports; None: all ranks are one node.
     """
 
     seed: int = 0
     ranks: int = 4
     device: BackendName = "cpu"
     transport: str = "both"
+    ranks_per_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,8 @@ class Episode:
         number: Its number in the soak.
         ranks: R.
         device: The backend.
-        transport: How ranks reach each other.
+        transport: How ranks reach each other; with several nodes, how nodes do.
+        ranks_per_node: Consecutive ranks that form a node; None: all ranks do.
         shim: Whether ranks use DeepEP's API.
         on_timeout: Policy of the groups.
         timeout_s: Deadline of the groups.
@@ -136,6 +139,7 @@ class Episode:
     ranks: int
     device: BackendName
     transport: TransportName
+    ranks_per_node: int | None
     shim: bool
     on_timeout: TimeoutPolicy
     timeout_s: float
@@ -152,8 +156,9 @@ class Episode:
 
     def __str__(self) -> str:
         api = "Buffer" if self.shim else f"{self.num_groups} group(s)"
+        nodes = "" if self.ranks_per_node is None else f", {self.ranks_per_node} a node"
         return (
-            f"episode {self.number}: {self.ranks} ranks ({self.device}, {self.transport}), {api}, "
+            f"episode {self.number}: {self.ranks} ranks ({self.device}, {self.transport}{nodes}), {api}, "
             f"on_timeout={self.on_timeout}, timeout_s={self.timeout_s:g}"
         )
 
@@ -177,6 +182,8 @@ class Draw:
         transport: TransportName = pick.choice(transports)
         if soak.transport != "both":
             transport = next(name for name in transports if name == soak.transport)
+        if soak.ranks_per_node is not None:
+            transport = "process_group"
         if cuda:
             transport = "auto"
         fatal = self._fatal(transport)
@@ -203,6 +210,7 @@ class Draw:
             ranks=soak.ranks,
             device=soak.device,
             transport=transport,
+            ranks_per_node=soak.ranks_per_node,
             shim=shim,
             on_timeout="mask" if masks else "raise",
             timeout_s=LONG_S if prompt else SHORT_S[soak.device],

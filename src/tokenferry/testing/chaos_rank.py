@@ -200,15 +200,18 @@ class Rank:
         assert pg is not None
         if episode.shim:
             self._open.buffer = chaos_shim.open_buffer(pg, shrink=episode.on_timeout == "mask")
+        # Those that are left in the end may be too few for nodes.
+        nodes = episode.ranks_per_node if join.ranks % (episode.ranks_per_node or 1) == 0 else None
         for _ in range(0 if episode.shim else episode.num_groups):
             self._open.groups.append(
                 ExpertGroup(
                     pg,
                     shape_of(join.ranks),
                     backend=episode.device,
-                    transport=episode.transport,
+                    transport="auto" if nodes else episode.transport,
                     timeout_s=episode.timeout_s,
                     on_timeout=episode.on_timeout,
+                    ranks_per_node=nodes,
                 )
             )
             self._open.groups[-1].warmup()
