@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from tokenferry.errors import MismatchError, PeerTimeout, ResourceError
 from tokenferry.topology import Topology, consecutive
+from tokenferry.transports import rendezvous
 from tokenferry.transports.failures import FailureReport, FailureReports
+from tokenferry.transports.process_group import GROUP_IDS
 
 NODES = consecutive(6, 2)
 PATIENCE_S = 0.2
@@ -78,6 +80,10 @@ class Blocked:
         self.asked = 0
         self.answer = threading.Event()
 
+    def add(self, key: str, amount: int) -> int:
+        self.check([key])
+        return amount
+
     def set(self, key: str, text: str) -> None:
         self.check([key])
 
@@ -96,6 +102,17 @@ def test_a_store_that_does_not_answer_is_asked_once():
     store.answer.set()
     assert (error.peers, store.asked) == ((1,), 1)
     assert took_s < 15.0, "each question took its time"
+
+
+def test_a_group_is_made_without_its_answer():
+    """A number that is drawn takes the place of the one that the store would have given out."""
+    store = Blocked()
+    start = time.monotonic()
+    number = rendezvous._new_group_id(SimpleNamespace(get_group_store=lambda: store))
+    took_s = time.monotonic() - start
+    store.answer.set()
+    assert 0 <= number < GROUP_IDS
+    assert (store.asked, took_s < 15.0) == (1, True)
 
 
 class Broken:

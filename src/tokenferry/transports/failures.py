@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +20,9 @@ from torch._C._distributed_c10d import Store
 
 from tokenferry.errors import MismatchError, PeerTimeout
 from tokenferry.topology import Topology
+from tokenferry.transports.store import ask
 
 _POLL_S = 0.05
-_STORE_S = 1.0
-"""Seconds for one question to the store, whose own waits may take minutes if its host is gone."""
 _T = TypeVar("_T")
 
 
@@ -158,18 +156,7 @@ class FailureReports:
     def _ask(self, question: Callable[[Store], _T], otherwise: _T) -> _T:
         """Return the answer of the store, or ``otherwise`` if there is none in time; then it is not asked again."""
         store = self._store
-        if store is None:
-            return otherwise
-        answers: list[_T] = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError, OSError):
-                answers.append(question(store))
-
-        thread = threading.Thread(target=ask, name="tokenferry failure reports", daemon=True)
-        with contextlib.suppress(RuntimeError, MemoryError):  # no thread is to be had
-            thread.start()
-            thread.join(_STORE_S)
+        answers = [] if store is None else ask(lambda: question(store))
         if not answers:
             self._store = None
             return otherwise

@@ -34,6 +34,7 @@ from tokenferry.transports.mixed import MixedTransport
 from tokenferry.transports.process_group import GROUP_IDS, ProcessGroupTransport
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.shared_memory import SharedMemoryTransport
+from tokenferry.transports.store import ask
 
 _PREAMBLE = struct.Struct("<16sq")
 """First bytes on a new connection: the secret of the group, and the rank of the connecting process."""
@@ -177,10 +178,8 @@ def _across(topology: Topology) -> str:
 
 def _new_group_id(group: dist.ProcessGroup) -> int:
     """Return a number that no earlier group has on a process group, where its messages may still be under way."""
-    try:
-        return int(group.get_group_store().add("tokenferry/groups", 1))
-    except RuntimeError:  # no store, or one that fails
-        return secrets.randbelow(GROUP_IDS)
+    answers = ask(lambda: int(group.get_group_store().add("tokenferry/groups", 1)))
+    return answers[0] if answers else secrets.randbelow(GROUP_IDS)
 
 
 def user() -> int:
