@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,22 @@ TIMEOUT_S = 10.0
 STARTED_S = 60.0
 PAIR = Pair("cpu", "shared_memory+process_group")
 CASE = Case((3, 2, 4, 5), 8, 4, hidden=4096, dtype=torch.float32)
-CUTS = (("dispatch", 0), ("dispatch", 1), ("redispatch", 2), ("combine", 3))
-"""Calls, and before which of their exchanges the link is cut; each is made on a group of its own, in a thread."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A call, and before which of its exchanges ranks wait until the link is cut.
+
+    ``ahead``: ranks 1 and 3 do not wait. They have what they need from the other node, and wait for ranks 0 and 2.
+    """
+
+    call: str
+    exchange: int
+    ahead: bool = False
+
+
+CUTS = (Cut("dispatch", 0), Cut("dispatch", 1), Cut("redispatch", 0, ahead=True), Cut("combine", 3))
+"""Each is made on a group of its own, in a thread."""
 
 
 def main() -> None:
@@ -43,9 +58,9 @@ def main() -> None:
     everyone = range(RANKS)
     groups = [PAIR.open(dist.new_group(everyone, backend="gloo"), CASE.shape, timeout_s=TIMEOUT_S) for _ in CUTS]
     assert groups[0].topology.nodes == NODES, f"found {groups[0].topology.nodes}"
-    todo = [calls_of(group)[call] for group, (call, _) in zip(groups, CUTS, strict=True)]
-    for group, (call, exchange) in zip(groups, CUTS, strict=True):
-        wait_before(group, exchange, folder, f"waits before exchange {exchange} of {call}")
+    todo = [calls_of(group)[cut.call] for group, cut in zip(groups, CUTS, strict=True)]
+    for group, cut in zip(groups, CUTS, strict=True):
+        wait_in_call(group, cut, folder)
     leave_note(str(folder), rank, "is ready")
     wait_for(folder / "start")  # together: a rank that starts much later gives up much later
     with ThreadPoolExecutor(len(CUTS)) as pool:
@@ -69,22 +84,24 @@ def wait_for(note: Path) -> None:
         time.sleep(0.01)
 
 
-def wait_before(group: ExpertGroup, exchange: int, folder: Path, note: str) -> None:
-    """Make no more than ``exchange`` exchanges until the link is cut; leave a note before that."""
-    start, left = group._backend._exchange.start, exchange
+def wait_in_call(group: ExpertGroup, cut: Cut, folder: Path) -> None:
+    """Let the next call leave a note where it waits until the link is cut, or before its third exchange."""
+    ahead = cut.ahead and group.rank % 2 == 1
+    start, left = group._backend._exchange.start, 2 if ahead else cut.exchange
 
     def start_later(*args: Any, **kwargs: Any) -> Any:
         nonlocal left
         if left == 0:
-            leave_note(str(folder), group.rank, note)
-            wait_for(folder / "cut")
+            leave_note(str(folder), group.rank, f"is in {cut}")
+            if not ahead:
+                wait_for(folder / "cut")
         left -= 1
         return start(*args, **kwargs)
 
     group._backend._exchange.start = start_later
 
 
-def catch(group: ExpertGroup, call: Callable[[], Any], cut: tuple[str, int]) -> dict[str, Any]:
+def catch(group: ExpertGroup, call: Callable[[], Any], cut: Cut) -> dict[str, Any]:
     start = time.monotonic()
     with pytest.raises(PeerTimeout) as caught:
         twice(call)
@@ -94,7 +111,8 @@ def catch(group: ExpertGroup, call: Callable[[], Any], cut: tuple[str, int]) -> 
     group.close()
     error = caught.value
     return {
-        "cut": cut,
+        "cut": str(cut),
+        "call": cut.call,
         "phase": error.phase,
         "peers": error.peers,
         "nodes": error.nodes,

@@ -104,6 +104,18 @@ def test_a_store_that_does_not_answer_is_asked_once():
     assert took_s < 15.0, "each question took its time"
 
 
+def test_what_a_rank_of_the_node_says_while_the_store_is_asked():
+    store, said = Blocked(), ["", late(1, 3, 5)]
+
+    def reason(rank: int) -> str:
+        one = said.pop(0) if len(said) > 1 else said[0]
+        return FailureReport.of(one).text() if one and rank == 1 else ""
+
+    error = reports(0, store).explain(late(0, 1), time.monotonic() + PATIENCE_S, reason)
+    store.answer.set()
+    assert error.peers == (3, 5)
+
+
 def test_a_group_is_made_without_its_answer():
     """A number that is drawn takes the place of the one that the store would have given out."""
     store = Blocked()

@@ -114,8 +114,9 @@ class FailureReports:
     def _cause(self, report: FailureReport, until: float, reason: Callable[[int], str]) -> FailureReport:
         """Return what is at the ends of all chains of waits that begin with a report: ranks, or a mismatch."""
         while True:
+            last = time.monotonic() >= until  # looked up first: a store that is gone takes a second of this look
             found = self._follow(report, reason)
-            if found.mismatch or found.left or time.monotonic() >= until:
+            if found.mismatch or found.left or last:
                 return found
             time.sleep(_POLL_S)
 
