@@ -62,6 +62,11 @@ MISMATCHES = {
         lambda g, x, r, sent: g.dispatch(x, r),
         "max_tokens",
     ),
+    "as many bytes of other choices": Mismatch(
+        lambda g, x, r, sent: twice_the_choices(g, x, r),
+        lambda g, x, r, sent: g.dispatch(x, Routing(r.topk_idx)),
+        "top_k",
+    ),
     "the other decode call": Mismatch(
         lambda g, x, r, sent: after_decoding(g, x, r, "decode_combine"),
         lambda g, x, r, sent: after_decoding(g, x, r, "decode_dispatch"),
@@ -88,6 +93,14 @@ MISMATCHES = {
         "",
     ),
 }
+
+
+def twice_the_choices(group: ExpertGroup, x: torch.Tensor, routing: Routing) -> Dispatched:
+    """Dispatch with twice as many choices in half as many bits."""
+    index = routing.topk_idx.int()
+    unused = torch.full_like(index, -1)
+    other = group.for_shape(replace(group.shape, top_k=2 * group.shape.top_k))
+    return other.dispatch(x, Routing(torch.cat([index, unused], dim=1)))
 
 
 def after_decoding(group: ExpertGroup, x: torch.Tensor, routing: Routing, name: str) -> None:

@@ -117,8 +117,9 @@ node."""
 ON_CPU = ("eager", "nodes")
 """Parts that the command line offers on CPUs as well."""
 
-CPU_RANKS = {"eager": 2, "nodes": 4}
+CPU_RANKS = 2
 CPU_TOKENS = (1, 128)
+NODES_RANKS = 4
 NODES_TOKENS = (128, 1024)
 
 
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         if not phases:
             return 0
     on_gpus = args.device == "cuda"
-    available = need_gpus() if on_gpus else CPU_RANKS[args.what]
+    available = need_gpus() if on_gpus else NODES_RANKS if args.what == "nodes" else CPU_RANKS
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()

@@ -115,6 +115,7 @@ def _start_dispatch(
     shape, quantize = request.shape, request.quantize
     fields = {
         "num_experts": shape.num_experts,
+        "top_k": shape.top_k,
         "max_tokens": shape.max_tokens,
         "dtype": dtype_code(request.x.dtype),
         "fp8 scale": 0 if quantize is None else 1 + list(type(quantize)).index(quantize),

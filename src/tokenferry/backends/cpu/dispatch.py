@@ -109,6 +109,7 @@ def _signature(request: DispatchRequest, payload: Payload) -> Signature:
     rows = request.x.data if isinstance(request.x, Quantized) else request.x
     fields = {
         "num_experts": shape.num_experts,
+        "top_k": shape.top_k,
         "max_tokens": shape.max_tokens,
         "layout": LAYOUT_CODES[options.layout],
         "alignment": options.alignment,
