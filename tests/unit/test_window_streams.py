@@ -11,6 +11,7 @@ from tokenferry.memory.streams import CudaStreams, HostStreams
 
 CAPTURED = 70
 REFUSED = 80
+NOT_READY = 600
 
 
 class Cuda:
@@ -18,6 +19,7 @@ class Cuda:
 
     def __init__(self):
         self.log = []
+        self.status = 0
 
     def cuStreamGetCaptureInfo(self, stream):  # noqa: N802 - the driver's name
         self.log.append(("info", stream))
@@ -34,6 +36,10 @@ class Cuda:
         self.log.append(("wait", stream, event, flags))
         return (0,)
 
+    def cuEventQuery(self, event):  # noqa: N802
+        self.log.append(("ask", event))
+        return (self.status,)
+
     def cuEventDestroy(self, event):  # noqa: N802
         self.log.append(("destroy", event))
         return (0,)
@@ -48,6 +54,7 @@ class Device:
 
     @contextlib.contextmanager
     def current(self):
+        self.cuda.log.append("enter")
         yield
 
 
@@ -74,7 +81,9 @@ def test_other_streams_are_asked_about(streams):
     streams._current_device = lambda: 1
     streams._capturing = lambda: True  # the number is wanted
     streams.capture(60)
-    assert streams._cuda.log == [("info", stream) for stream in (61, CAPTURED, REFUSED, 60, 60)]
+    assert [entry for entry in streams._cuda.log if entry != "enter"] == [
+        ("info", stream) for stream in (61, CAPTURED, REFUSED, 60, 60)
+    ]
 
 
 def test_events(streams):
@@ -83,7 +92,21 @@ def test_events(streams):
     streams.wait(60, event, outside=False)
     streams.wait(60, event, outside=True)
     del event
-    assert streams._cuda.log == [("record", name, 61), ("wait", 60, name, 0), ("wait", 60, name, 1), ("destroy", name)]
+    log = [entry for entry in streams._cuda.log if entry != "enter"]
+    assert log == [("record", name, 61), ("wait", 60, name, 0), ("wait", 60, name, 1), ("destroy", name)]
+
+
+def test_an_event_is_recorded_again_once_it_has_passed(streams):
+    """On the current stream, without a look at contexts: a call takes as long to enter one as to do the rest."""
+    event = streams.record(streams.eager(), eager=True)
+    streams._cuda.status = NOT_READY
+    assert not streams.take_back(event)
+    assert streams.record(60, eager=True) is not event
+    streams._cuda.status = 0
+    assert streams.take_back(event)
+    streams._cuda.log.clear()
+    assert streams.record(60, eager=True) is event
+    assert streams._cuda.log == [("record", "event without timing True", 60)]
 
 
 def test_the_host_has_one_stream():

@@ -14,8 +14,10 @@ is nothing to wait for.
 
 Calls of equal size that follow each other on one stream reuse the memory of the call before without a lock or a search:
 a block that is freed eagerly on its own stream goes to a quick list, which the next request of that size on that stream
-checks first. Memory on a quick list is as free as any range: it goes back to the ranges (it is *settled*) before the
-heap makes a stream wait for another one, reports that it is full, or gives a range to a graph or a large block.
+checks first. One that is freed eagerly on another stream goes there with an event, and is taken once that has passed:
+so it is with the results of calls that run on a stream of their own. Memory on a quick list is as free as any range: it
+goes back to the ranges (it is *settled*) before the heap makes a stream wait for another one, reports that it is full,
+or gives a range to a graph or a large block.
 
 `Block.__del__` may run in any thread, and within any call, `Heap.block` included: it only appends to deques.
 """
@@ -181,7 +183,7 @@ class Heap:
         """Number of blocks alive."""
         with self._lock:
             self._collect()
-            return self._live - sum(len(quick.free) for quick in self._quicks.values())
+            return self._live - sum(len(quick.free) + len(quick.elsewhere) for quick in self._quicks.values())
 
     @property
     def free_bytes(self) -> int:
@@ -238,6 +240,10 @@ class Heap:
                     return Block(self, quick, quick.free.pop(), num_bytes)
                 except IndexError:  # another thread was faster
                     pass
+            if quick is not None and quick.elsewhere:
+                offset = self._passed(quick)
+                if offset is not None:
+                    return Block(self, quick, offset, num_bytes)
         return self._search(num_bytes, size, stream, capture)
 
     def close(self) -> None:
@@ -246,6 +252,20 @@ class Heap:
         self._memory = None
         self._quicks = {}
         self._kept.clear()
+
+    def _passed(self, quick: Quick) -> int | None:
+        """Take the block of a quick list that was freed first on another stream, if that is done with it."""
+        try:
+            freed = quick.elsewhere.popleft()
+        except IndexError:  # another thread was faster
+            return None
+        offset, _, mark = freed
+        if self._streams.take_back(mark.event):
+            return offset
+        quick.elsewhere.appendleft(freed)
+        if not quick.open:  # another thread has just closed it, and may have missed this block
+            self._clear(quick)
+        return None
 
     def _search(self, num_bytes: int, size: int, stream: int, capture: int) -> Block:
         """Take a block from the ranges; see `block`."""
@@ -305,16 +325,18 @@ class Heap:
     def _clear(self, quick: Quick) -> None:
         """Move the blocks of a quick list to the queue of `_collect`. Takes no lock."""
         here = (quick.stream, _EAGER)
-        try:
+        with suppress(IndexError):
             while True:
                 self._to_collect.append((quick.free.pop(), quick.size, *here, *here, None, True))
-        except IndexError:
-            return
+        with suppress(IndexError):
+            while True:
+                offset, current, mark = quick.elsewhere.popleft()
+                self._to_collect.append((offset, quick.size, *here, current, _EAGER, mark, True))
 
     def _settle(self) -> bool:
         """Give freed blocks, and those on quick lists, back to the ranges; return whether there were any."""
         for quick in self._quicks.values():
-            if quick.free:
+            if quick.free or quick.elsewhere:
                 self._clear(quick)
         found = bool(self._to_collect)
         self._collect()
@@ -378,20 +400,29 @@ class Heap:
         stream, capture, size = quick.stream, quick.capture, block._take_rest()
         mark = None
         try:
-            if quick.open and size == quick.size and self._streams.is_eager(stream):
-                quick.free.append(block.offset)
-                if not quick.open:  # another thread has just closed it, and may have missed this block
-                    self._clear(quick)
-                return
+            if quick.open and size == quick.size:
+                current = stream if self._streams.is_eager(stream) else self._streams.eager()
+                if current is not None:
+                    if current == stream:
+                        quick.free.append(block.offset)
+                    else:
+                        quick.elsewhere.append((block.offset, current, self._mark(current, eager=True)))
+                    if not quick.open:  # another thread has just closed it, and may have missed this block
+                        self._clear(quick)
+                    return
             current = self._streams.current()
             current_capture = self._streams.capture(current)
             if current != stream and current_capture == capture:
-                # Take the number first: a higher one on the same stream then means a later event, whatever threads do.
-                number = next(self._order)
-                mark = Mark(number, self._streams.record(current))
+                mark = self._mark(current)
         except RuntimeError:  # the state of the stream cannot be queried now: try again later
             current, current_capture = stream, _UNKNOWN
         self._to_collect.append((block.offset, size, stream, capture, current, current_capture, mark, True))
+
+    def _mark(self, stream: int, *, eager: bool = False) -> Mark:
+        """Record an event on a stream; ``eager``: see `Streams.record`."""
+        # Take the number first: a higher one on the same stream then means a later event, whatever threads do.
+        number = next(self._order)
+        return Mark(number, self._streams.record(stream, eager=eager))
 
     def _collect(self) -> None:
         """Give freed blocks back to the ranges."""

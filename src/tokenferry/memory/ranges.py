@@ -103,10 +103,11 @@ class Quick:
         capture: Number of the capture in which the blocks were taken, 0 if none.
         memory: Owner of the memory, kept alive.
         free: Offsets of blocks that were freed eagerly on ``stream`` and are not settled.
+        elsewhere: Those that were freed eagerly on another stream, oldest first: offset, stream, and an event there.
         open: Whether freed blocks may be added.
     """
 
-    __slots__ = ("capture", "free", "memory", "open", "size", "stream")
+    __slots__ = ("capture", "elsewhere", "free", "memory", "open", "size", "stream")
 
     def __init__(self, size: int, stream: int, capture: int, memory: object) -> None:
         self.size = size
@@ -114,6 +115,7 @@ class Quick:
         self.capture = capture
         self.memory = memory
         self.free: deque[int] = deque()
+        self.elsewhere: deque[tuple[int, int, Mark]] = deque()
         self.open = not capture
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +27,11 @@ class Streams(Protocol):
     def eager(self) -> int | None:
         """Return the current stream, if `is_eager` is True of it."""
 
-    def record(self, stream: int) -> object:
-        """Record and return an event after everything queued on a stream."""
+    def record(self, stream: int, *, eager: bool = False) -> object:
+        """Record and return an event after everything queued on a stream; ``eager``: `eager` has just returned it."""
+
+    def take_back(self, event: Any) -> bool:  # noqa: ANN401 - what `record` returned
+        """Return whether all work before an event is done; if so, `record` may return the event again from now on."""
 
     def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - what `record` returned
         """Make a stream wait for an event; ``outside``: the stream is being captured, and the event is not."""
@@ -51,9 +56,13 @@ class HostStreams:
         """Return 0, the only stream."""
         return 0
 
-    def record(self, stream: int) -> object:
+    def record(self, stream: int, *, eager: bool = False) -> object:
         """Return None: there is nothing to wait for."""
         return None
+
+    def take_back(self, event: object) -> bool:
+        """Return True: the work is done already."""
+        return True
 
     def wait(self, stream: int, event: object, *, outside: bool) -> None:
         """Do nothing: the work is done already."""
@@ -74,6 +83,7 @@ class CudaStreams:
         self._current = torch._C._cuda_getCurrentRawStream
         self._capturing = torch.cuda.is_current_stream_capturing
         self._current_device = torch._C._cuda_getDevice
+        self._idle: deque[_Event] = deque()
 
     def current(self) -> int:
         """See `Streams.current`."""
@@ -102,14 +112,26 @@ class CudaStreams:
             return None
         return int(self._current(index))
 
-    def record(self, stream: int) -> object:
+    def record(self, stream: int, *, eager: bool = False) -> object:
         """See `Streams.record`."""
         cuda = self._cuda
+        if eager and self._idle:  # `eager` has entered the context, and to leave and enter it takes longest
+            with suppress(IndexError):  # another thread was faster
+                event = self._idle.pop()
+                check(cuda.cuEventRecord(event.handle, stream), "recording an event")
+                return event
         with self._device.current():
             flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
             event = _Event(check(cuda.cuEventCreate(flags), "making an event"), self._device)
             check(cuda.cuEventRecord(event.handle, stream), "recording an event")
         return event
+
+    def take_back(self, event: Any) -> bool:  # noqa: ANN401 - as the protocol
+        """See `Streams.take_back`."""
+        if int(self._cuda.cuEventQuery(event.handle)[0]) != 0:  # not done, or nothing can be known now
+            return False
+        self._idle.append(event)
+        return True
 
     def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - as the protocol
         """See `Streams.wait`."""
