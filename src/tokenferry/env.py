@@ -113,6 +113,8 @@ VARIABLES = (
     ),
 )
 
+_BY_FIELD = {variable.name.removeprefix("TOKENFERRY_").lower(): variable for variable in VARIABLES}
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -139,15 +141,28 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         if name.startswith("TOKENFERRY_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             _log.warning("environment: %s is not a variable of tokenferry; the nearest is %s", name, near[0])
-    values = {}
-    for variable in VARIABLES:
-        text = environ.get(variable.name, variable.default)
-        try:
-            values[variable.name.removeprefix("TOKENFERRY_").lower()] = variable.parse(text)
-        except ValueError as error:
-            raise ConfigError(f"{variable.name}={text!r}: {error}; it is the {variable.meaning}") from None
+    values = {
+        name: _parsed(variable, environ.get(variable.name, variable.default)) for name, variable in _BY_FIELD.items()
+    }
     assert set(values) == {f.name for f in fields(Settings)}
     return Settings(**values)
+
+
+def read_one(name: str) -> Any:  # noqa: ANN401 - the value of any variable
+    """Parse one variable, by its name in `Settings`, where calls ask for it; local. See `read`.
+
+    Raises:
+        ConfigError: the value cannot be parsed.
+    """
+    variable = _BY_FIELD[name]
+    return _parsed(variable, os.environ.get(variable.name, variable.default))
+
+
+def _parsed(variable: Variable, text: str) -> Any:  # noqa: ANN401 - the value of any variable
+    try:
+        return variable.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{variable.name}={text!r}: {error}; it is the {variable.meaning}") from None
 
 
 DEEP_EP_NETWORK = {

@@ -165,4 +165,5 @@ def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tup
 
 
 def _ranks_per_node() -> int:
-    return env.read().ranks_per_node or _RANKS_PER_NODE
+    # Megatron-Core asks in every call how large a Buffer has to be.
+    return env.read_one("ranks_per_node") or _RANKS_PER_NODE
