@@ -19,21 +19,22 @@ class Cuda:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: self.streams[-1])
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", self._set)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: id(self.streams[-1]), raising=False)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: Stream(self, "comm"))
         monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
 
+    def _set(self, stream: Stream) -> None:
+        self.streams[-1] = stream
+
 
 class Stream:
+    device_index = 0
+
     def __init__(self, cuda: Cuda, name: str) -> None:
         self.cuda, self.name = cuda, name
-
-    def __enter__(self) -> None:
-        self.cuda.streams.append(self)
-
-    def __exit__(self, *_: object) -> None:
-        self.cuda.streams.pop()
 
     def wait_event(self, event: Event) -> None:
         self.cuda.log.append(f"{self.name} waits for {event.name}")

@@ -241,9 +241,17 @@ def in_torch(shim, *tensors):
 
 
 def marked(shim, call):
-    """Return the result of an asynchronous call, and the storages that it marked for each stream."""
+    """Return the result of an asynchronous call, and the storages that it marks for each stream during a capture.
+
+    Otherwise it marks none for its own stream, since it keeps them.
+    """
     shim.marks.clear()
+    call(**HOW["asynchronous"])
+    assert {stream for _, stream in shim.marks} == {"mine"}
+    shim.marks.clear()
+    shim.cuda.capturing = True
     result = call(**HOW["asynchronous"])
+    shim.cuda.capturing = False
     return result, *({at for at, stream in shim.marks if stream == name} for name in ("comm", "mine"))
 
 

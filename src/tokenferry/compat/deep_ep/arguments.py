@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ def from_native(value: Tensor | Quantized, like: Rows) -> Rows:
         return value.data
     scale = value.scale.contiguous()
     return value.data, scale[:, 0] if like[1].ndim == 1 else scale
+
+
+def aligned(counts: Iterable[int], alignment: int) -> list[int]:
+    """Return counts of rows, one for each local expert, rounded up to a multiple: there may be hundreds in a call."""
+    return list(counts) if alignment == 1 else [count + -count % alignment for count in counts]
 
 
 def width(rows: Tensor | Quantized) -> int:

@@ -59,6 +59,12 @@ from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError
 from tokenferry.types import Routing
 
+_ROUTING_ARGUMENTS = (
+    "num_tokens_per_rank", "num_tokens_per_rdma_rank", "is_token_in_rank", "num_tokens_per_expert", "topk_idx",
+    "topk_weights", "num_worst_tokens",
+)  # fmt: skip
+"""Those of `Buffer.dispatch` that have to be None, or 0, if a handle has the routing."""
+
 _HEAP_BYTES = 2 << 30
 """Least GPU memory for rows that peers write or read: T and H are not known before the calls."""
 
@@ -380,34 +386,30 @@ class Buffer(Connected, LowLatencyCalls):
         check_config(call, config)
         when = When(previous_event, async_finish, allocate_on_comm_stream)
         num_sms = self._num_sms(config)
-        routing_arguments = {
-            "num_tokens_per_rank": num_tokens_per_rank,
-            "num_tokens_per_rdma_rank": num_tokens_per_rdma_rank,
-            "is_token_in_rank": is_token_in_rank,
-            "num_tokens_per_expert": num_tokens_per_expert,
-            "topk_idx": topk_idx,
-            "topk_weights": topk_weights,
-            "num_worst_tokens": num_worst_tokens or None,
-        }
         if handle is not None:
-            given = [name for name, value in routing_arguments.items() if value is not None]
-            if given:
-                raise ArgumentError(
-                    f"{call}: {given[0]}: expected None, since handle has the routing; leave out one of them"
-                )
+            given = (
+                num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
+                topk_weights, num_worst_tokens or None,
+            )  # fmt: skip
+            for name, value in zip(_ROUTING_ARGUMENTS, given, strict=True):
+                if value is not None:
+                    raise ArgumentError(
+                        f"{call}: {name}: expected None, since handle has the routing; leave out one of them"
+                    )
             again, event = self._lane.run(
                 call, when, (x, handle), lambda: throughput.dispatch_again(self._views, x, handle, num_sms)
             )
             return again, None, None, None, None, event
         if topk_weights is not None and topk_idx is None:
             raise ArgumentError(f"{call}: topk_weights: needs topk_idx, got None; pass both or neither")
-        for name in ("num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert"):
-            if routing_arguments[name] is None:
-                raise ArgumentError(
-                    f"{call}: {name}: expected a tensor, got None; pass what get_dispatch_layout returned"
-                )
-        assert num_tokens_per_rank is not None
-        assert is_token_in_rank is not None
+        if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
+            needed = {
+                "num_tokens_per_rank": num_tokens_per_rank,
+                "is_token_in_rank": is_token_in_rank,
+                "num_tokens_per_expert": num_tokens_per_expert,
+            }
+            name = next(name for name, value in needed.items() if value is None)
+            raise ArgumentError(f"{call}: {name}: expected a tensor, got None; pass what get_dispatch_layout returned")
         layout = throughput.TokenLayout(
             num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
+from tokenferry.compat.deep_ep.arguments import aligned
 from tokenferry.compat.deep_ep.config import round_up
 from tokenferry.compat.deep_ep.elastic_arguments import Request
 from tokenferry.compat.deep_ep.streams import HoldsTensors
@@ -50,7 +51,7 @@ class EPHandle(HoldsTensors):
         self.num_max_tokens_per_rank = M = request.max_tokens
         self.topk_idx = topk_idx
         self.asked_num_sms = request.given.num_sms
-        self.num_recv_tokens_per_expert_list = [round_up(count, A) for count in sent.host_counts or ()]
+        self.num_recv_tokens_per_expert_list = aligned(sent.host_counts or (), A)
         if plan.num_received is not None:
             self.num_recv_tokens = plan.num_received
             self.num_expanded_tokens = sum(self.num_recv_tokens_per_expert_list)

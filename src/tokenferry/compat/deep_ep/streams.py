@@ -6,11 +6,11 @@ wait for it until the caller waits for the returned event.
 
 Memory that two streams use must not be reused by one of them while the other still reads or writes it:
 
-* Memory of torch goes back to the stream on which it was allocated. Inputs are therefore marked with
-  `Tensor.record_stream` for the communication stream, and results for the caller's.
-* Memory of the heap (rows, most plans), which such marks do not affect, goes back after the stream on which it was
-  allocated and the stream on which it is freed. Of results these are the two that use it. An input may come from a
-  third: all inputs are kept alive until the call is done, as they were given, so that a plan makes no tensor for it.
+* All inputs are kept alive until the call is done, as they were given, so that a plan makes no tensor for it. A CUDA
+  graph cannot be asked whether it is: during a capture inputs are marked with `Tensor.record_stream`, too.
+* Results in memory of torch, which goes back to the stream on which it was allocated, are marked for the caller's.
+* Results in memory of the heap (rows, most plans), which such marks do not affect, go back after the stream on which
+  they were allocated and the stream on which they are freed. These are the two that use them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tokenferry.compat.deep_ep.current_stream import On, current_stream
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
 
@@ -88,6 +89,8 @@ class Lane:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
             self._before = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            if device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._pending: deque[tuple[EventHandle, tuple[Any, ...]]] = deque()
 
@@ -111,16 +114,15 @@ class Lane:
             if event is not None:
                 event.current_stream_wait()
             return work(), EventOverlap(EventHandle() if when.async_finish else None)
-        current = torch.cuda.current_stream(self._device)
+        current = current_stream(self._device.index)
         if event is None:
             self._before.record(current)
             self.stream.wait_event(self._before)
         else:
             event.delay(self.stream)
-        with torch.cuda.stream(self.stream):
+        with On(self.stream, current):
             result = work()
             done = EventHandle.behind(self.stream)
-            _mark(inputs, self.stream)
             self._keep(done, inputs)
         _mark(result, current)
         return result, EventOverlap(done)
@@ -129,6 +131,8 @@ class Lane:
         """Keep the inputs of a call alive until it is done; the communication stream must be current."""
         if torch.cuda.is_current_stream_capturing():
             # An event cannot be queried during a capture, but the program must wait for it before the capture ends.
+            assert self.stream is not None
+            _mark(inputs, self.stream)
             done.keep(inputs)
             return
         self._pending.append((done, inputs))

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.checks import INDICES, Checks, fits
-from tokenferry.compat.deep_ep.arguments import Rows, detached, from_native, height, to_native, width
-from tokenferry.compat.deep_ep.config import round_up
+from tokenferry.compat.deep_ep.arguments import Rows, aligned, detached, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
@@ -101,7 +100,7 @@ class InternodeHandle(Handle):
         return self.in_rank if place == 0 else None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TokenLayout(HoldsTensors):
     """The tensors that `Buffer.get_dispatch_layout` returns.
 
@@ -174,7 +173,7 @@ def dispatch(
     view = views.of(num_experts, top_k, width(rows), most)
     sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
     recv_idx, recv_weights = _without_tail(sent)
-    counts = [round_up(count, options.expert_alignment) for count in sent.host_counts or ()]
+    counts = aligned(sent.host_counts or (), options.expert_alignment)
     handle = _handle(views, sent.plan, given.in_rank, num_experts, top_k)
     return from_native(sent.x, x), recv_idx, recv_weights, counts, handle
 
@@ -249,8 +248,8 @@ def _dispatch_without_experts(
     swapped = views.of(R, 1, padded.shape[1], R).dispatch(counts, Routing(ranks.unsqueeze(1)))
     assert isinstance(swapped.x, Quantized)
     totals = swapped.x.data.sum(0)[: local.shape[1]].tolist()
-    aligned = [round_up(count, options.expert_alignment) for count in totals]
-    return from_native(sent.x, x), None, None, aligned, _handle(views, sent.plan, given.in_rank, R, R)
+    counts_list = aligned(totals, options.expert_alignment)
+    return from_native(sent.x, x), None, None, counts_list, _handle(views, sent.plan, given.in_rank, R, R)
 
 
 def _handle(views: Views, plan: Plan, in_rank: Tensor, num_experts: int, top_k: int) -> Handle:
@@ -279,7 +278,7 @@ def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int
     index, in_rank, group = routing.topk_idx, given.in_rank, views.group
     weights = None if routing.topk_weights is None else detached(routing.topk_weights)
     if same and views.on_gpu and in_rank.shape[0] == index.shape[0]:
-        return Routing(index, weights)
+        return routing if weights is routing.topk_weights else Routing(index, weights)
     if not _looks_like_routing(index, group.device) or in_rank.shape[0] != index.shape[0]:
         Checks(call, group.device).given("x", T=in_rank.shape[0]).tensor("topk_idx", index, "T K", INDICES)
     if not views.on_gpu:

@@ -13,6 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from tokenferry.compat.deep_ep.current_stream import current_stream
 from tokenferry.errors import ArgumentError
 
 
@@ -24,7 +25,7 @@ class EventHandle:
         self._kept: object = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # else nothing can have been submitted
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(current_stream())
 
     @classmethod
     def behind(cls, stream: torch.cuda.Stream) -> EventHandle:
@@ -38,7 +39,7 @@ class EventHandle:
     def current_stream_wait(self) -> None:
         """Make later work on the current stream wait for the marked work. Local, returns at once."""
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            current_stream().wait_event(self._event)
 
     def delay(self, stream: torch.cuda.Stream) -> None:
         """Make later work on a stream wait for the marked work. Local, returns at once."""
