@@ -16,7 +16,7 @@ COMMON = {
 }
 CALLS = {
     "tokenferry": {*COMMON, ("combine, rows in the group's memory", "bf16")},
-    "Buffer": {*COMMON, ("layout alone", "-")},
+    "Buffer": {*COMMON, ("layout alone", "-"), ("dispatch + combine, async_finish", "bf16")},
     "gloo": COMMON,
 }
 

@@ -60,9 +60,10 @@ def notes(settings: Settings, empty_us: float | None) -> list[str]:
     """Return what the tables mean."""
     lines = [
         MODES,
-        "Buffer: tokenferry.compat.deep_ep.Buffer; a dispatch includes get_dispatch_layout. all_to_all_single: with "
-        "the exchange of counts, the wait for them, and the permutations around it; in the decode pair its rows are "
-        "FP8 already, and one comes back from each rank",
+        "Buffer: tokenferry.compat.deep_ep.Buffer; a dispatch includes get_dispatch_layout. "
+        "async_finish: every call waits for an event and returns one, as training frameworks call. "
+        "all_to_all_single: with the exchange of counts, the wait for them, and the permutations around it; in the "
+        "decode pair its rows are FP8 already, and one comes back from each rank",
         f"checked: {CHECKED}",
     ]
     if empty_us is not None:

@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 
 DECODE_PAIR = "decode pair"
 PAIR = "dispatch + combine"
+ASYNCHRONOUS = "dispatch + combine, async_finish"
 USER_ROWS = "combine, rows in user memory"
 
 

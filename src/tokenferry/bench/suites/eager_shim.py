@@ -11,7 +11,17 @@ from torch import Tensor
 from tokenferry.bench.core.checks import must_equal
 from tokenferry.bench.core.inputs import Inputs, Sizes, sent_to
 from tokenferry.bench.suites.decode_reference import DecodeReference
-from tokenferry.bench.suites.eager_calls import DECODE_PAIR, PAIR, USER_ROWS, Call, Pair, Sets, checked_step, dispatches
+from tokenferry.bench.suites.eager_calls import (
+    ASYNCHRONOUS,
+    DECODE_PAIR,
+    PAIR,
+    USER_ROWS,
+    Call,
+    Pair,
+    Sets,
+    checked_step,
+    dispatches,
+)
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.types import Quantized
 
@@ -45,9 +55,10 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
     """Make the calls of DeepEP's API as its users write them: a layout before each dispatch. Collective."""
     experts = sets.sizes.experts
 
-    def dispatch(inputs: Inputs, x: Any) -> tuple[Any, Any]:  # noqa: ANN401 - DeepEP's rows and handles
-        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(inputs.topk_idx, experts)
-        received, _, _, _, handle, _ = buffer.dispatch(
+    # DeepEP's rows, layouts and handles have many types.
+    def dispatch(inputs: Inputs, x: Any, layout: Any = None, **how: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
+        per_rank, per_node, per_expert, in_rank, _ = layout or buffer.get_dispatch_layout(inputs.topk_idx, experts)
+        received, _, _, _, handle, event = buffer.dispatch(
             x,
             topk_idx=inputs.topk_idx,
             topk_weights=inputs.topk_weights,
@@ -55,8 +66,9 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
             num_tokens_per_rdma_rank=per_node,
             is_token_in_rank=in_rank,
             num_tokens_per_expert=per_expert,
+            **how,
         )
-        return received, handle
+        return received, handle, event
 
     def rows_of(v: int, rows: str) -> Any:  # noqa: ANN401
         inputs = sets.inputs[v]
@@ -78,10 +90,20 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
         must_equal("get_dispatch_layout: num_tokens_per_rank", per_rank[:, None], expected.sum(0).int()[:, None])
 
     def pair(v: int) -> Tensor:
-        received, handle = dispatch(sets.inputs[v], sets.inputs[v].x)
+        received, handle, _ = dispatch(sets.inputs[v], sets.inputs[v].x)
         return buffer.combine(received, handle)[0]
 
-    ready = sets.ready(lambda inputs: dispatch(inputs, inputs.x))
+    def asynchronous(v: int) -> Tensor:
+        inputs = sets.inputs[v]
+        on_its_own: dict[str, Any] = {"async_finish": True, "allocate_on_comm_stream": True}
+        layout = buffer.get_dispatch_layout(inputs.topk_idx, experts, previous_event=buffer.capture(), **on_its_own)
+        received, handle, event = dispatch(inputs, inputs.x, layout, previous_event=layout.event, **on_its_own)
+        event.current_stream_wait()
+        sums, _, event = buffer.combine(received, handle, previous_event=buffer.capture(), **on_its_own)
+        event.current_stream_wait()
+        return sums
+
+    ready = sets.ready(lambda inputs: dispatch(inputs, inputs.x)[:2])
     yield Call("layout alone", "-", lambda: checked_step(len(sets.inputs), layout, check_layout))
     yield from dispatches(sets, whole, kept)
     yield Call(
@@ -90,6 +112,7 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
         lambda: sets.combine_step("Buffer.combine", lambda v: buffer.combine(ready[v].y, ready[v].plan)[0]),
     )
     yield Call(PAIR, "bf16", lambda: sets.pair_step(f"Buffer: {PAIR}", pair))
+    yield Call(ASYNCHRONOUS, "bf16", lambda: sets.pair_step(f"Buffer: {ASYNCHRONOUS}", asynchronous))
 
 
 def _decode(references: list[DecodeReference], buffer: Buffer, y: Tensor, sizes: Sizes) -> Iterator[Call]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.bench.core.session import Session, Settings, baseline_group, open_session
-from tokenferry.bench.core.wall import wall_times
+from tokenferry.bench.core.wall import WallTimes, wall_times
 from tokenferry.compat import deep_ep_path
 from tokenferry.errors import BackendUnavailable
 from tokenferry.testing.world import Progress
@@ -27,6 +27,9 @@ ROUTED = 32
 
 STEPS = 5
 """Steps of a run back to back."""
+
+TURNS = 4
+"""How often the dispatchers are measured in turns; each time as often as the settings say."""
 
 OWN, FLEX = DISPATCHERS = ("alltoall", "flex")
 """Values of ``moe_token_dispatcher_type``."""
@@ -89,9 +92,16 @@ def _measure(session: Session, tokens: int) -> bool:
             raise WrongAnswer(
                 f"{FLEX} differs from {OWN} in {_name(precision.dtype)} by more than {precision.bound}: {wrong}"
             )
-    for name, model in models.items():
-        wall = wall_times(session, model.stepper(batch), STEPS)
-        times = {mode: asdict(session.summary(getattr(wall, mode))) for mode in ("isolated", "back_to_back")}
+    steps = {name: model.stepper(batch) for name, model in models.items()}
+    walls: dict[str, list[WallTimes]] = {name: [] for name in models}
+    for _ in range(TURNS):  # one after the other, since the speed of a host changes within seconds
+        for name, step in steps.items():
+            walls[name].append(wall_times(session, step, STEPS))
+    for name, turns in walls.items():
+        times = {
+            mode: asdict(session.summary([seconds for wall in turns for seconds in getattr(wall, mode)]))
+            for mode in ("isolated", "back_to_back")
+        }
         session.send({"training": {"dispatcher": name, "tokens": tokens, "dtype": _name(precision.dtype), **times}})
     return True
 
