@@ -55,20 +55,8 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
     """Make the calls of DeepEP's API as its users write them: a layout before each dispatch. Collective."""
     experts = sets.sizes.experts
 
-    # DeepEP's rows, layouts and handles have many types.
-    def dispatch(inputs: Inputs, x: Any, layout: Any = None, **how: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
-        per_rank, per_node, per_expert, in_rank, _ = layout or buffer.get_dispatch_layout(inputs.topk_idx, experts)
-        received, _, _, _, handle, event = buffer.dispatch(
-            x,
-            topk_idx=inputs.topk_idx,
-            topk_weights=inputs.topk_weights,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            **how,
-        )
-        return received, handle, event
+    def dispatch(inputs: Inputs, x: Any) -> Any:  # noqa: ANN401 - DeepEP's rows and handles
+        return _dispatch(buffer, inputs, x, buffer.get_dispatch_layout(inputs.topk_idx, experts))
 
     def rows_of(v: int, rows: str) -> Any:  # noqa: ANN401
         inputs = sets.inputs[v]
@@ -93,16 +81,6 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
         received, handle, _ = dispatch(sets.inputs[v], sets.inputs[v].x)
         return buffer.combine(received, handle)[0]
 
-    def asynchronous(v: int) -> Tensor:
-        inputs = sets.inputs[v]
-        on_its_own: dict[str, Any] = {"async_finish": True, "allocate_on_comm_stream": True}
-        layout = buffer.get_dispatch_layout(inputs.topk_idx, experts, previous_event=buffer.capture(), **on_its_own)
-        received, handle, event = dispatch(inputs, inputs.x, layout, previous_event=layout.event, **on_its_own)
-        event.current_stream_wait()
-        sums, _, event = buffer.combine(received, handle, previous_event=buffer.capture(), **on_its_own)
-        event.current_stream_wait()
-        return sums
-
     ready = sets.ready(lambda inputs: dispatch(inputs, inputs.x)[:2])
     yield Call("layout alone", "-", lambda: checked_step(len(sets.inputs), layout, check_layout))
     yield from dispatches(sets, whole, kept)
@@ -112,7 +90,38 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
         lambda: sets.combine_step("Buffer.combine", lambda v: buffer.combine(ready[v].y, ready[v].plan)[0]),
     )
     yield Call(PAIR, "bf16", lambda: sets.pair_step(f"Buffer: {PAIR}", pair))
-    yield Call(ASYNCHRONOUS, "bf16", lambda: sets.pair_step(f"Buffer: {ASYNCHRONOUS}", asynchronous))
+    yield Call(
+        ASYNCHRONOUS,
+        "bf16",
+        lambda: sets.pair_step(f"Buffer: {ASYNCHRONOUS}", lambda v: _asynchronous(buffer, sets.inputs[v], experts)),
+    )
+
+
+def _dispatch(buffer: Buffer, inputs: Inputs, x: Any, layout: Any, **how: Any) -> Any:  # noqa: ANN401
+    """Send rows by a layout; return what came, the handle and the event."""
+    per_rank, per_node, per_expert, in_rank, _ = layout
+    received, _, _, _, handle, event = buffer.dispatch(
+        x,
+        topk_idx=inputs.topk_idx,
+        topk_weights=inputs.topk_weights,
+        num_tokens_per_rank=per_rank,
+        num_tokens_per_rdma_rank=per_node,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        **how,
+    )
+    return received, handle, event
+
+
+def _asynchronous(buffer: Buffer, inputs: Inputs, experts: int) -> Tensor:
+    """Send rows and add them up on the communication stream, as training frameworks do."""
+    how: dict[str, Any] = {"async_finish": True, "allocate_on_comm_stream": True}
+    layout = buffer.get_dispatch_layout(inputs.topk_idx, experts, previous_event=buffer.capture(), **how)
+    received, handle, event = _dispatch(buffer, inputs, inputs.x, layout, previous_event=layout.event, **how)
+    event.current_stream_wait()
+    sums, _, event = buffer.combine(received, handle, previous_event=buffer.capture(), **how)
+    event.current_stream_wait()
+    return sums
 
 
 def _decode(references: list[DecodeReference], buffer: Buffer, y: Tensor, sizes: Sizes) -> Iterator[Call]:
