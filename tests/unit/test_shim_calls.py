@@ -61,7 +61,7 @@ def test_calls_of_torch(shim, how):
         "combine": ["empty"],
         "combine with weights": ["empty", "empty"],
         "low-latency dispatch": ["empty", "empty", "narrow"],
-        "low-latency dispatch, FP8": ["empty", "empty", "transpose", "empty", "narrow"],
+        "low-latency dispatch, FP8": ["empty", "empty_strided", "empty", "narrow"],
         "low-latency combine": ["empty"],
     }
 

@@ -177,8 +177,8 @@ class DecodeDispatchForm:
         rows = torch.empty(L, capacity, self.shape.hidden, dtype=self.row_dtype, device=device)
         if self.scale_dtype is None:
             return rows
-        scale = torch.empty(L, self.num_scales, capacity, dtype=self.scale_dtype, device=device)
-        return Quantized(rows, scale.transpose(1, 2))
+        size, strides = (L, capacity, self.num_scales), (self.num_scales * capacity, 1, capacity)
+        return Quantized(rows, torch.empty_strided(size, strides, dtype=self.scale_dtype, device=device))
 
 
 def new_dispatch_form(
