@@ -180,7 +180,7 @@ DEEP_EP_NETWORK = {
 
 @dataclass(frozen=True, slots=True)
 class DeepEpSettings:
-    """What DeepEP's variables ask of a `Buffer` or `ElasticBuffer`.
+    """What DeepEP's variables ask of a buffer.
 
     Attributes:
         buffer_debug: EP_BUFFER_DEBUG: say what each of them uses.

@@ -10,6 +10,7 @@ import tempfile
 import deep_ep
 import deep_ep.buffer
 import deep_ep.buffers.elastic
+import deep_ep.buffers.ep
 import deep_ep.buffers.legacy
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""`ElasticBuffer` on GPUs: the jobs of the CPU, streams, CUDA graphs."""
+"""`ElasticBuffer` and `EPBuffer` on GPUs: the jobs of the CPU, streams, CUDA graphs."""
 
 import pytest
 import torch
@@ -16,6 +16,11 @@ LARGE = Case((512, 300), experts=16, top_k=4, hidden=2048)
 @pytest.mark.parametrize("case", jobs.CASES[:3], ids=str)
 def test_round_trips(worlds, case):
     worlds(RANKS, "cuda").run(cuda_jobs.as_on_the_cpu, "round_trips", jobs.of_ranks(case, RANKS))
+
+
+@pytest.mark.parametrize("case", jobs.CASES[:2], ids=str)
+def test_deferred_round_trips(worlds, case):
+    worlds(RANKS, "cuda").run(cuda_jobs.deferred_as_on_the_cpu, "round_trips", jobs.of_ranks(case, RANKS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32])

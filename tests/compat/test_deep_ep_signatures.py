@@ -1,4 +1,4 @@
-"""The shim takes the arguments of DeepEP and its forks; `golden_v1.json` and `golden_v2.json` hold what it takes.
+"""The shim takes the arguments of DeepEP and its forks; the files `golden_*.json` hold what it takes of each version.
 
 That is the parameters of each method, in order and with their defaults.
 """
@@ -16,7 +16,7 @@ import tokenferry.compat.deep_ep as deep_ep
 
 GOLDEN = {
     method: parameters
-    for version in ("v1", "v2")
+    for version in ("v1", "v2", "v2_5")
     for method, parameters in json.loads((Path(__file__).parent / f"golden_{version}.json").read_text()).items()
 }
 
@@ -55,15 +55,29 @@ def test_adds_the_keywords_of_the_dialects_and_no_others(name):
     assert all(p.default is not p.empty for p in extra)
 
 
+REFUSED = {"EPBuffer.lb_prefetch_weights", "EPBuffer.lb_reduce_grads"}
+"""They take any arguments, in order to refuse them."""
+
+
 def test_records_every_public_method():
-    for owner in ("Buffer", "Config", "ElasticBuffer"):
+    for owner in ("Buffer", "Config", "ElasticBuffer", "EPBuffer"):
         public = {n for n, v in inspect.getmembers(getattr(deep_ep, owner), callable) if not n.startswith("_")}
-        assert {f"{owner}.{name}" for name in public} <= set(GOLDEN)
+        assert {f"{owner}.{name}" for name in public} <= set(GOLDEN) | REFUSED
 
 
-def test_exports_the_names_of_both_versions_and_not_those_that_stand_for_more():
+def test_exports_the_names_of_all_versions_and_not_those_that_stand_for_more():
     assert set(deep_ep.__all__) == {
-        *("Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "__version__", "topk_idx_t"),
+        *(
+            "Buffer",
+            "Config",
+            "EPBuffer",
+            "EPHandle",
+            "ElasticBuffer",
+            "EventHandle",
+            "EventOverlap",
+            "__version__",
+            "topk_idx_t",
+        ),
         *("get_logical_domain_size", "get_physical_domain_size"),
     }
     assert deep_ep.topk_idx_t is torch.int64
@@ -78,11 +92,12 @@ def test_programs_find_out_that_methods_are_missing(prefix):
 
 def test_answers_on_every_module_path():
     from tokenferry.compat.deep_ep import buffer, utils
-    from tokenferry.compat.deep_ep.buffers import elastic, legacy
+    from tokenferry.compat.deep_ep.buffers import elastic, ep, legacy
     from tokenferry.compat.deep_ep.utils import event
 
     assert legacy.Buffer is buffer.Buffer is deep_ep.Buffer
     assert (elastic.ElasticBuffer, elastic.EPHandle) == (deep_ep.ElasticBuffer, deep_ep.EPHandle)
+    assert (ep.EPBuffer, ep.EPHandle) == (deep_ep.EPBuffer, deep_ep.EPHandle)
     assert event.EventOverlap is utils.EventOverlap is deep_ep.EventOverlap
     assert utils.EventHandle is deep_ep.EventHandle
     assert isinstance(deep_ep.Config | None, object)  # evaluated in annotations of clients

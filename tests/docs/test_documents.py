@@ -20,7 +20,7 @@ import tokenferry
 from support import documents
 from tokenferry import env
 from tokenferry.cli.main import COMMANDS
-from tokenferry.compat.deep_ep import Buffer, ElasticBuffer
+from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer
 
 PYTHON_LANGUAGES = ("python", "pycon")
 LANGUAGES = {"python", "pycon", "text", "bash", "make"}
@@ -317,7 +317,10 @@ METHODS_WITH_TABLES = {
         "low_latency_combine",
     ),
     ElasticBuffer: ("__init__", "dispatch", "combine"),
+    EPBuffer: ("__init__", "dispatch", "combine"),
 }
+LIKE = {EPBuffer: ElasticBuffer}
+"""Classes of whose methods the tables list what differs from those of another class."""
 TABLES = [(owner, method) for owner, methods in METHODS_WITH_TABLES.items() for method in methods]
 
 
@@ -332,7 +335,16 @@ def deepep_section(heading: str) -> str:
 def test_every_argument_of_the_deepep_api_is_listed(owner, method):
     section = deepep_section(owner.__name__ if method == "__init__" else f"{owner.__name__}.{method}")
     listed = re.findall(r"^\| `(\w+)` \| (?:honoured|kept|trivially true|raises) \|", section, flags=re.MULTILINE)
-    assert listed == list(inspect.signature(getattr(owner, method)).parameters)[1:]
+    found, known = parameters(owner, method), parameters(LIKE[owner], method) if owner in LIKE else {}
+    assert listed == [name for name, default in found.items() if name not in known or known[name] != default]
+    left_out = set(known) - set(found)
+    assert not left_out or set(re.findall(r"`(\w+)`", section.partition("without")[2].partition(".")[0])) == left_out
+
+
+def parameters(owner, method):
+    """Return the defaults of the parameters of a method, in their order."""
+    found = inspect.signature(getattr(owner, method)).parameters
+    return {name: parameter.default for name, parameter in found.items() if name != "self"}
 
 
 def test_the_variables_of_deepep_that_are_read_are_listed_as_such():
@@ -350,12 +362,18 @@ def test_the_variables_of_deepep_that_are_read_are_listed_as_such():
 
 
 @pytest.mark.parametrize(
-    ("owner", "heading"), [(Buffer, "Small methods"), (ElasticBuffer, "Small methods of ElasticBuffer")]
+    ("owner", "heading"),
+    [
+        (Buffer, "Small methods"),
+        (ElasticBuffer, "Small methods of ElasticBuffer"),
+        (EPBuffer, "Small methods of EPBuffer"),
+    ],
 )
 def test_every_method_of_the_deepep_api_is_listed(owner, heading):
     rows = re.findall(r"^\| (`.*?) \|", deepep_section(heading), flags=re.MULTILINE)
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | set(METHODS_WITH_TABLES[owner])
     methods = {name for name in dir(owner) if callable(getattr(owner, name)) and not name.startswith("_")}
+    listed |= set(dir(LIKE[owner])) & methods if owner in LIKE else set()
     assert listed == methods | {"__init__"}
 
 
@@ -365,6 +383,8 @@ def test_arguments_listed_as_raising_raise():
         Buffer(None, comm=object())
     with pytest.raises(tokenferry.UnsupportedError, match="num_cpu_bytes"):
         ElasticBuffer(None, num_max_tokens_per_rank=1, num_cpu_bytes=1)
+    with pytest.raises(tokenferry.UnsupportedError, match="lb_allocation_plan_or_num_bytes"):
+        EPBuffer(None, num_max_tokens_per_rank=1, lb_allocation_plan_or_num_bytes=1)
     buffer = Buffer(None, low_latency_mode=True)
     x, idx, weights = torch.zeros(2, 128, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
     rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 2, 1, use_fp8=False)

@@ -1,4 +1,4 @@
-"""`ElasticBuffer` on the CUDA backend, whose kernels the emulator runs."""
+"""`ElasticBuffer` and `EPBuffer` on the CUDA backend, whose kernels the emulator runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from support import deep_ep_elastic_ambient
+from support import deep_ep_deferred_jobs, deep_ep_elastic_ambient
 from support import deep_ep_elastic_clients as clients
 from support import deep_ep_elastic_jobs as jobs
 from support.ambient import STATES, same
@@ -59,6 +59,12 @@ def test_like_ranks_on_the_cpu(elastic, job):
 
 def test_barriers(elastic, tmp_path):
     elastic(2, jobs.barriers, tmp_path)
+
+
+def test_deferred_calls(elastic, monkeypatch):
+    elastic(2, deep_ep_deferred_jobs.deferred, jobs.of_ranks(jobs.CASES[0], 2))
+    monkeypatch.setattr(jobs, "ElasticBuffer", deep_ep_deferred_jobs.Deferring)
+    elastic(2, jobs.round_trips, jobs.of_ranks(jobs.CASES[1], 2))
 
 
 @pytest.mark.parametrize("client", clients.JOBS, ids=lambda job: job.__name__)

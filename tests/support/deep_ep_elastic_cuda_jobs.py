@@ -3,13 +3,13 @@
 import itertools
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from support import deep_ep_cuda_jobs as cuda_jobs
 from support import deep_ep_elastic_jobs as jobs
+from support.deep_ep_deferred_jobs import Deferring, on_buffers
 from support.deep_ep_elastic_jobs import Deal, Mode
 from tokenferry.compat.deep_ep import ElasticBuffer
 from tokenferry.testing.cases import Case
@@ -18,8 +18,8 @@ from tokenferry.testing.compare import same_bits
 FREE_MODES = (Mode(cpu_sync=False), Mode(expand=True, cpu_sync=False, alignment=4, zero_padding=True))
 
 
-class CarryingElastic(ElasticBuffer):
-    """An `ElasticBuffer` that takes CPU tensors, as the jobs of the CPU have them; it brings counters back."""
+class Carrying:
+    """Makes a buffer take CPU tensors, as the jobs of the CPU have them; it brings counters back."""
 
     def dispatch(self, x: Any, *rest: Any, **arguments: Any) -> Any:
         counters = arguments.get("cumulative_local_expert_recv_stats")
@@ -34,6 +34,14 @@ class CarryingElastic(ElasticBuffer):
         return super().combine(cuda_jobs.there(x), *cuda_jobs.there(rest), **moved)
 
 
+class CarryingElastic(Carrying, ElasticBuffer):
+    """An `ElasticBuffer` for the jobs of the CPU."""
+
+
+class CarryingDeferring(Carrying, Deferring):
+    """An `EPBuffer` that defers every call, for the jobs of the CPU."""
+
+
 def _now(how: dict[str, Any]) -> dict[str, Any]:
     """Wait for the copies to the GPU, too, where there is something to wait for."""
     if how.get("previous_event") is None:
@@ -42,8 +50,11 @@ def _now(how: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_on_the_cpu(rank: int, pg: Any, job: str, *args: Any) -> None:
-    with mock.patch.object(jobs, "ElasticBuffer", CarryingElastic):
-        getattr(jobs, job)(rank, pg, *args)
+    on_buffers(rank, pg, CarryingElastic, getattr(jobs, job), *args)
+
+
+def deferred_as_on_the_cpu(rank: int, pg: Any, job: str, *args: Any) -> None:
+    on_buffers(rank, pg, CarryingDeferring, getattr(jobs, job), *args)
 
 
 def graph(rank: int, pg: Any, case: Case) -> None:

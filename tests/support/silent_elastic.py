@@ -1,4 +1,4 @@
-"""An `ElasticBuffer` on kernels that do nothing, as `SilentShim` is a `Buffer`: for what the host does in a call."""
+"""A buffer of DeepEP 2 or 2.5 on kernels that do nothing, as `SilentShim` is a `Buffer`: for what the host does."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ T, K, E, H, M = 6, 2, 4, 256, 8
 
 
 class SilentElastic:
-    """Such an `ElasticBuffer`, and arguments for its calls.
+    """Such a buffer, and arguments for its calls.
 
     Args:
         monkeypatch: Puts stand-ins in the place of torch.cuda until the test has ended.
+        kind: The class of the buffer.
 
     Attributes:
-        buffer: The `ElasticBuffer`.
+        buffer: The buffer.
         cuda: The streams of its asynchronous calls; "mine" is the caller's, "comm" the other one.
         marks: The storages that were marked for a stream, as (address, name of the stream).
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[Any] = ElasticBuffer) -> None:
         self.silent = SilentGroup(MoeShape(2, 1, 16, 1))
         with mock.patch.object(ExpertGroup, "_with_heap", return_value=self.silent.group):
-            self.buffer = ElasticBuffer(None, num_max_tokens_per_rank=M, hidden=H)
+            self.buffer = kind(None, num_max_tokens_per_rank=M, hidden=H)
         self.cuda = Cuda()
         self.cuda.install(monkeypatch)
         self.buffer._lane = Lane(torch.device("cuda", 0))

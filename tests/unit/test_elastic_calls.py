@@ -5,11 +5,12 @@ from unittest import mock
 import pytest
 import torch
 
+from support.fake_streams import Stream
 from support.silent_elastic import E, H, K, M, SilentElastic, T
 from support.silent_kernels import NUM_RANKS, CountedCalls
 from support.silent_shim import storage
 from tokenferry import ambient
-from tokenferry.compat.deep_ep import EventHandle, EventOverlap
+from tokenferry.compat.deep_ep import EPBuffer, EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
 
 HOW = {"synchronous": {}, "asynchronous": {"async_with_compute_stream": True}}
@@ -274,6 +275,47 @@ def test_calls_mark_what_two_streams_use(shim):
     )
     assert to_comm == in_torch(shim, y, weights, *biases, handle.topk_idx)
     assert to_mine == in_torch(shim, out, out_weights)
+
+
+DEFERRED = {**HOW["asynchronous"], "defer_epilogue": True}
+
+
+@pytest.fixture
+def deferring(monkeypatch):
+    return SilentElastic(monkeypatch, EPBuffer)
+
+
+def test_a_deferred_call_returns_its_results_on_the_stream_that_waits(deferring):
+    """That may be another one than that of the call; the memory of results must not be reused before it is done."""
+    log, other = deferring.cuda.log, Stream(deferring.cuda, "other")
+    mine = torch.cuda.current_stream()
+
+    def waited(event):
+        assert log[-1].endswith("on comm"), "nothing has waited yet"
+        deferring.marks.clear()
+        torch.cuda.set_stream(other)
+        results = event.wait()
+        torch.cuda.set_stream(mine)
+        assert log[-1].startswith("other waits for event")
+        assert {stream for _, stream in deferring.marks} == {"other"}
+        return results, {at for at, _ in deferring.marks}
+
+    (_, _, _, handle), marked = waited(deferring.dispatch(**DEFERRED))
+    assert in_torch(deferring, handle.topk_idx) <= marked
+    y, weights = torch.ones(T, H, dtype=torch.bfloat16), torch.ones(T, K, dtype=torch.float32)
+    results, marked = waited(deferring.buffer.combine(y, handle, weights, **DEFERRED))
+    assert in_torch(deferring, *results) == marked
+    assert len(marked) == 2
+
+
+def test_deferral_costs_no_calls_of_torch(deferring):
+    x, _, _, handle, _ = deferring.dispatch()
+    buffer, how = deferring.buffer, HOW["asynchronous"]
+    for plain, deferred in (
+        (lambda: deferring.dispatch(**how), lambda: deferring.dispatch(**DEFERRED).wait()),
+        (lambda: buffer.combine(x, handle, **how), lambda: buffer.combine(x, handle, **DEFERRED).wait()),
+    ):
+        assert count(plain) == count(deferred)
 
 
 @pytest.mark.parametrize("call", ["combine", "cached"])

@@ -7,6 +7,7 @@ from tokenferry.compat.deep_ep import (
     Buffer,
     Config,
     ElasticBuffer,
+    EPBuffer,
     EPHandle,
     EventHandle,
     EventOverlap,
@@ -19,6 +20,7 @@ from tokenferry.compat.deep_ep import (
 __all__ = [
     "Buffer",
     "Config",
+    "EPBuffer",
     "EPHandle",
     "ElasticBuffer",
     "EventHandle",

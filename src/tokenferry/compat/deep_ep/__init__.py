@@ -1,10 +1,11 @@
 """DeepEP's API on tokenferry: ``import tokenferry.compat.deep_ep as deep_ep``.
 
-`Buffer` is that of DeepEP 1, which DeepEP 2 keeps as its legacy buffer; `ElasticBuffer` is that of DeepEP 2. For
-programs with ``import deep_ep``: put the folder that ``tokenferry deep-ep-path`` prints on PYTHONPATH. Importing is
-cheap, and needs neither a GPU nor a process group. `HybridEPBuffer` is missing, and so are the methods of
-`ElasticBuffer` that do not concern experts; programs that test for them with ``hasattr`` see that they are absent. The
-arguments are described in `tokenferry.compat.deep_ep.buffer` and `tokenferry.compat.deep_ep.elastic`.
+`Buffer` is that of DeepEP 1, which DeepEP 2 keeps as its legacy buffer; `ElasticBuffer` is that of DeepEP 2; `EPBuffer`
+is that of DeepEP 2.5, which has neither of the others. For programs with ``import deep_ep``: put the folder that
+``tokenferry deep-ep-path`` prints on PYTHONPATH. Importing is cheap, and needs neither a GPU nor a process group.
+`HybridEPBuffer` is missing, and so are the methods of `ElasticBuffer` that do not concern experts; programs that test
+for them with ``hasattr`` see that they are absent. The arguments are described in the modules of the classes:
+`tokenferry.compat.deep_ep.buffer`, `tokenferry.compat.deep_ep.elastic` and `tokenferry.compat.deep_ep.ep_buffer`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 import tokenferry
 from tokenferry.compat.deep_ep.buffer import Buffer
 from tokenferry.compat.deep_ep.config import Config
-from tokenferry.compat.deep_ep.elastic import ElasticBuffer, get_logical_domain_size, get_physical_domain_size
+from tokenferry.compat.deep_ep.elastic import ElasticBuffer
 from tokenferry.compat.deep_ep.elastic_handle import EPHandle
+from tokenferry.compat.deep_ep.ep_buffer import EPBuffer
+from tokenferry.compat.deep_ep.expert_buffer import get_logical_domain_size, get_physical_domain_size
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
@@ -27,6 +30,7 @@ __version__ = f"2.1.0+tokenferry.{tokenferry.__version__}"
 __all__ = [
     "Buffer",
     "Config",
+    "EPBuffer",
     "EPHandle",
     "ElasticBuffer",
     "EventHandle",

@@ -1,4 +1,4 @@
-"""The group of a `Buffer` or `ElasticBuffer`, made as its arguments and DeepEP's environment variables ask."""
+"""The group of a buffer of any dialect, made as its arguments and DeepEP's environment variables ask."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def connect(
     """Make the group of a buffer. Collective.
 
     Args:
-        owner: ``"Buffer"`` or ``"ElasticBuffer"``, for messages.
+        owner: The name of its class, for messages.
         group: The process group, or None for one rank.
         heap_bytes: GPU memory for rows, unless TOKENFERRY_HEAP_MB is set.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S.

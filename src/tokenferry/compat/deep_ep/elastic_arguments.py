@@ -1,4 +1,4 @@
-"""The arguments of the calls of `ElasticBuffer`, under one name each."""
+"""The arguments of the calls of `ElasticBuffer` and `EPBuffer`, under one name each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from torch import Tensor
 
 @dataclass(slots=True, eq=False)
 class Arguments:
-    """The arguments of a dispatch as they were given, besides the rows, the handle and those that concern streams."""
+    """The arguments of a dispatch as they were given, besides the rows, the handle and those that concern streams.
 
+    Attributes:
+        call: The method that was called, for errors. The others have the names of DeepEP.
+    """
+
+    call: str
     topk_idx: Tensor | None
     topk_weights: Tensor | None
     cumulative_local_expert_recv_stats: Tensor | None
@@ -51,6 +56,7 @@ class Returned:
     """The arguments of a combine, besides the handle and those that concern streams.
 
     Attributes:
+        call: The method that was called, for errors.
         x: Rows, one for each that the dispatch has allocated.
         topk_weights: Weights to return with them, or None.
         bias: None, ``[T, H]``, or a tuple of two.
@@ -58,6 +64,7 @@ class Returned:
         rounds_once: Whether sums of a node may not be rounded before they cross to another one.
     """
 
+    call: str
     x: Tensor
     topk_weights: Tensor | None
     bias: object

@@ -1,4 +1,4 @@
-"""Dispatch and combine of `ElasticBuffer` on an `ExpertGroup`: checks in terms of DeepEP's arguments, and the calls."""
+"""Dispatch and combine of `ElasticBuffer` and `EPBuffer` on an `ExpertGroup`: checks of arguments, and calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError, PlanError, ShapeError
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Quantized, Routing
 
-DISPATCH, COMBINE = "ElasticBuffer.dispatch", "ElasticBuffer.combine"
 _SCALE_BYTES = 4
 _TMA_ROWS = 4
 """Rows to a multiple of which a column of scales is padded: strides of tensor maps are multiples of 16 bytes."""
@@ -52,21 +51,21 @@ class Received(HoldsTensors):
 # ---------------------------------------------------------------------- checks
 
 
-def checked_rows(x: object, device: torch.device) -> Tensor | Quantized:
-    """Return rows for a native call.
+def checked_rows(call: str, x: object, device: torch.device) -> Tensor | Quantized:
+    """Return rows for a native call; ``call`` is the method that was called, for errors.
 
     Raises:
         ShapeError: ``x`` is neither rows nor (rows, scales), or the scales are not ``[T, P]`` of four bytes each.
     """
-    rows = to_native(DISPATCH, x)
+    rows = to_native(call, x)
     scale = x[1] if isinstance(x, tuple) else None
     if isinstance(scale, Tensor) and (scale.ndim != 2 or scale.element_size() != _SCALE_BYTES):
         raise ShapeError(
-            f"{DISPATCH}: x: expected scales [T, P] of {_SCALE_BYTES} bytes each, such as float32 or int32, got "
+            f"{call}: x: expected scales [T, P] of {_SCALE_BYTES} bytes each, such as float32 or int32, got "
             f"{scale.dtype} {list(scale.shape)}; give each row its own scales"
         )
     if isinstance(scale, Tensor):
-        Checks(DISPATCH, device).given("x[0]", T=height(rows)).tensor("x[1]", scale, "T P", None, contiguous=False)
+        Checks(call, device).given("x[0]", T=height(rows)).tensor("x[1]", scale, "T P", None, contiguous=False)
     return rows
 
 
@@ -84,29 +83,29 @@ def resolved(group: ExpertGroup, rows: Tensor | Quantized, given: Arguments, mos
         ShapeError: a tensor has the wrong shape or dtype; names it.
         CapacityError: T > M.
     """
-    topk_idx, E, T = _required("topk_idx", given.topk_idx), _required("num_experts", given.num_experts), height(rows)
+    call, T = given.call, height(rows)
+    topk_idx, E = _required(call, "topk_idx", given.topk_idx), _required(call, "num_experts", given.num_experts)
     M = most_tokens if given.num_max_tokens_per_rank is None else given.num_max_tokens_per_rank
     alignment = 1 if given.expert_alignment is None else given.expert_alignment
     if type(topk_idx) is not Tensor or topk_idx.ndim != 2:
-        Checks(DISPATCH, group.device).given("x", T=T).tensor("topk_idx", topk_idx, "T K", INDICES)
+        Checks(call, group.device).given("x", T=T).tensor("topk_idx", topk_idx, "T K", INDICES)
     for name, value in (("num_experts", E), ("expert_alignment", alignment), ("num_max_tokens_per_rank", M)):
-        check_integer(DISPATCH, name, value, 1)
-    check_integer(DISPATCH, "num_sms", given.num_sms, 0)
+        check_integer(call, name, value, 1)
+    check_integer(call, "num_sms", given.num_sms, 0)
     if T > M:
         raise CapacityError(
-            f"{DISPATCH}: x: T={T} rows exceed num_max_tokens_per_rank={M}; pass a larger one, the same on all ranks, "
-            "to this call or to ElasticBuffer"
+            f"{call}: x: T={T} rows exceed num_max_tokens_per_rank={M}; pass a larger one, the same on all ranks, "
+            f"to this call or to {call.partition('.')[0]}"
         )
     _check_padding(given)
     cpu_sync = given.do_cpu_sync is None or given.do_cpu_sync
     if cpu_sync and is_capturing(group):
         raise ArgumentError(
-            f"{DISPATCH}: do_cpu_sync: a CUDA graph cannot capture that the host waits for counts; pass "
-            "do_cpu_sync=False"
+            f"{call}: do_cpu_sync: a CUDA graph cannot capture that the host waits for counts; pass do_cpu_sync=False"
         )
     stats = given.cumulative_local_expert_recv_stats
     if stats is not None:
-        check = Checks(DISPATCH, group.device).given("num_experts", L=E // group.num_ranks)
+        check = Checks(call, group.device).given("num_experts", L=E // group.num_ranks)
         check.tensor("cumulative_local_expert_recv_stats", stats, "L", (torch.int32,), contiguous=False)
     return Request(given, topk_idx, E, M, alignment, cpu_sync)
 
@@ -117,23 +116,22 @@ def check_again(handle: EPHandle, given: Arguments) -> None:
     Raises:
         ArgumentError: an argument contradicts the handle; names it.
     """
+    call = given.call
     for name in ("topk_idx", "cumulative_local_expert_recv_stats"):
         if getattr(given, name) is not None:
-            raise ArgumentError(
-                f"{DISPATCH}: {name}: expected None, since handle has the routing; leave out one of them"
-            )
+            raise ArgumentError(f"{call}: {name}: expected None, since handle has the routing; leave out one of them")
     for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
         value, known = getattr(given, name), getattr(handle, name)
         if value is not None and value != known:
-            raise ArgumentError(f"{DISPATCH}: {name}: expected None or {known}, as in handle, got {value!r}")
+            raise ArgumentError(f"{call}: {name}: expected None or {known}, as in handle, got {value!r}")
     if given.do_expand != handle.do_expand:
         raise ArgumentError(
-            f"{DISPATCH}: do_expand: expected {handle.do_expand}, as in the dispatch that made handle, got "
+            f"{call}: do_expand: expected {handle.do_expand}, as in the dispatch that made handle, got "
             f"{given.do_expand}"
         )
     if given.do_cpu_sync:
-        raise ArgumentError(f"{DISPATCH}: do_cpu_sync: a dispatch with a handle never waits; pass None or False")
-    check_integer(DISPATCH, "num_sms", given.num_sms, 0)
+        raise ArgumentError(f"{call}: do_cpu_sync: a dispatch with a handle never waits; pass None or False")
+    check_integer(call, "num_sms", given.num_sms, 0)
     _check_padding(given)
 
 
@@ -141,12 +139,12 @@ def checked_handle(call: str, handle: object) -> EPHandle:
     """Return a handle.
 
     Raises:
-        PlanError: the handle does not come from `ElasticBuffer.dispatch`.
+        PlanError: the handle does not come from a dispatch.
     """
     if isinstance(handle, EPHandle):
         return handle
     raise PlanError(
-        f"{call}: handle: expected the EPHandle that tokenferry's ElasticBuffer.dispatch returned, got "
+        f"{call}: handle: expected the EPHandle that tokenferry's {call.partition('.')[0]}.dispatch returned, got "
         f"{type(handle).__name__}; pass it on as it is"
     )
 
@@ -158,13 +156,13 @@ def check_returned(device: torch.device, handle: EPHandle, returned: Returned) -
         ArgumentError: ``bias`` is a tuple, but not of two, or ``num_sms`` is wrong.
         ShapeError: a tensor has the wrong shape, dtype, device or strides; names it.
     """
-    check_integer(COMBINE, "num_sms", returned.num_sms, 0)
-    weights, bias = returned.topk_weights, returned.bias
+    call, weights, bias = returned.call, returned.topk_weights, returned.bias
+    check_integer(call, "num_sms", returned.num_sms, 0)
     sizes = {"rows": handle.plan.num_delivered, "K": handle.topk_idx.shape[1], "T": handle.plan.num_tokens}
-    check = Checks(COMBINE, device).given("the handle", **sizes)
+    check = Checks(call, device).given("the handle", **sizes)
     x = check.tensor("x", returned.x, "rows H", FLOATS)
     if isinstance(bias, tuple) and len(bias) != 2:
-        raise ArgumentError(f"{COMBINE}: bias: expected a tensor or a tuple of two, got {len(bias)}; add them up first")
+        raise ArgumentError(f"{call}: bias: expected a tensor or a tuple of two, got {len(bias)}; add them up first")
     for i, one in enumerate(_biases(bias)):
         check.tensor(f"bias[{i}]" if isinstance(bias, tuple) else "bias", one, "T H", (x.dtype,))
     if weights is not None:
@@ -241,16 +239,16 @@ def combine(views: Views, handle: EPHandle, returned: Returned) -> tuple[Tensor,
     return done.x.to(x.dtype) if widens else done.x, done.topk_weights
 
 
-def _required(name: str, value: _T | None) -> _T:
+def _required(call: str, name: str, value: _T | None) -> _T:
     if value is None:
-        raise ArgumentError(f"{DISPATCH}: {name}: expected a value, got None; it may be left out only with a handle")
+        raise ArgumentError(f"{call}: {name}: expected a value, got None; it may be left out only with a handle")
     return value
 
 
 def _check_padding(given: Arguments) -> None:
     if given.do_zero_padding and not given.do_expand:
         raise ArgumentError(
-            f"{DISPATCH}: do_zero_padding: only rows by expert have padding; pass do_expand=True, or leave it out"
+            f"{given.call}: do_zero_padding: only rows by expert have padding; pass do_expand=True, or leave it out"
         )
 
 

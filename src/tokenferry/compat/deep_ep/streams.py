@@ -127,6 +127,11 @@ class Lane:
         _mark(result, current)
         return result, EventOverlap(done)
 
+    def hand_over(self, result: object) -> None:
+        """Let the current stream use a result of `run`, too, which may have been called on another one. Local."""
+        if self.stream is not None:
+            _mark(result, current_stream(self._device.index))
+
     def _keep(self, done: EventHandle, inputs: tuple[Any, ...]) -> None:
         """Keep the inputs of a call alive until it is done; the communication stream must be current."""
         if torch.cuda.is_current_stream_capturing():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,11 +72,14 @@ class EventOverlap:
         self.hook_after_wait: Callable[[], object] | None = None
         self._release_at_exit = False
 
-    def current_stream_wait(self, release_handle: bool = False) -> None:
+    def current_stream_wait(self, release_handle: bool = False) -> Any:  # noqa: ANN401 - the result of any hook
         """Wait, then call the hook that was registered, once.
 
         Args:
             release_handle: Drop ``event`` and ``extra_tensors`` afterwards; the object cannot be waited for again.
+
+        Returns:
+            The result of the hook; None if there is none (any more).
 
         Raises:
             ArgumentError: there is no event, because the call that made this was synchronous.
@@ -88,10 +92,14 @@ class EventOverlap:
             )
         self.event.current_stream_wait()
         hook, self.hook_after_wait = self.hook_after_wait, None
-        if hook is not None:
-            hook()
+        result = None if hook is None else hook()
         if release_handle:
             self.event = self.extra_tensors = None
+        return result
+
+    def wait(self) -> Any:  # noqa: ANN401 - see current_stream_wait
+        """Wait as `current_stream_wait`, of which this is another name since DeepEP 2.5."""
+        return self.current_stream_wait()
 
     def register_hook_after_wait(self, hook: Callable[[], object]) -> None:
         """Call ``hook()`` after the next wait; replaces a hook that is registered already."""

@@ -4,6 +4,7 @@ from tokenferry.compat.deep_ep import (
     Buffer,
     Config,
     ElasticBuffer,
+    EPBuffer,
     EPHandle,
     EventHandle,
     EventOverlap,
@@ -16,6 +17,7 @@ from tokenferry.compat.deep_ep import (
 __all__ = [
     "Buffer",
     "Config",
+    "EPBuffer",
     "EPHandle",
     "ElasticBuffer",
     "EventHandle",
