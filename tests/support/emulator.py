@@ -85,7 +85,9 @@ class Kernel:
     def __init__(self, spec: KernelSpec, config: dict[str, int], folder: Path) -> None:
         unit = spec.unit(config, "sm_90a")
         headers = {name: translate(name, text) for name, text in unit.headers.items()}
-        main = '#include "emulator.h"\n' + unit.text + MAIN.format(kernel=spec.name, params=spec.params.name)
+        main = (
+            '#include "emulator.h"\n' + unit.text + MAIN.format(kernel=spec.entry or spec.name, params=spec.params.name)
+        )
         name = "".join([spec.name, *(f"-{word}{value}" for word, value in sorted(config.items()))])
         self.spec = spec
         self._run = build(main, headers, name, folder).run

@@ -36,8 +36,8 @@ def compiled(spec: KernelSpec, config: Mapping[str, int]) -> tuple[Resources, st
     """Return the resources that a kernel needs, and the whole log."""
     log = built(HashableUnit(spec.unit(config, ARCH))).log
     found = resources.parse(log)
-    assert spec.name in found, f'{spec.source}: no kernel extern "C" {spec.name}; it has {sorted(found)}'
-    return found[spec.name], log
+    assert spec.symbol in found, f"{spec.source}: no kernel {spec.symbol}; it has {sorted(found)}"
+    return found[spec.symbol], log
 
 
 def broken_promises(spec: KernelSpec, needs: Resources, log: str) -> list[str]:

@@ -27,7 +27,7 @@ class KernelSpec:
     """The description of a kernel: its files, its params, and limits of its resources.
 
     Attributes:
-        name: The ``extern "C"`` entry point, and the kernel's name in messages.
+        name: The kernel's name in messages, and its ``extern "C"`` entry point if ``entry`` is empty.
         source: The ``.cuh`` file.
         include: Root folder of ``#include "device/x.cuh"`` lines.
         params: The struct that the kernel takes by value: ``const __grid_constant__ <params.name> p``.
@@ -39,6 +39,7 @@ class KernelSpec:
         generated: Text of headers that are not files below ``include``, by the name in their ``#include`` lines.
         early: Whether the kernel begins with ``griddepcontrol.wait``: it may then be launched before the previous
             kernel has ended, which hides a part of the launch latency (programmatic dependent launch).
+        entry: The entry point if it lies in a namespace, such as ``"low_latency::dispatch"``: the name in profiles.
     """
 
     name: str
@@ -51,6 +52,15 @@ class KernelSpec:
     configs: tuple[Mapping[str, int], ...]
     generated: Mapping[str, str] = field(default_factory=dict)
     early: bool = False
+    entry: str = ""
+
+    @property
+    def symbol(self) -> str:
+        """The entry point's name in the binary: its own, or the mangled one of a function that takes the params."""
+        if not self.entry:
+            return self.name
+        parts = "".join(f"{len(part)}{part}" for part in self.entry.split("::"))
+        return f"_ZN{parts}E{len(self.params.name)}{self.params.name}"
 
     def unit(self, config: Mapping[str, int], arch: str) -> Unit:
         """Return the translation unit for one config and an architecture such as ``"sm_90a"``; reads the files.
@@ -236,7 +246,7 @@ class Jit:
             module = check(self._device.cuda.cuModuleLoadData(cubin), f"loading kernel {spec.name}")
             self._modules.append(module)
             function = check(
-                self._device.cuda.cuModuleGetFunction(module, spec.name.encode()), f"finding kernel {spec.name}"
+                self._device.cuda.cuModuleGetFunction(module, spec.symbol.encode()), f"finding kernel {spec.name}"
             )
             # The driver loads lazily: the first launch would wait for running kernels, which may wait for this one.
             check(self._device.cuda.cuFuncLoad(function), f"loading kernel {spec.name}")

@@ -20,8 +20,8 @@
 #include "decode_combine/receive.cuh"
 #include "decode_combine/send.cuh"
 
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
-    decode_combine(const __grid_constant__ DecodeCombineParams p) {
+namespace low_latency {  // DeepEP's tests look for a kernel "...::combine" in profiles
+__global__ void __launch_bounds__(kMaxThreads, 1) combine(const __grid_constant__ DecodeCombineParams p) {
     const bool leader = blockIdx.x == gridDim.x - 1, sends = p.phases & kSend;
     wait_for_kernel_before();
     trace_time(p, kTraceStart);
@@ -77,3 +77,4 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     add_tokens(p, call, slots, first, step);
     trace_time(p, kTraceEnd);
 }
+}  // namespace low_latency

@@ -58,6 +58,7 @@ SPEC = replace(
         ),
     ),
     early=True,
+    entry="low_latency::combine",
 )
 
 

@@ -59,6 +59,7 @@ SPEC = replace(
         configs=tuple({"type": kind} for kind in (*(TYPES[dtype] for dtype in ROW_TYPES), RAW)),
     ),
     early=True,
+    entry="low_latency::dispatch",
 )
 
 
