@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from support.emulated_group import emulate
+from support.emulated_group import EmulatedPair, Threads, emulate
+from tokenferry import MoeShape
+from tokenferry.api import ExpertGroup
 
 
 @pytest.fixture
@@ -18,3 +20,27 @@ def run(pytestconfig) -> Callable[..., list[Any]]:
 def both_paths(request, monkeypatch) -> None:
     """Make groups whose calls may take the fast path, then groups whose calls may not."""
     monkeypatch.setenv("TOKENFERRY_FAST_PATH", request.param)
+
+
+class Member:
+    """Stands for the process group of a rank."""
+
+    def __init__(self, rank: int, threads: Threads, pair: EmulatedPair) -> None:
+        self.rank, self.threads, self.pair = rank, threads, pair
+
+    def size(self) -> int:
+        return self.threads.size()
+
+
+@pytest.fixture
+def buffers(run, monkeypatch) -> Callable[..., list[Any]]:
+    """``buffers(R, job, *args)``: call ``job(rank, group, *args)`` in R threads, whose buffers make emulated groups."""
+
+    def with_heap(member: Member, *, on_timeout: str = "raise", **_: object) -> ExpertGroup:
+        return member.pair.open(member.threads, MoeShape(member.size(), 1, 16, 1), on_timeout=on_timeout)
+
+    def member_job(rank: int, threads: Threads, pair: EmulatedPair, job: Callable[..., Any], *args: Any) -> Any:
+        return job(rank, Member(rank, threads, pair), *args)
+
+    monkeypatch.setattr(ExpertGroup, "_with_heap", with_heap)
+    return lambda ranks, job, *args: run(ranks, member_job, job, *args)

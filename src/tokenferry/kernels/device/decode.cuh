@@ -84,11 +84,12 @@ static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
     u32 late = ended_ranks(p, now, start);
     for (u32 r = 0; r < p.num_ranks; r++) {
         const u64 lost = load_relaxed(&mine->gave_up[r]);
-        if (!lost || !is_alive(p, r) || load_relaxed(&mine->masked) >> r & 1) continue;
-        if (is_closed(lost, r)) {
+        if (!lost || !is_alive(p, r)) continue;
+        if (is_closed(lost, r)) {  // also if another block has masked it meanwhile
             late |= 1u << r;
             continue;
         }
+        if (load_relaxed(&mine->masked) >> r & 1) continue;
         give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), 0, 0, (u32)lost, now - start);
         return kFailed;
     }
