@@ -1,6 +1,7 @@
 """DeepEP's API on GPUs: the jobs of the CPU, streams and events, CUDA graphs, errors."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from support import deep_ep_cuda_jobs as cuda_jobs
 from support import deep_ep_jobs as jobs
+from support import deep_ep_v1_jobs as v1_jobs
 from support import pools
 from support.children import end_process
+from support.deep_ep_v1_jobs import Sizes
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.errors import CapacityError, RoutingError
 from tokenferry.testing.cases import Case
@@ -113,6 +116,32 @@ def test_low_latency_without_a_rank_from_the_start(ranks, leave):
         with pytest.raises(WorldError) as caught:
             world.run(cuda_jobs.low_latency_gone_at_once, case, leave)
         assert set(caught.value.errors) == {ranks - 1}, caught.value
+
+
+V1_SIZES = Sizes(tokens=32, hidden=2048, experts=16, top_k=4)
+
+
+@at_ranks
+@pytest.mark.parametrize("use_logfmt", [False, True])
+def test_what_the_low_latency_test_of_deep_ep_does(worlds, ranks, use_logfmt):
+    sizes = replace(V1_SIZES, experts=4 * ranks)
+    worlds(ranks, "cuda").run(v1_jobs.low_latency, "cuda", sizes, use_logfmt)
+
+
+@at_ranks
+def test_what_the_normal_test_of_deep_ep_does(worlds, ranks):
+    worlds(ranks, "cuda").run(v1_jobs.normal_mode, "cuda", replace(V1_SIZES, experts=4 * ranks), 24)
+
+
+@pytest.mark.skipif(NUM_GPUS < 6, reason="needs six GPUs")
+def test_what_the_shrink_test_of_deep_ep_does():
+    with World(6, devices="cuda", timeout_s=240.0) as world:
+        world.run(pools.prefer, "cuda")
+        world.run(v1_jobs.shrinking, "cuda", replace(V1_SIZES, experts=24))
+
+
+def test_profiles_have_one_kernel_for_each_direction_of_low_latency_calls(worlds):
+    worlds(RANKS, "cuda").run(v1_jobs.profiled, replace(V1_SIZES, experts=8))
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def combine(
     weights = detached(routing.topk_weights)
     if known.topk_idx is None:  # the plan holds the tensor of the dispatch, which may since have been overwritten
         plan = plan._routed(routing.topk_idx, weights)
-    elif not torch.equal(routing.topk_idx.long(), known.topk_idx.long()):
+    elif not _is_same_routing(group, routing.topk_idx, known):
         raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
     else:
         plan = plan._routed(plan.topk_idx, weights)
@@ -240,6 +240,25 @@ def combine(
         return_hook=given.return_hook,
     )
     return done.x, done.hook if given.return_hook else None
+
+
+def _is_same_routing(group: ExpertGroup, topk_idx: Tensor, handle: Handle) -> bool:
+    """Return whether these are the slots of the dispatch; those of masked ranks, which count for nothing, may be -1."""
+    assert handle.topk_idx is not None
+    now, sent = topk_idx.long(), handle.topk_idx.long()
+    if torch.equal(now, sent):
+        return True
+    owner = sent // (handle.num_experts // group.num_ranks)
+    masked = torch.tensor(sorted(group.masked_ranks), dtype=torch.int64, device=group.device)
+    return bool(((now == sent) | ((now == -1) & torch.isin(owner, masked))).all())
+
+
+def meet(views: Views) -> None:
+    """Wait for all ranks, and mask those that do not come, if the group may. Collective: a dispatch of no tokens."""
+    group = views.group
+    x = torch.empty(0, LOGFMT_COLUMNS, dtype=torch.bfloat16, device=group.device)
+    nowhere = torch.empty(0, 1, dtype=torch.int64, device=group.device)
+    views.of(group.num_ranks, 1, LOGFMT_COLUMNS, 1).decode_dispatch(x, Routing(nowhere))
 
 
 def combine_buffer(group: ExpertGroup, handle: object) -> Tensor:

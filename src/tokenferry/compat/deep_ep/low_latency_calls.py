@@ -60,11 +60,16 @@ class LowLatencyCalls:
         """Return the bytes that DeepEP needs as ``num_rdma_bytes`` for low latency, by its formula. Local."""
         return configs.low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
+    @without_grad
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Do nothing: no call needs a buffer that an earlier one left clean. Local.
+        """Clean nothing: no call needs a buffer that an earlier one left clean. Local without ``enable_shrink``.
+
+        With ``enable_shrink`` it is collective, like a low-latency call: DeepEP's has barriers, so that programs expect
+        a rank that does not come to be masked afterwards.
 
         Raises:
             ArgumentError: a size is not positive.
+            MismatchError, PeerTimeout, ClosedError: with ``enable_shrink``, as `low_latency_dispatch`.
         """
         self._decoding("Buffer.clean_low_latency_buffer")
         if min(num_max_dispatch_tokens_per_rank, hidden, num_experts) < 1:
@@ -72,6 +77,8 @@ class LowLatencyCalls:
                 "Buffer.clean_low_latency_buffer: expected positive sizes, got "
                 f"{num_max_dispatch_tokens_per_rank=}, {hidden=}, {num_experts=}"
             )
+        if self.enable_shrink:
+            low_latency.meet(self._views)
 
     # ------------------------------------------------------------------ shrink mode
 
