@@ -1,7 +1,8 @@
 """Megatron-Core, as it is published, with whatever `deep_ep` is on the path.
 
 FusedDispatch, FusedCombine and MoEFlexTokenDispatcher, forward and backward, on four gloo ranks of this host. Nothing
-of Megatron is changed or replaced, and none of what is run here calls CUDA. It gets process groups made here instead
+of Megatron is changed or replaced, and none of what is run here calls CUDA, except where its HybridEP dispatcher is
+compared with its all-to-all: see `support.megatron_hybrid_jobs`. It gets process groups made here instead
 of by its own set-up, and experts written here: its router and its experts want a GPU. The test sets
 TORCHDYNAMO_DISABLE=1, since Megatron wraps small functions in torch.compile: without it all this passes as well, but
 needs a C++ compiler and five times as long.
@@ -19,6 +20,8 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from support import megatron_hybrid_jobs
 
 R, E, K, H = 4, 8, 2, 32
 TOKENS = (6, 5, 0, 7)
@@ -148,6 +151,7 @@ def rank_main(rank: int, store: str) -> None:
         for tp, capacity_factor in ((1, None), (1, 2.0), (2, None)):
             check_dispatcher(rank, tp, how, capacity_factor)
     assert isinstance(fused_a2a._buffer, deep_ep.Buffer)
+    megatron_hybrid_jobs.as_all_to_all(rank, dist.group.WORLD)
     if rank == 0:
         sys.stdout.write(f"{fused_a2a._buffer.runtime.get_num_rdma_ranks()} nodes\n")
     dist.barrier()

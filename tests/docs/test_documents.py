@@ -20,7 +20,7 @@ import tokenferry
 from support import documents
 from tokenferry import env
 from tokenferry.cli.main import COMMANDS
-from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer
+from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer, HybridEPBuffer
 
 PYTHON_LANGUAGES = ("python", "pycon")
 LANGUAGES = {"python", "pycon", "text", "bash", "make"}
@@ -318,6 +318,7 @@ METHODS_WITH_TABLES = {
     ),
     ElasticBuffer: ("__init__", "dispatch", "combine"),
     EPBuffer: ("__init__", "dispatch", "combine"),
+    HybridEPBuffer: ("__init__", "dispatch_with_permute", "combine_with_unpermute"),
 }
 LIKE = {EPBuffer: ElasticBuffer}
 """Classes of whose methods the tables list what differs from those of another class."""

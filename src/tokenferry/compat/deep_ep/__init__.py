@@ -1,11 +1,11 @@
 """DeepEP's API on tokenferry: ``import tokenferry.compat.deep_ep as deep_ep``.
 
 `Buffer` is that of DeepEP 1, which DeepEP 2 keeps as its legacy buffer; `ElasticBuffer` is that of DeepEP 2; `EPBuffer`
-is that of DeepEP 2.5, which has neither of the others. For programs with ``import deep_ep``: put the folder that
-``tokenferry deep-ep-path`` prints on PYTHONPATH. Importing is cheap, and needs neither a GPU nor a process group.
-`HybridEPBuffer` is missing, and so are the methods of `ElasticBuffer` that do not concern experts; programs that test
-for them with ``hasattr`` see that they are absent. The arguments are described in the modules of the classes:
-`tokenferry.compat.deep_ep.buffer`, `tokenferry.compat.deep_ep.elastic` and `tokenferry.compat.deep_ep.ep_buffer`.
+is that of DeepEP 2.5, which has neither of the others; `HybridEPBuffer` is that of a branch. For programs with
+``import deep_ep``: put the folder that ``tokenferry deep-ep-path`` prints on PYTHONPATH. Importing is cheap, and needs
+neither a GPU nor a process group. Methods that do not concern experts are missing; programs that test for them with
+``hasattr`` see that they are absent. The arguments are described in the modules of the classes:
+`tokenferry.compat.deep_ep.buffer`, `elastic`, `ep_buffer` and `hybrid`, beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tokenferry.compat.deep_ep.elastic import ElasticBuffer
 from tokenferry.compat.deep_ep.elastic_handle import EPHandle
 from tokenferry.compat.deep_ep.ep_buffer import EPBuffer
 from tokenferry.compat.deep_ep.expert_buffer import get_logical_domain_size, get_physical_domain_size
+from tokenferry.compat.deep_ep.hybrid import HybridEPBuffer
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
@@ -35,6 +36,7 @@ __all__ = [
     "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
+    "HybridEPBuffer",
     "__version__",
     "get_logical_domain_size",
     "get_physical_domain_size",
