@@ -17,19 +17,20 @@ def test_a_step_of_each_dispatcher(tmp_path):
     run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=measure_megatron)
     assert run.status == 0
     assert run.report["failed"] == []
-    assert [item["dispatcher"] for item in run.report["training"]] == ["alltoall", "flex"]
+    assert [item["dispatcher"] for item in run.report["training"]] == list(megatron.DISPATCHERS)
+    assert len(run.report["training results"]) == 4
     for item in run.report["training results"]:
         assert len(item["differ_by"]) == 6, "the loss, and gradients of rows, routers and experts of two layers"
         assert max(item["differ_by"].values()) <= (1e-5 if item["dtype"] == "float32" else 2e-2)
     assert "back to back ms" in run.output
-    assert "flex and alltoall in float32" in run.output
+    assert "flex, hybridep and alltoall in float32" in run.output
 
 
 @needs_megatron
 def test_a_wrong_sum_gets_no_time(tmp_path):
     run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=wrong_combine)
     assert run.status == 1
-    assert "flex differs from alltoall in float32" in run.report["failed"][0]["why"]
+    assert "flex, deepep differs from alltoall in float32" in run.report["failed"][0]["why"]
     assert "training" not in run.report
 
 
@@ -49,7 +50,7 @@ def test_rows_of_the_table():
     half = {name: us / 2 for name, us in times.items()}
     label = {"tokens": 8, "dtype": "bfloat16"}
     own = {"dispatcher": "alltoall", **label, "isolated": times, "back_to_back": times}
-    flex = {"dispatcher": "flex", **label, "isolated": times, "back_to_back": half}
+    flex = {"dispatcher": "flex, deepep", **label, "isolated": times, "back_to_back": half}
     assert training.rows([own, flex])[1] == [
-        *("flex", "bfloat16", "8", "2.00 (1.00-3.00)", "1.00 (0.50-1.50)", "0.50"),
+        *("flex, deepep", "bfloat16", "8", "2.00 (1.00-3.00)", "1.00 (0.50-1.50)", "0.50"),
     ]

@@ -28,6 +28,11 @@ def moved_to_cpu(tensor, as_numpy=False, record_stream=False):
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
+def zeros_anywhere(*size, device=None, zeros=torch.zeros, **how):
+    """`torch.zeros`, on the CPU where Megatron asks for a GPU by name."""
+    return zeros(*size, device="cpu" if device == "cuda" else device, **how)
+
+
 def measure_megatron(rank, pg, progress, settings):
     """`megatron.measure_megatron`; Megatron asks for the current GPU and gets the CPU."""
     warnings.simplefilter("ignore")  # Megatron names each optional package that is missing
@@ -42,6 +47,7 @@ def measure_megatron(rank, pg, progress, settings):
     with (
         no_engine,
         on_host,
+        mock.patch.object(torch, "zeros", zeros_anywhere),
         mock.patch.multiple(
             torch.cuda,
             current_device=lambda: torch.device("cpu"),

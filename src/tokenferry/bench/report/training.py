@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenferry.bench.suites.megatron import FLEX, OWN
+from tokenferry.bench.suites.megatron import OWN
 
 Item = dict[str, Any]
 
 NOTE = (
-    f"two MoE layers of Megatron-Core with residual connections: forward, backward, SGD; wall clock. {FLEX}: over our "
-    f"deep_ep; {OWN}: its own. Both have the same weights and rows. differ_by: norm of the difference over the norm, "
-    "the worst rank"
+    "two MoE layers of Megatron-Core with residual connections: forward, backward, SGD; wall clock. flex: over our "
+    f"deep_ep, Buffer (deepep) or HybridEPBuffer (hybridep); {OWN}: its own. All have the same weights and rows. "
+    "differ_by: norm of the difference over the norm, the worst rank"
 )
 HEADER = ("dispatcher", "rows", "T", "isolated ms", "back to back ms", f"over {OWN}")
 
@@ -32,6 +32,7 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
 
 
 def difference_line(item: Item) -> str:
-    """Return how far losses and gradients of the two dispatchers are apart."""
+    """Return how far losses and gradients of a dispatcher are from those of Megatron's own."""
     found = ", ".join(f"{name} {by:.1e}" for name, by in item["differ_by"].items())
-    return f"{FLEX} and {OWN} in {item['dtype']}, T={item['tokens']}, norm of the difference over the norm: {found}"
+    what = f"{item['dispatcher']} and {OWN} in {item['dtype']}, T={item['tokens']}"
+    return f"{what}, norm of the difference over the norm: {found}"

@@ -1,4 +1,4 @@
-"""A training step of Megatron-Core, unmodified: its flex dispatcher over our `deep_ep` against its own all-to-all."""
+"""A training step of Megatron-Core, unmodified: its flex dispatchers over our `deep_ep` against its own all-to-all."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ ROUTED = 32
 STEPS = 5
 """Steps of a run back to back."""
 
-TURNS = 4
+TURNS = 2
 """How often the dispatchers are measured in turns; each time as often as the settings say."""
 
-OWN, FLEX = DISPATCHERS = ("alltoall", "flex")
-"""Values of ``moe_token_dispatcher_type``."""
+OWN = "alltoall"
+DISPATCHERS = {
+    OWN: {"moe_token_dispatcher_type": "alltoall"},
+    "flex, deepep": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
+    "flex, hybridep": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"},
+}
+"""Dispatchers by their names here, and Megatron's options for them."""
 
 LEARNING_RATE = 1e-4
 
@@ -84,14 +89,9 @@ def _measure(session: Session, tokens: int) -> bool:
         models = {name: Model(session, groups, name, precision.dtype) for name in DISPATCHERS}
         batch = Batch.draw(session, tokens, precision.dtype)
         found = {name: model.results(batch) for name, model in models.items()}
-        differences = [_difference(found[FLEX][name], expected) for name, expected in found[OWN].items()]
-        worst = dict(zip(found[OWN], map(max, zip(*session.gather(differences), strict=True)), strict=True))
-        session.send({"training results": {"tokens": tokens, "dtype": _name(precision.dtype), "differ_by": worst}})
-        wrong = {name: by for name, by in worst.items() if not by <= precision.bound}
-        if wrong:  # the same on all ranks
-            raise WrongAnswer(
-                f"{FLEX} differs from {OWN} in {_name(precision.dtype)} by more than {precision.bound}: {wrong}"
-            )
+        expected = found.pop(OWN)
+        for name, results in found.items():
+            _compare(session, tokens, precision, name, results, expected)
     steps = {name: model.stepper(batch) for name, model in models.items()}
     walls: dict[str, list[WallTimes]] = {name: [] for name in models}
     for _ in range(TURNS):  # one after the other, since the speed of a host changes within seconds
@@ -104,6 +104,28 @@ def _measure(session: Session, tokens: int) -> bool:
         }
         session.send({"training": {"dispatcher": name, "tokens": tokens, "dtype": _name(precision.dtype), **times}})
     return True
+
+
+def _compare(
+    session: Session,
+    tokens: int,
+    precision: Precision,
+    name: str,
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+) -> None:
+    """Report how far the results of a dispatcher are from Megatron's own. Collective.
+
+    Raises:
+        WrongAnswer: too far; on all ranks.
+    """
+    dtype = _name(precision.dtype)
+    differences = [_difference(found[what], right) for what, right in expected.items()]
+    worst = dict(zip(expected, map(max, zip(*session.gather(differences), strict=True)), strict=True))
+    session.send({"training results": {"dispatcher": name, "tokens": tokens, "dtype": dtype, "differ_by": worst}})
+    wrong = {what: by for what, by in worst.items() if not by <= precision.bound}
+    if wrong:
+        raise WrongAnswer(f"{name} differs from {OWN} in {dtype} by more than {precision.bound}: {wrong}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +151,7 @@ class Model:
     Args:
         session: The session.
         groups: Megatron's ProcessGroupCollection.
-        dispatcher: ``moe_token_dispatcher_type``.
+        dispatcher: One of `DISPATCHERS`.
         dtype: Of rows and weights.
     """
 
@@ -198,7 +220,6 @@ def _layers(session: Session, groups: Any, dispatcher: str, dtype: torch.dtype) 
         moe_router_topk=settings.top_k,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type=dispatcher,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
@@ -208,7 +229,7 @@ def _layers(session: Session, groups: Any, dispatcher: str, dtype: torch.dtype) 
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
-        **({"moe_flex_dispatcher_backend": "deepep"} if dispatcher == FLEX else {}),
+        **DISPATCHERS[dispatcher],
     )
     if not hasattr(moe_utils, "te_general_gemm"):
         raise BackendUnavailable(
