@@ -67,7 +67,8 @@ def test_bytes_beside_rows_are_apart():
     assert each.throughput.dispatch.network_out_bytes == pytest.approx(rows * 7392)
     assert each.decoding.dispatch.routing_out_bytes == 3 * 128 * 64
     assert each.decoding.dispatch.network_out_bytes == 3 * 128 * 7392
-    assert each.throughput.combine.routing_out_bytes == each.decoding.combine.routing_out_bytes == 0
+    assert each.throughput.combine.routing_out_bytes == 0
+    assert each.decoding.combine.routing_out_bytes == 3 * 128 * 4 * 8
 
 
 def simulated(network_us, own_us, relayed_us, chunks):
@@ -196,7 +197,7 @@ def test_memory():
     assert memory.network_bytes == 4096 * (4 + 7) * (14336 + 52)
     assert memory.worst_rows_bytes == 64 * 4096 * 7392
     assert memory.expected_rows_bytes == pytest.approx(each.throughput.busiest_rows.received * 7392)
-    assert each.decoding.memory.network_bytes == 4 * 7 * 128 * (7392 + 64 + 14336)
+    assert each.decoding.memory.network_bytes == 4 * 7 * 128 * (7392 + 64 + 14336 + 32)
     assert found(8).throughput.memory.network_bytes == 4096 * (7 + 7) * (14336 + 52)
     wider = Case(Cluster(8, 8), replace(V3, max_nodes=5), Gate(8, 4))
     memory = estimate(wider, LINKS, DecodeSizes(), Sampling(16)).throughput.memory

@@ -89,7 +89,8 @@ class CallCost:
         row_bytes: Bytes of a row with its scales.
         network_out_bytes: Rows to other nodes; decode calls send every slot, filled or not.
         network_in_bytes: Rows from other nodes.
-        routing_out_bytes: What is sent to other nodes beside the rows: ids, weights, counts.
+        routing_out_bytes: What is sent to other nodes beside the rows: ids, weights, counts; of a decode combine, the
+            weights with which the other node adds up.
         nvlink_out_bytes: Rows to other ranks of the node.
         nvlink_in_bytes: Rows from other ranks of the node.
         num_chunks: Exchanges in which the rows cross the network.
@@ -116,6 +117,11 @@ def entry_bytes(case: Case) -> int:
 def slot_header_bytes(case: Case) -> int:
     """Return the bytes of the same in the header of a slot of a decode call. Pure."""
     return -(-entry_bytes(case) // _SLOT_ALIGN) * _SLOT_ALIGN
+
+
+def slot_weight_bytes(case: Case) -> int:
+    """Return the bytes of the weights of a slot, with which the other node adds up in a decode combine. Pure."""
+    return _WEIGHT_BYTES * case.shape.top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +182,16 @@ def decode_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Lin
     """
     load, peers = _load(call, case, rows), case.cluster.num_nodes - 1
     filled = load.network_out
-    headers = peers * slots * slot_header_bytes(case) if call == "dispatch" else 0
+    beside = peers * slots * (slot_header_bytes(case) if call == "dispatch" else slot_weight_bytes(case))
     slot_bytes = float(peers * slots * load.row_bytes)
     load = replace(load, network_out=slot_bytes, network_in=slot_bytes)
     nvlink_us = _us(load.nvlink, links.nvlink_gbs * DECODE_SHARE[call])
-    network_us = _us(slot_bytes + headers, links.network_gbs) + links.network_us if peers else 0.0
+    # Weights cross while the nodes collect the rows that they are for.
+    timed_bytes = slot_bytes + (beside if call == "dispatch" else 0)
+    network_us = _us(timed_bytes, links.network_gbs) + links.network_us if peers else 0.0
     exposed_us = min(network_us, nvlink_us) + _us(2 * filled, COPY_GBS)
     times = Times(0.0, network_us, nvlink_us, exposed_us, DECODE_US[call])
-    return _call_cost(call, load, headers, min(peers, 1), times)
+    return _call_cost(call, load, beside, min(peers, 1), times)
 
 
 def _load(call: CallName, case: Case, rows: Sequence[RankRows]) -> _Load:

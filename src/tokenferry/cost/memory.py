@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenferry.cost.calls import entry_bytes, slot_header_bytes
+from tokenferry.cost.calls import entry_bytes, slot_header_bytes, slot_weight_bytes
 from tokenferry.cost.case import Case
 from tokenferry.cost.rows import RankRows
 from tokenferry.layout import network_capacity
@@ -40,7 +40,7 @@ def throughput_memory(case: Case, most: RankRows) -> Memory:
 
 def decode_memory(case: Case, most: RankRows, slots: int) -> Memory:
     """Return the memory of decode calls: slots to send and to receive, for both calls and both parities. Pure."""
-    slot_bytes = case.dispatch_row_bytes + slot_header_bytes(case) + case.combine_row_bytes
+    slot_bytes = case.dispatch_row_bytes + slot_header_bytes(case) + case.combine_row_bytes + slot_weight_bytes(case)
     return _memory(case, most, _PARITIES * 2 * (case.cluster.num_nodes - 1) * slots * slot_bytes)
 
 
