@@ -237,7 +237,7 @@ class ExpertGroup(Connected):
 
         Contract of masking: local, returns at once. Call it between a `decode_combine` and the next `decode_dispatch`,
         on both sides: a rank that does not mask those that mask it waits for them until its timeout. Ranks may mask
-        differently. CUDA: pending hooks are called first.
+        differently; across nodes, if one masks any, all do. CUDA: pending hooks are called first.
 
         Contract of unmasking: if two ranks have masked each other by hand, between the same two calls on both, and make
         the same number of calls meanwhile, both may unmask each other before any later call: local, returns at once. A
@@ -589,7 +589,8 @@ class ExpertGroup(Connected):
         Contract:
             Collective: yes; T may differ and may be 0. ``hook()`` is local. Any number of results may be alive at once.
             Host: CPU backend: returns when the rows have arrived; with ``return_hook=True`` when they have been sent,
-                and ``hook()`` waits for them. CUDA: returns at once, and so does ``hook()``; the first decode call of
+                and ``hook()`` waits for them; across nodes until the ranks of this node have called theirs or made
+                another call. CUDA: returns at once, and so does ``hook()``; the first decode call of
                 these sizes allocates memory together with the ranks that are not masked, and waits for them for at
                 most ``timeout_s``.
             Stream: CUDA: torch's current stream, on all SMs. With ``return_hook=True`` the call only sends, ``hook()``
@@ -620,7 +621,9 @@ class ExpertGroup(Connected):
             RoutingError: an index is outside [-1, E), or a token has experts on too many nodes, as in `dispatch`. CUDA:
                 raised by the next call, by ``hook()`` or by `synchronize`; neither that call nor those launched after
                 it have sent anything: make all of them again.
-            CapacityError: T > M; CUDA: a rank's heap is too small for the rows (then on every rank).
+            CapacityError: T > M; across nodes: a rank has more tokens for another node than ``MoeShape.node_slots`` (on
+                every rank; with a hook, the hook raises); CUDA: a rank's heap is too small for the rows (then on every
+                rank).
             ArgumentError: CUDA: a graph cannot capture this; names the call to make before. Or a rank takes
                 part that was masked when the memory for these calls was made; says how it comes back.
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
@@ -655,15 +658,17 @@ class ExpertGroup(Connected):
         Numerics: ``"exact"``: every expert's row is sent; ``sum_k weight[k] * row[k]`` in slot order in float32, each
         product and each sum rounded to float32, one rounding to y's dtype at the end. ``"fast"``: each rank sums its
         experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
-        added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank.
+        added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank. With several
+        nodes each node makes such a sum of its experts, rounded to y's dtype; these are added in node order in float32
+        and rounded once more. Not while ranks are masked.
 
         Encoding: the rows in transit (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after rounding to
-        y's dtype) are encoded by their sender and decoded to float32 by their receiver; the rest is as above. A
-        rank's own rows are encoded too, so that the sum does not depend on which rank holds an expert. ``"same"``: rows
-        are sent unchanged; ``"fp8"``: float8_e4m3fn with a float32 scale per row and 128 columns, see
-        `tokenferry.formats.fp8`; ``"logfmt10"``: 10 bits a number, with a logarithmic range per row and 128 columns,
-        see `tokenferry.formats.logfmt`. In both a NaN or an infinity arrives as NaN, and the other columns as if it
-        were 0. docs/concepts.md gives the precision of each.
+        y's dtype; with several nodes: each node's sum, and nothing else) are encoded by their sender and decoded to
+        float32 by their receiver; the rest is as above. A rank's own rows are encoded too, so that the sum does not
+        depend on which rank holds an expert. ``"same"``: rows are sent unchanged; ``"fp8"``: float8_e4m3fn with a
+        float32 scale per row and 128 columns, see `tokenferry.formats.fp8`; ``"logfmt10"``: 10 bits a number, with a
+        logarithmic range per row and 128 columns, see `tokenferry.formats.logfmt`. In both a NaN or an infinity arrives
+        as NaN, and the other columns as if it were 0. docs/concepts.md gives the precision of each.
 
         Contract: as `decode_dispatch`: collective, hooks, CUDA graphs. The plan is not consumed. ``y`` may be in any
         memory and is read once. Later work on the stream may overwrite it, even while the hook is pending.

@@ -86,6 +86,9 @@ class MoeShape:
         max_nodes: The most nodes that the experts of a token may lie on, its own node counted like any other; None: any
             number. Dispatches refuse a routing that exceeds it, so that it bounds the rows that a rank sends to other
             nodes. On one node it has no effect.
+        node_slots: Decode calls across nodes: the most tokens of a rank that may go to the same other node; None: M.
+            With fewer, buffers for the network are smaller, and a call in which a rank has more raises on all ranks. On
+            one node it has no effect.
 
     Raises:
         ConfigError: a size is not a positive integer.
@@ -96,14 +99,17 @@ class MoeShape:
     hidden: int
     max_tokens: int
     max_nodes: int | None = None
+    node_slots: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden", "max_tokens"):
             value = getattr(self, name)
             if not _positive(value):
                 raise ConfigError(f"MoeShape: {name}: expected a positive integer, got {value!r}")
-        if self.max_nodes is not None and not _positive(self.max_nodes):
-            raise ConfigError(f"MoeShape: max_nodes: expected a positive integer or None, got {self.max_nodes!r}")
+        for name in ("max_nodes", "node_slots"):
+            value = getattr(self, name)
+            if value is not None and not _positive(value):
+                raise ConfigError(f"MoeShape: {name}: expected a positive integer or None, got {value!r}")
 
 
 def _positive(value: object) -> bool:
@@ -301,7 +307,8 @@ class DecodeStats:
 
     Args:
         received: ``[L]`` int32 or None: rows that each local expert received (`decode_dispatch` only).
-        wait_ns: ``[R]`` int64 or None: nanoseconds that calls waited for each source rank.
+        wait_ns: ``[R]`` int64 or None: nanoseconds that calls waited for each source rank. Across nodes a combine
+            counts the time for the sum of another node for each of its ranks.
     """
 
     received: Tensor | None = None
@@ -335,7 +342,8 @@ class DecodePlan:
     src_token: Tensor
     src_range: Tensor
     row_weights: Tensor | None
-    # CUDA: [16 + R*M*K] int32: which rows arrived from which rank, and their positions.
+    # CUDA: [16 + R*M*K] int32: which rows arrived from which rank, and their positions. CPU, two levels: [N, M, K]
+    # int64: by source node, the experts on this node of the tokens that this rank passed on or had itself; -1: none.
     _table: Tensor | None = field(default=None, repr=False)
     # CPU: number of the call, by which a combine detects that another rank uses the plan of a different call.
     _call_number: int = field(default=0, repr=False)

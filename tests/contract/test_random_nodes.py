@@ -25,10 +25,10 @@ from support.throughput import (
     routing_of,
 )
 from support.throughput_jobs import many_plans, plans_in_other_views
+from support.topologies import topologies
 from tokenferry import DispatchOptions, ExpertGroup, Layout
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.oracle import Oracle
-from tokenferry.topology import by_place
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -50,13 +50,6 @@ class Plot:
     options: DispatchOptions
     combine: int
     packed: bool
-
-
-@st.composite
-def topologies(draw: st.DrawFn) -> tuple[tuple[int, ...], ...]:
-    num_nodes, per_node = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    places = [str(node) for node in range(num_nodes) for _ in range(per_node)]
-    return by_place(draw(st.one_of(st.just(places), st.permutations(places))))
 
 
 @st.composite

@@ -126,7 +126,8 @@ def combine_in_any_order(group, steps, sent, order) -> None:
     for step, one, got in zip(steps, sent, made, strict=True):
         oracle = step.oracle()
         ys = [rows_of(oracle, there, step) * 2 for there in range(step.case.ranks)]
-        same_bits(f"{step} combine by hook", got.x, oracle.decode_combine(step.rank, ys))
+        want = oracle.decode_combine(step.rank, ys, nodes=step.levels(group))
+        same_bits(f"{step} combine by hook", got.x, want)
         check_received(step, one, None)
 
 
@@ -143,7 +144,7 @@ BEFORE = 10**15
 
 
 def counters(rank, pg, pair: Pair, ranks: int) -> list[list[int]]:
-    case = Case((3, 2, 4)[:ranks], 2 * ranks, 3, hidden=64, routing="repeated")
+    case = Case((3, 2, 4, 1)[:ranks], 2 * ranks, 3, hidden=64, routing="repeated")
     step = Step(case, rank)
     counts = torch.tensor(step.oracle().expert_counts(rank), dtype=torch.int32)
     base = torch.arange(2, dtype=torch.int32) * 100

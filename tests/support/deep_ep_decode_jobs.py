@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from support.deep_ep_jobs import nodes_of
 from tokenferry.compat.deep_ep import Buffer, EventHandle
 from tokenferry.testing.cases import Case, answers
 from tokenferry.testing.compare import close_each, same_bits
@@ -77,9 +78,9 @@ def round_trip(rank, pg, case, each_waits=True):
     local = case.experts // case.ranks
     rows = local * case.ranks * M
     ys = [answers(case, oracle, r, rows, case.dtype) for r in range(case.ranks)]
-    want = oracle.decode_combine(rank, ys)
     y = ys[rank].view(local, case.ranks * M, case.hidden)
     buffer = Buffer(pg, low_latency_mode=True)
+    want = oracle.decode_combine(rank, ys, nodes=nodes_of(buffer))
     buffer.clean_low_latency_buffer(M, case.hidden, case.experts)
     received = torch.full((local,), 5, dtype=torch.int32)
     waited, waited_home = torch.zeros(2, case.ranks, dtype=torch.int64)
@@ -155,7 +156,8 @@ def logfmt(rank, pg, case, exact=True):
     buffer = Buffer(pg, low_latency_mode=True)
     handle = buffer.low_latency_dispatch(mine.x, mine.topk_idx, M, case.experts, use_fp8=False)[2]
     out = torch.full_like(mine.x, torch.nan)
-    want = oracle.decode_combine(rank, ys, encoding="logfmt10")
+    nodes = nodes_of(buffer)
+    want = oracle.decode_combine(rank, ys, encoding="logfmt10", nodes=nodes)
     for how in ({}, {"out": out}, {"return_recv_hook": True}):
         got, _, hook = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle, use_logfmt=True, **how)
         if hook:
@@ -163,9 +165,9 @@ def logfmt(rank, pg, case, exact=True):
         if exact:
             same_bits("combined", got, want)
         else:
-            _nearly(got, want, *oracle.decode_slack(rank, ys))
+            _nearly(got, want, *oracle.decode_slack(rank, ys, nodes=nodes))
     if case.routing != "nothing" and len(mine.x):
-        assert not torch.equal(got.cpu(), oracle.decode_combine(rank, ys))
+        assert not torch.equal(got.cpu(), oracle.decode_combine(rank, ys, nodes=nodes))
 
 
 def _nearly(got: Tensor, want: Tensor, one_code: Tensor, magnitude: Tensor) -> None:

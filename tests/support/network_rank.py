@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support import throughput_jobs
+from support import decode_jobs, throughput_jobs
 from support.lost_nodes import twice
 from support.lost_ranks import leave_note
 from support.pairs import Pair
@@ -44,7 +44,10 @@ class Cut:
     ahead: bool = False
 
 
-CUTS = (Cut("dispatch", 0), Cut("dispatch", 1), Cut("redispatch", 0, ahead=True), Cut("combine", 3))
+CUTS = (
+    *(Cut("dispatch", 0), Cut("dispatch", 1), Cut("redispatch", 0, ahead=True), Cut("combine", 3)),
+    *(Cut("decode_dispatch", 1), Cut("decode_combine", 2)),
+)
 """Each is made on a group of its own, in a thread."""
 
 
@@ -55,6 +58,7 @@ def main() -> None:
     pg = dist.group.WORLD
     for job in (throughput_jobs.round_trips, throughput_jobs.overflow):
         job(rank, pg, PAIR, RANKS)
+    decode_jobs.encodings(rank, pg, PAIR, RANKS)
     everyone = range(RANKS)
     groups = [PAIR.open(dist.new_group(everyone, backend="gloo"), CASE.shape, timeout_s=TIMEOUT_S) for _ in CUTS]
     assert groups[0].topology.nodes == NODES, f"found {groups[0].topology.nodes}"
@@ -71,11 +75,13 @@ def main() -> None:
 def calls_of(group: ExpertGroup) -> dict[str, Callable[[], Any]]:
     mine = CASE.inputs()[group.rank]
     routing = Routing(mine.topk_idx, mine.topk_weights)
-    sent = group.dispatch(mine.x, routing)
+    sent, decoded = group.dispatch(mine.x, routing), group.decode_dispatch(mine.x, routing)
     return {
         "dispatch": lambda: group.dispatch(mine.x, routing),
         "redispatch": lambda: group.redispatch(mine.x, sent.plan),
         "combine": lambda: group.combine(sent.x, sent.plan),
+        "decode_dispatch": lambda: group.decode_dispatch(mine.x, routing),
+        "decode_combine": lambda: group.decode_combine(decoded.x, decoded.plan),
     }
 
 

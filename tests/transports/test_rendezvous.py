@@ -218,7 +218,8 @@ def different_transports(rank, pg):
         (different_shapes, "shape differs between ranks (rank 0: MoeShape"),
         (
             different_limits,
-            "max_nodes=None), rank 1: MoeShape(num_experts=4, top_k=1, hidden=8, max_tokens=4, max_nodes=1",
+            "max_nodes=None, node_slots=None), rank 1: MoeShape(num_experts=4, top_k=1, hidden=8, max_tokens=4, "
+            "max_nodes=1, node_slots=None)",
         ),
         (different_transports, "rank 0: auto, rank 1: shared_memory"),
         (different_nodes, "ranks_per_node differs between ranks (rank 0: 2, rank 1: 1)"),

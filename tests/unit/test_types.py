@@ -22,15 +22,17 @@ def test_shape_wants_positive_integers(name, value):
         MoeShape(**sizes)
 
 
+@pytest.mark.parametrize("name", ["max_nodes", "node_slots"])
 @pytest.mark.parametrize("value", [0, -3, 1.0, "8", True])
-def test_a_limit_of_nodes_is_a_positive_integer(value):
-    with pytest.raises(ConfigError, match=rf"MoeShape: max_nodes: expected a positive integer or None, got {value!r}"):
-        MoeShape(4, 2, 8, 16, max_nodes=value)
+def test_limits_across_nodes_are_positive_integers(name, value):
+    with pytest.raises(ConfigError, match=rf"MoeShape: {name}: expected a positive integer or None, got {value!r}"):
+        MoeShape(4, 2, 8, 16, **{name: value})
 
 
-def test_a_limit_of_nodes_is_part_of_the_shape():
+@pytest.mark.parametrize("name", ["max_nodes", "node_slots"])
+def test_limits_across_nodes_are_part_of_the_shape(name):
     """Handshakes compare the text of shapes."""
-    free, limited = MoeShape(4, 2, 8, 16), MoeShape(4, 2, 8, 16, max_nodes=2)
+    free, limited = MoeShape(4, 2, 8, 16), MoeShape(4, 2, 8, 16, **{name: 2})
     assert free != limited
     assert str(free) != str(limited)
     for shape in (free, limited):

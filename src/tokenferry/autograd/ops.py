@@ -51,7 +51,8 @@ def pack(
 
 
 def _group(where: str, sizes: Sequence[int]) -> ExpertGroup:
-    # int(): while a graph is being traced, sizes may be symbolic; these five become constants of the graph.
+    # int(): while a graph is being traced, sizes may be symbolic; these five become constants of the graph. The sixth,
+    # node_slots, is for decode calls, which have no gradients.
     num_experts, top_k, hidden, max_tokens, max_nodes = map(int, sizes[:5])
     return find_group(where.split()[0], MoeShape(num_experts, top_k, hidden, max_tokens, max_nodes or None))
 

@@ -249,25 +249,38 @@ class Oracle:
             table.append([(sum(counts[:src]), count) for src, count in enumerate(counts)])
         return table
 
-    def decode_combine(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False, encoding: str = "same") -> Tensor:
+    def decode_combine(
+        self,
+        rank: int,
+        ys: Sequence[Tensor],
+        *,
+        fast: bool = False,
+        encoding: str = "same",
+        nodes: Sequence[Sequence[int]] = (),
+    ) -> Tensor:
         """Return ``[T, H]`` of ``rank``: weighted sums in slot order, or (fast) rounded per rank, then in rank order.
+
+        With several nodes the rows of each node are added so first; its sum is rounded, and only that is encoded.
 
         Args:
             rank: The rank of the tokens.
             ys: The answers of each rank, ``[L * capacity, H]``.
             fast: Sum before the encoding.
             encoding: Encoding of the rows on the way: ``"same"`` (not at all), ``"fp8"`` or ``"logfmt10"``.
+            nodes: The ranks of each node; empty: all are one.
         """
         sums = []
         for token in range(len(self.choices[rank])):
             total = torch.zeros(ys[rank].shape[1], dtype=torch.float32, device="cpu")
-            for row, weight in self._decode_terms(rank, token, ys, fast=fast):
+            for row, weight in self._decode_terms(rank, token, ys, nodes, fast=fast):
                 product = encoded_row(row, encoding) * weight
                 total = total + product
             sums.append(total.to(ys[rank].dtype))
         return torch.stack(sums) if sums else ys[rank].new_empty(0, ys[rank].shape[1])
 
-    def decode_slack(self, rank: int, ys: Sequence[Tensor], *, fast: bool = False) -> tuple[Tensor, Tensor]:
+    def decode_slack(
+        self, rank: int, ys: Sequence[Tensor], *, fast: bool = False, nodes: Sequence[Sequence[int]] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Return by how much `decode_combine` over ``"logfmt10"`` changes if each number gets a neighbouring code.
 
         Returns:
@@ -278,7 +291,7 @@ class Oracle:
         for token in range(len(self.choices[rank])):
             change = torch.zeros(1, ys[rank].shape[1], dtype=torch.float32, device="cpu")
             size = torch.zeros(1, ys[rank].shape[1], dtype=torch.float32, device="cpu")
-            for row, weight in self._decode_terms(rank, token, ys, fast=fast):
+            for row, weight in self._decode_terms(rank, token, ys, nodes, fast=fast):
                 change = change + abs(weight) * torch.cat([_neighbours(group) for group in torch.split(row, LOG_BLOCK)])
                 size = size + abs(weight) * encoded_row(row, "logfmt10").abs()
             one_code.append(change)
@@ -286,18 +299,32 @@ class Oracle:
         return torch.cat(one_code), torch.cat(sizes)
 
     def _decode_terms(
-        self, rank: int, token: int, ys: Sequence[Tensor], *, fast: bool
+        self, rank: int, token: int, ys: Sequence[Tensor], nodes: Sequence[Sequence[int]], *, fast: bool
     ) -> Iterator[tuple[Tensor, float]]:
         """Yield the rows that travel home for one token, in the order of the sum, and their factors."""
+        if len(nodes) <= 1:
+            yield from self._rows_home(rank, token, ys, range(self.num_ranks), fast=fast)
+            return
+        for node in nodes:
+            total = torch.zeros(ys[rank].shape[1], dtype=torch.float32, device="cpu")
+            for row, weight in self._rows_home(rank, token, ys, node, fast=fast):
+                product = row.float() * weight
+                total = total + product
+            yield total.to(ys[rank].dtype), 1.0
+
+    def _rows_home(
+        self, rank: int, token: int, ys: Sequence[Tensor], ranks: Sequence[int], *, fast: bool
+    ) -> Iterator[tuple[Tensor, float]]:
+        """Yield the rows of one token that some ranks send, in the order of the sum, and their factors."""
         weights = self.sent[rank].topk_weights
         assert weights is not None
         if fast:
-            for there in range(self.num_ranks):
+            for there in ranks:
                 yield self._fast_partial(there, rank, token, ys[there], weights[token]), 1.0
             return
         for slot, expert in enumerate(self.choices[rank][token]):
-            if expert >= 0:
-                there, local = divmod(expert, self.num_local)
+            there, local = divmod(expert, self.num_local)
+            if expert >= 0 and there in ranks:
                 yield ys[there][self.place(there, rank, token, local)], float(weights[token, slot])
 
     def _fast_partial(self, there: int, rank: int, token: int, y: Tensor, weights: Tensor) -> Tensor:

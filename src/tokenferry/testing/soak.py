@@ -183,7 +183,8 @@ class Soaker:
         places = torch.tensor([row.place for row in oracle.rows(self.rank)], dtype=torch.int64, device="cpu")
         rows = sent.x.reshape(-1, case.hidden)[self._to_device(places)]
         self._pending.append(Comparison(what, rows, oracle.x(self.rank)))
-        self._pending.append(Comparison(f"{what} combine", home.x, oracle.decode_combine(self.rank, ys, fast=fast)))
+        want = oracle.decode_combine(self.rank, ys, fast=fast, nodes=self.group.topology.nodes)
+        self._pending.append(Comparison(f"{what} combine", home.x, want))
 
     def _large(self) -> None:
         large = soak_large.draw(self._shared, self.ranks)

@@ -310,7 +310,7 @@ def _replay(group: ExpertGroup, soak: Soak, graphs: dict[Kind, Graph]) -> Tally:
         _be_late(soak, rank, number)
         sent, total = graph.replay(inputs, eager=random.Random(f"{soak.seed} {number} eager").random() < 0.05)
         reference = Reference(inputs, kind.local * R, rank, kind.fp8, fast=kind.fast, encoding=kind.encoding)
-        findings.note(number, reference.wrong(sent, total))
+        findings.note(number, reference.wrong(sent, total, group.topology.nodes))
         if len(since) == LOOK_EVERY or number == soak.first + soak.replays - 1:
             group.synchronize()  # what the kernels found comes first
             findings.look(rank, soak, since)

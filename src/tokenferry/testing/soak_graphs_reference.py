@@ -5,6 +5,7 @@ Letters: S = R * M rows of all ranks together, by rank, then token; the rest as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,18 @@ class Reference:
         # Of a sum over logfmt10; see `beyond_a_code`.
         self._magnitude = self._one_code = torch.zeros((), dtype=torch.float32, device="cpu")
 
-    def wrong(self, sent: DecodeDispatched[Tensor | Quantized], total: Tensor) -> dict[str, Tensor]:
-        """Return where results differ, by name: bool tensors. Does not wait for the device."""
+    def wrong(
+        self, sent: DecodeDispatched[Tensor | Quantized], total: Tensor, nodes: Sequence[Sequence[int]] = ()
+    ) -> dict[str, Tensor]:
+        """Return where results differ, by name: bool tensors. Does not wait for the device.
+
+        Args:
+            sent: The result of the dispatch.
+            total: That of the combine.
+            nodes: The ranks of each node, if there are several whose sums are rounded on the way.
+        """
         found = self._wrong_rows(sent)
-        want = self.total()
+        want = self.total(nodes)
         found["sum"] = (
             beyond_a_code(total, want, self._magnitude, self._one_code)
             if self._encoding == "logfmt10"
@@ -102,35 +111,37 @@ class Reference:
 
     # ------------------------------------------------------------------ combine
 
-    def total(self) -> Tensor:
+    def total(self, nodes: Sequence[Sequence[int]] = ()) -> Tensor:
         """Return ``[M, H]`` bfloat16: the result of combine."""
         x, chosen = self._inputs.x[self._rank], self._inputs.topk_idx[self._rank].long()
         weights, used = self._inputs.topk_weights[self._rank], chosen >= 0
         rows = x.float() if self._quantize is None else fp8_values(*fp8_cast(x, self._quantize))
         factor = factors(self._num_experts, x.device)[chosen.clamp(min=0)]
-        answers = (rows[:, None, :] * factor[..., None]).to(torch.bfloat16)  # [M, K, H]
+        rows = (rows[:, None, :] * factor[..., None]).to(torch.bfloat16)  # [M, K, H]
+        factor, owner = torch.where(used, weights, 0.0)[..., None], torch.where(used, chosen // self._num_local, -1)
         if self._fast:
-            return self._sum_of_ranks(answers, chosen, weights)
-        factor = torch.where(used, weights, 0.0)[..., None]
-        terms = torch.where(used[..., None], self._travelled(answers, factor) * factor, 0.0)
+            rows = self._sums_of_ranks(rows, chosen, weights)
+            factor = torch.ones_like(rows[..., :1], dtype=torch.float32)
+            owner = torch.arange(rows.shape[1], device=x.device, dtype=torch.int64).expand(rows.shape[:2])
+        if len(nodes) > 1:
+            by_rank = sorted((rank, node) for node, ranks in enumerate(nodes) for rank in ranks)
+            numbers = [*(node for _, node in by_rank), -1]  # -1 stays -1
+            node_of = torch.tensor(numbers, device=x.device, dtype=torch.int64)
+            rows = _sums_by(rows.float() * factor, node_of[owner], len(nodes)).to(torch.bfloat16)
+            factor, owner = torch.ones_like(rows[..., :1], dtype=torch.float32), torch.zeros_like(owner[:, :1])
+        terms = torch.where(owner[..., None] >= 0, self._travelled(rows, factor) * factor, 0.0)
         return _in_order(terms).to(torch.bfloat16)
 
-    def _sum_of_ranks(self, answers: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Add each rank's experts in their order, each once, with the weights of all its slots; then rank by rank."""
+    def _sums_of_ranks(self, answers: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Add each rank's experts in their order, each once, with the weights of all its slots: ``[M, R, H]``."""
         same = chosen[:, :, None] == chosen[:, None, :]  # [M, K, K]
         weights = (same * weights[:, None, :]).sum(-1)
         first = ~same.tril(-1).any(-1) & (chosen >= 0)
         order = chosen.argsort(1)
         first, chosen, weights = (one.gather(1, order) for one in (first, chosen, weights))
         answers = answers.gather(1, order[..., None].expand_as(answers))
-        terms = answers.float() * weights[..., None]
-        ranks = torch.arange(self._inputs.x.shape[0], device=chosen.device, dtype=torch.int64)
-        from_rank = (chosen[..., None] // self._num_local == ranks) & first[..., None]  # [M, K, R]
-        partial = torch.zeros_like(terms[:, :1]).repeat(1, len(ranks), 1)
-        for slot in range(terms.shape[1]):
-            partial = partial + torch.where(from_rank[:, slot, :, None], terms[:, slot, None], 0.0)
-        rows = partial.to(torch.bfloat16)
-        return _in_order(self._travelled(rows, torch.ones_like(rows[..., :1], dtype=torch.float32))).to(torch.bfloat16)
+        owner = torch.where(first, chosen // self._num_local, -1)
+        return _sums_by(answers.float() * weights[..., None], owner, self._inputs.x.shape[0]).to(torch.bfloat16)
 
     def _travelled(self, rows: Tensor, factor: Tensor) -> Tensor:
         """Return rows ``[M, n, H]`` float32 as they arrive, where they are multiplied with ``factor`` ``[M, n, 1]``."""
@@ -139,6 +150,16 @@ class Reference:
             self._magnitude = (arrived.values * factor).abs().sum(1)
             self._one_code = (arrived.one_code * factor).abs().sum(1)
         return arrived.values
+
+
+def _sums_by(terms: Tensor, owner: Tensor, num: int) -> Tensor:
+    """Add ``[M, n, H]`` up to ``[M, num, H]`` by owner ``[M, n]``, -1: none, one after the other, from zero."""
+    owners = torch.arange(num, device=terms.device, dtype=torch.int64)
+    belongs = owner[..., None] == owners  # [M, n, num]
+    total = torch.zeros_like(terms[:, :1]).repeat(1, num, 1)
+    for i in range(terms.shape[1]):
+        total = total + torch.where(belongs[:, i, :, None], terms[:, i, None], 0.0)
+    return total
 
 
 def _in_order(terms: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from tokenferry.backends.base import (
     Resolved,
     TokenLayout,
 )
-from tokenferry.backends.cpu import combine, decode, dispatch, routing
+from tokenferry.backends.cpu import combine, dispatch, routing
+from tokenferry.backends.cpu.decode import Decoder
 from tokenferry.backends.cpu.exchange import Exchange
-from tokenferry.backends.cpu.route import make_route
+from tokenferry.backends.cpu.levels import Levels
+from tokenferry.backends.cpu.route import Direct, Route
+from tokenferry.backends.cpu.two_levels import TwoLevels
 from tokenferry.errors import ArgumentError, BackendUnavailable, ResourceError
 from tokenferry.topology import Topology
 from tokenferry.transports.refused import resource_error
@@ -76,7 +79,9 @@ class CpuBackend:
         self.topology = topology
         self.device = torch.device("cpu")
         self._exchange = exchange
-        self._route = make_route(exchange, topology)
+        levels = None if topology.num_nodes == 1 else Levels(exchange, topology)
+        self._route: Route = Direct(exchange) if levels is None else TwoLevels(levels)
+        self._decoder = Decoder(exchange, levels, key)
 
     @property
     def broken(self) -> str | None:
@@ -157,29 +162,34 @@ class CpuBackend:
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("dispatch", request.num_sms)
+        self._exchange.catch_up()
         return dispatch.dispatch(self._exchange, self._route, self.key, request)
 
     @torch.no_grad()
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.dispatch`."""
         _check_no_sms("redispatch", request.num_sms)
+        self._exchange.catch_up()
         return dispatch.redispatch(self._exchange, self._route, request)
 
     @torch.no_grad()
     def combine(self, request: CombineRequest) -> Combined:
         """See `tokenferry.backends.cpu.combine`."""
         _check_no_sms("combine", request.num_sms)
+        self._exchange.catch_up()
         return combine.combine(self._exchange, self._route, request)
 
     @torch.no_grad()
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cpu.decode`."""
-        return decode.decode_dispatch(self._exchange, self.key, request)
+        self._exchange.catch_up()
+        return self._decoder.dispatch(request)
 
     @torch.no_grad()
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """See `tokenferry.backends.cpu.decode`."""
-        return decode.decode_combine(self._exchange, request)
+        self._exchange.catch_up()
+        return self._decoder.combine(request)
 
 
 def _check_no_sms(call: str, num_sms: int | None) -> None:

@@ -6,202 +6,209 @@ sums the rows. The first half allocates all results, so that a hook only fills t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
-from tokenferry.backends.cpu.exchange import Exchange, Kind, Pending, Signature
-from tokenferry.backends.cpu.payload import Outgoing, Payload, ReceivedRows
+from tokenferry.backends.cpu.decode_direct import DirectCombine, DirectDispatch
+from tokenferry.backends.cpu.decode_nodes import NodeCombine, NodeDispatch
+from tokenferry.backends.cpu.decode_rows import packed_ranges
+from tokenferry.backends.cpu.exchange import Exchange, Kind, Signature
+from tokenferry.backends.cpu.levels import Levels
+from tokenferry.backends.cpu.payload import Payload, ReceivedRows
 from tokenferry.backends.tensors import drop_ranks, without_autocast
-from tokenferry.formats import fp8, logfmt
+from tokenferry.errors import CapacityError
+from tokenferry.formats import fp8
 from tokenferry.formats.dtypes import dtype_code
-from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, Quantized, Scale
-
-_COUNT_BITS = 32
-"""Each entry of ``DecodePlan.src_range`` is a start, shifted by this, and a count."""
+from tokenferry.transports.base import Deadline
+from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, Quantized
 
 
-@without_autocast
-def decode_dispatch(
-    exchange: Exchange, key: str, request: DecodeDispatchRequest
-) -> DecodeDispatched[Tensor | Quantized]:
-    """Cast and send the rows; then, at once or in the hook, arrange those that arrive as ``[L, R*M, H]``."""
-    shape, routing = request.shape, request.routing
-    num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
-    skip = frozenset(exchange.masked)
-    topk_idx = drop_ranks(routing.topk_idx, skip, num_local)
-    rows: Tensor | Quantized = request.x if request.quantize is None else fp8.cast(request.x, request.quantize)
-    payload = Payload(
-        rows.data if isinstance(rows, Quantized) else rows,
-        scale=rows.scale if isinstance(rows, Quantized) else None,
-        weights=routing.topk_weights,
-        topk_idx=topk_idx,
-        token=torch.arange(topk_idx.shape[0], dtype=torch.int64, device="cpu"),
-    )
-    pending = _start_dispatch(exchange, request, payload, topk_idx, skip)
-    num_rows = num_ranks * shape.max_tokens
-    weighted = routing.topk_weights is not None
-    row_weights = torch.empty(num_local, num_rows, dtype=torch.float32, device="cpu") if weighted else None
-    result = DecodeDispatched(
-        x=_empty_like(rows, num_local, num_rows, exchange.allocator),
-        expert_counts=torch.empty(num_local, dtype=torch.int32, device="cpu"),
-        plan=DecodePlan(
-            group_key=key,
-            num_tokens=topk_idx.shape[0],
-            num_experts=shape.num_experts,
-            topk_idx=topk_idx,
-            topk_weights=routing.topk_weights,
-            src_token=torch.empty(num_local, num_rows, dtype=torch.int32, device="cpu"),
-            src_range=torch.empty(num_local, num_ranks, dtype=torch.int64, device="cpu"),
-            row_weights=row_weights,
-            _call_number=pending.number,
-        ),
-        hook=no_hook,
-    )
+class Delivery(Protocol):
+    """The rows of a dispatch on their way.
 
-    def arrange(received: Sequence[ReceivedRows]) -> None:
-        _arrange(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
-        if request.stats.received is not None:
-            request.stats.received.add_(result.expert_counts)
+    Attributes:
+        number: The number of the call, the same on all ranks.
+        relayed: ``DecodePlan._table``; complete when the rows have been received.
+    """
 
-    hook = _finish(pending, request.stats, arrange, return_hook=request.return_hook)
-    return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
+    @property
+    def number(self) -> int: ...  # noqa: D102
+
+    @property
+    def relayed(self) -> Tensor | None: ...  # noqa: D102
+
+    @property
+    def aborted(self) -> bool:
+        """See `Pending.aborted`."""
+        ...
+
+    def receive(
+        self, deadline: Deadline, wait_ns: Tensor | None
+    ) -> contextlib.AbstractContextManager[Sequence[ReceivedRows]]:
+        """Wait for all rows, after `Exchange.catch_up`; yields them by source rank, to be read in the ``with`` block.
+
+        Raises:
+            CapacityError: a rank had more tokens for another node than there are slots; raised on all ranks.
+        """
+        ...
 
 
-@without_autocast
-def decode_combine(exchange: Exchange, request: DecodeCombineRequest) -> DecodeCombined:
-    """Send the experts' rows back, if ``fast`` weighted and summed per token; then sum the rows that arrive."""
-    y, plan, weights, encoding = request.y, request.plan, request.plan.topk_weights, request.encoding
-    num_ranks, num_local = exchange.num_ranks, plan.num_experts // exchange.num_ranks
-    assert weights is not None
-    skip = frozenset(exchange.masked)
-    outgoing = _outgoing(request, num_ranks, skip, exchange.allocator)
-    payload = outgoing.payload
-    pending = _start_combine(exchange, request, outgoing, skip)
-    out = request.out
-    if out is None:
-        out = exchange.allocator.empty(plan.num_tokens, y.shape[-1], dtype=y.dtype)
+class Homecoming(Protocol):
+    """The rows of a combine on their way."""
 
-    def reduce(received: Sequence[ReceivedRows]) -> None:
-        absent = frozenset(exchange.masked) | skip
-        topk_idx = drop_ranks(plan.topk_idx, absent, num_local)
-        if request.fast:
-            tokens, expected = cpu_routing.destinations(topk_idx, plan.num_experts, num_ranks)
-        else:
-            assigned = cpu_routing.assign(topk_idx, plan.num_experts, 1, None)
-            expected = assigned.counts.view(num_ranks, num_local).sum(1)
-        # The rows of a rank that is masked by now do not count, even if they have arrived.
-        received = [ReceivedRows(0, []) if src in absent else one for src, one in enumerate(received)]
-        pending.check_counts(received, expected.tolist())
-        if request.fast:
-            by_source = torch.split(tokens, expected.tolist())
-            sums = _sums_by_source(payload, received, encoding, exchange.allocator)
-            cpu_routing.reduce_rows(out, by_source, sums, exchange.allocator)
-            return
-        rows = _decoded_rows(payload, received, encoding, exchange.allocator)
-        cpu_routing.reduce_weighted(out, rows, assigned.row_idx, weights, exchange.allocator)
+    @property
+    def aborted(self) -> bool:
+        """See `Pending.aborted`."""
+        ...
 
-    return DecodeCombined(out, _finish(pending, request.stats, reduce, return_hook=request.return_hook))
+    def receive(self, out: Tensor, deadline: Deadline) -> None:
+        """Wait for all rows, after `Exchange.catch_up`, and write their sums."""
+        ...
 
 
-def _start_dispatch(
-    exchange: Exchange, request: DecodeDispatchRequest, payload: Payload, topk_idx: Tensor, skip: frozenset[int]
-) -> Pending:
-    """Send each rank the rows that its experts need."""
-    shape, quantize = request.shape, request.quantize
-    fields = {
-        "num_experts": shape.num_experts,
-        "top_k": shape.top_k,
-        "max_tokens": shape.max_tokens,
-        "dtype": dtype_code(request.x.dtype),
-        "fp8 scale": 0 if quantize is None else 1 + list(type(quantize)).index(quantize),
-        **payload.fields,
-    }
-    dst_token, dst_counts = cpu_routing.destinations(topk_idx, shape.num_experts, exchange.num_ranks)
-    counts = dst_counts.tolist()
-    outgoing = Outgoing(payload, torch.split(dst_token, counts), counts)
-    signature = Signature(Kind.decode_dispatch, fields)
-    return exchange.start(signature, outgoing, skip=skip, copy_own=request.return_hook)
+class Decoder:
+    """Makes the decode calls of a group.
 
+    Args:
+        exchange: Reaches all ranks.
+        levels: The nodes, if there are several. Calls without masked ranks then use two levels. With masked ranks rows
+            are sent directly: the rank that would pass them on may be one of those.
+        key: That of the group.
+    """
 
-def _start_combine(
-    exchange: Exchange, request: DecodeCombineRequest, outgoing: Outgoing, skip: frozenset[int]
-) -> Pending:
-    """Send each rank the rows of its tokens."""
-    fields = {
-        "dispatch of the plan": request.plan._call_number,
-        "fast": int(request.fast),
-        "encoding": int(request.encoding),
-        "dtype": dtype_code(request.y.dtype),
-        **outgoing.payload.fields,
-    }
-    signature = Signature(Kind.decode_combine, fields)
-    return exchange.start(signature, outgoing, skip=skip, copy_own=request.return_hook)
+    def __init__(self, exchange: Exchange, levels: Levels | None, key: str) -> None:
+        self._exchange = exchange
+        self._levels = levels
+        self._key = key
 
-
-def _outgoing(request: DecodeCombineRequest, num_ranks: int, skip: frozenset[int], allocator: Allocator) -> Outgoing:
-    """Select the rows for each rank not in ``skip``, sum them per token if ``fast``, and encode them."""
-    flat, plan = request.y.view(-1, request.y.shape[-1]), request.plan
-    nowhere = torch.empty(0, dtype=torch.int64, device="cpu")
-    positions = [nowhere if src in skip else _positions_from(plan, src) for src in range(num_ranks)]
-    if request.encoding is Encoding.same and not request.fast:
-        return Outgoing(Payload(flat), positions, [each.numel() for each in positions])
-    parts = [_sum_per_token(flat, plan, each, allocator) if request.fast else flat[each] for each in positions]
-    counts = [part.shape[0] for part in parts]
-    ends = torch.tensor(counts, dtype=torch.int64, device="cpu").cumsum(0).tolist()
-    slices = [slice(end - num, end) for end, num in zip(ends, counts, strict=True)]
-    rows = torch.cat(parts)
-    if request.encoding is Encoding.same:
-        return Outgoing(Payload(rows), slices, counts)
-    # This rank's own rows are encoded too, so that the sum does not depend on which rank an expert lives on.
-    encoded = fp8.cast(rows, Scale.FLOAT32) if request.encoding is Encoding.fp8 else logfmt.encode(rows)
-    return Outgoing(Payload(encoded.data, scale=encoded.scale), slices, counts)
-
-
-def _decoded_rows(
-    payload: Payload, received: Sequence[ReceivedRows], encoding: Encoding, allocator: Allocator
-) -> Tensor:
-    """Return the rows of all sources: as they were sent, or, if they were encoded, in float32."""
-    rows = payload.gather_rows(received, allocator)
-    if encoding is Encoding.same:
-        return rows
-    encoded = Quantized(rows, payload.gather_metadata(received)["scale"])
-    return fp8.dequantize(encoded) if encoding is Encoding.fp8 else logfmt.decode(encoded)
-
-
-def _sums_by_source(
-    payload: Payload, received: Sequence[ReceivedRows], encoding: Encoding, allocator: Allocator
-) -> Sequence[Tensor]:
-    """Return the decoded rows of each source, without a copy if they were not encoded."""
-    if encoding is Encoding.same:
-        return [payload.view_rows(source) for source in received]
-    return torch.split(_decoded_rows(payload, received, encoding, allocator), [each.num_rows for each in received])
-
-
-def _finish(
-    pending: Pending, stats: DecodeStats, work: Callable[[Sequence[ReceivedRows]], None], *, return_hook: bool
-) -> Callable[[], None]:
-    """Run the second half of a call now, or return a hook that runs it once."""
-    done = False
-
-    @torch.inference_mode()  # results, `out` and counters may come from inference mode, and be filled outside of it
     @without_autocast
-    def hook() -> None:
-        nonlocal done
-        if done or pending.aborted:
-            return
-        with pending.receive(stats.wait_ns, tolerant=True, hooked=return_hook) as received:
-            work(received)
-        done = True
+    def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
+        """Cast and send the rows; then, at once or in the hook, arrange those that arrive as ``[L, R*M, H]``."""
+        exchange, shape, routing = self._exchange, request.shape, request.routing
+        num_ranks, num_local = exchange.num_ranks, shape.num_experts // exchange.num_ranks
+        topk_idx = drop_ranks(routing.topk_idx, frozenset(exchange.masked), num_local)
+        rows: Tensor | Quantized = request.x if request.quantize is None else fp8.cast(request.x, request.quantize)
+        payload = Payload(
+            rows.data if isinstance(rows, Quantized) else rows,
+            scale=rows.scale if isinstance(rows, Quantized) else None,
+            weights=routing.topk_weights,
+            topk_idx=topk_idx,
+            token=torch.arange(topk_idx.shape[0], dtype=torch.int64, device="cpu"),
+        )
+        delivery = self._send(request, payload, topk_idx)
+        num_rows = num_ranks * shape.max_tokens
+        weighted = routing.topk_weights is not None
+        row_weights = torch.empty(num_local, num_rows, dtype=torch.float32, device="cpu") if weighted else None
+        result = DecodeDispatched(
+            x=_empty_like(rows, num_local, num_rows, exchange.allocator),
+            expert_counts=torch.empty(num_local, dtype=torch.int32, device="cpu"),
+            plan=DecodePlan(
+                group_key=self._key,
+                num_tokens=topk_idx.shape[0],
+                num_experts=shape.num_experts,
+                topk_idx=topk_idx,
+                topk_weights=routing.topk_weights,
+                src_token=torch.empty(num_local, num_rows, dtype=torch.int32, device="cpu"),
+                src_range=torch.empty(num_local, num_ranks, dtype=torch.int64, device="cpu"),
+                row_weights=row_weights,
+                _call_number=delivery.number,
+                _table=delivery.relayed,
+            ),
+            hook=no_hook,
+        )
 
-    if return_hook:
-        return hook
-    hook()
-    return no_hook
+        def receive(deadline: Deadline) -> None:
+            with delivery.receive(deadline, request.stats.wait_ns) as received:
+                _arrange(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
+            if request.stats.received is not None:
+                request.stats.received.add_(result.expert_counts)
+
+        hook = self._finish(delivery, receive, return_hook=request.return_hook)
+        return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
+
+    @without_autocast
+    def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
+        """Send the experts' rows back, if ``fast`` weighted and summed per token; then sum the rows that arrive."""
+        exchange, plan, levels = self._exchange, request.plan, self._direct_or_levels()
+        fields = {
+            "dispatch of the plan": plan._call_number,
+            "fast": int(request.fast),
+            "encoding": int(request.encoding),
+            "dtype": dtype_code(request.y.dtype),
+            **self._fields_of_nodes(),
+        }
+        signature = Signature(Kind.decode_combine, fields)
+        homecoming: Homecoming
+        if levels is None:
+            homecoming = DirectCombine(exchange, signature, request)
+        else:
+            homecoming = NodeCombine(levels, signature, request)
+        out = request.out
+        if out is None:
+            out = exchange.allocator.empty(plan.num_tokens, request.y.shape[-1], dtype=request.y.dtype)
+        receive = partial(homecoming.receive, out)
+        return DecodeCombined(out, self._finish(homecoming, receive, return_hook=request.return_hook))
+
+    def _direct_or_levels(self) -> Levels | None:
+        return None if self._exchange.masked else self._levels
+
+    def _fields_of_nodes(self) -> dict[str, int]:
+        """Return what ranks of several nodes must agree on: else some would wait for rows that take another way."""
+        return {} if self._levels is None else {"whether ranks are masked": int(bool(self._exchange.masked))}
+
+    def _send(self, request: DecodeDispatchRequest, payload: Payload, topk_idx: Tensor) -> Delivery:
+        """Send each rank the rows that its experts need."""
+        shape, quantize, levels = request.shape, request.quantize, self._direct_or_levels()
+        fields = {
+            "num_experts": shape.num_experts,
+            "top_k": shape.top_k,
+            "max_tokens": shape.max_tokens,
+            "node_slots": shape.node_slots or 0,
+            "dtype": dtype_code(request.x.dtype),
+            "fp8 scale": 0 if quantize is None else 1 + list(type(quantize)).index(quantize),
+            **self._fields_of_nodes(),
+            **payload.fields,
+        }
+        signature = Signature(Kind.decode_dispatch, fields)
+        if levels is not None:
+            return NodeDispatch(levels, signature, payload, topk_idx, request)
+        token, counts = cpu_routing.destinations(topk_idx, shape.num_experts, self._exchange.num_ranks)
+        tokens = torch.split(token, counts.tolist())
+        return DirectDispatch(self._exchange, signature, payload, tokens, hooked=request.return_hook)
+
+    def _finish(
+        self, under_way: Delivery | Homecoming, receive: Callable[[Deadline], None], *, return_hook: bool
+    ) -> Callable[[], None]:
+        """Run the second half of a call now, or return a hook that runs it once."""
+        exchange, done = self._exchange, False
+
+        @torch.inference_mode()  # results, `out` and counters may come from inference mode, and be filled outside of it
+        @without_autocast
+        def hook() -> None:
+            nonlocal done
+            if done or under_way.aborted:
+                return
+            deadline = Deadline(exchange.timeout_s)
+            exchange.catch_up(deadline)
+            try:
+                receive(deadline)
+            except CapacityError:  # the rows are gone
+                done = True
+                raise
+            done = True
+
+        if return_hook:
+            return hook
+        hook()
+        return no_hook
 
 
 def _arrange(
@@ -238,40 +245,7 @@ def _arrange(
     src = torch.repeat_interleave(torch.arange(len(received), dtype=torch.int64, device="cpu"), num_rows)
     hits = cpu_routing.hits(local_idx, 1, num_local).long()
     counts = torch.zeros(len(received), num_local, dtype=torch.int64, device="cpu").index_add_(0, src, hits).T
-    starts = counts.cumsum(1) - counts
-    plan.src_range.copy_(starts << _COUNT_BITS | counts)
-
-
-def _positions_from(plan: DecodePlan, src: int) -> Tensor:
-    """Return the positions (expert * capacity + row) of the rows from one rank, by expert, then token."""
-    capacity = plan.src_token.shape[1]
-    ranges = plan.src_range[:, src]
-    counts = ranges & ((1 << _COUNT_BITS) - 1)
-    firsts = (ranges >> _COUNT_BITS) + torch.arange(ranges.numel(), dtype=torch.int64, device="cpu") * capacity
-    before = counts.cumsum(0) - counts
-    within = torch.arange(int(counts.sum()), dtype=torch.int64, device="cpu")
-    return torch.repeat_interleave(firsts - before, counts) + within
-
-
-def _sum_per_token(flat: Tensor, plan: DecodePlan, positions: Tensor, allocator: Allocator) -> Tensor:
-    """Return weighted sums of the rows at ``positions``, one per distinct token, by token.
-
-    The experts of a token are added in order, and the sum is rounded once.
-    """
-    assert plan.row_weights is not None
-    tokens, which, counts = torch.unique(plan.src_token.flatten()[positions], return_inverse=True, return_counts=True)
-    # Build the table of each token's positions: sorted by token and, because the sort is stable, by expert within one.
-    order = which.argsort(stable=True)
-    which = which[order]
-    column = torch.arange(which.numel(), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts)[which]
-    most = int(counts.max()) if counts.numel() else 0
-    row_idx = torch.full((tokens.numel(), most), -1, dtype=torch.int64, device="cpu")
-    row_idx[which, column] = positions[order]
-    weights = torch.zeros(row_idx.shape, dtype=torch.float32, device="cpu")
-    weights[which, column] = plan.row_weights.flatten()[positions[order]]
-    sums = flat.new_empty(tokens.numel(), flat.shape[1])
-    cpu_routing.reduce_weighted(sums, flat, row_idx, weights, allocator)
-    return sums
+    plan.src_range.copy_(packed_ranges(counts))
 
 
 def _empty_like(rows: Tensor | Quantized, num_local: int, num_rows: int, allocator: Allocator) -> Tensor | Quantized:

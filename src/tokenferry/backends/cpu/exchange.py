@@ -53,10 +53,10 @@ class Signature:
         """The name of the call, and of the leg, for error messages."""
         return f"{self.kind.name} ({self.leg})" if self.leg else self.kind.name
 
-    def header(self, num_rows: int) -> tuple[int, ...]:
-        """Return the header of a message about ``num_rows`` rows."""
+    def header(self, num_rows: int, note: int) -> tuple[int, ...]:
+        """Return the header of a message about ``num_rows`` rows; the note is its last number."""
         values = (int(self.kind), num_rows, *self.fields.values())
-        return values + (0,) * (HEADER_INTS - len(values))
+        return values + (0,) * (HEADER_INTS - 1 - len(values)) + (note,)
 
     def check(self, call: CallId, rank: int, src: int, header: tuple[int, ...]) -> int:
         """Return the number of rows that ``src`` sent.
@@ -85,6 +85,16 @@ def _encoding_name(code: int) -> str:
 
 _SHOW: dict[str, Callable[[int], str]] = {"dtype": dtype_name, "encoding": _encoding_name}
 """Fields whose values are codes, and the functions that turn them into names."""
+
+
+@contextlib.contextmanager
+def counted(wait_ns: Tensor | None, ranks: Sequence[int]) -> Iterator[None]:
+    """Add the nanoseconds that the block takes to the counters of some ranks, if there are counters."""
+    start = time.perf_counter_ns()
+    yield
+    if wait_ns is not None:
+        for rank in ranks:
+            wait_ns[rank] += time.perf_counter_ns() - start
 
 
 class Exchange:
@@ -127,6 +137,7 @@ class Exchange:
         self.allocator = Allocator()
         self._last_call = 0
         self._resync_due = False
+        self._postponed: Callable[[Deadline], None] | None = None
         forget_in_child(self, Exchange._forget)
 
     def start(
@@ -154,9 +165,22 @@ class Exchange:
             for rows, buffer, count in zip(outgoing.rows, buffers, copied, strict=True):
                 if buffer.numel():
                     outgoing.payload.write(rows, sections.split(buffer, count))
-            headers = [signature.header(count) for count in counts]
+            headers = [signature.header(count, outgoing.note) for count in counts]
             self.transport.post(call, headers, deadline or Deadline(self.timeout_s), skip)
             return Pending(self, call, signature, outgoing, skip=skip, copy_own=copy_own)
+
+    def postpone(self, work: Callable[[Deadline], None]) -> None:
+        """Leave to `catch_up` what a call has yet to do for its peers, once it may wait for them."""
+        self._postponed = work
+
+    def catch_up(self, deadline: Deadline | None = None) -> None:
+        """Do what was postponed; every call and every hook begins with it.
+
+        So at most one call has something to do, and all ranks make their exchanges in the same order.
+        """
+        work, self._postponed = self._postponed, None
+        if work is not None:
+            work(deadline or Deadline(self.timeout_s))
 
     def mask(self, rank: int) -> None:
         """Expect no more messages of a rank."""
@@ -177,6 +201,7 @@ class Exchange:
         self.lost.discard(rank)
         if resync:
             self.num_resyncs += 1
+            self._postponed = None
             self._resync_due = True
             self.transport.announce_call(self._last_call, frozenset(self.masked))
 
@@ -307,10 +332,8 @@ class Pending:
         with self.receive_each(tolerant=tolerant, hooked=hooked, deadline=deadline) as take:
             received: dict[int, ReceivedRows] = {}
             for src in self._exchange.transport.order:
-                start = time.perf_counter_ns()
-                received[src] = take(src)
-                if wait_ns is not None and src != self._exchange.rank:
-                    wait_ns[src] += time.perf_counter_ns() - start
+                with counted(wait_ns, [src] if src != self._exchange.rank else []):
+                    received[src] = take(src)
             yield [received[src] for src in range(self._exchange.num_ranks)]
 
     @contextlib.contextmanager
@@ -360,9 +383,10 @@ class Pending:
         else:
             return nothing
         num_rows = self._check(src, message.header)
+        note = message.header[-1]
         if src == exchange.rank and not self._copy_own:
-            return ReceivedRows(num_rows, [], self._own)
-        return ReceivedRows(num_rows, self._sections.split(message.body, num_rows))
+            return ReceivedRows(num_rows, [], self._own, note)
+        return ReceivedRows(num_rows, self._sections.split(message.body, num_rows), note=note)
 
     def _check(self, src: int, header: tuple[int, ...]) -> int:
         return self._signature.check(self._call, self._exchange.rank, src, header)

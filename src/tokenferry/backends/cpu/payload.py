@@ -22,11 +22,13 @@ class ReceivedRows:
         num_rows: How many there are.
         sections: Per section, ``[num_rows, width]`` uint8; empty if the rows are this rank's own and were not copied.
         own: Then: which rows of the payload they are.
+        note: See `Outgoing`.
     """
 
     num_rows: int
     sections: list[Tensor]
     own: Tensor | slice | None = None
+    note: int = 0
 
 
 class Payload:
@@ -140,8 +142,10 @@ class Outgoing:
         payload: All rows.
         rows: Per destination rank, its rows of the payload.
         counts: Per destination rank, how many they are.
+        note: A number for all receivers that goes along with the rows; the call defines what it means.
     """
 
     payload: Payload
     rows: Sequence[Tensor | slice]
     counts: Sequence[int]
+    note: int = 0
