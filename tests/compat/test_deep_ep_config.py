@@ -5,7 +5,12 @@ import json
 import pytest
 
 from tokenferry.compat.deep_ep import Buffer, Config
+from tokenferry.compat.deep_ep.config import low_latency_rdma_size_hint
+from tokenferry.cost.case import Case, Cluster
+from tokenferry.cost.memory import decode_memory
+from tokenferry.cost.rows import RankRows
 from tokenferry.errors import ConfigError
+from tokenferry.types import MoeShape
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +89,24 @@ def test_hints_take_nodes_of_the_size_that_is_set(monkeypatch):
     assert config.get_nvl_buffer_size_hint(64, 6) == -(-2 * (9 * 4 + 256 * row) // 128) * 128
     assert config.get_rdma_buffer_size_hint(64, 6) == -(-3 * 2 * (6 * 4 + 258 * row) // 128) * 128
     assert config.get_rdma_buffer_size_hint(64, 2) == 0
-    low_latency = Buffer.get_low_latency_rdma_size_hint(4, 128, 6, 2)
-    monkeypatch.delenv("TOKENFERRY_RANKS_PER_NODE")
-    assert Buffer.get_low_latency_rdma_size_hint(4, 128, 6, 2) == low_latency
 
 
-def test_low_latency_hint_is_exact():
+def test_low_latency_hint_is_exact_on_one_node(monkeypatch):
+    monkeypatch.setenv("TOKENFERRY_RANKS_PER_NODE", "32")
     assert Buffer.get_low_latency_rdma_size_hint(1024, 6144, 32, 256) == 13086230656
     hint = Buffer.get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank=128, hidden=7168, num_ranks=8, num_experts=288
     )
     assert hint == 4 * (288 * 128 * (2 * 7168 + 224)) + 2 * 1152 + 128
     assert Buffer.get_low_latency_rdma_size_hint(4, 128, 2, 2) == 8832  # here a dispatched row is the larger one
+
+
+@pytest.mark.parametrize(("experts", "choices"), [(256, 64), (32, 32)])
+def test_low_latency_hint_on_several_nodes_is_what_two_levels_take(experts, choices):
+    """The cost model has the same buffers: its K is what DeepEP's function is not told."""
+    case = Case(Cluster(4, 8), MoeShape(experts, choices, 7168, 4096), rows="bf16")
+    modelled = decode_memory(case, RankRows(), slots=128).network_bytes
+    hint = Buffer.get_low_latency_rdma_size_hint(128, 7168, 32, experts)
+    assert hint == -(-modelled // 128) * 128
+    assert hint < low_latency_rdma_size_hint(128, 7168, experts)
+    assert Buffer.get_low_latency_rdma_size_hint(128, 7168, 64, experts) == pytest.approx(hint * 7 / 3, rel=1e-4)

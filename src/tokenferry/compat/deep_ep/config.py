@@ -19,6 +19,9 @@ _SOURCE_BYTES = 8
 _ROW_EXTRA_BYTES = _SOURCE_BYTES + 128 * 8 + 128 * 4 + 128 * 4
 """Bytes sent with a row: its source, and up to 128 expert ids (int64), gate weights and scales (float32)."""
 
+_MOST_CHOICES = 64
+"""The most choices of a token, K, on GPUs: a hint is asked for without it."""
+
 # R: (nvl_send, nvl_recv, rdma_send, rdma_recv), as DeepEP publishes them.
 _DISPATCH = {
     2: (24, 256, 6, 128),
@@ -147,6 +150,21 @@ def low_latency_rdma_size_hint(max_tokens: int, hidden: int, num_experts: int) -
     receive = num_experts * max_tokens * max(dispatch_row, combine_row)
     total = 2 * send + 2 * receive + 2 * round_up(4 * num_experts, 128)
     return (total + 128) // 128 * 128
+
+
+def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Return the bytes for low-latency calls: one node as DeepEP V1, several what two levels take.
+
+    Two levels have a slot for each of M tokens and other node, to send and to receive, twice: for a row with a header
+    in a dispatch, and for a row in a combine, with the weights.
+    """
+    others = -(-num_ranks // _ranks_per_node()) - 1
+    if others < 1:
+        return low_latency_rdma_size_hint(max_tokens, hidden, num_experts)
+    choices = min(num_experts, _MOST_CHOICES)
+    id_bytes = 2 if num_experts < 1 << 15 else 4
+    slot = 2 * (2 * hidden) + round_up(4 + choices * (id_bytes + 4), 16) + 4 * choices
+    return round_up(2 * 2 * others * max_tokens * slot, 128)
 
 
 def check_num_sms(call: str, num_sms: int) -> None:

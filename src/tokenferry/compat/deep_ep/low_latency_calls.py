@@ -57,8 +57,11 @@ class LowLatencyCalls:
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Return the bytes that DeepEP needs as ``num_rdma_bytes`` for low latency, by its formula. Local."""
-        return configs.low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        """Return the bytes of buffers for low latency, to be passed as ``num_rdma_bytes``. Local.
+
+        On one node by DeepEP's formula; on several those of two levels, which are far fewer.
+        """
+        return configs.low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     @without_grad
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
