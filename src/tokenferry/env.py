@@ -1,4 +1,4 @@
-"""The TOKENFERRY_* environment variables, those of DeepEP that mean something here, and one of torchrun.
+"""The TOKENFERRY_* environment variables, those of others that mean something here, and one of torchrun.
 
 No other module of the package reads os.environ, and none writes it.
 """
@@ -74,6 +74,12 @@ def _folder(text: str) -> str:
 
 VARIABLES = (
     Variable(
+        "TOKENFERRY_AS_DEEP_EP",
+        "0",
+        "1, so that `import deep_ep` finds tokenferry in vLLM and SGLang, by a plug-in that they load; or 0",
+        lambda text: _one_of("0", "1")(text) == "1",
+    ),
+    Variable(
         "TOKENFERRY_BACKEND",
         "auto",
         "backend of groups made with backend='auto': auto, cpu or cuda",
@@ -120,6 +126,7 @@ _BY_FIELD = {variable.name.removeprefix("TOKENFERRY_").lower(): variable for var
 class Settings:
     """The parsed values, one field for each variable."""
 
+    as_deep_ep: bool
     backend: str
     cache_dir: str
     fast_path: bool
@@ -163,6 +170,14 @@ def _parsed(variable: Variable, text: str) -> Any:  # noqa: ANN401 - the value o
         return variable.parse(text)
     except ValueError as error:
         raise ConfigError(f"{variable.name}={text!r}: {error}; it is the {variable.meaning}") from None
+
+
+def allowed_plugins(client: str, environ: Mapping[str, str] | None = None) -> tuple[str, ...] | None:
+    """Return the names in VLLM_PLUGINS or SGLANG_PLUGINS, the only plug-ins that a client loads; None: all. Local."""
+    text = (os.environ if environ is None else environ).get(f"{client.upper()}_PLUGINS")
+    if text is None or (client == "sglang" and not text):  # an empty list means none to vLLM, and all to SGLang
+        return None
+    return tuple(name.strip() for name in text.split(","))
 
 
 DEEP_EP_NETWORK = {

@@ -52,6 +52,8 @@ MAY_IMPORT = {
     "autograd": {"types", "errors", "layout", "api"},
     "nn": {"types", "errors", "topology", "api", "autograd"},
     "compat": {"__init__", "types", "errors", "ambient", "checks", "env", "api"},
+    # From compat only the folder of `tokenferry deep-ep-path`.
+    "integrations": {"types", "errors", "env", "api", "autograd", "compat"},
     # From compat only the chaos soak, which uses all APIs.
     "testing": {"types", "errors", "api", "compat"},
     # Links are measured below the API, by separate kernels. From compat what programs written for DeepEP feel.
@@ -88,6 +90,7 @@ MAY_IMPORT = {
         "tuning",
         "cost",
         "compat",
+        "integrations",
         "jit",
     },
 }
@@ -96,7 +99,8 @@ LAZY = {
     "matplotlib": {"demo", "bench"},
     "cuda": {"jit", "memory", "backends"},
     "megatron": {"bench"},
-    "deep_ep": {"bench"},
+    "deep_ep": {"bench", "integrations"},
+    "transformers": {"integrations"},
 }
 """Optional packages, and the parts that may import them, inside functions only."""
 
@@ -208,7 +212,9 @@ def test_the_deep_ep_shim_is_not_imported():
         for name, _ in imports(tree)
         if part_of(path) != "compat"
         and name.startswith("tokenferry.compat")
-        and not (part_of(path) in ("cli", "bench") and name.startswith("tokenferry.compat.deep_ep_path"))
+        and not (
+            part_of(path) in ("cli", "bench", "integrations") and name.startswith("tokenferry.compat.deep_ep_path")
+        )
         and path.name not in ("chaos_shim.py", "eager_shim.py")
     ]
     assert not wrong, "\n".join(wrong)

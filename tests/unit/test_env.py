@@ -12,12 +12,20 @@ from tokenferry import ConfigError, env
 def test_defaults():
     cache = os.path.expanduser("~/.cache/tokenferry")
     assert env.read({}) == env.Settings(
-        "auto", cache_dir=cache, fast_path=True, heap_mb=None, ranks_per_node=None, timeout_s=100.0, transport="auto"
+        as_deep_ep=False,
+        backend="auto",
+        cache_dir=cache,
+        fast_path=True,
+        heap_mb=None,
+        ranks_per_node=None,
+        timeout_s=100.0,
+        transport="auto",
     )
 
 
 def test_values_are_parsed():
     environ = {
+        "TOKENFERRY_AS_DEEP_EP": "1",
         "TOKENFERRY_BACKEND": "cuda",
         "TOKENFERRY_CACHE_DIR": "/tmp/cubins",
         "TOKENFERRY_FAST_PATH": "off",
@@ -28,7 +36,8 @@ def test_values_are_parsed():
         "OTHER": "x",
     }
     assert env.read(environ) == env.Settings(
-        "cuda",
+        as_deep_ep=True,
+        backend="cuda",
         cache_dir="/tmp/cubins",
         fast_path=False,
         heap_mb=512,

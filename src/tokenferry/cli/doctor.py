@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tokenferry import env
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.report.about import machine
-from tokenferry.cli import doctor_cuda, doctor_nodes
+from tokenferry.cli import doctor_clients, doctor_cuda, doctor_nodes
 from tokenferry.cli.doctor_nodes import JOB_TIMEOUT_S, over_nodes, round_trip, shape_for
 from tokenferry.cli.finding import Finding, run_check
 from tokenferry.cli.screen import Screen
@@ -82,6 +82,7 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
             "torch.compile, graph", lambda: _compiles("aot_eager"), "report it; eager calls are not affected"
         )
         yield run_check("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
+    yield from doctor_clients.findings()
     yield _package("rich", "colours and progress bars", "cli")
     yield _package("matplotlib", "the demo's plot", "plots")
 

@@ -1,0 +1,51 @@
+"""The checks of `tokenferry doctor` that are about `deep_ep`, and the programs that load tokenferry under this name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+
+from tokenferry import env
+from tokenferry.cli.finding import Finding, run_check
+from tokenferry.errors import BackendUnavailable
+from tokenferry.integrations import deep_ep, versions
+
+CLIENTS = {"vllm": "vLLM", "sglang": "SGLang"}
+
+
+def findings() -> Iterator[Finding]:
+    """Say which `deep_ep` a program gets, and whether vLLM and SGLang get another one."""
+    yield run_check("deep_ep", _found, "repair or uninstall that package")
+    for client, name in CLIENTS.items():
+        yield run_check(f"plug-in of {name}", lambda client=client: _plug_in(client), "")  # type: ignore[misc]
+
+
+def _found() -> str:
+    found = deep_ep.found()
+    if found.path is None:
+        return "a program finds none; with PYTHONPATH=$(tokenferry deep-ep-path) it finds tokenferry"
+    if found.ours:
+        return f"a program finds tokenferry, in {found.path}"
+    owner = found.owner or "one that no distribution owns"
+    return f"a program finds {owner}, in {found.path}; with PYTHONPATH=$(tokenferry deep-ep-path) it finds tokenferry"
+
+
+def _plug_in(client: str) -> str:
+    name, group = CLIENTS[client], deep_ep.GROUPS[client]
+    if not env.read_one("as_deep_ep"):
+        return f"not active: with TOKENFERRY_AS_DEEP_EP=1 `import deep_ep` finds tokenferry in {name}"
+    if not any(point.name == "tokenferry" for point in entry_points(group=group)):
+        raise BackendUnavailable(
+            f"TOKENFERRY_AS_DEEP_EP is 1, but this environment has no entry point of tokenferry in {group}; install "
+            "tokenferry with pip instead of putting its source on PYTHONPATH"
+        )
+    allowed = env.allowed_plugins(client)
+    if allowed is not None and "tokenferry" not in allowed:
+        raise BackendUnavailable(
+            f"TOKENFERRY_AS_DEEP_EP is 1, but {client.upper()}_PLUGINS names only {', '.join(allowed)}; add tokenferry"
+        )
+    doubt = versions.doubt(client)
+    if doubt:
+        raise BackendUnavailable(f"active, but {doubt}")
+    found = versions.installed(client)
+    return f"active: `import deep_ep` finds tokenferry in {name}, {found or 'which is not installed'}"
