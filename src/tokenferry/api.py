@@ -141,6 +141,7 @@ class ExpertGroup(Connected):
         group: dist.ProcessGroup | None,
         *,
         heap_bytes: int,
+        shape: MoeShape | None = None,
         timeout_s: float | None = None,
         cache_folder: str | None = None,
         on_timeout: TimeoutPolicy = "raise",
@@ -149,10 +150,10 @@ class ExpertGroup(Connected):
 
         Kernels are kept in ``cache_folder``; None: where TOKENFERRY_CACHE_DIR says.
 
-        For APIs that receive the sizes only with each call: the group has the smallest shape, from which the memory
-        cannot be derived.
+        For APIs that receive the sizes only with each call, so that the memory cannot be derived from them: without
+        ``shape`` the group has the smallest one.
         """
-        shape = MoeShape(check_group(group), 1, 16, 1)
+        shape = MoeShape(check_group(group), 1, 16, 1) if shape is None else shape
         resolved = resolve_options(group, shape, "auto", "auto", timeout_s, on_timeout)
         if resolved.heap_bytes is None:
             resolved = replace(resolved, heap_bytes=heap_bytes)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 
 import deep_ep
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -171,7 +172,7 @@ def main() -> None:
     failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
     if failed:
         sys.exit(f"ranks {failed} failed")
-    sys.stdout.write(f"{deep_ep.__file__}\n")
+    sys.stdout.write(f"{deep_ep.__file__}\n{megatron.core.__version__} {megatron.core.__file__}\n")
 
 
 if __name__ == "__main__":

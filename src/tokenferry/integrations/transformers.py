@@ -1,0 +1,242 @@
+"""Expert parallelism of transformers by tokenferry: its models reach their experts through an `ExpertGroup`.
+
+Call `register` once in each process, before a model is made::
+
+    from tokenferry.integrations import transformers
+
+    transformers.register()
+    parallel = DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="tokenferry")
+    model = AutoModelForCausalLM.from_pretrained(name, distributed_config=parallel)
+
+transformers has a registry of such implementations since 5.23. Versions 5.17 and 5.18 have one of ways to run experts,
+through which the ranks of a tensor-parallel group share them::
+
+    experts = "model.layers.*.mlp.experts"
+    plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
+    parallel = DistributedConfig(tp_size=8, tp_plan=plan)
+    model = AutoModelForCausalLM.from_pretrained(name, distributed_config=parallel, experts_implementation="tokenferry")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, cast
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from tokenferry import autograd
+from tokenferry.api import ExpertGroup
+from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError
+from tokenferry.integrations.versions import installed, warn_unless_tried
+from tokenferry.types import DispatchOptions, Layout, MoeShape, Routing
+
+NAME = "tokenferry"
+
+# One group serves all layers of all models on a process group. Weak: the layers keep it, and it ends with the last one.
+_groups: WeakValueDictionary[dist.ProcessGroup, ExpertGroup] = WeakValueDictionary()
+
+_HEAP_BYTES = 2 << 30
+_ANY_NUM_TOKENS = 2**31 - 1
+"""M of calls that wait for counts: no memory depends on it, so T is unlimited."""
+
+
+class _Experts(Protocol):
+    num_experts: int
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def register() -> None:
+    """Make ``"tokenferry"`` a name that transformers knows; see the top of this module. Local, and may be repeated.
+
+    Warns if the version of transformers was not tried.
+
+    Raises:
+        BackendUnavailable: transformers is not installed, or its version has no registry that would do.
+    """
+    warn_unless_tried("transformers")
+    try:
+        from transformers.distributed.expert_parallel import EPImplementationInterface
+    except ImportError as error:
+        _register_experts_function(error)
+    else:
+        EPImplementationInterface.register(NAME, ExpertParallel)
+
+
+def _register_experts_function(error: ImportError) -> None:
+    """Register `shared_experts`, unless this version would add its results up once more, or has no such registry."""
+    try:
+        from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:
+        known = False
+    else:
+        known = "ep_dispatch_experts" not in ALL_PARALLEL_STYLES
+    if not known:
+        raise BackendUnavailable(
+            f"transformers: version {installed('transformers')} has no registry of expert-parallel implementations "
+            f"({error}); install transformers 5.23 or newer"
+        ) from error
+    ALL_EXPERTS_FUNCTIONS.register(NAME, shared_experts)
+
+
+class ExpertParallel:
+    """How the experts of one layer get their tokens; an expert-parallel implementation of transformers 5.23 and newer.
+
+    Contract:
+        Collective: each call, and its backward. The first one on a process group also makes the `ExpertGroup`.
+        Batches: all ranks of ``tp_mesh`` have the same one, of which each sends its part. Other ranks have others, of
+            any size, also 0.
+        Host: waits for the counts, as `ExpertGroup.dispatch`; but not in a capture, and not where gradients are off
+            and all ranks have the same batch.
+        CUDA graph: without gradients, after one call outside of the graph. In a capture all ranks have equally many
+            tokens.
+        Gradients: as those of `tokenferry.autograd`.
+
+    Args:
+        experts: The module of this rank's experts.
+        ep_mesh: The ranks that share all experts.
+        tp_mesh: The ranks with this rank's batch.
+    """
+
+    def __init__(self, experts: _Experts, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        self.experts_forward = experts.forward
+        self.num_local_experts = experts.num_experts
+        self.tp_mesh = tp_mesh
+        self.process_group = ep_mesh.get_group()
+        ranks = [dist.get_process_group_ranks(mesh.get_group()) for mesh in (ep_mesh, tp_mesh)]
+        self.shares_batch = ranks[0] == ranks[1]
+        self.group: ExpertGroup | None = None
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the weighted sum of the experts' outputs for each token of this rank, ``[T, H]``. Collective.
+
+        Args:
+            hidden_states: ``[T, H]``.
+            top_k_index: ``[T, K]``, numbers among all experts.
+            top_k_weights: ``[T, K]``.
+
+        Raises:
+            ArgumentError: the first call was made while a CUDA graph is captured. And whatever `ExpertGroup` and
+                `ExpertGroup.dispatch` raise.
+        """
+        num_tokens = hidden_states.shape[0]
+        if self.tp_mesh.size() > 1:
+            hidden_states, top_k_index, top_k_weights = (
+                self._own_part(each) for each in (hidden_states, top_k_index, top_k_weights)
+            )
+        captured = _is_captured(hidden_states)
+        on_device = captured or (self.shares_batch and not torch.is_grad_enabled())
+        most = max(1, -(-num_tokens // self.tp_mesh.size())) if on_device else _ANY_NUM_TOKENS
+        num_experts = self.num_local_experts * self.process_group.size()
+        shape = MoeShape(num_experts, top_k_index.shape[1], hidden_states.shape[1], most)
+        group = self._group_for(shape, hidden_states.device, captured=captured)
+
+        routing = Routing(top_k_index.contiguous(), top_k_weights.float().contiguous())
+        options = DispatchOptions(Layout.EXPERTS, counts="device" if on_device else "host")
+        sent = autograd.dispatch(group, hidden_states.contiguous(), routing, options=options)
+        assert sent.expert_offsets is not None
+        assert sent.topk_weights is not None
+        y = self._run_experts(sent.x, sent.expert_offsets, sent.topk_weights.to(top_k_weights.dtype))
+        out = autograd.combine(group, y, sent.plan).x
+        return out if self.tp_mesh.size() == 1 else self._whole(out, num_tokens)
+
+    def _run_experts(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+        """Run this rank's experts on rows that are grouped by expert."""
+        if rows.shape[0] == 0:
+            # The experts run in any case: all ranks must build the same graph, and their gradients must be 0, not None.
+            rows, weights = rows.sum(0, keepdim=True), weights.sum(0, keepdim=True)
+            first = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
+            return self.experts_forward(rows, first, weights.unsqueeze(1))[:0]
+        numbers = torch.arange(rows.shape[0], dtype=offsets.dtype, device=rows.device)
+        # Rows past the last expert, which hold no data, get the number that transformers skips: L.
+        local = torch.bucketize(numbers, offsets[1:], right=True)
+        return self.experts_forward(rows, local.unsqueeze(1), weights.unsqueeze(1)).contiguous()
+
+    def _group_for(self, shape: MoeShape, device: torch.device, *, captured: bool) -> ExpertGroup:
+        if self.group is None:
+            self.group = _groups.get(self.process_group)
+        if self.group is None:
+            if captured:
+                raise ArgumentError(
+                    "transformers: the first call of a model's experts makes the group, which a CUDA graph cannot "
+                    "capture; run the model once before the capture"
+                )
+            self.group = _groups[self.process_group] = _connect(self.process_group, shape, device)
+        return self.group if self.group.shape == shape else self.group.for_shape(shape)
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        """Return the part of a batch that this rank of ``tp_mesh`` sends. Its gradient comes from all of them."""
+        shared = DTensor.from_local(whole, self.tp_mesh, [Replicate()], run_check=False)
+        return shared.redistribute(self.tp_mesh, [Shard(0)]).to_local()
+
+    def _whole(self, part: Tensor, num_tokens: int) -> Tensor:
+        """Return the batch whose parts the ranks of ``tp_mesh`` have."""
+        hidden = part.shape[1]
+        parts = DTensor.from_local(
+            part, self.tp_mesh, [Shard(0)], run_check=False, shape=torch.Size((num_tokens, hidden)), stride=(hidden, 1)
+        )
+        return parts.full_tensor()
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _connect(process_group: dist.ProcessGroup, shape: MoeShape, device: torch.device) -> ExpertGroup:
+    """Make the group of a process group. Collective."""
+    group = ExpertGroup._with_heap(process_group, heap_bytes=_HEAP_BYTES, shape=shape)
+    if group.device.type != device.type:
+        group.close()
+        raise ConfigError(
+            f"transformers: the model is on {device}, and backend {group.backend} was chosen; set TOKENFERRY_BACKEND "
+            "(cpu or cuda) on all ranks, or load the model elsewhere"
+        )
+    group.warmup()
+    return group
+
+
+def shared_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run the experts that a tensor-parallel group shares in one layer, as an experts function of transformers.
+
+    For versions 5.17 and 5.18.
+
+    Contract: as `ExpertParallel`; the mesh is the one over which the parameters are sharded.
+
+    Raises:
+        ConfigError: the parameters are not sharded by expert. And whatever `ExpertParallel` raises.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    parallel = getattr(experts, "_tokenferry", None)
+    if parallel is None:
+        sharded = [p for p in experts.parameters(recurse=False) if isinstance(p, DTensor)]
+        if not sharded or any(p.placements != (Shard(0),) for p in sharded):
+            raise ConfigError(
+                'transformers: experts_implementation="tokenferry" needs experts that are sharded by their number; '
+                'give DistributedConfig a tp_plan with "grouped_gemm" for their parameters, and nothing else for them'
+            )
+        mesh = sharded[0].device_mesh
+        parallel = ExpertParallel(cast(_Experts, experts), mesh, mesh)
+        experts.__dict__["_tokenferry"] = parallel  # no submodule
+        parallel.experts_forward = partial(ALL_EXPERTS_FUNCTIONS["grouped_mm"], experts)
+    with _local_parameters(experts):
+        return parallel(hidden_states, top_k_index, top_k_weights)
+
+
+@contextmanager
+def _local_parameters(module: nn.Module) -> Iterator[None]:
+    """Replace the sharded parameters of a module by their local parts, which pass gradients on to them."""
+    parameters: dict[str, Any] = module._parameters
+    whole = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
+    parameters.update({name: p.to_local() for name, p in whole.items()})
+    try:
+        yield
+    finally:
+        parameters.update(whole)

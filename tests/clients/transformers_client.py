@@ -1,0 +1,195 @@
+"""transformers, as it is published: models of three kinds whose experts lie on four gloo ranks of this host.
+
+Loss, gradients and greedy generation are compared with those of the same weights in one process, and, where this
+version has it, with its own all_to_all. Nothing of transformers is changed or replaced.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers.distributed import DistributedConfig
+
+from tokenferry import autograd
+from tokenferry.api import ExpertGroup
+from tokenferry.integrations import transformers as ours
+
+R = 4
+HAS_REGISTRY = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+SMALL = SIZES | {"vocab_size": 64, "intermediate_size": 32, "initializer_range": 0.2}
+CONFIGS = {
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3": Qwen3MoeConfig(**SMALL, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, head_dim=8),
+    "deepseek": DeepseekV3Config(
+        **SMALL,
+        n_routed_experts=8,
+        num_experts_per_tok=4,
+        n_group=2,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=16,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks share batches: ``data`` groups of ``tensor`` ranks each; those of a group have the same batch."""
+
+    data: int
+    tensor: int
+
+    def config(self, implementation: str) -> DistributedConfig:
+        return DistributedConfig(fsdp_size=self.data, tp_size=self.tensor, ep_size=R, ep_implementation=implementation)
+
+
+LAYOUTS = (Layout(4, 1), Layout(1, 4), Layout(2, 2))
+
+
+def batch(number: int, tokens: int) -> Tensor:
+    return torch.randint(0, 64, (2, tokens), generator=torch.Generator().manual_seed(number))
+
+
+def tokens_of(number: int) -> int:
+    """Another length for each batch; where ranks share one, generation leaves all but one of them without tokens."""
+    return (5, 9, 2, 7)[number]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a model gave: the loss of a batch, all gradients, and the tokens that it generated."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    tokens: list[list[int]]
+
+
+def run(model: torch.nn.Module, number: int) -> Ran:
+    ids = batch(number, tokens_of(number))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        tokens = model.generate(ids[:1, :2], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    return Ran(loss.detach(), gradients, tokens.tolist())
+
+
+def in_one_process(folder: str, batches: int) -> list[Ran]:
+    """What one process computes: the gradient of the mean loss of all batches in each result."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ran = [run(model, number) for number in range(batches)]
+    gradients = {name: p.grad / batches for name, p in model.named_parameters() if p.grad is not None}
+    return [Ran(each.loss, gradients, each.tokens) for each in ran]
+
+
+def check(what: str, got: Ran, want: Ran) -> None:
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: loss: {text}")
+    assert got.gradients.keys() == want.gradients.keys(), what
+    for name, gradient in want.gradients.items():
+        torch.testing.assert_close(
+            got.gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{what}: {name}: {text}"
+        )
+    assert got.tokens == want.tokens, f"{what}: {got.tokens} were generated, expected {want.tokens}"
+
+
+class Calls:
+    """Where the counts of dispatches were, with and without gradients, and how many groups were made."""
+
+    def __init__(self) -> None:
+        self.counts: set[tuple[bool, str]] = set()
+        self.groups = 0
+        dispatch, connect = autograd.dispatch, ExpertGroup._with_heap
+
+        def noted(group, x, routing, *, options=None):
+            self.counts.add((torch.is_grad_enabled(), options.counts))
+            return dispatch(group, x, routing, options=options)
+
+        def counted(*args, **kwargs):
+            self.groups += 1
+            return connect(*args, **kwargs)
+
+        autograd.dispatch, ExpertGroup._with_heap = noted, counted
+
+
+def parallel_models(folder: str) -> Iterator[tuple[str, Layout, torch.nn.Module]]:
+    load = AutoModelForCausalLM.from_pretrained
+    if HAS_REGISTRY:
+        for layout in LAYOUTS:
+            for name in ("all_to_all", "tokenferry"):
+                model = load(folder, distributed_config=layout.config(name), dtype=torch.float32)
+                yield name, layout, model
+        return
+    experts = "model.layers.*.mlp.experts"
+    plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
+    parallel = DistributedConfig(tp_size=R, tp_plan=plan)
+    yield (
+        "tokenferry",
+        Layout(1, R),
+        load(folder, distributed_config=parallel, dtype=torch.float32, experts_implementation="tokenferry"),
+    )
+
+
+def rank_main(rank: int, scratch: str) -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(R)}
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=R)
+    ours.register()
+    calls = Calls()
+    for kind in CONFIGS:
+        for name, layout, model in parallel_models(f"{scratch}/{kind}"):
+            number = rank // layout.tensor
+            wanted = in_one_process(f"{scratch}/{kind}", layout.data)[number]
+            calls.counts, calls.groups = set(), 0
+            check(f"{kind}, {name}, {layout}, rank {rank}", run(model, number), wanted)
+            if name == "tokenferry":
+                inference = "device" if layout.data == 1 else "host"
+                assert calls.counts == {(True, "host"), (False, inference)}, calls.counts
+                assert calls.groups <= 1, "one group serves all layers, and models that are alive at the same time"
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as scratch:
+        transformers.logging.disable_progress_bar()
+        for kind, config in CONFIGS.items():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(f"{scratch}/{kind}")
+        ranks = [context.Process(target=rank_main, args=(rank, scratch)) for rank in range(R)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+    if failed:
+        sys.exit(f"ranks {failed} failed")
+    sys.stdout.write(f"{transformers.__version__} {Path(transformers.__file__).parents[1]}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Jobs of the tests of `integrations.transformers.ExpertParallel`, with experts that are written here."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from tokenferry import ArgumentError, ConfigError, autograd
+from tokenferry.integrations import transformers as ours
+from tokenferry.integrations.transformers import ExpertParallel
+
+R, E, H = 4, 8, 16
+
+
+class Experts:
+    """L linear experts; as in transformers, slots with the number L are left out."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.num_experts = weight.shape[0]
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        chosen = torch.cat([self.weight, self.weight.new_zeros(1, H, H)])[index]
+        return torch.einsum("nh,nkhf,nk->nf", x, chosen, weights)
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def all_experts() -> Tensor:
+    return drawn(E, H, H, seed=1) / H**0.5
+
+
+def batch(number: int, tokens: int, top_k: int, experts: int = E) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, choices among the first experts, and weights."""
+    weights, index = drawn(tokens, experts, seed=10 + number).softmax(1).topk(top_k)
+    return drawn(tokens, H, seed=20 + number), index, weights
+
+
+def layer(rank: int, tensor: int) -> tuple[ExpertParallel, Tensor]:
+    """The experts of this rank, where ``tensor`` ranks share a batch; returns their parameters, too."""
+    tp_mesh = init_device_mesh("cpu", (R // tensor, tensor), mesh_dim_names=("data", "tensor"))["tensor"]
+    ep_mesh = init_device_mesh("cpu", (R,))
+    part = all_experts().chunk(R)[rank].clone().requires_grad_()
+    return ExpertParallel(Experts(part), ep_mesh, tp_mesh), part
+
+
+@contextmanager
+def counts_of_calls() -> Iterator[list[str]]:
+    """Collect where the counts of dispatches are."""
+    found: list[str] = []
+    dispatch = autograd.dispatch
+
+    def noted(*args, options, **kwargs):
+        found.append(options.counts)
+        return dispatch(*args, options=options, **kwargs)
+
+    with mock.patch.object(autograd, "dispatch", noted):
+        yield found
+
+
+def trains(rank, pg, tensor: int, tokens: tuple[int, ...], experts: int) -> None:
+    """Outputs and all gradients are those of all experts in one process."""
+    parallel, part = layer(rank, tensor)
+    dense = all_experts().requires_grad_()
+    number = rank // tensor
+    want = []
+    for each, count in enumerate(tokens):
+        x, index, weights = batch(each, count, 3, experts)
+        x.requires_grad_()
+        weights.requires_grad_()
+        out = Experts(dense).forward(x, index, weights)
+        (out * drawn(count, H, seed=30 + each)).sum().backward()
+        want.append((out, x.grad, weights.grad))
+    x, index, weights = batch(number, tokens[number], 3, experts)
+    x.requires_grad_()
+    weights.requires_grad_()
+    with counts_of_calls() as counts:
+        out = parallel(x, index, weights)
+    (out * drawn(tokens[number], H, seed=30 + number)).sum().backward()
+    for got, expected in zip((out, x.grad, weights.grad), want[number], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(part.grad, dense.grad.chunk(R)[rank], rtol=1e-5, atol=1e-5)
+    assert counts == ["host"]
+
+
+def infers(rank, pg, tensor: int, where: str) -> None:
+    """Without gradients, also of batches with fewer tokens than ranks, and with another K."""
+    parallel, _ = layer(rank, tensor)
+    number = rank // tensor
+    with torch.no_grad(), counts_of_calls() as counts:
+        for tokens, top_k in ((6, 3), (1, 3), (5, 2)):
+            x, index, weights = batch(number, tokens, top_k)
+            out = parallel(x, index, weights)
+            want = Experts(all_experts()).forward(x, index, weights)
+            torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    assert set(counts) == {where}
+
+
+def captures(rank, pg) -> None:
+    """In a capture counts stay on the device, though ranks have other batches; the group is made before."""
+    parallel, _ = layer(rank, 1)
+    x, index, weights = batch(rank, 5, 3)
+    with torch.no_grad(), counts_of_calls() as counts, mock.patch.object(ours, "_is_captured", return_value=True):
+        with pytest.raises(ArgumentError, match="run the model once before the capture"):
+            parallel(x, index, weights)
+        with mock.patch.object(ours, "_is_captured", return_value=False):
+            want = parallel(x, index, weights)
+        torch.testing.assert_close(parallel(x, index, weights), want)
+    assert counts == ["host", "device"]
+
+
+def shares_its_group(rank, pg) -> None:
+    """All layers have one group, which ends with the last of them."""
+    first, _ = layer(rank, 1)
+    second = ExpertParallel(Experts(all_experts().chunk(R)[rank]), init_device_mesh("cpu", (R,)), first.tp_mesh)
+    for each in (first, second):
+        each(*batch(rank, 2, 3))
+    assert first.group is second.group
+    group = weakref.ref(first.group)
+    del first, second, each
+    gc.collect()
+    assert group() is None
+
+
+def needs_the_device_of_the_group(rank, pg) -> None:
+    parallel, _ = layer(rank, 1)
+    elsewhere = [each.to("meta") for each in batch(rank, 2, 3)]
+    with pytest.raises(ConfigError, match="the model is on meta, and backend cpu was chosen; set TOKENFERRY_BACKEND"):
+        parallel(*elsewhere)
