@@ -39,10 +39,10 @@ def need(*packages: str) -> None:
 
 
 def run(program: Path, *folders: str, **variables: str) -> list[str]:
-    """Run a program with these folders first on its path; return the lines that it printed, or fail the test."""
     own = [str(Path(tokenferry.__file__).parents[1]), str(Path(__file__).parents[1])]
     path = [*filter(None, folders), *own, os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | variables
+    # On a host with GPUs clients would put their models there.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "CUDA_VISIBLE_DEVICES": ""} | variables
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=240, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip().splitlines()
