@@ -126,6 +126,17 @@ def captures(rank, pg) -> None:
     assert counts == ["host", "device"]
 
 
+def breaks_a_compiled_graph(rank, pg) -> None:
+    """The rest of a compiled model is not affected."""
+    parallel, _ = layer(rank, 1)
+    x, index, weights = batch(rank, 3, 3)
+
+    def model(rows: Tensor) -> Tensor:
+        return parallel(rows * 2, index, weights) + 1
+
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
 def shares_its_group(rank, pg) -> None:
     """All layers have one group, which ends with the last of them."""
     first, _ = layer(rank, 1)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -42,9 +42,17 @@ NAME = "tokenferry"
 # One group serves all layers of all models on a process group. Weak: the layers keep it, and it ends with the last one.
 _groups: WeakValueDictionary[dist.ProcessGroup, ExpertGroup] = WeakValueDictionary()
 
+_Call = TypeVar("_Call", bound=Callable[..., Tensor])
+
 _HEAP_BYTES = 2 << 30
 _ANY_NUM_TOKENS = 2**31 - 1
 """M of calls that wait for counts: no memory depends on it, so T is unlimited."""
+
+
+def _not_compiled(call: _Call) -> _Call:
+    """Keep a method out of compiled graphs: process groups and groups are no values that they can hold."""
+    outside: _Call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+    return outside
 
 
 class _Experts(Protocol):
@@ -97,6 +105,7 @@ class ExpertParallel:
             and all ranks have the same batch.
         CUDA graph: without gradients, after one call outside of the graph. In a capture all ranks have equally many
             tokens.
+        torch.compile: a break in the graph; a call, with its experts, runs eagerly.
         Gradients: as those of `tokenferry.autograd`.
 
     Args:
@@ -114,6 +123,7 @@ class ExpertParallel:
         self.shares_batch = ranks[0] == ranks[1]
         self.group: ExpertGroup | None = None
 
+    @_not_compiled
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the experts' outputs for each token of this rank, ``[T, H]``. Collective.
 
