@@ -39,6 +39,7 @@ def need(*packages: str) -> None:
 
 
 def run(program: Path, *folders: str, **variables: str) -> list[str]:
+    """Run a program on CPUs, with these folders first on its path; return the lines that it printed."""
     own = [str(Path(tokenferry.__file__).parents[1]), str(Path(__file__).parents[1])]
     path = [*filter(None, folders), *own, os.environ.get("PYTHONPATH", "")]
     # On a host with GPUs clients would put their models there.
