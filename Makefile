@@ -13,10 +13,12 @@ ARGS ?=
 ifeq ($(VENV),none)
 PY := $(PYTHON)
 READY :=
+CLIENTS :=
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+CLIENTS := $(VENV)/clients/ready
 endif
 
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
@@ -38,7 +40,7 @@ demo: $(READY)
 	$(PY) -m tokenferry demo $(ARGS)
 
 # Ranks are processes that the tests fork: each leaves a coverage file of its own, which `combine` puts together.
-test: $(READY)
+test: $(READY) $(CLIENTS)
 	@if command -v g++ > /dev/null; then floor=; else floor=--fail-under=90; \
 	    echo "make test: there is no g++, so the emulator does not run the kernels, and the CUDA backend is not covered"; fi; \
 	if $(HAVE) coverage; then set -ex; \
@@ -75,8 +77,8 @@ sanitize: $(READY)
 clean:
 	rm -rf .venv build src/tokenferry.egg-info demo-out .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-# Clients that cannot be installed beside the others, each with what it imports. Megatron-Core asks for Python 3.12, and
-# runs on 3.11. Without one of them its test is skipped.
+# For the tests only: clients that cannot be installed beside the others, each with what it imports. Megatron-Core asks
+# for Python 3.12, and runs on 3.11. Without one of them its test is skipped.
 CLIENT = $(PY) -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --only-binary :all: \
     --ignore-requires-python $(PIP_ARGS) --target $(VENV)/clients
 
@@ -86,8 +88,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
 	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/clients/ready: $(VENV)/ready
 	rm -rf $(VENV)/clients
 	-$(CLIENT)/megatron-core-0.19.2 megatron-core==0.19.2 triton==3.9.0
 	-$(CLIENT)/transformers-5.18.0 transformers==5.18.0
+	mkdir -p $(VENV)/clients
 	touch $@
 endif
