@@ -6,7 +6,13 @@ import torch
 from support.plan_checks import check, check_counts, choices_of, form_for
 from support.virtual_plan import NO_LIMIT, Expected, Form, Planner
 from support.virtual_ranks import POISON, Ranks, ranks_of
-from tokenferry.kernels.control_block import HOST_EXPERTS_WORD, HOST_MOST_WORD, MAX_EXPERTS, MAX_RANKS, Fault
+from tokenferry.kernels.control_block import (
+    HOST_EXPERTS_WORD,
+    HOST_MOST_WORD,
+    MAX_COUNTS,
+    MAX_RANKS,
+    Fault,
+)
 from tokenferry.testing.cases import ROUTINGS, Case
 from tokenferry.testing.oracle import Oracle
 
@@ -38,7 +44,7 @@ def test_the_worked_example():
     planner, _ = plan(2, topk_idx, 4, Form("rows"))
     t = planner.tables[1]
     half = planner.ranks.epochs()[1] & 1
-    published = planner.ranks.words(1, "counts", 4, torch.int64, half * MAX_RANKS * MAX_EXPERTS)
+    published = planner.ranks.words(1, "counts", 4, torch.int64, half * MAX_RANKS * MAX_COUNTS)
     assert (published & 0xFFFFFFFF).tolist() == [1, 2, 0, 1], "rank 0's rows for each expert"
     assert t.expert_counts.tolist() == [0, 2]
     assert t.dst_counts.tolist() == [2, 1]
@@ -109,6 +115,30 @@ def test_the_same_places_every_time():
         again.run()
         for rank in range(3):
             assert again.tables[rank].places.equal(first.tables[rank].places), f"rank {late} late: places of {rank}"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "segments", "local"), [(1, 4, 3), (2, 2, 4), (2, 3, 1), (4, 2, 8), (8, 5, 2), (3, 32, 2)]
+)
+@by_layout
+def test_ranks_that_act_for_several_sources(num_ranks, segments, local, layout):
+    """The routing of each rank has segments: rows come by segment, then by rank, then by token."""
+    num_experts, tokens = local * num_ranks, (300, 0, 129, 7, 384, 1, 128, 255)
+    units = 3 if segments < 10 else 1
+    for i, routing in enumerate(("even", "repeated", "half_dropped")):
+        counts = [min(tokens[(i + 3 * s) % 8], units * 128) for s in range(segments * num_ranks)]
+        case = Case(
+            tuple(counts), num_experts * segments, 4, idx_dtype=(torch.int64, torch.int32)[i % 2], routing=routing
+        )
+        # The experts of one node; the others are on other nodes.
+        chosen = [torch.where(one.topk_idx < num_experts, one.topk_idx, -1) for one in case.inputs()]
+        padded = [torch.cat([one, one.new_full((units * 128 - len(one), 4), -1)]) for one in chosen]
+        topk_idx = [torch.cat(padded[rank::num_ranks]) for rank in range(num_ranks)]
+        choices = choices_of(padded)
+        form = form_for(layout, choices, num_experts, ALIGNMENTS[i], segments)
+        planner = Planner(ranks_of(num_ranks), topk_idx, num_experts, form, segments)
+        planner.run()
+        check(planner, Expected(choices, num_experts, form, segments), f"{segments} x {num_ranks} {routing} {form}")
 
 
 def test_a_rank_that_takes_no_part_counts_for_nothing():

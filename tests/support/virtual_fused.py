@@ -84,6 +84,8 @@ class Whole:
             "alignment": form.alignment,
             "capacity": form.capacity,
             "row_limit": form.row_limit,
+            "segments": 1,
+            "segment_units": notify_spec.ONE_SEGMENT,
             "piece_bytes": rings.piece_bytes,
             "pitch": rings.pitch,
             "pieces": rings.pieces,

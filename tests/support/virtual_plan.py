@@ -36,18 +36,21 @@ class Expected:
     """The plan of all ranks.
 
     Args:
-        choices: The experts of each token of each rank; -1: none.
+        choices: The experts of each token of each source; -1: none. Sources are the ranks, or with several segments
+            first those of the first segment, one of each rank, and so on.
         num_experts: E.
         form: The layout of rows.
+        segments: How many segments the routing of each rank has.
     """
 
-    def __init__(self, choices: Sequence[list[list[int]]], num_experts: int, form: Form) -> None:
-        self.choices, self.num_experts, self.form = choices, num_experts, form
-        self.num_ranks = R = len(choices)
+    def __init__(self, choices: Sequence[list[list[int]]], num_experts: int, form: Form, segments: int = 1) -> None:
+        self.choices, self.num_experts, self.form, self.segments = choices, num_experts, form, segments
+        self.num_sources = S = len(choices)
+        self.num_ranks = R = S // segments
         self.num_local = L = num_experts // R
         self.top_k = max((len(tokens[0]) for tokens in choices if tokens), default=1)
-        self.sent: list[list[list[int]]] = [[[] for _ in range(R)] for _ in range(R)]  # [from][to] tokens
-        self.wanted: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in range(R)]  # [from][e] tokens
+        self.sent: list[list[list[int]]] = [[[] for _ in range(R)] for _ in range(S)]  # [from][to] tokens
+        self.wanted: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in range(S)]  # [from][e] tokens
         for src, tokens in enumerate(choices):
             for token, experts in enumerate(tokens):
                 distinct = {e for e in experts if e >= 0}
@@ -58,13 +61,13 @@ class Expected:
         self.starts, self.ends = self._lay_out()
         self.places: dict[tuple[int, int, int], int] = {}
         for e, start in enumerate(self.starts):
-            for src in range(R):
+            for src in range(S):
                 for token in self.wanted[src][e]:
                     self.places[src, token, e] = start
                     start += 1
         self.rows: dict[tuple[int, int, int], int] = {}
         for rank in range(R):
-            order = [(src, token) for src in range(R) for token in self.sent[src][rank]]
+            order = [(src, token) for src in range(S) for token in self.sent[src][rank]]
             self.rows.update({(*one, rank): row for row, one in enumerate(order)})
 
     def _lay_out(self) -> tuple[list[int], list[int]]:
@@ -81,11 +84,15 @@ class Expected:
 
     # ------------------------------------------------------------------ counts
 
+    def sources(self, rank: int) -> list[int]:
+        """Return the sources for which a rank acts, by segment."""
+        return list(range(rank, self.num_sources, self.num_ranks))
+
     def dst_counts(self, rank: int) -> list[int]:
-        return [len(tokens) for tokens in self.sent[rank]]
+        return [len(tokens) for src in self.sources(rank) for tokens in self.sent[src]]
 
     def src_counts(self, rank: int) -> list[int]:
-        return [len(self.sent[src][rank]) for src in range(self.num_ranks)]
+        return [len(self.sent[src][rank]) for src in range(self.num_sources)]
 
     def expert_counts(self, rank: int) -> list[int]:
         first = rank * self.num_local
@@ -133,7 +140,7 @@ class Expected:
 
     def received(self, rank: int) -> list[tuple[int, int]]:
         """Return (source, token) of each received row."""
-        return [(src, token) for src in range(self.num_ranks) for token in self.sent[src][rank]]
+        return [(src, token) for src in range(self.num_sources) for token in self.sent[src][rank]]
 
     def ids(self, rank: int, dtype: torch.dtype) -> Tensor:
         """Return the local experts ``[N, K]`` of received rows."""
@@ -173,14 +180,16 @@ class Expected:
 class Tables:
     """The output of dispatch_notify and dispatch_assign for one rank, poisoned."""
 
-    def __init__(self, ranks: Ranks, num_tokens: int, top_k: int, num_experts: int, form: Form) -> None:
-        R, E = ranks.num_ranks, num_experts
+    def __init__(
+        self, ranks: Ranks, num_tokens: int, top_k: int, num_experts: int, form: Form, segments: int = 1
+    ) -> None:
+        R, E, S = ranks.num_ranks, num_experts, segments
         units = max(notify_spec.num_units(num_tokens), 1)
         columns = assign_spec.num_columns(R, top_k, by_expert=form.by_expert)
         self.table = ranks.poisoned(units, E + R, dtype=torch.int32)
-        self.bases = ranks.poisoned(2 * R + E, dtype=torch.int32)
-        self.dst_counts = ranks.poisoned(R, dtype=torch.int64)
-        self.src_counts = ranks.poisoned(R, dtype=torch.int64)
+        self.bases = ranks.poisoned(S * (2 * R + E), dtype=torch.int32)
+        self.dst_counts = ranks.poisoned(S * R, dtype=torch.int64)
+        self.src_counts = ranks.poisoned(S * R, dtype=torch.int64)
         self.expert_counts = ranks.poisoned(E // R, dtype=torch.int32)
         self.expert_offsets = ranks.poisoned(E // R + 1, dtype=torch.int32)
         self.places = ranks.poisoned(num_tokens, columns, dtype=torch.int32)
@@ -194,18 +203,23 @@ class Planner:
 
     Args:
         ranks: The ranks.
-        topk_idx: ``[T, K]`` of each rank, on the CPU.
+        topk_idx: ``[T, K]`` of each rank, on the CPU. With several segments, all have equally many units of tokens.
         num_experts: E.
         form: The layout of rows.
+        segments: How many segments each routing has.
     """
 
-    def __init__(self, ranks: Ranks, topk_idx: Sequence[Tensor], num_experts: int, form: Form) -> None:
-        self.ranks, self.num_experts, self.form = ranks, num_experts, form
+    def __init__(
+        self, ranks: Ranks, topk_idx: Sequence[Tensor], num_experts: int, form: Form, segments: int = 1
+    ) -> None:
+        self.ranks, self.num_experts, self.form, self.segments = ranks, num_experts, form, segments
+        units = notify_spec.num_units(topk_idx[0].shape[0])
+        self.segment_units = units // segments if segments > 1 else notify_spec.ONE_SEGMENT
         self.topk_idx = [ranks.on_device(one.contiguous()) for one in topk_idx]
         self.top_k = topk_idx[0].shape[1]
-        self.tables = [Tables(ranks, one.shape[0], self.top_k, num_experts, form) for one in topk_idx]
+        self.tables = [Tables(ranks, one.shape[0], self.top_k, num_experts, form, segments) for one in topk_idx]
         self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
-        self.smem_bytes = notify_spec.smem_bytes(num_experts, ranks.num_ranks)
+        self.smem_bytes = notify_spec.smem_bytes(num_experts, ranks.num_ranks, segments)
 
     def notify_fields(self, rank: int, **more: object) -> dict[str, object]:
         """Return the params of dispatch_notify."""
@@ -227,6 +241,8 @@ class Planner:
             "alignment": form.alignment,
             "capacity": form.capacity,
             "row_limit": form.row_limit,
+            "segments": self.segments,
+            "segment_units": self.segment_units,
             **more,
         }
 
@@ -246,6 +262,8 @@ class Planner:
             "top_k": self.top_k,
             "num_experts": self.num_experts,
             "by_expert": int(self.form.by_expert),
+            "segments": self.segments,
+            "segment_units": self.segment_units,
         }
 
     def notify(self, only: Sequence[int] | None = None, **more: object) -> None:

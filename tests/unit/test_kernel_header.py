@@ -58,8 +58,7 @@ def test_words_of_a_handshake_do_not_overlap():
         c.RECV_ROW_IDX_WORD,
     )  # fmt: skip
     combine = (c.COMBINE_ROWS_WORD, c.COMBINE_WEIGHTS_WORD, c.START_WORD, c.SHIFT_WORD, c.ROWS_AT_WORD, c.CAPACITY_WORD)
-    notify = range(c.SENT_WORD, c.SENT_WORD + c.MAX_RANKS)
-    for words in (dispatch, combine, notify):
+    for words in (dispatch, combine):
         assert len(set(words)) == len(words)
         assert all(c.ROWS_WORD < word < c.BLOCKS_WORD for word in words)
     assert c.DISPATCH_WORD < c.SIGNATURE_WORDS == c.ROWS_WORD < c.BLOCKS_WORD < c.HANDSHAKE_WORDS

@@ -24,6 +24,8 @@ HEADER = Header("generated/control_block.cuh", "kernels/control_block.py")
 MAX_RANKS = HEADER.constant("kMaxRanks", 8, "ranks of a group")
 MAX_EXPERTS = 4096
 """Experts of a group."""
+MAX_COUNTS = MAX_EXPERTS + 2048
+"""Counts that a rank sends to each other one in a dispatch: those of all experts and ranks of the group."""
 MAX_TOP_K = 64
 """Experts of a token."""
 MAX_LANDED = 4096
@@ -57,9 +59,6 @@ RECV_WEIGHTS_WORD = HEADER.constant("kRecvWeightsWord", FIRST_OFFSET + 2, "dispa
 RECV_IDS_WORD = HEADER.constant("kRecvIdsWord", FIRST_OFFSET + 3, "first dispatch: offset of its expert ids")
 RECV_SRC_TOKEN_WORD = HEADER.constant("kRecvSrcTokenWord", FIRST_OFFSET + 4, "first dispatch: offset of its src_token")
 RECV_ROW_IDX_WORD = HEADER.constant("kRecvRowIdxWord", FIRST_OFFSET + 5, "first dispatch: offset of its row_idx")
-SENT_WORD = HEADER.constant(
-    "kSentWord", FIRST_OFFSET + 6, "dispatch_notify, dispatch_fused: R words: rows from the sender to each rank"
-)
 
 COMBINE_ROWS_WORD = HEADER.constant(
     "kCombineRowsWord",
@@ -93,7 +92,12 @@ def _fields() -> list[Field]:
     halves, R = 2, MAX_RANKS  # the parity of an epoch chooses the half
     fields = [
         Field("handshake", "u64", (halves, R, HANDSHAKE_WORDS), "[parity][from][word]: epoch << 32 | value"),
-        Field("counts", "u64", (halves, R, MAX_EXPERTS), "[parity][from][expert]: epoch << 32 | rows for that expert"),
+        Field(
+            "counts",
+            "u64",
+            (halves, R, MAX_COUNTS),
+            "[parity][from][segment, then expert or rank]: epoch << 32 | rows for it",
+        ),
         Field(
             "gave_up",
             "u64",

@@ -127,6 +127,7 @@ def notify_template(context: Context, sizes: PlanSizes, top_k: int, *, wide: boo
     p.host = context.pinned.host_address
     p.top_k, p.num_experts, p.layout = top_k, sizes.num_experts, sizes.layout
     p.alignment, p.capacity, p.row_limit = sizes.alignment, sizes.capacity, sizes.row_limit
+    p.segments, p.segment_units = 1, notify_spec.ONE_SEGMENT
     template.block = notify_spec.THREADS
     template.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks)
     return template
@@ -137,6 +138,7 @@ def assign_template(context: Context, sizes: PlanSizes, top_k: int, *, wide: boo
     template = context.new_template(assign_spec.SPEC, _ASSIGN, wide=int(wide))
     p = template.params
     p.top_k, p.num_experts, p.by_expert = top_k, sizes.num_experts, sizes.layout != ROWS
+    p.segments, p.segment_units = 1, notify_spec.ONE_SEGMENT
     template.block = assign_spec.THREADS
     template.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks)
     return template
@@ -163,6 +165,7 @@ def fused_template(context: Context, kind: RowKind, sizes: PlanSizes, num_local:
     p.host = context.pinned.host_address
     p.num_experts, p.layout, p.alignment = sizes.num_experts, sizes.layout, sizes.alignment
     p.capacity, p.row_limit = sizes.capacity, sizes.row_limit
+    p.segments, p.segment_units = 1, notify_spec.ONE_SEGMENT
     rings = fused_spec.cut_rings(kind.row_bytes, p.bulk_scale_bytes, sizes.num_experts, num_ranks)
     _set_rings(p, rings)
     p.warps, p.rings_at = rings.warps, fused_spec.rings_at(sizes.num_experts, num_ranks)

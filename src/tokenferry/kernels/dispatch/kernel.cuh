@@ -1,7 +1,8 @@
 // dispatch: stores each row of this rank directly at its final place on every rank that needs it.
 //
 // Grid     num_sms blocks of p.warps warps; correctness does not depend on how many run at once.
-// Reads    x [T, row_bytes]; places (see dispatch_assign); scale, weights, topk_idx where they are not null.
+// Reads    x [T, row_bytes]; places (see dispatch_assign); scale, weights, topk_idx where they are not null; tokens [T], where
+//          it is not null: the token on its source rank, which this rank acts for.
 // Writes   peers' heaps, at the offsets in their handshakes: rows, scales, weights; in a first dispatch also the peer's half of
 //          the plan: ids [N, K], src_token [N], row_idx [N, K].
 // Roles    Every warp takes units (the row of a token, or a piece of a large row) one by one, through a ring of p.stages

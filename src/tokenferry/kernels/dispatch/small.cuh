@@ -39,7 +39,7 @@ DEV void store_indices(const P& p, bool wide, u32 t, i32 row, const u32 (*handsh
             store_index(at_offset<u8>(p, r, handshake[kRecvIdsWord]), wide, at, here ? e - (i64)r * p.num_local : -1);
             if (p.by_expert)
                 at_offset<i64>(p, r, handshake[kRecvRowIdxWord])[at] = here ? (i64)((u32)slot & kPlaceMask) : -1;
-            if (k == 0) at_offset<i64>(p, r, handshake[kRecvSrcTokenWord])[to] = t;
+            if (k == 0) at_offset<i64>(p, r, handshake[kRecvSrcTokenWord])[to] = p.tokens ? p.tokens[t] : t;
         }
         if (p.weights && !p.by_expert)
             at_offset<float>(p, r, handshake[kRecvWeightsWord])[at] = here ? p.weights[from] : 0.f;

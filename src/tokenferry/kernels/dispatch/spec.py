@@ -26,6 +26,7 @@ SPEC = describe(
         ("scale_row_stride", "i64"),
         ("scale_stride", "i64"),
         ("num_tokens", "u32"),
+        ("tokens", "ptr:const i32"),
         ("row_bytes", "u32"),
         ("piece_bytes", "u32"),
         ("pitch", "u32"),

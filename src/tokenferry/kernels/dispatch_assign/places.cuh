@@ -6,7 +6,7 @@
 struct Unit {
     const u32* masks;
     const i32* before;  // [E + R] rows of earlier units
-    const i32* place;   // [E] where each expert's rows from this rank begin
+    const i32* bases;   // first_row [R], sent_before [R], place [E]: where the rows of this segment begin
     u32 first;          // first token
 };
 
@@ -17,7 +17,8 @@ DEV void assign_slot(const P& p, const Unit& unit, u32 token, u32 k, i32* out) {
     const u32 local = p.num_experts / p.num_ranks;
     i32* slot = out + p.num_ranks;
     const i64 e = index_at(p.topk_idx, row + k);
-    const auto place_of = [&](u32 x) { return unit.place[x] + unit.before[x] + count_marked(unit.masks, x, token); };
+    const i32* place = unit.bases + 2 * p.num_ranks;
+    const auto place_of = [&](u32 x) { return place[x] + unit.before[x] + count_marked(unit.masks, x, token); };
     const i32 value =
         e < 0 ? -1 : (i32)((u32)e / local << kRankShift | (p.by_expert ? (u32)place_of((u32)e) : (u32)e % local));
     slot[k] = value;
@@ -44,8 +45,8 @@ DEV void assign_row(const P& p, const Unit& unit, u32 token, u32 r, i32* out) {
     const u32 column = p.num_experts + r, local = p.num_experts / p.num_ranks, t = unit.first + token;
     const bool goes = is_marked(unit.masks, column, token);
     const i32 index = unit.before[column] + count_marked(unit.masks, column, token);
-    if (goes) p.dst_token[p.bases[p.num_ranks + r] + index] = t;
-    const i32 row = goes ? p.bases[r] + index : -1;
+    if (goes) p.dst_token[unit.bases[p.num_ranks + r] + index] = t;
+    const i32 row = goes ? unit.bases[r] + index : -1;
     if (!p.by_expert) {
         out[r] = row;
         return;
@@ -56,7 +57,8 @@ DEV void assign_row(const P& p, const Unit& unit, u32 token, u32 r, i32* out) {
         const i64 e = index_at(p.topk_idx, (u64)t * p.top_k + k);
         if (e >= 0 && (u32)e / local == r) least = min(least, (u32)e);
     }
-    out[r] = goes ? unit.place[least] + unit.before[least] + count_marked(unit.masks, least, token) : -1;
+    out[r] =
+        goes ? unit.bases[2 * p.num_ranks + least] + unit.before[least] + count_marked(unit.masks, least, token) : -1;
 }
 
 // Assigns the places of tokens [first, end) of a unit; called by all threads of a block.

@@ -19,6 +19,8 @@ SPEC = describe(
         ("top_k", "u32"),
         ("num_experts", "u32"),
         ("by_expert", "u32"),
+        ("segments", "u32"),
+        ("segment_units", "u32"),
     ),
     max_registers=40,
     max_threads=THREADS,

@@ -27,7 +27,7 @@
 //          epoch that others could wait for. When rows do not fit, `stopped` is set before the epoch ends, so that a block
 //          that starts late does not take the next epoch for its own.
 // Cost     reads T * K indices in each block, and bytes out as dispatch. sm_90a: <= 96 registers, 0 spills, 2560 B of static
-//          shared memory, at most 228864 B of dynamic.
+//          shared memory, at most 229120 B of dynamic.
 // Tests    tests/cuda/test_dispatch_fused.py, tests/compile.
 #include "dispatch/ring.cuh"
 #include "dispatch_assign/places.cuh"
@@ -60,7 +60,6 @@ DEV u32 least_in_block(u32 value) {
 
 // Block 0: makes what the places of all tokens depend on. Returns false if the call is aborted.
 DEV bool lead(const DispatchFusedParams& p, u32 epoch, u8* shared, u32 (*handshakes)[kHandshakeWords]) {
-    __shared__ i32 sent[kMaxRanks][kMaxRanks];  // [from][to] rows
     __shared__ i32 ends[kMaxRanks];
     const u32 bad = least_in_block(count_units(p, 0, 1, reinterpret_cast<u32*>(shared)));
     if (bad != ~0u) {
@@ -68,13 +67,13 @@ DEV bool lead(const DispatchFusedParams& p, u32 epoch, u8* shared, u32 (*handsha
         return false;
     }
     const Totals totals = totals_at(p, shared);  // in place of the masks
-    if (!exchange_counts(p, epoch, gridDim.x, totals, handshakes, sent, ends)) return false;
+    if (!exchange_counts(p, epoch, gridDim.x, totals, handshakes, ends)) return false;
     const bool fit = rows_fit(p, ends);
     ControlBlock* mine = control_block(p, p.rank);
     __syncthreads();
     if (threadIdx.x == 0) store_release(&mine->planned, (u64)epoch << 32 | fit);
     if (fit) {
-        publish_to_host(p, totals.all, sent, ends);
+        publish_to_host(p, totals, ends);
         return true;
     }
     reject_rows(p, ends);
@@ -143,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     if (part.first < part.end) {
         const u32 R = p.num_ranks, E = p.num_experts;
         if (blockIdx.x == 0) mark_unit(p.topk_idx, p.num_tokens, p.top_k, E, R, part.unit, masks);
-        const Unit unit = {masks, p.table + (u64)part.unit * (E + R), p.bases + 2 * R, token};
+        const Unit unit = {masks, p.table + (u64)part.unit * (E + R), p.bases, token};
         assign_tokens(p, unit, part.first, part.end);
     }
     __syncthreads();

@@ -5,8 +5,8 @@
 //          them.
 // Reads    topk_idx [T, K] in [-1, E).
 // Writes   peers' control blocks: counts, handshake. table [units, E + R]: rows of earlier units, per expert and per rank.
-//          bases: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on the device and,
-//          once more, in memory of the host, there with the rows of the fullest rank.
+//          bases [S]: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on the device
+//          and, once more, in memory of the host, there with the rows of the fullest rank. S segments: see counts.cuh.
 // Order    1 all blocks  a unit's rows per column (a token counts once per expert, once per rank)
 //          2 last block  columns over all units; publish totals, each word with the epoch in it
 //          3 last block  wait for every peer's totals; from them the places where this rank's rows begin everywhere
@@ -14,22 +14,21 @@
 // Faults   A call that is aborted leaves a plan with counts of -1, which later kernels skip. A bad index aborts the call on this
 //          rank before anything is published: peers wait, and the call can be repeated. If rows do not fit into a tight
 //          capacity, all ranks abort alike: every rank sees the counts of every rank.
-// Cost     reads T * K indices, sends 8 * R * (E + 32) bytes. sm_90a: <= 80 registers, 0 spills, 2048 B of static shared
-//          memory, at most 65664 B of dynamic.
+// Cost     reads T * K indices, sends 8 * R * (S * (E + R) + 32) bytes. sm_90a: <= 80 registers, 0 spills, 2048 B of static shared
+//          memory, at most 65824 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}} on rank 0: rows per expert 1 2 0 1, per rank 2 1.
 // Tests    tests/cuda/test_dispatch_plan.py (the example is its first case), tests/compile.
 #include "dispatch_notify/counts.cuh"
 
 // Publishes the counts to the host if the rows of every rank fit; otherwise aborts the call, as every other rank does.
-DEV void finish(const DispatchNotifyParams& p, u32 epoch, const i32* all, const i32 (*sent)[kMaxRanks],
-                const i32* ends) {
+DEV void finish(const DispatchNotifyParams& p, u32 epoch, const Totals& totals, const i32* ends) {
     if (threadIdx.x == 0) {
         ControlBlock* mine = control_block(p, p.rank);
         mine->arrived = 0;
         mine->epoch = epoch;
     }
     if (rows_fit(p, ends)) {
-        publish_to_host(p, all, sent, ends);
+        publish_to_host(p, totals, ends);
         return;
     }
     __syncthreads();
@@ -40,7 +39,6 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     dispatch_notify(const __grid_constant__ DispatchNotifyParams p) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ u32 handshakes[kMaxRanks][kHandshakeWords];
-    __shared__ i32 sent[kMaxRanks][kMaxRanks];  // [from][to] rows
     __shared__ i32 ends[kMaxRanks];
     const u32 epoch = next_epoch(p);
     if (is_stopped(p)) {
@@ -60,5 +58,5 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
         return;
     }
     const Totals totals = totals_at(p, shared);  // in place of the masks
-    if (exchange_counts(p, epoch, 0, totals, handshakes, sent, ends)) finish(p, epoch, totals.all, sent, ends);
+    if (exchange_counts(p, epoch, 0, totals, handshakes, ends)) finish(p, epoch, totals, ends);
 }

@@ -6,6 +6,8 @@ from tokenferry.kernels.codes import UNIT_TOKENS
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
+ONE_SEGMENT = 1 << 30
+"""Units of a segment, if there is only one."""
 
 SPEC = describe(
     __file__,
@@ -25,6 +27,8 @@ SPEC = describe(
         ("alignment", "u32"),
         ("capacity", "u32"),
         ("row_limit", "u32"),
+        ("segments", "u32"),
+        ("segment_units", "u32"),
     ),
     max_registers=80,
     max_threads=THREADS,
@@ -38,6 +42,8 @@ def num_units(num_tokens: int) -> int:
     return -(-num_tokens // UNIT_TOKENS)
 
 
-def smem_bytes(num_experts: int, num_ranks: int) -> int:
-    """Return the dynamic shared memory of a block: a mask of 128 bits for each expert and rank."""
-    return (num_experts + num_ranks) * 16
+def smem_bytes(num_experts: int, num_ranks: int, segments: int = 1) -> int:
+    """Return the dynamic shared memory of a block: masks of 128 bits for each expert and rank, then their totals."""
+    columns = num_experts + num_ranks
+    totals = segments * (columns + num_experts + num_ranks * num_ranks) + 2 * num_experts
+    return max(columns * 16, totals * 4)
