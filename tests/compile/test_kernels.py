@@ -19,12 +19,13 @@ from tokenferry.jit.source import constant_name
 from tokenferry.kernels import control_block
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.combine_push import spec as push_spec
-from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS
+from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_NODES, MAX_RANKS
 from tokenferry.kernels.decode_combine.spec import SPEC as DECODE_COMBINE
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_fused import spec as fused_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
+from tokenferry.kernels.dispatch_split import spec as split_spec
 from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: kernels cannot be compiled here")
@@ -65,7 +66,14 @@ def test_the_header_says_what_is_promised(spec):
 
 
 DYNAMIC = {
-    "dispatch_notify": max(notify_spec.smem_bytes(E, R) for E in (1, MAX_EXPERTS) for R in (1, MAX_RANKS)),
+    "dispatch_notify": max(
+        notify_spec.smem_bytes(-(-E // N), R, N)
+        for E in (1, MAX_EXPERTS)
+        for R in (1, MAX_RANKS)
+        for N in (1, 2, MAX_NODES)
+    ),
+    "dispatch_split": split_spec.smem_bytes(MAX_RANKS * MAX_NODES, MAX_NODES),
+    "dispatch_rails": split_spec.smem_bytes(MAX_RANKS * MAX_NODES, MAX_NODES),
     "dispatch_assign": notify_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS),
     "combine_pull": pull_spec.SMEM_BYTES,
     "combine_push": max(push_spec.cut(row).smem_bytes for row in range(16, MOST_ROW + 1, 16)),

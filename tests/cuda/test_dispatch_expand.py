@@ -93,6 +93,7 @@ def check(case, layout, sizes, zero, given):
                 "alignment": expected.form.alignment,
                 "capacity": expected.form.capacity,
                 "zero": int(zero),
+                "num_sources": expected.num_sources,
             }
         )
     ranks.run(expand_spec.SPEC, fields, (2, expand_spec.THREADS, 0))
@@ -143,6 +144,7 @@ def test_an_aborted_plan_expands_nothing():
             "num_local": 2,
             "alignment": 1,
             "zero": 1,
+            "num_sources": ranks.num_ranks,
         }
         for rank in range(2)
     ]

@@ -88,6 +88,23 @@ def test_one_plan_again_and_again():
         delivery.check()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_rank_acts_for_several_sources(num_ranks, layout):
+    """One launch for each segment of a plan; the tokens of the other sources keep their own numbers."""
+    tokens = (40, 0, 33, 1, 7, 2, 12, 5, 90)[: 3 * num_ranks]
+    case = Case(tokens, 3 * num_ranks * 2, 4, routing="repeated", seed=num_ranks)
+    topk_idx = [one.topk_idx % (2 * num_ranks) for one in case.inputs()]
+    free = Expected(choices_of(topk_idx), 2 * num_ranks, Form(layout, alignment=4), segments=3)
+    capacity = max(max(free.expert_counts(rank)) for rank in range(num_ranks)) if layout == "masked" else 0
+    expected = Expected(choices_of(topk_idx), 2 * num_ranks, Form(layout, 4, capacity), segments=3)
+    delivery = Delivery(
+        ranks_of(num_ranks), expected, Payload(64, Scales(3, torch.float32), weights=True), topk_idx, seed=1
+    )
+    delivery.run()
+    delivery.check()
+
+
 def test_an_aborted_plan_moves_nothing():
     """After an aborted call the counts are -1 on all ranks: kernels no-op, nothing is written."""
     ranks = ranks_of(2)

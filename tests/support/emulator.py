@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Struct
-from tokenferry.kernels.all import SPECS
+from tokenferry.kernels.all import ACROSS_NODES, SPECS
 
 HERE = Path(__file__).parent
 SMEM_BYTES = 227 * 1024
@@ -209,5 +209,5 @@ class Emulator:
         if self.folder is None:
             self._made = tempfile.TemporaryDirectory()
         made = Jit(self.folder or Path(self._made.name))
-        made.warmup(SPECS)
+        made.warmup((*SPECS, *ACROSS_NODES))
         return made

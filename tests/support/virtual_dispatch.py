@@ -56,12 +56,13 @@ class Payload:
 
 @dataclass
 class Brought:
-    """The input of one rank."""
+    """The input of one source; ``names``: the numbers of its tokens where they come from, None: as here."""
 
     x: Tensor
     scale: Tensor | None
     weights: Tensor | None
     topk_idx: Tensor
+    names: Tensor | None = None
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Landed:
 
 
 class Delivery:
-    """One launch of dispatch on all ranks."""
+    """The launches of dispatch on all ranks: one for each segment of the plan, whose sources ``topk_idx`` belong to."""
 
     def __init__(
         self, ranks: Ranks, expected: Expected, payload: Payload, topk_idx: list[Tensor], seed: int = 0
@@ -93,7 +94,8 @@ class Delivery:
             x = torch.randint(256, (T, payload.row_bytes), dtype=torch.uint8, generator=make)
             scale = payload.scales.of(T, make) if payload.scales else None
             weights = torch.randn(T, K, generator=make) if payload.weights else None
-            self.brought.append(Brought(x, scale, weights, index.to(payload.idx_dtype)))
+            names = torch.arange(T).int() * 3 + 1 if len(self.brought) >= ranks.num_ranks else None
+            self.brought.append(Brought(x, scale, weights, index.to(payload.idx_dtype), names))
         self.landed = [self._room(rank) for rank in range(ranks.num_ranks)]
 
     def _room(self, rank: int) -> Landed:
@@ -110,17 +112,19 @@ class Delivery:
             row_idx=block(rank, N * K * 8) if first and by_expert else None,
         )
 
-    def fields(self, rank: int, **more: object) -> dict[str, object]:
+    def fields(self, rank: int, segment: int = 0, **more: object) -> dict[str, object]:
         """Return the params of dispatch."""
-        ex, payload, mine, up = self.expected, self.payload, self.brought[rank], self.ranks.on_device
+        ex, payload, up, first = self.expected, self.payload, self.ranks.on_device, segment * self.ranks.num_ranks
+        src, peers = first + rank, slice(first, first + self.ranks.num_ranks)
+        mine = self.brought[src]
         scales = payload.scales
         bulk = scales.row_bytes if scales and scales.bulk else 0
         rings = dispatch_spec.cut(payload.row_bytes, bulk)
         values: dict[str, object] = {
             "x": up(mine.x),
-            "places": up(ex.table(rank)),
-            "rows_out": up(torch.tensor(ex.dst_counts(rank))),
-            "rows_in": up(torch.tensor(ex.src_counts(rank))),
+            "places": up(ex.table(src)),
+            "rows_out": up(torch.tensor(ex.dst_counts(rank)[peers])),
+            "rows_in": up(torch.tensor(ex.src_counts(rank)[peers])),
             "num_tokens": mine.x.shape[0],
             "row_bytes": payload.row_bytes,
             "piece_bytes": rings.piece_bytes,
@@ -145,6 +149,8 @@ class Delivery:
             values["weights"] = up(mine.weights)
         if payload.first:
             values["topk_idx"] = up(mine.topk_idx)
+        if mine.names is not None:
+            values["tokens"] = up(mine.names)
         return {**values, **more}
 
     def sizes(self) -> tuple[int, int, int]:
@@ -153,7 +159,9 @@ class Delivery:
         return self.payload.blocks, rings.warps * 32, rings.smem_bytes
 
     def run(self) -> None:
-        self.ranks.run(dispatch_spec.SPEC, [self.fields(rank) for rank in range(self.ranks.num_ranks)], self.sizes())
+        for segment in range(self.expected.segments):
+            fields = [self.fields(rank, segment) for rank in range(self.ranks.num_ranks)]
+            self.ranks.run(dispatch_spec.SPEC, fields, self.sizes())
 
     # ------------------------------------------------------------------ expected output
 
@@ -180,11 +188,16 @@ class Delivery:
             order, size = list(range(len(received))), payload.idx_dtype.itemsize
             ids = [as_bytes(one) for one in ex.ids(rank, payload.idx_dtype)]
             check_rows(f"{what} ids", landed.ids, order, ids, K * size)
-            tokens = [as_bytes(torch.tensor([token])) for _, token in received]
+            tokens = [as_bytes(torch.tensor([self.name(src, token)])) for src, token in received]
             check_rows(f"{what} src_token", landed.src_token, order, tokens, 8)
         if landed.row_idx:
             row_idx = [as_bytes(one) for one in ex.row_idx(rank)]
             check_rows(f"{what} row_idx", landed.row_idx, order, row_idx, K * 8)
+
+    def name(self, src: int, token: int) -> int:
+        """Return the number of a token where it comes from."""
+        names = self.brought[src].names
+        return token if names is None else int(names[token])
 
     def weight_rows(self, rank: int) -> list[Tensor]:
         """Return the weights of each row (ROWS): those of slots on this rank, 0 for others."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from support.emulator import Emulator
 from tokenferry.jit.kernel import Jit, KernelSpec
-from tokenferry.kernels.all import SPECS
+from tokenferry.kernels.all import ACROSS_NODES, SPECS
 from tokenferry.kernels.control_block import (
     CONTROL_BLOCK_BYTES,
     CONTROL_BLOCK_OFFSETS,
@@ -72,7 +72,7 @@ class Gpu:
     def jit(self) -> Jit:
         """All kernels, loaded: a driver that loads one later might wait for running kernels."""
         made = Jit(0, None)
-        made.warmup(SPECS)
+        made.warmup((*SPECS, *ACROSS_NODES))
         return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenferry.kernels.combine_nodes.spec import SPEC as COMBINE_NODES
 from tokenferry.kernels.combine_pull.spec import SPEC as COMBINE_PULL
 from tokenferry.kernels.combine_push.spec import SPEC as COMBINE_PUSH
 from tokenferry.kernels.decode_combine.spec import SPEC as DECODE_COMBINE
@@ -12,7 +13,10 @@ from tokenferry.kernels.dispatch_expand.spec import SPEC as DISPATCH_EXPAND
 from tokenferry.kernels.dispatch_fused.spec import SPEC as DISPATCH_FUSED
 from tokenferry.kernels.dispatch_layout.spec import SPEC as DISPATCH_LAYOUT
 from tokenferry.kernels.dispatch_notify.spec import SPEC as DISPATCH_NOTIFY
+from tokenferry.kernels.dispatch_pack.spec import SPEC as DISPATCH_PACK
+from tokenferry.kernels.dispatch_rails.spec import SPEC as DISPATCH_RAILS
 from tokenferry.kernels.dispatch_restrict.spec import SPEC as DISPATCH_RESTRICT
+from tokenferry.kernels.dispatch_split.spec import SPEC as DISPATCH_SPLIT
 from tokenferry.kernels.share_workspace.spec import SPEC as SHARE_WORKSPACE
 from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
 
@@ -31,3 +35,6 @@ SPECS = (
     DECODE_COMBINE,
     SHARE_WORKSPACE,
 )
+
+ACROSS_NODES = (DISPATCH_SPLIT, DISPATCH_RAILS, DISPATCH_PACK, COMBINE_NODES)
+"""Kernels of groups of several nodes only."""

@@ -21,10 +21,12 @@ HEADER = Header("generated/control_block.cuh", "kernels/control_block.py")
 
 # ---- sizes
 
-MAX_RANKS = HEADER.constant("kMaxRanks", 8, "ranks of a group")
+MAX_RANKS = HEADER.constant("kMaxRanks", 8, "ranks of a node")
 MAX_EXPERTS = 4096
 """Experts of a group."""
-MAX_COUNTS = MAX_EXPERTS + 2048
+MAX_NODES = 256
+"""Nodes of a group."""
+MAX_COUNTS = MAX_EXPERTS + MAX_NODES * MAX_RANKS
 """Counts that a rank sends to each other one in a dispatch: those of all experts and ranks of the group."""
 MAX_TOP_K = 64
 """Experts of a token."""
@@ -187,6 +189,12 @@ HOST_MOST_WORD = HEADER.constant(
     "kHostMostWord", HOST_SENT_WORD + MAX_RANKS, "rows that the fullest rank needs space for; compare row_limit"
 )
 HOST_EXPERTS_WORD = HEADER.constant("kHostExpertsWord", HOST_MOST_WORD + 1, "L words: rows of each local expert")
+
+# ---- across nodes: what dispatch_split reports to the host, in memory of its own, and to the ranks across from it
+
+RAIL_WORDS = HEADER.constant("kRailWords", SIGNATURE_WORDS + 1, "words for a rank across: the signature, then tokens")
+HOST_ROWS_WORD = HEADER.constant("kHostRowsWord", 1, "rows to all ranks; word 0 is the call number")
+HOST_NODES_WORD = HEADER.constant("kHostNodesWord", 2, "N words: tokens for each node")
 
 # ---- the timeline of a decode kernel: [blocks][kTraceWords], nanoseconds of the GPU's clock
 

@@ -198,6 +198,7 @@ def expand_template(
     p = template.params
     p.row_bytes, p.scale_bytes, p.top_k, p.num_local = kind.row_bytes, kind.scale_bytes, kind.top_k, num_local
     p.alignment, p.capacity, p.zero = alignment, capacity, zero_padding
+    p.num_sources = context.num_ranks
     template.block = expand_spec.THREADS
     return template
 

@@ -3,7 +3,7 @@
 //
 // Grid     any number of blocks; warps take rows round robin. Not collective.
 // Reads    row_idx [N, K] int64: the places of each received row, -1: none; the row arrived at the lowest of them, that of its
-//          lowest expert. N = sum of src_counts. expert_counts [L].
+//          lowest expert. N = sum of src_counts [num_sources]. expert_counts [L].
 // Writes   rows and scales at all other places; with p.zero: rows, scales and weights of the padding.
 // Cost     reads and writes (places - N) rows of local memory. sm_90a: <= 96 registers, 0 spills.
 // Tests    tests/cuda/test_dispatch_expand.py, tests/compile.
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     if (must_skip(p, p.src_counts)) return;
     const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32, K = p.top_k;
     i64 rows = 0;
-    for (u32 r = 0; r < p.num_ranks; r++) rows += p.src_counts[r];
+    for (u32 r = 0; r < p.num_sources; r++) rows += p.src_counts[r];
     for (i64 i = blockIdx.x * warps + threadIdx.x / 32; i < rows; i += (i64)gridDim.x * warps) {
         const i64 a = lane < K ? p.row_idx[i * K + lane] : -1, b = lane + 32 < K ? p.row_idx[i * K + lane + 32] : -1;
         const u32 least = __reduce_min_sync(kAll, min((u32)a, (u32)b));  // -1 is the largest u32

@@ -23,6 +23,7 @@ SPEC = describe(
         ("alignment", "u32"),
         ("capacity", "u32"),
         ("zero", "u32"),
+        ("num_sources", "u32"),
     ),
     max_registers=96,
     max_threads=THREADS,

@@ -15,7 +15,7 @@
 //          rank before anything is published: peers wait, and the call can be repeated. If rows do not fit into a tight
 //          capacity, all ranks abort alike: every rank sees the counts of every rank.
 // Cost     reads T * K indices, sends 8 * R * (S * (E + R) + 32) bytes. sm_90a: <= 80 registers, 0 spills, 2048 B of static shared
-//          memory, at most 65824 B of dynamic.
+//          memory, at most 106624 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}} on rank 0: rows per expert 1 2 0 1, per rank 2 1.
 // Tests    tests/cuda/test_dispatch_plan.py (the example is its first case), tests/compile.
 #include "dispatch_notify/counts.cuh"

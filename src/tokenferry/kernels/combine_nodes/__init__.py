@@ -1,0 +1,1 @@
+"""The kernel combine_nodes; the head of kernel.cuh documents it."""

@@ -1,0 +1,1 @@
+"""The kernel dispatch_pack; the head of kernel.cuh documents it."""

@@ -1,0 +1,34 @@
+"""Host half of the kernel dispatch_pack; kernel.cuh documents the kernel."""
+
+from __future__ import annotations
+
+from tokenferry.kernels.describe import describe
+
+THREADS = 512
+
+SPEC = describe(
+    __file__,
+    (
+        ("x", "ptr:const u8"),
+        ("scale", "ptr:const u8"),
+        ("weights", "ptr:const f32"),
+        ("slots", "ptr:const i32"),
+        ("dst_counts", "ptr:const i64"),
+        ("rows_out", "ptr:u8"),
+        ("scale_out", "ptr:u8"),
+        ("weights_out", "ptr:f32"),
+        ("scale_row_stride", "i64"),
+        ("scale_stride", "i64"),
+        ("num_tokens", "u32"),
+        ("row_bytes", "u32"),
+        ("bulk_scale_bytes", "u32"),
+        ("scale_size", "u32"),
+        ("num_scales", "u32"),
+        ("top_k", "u32"),
+        ("num_nodes", "u32"),
+        ("node", "u32"),
+    ),
+    max_registers=80,
+    max_threads=THREADS,
+    static_smem=0,
+)

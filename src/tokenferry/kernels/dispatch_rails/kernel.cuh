@@ -1,0 +1,61 @@
+// dispatch_rails: across nodes: writes, for each node, the routing of this rank's tokens that go there.
+//
+// Grid     any number of blocks; each takes units of 128 tokens. Not collective.
+// Reads    topk_idx [T, K]; table [units, R + N] and bases [R + N] of dispatch_split. R ranks on N nodes; this one is on p.node.
+// Writes   slots [T, N]: the row of a token among those for all other nodes (by node, then token); for the own node the token
+//          itself; -1: it does not go there. For each of these rows: ids_out [K], the experts of the token, counted from the
+//          first one of the node, -1 for those elsewhere; tokens_out, the token. ids_here [T, K]: the same for the own node, one
+//          row for every token. dst_token [rows sent] int64: tokens by destination rank, then token.
+// Why the slots are the same in every run
+//          A slot is the sum of tokens for lower nodes, of earlier units, and of earlier tokens of the unit. No atomics.
+// Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 40 registers, 0 spills, 64 B of static shared
+//          memory, at most 36864 B of dynamic.
+// Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: slots {{0,-1},{1,0}}; ids_here {{0,1},{1,-1}}; ids_out {{-1,1}};
+//          tokens_out 1; dst_token 0 0 1 1.
+// Tests    tests/cuda/test_nodes.py, tests/compile.
+#include "dispatch_split/nodes.cuh"
+
+struct Unit {
+    const u32* masks;
+    const i32* before;  // [R + N] tokens of earlier units
+    u32 first;          // first token
+};
+
+// Returns the number of an expert on its node m; -1 if it is on another one.
+DEV i64 expert_on(const DispatchRailsParams& p, i64 e, u32 m) {
+    const u32 of_node = p.num_experts / p.num_nodes;
+    return e >= 0 && (u32)e / of_node == m ? e - (i64)m * of_node : -1;
+}
+
+// Writes the slot of one token on node m, and its routing there.
+DEV void write_slot(const DispatchRailsParams& p, const Unit& unit, u32 token, u32 m) {
+    const u32 column = p.all_ranks + m, t = unit.first + token;
+    const bool goes = is_marked(unit.masks, column, token);
+    const i32 row = p.bases[column] + unit.before[column] + count_marked(unit.masks, column, token);
+    p.slots[(u64)t * p.num_nodes + m] = !goes ? -1 : m == p.node ? (i32)t : row;
+    if (!goes || m == p.node) return;
+    p.tokens_out[row] = (i32)t;
+    for (u32 k = 0; k < p.top_k; k++)
+        store_index(p.ids_out, kWide, (u64)row * p.top_k + k,
+                    expert_on(p, index_at(p.topk_idx, (u64)t * p.top_k + k), m));
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    dispatch_rails(const __grid_constant__ DispatchRailsParams p) {
+    extern __shared__ __align__(16) u8 shared[];
+    if (must_skip(p, p.dst_counts)) return;
+    u32* masks = reinterpret_cast<u32*>(shared);
+    const u32 R = p.all_ranks, N = p.num_nodes, K = p.top_k, units = (p.num_tokens + kUnit - 1) / kUnit;
+    for (u32 u = blockIdx.x; u < units; u += gridDim.x) {
+        mark_nodes(p, u, masks);
+        const Unit unit = {masks, p.table + (u64)u * num_columns(p), u * kUnit};
+        const u32 tokens = min(kUnit, p.num_tokens - unit.first);
+        for (u32 i = threadIdx.x; i < tokens * N; i += blockDim.x) write_slot(p, unit, i / N, i % N);
+        for (u32 i = unit.first * K + threadIdx.x; i < (unit.first + tokens) * K; i += blockDim.x)
+            store_index(p.ids_here, kWide, i, expert_on(p, index_at(p.topk_idx, i), p.node));
+        for (u32 i = threadIdx.x; i < tokens * R; i += blockDim.x)
+            if (const u32 r = i % R; is_marked(masks, r, i / R))
+                p.dst_token[p.bases[r] + unit.before[r] + count_marked(masks, r, i / R)] = unit.first + i / R;
+        __syncthreads();
+    }
+}

@@ -1,0 +1,1 @@
+"""The kernel dispatch_split; the head of kernel.cuh documents it."""

@@ -1,0 +1,119 @@
+// dispatch_split: across nodes, before anything is sent: counts the tokens of this rank that go to each rank of the whole group,
+// and to each node.
+//
+// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish does the work that needs all of
+//          them. Not collective.
+// Reads    topk_idx [T, K] in [-1, E). R ranks on N nodes; this one is on p.node.
+// Writes   table [units, R + N]: tokens of earlier units, per rank, then per node. bases [R + N]: tokens for lower ranks; then
+//          where the rows for each node begin among those for all other nodes. dst_counts [R]. headers [N][kRailWords]: what
+//          the rank across from this one gets to know: the signature, and how many tokens come. The host: rows for all ranks,
+//          then tokens for each node.
+// Order    1 all blocks  a unit's tokens per column (a token counts once per rank, once per node)
+//          2 last block  columns over all units, bases; counts for the host, then the call number, with release
+// Faults   A bad index aborts the call on this rank before anything is sent: peers wait, and the call can be repeated.
+// Cost     reads T * K indices. sm_90a: <= 40 registers, 0 spills, 64 B of static shared memory, at most 36864 B of dynamic.
+// Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: dst_counts 1 2 0 1; nodes 2 1; bases 0 1 3 3, 0 0.
+// Tests    tests/cuda/test_nodes.py (the example is its first case), tests/compile.
+#include "dispatch_split/nodes.cuh"
+
+// Leaves counts that all later kernels skip.
+DEV void abort_split(const DispatchSplitParams& p) {
+    for (u32 r = threadIdx.x; r < p.all_ranks; r += blockDim.x) p.dst_counts[r] = -1;
+}
+
+// Aborts the call because of the index in slot `bad`; called by all threads of a block.
+DEV void reject_index(const DispatchSplitParams& p, u32 bad) {
+    abort_split(p);
+    if (threadIdx.x != 0) return;
+    const i64 index = index_at(p.topk_idx, bad);
+    const u32 seen = index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index;
+    record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k, seen, p.num_experts, 0, 0);
+    stop(p);
+}
+
+// Replaces each column of the table by its exclusive prefix sums over the units, and stores the totals.
+DEV void sum_columns(const DispatchSplitParams& p, i32* totals) {
+    const u32 columns = num_columns(p), units = (p.num_tokens + kUnit - 1) / kUnit;
+    for (u32 c = threadIdx.x; c < columns; c += blockDim.x) {
+        i32 before = 0;
+        for (u32 unit = 0; unit < units; unit++) {
+            i32& rows = p.table[(u64)unit * columns + c];
+            const i32 here = rows;
+            rows = before;
+            before += here;
+        }
+        totals[c] = before;
+    }
+}
+
+// Writes the exclusive prefix sums of counts[0..num) to sums, leaving out number `except`; returns their sum. Called by a warp.
+DEV i32 write_bases(const i32* counts, u32 num, u32 except, i32* sums) {
+    const u32 lane = threadIdx.x % 32;
+    i32 before = 0;
+    for (u32 first = 0; first < num; first += 32) {
+        const u32 i = first + lane;
+        const i32 here = i < num && i != except ? counts[i] : 0;
+        i32 sum = here;
+#pragma unroll
+        for (u32 d = 1; d < 32; d *= 2) {
+            const i32 left = __shfl_up_sync(kAll, sum, d);
+            if (lane >= d) sum += left;
+        }
+        if (i < num) sums[i] = before + sum - here;
+        before += __shfl_sync(kAll, sum, 31);
+    }
+    return before;
+}
+
+DEV void publish(const DispatchSplitParams& p, const i32* totals) {
+    const u32 R = p.all_ranks, N = p.num_nodes;
+    for (u32 r = threadIdx.x; r < R; r += blockDim.x) p.dst_counts[r] = totals[r];
+    for (u32 i = threadIdx.x; i < N * kRailWords; i += blockDim.x) {
+        const u32 word = i % kRailWords;
+        p.headers[i] = word < kSignatureWords ? p.handshake[word] : (u32)totals[R + i / kRailWords];
+    }
+    for (u32 m = threadIdx.x; m < N; m += blockDim.x) p.host[kHostNodesWord + m] = (u32)totals[R + m];
+    if (threadIdx.x < 32) {
+        const i32 sent = write_bases(totals, R, ~0u, p.bases);
+        write_bases(totals + R, N, p.node, p.bases + R);
+        if (threadIdx.x == 0) p.host[kHostRowsWord] = (u32)sent;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        fence_system();
+        store_release(p.host, p.call_number);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
+    dispatch_split(const __grid_constant__ DispatchSplitParams p) {
+    extern __shared__ __align__(16) u8 shared[];
+    if (is_stopped(p)) {
+        abort_split(p);
+        return;
+    }
+    u32* masks = reinterpret_cast<u32*>(shared);
+    ControlBlock* mine = control_block(p, p.rank);
+    const u32 columns = num_columns(p), units = (p.num_tokens + kUnit - 1) / kUnit;
+    u32 seen = ~0u;
+    for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        seen = min(seen, mark_nodes(p, unit, masks));
+        for (u32 c = threadIdx.x; c < columns; c += blockDim.x)
+            p.table[(u64)unit * columns + c] = count_marked(masks, c, kUnit);
+        __syncthreads();
+    }
+    if (seen != ~0u) atomicMax(&mine->bad_slot, ~seen);
+    if (!last_block(p)) return;
+
+    const u32 bad = ~load_relaxed(&mine->bad_slot);
+    __syncthreads();  // all threads have read it before it is cleared
+    if (threadIdx.x == 0) mine->bad_slot = mine->arrived = 0;
+    if (bad != ~0u) {
+        reject_index(p, bad);
+        return;
+    }
+    i32* totals = reinterpret_cast<i32*>(shared);  // in place of the masks
+    sum_columns(p, totals);
+    __syncthreads();
+    publish(p, totals);
+}

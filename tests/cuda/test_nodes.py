@@ -1,0 +1,171 @@
+"""The kernels of groups of several nodes alone: what a rank sends to other nodes, and adds up at home."""
+
+import pytest
+import torch
+
+from support.virtual_nodes import Nodes, Split, Splitter
+from support.virtual_ranks import POISON, ranks_of
+from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.combine_nodes import spec as sum_spec
+from tokenferry.kernels.control_block import Fault
+from tokenferry.kernels.dispatch_pack import spec as pack_spec
+
+TOPOLOGIES = ((2, 2, 2), (6, 3, 4), (4, 1, 1), (70, 35, 2))
+"""Ranks, nodes, and experts of a rank."""
+
+
+def check_start(found: torch.Tensor, want: list, what: str) -> None:
+    """Check the first values; the others, if any, have not been written."""
+    assert found[: len(want)].tolist() == want, what
+    assert bool((found[len(want) :].contiguous().view(torch.uint8) == POISON).all()), f"{what}: too much is written"
+
+
+def split_and_check(splitter: Splitter) -> None:
+    splitter.split()
+    splitter.ranks.wait()
+    splitter.ranks.check_quiet()
+    made = splitter.rails()
+    for rank, nodes in enumerate(splitter.nodes):
+        want = Split(nodes, splitter.index[rank].cpu().tolist())
+        assert splitter.dst_counts[rank].cpu().tolist() == want.dst_counts
+        call = splitter.ranks.call
+        assert splitter.host[rank].tolist() == [call, len(want.dst_token), *want.counts]
+        headers = splitter.headers[rank].cpu()
+        assert headers.tolist() == [[7 + rank] * 15 + [count] for count in want.counts]
+        for name, found in made[rank].items():
+            check_start(found, getattr(want, name), f"rank {rank} {nodes} {name}")
+
+
+def test_the_worked_example():
+    """The examples in the heads of the kernels."""
+    want = Split(Nodes(4, 4, 2, 0), [[0, 1], [1, 3]])
+    assert (want.dst_counts, want.counts, want.dst_token) == ([1, 2, 0, 1], [2, 1], [0, 0, 1, 1])
+    assert (want.slots, want.ids_here, want.ids_out) == ([[0, -1], [1, 0]], [[0, 1], [1, -1]], [[-1, 1]])
+    splitter = Splitter(ranks_of(1), [Nodes(4, 4, 2, 0)], [torch.tensor([[0, 1], [1, 3]])])
+    split_and_check(splitter)
+    assert splitter.bases[0].cpu().tolist() == [0, 1, 3, 3, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
+@pytest.mark.parametrize(("all_ranks", "num_nodes", "local"), TOPOLOGIES)
+def test_any_routing(all_ranks, num_nodes, local, dtype):
+    ranks, make = ranks_of(3), torch.Generator().manual_seed(all_ranks)
+    experts = all_ranks * local
+    for top_k, tokens in ((1, (129, 0, 1)), (8, (300, 128, 7)), (3, (0, 0, 260))):
+        nodes = [Nodes(experts, all_ranks, num_nodes, rank % num_nodes) for rank in range(3)]
+        index = [torch.randint(-1, experts, (T, top_k), generator=make).to(dtype) for T in tokens]
+        split_and_check(Splitter(ranks, nodes, index))
+
+
+def test_a_bad_index():
+    ranks = ranks_of(2)
+    index = [torch.tensor([[0, 1]] * 200), torch.tensor([[0, 1]] * 200)]
+    index[1][150, 1] = 4
+    splitter = Splitter(ranks, [Nodes(4, 4, 2, 0)] * 2, index)
+    splitter.split()
+    ranks.wait()
+    record = ranks.record(1)
+    assert record is not None
+    assert (record.code, record.word, record.peer, record.seen, record.expected) == (Fault.bad_routing, 150, 1, 4, 4)
+    assert splitter.dst_counts[1].cpu().tolist() == [-1] * 4
+    assert splitter.host[1].tolist() == [-1] * 4, "the host is told counts"
+    made = splitter.rails()[1]
+    assert all(bool((found.view(torch.uint8) == POISON).all()) for found in made.values())
+    split_and_check(Splitter(ranks, [Nodes(4, 4, 2, 1)] * 2, [index[0]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "scale_dtype", "num_scales", "lie"),
+    [
+        (48, None, 0, ""),
+        (16, torch.float32, 4, "rows"),
+        (2064, torch.float32, 3, "columns"),
+        (32, torch.uint8, 5, "rows"),
+        (32, torch.bfloat16, 33, "columns"),
+        (64, torch.float64, 3, "columns"),
+    ],
+)
+def test_rows_for_other_nodes_lie_side_by_side(row_bytes, scale_dtype, num_scales, lie):
+    ranks, make, T, K = ranks_of(1), torch.Generator().manual_seed(row_bytes), 70, 3
+    nodes = Nodes(12, 6, 3, 1)
+    choices = torch.randint(-1, 12, (T, K), generator=make)
+    want = Split(nodes, choices.tolist())
+    x = torch.randint(256, (T, row_bytes), generator=make).to(torch.uint8)
+    weights = torch.randn(T, K, generator=make)
+    out = {
+        "rows_out": ranks.poisoned(len(want.tokens_out) + 1, row_bytes, dtype=torch.uint8),
+        "weights_out": ranks.poisoned(len(want.tokens_out) + 1, K, dtype=torch.float32),
+    }
+    fields = {
+        "x": ranks.on_device(x),
+        "weights": ranks.on_device(weights),
+        "slots": ranks.on_device(torch.tensor(want.slots, dtype=torch.int32)),
+        "dst_counts": ranks.on_device(torch.tensor(want.dst_counts)),
+        "num_tokens": T,
+        "row_bytes": row_bytes,
+        "top_k": K,
+        "num_nodes": 3,
+        "node": 1,
+    }
+    if scale_dtype is not None:
+        size = scale_dtype.itemsize
+        scale = torch.randint(256, (T, num_scales * size), generator=make).to(torch.uint8).view(scale_dtype)
+        if lie == "columns":
+            scale = scale.t().contiguous().t()
+        scale = ranks.on_device(scale)
+        out["scale_out"] = ranks.poisoned(len(want.tokens_out) + 1, num_scales, dtype=scale_dtype)
+        bulk = num_scales * size if lie == "rows" and num_scales * size % 16 == 0 else 0
+        strides = {"scale_row_stride": scale.stride(0), "scale_stride": scale.stride(1)}
+        fields |= {"scale": scale, "bulk_scale_bytes": bulk, "scale_size": size, "num_scales": num_scales, **strides}
+    ranks.run(pack_spec.SPEC, [{**fields, **out}], (2, pack_spec.THREADS, 0))
+    sources = {"rows_out": x, "weights_out": weights}
+    if scale_dtype is not None:
+        sources["scale_out"] = scale.cpu()
+    for name, source in sources.items():
+        found = out[name].cpu().contiguous().view(torch.uint8)
+        assert found[:-1].equal(source[want.tokens_out].contiguous().view(torch.uint8)), name
+        assert bool((found[-1] == POISON).all()), f"{name}: too much is written"
+
+
+@pytest.mark.parametrize("num_biases", [0, 1, 2])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_sums_at_home(dtype, num_biases):
+    """In the order of nodes, in float32, rounded once: other orders give other bits."""
+    ranks, make, T, K, H = ranks_of(1), torch.Generator().manual_seed(num_biases), 90, 2, 24
+    nodes = Nodes(12, 12, 4, 2)
+    want = Split(nodes, torch.randint(-1, 12, (T, K), generator=make).tolist())
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def rows(num: int) -> torch.Tensor:
+        return (torch.randn(num, H, generator=make, dtype=torch.float64) * 1000).to(dtype)
+
+    own, parts, biases = rows(T), rows(len(want.tokens_out)), [rows(T) for _ in range(num_biases)]
+    own_weights, parts_weights = torch.randn(T, K, generator=make), torch.randn(len(parts), K, generator=make)
+    sums, weights = torch.zeros(T, H, dtype=wide), torch.zeros(T, K)
+    for t, slots in enumerate(want.slots):
+        for bias in biases:
+            sums[t] += bias[t].to(wide)
+        for m, slot in enumerate(slots):
+            if slot >= 0:
+                sums[t] += (own if m == 2 else parts)[slot].to(wide)
+                weights[t] += (own_weights if m == 2 else parts_weights)[slot]
+    out, weights_out = ranks.poisoned(T, H, dtype=dtype), ranks.poisoned(T, K, dtype=torch.float32)
+    fields = {
+        "slots": ranks.on_device(torch.tensor(want.slots, dtype=torch.int32)),
+        "dst_counts": ranks.on_device(torch.tensor(want.dst_counts)),
+        "own": ranks.on_device(own),
+        "parts": ranks.on_device(parts),
+        "own_weights": ranks.on_device(own_weights),
+        "parts_weights": ranks.on_device(parts_weights),
+        **{f"bias{i}": ranks.on_device(bias) for i, bias in enumerate(biases)},
+        "out": out,
+        "weights_out": weights_out,
+        "num_tokens": T,
+        "row_bytes": H * dtype.itemsize,
+        "top_k": K,
+        "num_nodes": 4,
+        "node": 2,
+    }
+    ranks.run(sum_spec.SPEC, [fields], (2, sum_spec.THREADS, 0), {"type": TYPES[dtype]})
+    assert out.cpu().equal(sums.to(dtype))
+    assert weights_out.cpu().equal(weights)

@@ -1,0 +1,130 @@
+"""The kernels of several nodes on virtual ranks, and what they have to write, by plain loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from support.virtual_ranks import Ranks
+from tokenferry.kernels.control_block import HOST_NODES_WORD, RAIL_WORDS, SIGNATURE_WORDS
+from tokenferry.kernels.dispatch_notify.spec import num_units
+from tokenferry.kernels.dispatch_rails import spec as rails_spec
+from tokenferry.kernels.dispatch_split import spec as split_spec
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """E experts of R ranks on N nodes, seen from one of the nodes."""
+
+    num_experts: int
+    num_ranks: int
+    num_nodes: int
+    node: int
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Return the params that say so."""
+        return {
+            "num_experts": self.num_experts,
+            "all_ranks": self.num_ranks,
+            "num_nodes": self.num_nodes,
+            "node": self.node,
+        }
+
+    def nodes_of(self, experts: list[int]) -> set[int]:
+        """Return the nodes that a token goes to."""
+        return {e // (self.num_experts // self.num_nodes) for e in experts if e >= 0}
+
+    def ids_on(self, node: int, experts: list[int]) -> list[int]:
+        """Return the experts of a token on a node, counted from the first one there."""
+        num = self.num_experts // self.num_nodes
+        return [e - node * num if e >= 0 and e // num == node else -1 for e in experts]
+
+
+class Split:
+    """What dispatch_split and dispatch_rails have to write for one rank."""
+
+    def __init__(self, nodes: Nodes, choices: list[list[int]]) -> None:
+        R, N, local = nodes.num_ranks, nodes.num_nodes, nodes.num_experts // nodes.num_ranks
+        ranks = [{e // local for e in experts if e >= 0} for experts in choices]
+        goes = [nodes.nodes_of(experts) for experts in choices]
+        self.dst_token = [t for r in range(R) for t, there in enumerate(ranks) if r in there]
+        self.dst_counts = [sum(r in there for there in ranks) for r in range(R)]
+        self.counts = [sum(m in there for there in goes) for m in range(N)]
+        out = [(m, t) for m in range(N) for t, there in enumerate(goes) if m in there and m != nodes.node]
+        self.tokens_out = [t for _, t in out]
+        self.ids_out = [nodes.ids_on(m, choices[t]) for m, t in out]
+        self.ids_here = [nodes.ids_on(nodes.node, experts) for experts in choices]
+        rows = {one: row for row, one in enumerate(out)}
+        self.slots = [
+            [(t if m == nodes.node else rows[m, t]) if m in there else -1 for m in range(N)]
+            for t, there in enumerate(goes)
+        ]
+
+
+class Splitter:
+    """Runs dispatch_split and dispatch_rails on all ranks, each with its own routing and nodes."""
+
+    def __init__(self, ranks: Ranks, nodes: list[Nodes], topk_idx: list[Tensor]) -> None:
+        self.ranks, self.nodes, self.index = ranks, nodes, [ranks.on_device(one) for one in topk_idx]
+        self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
+        make = ranks.poisoned
+        self.dst_counts = [make(one.num_ranks, dtype=torch.int64) for one in nodes]
+        self.headers = [make(one.num_nodes, RAIL_WORDS, dtype=torch.int32) for one in nodes]
+        self.host = [ranks.pinned(torch.full((HOST_NODES_WORD + one.num_nodes,), -1).int()) for one in nodes]
+        self.bases = [make(one.num_ranks + one.num_nodes, dtype=torch.int32) for one in nodes]
+        self.table = [
+            make(max(1, num_units(len(index))) * (one.num_ranks + one.num_nodes), dtype=torch.int32)
+            for index, one in zip(topk_idx, nodes, strict=True)
+        ]
+
+    def smem(self) -> int:
+        return max(split_spec.smem_bytes(one.num_ranks, one.num_nodes) for one in self.nodes)
+
+    def split(self) -> None:
+        """Launch dispatch_split; does not wait."""
+        self.ranks.call += 1
+        fields = [
+            {
+                **self.common(rank),
+                "headers": self.headers[rank],
+                "host": self.host[rank],
+                "handshake": dict.fromkeys(range(SIGNATURE_WORDS), 7 + rank),
+            }
+            for rank in range(self.ranks.num_ranks)
+        ]
+        self.ranks.launch(split_spec.SPEC, fields, (2, split_spec.THREADS, self.smem()), self.config)
+
+    def rails(self) -> list[dict[str, Tensor]]:
+        """Launch dispatch_rails, wait, and return what it has written on each rank."""
+        found, fields = [], []
+        for rank, (index, nodes) in enumerate(zip(self.index, self.nodes, strict=True)):
+            T, K = index.shape
+            most = T * min(K, nodes.num_nodes)
+            poisoned = self.ranks.poisoned
+            found.append(
+                {
+                    "slots": poisoned(T, nodes.num_nodes, dtype=torch.int32),
+                    "ids_here": poisoned(T, K, dtype=index.dtype),
+                    "ids_out": poisoned(most, K, dtype=index.dtype),
+                    "tokens_out": poisoned(most, dtype=torch.int32),
+                    "dst_token": poisoned(T * min(K, nodes.num_ranks), dtype=torch.int64),
+                }
+            )
+            fields.append({**self.common(rank), **found[-1]} if T else None)
+        self.ranks.launch(rails_spec.SPEC, fields, (2, rails_spec.THREADS, self.smem()), self.config)
+        self.ranks.wait()
+        return [{name: tensor.cpu() for name, tensor in one.items()} for one in found]
+
+    def common(self, rank: int) -> dict[str, object]:
+        return {
+            "topk_idx": self.index[rank],
+            "table": self.table[rank],
+            "bases": self.bases[rank],
+            "dst_counts": self.dst_counts[rank],
+            "num_tokens": len(self.index[rank]),
+            "top_k": self.index[rank].shape[1],
+            **self.nodes[rank].fields,
+        }
