@@ -14,6 +14,7 @@ from support.decode_jobs import (
     hooks_in_any_order,
     masked_encodings,
     not_finite,
+    plans_in_other_views,
     rounds,
 )
 from support.decoding import Step, check_combined, check_received
@@ -118,6 +119,10 @@ def forgotten_hook(rank, pg, pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.transport != "process_group"], ids=str)
+def test_plans_work_in_other_views_of_their_group(run, pair):
+    run(pair, 3, plans_in_other_views)
+
+
 def test_a_hook_that_is_never_called_disturbs_no_call_over_shared_memory(run, pair):
     """Not over torch.distributed: there a message that is not received stays in the process group."""
     run(pair, 2, forgotten_hook)

@@ -40,6 +40,10 @@ def test_decode_rounds(run):
     decode_jobs.check_counters(run(3, decode_jobs.counters, 3))
 
 
+def test_decode_plans_in_other_views(run):
+    run(3, decode_jobs.plans_in_other_views)
+
+
 def test_decode_hooks(run):
     run(3, decode_jobs.hooks_in_any_order, 3)
 

@@ -8,7 +8,7 @@ import torch
 from support.decoding import CASTS, Step, check_combined, check_encoding, check_received
 from support.pairs import Pair
 from support.throughput import check_round_trip
-from tokenferry import DecodeStats, DispatchOptions
+from tokenferry import DecodeStats, DispatchOptions, MoeShape
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
 
@@ -78,6 +78,16 @@ def not_finite(rank, pg, pair: Pair) -> None:
         for encoding in ("fp8", "logfmt10"):
             for fast in (False, True):
                 check_encoding(group, step, sent, torch.bfloat16, encoding, fast)
+
+
+def plans_in_other_views(rank, pg, pair: Pair) -> None:
+    """Use the plan of a decode dispatch in another view of its group, whose E, K and M differ."""
+    step = Step(Case((4, 7, 2), 6, 2, dtype=torch.float32), rank)
+    with pair.open(pg, step.case.shape) as group:
+        other = group.for_shape(MoeShape(3, 5, step.case.hidden, max_tokens=1))
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        for fast in (False, True):
+            check_combined(other, step, sent, torch.float32, fast=fast)
 
 
 def masked_encodings(rank, pg, pair: Pair) -> None:

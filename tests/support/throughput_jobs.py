@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from support.decoding import Step, check_combined
 from support.pairs import Pair
 from support.throughput import (
     Deal,
@@ -131,7 +130,3 @@ def plans_in_other_views(rank, pg, pair: Pair) -> None:
             sent = group.dispatch(mine.x, routing_of(mine), options=options)
             check_combine(other, deal, sent, None, 1, False, True)
             check_redispatch(other, deal, sent)
-        step = Step(case, rank)
-        sent = group.decode_dispatch(step.mine().x, step.routing())
-        for fast in (False, True):
-            check_combined(other, step, sent, torch.float32, fast=fast)

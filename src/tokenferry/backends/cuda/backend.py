@@ -114,7 +114,7 @@ class CudaBackend:
             return self.allocator.block("scratch", num_bytes, self.context.current_stream()).tensor()
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int, int]:
+    def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
         """See `tokenferry.backends.base.Backend`."""
         columns = num_columns(self.num_ranks, shape.top_k, by_expert=options.layout is not Layout.ROWS)
         return num_tokens if columns else 0, columns

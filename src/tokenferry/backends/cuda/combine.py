@@ -173,6 +173,23 @@ class Combiner:
         del copied  # its block is given back on this stream, after the kernel
         return Combined(out, weights_out)
 
+    def in_window(
+        self, form: CombineForm, call: Call, y: Tensor, weights: Tensor | None, plan_at: PlanAddresses
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return rows and weights in the window, copied there if they lie elsewhere, for several sums of them.
+
+        Raises:
+            CapacityError: the heap is full.
+        """
+        offset, block = self._expert_rows_in_window(form, call, y, plan_at)
+        if block is not None:
+            y = self._allocator.tensor(block, offset, tuple(y.shape), y.dtype)
+        if weights is not None:
+            offset, block = self._allocator.in_window(call, weights)
+            if block is not None:
+                weights = self._allocator.tensor(block, offset, tuple(weights.shape), weights.dtype)
+        return y, weights
+
     def _work(self, form: CombineForm, num_tokens: int) -> Work:
         num_ranks, columns = self._context.num_ranks, form.columns
         shape = MoeShape(form.num_local * num_ranks, form.top_k, columns, max(num_tokens, 1))
@@ -235,7 +252,7 @@ class Combiner:
     def _expert_rows_in_window(
         self, form: CombineForm, call: Call, y: Tensor, plan_at: PlanAddresses
     ) -> tuple[int, Block | None]:
-        """Return the offset of rows by expert in the window, or of a copy in a block, which is returned, too.
+        """Return the offset of rows in the window, or of a copy in a block, which is returned, too.
 
         Of a masked layout only the rows below the counts are copied.
 
@@ -243,7 +260,7 @@ class Combiner:
             CapacityError: the heap is full.
         """
         allocator = self._allocator
-        if form.layout is Layout.EXPERTS or allocator.offset(y):
+        if form.layout is not Layout.MASKED or allocator.offset(y):
             return allocator.in_window(call, y)
         block = allocator.call_block(call, y.numel() * y.element_size())
         y = aligned(y)

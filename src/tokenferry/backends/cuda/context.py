@@ -113,12 +113,15 @@ class Context:
         runtime: Kernels and streams of the device.
         timeout_s: Seconds that each wait may take.
         mask_late: Whether decode calls mask a rank that is late, instead of raising.
+        first_rank: The first rank of this node in the whole group.
 
     Attributes:
         all_ranks: A bit for each rank.
     """
 
-    def __init__(self, window: Window, runtime: Runtime, timeout_s: float, *, mask_late: bool = False) -> None:
+    def __init__(
+        self, window: Window, runtime: Runtime, timeout_s: float, *, mask_late: bool = False, first_rank: int = 0
+    ) -> None:
         self.window = window
         self.rank = window.rank
         self.num_ranks = window.num_ranks
@@ -128,7 +131,7 @@ class Context:
         self.jit = runtime.jit
         self.heap = window.heap(CONTROL_BLOCK_BYTES)
         self.pinned = Pinned(pin=window.device.type == "cuda")
-        self.flight_recorder = FlightRecorder(self.rank)
+        self.flight_recorder = FlightRecorder(self.rank, first_rank)
         self._masked: set[int] = set()
         self.broken: str | None = None
         self.num_sms = runtime.num_sms
@@ -314,24 +317,35 @@ class Context:
         # A kernel ahead of this call may take two deadlines before it records its timeout (kernels/combine_push).
         waited_s = 3 * self.timeout_s
         if not self.pinned.wait_for_call_number(call.number, waited_s):
-            phase = call.signature.phase
-            error = PeerTimeout(
-                f"{phase} #{call.number}: rank {self.rank} waited {waited_s:.1f} s for its own stream, which has "
-                "not reached this call; work that was queued before it does not end",
-                phase=phase,
-                call=call.number,
-                rank=self.rank,
-                peers=(self.rank,),
-                waited_s=waited_s,
-            )
-            self.break_off(error)
-            raise error
+            raise self._own_stream_is_late(call, waited_s)
         if may_overflow and self.pinned.overflowed(call.number):
             self.pinned.take_record()
             self._run_again()
             return False
         self.raise_recorded()
         return True
+
+    def wait_for_words(self, call: Call, counted: memoryview) -> None:
+        """Wait as `wait_for_counts`, for other words of pinned memory, which begin with the number of the call."""
+        waited_s = 3 * self.timeout_s
+        if not self.pinned.wait_for(counted, call.number, waited_s):
+            raise self._own_stream_is_late(call, waited_s)
+        self.raise_recorded()
+
+    def _own_stream_is_late(self, call: Call, waited_s: float) -> PeerTimeout:
+        """Break the group, and return the error that says so."""
+        phase, rank = call.signature.phase, self.flight_recorder.rank
+        error = PeerTimeout(
+            f"{phase} #{call.number}: rank {rank} waited {waited_s:.1f} s for its own stream, which has "
+            "not reached this call; work that was queued before it does not end",
+            phase=phase,
+            call=call.number,
+            rank=rank,
+            peers=(rank,),
+            waited_s=waited_s,
+        )
+        self.break_off(error)
+        return error
 
     def synchronize(self) -> None:
         """Wait for all work of this rank's calls, and raise their errors."""

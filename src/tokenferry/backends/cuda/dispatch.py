@@ -65,7 +65,7 @@ class Dispatcher:
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Make a plan and send rows along it."""
         index, weights = request.routing.topk_idx, request.routing.topk_weights
-        rows, scale = _payload(request.x)
+        rows, scale = payload_of(request.x)
         kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=index.shape[1])
         form = self.sized(self.form(request.shape, request.options, kind, request.num_sms))
         call = self._context.begin(form.signature)
@@ -307,7 +307,7 @@ class Dispatcher:
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """Send rows along an existing plan."""
         plan, weights = request.plan, request.topk_weights
-        rows, scale = _payload(request.x)
+        rows, scale = payload_of(request.x)
         addresses = addresses_of(plan)
         kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=None, top_k=addresses.top_k)
         form = self.redispatch_form(request.shape, plan, kind, addresses.num_local, request.num_sms)
@@ -356,7 +356,7 @@ class Dispatcher:
         return result
 
 
-def _payload(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
+def payload_of(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
     """Return rows and scales that kernels can read: copies where they are not aligned."""
     if not isinstance(x, Quantized):
         return aligned(x), None

@@ -10,7 +10,7 @@ import ctypes
 import select
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,19 @@ _GONE = (Fault.peer_ended, Fault.peer_closed)
 _kept_pinned: list[torch.Tensor] = []
 """Pinned memory of all groups of the process. It is never freed: a kernel that writes it may still be queued, or belong
 to a CUDA graph, when its group is gone."""
+
+
+def pinned_words(num_words: int, *, pin: bool) -> tuple[memoryview, int]:
+    """Return words of zero that kernels write and the host reads, and their address. They are never freed.
+
+    Args:
+        num_words: How many words of 32 bits.
+        pin: Whether to pin them; kernels that run on the CPU reach any memory.
+    """
+    memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin, device="cpu")
+    _kept_pinned.append(memory)
+    words = (ctypes.c_uint32 * num_words).from_address(memory.data_ptr())
+    return memoryview(words).cast("B").cast("I"), memory.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +114,10 @@ class Pinned:
     def __init__(self, *, pin: bool) -> None:
         counts_end = RECORD_WORDS + HOST_EXPERTS_WORD + MAX_EXPERTS
         num_words = counts_end + MAX_RANKS
-        self._memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin, device="cpu")
-        _kept_pinned.append(self._memory)
-        self.record_address = self._memory.data_ptr()
+        self.words, self.record_address = pinned_words(num_words, pin=pin)
         self.host_address = self.record_address + 4 * RECORD_WORDS
         self.masked_address = self.record_address + 4 * counts_end
-        words = (ctypes.c_uint32 * num_words).from_address(self.record_address)
-        self.words = memoryview(words).cast("B").cast("I")
+        self._counts = self.words[RECORD_WORDS:counts_end]
         self.masked = self.words[counts_end:]
         self.ended = self.words[ENDED_WORD : ENDED_WORD + 1]
 
@@ -132,18 +142,22 @@ class Pinned:
         Counts come within microseconds, and the shortest sleep takes 50 us. So a short wait polls no descriptor at all,
         which releases the GIL for an instant; a longer one sleeps, and leaves GIL and core to other threads.
         """
-        words, at = self.words, RECORD_WORDS
-        if words[at] == number and not words[0]:
+        return self.wait_for(self._counts, number, timeout_s)
+
+    def wait_for(self, counted: memoryview, number: int, timeout_s: float) -> bool:
+        """Wait as `wait_for_call_number`, for words of pinned memory that begin with the number of a call."""
+        words = self.words
+        if counted[0] == number and not words[0]:
             return True
         nothing, start = select.poll(), time.monotonic()
-        while words[at] != number and not words[0]:
+        while counted[0] != number and not words[0]:
             waited_s = time.monotonic() - start
             if waited_s < _SHORT_WAIT_S:
                 nothing.poll(0)
             else:
                 time.sleep(0)
             if waited_s > timeout_s + _STARTING_S:  # look once more: perhaps this thread was held up, not the device
-                return words[at] == number or words[0] != 0
+                return counted[0] == number or words[0] != 0
         return True
 
     def counts(self, num_ranks: int, num_local: int) -> tuple[list[int], list[int], list[int]]:
@@ -163,10 +177,16 @@ class Pinned:
 
 
 class FlightRecorder:
-    """The last calls of a rank; a record has only a call's number, and a message needs its name and fields."""
+    """The last calls of a rank; a record has only a call's number, and a message needs its name and fields.
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    Args:
+        rank: This rank, as kernels count.
+        first_rank: The rank of the group that kernels call 0: the first of this node.
+    """
+
+    def __init__(self, rank: int, first_rank: int = 0) -> None:
+        self.first_rank = first_rank
+        self.rank = first_rank + rank
         self._calls: deque[tuple[int, Signature]] = deque(maxlen=_REMEMBERED_CALLS)
 
     def note(self, number: int, signature: Signature) -> None:
@@ -177,13 +197,15 @@ class FlightRecorder:
         """Return the exception for a record."""
         signature = next((found for number, found in reversed(self._calls) if number == record.call_number), None)
         call = CallId(record.call_number, signature.phase if signature else "a call")
+        if record.code != Fault.bad_routing:
+            record = replace(record, peer=record.peer + self.first_rank, blamed=record.blamed + self.first_rank)
         peer, seen, expected = record.peer, record.seen, record.expected
         if record.code == Fault.mismatch:
             return self._mismatch(call, signature, record)
         if record.code == Fault.peer_gave_up and record.word == Fault.mismatch:
             return MismatchError(
                 f"{call.phase} #{call.number}: rank {peer} and rank {record.blamed} made different calls, as rank "
-                f"{peer} reported to rank {self._rank}; call the same on all ranks, in the same order"
+                f"{peer} reported to rank {self.rank}; call the same on all ranks, in the same order"
             )
         if record.code == Fault.bad_routing:
             index = seen - (1 << 32) if seen >= 1 << 31 else seen
@@ -206,18 +228,18 @@ class FlightRecorder:
         if record.code != Fault.peer_gave_up:
             why = f"{_LATE[record.code]}: epoch {seen} seen, {expected} expected"
         else:
-            if record.blamed == self._rank:
+            if record.blamed == self.rank:
                 why = "it gave up waiting for this rank"
             elif record.word in _GONE:
                 why = f"{_LATE[record.word]}, as rank {peer} found"
             else:
                 why = f"rank {peer} gave it up"
             why += f" (epoch {seen} seen here, {expected} expected)"
-            peer = peer if record.blamed == self._rank else record.blamed
-        return peer_timeout(call, self._rank, [peer], why, record.waited_ms / 1000, "")
+            peer = peer if record.blamed == self.rank else record.blamed
+        return peer_timeout(call, self.rank, [peer], why, record.waited_ms / 1000, "")
 
     def _mismatch(self, call: CallId, signature: Signature | None, record: Record) -> MismatchError:
-        rank, peer, word = self._rank, record.peer, record.word
+        rank, peer, word = self.rank, record.peer, record.word
         seen, expected = record.seen, record.expected
         if word == ROWS_WORD:
             return MismatchError(

@@ -51,12 +51,14 @@ class Payload(NamedTuple):
         scale: ``[T, S]``, or None.
         weights: Address of the weights, ``[T, K]``, or 0.
         topk_idx: Address of ``topk_idx``, ``[T, K]``; 0 along an existing plan.
+        tokens: Address of the number of each token on its source, ``[T]`` int32; 0: they are tokens of this rank.
     """
 
     rows: int
     scale: Tensor | None
     weights: int
     topk_idx: int
+    tokens: int = 0
 
 
 class RecvOffsets(NamedTuple):
@@ -151,10 +153,10 @@ def new_dispatch_form(
     worst = cuda_plan.row_layout(options.layout, kind, geometry.most_delivered)
     arrivals = cuda_plan.arrivals(geometry, geometry.space.received, K, kind.topk_dtype)
     return DispatchForm(
-        _dispatch_signature(geometry, kind, options.capacity or 0),
+        dispatch_signature(geometry, kind, options.capacity or 0),
         geometry,
         kind,
-        _sms(context, shape, num_sms),
+        sms_of(context, shape, num_sms),
         PlanForm(key, options, context.num_ranks, L, K, kind.topk_dtype, context.device),
         worst,
         arrivals,
@@ -163,7 +165,7 @@ def new_dispatch_form(
         launch.assign_template(context, geometry.sizes, K, wide=wide),
         launch.dispatch_template(context, kind, L, by_expert=by_expert),
         launch.fused_template(context, kind, geometry.sizes, L),
-        _expand_template(context, kind, L, options, geometry.sizes.capacity) if by_expert else None,
+        expand_form(context, kind, L, options, geometry.sizes.capacity) if by_expert else None,
         BoundedDict(_MAX_GUESSES) if geometry.guesses else None,
     )
 
@@ -178,7 +180,7 @@ def guessed_form(context: Context, form: DispatchForm, num_rows: int) -> Dispatc
     assert kind.topk_dtype is not None
     return replace(
         form,
-        signature=_dispatch_signature(geometry, kind, limit),
+        signature=dispatch_signature(geometry, kind, limit),
         geometry=geometry,
         worst=cuda_plan.row_layout(geometry.options.layout, kind, limit),
         worst_arrivals=cuda_plan.arrivals(geometry, limit, kind.top_k, kind.topk_dtype),
@@ -201,11 +203,11 @@ def new_redispatch_form(
     """Return the form of a redispatch along a plan of L local experts; ``capacity``: rows of an expert, or 0."""
     by_expert = options.layout is not Layout.ROWS
     return RedispatchForm(
-        Signature("redispatch", layout=LAYOUT_CODES[options.layout], **_signature_fields(kind)),
+        Signature("redispatch", layout=LAYOUT_CODES[options.layout], **signature_fields(kind)),
         kind,
-        _sms(context, shape, num_sms),
+        sms_of(context, shape, num_sms),
         launch.dispatch_template(context, kind, num_local, by_expert=by_expert),
-        _expand_template(context, kind, num_local, options, capacity) if by_expert else None,
+        expand_form(context, kind, num_local, options, capacity) if by_expert else None,
         BoundedDict(_MAX_LAYOUTS),
     )
 
@@ -228,11 +230,11 @@ def move(
     plan: PlanAddresses,
 ) -> None:
     """Launch `dispatch`; ``recv``: where this rank receives rows, scales, weights and the parts of a plan."""
-    scale_at, row_stride, stride = _scale_of(payload)
+    scale_at, row_stride, stride = scale_of(payload)
     template.pack(
         0, call.alive, call.number, call.signature.words, *recv,
         payload.rows, scale_at, payload.weights, payload.topk_idx, plan.places, plan.dst_counts, plan.src_counts,
-        row_stride, stride, plan.num_tokens,
+        row_stride, stride, payload.tokens, plan.num_tokens,
     )  # fmt: skip
     template.launch(num_sms, call.stream)
 
@@ -243,7 +245,7 @@ def fuse(
     """Launch `dispatch_fused`, which makes a plan and sends rows along it."""
     layout, start = plan._layout, plan._block.address
     by_expert = plan._form.options.layout is Layout.EXPERTS
-    scale_at, row_stride, stride = _scale_of(payload)
+    scale_at, row_stride, stride = scale_of(payload)
     template.pack(
         0, call.alive, call.number, call.signature.words, *recv,
         payload.rows, scale_at, payload.weights, payload.topk_idx, start + layout.table, start + layout.bases,
@@ -254,7 +256,7 @@ def fuse(
     template.launch(num_blocks, call.stream)
 
 
-def _scale_of(payload: Payload) -> tuple[int, int, int]:
+def scale_of(payload: Payload) -> tuple[int, int, int]:
     """Return the address of the scales, and their strides."""
     scale = payload.scale
     if scale is None or not scale.shape[1]:
@@ -283,15 +285,17 @@ def expand(
     template.launch(num_sms, call.stream)
 
 
-def _sms(context: Context, shape: MoeShape, num_sms: int | None) -> Sms:
+def sms_of(context: Context, shape: MoeShape, num_sms: int | None) -> Sms:
+    """Return the SMs of the kernels of a call; ``num_sms``: the limit of the user, or None."""
     if num_sms:
         return Sms(num_sms, num_sms)
     return Sms(tune(shape, Topology(context.num_ranks, context.num_sms)).dispatch_sms, context.num_sms)
 
 
-def _expand_template(
+def expand_form(
     context: Context, kind: RowKind, num_local: int, options: DispatchOptions, capacity: int
 ) -> LaunchTemplate:
+    """Return the template of `dispatch_expand` for a layout; ``capacity``: rows of an expert (MASKED), else 0."""
     return launch.expand_template(
         context,
         kind,
@@ -302,7 +306,8 @@ def _expand_template(
     )
 
 
-def _dispatch_signature(geometry: Geometry, kind: RowKind, capacity: int) -> Signature:
+def dispatch_signature(geometry: Geometry, kind: RowKind, capacity: int) -> Signature:
+    """Return the signature of a dispatch; ``capacity``: that of the options, or what was guessed, or 0."""
     shape, options = geometry.shape, geometry.options
     return Signature(
         "dispatch",
@@ -313,11 +318,12 @@ def _dispatch_signature(geometry: Geometry, kind: RowKind, capacity: int) -> Sig
         alignment=options.alignment,
         device_counts=int(options.counts == "device"),
         capacity=capacity,
-        **_signature_fields(kind),
+        **signature_fields(kind),
     )
 
 
-def _signature_fields(kind: RowKind) -> dict[str, int]:
+def signature_fields(kind: RowKind) -> dict[str, int]:
+    """Return the fields of a signature that say what the rows are."""
     return {
         "dtype": dtype_code(kind.dtype),
         "bytes_of_rows": kind.row_bytes,

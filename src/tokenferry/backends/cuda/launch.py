@@ -37,7 +37,7 @@ _ASSIGN = call_packer(
 _DISPATCH = call_packer(
     dispatch_spec.SPEC,
     "x", "scale", "weights", "topk_idx", "places", "rows_out", "rows_in", "scale_row_stride", "scale_stride",
-    "num_tokens",
+    "tokens", "num_tokens",
 )  # fmt: skip
 _FUSED = call_packer(
     fused_spec.SPEC,

@@ -71,6 +71,11 @@ def too_large(shape: MoeShape) -> str:
     return ""
 
 
+def most_rows(layout: int) -> int:
+    """Return the most rows that places of a layout can number."""
+    return _MOST_ROWS_BY_TOKEN if layout == ROWS else _MOST_ROWS_BY_EXPERT
+
+
 def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geometry:
     """Return the geometry of a dispatch.
 
@@ -86,9 +91,7 @@ def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geome
         row_capacity(shape, options, num_ranks),
         shape.num_experts // num_ranks,
     )
-    limit = min(
-        space.given if space.tight else _NO_LIMIT, _MOST_ROWS_BY_TOKEN if layout == ROWS else _MOST_ROWS_BY_EXPERT
-    )
+    limit = min(space.given if space.tight else _NO_LIMIT, most_rows(layout))
     most = space.given * (num_local if layout == MASKED else 1)
     if most > _MOST_ROWS_BY_EXPERT and (layout == MASKED or options.counts == "device"):
         raise CapacityError(

@@ -8,7 +8,7 @@
 //            and for EXPERTS and MASKED only
 //            row  [R]   index of the token's row among all rows that each rank receives; -1: none
 //            pull [K]   the distinct values of slot, ascending, then -1: by rank, then by expert
-//          dst_token [rows sent] int64: tokens by destination, then token.
+//          dst_token [rows sent] int64, where it is not null: tokens by destination, then token.
 // Why the places are the same in every run
 //          The place of a row is the sum of three counts: rows of lower ranks (bases), of earlier units (table), and of
 //          earlier tokens (bits of the unit). No atomics: rows are ordered by source rank, then source token.

@@ -45,7 +45,7 @@ DEV void assign_row(const P& p, const Unit& unit, u32 token, u32 r, i32* out) {
     const u32 column = p.num_experts + r, local = p.num_experts / p.num_ranks, t = unit.first + token;
     const bool goes = is_marked(unit.masks, column, token);
     const i32 index = unit.before[column] + count_marked(unit.masks, column, token);
-    if (goes) p.dst_token[unit.bases[p.num_ranks + r] + index] = t;
+    if (goes && p.dst_token) p.dst_token[unit.bases[p.num_ranks + r] + index] = t;
     const i32 row = goes ? unit.bases[r] + index : -1;
     if (!p.by_expert) {
         out[r] = row;
