@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+from support.emulated_rails import Boxes, QueueRails
 from support.emulator import Emulator, Jit, Kernel, Window
 from support.on_device import OnDevice
 from tokenferry import MoeShape, env
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.runtime import Runtime
-from tokenferry.backends.cuda.setup import assemble
+from tokenferry.backends.cuda.setup import assemble, assemble_across
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES
 from tokenferry.memory.heap import Heap
 from tokenferry.memory.streams import HostStreams
+from tokenferry.topology import Topology, consecutive
 
 HEAP_BYTES = 64 << 20
 TIMEOUT_S = 60.0
@@ -74,7 +76,9 @@ class Threads:
         self.num_ranks = num_ranks
         self.runtime = runtime
         self.emulator = Emulator()
-        self.windows: list[Window] = []
+        self.windows: list[list[Window]] = []
+        """Of each node."""
+        self.boxes = Boxes()
 
     def size(self) -> int:
         return self.num_ranks
@@ -97,8 +101,12 @@ class EmulatedPair:
     transport = "nvlink"
     device = torch.device("cpu")
 
-    def __init__(self, rank: int, threads: Threads) -> None:
+    def __init__(self, rank: int, threads: Threads, ranks_per_node: int | None = None) -> None:
         self._rank, self._threads = rank, threads
+        nodes = consecutive(threads.num_ranks, ranks_per_node or threads.num_ranks)
+        self._topology = Topology(rank, nodes)
+        if self._topology.num_nodes > 1:
+            self.transport = "nvlink+queues" if self._topology.ranks_per_node > 1 else "queues"
 
     def barrier(self) -> None:
         """Wait until all threads are here."""
@@ -110,26 +118,35 @@ class EmulatedPair:
         threads, rank = self._threads, self._rank
         threads.wait()
         if rank == 0:
-            threads.windows = threads.emulator.windows(threads.num_ranks, CONTROL_BLOCK_BYTES + HEAP_BYTES)
+            num_bytes = CONTROL_BLOCK_BYTES + HEAP_BYTES
+            threads.windows = [threads.emulator.windows(len(ranks), num_bytes) for ranks in self._topology.nodes]
+            threads.boxes = Boxes()
         threads.wait()
-        window = threads.windows[rank]
+        at = self._topology
+        window = threads.windows[at.node][at.local_rank]
         resolved = Resolved(
             shape, "cuda", "auto", timeout_s, on_timeout == "mask", HEAP_BYTES, "", fast_path=env.read().fast_path
         )
-        emulated = EmulatedWindow(rank, window.bases, window.num_bytes)
-        backend = assemble(emulated, resolved, "emulated", "emulated", threads.runtime)
+        emulated = EmulatedWindow(at.local_rank, window.bases, window.num_bytes)
+        if at.num_nodes > 1:
+            rails = QueueRails(at, threads.boxes, timeout_s)
+            backend = assemble_across(emulated, resolved, "emulated", at, rails, threads.runtime)
+        else:
+            backend = assemble(emulated, resolved, "emulated", "emulated", threads.runtime)
         group = object.__new__(OnDevice)
         group._adopt(backend, shape, timeout_s)
         return group
 
 
-def run_jobs(runtime: Runtime, num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
+def run_jobs(
+    runtime: Runtime, num_ranks: int, job: Callable[..., Any], *args: object, ranks_per_node: int | None = None
+) -> list[Any]:
     """Call ``job(rank, threads, pair, *args)`` in R threads; return their results by rank, or raise the first error."""
     threads = Threads(num_ranks, runtime)
 
     def work(rank: int) -> Any:
         try:
-            return job(rank, threads, EmulatedPair(rank, threads), *args)
+            return job(rank, threads, EmulatedPair(rank, threads, ranks_per_node), *args)
         except BaseException:
             threads.abort()
             raise

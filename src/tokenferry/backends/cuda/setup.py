@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda.across.backend import AcrossBackend
+from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.peers import Peers, Process
@@ -21,6 +23,7 @@ from tokenferry.jit.kernel import Jit
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_RANKS, OFFSET_BYTES
 from tokenferry.memory.reach import obstacle
 from tokenferry.memory.window import Window, share
+from tokenferry.topology import Topology
 from tokenferry.transports.handshake import Bootstrap, agree
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import compare_terms
@@ -102,6 +105,26 @@ def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Ru
     runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder))
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
     return CudaBackend(context, key, why, fast_path=resolved.fast_path)
+
+
+def assemble_across(
+    window: Window, resolved: Resolved, key: str, topology: Topology, rails: Rails, runtime: Runtime | None = None
+) -> AcrossBackend:
+    """Return the backend of one rank of several nodes over the window of its node; local.
+
+    Args:
+        window: The memory that the ranks of this node share.
+        resolved: Shape and options.
+        key: Key of the group, which its plans carry.
+        topology: The nodes.
+        rails: What carries exchanges between nodes.
+        runtime: Kernels and streams; None: those of the window's GPU.
+    """
+    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder))
+    first = topology.nodes[topology.node][0]
+    context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
+    why = f"every rank has a GPU that reaches its peers, on {topology}"
+    return AcrossBackend(context, key, why, topology, rails)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:

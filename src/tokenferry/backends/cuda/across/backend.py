@@ -1,0 +1,111 @@
+"""The CUDA backend of a group of several nodes: windows inside each node, rails between nodes."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.base import (
+    CombineRequest,
+    DecodeCombineRequest,
+    DecodeDispatchRequest,
+    DispatchRequest,
+    QuickChecks,
+    RedispatchRequest,
+    TokenLayout,
+)
+from tokenferry.backends.cuda.across.combine import AcrossCombiner
+from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
+from tokenferry.backends.cuda.across.rails import Rails
+from tokenferry.backends.cuda.backend import CudaBackend
+from tokenferry.backends.cuda.context import Context
+from tokenferry.errors import BackendUnavailable
+from tokenferry.kernels.all import ACROSS_NODES
+from tokenferry.topology import Topology
+from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Quantized
+
+
+class AcrossBackend(CudaBackend):
+    """The backend for tensors in GPU memory of several nodes; see `tokenferry.backends.base.Backend`.
+
+    Args:
+        context: Context of this rank, in its node.
+        key: Key of the group.
+        why: Why this backend was chosen.
+        topology: The nodes, of consecutive ranks.
+        rails: What carries exchanges between nodes.
+    """
+
+    def __init__(self, context: Context, key: str, why: str, topology: Topology, rails: Rails) -> None:
+        super().__init__(context, key, why, fast_path=False)
+        self.rank = topology.rank
+        self.num_ranks = topology.num_nodes * topology.ranks_per_node
+        self.topology = topology
+        self.transport = rails.name if topology.ranks_per_node == 1 else f"nvlink+{rails.name}"
+        self._rails = rails
+        crossing = Crossing(context, topology, rails)
+        self._dispatcher = AcrossDispatcher(context, self.allocator, topology, crossing, key)
+        self._combiner = AcrossCombiner(context, self.allocator, topology, crossing)
+
+    def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
+        """See `tokenferry.backends.cuda.across.dispatch`."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._dispatcher.dispatch(request)
+
+    def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
+        """See `tokenferry.backends.cuda.across.dispatch`."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._dispatcher.redispatch(request)
+
+    def combine(self, request: CombineRequest) -> Combined:
+        """See `tokenferry.backends.cuda.across.combine`."""
+        with torch.no_grad():
+            return self._combiner.combine(request)
+
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> NoReturn:
+        """Raise: there are no decode calls across nodes yet."""
+        _refuse("decode_dispatch")
+
+    def decode_combine(self, request: DecodeCombineRequest) -> NoReturn:
+        """Raise: there are no decode calls across nodes yet."""
+        _refuse("decode_combine")
+
+    def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
+        """Raise: the DeepEP API does not cross nodes yet."""
+        _refuse("get_dispatch_layout")
+
+    def restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
+        """Raise: the DeepEP API does not cross nodes yet."""
+        _refuse("dispatch")
+
+    def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
+        """See `tokenferry.backends.base.Backend`."""
+        return None, 1
+
+    def fast_path(self, shape: MoeShape, checks: QuickChecks) -> None:
+        """Return None: there is none across nodes yet."""
+
+    def warmup(self) -> None:
+        """Compile and load every kernel; returns when every rank of this node has."""
+        self.context.jit.warmup(ACROSS_NODES)
+        super().warmup()
+
+    def synchronize(self) -> None:
+        """Wait for this rank's calls, and raise their errors."""
+        super().synchronize()
+        with self.context.breaking_off():
+            self._rails.raise_lost()
+
+    def close(self) -> None:
+        """Release the windows, and give up what is under way between nodes."""
+        self._rails.close()
+        super().close()
+
+
+def _refuse(call: str) -> NoReturn:
+    raise BackendUnavailable(
+        f"{call}: backend='cuda' has no such calls across nodes yet; use backend='cpu', or a group of one node"
+    )

@@ -1,0 +1,99 @@
+"""Combine across nodes: each node adds up its rows of a token, and the token's rank adds up the sums of the nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.base import CombineRequest
+from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.launch import sum_template
+from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
+from tokenferry.backends.cuda.combine import Combiner
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.launch import address
+from tokenferry.backends.tensors import overlap
+from tokenferry.topology import Topology
+from tokenferry.types import Combined
+
+_MAX_FORMS = 256
+
+
+class AcrossCombiner:
+    """Combine calls of one rank, across nodes.
+
+    Args:
+        context: Context of this rank, in its node.
+        allocator: Allocator of blocks of the heap.
+        topology: The nodes.
+        crossing: Exchanges with other nodes.
+    """
+
+    def __init__(self, context: Context, allocator: SymmetricAllocator, topology: Topology, crossing: Crossing) -> None:
+        self._context = context
+        self._allocator = allocator
+        self._topology = topology
+        self._crossing = crossing
+        self._inside = Combiner(context, allocator)
+        self._sums: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_FORMS)
+
+    def combine(self, request: CombineRequest) -> Combined:
+        """Add up the rows of each of this rank's tokens."""
+        y, plan, weights = request.y, request.plan, request.topk_weights
+        at = relay_addresses(plan, self._topology)
+        form = self._inside.form(plan, at.whole, y, weighted=weights is not None, num_sms=request.num_sms)
+        call = self._crossing.begin(form.signature)
+        with self._context.breaking_off():  # peers wait for this rank
+            rows, weights = self._inside.in_window(form, call, y, weights, at.whole)
+            relay, K = at.relay, form.top_k
+            own, node = None, relay.node
+            parts = torch.empty(relay.first_out[-1], form.columns, dtype=y.dtype, device=y.device)
+            parts_weights = None
+            if weights is not None:
+                parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
+            transfers = []
+            for to, source in self._crossing.steps():
+                done = self._inside.send(form, call, rows, at.segment(to), weights, (), None)
+                send = [each for each in (done.x, done.topk_weights) if each is not None]
+                recv = [relay.part_out(each, source) for each in (parts, parts_weights) if each is not None]
+                transfers.append(
+                    self._crossing.exchange(
+                        call, {to: send} if relay.came[to] else {}, {source: recv} if relay.went[source] else {}
+                    )
+                )
+            own = self._inside.send(form, call, rows, at.segment(node), weights, (), None)
+            for transfer in transfers:
+                transfer.join()
+            out = request.out
+            if out is None or out.data_ptr() % 16 or overlap(out, y):
+                out = torch.empty_like(own.x)
+            return self._add_up(request, call, at, own, Combined(parts, parts_weights), out)
+
+    def _add_up(
+        self, request: CombineRequest, call: Call, at: RelayAddresses, own: Combined, parts: Combined, out: Tensor
+    ) -> Combined:
+        """Add up the sums of all nodes, and the biases; ``out``: aligned memory for the result."""
+        num_tokens, columns = own.x.shape
+        key = (out.dtype, columns, at.whole.top_k)
+        template = self._sums.get(key)
+        if template is None:
+            template = self._sums[key] = sum_template(self._context, self._topology, *key)
+        biases = [aligned(bias) for bias in request.biases]
+        weights_out = None if own.topk_weights is None else torch.empty_like(own.topk_weights)
+        template.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            at.slots, at.dst_counts, own.x.data_ptr(), parts.x.data_ptr(), address(own.topk_weights),
+            address(parts.topk_weights), biases[0].data_ptr() if biases else 0,
+            biases[1].data_ptr() if len(biases) > 1 else 0, out.data_ptr(), address(weights_out), num_tokens,
+        )  # fmt: skip
+        if num_tokens:
+            template.launch(request.num_sms or self._context.num_sms, call.stream)
+        if request.out is not None and request.out is not out:
+            with torch.inference_mode():  # `out` may come from it
+                request.out.copy_(out)
+            out = request.out
+        return Combined(out, weights_out)

@@ -1,0 +1,158 @@
+"""What crosses between nodes in a call: counts, routing, rows and sums, each to and from the ranks of a rail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.cuda.across.rails import Parcels, Rails, Transfer
+from tokenferry.backends.cuda.across.relay import Relay
+from tokenferry.backends.cuda.across.split import Split
+from tokenferry.backends.cuda.context import Call, Context
+from tokenferry.backends.cuda.faults import Record
+from tokenferry.backends.cuda.launch import RowKind
+from tokenferry.backends.cuda.signature import Signature
+from tokenferry.errors import TokenferryError
+from tokenferry.kernels.control_block import RAIL_WORDS, SIGNATURE_WORDS, Fault
+from tokenferry.topology import Topology
+from tokenferry.transports.base import CallId
+
+
+class RowTensors(NamedTuple):
+    """Rows that cross, and what travels with them; scales and weights lie side by side.
+
+    Attributes:
+        rows: ``[n, row_bytes]`` uint8.
+        scale: ``[n, S]``, or None.
+        weights: ``[n, K]`` float32, or None.
+    """
+
+    rows: Tensor
+    scale: Tensor | None
+    weights: Tensor | None
+
+    def present(self) -> list[Tensor]:
+        """Return those that are not None."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+def empty_rows(kind: RowKind, num_rows: int, device: torch.device) -> RowTensors:
+    """Return undefined rows."""
+    rows = torch.empty(num_rows, kind.row_bytes, dtype=torch.uint8, device=device)
+    scale = weights = None
+    if kind.scale_bytes and kind.scale_dtype is not None:
+        scale = torch.empty(num_rows, kind.scale_columns, dtype=kind.scale_dtype, device=device)
+    if kind.weighted:
+        weights = torch.empty(num_rows, kind.top_k, dtype=torch.float32, device=device)
+    return RowTensors(rows, scale, weights)
+
+
+class Crossing:
+    """The exchanges of one rank with those across from it.
+
+    Args:
+        context: Context of this rank.
+        topology: The nodes.
+        rails: What carries the exchanges.
+    """
+
+    def __init__(self, context: Context, topology: Topology, rails: Rails) -> None:
+        self._context = context
+        self._rail = topology.rail
+        self._node = topology.node
+        self._others = [node for node in range(topology.num_nodes) if node != topology.node]
+        self.rails = rails
+
+    def begin(self, signature: Signature) -> Call:
+        """Begin a call, as `Context.begin`.
+
+        Raises:
+            PeerTimeout: an exchange of an earlier call did not end in time.
+        """
+        with self._context.breaking_off():
+            self.rails.raise_lost()
+        return self._context.begin(signature)
+
+    def exchange(self, call: Call, send: Parcels, recv: Parcels) -> Transfer:
+        """Begin an exchange, behind the work of the current stream."""
+        return self.rails.exchange(CallId(call.number, f"{call.signature.phase} (between nodes)"), send, recv)
+
+    def counts(self, call: Call, split: Split, num_tokens: int) -> tuple[int, ...]:
+        """Return, by node, how many tokens come from the rank across there; of the own node all T.
+
+        Raises:
+            MismatchError: a rank across from this one has made another call.
+            PeerTimeout: one did not answer in time.
+        """
+        came = torch.empty_like(split.headers)
+        send = {node: [split.headers[node]] for node in self._others}
+        self.exchange(call, send, {node: [came[node]] for node in self._others}).wait()
+        headers = came.tolist()
+        headers[self._node] = split.headers[self._node].tolist()
+        mine = headers[self._node][:SIGNATURE_WORDS]
+        for node, header in enumerate(headers):
+            for word, (seen, expected) in enumerate(zip(header[:SIGNATURE_WORDS], mine, strict=True)):
+                if seen != expected:
+                    raise self._mismatch(call, node, word, seen, expected)
+        headers[self._node][RAIL_WORDS - 1] = num_tokens
+        return tuple(header[RAIL_WORDS - 1] for header in headers)
+
+    def verdicts(self, call: Call, most: int) -> list[int]:
+        """Return, by node, what its ranks say there: the same number on all ranks of a node.
+
+        Raises:
+            PeerTimeout: a rank across from this one did not answer in time.
+        """
+        words = torch.full((len(self._rail), 1), most, dtype=torch.int32, device=self._context.device)
+        send = {node: [words[self._node]] for node in self._others}
+        self.exchange(call, send, {node: [words[node]] for node in self._others}).wait()
+        verdicts: list[int] = words[:, 0].tolist()
+        return verdicts
+
+    def routing(self, call: Call, relay: Relay, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Transfer:
+        """Exchange the tensors about tokens, with all nodes at once.
+
+        Args:
+            call: The call.
+            relay: How many tokens cross.
+            send: Tensors about tokens for all other nodes.
+            recv: First the routing of all segments, then tensors about tokens from all other nodes.
+        """
+        ids, *rest = recv
+        segments = ids.view(relay.num_nodes, relay.segment, -1)
+        return self.exchange(
+            call,
+            {node: [relay.part_out(each, node) for each in send] for node in self._others if relay.went[node]},
+            {
+                node: [segments[node, : relay.came[node]], *(relay.part_in(each, node) for each in rest)]
+                for node in self._others
+                if relay.came[node]
+            },
+        )
+
+    def rows(self, call: Call, relay: Relay, send: RowTensors, recv: RowTensors) -> dict[int, Transfer]:
+        """Exchange rows, with one node after the other; return the exchanges by the node from which rows come."""
+        made = {}
+        for to, source in self.steps():
+            made[source] = self.exchange(
+                call,
+                {to: [relay.part_out(each, to) for each in send.present()]} if relay.went[to] else {},
+                {source: [relay.part_in(each, source) for each in recv.present()]} if relay.came[source] else {},
+            )
+        return made
+
+    def steps(self) -> list[tuple[int, int]]:
+        """Return, for each step, the node to send to and the one to receive from.
+
+        In each step every rank of a rail sends to one and receives from one, and no two to the same.
+        """
+        num_nodes = len(self._rail)
+        return [((self._node + step) % num_nodes, (self._node - step) % num_nodes) for step in range(1, num_nodes)]
+
+    def _mismatch(self, call: Call, node: int, word: int, seen: int, expected: int) -> TokenferryError:
+        peer = self._rail[node] - self._context.flight_recorder.first_rank
+        record = Record(Fault.mismatch, call.number, peer, word, seen, expected, peer, 0)
+        return self._context.flight_recorder.explain(record)

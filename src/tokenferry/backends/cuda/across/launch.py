@@ -1,0 +1,76 @@
+"""Launch templates of the kernels of groups of several nodes."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
+from tokenferry.backends.cuda.launch import RowKind
+from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.combine_nodes import spec as sum_spec
+from tokenferry.kernels.dispatch_pack import spec as pack_spec
+from tokenferry.kernels.dispatch_rails import spec as rails_spec
+from tokenferry.kernels.dispatch_split import spec as split_spec
+from tokenferry.topology import Topology
+
+_SPLIT = call_packer(split_spec.SPEC, "topk_idx", "table", "bases", "dst_counts", "headers", "host", "num_tokens")
+_RAILS = call_packer(
+    rails_spec.SPEC,
+    "topk_idx", "table", "bases", "dst_counts", "slots", "ids_here", "ids_out", "tokens_out", "dst_token", "num_tokens",
+)  # fmt: skip
+_PACK = call_packer(
+    pack_spec.SPEC,
+    "x", "scale", "weights", "slots", "dst_counts", "rows_out", "scale_out", "weights_out", "scale_row_stride",
+    "scale_stride", "num_tokens",
+)  # fmt: skip
+_SUM = call_packer(
+    sum_spec.SPEC,
+    "slots", "dst_counts", "own", "parts", "own_weights", "parts_weights", "bias0", "bias1", "out", "weights_out",
+    "num_tokens",
+)  # fmt: skip
+
+
+def split_template(context: Context, topology: Topology, num_experts: int, top_k: int, *, wide: bool) -> LaunchTemplate:
+    """Return a template of `dispatch_split`; ``wide``: ``topk_idx`` is int64."""
+    template = context.new_template(split_spec.SPEC, _SPLIT, wide=int(wide))
+    _set_nodes(template, topology, num_experts, top_k)
+    template.block = split_spec.THREADS
+    return template
+
+
+def rails_template(context: Context, topology: Topology, num_experts: int, top_k: int, *, wide: bool) -> LaunchTemplate:
+    """Return a template of `dispatch_rails`; ``wide``: ``topk_idx`` is int64."""
+    template = context.new_template(rails_spec.SPEC, _RAILS, wide=int(wide))
+    _set_nodes(template, topology, num_experts, top_k)
+    template.block = rails_spec.THREADS
+    return template
+
+
+def pack_template(context: Context, topology: Topology, kind: RowKind) -> LaunchTemplate:
+    """Return a template of `dispatch_pack`."""
+    template = context.new_template(pack_spec.SPEC, _PACK)
+    p = template.params
+    p.row_bytes, p.top_k = kind.row_bytes, kind.top_k
+    if kind.scale_dtype is not None:
+        p.bulk_scale_bytes = kind.scale_bytes if kind.bulk_scale else 0
+        p.scale_size, p.num_scales = kind.scale_dtype.itemsize, kind.scale_columns
+    p.num_nodes, p.node = topology.num_nodes, topology.node
+    template.block = pack_spec.THREADS
+    return template
+
+
+def sum_template(context: Context, topology: Topology, dtype: torch.dtype, columns: int, top_k: int) -> LaunchTemplate:
+    """Return a template of `combine_nodes`."""
+    template = context.new_template(sum_spec.SPEC, _SUM, type=TYPES[dtype])
+    p = template.params
+    p.row_bytes, p.top_k = columns * dtype.itemsize, top_k
+    p.num_nodes, p.node = topology.num_nodes, topology.node
+    template.block = sum_spec.THREADS
+    return template
+
+
+def _set_nodes(template: LaunchTemplate, topology: Topology, num_experts: int, top_k: int) -> None:
+    p, num_ranks = template.params, topology.num_nodes * topology.ranks_per_node
+    p.top_k, p.num_experts, p.all_ranks = top_k, num_experts, num_ranks
+    p.num_nodes, p.node = topology.num_nodes, topology.node
+    template.smem_bytes = split_spec.smem_bytes(num_ranks, topology.num_nodes)

@@ -1,0 +1,61 @@
+"""Rails: how a rank exchanges tensors with the ranks across from it, those with the same local index on other nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from tokenferry.transports.base import CallId
+
+Parcels = Mapping[int, Sequence[Tensor]]
+"""By node, the tensors for or from the rank across there: contiguous, in the same order and sizes on both ranks."""
+
+
+class Transfer(Protocol):
+    """An exchange under way."""
+
+    def join(self) -> None:
+        """Make the current stream wait until everything has come, and what was sent may be overwritten."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for the same on the host.
+
+        Raises:
+            PeerTimeout: a rank across from this one did not answer in time.
+        """
+        ...
+
+
+class Rails(Protocol):
+    """Exchanges with the ranks across from this one. They are made in the same order by all ranks of a rail.
+
+    Attributes:
+        name: What carries them.
+    """
+
+    name: str
+
+    def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
+        """Begin an exchange, behind the work of the current stream; returns at once.
+
+        Args:
+            call: The call that it belongs to, for error messages.
+            send: What to send.
+            recv: Where to receive.
+        """
+        ...
+
+    def raise_lost(self) -> None:
+        """Raise the error of an earlier exchange that did not end in time, if there is one.
+
+        Raises:
+            PeerTimeout: a rank across from this one did not answer in time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what is under way. Local, idempotent."""
+        ...

@@ -1,0 +1,171 @@
+"""What a plan across nodes holds besides that of one node: which rows this rank passes on, and which it sends itself.
+
+It lies in ``Plan._places``, one column of int32, so that copies of a plan have it, too:
+
+``came``        [N] tokens that this rank passes on, by node; of its own node all its T tokens
+``went``        [N] tokens of this rank for each node; for its own node T
+``relayed``     [N, G] int64: rows of each of these segments for each rank of this node
+``slots``       [T, N], as `dispatch_rails` writes them
+``places``      [N, segment, C], as `dispatch_assign` writes them
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.cuda.launch import address
+from tokenferry.backends.cuda.results import LazyPlan, PlanAddresses
+from tokenferry.kernels.codes import UNIT_TOKENS
+from tokenferry.kernels.dispatch_assign.spec import num_columns
+from tokenferry.topology import Topology
+from tokenferry.types import Layout, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """How many tokens cross between this rank and those across from it.
+
+    Attributes:
+        node: This node.
+        came: By node, tokens that this rank passes on; of its own node T.
+        went: By node, tokens of this rank for it; for its own node T.
+        segment: Tokens of a segment of the routing, with padding.
+        first_in: By node, the first row of its tokens among those that came from other nodes; then the end.
+        first_out: By node, the first row for it among those that went to other nodes; then the end.
+    """
+
+    node: int
+    came: tuple[int, ...]
+    went: tuple[int, ...]
+    segment: int
+    first_in: tuple[int, ...]
+    first_out: tuple[int, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of nodes."""
+        return len(self.came)
+
+    def part_in(self, rows: Tensor, node: int) -> Tensor:
+        """Return the part of a tensor about rows from all other nodes that is about one of them."""
+        return rows[self.first_in[node] : self.first_in[node] + self.came[node]]
+
+    def part_out(self, rows: Tensor, node: int) -> Tensor:
+        """Return the part of a tensor about rows for all other nodes that is about one of them."""
+        return rows[self.first_out[node] : self.first_out[node] + self.went[node]]
+
+
+def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...]) -> Relay:
+    """Return the relay of a rank on a node."""
+    units = max(1, *(-(-num // UNIT_TOKENS) for num in came))
+    return Relay(node, came, went, units * UNIT_TOKENS, _starts(came, node), _starts(went, node))
+
+
+def _starts(counts: tuple[int, ...], node: int) -> tuple[int, ...]:
+    """Return where the rows of each node begin, without those of ``node``, and where they end."""
+    return tuple(itertools.accumulate((0 if m == node else num for m, num in enumerate(counts)), initial=0))
+
+
+class RelayLayout(NamedTuple):
+    """Where the parts of ``Plan._places`` begin, in int32 words, and their number."""
+
+    relayed: int
+    slots: int
+    places: int
+    num_words: int
+
+
+def relay_layout(relay: Relay, num_tokens: int, ranks_per_node: int, columns: int) -> RelayLayout:
+    """Return the layout of ``Plan._places``."""
+    num_nodes = relay.num_nodes
+    relayed = 2 * num_nodes
+    slots = relayed + 2 * num_nodes * ranks_per_node
+    places = slots + num_tokens * num_nodes
+    return RelayLayout(relayed, slots, places, places + num_nodes * relay.segment * columns)
+
+
+class RelayAddresses(NamedTuple):
+    """What the kernels of a call along a plan across nodes need to know of it.
+
+    Attributes:
+        relay: How many tokens cross.
+        ranks_per_node: Ranks of a node, G.
+        columns: Columns of the places.
+        relayed: Address of the rows of each segment for each rank of this node.
+        slots: Address of the slots.
+        dst_counts: Address of `Plan.dst_counts`.
+        whole: The plan as that of one node, with the places of all segments.
+    """
+
+    relay: Relay
+    ranks_per_node: int
+    columns: int
+    relayed: int
+    slots: int
+    dst_counts: int
+    whole: PlanAddresses
+
+    def segment(self, node: int) -> PlanAddresses:
+        """Return the plan of the tokens from one node, as that of a dispatch inside this node."""
+        whole, num_tokens, first = self.whole, self.relay.came[node], 8 * node * self.ranks_per_node
+        return whole._replace(
+            places=whole.places + 4 * node * self.relay.segment * self.columns,
+            dst_counts=self.relayed + first,
+            src_counts=whole.src_counts + first,
+            num_tokens=num_tokens,
+            num_sent=num_tokens * min(whole.top_k, self.ranks_per_node),
+        )
+
+
+class AcrossPlan(LazyPlan):
+    """A plan across nodes, in blocks of the heap."""
+
+    __slots__ = ("_dst_counts", "_relay", "_relay_layout")
+
+    _relay: Relay
+    _relay_layout: RelayLayout
+    _dst_counts: Tensor
+
+    @property
+    def dst_counts(self) -> Tensor:
+        """See `Plan.dst_counts`."""
+        return self._dst_counts
+
+    @property
+    def _places(self) -> Tensor:
+        return self._sent("places", (self._relay_layout.num_words, 1), torch.int32)
+
+    def _managed_by_torch(self) -> tuple[Tensor, ...]:
+        return (self._dst_counts,)
+
+
+def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
+    """Return the addresses of a plan of any kind; one that is made of tensors is read from the device."""
+    per_node = topology.ranks_per_node
+    if isinstance(plan, AcrossPlan):
+        relay, whole, at = plan._relay, plan._addresses(), plan._block.address + plan._layout.places
+        dst_counts = plan._dst_counts.data_ptr()
+    else:
+        words, at = plan._places[: 2 * topology.num_nodes, 0].tolist(), plan._places.data_ptr()
+        came, went = words[: topology.num_nodes], words[topology.num_nodes :]
+        relay, dst_counts = make_relay(topology.node, tuple(came), tuple(went)), plan.dst_counts.data_ptr()
+        whole = PlanAddresses(
+            0,
+            0,
+            plan.src_counts.data_ptr(),
+            address(plan.row_idx),
+            plan.expert_counts.data_ptr(),
+            plan.num_tokens,
+            0,
+            plan.expert_counts.shape[0],
+            plan.topk_idx.shape[1],
+        )
+    columns = num_columns(per_node, whole.top_k, by_expert=plan.options.layout is not Layout.ROWS)
+    layout = relay_layout(relay, plan.num_tokens, per_node, columns)
+    whole = whole._replace(places=at + 4 * layout.places)
+    return RelayAddresses(relay, per_node, columns, at + 4 * layout.relayed, at + 4 * layout.slots, dst_counts, whole)

@@ -1,0 +1,161 @@
+"""Dispatch, redispatch and combine of the CUDA backend across nodes, on the emulator."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support import throughput_jobs
+from support.emulated_group import EmulatedPair
+from support.emulator import Emulator
+from support.throughput import Deal, check_combine, check_redispatch, oracle_for, routing_of
+from tokenferry import MoeShape
+from tokenferry.autograd.ops import _apart, plan_of, tensors_of
+from tokenferry.backends.cuda.across.backend import AcrossBackend
+from tokenferry.errors import MismatchError, PeerTimeout, RoutingError
+from tokenferry.testing.cases import Case
+from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
+
+pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
+
+NODES = [(4, 2), (6, 2), (3, 1)]
+"""Ranks, and ranks of a node."""
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), NODES)
+def test_round_trips(run, ranks, per_node):
+    run(ranks, throughput_jobs.round_trips, ranks, ranks_per_node=per_node)
+
+
+@pytest.mark.parametrize("job", [throughput_jobs.quantized_rows, throughput_jobs.overflow])
+def test_the_rest_of_the_throughput_calls(run, job):
+    run(4, job, 4, ranks_per_node=2)
+
+
+@pytest.mark.parametrize("job", [throughput_jobs.plans_in_other_views, throughput_jobs.many_plans])
+def test_plans_of_other_times_and_views(run, job):
+    run(3, job, ranks_per_node=1)
+
+
+# ---------------------------------------------------------------------- plans
+
+
+def copies(plan: Plan) -> list[Plan]:
+    """Return copies of a plan, made as programs and `tokenferry.autograd` make them."""
+    tensors = _apart(tensors_of(plan))
+    through_ops = plan_of(tensors, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
+    return [copy.copy(plan), pickle.loads(pickle.dumps(plan)), through_ops]
+
+
+def use_copies(rank: int, pg: None, pair: EmulatedPair) -> None:
+    case = Case((6, 0, 9, 3), 8, 3, dtype=torch.float32, routing="half_dropped")
+    with pair.open(pg, case.shape) as group:
+        for options in (DispatchOptions(), DispatchOptions(Layout.EXPERTS, alignment=4, zero_padding=True)):
+            deal = Deal(case, options, oracle_for(case, options), rank)
+            mine = deal.oracle.sent[rank]
+            sent = group.dispatch(mine.x, routing_of(mine), options=options)
+            for plan in copies(sent.plan):
+                like = SimpleNamespace(x=sent.x, plan=plan)
+                check_combine(group, deal, like, None, 1, False, True)
+                check_redispatch(group, deal, like)
+
+
+def test_copies_of_plans(run):
+    """What a plan knows about other nodes survives whatever a plan may go through."""
+    run(4, use_copies, ranks_per_node=2)
+
+
+# ---------------------------------------------------------------------- what crosses
+
+
+CROSSING = torch.tensor([[0, 1], [0, 4], [4, 7], [3, 6], [-1, -1]])
+"""Of five tokens of each rank three go to the other node, whatever node they come from."""
+
+
+def count_bytes(rank: int, pg: None, pair: EmulatedPair) -> tuple[int, int, int]:
+    """Return the bytes that a rank sends to the other node in a dispatch, a redispatch and a combine."""
+    H, index = 32, CROSSING if rank < 2 else torch.where(CROSSING < 0, -1, 7 - CROSSING)
+    with pair.open(pg, MoeShape(8, 2, H, 8)) as group:
+        backend = group._backend
+        assert isinstance(backend, AcrossBackend)
+        counted = []
+
+        def count() -> None:
+            counted.append(backend._rails.num_bytes - sum(counted))
+
+        x = Quantized(torch.ones(5, H, dtype=torch.uint8), torch.ones(5, 3))
+        sent = group.dispatch(x, Routing(index, torch.ones(5, 2)))
+        count()
+        group.redispatch(torch.ones(5, H, dtype=torch.bfloat16), sent.plan)
+        count()
+        group.combine(torch.ones(sent.plan.num_delivered, H, dtype=torch.bfloat16), sent.plan)
+        count()
+        return tuple(counted)
+
+
+def test_a_row_crosses_once_for_each_node(run):
+    """However many ranks want it there. Dispatch: header, ids and token numbers, rows with scales and weights."""
+    rows, headers, routing = 3, 64, 3 * (2 * 8 + 4)
+    want = (headers + routing + rows * (32 + 12 + 8), rows * 64, rows * 64)
+    assert run(4, count_bytes, ranks_per_node=2) == [want] * 4
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+SHAPE = MoeShape(4, 2, 16, 8)
+
+
+def one_errs(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """A bad index stops the rank that has it before it sends anything; the others wait for its next call."""
+    with pair.open(pg, SHAPE) as group:
+        x, good = torch.ones(3, 16), torch.tensor([[0, 3], [1, 2], [2, -1]])
+        if rank == 1:
+            bad = good.clone()
+            bad[2, 1] = 4
+            for counts in ("host", "device"):
+                with pytest.raises(RoutingError, match=r"topk_idx\[2, 1\] is 4.*num_experts=4"):
+                    group.dispatch(x, Routing(bad), options=DispatchOptions(counts=counts))
+        sent = group.dispatch(x, Routing(good))
+        assert group.combine(sent.x, sent.plan).x[:, 0].tolist() == [2.0, 2.0, 1.0]
+
+
+def test_bad_routing(run):
+    run(4, one_errs, ranks_per_node=2)
+
+
+def other_options(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """The two nodes make different calls."""
+    with pair.open(pg, SHAPE) as group:
+        options = DispatchOptions(Layout.EXPERTS, alignment=4 if rank < 2 else 8)
+        across = (rank + 2) % 4
+        with pytest.raises(MismatchError, match=rf"rank {rank} and rank {across} made different calls: alignment"):
+            group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])), options=options)
+        assert group._backend.broken
+
+
+def test_different_calls_on_two_nodes(run):
+    run(4, other_options, ranks_per_node=2)
+
+
+def one_is_silent(rank: int, pg: None, pair: EmulatedPair) -> PeerTimeout | None:
+    """Rank 3 does not call."""
+    with pair.open(pg, SHAPE, timeout_s=2.0) as group:
+        if rank == 3:
+            pair.barrier()
+            return None
+        with pytest.raises(PeerTimeout) as caught:
+            group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])))
+        pair.barrier()
+        return caught.value
+
+
+def test_a_silent_rank(run):
+    """Each rank names the one for which it waits, by its number in the whole group."""
+    errors = run(4, one_is_silent, ranks_per_node=2)[:3]
+    assert errors[1].peers == (3,)
+    assert errors[1].phase == "dispatch (between nodes)"
+    assert errors[2].peers == (3,), errors[2]
+    assert errors[2].phase == "dispatch"

@@ -1,0 +1,78 @@
+"""Rails between the threads of an emulated group: queues of copies."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+
+from torch import Tensor
+
+from tokenferry.backends.cuda.across.rails import Parcels, Transfer
+from tokenferry.topology import Topology
+from tokenferry.transports.base import CallId, peer_timeout
+
+
+class Boxes:
+    """The queues of a group, by source and destination."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[tuple[int, int], queue.SimpleQueue[list[Tensor]]] = defaultdict(queue.SimpleQueue)
+
+    def __getitem__(self, ends: tuple[int, int]) -> queue.SimpleQueue[list[Tensor]]:
+        with self._lock:
+            return self._queues[ends]
+
+
+class QueueRails:
+    """As `tokenferry.backends.cuda.across.rails.Rails`. What has come is written only when it is waited for.
+
+    Attributes:
+        num_bytes: Bytes that this rank has sent.
+    """
+
+    name = "queues"
+
+    def __init__(self, topology: Topology, boxes: Boxes, timeout_s: float) -> None:
+        self._rank, self._rail, self._boxes, self._timeout_s = topology.rank, topology.rail, boxes, timeout_s
+        self.num_bytes = 0
+
+    def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
+        for node, tensors in send.items():
+            assert all(tensor.is_contiguous() and tensor.numel() for tensor in tensors)
+            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self._boxes[self._rank, self._rail[node]].put([tensor.clone() for tensor in tensors])
+        return QueueTransfer(lambda: self._receive(call, recv))
+
+    def _receive(self, call: CallId, recv: Parcels) -> None:
+        for node, tensors in recv.items():
+            peer = self._rail[node]
+            try:
+                came = self._boxes[peer, self._rank].get(timeout=self._timeout_s)
+            except queue.Empty:
+                raise peer_timeout(call, self._rank, [peer], "nothing came", self._timeout_s, "") from None
+            assert [(one.shape, one.dtype) for one in came] == [(one.shape, one.dtype) for one in tensors]
+            for tensor, there in zip(tensors, came, strict=True):
+                tensor.copy_(there)
+
+    def raise_lost(self) -> None:
+        """Do nothing: an exchange raises where it is waited for."""
+
+    def close(self) -> None:
+        """Do nothing: the queues are memory."""
+
+
+class QueueTransfer:
+    """An exchange under way; it receives once."""
+
+    def __init__(self, receive: Callable[[], None]) -> None:
+        self._receive: Callable[[], None] | None = receive
+
+    def join(self) -> None:
+        receive, self._receive = self._receive, None
+        if receive is not None:
+            receive()
+
+    wait = join
