@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tokenferry.errors import BackendUnavailable
 from tokenferry.memory.heap import HeapFull
-from tokenferry.memory.reach import obstacle
+from tokenferry.memory.reach import describe, why_not
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import share, share_in_process
 from tokenferry.transports.handshake import Bootstrap
@@ -32,7 +32,7 @@ def current():
 
 @pytest.fixture
 def window():
-    made = share(None, 0, 1, torch.device("cuda", 0), 8 * MIB)
+    made = share(None, 0, range(1), torch.device("cuda", 0), 8 * MIB)
     yield made
     made.close()
 
@@ -41,8 +41,8 @@ def write_and_read(rank, pg):
     """Each rank writes its number into its place in every window, twice over: windows can be made again."""
     device, size = here(), pg.size()
     for _ in range(2):
-        window = share(Bootstrap(pg, 20.0, device), rank, size, device, 4 * MIB)
-        assert obstacle(Bootstrap(pg, 20.0), rank, device) == ""
+        window = share(Bootstrap(pg, 20.0, device), rank, range(size), device, 4 * MIB)
+        assert why_not(Bootstrap(pg, 20.0).exchange(describe(device)), rank) == ""
         assert not bytes_at(window.base, 4 * MIB, device, None).any(), "the window is zero"
         dist.barrier(pg)
         for base in window.bases:
@@ -67,7 +67,7 @@ def too_much(rank, pg):
     device = here()
     num_bytes = 1 << 50 if rank else MIB
     try:
-        share(Bootstrap(pg, 20.0), rank, 2, device, num_bytes)
+        share(Bootstrap(pg, 20.0), rank, range(2), device, num_bytes)
     except BackendUnavailable as error:
         text = str(error)
     window = share(Bootstrap(pg, 20.0), rank, 2, device, MIB)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.rails import Parcels, Transfer
+from tokenferry.errors import MismatchError, PeerTimeout
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
 
@@ -59,6 +60,9 @@ class QueueRails:
 
     def raise_lost(self) -> None:
         """Do nothing: an exchange raises where it is waited for."""
+
+    def explain(self, error: PeerTimeout | MismatchError) -> PeerTimeout | MismatchError:
+        return error
 
     def close(self) -> None:
         """Do nothing: the queues are memory."""

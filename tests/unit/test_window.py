@@ -156,7 +156,7 @@ def share_all(num_ranks, num_bytes=3 * MIB, zero_bytes=None):
     def rank(number):
         table = Table(shared, barrier, number)
         try:
-            return window.share(table, number, num_ranks, torch.device("cuda", number), num_bytes, zero_bytes)
+            return window.share(table, number, range(num_ranks), torch.device("cuda", number), num_bytes, zero_bytes)
         except BackendUnavailable as error:
             return str(error)
 
@@ -192,7 +192,7 @@ def test_a_window_is_freed_when_it_is_closed_and_its_last_block_is_gone(cuda):
 
 def test_a_group_of_one_needs_no_table_and_no_handle(cuda):
     cuda.refuse_handles_of = set(range(0x10000000, 0x10000000 + (10 << 32), 1 << 32))
-    mine = window.share(None, 0, 1, torch.device("cuda", 0), MIB)
+    mine = window.share(None, 0, range(1), torch.device("cuda", 0), MIB)
     assert mine.bases == (mine.base,)
     assert cuda.zeroed[mine.base] == MIB
 
@@ -293,6 +293,15 @@ def test_reasons_in_handshakes(monkeypatch, case, text):
     assert reach.why_not(case, 0) == text
 
 
+def test_reasons_are_those_of_one_node(monkeypatch):
+    """Ranks of other nodes may be on other hosts, and have troubles of their own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    case = handshakes({}, {}, {"host": "there"}, {"host": "there", "device": None})
+    assert reach.why_not(case, 0, (0, 1)) == ""
+    assert reach.why_not(case, 2, (2, 3)) == "rank 3 has no CUDA device"
+    assert reach.why_not(case, 1, (1, 2)) == "the ranks are on 2 hosts"
+
+
 def test_a_handshake_describes_the_gpu_or_its_trouble(monkeypatch):
     class Properties:
         name, uuid, major, minor = "H", "GPU-5", 9, 0
@@ -326,10 +335,10 @@ def test_gpus_that_cannot_reach_each_other_are_named(monkeypatch):
 def without_gpu(rank, pg):
     from tokenferry.transports.handshake import Bootstrap as Handshakes
 
-    return reach.obstacle(Handshakes(pg, 10.0), rank, torch.device("cuda", rank) if rank else None)
+    table = Handshakes(pg, 10.0)
+    return reach.why_not(table.exchange(reach.describe(torch.device("cuda", rank) if rank else None)), rank)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_machines_without_a_gpu_say_so(worlds):
     assert worlds(2).run(without_gpu) == ["rank 0 has no CUDA device"] * 2
-    assert reach.obstacle(None, 0, None) == "rank 0 has no CUDA device"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokenferry.transports.handshake import Exchange, agree, host_name, pid_namespace
+from tokenferry.transports.handshake import host_name, pid_namespace
 
 MAX_RANKS = 8
 """The largest number of GPUs in one NVLink domain on the supported machines."""
@@ -37,17 +37,25 @@ def describe(device: torch.device | None) -> dict[str, Any]:
     return handshake
 
 
-def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
-    """Return the reason why this rank cannot map the memory of all others, or an empty string. Local."""
-    if len(handshakes) > MAX_RANKS:
-        return f"{len(handshakes)} ranks are more than the {MAX_RANKS} that can share memory"
-    for peer, handshake in enumerate(handshakes):  # first, since a rank without descriptors does not know its host
-        if handshake["trouble"]:
-            return f"rank {peer} has no CUDA device{handshake['trouble']}"
-    hosts = {handshake["host"] for handshake in handshakes}
+def why_not(handshakes: Sequence[dict[str, Any]], rank: int, node: Sequence[int] | None = None) -> str:
+    """Return the reason why this rank cannot map the memory of all others of its node, or an empty string. Local.
+
+    Args:
+        handshakes: Those of all ranks.
+        rank: This rank.
+        node: The ranks of its node; None: all.
+    """
+    ranks = range(len(handshakes)) if node is None else node
+    if len(ranks) > MAX_RANKS:
+        return f"{len(ranks)} ranks are more than the {MAX_RANKS} that can share memory"
+    for peer in ranks:  # first, since a rank without descriptors does not know its host
+        if handshakes[peer]["trouble"]:
+            return f"rank {peer} has no CUDA device{handshakes[peer]['trouble']}"
+    hosts = {handshakes[peer]["host"] for peer in ranks}
     if len(hosts) > 1:
         return f"the ranks are on {len(hosts)} hosts"
-    for peer, handshake in enumerate(handshakes):
+    for peer in ranks:
+        handshake = handshakes[peer]
         if handshake["device"] is None:
             return f"rank {peer} has no CUDA device"
         if tuple(handshake["device"]["capability"]) < _OLDEST:
@@ -57,27 +65,13 @@ def why_not(handshakes: Sequence[dict[str, Any]], rank: int) -> str:
             )
     mine = handshakes[rank]["device"]
     here = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    for peer, handshake in enumerate(handshakes):
+    for peer in ranks:
         # A device hidden by CUDA_VISIBLE_DEVICES cannot be queried; opening its memory shows whether it is reachable.
-        uuid = handshake["device"]["uuid"]
+        uuid = handshakes[peer]["device"]["uuid"]
         other = here.get(uuid)
         if other is not None and other != mine["index"] and not torch.cuda.can_device_access_peer(mine["index"], other):
             return f"the GPU of rank {rank} ({mine['uuid']}) cannot reach that of rank {peer} ({uuid})"
     return ""
-
-
-def obstacle(table: Exchange | None, rank: int, device: torch.device | None) -> str:
-    """Return the reason why these ranks cannot share GPU memory, or an empty string; the same on all ranks.
-
-    Collective; allocates nothing. ``table`` may be None for a group of one.
-
-    Raises:
-        PeerTimeout: a rank did not answer.
-    """
-    handshake = describe(device)
-    if table is None:
-        return why_not([handshake], 0)
-    return agree(table, why_not(table.exchange(handshake), rank))
 
 
 def _dotted(capability: Sequence[int]) -> str:

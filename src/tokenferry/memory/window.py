@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,8 +108,13 @@ class Window:
         self._heaps.append(heap)
         return heap
 
-    def _reach(self, handshakes: list[dict[str, Any]]) -> str:
-        """Map every peer's window; return the reason of a failure, or an empty string."""
+    def _reach(self, handshakes: list[dict[str, Any]], names: Sequence[int]) -> str:
+        """Map every peer's window; return the reason of a failure, or an empty string.
+
+        Args:
+            handshakes: Those of the ranks that share windows.
+            names: Their numbers in the whole group.
+        """
         bases = list(self.bases)
         for peer, handshake in enumerate(handshakes):
             if peer == self.rank:
@@ -122,7 +128,7 @@ class Window:
                     self._mapped.append(bases[peer])
             except BackendUnavailable as error:
                 hint = "containers need a common PID and IPC namespace"
-                return f"rank {self.rank} cannot map the memory of rank {peer} ({error}; {hint})"
+                return f"rank {names[self.rank]} cannot map the memory of rank {names[peer]} ({error}; {hint})"
         self.bases = tuple(bases)
         return ""
 
@@ -149,19 +155,19 @@ class Window:
 def share(
     table: Exchange | None,
     rank: int,
-    num_ranks: int,
+    node: Sequence[int],
     device: torch.device,
     num_bytes: int,
     zero_bytes: int | None = None,
 ) -> Window:
-    """Allocate this rank's window, and map the windows of all others. Collective.
+    """Allocate this rank's window, and map the windows of all others of its node. Collective, in the whole group.
 
-    When it returns, every rank has mapped every window, and the first ``zero_bytes`` of each (all, if None) are zero.
+    When it returns, every rank has mapped these windows, and the first ``zero_bytes`` of each (all, if None) are zero.
 
     Args:
         table: The exchange of handshakes; may be None for a group of one rank.
         rank: This rank.
-        num_ranks: Number of ranks, R.
+        node: The ranks that share windows, this one included; they are numbered from 0 in the window.
         device: GPU of this rank; ranks may share one.
         num_bytes: Bytes of each window, the same on all ranks.
         zero_bytes: Bytes to zero at the start of each window; None: all.
@@ -172,7 +178,7 @@ def share(
         PeerTimeout: a rank did not answer.
     """
     handshakes = _exchange(table, describe(device))
-    reason = why_not(handshakes, rank)
+    reason = why_not(handshakes, rank, node)
     memory: Memory | None = None
     offer = {"address": 0, "handle": ""}
     if not reason:
@@ -185,8 +191,8 @@ def share(
     reason = next((handshake["why_not"] for handshake in offers if handshake["why_not"]), "")
     if reason or memory is None:
         raise BackendUnavailable(f"ranks cannot share GPU memory: {reason}")
-    window = Window(rank, device, num_bytes, (memory,), (memory.address,) * num_ranks)
-    reason = window._reach([{**handshake, **offer} for handshake, offer in zip(handshakes, offers, strict=True)])
+    window = Window(node.index(rank), device, num_bytes, (memory,), (memory.address,) * len(node))
+    reason = window._reach([{**handshakes[peer], **offers[peer]} for peer in node], node)
     reason = agree(table, reason) if table else reason
     if reason:
         window.close()

@@ -100,7 +100,7 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
             {
                 "terms": terms,
                 "key": secrets.token_hex(4),
-                "group_id": _new_group_id(group) if rank == 0 else 0,
+                "group_id": new_group_id(group) if rank == 0 else 0,
                 "secret": secrets.token_hex(16),
                 "host": host_name(),
                 "network": network_namespace(),
@@ -176,7 +176,7 @@ def _across(topology: Topology) -> str:
     return f"the group has {topology}"
 
 
-def _new_group_id(group: dist.ProcessGroup) -> int:
+def new_group_id(group: dist.ProcessGroup) -> int:
     """Return a number that no earlier group has on a process group, where its messages may still be under way."""
     answers = ask(lambda: int(group.get_group_store().add("tokenferry/groups", 1)))
     return answers[0] if answers else secrets.randbelow(GROUP_IDS)

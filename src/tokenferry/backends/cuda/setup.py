@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across.backend import AcrossBackend
+from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
@@ -19,14 +23,18 @@ from tokenferry.backends.cuda.peers import Peers, Process
 from tokenferry.backends.cuda.plan import too_large
 from tokenferry.backends.cuda.runtime import Runtime, cuda_runtime
 from tokenferry.errors import BackendUnavailable
+from tokenferry.jit.driver import Device
 from tokenferry.jit.kernel import Jit
-from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_RANKS, OFFSET_BYTES
-from tokenferry.memory.reach import obstacle
+from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_NODES, MAX_RANKS, OFFSET_BYTES
+from tokenferry.memory.reach import describe, why_not
 from tokenferry.memory.window import Window, share
-from tokenferry.topology import Topology
+from tokenferry.topology import Topology, by_place, consecutive
+from tokenferry.transports.failures import FailureReports
 from tokenferry.transports.handshake import Bootstrap, agree
 from tokenferry.transports.refused import resource_error
-from tokenferry.transports.rendezvous import compare_terms
+from tokenferry.transports.rendezvous import compare_terms, new_group_id
+
+_NO_LIMIT = timedelta(days=365)
 
 
 def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
@@ -35,15 +43,56 @@ def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
     Raises:
         PeerTimeout: a rank did not answer in time.
     """
-    rank, num_ranks = _rank_and_size(group)
+    return _survey(group, resolved).why_not
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """The nodes of a group, and why its ranks cannot run the backend: the same on all ranks, empty if they can."""
+
+    topology: Topology
+    why_not: str
+
+
+def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
+    """Find the nodes, and what stands in the way. Collective.
+
+    Raises:
+        ConfigError: ``ranks_per_node`` does not divide R.
+        PeerTimeout: a rank did not answer in time.
+    """
+    rank, _ = _rank_and_size(group)
     table = _table(group, resolved, _device())
-    reason = obstacle(table, rank, _device()) or _unfit(resolved, num_ranks)
+    handshake = describe(_device())
+    handshakes = table.exchange(handshake) if table else [handshake]
+    topology = Topology(rank, find_nodes(handshakes, resolved.ranks_per_node))
+    reason = why_not(handshakes, rank, topology.nodes[topology.node])
+    reason = (agree(table, reason) if table else reason) or _unfit(resolved, topology)
     if not reason:
         try:
             Jit(torch.cuda.current_device(), None).close()
         except (RuntimeError, OSError, MemoryError) as error:
             reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
-    return agree(table, reason) if table else reason
+    return _Survey(topology, agree(table, reason) if table else reason)
+
+
+def find_nodes(handshakes: Sequence[dict[str, Any]], ranks_per_node: int | None) -> tuple[tuple[int, ...], ...]:
+    """Return the ranks of each node: of each host, if hosts have equally many consecutive ranks; else all are one node.
+
+    Args:
+        handshakes: Those of all ranks, as `tokenferry.memory.reach.describe` makes them.
+        ranks_per_node: How many consecutive ranks form a node, whatever their hosts; None: hosts say so.
+
+    Raises:
+        ConfigError: ``ranks_per_node`` does not divide R.
+    """
+    num_ranks = len(handshakes)
+    if ranks_per_node is not None:
+        return consecutive(num_ranks, ranks_per_node)
+    hosts = by_place([handshake["host"] for handshake in handshakes])
+    per_host = len(hosts[0])
+    even = num_ranks % per_host == 0 and hosts == consecutive(num_ranks, per_host)
+    return hosts if even else (tuple(range(num_ranks)),)
 
 
 def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> CudaBackend:
@@ -54,9 +103,11 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         ConfigError: ranks have different shapes or options.
         PeerTimeout: a rank did not answer in time.
     """
-    why_not = why_not_cuda(group, resolved)
-    if why_not:
-        raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}; use backend='cpu' or 'auto'")
+    survey = _survey(group, resolved)
+    if survey.why_not:
+        raise _unavailable(survey.why_not)
+    topology = survey.topology
+    here = topology.nodes[topology.node]
     rank, num_ranks = _rank_and_size(group)
     device = _device()
     assert device is not None
@@ -65,31 +116,65 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory
     )
     key = secrets.token_hex(4)
-    peers = None
+    peers, group_id = None, 0
     if table:
         terms = {
             "shape": str(resolved.shape),
             "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
+            "ranks_per_node": topology.ranks_per_node,
             "heap bytes": num_bytes,
         }
-        handshakes = table.exchange({"terms": terms, "key": key, "process": asdict(Process.this())})
+        group_id = new_group_id(group) if group is not None and rank == 0 else 0
+        process = asdict(Process.this())
+        handshakes = table.exchange({"terms": terms, "key": key, "group_id": group_id, "process": process})
         compare_terms([handshake["terms"] for handshake in handshakes])
-        key = handshakes[0]["key"]
-        peers = Peers([Process(**handshake["process"]) for handshake in handshakes])
-    window = share(table, rank, num_ranks, device, num_bytes, CONTROL_BLOCK_BYTES)
-    why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
-    backend, why_not = None, ""
+        key, group_id = handshakes[0]["key"], handshakes[0]["group_id"]
+        peers = Peers([Process(**handshakes[peer]["process"]) for peer in here])
+    window = share(table, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
+    backend: CudaBackend | None = None
+    reason = ""
     try:
-        backend = assemble(window, resolved, key, why)
+        if group is not None and topology.num_nodes > 1:
+            reports = FailureReports(group, group_id, topology)
+            backend = assemble_across(window, resolved, key, topology, nccl_rails(group, resolved, topology, reports))
+        else:
+            why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
+            backend = assemble(window, resolved, key, why)
     except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
-        why_not = f"rank {rank}: {resource_error('making the group', error) or error}"
-    why_not = agree(table, why_not) if table else why_not
-    if backend is None or why_not:
+        reason = f"rank {rank}: {resource_error('making the group', error) or error}"
+    reason = agree(table, reason) if table else reason
+    if backend is None or reason:
         (window if backend is None else backend).close()
-        raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}; use backend='cpu' or 'auto'")
+        raise _unavailable(reason)
     if peers:
         backend.context.watch(peers)
     return backend
+
+
+def _unavailable(reason: str) -> BackendUnavailable:
+    return BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {reason}; use backend='cpu' or 'auto'")
+
+
+def nccl_rails(group: dist.ProcessGroup, resolved: Resolved, topology: Topology, reports: FailureReports) -> NcclRails:
+    """Return the rails of a rank, with a communicator of their own. Collective on each rail.
+
+    Args:
+        group: The process group; its ranks are those of the group.
+        resolved: The options.
+        topology: The nodes.
+        reports: Where a rank that gives up says for whom it waited.
+    """
+    ranks = [dist.get_global_rank(group, rank) for rank in topology.rail]
+    # Our own deadlines end what does not end; torch's would end the process.
+    made = dist.new_group(ranks, timeout=_NO_LIMIT, backend="nccl", use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return NcclRails(made, topology, resolved.timeout_s, reports=reports, enter_thread=_relax_captures)
+
+
+def _relax_captures() -> None:
+    """Allow this thread to ask about events while another one captures a CUDA graph."""
+    cuda = Device(torch.cuda.current_device()).cuda
+    cuda.cuThreadExchangeStreamCaptureMode(cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
 
 
 def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Runtime | None = None) -> CudaBackend:
@@ -134,14 +219,16 @@ def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:
     return min(tuning.heap_bytes(resolved.shape, num_ranks), memory_bytes // 4)
 
 
-def _unfit(resolved: Resolved, num_ranks: int) -> str:
+def _unfit(resolved: Resolved, topology: Topology) -> str:
     """Return why this backend cannot support a shape or honour an option; empty if it can."""
     if resolved.cpu_only:
         return resolved.cpu_only
-    if num_ranks > MAX_RANKS:
-        return f"ranks={num_ranks}, and at most {MAX_RANKS} are possible"
-    if num_ranks > (resolved.ranks_per_node or num_ranks):
-        return f"ranks_per_node={resolved.ranks_per_node} makes several nodes of {num_ranks} ranks, and it has one"
+    if topology.ranks_per_node > MAX_RANKS:
+        return f"{topology.ranks_per_node} ranks on a node, and at most {MAX_RANKS} are possible"
+    if topology.num_nodes > MAX_NODES:
+        return f"{topology}, and at most {MAX_NODES} nodes are possible"
+    if topology.num_nodes > 1 and not dist.is_nccl_available():
+        return f"{topology}, and this torch has no NCCL to connect them"
     heap_bytes = resolved.heap_bytes or 0
     most = (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES  # handshakes have offsets of 32 bits
     if heap_bytes > most:

@@ -70,7 +70,7 @@ class CudaLinks:
         self._device = device
         table = Bootstrap(pg, timeout_s, device) if self.num_ranks > 1 else None
         size = ROWS_OFFSET + window_bytes(row_bytes, self.num_ranks)
-        self._window: Window = share(table, self.rank, self.num_ranks, device, size, ROWS_OFFSET)
+        self._window: Window = share(table, self.rank, range(self.num_ranks), device, size, ROWS_OFFSET)
         self._jit = Jit(device.index or 0, cache)
         self._jit.warmup(spec.SPECS)
         self._failed = torch.zeros(1, dtype=torch.int32, device=device)

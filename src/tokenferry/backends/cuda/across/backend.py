@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -22,7 +24,7 @@ from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
-from tokenferry.errors import BackendUnavailable
+from tokenferry.errors import BackendUnavailable, MismatchError, PeerTimeout
 from tokenferry.kernels.all import ACROSS_NODES
 from tokenferry.topology import Topology
 from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Quantized
@@ -52,17 +54,17 @@ class AcrossBackend(CudaBackend):
 
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.across.dispatch`."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._explained():
             return self._dispatcher.dispatch(request)
 
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.across.dispatch`."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._explained():
             return self._dispatcher.redispatch(request)
 
     def combine(self, request: CombineRequest) -> Combined:
         """See `tokenferry.backends.cuda.across.combine`."""
-        with torch.no_grad():
+        with torch.no_grad(), self._explained():
             return self._combiner.combine(request)
 
     def decode_dispatch(self, request: DecodeDispatchRequest) -> NoReturn:
@@ -95,9 +97,21 @@ class AcrossBackend(CudaBackend):
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise their errors."""
-        super().synchronize()
-        with self.context.breaking_off():
-            self._rails.raise_lost()
+        with self._explained():
+            super().synchronize()
+            with self.context.breaking_off():
+                self._rails.raise_lost()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise errors that name the ranks at fault, which may be others than those for which this rank waited."""
+        try:
+            yield
+        except (PeerTimeout, MismatchError) as error:
+            found = self._rails.explain(error)
+            if found is error:
+                raise
+            raise found from error
 
     def close(self) -> None:
         """Release the windows, and give up what is under way between nodes."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tokenferry.errors import MismatchError, PeerTimeout
 from tokenferry.transports.base import CallId
 
 Parcels = Mapping[int, Sequence[Tensor]]
@@ -54,6 +55,10 @@ class Rails(Protocol):
         Raises:
             PeerTimeout: a rank across from this one did not answer in time.
         """
+        ...
+
+    def explain(self, error: PeerTimeout | MismatchError) -> PeerTimeout | MismatchError:
+        """Return the error to raise in place of one with which this rank gives up: it names the ranks at fault."""
         ...
 
     def close(self) -> None:
