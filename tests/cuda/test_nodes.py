@@ -5,6 +5,7 @@ import torch
 
 from support.virtual_nodes import Nodes, Split, Splitter
 from support.virtual_ranks import POISON, ranks_of
+from tokenferry.kernels.across_check import spec as check_spec
 from tokenferry.kernels.codes import TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
 from tokenferry.kernels.control_block import Fault
@@ -55,6 +56,32 @@ def test_any_routing(all_ranks, num_nodes, local, dtype):
         nodes = [Nodes(experts, all_ranks, num_nodes, rank % num_nodes) for rank in range(3)]
         index = [torch.randint(-1, experts, (T, top_k), generator=make).to(dtype) for T in tokens]
         split_and_check(Splitter(ranks, nodes, index))
+
+
+def test_room_for_all_tokens_on_each_node():
+    """Where counts stay on the device. A bad index is recorded, and counts as unused."""
+    ranks = ranks_of(2)
+    choices = [[[0, 4], [9, 2], [-1, 11]], [[4, 8]] * 130]
+    index = [torch.tensor(one) for one in choices]
+    index[0][2, 0] = 12
+    splitter = Splitter(ranks, [Nodes(12, 6, 3, 1), Nodes(12, 6, 3, 0)], index, capacity=200)
+    splitter.split()
+    ranks.wait()
+    record = ranks.record(0)
+    assert record is not None
+    assert (record.code, record.word, record.peer, record.seen) == (Fault.bad_routing, 2, 0, 12)
+    ranks.check_quiet()
+    made = splitter.rails()
+    for rank, nodes in enumerate(splitter.nodes):
+        want = Split(nodes, choices[rank], 200)
+        assert made[rank]["slots"].tolist() == want.slots
+        assert splitter.dst_counts[rank].cpu().tolist() == want.dst_counts
+        rows = sorted(row for t in want.slots for m, row in enumerate(t) if m != nodes.node and row >= 0)
+        assert made[rank]["tokens_out"][rows].tolist() == want.tokens_out
+        assert made[rank]["ids_out"][rows].tolist() == want.ids_out
+        unused = torch.ones(len(made[rank]["ids_out"]), dtype=torch.bool)
+        unused[rows] = False
+        assert bool((made[rank]["ids_out"][unused].view(torch.uint8) == POISON).all())
 
 
 def test_a_bad_index():
@@ -169,3 +196,22 @@ def test_sums_at_home(dtype, num_biases):
     ranks.run(sum_spec.SPEC, [fields], (2, sum_spec.THREADS, 0), {"type": TYPES[dtype]})
     assert out.cpu().equal(sums.to(dtype))
     assert weights_out.cpu().equal(weights)
+
+
+def test_what_an_undefined_sender_sends_is_not_passed_on():
+    ranks = ranks_of(2)
+    fields = {"src_counts": ranks.on_device(torch.zeros(6, dtype=torch.int64)), "num_nodes": 3}
+    good = ranks.on_device(torch.zeros(3, 2, dtype=torch.int32))
+    ranks.run(check_spec.SPEC, [{**fields, "states": good}] * 2, (1, check_spec.THREADS, 0))
+    assert ranks.failed() == [0, 0]
+    for word in (0, 1):
+        ranks = ranks_of(2)
+        bad = good.clone()
+        bad[2, word] = 5
+        ranks.launch(check_spec.SPEC, [None, {**fields, "states": bad}], (1, check_spec.THREADS, 0))
+        ranks.wait()
+        record = ranks.record(1)
+        assert record is not None
+        assert (record.code, record.word) == (Fault.node_gave_up, 5), "rank 1 of node 2 is rank 5 of the group"
+        assert ranks.failed() == [0, Fault.node_gave_up]
+        assert ranks.words(0, "gave_up", 2, torch.int64).tolist() == [0, Fault.node_gave_up << 32 | 1]

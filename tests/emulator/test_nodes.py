@@ -3,18 +3,22 @@
 import copy
 import pickle
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from support import throughput_jobs
 from support.emulated_group import EmulatedPair
+from support.emulated_rails import QueueTransfer
 from support.emulator import Emulator
 from support.throughput import Deal, check_combine, check_redispatch, oracle_for, routing_of
 from tokenferry import MoeShape
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
-from tokenferry.errors import MismatchError, PeerTimeout, RoutingError
+from tokenferry.backends.cuda.context import Context
+from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, RoutingError
+from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
 from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
 
@@ -67,6 +71,43 @@ def test_copies_of_plans(run):
     run(4, use_copies, ranks_per_node=2)
 
 
+# ---------------------------------------------------------------------- counts on the device
+
+
+def without_waiting(rank: int, pg: None, pair: EmulatedPair) -> None:
+    case = Case((6, 0, 9, 3), 8, 3, dtype=torch.float32, routing="half_dropped")
+    with pair.open(pg, case.shape) as group:
+        for layout in Layout:
+            deal = Deal(case, (options := DispatchOptions(layout, counts="device")), oracle_for(case, options), rank)
+            mine = deal.oracle.sent[rank]
+            sent = group.dispatch(mine.x, routing_of(mine), options=options)
+            check_combine(group, deal, sent, None, 1, False, True)
+            check_redispatch(group, deal, sent)
+
+
+def test_the_host_does_not_wait(run):
+    """With counts on the device: such calls can be captured."""
+    waits = AssertionError("the host waits")
+    with (
+        mock.patch.object(Context, "wait_for_words", side_effect=waits),
+        mock.patch.object(Context, "wait_for_counts", side_effect=waits),
+        mock.patch.object(QueueTransfer, "wait", side_effect=waits),
+    ):
+        run(4, without_waiting, ranks_per_node=2)
+
+
+def capture(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        for options in (DispatchOptions(), DispatchOptions(counts="device", capacity=4)):
+            with pytest.raises(ArgumentError, match=r"graph cannot capture; use .*device.* without a capacity"):
+                group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])), options=options)
+
+
+def test_what_a_graph_cannot_capture(run):
+    with mock.patch.object(HostStreams, "capture", return_value=7):
+        run(2, capture, ranks_per_node=1)
+
+
 # ---------------------------------------------------------------------- what crosses
 
 
@@ -97,8 +138,8 @@ def count_bytes(rank: int, pg: None, pair: EmulatedPair) -> tuple[int, int, int]
 
 def test_a_row_crosses_once_for_each_node(run):
     """However many ranks want it there. Dispatch: header, ids and token numbers, rows with scales and weights."""
-    rows, headers, routing = 3, 64, 3 * (2 * 8 + 4)
-    want = (headers + routing + rows * (32 + 12 + 8), rows * 64, rows * 64)
+    rows, header, routing, state = 3, 64, 3 * (2 * 8 + 4), 8
+    want = (header + routing + rows * (32 + 12 + 8) + state, rows * 64 + state, rows * 64 + state)
     assert run(4, count_bytes, ranks_per_node=2) == [want] * 4
 
 
@@ -115,15 +156,29 @@ def one_errs(rank: int, pg: None, pair: EmulatedPair) -> None:
         if rank == 1:
             bad = good.clone()
             bad[2, 1] = 4
-            for counts in ("host", "device"):
-                with pytest.raises(RoutingError, match=r"topk_idx\[2, 1\] is 4.*num_experts=4"):
-                    group.dispatch(x, Routing(bad), options=DispatchOptions(counts=counts))
+            with pytest.raises(RoutingError, match=r"topk_idx\[2, 1\] is 4.*num_experts=4"):
+                group.dispatch(x, Routing(bad))
         sent = group.dispatch(x, Routing(good))
         assert group.combine(sent.x, sent.plan).x[:, 0].tolist() == [2.0, 2.0, 1.0]
 
 
 def test_bad_routing(run):
     run(4, one_errs, ranks_per_node=2)
+
+
+def one_errs_on_the_device(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """With counts on the device all ranks complete the call; the bad index counts as unused."""
+    with pair.open(pg, SHAPE) as group:
+        x, index = torch.ones(3, 16), torch.tensor([[0, 3], [1, 2], [2, 4 if rank == 1 else -1]])
+        sent = group.dispatch(x, Routing(index), options=DispatchOptions(counts="device"))
+        if rank == 1:
+            with pytest.raises(RoutingError, match=r"topk_idx\[2, 1\] is 4"):
+                group.synchronize()
+        assert group.combine(sent.x, sent.plan).x[:, 0].tolist() == [2.0, 2.0, 1.0]
+
+
+def test_bad_routing_on_the_device(run):
+    run(4, one_errs_on_the_device, ranks_per_node=2)
 
 
 def other_options(rank: int, pg: None, pair: EmulatedPair) -> None:
@@ -140,22 +195,38 @@ def test_different_calls_on_two_nodes(run):
     run(4, other_options, ranks_per_node=2)
 
 
-def one_is_silent(rank: int, pg: None, pair: EmulatedPair) -> PeerTimeout | None:
-    """Rank 3 does not call."""
-    with pair.open(pg, SHAPE, timeout_s=2.0) as group:
-        if rank == 3:
+LOST = 3
+"""A rank of node 1."""
+
+
+def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
+    """Rank 3 does not make a call."""
+    with pair.open(pg, SHAPE, timeout_s=3.0) as group:
+        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+        calls = {
+            "dispatch": lambda: group.dispatch(x, routing),
+            "dispatch on the device": lambda: group.dispatch(x, routing, options=DispatchOptions(counts="device")),
+            "redispatch": lambda: group.redispatch(x, sent.plan),
+            "combine": lambda: group.combine(sent.x, sent.plan),
+        }
+        sent = group.dispatch(x, routing)
+        if rank == LOST:
             pair.barrier()
             return None
-        with pytest.raises(PeerTimeout) as caught:
-            group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])))
+        with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - with counts on the device, and in combine
+            calls[call]()
+            group.synchronize()
+        with pytest.raises(ClosedError):
+            group.dispatch(x, routing)
         pair.barrier()
         return caught.value
 
 
-def test_a_silent_rank(run):
-    """Each rank names the one for which it waits, by its number in the whole group."""
-    errors = run(4, one_is_silent, ranks_per_node=2)[:3]
-    assert errors[1].peers == (3,)
-    assert errors[1].phase == "dispatch (between nodes)"
-    assert errors[2].peers == (3,), errors[2]
-    assert errors[2].phase == "dispatch"
+@pytest.mark.parametrize("call", ["dispatch", "dispatch on the device", "redispatch", "combine"])
+def test_a_silent_rank(run, call):
+    """Every survivor names it, by its number in the whole group, and its node, also if it waited for another one."""
+    errors = run(4, one_is_silent, call, ranks_per_node=2)
+    for error in errors[:LOST]:
+        assert (error.peers, error.nodes) == ((LOST,), (1,)), error
+        assert error.phase.split()[0] == call.split()[0]
+    assert errors[1].phase == f"{call.split()[0]} (between nodes)"

@@ -6,19 +6,28 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.rails import Parcels, Transfer
-from tokenferry.errors import MismatchError, PeerTimeout
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
+from tokenferry.transports.failures import FailureReports
 
 
 class Boxes:
-    """The queues of a group, by source and destination."""
+    """The queues of a group, by source and destination.
+
+    Attributes:
+        group: Has a store, as a process group has.
+    """
 
     def __init__(self) -> None:
+        store = dist.HashStore()
+        self.group: Any = SimpleNamespace(get_group_store=lambda: store)
         self._lock = threading.Lock()
         self._queues: dict[tuple[int, int], queue.SimpleQueue[list[Tensor]]] = defaultdict(queue.SimpleQueue)
 
@@ -37,6 +46,7 @@ class QueueRails:
     name = "queues"
 
     def __init__(self, topology: Topology, boxes: Boxes, timeout_s: float) -> None:
+        self.reports = FailureReports(boxes.group, 0, topology)
         self._rank, self._rail, self._boxes, self._timeout_s = topology.rank, topology.rail, boxes, timeout_s
         self.num_bytes = 0
 
@@ -61,9 +71,6 @@ class QueueRails:
     def raise_lost(self) -> None:
         """Do nothing: an exchange raises where it is waited for."""
 
-    def explain(self, error: PeerTimeout | MismatchError) -> PeerTimeout | MismatchError:
-        return error
-
     def close(self) -> None:
         """Do nothing: the queues are memory."""
 
@@ -79,4 +86,5 @@ class QueueTransfer:
         if receive is not None:
             receive()
 
-    wait = join
+    def wait(self) -> None:
+        self.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Nodes:
 class Split:
     """What dispatch_split and dispatch_rails have to write for one rank."""
 
-    def __init__(self, nodes: Nodes, choices: list[list[int]]) -> None:
+    def __init__(self, nodes: Nodes, choices: list[list[int]], capacity: int = 0) -> None:
         R, N, local = nodes.num_ranks, nodes.num_nodes, nodes.num_experts // nodes.num_ranks
         ranks = [{e // local for e in experts if e >= 0} for experts in choices]
         goes = [nodes.nodes_of(experts) for experts in choices]
@@ -56,8 +57,13 @@ class Split:
         out = [(m, t) for m in range(N) for t, there in enumerate(goes) if m in there and m != nodes.node]
         self.tokens_out = [t for _, t in out]
         self.ids_out = [nodes.ids_on(m, choices[t]) for m, t in out]
+        others = [m for m in range(N) if m != nodes.node]
+        first = dict(zip(others, itertools.accumulate((self.counts[m] for m in others), initial=0), strict=False))
         self.ids_here = [nodes.ids_on(nodes.node, experts) for experts in choices]
-        rows = {one: row for row, one in enumerate(out)}
+        rows = {
+            (m, t): row if not capacity else others.index(m) * capacity + row - first[m]
+            for row, (m, t) in enumerate(out)
+        }
         self.slots = [
             [(t if m == nodes.node else rows[m, t]) if m in there else -1 for m in range(N)]
             for t, there in enumerate(goes)
@@ -67,7 +73,8 @@ class Split:
 class Splitter:
     """Runs dispatch_split and dispatch_rails on all ranks, each with its own routing and nodes."""
 
-    def __init__(self, ranks: Ranks, nodes: list[Nodes], topk_idx: list[Tensor]) -> None:
+    def __init__(self, ranks: Ranks, nodes: list[Nodes], topk_idx: list[Tensor], capacity: int = 0) -> None:
+        self.capacity = capacity
         self.ranks, self.nodes, self.index = ranks, nodes, [ranks.on_device(one) for one in topk_idx]
         self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
         make = ranks.poisoned
@@ -91,6 +98,7 @@ class Splitter:
                 **self.common(rank),
                 "headers": self.headers[rank],
                 "host": self.host[rank],
+                "capacity": self.capacity,
                 "handshake": dict.fromkeys(range(SIGNATURE_WORDS), 7 + rank),
             }
             for rank in range(self.ranks.num_ranks)
@@ -102,7 +110,7 @@ class Splitter:
         found, fields = [], []
         for rank, (index, nodes) in enumerate(zip(self.index, self.nodes, strict=True)):
             T, K = index.shape
-            most = T * min(K, nodes.num_nodes)
+            most = self.capacity * (nodes.num_nodes - 1) or T * min(K, nodes.num_nodes)
             poisoned = self.ranks.poisoned
             found.append(
                 {

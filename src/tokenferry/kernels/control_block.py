@@ -127,13 +127,14 @@ def _fields() -> list[Field]:
         Field("sends", "u32", (2,), "[channel]: epoch of this rank's last send"),
         Field("opened", "u32", (2,), "[channel]: blocks of a running send that have read its epoch"),
         Field("masked", "u32", (), "a bit for each rank that decode calls leave out"),
-        Field("stopped", "u32", (), "1: a call was aborted; later kernels return at once until the host clears this"),
         Field("done", "u32", (R,), "[from]: blocks of all its kernels whose work on this rank is complete"),
         Field("landed", "u32", (R, MAX_LANDED), "[from][unit]: epoch of the last combine_push that wrote the unit"),
         # From here on used by the owner's kernels only.
         Field("expected", "u32", (R,), "[from]: the value of `done` when the last kernel ended"),
         Field("epoch", "u32", (), "epoch of the last collective kernel that ended"),
         Field("arrived", "u32", (), "blocks of a running dispatch_notify or dispatch_layout that have ended"),
+        # Across nodes these two are sent along with rows.
+        Field("stopped", "u32", (), "1: a call was aborted; later kernels return at once until the host clears this"),
         Field("failed", "u32", (), "0, or the fault that broke the group: kernels return at once"),
         Field("shares", "u32", (), "number of the last exchange of workspaces that ended"),
         Field("members", "u32", (), "a bit for each rank whose offer came in it"),
@@ -164,6 +165,9 @@ class Fault(enum.IntEnum):
     overflow = HEADER.constant("kOverflow", 6, "peer: the rank with the most rows, seen: how many, expected: its limit")
     peer_ended = HEADER.constant("kPeerEnded", 7, "the process of peer has ended: seen, expected are epochs")
     peer_closed = HEADER.constant("kPeerClosed", 8, "peer has closed the group: seen, expected are epochs")
+    node_gave_up = HEADER.constant(
+        "kNodeGaveUp", 9, "rank `word` of the whole group sent undefined data; seen: its fault"
+    )
 
 
 RECORD = HEADER.struct(

@@ -225,6 +225,9 @@ class FlightRecorder:
 
     def _timeout(self, call: CallId, record: Record) -> PeerTimeout:
         peer, seen, expected = record.peer, record.seen, record.expected
+        if record.code == Fault.node_gave_up:
+            why = "it gave up, and what it sent is undefined"
+            return peer_timeout(call, self.rank, [record.word], why, 0.0, "")
         if record.code != Fault.peer_gave_up:
             why = f"{_LATE[record.code]}: epoch {seen} seen, {expected} expected"
         else:

@@ -5,12 +5,14 @@
 //          them. Not collective.
 // Reads    topk_idx [T, K] in [-1, E). R ranks on N nodes; this one is on p.node.
 // Writes   table [units, R + N]: tokens of earlier units, per rank, then per node. bases [R + N]: tokens for lower ranks; then
-//          where the rows for each node begin among those for all other nodes. dst_counts [R]. headers [N][kRailWords]: what
+//          where the rows for each node begin among those for all other nodes: behind each other, or with a p.capacity each
+//          that many apart, if counts stay on the device. dst_counts [R]. headers [N][kRailWords]: what
 //          the rank across from this one gets to know: the signature, and how many tokens come. The host: rows for all ranks,
 //          then tokens for each node.
 // Order    1 all blocks  a unit's tokens per column (a token counts once per rank, once per node)
 //          2 last block  columns over all units, bases; counts for the host, then the call number, with release
-// Faults   A bad index aborts the call on this rank before anything is sent: peers wait, and the call can be repeated.
+// Faults   A bad index aborts the call on this rank before anything is sent: peers wait, and the call can be repeated. If counts
+//          stay on the device, the host has sent already: the index is recorded, and counts as unused.
 // Cost     reads T * K indices. sm_90a: <= 40 registers, 0 spills, 64 B of static shared memory, at most 36864 B of dynamic.
 // Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: dst_counts 1 2 0 1; nodes 2 1; bases 0 1 3 3, 0 0.
 // Tests    tests/cuda/test_nodes.py (the example is its first case), tests/compile.
@@ -21,14 +23,11 @@ DEV void abort_split(const DispatchSplitParams& p) {
     for (u32 r = threadIdx.x; r < p.all_ranks; r += blockDim.x) p.dst_counts[r] = -1;
 }
 
-// Aborts the call because of the index in slot `bad`; called by all threads of a block.
-DEV void reject_index(const DispatchSplitParams& p, u32 bad) {
-    abort_split(p);
-    if (threadIdx.x != 0) return;
+// Records the index in slot `bad`; called by one thread.
+DEV void record_index(const DispatchSplitParams& p, u32 bad) {
     const i64 index = index_at(p.topk_idx, bad);
     const u32 seen = index < -0x7fffffff ? 0x80000000u : index > 0x7fffffff ? 0x7fffffffu : (u32)index;
     record_fault(p, kBadRouting, bad % p.top_k, bad / p.top_k, seen, p.num_experts, 0, 0);
-    stop(p);
 }
 
 // Replaces each column of the table by its exclusive prefix sums over the units, and stores the totals.
@@ -75,9 +74,10 @@ DEV void publish(const DispatchSplitParams& p, const i32* totals) {
     for (u32 m = threadIdx.x; m < N; m += blockDim.x) p.host[kHostNodesWord + m] = (u32)totals[R + m];
     if (threadIdx.x < 32) {
         const i32 sent = write_bases(totals, R, ~0u, p.bases);
-        write_bases(totals + R, N, p.node, p.bases + R);
+        if (!p.capacity) write_bases(totals + R, N, p.node, p.bases + R);
         if (threadIdx.x == 0) p.host[kHostRowsWord] = (u32)sent;
     }
+    for (u32 m = threadIdx.x; p.capacity && m < N; m += blockDim.x) p.bases[R + m] = (m - (m > p.node)) * p.capacity;
     __syncthreads();
     if (threadIdx.x == 0) {
         fence_system();
@@ -108,8 +108,10 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     const u32 bad = ~load_relaxed(&mine->bad_slot);
     __syncthreads();  // all threads have read it before it is cleared
     if (threadIdx.x == 0) mine->bad_slot = mine->arrived = 0;
-    if (bad != ~0u) {
-        reject_index(p, bad);
+    if (bad != ~0u && threadIdx.x == 0) record_index(p, bad);
+    if (bad != ~0u && !p.capacity) {
+        abort_split(p);
+        if (threadIdx.x == 0) stop(p);
         return;
     }
     i32* totals = reinterpret_cast<i32*>(shared);  // in place of the masks

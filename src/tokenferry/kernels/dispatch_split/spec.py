@@ -21,6 +21,7 @@ SPEC = describe(
         ("all_ranks", "u32"),
         ("num_nodes", "u32"),
         ("node", "u32"),
+        ("capacity", "u32"),
     ),
     max_registers=40,
     max_threads=THREADS,

@@ -29,6 +29,9 @@ from tokenferry.kernels.all import ACROSS_NODES
 from tokenferry.topology import Topology
 from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Quantized
 
+_PATIENCE_S = 1.0
+"""Most seconds to wait for the reports of other ranks."""
+
 
 class AcrossBackend(CudaBackend):
     """The backend for tensors in GPU memory of several nodes; see `tokenferry.backends.base.Backend`.
@@ -108,10 +111,11 @@ class AcrossBackend(CudaBackend):
         try:
             yield
         except (PeerTimeout, MismatchError) as error:
-            found = self._rails.explain(error)
-            if found is error:
+            reports = self._rails.reports
+            if reports is None or isinstance(error, MismatchError):
                 raise
-            raise found from error
+            reports.post(error)
+            raise reports.explain(error, min(_PATIENCE_S, self.context.timeout_s / 10)) from error
 
     def close(self) -> None:
         """Release the windows, and give up what is under way between nodes."""

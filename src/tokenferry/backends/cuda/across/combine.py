@@ -50,28 +50,22 @@ class AcrossCombiner:
         with self._context.breaking_off():  # peers wait for this rank
             rows, weights = self._inside.in_window(form, call, y, weights, at.whole)
             relay, K = at.relay, form.top_k
-            own, node = None, relay.node
             parts = torch.empty(relay.first_out[-1], form.columns, dtype=y.dtype, device=y.device)
             parts_weights = None
             if weights is not None:
                 parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
-            transfers = []
-            for to, source in self._crossing.steps():
-                done = self._inside.send(form, call, rows, at.segment(to), weights, (), None)
-                send = [each for each in (done.x, done.topk_weights) if each is not None]
-                recv = [relay.part_out(each, source) for each in (parts, parts_weights) if each is not None]
-                transfers.append(
-                    self._crossing.exchange(
-                        call, {to: send} if relay.came[to] else {}, {source: recv} if relay.went[source] else {}
-                    )
-                )
-            own = self._inside.send(form, call, rows, at.segment(node), weights, (), None)
+            home, states, transfers = Combined(parts, parts_weights), self._crossing.new_states(), []
+            for step in self._crossing.steps():
+                done = self._inside.send(form, call, rows, at.segment(step.to), weights, (), None)
+                transfers.append(self._crossing.sums(call, relay, step, done, home, states))
+            own = self._inside.send(form, call, rows, at.segment(relay.node), weights, (), None)
             for transfer in transfers:
                 transfer.join()
+            self._crossing.check(call, states, at.whole.src_counts)
             out = request.out
             if out is None or out.data_ptr() % 16 or overlap(out, y):
                 out = torch.empty_like(own.x)
-            return self._add_up(request, call, at, own, Combined(parts, parts_weights), out)
+            return self._add_up(request, call, at, own, home, out)
 
     def _add_up(
         self, request: CombineRequest, call: Call, at: RelayAddresses, own: Combined, parts: Combined, out: Tensor

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenferry.backends.cuda.across.launch import check_template
 from tokenferry.backends.cuda.across.rails import Parcels, Rails, Transfer
 from tokenferry.backends.cuda.across.relay import Relay
 from tokenferry.backends.cuda.across.split import Split
@@ -16,9 +17,23 @@ from tokenferry.backends.cuda.faults import Record
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import TokenferryError
-from tokenferry.kernels.control_block import RAIL_WORDS, SIGNATURE_WORDS, Fault
+from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, SIGNATURE_WORDS, Fault
+from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId
+from tokenferry.types import Combined
+
+
+class Step(NamedTuple):
+    """One of several exchanges of a call.
+
+    Attributes:
+        to: The node to send to.
+        source: The node to receive from.
+    """
+
+    to: int
+    source: int
 
 
 class RowTensors(NamedTuple):
@@ -63,6 +78,11 @@ class Crossing:
         self._context = context
         self._rail = topology.rail
         self._node = topology.node
+        self._state = tensor_at(
+            context.window.base + CONTROL_BLOCK_OFFSETS["stopped"], (2,), torch.int32, context.device, context.window
+        )
+        self._num_nodes = topology.num_nodes
+        self._check = check_template(context, topology)
         self._others = [node for node in range(topology.num_nodes) if node != topology.node]
         self.rails = rails
 
@@ -133,24 +153,67 @@ class Crossing:
             },
         )
 
-    def rows(self, call: Call, relay: Relay, send: RowTensors, recv: RowTensors) -> dict[int, Transfer]:
-        """Exchange rows, with one node after the other; return the exchanges by the node from which rows come."""
+    def rows(self, call: Call, relay: Relay, send: RowTensors, recv: RowTensors, states: Tensor) -> dict[int, Transfer]:
+        """Exchange rows, with one node after the other; return the exchanges by the node from which rows come.
+
+        Args:
+            call: The call.
+            relay: How many tokens cross.
+            send: Rows for all other nodes.
+            recv: Rows from all other nodes.
+            states: As `new_states` returns them.
+        """
         made = {}
         for to, source in self.steps():
+            out = [*(relay.part_out(each, to) for each in send.present()), self._state]
+            into = [*(relay.part_in(each, source) for each in recv.present()), states[source]]
             made[source] = self.exchange(
-                call,
-                {to: [relay.part_out(each, to) for each in send.present()]} if relay.went[to] else {},
-                {source: [relay.part_in(each, source) for each in recv.present()]} if relay.came[source] else {},
+                call, {to: out} if relay.went[to] else {}, {source: into} if relay.came[source] else {}
             )
         return made
 
-    def steps(self) -> list[tuple[int, int]]:
+    def sums(self, call: Call, relay: Relay, step: Step, send: Combined, recv: Combined, states: Tensor) -> Transfer:
+        """Exchange sums, in one step.
+
+        Args:
+            call: The call.
+            relay: How many tokens cross.
+            step: The nodes to send to and to receive from.
+            send: Sums of the tokens that came from the one.
+            recv: Sums of the tokens that went to all other nodes.
+            states: As `new_states` returns them.
+        """
+        parts = [relay.part_out(each, step.source) for each in (recv.x, recv.topk_weights) if each is not None]
+        sent = [each for each in (send.x, send.topk_weights) if each is not None]
+        return self.exchange(
+            call,
+            {step.to: [*sent, self._state]} if relay.came[step.to] else {},
+            {step.source: [*parts, states[step.source]]} if relay.went[step.source] else {},
+        )
+
+    def new_states(self) -> Tensor:
+        """Return ``[N, 2]`` int32 zeros, for the states of the ranks across from this one."""
+        return torch.zeros(self._num_nodes, 2, dtype=torch.int32, device=self._context.device)
+
+    def check(self, call: Call, states: Tensor, src_counts: int) -> None:
+        """Launch what makes later kernels no-ops if a rank across from this one has sent undefined data.
+
+        Args:
+            call: The call.
+            states: The states that came.
+            src_counts: Address of `Plan.src_counts`.
+        """
+        words = call.signature.words
+        self._check.pack(0, call.alive, call.number, words, 0, 0, 0, 0, 0, 0, states.data_ptr(), src_counts)
+        self._check.launch(1, call.stream)
+
+    def steps(self) -> list[Step]:
         """Return, for each step, the node to send to and the one to receive from.
 
         In each step every rank of a rail sends to one and receives from one, and no two to the same.
         """
         num_nodes = len(self._rail)
-        return [((self._node + step) % num_nodes, (self._node - step) % num_nodes) for step in range(1, num_nodes)]
+        return [Step((self._node + step) % num_nodes, (self._node - step) % num_nodes) for step in range(1, num_nodes)]
 
     def _mismatch(self, call: Call, node: int, word: int, seen: int, expected: int) -> TokenferryError:
         peer = self._rail[node] - self._context.flight_recorder.first_rank

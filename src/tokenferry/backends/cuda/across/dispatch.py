@@ -7,7 +7,6 @@ segment for each node. Rows of this node are moved while those of others are on 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +21,12 @@ from tokenferry.backends.cuda.across.relay import (
     AcrossPlan,
     Relay,
     RelayAddresses,
+    fixed_relay,
     make_relay,
     relay_addresses,
     relay_layout,
 )
-from tokenferry.backends.cuda.across.split import Split, Splitter
+from tokenferry.backends.cuda.across.split import Split, SplitCounts, Splitter
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, section_ends
 from tokenferry.backends.cuda.context import Call, Context
@@ -70,12 +70,14 @@ class Passing(NamedTuple):
         own: What this rank sends inside its node.
         rows: Rows from other nodes, when their exchange has ended.
         transfers: The exchanges, by the node that rows come from.
+        states: By node, the state of the rank across from this one.
         sent: Keeps what is being sent.
     """
 
     own: Payload
     rows: RowTensors
     transfers: dict[int, Transfer]
+    states: Tensor
     sent: RowTensors
 
 
@@ -111,19 +113,23 @@ class AcrossDispatcher:
         kind = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=index.shape[1])
         form = self._form(request.shape, request.options, kind, request.num_sms)
         call = self._crossing.begin(form.rows.signature)
-        if call.capturing:
-            raise ArgumentError("dispatch: across nodes it waits for the device, which a CUDA graph cannot capture")
+        tight = form.geometry.space.tight
+        if call.capturing and (form.waits or tight):
+            raise ArgumentError(
+                "dispatch: options: across nodes the host waits for the device, which a CUDA graph cannot capture; use "
+                'DispatchOptions(counts="device") without a capacity'
+            )
         payload = Payload(rows.data_ptr(), scale, address(weights), index.data_ptr())
         split = self._splitter.split(form.split, call, index, form.rows.sms.local)
-        tight = form.geometry.space.tight
+        went = self._splitter.wait(call) if form.waits else None
         with self._context.breaking_off():  # peers wait for this rank
-            plan = self._new_plan(form, call, split, index.shape[0])
+            plan = self._new_plan(form, call, split, went, index.shape[0])
             at = relay_addresses(plan, self._topology)
             routed, coming = self._route(form, call, split, plan, payload)
             passing = None if tight else self._send_rows(form.rows, call, at, payload)
             coming.join()
             self._notify(form, call, plan, routed)
-        counts = replace(cuda_plan.wait(self._context, call, form.geometry), sent=split.num_sent)
+        counts = cuda_plan.wait(self._context, call, form.geometry) if form.waits or tight else None
         if tight:
             with self._context.breaking_off(CapacityError):
                 self._check_capacity(form, call)
@@ -155,18 +161,21 @@ class AcrossDispatcher:
             self._forms[key] = found
         return found
 
-    def _new_plan(self, form: AcrossForm, call: Call, split: Split, num_tokens: int) -> AcrossPlan:
-        """Exchange the counts of tokens, and take the memory for a plan of so many."""
-        came = self._crossing.counts(call, split, num_tokens)
-        went = list(split.went)
-        went[self._topology.node] = num_tokens
-        plan, geometry = AcrossPlan(), form.geometry
-        plan._form, plan._dst_counts = form.plan, split.dst_counts
-        plan._relay = relay = make_relay(self._topology.node, came, tuple(went))
+    def _new_plan(
+        self, form: AcrossForm, call: Call, split: Split, counts: SplitCounts | None, num_tokens: int
+    ) -> AcrossPlan:
+        """Exchange the counts of tokens, if the host knows them, and take the memory for a plan of so many."""
+        plan, geometry, node = AcrossPlan(), form.geometry, self._topology.node
+        if counts is None:
+            relay = fixed_relay(node, self._topology.num_nodes, geometry.shape.max_tokens, num_tokens)
+            num_sent = num_tokens * geometry.space.sent
+        else:
+            came = self._crossing.counts(call, split, num_tokens)
+            went = (num_tokens if m == node else num for m, num in enumerate(counts.went))
+            relay, num_sent = make_relay(node, came, tuple(went)), counts.num_sent
+        plan._form, plan._dst_counts, plan._relay = form.plan, split.dst_counts, relay
         columns = num_columns(self._context.num_ranks, form.plan.top_k, by_expert=geometry.by_expert)
         plan._relay_layout = relay_layout(relay, num_tokens, self._context.num_ranks, columns)
-        waits = geometry.options.counts == "host"
-        num_sent = split.num_sent if waits else num_tokens * geometry.space.sent
         num_offsets = geometry.num_local + 1 if geometry.layout == EXPERTS else 0
         src_at, counts_at, offsets_at, places_at, end = section_ends(
             8 * num_sent,
@@ -180,8 +189,11 @@ class AcrossDispatcher:
         )
         plan._num_sent, plan._recv_at, plan._arrivals = num_sent, 0, _NONE_ARRIVED
         plan._block = self._allocator.call_block(call, end)
-        header = torch.tensor((*relay.came, *relay.went), dtype=torch.int32, device="cpu")
-        plan._places[: header.numel(), 0].copy_(header)
+        header = plan._places[: 2 * relay.num_nodes, 0]
+        if counts is None:  # a CUDA graph cannot capture a copy from the host
+            header.fill_(geometry.shape.max_tokens)[node :: relay.num_nodes].fill_(num_tokens)
+        else:
+            header.copy_(torch.tensor((*relay.came, *relay.went), dtype=torch.int32, device="cpu"))
         return plan
 
     def _route(
@@ -192,6 +204,8 @@ class AcrossDispatcher:
         num_nodes, num_in, num_out = relay.num_nodes, relay.first_in[-1], relay.first_out[-1]
         ids = torch.full((num_nodes * relay.segment, K), -1, dtype=form.plan.topk_dtype, device=device)
         ids_out = torch.empty(num_out, K, dtype=form.plan.topk_dtype, device=device)
+        if not form.waits:  # more rows are sent than have a token
+            ids_out.fill_(-1)
         tokens_out = torch.empty(num_out, dtype=torch.int32, device=device)
         tokens_in = torch.empty(num_in, dtype=torch.int32, device=device)
         columns = form.geometry.shape.num_experts // num_nodes + self._context.num_ranks
@@ -249,15 +263,17 @@ class AcrossDispatcher:
             )
 
     def _recv(
-        self, form: AcrossForm, call: Call, plan: AcrossPlan, counts: Counts
+        self, form: AcrossForm, call: Call, plan: AcrossPlan, counts: Counts | None
     ) -> tuple[LazyDispatched, RecvOffsets]:
         """Take the memory for what a dispatch receives."""
         geometry, kind, allocator = form.geometry, form.rows.kind, self._allocator
         assert kind.topk_dtype is not None
-        waits = geometry.options.counts == "host"
-        plan._num_rows = counts.received if waits else geometry.space.received
-        plan.num_received, plan._host_counts = (counts.received, counts.host) if waits else (None, None)
-        plan.num_delivered = counts.delivered if waits else geometry.most_delivered
+        if form.waits and counts is not None:
+            plan._num_rows = plan.num_received = counts.received
+            plan.num_delivered, plan._host_counts = counts.delivered, counts.host
+        else:
+            plan._num_rows, plan.num_delivered = geometry.space.received, geometry.most_delivered
+            plan.num_received = plan._host_counts = None
         plan._arrivals = arrivals = cuda_plan.arrivals(geometry, plan._num_rows, kind.top_k, kind.topk_dtype)
         plan._recv_block = allocator.call_block(call, arrivals.num_bytes)
         plan._recv_at = plan._recv_block.address
@@ -306,7 +322,8 @@ class AcrossDispatcher:
             )  # fmt: skip
             form.pack.launch(form.sms.local, call.stream)
         into = empty_rows(kind, relay.first_in[-1], device)
-        return Passing(payload, into, self._crossing.rows(call, relay, out, into), out)
+        states = self._crossing.new_states()
+        return Passing(payload, into, self._crossing.rows(call, relay, out, into, states), states, out)
 
     def _recv_rows(self, plan: Plan, kind: RowKind, call: Call) -> tuple[LazyDispatched, RecvOffsets]:
         """Take the memory for received rows."""
@@ -336,6 +353,7 @@ class AcrossDispatcher:
         move(form.move, call, sms, recv, passing.own._replace(topk_idx=ids), at.segment(node))
         for source, transfer in passing.transfers.items():
             transfer.join()
+            self._crossing.check(call, passing.states, at.whole.src_counts)
             payload = _payload_from(relay, source, passing.rows, routed)
             move(form.pass_on, call, sms, recv, payload, at.segment(source))
 

@@ -74,6 +74,11 @@ class AcrossForm:
     notify: LaunchTemplate
     assign: LaunchTemplate
 
+    @property
+    def waits(self) -> bool:
+        """Whether as much crosses as there is, and results have exactly as many rows as arrive."""
+        return self.geometry.options.counts == "host"
+
 
 @dataclass(frozen=True, slots=True)
 class MoveSizes:
@@ -112,6 +117,8 @@ def new_across_form(
     notify = launch.notify_template(context, sizes, K, wide=wide)
     assign = launch.assign_template(context, sizes, K, wide=wide)
     notify.params.segments = assign.params.segments = num_nodes
+    split = across_launch.split_template(context, topology, E, K, wide=wide)
+    split.params.capacity = shape.max_tokens if options.counts == "device" else 0
     notify.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks, num_nodes)
     signature = dispatch_signature(geometry, kind, options.capacity or 0)
     moved = MoveSizes(shape, options, kind, geometry.num_local, geometry.sizes.capacity, num_sms)
@@ -119,7 +126,7 @@ def new_across_form(
         geometry,
         _move_form(context, topology, signature, moved),
         plan,
-        across_launch.split_template(context, topology, E, K, wide=wide),
+        split,
         across_launch.rails_template(context, topology, E, K, wide=wide),
         notify,
         assign,

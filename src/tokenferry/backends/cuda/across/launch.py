@@ -6,6 +6,7 @@ import torch
 
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.launch import RowKind
+from tokenferry.kernels.across_check import spec as check_spec
 from tokenferry.kernels.codes import TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
 from tokenferry.kernels.dispatch_pack import spec as pack_spec
@@ -28,6 +29,8 @@ _SUM = call_packer(
     "slots", "dst_counts", "own", "parts", "own_weights", "parts_weights", "bias0", "bias1", "out", "weights_out",
     "num_tokens",
 )  # fmt: skip
+
+_CHECK = call_packer(check_spec.SPEC, "states", "src_counts")
 
 
 def split_template(context: Context, topology: Topology, num_experts: int, top_k: int, *, wide: bool) -> LaunchTemplate:
@@ -66,6 +69,14 @@ def sum_template(context: Context, topology: Topology, dtype: torch.dtype, colum
     p.row_bytes, p.top_k = columns * dtype.itemsize, top_k
     p.num_nodes, p.node = topology.num_nodes, topology.node
     template.block = sum_spec.THREADS
+    return template
+
+
+def check_template(context: Context, topology: Topology) -> LaunchTemplate:
+    """Return a template of `across_check`."""
+    template = context.new_template(check_spec.SPEC, _CHECK)
+    template.params.num_nodes = topology.num_nodes
+    template.block = check_spec.THREADS
     return template
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.rails import Parcels
-from tokenferry.errors import MismatchError, PeerTimeout
+from tokenferry.errors import PeerTimeout
 from tokenferry.forked import forget_in_child
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
@@ -106,7 +106,7 @@ class NcclRails:
         self._group = group
         self._topology = topology
         self._timeout_s = timeout_s
-        self._reports = reports
+        self.reports = reports
         self._lost: PeerTimeout | None = None
         self._under_way: deque[NcclTransfer] = deque()
         self._more = threading.Event()
@@ -131,13 +131,6 @@ class NcclRails:
         """See `Rails.raise_lost`."""
         if self._lost is not None:
             raise self._lost
-
-    def explain(self, error: PeerTimeout | MismatchError) -> PeerTimeout | MismatchError:
-        """See `Rails.explain`. Takes a tenth of the deadline, at most a second."""
-        if self._reports is None:
-            return error
-        self._reports.post(error)
-        return self._reports.explain(error, min(1.0, self._timeout_s / 10))
 
     def check(self) -> bool:
         """Look at the exchanges under way, and give up if one is late; return whether there are any."""
@@ -179,8 +172,8 @@ class NcclRails:
         lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in transfer.peers}))
         self._lost = lost
         self._under_way.clear()
-        if self._reports is not None:
-            self._reports.post(lost)
+        if self.reports is not None:
+            self.reports.post(lost)
         self._abort()
 
     def _start(self, send: Parcels, recv: Parcels) -> Sequence[Work]:

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tokenferry.errors import MismatchError, PeerTimeout
 from tokenferry.transports.base import CallId
+from tokenferry.transports.failures import FailureReports
 
 Parcels = Mapping[int, Sequence[Tensor]]
 """By node, the tensors for or from the rank across there: contiguous, in the same order and sizes on both ranks."""
@@ -35,9 +35,11 @@ class Rails(Protocol):
 
     Attributes:
         name: What carries them.
+        reports: Where a rank that gives up says for whom it waited; None: nowhere.
     """
 
     name: str
+    reports: FailureReports | None
 
     def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
         """Begin an exchange, behind the work of the current stream; returns at once.
@@ -55,10 +57,6 @@ class Rails(Protocol):
         Raises:
             PeerTimeout: a rank across from this one did not answer in time.
         """
-        ...
-
-    def explain(self, error: PeerTimeout | MismatchError) -> PeerTimeout | MismatchError:
-        """Return the error to raise in place of one with which this rank gives up: it names the ranks at fault."""
         ...
 
     def close(self) -> None:

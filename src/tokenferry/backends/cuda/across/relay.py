@@ -28,7 +28,7 @@ from tokenferry.types import Layout, Plan
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """How many tokens cross between this rank and those across from it.
+    """How many tokens cross between this rank and those across from it; with counts on the device, M to each.
 
     Attributes:
         node: This node.
@@ -64,6 +64,12 @@ def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...]) -> Relay
     """Return the relay of a rank on a node."""
     units = max(1, *(-(-num // UNIT_TOKENS) for num in came))
     return Relay(node, came, went, units * UNIT_TOKENS, _starts(came, node), _starts(went, node))
+
+
+def fixed_relay(node: int, num_nodes: int, max_tokens: int, num_tokens: int) -> Relay:
+    """Return the relay of a rank where counts stay on the device: as many tokens cross as there can be."""
+    counts = tuple(num_tokens if m == node else max_tokens for m in range(num_nodes))
+    return make_relay(node, counts, counts)
 
 
 def _starts(counts: tuple[int, ...], node: int) -> tuple[int, ...]:

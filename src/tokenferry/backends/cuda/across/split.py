@@ -22,14 +22,22 @@ class Split(NamedTuple):
         bases: ``[R + N]`` int32, likewise.
         headers: ``[N, RAIL_WORDS]`` int32: what the ranks across get to know.
         dst_counts: `Plan.dst_counts`.
-        went: Tokens for each node.
-        num_sent: Rows for all ranks.
     """
 
     table: Tensor
     bases: Tensor
     headers: Tensor
     dst_counts: Tensor
+
+
+class SplitCounts(NamedTuple):
+    """What the host knows of it.
+
+    Attributes:
+        went: Tokens for each node.
+        num_sent: Rows for all ranks.
+    """
+
     went: tuple[int, ...]
     num_sent: int
 
@@ -50,12 +58,7 @@ class Splitter:
         self._words, self._address = pinned_words(HOST_NODES_WORD + topology.num_nodes, pin=pin)
 
     def split(self, template: LaunchTemplate, call: Call, topk_idx: Tensor, num_sms: int) -> Split:
-        """Count, and wait for the counts.
-
-        Raises:
-            RoutingError: an index is outside [-1, E); nothing has been sent.
-            TokenferryError: the error of an earlier call.
-        """
+        """Count; returns at once."""
         device, num_ranks, num_nodes = self._context.device, self._num_ranks, self._num_nodes
         num_tokens, columns = topk_idx.shape[0], num_ranks + num_nodes
         units = num_units(num_tokens)
@@ -69,6 +72,15 @@ class Splitter:
             self._address, num_tokens,
         )  # fmt: skip
         template.launch(max(1, min(units, num_sms)), call.stream)
+        return Split(table, bases, headers, dst_counts)
+
+    def wait(self, call: Call) -> SplitCounts:
+        """Wait for the counts of a call.
+
+        Raises:
+            RoutingError: an index is outside [-1, E); nothing has been sent.
+            TokenferryError: the error of an earlier call.
+        """
         self._context.wait_for_words(call, self._words)
         words = self._words.tolist()
-        return Split(table, bases, headers, dst_counts, tuple(words[HOST_NODES_WORD:]), words[HOST_ROWS_WORD])
+        return SplitCounts(tuple(words[HOST_NODES_WORD:]), words[HOST_ROWS_WORD])

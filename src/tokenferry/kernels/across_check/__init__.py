@@ -1,0 +1,1 @@
+"""The kernel across_check; the head of kernel.cuh documents it."""

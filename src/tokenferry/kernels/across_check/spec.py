@@ -1,0 +1,20 @@
+"""Host half of the kernel across_check; kernel.cuh documents the kernel."""
+
+from __future__ import annotations
+
+from tokenferry.kernels.describe import describe
+
+THREADS = 256
+"""At least as many as there may be nodes."""
+
+SPEC = describe(
+    __file__,
+    (
+        ("states", "ptr:const u32"),
+        ("src_counts", "ptr:const i64"),
+        ("num_nodes", "u32"),
+    ),
+    max_registers=64,
+    max_threads=THREADS,
+    static_smem=0,
+)
