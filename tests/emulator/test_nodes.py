@@ -108,6 +108,24 @@ def test_what_a_graph_cannot_capture(run):
         run(2, capture, ranks_per_node=1)
 
 
+# ---------------------------------------------------------------------- layouts of the DeepEP API
+
+
+def layouts(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        index = torch.tensor([[0, 3], [1, 2], [2, -1], [3, 3]])
+        found, want = group._token_layout(index, 4), [[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+        assert found.in_rank.int().tolist() == want
+        assert (found.per_rank.tolist(), found.per_expert.tolist()) == ([1, 1, 2, 2], [1, 1, 2, 2])
+        in_rank = found.in_rank.clone()
+        in_rank[1, 2] = False
+        assert group._restricted(index, in_rank, 4).tolist() == [[0, 3], [1, -1], [2, -1], [3, 3]]
+
+
+def test_layouts_of_all_ranks(run):
+    run(4, layouts, ranks_per_node=2)
+
+
 # ---------------------------------------------------------------------- what crosses
 
 

@@ -141,7 +141,7 @@ def _fields() -> list[Field]:
         Field("bad_slot", "u32", (), "complement of the least token * K + slot with a bad expert; 0: none"),
         Field("claimed", "u32", (), "units that warps of the running kernel have taken beyond their first ones"),
         Field("pushed", "u32", (), "combine_push: units that pushing warps have taken beyond their first ones"),
-        Field("layout_counts", "u32", (R + MAX_EXPERTS,), "dispatch_layout: tokens for each expert, then each rank"),
+        Field("layout_counts", "u32", (MAX_COUNTS,), "dispatch_layout: tokens for each expert, then each rank"),
         Field("unused", "u32", (2,), "rounds up to 8 bytes"),
     ]
     rest = CONTROL_BLOCK_BYTES - sum(field.num_bytes for field in fields)

@@ -19,10 +19,17 @@ _RESTRICT = Packer(
 )
 
 
-def token_layout(context: Context, topk_idx: Tensor, num_experts: int) -> TokenLayout:
-    """Launch `dispatch_layout` on the current stream; see `tokenferry.backends.base.Backend`."""
+def token_layout(context: Context, topk_idx: Tensor, num_experts: int, num_ranks: int) -> TokenLayout:
+    """Launch `dispatch_layout` on the current stream; see `tokenferry.backends.base.Backend`.
+
+    Args:
+        context: Context of this rank.
+        topk_idx: As there.
+        num_experts: As there.
+        num_ranks: R, the ranks of all nodes.
+    """
     stream, _ = context.order_after_calls()  # the kernel counts in the control block, as those of a dispatch do
-    num_ranks, device, (num_tokens, top_k) = context.num_ranks, context.device, topk_idx.shape
+    device, (num_tokens, top_k) = context.device, topk_idx.shape
     counts = torch.empty(num_ranks + num_experts, dtype=torch.int32, device=device)
     in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
     wide = topk_idx.dtype is torch.int64
@@ -30,7 +37,7 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int) -> TokenL
     template = context.templates.get(key)
     if template is None:
         template = context.new_template(layout_spec.SPEC, _LAYOUT, wide=int(wide))
-        template.block = layout_spec.THREADS
+        template.block, template.params.num_ranks = layout_spec.THREADS, num_ranks
         template.smem_bytes = smem_bytes(num_experts, num_ranks)
         context.templates[key] = template
     template.pack(topk_idx.data_ptr(), counts.data_ptr(), in_rank.data_ptr(), num_tokens, top_k, num_experts)
@@ -48,7 +55,7 @@ def restricted(context: Context, topk_idx: Tensor, in_rank: Tensor, num_experts:
     template = context.templates.get(key)
     if template is None:
         template = context.new_template(restrict_spec.SPEC, _RESTRICT, wide=int(wide))
-        template.block = restrict_spec.THREADS
+        template.block, template.params.num_ranks = restrict_spec.THREADS, in_rank.shape[1]
         context.templates[key] = template
     template.pack(topk_idx.data_ptr(), in_rank.data_ptr(), kept.data_ptr(), num_tokens, top_k, num_experts)
     num_blocks = -(-num_tokens * top_k // restrict_spec.THREADS)

@@ -16,7 +16,6 @@ from tokenferry.backends.base import (
     DispatchRequest,
     QuickChecks,
     RedispatchRequest,
-    TokenLayout,
 )
 from tokenferry.backends.cuda.across.combine import AcrossCombiner
 from tokenferry.backends.cuda.across.crossing import Crossing
@@ -77,14 +76,6 @@ class AcrossBackend(CudaBackend):
     def decode_combine(self, request: DecodeCombineRequest) -> NoReturn:
         """Raise: there are no decode calls across nodes yet."""
         _refuse("decode_combine")
-
-    def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
-        """Raise: the DeepEP API does not cross nodes yet."""
-        _refuse("get_dispatch_layout")
-
-    def restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
-        """Raise: the DeepEP API does not cross nodes yet."""
-        _refuse("dispatch")
 
     def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
         """See `tokenferry.backends.base.Backend`."""
