@@ -348,6 +348,11 @@ class ExpertGroup(Connected):
         """Return the shape of ``Plan._places`` of a dispatch; None: its routing decides. Local."""
         return self._backend.places_shape(self.shape, options, num_tokens)
 
+    @property
+    def _num_host_sizes(self) -> int:
+        """The length of ``Plan._host_sizes``."""
+        return self._backend.num_host_sizes
+
     def close(self) -> None:
         """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.
 

@@ -246,11 +246,14 @@ class Plan:
     topk_idx: Tensor
     row_idx: Tensor
     expert_counts: Tensor
-    # CUDA: [T, C] int32: positions of this rank's rows on the other ranks. CPU: [0, 0]; with several nodes [rows that
+    # CUDA: [T, C] int32: positions of this rank's rows on the other ranks; with several nodes one column of all that is
+    # known about them (backends/cuda/across/relay.py). CPU: [0, 0]; with several nodes [rows that
     # this rank passed on, 1 + ranks a node] int32: the node of each, then 1 for each rank of this node that got it.
     _places: Tensor = field(repr=False)
     # CUDA: `Dispatched.host_counts` of the first dispatch, so that redispatch does not wait for the device.
     _host_counts: tuple[int, ...] | None = field(default=None, repr=False)
+    # CUDA, several nodes: the first numbers of `_places`, so that the host need not read them there.
+    _host_sizes: tuple[int, ...] | None = field(default=None, repr=False)
 
     def _managed_by_torch(self) -> tuple[Tensor, ...]:
         """Return the tensors in memory that torch manages, and reuses in the order of the streams that it knows of."""

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +19,7 @@ from tokenferry import MoeShape
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.context import Context
-from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, RoutingError
+from tokenferry.errors import ArgumentError, BackendUnavailable, ClosedError, MismatchError, PeerTimeout, RoutingError
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
 from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
@@ -61,9 +63,12 @@ def use_copies(rank: int, pg: None, pair: EmulatedPair) -> None:
             mine = deal.oracle.sent[rank]
             sent = group.dispatch(mine.x, routing_of(mine), options=options)
             for plan in copies(sent.plan):
+                assert plan._host_sizes == sent.plan._host_sizes
                 like = SimpleNamespace(x=sent.x, plan=plan)
                 check_combine(group, deal, like, None, 1, False, True)
                 check_redispatch(group, deal, like)
+            traced = replace(sent.plan, _host_sizes=None)
+            check_combine(group, deal, SimpleNamespace(x=sent.x, plan=traced), None, 1, False, True)
 
 
 def test_copies_of_plans(run):
@@ -106,6 +111,30 @@ def capture(rank: int, pg: None, pair: EmulatedPair) -> None:
 def test_what_a_graph_cannot_capture(run):
     with mock.patch.object(HostStreams, "capture", return_value=7):
         run(2, capture, ranks_per_node=1)
+
+
+def warm_up(rank: int, pg: None, pair: EmulatedPair, late: int, warm: list[int]) -> None:
+    with pair.open(pg, SHAPE) as group:
+        if rank == late:
+            time.sleep(0.5)
+            assert not warm, "a rank has not waited for all others"
+        group.warmup()
+        warm.append(rank)
+
+
+def test_warmup_waits_for_all_ranks(run):
+    run(4, warm_up, 3, [], ranks_per_node=2)
+
+
+def lone_decode(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        with pytest.raises(BackendUnavailable, match="decode_dispatch: backend='cuda' has no such calls across nodes"):
+            group.decode_dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])))
+        assert group._backend.broken is None
+
+
+def test_there_are_no_decode_calls(run):
+    run(2, lone_decode, ranks_per_node=1)
 
 
 # ---------------------------------------------------------------------- layouts of the DeepEP API

@@ -11,6 +11,7 @@ from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.dispatch import Dispatcher
+from tokenferry.backends.cuda.faults import FlightRecorder
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import PeerTimeout
@@ -95,7 +96,8 @@ def test_the_host_waits_longer_than_a_kernel_ahead_of_its_call():
     """The kernel's record names the peer; the host only sees a stuck stream. A combine may take two deadlines."""
     waited: list[float] = []
     pinned = SimpleNamespace(wait_for_call_number=lambda _, timeout_s: waited.append(timeout_s))
-    context = SimpleNamespace(timeout_s=5.0, rank=1, pinned=pinned, break_off=lambda _: None)
+    recorder = FlightRecorder(1)
+    context = SimpleNamespace(timeout_s=5.0, pinned=pinned, flight_recorder=recorder, break_off=lambda _: None)
     call = SimpleNamespace(number=3, signature=SimpleNamespace(phase="dispatch"))
     with pytest.raises(PeerTimeout, match=r"dispatch #3: rank 1 waited 15\.0 s for its own stream"):
         Context.wait_for_counts(context, call)
@@ -132,9 +134,9 @@ def test_a_template_fills_its_fields_by_name():
     template = launch.dispatch_template(two_ranks(), KIND, 4, by_expert=False)
     p = template.params
     assert (p.top_k, p.num_local, p.by_expert, p.row_bytes, p.wide, p.width) == (2, 4, 0, 64, 1, 4)
-    template.pack(7, 3, 9, Signature("dispatch").words, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)
+    template.pack(7, 3, 9, Signature("dispatch").words, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 19)
     assert (p.x, p.scale, p.weights, p.topk_idx, p.places, p.rows_out, p.rows_in) == (10, 11, 12, 13, 14, 15, 16)
-    assert (p.scale_row_stride, p.scale_stride, p.num_tokens) == (17, 18, 19)
+    assert (p.scale_row_stride, p.scale_stride, p.tokens, p.num_tokens) == (17, 18, 20, 19)
     assert list(p.handshake)[FIRST_OFFSET : FIRST_OFFSET + 6] == [1, 2, 3, 4, 5, 6]
 
 

@@ -82,12 +82,12 @@ def dispatch(
         raise ArgumentError(f"dispatch: routing: expected a tokenferry.Routing, got {type(routing).__name__}")
     _only_tensors("dispatch", topk_idx=routing.topk_idx, topk_weights=routing.topk_weights)
     where, sizes = ops.pack(group, group.key, options, 0, 0)
-    rows, scales, weights, host_counts, offsets, *tensors = ops.dispatch(
+    rows, scales, weights, host_ints, offsets, *tensors = ops.dispatch(
         data, scale, routing.topk_idx, routing.topk_weights, where, sizes
     )
     key, zeroing = group.key, ops.zeroing(options)
-    plan = ops.plan_of((*tensors, host_counts), key, zeroing, data.shape[0], ops.num_rows(rows))
-    return _dispatched((rows, scales, weights, host_counts, offsets), plan, x, routing.topk_weights)
+    plan = ops.plan_of((*tensors, host_ints), key, zeroing, data.shape[0], ops.num_rows(rows))
+    return _dispatched((rows, scales, weights, host_ints, offsets), plan, x, routing.topk_weights)
 
 
 @overload
@@ -180,14 +180,14 @@ def _can_be_saved(call: str, plan: Plan, *inputs: Tensor | None) -> None:
 def _dispatched(
     parts: Sequence[Tensor], plan: Plan, x: Tensor | Quantized, topk_weights: Tensor | None
 ) -> Dispatched[Any]:
-    rows, scales, weights, host_counts, offsets = parts
-    layout = plan.options.layout
+    rows, scales, weights, host_ints, offsets = parts
+    layout, num_counts = plan.options.layout, ops.num_host_counts(plan.options, plan.expert_counts.shape[0])
     return Dispatched(
         x=Quantized(rows, scales) if isinstance(x, Quantized) else rows,
         topk_idx=plan.topk_idx if layout is Layout.ROWS else None,
         topk_weights=None if topk_weights is None else weights,
         expert_counts=plan.expert_counts,
         expert_offsets=offsets if layout is Layout.EXPERTS else None,
-        host_counts=ops.ints_of(host_counts),
+        host_counts=(ops.ints_of(host_ints) or ())[:num_counts] or None,
         plan=plan,
     )

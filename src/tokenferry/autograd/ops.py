@@ -1,7 +1,7 @@
 """The torch.library ops behind `tokenferry.autograd`: ``tokenferry::dispatch``, ``::redispatch`` and ``::combine``.
 
 Ops take and return only tensors, ints and strings. A group is therefore passed as its key, a plan as its eight tensors
-plus its host counts as a ninth, and everything else as one string and one list of ints:
+plus what the host knows of it as a ninth, and everything else as one string and one list of ints:
 
 ``where``  ``"<group key> <plan key> <layout> <counts>"``
 ``sizes``  E, K, H, M, most nodes (0: any), A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch,
@@ -70,7 +70,7 @@ def zeroing(options: DispatchOptions) -> DispatchOptions:
 
 
 def tensors_of(plan: Plan) -> list[Tensor]:
-    """Return the eight tensors of a plan in the order of its fields, then its host counts (empty if unknown)."""
+    """Return the eight tensors of a plan in the order of its fields, then what the host knows of it."""
     return [
         plan.dst_token,
         plan.dst_counts,
@@ -80,13 +80,14 @@ def tensors_of(plan: Plan) -> list[Tensor]:
         plan.row_idx,
         plan.expert_counts,
         plan._places,
-        torch.tensor(plan._host_counts or (), dtype=torch.int64, device="cpu"),
+        _host_ints(plan._host_counts, plan),
     ]
 
 
 def plan_of(tensors: Sequence[Tensor], key: str, options: DispatchOptions, num_tokens: int, num_delivered: int) -> Plan:
     """Return the plan made of tensors that an op takes or returns; the inverse of `tensors_of`."""
-    dst_token, dst_counts, src_token, src_counts, topk_idx, row_idx, expert_counts, places, host_counts = tensors
+    dst_token, dst_counts, src_token, src_counts, topk_idx, row_idx, expert_counts, places, host_ints = tensors
+    known, num_counts = ints_of(host_ints) or (), num_host_counts(options, expert_counts.shape[0])
     return Plan(
         group_key=key,
         options=options,
@@ -101,16 +102,27 @@ def plan_of(tensors: Sequence[Tensor], key: str, options: DispatchOptions, num_t
         row_idx=row_idx,
         expert_counts=expert_counts,
         _places=places,
-        _host_counts=ints_of(host_counts),
+        _host_counts=known[:num_counts] or None,
+        _host_sizes=known[num_counts:] or None,
     )
 
 
-def ints_of(host_counts: Tensor) -> tuple[int, ...] | None:
-    """Return the values of a host counts tensor; None if they are unknown or a graph is being traced."""
+def _host_ints(host_counts: tuple[int, ...] | None, plan: Plan) -> Tensor:
+    """Return what the host knows of a plan: its host counts, then its host sizes; empty where it does not."""
+    return torch.tensor((*(host_counts or ()), *(plan._host_sizes or ())), dtype=torch.int64, device="cpu")
+
+
+def num_host_counts(options: DispatchOptions, num_local: int) -> int:
+    """Return how many of the numbers that the host knows of a plan are its host counts."""
+    return num_local if options.counts == "host" else 0
+
+
+def ints_of(host_ints: Tensor) -> tuple[int, ...] | None:
+    """Return the values of a tensor of the host; None if they are unknown or a graph is being traced."""
     # Neither a traced tensor nor a subclass such as FakeTensor has values.
-    if torch.compiler.is_compiling() or type(host_counts) is not Tensor:
+    if torch.compiler.is_compiling() or type(host_ints) is not Tensor:
         return None
-    return tuple(host_counts.tolist()) or None
+    return tuple(host_ints.tolist()) or None
 
 
 def _unpack_plan(where: str, sizes: Sequence[int], tensors: Sequence[Tensor]) -> tuple[ExpertGroup, Plan]:
@@ -124,7 +136,7 @@ def num_rows(rows: Tensor) -> int:
 
 
 def _parts(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return rows, scale, weights, host counts and offsets; absent ones are empty, since ops cannot return None."""
+    """Return rows, scale, weights, what the host knows and offsets; absent ones are empty: ops cannot return None."""
     rows, scale = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else (sent.x, sent.x.new_empty(0))
     weights = rows.new_empty(0, dtype=torch.float32) if sent.topk_weights is None else sent.topk_weights
     offsets = sent.expert_counts.new_empty(0) if sent.expert_offsets is None else sent.expert_offsets
@@ -134,7 +146,7 @@ def _parts(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor, Tensor
             if tensor.numel():
                 # As bytes, since masked_fill_ does not support every dtype.
                 tensor.view(torch.uint8).masked_fill_(empty.unsqueeze(1), 0)
-    return rows, scale, weights, torch.tensor(sent.host_counts or (), dtype=torch.int64, device="cpu"), offsets
+    return rows, scale, weights, _host_ints(sent.host_counts, sent.plan), offsets
 
 
 def _apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -174,7 +186,7 @@ def dispatch(
     group, options = _unpack(where, sizes)
     rows = x if scale is None else Quantized(x, scale)
     sent = group.dispatch(rows, Routing(topk_idx, topk_weights), options=options)
-    return _apart((*_parts(sent), *tensors_of(sent.plan)[:-1]))  # without the host counts, which are among the parts
+    return _apart((*_parts(sent), *tensors_of(sent.plan)[:-1]))  # without what the host knows, which is among the parts
 
 
 @dispatch.register_fake
@@ -198,7 +210,7 @@ def _dispatch_fake(
     slots = 0 if layout is Layout.ROWS else received
     places, columns = group._places_shape(options, x.shape[0])
     return (
-        *_fake_parts(_Sent(x, scale, topk_weights), options, num_local, delivered, top_k),
+        *_fake_parts(group, _Sent(x, scale, topk_weights), options, delivered, top_k),
         index.new_empty(sent),
         index.new_empty(num_ranks),
         index.new_empty(received),
@@ -220,16 +232,17 @@ class _Sent:
 
 
 def _fake_parts(
-    sent: _Sent, options: DispatchOptions, num_local: int, delivered: int | torch.SymInt, top_k: int
+    group: ExpertGroup, sent: _Sent, options: DispatchOptions, delivered: int | torch.SymInt, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, scale, layout = sent.x, sent.scale, options.layout
+    x, scale, layout, num_local = sent.x, sent.scale, options.layout, group.num_local_experts
+    num_ints = num_host_counts(options, num_local) + group._num_host_sizes
     rows = (num_local, delivered // num_local) if layout is Layout.MASKED else (delivered,)
     weights = (0,) if sent.weights is None else (*rows, top_k) if layout is Layout.ROWS else rows
     return (
         x.new_empty(*rows, x.shape[1]),
         x.new_empty(0) if scale is None else scale.new_empty(*rows, scale.shape[1]),
         x.new_empty(weights, dtype=torch.float32),
-        torch.empty(num_local if options.counts == "host" else 0, dtype=torch.int64, device="cpu"),
+        torch.empty(num_ints, dtype=torch.int64, device="cpu"),
         x.new_empty(num_local + 1 if layout is Layout.EXPERTS else 0, dtype=torch.int32),
     )
 
@@ -275,7 +288,7 @@ def _redispatch_fake(
     x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
     group, options = _unpack(where, sizes)
-    return _fake_parts(_Sent(x, scale, topk_weights), options, group.num_local_experts, sizes[8], sizes[1])
+    return _fake_parts(group, _Sent(x, scale, topk_weights), options, sizes[8], sizes[1])
 
 
 def _redispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -247,6 +247,7 @@ class Backend(Protocol):
         device: Device of all tensors.
         checks_routing: Whether indices outside [-1, E), and tokens that go to more nodes than the shape allows, are
             found where the rows are, so that the host need not check.
+        num_host_sizes: Length of ``Plan._host_sizes``.
     """
 
     name: str
@@ -258,6 +259,7 @@ class Backend(Protocol):
     topology: Topology
     device: torch.device
     checks_routing: bool
+    num_host_sizes: int
 
     @property
     def broken(self) -> str | None:

@@ -69,6 +69,7 @@ class CpuBackend:
 
     name = "cpu"
     checks_routing = False
+    num_host_sizes = 0
 
     def __init__(self, exchange: Exchange, topology: Topology, key: str, why: str) -> None:
         self.key = key

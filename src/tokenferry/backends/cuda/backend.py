@@ -47,6 +47,7 @@ class CudaBackend:
 
     name = "cuda"
     checks_routing = True
+    num_host_sizes = 0
 
     def __init__(self, context: Context, key: str, why: str, *, fast_path: bool = True) -> None:
         self._has_fast_path = fast_path

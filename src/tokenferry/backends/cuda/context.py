@@ -317,7 +317,7 @@ class Context:
         # A kernel ahead of this call may take two deadlines before it records its timeout (kernels/combine_push).
         waited_s = 3 * self.timeout_s
         if not self.pinned.wait_for_call_number(call.number, waited_s):
-            raise self._own_stream_is_late(call, waited_s)
+            raise _late_stream(self, call, waited_s)
         if may_overflow and self.pinned.overflowed(call.number):
             self.pinned.take_record()
             self._run_again()
@@ -329,23 +329,8 @@ class Context:
         """Wait as `wait_for_counts`, for other words of pinned memory, which begin with the number of the call."""
         waited_s = 3 * self.timeout_s
         if not self.pinned.wait_for(counted, call.number, waited_s):
-            raise self._own_stream_is_late(call, waited_s)
+            raise _late_stream(self, call, waited_s)
         self.raise_recorded()
-
-    def _own_stream_is_late(self, call: Call, waited_s: float) -> PeerTimeout:
-        """Break the group, and return the error that says so."""
-        phase, rank = call.signature.phase, self.flight_recorder.rank
-        error = PeerTimeout(
-            f"{phase} #{call.number}: rank {rank} waited {waited_s:.1f} s for its own stream, which has "
-            "not reached this call; work that was queued before it does not end",
-            phase=phase,
-            call=call.number,
-            rank=rank,
-            peers=(rank,),
-            waited_s=waited_s,
-        )
-        self.break_off(error)
-        return error
 
     def synchronize(self) -> None:
         """Wait for all work of this rank's calls, and raise their errors."""
@@ -404,3 +389,19 @@ class Context:
     def warmup(self) -> None:
         """Compile and load every kernel."""
         self.jit.warmup(SPECS)
+
+
+def _late_stream(context: Context, call: Call, waited_s: float) -> PeerTimeout:
+    """Break the group, because its own stream has not reached a call; return the error that says so."""
+    phase, rank = call.signature.phase, context.flight_recorder.rank
+    error = PeerTimeout(
+        f"{phase} #{call.number}: rank {rank} waited {waited_s:.1f} s for its own stream, which has "
+        "not reached this call; work that was queued before it does not end",
+        phase=phase,
+        call=call.number,
+        rank=rank,
+        peers=(rank,),
+        waited_s=waited_s,
+    )
+    context.break_off(error)
+    return error

@@ -56,8 +56,8 @@ _kept_pinned: list[torch.Tensor] = []
 to a CUDA graph, when its group is gone."""
 
 
-def pinned_words(num_words: int, *, pin: bool) -> tuple[memoryview, int]:
-    """Return words of zero that kernels write and the host reads, and their address. They are never freed.
+def pinned_words(num_words: int, *, pin: bool) -> torch.Tensor:
+    """Return words of zero that kernels write and the host reads. They are never freed.
 
     Args:
         num_words: How many words of 32 bits.
@@ -65,8 +65,13 @@ def pinned_words(num_words: int, *, pin: bool) -> tuple[memoryview, int]:
     """
     memory = torch.zeros(num_words, dtype=torch.int32, pin_memory=pin, device="cpu")
     _kept_pinned.append(memory)
-    words = (ctypes.c_uint32 * num_words).from_address(memory.data_ptr())
-    return memoryview(words).cast("B").cast("I"), memory.data_ptr()
+    return memory
+
+
+def view_words(memory: torch.Tensor) -> memoryview:
+    """Return a view of what `pinned_words` returned, which the host reads without a call of torch."""
+    words = (ctypes.c_uint32 * memory.numel()).from_address(memory.data_ptr())
+    return memoryview(words).cast("B").cast("I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,8 @@ class Pinned:
     def __init__(self, *, pin: bool) -> None:
         counts_end = RECORD_WORDS + HOST_EXPERTS_WORD + MAX_EXPERTS
         num_words = counts_end + MAX_RANKS
-        self.words, self.record_address = pinned_words(num_words, pin=pin)
+        self._memory = pinned_words(num_words, pin=pin)
+        self.words, self.record_address = view_words(self._memory), self._memory.data_ptr()
         self.host_address = self.record_address + 4 * RECORD_WORDS
         self.masked_address = self.record_address + 4 * counts_end
         self._counts = self.words[RECORD_WORDS:counts_end]

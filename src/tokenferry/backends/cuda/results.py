@@ -233,6 +233,10 @@ class LazyPlan(Plan):
         return self._sent("places", (self._layout.num_tokens, self._layout.columns), torch.int32)
 
     @property
+    def _host_sizes(self) -> tuple[int, ...] | None:
+        return None
+
+    @property
     def src_token(self) -> Tensor:
         """See `Plan.src_token`."""
         return self._received("src_token", (self._num_rows,), torch.int64)

@@ -4,6 +4,7 @@
 // Grid     one block. Not collective.
 // Reads    states [N][2]: the words `stopped` and `failed` of the rank across from this one on each node, when it sent; zeros for
 //          nodes from which nothing has come.
+// Writes   nothing, unless one is not 0: then the record of the host and peers' control blocks, as any kernel that gives up.
 // Faults   If one is not 0, this rank gives up, and its later kernels are no-ops: nothing undefined is passed on.
 // Cost     a launch. sm_90a: <= 64 registers, 0 spills.
 // Tests    tests/cuda/test_nodes.py, tests/emulator/test_nodes.py, tests/compile.

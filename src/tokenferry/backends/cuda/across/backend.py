@@ -23,6 +23,7 @@ from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import BackendUnavailable, MismatchError, PeerTimeout
 from tokenferry.kernels.all import ACROSS_NODES
 from tokenferry.topology import Topology
@@ -49,10 +50,11 @@ class AcrossBackend(CudaBackend):
         self.num_ranks = topology.num_nodes * topology.ranks_per_node
         self.topology = topology
         self.transport = rails.name if topology.ranks_per_node == 1 else f"nvlink+{rails.name}"
+        self.num_host_sizes = 2 * topology.num_nodes
         self._rails = rails
-        crossing = Crossing(context, topology, rails)
-        self._dispatcher = AcrossDispatcher(context, self.allocator, topology, crossing, key)
-        self._combiner = AcrossCombiner(context, self.allocator, topology, crossing)
+        self._crossing = Crossing(context, topology, rails)
+        self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
+        self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)
 
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.across.dispatch`."""
@@ -85,9 +87,11 @@ class AcrossBackend(CudaBackend):
         """Return None: there is none across nodes yet."""
 
     def warmup(self) -> None:
-        """Compile and load every kernel; returns when every rank of this node has."""
-        self.context.jit.warmup(ACROSS_NODES)
-        super().warmup()
+        """Compile and load every kernel, and connect the rails; returns when every rank has."""
+        with self._explained():
+            self.context.jit.warmup(ACROSS_NODES)
+            super().warmup()
+            self._crossing.verdicts(self._crossing.begin(Signature("warmup")), 0)
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise their errors."""
@@ -103,9 +107,11 @@ class AcrossBackend(CudaBackend):
             yield
         except (PeerTimeout, MismatchError) as error:
             reports = self._rails.reports
-            if reports is None or isinstance(error, MismatchError):
+            if reports is None:
                 raise
             reports.post(error)
+            if isinstance(error, MismatchError):
+                raise
             raise reports.explain(error, min(_PATIENCE_S, self.context.timeout_s / 10)) from error
 
     def close(self) -> None:

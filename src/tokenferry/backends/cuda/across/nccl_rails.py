@@ -171,10 +171,10 @@ class NcclRails:
         lost = peer_timeout(transfer.call, rank, transfer.peers, why, waited_s, "")
         lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in transfer.peers}))
         self._lost = lost
-        self._under_way.clear()
         if self.reports is not None:
             self.reports.post(lost)
         self._abort()
+        self._under_way.clear()  # not before: NCCL may still write into their tensors
 
     def _start(self, send: Parcels, recv: Parcels) -> Sequence[Work]:
         works: Sequence[Work] = dist.batch_isend_irecv(

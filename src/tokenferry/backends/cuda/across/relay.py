@@ -146,20 +146,25 @@ class AcrossPlan(LazyPlan):
     def _places(self) -> Tensor:
         return self._sent("places", (self._relay_layout.num_words, 1), torch.int32)
 
+    @property
+    def _host_sizes(self) -> tuple[int, ...]:
+        return (*self._relay.came, *self._relay.went)
+
     def _managed_by_torch(self) -> tuple[Tensor, ...]:
         return (self._dst_counts,)
 
 
 def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
-    """Return the addresses of a plan of any kind; one that is made of tensors is read from the device."""
+    """Return the addresses of a plan of any kind; sizes that the host does not know are read from the device."""
     per_node = topology.ranks_per_node
     if isinstance(plan, AcrossPlan):
         relay, whole, at = plan._relay, plan._addresses(), plan._block.address + plan._layout.places
         dst_counts = plan._dst_counts.data_ptr()
     else:
-        words, at = plan._places[: 2 * topology.num_nodes, 0].tolist(), plan._places.data_ptr()
-        came, went = words[: topology.num_nodes], words[topology.num_nodes :]
-        relay, dst_counts = make_relay(topology.node, tuple(came), tuple(went)), plan.dst_counts.data_ptr()
+        num_nodes, at = topology.num_nodes, plan._places.data_ptr()
+        # A compiled function does not know what the host knows.
+        sizes = plan._host_sizes or tuple(plan._places[: 2 * num_nodes, 0].tolist())
+        relay, dst_counts = make_relay(topology.node, sizes[:num_nodes], sizes[num_nodes:]), plan.dst_counts.data_ptr()
         whole = PlanAddresses(
             0,
             0,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
-from tokenferry.backends.cuda.faults import pinned_words
+from tokenferry.backends.cuda.faults import pinned_words, view_words
 from tokenferry.kernels.control_block import HOST_NODES_WORD, HOST_ROWS_WORD, RAIL_WORDS
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.topology import Topology
@@ -55,7 +55,8 @@ class Splitter:
         self._num_nodes = topology.num_nodes
         self._num_ranks = topology.num_nodes * topology.ranks_per_node
         pin = context.device.type == "cuda"
-        self._words, self._address = pinned_words(HOST_NODES_WORD + topology.num_nodes, pin=pin)
+        memory = pinned_words(HOST_NODES_WORD + topology.num_nodes, pin=pin)
+        self._words, self._address = view_words(memory), memory.data_ptr()
 
     def split(self, template: LaunchTemplate, call: Call, topk_idx: Tensor, num_sms: int) -> Split:
         """Count; returns at once."""
