@@ -14,7 +14,7 @@ from support import throughput_jobs
 from support.emulated_group import EmulatedPair
 from support.emulated_rails import QueueTransfer
 from support.emulator import Emulator
-from support.throughput import Deal, check_combine, check_redispatch, oracle_for, routing_of
+from support.throughput import Deal, check_combine, check_redispatch, check_round_trip, oracle_for, routing_of
 from tokenferry import MoeShape
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
@@ -33,6 +33,19 @@ NODES = [(4, 2), (6, 2), (3, 1)]
 @pytest.mark.parametrize(("ranks", "per_node"), NODES)
 def test_round_trips(run, ranks, per_node):
     run(ranks, throughput_jobs.round_trips, ranks, ranks_per_node=per_node)
+
+
+def many_tokens(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """Segments of several units, and of one that is exactly full."""
+    for tokens in ((140, 0, 129, 300), (128, 128, 256, 1)):
+        case = Case(tokens, 12, 3, hidden=8, routing="half_dropped")
+        with pair.open(pg, case.shape) as group:
+            for options in (DispatchOptions(Layout.EXPERTS), DispatchOptions(counts="device")):
+                check_round_trip(group, case, options)
+
+
+def test_many_tokens(run):
+    run(4, many_tokens, ranks_per_node=2)
 
 
 @pytest.mark.parametrize("job", [throughput_jobs.quantized_rows, throughput_jobs.overflow])
@@ -130,6 +143,8 @@ def lone_decode(rank: int, pg: None, pair: EmulatedPair) -> None:
     with pair.open(pg, SHAPE) as group:
         with pytest.raises(BackendUnavailable, match="decode_dispatch: backend='cuda' has no such calls across nodes"):
             group.decode_dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])))
+        with pytest.raises(BackendUnavailable, match="mask: backend='cuda' has no such calls across nodes"):
+            group.mask(1 - rank)
         assert group._backend.broken is None
 
 

@@ -67,6 +67,8 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     handshakes = table.exchange(handshake) if table else [handshake]
     topology = Topology(rank, find_nodes(handshakes, resolved.ranks_per_node))
     reason = why_not(handshakes, rank, topology.nodes[topology.node])
+    if topology.num_nodes == 1 and len({each["host"] for each in handshakes}) > 1:
+        reason = f"{reason}; across nodes every host has equally many ranks, with consecutive numbers"
     reason = (agree(table, reason) if table else reason) or _unfit(resolved, topology)
     if not reason:
         try:

@@ -79,6 +79,14 @@ class AcrossBackend(CudaBackend):
         """Raise: there are no decode calls across nodes yet."""
         _refuse("decode_combine")
 
+    def mask(self, rank: int, *, masked: bool) -> None:
+        """Raise: only decode calls skip ranks."""
+        _refuse("mask")
+
+    def write_masks(self, out: Tensor) -> None:
+        """See `tokenferry.backends.base.Backend`; no rank is skipped."""
+        out.zero_()
+
     def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
         """See `tokenferry.backends.base.Backend`."""
         return None, 1
