@@ -38,6 +38,9 @@ DISPATCH_SMS = 16
 COMBINE_SMS = 16
 MOST_COMBINE_SMS = 40
 PUSH_SMS = 24
+NCCL_SMS = 16
+"""SMs that calls across nodes leave to NCCL, and the most that it uses: a kernel that waits for the ranks of its node
+must not keep NCCL from what a rank of another node waits for."""
 
 _ROWS_AT_ONCE = 8  # rows that the warps of one SM move concurrently
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum concurrently

@@ -18,10 +18,11 @@ from support.throughput import Deal, check_combine, check_redispatch, check_roun
 from tokenferry import MoeShape
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
-from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.context import Context, LaunchTemplate
 from tokenferry.errors import ArgumentError, BackendUnavailable, ClosedError, MismatchError, PeerTimeout, RoutingError
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
+from tokenferry.tuning import NCCL_SMS
 from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
@@ -168,6 +169,28 @@ def layouts(rank: int, pg: None, pair: EmulatedPair) -> None:
 
 def test_layouts_of_all_ranks(run):
     run(4, layouts, ranks_per_node=2)
+
+
+def few_sms(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        group._backend.context.num_sms = 20
+        sent = group.dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])), num_sms=20)
+        group.combine(sent.x, sent.plan, num_sms=20)
+
+
+def test_nccl_has_sms_left(run):
+    """Each call asks for all SMs; kernels that wait for others leave some."""
+    grids, launch = [], LaunchTemplate.launch
+
+    def watched(template: LaunchTemplate, grid: int, stream: int) -> None:
+        if template.kernel.spec.name in ("dispatch", "combine_push"):
+            grids.append(grid)
+        launch(template, grid, stream)
+
+    with mock.patch.object(LaunchTemplate, "launch", watched):
+        run(2, few_sms, ranks_per_node=1)
+    assert len(grids) == 8, "two ranks, two calls, two nodes"
+    assert set(grids) == {20 - NCCL_SMS}
 
 
 # ---------------------------------------------------------------------- what crosses

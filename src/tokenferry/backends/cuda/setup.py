@@ -33,6 +33,7 @@ from tokenferry.transports.failures import FailureReports
 from tokenferry.transports.handshake import Bootstrap, agree
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import compare_terms, new_group_id
+from tokenferry.tuning import NCCL_SMS
 
 _NO_LIMIT = timedelta(days=365)
 
@@ -166,9 +167,13 @@ def nccl_rails(group: dist.ProcessGroup, resolved: Resolved, topology: Topology,
         topology: The nodes.
         reports: Where a rank that gives up says for whom it waited.
     """
+    from torch.distributed import ProcessGroupNCCL  # builds of torch without CUDA have none
+
     ranks = [dist.get_global_rank(group, rank) for rank in topology.rail]
+    options = ProcessGroupNCCL.Options()
+    options.config.max_ctas = NCCL_SMS
     # Our own deadlines end what does not end; torch's would end the process.
-    made = dist.new_group(ranks, timeout=_NO_LIMIT, backend="nccl", use_local_synchronization=True)
+    made = dist.new_group(ranks, timeout=_NO_LIMIT, backend="nccl", pg_options=options, use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return NcclRails(made, topology, resolved.timeout_s, reports=reports, enter_thread=_relax_captures)
 

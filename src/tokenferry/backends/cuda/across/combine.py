@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
 from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
@@ -45,7 +46,8 @@ class AcrossCombiner:
         """Add up the rows of each of this rank's tokens."""
         y, plan, weights = request.y, request.plan, request.topk_weights
         at = relay_addresses(plan, self._topology)
-        form = self._inside.form(plan, at.whole, y, weighted=weights is not None, num_sms=request.num_sms)
+        num_sms = cap_sms(self._context, request.num_sms)
+        form = self._inside.form(plan, at.whole, y, weighted=weights is not None, num_sms=num_sms)
         call = self._crossing.begin(form.signature)
         with self._context.breaking_off():  # peers wait for this rank
             rows, weights = self._inside.in_window(form, call, y, weights, at.whole)

@@ -26,6 +26,7 @@ from tokenferry.backends.cuda.results import PlanForm
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.topology import Topology
+from tokenferry.tuning import NCCL_SMS
 from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 
@@ -139,6 +140,11 @@ def new_again_form(context: Context, topology: Topology, moved: MoveSizes) -> Mo
     return _move_form(context, topology, Signature("redispatch", layout=layout, **signature_fields(moved.kind)), moved)
 
 
+def cap_sms(context: Context, num_sms: int | None) -> int | None:
+    """Return the SMs of a call's kernels, of which NCCL keeps some; None: as tuned, which leaves enough."""
+    return None if num_sms is None else min(num_sms, max(1, context.num_sms - NCCL_SMS))
+
+
 def _move_form(context: Context, topology: Topology, signature: Signature, moved: MoveSizes) -> MoveForm:
     kind, by_expert = moved.kind, moved.options.layout is not Layout.ROWS
     # Rows from other nodes come with their scales side by side.
@@ -150,7 +156,7 @@ def _move_form(context: Context, topology: Topology, signature: Signature, moved
     return MoveForm(
         signature,
         kind,
-        sms_of(context, moved.shape, moved.num_sms),
+        sms_of(context, moved.shape, cap_sms(context, moved.num_sms)),
         across_launch.pack_template(context, topology, kind),
         launch.dispatch_template(context, kind, moved.num_local, by_expert=by_expert),
         launch.dispatch_template(context, packed, moved.num_local, by_expert=by_expert),
