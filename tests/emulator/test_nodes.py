@@ -14,6 +14,7 @@ from support import throughput_jobs
 from support.emulated_group import EmulatedPair
 from support.emulated_rails import QueueTransfer
 from support.emulator import Emulator
+from support.guess_jobs import check_sent, send
 from support.throughput import Deal, check_combine, check_redispatch, check_round_trip, oracle_for, routing_of
 from tokenferry import MoeShape
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
@@ -151,6 +152,18 @@ def lone_decode(rank: int, pg: None, pair: EmulatedPair) -> None:
 
 def test_there_are_no_decode_calls(run):
     run(2, lone_decode, ranks_per_node=1)
+
+
+def without_most(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        for tokens in ((4, 7, 2, 1), (40, 3, 0, 1)):
+            case = Case(tokens, 8, 2, dtype=torch.float32)
+            check_sent(group, case, send(group, case))
+
+
+def test_rows_without_a_most_of_tokens(run):
+    """As the DeepEP API dispatches: nobody knows M."""
+    run(4, without_most, ranks_per_node=2)
 
 
 # ---------------------------------------------------------------------- layouts of the DeepEP API
