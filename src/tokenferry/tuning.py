@@ -42,6 +42,11 @@ NCCL_SMS = 16
 """SMs that calls across nodes leave to NCCL, and the most that it uses: a kernel that waits for the ranks of its node
 must not keep NCCL from what a rank of another node waits for."""
 
+RAIL_CHUNK_BYTES = 2 << 20
+"""Least bytes of a chunk between nodes: smaller messages do not reach the rate of a network card."""
+MOST_RAIL_CHUNKS = 8
+"""Most chunks between two nodes: the last one is passed on when the network is done, which takes an eighth then."""
+
 _ROWS_AT_ONCE = 8  # rows that the warps of one SM move concurrently
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum concurrently
 _PIECE_BYTES = 2048
@@ -226,6 +231,11 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
         f"{what}: {chosen} SMs: some push, the others add up what lands: bfloat16 rows of T=4096 took "
         f"{times[PUSH_SMS]} us, {few[1]} with {few[0]} and {many[1]} with {many[0]} (4 H200)"
     )
+
+
+def rail_chunks(max_tokens: int, row_bytes: int) -> int:
+    """Return in how many chunks the rows for one node cross, so that one is passed on while the next one crosses."""
+    return max(1, min(max_tokens * row_bytes // RAIL_CHUNK_BYTES, MOST_RAIL_CHUNKS))
 
 
 def num_pushers(num_sms: int) -> int:

@@ -15,8 +15,16 @@ from support.emulated_group import EmulatedPair
 from support.emulated_rails import QueueTransfer
 from support.emulator import Emulator
 from support.guess_jobs import check_sent, send
-from support.throughput import Deal, check_combine, check_redispatch, check_round_trip, oracle_for, routing_of
-from tokenferry import MoeShape
+from support.throughput import (
+    Deal,
+    all_options,
+    check_combine,
+    check_redispatch,
+    check_round_trip,
+    oracle_for,
+    routing_of,
+)
+from tokenferry import MoeShape, tuning
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
@@ -48,6 +56,22 @@ def many_tokens(rank: int, pg: None, pair: EmulatedPair) -> None:
 
 def test_many_tokens(run):
     run(4, many_tokens, ranks_per_node=2)
+
+
+def in_chunks(rank: int, pg: None, pair: EmulatedPair) -> None:
+    for case in (
+        Case((30, 0, 9, 3), 12, 3, hidden=8, routing="half_dropped"),
+        Case((2, 5, 1, 40), 8, 4, dtype=torch.float32, routing="repeated"),
+    ):
+        with pair.open(pg, case.shape) as group:
+            for options in all_options(case)[::2]:
+                check_round_trip(group, case, options)
+
+
+def test_rows_in_chunks(run, monkeypatch):
+    """More chunks than tokens, so that some are empty; tokens of one rank and node are in several."""
+    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 64)
+    run(4, in_chunks, ranks_per_node=2)
 
 
 @pytest.mark.parametrize("job", [throughput_jobs.quantized_rows, throughput_jobs.overflow])

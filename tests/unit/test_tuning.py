@@ -155,3 +155,11 @@ def test_explain_names_the_heap_that_groups_make():
     for shape in (V3, sized(1), sized(128)):
         resolved = Resolved(shape, "cuda", "auto", 1.0, False, None, "")
         assert heap_bytes(resolved, 8, 1 << 50) == tuning.heap_bytes(shape, 8)
+
+
+def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
+    assert tuning.rail_chunks(128, 14336) == 1
+    assert tuning.rail_chunks(300, 14336) == 2, "4.3 MB: two chunks of 2.1 MB"
+    assert tuning.rail_chunks(4096, 7168) == 8
+    assert tuning.rail_chunks(1 << 30, 7168) == tuning.MOST_RAIL_CHUNKS
+    assert tuning.rail_chunks(0, 7168) == 1

@@ -216,7 +216,7 @@ def assemble_across(
     first = topology.nodes[topology.node][0]
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
     why = f"every rank has a GPU that reaches its peers, on {topology}"
-    return AcrossBackend(context, key, why, topology, rails)
+    return AcrossBackend(context, key, why, topology, rails, resolved.shape.max_tokens)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:

@@ -42,9 +42,10 @@ class AcrossBackend(CudaBackend):
         why: Why this backend was chosen.
         topology: The nodes, of consecutive ranks.
         rails: What carries exchanges between nodes.
+        max_tokens: M of the group.
     """
 
-    def __init__(self, context: Context, key: str, why: str, topology: Topology, rails: Rails) -> None:
+    def __init__(self, context: Context, key: str, why: str, topology: Topology, rails: Rails, max_tokens: int) -> None:
         super().__init__(context, key, why, fast_path=False)
         self.rank = topology.rank
         self.num_ranks = topology.num_nodes * topology.ranks_per_node
@@ -52,7 +53,7 @@ class AcrossBackend(CudaBackend):
         self.transport = rails.name if topology.ranks_per_node == 1 else f"nvlink+{rails.name}"
         self.num_host_sizes = 2 * topology.num_nodes
         self._rails = rails
-        self._crossing = Crossing(context, topology, rails)
+        self._crossing = Crossing(context, topology, rails, max_tokens)
         self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
         self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)
 

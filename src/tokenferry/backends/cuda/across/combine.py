@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
-from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.crossing import Crossing, Sums
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
-from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
+from tokenferry.backends.cuda.across.relay import RelayAddresses, chunks_of, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.combine import Combiner
@@ -57,9 +57,17 @@ class AcrossCombiner:
             if weights is not None:
                 parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
             home, states, transfers = Combined(parts, parts_weights), self._crossing.new_states(), []
-            for step in self._crossing.steps():
-                done = self._inside.send(form, call, rows, at.segment(step.to), weights, (), None)
-                transfers.append(self._crossing.sums(call, relay, step, done, home, states))
+            num_chunks = self._crossing.num_chunks(parts.shape[1] * parts.element_size())
+            no_counts = self._crossing.no_counts(plan)
+            at = at._replace(no_counts=no_counts.data_ptr())
+            for to, source in self._crossing.steps():
+                gone, come = chunks_of(relay.came[to], num_chunks), chunks_of(relay.went[source], num_chunks)
+                for go, comes in zip(gone, come, strict=True):
+                    plan_at = at.segment(to) if num_chunks == 1 else at.chunk(to, go)
+                    done = self._inside.send(form, call, rows, plan_at, weights, (), None)
+                    send = Sums(to, go.num, _present(done))
+                    recv = Sums(source, comes.num, [comes.of(relay.part_out(each, source)) for each in _present(home)])
+                    transfers.append(self._crossing.sums(call, send, recv, states[source]))
             own = self._inside.send(form, call, rows, at.segment(relay.node), weights, (), None)
             for transfer in transfers:
                 transfer.join()
@@ -93,3 +101,7 @@ class AcrossCombiner:
                 request.out.copy_(out)
             out = request.out
         return Combined(out, weights_out)
+
+
+def _present(sums: Combined) -> list[Tensor]:
+    return [each for each in (sums.x, sums.topk_weights) if each is not None]

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenferry import tuning
 from tokenferry.backends.cuda.across.launch import check_template
 from tokenferry.backends.cuda.across.rails import Parcels, Rails, Transfer
-from tokenferry.backends.cuda.across.relay import Relay
+from tokenferry.backends.cuda.across.relay import Relay, chunks_of
 from tokenferry.backends.cuda.across.split import Split
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import Record
@@ -21,7 +22,7 @@ from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, 
 from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId
-from tokenferry.types import Combined
+from tokenferry.types import Plan
 
 
 class Step(NamedTuple):
@@ -34,6 +35,20 @@ class Step(NamedTuple):
 
     to: int
     source: int
+
+
+class Sums(NamedTuple):
+    """The sums of a chunk of tokens, for a node or from it.
+
+    Attributes:
+        node: The node.
+        num_tokens: How many there are.
+        tensors: Sums of rows, and of weights if there are any.
+    """
+
+    node: int
+    num_tokens: int
+    tensors: list[Tensor]
 
 
 class RowTensors(NamedTuple):
@@ -72,10 +87,12 @@ class Crossing:
         context: Context of this rank.
         topology: The nodes.
         rails: What carries the exchanges.
+        max_tokens: M of the group.
     """
 
-    def __init__(self, context: Context, topology: Topology, rails: Rails) -> None:
+    def __init__(self, context: Context, topology: Topology, rails: Rails, max_tokens: int) -> None:
         self._context = context
+        self._max_tokens = max_tokens
         self._rail = topology.rail
         self._node = topology.node
         self._state = tensor_at(
@@ -153,8 +170,12 @@ class Crossing:
             },
         )
 
-    def rows(self, call: Call, relay: Relay, send: RowTensors, recv: RowTensors, states: Tensor) -> dict[int, Transfer]:
+    def rows(
+        self, call: Call, relay: Relay, send: RowTensors, recv: RowTensors, states: Tensor
+    ) -> dict[int, list[Transfer]]:
         """Exchange rows, with one node after the other; return the exchanges by the node from which rows come.
+
+        There is one for each chunk.
 
         Args:
             call: The call.
@@ -163,33 +184,33 @@ class Crossing:
             recv: Rows from all other nodes.
             states: As `new_states` returns them.
         """
-        made = {}
+        made: dict[int, list[Transfer]] = {}
+        num_chunks = self.num_chunks(send.rows.shape[1])
         for to, source in self.steps():
-            out = [*(relay.part_out(each, to) for each in send.present()), self._state]
-            into = [*(relay.part_in(each, source) for each in recv.present()), states[source]]
-            made[source] = self.exchange(
-                call, {to: out} if relay.went[to] else {}, {source: into} if relay.came[source] else {}
-            )
+            gone, come = chunks_of(relay.went[to], num_chunks), chunks_of(relay.came[source], num_chunks)
+            made[source] = []
+            for go, comes in zip(gone, come, strict=True):
+                out = [*(go.of(relay.part_out(each, to)) for each in send.present()), self._state]
+                into = [*(comes.of(relay.part_in(each, source)) for each in recv.present()), states[source]]
+                transfer = self.exchange(call, {to: out} if go.num else {}, {source: into} if comes.num else {})
+                made[source].append(transfer)
         return made
 
-    def sums(self, call: Call, relay: Relay, step: Step, send: Combined, recv: Combined, states: Tensor) -> Transfer:
-        """Exchange sums, in one step.
-
-        Args:
-            call: The call.
-            relay: How many tokens cross.
-            step: The nodes to send to and to receive from.
-            send: Sums of the tokens that came from the one.
-            recv: Sums of the tokens that went to all other nodes.
-            states: As `new_states` returns them.
-        """
-        parts = [relay.part_out(each, step.source) for each in (recv.x, recv.topk_weights) if each is not None]
-        sent = [each for each in (send.x, send.topk_weights) if each is not None]
+    def sums(self, call: Call, send: Sums, recv: Sums, state: Tensor) -> Transfer:
+        """Exchange the sums of a chunk with two nodes: one to send to, and one to receive from, with its state."""
         return self.exchange(
             call,
-            {step.to: [*sent, self._state]} if relay.came[step.to] else {},
-            {step.source: [*parts, states[step.source]]} if relay.went[step.source] else {},
+            {send.node: [*send.tensors, self._state]} if send.num_tokens else {},
+            {recv.node: [*recv.tensors, state]} if recv.num_tokens else {},
         )
+
+    def num_chunks(self, row_bytes: int) -> int:
+        """Return in how many chunks rows cross: the same on all ranks."""
+        return tuning.rail_chunks(self._max_tokens, row_bytes)
+
+    def no_counts(self, plan: Plan) -> Tensor:
+        """Return ``[R]`` int64: 0 for each rank, -1 if the plan was aborted; see `RelayAddresses`."""
+        return plan.src_counts.clamp(max=0)
 
     def new_states(self) -> Tensor:
         """Return ``[N, 2]`` int32 zeros, for the states of the ranks across from this one."""

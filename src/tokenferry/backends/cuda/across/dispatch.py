@@ -19,8 +19,10 @@ from tokenferry.backends.cuda.across.forms import AcrossForm, MoveForm, MoveSize
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import (
     AcrossPlan,
+    Chunk,
     Relay,
     RelayAddresses,
+    chunks_of,
     fixed_relay,
     make_relay,
     relay_addresses,
@@ -69,14 +71,14 @@ class Passing(NamedTuple):
     Attributes:
         own: What this rank sends inside its node.
         rows: Rows from other nodes, when their exchange has ended.
-        transfers: The exchanges, by the node that rows come from.
+        transfers: The exchanges, by the node that rows come from: one for each chunk.
         states: By node, the state of the rank across from this one.
         sent: Keeps what is being sent.
     """
 
     own: Payload
     rows: RowTensors
-    transfers: dict[int, Transfer]
+    transfers: dict[int, list[Transfer]]
     states: Tensor
     sent: RowTensors
 
@@ -137,7 +139,8 @@ class AcrossDispatcher:
             passing = passing or self._send_rows(form.rows, call, at, payload)
             result, recv = self._recv(form, call, plan, counts)
             self._assign(form, call, plan, routed)
-            at = relay_addresses(plan, self._topology)
+            no_counts = self._crossing.no_counts(plan)
+            at = relay_addresses(plan, self._topology)._replace(no_counts=no_counts.data_ptr())
             self._move(form.rows, call, at, passing, recv, routed)
             self._expand(form.rows, call, at, result, plan)
         return result
@@ -303,6 +306,8 @@ class AcrossDispatcher:
         with self._context.breaking_off():
             passing = self._send_rows(form, call, at, Payload(rows.data_ptr(), scale, address(weights), 0))
             result, recv = self._recv_rows(plan, kind, call)
+            no_counts = self._crossing.no_counts(plan)
+            at = at._replace(no_counts=no_counts.data_ptr())
             self._move(form, call, at, passing, recv, None)
             self._expand(form, call, at, result, plan)
         return result
@@ -351,11 +356,14 @@ class AcrossDispatcher:
         relay, node, sms = at.relay, at.relay.node, form.sms.links
         ids = 0 if routed is None else routed.ids[node * relay.segment :].data_ptr()
         move(form.move, call, sms, recv, passing.own._replace(topk_idx=ids), at.segment(node))
-        for source, transfer in passing.transfers.items():
-            transfer.join()
-            self._crossing.check(call, passing.states, at.whole.src_counts)
-            payload = _payload_from(relay, source, passing.rows, routed)
-            move(form.pass_on, call, sms, recv, payload, at.segment(source))
+        for source, transfers in passing.transfers.items():
+            chunks = chunks_of(relay.came[source], len(transfers))
+            for chunk, transfer in zip(chunks, transfers, strict=True):
+                transfer.join()
+                self._crossing.check(call, passing.states, at.whole.src_counts)
+                payload = _payload_from(relay, source, chunk, passing.rows, routed)
+                plan = at.segment(source) if len(chunks) == 1 else at.chunk(source, chunk)
+                move(form.pass_on, call, sms, recv, payload, plan)
 
     def _expand(self, form: MoveForm, call: Call, at: RelayAddresses, result: LazyDispatched, plan: Plan) -> None:
         """Lay out rows by expert, and leave the heap where it has no room."""
@@ -367,12 +375,12 @@ class AcrossDispatcher:
             result.leave_block()
 
 
-def _payload_from(relay: Relay, node: int, rows: RowTensors, routed: Routed | None) -> Payload:
-    """Return what came from a node, to be passed on."""
+def _payload_from(relay: Relay, node: int, chunk: Chunk, rows: RowTensors, routed: Routed | None) -> Payload:
+    """Return a chunk of what came from a node, to be passed on."""
     ids = tokens = 0
     if routed is not None:
-        ids = routed.ids[node * relay.segment :].data_ptr()
-        tokens = relay.part_in(routed.tokens, node).data_ptr()
-    scale = None if rows.scale is None else relay.part_in(rows.scale, node)
-    weights = None if rows.weights is None else relay.part_in(rows.weights, node)
-    return Payload(relay.part_in(rows.rows, node).data_ptr(), scale, address(weights), ids, tokens)
+        ids = routed.ids[node * relay.segment + chunk.first :].data_ptr()
+        tokens = chunk.of(relay.part_in(routed.tokens, node)).data_ptr()
+    scale = None if rows.scale is None else chunk.of(relay.part_in(rows.scale, node))
+    weights = None if rows.weights is None else chunk.of(relay.part_in(rows.weights, node))
+    return Payload(chunk.of(relay.part_in(rows.rows, node)).data_ptr(), scale, address(weights), ids, tokens)

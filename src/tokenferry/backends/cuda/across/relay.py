@@ -77,6 +77,24 @@ def _starts(counts: tuple[int, ...], node: int) -> tuple[int, ...]:
     return tuple(itertools.accumulate((0 if m == node else num for m, num in enumerate(counts)), initial=0))
 
 
+class Chunk(NamedTuple):
+    """Some of the tokens that cross between two ranks: the first of them, and how many."""
+
+    first: int
+    num: int
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return the part of a tensor about all tokens that is about these."""
+        return rows[self.first : self.first + self.num]
+
+
+def chunks_of(num_tokens: int, num_chunks: int) -> list[Chunk]:
+    """Return the tokens of each chunk; the last ones may have none."""
+    size = -(-num_tokens // num_chunks)
+    firsts = [min(i * size, num_tokens) for i in range(num_chunks)]
+    return [Chunk(first, min(size, num_tokens - first)) for first in firsts]
+
+
 class RelayLayout(NamedTuple):
     """Where the parts of ``Plan._places`` begin, in int32 words, and their number."""
 
@@ -106,6 +124,7 @@ class RelayAddresses(NamedTuple):
         slots: Address of the slots.
         dst_counts: Address of `Plan.dst_counts`.
         whole: The plan as that of one node, with the places of all segments.
+        no_counts: Address of a 0 for each rank, -1 if the plan was aborted; for chunks, whose rows nobody has counted.
     """
 
     relay: Relay
@@ -115,6 +134,7 @@ class RelayAddresses(NamedTuple):
     slots: int
     dst_counts: int
     whole: PlanAddresses
+    no_counts: int = 0
 
     def segment(self, node: int) -> PlanAddresses:
         """Return the plan of the tokens from one node, as that of a dispatch inside this node."""
@@ -125,6 +145,17 @@ class RelayAddresses(NamedTuple):
             src_counts=whole.src_counts + first,
             num_tokens=num_tokens,
             num_sent=num_tokens * min(whole.top_k, self.ranks_per_node),
+        )
+
+    def chunk(self, node: int, chunk: Chunk) -> PlanAddresses:
+        """Return the same of some of these tokens; the kernels do not compare how many rows they are."""
+        segment = self.segment(node)
+        return segment._replace(
+            places=segment.places + 4 * chunk.first * self.columns,
+            dst_counts=self.no_counts,
+            src_counts=self.no_counts,
+            num_tokens=chunk.num,
+            num_sent=chunk.num * min(segment.top_k, self.ranks_per_node),
         )
 
 
