@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tokenferry import (
     ArgumentError,
@@ -245,5 +246,21 @@ def test_the_largest_heap(monkeypatch, megabytes, fits):
     monkeypatch.setenv("TOKENFERRY_HEAP_MB", str(megabytes))
     options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
     message = "" if fits else f"TOKENFERRY_HEAP_MB={megabytes}, and at most "
-    assert _unfit(options, 2).startswith(message)
-    assert fits == (_unfit(options, 2) == "")
+    found = _unfit(options, Topology(0, ((0, 1),)))
+    assert found.startswith(message)
+    assert fits == (found == "")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "per_node", "message"),
+    [
+        (9, 9, "9 ranks on a node, and at most 8 are possible"),
+        (257, 1, "257 nodes of 1 rank, and at most 256 nodes are possible"),
+        (4, 2, "2 nodes of 2 ranks, and this torch has no NCCL to connect them"),
+        (8, 8, ""),
+    ],
+)
+def test_topologies_that_cuda_cannot_have(monkeypatch, num_ranks, per_node, message):
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
+    assert _unfit(options, Topology(0, consecutive(num_ranks, per_node))) == message
