@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from support import throughput_jobs
+from support.ambient import STATES
 from support.emulated_group import EmulatedPair
 from support.emulated_rails import QueueTransfer
 from support.emulator import Emulator
@@ -31,6 +33,7 @@ from tokenferry.backends.cuda.context import Context, LaunchTemplate
 from tokenferry.errors import ArgumentError, BackendUnavailable, ClosedError, MismatchError, PeerTimeout, RoutingError
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
+from tokenferry.testing.compare import same_bits
 from tokenferry.tuning import NCCL_SMS
 from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
 
@@ -188,6 +191,35 @@ def without_most(rank: int, pg: None, pair: EmulatedPair) -> None:
 def test_rows_without_a_most_of_tokens(run):
     """As the DeepEP API dispatches: nobody knows M."""
     run(4, without_most, ranks_per_node=2)
+
+
+CPU = torch.device("cpu")
+
+
+def in_a_state(rank: int, pg: None, pair: EmulatedPair, name: str | None) -> list[torch.Tensor]:
+    """Return what calls give while a thread has a state of torch; ``name``: which one, or None."""
+    found = []
+    with STATES[name].of_a_thread("cpu") if name else nullcontext(), pair.open(pg, SHAPE) as group:
+        x = torch.arange(48, dtype=torch.float32, device=CPU).view(3, 16) + 100 * rank
+        index = torch.tensor([[0, 3], [1, 2], [2, -1]], dtype=torch.int64, device=CPU)
+        weights = torch.ones(3, 2, dtype=torch.float32, device=CPU)
+        for counts in ("host", "device"):
+            sent = group.dispatch(x, Routing(index, weights), options=DispatchOptions(counts=counts))
+            again = group.redispatch(x, sent.plan, topk_weights=weights)
+            num = int(sent.plan.src_counts.sum())
+            home = group.combine(sent.x, sent.plan, topk_weights=sent.topk_weights, bias=x)
+            found += [sent.x[:num], again.x[:num], home.x, home.topk_weights]
+    return [tensor.clone() for tensor in found]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_state_of_torch_has_no_say(run, name):
+    plain = run(4, in_a_state, None, ranks_per_node=2)
+    with STATES[name].of_the_process():
+        found = run(4, in_a_state, name, ranks_per_node=2)
+    for got, want in zip(found, plain, strict=True):
+        for one, other in zip(got, want, strict=True):
+            same_bits(name, one, other)
 
 
 # ---------------------------------------------------------------------- layouts of the DeepEP API
