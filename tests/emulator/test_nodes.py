@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from support import throughput_jobs
 from support.ambient import STATES
 from support.emulated_group import EmulatedPair
-from support.emulated_rails import QueueTransfer
+from support.emulated_rails import QueueRails, QueueTransfer
 from support.emulator import Emulator
 from support.guess_jobs import check_sent, send
 from support.throughput import (
@@ -29,6 +30,7 @@ from support.throughput import (
 from tokenferry import MoeShape, tuning
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
+from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
 from tokenferry.errors import ArgumentError, BackendUnavailable, ClosedError, MismatchError, PeerTimeout, RoutingError
 from tokenferry.memory.streams import HostStreams
@@ -355,7 +357,7 @@ LOST = 3
 
 def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
     """Rank 3 does not make a call."""
-    with pair.open(pg, SHAPE, timeout_s=3.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
         x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
         calls = {
             "dispatch": lambda: group.dispatch(x, routing),
@@ -384,3 +386,40 @@ def test_a_silent_rank(run, call):
         assert (error.peers, error.nodes) == ((LOST,), (1,)), error
         assert error.phase.split()[0] == call.split()[0]
     assert errors[1].phase == f"{call.split()[0]} (between nodes)"
+
+
+class StopError(Exception):
+    """Ends a rank in the middle of a call."""
+
+
+def stops_at(rank: int, pg: None, pair: EmulatedPair, number: int) -> PeerTimeout | None:
+    """Rank 3 does not make an exchange, and nothing after it."""
+    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+        rails, made = group._backend._rails, []
+
+        def exchange(*args: Any) -> Transfer:
+            made.append(args)
+            if len(made) == number:
+                raise StopError
+            return QueueRails.exchange(rails, *args)
+
+        def calls() -> None:
+            x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+            sent = group.dispatch(x, routing)
+            group.redispatch(x, sent.plan)
+            group.combine(sent.x, sent.plan)
+            group.synchronize()
+            group.dispatch(x, routing)  # a rank that has all that it needs notices in the next call
+
+        with mock.patch.object(rails, "exchange", exchange if rank == LOST else rails.exchange):
+            with pytest.raises(StopError if rank == LOST else PeerTimeout) as caught:
+                calls()
+            pair.barrier()
+        return None if rank == LOST else caught.value
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_a_rank_is_lost_in_the_middle_of_a_call(run, number):
+    """Before counts, routing or rows of a dispatch, rows of a redispatch, or sums are exchanged."""
+    for error in run(4, stops_at, number, ranks_per_node=2)[:LOST]:
+        assert (error.peers, error.nodes) == ((LOST,), (1,)), error
