@@ -8,7 +8,7 @@ TokenferryError
 │   └── PlanError          a plan of another group or kind of call, or without weights
 ├── ConfigError            a constructor option, shape or TOKENFERRY_* variable is wrong
 ├── BackendUnavailable     this machine or process group cannot run the requested backend
-├── UnsupportedError       an argument or variable of the DeepEP API that this backend cannot honour
+├── UnsupportedError       a call, or an argument or variable of the DeepEP API, that this backend cannot honour
 ├── MismatchError          ranks made different calls; the group is broken
 ├── PeerTimeout            a rank did not answer in time, or died; the group is broken
 ├── ResourceError          the system refused memory, file descriptors or the like; the group is broken (see the class)
@@ -64,7 +64,7 @@ class BackendUnavailable(TokenferryError, RuntimeError):  # noqa: N818 - names a
 
 
 class UnsupportedError(TokenferryError, NotImplementedError):
-    """An argument of the DeepEP API, or a variable of DeepEP's, that this backend cannot honour; the message helps."""
+    """A call that this backend does not have, or what it cannot honour of the DeepEP API; the message helps."""
 
 
 class MismatchError(TokenferryError, RuntimeError):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
-from tokenferry.backends.cuda.setup import find_nodes
+from tokenferry.backends.cuda.setup import find_topology
 from tokenferry.errors import ConfigError, PeerTimeout
 from tokenferry.topology import Topology, consecutive
 from tokenferry.transports.base import CallId
+from tokenferry.transports.failures import FailureReport
 
 CALL = CallId(7, "combine (between nodes)")
 TOPOLOGY = Topology(2, consecutive(6, 2))
@@ -86,7 +87,7 @@ def test_a_late_exchange_is_given_up_by_the_host_that_waits():
         transfer.wait()
     assert (caught.value.peers, caught.value.nodes) == ((4,), (2,))
     assert rails.aborted.wait(SOON_S)
-    reports.post.assert_called_once_with(caught.value)
+    reports.post.assert_called_once_with(FailureReport((4,)))
     with pytest.raises(PeerTimeout):
         rails.raise_lost()
 
@@ -145,7 +146,9 @@ def test_the_thread_ends_with_the_rails():
 
 def test_nodes_of_hosts():
     def nodes(text: str, ranks_per_node: int | None = None):
-        return find_nodes([{"host": host} for host in text], ranks_per_node)
+        found = find_topology(0, [{"host": host} for host in text], ranks_per_node)
+        assert found.found
+        return found.nodes
 
     assert nodes("aabb") == ((0, 1), (2, 3))
     assert nodes("aaaa") == ((0, 1, 2, 3),)
@@ -153,5 +156,6 @@ def test_nodes_of_hosts():
     assert nodes("aaab") == ((0, 1, 2, 3),), "unequal hosts are no nodes"
     assert nodes("abab") == ((0, 1, 2, 3),), "the experts of a node have to follow one another"
     assert nodes("ab") == ((0,), (1,))
+    assert nodes("aaab", 8) == ((0, 1, 2, 3),), "a group smaller than a node is one"
     with pytest.raises(ConfigError):
         nodes("aaab", 3)

@@ -130,7 +130,7 @@ class CudaBackend:
 
     def call_sms(self, shape: MoeShape) -> CallSms:
         """See `tokenferry.backends.base.Backend`."""
-        tuned = tuning.tune(shape, tuning.Topology(self.num_ranks, self.context.num_sms))
+        tuned = tuning.tune(shape, tuning.Topology(self.context.num_ranks, self.context.num_sms))
         return CallSms(tuned.dispatch_sms, tuned.combine_sms)
 
     def masked(self) -> frozenset[int]:

@@ -66,10 +66,10 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     table = _table(group, resolved, _device())
     handshake = describe(_device())
     handshakes = table.exchange(handshake) if table else [handshake]
-    topology = Topology(rank, find_nodes(handshakes, resolved.ranks_per_node))
+    topology = find_topology(rank, handshakes, resolved.ranks_per_node)
     reason = why_not(handshakes, rank, topology.nodes[topology.node])
     if topology.num_nodes == 1 and len({each["host"] for each in handshakes}) > 1:
-        reason = f"{reason}; across nodes every host has equally many ranks, with consecutive numbers"
+        reason = f"{reason}: {topology.found}"
     reason = (agree(table, reason) if table else reason) or _unfit(resolved, topology)
     if not reason:
         try:
@@ -79,10 +79,11 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     return _Survey(topology, agree(table, reason) if table else reason)
 
 
-def find_nodes(handshakes: Sequence[dict[str, Any]], ranks_per_node: int | None) -> tuple[tuple[int, ...], ...]:
-    """Return the ranks of each node: of each host, if hosts have equally many consecutive ranks; else all are one node.
+def find_topology(rank: int, handshakes: Sequence[dict[str, Any]], ranks_per_node: int | None) -> Topology:
+    """Return the nodes: the ranks of each host form one, if hosts have equally many consecutive ranks, else all do.
 
     Args:
+        rank: This rank.
         handshakes: Those of all ranks, as `tokenferry.memory.reach.describe` makes them.
         ranks_per_node: How many consecutive ranks form a node, whatever their hosts; None: hosts say so.
 
@@ -91,11 +92,15 @@ def find_nodes(handshakes: Sequence[dict[str, Any]], ranks_per_node: int | None)
     """
     num_ranks = len(handshakes)
     if ranks_per_node is not None:
-        return consecutive(num_ranks, ranks_per_node)
+        return Topology(rank, consecutive(num_ranks, ranks_per_node), f"ranks_per_node={ranks_per_node}")
     hosts = by_place([handshake["host"] for handshake in handshakes])
+    if len(hosts) == 1:
+        return Topology(rank, hosts, "all ranks are on one host")
     per_host = len(hosts[0])
-    even = num_ranks % per_host == 0 and hosts == consecutive(num_ranks, per_host)
-    return hosts if even else (tuple(range(num_ranks)),)
+    if num_ranks % per_host == 0 and hosts == consecutive(num_ranks, per_host):
+        return Topology(rank, hosts, "each host is a node")
+    everybody = (tuple(range(num_ranks)),)
+    return Topology(rank, everybody, "to be nodes, hosts need equally many ranks each, with consecutive numbers")
 
 
 def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> CudaBackend:

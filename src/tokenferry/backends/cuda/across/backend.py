@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -24,9 +25,10 @@ from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.errors import BackendUnavailable, MismatchError, PeerTimeout
+from tokenferry.errors import ClosedError, PeerTimeout, UnsupportedError
 from tokenferry.kernels.all import ACROSS_NODES
 from tokenferry.topology import Topology
+from tokenferry.transports.failures import FailureReport
 from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Quantized
 
 _PATIENCE_S = 1.0
@@ -48,7 +50,7 @@ class AcrossBackend(CudaBackend):
     def __init__(self, context: Context, key: str, why: str, topology: Topology, rails: Rails, max_tokens: int) -> None:
         super().__init__(context, key, why, fast_path=False)
         self.rank = topology.rank
-        self.num_ranks = topology.num_nodes * topology.ranks_per_node
+        self.num_ranks = topology.num_ranks
         self.topology = topology
         self.transport = rails.name if topology.ranks_per_node == 1 else f"nvlink+{rails.name}"
         self.num_host_sizes = 2 * topology.num_nodes
@@ -111,17 +113,21 @@ class AcrossBackend(CudaBackend):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise errors that name the ranks at fault, which may be others than those for which this rank waited."""
+        """Report an error that breaks the group, and raise one that names the ranks at fault.
+
+        They may be others than those for which this rank waited.
+        """
         try:
             yield
-        except (PeerTimeout, MismatchError) as error:
+        except Exception as error:
             reports = self._rails.reports
-            if reports is None:
+            if reports is None or not self.broken or isinstance(error, ClosedError):
                 raise
-            reports.post(error)
-            if isinstance(error, MismatchError):
+            until = time.monotonic() + min(_PATIENCE_S, self.context.timeout_s / 10)
+            reports.post(FailureReport.of(error))
+            if not isinstance(error, PeerTimeout):
                 raise
-            raise reports.explain(error, min(_PATIENCE_S, self.context.timeout_s / 10)) from error
+            raise reports.explain(error, until, _no_text) from error
 
     def close(self) -> None:
         """Release the windows, and give up what is under way between nodes."""
@@ -129,7 +135,13 @@ class AcrossBackend(CudaBackend):
         super().close()
 
 
+def _no_text(_rank: int) -> str:
+    """Return nothing: the ranks of a node leave no texts in its windows; their reports are in the store."""
+    return ""
+
+
 def _refuse(call: str) -> NoReturn:
-    raise BackendUnavailable(
-        f"{call}: backend='cuda' has no such calls across nodes yet; use backend='cpu', or a group of one node"
+    raise UnsupportedError(
+        f"{call}: backend='cuda' has no such calls across nodes yet; use a group of one node, or backend='cpu' with "
+        "tensors in host memory"
     )

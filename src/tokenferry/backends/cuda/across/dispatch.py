@@ -150,7 +150,7 @@ class AcrossDispatcher:
         found = self._forms.get(key)
         if found is None:
             assert kind.topk_dtype is not None
-            num_ranks = self._topology.num_nodes * self._topology.ranks_per_node
+            num_ranks = self._topology.num_ranks
             plan = PlanForm(
                 self._key,
                 options,

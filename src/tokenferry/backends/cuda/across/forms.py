@@ -152,7 +152,7 @@ def _move_form(context: Context, topology: Topology, signature: Signature, moved
     spread = None
     if by_expert:
         spread = expand_form(context, kind, moved.num_local, moved.options, moved.capacity)
-        spread.params.num_sources = topology.num_nodes * topology.ranks_per_node
+        spread.params.num_sources = topology.num_ranks
     return MoveForm(
         signature,
         kind,

@@ -81,7 +81,7 @@ def check_template(context: Context, topology: Topology) -> LaunchTemplate:
 
 
 def _set_nodes(template: LaunchTemplate, topology: Topology, num_experts: int, top_k: int) -> None:
-    p, num_ranks = template.params, topology.num_nodes * topology.ranks_per_node
+    p, num_ranks = template.params, topology.num_ranks
     p.top_k, p.num_experts, p.all_ranks = top_k, num_experts, num_ranks
     p.num_nodes, p.node = topology.num_nodes, topology.node
     template.smem_bytes = split_spec.smem_bytes(num_ranks, topology.num_nodes)

@@ -25,7 +25,7 @@ from tokenferry.errors import PeerTimeout
 from tokenferry.forked import forget_in_child
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
-from tokenferry.transports.failures import FailureReports
+from tokenferry.transports.failures import FailureReport, FailureReports
 
 _POLL_S = 0.002
 _SHORT_WAIT_S = 0.0002
@@ -172,7 +172,7 @@ class NcclRails:
         lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in transfer.peers}))
         self._lost = lost
         if self.reports is not None:
-            self.reports.post(lost)
+            self.reports.post(FailureReport.of(lost))
         self._abort()
         self._under_way.clear()  # not before: NCCL may still write into their tensors
 

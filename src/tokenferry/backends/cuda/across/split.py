@@ -53,7 +53,7 @@ class Splitter:
     def __init__(self, context: Context, topology: Topology) -> None:
         self._context = context
         self._num_nodes = topology.num_nodes
-        self._num_ranks = topology.num_nodes * topology.ranks_per_node
+        self._num_ranks = topology.num_ranks
         pin = context.device.type == "cuda"
         memory = pinned_words(HOST_NODES_WORD + topology.num_nodes, pin=pin)
         self._words, self._address = view_words(memory), memory.data_ptr()
