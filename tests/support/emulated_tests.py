@@ -15,7 +15,7 @@ FILES = (
         "test_combine_pull.py",
         "test_combine_push.py",
         "test_dispatch_expand.py",
-        "test_nodes.py",
+        "test_node_kernels.py",
         "test_sync.py",
     ),
     *("test_decode_dispatch.py", "test_decode_combine.py"),

@@ -73,8 +73,10 @@ class Split:
 class Splitter:
     """Runs dispatch_split and dispatch_rails on all ranks, each with its own routing and nodes."""
 
-    def __init__(self, ranks: Ranks, nodes: list[Nodes], topk_idx: list[Tensor], capacity: int = 0) -> None:
-        self.capacity = capacity
+    def __init__(
+        self, ranks: Ranks, nodes: list[Nodes], topk_idx: list[Tensor], capacity: int = 0, max_nodes: int = 0
+    ) -> None:
+        self.capacity, self.max_nodes = capacity, max_nodes
         self.ranks, self.nodes, self.index = ranks, nodes, [ranks.on_device(one) for one in topk_idx]
         self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
         make = ranks.poisoned
@@ -99,6 +101,7 @@ class Splitter:
                 "headers": self.headers[rank],
                 "host": self.host[rank],
                 "capacity": self.capacity,
+                "max_nodes": self.max_nodes,
                 "handshake": dict.fromkeys(range(SIGNATURE_WORDS), 7 + rank),
             }
             for rank in range(self.ranks.num_ranks)

@@ -168,6 +168,9 @@ class Fault(enum.IntEnum):
     node_gave_up = HEADER.constant(
         "kNodeGaveUp", 9, "rank `word` of the whole group sent undefined data; seen: its fault"
     )
+    too_many_nodes = HEADER.constant(
+        "kTooManyNodes", 10, "word: the token, seen: how many nodes its experts lie on, expected: its limit"
+    )
 
 
 RECORD = HEADER.struct(

@@ -50,6 +50,8 @@ _LATE: dict[int, str] = {
 }
 """Why a peer is late, by fault."""
 _GONE = (Fault.peer_ended, Fault.peer_closed)
+_OF_THE_ROUTING = (Fault.bad_routing, Fault.too_many_nodes)
+"""Faults about a token of this rank, whose records name no other rank."""
 
 _kept_pinned: list[torch.Tensor] = []
 """Pinned memory of all groups of the process. It is never freed: a kernel that writes it may still be queued, or belong
@@ -203,7 +205,7 @@ class FlightRecorder:
         """Return the exception for a record."""
         signature = next((found for number, found in reversed(self._calls) if number == record.call_number), None)
         call = CallId(record.call_number, signature.phase if signature else "a call")
-        if record.code != Fault.bad_routing:
+        if record.code not in _OF_THE_ROUTING:
             record = replace(record, peer=record.peer + self.first_rank, blamed=record.blamed + self.first_rank)
         peer, seen, expected = record.peer, record.seen, record.expected
         if record.code == Fault.mismatch:
@@ -219,6 +221,12 @@ class FlightRecorder:
                 f"{call.phase}: topk_idx[{record.word}, {peer}] is {index}, expected an expert in [0, {expected}), or "
                 f"-1 for an unused slot; the group has num_experts={expected} (found on the device, "
                 f"call #{call.number})"
+            )
+        if record.code == Fault.too_many_nodes:
+            return RoutingError(
+                f"{call.phase}: topk_idx[{record.word}] has experts on {seen} nodes, expected at most {expected}; the "
+                f"group has max_nodes={expected}: limit the groups of the router, or make the group with "
+                f"MoeShape(max_nodes={seen}) (found on the device, call #{call.number})"
             )
         if record.code == Fault.overflow:
             masked = signature is not None and dict(signature.fields).get("layout") == MASKED

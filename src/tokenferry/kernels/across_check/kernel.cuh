@@ -7,7 +7,7 @@
 // Writes   nothing, unless one is not 0: then the record of the host and peers' control blocks, as any kernel that gives up.
 // Faults   If one is not 0, this rank gives up, and its later kernels are no-ops: nothing undefined is passed on.
 // Cost     a launch. sm_90a: <= 64 registers, 0 spills.
-// Tests    tests/cuda/test_nodes.py, tests/emulator/test_nodes.py, tests/compile.
+// Tests    tests/cuda/test_node_kernels.py, tests/emulator/test_across_nodes.py, tests/compile.
 #include "device/sync.cuh"
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) across_check(const __grid_constant__ AcrossCheckParams p) {

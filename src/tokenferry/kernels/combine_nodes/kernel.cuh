@@ -8,7 +8,7 @@
 // Order    Biases first, then the nodes in their order. Sums are in float32 (float64 for float64 rows), rounded once: the same
 //          bits every time.
 // Cost     reads one row for each slot, writes T rows. sm_90a: <= 64 registers, 0 spills.
-// Tests    tests/cuda/test_nodes.py, tests/compile.
+// Tests    tests/cuda/test_node_kernels.py, tests/compile.
 #include "device/number.cuh"
 #include "device/sync.cuh"
 

@@ -5,7 +5,7 @@
 //          strides; weights [T, K]; slots [T, N] of dispatch_rails.
 // Writes   rows_out, scale_out, weights_out: for each slot on another node than p.node the data of its token.
 // Cost     reads T rows, writes one for each slot. sm_90a: <= 80 registers, 0 spills.
-// Tests    tests/cuda/test_nodes.py, tests/compile.
+// Tests    tests/cuda/test_node_kernels.py, tests/compile.
 #include "device/copy.cuh"
 #include "device/sync.cuh"
 

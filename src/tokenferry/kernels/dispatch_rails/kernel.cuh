@@ -12,7 +12,7 @@
 //          memory, at most 36864 B of dynamic.
 // Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: slots {{0,-1},{1,0}}; ids_here {{0,1},{1,-1}}; ids_out {{-1,1}};
 //          tokens_out 1; dst_token 0 0 1 1.
-// Tests    tests/cuda/test_nodes.py, tests/compile.
+// Tests    tests/cuda/test_node_kernels.py, tests/compile.
 #include "dispatch_split/nodes.cuh"
 
 struct Unit {

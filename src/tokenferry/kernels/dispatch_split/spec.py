@@ -22,6 +22,7 @@ SPEC = describe(
         ("num_nodes", "u32"),
         ("node", "u32"),
         ("capacity", "u32"),
+        ("max_nodes", "u32"),
     ),
     max_registers=40,
     max_threads=THREADS,

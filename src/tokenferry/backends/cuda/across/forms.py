@@ -120,6 +120,8 @@ def new_across_form(
     notify.params.segments = assign.params.segments = num_nodes
     split = across_launch.split_template(context, topology, E, K, wide=wide)
     split.params.capacity = shape.max_tokens if options.counts == "device" else 0
+    if shape.max_nodes is not None and shape.max_nodes < min(num_nodes, K):
+        split.params.max_nodes = shape.max_nodes
     notify.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks, num_nodes)
     signature = dispatch_signature(geometry, kind, options.capacity or 0)
     moved = MoveSizes(shape, options, kind, geometry.num_local, geometry.sizes.capacity, num_sms)

@@ -101,6 +101,32 @@ def test_a_bad_index():
     split_and_check(Splitter(ranks, [Nodes(4, 4, 2, 1)] * 2, [index[0]] * 2))
 
 
+def test_a_token_for_too_many_nodes():
+    """The first is recorded, with its nodes; unused slots and experts of one node count once."""
+    ranks = ranks_of(2)
+    near, far = [[0, 1, -1, 4], [4, 4, 5, 8]] * 70, [0, 9, 5, 1]
+    choices = [near, [*near, far, near[0], far]]
+    splitter = Splitter(ranks, [Nodes(12, 6, 3, 1)] * 2, [torch.tensor(one) for one in choices], max_nodes=2)
+    splitter.split()
+    ranks.wait()
+    assert ranks.record(0) is None
+    record = ranks.record(1)
+    assert record is not None
+    assert (record.code, record.word, record.seen, record.expected) == (Fault.too_many_nodes, 140, 3, 2)
+    assert splitter.dst_counts[1].cpu().tolist() == [-1] * 6
+    assert splitter.host[1].tolist() == [-1] * 5, "the host is told counts"
+
+
+def test_a_bad_index_of_a_token_for_too_many_nodes():
+    ranks = ranks_of(1)
+    splitter = Splitter(ranks, [Nodes(12, 6, 3, 1)], [torch.tensor([[0, 12, 5, 9]])], max_nodes=2)
+    splitter.split()
+    ranks.wait()
+    record = ranks.record(0)
+    assert record is not None
+    assert (record.code, record.word, record.peer, record.seen) == (Fault.bad_routing, 0, 1, 12)
+
+
 @pytest.mark.parametrize(
     ("row_bytes", "scale_dtype", "num_scales", "lie"),
     [

@@ -337,6 +337,29 @@ def test_bad_routing_on_the_device(run):
     run(4, one_errs_on_the_device, ranks_per_node=2)
 
 
+def goes_too_far(rank: int, pg: None, pair: EmulatedPair, counts: str) -> None:
+    """As on the CPU: a token for too many nodes is refused before anything is sent, if the host knows counts."""
+    with pair.open(pg, replace(SHAPE, max_nodes=1)) as group:
+        x, good = torch.ones(3, 16), torch.tensor([[0, 0], [1, -1], [2, 3]])
+        far = good.clone()
+        far[1, 1] = 3
+        options = DispatchOptions(counts=counts)
+        if rank == 1:
+            text = r"^dispatch: topk_idx\[1\] has experts on 2 nodes, expected at most 1"
+            with pytest.raises(RoutingError, match=text):  # noqa: PT012 - with counts on the device
+                group.dispatch(x, Routing(far), options=options)
+                group.synchronize()
+        elif counts == "device":
+            group.dispatch(x, Routing(good), options=options)
+        sent = group.dispatch(x, Routing(good), options=options)
+        assert group.combine(sent.x, sent.plan).x[:, 0].tolist() == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("counts", ["host", "device"])
+def test_a_token_goes_to_no_more_nodes_than_the_shape_allows(run, counts):
+    run(4, goes_too_far, counts, ranks_per_node=2)
+
+
 def other_options(rank: int, pg: None, pair: EmulatedPair) -> None:
     """The two nodes make different calls."""
     with pair.open(pg, SHAPE) as group:
