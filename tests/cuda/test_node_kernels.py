@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from support.virtual_nodes import Nodes, Split, Splitter
-from support.virtual_ranks import POISON, ranks_of
+from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.across_check import spec as check_spec
+from tokenferry.kernels.across_open import spec as open_spec
 from tokenferry.kernels.codes import TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
-from tokenferry.kernels.control_block import Fault
+from tokenferry.kernels.control_block import RAIL_SPACE_WORD, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
 from tokenferry.kernels.dispatch_pack import spec as pack_spec
 
 TOPOLOGIES = ((2, 2, 2), (6, 3, 4), (4, 1, 1), (70, 35, 2))
@@ -32,7 +33,7 @@ def split_and_check(splitter: Splitter) -> None:
         call = splitter.ranks.call
         assert splitter.host[rank].tolist() == [call, len(want.dst_token), *want.counts]
         headers = splitter.headers[rank].cpu()
-        assert headers.tolist() == [[7 + rank] * 15 + [count] for count in want.counts]
+        assert headers.tolist() == [[7 + rank] * SIGNATURE_WORDS + [count, 0] for count in want.counts]
         for name, found in made[rank].items():
             check_start(found, getattr(want, name), f"rank {rank} {nodes} {name}")
 
@@ -224,9 +225,62 @@ def test_sums_at_home(dtype, num_biases):
     assert weights_out.cpu().equal(weights)
 
 
+HEADER = [*range(7, 7 + SIGNATURE_WORDS), 30, 40]
+"""A signature, then rows to the reader and from it."""
+HANDSHAKE = dict(enumerate(HEADER[:SIGNATURE_WORDS]))
+
+
+def of_check(ranks: Ranks) -> dict[str, object]:
+    """Return the fields of across_check on node 0 of three; nothing is read of its own header."""
+    headers = torch.tensor([[-1] * RAIL_WORDS, HEADER, HEADER], dtype=torch.int32)
+    return {
+        "headers": ranks.on_device(headers),
+        "states": ranks.on_device(torch.zeros(3, 2, dtype=torch.int32)),
+        "src_counts": ranks.on_device(torch.zeros(6, dtype=torch.int64)),
+        "num_nodes": 3,
+        "node": 0,
+        "handshake": HANDSHAKE,
+    }
+
+
+@pytest.mark.parametrize("has_plan", [False, True])
+def test_what_a_rank_says_about_a_call(has_plan):
+    ranks = ranks_of(1)
+    headers = ranks.poisoned(3, RAIL_WORDS, dtype=torch.int32)
+    fields = {"headers": headers, "num_nodes": 3, "handshake": HANDSHAKE}
+    if has_plan:
+        fields["goes"] = ranks.on_device(torch.tensor([3, 4, 5], dtype=torch.int32))
+        fields["comes"] = ranks.on_device(torch.tensor([6, 7, 8], dtype=torch.int32))
+    ranks.run(open_spec.SPEC, [fields], (1, open_spec.THREADS, 0))
+    rows = ([3, 6], [4, 7], [5, 8]) if has_plan else [[0, 0]] * 3
+    assert headers.cpu().tolist() == [[*HEADER[:SIGNATURE_WORDS], *each] for each in rows]
+
+
+@pytest.mark.parametrize("word", [None, 0, 1, SIGNATURE_WORDS - 1, ROWS_WORD, RAIL_SPACE_WORD])
+@pytest.mark.parametrize("has_plan", [False, True])
+def test_other_calls_on_other_nodes(word, has_plan):
+    ranks = ranks_of(2)
+    fields = of_check(ranks)
+    if has_plan:
+        fields["comes"] = ranks.on_device(torch.tensor([-5, 30, 30], dtype=torch.int32))
+        fields["goes"] = ranks.on_device(torch.tensor([-5, 40, 40], dtype=torch.int32))
+    if word is not None:
+        fields["headers"][1, word] += 1
+    ranks.launch(check_spec.SPEC, [None, fields], (1, check_spec.THREADS, 0))
+    ranks.wait()
+    record = ranks.record(1)
+    if word is None or (word >= SIGNATURE_WORDS and not has_plan):
+        assert record is None
+        return
+    assert record is not None
+    assert (record.code, record.peer, record.word, record.blamed) == (Fault.node_mismatch, 1, word, 3)
+    assert (record.seen, record.expected) == (HEADER[word] + 1, HEADER[word])
+    assert ranks.words(0, "gave_up", 2, torch.int64).tolist() == [0, Fault.node_mismatch << 32 | 1]
+
+
 def test_what_an_undefined_sender_sends_is_not_passed_on():
     ranks = ranks_of(2)
-    fields = {"src_counts": ranks.on_device(torch.zeros(6, dtype=torch.int64)), "num_nodes": 3}
+    fields = of_check(ranks)
     good = ranks.on_device(torch.zeros(3, 2, dtype=torch.int32))
     ranks.run(check_spec.SPEC, [{**fields, "states": good}] * 2, (1, check_spec.THREADS, 0))
     assert ranks.failed() == [0, 0]

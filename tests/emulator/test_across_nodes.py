@@ -294,8 +294,8 @@ def count_bytes(rank: int, pg: None, pair: EmulatedPair) -> tuple[int, int, int]
 
 def test_a_row_crosses_once_for_each_node(run):
     """However many ranks want it there. Dispatch: header, ids and token numbers, rows with scales and weights."""
-    rows, header, routing, state = 3, 64, 3 * (2 * 8 + 4), 8
-    want = (header + routing + rows * (32 + 12 + 8) + state, rows * 64 + state, rows * 64 + state)
+    rows, header, routing, state = 3, 68, 3 * (2 * 8 + 4), 8
+    want = (header + routing + rows * (32 + 12 + 8) + state, *[header + rows * 64 + state] * 2)
     assert run(4, count_bytes, ranks_per_node=2) == [want] * 4
 
 
@@ -374,6 +374,61 @@ def test_different_calls_on_two_nodes(run):
     run(4, other_options, ranks_per_node=2)
 
 
+CALLS = {
+    "dispatch": lambda group, x, plan: group.dispatch(x, Routing(torch.tensor([[0, 3], [1, 2]]))),
+    "dispatch on the device": lambda group, x, plan: group.dispatch(
+        x, Routing(torch.tensor([[0, 3], [1, 2]])), options=DispatchOptions(counts="device")
+    ),
+    "redispatch": lambda group, x, plan: group.redispatch(x, plan),
+    "combine": lambda group, x, plan: group.combine(torch.ones(plan.num_delivered, 16), plan),
+}
+
+
+def calls_of_other_kinds(rank: int, pg: None, pair: EmulatedPair, kinds: tuple[str, str]) -> str:
+    """The nodes make calls of different kinds; return what a rank raises."""
+    with pair.open(pg, SHAPE) as group:
+        x = torch.ones(2, 16)
+        plan = group.dispatch(x, Routing(torch.tensor([[0, 3], [1, 2]]))).plan
+        with pytest.raises(MismatchError) as caught:  # noqa: PT012 - some raise with the next call
+            CALLS[kinds[rank // 2]](group, x, plan)
+            group.synchronize()
+        assert group._backend.broken
+        pair.barrier()
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("other", list(CALLS)[1:])
+@pytest.mark.parametrize("one", list(CALLS)[:3])
+def test_calls_of_different_kinds_on_two_nodes(run, one, other):
+    """Each rank names one of another node, or a rank of its own that has found one."""
+    if one == other:
+        return
+    for rank, text in enumerate(run(4, calls_of_other_kinds, (one, other), ranks_per_node=2)):
+        across, beside = (rank + 2) % 4, rank ^ 1
+        found = (
+            f"rank {rank} and rank {across} made different calls",
+            f"rank {beside} and a rank of another node made different calls",
+            f"rank {rank} waited for",
+        )
+        assert any(each in text for each in found), text
+
+
+def rows_of_another_plan(rank: int, pg: None, pair: EmulatedPair, call: str) -> None:
+    """The nodes follow different plans, with different numbers of rows between them."""
+    with pair.open(pg, SHAPE) as group:
+        x = torch.ones(2, 16)
+        few, many = (group.dispatch(x, Routing(torch.tensor(one))).plan for one in ([[0, 3], [0, 1]], [[0, 3], [1, 2]]))
+        with pytest.raises(MismatchError, match=r"use plans of the same dispatch|made different calls"):  # noqa: PT012
+            CALLS[call](group, x, few if rank < 2 else many)
+            group.synchronize()
+        pair.barrier()
+
+
+@pytest.mark.parametrize("call", ["redispatch", "combine"])
+def test_different_plans_on_two_nodes(run, call):
+    run(4, rows_of_another_plan, call, ranks_per_node=2)
+
+
 LOST = 3
 """A rank of node 1."""
 
@@ -381,27 +436,21 @@ LOST = 3
 def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
     """Rank 3 does not make a call."""
     with pair.open(pg, SHAPE, timeout_s=4.0) as group:
-        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
-        calls = {
-            "dispatch": lambda: group.dispatch(x, routing),
-            "dispatch on the device": lambda: group.dispatch(x, routing, options=DispatchOptions(counts="device")),
-            "redispatch": lambda: group.redispatch(x, sent.plan),
-            "combine": lambda: group.combine(sent.x, sent.plan),
-        }
-        sent = group.dispatch(x, routing)
+        x = torch.ones(2, 16)
+        plan = group.dispatch(x, Routing(torch.tensor([[0, 3], [1, 2]]))).plan
         if rank == LOST:
             pair.barrier()
             return None
         with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - with counts on the device, and in combine
-            calls[call]()
+            CALLS[call](group, x, plan)
             group.synchronize()
         with pytest.raises(ClosedError):
-            group.dispatch(x, routing)
+            group.redispatch(x, plan)
         pair.barrier()
         return caught.value
 
 
-@pytest.mark.parametrize("call", ["dispatch", "dispatch on the device", "redispatch", "combine"])
+@pytest.mark.parametrize("call", CALLS)
 def test_a_silent_rank(run, call):
     """Every survivor names it, by its number in the whole group, and its node, also if it waited for another one."""
     errors = run(4, one_is_silent, call, ranks_per_node=2)
@@ -441,8 +490,8 @@ def stops_at(rank: int, pg: None, pair: EmulatedPair, number: int) -> PeerTimeou
         return None if rank == LOST else caught.value
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7])
 def test_a_rank_is_lost_in_the_middle_of_a_call(run, number):
-    """Before counts, routing or rows of a dispatch, rows of a redispatch, or sums are exchanged."""
+    """Before any exchange of a dispatch (headers, routing, rows), a redispatch (headers, rows) or a combine."""
     for error in run(4, stops_at, number, ranks_per_node=2)[:LOST]:
         assert (error.peers, error.nodes) == ((LOST,), (1,)), error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,8 @@ from tokenferry.backends.cuda.across.rails import Parcels, Transfer
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.transports.failures import FailureReports
+
+_POLL_S = 0.05
 
 
 class Boxes:
@@ -48,6 +52,7 @@ class QueueRails:
     def __init__(self, topology: Topology, boxes: Boxes, timeout_s: float) -> None:
         self.reports = FailureReports(boxes.group, 0, topology)
         self._rank, self._rail, self._boxes, self._timeout_s = topology.rank, topology.rail, boxes, timeout_s
+        self._mismatched: Callable[[], bool] = lambda: False
         self.num_bytes = 0
 
     def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
@@ -60,13 +65,25 @@ class QueueRails:
     def _receive(self, call: CallId, recv: Parcels) -> None:
         for node, tensors in recv.items():
             peer = self._rail[node]
-            try:
-                came = self._boxes[peer, self._rank].get(timeout=self._timeout_s)
-            except queue.Empty:
-                raise peer_timeout(call, self._rank, [peer], "nothing came", self._timeout_s, "") from None
-            assert [(one.shape, one.dtype) for one in came] == [(one.shape, one.dtype) for one in tensors]
+            came = self._take(self._boxes[peer, self._rank])
+            if came is None:
+                raise peer_timeout(call, self._rank, [peer], "nothing came", self._timeout_s, "")
+            if [(one.shape, one.dtype) for one in came] != [(one.shape, one.dtype) for one in tensors]:
+                # NCCL does not compare sizes, and may wait until the deadline.
+                raise peer_timeout(call, self._rank, [peer], "other sizes came", 0.0, "")
             for tensor, there in zip(tensors, came, strict=True):
                 tensor.copy_(there)
+
+    def _take(self, box: queue.SimpleQueue[list[Tensor]]) -> list[Tensor] | None:
+        end = time.monotonic() + self._timeout_s
+        while time.monotonic() < end and not self._mismatched():
+            with suppress(queue.Empty):
+                return box.get(timeout=_POLL_S)
+        return None
+
+    def end_soon_if(self, mismatched: Callable[[], bool]) -> None:
+        """See `Rails.end_soon_if`; here they end at once."""
+        self._mismatched = mismatched
 
     def raise_lost(self) -> None:
         """Do nothing: an exchange raises where it is waited for."""

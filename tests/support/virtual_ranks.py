@@ -244,7 +244,7 @@ class Ranks:
         """Return the record of a rank and clear it, as a host does that raises it."""
         words = [word & 0xFFFFFFFF for word in self.records[rank].tolist()]
         self.records[rank].zero_()
-        if words[0] in (Fault.bad_routing, Fault.overflow):
+        if words[0] in (Fault.bad_routing, Fault.too_many_nodes, Fault.overflow):
             self.words(rank, "stopped").zero_()
         return Record(*words[:ENDED_WORD]) if words[0] else None
 

@@ -106,6 +106,18 @@ def test_a_late_exchange_is_given_up_while_nobody_waits():
         transfer.wait()
 
 
+def test_exchanges_of_different_calls_end_soon():
+    """NCCL does not compare sizes, so they may never end."""
+    mismatched = threading.Event()
+    rails = Rails(SOON_S * 10)
+    rails.end_soon_if(mismatched.is_set)
+    with mock.patch("tokenferry.backends.cuda.across.nccl_rails._MISMATCH_S", 0.2):
+        begin(rails, 0)
+        assert not rails.aborted.wait(0.4)
+        mismatched.set()
+        assert rails.aborted.wait(SOON_S)
+
+
 def test_the_deadline_counts_from_when_the_stream_is_there():
     """Work before an exchange may take any time."""
     rails = Rails(0.1)

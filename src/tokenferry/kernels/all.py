@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokenferry.kernels.across_check.spec import SPEC as ACROSS_CHECK
+from tokenferry.kernels.across_open.spec import SPEC as ACROSS_OPEN
 from tokenferry.kernels.combine_nodes.spec import SPEC as COMBINE_NODES
 from tokenferry.kernels.combine_pull.spec import SPEC as COMBINE_PULL
 from tokenferry.kernels.combine_push.spec import SPEC as COMBINE_PUSH
@@ -37,5 +38,5 @@ SPECS = (
     SHARE_WORKSPACE,
 )
 
-ACROSS_NODES = (DISPATCH_SPLIT, DISPATCH_RAILS, DISPATCH_PACK, COMBINE_NODES, ACROSS_CHECK)
+ACROSS_NODES = (DISPATCH_SPLIT, DISPATCH_RAILS, DISPATCH_PACK, COMBINE_NODES, ACROSS_OPEN, ACROSS_CHECK)
 """Kernels of groups of several nodes only."""

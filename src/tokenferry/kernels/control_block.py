@@ -168,6 +168,11 @@ class Fault(enum.IntEnum):
     node_gave_up = HEADER.constant(
         "kNodeGaveUp", 9, "rank `word` of the whole group sent undefined data; seen: its fault"
     )
+    node_mismatch = HEADER.constant(
+        "kNodeMismatch",
+        11,
+        "this word of what rank `blamed` of the whole group said about its call differs; peer: itself",
+    )
     too_many_nodes = HEADER.constant(
         "kTooManyNodes", 10, "word: the token, seen: how many nodes its experts lie on, expected: its limit"
     )
@@ -199,7 +204,12 @@ HOST_EXPERTS_WORD = HEADER.constant("kHostExpertsWord", HOST_MOST_WORD + 1, "L w
 
 # ---- across nodes: what dispatch_split reports to the host, in memory of its own, and to the ranks across from it
 
-RAIL_WORDS = HEADER.constant("kRailWords", SIGNATURE_WORDS + 1, "words for a rank across: the signature, then tokens")
+RAIL_SPACE_WORD = HEADER.constant(
+    "kRailSpaceWord", ROWS_WORD + 1, "rows from the reader that the sender expects along its plan"
+)
+RAIL_WORDS = HEADER.constant(
+    "kRailWords", RAIL_SPACE_WORD + 1, "words for a rank across: the signature; in kRowsWord the rows for it; the above"
+)
 HOST_ROWS_WORD = HEADER.constant("kHostRowsWord", 1, "rows to all ranks; word 0 is the call number")
 HOST_NODES_WORD = HEADER.constant("kHostNodesWord", 2, "N words: tokens for each node")
 

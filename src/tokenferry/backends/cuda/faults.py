@@ -28,6 +28,7 @@ from tokenferry.kernels.control_block import (
     HOST_SENT_WORD,
     MAX_EXPERTS,
     MAX_RANKS,
+    RAIL_SPACE_WORD,
     RECORD_WORDS,
     ROWS_WORD,
     SIZES_WORD,
@@ -50,6 +51,7 @@ _LATE: dict[int, str] = {
 }
 """Why a peer is late, by fault."""
 _GONE = (Fault.peer_ended, Fault.peer_closed)
+_MISMATCHES = (Fault.mismatch, Fault.node_mismatch)
 _OF_THE_ROUTING = (Fault.bad_routing, Fault.too_many_nodes)
 """Faults about a token of this rank, whose records name no other rank."""
 
@@ -134,6 +136,11 @@ class Pinned:
         """Whether a kernel has written a record."""
         return self.words[0] != 0
 
+    def mismatched(self) -> bool:
+        """Return whether the record says that ranks have made different calls."""
+        code = self.words[0]
+        return code in _MISMATCHES or (code == Fault.peer_gave_up and self._record().word in _MISMATCHES)
+
     def take_record(self) -> Record:
         """Return the record and clear it."""
         record = self._record()
@@ -205,14 +212,18 @@ class FlightRecorder:
         """Return the exception for a record."""
         signature = next((found for number, found in reversed(self._calls) if number == record.call_number), None)
         call = CallId(record.call_number, signature.phase if signature else "a call")
+        if record.code == Fault.node_mismatch:
+            word = CAPACITY_WORD if record.word == RAIL_SPACE_WORD else record.word
+            return self._mismatch(call, signature, replace(record, peer=record.blamed, word=word))
         if record.code not in _OF_THE_ROUTING:
             record = replace(record, peer=record.peer + self.first_rank, blamed=record.blamed + self.first_rank)
         peer, seen, expected = record.peer, record.seen, record.expected
         if record.code == Fault.mismatch:
             return self._mismatch(call, signature, record)
-        if record.code == Fault.peer_gave_up and record.word == Fault.mismatch:
+        if record.code == Fault.peer_gave_up and record.word in _MISMATCHES:
+            other = f"rank {record.blamed}" if record.word == Fault.mismatch else "a rank of another node"
             return MismatchError(
-                f"{call.phase} #{call.number}: rank {peer} and rank {record.blamed} made different calls, as rank "
+                f"{call.phase} #{call.number}: rank {peer} and {other} made different calls, as rank "
                 f"{peer} reported to rank {self.rank}; call the same on all ranks, in the same order"
             )
         if record.code == Fault.bad_routing:

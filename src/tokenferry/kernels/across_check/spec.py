@@ -10,9 +10,13 @@ THREADS = 256
 SPEC = describe(
     __file__,
     (
+        ("headers", "ptr:const u32"),
+        ("goes", "ptr:const u32"),
+        ("comes", "ptr:const u32"),
         ("states", "ptr:const u32"),
         ("src_counts", "ptr:const i64"),
         ("num_nodes", "u32"),
+        ("node", "u32"),
     ),
     max_registers=64,
     max_threads=THREADS,

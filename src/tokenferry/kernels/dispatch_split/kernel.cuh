@@ -19,9 +19,13 @@
 // Tests    tests/cuda/test_node_kernels.py (the example is its first case), tests/compile.
 #include "dispatch_split/nodes.cuh"
 
-// Leaves counts that all later kernels skip.
+// Leaves counts that all later kernels skip, and headers of this call: if counts stay on the device, the host sends them.
 DEV void abort_split(const DispatchSplitParams& p) {
     for (u32 r = threadIdx.x; r < p.all_ranks; r += blockDim.x) p.dst_counts[r] = -1;
+    for (u32 i = threadIdx.x; i < p.num_nodes * kRailWords; i += blockDim.x) {
+        const u32 word = i % kRailWords;
+        p.headers[i] = word < kSignatureWords ? p.handshake[word] : 0;
+    }
 }
 
 // Returns the last slot of the first token for more than p.max_nodes nodes among those that this thread looks at, or ~0. The
@@ -103,7 +107,8 @@ DEV void publish(const DispatchSplitParams& p, const i32* totals) {
     for (u32 r = threadIdx.x; r < R; r += blockDim.x) p.dst_counts[r] = totals[r];
     for (u32 i = threadIdx.x; i < N * kRailWords; i += blockDim.x) {
         const u32 word = i % kRailWords;
-        p.headers[i] = word < kSignatureWords ? p.handshake[word] : (u32)totals[R + i / kRailWords];
+        const u32 rows = word == kRowsWord ? (u32)totals[R + i / kRailWords] : 0;
+        p.headers[i] = word < kSignatureWords ? p.handshake[word] : rows;
     }
     for (u32 m = threadIdx.x; m < N; m += blockDim.x) p.host[kHostNodesWord + m] = (u32)totals[R + m];
     if (threadIdx.x < 32) {

@@ -55,6 +55,7 @@ class AcrossBackend(CudaBackend):
         self.transport = rails.name if topology.ranks_per_node == 1 else f"nvlink+{rails.name}"
         self.num_host_sizes = 2 * topology.num_nodes
         self._rails = rails
+        rails.end_soon_if(context.pinned.mismatched)
         self._crossing = Crossing(context, topology, rails, max_tokens)
         self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
         self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)
@@ -102,7 +103,8 @@ class AcrossBackend(CudaBackend):
         with self._explained():
             self.context.jit.warmup(ACROSS_NODES)
             super().warmup()
-            self._crossing.verdicts(self._crossing.begin(Signature("warmup")), 0)
+            call = self._crossing.begin(Signature("warmup"))
+            self._crossing.counts(call, self._crossing.open_along(call, 0, 0), 0)
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise their errors."""
@@ -124,10 +126,16 @@ class AcrossBackend(CudaBackend):
             if reports is None or not self.broken or isinstance(error, ClosedError):
                 raise
             until = time.monotonic() + min(_PATIENCE_S, self.context.timeout_s / 10)
-            reports.post(FailureReport.of(error))
-            if not isinstance(error, PeerTimeout):
+            found: Exception = error
+            if isinstance(error, PeerTimeout) and self.context.pinned.mismatched():
+                # The exchanges of different calls do not end.
+                found = self.context.flight_recorder.explain(self.context.pinned.take_record())
+            reports.post(FailureReport.of(found))
+            if isinstance(found, PeerTimeout):
+                found = reports.explain(found, until, _no_text)
+            if found is error:
                 raise
-            raise reports.explain(error, until, _no_text) from error
+            raise found from error
 
     def close(self) -> None:
         """Release the windows, and give up what is under way between nodes."""

@@ -50,13 +50,14 @@ class AcrossCombiner:
         form = self._inside.form(plan, at.whole, y, weighted=weights is not None, num_sms=num_sms)
         call = self._crossing.begin(form.signature)
         with self._context.breaking_off():  # peers wait for this rank
+            opening = self._crossing.open_along(call, at.came, at.went)  # sums go back where tokens came from
             rows, weights = self._inside.in_window(form, call, y, weights, at.whole)
             relay, K = at.relay, form.top_k
             parts = torch.empty(relay.first_out[-1], form.columns, dtype=y.dtype, device=y.device)
             parts_weights = None
             if weights is not None:
                 parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
-            home, states, transfers = Combined(parts, parts_weights), self._crossing.new_states(), []
+            home, transfers = Combined(parts, parts_weights), []
             num_chunks = self._crossing.num_chunks(parts.shape[1] * parts.element_size())
             no_counts = self._crossing.no_counts(plan)
             at = at._replace(no_counts=no_counts.data_ptr())
@@ -67,11 +68,12 @@ class AcrossCombiner:
                     done = self._inside.send(form, call, rows, plan_at, weights, (), None)
                     send = Sums(to, go.num, _present(done))
                     recv = Sums(source, comes.num, [comes.of(relay.part_out(each, source)) for each in _present(home)])
-                    transfers.append(self._crossing.sums(call, send, recv, states[source]))
+                    transfers.append(self._crossing.sums(call, send, recv, opening.states[source]))
             own = self._inside.send(form, call, rows, at.segment(relay.node), weights, (), None)
+            self._crossing.confirm(call, opening, at.whole.src_counts)
             for transfer in transfers:
                 transfer.join()
-            self._crossing.check(call, states, at.whole.src_counts)
+            self._crossing.check(call, opening, at.whole.src_counts)
             out = request.out
             if out is None or out.data_ptr() % 16 or overlap(out, y):
                 out = torch.empty_like(own.x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,16 +10,15 @@ import torch
 from torch import Tensor
 
 from tokenferry import tuning
-from tokenferry.backends.cuda.across.launch import check_template
+from tokenferry.backends.cuda.across.launch import check_template, open_template
 from tokenferry.backends.cuda.across.rails import Parcels, Rails, Transfer
 from tokenferry.backends.cuda.across.relay import Relay, chunks_of
-from tokenferry.backends.cuda.across.split import Split
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import Record
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import TokenferryError
-from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, SIGNATURE_WORDS, Fault
+from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
 from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId
@@ -35,6 +35,24 @@ class Step(NamedTuple):
 
     to: int
     source: int
+
+
+class Opening(NamedTuple):
+    """What the ranks across from this one say about a call, before anything else crosses.
+
+    Attributes:
+        headers: ``[N, RAIL_WORDS]`` int32; of the own node undefined.
+        goes: Address of ``[N]`` int32: rows for each node along the plan of this rank; 0: there is none yet.
+        comes: The same of rows from there.
+        states: ``[N, 2]`` int32, the states of these ranks when they sent rows; zeros until then.
+        transfer: The exchange.
+    """
+
+    headers: Tensor
+    goes: int
+    comes: int
+    states: Tensor
+    transfer: Transfer
 
 
 class Sums(NamedTuple):
@@ -99,6 +117,7 @@ class Crossing:
             context.window.base + CONTROL_BLOCK_OFFSETS["stopped"], (2,), torch.int32, context.device, context.window
         )
         self._num_nodes = topology.num_nodes
+        self._open = open_template(context, topology)
         self._check = check_template(context, topology)
         self._others = [node for node in range(topology.num_nodes) if node != topology.node]
         self.rails = rails
@@ -107,35 +126,63 @@ class Crossing:
         """Begin a call, as `Context.begin`.
 
         Raises:
-            PeerTimeout: an exchange of an earlier call did not end in time.
+            TokenferryError: the error of an earlier call; PeerTimeout: one of its exchanges did not end in time.
         """
+        call = self._context.begin(signature)
         with self._context.breaking_off():
             self.rails.raise_lost()
-        return self._context.begin(signature)
+        return call
 
     def exchange(self, call: Call, send: Parcels, recv: Parcels) -> Transfer:
         """Begin an exchange, behind the work of the current stream."""
         return self.rails.exchange(CallId(call.number, f"{call.signature.phase} (between nodes)"), send, recv)
 
-    def counts(self, call: Call, split: Split, num_tokens: int) -> tuple[int, ...]:
+    def open(self, call: Call, headers: Tensor, goes: int = 0, comes: int = 0) -> Opening:
+        """Exchange what ranks say about a call: first in every call and of one size, so that different calls meet here.
+
+        Args:
+            call: The call.
+            headers: ``[N, RAIL_WORDS]`` int32: what to say to each node.
+            goes: See `Opening`.
+            comes: See `Opening`.
+        """
+        came = torch.empty_like(headers)
+        send = {node: [headers[node]] for node in self._others}
+        transfer = self.exchange(call, send, {node: [came[node]] for node in self._others})
+        states = torch.zeros(self._num_nodes, 2, dtype=torch.int32, device=self._context.device)
+        return Opening(came, goes, comes, states, transfer)
+
+    def open_along(self, call: Call, goes: int, comes: int) -> Opening:
+        """Open a call that follows a plan.
+
+        Args:
+            call: The call.
+            goes: Address of ``[N]`` int32: rows for each node; 0: none.
+            comes: The same of rows from there.
+        """
+        headers = torch.empty(self._num_nodes, RAIL_WORDS, dtype=torch.int32, device=self._context.device)
+        self._open.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, headers.data_ptr(), goes, comes
+        )
+        self._open.launch(1, call.stream)
+        return self.open(call, headers, goes, comes)
+
+    def counts(self, call: Call, opening: Opening, num_tokens: int) -> tuple[int, ...]:
         """Return, by node, how many tokens come from the rank across there; of the own node all T.
 
         Raises:
             MismatchError: a rank across from this one has made another call.
             PeerTimeout: one did not answer in time.
         """
-        came = torch.empty_like(split.headers)
-        send = {node: [split.headers[node]] for node in self._others}
-        self.exchange(call, send, {node: [came[node]] for node in self._others}).wait()
-        headers = came.tolist()
-        headers[self._node] = split.headers[self._node].tolist()
-        mine = headers[self._node][:SIGNATURE_WORDS]
-        for node, header in enumerate(headers):
-            for word, (seen, expected) in enumerate(zip(header[:SIGNATURE_WORDS], mine, strict=True)):
+        opening.transfer.wait()
+        mine, counts = struct.unpack(f"<{SIGNATURE_WORDS}i", call.signature.words), [num_tokens] * self._num_nodes
+        headers = opening.headers.tolist()
+        for node in self._others:
+            for word, (seen, expected) in enumerate(zip(headers[node], mine, strict=False)):
                 if seen != expected:
                     raise self._mismatch(call, node, word, seen, expected)
-        headers[self._node][RAIL_WORDS - 1] = num_tokens
-        return tuple(header[RAIL_WORDS - 1] for header in headers)
+            counts[node] = headers[node][ROWS_WORD]
+        return tuple(counts)
 
     def verdicts(self, call: Call, most: int) -> list[int]:
         """Return, by node, what its ranks say there: the same number on all ranks of a node.
@@ -182,7 +229,7 @@ class Crossing:
             relay: How many tokens cross.
             send: Rows for all other nodes.
             recv: Rows from all other nodes.
-            states: As `new_states` returns them.
+            states: Where the states of the ranks across go, as `Opening.states`.
         """
         made: dict[int, list[Transfer]] = {}
         num_chunks = self.num_chunks(send.rows.shape[1])
@@ -212,20 +259,31 @@ class Crossing:
         """Return ``[R]`` int64: 0 for each rank, -1 if the plan was aborted; see `RelayAddresses`."""
         return plan.src_counts.clamp(max=0)
 
-    def new_states(self) -> Tensor:
-        """Return ``[N, 2]`` int32 zeros, for the states of the ranks across from this one."""
-        return torch.zeros(self._num_nodes, 2, dtype=torch.int32, device=self._context.device)
+    def confirm(self, call: Call, opening: Opening, counts: int) -> None:
+        """Let the stream wait for an opening, and check it, before it waits for what differs between calls.
 
-    def check(self, call: Call, states: Tensor, src_counts: int) -> None:
-        """Launch what makes later kernels no-ops if a rank across from this one has sent undefined data.
+        If ranks have made different calls, the exchanges that follow may never end; see `Rails.end_soon_if`.
 
         Args:
             call: The call.
-            states: The states that came.
+            opening: What the ranks across from this one say about it.
+            counts: Address of counts of the plan, -1 if it was aborted.
+        """
+        opening.transfer.join()
+        self.check(call, opening, counts)
+
+    def check(self, call: Call, opening: Opening, src_counts: int) -> None:
+        """Launch what makes later kernels no-ops if a rank across made another call, or has sent undefined data.
+
+        Args:
+            call: The call.
+            opening: What these ranks said about it, and their states; they have come.
             src_counts: Address of `Plan.src_counts`.
         """
-        words = call.signature.words
-        self._check.pack(0, call.alive, call.number, words, 0, 0, 0, 0, 0, 0, states.data_ptr(), src_counts)
+        self._check.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            opening.headers.data_ptr(), opening.goes, opening.comes, opening.states.data_ptr(), src_counts,
+        )  # fmt: skip
         self._check.launch(1, call.stream)
 
     def steps(self) -> list[Step]:
@@ -237,6 +295,5 @@ class Crossing:
         return [Step((self._node + step) % num_nodes, (self._node - step) % num_nodes) for step in range(1, num_nodes)]
 
     def _mismatch(self, call: Call, node: int, word: int, seen: int, expected: int) -> TokenferryError:
-        peer = self._rail[node] - self._context.flight_recorder.first_rank
-        record = Record(Fault.mismatch, call.number, peer, word, seen, expected, peer, 0)
+        record = Record(Fault.node_mismatch, call.number, 0, word, seen, expected, self._rail[node], 0)
         return self._context.flight_recorder.explain(record)

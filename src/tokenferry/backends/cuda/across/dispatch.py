@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.across.crossing import Crossing, RowTensors, empty_rows
+from tokenferry.backends.cuda.across.crossing import Crossing, Opening, RowTensors, empty_rows
 from tokenferry.backends.cuda.across.forms import AcrossForm, MoveForm, MoveSizes, new_across_form, new_again_form
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import (
@@ -72,15 +72,29 @@ class Passing(NamedTuple):
         own: What this rank sends inside its node.
         rows: Rows from other nodes, when their exchange has ended.
         transfers: The exchanges, by the node that rows come from: one for each chunk.
-        states: By node, the state of the rank across from this one.
+        opening: What the ranks across from this one say.
         sent: Keeps what is being sent.
     """
 
     own: Payload
     rows: RowTensors
     transfers: dict[int, list[Transfer]]
-    states: Tensor
+    opening: Opening
     sent: RowTensors
+
+
+class _Crossed(NamedTuple):
+    """How many tokens cross in a dispatch.
+
+    Attributes:
+        num_tokens: Tokens of this rank, T.
+        came: By node, tokens from the rank across there; empty if counts stay on the device.
+        went: Tokens for each node, and rows for all ranks; None if counts stay on the device.
+    """
+
+    num_tokens: int
+    came: tuple[int, ...]
+    went: SplitCounts | None
 
 
 class AcrossDispatcher:
@@ -125,10 +139,14 @@ class AcrossDispatcher:
         split = self._splitter.split(form.split, call, index, form.rows.sms.local)
         went = self._splitter.wait(call) if form.waits else None
         with self._context.breaking_off():  # peers wait for this rank
-            plan = self._new_plan(form, call, split, went, index.shape[0])
+            opening = self._crossing.open(call, split.headers)
+            came = self._crossing.counts(call, opening, index.shape[0]) if form.waits else ()
+            plan = self._new_plan(form, call, split, _Crossed(index.shape[0], came, went))
             at = relay_addresses(plan, self._topology)
             routed, coming = self._route(form, call, split, plan, payload)
-            passing = None if tight else self._send_rows(form.rows, call, at, payload)
+            passing = None if tight else self._send_rows(form.rows, call, at, payload, opening)
+            if not form.waits:
+                self._crossing.confirm(call, opening, split.dst_counts.data_ptr())
             coming.join()
             self._notify(form, call, plan, routed)
         counts = cuda_plan.wait(self._context, call, form.geometry) if form.waits or tight else None
@@ -136,7 +154,7 @@ class AcrossDispatcher:
             with self._context.breaking_off(CapacityError):
                 self._check_capacity(form, call)
         with self._context.breaking_off():
-            passing = passing or self._send_rows(form.rows, call, at, payload)
+            passing = passing or self._send_rows(form.rows, call, at, payload, opening)
             result, recv = self._recv(form, call, plan, counts)
             self._assign(form, call, plan, routed)
             no_counts = self._crossing.no_counts(plan)
@@ -164,18 +182,16 @@ class AcrossDispatcher:
             self._forms[key] = found
         return found
 
-    def _new_plan(
-        self, form: AcrossForm, call: Call, split: Split, counts: SplitCounts | None, num_tokens: int
-    ) -> AcrossPlan:
-        """Exchange the counts of tokens, if the host knows them, and take the memory for a plan of so many."""
+    def _new_plan(self, form: AcrossForm, call: Call, split: Split, crossed: _Crossed) -> AcrossPlan:
+        """Take the memory for a plan of so many tokens."""
         plan, geometry, node = AcrossPlan(), form.geometry, self._topology.node
+        num_tokens, counts = crossed.num_tokens, crossed.went
         if counts is None:
             relay = fixed_relay(node, self._topology.num_nodes, geometry.shape.max_tokens, num_tokens)
             num_sent = num_tokens * geometry.space.sent
         else:
-            came = self._crossing.counts(call, split, num_tokens)
             went = (num_tokens if m == node else num for m, num in enumerate(counts.went))
-            relay, num_sent = make_relay(node, came, tuple(went)), counts.num_sent
+            relay, num_sent = make_relay(node, crossed.came, tuple(went)), counts.num_sent
         plan._form, plan._dst_counts, plan._relay = form.plan, split.dst_counts, relay
         columns = num_columns(self._context.num_ranks, form.plan.top_k, by_expert=geometry.by_expert)
         plan._relay_layout = relay_layout(relay, num_tokens, self._context.num_ranks, columns)
@@ -304,7 +320,8 @@ class AcrossDispatcher:
             form = self._again[sizes] = new_again_form(self._context, self._topology, sizes)
         call = self._crossing.begin(form.signature)
         with self._context.breaking_off():
-            passing = self._send_rows(form, call, at, Payload(rows.data_ptr(), scale, address(weights), 0))
+            opening = self._crossing.open_along(call, at.went, at.came)
+            passing = self._send_rows(form, call, at, Payload(rows.data_ptr(), scale, address(weights), 0), opening)
             result, recv = self._recv_rows(plan, kind, call)
             no_counts = self._crossing.no_counts(plan)
             at = at._replace(no_counts=no_counts.data_ptr())
@@ -314,7 +331,7 @@ class AcrossDispatcher:
 
     # ------------------------------------------------------------------ both
 
-    def _send_rows(self, form: MoveForm, call: Call, at: RelayAddresses, payload: Payload) -> Passing:
+    def _send_rows(self, form: MoveForm, call: Call, at: RelayAddresses, payload: Payload, opening: Opening) -> Passing:
         """Begin to send the rows that go to other nodes."""
         relay, kind, device = at.relay, form.kind, self._context.device
         out = empty_rows(kind, relay.first_out[-1], device)
@@ -327,8 +344,8 @@ class AcrossDispatcher:
             )  # fmt: skip
             form.pack.launch(form.sms.local, call.stream)
         into = empty_rows(kind, relay.first_in[-1], device)
-        states = self._crossing.new_states()
-        return Passing(payload, into, self._crossing.rows(call, relay, out, into, states), states, out)
+        transfers = self._crossing.rows(call, relay, out, into, opening.states)
+        return Passing(payload, into, transfers, opening, out)
 
     def _recv_rows(self, plan: Plan, kind: RowKind, call: Call) -> tuple[LazyDispatched, RecvOffsets]:
         """Take the memory for received rows."""
@@ -356,11 +373,13 @@ class AcrossDispatcher:
         relay, node, sms = at.relay, at.relay.node, form.sms.links
         ids = 0 if routed is None else routed.ids[node * relay.segment :].data_ptr()
         move(form.move, call, sms, recv, passing.own._replace(topk_idx=ids), at.segment(node))
+        if routed is None:  # a dispatch has done this before it waited for the routing
+            self._crossing.confirm(call, passing.opening, at.whole.src_counts)
         for source, transfers in passing.transfers.items():
             chunks = chunks_of(relay.came[source], len(transfers))
             for chunk, transfer in zip(chunks, transfers, strict=True):
                 transfer.join()
-                self._crossing.check(call, passing.states, at.whole.src_counts)
+                self._crossing.check(call, passing.opening, at.whole.src_counts)
                 payload = _payload_from(relay, source, chunk, passing.rows, routed)
                 plan = at.segment(source) if len(chunks) == 1 else at.chunk(source, chunk)
                 move(form.pass_on, call, sms, recv, payload, plan)

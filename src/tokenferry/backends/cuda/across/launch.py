@@ -7,6 +7,7 @@ import torch
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.kernels.across_check import spec as check_spec
+from tokenferry.kernels.across_open import spec as open_spec
 from tokenferry.kernels.codes import TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
 from tokenferry.kernels.dispatch_pack import spec as pack_spec
@@ -30,7 +31,8 @@ _SUM = call_packer(
     "num_tokens",
 )  # fmt: skip
 
-_CHECK = call_packer(check_spec.SPEC, "states", "src_counts")
+_OPEN = call_packer(open_spec.SPEC, "headers", "goes", "comes")
+_CHECK = call_packer(check_spec.SPEC, "headers", "goes", "comes", "states", "src_counts")
 
 
 def split_template(context: Context, topology: Topology, num_experts: int, top_k: int, *, wide: bool) -> LaunchTemplate:
@@ -72,10 +74,18 @@ def sum_template(context: Context, topology: Topology, dtype: torch.dtype, colum
     return template
 
 
+def open_template(context: Context, topology: Topology) -> LaunchTemplate:
+    """Return a template of `across_open`."""
+    template = context.new_template(open_spec.SPEC, _OPEN)
+    template.params.num_nodes = topology.num_nodes
+    template.block = open_spec.THREADS
+    return template
+
+
 def check_template(context: Context, topology: Topology) -> LaunchTemplate:
     """Return a template of `across_check`."""
     template = context.new_template(check_spec.SPEC, _CHECK)
-    template.params.num_nodes = topology.num_nodes
+    template.params.num_nodes, template.params.node = topology.num_nodes, topology.node
     template.block = check_spec.THREADS
     return template
 

@@ -28,6 +28,8 @@ from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.transports.failures import FailureReport, FailureReports
 
 _POLL_S = 0.002
+_MISMATCH_S = 1.0
+"""Most seconds that exchanges have to end once ranks are known to have made different calls, whose sizes may differ."""
 _SHORT_WAIT_S = 0.0002
 """How long a wait on the host polls without sleeping."""
 
@@ -111,6 +113,8 @@ class NcclRails:
         self._under_way: deque[NcclTransfer] = deque()
         self._more = threading.Event()
         self._closed = False
+        self._mismatched: Callable[[], bool] = _never
+        self._mismatched_since = 0.0
         args = (weakref.ref(self), self._more, enter_thread)  # not this object: it must be able to die
         threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True).start()
         forget_in_child(self, NcclRails.forget)
@@ -127,6 +131,10 @@ class NcclRails:
             self._more.set()
         return transfer
 
+    def end_soon_if(self, mismatched: Callable[[], bool]) -> None:
+        """See `Rails.end_soon_if`."""
+        self._mismatched = mismatched
+
     def raise_lost(self) -> None:
         """See `Rails.raise_lost`."""
         if self._lost is not None:
@@ -141,9 +149,13 @@ class NcclRails:
             transfer, now = under_way[0], time.monotonic()
             if not transfer.since and transfer.begun():
                 transfer.since = now
-            if not transfer.since or now - transfer.since <= self._timeout_s:
+            if not self._mismatched_since and self._mismatched():
+                self._mismatched_since = now
+            is_late = transfer.since and now - transfer.since > self._timeout_s
+            is_hopeless = self._mismatched_since and now - self._mismatched_since > _MISMATCH_S
+            if not is_late and not is_hopeless:
                 return True
-            self._give_up(transfer, now - transfer.since)
+            self._give_up(transfer, now - (transfer.since or now))
         return False
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -48,6 +48,14 @@ class Rails(Protocol):
             call: The call that it belongs to, for error messages.
             send: What to send.
             recv: Where to receive.
+        """
+        ...
+
+    def end_soon_if(self, mismatched: Callable[[], bool]) -> None:
+        """Let exchanges end soon, and not at the deadline, once ranks are known to have made different calls.
+
+        Args:
+            mismatched: Returns whether they are.
         """
         ...
 

@@ -136,6 +136,16 @@ class RelayAddresses(NamedTuple):
     whole: PlanAddresses
     no_counts: int = 0
 
+    @property
+    def came(self) -> int:
+        """Address of ``[N]`` int32: what is `Relay.came` on the device, but for the own node."""
+        return self.went - 4 * self.relay.num_nodes
+
+    @property
+    def went(self) -> int:
+        """Address of ``[N]`` int32: the same of `Relay.went`."""
+        return self.relayed - 4 * self.relay.num_nodes
+
     def segment(self, node: int) -> PlanAddresses:
         """Return the plan of the tokens from one node, as that of a dispatch inside this node."""
         whole, num_tokens, first = self.whole, self.relay.came[node], 8 * node * self.ranks_per_node

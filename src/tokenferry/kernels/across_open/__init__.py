@@ -1,0 +1,1 @@
+"""The kernel across_open; the head of kernel.cuh documents it."""

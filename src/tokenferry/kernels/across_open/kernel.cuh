@@ -1,0 +1,18 @@
+// across_open: across nodes, at the start of a redispatch or a combine: writes what the ranks across from this one get to know of
+// the call before anything else, as dispatch_split does for a dispatch.
+//
+// Grid     one block. Not collective.
+// Reads    goes [N], comes [N]: rows for the rank across from this one on each node, and from it, along the plan of this rank;
+//          null: none.
+// Writes   headers [N][kRailWords]: the signature, then these rows. Also if the group is broken: peers compare what they get.
+// Cost     a launch. sm_90a: <= 40 registers, 0 spills.
+// Tests    tests/cuda/test_node_kernels.py, tests/emulator/test_across_nodes.py, tests/compile.
+#include "device/sync.cuh"
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) across_open(const __grid_constant__ AcrossOpenParams p) {
+    for (u32 i = threadIdx.x; i < p.num_nodes * kRailWords; i += blockDim.x) {
+        const u32 word = i % kRailWords;
+        const u32* rows = word == kRowsWord ? p.goes : p.comes;
+        p.headers[i] = word < kSignatureWords ? p.handshake[word] : rows ? rows[i / kRailWords] : 0;
+    }
+}
