@@ -1,0 +1,227 @@
+"""Groups of several nodes over NCCL: processes of one host play the nodes, which NCCL joins by sockets.
+
+Two nodes of two ranks need two GPUs: node 0 has them as (0, 1) and node 1 as (1, 0), so that each rail has two GPUs,
+and each node NVLink. Nodes of one rank share one GPU. This shows that results are right, and says nothing about rates.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from support import throughput_jobs as jobs
+from support.pairs import NUM_GPUS, Pair
+from support.pools import prefer
+from support.throughput import check_round_trip
+from tokenferry import DispatchOptions, Layout, MismatchError, MoeShape, PeerTimeout, Routing, tuning
+from tokenferry.testing.cases import Case
+from tokenferry.testing.world import World
+
+JOB_S = 300.0
+"""Seconds for a job. NCCL connects when it is first used, and ranks that share a GPU take turns on it."""
+TWO_BY_TWO = pytest.param((4, 2), marks=pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs"))
+NODES = [TWO_BY_TWO, (2, 1), (3, 1), (4, 1)]
+"""Ranks, and ranks of a node."""
+
+
+def pair_of(per_node: int) -> Pair:
+    return Pair("cuda", "nccl" if per_node == 1 else "nvlink+nccl", ranks_per_node=per_node)
+
+
+def place(rank: int, pg: dist.ProcessGroup, per_node: int) -> None:
+    """Let this process play a rank of a node. Before it first uses NCCL, which reads these variables once."""
+    node, local = divmod(rank, per_node)
+    os.environ["NCCL_HOSTID"] = f"node{node}"  # for NCCL another host, and ranks of two hosts may share a GPU
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    torch.cuda.set_device(local if node % 2 == 0 else per_node - 1 - local)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Callable[..., list[Any]]]:
+    """``nodes((ranks, per_node), job, *args)``: call ``job(rank, process_group, pair, *args)`` on every rank."""
+    worlds: dict[tuple[int, int], World] = {}
+
+    def run(size: tuple[int, int], job: Callable[..., Any], *args: object) -> list[Any]:
+        ranks, per_node = size
+        if size not in worlds or not worlds[size].alive:
+            worlds[size] = World(ranks, devices="cuda", timeout_s=JOB_S)
+            worlds[size].run(prefer, "cuda")
+            worlds[size].run(place, per_node)
+        return worlds[size].run(job, pair_of(per_node), *args)
+
+    yield run
+    for world in worlds.values():
+        world.close()
+
+
+at_nodes = pytest.mark.parametrize("size", NODES, ids=lambda size: f"{size[0] // size[1]}x{size[1]}")
+
+
+# ---------------------------------------------------------------------- calls
+
+
+def first_calls(rank: int, pg: dist.ProcessGroup, pair: Pair) -> None:
+    """As small as calls can be: each token goes to a rank of the own node and to one of another."""
+    ranks = pg.size()
+    with pair.open(pg, MoeShape(ranks, 2, 64, 16), timeout_s=60) as group:
+        group.warmup()
+        x = torch.full((3, 64), float(rank + 1), dtype=torch.bfloat16)
+        index = torch.tensor([[rank, (rank + ranks // 2) % ranks], [-1, rank], [0, ranks - 1]])
+        for counts in ("host", "device"):
+            sent = group.dispatch(x, Routing(index), options=DispatchOptions(counts=counts))
+            again = group.redispatch(x, sent.plan)
+            home = group.combine(sent.x, sent.plan).x
+            group.synchronize()
+            num = int(sent.plan.src_counts.sum())
+            assert again.x[:num].equal(sent.x[:num])
+            assert home[:, 0].tolist() == [2.0 * (rank + 1), rank + 1, 2.0 * (rank + 1)]
+
+
+@at_nodes
+def test_first_calls(nodes, size):
+    nodes(size, first_calls)
+
+
+@at_nodes
+def test_round_trips(nodes, size):
+    nodes(size, jobs.round_trips, size[0])
+
+
+@pytest.mark.parametrize("job", [jobs.quantized_rows, jobs.overflow])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_the_rest_of_the_throughput_calls(nodes, size, job):
+    nodes(size, job, size[0])
+
+
+@pytest.mark.parametrize("job", [jobs.plans_in_other_views, jobs.many_plans])
+def test_plans_of_other_times_and_views(nodes, job):
+    nodes((3, 1), job)
+
+
+def in_chunks(rank: int, pg: dist.ProcessGroup, pair: Pair) -> None:
+    """Rows of some megabytes cross in several chunks; the smallest of them in no more than have tokens."""
+    ranks, chunk_bytes = pg.size(), tuning.RAIL_CHUNK_BYTES
+    tuning.RAIL_CHUNK_BYTES = 1 << 16
+    try:
+        for tokens in ((300, 0, 1, 128)[:ranks], (2, 3, 700, 1)[:ranks]):
+            case = Case(tokens, 4 * ranks, 4, hidden=512, routing="half_dropped")
+            with pair.open(pg, case.shape) as group:
+                for options in (DispatchOptions(), DispatchOptions(Layout.EXPERTS), DispatchOptions(counts="device")):
+                    check_round_trip(group, case, options)
+    finally:
+        tuning.RAIL_CHUNK_BYTES = chunk_bytes
+
+
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_rows_in_chunks(nodes, size):
+    nodes(size, in_chunks)
+
+
+# ---------------------------------------------------------------------- CUDA graphs
+
+
+def captured(rank: int, pg: dist.ProcessGroup, pair: Pair, layout: Layout) -> None:
+    """Replay dispatch, redispatch and combine with other rows and another routing, between eager calls."""
+    ranks, device = pg.size(), pair.device
+    with pair.open(pg, MoeShape(2 * ranks, 3, 256, 64)) as group:
+        options = DispatchOptions(layout, counts="device")
+        x = torch.randn(40, 256, device=device, dtype=torch.bfloat16)
+        index = torch.zeros(40, 3, device=device, dtype=torch.int64)
+
+        def calls() -> torch.Tensor:
+            sent = group.dispatch(x, Routing(index), options=options)
+            again = group.redispatch(x, sent.plan)
+            return group.combine(again.x, sent.plan).x
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            calls()
+        torch.cuda.synchronize()
+        pg.barrier().wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = calls()
+        for seed in range(3):
+            make = torch.Generator().manual_seed(10 * seed + rank)
+            index.copy_(torch.stack([torch.randperm(2 * ranks, generator=make)[:3] for _ in range(40)]))
+            x.copy_(torch.randn(40, 256, generator=make))
+            want = calls().clone()
+            group.synchronize()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert out.equal(want), f"replay {seed}"
+        group.synchronize()
+
+
+@pytest.mark.parametrize("layout", [Layout.ROWS, Layout.EXPERTS])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_cuda_graphs(nodes, size, layout):
+    nodes(size, captured, layout)
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+def one_is_silent(rank: int, pg: dist.ProcessGroup, pair: Pair, call: str) -> None:
+    """The last rank does not call: the others name it in time, their contexts live, and a new group works."""
+    ranks, lost = pg.size(), pg.size() - 1
+    with pair.open(pg, MoeShape(ranks, 2, 64, 16), timeout_s=4) as group:
+        group.warmup()
+        x, routing = torch.ones(2, 64), Routing(torch.tensor([[0, ranks - 1], [1, 0]]))
+        plan = group.dispatch(x, routing).plan
+        group.synchronize()
+        pg.barrier().wait()
+        if rank != lost:
+            start = time.monotonic()
+            with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - combine returns at once
+                if call == "dispatch":
+                    group.dispatch(x, routing)
+                else:
+                    group.combine(torch.ones(plan.num_delivered, 64), plan)
+                group.synchronize()
+            waited_s = time.monotonic() - start
+            assert caught.value.peers == (lost,), caught.value
+            assert caught.value.nodes == (lost // pair.ranks_per_node,)
+            assert waited_s < 20, f"{waited_s} s: {caught.value}"
+        pg.barrier().wait()
+    assert torch.ones(3, device=pair.device).sum().item() == 3.0
+    first_calls(rank, pg, pair)
+
+
+@pytest.mark.parametrize("call", ["dispatch", "combine"])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_a_silent_rank(nodes, size, call):
+    nodes(size, one_is_silent, call)
+
+
+def calls_of_other_kinds(rank: int, pg: dist.ProcessGroup, pair: Pair, device_counts: bool) -> None:
+    """Node 0 dispatches, the other nodes combine: all find out soon, and a new group works."""
+    ranks, counts = pg.size(), "device" if device_counts else "host"
+    with pair.open(pg, MoeShape(ranks, 2, 64, 16), timeout_s=60) as group:
+        group.warmup()
+        x, routing = torch.ones(2, 64), Routing(torch.tensor([[0, ranks - 1], [1, 0]]))
+        plan = group.dispatch(x, routing).plan
+        group.synchronize()
+        pg.barrier().wait()
+        start = time.monotonic()
+        with pytest.raises(MismatchError) as caught:  # noqa: PT012 - some raise with the next call
+            if rank < pair.ranks_per_node:
+                group.dispatch(x, routing, options=DispatchOptions(counts=counts))
+            else:
+                group.combine(torch.ones(plan.num_delivered, 64), plan)
+            group.synchronize()
+        waited_s = time.monotonic() - start
+        assert waited_s < 20, f"{waited_s} s: {caught.value}"
+        pg.barrier().wait()
+    first_calls(rank, pg, pair)
+
+
+@pytest.mark.parametrize("device_counts", [False, True])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_calls_of_different_kinds_on_two_nodes(nodes, size, device_counts):
+    nodes(size, calls_of_other_kinds, device_counts)
