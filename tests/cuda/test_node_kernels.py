@@ -9,7 +9,14 @@ from tokenferry.kernels.across_check import spec as check_spec
 from tokenferry.kernels.across_open import spec as open_spec
 from tokenferry.kernels.codes import TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
-from tokenferry.kernels.control_block import RAIL_SPACE_WORD, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
+from tokenferry.kernels.control_block import (
+    NOTHING_CAME,
+    RAIL_SPACE_WORD,
+    RAIL_WORDS,
+    ROWS_WORD,
+    SIGNATURE_WORDS,
+    Fault,
+)
 from tokenferry.kernels.dispatch_pack import spec as pack_spec
 
 TOPOLOGIES = ((2, 2, 2), (6, 3, 4), (4, 1, 1), (70, 35, 2))
@@ -235,7 +242,9 @@ def of_check(ranks: Ranks) -> dict[str, object]:
     headers = torch.tensor([[-1] * RAIL_WORDS, HEADER, HEADER], dtype=torch.int32)
     return {
         "headers": ranks.on_device(headers),
-        "states": ranks.on_device(torch.zeros(3, 2, dtype=torch.int32)),
+        "states": ranks.on_device(torch.zeros(12, 2, dtype=torch.int32)),
+        "num_states": 12,
+        "chunks": 4,
         "src_counts": ranks.on_device(torch.zeros(6, dtype=torch.int64)),
         "num_nodes": 3,
         "node": 0,
@@ -281,13 +290,13 @@ def test_other_calls_on_other_nodes(word, has_plan):
 def test_what_an_undefined_sender_sends_is_not_passed_on():
     ranks = ranks_of(2)
     fields = of_check(ranks)
-    good = ranks.on_device(torch.zeros(3, 2, dtype=torch.int32))
+    good = ranks.on_device(torch.zeros(12, 2, dtype=torch.int32))
     ranks.run(check_spec.SPEC, [{**fields, "states": good}] * 2, (1, check_spec.THREADS, 0))
     assert ranks.failed() == [0, 0]
     for word in (0, 1):
         ranks = ranks_of(2)
         bad = good.clone()
-        bad[2, word] = 5
+        bad[10, word] = 5  # chunk 2 of node 2
         ranks.launch(check_spec.SPEC, [None, {**fields, "states": bad}], (1, check_spec.THREADS, 0))
         ranks.wait()
         record = ranks.record(1)
@@ -295,3 +304,27 @@ def test_what_an_undefined_sender_sends_is_not_passed_on():
         assert (record.code, record.word) == (Fault.node_gave_up, 5), "rank 1 of node 2 is rank 5 of the group"
         assert ranks.failed() == [0, Fault.node_gave_up]
         assert ranks.words(0, "gave_up", 2, torch.int64).tolist() == [0, Fault.node_gave_up << 32 | 1]
+
+
+@pytest.mark.parametrize("first", [4, 7, 8])
+def test_the_state_of_a_chunk(first):
+    """Number 7 is the last chunk of node 1, whose rank 0 is rank 2 of the group."""
+    ranks = ranks_of(2)
+    states = ranks.on_device(torch.full((1, 2), -1, dtype=torch.int32))
+    fields = {**of_check(ranks), "states": states, "num_states": 1, "first_state": first}
+    ranks.launch(check_spec.SPEC, [fields, None], (1, check_spec.THREADS, 0))
+    ranks.wait()
+    record = ranks.record(0)
+    assert record is not None
+    assert (record.code, record.word, record.seen) == (Fault.node_gave_up, 2 * (first // 4), NOTHING_CAME)
+
+
+def test_a_header_that_has_not_come():
+    ranks = ranks_of(2)
+    fields = of_check(ranks)
+    fields["headers"][2] = 0
+    ranks.launch(check_spec.SPEC, [fields, None], (1, check_spec.THREADS, 0))
+    ranks.wait()
+    record = ranks.record(0)
+    assert record is not None
+    assert (record.code, record.word, record.seen) == (Fault.node_gave_up, 4, NOTHING_CAME)

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +30,13 @@ from support.throughput import (
 from tokenferry import MoeShape, tuning
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
-from tokenferry.backends.cuda.across.rails import Transfer
+from tokenferry.backends.cuda.across.rails import Parcels, Transfer
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, RoutingError, UnsupportedError
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
+from tokenferry.transports.base import CallId
 from tokenferry.tuning import NCCL_SMS
 from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
 
@@ -458,6 +459,41 @@ def test_a_silent_rank(run, call):
         assert (error.peers, error.nodes) == ((LOST,), (1,)), error
         assert error.phase.split()[0] == call.split()[0]
     assert errors[1].phase == f"{call.split()[0]} (between nodes)"
+
+
+def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -> str | None:
+    """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted."""
+    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+        rails, made = group._backend._rails, []
+        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+        plan = group.dispatch(x, routing).plan
+
+        def exchange(call: CallId, send: Parcels, recv: Parcels) -> Transfer:
+            made.append(call)
+            if len(made) == number:
+                recv = {node: [torch.empty_like(each) for each in tensors] for node, tensors in recv.items()}
+            return QueueRails.exchange(rails, call, send, recv)
+
+        calls = (CALLS["redispatch"], CALLS["combine"])
+        with mock.patch.object(rails, "exchange", exchange if rank == 0 else rails.exchange):
+            if rank > (number < 3):
+                with suppress(PeerTimeout):  # rank 0 may have sent nothing, either
+                    for call in calls[: 1 + (number > 2)]:
+                        call(group, x, plan)
+            else:
+                with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - they return at once
+                    for call in calls[: 1 + (number > 2)]:
+                        call(group, x, plan)
+                    group.synchronize()
+            pair.barrier()
+        return str(caught.value) if rank == 0 else None
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_what_has_not_come_is_not_taken_for_good(run, number):
+    """Headers or rows of a redispatch, which its node gets from it; headers or sums of a combine, for itself alone."""
+    text = run(4, gives_up_an_exchange, number, ranks_per_node=2)[0]
+    assert "for rank 2: nothing came" in text
 
 
 class StopError(Exception):

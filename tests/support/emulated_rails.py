@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.rails import Parcels, Transfer
+from tokenferry.errors import PeerTimeout
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.transports.failures import FailureReports
@@ -54,6 +55,7 @@ class QueueRails:
         self._rank, self._rail, self._boxes, self._timeout_s = topology.rank, topology.rail, boxes, timeout_s
         self._mismatched: Callable[[], bool] = lambda: False
         self.num_bytes = 0
+        self.lost: PeerTimeout | None = None
 
     def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
         for node, tensors in send.items():

@@ -210,6 +210,7 @@ RAIL_SPACE_WORD = HEADER.constant(
 RAIL_WORDS = HEADER.constant(
     "kRailWords", RAIL_SPACE_WORD + 1, "words for a rank across: the signature; in kRowsWord the rows for it; the above"
 )
+NOTHING_CAME = HEADER.constant("kNothingCame", 0xFFFFFFFF, "in place of the state of a rank across")
 HOST_ROWS_WORD = HEADER.constant("kHostRowsWord", 1, "rows to all ranks; word 0 is the call number")
 HOST_NODES_WORD = HEADER.constant("kHostNodesWord", 2, "N words: tokens for each node")
 

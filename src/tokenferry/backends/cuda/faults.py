@@ -28,6 +28,7 @@ from tokenferry.kernels.control_block import (
     HOST_SENT_WORD,
     MAX_EXPERTS,
     MAX_RANKS,
+    NOTHING_CAME,
     RAIL_SPACE_WORD,
     RECORD_WORDS,
     ROWS_WORD,
@@ -251,7 +252,8 @@ class FlightRecorder:
     def _timeout(self, call: CallId, record: Record) -> PeerTimeout:
         peer, seen, expected = record.peer, record.seen, record.expected
         if record.code == Fault.node_gave_up:
-            why = "it gave up, and what it sent is undefined"
+            nothing = record.seen == NOTHING_CAME
+            why = "nothing came" if nothing else "it gave up, and what it sent is undefined"
             return peer_timeout(call, self.rank, [record.word], why, 0.0, "")
         if record.code != Fault.peer_gave_up:
             why = f"{_LATE[record.code]}: epoch {seen} seen, {expected} expected"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from tokenferry.kernels.describe import describe
 
 THREADS = 256
-"""At least as many as there may be nodes."""
 
 SPEC = describe(
     __file__,
@@ -15,6 +14,9 @@ SPEC = describe(
         ("comes", "ptr:const u32"),
         ("states", "ptr:const u32"),
         ("src_counts", "ptr:const i64"),
+        ("num_states", "u32"),
+        ("first_state", "u32"),
+        ("chunks", "u32"),
         ("num_nodes", "u32"),
         ("node", "u32"),
     ),

@@ -130,6 +130,8 @@ class AcrossBackend(CudaBackend):
             if isinstance(error, PeerTimeout) and self.context.pinned.mismatched():
                 # The exchanges of different calls do not end.
                 found = self.context.flight_recorder.explain(self.context.pinned.take_record())
+            elif isinstance(error, PeerTimeout) and self._rails.lost is not None:
+                found = self._rails.lost  # a kernel knows only that nothing came
             reports.post(FailureReport.of(found))
             if isinstance(found, PeerTimeout):
                 found = reports.explain(found, until, _no_text)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
-from tokenferry.backends.cuda.across.crossing import Crossing, Sums
+from tokenferry.backends.cuda.across.crossing import Crossing, States, Sums
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
 from tokenferry.backends.cuda.across.relay import RelayAddresses, chunks_of, relay_addresses
@@ -59,21 +59,22 @@ class AcrossCombiner:
                 parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
             home, transfers = Combined(parts, parts_weights), []
             num_chunks = self._crossing.num_chunks(parts.shape[1] * parts.element_size())
+            states = self._crossing.new_states(relay.went, num_chunks)
             no_counts = self._crossing.no_counts(plan)
             at = at._replace(no_counts=no_counts.data_ptr())
             for to, source in self._crossing.steps():
                 gone, come = chunks_of(relay.came[to], num_chunks), chunks_of(relay.went[source], num_chunks)
-                for go, comes in zip(gone, come, strict=True):
+                for i, (go, comes) in enumerate(zip(gone, come, strict=True)):
                     plan_at = at.segment(to) if num_chunks == 1 else at.chunk(to, go)
                     done = self._inside.send(form, call, rows, plan_at, weights, (), None)
                     send = Sums(to, go.num, _present(done))
                     recv = Sums(source, comes.num, [comes.of(relay.part_out(each, source)) for each in _present(home)])
-                    transfers.append(self._crossing.sums(call, send, recv, opening.states[source]))
+                    transfers.append(self._crossing.sums(call, send, recv, states[source, i]))
             own = self._inside.send(form, call, rows, at.segment(relay.node), weights, (), None)
             self._crossing.confirm(call, opening, at.whole.src_counts)
             for transfer in transfers:
                 transfer.join()
-            self._crossing.check(call, opening, at.whole.src_counts)
+            self._crossing.check(call, opening, States.of(states), at.whole.src_counts)
             out = request.out
             if out is None or out.data_ptr() % 16 or overlap(out, y):
                 out = torch.empty_like(own.x)

@@ -41,18 +41,47 @@ class Opening(NamedTuple):
     """What the ranks across from this one say about a call, before anything else crosses.
 
     Attributes:
-        headers: ``[N, RAIL_WORDS]`` int32; of the own node undefined.
+        headers: ``[N, RAIL_WORDS]`` int32; zeros for the own node, and where nothing has come.
         goes: Address of ``[N]`` int32: rows for each node along the plan of this rank; 0: there is none yet.
         comes: The same of rows from there.
-        states: ``[N, 2]`` int32, the states of these ranks when they sent rows; zeros until then.
         transfer: The exchange.
     """
 
     headers: Tensor
     goes: int
     comes: int
-    states: Tensor
     transfer: Transfer
+
+
+class States(NamedTuple):
+    """Some of the states that `Crossing.new_states` returns.
+
+    Attributes:
+        address: Address of the first.
+        num: How many there are.
+        first: Number of the first, of node 0 and then of its chunks on.
+        chunks: Chunks of a node.
+    """
+
+    address: int
+    num: int
+    first: int
+    chunks: int
+
+    @classmethod
+    def of(cls, states: Tensor) -> States:
+        """Return all of them."""
+        return cls(states.data_ptr(), states.shape[0] * states.shape[1], 0, states.shape[1])
+
+    @classmethod
+    def of_chunk(cls, states: Tensor, node: int, chunk: int) -> States:
+        """Return that of a chunk."""
+        chunks = states.shape[1]
+        first = node * chunks + chunk
+        return cls(states.data_ptr() + 8 * first, 1, first, chunks)
+
+
+_NO_STATES = States(0, 0, 0, 1)
 
 
 class Sums(NamedTuple):
@@ -146,11 +175,10 @@ class Crossing:
             goes: See `Opening`.
             comes: See `Opening`.
         """
-        came = torch.empty_like(headers)
+        came = torch.zeros_like(headers)
         send = {node: [headers[node]] for node in self._others}
         transfer = self.exchange(call, send, {node: [came[node]] for node in self._others})
-        states = torch.zeros(self._num_nodes, 2, dtype=torch.int32, device=self._context.device)
-        return Opening(came, goes, comes, states, transfer)
+        return Opening(came, goes, comes, transfer)
 
     def open_along(self, call: Call, goes: int, comes: int) -> Opening:
         """Open a call that follows a plan.
@@ -229,16 +257,16 @@ class Crossing:
             relay: How many tokens cross.
             send: Rows for all other nodes.
             recv: Rows from all other nodes.
-            states: Where the states of the ranks across go, as `Opening.states`.
+            states: As `new_states` returns them.
         """
         made: dict[int, list[Transfer]] = {}
         num_chunks = self.num_chunks(send.rows.shape[1])
         for to, source in self.steps():
             gone, come = chunks_of(relay.went[to], num_chunks), chunks_of(relay.came[source], num_chunks)
             made[source] = []
-            for go, comes in zip(gone, come, strict=True):
+            for chunk, (go, comes) in enumerate(zip(gone, come, strict=True)):
                 out = [*(go.of(relay.part_out(each, to)) for each in send.present()), self._state]
-                into = [*(comes.of(relay.part_in(each, source)) for each in recv.present()), states[source]]
+                into = [*(comes.of(relay.part_in(each, source)) for each in recv.present()), states[source, chunk]]
                 transfer = self.exchange(call, {to: out} if go.num else {}, {source: into} if comes.num else {})
                 made[source].append(transfer)
         return made
@@ -259,6 +287,24 @@ class Crossing:
         """Return ``[R]`` int64: 0 for each rank, -1 if the plan was aborted; see `RelayAddresses`."""
         return plan.src_counts.clamp(max=0)
 
+    def new_states(self, comes: Sequence[int], num_chunks: int) -> Tensor:
+        """Return ``[N, chunks, 2]`` int32, for the states of the ranks across from this one when they sent a chunk.
+
+        An exchange that is given up ends as any other: `NOTHING_CAME` stays in its states, so that what it should have
+        brought is not taken for good. Where there is nothing to come, states are 0.
+
+        Args:
+            comes: Rows from each node.
+            num_chunks: In how many chunks they come.
+        """
+        device = self._context.device
+        states = torch.full((self._num_nodes, num_chunks, 2), -1, dtype=torch.int32, device=device)
+        for node, num in enumerate(comes):
+            used = 0 if node == self._node else sum(chunk.num > 0 for chunk in chunks_of(num, num_chunks))
+            if used < num_chunks:
+                states[node, used:].zero_()
+        return states
+
     def confirm(self, call: Call, opening: Opening, counts: int) -> None:
         """Let the stream wait for an opening, and check it, before it waits for what differs between calls.
 
@@ -270,19 +316,21 @@ class Crossing:
             counts: Address of counts of the plan, -1 if it was aborted.
         """
         opening.transfer.join()
-        self.check(call, opening, counts)
+        self.check(call, opening, _NO_STATES, counts)
 
-    def check(self, call: Call, opening: Opening, src_counts: int) -> None:
-        """Launch what makes later kernels no-ops if a rank across made another call, or has sent undefined data.
+    def check(self, call: Call, opening: Opening, states: States, src_counts: int) -> None:
+        """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none.
 
         Args:
             call: The call.
-            opening: What these ranks said about it, and their states; they have come.
+            opening: What these ranks said about it.
+            states: Of what has come.
             src_counts: Address of `Plan.src_counts`.
         """
         self._check.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            opening.headers.data_ptr(), opening.goes, opening.comes, opening.states.data_ptr(), src_counts,
+            opening.headers.data_ptr(), opening.goes, opening.comes, states.address, src_counts,
+            states.num, states.first, states.chunks,
         )  # fmt: skip
         self._check.launch(1, call.stream)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.across.crossing import Crossing, Opening, RowTensors, empty_rows
+from tokenferry.backends.cuda.across.crossing import Crossing, Opening, RowTensors, States, empty_rows
 from tokenferry.backends.cuda.across.forms import AcrossForm, MoveForm, MoveSizes, new_across_form, new_again_form
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import (
@@ -73,6 +73,7 @@ class Passing(NamedTuple):
         rows: Rows from other nodes, when their exchange has ended.
         transfers: The exchanges, by the node that rows come from: one for each chunk.
         opening: What the ranks across from this one say.
+        states: Their states when they sent rows.
         sent: Keeps what is being sent.
     """
 
@@ -80,6 +81,7 @@ class Passing(NamedTuple):
     rows: RowTensors
     transfers: dict[int, list[Transfer]]
     opening: Opening
+    states: Tensor
     sent: RowTensors
 
 
@@ -344,8 +346,8 @@ class AcrossDispatcher:
             )  # fmt: skip
             form.pack.launch(form.sms.local, call.stream)
         into = empty_rows(kind, relay.first_in[-1], device)
-        transfers = self._crossing.rows(call, relay, out, into, opening.states)
-        return Passing(payload, into, transfers, opening, out)
+        states = self._crossing.new_states(relay.came, self._crossing.num_chunks(kind.row_bytes))
+        return Passing(payload, into, self._crossing.rows(call, relay, out, into, states), opening, states, out)
 
     def _recv_rows(self, plan: Plan, kind: RowKind, call: Call) -> tuple[LazyDispatched, RecvOffsets]:
         """Take the memory for received rows."""
@@ -377,9 +379,10 @@ class AcrossDispatcher:
             self._crossing.confirm(call, passing.opening, at.whole.src_counts)
         for source, transfers in passing.transfers.items():
             chunks = chunks_of(relay.came[source], len(transfers))
-            for chunk, transfer in zip(chunks, transfers, strict=True):
+            for i, (chunk, transfer) in enumerate(zip(chunks, transfers, strict=True)):
                 transfer.join()
-                self._crossing.check(call, passing.opening, at.whole.src_counts)
+                states = States.of_chunk(passing.states, source, i)
+                self._crossing.check(call, passing.opening, states, at.whole.src_counts)
                 payload = _payload_from(relay, source, chunk, passing.rows, routed)
                 plan = at.segment(source) if len(chunks) == 1 else at.chunk(source, chunk)
                 move(form.pass_on, call, sms, recv, payload, plan)

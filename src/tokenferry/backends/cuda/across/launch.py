@@ -32,7 +32,9 @@ _SUM = call_packer(
 )  # fmt: skip
 
 _OPEN = call_packer(open_spec.SPEC, "headers", "goes", "comes")
-_CHECK = call_packer(check_spec.SPEC, "headers", "goes", "comes", "states", "src_counts")
+_CHECK = call_packer(
+    check_spec.SPEC, "headers", "goes", "comes", "states", "src_counts", "num_states", "first_state", "chunks"
+)
 
 
 def split_template(context: Context, topology: Topology, num_experts: int, top_k: int, *, wide: bool) -> LaunchTemplate:

@@ -109,7 +109,7 @@ class NcclRails:
         self._topology = topology
         self._timeout_s = timeout_s
         self.reports = reports
-        self._lost: PeerTimeout | None = None
+        self.lost: PeerTimeout | None = None
         self._under_way: deque[NcclTransfer] = deque()
         self._more = threading.Event()
         self._closed = False
@@ -137,8 +137,8 @@ class NcclRails:
 
     def raise_lost(self) -> None:
         """See `Rails.raise_lost`."""
-        if self._lost is not None:
-            raise self._lost
+        if self.lost is not None:
+            raise self.lost
 
     def check(self) -> bool:
         """Look at the exchanges under way, and give up if one is late; return whether there are any."""
@@ -182,7 +182,7 @@ class NcclRails:
         rank, why = self._topology.rank, "an exchange between nodes did not end"
         lost = peer_timeout(transfer.call, rank, transfer.peers, why, waited_s, "")
         lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in transfer.peers}))
-        self._lost = lost
+        self.lost = lost
         if self.reports is not None:
             self.reports.post(FailureReport.of(lost))
         self._abort()

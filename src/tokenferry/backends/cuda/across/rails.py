@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tokenferry.errors import PeerTimeout
 from tokenferry.transports.base import CallId
 from tokenferry.transports.failures import FailureReports
 
@@ -36,10 +37,12 @@ class Rails(Protocol):
     Attributes:
         name: What carries them.
         reports: Where a rank that gives up says for whom it waited; None: nowhere.
+        lost: The error of an exchange that did not end in time; None: there is none.
     """
 
     name: str
     reports: FailureReports | None
+    lost: PeerTimeout | None
 
     def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
         """Begin an exchange, behind the work of the current stream; returns at once.
