@@ -1,6 +1,6 @@
 """The TOKENFERRY_* environment variables, those of others that mean something here, and one of torchrun.
 
-No other module of the package reads os.environ, and none writes it.
+No other module of the package reads os.environ. Only rank processes that play nodes write it, with `play_node`.
 """
 
 from __future__ import annotations
@@ -228,3 +228,20 @@ def world_size(environ: Mapping[str, str] | None = None) -> int:
     """Return WORLD_SIZE, the number of processes that torchrun started together; 1 if it is no number. Local."""
     text = (os.environ if environ is None else environ).get("WORLD_SIZE", "")
     return int(text) if text.isdecimal() else 1
+
+
+def play_node(node: int, ranks_per_node: int) -> None:
+    """Let this process, one of many on this host, pass for a rank of a host of its own; before it first uses NCCL.
+
+    Groups made here have these nodes. NCCL joins nodes by TCP on the loopback, whatever network cards there are, and
+    lets ranks of different nodes share a GPU, which ranks of one host may not.
+
+    Args:
+        node: The node of this rank.
+        ranks_per_node: Number of consecutive ranks that form a node.
+    """
+    os.environ["TOKENFERRY_RANKS_PER_NODE"] = str(ranks_per_node)
+    os.environ["NCCL_HOSTID"] = f"node{node}"
+    os.environ["NCCL_NET"] = "Socket"
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    os.environ["NCCL_NVLS_ENABLE"] = "0"

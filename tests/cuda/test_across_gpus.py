@@ -1,10 +1,9 @@
 """Groups of several nodes over NCCL: processes of one host play the nodes, which NCCL joins by sockets.
 
-Two nodes of two ranks need two GPUs: node 0 has them as (0, 1) and node 1 as (1, 0), so that each rail has two GPUs,
-and each node NVLink. Nodes of one rank share one GPU. This shows that results are right, and says nothing about rates.
+Two nodes of two ranks need two GPUs, so that each node has NVLink; nodes of one rank share one GPU. This shows that
+results are right, and says nothing about rates.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,15 +31,6 @@ def pair_of(per_node: int) -> Pair:
     return Pair("cuda", "nccl" if per_node == 1 else "nvlink+nccl", ranks_per_node=per_node)
 
 
-def place(rank: int, pg: dist.ProcessGroup, per_node: int) -> None:
-    """Let this process play a rank of a node. Before it first uses NCCL, which reads these variables once."""
-    node, local = divmod(rank, per_node)
-    os.environ["NCCL_HOSTID"] = f"node{node}"  # for NCCL another host, and ranks of two hosts may share a GPU
-    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-    os.environ["NCCL_NVLS_ENABLE"] = "0"
-    torch.cuda.set_device(local if node % 2 == 0 else per_node - 1 - local)
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Callable[..., list[Any]]]:
     """``nodes((ranks, per_node), job, *args)``: call ``job(rank, process_group, pair, *args)`` on every rank."""
@@ -49,9 +39,8 @@ def nodes() -> Iterator[Callable[..., list[Any]]]:
     def run(size: tuple[int, int], job: Callable[..., Any], *args: object) -> list[Any]:
         ranks, per_node = size
         if size not in worlds or not worlds[size].alive:
-            worlds[size] = World(ranks, devices="cuda", timeout_s=JOB_S)
+            worlds[size] = World(ranks, devices="cuda", timeout_s=JOB_S, ranks_per_node=per_node)
             worlds[size].run(prefer, "cuda")
-            worlds[size].run(place, per_node)
         return worlds[size].run(job, pair_of(per_node), *args)
 
     yield run

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from support import processes
-from tokenferry import CapacityError
+from tokenferry import CapacityError, ExpertGroup, MoeShape
 from tokenferry.testing import rank_server
+from tokenferry.testing.rank import gpu_of
 from tokenferry.testing.world import World, WorldError
 
 
@@ -56,6 +57,36 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r'devices="cuda" needs a GPU, torch sees none; use devices="cpu"'):
             World(1, devices="cuda")
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "per_node", "gpus"),
+    [
+        (2, None, [0, 1, 0, 1]),
+        (1, 1, [0, 0, 0, 0]),
+        (2, 2, [0, 1, 1, 0]),
+        (4, 2, [0, 1, 2, 3]),
+        (4, 4, [0, 1, 2, 3, 1, 2, 3, 0]),
+        (2, 1, [0, 1, 1, 0]),
+    ],
+)
+def test_gpus_of_ranks(num_gpus, per_node, gpus):
+    assert [gpu_of(rank, num_gpus, per_node) for rank in range(len(gpus))] == gpus
+
+
+def nodes_played(rank, pg):
+    with ExpertGroup(pg, MoeShape(4, 2, 8, 4), backend="cpu") as group:
+        return group.topology.nodes, os.environ.get("NCCL_HOSTID"), os.environ.get("NCCL_SOCKET_IFNAME")
+
+
+def test_ranks_that_play_nodes():
+    nodes = (0, 1), (2, 3)
+    with World(4, ranks_per_node=2) as world:
+        assert world.run(nodes_played) == [(nodes, f"node{rank // 2}", "lo") for rank in range(4)]
+    with World(2) as world:
+        assert world.run(nodes_played)[1][:2] == (((0, 1),), None)
+    with pytest.raises(ValueError, match="ranks_per_node=2 does not divide 3 ranks"):
+        World(3, ranks_per_node=2)
 
 
 def current_device(rank, pg):

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tokenferry import env
+
 GROUP_TIMEOUT_S = 120.0
 
 
@@ -32,6 +34,7 @@ class RankSettings:
         devices: "cpu" or "cuda".
         threads: Threads that torch may use.
         store: The path of the store's file; None: the open file that the rank has inherited.
+        ranks_per_node: Number of consecutive ranks that play a node; None: they play none.
     """
 
     rank: int
@@ -39,6 +42,7 @@ class RankSettings:
     devices: str
     threads: int
     store: str | None
+    ranks_per_node: int | None
 
 
 def preparation() -> dict[str, Any]:
@@ -63,6 +67,16 @@ def prepare(found: dict[str, Any]) -> None:
         del process._inheriting
 
 
+def gpu_of(rank: int, num_gpus: int, ranks_per_node: int | None) -> int:
+    """Return the GPU of a rank: one after another, in turns. Pure.
+
+    Where nodes share GPUs, each turn begins one GPU later: two nodes of two ranks have the GPUs 0, 1 and 1, 0, so that
+    the ranks of a rail are on different ones.
+    """
+    turn = 0 if ranks_per_node is None else rank // ranks_per_node * ranks_per_node // num_gpus
+    return (rank + turn) % num_gpus
+
+
 def serve(pipe: Connection, store: int) -> None:
     """Run a rank until an empty job comes or the program is gone.
 
@@ -75,8 +89,11 @@ def serve(pipe: Connection, store: int) -> None:
     prepare(found)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(settings.threads)
+    per_node = settings.ranks_per_node
+    if per_node is not None:
+        env.play_node(settings.rank // per_node, per_node)
     if settings.devices == "cuda":
-        torch.cuda.set_device(settings.rank % torch.cuda.device_count())
+        torch.cuda.set_device(gpu_of(settings.rank, torch.cuda.device_count(), per_node))
     dist.init_process_group(
         "gloo",
         init_method=f"file://{settings.store or f'/proc/self/fd/{store}'}",

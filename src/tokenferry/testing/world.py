@@ -61,16 +61,28 @@ class World:
             Ranks that share a GPU take turns on it, which is slow.
         timeout_s: Seconds a job may take before its ranks are killed; their stacks go to stderr first.
         threads: Threads that torch may use in each rank.
+        ranks_per_node: Number of consecutive ranks that play a node: groups have these nodes, and NCCL takes each for a
+            host of its own, so that nodes may share GPUs. None: they play none.
 
     Raises:
-        ValueError: ``devices`` is neither.
+        ValueError: ``devices`` is neither, or ``ranks_per_node`` does not divide R.
         RuntimeError: there is no GPU.
         OSError: a process cannot be started, or no file can be opened.
     """
 
-    def __init__(self, num_ranks: int, *, devices: str = "cpu", timeout_s: float = 60.0, threads: int = 1) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        devices: str = "cpu",
+        timeout_s: float = 60.0,
+        threads: int = 1,
+        ranks_per_node: int | None = None,
+    ) -> None:
         if devices not in ("cpu", "cuda"):
             raise ValueError(f'World: devices: expected "cpu" or "cuda", got {devices!r}')
+        if ranks_per_node is not None and num_ranks % ranks_per_node:
+            raise ValueError(f"World: ranks_per_node={ranks_per_node} does not divide {num_ranks} ranks")
         if devices == "cuda" and not torch.cuda.is_available():
             raise RuntimeError('World: devices="cuda" needs a GPU, torch sees none; use devices="cpu"')
         self.num_ranks = num_ranks
@@ -91,7 +103,7 @@ class World:
                 path = os.path.join(folder, "store")
             for rank in range(num_ranks):
                 self._ranks.append(server.start(store))
-                settings = RankSettings(rank, num_ranks, devices, threads, path)
+                settings = RankSettings(rank, num_ranks, devices, threads, path, ranks_per_node)
                 self._ranks[rank].pipe.send_bytes(pickle.dumps((preparation(), settings)))
         except BaseException:
             self.kill()
