@@ -2,8 +2,12 @@
 
 import pytest
 
-from support.bench_nodes_jobs import miscounted, wrong_dispatch
+from support.bench_nodes_jobs import miscounted, wrong_dispatch, wrong_leg
 from support.bench_runs import bench_gpu_phases
+from tokenferry.bench.core.inputs import Sizes
+from tokenferry.bench.report.nodes import memory_line
+from tokenferry.bench.suites.nodes_shim import v1_hints
+from tokenferry.cli.bench_cuda import nodes_ranks
 from tokenferry.cli.main import main
 
 WORDS = ["nodes", "--ranks-per-node", "1", "--tokens", "6"]
@@ -35,6 +39,7 @@ def test_the_table_says_what_it_shows(run):
     ("job", "text"),
     [
         (wrong_dispatch, "rank 1: dispatch: 1 of"),
+        (wrong_leg, "rank 1: rows from node 0 alone:"),
         (miscounted, "rows came over the network, one for each token would be"),
     ],
 )
@@ -48,7 +53,6 @@ def test_a_wrong_answer_gets_no_time(tmp_path, job, text):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["nodes", "--device", "cuda"], "GPUs do not cross nodes in this version"),
         (["nodes", "--ranks", "4", "--ranks-per-node", "3"], "expected at least two nodes, of equally many ranks"),
         (["nodes", "--ranks", "4", "--ranks-per-node", "4"], "expected at least two nodes, of equally many ranks"),
         (["eager", "--device", "cpu", "--ranks-per-node", "2"], "--ranks-per-node is for calls across nodes"),
@@ -57,3 +61,19 @@ def test_a_wrong_answer_gets_no_time(tmp_path, job, text):
 def test_wrong_options(capsys, words, text):
     assert main(["bench", *words]) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("num_gpus", "ranks"), [(0, 4), (1, 2), (2, 4), (4, 4), (8, 8)])
+def test_few_gpus_are_shared_by_two_nodes(num_gpus, ranks):
+    assert nodes_ranks(num_gpus) == ranks
+
+
+def test_memory_is_shown_beside_the_hints_of_deepep(monkeypatch):
+    monkeypatch.setenv("TOKENFERRY_RANKS_PER_NODE", "2")
+    item = {"tokens": 6, "group_bytes": 70e6, "call_bytes": 3e6, **v1_hints(Sizes(4, 6, 7168, 8, 256, 0))}
+    row_bytes, channels = 2 * 7168 + 2056, 10
+    assert item["v1_nvl_bytes"] == pytest.approx(channels * 2 * 256 * row_bytes, rel=0.001)  # of each rank of a node
+    assert item["v1_rdma_bytes"] == pytest.approx(channels * 2 * 2 * 132 * row_bytes, rel=0.001)  # each node, both ways
+    assert memory_line(item) == (
+        "memory of a rank, T=6: group 70 MB, calls 3 MB; V1 84 MB for NVLink, 87 MB for the network"
+    )

@@ -32,6 +32,7 @@ from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.rails import Parcels, Transfer
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
+from tokenferry.bench.suites.nodes import rows_across
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, RoutingError, UnsupportedError
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
@@ -286,6 +287,7 @@ def count_bytes(rank: int, pg: None, pair: EmulatedPair) -> tuple[int, int, int]
         x = Quantized(torch.ones(5, H, dtype=torch.uint8), torch.ones(5, 3))
         sent = group.dispatch(x, Routing(index, torch.ones(5, 2)))
         count()
+        assert rows_across(sent.plan, group.topology) == 3, "as the benchmark counts them"
         group.redispatch(torch.ones(5, H, dtype=torch.bfloat16), sent.plan)
         count()
         group.combine(torch.ones(sent.plan.num_delivered, H, dtype=torch.bfloat16), sent.plan)

@@ -26,6 +26,19 @@ def wrong_dispatch(rank, pg, progress, settings):
 
 def miscounted(rank, pg, progress, settings):
     """`measure_nodes` in which one row more crosses the network than there has to."""
-    count = nodes._rows_across
-    with mock.patch.object(nodes, "_rows_across", lambda *args: count(*args) + (rank == 1)):
+    count = nodes.rows_across
+    with mock.patch.object(nodes, "rows_across", lambda *args: count(*args) + (rank == 1)):
+        nodes.measure_nodes(rank, pg, progress, settings)
+
+
+def wrong_leg(rank, pg, progress, settings):
+    """`measure_nodes` in which the leg between nodes brings rank 1 other rows than those that cross."""
+    right = nodes._Rail.dispatch
+
+    def dispatch(self, iteration):
+        right(self, iteration)
+        if rank == 1:
+            damaged(self.into[0])
+
+    with mock.patch.object(nodes._Rail, "dispatch", dispatch):
         nodes.measure_nodes(rank, pg, progress, settings)

@@ -31,8 +31,8 @@ and with all_to_all_single and what it needs around it, and the host's time of e
 `tokenferry bench megatron` measures a training step of two MoE layers of Megatron-Core, unmodified: its flex dispatcher
 over our `deep_ep` against its own all-to-all, after their losses and gradients have been compared.
 
-`tokenferry bench nodes` measures dispatch and combine in a group of several nodes, on CPUs, beside each of their two
-legs alone, and counts the rows that cross the network.
+`tokenferry bench nodes` measures dispatch and combine in a group of several nodes, which ranks of this host play,
+beside each of their two legs alone, and counts the rows that cross; on CPUs, or with --device cuda.
 
 With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside the rates of the links in the same
 run and NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left
@@ -52,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=tuple(bench_cuda.WHAT),
         help="decode: the decode calls and two-batch overlap, on GPUs; eager: wall clock and host time of eager calls; "
-        "megatron: a training step of Megatron-Core; nodes: calls across nodes, on CPUs (default: all but the last "
-        "three)",
+        "megatron: a training step of Megatron-Core; nodes: calls across nodes (default: all but the last three)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with one of these parts: cuda")
     parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")

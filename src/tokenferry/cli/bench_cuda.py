@@ -111,8 +111,8 @@ WHAT = {
 """The phases of a part that is named on the command line."""
 
 FULL_PHASES = tuple(name for name in PHASES if name not in ("eager", "megatron", "nodes"))
-"""The phases of a whole run: eager calls take minutes of their own, a training step has other sizes, and GPUs have one
-node."""
+"""The phases of a whole run: eager calls take minutes of their own, and a training step and nodes have other ranks or
+sizes."""
 
 ON_CPU = ("eager", "nodes")
 """Parts that the command line offers on CPUs as well."""
@@ -125,12 +125,13 @@ NODES_TOKENS = (128, 1024)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that only GPUs have."""
-    phases = "; ".join(f"{name}: {phase.what}" for name, phase in PHASES.items())
+    alone = [name for name in PHASES if name != "nodes"]  # its ranks play nodes
+    phases = "; ".join(f"{name}: {PHASES[name].what}" for name in alone)
     only = parser.add_argument_group("with --device cuda")
     only.add_argument("--quick", action="store_true", help="the cases of the targets only: about a minute")
     only.add_argument("--sms", type=positives, help="values of num_sms to sweep over, as 8,16,24")
     only.add_argument("--routing", type=one_of(*ROUTINGS), help=f"with commas between them: {', '.join(ROUTINGS)}")
-    only.add_argument("--only", type=one_of(*PHASES), metavar="PHASES", help=f"with commas between them: {phases}")
+    only.add_argument("--only", type=one_of(*alone), metavar="PHASES", help=f"with commas between them: {phases}")
     only.add_argument("--plot", metavar="FOLDER", type=Path, help="write pictures; needs matplotlib")
     only.add_argument(
         "--default-device",
@@ -154,7 +155,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         if not phases:
             return 0
     on_gpus = args.device == "cuda"
-    available = need_gpus() if on_gpus else NODES_RANKS if args.what == "nodes" else CPU_RANKS
+    available = need_gpus() if on_gpus else CPU_RANKS
+    if args.what == "nodes":
+        available = nodes_ranks(available if on_gpus else 0)
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()
@@ -200,11 +203,14 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
         chosen = WHAT[args.what]
     if args.default_device and "eager" not in chosen:
         raise ConfigError("--default-device is for eager calls: `tokenferry bench eager --default-device`")
-    if "nodes" in chosen and args.device == "cuda":
-        raise ConfigError("GPUs do not cross nodes in this version: `tokenferry bench nodes --device cpu`")
     if args.ranks_per_node and "nodes" not in chosen:
         raise ConfigError("--ranks-per-node is for calls across nodes: `tokenferry bench nodes --ranks-per-node 2`")
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
+
+
+def nodes_ranks(num_gpus: int) -> int:
+    """Return the default of R for calls across nodes. Few GPUs are shared by two nodes. Pure."""
+    return NODES_RANKS if num_gpus == 0 else num_gpus if num_gpus >= NODES_RANKS else 2 * num_gpus
 
 
 def make_settings(args: argparse.Namespace, available: int) -> Settings:
@@ -287,7 +293,12 @@ class Worlds:
 
     def _alive(self, timeout_s: float) -> World:
         if self._world is None or not self._world.alive:
-            self._world = World(self._settings.ranks, devices=self._settings.backend, timeout_s=timeout_s)
+            self._world = World(
+                self._settings.ranks,
+                devices=self._settings.backend,
+                timeout_s=timeout_s,
+                ranks_per_node=self._settings.ranks_per_node,
+            )
         self._world.timeout_s = timeout_s
         return self._world
 
@@ -376,6 +387,13 @@ def show_nodes(report: Report, screen: Screen) -> None:
         screen.table(title, nodes_report.HEADER, nodes_report.rows(items))
         screen.line(nodes_report.NOTE)
         screen.line(nodes_report.LOOPBACK)
+        gpus = report.about["gpus"]["count"]
+        if report.settings.backend == "cuda" and report.settings.ranks > gpus:
+            screen.line(nodes_report.sharing(report.settings.ranks, gpus))
+        for item in report.others.get("nodes memory", []):
+            screen.line(nodes_report.memory_line(item))
+        if "nodes memory" in report.others:
+            screen.line(nodes_report.MEMORY)
         screen.line(f"checked: {nodes_report.CHECKED}")
 
 

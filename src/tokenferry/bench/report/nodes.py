@@ -21,15 +21,22 @@ HEADER = (
 )
 NOTE = (
     "whole: ranks synchronised before each call, the slowest rank's time. The legs alone, in turns with it: the same "
-    "rows in groups of one node, along a rail and inside a node. rows across: rows that a rank sends to other nodes, "
-    "mean over ranks; MB: their data, without ids, weights and headers"
+    "rows, between nodes already packed, by send and receive of torch.distributed; within a node by a group of one "
+    "node. rows across: those that a rank receives from other nodes, mean over ranks; MB: their data, without ids, "
+    "weights and headers"
 )
 CHECKED = (
-    "rows bit-equal to those of one node, sums within rounding; as many rows crossed as there are pairs of a token and "
+    "rows bit-equal to their sources, sums within rounding; as many rows crossed as there are pairs of a token and "
     "another node that it goes to"
 )
 LOOPBACK = (
     "Between nodes the rows take TCP on this machine's loopback: this shows bytes and overlap, not rates of a network"
+)
+
+
+MEMORY = (
+    "group: what it takes on a GPU outside of torch: its heap, NCCL's buffers, kernels. calls: what torch allocates in "
+    "a dispatch and a combine, results included. V1: the hints of DeepEP's default configs for as many ranks and bytes"
 )
 
 
@@ -48,3 +55,19 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
         cells += [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
         table.append([*cells, f"{item['whole']['median_us'] / slower:.2f}"])
     return table
+
+
+def memory_line(item: Item) -> str:
+    """Return the memory that one T takes on each rank."""
+    group, call, nvl, rdma = (
+        item[name] / 1e6 for name in ("group_bytes", "call_bytes", "v1_nvl_bytes", "v1_rdma_bytes")
+    )
+    return (
+        f"memory of a rank, T={item['tokens']}: group {group:.0f} MB, calls {call:.0f} MB; "
+        f"V1 {nvl:.0f} MB for NVLink, {rdma:.0f} MB for the network"
+    )
+
+
+def sharing(ranks: int, gpus: int) -> str:
+    """Return what it means that ranks share GPUs."""
+    return f"{ranks} ranks share {gpus} GPU(s) and take turns on them: times are not those of ranks with their own"

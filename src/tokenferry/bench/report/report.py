@@ -42,6 +42,7 @@ GPU_NOTES = {
     "training": training.NOTE,
     "nodes": nodes.NOTE,
     "nodes checked": nodes.CHECKED,
+    "nodes memory": nodes.MEMORY,
 }
 """The same of GPUs."""
 
@@ -89,6 +90,7 @@ class Report:
             "two_batch": decode.two_batch_line,
             "eager": eager.line,
             "nodes": nodes.line,
+            "nodes memory": nodes.memory_line,
         }.get(kind)
         return line(item[kind]) if line else ""
 

@@ -1,31 +1,49 @@
 """Dispatch and combine in a group of several nodes, beside each of their two legs alone.
 
-The legs are the same rows in groups of one node: along a rail, where each rank is an expert to the others, and inside a
-node, where a rank also has the tokens that it passes on.
+The legs are the same rows: between nodes, already packed, by send and receive of `torch.distributed`; inside a node by
+the calls of a group of one node, in which a rank also has the tokens that it passes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.core.checks import WrongAnswer, as_tensor, must_be_near, must_equal, raise_together
-from tokenferry.bench.core.inputs import Inputs, Sizes, draw
+from tokenferry.bench.core.checks import (
+    WrongAnswer,
+    as_tensor,
+    check_rows,
+    expected_sums,
+    must_be_near,
+    must_equal,
+    raise_together,
+)
+from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
 from tokenferry.bench.core.session import Session, Settings, Step, open_session
+from tokenferry.bench.suites.nodes_shim import v1_hints
 from tokenferry.cost.rows import network_rows
 from tokenferry.testing.world import Progress
 from tokenferry.topology import Topology
 from tokenferry.types import MoeShape, Plan, Routing
 
 
+class _Leg(Protocol):
+    """The two calls that are timed."""
+
+    def dispatch(self, _iteration: int) -> object: ...
+
+    def combine(self, _iteration: int) -> object: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class _Leg:
+class _Calls:
     """A group, what this rank sends in it, and what it has received."""
 
     group: ExpertGroup
@@ -41,11 +59,36 @@ class _Leg:
         return self.group.combine(self.y, self.plan)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rail:
+    """The ranks of a rail, and by node the rows that this rank sends there and those that come from there."""
+
+    group: dist.ProcessGroup
+    out: Mapping[int, Tensor]
+    into: Mapping[int, Tensor]
+
+    def dispatch(self, _iteration: int) -> None:
+        self._exchange(self.out, self.into)
+
+    def combine(self, _iteration: int) -> None:
+        self._exchange(self.into, self.out)  # a sum for each row, the opposite way
+
+    def _exchange(self, send: Mapping[int, Tensor], recv: Mapping[int, Tensor]) -> None:
+        operations = [
+            dist.P2POp(operation, rows, group=self.group, group_peer=node)
+            for operation, by_node in ((dist.irecv, recv), (dist.isend, send))
+            for node, rows in by_node.items()
+            if len(rows)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+
+
 def measure_nodes(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Check, then time dispatch and combine of each T, and their legs in turns with them; a job of `World`.
 
     Raises:
-        WrongAnswer: a group of one node delivers other rows or sums, or another number of rows crossed the network.
+        WrongAnswer: rows or sums are wrong, or another number of rows crossed the network.
     """
     with open_session(rank, pg, progress, settings) as session, torch.no_grad():
         for tokens in settings.tokens:
@@ -57,8 +100,8 @@ def measure_nodes(rank: int, pg: dist.ProcessGroup, progress: Progress, settings
 def _measure(session: Session, sizes: Sizes) -> None:
     with _legs(session, sizes) as (whole, network, inside):
         topology = whole.group.topology
-        crossed = _rows_across(whole, topology)
-        _check(session, sizes, whole, crossed)
+        crossed = rows_across(whole.plan, topology)
+        _check(session, sizes, whole, network, crossed)
         calls: dict[str, Callable[[_Leg], Step]] = {
             "dispatch": lambda leg: leg.dispatch,
             "combine": lambda leg: leg.combine,
@@ -79,90 +122,136 @@ def _measure(session: Session, sizes: Sizes) -> None:
 
 
 @contextmanager
-def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Leg, _Leg, _Leg]]:
-    """Open the group of several nodes and those of its legs; dispatch once in each. Collective."""
-    pg, settings, rank = session.pg, session.settings, session.rank
-    device = session.device.torch_device
-    mine = draw(sizes, 0, rank, device)
+def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Calls, _Rail, _Calls]]:
+    """Open the group of several nodes and its legs; dispatch once in each. Collective."""
+    pg, settings = session.pg, session.settings
+    mine = draw(sizes, 0, session.rank, session.device.torch_device)
+    before = _outside_torch(session)
     with ExitStack() as stack:
 
-        def leg(
-            group_pg: dist.ProcessGroup, shape: MoeShape, x: Tensor, routing: Routing, per_node: int | None
-        ) -> _Leg:
+        def calls(group_pg: dist.ProcessGroup, shape: MoeShape, x: Tensor, routing: Routing, per_node: int) -> _Calls:
             group = stack.enter_context(
-                ExpertGroup(group_pg, shape, backend="cpu", timeout_s=settings.timeout_s, ranks_per_node=per_node)
+                ExpertGroup(
+                    group_pg, shape, backend=settings.backend, timeout_s=settings.timeout_s, ranks_per_node=per_node
+                )
             )
+            group.warmup()
             sent = group.dispatch(x, routing)
-            return _Leg(group, x, routing, sent.plan, sent.x.clone())
+            return _Calls(group, x, routing, sent.plan, as_tensor(sent.x).clone())
 
-        whole = leg(pg, sizes.shape, mine.x, mine.routing, settings.ranks_per_node)
+        assert settings.ranks_per_node is not None
+        whole = calls(pg, sizes.shape, mine.x, mine.routing, settings.ranks_per_node)
         topology = whole.group.topology
-        nodes, top_k = topology.num_nodes, max(sizes.top_k, topology.num_nodes)
-        rail_pg = _subgroup(pg, tuple(zip(*topology.nodes, strict=True)))
-        weights = torch.ones(sizes.tokens, top_k, dtype=torch.float32, device=device)
-        across = Routing(_other_nodes(sizes, mine, topology, top_k), weights)
-        network = leg(rail_pg, MoeShape(nodes, top_k, sizes.hidden, sizes.tokens), mine.x, across, None)
-        node_pg = _subgroup(pg, topology.nodes)
-        x, routing = _passed_on(sizes, mine, topology, network, device)
+        if settings.backend == "cuda":
+            _report_memory(session, sizes, whole, before)
+        network = _rail(session, sizes, mine, topology)
+        stack.callback(dist.destroy_process_group, network.group)
+        network.dispatch(0)
+        node_pg = _subgroup(pg, topology.nodes, "gloo")
+        x, routing = _passed_on(sizes, mine, topology)
+        nodes = topology.num_nodes
         shape = MoeShape(sizes.experts // nodes, sizes.top_k, sizes.hidden, nodes * sizes.tokens)
-        yield whole, network, leg(node_pg, shape, x, routing, topology.ranks_per_node)
+        yield whole, network, calls(node_pg, shape, x, routing, topology.ranks_per_node)
+        session.device.synchronize()
 
 
-def _subgroup(pg: dist.ProcessGroup, members: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+def _rail(session: Session, sizes: Sizes, mine: Inputs, topology: Topology) -> _Rail:
+    """Pack the rows that cross, and connect the ranks of each rail. Collective."""
+    name = "nccl" if session.settings.backend == "cuda" else "gloo"
+    group = _subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), name)
+    out, into = {}, {}
+    for node, peer in enumerate(topology.rail):
+        if node != topology.node:
+            out[node] = mine.x[_going_to(sizes, mine, topology, node)]
+            theirs = draw(sizes, 0, peer, mine.x.device)
+            into[node] = torch.empty_like(theirs.x[_going_to(sizes, theirs, topology, topology.node)])
+    return _Rail(group, out, into)
+
+
+def _subgroup(pg: dist.ProcessGroup, members: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup:
     """Return the process group of those ranks that this one belongs to. Collective: all ranks make all groups."""
-    made: list[dist.ProcessGroup] = [dist.new_group(list(ranks), backend="gloo") for ranks in members]
+    made: list[dist.ProcessGroup] = [dist.new_group(list(ranks), backend=backend) for ranks in members]
     return next(group for group, ranks in zip(made, members, strict=True) if pg.rank() in ranks)
 
 
-def _other_nodes(sizes: Sizes, mine: Inputs, topology: Topology, top_k: int) -> Tensor:
-    """Return ``[T, top_k]``: the nodes other than this one that each token goes to, then -1."""
-    nodes = topology.num_nodes
-    goes = torch.zeros(sizes.tokens, nodes, dtype=torch.bool, device=mine.x.device)
-    goes.scatter_(1, mine.topk_idx // (sizes.experts // nodes), True)
-    goes[:, topology.node] = False
-    chosen = torch.full((sizes.tokens, top_k), -1, dtype=torch.int64, device=mine.x.device)
-    chosen[:, :nodes] = torch.where(goes, torch.arange(nodes, dtype=torch.int64, device=mine.x.device), -1)
-    return chosen
+def _going_to(sizes: Sizes, inputs: Inputs, topology: Topology, node: int) -> Tensor:
+    """Return the tokens that have an expert on a node."""
+    return (inputs.topk_idx // (sizes.experts // topology.num_nodes) == node).any(1).nonzero().flatten()
 
 
-def _passed_on(
-    sizes: Sizes, mine: Inputs, topology: Topology, network: _Leg, device: torch.device
-) -> tuple[Tensor, Routing]:
+def _passed_on(sizes: Sizes, mine: Inputs, topology: Topology) -> tuple[Tensor, Routing]:
     """Return the rows that this rank sends inside its node, own and passed on ones, and their experts there."""
     rows, experts = [mine.x], [mine.topk_idx]
-    came = torch.split(network.y, network.plan.src_counts.tolist())
-    tokens = torch.split(network.plan.src_token, network.plan.src_counts.tolist())
-    for peer, x, token in zip(topology.rail, came, tokens, strict=True):
-        rows.append(x)
-        experts.append(draw(sizes, 0, peer, device).topk_idx[token])
+    for node, peer in enumerate(topology.rail):
+        if node != topology.node:
+            theirs = draw(sizes, 0, peer, mine.x.device)
+            tokens = _going_to(sizes, theirs, topology, topology.node)
+            rows.append(theirs.x[tokens])
+            experts.append(theirs.topk_idx[tokens])
     width = sizes.experts // topology.num_nodes
     chosen = torch.cat(experts)
     here = torch.where(chosen // width == topology.node, chosen % width, -1)
-    return torch.cat(rows), Routing(here, torch.ones(here.shape, dtype=torch.float32, device=device))
+    return torch.cat(rows), Routing(here, torch.ones(here.shape, dtype=torch.float32, device=mine.x.device))
 
 
-def _rows_across(whole: _Leg, topology: Topology) -> int:
-    """Return how many rows of other nodes this rank has passed on, as its plan says."""
-    return int((whole.plan._places[:, 0] != topology.node).sum())
+def rows_across(plan: Plan, topology: Topology) -> int:
+    """Return how many rows of other nodes this rank has passed on, as its plan says. Local."""
+    sizes, node = plan._host_sizes, topology.node
+    if sizes:  # CUDA: tokens that come from each node, then those that go there
+        return sum(num for source, num in enumerate(sizes[: topology.num_nodes]) if source != node)
+    return int((plan._places[:, 0] != node).sum())
 
 
-def _check(session: Session, sizes: Sizes, whole: _Leg, crossed: int) -> None:
-    """Compare with a group of one node, and the rows that crossed with one for each token and other node."""
+def _check(session: Session, sizes: Sizes, whole: _Calls, network: _Rail, crossed: int) -> None:
+    """Compare rows and sums with what they have to be, and the rows that crossed with their least number."""
     device, topology = session.device.torch_device, whole.group.topology
-    routings = [draw(sizes, 0, rank, device).topk_idx for rank in topology.rail]
+    from_rail = {node: draw(sizes, 0, peer, device) for node, peer in enumerate(topology.rail)}
     views = [Topology(rank, topology.nodes) for rank in topology.rail]
-    counted = [network_rows(one, sizes.experts, view) for one, view in zip(routings, views, strict=True)]
+    counted = [network_rows(from_rail[node].topk_idx, sizes.experts, view) for node, view in enumerate(views)]
     least = sum(rows[topology.node] for rows in counted)
-    with ExpertGroup(session.pg, sizes.shape, backend="cpu", ranks_per_node=sizes.ranks) as one_node:
-        sent = one_node.dispatch(whole.x, whole.routing)
-        home = one_node.combine(whole.y, sent.plan).x
-    sums = whole.group.combine(whole.y, whole.plan).x
+    sums = whole.group.combine(expert(whole.y, session.rank), whole.plan).x
     errors = []
     try:
-        must_equal("dispatch", whole.y, as_tensor(sent.x))
-        must_be_near("combine", sums.float(), home.float(), relative=0.02, absolute=0.05)
+        check_rows("dispatch", sizes, 0, session.rank, whole.y)
+        # The sum of each node is rounded before it crosses.
+        wanted = expected_sums(sizes, from_rail[topology.node]).float()
+        must_be_near("combine", sums.float(), wanted, relative=0.02, absolute=0.05)
+        for node, rows in network.into.items():
+            tokens = _going_to(sizes, from_rail[node], topology, topology.node)
+            must_equal(f"rows from node {node} alone", rows, from_rail[node].x[tokens])
     except WrongAnswer as error:
         errors.append(f"rank {session.rank}: {error}")
     if crossed != least:
         errors.append(f"rank {session.rank}: {crossed} rows came over the network, one for each token would be {least}")
     raise_together(session.pg, errors)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def _outside_torch(session: Session) -> float:
+    """Return the bytes of this rank's GPU that torch does not manage, for each of the ranks that use it. Collective."""
+    if session.settings.backend != "cuda":
+        return 0.0
+    session.synchronize_ranks()
+    gpu = torch.cuda.current_device()
+    reserved: list[int] = [
+        num_bytes for where, num_bytes in session.gather((gpu, torch.cuda.memory_reserved())) if where == gpu
+    ]
+    used = session.device.used_bytes()
+    session.synchronize_ranks()  # nobody goes on before all have looked
+    return (used - sum(reserved)) / len(reserved)
+
+
+def _report_memory(session: Session, sizes: Sizes, whole: _Calls, before: float) -> None:
+    """Report what the group has taken since ``before``, and what a dispatch and a combine take. Collective."""
+    group = _outside_torch(session) - before
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    whole.dispatch(0)
+    whole.combine(0)
+    session.device.synchronize()
+    call = torch.cuda.max_memory_allocated() - held
+    groups, calls = zip(*session.gather((group, call)), strict=True)
+    item = {"tokens": sizes.tokens, "group_bytes": max(groups), "call_bytes": max(calls), **v1_hints(sizes)}
+    session.send({"nodes memory": item})

@@ -1,0 +1,16 @@
+"""The buffers that programs for DeepEP's V1 make for calls across nodes."""
+
+from __future__ import annotations
+
+from tokenferry.bench.core.inputs import Sizes
+from tokenferry.compat.deep_ep import Buffer
+
+
+def v1_hints(sizes: Sizes) -> dict[str, int]:
+    """Return the bytes that V1 asks for, with its default configs: for NVLink, and for the network."""
+    configs = [Buffer.get_dispatch_config(sizes.ranks), Buffer.get_combine_config(sizes.ranks)]
+    row_bytes = 2 * sizes.hidden
+    return {
+        "v1_nvl_bytes": max(config.get_nvl_buffer_size_hint(row_bytes, sizes.ranks) for config in configs),
+        "v1_rdma_bytes": max(config.get_rdma_buffer_size_hint(row_bytes, sizes.ranks) for config in configs),
+    }
