@@ -104,7 +104,7 @@ class ExpertGroup(Connected):
         ranks_per_node: Number of consecutive ranks that form a node (a smaller group is one); None:
             TOKENFERRY_RANKS_PER_NODE, or if that is not set, the ranks of a host form one. With several nodes, dispatch
             sends a row across the network once for each node, and combine adds up the rows of each node before they
-            cross; see `Topology`. Backend cuda has one node.
+            cross; see `Topology`.
 
     Raises:
         ConfigError: an option is wrong, E is not a multiple of R, or ranks disagree; gives the value of each rank.

@@ -26,7 +26,6 @@ each call, the memory of its buffers, and what bounds it. Two families of calls:
 decoding (decode_dispatch, decode_combine).
 
 This is a model, not a measurement: docs/cost-model.md has its formulas, its assumptions and how far it was compared.
-GPUs do not cross nodes in this version.
 """
 ROWS = ("family", "T=M", "network out", "in", "NVLink out", "in", "received", "mean")
 BYTES = ("call", "row bytes", "network out", "in", "routing out", "NVLink out", "in")
@@ -169,7 +168,7 @@ def _foot(found: Estimate) -> list[str]:
         f"DeepEP V1 low latency: {v1.dispatch_us:.0f} us for the bytes of a dispatch, {v1.combine_us:.0f} of a "
         f"combine; {v1.buffer_bytes / 1e6:.0f} MB of buffers"
     )
-    lines.append("a model: GPUs do not cross nodes in this version; see docs/cost-model.md")
+    lines.append("a model: no time across nodes was measured on GPUs; see docs/cost-model.md")
     return lines
 
 
