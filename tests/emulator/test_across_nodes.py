@@ -463,6 +463,31 @@ def test_a_silent_rank(run, call):
     assert errors[1].phase == f"{call.split()[0]} (between nodes)"
 
 
+def one_ends(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
+    """The process of rank 3 ends. Only rank 2, on its node, sees that."""
+    with pair.open(pg, SHAPE, timeout_s=20.0) as group:
+        x = torch.ones(2, 16)
+        plan = group.dispatch(x, Routing(torch.tensor([[0, 3], [1, 2]]))).plan
+        if rank == LOST:
+            pair.barrier()
+            return None
+        if rank == 2:
+            group._backend.context.pinned.ended[0] |= 1 << 1
+        with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - with counts on the device, and in combine
+            CALLS[call](group, x, plan)
+            group.synchronize()
+        pair.barrier()
+        return caught.value
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_end_of_a_process_is_noticed_on_all_nodes(run, call):
+    """Long before the deadline, by the report of the rank that has seen it."""
+    for error in run(4, one_ends, call, ranks_per_node=2)[:LOST]:
+        assert (error.peers, error.nodes) == ((LOST,), (1,)), error
+        assert error.waited_s < 10.0
+
+
 def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -> str | None:
     """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted."""
     with pair.open(pg, SHAPE, timeout_s=4.0) as group:

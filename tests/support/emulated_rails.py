@@ -21,6 +21,8 @@ from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.transports.failures import FailureReports
 
 _POLL_S = 0.05
+ASK_S = 1.0
+"""How long an exchange lasts before it asks whether another rank has failed."""
 
 
 class Boxes:
@@ -67,9 +69,10 @@ class QueueRails:
     def _receive(self, call: CallId, recv: Parcels) -> None:
         for node, tensors in recv.items():
             peer = self._rail[node]
+            start = time.monotonic()
             came = self._take(self._boxes[peer, self._rank])
             if came is None:
-                raise peer_timeout(call, self._rank, [peer], "nothing came", self._timeout_s, "")
+                raise peer_timeout(call, self._rank, [peer], "nothing came", time.monotonic() - start, "")
             if [(one.shape, one.dtype) for one in came] != [(one.shape, one.dtype) for one in tensors]:
                 # NCCL does not compare sizes, and may wait until the deadline.
                 raise peer_timeout(call, self._rank, [peer], "other sizes came", 0.0, "")
@@ -77,10 +80,12 @@ class QueueRails:
                 tensor.copy_(there)
 
     def _take(self, box: queue.SimpleQueue[list[Tensor]]) -> list[Tensor] | None:
-        end = time.monotonic() + self._timeout_s
-        while time.monotonic() < end and not self._mismatched():
+        start = time.monotonic()
+        while time.monotonic() < start + self._timeout_s and not self._mismatched():
             with suppress(queue.Empty):
                 return box.get(timeout=_POLL_S)
+            if time.monotonic() > start + ASK_S and self.reports.have_come():
+                return None
         return None
 
     def end_soon_if(self, mismatched: Callable[[], bool]) -> None:

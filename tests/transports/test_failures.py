@@ -92,6 +92,16 @@ class Blocked:
         self.answer.wait()
 
 
+def test_reports_of_this_group_have_come():
+    store = dist.HashStore()
+    other = FailureReports(SimpleNamespace(get_group_store=lambda: store), 8, Topology(4, NODES))
+    other.post(FailureReport((1,)))
+    assert reports(0, store).have_come() is False
+    reports(5, store).post(FailureReport((1,)))
+    assert reports(0, store).have_come() is True
+    assert reports(0, Blocked()).have_come() is None
+
+
 def test_a_store_that_does_not_answer_is_asked_once():
     store = Blocked()
     mine = reports(0, store)
@@ -120,7 +130,7 @@ def test_a_group_is_made_without_its_answer():
     """A number that is drawn takes the place of the one that the store would have given out."""
     store = Blocked()
     start = time.monotonic()
-    number = rendezvous._new_group_id(SimpleNamespace(get_group_store=lambda: store))
+    number = rendezvous.new_group_id(SimpleNamespace(get_group_store=lambda: store))
     took_s = time.monotonic() - start
     store.answer.set()
     assert 0 <= number < GROUP_IDS

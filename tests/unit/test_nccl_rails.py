@@ -111,11 +111,46 @@ def test_exchanges_of_different_calls_end_soon():
     mismatched = threading.Event()
     rails = Rails(SOON_S * 10)
     rails.end_soon_if(mismatched.is_set)
-    with mock.patch("tokenferry.backends.cuda.across.nccl_rails._MISMATCH_S", 0.2):
+    with mock.patch("tokenferry.backends.cuda.across.nccl_rails._HOPELESS_S", 0.2):
         begin(rails, 0)
         assert not rails.aborted.wait(0.4)
         mismatched.set()
         assert rails.aborted.wait(SOON_S)
+
+
+SOON = "tokenferry.backends.cuda.across.nccl_rails"
+
+
+@pytest.mark.parametrize("answer", [True, False, None])
+def test_an_exchange_ends_soon_after_another_rank_has_reported(answer):
+    """It may be cut off by the end of a process, which only the ranks of its node notice."""
+    reports = mock.Mock()
+    reports.have_come.return_value = False
+    rails = Rails(SOON_S * 10, reports=reports)
+    with mock.patch(f"{SOON}._HOPELESS_S", 0.1), mock.patch(f"{SOON}._ASK_S", 0.1):
+        begin(rails, 0)
+        assert not rails.aborted.wait(0.4), "a long exchange is no fault"
+        assert reports.have_come.call_count >= 2
+        reports.have_come.reset_mock()
+        reports.have_come.return_value = answer
+        assert rails.aborted.wait(SOON_S if answer else 0.6) is bool(answer)
+        assert (reports.have_come.call_count == 1) is (answer is not False), "asked again without need, or not at all"
+    if answer:
+        with pytest.raises(PeerTimeout, match=r"rank 2 waited .* for rank 0: ") as caught:
+            rails.raise_lost()
+        assert caught.value.nodes == (0,)
+    rails.close()
+
+
+def test_a_short_exchange_asks_nobody():
+    reports = mock.Mock()
+    rails = Rails(SOON_S, reports=reports)
+    for node in (0, 2):
+        transfer = begin(rails, node)
+        rails.works[-1].done.set()
+        transfer.wait()
+    rails.close()
+    reports.have_come.assert_not_called()
 
 
 def test_the_deadline_counts_from_when_the_stream_is_there():

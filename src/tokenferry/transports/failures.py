@@ -78,12 +78,24 @@ class FailureReports:
         with contextlib.suppress(RuntimeError):  # not made by torch.distributed
             self._store = group.get_group_store()
         self._prefix = f"tokenferry/failures/{group_id}"
+        self._any = f"{self._prefix}/any"
         self._topology = topology
 
     def post(self, report: FailureReport) -> None:
         """Report why this rank gives up, before its peers notice. Takes a second at most."""
         text = report.text()
-        self._ask(lambda store: store.set(self._key(self._topology.rank), text), None)
+
+        def post(store: Store) -> None:
+            store.set(self._key(self._topology.rank), text)
+            store.set(self._any, "1")  # last: whoever sees it finds the report
+
+        self._ask(post, None)
+
+    def have_come(self) -> bool | None:
+        """Return whether any rank has reported; None if the store does not answer within a second."""
+        store = self._store
+        answers = [] if store is None else ask(lambda: store.check([self._any]))
+        return answers[0] if answers else None
 
     def explain(self, error: PeerTimeout, until: float, reason: Callable[[int], str]) -> PeerTimeout | MismatchError:
         """Return the error to raise in place of one that this rank has met: it names the ranks at fault.

@@ -346,15 +346,19 @@ class Context:
         """
         if self._inherited:
             return
-        if not self._told_peers and not self.pinned.faulty:
-            self._told_peers = True
-            self._tell_peers()
+        self.tell_peers()
         self.broken = why
         self._peers.close()
         self.window.close()
 
-    def _tell_peers(self) -> None:
-        """Tell the kernels of peers that they wait in vain from now on; all that this rank has sent comes before."""
+    def tell_peers(self) -> None:
+        """Tell the kernels of peers that they wait in vain from now on; all that this rank has sent comes before.
+
+        Waits for the work queued on the device. Idempotent. A kernel that has recorded an error has told them.
+        """
+        if self._told_peers or self.pinned.faulty:
+            return
+        self._told_peers = True
         word = torch.frombuffer(bytearray(struct.pack("<2I", self.rank, Fault.peer_closed)), dtype=torch.uint8)
         offset = CONTROL_BLOCK_OFFSETS["gave_up"] + word.numel() * self.rank
         with suppress(RuntimeError):  # the CUDA context is broken, or gone

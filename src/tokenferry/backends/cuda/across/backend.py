@@ -133,6 +133,7 @@ class AcrossBackend(CudaBackend):
             elif isinstance(error, PeerTimeout) and self._rails.lost is not None:
                 found = self._rails.lost  # a kernel knows only that nothing came
             reports.post(FailureReport.of(found))
+            self.context.tell_peers()  # after the report, which they will look for
             if isinstance(found, PeerTimeout):
                 found = reports.explain(found, until, _no_text)
             if found is error:

@@ -2,11 +2,13 @@
 
 A kernel of NCCL does not return while a rank is silent. So a thread looks after all exchanges: when one does not end
 within the deadline, counted from when its stream has reached it, the thread aborts the communicator, which ends the
-kernels. The CUDA context stays usable.
+kernels. The CUDA context stays usable. While an exchange lasts, the thread also asks whether a rank has reported that
+it has given up: the ranks of a node notice at once that a process there has ended, those of other nodes only so.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -28,8 +30,10 @@ from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.transports.failures import FailureReport, FailureReports
 
 _POLL_S = 0.002
-_MISMATCH_S = 1.0
-"""Most seconds that exchanges have to end once ranks are known to have made different calls, whose sizes may differ."""
+_HOPELESS_S = 1.0
+"""Seconds that exchanges have to end once a rank has failed, or ranks have made different calls, of different sizes."""
+_ASK_S = 1.0
+"""How long an exchange lasts before the reports of other ranks are asked for, and between two such questions."""
 _SHORT_WAIT_S = 0.0002
 """How long a wait on the host polls without sleeping."""
 
@@ -114,7 +118,8 @@ class NcclRails:
         self._more = threading.Event()
         self._closed = False
         self._mismatched: Callable[[], bool] = _never
-        self._mismatched_since = 0.0
+        self._hopeless_since = 0.0
+        self._asked = 0.0
         args = (weakref.ref(self), self._more, enter_thread)  # not this object: it must be able to die
         threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True).start()
         forget_in_child(self, NcclRails.forget)
@@ -149,10 +154,10 @@ class NcclRails:
             transfer, now = under_way[0], time.monotonic()
             if not transfer.since and transfer.begun():
                 transfer.since = now
-            if not self._mismatched_since and self._mismatched():
-                self._mismatched_since = now
+            if not self._hopeless_since and (self._mismatched() or self._others_failed(transfer, now)):
+                self._hopeless_since = now
             is_late = transfer.since and now - transfer.since > self._timeout_s
-            is_hopeless = self._mismatched_since and now - self._mismatched_since > _MISMATCH_S
+            is_hopeless = self._hopeless_since and now - self._hopeless_since > _HOPELESS_S
             if not is_late and not is_hopeless:
                 return True
             self._give_up(transfer, now - (transfer.since or now))
@@ -177,6 +182,15 @@ class NcclRails:
     def closed(self) -> bool:
         """Whether nothing is to be looked after any more."""
         return self._closed
+
+    def _others_failed(self, transfer: NcclTransfer, now: float) -> bool:
+        """Return whether a rank has reported that it has failed, as far as this was asked."""
+        if self.reports is None or not transfer.since or now - max(transfer.since, self._asked) < _ASK_S:
+            return False
+        come = self.reports.have_come()
+        # A store that does not answer may hold each question for minutes: it is not asked again.
+        self._asked = math.inf if come is None else now
+        return bool(come)
 
     def _give_up(self, transfer: NcclTransfer, waited_s: float) -> None:
         rank, why = self._topology.rank, "an exchange between nodes did not end"
