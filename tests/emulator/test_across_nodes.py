@@ -488,7 +488,7 @@ def test_the_end_of_a_process_is_noticed_on_all_nodes(run, call):
         assert error.waited_s < 10.0
 
 
-def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -> str | None:
+def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int, in_combine: bool) -> str | None:
     """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted."""
     with pair.open(pg, SHAPE, timeout_s=4.0) as group:
         rails, made = group._backend._rails, []
@@ -501,25 +501,33 @@ def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -
                 recv = {node: [torch.empty_like(each) for each in tensors] for node, tensors in recv.items()}
             return QueueRails.exchange(rails, call, send, recv)
 
-        calls = (CALLS["redispatch"], CALLS["combine"])
+        calls = [CALLS["redispatch"], CALLS["combine"]][: 1 + in_combine]
         with mock.patch.object(rails, "exchange", exchange if rank == 0 else rails.exchange):
-            if rank > (number < 3):
+            if rank > (not in_combine):
                 with suppress(PeerTimeout):  # rank 0 may have sent nothing, either
-                    for call in calls[: 1 + (number > 2)]:
+                    for call in calls:
                         call(group, x, plan)
             else:
                 with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - they return at once
-                    for call in calls[: 1 + (number > 2)]:
+                    for call in calls:
                         call(group, x, plan)
                     group.synchronize()
             pair.barrier()
         return str(caught.value) if rank == 0 else None
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_what_has_not_come_is_not_taken_for_good(run, number):
+@pytest.mark.parametrize(("number", "in_combine"), [(1, False), (2, False), (3, True), (4, True)])
+def test_what_has_not_come_is_not_taken_for_good(run, number, in_combine):
     """Headers or rows of a redispatch, which its node gets from it; headers or sums of a combine, for itself alone."""
-    text = run(4, gives_up_an_exchange, number, ranks_per_node=2)[0]
+    text = run(4, gives_up_an_exchange, number, in_combine, ranks_per_node=2)[0]
+    assert "for rank 2: nothing came" in text
+
+
+@pytest.mark.parametrize(("number", "in_combine"), [(2, False), (3, False), (5, True), (6, True)])
+def test_a_chunk_that_has_not_come_is_not_taken_for_good(run, monkeypatch, number, in_combine):
+    """The first or the second of two chunks, of rows or of sums."""
+    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", SHAPE.max_tokens * SHAPE.hidden * 4 // 2)
+    text = run(4, gives_up_an_exchange, number, in_combine, ranks_per_node=2)[0]
     assert "for rank 2: nothing came" in text
 
 
