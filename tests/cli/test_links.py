@@ -30,8 +30,9 @@ class Machine:
         sms = SimpleNamespace(multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sms)
 
-    def share(self, table, rank, num_ranks, device, num_bytes, zero_bytes):
-        assert (table is None) == (num_ranks == 1)
+    def share(self, table, rank, ranks, device, num_bytes, zero_bytes):
+        assert ranks == range(len(self.windows))
+        assert (table is None) == (len(ranks) == 1)
         assert zero_bytes == links.ROWS_OFFSET < num_bytes
         bases = tuple(window.data_ptr() for window in self.windows)
         return SimpleNamespace(bases=bases, base=bases[rank], close=lambda: None)

@@ -19,4 +19,6 @@ def test_megatron_core_runs_forward_and_backward(version, nodes):
     found, where, loaded = clients.run(CLIENT, deep_ep_path.folder(), folder, **variables)[-3:]
     assert found == f"{nodes} nodes"
     assert where.startswith(deep_ep_path.folder())
-    assert loaded.startswith(f"{version} {folder}")
+    known, file = loaded.split()
+    assert known.partition("+")[0] == version, "in a git checkout it adds a commit"
+    assert file.startswith(folder)
