@@ -1,7 +1,6 @@
 """Jobs of the tests of `integrations.transformers.ExpertParallel`, with experts that are written here."""
 
 import gc
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from tokenferry import ArgumentError, ConfigError, autograd
+from tokenferry import ArgumentError, ClosedError, ConfigError, Routing, autograd
 from tokenferry.integrations import transformers as ours
 from tokenferry.integrations.transformers import ExpertParallel
 
@@ -115,6 +114,7 @@ def infers(rank, pg, tensor: int, where: str) -> None:
 
 def captures(rank, pg) -> None:
     """In a capture counts stay on the device, though ranks have other batches; the group is made before."""
+    ours.close_groups()
     parallel, _ = layer(rank, 1)
     x, index, weights = batch(rank, 5, 3)
     with torch.no_grad(), counts_of_calls() as counts, mock.patch.object(ours, "_is_captured", return_value=True):
@@ -138,19 +138,26 @@ def breaks_a_compiled_graph(rank, pg) -> None:
 
 
 def shares_its_group(rank, pg) -> None:
-    """All layers have one group, which ends with the last of them."""
-    first, _ = layer(rank, 1)
-    second = ExpertParallel(Experts(all_experts().chunk(R)[rank]), init_device_mesh("cpu", (R,)), first.tp_mesh)
-    for each in (first, second):
-        each(*batch(rank, 2, 3))
-    assert first.group is second.group
-    group = weakref.ref(first.group)
-    del first, second, each
-    gc.collect()
-    assert group() is None
+    """All layers have one group. It outlives them, since ranks collect their models at other times."""
+    ours.close_groups()
+    for _ in range(2):
+        first, _ = layer(rank, 1)
+        second = ExpertParallel(Experts(all_experts().chunk(R)[rank]), init_device_mesh("cpu", (R,)), first.tp_mesh)
+        for each in (first, second):
+            each(*batch(rank, 2, 3))
+        del first, second, each
+        if rank % 2:
+            gc.collect()
+    (group,) = ours._groups.values()
+    ours.close_groups()
+    with pytest.raises(ClosedError):
+        group.dispatch(torch.zeros(1, H), Routing(torch.zeros(1, 3, dtype=torch.int64)))
+    layer(rank, 1)[0](*batch(rank, 2, 3))
+    assert group not in ours._groups.values()
 
 
 def needs_the_device_of_the_group(rank, pg) -> None:
+    ours.close_groups()
     parallel, _ = layer(rank, 1)
     elsewhere = [each.to("meta") for each in batch(rank, 2, 3)]
     with pytest.raises(ConfigError, match="the model is on meta, and backend cpu was chosen; set TOKENFERRY_BACKEND"):

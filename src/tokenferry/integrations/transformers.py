@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -39,8 +38,9 @@ from tokenferry.types import DispatchOptions, Layout, MoeShape, Routing
 
 NAME = "tokenferry"
 
-# One group serves all layers of all models on a process group. Weak: the layers keep it, and it ends with the last one.
-_groups: WeakValueDictionary[dist.ProcessGroup, ExpertGroup] = WeakValueDictionary()
+# One group serves all layers of all models on a process group. It does not end with them: when a model is collected
+# differs by rank, and ranks that make a group would wait for others that have one.
+_groups: dict[dist.ProcessGroup, ExpertGroup] = {}
 
 _Call = TypeVar("_Call", bound=Callable[..., Tensor])
 
@@ -94,11 +94,21 @@ def _register_experts_function(error: ImportError) -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, shared_experts)
 
 
+def close_groups() -> None:
+    """Close the groups of all process groups, and free their memory. Local; all ranks do so between the same calls.
+
+    For a program that goes on without its models, or on a new process group. The next call of a model makes a group.
+    """
+    while _groups:
+        _groups.popitem()[1].close()
+
+
 class ExpertParallel:
     """How the experts of one layer get their tokens; an expert-parallel implementation of transformers 5.23 and newer.
 
     Contract:
-        Collective: each call, and its backward. The first one on a process group also makes the `ExpertGroup`.
+        Collective: each call, and its backward. The first one on a process group also makes the `ExpertGroup`, which
+            lives until `close_groups`, or as long as the process.
         Batches: all ranks of ``tp_mesh`` have the same one, of which each sends its part. Other ranks have others, of
             any size, also 0.
         Host: waits for the counts, as `ExpertGroup.dispatch`; but not in a capture, and not where gradients are off
@@ -121,7 +131,6 @@ class ExpertParallel:
         self.process_group = ep_mesh.get_group()
         ranks = [dist.get_process_group_ranks(mesh.get_group()) for mesh in (ep_mesh, tp_mesh)]
         self.shares_batch = ranks[0] == ranks[1]
-        self.group: ExpertGroup | None = None
 
     @_not_compiled
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -170,16 +179,15 @@ class ExpertParallel:
         return self.experts_forward(rows, local.unsqueeze(1), weights.unsqueeze(1)).contiguous()
 
     def _group_for(self, shape: MoeShape, device: torch.device, *, captured: bool) -> ExpertGroup:
-        if self.group is None:
-            self.group = _groups.get(self.process_group)
-        if self.group is None:
+        group = _groups.get(self.process_group)
+        if group is None:
             if captured:
                 raise ArgumentError(
                     "transformers: the first call of a model's experts makes the group, which a CUDA graph cannot "
                     "capture; run the model once before the capture"
                 )
-            self.group = _groups[self.process_group] = _connect(self.process_group, shape, device)
-        return self.group if self.group.shape == shape else self.group.for_shape(shape)
+            group = _groups[self.process_group] = _connect(self.process_group, shape, device)
+        return group if group.shape == shape else group.for_shape(shape)
 
     def _own_part(self, whole: Tensor) -> Tensor:
         """Return the part of a batch that this rank of ``tp_mesh`` sends. Its gradient comes from all of them."""
