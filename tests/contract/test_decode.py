@@ -118,11 +118,11 @@ def forgotten_hook(rank, pg, pair: Pair) -> None:
         check_round_trip(group, case, DispatchOptions())
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.transport != "process_group"], ids=str)
 def test_plans_work_in_other_views_of_their_group(run, pair):
     run(pair, 3, plans_in_other_views)
 
 
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.transport != "process_group"], ids=str)
 def test_a_hook_that_is_never_called_disturbs_no_call_over_shared_memory(run, pair):
     """Not over torch.distributed: there a message that is not received stays in the process group."""
     run(pair, 2, forgotten_hook)
