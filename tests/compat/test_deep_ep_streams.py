@@ -132,12 +132,17 @@ def test_inputs_live_until_the_call_is_done(cuda, lane):
     assert died == [1]
 
 
-def test_during_a_capture_the_event_keeps_the_inputs(cuda, lane):
-    cuda.capturing = True
-    tensor = marked()
+@pytest.mark.parametrize("capturing", [False, True])
+def test_the_event_keeps_the_inputs_until_it_is_waited_for(cuda, capturing):
+    """The program may drop the Buffer before. During a capture nothing else keeps them."""
+    cuda.capturing = capturing
+    lane, tensor = Lane(torch.device("cuda", 0)), marked()
     _, event = lane.run("call", When(async_finish=True), (tensor,), work_on(cuda))
+    assert bool(lane._pending) is not capturing
+    del lane
     assert event.event._kept == (tensor,)
-    assert not lane._pending
+    event.current_stream_wait()
+    assert event.event._kept is None
 
 
 def test_a_bad_event_is_refused_before_anything_happens(cuda, lane):

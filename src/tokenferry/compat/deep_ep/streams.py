@@ -134,11 +134,11 @@ class Lane:
 
     def _keep(self, done: EventHandle, inputs: tuple[Any, ...]) -> None:
         """Keep the inputs of a call alive until it is done; the communication stream must be current."""
+        done.keep(inputs)  # the program may drop this Buffer before it waits
         if torch.cuda.is_current_stream_capturing():
             # An event cannot be queried during a capture, but the program must wait for it before the capture ends.
             assert self.stream is not None
             _mark(inputs, self.stream)
-            done.keep(inputs)
             return
         self._pending.append((done, inputs))
         while self._pending and self._pending[0][0].has_passed():

@@ -41,6 +41,7 @@ class EventHandle:
         """Make later work on the current stream wait for the marked work. Local, returns at once."""
         if self._event is not None:
             current_stream().wait_event(self._event)
+        self._kept = None  # whatever reuses their memory from now on comes later
 
     def delay(self, stream: torch.cuda.Stream) -> None:
         """Make later work on a stream wait for the marked work. Local, returns at once."""
@@ -48,7 +49,7 @@ class EventHandle:
             stream.wait_event(self._event)
 
     def keep(self, inputs: object) -> None:
-        """Keep the inputs of a call alive as long as this handle."""
+        """Keep the inputs of a call alive as long as this handle, or until the program waits for it."""
         self._kept = inputs
 
     def has_passed(self) -> bool:
