@@ -56,6 +56,7 @@ def test_a_wrong_answer_gets_no_time(tmp_path, job, text):
         (["nodes", "--ranks", "4", "--ranks-per-node", "3"], "expected at least two nodes, of equally many ranks"),
         (["nodes", "--ranks", "4", "--ranks-per-node", "4"], "expected at least two nodes, of equally many ranks"),
         (["eager", "--device", "cpu", "--ranks-per-node", "2"], "--ranks-per-node is for calls across nodes"),
+        (["nodes", "--between", "nvlink"], "--between is for GPUs of several nodes"),
     ],
 )
 def test_wrong_options(capsys, words, text):

@@ -142,6 +142,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks-per-node", type=positive, help="with nodes: consecutive ranks that form a node (default: half of R)"
     )
     only.add_argument(
+        "--between",
+        choices=("sockets", "nvlink"),
+        help="with nodes: what NCCL joins them by: TCP on the loopback (default), or NVLink, for a rank on each GPU",
+    )
+    only.add_argument(
         "--two-batch-tokens", type=positive, default=128, help="T of both micro-batches together (default: 128)"
     )
 
@@ -157,7 +162,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     on_gpus = args.device == "cuda"
     available = need_gpus() if on_gpus else CPU_RANKS
     if args.what == "nodes":
-        available = nodes_ranks(available if on_gpus else 0)
+        available = available if args.between == "nvlink" else nodes_ranks(available if on_gpus else 0)
     if args.plot is not None:
         need_matplotlib()
     gpus = find_gpus()
@@ -205,6 +210,10 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
         raise ConfigError("--default-device is for eager calls: `tokenferry bench eager --default-device`")
     if args.ranks_per_node and "nodes" not in chosen:
         raise ConfigError("--ranks-per-node is for calls across nodes: `tokenferry bench nodes --ranks-per-node 2`")
+    if args.between and not (args.what == "nodes" and args.device == "cuda"):
+        raise ConfigError(
+            "--between is for GPUs of several nodes: `tokenferry bench nodes --device cuda --between nvlink`"
+        )
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
 
 
@@ -230,6 +239,10 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
                 f"--ranks {ranks} --ranks-per-node {args.ranks_per_node}: expected at least two nodes, of equally many "
                 "ranks"
             )
+        if args.between == "nvlink" and ranks > available:
+            raise ConfigError(
+                f"--between nvlink --ranks {ranks}: expected a GPU for each rank, and there are {available}"
+            )
         args.tokens = args.tokens or NODES_TOKENS
     few = CPU_TOKENS if args.device == "cpu" else QUICK_TOKENS if args.quick else None
     tokens = args.tokens or (TRAINING_TOKENS if args.what == "megatron" else few or FULL_TOKENS)
@@ -251,6 +264,7 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
         two_batch_tokens=args.two_batch_tokens,
         default_device=args.default_device,
         ranks_per_node=args.ranks_per_node,
+        between=args.between or "sockets",
     )
 
 
@@ -297,7 +311,7 @@ class Worlds:
                 self._settings.ranks,
                 devices=self._settings.backend,
                 timeout_s=timeout_s,
-                ranks_per_node=self._settings.ranks_per_node,
+                ranks_per_node=self._settings.ranks_per_node if self._settings.between == "sockets" else None,
             )
         self._world.timeout_s = timeout_s
         return self._world
@@ -386,7 +400,7 @@ def show_nodes(report: Report, screen: Screen) -> None:
         title = f"{items[0]['nodes']}, {items[0]['transport']}, median us (5th-95th percentile)"
         screen.table(title, nodes_report.HEADER, nodes_report.rows(items))
         screen.line(nodes_report.NOTE)
-        screen.line(nodes_report.LOOPBACK)
+        screen.line(nodes_report.BETWEEN[report.settings.between])
         gpus = report.about["gpus"]["count"]
         if report.settings.backend == "cuda" and report.settings.ranks > gpus:
             screen.line(nodes_report.sharing(report.settings.ranks, gpus))

@@ -70,6 +70,7 @@ class Settings:
         two_batch_tokens: T of both micro-batches of two-batch overlap together.
         default_device: Whether eager calls are made with the device as torch's default.
         ranks_per_node: Consecutive ranks that form a node, for calls across nodes.
+        between: What joins these nodes: ``"sockets"`` or ``"nvlink"``.
     """
 
     ranks: int
@@ -90,6 +91,7 @@ class Settings:
     two_batch_tokens: int = 128
     default_device: bool = False
     ranks_per_node: int | None = None
+    between: str = "sockets"
 
     def sizes(self, tokens: int, routing: str = "uniform") -> Sizes:
         """Return the sizes of one case."""

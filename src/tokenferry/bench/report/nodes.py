@@ -29,10 +29,11 @@ CHECKED = (
     "rows bit-equal to their sources, sums within rounding; as many rows crossed as there are pairs of a token and "
     "another node that it goes to"
 )
-LOOPBACK = (
-    "Between nodes the rows take TCP on this machine's loopback: this shows bytes and overlap, not rates of a network"
-)
-
+BETWEEN = {
+    "sockets": "Between nodes the rows take TCP on this machine's loopback: this shows bytes and overlap, not rates of "
+    "a network",
+    "nvlink": "Between nodes the rows take NVLink, by NCCL: a network of its rate; inside nodes it carries nothing",
+}
 
 MEMORY = (
     "group: what it takes on a GPU outside of torch: its heap, NCCL's buffers, kernels. calls: what torch allocates in "
