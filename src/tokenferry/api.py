@@ -357,8 +357,9 @@ class ExpertGroup(Connected):
         """Free connections and memory. Local and idempotent; results stay valid; later calls raise ClosedError.
 
         Optional on the CPU backend: a group that is dropped frees its connections and memory.
-        Blocks only on the transport ``"process_group"``, for at most 5 s, if peers have yet to receive what a call with
-        a hook sent.
+        Blocks on GPUs until the device has done what was queued there, exchanges between nodes included, which have
+        deadlines; and on the transport ``"process_group"``, for at most 5 s, if peers have yet to receive what a call
+        with a hook sent.
         """
         self._backend.close()
 

@@ -4,6 +4,8 @@ Two nodes of two ranks need two GPUs, so that each node has NVLink; nodes of one
 results are right, and says nothing about rates.
 """
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +20,7 @@ from support.pools import prefer
 from support.throughput import check_round_trip
 from tokenferry import DispatchOptions, Layout, MismatchError, MoeShape, PeerTimeout, Routing, tuning
 from tokenferry.testing.cases import Case
-from tokenferry.testing.world import World
+from tokenferry.testing.world import World, WorldError
 
 JOB_S = 300.0
 """Seconds for a job. NCCL connects when it is first used, and ranks that share a GPU take turns on it."""
@@ -186,6 +188,79 @@ def one_is_silent(rank: int, pg: dist.ProcessGroup, pair: Pair, call: str) -> No
 @pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
 def test_a_silent_rank(nodes, size, call):
     nodes(size, one_is_silent, call)
+
+
+def one_is_silent_in_a_replay(rank: int, pg: dist.ProcessGroup, pair: Pair) -> None:
+    """The last rank does not replay what all have captured: the others' replays end, and the error names it."""
+    ranks, lost, device = pg.size(), pg.size() - 1, pair.device
+    with pair.open(pg, MoeShape(ranks, 2, 64, 16), timeout_s=4) as group:
+        group.warmup()
+        x = torch.ones(2, 64, dtype=torch.bfloat16, device=device)
+        routing = Routing(torch.tensor([[0, ranks - 1], [1, 0]], device=device))
+        options = DispatchOptions(counts="device")
+
+        def calls() -> torch.Tensor:
+            sent = group.dispatch(x, routing, options=options)
+            return group.combine(sent.x, sent.plan).x
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            calls()
+        torch.cuda.synchronize()
+        pg.barrier().wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            calls()
+        graph.replay()
+        torch.cuda.synchronize()
+        pg.barrier().wait()
+        if rank != lost:
+            start = time.monotonic()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert time.monotonic() - start < 20
+            with pytest.raises(PeerTimeout) as caught:
+                group.synchronize()
+            assert caught.value.peers == (lost,), caught.value
+        pg.barrier().wait()
+    first_calls(rank, pg, pair)
+
+
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_a_rank_that_is_silent_in_a_replay(nodes, size):
+    nodes(size, one_is_silent_in_a_replay)
+
+
+def one_dies(rank: int, pg: dist.ProcessGroup, pair: Pair, counts: str) -> tuple[int, ...]:
+    """The process of the last rank is killed during a call: the others find out, and their contexts live."""
+    ranks, lost = pg.size(), pg.size() - 1
+    with pair.open(pg, MoeShape(ranks, 2, 4096, 1024), timeout_s=60) as group:
+        group.warmup()
+        x, routing = torch.ones(1024, 4096), Routing(torch.tensor([[0, ranks - 1]] * 1024))
+        group.dispatch(x, routing)
+        group.synchronize()
+        pg.barrier().wait()
+        if rank == lost:
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - with counts on the device, the call returns
+            while True:
+                group.dispatch(x, routing, options=DispatchOptions(counts=counts))
+                group.synchronize()
+        waited_s = time.monotonic() - start
+        assert waited_s < 30, f"{waited_s} s: {caught.value}"
+    assert torch.ones(3, device=pair.device).sum().item() == 3.0
+    return caught.value.peers
+
+
+@pytest.mark.parametrize("counts", ["host", "device"])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_a_process_that_is_killed(nodes, size, counts):
+    with pytest.raises(WorldError) as caught:
+        nodes(size, one_dies, counts)
+    lost = size[0] - 1
+    assert set(caught.value.errors) == {lost}, caught.value
+    assert caught.value.results == dict.fromkeys(range(lost), (lost,)), "another rank is named"
 
 
 def calls_of_other_kinds(rank: int, pg: dist.ProcessGroup, pair: Pair, device_counts: bool) -> None:

@@ -95,6 +95,9 @@ class QueueRails:
     def raise_lost(self) -> None:
         """Do nothing: an exchange raises where it is waited for."""
 
+    def finish(self) -> None:
+        """Do nothing: what was sent is in the queues."""
+
     def close(self) -> None:
         """Do nothing: the queues are memory."""
 

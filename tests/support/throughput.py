@@ -192,7 +192,11 @@ def check_combine(
     got = group.combine(y, sent.plan, topk_weights=w if weights else None, bias=bias, out=out)
     what = f"{deal} combine {dtype} {num_biases=} {into=} {weights=}"
     nodes = group.topology.nodes
-    same_bits(what, got.x, oracle.combine(rank, ys, biases, nodes))
+    try:
+        same_bits(what, got.x, oracle.combine(rank, ys, biases, nodes))
+    except AssertionError:
+        group.synchronize()  # raises if the call has failed on the device, which says more
+        raise
     if out is not None:
         assert got.x.data_ptr() == out.data_ptr(), f"{what}: the sum is not in out"
         same_bits(f"{what} out", out, got.x)

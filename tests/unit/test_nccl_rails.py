@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tokenferry.backends.cuda.across.nccl_rails import NcclRails
+from tokenferry.backends.cuda.across.nccl import NcclError
+from tokenferry.backends.cuda.across.nccl_rails import Marks, NcclRails
 from tokenferry.backends.cuda.setup import find_topology
 from tokenferry.errors import ConfigError, PeerTimeout
 from tokenferry.topology import Topology, consecutive
@@ -20,88 +21,113 @@ TOPOLOGY = Topology(2, consecutive(6, 2))
 SOON_S = 10.0
 
 
-class Work:
+class Exchange:
     """An exchange that ends when it is told to."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
         self.joined = 0
 
-    def is_completed(self) -> bool:
-        return self.done.is_set()
-
-    def wait(self) -> None:
+    def join(self) -> None:
         self.joined += 1
 
 
-class Rails(NcclRails):
-    """Rails whose exchanges are stand-ins."""
+class StandIn:
+    """A channel whose exchanges are stand-ins.
 
-    def __init__(self, timeout_s: float, **options) -> None:
-        self.works: list[Work] = []
+    Attributes:
+        exchanges: Those begun.
+        failure: What is said to have gone wrong.
+        reached: Whether the stream has reached what is begun.
+        captured: Whether a graph captures it.
+        aborted: Whether all was aborted.
+        closed: How often it was closed.
+    """
+
+    def __init__(self) -> None:
+        self.exchanges: list[Exchange] = []
+        self.failure = ""
+        self.reached = threading.Event()
+        self.reached.set()
+        self.captured = False
         self.aborted = threading.Event()
-        super().__init__(mock.Mock(), TOPOLOGY, timeout_s, **options)
+        self.closed = 0
 
-    def _start(self, send, recv):
-        self.works.append(Work())
-        return [self.works[-1]]
+    def start(self, send, recv) -> Marks:
+        if self.failure == "at once":
+            raise NcclError("ncclSend: remote error")
+        self.exchanges.append(exchange := Exchange())
+        return Marks(self.reached.is_set, exchange.done.is_set, exchange.join, self.captured)
 
-    def _abort(self) -> None:
+    def error(self) -> str:
+        return self.failure
+
+    def abort(self) -> None:
         self.aborted.set()
+        for exchange in self.exchanges:  # as aborted kernels end
+            exchange.done.set()
+
+    def close(self) -> None:
+        self.closed += 1
 
 
-def begin(rails: Rails, *nodes: int):
+def make(timeout_s: float, **options) -> tuple[NcclRails, StandIn]:
+    channel = StandIn()
+    return NcclRails(channel, TOPOLOGY, timeout_s, **options), channel
+
+
+def begin(rails: NcclRails, *nodes: int):
     send = {node: [torch.zeros(3)] for node in nodes}
     return rails.exchange(CALL, send, {node: [torch.zeros(3)] for node in nodes})
 
 
 def test_an_exchange_is_waited_for():
-    rails = Rails(SOON_S)
+    rails, channel = make(SOON_S)
     transfer = begin(rails, 0, 2)
-    threading.Timer(0.05, rails.works[0].done.set).start()
+    threading.Timer(0.05, channel.exchanges[0].done.set).start()
     transfer.wait()
-    assert rails.works[0].joined == 1, "the stream does not wait"
+    assert channel.exchanges[0].joined == 1, "the stream does not wait"
     transfer.join()
-    assert rails.works[0].joined == 2
+    assert channel.exchanges[0].joined == 2
     rails.close()
-    assert not rails.aborted.is_set()
+    assert not channel.aborted.is_set()
+    assert channel.closed == 1
 
 
 def test_nothing_to_exchange():
-    rails = Rails(SOON_S)
+    rails, channel = make(SOON_S)
     transfer = rails.exchange(CALL, {}, {})
     transfer.wait()
     transfer.join()
-    assert rails.works == []
+    assert channel.exchanges == []
     rails.close()
 
 
 def test_a_late_exchange_is_given_up_by_the_host_that_waits():
     reports = mock.Mock()
-    rails = Rails(0.1, reports=reports)
+    rails, channel = make(0.1, reports=reports)
     done = begin(rails, 0)
-    rails.works[0].done.set()
+    channel.exchanges[0].done.set()
     done.wait()
     transfer = begin(rails, 2)
     with pytest.raises(PeerTimeout, match=r"^combine \(between nodes\) #7: rank 2 waited .* for rank 4: ") as caught:
         transfer.wait()
     assert (caught.value.peers, caught.value.nodes) == ((4,), (2,))
-    assert rails.aborted.wait(SOON_S)
+    assert channel.aborted.wait(SOON_S)
     reports.post.assert_called_once_with(FailureReport((4,)))
     with pytest.raises(PeerTimeout):
         rails.raise_lost()
 
 
 def test_a_late_exchange_is_given_up_while_nobody_waits():
-    rails = Rails(0.1)
+    rails, channel = make(0.1)
     transfer = begin(rails, 0, 2)
     transfer.join()
     rails.raise_lost()
-    assert rails.aborted.wait(SOON_S)
+    assert channel.aborted.wait(SOON_S)
     with pytest.raises(PeerTimeout) as caught:
         rails.raise_lost()
     assert caught.value.peers == (0, 4)
-    rails.works[0].done.set()  # as aborted kernels end
     with pytest.raises(PeerTimeout):
         transfer.wait()
 
@@ -109,13 +135,13 @@ def test_a_late_exchange_is_given_up_while_nobody_waits():
 def test_exchanges_of_different_calls_end_soon():
     """NCCL does not compare sizes, so they may never end."""
     mismatched = threading.Event()
-    rails = Rails(SOON_S * 10)
+    rails, channel = make(SOON_S * 10)
     rails.end_soon_if(mismatched.is_set)
     with mock.patch("tokenferry.backends.cuda.across.nccl_rails._HOPELESS_S", 0.2):
         begin(rails, 0)
-        assert not rails.aborted.wait(0.4)
+        assert not channel.aborted.wait(0.4)
         mismatched.set()
-        assert rails.aborted.wait(SOON_S)
+        assert channel.aborted.wait(SOON_S)
 
 
 SOON = "tokenferry.backends.cuda.across.nccl_rails"
@@ -126,14 +152,14 @@ def test_an_exchange_ends_soon_after_another_rank_has_reported(answer):
     """It may be cut off by the end of a process, which only the ranks of its node notice."""
     reports = mock.Mock()
     reports.have_come.return_value = False
-    rails = Rails(SOON_S * 10, reports=reports)
+    rails, channel = make(SOON_S * 10, reports=reports)
     with mock.patch(f"{SOON}._HOPELESS_S", 0.1), mock.patch(f"{SOON}._ASK_S", 0.1):
         begin(rails, 0)
-        assert not rails.aborted.wait(0.4), "a long exchange is no fault"
+        assert not channel.aborted.wait(0.4), "a long exchange is no fault"
         assert reports.have_come.call_count >= 2
         reports.have_come.reset_mock()
         reports.have_come.return_value = answer
-        assert rails.aborted.wait(SOON_S if answer else 0.6) is bool(answer)
+        assert channel.aborted.wait(SOON_S if answer else 0.6) is bool(answer)
         assert (reports.have_come.call_count == 1) is (answer is not False), "asked again without need, or not at all"
     if answer:
         with pytest.raises(PeerTimeout, match=r"rank 2 waited .* for rank 0: ") as caught:
@@ -142,12 +168,61 @@ def test_an_exchange_ends_soon_after_another_rank_has_reported(answer):
     rails.close()
 
 
+@pytest.mark.parametrize("failure", ["remote error", "at once"])
+def test_a_failed_exchange_is_given_up_at_once(failure):
+    reports = mock.Mock()
+    rails, channel = make(SOON_S * 10, reports=reports)
+    if failure == "at once":
+        channel.failure = failure
+        with pytest.raises(
+            PeerTimeout, match=r"for rank 4: the connection between nodes failed.*: ncclSend: remote error"
+        ):
+            begin(rails, 2)
+    else:
+        transfer = begin(rails, 2)
+        threading.Timer(0.1, setattr, (channel, "failure", failure)).start()
+        with pytest.raises(PeerTimeout, match=r"for rank 4: the connection between nodes failed.*: remote error"):
+            transfer.wait()
+    assert channel.aborted.is_set()
+    reports.post.assert_called_once_with(FailureReport((4,)))
+    with pytest.raises(PeerTimeout):
+        rails.raise_lost()
+
+
+def test_the_host_gives_up_by_itself_if_the_thread_has_ended():
+    rails, channel = make(0.05)
+    with mock.patch.object(NcclRails, "check", side_effect=RuntimeError("CUDA error")):
+        transfer = begin(rails, 0)
+        with pytest.raises(PeerTimeout, match="did not end"):
+            transfer.wait()
+    assert channel.aborted.is_set()
+
+
+def test_finishing_waits_for_what_peers_need():
+    rails, channel = make(SOON_S)
+    begin(rails, 0)
+    threading.Timer(0.1, channel.exchanges[0].done.set).start()
+    rails.finish()
+    assert channel.exchanges[0].done.is_set()
+    rails.close()
+    assert not channel.aborted.is_set()
+
+
+def test_finishing_gives_up_at_the_deadline():
+    rails, channel = make(0.1)
+    begin(rails, 0)
+    rails.finish()
+    assert channel.aborted.is_set()
+    with pytest.raises(PeerTimeout):
+        rails.raise_lost()
+
+
 def test_a_short_exchange_asks_nobody():
     reports = mock.Mock()
-    rails = Rails(SOON_S, reports=reports)
+    rails, channel = make(SOON_S, reports=reports)
     for node in (0, 2):
         transfer = begin(rails, node)
-        rails.works[-1].done.set()
+        channel.exchanges[-1].done.set()
         transfer.wait()
     rails.close()
     reports.have_come.assert_not_called()
@@ -155,40 +230,76 @@ def test_a_short_exchange_asks_nobody():
 
 def test_the_deadline_counts_from_when_the_stream_is_there():
     """Work before an exchange may take any time."""
-    rails = Rails(0.1)
-    reached = threading.Event()
-    with mock.patch("tokenferry.backends.cuda.across.nccl_rails._marked", return_value=reached.is_set):
-        begin(rails, 0)
-    assert not rails.aborted.wait(0.4)
-    reached.set()
-    assert rails.aborted.wait(SOON_S)
+    rails, channel = make(0.1)
+    channel.reached.clear()
+    begin(rails, 0)
+    assert not channel.aborted.wait(0.4)
+    channel.reached.set()
+    assert channel.aborted.wait(SOON_S)
 
 
-def test_what_a_graph_captures_is_not_looked_after():
-    rails = Rails(0.05)
-    with mock.patch("tokenferry.backends.cuda.across.nccl_rails._marked", return_value=None):
-        begin(rails, 0)
-    assert not rails.aborted.wait(0.3)
+def test_a_graph_that_is_not_replayed_is_no_exchange():
+    rails, channel = make(0.05)
+    channel.captured = True
+    channel.reached.clear()
+    begin(rails, 0)
+    assert not channel.aborted.wait(0.3)
     rails.close()
-    assert not rails.aborted.is_set()
+    assert not channel.aborted.is_set()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_replay_that_is_stuck_is_given_up(behind):
+    """Also if an eager exchange waits behind it."""
+    rails, channel = make(0.3)
+    channel.captured = True
+    channel.reached.clear()
+    transfer = begin(rails, 2)
+    transfer.join()
+    channel.captured = False
+    with mock.patch(f"{SOON}._REPLAYS_S", 0.05):
+        assert not channel.aborted.wait(0.6), "no replay has begun"
+        channel.reached.set()  # a replay
+        if behind:
+            channel.reached = threading.Event()
+            begin(rails, 0)
+        assert channel.aborted.wait(SOON_S)
+    with pytest.raises(PeerTimeout, match="for rank 4: an exchange between nodes did not end"):
+        rails.raise_lost()
+
+
+def test_replays_that_end_are_left_alone():
+    rails, channel = make(0.3)
+    channel.captured = True
+    begin(rails, 2)
+    done = channel.exchanges[0].done
+    with mock.patch(f"{SOON}._REPLAYS_S", 0.05):
+        for _ in range(8):  # longer than the deadline, all together
+            assert not channel.aborted.wait(0.1)
+            done.set()
+            assert not channel.aborted.wait(0.1)
+            done.clear()
+        done.set()
+    rails.close()
 
 
 def test_closing_gives_up_what_is_under_way():
-    rails = Rails(SOON_S)
+    rails, channel = make(SOON_S)
     begin(rails, 0)
     rails.close()
     rails.close()
-    assert rails.aborted.is_set()
+    assert channel.aborted.is_set()
 
 
 def test_the_thread_ends_with_the_rails():
     before = set(threading.enumerate())
-    rails = Rails(SOON_S)
+    rails, channel = make(SOON_S)
     (thread,) = set(threading.enumerate()) - before
     del rails
     gc.collect()
     thread.join(SOON_S)
     assert not thread.is_alive()
+    assert channel.closed == 1, "connections stay open"
 
 
 def test_nodes_of_hosts():

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tokenferry import (
     ArgumentError,
@@ -20,6 +19,7 @@ from tokenferry import (
     Routing,
     RoutingError,
 )
+from tokenferry.backends.cuda.across import nccl
 from tokenferry.backends.cuda.setup import _unfit
 from tokenferry.checks import Checks
 from tokenferry.options import resolve_options
@@ -256,11 +256,11 @@ def test_the_largest_heap(monkeypatch, megabytes, fits):
     [
         (9, 9, "9 ranks on a node, and at most 8 are possible"),
         (257, 1, "257 nodes of 1 rank, and at most 256 nodes are possible"),
-        (4, 2, "2 nodes of 2 ranks, and this torch has no NCCL to connect them"),
+        (4, 2, "2 nodes of 2 ranks, and there is no NCCL to connect them: libnccl.so.2 was not found"),
         (8, 8, ""),
     ],
 )
 def test_topologies_that_cuda_cannot_have(monkeypatch, num_ranks, per_node, message):
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(nccl, "why_not", lambda: "libnccl.so.2 was not found")
     options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
     assert _unfit(options, Topology(0, consecutive(num_ranks, per_node))) == message

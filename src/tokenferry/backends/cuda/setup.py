@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import torch.distributed as dist
 
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda.across import nccl
 from tokenferry.backends.cuda.across.backend import AcrossBackend
-from tokenferry.backends.cuda.across.nccl_rails import NcclRails
+from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, new_unique_id
+from tokenferry.backends.cuda.across.nccl_rails import NcclChannel, NcclRails
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
@@ -34,8 +35,6 @@ from tokenferry.transports.handshake import Bootstrap, agree
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import compare_terms, new_group_id
 from tokenferry.tuning import NCCL_SMS
-
-_NO_LIMIT = timedelta(days=365)
 
 
 def why_not_cuda(group: dist.ProcessGroup | None, resolved: Resolved) -> str:
@@ -142,9 +141,9 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     backend: CudaBackend | None = None
     reason = ""
     try:
-        if group is not None and topology.num_nodes > 1:
+        if group is not None and table is not None and topology.num_nodes > 1:
             reports = FailureReports(group, group_id, topology)
-            backend = assemble_across(window, resolved, key, topology, nccl_rails(group, resolved, topology, reports))
+            backend = assemble_across(window, resolved, key, topology, nccl_rails(table, resolved, topology, reports))
         else:
             why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
             backend = assemble(window, resolved, key, why)
@@ -163,24 +162,39 @@ def _unavailable(reason: str) -> BackendUnavailable:
     return BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {reason}; use backend='cpu' or 'auto'")
 
 
-def nccl_rails(group: dist.ProcessGroup, resolved: Resolved, topology: Topology, reports: FailureReports) -> NcclRails:
-    """Return the rails of a rank, with a communicator of their own. Collective on each rail.
+def nccl_rails(table: Bootstrap, resolved: Resolved, topology: Topology, reports: FailureReports) -> NcclRails:
+    """Return the rails of a rank, with a communicator of their own. Collective.
 
     Args:
-        group: The process group; its ranks are those of the group.
+        table: Exchanges handshakes of all ranks.
         resolved: The options.
         topology: The nodes.
         reports: Where a rank that gives up says for whom it waited.
-    """
-    from torch.distributed import ProcessGroupNCCL  # builds of torch without CUDA have none
 
-    ranks = [dist.get_global_rank(group, rank) for rank in topology.rail]
-    options = ProcessGroupNCCL.Options()
-    options.config.max_ctas = NCCL_SMS
-    # Our own deadlines end what does not end; torch's would end the process.
-    made = dist.new_group(ranks, timeout=_NO_LIMIT, backend="nccl", pg_options=options, use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
-    return NcclRails(made, topology, resolved.timeout_s, reports=reports, enter_thread=_relax_captures)
+    Raises:
+        NcclError: the ranks of a rail could not be connected, or one of all ranks could not begin.
+    """
+    mine, why_not = "", ""
+    if topology.node == 0:
+        try:
+            mine = new_unique_id().hex()
+        except NcclError as error:
+            why_not = f"rank {topology.rank}: {error}"
+    handshakes = table.exchange({"nccl": mine, "why_not": why_not})
+    for handshake in handshakes:
+        if handshake["why_not"]:
+            raise NcclError(handshake["why_not"])
+    communicator = Communicator(
+        topology.node,
+        topology.num_nodes,
+        bytes.fromhex(handshakes[topology.rail[0]]["nccl"]),
+        max_ctas=NCCL_SMS,
+        timeout_s=resolved.timeout_s,
+    )
+    device = _device()
+    assert device is not None
+    channel = NcclChannel(communicator, device)
+    return NcclRails(channel, topology, resolved.timeout_s, reports=reports, enter_thread=_relax_captures)
 
 
 def _relax_captures() -> None:
@@ -239,8 +253,9 @@ def _unfit(resolved: Resolved, topology: Topology) -> str:
         return f"{topology.ranks_per_node} ranks on a node, and at most {MAX_RANKS} are possible"
     if topology.num_nodes > MAX_NODES:
         return f"{topology}, and at most {MAX_NODES} nodes are possible"
-    if topology.num_nodes > 1 and not dist.is_nccl_available():
-        return f"{topology}, and this torch has no NCCL to connect them"
+    reason = nccl.why_not() if topology.num_nodes > 1 else ""
+    if reason:
+        return f"{topology}, and there is no NCCL to connect them: {reason}"
     heap_bytes = resolved.heap_bytes or 0
     most = (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES  # handshakes have offsets of 32 bits
     if heap_bytes > most:

@@ -141,7 +141,9 @@ class AcrossBackend(CudaBackend):
             raise found from error
 
     def close(self) -> None:
-        """Release the windows, and give up what is under way between nodes."""
+        """Release the windows, when exchanges between nodes have ended, unless the group is broken."""
+        if not self.broken:
+            self._rails.finish()
         self._rails.close()
         super().close()
 

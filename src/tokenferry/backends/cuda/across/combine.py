@@ -11,7 +11,7 @@ from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cuda.across.crossing import Crossing, States, Sums
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
-from tokenferry.backends.cuda.across.relay import RelayAddresses, chunks_of, relay_addresses
+from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.combine import Combiner
@@ -58,14 +58,14 @@ class AcrossCombiner:
             if weights is not None:
                 parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
             home, transfers = Combined(parts, parts_weights), []
-            num_chunks = self._crossing.num_chunks(parts.shape[1] * parts.element_size())
-            states = self._crossing.new_states(relay.went, num_chunks)
+            chunks = self._crossing.chunks(parts.shape[1] * parts.element_size())
+            states = self._crossing.new_states(relay.went, chunks)
             no_counts = self._crossing.no_counts(plan)
             at = at._replace(no_counts=no_counts.data_ptr())
             for to, source in self._crossing.steps():
-                gone, come = chunks_of(relay.came[to], num_chunks), chunks_of(relay.went[source], num_chunks)
+                gone, come = chunks.split(relay.came[to]), chunks.split(relay.went[source])
                 for i, (go, comes) in enumerate(zip(gone, come, strict=True)):
-                    plan_at = at.segment(to) if num_chunks == 1 else at.chunk(to, go)
+                    plan_at = at.segment(to) if chunks.num == 1 else at.chunk(to, go)
                     done = self._inside.send(form, call, rows, plan_at, weights, (), None)
                     send = Sums(to, go.num, _present(done))
                     recv = Sums(source, comes.num, [comes.of(relay.part_out(each, source)) for each in _present(home)])

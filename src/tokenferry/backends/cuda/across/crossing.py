@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry import tuning
 from tokenferry.backends.cuda.across.launch import check_template, open_template
 from tokenferry.backends.cuda.across.rails import Parcels, Rails, Transfer
-from tokenferry.backends.cuda.across.relay import Relay, chunks_of
+from tokenferry.backends.cuda.across.relay import Chunks, Relay
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import Record
 from tokenferry.backends.cuda.launch import RowKind
@@ -260,15 +259,16 @@ class Crossing:
             states: As `new_states` returns them.
         """
         made: dict[int, list[Transfer]] = {}
-        num_chunks = self.num_chunks(send.rows.shape[1])
+        chunks, out, into = self.chunks(send.rows.shape[1]), send.present(), recv.present()
         for to, source in self.steps():
-            gone, come = chunks_of(relay.went[to], num_chunks), chunks_of(relay.came[source], num_chunks)
+            gone, come = chunks.split(relay.went[to]), chunks.split(relay.came[source])
+            parts_out = [relay.part_out(each, to) for each in out]
+            parts_in = [relay.part_in(each, source) for each in into]
             made[source] = []
             for chunk, (go, comes) in enumerate(zip(gone, come, strict=True)):
-                out = [*(go.of(relay.part_out(each, to)) for each in send.present()), self._state]
-                into = [*(comes.of(relay.part_in(each, source)) for each in recv.present()), states[source, chunk]]
-                transfer = self.exchange(call, {to: out} if go.num else {}, {source: into} if comes.num else {})
-                made[source].append(transfer)
+                sent = {to: [*map(go.of, parts_out), self._state]} if go.num else {}
+                received = {source: [*map(comes.of, parts_in), states[source, chunk]]} if comes.num else {}
+                made[source].append(self.exchange(call, sent, received))
         return made
 
     def sums(self, call: Call, send: Sums, recv: Sums, state: Tensor) -> Transfer:
@@ -279,15 +279,15 @@ class Crossing:
             {recv.node: [*recv.tensors, state]} if recv.num_tokens else {},
         )
 
-    def num_chunks(self, row_bytes: int) -> int:
-        """Return in how many chunks rows cross: the same on all ranks."""
-        return tuning.rail_chunks(self._max_tokens, row_bytes)
+    def chunks(self, row_bytes: int) -> Chunks:
+        """Return in which chunks rows cross."""
+        return Chunks.of(self._max_tokens, row_bytes)
 
     def no_counts(self, plan: Plan) -> Tensor:
         """Return ``[R]`` int64: 0 for each rank, -1 if the plan was aborted; see `RelayAddresses`."""
         return plan.src_counts.clamp(max=0)
 
-    def new_states(self, comes: Sequence[int], num_chunks: int) -> Tensor:
+    def new_states(self, comes: Sequence[int], chunks: Chunks) -> Tensor:
         """Return ``[N, chunks, 2]`` int32, for the states of the ranks across from this one when they sent a chunk.
 
         An exchange that is given up ends as any other: `NOTHING_CAME` stays in its states, so that what it should have
@@ -295,13 +295,13 @@ class Crossing:
 
         Args:
             comes: Rows from each node.
-            num_chunks: In how many chunks they come.
+            chunks: In which chunks they come.
         """
         device = self._context.device
-        states = torch.full((self._num_nodes, num_chunks, 2), -1, dtype=torch.int32, device=device)
+        states = torch.full((self._num_nodes, chunks.num, 2), -1, dtype=torch.int32, device=device)
         for node, num in enumerate(comes):
-            used = 0 if node == self._node else sum(chunk.num > 0 for chunk in chunks_of(num, num_chunks))
-            if used < num_chunks:
+            used = 0 if node == self._node else sum(chunk.num > 0 for chunk in chunks.split(num))
+            if used < chunks.num:
                 states[node, used:].zero_()
         return states
 

@@ -22,7 +22,6 @@ from tokenferry.backends.cuda.across.relay import (
     Chunk,
     Relay,
     RelayAddresses,
-    chunks_of,
     fixed_relay,
     make_relay,
     relay_addresses,
@@ -346,7 +345,7 @@ class AcrossDispatcher:
             )  # fmt: skip
             form.pack.launch(form.sms.local, call.stream)
         into = empty_rows(kind, relay.first_in[-1], device)
-        states = self._crossing.new_states(relay.came, self._crossing.num_chunks(kind.row_bytes))
+        states = self._crossing.new_states(relay.came, self._crossing.chunks(kind.row_bytes))
         return Passing(payload, into, self._crossing.rows(call, relay, out, into, states), opening, states, out)
 
     def _recv_rows(self, plan: Plan, kind: RowKind, call: Call) -> tuple[LazyDispatched, RecvOffsets]:
@@ -378,11 +377,12 @@ class AcrossDispatcher:
         if routed is None:  # a dispatch has done this before it waited for the routing
             self._crossing.confirm(call, passing.opening, at.whole.src_counts)
         for source, transfers in passing.transfers.items():
-            chunks = chunks_of(relay.came[source], len(transfers))
+            chunks = self._crossing.chunks(form.kind.row_bytes).split(relay.came[source])
             for i, (chunk, transfer) in enumerate(zip(chunks, transfers, strict=True)):
                 transfer.join()
-                states = States.of_chunk(passing.states, source, i)
-                self._crossing.check(call, passing.opening, states, at.whole.src_counts)
+                if chunk.num:
+                    states = States.of_chunk(passing.states, source, i)
+                    self._crossing.check(call, passing.opening, states, at.whole.src_counts)
                 payload = _payload_from(relay, source, chunk, passing.rows, routed)
                 plan = at.segment(source) if len(chunks) == 1 else at.chunk(source, chunk)
                 move(form.pass_on, call, sms, recv, payload, plan)

@@ -1,9 +1,10 @@
-"""Rails over NCCL, one communicator for each rail, from `torch.distributed`.
+"""Rails over NCCL, one communicator for each rail.
 
 A kernel of NCCL does not return while a rank is silent. So a thread looks after all exchanges: when one does not end
-within the deadline, counted from when its stream has reached it, the thread aborts the communicator, which ends the
-kernels. The CUDA context stays usable. While an exchange lasts, the thread also asks whether a rank has reported that
-it has given up: the ranks of a node notice at once that a process there has ended, those of other nodes only so.
+within the deadline, counted from when its stream has reached it, or NCCL reports an error, the thread aborts the
+communicator, which ends the kernels. The CUDA context stays usable. While an exchange lasts, the thread also asks
+whether a rank has reported that it has given up: the ranks of a node notice at once that a process there has ended,
+those of other nodes only so, or by the end of its connections.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, Part
 from tokenferry.backends.cuda.across.rails import Parcels
 from tokenferry.errors import PeerTimeout
 from tokenferry.forked import forget_in_child
@@ -35,15 +36,100 @@ _HOPELESS_S = 1.0
 """Seconds that exchanges have to end once a rank has failed, or ranks have made different calls, of different sizes."""
 _ASK_S = 1.0
 """How long an exchange lasts before the reports of other ranks are asked for, and between two such questions."""
+_REPLAYS_S = 0.5
+"""How often to ask where replays of graphs are."""
 _SHORT_WAIT_S = 0.0002
 """How long a wait on the host polls without sleeping."""
+_MOST_TIMEOUTS = 4
+"""After how many timeouts a wait on the host gives up by itself, in case the thread does not."""
+_CLOSE_S = 10.0
+_LATE = "an exchange between nodes did not end"
+_FAILED = "the connection between nodes failed, such as by the end of a process"
 
 
-class Work(Protocol):
-    """The part of ``torch.distributed.Work`` that is used here."""
+class Marks(NamedTuple):
+    """Where an exchange lies among the work of the device.
 
-    def is_completed(self) -> bool: ...  # noqa: D102
-    def wait(self) -> object: ...  # noqa: D102
+    Attributes:
+        begun: Returns whether the stream has reached it.
+        ended: Returns whether everything has come and gone.
+        join: Makes the current stream wait until then.
+        captured: Whether it is part of a CUDA graph. Then `begun` and `ended` speak of the latest replay.
+    """
+
+    begun: Callable[[], bool]
+    ended: Callable[[], bool]
+    join: Callable[[], None]
+    captured: bool = False
+
+
+class Channel(Protocol):
+    """The connections of a rail."""
+
+    def start(self, send: Parcels, recv: Parcels) -> Marks:
+        """Begin an exchange, behind the work of the current stream.
+
+        Raises:
+            NcclError: a connection has failed.
+        """
+        ...
+
+    def error(self) -> str:
+        """Return what has gone wrong on the way; empty: nothing."""
+        ...
+
+    def abort(self) -> None:
+        """End what is under way."""
+        ...
+
+    def close(self) -> None:
+        """Wait until what was sent has left, and free the connections."""
+        ...
+
+
+class NcclChannel:
+    """See `Channel`.
+
+    Args:
+        communicator: The ranks of the rail, in the order of nodes.
+        device: The device of this rank.
+    """
+
+    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+        self._communicator = communicator
+        self._device = device
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._captured = False
+        self.error, self.abort = communicator.error, communicator.abort
+
+    def start(self, send: Parcels, recv: Parcels) -> Marks:
+        """See `Channel.start`."""
+        parts = [
+            Part(tensor.data_ptr(), tensor.numel() * tensor.element_size(), node, is_sent)
+            for is_sent, parcels in ((False, recv), (True, send))
+            for node, tensors in parcels.items()
+            for tensor in tensors
+        ]
+        begun, ended, stream = torch.cuda.Event(), torch.cuda.Event(), self._stream  # type: ignore[no-untyped-call]
+        begun.record()
+        stream.wait_event(begun)
+        if not torch.cuda.is_current_stream_capturing():
+            self._communicator.exchange(parts, stream.cuda_stream)
+            ended.record(stream)
+            return Marks(begun.query, ended.query, ended.wait)
+        self._captured = True
+        # Events of a capture only order it. Those that can be asked about replays are nodes of the graph.
+        reached, left = torch.cuda.Event(external=True), torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
+        reached.record(stream)
+        self._communicator.exchange(parts, stream.cuda_stream)
+        left.record(stream)
+        ended.record(stream)
+        return Marks(reached.query, left.query, ended.wait, captured=True)
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        if not self._captured:  # NCCL waits for the end of graphs
+            self._communicator.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -52,50 +138,69 @@ class NcclTransfer:
 
     Attributes:
         rails: Its rails.
-        call: Its call.
-        peers: The ranks that take part, without this one.
-        works: What torch knows of it.
-        begun: Returns whether its stream has reached it.
-        since: When it was first seen to have begun; 0: not yet.
+        what: What it is.
+        marks: Where it lies; None: there is nothing to exchange.
         tensors: Keeps what is sent and received.
+        since: When the device was first seen at it; 0: it is not.
     """
 
     rails: NcclRails
-    call: CallId
-    peers: tuple[int, ...]
-    works: Sequence[Work]
-    begun: Callable[[], bool]
+    what: _Exchange
+    marks: Marks | None
     tensors: list[Tensor]
     since: float = field(default=0.0)
 
     @property
     def has_ended(self) -> bool:
-        """Whether everything has come and gone."""
-        return all(work.is_completed() for work in self.works)
+        """Whether everything has come and gone, or was aborted."""
+        return self.marks is None or self.marks.ended()
+
+    def has_begun(self, now: float) -> bool:
+        """Return whether the device is at it, and remember since when."""
+        if self.marks is None or self.marks.ended() or not self.marks.begun():
+            self.since = 0.0
+        elif not self.since:
+            self.since = now
+        return bool(self.since)
 
     def join(self) -> None:
         """See `Transfer.join`."""
-        for work in self.works:
-            work.wait()
+        if self.marks is not None:
+            self.marks.join()
 
     def wait(self) -> None:
         """See `Transfer.wait`."""
+        self.join()
         nothing, start = select.poll(), time.monotonic()
         while not self.has_ended:
             self.rails.raise_lost()
-            if time.monotonic() - start < _SHORT_WAIT_S:
+            waited_s = time.monotonic() - start
+            if waited_s < _SHORT_WAIT_S:
                 nothing.poll(0)  # releases the GIL for an instant, where the shortest sleep takes 50 us
-            else:
+            elif waited_s < self.rails.longest_wait_s:
                 time.sleep(_POLL_S / 20)
+            else:
+                self.rails.give_up(self.what, waited_s, _LATE)
         self.rails.raise_lost()  # an aborted exchange has ended, too
-        self.join()
+
+
+class _Exchange(NamedTuple):
+    """An exchange, for error messages.
+
+    Attributes:
+        call: Its call.
+        peers: The ranks that take part, without this one.
+    """
+
+    call: CallId
+    peers: tuple[int, ...]
 
 
 class NcclRails:
     """The rails of one rank; see `tokenferry.backends.cuda.across.rails.Rails`.
 
     Args:
-        group: The ranks of this rail, in the order of nodes.
+        channel: What joins the ranks of this rail.
         topology: The nodes.
         timeout_s: Seconds that an exchange may take.
         reports: Where a rank that gives up says for whom it waited.
@@ -106,36 +211,56 @@ class NcclRails:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        channel: Channel,
         topology: Topology,
         timeout_s: float,
         *,
         reports: FailureReports | None = None,
         enter_thread: Callable[[], object] | None = None,
     ) -> None:
-        self._group = group
+        self._channel = channel
         self._topology = topology
         self._timeout_s = timeout_s
         self.reports = reports
         self.lost: PeerTimeout | None = None
+        # Kernels ahead of an exchange have deadlines of their own.
+        self.longest_wait_s = _MOST_TIMEOUTS * timeout_s
         self._under_way: deque[NcclTransfer] = deque()
+        self._in_graphs: list[NcclTransfer] = []
+        self._stuck: NcclTransfer | None = None
+        self._replays_at = 0.0
+        self._latest: _Exchange | None = None
         self._more = threading.Event()
         self._closed = False
         self._mismatched: Callable[[], bool] = _never
         self._hopeless_since = 0.0
         self._asked = 0.0
-        args = (weakref.ref(self), self._more, enter_thread)  # not this object: it must be able to die
-        threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True).start()
+        args = (weakref.ref(self), channel, self._more, enter_thread)  # not this object: it must be able to die
+        self._thread = threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True)
+        self._thread.start()
         forget_in_child(self, NcclRails.forget)
 
     def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> NcclTransfer:
-        """See `Rails.exchange`."""
+        """See `Rails.exchange`.
+
+        Raises:
+            PeerTimeout: the connection to a rank has failed.
+        """
         tensors = [tensor for parcels in (recv, send) for each in parcels.values() for tensor in each]
         peers = tuple(sorted({self._topology.rail[node] for node in (*send, *recv)}))
-        begun = _marked(tensors)
-        works = self._start(send, recv) if tensors else []
-        transfer = NcclTransfer(self, call, peers, works, begun or _never, tensors)
-        if works and begun is not None:
+        what = _Exchange(call, peers)
+        marks = None
+        if tensors:
+            self._latest = what
+            try:
+                marks = self._channel.start(send, recv)
+            except NcclError as error:
+                self.give_up(what, 0.0, f"{_FAILED}: {error}")
+                self.raise_lost()
+        transfer = NcclTransfer(self, what, marks, tensors)
+        if marks is not None and marks.captured:  # the memory is the graph's
+            self._in_graphs.append(NcclTransfer(self, what, marks, []))
+        elif marks is not None:
             self._under_way.append(transfer)
             self._more.set()
         return transfer
@@ -150,32 +275,58 @@ class NcclRails:
             raise self.lost
 
     def check(self) -> bool:
-        """Look at the exchanges under way, and give up if one is late; return whether there are any."""
-        under_way = self._under_way
+        """Look at the exchanges under way, and give up if one is late or has failed; return whether there are any."""
+        if self.lost is not None:
+            return False
+        failure = self._channel.error()
+        if failure and self._latest is not None:
+            self.give_up(self._latest, 0.0, f"{_FAILED}: {failure}")
+            return False
         with suppress(IndexError):  # they were closed meanwhile
-            while under_way[0].has_ended:
-                under_way.popleft()
-            transfer, now = under_way[0], time.monotonic()
-            if not transfer.since and transfer.begun():
-                transfer.since = now
+            now = time.monotonic()
+            transfer = self._first(now)
+            if transfer is None:
+                return False
             if not self._hopeless_since and (self._mismatched() or self._others_failed(transfer, now)):
                 self._hopeless_since = now
             is_late = transfer.since and now - transfer.since > self._timeout_s
             is_hopeless = self._hopeless_since and now - self._hopeless_since > _HOPELESS_S
             if not is_late and not is_hopeless:
                 return True
-            self._give_up(transfer, now - (transfer.since or now))
+            self.give_up(transfer.what, now - (transfer.since or now), _LATE)
         return False
+
+    def _first(self, now: float) -> NcclTransfer | None:
+        """Return the exchange that the device is at, or the next one; None: there is none."""
+        under_way = self._under_way
+        while under_way and under_way[0].has_ended:
+            under_way.popleft()
+        if under_way and under_way[0].has_begun(now):
+            return under_way[0]
+        if now > self._replays_at:  # there may be thousands of exchanges in graphs
+            self._replays_at = now + _REPLAYS_S
+            # Replays cannot be told apart. But nobody finds one after another at the same exchange all the time.
+            stuck = [each for each in self._in_graphs if each.has_begun(now) and each.since < now]
+            self._stuck = stuck[0] if stuck else None
+        return self._stuck or (under_way[0] if under_way else None)
+
+    def finish(self) -> None:
+        """See `Rails.finish`."""
+        with suppress(PeerTimeout):
+            for transfer in tuple(self._under_way):
+                transfer.wait()
 
     def close(self) -> None:
         """See `Rails.close`."""
         if self._closed:
             return
-        self._closed = True
         if not all(transfer.has_ended for transfer in tuple(self._under_way)):
-            self._abort()
+            self._channel.abort()
+        self._closed = True
         self._under_way.clear()
+        self._in_graphs.clear()
         self._more.set()
+        self._thread.join(_CLOSE_S)  # it closes the channel
 
     def forget(self, _why: str) -> None:
         """Leave everything alone, in a forked child, which has no thread; see `tokenferry.forked`."""
@@ -187,6 +338,16 @@ class NcclRails:
         """Whether nothing is to be looked after any more."""
         return self._closed
 
+    def give_up(self, exchange: _Exchange, waited_s: float, why: str) -> None:
+        """End all exchanges, for the sake of one of them. From now on `raise_lost` raises the error."""
+        lost = peer_timeout(exchange.call, self._topology.rank, exchange.peers, why, waited_s, "")
+        lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in exchange.peers}))
+        self.lost = lost
+        if self.reports is not None:
+            self.reports.post(FailureReport.of(lost))
+        self._channel.abort()
+        self._under_way.clear()  # not before: NCCL may still write into their tensors
+
     def _others_failed(self, transfer: NcclTransfer, now: float) -> bool:
         """Return whether a rank has reported that it has failed, as far as this was asked."""
         if self.reports is None or not transfer.since or now - max(transfer.since, self._asked) < _ASK_S:
@@ -196,62 +357,26 @@ class NcclRails:
         self._asked = math.inf if come is None else now
         return bool(come)
 
-    def _give_up(self, transfer: NcclTransfer, waited_s: float) -> None:
-        rank, why = self._topology.rank, "an exchange between nodes did not end"
-        lost = peer_timeout(transfer.call, rank, transfer.peers, why, waited_s, "")
-        lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in transfer.peers}))
-        self.lost = lost
-        if self.reports is not None:
-            self.reports.post(FailureReport.of(lost))
-        self._abort()
-        self._under_way.clear()  # not before: NCCL may still write into their tensors
-
-    def _start(self, send: Parcels, recv: Parcels) -> Sequence[Work]:
-        works: Sequence[Work] = dist.batch_isend_irecv(
-            [
-                dist.P2POp(operation, tensor, group=self._group, group_peer=node)
-                for operation, parcels in ((dist.irecv, recv), (dist.isend, send))
-                for node, tensors in parcels.items()
-                for tensor in tensors
-            ]
-        )
-        return works
-
-    def _abort(self) -> None:
-        self._group.abort()
-
-
-def _marked(tensors: Sequence[Tensor]) -> Callable[[], bool] | None:
-    """Return what tells whether the current stream has reached this point; None: a CUDA graph captures it."""
-    if not tensors or tensors[0].device.type != "cuda":
-        return _at_once
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event.query
-
-
-def _at_once() -> bool:
-    return True
-
 
 def _never() -> bool:
     return False
 
 
 def _look_after(
-    rails: weakref.ref[NcclRails], more: threading.Event, enter_thread: Callable[[], object] | None
+    rails: weakref.ref[NcclRails], channel: Channel, more: threading.Event, enter_thread: Callable[[], object] | None
 ) -> None:
-    """Look after the exchanges of a rank until its rails are closed or gone."""
+    """Look after the exchanges of a rank until its rails are closed or gone; then close the channel."""
     if enter_thread is not None:
         enter_thread()
-    while True:
+    found = rails()
+    while found is not None and not found.closed:
+        del found
         more.wait(1.0)
         more.clear()
         found = rails()
-        while found is not None and not found.closed and found.check():
-            time.sleep(_POLL_S)
-        if found is None or found.closed:
+        try:
+            while found is not None and not found.closed and found.check():
+                time.sleep(_POLL_S)
+        except RuntimeError:  # CUDA's: calls meet it as well, and waits on the host have a deadline of their own
             return
-        del found
+    channel.close()

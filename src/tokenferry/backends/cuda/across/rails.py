@@ -70,6 +70,10 @@ class Rails(Protocol):
         """
         ...
 
+    def finish(self) -> None:
+        """Wait until what is under way has ended, or was given up: peers may need what this rank sends."""
+        ...
+
     def close(self) -> None:
         """Give up what is under way. Local, idempotent."""
         ...

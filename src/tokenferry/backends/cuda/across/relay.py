@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenferry import tuning
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.results import LazyPlan, PlanAddresses
 from tokenferry.kernels.codes import UNIT_TOKENS
@@ -88,11 +89,26 @@ class Chunk(NamedTuple):
         return rows[self.first : self.first + self.num]
 
 
-def chunks_of(num_tokens: int, num_chunks: int) -> list[Chunk]:
-    """Return the tokens of each chunk; the last ones may have none."""
-    size = -(-num_tokens // num_chunks)
-    firsts = [min(i * size, num_tokens) for i in range(num_chunks)]
-    return [Chunk(first, min(size, num_tokens - first)) for first in firsts]
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """In how many chunks the tokens for a node cross, and the most of each: the same on all ranks.
+
+    Each is passed on by kernels of all ranks of a node, whichever of them has tokens in it.
+    """
+
+    num: int
+    size: int
+
+    @classmethod
+    def of(cls, max_tokens: int, row_bytes: int) -> Chunks:
+        """Return those for rows of so many bytes, in a group of M tokens a rank."""
+        num = tuning.rail_chunks(max_tokens, row_bytes)
+        return cls(num, -(-max_tokens // num))
+
+    def split(self, num_tokens: int) -> list[Chunk]:
+        """Return the tokens of each chunk: the last ones may have none, and the last takes what goes beyond M."""
+        firsts = [min(i * self.size, num_tokens) for i in range(self.num)]
+        return [Chunk(first, end - first) for first, end in zip(firsts, (*firsts[1:], num_tokens), strict=True)]
 
 
 class RelayLayout(NamedTuple):
