@@ -32,6 +32,13 @@ def test_a_block_serves_a_result_of_another_shape_and_type():
     assert other.is_contiguous()
 
 
+def test_a_large_result_is_no_view():
+    """Autograd hooks of a result, such as those of FSDP, would be lost when it is changed in place."""
+    result = Allocator().empty(*LARGE, dtype=torch.float32)
+    assert not result._is_view()
+    assert result.is_contiguous()
+
+
 def test_a_block_twice_too_large_is_left_for_a_larger_result():
     allocator = Allocator()
     address = allocator.empty(1 << 24, dtype=torch.uint8).data_ptr()

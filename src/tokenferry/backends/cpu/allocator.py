@@ -39,7 +39,9 @@ class Allocator:
         view = memoryview(block)
         # Only the tensor's storage refers to the view, so the block is free when the storage is.
         weakref.finalize(view, self._put_back, block).atexit = False
-        return torch.frombuffer(view, dtype=torch.uint8, count=num_bytes).view(dtype).view(*shape)
+        storage = torch.frombuffer(view, dtype=torch.uint8, count=num_bytes).untyped_storage()
+        # No view: hooks of autograd, such as those of FSDP, are lost when a view is changed in place.
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage).resize_(shape)
 
     def close(self) -> None:
         """Unmap the free blocks, and keep none from now on: the memory of a result is gone with its last tensor."""
