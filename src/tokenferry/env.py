@@ -1,6 +1,6 @@
 """The TOKENFERRY_* environment variables, those of others that mean something here, and one of torchrun.
 
-No other module of the package reads os.environ. Only rank processes that play nodes write it, with `play_node`.
+No other module of the package reads os.environ. Only rank processes write it, with `play_node` and `say_local_rank`.
 """
 
 from __future__ import annotations
@@ -245,3 +245,12 @@ def play_node(node: int, ranks_per_node: int) -> None:
     os.environ["NCCL_NET"] = "Socket"
     os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     os.environ["NCCL_NVLS_ENABLE"] = "0"
+
+
+def say_local_rank(local_rank: int) -> None:
+    """Set LOCAL_RANK, as torchrun does, for programs that choose their GPU by it. For rank processes only.
+
+    Args:
+        local_rank: The index of this rank's GPU; on CPUs the rank on this host.
+    """
+    os.environ["LOCAL_RANK"] = str(local_rank)

@@ -14,6 +14,9 @@ import pytest
 
 import tokenferry
 
+BENCH = Path(__file__).parents[1] / "clients" / "bench_client.py"
+"""Runs `tokenferry bench transformers`."""
+
 FOLDERS = Path(sys.prefix) / "clients"
 """Where the Makefile puts versions of clients that cannot be installed together with the others."""
 

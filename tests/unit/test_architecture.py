@@ -72,6 +72,7 @@ MAY_IMPORT = {
         "memory",
         "kernels",
         "compat",
+        "integrations",
     },
     "demo": {"types", "errors", "api", "autograd", "nn", "testing", "bench"},
     "__main__": {"cli"},
@@ -100,7 +101,7 @@ LAZY = {
     "cuda": {"jit", "memory", "backends"},
     "megatron": {"bench"},
     "deep_ep": {"bench", "integrations"},
-    "transformers": {"integrations"},
+    "transformers": {"bench", "integrations"},
 }
 """Optional packages, and the parts that may import them, inside functions only."""
 

@@ -11,6 +11,7 @@ from tokenferry.bench.report import about, tables
 from tokenferry.bench.report.report import CPU_NOTES, Report
 from tokenferry.bench.suites.cpu_calls import RUNS, calls_for, measure_cpu_calls
 from tokenferry.cli import bench_cuda
+from tokenferry.cli.bench_models import model_sizes
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import check_experts, fill_sizes, positive, positives, seed_of
 from tokenferry.cli.screen import Screen
@@ -30,6 +31,10 @@ and with all_to_all_single and what it needs around it, and the host's time of e
 
 `tokenferry bench megatron` measures a training step of two MoE layers of Megatron-Core, unmodified: its flex dispatcher
 over our `deep_ep` against its own all-to-all, after their losses and gradients have been compared.
+
+`tokenferry bench transformers` measures a Qwen3-MoE model of transformers with random weights, unmodified: tokens a
+second in training and in generation, with `ep_implementation="tokenferry"` and with its own all-to-all, in turns, after
+logits, losses, gradients and generated tokens have been compared; also with --device cpu.
 
 `tokenferry bench nodes` measures dispatch and combine in a group of several nodes, which ranks of this host play,
 beside each of their two legs alone, and counts the rows that cross; on CPUs, or with --device cuda.
@@ -52,16 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=tuple(bench_cuda.WHAT),
         help="decode: the decode calls and two-batch overlap, on GPUs; eager: wall clock and host time of eager calls; "
-        "megatron: a training step of Megatron-Core; nodes: calls across nodes (default: all but the last three)",
+        "megatron: a training step of Megatron-Core; transformers: a model of transformers; nodes: calls across nodes "
+        "(default: all but the last four)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; with one of these parts: cuda")
     parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
     parser.add_argument(
         "--tokens", type=positives, help="T, on every rank; on GPUs several, as 128,4096 (default: 128; on GPUs many)"
     )
-    parser.add_argument("--hidden", type=positive, help="H, bfloat16 (default: 7168; megatron: 2048)")
-    parser.add_argument("--top-k", type=positive, help="K (default: 8)")
-    parser.add_argument("--experts", type=positive, help="E (default: 256; megatron: 32)")
+    parser.add_argument(
+        "--hidden", type=positive, help="H, bfloat16 (default: 7168; megatron: 2048; transformers: 2048, on CPUs 256)"
+    )
+    parser.add_argument("--top-k", type=positive, help="K (default: 8; transformers on CPUs: 4)")
+    parser.add_argument("--experts", type=positive, help="E (default: 256; megatron: 32; transformers: 64, on CPUs 16)")
     parser.add_argument("--iterations", type=positive, default=30, help="iterations that count (default: 30)")
     parser.add_argument(
         "--transport", choices=("both", "shared_memory", "process_group"), default="both", help="default: both"
@@ -116,6 +124,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if len(tokens) > 1:
         raise ConfigError(f"--tokens {','.join(map(str, tokens))}: several need --device cuda; choose one")
     check_experts(args, ranks)
+    model_sizes(args, ranks)
     if args.hidden % 8:
         raise ConfigError(f"--hidden {args.hidden}: a row has to be a multiple of 16 bytes; use a multiple of 8")
     return Settings(

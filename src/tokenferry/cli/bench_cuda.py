@@ -15,11 +15,7 @@ from tokenferry.bench.baselines import nccl, vdev
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
 from tokenferry.bench.core.inputs import ROUTINGS
 from tokenferry.bench.core.session import Settings
-from tokenferry.bench.report import about, tables
-from tokenferry.bench.report import decode as decode_report
-from tokenferry.bench.report import eager as eager_report
-from tokenferry.bench.report import nodes as nodes_report
-from tokenferry.bench.report import training as training_report
+from tokenferry.bench.report import about
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.bench.report.report import GPU_NOTES, Report
 from tokenferry.bench.suites import (
@@ -32,9 +28,12 @@ from tokenferry.bench.suites import (
     megatron,
     nodes,
     overlap,
+    transformers,
     two_batch_overlap,
 )
+from tokenferry.cli import bench_models
 from tokenferry.cli import limits as cli_limits
+from tokenferry.cli.bench_show import show, show_short
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import check_experts, check_fp8, fill_sizes, one_of, positive, positives, seed_of
 from tokenferry.cli.screen import Screen
@@ -94,6 +93,11 @@ PHASES = {
         300.0,
         "a training step of two MoE layers of Megatron-Core: flex over our deep_ep, and its own all-to-all",
     ),
+    "transformers": Phase(
+        transformers.measure_transformers,
+        540.0,
+        "a model of transformers, trained and generating: experts through tokenferry, and in its own ways",
+    ),
     "nodes": Phase(nodes.measure_nodes, 540.0, "dispatch and combine across nodes, beside each of their legs alone"),
     "vdev": Phase(vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
 }
@@ -106,26 +110,27 @@ WHAT = {
     "decode": ("limits", "decode", "two_batch"),
     "eager": ("eager",),
     "megatron": ("megatron",),
+    "transformers": ("transformers",),
     "nodes": ("nodes",),
 }
 """The phases of a part that is named on the command line."""
 
-FULL_PHASES = tuple(name for name in PHASES if name not in ("eager", "megatron", "nodes"))
-"""The phases of a whole run: eager calls take minutes of their own, and a training step and nodes have other ranks or
-sizes."""
+FULL_PHASES = tuple(name for name in PHASES if name not in ("eager", "megatron", "transformers", "nodes"))
+"""The phases of a whole run: eager calls take minutes of their own, and models and nodes have other ranks or sizes."""
 
-ON_CPU = ("eager", "nodes")
+ON_CPU = ("eager", "transformers", "nodes")
 """Parts that the command line offers on CPUs as well."""
 
 CPU_RANKS = 2
 CPU_TOKENS = (1, 128)
+CPU_TRAINING_TOKENS = (128,)
 NODES_RANKS = 4
 NODES_TOKENS = (128, 1024)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that only GPUs have."""
-    alone = [name for name in PHASES if name != "nodes"]  # its ranks play nodes
+    alone = [name for name in PHASES if name not in ("transformers", "nodes")]  # with sizes or ranks of their own
     phases = "; ".join(f"{name}: {PHASES[name].what}" for name in alone)
     only = parser.add_argument_group("with --device cuda")
     only.add_argument("--quick", action="store_true", help="the cases of the targets only: about a minute")
@@ -149,6 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     only.add_argument(
         "--two-batch-tokens", type=positive, default=128, help="T of both micro-batches together (default: 128)"
     )
+    bench_models.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
@@ -157,8 +163,11 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     if "megatron" in phases and megatron.version() is None:
         screen.line("Megatron-Core is not installed: its training step is not measured")
         phases = tuple(name for name in phases if name != "megatron")
-        if not phases:
-            return 0
+    if "transformers" in phases and transformers.version() is None:
+        screen.line("transformers is not installed: no model of it is measured")
+        phases = ()
+    if not phases:
+        return 0
     on_gpus = args.device == "cuda"
     available = need_gpus() if on_gpus else CPU_RANKS
     if args.what == "nodes":
@@ -245,7 +254,8 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
             )
         args.tokens = args.tokens or NODES_TOKENS
     few = CPU_TOKENS if args.device == "cpu" else QUICK_TOKENS if args.quick else None
-    tokens = args.tokens or (TRAINING_TOKENS if args.what == "megatron" else few or FULL_TOKENS)
+    trained = CPU_TRAINING_TOKENS if args.device == "cpu" else TRAINING_TOKENS
+    tokens = args.tokens or (trained if args.what in ("megatron", "transformers") else few or FULL_TOKENS)
     decode_tokens = tuple(count for count in args.tokens or () if count <= MOST_DECODE_TOKENS)
     return Settings(
         ranks=ranks,
@@ -265,6 +275,7 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
         default_device=args.default_device,
         ranks_per_node=args.ranks_per_node,
         between=args.between or "sockets",
+        model=bench_models.model_sizes(args, ranks),
     )
 
 
@@ -324,97 +335,3 @@ class Worlds:
     def _lost(self, name: str, why: str) -> None:
         self._report.fail(f"phase {name}", why)
         self._screen.line(f"FAILED phase {name}: {why}", style="bold red")
-
-
-def show(report: Report, screen: Screen) -> None:
-    """Print everything."""
-    screen.line()
-    if report.results:
-        rows = [tables.cells(result, report.fraction(result)) for result in report.results]
-        screen.table("all cases, median us", tables.HEADER, rows)
-        screen.line(f"MB out: {GPU_NOTES['bytes']}. of limit: against the best rate of the links in this run.")
-        screen.line(f"isolated: {GPU_NOTES['isolated']}")
-        screen.line(f"checked: {GPU_NOTES['checked']}")
-    show_decode(report, screen)
-    show_eager(report, screen)
-    show_training(report, screen)
-    show_nodes(report, screen)
-    if "overlap" in report.others:
-        screen.table("overlap", tables.OVERLAP_HEADER, tables.overlap_rows(report.others["overlap"]))
-    for line in tables.kernel_lines(report.others.get("gemm kernels", [])):
-        screen.line(line)
-    for item in report.others.get("overlap left out", []):
-        screen.line(f"overlap beside {item['gemm']}, {item['carve_out']} SMs left out: not measured: {item['why']}")
-    if "host" in report.others:
-        screen.table("host", tables.HOST_HEADER, tables.host_rows(report.others["host"]))
-    for item in report.others.get("memory", []):
-        screen.line("memory of a group: " + ", ".join(f"{name} {value:.1f}" for name, value in item.items()))
-    for item in report.others.get("first call", []):
-        for name, seconds in item.items():
-            screen.line(f"{name}: " + ", ".join(f"{step} {s:.3f} s" for step, s in seconds.items()))
-    screen.line()
-
-
-def show_decode(report: Report, screen: Screen) -> None:
-    """Print the results of the decode phases."""
-    cases, two_batch = report.others.get("decode", []), report.others.get("two_batch", [])
-    if cases:
-        rows = decode_report.rows(cases, report.limits, report.node_us)
-        screen.table("decode calls, median us (5th-95th percentile)", decode_report.HEADER, rows)
-        screen.line(f"M={cases[0]['max_tokens']}. KB out: {GPU_NOTES['bytes']}. {decode_report.HOOK}")
-        screen.line(f"limit: {decode_report.LIMIT}. of limit: of the graph's time")
-        if report.node_us is not None:
-            screen.line(f"an empty kernel of a graph: {report.node_us:.2f} us")
-        screen.line(f"checked: {decode_report.CHECKED}")
-    if two_batch:
-        rows = decode_report.two_batch_rows(two_batch)
-        screen.table("two-batch overlap, as CUDA graphs", decode_report.TWO_BATCH_HEADER, rows)
-        screen.line("hidden: (work alone + calls alone - by hooks) / calls alone")
-
-
-def show_eager(report: Report, screen: Screen) -> None:
-    """Print the results of the eager calls."""
-    items = report.others.get("eager", [])
-    if not items:
-        return
-    rows = eager_report.rows(items, report.empty_us)
-    screen.table("eager calls, wall clock, median us (5th-95th percentile)", eager_report.HEADER, rows)
-    screen.table("back to back, median us", eager_report.SHORT_HEADER, eager_report.short_rows(items))
-    for line in eager_report.notes(report.settings, report.empty_us):
-        screen.line(line)
-
-
-def show_training(report: Report, screen: Screen) -> None:
-    """Print how the dispatchers of Megatron-Core compare."""
-    items, compared = report.others.get("training", []), report.others.get("training results", [])
-    if items:
-        screen.table("a training step, ms (5th-95th percentile)", training_report.HEADER, training_report.rows(items))
-    for item in compared:
-        screen.line(training_report.difference_line(item))
-
-
-def show_nodes(report: Report, screen: Screen) -> None:
-    """Print the results of calls across nodes."""
-    items = report.others.get("nodes", [])
-    if items:
-        title = f"{items[0]['nodes']}, {items[0]['transport']}, median us (5th-95th percentile)"
-        screen.table(title, nodes_report.HEADER, nodes_report.rows(items))
-        screen.line(nodes_report.NOTE)
-        screen.line(nodes_report.BETWEEN[report.settings.between])
-        gpus = report.about["gpus"]["count"]
-        if report.settings.backend == "cuda" and report.settings.ranks > gpus:
-            screen.line(nodes_report.sharing(report.settings.ranks, gpus))
-        for item in report.others.get("nodes memory", []):
-            screen.line(nodes_report.memory_line(item))
-        if "nodes memory" in report.others:
-            screen.line(nodes_report.MEMORY)
-        screen.line(f"checked: {nodes_report.CHECKED}")
-
-
-def show_short(report: Report, screen: Screen) -> None:
-    """Print what failed, and the short table."""
-    for one in report.failed:
-        screen.line(f"not measured: {one['what']}: {one['why']}")
-    rows = tables.short_rows(report.results, [report.fraction(result) for result in report.results])
-    if rows:
-        screen.table(f"{report.about['title']}; medians", tables.SHORT_HEADER, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,27 @@ def must_be_near(what: str, got: Tensor, expected: Tensor, *, relative: float, a
     excess = (got - expected).abs() - relative * expected.abs() - absolute
     if not bool((excess <= 0).all()):
         raise WrongAnswer(f"{what}: outside the bound by up to {float(excess.max()):.3g} (or NaN)")
+
+
+def worst_differences(
+    pg: dist.ProcessGroup, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Return the norm of the difference of two tensors over the norm of the expected one, by name. Collective.
+
+    Args:
+        pg: The ranks; each has tensors of its own.
+        found: Tensors of a model, such as its loss and gradients.
+        expected: The same of the model that it is compared with.
+
+    Returns:
+        dict: Of each name that of the worst rank; NaN or infinite where nothing but 0 was expected.
+    """
+    differences = [_difference(found[what], right) for what, right in expected.items()]
+    return dict(zip(expected, map(max, zip(*gather(pg, differences), strict=True)), strict=True))
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 def raise_together(pg: dist.ProcessGroup, errors: Sequence[str]) -> None:

@@ -48,6 +48,23 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Sizes of a whole model, besides those of its experts' calls.
+
+    Args:
+        layers: Layers, each with attention and experts.
+        intermediate: Inner size of an expert.
+        batch: Sequences that are generated at once.
+        new_tokens: Tokens that are generated for each of them.
+    """
+
+    layers: int
+    intermediate: int
+    batch: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Settings of a measurement, equal on all ranks.
 
@@ -71,6 +88,7 @@ class Settings:
         default_device: Whether eager calls are made with the device as torch's default.
         ranks_per_node: Consecutive ranks that form a node, for calls across nodes.
         between: What joins these nodes: ``"sockets"`` or ``"nvlink"``.
+        model: Sizes of the model of transformers; None where none is measured.
     """
 
     ranks: int
@@ -92,6 +110,7 @@ class Settings:
     default_device: bool = False
     ranks_per_node: int | None = None
     between: str = "sockets"
+    model: ModelSizes | None = None
 
     def sizes(self, tokens: int, routing: str = "uniform") -> Sizes:
         """Return the sizes of one case."""

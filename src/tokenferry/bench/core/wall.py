@@ -31,12 +31,20 @@ def wall_times(session: Session, step: Step, calls: int) -> WallTimes:
         calls: Calls of a run back to back.
     """
     with no_collections():
-        isolated = _seconds_of_runs(session, step, 1)
-        return WallTimes(isolated, [seconds / calls for seconds in _seconds_of_runs(session, step, calls)])
+        isolated = seconds_of_runs(session, step, 1)
+        return WallTimes(isolated, [seconds / calls for seconds in seconds_of_runs(session, step, calls)])
 
 
-def _seconds_of_runs(session: Session, step: Step, calls: int) -> list[float]:
-    """Return the time of each run, from an idle device to an idle device; some runs come first and do not count."""
+def seconds_of_runs(session: Session, step: Step, calls: int) -> list[float]:
+    """Return the time of each run, from an idle device to an idle device. Collective.
+
+    Some runs come first and do not count.
+
+    Args:
+        session: The session.
+        step: The call.
+        calls: Calls of a run.
+    """
     seconds = []
     for run in range(session.settings.warmup + session.settings.iterations):
         session.synchronize_ranks()

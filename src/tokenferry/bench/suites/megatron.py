@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokenferry.bench.core.checks import WrongAnswer
+from tokenferry.bench.core.checks import WrongAnswer, worst_differences
 from tokenferry.bench.core.session import Session, Settings, baseline_group, open_session
 from tokenferry.bench.core.wall import WallTimes, wall_times
 from tokenferry.compat import deep_ep_path
@@ -102,7 +102,9 @@ def _measure(session: Session, tokens: int) -> bool:
             mode: asdict(session.summary([seconds for wall in turns for seconds in getattr(wall, mode)]))
             for mode in ("isolated", "back_to_back")
         }
-        session.send({"training": {"dispatcher": name, "tokens": tokens, "dtype": _name(precision.dtype), **times}})
+        session.send(
+            {"training": {"dispatcher": name, "tokens": tokens, "dtype": dtype_name(precision.dtype), **times}}
+        )
     return True
 
 
@@ -119,9 +121,8 @@ def _compare(
     Raises:
         WrongAnswer: too far; on all ranks.
     """
-    dtype = _name(precision.dtype)
-    differences = [_difference(found[what], right) for what, right in expected.items()]
-    worst = dict(zip(expected, map(max, zip(*session.gather(differences), strict=True)), strict=True))
+    dtype = dtype_name(precision.dtype)
+    worst = worst_differences(session.pg, found, expected)
     session.send({"training results": {"dispatcher": name, "tokens": tokens, "dtype": dtype, "differ_by": worst}})
     wrong = {what: by for what, by in worst.items() if not by <= precision.bound}
     if wrong:
@@ -268,10 +269,6 @@ def provide_deep_ep() -> None:
         raise BackendUnavailable(f"deep_ep has been imported from {deep_ep.__file__}; it has to be that of {folder}")
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of what is expected."""
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
-
-
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``"bfloat16"`` of ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
