@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from tokenferry.api import ExpertGroup
 from tokenferry.integrations import transformers as ours
 
 R = 4
+NEW_TOKENS = 4
 HAS_REGISTRY = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -92,7 +94,7 @@ def run(model: torch.nn.Module, number: int) -> Ran:
     loss.backward()
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
-        tokens = model.generate(ids[:1, :2], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        tokens = model.generate(ids[:1, :2], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     return Ran(loss.detach(), gradients, tokens.tolist())
 
 
@@ -115,22 +117,38 @@ def check(what: str, got: Ran, want: Ran) -> None:
 
 
 class Calls:
-    """Where the counts of dispatches were, with and without gradients, and how many groups were made."""
+    """How many dispatches there were with and without gradients, where their counts were, and how many groups."""
 
     def __init__(self) -> None:
-        self.counts: set[tuple[bool, str]] = set()
-        self.groups = 0
-        dispatch, connect = autograd.dispatch, ExpertGroup._with_heap
+        self.reset()
+        dispatch, forward, connect = ExpertGroup.dispatch, autograd.dispatch, ExpertGroup._with_heap
 
         def noted(group, x, routing, *, options=None):
-            self.counts.add((torch.is_grad_enabled(), options.counts))
+            self.counts[torch.is_grad_enabled(), options.counts] += 1
+            return forward(group, x, routing, options=options)
+
+        def waited(group, x, routing, *, options=None):
+            self.waits += options.counts == "host"
             return dispatch(group, x, routing, options=options)
 
         def counted(*args, **kwargs):
             self.groups += 1
             return connect(*args, **kwargs)
 
-        autograd.dispatch, ExpertGroup._with_heap = noted, counted
+        autograd.dispatch, ExpertGroup.dispatch, ExpertGroup._with_heap = noted, waited, counted
+
+    def reset(self) -> None:
+        self.counts: Counter[tuple[bool, str]] = Counter()
+        self.waits = self.groups = 0
+
+    def check(self, layers: int, layout: Layout) -> None:
+        """A training step waits for counts once a layer, and generation only where batches differ: once a layer."""
+        inference = "device" if layout.data == 1 else "host"
+        expected = {(True, "host"): layers, (False, inference): layers * NEW_TOKENS}
+        assert self.counts == expected, f"{self.counts}, expected {expected}"
+        waits = sum(count for (_, where), count in expected.items() if where == "host")
+        assert self.waits == waits, f"{self.waits} dispatches waited, expected {waits}: none in a backward pass"
+        assert self.groups <= 1, "one group serves all layers, and models that are alive at the same time"
 
 
 def parallel_models(folder: str) -> Iterator[tuple[str, Layout, torch.nn.Module]]:
@@ -163,12 +181,10 @@ def rank_main(rank: int, scratch: str) -> None:
         for name, layout, model in parallel_models(f"{scratch}/{kind}"):
             number = rank // layout.tensor
             wanted = in_one_process(f"{scratch}/{kind}", layout.data)[number]
-            calls.counts, calls.groups = set(), 0
+            calls.reset()
             check(f"{kind}, {name}, {layout}, rank {rank}", run(model, number), wanted)
             if name == "tokenferry":
-                inference = "device" if layout.data == 1 else "host"
-                assert calls.counts == {(True, "host"), (False, inference)}, calls.counts
-                assert calls.groups <= 1, "one group serves all layers, and models that are alive at the same time"
+                calls.check(SIZES["num_hidden_layers"] - (kind == "deepseek"), layout)  # its first layer is dense
     dist.barrier()
     dist.destroy_process_group()
 
