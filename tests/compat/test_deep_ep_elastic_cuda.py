@@ -36,6 +36,9 @@ def test_barriers(worlds, tmp_path):
     worlds(RANKS, "cuda").run(jobs.barriers, tmp_path)
 
 
-@pytest.mark.parametrize("job", [cuda_jobs.graph, cuda_jobs.late_inputs])
+STREAM_JOBS = (cuda_jobs.graph, cuda_jobs.late_inputs, cuda_jobs.other_streams, cuda_jobs.graph_on_streams)
+
+
+@pytest.mark.parametrize("job", STREAM_JOBS, ids=lambda job: job.__name__)
 def test_streams(worlds, job):
     worlds(RANKS, "cuda").run(job, LARGE)

@@ -118,3 +118,69 @@ def late_inputs(rank: int, pg: Any, case: Case) -> None:
         torch.full_like(y, torch.nan)
         event.current_stream_wait()
         same_bits("combined_x", out, deal.oracle.combine(rank, ys))
+
+
+def other_streams(rank: int, pg: Any, case: Case) -> None:
+    """Inputs that another stream makes late: nothing but the event that is passed puts a call after them."""
+    buffer = ElasticBuffer(pg, num_max_tokens_per_rank=max(case.tokens))
+    side = torch.cuda.Stream()
+
+    def late(right: Tensor) -> tuple[Tensor, Any]:
+        made = torch.full_like(right, torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(cuda_jobs.LONG)
+            made.copy_(right)
+            return made, buffer.capture()
+
+    events = ("previous_event", "previous_event_before_epilogue")
+    for mode, asynchronous, name in itertools.product(jobs.MODES, (False, True), events):
+        deal = Deal(rank, case, mode, max(case.tokens))
+        given, ys = cuda_jobs.there(deal.arguments()), deal.answers()
+        how = {"async_with_compute_stream": asynchronous, "allocate_on_comm_stream": name == "previous_event"}
+        x, event = late(cuda_jobs.there(deal.mine.x))
+        got, _, _, handle, done = buffer.dispatch(x, **given, **how, **{name: event})
+        if asynchronous:
+            done.current_stream_wait()
+        deal.check_rows("recv_x", got)
+        y, event = late(cuda_jobs.there(ys[rank]))
+        out, _, done = buffer.combine(y, handle, **how, **{name: event})
+        if asynchronous:
+            done.current_stream_wait()
+        same_bits("combined_x", out, deal.oracle.combine(rank, ys))
+
+
+def graph_on_streams(rank: int, pg: Any, case: Case) -> None:
+    """A graph whose experts run on a stream of their own: events put them, and both calls, in their order."""
+    buffer = ElasticBuffer(pg, num_max_tokens_per_rank=max(case.tokens))
+    side = torch.cuda.Stream()
+    how = {"async_with_compute_stream": True, "allocate_on_comm_stream": True}
+    for mode in FREE_MODES:
+        one, other = (Deal(rank, replace(case, seed=seed), mode, max(case.tokens)) for seed in range(2))
+        given = cuda_jobs.there(one.arguments())
+        x, y = cuda_jobs.there(one.mine.x), cuda_jobs.there(one.answers()[rank])
+
+        def both_ways(x: Tensor = x, y: Tensor = y, given: Any = given) -> Any:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                rows, made = x.clone(), buffer.capture()
+            got, _, weights, handle, sent = buffer.dispatch(rows, **given, **how, previous_event=made)
+            with torch.cuda.stream(side):
+                sent.current_stream_wait()
+                received, answers, made = got.clone(), y.clone(), buffer.capture()
+            out, _, done = buffer.combine(answers, handle, **how, previous_event=made)
+            done.current_stream_wait()
+            return received, weights, out, got, handle, rows, answers
+
+        both_ways()
+        replay, (received, weights, out, *_) = cuda_jobs.captured(both_ways)
+        for deal in (other, one, other):
+            x.copy_(deal.mine.x)
+            given["topk_idx"].copy_(deal.mine.topk_idx)
+            given["topk_weights"].copy_(deal.mine.topk_weights)
+            ys = deal.answers()
+            y.copy_(ys[rank])
+            replay()
+            deal.check_rows("recv_x", received)
+            deal.check_weights(weights)
+            same_bits("combined_x", out, deal.oracle.combine(rank, ys))
