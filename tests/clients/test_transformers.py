@@ -1,8 +1,10 @@
-"""transformers, unmodified: its models, with their experts on four ranks; see `transformers_client.py`."""
+"""transformers, unmodified: its models, with their experts on several ranks; see `transformers_client.py`."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from support import clients
 
@@ -17,3 +19,11 @@ def test_models_give_what_they_give_in_one_process(version):
     found, where = clients.run(CLIENT, folder)[-1].split()
     assert found == version
     assert where.startswith(folder)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_models_on_two_gpus():
+    """Whichever version there is; ranks and process groups of NCCL, as transformers makes them."""
+    clients.need("transformers", "tokenizers", "accelerate")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+    assert clients.run(CLIENT, CUDA_VISIBLE_DEVICES=visible, TOKENFERRY_BACKEND="cuda")

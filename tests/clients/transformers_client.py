@@ -1,4 +1,4 @@
-"""transformers, as it is published: models of three kinds whose experts lie on four gloo ranks of this host.
+"""transformers, as it is published: models of three kinds whose experts lie on four gloo ranks, or two with GPUs.
 
 Loss, gradients and greedy generation are compared with those of the same weights in one process, and, where this
 version has it, with its own all_to_all. Nothing of transformers is changed or replaced.
@@ -25,7 +25,8 @@ from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.integrations import transformers as ours
 
-R = 4
+ON_GPUS = torch.cuda.is_available()
+R = 2 if ON_GPUS else 4
 NEW_TOKENS = 4
 HAS_REGISTRY = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
 
@@ -63,11 +64,12 @@ class Layout:
         return DistributedConfig(fsdp_size=self.data, tp_size=self.tensor, ep_size=R, ep_implementation=implementation)
 
 
-LAYOUTS = (Layout(4, 1), Layout(1, 4), Layout(2, 2))
+LAYOUTS = tuple(Layout(R // tensor, tensor) for tensor in (1, 2, 4) if tensor <= R)
 
 
 def batch(number: int, tokens: int) -> Tensor:
-    return torch.randint(0, 64, (2, tokens), generator=torch.Generator().manual_seed(number))
+    ids = torch.randint(0, 64, (2, tokens), generator=torch.Generator().manual_seed(number))
+    return ids.cuda() if ON_GPUS else ids
 
 
 def tokens_of(number: int) -> int:
@@ -101,6 +103,7 @@ def run(model: torch.nn.Module, number: int) -> Ran:
 def in_one_process(folder: str, batches: int) -> list[Ran]:
     """What one process computes: the gradient of the mean loss of all batches in each result."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.cuda() if ON_GPUS else model
     ran = [run(model, number) for number in range(batches)]
     gradients = {name: p.grad / batches for name, p in model.named_parameters() if p.grad is not None}
     return [Ran(each.loss, gradients, each.tokens) for each in ran]
@@ -174,7 +177,10 @@ def rank_main(rank: int, scratch: str) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(R)}
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=R)
+    backend = "nccl" if ON_GPUS else "gloo"
+    if ON_GPUS:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{scratch}/store", rank=rank, world_size=R)
     ours.register()
     calls = Calls()
     for kind in CONFIGS:
@@ -190,7 +196,7 @@ def rank_main(rank: int, scratch: str) -> None:
 
 
 def main() -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn" if ON_GPUS else "fork")
     with tempfile.TemporaryDirectory() as scratch:
         transformers.logging.disable_progress_bar()
         for kind, config in CONFIGS.items():
