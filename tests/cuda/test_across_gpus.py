@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from support import deep_ep_cuda_jobs as deep_ep_jobs
 from support import throughput_jobs as jobs
 from support.pairs import NUM_GPUS, Pair
 from support.pools import prefer
@@ -111,6 +112,18 @@ def in_chunks(rank: int, pg: dist.ProcessGroup, pair: Pair) -> None:
 @pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
 def test_rows_in_chunks(nodes, size):
     nodes(size, in_chunks)
+
+
+def deep_ep(rank: int, pg: dist.ProcessGroup, pair: Pair, job: str, case: Case) -> None:
+    """Make calls of DeepEP's Buffer; the ranks of a world that play nodes have them in its groups, too."""
+    deep_ep_jobs.as_on_the_cpu(rank, pg, job, case)
+
+
+@pytest.mark.parametrize("job", ["round_trip", "worst_tokens", "without_experts", "internode_calls", "backward"])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_deep_ep(nodes, size, job):
+    ranks = size[0]
+    nodes(size, deep_ep, job, Case((3, 2, 0, 5)[:ranks], 2 * ranks, 3, hidden=16))
 
 
 # ---------------------------------------------------------------------- CUDA graphs
