@@ -92,7 +92,7 @@ def count_tokens(rank, threads, pair):
     with pair.open(None, SHAPE, timeout_s=20.0) as group:
         with TorchCalls() as calls:
             layout = group._backend.token_layout(index, 4)
-        assert calls.names == ["aten.empty.memory_format"] * 2
+        assert calls.names == []
         assert layout.per_rank.tolist() == [2, 2]
         assert layout.per_expert.tolist() == [1, 1, 1, 1]
         assert layout.in_rank.tolist() == [[True, True], [False, True], [True, False]]
@@ -101,7 +101,7 @@ def count_tokens(rank, threads, pair):
             given = index.to(dtype)
             with TorchCalls() as calls:
                 kept = group._backend.restricted(given, left_out, 4)
-            assert calls.names == ["aten.empty.memory_format"]
+            assert calls.names == []
             assert kept.equal(torch.tensor([[0, -1], [3, -1], [-1, -1]], dtype=dtype))
             assert kept.equal(on_the_cpu(given, left_out, 4))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tokenferry import ExpertGroup, MoeShape
+from tokenferry import ExpertGroup, MoeShape, ambient
 from tokenferry.backends.base import Resolved
-from tokenferry.backends.cuda import workspace
+from tokenferry.backends.cuda import decode_forms, token_layout, workspace
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble
 from tokenferry.kernels.control_block import (
@@ -127,6 +128,30 @@ class CountedCalls(TorchFunctionMode):
         if name not in self._left_out:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_calls(group: ExpertGroup) -> Iterator[list[str]]:
+    """List the calls of torch that calls of a group make, and the tensors made by functions that no mode sees."""
+
+    def noted(name: str, function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            names.append(name)
+            with torch._C.DisableTorchFunction():
+                return function(*args)
+
+        return run
+
+    context = group._backend.context
+    with (
+        CountedCalls() as counted,
+        mock.patch.object(ambient, "_num_function_modes", return_value=0),
+        mock.patch.object(context, "empty", noted("new", context.empty)),
+        mock.patch.object(decode_forms, "part_of", noted("part", decode_forms.part_of)),
+        mock.patch.object(token_layout, "part_of", noted("part", token_layout.part_of)),
+    ):
+        names = counted.names
+        yield names
 
 
 def rows_of(num_tokens: int, hidden: int) -> Tensor:

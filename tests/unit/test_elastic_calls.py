@@ -7,9 +7,8 @@ import torch
 
 from support.fake_streams import Stream
 from support.silent_elastic import E, H, K, M, SilentElastic, T
-from support.silent_kernels import NUM_RANKS, CountedCalls
+from support.silent_kernels import NUM_RANKS, counted_calls
 from support.silent_shim import storage
-from tokenferry import ambient
 from tokenferry.compat.deep_ep import EPBuffer, EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
 
@@ -27,11 +26,11 @@ def shim(monkeypatch):
     return SilentElastic(monkeypatch)
 
 
-def count(call):
+def count(shim, call):
     call()
-    with torch.no_grad(), CountedCalls() as counted, mock.patch.object(ambient, "_num_function_modes", return_value=0):
+    with torch.no_grad(), counted_calls(shim.silent.group) as names:
         call()
-    return counted.names
+    return names
 
 
 # ---------------------------------------------------------------------- budgets
@@ -61,7 +60,7 @@ def calls_of(shim, how):
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_calls_of_torch(shim, how):
     """Each costs a microsecond: those for the tensors that a call returns, and for the copy that a handle holds."""
-    assert {name: count(call) for name, call in calls_of(shim, how).items()} == {
+    assert {name: count(shim, call) for name, call in calls_of(shim, how).items()} == {
         "dispatch": ["clone", READ, READ, READ],
         "dispatch without a copy": [READ, READ, READ],
         "dispatch without a wait": ["clone", READ, READ, READ],
@@ -70,16 +69,16 @@ def test_calls_of_torch(shim, how):
         "with scales": ["clone", READ, READ, "contiguous", READ, READ],
         "with scales by column": ["clone", READ, READ, "empty", "t", "__getitem__", "copy_", READ, READ],
         "cached": [READ],
-        "combine": ["empty"],
-        "combine with weights": ["lt", "masked_fill", "empty", "empty", *TO_HEAP],
-        "combine expanded": ["empty", "empty", *TO_HEAP],
+        "combine": ["new"],
+        "combine with weights": ["lt", "masked_fill", "new", "new", *TO_HEAP],
+        "combine expanded": ["new", "new", *TO_HEAP],
     }
 
 
 def test_fields_of_a_handle_take_a_few_calls_when_they_are_read(shim):
     handles = {"rows": shim.dispatch()[3], "expanded": shim.dispatch(**EXPANDED)[3]}
     found = {
-        f"{name} {field}": len(count(lambda handle=handle, field=field: getattr(handle, field)))
+        f"{name} {field}": len(count(shim, lambda handle=handle, field=field: getattr(handle, field)))
         for name, handle in handles.items()
         for field in ("psum_num_recv_tokens_per_scaleup_rank", "psum_num_recv_tokens_per_expert")
     }
@@ -315,7 +314,7 @@ def test_deferral_costs_no_calls_of_torch(deferring):
         (lambda: deferring.dispatch(**how), lambda: deferring.dispatch(**DEFERRED).wait()),
         (lambda: buffer.combine(x, handle, **how), lambda: buffer.combine(x, handle, **DEFERRED).wait()),
     ):
-        assert count(plain) == count(deferred)
+        assert count(deferring, plain) == count(deferring, deferred)
 
 
 @pytest.mark.parametrize("call", ["combine", "cached"])

@@ -8,12 +8,13 @@ from unittest import mock
 import pytest
 import torch
 
-from support.silent_kernels import CountedCalls, SilentGroup, rows_of
-from tokenferry import ambient
+from support.silent_kernels import CountedCalls, SilentGroup, counted_calls, rows_of
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
-from tokenferry.errors import ClosedError, ShapeError
+from tokenferry.errors import ArgumentError, CapacityError, ClosedError, ShapeError
 from tokenferry.types import (
+    DecodeDispatched,
+    DecodePlan,
     Dispatched,
     DispatchOptions,
     Layout,
@@ -167,28 +168,30 @@ def test_both_paths_launch_the_same_without_a_most_of_tokens():
 # ---------------------------------------------------------------------- budgets
 
 
-def count(call):
-    call()
-    with CountedCalls() as counted, mock.patch.object(ambient, "_num_function_modes", return_value=0):
-        call()
-    return counted.names
-
-
 def test_calls_of_torch():
     """Each costs a microsecond, or five with a default device. Results are made when they are read."""
     silent = SilentGroup(SHAPE)
     group = silent.group
+
+    def count(call):
+        call()
+        with counted_calls(group) as names:
+            call()
+        return names
+
     x, where = rows_of(T, H), routing()
     sent = group.dispatch(x, where)
     y = group.empty_rows(sent.plan)
     assert count(lambda: group.dispatch(x, where)) == []
     assert count(lambda: group.dispatch(x, where, options=OPTIONS["experts, device"])) == []
     assert count(lambda: group.redispatch(x, sent.plan)) == []
-    assert count(lambda: group.combine(y, sent.plan)) == ["empty"]
+    assert count(lambda: group.combine(y, sent.plan)) == ["new"]
     with silent.workspaces_agree():
         got = group.decode_dispatch(x, where)
-        assert count(lambda: group.decode_dispatch(x, where)) == ["empty", "empty", "narrow"]
-        assert count(lambda: group.decode_combine(got.x, got.plan)) == ["empty"]
+        assert count(lambda: group.decode_dispatch(x, where)) == ["new", "new"]
+        assert count(lambda: group.decode_dispatch(x, where).expert_counts) == ["new", "new", "part"]
+        assert count(lambda: group.decode_dispatch(x, where, quantize=Scale.FLOAT32)) == ["new", "new", "new"]
+        assert count(lambda: group.decode_combine(got.x, got.plan)) == ["new"]
 
 
 def test_launches():
@@ -259,6 +262,51 @@ def test_what_is_not_plainly_right_takes_the_general_path():
         group.dispatch(x, where)
 
 
+def test_decode_calls_that_are_not_plainly_right_take_the_general_path():
+    """Shapes and dtypes are checked once; each of these differs in one of them, or in what is checked every time."""
+    silent = SilentGroup(SHAPE)
+    group, x, where = silent.group, rows_of(T, H), routing()
+    index, wide, grad = where.topk_idx, WEIGHTS.double(), x.clone().requires_grad_()
+    with silent.workspaces_agree():
+        for _ in range(2):
+            got = group.decode_dispatch(x, where)
+            group.decode_combine(got.x, got.plan)
+        for rows, routed in (
+            (x[:5], where),
+            (x[:, :128].contiguous(), where),
+            (x.T.contiguous().T, where),
+            (x.double(), where),
+            (torch.ones(9, H, dtype=x.dtype), Routing(torch.zeros(9, K, dtype=torch.int64))),
+            (x, Routing(index.float(), WEIGHTS)),
+            (x, Routing(index, wide)),
+            (x, Routing(index, WEIGHTS[:5])),
+            (x, Routing(index.T.contiguous().T, WEIGHTS)),
+        ):
+            with pytest.raises((ShapeError, CapacityError)):
+                group.decode_dispatch(rows, routed)
+        for call in (
+            lambda: group.decode_dispatch(grad, where),
+            lambda: group.decode_dispatch(x, where, quantize=["float32"]),
+            lambda: group.decode_dispatch(x, None),
+            lambda: group.decode_combine(got.x, got.plan, numerics=["exact"]),
+            lambda: group.decode_combine(got.x.clone().requires_grad_(), got.plan),
+        ):
+            with pytest.raises(ArgumentError):
+                call()
+        for y, plan in (
+            (got.x[:1], got.plan),
+            (got.x.double(), got.plan),
+            (got.x.transpose(0, 1), got.plan),
+            (got.x, got.plan._routed(index, wide)),
+            (got.x, got.plan._routed(index, WEIGHTS[:5])),
+        ):
+            with pytest.raises(ShapeError):
+                group.decode_combine(y, plan)
+        other = group.for_shape(dataclasses.replace(SHAPE, hidden=2 * H))
+        with pytest.raises(ShapeError):
+            other.decode_combine(got.x.repeat(1, 1, 4), got.plan)
+
+
 def test_plans_and_results_become_plain_ones():
     group = SilentGroup(SHAPE).group
     sent = group.dispatch(rows_of(T, H), routing(), options=EXPERTS)
@@ -298,6 +346,11 @@ def test_a_decode_plan_becomes_a_plain_one():
     silent = SilentGroup(SHAPE)
     with silent.workspaces_agree():
         plan = silent.group.decode_dispatch(rows_of(T, H), routing()).plan
+        sent = silent.group.decode_dispatch(rows_of(T, H), routing())
+    plain = pickle.loads(pickle.dumps(sent.plan)), copy.copy(sent), dataclasses.replace(sent, hook=None)
+    assert [type(one) for one in plain] == [DecodePlan, DecodeDispatched, DecodeDispatched]
+    assert plain[1].expert_counts is sent.expert_counts
+    assert repr(sent).startswith("DecodeDispatched(x=")
     other = dataclasses.replace(plan, topk_weights=None)
     assert other.topk_weights is None
     assert torch.equal(other.src_range, plan.src_range)

@@ -1,13 +1,10 @@
 """Calls of `Buffer` on a GPU: few calls of torch, and marks for what two streams use. Kernels do nothing here."""
 
-from unittest import mock
-
 import pytest
 import torch
 
-from support.silent_kernels import CountedCalls
+from support.silent_kernels import CountedCalls, counted_calls
 from support.silent_shim import E, H, K, M, SilentShim, T, storage
-from tokenferry import ambient
 from tokenferry.memory.streams import HostStreams
 
 HOW = {"synchronous": {}, "asynchronous": {"async_finish": True}}
@@ -36,7 +33,7 @@ def calls_of(shim, how):
     }
 
 
-LAYOUT = ["empty", "empty", "__getitem__", "__getitem__"]
+LAYOUT = ["new", "new", "part", "part"]
 READ = "untyped_storage"
 """What torch is asked for a tensor over the heap."""
 
@@ -47,22 +44,17 @@ def test_calls_of_torch(shim, how):
     found = {}
     for name, call in calls_of(shim, how).items():
         call()
-        with (
-            torch.no_grad(),
-            CountedCalls() as counted,
-            mock.patch.object(ambient, "_num_function_modes", return_value=0),
-        ):
+        with torch.no_grad(), counted_calls(shim.silent.group) as found[name]:
             call()
-        found[name] = counted.names
     assert found == {
         "layout": LAYOUT,
         "layout, dispatch": [*LAYOUT, READ, READ, READ],
         "cached dispatch": [READ],
-        "combine": ["empty"],
-        "combine with weights": ["empty", "empty"],
-        "low-latency dispatch": ["empty", "empty", "narrow"],
-        "low-latency dispatch, FP8": ["empty", "empty_strided", "empty", "narrow"],
-        "low-latency combine": ["empty"],
+        "combine": ["new"],
+        "combine with weights": ["new", "new"],
+        "low-latency dispatch": ["new", "new", "part"],
+        "low-latency dispatch, FP8": ["new", "new", "new", "part"],
+        "low-latency combine": ["new"],
     }
 
 
@@ -171,9 +163,9 @@ def test_in_inference_mode_a_layout_takes_one_kernel_and_one_call_of_torch(shim)
         shim.topk_idx = shim.topk_idx.clone()
         shim.dispatch(shim.layout())
         restrictions(shim)
-        with CountedCalls() as counted, mock.patch.object(ambient, "_num_function_modes", return_value=0):
+        with counted_calls(shim.silent.group) as names:
             shim.dispatch(shim.layout())
-    assert counted.names == [*LAYOUT, "empty", READ, READ, READ]
+    assert names == [*LAYOUT, "new", READ, READ, READ]
     assert len(restrictions(shim)) == 1
 
 

@@ -132,25 +132,14 @@ class TokenLayout:
     """Where the tokens of a rank go.
 
     Attributes:
-        counts: ``[R + E]`` int32: tokens for each rank, then for each expert; a token counts once per rank, once per
-            expert.
+        per_rank: ``[R]`` int32: tokens for each rank; a token counts once per rank.
+        per_expert: ``[E]`` int32: tokens for each expert.
         in_rank: ``[T, R]`` bool: whether a token goes to a rank.
-        num_ranks: R.
     """
 
-    counts: Tensor
+    per_rank: Tensor
+    per_expert: Tensor
     in_rank: Tensor
-    num_ranks: int
-
-    @property
-    def per_rank(self) -> Tensor:
-        """``[R]``: tokens for each rank."""
-        return self.counts[: self.num_ranks]
-
-    @property
-    def per_expert(self) -> Tensor:
-        """``[E]``: tokens for each expert."""
-        return self.counts[self.num_ranks :]
 
 
 @dataclass(frozen=True, slots=True)

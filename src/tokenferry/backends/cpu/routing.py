@@ -43,8 +43,8 @@ def token_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> TokenLay
     """Return how many tokens go to each rank and to each expert, and which go where."""
     index = torch.where(topk_idx < num_experts, topk_idx, -1).long()
     in_rank, chosen = hits(index, num_experts // num_ranks, num_ranks), hits(index, 1, num_experts)
-    counts = torch.cat([in_rank.sum(0, dtype=torch.int32), chosen.sum(0, dtype=torch.int32)])
-    return TokenLayout(counts, in_rank.contiguous(), num_ranks)
+    per_rank, per_expert = in_rank.sum(0, dtype=torch.int32), chosen.sum(0, dtype=torch.int32)
+    return TokenLayout(per_rank, per_expert, in_rank.contiguous())
 
 
 def restricted(topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:

@@ -147,13 +147,13 @@ class Combiner:
         out: Tensor | None,
     ) -> Combined:
         """Add up the rows of each of this rank's tokens; ``out``: where to, or None for a new tensor."""
-        num_tokens, allocator, device = plan_at.num_tokens, self._allocator, self._context.device
+        num_tokens, allocator, empty = plan_at.num_tokens, self._allocator, self._context.empty
         work = form.works.get(num_tokens) or self._work(form, num_tokens)
         if out is None:
-            out = torch.empty(num_tokens, form.columns, dtype=form.dtype, device=device)
+            out = empty((num_tokens, form.columns), (form.columns, 1), form.dtype)
         weights_out, weights_at, copied = None, 0, None
         if weights is not None:
-            weights_out = torch.empty(num_tokens, form.top_k, dtype=torch.float32, device=device)
+            weights_out = empty((num_tokens, form.top_k), (form.top_k, 1), torch.float32)
             weights_at, copied = allocator.in_window(call, weights)
         if biases:
             biases = tuple(aligned(bias) for bias in biases)

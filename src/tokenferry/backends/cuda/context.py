@@ -29,6 +29,7 @@ from tokenferry.kernels.control_block import (
     SIGNATURE_WORDS,
     Fault,
 )
+from tokenferry.memory.empty import empty_on
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
 
@@ -117,6 +118,7 @@ class Context:
 
     Attributes:
         all_ranks: A bit for each rank.
+        empty: Makes tensors on the device of this rank, in memory of torch.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Context:
         self.rank = window.rank
         self.num_ranks = window.num_ranks
         self.device = window.device
+        self.empty = empty_on(window.device)
         self.timeout_s = timeout_s
         self.mask_late = mask_late
         self.jit = runtime.jit

@@ -12,12 +12,13 @@ from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.channel import Channel, PendingRecv
-from tokenferry.backends.cuda.context import Call, Context
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.decode_forms import (
     CombineKind,
     DecodeCombineForm,
     DecodeDispatchForm,
     DispatchKind,
+    LazyDecodeDispatched,
     LazyDecodePlan,
     new_combine_form,
     new_dispatch_form,
@@ -58,6 +59,18 @@ class PlanParts(NamedTuple):
     kept: tuple[Tensor | None, ...]
 
 
+class Copy(NamedTuple):
+    """A copy to make once a combine is complete, into a tensor that its kernel cannot write.
+
+    Attributes:
+        source: The sums.
+        to: Where the caller wants them.
+    """
+
+    source: Tensor
+    to: Tensor
+
+
 def parts_of(plan: DecodePlan, topk_weights: Tensor, wait_ns: Tensor | None) -> PlanParts:
     """Return what the kernel of a combine reads of a plan, and what it needs to be alive.
 
@@ -93,6 +106,7 @@ class Decoder:
 
     Attributes:
         workspaces: Memory for rows under way.
+        num_blocks: Number of blocks of a launch: one for each SM.
         trace: ``[blocks, TRACE_WORDS]`` int64 zeros, to which kernels write time stamps; None: they do not.
     """
 
@@ -100,6 +114,7 @@ class Decoder:
         self._context = context
         self._key = key
         self.workspaces = Workspaces(context, allocator)
+        self.num_blocks = max(2, context.num_sms)
         self._channels = (Channel(context), Channel(context))
         self._dispatches: BoundedDict[DispatchKind, DecodeDispatchForm] = BoundedDict(_MAX_FORMS)
         self._combines: BoundedDict[CombineKind, DecodeCombineForm] = BoundedDict(_MAX_FORMS)
@@ -191,18 +206,17 @@ class Decoder:
             stats: Counters.
             return_hook: Whether the caller receives with a hook.
         """
-        context, layout = self._context, form.layout
-        channel, template = self._channels[0], form.kernel
+        context, layout, channel = self._context, form.layout, self._channels[0]
         channel.receive_overwritten(call)
-        topk_idx, weights = routing.topk_idx, routing.topk_weights
-        rows = form.new_rows(context.device)
-        data, scale = (rows.data, rows.scale) if isinstance(rows, Quantized) else (rows, None)
-        words = torch.empty(layout.num_words, dtype=torch.int32, device=context.device)
+        topk_idx, weights, empty = routing.topk_idx, routing.topk_weights, context.empty
+        data, words = empty(*form.rows), empty(*form.words)
+        scale = None if form.scale is None else empty(*form.scale)
         choices = prepared_choices(topk_idx, form.shape.num_experts)
-        plan = LazyDecodePlan()
-        plan._form, plan._words, plan.num_tokens = form, words, topk_idx.shape[0]
-        plan.topk_idx, plan.topk_weights = topk_idx, weights_of_plan
         at, num_tokens = words.data_ptr(), topk_idx.shape[0]
+        result, plan = LazyDecodeDispatched(), LazyDecodePlan()
+        plan._form, plan._words, plan.num_tokens = form, words, num_tokens
+        plan.topk_idx, plan.topk_weights = topk_idx, weights_of_plan
+        result.x, result.plan = data if scale is None else Quantized(data, scale), plan
         pointers = (
             x.data_ptr(), topk_idx.data_ptr(), address(weights), address(choices), data.data_ptr(), address(scale),
             at + 4 * layout.expert_counts, address(stats.received), at + 4 * layout.src_token,
@@ -210,18 +224,14 @@ class Decoder:
             context.pinned.masked_address, address(self.trace), num_tokens,
         )  # fmt: skip
 
-        def launch(phases: int, at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
-            head = (at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
-            template.pack(*head, *pointers, phases)
-            template.launch(self.num_blocks, at.stream)
-
-        if not return_hook:
-            launch(SEND | RECEIVE, call)
+        if return_hook:
+            tensors = (x, topk_idx, weights, choices, words, stats.received, stats.wait_ns, data, scale)
+            result.hook = self._send_alone(channel, form.kernel, call, pointers, tensors)
+        else:
+            self._launch(form.kernel, call, pointers, SEND | RECEIVE)
             channel.sent(None)
-            return DecodeDispatched(rows, plan.expert_counts, plan, no_hook)
-        tensors = (x, topk_idx, weights, choices, words, stats.received, stats.wait_ns, data, scale)
-        hook = self._send_alone(channel, call, launch, tensors)
-        return DecodeDispatched(rows, plan.expert_counts, plan, hook)
+            result.hook = no_hook
+        return result
 
     # ------------------------------------------------------------------ combine
 
@@ -273,49 +283,54 @@ class Decoder:
             copy_to: ``[T, H]`` to which the sums are copied, or None.
             return_hook: Whether the caller receives with a hook.
         """
-        context, channel, template = self._context, self._channels[1], form.kernel
+        context, channel = self._context, self._channels[1]
         channel.receive_overwritten(call)
         if out is None:
-            out = torch.empty(plan.num_tokens, y.shape[2], dtype=y.dtype, device=context.device)
-        pending_words = torch.empty(2, dtype=torch.int32, device=context.device) if return_hook else None
+            hidden = y.shape[2]
+            out = context.empty((plan.num_tokens, hidden), (hidden, 1), y.dtype)
+        pending_words = context.empty((2,), (1,), torch.int32) if return_hook else None
         pointers = (
             y.data_ptr(), out.data_ptr(), plan.topk_idx.data_ptr(), plan.topk_weights.data_ptr(), plan.row_weights,
             plan.table, address(pending_words), context.pinned.masked_address, address(self.trace), plan.num_tokens,
         )  # fmt: skip
 
-        def launch(phases: int, at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
-            head = (at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
-            template.pack(*head, *pointers, phases)
-            template.launch(self.num_blocks, at.stream)
-            if phases & RECEIVE and copy_to is not None:
-                with torch.inference_mode():  # `copy_to` may come from it
-                    copy_to.copy_(out)
-
+        copy = None if copy_to is None else Copy(out, copy_to)
         done = out if copy_to is None else copy_to
-        if not return_hook:
-            launch(SEND | RECEIVE, call)
-            channel.sent(None)
-            return DecodeCombined(done, no_hook)
-        kept = (y, out, plan.topk_idx, plan.topk_weights, *plan.kept, pending_words)
-        return DecodeCombined(done, self._send_alone(channel, call, launch, kept))
+        if return_hook:
+            kept = (y, out, plan.topk_idx, plan.topk_weights, *plan.kept, pending_words)
+            return DecodeCombined(done, self._send_alone(channel, form.kernel, call, pointers, kept, copy))
+        self._launch(form.kernel, call, pointers, SEND | RECEIVE, copy)
+        channel.sent(None)
+        return DecodeCombined(done, no_hook)
 
     # ------------------------------------------------------------------ both
 
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks of a launch: one for each SM."""
-        return max(2, self._context.num_sms)
+    def _launch(
+        self, kernel: LaunchTemplate, call: Call, pointers: tuple[int, ...], phases: int, copy: Copy | None = None
+    ) -> None:
+        """Enqueue a kernel for some phases of a call, and the copy of what it receives."""
+        kernel.pack(call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, *pointers, phases)
+        kernel.launch(self.num_blocks, call.stream)
+        if copy is not None and phases & RECEIVE:
+            with torch.inference_mode():  # the tensor may come from it
+                copy.to.copy_(copy.source)
 
     def _send_alone(
         self,
         channel: Channel,
+        kernel: LaunchTemplate,
         call: Call,
-        launch: Callable[[int, Call], None],
+        pointers: tuple[int, ...],
         tensors: tuple[Tensor | None, ...],
+        copy: Copy | None = None,
     ) -> Callable[[], None]:
         """Enqueue a kernel that sends; return the hook that receives."""
-        launch(SEND, call)
-        pending = PendingRecv(call, lambda at: launch(RECEIVE, at), tensors)
+        self._launch(kernel, call, pointers, SEND)
+
+        def receive(at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
+            self._launch(kernel, at, pointers, RECEIVE, copy)
+
+        pending = PendingRecv(call, receive, tensors)
         channel.sent(pending)
         return lambda: channel.receive(pending)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding
-from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.signature import Signature
@@ -20,7 +20,8 @@ from tokenferry.kernels.codes import RAW, TYPES
 from tokenferry.kernels.decode_combine import spec as decode_combine_spec
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.decode_words import PLACES_WORD, SCALE_FLOAT32, SCALE_POWER_OF_TWO, SCALE_UE8M0
-from tokenferry.types import DecodePlan, MoeShape, Quantized, Scale
+from tokenferry.memory.empty import Blank, contiguous, part_of
+from tokenferry.types import DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
 _DISPATCH = call_packer(
     decode_dispatch_spec.SPEC,
@@ -32,7 +33,6 @@ _COMBINE = call_packer(
     "y", "out", "topk_idx", "weights", "row_weights", "table", "pending", "masked_out", "trace", "num_tokens", "phases",
 )  # fmt: skip
 _SCALE_CODES = {None: 0, Scale.FLOAT32: SCALE_FLOAT32, Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO, Scale.UE8M0: SCALE_UE8M0}
-_MAX_COMBINES = 64
 
 
 class DispatchKind(NamedTuple):
@@ -146,13 +146,12 @@ class DecodeDispatchForm:
         num_local: Number of local experts, L.
         capacity: Rows of an expert, R * M.
         num_ranks: R.
-        row_dtype: dtype of the rows that arrive.
-        scale_dtype: dtype of their scales; None without them.
-        num_scales: Scales of a row, S.
+        rows: The tensor for the rows that arrive.
+        scale: The tensor for their scales; None without them.
+        words: The tensor for the parts of a plan.
         weighted: Whether weights are sent.
-        layout: Where the parts of a plan lie.
+        layout: Where these parts lie.
         group_key: `DecodePlan.group_key`.
-        combines: Forms of the combines along plans of this form.
     """
 
     signature: Signature
@@ -163,22 +162,12 @@ class DecodeDispatchForm:
     num_local: int
     capacity: int
     num_ranks: int
-    row_dtype: torch.dtype
-    scale_dtype: torch.dtype | None
-    num_scales: int
+    rows: Blank
+    scale: Blank | None
+    words: Blank
     weighted: bool
     layout: DecodeLayout
     group_key: str
-    combines: BoundedDict[tuple[Any, ...], DecodeCombineForm]
-
-    def new_rows(self, device: torch.device) -> Tensor | Quantized:
-        """Return memory for the rows that arrive."""
-        L, capacity = self.num_local, self.capacity
-        rows = torch.empty(L, capacity, self.shape.hidden, dtype=self.row_dtype, device=device)
-        if self.scale_dtype is None:
-            return rows
-        size, strides = (L, capacity, self.num_scales), (self.num_scales * capacity, 1, capacity)
-        return Quantized(rows, torch.empty_strided(size, strides, dtype=self.scale_dtype, device=device))
 
 
 def new_dispatch_form(
@@ -203,7 +192,7 @@ def new_dispatch_form(
     ends = section_ends(
         8 * L * R, 4 * L, 4 * L * capacity, 4 * L * capacity if weighted else 0, 4 * (PLACES_WORD + capacity * K)
     )
-    scale_dtype = None if quantize is None else torch.int32 if quantize is Scale.UE8M0 else torch.float32
+    layout = DecodeLayout(0, *(end // 4 for end in ends))
     return DecodeDispatchForm(
         signature,
         workspace.number,
@@ -213,14 +202,21 @@ def new_dispatch_form(
         L,
         capacity,
         R,
-        dtype if quantize is None else torch.float8_e4m3fn,
-        scale_dtype,
-        -(-H // 512) if quantize is Scale.UE8M0 else -(-H // 128),
+        contiguous(dtype if quantize is None else torch.float8_e4m3fn, L, capacity, H),
+        None if quantize is None else _blank_scale(quantize, L, capacity, H),
+        contiguous(torch.int32, layout.num_words),
         weighted,
-        DecodeLayout(0, *(end // 4 for end in ends)),
+        layout,
         group_key,
-        BoundedDict(_MAX_COMBINES),
     )
+
+
+def _blank_scale(quantize: Scale, num_local: int, capacity: int, hidden: int) -> Blank:
+    """Return a tensor for scales with unit stride along the rows of an expert."""
+    packed = quantize is Scale.UE8M0
+    num_scales = -(-hidden // (512 if packed else 128))
+    strides = (num_scales * capacity, 1, capacity)
+    return Blank((num_local, capacity, num_scales), strides, torch.int32 if packed else torch.float32)
 
 
 def new_combine_form(
@@ -315,8 +311,13 @@ class LazyDecodePlan(DecodePlan):
 
     @property
     def expert_counts(self) -> Tensor:
-        """`DecodeDispatched.expert_counts` of the dispatch."""
-        return self._part("expert_counts", (self._form.num_local,), torch.int32)
+        """`DecodeDispatched.expert_counts` of the dispatch, of which nearly every program asks for this part alone."""
+        found = self._made.get("expert_counts")
+        if found is None:
+            form = self._form
+            found = part_of(self._words, form.layout.expert_counts, (form.num_local,), (1,))
+            self._made["expert_counts"] = found
+        return found
 
     @property
     def _table(self) -> Tensor:
@@ -330,3 +331,32 @@ class LazyDecodePlan(DecodePlan):
             found = part if dtype is torch.int32 else part.view(dtype)
             found = self._made[name] = found if len(shape) == 1 else found.view(shape)
         return found
+
+
+class LazyDecodeDispatched(DecodeDispatched[Any]):
+    """The result of a decode dispatch along such a plan."""
+
+    __slots__ = ()
+    __setattr__ = object.__setattr__
+
+    # Fields of `DecodeDispatched` that belong to the call.
+    x: Tensor | Quantized
+    plan: LazyDecodePlan
+    hook: Callable[[], None]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102 - see tokenferry.backends.cuda.results
+        return DecodeDispatched(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    def __init__(self) -> None:
+        pass
+
+    def __reduce__(self) -> tuple[type[DecodeDispatched[Any]], tuple[Any, ...]]:
+        return DecodeDispatched, tuple(getattr(self, field.name) for field in fields(DecodeDispatched))
+
+    def __repr__(self) -> str:
+        return repr(self.__reduce__()[0](*self.__reduce__()[1]))
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """See `DecodeDispatched.expert_counts`."""
+        return self.plan.expert_counts

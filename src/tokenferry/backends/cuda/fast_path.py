@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding, QuickChecks
@@ -46,6 +47,7 @@ from tokenferry.types import (
 )
 
 _MAX_KEYS = 256
+_MAX_SIZES = 1024
 _DEFAULT = DispatchOptions()
 _NO_STATS = DecodeStats()
 
@@ -75,12 +77,15 @@ class CudaFastPath:
         self._combiner = calls.combiner
         self._decoder = calls.decoder
         self._key = calls.key
+        self._device = calls.context.device
         self._shape = shape
         self._checks = checks
         self._dispatches: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_KEYS)
         self._redispatches: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_KEYS)
         self._combines: BoundedDict[tuple[Any, ...], CombineForm] = BoundedDict(_MAX_KEYS)
-        self._decode_dispatches: BoundedDict[tuple[Any, ...], DecodeDispatchForm] = BoundedDict(_MAX_KEYS)
+        # By shapes, too: what follows from them is checked when a key is new.
+        self._decode_dispatches: BoundedDict[tuple[Any, ...], DecodeDispatchForm] = BoundedDict(_MAX_SIZES)
+        self._decode_combines: BoundedDict[tuple[Any, ...], DecodeCombineForm] = BoundedDict(_MAX_SIZES)
 
     def dispatch(
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
@@ -171,20 +176,21 @@ class CudaFastPath:
         self, x: Tensor, routing: Routing, quantize: Scale | None, *, return_hook: bool
     ) -> DecodeDispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
-        decoder, context = self._decoder, self._context
-        if not self._checks.decode_dispatch_looks_right(x, routing, quantize) or not context.nobody_masked:
+        decoder, context, device = self._decoder, self._context, self._device
+        if type(routing) is not Routing or not (quantize is None or type(quantize) is Scale):
             return None
         index, weights = routing.topk_idx, routing.topk_weights
-        key = (x.dtype, quantize, index.dtype, weights is None)
+        if not (_is_plain(x, device) and _is_plain(index, device) and (weights is None or _is_plain(weights, device))):
+            return None
+        of_weights = None if weights is None else (weights.shape, weights.dtype)
+        key = (x.shape, x.dtype, index.shape, index.dtype, of_weights, quantize)
         form = self._decode_dispatches.get(key)
         if form is None or form.workspace != decoder.workspaces.number:
-            form = decoder.known_dispatch(
-                DispatchKind(self._shape, x.dtype, quantize, index.dtype, weights is not None)
-            )
+            form = self._known_dispatch(x, routing, quantize)
             if form is None:
                 return None
             self._decode_dispatches[key] = form
-        if x.data_ptr() % 16 or form.members != context.all_ranks:
+        if x.data_ptr() % 16 or form.members != context.all_ranks or not context.nobody_masked:
             return None
         call = context.begin_eager(form.signature)
         if call is None:
@@ -203,25 +209,26 @@ class CudaFastPath:
     ) -> DecodeCombined | None:
         """See `tokenferry.backends.base.FastPath`."""
         decoder, context, checks = self._decoder, self._context, self._checks
-        if type(plan) is not LazyDecodePlan or plan._form.group_key != self._key or not context.nobody_masked:
+        if type(plan) is not LazyDecodePlan or not _is_plain(y, self._device):
             return None
         if type(numerics) is not str or type(encoding) is not str:
             return None
         of, weights, index, num_tokens = plan._form, plan.topk_weights, plan.topk_idx, plan.num_tokens
-        if (
-            not checks.decode_rows_look_right(y, (of.num_local, of.capacity))
-            or not checks.weights_look_right(weights, (num_tokens, of.shape.top_k))
-            or (out is not None and (not checks.out_looks_right(out, num_tokens, y.dtype) or overlap(out, y)))
-        ):
-            return None
-        key = (y.dtype, y.shape[2], numerics, encoding, index.dtype)
-        form = of.combines.get(key)
+        key = (of, y.shape, y.dtype, numerics, encoding, index.dtype)
+        form = self._decode_combines.get(key)
         if form is None or form.workspace != decoder.workspaces.number:
             form = self._known_combine(of, y, numerics, encoding, index)
             if form is None:
                 return None
-            of.combines[key] = form
-        if y.data_ptr() % 16 or (out is not None and out.data_ptr() % 16) or form.members != context.all_ranks:
+            self._decode_combines[key] = form
+        if (
+            not checks.weights_look_right(weights, (num_tokens, of.shape.top_k))
+            or (out is not None and (not checks.out_looks_right(out, num_tokens, y.dtype) or overlap(out, y)))
+            or y.data_ptr() % 16
+            or (out is not None and out.data_ptr() % 16)
+            or form.members != context.all_ranks
+            or not context.nobody_masked
+        ):
             return None
         call = context.begin_eager(form.signature)
         if call is None:
@@ -229,15 +236,36 @@ class CudaFastPath:
         assert weights is not None
         return decoder.send_back(form, call, y, parts_of(plan, weights, None), out, None, return_hook=return_hook)
 
+    def _known_dispatch(self, x: Tensor, routing: Routing, quantize: Scale | None) -> DecodeDispatchForm | None:
+        """Return the form of a decode dispatch if one like it has been made; the general path makes the first."""
+        if not self._checks.decode_dispatch_looks_right(x, routing, quantize):
+            return None
+        weighted = routing.topk_weights is not None
+        return self._decoder.known_dispatch(
+            DispatchKind(self._shape, x.dtype, quantize, routing.topk_idx.dtype, weighted)
+        )
+
     def _known_combine(
         self, of: DecodeDispatchForm, y: Tensor, numerics: Numerics, encoding: EncodingName, topk_idx: Tensor
     ) -> DecodeCombineForm | None:
-        """Return the form of a combine if one like it has been made; the general path makes the first."""
+        """Return the form of a combine if one like it has been made, as `_known_dispatch`."""
+        if of.group_key != self._key or not self._checks.decode_rows_look_right(y, (of.num_local, of.capacity)):
+            return None
         fast, hidden = numerics == "fast", y.shape[2]
         if encoding not in Encoding.__members__ or not (fast or numerics == "exact") or (fast and not of.weighted):
             return None
         shape = MoeShape(of.shape.num_experts, of.shape.top_k, hidden, of.shape.max_tokens)
         return self._decoder.known_combine(CombineKind(shape, y.dtype, fast, Encoding[encoding], topk_idx.dtype))
+
+
+def _is_plain(tensor: Tensor, device: torch.device) -> bool:
+    """Return whether a tensor is certainly one that kernels can read as it is, whatever its shape and dtype."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device == device
+        and tensor.is_contiguous()
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _may_be_sms(num_sms: int | None) -> bool:

@@ -11,6 +11,7 @@ from tokenferry.jit.params import Packer
 from tokenferry.kernels.dispatch_layout import spec as layout_spec
 from tokenferry.kernels.dispatch_notify.spec import num_units, smem_bytes
 from tokenferry.kernels.dispatch_restrict import spec as restrict_spec
+from tokenferry.memory.empty import part_of
 
 _LAYOUT = Packer(layout_spec.SPEC.params.struct, "topk_idx", "counts", "in_rank", "num_tokens", "top_k", "num_experts")
 
@@ -29,9 +30,9 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int, num_ranks
         num_ranks: R, the ranks of all nodes.
     """
     stream, _ = context.order_after_calls()  # the kernel counts in the control block, as those of a dispatch do
-    device, (num_tokens, top_k) = context.device, topk_idx.shape
-    counts = torch.empty(num_ranks + num_experts, dtype=torch.int32, device=device)
-    in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
+    num_tokens, top_k = topk_idx.shape
+    counts = context.empty((num_ranks + num_experts,), (1,), torch.int32)
+    in_rank = context.empty((num_tokens, num_ranks), (num_ranks, 1), torch.bool)
     wide = topk_idx.dtype is torch.int64
     key = (layout_spec.SPEC, wide, num_experts)
     template = context.templates.get(key)
@@ -42,14 +43,15 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int, num_ranks
         context.templates[key] = template
     template.pack(topk_idx.data_ptr(), counts.data_ptr(), in_rank.data_ptr(), num_tokens, top_k, num_experts)
     template.launch(max(1, min(num_units(num_tokens), layout_spec.MAX_BLOCKS)), stream)
-    return TokenLayout(counts, in_rank, num_ranks)
+    per_rank, per_expert = part_of(counts, 0, (num_ranks,), (1,)), part_of(counts, num_ranks, (num_experts,), (1,))
+    return TokenLayout(per_rank, per_expert, in_rank)
 
 
 def restricted(context: Context, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
     """Launch `dispatch_restrict` on the current stream; see `tokenferry.backends.base.Backend`."""
     stream, _ = context.order_after_calls()  # whether the kernel does anything follows from what they have found
     num_tokens, top_k = topk_idx.shape
-    kept = torch.empty(num_tokens, top_k, dtype=topk_idx.dtype, device=context.device)
+    kept = context.empty((num_tokens, top_k), (top_k, 1), topk_idx.dtype)
     wide = topk_idx.dtype is torch.int64
     key = (restrict_spec.SPEC, wide)
     template = context.templates.get(key)
