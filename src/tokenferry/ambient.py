@@ -34,9 +34,12 @@ def without_function_modes(call: Callable[_P, _T]) -> Callable[_P, _T]:
 
 def without_grad(call: Callable[_P, _T]) -> Callable[_P, _T]:
     """Run a call outside of torch function modes, and as `torch.no_grad` does, which takes longer to enter."""
+    in_function_modes = without_function_modes(torch.no_grad()(call))
 
     @wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if _num_function_modes():
+            return in_function_modes(*args, **kwargs)
         if not torch.is_grad_enabled():
             return call(*args, **kwargs)
         torch._C._set_grad_enabled(False)
@@ -45,4 +48,4 @@ def without_grad(call: Callable[_P, _T]) -> Callable[_P, _T]:
         finally:
             torch._C._set_grad_enabled(True)
 
-    return without_function_modes(run)
+    return run

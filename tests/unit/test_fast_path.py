@@ -12,6 +12,7 @@ from support.silent_kernels import CountedCalls, SilentGroup, counted_calls, row
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, ShapeError
+from tokenferry.kernels.decode_words import RECEIVE, SEND
 from tokenferry.types import (
     DecodeDispatched,
     DecodePlan,
@@ -305,6 +306,26 @@ def test_decode_calls_that_are_not_plainly_right_take_the_general_path():
         other = group.for_shape(dataclasses.replace(SHAPE, hidden=2 * H))
         with pytest.raises(ShapeError):
             other.decode_combine(got.x.repeat(1, 1, 4), got.plan)
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_a_hook_that_is_not_called_is_received_before_the_second_call_after_it(fast_path):
+    """Which overwrites its rows; the calls between two hooks need not be asked for any."""
+    silent = SilentGroup(SHAPE, fast_path=fast_path)
+    group, channel = silent.group, silent.group._backend.decoder._channels[0]
+    with silent.workspaces_agree():
+        for _ in range(3):
+            group.decode_dispatch(rows_of(T, H), routing())
+        assert channel.idle
+        for _ in range(2):
+            silent.launches.clear()
+            hook = group.decode_dispatch(rows_of(T, H), routing(), return_hook=True).hook
+            for _ in range(3):
+                group.decode_dispatch(rows_of(T, H), routing())
+            hook()
+            phases = [params["phases"] for *_, params in silent.launches]
+            assert phases == [SEND, SEND | RECEIVE, RECEIVE, SEND | RECEIVE, SEND | RECEIVE]
+            assert channel.idle
 
 
 def test_plans_and_results_become_plain_ones():

@@ -39,11 +39,16 @@ class Channel:
 
     A send overwrites the half of the peers' workspaces that the send two before it used. So that send is received
     first, on every rank: if its hook has not been called, it is called now.
+
+    Attributes:
+        idle: Whether neither of the last two has left its receive to a hook. The next send then overwrites nothing, and
+            need not be noted unless it does so itself.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._last: deque[PendingRecv | None] = deque(maxlen=2)
+        self.idle = True
 
     def receive_overwritten(self, call: Call) -> None:
         """Receive what the next send will overwrite.
@@ -65,6 +70,7 @@ class Channel:
     def sent(self, pending: PendingRecv | None) -> None:
         """Note a send; None: the same kernel has received."""
         self._last.append(pending)
+        self.idle = not any(self._last)
 
     def receive_open(self) -> None:
         """Enqueue the receives that are pending, except those that belong to a capture."""
@@ -77,11 +83,12 @@ class Channel:
         for pending in self._last:
             if pending is not None:
                 pending.done, pending.tensors, pending.launch = True, (), _nothing
-        self._last.clear()
+        self.close()
 
     def close(self) -> None:
         """Let go of the tensors of pending receives; their hooks raise ClosedError once the group is closed."""
         self._last.clear()
+        self.idle = True
 
     def receive(self, pending: PendingRecv) -> None:
         """Enqueue the second half of a call, once.

@@ -207,14 +207,15 @@ class Decoder:
             return_hook: Whether the caller receives with a hook.
         """
         context, layout, channel = self._context, form.layout, self._channels[0]
-        channel.receive_overwritten(call)
+        if not channel.idle:
+            channel.receive_overwritten(call)
         topk_idx, weights, empty = routing.topk_idx, routing.topk_weights, context.empty
         data, words = empty(*form.rows), empty(*form.words)
         scale = None if form.scale is None else empty(*form.scale)
         choices = prepared_choices(topk_idx, form.shape.num_experts)
         at, num_tokens = words.data_ptr(), topk_idx.shape[0]
-        result, plan = LazyDecodeDispatched(), LazyDecodePlan()
-        plan._form, plan._words, plan.num_tokens = form, words, num_tokens
+        result, plan = object.__new__(LazyDecodeDispatched), object.__new__(LazyDecodePlan)
+        plan._form, plan._words, plan._made, plan._call_number, plan.num_tokens = form, words, {}, 0, num_tokens
         plan.topk_idx, plan.topk_weights = topk_idx, weights_of_plan
         result.x, result.plan = data if scale is None else Quantized(data, scale), plan
         pointers = (
@@ -229,7 +230,8 @@ class Decoder:
             result.hook = self._send_alone(channel, form.kernel, call, pointers, tensors)
         else:
             self._launch(form.kernel, call, pointers, SEND | RECEIVE)
-            channel.sent(None)
+            if not channel.idle:
+                channel.sent(None)
             result.hook = no_hook
         return result
 
@@ -284,7 +286,8 @@ class Decoder:
             return_hook: Whether the caller receives with a hook.
         """
         context, channel = self._context, self._channels[1]
-        channel.receive_overwritten(call)
+        if not channel.idle:
+            channel.receive_overwritten(call)
         if out is None:
             hidden = y.shape[2]
             out = context.empty((plan.num_tokens, hidden), (hidden, 1), y.dtype)
@@ -300,7 +303,8 @@ class Decoder:
             kept = (y, out, plan.topk_idx, plan.topk_weights, *plan.kept, pending_words)
             return DecodeCombined(done, self._send_alone(channel, form.kernel, call, pointers, kept, copy))
         self._launch(form.kernel, call, pointers, SEND | RECEIVE, copy)
-        channel.sent(None)
+        if not channel.idle:
+            channel.sent(None)
         return DecodeCombined(done, no_hook)
 
     # ------------------------------------------------------------------ both

@@ -260,11 +260,7 @@ class LazyDecodePlan(DecodePlan):
     _call_number: int
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102 - see tokenferry.backends.cuda.results
-        return DecodePlan(*args, **kwargs) if args or kwargs else object.__new__(cls)
-
-    def __init__(self) -> None:
-        self._made = {}
-        self._call_number = 0
+        return DecodePlan(*args, **kwargs)
 
     def __reduce__(self) -> tuple[type[DecodePlan], tuple[Any, ...]]:
         return DecodePlan, tuple(getattr(self, field.name) for field in fields(DecodePlan))
@@ -273,8 +269,8 @@ class LazyDecodePlan(DecodePlan):
         return repr(self.__reduce__()[0](*self.__reduce__()[1]))
 
     def _routed(self, topk_idx: Tensor, topk_weights: Tensor) -> DecodePlan:
-        other = LazyDecodePlan()
-        other._form, other._words, other._made = self._form, self._words, self._made
+        other = object.__new__(LazyDecodePlan)
+        other._form, other._words, other._made, other._call_number = self._form, self._words, self._made, 0
         other.num_tokens, other.topk_idx, other.topk_weights = self.num_tokens, topk_idx, topk_weights
         return other
 
@@ -345,10 +341,7 @@ class LazyDecodeDispatched(DecodeDispatched[Any]):
     hook: Callable[[], None]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102 - see tokenferry.backends.cuda.results
-        return DecodeDispatched(*args, **kwargs) if args or kwargs else object.__new__(cls)
-
-    def __init__(self) -> None:
-        pass
+        return DecodeDispatched(*args, **kwargs)
 
     def __reduce__(self) -> tuple[type[DecodeDispatched[Any]], tuple[Any, ...]]:
         return DecodeDispatched, tuple(getattr(self, field.name) for field in fields(DecodeDispatched))

@@ -120,8 +120,8 @@ class Dispatcher:
         allocator = self._allocator
         layout = form.layouts.get(num_tokens) or self._layout(form, num_tokens)
         plan_bytes = layout.num_bytes + form.worst_arrivals.num_bytes
-        plan = LazyPlan()
-        plan._form, plan._layout, plan._num_sent = form.plan, layout, layout.num_sent
+        plan = object.__new__(LazyPlan)
+        plan._form, plan._layout, plan._num_sent, plan._made = form.plan, layout, layout.num_sent, {}
         # Blocks are taken before anything is sent: if the heap is full, the group is still whole.
         if form.waits and not allocator.has_room_for_two(plan_bytes + form.worst.num_bytes):
             plan._block = allocator.call_block(call, layout.num_bytes)
@@ -212,8 +212,8 @@ class Dispatcher:
             CapacityError: the heap is full.
         """
         geometry = form.geometry
-        result = LazyDispatched()
-        result.plan, result._device = plan, self._context.device
+        result = object.__new__(LazyDispatched)
+        result.plan, result._device, result._made = plan, self._context.device, {}
         if counts is None:
             plan._arrivals, plan._recv_block, plan._recv_at = (
                 form.worst_arrivals,
@@ -334,8 +334,8 @@ class Dispatcher:
     ) -> Dispatched[Any]:
         """Send rows along a plan, whose addresses are given, too."""
         D = plan.num_delivered
-        result = LazyDispatched()
-        result.plan, result._device = plan, self._context.device
+        result = object.__new__(LazyDispatched)
+        result.plan, result._device, result._made = plan, self._context.device, {}
         layout = form.layouts.get(D)
         if layout is None:
             layout = form.layouts[D] = cuda_plan.row_layout(plan.options.layout, form.kind, D)

@@ -53,7 +53,7 @@ from tokenferry.compat.deep_ep.config import Config
 from tokenferry.compat.deep_ep.connect import connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
-from tokenferry.compat.deep_ep.streams import Lane, When
+from tokenferry.compat.deep_ep.streams import Lane, when_of
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError
@@ -319,7 +319,7 @@ class Buffer(Connected, LowLatencyCalls):
         """
         call = "Buffer.get_dispatch_layout"
         self._open(call)
-        when = When(previous_event, async_finish, allocate_on_comm_stream)
+        when = when_of(previous_event, async_finish, allocate_on_comm_stream)
         found, event = self._lane.run(
             call, when, (topk_idx,), lambda: throughput.layout_of(self._views, topk_idx, num_experts, call)
         )
@@ -384,7 +384,7 @@ class Buffer(Connected, LowLatencyCalls):
         call = "Buffer.dispatch"
         self._open(call)
         check_config(call, config)
-        when = When(previous_event, async_finish, allocate_on_comm_stream)
+        when = when_of(previous_event, async_finish, allocate_on_comm_stream)
         num_sms = self._num_sms(config)
         if handle is not None:
             given = (
@@ -456,7 +456,7 @@ class Buffer(Connected, LowLatencyCalls):
         call = "Buffer.combine"
         self._open(call)
         check_config(call, config)
-        when = When(previous_event, async_finish, allocate_on_comm_stream)
+        when = when_of(previous_event, async_finish, allocate_on_comm_stream)
         num_sms = self._num_sms(config)
         (combined_x, weights), event = self._lane.run(
             call,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tokenferry.compat.deep_ep.streams import Lane, When
+from tokenferry.compat.deep_ep.streams import Lane, when_of
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
 
@@ -56,7 +56,7 @@ def run(
             late.current_stream_wait()
         return work()
 
-    return lane.run(call, When(previous, when.asynchronous), inputs, work_after_both)
+    return lane.run(call, when_of(previous, when.asynchronous, False), inputs, work_after_both)
 
 
 def _event(call: str, name: str, event: object) -> EventHandle | None:

@@ -21,7 +21,7 @@ from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
 from tokenferry.compat.deep_ep.elastic_calls import Received, check_integer
 from tokenferry.compat.deep_ep.elastic_handle import CPU_NUM_SMS
 from tokenferry.compat.deep_ep.elastic_streams import ElasticWhen, run
-from tokenferry.compat.deep_ep.streams import Lane, When
+from tokenferry.compat.deep_ep.streams import Lane, when_of
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, ClosedError
@@ -228,7 +228,7 @@ class ExpertBuffer(Connected):
         def meet() -> None:
             self._views.of(self.num_ranks, 1, 16, 1).dispatch(rows, routing, options=options)
 
-        _, event = self._lane.run(call, When(async_finish=use_comm_stream), (nothing, routing), meet)
+        _, event = self._lane.run(call, when_of(None, use_comm_stream, False), (nothing, routing), meet)
         if event.event is not None:
             event.current_stream_wait()
         if with_cpu_sync:

@@ -17,7 +17,7 @@ from tokenferry.checks import INDICES, Checks, fits
 from tokenferry.compat.deep_ep.arguments import detached
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, CapacityError, PlanError
+from tokenferry.errors import ArgumentError, CapacityError, PlanError, ShapeError
 from tokenferry.types import DecodePlan, DecodeStats, Quantized, Routing, Scale
 
 Hook = Callable[[], None]
@@ -127,51 +127,44 @@ def dispatch(
         `ExpertGroup.decode_dispatch`.
     """
     max_tokens, num_experts = given.max_tokens, given.num_experts
-    _check_dispatch(views.group, x, topk_idx, given)
-    view = views.of(num_experts, topk_idx.shape[1], x.shape[1], max_tokens)
-    if not views.on_gpu:
-        topk_idx = topk_idx.clone()  # the caller may overwrite its tensor before combine
+    if not (isinstance(x, Tensor) and isinstance(topk_idx, Tensor) and x.ndim == topk_idx.ndim == 2):
+        _check_dispatch(views.group, x, topk_idx, given)
+    hidden = x.shape[1]
+    view = views.of(num_experts, topk_idx.shape[1], hidden, max_tokens)
+    kept = None if views.on_gpu else topk_idx.clone()  # the caller may overwrite its tensor before combine
     uncounted = given.received is None and given.wait_ns is None
-    sent = view.decode_dispatch(
-        detached(x),
-        Routing(topk_idx),
-        quantize=given.quantize,
-        stats=None if uncounted else DecodeStats(given.received, given.wait_ns),
-        return_hook=given.return_hook,
-    )
+    try:
+        sent = view.decode_dispatch(
+            detached(x),
+            Routing(topk_idx if kept is None else kept),
+            quantize=given.quantize,
+            stats=None if uncounted else DecodeStats(given.received, given.wait_ns),
+            return_hook=given.return_hook,
+        )
+    except (ShapeError, CapacityError):
+        _check_dispatch(views.group, x, topk_idx, given)
+        raise
     rows = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else sent.x
-    handle = Handle(sent.plan, max_tokens, x.shape[1], num_experts, None if views.on_gpu else topk_idx)
+    handle = Handle(sent.plan, max_tokens, hidden, num_experts, kept)
     return rows, sent.expert_counts, handle, sent.hook if given.return_hook else None
 
 
 def _check_dispatch(group: ExpertGroup, x: Tensor, topk_idx: Tensor, given: DispatchArguments) -> None:
-    """Check what `ExpertGroup.decode_dispatch` would report by other names.
+    """Report what `ExpertGroup.decode_dispatch` reports by other names.
 
     Raises:
         ShapeError, CapacityError: an argument is wrong; names it.
     """
-    call, device, R = "Buffer.low_latency_dispatch", group.device, group.num_ranks
-    if not (
-        type(x) is type(topk_idx) is Tensor
-        and x.ndim == topk_idx.ndim == 2
-        and x.shape[0] == topk_idx.shape[0]
-        and x.dtype in FLOATS
-        and topk_idx.dtype in INDICES
-        and x.device == topk_idx.device == device
-        and x.is_contiguous()
-        and topk_idx.is_contiguous()
-    ):
-        check = Checks(call, device)
-        check.tensor("x", x, "T H", FLOATS)
-        check.tensor("topk_idx", topk_idx, "T K", INDICES)
+    call, R = "Buffer.low_latency_dispatch", group.num_ranks
+    check = Checks(call, group.device)
+    check.tensor("x", x, "T H", FLOATS)
+    check.tensor("topk_idx", topk_idx, "T K", INDICES)
     if x.shape[0] > given.max_tokens:
         raise CapacityError(
             f"{call}: x: T={x.shape[0]} rows exceed num_max_dispatch_tokens_per_rank={given.max_tokens}; send fewer, "
             "or agree on more"
         )
-    if given.received is None and given.wait_ns is None:
-        return
-    check = Checks(call, device).given("num_experts", EL=given.num_experts // R).given("the group", R=R)
+    check.given("num_experts", EL=given.num_experts // R).given("the group", R=R)
     if given.received is not None:
         check.tensor("cumulative_local_expert_recv_stats", given.received, "EL", (torch.int32,))
     if given.wait_ns is not None:
@@ -179,7 +172,7 @@ def _check_dispatch(group: ExpertGroup, x: Tensor, topk_idx: Tensor, given: Disp
 
 
 def combine(
-    views: Views, x: Tensor, routing: Routing, handle: object, given: CombineArguments
+    views: Views, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: object, given: CombineArguments
 ) -> tuple[Tensor, Hook | None]:
     """Add up the experts' rows with their gate weights, on the ranks of their tokens. Collective.
 
@@ -192,32 +185,22 @@ def combine(
     """
     call = "Buffer.low_latency_combine"
     known = checked(handle, call)
-    max_tokens, hidden, num_experts = known.max_tokens, known.hidden, known.num_experts
-    group, plan = views.group, known.plan
-    R, device, of_routing = group.num_ranks, group.device, (plan.num_tokens, plan.topk_idx.shape[1])
-    if given.wait_ns is not None or not (
-        fits(x, (num_experts // R, R * max_tokens, hidden), FLOATS, device)
-        and fits(routing.topk_idx, of_routing, INDICES, device)
-        and fits(routing.topk_weights, of_routing, _WEIGHTS, device)
+    group, plan, hidden, top_k = views.group, known.plan, known.hidden, known.plan.topk_idx.shape[1]
+    if (
+        given.zero_copy
+        or not (isinstance(x, Tensor) and isinstance(topk_weights, Tensor))
+        or not fits(topk_idx, (plan.num_tokens, top_k), INDICES, group.device)
     ):
-        check = Checks(call, device).given("the group", R=R)
-        check.given("the handle", EL=num_experts // R, rows=R * max_tokens, H=hidden)
-        check.given("the handle", T=of_routing[0], K=of_routing[1])
-        check.tensor("x", x, "EL rows H", FLOATS, contiguous=not given.zero_copy)
-        check.tensor("topk_idx", routing.topk_idx, "T K", INDICES)
-        check.tensor("topk_weights", routing.topk_weights, "T K", _WEIGHTS)
-        if given.wait_ns is not None:
-            check.tensor("combine_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
+        _check_combine(group, x, topk_idx, topk_weights, known, given)
     if given.use_logfmt and (x.dtype != torch.bfloat16 or hidden % LOGFMT_COLUMNS):
         raise ArgumentError(
             f"{call}: use_logfmt: needs bfloat16 rows whose hidden size is a multiple of {LOGFMT_COLUMNS}, got "
             f"{x.dtype} with H={hidden}; pass False"
         )
-    assert routing.topk_weights is not None
-    weights = detached(routing.topk_weights)
+    weights = detached(topk_weights)
     if known.topk_idx is None:  # the plan holds the tensor of the dispatch, which may since have been overwritten
-        plan = plan._routed(routing.topk_idx, weights)
-    elif not _is_same_routing(group, routing.topk_idx, known):
+        plan = plan._routed(topk_idx, weights)
+    elif not _is_same_routing(group, topk_idx, known):
         raise ArgumentError(f"{call}: topk_idx: differs from the one that made the handle; pass the same to both calls")
     else:
         plan = plan._routed(plan.topk_idx, weights)
@@ -230,16 +213,39 @@ def combine(
                 "handle; write the rows there first, or pass zero_copy=False"
             )
         x = known.combine_buffer
-    view = views.of(num_experts, of_routing[1], hidden, max_tokens)
-    done = view.decode_combine(
-        detached(x),
-        plan,
-        encoding="logfmt10" if given.use_logfmt else "same",
-        out=given.out,
-        stats=None if given.wait_ns is None else DecodeStats(None, given.wait_ns),
-        return_hook=given.return_hook,
-    )
+    view = views.of(known.num_experts, top_k, hidden, known.max_tokens)
+    try:
+        done = view.decode_combine(
+            detached(x),
+            plan,
+            encoding="logfmt10" if given.use_logfmt else "same",
+            out=given.out,
+            stats=None if given.wait_ns is None else DecodeStats(None, given.wait_ns),
+            return_hook=given.return_hook,
+        )
+    except ShapeError:
+        _check_combine(group, x, topk_idx, topk_weights, known, given)
+        raise
     return done.x, done.hook if given.return_hook else None
+
+
+def _check_combine(
+    group: ExpertGroup, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Handle, given: CombineArguments
+) -> None:
+    """Report what `ExpertGroup.decode_combine` reports by other names, or does not look at.
+
+    Raises:
+        ShapeError: an argument is wrong; names it.
+    """
+    R, (num_tokens, top_k) = group.num_ranks, handle.plan.topk_idx.shape
+    check = Checks("Buffer.low_latency_combine", group.device).given("the group", R=R)
+    check.given("the handle", EL=handle.num_experts // R, rows=R * handle.max_tokens, H=handle.hidden)
+    check.given("the handle", T=num_tokens, K=top_k)
+    check.tensor("x", x, "EL rows H", FLOATS, contiguous=not given.zero_copy)
+    check.tensor("topk_idx", topk_idx, "T K", INDICES)
+    check.tensor("topk_weights", topk_weights, "T K", _WEIGHTS)
+    if given.wait_ns is not None:
+        check.tensor("combine_wait_recv_cost_stats", given.wait_ns, "R", (torch.int64,))
 
 
 def _is_same_routing(group: ExpertGroup, topk_idx: Tensor, handle: Handle) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,6 @@ from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, ClosedError
-from tokenferry.types import Routing
 
 _OVERLAP_REMEDY = "combine after the experts are done, without the arguments that overlap the two"
 
@@ -202,12 +203,12 @@ class LowLatencyCalls:
             dispatch_wait_recv_cost_stats,
             return_recv_hook,
         )
-        (rows, counts, handle, hook), event = self._lane.run(
-            call,
-            When(async_finish=async_finish),
-            (x, topk_idx, given.received, given.wait_ns),
-            lambda: low_latency.dispatch(self._views, x, topk_idx, given),
-        )
+        work = partial(low_latency.dispatch, self._views, x, topk_idx, given)
+        if async_finish:
+            inputs = (x, topk_idx, given.received, given.wait_ns)
+            (rows, counts, handle, hook), event = self._lane.run(call, When(async_finish=True), inputs, work)
+        else:
+            (rows, counts, handle, hook), event = work(), EventOverlap()
         return rows, counts, handle, event, hook
 
     @without_grad
@@ -268,28 +269,37 @@ class LowLatencyCalls:
         """
         call = "Buffer.low_latency_combine"
         self._decoding(call)
-        refuse(
-            call,
-            _OVERLAP_REMEDY,
-            overlap=overlap,
-            src_signals=src_signals,
-            src_signal_expect_value=src_signal_expect_value,
-            packed_recv_count=packed_recv_count,
-            comp_signal=comp_signal,
-            block_m=block_m,
-            threshold=threshold,
-        )
+        if not (
+            overlap is False
+            and src_signals is None
+            and type(src_signal_expect_value) is int
+            and src_signal_expect_value == 0
+            and packed_recv_count is None
+            and comp_signal is None
+            and block_m is None
+            and threshold is None
+        ):
+            refuse(
+                call,
+                _OVERLAP_REMEDY,
+                overlap=overlap,
+                src_signals=src_signals,
+                src_signal_expect_value=src_signal_expect_value,
+                packed_recv_count=packed_recv_count,
+                comp_signal=comp_signal,
+                block_m=block_m,
+                threshold=threshold,
+            )
         _exclusive(call, async_finish, return_recv_hook)
-        routing = Routing(topk_idx, topk_weights)
         given = low_latency.CombineArguments(
             bool(use_logfmt), zero_copy, out, combine_wait_recv_cost_stats, return_recv_hook
         )
-        (combined_x, hook), event = self._lane.run(
-            call,
-            When(async_finish=async_finish),
-            (x, topk_idx, topk_weights, handle, out, given.wait_ns),
-            lambda: low_latency.combine(self._views, x, routing, handle, given),
-        )
+        work = partial(low_latency.combine, self._views, x, topk_idx, topk_weights, handle, given)
+        if async_finish:
+            inputs = (x, topk_idx, topk_weights, handle, out, given.wait_ns)
+            (combined_x, hook), event = self._lane.run(call, When(async_finish=True), inputs, work)
+        else:
+            (combined_x, hook), event = work(), EventOverlap()
         return combined_x, event, hook
 
 

@@ -67,6 +67,16 @@ class When:
         return event
 
 
+NOW = When()
+
+
+def when_of(previous_event: object, async_finish: bool, allocate_on_comm_stream: bool) -> When:
+    """Return the arguments of a call that concern streams: `NOW` itself if they are left out, as they often are."""
+    if previous_event is None and async_finish is False and allocate_on_comm_stream is False:
+        return NOW
+    return When(previous_event, async_finish, allocate_on_comm_stream)
+
+
 class HoldsTensors:
     """Something that calls take or return, and that holds tensors; its class says which of them torch manages."""
 
@@ -109,6 +119,8 @@ class Lane:
         Raises:
             ArgumentError: see `When.event`.
         """
+        if when is NOW:
+            return work(), EventOverlap()
         event = when.event(call)
         if self.stream is None or not when.async_finish:
             if event is not None:

@@ -185,7 +185,7 @@ class AcrossDispatcher:
 
     def _new_plan(self, form: AcrossForm, call: Call, split: Split, crossed: _Crossed) -> AcrossPlan:
         """Take the memory for a plan of so many tokens."""
-        plan, geometry, node = AcrossPlan(), form.geometry, self._topology.node
+        plan, geometry, node = object.__new__(AcrossPlan), form.geometry, self._topology.node
         num_tokens, counts = crossed.num_tokens, crossed.went
         if counts is None:
             relay = fixed_relay(node, self._topology.num_nodes, geometry.shape.max_tokens, num_tokens)
@@ -193,7 +193,7 @@ class AcrossDispatcher:
         else:
             went = (num_tokens if m == node else num for m, num in enumerate(counts.went))
             relay, num_sent = make_relay(node, crossed.came, tuple(went)), counts.num_sent
-        plan._form, plan._dst_counts, plan._relay = form.plan, split.dst_counts, relay
+        plan._form, plan._dst_counts, plan._relay, plan._made = form.plan, split.dst_counts, relay, {}
         columns = num_columns(self._context.num_ranks, form.plan.top_k, by_expert=geometry.by_expert)
         plan._relay_layout = relay_layout(relay, num_tokens, self._context.num_ranks, columns)
         num_offsets = geometry.num_local + 1 if geometry.layout == EXPERTS else 0
@@ -350,8 +350,8 @@ class AcrossDispatcher:
 
     def _recv_rows(self, plan: Plan, kind: RowKind, call: Call) -> tuple[LazyDispatched, RecvOffsets]:
         """Take the memory for received rows."""
-        result = LazyDispatched()
-        result.plan, result._device = plan, self._context.device
+        result = object.__new__(LazyDispatched)
+        result.plan, result._device, result._made = plan, self._context.device, {}
         result._layout = layout = cuda_plan.row_layout(plan.options.layout, kind, plan.num_delivered)
         block, result.leaves_block = self._allocator.recv_block(call, layout.num_bytes)
         result._block, at = block, block.offset
