@@ -24,7 +24,7 @@ from support.guess_jobs import (
 )
 from support.lost_ranks import complete
 from tokenferry import CapacityError, ClosedError, ExpertGroup, MoeShape, PeerTimeout, RoutingError
-from tokenferry.backends.cuda import plan as cuda_plan
+from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.views import Views
@@ -215,7 +215,7 @@ def interrupted(rank, pg, pair, monkeypatch, tokens, where):
     """A rank that does not know whether it has to send again, or does not send, must not go on: its peers may."""
     alone = Case((20,), 2, 2)
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with pair.open(pg, alone.shape) as group:
@@ -229,7 +229,7 @@ def interrupted(rank, pg, pair, monkeypatch, tokens, where):
             send(group, alone)
 
 
-@pytest.mark.parametrize(("tokens", "where"), [(20, (cuda_plan, "wait")), (90, (Dispatcher, "_launch_plan"))])
+@pytest.mark.parametrize(("tokens", "where"), [(20, (Context, "wait_for_counts")), (90, (Dispatcher, "_launch_plan"))])
 def test_an_interrupt_while_counts_are_awaited_or_before_the_second_try(run, monkeypatch, tokens, where):
     run(1, interrupted, monkeypatch, tokens, where)
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from support.silent_kernels import CountedCalls, SilentGroup, counted_calls, rows_of
+from support.silent_kernels import CountedCalls, SilentGroup, counted_calls, num_python_calls, rows_of
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, ShapeError
@@ -195,6 +195,37 @@ def test_calls_of_torch():
         assert count(lambda: group.decode_combine(got.x, got.plan)) == ["new"]
 
 
+PYTHON_CALLS = {
+    "dispatch": 50,
+    "dispatch, counts on the device": 32,
+    "redispatch": 21,
+    "combine": 25,
+    "decode_dispatch": 21,
+    "decode_combine": 19,
+}
+"""The most functions of Python in a call; each takes a tenth of a microsecond."""
+
+
+def test_calls_of_python():
+    silent = SilentGroup(SHAPE)
+    group = silent.group
+    x, where = rows_of(T, H), routing()
+    sent = group.dispatch(x, where)
+    y = group.empty_rows(sent.plan)
+    with silent.workspaces_agree():
+        got = group.decode_dispatch(x, where)
+        calls = {
+            "dispatch": lambda: group.dispatch(x, where),
+            "dispatch, counts on the device": lambda: group.dispatch(x, where, options=OPTIONS["rows, device"]),
+            "redispatch": lambda: group.redispatch(x, sent.plan),
+            "combine": lambda: group.combine(y, sent.plan),
+            "decode_dispatch": lambda: group.decode_dispatch(x, where),
+            "decode_combine": lambda: group.decode_combine(got.x, got.plan),
+        }
+        found = {name: num_python_calls(call) for name, call in calls.items()}
+    assert {name: num for name, num in found.items() if num > PYTHON_CALLS[name]} == {}
+
+
 def test_launches():
     """Few tokens take one launch for a whole dispatch, in every layout but for that of the rows."""
     silent = SilentGroup(MoeShape(E, K, H, 1024))
@@ -261,6 +292,29 @@ def test_what_is_not_plainly_right_takes_the_general_path():
     group.close()
     with pytest.raises(ClosedError):
         group.dispatch(x, where)
+
+
+@pytest.mark.parametrize("x", [PAYLOADS["bfloat16"], PAYLOADS["scales by row"]], ids=["bfloat16", "scales"])
+def test_dispatches_that_are_not_plainly_right_take_the_general_path(x):
+    """Each differs in a shape or dtype, of which those of calls before were right."""
+    group, where = SilentGroup(SHAPE).group, routing()
+    index = where.topk_idx
+    for _ in range(2):
+        group.dispatch(x, where)
+    fewer, taller = x[:5] if x is PAYLOADS["bfloat16"] else Quantized(x.data, x.scale[:5]), index.repeat(2, 1)
+    for rows, routed in (
+        (fewer, where),
+        (x, Routing(index[:5].contiguous(), WEIGHTS[:5].contiguous())),
+        (x, Routing(index.float(), WEIGHTS)),
+        (x, Routing(index, WEIGHTS.double())),
+        (x, Routing(index, WEIGHTS[:5])),
+        (x, Routing(index, WEIGHTS.flatten())),
+        (x, Routing(index.flatten(), WEIGHTS)),
+        (x, Routing(torch.zeros(T, K + 1, dtype=torch.int64), None)),
+        (rows_of(2 * T, H), Routing(taller, None)),
+    ):
+        with pytest.raises((ShapeError, CapacityError)):
+            group.dispatch(rows, routed)
 
 
 def test_decode_calls_that_are_not_plainly_right_take_the_general_path():

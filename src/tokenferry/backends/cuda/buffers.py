@@ -46,7 +46,10 @@ class SymmetricAllocator:
         Raises:
             CapacityError: as `block`.
         """
-        return self.block(call.signature.phase, num_bytes, call.stream, None if call.capturing else 0)
+        try:
+            return self._heap.block(num_bytes or 1, call.stream, None if call.capturing else 0)
+        except HeapFull as full:
+            raise CapacityError(f"{call.signature.phase}: {full}") from None
 
     def recv_block(self, call: Call, num_bytes: int) -> tuple[Block, bool]:
         """Return a block for received rows, and whether they have to be copied out of it at once.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -293,15 +293,9 @@ class Context:
         stopped = self.window.base + CONTROL_BLOCK_OFFSETS["stopped"]
         bytes_at(stopped, 4, self.device, self.window).zero_()
 
-    @contextmanager
-    def breaking_off(self, *handled: type[BaseException]) -> Iterator[None]:
+    def breaking_off(self, *handled: type[BaseException]) -> BreakingOff:
         """Break the group if the block raises, because peers wait for its work; not for ``handled`` errors."""
-        try:
-            yield
-        except BaseException as error:  # an interrupt, too
-            if not isinstance(error, handled):
-                self.break_off(error)
-            raise
+        return BreakingOff(self, handled)
 
     def break_off(self, error: BaseException) -> None:
         """Break the group: its ranks may be out of step."""
@@ -325,7 +319,8 @@ class Context:
             self.pinned.take_record()
             self._run_again()
             return False
-        self.raise_recorded()
+        if self.pinned.words[0]:
+            self.raise_recorded()
         return True
 
     def wait_for_words(self, call: Call, counted: memoryview) -> None:
@@ -396,6 +391,27 @@ class Context:
     def warmup(self) -> None:
         """Compile and load every kernel."""
         self.jit.warmup(SPECS)
+
+
+class BreakingOff:
+    """See `Context.breaking_off`. A class, since `contextlib.contextmanager` takes a microsecond.
+
+    Args:
+        context: The context of the group.
+        handled: Errors that do not break it.
+    """
+
+    __slots__ = ("_context", "_handled")
+
+    def __init__(self, context: Context, handled: tuple[type[BaseException], ...]) -> None:
+        self._context, self._handled = context, handled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, self._handled):  # an interrupt, too
+            self._context.break_off(error)
 
 
 def _late_stream(context: Context, call: Call, waited_s: float) -> PeerTimeout:

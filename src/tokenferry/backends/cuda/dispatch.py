@@ -189,9 +189,12 @@ class Dispatcher:
         """
         context, unlimited = self._context, form.unlimited or form
         with context.breaking_off(TokenferryError):  # waiting itself breaks the group if it has to
-            if form.unlimited and not context.wait_for_counts(call, may_overflow=True):
+            if form.unlimited is None:
+                counts = cuda_plan.wait(context, call, form.geometry)
+            elif context.wait_for_counts(call, may_overflow=True):
+                counts = cuda_plan.counted(context, form.geometry)
+            else:
                 return None
-            counts = cuda_plan.wait(context, call, form.geometry)
             if unlimited.guessed is not None:
                 words = unlimited.signature.words
                 guess = self._guesses.get(words)
@@ -222,7 +225,7 @@ class Dispatcher:
             )
             layout = form.worst
             plan._num_rows, plan.num_delivered = geometry.space.received, geometry.most_delivered
-            plan.num_received = plan._host_counts = None
+            plan.num_received = plan._counted = None
         else:
             kind = form.kind
             assert kind.topk_dtype is not None
@@ -269,7 +272,7 @@ class Dispatcher:
         """Launch the kernels that send rows and lay them out; `dispatch_fused`, given blocks, makes the plan, too."""
         block, layout, arrivals = result._block, result._layout, plan._arrivals
         assert block is not None
-        at, came, addresses = block.offset, plan._recv_at - self._context.window.base, plan._addresses()
+        at, came = block.offset, plan._recv_at - self._context.window.base
         recv = RecvOffsets(
             (at + layout.rows) // OFFSET_BYTES,
             (at + layout.scale) // OFFSET_BYTES,
@@ -280,7 +283,10 @@ class Dispatcher:
         )
         if num_fused_blocks:
             fuse(form.fused, call, num_fused_blocks, recv, payload, plan)
-        else:
+            if form.expand is None:
+                return
+        addresses = plan._addresses()
+        if not num_fused_blocks:
             move(form.move, call, form.sms.links, recv, payload, addresses)
         if form.expand is not None:
             ends_with_last_row = form.waits and form.geometry.layout != MASKED
@@ -292,7 +298,7 @@ class Dispatcher:
         geometry, block = form.geometry, result._block
         assert block is not None
         plan._num_rows = plan.num_received = counts.received
-        plan.num_delivered, plan._num_sent, plan._host_counts = counts.delivered, counts.sent, counts.host
+        plan.num_delivered, plan._num_sent, plan._counted = counts.delivered, counts.sent, counts.experts
         arrivals, K = plan._arrivals, form.kind.top_k
         slots = counts.received * K
         end = arrivals.topk_idx + slots * form.plan.topk_dtype.itemsize

@@ -7,7 +7,7 @@ same code, `Dispatcher.send` and the like: they only differ in how they come by 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -80,10 +80,10 @@ class CudaFastPath:
         self._device = calls.context.device
         self._shape = shape
         self._checks = checks
-        self._dispatches: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_KEYS)
+        # By shapes, too: what follows from them is checked when a key is new.
+        self._dispatches: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_SIZES)
         self._redispatches: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_KEYS)
         self._combines: BoundedDict[tuple[Any, ...], CombineForm] = BoundedDict(_MAX_KEYS)
-        # By shapes, too: what follows from them is checked when a key is new.
         self._decode_dispatches: BoundedDict[tuple[Any, ...], DecodeDispatchForm] = BoundedDict(_MAX_SIZES)
         self._decode_combines: BoundedDict[tuple[Any, ...], DecodeCombineForm] = BoundedDict(_MAX_SIZES)
 
@@ -91,17 +91,28 @@ class CudaFastPath:
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
     ) -> Dispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
-        if not _may_be_sms(num_sms) or not self._checks.dispatch_looks_right(x, routing, options):
+        device, checks = self._device, self._checks
+        if type(routing) is not Routing or not (options is None or type(options) is DispatchOptions):
             return None
         index, weights = routing.topk_idx, routing.topk_weights
-        rows, scale = (x, None) if isinstance(x, Tensor) else (x.data, x.scale)
+        if not (_may_be_sms(num_sms) and _is_plain(index, device) and (weights is None or _is_plain(weights, device))):
+            return None
+        if _is_plain(x, device):
+            rows, scale = x, None
+        elif type(x) is Quantized and index.ndim == 2 and checks.rows_look_right(x, index.shape[0]):
+            rows, scale = x.data, x.scale
+        else:
+            return None
         at = rows.data_ptr()
         kind = _kind_of_scale(rows, scale)
-        if at % 16 or kind is None or self._context.broken:
+        if at % 16 or kind is None:
             return None
-        key = (rows.dtype, index.dtype, weights is None, options, kind, num_sms)
+        of_weights = None if weights is None else (weights.shape, weights.dtype)
+        key = (rows.shape, rows.dtype, index.shape, index.dtype, of_weights, options, kind, num_sms)
         form = self._dispatches.get(key)
         if form is None:
+            if self._context.broken or not checks.dispatch_looks_right(x, routing, options):
+                return None
             sent = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=self._shape.top_k)
             form = self._dispatches[key] = self._dispatcher.form(self._shape, options or _DEFAULT, sent, num_sms)
         form = self._dispatcher.sized(form)
@@ -258,7 +269,7 @@ class CudaFastPath:
         return self._decoder.known_combine(CombineKind(shape, y.dtype, fast, Encoding[encoding], topk_idx.dtype))
 
 
-def _is_plain(tensor: Tensor, device: torch.device) -> bool:
+def _is_plain(tensor: object, device: torch.device) -> TypeGuard[Tensor]:
     """Return whether a tensor is certainly one that kernels can read as it is, whatever its shape and dtype."""
     return (
         type(tensor) is Tensor

@@ -176,12 +176,14 @@ class Pinned:
                 return counted[0] == number or words[0] != 0
         return True
 
-    def counts(self, num_ranks: int, num_local: int) -> tuple[list[int], list[int], list[int]]:
-        """Return rows from each rank, rows to each rank, rows of each local expert; after `wait_for_call_number`."""
-        first = RECORD_WORDS + HOST_RECEIVED_WORD
-        words = self.words[first : RECORD_WORDS + HOST_EXPERTS_WORD + num_local].tolist()
-        sent, experts = HOST_SENT_WORD - HOST_RECEIVED_WORD, HOST_EXPERTS_WORD - HOST_RECEIVED_WORD
-        return words[:num_ranks], words[sent : sent + num_ranks], words[experts:]
+    def counts(self, num_ranks: int, num_local: int) -> tuple[int, int, bytes]:
+        """Return rows from all ranks, rows to all ranks, words with those of each local expert; once they have come."""
+        words = self._counts
+        return (
+            sum(words[HOST_RECEIVED_WORD : HOST_RECEIVED_WORD + num_ranks]),
+            sum(words[HOST_SENT_WORD : HOST_SENT_WORD + num_ranks]),
+            words[HOST_EXPERTS_WORD : HOST_EXPERTS_WORD + num_local].tobytes(),
+        )
 
     @property
     def most_received(self) -> int:

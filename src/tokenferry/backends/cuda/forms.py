@@ -100,6 +100,7 @@ class DispatchForm:
         fused: Kernel that does the work of these three, for few tokens.
         expand: Kernel that lays out rows by expert; None for ROWS.
         guessed: Forms with space for as many rows as are guessed, by that number; None where M says how many.
+        waits: Whether results have exactly as many rows as arrive.
         unlimited: The form without the guess, if this is one of those.
     """
 
@@ -117,12 +118,8 @@ class DispatchForm:
     fused: LaunchTemplate
     expand: LaunchTemplate | None
     guessed: BoundedDict[int, DispatchForm] | None
+    waits: bool
     unlimited: DispatchForm | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether results have exactly as many rows as arrive."""
-        return self.geometry.options.counts == "host"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,6 +164,7 @@ def new_dispatch_form(
         launch.fused_template(context, kind, geometry.sizes, L),
         expand_form(context, kind, L, options, geometry.sizes.capacity) if by_expert else None,
         BoundedDict(_MAX_GUESSES) if geometry.guesses else None,
+        options.counts == "host",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.launch import PlanSizes, RowKind
-from tokenferry.backends.cuda.results import Arrivals, PlanLayout, RowLayout
+from tokenferry.backends.cuda.results import Arrivals, PlanLayout, RowLayout, ints_of
 from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.kernels.codes import EXPERTS, MASKED, ROWS
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
@@ -134,13 +134,13 @@ class Counts:
         received: Rows that this rank receives, N.
         delivered: Rows that ``Dispatched.x`` has.
         sent: Rows that this rank sends.
-        host: Rows of each local expert.
+        experts: Rows of each local expert, as words of 32 bits.
     """
 
     received: int
     delivered: int
     sent: int
-    host: tuple[int, ...]
+    experts: bytes
 
 
 def plan_layout(geometry: Geometry, num_ranks: int, num_tokens: int, top_k: int) -> PlanLayout:
@@ -185,13 +185,17 @@ def wait(context: Context, call: Call, geometry: Geometry) -> Counts:
         context.wait_for_counts(call)
     except CapacityError as error:
         raise CapacityError(f"{error} of {geometry.space.worst}") from None
+    return counted(context, geometry)
+
+
+def counted(context: Context, geometry: Geometry) -> Counts:
+    """Return the counts, which are known to have come."""
     received, sent, experts = context.pinned.counts(context.num_ranks, geometry.num_local)
-    num_received = sum(received)
     if geometry.layout == ROWS:
-        delivered = num_received
+        delivered = received
     elif geometry.layout == EXPERTS:
-        unit = geometry.options.alignment
-        delivered = sum(experts) if unit == 1 else sum(-(-rows // unit) * unit for rows in experts)
+        unit, rows = geometry.options.alignment, ints_of(experts)
+        delivered = sum(rows) if unit == 1 else sum(-(-num // unit) * unit for num in rows)
     else:
         delivered = geometry.most_delivered
-    return Counts(num_received, delivered, sum(sent), tuple(experts))
+    return Counts(received, delivered, sent, experts)

@@ -151,6 +151,7 @@ class LazyPlan(Plan):
     __slots__ = (
         "_arrivals",
         "_block",
+        "_counted",
         "_form",
         "_layout",
         "_made",
@@ -172,10 +173,11 @@ class LazyPlan(Plan):
     _num_rows: int
     _num_sent: int
     _made: dict[str, Tensor]
+    _counted: bytes | tuple[int, ...] | None
+    """`_host_counts`, or the words that hold them."""
     # Fields of `Plan` that are filled in with the counts.
     num_received: int | None
     num_delivered: int
-    _host_counts: tuple[int, ...] | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102 - see the module
         return Plan(*args, **kwargs)
@@ -231,6 +233,12 @@ class LazyPlan(Plan):
     @property
     def _places(self) -> Tensor:
         return self._sent("places", (self._layout.num_tokens, self._layout.columns), torch.int32)
+
+    @property
+    def _host_counts(self) -> tuple[int, ...] | None:
+        if isinstance(self._counted, bytes):  # there may be hundreds, and many programs do not ask for them
+            self._counted = ints_of(self._counted)
+        return self._counted
 
     @property
     def _host_sizes(self) -> tuple[int, ...] | None:
@@ -415,6 +423,11 @@ def _normal_tensor_at(
         return tensor_at(address, shape, dtype, device, owner)
     with torch.inference_mode(False):
         return tensor_at(address, shape, dtype, device, owner)
+
+
+def ints_of(words: bytes) -> tuple[int, ...]:
+    """Return words of 32 bits as numbers."""
+    return tuple(memoryview(words).cast("I").tolist())
 
 
 def shaped(tensor: Tensor, plan: Plan) -> Tensor:

@@ -98,25 +98,16 @@ class _Layout:
 
     def __init__(self, num_experts: int, *tensors: Tensor) -> None:
         self.num_experts = num_experts
-        self._tensors = tuple(weakref.ref(tensor) for tensor in tensors)
-        self._versions = _versions(tensors)
+        self._tensors = tuple(map(weakref.ref, tensors))
+        # How often each was written. An inference tensor has no count.
+        self._versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
     def is_of(self, *tensors: Tensor | None) -> bool:
         """Return whether these are the same tensors, in the same order, and known to hold the same as then."""
-        for known, tensor in zip(self._tensors, tensors, strict=True):
-            if known() is not tensor:
+        for known, version, tensor in zip(self._tensors, self._versions, tensors, strict=True):
+            if tensor is None or known() is not tensor or version < 0 or tensor._version != version:
                 return False
-        return self._versions is not None and self._versions == _versions(tensors)
-
-
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:
-    """Return how often each tensor was written; None if one is missing, or an inference tensor, which has no count."""
-    versions = []
-    for tensor in tensors:
-        if tensor is None or tensor.is_inference():
-            return None
-        versions.append(tensor._version)
-    return versions
+        return True
 
 
 class Buffer(Connected, LowLatencyCalls):

@@ -290,10 +290,10 @@ class AcrossDispatcher:
         assert kind.topk_dtype is not None
         if form.waits and counts is not None:
             plan._num_rows = plan.num_received = counts.received
-            plan.num_delivered, plan._host_counts = counts.delivered, counts.host
+            plan.num_delivered, plan._counted = counts.delivered, counts.experts
         else:
             plan._num_rows, plan.num_delivered = geometry.space.received, geometry.most_delivered
-            plan.num_received = plan._host_counts = None
+            plan.num_received = plan._counted = None
         plan._arrivals = arrivals = cuda_plan.arrivals(geometry, plan._num_rows, kind.top_k, kind.topk_dtype)
         plan._recv_block = allocator.call_block(call, arrivals.num_bytes)
         plan._recv_at = plan._recv_block.address
