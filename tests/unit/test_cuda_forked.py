@@ -49,7 +49,7 @@ def cuda(monkeypatch) -> Cuda:
     monkeypatch.setattr("tokenferry.jit.driver.bindings", lambda: made)
     for name, value in (("_cuda_getCurrentRawStream", lambda _: 7), ("_cuda_getDevice", lambda: 0)):
         monkeypatch.setattr(torch._C, name, value, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     return made
 
 

@@ -63,7 +63,7 @@ def streams(monkeypatch):
     """Torch's current stream is 60 on device 1, which is the current device."""
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 60 * index, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     return CudaStreams(Device())
 
 

@@ -81,7 +81,7 @@ class CudaStreams:
         self._cuda = device.cuda
         # Bound here: they are called for each block, and `torch` may be gone when the last tensors are freed.
         self._current = torch._C._cuda_getCurrentRawStream
-        self._capturing = torch.cuda.is_current_stream_capturing
+        self._capturing = torch._C._cuda_isCurrentStreamCapturing
         self._current_device = torch._C._cuda_getDevice
         self._idle: deque[_Event] = deque()
 
@@ -110,7 +110,8 @@ class CudaStreams:
         index = self._index
         if self._capturing() or self._current_device() != index:
             return None
-        return int(self._current(index))
+        current: int = self._current(index)
+        return current
 
     def record(self, stream: int, *, eager: bool = False) -> object:
         """See `Streams.record`."""
