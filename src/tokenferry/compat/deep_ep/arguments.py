@@ -48,6 +48,8 @@ def to_native(call: str, x: object) -> Tensor | Quantized:
     Raises:
         ShapeError: ``x`` is neither rows nor (rows, scales).
     """
+    if isinstance(x, Tensor) and x.ndim == 2 and x.dtype in FLOATS:  # as nearly always
+        return detached(x)
     data, scale = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     if not isinstance(data, Tensor) or data.ndim != 2 or not isinstance(scale, Tensor | None):
         raise ShapeError(
@@ -55,10 +57,7 @@ def to_native(call: str, x: object) -> Tensor | Quantized:
             "reshape the rows to two dimensions"
         )
     if scale is None:
-        rows = detached(data)
-        return (
-            rows if data.dtype in FLOATS else Quantized(rows, data.new_empty((data.shape[0], 0), dtype=torch.float32))
-        )
+        return Quantized(detached(data), data.new_empty((data.shape[0], 0), dtype=torch.float32))
     scale = detached(scale)
     return Quantized(detached(data), scale.unsqueeze(1) if scale.ndim == 1 else scale)
 

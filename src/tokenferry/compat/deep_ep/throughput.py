@@ -46,7 +46,7 @@ class Options:
     num_experts: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Handle(HandleBase):
     """The handle of a `dispatch`.
 
@@ -85,7 +85,7 @@ class Handle(HandleBase):
         return {4: self.in_rank, 6: plan}.get(place)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class InternodeHandle(Handle):
     """The handle of a `dispatch` across nodes; see `Handle`. Programs count its elements from the end, so it has ten.
 
@@ -260,13 +260,13 @@ def _handle(views: Views, plan: Plan, in_rank: Tensor, num_experts: int, top_k: 
 
 def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
     """Return ids and weights; with counts on the device, rows past the count get ids -1 and weights 0."""
-    assert sent.topk_idx is not None
-    if sent.host_counts is not None:
-        return sent.topk_idx, sent.topk_weights
-    rows = torch.arange(sent.topk_idx.shape[0], device=sent.topk_idx.device, dtype=torch.int64)
+    index, weights = sent.topk_idx, sent.topk_weights
+    assert index is not None
+    if sent.plan.options.counts == "host":
+        return index, weights
+    rows = torch.arange(index.shape[0], device=index.device, dtype=torch.int64)
     tail = (rows >= sent.plan.src_counts.sum()).unsqueeze(1)
-    weights = None if sent.topk_weights is None else sent.topk_weights.masked_fill(tail, 0.0)
-    return sent.topk_idx.masked_fill(tail, -1), weights
+    return index.masked_fill(tail, -1), None if weights is None else weights.masked_fill(tail, 0.0)
 
 
 def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int, call: str, *, same: bool) -> Routing:
