@@ -17,13 +17,14 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 #include <ucontext.h>
 
 #include <atomic>
 #include <unordered_map>
 #include <vector>
+
+#include "emulator_stacks.h"
 
 #define __global__
 #define __device__
@@ -51,8 +52,7 @@ struct EmuCopy {
 };
 
 struct EmuFiber {
-    ucontext_t context;  // where it starts
-    jmp_buf place;       // where it goes on, once started
+    jmp_buf place;  // where it goes on, once started
     EmuIndex index;
     bool started = false, done = false;
     unsigned exchanges = 0;
@@ -72,6 +72,8 @@ struct EmuBlock {
     void (*kernel)(const void*);
     const void* params;
     unsigned char* dynamic;
+    unsigned char* stacks;
+    ucontext_t start;  // of each fiber, but for its stack
     std::vector<EmuFiber> fibers;
     std::vector<EmuWarp> warps;
     unsigned current = 0, arrived = 0, generation = 0, progress = 0;
@@ -94,12 +96,18 @@ static std::atomic<const char*> emu_fault{nullptr};  // as on a GPU, nothing run
 static void __attribute__((noinline)) emu_change_fiber() {
     if (!_setjmp(EMU_FIBER.place)) _longjmp(emu_block->scheduler, 1);
 }
+static void emu_run_fiber(int i);
 static void __attribute__((noinline)) emu_resume_fiber() {
     EmuFiber& fiber = EMU_FIBER;
     if (_setjmp(emu_block->scheduler)) return;
     if (fiber.started) _longjmp(fiber.place, 1);
     fiber.started = true;
-    setcontext(&fiber.context);
+    ucontext_t context = emu_block->start;
+    context.uc_stack.ss_sp = emu_block->stacks + EMU_STACK_BYTES * fiber.index.x;
+    context.uc_stack.ss_size = EMU_STACK_BYTES;
+    context.uc_link = 0;
+    makecontext(&context, (void (*)())emu_run_fiber, 1, (int)fiber.index.x);
+    setcontext(&context);
 }
 static void emu_await_change(const unsigned& word, unsigned old) {
     EMU_FIBER.watched = &word, EMU_FIBER.old = old;
@@ -329,22 +337,13 @@ static void emu_run_fiber(int i) {
 
 static void* emu_run_block(void* given) {
     emu_block = (EmuBlock*)given;
-    const size_t stack = 64 << 10, bytes = stack * emu_block->threads;
-    unsigned char* stacks =
-        (unsigned char*)mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks == MAP_FAILED) {
+    emu_block->stacks = emu_take_stacks();
+    if (!emu_block->stacks) {
         emu_fault = "no memory for the stacks of a block";
         return 0;
     }
-    for (unsigned i = 0; i < emu_block->threads; i++) {
-        EmuFiber& fiber = emu_block->fibers[i];
-        fiber.index = {i};
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stacks + stack * i;
-        fiber.context.uc_stack.ss_size = stack;
-        fiber.context.uc_link = 0;
-        makecontext(&fiber.context, (void (*)())emu_run_fiber, 1, (int)i);
-    }
+    getcontext(&emu_block->start);
+    for (unsigned i = 0; i < emu_block->threads; i++) emu_block->fibers[i].index = {i};
     const timespec pause = {0, 50000};
     unsigned idle = 0;  // times in a row that all threads waited for other blocks
     while (emu_block->live && !emu_fault) {
@@ -365,7 +364,7 @@ static void* emu_run_block(void* given) {
     }
     for (auto& one : emu_block->loads)
         if (!one.second.empty() && !emu_fault) emu_fault = "a block ends with bulk loads under way";
-    munmap(stacks, bytes);
+    emu_give_stacks(emu_block->stacks);
     return 0;
 }
 

@@ -59,7 +59,7 @@ def translate(name: str, text: str) -> str:
 
 def build(main: str, headers: dict[str, str], name: str, folder: Path) -> ctypes.CDLL:
     """Compile and load a library; one that an earlier run compiled from the same text is loaded from the folder."""
-    headers = {**headers, "emulator.h": (HERE / "emulator.h").read_text()}
+    headers = headers | {own: (HERE / own).read_text() for own in ("emulator.h", "emulator_stacks.h")}
     key = hashlib.sha256(repr((main, sorted(headers.items()), OPTIONS)).encode()).hexdigest()[:16]
     library = folder / f"{name}-{key}.so"
     if not library.exists():
