@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 import torch
+import torch.distributed.tensor  # assert_close does it later than the server of ranks needs it
 
 from support.pools import prefer
 from tokenferry.testing.world import World

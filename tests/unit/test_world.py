@@ -202,6 +202,16 @@ def test_a_world_that_cannot_be_made_leaves_no_ranks(monkeypatch):
     assert made[0].ending == "killed by SIGKILL"
 
 
+def has_dtensor(rank, pg):
+    return "torch.distributed.tensor" in sys.modules
+
+
+def test_ranks_have_a_slow_import_of_their_program_from_the_start():
+    assert has_dtensor(0, None)
+    with World(1) as world:
+        assert world.run(has_dtensor) == [True]
+
+
 def test_a_server_that_was_killed_is_replaced():
     """The kernel ends its ranks (Linux)."""
     with World(1) as world:

@@ -55,9 +55,10 @@ class RankServer:
             # Not 0, 1 or 2, which may be free here, and are standard streams there.
             descriptor = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
         try:
+            dtensor = "torch.distributed.tensor" in sys.modules
             code = (
-                f"import sys; sys.path[:] = {sys.path!r}; "
-                f"from tokenferry.testing import rank_server; rank_server.main({descriptor}, {self.owner})"
+                f"import sys; sys.path[:] = {sys.path!r}; from tokenferry.testing import rank_server; "
+                f"rank_server.main({descriptor}, {self.owner}, dtensor={dtensor})"
             )
             flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
             command = [sys.executable, *flags, "-c", code]
@@ -157,16 +158,20 @@ def get_server() -> RankServer:
     return _server
 
 
-def main(descriptor: int, program: int) -> None:
+def main(descriptor: int, program: int, *, dtensor: bool) -> None:
     """Run the server, the child of a program, until that ends.
 
     Args:
         descriptor: Of the socket that commands come from.
         program: Process id of the program.
+        dtensor: Whether to import torch.distributed.tensor. That takes most of a second, and the first call of
+            `torch.testing.assert_close` would do it in every new rank.
     """
     open_closed_streams()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of the terminal; the program decides
     importlib.import_module("tokenferry.autograd")  # all that ranks are likely to need, beside what this file imports
+    if dtensor:
+        importlib.import_module("torch.distributed.tensor")
     _Server(descriptor, program).run()
     os._exit(0)  # nothing to flush, and taking torch down can take seconds
 
