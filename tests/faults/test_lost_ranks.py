@@ -264,10 +264,10 @@ def test_ranks_that_call_different_things_over_torch_distributed():
 
 
 @pytest.mark.parametrize("pair", CPU_PAIRS, ids=str)
-def test_a_rank_that_is_gone_is_named_while_another_is_slow(pair):
+def test_a_rank_that_is_gone_is_named_while_another_is_slow(pair, tmp_path):
     """Messages are received in the order of ranks; what ends a call is said at once all the same."""
     with World(3) as world, pytest.raises(WorldError) as caught:
-        world.run(one_gone_one_slow, pair)
+        world.run(one_gone_one_slow, pair, str(tmp_path))
     report = caught.value.results[2]
     assert report.peers == (1,)
     assert report.took_s < SLOW_S

@@ -81,6 +81,12 @@ def check_named(caught: list[Caught], rank: int, words: str = "") -> None:
         assert one.took_s < PROMPTLY_S, one
 
 
+def fail_in(names: tuple[str, ...], moments: dict[str, BaseException]) -> dict[str, list[dict[str, Caught]]]:
+    """Return, by call, what the ranks of a world catch at each moment; the worlds wait at the same time."""
+    jobs = run_at_once(NUM_RANKS, "cpu", {name: partial(fail, name=name, moments=moments) for name in names})
+    return {name: job.result() for name, job in jobs.items()}
+
+
 @pytest.mark.parametrize("odd", [0, 3])
 def test_ranks_that_call_different_things(odd):
     """Most ranks exchange nothing with the odd one, and yet all raise a MismatchError that names it."""
@@ -94,19 +100,18 @@ def test_ranks_that_call_different_things(odd):
 
 
 def test_a_rank_that_is_refused_memory_or_descriptors():
-    with World(NUM_RANKS) as world:
-        found = world.run(fail, ("dispatch", "combine", "decode_combine"), refusals())
-    for moment, mine in found[LOST_RANK].items():
-        assert mine.name == "ResourceError", f"{moment}: {mine}"
-        check_named([one[moment] for one in found], LOST_RANK, f"ResourceError: {moment.split(',')[0]}")
+    for call, found in fail_in(("dispatch", "combine", "decode_combine"), refusals()).items():
+        for moment, mine in found[LOST_RANK].items():
+            assert mine.name == "ResourceError", f"{call}, {moment}: {mine}"
+            check_named([one[moment] for one in found], LOST_RANK, f"ResourceError: {call}")
 
 
 def test_a_rank_that_is_interrupted():
-    with World(NUM_RANKS) as world:
-        found = world.run(fail, ("dispatch", "combine", "decode_dispatch", "decode_combine"), interrupts())
-    for moment, mine in found[LOST_RANK].items():
-        assert mine.name == "KeyboardInterrupt", f"{moment}: {mine}"
-        check_named([one[moment] for one in found], LOST_RANK)
+    names = ("dispatch", "combine", "decode_dispatch", "decode_combine")
+    for call, found in fail_in(names, interrupts()).items():
+        for moment, mine in found[LOST_RANK].items():
+            assert mine.name == "KeyboardInterrupt", f"{call}, {moment}: {mine}"
+            check_named([one[moment] for one in found], LOST_RANK)
 
 
 def test_a_rank_that_passes_a_wrong_argument_and_one_that_closes():

@@ -66,26 +66,23 @@ def disagree(rank: int, pg: dist.ProcessGroup, odd: int) -> dict[str, Caught]:
     return {name: differ(mismatch) for name, mismatch in MISMATCHES.items()}
 
 
-def fail(
-    rank: int, pg: dist.ProcessGroup, names: tuple[str, ...], moments: Mapping[str, BaseException]
-) -> dict[str, Caught]:
-    """Return, by call and moment, what this rank catches when a function of rank 3 raises there.
+def fail(rank: int, pg: dist.ProcessGroup, name: str, moments: Mapping[str, BaseException]) -> dict[str, Caught]:
+    """Return, by moment, what this rank catches when a function of rank 3 raises there.
 
     Args:
         rank: This rank.
         pg: Connects all ranks.
-        names: The calls.
+        name: The call.
         moments: By the name of the function, what it raises.
     """
     caught = {}
-    for name in names:
-        for target, error in moments.items():
-            with new_group() as group:
-                call = calls(group)[name]
-                dist.barrier(pg)
-                failing = mock.patch(target.format(call=name), side_effect=error)
-                with failing if rank == LOST_RANK else contextlib.nullcontext():
-                    caught[f"{name}, {target}"] = catch(group, call)
+    for target, error in moments.items():
+        with new_group() as group:
+            call = calls(group)[name]
+            dist.barrier(pg)
+            failing = mock.patch(target.format(call=name), side_effect=error)
+            with failing if rank == LOST_RANK else contextlib.nullcontext():
+                caught[target] = catch(group, call)
     return caught
 
 

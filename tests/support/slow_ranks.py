@@ -3,10 +3,11 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 
-from support.lost_ranks import Report, report_of
+from support.lost_ranks import Report, leave_note, report_of
 from support.pairs import Pair
 from tokenferry import MoeShape, PeerTimeout, Routing
 
@@ -18,20 +19,24 @@ ROUTING = Routing(torch.arange(12).remainder(6)[:, None], torch.ones(12, 1))
 """Two tokens of each rank for each expert."""
 
 
-def one_gone_one_slow(rank: int, pg, pair: Pair) -> Report | None:
-    """Rank 1 is killed, rank 0 calls seconds later; return what rank 2, which waits for rank 0 first, reports."""
+def one_gone_one_slow(rank: int, pg, pair: Pair, folder: str) -> Report | None:
+    """Rank 1 is killed; return what rank 2, which waits for rank 0 first, reports. Rank 0 does not call before that."""
     with pair.open(pg, SHAPE, timeout_s=DEADLINE_S) as group:
         group.dispatch(torch.ones(12, 64), ROUTING)
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 0:
-            time.sleep(SLOW_S)
+            deadline = time.monotonic() + SLOW_S
+            while not Path(folder, "2 has reported").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
             return None
         start = time.monotonic()
         try:
             group.dispatch(torch.ones(12, 64), ROUTING)
         except PeerTimeout as error:
-            return report_of(error, time.monotonic() - start)
+            report = report_of(error, time.monotonic() - start)
+            leave_note(folder, rank, "has reported")
+            return report
     raise AssertionError("the call returned")
 
 
