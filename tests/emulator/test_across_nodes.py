@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -453,14 +454,19 @@ def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTim
         return caught.value
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_a_silent_rank(run, call):
+def in_each_call(run, job) -> dict[str, list[PeerTimeout]]:
+    """Return, by call, what the ranks of a job catch; the ranks of all calls wait at the same time."""
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        return dict(zip(CALLS, pool.map(lambda call: run(4, job, call, ranks_per_node=2), CALLS), strict=True))
+
+
+def test_a_silent_rank(run):
     """Every survivor names it, by its number in the whole group, and its node, also if it waited for another one."""
-    errors = run(4, one_is_silent, call, ranks_per_node=2)
-    for error in errors[:LOST]:
-        assert (error.peers, error.nodes) == ((LOST,), (1,)), error
-        assert error.phase.split()[0] == call.split()[0]
-    assert errors[1].phase == f"{call.split()[0]} (between nodes)"
+    for call, errors in in_each_call(run, one_is_silent).items():
+        for error in errors[:LOST]:
+            assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}: {error}"
+            assert error.phase.split()[0] == call.split()[0], call
+        assert errors[1].phase == f"{call.split()[0]} (between nodes)"
 
 
 def one_ends(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
@@ -480,12 +486,12 @@ def one_ends(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout 
         return caught.value
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_the_end_of_a_process_is_noticed_on_all_nodes(run, call):
+def test_the_end_of_a_process_is_noticed_on_all_nodes(run):
     """Long before the deadline, by the report of the rank that has seen it."""
-    for error in run(4, one_ends, call, ranks_per_node=2)[:LOST]:
-        assert (error.peers, error.nodes) == ((LOST,), (1,)), error
-        assert error.waited_s < 10.0
+    for call, errors in in_each_call(run, one_ends).items():
+        for error in errors[:LOST]:
+            assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}: {error}"
+            assert error.waited_s < 10.0, call
 
 
 def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int, in_combine: bool) -> str | None:
