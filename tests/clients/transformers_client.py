@@ -4,6 +4,7 @@ Loss, gradients and greedy generation are compared with those of the same weight
 version has it, with its own all_to_all. Nothing of transformers is changed or replaced.
 """
 
+import functools
 import multiprocessing
 import os
 import sys
@@ -100,6 +101,7 @@ def run(model: torch.nn.Module, number: int) -> Ran:
     return Ran(loss.detach(), gradients, tokens.tolist())
 
 
+@functools.cache
 def in_one_process(folder: str, batches: int) -> list[Ran]:
     """What one process computes: the gradient of the mean loss of all batches in each result."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
