@@ -7,6 +7,7 @@ order has other bits.
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 
@@ -83,10 +84,8 @@ class Case:
 
     def rows(self, rank: int, dtype: torch.dtype, width: int, salt: int) -> Tensor:
         """Return ``[T, width]`` values of the tokens of ``rank``; another ``salt``, other values."""
-        first = sum(self.tokens[:rank])
-        numbers = torch.arange(first, first + self.tokens[rank], dtype=torch.int64, device="cpu")
-        numbers += (self.seed * 64 + salt) * 1_000_003
-        return payload(numbers, width, dtype)
+        first = sum(self.tokens[:rank]) + (self.seed * 64 + salt) * 1_000_003
+        return _known_rows(first, self.tokens[rank], width, dtype).clone()
 
     def gates(self, rank: int, salt: int = 0) -> Tensor:
         """Return ``[T, K]`` float32 gate weights of ``rank``, none of them 0."""
@@ -117,6 +116,12 @@ class Case:
             chosen = [e if pick.random() < 0.5 else -1 for e in chosen]
         pick.shuffle(chosen)
         return chosen
+
+
+@functools.lru_cache(maxsize=256)
+def _known_rows(first: int, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return the rows of consecutive numbers, which the checks of one case ask for again and again."""
+    return payload(torch.arange(first, first + num_rows, dtype=torch.int64, device="cpu"), width, dtype)
 
 
 def payload(numbers: Tensor, width: int, dtype: torch.dtype) -> Tensor:
