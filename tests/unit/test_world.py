@@ -15,7 +15,7 @@ from support import processes
 from tokenferry import CapacityError, ExpertGroup, MoeShape
 from tokenferry.testing import rank_server
 from tokenferry.testing.rank import gpu_of
-from tokenferry.testing.world import World, WorldError
+from tokenferry.testing.world import END_S, World, WorldError
 
 
 def scaled_rank(rank, pg, factor):
@@ -131,7 +131,7 @@ def forks(rank, pg, then):
         if os.fork() == 0:
             if then == "return":
                 return "an answer of the wrong process"
-            time.sleep(3)
+            time.sleep(10)
             os._exit(0)
         if then == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -146,7 +146,7 @@ def test_a_process_that_a_job_forked_is_no_rank():
         start = time.monotonic()
         with pytest.raises(WorldError, match="rank 0 died: killed by SIGKILL"):
             world.run(forks, "die")
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 8, "what it forked was waited for"
 
 
 def test_a_rank_that_has_died_between_jobs():
@@ -166,7 +166,7 @@ def test_a_world_that_is_closed_in_the_middle_of_a_job_kills_its_ranks():
     world.submit(dies_or_hangs)
     start = time.monotonic()
     world.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < END_S, "they were asked to end"
     assert not set(world.pids) & set(processes.parents())
 
 
