@@ -123,7 +123,9 @@ def deep_ep(rank: int, pg: dist.ProcessGroup, pair: Pair, job: str, case: Case) 
 @pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
 def test_deep_ep(nodes, size, job):
     ranks = size[0]
-    nodes(size, deep_ep, job, Case((3, 2, 0, 5)[:ranks], 2 * ranks, 3, hidden=16))
+    # On GPUs num_worst_tokens has to hold R times the most tokens of a rank.
+    tokens = (3,) * ranks if job == "worst_tokens" else (3, 2, 0, 5)[:ranks]
+    nodes(size, deep_ep, job, Case(tokens, 2 * ranks, 3, hidden=16))
 
 
 # ---------------------------------------------------------------------- CUDA graphs

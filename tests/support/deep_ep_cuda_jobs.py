@@ -40,7 +40,7 @@ class CarryingBuffer(Buffer):
         return _waited(super().get_dispatch_layout(there(topk_idx), *rest, **_now(how)))
 
     def dispatch(self, x: Any, *rest: Any, **arguments: Any) -> Any:
-        return _waited(super().dispatch(there(x), *rest, **_now(there(arguments))))
+        return _waited(super().dispatch(there(x), *there(rest), **_now(there(arguments))))
 
     def combine(self, *rest: Any, **arguments: Any) -> Any:
         return _waited(super().combine(*there(rest), **_now(there(arguments))))

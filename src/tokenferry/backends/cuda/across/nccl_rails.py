@@ -249,13 +249,13 @@ class NcclRails:
         tensors = [tensor for parcels in (recv, send) for each in parcels.values() for tensor in each]
         peers = tuple(sorted({self._topology.rail[node] for node in (*send, *recv)}))
         what = _Exchange(call, peers)
-        marks = None
+        marks, start = None, time.monotonic()
         if tensors:
             self._latest = what
             try:
                 marks = self._channel.start(send, recv)
             except NcclError as error:
-                self.give_up(what, 0.0, f"{_FAILED}: {error}")
+                self.give_up(what, time.monotonic() - start, f"{_FAILED}: {error}")
                 self.raise_lost()
         transfer = NcclTransfer(self, what, marks, tensors)
         if marks is not None and marks.captured:  # the memory is the graph's
