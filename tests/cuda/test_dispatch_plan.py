@@ -9,6 +9,7 @@ from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.control_block import (
     HOST_EXPERTS_WORD,
     HOST_MOST_WORD,
+    HOST_UNITS_WORD,
     MAX_COUNTS,
     MAX_RANKS,
     Fault,
@@ -289,5 +290,5 @@ def test_too_many_rows_for_a_tight_capacity_are_recorded_by_all(num_ranks, layou
 
 
 def test_host_words_are_where_the_host_looks():
-    """The call number, rows from eight ranks, rows to eight ranks, rows of the fullest rank, then the experts."""
-    assert (HOST_MOST_WORD, HOST_EXPERTS_WORD) == (17, 18)
+    """The call number, rows from and to eight ranks, rows of the fullest rank, units, then the experts."""
+    assert (HOST_MOST_WORD, HOST_UNITS_WORD, HOST_EXPERTS_WORD) == (17, 18, 19)

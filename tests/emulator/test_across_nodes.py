@@ -267,6 +267,35 @@ def test_nccl_has_sms_left(run):
     assert set(grids) == {20 - NCCL_SMS}
 
 
+def in_few_chunks(rank: int, pg: None, pair: EmulatedPair, tokens: tuple[int, ...]) -> None:
+    with pair.open(pg, MoeShape(4, 2, 16, 1024)) as group:
+        x = torch.ones(tokens[rank], 16)
+        index = torch.tensor([[0, 2]]).expand(tokens[rank], 2).contiguous()  # all go to both nodes
+        plan = group.dispatch(x, Routing(index)).plan
+        group.redispatch(x, plan)
+        group.combine(torch.ones(plan.num_delivered, 16), plan)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks"),
+    [((0, 0, 0, 0), 1), ((4, 0, 100, 7), 1), ((4, 300, 1, 7), 3), ((1000, 2, 0, 1), 8)],
+)
+def test_chunks_in_which_no_rank_has_tokens_are_passed_over(run, monkeypatch, tokens, chunks):
+    """All ranks of a node launch as many kernels as the one with the most tokens, in units of 128, needs."""
+    monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", 1024 * 16 * 4 // 8)  # eight chunks of 128 tokens
+    launches, launch = [], LaunchTemplate.launch
+
+    def watched(template: LaunchTemplate, grid: int, stream: int) -> None:
+        launches.append(template.kernel.spec.name)
+        launch(template, grid, stream)
+
+    with mock.patch.object(LaunchTemplate, "launch", watched):
+        run(4, in_few_chunks, tokens, ranks_per_node=2)
+    own = 4  # of each rank, in each call
+    assert launches.count("dispatch") == 2 * (own + 4 * chunks)
+    assert launches.count("combine_push") == own + 4 * chunks
+
+
 # ---------------------------------------------------------------------- what crosses
 
 

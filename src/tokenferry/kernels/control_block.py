@@ -200,7 +200,10 @@ HOST_SENT_WORD = HEADER.constant("kHostSentWord", HOST_RECEIVED_WORD + MAX_RANKS
 HOST_MOST_WORD = HEADER.constant(
     "kHostMostWord", HOST_SENT_WORD + MAX_RANKS, "rows that the fullest rank needs space for; compare row_limit"
 )
-HOST_EXPERTS_WORD = HEADER.constant("kHostExpertsWord", HOST_MOST_WORD + 1, "L words: rows of each local expert")
+HOST_UNITS_WORD = HEADER.constant(
+    "kHostUnitsWord", HOST_MOST_WORD + 1, "across nodes: units of the longest segment of any rank of the node; else 0"
+)
+HOST_EXPERTS_WORD = HEADER.constant("kHostExpertsWord", HOST_UNITS_WORD + 1, "L words: rows of each local expert")
 
 # ---- across nodes: what dispatch_split reports to the host, in memory of its own, and to the ranks across from it
 

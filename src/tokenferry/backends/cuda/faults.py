@@ -26,6 +26,7 @@ from tokenferry.kernels.control_block import (
     HOST_MOST_WORD,
     HOST_RECEIVED_WORD,
     HOST_SENT_WORD,
+    HOST_UNITS_WORD,
     MAX_EXPERTS,
     MAX_RANKS,
     NOTHING_CAME,
@@ -189,6 +190,11 @@ class Pinned:
     def most_received(self) -> int:
         """Rows that the fullest rank needs space for, the same on all ranks; after `wait_for_call_number`."""
         return self.words[RECORD_WORDS + HOST_MOST_WORD]
+
+    @property
+    def most_units(self) -> int:
+        """Across nodes: units of the longest segment of any rank of this node; after `wait_for_call_number`."""
+        return self.words[RECORD_WORDS + HOST_UNITS_WORD]
 
     def _record(self) -> Record:
         return Record(*self.words[:ENDED_WORD].tolist())

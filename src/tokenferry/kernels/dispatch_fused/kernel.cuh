@@ -73,7 +73,7 @@ DEV bool lead(const DispatchFusedParams& p, u32 epoch, u8* shared, u32 (*handsha
     __syncthreads();
     if (threadIdx.x == 0) store_release(&mine->planned, (u64)epoch << 32 | fit);
     if (fit) {
-        publish_to_host(p, totals, ends);
+        publish_to_host(p, totals, ends, 0);
         return true;
     }
     reject_rows(p, ends);

@@ -102,8 +102,8 @@ DEV void sum_columns(const P& p, i32* totals) {
     }
 }
 
-// Writes the totals to every peer, and the handshake, with `blocks`: the blocks of this kernel that move rows; 0: another
-// kernel moves them, with a handshake of its own.
+// Writes the totals to every peer, and the handshake, with `blocks`: the blocks of this kernel that move rows. If another
+// kernel moves them, with a handshake of its own: 0, or, with several segments, the units of each of them.
 template <class P>
 DEV void publish_totals(const P& p, u32 epoch, const i32* totals, u32 blocks) {
     const u32 num = p.segments * (p.num_experts + p.num_ranks);
@@ -251,8 +251,9 @@ DEV u32 fullest_rank(const P& p, const i32* ends) {
     return fullest;
 }
 
+// most_units: units of the longest segment of any rank.
 template <class P>
-DEV void publish_to_host(const P& p, const Totals& totals, const i32* ends) {
+DEV void publish_to_host(const P& p, const Totals& totals, const i32* ends, u32 most_units) {
     const u32 local = p.num_experts / p.num_ranks, R = p.num_ranks;
     u32* words = p.host;
     for (u32 i = threadIdx.x; i < local; i += blockDim.x)
@@ -269,6 +270,7 @@ DEV void publish_to_host(const P& p, const Totals& totals, const i32* ends) {
     __syncthreads();
     if (threadIdx.x == 0) {
         words[kHostMostWord] = (u32)ends[fullest_rank(p, ends)];
+        words[kHostUnitsWord] = most_units;
         fence_system();
         store_release(words, p.call_number);
     }

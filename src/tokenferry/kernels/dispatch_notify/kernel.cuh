@@ -6,7 +6,8 @@
 // Reads    topk_idx [T, K] in [-1, E).
 // Writes   peers' control blocks: counts, handshake. table [units, E + R]: rows of earlier units, per expert and per rank.
 //          bases [S]: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on the device
-//          and, once more, in memory of the host, there with the rows of the fullest rank. S segments: see counts.cuh.
+//          and, once more, in memory of the host, there with the rows of the fullest rank and the units of the longest
+//          segment. S segments: see counts.cuh.
 // Order    1 all blocks  a unit's rows per column (a token counts once per expert, once per rank)
 //          2 last block  columns over all units; publish totals, each word with the epoch in it
 //          3 last block  wait for every peer's totals; from them the places where this rank's rows begin everywhere
@@ -21,14 +22,14 @@
 #include "dispatch_notify/counts.cuh"
 
 // Publishes the counts to the host if the rows of every rank fit; otherwise aborts the call, as every other rank does.
-DEV void finish(const DispatchNotifyParams& p, u32 epoch, const Totals& totals, const i32* ends) {
+DEV void finish(const DispatchNotifyParams& p, u32 epoch, const Totals& totals, const i32* ends, u32 most_units) {
     if (threadIdx.x == 0) {
         ControlBlock* mine = control_block(p, p.rank);
         mine->arrived = 0;
         mine->epoch = epoch;
     }
     if (rows_fit(p, ends)) {
-        publish_to_host(p, totals, ends);
+        publish_to_host(p, totals, ends, most_units);
         return;
     }
     __syncthreads();
@@ -58,5 +59,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
         return;
     }
     const Totals totals = totals_at(p, shared);  // in place of the masks
-    if (exchange_counts(p, epoch, 0, totals, handshakes, ends)) finish(p, epoch, totals, ends);
+    const u32 units = p.segments > 1 ? p.segment_units : 0;
+    if (!exchange_counts(p, epoch, units, totals, handshakes, ends)) return;
+    u32 most_units = 0;
+    for (u32 r = 0; p.segments > 1 && r < p.num_ranks; r++) most_units = max(most_units, handshakes[r][kBlocksWord]);
+    finish(p, epoch, totals, ends, most_units);
 }

@@ -53,7 +53,7 @@ class AcrossBackend(CudaBackend):
         self.num_ranks = topology.num_ranks
         self.topology = topology
         self.transport = rails.name if topology.ranks_per_node == 1 else f"nvlink+{rails.name}"
-        self.num_host_sizes = 2 * topology.num_nodes
+        self.num_host_sizes = 2 * topology.num_nodes + 1
         self._rails = rails
         rails.end_soon_if(context.pinned.mismatched)
         self._crossing = Crossing(context, topology, rails, max_tokens)

@@ -59,15 +59,18 @@ class AcrossCombiner:
                 parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
             home, transfers = Combined(parts, parts_weights), []
             chunks = self._crossing.chunks(parts.shape[1] * parts.element_size())
+            used = chunks.used(relay.most)
             states = self._crossing.new_states(relay.went, chunks)
             no_counts = self._crossing.no_counts(plan)
             at = at._replace(no_counts=no_counts.data_ptr())
             for to, source in self._crossing.steps():
                 gone, come = chunks.split(relay.came[to]), chunks.split(relay.went[source])
                 for i, (go, comes) in enumerate(zip(gone, come, strict=True)):
-                    plan_at = at.segment(to) if chunks.num == 1 else at.chunk(to, go)
-                    done = self._inside.send(form, call, rows, plan_at, weights, (), None)
-                    send = Sums(to, go.num, _present(done))
+                    done: list[Tensor] = []
+                    if i < used:  # else no rank of this node has tokens in it
+                        plan_at = at.segment(to) if chunks.num == 1 else at.chunk(to, go)
+                        done = _present(self._inside.send(form, call, rows, plan_at, weights, (), None))
+                    send = Sums(to, go.num, done)
                     recv = Sums(source, comes.num, [comes.of(relay.part_out(each, source)) for each in _present(home)])
                     transfers.append(self._crossing.sums(call, send, recv, states[source, i]))
             own = self._inside.send(form, call, rows, at.segment(relay.node), weights, (), None)

@@ -7,6 +7,7 @@ segment for each node. Rows of this node are moved while those of others are on 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -192,7 +193,7 @@ class AcrossDispatcher:
             num_sent = num_tokens * geometry.space.sent
         else:
             went = (num_tokens if m == node else num for m, num in enumerate(counts.went))
-            relay, num_sent = make_relay(node, crossed.came, tuple(went)), counts.num_sent
+            relay, num_sent = make_relay(node, crossed.came, tuple(went), 0), counts.num_sent  # `most`: not known yet
         plan._form, plan._dst_counts, plan._relay, plan._made = form.plan, split.dst_counts, relay, {}
         columns = num_columns(self._context.num_ranks, form.plan.top_k, by_expert=geometry.by_expert)
         plan._relay_layout = relay_layout(relay, num_tokens, self._context.num_ranks, columns)
@@ -209,11 +210,9 @@ class AcrossDispatcher:
         )
         plan._num_sent, plan._recv_at, plan._arrivals = num_sent, 0, _NONE_ARRIVED
         plan._block = self._allocator.call_block(call, end)
-        header = plan._places[: 2 * relay.num_nodes, 0]
         if counts is None:  # a CUDA graph cannot capture a copy from the host
-            header.fill_(geometry.shape.max_tokens)[node :: relay.num_nodes].fill_(num_tokens)
-        else:
-            header.copy_(torch.tensor((*relay.came, *relay.went), dtype=torch.int32, device="cpu"))
+            header = plan._places[: 2 * relay.num_nodes + 1, 0]
+            header.fill_(geometry.shape.max_tokens)[: 2 * relay.num_nodes][node :: relay.num_nodes].fill_(num_tokens)
         return plan
 
     def _route(
@@ -289,6 +288,9 @@ class AcrossDispatcher:
         geometry, kind, allocator = form.geometry, form.rows.kind, self._allocator
         assert kind.topk_dtype is not None
         if form.waits and counts is not None:
+            plan._relay = relay = replace(plan._relay, most=UNIT_TOKENS * self._context.pinned.most_units)
+            sizes = torch.tensor((*relay.came, *relay.went, relay.most), dtype=torch.int32, device="cpu")
+            plan._places[: len(sizes), 0].copy_(sizes)
             plan._num_rows = plan.num_received = counts.received
             plan.num_delivered, plan._counted = counts.delivered, counts.experts
         else:
@@ -377,14 +379,17 @@ class AcrossDispatcher:
         if routed is None:  # a dispatch has done this before it waited for the routing
             self._crossing.confirm(call, passing.opening, at.whole.src_counts)
         for source, transfers in passing.transfers.items():
-            chunks = self._crossing.chunks(form.kind.row_bytes).split(relay.came[source])
-            for i, (chunk, transfer) in enumerate(zip(chunks, transfers, strict=True)):
+            chunks = self._crossing.chunks(form.kind.row_bytes)
+            used = chunks.used(relay.most)
+            for i, (chunk, transfer) in enumerate(zip(chunks.split(relay.came[source]), transfers, strict=True)):
                 transfer.join()
                 if chunk.num:
                     states = States.of_chunk(passing.states, source, i)
                     self._crossing.check(call, passing.opening, states, at.whole.src_counts)
+                if i >= used:  # no rank of this node has tokens in it
+                    continue
                 payload = _payload_from(relay, source, chunk, passing.rows, routed)
-                plan = at.segment(source) if len(chunks) == 1 else at.chunk(source, chunk)
+                plan = at.segment(source) if chunks.num == 1 else at.chunk(source, chunk)
                 move(form.pass_on, call, sms, recv, payload, plan)
 
     def _expand(self, form: MoveForm, call: Call, at: RelayAddresses, result: LazyDispatched, plan: Plan) -> None:

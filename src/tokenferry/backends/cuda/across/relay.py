@@ -4,6 +4,7 @@ It lies in ``Plan._places``, one column of int32, so that copies of a plan have 
 
 ``came``        [N] tokens that this rank passes on, by node; of its own node all its T tokens
 ``went``        [N] tokens of this rank for each node; for its own node T
+``most``        `Relay.most`, and a word that is not used
 ``relayed``     [N, G] int64: rows of each of these segments for each rank of this node
 ``slots``       [T, N], as `dispatch_rails` writes them
 ``places``      [N, segment, C], as `dispatch_assign` writes them
@@ -35,6 +36,7 @@ class Relay:
         node: This node.
         came: By node, tokens that this rank passes on; of its own node T.
         went: By node, tokens of this rank for it; for its own node T.
+        most: At least as many as any rank of this node passes on from one node, the same number on all of them.
         segment: Tokens of a segment of the routing, with padding.
         first_in: By node, the first row of its tokens among those that came from other nodes; then the end.
         first_out: By node, the first row for it among those that went to other nodes; then the end.
@@ -43,6 +45,7 @@ class Relay:
     node: int
     came: tuple[int, ...]
     went: tuple[int, ...]
+    most: int
     segment: int
     first_in: tuple[int, ...]
     first_out: tuple[int, ...]
@@ -61,16 +64,16 @@ class Relay:
         return rows[self.first_out[node] : self.first_out[node] + self.went[node]]
 
 
-def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...]) -> Relay:
+def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...], most: int) -> Relay:
     """Return the relay of a rank on a node."""
     units = max(1, *(-(-num // UNIT_TOKENS) for num in came))
-    return Relay(node, came, went, units * UNIT_TOKENS, _starts(came, node), _starts(went, node))
+    return Relay(node, came, went, most, units * UNIT_TOKENS, _starts(came, node), _starts(went, node))
 
 
 def fixed_relay(node: int, num_nodes: int, max_tokens: int, num_tokens: int) -> Relay:
     """Return the relay of a rank where counts stay on the device: as many tokens cross as there can be."""
     counts = tuple(num_tokens if m == node else max_tokens for m in range(num_nodes))
-    return make_relay(node, counts, counts)
+    return make_relay(node, counts, counts, max_tokens)
 
 
 def _starts(counts: tuple[int, ...], node: int) -> tuple[int, ...]:
@@ -105,6 +108,10 @@ class Chunks:
         num = tuning.rail_chunks(max_tokens, row_bytes)
         return cls(num, -(-max_tokens // num))
 
+    def used(self, most: int) -> int:
+        """Return how many chunks have tokens if no rank passes on more than ``most`` of a node; at least one."""
+        return max(1, min(self.num, -(-most // self.size)))
+
     def split(self, num_tokens: int) -> list[Chunk]:
         """Return the tokens of each chunk: the last ones may have none, and the last takes what goes beyond M."""
         firsts = [min(i * self.size, num_tokens) for i in range(self.num)]
@@ -123,7 +130,7 @@ class RelayLayout(NamedTuple):
 def relay_layout(relay: Relay, num_tokens: int, ranks_per_node: int, columns: int) -> RelayLayout:
     """Return the layout of ``Plan._places``."""
     num_nodes = relay.num_nodes
-    relayed = 2 * num_nodes
+    relayed = 2 * num_nodes + 2  # an even number: what follows are int64
     slots = relayed + 2 * num_nodes * ranks_per_node
     places = slots + num_tokens * num_nodes
     return RelayLayout(relayed, slots, places, places + num_nodes * relay.segment * columns)
@@ -160,7 +167,7 @@ class RelayAddresses(NamedTuple):
     @property
     def went(self) -> int:
         """Address of ``[N]`` int32: the same of `Relay.went`."""
-        return self.relayed - 4 * self.relay.num_nodes
+        return self.relayed - 4 * (self.relay.num_nodes + 2)
 
     def segment(self, node: int) -> PlanAddresses:
         """Return the plan of the tokens from one node, as that of a dispatch inside this node."""
@@ -205,7 +212,7 @@ class AcrossPlan(LazyPlan):
 
     @property
     def _host_sizes(self) -> tuple[int, ...]:
-        return (*self._relay.came, *self._relay.went)
+        return (*self._relay.came, *self._relay.went, self._relay.most)
 
     def _managed_by_torch(self) -> tuple[Tensor, ...]:
         return (self._dst_counts,)
@@ -220,8 +227,9 @@ def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
     else:
         num_nodes, at = topology.num_nodes, plan._places.data_ptr()
         # A compiled function does not know what the host knows.
-        sizes = plan._host_sizes or tuple(plan._places[: 2 * num_nodes, 0].tolist())
-        relay, dst_counts = make_relay(topology.node, sizes[:num_nodes], sizes[num_nodes:]), plan.dst_counts.data_ptr()
+        sizes = plan._host_sizes or tuple(plan._places[: 2 * num_nodes + 1, 0].tolist())
+        came, went, most = sizes[:num_nodes], sizes[num_nodes : 2 * num_nodes], sizes[2 * num_nodes]
+        relay, dst_counts = make_relay(topology.node, came, went, most), plan.dst_counts.data_ptr()
         whole = PlanAddresses(
             0,
             0,
