@@ -269,7 +269,7 @@ class DispatchCall(DecodeCall):
 
     @property
     def config(self) -> dict[str, int]:
-        return {"type": RAW if self.fp8 is None else TYPES.index(self.case.dtype)}
+        return {"type": RAW if self.fp8 is None else TYPES.index(self.case.dtype), "relays": 0}
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -295,6 +295,7 @@ class DispatchCall(DecodeCall):
             "top_k": case.top_k,
             "num_local": self.num_local,
             "columns": case.hidden,
+            "capacity": self.capacity,
             "row_units": self.row_bytes // 16,
             "scale_units": 0 if self.fp8 is None else -(-case.hidden // 512),
             "scale_format": SCALES.index(self.fp8),

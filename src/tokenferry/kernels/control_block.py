@@ -173,6 +173,11 @@ class Fault(enum.IntEnum):
         11,
         "this word of what rank `blamed` of the whole group said about its call differs; peer: itself",
     )
+    node_overflow = HEADER.constant(
+        "kNodeOverflow",
+        12,
+        "peer: a rank of the whole group, seen: how many tokens it had for one other node, expected: its limit",
+    )
     too_many_nodes = HEADER.constant(
         "kTooManyNodes", 10, "word: the token, seen: how many nodes its experts lie on, expected: its limit"
     )

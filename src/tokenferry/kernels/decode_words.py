@@ -36,6 +36,12 @@ REPEATED = HEADER.constant("kRepeated", 0x8000, "bit of a choice: an earlier slo
 NONE = HEADER.constant("kNone", 0x7FFF, "choice: the slot is not used")
 BAD = HEADER.constant("kBad", 0x7FFE, "choice: the index is outside [-1, E)")
 
+# ---- counts that ranks send each other
+
+OVERFLOWED = HEADER.constant(
+    "kOverflowed", 0x80000000, "bit of a count: instead of rows, so many tokens were too many for one other node"
+)
+
 # ---- params.scale_format: how the scales of an FP8 dispatch are stored; 0: nothing is cast
 
 SCALE_FLOAT32 = HEADER.constant("kFloat32", 1, "scale_format: float32")

@@ -23,16 +23,16 @@ from tokenferry.kernels.decode_words import PLACES_WORD, SCALE_FLOAT32, SCALE_PO
 from tokenferry.memory.empty import Blank, contiguous, part_of
 from tokenferry.types import DecodeDispatched, DecodePlan, MoeShape, Quantized, Scale
 
-_DISPATCH = call_packer(
-    decode_dispatch_spec.SPEC,
+DISPATCH_FIELDS = (
     "x", "topk_idx", "weights", "choices", "out", "scale_out", "expert_counts", "received", "src_token", "src_range",
     "row_weights", "table", "masked_out", "trace", "num_tokens", "phases",
 )  # fmt: skip
+_DISPATCH = call_packer(decode_dispatch_spec.SPEC, *DISPATCH_FIELDS)
 _COMBINE = call_packer(
     decode_combine_spec.SPEC,
     "y", "out", "topk_idx", "weights", "row_weights", "table", "pending", "masked_out", "trace", "num_tokens", "phases",
 )  # fmt: skip
-_SCALE_CODES = {None: 0, Scale.FLOAT32: SCALE_FLOAT32, Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO, Scale.UE8M0: SCALE_UE8M0}
+SCALE_CODES = {None: 0, Scale.FLOAT32: SCALE_FLOAT32, Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO, Scale.UE8M0: SCALE_UE8M0}
 
 
 class DispatchKind(NamedTuple):
@@ -60,7 +60,7 @@ class DispatchKind(NamedTuple):
             num_experts=shape.num_experts,
             max_tokens=shape.max_tokens,
             dtype=dtype_code(self.dtype),
-            fp8_scale=_SCALE_CODES[self.quantize],
+            fp8_scale=SCALE_CODES[self.quantize],
             bytes_of_rows=shape.hidden * self.dtype.itemsize,
             bytes_of_weights=4 * shape.top_k if self.weighted else 0,
             bytes_of_topk_idx=shape.top_k * self.topk_dtype.itemsize,
@@ -105,6 +105,7 @@ class DecodeLayout:
         src_token: `DecodePlan.src_token`.
         row_weights: `DecodePlan.row_weights`.
         table: `DecodePlan._table`.
+        table_words: Its size.
         num_words: Where the parts end.
     """
 
@@ -113,6 +114,7 @@ class DecodeLayout:
     src_token: int
     row_weights: int
     table: int
+    table_words: int
     num_words: int
 
 
@@ -174,25 +176,39 @@ def new_dispatch_form(
     context: Context, group_key: str, signature: Signature, workspace: Workspace, kind: DispatchKind
 ) -> DecodeDispatchForm:
     """Return the form of decode dispatches with a signature, whose rows under way are in a workspace."""
-    shape, dtype, quantize, topk_dtype, weighted = kind
-    R, M, K, H = context.num_ranks, shape.max_tokens, shape.top_k, shape.hidden
-    L, capacity = shape.num_experts // R, R * M
-    kernel = context.new_template(decode_dispatch_spec.SPEC, _DISPATCH, type=RAW if quantize is None else TYPES[dtype])
-    p = kernel.params
-    _set_workspace(context, p, workspace)
-    p.packets_at, p.packets_stride = workspace.rows_at, workspace.sizes.rows
-    p.notes_at, p.notes_stride, p.words_stride = workspace.notes_at, workspace.sizes.notes, workspace.sizes.words
-    p.max_tokens, p.top_k, p.num_local, p.columns = M, K, L, H
-    p.row_units = H * (dtype.itemsize if quantize is None else 1) // 16
-    p.scale_units = 0 if quantize is None else -(-H // 512)
-    p.scale_format, p.per_local = _SCALE_CODES[quantize], 1 / L
-    p.wide, p.weighted = int(topk_dtype is torch.int64), int(weighted)
-    kernel.block = decode_dispatch_spec.THREADS
-    kernel.smem_bytes = decode_dispatch_spec.smem_bytes(M * K, shape.num_experts, R, M)
-    ends = section_ends(
-        8 * L * R, 4 * L, 4 * L * capacity, 4 * L * capacity if weighted else 0, 4 * (PLACES_WORD + capacity * K)
+    shape, R = kind.shape, context.num_ranks
+    kernel = context.new_template(decode_dispatch_spec.SPEC, _DISPATCH, type=cast_type(kind), relays=0)
+    fill_dispatch(context, kernel, workspace, kind, R)
+    kernel.params.max_tokens = shape.max_tokens
+    kernel.smem_bytes = decode_dispatch_spec.smem_bytes(
+        shape.max_tokens * shape.top_k, shape.num_experts, R, shape.max_tokens
     )
-    layout = DecodeLayout(0, *(end // 4 for end in ends))
+    table_words = PLACES_WORD + R * shape.max_tokens * shape.top_k
+    return form_of(kernel, group_key, signature, workspace, kind, DispatchSizes(R, table_words))
+
+
+class DispatchSizes(NamedTuple):
+    """What a form of decode dispatches follows from besides their kind: R, and the words of `DecodePlan._table`."""
+
+    num_ranks: int
+    table_words: int
+
+
+def form_of(
+    kernel: LaunchTemplate,
+    group_key: str,
+    signature: Signature,
+    workspace: Workspace,
+    kind: DispatchKind,
+    sizes: DispatchSizes,
+) -> DecodeDispatchForm:
+    """Return the form of decode dispatches whose kernel is ready."""
+    shape, quantize, R = kind.shape, kind.quantize, sizes.num_ranks
+    L, capacity, H = shape.num_experts // R, R * shape.max_tokens, shape.hidden
+    weights_bytes = 4 * L * capacity if kind.weighted else 0
+    ends = section_ends(8 * L * R, 4 * L, 4 * L * capacity, weights_bytes, 4 * sizes.table_words)
+    counts, src_token, row_weights, table, end = (each // 4 for each in ends)
+    layout = DecodeLayout(0, counts, src_token, row_weights, table, sizes.table_words, end)
     return DecodeDispatchForm(
         signature,
         workspace.number,
@@ -202,10 +218,10 @@ def new_dispatch_form(
         L,
         capacity,
         R,
-        contiguous(dtype if quantize is None else torch.float8_e4m3fn, L, capacity, H),
+        contiguous(kind.dtype if quantize is None else torch.float8_e4m3fn, L, capacity, H),
         None if quantize is None else _blank_scale(quantize, L, capacity, H),
         contiguous(torch.int32, layout.num_words),
-        weighted,
+        kind.weighted,
         layout,
         group_key,
     )
@@ -217,6 +233,36 @@ def _blank_scale(quantize: Scale, num_local: int, capacity: int, hidden: int) ->
     num_scales = -(-hidden // (512 if packed else 128))
     strides = (num_scales * capacity, 1, capacity)
     return Blank((num_local, capacity, num_scales), strides, torch.int32 if packed else torch.float32)
+
+
+def cast_type(kind: DispatchKind) -> int:
+    """Return the constant ``kType`` of the kernels that cast rows."""
+    return RAW if kind.quantize is None else TYPES[kind.dtype]
+
+
+def fill_dispatch(
+    context: Context, kernel: LaunchTemplate, workspace: Workspace, kind: DispatchKind, num_ranks: int
+) -> None:
+    """Fill in what `decode_dispatch` needs of a kind of calls of R ranks, but for the tokens of each.
+
+    Args:
+        context: Context of this rank.
+        kernel: The template.
+        workspace: Where rows are under way.
+        kind: The kind.
+        num_ranks: R of the whole group.
+    """
+    shape, dtype, quantize, topk_dtype, weighted = kind
+    p, H, L = kernel.params, shape.hidden, shape.num_experts // num_ranks
+    _set_workspace(context, p, workspace)
+    p.packets_at, p.packets_stride = workspace.rows_at, workspace.sizes.rows
+    p.notes_at, p.notes_stride, p.words_stride = workspace.notes_at, workspace.sizes.notes, workspace.sizes.words
+    p.top_k, p.num_local, p.columns, p.capacity = shape.top_k, L, H, num_ranks * shape.max_tokens
+    p.row_units = H * (dtype.itemsize if quantize is None else 1) // 16
+    p.scale_units = 0 if quantize is None else -(-H // 512)
+    p.scale_format, p.per_local = SCALE_CODES[quantize], 1 / L
+    p.wide, p.weighted = int(topk_dtype is torch.int64), int(weighted)
+    kernel.block = decode_dispatch_spec.THREADS
 
 
 def new_combine_form(
@@ -317,7 +363,7 @@ class LazyDecodePlan(DecodePlan):
 
     @property
     def _table(self) -> Tensor:
-        return self._part("table", (PLACES_WORD + self._form.capacity * self._form.shape.top_k,), torch.int32)
+        return self._part("table", (self._form.layout.table_words,), torch.int32)
 
     def _part(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         found = self._made.get(name)

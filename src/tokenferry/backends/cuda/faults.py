@@ -224,6 +224,12 @@ class FlightRecorder:
         if record.code == Fault.node_mismatch:
             word = CAPACITY_WORD if record.word == RAIL_SPACE_WORD else record.word
             return self._mismatch(call, signature, replace(record, peer=record.blamed, word=word))
+        if record.code == Fault.node_overflow:
+            return CapacityError(
+                f"{call.phase}: rank {record.peer} has {record.seen} tokens for one other node, more than "
+                f"node_slots={record.expected}; send fewer at once, or make the group with "
+                f"MoeShape(node_slots={record.seen})"
+            )
         if record.code not in _OF_THE_ROUTING:
             record = replace(record, peer=record.peer + self.first_rank, blamed=record.blamed + self.first_rank)
         peer, seen, expected = record.peer, record.seen, record.expected

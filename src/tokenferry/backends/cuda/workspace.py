@@ -61,16 +61,23 @@ class Sizes:
         return Sizes(*map(max, zip(astuple(self), astuple(other), strict=True)))
 
 
-def sizes_for(shape: MoeShape, num_ranks: int, item_bytes: int) -> Sizes:
-    """Return the sizes that decode calls of a shape need, whatever their options; an element has ``item_bytes``."""
+def sizes_for(shape: MoeShape, num_ranks: int, item_bytes: int, num_nodes: int = 1) -> Sizes:
+    """Return the sizes that decode calls of a shape need, whatever their options.
+
+    Args:
+        shape: Experts of one node, and most tokens of a rank, those that it passes on included.
+        num_ranks: Ranks of a node.
+        item_bytes: Bytes of an element.
+        num_nodes: Nodes from which tokens come.
+    """
     M, K, H = shape.max_tokens, shape.top_k, shape.hidden
     num_local = shape.num_experts // num_ranks
     chunks = -(-H // CHUNK_COLUMNS)
     scales = chunks * PACKET_BYTES
     packets = packets_of_chunk(max(item_bytes, 2), ENCODING_SAME)
     return Sizes(
-        words=_lines(message_words(M, num_local) * _WORD_BYTES),
-        notes=_lines(M * notes(K) * PACKET_BYTES),
+        words=_lines(message_words(M, num_local, num_nodes) * _WORD_BYTES),
+        notes=_lines(M * notes(K, num_nodes) * PACKET_BYTES),
         rows=_lines(M * max(H * item_bytes, H + scales)),
         answers=_lines(M * max(K, num_ranks) * chunks * packets * PACKET_BYTES),
     )
@@ -137,13 +144,15 @@ class Workspaces:
     Args:
         context: Context of this rank.
         allocator: Allocator of blocks of the heap.
+        num_nodes: Nodes from which tokens come.
 
     Attributes:
         now: The latest workspace, or None.
     """
 
-    def __init__(self, context: Context, allocator: SymmetricAllocator) -> None:
+    def __init__(self, context: Context, allocator: SymmetricAllocator, num_nodes: int = 1) -> None:
         self._context = context
+        self._num_nodes = num_nodes
         self._allocator = allocator
         self._num_made = 0
         self._captured: list[Workspace] = []
@@ -168,7 +177,8 @@ class Workspaces:
         """
         workspace = self._fits.get((shape, item_bytes))
         if workspace is None:
-            sizes, workspace = sizes_for(shape, self._context.num_ranks, item_bytes), self.now
+            sizes = sizes_for(shape, self._context.num_ranks, item_bytes, self._num_nodes)
+            workspace = self.now
             if workspace is None or not sizes.within(workspace.sizes):
                 workspace = self._make(call, sizes if workspace is None else sizes.or_more(workspace.sizes))
                 self._fits.clear()

@@ -2,7 +2,10 @@
 // experts, and stores the rows that arrive by expert: out [L, R*M, H].
 //
 // Grid     any number of blocks, at least 2; p.phases: whether this launch sends, receives, or both.
-// Reads    x [T, H], topk_idx [T, K] in [-1, E), weights [T, K].
+// Reads    x [T, H], topk_idx [T, K] in [-1, E), weights [T, K]. Across nodes (kRelays) this rank passes on the tokens of
+//          the ranks across from it like its own: their rows lie in `records`, cast already, each with its token behind
+//          it; T, topk_idx and weights are of all these tokens; experts and ranks are those of this node. overflows [N]:
+//          how many tokens for one other node the rank across had, if these were too many; else 0.
 // Writes   workspaces of peers: words (rows for each expert, mask of tokens), notes (for each row: experts, its number
 //          among the rows of each from this rank, weights), packets (rows, scales).
 //          Own memory: out [L, R*M, ...], scales [L, S, R*M], counts, src_token, src_range, row_weights, the plan's
@@ -11,7 +14,8 @@
 //          warp takes chunks of rows, first of own rows to send, then of rows that arrive; the first of these blocks
 //          send the notes before their rows. Every block checks the whole routing for bad indices. The place of a row
 //          follows from the counts of all ranks and the row's note: rows are ordered by expert, then rank, then token,
-//          and ranks exchange no places.
+//          and ranks exchange no places. Across nodes a rank gives the counts of each node's tokens apart, so that
+//          rows are ordered by the ranks of all nodes.
 // Order    Each packet, note and word is its own flag (device/decode.cuh): no other flags, no fences.
 // Why      Nothing is overwritten before it is read: one lane reads a packet and restores the sentinel before its
 //          kernel ends, and the writer reuses that buffer only after the reader's rank has acknowledged it.
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch(const __grid_constant
     const bool leader = blockIdx.x == gridDim.x - 1, sends = p.phases & kSend;
     const u32 choices_bytes = p.choices ? 0 : (p.num_tokens * p.top_k * 2 + 15) & ~15u;
     u32* offsets = reinterpret_cast<u32*>(shared + choices_bytes);
-    const BlockData block = {{offsets, offsets + p.num_ranks * p.num_local, tokens},
+    const BlockData block = {{offsets, offsets + num_segments(p) * p.num_ranks * p.num_local, tokens},
                              p.table,
                              p.choices ? p.choices : reinterpret_cast<u16*>(shared)};
     wait_for_kernel_before();
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch(const __grid_constant
             leader || work.note_blocks ? read_choices<true>(p, block.choices) : read_choices<false>(p, block.choices);
         free = is_buffer_free(p, lane_snapshot);
         if (leader)  // for send_counts: offsets and masks are adjacent
-            for (u32 i = threadIdx.x; i < p.num_ranks * (p.num_local + (p.max_tokens + 31) / 32); i += blockDim.x)
+            for (u32 i = threadIdx.x; i < p.num_ranks * (count_words(p) - 1); i += blockDim.x)
                 block.counts.offsets[i] = 0;
     }
     bool ready = valid && free;

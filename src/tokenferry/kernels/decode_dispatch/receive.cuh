@@ -4,7 +4,7 @@
 
 // Contents of the peers' messages about the rows that this rank receives; in shared memory.
 struct RecvCounts {
-    u32* offsets;  // [R][L]: rows of an expert from lower ranks
+    u32* offsets;  // [segments][R][L]: rows of an expert from lower ranks of lower nodes, or of the same
     u32* masks;    // [R][mask words]: bit t: token t of the rank comes here
     u32* tokens;   // [R]: tokens of the rank, whether or not they come here
 };
@@ -13,8 +13,13 @@ struct RecvCounts {
 // failed.
 DEV bool receive_counts(const DecodeDispatchParams& p, DecodeCall& call, const RecvCounts& counts) {
     __shared__ u32 lost;
-    const u32 R = p.num_ranks, L = p.num_local, mask_words = (p.max_tokens + 31) / 32, words = 1 + L + mask_words;
-    if (threadIdx.x == 0) lost = 0;
+    __shared__ u64 overflow;  // rank << 32 | its tokens for one other node, of the lowest such rank
+    const u32 R = p.num_ranks, L = p.num_local, mask_words = (p.max_tokens + 31) / 32, words = count_words(p);
+    const u32 sources = num_segments(p) * R, masks_at = words - mask_words;
+    if (threadIdx.x == 0) {
+        lost = 0;
+        overflow = ~0ull;
+    }
     __syncthreads();
     bool good = true;
     for (u32 i = threadIdx.x; i < R * words && good; i += blockDim.x) {
@@ -27,19 +32,26 @@ DEV bool receive_counts(const DecodeDispatchParams& p, DecodeCall& call, const R
             good = state != kFailed;
         }
         if (w == 0) counts.tokens[from] = min(value, p.max_tokens);
-        else if (w <= L) counts.offsets[from * L + w - 1] = value;
-        else counts.masks[from * mask_words + w - 1 - L] = value;
+        else if (w >= masks_at) counts.masks[from * mask_words + w - masks_at] = value;
+        else {
+            const u32 source = (w - 1) / L * R + from;
+            const bool overflowed = kRelays && value & kOverflowed;
+            if (overflowed) atomicMin(&overflow, (u64)source << 32 | (value & ~kOverflowed));
+            counts.offsets[source * L + (w - 1) % L] = overflowed ? 0 : value;
+        }
     }
     if (!__syncthreads_and(good)) return false;
     call.alive &= ~lost;
     const bool leader = blockIdx.x == gridDim.x - 1;
+    if (kRelays && leader && threadIdx.x == 0 && overflow != ~0ull)
+        record_fault(p, kNodeOverflow, (u32)(overflow >> 32), 0, (u32)overflow, p.node_slots, 0, 0);
     i32* table = p.table;
     for (u32 e = threadIdx.x; e < L; e += blockDim.x) {
         u32 sum = 0;
-        for (u32 r = 0; r < R; r++) {
-            const u32 rows = call.alive >> r & 1 ? counts.offsets[r * L + e] : 0;
+        for (u32 r = 0; r < sources; r++) {
+            const u32 rows = call.alive >> r % R & 1 ? counts.offsets[r * L + e] : 0;
             counts.offsets[r * L + e] = sum;
-            if (leader) p.src_range[(u64)e * R + r] = (i64)((u64)sum << 32 | rows);
+            if (leader) p.src_range[(u64)e * sources + r] = (i64)((u64)sum << 32 | rows);
             sum += rows;
         }
         if (!leader) continue;
@@ -68,12 +80,12 @@ DEV u32 slot_value(const int4& note, u32 k) {
     return k % 3 == 0 ? x : k % 3 == 1 ? y : z;
 }
 
-// Returns the row of `out` for a slot with this code; kUnused if it has none on this rank.
-DEV u32 place_of(const DecodeDispatchParams& p, const RecvCounts& counts, u32 from, u32 code) {
-    const u32 e = (code >> 16) - p.rank * p.num_local, capacity = p.num_ranks * p.max_tokens;
+// Returns the row of `out` for a slot with this code; kUnused if it has none on this rank. `source`: segment * R + from.
+DEV u32 place_of(const DecodeDispatchParams& p, const RecvCounts& counts, u32 source, u32 code) {
+    const u32 e = (code >> 16) - p.rank * p.num_local;
     if (code == kUnused || e >= p.num_local) return kUnused;
-    const u32 at = counts.offsets[from * p.num_local + e] + (code & 0xffff);
-    return at < capacity ? e * capacity + at : kUnused;  // at >= capacity only if ranks made different calls
+    const u32 at = counts.offsets[source * p.num_local + e] + (code & 0xffff);
+    return at < p.capacity ? e * p.capacity + at : kUnused;  // at >= capacity only if ranks made different calls
 }
 
 // Receives kRecvChunk packets of a row, from packet `unit` on; one warp. Returns false if the group has failed.
@@ -122,14 +134,15 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
         if (i < lane_packets) clear_packet(row_at + i * 512);
     if (lane < num_scales) clear_packet(scale_at + lane * 16);
     const u64 row = (u64)from * p.max_tokens + t;
+    const u32 source = segment_of(p, t).node * p.num_ranks + from, token = kRelays ? slot_value(code, K) : t;
     for (u32 h = 0; h < (K + 31) / 32; h++) {
         const u32 k = h * 32 + lane, slot_code = slot_value(code, k),
                   slot_weight = first && p.weighted ? slot_value(weight, k) : 0;
-        const u32 place = k < K ? place_of(p, counts, from, slot_code) : kUnused;
+        const u32 place = k < K ? place_of(p, counts, source, slot_code) : kUnused;
         if (first && k < K) {
             p.table[kPlacesWord + row * K + k] = (i32)place;
             if (place != kUnused) {
-                p.src_token[place] = (i32)t;
+                p.src_token[place] = (i32)token;
                 if (p.weighted) p.row_weights[place] = __uint_as_float(slot_weight);
             }
         }
@@ -139,8 +152,7 @@ DEV bool receive_chunk(const DecodeDispatchParams& p, DecodeCall& call, const Re
             for (u32 i = 0; i < kLanePackets; i++)
                 if (i < lane_packets) p.out[(u64)to * p.row_units + unit + lane + i * 32] = v[i];
             if constexpr (kCast)
-                store_scales(p.scale_out, scales, to, p.num_ranks * p.max_tokens, unit / 32, (p.columns + 127) / 128,
-                             p.scale_format);
+                store_scales(p.scale_out, scales, to, p.capacity, unit / 32, (p.columns + 127) / 128, p.scale_format);
         }
     }
     trace_row(p, from);

@@ -12,6 +12,25 @@ DEV i64 index_at(const DecodeDispatchParams& p, u32 i) {
     return p.wide ? static_cast<const i64*>(p.topk_idx)[i] : (i64) static_cast<const i32*>(p.topk_idx)[i];
 }
 
+// Across nodes (kRelays) this rank passes on tokens of the ranks across from it. They come before its own: p.segment of
+// each other node, in the order of nodes, some of them unused. A segment: the tokens of one node.
+struct Segment {
+    u32 node, first;
+};
+
+DEV Segment segment_of(const DecodeDispatchParams& p, u32 t) {
+    if (!kRelays) return {0, 0};
+    if (t >= p.first_own) return {p.node, p.first_own};
+    const u32 other = t / p.segment;
+    return {other + (other >= p.node), other * p.segment};
+}
+DEV u32 num_segments(const DecodeDispatchParams& p) { return kRelays ? p.num_nodes : 1; }
+DEV bool is_relayed(const DecodeDispatchParams& p, u32 t) { return kRelays && t < p.first_own; }
+// Words of a message that gives counts: tokens, then rows for each expert by segment, then a mask of tokens.
+DEV u32 count_words(const DecodeDispatchParams& p) {
+    return 1 + num_segments(p) * p.num_local + (p.max_tokens + 31) / 32;
+}
+
 // Messages of rank `from` in the workspace of rank `at`.
 DEV u64* words_of(const DecodeDispatchParams& p, const DecodeCall& call, u32 at, u32 from) {
     return reinterpret_cast<u64*>(p.workspaces[at] + (call.parity * p.num_ranks + from) * p.words_stride);
@@ -25,8 +44,9 @@ DEV u8* packets_of(const DecodeDispatchParams& p, const DecodeCall& call, u32 at
 
 // Returns the rank of an expert. A division takes ten times as long; sizes are so small that this is exact.
 DEV u32 rank_of(const DecodeDispatchParams& p, u32 e) { return (u32)(((float)e + 0.5f) * p.per_local); }
-// Number of notes of a row: each holds three slots; codes come first, then weights.
-DEV u32 code_notes(const DecodeDispatchParams& p) { return (p.top_k + 2) / 3; }
+// Number of notes of a row: each holds three slots; codes come first, with the token's number in a slot behind them if it
+// is not known from its place (kRelays), then weights.
+DEV u32 code_notes(const DecodeDispatchParams& p) { return (p.top_k + kRelays + 2) / 3; }
 DEV u32 row_notes(const DecodeDispatchParams& p) { return code_notes(p) * (p.weighted ? 2 : 1); }
 
 // Returns whether a token's choices lie in one warp as they are read, so that the warp finds repeated ones at once.
@@ -100,22 +120,29 @@ DEV void report_bad_index(const DecodeDispatchParams& p) {
     stop(p);
 }
 
-// Sends every rank the number of rows for each of its experts, and a mask of the tokens that it gets; all threads of
-// one block. `counts` [E] and `masks` [R][mask words] are zeros.
+// Sends every rank the number of rows for each of its experts, by segment, and a mask of the tokens that it gets; all
+// threads of one block. `counts` [segments][E] and `masks` [R][mask words] are zeros. A segment whose rank had too many
+// tokens is empty: in place of rows for the first expert goes how many it had, with kOverflowed.
 DEV void send_counts(const DecodeDispatchParams& p, const DecodeCall& call, const u16* choices, u32* counts,
                      u32* masks) {
-    const u32 R = p.num_ranks, L = p.num_local, mask_words = (p.max_tokens + 31) / 32, words = 1 + L + mask_words;
+    const u32 R = p.num_ranks, L = p.num_local, mask_words = (p.max_tokens + 31) / 32, words = count_words(p);
+    const u32 masks_at = words - mask_words;
     for (u32 i = threadIdx.x; i < p.num_tokens * p.top_k; i += blockDim.x) {
         const u32 e = choices[i], t = i / p.top_k;
         if (e >= kBad) continue;
-        atomicAdd(&counts[e], 1u);
+        atomicAdd(&counts[segment_of(p, t).node * R * L + e], 1u);
         atomicOr(&masks[rank_of(p, e) * mask_words + t / 32], 1u << t % 32);
     }
     __syncthreads();
     for (u32 i = threadIdx.x; i < R * words; i += blockDim.x) {
         const u32 r = i / words, w = i % words;
         if (!(call.alive >> r & 1)) continue;
-        const u32 value = w == 0 ? p.num_tokens : w <= L ? counts[r * L + w - 1] : masks[r * mask_words + w - 1 - L];
+        u32 value = w == 0 ? p.num_tokens : w >= masks_at ? masks[r * mask_words + w - masks_at] : 0;
+        if (w > 0 && w < masks_at) {
+            const u32 m = (w - 1) / L, e = (w - 1) % L;
+            value = counts[(m * R + r) * L + e];
+            if (kRelays && e == 0 && p.overflows[m]) value = kOverflowed | p.overflows[m];
+        }
         store_relaxed(words_of(p, call, r, p.rank) + w, (u64)call.epoch << 32 | value);
     }
 }

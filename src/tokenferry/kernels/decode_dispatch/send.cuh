@@ -2,6 +2,11 @@
 #pragma once
 #include "decode_dispatch/routing.cuh"
 
+// Returns the number of a token on its own rank.
+DEV u32 token_number(const DecodeDispatchParams& p, u32 t) {
+    return is_relayed(p, t) ? (u32)p.records[(u64)t * p.record_units + p.row_units + p.scale_units].x : t - p.first_own;
+}
+
 // Counts the choices of expert `mine` among those of the first n that this lane's group searches. The sum over the groups
 // is the index of the row among those that the expert gets from this rank.
 DEV u32 count_earlier(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) {
@@ -29,7 +34,7 @@ DEV float load_weight(const DecodeDispatchParams& p, u32 t) {
 // weights, to which those of repeated choices are added. `low_weight`: the weight of slot `lane`.
 DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, const u16* choices, u32 t, u32 ranks,
                         float low_weight) {
-    const u32 lane = threadIdx.x % 32, K = p.top_k, first = t * K;
+    const u32 lane = threadIdx.x % 32, K = p.top_k, first = t * K, begin = segment_of(p, t).first * K;
     const bool wide = K > 32;
     u32 lanes = 1;
     while (lanes < K && lanes < 32) lanes *= 2;
@@ -41,7 +46,8 @@ DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, c
                                                  (lane + 32 < K && choices[first + lane + 32] & kRepeated));
     for (u32 h = 0; h <= (u32)wide; h++) {
         const u32 k = lane % lanes + 32 * h, e = k < K ? choices[first + k] : kNone;
-        u32 earlier = e < kBad && first ? count_earlier(choices, first, e, lanes, lane / lanes) : 0;
+        u32 earlier =
+            e < kBad && first > begin ? count_earlier(choices + begin, first - begin, e, lanes, lane / lanes) : 0;
         for (u32 d = lanes; d < 32; d *= 2) earlier += __shfl_xor_sync(kAll, earlier, (int)d);
         if (lane >= lanes || e >= kBad) continue;
         code[h] = e << 16 | earlier;
@@ -49,7 +55,7 @@ DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, c
         for (u32 j = k + 1; j < K; j++)
             if (choices[first + j] == (e | kRepeated)) weight[h] += weights[j];
     }
-    const u32 notes = code_notes(p), all_notes = row_notes(p);
+    const u32 notes = code_notes(p), all_notes = row_notes(p), token = kRelays ? token_number(p, t) : 0;
     for (u32 n = lane; n < ((all_notes + 31) & ~31u); n += 32) {
         const bool is_code = n < notes;
         u32 word[3];
@@ -64,7 +70,7 @@ DEV void send_row_notes(const DecodeDispatchParams& p, const DecodeCall& call, c
                           high_bits = __float_as_uint(__shfl_sync(kAll, weight[1], (int)(k % 32)));
                 if (k >= 32) word[j] = is_code ? high_code : high_bits;
             }
-            if (k >= K) word[j] = kUnused;
+            if (k >= K) word[j] = kRelays && is_code && k == K ? token : kUnused;
         }
         if (n >= all_notes) continue;
         const int4 note = make_int4((int)word[0], (int)word[1], (int)word[2], (int)call.epoch);
@@ -114,7 +120,7 @@ DEV void send_notes(const DecodeDispatchParams& p, const DecodeCall& call, const
     }
 }
 
-// A chunk before its cast, and the destinations of its token: lane k holds the expert of slot k.
+// A chunk before its cast, if it is one of this rank's own rows, and the destinations of its token: lane k holds the expert of slot k.
 struct RowChunk {
     int4 v[kCast ? kLoads : kChunk / 32];
     u32 expert;
@@ -125,13 +131,21 @@ DEV void load_chunk(const DecodeDispatchParams& p, u32 number, u32 row_chunks, u
     if (number >= end) return;
     const u32 lane = threadIdx.x % 32, t = number / row_chunks, chunk = number % row_chunks;
     loaded.expert = lane < p.top_k ? (u32)index_at(p, t * p.top_k + lane) : kUnused;
+    const bool relayed = is_relayed(p, t);
+    const u32 own = kRelays ? t - p.first_own : t;
+    const int4* row = relayed ? p.records + (u64)t * p.record_units : p.x + (u64)own * p.row_units;
     if constexpr (kCast) {
-        load_columns(p.x, t, p.columns, chunk * kChunkColumns + lane * 16, loaded.v);
+        if (!relayed) {
+            load_columns(p.x, own, p.columns, chunk * kChunkColumns + lane * 16, loaded.v);
+        } else {  // it was cast at home: a packet, and the scales
+            if (chunk * 32 + lane < p.row_units) loaded.v[0] = __ldg(row + chunk * 32 + lane);
+            loaded.v[1] = __ldg(row + p.row_units + chunk);
+        }
     } else {
 #pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) {
             const u32 unit = chunk * kChunk + i * 32 + lane;
-            if (unit < p.row_units) loaded.v[i] = __ldg(p.x + (u64)t * p.row_units + unit);
+            if (unit < p.row_units) loaded.v[i] = __ldg(row + unit);
         }
     }
 }
@@ -151,7 +165,12 @@ DEV void send_chunk(const DecodeDispatchParams& p, const DecodeCall& call, u32 t
     const u32 lane = threadIdx.x % 32;
     int4 v[kChunk / 32], scales;
     if constexpr (kCast) {
-        v[0] = cast_packet(loaded.v, p.scale_format, scales);
+        if (is_relayed(p, t)) {
+            v[0] = loaded.v[0];
+            scales = loaded.v[1];
+        } else {
+            v[0] = cast_packet(loaded.v, p.scale_format, scales);
+        }
     } else {
 #pragma unroll
         for (u32 i = 0; i < kChunk / 32; i++) v[i] = escape_sentinel(loaded.v[i]);

@@ -35,6 +35,8 @@ SPEC = replace(
             ("trace", "ptr:u64"),
             ("num_tokens", "u32"),
             ("phases", "u32"),
+            ("records", "ptr:const int4"),
+            ("overflows", "ptr:const u32"),
             ("workspaces", "ptr[8]"),
             ("notes_at", "u64"),
             ("packets_at", "u64"),
@@ -52,15 +54,25 @@ SPEC = replace(
             ("weighted", "u32"),
             ("per_local", "f32"),
             ("mask_late", "u32"),
+            ("capacity", "u32"),
+            ("num_nodes", "u32"),
+            ("node", "u32"),
+            ("segment", "u32"),
+            ("first_own", "u32"),
+            ("record_units", "u32"),
+            ("node_slots", "u32"),
         ),
         max_registers=128,
         max_threads=THREADS,
         static_smem=256,
-        configs=tuple({"type": kind} for kind in (*(TYPES[dtype] for dtype in ROW_TYPES), RAW)),
+        configs=tuple({"type": kind, "relays": 0} for kind in (*(TYPES[dtype] for dtype in ROW_TYPES), RAW)),
     ),
     early=True,
     entry="low_latency::dispatch",
 )
+
+ACROSS = replace(SPEC, name="decode_dispatch_across", configs=tuple({**config, "relays": 1} for config in SPEC.configs))
+"""The same for groups of several nodes."""
 
 
 def mask_words(max_tokens: int) -> int:
@@ -68,14 +80,17 @@ def mask_words(max_tokens: int) -> int:
     return -(-max_tokens // 32)
 
 
-def message_words(max_tokens: int, num_local: int) -> int:
+def message_words(max_tokens: int, num_local: int, num_nodes: int) -> int:
     """Return the words of a message from one rank to another: its tokens, rows for each expert, a mask of tokens."""
-    return 1 + num_local + mask_words(max_tokens)
+    return 1 + num_nodes * num_local + mask_words(max_tokens)
 
 
-def notes(top_k: int) -> int:
-    """Return the most notes of a row: one note for three slots, and as many for their weights."""
-    return 2 * -(-top_k // 3)
+def notes(top_k: int, num_nodes: int) -> int:
+    """Return the most notes of a row: one note for three slots, and as many for their weights.
+
+    Across nodes there is another slot, for the number of the token.
+    """
+    return 2 * -(-(top_k + (num_nodes > 1)) // 3)
 
 
 def smem_bytes(num_choices: int, num_experts: int, num_ranks: int, max_tokens: int) -> int:
