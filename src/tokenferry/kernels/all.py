@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from tokenferry.kernels.across_check.spec import SPEC as ACROSS_CHECK
+from tokenferry.kernels.across_clock.spec import SPEC as ACROSS_CLOCK
 from tokenferry.kernels.across_open.spec import SPEC as ACROSS_OPEN
 from tokenferry.kernels.combine_nodes.spec import SPEC as COMBINE_NODES
 from tokenferry.kernels.combine_pull.spec import SPEC as COMBINE_PULL
 from tokenferry.kernels.combine_push.spec import SPEC as COMBINE_PUSH
 from tokenferry.kernels.decode_combine.spec import SPEC as DECODE_COMBINE
+from tokenferry.kernels.decode_dispatch.spec import ACROSS as DECODE_DISPATCH_ACROSS
 from tokenferry.kernels.decode_dispatch.spec import SPEC as DECODE_DISPATCH
+from tokenferry.kernels.decode_encode.spec import SPEC as DECODE_ENCODE
+from tokenferry.kernels.decode_open.spec import SPEC as DECODE_OPEN
+from tokenferry.kernels.decode_pack.spec import SPEC as DECODE_PACK
+from tokenferry.kernels.decode_sum.spec import SPEC as DECODE_SUM
+from tokenferry.kernels.decode_unpack.spec import SPEC as DECODE_UNPACK
 from tokenferry.kernels.dispatch.spec import SPEC as DISPATCH
 from tokenferry.kernels.dispatch_assign.spec import SPEC as DISPATCH_ASSIGN
 from tokenferry.kernels.dispatch_expand.spec import SPEC as DISPATCH_EXPAND
@@ -38,5 +45,19 @@ SPECS = (
     SHARE_WORKSPACE,
 )
 
-ACROSS_NODES = (DISPATCH_SPLIT, DISPATCH_RAILS, DISPATCH_PACK, COMBINE_NODES, ACROSS_OPEN, ACROSS_CHECK)
+ACROSS_NODES = (
+    DISPATCH_SPLIT,
+    DISPATCH_RAILS,
+    DISPATCH_PACK,
+    COMBINE_NODES,
+    ACROSS_OPEN,
+    ACROSS_CHECK,
+    ACROSS_CLOCK,
+    DECODE_PACK,
+    DECODE_UNPACK,
+    DECODE_DISPATCH_ACROSS,
+    DECODE_OPEN,
+    DECODE_ENCODE,
+    DECODE_SUM,
+)
 """Kernels of groups of several nodes only."""

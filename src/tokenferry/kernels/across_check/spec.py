@@ -10,6 +10,8 @@ SPEC = describe(
     __file__,
     (
         ("headers", "ptr:const u32"),
+        ("epoch", "ptr:const i32"),
+        ("since", "ptr:const u64"),
         ("goes", "ptr:const u32"),
         ("comes", "ptr:const u32"),
         ("states", "ptr:const u32"),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.across.launch import check_template, open_template
+from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
 from tokenferry.backends.cuda.across.rails import Parcels, Rails, Transfer
 from tokenferry.backends.cuda.across.relay import Chunks, Relay
 from tokenferry.backends.cuda.context import Call, Context
@@ -141,22 +141,23 @@ class Crossing:
         self._max_tokens = max_tokens
         self._rail = topology.rail
         self._node = topology.node
-        self._state = tensor_at(
+        self.state = tensor_at(
             context.window.base + CONTROL_BLOCK_OFFSETS["stopped"], (2,), torch.int32, context.device, context.window
         )
         self._num_nodes = topology.num_nodes
         self._open = open_template(context, topology)
         self._check = check_template(context, topology)
-        self._others = [node for node in range(topology.num_nodes) if node != topology.node]
+        self._clock = clock_template(context)
+        self.others = [node for node in range(topology.num_nodes) if node != topology.node]
         self.rails = rails
 
-    def begin(self, signature: Signature) -> Call:
+    def begin(self, signature: Signature, wait_ns: int = 0) -> Call:
         """Begin a call, as `Context.begin`.
 
         Raises:
             TokenferryError: the error of an earlier call; PeerTimeout: one of its exchanges did not end in time.
         """
-        call = self._context.begin(signature)
+        call = self._context.begin(signature, wait_ns=wait_ns)
         with self._context.breaking_off():
             self.rails.raise_lost()
         return call
@@ -164,6 +165,18 @@ class Crossing:
     def exchange(self, call: Call, send: Parcels, recv: Parcels) -> Transfer:
         """Begin an exchange, behind the work of the current stream."""
         return self.rails.exchange(CallId(call.number, f"{call.signature.phase} (between nodes)"), send, recv)
+
+    def join(self, call: Call, transfer: Transfer, since: Tensor) -> int:
+        """Let the stream wait for an exchange; ``since``: ``[1]`` int64, for when it began to, if somebody counts.
+
+        Returns:
+            int: the address of ``since`` in that case, else 0.
+        """
+        if call.wait_ns:
+            self._clock.pack(0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, since.data_ptr())
+            self._clock.launch(1, call.stream)
+        transfer.join()
+        return since.data_ptr() if call.wait_ns else 0
 
     def open(self, call: Call, headers: Tensor, goes: int = 0, comes: int = 0) -> Opening:
         """Exchange what ranks say about a call: first in every call and of one size, so that different calls meet here.
@@ -175,8 +188,8 @@ class Crossing:
             comes: See `Opening`.
         """
         came = torch.zeros_like(headers)
-        send = {node: [headers[node]] for node in self._others}
-        transfer = self.exchange(call, send, {node: [came[node]] for node in self._others})
+        send = {node: [headers[node]] for node in self.others}
+        transfer = self.exchange(call, send, {node: [came[node]] for node in self.others})
         return Opening(came, goes, comes, transfer)
 
     def open_along(self, call: Call, goes: int, comes: int) -> Opening:
@@ -204,7 +217,7 @@ class Crossing:
         opening.transfer.wait()
         mine, counts = struct.unpack(f"<{SIGNATURE_WORDS}i", call.signature.words), [num_tokens] * self._num_nodes
         headers = opening.headers.tolist()
-        for node in self._others:
+        for node in self.others:
             for word, (seen, expected) in enumerate(zip(headers[node], mine, strict=False)):
                 if seen != expected:
                     raise self._mismatch(call, node, word, seen, expected)
@@ -218,8 +231,8 @@ class Crossing:
             PeerTimeout: a rank across from this one did not answer in time.
         """
         words = torch.full((len(self._rail), 1), most, dtype=torch.int32, device=self._context.device)
-        send = {node: [words[self._node]] for node in self._others}
-        self.exchange(call, send, {node: [words[node]] for node in self._others}).wait()
+        send = {node: [words[self._node]] for node in self.others}
+        self.exchange(call, send, {node: [words[node]] for node in self.others}).wait()
         verdicts: list[int] = words[:, 0].tolist()
         return verdicts
 
@@ -236,10 +249,10 @@ class Crossing:
         segments = ids.view(relay.num_nodes, relay.segment, -1)
         return self.exchange(
             call,
-            {node: [relay.part_out(each, node) for each in send] for node in self._others if relay.went[node]},
+            {node: [relay.part_out(each, node) for each in send] for node in self.others if relay.went[node]},
             {
                 node: [segments[node, : relay.came[node]], *(relay.part_in(each, node) for each in rest)]
-                for node in self._others
+                for node in self.others
                 if relay.came[node]
             },
         )
@@ -266,7 +279,7 @@ class Crossing:
             parts_in = [relay.part_in(each, source) for each in into]
             made[source] = []
             for chunk, (go, comes) in enumerate(zip(gone, come, strict=True)):
-                sent = {to: [*map(go.of, parts_out), self._state]} if go.num else {}
+                sent = {to: [*map(go.of, parts_out), self.state]} if go.num else {}
                 received = {source: [*map(comes.of, parts_in), states[source, chunk]]} if comes.num else {}
                 made[source].append(self.exchange(call, sent, received))
         return made
@@ -275,7 +288,7 @@ class Crossing:
         """Exchange the sums of a chunk with two nodes: one to send to, and one to receive from, with its state."""
         return self.exchange(
             call,
-            {send.node: [*send.tensors, self._state]} if send.num_tokens else {},
+            {send.node: [*send.tensors, self.state]} if send.num_tokens else {},
             {recv.node: [*recv.tensors, state]} if recv.num_tokens else {},
         )
 
@@ -329,7 +342,7 @@ class Crossing:
         """
         self._check.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            opening.headers.data_ptr(), opening.goes, opening.comes, states.address, src_counts,
+            opening.headers.data_ptr(), 0, 0, opening.goes, opening.comes, states.address, src_counts,
             states.num, states.first, states.chunks,
         )  # fmt: skip
         self._check.launch(1, call.stream)

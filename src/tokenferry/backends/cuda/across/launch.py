@@ -7,9 +7,15 @@ import torch
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.kernels.across_check import spec as check_spec
+from tokenferry.kernels.across_clock import spec as clock_spec
 from tokenferry.kernels.across_open import spec as open_spec
 from tokenferry.kernels.codes import TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
+from tokenferry.kernels.decode_encode import spec as encode_spec
+from tokenferry.kernels.decode_open import spec as decode_open_spec
+from tokenferry.kernels.decode_pack import spec as decode_pack_spec
+from tokenferry.kernels.decode_sum import spec as decode_sum_spec
+from tokenferry.kernels.decode_unpack import spec as decode_unpack_spec
 from tokenferry.kernels.dispatch_pack import spec as pack_spec
 from tokenferry.kernels.dispatch_rails import spec as rails_spec
 from tokenferry.kernels.dispatch_split import spec as split_spec
@@ -33,8 +39,26 @@ _SUM = call_packer(
 
 _OPEN = call_packer(open_spec.SPEC, "headers", "goes", "comes")
 _CHECK = call_packer(
-    check_spec.SPEC, "headers", "goes", "comes", "states", "src_counts", "num_states", "first_state", "chunks"
-)
+    check_spec.SPEC,
+    "headers", "epoch", "since", "goes", "comes", "states", "src_counts", "num_states", "first_state", "chunks",
+)  # fmt: skip
+_PACK_DECODE = call_packer(
+    decode_pack_spec.SPEC,
+    "x", "topk_idx", "weights", "records", "slots", "ids_here", "weights_here", "headers", "came", "states",
+    "overflows", "epoch", "num_tokens",
+)  # fmt: skip
+_UNPACK_DECODE = call_packer(
+    decode_unpack_spec.SPEC,
+    "headers", "states", "records", "ids", "weights", "overflows", "epoch", "since", "num_states",
+)  # fmt: skip
+_OPEN_DECODE = call_packer(
+    decode_open_spec.SPEC,
+    "headers", "came", "states", "epoch", "slots", "weights", "weights_here", "weights_out",
+    "num_tokens", "top_k",
+)  # fmt: skip
+_CLOCK = call_packer(clock_spec.SPEC, "since")
+_ENCODE = call_packer(encode_spec.SPEC, "rows", "packets", "num_rows", "columns")
+_SUM_ENCODED = call_packer(decode_sum_spec.SPEC, "slots", "own", "parts", "out", "num_tokens", "columns")
 
 
 def split_template(context: Context, topology: Topology, num_experts: int, top_k: int, *, wide: bool) -> LaunchTemplate:
@@ -89,6 +113,53 @@ def check_template(context: Context, topology: Topology) -> LaunchTemplate:
     template = context.new_template(check_spec.SPEC, _CHECK)
     template.params.num_nodes, template.params.node = topology.num_nodes, topology.node
     template.block = check_spec.THREADS
+    return template
+
+
+def pack_decode_template(context: Context, topology: Topology, **config: int) -> LaunchTemplate:
+    """Return a template of `decode_pack`."""
+    template = context.new_template(decode_pack_spec.SPEC, _PACK_DECODE, **config)
+    template.params.num_nodes, template.params.node = topology.num_nodes, topology.node
+    template.block = decode_pack_spec.THREADS
+    return template
+
+
+def unpack_decode_template(context: Context, topology: Topology) -> LaunchTemplate:
+    """Return a template of `decode_unpack`."""
+    template = context.new_template(decode_unpack_spec.SPEC, _UNPACK_DECODE)
+    p = template.params
+    p.num_nodes, p.node, p.chunks = topology.num_nodes, topology.node, 1
+    template.block = decode_unpack_spec.THREADS
+    return template
+
+
+def open_decode_template(context: Context, topology: Topology) -> LaunchTemplate:
+    """Return a template of `decode_open`."""
+    template = context.new_template(decode_open_spec.SPEC, _OPEN_DECODE)
+    template.params.num_nodes, template.params.node = topology.num_nodes, topology.node
+    template.block = decode_open_spec.THREADS
+    return template
+
+
+def clock_template(context: Context) -> LaunchTemplate:
+    """Return a template of `across_clock`."""
+    template = context.new_template(clock_spec.SPEC, _CLOCK)
+    template.block = clock_spec.THREADS
+    return template
+
+
+def encode_template(context: Context, dtype: torch.dtype, encoding: int) -> LaunchTemplate:
+    """Return a template of `decode_encode`."""
+    template = context.new_template(encode_spec.SPEC, _ENCODE, type=TYPES[dtype], encoding=encoding)
+    template.block = encode_spec.THREADS
+    return template
+
+
+def sum_encoded_template(context: Context, topology: Topology, dtype: torch.dtype, encoding: int) -> LaunchTemplate:
+    """Return a template of `decode_sum`."""
+    template = context.new_template(decode_sum_spec.SPEC, _SUM_ENCODED, type=TYPES[dtype], encoding=encoding)
+    template.params.num_nodes, template.params.node = topology.num_nodes, topology.node
+    template.block = decode_sum_spec.THREADS
     return template
 
 

@@ -1,0 +1,1 @@
+"""The kernel across_clock; the head of kernel.cuh documents it."""

@@ -1,0 +1,1 @@
+"""The kernel decode_open; the head of kernel.cuh documents it."""

@@ -1,0 +1,1 @@
+"""The kernel decode_pack; the head of kernel.cuh documents it."""
