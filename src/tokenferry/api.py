@@ -602,7 +602,8 @@ class ExpertGroup(Connected):
                 most ``timeout_s``.
             Stream: CUDA: torch's current stream, on all SMs. With ``return_hook=True`` the call only sends, ``hook()``
                 receives on the stream that is current then, and no SM is occupied in between. Any number of hooks may
-                be pending: before a third call overwrites rows that have not been received, the oldest are received.
+                be pending: before a third call overwrites rows that have not been received, the oldest are received;
+                across nodes the next call, of any kind, receives them.
                 Later work on the stream may overwrite ``x``; the plan refers to the routing's tensors, which have to
                 stay unchanged until the last combine with it has been received.
             CUDA graph: capturable after one such call outside of the graph. A call and its hook belong in the same
@@ -627,13 +628,14 @@ class ExpertGroup(Connected):
         Raises:
             RoutingError: an index is outside [-1, E), or a token has experts on too many nodes, as in `dispatch`. CUDA:
                 raised by the next call, by ``hook()`` or by `synchronize`; neither that call nor those launched after
-                it have sent anything: make all of them again.
+                it have sent anything: make all of them again. CUDA across nodes: such an index counts as -1, a token
+                goes to all its nodes, and the call is made; raised likewise.
             CapacityError: T > M; across nodes: a rank has more tokens for another node than ``MoeShape.node_slots`` (on
-                every rank; with a hook, the hook raises); CUDA: a rank's heap is too small for the rows (then on every
-                rank).
+                every rank; with a hook, the hook raises; CUDA: the next call, or `synchronize`); CUDA: a rank's heap is
+                too small for the rows (then on every rank).
             ArgumentError: CUDA: a graph cannot capture this; names the call to make before. Or a rank takes
                 part that was masked when the memory for these calls was made; says how it comes back.
-            ConfigError: backend cuda, E > 4096, K > 64, or M > 65536.
+            ConfigError: backend cuda, E > 4096, K > 64, or M > 65536; across nodes, R * M > 524288.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         try:

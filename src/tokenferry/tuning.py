@@ -243,7 +243,7 @@ def num_pushers(num_sms: int) -> int:
     return max(1, min(num_sms * 5 // 12, 16))
 
 
-def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
+def heap_bytes(shape: MoeShape, num_ranks: int, num_nodes: int = 1) -> int:
     """Return the bytes of GPU memory for rows that peers write or read; TOKENFERRY_HEAP_MB overrides it. Pure.
 
     The heap holds the bfloat16 rows of five worst-case dispatches: the rows received and the expert outputs, both a
@@ -252,18 +252,21 @@ def heap_bytes(shape: MoeShape, num_ranks: int) -> int:
     """
     rows = num_ranks * shape.max_tokens
     row_bytes = 2 * shape.hidden + 24 * shape.top_k + 8  # data; weights, ids and places; source token
-    decode = decode_bytes(shape, num_ranks)
+    decode = decode_bytes(shape, num_ranks, num_nodes)
     return max(_LEAST_HEAP, 5 * rows * row_bytes + (decode if decode <= _MOST_DECODE else 0))
 
 
-def decode_bytes(shape: MoeShape, num_ranks: int) -> int:
+def decode_bytes(shape: MoeShape, num_ranks: int, num_nodes: int = 1) -> int:
     """Return an upper estimate of the bytes of GPU memory that decode calls of bfloat16 rows need. Pure.
 
     Two calls of each direction may be under way: dispatches, with rows, metadata and counts from every rank, and
-    combines, with the rows that return.
+    combines, with the rows that return. Across nodes a rank acts for the tokens that reach it from other nodes, too, in
+    segments of a multiple of eight, and its peers are those of its node.
     """
     M, K, line = shape.max_tokens, shape.top_k, 128
+    slots = M if shape.node_slots is None else min(M, shape.node_slots)
+    tokens, per_node = M + (num_nodes - 1) * -(-slots // 8) * 8, num_ranks // num_nodes
     row = 2 * -(-shape.hidden // 512) * 512
-    counts = 8 * (1 + shape.num_experts // num_ranks + -(-M // 32)) + line
-    dispatch = num_ranks * (M * (row + 32 * -(-K // 3)) + counts + 2 * line)
-    return 2 * (dispatch + M * max(K, num_ranks) * row + line)
+    counts = 8 * (1 + shape.num_experts // per_node + -(-tokens // 32)) + line
+    dispatch = per_node * (tokens * (row + 32 * -(-(K + (num_nodes > 1)) // 3)) + counts + 2 * line)
+    return 2 * (dispatch + tokens * max(K, per_node) * row + line)

@@ -345,8 +345,9 @@ class DecodePlan:
     src_token: Tensor
     src_range: Tensor
     row_weights: Tensor | None
-    # CUDA: [16 + R*M*K] int32: which rows arrived from which rank, and their positions. CPU, two levels: [N, M, K]
-    # int64: by source node, the experts on this node of the tokens that this rank passed on or had itself; -1: none.
+    # CUDA: [16 + R*M*K] int32: which rows arrived from which rank, and their positions; across nodes more, see
+    # tokenferry.backends.cuda.across.decode_forms.RailSizes. CPU, two levels: [N, M, K] int64: by source node, the
+    # experts on this node of the tokens that this rank passed on or had itself; -1: none.
     _table: Tensor | None = field(default=None, repr=False)
     # CPU: number of the call, by which a combine detects that another rank uses the plan of a different call.
     _call_number: int = field(default=0, repr=False)

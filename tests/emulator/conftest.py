@@ -34,7 +34,10 @@ class Member:
 
 @pytest.fixture
 def buffers(run, monkeypatch) -> Callable[..., list[Any]]:
-    """``buffers(R, job, *args)``: call ``job(rank, group, *args)`` in R threads, whose buffers make emulated groups."""
+    """``buffers(R, job, *args)``: call ``job(rank, group, *args)`` in R threads, whose buffers make emulated groups.
+
+    ``ranks_per_node=`` makes them several nodes.
+    """
 
     def with_heap(member: Member, *, on_timeout: str = "raise", **_: object) -> ExpertGroup:
         return member.pair.open(member.threads, MoeShape(member.size(), 1, 16, 1), on_timeout=on_timeout)
@@ -43,4 +46,4 @@ def buffers(run, monkeypatch) -> Callable[..., list[Any]]:
         return job(rank, Member(rank, threads, pair), *args)
 
     monkeypatch.setattr(ExpertGroup, "_with_heap", with_heap)
-    return lambda ranks, job, *args: run(ranks, member_job, job, *args)
+    return lambda ranks, job, *args, **nodes: run(ranks, member_job, job, *args, **nodes)

@@ -34,7 +34,7 @@ from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.rails import Parcels, Transfer
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
 from tokenferry.bench.suites.nodes import rows_across
-from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, RoutingError, UnsupportedError
+from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, RoutingError
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
@@ -171,19 +171,6 @@ def warm_up(rank: int, pg: None, pair: EmulatedPair, late: int, warm: list[int])
 
 def test_warmup_waits_for_all_ranks(run):
     run(4, warm_up, 3, [], ranks_per_node=2)
-
-
-def lone_decode(rank: int, pg: None, pair: EmulatedPair) -> None:
-    with pair.open(pg, SHAPE) as group:
-        with pytest.raises(UnsupportedError, match=r"decode_dispatch: .*across nodes yet; use a group of one node"):
-            group.decode_dispatch(torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]])))
-        with pytest.raises(UnsupportedError, match="mask: backend='cuda' has no such calls across nodes"):
-            group.mask(1 - rank)
-        assert group._backend.broken is None
-
-
-def test_there_are_no_decode_calls(run):
-    run(2, lone_decode, ranks_per_node=1)
 
 
 def without_most(rank: int, pg: None, pair: EmulatedPair) -> None:

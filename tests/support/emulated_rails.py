@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -64,7 +65,7 @@ class QueueRails:
             assert all(tensor.is_contiguous() and tensor.numel() for tensor in tensors)
             self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             self._boxes[self._rank, self._rail[node]].put([tensor.clone() for tensor in tensors])
-        return QueueTransfer(lambda: self._receive(call, recv))
+        return QueueTransfer(lambda: self._receive(call, recv), self.raise_lost)
 
     def _receive(self, call: CallId, recv: Parcels) -> None:
         for node, tensors in recv.items():
@@ -73,10 +74,11 @@ class QueueRails:
             came = self._take(self._boxes[peer, self._rank])
             if came is None:
                 raise peer_timeout(call, self._rank, [peer], "nothing came", time.monotonic() - start, "")
-            if [(one.shape, one.dtype) for one in came] != [(one.shape, one.dtype) for one in tensors]:
-                # NCCL does not compare sizes, and may wait until the deadline.
-                raise peer_timeout(call, self._rank, [peer], "other sizes came", 0.0, "")
-            for tensor, there in zip(tensors, came, strict=True):
+            for tensor, there in itertools.zip_longest(tensors, came[: len(tensors)]):
+                if there is None or (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
+                    # NCCL does not compare sizes, and may wait until the deadline. The exchange is given up, and ends.
+                    self.lost = peer_timeout(call, self._rank, [peer], "other sizes came", 0.0, "")
+                    break
                 tensor.copy_(there)
 
     def _take(self, box: queue.SimpleQueue[list[Tensor]]) -> list[Tensor] | None:
@@ -93,7 +95,9 @@ class QueueRails:
         self._mismatched = mismatched
 
     def raise_lost(self) -> None:
-        """Do nothing: an exchange raises where it is waited for."""
+        """See `Rails.raise_lost`; an exchange that brings nothing at all raises where it is waited for."""
+        if self.lost is not None:
+            raise self.lost
 
     def finish(self) -> None:
         """Do nothing: what was sent is in the queues."""
@@ -105,8 +109,9 @@ class QueueRails:
 class QueueTransfer:
     """An exchange under way; it receives once."""
 
-    def __init__(self, receive: Callable[[], None]) -> None:
+    def __init__(self, receive: Callable[[], None], raise_lost: Callable[[], None]) -> None:
         self._receive: Callable[[], None] | None = receive
+        self._raise_lost = raise_lost
 
     def join(self) -> None:
         receive, self._receive = self._receive, None
@@ -115,3 +120,4 @@ class QueueTransfer:
 
     def wait(self) -> None:
         self.join()
+        self._raise_lost()

@@ -1,18 +1,21 @@
 """Decode calls of the CUDA backend on the host: which hooks, workspaces and sizes they accept or refuse."""
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tokenferry.backends.cuda import workspace
+from tokenferry.backends.cuda.across.decode_forms import rail_sizes, sizes_of
 from tokenferry.backends.cuda.channel import Channel, PendingRecv
 from tokenferry.backends.cuda.context import Call
 from tokenferry.backends.cuda.decode import check_limits
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspaces, sizes_for
 from tokenferry.errors import ArgumentError, ConfigError
+from tokenferry.topology import Topology, consecutive
 from tokenferry.types import MoeShape
 
 CALL = Signature("decode_dispatch", hidden=1)
@@ -278,3 +281,22 @@ def test_limit_of_tokens():
     check_limits(MoeShape(4096, 64, 128, 1 << 16), 8)
     with pytest.raises(ConfigError, match="max_tokens=65537, and at most 65536 are possible in decode calls"):
         check_limits(MoeShape(4, 2, 128, (1 << 16) + 1), 2)
+
+
+def test_limit_of_tokens_across_nodes():
+    shape, topology = MoeShape(64, 8, 128, 1 << 13), Topology(9, consecutive(64, 8))
+    sizes = rail_sizes(shape, topology)
+    assert (sizes.segment, sizes.num_relayed, sizes.most) == (8192, 7 * 8192, 1 << 16)
+    few = rail_sizes(replace(shape, node_slots=3), topology)
+    assert (few.segment, few.most) == (8, 7 * 8 + 8192), "a multiple of eight"
+    with pytest.raises(ConfigError, match=r"R \* max_tokens is 524352, and at most 524288 are possible"):
+        rail_sizes(replace(shape, max_tokens=(1 << 13) + 1), topology)
+
+
+@pytest.mark.parametrize("slots", [None, 1, 9])
+def test_sizes_follow_from_a_plan(slots):
+    """As they do in another view of the group."""
+    topology = Topology(5, consecutive(12, 4))
+    sizes = rail_sizes(MoeShape(24, 3, 128, 10, node_slots=slots), topology)
+    plan = SimpleNamespace(_table=torch.empty(sizes.table_words, dtype=torch.int32), topk_idx=torch.empty(7, 3))
+    assert sizes_of(plan, topology, 10) == sizes

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -264,3 +265,11 @@ def test_topologies_that_cuda_cannot_have(monkeypatch, num_ranks, per_node, mess
     monkeypatch.setattr(nccl, "why_not", lambda: "libnccl.so.2 was not found")
     options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
     assert _unfit(options, Topology(0, consecutive(num_ranks, per_node))) == message
+
+
+def test_no_rank_is_masked_across_nodes_on_gpus():
+    options = resolve_options(None, SHAPE, "auto", "auto", None, "mask")
+    assert _unfit(options, Topology(0, consecutive(4, 4))) == ""
+    message = "on_timeout='mask' needs all ranks on one node, and these are 2 nodes of 2 ranks"
+    with mock.patch.object(nccl, "why_not", return_value=""):
+        assert _unfit(options, Topology(0, consecutive(4, 2))) == message

@@ -1,11 +1,13 @@
 """Numbers of SMs and their reasons; what a uniform routing moves."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tokenferry import tuning
+from tokenferry import topology, tuning
+from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.workspace import bytes_of, sizes_for
 from tokenferry.errors import ConfigError
 from tokenferry.tuning import Topology, travel, tune
@@ -145,6 +147,17 @@ def test_the_heap_has_room_for_five_deliveries(max_tokens):
 )
 def test_the_estimate_of_decode_memory_is_enough_and_not_much_more(shape, ranks):
     needed, estimated = bytes_of(sizes_for(shape, ranks, 2), ranks), tuning.decode_bytes(shape, ranks)
+    assert needed <= estimated <= 1.1 * needed + 4096
+
+
+@pytest.mark.parametrize("slots", [None, 20])
+@pytest.mark.parametrize(("nodes", "per_node"), [(2, 1), (2, 8), (8, 4)])
+def test_the_estimate_of_decode_memory_across_nodes(nodes, per_node, slots):
+    shape = replace(sized(100), node_slots=slots)
+    nodes_of = topology.Topology(0, topology.consecutive(nodes * per_node, per_node))
+    inside = rail_sizes(shape, nodes_of).shape(shape.num_experts, shape.hidden)
+    needed = bytes_of(sizes_for(inside, per_node, 2, nodes), per_node)
+    estimated = tuning.decode_bytes(shape, nodes * per_node, nodes)
     assert needed <= estimated <= 1.1 * needed + 4096
 
 

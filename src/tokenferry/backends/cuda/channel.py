@@ -56,15 +56,27 @@ class Channel:
         Raises:
             ArgumentError: a CUDA graph is being captured, and the receive belongs to a call outside of it.
         """
-        if len(self._last) < 2 or self._last[0] is None or self._last[0].done:
+        if len(self._last) == 2:
+            self._receive_first(self._last[0], call.signature.phase, capturing=call.capturing)
+
+    def receive_all(self, phase: str, *, capturing: bool) -> None:
+        """Receive everything that is pending, before another call, named ``phase``, begins.
+
+        Raises:
+            ArgumentError: as `receive_overwritten`.
+        """
+        for pending in tuple(self._last):
+            self._receive_first(pending, phase, capturing=capturing)
+
+    def _receive_first(self, pending: PendingRecv | None, phase: str, *, capturing: bool) -> None:
+        if pending is None or pending.done:
             return
-        pending = self._last[0]
-        if call.capturing and not pending.call.capturing:
+        if capturing and not pending.call.capturing:
             raise ArgumentError(
-                f"{call.signature.phase}: the hook of an earlier {pending.call.signature.phase} has to be called "
-                "before a CUDA graph is captured"
+                f"{phase}: the hook of an earlier {pending.call.signature.phase} has to be called before a CUDA graph "
+                "is captured"
             )
-        if call.capturing == pending.call.capturing:  # a hook that was never called in its capture never will be
+        if capturing == pending.call.capturing:  # a hook that was never called in its capture never will be
             self.receive(pending)
 
     def sent(self, pending: PendingRecv | None) -> None:
@@ -111,4 +123,4 @@ class Channel:
                 if tensor is not None:
                     tensor.record_stream(stream)
         pending.launch(call)
-        pending.done, pending.tensors = True, ()
+        pending.done, pending.tensors, pending.launch = True, (), _nothing

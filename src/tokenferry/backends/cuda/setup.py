@@ -119,9 +119,8 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     device = _device()
     assert device is not None
     table = _table(group, resolved, device)
-    num_bytes = CONTROL_BLOCK_BYTES + heap_bytes(
-        resolved, num_ranks, torch.cuda.get_device_properties(device).total_memory
-    )
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    num_bytes = CONTROL_BLOCK_BYTES + heap_bytes(resolved, num_ranks, memory_bytes, topology.num_nodes)
     key = secrets.token_hex(4)
     peers, group_id = None, 0
     if table:
@@ -238,11 +237,11 @@ def assemble_across(
     return AcrossBackend(context, key, why, topology, rails, resolved.shape.max_tokens)
 
 
-def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int) -> int:
+def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int, num_nodes: int = 1) -> int:
     """Return the bytes for rows that peers write or read: those of the options, or those for the shape. Pure."""
     if resolved.heap_bytes is not None:
         return resolved.heap_bytes
-    return min(tuning.heap_bytes(resolved.shape, num_ranks), memory_bytes // 4)
+    return min(tuning.heap_bytes(resolved.shape, num_ranks, num_nodes), memory_bytes // 4)
 
 
 def _unfit(resolved: Resolved, topology: Topology) -> str:
@@ -256,6 +255,8 @@ def _unfit(resolved: Resolved, topology: Topology) -> str:
     reason = nccl.why_not() if topology.num_nodes > 1 else ""
     if reason:
         return f"{topology}, and there is no NCCL to connect them: {reason}"
+    if topology.num_nodes > 1 and resolved.mask_on_timeout:
+        return f"on_timeout='mask' needs all ranks on one node, and these are {topology}"
     heap_bytes = resolved.heap_bytes or 0
     most = (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES  # handshakes have offsets of 32 bits
     if heap_bytes > most:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from tokenferry.backends.base import (
 )
 from tokenferry.backends.cuda.across.combine import AcrossCombiner
 from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.decode import AcrossDecoder
 from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
@@ -29,7 +29,15 @@ from tokenferry.errors import ClosedError, PeerTimeout, UnsupportedError
 from tokenferry.kernels.all import ACROSS_NODES
 from tokenferry.topology import Topology
 from tokenferry.transports.failures import FailureReport
-from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Quantized
+from tokenferry.types import (
+    Combined,
+    DecodeCombined,
+    DecodeDispatched,
+    Dispatched,
+    DispatchOptions,
+    MoeShape,
+    Quantized,
+)
 
 _PATIENCE_S = 1.0
 """Most seconds to wait for the reports of other ranks."""
@@ -59,33 +67,43 @@ class AcrossBackend(CudaBackend):
         self._crossing = Crossing(context, topology, rails, max_tokens)
         self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
         self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)
+        self._across = AcrossDecoder(context, self.allocator, topology, self._crossing, key, self._explained)
+        self.decoder = self._across
 
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.across.dispatch`."""
         with torch.inference_mode(False), torch.no_grad(), self._explained():
+            self._across.catch_up("dispatch")
             return self._dispatcher.dispatch(request)
 
     def redispatch(self, request: RedispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.across.dispatch`."""
         with torch.inference_mode(False), torch.no_grad(), self._explained():
+            self._across.catch_up("redispatch")
             return self._dispatcher.redispatch(request)
 
     def combine(self, request: CombineRequest) -> Combined:
         """See `tokenferry.backends.cuda.across.combine`."""
         with torch.no_grad(), self._explained():
+            self._across.catch_up("combine")
             return self._combiner.combine(request)
 
-    def decode_dispatch(self, request: DecodeDispatchRequest) -> NoReturn:
-        """Raise: there are no decode calls across nodes yet."""
-        _refuse("decode_dispatch")
+    def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
+        """See `tokenferry.backends.cuda.across.decode`."""
+        with torch.inference_mode(False), torch.no_grad(), self._explained():
+            return self._across.dispatch(request)
 
-    def decode_combine(self, request: DecodeCombineRequest) -> NoReturn:
-        """Raise: there are no decode calls across nodes yet."""
-        _refuse("decode_combine")
+    def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
+        """See `tokenferry.backends.cuda.across.decode`."""
+        with torch.inference_mode(False), torch.no_grad(), self._explained():
+            return self._across.combine(request)
 
     def mask(self, rank: int, *, masked: bool) -> None:
-        """Raise: only decode calls skip ranks."""
-        _refuse("mask")
+        """Raise: no rank can be skipped across nodes yet."""
+        raise UnsupportedError(
+            "mask: backend='cuda' cannot skip ranks across nodes yet; use a group of one node, or backend='cpu' with "
+            "tensors in host memory"
+        )
 
     def write_masks(self, out: Tensor) -> None:
         """See `tokenferry.backends.base.Backend`; no rank is skipped."""
@@ -101,6 +119,7 @@ class AcrossBackend(CudaBackend):
     def warmup(self) -> None:
         """Compile and load every kernel, and connect the rails; returns when every rank has."""
         with self._explained():
+            self._across.catch_up("warmup")
             self.context.jit.warmup(ACROSS_NODES)
             super().warmup()
             call = self._crossing.begin(Signature("warmup"))
@@ -151,10 +170,3 @@ class AcrossBackend(CudaBackend):
 def _no_text(_rank: int) -> str:
     """Return nothing: the ranks of a node leave no texts in its windows; their reports are in the store."""
     return ""
-
-
-def _refuse(call: str) -> NoReturn:
-    raise UnsupportedError(
-        f"{call}: backend='cuda' has no such calls across nodes yet; use a group of one node, or backend='cpu' with "
-        "tensors in host memory"
-    )

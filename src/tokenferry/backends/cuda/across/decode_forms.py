@@ -1,0 +1,183 @@
+"""Forms of decode calls across nodes: what follows from sizes, options and dtypes, worked out once.
+
+The kernels of one node see the experts of that node only, and the tokens of a rank's whole rail: first those that it
+passes on, a segment for each other node, then its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenferry.backends.cuda.across.launch import pack_decode_template, unpack_decode_template
+from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
+from tokenferry.backends.cuda.decode_forms import (
+    DISPATCH_FIELDS,
+    SCALE_CODES,
+    DecodeDispatchForm,
+    DispatchKind,
+    DispatchSizes,
+    cast_type,
+    fill_dispatch,
+    form_of,
+)
+from tokenferry.backends.cuda.signature import Signature
+from tokenferry.backends.cuda.workspace import Workspace
+from tokenferry.errors import ConfigError
+from tokenferry.kernels.decode_dispatch import spec as dispatch_spec
+from tokenferry.kernels.decode_pack import spec as pack_spec
+from tokenferry.kernels.decode_words import PLACES_WORD
+from tokenferry.topology import Topology
+from tokenferry.types import DecodePlan, MoeShape
+
+_DISPATCH = call_packer(dispatch_spec.ACROSS, *DISPATCH_FIELDS, "records", "overflows")
+_SEGMENT = 8
+"""Segments have a multiple of this many tokens, so that their choices are aligned."""
+_MAX_TOKENS = 1 << 19
+"""Most tokens that the ranks of a rail's nodes may bring, R * M: their masks have to fit into shared memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RailSizes:
+    """How many tokens cross in decode calls, and where `DecodePlan._table` says which.
+
+    Its parts: the table of the kernels of one node; ``ids`` ``[V, K]``, the experts on this node of all tokens that
+    this rank acts for, as `decode_unpack` and `decode_pack` write them; ``slots`` ``[T, N]`` of `decode_pack`.
+
+    Attributes:
+        num_nodes: N.
+        node: This node.
+        ranks_per_node: G.
+        max_tokens: M.
+        top_k: K.
+        segment: Tokens of a segment.
+    """
+
+    num_nodes: int
+    node: int
+    ranks_per_node: int
+    max_tokens: int
+    top_k: int
+    segment: int
+
+    @property
+    def num_relayed(self) -> int:
+        """Tokens that this rank passes on."""
+        return (self.num_nodes - 1) * self.segment
+
+    @property
+    def most(self) -> int:
+        """Most tokens that this rank acts for, its own included: V."""
+        return self.num_relayed + self.max_tokens
+
+    @property
+    def ids(self) -> int:
+        """Where ``ids`` begins, in words."""
+        return PLACES_WORD + self.ranks_per_node * self.most * self.top_k
+
+    @property
+    def slots(self) -> int:
+        """Where ``slots`` begins."""
+        return self.ids + self.most * self.top_k
+
+    @property
+    def table_words(self) -> int:
+        """Where the parts end."""
+        return self.slots + self.max_tokens * self.num_nodes
+
+    def parts(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """Return the part of a tensor about all relayed tokens that is about each other node, with the node."""
+        others = [node for node in range(self.num_nodes) if node != self.node]
+        return [(node, rows[i * self.segment : (i + 1) * self.segment]) for i, node in enumerate(others)]
+
+    def shape(self, num_experts: int, hidden: int) -> MoeShape:
+        """Return the sizes that the kernels of one node see, of calls with E experts in all."""
+        return MoeShape(num_experts // self.num_nodes, self.top_k, hidden, self.most)
+
+
+def rail_sizes(shape: MoeShape, topology: Topology) -> RailSizes:
+    """Return the sizes of a dispatch.
+
+    Raises:
+        ConfigError: they are too large for the kernels.
+    """
+    tokens = topology.num_ranks * shape.max_tokens
+    if tokens > _MAX_TOKENS:
+        raise ConfigError(
+            f"for_shape: backend cuda: R * max_tokens is {tokens}, and at most {_MAX_TOKENS} are possible in decode "
+            "calls across nodes; use fewer, or a group with backend='cpu'"
+        )
+    segment = -(-num_slots(shape) // _SEGMENT) * _SEGMENT
+    return RailSizes(topology.num_nodes, topology.node, topology.ranks_per_node, shape.max_tokens, shape.top_k, segment)
+
+
+def sizes_of(plan: DecodePlan, topology: Topology, max_tokens: int) -> RailSizes:
+    """Return the sizes of the dispatch that made a plan, which may have been copied, or be used in another view."""
+    assert plan._table is not None
+    num_nodes, per_node, K = topology.num_nodes, topology.ranks_per_node, plan.topk_idx.shape[1]
+    acted_for = (plan._table.numel() - PLACES_WORD - max_tokens * num_nodes) // ((per_node + 1) * K)
+    segment = (acted_for - max_tokens) // (num_nodes - 1)
+    return RailSizes(num_nodes, topology.node, per_node, max_tokens, K, segment)
+
+
+def num_slots(shape: MoeShape) -> int:
+    """Return the most tokens of a rank that may go to the same other node."""
+    return shape.max_tokens if shape.node_slots is None else min(shape.node_slots, shape.max_tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AcrossDispatchForm:
+    """What all decode dispatches of the same shape, dtypes and options share.
+
+    Attributes:
+        inside: The form of the calls inside the node.
+        sizes: How many tokens cross.
+        record_bytes: Bytes of a token that crosses.
+        pack: Kernel that lays tokens for other nodes side by side.
+        unpack: Kernel that takes apart what came.
+    """
+
+    inside: DecodeDispatchForm
+    sizes: RailSizes
+    record_bytes: int
+    pack: LaunchTemplate
+    unpack: LaunchTemplate
+
+
+def dispatch_signature(kind: DispatchKind) -> Signature:
+    """Return the signature of a dispatch across nodes."""
+    signature = kind.signature()
+    fields = {**dict(signature.fields[1:]), "node_slots": kind.shape.node_slots or 0}
+    return Signature(signature.phase, **fields)
+
+
+def new_across_dispatch(
+    context: Context, group_key: str, topology: Topology, workspace: Workspace, kind: DispatchKind
+) -> AcrossDispatchForm:
+    """Return the form of decode dispatches whose rows under way are in a workspace."""
+    shape, cast = kind.shape, kind.quantize is not None
+    sizes = rail_sizes(shape, topology)
+    row = (shape.hidden, kind.dtype.itemsize)
+    units = pack_spec.record_units(*row, shape.top_k, cast=cast, weighted=kind.weighted)
+    routing_at = pack_spec.routing_at(*row, cast=cast)
+    pack = pack_decode_template(context, topology, type=cast_type(kind))
+    unpack = unpack_decode_template(context, topology)
+    kernel = context.new_template(dispatch_spec.ACROSS, _DISPATCH, type=cast_type(kind), relays=1)
+    fill_dispatch(context, kernel, workspace, kind, topology.num_ranks)
+    for p in (pack.params, unpack.params, kernel.params):
+        p.segment, p.record_units, p.top_k = sizes.segment, units, shape.top_k
+    pack.params.routing_at = unpack.params.routing_at = routing_at
+    p = kernel.params
+    p.max_tokens, p.first_own, p.wide = sizes.most, sizes.num_relayed, 0
+    p.num_nodes, p.node, p.node_slots = topology.num_nodes, topology.node, num_slots(shape)
+    per_node = sizes.ranks_per_node
+    kernel.smem_bytes = dispatch_spec.smem_bytes(sizes.most * shape.top_k, shape.num_experts, per_node, sizes.most)
+    p = pack.params
+    p.num_experts, p.node_slots, p.max_nodes = shape.num_experts, num_slots(shape), shape.max_nodes or 0
+    p.columns, p.row_units, p.scale_format = shape.hidden, kernel.params.row_units, SCALE_CODES[kind.quantize]
+    p.wide, p.weighted = int(kind.topk_dtype.itemsize == 8), int(kind.weighted)
+    pack.smem_bytes = pack_spec.smem_bytes(shape.max_tokens, topology.num_nodes)
+    made = DispatchSizes(topology.num_ranks, sizes.table_words)
+    inside = form_of(kernel, group_key, dispatch_signature(kind), workspace, kind, made)
+    return AcrossDispatchForm(inside, sizes, 16 * units, pack, unpack)

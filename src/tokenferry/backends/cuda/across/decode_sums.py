@@ -1,0 +1,251 @@
+"""Decode combines across nodes: each node adds up its rows of a token, and the token's rank adds up the nodes' sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenferry.backends.base import DecodeCombineRequest, Encoding
+from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.decode_forms import RailSizes
+from tokenferry.backends.cuda.across.launch import (
+    check_template,
+    encode_template,
+    open_decode_template,
+    sum_encoded_template,
+    sum_template,
+)
+from tokenferry.backends.cuda.across.rail_words import RailWords
+from tokenferry.backends.cuda.across.rails import Transfer
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.decode_forms import DecodeCombineForm
+from tokenferry.backends.cuda.launch import address
+from tokenferry.backends.tensors import overlap
+from tokenferry.kernels.decode_combine.spec import packets_of_chunk
+from tokenferry.kernels.decode_words import CHUNK_COLUMNS, RECEIVE, SEND
+from tokenferry.topology import Topology
+
+_MAX_FORMS = 64
+
+
+@dataclass(slots=True, eq=False)
+class SumsUnderWay:
+    """The tensors of a combine.
+
+    Attributes:
+        sizes: How many tokens cross.
+        request: The combine.
+        y: The experts' rows, at a multiple of 16 bytes.
+        row_weights: `DecodePlan.row_weights`, or None.
+        weights: Weights of this rank's tokens.
+        weights_here: ``[tokens, K]``: those of all tokens that this rank acts for; undefined for fast sums.
+        weights_out: Those for other nodes; None for fast sums.
+        sums: ``[tokens, H]``: the sums of this node.
+        packets: The same, encoded; None: they are not.
+        parts: What comes from other nodes for this rank's tokens.
+        words: What ranks tell each other besides.
+        pending: What the kernel that sends leaves for the one that receives.
+        out: ``[T, H]``, aligned.
+        done: Where the caller wants the result; `out` or another tensor.
+        trace: Where kernels write time stamps, or None.
+        transfer: The exchange of weights.
+    """
+
+    sizes: RailSizes
+    request: DecodeCombineRequest
+    y: Tensor
+    row_weights: Tensor | None
+    weights: Tensor
+    weights_here: Tensor
+    weights_out: Tensor | None
+    sums: Tensor
+    packets: Tensor | None
+    parts: Tensor
+    words: RailWords
+    pending: Tensor
+    out: Tensor
+    done: Tensor
+    trace: Tensor | None = None
+    transfer: Transfer | None = None
+
+    @classmethod
+    def new(cls, sizes: RailSizes, request: DecodeCombineRequest, y: Tensor, device: torch.device) -> SumsUnderWay:
+        """Take the memory for a combine."""
+        plan, encoding = request.plan, request.encoding
+        assert plan.topk_weights is not None
+        tokens, H, K = sizes.num_relayed + plan.num_tokens, y.shape[2], sizes.top_k
+        weights_out = packets = None
+        if not request.fast:
+            weights_out = torch.empty(sizes.num_relayed, K, dtype=torch.float32, device=device)
+        sums = torch.empty(tokens, H, dtype=y.dtype, device=device)
+        parts = torch.empty(sizes.num_relayed, H, dtype=y.dtype, device=device)
+        if encoding is not Encoding.same:
+            row = -(-H // CHUNK_COLUMNS) * packets_of_chunk(y.element_size(), encoding) * 16
+            packets = torch.empty(tokens, row, dtype=torch.uint8, device=device)
+            parts = torch.empty(sizes.num_relayed, row, dtype=torch.uint8, device=device)
+        out = request.out
+        if out is None or out.data_ptr() % 16 or overlap(out, y):
+            out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=device)
+        return cls(
+            sizes,
+            request,
+            y,
+            plan.row_weights,
+            plan.topk_weights.contiguous(),
+            torch.empty(tokens, K, dtype=torch.float32, device=device),
+            weights_out,
+            sums,
+            packets,
+            parts,
+            RailWords(sizes.num_nodes, device),
+            torch.empty(2, dtype=torch.int32, device=device),
+            out,
+            out if request.out is None else request.out,
+        )
+
+    @property
+    def table(self) -> int:
+        """Address of `DecodePlan._table`."""
+        return address(self.request.plan._table)
+
+    @property
+    def crossing(self) -> Tensor:
+        """What crosses: sums of this node, encoded or not, those for other nodes first."""
+        return self.sums if self.packets is None else self.packets
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return all of them."""
+        return (
+            self.request.plan._table, self.request.stats.wait_ns, self.y, self.row_weights, self.weights,
+            self.weights_here, self.weights_out, self.sums, self.packets, self.parts, self.words.all, self.pending,
+            self.out, self.done, self.trace,
+        )  # fmt: skip
+
+
+class NodeSums:
+    """Combines of one rank.
+
+    Args:
+        context: Context of this rank, in its node.
+        topology: The nodes.
+        crossing: Exchanges with other nodes.
+    """
+
+    def __init__(self, context: Context, topology: Topology, crossing: Crossing) -> None:
+        self._context = context
+        self._topology = topology
+        self._crossing = crossing
+        self._num_blocks = max(2, context.num_sms)
+        self._open = open_decode_template(context, topology)
+        self._check = check_template(context, topology)
+        self._templates: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_FORMS)
+        self._no_counts = torch.zeros(1, dtype=torch.int64, device=context.device)
+
+    def send(self, form: DecodeCombineForm, call: Call, it: SumsUnderWay) -> None:
+        """Send what is this rank's own: weights for other nodes, and rows inside the node.
+
+        Rows travel while the weights cross; without weights one kernel sends and receives them, if there is no hook.
+        """
+        sizes, words = it.sizes, it.words
+        exact = it.weights_out is not None
+        self._open.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            words.mine.data_ptr(), words.came.data_ptr(), words.states.data_ptr(), it.table,
+            it.table + 4 * sizes.slots,
+            it.weights.data_ptr() if exact else 0,
+            it.weights_here.data_ptr() + 4 * sizes.num_relayed * sizes.top_k, address(it.weights_out),
+            it.request.plan.num_tokens, sizes.top_k,
+        )  # fmt: skip
+        self._open.launch(self._num_blocks if exact else 1, call.stream)
+        if it.weights_out is not None:
+            it.transfer = self._crossing.exchange(
+                call,
+                {node: [words.mine[node], part] for node, part in sizes.parts(it.weights_out)},
+                {node: [words.came[node], part] for node, part in sizes.parts(it.weights_here)},
+            )
+        if self._sends_first(it):
+            self._inside(form, call, it, SEND)
+
+    def receive(self, form: DecodeCombineForm, at: Call, it: SumsUnderWay) -> None:
+        """Add up what the node sends for the tokens that this rank acts for, exchange the sums, and add these up."""
+        sizes, words = it.sizes, it.words
+        headers = it.transfer is None  # they come with the sums
+        if it.transfer is not None:
+            since = self._crossing.join(at, it.transfer, words.since)
+            self._check_words(at, it, since, headers=True, states=False)
+        self._inside(form, at, it, RECEIVE if self._sends_first(it) else SEND | RECEIVE)
+        if it.packets is not None:
+            self._encode(at, it, it.packets)
+        state = self._crossing.state
+        transfer = self._crossing.exchange(
+            at,
+            {m: [*([words.mine[m]] if headers else []), part, state] for m, part in sizes.parts(it.crossing)},
+            {m: [*([words.came[m]] if headers else []), part, words.states[m]] for m, part in sizes.parts(it.parts)},
+        )
+        since = self._crossing.join(at, transfer, words.since)
+        self._check_words(at, it, since, headers=headers, states=True)
+        self._add_up(at, it)
+
+    def _sends_first(self, it: SumsUnderWay) -> bool:
+        return it.transfer is not None or it.request.return_hook
+
+    def _inside(self, form: DecodeCombineForm, at: Call, it: SumsUnderWay, phases: int) -> None:
+        """Launch the kernel of one node."""
+        pending = it.pending.data_ptr() if self._sends_first(it) else 0
+        form.kernel.pack(
+            at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
+            it.y.data_ptr(), it.sums.data_ptr(), it.table + 4 * it.sizes.ids, it.weights_here.data_ptr(),
+            address(it.row_weights), it.table, pending, self._context.pinned.masked_address, address(it.trace),
+            len(it.sums), phases,
+        )  # fmt: skip
+        form.kernel.launch(self._num_blocks, at.stream)
+
+    def _check_words(self, at: Call, it: SumsUnderWay, since: int, *, headers: bool, states: bool) -> None:
+        """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none."""
+        self._check.pack(
+            at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
+            it.words.came.data_ptr() if headers else 0, it.table, since,
+            0, 0, it.words.states.data_ptr(),
+            self._no_counts.data_ptr(), it.sizes.num_nodes if states else 0, 0, 1,
+        )  # fmt: skip
+        self._check.launch(1, at.stream)
+
+    def _encode(self, at: Call, it: SumsUnderWay, packets: Tensor) -> None:
+        key = ("encode", it.sums.dtype, it.request.encoding)
+        template = self._templates.get(key)
+        if template is None:
+            template = self._templates[key] = encode_template(self._context, it.sums.dtype, it.request.encoding)
+        template.pack(
+            0, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
+            it.sums.data_ptr(), packets.data_ptr(), *it.sums.shape,
+        )  # fmt: skip
+        template.launch(self._num_blocks, at.stream)
+
+    def _add_up(self, at: Call, it: SumsUnderWay) -> None:
+        """Add up the sums of all nodes."""
+        num_tokens, columns = it.out.shape
+        slots, own = it.table + 4 * it.sizes.slots, it.crossing[it.sizes.num_relayed :].data_ptr()
+        head = (0, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
+        key = (it.out.dtype, columns, it.request.encoding)
+        template = self._templates.get(key)
+        if it.packets is not None:
+            if template is None:
+                template = sum_encoded_template(self._context, self._topology, it.out.dtype, it.request.encoding)
+            template.pack(*head, slots, own, it.parts.data_ptr(), it.out.data_ptr(), num_tokens, columns)
+        else:
+            if template is None:
+                template = sum_template(self._context, self._topology, it.out.dtype, columns, it.sizes.top_k)
+            parts = it.parts.data_ptr()
+            template.pack(
+                *head, slots, self._no_counts.data_ptr(), own, parts, 0, 0, 0, 0, it.out.data_ptr(), 0, num_tokens
+            )
+        self._templates[key] = template
+        if num_tokens:
+            template.launch(self._num_blocks, at.stream)
+        if it.done is not it.out:
+            with torch.inference_mode():  # `done` may come from it
+                it.done.copy_(it.out)

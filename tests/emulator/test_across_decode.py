@@ -1,0 +1,498 @@
+"""Decode calls of the CUDA backend across nodes, on the emulator."""
+
+import copy
+import pickle
+import threading
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from support import decode_jobs, deep_ep_decode_jobs
+from support.ambient import STATES
+from support.decoding import Step, check_combined, check_received
+from support.emulated_group import EmulatedPair
+from support.emulated_rails import QueueRails, QueueTransfer
+from support.emulator import Emulator
+from support.throughput import check_round_trip
+from tokenferry import (
+    ArgumentError,
+    CapacityError,
+    ClosedError,
+    DispatchOptions,
+    MismatchError,
+    MoeShape,
+    PeerTimeout,
+    Routing,
+    RoutingError,
+    Scale,
+    UnsupportedError,
+)
+from tokenferry.backends.cuda.across.rails import Parcels, Transfer
+from tokenferry.backends.cuda.context import Context
+from tokenferry.kernels.control_block import TRACE
+from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
+from tokenferry.memory.streams import HostStreams
+from tokenferry.testing.cases import Case
+from tokenferry.testing.compare import same_bits
+from tokenferry.transports.base import CallId
+
+pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
+
+NODES = [(4, 2), (6, 2), (3, 1)]
+"""Ranks, and ranks of a node."""
+SHAPE = MoeShape(4, 2, 16, 8)
+INPUTS = (
+    torch.ones(2, 16, device="cpu"),
+    Routing(torch.tensor([[0, 3], [1, 2]], device="cpu"), torch.ones(2, 2, device="cpu")),
+)
+"""Rows and routing of each rank: each token goes to both of two nodes."""
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), NODES)
+def test_rounds(run, ranks, per_node):
+    run(ranks, decode_jobs.rounds, ranks, ranks_per_node=per_node)
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), NODES)
+def test_encodings(run, ranks, per_node):
+    run(ranks, decode_jobs.encodings, ranks, ranks_per_node=per_node)
+
+
+@pytest.mark.parametrize(("ranks", "job"), [(2, decode_jobs.not_finite), (3, decode_jobs.plans_in_other_views)])
+def test_the_rest_of_the_decode_calls(run, ranks, job):
+    run(ranks, job, ranks_per_node=1)
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), NODES[:1])
+def test_hooks_may_be_called_in_any_order_and_twice(run, ranks, per_node):
+    run(ranks, decode_jobs.hooks_in_any_order, ranks, ranks_per_node=per_node)
+
+
+# ---------------------------------------------------------------------- hooks
+
+
+def hooks_between_calls(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """Ranks receive a call in its hook, behind the next call, or never; each rank does what its peers wait for."""
+    case = Case((3, 2, 4, 1), 8, 3, hidden=64, dtype=torch.float32)
+    step = Step(case, rank)
+    with pair.open(pg, case.shape) as group:
+        for turn in range(4):
+            late = turn % 4 == rank
+            sent = group.decode_dispatch(step.mine().x, step.routing(), return_hook=True)
+            if not late:
+                sent.hook()
+                check_received(step, sent, None)
+            check_round_trip(group, case, DispatchOptions())
+            sent.hook()
+            check_received(step, sent, None)
+            home = group.decode_combine(sent.x, sent.plan, return_hook=True, numerics="fast" if turn % 2 else "exact")
+            if not late:
+                home.hook()
+            again = group.decode_dispatch(step.mine().x, step.routing())
+            check_received(step, again, None)
+            home.hook()
+            numerics = "fast" if turn % 2 else "exact"
+            assert torch.equal(home.x, group.decode_combine(again.x, again.plan, numerics=numerics).x)
+        sent = group.decode_dispatch(step.mine().x, step.routing(), return_hook=True)
+        group.warmup()
+        check_received(step, sent, None)
+        group.decode_dispatch(step.mine().x, step.routing(), return_hook=True)  # nobody calls its hook
+
+
+def test_a_hook_waits_for_no_hook_of_a_peer_that_makes_calls(run):
+    run(4, hooks_between_calls, ranks_per_node=2)
+
+
+# ---------------------------------------------------------------------- slots
+
+
+def overflow(rank: int, pg: None, pair: EmulatedPair, hook: bool) -> str:
+    """Rank 2 has three tokens for node 0, which may get two of each rank; then it sends fewer."""
+    case = Case((2, 1, 3, 0), 8, 2, hidden=64, dtype=torch.float32)
+    mine, weights = case.inputs()[rank], torch.ones(case.tokens[rank], 2)
+    to_node_0 = torch.tensor([[0, 2]]).repeat(len(mine.x), 1)
+    with pair.open(pg, replace(case.shape, node_slots=2)) as group:
+        texts = []
+        for _ in range(2):
+            sent = group.decode_dispatch(mine.x, Routing(to_node_0, weights), return_hook=hook)
+            sent.hook()
+            with pytest.raises(CapacityError) as caught:
+                group.synchronize()
+            texts.append(str(caught.value))
+            assert group.decode_combine(sent.x, sent.plan).x[: 3 * (rank == 2)].eq(0.0).all()
+        to_node_0[2:] = -1
+        sent = group.decode_dispatch(mine.x, Routing(to_node_0, weights), return_hook=hook)
+        sent.hook()
+        home = group.decode_combine(sent.x, sent.plan).x
+        assert torch.equal(home[:2], mine.x[:2] * 2), "the group is usable"
+        check_round_trip(group, case, DispatchOptions())
+    assert texts[0] == texts[1]
+    return texts[0]
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (4, 1)])
+def test_every_rank_is_told_of_an_overflow(run, ranks, per_node, hook):
+    assert set(run(ranks, overflow, hook, ranks_per_node=per_node)) == {
+        "decode_dispatch: rank 2 has 3 tokens for one other node, more than node_slots=2; send fewer at once, or make "
+        "the group with MoeShape(node_slots=3)"
+    }
+
+
+def few_slots(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """Slots for fewer tokens than there are, and for all that cross."""
+    case = Case((20, 17, 9, 12), 8, 2, hidden=64, dtype=torch.float32)
+    step = Step(case, rank)
+    most = max(int(((one.topk_idx // 4 == 1 - i // 2).any(1)).sum()) for i, one in enumerate(case.inputs()))
+    assert most < 20
+    with pair.open(pg, replace(case.shape, node_slots=most)) as group:
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        check_received(step, sent, None)
+        for fast in (False, True):
+            check_combined(group, step, sent, torch.float32, fast=fast)
+        group.synchronize()
+
+
+def test_fewer_slots_than_tokens(run):
+    run(4, few_slots, ranks_per_node=2)
+
+
+# ---------------------------------------------------------------------- the DeepEP API
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (2, 1)])
+def test_low_latency_calls(buffers, ranks, per_node):
+    case = Case((5, 3, 0, 7)[:ranks], experts=2 * ranks, top_k=3, hidden=256)
+    buffers(ranks, deep_ep_decode_jobs.round_trip, case, False, ranks_per_node=per_node)
+
+
+def test_low_latency_calls_in_fp8_and_logfmt(buffers):
+    buffers(4, deep_ep_decode_jobs.fp8, deep_ep_decode_jobs.CASES[1], True, True, ranks_per_node=2)
+    buffers(4, deep_ep_decode_jobs.logfmt, deep_ep_decode_jobs.CASES[0], False, ranks_per_node=2)
+
+
+# ---------------------------------------------------------------------- what crosses
+
+
+def count_bytes(rank: int, pg: None, pair: EmulatedPair) -> list[int]:
+    """Return the bytes that a rank sends to the other node in a dispatch, an exact combine and a fast one."""
+    with pair.open(pg, replace(SHAPE, hidden=512, node_slots=3)) as group:
+        rails, x, counted = group._backend._rails, torch.ones(2, 512, dtype=torch.bfloat16), []
+        routing = Routing(INPUTS[1].topk_idx, torch.ones(2, 2))
+
+        def count() -> None:
+            counted.append(rails.num_bytes - sum(counted))
+
+        sent = group.decode_dispatch(x, routing, quantize=Scale.FLOAT32)
+        count()
+        y = torch.ones(*sent.x.data.shape, dtype=torch.bfloat16)
+        for numerics, encoding in (("exact", "same"), ("fast", "same"), ("fast", "fp8")):
+            group.decode_combine(y, sent.plan, numerics=numerics, encoding=encoding)
+            count()
+        return counted
+
+
+def test_as_much_crosses_as_there_are_slots(run):
+    """Eight for three tokens: segments are multiples of eight. Records: a row, its scales, a token, ids, weights."""
+    slots, header, state = 8, 68, 8
+    dispatch = header + slots * (512 + 16 + 16) + state
+    sums = header + state + slots * 2 * 512
+    fp8 = header + state + slots * 33 * 16
+    assert run(4, count_bytes, ranks_per_node=2) == [[dispatch, sums + slots * 2 * 4, sums, fp8]] * 4
+
+
+# ---------------------------------------------------------------------- counters
+
+
+def test_counters_are_added_to(run):
+    """A rank waits for those of its node, and for those across from it; ranks that pass on may wait for others."""
+    before = decode_jobs.BEFORE
+    counted = run(4, decode_jobs.counters, 4, ranks_per_node=2)
+    for rank, (dispatch, combine) in enumerate(counted):
+        assert (dispatch[rank], combine[rank]) == (before, 0), "a rank waited for itself"
+        for late in [0] if rank in (1, 2) else [2] if rank == 3 else []:
+            assert before < dispatch[late] < before + 60e9
+            assert 0 < combine[late] < 60e9
+    dispatch, combine = counted[3]
+    assert (dispatch[0], combine[0]) == (before, 0), "neither in its node nor across from it"
+
+
+# ---------------------------------------------------------------------- CUDA graphs
+
+
+CAPTURE = threading.local()
+"""``CAPTURE.on``: whether a thread captures a CUDA graph."""
+
+
+def captured(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """A capture does not receive what belongs outside of it; and the host waits for nothing."""
+    CAPTURE.on = False
+    with pair.open(pg, SHAPE) as group:
+        y = torch.ones(2, 16, 16)
+        group.decode_combine(y, group.decode_dispatch(*INPUTS).plan)
+        pending = group.decode_dispatch(*INPUTS, return_hook=True)
+        CAPTURE.on = True
+        with pytest.raises(ArgumentError, match="the hook of an earlier decode_dispatch has to be called before"):
+            group.dispatch(*INPUTS)
+        CAPTURE.on = False
+        pending.hook()
+        CAPTURE.on = True
+        plan = group.decode_dispatch(*INPUTS).plan
+        for numerics in ("exact", "fast"):
+            sent = group.decode_combine(y, plan, numerics=numerics, return_hook=True)
+            sent.hook()
+        CAPTURE.on = False
+
+
+def capture_of(streams: HostStreams, stream: int) -> int:
+    return 7 if getattr(CAPTURE, "on", False) else 0
+
+
+def test_calls_that_a_graph_captures(run):
+    waits = AssertionError("the host waits")
+    with (
+        mock.patch.object(HostStreams, "capture", capture_of),
+        mock.patch.object(Context, "wait_for_words", side_effect=waits),
+        mock.patch.object(QueueTransfer, "wait", side_effect=waits),
+    ):
+        run(2, captured, ranks_per_node=1)
+
+
+def many_replays(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """Both halves of all buffers are used again and again, with and without hooks, by any number of tokens."""
+    shape = MoeShape(8, 3, 64, 16, node_slots=16)
+    with pair.open(pg, shape) as group:
+        for seed in range(6):
+            case = Case((16, 3 * seed, 0, 9), 8, 3, hidden=64, dtype=torch.float32, seed=seed, routing="half_dropped")
+            step = Step(case, rank)
+            view = group.for_shape(case.shape)
+            sent = view.decode_dispatch(step.mine().x, step.routing(), return_hook=seed % 2 == 0)
+            sent.hook()
+            check_received(step, sent, None)
+            check_combined(view, step, sent, torch.float32, fast=seed % 3 == 0, hook=seed % 2 == 1)
+
+
+def test_buffers_are_used_again(run):
+    run(4, many_replays, ranks_per_node=2)
+
+
+# ---------------------------------------------------------------------- plans
+
+
+def use_copies(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """What a plan knows about other nodes survives copies, and weights may come later."""
+    case = Case((6, 0, 9, 3), 8, 3, dtype=torch.float32, routing="half_dropped")
+    step = Step(case, rank)
+    with pair.open(pg, case.shape) as group:
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        for plan in (copy.copy(sent.plan), pickle.loads(pickle.dumps(sent.plan))):
+            check_combined(group, step, replace(sent, plan=plan), torch.float32)
+        sent = group.decode_dispatch(step.mine().x, Routing(step.mine().topk_idx))
+        later = replace(sent, plan=replace(sent.plan, topk_weights=step.mine().topk_weights))
+        check_combined(group, step, later, torch.float32)
+
+
+def test_copies_of_plans(run):
+    run(4, use_copies, ranks_per_node=2)
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), NODES[::2])
+def test_large_routings(run, monkeypatch, ranks, per_node):
+    """Choices that no block prepares for itself."""
+    monkeypatch.setattr(decode_dispatch_spec, "CHOICES_BYTES", 16)
+    run(ranks, decode_jobs.rounds, ranks, ranks_per_node=per_node)
+
+
+# ---------------------------------------------------------------------- settings of torch, time stamps
+
+
+def in_a_state(rank: int, pg: None, pair: EmulatedPair, name: str | None) -> list[torch.Tensor]:
+    """Return what calls give while a thread has a state of torch; ``name``: which one, or None."""
+    found = []
+    with STATES[name].of_a_thread("cpu") if name else nullcontext(), pair.open(pg, SHAPE) as group:
+        x = torch.arange(32, dtype=torch.float32, device="cpu").view(2, 16) + 100 * rank
+        for hook in (False, True):
+            sent = group.decode_dispatch(x, INPUTS[1], return_hook=hook)
+            sent.hook()
+            y = torch.zeros_like(sent.x)
+            y[:, : int(sent.expert_counts)] = sent.x[:, : int(sent.expert_counts)]
+            for numerics in ("exact", "fast"):
+                home = group.decode_combine(y, sent.plan, numerics=numerics, return_hook=hook)
+                home.hook()
+                found.append(home.x)
+    return [tensor.clone() for tensor in found]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_state_of_torch_has_no_say(run, name):
+    plain = run(4, in_a_state, None, ranks_per_node=2)
+    with STATES[name].of_the_process():
+        found = run(4, in_a_state, name, ranks_per_node=2)
+    for got, want in zip(found, plain, strict=True):
+        for one, other in zip(got, want, strict=True):
+            same_bits(name, one, other)
+
+
+def timed(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """The time stamps of a call with a hook lie where they were wanted when it was made."""
+    with pair.open(pg, SHAPE) as group:
+        backend = group._backend
+        plan = group.decode_dispatch(*INPUTS).plan
+        for call in ("decode_dispatch", "decode_combine"):
+            first, second = backend.new_traces(2)
+            backend.set_trace(first)
+            y = torch.ones(1, 32, 16)
+            sent = (
+                group.decode_dispatch(*INPUTS, return_hook=True)
+                if call == "decode_dispatch"
+                else group.decode_combine(y, plan, return_hook=True)
+            )
+            backend.set_trace(second)
+            sent.hook()
+            assert first[:-1, TRACE["end"]].all(), "every block with rows has ended"
+            assert not second.any()
+            backend.set_trace(None)
+
+
+def test_time_stamps(run):
+    run(4, timed, ranks_per_node=2)
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+def one_errs(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """All ranks complete the call: the bad index counts as unused; a token for too many nodes goes to all of them."""
+    for shape, wrong, text in (
+        (SHAPE, 4, r"decode_dispatch: topk_idx\[1, 1\] is 4, expected an expert in \[0, 4\)"),
+        (replace(SHAPE, max_nodes=1), 3, r"decode_dispatch: topk_idx\[1\] has experts on 2 nodes, expected at most 1"),
+    ):
+        with pair.open(pg, shape) as group:
+            index = torch.tensor([[0, 0], [1, wrong if rank == 1 else 1]])
+            sent = group.decode_dispatch(torch.ones(2, 16), Routing(index, torch.ones(2, 2)))
+            if rank == 1:
+                with pytest.raises(RoutingError, match=text):
+                    group.synchronize()
+            home = group.decode_combine(sent.x, sent.plan).x
+            assert home[:, 0].tolist() == [2.0, 1.0 if rank == 1 and wrong == 4 else 2.0]
+            group.synchronize()
+
+
+def test_bad_routing(run):
+    run(4, one_errs, ranks_per_node=2)
+
+
+def lone_mask(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, SHAPE) as group:
+        with pytest.raises(UnsupportedError, match="mask: backend='cuda' cannot skip ranks across nodes yet"):
+            group.mask(1 - rank)
+        assert group._backend.broken is None
+
+
+def test_there_are_no_masks(run):
+    run(2, lone_mask, ranks_per_node=1)
+
+
+CALLS = {
+    "decode_dispatch": lambda group, plan: group.decode_dispatch(*INPUTS),
+    "exact decode_combine": lambda group, plan: group.decode_combine(torch.ones(1, 32, 16), plan),
+    "fast decode_combine": lambda group, plan: group.decode_combine(torch.ones(1, 32, 16), plan, numerics="fast"),
+    "dispatch": lambda group, plan: group.dispatch(*INPUTS),
+    "hooks": lambda group, plan: group.decode_dispatch(*INPUTS, return_hook=True).hook(),
+}
+
+
+def calls_of_other_kinds(rank: int, pg: None, pair: EmulatedPair, kinds: tuple[str, str]) -> str:
+    """The nodes make calls of different kinds; return what a rank raises."""
+    with pair.open(pg, SHAPE, timeout_s=10.0) as group:
+        plan = group.decode_dispatch(*INPUTS).plan
+        with pytest.raises(MismatchError) as caught:  # noqa: PT012 - some raise with the next call
+            CALLS[kinds[rank // 2]](group, plan)
+            group.synchronize()
+        assert group._backend.broken
+        pair.barrier()
+        return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("decode_dispatch", "fast decode_combine"), ("exact decode_combine", "dispatch"), ("hooks", "dispatch")]
+)
+def test_calls_of_different_kinds_on_two_nodes(run, kinds):
+    for text in run(4, calls_of_other_kinds, kinds, ranks_per_node=2):
+        assert "different calls" in text
+
+
+LOST = 3
+"""A rank of node 1."""
+
+
+def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
+    """Rank 3 does not make a call."""
+    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+        plan = group.decode_dispatch(*INPUTS).plan
+        if rank == LOST:
+            pair.barrier()
+            return None
+        with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - some raise with the next call
+            CALLS[call](group, plan)
+            group.synchronize()
+        with pytest.raises(ClosedError):
+            group.decode_dispatch(*INPUTS)
+        pair.barrier()
+        return caught.value
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call != "dispatch"])
+def test_a_silent_rank(run, call):
+    for error in run(4, one_is_silent, call, ranks_per_node=2)[:LOST]:
+        assert (error.peers, error.nodes) == ((LOST,), (1,)), error
+
+
+def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -> str | None:
+    """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted."""
+    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+        rails, made = group._backend._rails, []
+        group.decode_dispatch(*INPUTS)
+
+        def exchange(call: CallId, send: Parcels, recv: Parcels) -> Transfer:
+            made.append(call)
+            if len(made) == number:
+                recv = {node: [torch.empty_like(each) for each in tensors] for node, tensors in recv.items()}
+            return QueueRails.exchange(rails, call, send, recv)
+
+        def calls() -> None:
+            plan = group.decode_dispatch(*INPUTS).plan
+            group.decode_combine(torch.ones(1, 32, 16), plan)
+            group.decode_combine(torch.ones(1, 32, 16), plan, numerics="fast")
+            group.synchronize()
+
+        with mock.patch.object(rails, "exchange", exchange if rank == 0 else rails.exchange):
+            with suppress(PeerTimeout) if rank else pytest.raises(PeerTimeout) as caught:
+                calls()
+            pair.barrier()
+        return str(caught.value) if rank == 0 else None
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_what_has_not_come_is_not_taken_for_good(run, number):
+    """Rows; weights and sums of an exact combine; sums of a fast one."""
+    text = run(4, gives_up_an_exchange, number, ranks_per_node=2)[0]
+    assert "for rank 2: nothing came" in text
+
+
+def other_dispatches(rank: int, pg: None, pair: EmulatedPair, numerics: str) -> None:
+    """The nodes combine along plans of different dispatches."""
+    with pair.open(pg, SHAPE) as group:
+        plans = [group.decode_dispatch(*INPUTS).plan for _ in range(2)]
+        with pytest.raises(MismatchError, match=r"made different calls: rank \d combines the rows of dispatch"):  # noqa: PT012
+            group.decode_combine(torch.ones(1, 32, 16), plans[rank // 2], numerics=numerics)
+            group.synchronize()
+        pair.barrier()
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_plans_of_different_dispatches_on_two_nodes(run, numerics):
+    run(4, other_dispatches, numerics, ranks_per_node=2)
