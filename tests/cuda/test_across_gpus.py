@@ -14,12 +14,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from support import decode_jobs
 from support import deep_ep_cuda_jobs as deep_ep_jobs
 from support import throughput_jobs as jobs
 from support.pairs import NUM_GPUS, Pair
 from support.pools import prefer
 from support.throughput import check_round_trip
-from tokenferry import DispatchOptions, Layout, MismatchError, MoeShape, PeerTimeout, Routing, tuning
+from tokenferry import (
+    CapacityError,
+    DecodePlan,
+    DispatchOptions,
+    Layout,
+    MismatchError,
+    MoeShape,
+    PeerTimeout,
+    Routing,
+    Scale,
+    tuning,
+)
 from tokenferry.testing.cases import Case
 from tokenferry.testing.world import World, WorldError
 
@@ -114,6 +126,62 @@ def test_rows_in_chunks(nodes, size):
     nodes(size, in_chunks)
 
 
+def first_decode_calls(rank: int, pg: dist.ProcessGroup, pair: Pair) -> None:
+    """As small as calls can be: each token goes to a rank of the own node and to one of another."""
+    ranks = pg.size()
+    with pair.open(pg, MoeShape(ranks, 2, 64, 16), timeout_s=60) as group:
+        group.warmup()
+        x = torch.full((3, 64), float(rank + 1), dtype=torch.bfloat16)
+        index = torch.tensor([[rank, (rank + ranks // 2) % ranks], [-1, rank], [0, ranks - 1]])
+        for hook in (False, True):
+            sent = group.decode_dispatch(x, Routing(index, torch.ones(3, 2)), return_hook=hook)
+            sent.hook()
+            for numerics in ("exact", "fast"):
+                home = group.decode_combine(sent.x, sent.plan, numerics=numerics, return_hook=hook)
+                home.hook()
+                group.synchronize()
+                assert home.x[:, 0].tolist() == [2.0 * (rank + 1), rank + 1, 2.0 * (rank + 1)]
+
+
+@at_nodes
+def test_first_decode_calls(nodes, size):
+    nodes(size, first_decode_calls)
+
+
+@at_nodes
+def test_decode_rounds(nodes, size):
+    nodes(size, decode_jobs.rounds, size[0])
+
+
+@pytest.mark.parametrize("job", [decode_jobs.encodings, decode_jobs.hooks_in_any_order])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_the_rest_of_the_decode_calls(nodes, size, job):
+    nodes(size, job, size[0])
+
+
+def overflow(rank: int, pg: dist.ProcessGroup, pair: Pair) -> None:
+    """The last rank has more tokens for node 0 than slots: all raise, and the group stays usable."""
+    ranks, last = pg.size(), pg.size() - 1
+    with pair.open(pg, MoeShape(ranks, 2, 64, 16, node_slots=2), timeout_s=60) as group:
+        x, weights = torch.ones(3, 64, dtype=torch.bfloat16), torch.ones(3, 2)
+        for many in (True, False):
+            index = (
+                torch.tensor([[0, -1]] * 3) if rank == last and many else torch.tensor([[0, last], [last, 0], [-1, -1]])
+            )
+            sent = group.decode_dispatch(x, Routing(index, weights))
+            if many:
+                with pytest.raises(CapacityError, match=rf"rank {last} has 3 tokens for one other node"):
+                    group.synchronize()
+            else:
+                assert group.decode_combine(sent.x, sent.plan).x[:, 0].tolist() == [2.0, 2.0, 0.0]
+                group.synchronize()
+
+
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_an_overflow_of_slots(nodes, size):
+    nodes(size, overflow)
+
+
 def deep_ep(rank: int, pg: dist.ProcessGroup, pair: Pair, job: str, case: Case) -> None:
     """Make calls of DeepEP's Buffer; the ranks of a world that play nodes have them in its groups, too."""
     deep_ep_jobs.as_on_the_cpu(rank, pg, job, case)
@@ -168,6 +236,62 @@ def captured(rank: int, pg: dist.ProcessGroup, pair: Pair, layout: Layout) -> No
 @pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
 def test_cuda_graphs(nodes, size, layout):
     nodes(size, captured, layout)
+
+
+def captured_decoding(rank: int, pg: dist.ProcessGroup, pair: Pair, quantize: Scale | None, hooks: bool) -> None:
+    """Replay decode calls with other rows, another routing and fewer tokens, between eager calls."""
+    ranks, device = pg.size(), pair.device
+    with pair.open(pg, MoeShape(2 * ranks, 3, 512, 64)) as group:
+        x = torch.randn(40, 512, device=device, dtype=torch.bfloat16)
+        index = torch.zeros(40, 3, device=device, dtype=torch.int64)
+        weights = torch.rand(40, 3, device=device)
+
+        def calls() -> list[torch.Tensor]:
+            sent = group.decode_dispatch(x, Routing(index, weights), quantize=quantize, return_hook=hooks)
+            sent.hook()
+            rows = sent.x if quantize is None else sent.x.data.bfloat16()
+            homes = []
+            for numerics in ("exact", "fast"):
+                home = group.decode_combine(rows, sent.plan, numerics=numerics, return_hook=hooks)
+                home.hook()
+                homes.append(home.x)
+            return homes
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            calls()
+        torch.cuda.synchronize()
+        pg.barrier().wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            out = calls()
+        for seed in range(20):
+            make = torch.Generator().manual_seed(100 * seed + rank)
+            chosen = torch.stack([torch.randperm(2 * ranks, generator=make)[:3] for _ in range(40)])
+            chosen[int(torch.randint(0, 41, (1,), generator=make)) :] = -1
+            index.copy_(chosen)
+            x.copy_(torch.randn(40, 512, generator=make))
+            weights.copy_(torch.rand(40, 3, generator=make))
+            want = [home.clone() for home in calls()]
+            group.synchronize()
+            for home in out:
+                home.fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            for got, home in zip(out, want, strict=True):
+                assert got.equal(home), f"replay {seed}"
+        for _ in range(100):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert out[0].equal(want[0])
+        group.synchronize()
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("quantize", [None, Scale.FLOAT32])
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_cuda_graphs_of_decode_calls(nodes, size, quantize, hooks):
+    nodes(size, captured_decoding, quantize, hooks)
 
 
 # ---------------------------------------------------------------------- what goes wrong
@@ -276,6 +400,60 @@ def test_a_process_that_is_killed(nodes, size, counts):
     lost = size[0] - 1
     assert set(caught.value.errors) == {lost}, caught.value
     assert caught.value.results == dict.fromkeys(range(lost), (lost,)), "another rank is named"
+
+
+DECODE_CALLS = {
+    "decode_dispatch": lambda group, x, routing, plan: group.decode_dispatch(x, routing),
+    "exact decode_combine": lambda group, x, routing, plan: group.decode_combine(rows_for(plan), plan),
+    "fast decode_combine": lambda group, x, routing, plan: group.decode_combine(rows_for(plan), plan, numerics="fast"),
+}
+
+
+def rows_for(plan: DecodePlan) -> torch.Tensor:
+    return torch.ones(*plan.src_token.shape, 64, device=plan.src_token.device)
+
+
+def one_is_silent_in_decoding(rank: int, pg: dist.ProcessGroup, pair: Pair, call: str, replayed: bool) -> None:
+    """The last rank does not call, or does not replay: the others name it in time, and a new group works."""
+    ranks, lost, device = pg.size(), pg.size() - 1, pair.device
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with pair.open(pg, MoeShape(ranks, 2, 64, 16), timeout_s=4) as group:
+        group.warmup()
+        index = torch.tensor([[0, ranks - 1], [1, 0]], device=device)
+        x, routing = torch.ones(2, 64, device=device), Routing(index, torch.ones(2, 2, device=device))
+        plan = group.decode_dispatch(x, routing).plan
+        DECODE_CALLS[call](group, x, routing, plan)
+        group.synchronize()
+        pg.barrier().wait()
+        if replayed:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                DECODE_CALLS[call](group, x, routing, plan)
+            graph.replay()
+            torch.cuda.synchronize()
+            group.synchronize()
+            pg.barrier().wait()
+        if rank != lost:
+            start = time.monotonic()
+            with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - calls return at once
+                if replayed:
+                    graph.replay()
+                    torch.cuda.synchronize()
+                else:
+                    DECODE_CALLS[call](group, x, routing, plan)
+                group.synchronize()
+            waited_s = time.monotonic() - start
+            assert caught.value.peers == (lost,), caught.value
+            assert waited_s < 20, f"{waited_s} s: {caught.value}"
+        pg.barrier().wait()
+    assert torch.ones(3, device=pair.device).sum().item() == 3.0
+    first_decode_calls(rank, pg, pair)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("call", DECODE_CALLS)
+@pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
+def test_a_silent_rank_in_decode_calls(nodes, size, call, replayed):
+    nodes(size, one_is_silent_in_decoding, call, replayed)
 
 
 def calls_of_other_kinds(rank: int, pg: dist.ProcessGroup, pair: Pair, device_counts: bool) -> None:
