@@ -34,10 +34,10 @@ DEV bool receive_counts(const DecodeDispatchParams& p, DecodeCall& call, const R
         if (w == 0) counts.tokens[from] = min(value, p.max_tokens);
         else if (w >= masks_at) counts.masks[from * mask_words + w - masks_at] = value;
         else {
-            const u32 source = (w - 1) / L * R + from;
+            const u32 segment = kRelays ? (w - 1) / L : 0, source = segment * R + from;
             const bool overflowed = kRelays && value & kOverflowed;
             if (overflowed) atomicMin(&overflow, (u64)source << 32 | (value & ~kOverflowed));
-            counts.offsets[source * L + (w - 1) % L] = overflowed ? 0 : value;
+            counts.offsets[source * L + w - 1 - segment * L] = overflowed ? 0 : value;
         }
     }
     if (!__syncthreads_and(good)) return false;
@@ -49,7 +49,7 @@ DEV bool receive_counts(const DecodeDispatchParams& p, DecodeCall& call, const R
     for (u32 e = threadIdx.x; e < L; e += blockDim.x) {
         u32 sum = 0;
         for (u32 r = 0; r < sources; r++) {
-            const u32 rows = call.alive >> r % R & 1 ? counts.offsets[r * L + e] : 0;
+            const u32 rows = call.alive >> (kRelays ? r % R : r) & 1 ? counts.offsets[r * L + e] : 0;
             counts.offsets[r * L + e] = sum;
             if (leader) p.src_range[(u64)e * sources + r] = (i64)((u64)sum << 32 | rows);
             sum += rows;

@@ -139,7 +139,7 @@ DEV void send_counts(const DecodeDispatchParams& p, const DecodeCall& call, cons
         if (!(call.alive >> r & 1)) continue;
         u32 value = w == 0 ? p.num_tokens : w >= masks_at ? masks[r * mask_words + w - masks_at] : 0;
         if (w > 0 && w < masks_at) {
-            const u32 m = (w - 1) / L, e = (w - 1) % L;
+            const u32 m = kRelays ? (w - 1) / L : 0, e = w - 1 - m * L;
             value = counts[(m * R + r) * L + e];
             if (kRelays && e == 0 && p.overflows[m]) value = kOverflowed | p.overflows[m];
         }

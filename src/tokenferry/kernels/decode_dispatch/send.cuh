@@ -120,7 +120,7 @@ DEV void send_notes(const DecodeDispatchParams& p, const DecodeCall& call, const
     }
 }
 
-// A chunk before its cast, if it is one of this rank's own rows, and the destinations of its token: lane k holds the expert of slot k.
+// A chunk, of this rank's own rows before its cast, and the destinations of its token: lane k holds the expert of slot k.
 struct RowChunk {
     int4 v[kCast ? kLoads : kChunk / 32];
     u32 expert;
