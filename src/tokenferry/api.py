@@ -106,6 +106,11 @@ class ExpertGroup(Connected):
             sends a row across the network once for each node, and combine adds up the rows of each node before they
             cross; see `Topology`.
 
+    Attributes:
+        shape: E, K, H and M.
+        timeout_s: Seconds that any wait for a peer may take.
+        process_group: The process group of which this group was made; None for this rank alone.
+
     Raises:
         ConfigError: an option is wrong, E is not a multiple of R, or ranks disagree; gives the value of each rank.
         BackendUnavailable: the backend or transport cannot run here; gives the reason.
@@ -133,7 +138,7 @@ class ExpertGroup(Connected):
         ranks_per_node: int | None = None,
     ) -> None:
         resolved = resolve_options(group, shape, backend, transport, timeout_s, on_timeout, ranks_per_node)
-        self._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
+        self._adopt(make_backend(group, resolved), shape, resolved.timeout_s, process_group=group)
 
     @classmethod
     def _with_heap(
@@ -160,7 +165,7 @@ class ExpertGroup(Connected):
         if cache_folder is not None:
             resolved = replace(resolved, cache_folder=cache_folder)
         made = object.__new__(cls)
-        made._adopt(make_backend(group, resolved), shape, resolved.timeout_s)
+        made._adopt(make_backend(group, resolved), shape, resolved.timeout_s, process_group=group)
         return made
 
     # ------------------------------------------------------------------ attributes and local calls
@@ -227,7 +232,8 @@ class ExpertGroup(Connected):
         self._ready("for_shape")
         check_divides("for_shape", shape, self.num_ranks)
         other = object.__new__(type(self))
-        other._adopt(self._backend, shape, self.timeout_s, origin=self._origin or self)
+        origin = self._origin or self
+        other._adopt(self._backend, shape, self.timeout_s, process_group=self.process_group, origin=origin)
         return other
 
     def mask(self, rank: int, *, masked: bool = True) -> None:
@@ -714,8 +720,17 @@ class ExpertGroup(Connected):
             self._raise_if_refused("decode_combine", error)
             raise
 
-    def _adopt(self, backend: Backend, shape: MoeShape, timeout_s: float, *, origin: ExpertGroup | None = None) -> None:
+    def _adopt(
+        self,
+        backend: Backend,
+        shape: MoeShape,
+        timeout_s: float,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        origin: ExpertGroup | None = None,
+    ) -> None:
         self._backend = backend
+        self.process_group = process_group
         self._origin = origin  # keeps the registered group alive as long as any view of it
         if origin is None:
             _groups[backend.key] = self

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tokenferry
+from support.sharded import EXPERT_NAMES, local_parts
 from tokenferry.nn import GroupLimit, MoELayer, Router
 from tokenferry.testing.dense import DenseMoE
 from tokenferry.types import MoeShape, Routing
@@ -79,14 +80,17 @@ def _layer(rank, pg, setup):
     with tokenferry.ExpertGroup(pg, shape) as group:
         layer = MoELayer(group, FFN, router=setup.router(rank), seed=11, dtype=setup.dtype)
         result = run(layer, setup.split(setup.x())[rank], setup.split(setup.head())[rank])
-        return result, layer.state_dict(), layer.expert_counts
+        return local_parts(result), local_parts(layer.state_dict()), layer.expert_counts
 
 
 def assembled(results, setup):
-    """Join the results of the ranks: rows and experts are concatenated, gradients of routers added up."""
+    """Join the results of the ranks: rows and experts are concatenated, gradients of routers added up.
+
+    The loss is a sum over ranks here; gradients of experts are those of the mean.
+    """
     parts = {key: [result[key] for result, _, _ in results] for key in results[0][0]}
-    shared = "router.weight"
-    return {key: sum(values) if key == shared else torch.cat(values) for key, values in parts.items()}
+    joined = {key: sum(values) if key == "router.weight" else torch.cat(values) for key, values in parts.items()}
+    return {key: value * len(results) if key in EXPERT_NAMES else value for key, value in joined.items()}
 
 
 TOLERANCES = {
@@ -119,7 +123,7 @@ def test_one_seed_is_one_layer_whatever_the_ranks(worlds):
     setup = Setup("softmax", torch.float32, TOKENS)
     four = [state for _, state, _ in worlds(4).run(_layer, setup)]
     (_, one, _) = _layer(0, None, Setup("softmax", torch.float32, (7,)))
-    for name in ("gate", "up", "down"):
+    for name in EXPERT_NAMES:
         assert torch.equal(torch.cat([state[name] for state in four]), one[name])
         assert one[name].unique().numel() > 0.99 * one[name].numel(), "experts must differ"
     assert all(torch.equal(state["router.weight"], one["router.weight"]) for state in four)
@@ -131,10 +135,11 @@ def _step_with_mean_loss(rank, pg, setup):
     with tokenferry.ExpertGroup(pg, shape) as group:
         layer = MoELayer(group, FFN, router=setup.router(rank), seed=11, dtype=setup.dtype)
         loss = layer(setup.split(setup.x())[rank]).square().mean()
-        (loss / group.num_ranks).backward()
+        loss.backward()
         for parameter in layer.replicated_parameters():
             torch.distributed.all_reduce(parameter.grad, group=pg)
-        return {name: p.grad for name, p in layer.named_parameters()}, layer.state_dict()
+            parameter.grad /= group.num_ranks
+        return local_parts({name: p.grad for name, p in layer.named_parameters()}), local_parts(layer.state_dict())
 
 
 def test_the_loss_scale_is_as_documented(worlds):
@@ -142,7 +147,7 @@ def test_the_loss_scale_is_as_documented(worlds):
     results = worlds(4).run(_step_with_mean_loss, setup)
     dense = DenseMoE(setup.router(), [state for _, state in results])
     torch.stack([part.square().mean() for part in setup.split(dense(setup.x()))]).mean().backward()
-    for name in ("gate", "up", "down"):
+    for name in EXPERT_NAMES:
         got = torch.cat([grads[name] for grads, _ in results])
         torch.testing.assert_close(got, getattr(dense, name).grad, rtol=1e-12, atol=1e-14)
     for grads, _ in results:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from support.pairs import NODES, Pair
+from support.sharded import local_parts
 from tokenferry import ConfigError, MoeShape, Routing, RoutingError
 from tokenferry.nn import GroupLimit, MoELayer, Router
 from tokenferry.testing.dense import DenseMoE
@@ -53,7 +54,7 @@ def train(rank, pg, gate: Gate):
         out.square().sum().backward()
         width = EXPERTS // group.topology.num_nodes
         nodes = [set((experts // width).tolist()) for experts in layer.router(x.detach()).topk_idx]
-        return out.detach(), x.grad, max(map(len, nodes)), layer.state_dict()
+        return out.detach(), x.grad, max(map(len, nodes)), local_parts(layer.state_dict())
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: f"{gate.nodes}-{gate.ranks}")

@@ -102,13 +102,44 @@ def test_compiled_layers_keep_to_it(group):
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_a_seed_gives_the_same_bits_under_all_defaults(group, default):
     want = MoELayer(group, 32, seed=1, dtype=torch.float32).state_dict()
-    with default_dtype(default), torch.device("meta"):
+    with default_dtype(default):
         got = MoELayer(group, 32, seed=1, dtype=torch.float32).state_dict()
         narrow = MoELayer(group, 32, seed=1)
     for name in want:
         same_bits(name, got[name], want[name])
     assert (narrow.gate.dtype, narrow.router.weight.dtype) == (default, torch.float32)
     same_bits("gate", narrow.gate, want["gate"].to(default))
+
+
+@pytest.mark.parametrize("limit", [None, GroupLimit(2, 1)])
+def test_a_layer_made_on_meta_is_the_same_layer(group, limit):
+    def made():
+        router = limit and Router(16, 4, 2, group_limit=limit, seed=3)
+        return MoELayer(group, 32, router=router, seed=1)
+
+    want = made()
+    with torch.device("meta"):
+        layer = made()
+        layer.reset_parameters()
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+    layer.to_empty(device=group.device)
+    for tensor in layer.state_dict().values():
+        tensor.fill_(7.0)
+    layer.reset_parameters()
+    for name, value in want.state_dict().items():
+        same_bits(name, layer.state_dict()[name], value)
+    same_bits("out", layer(rows()), want(rows()))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_narrow_rows_take_the_experts_along(group, narrow):
+    """As FSDP2 casts the rest of a model; gradients have the dtype of their parameters."""
+    layer, x = MoELayer(group, 32, seed=1), rows(narrow)
+    got = stepped(layer, x)
+    want = stepped(MoELayer(group, 32, seed=1, dtype=narrow), x)
+    assert {got[name].dtype for name in ("gate", "up", "down")} == {torch.float32}
+    for name in want:
+        same_bits(name, got[name].to(want[name].dtype), want[name])
 
 
 def test_a_router_is_made_on_the_default_device():

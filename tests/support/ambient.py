@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.sharded import local_parts
 from tokenferry import (
     DecodeDispatched,
     DecodeStats,
@@ -278,12 +279,16 @@ def gradients(group: ExpertGroup) -> Results:
             routing.topk_weights.square().sum().backward()
             results[f"{limit} gradient"] = router.weight.grad
     layer = MoELayer(group, 32, seed=5, dtype=torch.bfloat16)
-    results |= {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    if layer.gate.device.type == "meta":
+        layer.to_empty(device=group.device)
+        layer.reset_parameters()
+    results |= local_parts({name: parameter.detach() for name, parameter in layer.named_parameters()})
     out = layer(x)
     results |= {"out": out, "expert_counts": layer.expert_counts}
     if with_grad:
         out.float().square().sum().backward()
-        results |= {f"gradient of {name}": parameter.grad for name, parameter in layer.named_parameters()}
+        gradients = {f"gradient of {name}": parameter.grad for name, parameter in layer.named_parameters()}
+        results |= local_parts(gradients)
         results["gradient of x"] = x.grad
     for options in OPTIONS:
         results |= {f"{options.layout.value} {options.counts} {k}": v for k, v in _through(group, options).items()}

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
+from torch.distributed.tensor.experimental import implicit_replication
 
 from tokenferry.api import ExpertGroup
 from tokenferry.demo.model import ByteTransformer
@@ -209,12 +210,13 @@ def train_sharded(rank: int, pg: dist.ProcessGroup, progress: Progress, options:
             start = time.perf_counter()
             group.dispatch_s = group.combine_s = 0.0
             share = batch_of(text, o, step).tensor_split(o.ranks)[rank].to(group.device)
-            loss = loss_sum(model, share) / (o.batch * o.context)
+            loss = loss_sum(model, share) * o.ranks / (o.batch * o.context)  # its mean over ranks is the batch's loss
             optimizer.zero_grad(set_to_none=False)
             torch.autograd.backward(loss)
-            sum_over_ranks(pg, [p.grad for p in shared if p.grad is not None])
-            optimizer.step()
-            totals = reduce_metrics(pg, rank, loss.detach(), layers, o)
+            average_over_ranks(pg, [p.grad for p in shared if p.grad is not None])
+            with implicit_replication():  # foreach steps of DTensors and tensors together
+                optimizer.step()
+            totals = reduce_metrics(pg, rank, loss.detach() / o.ranks, layers, o)
             history.losses.append(float(totals[0]))
             history.expert_tokens.append([int(n) for n in totals[1:]])
             history.dispatch_s.append(group.dispatch_s)
@@ -225,13 +227,14 @@ def train_sharded(rank: int, pg: dist.ProcessGroup, progress: Progress, options:
     return history
 
 
-def sum_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over ranks, in one all-reduce. Collective.
+def average_over_ranks(pg: dist.ProcessGroup, tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks, in one all-reduce. Collective.
 
     The sum is computed on the CPU, since the process group may not support GPUs.
     """
     flat = torch.cat([t.flatten() for t in tensors]).cpu()
     dist.all_reduce(flat, group=pg)
+    flat /= pg.size()
     for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,16 @@ from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.experts import draw_expert, swiglu
 from tokenferry.nn.precision import autocast_dtype
 from tokenferry.nn.router import GroupLimit, Router
+from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator
+from tokenferry.nn.sharding import averaged_gradient, expert_mesh, sharded
 from tokenferry.topology import most_nodes
 from tokenferry.types import DispatchOptions, Layout, Routing
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes of rows to which float32 experts are cast."""
 
 
 class MoELayer(nn.Module):
@@ -25,14 +34,19 @@ class MoELayer(nn.Module):
             the same number of times, with the same grad mode; T and N may differ and may be 0.
         Host: waits for the counts, as `ExpertGroup.dispatch`. torch.compile: the counts break the graph, unless
             ``torch._dynamo.config.capture_scalar_outputs`` is set; then it compiles with ``fullgraph=True``.
-        Gradients: those of the *sum* of all ranks' losses. The gradients of an expert are complete on the rank that
-            holds it: do not reduce them. Those of the router, and of every replicated parameter, are this rank's share:
-            all-reduce them with SUM. For the mean over ranks, call backward on ``loss / R`` on every rank. See
-            `expert_parameters` and `replicated_parameters`.
-        Parameters: drawn separately for each of the E experts, so that a seed gives the same layer for every R, on the
-            group's device, whatever torch's default device. The router's are float32.
+        Gradients: those of the *mean over ranks* of the ranks' losses. The gradients of an expert are complete on the
+            rank that holds it: do not reduce them. Those of the router, and of every replicated parameter, have to be
+            averaged over the ranks, as DistributedDataParallel and FSDP2 do; see `expert_parameters`,
+            `replicated_parameters` and `parallelize`.
+        Parameters: drawn separately for each of the E experts, so that a seed gives the same layer for every R. The
+            router's are float32. With several ranks those of the experts are DTensors ``[E, ...]``, of which each rank
+            holds its part: state_dict, checkpoints, optimizers and norms are those of all experts.
+        Device: the group's, whatever torch's default device; only under ``torch.device("meta")``, meta: then
+            ``to_empty(device=group.device)`` and `reset_parameters` give the same layer.
         torch.autocast: as in `torch.nn.Linear`, rows and experts are cast to its dtype (float64 ones are not), rows
             travel in it, and the result has it. The router computes in float32, from the rows as they come.
+        Narrow rows: for bfloat16 and float16 rows, float32 experts are cast to their dtype, as FSDP2 casts the rest of
+            a model with a MixedPrecisionPolicy.
 
     Args:
         group: The group of the experts; its shape determines E, K and H. The layer does not close it.
@@ -44,8 +58,8 @@ class MoELayer(nn.Module):
         dtype: dtype of the experts and of the rows; None: torch's default dtype, as for the modules of `torch.nn`.
 
     Attributes:
-        gate, up: ``[L, H, F]`` parameters: the two input projections of this rank's experts.
-        down: ``[L, F, H]`` parameter: their output projection.
+        gate, up: ``[E, H, F]`` parameters, of which this rank holds ``[L, H, F]``: the two input projections.
+        down: ``[E, F, H]`` parameter, likewise: the output projection.
         expert_counts: ``[L]`` int32: rows that this rank's experts received in the last forward, from all ranks; None
             before the first.
 
@@ -78,28 +92,33 @@ class MoELayer(nn.Module):
         if ffn_hidden < 1:
             raise ConfigError(f"MoELayer: ffn_hidden: expected a positive integer, got {ffn_hidden}")
         self.group = group
+        self.seed = seed
+        device = torch.get_default_device()
+        device = device if device.type == "meta" else group.device
         if router is None:
-            with group.device:
+            with device:
                 router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed)
         _check_nodes(group, router)
         self.router = router
-        first = group.rank * group.num_local_experts
-        drawn = [
-            draw_expert(seed, expert, shape.hidden, ffn_hidden)
-            for expert in range(first, first + group.num_local_experts)
-        ]
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        inward, outward = (shape.hidden, ffn_hidden), (ffn_hidden, shape.hidden)
         self.gate, self.up, self.down = (
-            nn.Parameter(torch.stack(parts).to(group.device, dtype)) for parts in zip(*drawn, strict=True)
+            nn.Parameter(torch.empty(group.num_local_experts, *sizes, dtype=dtype, device=device))
+            for sizes in (inward, inward, outward)
         )
+        self._sharded = False
+        mesh = expert_mesh(group)
+        if mesh is not None:
+            self.place_experts(mesh)
+        self._draw_experts()
         self.expert_counts: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
 
         Raises:
-            ShapeError: the dtype is not that of the experts (without autocast). And whatever `ExpertGroup.dispatch`
-                raises.
+            ShapeError: without autocast, the dtype is neither that of the experts nor a narrow one for float32 experts.
+                And whatever `ExpertGroup.dispatch` raises.
         """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         cast, *experts = self._cast(rows)
@@ -114,9 +133,13 @@ class MoELayer(nn.Module):
         return autograd.combine(self.group, y, sent.plan).x.reshape(x.shape)
 
     def _cast(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return the rows, gate, up and down in one dtype: under autocast, in its dtype."""
-        tensors: tuple[Tensor, ...] = (rows, self.gate, self.up, self.down)
+        """Return the rows, and this rank's gate, up and down, in one dtype: under autocast, in its dtype."""
+        num_ranks = self.group.num_ranks
+        experts = [averaged_gradient(part, num_ranks) for part in self._local_experts()]
+        tensors: tuple[Tensor, ...] = (rows, *experts)
         narrow = autocast_dtype(rows.device.type)
+        if narrow is None and rows.dtype in _NARROW and experts[0].dtype == torch.float32:
+            narrow = rows.dtype
         if narrow is not None:
             tensors = tuple(t if t.dtype == torch.float64 else t.to(narrow) for t in tensors)
         if tensors[0].dtype != tensors[1].dtype:
@@ -125,12 +148,51 @@ class MoELayer(nn.Module):
             )
         return tensors
 
+    def reset_parameters(self) -> None:
+        """Draw the parameters again, from the seeds, into the tensors that they are in: the layer as it was made.
+
+        Contract: local. Parameters on the meta device stay without values.
+        """
+        self._draw_experts()
+        if isinstance(self.router, Router):
+            self.router.reset_parameters()
+
+    @torch.no_grad()
+    def _draw_experts(self) -> None:
+        weights = self._local_experts()
+        if weights[0].device.type == "meta":
+            generator("MoELayer", self.seed, FIRST_EXPERT_STREAM)  # refuses a bad seed
+            return
+        hidden, ffn_hidden = weights[0].shape[1:]
+        first = self.group.rank * self.group.num_local_experts
+        for i in range(self.group.num_local_experts):
+            for weight, drawn in zip(weights, draw_expert(self.seed, first + i, hidden, ffn_hidden), strict=True):
+                weight[i].copy_(drawn)
+
+    def place_experts(self, mesh: DeviceMesh) -> None:
+        """Replace the parameters of the experts by DTensors over this mesh, whose ranks are those of the group. Local.
+
+        For `parallelize`, which checks the ranks.
+        """
+        for name in ("gate", "up", "down"):
+            old = getattr(self, name)
+            if getattr(old, "device_mesh", None) != mesh:
+                part = old.to_local() if self._sharded else old
+                setattr(self, name, nn.Parameter(sharded(part.detach(), mesh), requires_grad=old.requires_grad))
+        self._sharded = True
+
+    def _local_experts(self) -> list[Tensor]:
+        """Return what this rank holds of gate, up and down."""
+        weights: list[Any] = self.expert_parameters()
+        # Not `hasattr(weight, "to_local")`: torch.compile finds no such attribute of a parameter.
+        return [weight.to_local() for weight in weights] if self._sharded else weights
+
     def expert_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that only this rank holds: do not reduce their gradients."""
+        """Return the parameters of which each rank holds its own part: do not reduce their gradients."""
         return [self.gate, self.up, self.down]
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of which every rank has a copy: all-reduce their gradients with SUM."""
+        """Return the parameters of which every rank has a copy: average their gradients over the ranks."""
         mine = {id(parameter) for parameter in self.expert_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in mine]
 

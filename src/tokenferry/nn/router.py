@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.precision import product
 from tokenferry.nn.seeds import ROUTER_STREAM, generator, normal
+from tokenferry.nn.sharding import fill
 from tokenferry.types import Routing
 
 _SCORES_PER_GROUP = 2
@@ -137,7 +138,7 @@ class Router(nn.Module):
     """A linear layer with a gating function, which choose the experts of each token and their weights.
 
     Contract:
-        Local; differentiable. Every rank holds a copy: sum its gradient over the ranks, as a replicated parameter.
+        Local; differentiable. Every rank holds a copy: average its gradient over the ranks, as a replicated parameter.
         Computes in float32 (float64 rows: float64), whatever the dtype of the rows and of the weight, and even under
             torch.autocast, in backward too. `torch.set_float32_matmul_precision` applies, as to all float32 products.
         Made in float32, whatever torch's default dtype, on torch's default device; `.to()` moves and casts it. A seed
@@ -188,11 +189,23 @@ class Router(nn.Module):
         self.top_k = top_k
         self.group_limit = group_limit
         self.scale = scale
-        draws = generator("Router", seed, ROUTER_STREAM)
+        self.seed = seed
         device = torch.get_default_device()
-        self.weight = nn.Parameter((normal(draws, num_experts, hidden) * hidden**-0.5).to(device))
-        bias = None if group_limit is None else torch.zeros(num_experts, dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32, device=device))
+        bias = None if group_limit is None else torch.empty(num_experts, dtype=torch.float32, device=device)
         self.register_buffer("bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from the seed, and set the bias to 0: the router as it was made.
+
+        Contract: local, also if FSDP2 has sharded the weight.
+        """
+        draws = generator("Router", self.seed, ROUTER_STREAM)
+        num_experts, hidden = self.weight.shape
+        fill(self.weight, normal(draws, num_experts, hidden) * hidden**-0.5)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x`` ``[T, H]``; see `softmax_topk` and `group_limited_topk`."""

@@ -19,7 +19,8 @@ class DenseMoE(nn.Module):
 
     Args:
         router: Maps ``[T, H]`` to a `Routing` with weights.
-        states: The ``state_dict`` of every rank's layer, in rank order; the experts of all are taken over.
+        states: The ``state_dict`` of every rank's layer, in rank order; the experts of all are taken over. On several
+            ranks its DTensors have to be replaced by this rank's part, ``to_local()``.
 
     Attributes:
         gate, up: ``[E, H, F]`` parameters.

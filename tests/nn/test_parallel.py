@@ -1,0 +1,91 @@
+"""Layers under the tools that everyone trains with: each must do on four ranks what it does in one process."""
+
+import pytest
+import torch
+
+import tokenferry
+from support import parallel_jobs as jobs
+from support.training_jobs import LIMIT, SHAPE, Model, Recipe, train, train_alone
+
+RECIPES = [
+    *(Recipe(tool, dtype) for tool in ("hand", "ddp", "fsdp") for dtype in (torch.float64, torch.float32)),
+    *(Recipe(tool, optimizer=kind) for tool in ("hand", "ddp", "fsdp") for kind in ("foreach", "fused")),
+]
+
+
+def close(what, got, want, within):
+    """Compare by norm: single numbers of a sum in float32 may cancel."""
+    assert (got.shape, got.dtype) == (want.shape, want.dtype), what
+    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+    assert error <= within, f"{what}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.tool}-{r.dtype}-{r.optimizer}")
+def test_four_ranks_are_one_process(worlds, recipe):
+    """One rule for losses and gradients, norms, clipping, AdamW and moving averages."""
+    want, results = train_alone(recipe), worlds(4).run(train, recipe)
+    within = 1e-12 if recipe.dtype == torch.float64 else 1e-6
+    assert min(want["norms"]) > LIMIT, "clipping is not tried"
+    for got in results:
+        for kind in ("losses", "norms"):
+            for i in range(3):
+                close(f"{kind} {i}", got[kind][i], want[kind][i], within)
+        for kind in got.keys() - {"losses", "norms"}:
+            assert got[kind].keys() == want[kind].keys()
+            for name, value in want[kind].items():
+                close(f"{kind} {name}", got[kind][name], value, within)
+                assert torch.equal(got[kind][name], results[0][kind][name]), f"ranks disagree about {kind} {name}"
+
+
+def test_ranks_raise_without_help(worlds):
+    """Tools that would give every rank the experts of rank 0 raise, and have overwritten nothing."""
+    for errors, kept in worlds(4).run(jobs.unprepared):
+        assert kept
+        assert len(errors) == 6, errors
+
+
+def test_clipping_without_help_raises(worlds):
+    for message in worlds(4).run(jobs.clipped_at_once):
+        assert "got mixed torch.Tensor and DTensor" in message
+
+
+def test_what_parallelize_refuses(worlds):
+    for rank, messages in enumerate(worlds(4).run(jobs.refusals)):
+        none, dimensions, ranks, device = messages
+        assert "expected a module with at least one MoELayer, found none" in none
+        assert "expected one dimension, got [2, 2]" in dimensions
+        assert f"expected the ranks [0, 1, 2, 3] of the group of 'moe.0', got {[[0, 1], [2, 3]][rank // 2]}" in ranks
+        assert "expected device type 'cpu' like the group of 'moe.0', got 'meta'" in device
+
+
+def test_moving_averages_of_sharded_models(worlds):
+    for model, average in worlds(4).run(jobs.averaged_fsdp):
+        for name, value in model.items():
+            close(name, average[name], value * (2 / 3), 1e-15)
+
+
+def test_mixed_precision_of_sharded_models(worlds):
+    want = jobs.narrow_alone()
+    for got in worlds(4).run(jobs.narrow_fsdp):
+        assert got.pop("dtype") == torch.bfloat16
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            close(name, got[name], value, 0.1)
+
+
+@pytest.mark.parametrize("tool", ["hand", "fsdp"])
+def test_layers_made_on_meta(worlds, tool):
+    with tokenferry.ExpertGroup(None, SHAPE) as group:
+        want = {f"moe.{name}": value for name, value in Model(group, torch.float32).moe.state_dict().items()}
+    for got in worlds(4).run(jobs.from_meta, tool):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
+
+
+def test_compiled_checkpointed_and_twice_differentiated(worlds):
+    second = jobs.differentiated_alone(2)
+    for got in worlds(2).run(jobs.differentiated):
+        close("second", got.pop("second"), second, 1e-6)
+        for key, value in got.items():
+            close(key, value, got[f"eager {key.split()[1]}"], 1e-12)

@@ -1,0 +1,155 @@
+"""Jobs about what `parallelize` is for, and what happens without it."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+import tokenferry
+from support.sharded import local_parts
+from support.training_jobs import HIDDEN, SHAPE, Model, Recipe, batch, gradients, loss_of, prepared, whole, wholes
+from tokenferry.nn import MoELayer, Router, parallelize
+
+
+def unprepared(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, str], bool]:
+    """Return the error of each tool that is used without `parallelize`, and whether the experts are as they were."""
+    errors = {}
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        whole_mesh = init_device_mesh("cpu", (pg.size(),))
+        tools = {
+            "ddp": DistributedDataParallel,
+            "fsdp": fully_shard,
+            "fsdp of a mesh": lambda module: fully_shard(module, mesh=whole_mesh),
+        }
+        kept = True
+        for name, tool in tools.items():
+            for module in (Model(group, torch.float32), MoELayer(group, 12, router=nn.Identity(), seed=3)):
+                experts = [p for p in module.parameters() if hasattr(p, "to_local")]
+                before = [p.to_local().detach().clone() for p in experts]
+                try:
+                    tool(module)
+                except Exception as error:  # noqa: BLE001 - torch's own, of any class
+                    errors[f"{name} {type(module).__name__}"] = str(error)
+                kept &= all(torch.equal(p.to_local(), value) for p, value in zip(experts, before, strict=True))
+        return errors, kept
+
+
+def clipped_at_once(rank: int, pg: dist.ProcessGroup) -> str:
+    """Clip DTensors and tensors together without `implicit_replication`."""
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        model = Model(group, torch.float64)
+        loss_of(model, batch(0, torch.float64, 4)).backward()
+        try:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def refusals(rank: int, pg: dist.ProcessGroup) -> list[str]:
+    """Return what `parallelize` says about models and meshes that do not fit."""
+    messages = []
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        model = Model(group, torch.float32)
+        two = init_device_mesh("cpu", (2, pg.size() // 2), mesh_dim_names=("a", "b"))
+        before = list(model.parameters())
+        for args in ((nn.Linear(2, 2),), (model, two), (model, two["b"]), (model, init_device_mesh("meta", (4,)))):
+            try:
+                parallelize(*args)
+            except tokenferry.ConfigError as error:
+                messages.append(str(error))
+        assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+    return messages
+
+
+def averaged_fsdp(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return two models' parameters, and those of the second after it was moved half way to the first."""
+    recipe = Recipe("fsdp")
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        model, average = (prepared(Model(group, recipe.dtype), recipe, pg) for _ in range(2))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(3.0)
+        get_ema_multi_avg_fn(0.5)(list(average.parameters()), list(model.parameters()), 1)
+        return wholes(model), wholes(average)
+
+
+def narrow_fsdp(rank: int, pg: dist.ProcessGroup) -> dict[str, Any]:
+    """Train a step in bfloat16 with float32 parameters by FSDP2's policy."""
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        model, mesh = Model(group, torch.float32), init_device_mesh("cpu", (pg.size(),))
+        experts, policy = parallelize(model, mesh), MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for layer in model.moe:
+            fully_shard(layer, mesh=mesh, ignored_params=experts, mp_policy=policy)
+        fully_shard(model, mesh=mesh, ignored_params=experts, mp_policy=policy)
+        x = batch(0, torch.float32, 8)
+        out = model(x)
+        (out.float() - x).square().mean().backward()
+        return {"dtype": out.dtype, **gradients(model)}
+
+
+def narrow_alone() -> dict[str, Any]:
+    """The same with autocast in one process."""
+    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+        model, x = Model(group, torch.float32), batch(0, torch.float32, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        (out.float() - x).square().mean().backward()
+        return gradients(model)
+
+
+def from_meta(rank: int, pg: dist.ProcessGroup, tool: str) -> dict[str, Tensor]:
+    """Make a layer on the meta device, prepare it for a tool, give it memory and values; return its parameters."""
+    recipe = Recipe(tool)
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        with torch.device("meta"):
+            model = Model(group, torch.float32)
+        if tool == "fsdp":
+            model = prepared(model, recipe, pg)
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            if isinstance(module, MoELayer | Router | nn.Linear):
+                module.reset_parameters()
+        return {name: value for name, value in wholes(model).items() if name.startswith("moe")}
+
+
+def differentiated(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Return second derivatives, and gradients with compilation and with activation checkpointing."""
+    found: dict[str, Tensor] = {}
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        layer = MoELayer(group, 12, seed=1, dtype=torch.float64)
+        x = torch.randn(3, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+
+        def record(name: str, out: Tensor) -> None:
+            out.square().mean().backward()
+            found.update({f"{name} {key}": whole(p.grad) for key, p in layer.named_parameters()})
+            layer.zero_grad()
+
+        record("eager", layer(x))
+        record("checkpointed", checkpoint(layer, x, use_reentrant=False))
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            record("compiled", torch.compile(layer, backend="aot_eager", fullgraph=True)(x))
+        (first,) = torch.autograd.grad(layer(x).square().mean(), layer.down, create_graph=True)
+        (second,) = torch.autograd.grad(first.to_local().square().sum(), layer.up)
+        found["second"] = whole(second) * pg.size()  # of the sum over ranks, not of the mean
+        return local_parts(found)
+
+
+def differentiated_alone(num_ranks: int) -> Tensor:
+    """The second derivative in one process."""
+    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+        layer = MoELayer(group, 12, seed=1, dtype=torch.float64)
+        parts = [
+            torch.randn(3, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+            for rank in range(num_ranks)
+        ]
+        loss = torch.stack([layer(x).square().mean() for x in parts]).mean()
+        (first,) = torch.autograd.grad(loss, layer.down, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), layer.up)
+        return second
