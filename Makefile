@@ -14,17 +14,22 @@ ifeq ($(VENV),none)
 PY := $(PYTHON)
 READY :=
 CLIENTS :=
+TOOLS_PY := $(PYTHON)
+TOOLS :=
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 CLIENTS := $(VENV)/clients/ready
+TOOLS_PY := $(VENV)/package/bin/python
+TOOLS := $(VENV)/package/ready
 endif
 
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
-HAVE = $(PY) -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
+FIND = 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
+HAVE = $(PY) -c $(FIND)
 
-.PHONY: help demo check test lint format sanitize clean
+.PHONY: help demo check test lint format package sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +38,7 @@ help:
 	@echo "make test    run all tests, with coverage"
 	@echo "make lint    ruff format, ruff check, clang-format, mypy --strict"
 	@echo "make format  write Python and device code as lint wants them"
+	@echo "make package  build the sdist and the wheel into dist/, and check what an index would show of them"
 	@echo "make sanitize  compute-sanitizer over the tests of the kernels; needs a GPU"
 	@echo "make clean   remove .venv and what the others leave behind"
 
@@ -71,18 +77,31 @@ format: $(READY)
 check: lint
 	$(PY) -m pytest tests/unit tests/docs -k 'not code_runs and not several_ranks' $(ARGS)
 
+package: $(TOOLS)
+	@$(TOOLS_PY) -c $(FIND) build twine || { echo "make package: $(TOOLS_PY) has not both of build and twine; install them, or leave out VENV=none"; exit 1; }
+	rm -rf dist
+	$(TOOLS_PY) -m build --no-isolation
+	$(TOOLS_PY) -m twine check --strict dist/*
+
 sanitize: $(READY)
 	$(PY) tests/cuda/sanitize.py $(ARGS)
 
 clean:
-	rm -rf .venv build src/tokenferry.egg-info demo-out .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist src/tokenferry.egg-info demo-out .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 # For the tests only: clients that cannot be installed beside the others, each with what it imports. Megatron-Core asks
 # for Python 3.12, and runs on 3.11. Without one of them its test is skipped.
 CLIENT = $(PY) -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --only-binary :all: \
     --ignore-requires-python $(PIP_ARGS) --target $(VENV)/clients
 
+# What builds the package has a .venv of its own: it needs neither torch nor what the tests need.
 ifneq ($(VENV),none)
+$(VENV)/package/ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)/package
+	$(TOOLS_PY) -m pip --disable-pip-version-check install --quiet --no-compile \
+	    --constraint constraints.txt $(PIP_ARGS) setuptools wheel build twine
+	touch $@
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}")'
 	$(PYTHON) -m venv $(VENV)

@@ -27,6 +27,7 @@ Runs a small round trip on every backend and transport, and prints PASS, or no w
 with ! are required for tokenferry to work at all; if one of them says no, the exit status is 1. Started by torchrun, it
 checks the group of all ranks instead: which nodes it has, how they were found, and what carries rows.
 """
+PACKAGES = {"rich": ("colours and progress bars", "cli"), "matplotlib": ("plots", "plots")}
 RANKS = 2
 RANKS_PER_NODE = 2
 
@@ -83,8 +84,8 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
         )
         yield run_check("torch.compile, code", lambda: _compiles("inductor"), "install a C++ compiler, such as g++")
     yield from doctor_clients.findings()
-    yield _package("rich", "colours and progress bars", "cli")
-    yield _package("matplotlib", "the demo's plot", "plots")
+    for name, (use, extra) in PACKAGES.items():
+        yield _package(name, use, extra)
 
 
 def _versions() -> Finding:

@@ -21,7 +21,9 @@ def need_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from error
+        raise BackendUnavailable(
+            "--plot needs matplotlib: pip install 'tokenferry[plots]', or leave --plot out"
+        ) from error
 
 
 def plot_limits(limits: Limits, folder: Path, title: str) -> list[Path]:
