@@ -222,7 +222,7 @@ def test_unknown_words(argv, capsys):
 
 def test_without_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--device", "cuda"]) == 1
+    assert main(["bench", "--device", "cuda"]) == 3
     assert "this needs GPUs" in capsys.readouterr().err
 
 

@@ -384,7 +384,7 @@ def test_phases_and_tokens_that_options_choose():
 
 def test_decode_means_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "decode"]) == 1
+    assert main(["bench", "decode"]) == 3
     assert "this needs GPUs" in capsys.readouterr().err
     assert main(["bench", "decode", "--device", "cpu"]) == 2
     assert "decode needs --device cuda" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_a_wrong_sum_gets_no_time(tmp_path):
 
 def test_without_megatron(monkeypatch, capsys):
     monkeypatch.setattr(megatron, "version", lambda: None)
-    assert main(["bench", "megatron"]) == 0
+    assert main(["bench", "megatron"]) == 3
     assert "Megatron-Core is not installed" in capsys.readouterr().out
 
 

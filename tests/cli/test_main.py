@@ -1,6 +1,7 @@
-"""The entry point of the command line: help, version, exit statuses."""
+"""The entry point of the command line: help, version, completion, exit statuses."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import time
 import pytest
 
 import tokenferry
-from tokenferry.cli import deep_ep_path, doctor, main
-from tokenferry.errors import BackendUnavailable
+from tokenferry.cli import deep_ep_path, doctor, failure, main, parser
+from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.testing.world import WorldError
 
 
 def stopped(argv):
@@ -24,11 +26,11 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"tokenferry {tokenferry.__version__}\n"
 
 
-@pytest.mark.parametrize("command", list(main.COMMANDS))
+@pytest.mark.parametrize("command", list(parser.COMMANDS))
 def test_help_explains_each_command(command, capsys):
     assert stopped([command, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert " ".join(main.COMMANDS[command].DESCRIPTION.split())[:80] in text
+    assert " ".join(parser.load(command).DESCRIPTION.split())[:80] in text
     assert "Exit status" in text
 
 
@@ -45,10 +47,83 @@ def test_wrong_command_lines(argv, capsys):
     assert "usage: tokenferry" in capsys.readouterr().err
 
 
+def test_a_word_that_is_nearly_a_command(capsys):
+    assert stopped(["bnech", "--quick"]) == 2
+    assert capsys.readouterr().err.endswith("error: there is no command 'bnech'; did you mean bench?\n")
+    assert stopped(["fly"]) == 2
+    assert capsys.readouterr().err.endswith("choose one of " + ", ".join(parser.COMMANDS) + "\n")
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], [], ["fly"], ["deep-ep-path"]])
+def test_what_needs_no_torch_does_not_import_it(argv):
+    program = f"import sys; sys.modules['torch'] = None; from tokenferry.cli.main import main; sys.exit(main({argv}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (2 if argv == ["fly"] else 0), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv", [[], *([command] for command in parser.COMMANDS)])
+def test_help_fits_a_terminal(argv, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert stopped([*argv, "--help"]) == 0
+    assert not [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
+
+
+COMPLETE = """
+source /dev/stdin <<< "$SCRIPT"
+for line in "b" "bench --dev" "bench --device " "bench deco" "explain --to" "nothing --"; do
+    IFS=' ' read -ra COMP_WORDS <<< "tokenferry $line."
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    COMP_WORDS[COMP_CWORD]=${COMP_WORDS[COMP_CWORD]%.}
+    _tokenferry
+    echo "$line: ${COMPREPLY[*]}"
+done
+complete -p tokenferry
+"""
+
+
+def test_completion(capsys):
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    assert main.main(["completion", "bash"]) == 0
+    environ = {**os.environ, "SCRIPT": capsys.readouterr().out}
+    done = subprocess.run(["bash", "-c", COMPLETE], env=environ, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == [
+        "b: bench",
+        "bench --dev: --device",
+        "bench --device : cpu cuda",
+        "bench deco: decode",
+        "explain --to: --top-k --tokens",
+        "nothing --: ",
+        "complete -o default -F _tokenferry tokenferry",
+    ]
+    assert done.stderr == ""
+
+
+def test_completion_of_zsh_is_that_of_bash_after_one_line(capsys):
+    assert main.main(["completion", "bash"]) == main.main(["completion", "zsh"]) == 0
+    bash, zsh = capsys.readouterr().out.split("autoload -U +X bashcompinit && bashcompinit\n")
+    assert bash == zsh
+
+
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ([BackendUnavailable("no link")], 3),
+        ([BackendUnavailable("no link"), BackendUnavailable("no GPU")], 3),
+        ([BackendUnavailable("no link"), ValueError("no sense")], 1),
+        ([], 1),
+    ],
+)
+def test_status_of_failed_jobs(errors, status):
+    assert failure.status(WorldError(dict(enumerate(errors)), {}, {})) == status
+
+
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (BackendUnavailable("no transport"), 1, "tokenferry doctor: no transport"),
+        (BackendUnavailable("no transport"), 3, "tokenferry doctor: no transport"),
+        (ConfigError("no sense"), 2, "tokenferry doctor: no sense"),
         (FileNotFoundError("no text"), 1, "tokenferry doctor: no text"),
         (KeyboardInterrupt(), 130, "tokenferry doctor: interrupted"),
     ],

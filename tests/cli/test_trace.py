@@ -246,7 +246,7 @@ def test_wrong_sizes(two_gpus, options, text, capsys):
 
 def test_without_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["trace"]) == 1
+    assert main(["trace"]) == 3
     assert "this needs GPUs, and " in capsys.readouterr().err
 
 

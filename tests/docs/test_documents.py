@@ -19,7 +19,7 @@ import torch
 import tokenferry
 from support import documents
 from tokenferry import env
-from tokenferry.cli.main import COMMANDS
+from tokenferry.cli.parser import COMMANDS
 from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer, HybridEPBuffer
 
 PYTHON_LANGUAGES = ("python", "pycon")

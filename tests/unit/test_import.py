@@ -1,8 +1,10 @@
 """Importing tokenferry costs little and does nothing."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,11 +60,41 @@ def test_does_not_import_what_lies_above_the_api(imported, package):
     assert not [name for name in imported["new"] if name.startswith(f"tokenferry.{package}")]
 
 
+LAZY = """
+import sys
+sys.modules["torch"] = None
+import tokenferry
+assert tokenferry.__version__ and "ExpertGroup" in dir(tokenferry)
+try:
+    tokenferry.ExpertGroup
+except ModuleNotFoundError as error:
+    assert error.name == "torch", error
+else:
+    raise AssertionError("without torch")
+del sys.modules["torch"]
+assert tokenferry.types.MoeShape is tokenferry.MoeShape is vars(tokenferry)["MoeShape"]
+from tokenferry import *
+assert issubclass(PeerTimeout, TokenferryError)
+try:
+    tokenferry.ExpertGroups
+except AttributeError as error:
+    assert "has no attribute 'ExpertGroups'" in str(error), error
+else:
+    raise AssertionError("there is no such name")
+"""
+
+
+def test_torch_is_imported_when_a_name_is_first_used():
+    subprocess.run([sys.executable, "-c", LAZY], check=True, timeout=60)
+
+
 def test_public_names_are_listed_sorted_and_documented():
     assert tokenferry.__all__ == sorted(tokenferry.__all__)
     listed = set(tokenferry.__all__)
-    own = {n for n, v in vars(tokenferry).items() if getattr(v, "__module__", "").startswith("tokenferry.")}
-    assert listed == {name for name in own if not name.startswith("_")}
+    tree = ast.parse(Path(tokenferry.__file__).read_text())
+    typed = {name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert listed == typed - {"annotations", "TYPE_CHECKING", "Any"}, "type checkers see other names"
+    assert listed <= set(dir(tokenferry))
     for name in listed:
         doc = getattr(tokenferry, name).__doc__
         assert doc, name

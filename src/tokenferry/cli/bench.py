@@ -12,13 +12,12 @@ from tokenferry.bench.report.report import CPU_NOTES, Report
 from tokenferry.bench.suites.cpu_calls import RUNS, calls_for, measure_cpu_calls
 from tokenferry.cli import bench_cuda
 from tokenferry.cli.bench_models import model_sizes
-from tokenferry.cli.failure import explain
+from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import check_experts, fill_sizes, positive, positives, seed_of
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "measure dispatch and combine on this machine, against plain all_to_all_single"
 DESCRIPTION = """\
 Starts R ranks on this host, checks every answer, then times each call of the CPU backend and, in turns with it, plain
 gloo all_to_all_single of the same row bytes between the same ranks. No time is printed for a wrong answer.
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
                 _measure(world, report, transport, screen)
     except WorldError as error:
         screen.line(f"{explain(error)}\nno time is printed", style="bold red")
-        return 1
+        return status(error)
     screen.line(f"MB/rank: {CPU_NOTES['bytes']}. GB/s: these over the median.")
     if args.json is not None:
         report.file = args.json

@@ -36,6 +36,7 @@ from tokenferry.cli import limits as cli_limits
 from tokenferry.cli.bench_show import show, show_short
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import check_experts, check_fp8, fill_sizes, one_of, positive, positives, seed_of
+from tokenferry.cli.parser import NOT_POSSIBLE
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -158,16 +159,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    """Measure, print; 1 if a case of tokenferry failed."""
+    """Measure, print; 1 if a case of tokenferry failed, 3 if what was asked for is not installed."""
     phases = choose_phases(args)
     if "megatron" in phases and megatron.version() is None:
-        screen.line("Megatron-Core is not installed: its training step is not measured")
+        screen.line("Megatron-Core is not installed, so its training step is not measured; pip install megatron-core")
         phases = tuple(name for name in phases if name != "megatron")
     if "transformers" in phases and transformers.version() is None:
-        screen.line("transformers is not installed: no model of it is measured")
+        screen.line(
+            "transformers is not installed, so no model of it is measured; pip install 'tokenferry[transformers]'"
+        )
         phases = ()
     if not phases:
-        return 0
+        return NOT_POSSIBLE
     on_gpus = args.device == "cuda"
     available = need_gpus() if on_gpus else CPU_RANKS
     if args.what == "nodes":

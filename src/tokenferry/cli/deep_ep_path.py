@@ -7,7 +7,6 @@ import argparse
 from tokenferry.cli.screen import Screen
 from tokenferry.compat.deep_ep_path import folder
 
-HELP = "print the folder to put on PYTHONPATH so that `import deep_ep` finds tokenferry"
 DESCRIPTION = """\
 Prints one folder and nothing else. It contains a package `deep_ep`, which implements DeepEP's API with tokenferry, so
 that programs written for DeepEP run unchanged:

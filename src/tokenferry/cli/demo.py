@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tokenferry.bench.report.about import num_cores, threads_for
-from tokenferry.cli.failure import explain
+from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.demo import devices as demo_devices
@@ -21,7 +21,6 @@ from tokenferry.demo.train import History, Options, load_text, train_dense, trai
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "train a small Mixture-of-Experts model over local ranks, and compare with one process"
 DESCRIPTION = """\
 Trains a byte-level transformer with two Mixture-of-Experts layers (8 experts, 2 per token) on the source text of
 Python's standard library: first over R rank processes with 8/R experts each, which exchange tokens by tokenferry, then
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         sharded = _train_sharded(options, screen)
     except WorldError as error:
         screen.line(explain(error), style="bold red")
-        return 1
+        return status(error)
     dense = _train_dense(options, screen)
     verdict = compare(sharded, dense, options.dtype, options.device)
     _print_summary(verdict, sharded, dense, screen)

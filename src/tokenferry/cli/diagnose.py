@@ -19,14 +19,13 @@ from tokenferry.bench.profile.timeline import row_waits, stacked
 from tokenferry.bench.report import about
 from tokenferry.bench.report.heatmap import plot_waits
 from tokenferry.bench.report.plots import need_matplotlib
-from tokenferry.cli.failure import explain
+from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.cli.trace import make_sizes
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "find the rank that the others wait for, and whether it is slow in compute or in its link"
 DESCRIPTION = """\
 Starts R ranks on this host, checks that rows come home right, runs iterations of decode_dispatch and decode_combine,
 and adds up how long each rank waited for the messages of each other one (DecodeStats.wait_ns). Prints that as a table,
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
             found = world.run(count_waits, settings)
     except WorldError as error:
         screen.line(f"{explain(error)}\nnothing was counted", style="bold red")
-        return 1
+        return status(error)
     waits = put_together(found, settings.iterations)
     verdict = judge_all(waits)
     show(waits, verdict, screen)

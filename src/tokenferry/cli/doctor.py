@@ -21,7 +21,6 @@ from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 from tokenferry.types import Routing, TransportName
 
-HELP = "run small checks of this machine, and print what works and why the rest does not"
 DESCRIPTION = """\
 Runs a small round trip on every backend and transport, and prints PASS, or no with the reason and the remedy. Lines
 with ! are required for tokenferry to work at all; if one of them says no, the exit status is 1. Started by torchrun, it

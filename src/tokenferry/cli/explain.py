@@ -11,7 +11,6 @@ from tokenferry.cli.screen import Screen
 from tokenferry.tuning import Topology
 from tokenferry.types import MoeShape
 
-HELP = "show the bytes that dispatch and combine of given sizes move, the SMs that they take, and why"
 DESCRIPTION = """\
 Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), the time that the links need for
 them at least, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group.

@@ -1,10 +1,17 @@
-"""The text of a failed job: one line for each expected error, all tracebacks for any other."""
+"""The text of a failed job: one line for each expected error, all tracebacks for any other; and the exit status."""
 
 from __future__ import annotations
 
 from tokenferry.bench.core.checks import WrongAnswer
-from tokenferry.errors import TokenferryError
+from tokenferry.cli.parser import NOT_POSSIBLE
+from tokenferry.errors import BackendUnavailable, TokenferryError
 from tokenferry.testing.world import WorldError
+
+
+def status(error: WorldError) -> int:
+    """Return the exit status of a failed job."""
+    impossible = all(isinstance(one, BackendUnavailable) for one in error.errors.values())
+    return NOT_POSSIBLE if error.errors and impossible else 1
 
 
 def explain(error: WorldError) -> str:

@@ -13,13 +13,12 @@ from tokenferry.bench.core.gpus import Gpus, find_gpus, need_gpus
 from tokenferry.bench.report import about
 from tokenferry.bench.report.plots import need_matplotlib, plot_limits
 from tokenferry.bench.suites.limits import Limits, LimitSettings, measure_limits, num_steps
-from tokenferry.cli.failure import explain
+from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import positive
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "measure the rates of the links between the GPUs of this host, and nothing else"
 DESCRIPTION = """\
 Starts one rank on each GPU and lets all of them store rows into, and load rows from, the memory of all others at the
 same time, with different numbers of SMs: the limit that dispatch and combine are compared with. Measures flags,
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
             limits = measure_in(world, settings, screen)
     except WorldError as error:
         screen.line(f"{explain(error)}\nno rate is printed", style="bold red")
-        return 1
+        return status(error)
     show(limits, screen)
     if args.json is not None:
         text = json.dumps(as_json(limits, settings, gpus, args.command_line), indent=1)

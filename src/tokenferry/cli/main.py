@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -11,47 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-import tokenferry
-from tokenferry.cli import bench, deep_ep_path, demo, diagnose, doctor, explain, limits, plan, trace
+from tokenferry.cli.parser import NOT_POSSIBLE, load, make_parser, parse
 from tokenferry.cli.screen import OutputClosed, Screen
-from tokenferry.errors import ConfigError, TokenferryError
+from tokenferry.errors import BackendUnavailable, ConfigError, TokenferryError
 from tokenferry.testing.streams import open_closed_streams
-
-COMMANDS = {
-    "demo": demo,
-    "doctor": doctor,
-    "explain": explain,
-    "plan": plan,
-    "limits": limits,
-    "bench": bench,
-    "trace": trace,
-    "diagnose": diagnose,
-    "deep-ep-path": deep_ep_path,
-}
-
-EPILOG = (
-    "Exit status: 0 success, 1 a check failed, 2 the command line is wrong, 130 interrupted, 141 the reader of the "
-    "output has ended, 143 terminated."
-)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="tokenferry",
-        description="Mixture-of-Experts dispatch and combine: try them, check this machine, run benchmarks.",
-        epilog=EPILOG,
-        formatter_class=form,
-    )
-    parser.add_argument("--version", action="version", version=f"tokenferry {tokenferry.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=module.HELP, description=module.DESCRIPTION, epilog=EPILOG, formatter_class=form
-        )
-        module.add_arguments(subparser)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program's name; None takes those of this process.
 
     Returns:
-        The exit status: 0 success, 1 a check failed, 2 an option is wrong, 130 interrupted, 141 the reader of the
-        output has ended (as the pipe to ``head`` does).
+        The exit status: 0 success, 1 a check failed, 2 an option is wrong, 3 this machine cannot do it, 130
+        interrupted, 141 the reader of the output has ended (as the pipe to ``head`` does).
 
     Raises:
         SystemExit: --help, --version, a command line that cannot be parsed (status 2), or SIGTERM (status 143).
@@ -78,24 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if args.command is None:
-        parser.print_help()
-        return 0
-    args.command_line = " ".join(["tokenferry", *arguments])
-    errors = Screen(sys.stderr)
+    name, errors = "tokenferry", Screen(sys.stderr)
     try:
-        status: int = COMMANDS[args.command].run(args, Screen())
+        args = parse(arguments)
+        if args.command is None:
+            make_parser(()).print_help()
+            return 0
+        name = f"tokenferry {args.command}"
+        status: int = load(args.command).run(args, Screen())
         return status
     except ConfigError as error:
-        errors.line(f"tokenferry {args.command}: {error}")
+        errors.line(f"{name}: {error}")
         return 2
+    except BackendUnavailable as error:
+        errors.line(f"{name}: {error}")
+        return NOT_POSSIBLE
     except (TokenferryError, OSError) as error:
-        errors.line(f"tokenferry {args.command}: {error}")
+        errors.line(f"{name}: {error}")
         return 1
     except KeyboardInterrupt:
-        errors.line(f"tokenferry {args.command}: interrupted")
+        errors.line(f"{name}: interrupted")
         return 130
 
 

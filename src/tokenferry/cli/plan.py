@@ -19,7 +19,6 @@ from tokenferry.cost.sampling import Sampling
 from tokenferry.errors import ConfigError
 from tokenferry.types import MoeShape
 
-HELP = "estimate bytes, times and memory of dispatch and combine across nodes, and what bounds them"
 DESCRIPTION = """\
 Computes, without any GPU, for up to 2048 ranks: the rows and bytes on the links of a rank, the parts of the time of
 each call, the memory of its buffers, and what bounds it. Two families of calls: throughput (dispatch, combine) and

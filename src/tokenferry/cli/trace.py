@@ -24,13 +24,12 @@ from tokenferry.bench.profile.timeline import (
     stacked,
 )
 from tokenferry.bench.report import about
-from tokenferry.cli.failure import explain
+from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import check_experts, check_fp8, positive, seed_of
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
 
-HELP = "draw a timeline of one decode call on all GPUs of this host, from time stamps inside the kernels"
 DESCRIPTION = """\
 Starts one rank on each GPU, checks that rows come home right, makes some decode calls back to back in a CUDA graph and
 records the last one: when each block of each rank had space at its peers, had sent its rows, had the counts of all, was
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
             found = world.run(record_calls, sizes, CALLS[args.call])
     except WorldError as error:
         screen.line(f"{explain(error)}\nnothing was recorded", style="bold red")
-        return 1
+        return status(error)
     clocks, calls = put_together(found, CALLS[args.call])
     show(clocks, calls, screen)
     about_run = {**about.about(args.command_line), "sizes": str(sizes)}

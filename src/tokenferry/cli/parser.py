@@ -1,0 +1,85 @@
+"""The parser of the command line. A command is imported when it is named, so that the rest of it needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import itertools
+import textwrap
+from collections.abc import Collection
+from types import ModuleType
+
+import tokenferry
+
+COMMANDS = {
+    "demo": "train a small Mixture-of-Experts model over local ranks, and compare with one process",
+    "doctor": "run small checks of this machine, and print what works and why the rest does not",
+    "explain": "show the bytes that dispatch and combine of given sizes move, the SMs that they take, and why",
+    "plan": "estimate bytes, times and memory of dispatch and combine across nodes, and what bounds them",
+    "limits": "measure the rates of the links between the GPUs of this host, and nothing else",
+    "bench": "measure dispatch and combine on this machine, against plain all_to_all_single",
+    "trace": "draw a timeline of one decode call on all GPUs of this host, from time stamps inside the kernels",
+    "diagnose": "find the rank that the others wait for, and whether it is slow in compute or in its link",
+    "deep-ep-path": "print the folder to put on PYTHONPATH so that `import deep_ep` finds tokenferry",
+    "completion": "print what makes a shell complete commands and options",
+}
+"""The commands and their help; each is a module of this folder."""
+
+DESCRIPTION = "Mixture-of-Experts dispatch and combine: try them, check this machine, run benchmarks."
+EPILOG = (
+    "Exit status: 0 success, 1 a check failed, 2 the command line is wrong, 3 not possible on this machine, "
+    "130 interrupted, 141 the reader of the output has ended, 143 terminated."
+)
+
+NOT_POSSIBLE = 3
+"""The exit status if this machine, or what is installed on it, cannot do what was asked for."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fits paragraphs to the terminal, and keeps lines that are indented."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for kept, group in itertools.groupby(text.splitlines(), lambda line: not line or line.startswith(" ")):
+            block = list(group)
+            lines += block if kept else textwrap.wrap(" ".join(block), width, break_on_hyphens=False)
+        return "\n".join(indent + line for line in lines)
+
+
+def load(command: str) -> ModuleType:
+    """Import the module of a command."""
+    return importlib.import_module(f"tokenferry.cli.{command.replace('-', '_')}")
+
+
+def make_parser(complete: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """Return the parser; of the commands, only those in ``complete`` have their options."""
+    parser = argparse.ArgumentParser(
+        prog="tokenferry", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"tokenferry {tokenferry.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        subparser = commands.add_parser(name, help=text, epilog=EPILOG, formatter_class=HelpFormatter)
+        if name in complete:
+            module = load(name)
+            subparser.description = module.DESCRIPTION
+            module.add_arguments(subparser)
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Raises:
+        SystemExit: --help, --version, or the command line is wrong (status 2).
+    """
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    parser = make_parser(() if command is None else (command,))
+    if command is not None and command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {command!r}; {hint}")
+    args = parser.parse_args(arguments)
+    args.command_line = " ".join(["tokenferry", *arguments])
+    return args
