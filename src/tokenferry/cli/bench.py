@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.core.session import Settings
@@ -14,6 +13,7 @@ from tokenferry.cli import bench_cuda
 from tokenferry.cli.bench_models import model_sizes
 from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import check_experts, fill_sizes, positive, positives, seed_of
+from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive, help="threads of each rank (default: the cores shared out, at least 1)"
     )
     parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
+    add_json(parser)
     bench_cuda.add_arguments(parser)
 
 
@@ -106,9 +106,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         return status(error)
     screen.line(f"MB/rank: {CPU_NOTES['bytes']}. GB/s: these over the median.")
     if args.json is not None:
-        report.file = args.json
-        report.write()
-        screen.line(f"written: {args.json}")
+        write_json(report.as_json(), args.json, screen)
     return 0
 
 

@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.baselines import nccl, vdev
@@ -36,6 +35,7 @@ from tokenferry.cli import limits as cli_limits
 from tokenferry.cli.bench_show import show, show_short
 from tokenferry.cli.failure import explain
 from tokenferry.cli.options import check_experts, check_fp8, fill_sizes, one_of, positive, positives, seed_of
+from tokenferry.cli.output import STDOUT, output_folder, write_json
 from tokenferry.cli.parser import NOT_POSSIBLE
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
@@ -138,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     only.add_argument("--sms", type=positives, help="values of num_sms to sweep over, as 8,16,24")
     only.add_argument("--routing", type=one_of(*ROUTINGS), help=f"with commas between them: {', '.join(ROUTINGS)}")
     only.add_argument("--only", type=one_of(*alone), metavar="PHASES", help=f"with commas between them: {phases}")
-    only.add_argument("--plot", metavar="FOLDER", type=Path, help="write pictures; needs matplotlib")
+    only.add_argument("--plot", metavar="FOLDER", type=output_folder, help="write pictures; needs matplotlib")
     only.add_argument(
         "--default-device",
         action="store_true",
@@ -182,8 +182,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     machine = f"{gpus.count} x {gpus.name}" if on_gpus else str(about.machine()["processor"])
     title = f"{machine}, R={settings.ranks} H={settings.hidden} K={settings.top_k} E={settings.experts}"
     about_run = {"title": title, **about.about(args.command_line), "gpus": dataclasses.asdict(gpus)}
-    report = Report(settings, about_run, GPU_NOTES, args.json)
-    report.write()  # a missing folder is noticed now
+    report = Report(settings, about_run, GPU_NOTES, None if args.json == STDOUT else args.json)
+    report.write()
     screen.line(gpus.line() if on_gpus else machine)
     for line in about.lines(args.command_line):
         screen.line(line)
@@ -200,7 +200,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     if args.plot is not None:
         for file in report.draw(args.plot):
             screen.line(f"written: {file}")
-    if args.json is not None:
+    if args.json == STDOUT:
+        write_json(report.as_json(), STDOUT, screen)
+    elif args.json is not None:
         report.write()
         screen.line(f"written: {args.json}")
     show_short(report, screen)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from tokenferry.bench.report.about import num_cores, threads_for
 from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import positive
+from tokenferry.cli.output import output_folder
 from tokenferry.cli.screen import Screen
 from tokenferry.demo import devices as demo_devices
 from tokenferry.demo import plot as demo_plot
@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of parameters and batches (default: 0)")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), metavar="FOLDER", help="folder for demo.png (default: demo-out)"
+        "--out",
+        type=output_folder,
+        default="demo-out",
+        metavar="FOLDER",
+        help="folder for demo.png (default: demo-out)",
     )
 
 

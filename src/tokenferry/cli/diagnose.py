@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from tokenferry.bench.report.heatmap import plot_waits
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import positive
+from tokenferry.cli.output import add_json, output_folder, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.cli.trace import make_sizes
 from tokenferry.errors import ConfigError
@@ -55,8 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slow-rank", type=int, metavar="RANK", help="a rank that is busy before each iteration")
     parser.add_argument("--slow-us", type=positive, metavar="US", help="for how many microseconds")
     parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write waits.png into FOLDER; needs matplotlib")
+    add_json(parser)
+    parser.add_argument(
+        "--plot", type=output_folder, metavar="FOLDER", help="write waits.png into FOLDER; needs matplotlib"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
@@ -87,8 +88,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
             screen.line(f"written: {file}")
     if args.json is not None:
         report = {"schema": 2, "title": title, **about.about(args.command_line), **as_json(waits, verdict)}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        screen.line(f"written: {args.json}")
+        write_json(report, args.json, screen)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -12,10 +13,11 @@ import torch.distributed as dist
 
 from tokenferry import env
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.report.about import machine
+from tokenferry.bench.report import about
 from tokenferry.cli import doctor_clients, doctor_cuda, doctor_nodes
 from tokenferry.cli.doctor_nodes import JOB_TIMEOUT_S, over_nodes, round_trip, shape_for
 from tokenferry.cli.finding import Finding, run_check
+from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -36,21 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="do not check torch.compile (it can take half a minute)"
     )
+    add_json(parser, "findings")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print each finding as it comes; return 1 if something that is required does not work."""
     if dist.is_torchelastic_launched():
+        if args.json is not None:
+            raise ConfigError("--json: the ranks of a job would write one file; leave it out, or run without torchrun")
         return _run_job(screen)
-    about = machine()
-    screen.line(f"{about['processor']}, {about['cores']} cores, {about['system']}")
-    failed = []
+    for line in about.lines(args.command_line):
+        screen.line(line)
+    machine = about.machine()
+    screen.line(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
+    found = []
     for finding in findings(compiler=not args.no_compile):
         _show(finding, screen)
-        if finding.required and not finding.passed:
-            failed.append(finding.name)
+        found.append(finding)
+    failed = [finding.name for finding in found if finding.required and not finding.passed]
     screen.line()
     screen.line(f"does not work: {', '.join(failed)}" if failed else "tokenferry works on this machine")
+    if args.json is not None:
+        report = {"schema": 1, **about.about(args.command_line), "works": not failed}
+        write_json({**report, "findings": [asdict(finding) for finding in found]}, args.json, screen)
     return 1 if failed else 0
 
 

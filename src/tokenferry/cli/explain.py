@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from tokenferry import tuning
 from tokenferry.bench.core.inputs import FP8_COLUMNS
+from tokenferry.bench.report import about
 from tokenferry.cli.options import check_experts, positive
+from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.tuning import Topology
 from tokenferry.types import MoeShape
@@ -26,44 +31,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, default=4096, help="T of the call, and M (default: 4096)")
     parser.add_argument("--ranks", type=positive, default=8, help="R (default: 8)")
     parser.add_argument("--sms", type=positive, default=132, help="SMs of each device (default: 132, an H100 or H200)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print it."""
     check_experts(args, args.ranks)
-    shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
-    tuned = tuning.tune(shape, Topology(args.ranks, args.sms))
-    moved = tuning.travel(shape, args.ranks, args.tokens, 1)
-    screen.line(f"R={args.ranks} T=M={args.tokens} H={args.hidden} K={args.top_k} E={args.experts}, routing uniform")
-    screen.line()
-    screen.line(
-        f"a token goes to {moved.ranks_per_token:.3f} ranks, {moved.remote_per_token:.3f} of them others; "
-        f"a rank receives {moved.rows_received:.0f} rows"
-    )
-    screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), _calls(args))
-    screen.line(f"us at least: at {tuning.LINK_GBPS:.0f} GB/s, the best that H200 GPUs behind NVSwitch reach;")
-    screen.line("us, its SMs: at what they reach with that many SMs. `tokenferry limits` measures this machine")
-    screen.line()
-    for reason in tuned.reasons:
-        screen.line(reason)
-    screen.line("num_sms of each call takes precedence")
-    screen.line()
-    heap = tuning.heap_bytes(shape, args.ranks)
-    sizes = f"{CONTROL_BLOCK_MB} MB of flags and counts, and a heap of {heap / 2**20:.0f} MB"
-    screen.line(f"window of each rank: {sizes},")
-    screen.line(
-        f"holding five dispatches of {args.ranks * args.tokens} rows of {2 * args.hidden} bytes (the worst routing), "
-        "and for small M the data under way of decode calls;"
-    )
-    screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")
+    found = explained(MoeShape(args.experts, args.top_k, args.hidden, args.tokens), Topology(args.ranks, args.sms))
+    show(found, screen)
+    if args.json is not None:
+        write_json({"schema": 1, **about.about(args.command_line), **found}, args.json, screen)
     return 0
 
 
-def _calls(args: argparse.Namespace) -> list[list[str]]:
-    shape = MoeShape(args.experts, args.top_k, args.hidden, args.tokens)
-    tuned = tuning.tune(shape, Topology(args.ranks, args.sms))
-    fp8 = args.hidden + 4 * -(-args.hidden // FP8_COLUMNS)
-    bf16, rows = 2 * args.hidden, []
+def explained(shape: MoeShape, topology: Topology) -> dict[str, Any]:
+    """Return everything that is computed, ready for JSON. Pure."""
+    ranks, tokens = topology.num_ranks, shape.max_tokens
+    moved = tuning.travel(shape, ranks, tokens, 1)
+    return {
+        "sizes": {"ranks": ranks, "sms": topology.num_sms, **asdict(shape)},
+        "ranks_per_token": moved.ranks_per_token,
+        "remote_per_token": moved.remote_per_token,
+        "rows_received": moved.rows_received,
+        "calls": list(_calls(shape, topology)),
+        "reasons": list(tuning.tune(shape, topology).reasons),
+        "heap_bytes": tuning.heap_bytes(shape, ranks),
+        "heap_rows": ranks * tokens,
+    }
+
+
+def show(found: Mapping[str, Any], screen: Screen) -> None:
+    """Print it."""
+    sizes = found["sizes"]
+    screen.line(
+        f"R={sizes['ranks']} T=M={sizes['max_tokens']} H={sizes['hidden']} K={sizes['top_k']} "
+        f"E={sizes['num_experts']}, routing uniform"
+    )
+    screen.line()
+    screen.line(
+        f"a token goes to {found['ranks_per_token']:.3f} ranks, {found['remote_per_token']:.3f} of them others; "
+        f"a rank receives {found['rows_received']:.0f} rows"
+    )
+    rows = [
+        [
+            one["call"],
+            str(one["row_bytes"]),
+            f"{one['bytes_out'] / 1e6:.2f}",
+            f"{one['us_at_least']:.1f}",
+            str(one["num_sms"]),
+            f"{one['us']:.1f}",
+        ]
+        for one in found["calls"]
+    ]
+    screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), rows)
+    screen.line(f"us at least: at {tuning.LINK_GBPS:.0f} GB/s, the best that H200 GPUs behind NVSwitch reach;")
+    screen.line("us, its SMs: at what they reach with that many SMs. `tokenferry limits` measures this machine")
+    screen.line()
+    for reason in found["reasons"]:
+        screen.line(reason)
+    screen.line("num_sms of each call takes precedence")
+    screen.line()
+    heap = f"{CONTROL_BLOCK_MB} MB of flags and counts, and a heap of {found['heap_bytes'] / 2**20:.0f} MB"
+    screen.line(f"window of each rank: {heap},")
+    screen.line(
+        f"holding five dispatches of {found['heap_rows']} rows of {2 * sizes['hidden']} bytes (the worst routing), "
+        "and for small M the data under way of decode calls;"
+    )
+    screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")
+
+
+def _calls(shape: MoeShape, topology: Topology) -> Iterator[dict[str, Any]]:
+    tuned = tuning.tune(shape, topology)
+    fp8, bf16 = shape.hidden + 4 * -(-shape.hidden // FP8_COLUMNS), 2 * shape.hidden
     store = tuning.gbps(tuning.STORE_GBPS, tuned.dispatch_sms)
     load = tuning.gbps(tuning.LOAD_GBPS, tuned.combine_sms)
     push = tuning.gbps(tuning.STORE_GBPS, tuning.num_pushers(tuned.push_sms))
@@ -73,7 +112,12 @@ def _calls(args: argparse.Namespace) -> list[list[str]]:
         ("combine BF16", bf16, tuned.combine_sms, load),
         ("combine BF16, user's rows", bf16, tuned.push_sms, push),
     ):
-        moved = tuning.travel(shape, args.ranks, args.tokens, row_bytes).bytes_out
-        least, real = moved / tuning.LINK_GBPS / 1e3, moved / rate / 1e3
-        rows.append([name, str(row_bytes), f"{moved / 1e6:.2f}", f"{least:.1f}", str(num_sms), f"{real:.1f}"])
-    return rows
+        moved = tuning.travel(shape, topology.num_ranks, shape.max_tokens, row_bytes).bytes_out
+        yield {
+            "call": name,
+            "row_bytes": row_bytes,
+            "bytes_out": moved,
+            "us_at_least": moved / tuning.LINK_GBPS / 1e3,
+            "num_sms": num_sms,
+            "us": moved / rate / 1e3,
+        }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import secrets
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.core.gpus import Gpus, find_gpus, need_gpus
@@ -15,6 +13,7 @@ from tokenferry.bench.report.plots import need_matplotlib, plot_limits
 from tokenferry.bench.suites.limits import Limits, LimitSettings, measure_limits, num_steps
 from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import positive
+from tokenferry.cli.output import add_json, output_folder, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -35,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--ranks", type=positive, help="R, at most 8 (default: one on each GPU)")
     parser.add_argument("--runs", type=positive, default=5, help="runs that count, of each point (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE as well")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write limits.png into FOLDER; needs matplotlib")
+    add_json(parser)
+    parser.add_argument(
+        "--plot", type=output_folder, metavar="FOLDER", help="write limits.png into FOLDER; needs matplotlib"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
@@ -60,9 +61,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         return status(error)
     show(limits, screen)
     if args.json is not None:
-        text = json.dumps(as_json(limits, settings, gpus, args.command_line), indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
-        screen.line(f"written: {args.json}")
+        write_json(as_json(limits, settings, gpus, args.command_line), args.json, screen)
     if args.plot is not None:
         for file in plot_limits(limits, args.plot, f"{gpus.line()}, {ranks} ranks"):
             screen.line(f"written: {file}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from tokenferry.cli.output import STDOUT
 from tokenferry.cli.parser import NOT_POSSIBLE, load, make_parser, parse
 from tokenferry.cli.screen import OutputClosed, Screen
 from tokenferry.errors import BackendUnavailable, ConfigError, TokenferryError
@@ -47,7 +48,8 @@ def _run(arguments: list[str]) -> int:
             make_parser(()).print_help()
             return 0
         name = f"tokenferry {args.command}"
-        status: int = load(args.command).run(args, Screen())
+        screen = Screen(sys.stderr) if getattr(args, "json", None) == STDOUT else Screen()
+        status: int = load(args.command).run(args, screen)
         return status
     except ConfigError as error:
         errors.line(f"{name}: {error}")

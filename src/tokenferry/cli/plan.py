@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.report import about
 from tokenferry.bench.report.costs import plot_costs
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.cli.options import positive
+from tokenferry.cli.output import add_json, picture_file, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.cost.calls import CallCost
 from tokenferry.cost.case import Case, Cluster, Gate, Links
@@ -65,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     gate.add_argument("--samples", type=positive, default=32768, help="tokens drawn if not uniform (default: 32768)")
     gate.add_argument("--seed", type=int, default=0, help="seed of these tokens (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate to FILE as well")
+    add_json(parser, "estimate")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="write a picture over nodes to FILE; needs matplotlib"
+        "--plot", type=picture_file, metavar="FILE", help="write a picture over nodes to FILE; needs matplotlib"
     )
 
 
@@ -82,8 +81,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     found = estimate(case, links, decode, sampling)
     show(found, screen)
     if args.json is not None:
-        args.json.write_text(json.dumps(report(found, args.command_line), indent=1) + "\n", encoding="utf-8")
-        screen.line(f"written: {args.json}")
+        write_json(report(found, args.command_line), args.json, screen)
     if args.plot is not None:
         plot_costs(list(over_nodes(case, links, decode, sampling)), args.plot)
         screen.line(f"written: {args.plot}")

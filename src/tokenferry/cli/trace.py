@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +24,7 @@ from tokenferry.bench.profile.timeline import (
 from tokenferry.bench.report import about
 from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import check_experts, check_fp8, positive, seed_of
+from tokenferry.cli.output import output_file, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
@@ -58,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--call", choices=tuple(CALLS), default="pair", help="what to record (default: pair)")
     parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", default=Path("trace.json"), help="the timeline (default: trace.json)"
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        default="trace.json",
+        help="the timeline (default: trace.json); -: to standard output, and the text to standard error",
     )
 
 
@@ -79,8 +82,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     clocks, calls = put_together(found, CALLS[args.call])
     show(clocks, calls, screen)
     about_run = {**about.about(args.command_line), "sizes": str(sizes)}
-    args.json.write_text(json.dumps(as_json(clocks, calls, about_run)), encoding="utf-8")
-    screen.line(f"written: {args.json}; open it in https://ui.perfetto.dev")
+    note = "; open it in https://ui.perfetto.dev"
+    write_json(as_json(clocks, calls, about_run), args.json, screen, note=note)
     return 0
 
 
