@@ -3,6 +3,9 @@
 import io
 import re
 
+import pytest
+
+from tokenferry.cli import screen
 from tokenferry.cli.screen import Screen
 
 
@@ -22,6 +25,41 @@ def test_same_content_with_rich_and_without(any_terminal):
     plain = io.StringIO()
     show(Screen(plain))
     assert words(any_terminal.getvalue()) == [w for w in words(plain.getvalue()) if set(w) != {"-"}]
+
+
+WIDE = ("library", "call", "rows", "T", "isolated us", "p05", "p95", "launch", "back to back us", "MB out", "of limit")
+ROWS = [
+    ["tokenferry", "dispatch", rows, "4096", "1234567.8", "1234.5", "2345.6", "12.3", "123456.7", "272.04", limit]
+    for rows, limit in (("fp8", "91 %"), ("bf16", "92 %"))
+]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 250])
+def test_a_wide_table_fits_the_terminal_and_breaks_no_number(any_terminal, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    Screen().table("cases", WIDE, ROWS, heat=[[0.0] * len(WIDE)] * 2)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", any_terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= columns
+    seen = [words(line) for line in lines]
+    for row in ROWS:
+        parts = [line for line in seen if line[:3] == row[:3]]
+        assert [word for line in parts for word in line[3:]] == " ".join(row[3:]).replace(" %", "").split()
+        assert (len(parts) == 1) == (columns == 250)
+    assert [line for line in seen if "cases" in line] == [["cases"]]
+
+
+def test_whole_lines_into_a_pipe(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    Screen().table("cases", WIDE, ROWS)
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 100
+
+
+def test_a_column_that_does_not_fit_gets_a_part_of_its_own():
+    assert screen._parts([10, 30, 100, 5, 5], 1, 60) == [[0, 1], [0, 2], [0, 3, 4]]
+    assert screen._parts([10, 31, 100, 5, 5], 2, 60) == [[0, 1], [0, 2], [0, 3, 4]], "keys leave a third to the others"
+    assert screen._parts([10, 30, 100, 5, 5], 2, 60) == [[0, 1, 2], [0, 1, 3, 4]]
+    assert screen._num_keys([["a", "x", "1"], ["a", "y", "1"]]) == 2
+    assert screen._num_keys([["a", "x"], ["a", "x"]]) == screen._num_keys([]) == 1
 
 
 def test_rich_is_used_on_a_terminal(terminal):

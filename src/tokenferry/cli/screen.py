@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,23 +56,39 @@ class Screen:
     ) -> None:
         """Print a table; the first column is aligned to the left, the others to the right.
 
-        ``heat`` is the colour of each cell, from 0 (none) to 1 (red), ignored in plain text.
+        On a terminal that is too narrow for all columns it is printed in parts, of which each begins with the columns
+        that name a row. ``heat`` is the colour of each cell, from 0 (none) to 1 (red), ignored in plain text.
         """
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        parts = _parts([width + self._gap for width in widths], _num_keys(rows), self._width)
         if self._console is None:
-            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
             self.line(title)
-            for row in (header, ["-" * width for width in widths], *rows):
-                cells = [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]
-                self.line("  ".join(cells).rstrip())
+            for part in parts:
+                for row in (header, ["-" * width for width in widths], *rows):
+                    cells = (f"{row[i]:>{widths[i]}}" if i else f"{row[0]:<{widths[0]}}" for i in part)
+                    self.line("  ".join(cells).rstrip())
             return
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for i, row in enumerate(rows):
-            table.add_row(*(row if heat is None else map(_warm, row, heat[i])))
-        self._console.print(table)
+        for part in parts:
+            table = Table(title=title if part is parts[0] else None, title_justify="left")
+            for i in part:
+                table.add_column(header[i], justify="right" if i else "left", overflow="fold")
+            for number, row in enumerate(rows):
+                table.add_row(*(row[i] if heat is None else _warm(row[i], heat[number][i]) for i in part))
+            self._console.print(table)
+
+    @property
+    def _gap(self) -> int:
+        """What a column takes beside its text."""
+        return 2 if self._console is None else 3  # spaces; a line between two of them
+
+    @property
+    def _width(self) -> int | None:
+        """What fits into a line; None: everything, since programs and pagers read whole lines."""
+        if self._console is not None:
+            return self._console.width - 1  # the last line
+        return shutil.get_terminal_size().columns + self._gap if self.stream.isatty() else None
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:
@@ -99,6 +116,27 @@ class Screen:
                 self.line(f"{title}: {so_far * 100 // total:3d} % {text}")
 
         return advance
+
+
+def _num_keys(rows: Sequence[Sequence[str]]) -> int:
+    """Return how many columns, from the left, it takes to tell the rows apart; one if they cannot be."""
+    columns = len(rows[0]) if rows else 1
+    return next((n for n in range(1, columns) if len({tuple(row[:n]) for row in rows}) == len(rows)), 1)
+
+
+def _parts(widths: Sequence[int], num_keys: int, width: int | None) -> list[list[int]]:
+    """Return the columns of each part of a table; a column that does not fit at all gets a part of its own."""
+    if width is None or sum(widths) <= width:
+        return [list(range(len(widths)))]
+    while num_keys > 1 and 3 * sum(widths[:num_keys]) > 2 * width:
+        num_keys -= 1
+    keys = list(range(num_keys))
+    parts = [[*keys]]
+    for i in range(num_keys, len(widths)):
+        if len(parts[-1]) > num_keys and sum(widths[j] for j in (*parts[-1], i)) > width:
+            parts.append([*keys])
+        parts[-1].append(i)
+    return parts
 
 
 def _warm(text: str, heat: float) -> Text:

@@ -9,7 +9,19 @@ from typing import Any
 from tokenferry.bench.core.session import Label, Result, Times
 from tokenferry.bench.core.summary import Summary
 
-BASELINE_HEADER = ("call", "mode", "median us", "p05", "p95", "gloo us", "p05", "p95", "ratio", "MB/rank", "GB/s")
+BASELINE_HEADER = (
+    "call",
+    "mode",
+    "median us",
+    "p05",
+    "p95",
+    "gloo us",
+    "gloo p05",
+    "gloo p95",
+    "ratio",
+    "MB/rank",
+    "GB/s",
+)
 HEADER = (
     *("library", "call", "rows", "T", "SMs", "isolated us", "p05", "p95", "launch", "back to back us"),
     *("MB out", "GB/s", "of limit"),
