@@ -237,6 +237,32 @@ def test_a_disk_that_is_full():
     assert done.returncode == 1
 
 
+def test_ctrl_c_ends_a_command_and_its_ranks_quietly():
+    words = [sys.executable, "-m", "tokenferry", "bench", "--ranks", "2", "--tokens", "8", "--hidden", "64"]
+    program = subprocess.Popen(
+        [*words, "--iterations", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert any("checking every answer" in line for line in program.stdout), "the ranks run from here on"
+    os.killpg(program.pid, signal.SIGINT)  # a terminal sends it to all processes
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert err == "tokenferry bench: interrupted\n"
+    assert "Traceback" not in out
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parser, "load", interrupted)
+    assert main.main(["bench", "--quick"]) == 130
+    assert capsys.readouterr().err == "tokenferry: interrupted\n"
+
+
 def test_sigterm_ends_a_command_as_an_exception_does(monkeypatch):
     """The handler is there while a command runs only."""
     before = signal.getsignal(signal.SIGTERM)

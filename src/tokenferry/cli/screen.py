@@ -64,6 +64,8 @@ class Screen:
         if self._console is None:
             self.line(title)
             for part in parts:
+                if part is not parts[0]:
+                    self.line()
                 for row in (header, ["-" * width for width in widths], *rows):
                     cells = (f"{row[i]:>{widths[i]}}" if i else f"{row[0]:<{widths[0]}}" for i in part)
                     self.line("  ".join(cells).rstrip())
