@@ -25,8 +25,8 @@ decoding (decode_dispatch, decode_combine).
 
 This is a model, not a measurement: docs/cost-model.md has its formulas, its assumptions and how far it was compared.
 """
-ROWS = ("family", "T=M", "network out", "in", "NVLink out", "in", "received", "mean")
-BYTES = ("call", "row bytes", "network out", "in", "routing out", "NVLink out", "in")
+ROWS = ("family", "T=M", "network out", "network in", "NVLink out", "NVLink in", "received", "mean")
+BYTES = ("call", "row bytes", "network out", "network in", "routing out", "NVLink out", "NVLink in")
 TIMES = ("call", "routing", "network", "NVLink", "exposed", "fixed", "whole", "plan kept", "bound by")
 MEMORY = ("family", "network buffers", "rows of a dispatch", "worst case")
 
