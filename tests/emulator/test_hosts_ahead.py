@@ -17,8 +17,10 @@ import torch
 from support.emulated_group import TIMEOUT_S, SynchronousJit, SynchronousKernel, emulate
 from support.emulator import Emulator, Stream
 from tokenferry import MoeShape
+from tokenferry.backends.cuda import context
 from tokenferry.errors import RoutingError
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS
+from tokenferry.memory.empty import empty_on
 from tokenferry.memory.tensor import bytes_at
 from tokenferry.types import DispatchOptions, Routing
 
@@ -77,15 +79,19 @@ def run(monkeypatch, pytestconfig) -> Callable[..., list[Any]]:
 
     What calls make stays to the end: queued kernels use it, and no allocator here knows of streams.
     """
-    kept, empty = [], torch.empty
+    kept = []
 
-    def keep(*args: Any, **options: Any) -> torch.Tensor:
-        made = empty(*args, **options)
-        made.view(torch.uint8).fill_(POISON)
-        kept.append(made)
-        return made
+    def keeping(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def keep(*args: Any, **options: Any) -> torch.Tensor:
+            made = empty(*args, **options)
+            made.view(torch.uint8).fill_(POISON)
+            kept.append(made)
+            return made
 
-    monkeypatch.setattr(torch, "empty", keep)
+        return keep
+
+    monkeypatch.setattr(torch, "empty", keeping(torch.empty))
+    monkeypatch.setattr(context, "empty_on", lambda device: keeping(empty_on(device)))
     return emulate(pytestconfig, QueuedJit)
 
 
