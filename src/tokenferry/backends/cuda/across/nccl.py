@@ -194,12 +194,14 @@ class Communicator:
             if comm is None:
                 raise NcclError("the communicator was aborted")
             _check(nccl.ncclGroupStart(), "ncclGroupStart", comm)
-            result = _SUCCESS
+            failed = _SUCCESS
             for address, num_bytes, peer, is_sent in parts:
                 function = nccl.ncclSend if is_sent else nccl.ncclRecv
-                result = max(result, function(address, num_bytes, _UINT8, peer, comm, stream))
+                result = function(address, num_bytes, _UINT8, peer, comm, stream)
+                if result != _IN_PROGRESS:  # then the end of the group says how it went
+                    failed = failed or result
             ended = nccl.ncclGroupEnd()
-            self._settle(comm, result or ended, "an exchange", self._timeout_s)
+            self._settle(comm, failed or ended, "an exchange", self._timeout_s)
 
     def error(self) -> str:
         """Return what has gone wrong since, such as a connection that broke; empty: nothing, or a call is under way."""

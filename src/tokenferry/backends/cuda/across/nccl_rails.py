@@ -97,7 +97,6 @@ class NcclChannel:
 
     def __init__(self, communicator: Communicator, device: torch.device) -> None:
         self._communicator = communicator
-        self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._captured = False
         self.error, self.abort = communicator.error, communicator.abort
