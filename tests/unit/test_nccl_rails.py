@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenferry.backends.cuda.across.nccl import NcclError
-from tokenferry.backends.cuda.across.nccl_rails import Marks, NcclRails
+from tokenferry.backends.cuda.across.nccl_rails import Marks, NcclRails, connect
 from tokenferry.backends.cuda.setup import find_topology
 from tokenferry.errors import ConfigError, PeerTimeout
 from tokenferry.topology import Topology, consecutive
@@ -92,15 +92,6 @@ def test_an_exchange_is_waited_for():
     rails.close()
     assert not channel.aborted.is_set()
     assert channel.closed == 1
-
-
-def test_nothing_to_exchange():
-    rails, channel = make(SOON_S)
-    transfer = rails.exchange(CALL, {}, {})
-    transfer.wait()
-    transfer.join()
-    assert channel.exchanges == []
-    rails.close()
 
 
 def test_a_late_exchange_is_given_up_by_the_host_that_waits():
@@ -317,3 +308,55 @@ def test_nodes_of_hosts():
     assert nodes("aaab", 8) == ((0, 1, 2, 3),), "a group smaller than a node is one"
     with pytest.raises(ConfigError):
         nodes("aaab", 3)
+
+
+class Greeter:
+    """A channel whose ranks may never come."""
+
+    def __init__(self, come: threading.Event) -> None:
+        self.come, self.aborted = come, threading.Event()
+
+    def greet(self) -> None:
+        assert self.come.wait(20)
+        if self.aborted.is_set():
+            raise NcclError("aborted")
+
+    def abort(self) -> None:
+        self.aborted.set()
+        self.come.set()
+
+
+def test_connecting_has_a_deadline():
+    come = threading.Event()
+    channel = Greeter(come)
+    with pytest.raises(NcclError, match="did not end within"):
+        connect(lambda: channel, 0.05)
+    assert channel.aborted.is_set(), "the thread waits for ever"
+
+
+def test_what_connects_too_late_is_given_up():
+    come = threading.Event()
+    channel = Greeter(threading.Event())
+    channel.come.set()
+
+    def make() -> Greeter:
+        assert come.wait(20)
+        return channel
+
+    with pytest.raises(NcclError, match="did not end within"):
+        connect(make, 0.05)
+    assert not channel.aborted.is_set()
+    come.set()
+    assert channel.aborted.wait(20), "the other ranks would wait for this one in the first call"
+
+
+def test_a_failure_to_connect_is_raised():
+    channel = Greeter(threading.Event())
+    channel.aborted.set()
+    channel.come.set()
+    with pytest.raises(NcclError, match="aborted"):
+        connect(lambda: channel, 20.0)
+    channel = Greeter(threading.Event())
+    channel.come.set()
+    assert connect(lambda: channel, 20.0) is channel
+    assert not channel.aborted.is_set()

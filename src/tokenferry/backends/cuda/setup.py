@@ -16,7 +16,7 @@ from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across import nccl
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, new_unique_id
-from tokenferry.backends.cuda.across.nccl_rails import NcclChannel, NcclRails
+from tokenferry.backends.cuda.across.nccl_rails import NcclChannel, NcclRails, connect
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
@@ -183,16 +183,14 @@ def nccl_rails(table: Bootstrap, resolved: Resolved, topology: Topology, reports
     for handshake in handshakes:
         if handshake["why_not"]:
             raise NcclError(handshake["why_not"])
-    communicator = Communicator(
-        topology.node,
-        topology.num_nodes,
-        bytes.fromhex(handshakes[topology.rail[0]]["nccl"]),
-        max_ctas=NCCL_SMS,
-        timeout_s=resolved.timeout_s,
-    )
-    device = _device()
+    device, unique_id = _device(), bytes.fromhex(handshakes[topology.rail[0]]["nccl"])
     assert device is not None
-    channel = NcclChannel(communicator, device)
+
+    def make() -> NcclChannel:
+        torch.cuda.set_device(device)  # of the thread that connects
+        return NcclChannel(Communicator(topology.node, topology.num_nodes, unique_id, max_ctas=NCCL_SMS), device)
+
+    channel = connect(make, resolved.timeout_s)
     return NcclRails(channel, topology, resolved.timeout_s, reports=reports, enter_thread=_relax_captures)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
-from tokenferry.backends.cuda.across.rails import Parcels, Rails, Transfer
+from tokenferry.backends.cuda.across.rails import NoTransfer, Parcels, Rails, Transfer
 from tokenferry.backends.cuda.across.relay import Chunks, Relay
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import Record
@@ -80,6 +80,7 @@ class States(NamedTuple):
         return cls(states.data_ptr() + 8 * first, 1, first, chunks)
 
 
+_NOTHING = NoTransfer()
 _NO_STATES = States(0, 0, 0, 1)
 
 
@@ -164,6 +165,8 @@ class Crossing:
 
     def exchange(self, call: Call, send: Parcels, recv: Parcels) -> Transfer:
         """Begin an exchange, behind the work of the current stream."""
+        if not send and not recv:
+            return _NOTHING
         return self.rails.exchange(CallId(call.number, f"{call.signature.phase} (between nodes)"), send, recv)
 
     def join(self, call: Call, transfer: Transfer, since: Tensor) -> int:

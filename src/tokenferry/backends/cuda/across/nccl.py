@@ -11,7 +11,6 @@ import ctypes
 import functools
 import importlib.util
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +22,8 @@ _UINT8 = 1
 _UNDEFINED = -(2**31)
 _MAGIC = 0xCAFEBEEF
 _LEAST_VERSION = 21800
-"""2.18: the first with communicators whose calls return before they have ended, as deadlines need them."""
+"""2.18: the first whose communicators can be kept from occupying more than so many SMs."""
 _SONAME = "libnccl.so.2"
-_POLL_S = 0.0002
-_FINISH_S = 5.0
-"""Most seconds to wait until what was sent has left."""
 _LOCK_S = 1.0
 """Most seconds for which a communicator is not aborted because a call of NCCL has not returned."""
 
@@ -127,7 +123,7 @@ def new_unique_id() -> bytes:
         NcclError: such as for want of a network interface.
     """
     unique_id = _UniqueId()
-    _check(library().ncclGetUniqueId(ctypes.byref(unique_id)), "ncclGetUniqueId", None)
+    _check(library().ncclGetUniqueId(ctypes.byref(unique_id)), "ncclGetUniqueId")
     return bytes(unique_id)
 
 
@@ -148,124 +144,103 @@ class Part(NamedTuple):
 
 
 class Communicator:
-    """One rank's end of a communicator. Its calls return before they have ended; all waits are ours.
+    """One rank's end of a communicator.
 
-    Making one is collective, and blocks until all ranks have come.
+    Making one is collective, and blocks until all ranks have come, without a deadline; see `connect` of
+    `tokenferry.backends.cuda.across.nccl_rails`. Calls of NCCL that return before they have ended would have deadlines
+    of their own, but an exchange takes the host 55 us instead of 10: a thread is made for each.
 
     Args:
         rank: This rank, in the communicator.
         num_ranks: How many there are.
         unique_id: As `new_unique_id` returned it on one of them.
         max_ctas: Most SMs that an exchange occupies.
-        timeout_s: Seconds that connecting may take.
 
     Raises:
-        NcclError: it failed, or took too long.
+        NcclError: it failed.
     """
 
-    def __init__(self, rank: int, num_ranks: int, unique_id: bytes, *, max_ctas: int, timeout_s: float) -> None:
-        self._nccl = library()
-        self._timeout_s = timeout_s
+    def __init__(self, rank: int, num_ranks: int, unique_id: bytes, *, max_ctas: int) -> None:
+        self._nccl = nccl = library()
+        self.rank, self.num_ranks = rank, num_ranks
         self._lock = threading.Lock()
-        self._comm: int | None = None
         config = _Config(
-            ctypes.sizeof(_Config), _MAGIC, _LEAST_VERSION, 0, _UNDEFINED, _UNDEFINED, max_ctas, None, _UNDEFINED
+            ctypes.sizeof(_Config), _MAGIC, _LEAST_VERSION, 1, _UNDEFINED, _UNDEFINED, max_ctas, None, _UNDEFINED
         )
         comm = ctypes.c_void_p()
-        result = self._nccl.ncclCommInitRankConfig(
+        result = nccl.ncclCommInitRankConfig(
             ctypes.byref(comm), num_ranks, _UniqueId.from_buffer_copy(unique_id), rank, ctypes.byref(config)
         )
+        _check(result, "ncclCommInitRankConfig")
         self._comm = comm.value
-        try:
-            self._settle(self._comm, result, "ncclCommInitRankConfig", timeout_s)
-        except NcclError:
-            self.abort()
-            raise
 
     def exchange(self, parts: Sequence[Part], stream: int) -> None:
-        """Send and receive, on a stream.
+        """Send and receive, on a stream. Blocks the first time that a rank is among the peers, until it has come.
 
         Raises:
-            NcclError: the communicator has failed or was aborted, or peers did not connect in time.
+            NcclError: the communicator has failed or was aborted.
         """
         nccl = self._nccl
         with self._lock:
             comm = self._comm
             if comm is None:
                 raise NcclError("the communicator was aborted")
-            _check(nccl.ncclGroupStart(), "ncclGroupStart", comm)
+            _check(nccl.ncclGroupStart(), "ncclGroupStart")
             failed = _SUCCESS
             for address, num_bytes, peer, is_sent in parts:
                 function = nccl.ncclSend if is_sent else nccl.ncclRecv
-                result = function(address, num_bytes, _UINT8, peer, comm, stream)
-                if result != _IN_PROGRESS:  # then the end of the group says how it went
-                    failed = failed or result
-            ended = nccl.ncclGroupEnd()
-            self._settle(comm, failed or ended, "an exchange", self._timeout_s)
+                failed = function(address, num_bytes, _UINT8, peer, comm, stream) or failed
+            ended = nccl.ncclGroupEnd()  # in any case: else the group of this thread stays open
+            _check(failed or ended, "an exchange")
 
     def error(self) -> str:
         """Return what has gone wrong since, such as a connection that broke; empty: nothing, or a call is under way."""
-        if not self._lock.acquire(blocking=False):  # asking also ends calls of NCCL: one thread at a time may do so
+        if not self._lock.acquire(blocking=False):
             return ""
         try:
             comm, state = self._comm, ctypes.c_int()
             if comm is None:
                 return ""
             result = self._nccl.ncclCommGetAsyncError(comm, ctypes.byref(state)) or state.value
-            return "" if result in (_SUCCESS, _IN_PROGRESS) else _text(result, comm)
+            return "" if result in (_SUCCESS, _IN_PROGRESS) else _text(result)
         finally:
             self._lock.release()
 
     def abort(self) -> None:
-        """End what is under way, on the device as well. Idempotent."""
+        """End what is under way, on the device and in other threads. Idempotent."""
         comm = self._take()
         if comm is not None:
             self._nccl.ncclCommAbort(comm)
 
     def close(self) -> None:
-        """Wait until what was sent has left, and free the communicator. Idempotent; takes seconds at most.
+        """Wait until what was sent has left, and free the communicator. Idempotent.
 
         Not if a CUDA graph has captured an exchange: NCCL would wait for the end of the graph.
         """
         comm = self._take()
         if comm is None:
             return
-        try:
-            self._settle(comm, self._nccl.ncclCommFinalize(comm), "ncclCommFinalize", _FINISH_S)
-        except NcclError:
-            self._nccl.ncclCommAbort(comm)
-        else:
+        if self._nccl.ncclCommFinalize(comm) == _SUCCESS:
             self._nccl.ncclCommDestroy(comm)
+        else:
+            self._nccl.ncclCommAbort(comm)
 
     def _take(self) -> int | None:
         """Return the communicator to the one who may end it; None: that was another."""
-        # A launch may block on a device that hangs, which only an abort can end.
+        # A call may block on a peer that does not come or a device that hangs, which only an abort can end.
         locked = self._lock.acquire(timeout=_LOCK_S)
         comm, self._comm = self._comm, None
         if locked:
             self._lock.release()
         return comm
 
-    def _settle(self, comm: int | None, result: int, what: str, timeout_s: float) -> None:
-        """Wait until a call has ended; raise if it has failed, or the communicator was aborted meanwhile."""
-        until, state, mine = time.monotonic() + timeout_s, ctypes.c_int(), self._comm
-        while result == _IN_PROGRESS:
-            if self._comm != mine:
-                raise NcclError(f"{what}: the communicator was aborted")
-            if time.monotonic() > until:
-                raise NcclError(f"{what} did not end within {timeout_s:.0f} s")
-            result = self._nccl.ncclCommGetAsyncError(comm, ctypes.byref(state)) or state.value
-            if result == _IN_PROGRESS:
-                time.sleep(_POLL_S)
-        _check(result, what, comm)
 
-
-def _check(result: int, what: str, comm: int | None) -> None:
+def _check(result: int, what: str) -> None:
     if result != _SUCCESS:
-        raise NcclError(f"{what}: {_text(result, comm)}")
+        raise NcclError(f"{what}: {_text(result)}")
 
 
-def _text(result: int, comm: int | None) -> str:
+def _text(result: int) -> str:
     nccl = library()
-    last = nccl.ncclGetLastError(comm).decode(errors="replace").strip()
+    last = nccl.ncclGetLastError(None).decode(errors="replace").strip()
     return f"{nccl.ncclGetErrorString(result).decode()}{f' ({last})' if last else ''}"

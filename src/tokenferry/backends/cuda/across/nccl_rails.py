@@ -31,15 +31,17 @@ from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.transports.failures import FailureReport, FailureReports
 
-_POLL_S = 0.002
+_POLL_S = 0.02
+"""How often the thread looks at exchanges. Most end before it does, and it takes time from the calls of its process."""
 _HOPELESS_S = 1.0
 """Seconds that exchanges have to end once a rank has failed, or ranks have made different calls, of different sizes."""
 _ASK_S = 1.0
 """How long an exchange lasts before the reports of other ranks are asked for, and between two such questions."""
 _REPLAYS_S = 0.5
 """How often to ask where replays of graphs are."""
-_SHORT_WAIT_S = 0.0002
+_SHORT_WAIT_S = 0.002
 """How long a wait on the host polls without sleeping."""
+_LONG_WAIT_POLL_S = 0.0001
 _MOST_TIMEOUTS = 4
 """After how many timeouts a wait on the host gives up by itself, in case the thread does not."""
 _CLOSE_S = 10.0
@@ -101,6 +103,18 @@ class NcclChannel:
         self._captured = False
         self.error, self.abort = communicator.error, communicator.abort
 
+    def greet(self) -> None:
+        """Exchange a byte with each other rank, for NCCL connects two ranks when they first do. Blocks."""
+        ranks = range(self._communicator.num_ranks)
+        words = torch.zeros(2, len(ranks), dtype=torch.uint8, device=self._stream.device)
+        others = [rank for rank in ranks if rank != self._communicator.rank]
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._communicator.exchange(
+            [Part(words[sent, rank].data_ptr(), 1, rank, bool(sent)) for rank in others for sent in (0, 1)],
+            self._stream.cuda_stream,
+        )
+        self._stream.synchronize()
+
     def start(self, send: Parcels, recv: Parcels) -> Marks:
         """See `Channel.start`."""
         parts = [
@@ -138,25 +152,25 @@ class NcclTransfer:
     Attributes:
         rails: Its rails.
         what: What it is.
-        marks: Where it lies; None: there is nothing to exchange.
-        tensors: Keeps what is sent and received.
+        marks: Where it lies.
+        tensors: Keeps what is sent and received, until the stream from whose memory it is waits for the exchange.
         since: When the device was first seen at it; 0: it is not.
     """
 
     rails: NcclRails
     what: _Exchange
-    marks: Marks | None
+    marks: Marks
     tensors: list[Tensor]
     since: float = field(default=0.0)
 
     @property
     def has_ended(self) -> bool:
         """Whether everything has come and gone, or was aborted."""
-        return self.marks is None or self.marks.ended()
+        return self.marks.ended()
 
     def has_begun(self, now: float) -> bool:
         """Return whether the device is at it, and remember since when."""
-        if self.marks is None or self.marks.ended() or not self.marks.begun():
+        if self.marks.ended() or not self.marks.begun():
             self.since = 0.0
         elif not self.since:
             self.since = now
@@ -164,8 +178,8 @@ class NcclTransfer:
 
     def join(self) -> None:
         """See `Transfer.join`."""
-        if self.marks is not None:
-            self.marks.join()
+        self.marks.join()
+        self.tensors.clear()
 
     def wait(self) -> None:
         """See `Transfer.wait`."""
@@ -177,7 +191,7 @@ class NcclTransfer:
             if waited_s < _SHORT_WAIT_S:
                 nothing.poll(0)  # releases the GIL for an instant, where the shortest sleep takes 50 us
             elif waited_s < self.rails.longest_wait_s:
-                time.sleep(_POLL_S / 20)
+                time.sleep(_LONG_WAIT_POLL_S)
             else:
                 self.rails.give_up(self.what, waited_s, _LATE)
         self.rails.raise_lost()  # an aborted exchange has ended, too
@@ -219,6 +233,7 @@ class NcclRails:
     ) -> None:
         self._channel = channel
         self._topology = topology
+        self._rail = topology.rail
         self._timeout_s = timeout_s
         self.reports = reports
         self.lost: PeerTimeout | None = None
@@ -246,22 +261,19 @@ class NcclRails:
             PeerTimeout: the connection to a rank has failed.
         """
         tensors = [tensor for parcels in (recv, send) for each in parcels.values() for tensor in each]
-        peers = tuple(sorted({self._topology.rail[node] for node in (*send, *recv)}))
-        what = _Exchange(call, peers)
-        marks, start = None, time.monotonic()
-        if tensors:
-            self._latest = what
-            try:
-                marks = self._channel.start(send, recv)
-            except NcclError as error:
-                self.give_up(what, time.monotonic() - start, f"{_FAILED}: {error}")
-                self.raise_lost()
+        rail, start = self._rail, time.monotonic()
+        what = self._latest = _Exchange(call, tuple(sorted({rail[node] for node in (*send, *recv)})))
+        try:
+            marks = self._channel.start(send, recv)
+        except NcclError as error:
+            raise self.give_up(what, time.monotonic() - start, f"{_FAILED}: {error}") from error
         transfer = NcclTransfer(self, what, marks, tensors)
-        if marks is not None and marks.captured:  # the memory is the graph's
+        if marks.captured:  # the memory is the graph's
             self._in_graphs.append(NcclTransfer(self, what, marks, []))
-        elif marks is not None:
+        else:
             self._under_way.append(transfer)
-            self._more.set()
+            if not self._more.is_set():
+                self._more.set()
         return transfer
 
     def end_soon_if(self, mismatched: Callable[[], bool]) -> None:
@@ -337,8 +349,8 @@ class NcclRails:
         """Whether nothing is to be looked after any more."""
         return self._closed
 
-    def give_up(self, exchange: _Exchange, waited_s: float, why: str) -> None:
-        """End all exchanges, for the sake of one of them. From now on `raise_lost` raises the error."""
+    def give_up(self, exchange: _Exchange, waited_s: float, why: str) -> PeerTimeout:
+        """End all exchanges, for the sake of one of them; return the error, which `raise_lost` raises from now on."""
         lost = peer_timeout(exchange.call, self._topology.rank, exchange.peers, why, waited_s, "")
         lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in exchange.peers}))
         self.lost = lost
@@ -346,6 +358,7 @@ class NcclRails:
             self.reports.post(FailureReport.of(lost))
         self._channel.abort()
         self._under_way.clear()  # not before: NCCL may still write into their tensors
+        return lost
 
     def _others_failed(self, transfer: NcclTransfer, now: float) -> bool:
         """Return whether a rank has reported that it has failed, as far as this was asked."""
@@ -355,6 +368,47 @@ class NcclRails:
         # A store that does not answer may hold each question for minutes: it is not asked again.
         self._asked = math.inf if come is None else now
         return bool(come)
+
+
+def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:
+    """Return a channel whose ranks are connected to each other. Collective.
+
+    NCCL gives no deadline for this, so a thread does it. One that is late may stay in NCCL until the process ends, or
+    the other ranks come.
+
+    Args:
+        make: Returns the channel; may block.
+        timeout_s: Seconds that all may take.
+
+    Raises:
+        NcclError: it failed, or took too long.
+    """
+    made: list[NcclChannel] = []
+    failures: list[Exception] = []
+    late = threading.Event()
+
+    def run() -> None:
+        try:
+            made.append(make())
+            made[0].greet()
+        except Exception as error:  # noqa: BLE001 - raised below
+            failures.append(error)
+        if made and late.is_set():
+            made[0].abort()
+
+    thread = threading.Thread(target=run, name="tokenferry-connect", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        late.set()
+        for channel in made:
+            channel.abort()
+        raise NcclError(f"connecting the ranks of a rail did not end within {timeout_s:.0f} s")
+    for failure in failures:
+        for channel in made:
+            channel.abort()
+        raise failure
+    return made[0]
 
 
 def _never() -> bool:
@@ -370,8 +424,9 @@ def _look_after(
     found = rails()
     while found is not None and not found.closed:
         del found
-        more.wait(1.0)
-        more.clear()
+        if more.wait(1.0):
+            time.sleep(_POLL_S)
+        more.clear()  # before it looks: an exchange that begins now is seen now, or sets it again
         found = rails()
         try:
             while found is not None and not found.closed and found.check():

@@ -31,6 +31,16 @@ class Transfer(Protocol):
         ...
 
 
+class NoTransfer:
+    """An exchange of nothing; see `Transfer`."""
+
+    def join(self) -> None:
+        """See `Transfer.join`."""
+
+    def wait(self) -> None:
+        """See `Transfer.wait`."""
+
+
 class Rails(Protocol):
     """Exchanges with the ranks across from this one. They are made in the same order by all ranks of a rail.
 
@@ -50,7 +60,7 @@ class Rails(Protocol):
         Args:
             call: The call that it belongs to, for error messages.
             send: What to send.
-            recv: Where to receive.
+            recv: Where to receive. One of them is not empty.
         """
         ...
 
