@@ -14,7 +14,7 @@ from support import decode_jobs, deep_ep_decode_jobs
 from support.ambient import STATES
 from support.decoding import Step, check_combined, check_received
 from support.emulated_group import EmulatedPair
-from support.emulated_rails import QueueRails, QueueTransfer
+from support.emulated_rails import QueueRails, QueueTransfer, elsewhere
 from support.emulator import Emulator
 from support.throughput import check_round_trip
 from tokenferry import (
@@ -457,11 +457,11 @@ def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -
         rails, made = group._backend._rails, []
         group.decode_dispatch(*INPUTS)
 
-        def exchange(call: CallId, send: Parcels, recv: Parcels) -> Transfer:
+        def exchange(call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
             made.append(call)
             if len(made) == number:
-                recv = {node: [torch.empty_like(each) for each in tensors] for node, tensors in recv.items()}
-            return QueueRails.exchange(rails, call, send, recv)
+                recv, kept = elsewhere(recv)
+            return QueueRails.exchange(rails, call, send, recv, kept)
 
         def calls() -> None:
             plan = group.decode_dispatch(*INPUTS).plan

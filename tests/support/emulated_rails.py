@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import queue
 import threading
@@ -12,10 +13,10 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from tokenferry.backends.cuda.across.rails import Parcels, Transfer
+from tokenferry.backends.cuda.across.rails import Parcel, Parcels, Transfer
 from tokenferry.errors import PeerTimeout
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId, peer_timeout
@@ -37,11 +38,17 @@ class Boxes:
         store = dist.HashStore()
         self.group: Any = SimpleNamespace(get_group_store=lambda: store)
         self._lock = threading.Lock()
-        self._queues: dict[tuple[int, int], queue.SimpleQueue[list[Tensor]]] = defaultdict(queue.SimpleQueue)
+        self._queues: dict[tuple[int, int], queue.SimpleQueue[list[bytes]]] = defaultdict(queue.SimpleQueue)
 
-    def __getitem__(self, ends: tuple[int, int]) -> queue.SimpleQueue[list[Tensor]]:
+    def __getitem__(self, ends: tuple[int, int]) -> queue.SimpleQueue[list[bytes]]:
         with self._lock:
             return self._queues[ends]
+
+
+def elsewhere(parcels: Parcels) -> tuple[Parcels, object]:
+    """Return parcels of the same sizes in other memory, and this."""
+    kept = {n: [torch.empty(p.num_bytes, dtype=torch.uint8, device="cpu") for p in ps] for n, ps in parcels.items()}
+    return {n: [Parcel.of(tensor) for tensor in tensors] for n, tensors in kept.items()}, kept
 
 
 class QueueRails:
@@ -60,28 +67,28 @@ class QueueRails:
         self.num_bytes = 0
         self.lost: PeerTimeout | None = None
 
-    def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
-        for node, tensors in send.items():
-            assert all(tensor.is_contiguous() and tensor.numel() for tensor in tensors)
-            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            self._boxes[self._rank, self._rail[node]].put([tensor.clone() for tensor in tensors])
-        return QueueTransfer(lambda: self._receive(call, recv), self.raise_lost)
+    def exchange(self, call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
+        for node, parcels in send.items():
+            assert all(parcel.num_bytes for parcel in parcels)
+            self.num_bytes += sum(parcel.num_bytes for parcel in parcels)
+            self._boxes[self._rank, self._rail[node]].put([ctypes.string_at(*parcel) for parcel in parcels])
+        return QueueTransfer(lambda: self._receive(call, recv, kept), self.raise_lost)
 
-    def _receive(self, call: CallId, recv: Parcels) -> None:
-        for node, tensors in recv.items():
+    def _receive(self, call: CallId, recv: Parcels, _kept: object) -> None:
+        for node, parcels in recv.items():
             peer = self._rail[node]
             start = time.monotonic()
             came = self._take(self._boxes[peer, self._rank])
             if came is None:
                 raise peer_timeout(call, self._rank, [peer], "nothing came", time.monotonic() - start, "")
-            for tensor, there in itertools.zip_longest(tensors, came[: len(tensors)]):
-                if there is None or (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
+            for parcel, there in itertools.zip_longest(parcels, came[: len(parcels)]):
+                if there is None or len(there) != parcel.num_bytes:
                     # NCCL does not compare sizes, and may wait until the deadline. The exchange is given up, and ends.
                     self.lost = peer_timeout(call, self._rank, [peer], "other sizes came", 0.0, "")
                     break
-                tensor.copy_(there)
+                ctypes.memmove(parcel.address, there, parcel.num_bytes)
 
-    def _take(self, box: queue.SimpleQueue[list[Tensor]]) -> list[Tensor] | None:
+    def _take(self, box: queue.SimpleQueue[list[bytes]]) -> list[bytes] | None:
         start = time.monotonic()
         while time.monotonic() < start + self._timeout_s and not self._mismatched():
             with suppress(queue.Empty):

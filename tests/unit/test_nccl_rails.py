@@ -9,6 +9,7 @@ import torch
 
 from tokenferry.backends.cuda.across.nccl import NcclError
 from tokenferry.backends.cuda.across.nccl_rails import Marks, NcclRails, connect
+from tokenferry.backends.cuda.across.rails import Parcel
 from tokenferry.backends.cuda.setup import find_topology
 from tokenferry.errors import ConfigError, PeerTimeout
 from tokenferry.topology import Topology, consecutive
@@ -77,8 +78,9 @@ def make(timeout_s: float, **options) -> tuple[NcclRails, StandIn]:
 
 
 def begin(rails: NcclRails, *nodes: int):
-    send = {node: [torch.zeros(3)] for node in nodes}
-    return rails.exchange(CALL, send, {node: [torch.zeros(3)] for node in nodes})
+    kept = [torch.zeros(2, 3) for _ in nodes]
+    send, recv = ({node: [Parcel.of(two[i])] for node, two in zip(nodes, kept, strict=True)} for i in range(2))
+    return rails.exchange(CALL, send, recv, kept)
 
 
 def test_an_exchange_is_waited_for():

@@ -43,19 +43,33 @@ class Sms:
     local: int
 
 
+class Scales(NamedTuple):
+    """Scales that nobody has a tensor of.
+
+    Attributes:
+        address: Where they begin.
+        row_stride: Scales between those of one row and of the next.
+        stride: Scales between two of a row.
+    """
+
+    address: int
+    row_stride: int
+    stride: int
+
+
 class Payload(NamedTuple):
     """What a call sends.
 
     Attributes:
         rows: Address of the rows, ``[T, H]``, a multiple of 16.
-        scale: ``[T, S]``, or None.
+        scale: The scales, ``[T, S]``, or None.
         weights: Address of the weights, ``[T, K]``, or 0.
         topk_idx: Address of ``topk_idx``, ``[T, K]``; 0 along an existing plan.
         tokens: Address of the number of each token on its source, ``[T]`` int32; 0: they are tokens of this rank.
     """
 
     rows: int
-    scale: Tensor | None
+    scale: Tensor | Scales | None
     weights: int
     topk_idx: int
     tokens: int = 0
@@ -257,7 +271,11 @@ def fuse(
 def scale_of(payload: Payload) -> tuple[int, int, int]:
     """Return the address of the scales, and their strides."""
     scale = payload.scale
-    if scale is None or not scale.shape[1]:
+    if scale is None:
+        return 0, 0, 0
+    if isinstance(scale, Scales):
+        return scale
+    if not scale.shape[1]:
         return 0, 0, 0
     row_stride, stride = scale.stride()
     return scale.data_ptr(), row_stride, stride

@@ -11,6 +11,7 @@ from tokenferry.backends.base import CombineRequest
 from tokenferry.backends.cuda.across.crossing import Crossing, States, Sums
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
+from tokenferry.backends.cuda.across.rails import Parcel, Rows
 from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
@@ -60,19 +61,23 @@ class AcrossCombiner:
             home, transfers = Combined(parts, parts_weights), []
             chunks = self._crossing.chunks(parts.shape[1] * parts.element_size())
             used = chunks.used(relay.most)
-            states = self._crossing.new_states(relay.went, chunks)
-            no_counts = self._crossing.no_counts(plan)
-            at = at._replace(no_counts=no_counts.data_ptr())
-            for to, source in self._crossing.steps():
-                gone, come = chunks.split(relay.came[to]), chunks.split(relay.went[source])
-                for i, (go, comes) in enumerate(zip(gone, come, strict=True)):
+            states = self._crossing.new_states(call, relay.went, chunks)
+            no_counts = self._crossing.no_counts(plan) if used > 1 else None
+            at = at._replace(no_counts=address(no_counts))
+            into = [Rows.of(each) for each in _present(home)]
+            for to, source in self._crossing.steps:
+                came, went = relay.came[to], relay.went[source]
+                for i in range(max(used, chunks.count(came), chunks.count(went))):
+                    go, comes = chunks.chunk(came, i), chunks.chunk(went, i)
                     done: list[Tensor] = []
                     if i < used:  # else no rank of this node has tokens in it
-                        plan_at = at.segment(to) if chunks.num == 1 else at.chunk(to, go)
+                        plan_at = at.segment(to) if used == 1 else at.chunk(to, go)
                         done = _present(self._inside.send(form, call, rows, plan_at, weights, (), None))
-                    send = Sums(to, go.num, done)
-                    recv = Sums(source, comes.num, [comes.of(relay.part_out(each, source)) for each in _present(home)])
-                    transfers.append(self._crossing.sums(call, send, recv, states[source, i]))
+                    send = Sums(to, go.num, [Parcel.of(each) for each in done])
+                    first = relay.first_out[source] + comes.first
+                    recv = Sums(source, comes.num, [each.part(first, comes.num) for each in into])
+                    state = States.of_chunk(states, source, i)
+                    transfers.append(self._crossing.sums(call, send, recv, state, done, parts, parts_weights, states))
             own = self._inside.send(form, call, rows, at.segment(relay.node), weights, (), None)
             self._crossing.confirm(call, opening, at.whole.src_counts)
             for transfer in transfers:

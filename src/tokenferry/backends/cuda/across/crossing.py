@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
-from tokenferry.backends.cuda.across.rails import NoTransfer, Parcels, Rails, Transfer
+from tokenferry.backends.cuda.across.rails import NoTransfer, Parcel, Parcels, Rails, Rows, Transfer
 from tokenferry.backends.cuda.across.relay import Chunks, Relay
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import Record
 from tokenferry.backends.cuda.launch import RowKind
@@ -77,9 +79,15 @@ class States(NamedTuple):
         """Return that of a chunk."""
         chunks = states.shape[1]
         first = node * chunks + chunk
-        return cls(states.data_ptr() + 8 * first, 1, first, chunks)
+        return cls(states.data_ptr() + _STATE_BYTES * first, 1, first, chunks)
+
+    def parcel(self) -> Parcel:
+        """Return their memory."""
+        return Parcel(self.address, self.num * _STATE_BYTES)
 
 
+_MAX_PATTERNS = 256
+_STATE_BYTES = 8
 _NOTHING = NoTransfer()
 _NO_STATES = States(0, 0, 0, 1)
 
@@ -90,41 +98,50 @@ class Sums(NamedTuple):
     Attributes:
         node: The node.
         num_tokens: How many there are.
-        tensors: Sums of rows, and of weights if there are any.
+        parcels: Sums of rows, and of weights if there are any.
     """
 
     node: int
     num_tokens: int
-    tensors: list[Tensor]
+    parcels: list[Parcel]
 
 
-class RowTensors(NamedTuple):
-    """Rows that cross, and what travels with them; scales and weights lie side by side.
+class RowMemory(NamedTuple):
+    """Rows that cross, and what travels with them.
 
     Attributes:
-        rows: ``[n, row_bytes]`` uint8.
-        scale: ``[n, S]``, or None.
-        weights: ``[n, K]`` float32, or None.
+        memory: Keeps them.
+        rows: The rows.
+        scale: The scales of each row, side by side, or None.
+        scales: How many these are.
+        weights: The weights of each row, float32, or None.
     """
 
-    rows: Tensor
-    scale: Tensor | None
-    weights: Tensor | None
+    memory: Tensor
+    rows: Rows
+    scale: Rows | None
+    scales: int
+    weights: Rows | None
 
-    def present(self) -> list[Tensor]:
-        """Return those that are not None."""
-        return [tensor for tensor in self if tensor is not None]
+    @classmethod
+    def empty(cls, context: Context, kind: RowKind, num_rows: int) -> RowMemory:
+        """Return undefined rows."""
+        row_bytes, scale_bytes = kind.row_bytes, 0 if kind.scale_dtype is None else kind.scale_bytes
+        weight_bytes = 4 * kind.top_k if kind.weighted else 0
+        scale_at, weights_at, end = section_ends(num_rows * row_bytes, num_rows * scale_bytes, num_rows * weight_bytes)
+        memory = context.empty((end,), (1,), torch.uint8)
+        at = memory.data_ptr()
+        return cls(
+            memory,
+            Rows(at, row_bytes),
+            Rows(at + scale_at, scale_bytes) if scale_bytes else None,
+            kind.scale_columns,
+            Rows(at + weights_at, weight_bytes) if weight_bytes else None,
+        )
 
-
-def empty_rows(kind: RowKind, num_rows: int, device: torch.device) -> RowTensors:
-    """Return undefined rows."""
-    rows = torch.empty(num_rows, kind.row_bytes, dtype=torch.uint8, device=device)
-    scale = weights = None
-    if kind.scale_bytes and kind.scale_dtype is not None:
-        scale = torch.empty(num_rows, kind.scale_columns, dtype=kind.scale_dtype, device=device)
-    if kind.weighted:
-        weights = torch.empty(num_rows, kind.top_k, dtype=torch.float32, device=device)
-    return RowTensors(rows, scale, weights)
+    def present(self) -> list[Rows]:
+        """Return what there is of the three."""
+        return [rows for rows in (self.rows, self.scale, self.weights) if rows is not None]
 
 
 class Crossing:
@@ -135,6 +152,13 @@ class Crossing:
         topology: The nodes.
         rails: What carries the exchanges.
         max_tokens: M of the group.
+
+    Attributes:
+        state: What ranks tell with their rows: whether these are valid.
+        own_state: Its memory.
+        others: The other nodes.
+        steps: The steps of exchanges with one node after the other.
+        rails: As given.
     """
 
     def __init__(self, context: Context, topology: Topology, rails: Rails, max_tokens: int) -> None:
@@ -150,7 +174,11 @@ class Crossing:
         self._check = check_template(context, topology)
         self._clock = clock_template(context)
         self.others = [node for node in range(topology.num_nodes) if node != topology.node]
+        self.steps = _steps(topology.node, topology.num_nodes)
         self.rails = rails
+        self.own_state = Parcel.of(self.state)
+        self._chunks: BoundedDict[int, Chunks] = BoundedDict(_MAX_PATTERNS)
+        self._patterns: BoundedDict[tuple[int, ...], Tensor] = BoundedDict(_MAX_PATTERNS)
 
     def begin(self, signature: Signature, wait_ns: int = 0) -> Call:
         """Begin a call, as `Context.begin`.
@@ -163,36 +191,43 @@ class Crossing:
             self.rails.raise_lost()
         return call
 
-    def exchange(self, call: Call, send: Parcels, recv: Parcels) -> Transfer:
-        """Begin an exchange, behind the work of the current stream."""
+    def exchange(self, call: Call, send: Parcels, recv: Parcels, *kept: object) -> Transfer:
+        """Begin an exchange, behind the work of the current stream; see `Rails.exchange`."""
         if not send and not recv:
             return _NOTHING
-        return self.rails.exchange(CallId(call.number, f"{call.signature.phase} (between nodes)"), send, recv)
+        return self.rails.exchange(CallId(call.number, f"{call.signature.phase} (between nodes)"), send, recv, kept)
 
-    def join(self, call: Call, transfer: Transfer, since: Tensor) -> int:
-        """Let the stream wait for an exchange; ``since``: ``[1]`` int64, for when it began to, if somebody counts.
+    def join(self, call: Call, transfer: Transfer, since: int) -> int:
+        """Let the stream wait for an exchange; ``since``: address of an int64 for when it began, if somebody counts.
 
         Returns:
-            int: the address of ``since`` in that case, else 0.
+            int: ``since`` in that case, else 0.
         """
         if call.wait_ns:
-            self._clock.pack(0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, since.data_ptr())
+            self._clock.pack(0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, since)
             self._clock.launch(1, call.stream)
         transfer.join()
-        return since.data_ptr() if call.wait_ns else 0
+        return since if call.wait_ns else 0
 
-    def open(self, call: Call, headers: Tensor, goes: int = 0, comes: int = 0) -> Opening:
+    def open(self, call: Call, headers: Rows, kept: Tensor, goes: int = 0, comes: int = 0) -> Opening:
         """Exchange what ranks say about a call: first in every call and of one size, so that different calls meet here.
 
         Args:
             call: The call.
             headers: ``[N, RAIL_WORDS]`` int32: what to say to each node.
+            kept: Keeps them.
             goes: See `Opening`.
             comes: See `Opening`.
         """
-        came = torch.zeros_like(headers)
-        send = {node: [headers[node]] for node in self.others}
-        transfer = self.exchange(call, send, {node: [came[node]] for node in self.others})
+        came = torch.zeros(self._num_nodes, RAIL_WORDS, dtype=torch.int32, device=self._context.device)
+        into = Rows.of(came)
+        transfer = self.exchange(
+            call,
+            {node: (headers.part(node, 1),) for node in self.others},
+            {node: (into.part(node, 1),) for node in self.others},
+            came,
+            kept,
+        )
         return Opening(came, goes, comes, transfer)
 
     def open_along(self, call: Call, goes: int, comes: int) -> Opening:
@@ -203,12 +238,12 @@ class Crossing:
             goes: Address of ``[N]`` int32: rows for each node; 0: none.
             comes: The same of rows from there.
         """
-        headers = torch.empty(self._num_nodes, RAIL_WORDS, dtype=torch.int32, device=self._context.device)
+        headers = self._context.empty((self._num_nodes, RAIL_WORDS), (RAIL_WORDS, 1), torch.int32)
         self._open.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, headers.data_ptr(), goes, comes
         )
         self._open.launch(1, call.stream)
-        return self.open(call, headers, goes, comes)
+        return self.open(call, Rows.of(headers), headers, goes, comes)
 
     def counts(self, call: Call, opening: Opening, num_tokens: int) -> tuple[int, ...]:
         """Return, by node, how many tokens come from the rank across there; of the own node all T.
@@ -234,38 +269,48 @@ class Crossing:
             PeerTimeout: a rank across from this one did not answer in time.
         """
         words = torch.full((len(self._rail), 1), most, dtype=torch.int32, device=self._context.device)
-        send = {node: [words[self._node]] for node in self.others}
-        self.exchange(call, send, {node: [words[node]] for node in self.others}).wait()
+        rows = Rows.of(words)
+        send = {node: [rows.part(self._node, 1)] for node in self.others}
+        self.exchange(call, send, {node: [rows.part(node, 1)] for node in self.others}, words).wait()
         verdicts: list[int] = words[:, 0].tolist()
         return verdicts
 
-    def routing(self, call: Call, relay: Relay, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Transfer:
-        """Exchange the tensors about tokens, with all nodes at once.
+    def routing(self, call: Call, relay: Relay, send: Sequence[Rows], recv: Sequence[Rows], kept: Tensor) -> Transfer:
+        """Exchange what tokens carry, with all nodes at once.
 
         Args:
             call: The call.
             relay: How many tokens cross.
-            send: Tensors about tokens for all other nodes.
-            recv: First the routing of all segments, then tensors about tokens from all other nodes.
+            send: Rows about tokens for all other nodes.
+            recv: First the routing of all segments, then rows about tokens from all other nodes.
+            kept: Keeps them.
         """
         ids, *rest = recv
-        segments = ids.view(relay.num_nodes, relay.segment, -1)
+        went, came, segment = relay.went, relay.came, relay.segment
         return self.exchange(
             call,
-            {node: [relay.part_out(each, node) for each in send] for node in self.others if relay.went[node]},
             {
-                node: [segments[node, : relay.came[node]], *(relay.part_in(each, node) for each in rest)]
+                node: [rows.part(relay.first_out[node], went[node]) for rows in send]
                 for node in self.others
-                if relay.came[node]
+                if went[node]
             },
+            {
+                node: [
+                    ids.part(node * segment, came[node]),
+                    *(rows.part(relay.first_in[node], came[node]) for rows in rest),
+                ]
+                for node in self.others
+                if came[node]
+            },
+            kept,
         )
 
     def rows(
-        self, call: Call, relay: Relay, send: RowTensors, recv: RowTensors, states: Tensor
+        self, call: Call, relay: Relay, send: RowMemory, recv: RowMemory, states: Tensor
     ) -> dict[int, list[Transfer]]:
         """Exchange rows, with one node after the other; return the exchanges by the node from which rows come.
 
-        There is one for each chunk.
+        There is one for each chunk in which there are tokens.
 
         Args:
             call: The call.
@@ -275,50 +320,65 @@ class Crossing:
             states: As `new_states` returns them.
         """
         made: dict[int, list[Transfer]] = {}
-        chunks, out, into = self.chunks(send.rows.shape[1]), send.present(), recv.present()
-        for to, source in self.steps():
-            gone, come = chunks.split(relay.went[to]), chunks.split(relay.came[source])
-            parts_out = [relay.part_out(each, to) for each in out]
-            parts_in = [relay.part_in(each, source) for each in into]
-            made[source] = []
-            for chunk, (go, comes) in enumerate(zip(gone, come, strict=True)):
-                sent = {to: [*map(go.of, parts_out), self.state]} if go.num else {}
-                received = {source: [*map(comes.of, parts_in), states[source, chunk]]} if comes.num else {}
-                made[source].append(self.exchange(call, sent, received))
+        chunks, out, into = self.chunks(send.rows.row_bytes), send.present(), recv.present()
+        for to, source in self.steps:
+            went, came, transfers = relay.went[to], relay.came[source], []
+            first_out, first_in = relay.first_out[to], relay.first_in[source]
+            for i in range(max(chunks.count(went), chunks.count(came))):
+                (go, num_go), (come, num_come) = chunks.chunk(went, i), chunks.chunk(came, i)
+                sent: Parcels = {}
+                received: Parcels = {}
+                if num_go:
+                    sent = {to: [*[rows.part(first_out + go, num_go) for rows in out], self.own_state]}
+                if num_come:
+                    state = States.of_chunk(states, source, i).parcel()
+                    received = {source: [*[rows.part(first_in + come, num_come) for rows in into], state]}
+                transfers.append(self.exchange(call, sent, received, send.memory, recv.memory, states))
+            made[source] = transfers
         return made
 
-    def sums(self, call: Call, send: Sums, recv: Sums, state: Tensor) -> Transfer:
+    def sums(self, call: Call, send: Sums, recv: Sums, state: States, *kept: object) -> Transfer:
         """Exchange the sums of a chunk with two nodes: one to send to, and one to receive from, with its state."""
         return self.exchange(
             call,
-            {send.node: [*send.tensors, self.state]} if send.num_tokens else {},
-            {recv.node: [*recv.tensors, state]} if recv.num_tokens else {},
+            {send.node: [*send.parcels, self.own_state]} if send.num_tokens else {},
+            {recv.node: [*recv.parcels, state.parcel()]} if recv.num_tokens else {},
+            *kept,
         )
 
     def chunks(self, row_bytes: int) -> Chunks:
         """Return in which chunks rows cross."""
-        return Chunks.of(self._max_tokens, row_bytes)
+        found = self._chunks.get(row_bytes)
+        if found is None:
+            found = self._chunks[row_bytes] = Chunks.of(self._max_tokens, row_bytes)
+        return found
 
     def no_counts(self, plan: Plan) -> Tensor:
         """Return ``[R]`` int64: 0 for each rank, -1 if the plan was aborted; see `RelayAddresses`."""
         return plan.src_counts.clamp(max=0)
 
-    def new_states(self, comes: Sequence[int], chunks: Chunks) -> Tensor:
+    def new_states(self, call: Call, comes: Sequence[int], chunks: Chunks) -> Tensor:
         """Return ``[N, chunks, 2]`` int32, for the states of the ranks across from this one when they sent a chunk.
 
         An exchange that is given up ends as any other: `NOTHING_CAME` stays in its states, so that what it should have
         brought is not taken for good. Where there is nothing to come, states are 0.
 
         Args:
+            call: The call.
             comes: Rows from each node.
             chunks: In which chunks they come.
         """
+        used = (chunks.num, *(0 if node == self._node else chunks.count(num) for node, num in enumerate(comes)))
+        pattern = self._patterns.get(used)
+        if pattern is not None:
+            return pattern.clone()
         device = self._context.device
         states = torch.full((self._num_nodes, chunks.num, 2), -1, dtype=torch.int32, device=device)
-        for node, num in enumerate(comes):
-            used = 0 if node == self._node else sum(chunk.num > 0 for chunk in chunks.split(num))
-            if used < chunks.num:
-                states[node, used:].zero_()
+        for node, num in enumerate(used[1:]):
+            if num < chunks.num:
+                states[node, num:].zero_()
+        if not call.capturing:  # the memory would be the graph's
+            self._patterns[used] = states.clone()
         return states
 
     def confirm(self, call: Call, opening: Opening, counts: int) -> None:
@@ -350,14 +410,14 @@ class Crossing:
         )  # fmt: skip
         self._check.launch(1, call.stream)
 
-    def steps(self) -> list[Step]:
-        """Return, for each step, the node to send to and the one to receive from.
-
-        In each step every rank of a rail sends to one and receives from one, and no two to the same.
-        """
-        num_nodes = len(self._rail)
-        return [Step((self._node + step) % num_nodes, (self._node - step) % num_nodes) for step in range(1, num_nodes)]
-
     def _mismatch(self, call: Call, node: int, word: int, seen: int, expected: int) -> TokenferryError:
         record = Record(Fault.node_mismatch, call.number, 0, word, seen, expected, self._rail[node], 0)
         return self._context.flight_recorder.explain(record)
+
+
+def _steps(node: int, num_nodes: int) -> list[Step]:
+    """Return, for each step, the node to send to and the one to receive from.
+
+    In each step every rank of a rail sends to one and receives from one, and no two to the same.
+    """
+    return [Step((node + step) % num_nodes, (node - step) % num_nodes) for step in range(1, num_nodes)]

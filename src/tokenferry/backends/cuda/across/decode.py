@@ -85,7 +85,7 @@ class _RowsUnderWay:
         )
         return (
             self.plan._words, self.plan.topk_idx, self.x, data, scale, self.weights, self.weights_here, self.sent,
-            self.came, self.trace, self.words.all, self.stats.received, self.stats.wait_ns,
+            self.came, self.trace, self.words.memory, self.stats.received, self.stats.wait_ns,
         )  # fmt: skip
 
 
@@ -171,21 +171,27 @@ class AcrossDecoder(Decoder):
 
     def _send_across(self, form: AcrossDispatchForm, call: Call, rows: _RowsUnderWay) -> None:
         """Begin to exchange rows with other nodes."""
-        sizes, plan, words, state = form.sizes, rows.plan, rows.words, self._crossing.state
+        sizes, plan, words, state = form.sizes, rows.plan, rows.words, self._crossing.own_state
         own = 4 * sizes.num_relayed * sizes.top_k
         form.pack.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
             rows.x.data_ptr(), plan.topk_idx.data_ptr(), address(rows.weights), rows.sent.data_ptr(),
             plan._table.data_ptr() + 4 * sizes.slots, rows.ids.data_ptr() + own,
             0 if rows.weights_here is None else rows.weights_here.data_ptr() + own,
-            words.mine.data_ptr(), words.came.data_ptr(), words.states.data_ptr(), words.overflows.data_ptr(), 0,
+            words.mine.address, words.came.address, words.states.address, words.overflows, 0,
             plan.num_tokens,
         )  # fmt: skip
         form.pack.launch(self.num_blocks, call.stream)
         rows.transfer = self._crossing.exchange(
             call,
-            {node: [words.mine[node], part, state] for node, part in sizes.parts(rows.sent)},
-            {node: [words.came[node], part, words.states[node]] for node, part in sizes.parts(rows.came)},
+            {node: [words.mine.part(node, 1), part, state] for node, part in sizes.parts(rows.sent)},
+            {
+                node: [words.came.part(node, 1), part, words.states.part(node, 1)]
+                for node, part in sizes.parts(rows.came)
+            },
+            words.memory,
+            rows.sent,
+            rows.came,
         )
 
     def _pass_on(self, form: AcrossDispatchForm, at: Call, rows: _RowsUnderWay) -> None:
@@ -195,8 +201,8 @@ class AcrossDecoder(Decoder):
         plan, words, layout, shape = rows.plan, rows.words, form.inside.layout, form.inside.shape
         head = (at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
         form.unpack.pack(
-            at.wait_ns, *head, words.came.data_ptr(), words.states.data_ptr(), rows.came.data_ptr(),
-            rows.ids.data_ptr(), address(rows.weights_here), words.overflows.data_ptr(), 0, since,
+            at.wait_ns, *head, words.came.address, words.states.address, rows.came.data_ptr(),
+            rows.ids.data_ptr(), address(rows.weights_here), words.overflows, 0, since,
             form.sizes.num_nodes,
         )  # fmt: skip
         form.unpack.launch(self.num_blocks, at.stream)
@@ -210,7 +216,7 @@ class AcrossDecoder(Decoder):
             start + 4 * layout.src_token, start + 4 * layout.src_range,
             start + 4 * layout.row_weights if form.inside.weighted else 0, start + 4 * layout.table,
             self._context.pinned.masked_address, address(rows.trace), rows.ids.shape[0], SEND | RECEIVE,
-            rows.came.data_ptr(), words.overflows.data_ptr(),
+            rows.came.data_ptr(), words.overflows,
         )  # fmt: skip
         form.inside.kernel.launch(self.num_blocks, at.stream)
 

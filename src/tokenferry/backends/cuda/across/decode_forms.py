@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.launch import pack_decode_template, unpack_decode_template
+from tokenferry.backends.cuda.across.rails import Parcel, Rows
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.decode_forms import (
     DISPATCH_FIELDS,
@@ -86,10 +87,11 @@ class RailSizes:
         """Where the parts end."""
         return self.slots + self.max_tokens * self.num_nodes
 
-    def parts(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+    def parts(self, tensor: Tensor) -> list[tuple[int, Parcel]]:
         """Return the part of a tensor about all relayed tokens that is about each other node, with the node."""
+        rows = Rows.of(tensor)
         others = [node for node in range(self.num_nodes) if node != self.node]
-        return [(node, rows[i * self.segment : (i + 1) * self.segment]) for i, node in enumerate(others)]
+        return [(node, rows.part(i * self.segment, self.segment)) for i, node in enumerate(others)]
 
     def shape(self, num_experts: int, hidden: int) -> MoeShape:
         """Return the sizes that the kernels of one node see, of calls with E experts in all."""

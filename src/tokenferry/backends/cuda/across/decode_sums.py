@@ -121,7 +121,7 @@ class SumsUnderWay:
         """Return all of them."""
         return (
             self.request.plan._table, self.request.stats.wait_ns, self.y, self.row_weights, self.weights,
-            self.weights_here, self.weights_out, self.sums, self.packets, self.parts, self.words.all, self.pending,
+            self.weights_here, self.weights_out, self.sums, self.packets, self.parts, self.words.memory, self.pending,
             self.out, self.done, self.trace,
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ class NodeSums:
         exact = it.weights_out is not None
         self._open.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            words.mine.data_ptr(), words.came.data_ptr(), words.states.data_ptr(), it.table,
+            words.mine.address, words.came.address, words.states.address, it.table,
             it.table + 4 * sizes.slots,
             it.weights.data_ptr() if exact else 0,
             it.weights_here.data_ptr() + 4 * sizes.num_relayed * sizes.top_k, address(it.weights_out),
@@ -164,8 +164,11 @@ class NodeSums:
         if it.weights_out is not None:
             it.transfer = self._crossing.exchange(
                 call,
-                {node: [words.mine[node], part] for node, part in sizes.parts(it.weights_out)},
-                {node: [words.came[node], part] for node, part in sizes.parts(it.weights_here)},
+                {node: [words.mine.part(node, 1), part] for node, part in sizes.parts(it.weights_out)},
+                {node: [words.came.part(node, 1), part] for node, part in sizes.parts(it.weights_here)},
+                words.memory,
+                it.weights_out,
+                it.weights_here,
             )
         if self._sends_first(it):
             self._inside(form, call, it, SEND)
@@ -180,11 +183,17 @@ class NodeSums:
         self._inside(form, at, it, RECEIVE if self._sends_first(it) else SEND | RECEIVE)
         if it.packets is not None:
             self._encode(at, it, it.packets)
-        state = self._crossing.state
+        state = self._crossing.own_state
         transfer = self._crossing.exchange(
             at,
-            {m: [*([words.mine[m]] if headers else []), part, state] for m, part in sizes.parts(it.crossing)},
-            {m: [*([words.came[m]] if headers else []), part, words.states[m]] for m, part in sizes.parts(it.parts)},
+            {m: [*([words.mine.part(m, 1)] if headers else []), part, state] for m, part in sizes.parts(it.crossing)},
+            {
+                m: [*([words.came.part(m, 1)] if headers else []), part, words.states.part(m, 1)]
+                for m, part in sizes.parts(it.parts)
+            },
+            words.memory,
+            it.crossing,
+            it.parts,
         )
         since = self._crossing.join(at, transfer, words.since)
         self._check_words(at, it, since, headers=headers, states=True)
@@ -208,8 +217,8 @@ class NodeSums:
         """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none."""
         self._check.pack(
             at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
-            it.words.came.data_ptr() if headers else 0, it.table, since,
-            0, 0, it.words.states.data_ptr(),
+            it.words.came.address if headers else 0, it.table, since,
+            0, 0, it.words.states.address,
             self._no_counts.data_ptr(), it.sizes.num_nodes if states else 0, 0, 1,
         )  # fmt: skip
         self._check.launch(1, at.stream)

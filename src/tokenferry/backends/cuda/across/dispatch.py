@@ -7,7 +7,6 @@ segment for each node. Rows of this node are moved while those of others are on 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.across.crossing import Crossing, Opening, RowTensors, States, empty_rows
+from tokenferry.backends.cuda.across.crossing import Crossing, Opening, RowMemory, States
 from tokenferry.backends.cuda.across.forms import AcrossForm, MoveForm, MoveSizes, new_across_form, new_again_form
-from tokenferry.backends.cuda.across.rails import Transfer
+from tokenferry.backends.cuda.across.rails import Rows, Transfer
 from tokenferry.backends.cuda.across.relay import (
     AcrossPlan,
     Chunk,
@@ -33,7 +32,7 @@ from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, section_ends
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.dispatch import payload_of
-from tokenferry.backends.cuda.forms import Payload, RecvOffsets, expand, move, row_kind, scale_of
+from tokenferry.backends.cuda.forms import Payload, RecvOffsets, Scales, expand, move, row_kind, scale_of
 from tokenferry.backends.cuda.launch import RowKind, address
 from tokenferry.backends.cuda.plan import Counts
 from tokenferry.backends.cuda.results import Arrivals, LazyDispatched, PlanForm, PlanLayout
@@ -42,6 +41,7 @@ from tokenferry.kernels.codes import EXPERTS, MASKED, UNIT_TOKENS
 from tokenferry.kernels.control_block import OFFSET_BYTES
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.kernels.dispatch_notify.spec import num_units
+from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
 from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized
 
@@ -53,16 +53,20 @@ class Routed(NamedTuple):
     """The routing of all tokens that a rank passes on, its own included.
 
     Attributes:
-        ids: ``[N * segment, K]``: their experts on this node; -1 in the padding of segments.
+        memory: Holds all of it.
+        ids: ``[num, K]``: their experts on this node; -1 in the padding of segments.
+        num: N * segment.
         tokens: Numbers of the tokens from other nodes, on the ranks that they come from.
-        table: ``[units, E + R]`` int32 of the kernels of one node.
+        table: Address of ``[units, E + R]`` int32 of the kernels of one node.
         bases: Likewise.
     """
 
-    ids: Tensor
-    tokens: Tensor
-    table: Tensor
-    bases: Tensor
+    memory: Tensor
+    ids: Rows
+    num: int
+    tokens: Rows
+    table: int
+    bases: int
 
 
 class Passing(NamedTuple):
@@ -78,11 +82,11 @@ class Passing(NamedTuple):
     """
 
     own: Payload
-    rows: RowTensors
+    rows: RowMemory
     transfers: dict[int, list[Transfer]]
     opening: Opening
     states: Tensor
-    sent: RowTensors
+    sent: RowMemory
 
 
 class _Crossed(NamedTuple):
@@ -141,7 +145,7 @@ class AcrossDispatcher:
         split = self._splitter.split(form.split, call, index, form.rows.sms.local)
         went = self._splitter.wait(call) if form.waits else None
         with self._context.breaking_off():  # peers wait for this rank
-            opening = self._crossing.open(call, split.headers)
+            opening = self._crossing.open(call, split.headers, split.memory)
             came = self._crossing.counts(call, opening, index.shape[0]) if form.waits else ()
             plan = self._new_plan(form, call, split, _Crossed(index.shape[0], came, went))
             at = relay_addresses(plan, self._topology)
@@ -159,10 +163,8 @@ class AcrossDispatcher:
             passing = passing or self._send_rows(form.rows, call, at, payload, opening)
             result, recv = self._recv(form, call, plan, counts)
             self._assign(form, call, plan, routed)
-            no_counts = self._crossing.no_counts(plan)
-            at = relay_addresses(plan, self._topology)._replace(no_counts=no_counts.data_ptr())
-            self._move(form.rows, call, at, passing, recv, routed)
-            self._expand(form.rows, call, at, result, plan)
+            self._move(form.rows, call, plan, passing, recv, routed)
+            self._expand(form.rows, call, result, plan)
         return result
 
     def _form(self, shape: MoeShape, options: DispatchOptions, kind: RowKind, num_sms: int | None) -> AcrossForm:
@@ -219,30 +221,32 @@ class AcrossDispatcher:
         self, form: AcrossForm, call: Call, split: Split, plan: AcrossPlan, payload: Payload
     ) -> tuple[Routed, Transfer]:
         """Write the routing for each node, and begin to exchange it."""
-        relay, device, K = plan._relay, self._context.device, form.plan.top_k
+        relay, num_ranks, num_tokens = plan._relay, self._context.num_ranks, plan.num_tokens
         num_nodes, num_in, num_out = relay.num_nodes, relay.first_in[-1], relay.first_out[-1]
-        ids = torch.full((num_nodes * relay.segment, K), -1, dtype=form.plan.topk_dtype, device=device)
-        ids_out = torch.empty(num_out, K, dtype=form.plan.topk_dtype, device=device)
-        if not form.waits:  # more rows are sent than have a token
-            ids_out.fill_(-1)
-        tokens_out = torch.empty(num_out, dtype=torch.int32, device=device)
-        tokens_in = torch.empty(num_in, dtype=torch.int32, device=device)
-        columns = form.geometry.shape.num_experts // num_nodes + self._context.num_ranks
-        table = torch.empty(num_units(len(ids)), columns, dtype=torch.int32, device=device)
-        bases = torch.empty(num_nodes * (columns + self._context.num_ranks), dtype=torch.int32, device=device)
-        num_tokens = plan.num_tokens
+        num, id_bytes = num_nodes * relay.segment, form.plan.top_k * form.plan.topk_dtype.itemsize
+        columns = form.geometry.shape.num_experts // num_nodes + num_ranks
+        ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = section_ends(
+            num * id_bytes, num_out * id_bytes, 4 * num_out, 4 * num_in,
+            4 * num_units(num) * columns, 4 * num_nodes * (columns + num_ranks),
+        )  # fmt: skip
+        memory = self._context.empty((end,), (1,), torch.uint8)
+        # All bytes of -1 are 255. Where no host waits, more rows are sent than have a token.
+        memory[: ids_out_at if form.waits else tokens_out_at].fill_(255)
+        at = memory.data_ptr()
+        ids, ids_out, tokens_out = Rows(at, id_bytes), Rows(at + ids_out_at, id_bytes), Rows(at + tokens_out_at, 4)
+        tokens_in = Rows(at + tokens_in_at, 4)
         if num_tokens:
             start = plan._block.address
             form.rails.pack(
                 0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-                payload.topk_idx, split.table.data_ptr(), split.bases.data_ptr(), split.dst_counts.data_ptr(),
+                payload.topk_idx, split.table, split.bases, split.dst_counts.data_ptr(),
                 start + plan._layout.places + 4 * plan._relay_layout.slots,
-                ids[relay.node * relay.segment :].data_ptr(), ids_out.data_ptr(), tokens_out.data_ptr(),
+                ids.at(relay.node * relay.segment), ids_out.address, tokens_out.address,
                 start + plan._layout.dst_token, num_tokens,
             )  # fmt: skip
             form.rails.launch(min(num_units(num_tokens), form.rows.sms.local), call.stream)
-        coming = self._crossing.routing(call, relay, (ids_out, tokens_out), (ids, tokens_in))
-        return Routed(ids, tokens_in, table, bases), coming
+        coming = self._crossing.routing(call, relay, (ids_out, tokens_out), (ids, tokens_in), memory)
+        return Routed(memory, ids, num, tokens_in, at + table_at, at + bases_at), coming
 
     def _notify(self, form: AcrossForm, call: Call, plan: AcrossPlan, routed: Routed) -> None:
         """Count the rows of all segments inside the node, and exchange the counts there."""
@@ -250,11 +254,11 @@ class AcrossDispatcher:
         notify.params.segment_units = plan._relay.segment // UNIT_TOKENS
         notify.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            routed.ids.data_ptr(), routed.table.data_ptr(), routed.bases.data_ptr(), self._relayed(plan),
+            routed.ids.address, routed.table, routed.bases, self._relayed(plan),
             start + layout.src_counts, start + layout.expert_counts,
-            start + layout.expert_offsets if form.geometry.layout == EXPERTS else 0, len(routed.ids),
+            start + layout.expert_offsets if form.geometry.layout == EXPERTS else 0, routed.num,
         )  # fmt: skip
-        notify.launch(min(num_units(len(routed.ids)), form.rows.sms.links), call.stream)
+        notify.launch(min(num_units(routed.num), form.rows.sms.links), call.stream)
 
     def _assign(self, form: AcrossForm, call: Call, plan: AcrossPlan, routed: Routed) -> None:
         """Compute the places of the rows of all segments."""
@@ -262,10 +266,10 @@ class AcrossDispatcher:
         assign.params.segment_units = plan._relay.segment // UNIT_TOKENS
         assign.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            routed.ids.data_ptr(), routed.table.data_ptr(), routed.bases.data_ptr(), self._relayed(plan),
-            plan._block.address + places, 0, len(routed.ids),
+            routed.ids.address, routed.table, routed.bases, self._relayed(plan),
+            plan._block.address + places, 0, routed.num,
         )  # fmt: skip
-        assign.launch(min(num_units(len(routed.ids)), form.rows.sms.links), call.stream)
+        assign.launch(min(num_units(routed.num), form.rows.sms.links), call.stream)
 
     def _relayed(self, plan: AcrossPlan) -> int:
         return plan._block.address + plan._layout.places + 4 * plan._relay_layout.relayed
@@ -288,9 +292,10 @@ class AcrossDispatcher:
         geometry, kind, allocator = form.geometry, form.rows.kind, self._allocator
         assert kind.topk_dtype is not None
         if form.waits and counts is not None:
-            plan._relay = relay = replace(plan._relay, most=UNIT_TOKENS * self._context.pinned.most_units)
+            plan._relay = relay = plan._relay._replace(most=UNIT_TOKENS * self._context.pinned.most_units)
             sizes = torch.tensor((*relay.came, *relay.went, relay.most), dtype=torch.int32, device="cpu")
-            plan._places[: len(sizes), 0].copy_(sizes)
+            at = plan._block.address + plan._layout.places
+            tensor_at(at, (len(sizes),), torch.int32, self._context.device, plan._block).copy_(sizes)
             plan._num_rows = plan.num_received = counts.received
             plan.num_delivered, plan._counted = counts.delivered, counts.experts
         else:
@@ -326,28 +331,27 @@ class AcrossDispatcher:
             opening = self._crossing.open_along(call, at.went, at.came)
             passing = self._send_rows(form, call, at, Payload(rows.data_ptr(), scale, address(weights), 0), opening)
             result, recv = self._recv_rows(plan, kind, call)
-            no_counts = self._crossing.no_counts(plan)
-            at = at._replace(no_counts=no_counts.data_ptr())
-            self._move(form, call, at, passing, recv, None)
-            self._expand(form, call, at, result, plan)
+            self._move(form, call, plan, passing, recv, None)
+            self._expand(form, call, result, plan)
         return result
 
     # ------------------------------------------------------------------ both
 
     def _send_rows(self, form: MoveForm, call: Call, at: RelayAddresses, payload: Payload, opening: Opening) -> Passing:
         """Begin to send the rows that go to other nodes."""
-        relay, kind, device = at.relay, form.kind, self._context.device
-        out = empty_rows(kind, relay.first_out[-1], device)
+        relay, kind, context = at.relay, form.kind, self._context
+        out = RowMemory.empty(context, kind, relay.first_out[-1])
         if relay.first_out[-1]:
             scale_at, row_stride, stride = scale_of(payload)
             form.pack.pack(
                 0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
                 payload.rows, scale_at, payload.weights, at.slots, at.dst_counts,
-                out.rows.data_ptr(), address(out.scale), address(out.weights), row_stride, stride, at.whole.num_tokens,
+                out.rows.address, out.scale.address if out.scale else 0, out.weights.address if out.weights else 0,
+                row_stride, stride, at.whole.num_tokens,
             )  # fmt: skip
             form.pack.launch(form.sms.local, call.stream)
-        into = empty_rows(kind, relay.first_in[-1], device)
-        states = self._crossing.new_states(relay.came, self._crossing.chunks(kind.row_bytes))
+        into = RowMemory.empty(context, kind, relay.first_in[-1])
+        states = self._crossing.new_states(call, relay.came, self._crossing.chunks(kind.row_bytes))
         return Passing(payload, into, self._crossing.rows(call, relay, out, into, states), opening, states, out)
 
     def _recv_rows(self, plan: Plan, kind: RowKind, call: Call) -> tuple[LazyDispatched, RecvOffsets]:
@@ -367,47 +371,51 @@ class AcrossDispatcher:
         self,
         form: MoveForm,
         call: Call,
-        at: RelayAddresses,
+        plan: Plan,
         passing: Passing,
         recv: RecvOffsets,
         routed: Routed | None,
     ) -> None:
         """Move the rows of this rank inside its node, then those from each other node as soon as they are here."""
+        at = relay_addresses(plan, self._topology)
         relay, node, sms = at.relay, at.relay.node, form.sms.links
-        ids = 0 if routed is None else routed.ids[node * relay.segment :].data_ptr()
+        ids = 0 if routed is None else routed.ids.at(node * relay.segment)
         move(form.move, call, sms, recv, passing.own._replace(topk_idx=ids), at.segment(node))
         if routed is None:  # a dispatch has done this before it waited for the routing
             self._crossing.confirm(call, passing.opening, at.whole.src_counts)
+        chunks = self._crossing.chunks(form.kind.row_bytes)
+        used = chunks.used(relay.most)
+        no_counts = self._crossing.no_counts(plan) if used > 1 else None
+        at = at._replace(no_counts=address(no_counts))
         for source, transfers in passing.transfers.items():
-            chunks = self._crossing.chunks(form.kind.row_bytes)
-            used = chunks.used(relay.most)
-            for i, (chunk, transfer) in enumerate(zip(chunks.split(relay.came[source]), transfers, strict=True)):
-                transfer.join()
+            for i in range(max(used, len(transfers))):
+                chunk = chunks.chunk(relay.came[source], i)
+                if i < len(transfers):
+                    transfers[i].join()
                 if chunk.num:
                     states = States.of_chunk(passing.states, source, i)
                     self._crossing.check(call, passing.opening, states, at.whole.src_counts)
                 if i >= used:  # no rank of this node has tokens in it
                     continue
-                payload = _payload_from(relay, source, chunk, passing.rows, routed)
-                plan = at.segment(source) if chunks.num == 1 else at.chunk(source, chunk)
-                move(form.pass_on, call, sms, recv, payload, plan)
+                part = at.segment(source) if used == 1 else at.chunk(source, chunk)
+                move(form.pass_on, call, sms, recv, _payload_from(relay, source, chunk, passing.rows, routed), part)
 
-    def _expand(self, form: MoveForm, call: Call, at: RelayAddresses, result: LazyDispatched, plan: Plan) -> None:
+    def _expand(self, form: MoveForm, call: Call, result: LazyDispatched, plan: Plan) -> None:
         """Lay out rows by expert, and leave the heap where it has no room."""
         block = result._block
         assert block is not None
         if form.expand is not None:
-            expand(form.expand, call, form.sms.local, block, result._layout, at.whole, plan.num_delivered)
+            whole = relay_addresses(plan, self._topology).whole
+            expand(form.expand, call, form.sms.local, block, result._layout, whole, plan.num_delivered)
         if result.leaves_block:
             result.leave_block()
 
 
-def _payload_from(relay: Relay, node: int, chunk: Chunk, rows: RowTensors, routed: Routed | None) -> Payload:
+def _payload_from(relay: Relay, node: int, chunk: Chunk, rows: RowMemory, routed: Routed | None) -> Payload:
     """Return a chunk of what came from a node, to be passed on."""
-    ids = tokens = 0
+    first, ids, tokens = relay.first_in[node] + chunk.first, 0, 0
     if routed is not None:
-        ids = routed.ids[node * relay.segment + chunk.first :].data_ptr()
-        tokens = chunk.of(relay.part_in(routed.tokens, node)).data_ptr()
-    scale = None if rows.scale is None else chunk.of(relay.part_in(rows.scale, node))
-    weights = None if rows.weights is None else chunk.of(relay.part_in(rows.weights, node))
-    return Payload(chunk.of(relay.part_in(rows.rows, node)).data_ptr(), scale, address(weights), ids, tokens)
+        ids, tokens = routed.ids.at(node * relay.segment + chunk.first), routed.tokens.at(first)
+    scale, weights = rows.scale, rows.weights
+    scales = None if scale is None else Scales(scale.at(first), rows.scales, 1)
+    return Payload(rows.rows.at(first), scales, 0 if weights is None else weights.at(first), ids, tokens)

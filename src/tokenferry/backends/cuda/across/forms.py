@@ -65,6 +65,7 @@ class AcrossForm:
         rails: Kernel that writes the routing for each node.
         notify: Kernel that counts inside the node.
         assign: Kernel that computes places inside the node.
+        waits: Whether as much crosses as there is, and results have exactly as many rows as arrive.
     """
 
     geometry: Geometry
@@ -74,11 +75,7 @@ class AcrossForm:
     rails: LaunchTemplate
     notify: LaunchTemplate
     assign: LaunchTemplate
-
-    @property
-    def waits(self) -> bool:
-        """Whether as much crosses as there is, and results have exactly as many rows as arrive."""
-        return self.geometry.options.counts == "host"
+    waits: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +130,7 @@ def new_across_form(
         across_launch.rails_template(context, topology, E, K, wide=wide),
         notify,
         assign,
+        options.counts == "host",
     )
 
 

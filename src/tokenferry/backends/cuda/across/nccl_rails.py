@@ -18,13 +18,13 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, Part
 from tokenferry.backends.cuda.across.rails import Parcels
+from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.errors import PeerTimeout
 from tokenferry.forked import forget_in_child
 from tokenferry.topology import Topology
@@ -45,6 +45,7 @@ _LONG_WAIT_POLL_S = 0.0001
 _MOST_TIMEOUTS = 4
 """After how many timeouts a wait on the host gives up by itself, in case the thread does not."""
 _CLOSE_S = 10.0
+_MAX_STREAMS = 64
 _LATE = "an exchange between nodes did not end"
 _FAILED = "the connection between nodes failed, such as by the end of a process"
 
@@ -101,6 +102,8 @@ class NcclChannel:
         self._communicator = communicator
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._captured = False
+        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self._streams: BoundedDict[int, Any] = BoundedDict(_MAX_STREAMS)
         self.error, self.abort = communicator.error, communicator.abort
 
     def greet(self) -> None:
@@ -118,18 +121,18 @@ class NcclChannel:
     def start(self, send: Parcels, recv: Parcels) -> Marks:
         """See `Channel.start`."""
         parts = [
-            Part(tensor.data_ptr(), tensor.numel() * tensor.element_size(), node, is_sent)
-            for is_sent, parcels in ((False, recv), (True, send))
-            for node, tensors in parcels.items()
-            for tensor in tensors
+            Part(address, num_bytes, node, is_sent)
+            for is_sent, all_parcels in ((False, recv), (True, send))
+            for node, parcels in all_parcels.items()
+            for address, num_bytes in parcels
         ]
         begun, ended, stream = torch.cuda.Event(), torch.cuda.Event(), self._stream  # type: ignore[no-untyped-call]
-        begun.record()
-        stream.wait_event(begun)
+        begun.record(self._current())
+        begun.wait(stream)
         if not torch.cuda.is_current_stream_capturing():
             self._communicator.exchange(parts, stream.cuda_stream)
             ended.record(stream)
-            return Marks(begun.query, ended.query, ended.wait)
+            return Marks(begun.query, ended.query, lambda: ended.wait(self._current()))
         self._captured = True
         # Events of a capture only order it. Those that can be asked about replays are nodes of the graph.
         reached, left = torch.cuda.Event(external=True), torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
@@ -138,6 +141,14 @@ class NcclChannel:
         left.record(stream)
         ended.record(stream)
         return Marks(reached.query, left.query, ended.wait, captured=True)
+
+    def _current(self) -> Any:  # noqa: ANN401 - a stream of torch
+        """Return the current stream, sooner than torch, which events ask for it otherwise."""
+        handle = torch._C._cuda_getCurrentRawStream(self._index)
+        stream = self._streams.get(handle)
+        if stream is None:
+            stream = self._streams[handle] = torch.cuda.current_stream(self._index)
+        return stream
 
     def close(self) -> None:
         """See `Channel.close`."""
@@ -153,14 +164,14 @@ class NcclTransfer:
         rails: Its rails.
         what: What it is.
         marks: Where it lies.
-        tensors: Keeps what is sent and received, until the stream from whose memory it is waits for the exchange.
+        kept: Keeps the memory of what is sent and received, until the stream whose memory it is waits for the exchange.
         since: When the device was first seen at it; 0: it is not.
     """
 
     rails: NcclRails
     what: _Exchange
     marks: Marks
-    tensors: list[Tensor]
+    kept: object
     since: float = field(default=0.0)
 
     @property
@@ -179,7 +190,7 @@ class NcclTransfer:
     def join(self) -> None:
         """See `Transfer.join`."""
         self.marks.join()
-        self.tensors.clear()
+        self.kept = None
 
     def wait(self) -> None:
         """See `Transfer.wait`."""
@@ -202,11 +213,11 @@ class _Exchange(NamedTuple):
 
     Attributes:
         call: Its call.
-        peers: The ranks that take part, without this one.
+        nodes: The nodes of the ranks that take part, without this one.
     """
 
     call: CallId
-    peers: tuple[int, ...]
+    nodes: tuple[int, ...]
 
 
 class NcclRails:
@@ -233,7 +244,6 @@ class NcclRails:
     ) -> None:
         self._channel = channel
         self._topology = topology
-        self._rail = topology.rail
         self._timeout_s = timeout_s
         self.reports = reports
         self.lost: PeerTimeout | None = None
@@ -254,22 +264,21 @@ class NcclRails:
         self._thread.start()
         forget_in_child(self, NcclRails.forget)
 
-    def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> NcclTransfer:
+    def exchange(self, call: CallId, send: Parcels, recv: Parcels, kept: object) -> NcclTransfer:
         """See `Rails.exchange`.
 
         Raises:
             PeerTimeout: the connection to a rank has failed.
         """
-        tensors = [tensor for parcels in (recv, send) for each in parcels.values() for tensor in each]
-        rail, start = self._rail, time.monotonic()
-        what = self._latest = _Exchange(call, tuple(sorted({rail[node] for node in (*send, *recv)})))
+        start = time.monotonic()
+        what = self._latest = _Exchange(call, (*send, *recv))
         try:
             marks = self._channel.start(send, recv)
         except NcclError as error:
             raise self.give_up(what, time.monotonic() - start, f"{_FAILED}: {error}") from error
-        transfer = NcclTransfer(self, what, marks, tensors)
+        transfer = NcclTransfer(self, what, marks, kept)
         if marks.captured:  # the memory is the graph's
-            self._in_graphs.append(NcclTransfer(self, what, marks, []))
+            self._in_graphs.append(NcclTransfer(self, what, marks, None))
         else:
             self._under_way.append(transfer)
             if not self._more.is_set():
@@ -351,8 +360,10 @@ class NcclRails:
 
     def give_up(self, exchange: _Exchange, waited_s: float, why: str) -> PeerTimeout:
         """End all exchanges, for the sake of one of them; return the error, which `raise_lost` raises from now on."""
-        lost = peer_timeout(exchange.call, self._topology.rank, exchange.peers, why, waited_s, "")
-        lost.nodes = tuple(sorted({self._topology.node_of(peer) for peer in exchange.peers}))
+        nodes = tuple(sorted(set(exchange.nodes)))
+        peers = [self._topology.rail[node] for node in nodes]
+        lost = peer_timeout(exchange.call, self._topology.rank, peers, why, waited_s, "")
+        lost.nodes = nodes
         self.lost = lost
         if self.reports is not None:
             self.reports.post(FailureReport.of(lost))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -11,8 +11,51 @@ from tokenferry.errors import PeerTimeout
 from tokenferry.transports.base import CallId
 from tokenferry.transports.failures import FailureReports
 
-Parcels = Mapping[int, Sequence[Tensor]]
-"""By node, the tensors for or from the rank across there: contiguous, in the same order and sizes on both ranks."""
+
+class Parcel(NamedTuple):
+    """Memory that is sent, or in which something arrives.
+
+    Attributes:
+        address: Where it begins.
+        num_bytes: Its bytes.
+    """
+
+    address: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Parcel:
+        """Return the memory of a contiguous tensor."""
+        return cls(tensor.data_ptr(), tensor.nbytes)
+
+
+class Rows(NamedTuple):
+    """Rows that lie one behind the other, in memory that somebody keeps.
+
+    Attributes:
+        address: Where the first begins.
+        row_bytes: Bytes of each.
+    """
+
+    address: int
+    row_bytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rows:
+        """Return those of a contiguous tensor ``[n, ...]``."""
+        return cls(tensor.data_ptr(), tensor.stride(0) * tensor.element_size())
+
+    def at(self, row: int) -> int:
+        """Return the address of a row."""
+        return self.address + row * self.row_bytes
+
+    def part(self, first: int, num: int) -> Parcel:
+        """Return the memory of some of them."""
+        return Parcel(self.address + first * self.row_bytes, num * self.row_bytes)
+
+
+Parcels = Mapping[int, Sequence[Parcel]]
+"""By node, what is for or from the rank across there: in the same order and sizes on both ranks."""
 
 
 class Transfer(Protocol):
@@ -54,13 +97,14 @@ class Rails(Protocol):
     reports: FailureReports | None
     lost: PeerTimeout | None
 
-    def exchange(self, call: CallId, send: Parcels, recv: Parcels) -> Transfer:
+    def exchange(self, call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
         """Begin an exchange, behind the work of the current stream; returns at once.
 
         Args:
             call: The call that it belongs to, for error messages.
             send: What to send.
             recv: Where to receive. One of them is not empty.
+            kept: Keeps the memory of both, which is kept until a stream waits for the transfer.
         """
         ...
 

@@ -12,7 +12,6 @@ It lies in ``Plan._places``, one column of int32, so that copies of a plan have 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,8 +27,7 @@ from tokenferry.topology import Topology
 from tokenferry.types import Layout, Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Relay:
+class Relay(NamedTuple):
     """How many tokens cross between this rank and those across from it; with counts on the device, M to each.
 
     Attributes:
@@ -55,18 +53,10 @@ class Relay:
         """The number of nodes."""
         return len(self.came)
 
-    def part_in(self, rows: Tensor, node: int) -> Tensor:
-        """Return the part of a tensor about rows from all other nodes that is about one of them."""
-        return rows[self.first_in[node] : self.first_in[node] + self.came[node]]
-
-    def part_out(self, rows: Tensor, node: int) -> Tensor:
-        """Return the part of a tensor about rows for all other nodes that is about one of them."""
-        return rows[self.first_out[node] : self.first_out[node] + self.went[node]]
-
 
 def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...], most: int) -> Relay:
     """Return the relay of a rank on a node."""
-    units = max(1, *(-(-num // UNIT_TOKENS) for num in came))
+    units = max(1, -(-max(came) // UNIT_TOKENS))
     return Relay(node, came, went, most, units * UNIT_TOKENS, _starts(came, node), _starts(went, node))
 
 
@@ -78,7 +68,11 @@ def fixed_relay(node: int, num_nodes: int, max_tokens: int, num_tokens: int) -> 
 
 def _starts(counts: tuple[int, ...], node: int) -> tuple[int, ...]:
     """Return where the rows of each node begin, without those of ``node``, and where they end."""
-    return tuple(itertools.accumulate((0 if m == node else num for m, num in enumerate(counts)), initial=0))
+    starts, at = [], 0
+    for m, num in enumerate(counts):
+        starts.append(at)
+        at += 0 if m == node else num
+    return (*starts, at)
 
 
 class Chunk(NamedTuple):
@@ -86,10 +80,6 @@ class Chunk(NamedTuple):
 
     first: int
     num: int
-
-    def of(self, rows: Tensor) -> Tensor:
-        """Return the part of a tensor about all tokens that is about these."""
-        return rows[self.first : self.first + self.num]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +102,15 @@ class Chunks:
         """Return how many chunks have tokens if no rank passes on more than ``most`` of a node; at least one."""
         return max(1, min(self.num, -(-most // self.size)))
 
-    def split(self, num_tokens: int) -> list[Chunk]:
-        """Return the tokens of each chunk: the last ones may have none, and the last takes what goes beyond M."""
-        firsts = [min(i * self.size, num_tokens) for i in range(self.num)]
-        return [Chunk(first, end - first) for first, end in zip(firsts, (*firsts[1:], num_tokens), strict=True)]
+    def count(self, num_tokens: int) -> int:
+        """Return in how many chunks there are tokens, of so many in all."""
+        return min(self.num, -(-num_tokens // self.size))
+
+    def chunk(self, num_tokens: int, i: int) -> Chunk:
+        """Return the tokens of a chunk: there may be none, and the last one takes what goes beyond M."""
+        first = min(i * self.size, num_tokens)
+        end = num_tokens if i == self.num - 1 else min(first + self.size, num_tokens)
+        return Chunk(first, end - first)
 
 
 class RelayLayout(NamedTuple):
@@ -223,7 +218,7 @@ def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
     per_node = topology.ranks_per_node
     if isinstance(plan, AcrossPlan):
         relay, whole, at = plan._relay, plan._addresses(), plan._block.address + plan._layout.places
-        dst_counts = plan._dst_counts.data_ptr()
+        dst_counts, layout, columns = plan._dst_counts.data_ptr(), plan._relay_layout, plan._layout.columns
     else:
         num_nodes, at = topology.num_nodes, plan._places.data_ptr()
         # A compiled function does not know what the host knows.
@@ -241,7 +236,7 @@ def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
             plan.expert_counts.shape[0],
             plan.topk_idx.shape[1],
         )
-    columns = num_columns(per_node, whole.top_k, by_expert=plan.options.layout is not Layout.ROWS)
-    layout = relay_layout(relay, plan.num_tokens, per_node, columns)
+        columns = num_columns(per_node, whole.top_k, by_expert=plan.options.layout is not Layout.ROWS)
+        layout = relay_layout(relay, plan.num_tokens, per_node, columns)
     whole = whole._replace(places=at + 4 * layout.places)
     return RelayAddresses(relay, per_node, columns, at + 4 * layout.relayed, at + 4 * layout.slots, dst_counts, whole)

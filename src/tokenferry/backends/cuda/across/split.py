@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenferry.backends.cuda.across.rails import Rows
+from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.faults import pinned_words, view_words
 from tokenferry.kernels.control_block import HOST_NODES_WORD, HOST_ROWS_WORD, RAIL_WORDS
@@ -18,15 +20,17 @@ class Split(NamedTuple):
     """The tokens of a rank, by rank and by node.
 
     Attributes:
-        table: ``[units, R + N]`` int32, as `dispatch_split` leaves it.
-        bases: ``[R + N]`` int32, likewise.
+        memory: Holds all but ``dst_counts``.
+        table: Address of ``[units, R + N]`` int32, as `dispatch_split` leaves it.
+        bases: Address of ``[R + N]`` int32, likewise.
         headers: ``[N, RAIL_WORDS]`` int32: what the ranks across get to know.
         dst_counts: `Plan.dst_counts`.
     """
 
-    table: Tensor
-    bases: Tensor
-    headers: Tensor
+    memory: Tensor
+    table: int
+    bases: int
+    headers: Rows
     dst_counts: Tensor
 
 
@@ -60,20 +64,20 @@ class Splitter:
 
     def split(self, template: LaunchTemplate, call: Call, topk_idx: Tensor, num_sms: int) -> Split:
         """Count; returns at once."""
-        device, num_ranks, num_nodes = self._context.device, self._num_ranks, self._num_nodes
-        num_tokens, columns = topk_idx.shape[0], num_ranks + num_nodes
-        units = num_units(num_tokens)
-        table = torch.empty(units, columns, dtype=torch.int32, device=device)
-        bases = torch.empty(columns, dtype=torch.int32, device=device)
-        headers = torch.empty(num_nodes, RAIL_WORDS, dtype=torch.int32, device=device)
-        dst_counts = torch.empty(num_ranks, dtype=torch.int64, device=device)
+        num_ranks, num_nodes, num_tokens = self._num_ranks, self._num_nodes, topk_idx.shape[0]
+        columns, units = num_ranks + num_nodes, num_units(num_tokens)
+        bases_at, headers_at, end = section_ends(4 * units * columns, 4 * columns, 4 * num_nodes * RAIL_WORDS)
+        memory = self._context.empty((end,), (1,), torch.uint8)
+        dst_counts = self._context.empty((num_ranks,), (1,), torch.int64)
+        at = memory.data_ptr()
+        split = Split(memory, at, at + bases_at, Rows(at + headers_at, 4 * RAIL_WORDS), dst_counts)
         template.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            topk_idx.data_ptr(), table.data_ptr(), bases.data_ptr(), dst_counts.data_ptr(), headers.data_ptr(),
+            topk_idx.data_ptr(), split.table, split.bases, dst_counts.data_ptr(), split.headers.address,
             self._address, num_tokens,
         )  # fmt: skip
         template.launch(max(1, min(units, num_sms)), call.stream)
-        return Split(table, bases, headers, dst_counts)
+        return split
 
     def wait(self, call: Call) -> SplitCounts:
         """Wait for the counts of a call.
