@@ -371,7 +371,7 @@ def test_phases_and_tokens_that_options_choose():
     assert chosen("--only", "decode")[0] == ("limits", "decode"), "the limit is in its table"
     assert chosen("--only", "decode,limits")[0] == ("decode", "limits")
     assert chosen("--only", "two_batch")[0] == ("two_batch",)
-    assert set(chosen()[0]) == set(bench_cuda.PHASES) - {"eager", "megatron", "transformers", "nodes"}
+    assert set(chosen()[0]) == set(bench_cuda.PHASES) - {"eager", "megatron", "transformers", "nodes", "nodes_decode"}
     names, settings = chosen("--quick")
     assert "decode" in names
     assert settings.decode_tokens == (1, 128), "the targets"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.bench_nodes_jobs import miscounted, wrong_dispatch, wrong_leg
+from support.bench_nodes_jobs import miscounted, wrong_dispatch, wrong_leg, wrong_pair
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.core.inputs import Sizes
 from tokenferry.bench.report.nodes import memory_line
@@ -30,8 +30,27 @@ def test_both_calls_and_their_legs_are_measured(run):
             assert 0 < item[part]["p05_us"] <= item[part]["median_us"] <= item[part]["p95_us"]
 
 
+def test_pairs_of_decode_calls_and_their_legs_are_measured(run):
+    items = run.report["nodes decode"]
+    assert [item["numerics"] for item in items] == ["exact", "fast"]
+    for item in items:
+        hidden = run.report["settings"]["hidden"]
+        assert (item["rows_across"], item["graphs"]) == (6, False)
+        assert item["bytes_across"] == 6 * (hidden + 4 * -(-hidden // 128) + 2 * hidden)
+        for part in ("whole", "network", "inside", "eager"):
+            assert 0 < item[part]["p05_us"] <= item[part]["median_us"] <= item[part]["p95_us"]
+
+
 def test_the_table_says_what_it_shows(run):
-    for text in ("over slower leg", "rows across", "loopback", "not rates of a network", "bit-equal"):
+    for text in (
+        "over slower leg",
+        "rows across",
+        "loopback",
+        "not rates of a network",
+        "bit-equal",
+        "over both legs",
+        "bit-equal from a graph",
+    ):
         assert text in run.output
 
 
@@ -48,6 +67,13 @@ def test_a_wrong_answer_gets_no_time(tmp_path, job, text):
     assert run.status == 1
     assert "nodes" not in run.report
     assert text in run.report["failed"][0]["why"]
+
+
+def test_a_wrong_pair_gets_no_time(tmp_path):
+    run = bench_gpu_phases(tmp_path, *WORDS, nodes_decode=wrong_pair)
+    assert run.status == 1
+    assert "nodes decode" not in run.report
+    assert "rank 1: exact pair: outside the bound" in run.report["failed"][-1]["why"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 from support.bench_jobs import damaged
 from tokenferry.api import ExpertGroup
-from tokenferry.bench.suites import nodes
+from tokenferry.bench.suites import nodes, nodes_decode
 
 
 def wrong_dispatch(rank, pg, progress, settings):
@@ -33,12 +33,27 @@ def miscounted(rank, pg, progress, settings):
 
 def wrong_leg(rank, pg, progress, settings):
     """`measure_nodes` in which the leg between nodes brings rank 1 other rows than those that cross."""
-    right = nodes._Rail.dispatch
+    right = nodes.Rail.dispatch
 
     def dispatch(self, iteration):
         right(self, iteration)
         if rank == 1:
             damaged(self.into[0])
 
-    with mock.patch.object(nodes._Rail, "dispatch", dispatch):
+    with mock.patch.object(nodes.Rail, "dispatch", dispatch):
         nodes.measure_nodes(rank, pg, progress, settings)
+
+
+def wrong_pair(rank, pg, progress, settings):
+    """`measure_node_pairs` in which an exact combine across nodes returns a wrong sum, on rank 1 only."""
+    right = ExpertGroup.decode_combine
+
+    def combine(self, *args, **kwargs):
+        result = right(self, *args, **kwargs)
+        if rank == 1 and self.topology.num_nodes > 1 and kwargs["numerics"] == "exact":
+            with torch.no_grad():
+                result.x[0] += 8
+        return result
+
+    with mock.patch.object(ExpertGroup, "decode_combine", combine):
+        nodes_decode.measure_node_pairs(rank, pg, progress, settings)

@@ -35,8 +35,9 @@ over our `deep_ep` against its own all-to-all, after their losses and gradients 
 second in training and in generation, with `ep_implementation="tokenferry"` and with its own all-to-all, in turns, after
 logits, losses, gradients and generated tokens have been compared; also with --device cpu.
 
-`tokenferry bench nodes` measures dispatch and combine in a group of several nodes, which ranks of this host play,
-beside each of their two legs alone, and counts the rows that cross; on CPUs, or with --device cuda.
+`tokenferry bench nodes` measures dispatch and combine, and pairs of decode calls, in a group of several nodes, which
+ranks of this host play, beside each of their two legs alone, and counts the rows that cross; on CPUs, or with --device
+cuda.
 
 With --device cuda: one rank on each GPU, FP8 and BF16, plans kept and not, beside the rates of the links in the same
 run and NCCL's all_to_all_single with the index work around it. Results are kept as they come; a case that fails is left

@@ -26,6 +26,7 @@ from tokenferry.bench.suites import (
     limits,
     megatron,
     nodes,
+    nodes_decode,
     overlap,
     transformers,
     two_batch_overlap,
@@ -100,6 +101,7 @@ PHASES = {
         "a model of transformers, trained and generating: experts through tokenferry, and in its own ways",
     ),
     "nodes": Phase(nodes.measure_nodes, 540.0, "dispatch and combine across nodes, beside each of their legs alone"),
+    "nodes_decode": Phase(nodes_decode.measure_node_pairs, 300.0, "decode calls across nodes, beside their legs alone"),
     "vdev": Phase(vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
 }
 
@@ -112,11 +114,13 @@ WHAT = {
     "eager": ("eager",),
     "megatron": ("megatron",),
     "transformers": ("transformers",),
-    "nodes": ("nodes",),
+    "nodes": ("nodes", "nodes_decode"),
 }
 """The phases of a part that is named on the command line."""
 
-FULL_PHASES = tuple(name for name in PHASES if name not in ("eager", "megatron", "transformers", "nodes"))
+FULL_PHASES = tuple(
+    name for name in PHASES if name not in ("eager", "megatron", "transformers", "nodes", "nodes_decode")
+)
 """The phases of a whole run: eager calls take minutes of their own, and models and nodes have other ranks or sizes."""
 
 ON_CPU = ("eager", "transformers", "nodes")
@@ -131,7 +135,9 @@ NODES_TOKENS = (128, 1024)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that only GPUs have."""
-    alone = [name for name in PHASES if name not in ("transformers", "nodes")]  # with sizes or ranks of their own
+    alone = [
+        name for name in PHASES if name not in ("transformers", "nodes", "nodes_decode")
+    ]  # with sizes or ranks of their own
     phases = "; ".join(f"{name}: {PHASES[name].what}" for name in alone)
     only = parser.add_argument_group("with --device cuda")
     only.add_argument("--quick", action="store_true", help="the cases of the targets only: about a minute")

@@ -109,6 +109,13 @@ def show_nodes(report: Report, screen: Screen) -> None:
         if "nodes memory" in report.others:
             screen.line(nodes_report.MEMORY)
         screen.line(f"checked: {nodes_report.CHECKED}")
+    pairs = report.others.get("nodes decode", [])
+    if pairs:
+        graphs = ", CUDA graphs" if pairs[0]["graphs"] else ""
+        title = f"{pairs[0]['nodes']}, {pairs[0]['transport']}{graphs}, median us (5th-95th percentile)"
+        screen.table(title, nodes_report.DECODE_HEADER, nodes_report.decode_rows(pairs))
+        screen.line(nodes_report.DECODE_NOTE)
+        screen.line(f"checked: {nodes_report.DECODE_CHECKED}")
 
 
 def show_short(report: Report, screen: Screen) -> None:

@@ -29,6 +29,24 @@ CHECKED = (
     "rows bit-equal to their sources, sums within rounding; as many rows crossed as there are pairs of a token and "
     "another node that it goes to"
 )
+DECODE_HEADER = (
+    "pair",
+    "T",
+    "rows across",
+    "MB across",
+    "whole us",
+    "between nodes us",
+    "within a node us",
+    "over both legs",
+    "eager us",
+)
+DECODE_NOTE = (
+    "decode pair: dispatch in FP8, combine in BF16, back to back, the slowest rank's time. The legs alone: M rows to "
+    "each other node and M sums back, by send and receive of torch.distributed; a pair in a group of one node, with "
+    "the tokens that a rank acts for. A pair cannot overlap its legs: rows cross before they are passed on, sums "
+    "after they are added up"
+)
+DECODE_CHECKED = "sums of experts that return their rows near the tokens, and bit-equal from a graph"
 BETWEEN = {
     "sockets": "Between nodes the rows take TCP on this machine's loopback: this shows bytes and overlap, not rates of "
     "a network",
@@ -55,6 +73,23 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
         cells = [item["call"], str(item["tokens"]), f"{across:.1f}", f"{across * item['row_bytes'] / 1e6:.2f}"]
         cells += [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
         table.append([*cells, f"{item['whole']['median_us'] / slower:.2f}"])
+    return table
+
+
+def decode_line(item: Item) -> str:
+    """Return a pair of decode calls as a line."""
+    times = f"{item['whole']['median_us']:.1f} us{' in a graph' if item['graphs'] else ''}"
+    return f"{item['nodes']}: decode pair, {item['numerics']}, T={item['tokens']}: {times}"
+
+
+def decode_rows(items: Sequence[Item]) -> list[list[str]]:
+    """Return rows under `DECODE_HEADER`."""
+    table = []
+    for item in items:
+        legs = item["network"]["median_us"] + item["inside"]["median_us"]
+        cells = [item["numerics"], str(item["tokens"]), str(item["rows_across"]), f"{item['bytes_across'] / 1e6:.2f}"]
+        cells += [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
+        table.append([*cells, f"{item['whole']['median_us'] / legs:.2f}", with_percentiles(item["eager"])])
     return table
 
 

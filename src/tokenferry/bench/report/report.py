@@ -44,6 +44,8 @@ GPU_NOTES = {
     "nodes": nodes.NOTE,
     "nodes checked": nodes.CHECKED,
     "nodes memory": nodes.MEMORY,
+    "nodes decode": nodes.DECODE_NOTE,
+    "nodes decode checked": nodes.DECODE_CHECKED,
 }
 """The same of GPUs."""
 
@@ -92,6 +94,7 @@ class Report:
             "eager": eager.line,
             "nodes": nodes.line,
             "nodes memory": nodes.memory_line,
+            "nodes decode": nodes.decode_line,
         }.get(kind)
         return line(item[kind]) if line else ""
 

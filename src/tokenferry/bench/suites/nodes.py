@@ -60,7 +60,7 @@ class _Calls:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rail:
+class Rail:
     """The ranks of a rail, and by node the rows that this rank sends there and those that come from there."""
 
     group: dist.ProcessGroup
@@ -68,10 +68,12 @@ class _Rail:
     into: Mapping[int, Tensor]
 
     def dispatch(self, _iteration: int) -> None:
+        """Exchange rows. Collective."""
         self._exchange(self.out, self.into)
 
     def combine(self, _iteration: int) -> None:
-        self._exchange(self.into, self.out)  # a sum for each row, the opposite way
+        """Exchange a sum for each row, the opposite way. Collective."""
+        self._exchange(self.into, self.out)
 
     def _exchange(self, send: Mapping[int, Tensor], recv: Mapping[int, Tensor]) -> None:
         operations = [
@@ -122,7 +124,7 @@ def _measure(session: Session, sizes: Sizes) -> None:
 
 
 @contextmanager
-def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Calls, _Rail, _Calls]]:
+def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Calls, Rail, _Calls]]:
     """Open the group of several nodes and its legs; dispatch once in each. Collective."""
     pg, settings = session.pg, session.settings
     mine = draw(sizes, 0, session.rank, session.device.torch_device)
@@ -147,45 +149,45 @@ def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Calls, _Rail, _Call
         network = _rail(session, sizes, mine, topology)
         stack.callback(dist.destroy_process_group, network.group)
         network.dispatch(0)
-        node_pg = _subgroup(pg, topology.nodes, "gloo")
-        x, routing = _passed_on(sizes, mine, topology)
+        node_pg = subgroup(pg, topology.nodes, "gloo")
+        x, routing = passed_on(sizes, mine, topology)
         nodes = topology.num_nodes
         shape = MoeShape(sizes.experts // nodes, sizes.top_k, sizes.hidden, nodes * sizes.tokens)
         yield whole, network, calls(node_pg, shape, x, routing, topology.ranks_per_node)
         session.device.synchronize()
 
 
-def _rail(session: Session, sizes: Sizes, mine: Inputs, topology: Topology) -> _Rail:
+def _rail(session: Session, sizes: Sizes, mine: Inputs, topology: Topology) -> Rail:
     """Pack the rows that cross, and connect the ranks of each rail. Collective."""
     name = "nccl" if session.settings.backend == "cuda" else "gloo"
-    group = _subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), name)
+    group = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), name)
     out, into = {}, {}
     for node, peer in enumerate(topology.rail):
         if node != topology.node:
-            out[node] = mine.x[_going_to(sizes, mine, topology, node)]
+            out[node] = mine.x[going_to(sizes, mine, topology, node)]
             theirs = draw(sizes, 0, peer, mine.x.device)
-            into[node] = torch.empty_like(theirs.x[_going_to(sizes, theirs, topology, topology.node)])
-    return _Rail(group, out, into)
+            into[node] = torch.empty_like(theirs.x[going_to(sizes, theirs, topology, topology.node)])
+    return Rail(group, out, into)
 
 
-def _subgroup(pg: dist.ProcessGroup, members: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup:
+def subgroup(pg: dist.ProcessGroup, members: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup:
     """Return the process group of those ranks that this one belongs to. Collective: all ranks make all groups."""
     made: list[dist.ProcessGroup] = [dist.new_group(list(ranks), backend=backend) for ranks in members]
     return next(group for group, ranks in zip(made, members, strict=True) if pg.rank() in ranks)
 
 
-def _going_to(sizes: Sizes, inputs: Inputs, topology: Topology, node: int) -> Tensor:
+def going_to(sizes: Sizes, inputs: Inputs, topology: Topology, node: int) -> Tensor:
     """Return the tokens that have an expert on a node."""
     return (inputs.topk_idx // (sizes.experts // topology.num_nodes) == node).any(1).nonzero().flatten()
 
 
-def _passed_on(sizes: Sizes, mine: Inputs, topology: Topology) -> tuple[Tensor, Routing]:
+def passed_on(sizes: Sizes, mine: Inputs, topology: Topology) -> tuple[Tensor, Routing]:
     """Return the rows that this rank sends inside its node, own and passed on ones, and their experts there."""
     rows, experts = [mine.x], [mine.topk_idx]
     for node, peer in enumerate(topology.rail):
         if node != topology.node:
             theirs = draw(sizes, 0, peer, mine.x.device)
-            tokens = _going_to(sizes, theirs, topology, topology.node)
+            tokens = going_to(sizes, theirs, topology, topology.node)
             rows.append(theirs.x[tokens])
             experts.append(theirs.topk_idx[tokens])
     width = sizes.experts // topology.num_nodes
@@ -202,7 +204,7 @@ def rows_across(plan: Plan, topology: Topology) -> int:
     return int((plan._places[:, 0] != node).sum())
 
 
-def _check(session: Session, sizes: Sizes, whole: _Calls, network: _Rail, crossed: int) -> None:
+def _check(session: Session, sizes: Sizes, whole: _Calls, network: Rail, crossed: int) -> None:
     """Compare rows and sums with what they have to be, and the rows that crossed with their least number."""
     device, topology = session.device.torch_device, whole.group.topology
     from_rail = {node: draw(sizes, 0, peer, device) for node, peer in enumerate(topology.rail)}
@@ -217,7 +219,7 @@ def _check(session: Session, sizes: Sizes, whole: _Calls, network: _Rail, crosse
         wanted = expected_sums(sizes, from_rail[topology.node]).float()
         must_be_near("combine", sums.float(), wanted, relative=0.02, absolute=0.05)
         for node, rows in network.into.items():
-            tokens = _going_to(sizes, from_rail[node], topology, topology.node)
+            tokens = going_to(sizes, from_rail[node], topology, topology.node)
             must_equal(f"rows from node {node} alone", rows, from_rail[node].x[tokens])
     except WrongAnswer as error:
         errors.append(f"rank {session.rank}: {error}")
