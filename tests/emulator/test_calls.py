@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.emulated_group import SynchronousKernel
 from support.emulator import Emulator
+from support.torch_calls import TorchCalls
 from tokenferry import MoeShape
 from tokenferry.backends.cpu.routing import restricted as on_the_cpu
 from tokenferry.backends.cuda import plan as cuda_plan
@@ -73,18 +73,6 @@ def test_scales_in_a_wider_buffer_after_few(run, first_tokens):
 
 
 # ---------------------------------------------------------------------- layouts
-
-
-class TorchCalls(TorchDispatchMode):
-    """Notes the names of the operators that torch runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **kwargs or {})
 
 
 def count_tokens(rank, threads, pair):
