@@ -20,6 +20,12 @@ def test_training_gives_the_gradients_of_one_process(worlds, tensor, tokens, exp
     worlds(4).run(jobs.trains, tensor, tokens, experts)
 
 
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("job", [jobs.differentiates_twice, jobs.gives_what_may_be_overwritten])
+def test_gradients_of_results_that_are_used_otherwise(worlds, job, tensor):
+    worlds(4).run(job, tensor)
+
+
 @pytest.mark.parametrize(("tensor", "where"), [(1, "host"), (2, "host"), (4, "device")])
 def test_inference_waits_for_no_counts_where_ranks_share_a_batch(worlds, tensor, where):
     worlds(4).run(jobs.infers, tensor, where)

@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.distributed import DistributedConfig
 
-from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.integrations import transformers as ours
+from tokenferry.integrations.exchange import Exchange
 
 ON_GPUS = torch.cuda.is_available()
 R = 2 if ON_GPUS else 4
@@ -91,14 +91,31 @@ class Ran:
     tokens: list[list[int]]
 
 
-def run(model: torch.nn.Module, number: int) -> Ran:
+def step(model: torch.nn.Module, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a batch, and all gradients."""
     ids = batch(number, tokens_of(number))
-    loss = model(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+def run(model: torch.nn.Module, number: int) -> Ran:
+    loss, gradients = step(model, number)
+    ids = batch(number, tokens_of(number))
     with torch.no_grad():
         tokens = model.generate(ids[:1, :2], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    return Ran(loss.detach(), gradients, tokens.tolist())
+    return Ran(loss, gradients, tokens.tolist())
+
+
+def run_twice_forward(model: torch.nn.Module, number: int, tokens: list[list[int]]) -> Ran:
+    """Compute each layer again in backward; these tokens are not generated."""
+    model.train().gradient_checkpointing_enable()
+    loss, gradients = step(model, number)
+    model.gradient_checkpointing_disable()
+    model.eval()
+    return Ran(loss, gradients, tokens)
 
 
 @functools.cache
@@ -107,7 +124,8 @@ def in_one_process(folder: str, batches: int) -> list[Ran]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.cuda() if ON_GPUS else model
     ran = [run(model, number) for number in range(batches)]
-    gradients = {name: p.grad / batches for name, p in model.named_parameters() if p.grad is not None}
+    names = ran[0].gradients
+    gradients = {name: torch.stack([each.gradients[name] for each in ran]).mean(0) for name in names}
     return [Ran(each.loss, gradients, each.tokens) for each in ran]
 
 
@@ -126,11 +144,11 @@ class Calls:
 
     def __init__(self) -> None:
         self.reset()
-        dispatch, forward, connect = ExpertGroup.dispatch, autograd.dispatch, ExpertGroup._with_heap
+        dispatch, send, connect = ExpertGroup.dispatch, Exchange.send, ExpertGroup._with_heap
 
-        def noted(group, x, routing, *, options=None):
+        def noted(exchange, x, index, weights, options):
             self.counts[torch.is_grad_enabled(), options.counts] += 1
-            return forward(group, x, routing, options=options)
+            return send(exchange, x, index, weights, options)
 
         def waited(group, x, routing, *, options=None):
             self.waits += options.counts == "host"
@@ -140,7 +158,7 @@ class Calls:
             self.groups += 1
             return connect(*args, **kwargs)
 
-        autograd.dispatch, ExpertGroup.dispatch, ExpertGroup._with_heap = noted, waited, counted
+        Exchange.send, ExpertGroup.dispatch, ExpertGroup._with_heap = noted, waited, counted
 
     def reset(self) -> None:
         self.counts: Counter[tuple[bool, str]] = Counter()
@@ -189,8 +207,10 @@ def rank_main(rank: int, scratch: str) -> None:
         for name, layout, model in parallel_models(f"{scratch}/{kind}"):
             number = rank // layout.tensor
             wanted = in_one_process(f"{scratch}/{kind}", layout.data)[number]
+            what = f"{kind}, {name}, {layout}, rank {rank}"
+            check(f"{what}, twice forward", run_twice_forward(model, number, wanted.tokens), wanted)
             calls.reset()
-            check(f"{kind}, {name}, {layout}, rank {rank}", run(model, number), wanted)
+            check(what, run(model, number), wanted)
             if name == "tokenferry":
                 calls.check(SIZES["num_hidden_layers"] - (kind == "deepseek"), layout)  # its first layer is dense
     dist.barrier()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from tokenferry import ArgumentError, ClosedError, ConfigError, Routing, autograd
+from tokenferry import ArgumentError, ClosedError, ConfigError, ExpertGroup, Routing
 from tokenferry.integrations import transformers as ours
 from tokenferry.integrations.transformers import ExpertParallel
 
@@ -64,13 +64,13 @@ def layer(rank: int, tensor: int) -> tuple[ExpertParallel, Tensor]:
 def counts_of_calls() -> Iterator[list[str]]:
     """Collect where the counts of dispatches are."""
     found: list[str] = []
-    dispatch = autograd.dispatch
+    dispatch = ExpertGroup.dispatch
 
     def noted(*args, options, **kwargs):
         found.append(options.counts)
         return dispatch(*args, options=options, **kwargs)
 
-    with mock.patch.object(autograd, "dispatch", noted):
+    with mock.patch.object(ExpertGroup, "dispatch", noted):
         yield found
 
 
@@ -97,6 +97,35 @@ def trains(rank, pg, tensor: int, tokens: tuple[int, ...], experts: int) -> None
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(part.grad, dense.grad.chunk(R)[rank], rtol=1e-5, atol=1e-5)
     assert counts == ["host"]
+
+
+def differentiates_twice(rank, pg, tensor: int) -> None:
+    """As penalties on gradients need it."""
+    parallel, _ = layer(rank, tensor)
+    dense = all_experts()
+    x, index, weights = batch(rank // tensor, 6, 3)
+    found = []
+    for run in (parallel, lambda *given: dense_layer(dense, *given)):
+        rows, gates = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        out = run(rows, index, gates)
+        first = torch.autograd.grad((out.square() * drawn(6, H, seed=40)).sum(), (rows, gates), create_graph=True)
+        sum(each.square().sum() for each in first).backward()
+        found.append((*first, rows.grad, gates.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def gives_what_may_be_overwritten(rank, pg, tensor: int) -> None:
+    """Some models add to what their experts give, in place."""
+    parallel, part = layer(rank, tensor)
+    for tokens in (6, 8):  # not the same number for each rank, and the same
+        x, index, weights = batch(rank // tensor, tokens, 3)
+        out = parallel(x.requires_grad_(), index, weights)
+        want = out.detach() + 1
+        out += 1
+        out.sum().backward()
+        assert out.equal(want)
+        assert part.grad.any()
 
 
 def infers(rank, pg, tensor: int, where: str) -> None:
@@ -141,11 +170,10 @@ def shares_its_group(rank, pg) -> None:
     """All layers have one group. It outlives them, since ranks collect their models at other times."""
     ours.close_groups()
     for _ in range(2):
-        first, _ = layer(rank, 1)
-        second = ExpertParallel(Experts(all_experts().chunk(R)[rank]), init_device_mesh("cpu", (R,)), first.tp_mesh)
-        for each in (first, second):
+        layers = [layer(rank, 1)[0] for _ in range(2)]
+        for each in layers:
             each(*batch(rank, 2, 3))
-        del first, second, each
+        del layers, each
         if rank % 2:
             gc.collect()
     (group,) = ours._groups.values()

@@ -28,13 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
-from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError
+from tokenferry.integrations.exchange import Exchange, Received, Sharers
 from tokenferry.integrations.versions import installed, warn_unless_tried
-from tokenferry.types import DispatchOptions, Layout, MoeShape, Routing
+from tokenferry.types import CountsLocation, DispatchOptions, Layout, MoeShape
 
 NAME = "tokenferry"
 
@@ -42,11 +42,21 @@ NAME = "tokenferry"
 # differs by rank, and ranks that make a group would wait for others that have one.
 _groups: dict[dist.ProcessGroup, ExpertGroup] = {}
 
+# Their views for the sizes of calls: to make one takes longer than a call, and it would know nothing of earlier calls.
+_views: dict[tuple[dist.ProcessGroup, MoeShape], ExpertGroup] = {}
+
 _Call = TypeVar("_Call", bound=Callable[..., Tensor])
 
 _HEAP_BYTES = 2 << 30
+_MAX_VIEWS = 256
 _ANY_NUM_TOKENS = 2**31 - 1
 """M of calls that wait for counts: no memory depends on it, so T is unlimited."""
+
+_OPTIONS: dict[CountsLocation, DispatchOptions] = {
+    "host": DispatchOptions(Layout.EXPERTS),
+    # Experts read all rows, and a NaN in one that holds no data must not reach a gradient.
+    "device": DispatchOptions(Layout.EXPERTS, counts="device", zero_padding=True),
+}
 
 
 def _not_compiled(call: _Call) -> _Call:
@@ -99,6 +109,7 @@ def close_groups() -> None:
 
     For a program that goes on without its models, or on a new process group. The next call of a model makes a group.
     """
+    _views.clear()
     while _groups:
         _groups.popitem()[1].close()
 
@@ -126,11 +137,12 @@ class ExpertParallel:
 
     def __init__(self, experts: _Experts, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         self.experts_forward = experts.forward
-        self.num_local_experts = experts.num_experts
-        self.tp_mesh = tp_mesh
         self.process_group = ep_mesh.get_group()
-        ranks = [dist.get_process_group_ranks(mesh.get_group()) for mesh in (ep_mesh, tp_mesh)]
-        self.shares_batch = ranks[0] == ranks[1]
+        self.num_experts = experts.num_experts * self.process_group.size()
+        sharers = tp_mesh.get_group()
+        ranks, same = (dist.get_process_group_ranks(group) for group in (self.process_group, sharers))
+        self.shares_batch = ranks == same
+        self.sharers = Sharers(sharers, sharers.rank(), len(same))
 
     @_not_compiled
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -145,29 +157,20 @@ class ExpertParallel:
             ArgumentError: the first call was made while a CUDA graph is captured. And whatever `ExpertGroup` and
                 `ExpertGroup.dispatch` raise.
         """
-        num_tokens = hidden_states.shape[0]
-        if self.tp_mesh.size() > 1:
-            hidden_states, top_k_index, top_k_weights = (
-                self._own_part(each) for each in (hidden_states, top_k_index, top_k_weights)
-            )
+        num_tokens, hidden = hidden_states.shape
         captured = _is_captured(hidden_states)
         on_device = captured or (self.shares_batch and not torch.is_grad_enabled())
-        most = max(1, -(-num_tokens // self.tp_mesh.size())) if on_device else _ANY_NUM_TOKENS
-        num_experts = self.num_local_experts * self.process_group.size()
-        shape = MoeShape(num_experts, top_k_index.shape[1], hidden_states.shape[1], most)
-        group = self._group_for(shape, hidden_states.device, captured=captured)
+        most = max(1, self.sharers.most(num_tokens)) if on_device else _ANY_NUM_TOKENS
+        shape = MoeShape(self.num_experts, top_k_index.shape[1], hidden, most)
+        exchange = Exchange(self._view(shape, hidden_states.device, captured=captured), self.sharers, num_tokens)
+        options = _OPTIONS["device" if on_device else "host"]
+        received = exchange.send(hidden_states, top_k_index, top_k_weights, options)
+        y = self._run_experts(received)
+        return exchange.bring_back(y, received.plan)
 
-        routing = Routing(top_k_index.contiguous(), top_k_weights.float().contiguous())
-        options = DispatchOptions(Layout.EXPERTS, counts="device" if on_device else "host")
-        sent = autograd.dispatch(group, hidden_states.contiguous(), routing, options=options)
-        assert sent.expert_offsets is not None
-        assert sent.topk_weights is not None
-        y = self._run_experts(sent.x, sent.expert_offsets, sent.topk_weights.to(top_k_weights.dtype))
-        out = autograd.combine(group, y, sent.plan).x
-        return out if self.tp_mesh.size() == 1 else self._whole(out, num_tokens)
-
-    def _run_experts(self, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-        """Run this rank's experts on rows that are grouped by expert."""
+    def _run_experts(self, received: Received) -> Tensor:
+        """Run this rank's experts on the rows that it received."""
+        rows, offsets, weights = received.rows, received.offsets, received.weights
         if rows.shape[0] == 0:
             # The experts run in any case: all ranks must build the same graph, and their gradients must be 0, not None.
             rows, weights = rows.sum(0, keepdim=True), weights.sum(0, keepdim=True)
@@ -176,9 +179,14 @@ class ExpertParallel:
         numbers = torch.arange(rows.shape[0], dtype=offsets.dtype, device=rows.device)
         # Rows past the last expert, which hold no data, get the number that transformers skips: L.
         local = torch.bucketize(numbers, offsets[1:], right=True)
-        return self.experts_forward(rows, local.unsqueeze(1), weights.unsqueeze(1)).contiguous()
+        return self.experts_forward(rows, local.unsqueeze(1), weights.unsqueeze(1))
 
-    def _group_for(self, shape: MoeShape, device: torch.device, *, captured: bool) -> ExpertGroup:
+    def _view(self, shape: MoeShape, device: torch.device, *, captured: bool) -> ExpertGroup:
+        """Return the group of all layers, which the first call makes, for these sizes."""
+        key = self.process_group, shape
+        found = _views.get(key)
+        if found is not None:
+            return found
         group = _groups.get(self.process_group)
         if group is None:
             if captured:
@@ -187,20 +195,10 @@ class ExpertParallel:
                     "capture; run the model once before the capture"
                 )
             group = _groups[self.process_group] = _connect(self.process_group, shape, device)
-        return group if group.shape == shape else group.for_shape(shape)
-
-    def _own_part(self, whole: Tensor) -> Tensor:
-        """Return the part of a batch that this rank of ``tp_mesh`` sends. Its gradient comes from all of them."""
-        shared = DTensor.from_local(whole, self.tp_mesh, [Replicate()], run_check=False)
-        return shared.redistribute(self.tp_mesh, [Shard(0)]).to_local()
-
-    def _whole(self, part: Tensor, num_tokens: int) -> Tensor:
-        """Return the batch whose parts the ranks of ``tp_mesh`` have."""
-        hidden = part.shape[1]
-        parts = DTensor.from_local(
-            part, self.tp_mesh, [Shard(0)], run_check=False, shape=torch.Size((num_tokens, hidden)), stride=(hidden, 1)
-        )
-        return parts.full_tensor()
+        if len(_views) >= _MAX_VIEWS:
+            _views.clear()
+        found = _views[key] = group if group.shape == shape else group.for_shape(shape)
+        return found
 
 
 def _is_captured(x: Tensor) -> bool:
@@ -230,10 +228,10 @@ def shared_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Raises:
         ConfigError: the parameters are not sharded by expert. And whatever `ExpertParallel` raises.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    parallel = getattr(experts, "_tokenferry", None)
+    parallel = experts.__dict__.get("_tokenferry")
     if parallel is None:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
         sharded = [p for p in experts.parameters(recurse=False) if isinstance(p, DTensor)]
         if not sharded or any(p.placements != (Shard(0),) for p in sharded):
             raise ConfigError(
