@@ -1,4 +1,4 @@
-"""transformers, unmodified: its models, with their experts on several ranks; see `transformers_client.py`."""
+"""transformers, unmodified: its models, with their experts on several ranks; see the programs beside this file."""
 
 import os
 from pathlib import Path
@@ -8,17 +8,29 @@ import torch
 
 from support import clients
 
-CLIENT = Path(__file__).parent / "transformers_client.py"
+FOLDER = Path(__file__).parent
+CLIENT = FOLDER / "transformers_client.py"
+VERSIONS = ("5.24.0", "5.18.0")
 
 
-@pytest.mark.parametrize("version", ["5.24.0", "5.18.0"])
-def test_models_give_what_they_give_in_one_process(version):
-    """By the registry of expert-parallel implementations, and in 5.18 by that of experts functions."""
+def run(program, version):
+    """Run a program with this version of transformers."""
     folder = clients.folder_of("transformers", version)
     clients.need("tokenizers", "accelerate")
-    found, where = clients.run(CLIENT, folder)[-1].split()
+    found, where = clients.run(program, folder)[-1].split()
     assert found == version
     assert where.startswith(folder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_models_give_what_they_give_in_one_process(version):
+    """By the registry of expert-parallel implementations, and in 5.18 by that of experts functions."""
+    run(CLIENT, version)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_experts_give_the_same_bits_without_another_sort(version):
+    run(FOLDER / "grouped_experts_client.py", version)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")

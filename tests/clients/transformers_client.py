@@ -25,6 +25,7 @@ from transformers.distributed import DistributedConfig
 from tokenferry.api import ExpertGroup
 from tokenferry.integrations import transformers as ours
 from tokenferry.integrations.exchange import Exchange
+from tokenferry.integrations.grouped_experts import GroupedExperts
 
 ON_GPUS = torch.cuda.is_available()
 R = 2 if ON_GPUS else 4
@@ -145,6 +146,7 @@ class Calls:
     def __init__(self) -> None:
         self.reset()
         dispatch, send, connect = ExpertGroup.dispatch, Exchange.send, ExpertGroup._with_heap
+        grouped = GroupedExperts.__call__
 
         def noted(exchange, x, index, weights, options):
             self.counts[torch.is_grad_enabled(), options.counts] += 1
@@ -158,11 +160,16 @@ class Calls:
             self.groups += 1
             return connect(*args, **kwargs)
 
+        def unsorted(*args):
+            self.grouped += 1
+            return grouped(*args)
+
         Exchange.send, ExpertGroup.dispatch, ExpertGroup._with_heap = noted, waited, counted
+        GroupedExperts.__call__ = unsorted
 
     def reset(self) -> None:
         self.counts: Counter[tuple[bool, str]] = Counter()
-        self.waits = self.groups = 0
+        self.waits = self.groups = self.grouped = 0
 
     def check(self, layers: int, layout: Layout) -> None:
         """A training step waits for counts once a layer, and generation only where batches differ: once a layer."""
@@ -171,6 +178,7 @@ class Calls:
         assert self.counts == expected, f"{self.counts}, expected {expected}"
         waits = sum(count for (_, where), count in expected.items() if where == "host")
         assert self.waits == waits, f"{self.waits} dispatches waited, expected {waits}: none in a backward pass"
+        assert self.grouped, "experts whose rows are grouped already"
         assert self.groups <= 1, "one group serves all layers, and models that are alive at the same time"
 
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Shard
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError
 from tokenferry.integrations.exchange import Exchange, Received, Sharers
+from tokenferry.integrations.grouped_experts import GroupedExperts
 from tokenferry.integrations.versions import installed, warn_unless_tried
 from tokenferry.types import CountsLocation, DispatchOptions, Layout, MoeShape
 
@@ -137,6 +138,7 @@ class ExpertParallel:
 
     def __init__(self, experts: _Experts, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         self.experts_forward = experts.forward
+        self.grouped = GroupedExperts.of(experts)
         self.process_group = ep_mesh.get_group()
         self.num_experts = experts.num_experts * self.process_group.size()
         sharers = tp_mesh.get_group()
@@ -176,6 +178,8 @@ class ExpertParallel:
             rows, weights = rows.sum(0, keepdim=True), weights.sum(0, keepdim=True)
             first = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
             return self.experts_forward(rows, first, weights.unsqueeze(1))[:0]
+        if self.grouped is not None and self.grouped.apply_now():
+            return self.grouped(rows, offsets, weights)
         numbers = torch.arange(rows.shape[0], dtype=offsets.dtype, device=rows.device)
         # Rows past the last expert, which hold no data, get the number that transformers skips: L.
         local = torch.bucketize(numbers, offsets[1:], right=True)
