@@ -29,9 +29,9 @@ def test_to_and_from_the_state_of_one_process(worlds, recipe, tmp_path):
     full = worlds(4).run(save, recipe, tmp_path)[0][1]
     with tokenferry.ExpertGroup(None, SHAPE) as group:
         model = Model(group, recipe.dtype)
-        initial = model.moe[1].up.detach().clone()
+        initial = model.moe[1].experts.up.detach().clone()
         model.load_state_dict(full)
-        assert not torch.equal(model.moe[1].up, initial), "training has changed nothing"
+        assert not torch.equal(model.moe[1].experts.up, initial), "training has changed nothing"
     for state in worlds(2).run(take_over, recipe, full):
         for name, value in state.items():
             assert torch.equal(value, full[name]), name

@@ -72,7 +72,8 @@ def run(module, x, head):
     out = module(x)
     (out * head).sum().backward()
     grads = {name: parameter.grad for name, parameter in module.named_parameters()}
-    return {"out": out.detach(), "x": x.grad, **grads}
+    named = {f"experts.{name}" if name in ("gate", "up", "down") else name: grad for name, grad in grads.items()}
+    return {"out": out.detach(), "x": x.grad, **named}
 
 
 def _layer(rank, pg, setup):
@@ -149,7 +150,7 @@ def test_the_loss_scale_is_as_documented(worlds):
     torch.stack([part.square().mean() for part in setup.split(dense(setup.x()))]).mean().backward()
     for name in EXPERT_NAMES:
         got = torch.cat([grads[name] for grads, _ in results])
-        torch.testing.assert_close(got, getattr(dense, name).grad, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(got, getattr(dense, name.removeprefix("experts.")).grad, rtol=1e-12, atol=1e-14)
     for grads, _ in results:
         torch.testing.assert_close(grads["router.weight"], dense.router.weight.grad, rtol=1e-5, atol=1e-8)
 
@@ -180,7 +181,7 @@ def test_leading_dimensions_and_bad_arguments():
     assert torch.equal(out.view(6, 16), layer(x.view(6, 16)))
     torch.testing.assert_close(layer(x.transpose(0, 1)).transpose(0, 1), out)
     assert layer.expert_counts.sum() == 12
-    assert {id(p) for p in layer.expert_parameters()} == {id(layer.gate), id(layer.up), id(layer.down)}
+    assert {id(p) for p in layer.expert_parameters()} == {id(p) for p in layer.experts.parameters()}
     assert [id(p) for p in layer.replicated_parameters()] == [id(layer.router.weight)]
     with pytest.raises(tokenferry.ShapeError, match=r"x: expected torch.float32 like the experts, got torch.float64"):
         layer(x.double())

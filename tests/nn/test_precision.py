@@ -5,6 +5,7 @@ import torch
 
 import tokenferry
 from support.ambient import default_dtype
+from support.sharded import EXPERT_NAMES
 from tokenferry import MoeShape
 from tokenferry.nn import GroupLimit, MoELayer, Router
 from tokenferry.testing.compare import same_bits
@@ -39,8 +40,8 @@ def test_a_layer_under_autocast_is_the_layer_in_its_dtype(group):
     with torch.autocast("cpu", torch.bfloat16):
         wide = stepped(layer, rows())
     assert wide["out"].dtype == torch.bfloat16
-    assert {wide[name].dtype for name in ("x", "gate", "up", "down", "router.weight")} == {torch.float32}
-    for name in ("out", "gate", "up", "down"):
+    assert {wide[name].dtype for name in ("x", *EXPERT_NAMES, "router.weight")} == {torch.float32}
+    for name in ("out", *EXPERT_NAMES):
         same_bits(name, wide[name].bfloat16(), narrow[name])
     same_bits("router.weight", wide["router.weight"], narrow["router.weight"])
 
@@ -107,8 +108,8 @@ def test_a_seed_gives_the_same_bits_under_all_defaults(group, default):
         narrow = MoELayer(group, 32, seed=1)
     for name in want:
         same_bits(name, got[name], want[name])
-    assert (narrow.gate.dtype, narrow.router.weight.dtype) == (default, torch.float32)
-    same_bits("gate", narrow.gate, want["gate"].to(default))
+    assert (narrow.experts.gate.dtype, narrow.router.weight.dtype) == (default, torch.float32)
+    same_bits("gate", narrow.experts.gate, want["experts.gate"].to(default))
 
 
 @pytest.mark.parametrize("limit", [None, GroupLimit(2, 1)])
@@ -137,7 +138,7 @@ def test_narrow_rows_take_the_experts_along(group, narrow):
     layer, x = MoELayer(group, 32, seed=1), rows(narrow)
     got = stepped(layer, x)
     want = stepped(MoELayer(group, 32, seed=1, dtype=narrow), x)
-    assert {got[name].dtype for name in ("gate", "up", "down")} == {torch.float32}
+    assert {got[name].dtype for name in EXPERT_NAMES} == {torch.float32}
     for name in want:
         same_bits(name, got[name].to(want[name].dtype), want[name])
 

@@ -279,7 +279,7 @@ def gradients(group: ExpertGroup) -> Results:
             routing.topk_weights.square().sum().backward()
             results[f"{limit} gradient"] = router.weight.grad
     layer = MoELayer(group, 32, seed=5, dtype=torch.bfloat16)
-    if layer.gate.device.type == "meta":
+    if layer.experts.gate.device.type == "meta":
         layer.to_empty(device=group.device)
         layer.reset_parameters()
     results |= local_parts({name: parameter.detach() for name, parameter in layer.named_parameters()})

@@ -135,8 +135,8 @@ def differentiated(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
         record("checkpointed", checkpoint(layer, x, use_reentrant=False))
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
             record("compiled", torch.compile(layer, backend="aot_eager", fullgraph=True)(x))
-        (first,) = torch.autograd.grad(layer(x).square().mean(), layer.down, create_graph=True)
-        (second,) = torch.autograd.grad(first.to_local().square().sum(), layer.up)
+        (first,) = torch.autograd.grad(layer(x).square().mean(), layer.experts.down, create_graph=True)
+        (second,) = torch.autograd.grad(first.to_local().square().sum(), layer.experts.up)
         found["second"] = whole(second) * pg.size()  # of the sum over ranks, not of the mean
         return local_parts(found)
 
@@ -150,6 +150,6 @@ def differentiated_alone(num_ranks: int) -> Tensor:
             for rank in range(num_ranks)
         ]
         loss = torch.stack([layer(x).square().mean() for x in parts]).mean()
-        (first,) = torch.autograd.grad(loss, layer.down, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), layer.up)
+        (first,) = torch.autograd.grad(loss, layer.experts.down, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), layer.experts.up)
         return second

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-EXPERT_NAMES = ("gate", "up", "down")
+EXPERT_NAMES = ("experts.gate", "experts.up", "experts.down")
 """Parameters of a `MoELayer` of which each rank has its own part."""
 
 

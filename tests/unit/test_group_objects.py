@@ -39,7 +39,7 @@ def test_a_copy_of_a_model_shares_the_group(copied):
     assert other(X).equal(model(X))
     if copied is not copy.copy:
         with torch.no_grad():
-            other.down.zero_()
+            other.experts.down.zero_()
         assert model(X).any()
         assert not other(X).any()
 
@@ -65,7 +65,7 @@ def test_handlers_of_pickle_catch_it(expected):
 def test_what_is_to_be_saved_loads_into_another_model(tmp_path):
     model, other = layer(), layer()
     with torch.no_grad():
-        other.down.zero_()
+        other.experts.down.zero_()
     torch.save(model.state_dict(), tmp_path / "model.pt")
     other.load_state_dict(torch.load(tmp_path / "model.pt"))
     assert other(X).equal(model(X))

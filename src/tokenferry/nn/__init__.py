@@ -1,12 +1,26 @@
-"""Routers, and a complete expert-parallel Mixture-of-Experts layer for training.
+"""Routers, experts, and a complete expert-parallel Mixture-of-Experts layer for training.
 
 Gradients (see `MoELayer`): backward computes the gradients of the *mean over ranks* of the ranks' losses. Each expert
 is on one rank, so its gradients are complete; those of replicated parameters (the router, the rest of the model) have
 to be averaged over the ranks, which DistributedDataParallel and FSDP2 do by themselves; see `parallelize`.
 """
 
+from tokenferry.nn.experts import GELUExperts, SwiGLUExperts
+from tokenferry.nn.grouped import by_expert
 from tokenferry.nn.layer import MoELayer
+from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.parallel import parallelize
 from tokenferry.nn.router import GroupLimit, Router, group_limited_topk, softmax_topk
 
-__all__ = ["GroupLimit", "MoELayer", "Router", "group_limited_topk", "parallelize", "softmax_topk"]
+__all__ = [
+    "GELUExperts",
+    "GroupLimit",
+    "LayerOptions",
+    "MoELayer",
+    "Router",
+    "SwiGLUExperts",
+    "by_expert",
+    "group_limited_topk",
+    "parallelize",
+    "softmax_topk",
+]

@@ -1,25 +1,128 @@
-"""The SwiGLU experts of a `MoELayer`: their initial weights and their computation."""
+"""The experts of a `MoELayer`: modules that compute a row for each row, with the weights of its expert."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenferry.api import ExpertGroup
+from tokenferry.errors import ConfigError
+from tokenferry.nn.grouped import Product, by_expert
 from tokenferry.nn.seeds import FIRST_EXPERT_STREAM, generator, normal
+from tokenferry.nn.sharding import local_part
 
 
-def draw_expert(seed: int, expert: int, hidden: int, ffn_hidden: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gate ``[H, F]``, up ``[H, F]`` and down ``[F, H]`` of one expert, drawn in float32 on the CPU.
+class SeededExperts(nn.Module):
+    """Base class of our experts: a few matrices for each expert, drawn from a seed.
 
-    The values do not depend on the rank that holds the expert, nor on the dtype of the layer.
+    The values do not depend on the rank that holds the expert, nor on the dtype.
     """
-    draws = generator("MoELayer", seed, FIRST_EXPERT_STREAM + expert)
-    gate = normal(draws, hidden, ffn_hidden) * hidden**-0.5
-    up = normal(draws, hidden, ffn_hidden) * hidden**-0.5
-    down = normal(draws, ffn_hidden, hidden) * ffn_hidden**-0.5
-    return gate, up, down
+
+    def __init__(
+        self, group: ExpertGroup, sizes: dict[str, Sequence[int]], seed: int, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for hidden in next(iter(sizes.values())):
+            if not isinstance(hidden, int) or hidden < 1:
+                raise ConfigError(f"{name}: ffn_hidden: expected a positive integer, got {hidden}")
+        generator(name, seed, FIRST_EXPERT_STREAM)  # refuses a bad seed
+        self.seed = seed
+        self.first_expert = group.rank * group.num_local_experts
+        device = torch.get_default_device()
+        device = device if device.type == "meta" else group.device
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        for weight, (inner, outer) in sizes.items():
+            empty = torch.empty(group.num_local_experts, inner, outer, dtype=dtype, device=device)
+            self.register_parameter(weight, nn.Parameter(empty))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters from the seed: the experts as they were made.
+
+        Contract: local. Parameters on the meta device stay without values.
+        """
+        weights = [local_part(weight) for weight in self.parameters()]
+        if weights[0].device.type == "meta":
+            return
+        for i in range(weights[0].shape[0]):
+            draws = generator(type(self).__name__, self.seed, FIRST_EXPERT_STREAM + self.first_expert + i)
+            for weight in weights:
+                inner, outer = weight.shape[1:]
+                weight[i].copy_(normal(draws, inner, outer) * inner**-0.5)
 
 
-def swiglu(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Return ``(silu(rows @ gate) * (rows @ up)) @ down``, ``[n, H]`` for rows ``[n, H]``."""
-    return (F.silu(rows @ gate) * (rows @ up)) @ down
+class SwiGLUExperts(SeededExperts):
+    """Experts that compute ``(silu(x @ gate) * (x @ up)) @ down``.
+
+    Contract: local. Grouped products where torch has them, see `by_expert`.
+
+    Args:
+        group: The group of the layer; its shape determines E and H. It is not kept.
+        ffn_hidden: F, the intermediate size.
+        seed: Seed of the parameters, in 0 .. 2^40 - 1; the same on every rank.
+        dtype: dtype of the parameters; None: torch's default dtype.
+
+    Attributes:
+        gate, up: ``[L, H, F]`` parameters; in a layer on several ranks ``[E, H, F]``, of which this rank holds L.
+        down: ``[L, F, H]`` parameter, likewise.
+
+    Raises:
+        ConfigError: ``ffn_hidden`` or ``seed`` is out of range.
+    """
+
+    gate: nn.Parameter
+    up: nn.Parameter
+    down: nn.Parameter
+
+    def __init__(self, group: ExpertGroup, ffn_hidden: int, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
+        hidden = group.shape.hidden
+        inward, outward = (hidden, ffn_hidden), (ffn_hidden, hidden)
+        super().__init__(group, {"gate": inward, "up": inward, "down": outward}, seed, dtype)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Return ``[n, H]`` for rows ``[n, H]``, grouped by ``offsets`` ``[L + 1]``."""
+        return by_expert(_swiglu, rows, offsets, self.gate, self.up, self.down)
+
+
+class GELUExperts(SeededExperts):
+    """Experts that compute ``gelu(x @ up) @ down``, with the exact GELU.
+
+    Contract: local. Grouped products where torch has them, see `by_expert`.
+
+    Args:
+        group: The group of the layer; its shape determines E and H. It is not kept.
+        ffn_hidden: F, the intermediate size.
+        seed: Seed of the parameters, in 0 .. 2^40 - 1; the same on every rank.
+        dtype: dtype of the parameters; None: torch's default dtype.
+
+    Attributes:
+        up: ``[L, H, F]`` parameter; in a layer on several ranks ``[E, H, F]``, of which this rank holds L.
+        down: ``[L, F, H]`` parameter, likewise.
+
+    Raises:
+        ConfigError: ``ffn_hidden`` or ``seed`` is out of range.
+    """
+
+    up: nn.Parameter
+    down: nn.Parameter
+
+    def __init__(self, group: ExpertGroup, ffn_hidden: int, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
+        hidden = group.shape.hidden
+        super().__init__(group, {"up": (hidden, ffn_hidden), "down": (ffn_hidden, hidden)}, seed, dtype)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Return ``[n, H]`` for rows ``[n, H]``, grouped by ``offsets`` ``[L + 1]``."""
+        return by_expert(_gelu, rows, offsets, self.up, self.down)
+
+
+def _swiglu(product: Product, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return product(F.silu(product(rows, gate)) * product(rows, up), down)
+
+
+def _gelu(product: Product, rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return product(F.gelu(product(rows, up)), down)

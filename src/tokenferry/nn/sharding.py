@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +29,26 @@ def sharded(part: Tensor, mesh: DeviceMesh) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+
+
+@torch.no_grad()
+def shard_parameters(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Replace the parameters of a module by DTensors, of which they are the part of this rank of the mesh. Local."""
+    known: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, old in part.named_parameters(recurse=False):
+            if getattr(old, "device_mesh", None) == mesh:
+                continue
+            if id(old) not in known:  # parameters that are one stay one
+                whole = sharded(local_part(old).detach(), mesh)
+                known[id(old)] = nn.Parameter(whole, requires_grad=old.requires_grad)
+            setattr(part, name, known[id(old)])
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter: its part of a DTensor, all of another."""
+    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return part
 
 
 def averaged_gradient(weight: Tensor, num_ranks: int) -> Tensor:

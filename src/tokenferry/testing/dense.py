@@ -41,9 +41,9 @@ class DenseMoE(nn.Module):
     def __init__(self, router: Callable[[Tensor], Routing], states: Sequence[Mapping[str, Tensor]]) -> None:
         super().__init__()
         self.router = router
-        self.gate = nn.Parameter(torch.cat([state["gate"] for state in states]))
-        self.up = nn.Parameter(torch.cat([state["up"] for state in states]))
-        self.down = nn.Parameter(torch.cat([state["down"] for state in states]))
+        self.gate, self.up, self.down = (
+            nn.Parameter(torch.cat([state[f"experts.{name}"] for state in states])) for name in ("gate", "up", "down")
+        )
         self.expert_counts: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
