@@ -29,6 +29,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 class MoELayer(nn.Module):
     """Experts spread over the ranks of a group: for each token the sum of ``w_k * expert_k(x)`` over its choices.
 
+    And of ``shared(x)``, if `LayerOptions` has shared experts.
+
     Contract:
         Collective: forward (a dispatch and a combine) and backward (a combine and a redispatch). All ranks call both
             the same number of times, with the same grad mode; T and N may differ and may be 0.
@@ -59,12 +61,13 @@ class MoELayer(nn.Module):
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
             device. A `Router` must not be able to choose more nodes than ``MoeShape.max_nodes``, which takes a
             `GroupLimit` if that is few; other routers are checked in each call.
-        options: How rows travel; None: `LayerOptions` as they are by default.
+        options: Shared experts, and how rows travel; None: `LayerOptions` as they are by default.
         seed: Seed of the parameters that the layer draws, in 0 .. 2^40 - 1; the same on every rank.
         dtype: dtype of the experts that the layer makes; None: torch's default dtype, as for the modules of `torch.nn`.
 
     Attributes:
         experts: The module of the experts; its parameters are those of `expert_parameters`.
+        shared: The module for all tokens, or None.
         expert_counts: ``[L]`` int32: rows that this rank's experts received in the last forward, from all ranks; None
             before the first.
 
@@ -109,6 +112,7 @@ class MoELayer(nn.Module):
                 router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed)
         _check_nodes(group, router)
         self.router = router
+        self.shared = self.options.shared
         self._sharded = False
         mesh = expert_mesh(group)
         if mesh is not None:
@@ -120,16 +124,24 @@ class MoELayer(nn.Module):
 
         Raises:
             ShapeError: without autocast, the dtype is neither that of the experts nor a narrow one for float32 experts.
-                And whatever `ExpertGroup.dispatch` raises.
+                Or
+                the shared module returns other than a row for each row. And whatever `ExpertGroup.dispatch` raises.
         """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         cast, parameters = self._cast(rows)
+        shared = None if self.shared is None else self.shared(rows)
+        if shared is not None and shared.shape != rows.shape:
+            raise ShapeError(
+                f"MoELayer: shared: expected [T, H] = {list(rows.shape)} from it, got {list(shared.shape)}; a row for "
+                "each row"
+            )
         sent = autograd.dispatch(self.group, cast, self.router(rows), options=self.options.dispatch)
         assert sent.topk_weights is not None
         self.expert_counts = sent.expert_counts
         y = torch.func.functional_call(self.experts, parameters, (sent.x, sent.expert_offsets))
         y = y * sent.topk_weights.unsqueeze(1).to(y.dtype)
-        return autograd.combine(self.group, y, sent.plan).x.reshape(x.shape)
+        bias = None if shared is None else shared.to(y.dtype).contiguous()
+        return autograd.combine(self.group, y, sent.plan, bias=bias).x.reshape(x.shape)
 
     def _cast(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rows, and this rank's part of the experts' parameters, as they compute: under autocast, cast."""
