@@ -8,7 +8,9 @@ to be averaged over the ranks, which DistributedDataParallel and FSDP2 do by the
 from tokenferry.nn.experts import GELUExperts, SwiGLUExperts
 from tokenferry.nn.grouped import by_expert
 from tokenferry.nn.layer import MoELayer
-from tokenferry.nn.options import LayerOptions
+from tokenferry.nn.losses import RouterLosses, load_balance_loss, z_loss
+from tokenferry.nn.model_routers import auxiliary_losses, update_biases
+from tokenferry.nn.options import LayerOptions, RouterOptions
 from tokenferry.nn.parallel import parallelize
 from tokenferry.nn.router import GroupLimit, Router, group_limited_topk, softmax_topk
 
@@ -18,9 +20,15 @@ __all__ = [
     "LayerOptions",
     "MoELayer",
     "Router",
+    "RouterLosses",
+    "RouterOptions",
     "SwiGLUExperts",
+    "auxiliary_losses",
     "by_expert",
     "group_limited_topk",
+    "load_balance_loss",
     "parallelize",
     "softmax_topk",
+    "update_biases",
+    "z_loss",
 ]

@@ -14,6 +14,7 @@ from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import autocast_dtype
+from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.router import GroupLimit, Router
 from tokenferry.nn.sharding import averaged_gradient, expert_mesh, shard_parameters
 from tokenferry.topology import most_nodes
@@ -118,6 +119,7 @@ class MoELayer(nn.Module):
         if mesh is not None:
             self.place_experts(mesh)
         self.expert_counts: Tensor | None = None
+        self._load: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
@@ -137,7 +139,7 @@ class MoELayer(nn.Module):
             )
         sent = autograd.dispatch(self.group, cast, self.router(rows), options=self.options.dispatch)
         assert sent.topk_weights is not None
-        self.expert_counts = sent.expert_counts
+        self._count(sent.expert_counts)
         y = torch.func.functional_call(self.experts, parameters, (sent.x, sent.expert_offsets))
         y = y * sent.topk_weights.unsqueeze(1).to(y.dtype)
         bias = None if shared is None else shared.to(y.dtype).contiguous()
@@ -160,6 +162,22 @@ class MoELayer(nn.Module):
             expected = " or ".join(sorted(map(str, dtypes)))
             raise ShapeError(f"MoELayer: x: expected {expected} like the experts, got {rows.dtype}; call .to()")
         return rows, parts
+
+    def _count(self, expert_counts: Tensor) -> None:
+        self.expert_counts = expert_counts
+        # No buffer: DistributedDataParallel would give every rank that of rank 0.
+        if self.training and self.has_bias and not recomputing():
+            self._load = expert_counts.long() if self._load is None else self._load + expert_counts
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the router is a `Router` with a bias, for `update_biases`."""
+        return isinstance(self.router, Router) and self.router.bias is not None
+
+    def take_load(self) -> Tensor | None:
+        """Return ``[L]`` int64 and forget it, for `update_biases`: rows of this rank's experts since the last call."""
+        load, self._load = self._load, None
+        return load
 
     def reset_parameters(self) -> None:
         """Draw the parameters again, from the seeds, into the tensors that they are in: the layer as it was made.

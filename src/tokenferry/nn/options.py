@@ -1,7 +1,8 @@
-"""What a `MoELayer` does beside routing its tokens through experts."""
+"""Options of a `MoELayer` and of its `Router`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -35,3 +36,27 @@ class LayerOptions:
                 f"LayerOptions: dispatch: expected Layout.EXPERTS, got {self.dispatch.layout}; experts take rows that "
                 "are grouped"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """Options of a `Router` that concern the load of the experts; the same on every rank.
+
+    Args:
+        losses: Compute auxiliary losses in each forward; `auxiliary_losses` returns them.
+        capacity_factor: Drop choices: of the tokens of a rank, each expert keeps at most this many times its share,
+            ``T * K / E``, rounded up. As in GShard (arXiv 2006.16668, algorithm 1) first choices come before second
+            ones, and then earlier tokens before later ones. Weights that stay are not changed. None: nothing is
+            dropped.
+
+    Raises:
+        ConfigError: ``capacity_factor`` is not a positive number.
+    """
+
+    losses: bool = False
+    capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        factor = self.capacity_factor
+        if factor is not None and not (factor > 0 and math.isfinite(factor)):
+            raise ConfigError(f"RouterOptions: capacity_factor: expected a positive number or None, got {factor}")

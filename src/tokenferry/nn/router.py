@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.nn.capacity import limited
+from tokenferry.nn.losses import RouterLosses, load_balance_loss, z_loss
+from tokenferry.nn.options import RouterOptions
 from tokenferry.nn.precision import product
+from tokenferry.nn.recomputing import recomputing
 from tokenferry.nn.seeds import ROUTER_STREAM, generator, normal
 from tokenferry.nn.sharding import fill
 from tokenferry.types import Routing
@@ -150,11 +155,17 @@ class Router(nn.Module):
         top_k: Choices per token, K.
         group_limit: The limit of `group_limited_topk`, with a bias per expert; None to use `softmax_topk`.
         scale: The sum of a token's weights (`group_limited_topk` only).
+        options: Auxiliary losses and capacity; None: `RouterOptions` as they are by default.
         seed: Seed of the weight, in 0 .. 2^40 - 1; the same on every rank.
 
     Attributes:
         weight: ``[E, H]`` float32 parameter.
         bias: ``[E]`` float32 buffer, initially zero, or None with softmax; `update_bias` changes it, gradients do not.
+        losses: The auxiliary losses of the last forward, with their graph; `auxiliary_losses` takes them. None before
+            it, and without ``RouterOptions.losses``. With sigmoid scores, probabilities are the scores divided by their
+            sum, as in the sequence-wise loss of DeepSeek-V3. A copy of the router does not have them.
+        dropped: int64 scalar: slots that the last forward dropped for lack of capacity; None without a capacity, and
+            before the first forward.
 
     Raises:
         ConfigError: ``scale`` is given with softmax, or ``seed`` is out of range.
@@ -179,6 +190,7 @@ class Router(nn.Module):
         *,
         group_limit: GroupLimit | None = None,
         scale: float = 1.0,
+        options: RouterOptions | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -189,7 +201,10 @@ class Router(nn.Module):
         self.top_k = top_k
         self.group_limit = group_limit
         self.scale = scale
+        self.options = RouterOptions() if options is None else options
         self.seed = seed
+        self.losses: RouterLosses | None = None
+        self.dropped: Tensor | None = None
         device = torch.get_default_device()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32, device=device))
         bias = None if group_limit is None else torch.empty(num_experts, dtype=torch.float32, device=device)
@@ -212,8 +227,30 @@ class Router(nn.Module):
         rows = _wide(x)
         logits = product(rows, self.weight.to(rows.dtype).T)
         if self.group_limit is None:
-            return softmax_topk(logits, self.top_k)
-        return group_limited_topk(logits, self.top_k, self.group_limit, bias=self.bias, scale=self.scale)
+            routing = softmax_topk(logits, self.top_k)
+        else:
+            routing = group_limited_topk(logits, self.top_k, self.group_limit, bias=self.bias, scale=self.scale)
+        # A checkpointed part is repeated in backward: it must compute the same, but what nobody asks for would only
+        # keep its activations alive.
+        keep = not recomputing()
+        if self.options.losses:
+            losses = RouterLosses(load_balance_loss(self._probabilities(logits), routing.topk_idx), z_loss(logits))
+            self.losses = losses if keep else self.losses
+        if self.options.capacity_factor is not None:
+            kept = limited(routing, logits.shape[1], self.options.capacity_factor)
+            routing, self.dropped = kept.routing, kept.dropped
+        return routing
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        if self.group_limit is None:
+            masked = (logits.detach() == -torch.inf).all(dim=1, keepdim=True)
+            return logits.masked_fill(masked, 0.0).softmax(dim=1)
+        scores = logits.sigmoid()
+        return scores / _divisor(scores)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: not the losses, since torch copies no tensor with a graph."""
+        return {**self.__dict__, "losses": None}
 
     @torch.no_grad()
     def update_bias(self, expert_counts: Tensor, *, rate: float = 0.001) -> None:
@@ -227,7 +264,7 @@ class Router(nn.Module):
         Args:
             expert_counts: ``[E]``: tokens that each expert received from *all* ranks: every rank's
                 `MoELayer.expert_counts`, concatenated in rank order (an all-gather), added up over the steps since the
-                last update.
+                last update. `update_biases` collects them.
             rate: Step size: gamma of the paper, which uses 0.001.
 
         Raises:

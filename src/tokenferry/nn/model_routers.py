@@ -1,0 +1,102 @@
+"""What the routers of a model do together between forward and the step of the optimizer, to keep experts balanced."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tokenferry.errors import ConfigError
+from tokenferry.nn.layer import MoELayer
+from tokenferry.nn.losses import RouterLosses
+from tokenferry.nn.router import Router
+
+
+def auxiliary_losses(model: nn.Module) -> RouterLosses:
+    """Return the sums of the auxiliary losses of the last forward over all routers of a model that compute them.
+
+        losses = auxiliary_losses(model)
+        loss = loss + 0.01 * losses.balance + 0.001 * losses.z
+
+    Contract: local; differentiable. Takes the losses from the routers, which forget them. They are values of this
+    rank's tokens: add them to the loss of this rank, and the gradients are those of the mean over ranks; see
+    `RouterLosses`.
+
+    Args:
+        model: A module with at least one `Router` with ``RouterOptions(losses=True)``.
+
+    Raises:
+        ConfigError: there is no such router; one of them has no losses, since it has not run since they were last
+            taken; or its losses have no graph, though gradients are enabled: it ran under ``torch.no_grad()``, or in
+            ``checkpoint(use_reentrant=True)``, which runs forward without a graph. There, use the other kind.
+    """
+    routers = {
+        name: module for name, module in model.named_modules() if isinstance(module, Router) and module.options.losses
+    }
+    if not routers:
+        raise ConfigError(
+            "auxiliary_losses: model: expected a Router with RouterOptions(losses=True), found none; make one with it"
+        )
+    found = []
+    for name, router in routers.items():
+        if router.losses is None:
+            raise ConfigError(
+                f"auxiliary_losses: {name or 'model'!r} has no losses; call forward before each call of this"
+            )
+        if torch.is_grad_enabled() and router.weight.requires_grad and not router.losses.z.requires_grad:
+            raise ConfigError(
+                f"auxiliary_losses: the losses of {name or 'model'!r} have no gradients, since its forward ran without "
+                "them: under torch.no_grad(), or in checkpoint(use_reentrant=True); use use_reentrant=False"
+            )
+        found.append(router.losses)
+    for router in routers.values():
+        router.losses = None
+    balance, z = torch.stack([one.balance for one in found]).sum(), torch.stack([one.z for one in found]).sum()
+    return RouterLosses(balance, z)
+
+
+@torch.no_grad()
+def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
+    """Call `Router.update_bias` for all layers of a model, with the loads of all ranks since the last call.
+
+    The balancing without an auxiliary loss of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Call it after each step of
+    the optimizer.
+
+    Contract: collective, one all-reduce over each process group; every rank gets the same biases. Loads are those of
+    forward passes in training mode; a pass that a checkpoint repeats does not count.
+
+    Args:
+        model: A module with at least one `MoELayer` whose router is a `Router` with a bias.
+        rate: Step size: gamma of the paper, which uses 0.001.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoELayer) and module.has_bias]
+    if not layers:
+        raise ConfigError(
+            "update_biases: model: expected a MoELayer whose router has a bias, found none; make it with "
+            "Router(..., group_limit=GroupLimit(1, 1))"
+        )
+    by_group: dict[dist.ProcessGroup | None, list[MoELayer]] = {}
+    for layer in layers:
+        by_group.setdefault(layer.group.process_group, []).append(layer)
+    for process_group, members in by_group.items():
+        flat = torch.cat([_load(layer) for layer in members])
+        if members[0].group.num_ranks > 1:
+            dist.all_reduce(flat, group=process_group)
+        loads = flat.split([layer.group.shape.num_experts for layer in members])  # type: ignore[no-untyped-call]
+        for layer, load in zip(members, loads, strict=True):
+            assert isinstance(layer.router, Router)
+            layer.router.update_bias(load, rate=rate)
+
+
+def _load(layer: MoELayer) -> Tensor:
+    """Return ``[E]`` int64: the rows of this rank's experts since the last call, and 0 for all others."""
+    group = layer.group
+    load = torch.zeros(group.shape.num_experts, dtype=torch.int64, device=group.device)
+    mine = layer.take_load()
+    if mine is not None:
+        first = group.rank * group.num_local_experts
+        load[first : first + group.num_local_experts] = mine
+    return load
