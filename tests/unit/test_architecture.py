@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "resolve": {"types", "errors", "topology", "checks", "backends"},
     "api": {"types", "errors", "ambient", "topology", "options", "resolve", "backends"},
     "__init__": {"types", "errors", "topology", "api"},
-    "autograd": {"types", "errors", "layout", "api"},
+    "autograd": {"types", "errors", "layout", "formats", "api"},
     "nn": {"types", "errors", "topology", "api", "autograd"},
     "compat": {"__init__", "types", "errors", "ambient", "checks", "env", "api"},
     # From compat only the folder of `tokenferry deep-ep-path`.

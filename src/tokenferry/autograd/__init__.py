@@ -21,7 +21,8 @@ Contract, beyond that of `tokenferry.ExpertGroup`:
     Padding: rows that hold no data (alignment, capacity) are zero in results and in gradients, whatever
         ``DispatchOptions.zero_padding`` is, so that a weight gradient ``x^T g`` never reads uninitialised memory.
         Values that the caller writes into such rows are never read.
-    Quantized rows have no gradient: bytes are not differentiable. ``routing.topk_weights`` still has one.
+    Quantized rows have no gradient: bytes are not differentiable. ``routing.topk_weights`` still has one. With
+        ``quantize`` rows are cast only to be sent, and have gradients, which travel in the dtype of the rows.
     Lifetime: a graph keeps its group alive. A *compiled* graph only holds the key of the group: keep a reference.
     Numerics: gradients are summed as `ExpertGroup.combine` sums, and are bitwise reproducible.
 """
@@ -37,14 +38,19 @@ from torch import Tensor
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
-from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing
+from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing, Scale
 
 __all__ = ["combine", "dispatch", "redispatch"]
 
 
 @overload
 def dispatch(
-    group: ExpertGroup, x: Tensor, routing: Routing, *, options: DispatchOptions | None = None
+    group: ExpertGroup,
+    x: Tensor,
+    routing: Routing,
+    *,
+    options: DispatchOptions | None = None,
+    quantize: Scale | None = None,
 ) -> Dispatched[Tensor]: ...
 
 
@@ -55,15 +61,30 @@ def dispatch(
 
 
 def dispatch(
-    group: ExpertGroup, x: Tensor | Quantized, routing: Routing, *, options: DispatchOptions | None = None
+    group: ExpertGroup,
+    x: Tensor | Quantized,
+    routing: Routing,
+    *,
+    options: DispatchOptions | None = None,
+    quantize: Scale | None = None,
 ) -> Dispatched[Tensor] | Dispatched[Quantized]:
     """Call `ExpertGroup.dispatch` with gradients of ``x`` and of ``routing.topk_weights``.
 
     Contract: collective, and so is its backward (one `combine`); see the top of this module. Arguments, results and
     errors as `ExpertGroup.dispatch`, but ``zero_padding`` is always on, and ``host_counts`` is None in a traced graph.
 
+    Args:
+        group: The group.
+        x: Rows to send.
+        routing: As for `ExpertGroup.dispatch`.
+        options: As for `ExpertGroup.dispatch`.
+        quantize: Cast rows to FP8 to send them, with scales of this format (`tokenferry.formats.fp8.cast`), and back to
+            their dtype where they arrive. Gradients are those of the rows as they arrive, in the dtype of the rows, as
+            if the cast were the identity. None: rows are sent as they are.
+
     Raises:
-        ArgumentError: a `Quantized` requires grad. And whatever `ExpertGroup.dispatch` raises.
+        ArgumentError: a `Quantized` requires grad, or is to be cast; or ``quantize`` is no `Scale`.
+        ShapeError: rows to be cast are not floating-point ``[T, H]``. And whatever `ExpertGroup.dispatch` raises.
 
     Example:
         >>> import torch, tokenferry
@@ -81,7 +102,10 @@ def dispatch(
     if not isinstance(routing, Routing):
         raise ArgumentError(f"dispatch: routing: expected a tokenferry.Routing, got {type(routing).__name__}")
     _only_tensors("dispatch", topk_idx=routing.topk_idx, topk_weights=routing.topk_weights)
+    if quantize is not None:
+        _can_be_cast(group, x, quantize)
     where, sizes = ops.pack(group, group.key, options, 0, 0)
+    where = ops.with_cast(where, quantize)
     rows, scales, weights, host_ints, offsets, *tensors = ops.dispatch(
         data, scale, routing.topk_idx, routing.topk_weights, where, sizes
     )
@@ -156,6 +180,20 @@ def _data_and_scale(call: str, x: Tensor | Quantized) -> tuple[Tensor, Tensor | 
     if torch.is_grad_enabled() and (x.data.requires_grad or x.scale.requires_grad):
         raise ArgumentError(f"{call}: x: a Quantized has no gradient, but requires grad; detach data and scale")
     return x.data, x.scale
+
+
+def _can_be_cast(group: ExpertGroup, x: Tensor | Quantized, quantize: object) -> None:
+    """Reject rows that cannot be cast: once they are bytes, the group knows no dtype and no width to expect."""
+    if not isinstance(quantize, Scale):
+        raise ArgumentError(f"dispatch: quantize: expected a tokenferry.Scale or None, got {quantize!r}")
+    if isinstance(x, Quantized):
+        raise ArgumentError("dispatch: quantize: x is a Quantized already; pass its rows, or quantize=None")
+    hidden = group.shape.hidden
+    if not x.is_floating_point() or x.ndim != 2 or x.shape[1] != hidden:
+        raise ShapeError(
+            f"dispatch: x: expected floating point [T, H] with H={hidden} to cast it to FP8, got {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
 
 
 def _only_tensors(call: str, **arguments: object) -> None:

@@ -3,7 +3,7 @@
 Ops take and return only tensors, ints and strings. A group is therefore passed as its key, a plan as its eight tensors
 plus what the host knows of it as a ninth, and everything else as one string and one list of ints:
 
-``where``  ``"<group key> <plan key> <layout> <counts>"``
+``where``  ``"<group key> <plan key> <layout> <counts>"``; in dispatch, if rows are cast, also ``" <scale>"``
 ``sizes``  E, K, H, M, most nodes (0: any), A, capacity (0: none), T, delivered rows (the last two are 0 in dispatch,
            which has no plan yet)
 """
@@ -18,8 +18,19 @@ import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup, find_group
+from tokenferry.formats import fp8
 from tokenferry.layout import row_capacity
-from tokenferry.types import CountsLocation, Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import (
+    CountsLocation,
+    Dispatched,
+    DispatchOptions,
+    Layout,
+    MoeShape,
+    Plan,
+    Quantized,
+    Routing,
+    Scale,
+)
 
 _PLAN_TENSORS = 9
 _WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that can be sent, for gradients of weights without rows
@@ -58,10 +69,24 @@ def _group(where: str, sizes: Sequence[int]) -> ExpertGroup:
 
 
 def _unpack(where: str, sizes: Sequence[int]) -> tuple[ExpertGroup, DispatchOptions]:
-    _, _, layout, location = where.split()
+    _, _, layout, location = where.split()[:4]
     counts: CountsLocation = "device" if location == "device" else "host"
     options = DispatchOptions(Layout(layout), alignment=int(sizes[5]), counts=counts, capacity=int(sizes[6]) or None)
     return _group(where, sizes), zeroing(options)
+
+
+def with_cast(where: str, quantize: Scale | None) -> str:
+    """Return ``where`` of a dispatch that casts its rows."""
+    return where if quantize is None else f"{where} {quantize.value}"
+
+
+def _quantize(where: str) -> Scale | None:
+    words = where.split()
+    return Scale(words[4]) if len(words) > 4 else None
+
+
+def _cast_back(sent: Dispatched[Any], dtype: torch.dtype) -> Dispatched[Any]:
+    return replace(sent, x=fp8.dequantize(sent.x).to(dtype))
 
 
 def zeroing(options: DispatchOptions) -> DispatchOptions:
@@ -184,8 +209,12 @@ def dispatch(
 ) -> tuple[Tensor, ...]:
     """Send rows and make a plan; return the same five results as `redispatch`, then the plan's eight tensors."""
     group, options = _unpack(where, sizes)
-    rows = x if scale is None else Quantized(x, scale)
-    sent = group.dispatch(rows, Routing(topk_idx, topk_weights), options=options)
+    routing, quantize = Routing(topk_idx, topk_weights), _quantize(where)
+    sent: Dispatched[Any]
+    if quantize is None:
+        sent = group.dispatch(x if scale is None else Quantized(x, scale), routing, options=options)
+    else:
+        sent = _cast_back(group.dispatch(fp8.cast(x, quantize), routing, options=options), x.dtype)
     return _apart((*_parts(sent), *tensors_of(sent.plan)[:-1]))  # without what the host knows, which is among the parts
 
 

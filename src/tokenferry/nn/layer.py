@@ -137,7 +137,10 @@ class MoELayer(nn.Module):
                 f"MoELayer: shared: expected [T, H] = {list(rows.shape)} from it, got {list(shared.shape)}; a row for "
                 "each row"
             )
-        sent = autograd.dispatch(self.group, cast, self.router(rows), options=self.options.dispatch)
+        options = self.options
+        sent = autograd.dispatch(
+            self.group, cast, self.router(rows), options=options.dispatch, quantize=options.quantize
+        )
         assert sent.topk_weights is not None
         self._count(sent.expert_counts)
         y = torch.func.functional_call(self.experts, parameters, (sent.x, sent.expert_offsets))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tokenferry.errors import ConfigError
-from tokenferry.types import DispatchOptions, Layout
+from tokenferry.types import DispatchOptions, Layout, Scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,9 @@ class LayerOptions:
         shared: A module for all tokens, whose result is added: the shared experts of DeepSeekMoE (arXiv 2401.06066). It
             maps ``[T, H]`` to ``[T, H]``, on the rank that has the tokens, and runs while the rows are under way. Its
             parameters are replicated.
+        quantize: Cast rows to FP8 for the way to the experts, with scales of this format; DeepSeek-V3 dispatches in FP8
+            (arXiv 2412.19437, section 3.3.3). Experts get them in their dtype; the way back, and all gradients, travel
+            in that dtype. See `tokenferry.autograd.dispatch`.
         dispatch: How rows are delivered to the experts: ``Layout.EXPERTS``, with any alignment. With
             ``counts="device"`` forward does not wait for the counts, and experts get ``capacity`` rows, of which those
             past the last offset hold no data; their memory and computation are those of the capacity.
@@ -28,9 +31,12 @@ class LayerOptions:
     """
 
     shared: nn.Module | None = None
+    quantize: Scale | None = None
     dispatch: DispatchOptions = field(default_factory=lambda: DispatchOptions(Layout.EXPERTS))
 
     def __post_init__(self) -> None:
+        if self.quantize is not None and not isinstance(self.quantize, Scale):
+            raise ConfigError(f"LayerOptions: quantize: expected a tokenferry.Scale or None, got {self.quantize!r}")
         if self.dispatch.layout is not Layout.EXPERTS:
             raise ConfigError(
                 f"LayerOptions: dispatch: expected Layout.EXPERTS, got {self.dispatch.layout}; experts take rows that "
