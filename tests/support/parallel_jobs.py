@@ -133,6 +133,7 @@ def differentiated(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
 
         record("eager", layer(x))
         record("checkpointed", checkpoint(layer, x, use_reentrant=False))
+        record("reentrant", checkpoint(layer, x.clone().requires_grad_(), use_reentrant=True))
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
             record("compiled", torch.compile(layer, backend="aot_eager", fullgraph=True)(x))
         (first,) = torch.autograd.grad(layer(x).square().mean(), layer.experts.down, create_graph=True)
