@@ -48,10 +48,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Para
             layer.place_experts(mesh)
     experts = {parameter for layer in layers.values() for parameter in layer.expert_parameters()}
     names = [name for name, parameter in model.named_parameters() if parameter in experts]
-    # DDP itself compares "name", and in its reducer "module.name", which has a leading dot if the module is the model.
-    both = [*names, *(f".{name}" for name in names if "." not in name)]
     ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(model, both)  # type: ignore[no-untyped-call]
+    ignore(model, names)  # type: ignore[no-untyped-call]
     return experts
 
 
