@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import tokenferry
 from support import experts_jobs as jobs
 from tokenferry import DispatchOptions, Layout, MoeShape
-from tokenferry.nn import GELUExperts, GroupLimit, LayerOptions, MoELayer, Router, SwiGLUExperts
+from tokenferry.nn import GELUExperts, GroupLimit, LayerOptions, MoELayer, Router, SwiGLUExperts, by_expert
 from tokenferry.testing.compare import same_bits
 
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=16, max_tokens=12)
@@ -100,9 +100,9 @@ def test_counts_on_the_device_change_nothing(group, dtype):
         for name, value in want.items():
             torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
     with pytest.raises(tokenferry.CapacityError):
-        MoELayer(group, 24, options=LayerOptions(dispatch=DispatchOptions(Layout.EXPERTS, counts="device", capacity=1)))(
-            torch.randn(5, 16)
-        )
+        MoELayer(
+            group, 24, options=LayerOptions(dispatch=DispatchOptions(Layout.EXPERTS, counts="device", capacity=1))
+        )(torch.randn(5, 16))
 
 
 @pytest.mark.parametrize("options", [LayerOptions(), ON_DEVICE], ids=["host", "device"])
@@ -164,21 +164,29 @@ BAD_LAYERS = (
         made(experts=nn.Linear(16, 5)),
         r"weight: expected the L=4 experts of this rank as the first dimension, got \[5, 16",
     ),
-    (made(experts=nn.Linear(16, 4, device="meta")), None),
     (made(experts=Counting()), r"expected no buffers in the state_dict, got \['seen'\]"),
     (lambda group: GELUExperts(group, 0), "GELUExperts: ffn_hidden: expected a positive integer, got 0"),
     (lambda group: SwiGLUExperts(group, 8, seed=-1), "SwiGLUExperts: seed: .* got -1"),
+    (made(options=DispatchOptions()), "options: expected a LayerOptions or None, got DispatchOptions"),
+    (lambda group: Router(16, 4, 2, options=LayerOptions()), "options: expected a RouterOptions or None, got LayerOpt"),
+    (lambda group: LayerOptions(shared=4), r"shared: expected a torch\.nn\.Module or None, got int"),
     (lambda group: LayerOptions(dispatch=DispatchOptions()), r"dispatch: expected Layout.EXPERTS, got Layout.ROWS"),
 )
 
 
-@pytest.mark.parametrize(("make", "message"), BAD_LAYERS, ids=[str(message) for _, message in BAD_LAYERS])
+@pytest.mark.parametrize(("make", "message"), BAD_LAYERS, ids=[message for _, message in BAD_LAYERS])
 def test_what_is_refused(group, make, message):
-    if message is None:
-        make(group)
-        return
     with pytest.raises(tokenferry.ConfigError, match=message):
         make(group)
+
+
+def test_weights_that_are_no_matrices_are_refused():
+    rows, offsets = torch.zeros(3, 16), torch.tensor([0, 1, 3])
+    for weights in (torch.zeros(2, 16), torch.zeros(3, 16, 8)):
+        with pytest.raises(
+            tokenferry.ShapeError, match=r"weights\[1\]: expected \[L, I, O\] with L=2 from the offsets"
+        ):
+            by_expert(lambda product, x, a, b: x, rows, offsets, torch.zeros(2, 16, 8), weights)
 
 
 def test_reset_draws_our_experts_and_leaves_others_alone(group):

@@ -49,7 +49,10 @@ def test_dtypes(group, kind, autocast, parameters, given):
     dtype = computed(autocast, parameters, given)
     shared = nn.Linear(16, 16, dtype=parameters)
     layer = MoELayer(
-        group, experts=kind(group, WIDTH, dtype=parameters), router=Router(16, 4, 2), options=LayerOptions(shared)
+        group,
+        experts=kind(group, WIDTH, dtype=parameters),
+        router=Router(16, 4, 2),
+        options=LayerOptions(shared=shared),
     )
     x = rows(9).to(given)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):

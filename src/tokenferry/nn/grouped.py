@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from tokenferry.errors import ShapeError
+
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A product of rows ``[n, I]`` with the weights of one expert ``[I, O]``, or of each of them ``[L, I, O]``."""
 
@@ -42,6 +44,9 @@ def by_expert(formula: Formula, rows: Tensor, offsets: Tensor, *weights: Tensor)
     Returns:
         Tensor: ``[n, O]``.
 
+    Raises:
+        ShapeError: a weight is not ``[L, I, O]``.
+
     Example:
         >>> import torch
         >>> from tokenferry.nn import by_expert
@@ -49,6 +54,12 @@ def by_expert(formula: Formula, rows: Tensor, offsets: Tensor, *weights: Tensor)
         >>> by_expert(lambda product, x, w: product(x, w).relu(), rows, torch.tensor([0, 1, 3]), weights)[:, 0]
         tensor([1., 2., 2.])
     """
+    for i, weight in enumerate(weights):
+        if weight.ndim != 3 or weight.shape[0] != offsets.shape[0] - 1:
+            raise ShapeError(
+                f"by_expert: weights[{i}]: expected [L, I, O] with L={offsets.shape[0] - 1} from the offsets, got "
+                f"{list(weight.shape)}; stack one matrix for each expert"
+            )
     if _have_grouped_product(rows, weights):
         ends = offsets[1:].to(torch.int32)
         return formula(partial(_grouped_product, ends), rows, *weights)

@@ -103,6 +103,8 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if options is not None and not isinstance(options, LayerOptions):
+            raise ConfigError(f"MoELayer: options: expected a LayerOptions or None, got {type(options).__name__}")
         shape = group.shape
         self.group = group
         self.options = LayerOptions() if options is None else options

@@ -11,7 +11,7 @@ from tokenferry.errors import ConfigError
 from tokenferry.types import DispatchOptions, Layout, Scale
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOptions:
     """Options of a `MoELayer`; the same on every rank.
 
@@ -27,7 +27,7 @@ class LayerOptions:
             past the last offset hold no data; their memory and computation are those of the capacity.
 
     Raises:
-        ConfigError: the options contradict each other.
+        ConfigError: ``shared`` is no module, ``quantize`` no `Scale`, or ``dispatch`` has another layout.
     """
 
     shared: nn.Module | None = None
@@ -35,6 +35,10 @@ class LayerOptions:
     dispatch: DispatchOptions = field(default_factory=lambda: DispatchOptions(Layout.EXPERTS))
 
     def __post_init__(self) -> None:
+        if self.shared is not None and not isinstance(self.shared, nn.Module):
+            raise ConfigError(
+                f"LayerOptions: shared: expected a torch.nn.Module or None, got {type(self.shared).__name__}"
+            )
         if self.quantize is not None and not isinstance(self.quantize, Scale):
             raise ConfigError(f"LayerOptions: quantize: expected a tokenferry.Scale or None, got {self.quantize!r}")
         if self.dispatch.layout is not Layout.EXPERTS:
@@ -44,7 +48,7 @@ class LayerOptions:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOptions:
     """Options of a `Router` that concern the load of the experts; the same on every rank.
 

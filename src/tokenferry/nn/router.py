@@ -168,7 +168,7 @@ class Router(nn.Module):
             before the first forward.
 
     Raises:
-        ConfigError: ``scale`` is given with softmax, or ``seed`` is out of range.
+        ConfigError: ``scale`` is given with softmax, ``seed`` is out of range, or ``options`` are those of a layer.
 
     Example:
         >>> import torch
@@ -198,6 +198,8 @@ class Router(nn.Module):
             raise ConfigError(
                 f"Router: scale={scale} needs group_limit, e.g. GroupLimit(1, 1); softmax weights add up to 1"
             )
+        if options is not None and not isinstance(options, RouterOptions):
+            raise ConfigError(f"Router: options: expected a RouterOptions or None, got {type(options).__name__}")
         self.top_k = top_k
         self.group_limit = group_limit
         self.scale = scale
