@@ -19,6 +19,7 @@ import tokenferry
 PUBLIC_MODULES = (
     "tokenferry.autograd",
     "tokenferry.nn",
+    "tokenferry.nn.balance",
     "tokenferry.formats.fp8",
     "tokenferry.formats.logfmt",
     "tokenferry.compat.deep_ep",

@@ -1,0 +1,111 @@
+"""From the loads of experts to replicas, and their places on the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenferry.errors import ArgumentError, ConfigError, ShapeError
+from tokenferry.nn.balance.packing import best_packing
+from tokenferry.nn.balance.placement import Placement, check_divides
+
+
+def balance(
+    loads: Tensor,
+    num_ranks: int,
+    num_slots: int,
+    *,
+    nodes: Sequence[Sequence[int]] | None = None,
+    num_groups: int = 1,
+) -> Placement:
+    """Decide which experts get replicas, and where all of them go, so that the most loaded rank has little load.
+
+    Global: each slot more than experts goes to the expert with the highest load per replica; then replicas are packed
+    into ranks, the heaviest first, each into the least loaded rank with a free slot; then slots of the most loaded
+    rank are swapped with others as long as that helps. By node: groups of neighbouring experts are first packed into
+    the nodes, equally many into each; then each node does the same with the experts that it has. So a router that
+    limits the groups of a token, such as `GroupLimit`, limits its nodes too.
+
+    The most loaded rank never has more load than without replicas (P = E), nor than with expert e in slot e. Not
+    optimal: the problem contains that of dividing numbers into equal sums. Two replicas of an expert share a rank only
+    if nothing better was found.
+
+    Contract: local, on the CPU; reads ``loads`` from its device. The same loads give the same placement.
+
+    Args:
+        loads: ``[E]`` or ``[layers, E]``: the load of each expert, such as the rows that it received.
+        num_ranks: R.
+        num_slots: P, a multiple of R and at least E: the physical experts of all ranks. At most R * E.
+        nodes: The ranks of each node, equally many: `Topology.nodes`; None: place globally.
+        num_groups: Groups of neighbouring experts that stay on a node (with ``nodes`` only); a multiple of the number
+            of nodes, and a divisor of E.
+
+    Returns:
+        Placement: of one layer for ``[E]``, else of all.
+
+    Raises:
+        ShapeError: ``loads`` has another shape, or no numbers.
+        ArgumentError: a load is negative, infinite or NaN.
+        ConfigError: the sizes do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from tokenferry.nn.balance import balance
+        >>> loads = torch.tensor([40, 10, 10, 20])
+        >>> placement = balance(loads, num_ranks=2, num_slots=6)
+        >>> placement.physical_to_logical.tolist(), placement.num_replicas.tolist()
+        ([0, 1, 3, 0, 2, 3], [2, 1, 1, 2])
+        >>> placement.rank_loads(loads).tolist()  # experts 0 and 1 on rank 0 would be 50 and 30
+        [40.0, 40.0]
+    """
+    if loads.ndim not in (1, 2) or loads.numel() == 0 or loads.is_complex():
+        raise ShapeError(
+            f"balance: loads: expected numbers [E] or [layers, E], got {loads.dtype} {list(loads.shape)}; pass one "
+            "number for each expert"
+        )
+    rows = loads.detach().to("cpu", torch.float64).reshape(-1, loads.shape[-1])
+    if not bool((rows.isfinite() & (rows >= 0)).all()):
+        raise ArgumentError("balance: loads: expected finite numbers from 0 on; pass counts of rows, or their means")
+    check_divides("balance", num_slots, num_ranks)
+    places = [list(range(num_ranks))] if nodes is None else [list(ranks) for ranks in nodes]
+    groups = 1 if nodes is None else num_groups
+    if nodes is None and num_groups != 1:
+        raise ConfigError(f"balance: num_groups={num_groups} needs nodes=, e.g. group.topology.nodes")
+    _check_sizes(loads.shape[-1], num_slots, num_ranks, groups, places)
+    slots = torch.tensor(
+        [_placed(row, groups, places, num_slots // num_ranks) for row in rows.tolist()],
+        dtype=torch.int64,
+        device="cpu",
+    )
+    return Placement.of(slots.view(*loads.shape[:-1], num_slots), num_ranks)
+
+
+def _check_sizes(num_experts: int, num_slots: int, num_ranks: int, num_groups: int, places: list[list[int]]) -> None:
+    num_nodes = len(places)
+    if sorted(rank for ranks in places for rank in ranks) != list(range(num_ranks)) or len(set(map(len, places))) != 1:
+        raise ConfigError(
+            f"balance: nodes: expected each of {num_ranks} ranks on one of equally large nodes, got {places}"
+        )
+    if num_groups < 1 or num_groups % num_nodes or num_experts % num_groups:
+        raise ConfigError(
+            f"balance: num_groups={num_groups}: expected a multiple of {num_nodes} nodes that divides E={num_experts}"
+        )
+    if not num_experts <= num_slots <= num_ranks * (num_experts // num_nodes):
+        raise ConfigError(
+            f"balance: num_slots={num_slots}: expected at least E={num_experts}, and at most one slot a rank for each "
+            f"expert of its node, {num_ranks * (num_experts // num_nodes)}"
+        )
+
+
+def _placed(loads: list[float], num_groups: int, places: list[list[int]], width: int) -> list[int]:
+    """Return the expert of each slot of one layer."""
+    size = len(loads) // num_groups
+    sums = [sum(loads[first : first + size]) for first in range(0, len(loads), size)]
+    found: dict[int, list[int]] = {}
+    for ranks, groups in zip(places, best_packing(sums, len(places), num_groups // len(places)), strict=True):
+        experts = [expert for group in groups for expert in range(group * size, (group + 1) * size)]
+        packing = best_packing([loads[expert] for expert in experts], len(ranks), width)
+        found |= {rank: [experts[i] for i in slots] for rank, slots in zip(ranks, packing, strict=True)}
+    return [expert for rank in range(len(found)) for expert in found[rank]]
