@@ -31,7 +31,8 @@ class SeededExperts(nn.Module):
                 raise ConfigError(f"{name}: ffn_hidden: expected a positive integer, got {hidden}")
         generator(name, seed, FIRST_EXPERT_STREAM)  # refuses a bad seed
         self.seed = seed
-        self.first_expert = group.rank * group.num_local_experts
+        first = group.rank * group.num_local_experts
+        self.numbers = list(range(first, first + group.num_local_experts))  # of the experts that this rank holds
         device = torch.get_default_device()
         device = device if device.type == "meta" else group.device
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -49,8 +50,8 @@ class SeededExperts(nn.Module):
         weights = [local_part(weight) for weight in self.parameters()]
         if weights[0].device.type == "meta":
             return
-        for i in range(weights[0].shape[0]):
-            draws = generator(type(self).__name__, self.seed, FIRST_EXPERT_STREAM + self.first_expert + i)
+        for i, number in enumerate(self.numbers):
+            draws = generator(type(self).__name__, self.seed, FIRST_EXPERT_STREAM + number)
             for weight in weights:
                 inner, outer = weight.shape[1:]
                 weight[i].copy_(normal(draws, inner, outer) * inner**-0.5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
 from tokenferry.nn.precision import autocast_dtype
@@ -61,7 +62,8 @@ class MoELayer(nn.Module):
             that size, in the dtype of the rows, whatever they are in the layer. It has no buffers in its state_dict.
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
             device. A `Router` must not be able to choose more nodes than ``MoeShape.max_nodes``, which takes a
-            `GroupLimit` if that is few; other routers are checked in each call.
+            `GroupLimit` if that is few; other routers are checked in each call. A `tokenferry.nn.balance.PlacedRouter`
+            says which expert each slot holds, for the layer to draw.
         options: Shared experts, and how rows travel; None: `LayerOptions` as they are by default.
         seed: Seed of the parameters that the layer draws, in 0 .. 2^40 - 1; the same on every rank.
         dtype: dtype of the experts that the layer makes; None: torch's default dtype, as for the modules of `torch.nn`.
@@ -115,6 +117,8 @@ class MoELayer(nn.Module):
                 router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed)
         _check_nodes(group, router)
         self.router = router
+        if experts is None and isinstance(router, PlacedRouter):
+            self._draw_experts()
         self.shared = self.options.shared
         self._sharded = False
         mesh = expert_mesh(group)
@@ -190,9 +194,17 @@ class MoELayer(nn.Module):
         Contract: local. Parameters on the meta device stay without values. Experts and routers of other classes than
         those of `tokenferry.nn` are left alone.
         """
-        for module in (self.experts, self.router):
-            if isinstance(module, SeededExperts | Router):
-                module.reset_parameters()
+        self._draw_experts()
+        if isinstance(self.router, Router | PlacedRouter):
+            self.router.reset_parameters()
+
+    def _draw_experts(self) -> None:
+        if not isinstance(self.experts, SeededExperts):
+            return
+        if isinstance(self.router, PlacedRouter):  # replicas have to be equal
+            slots = self.router.placement.physical_to_logical
+            self.experts.numbers = slots.view(self.group.num_ranks, -1)[self.group.rank].tolist()
+        self.experts.reset_parameters()
 
     def place_experts(self, mesh: DeviceMesh) -> None:
         """Replace the parameters of the experts by DTensors over this mesh, whose ranks are those of the group. Local.

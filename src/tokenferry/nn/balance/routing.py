@@ -1,0 +1,226 @@
+"""From the experts that a router chooses to the slots that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tokenferry.api import ExpertGroup
+from tokenferry.errors import ConfigError, ShapeError, UnsupportedError
+from tokenferry.nn.balance.placement import Placement
+from tokenferry.types import Routing
+
+
+class ReplicaMap:
+    """A map from logical to physical experts, which spreads the tokens of an expert over its replicas.
+
+    Token t of rank r goes to replica ``(t + r) % n`` of an expert's n replicas: in turn, so that equally many go to
+    each, and the same ones in every run. A repeated expert of a token stays one expert.
+
+    Contract: local. CUDA: on torch's current stream; a call never waits for the device and is capturable, and graphs
+    follow `place`.
+
+    Args:
+        placement: Of one layer; P is the ``num_experts`` of the group's shape.
+        group: The group that gets the routings.
+        nearest: Let an expert's tokens go to its replicas on the sender's node only, if there are any. Fewer rows cross
+            the network; but replicas are shared unevenly if an expert has more on some nodes than on others, which
+            `balance` does not expect. Without an effect if all replicas are on one node, as it places them with
+            ``nodes=``.
+
+    Attributes:
+        placement: The placement in use.
+
+    Raises:
+        ConfigError: the placement does not fit the group.
+
+    Example:
+        >>> import torch, tokenferry
+        >>> from tokenferry.nn.balance import Placement, ReplicaMap
+        >>> group = tokenferry.ExpertGroup(None, tokenferry.MoeShape(4, 1, 8, max_tokens=4), backend="cpu")
+        >>> to_slots = ReplicaMap(Placement.of(torch.tensor([0, 1, 1, 2]), num_ranks=1), group)
+        >>> to_slots(tokenferry.Routing(torch.tensor([[1], [1], [2], [-1]]))).topk_idx.tolist()
+        [[1], [2], [3], [-1]]
+    """
+
+    def __init__(self, placement: Placement, group: ExpertGroup, *, nearest: bool = False) -> None:
+        nodes = group.topology.nodes
+        self._num_slots = group.shape.num_experts
+        self._num_ranks = group.num_ranks
+        self._rank = group.rank
+        self._node = group.topology.node
+        self._nodes = nodes if nearest and len(nodes) > 1 else (tuple(range(group.num_ranks)),)
+        _check(placement, self._num_slots, self._num_ranks)
+        num_experts, device = placement.num_experts, group.device
+        with torch.inference_mode(False):  # else `place` could not change them elsewhere
+            # As wide as the table of any placement with these sizes: CUDA graphs keep its address.
+            sizes = (num_experts, self._num_slots - num_experts + 1)
+            self._table = torch.empty(sizes, dtype=torch.int64, device=device)
+            self._counts, self._first = (torch.empty(num_experts, dtype=torch.int64, device=device) for _ in range(2))
+        self.place(placement)
+
+    def place(self, placement: Placement) -> None:
+        """Use another placement of as many experts from now on.
+
+        Contract: local; every rank does it between the same two calls. CUDA: waits for the device.
+
+        Raises:
+            ConfigError: the placement does not fit the group, or has another number of experts.
+        """
+        _check(placement, self._num_slots, self._num_ranks)
+        num_experts, widest = self._table.shape
+        if placement.num_experts != num_experts:
+            raise ConfigError(
+                f"ReplicaMap: placement: expected {num_experts} logical experts like before, got "
+                f"{placement.num_experts}; make a new map"
+            )
+        tables, counts, first = [], [], []
+        for slots in placement.logical_to_physical.tolist():
+            all_slots = [slot for slot in slots if slot >= 0]
+            near, position = self._near(all_slots)
+            tables.append(near + [0] * (widest - len(near)))
+            counts.append(len(near))
+            first.append(position)
+        with torch.no_grad():
+            for tensor, values in ((self._table, tables), (self._counts, counts), (self._first, first)):
+                tensor.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
+        self.placement = placement
+
+    def _near(self, slots: list[int]) -> tuple[list[int], int]:
+        """Return the slots that this rank sends to, and its place among the ranks that send to the same."""
+        if len(self._nodes) > 1:
+            width, here = self._num_slots // self._num_ranks, self._nodes[self._node]
+            near = [slot for slot in slots if slot // width in here]
+            if near:
+                return near, here.index(self._rank)
+        return slots, self._rank
+
+    def __call__(self, routing: Routing) -> Routing:
+        """Return a routing with the physical experts of one with logical experts; -1 stays -1.
+
+        An id outside of [-1, E) becomes one outside of [-1, P), which the call that gets the routing refuses.
+
+        Raises:
+            ShapeError: ``topk_idx`` is not an integer ``[T, K]`` tensor on the device of the group.
+        """
+        idx, table = routing.topk_idx, self._table
+        if idx.ndim != 2 or idx.is_floating_point() or idx.device != table.device:
+            raise ShapeError(
+                f"ReplicaMap: topk_idx: expected integers [T, K] on {table.device}, got {idx.dtype} {list(idx.shape)} "
+                f"on {idx.device}"
+            )
+        num_experts = table.shape[0]
+        expert = idx.clamp(0, num_experts - 1).long()
+        token = torch.arange(idx.shape[0], dtype=torch.int64, device=idx.device)[:, None]
+        slot = table[expert, (token + self._first[expert]) % self._counts[expert]].to(idx.dtype)
+        slot = torch.where(idx < 0, idx, slot)
+        return Routing(torch.where(idx < num_experts, slot, idx + self._num_slots), routing.topk_weights)
+
+
+class PlacedRouter(nn.Module):
+    """A router of logical experts for a layer of physical ones: pass it as ``router=`` to `MoELayer`.
+
+    Contract:
+        As the router that it wraps. With replicas it is for inference only: their gradients would have to be added up,
+            and norms and optimizers would count them several times. So it then raises where gradients are enabled.
+        The state dict holds ``physical_to_logical``, since experts are saved in the order of their slots. Loading it
+            places them, also in place, as ``torch.distributed.checkpoint.load`` does it; on any number of ranks.
+
+    Args:
+        router: A module or function that maps ``[T, H]`` to a `Routing` over E logical experts.
+        placement: Where the experts are: initially, until `rebalance` moves them.
+        group: The group of the layer, made with P experts.
+        nearest: As for `ReplicaMap`.
+
+    Attributes:
+        router: The router that was passed.
+
+    Raises:
+        ConfigError: the placement does not fit the group.
+
+    Example:
+        >>> import torch, tokenferry
+        >>> from tokenferry.nn import MoELayer, Router
+        >>> from tokenferry.nn.balance import PlacedRouter, balance
+        >>> placement = balance(torch.tensor([9, 1, 1]), num_ranks=1, num_slots=3)
+        >>> group = tokenferry.ExpertGroup(None, tokenferry.MoeShape(3, 2, 8, max_tokens=4), backend="cpu")
+        >>> layer = MoELayer(group, ffn_hidden=16, router=PlacedRouter(Router(8, 3, 2), placement, group))
+        >>> layer(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
+
+    def __init__(
+        self,
+        router: Callable[[Tensor], Routing],
+        placement: Placement,
+        group: ExpertGroup,
+        *,
+        nearest: bool = False,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self._map = ReplicaMap(placement, group, nearest=nearest)
+        with torch.inference_mode(False):  # else it would have no version
+            # What state dicts hold. No buffer, which DDP, FSDP2 or `to_empty` would overwrite, move or cast.
+            self._slots = placement.physical_to_logical.clone()
+        self._version = self._slots._version
+
+    @property
+    def placement(self) -> Placement:
+        """Where the experts are."""
+        if self._slots._version != self._version:  # written by whoever loads into the tensors of a state dict
+            self.place(Placement.of(self._slots, self._map.placement.num_ranks))
+        return self._map.placement
+
+    def place(self, placement: Placement) -> None:
+        """Send tokens by another placement from now on; the weights are not moved: see `rebalance`.
+
+        Raises:
+            ConfigError: the placement does not fit the group, or has another number of experts.
+        """
+        self._map.place(placement)
+        with torch.no_grad():
+            self._slots.copy_(placement.physical_to_logical)
+        self._version = self._slots._version
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route ``x`` ``[T, H]`` to slots.
+
+        Raises:
+            UnsupportedError: an expert has replicas, and gradients are enabled.
+        """
+        if self.placement.is_redundant and torch.is_grad_enabled():
+            raise UnsupportedError(
+                "PlacedRouter: experts with replicas are for inference; call the model under torch.no_grad(), or train "
+                "with a placement of as many slots as experts"
+            )
+        return self._map(self.router(x))
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters of the router again, if it can do that. Local."""
+        if hasattr(self.router, "reset_parameters"):
+            self.router.reset_parameters()
+
+    def get_extra_state(self) -> Tensor:
+        """Return ``physical_to_logical`` for the state dict."""
+        return self._slots
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Use the placement of a state dict."""
+        self.place(Placement.of(state, self.placement.num_ranks))
+
+
+def _check(placement: Placement, num_slots: int, num_ranks: int) -> None:
+    if placement.physical_to_logical.ndim != 1:
+        raise ConfigError(
+            "ReplicaMap: placement: expected that of one layer, got "
+            f"{len(placement.physical_to_logical)}; use placement.layer(i)"
+        )
+    if (placement.num_slots, placement.num_ranks) != (num_slots, num_ranks):
+        raise ConfigError(
+            f"ReplicaMap: placement: expected {num_slots} slots on {num_ranks} ranks like the group, got "
+            f"{placement.num_slots} on {placement.num_ranks}; make the group with "
+            f"MoeShape(num_experts={placement.num_slots}, ...)"
+        )

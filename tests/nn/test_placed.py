@@ -1,0 +1,282 @@
+"""Routings of slots, loads of experts, and experts that move: nothing but the ranks that work is different."""
+
+import copy
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import tokenferry
+from support import placed_jobs as jobs
+from tokenferry import MoeShape, Routing
+from tokenferry.nn import MoELayer, Router
+from tokenferry.nn.balance import (
+    ExpertLoads,
+    PlacedRouter,
+    Placement,
+    ReplicaMap,
+    balance,
+    move_experts,
+    rebalance,
+)
+
+SLOTS = torch.tensor([0, 1, 2, 0, 3, 1, 0, 4])
+"""Expert 0 in slots 0, 3 and 6; expert 1 in slots 1 and 5."""
+FOUR_RANKS = Placement.of(SLOTS, 4)
+
+
+def member(rank, nodes=((0, 1, 2, 3),), num_slots=8):
+    """What a `ReplicaMap` reads of a group."""
+    topology = tokenferry.Topology(rank, nodes)
+    made = MoeShape(num_slots, 1, 16, max_tokens=64)
+    return SimpleNamespace(shape=made, num_ranks=4, rank=rank, topology=topology, device=torch.device("cpu"))
+
+
+def group_of_one(num_slots=8, **sizes):
+    return tokenferry.ExpertGroup(None, MoeShape(num_slots, 2, 16, **{"max_tokens": 64, **sizes}), backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_tokens_are_spread_over_replicas(dtype):
+    idx = torch.tensor([[0, 1], [0, -1], [0, 4], [1, 0], [0, 0], [-1, 0]], dtype=dtype)
+    weights = torch.rand(6, 2)
+    got = ReplicaMap(FOUR_RANKS, member(1))(Routing(idx, weights))
+    assert got.topk_idx.dtype == dtype
+    assert got.topk_weights is weights
+    # Token t of rank 1 goes to replica (t + 1) % n.
+    assert got.topk_idx.tolist() == [[3, 5], [6, -1], [0, 7], [1, 3], [6, 6], [-1, 0]]
+
+
+def test_one_token_of_each_rank_does_not_go_to_one_replica():
+    found = [ReplicaMap(FOUR_RANKS, member(r))(Routing(torch.tensor([[0]]))).topk_idx.item() for r in range(4)]
+    assert found == [0, 3, 6, 0]
+
+
+def test_ids_out_of_range_stay_out_of_range():
+    got = ReplicaMap(FOUR_RANKS, member(0))(Routing(torch.tensor([[5, 8, -2, -1]])))
+    outside = got.topk_idx.tolist()[0]
+    assert min(outside[:2]) >= 8
+    assert outside[2:] == [-2, -1]
+
+
+@pytest.mark.parametrize(
+    "idx", [torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64, device="meta")]
+)
+def test_routings_that_are_none(idx):
+    with pytest.raises(tokenferry.ShapeError, match=re.escape("expected integers [T, K] on cpu, got")):
+        ReplicaMap(FOUR_RANKS, member(0))(Routing(idx))
+
+
+def test_nearest_replicas():
+    """Nodes (0, 2) and (1, 3): expert 0 is on ranks 0, 1, 3; expert 1 on 0 and 2; expert 3 on 2 only."""
+    nodes = ((0, 2), (1, 3))
+    idx = torch.tensor([[0, 1, 3]] * 4)
+    got = [ReplicaMap(FOUR_RANKS, member(r, nodes), nearest=True)(Routing(idx)).topk_idx.T.tolist() for r in range(4)]
+    assert got[0] == [[0, 0, 0, 0], [1, 5, 1, 5], [4] * 4]
+    assert got[1] == [[3, 6, 3, 6], [5, 1, 5, 1], [4] * 4]
+    assert got[2] == [[0, 0, 0, 0], [5, 1, 5, 1], [4] * 4]
+    assert got[3] == [[6, 3, 6, 3], [5, 1, 5, 1], [4] * 4]
+
+
+def test_maps_are_captured_whole_and_follow_placements():
+    """A CUDA graph cannot capture what breaks a graph of torch.compile, and keeps the addresses of tensors."""
+    with torch.inference_mode():
+        to_slots = ReplicaMap(Placement.of(torch.tensor([0, 0, 1, 0, 2, 3, 0, 4]), 4), member(0))
+    to_slots.place(FOUR_RANKS)
+    tables = [t.data_ptr() for t in vars(to_slots).values() if isinstance(t, torch.Tensor)]
+    compiled = torch.compile(lambda idx: to_slots(Routing(idx)).topk_idx, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor([[0], [0]])).tolist() == [[0], [3]]
+    with torch.inference_mode():
+        to_slots.place(Placement.of(SLOTS.flip(0), 4))
+    assert [t.data_ptr() for t in vars(to_slots).values() if isinstance(t, torch.Tensor)] == tables
+    assert to_slots(Routing(torch.tensor([[4], [0], [0], [0]]))).topk_idx.tolist() == [[0], [4], [7], [1]]
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (Placement.of(SLOTS, 2), "expected 8 slots on 4 ranks like the group, got 8 on 2"),
+        (Placement.of(torch.arange(12), 4), "got 12 on 4; make the group with MoeShape(num_experts=12, ...)"),
+        (Placement.of(SLOTS.expand(2, -1), 4), "expected that of one layer, got 2; use placement.layer(i)"),
+        (Placement.of(torch.arange(8), 4), "expected 5 logical experts like before, got 8"),
+    ],
+)
+def test_placements_that_do_not_fit(placement, message):
+    to_slots = ReplicaMap(FOUR_RANKS, member(0))
+    with pytest.raises(tokenferry.ConfigError, match=re.escape(message)):
+        to_slots.place(placement)
+    if "before" not in message:
+        with pytest.raises(tokenferry.ConfigError, match=re.escape(message)):
+            ReplicaMap(placement, member(0))
+
+
+def test_replicas_are_for_inference():
+    placement = Placement.of(SLOTS, 1)
+    with group_of_one() as group:
+        layer = MoELayer(group, 12, router=PlacedRouter(Router(16, 5, 2), placement, group))
+        with pytest.raises(tokenferry.UnsupportedError, match="experts with replicas are for inference"):
+            layer(torch.randn(3, 16))
+        with torch.no_grad():
+            assert layer(torch.randn(3, 16)).shape == (3, 16)
+
+
+def test_the_state_dict_knows_the_placement():
+    placement, other = (Placement.of(slots, 1) for slots in (torch.arange(4), torch.tensor([2, 0, 3, 1])))
+    with group_of_one(4) as group:
+        one, two = (PlacedRouter(Router(16, 4, 2, seed=i), p, group) for i, p in enumerate((placement, other)))
+        x = torch.randn(5, 16)
+        want = two(x).topk_idx
+        one.load_state_dict(two.state_dict())
+        assert torch.equal(one.placement.physical_to_logical, other.physical_to_logical)
+        assert torch.equal(one(x).topk_idx, want)
+        copied = copy.deepcopy(two)
+        two.place(placement)
+        assert torch.equal(copied(x).topk_idx, want)
+        one.to_empty(device="cpu")
+        one.reset_parameters()
+        assert torch.equal(
+            one(x).topk_idx,
+            Placement.of(other.logical_to_physical[:, 0], 1).physical_to_logical[Router(16, 4, 2)(x).topk_idx],
+        )
+
+
+def test_placed_layers_compile():
+    with group_of_one() as group, torch.no_grad():
+        layer = MoELayer(group, 12, router=PlacedRouter(Router(16, 5, 2), Placement.of(SLOTS, 1), group))
+        x = torch.randn(5, 16)
+        want, compiled = layer(x), torch.compile(layer, backend="eager")
+        torch.testing.assert_close(compiled(x), want)
+        layer.router.place(Placement.of(SLOTS.flip(0), 1))
+        layer.reset_parameters()
+        torch.testing.assert_close(compiled(x), want)
+
+
+def test_loads_of_one_rank():
+    with group_of_one(8) as group:
+        idx = torch.tensor([[0, 1], [0, -1], [0, 4], [1, 0]])
+        with torch.inference_mode():
+            loads, to_slots = ExpertLoads(group, 2), ReplicaMap(Placement.of(SLOTS, 1), group)
+            sent = group.dispatch(torch.ones(4, 16), to_slots(Routing(idx)))
+            loads.add(sent.expert_counts, layer=1)
+        group.decode_dispatch(torch.ones(4, 16), to_slots(Routing(idx)), stats=loads.stats(0))
+        loads.add(torch.ones(8, dtype=torch.int32))
+    placement = Placement.of(SLOTS, 1)
+    assert loads.take(placement).tolist() == [[7, 4, 1, 1, 2], [4, 2, 0, 0, 1]]
+    assert loads.take(placement).tolist() == [[0] * 5] * 2
+    loads.add(torch.ones(8, dtype=torch.int32), layer=1)
+    layers = Placement.of(torch.stack([SLOTS, torch.tensor([4, 3, 2, 1, 0, 0, 0, 0])]), 1)
+    assert loads.take(layers).tolist() == [[0] * 5, [4, 1, 1, 1, 1]]
+    with pytest.raises(tokenferry.ShapeError, match=re.escape("expected [L] = [8], got [4]")):
+        loads.add(torch.ones(4))
+    for wrong in (Placement.of(torch.arange(4), 1), Placement.of(SLOTS.expand(3, -1), 1)):
+        with pytest.raises(tokenferry.ShapeError, match=re.escape("expected [8] or [2, 8] slots, got")):
+            loads.take(wrong)
+
+
+@pytest.mark.parametrize("slots", [[2, 0, 3, 1], [2, 0, 3, 1, 2, 3]])
+def test_layers_draw_the_experts_in_their_slots(slots):
+    """So that replicas are equal, and a seed gives the same layer wherever its experts are."""
+    x = torch.randn(5, 16)
+    placement = Placement.of(torch.tensor(slots), 1)
+    with group_of_one(4) as group, torch.no_grad():
+        plain = MoELayer(group, 12, seed=3)
+        want, weights = plain(x), [p.clone() for p in plain.expert_parameters()]
+    with group_of_one(len(slots)) as group, torch.no_grad():
+        layer = MoELayer(group, 12, router=PlacedRouter(Router(16, 4, 2, seed=3), placement, group), seed=3)
+        for _ in range(2):
+            for p, full in zip(layer.expert_parameters(), weights, strict=True):
+                assert torch.equal(p, full[layer.router.placement.physical_to_logical])
+            torch.testing.assert_close(layer(x), want)
+            layer.router.place(Placement.of(placement.physical_to_logical.flip(0), 1))
+            for p in layer.parameters():
+                p.fill_(torch.nan)
+            layer.reset_parameters()
+
+
+@pytest.mark.parametrize(("ranks_per_node", "nearest"), [(4, False), (2, False), (2, True)])
+def test_four_ranks_with_replicas_are_one_process(worlds, ranks_per_node, nearest):
+    want, rows = jobs.alone()
+    full = jobs.weights()
+    placements = {"before": jobs.REDUNDANT, "after": jobs.OTHER, "back": jobs.REDUNDANT}
+    for rank, got in enumerate(worlds(4).run(jobs.serve, ranks_per_node, nearest)):
+        for name, placement in placements.items():
+            torch.testing.assert_close(got[f"{name} out"], want[rank], rtol=1e-12, atol=1e-12)
+            assert got[f"{name} counts"].tolist() == [rows.tolist()] * 2
+            here = placement.physical_to_logical[3 * rank : 3 * rank + 3]
+            for part, of_all in zip(got[f"{name} held"], full, strict=True):
+                assert torch.equal(part, of_all[here]), f"{name}: wrong experts on rank {rank}"
+
+
+def test_rows_stay_on_the_node_of_their_sender(worlds):
+    for rank, nodes in enumerate(worlds(4).run(jobs.nodes_of_rows)):
+        assert nodes == ({rank // 2}, {0})
+
+
+@pytest.mark.parametrize("placement", [jobs.SHUFFLED, jobs.REDUNDANT], ids=["plain", "replicas"])
+def test_checkpoints_know_the_placement(worlds, placement, tmp_path):
+    worlds(4).run(jobs.saved, str(tmp_path), placement)
+    want, _ = jobs.alone()
+    for num_ranks in (4, 2):
+        for rank, (slots, out) in enumerate(worlds(num_ranks).run(jobs.loaded, str(tmp_path), placement)):
+            assert torch.equal(slots, placement.physical_to_logical)
+            torch.testing.assert_close(out, want[rank], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tool", ["hand", "ddp", "fsdp"])
+def test_experts_move_while_they_are_trained(worlds, tool):
+    """Parameters, gradients and states of AdamW go along: every number is as if nothing had moved."""
+    want, got = (worlds(4).run(jobs.trained, tool, moves) for moves in (False, True))
+    for one, other in zip(want, got, strict=True):
+        for i in range(4):
+            torch.testing.assert_close(other["losses"][i], one["losses"][i], rtol=1e-12, atol=0)
+        for name in one.keys() - {"losses"}:
+            torch.testing.assert_close(
+                other[name], one[name], rtol=1e-10, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_what_ranks_disagree_about(worlds):
+    different = "ArgumentError: move_experts: ranks 0 and 3 passed different placements or tensors; nothing was moved"
+    for rank, (errors, kept) in enumerate(worlds(4).run(jobs.refusals)):
+        assert kept
+        assert [errors[name] for name in ("placement", "tensors", "dtypes")] == [different] * 3
+        if rank == 3:
+            assert "expected contiguous [L, ...] with L=2, got [3, 4]" in errors["rows"]
+        else:
+            assert errors["rows"] == "ArgumentError: move_experts: arguments of rank 3 are wrong; nothing was moved"
+        assert "got [2, 4] with strides (1, 2)" in errors["strides"]
+        assert "got [8] and [8] slots of 8 and 7 experts" in errors["experts"]
+        assert "got [8] and [12] slots" in errors["slots"]
+        assert "its state 'row' is [3] for a parameter [8, 16, 12]" in errors["state"]
+        assert "experts with replicas are for inference; leave it out" in errors["replicas"]
+
+
+def test_only_placed_layers_are_balanced():
+    message = "expected a router that is a PlacedRouter, got Identity"
+    with group_of_one(4) as group, pytest.raises(tokenferry.ConfigError, match=message):
+        rebalance(MoELayer(group, 12, router=nn.Identity()), Placement.of(torch.arange(4), 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int64, torch.bool])
+def test_one_rank_moves_any_dtype(dtype):
+    old, new = (Placement.of(slots, 1) for slots in (torch.tensor([0, 1, 2, 0]), torch.tensor([2, 1, 1, 0])))
+    rows = torch.arange(4)[:, None].repeat(1, 3).to(dtype)
+    scalars = torch.tensor([0, 1, 2, 0]).to(dtype)
+    with group_of_one(4) as group:
+        move_experts(group, [rows, scalars], old, new)
+    assert scalars.float().tolist() == torch.tensor([2, 1, 1, 0]).to(dtype).float().tolist()
+    assert rows.float()[:3, 0].tolist() == scalars.float()[:3].tolist()
+
+
+def test_balanced_loads_of_a_skewed_router():
+    """The rows that ranks really get are what `rank_loads` says."""
+    draws = torch.Generator().manual_seed(0)
+    idx = torch.multinomial(1 / torch.arange(1, 33), 4096, replacement=True, generator=draws)[:, None]
+    loads = torch.bincount(idx.flatten(), minlength=32)
+    placement = balance(loads, 4, 36)
+    slots = [ReplicaMap(placement, member(r, num_slots=36))(Routing(idx[r::4])).topk_idx for r in range(4)]
+    got = torch.bincount(torch.cat(slots).flatten() // 9, minlength=4)
+    assert got.tolist() == pytest.approx(placement.rank_loads(loads).tolist(), rel=0.05)
+    assert got.max() <= 1.05 * got.float().mean()
