@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tokenferry
+from support.example_jobs import run_example
 
 MISTAKES = Path(__file__).parent / "mistakes.py"
 PROGRAMS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -39,6 +40,13 @@ def complaints(found: list[tuple[str, int, str]]) -> str:
 def test_programs_run(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert "rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["serve", "deep_ep_side_by_side"])
+def test_programs_run_on_several_ranks(worlds, name):
+    path = next(path for path in PROGRAMS if path.stem == name)
+    for rank, printed in enumerate(worlds(2).run(run_example, str(path))):
+        assert printed.startswith(f"rank {rank} of 2: ")
 
 
 def test_there_are_mistakes_to_find():

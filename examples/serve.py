@@ -1,0 +1,277 @@
+"""Serving: prompts by dispatch and combine, then tokens by decode calls, in one process with one group.
+
+    python examples/serve.py                                              # one rank, small
+    torchrun --standalone --nproc-per-node 4 examples/serve.py --large    # a rank on each GPU
+
+Requests come and go: a batch has seats, and a request leaves its seat after its last token. A decode step runs all
+layers for two halves of the batch, one of which computes while the rows of the other are on their way. On GPUs a step
+is one CUDA graph. There is no attention: each layer mixes in an average of earlier tokens instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import tokenferry
+from tokenferry import DecodeCombined, DecodeDispatched, MoeShape, Routing
+from tokenferry.nn import MoELayer, Router
+from tokenferry.nn.balance import ExpertLoads, Placement
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of the model and of its load; the load is that of one rank.
+
+    Attributes:
+        seats: Requests that are decoded at the same time.
+        period: Decode steps between two looks at what is finished, and at what waits.
+        prompt_rows: The most rows of prompts in a call.
+        requests: How many there are in all.
+        longest: The most tokens of a prompt, and of an answer.
+    """
+
+    num_layers: int = 2
+    vocabulary: int = 64
+    hidden: int = 32
+    ffn_hidden: int = 16
+    num_experts: int = 8
+    top_k: int = 2
+    dtype: torch.dtype = torch.float32
+    seats: int = 6
+    period: int = 4
+    prompt_rows: int = 64
+    requests: int = 10
+    longest: int = 12
+
+
+SMALL = Size()
+LARGE = Size(
+    8, 32000, 2048, 1024, 64, 8, torch.bfloat16, seats=128, period=32, prompt_rows=8192, requests=512, longest=512
+)
+
+
+@dataclass
+class Request:
+    """A prompt, and the tokens of its answer so far, of which there will be ``wanted``."""
+
+    prompt: list[int]
+    wanted: int
+    answer: list[int] = field(default_factory=lambda: list[int]())
+
+
+class Block(nn.Module):
+    """A layer of the model: a mixture of the tokens so far, then experts."""
+
+    def __init__(self, group: tokenferry.ExpertGroup, size: Size, seed: int) -> None:
+        super().__init__()
+        mixing = torch.randn(size.hidden, size.hidden, generator=torch.Generator().manual_seed(seed))
+        self.mixing = nn.Parameter((mixing * size.hidden**-0.5).to(group.device, size.dtype))
+        with group.device:
+            router = Router(size.hidden, size.num_experts, size.top_k, seed=seed)
+        self.router = router
+        self.moe = MoELayer(group, size.ffn_hidden, router=router, seed=seed, dtype=size.dtype)
+        # The layer is for prompts. Decode steps take the experts of this rank as they are: the same memory.
+        parts = (p.to_local() if isinstance(p, DTensor) else p for p in self.moe.expert_parameters())
+        self.gate, self.up, self.down = (part.detach() for part in parts)
+
+    def experts(self, rows: Tensor) -> Tensor:
+        """Return ``[L, R*M, H]`` for rows ``[L, R*M, H]``; a real server has a grouped GEMM that skips unused rows."""
+        inner = F.silu(torch.bmm(rows, self.gate)) * torch.bmm(rows, self.up)
+        return torch.bmm(inner, self.down)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Return rows of length 1."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def averages(rows: Tensor) -> Tensor:
+    """Return ``[n, H]``: for each row the average of it and those before, each weighing half of the next."""
+    place = torch.arange(len(rows), device=rows.device)
+    weights = 0.5 ** (place[:, None] - place + 1).to(rows.dtype)
+    return weights.tril() @ rows
+
+
+class Server:
+    """The model, with a batch of seats; every method is collective.
+
+    Attributes:
+        tokens: ``[seats]``: the last token of each seat.
+        left: ``[seats]``: tokens that are still to come; 0: the seat is empty.
+        memory: ``[layers, seats, H]``: the average of earlier tokens in each layer.
+        loads: The rows that each expert received in decode steps.
+    """
+
+    def __init__(self, group: tokenferry.ExpertGroup, size: Size) -> None:
+        self.size = size
+        # The same group, memory and connections, for the few tokens of half a batch.
+        self.decoding = group.for_shape(replace(group.shape, max_tokens=size.seats // 2))
+        self.loads = ExpertLoads(group, size.num_layers)
+        self.blocks = [Block(group, size, seed) for seed in range(size.num_layers)]
+        device = group.device
+        embedding = torch.randn(size.vocabulary, size.hidden, generator=torch.Generator().manual_seed(99))
+        self.embedding = embedding.to(device, size.dtype)
+        self.tokens, self.left = (torch.zeros(size.seats, dtype=torch.int64, device=device) for _ in range(2))
+        self.memory = torch.zeros(size.num_layers, size.seats, size.hidden, dtype=size.dtype, device=device)
+
+    def prefill(self, texts: list[list[int]]) -> tuple[list[Tensor], Tensor]:
+        """Return the choice after each token of some texts, by text, and memories ``[layers, texts, H]``."""
+        size, device = self.size, self.embedding.device
+        lengths = [len(text) for text in texts]
+        tokens = torch.tensor([token for text in texts for token in text], dtype=torch.int64, device=device)
+        x, memory = self.embedding[tokens], self.memory.new_zeros(size.num_layers, len(texts), size.hidden)
+        for number, block in enumerate(self.blocks):
+            mixed = [averages(rows) for rows in torch.split(x @ block.mixing, lengths)]
+            for i, rows in enumerate(mixed):
+                memory[number, i] = rows[-1]
+            x = x + torch.cat([*mixed, x[:0]])  # there may be no text
+            x = x + block.moe(norm(x))  # dispatch and combine: T differs from rank to rank, and may be 0
+        return list(torch.split((norm(x) @ self.embedding.T).argmax(-1), lengths)), memory
+
+    def step(self) -> None:
+        """Decode a token for each taken seat. Shapes never change, so that a CUDA graph can hold it."""
+        empty = (self.left == 0)[:, None]
+        x, masks = list(self.embedding[self.tokens].chunk(2)), empty.chunk(2)
+        on_way: list[DecodeCombined] = []
+        for number, block in enumerate(self.blocks):
+            sent: list[DecodeDispatched[Tensor]] = []
+            for i, (mask, memory) in enumerate(zip(masks, self.memory[number].chunk(2), strict=True)):
+                if on_way:  # what the layer before has added, which was on its way while the other half computed
+                    on_way[i].hook()
+                    x[i] = x[i] + on_way[i].x
+                memory.copy_(0.5 * (memory + x[i] @ block.mixing))
+                x[i] = x[i] + memory
+                rows = norm(x[i])
+                routing = block.router(rows)
+                routing = Routing(routing.topk_idx.masked_fill(mask, -1), routing.topk_weights)  # nobody sits there
+                stats = self.loads.stats(number)
+                sent.append(self.decoding.decode_dispatch(rows, routing, stats=stats, return_hook=True))
+            on_way = []
+            for half in sent:
+                half.hook()
+                on_way.append(self.decoding.decode_combine(block.experts(half.x), half.plan, return_hook=True))
+        for i, added in enumerate(on_way):
+            added.hook()
+            x[i] = x[i] + added.x
+        self.tokens.copy_((norm(torch.cat(x)) @ self.embedding.T).argmax(-1))
+        self.left.sub_(1).clamp_(0)
+
+    def captured(self) -> Callable[[], None]:
+        """Return a function that does a step: as a CUDA graph on GPUs, as it is elsewhere."""
+        self.step()  # allocates memory for decode calls; all seats are empty
+        if self.embedding.device.type != "cuda":
+            return self.step
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+
+def requests(rank: int, size: Size) -> Iterator[Request]:
+    """Make up prompts; their lengths and those of their answers differ."""
+    draws = torch.Generator().manual_seed(rank)
+    for _ in range(size.requests):
+        length, wanted = cast(list[int], torch.randint(1, size.longest + 1, (2,), generator=draws).tolist())
+        prompt = cast(list[int], torch.randint(size.vocabulary, (length,), generator=draws).tolist())
+        yield Request(prompt, wanted)
+
+
+def admit(server: Server, waiting: list[Request], seated: dict[int, Request]) -> int:
+    """Give free seats to waiting requests, and return the rows of their prompts."""
+    free = [seat for seat in range(server.size.seats) if seat not in seated]
+    new: dict[int, Request] = {}
+    rows = 0
+    while waiting and free and rows + len(waiting[0].prompt) <= server.size.prompt_rows:
+        rows += len(waiting[0].prompt)
+        new[free.pop(0)] = waiting.pop(0)
+    choices, memory = server.prefill([request.prompt for request in new.values()])  # also without any
+    for i, (seat, request) in enumerate(new.items()):
+        request.answer.append(int(choices[i][-1]))
+        server.tokens[seat] = request.answer[-1]
+        server.left[seat] = request.wanted - 1
+        server.memory[:, seat] = memory[:, i]
+    seated.update(new)
+    return rows
+
+
+def decode(server: Server, step: Callable[[], None], seated: dict[int, Request]) -> list[int]:
+    """Decode a period, hand out its tokens and free seats; return how many tokens each step had."""
+    log = torch.empty(server.size.period, server.size.seats, dtype=torch.int64, device=server.tokens.device)
+    for row in log:
+        step()
+        row.copy_(server.tokens)
+    found = cast(list[list[int]], log.tolist())  # the one wait of the host for the device
+    server.decoding.synchronize()  # raises the errors of replays
+    active = [0] * server.size.period
+    for seat, request in list(seated.items()):
+        num_tokens = min(request.wanted - len(request.answer), server.size.period)
+        for i in range(num_tokens):
+            request.answer.append(found[i][seat])
+            active[i] += 1
+        if len(request.answer) == request.wanted:
+            del seated[seat]
+    return active
+
+
+def of_all_ranks(number: int) -> int:
+    """Return the sum of a number over the ranks."""
+    total = torch.tensor([number])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return int(total)
+
+
+def serve(group: tokenferry.ExpertGroup, size: Size) -> None:
+    """Serve all requests, print the speed, and compare each answer with what prefill alone would have said."""
+    server, done = Server(group, size), list(requests(group.rank, size))
+    step, waiting = server.captured(), list(done)
+    seated: dict[int, Request] = {}
+    prompt_rows, per_step, seconds = 0, list[int](), 0.0
+    while of_all_ranks(len(waiting) + len(seated)):  # calls are collective: all go on as long as one has work
+        prompt_rows += admit(server, waiting, seated)
+        start = time.perf_counter()
+        per_step += decode(server, step, seated)
+        seconds += time.perf_counter() - start
+    busy = [num_tokens for num_tokens in per_step if num_tokens] or [0]
+    print(
+        f"rank {group.rank} of {group.num_ranks}: {prompt_rows} rows of {len(done)} prompts; {sum(per_step)} tokens in "
+        f"{len(per_step)} steps of {min(busy)} to {max(busy)} tokens, {1e3 * seconds / len(per_step):.2f} ms each: "
+        f"{sum(per_step) / seconds:.0f} tokens a second"
+    )
+    rows = server.loads.take(Placement.of(torch.arange(size.num_experts), group.num_ranks))
+    assert int(rows.sum()) == of_all_ranks(sum(per_step)) * size.top_k * size.num_layers
+    if size.dtype == torch.float32:  # in bfloat16 the two ways to the same token round differently
+        for request in done:
+            choices, _ = server.prefill([request.prompt + request.answer[:-1]])
+            assert choices[0].tolist()[len(request.prompt) - 1 :] == request.answer
+
+
+def main() -> None:
+    """Make the group: on all ranks of torchrun, or of this process alone."""
+    size = LARGE if "--large" in sys.argv[1:] else SMALL
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    shape = MoeShape(size.num_experts, size.top_k, size.hidden, max_tokens=size.prompt_rows)
+    with tokenferry.ExpertGroup(dist.group.WORLD, shape) as group, torch.no_grad():
+        group.warmup()
+        serve(group, size)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
