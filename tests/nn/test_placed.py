@@ -11,7 +11,7 @@ from torch import nn
 import tokenferry
 from support import placed_jobs as jobs
 from tokenferry import MoeShape, Routing
-from tokenferry.nn import MoELayer, Router
+from tokenferry.nn import GroupLimit, MoELayer, Router, update_biases
 from tokenferry.nn.balance import (
     ExpertLoads,
     PlacedRouter,
@@ -193,6 +193,20 @@ def test_layers_draw_the_experts_in_their_slots(slots):
             for p in layer.parameters():
                 p.fill_(torch.nan)
             layer.reset_parameters()
+
+
+def test_biases_follow_the_loads_of_logical_experts():
+    x = torch.randn(9, 16)
+    biases = []
+    for slots in (torch.arange(4), torch.tensor([2, 0, 3, 1])):
+        with group_of_one(4) as group:
+            router = Router(16, 4, 2, group_limit=GroupLimit(1, 1))
+            layer = MoELayer(group, 12, router=PlacedRouter(router, Placement.of(slots, 1), group))
+            layer(x)
+            update_biases(layer)
+            biases.append(router.bias.tolist())
+    assert biases[0] == biases[1]
+    assert any(biases[0])
 
 
 @pytest.mark.parametrize(("ranks_per_node", "nearest"), [(4, False), (2, False), (2, True)])

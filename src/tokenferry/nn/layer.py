@@ -180,8 +180,24 @@ class MoELayer(nn.Module):
 
     @property
     def has_bias(self) -> bool:
-        """Whether the router is a `Router` with a bias, for `update_biases`."""
-        return isinstance(self.router, Router) and self.router.bias is not None
+        """Whether `choice` is a `Router` with a bias, for `update_biases`."""
+        return isinstance(self.choice, Router) and self.choice.bias is not None
+
+    @property
+    def held_experts(self) -> list[int]:
+        """``[L]``: the logical expert in each slot of this rank."""
+        first = self.group.rank * self.group.num_local_experts
+        slots = list(range(first, first + self.group.num_local_experts))
+        return (
+            self.router.placement.physical_to_logical[slots].tolist()
+            if isinstance(self.router, PlacedRouter)
+            else slots
+        )
+
+    @property
+    def choice(self) -> Callable[[Tensor], Routing]:
+        """The router that chooses logical experts: `router`, or what a `PlacedRouter` wraps."""
+        return self.router.router if isinstance(self.router, PlacedRouter) else self.router
 
     def take_load(self) -> Tensor | None:
         """Return ``[L]`` int64 and forget it, for `update_biases`: rows of this rank's experts since the last call."""
@@ -201,9 +217,7 @@ class MoELayer(nn.Module):
     def _draw_experts(self) -> None:
         if not isinstance(self.experts, SeededExperts):
             return
-        if isinstance(self.router, PlacedRouter):  # replicas have to be equal
-            slots = self.router.placement.physical_to_logical
-            self.experts.numbers = slots.view(self.group.num_ranks, -1)[self.group.rank].tolist()
+        self.experts.numbers = self.held_experts  # so that replicas are equal
         self.experts.reset_parameters()
 
     def place_experts(self, mesh: DeviceMesh) -> None:

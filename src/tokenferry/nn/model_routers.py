@@ -85,18 +85,23 @@ def update_biases(model: nn.Module, *, rate: float = 0.001) -> None:
         flat = torch.cat([_load(layer) for layer in members])
         if members[0].group.num_ranks > 1:
             dist.all_reduce(flat, group=process_group)
-        loads = flat.split([layer.group.shape.num_experts for layer in members])  # type: ignore[no-untyped-call]
+        loads = flat.split([_bias(layer).numel() for layer in members])  # type: ignore[no-untyped-call]
         for layer, load in zip(members, loads, strict=True):
-            assert isinstance(layer.router, Router)
-            layer.router.update_bias(load, rate=rate)
+            assert isinstance(layer.choice, Router)
+            layer.choice.update_bias(load, rate=rate)
+
+
+def _bias(layer: MoELayer) -> Tensor:
+    assert isinstance(layer.choice, Router)
+    assert layer.choice.bias is not None
+    return layer.choice.bias
 
 
 def _load(layer: MoELayer) -> Tensor:
     """Return ``[E]`` int64: the rows of this rank's experts since the last call, and 0 for all others."""
-    group = layer.group
-    load = torch.zeros(group.shape.num_experts, dtype=torch.int64, device=group.device)
+    load = torch.zeros(_bias(layer).shape, dtype=torch.int64, device=layer.group.device)
     mine = layer.take_load()
     if mine is not None:
-        first = group.rank * group.num_local_experts
-        load[first : first + group.num_local_experts] = mine
+        held = torch.tensor(layer.held_experts, dtype=torch.int64, device="cpu").to(load.device)
+        load.index_add_(0, held, mine)
     return load
