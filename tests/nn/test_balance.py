@@ -134,6 +134,48 @@ def test_nodes_of_a_limited_router_stay_limited():
         assert len({node_of_rank[int(slot) // 5] for slot in slots[slots >= 0]}) <= 2
 
 
+@settings(max_examples=100)
+@given(problems(), st.randoms(use_true_random=False))
+def test_a_previous_placement_costs_little(problem, random):
+    """All that is promised of a placement still holds, but for 2 %."""
+    loads, num_ranks, num_slots, nodes, num_groups = problem
+    before = loads[random.sample(range(len(loads)), len(loads))]
+    for by in ({}, {"nodes": nodes, "num_groups": num_groups}):
+        old = balance(before, num_ranks, num_slots, **by)
+        fresh = balance(loads, num_ranks, num_slots, nodes=nodes, num_groups=num_groups)
+        new = balance(loads, num_ranks, num_slots, nodes=nodes, num_groups=num_groups, previous=old)
+        assert no_higher(highest(new, loads), 1.02 * highest(fresh, loads))
+        width, size = num_slots // num_ranks, len(loads) // num_groups
+        for group in range(num_groups):
+            experts = new.logical_to_physical[group * size : (group + 1) * size]
+            ranks = {int(slot) // width for slot in experts[experts >= 0]}
+            assert any(ranks <= set(node) for node in nodes), f"group {group} is on several nodes"
+
+
+def moved(old, new):
+    return int((old.physical_to_logical != new.physical_to_logical).sum())
+
+
+def test_few_experts_move_from_a_previous_placement():
+    draws = torch.Generator().manual_seed(0)
+    before = torch.randn(2, 64, generator=draws).exp()
+    loads = before * (1 + 0.1 * torch.randn(2, 64, generator=draws))
+    nodes = ((0, 1, 2, 3), (4, 5, 6, 7))
+    for by in ({}, {"nodes": nodes, "num_groups": 8}):
+        old = balance(before, 8, 80, **by)
+        assert moved(balance(loads, 8, 80, **by), old) > 100
+        assert 0 < moved(balance(loads, 8, 80, **by, previous=old), old) <= 12
+        assert moved(balance(before, 8, 80, **by, previous=old), old) == 0
+
+
+def test_previous_placements_that_do_not_fit():
+    for old in (balance(torch.ones(8), 2, 8), balance(torch.ones(8), 4, 12), balance(torch.ones(1, 8), 4, 8)):
+        with pytest.raises(
+            tokenferry.ConfigError, match=re.escape("expected a placement of [8] experts in 8 slots on 4")
+        ):
+            balance(torch.ones(8), 4, 8, previous=old)
+
+
 def test_layers_are_independent():
     loads = torch.tensor([[9, 1, 1, 1], [1, 1, 1, 9]])
     both = balance(loads, 2, 6)

@@ -32,15 +32,47 @@ def best_packing(loads: Sequence[float], num_ranks: int, width: int) -> Packing:
         width: Slots of each, so that ``len(loads) <= num_ranks * width`` and ``width <= len(loads)``.
     """
     num_experts = len(loads)
-    found = [_improved(_packed(loads, _replicas(loads, num_ranks * width, num_ranks), num_ranks, width), loads)]
+    found = [improved(_packed(loads, _replicas(loads, num_ranks * width, num_ranks), num_ranks, width), loads)]
     if num_experts % num_ranks == 0:
         few = num_experts // num_ranks
         by_number = [list(range(first, first + few)) for first in range(0, num_experts, few)]
         by_load = _packed(loads, [1] * num_experts, num_ranks, few)
-        plain = min((_improved(packing, loads) for packing in (by_number, by_load)), key=lambda p: _highest(p, loads))
-        found.append(_improved(_filled(plain, loads, width), loads))
-    best = min(found, key=lambda packing: _highest(packing, loads))
+        plain = min((improved(packing, loads) for packing in (by_number, by_load)), key=lambda p: highest(p, loads))
+        found.append(improved(_filled(plain, loads, width), loads))
+    best = min(found, key=lambda packing: highest(packing, loads))
     return [sorted(experts) for experts in best]
+
+
+def improved(packing: Packing, loads: Sequence[float], *, enough: float = 0.0) -> Packing:
+    """Swap a slot of the most loaded rank with one of another rank, the best pair first, as long as that helps.
+
+    Args:
+        packing: Holds every expert. Other slots stay as they are, so that few experts have to be moved.
+        loads: The load of each expert.
+        enough: A load that needs no further swaps.
+    """
+    each = _each(packing, loads)
+    slots = [list(experts) for experts in packing]
+    weights = torch.tensor([[each[e] for e in experts] for experts in slots], dtype=torch.float64, device="cpu")
+    for _ in range(_SWAPS_PER_SLOT * weights.numel()):
+        totals = weights.sum(1)
+        top = int(totals.argmax())
+        moved = weights[top, :, None, None] - weights  # [slot of this rank, other rank, its slot]
+        worst = torch.maximum(totals[top] - moved, totals[:, None] + moved)
+        best = worst.min()
+        if totals[top] <= enough or not best < totals[top] * (1 - _LEAST_GAIN):
+            break
+        mine, rank, other = (worst == best).nonzero()[0].tolist()
+        slots[top][mine], slots[rank][other] = slots[rank][other], slots[top][mine]
+        for changed in (top, rank):
+            weights[changed] = torch.tensor([each[e] for e in slots[changed]], dtype=torch.float64, device="cpu")
+    return slots
+
+
+def highest(packing: Packing, loads: Sequence[float]) -> float:
+    """Return the load of the most loaded rank."""
+    each = _each(packing, loads)
+    return max(sum(each[expert] for expert in experts) for experts in packing)
 
 
 def _replicas(loads: Sequence[float], num_slots: int, most: int) -> list[int]:
@@ -83,33 +115,7 @@ def _filled(packing: Packing, loads: Sequence[float], width: int) -> Packing:
     return filled
 
 
-def _improved(packing: Packing, loads: Sequence[float]) -> Packing:
-    """Swap a slot of the most loaded rank with one of another rank, the best pair first, as long as that helps."""
-    each = _each(packing, loads)
-    slots = [list(experts) for experts in packing]
-    weights = torch.tensor([[each[e] for e in experts] for experts in slots], dtype=torch.float64, device="cpu")
-    for _ in range(_SWAPS_PER_SLOT * weights.numel()):
-        totals = weights.sum(1)
-        top = int(totals.argmax())
-        moved = weights[top, :, None, None] - weights  # [slot of this rank, other rank, its slot]
-        worst = torch.maximum(totals[top] - moved, totals[:, None] + moved)
-        best = worst.min()
-        if not best < totals[top] * (1 - _LEAST_GAIN):
-            break
-        mine, rank, other = (worst == best).nonzero()[0].tolist()
-        slots[top][mine], slots[rank][other] = slots[rank][other], slots[top][mine]
-        for changed in (top, rank):
-            weights[changed] = torch.tensor([each[e] for e in slots[changed]], dtype=torch.float64, device="cpu")
-    return slots
-
-
 def _each(packing: Packing, loads: Sequence[float]) -> list[float]:
     """Return the load of a slot of each expert."""
     counts = Counter(expert for experts in packing for expert in experts)
     return [load / counts[expert] for expert, load in enumerate(loads)]
-
-
-def _highest(packing: Packing, loads: Sequence[float]) -> float:
-    """Return the load of the most loaded rank."""
-    each = _each(packing, loads)
-    return max(sum(each[expert] for expert in experts) for experts in packing)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from tokenferry.errors import ArgumentError, ConfigError, ShapeError
-from tokenferry.nn.balance.packing import best_packing
+from tokenferry.nn.balance.packing import Packing, best_packing, highest, improved
 from tokenferry.nn.balance.placement import Placement, check_divides
+
+_GOOD_ENOUGH = 1.02
+"""How much more load than necessary is better than moving most experts."""
 
 
 def balance(
@@ -19,6 +22,7 @@ def balance(
     *,
     nodes: Sequence[Sequence[int]] | None = None,
     num_groups: int = 1,
+    previous: Placement | None = None,
 ) -> Placement:
     """Decide which experts get replicas, and where all of them go, so that the most loaded rank has little load.
 
@@ -41,6 +45,8 @@ def balance(
         nodes: The ranks of each node, equally many: `Topology.nodes`; None: place globally.
         num_groups: Groups of neighbouring experts that stay on a node (with ``nodes`` only); a multiple of the number
             of nodes, and a divisor of E.
+        previous: The placement in use, of as many layers. If swaps of some of its slots suffice for at most 2 % more
+            load than without it, they are all that changes, so that few experts have to be moved.
 
     Returns:
         Placement: of one layer for ``[E]``, else of all.
@@ -74,11 +80,13 @@ def balance(
     if nodes is None and num_groups != 1:
         raise ConfigError(f"balance: num_groups={num_groups} needs nodes=, e.g. group.topology.nodes")
     _check_sizes(loads.shape[-1], num_slots, num_ranks, groups, places)
-    slots = torch.tensor(
-        [_placed(row, groups, places, num_slots // num_ranks) for row in rows.tolist()],
-        dtype=torch.int64,
-        device="cpu",
-    )
+    olds = [None] * len(rows) if previous is None else _packings(previous, loads, num_slots, num_ranks)
+    found = []
+    for row, old in zip(rows.tolist(), olds, strict=True):
+        best = _placed(row, groups, places, num_slots // num_ranks)
+        kept = None if old is None else _kept(row, old, places, groups, _GOOD_ENOUGH * highest(best, row))
+        found.append(best if kept is None else kept)
+    slots = torch.tensor(found, dtype=torch.int64, device="cpu")
     return Placement.of(slots.view(*loads.shape[:-1], num_slots), num_ranks)
 
 
@@ -99,8 +107,21 @@ def _check_sizes(num_experts: int, num_slots: int, num_ranks: int, num_groups: i
         )
 
 
-def _placed(loads: list[float], num_groups: int, places: list[list[int]], width: int) -> list[int]:
-    """Return the expert of each slot of one layer."""
+def _packings(previous: Placement, loads: Tensor, num_slots: int, num_ranks: int) -> list[Packing]:
+    """Return the experts in the slots of each rank, by layer."""
+    wanted = (list(loads.shape), num_slots, num_ranks)
+    got = (list(previous.num_replicas.shape), previous.num_slots, previous.num_ranks)
+    if got != wanted:
+        raise ConfigError(
+            f"balance: previous: expected a placement of {wanted[0]} experts in {num_slots} slots on {num_ranks} "
+            f"ranks, got {got[0]} in {got[1]} on {got[2]}; leave it out to start afresh"
+        )
+    found: list[Packing] = previous.physical_to_logical.view(-1, num_ranks, num_slots // num_ranks).tolist()
+    return found
+
+
+def _placed(loads: list[float], num_groups: int, places: list[list[int]], width: int) -> Packing:
+    """Return the experts in the slots of each rank of one layer."""
     size = len(loads) // num_groups
     sums = [sum(loads[first : first + size]) for first in range(0, len(loads), size)]
     found: dict[int, list[int]] = {}
@@ -108,4 +129,24 @@ def _placed(loads: list[float], num_groups: int, places: list[list[int]], width:
         experts = [expert for group in groups for expert in range(group * size, (group + 1) * size)]
         packing = best_packing([loads[expert] for expert in experts], len(ranks), width)
         found |= {rank: [experts[i] for i in slots] for rank, slots in zip(ranks, packing, strict=True)}
-    return [expert for rank in range(len(found)) for expert in found[rank]]
+    return [found[rank] for rank in range(len(found))]
+
+
+def _kept(loads: list[float], old: Packing, places: list[list[int]], num_groups: int, enough: float) -> Packing | None:
+    """Return the old packing after some swaps within nodes, if no rank then has more load than ``enough``."""
+    size = len(loads) // num_groups
+    found: dict[int, list[int]] = {}
+    held: list[int] = []
+    for ranks in places:
+        experts = sorted({expert for rank in ranks for expert in old[rank]})
+        held += experts
+        if len(experts) * len(places) != len(loads) or len({expert // size for expert in experts}) * size != len(
+            experts
+        ):
+            return None  # it was not placed by these nodes and groups
+        index = {expert: i for i, expert in enumerate(experts)}
+        packing = [[index[expert] for expert in old[rank]] for rank in ranks]
+        swapped = improved(packing, [loads[expert] for expert in experts], enough=enough)
+        found |= {rank: [experts[i] for i in slots] for rank, slots in zip(ranks, swapped, strict=True)}
+    kept = [found[rank] for rank in range(len(found))]
+    return kept if len(set(held)) == len(loads) and highest(kept, loads) <= enough else None
