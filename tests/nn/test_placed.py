@@ -21,6 +21,7 @@ from tokenferry.nn.balance import (
     move_experts,
     rebalance,
 )
+from tokenferry.nn.balance.carrier import carried_on
 
 SLOTS = torch.tensor([0, 1, 2, 0, 3, 1, 0, 4])
 """Expert 0 in slots 0, 3 and 6; expert 1 in slots 1 and 5."""
@@ -265,6 +266,19 @@ def test_what_ranks_disagree_about(worlds):
         assert "got [8] and [12] slots" in errors["slots"]
         assert "its state 'row' is [3] for a parameter [8, 16, 12]" in errors["state"]
         assert "experts with replicas are for inference; leave it out" in errors["replicas"]
+
+
+@pytest.mark.parametrize(("backend", "moved_on"), [("nccl", "cuda"), ("gloo", "cpu"), (None, "cpu")])
+def test_rows_of_gpus_travel_in_memory_that_the_process_group_can_send(backend, moved_on):
+    """gloo says that it has a backend for GPUs, which it has for some collectives only."""
+
+    def backend_of(device):
+        if backend is None:
+            raise RuntimeError("no backend for cuda")
+        return SimpleNamespace(name=lambda: backend)
+
+    found = carried_on(SimpleNamespace(_get_backend=backend_of), torch.device("cuda", 1))
+    assert found == torch.device("cuda", 1) if moved_on == "cuda" else found == torch.device("cpu")
 
 
 def test_only_placed_layers_are_balanced():

@@ -91,7 +91,11 @@ class Placement:
         return self.num_slots > self.num_experts
 
     def layer(self, index: int) -> Placement:
-        """Return the placement of one of several layers, in the same number of ranks. Local."""
+        """Return the placement of one of several layers. Local.
+
+        Raises:
+            ShapeError: this placement is that of one layer.
+        """
         if self.physical_to_logical.ndim == 1:
             raise ShapeError("Placement.layer: this placement is that of one layer; use it as it is")
         return Placement.of(self.physical_to_logical[index], self.num_ranks)
