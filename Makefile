@@ -1,4 +1,5 @@
-# make demo | check | test | lint: each makes .venv (once), installs what constraints.txt pins, and runs. Python 3.10 to 3.13.
+# make demo | check | test | lint: all use one .venv, made by the first of them; each installs what it lacks, as
+# constraints.txt pins it, and runs. Python 3.10 to 3.13.
 #
 #   PYTHON=python3.12   the Python that makes .venv
 #   VENV=none           no .venv and no install: run PYTHON as it is, which has torch (a GPU host without a network)
@@ -12,6 +13,7 @@ ARGS ?=
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
+DEMO :=
 READY :=
 CLIENTS :=
 TOOLS_PY := $(PYTHON)
@@ -19,6 +21,7 @@ TOOLS :=
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
+DEMO := $(VENV)/demo-ready
 READY := $(VENV)/ready
 CLIENTS := $(VENV)/clients/ready
 TOOLS_PY := $(VENV)/package/bin/python
@@ -29,20 +32,21 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint con
 FIND = 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
 HAVE = $(PY) -c $(FIND)
 
-.PHONY: help demo check test lint format package sanitize clean
+.PHONY: help demo check test lint format chart package sanitize clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train a small Mixture-of-Experts model on four local ranks (about a minute)"
+	@echo "make demo    train a small Mixture-of-Experts model on four local ranks (about a minute, once torch is there)"
 	@echo "make check   format, lint, types, and the tests that need neither ranks nor the emulator (under a minute)"
 	@echo "make test    run all tests, with coverage"
 	@echo "make lint    ruff format, ruff check, clang-format, mypy --strict"
 	@echo "make format  write Python and device code as lint wants them"
+	@echo "make chart   draw the chart of the README from the measurements in benchmarks/"
 	@echo "make package  build the sdist and the wheel into dist/, and check what an index would show of them"
 	@echo "make sanitize  compute-sanitizer over the tests of the kernels; needs a GPU"
 	@echo "make clean   remove .venv and what the others leave behind"
 
-demo: $(READY)
+demo: $(DEMO)
 	$(PY) -m tokenferry demo $(ARGS)
 
 # Ranks are processes that the tests fork: each leaves a coverage file of its own, which `combine` puts together.
@@ -77,6 +81,9 @@ format: $(READY)
 check: lint
 	$(PY) -m pytest tests/unit tests/docs -k 'not code_runs and not several_ranks' $(ARGS)
 
+chart: $(DEMO)
+	$(PY) benchmarks/chart.py
+
 package: $(TOOLS)
 	@$(TOOLS_PY) -c $(FIND) build twine || { echo "make package: $(TOOLS_PY) has not both of build and twine; install them, or leave out VENV=none"; exit 1; }
 	rm -rf dist
@@ -102,11 +109,20 @@ $(VENV)/package/ready: constraints.txt
 	    --constraint constraints.txt $(PIP_ARGS) setuptools wheel build twine
 	touch $@
 
-$(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}")'
+# What the demo uses; torch is nearly all of it.
+$(VENV)/demo-ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or newer is needed, this is {v[0]}.{v[1]}")'
+	@echo "making $(VENV), and installing torch, matplotlib and rich into it: once, and gigabytes if your index has a CUDA build of torch"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[cli,plots]'
+	@du -sh $(VENV)
+	touch $@
+
+$(VENV)/ready: $(VENV)/demo-ready
+	@echo "installing what the tests need into $(VENV), once"
 	$(PIP) --no-build-isolation --editable '.[test]'
+	@du -sh $(VENV)
 	touch $@
 
 $(VENV)/clients/ready: $(VENV)/ready

@@ -204,7 +204,8 @@ def test_every_public_name_is_in_a_document():
 def test_readme_example_runs_on_several_ranks(tmp_path, monkeypatch):
     """The same lines, started by torchrun, as the README says."""
     monkeypatch.chdir(tmp_path)
-    example = next(b for b in documents.blocks((documents.ROOT / "README.md").read_text()) if b.language == "python")
+    found = documents.blocks((documents.ROOT / "README.md").read_text())
+    example = next(block for block in found if block.text.startswith("# example.py\n"))
     printed = run_program("example.py", example.text, *torchrun(2))
     assert sorted(re.findall(r"rank (\d) of 2", printed)) == ["0", "1"], printed
 
