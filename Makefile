@@ -18,6 +18,8 @@ READY :=
 CLIENTS :=
 TOOLS_PY := $(PYTHON)
 TOOLS :=
+DOCS_PY := $(PYTHON)
+DOCS :=
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
@@ -26,13 +28,15 @@ READY := $(VENV)/ready
 CLIENTS := $(VENV)/clients/ready
 TOOLS_PY := $(VENV)/package/bin/python
 TOOLS := $(VENV)/package/ready
+DOCS_PY := $(VENV)/docs/bin/python
+DOCS := $(VENV)/docs/ready
 endif
 
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 FIND = 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
 HAVE = $(PY) -c $(FIND)
 
-.PHONY: help demo check test lint format chart package sanitize clean
+.PHONY: help demo check test lint format chart docs package sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +46,7 @@ help:
 	@echo "make lint    ruff format, ruff check, clang-format, mypy --strict"
 	@echo "make format  write Python and device code as lint wants them"
 	@echo "make chart   draw the chart of the README from the measurements in benchmarks/"
+	@echo "make docs    build the documentation site into site/, and refuse links that lead nowhere (Python 3.11 or newer)"
 	@echo "make package  build the sdist and the wheel into dist/, and check what an index would show of them"
 	@echo "make sanitize  compute-sanitizer over the tests of the kernels; needs a GPU"
 	@echo "make clean   remove .venv and what the others leave behind"
@@ -84,6 +89,10 @@ check: lint
 chart: $(DEMO)
 	$(PY) benchmarks/chart.py
 
+docs: $(DOCS)
+	@$(DOCS_PY) -c $(FIND) mkdocs material mkdocstrings || { echo "make docs: $(DOCS_PY) has not all of mkdocs-material, mkdocstrings and mkdocstrings-python; install them, or leave out VENV=none"; exit 1; }
+	PATH="$(dir $(DOCS_PY)):$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build
+
 package: $(TOOLS)
 	@$(TOOLS_PY) -c $(FIND) build twine || { echo "make package: $(TOOLS_PY) has not both of build and twine; install them, or leave out VENV=none"; exit 1; }
 	rm -rf dist
@@ -94,15 +103,22 @@ sanitize: $(READY)
 	$(PY) tests/cuda/sanitize.py $(ARGS)
 
 clean:
-	rm -rf .venv build dist src/tokenferry.egg-info demo-out .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site src/tokenferry.egg-info demo-out .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
 # For the tests only: clients that cannot be installed beside the others, each with what it imports. Megatron-Core asks
 # for Python 3.12, and runs on 3.11. Without one of them its test is skipped.
 CLIENT = $(PY) -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --only-binary :all: \
     --ignore-requires-python $(PIP_ARGS) --target $(VENV)/clients
 
-# What builds the package has a .venv of its own: it needs neither torch nor what the tests need.
+# What builds the package, and the site, have a .venv of their own: they need neither torch nor what the tests need.
 ifneq ($(VENV),none)
+$(VENV)/docs/ready: constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"make docs needs Python 3.11 or newer, this is {v[0]}.{v[1]}")'
+	$(PYTHON) -m venv $(VENV)/docs
+	$(DOCS_PY) -m pip --disable-pip-version-check install --quiet --no-compile \
+	    --constraint constraints.txt $(PIP_ARGS) mkdocs-material mkdocstrings mkdocstrings-python ruff
+	touch $@
+
 $(VENV)/package/ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)/package
 	$(TOOLS_PY) -m pip --disable-pip-version-check install --quiet --no-compile \

@@ -5,7 +5,7 @@ in each group, codes are spaced evenly between the logarithms of the smallest an
 of its own, the smallest is kept within 2^32 of the largest, and rounding is to the nearest *value*, not to the nearest
 logarithm, which would be biased. Details that the paper leaves open are defined below.
 
-For one group, with a = abs(x) over its finite numbers other than zero::
+For one group, with a = abs(x) over its finite numbers other than zero:
 
     hi   = log2(max a)                           at most 127.9999, so that no code stands for an infinity
     lo   = max(log2(min a), hi - 32)             at most hi
@@ -16,9 +16,9 @@ Each magnitude gets the code of the nearest value, the higher code in a tie; mag
 step is 0, because all magnitudes are equal, the code is 1. A group without such numbers has lo = step = 0. The sign
 bit, also of a zero, is kept. Since step is rounded, the largest magnitude is reproduced to within 2e-5 of itself.
 
-A NaN or an infinity becomes NaN at its place, and the columns beside it keep the values that they would have if it were
-0. There is no free code: in a group that holds one, which the sign bit of its step marks (-0.0, too), the negative zero
-stands for NaN, and zeros lose their sign.
+A NaN or an infinity becomes NaN at its place, and the columns beside it keep the values that they would have beside a
+zero. There is no free code: in a group that holds one, which the sign bit of its step marks (-0.0, too), the negative
+zero stands for NaN, and zeros lose their sign.
 
 Bytes: the number of a column is ``sign << 9 | code``. A row consists of these numbers, lowest bit first, without gaps,
 so that 16 columns take 20 bytes (five little-endian uint32, number i from bit 10 * i) and a group takes 160. lo and
