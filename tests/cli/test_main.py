@@ -54,7 +54,9 @@ def test_a_word_that_is_nearly_a_command(capsys):
     assert capsys.readouterr().err.endswith("choose one of " + ", ".join(parser.COMMANDS) + "\n")
 
 
-@pytest.mark.parametrize("argv", [["--version"], ["--help"], [], ["fly"], ["deep-ep-path"]])
+@pytest.mark.parametrize(
+    "argv", [["--version"], ["--help"], [], ["fly"], ["deep-ep-path"], ["explain-error", "PeerTimeout"]]
+)
 def test_what_needs_no_torch_does_not_import_it(argv):
     program = f"import sys; sys.modules['torch'] = None; from tokenferry.cli.main import main; sys.exit(main({argv}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

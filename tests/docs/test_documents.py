@@ -157,7 +157,7 @@ def test_links_in_the_code_lead_somewhere():
             if anchor:
                 headings = documents.anchors((documents.ROOT / target).read_text())
                 assert anchor in headings, f"{source}: {target}#{anchor}: no such heading"
-    assert found, "the message of PeerTimeout, at least, points at docs/errors.md"
+    assert found, "the doctor, at least, points at docs/across-nodes.md"
 
 
 @pytest.mark.parametrize("path", documents.FILES, ids=documents.name)

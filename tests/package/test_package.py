@@ -83,7 +83,10 @@ def test_the_sdist_is_complete(sdist):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == {name.removeprefix("src/") for name in git_files() if name.startswith("src/tokenferry/")}
+        page = archive.read("tokenferry/cli/errors.md").decode()
+    sources = {name.removeprefix("src/") for name in git_files() if name.startswith("src/tokenferry/")}
+    assert held == sources | {"tokenferry/cli/errors.md"}
+    assert page == (ROOT / "docs" / "errors.md").read_text()
 
 
 def test_extras(metadata):
@@ -122,7 +125,8 @@ def test_runs_where_only_torch_is_installed(wheel, tmp_path):
     for missing in ("rich", "matplotlib", "cuda"):  # as if they were not installed
         (tmp_path / "site" / f"{missing}.py").write_text(f"raise ModuleNotFoundError({missing!r})")
     environ = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CUDA_VISIBLE_DEVICES": ""}
-    for words in (["-c", RUN], [str(tmp_path / "site" / "bin" / "tokenferry"), "explain", "--ranks", "4"]):
+    command = str(tmp_path / "site" / "bin" / "tokenferry")
+    for words in (["-c", RUN], [command, "explain", "--ranks", "4"], [command, "explain-error", "PeerTimeout"]):
         done = subprocess.run(
             [sys.executable, *words],
             cwd=tmp_path,

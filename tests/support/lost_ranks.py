@@ -206,7 +206,7 @@ def check_report(report: Report, rank: int, phase: str) -> None:
     # A rank that notices first closes its group; one that still waits may notice that before it notices rank 2.
     assert LOST_RANK in report.peers or "closed" in report.text
     assert f"{name} #3: rank {rank} waited" in report.text
-    assert "docs/errors.md#peertimeout" in report.text
+    assert "tokenferry explain-error PeerTimeout" in report.text
 
 
 def check_late(report: Report, rank: int, phase: str, timeout_s: float = SHORT_S) -> None:

@@ -15,6 +15,7 @@ import tokenferry
 COMMANDS = {
     "demo": "train a small Mixture-of-Experts model over local ranks, and compare with one process",
     "doctor": "run small checks of this machine, and print what works and why the rest does not",
+    "explain-error": "show what an exception means, whether the group is still usable, and what to do",
     "explain": "show the bytes that dispatch and combine of given sizes move, the SMs that they take, and why",
     "plan": "estimate bytes, times and memory of dispatch and combine across nodes, and what bounds them",
     "limits": "measure the rates of the links between the GPUs of this host, and nothing else",

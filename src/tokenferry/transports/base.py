@@ -172,8 +172,8 @@ def peer_timeout(call: CallId, rank: int, peers: Sequence[int], why: str, waited
     who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
     where = f"{call.phase} #{call.number}" if call.number else call.phase
     return PeerTimeout(
-        f"{where}: rank {rank} waited {waited_s:.1f} s for {who}: {why}. {last} The group is broken; see "
-        "docs/errors.md#peertimeout",
+        f"{where}: rank {rank} waited {waited_s:.1f} s for {who}: {why}. {last} The group is broken; "
+        "`tokenferry explain-error PeerTimeout` says what to do",
         phase=call.phase,
         call=call.number,
         rank=rank,
