@@ -90,7 +90,7 @@ def test_started_by_torchrun_it_checks_the_ranks_of_the_job():
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environ, check=False)
     assert done.returncode == 0, done.stderr
     nodes = "2 nodes of 1 rank (ranks 0, 1): ranks_per_node=1; process_group inside, process_group between, backend cpu"
-    assert done.stdout == f"! nodes of this job      PASS  {nodes}\n"
+    assert done.stdout == f"! nodes of this job         PASS  {nodes}\n"
 
 
 @pytest.mark.parametrize(

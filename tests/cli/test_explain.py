@@ -24,8 +24,22 @@ def test_other_sizes(capsys):
 
 @pytest.mark.parametrize(
     ("args", "complaint"),
-    [(["--experts", "9"], "--experts 9 is no multiple of --ranks 8"), (["--top-k", "300"], "--top-k 300 exceeds")],
+    [
+        (["--experts", "9"], "--experts 9 is no multiple of --ranks 8"),
+        (["--top-k", "300"], "--top-k 300 exceeds"),
+        (["--top-k", "65"], "--top-k 65: backend cuda takes at most 64"),
+        (["--experts", "4104"], "--experts 4104: backend cuda takes at most 4096"),
+        (["--ranks", "16"], "--ranks 16: backend cuda takes at most 8; a node has no more; `tokenferry plan`"),
+        (["--hidden", "12"], "--hidden 12: a BF16 row has to be a multiple of 16 bytes"),
+    ],
 )
 def test_sizes_that_do_not_fit(args, complaint, capsys):
     assert main(["explain", *args]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_rows_that_no_call_could_carry_are_left_out(capsys):
+    assert main(["explain", "--hidden", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "dispatch BF16" in out
+    assert "dispatch FP8" not in out

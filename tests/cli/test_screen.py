@@ -108,3 +108,17 @@ def test_progress_with_rich_shows_the_text_and_leaves_lines(terminal):
     assert "between" in seen
     assert "work" in seen
     assert "100%" in seen
+
+
+def test_a_text_behind_its_head_keeps_clear_of_it_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    for stream, expected in (
+        (io.StringIO(), "name  one two three four five six seven eight nine\n"),
+        (Terminal(), "name  one two three four five six seven\n      eight nine\n"),
+    ):
+        Screen(stream, fancy=False).item("name  ", "one two three four five six seven eight nine")
+        assert stream.getvalue() == expected

@@ -78,7 +78,8 @@ MAY_IMPORT = {
     },
     "demo": {"types", "errors", "api", "autograd", "nn", "testing", "bench"},
     "__main__": {"cli"},
-    # From compat only the folder of `tokenferry deep-ep-path`; from jit only the checks of `tokenferry doctor`.
+    # From compat only the folder of `tokenferry deep-ep-path`; from jit only the checks of `tokenferry doctor`; from
+    # kernels only the limits that `tokenferry explain` checks.
     "cli": {
         "demo",
         "__init__",
@@ -95,6 +96,7 @@ MAY_IMPORT = {
         "compat",
         "integrations",
         "jit",
+        "kernels",
     },
 }
 LAZY = {

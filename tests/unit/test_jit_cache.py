@@ -1,5 +1,6 @@
 """Cubins on disk: what is found again, what is not trusted, and what two processes do to each other."""
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -214,6 +215,19 @@ def test_a_folder_that_others_may_have_written_is_not_used(tmp_path, caplog, mon
     assert why in record.getMessage()
     assert "make the folder yours alone (chown, chmod go-w), or set TOKENFERRY_CACHE_DIR" in record.getMessage()
     assert why in cache.refusal(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    assert cache.refusal(tmp_path / "not" / "yet") is None
+    (tmp_path / "file").touch()
+    assert "Not a directory" in cache.refusal(tmp_path / "file" / "cache")
+
+    def read_only(path, data):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(cache, "_write", read_only)
+    assert "Read-only file system" in cache.refusal(tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"], "something was left"
 
 
 TRUSTED = {

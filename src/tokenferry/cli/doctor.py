@@ -31,6 +31,9 @@ checks the group of all ranks instead: which nodes it has, how they were found, 
 PACKAGES = {"rich": ("colours and progress bars", "cli"), "matplotlib": ("plots", "plots")}
 RANKS = 2
 RANKS_PER_NODE = 2
+NODES_REMEDY = "see the lines about transports above"
+WIDTH = 25
+"""Of the names of findings: that of the longest variable."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +71,7 @@ def _show(finding: Finding, screen: Screen) -> None:
     verdict = "PASS" if finding.passed else "no"
     mark = "!" if finding.required else " "
     style = "green" if finding.passed else "yellow"
-    screen.line(f"{mark} {finding.name:<22} {verdict:<4}  {finding.text}", style=style)
+    screen.item(f"{mark} {finding.name:<{WIDTH}} {verdict:<4}  ", finding.text, style=style)
 
 
 def _run_job(screen: Screen) -> int:
@@ -85,7 +88,6 @@ def findings(*, compiler: bool) -> Iterator[Finding]:
     yield from _variables()
     yield _group_of_one()
     yield from _ranks()
-    yield from _nodes()
     yield from doctor_cuda.findings(_gpu_alone, lambda: _on_ranks(over_gpus, devices="cuda"))
     if compiler:
         yield run_check(
@@ -111,8 +113,9 @@ def _variables() -> Iterator[Finding]:
         return
     for variable in env.VARIABLES:
         value = getattr(settings, variable.name.removeprefix("TOKENFERRY_").lower())
-        origin = "default" if value == variable.parse(variable.default) else f"default: {variable.default}"
-        yield Finding(variable.name, True, f"{value} ({origin}); {variable.meaning}")
+        is_default = value == variable.parse(variable.default)
+        shown, origin = (variable.default, "default") if is_default else (value, f"default: {variable.default}")
+        yield Finding(variable.name, True, f"{shown} ({origin}); {variable.meaning}")
 
 
 def _group_of_one() -> Finding:
@@ -141,6 +144,7 @@ def over_transport(rank: int, pg: dist.ProcessGroup, transport: TransportName) -
 
 
 def _ranks() -> Iterator[Finding]:
+    """How ranks reach each other; which nodes they form, and whether ranks that play two nodes reach each other."""
     remedies = {
         "gloo": "several ranks need gloo; use a torch that includes it",
         "transport shared_memory": "groups fall back to the transport 'process_group'; this one needs a single host, "
@@ -154,15 +158,13 @@ def _ranks() -> Iterator[Finding]:
     }
     for name, job in jobs.items():
         required = name != "transport shared_memory"
-        yield run_check(name, lambda job=job: _on_ranks(*job), remedies[name], required=required)  # type: ignore[misc]
-
-
-def _nodes() -> Iterator[Finding]:
-    """Which nodes ranks of this machine form, and whether ranks that play two nodes reach each other."""
-    remedy = "see the lines about transports above"
-    yield run_check("nodes", lambda: _on_ranks(over_nodes, None), remedy)
+        finding = run_check(name, lambda job=job: _on_ranks(*job), remedies[name], required=required)  # type: ignore[misc]
+        yield finding
+        if required and not finding.passed:
+            return  # what follows would fail for the same reason
+    yield run_check("nodes", lambda: _on_ranks(over_nodes, None), NODES_REMEDY)
     two = 2 * RANKS_PER_NODE
-    yield run_check("nodes, two of them", lambda: _on_ranks(over_nodes, RANKS_PER_NODE, ranks=two), remedy)
+    yield run_check("nodes, two of them", lambda: _on_ranks(over_nodes, RANKS_PER_NODE, ranks=two), NODES_REMEDY)
 
 
 def _on_ranks(fn: Callable[..., str], *args: object, devices: str = "cpu", ranks: int = RANKS) -> str:

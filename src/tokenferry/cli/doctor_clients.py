@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from tokenferry import env
 from tokenferry.cli.finding import Finding, run_check
-from tokenferry.errors import BackendUnavailable
+from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.integrations import deep_ep, versions
 
 CLIENTS = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -16,6 +16,15 @@ CLIENTS = {"vllm": "vLLM", "sglang": "SGLang"}
 def findings() -> Iterator[Finding]:
     """Say which `deep_ep` a program gets, and whether vLLM and SGLang get another one."""
     yield run_check("deep_ep", _found, "repair or uninstall that package")
+    try:
+        active = env.read_one("as_deep_ep")
+    except ConfigError:
+        return  # another line says what is wrong
+    if not active:
+        names = " and ".join(CLIENTS.values())
+        text = f"not active: with TOKENFERRY_AS_DEEP_EP=1 `import deep_ep` finds tokenferry in {names}"
+        yield Finding("plug-ins", True, text)
+        return
     for client, name in CLIENTS.items():
         yield run_check(f"plug-in of {name}", lambda client=client: _plug_in(client), "")  # type: ignore[misc]
 
@@ -32,8 +41,6 @@ def _found() -> str:
 
 def _plug_in(client: str) -> str:
     name, group = CLIENTS[client], deep_ep.GROUPS[client]
-    if not env.read_one("as_deep_ep"):
-        return f"not active: with TOKENFERRY_AS_DEEP_EP=1 `import deep_ep` finds tokenferry in {name}"
     if not any(point.name == "tokenferry" for point in entry_points(group=group)):
         raise BackendUnavailable(
             f"TOKENFERRY_AS_DEEP_EP is 1, but this environment has no entry point of tokenferry in {group}; install "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,38 +16,51 @@ MIN_CAPABILITY = (9, 0)
 
 
 def findings(alone: Callable[[], str], on_ranks: Callable[[], str]) -> Iterator[Finding]:
-    """Run all checks in turn.
+    """Run all checks in turn, but none whose answer follows from one that failed.
 
     Args:
         alone: Makes a round trip on one GPU, without other ranks.
         on_ranks: Makes a round trip over two ranks on GPUs.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    yield run_check("cuda driver", _driver, "install an NVIDIA driver, and a torch built for CUDA")
-    yield run_check(
-        "cuda GPUs", lambda: _gpus(count), f"backend cuda needs compute capability {_dotted(MIN_CAPABILITY)} or newer"
+    capability = f"backend cuda needs compute capability {_dotted(MIN_CAPABILITY)} or newer"
+    needed = (
+        ("cuda torch", _build, "backend cuda needs a build for CUDA 13"),
+        ("cuda bindings", _bindings, "pip install 'cuda-bindings==13.*'"),
+        ("cuda driver", _driver, "install an NVIDIA driver"),
+        ("cuda GPUs", lambda: _gpus(count), capability),
+        ("NVRTC", _nvrtc, "CUDA builds of torch include it; or pip install nvidia-cuda-nvrtc"),
     )
-    if count > 1:
-        yield run_check(
-            "cuda peer access", lambda: _peers(count), "ranks on GPUs without access to each other use backend cpu"
-        )
-    yield run_check("cuda-bindings", _bindings, "pip install 'cuda-bindings==13.*'")
-    yield run_check("NVRTC", _nvrtc, "CUDA builds of torch include it; or pip install nvidia-cuda-nvrtc")
+    for name, attempt, remedy in needed:
+        finding = run_check(name, attempt, remedy)
+        yield finding
+        if not finding.passed:
+            return
     yield run_check("kernel cache", _cache, "each process compiles all kernels again; set TOKENFERRY_CACHE_DIR")
     single = run_check("backend cuda", alone, "")
     yield single
+    if count > 1:
+        peers = run_check(
+            "cuda peer access", lambda: _peers(count), "ranks on GPUs without access to each other use backend cpu"
+        )
+        yield peers
+        single = single if peers.passed else peers
     if single.passed:
         shared = "" if count > 1 else ", both on one GPU"
         yield run_check("backend cuda, ranks", lambda: f"{on_ranks()}{shared}", "see the lines about cuda above")
 
 
-def _driver() -> str:
+def _build() -> str:
     if torch.version.cuda is None:
         raise BackendUnavailable(f"this torch ({torch.__version__}) is built without CUDA")
+    return f"built for CUDA {torch.version.cuda}"
+
+
+def _driver() -> str:
     from tokenferry.jit.driver import bindings, check
 
     number = int(check(bindings().cuDriverGetVersion(), "querying the version of the driver"))
-    return f"CUDA {number // 1000}.{number % 1000 // 10}; torch is built for CUDA {torch.version.cuda}"
+    return f"CUDA {number // 1000}.{number % 1000 // 10}"
 
 
 def _gpus(count: int) -> str:
@@ -96,13 +108,10 @@ def _cache() -> str:
     from tokenferry.jit import cache
 
     folder = Path(env.read().cache_dir)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ConfigError(f"{folder} is not writable ({existing} is not a folder with write access)")
     why = cache.refusal(folder)
     if why is not None:
         raise ConfigError(why)
-    return str(folder)
+    return f"{folder} can be written"
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -13,6 +13,8 @@ from tokenferry.bench.report import about
 from tokenferry.cli.options import check_experts, positive
 from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_RANKS, MAX_TOP_K
 from tokenferry.tuning import Topology
 from tokenferry.types import MoeShape
 
@@ -37,11 +39,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print it."""
     check_experts(args, args.ranks)
+    _check_cuda(args)
     found = explained(MoeShape(args.experts, args.top_k, args.hidden, args.tokens), Topology(args.ranks, args.sms))
     show(found, screen)
     if args.json is not None:
         write_json({"schema": 1, **about.about(args.command_line), **found}, args.json, screen)
     return 0
+
+
+def _check_cuda(args: argparse.Namespace) -> None:
+    """Check that a group on GPUs could have these sizes.
+
+    Raises:
+        ConfigError: none can.
+    """
+    for option, value, most, remedy in (
+        ("--ranks", args.ranks, MAX_RANKS, "a node has no more; `tokenferry plan` estimates several"),
+        ("--experts", args.experts, MAX_EXPERTS, "choose fewer"),
+        ("--top-k", args.top_k, MAX_TOP_K, "choose fewer"),
+    ):
+        if value > most:
+            raise ConfigError(f"{option} {value}: backend cuda takes at most {most}; {remedy}")
+    if args.hidden % 8:
+        raise ConfigError(f"--hidden {args.hidden}: a BF16 row has to be a multiple of 16 bytes; use a multiple of 8")
 
 
 def explained(shape: MoeShape, topology: Topology) -> dict[str, Any]:
@@ -112,6 +132,8 @@ def _calls(shape: MoeShape, topology: Topology) -> Iterator[dict[str, Any]]:
         ("combine BF16", bf16, tuned.combine_sms, load),
         ("combine BF16, user's rows", bf16, tuned.push_sms, push),
     ):
+        if row_bytes == fp8 and shape.hidden % 16:
+            continue  # such rows are no multiple of 16 bytes
         moved = tuning.travel(shape, topology.num_ranks, shape.max_tokens, row_bytes).bytes_out
         yield {
             "call": name,

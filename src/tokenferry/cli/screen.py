@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
@@ -45,6 +46,14 @@ class Screen:
                 raise OutputClosed from None
         else:
             self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def item(self, head: str, text: str, *, style: str | None = None) -> None:
+        """Print a text behind its head; on a terminal further lines are indented as far as the first."""
+        if self.stream.isatty():
+            width = max(shutil.get_terminal_size().columns - 1, len(head) + 20)
+            lines = textwrap.wrap(text, width - len(head), break_long_words=False, break_on_hyphens=False)
+            text = f"\n{' ' * len(head)}".join(lines)
+        self.line(head + text, style=style)
 
     def table(
         self,

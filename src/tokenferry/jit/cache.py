@@ -11,6 +11,7 @@ the folder cannot put another one there that passes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -19,6 +20,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,23 +81,15 @@ class Cache:
         if self.folder is None:
             return
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(_open_folder(self.folder))
-            scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+            with _scratch(self.folder) as scratch:
+                for name, text in {**unit.headers, "kernel.cu": unit.text}.items():
+                    _write(scratch / name, text.encode())
+                _write(scratch / "kernel.cubin", built.cubin)
+                _write(scratch / "build.json", json.dumps(_report(unit, compiler, built), indent=2).encode() + b"\n")
+                scratch.rename(self._entry(self.folder, unit, compiler))
         except (OSError, _UntrustedError) as error:
-            self._warn(error)
-            return
-        try:
-            for name, text in {**unit.headers, "kernel.cu": unit.text}.items():
-                _write(scratch / name, text.encode())
-            _write(scratch / "kernel.cubin", built.cubin)
-            _write(scratch / "build.json", json.dumps(_report(unit, compiler, built), indent=2).encode() + b"\n")
-            scratch.rename(self._entry(self.folder, unit, compiler))
-        except OSError as error:
             if not self._entry(self.folder, unit, compiler).exists():  # else another process was faster
                 self._warn(error)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
     @staticmethod
     def _entry(folder: Path, unit: Unit, compiler: str) -> Path:
@@ -129,14 +123,38 @@ class Cache:
 
 
 def refusal(folder: Path) -> str | None:
-    """Return why kernels from a folder would not be used; None if they would, or if there is no such folder yet."""
+    """Return why kernels would not be kept in a folder, or not used from it; None if they would.
+
+    Tries what `Cache.keep` does, and leaves nothing behind.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        os.close(_open_folder(folder))
-    except FileNotFoundError:
-        return None
+        with _scratch(folder) as scratch:
+            _write(scratch / "kernel.cubin", b"")
     except (OSError, _UntrustedError) as error:
         return str(error)
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # it was not made, or another process uses it by now
+                path.rmdir()
     return None
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Return a new folder inside of one, which is made if need be, and checked; afterwards remove it, if still there.
+
+    Raises:
+        OSError: it cannot be made.
+        _UntrustedError: somebody else can write to the folder.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(_open_folder(folder))
+    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _open_folder(path: Path) -> int:
