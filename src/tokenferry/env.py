@@ -99,6 +99,13 @@ VARIABLES = (
         _megabytes,
     ),
     Variable(
+        "TOKENFERRY_LOG",
+        "auto",
+        "least level of messages that are shown: debug, info, warning, error or off; auto: as the program sets the "
+        "logger 'tokenferry', by default warning",
+        _one_of("auto", "debug", "info", "warning", "error", "off"),
+    ),
+    Variable(
         "TOKENFERRY_RANKS_PER_NODE",
         "auto",
         "number of consecutive ranks that form a node; auto: the ranks of a host do",
@@ -131,28 +138,41 @@ class Settings:
     cache_dir: str
     fast_path: bool
     heap_mb: int | None
+    log: str
     ranks_per_node: int | None
     timeout_s: float
     transport: str
 
 
 def read(environ: Mapping[str, str] | None = None) -> Settings:
-    """Parse the TOKENFERRY_* variables; local. The only side effect is one warning for each unknown name.
+    """Parse the TOKENFERRY_* variables; local. Side effects: TOKENFERRY_LOG, and one warning for each unknown name.
 
     Raises:
         ConfigError: a value cannot be parsed; names the variable, the value and the expectation.
     """
     environ = os.environ if environ is None else environ
     known = {v.name: v for v in VARIABLES}
+    _set_log_level(_parsed(known["TOKENFERRY_LOG"], environ.get("TOKENFERRY_LOG", "auto")))
     for name in environ:
         if name.startswith("TOKENFERRY_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            _log.warning("environment: %s is not a variable of tokenferry; the nearest is %s", name, near[0])
+            _log.warning("environment: %s is not a variable of tokenferry; did you mean %s?", name, near[0])
     values = {
         name: _parsed(variable, environ.get(variable.name, variable.default)) for name, variable in _BY_FIELD.items()
     }
     assert set(values) == {f.name for f in fields(Settings)}
     return Settings(**values)
+
+
+def _set_log_level(level: str) -> None:
+    """Set the level of the logger; if nothing would show its messages, show them on standard error."""
+    if level == "auto":
+        return
+    _log.setLevel(logging.CRITICAL + 1 if level == "off" else level.upper())
+    if not _log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        _log.addHandler(handler)
 
 
 def read_one(name: str) -> Any:  # noqa: ANN401 - the value of any variable

@@ -21,6 +21,7 @@ from tokenferry import (
 from tokenferry.backends import choose
 from tokenferry.backends.cuda import setup as cuda_setup
 
+HOW_TO_HIDE = ". To hide this line, name the backend, or set TOKENFERRY_LOG=error"
 SHAPE = MoeShape(num_experts=4, top_k=2, hidden=8, max_tokens=4)
 
 
@@ -46,6 +47,7 @@ def choice(backend: str, **options: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _no_wish(monkeypatch):
     monkeypatch.delenv("TOKENFERRY_BACKEND", raising=False)
+    monkeypatch.setattr(choose, "_announced", set())
 
 
 def test_auto_takes_cuda_where_every_rank_can(monkeypatch, caplog):
@@ -53,7 +55,10 @@ def test_auto_takes_cuda_where_every_rank_can(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "tokenferry"):
         assert choice("auto") is cuda
     assert cuda.asked == ["why not", "make"]
-    assert caplog.messages == ["backend 'auto' chose cuda (every rank has one)"]
+    assert caplog.messages == [f"ExpertGroup: backend 'auto' chose cuda (every rank has one){HOW_TO_HIDE}"]
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        choice("auto")
+    assert len(caplog.messages) == 1, "once"
 
 
 def test_auto_says_why_it_did_not(monkeypatch, caplog):
@@ -62,8 +67,8 @@ def test_auto_says_why_it_did_not(monkeypatch, caplog):
         assert choice("auto").name == "cpu"
     assert cuda.asked == ["why not"]
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("backend 'auto' chose cpu (")
-    assert caplog.messages[0].endswith("; not cuda: rank 1 has no GPU")
+    assert caplog.messages[0].startswith("ExpertGroup: backend 'auto' chose cpu (")
+    assert caplog.messages[0].endswith(f"; not cuda: rank 1 has no GPU{HOW_TO_HIDE}")
 
 
 def test_a_requested_backend_is_not_probed_and_logs_nothing(monkeypatch, caplog):

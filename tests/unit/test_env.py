@@ -9,6 +9,14 @@ import pytest
 from tokenferry import ConfigError, env
 
 
+@pytest.fixture(autouse=True)
+def _level():
+    """A test that sets TOKENFERRY_LOG leaves no level behind."""
+    before = logging.getLogger("tokenferry").level
+    yield
+    logging.getLogger("tokenferry").setLevel(before)
+
+
 def test_defaults():
     cache = os.path.expanduser("~/.cache/tokenferry")
     assert env.read({}) == env.Settings(
@@ -17,6 +25,7 @@ def test_defaults():
         cache_dir=cache,
         fast_path=True,
         heap_mb=None,
+        log="auto",
         ranks_per_node=None,
         timeout_s=100.0,
         transport="auto",
@@ -30,6 +39,7 @@ def test_values_are_parsed():
         "TOKENFERRY_CACHE_DIR": "/tmp/cubins",
         "TOKENFERRY_FAST_PATH": "off",
         "TOKENFERRY_HEAP_MB": "512",
+        "TOKENFERRY_LOG": "warning",
         "TOKENFERRY_RANKS_PER_NODE": "4",
         "TOKENFERRY_TIMEOUT_S": "2.5",
         "TOKENFERRY_TRANSPORT": "process_group",
@@ -41,6 +51,7 @@ def test_values_are_parsed():
         cache_dir="/tmp/cubins",
         fast_path=False,
         heap_mb=512,
+        log="warning",
         ranks_per_node=4,
         timeout_s=2.5,
         transport="process_group",
@@ -62,6 +73,7 @@ def test_values_are_parsed():
         ("TOKENFERRY_HEAP_MB", "1.5", "invalid literal"),
         ("TOKENFERRY_RANKS_PER_NODE", "0", "expected auto, or a whole number of ranks above 0"),
         ("TOKENFERRY_CACHE_DIR", "", "expected a folder"),
+        ("TOKENFERRY_LOG", "loud", "expected one of auto, debug, info, warning, error, off"),
     ],
 )
 def test_a_bad_value_names_variable_value_and_expectation(name, value, message):

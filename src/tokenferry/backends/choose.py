@@ -13,6 +13,8 @@ from tokenferry.transports.handshake import Bootstrap, agree
 from tokenferry.transports.refused import resource_error
 
 _log = logging.getLogger("tokenferry")
+_announced: set[str] = set()
+"""The choices that a program has seen."""
 
 
 def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend:
@@ -43,8 +45,18 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
         why_not = why_not_cuda(group, resolved)
     backend = make_cpu_backend(group, resolved) if why_not else make_cuda_backend(group, resolved)
     instead = f"; not cuda: {why_not}" if why_not else ""
-    _log.info("backend 'auto' chose %s (%s)%s", backend.name, backend.why, instead)
+    choice = f"ExpertGroup: backend 'auto' chose {backend.name} ({backend.why}){instead}"
+    _announce(choice, 0 if group is None else group.rank())
     return backend
+
+
+def _announce(choice: str, rank: int) -> None:
+    """Log a choice: the first time so that it is seen without any set-up, by one rank."""
+    if rank == 0 and choice not in _announced:
+        _announced.add(choice)
+        _log.warning("%s. To hide this line, name the backend, or set TOKENFERRY_LOG=error", choice)
+    else:
+        _log.info("%s", choice)
 
 
 def _decline_cuda(group: dist.ProcessGroup | None, resolved: Resolved, error: Exception) -> str:

@@ -97,7 +97,10 @@ class Cache:
 
     def _set_aside(self, entry: Path, found: Exception) -> None:
         aside = entry.with_name(f"{entry.name}.corrupt-{os.getpid()}-{os.urandom(2).hex()}")
-        _log.warning("kernel cache: %s is damaged (%r): moved to %s and compiled again", entry, found, aside.name)
+        _log.warning(
+            "kernel cache: %s is damaged (%r): moved to %s, which may be deleted, and compiled again",
+            *(entry, found, aside.name),
+        )
         try:
             entry.rename(aside)
         except FileNotFoundError:

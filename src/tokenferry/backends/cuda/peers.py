@@ -93,7 +93,9 @@ class Peers:
     def _do_without(self, error: Exception) -> None:
         self._close_descriptors()
         _log.warning(
-            "cannot watch the processes of other ranks (%s): calls notice after timeout_s that one has ended", error
+            "cannot watch the processes of other ranks (%s): calls notice after timeout_s that one has ended; lower "
+            "it if that is too late, or allow what was refused",
+            error,
         )
 
     def _close_descriptors(self) -> None:
