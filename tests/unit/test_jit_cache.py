@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,52 @@ def test_a_folder_that_others_may_have_written_is_not_used(tmp_path, caplog, mon
     assert why in record.getMessage()
     assert "make the folder yours alone (chown, chmod go-w), or set TOKENFERRY_CACHE_DIR" in record.getMessage()
     assert why in cache.refusal(folder)
+
+
+def compile_at_once(folder, started, compiled):
+    """Another process of the host that wants the same kernel."""
+    mine = Cache(folder)
+    started.wait()
+    with mine.one_at_a_time(UNIT, V):
+        if mine.find(UNIT, V) is None:
+            compiled.put(os.getpid())
+            time.sleep(0.2)
+            mine.keep(UNIT, V, BUILT)
+
+
+def test_processes_of_a_host_compile_a_kernel_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started, compiled = context.Barrier(4), context.SimpleQueue()
+    processes = [context.Process(target=compile_at_once, args=(tmp_path / "c", started, compiled)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert compiled.get()
+    assert compiled.empty(), "another one compiled it, too"
+    assert len(list((tmp_path / "c").iterdir())) == 1, "a lock was left"
+
+
+def test_a_lock_that_is_held_for_too_long_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WAIT_S", 0.05)
+    with Cache(tmp_path).one_at_a_time(UNIT, V), Cache(tmp_path).one_at_a_time(UNIT, V):
+        kept(tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_where_there_are_no_locks_each_compiles_by_itself(tmp_path, monkeypatch):
+    def no_locks(descriptor, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with Cache(tmp_path).one_at_a_time(UNIT, V), Cache(tmp_path).one_at_a_time(UNIT, V):
+        pass
+    with Cache(None).one_at_a_time(UNIT, V):
+        pass
+    (tmp_path / "file").touch()
+    with Cache(tmp_path / "file" / "cache").one_at_a_time(UNIT, V):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

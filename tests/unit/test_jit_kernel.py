@@ -4,7 +4,10 @@
 import ctypes
 import dataclasses
 import enum
+import subprocess
+import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -254,14 +257,19 @@ def test_warmup_passes_on_what_went_wrong(cuda, spec):
 
 
 def test_threads_that_ask_at_once_get_one_kernel(cuda, spec):
-    barrier = threading.Barrier(4)
+    compiler, all_ask, found = FakeCompiler(), threading.Barrier(4), []
 
     def compile_unit(unit):
-        barrier.wait(10)  # all four have found nothing
-        return Built(b"\x7fELF", "")
+        time.sleep(0.1)  # so that the others ask meanwhile
+        return compiler(unit)
 
-    jit, found = Jit(3, None, compile_unit), []
-    threads = [threading.Thread(target=lambda: found.append(jit.kernel(spec, num_stages=4, wide=0))) for _ in range(4)]
+    jit = Jit(3, None, compile_unit)
+
+    def ask():
+        all_ask.wait(10)
+        found.append(jit.kernel(spec, num_stages=4, wide=0))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -269,6 +277,115 @@ def test_threads_that_ask_at_once_get_one_kernel(cuda, spec):
     assert len(found) == 4
     assert len(set(map(id, found))) == 1
     assert len(cuda.modules) == 1
+    assert len(compiler.units) == 1
+
+
+def test_a_kernel_that_did_not_compile_is_tried_again(cuda, spec):
+    results = [OSError("no memory"), Built(b"\x7fELF", "")]
+
+    def compile_unit(unit):
+        result = results.pop(0)
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    jit = Jit(3, None, compile_unit)
+    with pytest.raises(OSError, match="no memory"):
+        jit.kernel(spec, num_stages=4, wide=0)
+    assert jit.kernel(spec, num_stages=4, wide=0)
+
+
+class Gate:
+    """A compiler that waits, for all units but the first of each config, until it is opened."""
+
+    def __init__(self):
+        self.opened, self.begun, self.units = threading.Event(), threading.Semaphore(0), []
+
+    def __call__(self, unit):
+        self.units.append(unit)
+        self.begun.release()
+        assert self.opened.wait(10)
+        return Built(b"\x7fELF", "")
+
+
+def test_kernels_are_compiled_in_the_background(cuda, spec):
+    gate = Gate()
+    jit = Jit(3, None, gate)
+    jit.compile_ahead([spec])
+    for _ in spec.configs:
+        assert gate.begun.acquire(timeout=10)  # compile_ahead has returned, and both are under way
+    assert not cuda.modules, "nothing is loaded before it is needed"
+    gate.opened.set()
+    jit.warmup([spec])
+    assert len(gate.units) == len(spec.configs) == len(cuda.modules)
+    jit.compile_ahead([spec])
+    assert len(gate.units) == len(spec.configs)
+
+
+def test_what_goes_wrong_in_the_background_is_raised_where_the_kernel_is_needed(cuda, spec):
+    def refuse(unit):
+        raise BackendUnavailable("kernel toy: no")
+
+    jit = Jit(3, None, refuse)
+    jit.compile_ahead([spec])
+    with pytest.raises(BackendUnavailable, match="kernel toy: no"):
+        jit.kernel(spec, num_stages=4, wide=0)
+
+
+def test_a_closed_jit_compiles_nothing_more(cuda, spec):
+    gate = Gate()
+    specs = [spec, *(dataclasses.replace(spec) for _ in range(10))]
+    jit = Jit(3, None, gate)
+    jit.compile_ahead(specs)
+    assert gate.begun.acquire(timeout=10)
+    jit.close()
+    gate.opened.set()
+    jit._ahead.shutdown(wait=True)
+    assert len(gate.units) <= 2, "those that were under way"
+    jit.compile_ahead(specs)
+
+
+def test_devices_begin_at_different_kernels(cuda, spec):
+    first = []
+
+    def compile_unit(unit):
+        first.append(unit.name)
+        return Built(b"\x7fELF", "")
+
+    names = [f"kernel{i}" for i in range(8)]
+    jit = Jit(3, None, compile_unit)
+    jit.compile_ahead([dataclasses.replace(spec, name=name, configs=spec.configs[:1]) for name in names])
+    deadline = time.monotonic() + 10
+    while len(first) < len(names) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(first) == names
+    assert set(first[:2]) <= {"kernel3", "kernel4", "kernel5"}
+
+
+ENDS = """
+import atexit, threading, time
+from types import SimpleNamespace
+from tokenferry.jit import kernel
+
+class Spec:
+    configs = [{"n": n} for n in range(1000)]
+
+jit = kernel.Jit.__new__(kernel.Jit)
+jit._device, jit._lock, jit._closed = SimpleNamespace(index=0), threading.Lock(), False
+jit._kernels, jit._builds, jit._ahead = {}, {}, None
+jit._build = lambda spec, config: time.sleep(0.02) or b""
+jit.compile_ahead([Spec()])
+time.sleep(0.1)
+num_builds = len(jit._builds)
+atexit.register(lambda: print(num_builds, len(jit._builds)))
+"""
+
+
+def test_a_program_that_ends_waits_only_for_what_is_under_way():
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    before, after = map(int, done.stdout.split())
+    assert 0 < before <= after <= before + 4
 
 
 def test_a_spec_can_be_loaded_alone(cuda, spec):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,8 +21,9 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,21 @@ from tokenferry.jit.source import Unit
 
 _log = logging.getLogger("tokenferry")
 
+WAIT_S = 10.0
+"""The longest wait for another process that makes an entry, which takes a tenth of a second."""
+_NAP_S = 0.005
+
 
 class _UntrustedError(Exception):
     """A file or folder that another user may have written."""
+
+
+@dataclass(frozen=True)
+class _Lock:
+    """An open lock file."""
+
+    path: Path
+    descriptor: int
 
 
 class Cache:
@@ -91,6 +105,40 @@ class Cache:
             if not self._entry(self.folder, unit, compiler).exists():  # else another process was faster
                 self._warn(error)
 
+    @contextlib.contextmanager
+    def one_at_a_time(self, unit: Unit, compiler: str) -> Iterator[None]:
+        """Let one process at a time make an entry; the others wait, and should then look for it again.
+
+        A wait ends after `WAIT_S`, and there is none in a folder without locks: making an entry twice costs time only.
+        """
+        lock = self._open_lock(unit, compiler)
+        if lock is None:
+            yield
+            return
+        try:
+            _wait_for(lock.descriptor)
+            yield
+        finally:
+            # Who waits for it holds the file open; who comes later finds the entry.
+            with contextlib.suppress(OSError):
+                lock.path.unlink()
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock.descriptor, fcntl.LOCK_UN)  # a forked child may have inherited it
+            os.close(lock.descriptor)
+
+    def _open_lock(self, unit: Unit, compiler: str) -> _Lock | None:
+        if self.folder is None:
+            return None
+        entry = self._entry(self.folder, unit, compiler)
+        path = entry.with_name(f".lock-{entry.name}")
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(_open_folder(self.folder))
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            return _Lock(path, os.open(path, flags, 0o600))
+        except (OSError, _UntrustedError):
+            return None  # `keep` says why
+
     @staticmethod
     def _entry(folder: Path, unit: Unit, compiler: str) -> Path:
         return folder / f"{unit.name}-{unit.key(compiler)[:32]}"
@@ -123,6 +171,20 @@ class Cache:
                 remedy,
             )
         self._warned = True
+
+
+def _wait_for(descriptor: int) -> None:
+    """Lock an open file, or give up after `WAIT_S`, or where there are no locks."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_NAP_S)
+        except OSError:
+            return
+        else:
+            return
 
 
 def refusal(folder: Path) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,13 @@ from tokenferry.jit.source import Unit, headers, options, translation_unit
 
 _MAX_PACKED = 1024
 _COMPILE_THREADS = 8
+_AHEAD_THREADS = 2
+_DEVICES = 8
+"""Of a host; with more, some begin to compile at the same kernel."""
 
 Compile = Callable[[Unit], compiler.Built]
+_Config = tuple[tuple[str, int], ...]
+"""The constants of a config, in the order of their names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +193,9 @@ class Jit:
         self._cache = Cache(folder)
         self._compile = compile_unit
         self._lock = threading.Lock()
-        self._kernels: dict[tuple[KernelSpec, tuple[tuple[str, int], ...]], Kernel] = {}
+        self._kernels: dict[tuple[KernelSpec, _Config], Kernel] = {}
+        self._builds: dict[tuple[KernelSpec, _Config], Future[bytes]] = {}
+        self._ahead: ThreadPoolExecutor | None = None
         self._modules: list[Any] = []
         self._closed = False
 
@@ -201,11 +210,27 @@ class Jit:
         key = (spec, tuple(sorted(config.items())))
         kernel = self._kernels.get(key)
         if kernel is None:
-            cubin = self._build(spec, config)
+            cubin = self._built(*key)
             with self._lock:
                 kernel = self._kernels.get(key) or self._load(spec, cubin)
                 self._kernels[key] = kernel
+                self._builds.pop(key, None)
         return kernel
+
+    def compile_ahead(self, specs: Iterable[KernelSpec]) -> None:
+        """Begin to compile every config of all specs in the background; returns at once.
+
+        A kernel that is needed before its turn is compiled at once. What goes wrong is raised where it is needed. The
+        devices of a host begin at different kernels, so that their processes share the work through the cache.
+        """
+        keys = deque((spec, tuple(sorted(config.items()))) for spec in specs for config in spec.configs)
+        keys.rotate(-(self._device.index * len(keys) // _DEVICES))
+        with self._lock:
+            if self._closed or self._ahead is not None:
+                return
+            self._ahead = ThreadPoolExecutor(_AHEAD_THREADS, thread_name_prefix="tokenferry-compile")
+        for _ in range(_AHEAD_THREADS):
+            self._go_on(self._ahead, keys)
 
     def warmup(self, specs: Iterable[KernelSpec]) -> None:
         """Compile and load every config of all specs, several at a time.
@@ -223,20 +248,62 @@ class Jit:
             if self._closed:
                 return
             self._closed = True
+            if self._ahead is not None:
+                self._ahead.shutdown(wait=False)
             with self._device.current():
                 for module in self._modules:
                     check(self._device.cuda.cuModuleUnload(module), "unloading a kernel")
             self._modules.clear()
             self._kernels.clear()
+            self._builds.clear()
             self._device.close()
 
-    def _build(self, spec: KernelSpec, config: Mapping[str, int]) -> bytes:
-        unit, version = spec.unit(config, self._arch), compiler.version()
+    def _go_on(self, ahead: ThreadPoolExecutor, keys: deque[tuple[KernelSpec, _Config]]) -> None:
+        """Build the next kernel in the background. One after the other, since a program waits for all at its end."""
+        with contextlib.suppress(RuntimeError):  # this Jit was closed, or the program ends
+            if keys:
+                ahead.submit(self._build_next, ahead, keys)
+            else:
+                ahead.shutdown(wait=False)
+
+    def _build_next(self, ahead: ThreadPoolExecutor, keys: deque[tuple[KernelSpec, _Config]]) -> None:
+        try:
+            spec, config = keys.popleft()
+            if (spec, config) not in self._kernels:
+                self._built(spec, config)
+        except IndexError:
+            pass  # the other threads have taken the rest
+        finally:
+            self._go_on(ahead, keys)
+
+    def _built(self, spec: KernelSpec, config: _Config) -> bytes:
+        """Return the cubin of a kernel that is not loaded; one thread builds it, and others wait for it."""
+        with self._lock:
+            build = self._builds.get((spec, config))
+            mine = build is None
+            if build is None:
+                build = self._builds[spec, config] = Future()
+        if mine:
+            try:
+                build.set_result(self._build(spec, config))
+            except BaseException as error:
+                with self._lock:
+                    self._builds.pop((spec, config), None)  # the next call tries again
+                build.set_exception(error)
+                raise
+        return build.result()
+
+    def _build(self, spec: KernelSpec, config: _Config) -> bytes:
+        unit, version = spec.unit(dict(config), self._arch), compiler.version()
         cubin = self._cache.find(unit, version)
-        if cubin is None:
-            built = self._compile(unit)
-            self._cache.keep(unit, version, built)
-            cubin = built.cubin
+        if cubin is not None:
+            return cubin
+        with self._cache.one_at_a_time(unit, version):
+            cubin = self._cache.find(unit, version)
+            if cubin is None:
+                built = self._compile(unit)
+                self._cache.keep(unit, version, built)
+                cubin = built.cubin
         return cubin
 
     def _load(self, spec: KernelSpec, cubin: bytes) -> Kernel:

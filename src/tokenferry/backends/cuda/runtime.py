@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tokenferry.jit.driver import Device
-from tokenferry.jit.kernel import Jit
+from tokenferry.jit.kernel import Jit, KernelSpec
 from tokenferry.memory.streams import CudaStreams, Streams
 
 
@@ -29,12 +30,13 @@ class Runtime:
     num_sms: int
 
 
-def cuda_runtime(device: torch.device, cache: Path) -> Runtime:
-    """Return the runtime of a GPU.
+def cuda_runtime(device: torch.device, cache: Path, specs: Sequence[KernelSpec]) -> Runtime:
+    """Return the runtime of a GPU, and begin to compile its kernels, so that first calls wait for few of them.
 
     Args:
         device: The GPU.
         cache: Folder of compiled kernels.
+        specs: The kernels that calls may need, the first ones first.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
@@ -42,4 +44,6 @@ def cuda_runtime(device: torch.device, cache: Path) -> Runtime:
     index = device.index or 0
     driver = Device(index)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return Runtime(Jit(index, cache), driver, CudaStreams(driver), num_sms)
+    jit = Jit(index, cache)
+    jit.compile_ahead(specs)
+    return Runtime(jit, driver, CudaStreams(driver), num_sms)

@@ -26,6 +26,7 @@ from tokenferry.backends.cuda.runtime import Runtime, cuda_runtime
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.driver import Device
 from tokenferry.jit.kernel import Jit
+from tokenferry.kernels.all import ACROSS_NODES, SPECS
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_NODES, MAX_RANKS, OFFSET_BYTES
 from tokenferry.memory.reach import describe, why_not
 from tokenferry.memory.window import Window, share
@@ -210,7 +211,7 @@ def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Ru
         why: Why this backend was chosen.
         runtime: Kernels and streams; None: those of the window's GPU.
     """
-    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder))
+    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder), SPECS)
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
     return CudaBackend(context, key, why, fast_path=resolved.fast_path)
 
@@ -228,7 +229,7 @@ def assemble_across(
         rails: What carries exchanges between nodes.
         runtime: Kernels and streams; None: those of the window's GPU.
     """
-    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder))
+    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder), (*SPECS, *ACROSS_NODES))
     first = topology.nodes[topology.node][0]
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
     why = f"every rank has a GPU that reaches its peers, on {topology}"
