@@ -4,7 +4,7 @@ import pytest
 
 from support.bench_eager_jobs import measure_eager, wrong_redispatch
 from support.bench_runs import bench_gpu_phases
-from tokenferry.bench.report import eager
+from tokenferry.bench.report import eager, plots
 from tokenferry.cli.main import main
 
 DISPATCHES = {(name, rows) for name in ("dispatch", "dispatch, plan kept") for rows in ("bf16", "fp8")}
@@ -89,3 +89,26 @@ def test_default_device_is_for_eager_calls(words, monkeypatch, capsys):
     monkeypatch.setattr("tokenferry.cli.bench_cuda.need_gpus", lambda: 2)
     assert main(["bench", *words, "--default-device"]) == 2
     assert "--default-device is for eager calls" in capsys.readouterr().err
+
+
+def test_a_picture_has_the_calls_of_several_libraries(tmp_path):
+    items = [
+        item("tokenferry", 8, 10.0),
+        item("all_to_all_single (nccl)", 8, 25.0),
+        item("tokenferry", 1, 5.0),
+        item("Buffer", 1, 20.0),
+        {**item("Buffer", 1, 20.0), "call": "layout alone"},
+    ]
+    parts = eager.bars(items)
+    assert [(part.title, part.groups) for part in parts] == [
+        ("T=1", {"dispatch, BF16": {"tokenferry": 5.0, "Buffer": 20.0}}),
+        ("T=8", {"dispatch, BF16": {"tokenferry": 10.0, "all_to_all_single": 25.0}}),
+    ]
+    for some in (parts, parts[:1], [*parts, parts[0]]):
+        (file,) = plots.plot_bars(some, tmp_path / "new", "title", "eager.png")
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_without_pictures_refuse_to_draw(tmp_path, capsys):
+    assert main(["bench", "nodes", "--device", "cpu", "--plot", str(tmp_path)]) == 2
+    assert "--plot: there are pictures of calls, sms, decode, eager, megatron only" in capsys.readouterr().err

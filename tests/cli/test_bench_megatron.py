@@ -54,3 +54,6 @@ def test_rows_of_the_table():
     assert training.rows([own, flex])[1] == [
         *("flex, deepep", "bfloat16", "8", "2.00 (1.00-3.00)", "1.00 (0.50-1.50)", "0.50"),
     ]
+    (part,) = training.bars([own, flex])
+    assert part.title == "a training step, T=8, bfloat16"
+    assert part.groups == {"alltoall": {"back to back": 2.0}, "flex, deepep": {"back to back": 1.0}}

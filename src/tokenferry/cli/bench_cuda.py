@@ -123,6 +123,9 @@ FULL_PHASES = tuple(
 )
 """The phases of a whole run: eager calls take minutes of their own, and models and nodes have other ranks or sizes."""
 
+DRAWN = ("calls", "sms", "decode", "eager", "megatron")
+"""The phases of which there are pictures."""
+
 ON_CPU = ("eager", "transformers", "nodes")
 """Parts that the command line offers on CPUs as well."""
 
@@ -234,6 +237,8 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
         raise ConfigError(
             "--between is for GPUs of several nodes: `tokenferry bench nodes --device cuda --between nvlink`"
         )
+    if args.plot is not None and not set(chosen) & set(DRAWN):
+        raise ConfigError(f"--plot: there are pictures of {', '.join(DRAWN)} only; leave it out")
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
 
 

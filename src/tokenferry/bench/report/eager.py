@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenferry.bench.core.session import Settings
+from tokenferry.bench.report.plots import Bars
 from tokenferry.bench.report.tables import dash, with_percentiles
 
 Item = dict[str, Any]
@@ -54,6 +55,16 @@ def short_rows(items: Sequence[Item]) -> list[list[str]]:
         cells = [call, kind, str(tokens), *(dash(us, ".1f") for us in (ours, shim, theirs))]
         table.append([*cells, *(dash(ratio, ".2f") for ratio in ratios)])
     return table
+
+
+def bars(items: Sequence[Item]) -> list[Bars]:
+    """Return what a picture shows: for each T the calls that several libraries have, back to back."""
+    parts: dict[int, dict[str, dict[str, float]]] = {}
+    for (call, kind, tokens), libraries in _by_call(items).items():
+        if len(libraries) > 1:
+            medians = {library: item["back_to_back"]["median_us"] for library, item in libraries.items()}
+            parts.setdefault(tokens, {})[f"{call}, {kind.upper()}"] = medians
+    return [Bars(f"T={tokens}", "us", groups) for tokens, groups in sorted(parts.items())]
 
 
 def notes(settings: Settings, empty_us: float | None) -> list[str]:

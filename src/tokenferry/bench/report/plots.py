@@ -1,8 +1,10 @@
-"""Pictures: bandwidth against SMs, time against tokens, with the limit drawn in. Needs matplotlib."""
+"""Pictures: bandwidth against SMs, time against tokens, with the limit drawn in; medians as bars. Needs matplotlib."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,63 @@ def plot_tokens(
             _line(axes, points, ":", name, colours.get(name))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        measured = sorted({tokens for points in curves.values() for tokens, _ in points})
+        axes.set_xticks(measured, map(str, measured), minor=False)
+        axes.yaxis.set_major_formatter("{x:g}")
+        times = [us for points in curves.values() for _, us in points]
+        axes.set_ylim(bottom=min(times, default=1.0) / 2)  # far below, the limit of a few bytes says little
 
     return [_figure(folder / file, title, "tokens on each rank", "us, median", draw)]
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """A part of a picture: for each group of bars the value of each series, in ``unit``."""
+
+    title: str
+    unit: str
+    groups: Mapping[str, Mapping[str, float]]
+
+
+def plot_bars(parts: Sequence[Bars], folder: Path, title: str, file: str) -> list[Path]:
+    """Write a picture of medians beside one another, on linear axes from 0; return its file."""
+    from matplotlib.figure import Figure
+
+    series = list(dict.fromkeys(name for part in parts for values in part.groups.values() for name in values))
+    rows = -(-len(parts) // 2)
+    figure = Figure(figsize=(12, 1 + 3.6 * rows), layout="constrained")
+    drawn = figure.subplots(rows, min(2, len(parts)), squeeze=False).flat
+    for axes, part in zip(drawn, parts, strict=False):
+        _draw_bars(axes, part, series)
+    for axes in list(drawn)[len(parts) :]:
+        axes.set_axis_off()
+    colours = [f"C{i}" for i in range(len(series))]
+    marks: list[Any] = [figure.axes[0].bar([0], [0], color=colour) for colour in colours]
+    figure.suptitle(title, fontsize=10)
+    figure.legend(marks, series, loc="outside lower center", ncols=len(series), frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / file, dpi=120)
+    return [folder / file]
+
+
+def _draw_bars(axes: Any, part: Bars, series: Sequence[str]) -> None:  # noqa: ANN401 - matplotlib
+    width = 0.8 / max(map(len, part.groups.values()))
+    digits = 1 if max(value for values in part.groups.values() for value in values.values()) < 100 else 0
+    for i, name in enumerate(series):
+        points = [
+            (group + (list(values).index(name) - (len(values) - 1) / 2) * width, values[name])
+            for group, values in enumerate(part.groups.values())
+            if name in values
+        ]
+        if points:
+            bars = axes.bar(*zip(*points, strict=True), width * 0.94, color=f"C{i}")
+            axes.bar_label(bars, [f"{value:.{digits}f}" for _, value in points], fontsize=7)
+    axes.set_title(part.title, fontsize=9)
+    names = [textwrap.fill(name, 13, break_long_words=False) for name in part.groups]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_ylabel(f"{part.unit}, median")
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
 
 
 def _line(

@@ -162,7 +162,18 @@ class Report:
 
     def draw(self, folder: Path) -> list[Path]:
         """Write the pictures of all results; return their files."""
-        return [*(self._draw_calls(folder) if self.results else ()), *self._draw_decode(folder)]
+        bars = {"eager": eager.bars, "training": training.bars}
+        title = str(self.about.get("title", ""))
+        return [
+            *(self._draw_calls(folder) if self.results else ()),
+            *self._draw_decode(folder),
+            *(
+                file
+                for name, parts in bars.items()
+                if name in self.others
+                for file in plots.plot_bars(parts(self.others[name]), folder, title, f"{name}.png")
+            ),
+        ]
 
     def _draw_decode(self, folder: Path) -> list[Path]:
         if "decode" not in self.others:

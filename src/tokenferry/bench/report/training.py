@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenferry.bench.report.plots import Bars
 from tokenferry.bench.suites.megatron import OWN
 
 Item = dict[str, Any]
@@ -29,6 +30,16 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
         ratio = item["back_to_back"]["median_us"] / own[item["tokens"]]
         table.append([item["dispatcher"], item["dtype"], str(item["tokens"]), *times, f"{ratio:.2f}"])
     return table
+
+
+def bars(items: Sequence[Item]) -> list[Bars]:
+    """Return what a picture shows: for each T the step of each dispatcher, back to back."""
+    parts: dict[str, dict[str, dict[str, float]]] = {}
+    for item in items:
+        title = f"a training step, T={item['tokens']}, {item['dtype']}"
+        median_ms = item["back_to_back"]["median_us"] / 1e3
+        parts.setdefault(title, {})[item["dispatcher"]] = {"back to back": median_ms}
+    return [Bars(title, "ms", groups) for title, groups in parts.items()]
 
 
 def difference_line(item: Item) -> str:
