@@ -18,7 +18,7 @@ CHART = HERE / "chart.svg"
 CALLS = "2026-11-21_4xh200_0e5c001-calls.json"
 NCCL_CALLS = "2026-11-21_4xh200_0bfa639-quick.json"
 DECODE = "2026-11-21_4xh200_f4c8043-decode.json"
-TRAINING = "2026-11-28_2xh200_6020e73-megatron.json"
+TRAINING = "2026-11-29_2xh200_54c4506-megatron.json"
 
 OURS, V1, NCCL = "tokenferry", "DeepEP V1", "NCCL all-to-all"
 COLOURS = {OURS: "#0b7285", V1: "#e8890c", NCCL: "#868e96"}
