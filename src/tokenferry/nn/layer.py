@@ -131,9 +131,8 @@ class MoELayer(nn.Module):
         """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
 
         Raises:
-            ShapeError: without autocast, the dtype is neither that of the experts nor a narrow one for float32 experts.
-                Or
-                the shared module returns other than a row for each row. And whatever `ExpertGroup.dispatch` raises.
+            ShapeError: without autocast, the dtype is neither that of the experts nor a narrow one for float32 experts;
+                or the shared module returns other than a row for each row. And whatever `ExpertGroup.dispatch` raises.
         """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         cast, parameters = self._cast(rows)
