@@ -18,7 +18,10 @@ from support.example_jobs import run_example
 
 MISTAKES = Path(__file__).parent / "mistakes.py"
 PROGRAMS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
-CHECKED = [str(path) for path in (*PROGRAMS, MISTAKES)]
+TRAINING = {"train_language_model", "finetune_transformers"}
+"""Programs with tests of their own: tests/nn/test_training_program.py, tests/clients/test_finetuning.py."""
+CHECKED = [str(path) for path in (*PROGRAMS, MISTAKES) if path.stem != "finetune_transformers"]
+"""transformers is typed in part, and to read its types takes longer than all else."""
 LIBRARY = Path(tokenferry.__file__).parents[1]
 OLDEST_PYTHON = "3.10"
 
@@ -36,7 +39,7 @@ def complaints(found: list[tuple[str, int, str]]) -> str:
     return "\n".join(extra + missed)
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in PROGRAMS if p.stem not in TRAINING], ids=lambda path: path.stem)
 def test_programs_run(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert "rows" in capsys.readouterr().out
@@ -82,7 +85,7 @@ def test_basedpyright(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert found["summary"]["filesAnalyzed"] == len(PROGRAMS) + 1
+    assert found["summary"]["filesAnalyzed"] == len(CHECKED)
     errors = [
         (Path(one["file"]).name, one["range"]["start"]["line"] + 1, one["message"])
         for one in found["generalDiagnostics"]
