@@ -89,3 +89,23 @@ def test_compiled_checkpointed_and_twice_differentiated(worlds):
         close("second", got.pop("second"), second, 1e-6)
         for key, value in got.items():
             close(key, value, got[f"eager {key.split()[1]}"], 1e-12)
+
+
+@pytest.mark.parametrize("tool", ["ddp", "fsdp"])
+def test_models_under_a_tool_are_checkpointed_and_compiled(worlds, tool):
+    for got in worlds(2).run(jobs.run_otherwise, tool):
+        for how in ("checkpointed", "compiled"):
+            assert got[how].keys() == got["eager"].keys()
+            for name, value in got["eager"].items():
+                close(f"{how} {name}", got[how][name], value, 1e-12)
+
+
+def test_scaled_gradients(worlds):
+    """An infinity in an expert of one rank makes all ranks leave the step out."""
+    for got in worlds(2).run(jobs.scaled):
+        for name, value in got["plain"].items():
+            close(name, got["unscaled"][name], value, 1e-6)
+        assert got["kept"]
+        assert got["scale"] == 8.0
+    for message in worlds(2).run(jobs.scaled_together):
+        assert "no attribute 'placements'" in message

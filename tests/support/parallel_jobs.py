@@ -1,5 +1,6 @@
 """Jobs about what `parallelize` is for, and what happens without it."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import tokenferry
@@ -73,6 +75,12 @@ def averaged_fsdp(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, Tensor], 
     recipe = Recipe("fsdp")
     with tokenferry.ExpertGroup(pg, SHAPE) as group:
         model, average = (prepared(Model(group, recipe.dtype), recipe, pg) for _ in range(2))
+        try:
+            AveragedModel(model)
+        except AssertionError as error:
+            assert "does not support deepcopy" in str(error)  # noqa: PT017 - torch's own, in a rank
+        else:
+            raise AssertionError("a sharded model was copied")
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(3.0)
@@ -140,6 +148,64 @@ def differentiated(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
         (second,) = torch.autograd.grad(first.to_local().square().sum(), layer.experts.up)
         found["second"] = whole(second) * pg.size()  # of the sum over ranks, not of the mean
         return local_parts(found)
+
+
+def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str) -> dict[str, dict[str, Tensor]]:
+    """Return gradients of a model under a tool: as it is, with checkpointed layers, and compiled."""
+    found = {}
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        for how in ("eager", "checkpointed", "compiled"):
+            model = Model(group, torch.float64)
+            if how == "checkpointed":
+                for layer in model.moe:
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            model = prepared(model, Recipe(tool), pg)
+            run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+            loss_of(run, batch(rank, torch.float64, 5 + rank)).backward()
+            found[how] = gradients(model)
+    return found
+
+
+def scaled(rank: int, pg: dist.ProcessGroup) -> dict[str, Any]:
+    """Train two steps with scaled gradients under FSDP2, of which the second has an infinity on rank 1 alone.
+
+    Return the gradients without and with a scale, whether every parameter survived the second step, and the last scale.
+    """
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        model = prepared(Model(group, torch.float32), Recipe("fsdp"), pg)
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=16.0)
+        x = batch(rank, torch.float32, 5)
+        loss_of(model, x).backward()
+        plain = gradients(model)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, x)).backward()
+        scaler.unscale_(optimizer)
+        unscaled = gradients(model)
+        scaler.step(optimizer)
+        scaler.update()
+        before = wholes(model)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, x)).backward()
+        if rank == 1:
+            model.moe[0].experts.up.grad.to_local()[0, 0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        kept = all(torch.equal(before[name], value) for name, value in wholes(model).items())
+        return {"plain": plain, "unscaled": unscaled, "kept": kept, "scale": scaler.get_scale()}
+
+
+def scaled_together(rank: int, pg: dist.ProcessGroup) -> str:
+    """Return the error of torch for a model of DTensors and tensors."""
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        model = prepared(Model(group, torch.float32), Recipe("ddp"), pg)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(loss_of(model, batch(rank, torch.float32, 5))).backward()
+        try:
+            with implicit_replication():
+                scaler.unscale_(torch.optim.SGD(model.parameters(), lr=0.1))
+        except AttributeError as error:
+            return str(error)
+    return ""
 
 
 def differentiated_alone(num_ranks: int) -> Tensor:
