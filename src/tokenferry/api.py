@@ -731,6 +731,7 @@ class ExpertGroup(Connected):
     ) -> None:
         self._backend = backend
         self.process_group = process_group
+        self._narrow: ExpertGroup | None = None  # see `autograd.common.for_weights`
         self._origin = origin  # keeps the registered group alive as long as any view of it
         if origin is None:
             _groups[backend.key] = self

@@ -1,13 +1,12 @@
 """What a call of `integrations.transformers.ExpertParallel` costs the host, on a group whose kernels do nothing."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support.silent_kernels import NUM_RANKS, SENT_TO_EACH, SilentGroup
-from support.torch_calls import TorchCalls
+from support.torch_calls import TorchCalls, num_functions
 from tokenferry.api import ExpertGroup
 from tokenferry.integrations import exchange
 from tokenferry.integrations import transformers as ours
@@ -82,22 +81,6 @@ def trains(parallel):
     return run
 
 
-def num_functions(run):
-    """Return how many functions of Python a call runs, also those of torch."""
-    num = 0
-
-    def note(frame, event, _):
-        nonlocal num
-        num += event == "call"
-
-    sys.setprofile(note)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return num
-
-
 MOST_OPERATORS = {infers: 14, trains: 31}
 """Of torch, in a call, and in its backward; each takes microseconds. These experts make 6 of them, and 10."""
 
@@ -114,6 +97,13 @@ def test_costs(parallel, job):
         run()
     assert len(calls.names) <= MOST_OPERATORS[job], calls.names
     assert num_functions(run) <= MOST_FUNCTIONS[job]
+
+
+def test_rows_without_gradients_do_not_bring_them_back(parallel):
+    """As in the first layer of a model whose embedding is fixed."""
+    x, index, weights = given(requires_grad=True)
+    parallel(x.detach(), index, weights).backward(torch.ones(T, H, dtype=torch.bfloat16))
+    assert (x.grad, weights.grad.shape, weights.grad.dtype) == (None, (T, K), torch.bfloat16)
 
 
 def test_layers_keep_no_rows_in_the_heap(parallel):

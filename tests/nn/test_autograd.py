@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tokenferry
+from support.autograd_ways import always_operators, plain_torch
 from support.deep_ep_jobs import on_nodes
 from tokenferry import DispatchOptions, Layout, MoeShape, Quantized, Routing, autograd
 
@@ -197,9 +198,9 @@ def test_padding_leaks_into_no_gradient(options):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture
-def group():
-    with tokenferry.ExpertGroup(None, SHAPE) as group:
+@pytest.fixture(params=[plain_torch, always_operators])
+def group(request):
+    with tokenferry.ExpertGroup(None, SHAPE) as group, request.param():
         yield group
 
 
@@ -243,6 +244,7 @@ def test_rows_without_weights_have_gradients_and_no_grad_mode_has_none(group):
         assert not autograd.dispatch(group, x, Routing(topk_idx)).x.requires_grad
 
 
+@pytest.mark.parametrize("group", [always_operators], indirect=True)
 @pytest.mark.parametrize("options", DELIVERIES, ids=name)
 def test_host_counts_cross_with_the_plan(group, options, monkeypatch):
     """Otherwise the backward of combine would have to wait for the device."""
@@ -272,14 +274,16 @@ def test_a_graph_keeps_its_group_and_its_sizes():
 
 
 @pytest.mark.parametrize("max_nodes", [None, 1, 3])
-def test_operators_find_the_group_by_its_limit_of_nodes_too(max_nodes, monkeypatch):
-    """Otherwise each call would make a view, without the limit."""
+@pytest.mark.parametrize("way", [plain_torch, always_operators])
+def test_no_call_makes_a_view(max_nodes, way, monkeypatch):
+    """Operators find the group by its limit of nodes, too."""
     limited = tokenferry.ExpertGroup(None, dataclasses.replace(SHAPE, max_nodes=max_nodes))
     monkeypatch.setattr(tokenferry.ExpertGroup, "for_shape", None)
     x, weights, topk_idx = inputs(0, 6)
-    sent = autograd.dispatch(limited, x, Routing(topk_idx, weights))
-    autograd.redispatch(limited, x, sent.plan)
-    autograd.combine(limited, sent.x, sent.plan).x.sum().backward()
+    with way():
+        sent = autograd.dispatch(limited, x, Routing(topk_idx, weights))
+        autograd.redispatch(limited, x, sent.plan)
+        autograd.combine(limited, sent.x, sent.plan).x.sum().backward()
     assert x.grad.sum() > 0
 
 

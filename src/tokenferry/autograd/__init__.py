@@ -9,14 +9,16 @@ combine      redispatch, along the same plan  gradients of rows, and of ``topk_w
                                               the gradient of a bias is the incoming one
 ============ ================================ ===============================================================
 
-Second derivatives therefore work too. The three calls are torch.library ops (``tokenferry::dispatch`` and so on) with
-fake implementations: they trace under ``torch.compile(fullgraph=True)`` and run on fake tensors. With ``counts="host"``
-the number of received rows is a dynamic size of the graph; with ``counts="device"`` every received shape is static.
+Second derivatives therefore work too. In a trace the three calls are torch.library ops (``tokenferry::dispatch`` and
+so on) with fake implementations: they trace under ``torch.compile(fullgraph=True)`` and run on fake tensors. With
+``counts="host"`` the number of received rows is a dynamic size of the graph; with ``counts="device"`` every received
+shape is static. Where nothing traces, the same calls are made without the ops, which take the host longer.
 
 Contract, beyond that of `tokenferry.ExpertGroup`:
-    Collective in backward: every forward call has one collective call in backward, in the order in which autograd
-        traverses the graph, which is the same on all ranks if they built the same graph. Therefore every rank must run
-        backward, requires_grad must agree, and a rank with T = 0 or N = 0 must not break the graph: it passes its empty
+    Collective in backward: every forward call has one collective call in backward (none, if only a bias needs a
+        gradient), in the order in which autograd traverses the graph, which is the same on all ranks if they built the
+        same graph. It carries the gradients that are needed. Therefore every rank must run backward, requires_grad of
+        each argument must agree, and a rank with T = 0 or N = 0 must not break the graph: it passes its empty
         tensors through the same operations.
     Padding: rows that hold no data (alignment, capacity) are zero in results and in gradients, whatever
         ``DispatchOptions.zero_padding`` is, so that a weight gradient ``x^T g`` never reads uninitialised memory.
@@ -24,6 +26,8 @@ Contract, beyond that of `tokenferry.ExpertGroup`:
     Quantized rows have no gradient: bytes are not differentiable. ``routing.topk_weights`` still has one. With
         ``quantize`` rows are cast only to be sent, and have gradients, which travel in the dtype of the rows.
     Lifetime: a graph keeps its group alive. A *compiled* graph only holds the key of the group: keep a reference.
+    Memory: CUDA: rows that a graph keeps are copied out of the heap.
+    Plans: CUDA: a compiled function takes a plan that was made in a trace, or the copy of another (`copy.copy`).
     Numerics: gradients are summed as `ExpertGroup.combine` sums, and are bitwise reproducible.
 """
 
@@ -37,6 +41,8 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.autograd import ops
+from tokenferry.autograd.common import zeroing
+from tokenferry.autograd.eager import GroupCalls, Sent, is_traced
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.types import Combined, Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing, Scale
 
@@ -104,13 +110,15 @@ def dispatch(
     _only_tensors("dispatch", topk_idx=routing.topk_idx, topk_weights=routing.topk_weights)
     if quantize is not None:
         _can_be_cast(group, x, quantize)
+    if not is_traced(data, scale, routing.topk_idx, routing.topk_weights):
+        sent = GroupCalls(group, quantize=quantize).dispatch(options, x, routing.topk_idx, routing.topk_weights)
+        return _with_gradients(sent, sent.whole.plan)
     where, sizes = ops.pack(group, group.key, options, 0, 0)
     where = ops.with_cast(where, quantize)
     rows, scales, weights, host_ints, offsets, *tensors = ops.dispatch(
         data, scale, routing.topk_idx, routing.topk_weights, where, sizes
     )
-    key, zeroing = group.key, ops.zeroing(options)
-    plan = ops.plan_of((*tensors, host_ints), key, zeroing, data.shape[0], ops.num_rows(rows))
+    plan = ops.plan_of((*tensors, host_ints), group.key, zeroing(options), data.shape[0], ops.num_rows(rows))
     return _dispatched((rows, scales, weights, host_ints, offsets), plan, x, routing.topk_weights)
 
 
@@ -142,8 +150,9 @@ def redispatch(
     data, scale = _data_and_scale("redispatch", x)
     _only_tensors("redispatch", topk_weights=topk_weights)
     _can_be_saved("redispatch", plan, data, topk_weights)
-    where, sizes = ops.pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
-    parts = ops.redispatch(data, scale, topk_weights, ops.tensors_of(plan), where, sizes)
+    if not is_traced(data, scale, topk_weights):
+        return _with_gradients(GroupCalls(group).redispatch(plan, x, topk_weights), plan)
+    parts = ops.redispatch_along(group, plan, data, scale, topk_weights)
     return _dispatched(parts, plan, x, topk_weights)
 
 
@@ -167,8 +176,9 @@ def combine(
     biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
     _only_tensors("combine", y=y, topk_weights=topk_weights, **{f"bias[{i}]": one for i, one in enumerate(biases)})
     _can_be_saved("combine", plan, y, topk_weights, *biases)
-    where, sizes = ops.pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
-    x, weights = ops.combine(y, topk_weights, list(biases), ops.tensors_of(plan), where, sizes)
+    if not is_traced(y, topk_weights, *biases):
+        return Combined(*GroupCalls(group).combine(plan, y, topk_weights, *biases))
+    x, weights = ops.combine_along(group, plan, y, topk_weights, biases)
     return Combined(x, None if topk_weights is None else weights)
 
 
@@ -213,6 +223,19 @@ def _can_be_saved(call: str, plan: Plan, *inputs: Tensor | None) -> None:
             f"{call}: plan: was made in torch.inference_mode(), so that no backward pass can use it; dispatch outside "
             "of inference mode, or pass tensors that do not require grad"
         )
+
+
+def _with_gradients(sent: Sent, plan: Plan) -> Dispatched[Any]:
+    whole = sent.whole
+    return Dispatched(
+        x=sent.rows,
+        topk_idx=whole.topk_idx,
+        topk_weights=sent.weights,
+        expert_counts=whole.expert_counts,
+        expert_offsets=whole.expert_offsets,
+        host_counts=whole.host_counts,
+        plan=plan,
+    )
 
 
 def _dispatched(

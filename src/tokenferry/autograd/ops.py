@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup, find_group
+from tokenferry.autograd.common import NARROWEST_HIDDEN, carriers, own_weights, zero_empty_rows, zeroing
 from tokenferry.formats import fp8
 from tokenferry.layout import row_capacity
 from tokenferry.types import (
@@ -33,7 +34,6 @@ from tokenferry.types import (
 )
 
 _PLAN_TENSORS = 9
-_WEIGHTS_ONLY_HIDDEN = 8  # bfloat16: the narrowest row that can be sent, for gradients of weights without rows
 
 
 class _Context(Protocol):
@@ -42,9 +42,8 @@ class _Context(Protocol):
     where: str
     sizes: Sequence[int]
     group: ExpertGroup
-    quantized: bool
-    weighted: bool
     num_biases: int
+    needs_input_grad: tuple[Any, ...]
     saved_tensors: tuple[Tensor, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
@@ -87,11 +86,6 @@ def _quantize(where: str) -> Scale | None:
 
 def _cast_back(sent: Dispatched[Any], dtype: torch.dtype) -> Dispatched[Any]:
     return replace(sent, x=fp8.dequantize(sent.x).to(dtype))
-
-
-def zeroing(options: DispatchOptions) -> DispatchOptions:
-    """Return the same options with zeroed padding, if the layout has padding."""
-    return options if options.layout is Layout.ROWS else replace(options, zero_padding=True)
 
 
 def tensors_of(plan: Plan) -> list[Tensor]:
@@ -165,12 +159,7 @@ def _parts(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor, Tensor
     rows, scale = (sent.x.data, sent.x.scale) if isinstance(sent.x, Quantized) else (sent.x, sent.x.new_empty(0))
     weights = rows.new_empty(0, dtype=torch.float32) if sent.topk_weights is None else sent.topk_weights
     offsets = sent.expert_counts.new_empty(0) if sent.expert_offsets is None else sent.expert_offsets
-    if sent.plan.options.layout is Layout.ROWS and sent.plan.num_received is None:
-        empty = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int64) >= sent.plan.src_counts.sum()
-        for tensor in (rows, scale, weights):
-            if tensor.numel():
-                # As bytes, since masked_fill_ does not support every dtype.
-                tensor.view(torch.uint8).masked_fill_(empty.unsqueeze(1), 0)
+    zero_empty_rows(sent.plan, rows, scale, weights)
     return rows, scale, weights, _host_ints(sent.host_counts, sent.plan), offsets
 
 
@@ -277,17 +266,17 @@ def _fake_parts(
 
 
 def _dispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, _, weights, where, sizes = inputs
-    ctx.quantized, ctx.weighted = scale is not None, weights is not None
+    x, scale, _, _, where, sizes = inputs
     _save(ctx, (*output[5:], output[3]), where, [*sizes[:7], x.shape[0], num_rows(output[0])])
-    if ctx.quantized:
+    if scale is not None:
         ctx.mark_non_differentiable(*output[:2])
 
 
 def _dispatch_backward(
     ctx: _Context, grad_rows: Tensor, _: Tensor, grad_weights: Tensor, *__: Tensor
 ) -> tuple[Any, ...]:
-    grad_x, grad_topk_weights = _combine_gradients(ctx, grad_rows, grad_weights)
+    needs_x, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    grad_x, grad_topk_weights = _combine_gradients(ctx, grad_rows, grad_weights if needs_weights else None, needs_x)
     return grad_x, None, None, grad_topk_weights, None, None
 
 
@@ -321,17 +310,17 @@ def _redispatch_fake(
 
 
 def _redispatch_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, scale, weights, plan, where, sizes = inputs
-    ctx.quantized, ctx.weighted = scale is not None, weights is not None
+    _, scale, _, plan, where, sizes = inputs
     _save(ctx, plan, where, sizes)
-    if ctx.quantized:
+    if scale is not None:
         ctx.mark_non_differentiable(*output[:2])
 
 
 def _redispatch_backward(
     ctx: _Context, grad_rows: Tensor, _: Tensor, grad_weights: Tensor, *__: Tensor
 ) -> tuple[Any, ...]:
-    grad_x, grad_topk_weights = _combine_gradients(ctx, grad_rows, grad_weights)
+    needs_x, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    grad_x, grad_topk_weights = _combine_gradients(ctx, grad_rows, grad_weights if needs_weights else None, needs_x)
     return grad_x, None, grad_topk_weights, [None] * _PLAN_TENSORS, None, None
 
 
@@ -344,15 +333,17 @@ def _save(ctx: _Context, plan: Sequence[Tensor], where: str, sizes: Sequence[int
     ctx.save_for_backward(*plan)
 
 
-def _combine_gradients(ctx: _Context, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Run the backward of dispatch or redispatch: one combine on every rank, whichever gradients it needs."""
-    plan, sizes = ctx.saved_tensors, list(ctx.sizes)
-    weights = grad_weights.contiguous() if ctx.weighted else None
-    if ctx.quantized:
-        sizes[2] = _WEIGHTS_ONLY_HIDDEN
-        grad_rows = grad_rows.new_zeros(*grad_rows.shape[:-1], _WEIGHTS_ONLY_HIDDEN, dtype=torch.bfloat16)
-    grad_x, grad_topk_weights = combine(grad_rows.contiguous(), weights, [], list(plan), ctx.where, sizes)
-    return None if ctx.quantized else grad_x, grad_topk_weights if ctx.weighted else None
+def _combine_gradients(
+    ctx: _Context, rows: Tensor, weights: Tensor | None, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Run the backward of dispatch or redispatch: one combine, of the gradients that are needed."""
+    sizes = list(ctx.sizes)
+    if not needs_x:
+        sizes[2] = NARROWEST_HIDDEN
+        rows = carriers(rows, rows.shape[:-1])
+    weights = None if weights is None else weights.contiguous()
+    x, topk_weights = combine(rows.contiguous(), weights, [], list(ctx.saved_tensors), ctx.where, sizes)
+    return x if needs_x else None, None if weights is None else topk_weights
 
 
 # ---------------------------------------------------------------------- combine
@@ -369,11 +360,8 @@ def combine(
 ) -> tuple[Tensor, ...]:
     """Combine rows along a plan; return the sums and the weights (empty if none were given)."""
     group, full_plan = _unpack_plan(where, sizes, plan)
-    by_slot = full_plan.options.layout is Layout.ROWS
-    if topk_weights is not None and by_slot and topk_weights.shape == full_plan.topk_idx.shape:
-        # Dispatch sets the slots of other ranks' experts to 0, whatever was sent, so they have no gradient.
-        topk_weights = topk_weights.masked_fill(full_plan.topk_idx < 0, 0.0)
-    sums = group.combine(y, full_plan, topk_weights=topk_weights, bias=tuple(biases))
+    weights_sent = own_weights(topk_weights, full_plan)
+    sums = group.combine(y, full_plan, topk_weights=weights_sent, bias=tuple(biases))
     weights = y.new_empty(0, dtype=torch.float32) if sums.topk_weights is None else sums.topk_weights
     return _apart((sums.x, weights))
 
@@ -387,17 +375,45 @@ def _combine_fake(
 
 
 def _combine_setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, weights, biases, plan, where, sizes = inputs
-    ctx.num_biases, ctx.quantized, ctx.weighted = len(biases), False, weights is not None
+    _, _, biases, plan, where, sizes = inputs
+    ctx.num_biases = len(biases)
     _save(ctx, plan, where, sizes)
 
 
 def _combine_backward(ctx: _Context, grad_x: Tensor, grad_weights_sum: Tensor) -> tuple[Any, ...]:
-    sent_weights = grad_weights_sum.contiguous() if ctx.weighted else None
-    grad_y, _, grad_weights, *_ = redispatch(
-        grad_x.contiguous(), None, sent_weights, list(ctx.saved_tensors), ctx.where, ctx.sizes
-    )
-    return grad_y, grad_weights if ctx.weighted else None, [grad_x] * ctx.num_biases, [None] * _PLAN_TENSORS, None, None
+    needs_y, needs_weights, *_ = ctx.needs_input_grad
+    grad_y = grad_weights = None
+    if needs_y or needs_weights:
+        sizes, rows = list(ctx.sizes), grad_x
+        if not needs_y:
+            sizes[2] = NARROWEST_HIDDEN
+            rows = carriers(rows, rows.shape[:1])
+        weights = grad_weights_sum.contiguous() if needs_weights else None
+        plan = list(ctx.saved_tensors)
+        grad_y, _, grad_weights, *_ = redispatch(rows.contiguous(), None, weights, plan, ctx.where, sizes)
+    grads = grad_y if needs_y else None, grad_weights if needs_weights else None
+    return *grads, [grad_x] * ctx.num_biases, [None] * _PLAN_TENSORS, None, None
 
 
 combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+
+
+# ---------------------------------------------------------------------- along a plan
+
+
+def redispatch_along(
+    group: ExpertGroup, plan: Plan, x: Tensor, scale: Tensor | None, topk_weights: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Call the operator `redispatch`."""
+    where, sizes = pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
+    parts: tuple[Tensor, ...] = redispatch(x, scale, topk_weights, tensors_of(plan), where, sizes)
+    return parts
+
+
+def combine_along(
+    group: ExpertGroup, plan: Plan, y: Tensor, topk_weights: Tensor | None, biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Call the operator `combine`."""
+    where, sizes = pack(group, plan.group_key, plan.options, plan.num_tokens, plan.num_delivered)
+    sums, weights = combine(y, topk_weights, list(biases), tensors_of(plan), where, sizes)
+    return sums, weights

@@ -8,7 +8,7 @@ of that class, with all tensors made. The backend makes them by `object.__new__`
 to call a class, and sets their attributes; `_made` is a dictionary, empty at first.
 
 `torch.compile` cannot look into the making of a tensor: a compiled function takes plain objects, such as
-`tokenferry.autograd` makes, or a copy (`copy.copy`).
+`tokenferry.autograd` makes in a trace, or a copy (`copy.copy`).
 """
 
 from __future__ import annotations
