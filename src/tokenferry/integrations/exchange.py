@@ -11,22 +11,21 @@ forward      does                                      backward
                                                        again along the same plan
 ============ ========================================= ==========================================================
 
-`tokenferry.autograd` has the same calls as operators that compilers can trace, which take the host five times as long.
+These functions are those of `tokenferry.autograd.eager`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
 from tokenferry.api import ExpertGroup
-from tokenferry.types import Dispatched, DispatchOptions, Plan, Routing
+from tokenferry.autograd.common import for_weights
+from tokenferry.autograd.eager import Calls, Sent
+from tokenferry.types import DispatchOptions, Plan, Quantized, Routing
 
 # torch 2.13 has renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -88,7 +87,7 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Exchange:
+class Exchange(Calls):
     """One exchange: the group that moves the rows, and the batch that they are from.
 
     Attributes:
@@ -110,38 +109,45 @@ class Exchange:
             topk_weights: ``[T, K]``, of any floating dtype.
             options: As for `ExpertGroup.dispatch`, with the layout EXPERTS.
         """
-        if torch.is_grad_enabled():
-            rows, weights, sent = _send(self, options, x, topk_idx, topk_weights)
-        else:
-            rows, weights, sent = self._dispatch(x, topk_idx, topk_weights, options)
-        assert sent.expert_offsets is not None
-        return Received(rows, weights, sent.expert_offsets, sent.plan)
+        sent = self.dispatch(options, x, topk_idx, topk_weights)
+        offsets = sent.whole.expert_offsets
+        assert isinstance(sent.rows, Tensor)
+        assert sent.weights is not None
+        assert offsets is not None
+        return Received(sent.rows, sent.weights, offsets, sent.whole.plan)
 
     def bring_back(self, y: Tensor, plan: Plan) -> Tensor:
         """Return the sums of each token's rows in the whole batch, ``[T, H]``. Collective, and so is its backward."""
-        if torch.is_grad_enabled():
-            return _bring_back(self, plan, y, None)[0]
-        return self._combine(plan, y, None)[0]
+        return self.combine(plan, y, None)[0]
 
-    def _dispatch(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, options: DispatchOptions
-    ) -> tuple[Tensor, Tensor, Dispatched[Tensor]]:
+    def plain_dispatch(
+        self, options: DispatchOptions, x: Tensor | Quantized, topk_idx: Tensor, topk_weights: Tensor | None
+    ) -> Sent:
+        """Send this rank's part of the batch."""
+        assert isinstance(x, Tensor)
+        assert topk_weights is not None
         part = self.sharers.part
         routing = Routing(part(topk_idx), part(topk_weights).float())
         sent = self.group.dispatch(part(x), routing, options=options)
         assert sent.topk_weights is not None
-        return sent.x, sent.topk_weights.to(topk_weights.dtype), sent
+        return Sent(sent.x, sent.topk_weights.to(topk_weights.dtype), sent)
 
-    def _redispatch(self, plan: Plan, x: Tensor, topk_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def plain_redispatch(self, plan: Plan, x: Tensor | Quantized, topk_weights: Tensor | None) -> Sent:
+        """Send this rank's part of the batch along a plan."""
+        assert isinstance(x, Tensor)
         part = self.sharers.part
         weights = None if topk_weights is None else part(topk_weights).float()
         sent = self.group.redispatch(part(x), plan, topk_weights=weights)
         if topk_weights is None:
-            return sent.x, None
+            return Sent(sent.x, None, sent)
         assert sent.topk_weights is not None
-        return sent.x, sent.topk_weights.to(topk_weights.dtype)
+        return Sent(sent.x, sent.topk_weights.to(topk_weights.dtype), sent)
 
-    def _combine(self, plan: Plan, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def plain_combine(
+        self, plan: Plan, y: Tensor, weights: Tensor | None, *biases: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add up, and gather the parts of all ranks with this batch."""
+        assert not biases
         as_sent = None if weights is None else weights.float().contiguous()
         sums = self.group.combine(y.contiguous(), plan, topk_weights=as_sent)
         x = self.sharers.whole(sums.x, self.num_tokens)
@@ -150,61 +156,6 @@ class Exchange:
         assert sums.topk_weights is not None
         return x, self.sharers.whole(sums.topk_weights.to(weights.dtype), self.num_tokens)
 
-
-class _Context(Protocol):
-    """What forward leaves for backward: not as saved tensors, of which a plan has many."""
-
-    way: tuple[Exchange, Plan]
-
-
-class _Send(Function):
-    """`Exchange._dispatch`."""
-
-    @staticmethod
-    def forward(
-        ctx: _Context, exchange: Exchange, options: DispatchOptions, x: Tensor, topk_idx: Tensor, topk_weights: Tensor
-    ) -> tuple[Tensor, Tensor, Dispatched[Tensor]]:
-        rows, weights, sent = exchange._dispatch(x, topk_idx, topk_weights, options)
-        ctx.way = exchange, sent.plan
-        # Experts keep rows until backward. Those of all layers do not fit into the heap, which is for rows under way.
-        return rows.clone(), weights.clone(), sent
-
-    @staticmethod
-    def backward(ctx: _Context, rows: Tensor, weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        x, topk_weights = _bring_back(*ctx.way, rows, weights)
-        return None, None, x, None, topk_weights
-
-
-class _SendAgain(Function):
-    """`Exchange._redispatch`."""
-
-    @staticmethod
-    def forward(
-        ctx: _Context, exchange: Exchange, plan: Plan, x: Tensor, topk_weights: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.way = exchange, plan
-        return exchange._redispatch(plan, x, topk_weights)
-
-    @staticmethod
-    def backward(ctx: _Context, rows: Tensor, weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *_bring_back(*ctx.way, rows, weights)
-
-
-class _BringBack(Function):
-    """`Exchange._combine`."""
-
-    @staticmethod
-    def forward(
-        ctx: _Context, exchange: Exchange, plan: Plan, y: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.way = exchange, plan
-        return exchange._combine(plan, y, weights)
-
-    @staticmethod
-    def backward(ctx: _Context, x: Tensor, topk_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *_send_again(*ctx.way, x, topk_weights)
-
-
-_send: Callable[..., tuple[Tensor, Tensor, Dispatched[Tensor]]] = _Send.apply
-_send_again: Callable[..., tuple[Tensor, Tensor | None]] = _SendAgain.apply
-_bring_back: Callable[..., tuple[Tensor, Tensor | None]] = _BringBack.apply
+    def for_weights(self) -> Exchange:
+        """Return the exchange of a view that the group keeps."""
+        return replace(self, group=for_weights(self.group))
