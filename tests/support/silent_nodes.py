@@ -13,7 +13,8 @@ from typing import Any
 from support.silent_kernels import HEAP_BYTES, Launch, SilentKernel, Window
 from tokenferry import ExpertGroup, MoeShape
 from tokenferry.backends.base import Resolved
-from tokenferry.backends.cuda.across.nccl_rails import Marks, NcclRails
+from tokenferry.backends.cuda.across.nccl_channel import Marks
+from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.across.rails import Parcels
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble_across

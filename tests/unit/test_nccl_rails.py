@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tokenferry.backends.cuda.across.nccl import NcclError
-from tokenferry.backends.cuda.across.nccl_rails import Marks, NcclRails, connect
+from tokenferry.backends.cuda.across.nccl_channel import Marks, connect
+from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.across.rails import Parcel
 from tokenferry.backends.cuda.setup import find_topology
 from tokenferry.errors import ConfigError, PeerTimeout

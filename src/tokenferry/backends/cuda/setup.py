@@ -16,7 +16,8 @@ from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across import nccl
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, new_unique_id
-from tokenferry.backends.cuda.across.nccl_rails import NcclChannel, NcclRails, connect
+from tokenferry.backends.cuda.across.nccl_channel import NcclChannel, connect
+from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context

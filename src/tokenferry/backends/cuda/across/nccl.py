@@ -147,8 +147,8 @@ class Communicator:
     """One rank's end of a communicator.
 
     Making one is collective, and blocks until all ranks have come, without a deadline; see `connect` of
-    `tokenferry.backends.cuda.across.nccl_rails`. Calls of NCCL that return before they have ended would have deadlines
-    of their own, but an exchange takes the host 55 us instead of 10: a thread is made for each.
+    `tokenferry.backends.cuda.across.nccl_channel`. Calls of NCCL that return before they have ended would allow for
+    deadlines, but make a thread each: an exchange takes the host 55 us instead of 10.
 
     Args:
         rank: This rank, in the communicator.
