@@ -40,7 +40,7 @@ class Program:
         ranks = self.started - {forked}
         self.process.send_signal(number)
         status = self.process.wait(60)
-        assert not processes.left_after(SOON_S, ranks)
+        assert processes.left_after(SOON_S, ranks) == {}
         assert list(self.folder.iterdir()) == []
         return status
 

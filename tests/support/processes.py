@@ -1,8 +1,12 @@
 """Processes of this host, as /proc shows them."""
 
+import re
 import time
 from collections.abc import Collection
 from pathlib import Path
+
+LOOK_S = 0.02
+"""Seconds between two looks at /proc."""
 
 
 def parents() -> dict[int, int]:
@@ -26,9 +30,25 @@ def descendants(pid: int) -> set[int]:
     return found - {pid}
 
 
-def left_after(timeout_s: float, pids: Collection[int]) -> set[int]:
-    """Those of some processes that are still there after a time; returns as soon as there are none."""
-    deadline = time.monotonic() + timeout_s
-    while (left := set(pids) & set(parents())) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return left
+def left_after(timeout_s: float, pids: Collection[int]) -> dict[int, str]:
+    """Those of some processes that are still there after a time, and what they do; empty as soon as there are none.
+
+    The time is counted in looks: a machine that stands still for its length stops the processes too.
+    """
+    for _ in range(round(timeout_s / LOOK_S)):
+        if not set(pids) & set(parents()):
+            return {}
+        time.sleep(LOOK_S)
+    return {pid: doing(pid) for pid in set(pids) & set(parents())}
+
+
+def doing(pid: int) -> str:
+    """What a process is and does, for a message: its command, state, and where in the kernel each thread waits."""
+    folder = Path("/proc", str(pid))
+    try:
+        command = (folder / "cmdline").read_text().replace("\0", " ")
+        state = re.search(r"State:\s*(.*)", (folder / "status").read_text())
+        waits = [f"{thread.name}: {(thread / 'wchan').read_text()}" for thread in (folder / "task").iterdir()]
+    except OSError as error:
+        return f"cannot be read: {error}"
+    return f"{command[-200:]!r}, {state and state[1]}, threads wait in {waits}"

@@ -212,13 +212,23 @@ def test_ranks_have_a_slow_import_of_their_program_from_the_start():
         assert world.run(has_dtensor) == [True]
 
 
+def test_a_server_that_fails_says_why_and_does_not_take_torch_down():
+    code = (
+        "import atexit; from tokenferry.testing import rank_server; atexit.register(print, 'taken down'); "
+        "rank_server.main(99, 0, dtensor=False)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "Bad file descriptor" in ended.stderr
+
+
 def test_a_server_that_was_killed_is_replaced():
     """The kernel ends its ranks (Linux)."""
     with World(1) as world:
         server = rank_server.get_server()
         server._process.kill()
         server._process.wait()
-        assert not processes.left_after(5, world.pids)
+        assert processes.left_after(5, world.pids) == {}
         with pytest.raises(WorldError, match="rank 0 died: its server died"):
             world.run(scaled_rank, 10)
     with World(1) as world:

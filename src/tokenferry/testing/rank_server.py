@@ -167,13 +167,19 @@ def main(descriptor: int, program: int, *, dtensor: bool) -> None:
         dtensor: Whether to import torch.distributed.tensor. That takes most of a second, and the first call of
             `torch.testing.assert_close` would do it in every new rank.
     """
-    open_closed_streams()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of the terminal; the program decides
-    importlib.import_module("tokenferry.autograd")  # all that ranks are likely to need, beside what this file imports
-    if dtensor:
-        importlib.import_module("torch.distributed.tensor")
-    _Server(descriptor, program).run()
-    os._exit(0)  # nothing to flush, and taking torch down can take seconds
+    code = 1
+    try:
+        open_closed_streams()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of the terminal; the program decides
+        importlib.import_module("tokenferry.autograd")  # all that ranks are likely to need, beside this file's imports
+        if dtensor:
+            importlib.import_module("torch.distributed.tensor")
+        _Server(descriptor, program).run()
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # taking torch down can take seconds, and programs see the server's end as that of its ranks
 
 
 class _Server:
