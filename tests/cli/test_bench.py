@@ -1,4 +1,4 @@
-"""The bench on the CPU: what it measures, checks and prints, and that it prints no time for a wrong answer."""
+"""`tokenferry bench cpu`: what it measures, checks and prints, and that it prints no time for a wrong answer."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from support.bench_runs import bench
 from tokenferry.bench.core.checks import WrongAnswer, must_be_near, must_equal
 from tokenferry.bench.core.inputs import draw
 from tokenferry.bench.suites.cpu_calls import VARIANTS
-from tokenferry.cli import bench as command
+from tokenferry.cli import bench_cpu as command
 from tokenferry.cli.main import main
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_the_report_says_where_it_comes_from(both):
         *("limits", "results", "failed"),
     }
     assert both.report["schema"] == 3
-    assert both.report["command"].startswith("tokenferry bench --ranks 2")
+    assert both.report["command"].startswith("tokenferry bench cpu --ranks 2")
     assert both.report["settings"]["hidden"] == 128
     assert set(both.report["machine"]) == {"processor", "cores", "load", "system", "python", "torch"}
 
@@ -77,7 +77,7 @@ def test_the_output_says_what_was_checked_and_written(both):
 def test_table_on_any_terminal(any_terminal):
     # H is no multiple of 128: no FP8.
     words = ["--hidden", "64", "--transport", "shared_memory", "--threads", "1", "--seed", "3"]
-    assert main(["bench", *ARGS, *words]) == 0
+    assert main(["bench", "cpu", *ARGS, *words]) == 0
     out = any_terminal.getvalue()
     modes = ("isolated", "back to back")
     for word in (*CALLS, *modes, "median us", "ratio", "seed 3", "1 thread(s) a rank", "command: tokenferry"):
@@ -126,7 +126,7 @@ def test_undamaged_calls_pass(worlds):
 
 def test_no_time_for_a_wrong_answer(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command, "measure_cpu_calls", wrong_answer)
-    assert main(["bench", *ARGS, "--hidden", "64", "--json", str(tmp_path / "out.json")]) == 1
+    assert main(["bench", "cpu", *ARGS, "--hidden", "64", "--json", str(tmp_path / "out.json")]) == 1
     out = capsys.readouterr().out
     assert "rank 1: WrongAnswer: combine: 1 of 6 rows differ, the first is row 4" in out
     assert "no time is printed" in out
@@ -136,7 +136,7 @@ def test_no_time_for_a_wrong_answer(monkeypatch, capsys, tmp_path):
 
 def test_unexpected_failures_are_shown_whole(monkeypatch, capsys):
     monkeypatch.setattr(command, "measure_cpu_calls", broken)
-    assert main(["bench", *ARGS, "--hidden", "64"]) == 1
+    assert main(["bench", "cpu", *ARGS, "--hidden", "64"]) == 1
     out = capsys.readouterr().out
     assert "no reason at all" in out
     assert "Traceback" in out
@@ -148,16 +148,17 @@ def test_unexpected_failures_are_shown_whole(monkeypatch, capsys):
         (["--ranks", "3", "--experts", "4"], "--experts 4 is no multiple of --ranks 3"),
         (["--top-k", "9", "--experts", "8"], "--top-k 9 exceeds --experts 8"),
         (["--hidden", "7"], "--hidden 7"),
+        (["--tokens", "1,2"], "--tokens 1,2: this part measures one T"),
     ],
 )
 def test_sizes_that_do_not_fit(args, error, capsys):
-    assert main(["bench", *args]) == 2
+    assert main(["bench", "cpu", *args]) == 2
     assert error in capsys.readouterr().err
 
 
 def test_not_a_positive_number(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "--iterations", "0"])
+        main(["bench", "cpu", "--iterations", "0"])
     assert stop.value.code == 2
     assert "--iterations" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""`tokenferry bench --device cuda`, run on the CPU backend: the same program, without streams and kernels."""
+"""`tokenferry bench gpu`, run on the CPU backend: the same program, without streams and kernels."""
 
 import json
 from contextlib import contextmanager
@@ -18,7 +18,8 @@ from tokenferry.bench.report import tables
 from tokenferry.bench.report.report import GPU_NOTES, Report
 from tokenferry.bench.suites import first_call, gemms, overlap
 from tokenferry.bench.suites.limits import Limits, Rate
-from tokenferry.cli import bench_cuda
+from tokenferry.cli import bench_phases
+from tokenferry.cli.bench_settings import make_settings
 from tokenferry.cli.main import main, make_parser
 from tokenferry.errors import ConfigError
 from tokenferry.types import Quantized
@@ -31,14 +32,14 @@ def calls(tmp_path_factory):
     """A run of the calls and their baseline, for two T and two routings, with pictures."""
     folder = tmp_path_factory.mktemp("calls")
     words = ["--tokens", "4,16", "--routing", "uniform,one-rank", "--plot", str(folder / "plots")]
-    return bench_gpu_phases(folder, "--only", "limits,calls,nccl", *words)
+    return bench_gpu_phases(folder, "gpu", "--only", "limits,calls,nccl", *words)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     """A run of the other phases."""
     folder = tmp_path_factory.mktemp("others")
-    return bench_gpu_phases(folder, "--only", "host,sms,overlap,memory,vdev", "--tokens", "8")
+    return bench_gpu_phases(folder, "gpu", "--only", "host,sms,overlap,memory,vdev", "--tokens", "8")
 
 
 def test_nothing_fails(calls):
@@ -48,7 +49,7 @@ def test_nothing_fails(calls):
 
 def test_settings_and_command_are_in_the_report(calls):
     assert calls.report["settings"]["tokens"] == [4, 16]
-    assert calls.report["command"].startswith("tokenferry bench --only limits,calls,nccl")
+    assert calls.report["command"].startswith("tokenferry bench gpu --only limits,calls,nccl")
 
 
 def labels(run):
@@ -175,7 +176,7 @@ def one_wrong(rank, pg, progress, settings):
 def failing(tmp_path_factory):
     """A run with a phase that dies and one with a wrong answer."""
     folder = tmp_path_factory.mktemp("failing")
-    return bench_gpu_phases(folder, "--only", "nccl,calls", "--tokens", "4", calls=one_wrong, nccl=dies)
+    return bench_gpu_phases(folder, "gpu", "--only", "nccl,calls", "--tokens", "4", calls=one_wrong, nccl=dies)
 
 
 def test_a_failed_case_is_left_out_and_the_rest_is_kept(failing):
@@ -191,7 +192,7 @@ def test_failures_are_printed_apart_from_the_table(failing):
 
 
 def test_a_baseline_that_dies_is_no_failure(tmp_path):
-    run = bench_gpu_phases(tmp_path, "--only", "nccl", "--tokens", "4", nccl=dies)
+    run = bench_gpu_phases(tmp_path, "gpu", "--only", "nccl", "--tokens", "4", nccl=dies)
     assert run.status == 0
     assert [one["what"] for one in run.report["failed"]] == ["phase nccl"]
 
@@ -199,36 +200,38 @@ def test_a_baseline_that_dies_is_no_failure(tmp_path):
 @pytest.mark.parametrize(
     ("args", "error"),
     [
-        (["--device", "cuda", "--experts", "9", "--ranks", "2"], "--experts 9 is no multiple of --ranks 2"),
-        (["--device", "cuda", "--top-k", "300"], "--top-k 300 exceeds"),
-        (["--device", "cuda", "--hidden", "64"], "--hidden 64 is no multiple of 128"),
-        (["--quick"], "--quick needs --device cuda"),
-        (["--tokens", "1,2"], "--tokens 1,2: several need --device cuda"),
+        (["--experts", "9", "--ranks", "2"], "--experts 9 is no multiple of --ranks 2"),
+        (["--top-k", "300"], "--top-k 300 exceeds"),
+        (["--hidden", "64"], "--hidden 64 is no multiple of 128"),
+        (
+            ["--only", "memory", "--plot", "plots"],
+            "--plot: there are pictures of calls, sms, decode, eager, megatron only",
+        ),
     ],
 )
 def test_options_that_do_not_fit(monkeypatch, args, error, capsys):
-    monkeypatch.setattr(bench_cuda, "need_gpus", lambda: 1)
-    assert main(["bench", *args]) == 2
+    monkeypatch.setattr(bench_phases, "need_gpus", lambda: 1)
+    assert main(["bench", "gpu", *args]) == 2
     assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--routing", "straight"], ["--only", "calls,none"], ["--sms", "8,0"]])
 def test_unknown_words(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "--device", "cuda", *argv])
+        main(["bench", "gpu", *argv])
     assert stop.value.code == 2
     assert argv[0] in capsys.readouterr().err
 
 
 def test_without_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--device", "cuda"]) == 3
+    assert main(["bench", "gpu"]) == 3
     assert "this needs GPUs" in capsys.readouterr().err
 
 
 def test_quick_and_full_settings():
     def settings(*argv):
-        return bench_cuda.make_settings(make_parser().parse_args(["bench", "--device", "cuda", *argv]), 4)
+        return make_settings(make_parser().parse_args(["bench", "gpu", *argv]), 4)
 
     quick, full = settings("--quick"), settings()
     assert quick.ranks == full.ranks == 4

@@ -5,7 +5,6 @@ import pytest
 from support.bench_eager_jobs import measure_eager, wrong_redispatch
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.report import eager, plots
-from tokenferry.cli.main import main
 
 DISPATCHES = {(name, rows) for name in ("dispatch", "dispatch, plan kept") for rows in ("bf16", "fp8")}
 COMMON = {
@@ -84,13 +83,6 @@ def test_rows_of_tables():
     ]
 
 
-@pytest.mark.parametrize("words", [["decode", "--device", "cuda"], ["--only", "calls", "--device", "cuda"]])
-def test_default_device_is_for_eager_calls(words, monkeypatch, capsys):
-    monkeypatch.setattr("tokenferry.cli.bench_cuda.need_gpus", lambda: 2)
-    assert main(["bench", *words, "--default-device"]) == 2
-    assert "--default-device is for eager calls" in capsys.readouterr().err
-
-
 def test_a_picture_has_the_calls_of_several_libraries(tmp_path):
     items = [
         item("tokenferry", 8, 10.0),
@@ -107,8 +99,3 @@ def test_a_picture_has_the_calls_of_several_libraries(tmp_path):
     for some in (parts, parts[:1], [*parts, parts[0]]):
         (file,) = plots.plot_bars(some, tmp_path / "new", "title", "eager.png")
         assert file.read_bytes().startswith(b"\x89PNG")
-
-
-def test_parts_without_pictures_refuse_to_draw(tmp_path, capsys):
-    assert main(["bench", "nodes", "--device", "cpu", "--plot", str(tmp_path)]) == 2
-    assert "--plot: there are pictures of calls, sms, decode, eager, megatron only" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from support.bench_megatron_jobs import measure_megatron, wrong_combine
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.report import training
 from tokenferry.bench.suites import megatron
-from tokenferry.cli import bench_cuda
+from tokenferry.cli.bench_settings import make_settings
 from tokenferry.cli.main import main, make_parser
 
 needs_megatron = pytest.mark.skipif(megatron.version() is None, reason="Megatron-Core is not installed")
@@ -41,7 +41,7 @@ def test_without_megatron(monkeypatch, capsys):
 
 
 def test_sizes_of_a_step():
-    settings = bench_cuda.make_settings(make_parser().parse_args(["bench", "megatron"]), 2)
+    settings = make_settings(make_parser().parse_args(["bench", "megatron"]), 2)
     assert (settings.tokens, settings.hidden, settings.experts, settings.top_k) == ((4096,), 2048, 32, 8)
 
 

@@ -7,7 +7,7 @@ from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.core.inputs import Sizes
 from tokenferry.bench.report.nodes import memory_line
 from tokenferry.bench.suites.nodes_shim import v1_hints
-from tokenferry.cli.bench_cuda import nodes_ranks
+from tokenferry.cli.bench_settings import nodes_ranks
 from tokenferry.cli.main import main
 
 WORDS = ["nodes", "--ranks-per-node", "1", "--tokens", "6"]
@@ -81,8 +81,7 @@ def test_a_wrong_pair_gets_no_time(tmp_path):
     [
         (["nodes", "--ranks", "4", "--ranks-per-node", "3"], "expected at least two nodes, of equally many ranks"),
         (["nodes", "--ranks", "4", "--ranks-per-node", "4"], "expected at least two nodes, of equally many ranks"),
-        (["eager", "--device", "cpu", "--ranks-per-node", "2"], "--ranks-per-node is for calls across nodes"),
-        (["nodes", "--between", "nvlink"], "--between is for GPUs of several nodes"),
+        (["nodes", "--between", "nvlink"], "--between is for GPUs"),
     ],
 )
 def test_wrong_options(capsys, words, text):

@@ -13,7 +13,7 @@ from tokenferry.bench.core.session import ModelSizes
 from tokenferry.bench.report import transformers as report
 from tokenferry.bench.suites import transformers
 from tokenferry.bench.suites.transformers_models import VOCABULARY, save_model
-from tokenferry.cli import bench_cuda
+from tokenferry.cli.bench_settings import make_settings
 from tokenferry.cli.main import main, make_parser
 
 needs_transformers = pytest.mark.skipif(
@@ -74,7 +74,7 @@ def test_without_transformers(monkeypatch, capsys):
 
 
 def settings_of(*words):
-    return bench_cuda.make_settings(make_parser().parse_args(["bench", *words]), 2)
+    return make_settings(make_parser().parse_args(["bench", *words]), 2)
 
 
 def test_sizes_of_a_model():
@@ -90,7 +90,6 @@ def test_sizes_of_a_model():
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ("megatron --new-tokens 3", "--new-tokens is for `tokenferry bench transformers`"),
         ("transformers --ranks 1", "one rank shares its experts with none"),
         ("transformers --hidden 128 --experts 128", "at least twice as many columns"),
         ("transformers --hidden 384 --ranks 4 --experts 8", "use a multiple of 256"),
@@ -99,11 +98,6 @@ def test_sizes_of_a_model():
 def test_sizes_that_do_not_fit(words, why):
     with pytest.raises(ConfigError, match=why):
         settings_of(*words.split())
-
-
-def test_options_of_a_model_need_one(capsys):
-    assert main(["bench", "--layers", "2"]) == 2
-    assert "--layers is for `tokenferry bench transformers`" in capsys.readouterr().err
 
 
 @needs_transformers

@@ -11,6 +11,7 @@ import pytest
 
 import tokenferry
 from tokenferry.cli import deep_ep_path, doctor, failure, main, parser
+from tokenferry.cli.bench import PARTS
 from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.testing.world import WorldError
 
@@ -34,6 +35,19 @@ def test_help_explains_each_command(command, capsys):
     assert "Exit status" in text
 
 
+@pytest.mark.parametrize(("name", "part"), PARTS.items())
+def test_help_explains_each_part_of_the_benchmark(name, part, capsys):
+    assert stopped(["bench", name, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert " ".join(part.description.split()) in text
+    assert part.text in parts_in_help(capsys)
+
+
+def parts_in_help(capsys):
+    assert stopped(["bench", "--help"]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
 def test_no_command_prints_the_help(capsys):
     assert main.main([]) == 0
     without = capsys.readouterr().out
@@ -41,7 +55,7 @@ def test_no_command_prints_the_help(capsys):
     assert without == capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["fly"], ["bench", "--wings", "2"], ["demo", "--steps", "none"]])
+@pytest.mark.parametrize("argv", [["fly"], ["bench", "cpu", "--wings", "2"], ["demo", "--steps", "none"]])
 def test_wrong_command_lines(argv, capsys):
     assert stopped(argv) == 2
     assert "usage: tokenferry" in capsys.readouterr().err
@@ -55,6 +69,20 @@ def test_a_word_that_is_nearly_a_command(capsys):
 
 
 @pytest.mark.parametrize(
+    ("argv", "end"),
+    [
+        (["bench", "gpu", "--quik"], "gpu: error: unrecognized arguments: --quik; did you mean --quick?\n"),
+        (["explain", "--token", "1", "--expert", "2", "--wings"], "explain: error: unrecognized arguments: --wings\n"),
+        (["bench", "decode", "--device", "cpu"], "bench decode: error: unrecognized arguments: --device cpu\n"),
+        (["bench"], "bench: error: the following arguments are required: PART\n"),
+    ],
+)
+def test_options_that_a_command_does_not_have(argv, end, capsys):
+    assert stopped(argv) == 2
+    assert capsys.readouterr().err.endswith(end)
+
+
+@pytest.mark.parametrize(
     "argv", [["--version"], ["--help"], [], ["fly"], ["deep-ep-path"], ["explain-error", "PeerTimeout"]]
 )
 def test_what_needs_no_torch_does_not_import_it(argv):
@@ -64,7 +92,9 @@ def test_what_needs_no_torch_does_not_import_it(argv):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("argv", [[], *([command] for command in parser.COMMANDS)])
+@pytest.mark.parametrize(
+    "argv", [[], *([command] for command in parser.COMMANDS), *(["bench", name] for name in PARTS)]
+)
 def test_help_fits_a_terminal(argv, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert stopped([*argv, "--help"]) == 0
@@ -73,7 +103,8 @@ def test_help_fits_a_terminal(argv, capsys, monkeypatch):
 
 COMPLETE = """
 source /dev/stdin <<< "$SCRIPT"
-for line in "b" "bench --dev" "bench --device " "bench deco" "explain --to" "nothing --"; do
+for line in "b" "bench nodes --dev" "bench nodes --device " "bench deco" "bench decode --tw" "explain --to" \\
+    "nothing --"; do
     IFS=' ' read -ra COMP_WORDS <<< "tokenferry $line."
     COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
     COMP_WORDS[COMP_CWORD]=${COMP_WORDS[COMP_CWORD]%.}
@@ -92,9 +123,10 @@ def test_completion(capsys):
     done = subprocess.run(["bash", "-c", COMPLETE], env=environ, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines() == [
         "b: bench",
-        "bench --dev: --device",
-        "bench --device : cpu cuda",
+        "bench nodes --dev: --device",
+        "bench nodes --device : cpu cuda",
         "bench deco: decode",
+        "bench decode --tw: --two-batch-tokens",
         "explain --to: --top-k --tokens",
         "nothing --: ",
         "complete -o default -F _tokenferry tokenferry",
@@ -240,20 +272,29 @@ def test_a_disk_that_is_full():
 
 
 def test_ctrl_c_ends_a_command_and_its_ranks_quietly():
-    words = [sys.executable, "-m", "tokenferry", "bench", "--ranks", "2", "--tokens", "8", "--hidden", "64"]
+    words = [sys.executable, "-m", "tokenferry", "bench", "cpu", "--ranks", "2", "--tokens", "8", "--hidden", "64"]
     program = subprocess.Popen(
         [*words, "--iterations", "1000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=take_sigint,
     )
-    assert any("checking every answer" in line for line in program.stdout), "the ranks run from here on"
-    os.killpg(program.pid, signal.SIGINT)  # a terminal sends it to all processes
-    out, err = program.communicate(timeout=60)
+    try:
+        assert any("checking every answer" in line for line in program.stdout), "the ranks run from here on"
+        os.killpg(program.pid, signal.SIGINT)  # a terminal sends it to all processes
+        out, err = program.communicate(timeout=60)
+    finally:
+        program.kill()
     assert program.returncode == 130
     assert err == "tokenferry bench: interrupted\n"
     assert "Traceback" not in out
+
+
+def take_sigint():
+    """What a shell runs in the background ignores the signal, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
@@ -261,7 +302,7 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(parser, "load", interrupted)
-    assert main.main(["bench", "--quick"]) == 130
+    assert main.main(["bench", "cpu"]) == 130
     assert capsys.readouterr().err == "tokenferry: interrupted\n"
 
 

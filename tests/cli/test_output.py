@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenferry.cli import bench_cuda, doctor, explain, output
+from tokenferry.cli import bench_phases, doctor, explain, output
 from tokenferry.cli.finding import Finding
 from tokenferry.cli.main import main
 
@@ -28,13 +28,13 @@ def one_finding(monkeypatch):
         (["explain", "--ranks", "4"], "calls", "what leaves each GPU", 0),
         (["plan", "--nodes", "2", "--samples", "50"], "estimate", "MB of memory", 0),
         (["doctor", "--no-compile"], "findings", "does not work: wings", 1),
-        (["bench", *TINY, "--transport", "process_group"], "results", "transport process_group", 0),
+        (["bench", "cpu", *TINY, "--transport", "process_group"], "results", "transport process_group", 0),
         (["bench", "eager", "--device", "cpu", *TINY, "--hidden", "128"], "settings", "2 iterations", 0),
     ],
 )
 @pytest.mark.usefixtures("one_finding")
 def test_standard_output_gets_the_report_and_nothing_else(command, key, text, status, capsys, monkeypatch):
-    monkeypatch.setattr(bench_cuda.Worlds, "phase", lambda self, name: None)
+    monkeypatch.setattr(bench_phases.Worlds, "phase", lambda self, name: None)
     assert main([*command, "--json", "-"]) == status
     seen = capsys.readouterr()
     report = json.loads(seen.out)
@@ -82,8 +82,8 @@ def test_the_report_of_explain_has_the_numbers_of_its_table(capsys, tmp_path):
         ("plan", "--json", "", "is a folder; name a file in it"),
         ("plan", "--plot", "", "is a folder; name a file in it"),
         ("plan", "--plot", "file/a.png", "is not a folder"),
-        ("bench", "--json", "none/a.json", "there is no folder"),
-        ("bench", "--plot", "file", "is not a folder"),
+        ("bench gpu", "--json", "none/a.json", "there is no folder"),
+        ("bench gpu", "--plot", "file", "is not a folder"),
         ("trace", "--json", "none/a.json", "there is no folder"),
         ("limits", "--plot", "file/folder", "is not a folder"),
         ("diagnose", "--json", "file/a.json", "there is no folder"),
@@ -95,7 +95,7 @@ def test_the_report_of_explain_has_the_numbers_of_its_table(capsys, tmp_path):
 def test_files_that_cannot_be_written_are_noticed_first(command, option, where, complaint, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
-        main([command, option, str(tmp_path / where)])
+        main([*command.split(), option, str(tmp_path / where)])
     assert stop.value.code == 2
     assert complaint in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import bench_decode_jobs, bench_jobs, limits_jobs
-from tokenferry.cli import bench_cuda
+from tokenferry.cli import bench_phases, bench_settings
 from tokenferry.cli.main import main, make_parser
 from tokenferry.cli.screen import Screen
 
@@ -34,20 +34,20 @@ class Run:
 
 
 def bench(folder, *words):
-    """Run `tokenferry bench` on the CPU backend."""
+    """Run `tokenferry bench cpu`."""
     file, output = folder / "out.json", io.StringIO()
     with contextlib.redirect_stdout(output):
-        status = main(["bench", *words, "--json", str(file)])
+        status = main(["bench", "cpu", *words, "--json", str(file)])
     return Run(status, output.getvalue(), json.loads(file.read_text()), folder)
 
 
-def bench_gpu_phases(folder, *words, **jobs):
-    """Run the phases for GPUs on the CPU backend, where `num_sms` has no meaning; links are not measured.
+def bench_gpu_phases(folder, part, *words, **jobs):
+    """Run a part that is for GPUs on the CPU backend, where `num_sms` has no meaning; links are not measured.
 
     ``jobs`` replace those of phases; calls are few where the time of the host is measured.
     """
     file, output = folder / "out.json", io.StringIO()
-    words = ["bench", *words, *TINY, "--json", str(file)]
+    words = ["bench", part, *words, *TINY, "--json", str(file)]
     args = make_parser().parse_args(words)
     args.command_line = " ".join(["tokenferry", *words])
     args.device, args.sms = "cpu", ()
@@ -57,8 +57,9 @@ def bench_gpu_phases(folder, *words, **jobs):
         "decode": bench_decode_jobs.measure_decode,
         **jobs,
     }
-    phases = {name: bench_cuda.Phase(job, 60.0, "a test") for name, job in jobs.items()}
+    phases = {name: bench_phases.Phase(job, 60.0, "a test") for name, job in jobs.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_cuda, "PHASES", {**bench_cuda.PHASES, **phases})
-        status = bench_cuda.run(args, Screen(output))
+        patch.setitem(bench_settings.DEFAULTS, (part, "cpu"), bench_settings.DEFAULTS[part, "cuda"])
+        patch.setattr(bench_phases, "PHASES", {**bench_phases.PHASES, **phases})
+        status = bench_phases.run(args, Screen(output))
     return Run(status, output.getvalue(), json.loads(file.read_text()), folder)

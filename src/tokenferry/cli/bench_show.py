@@ -1,4 +1,4 @@
-"""What `tokenferry bench --device cuda` prints of a report."""
+"""What the parts of `tokenferry bench` for GPUs print of a report."""
 
 from __future__ import annotations
 

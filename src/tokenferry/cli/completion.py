@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from tokenferry.cli.parser import COMMANDS, make_parser
 from tokenferry.cli.screen import Screen
@@ -18,11 +18,16 @@ shell, and in each new one if the line stands in ~/.bashrc or ~/.zshrc:
 HEADS = {"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}
 SCRIPT = """\
 _tokenferry() {{
-    local words
-    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+    local words command="${{COMP_WORDS[1]}}"
+    if [[ $COMP_CWORD -gt 2 ]]; then
+        case "$command ${{COMP_WORDS[2]}}" in
+            {parts}) command+=" ${{COMP_WORDS[2]}}" ;;
+        esac
+    fi
+    case "$command ${{COMP_WORDS[COMP_CWORD-1]}}" in
 {values}
         *)
-            case "${{COMP_WORDS[1]}}" in
+            case "$command" in
 {options}
             esac ;;
     esac
@@ -40,21 +45,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print the script."""
-    parsers = _parsers(make_parser())
+    parsers = dict(_parsers(make_parser()))
     values = "\n".join(
         f'        "{command} {option}") words="{" ".join(choices)}" ;;'
         for command, parser in parsers.items()
         for option, choices in _values(parser)
     )
     options = "\n".join(
-        f'                {command}) words="{" ".join(_words(parser))}" ;;' for command, parser in parsers.items()
+        f'                "{command}") words="{" ".join(_words(parser))}" ;;' for command, parser in parsers.items()
     )
-    screen.line(HEADS[args.shell] + SCRIPT.format(values=values, options=options, commands=" ".join(COMMANDS)).rstrip())
+    parts = "|".join(f'"{command}"' for command in parsers if " " in command)
+    script = SCRIPT.format(parts=parts, values=values, options=options, commands=" ".join(COMMANDS))
+    screen.line(HEADS[args.shell] + script.rstrip())
     return 0
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
-    return next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+def _parsers(parser: argparse.ArgumentParser, before: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield each command, and each part of one, with its parser."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, one in action.choices.items():
+                yield before + name, one
+                yield from _parsers(one, f"{before}{name} ")
 
 
 def _values(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[str]]]:

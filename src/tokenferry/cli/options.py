@@ -44,16 +44,6 @@ def one_of(*choices: str) -> Callable[[str], tuple[str, ...]]:
     return words
 
 
-def fill_sizes(args: argparse.Namespace) -> None:
-    """Fill in ``--hidden``, ``--top-k`` and ``--experts`` where they were not given: models have their own."""
-    hidden, top_k, experts = 7168, 8, 256
-    if args.what == "megatron":
-        hidden, experts = 2048, 32
-    elif args.what == "transformers":
-        hidden, top_k, experts = (256, 4, 16) if args.device == "cpu" else (2048, 8, 64)
-    args.hidden, args.top_k, args.experts = args.hidden or hidden, args.top_k or top_k, args.experts or experts
-
-
 def check_experts(args: argparse.Namespace, ranks: int) -> None:
     """Check that ``--experts`` and ``--top-k`` fit R ranks.
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "explain": "show the bytes that dispatch and combine of given sizes move, the SMs that they take, and why",
     "plan": "estimate bytes, times and memory of dispatch and combine across nodes, and what bounds them",
     "limits": "measure the rates of the links between the GPUs of this host, and nothing else",
-    "bench": "measure dispatch and combine on this machine, against plain all_to_all_single",
+    "bench": "measure calls and training steps on this machine, beside what they replace",
     "trace": "draw a timeline of one decode call on all GPUs of this host, from time stamps inside the kernels",
     "diagnose": "find the rank that the others wait for, and whether it is slow in compute or in its link",
     "deep-ep-path": "print the folder to put on PYTHONPATH so that `import deep_ep` finds tokenferry",
@@ -62,6 +62,7 @@ def make_parser(complete: Collection[str] = tuple(COMMANDS)) -> argparse.Argumen
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
         subparser = commands.add_parser(name, help=text, epilog=EPILOG, formatter_class=HelpFormatter)
+        subparser.set_defaults(parser=subparser)
         if name in complete:
             module = load(name)
             subparser.description = module.DESCRIPTION
@@ -81,6 +82,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         parser.error(f"there is no command {command!r}; {hint}")
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        used: argparse.ArgumentParser = getattr(args, "parser", parser)  # of the command, or of its part
+        near = difflib.get_close_matches(unknown[0], used._option_string_actions, n=1)
+        used.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
     args.command_line = " ".join(["tokenferry", *arguments])
     return args

@@ -176,7 +176,7 @@ def main(descriptor: int, program: int, *, dtensor: bool) -> None:
             importlib.import_module("torch.distributed.tensor")
         _Server(descriptor, program).run()
         code = 0
-    except Exception:
+    except Exception:  # noqa: BLE001 - the end of a process, whatever it is
         traceback.print_exc()
     finally:
         os._exit(code)  # taking torch down can take seconds, and programs see the server's end as that of its ranks

@@ -1,4 +1,4 @@
-"""`tokenferry bench --device cuda`: its phases, each in ranks that may fail without ending the others."""
+"""The phases of `tokenferry bench`, each in ranks that may fail without ending the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from tokenferry.bench.baselines import nccl, vdev
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
-from tokenferry.bench.core.inputs import ROUTINGS
 from tokenferry.bench.core.session import Settings
 from tokenferry.bench.report import about
 from tokenferry.bench.report.plots import need_matplotlib
@@ -31,26 +30,15 @@ from tokenferry.bench.suites import (
     transformers,
     two_batch_overlap,
 )
-from tokenferry.cli import bench_models
 from tokenferry.cli import limits as cli_limits
+from tokenferry.cli.bench_settings import CPU_RANKS, make_settings, nodes_ranks
 from tokenferry.cli.bench_show import show, show_short
 from tokenferry.cli.failure import explain
-from tokenferry.cli.options import check_experts, check_fp8, fill_sizes, one_of, positive, positives, seed_of
-from tokenferry.cli.output import STDOUT, output_folder, write_json
+from tokenferry.cli.output import STDOUT, write_json
 from tokenferry.cli.parser import NOT_POSSIBLE
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
-
-QUICK_TOKENS = (128, 1024, 4096, 8192)
-TRAINING_TOKENS = (4096,)
-FULL_TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
-FULL_SMS = (4, 8, 12, 16, 20, 24, 32, 48)
-SWEEP_TOKENS = 4096
-QUICK_DECODE_TOKENS = (1, 128)
-FULL_DECODE_TOKENS = (1, 8, 32, 64, 128, 256, 512)
-MOST_DECODE_TOKENS = 1024
-"""Beyond, the worst case at every expert needs more memory than GPUs have."""
 
 QUICK_LIMITS = limits.LimitSettings(num_sms=(8, 12, 16, 24, 64, 132), runs=3, iterations=500)
 
@@ -109,62 +97,22 @@ BASELINES = ("nccl", "all_to_all_single", "vdev_2d", "phase nccl", "phase vdev")
 """Parts that may fail without this command failing: software that may not be installed."""
 
 QUICK_PHASES = ("limits", "calls", "nccl", "host", "decode", "memory", "start")
-WHAT = {
+PHASES_OF = {
     "decode": ("limits", "decode", "two_batch"),
     "eager": ("eager",),
     "megatron": ("megatron",),
     "transformers": ("transformers",),
     "nodes": ("nodes", "nodes_decode"),
 }
-"""The phases of a part that is named on the command line."""
+"""The phases of each other part than ``gpu``."""
 
 FULL_PHASES = tuple(
     name for name in PHASES if name not in ("eager", "megatron", "transformers", "nodes", "nodes_decode")
 )
-"""The phases of a whole run: eager calls take minutes of their own, and models and nodes have other ranks or sizes."""
+"""The phases of ``gpu``: eager calls take minutes of their own, and models and nodes have other ranks or sizes."""
 
 DRAWN = ("calls", "sms", "decode", "eager", "megatron")
 """The phases of which there are pictures."""
-
-ON_CPU = ("eager", "transformers", "nodes")
-"""Parts that the command line offers on CPUs as well."""
-
-CPU_RANKS = 2
-CPU_TOKENS = (1, 128)
-CPU_TRAINING_TOKENS = (128,)
-NODES_RANKS = 4
-NODES_TOKENS = (128, 1024)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that only GPUs have."""
-    alone = [
-        name for name in PHASES if name not in ("transformers", "nodes", "nodes_decode")
-    ]  # with sizes or ranks of their own
-    phases = "; ".join(f"{name}: {PHASES[name].what}" for name in alone)
-    only = parser.add_argument_group("with --device cuda")
-    only.add_argument("--quick", action="store_true", help="the cases of the targets only: about a minute")
-    only.add_argument("--sms", type=positives, help="values of num_sms to sweep over, as 8,16,24")
-    only.add_argument("--routing", type=one_of(*ROUTINGS), help=f"with commas between them: {', '.join(ROUTINGS)}")
-    only.add_argument("--only", type=one_of(*alone), metavar="PHASES", help=f"with commas between them: {phases}")
-    only.add_argument("--plot", metavar="FOLDER", type=output_folder, help="write pictures; needs matplotlib")
-    only.add_argument(
-        "--default-device",
-        action="store_true",
-        help="with eager: make the calls with the device as torch's default, as torch.set_default_device does",
-    )
-    parser.add_argument(
-        "--ranks-per-node", type=positive, help="with nodes: consecutive ranks that form a node (default: half of R)"
-    )
-    only.add_argument(
-        "--between",
-        choices=("sockets", "nvlink"),
-        help="with nodes: what NCCL joins them by: TCP on the loopback (default), or NVLink, for a rank on each GPU",
-    )
-    only.add_argument(
-        "--two-batch-tokens", type=positive, default=128, help="T of both micro-batches together (default: 128)"
-    )
-    bench_models.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
@@ -182,7 +130,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         return NOT_POSSIBLE
     on_gpus = args.device == "cuda"
     available = need_gpus() if on_gpus else CPU_RANKS
-    if args.what == "nodes":
+    if args.part == "nodes":
         available = available if args.between == "nvlink" else nodes_ranks(available if on_gpus else 0)
     if args.plot is not None:
         need_matplotlib()
@@ -197,7 +145,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     for line in about.lines(args.command_line):
         screen.line(line)
     screen.line(f"{title}, seed {settings.seed}, {settings.iterations} iterations")
-    quick = args.quick or bool(args.what or (args.only and "limits" not in args.only))
+    quick = args.quick or args.part != "gpu" or bool(args.only and "limits" not in args.only)
     worlds = Worlds(settings, screen, report, QUICK_LIMITS if quick else limits.LimitSettings())
     try:
         for name in phases:
@@ -222,77 +170,14 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the phases to measure, in order.
 
     Raises:
-        ConfigError: the options contradict each other.
+        ConfigError: there is no picture of what was chosen.
     """
-    if args.what and args.only:
-        raise ConfigError(f"{args.what} and --only {','.join(args.only)}: choose one of them")
     chosen: tuple[str, ...] = args.only or (QUICK_PHASES if args.quick else FULL_PHASES)
-    if args.what:
-        chosen = WHAT[args.what]
-    if args.default_device and "eager" not in chosen:
-        raise ConfigError("--default-device is for eager calls: `tokenferry bench eager --default-device`")
-    if args.ranks_per_node and "nodes" not in chosen:
-        raise ConfigError("--ranks-per-node is for calls across nodes: `tokenferry bench nodes --ranks-per-node 2`")
-    if args.between and not (args.what == "nodes" and args.device == "cuda"):
-        raise ConfigError(
-            "--between is for GPUs of several nodes: `tokenferry bench nodes --device cuda --between nvlink`"
-        )
+    if args.part != "gpu":
+        chosen = PHASES_OF[args.part]
     if args.plot is not None and not set(chosen) & set(DRAWN):
         raise ConfigError(f"--plot: there are pictures of {', '.join(DRAWN)} only; leave it out")
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
-
-
-def nodes_ranks(num_gpus: int) -> int:
-    """Return the default of R for calls across nodes. Few GPUs are shared by two nodes. Pure."""
-    return NODES_RANKS if num_gpus == 0 else num_gpus if num_gpus >= NODES_RANKS else 2 * num_gpus
-
-
-def make_settings(args: argparse.Namespace, available: int) -> Settings:
-    """Return the settings that the options ask for, on ``available`` GPUs.
-
-    Raises:
-        ConfigError: sizes do not fit one another.
-    """
-    fill_sizes(args)
-    ranks = args.ranks or max(1, min(available, 8))
-    check_experts(args, ranks)
-    check_fp8(args)
-    if args.what == "nodes":
-        args.ranks_per_node = args.ranks_per_node or max(1, ranks // 2)
-        if ranks % args.ranks_per_node or ranks == args.ranks_per_node:
-            raise ConfigError(
-                f"--ranks {ranks} --ranks-per-node {args.ranks_per_node}: expected at least two nodes, of equally many "
-                "ranks"
-            )
-        if args.between == "nvlink" and ranks > available:
-            raise ConfigError(
-                f"--between nvlink --ranks {ranks}: expected a GPU for each rank, and there are {available}"
-            )
-        args.tokens = args.tokens or NODES_TOKENS
-    few = CPU_TOKENS if args.device == "cpu" else QUICK_TOKENS if args.quick else None
-    trained = CPU_TRAINING_TOKENS if args.device == "cpu" else TRAINING_TOKENS
-    tokens = args.tokens or (trained if args.what in ("megatron", "transformers") else few or FULL_TOKENS)
-    decode_tokens = tuple(count for count in args.tokens or () if count <= MOST_DECODE_TOKENS)
-    return Settings(
-        ranks=ranks,
-        tokens=tokens,
-        hidden=args.hidden,
-        top_k=args.top_k,
-        experts=args.experts,
-        iterations=args.iterations,
-        warmup=max(1, min(5, args.iterations)),
-        seed=seed_of(args),
-        backend=args.device,
-        sms=FULL_SMS if args.sms is None else args.sms,
-        sweep_tokens=SWEEP_TOKENS if SWEEP_TOKENS in tokens else max(tokens),
-        routings=args.routing or (("uniform",) if args.quick else ("uniform", "skewed")),
-        decode_tokens=decode_tokens or (QUICK_DECODE_TOKENS if few else FULL_DECODE_TOKENS),
-        two_batch_tokens=args.two_batch_tokens,
-        default_device=args.default_device,
-        ranks_per_node=args.ranks_per_node,
-        between=args.between or "sockets",
-        model=bench_models.model_sizes(args, ranks),
-    )
 
 
 class Worlds:

@@ -1,0 +1,84 @@
+"""`tokenferry bench cpu`: calls of the CPU backend against plain all_to_all_single of the same bytes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tokenferry.bench.core.session import Settings
+from tokenferry.bench.report import about, tables
+from tokenferry.bench.report.report import CPU_NOTES, Report
+from tokenferry.bench.suites.cpu_calls import RUNS, calls_for, measure_cpu_calls
+from tokenferry.cli.bench_settings import CPU_BACKEND_RANKS, fill_sizes
+from tokenferry.cli.failure import explain, status
+from tokenferry.cli.options import check_experts, seed_of
+from tokenferry.cli.output import write_json
+from tokenferry.cli.screen import Screen
+from tokenferry.errors import ConfigError
+from tokenferry.testing.world import World, WorldError
+
+JOB_TIMEOUT_S = 1800.0
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Check, measure, print; 1 if an answer was wrong."""
+    settings = _settings(args)
+    threads = args.threads or about.threads_for(settings.ranks)
+    report = Report(settings, {**about.about(args.command_line), "threads_per_rank": threads}, CPU_NOTES)
+    machine = report.about["machine"]
+    screen.line(f"{machine['processor']}, {machine['cores']} cores (load {machine['load']}), {machine['system']}")
+    for line in about.lines(args.command_line):
+        screen.line(line)
+    screen.line(
+        f"{settings.sizes(settings.tokens[0])} bfloat16, {settings.iterations} iterations, {threads} thread(s) a rank"
+    )
+    transports = ("shared_memory", "process_group") if args.transport == "both" else (args.transport,)
+    try:
+        with World(settings.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world:
+            for transport in transports:
+                _measure(world, report, transport, screen)
+    except WorldError as error:
+        screen.line(f"{explain(error)}\nno time is printed", style="bold red")
+        return status(error)
+    screen.line(f"MB/rank: {CPU_NOTES['bytes']}. GB/s: these over the median.")
+    if args.json is not None:
+        write_json(report.as_json(), args.json, screen)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    fill_sizes(args, CPU_BACKEND_RANKS)
+    check_experts(args, args.ranks)
+    if len(args.tokens) > 1:
+        raise ConfigError(f"--tokens {','.join(map(str, args.tokens))}: this part measures one T; choose one")
+    if args.hidden % 8:
+        raise ConfigError(f"--hidden {args.hidden}: a row has to be a multiple of 16 bytes; use a multiple of 8")
+    return Settings(
+        ranks=args.ranks,
+        tokens=args.tokens,
+        hidden=args.hidden,
+        top_k=args.top_k,
+        experts=args.experts,
+        iterations=args.iterations,
+        warmup=max(1, min(5, args.iterations)),
+        seed=seed_of(args),
+        backend="cpu",
+        runs=RUNS,
+    )
+
+
+def _measure(world: World, report: Report, transport: str, screen: Screen) -> None:
+    before = len(report.results)
+    with screen.progress(f"transport {transport}", 1 + len(calls_for(report.settings))) as advance:
+
+        def take(item: dict[str, Any]) -> None:
+            if "now" in item:
+                advance(1, item["now"])
+            else:
+                report.take(item)
+
+        world.run_with_progress(measure_cpu_calls, report.settings, transport, on_item=take)
+    screen.line(f"checked: {CPU_NOTES['checked']}")
+    rows = tables.baseline_rows(report.results[before:])
+    screen.table(f"transport {transport}", tables.BASELINE_HEADER, rows)
+    screen.line()
