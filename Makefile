@@ -54,18 +54,20 @@ help:
 demo: $(DEMO)
 	$(PY) -m tokenferry demo $(ARGS)
 
-# Ranks are processes that the tests fork: each leaves a coverage file of its own, which `combine` puts together.
+# Ranks are processes that the tests fork: each leaves a coverage file of its own, which `combine` puts together. So
+# does each process of pytest; those of a file run in one, since they share what they have measured or compiled.
 test: $(READY) $(CLIENTS)
 	@if command -v g++ > /dev/null; then floor=; else floor=--fail-under=90; \
 	    echo "make test: there is no g++, so the emulator does not run the kernels, and the CUDA backend is not covered"; fi; \
+	if $(HAVE) xdist; then workers="-n auto --dist loadfile"; fi; \
 	if $(HAVE) coverage; then set -ex; \
 	    $(PY) -m coverage erase; \
-	    $(PY) -m coverage run -m pytest $(ARGS); \
+	    $(PY) -m coverage run -m pytest $$workers $(ARGS); \
 	    $(PY) -m coverage combine --quiet; \
 	    $(PY) -m coverage report $$floor; \
 	else \
 	    echo "make test: $(PY) has no module named coverage: the tests run, their coverage is not measured"; \
-	    set -ex; $(PY) -m pytest $(ARGS); \
+	    set -ex; $(PY) -m pytest $$workers $(ARGS); \
 	fi
 
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'

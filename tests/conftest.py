@@ -24,6 +24,16 @@ if torch.cuda.is_available():
     os.environ.setdefault("TOKENFERRY_BACKEND", "cpu")
 
 
+WORKERS = 2
+"""Processes for `pytest -n auto`: tests with ranks keep several cores busy themselves."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes run tests: those on GPUs would wait for one another."""
+    return 0 if torch.cuda.is_available() else min(WORKERS, os.cpu_count() or 1)
+
+
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Callable[..., World]]:
     """Return pools of ranks, one per R and kind of device for the whole session; a new one after a job failed.
