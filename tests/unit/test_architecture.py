@@ -66,6 +66,7 @@ MAY_IMPORT = {
         "topology",
         "env",
         "api",
+        "nn",
         "testing",
         "tuning",
         "cost",

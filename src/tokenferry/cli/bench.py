@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tokenferry.bench.core.inputs import ROUTINGS
@@ -48,6 +48,10 @@ TRANSFORMERS = """\
 A Qwen3-MoE model of transformers with random weights, unmodified: tokens a second in training and in generation, with
 `ep_implementation="tokenferry"` and with its own all-to-all, in turns, after logits, losses, gradients and generated
 tokens have been compared.
+"""
+LANGUAGE = """\
+A training step of a byte-level language model with FSDP2 and AdamW: experts in `MoELayer`, and the same experts reached
+through torch's all_to_all_single, in turns, after losses and gradients have been compared.
 """
 NODES = """\
 dispatch and combine, and pairs of decode calls, in a group of several nodes, which ranks of this host play, beside each
@@ -167,9 +171,17 @@ def _add_eager(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_transformers(parser: argparse.ArgumentParser) -> None:
-    for name, text in MODEL_OPTIONS.items():
-        default = _default("transformers", lambda one, name=name: getattr(one.model, name))  # type: ignore[misc]
-        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, help=f"{text} ({default})")
+    _add_model(parser, "transformers", tuple(MODEL_OPTIONS))
+
+
+def _add_language(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "language", ("layers", "intermediate"))
+
+
+def _add_model(parser: argparse.ArgumentParser, part: str, names: Sequence[str]) -> None:
+    for name in names:
+        default = _default(part, lambda one, name=name: getattr(one.model, name))  # type: ignore[misc]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, help=f"{MODEL_OPTIONS[name]} ({default})")
 
 
 def _add_nodes(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +223,13 @@ PARTS = {
         ("cuda", "cpu"),
         f"{ONE_EACH}; on CPUs 2",
         _add_transformers,
+    ),
+    "language": Part(
+        "a language model, trained by MoELayer and by all-to-all",
+        LANGUAGE,
+        ("cuda", "cpu"),
+        f"{ONE_EACH}; on CPUs 2",
+        _add_language,
     ),
     "nodes": Part(
         "calls across nodes, beside their legs",

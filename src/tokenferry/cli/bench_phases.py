@@ -22,6 +22,7 @@ from tokenferry.bench.suites import (
     eager,
     first_call,
     host_time,
+    language,
     limits,
     megatron,
     nodes,
@@ -88,6 +89,9 @@ PHASES = {
         540.0,
         "a model of transformers, trained and generating: experts through tokenferry, and in its own ways",
     ),
+    "language": Phase(
+        language.measure_language, 300.0, "a language model, trained: MoELayer, and experts through all_to_all_single"
+    ),
     "nodes": Phase(nodes.measure_nodes, 540.0, "dispatch and combine across nodes, beside each of their legs alone"),
     "nodes_decode": Phase(nodes_decode.measure_node_pairs, 300.0, "decode calls across nodes, beside their legs alone"),
     "vdev": Phase(vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
@@ -102,12 +106,13 @@ PHASES_OF = {
     "eager": ("eager",),
     "megatron": ("megatron",),
     "transformers": ("transformers",),
+    "language": ("language",),
     "nodes": ("nodes", "nodes_decode"),
 }
 """The phases of each other part than ``gpu``."""
 
 FULL_PHASES = tuple(
-    name for name in PHASES if name not in ("eager", "megatron", "transformers", "nodes", "nodes_decode")
+    name for name in PHASES if name not in ("eager", "megatron", "transformers", "language", "nodes", "nodes_decode")
 )
 """The phases of ``gpu``: eager calls take minutes of their own, and models and nodes have other ranks or sizes."""
 

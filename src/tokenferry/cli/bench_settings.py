@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from tokenferry.bench.core.session import ModelSizes, Settings
+from tokenferry.bench.suites import language
 from tokenferry.bench.suites.transformers_models import HEAD
 from tokenferry.cli.options import check_experts, check_fp8, seed_of
 from tokenferry.errors import ConfigError
@@ -53,6 +54,8 @@ DEFAULTS = {
     ("megatron", "cuda"): Defaults((4096,), hidden=2048, experts=32),
     ("transformers", "cuda"): Defaults((4096,), 2048, 8, 64, ModelSizes(4, 768, 32, 32)),
     ("transformers", "cpu"): Defaults((128,), 256, 4, 16, ModelSizes(2, 128, 4, 8)),
+    ("language", "cuda"): Defaults((4096,), 2048, 8, 64, ModelSizes(4, 768, 0, 0)),
+    ("language", "cpu"): Defaults((128,), 256, 4, 16, ModelSizes(2, 128, 0, 0)),
     ("nodes", "cuda"): Defaults((128, 1024)),
     ("nodes", "cpu"): Defaults((128, 1024)),
 }
@@ -91,7 +94,8 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
     named = args.tokens or ()
     model = fill_sizes(args, max(1, min(available, 8))).model
     check_experts(args, args.ranks)
-    check_fp8(args)
+    if args.part != "language":  # which has no FP8 rows
+        check_fp8(args)
     if args.part == "nodes":
         _fill_nodes(args, available)
     decode_tokens = tuple(count for count in named if count <= MOST_DECODE_TOKENS)
@@ -132,22 +136,29 @@ def _fill_nodes(args: argparse.Namespace, available: int) -> None:
 
 
 def _model_sizes(args: argparse.Namespace, default: ModelSizes) -> ModelSizes:
-    ranks = args.ranks
-    if ranks < 2:
-        raise ConfigError("transformers: one rank shares its experts with none; use --ranks 2 or more")
-    if args.hidden < 2 * args.experts:
-        raise ConfigError(
-            f"--hidden {args.hidden} --experts {args.experts}: the first E columns name the experts of a token; use at "
-            "least twice as many columns"
-        )
-    if args.hidden % (HEAD * ranks):
-        raise ConfigError(
-            f"--hidden {args.hidden} --ranks {ranks}: heads of {HEAD} columns are split between the ranks; use a "
-            f"multiple of {HEAD * ranks}"
-        )
+    if args.ranks < 2:
+        raise ConfigError(f"{args.part}: one rank shares its experts with none; use --ranks 2 or more")
+    if args.part == "language" and args.hidden % language.HEAD:
+        raise ConfigError(f"--hidden {args.hidden}: expected a multiple of {language.HEAD}, the columns of a head")
+    if args.part == "transformers":
+        _check_transformers(args)
     return ModelSizes(
         args.layers or default.layers,
         args.intermediate or default.intermediate,
         args.batch or default.batch,
         args.new_tokens or default.new_tokens,
     )
+
+
+def _check_transformers(args: argparse.Namespace) -> None:
+    if args.hidden < 2 * args.experts:
+        raise ConfigError(
+            f"--hidden {args.hidden} --experts {args.experts}: the first E columns name the experts of a token; use at "
+            "least twice as many columns"
+        )
+    ranks = args.ranks
+    if args.hidden % (HEAD * ranks):
+        raise ConfigError(
+            f"--hidden {args.hidden} --ranks {ranks}: heads of {HEAD} columns are split between the ranks; use a "
+            f"multiple of {HEAD * ranks}"
+        )

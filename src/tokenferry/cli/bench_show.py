@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokenferry.bench.report import decode as decode_report
 from tokenferry.bench.report import eager as eager_report
+from tokenferry.bench.report import language as language_report
 from tokenferry.bench.report import nodes as nodes_report
 from tokenferry.bench.report import tables
 from tokenferry.bench.report import training as training_report
@@ -25,6 +26,7 @@ def show(report: Report, screen: Screen) -> None:
     show_eager(report, screen)
     show_training(report, screen)
     show_models(report, screen)
+    show_language(report, screen)
     show_nodes(report, screen)
     if "overlap" in report.others:
         screen.table("overlap", tables.OVERLAP_HEADER, tables.overlap_rows(report.others["overlap"]))
@@ -91,6 +93,17 @@ def show_models(report: Report, screen: Screen) -> None:
         screen.line(models_report.version_line(item))
     for item in report.others.get("transformers results", []):
         screen.line(models_report.difference_line(item))
+
+
+def show_language(report: Report, screen: Screen) -> None:
+    """Print the results of the language model."""
+    items = report.others.get("language", [])
+    if items:
+        title = "a training step of a language model, medians (5th-95th percentile)"
+        screen.table(title, language_report.HEADER, language_report.rows(items))
+        screen.line(language_report.NOTE)
+    for item in report.others.get("language results", []):
+        screen.line(language_report.difference_line(item))
 
 
 def show_nodes(report: Report, screen: Screen) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenferry.bench.core.session import Label, Result, Settings, result_from_json
-from tokenferry.bench.report import decode, eager, nodes, plots, tables, training, transformers
+from tokenferry.bench.report import decode, eager, language, nodes, plots, tables, training, transformers
 from tokenferry.bench.suites.limits import Limits
 
 SCHEMA = 3
@@ -40,6 +40,7 @@ GPU_NOTES = {
     "eager": eager.MODES,
     "eager checked": eager.CHECKED,
     "training": training.NOTE,
+    "language": language.NOTE,
     "transformers": transformers.NOTE,
     "nodes": nodes.NOTE,
     "nodes checked": nodes.CHECKED,

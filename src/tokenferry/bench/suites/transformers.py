@@ -6,19 +6,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
 from tokenferry import env
 from tokenferry.bench.core.checks import WrongAnswer, worst_differences
-from tokenferry.bench.core.device import gather, no_collections
+from tokenferry.bench.core.default_group import replace_default_group
+from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.session import Session, Settings, open_session
 from tokenferry.bench.core.wall import WallTimes, seconds_of_runs, wall_times
 from tokenferry.bench.suites.megatron import Precision, dtype_name
@@ -43,8 +42,6 @@ EXACT_TOKENS = 1024
 PRECISIONS = (Precision(torch.float32, 1e-5), Precision(torch.bfloat16, 3e-2))
 """Compared in this order; the last one is timed."""
 
-GROUP_TIMEOUT_S = 300.0
-
 
 def version() -> str | None:
     """Return the version of transformers that is installed, or None."""
@@ -63,7 +60,7 @@ def measure_transformers(rank: int, pg: dist.ProcessGroup, progress: Progress, s
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     env.say_local_rank(torch.cuda.current_device() if on_gpus else rank)
-    beside = _groups_for(pg, "nccl" if on_gpus else "gloo")
+    beside = replace_default_group(pg, "nccl" if on_gpus else "gloo")
     with open_session(rank, beside, progress, settings) as session, _folder(session) as folder:
         found = session.attempt("transformers: making the model", lambda: _prepare(session, folder))
         for layout in found or ():
@@ -73,20 +70,6 @@ def measure_transformers(rank: int, pg: dist.ProcessGroup, progress: Progress, s
                 session.attempt(what, lambda layout=layout, tokens=tokens: _measure(session, folder, layout, tokens))  # type: ignore[misc]
             integration.close_groups()
         session.device.synchronize()
-
-
-def _groups_for(pg: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
-    """Replace the default process group by one that transformers can use; return one of gloo beside it. Collective."""
-    rank, num_ranks = pg.rank(), pg.size()
-    timeout = timedelta(seconds=GROUP_TIMEOUT_S)
-    master = TCPStore("127.0.0.1", 0, None, True, timeout, False) if rank == 0 else None
-    port = gather(pg, None if master is None else master.port)[0]
-    store = master or TCPStore("127.0.0.1", port, None, False, timeout, False)
-    dist.barrier(pg)
-    dist.destroy_process_group()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
-    beside: dist.ProcessGroup = dist.new_group(range(num_ranks), timeout=timeout, backend="gloo")
-    return beside
 
 
 @contextmanager

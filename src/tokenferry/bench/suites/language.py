@@ -1,0 +1,233 @@
+"""A training step of a byte-level language model: `MoELayer` beside experts reached through torch's all-to-all.
+
+All but the experts is spread by FSDP2, and AdamW updates float32 parameters, as examples/train_language_model.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from tokenferry.api import ExpertGroup
+from tokenferry.bench.baselines.all_to_all_layer import AllToAllLayer
+from tokenferry.bench.core.checks import WrongAnswer, worst_differences
+from tokenferry.bench.core.default_group import replace_default_group
+from tokenferry.bench.core.session import Session, Settings, open_session
+from tokenferry.bench.core.wall import WallTimes, wall_times
+from tokenferry.bench.suites.megatron import Precision, dtype_name
+from tokenferry.nn import MoELayer, Router, SwiGLUExperts, parallelize
+from tokenferry.nn.sharding import local_part
+from tokenferry.testing.world import Progress
+from tokenferry.types import MoeShape
+
+BYTES = 256
+LENGTH = 256
+"""Bytes of a sequence, where T is a multiple of it."""
+HEAD = 64
+"""Columns of an attention head."""
+ROUTED = 32
+"""Routers read one column in so many, and nothing but the embedding writes those: so both models route alike in every
+layer, however their sums are rounded."""
+STEPS = 5
+"""Steps of a run back to back."""
+TURNS = 2
+"""How often the models are measured in turns; each time as often as the settings say."""
+LEARNING_RATE = 1e-4
+OURS, OWN = "tokenferry", "all_to_all_single"
+PRECISIONS = (Precision(torch.float32, 1e-5), Precision(torch.bfloat16, 3e-2))
+"""In which the products are, by autocast; compared in this order; the last one is timed."""
+
+
+def measure_language(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
+    """Compare losses and gradients, then time steps; a job of `World` (through `run_with_progress`)."""
+    beside = replace_default_group(pg, "nccl" if settings.backend == "cuda" else "gloo")
+    with open_session(rank, beside, progress, settings) as session:
+        for tokens in settings.tokens:
+            what = f"language model: training step, T={tokens}"
+            session.send({"now": what})
+            session.attempt(what, lambda tokens=tokens: _measure(session, tokens))  # type: ignore[misc]
+
+
+def _measure(session: Session, tokens: int) -> bool:
+    settings = session.settings
+    shape = MoeShape(settings.experts, settings.top_k, settings.hidden, tokens)
+    with ExpertGroup(session.pg, shape, backend=settings.backend, timeout_s=settings.timeout_s) as group:
+        models = {name: Model(session, group, name, tokens) for name in (OWN, OURS)}
+        text = _draw(session, tokens)
+        for precision in PRECISIONS:
+            found = {name: model.results(text, precision.dtype) for name, model in models.items()}
+            _compare(session, tokens, precision, found[OURS], found[OWN])
+        walls: dict[str, list[WallTimes]] = {name: [] for name in models}
+        for _ in range(TURNS):  # one after the other, since the speed of a host changes within seconds
+            for name, model in models.items():
+                walls[name].append(wall_times(session, model.stepper(text, precision.dtype), STEPS))
+    for name, turns in walls.items():
+        times = {
+            mode: asdict(session.summary([seconds for wall in turns for seconds in getattr(wall, mode)]))
+            for mode in ("isolated", "back_to_back")
+        }
+        label = {"experts": name, "tokens": tokens, "ranks": settings.ranks, "dtype": dtype_name(precision.dtype)}
+        session.send({"language": {**label, **times}})
+    return True
+
+
+def _draw(session: Session, tokens: int) -> Tensor:
+    """Return random bytes ``[B, S + 1]``, others on each rank."""
+    device = session.device.torch_device
+    length = LENGTH if tokens % LENGTH == 0 else tokens
+    draws = torch.Generator(device).manual_seed(session.settings.seed * 4096 + session.rank)
+    return torch.randint(BYTES, (tokens // length, length + 1), generator=draws, dtype=torch.int64, device=device)
+
+
+def _compare(
+    session: Session, tokens: int, precision: Precision, found: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    """Report how far the results are from those through all_to_all_single. Collective.
+
+    Raises:
+        WrongAnswer: too far; on all ranks.
+    """
+    dtype = dtype_name(precision.dtype)
+    worst = worst_differences(session.pg, found, expected)
+    session.send({"language results": {"tokens": tokens, "dtype": dtype, "differ_by": worst}})
+    wrong = {what: by for what, by in worst.items() if not by <= precision.bound}
+    if wrong:
+        raise WrongAnswer(f"{OURS} differs from {OWN} in {dtype} by more than {precision.bound}: {wrong}")
+
+
+class Model:
+    """A language model that is spread over the ranks; the same weights however its experts are reached. Collective.
+
+    Args:
+        session: The session.
+        group: The group of the experts.
+        name: `OURS`, or `OWN`.
+        tokens: T.
+    """
+
+    def __init__(self, session: Session, group: ExpertGroup, name: str, tokens: int) -> None:
+        device = session.device.torch_device
+        self.device_type = device.type
+        mesh = init_device_mesh(device.type, (group.num_ranks,))
+        torch.manual_seed(session.settings.seed)
+        with device:
+            model = LanguageModel(session.settings, lambda seed: _experts(session, group, name, seed))
+        experts = parallelize(model, mesh) if name == OURS else _expert_parameters(model)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, ignored_params=experts)
+        fully_shard(model, mesh=mesh, ignored_params=experts)
+        self.model = model
+        parameters = list(model.parameters())
+        # Fused and foreach optimizers take one kind of tensor only.
+        kinds = [[one for one in parameters if isinstance(one, DTensor) == sharded] for sharded in (True, False)]
+        self.optimizers = [torch.optim.AdamW(kind, lr=LEARNING_RATE) for kind in kinds if kind]
+
+    def results(self, text: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the loss, and this rank's part of the gradients of all weights, by kind. Collective."""
+        loss = self._backward(text, dtype)
+        parts: dict[str, list[Tensor]] = {}
+        for name, weight in self.model.named_parameters():
+            kind = next((kind for kind in ("experts", "router") if f"moe.{kind}" in name), "all else")
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            parts.setdefault(f"gradients of {KINDS[kind]}", []).append(local_part(grad).flatten())
+        self.model.zero_grad()
+        return {"loss": loss.detach(), **{what: torch.cat(grads) for what, grads in parts.items()}}
+
+    def stepper(self, text: Tensor, dtype: torch.dtype) -> Callable[[int], None]:
+        """Return a training step: forward, backward, AdamW."""
+
+        def step(i: int) -> None:
+            self._backward(text, dtype)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.model.zero_grad()
+
+        return step
+
+    def _backward(self, text: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = self.model(text[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+
+KINDS = {"experts": "experts", "router": "routers", "all else": "all else"}
+
+
+def _expert_parameters(model: nn.Module) -> set[nn.Parameter]:
+    return {one for name, one in model.named_parameters() if "moe.experts" in name}
+
+
+def _experts(session: Session, group: ExpertGroup, name: str, seed: int) -> nn.Module:
+    """Return the experts of one block, with their router."""
+    settings = session.settings
+    assert settings.model is not None
+    columns = settings.hidden // ROUTED
+    router = Router(settings.hidden, settings.experts, settings.top_k, seed=seed)
+    experts = SwiGLUExperts(group, settings.model.intermediate, seed=seed, dtype=torch.float32)
+    with torch.no_grad():
+        router.weight[:, columns:] = 0
+        router.weight.mul_(ROUTED**0.5)
+        experts.down[:, :, :columns] = 0
+    if name == OURS:
+        return MoELayer(group, experts=experts, router=router)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return AllToAllLayer(everyone, experts, router, settings.experts)
+
+
+class Block(nn.Module):
+    """A layer of the model: attention to the bytes before, then experts."""
+
+    def __init__(self, settings: Settings, moe: nn.Module) -> None:
+        super().__init__()
+        hidden = settings.hidden
+        self.heads = hidden // HEAD
+        self.attention_norm, self.expert_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+        with torch.no_grad():
+            self.out.weight[: hidden // ROUTED] = 0
+        self.moe = moe
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[B, S, H]`` for ``[B, S, H]``."""
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        rows: Tensor = self.moe(self.expert_norm(x).flatten(0, 1))
+        return x + rows.view_as(x)
+
+
+class LanguageModel(nn.Module):
+    """Predicts each byte from those before it.
+
+    Args:
+        settings: The sizes.
+        experts: Returns the experts of a block, for the seed of their weights.
+    """
+
+    def __init__(self, settings: Settings, experts: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        assert settings.model is not None
+        self.embedding = nn.Embedding(BYTES, settings.hidden)
+        self.blocks = nn.ModuleList(Block(settings, experts(seed)) for seed in range(settings.model.layers))
+        self.norm = nn.RMSNorm(settings.hidden)
+        self.head = nn.Linear(settings.hidden, BYTES, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return ``[B, S, 256]`` logits of the next byte for ``[B, S]`` bytes."""
+        x = self.embedding(text)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
