@@ -35,6 +35,8 @@ LOOK_S = 0.25
 """Seconds between two looks of the server at its parent."""
 STALL_S = 30.0
 """Seconds that a message between program and rank may rest half sent: its other side is stopped."""
+ENDING_S = 1.0
+"""Seconds between the end of the server's sockets and its own."""
 START_S = 120.0
 """Seconds that starting the server may take: it imports torch."""
 
@@ -70,6 +72,13 @@ class RankServer:
     def alive(self) -> bool:
         """Whether the server runs."""
         return self._process.poll() is None
+
+    def ending(self) -> str:
+        """Return in words how the server has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_S)
+        code = self._process.returncode
+        return "its server died" if code is None else f"its server died: {_ending(code)}"
 
     def start(self, store: IO[bytes]) -> RankProcess:
         """Fork a rank, which then waits for its first message.
@@ -131,7 +140,7 @@ class RankProcess:
                 answer = self.status.recv(_STATUS.size)
             except (TimeoutError, BlockingIOError):  # the second if timeout_s is 0
                 return False
-            self.ending = _described(_STATUS.unpack(answer)[0]) if answer else "its server died"
+            self.ending = _described(_STATUS.unpack(answer)[0]) if answer else self._server.ending()
         return True
 
     def close(self) -> None:
@@ -271,5 +280,8 @@ class _Server:
 
 def _described(status: int) -> str:
     """Return in words how a process ended."""
-    code = os.waitstatus_to_exitcode(status)
+    return _ending(os.waitstatus_to_exitcode(status))
+
+
+def _ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
