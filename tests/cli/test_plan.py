@@ -39,7 +39,7 @@ def test_a_large_cluster(capsys):
     ]
     assert "throughput dispatch       70     4293     642      242     20   4625       4555   network" in out
     assert "decode calls send 128 slots to each other node, of which 29.1 are filled; 0 overflows" in out
-    assert "a model: no time across nodes was measured on GPUs" in out
+    assert "a model: no time across a network was measured on GPUs" in out
 
 
 def test_two_thousand_ranks(capsys):

@@ -165,7 +165,7 @@ def _foot(found: Estimate) -> list[str]:
         f"DeepEP V1 low latency: {v1.dispatch_us:.0f} us for the bytes of a dispatch, {v1.combine_us:.0f} of a "
         f"combine; {v1.buffer_bytes / 1e6:.0f} MB of buffers"
     )
-    lines.append("a model: no time across nodes was measured on GPUs; see docs/cost-model.md")
+    lines.append("a model: no time across a network was measured on GPUs; see docs/cost-model.md")
     return lines
 
 
