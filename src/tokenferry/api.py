@@ -100,7 +100,7 @@ class ExpertGroup(Connected):
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, or 100 if it is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
             (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
-            ``"shared_memory"``.
+            ``"shared_memory"``; cuda: needs all ranks on one node.
         ranks_per_node: Number of consecutive ranks that form a node (a smaller group is one); None:
             TOKENFERRY_RANKS_PER_NODE, or if that is not set, the ranks of a host form one. With several nodes, dispatch
             sends a row across the network once for each node, and combine adds up the rows of each node before they
@@ -199,8 +199,8 @@ class ExpertGroup(Connected):
     def transport(self) -> str:
         """The transport in use; "none" for a group of one rank.
 
-        "nvlink", "shared_memory", "process_group", or, with several nodes on CPUs, "shared_memory+process_group": the
-        first within a node, the second between nodes.
+        "nvlink", "shared_memory" or "process_group"; with several nodes "shared_memory+process_group", on GPUs
+        "nvlink+nccl": the first within a node, the second between nodes. Nodes of one rank have the second alone.
         """
         return self._backend.transport
 
@@ -273,6 +273,7 @@ class ExpertGroup(Connected):
         Raises:
             ArgumentError: ``rank`` is outside [0, R), it is this rank and ``masked`` is True, or a CUDA graph is being
                 captured.
+            UnsupportedError: CUDA, across nodes.
             ClosedError: the group was closed or is broken.
         """
         self._ready("mask")
