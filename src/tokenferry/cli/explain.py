@@ -104,7 +104,7 @@ def show(found: Mapping[str, Any], screen: Screen) -> None:
         for one in found["calls"]
     ]
     screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), rows)
-    screen.line(f"us at least: at {tuning.LINK_GBPS:.0f} GB/s, the best that H200 GPUs behind NVSwitch reach;")
+    screen.line(f"us at least: at {tuning.LINK_GBPS:.0f} GB/s, the best that 8 H200 behind NVSwitch reach;")
     screen.line("us, its SMs: at what they reach with that many SMs. `tokenferry limits` measures this machine")
     screen.line()
     for reason in found["reasons"]:
