@@ -82,6 +82,8 @@ def test_the_report_of_explain_has_the_numbers_of_its_table(capsys, tmp_path):
         ("plan", "--json", "", "is a folder; name a file in it"),
         ("plan", "--plot", "", "is a folder; name a file in it"),
         ("plan", "--plot", "file/a.png", "is not a folder"),
+        ("plan", "--plot", "a.xyz", "expected a name that ends in .png, .svg, .pdf"),
+        ("plan", "--plot", "picture", "expected a name that ends in .png, .svg, .pdf"),
         ("bench gpu", "--json", "none/a.json", "there is no folder"),
         ("bench gpu", "--plot", "file", "is not a folder"),
         ("trace", "--json", "none/a.json", "there is no folder"),

@@ -11,6 +11,7 @@ from typing import Any
 from tokenferry.cli.screen import Screen
 
 STDOUT = Path("-")
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def output_file(text: str) -> Path:
@@ -53,7 +54,11 @@ def picture_file(text: str) -> Path:
         argparse.ArgumentTypeError: it cannot be written.
     """
     path = Path(text)
-    return output_file(text) if path.is_dir() else output_folder(str(path.parent)) / path.name
+    if path.is_dir():
+        return output_file(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{path}: expected a name that ends in {', '.join(PICTURES)}")
+    return output_folder(str(path.parent)) / path.name
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "report") -> None:
