@@ -22,8 +22,8 @@ def reports(rank: int, store) -> FailureReports:
     return FailureReports(SimpleNamespace(get_group_store=lambda: store), 7, Topology(rank, NODES))
 
 
-def late(rank: int, *peers: int) -> PeerTimeout:
-    return PeerTimeout("late.", phase="dispatch", call=3, rank=rank, peers=peers, waited_s=1.0)
+def late(rank: int, *peers: int, call: int = 3) -> PeerTimeout:
+    return PeerTimeout("late.", phase="dispatch", call=call, rank=rank, peers=peers, waited_s=1.0)
 
 
 def silent(rank: int) -> str:
@@ -47,8 +47,14 @@ def explain(posted: dict[int, Exception], error: PeerTimeout) -> PeerTimeout | M
         ({1: late(1, 2), 2: late(2, 1)}, (1,), (0,)),
         ({1: late(1, 0)}, (1,), (0,)),
         ({1: late(1, 2), 2: late(2, 0, 4)}, (4,), (2,)),
+        ({1: late(1, 2), 2: late(2, 0, call=4)}, (2,), (1,)),
+        ({1: late(1, 2, call=4), 2: late(2, 0, call=4)}, (1,), (0,)),
+        ({1: late(1, 3), 3: late(3, 5, call=9)}, (5,), (2,)),
     ],
-    ids=["silent", "one behind", "two behind", "a circle", "each other", "circle with a way out"],
+    ids=[
+        *("silent", "one behind", "two behind", "a circle", "each other", "circle with a way out"),
+        *("lost on the way from 2 to 1", "lost on the way from 1 to 0", "no circle, whatever the calls"),
+    ],
 )
 def test_the_ranks_at_the_ends_of_all_waits_are_named(posted, peers, nodes):
     error = explain(posted, late(0, 1))

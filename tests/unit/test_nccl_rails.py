@@ -108,7 +108,7 @@ def test_a_late_exchange_is_given_up_by_the_host_that_waits():
         transfer.wait()
     assert (caught.value.peers, caught.value.nodes) == ((4,), (2,))
     assert channel.aborted.wait(SOON_S)
-    reports.post.assert_called_once_with(FailureReport((4,)))
+    reports.post.assert_called_once_with(FailureReport((4,), call=7))
     with pytest.raises(PeerTimeout):
         rails.raise_lost()
 
@@ -178,7 +178,7 @@ def test_a_failed_exchange_is_given_up_at_once(failure):
         with pytest.raises(PeerTimeout, match=r"for rank 4: the connection between nodes failed.*: remote error"):
             transfer.wait()
     assert channel.aborted.is_set()
-    reports.post.assert_called_once_with(FailureReport((4,)))
+    reports.post.assert_called_once_with(FailureReport((4,), call=7))
     with pytest.raises(PeerTimeout):
         rails.raise_lost()
 

@@ -34,17 +34,19 @@ class FailureReport:
         peers: The ranks for which it waited.
         mismatch: If ranks made different calls: the message that says so.
         left: If it failed by itself: its error.
+        call: The number of the call in which it waited.
     """
 
     peers: tuple[int, ...] = ()
     mismatch: str = ""
     left: str = ""
+    call: int = 0
 
     @classmethod
     def of(cls, error: BaseException) -> FailureReport:
         """Return the report of a rank that gives up with this error."""
         if isinstance(error, PeerTimeout):
-            return cls(error.peers)
+            return cls(error.peers, call=error.call)
         if isinstance(error, MismatchError):
             return cls(mismatch=str(error))
         return cls(left=f"{type(error).__name__}: {error}")
@@ -57,7 +59,7 @@ class FailureReport:
     def parse(cls, text: str) -> FailureReport:
         """Return the report with this text."""
         fields = json.loads(text.partition("\0")[2])
-        return cls(tuple(fields["peers"]), fields["mismatch"], fields["left"])
+        return cls(**{**fields, "peers": tuple(fields["peers"])})
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -105,7 +107,7 @@ class FailureReports:
             until: When to stop waiting for the reports of ranks that may be about to give up, too (`time.monotonic`).
             reason: Returns the text with which a rank has left, if this rank has it; see `Transport.reason`.
         """
-        cause = self._cause(FailureReport(error.peers), until, reason)
+        cause = self._cause(FailureReport.of(error), until, reason)
         waited_for = _ranks(error.peers)
         where, rank = f"{error.phase} #{error.call}", error.rank
         if cause.mismatch:
@@ -132,27 +134,36 @@ class FailureReports:
                 return found
             time.sleep(_POLL_S)
 
-    def _follow(self, report: FailureReport, reason: Callable[[int], str]) -> FailureReport:
-        seen, ends, todo = {self._topology.rank}, set[int](), list(report.peers)
+    def _follow(self, report: FailureReport, reason: Callable[[int], str], *, by_call: bool = False) -> FailureReport:
+        """Return what is at the ends of the chains for now; ``by_call``: see `_break_circle`."""
+        seen, ends, todo = {self._topology.rank}, set[int](), [(peer, report.call) for peer in report.peers]
         while todo:
-            rank = todo.pop()
+            rank, call = todo.pop()
             if rank in seen:
                 continue
             seen.add(rank)
             other = self._read(rank, reason)
-            if other is None:
+            if other is None or (by_call and other.peers and other.call > call):
                 ends.add(rank)
             elif other.mismatch:
                 return other
             elif other.left:
                 return FailureReport((rank,), left=other.left)
             else:
-                todo += other.peers
+                todo += [(peer, other.call) for peer in other.peers]
         if ends:
             return FailureReport(tuple(sorted(ends)))
-        # In a circle nobody is silent: perhaps they wait for each other because of what another rank has seen.
+        return report if by_call else self._break_circle(report, seen, reason)
+
+    def _break_circle(self, report: FailureReport, seen: set[int], reason: Callable[[int], str]) -> FailureReport:
+        """Return what is at the end of a circle of waits, in which nobody is silent.
+
+        Perhaps its ranks wait for each other because of what another rank has seen. Else something was lost between two
+        of them: the one that should have sent it has gone on, and waits in a later call.
+        """
         others = (self._read(rank, reason) for ranks in self._topology.nodes for rank in ranks if rank not in seen)
-        return next((other for other in others if other is not None and other.mismatch), report)
+        mismatch = next((other for other in others if other is not None and other.mismatch), None)
+        return mismatch or self._follow(report, reason, by_call=True)
 
     def _read(self, rank: int, reason: Callable[[int], str]) -> FailureReport | None:
         with contextlib.suppress(OSError, MemoryError):
