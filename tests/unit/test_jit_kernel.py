@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tokenferry.errors import BackendUnavailable, ClosedError, ConfigError
-from tokenferry.jit import compiler, driver
+from tokenferry.jit import compiler, driver, kernel
 from tokenferry.jit.compiler import Built
 from tokenferry.jit.kernel import Jit, KernelSpec
 from tokenferry.jit.params import Params
@@ -246,6 +247,47 @@ def test_warmup_compiles_everything_and_the_cache_serves_the_next(cuda, spec, tm
         raise AssertionError(f"{unit.name} is in the cache")
 
     Jit(3, tmp_path / "cache", no_compiler).warmup([spec])
+
+
+class FakeLibrary:
+    """A device library that notes what it does with modules."""
+
+    file = Path("library.a")
+
+    def __init__(self, cuda, version="one"):
+        self.cuda, self.version, self.done = cuda, version, []
+
+    def enter(self, module):
+        assert self.cuda.contexts[-1] == 77
+        self.done.append(("enter", module))
+
+    def leave(self, module):
+        assert module in self.cuda.modules, "not unloaded yet"
+        self.done.append(("leave", module))
+
+
+def test_relocatable_kernels_are_linked_before_they_are_loaded(cuda, spec, tmp_path, monkeypatch):
+    """And kept for this version of the library alone; other kernels have nothing to do with it."""
+    linked = []
+
+    def link(name, cubin, arch, file):
+        linked.append((name, arch, file))
+        return b"\x7fELF linked"
+
+    monkeypatch.setattr(kernel, "link", link)
+    library, compile_unit = FakeLibrary(cuda), FakeCompiler()
+    jit = Jit(3, tmp_path / "cache", compile_unit, library)
+    jit.kernel(dataclasses.replace(spec, relocatable=True), num_stages=4, wide=0)
+    jit.kernel(spec, num_stages=4, wide=0)
+    assert linked == [("toy", "sm_90a", library.file)]
+    assert [image == b"\x7fELF linked" for image in cuda.modules.values()] == [True, False]
+    assert ["-rdc=true" in unit.options for unit in compile_unit.units] == [True, False]
+    jit.close()
+    assert library.done == [("enter", 1), ("leave", 1)]
+    for version, times in (("one", 1), ("two", 2)):
+        again = Jit(3, tmp_path / "cache", compile_unit, FakeLibrary(cuda, version))
+        again.kernel(dataclasses.replace(spec, relocatable=True), num_stages=4, wide=0)
+        assert len(linked) == times
 
 
 def test_warmup_passes_on_what_went_wrong(cuda, spec):

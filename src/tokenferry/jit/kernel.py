@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokenferry.errors import ClosedError, ConfigError
 from tokenferry.jit import compiler
 from tokenferry.jit.cache import Cache
 from tokenferry.jit.driver import Device, check
+from tokenferry.jit.linker import DeviceLibrary, link
 from tokenferry.jit.params import Params, Struct
 from tokenferry.jit.source import Unit, headers, options, translation_unit
 
@@ -46,6 +48,7 @@ class KernelSpec:
         generated: Text of headers that are not files below ``include``, by the name in their ``#include`` lines.
         early: Whether the kernel begins with ``griddepcontrol.wait``: it may then be launched before the previous
             kernel has ended, which hides a part of the launch latency (programmatic dependent launch).
+        relocatable: Whether the kernel calls functions of a device library, and is linked before it is loaded.
         entry: The entry point if it lies in a namespace, such as ``"low_latency::dispatch"``: the name in profiles.
     """
 
@@ -59,6 +62,7 @@ class KernelSpec:
     configs: tuple[Mapping[str, int], ...]
     generated: Mapping[str, str] = field(default_factory=dict)
     early: bool = False
+    relocatable: bool = False
     entry: str = ""
 
     @property
@@ -82,7 +86,8 @@ class KernelSpec:
             )
         constants = {**config, "max_threads": self.max_threads}
         text, own = translation_unit(self.source, self.params.cpp, constants, self.include)
-        return Unit(self.name, text, headers(own, self.source, self.include, self.generated), options(arch))
+        included = headers(own, self.source, self.include, self.generated)
+        return Unit(self.name, text, included, options(arch, relocatable=self.relocatable))
 
     def load(self, device_index: int, config: Mapping[str, int]) -> Kernel:
         """Compile and return one kernel without a cache, for experiments. Everything else should use a ``Jit``.
@@ -182,21 +187,30 @@ class Jit:
         device_index: Index of the device in torch.
         folder: Folder of the cubin cache, shared by processes; None: no cache.
         compile_unit: The compiler; tests pass their own.
+        library: What relocatable kernels are linked with; None: there are none.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
     """
 
-    def __init__(self, device_index: int, folder: Path | None, compile_unit: Compile = compiler.compile_unit) -> None:
+    def __init__(
+        self,
+        device_index: int,
+        folder: Path | None,
+        compile_unit: Compile = compiler.compile_unit,
+        library: DeviceLibrary | None = None,
+    ) -> None:
         self._device = Device(device_index)
         self._arch = self._device.arch()
         self._cache = Cache(folder)
         self._compile = compile_unit
+        self._library = library
         self._lock = threading.Lock()
         self._kernels: dict[tuple[KernelSpec, _Config], Kernel] = {}
         self._builds: dict[tuple[KernelSpec, _Config], Future[bytes]] = {}
         self._ahead: ThreadPoolExecutor | None = None
         self._modules: list[Any] = []
+        self._leave: list[Callable[[], None]] = []
         self._closed = False
 
     def kernel(self, spec: KernelSpec, **config: int) -> Kernel:
@@ -251,9 +265,12 @@ class Jit:
             if self._ahead is not None:
                 self._ahead.shutdown(wait=False)
             with self._device.current():
+                for leave in self._leave:
+                    leave()
                 for module in self._modules:
                     check(self._device.cuda.cuModuleUnload(module), "unloading a kernel")
             self._modules.clear()
+            self._leave.clear()
             self._kernels.clear()
             self._builds.clear()
             self._device.close()
@@ -295,6 +312,9 @@ class Jit:
 
     def _build(self, spec: KernelSpec, config: _Config) -> bytes:
         unit, version = spec.unit(dict(config), self._arch), compiler.version()
+        library = self._library if spec.relocatable else None
+        if library is not None:
+            version = f"{version}, linked with {library.version}"
         cubin = self._cache.find(unit, version)
         if cubin is not None:
             return cubin
@@ -302,6 +322,8 @@ class Jit:
             cubin = self._cache.find(unit, version)
             if cubin is None:
                 built = self._compile(unit)
+                if library is not None:
+                    built = replace(built, cubin=link(spec.name, built.cubin, self._arch, library.file))
                 self._cache.keep(unit, version, built)
                 cubin = built.cubin
         return cubin
@@ -312,6 +334,9 @@ class Jit:
         with self._device.current():
             module = check(self._device.cuda.cuModuleLoadData(cubin), f"loading kernel {spec.name}")
             self._modules.append(module)
+            if spec.relocatable and self._library is not None:
+                self._library.enter(int(module))
+                self._leave.append(functools.partial(self._library.leave, int(module)))
             function = check(
                 self._device.cuda.cuModuleGetFunction(module, spec.symbol.encode()), f"finding kernel {spec.name}"
             )

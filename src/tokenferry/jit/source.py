@@ -59,10 +59,16 @@ class Unit:
         return digest.hexdigest()
 
 
-def options(arch: str) -> tuple[str, ...]:
-    """Return the options that every kernel is compiled with, for an architecture such as ``"sm_90a"``."""
+def options(arch: str, *, relocatable: bool = False) -> tuple[str, ...]:
+    """Return the options that every kernel is compiled with, for an architecture such as ``"sm_90a"``.
+
+    Args:
+        arch: The architecture.
+        relocatable: Whether the kernel is to be linked.
+    """
     # Without the last one, NVRTC would also find headers in the current folder, which the key of the cache ignores.
-    return (f"-arch={arch}", "-std=c++17", "--ptxas-options=-v", "-lineinfo", "--no-source-include")
+    common = (f"-arch={arch}", "-std=c++17", "--ptxas-options=-v", "-lineinfo", "--no-source-include")
+    return (*common, "-rdc=true") if relocatable else common
 
 
 def translation_unit(source: Path, params_cpp: str, constants: Mapping[str, int], include: Path) -> tuple[str, str]:
