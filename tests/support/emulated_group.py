@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,12 @@ import torch
 
 from support.emulated_rails import Boxes, QueueRails
 from support.emulator import Emulator, Jit, Kernel, Window
+from support.fake_network import CALM, FakeNetwork, Report, Weather
 from support.on_device import OnDevice
 from tokenferry import MoeShape, env
 from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda.across.backend import Links
+from tokenferry.backends.cuda.across.puts import region_sizes
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble, assemble_across
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES
@@ -79,6 +83,7 @@ class Threads:
         self.windows: list[list[Window]] = []
         """Of each node."""
         self.boxes = Boxes()
+        self.network: FakeNetwork | None = None
 
     def size(self) -> int:
         return self.num_ranks
@@ -89,9 +94,29 @@ class Threads:
     def wait(self) -> None:
         self._barrier.wait(TIMEOUT_S)
 
+    def close(self) -> None:
+        """End the network of the group before."""
+        if self.network is not None:
+            self.network.close()
+
     def abort(self) -> None:
         """End the waits of all threads after a rank has failed."""
         self._barrier.abort()
+
+
+@dataclass(frozen=True)
+class Puts:
+    """Decode calls across nodes put into memory of other ranks.
+
+    Attributes:
+        weather: What the network does to what is put.
+        mapped: Returns whether a rank's memory is mapped on those across from it.
+        shape: The largest shape of views; None: the group's.
+    """
+
+    weather: Weather = CALM
+    mapped: Callable[[int], bool] = lambda _: False
+    shape: MoeShape | None = None
 
 
 class EmulatedPair:
@@ -101,16 +126,24 @@ class EmulatedPair:
     transport = "nvlink"
     device = torch.device("cpu")
 
-    def __init__(self, rank: int, threads: Threads, ranks_per_node: int | None = None) -> None:
-        self._rank, self._threads = rank, threads
+    def __init__(
+        self, rank: int, threads: Threads, ranks_per_node: int | None = None, puts: Puts | None = None
+    ) -> None:
+        self._rank, self._threads, self._puts = rank, threads, puts
         nodes = consecutive(threads.num_ranks, ranks_per_node or threads.num_ranks)
         self._topology = Topology(rank, nodes)
         if self._topology.num_nodes > 1:
             self.transport = "nvlink+queues" if self._topology.ranks_per_node > 1 else "queues"
+            self.transport += "+fake" if puts else ""
 
     def barrier(self) -> None:
         """Wait until all threads are here."""
         self._threads.wait()
+
+    @property
+    def report(self) -> Report:
+        """What the network has done; nothing without one."""
+        return Report() if self._threads.network is None else self._threads.network.report
 
     def open(
         self, pg: Any, shape: MoeShape, *, timeout_s: float = TIMEOUT_S, on_timeout: str = "raise", **options: Any
@@ -121,6 +154,10 @@ class EmulatedPair:
             num_bytes = CONTROL_BLOCK_BYTES + HEAP_BYTES
             threads.windows = [threads.emulator.windows(len(ranks), num_bytes) for ranks in self._topology.nodes]
             threads.boxes = Boxes()
+            threads.close()
+            if self._puts is not None:
+                sizes = region_sizes(self._puts.shape or shape, self._topology)
+                threads.network = FakeNetwork(threads.num_ranks, sizes, self.device, self._puts.weather)
         threads.wait()
         at = self._topology
         window = threads.windows[at.node][at.local_rank]
@@ -129,8 +166,10 @@ class EmulatedPair:
         )
         emulated = EmulatedWindow(at.local_rank, window.bases, window.num_bytes)
         if at.num_nodes > 1:
-            rails = QueueRails(at, threads.boxes, timeout_s)
-            backend = assemble_across(emulated, resolved, "emulated", at, rails, threads.runtime)
+            links = Links(QueueRails(at, threads.boxes, timeout_s))
+            if threads.network is not None and self._puts is not None:
+                links = replace(links, network=threads.network.network(at, self._puts.mapped))
+            backend = assemble_across(emulated, resolved, "emulated", at, links, threads.runtime)
         else:
             backend = assemble(emulated, resolved, "emulated", "emulated", threads.runtime)
         group = object.__new__(OnDevice)
@@ -139,20 +178,26 @@ class EmulatedPair:
 
 
 def run_jobs(
-    runtime: Runtime, num_ranks: int, job: Callable[..., Any], *args: object, ranks_per_node: int | None = None
+    runtime: Runtime,
+    num_ranks: int,
+    job: Callable[..., Any],
+    *args: object,
+    ranks_per_node: int | None = None,
+    puts: Puts | None = None,
 ) -> list[Any]:
     """Call ``job(rank, threads, pair, *args)`` in R threads; return their results by rank, or raise the first error."""
     threads = Threads(num_ranks, runtime)
 
     def work(rank: int) -> Any:
         try:
-            return job(rank, threads, EmulatedPair(rank, threads, ranks_per_node), *args)
+            return job(rank, threads, EmulatedPair(rank, threads, ranks_per_node, puts), *args)
         except BaseException:
             threads.abort()
             raise
 
     with ThreadPoolExecutor(num_ranks) as pool:
         jobs = [pool.submit(work, rank) for rank in range(num_ranks)]
+    threads.close()
     errors = [job.exception() for job in jobs if job.exception()]
     for error in sorted(errors, key=lambda one: isinstance(one, threading.BrokenBarrierError)):
         raise error

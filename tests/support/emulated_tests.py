@@ -18,7 +18,7 @@ FILES = (
         "test_node_kernels.py",
         "test_sync.py",
     ),
-    *("test_decode_dispatch.py", "test_decode_combine.py", "test_decode_rails.py"),
+    *("test_decode_dispatch.py", "test_decode_combine.py", "test_decode_rails.py", "test_rail_messages.py"),
 )
 """Tests of single kernels."""
 RANKS = (1, 2, 3)

@@ -13,6 +13,7 @@ from typing import Any
 from support.silent_kernels import HEAP_BYTES, Launch, SilentKernel, Window
 from tokenferry import ExpertGroup, MoeShape
 from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda.across.backend import Links
 from tokenferry.backends.cuda.across.nccl_channel import Marks
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.across.rails import Parcels
@@ -104,7 +105,7 @@ class SilentNodes:
         self.channel = Mirror()
         rails = NcclRails(self.channel, topology, 20.0)
         runtime = Runtime(jit, driver, HostStreams(), 132)
-        backend = assemble_across(window, resolved, "key", topology, rails, runtime)
+        backend = assemble_across(window, resolved, "key", topology, Links(rails), runtime)
         words += [backend.context.pinned.words, [0]]
         self.group = object.__new__(ExpertGroup)
         self.group._adopt(backend, shape, 20.0)

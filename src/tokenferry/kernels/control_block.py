@@ -142,7 +142,8 @@ def _fields() -> list[Field]:
         Field("claimed", "u32", (), "units that warps of the running kernel have taken beyond their first ones"),
         Field("pushed", "u32", (), "combine_push: units that pushing warps have taken beyond their first ones"),
         Field("layout_counts", "u32", (MAX_COUNTS,), "dispatch_layout: tokens for each expert, then each rank"),
-        Field("unused", "u32", (2,), "rounds up to 8 bytes"),
+        Field("crossed", "u32", (), "rail_send: number of the last exchange with other nodes"),
+        Field("unused", "u32", (), "rounds up to 8 bytes"),
     ]
     rest = CONTROL_BLOCK_BYTES - sum(field.num_bytes for field in fields)
     return [*fields, Field("rest", "u8", (rest,), "the rest, up to the heap")]
@@ -180,6 +181,9 @@ class Fault(enum.IntEnum):
     )
     too_many_nodes = HEADER.constant(
         "kTooManyNodes", 10, "word: the token, seen: how many nodes its experts lie on, expected: its limit"
+    )
+    late_node = HEADER.constant(
+        "kLateNode", 13, "rank `word` of the whole group has put nothing: seen, expected are numbers of exchanges"
     )
 
 
@@ -221,6 +225,13 @@ RAIL_WORDS = HEADER.constant(
 NOTHING_CAME = HEADER.constant("kNothingCame", 0xFFFFFFFF, "in place of the state of a rank across")
 HOST_ROWS_WORD = HEADER.constant("kHostRowsWord", 1, "rows to all ranks; word 0 is the call number")
 HOST_NODES_WORD = HEADER.constant("kHostNodesWord", 2, "N words: tokens for each node")
+
+# ---- across nodes, where ranks put into each other's memory: see device/rails.cuh
+
+MESSAGE_HEAD_BYTES = HEADER.constant("kMessageHead", 128, "bytes of a message before its body: kRailWords and a state")
+RAIL_CHUNK_BYTES = HEADER.constant(
+    "kRailChunk", 1 << 15, "bytes of a body that are put together, with a flag of theirs"
+)
 
 # ---- the timeline of a decode kernel: [blocks][kTraceWords], nanoseconds of the GPU's clock
 

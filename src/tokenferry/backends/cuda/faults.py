@@ -269,6 +269,9 @@ class FlightRecorder:
             nothing = record.seen == NOTHING_CAME
             why = "nothing came" if nothing else "it gave up, and what it sent is undefined"
             return peer_timeout(call, self.rank, [record.word], why, 0.0, "")
+        if record.code == Fault.late_node:
+            why = f"nothing came: exchange {seen} seen, {expected} expected"
+            return peer_timeout(call, self.rank, [record.word], why, record.waited_ms / 1000, "")
         if record.code != Fault.peer_gave_up:
             why = f"{_LATE[record.code]}: epoch {seen} seen, {expected} expected"
         else:

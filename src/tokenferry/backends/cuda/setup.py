@@ -14,11 +14,10 @@ import torch.distributed as dist
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across import nccl
-from tokenferry.backends.cuda.across.backend import AcrossBackend
+from tokenferry.backends.cuda.across.backend import AcrossBackend, Links
 from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, new_unique_id
 from tokenferry.backends.cuda.across.nccl_channel import NcclChannel, connect
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
-from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.peers import Peers, Process
@@ -144,7 +143,8 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     try:
         if group is not None and table is not None and topology.num_nodes > 1:
             reports = FailureReports(group, group_id, topology)
-            backend = assemble_across(window, resolved, key, topology, nccl_rails(table, resolved, topology, reports))
+            links = Links(nccl_rails(table, resolved, topology, reports))
+            backend = assemble_across(window, resolved, key, topology, links)
         else:
             why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
             backend = assemble(window, resolved, key, why)
@@ -218,7 +218,7 @@ def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Ru
 
 
 def assemble_across(
-    window: Window, resolved: Resolved, key: str, topology: Topology, rails: Rails, runtime: Runtime | None = None
+    window: Window, resolved: Resolved, key: str, topology: Topology, links: Links, runtime: Runtime | None = None
 ) -> AcrossBackend:
     """Return the backend of one rank of several nodes over the window of its node; local.
 
@@ -227,14 +227,14 @@ def assemble_across(
         resolved: Shape and options.
         key: Key of the group, which its plans carry.
         topology: The nodes.
-        rails: What carries exchanges between nodes.
+        links: What carries exchanges between nodes.
         runtime: Kernels and streams; None: those of the window's GPU.
     """
     runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder), (*SPECS, *ACROSS_NODES))
     first = topology.nodes[topology.node][0]
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
     why = f"every rank has a GPU that reaches its peers, on {topology}"
-    return AcrossBackend(context, key, why, topology, rails, resolved.shape.max_tokens)
+    return AcrossBackend(context, key, why, topology, links, resolved.shape.max_tokens)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int, num_nodes: int = 1) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from tokenferry.backends.cuda.across.combine import AcrossCombiner
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode import AcrossDecoder
 from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
+from tokenferry.backends.cuda.across.messages import ExchangedMessages, MessageRails
+from tokenferry.backends.cuda.across.puts import Network, PutCrossing, PutMessages, Puts
 from tokenferry.backends.cuda.across.rails import Rails
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
@@ -43,6 +46,24 @@ _PATIENCE_S = 1.0
 """Most seconds to wait for the reports of other ranks."""
 
 
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What carries exchanges between nodes.
+
+    Attributes:
+        rails: That of all calls, but for decode calls if there is a network.
+        network: Memory that decode calls put into; None: they use the rails.
+    """
+
+    rails: Rails
+    network: Network | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """What they are."""
+        return [self.rails.name] if self.network is None else [self.rails.name, self.network.name]
+
+
 class AcrossBackend(CudaBackend):
     """The backend for tensors in GPU memory of several nodes; see `tokenferry.backends.base.Backend`.
 
@@ -51,23 +72,30 @@ class AcrossBackend(CudaBackend):
         key: Key of the group.
         why: Why this backend was chosen.
         topology: The nodes, of consecutive ranks.
-        rails: What carries exchanges between nodes.
+        links: What carries exchanges between nodes.
         max_tokens: M of the group.
     """
 
-    def __init__(self, context: Context, key: str, why: str, topology: Topology, rails: Rails, max_tokens: int) -> None:
+    def __init__(self, context: Context, key: str, why: str, topology: Topology, links: Links, max_tokens: int) -> None:
         super().__init__(context, key, why, fast_path=False)
         self.rank = topology.rank
         self.num_ranks = topology.num_ranks
         self.topology = topology
-        self.transport = rails.name if topology.ranks_per_node == 1 else f"nvlink+{rails.name}"
+        self.transport = "+".join([*(["nvlink"] if topology.ranks_per_node > 1 else []), *links.names])
         self.num_host_sizes = 2 * topology.num_nodes + 1
-        self._rails = rails
+        self._rails = rails = links.rails
+        self._network = links.network
         rails.end_soon_if(context.pinned.mismatched)
-        self._crossing = Crossing(context, topology, rails, max_tokens)
+        if links.network is None:
+            self._crossing = Crossing(context, topology, rails, max_tokens)
+            messages: MessageRails = ExchangedMessages(self._crossing)
+        else:
+            puts = Puts(context, topology, links.network)
+            self._crossing = PutCrossing(context, topology, rails, max_tokens, puts)
+            messages = PutMessages(self._crossing, puts)
         self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
         self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)
-        self._across = AcrossDecoder(context, self.allocator, topology, self._crossing, key, self._explained)
+        self._across = AcrossDecoder(context, self.allocator, topology, messages, key, self._explained)
         self.decoder = self._across
 
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
@@ -121,6 +149,8 @@ class AcrossBackend(CudaBackend):
         with self._explained():
             self._across.catch_up("warmup")
             self.context.jit.warmup(ACROSS_NODES)
+            if self._network is not None:
+                self.context.jit.warmup((self._network.send, self._network.receive))
             super().warmup()
             call = self._crossing.begin(Signature("warmup"))
             self._crossing.counts(call, self._crossing.open_along(call, 0, 0), 0)

@@ -220,15 +220,17 @@ class Crossing:
             comes: See `Opening`.
         """
         came = torch.zeros(self._num_nodes, RAIL_WORDS, dtype=torch.int32, device=self._context.device)
-        into = Rows.of(came)
-        transfer = self.exchange(
-            call,
-            {node: (headers.part(node, 1),) for node in self.others},
-            {node: (into.part(node, 1),) for node in self.others},
-            came,
-            kept,
-        )
+        transfer = self.exchange_headers(call, headers, Rows.of(came), came, kept)
         return Opening(came, goes, comes, transfer)
+
+    def exchange_headers(self, call: Call, send: Rows, recv: Rows, *kept: object) -> Transfer:
+        """Begin to exchange a header with each other node; ``send``, ``recv``: those of all nodes."""
+        return self.exchange(
+            call,
+            {node: (send.part(node, 1),) for node in self.others},
+            {node: (recv.part(node, 1),) for node in self.others},
+            *kept,
+        )
 
     def open_along(self, call: Call, goes: int, comes: int) -> Opening:
         """Open a call that follows a plan.

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
-from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode_forms import (
     AcrossDispatchForm,
     dispatch_signature,
@@ -27,7 +26,8 @@ from tokenferry.backends.cuda.across.decode_forms import (
     rail_sizes,
     sizes_of,
 )
-from tokenferry.backends.cuda.across.decode_sums import NodeSums, SumsUnderWay
+from tokenferry.backends.cuda.across.decode_sums import NodeSums, SumsUnderWay, encoded_bytes
+from tokenferry.backends.cuda.across.messages import MessageRails, Messages
 from tokenferry.backends.cuda.across.rail_words import RailWords
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.bounded import BoundedDict
@@ -96,7 +96,7 @@ class AcrossDecoder(Decoder):
         context: Context of this rank, in its node.
         allocator: Allocator of blocks of the heap.
         topology: The nodes.
-        crossing: Exchanges with other nodes.
+        rails: What carries messages to other nodes.
         key: Key of the group, which its plans carry.
         explained: Makes a context in which errors name the ranks at fault, for hooks.
     """
@@ -106,16 +106,16 @@ class AcrossDecoder(Decoder):
         context: Context,
         allocator: SymmetricAllocator,
         topology: Topology,
-        crossing: Crossing,
+        rails: MessageRails,
         key: str,
         explained: Callable[[], AbstractContextManager[None]],
     ) -> None:
         super().__init__(context, allocator, key)
         self.workspaces = Workspaces(context, allocator, topology.num_nodes)
         self._topology = topology
-        self._crossing = crossing
+        self._rails = rails
         self._explained = explained
-        self._sums = NodeSums(context, topology, crossing)
+        self._sums = NodeSums(context, topology, rails)
         self._across: BoundedDict[DispatchKind, AcrossDispatchForm] = BoundedDict(_MAX_FORMS)
 
     def catch_up(self, phase: str) -> None:
@@ -144,6 +144,7 @@ class AcrossDecoder(Decoder):
         plan = object.__new__(LazyDecodePlan)
         plan._form, plan._words, plan._made, plan._call_number = form.inside, context.empty(*form.inside.words), {}, 0
         plan.num_tokens, plan.topk_idx, plan.topk_weights = topk_idx.shape[0], topk_idx, routing.topk_weights
+        self._rails.check(signature.phase, sizes.segment * form.record_bytes)
         with context.breaking_off():  # peers wait for this rank
             x = x.clone() if request.return_hook else x  # it is the caller's again before the hook reads it
             rows = self._new_rows(form, plan, x, request.stats)
@@ -171,7 +172,7 @@ class AcrossDecoder(Decoder):
 
     def _send_across(self, form: AcrossDispatchForm, call: Call, rows: _RowsUnderWay) -> None:
         """Begin to exchange rows with other nodes."""
-        sizes, plan, words, state = form.sizes, rows.plan, rows.words, self._crossing.own_state
+        sizes, plan, words = form.sizes, rows.plan, rows.words
         own = 4 * sizes.num_relayed * sizes.top_k
         form.pack.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
@@ -182,13 +183,10 @@ class AcrossDecoder(Decoder):
             plan.num_tokens,
         )  # fmt: skip
         form.pack.launch(self.num_blocks, call.stream)
-        rows.transfer = self._crossing.exchange(
+        rows.transfer = self._rails.exchange(
             call,
-            {node: [words.mine.part(node, 1), part, state] for node, part in sizes.parts(rows.sent)},
-            {
-                node: [words.came.part(node, 1), part, words.states.part(node, 1)]
-                for node, part in sizes.parts(rows.came)
-            },
+            Messages(words.mine, sizes.segments(rows.sent)),
+            Messages(words.came, sizes.segments(rows.came), words.states),
             words.memory,
             rows.sent,
             rows.came,
@@ -197,7 +195,7 @@ class AcrossDecoder(Decoder):
     def _pass_on(self, form: AcrossDispatchForm, at: Call, rows: _RowsUnderWay) -> None:
         """Pass rows on inside the node when they have come from other nodes, and receive rows."""
         assert rows.transfer is not None
-        since = self._crossing.join(at, rows.transfer, rows.words.since)
+        since = self._rails.join(at, rows.transfer, rows.words.since)
         plan, words, layout, shape = rows.plan, rows.words, form.inside.layout, form.inside.shape
         head = (at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
         form.unpack.pack(
@@ -235,6 +233,8 @@ class AcrossDecoder(Decoder):
         if form is None or form.workspace != workspace.number:
             unencoded = kind._replace(encoding=Encoding.same)
             form = self._combines[kind] = new_combine_form(context, signature, workspace, unencoded)
+        row_bytes = encoded_bytes(y.shape[2], y.element_size(), request.encoding)
+        self._rails.check(signature.phase, sizes.segment * max(row_bytes, 4 * sizes.top_k))
         with context.breaking_off():
             sums = SumsUnderWay.new(sizes, request, y, context.device)
             sums.trace = self.trace
@@ -250,7 +250,7 @@ class AcrossDecoder(Decoder):
         """Begin a call; its kernels count the time that they wait for ranks from the first of this node on."""
         self.catch_up(signature.phase)
         first = self._topology.nodes[self._topology.node][0]
-        return self._crossing.begin(signature, 0 if stats.wait_ns is None else stats.wait_ns.data_ptr() + 8 * first)
+        return self._rails.begin(signature, 0 if stats.wait_ns is None else stats.wait_ns.data_ptr() + 8 * first)
 
     def _finish(
         self,

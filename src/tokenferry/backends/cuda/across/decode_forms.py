@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenferry.backends.cuda.across.launch import pack_decode_template, unpack_decode_template
-from tokenferry.backends.cuda.across.rails import Parcel, Rows
+from tokenferry.backends.cuda.across.rails import Rows
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.decode_forms import (
     DISPATCH_FIELDS,
@@ -87,11 +87,10 @@ class RailSizes:
         """Where the parts end."""
         return self.slots + self.max_tokens * self.num_nodes
 
-    def parts(self, tensor: Tensor) -> list[tuple[int, Parcel]]:
-        """Return the part of a tensor about all relayed tokens that is about each other node, with the node."""
+    def segments(self, tensor: Tensor) -> Rows:
+        """Return the parts of a tensor that are about each other node; it is about all relayed tokens first."""
         rows = Rows.of(tensor)
-        others = [node for node in range(self.num_nodes) if node != self.node]
-        return [(node, rows.part(i * self.segment, self.segment)) for i, node in enumerate(others)]
+        return Rows(rows.address, self.segment * rows.row_bytes)
 
     def shape(self, num_experts: int, hidden: int) -> MoeShape:
         """Return the sizes that the kernels of one node see, of calls with E experts in all."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, Encoding
-from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode_forms import RailSizes
 from tokenferry.backends.cuda.across.launch import (
     check_template,
@@ -18,6 +17,7 @@ from tokenferry.backends.cuda.across.launch import (
     sum_encoded_template,
     sum_template,
 )
+from tokenferry.backends.cuda.across.messages import MessageRails, Messages
 from tokenferry.backends.cuda.across.rail_words import RailWords
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.bounded import BoundedDict
@@ -30,6 +30,13 @@ from tokenferry.kernels.decode_words import CHUNK_COLUMNS, RECEIVE, SEND
 from tokenferry.topology import Topology
 
 _MAX_FORMS = 64
+
+
+def encoded_bytes(columns: int, item_bytes: int, encoding: Encoding) -> int:
+    """Return the bytes of a row as it crosses."""
+    if encoding is Encoding.same:
+        return columns * item_bytes
+    return -(-columns // CHUNK_COLUMNS) * packets_of_chunk(item_bytes, encoding) * 16
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +91,7 @@ class SumsUnderWay:
         sums = torch.empty(tokens, H, dtype=y.dtype, device=device)
         parts = torch.empty(sizes.num_relayed, H, dtype=y.dtype, device=device)
         if encoding is not Encoding.same:
-            row = -(-H // CHUNK_COLUMNS) * packets_of_chunk(y.element_size(), encoding) * 16
+            row = encoded_bytes(H, y.element_size(), encoding)
             packets = torch.empty(tokens, row, dtype=torch.uint8, device=device)
             parts = torch.empty(sizes.num_relayed, row, dtype=torch.uint8, device=device)
         out = request.out
@@ -132,13 +139,13 @@ class NodeSums:
     Args:
         context: Context of this rank, in its node.
         topology: The nodes.
-        crossing: Exchanges with other nodes.
+        rails: What carries messages to other nodes.
     """
 
-    def __init__(self, context: Context, topology: Topology, crossing: Crossing) -> None:
+    def __init__(self, context: Context, topology: Topology, rails: MessageRails) -> None:
         self._context = context
         self._topology = topology
-        self._crossing = crossing
+        self._rails = rails
         self._num_blocks = max(2, context.num_sms)
         self._open = open_decode_template(context, topology)
         self._check = check_template(context, topology)
@@ -162,10 +169,10 @@ class NodeSums:
         )  # fmt: skip
         self._open.launch(self._num_blocks if exact else 1, call.stream)
         if it.weights_out is not None:
-            it.transfer = self._crossing.exchange(
+            it.transfer = self._rails.exchange(
                 call,
-                {node: [words.mine.part(node, 1), part] for node, part in sizes.parts(it.weights_out)},
-                {node: [words.came.part(node, 1), part] for node, part in sizes.parts(it.weights_here)},
+                Messages(words.mine, sizes.segments(it.weights_out)),
+                Messages(words.came, sizes.segments(it.weights_here)),
                 words.memory,
                 it.weights_out,
                 it.weights_here,
@@ -178,24 +185,20 @@ class NodeSums:
         sizes, words = it.sizes, it.words
         headers = it.transfer is None  # they come with the sums
         if it.transfer is not None:
-            since = self._crossing.join(at, it.transfer, words.since)
+            since = self._rails.join(at, it.transfer, words.since)
             self._check_words(at, it, since, headers=True, states=False)
         self._inside(form, at, it, RECEIVE if self._sends_first(it) else SEND | RECEIVE)
         if it.packets is not None:
             self._encode(at, it, it.packets)
-        state = self._crossing.own_state
-        transfer = self._crossing.exchange(
+        transfer = self._rails.exchange(
             at,
-            {m: [*([words.mine.part(m, 1)] if headers else []), part, state] for m, part in sizes.parts(it.crossing)},
-            {
-                m: [*([words.came.part(m, 1)] if headers else []), part, words.states.part(m, 1)]
-                for m, part in sizes.parts(it.parts)
-            },
+            Messages(words.mine if headers else None, sizes.segments(it.crossing)),
+            Messages(words.came if headers else None, sizes.segments(it.parts), words.states),
             words.memory,
             it.crossing,
             it.parts,
         )
-        since = self._crossing.join(at, transfer, words.since)
+        since = self._rails.join(at, transfer, words.since)
         self._check_words(at, it, since, headers=headers, states=True)
         self._add_up(at, it)
 

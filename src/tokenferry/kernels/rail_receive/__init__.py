@@ -1,0 +1,1 @@
+"""The kernel rail_receive; the head of kernel.cuh documents it."""

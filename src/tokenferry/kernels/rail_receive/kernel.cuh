@@ -1,0 +1,87 @@
+// rail_receive: across nodes, in a decode call of a group that puts: waits for the messages of the exchange that rail_send has begun,
+// and copies them to where the call wants them.
+//
+// Grid     any number of blocks, which take chunks of bodies round robin. Waits for the ranks across from this one.
+// Reads    the landing and the flags of this rank: see device/rails.cuh.
+// Writes   bodies [N - 1][body_bytes]; headers [N][kRailWords] and states [N][2], where they are not null. Of a message whose body
+//          has another size only the head: the other rank has made another call, or has failed.
+// Faults   If nothing comes within the deadline, this rank gives up; what has not come is left as it is.
+// Cost     reads and writes N - 1 bodies. sm_90a: <= 64 registers, 0 spills, 16 B of static shared memory.
+// Tests    tests/cuda/test_rail_messages.py, tests/emulator/test_across_puts.py, tests/compile.
+#include "device/copy.cuh"
+#include "device/rails.cuh"
+
+constexpr u32 kFailed = 0;  // this rank has given up
+constexpr u32 kCame = 1;
+constexpr u32 kOther = 2;  // the body of this message has another size
+
+// Returns whether to go on polling a flag; false: this rank has given up, or does now.
+DEV bool may_wait_across(const RailReceiveParams& p, const u64* flag, u32 epoch, u32 m, u64& start) {
+    const ControlBlock* mine = control_block(p, p.rank);
+    if (load_relaxed(&mine->failed)) return false;
+    const u64 now = clock_ns();
+    if (!start) start = now;
+    for (u32 r = 0; r < p.num_ranks; r++) {
+        const u64 lost = load_relaxed(&mine->gave_up[r]);
+        if (!lost || is_closed(lost, r) || has_come(flag, epoch)) continue;
+        give_up(p, kPeerGaveUp, r, (u32)(lost >> 32), epoch_in(load_relaxed(flag)), epoch, (u32)lost, now - start);
+        return false;
+    }
+    if (now - start <= p.timeout_ns || has_come(flag, epoch)) return true;
+    give_up(p, kLateNode, p.rank, m * p.num_ranks + p.rank, epoch_in(load_relaxed(flag)), epoch, p.rank, now - start);
+    return false;
+}
+
+// Waits for a chunk from node m; one thread.
+DEV u32 wait_for_chunk(const RailReceiveParams& p, u32 epoch, u32 m, u32 chunk) {
+    const u64* first = flag_in(p, p.region, epoch, m, 0);
+    u64 start = 0;
+    for (u32 spins = 1;; spins++) {
+        const u64 seen = load_relaxed(first + chunk);
+        if (epoch_in(seen) == epoch) return (u32)seen == p.body_bytes ? kCame : kOther;
+        if (spins % 128) continue;
+        const u64 head = load_relaxed(first);  // a smaller body may have no such chunk
+        if (epoch_in(head) == epoch && (u32)head != p.body_bytes) return kOther;
+        if (!may_wait_across(p, first + chunk, epoch, m, start)) return kFailed;
+    }
+}
+
+// Returns whether there is a node that is not mapped.
+DEV bool puts_any(const RailReceiveParams& p) {
+    for (u32 m = 0; m < p.num_nodes; m++)
+        if (m != p.node && !mapped_region(p, m)) return true;
+    return false;
+}
+
+DEV void read_head(const RailReceiveParams& p, u32 m, const u8* message) {
+    const u32* words = reinterpret_cast<const u32*>(message);
+    const u32 i = threadIdx.x;
+    if (p.headers && i < kRailWords) p.headers[m * kRailWords + i] = words[i];
+    if (p.states && i < 2) p.states[m * 2 + i] = words[kRailWords + i];
+}
+
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) rail_receive(const __grid_constant__ RailReceiveParams p) {
+    __shared__ u32 found;
+    const ControlBlock* mine = control_block(p, p.rank);
+    if (load_relaxed(&mine->failed)) return;
+    const u32 epoch = load_relaxed(&mine->crossed), chunks = num_chunks(p), warp = threadIdx.x / 32;
+    for (u32 unit = blockIdx.x; unit < (p.num_nodes - 1) * chunks; unit += gridDim.x) {
+        const u32 m = node_of_unit(p, unit), chunk = unit / (p.num_nodes - 1);
+        if (threadIdx.x == 0) found = wait_for_chunk(p, epoch, m, chunk);
+        __syncthreads();
+        const u32 what = found;
+        fence_system();
+        __syncthreads();
+        if (what == kFailed) return;
+        const u8* message = message_in(p, p.region, epoch, m);
+        if (chunk == 0) read_head(p, m, message);
+        if (what != kCame) continue;
+        const u32 bytes = min(p.body_bytes - chunk * kRailChunk, kRailChunk),
+                  piece = bytes / 16 / (blockDim.x / 32) * 16;
+        const u32 begin = warp * piece, end = warp == blockDim.x / 32 - 1 ? bytes : begin + piece;
+        const u8* from = message + kMessageHead + chunk * kRailChunk;
+        warp_copy(body_of(p, m, chunk) + begin, from + begin, end - begin);
+    }
+    // When an exchange is over, what this rank has put is complete: peers need do nothing for it.
+    if (blockIdx.x == 0 && threadIdx.x == 0 && puts_any(p)) quiet(p);
+}

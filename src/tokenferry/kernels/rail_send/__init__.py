@@ -1,0 +1,1 @@
+"""The kernel rail_send; the head of kernel.cuh documents it."""
