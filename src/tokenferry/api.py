@@ -96,7 +96,8 @@ class ExpertGroup(Connected):
             choice and the reason.
         transport: How CPU ranks reach each other: ``"shared_memory"`` (shared memory, all ranks on one host),
             ``"process_group"`` (send and receive of torch.distributed) or ``"auto"`` for the best one that works
-            for all ranks. Anything but ``"auto"`` excludes backend cuda.
+            for all ranks. These exclude backend cuda. ``"nvshmem"``: on GPUs of several nodes decode calls put what
+            crosses into memory of other nodes with NVSHMEM, where otherwise NCCL exchanges it; excludes backend cpu.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, or 100 if it is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
             (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
@@ -200,7 +201,8 @@ class ExpertGroup(Connected):
         """The transport in use; "none" for a group of one rank.
 
         "nvlink", "shared_memory" or "process_group"; with several nodes "shared_memory+process_group", on GPUs
-        "nvlink+nccl": the first within a node, the second between nodes. Nodes of one rank have the second alone.
+        "nvlink+nccl": the first within a node, the second between nodes. Nodes of one rank have the second alone. With
+        ``transport="nvshmem"`` there is a third for decode calls: "nvlink+nccl+nvshmem".
         """
         return self._backend.transport
 

@@ -14,6 +14,7 @@ from tokenferry.forked import forget_in_child, owner
 from tokenferry.topology import consecutive
 from tokenferry.types import BackendName, MoeShape, TimeoutPolicy, TransportName
 
+_OF_CPUS = ("shared_memory", "process_group")
 _NO_MEMBER = dist.GroupMember.NON_GROUP_MEMBER
 
 
@@ -34,9 +35,9 @@ def resolve_options(
         raise ConfigError(f"ExpertGroup: timeout_s: expected a finite number of seconds above 0, got {timeout_s!r}")
     if on_timeout not in ("raise", "mask"):
         raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
-    if transport not in ("auto", "shared_memory", "process_group"):
+    if transport not in ("auto", *_OF_CPUS, "nvshmem"):
         raise ConfigError(
-            f'ExpertGroup: transport: expected "auto", "shared_memory" or "process_group", got {transport!r}'
+            f'ExpertGroup: transport: expected "auto", "shared_memory", "process_group" or "nvshmem", got {transport!r}'
         )
     check_divides("ExpertGroup", shape, num_ranks)
     if ranks_per_node is None:
@@ -47,6 +48,7 @@ def resolve_options(
         consecutive(num_ranks, ranks_per_node)
     if group is None:
         _warn_of_others()
+    chosen = f"transport={transport!r}"
     return Resolved(
         shape,
         settings.backend if backend == "auto" else backend,
@@ -57,7 +59,8 @@ def resolve_options(
         cache_folder=settings.cache_dir,
         fast_path=settings.fast_path,
         ranks_per_node=ranks_per_node,
-        cpu_only="" if transport == "auto" else f"transport={transport!r} is a transport of the CPU backend",
+        cpu_only=f"{chosen} is a transport of the CPU backend" if transport in _OF_CPUS else "",
+        cuda_only=f"{chosen} is a transport of the CUDA backend" if transport == "nvshmem" else "",
     )
 
 

@@ -32,7 +32,7 @@ from tokenferry.errors import ConfigError
 BackendName = Literal["auto", "cpu", "cuda"]
 """``ExpertGroup(backend=...)``."""
 
-TransportName = Literal["auto", "shared_memory", "process_group"]
+TransportName = Literal["auto", "shared_memory", "process_group", "nvshmem"]
 """``ExpertGroup(transport=...)``."""
 
 TimeoutPolicy = Literal["raise", "mask"]

@@ -96,6 +96,16 @@ def test_cuda_refuses_what_only_the_cpu_can(monkeypatch):
     assert not cuda.asked
 
 
+def test_the_cpu_refuses_what_only_cuda_can(monkeypatch):
+    cuda = Cuda(monkeypatch, "")
+    with pytest.raises(ConfigError, match="backend='cpu': transport='nvshmem' is a transport of the CUDA backend"):
+        choice("cpu", transport="nvshmem")
+    assert choice("auto", transport="nvshmem") is cuda
+    Cuda(monkeypatch, "rank 1 has no GPU")
+    with pytest.raises(BackendUnavailable, match=r"of the CUDA backend, and .* cannot run: rank 1 has no GPU"):
+        choice("auto", transport="nvshmem")
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ConfigError, match="expected 'auto', 'cpu' or 'cuda', got 'tpu'"):
         choice("tpu")

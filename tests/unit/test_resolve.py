@@ -20,7 +20,7 @@ from tokenferry import (
     Routing,
     RoutingError,
 )
-from tokenferry.backends.cuda.across import nccl
+from tokenferry.backends.cuda.across import nccl, nvshmem
 from tokenferry.backends.cuda.setup import _unfit
 from tokenferry.checks import Checks
 from tokenferry.options import resolve_options
@@ -265,6 +265,23 @@ def test_topologies_that_cuda_cannot_have(monkeypatch, num_ranks, per_node, mess
     monkeypatch.setattr(nccl, "why_not", lambda: "libnccl.so.2 was not found")
     options = resolve_options(None, SHAPE, "auto", "auto", None, "raise")
     assert _unfit(options, Topology(0, consecutive(num_ranks, per_node))) == message
+
+
+@pytest.mark.parametrize(
+    ("per_node", "nvshmem_says", "message"),
+    [
+        (4, "", "transport='nvshmem': all ranks are on one node, whose decode calls use NVLink"),
+        (2, "it was not found", "transport='nvshmem': it was not found"),
+        (2, "", ""),
+    ],
+)
+def test_nvshmem_is_between_nodes(per_node, nvshmem_says, message):
+    options = resolve_options(None, SHAPE, "auto", "nvshmem", None, "raise")
+    with (
+        mock.patch.object(nccl, "why_not", return_value=""),
+        mock.patch.object(nvshmem, "why_not", return_value=nvshmem_says),
+    ):
+        assert _unfit(options, Topology(0, consecutive(4, per_node))) == message
 
 
 def test_no_rank_is_masked_across_nodes_on_gpus():

@@ -42,7 +42,7 @@ class Resolved:
     Attributes:
         shape: The sizes all ranks agree on.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        transport: How CPU ranks reach each other; backend cuda ignores it.
+        transport: How CPU ranks reach each other, which backend cuda ignores; or ``"nvshmem"``.
         timeout_s: Seconds that any wait for a peer may take.
         mask_on_timeout: Decode calls mask a silent rank instead of raising.
         heap_bytes: GPU memory for rows that peers write or read; None: chosen by the backend, for the shape.
@@ -50,6 +50,7 @@ class Resolved:
         fast_path: Whether calls may take the `FastPath`.
         ranks_per_node: Consecutive ranks that form a node; None: the ranks of a host do.
         cpu_only: Why only the CPU backend can honour an option of this rank; empty if there is none.
+        cuda_only: Why only the CUDA backend can.
     """
 
     shape: MoeShape
@@ -62,6 +63,7 @@ class Resolved:
     fast_path: bool = True
     ranks_per_node: int | None = None
     cpu_only: str = ""
+    cuda_only: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -29,6 +29,8 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"ExpertGroup: backend: expected 'auto', 'cpu' or 'cuda', got {name!r}")
     if name == "cpu":
+        if resolved.cuda_only:
+            raise ConfigError(f"ExpertGroup: backend='cpu': {resolved.cuda_only}; leave it out, or use backend='cuda'")
         return make_cpu_backend(group, resolved)
     if name == "cuda" and resolved.cpu_only:
         raise ConfigError(f"ExpertGroup: backend='cuda': {resolved.cpu_only}; leave it out, or use backend='cpu'")
@@ -36,13 +38,17 @@ def make_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Backend
         from tokenferry.backends.cuda.setup import make_cuda_backend, why_not_cuda
     except (ImportError, OSError) as error:  # such as for want of descriptors
         why_not = _decline_cuda(group, resolved, error)
-        if name == "cuda":
+        if name == "cuda" or resolved.cuda_only:
             raise BackendUnavailable(f"ExpertGroup: backend='cuda' cannot run: {why_not}") from error
     else:
         if name == "cuda":
             return make_cuda_backend(group, resolved)
         # Collective: every rank calls it, even one that knows its own answer.
         why_not = why_not_cuda(group, resolved)
+        if why_not and resolved.cuda_only:
+            raise BackendUnavailable(
+                f"ExpertGroup: {resolved.cuda_only}, and backend='cuda' cannot run: {why_not}; leave it out"
+            )
     backend = make_cpu_backend(group, resolved) if why_not else make_cuda_backend(group, resolved)
     instead = f"; not cuda: {why_not}" if why_not else ""
     choice = f"ExpertGroup: backend 'auto' chose {backend.name} ({backend.why}){instead}"

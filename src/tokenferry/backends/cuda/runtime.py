@@ -10,6 +10,7 @@ import torch
 
 from tokenferry.jit.driver import Device
 from tokenferry.jit.kernel import Jit, KernelSpec
+from tokenferry.jit.linker import DeviceLibrary
 from tokenferry.memory.streams import CudaStreams, Streams
 
 
@@ -30,13 +31,16 @@ class Runtime:
     num_sms: int
 
 
-def cuda_runtime(device: torch.device, cache: Path, specs: Sequence[KernelSpec]) -> Runtime:
+def cuda_runtime(
+    device: torch.device, cache: Path, specs: Sequence[KernelSpec], library: DeviceLibrary | None = None
+) -> Runtime:
     """Return the runtime of a GPU, and begin to compile its kernels, so that first calls wait for few of them.
 
     Args:
         device: The GPU.
         cache: Folder of compiled kernels.
         specs: The kernels that calls may need, the first ones first.
+        library: What relocatable ones are linked with.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
@@ -44,6 +48,6 @@ def cuda_runtime(device: torch.device, cache: Path, specs: Sequence[KernelSpec])
     index = device.index or 0
     driver = Device(index)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    jit = Jit(index, cache)
+    jit = Jit(index, cache, library=library)
     jit.compile_ahead(specs)
     return Runtime(jit, driver, CudaStreams(driver), num_sms)

@@ -13,11 +13,12 @@ import torch.distributed as dist
 
 from tokenferry import tuning
 from tokenferry.backends.base import Resolved
-from tokenferry.backends.cuda.across import nccl
+from tokenferry.backends.cuda.across import nccl, nvshmem
 from tokenferry.backends.cuda.across.backend import AcrossBackend, Links
 from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, new_unique_id
 from tokenferry.backends.cuda.across.nccl_channel import NcclChannel, connect
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
+from tokenferry.backends.cuda.across.puts import region_sizes
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.peers import Peers, Process
@@ -128,6 +129,7 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         terms = {
             "shape": str(resolved.shape),
             "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
+            "transport": resolved.transport if resolved.cuda_only else "auto",
             "ranks_per_node": topology.ranks_per_node,
             "heap bytes": num_bytes,
         }
@@ -137,13 +139,17 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         compare_terms([handshake["terms"] for handshake in handshakes])
         key, group_id = handshakes[0]["key"], handshakes[0]["group_id"]
         peers = Peers([Process(**handshakes[peer]["process"]) for peer in here])
+    sizes = region_sizes(resolved.shape, topology) if resolved.cuda_only else None
     window = share(table, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
     backend: CudaBackend | None = None
     reason = ""
     try:
         if group is not None and table is not None and topology.num_nodes > 1:
             reports = FailureReports(group, group_id, topology)
-            links = Links(nccl_rails(table, resolved, topology, reports))
+            network = None
+            if sizes is not None:
+                network = nvshmem.make_network(table, topology, sizes, device, resolved.timeout_s)
+            links = Links(nccl_rails(table, resolved, topology, reports), network)
             backend = assemble_across(window, resolved, key, topology, links)
         else:
             why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
@@ -230,7 +236,11 @@ def assemble_across(
         links: What carries exchanges between nodes.
         runtime: Kernels and streams; None: those of the window's GPU.
     """
-    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder), (*SPECS, *ACROSS_NODES))
+    if runtime is None:
+        network = links.network
+        specs = (*SPECS, *ACROSS_NODES, *(() if network is None else (network.send, network.receive)))
+        library = None if network is None else network.library
+        runtime = cuda_runtime(window.device, Path(resolved.cache_folder), specs, library)
     first = topology.nodes[topology.node][0]
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
     why = f"every rank has a GPU that reaches its peers, on {topology}"
@@ -255,6 +265,11 @@ def _unfit(resolved: Resolved, topology: Topology) -> str:
     reason = nccl.why_not() if topology.num_nodes > 1 else ""
     if reason:
         return f"{topology}, and there is no NCCL to connect them: {reason}"
+    if resolved.cuda_only:
+        one = "all ranks are on one node, whose decode calls use NVLink" if topology.num_nodes == 1 else ""
+        reason = one or nvshmem.why_not()
+        if reason:
+            return f"transport='nvshmem': {reason}"
     if topology.num_nodes > 1 and resolved.mask_on_timeout:
         return f"on_timeout='mask' needs all ranks on one node, and these are {topology}"
     heap_bytes = resolved.heap_bytes or 0
