@@ -118,8 +118,8 @@ class Model:
         self.device_type = device.type
         mesh = init_device_mesh(device.type, (group.num_ranks,))
         torch.manual_seed(session.settings.seed)
-        with device:
-            model = LanguageModel(session.settings, lambda seed: _experts(session, group, name, seed))
+        with device:  # where a Router is made
+            model = LanguageModel(session.settings, device, lambda seed: _experts(session, group, name, seed))
         experts = parallelize(model, mesh) if name == OURS else _expert_parameters(model)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, ignored_params=experts)
@@ -188,13 +188,13 @@ def _experts(session: Session, group: ExpertGroup, name: str, seed: int) -> nn.M
 class Block(nn.Module):
     """A layer of the model: attention to the bytes before, then experts."""
 
-    def __init__(self, settings: Settings, moe: nn.Module) -> None:
+    def __init__(self, hidden: int, device: torch.device, moe: nn.Module) -> None:
         super().__init__()
-        hidden = settings.hidden
         self.heads = hidden // HEAD
-        self.attention_norm, self.expert_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.attention_norm = nn.RMSNorm(hidden, dtype=torch.float32, device=device)
+        self.expert_norm = nn.RMSNorm(hidden, dtype=torch.float32, device=device)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False, dtype=torch.float32, device=device)
+        self.out = nn.Linear(hidden, hidden, bias=False, dtype=torch.float32, device=device)
         with torch.no_grad():
             self.out.weight[: hidden // ROUTED] = 0
         self.moe = moe
@@ -213,16 +213,18 @@ class LanguageModel(nn.Module):
 
     Args:
         settings: The sizes.
+        device: Where the weights are.
         experts: Returns the experts of a block, for the seed of their weights.
     """
 
-    def __init__(self, settings: Settings, experts: Callable[[int], nn.Module]) -> None:
+    def __init__(self, settings: Settings, device: torch.device, experts: Callable[[int], nn.Module]) -> None:
         super().__init__()
         assert settings.model is not None
-        self.embedding = nn.Embedding(BYTES, settings.hidden)
-        self.blocks = nn.ModuleList(Block(settings, experts(seed)) for seed in range(settings.model.layers))
-        self.norm = nn.RMSNorm(settings.hidden)
-        self.head = nn.Linear(settings.hidden, BYTES, bias=False)
+        hidden, seeds = settings.hidden, range(settings.model.layers)
+        self.embedding = nn.Embedding(BYTES, hidden, dtype=torch.float32, device=device)
+        self.blocks = nn.ModuleList(Block(hidden, device, experts(seed)) for seed in seeds)
+        self.norm = nn.RMSNorm(hidden, dtype=torch.float32, device=device)
+        self.head = nn.Linear(hidden, BYTES, bias=False, dtype=torch.float32, device=device)
 
     def forward(self, text: Tensor) -> Tensor:
         """Return ``[B, S, 256]`` logits of the next byte for ``[B, S]`` bytes."""
