@@ -46,6 +46,9 @@ RAIL_CHUNK_BYTES = 2 << 20
 """Least bytes of a chunk between nodes: smaller messages do not reach the rate of a network card."""
 MOST_RAIL_CHUNKS = 8
 """Most chunks between two nodes: the last one is passed on when the network is done, which takes an eighth then."""
+ROUTING_AT_ONCE_BYTES = 512 << 10
+"""Most bytes of a routing of M tokens for all other nodes that crosses along with the headers of a dispatch, used or
+not. A network card takes 10 us for so many; an exchange of its own takes the host alone 10 to 40 us."""
 
 _ROWS_AT_ONCE = 8  # rows that the warps of one SM move concurrently
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum concurrently
@@ -236,6 +239,11 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
 def rail_chunks(max_tokens: int, row_bytes: int) -> int:
     """Return in how many chunks the rows for one node cross, so that one is passed on while the next one crosses."""
     return max(1, min(max_tokens * row_bytes // RAIL_CHUNK_BYTES, MOST_RAIL_CHUNKS))
+
+
+def routing_at_once(max_tokens: int, token_bytes: int, num_others: int) -> bool:
+    """Return whether the routing for the other nodes crosses before its size is known, for M tokens each. Pure."""
+    return num_others * max_tokens * token_bytes <= ROUTING_AT_ONCE_BYTES
 
 
 def num_pushers(num_sms: int) -> int:

@@ -140,6 +140,11 @@ def test_ranks_that_act_for_several_sources(num_ranks, segments, local, layout):
         planner = Planner(ranks_of(num_ranks), topk_idx, num_experts, form, segments)
         planner.run()
         check(planner, Expected(choices, num_experts, form, segments), f"{segments} x {num_ranks} {routing} {form}")
+        for sizes, lengths in zip(planner.sizes, planner.lengths, strict=True):
+            assert sizes[:segments].tolist() == lengths
+            assert sizes[2 * segments].item() == 128 * planner.longest
+            rest = torch.cat([sizes[segments : 2 * segments], sizes[2 * segments + 1 :]])
+            assert bool((rest.cpu().view(torch.uint8) == POISON).all()), "too much is written"
 
 
 def test_a_rank_that_takes_no_part_counts_for_nothing():

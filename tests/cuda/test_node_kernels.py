@@ -10,6 +10,7 @@ from tokenferry.kernels.across_open import spec as open_spec
 from tokenferry.kernels.codes import TYPES
 from tokenferry.kernels.combine_nodes import spec as sum_spec
 from tokenferry.kernels.control_block import (
+    HOST_CAME_WORD,
     NOTHING_CAME,
     RAIL_SPACE_WORD,
     RAIL_WORDS,
@@ -18,6 +19,7 @@ from tokenferry.kernels.control_block import (
     Fault,
 )
 from tokenferry.kernels.dispatch_pack import spec as pack_spec
+from tokenferry.kernels.dispatch_relay import spec as relay_spec
 
 TOPOLOGIES = ((2, 2, 2), (6, 3, 4), (4, 1, 1), (70, 35, 2))
 """Ranks, nodes, and experts of a rank."""
@@ -88,6 +90,29 @@ def test_room_for_all_tokens_on_each_node():
         assert made[rank]["tokens_out"][rows].tolist() == want.tokens_out
         assert made[rank]["ids_out"][rows].tolist() == want.ids_out
         unused = torch.ones(len(made[rank]["ids_out"]), dtype=torch.bool)
+        unused[rows] = False
+        assert bool((made[rank]["ids_out"][unused].view(torch.uint8) == POISON).all())
+
+
+@pytest.mark.parametrize("capacity", [0, 200])
+def test_routing_for_each_node_in_the_room_of_all_tokens(capacity):
+    """Slots stay as they are without it."""
+    ranks, apart = ranks_of(2), 200
+    choices = [[[0, 4], [9, 2], [-1, 11]], [[4, 8]] * 130]
+    splitter = Splitter(
+        ranks, [Nodes(12, 6, 3, 1), Nodes(12, 6, 3, 0)], [torch.tensor(one) for one in choices], capacity=capacity
+    )
+    splitter.split()
+    ranks.wait()
+    ranks.check_quiet()
+    made = splitter.rails(apart)
+    for rank, nodes in enumerate(splitter.nodes):
+        want, others = Split(nodes, choices[rank], capacity), [m for m in range(3) if m != nodes.node]
+        assert made[rank]["slots"].tolist() == want.slots
+        rows = [apart * i + j for i, m in enumerate(others) for j in range(want.counts[m])]
+        assert made[rank]["tokens_out"][rows].tolist() == want.tokens_out
+        assert made[rank]["ids_out"][rows].tolist() == want.ids_out
+        unused = torch.ones(2 * apart, dtype=torch.bool)
         unused[rows] = False
         assert bool((made[rank]["ids_out"][unused].view(torch.uint8) == POISON).all())
 
@@ -250,6 +275,57 @@ def of_check(ranks: Ranks) -> dict[str, object]:
         "node": 0,
         "handshake": HANDSHAKE,
     }
+
+
+def of_relay(ranks: Ranks, capacity: int) -> dict[str, object]:
+    """Return the fields of dispatch_relay on node 0 of three; nothing is read of its own header."""
+    others = [[*HEADER[:SIGNATURE_WORDS], num, 0] for num in (30, 130)]
+    return {
+        "headers": ranks.on_device(torch.tensor([[-1] * RAIL_WORDS, *others], dtype=torch.int32)),
+        "mine": ranks.on_device(torch.tensor([[-1] * RAIL_WORDS, others[1], others[0]], dtype=torch.int32)),
+        "sizes": ranks.poisoned(8, dtype=torch.int32),
+        "dst_counts": ranks.on_device(torch.zeros(6, dtype=torch.int64)),
+        "host": ranks.pinned(torch.full((HOST_CAME_WORD + 3,), -1).int()),
+        "num_tokens": 9,
+        "segment": 256,
+        "capacity": capacity,
+        "num_nodes": 3,
+        "node": 0,
+        "handshake": HANDSHAKE,
+    }
+
+
+@pytest.mark.parametrize("capacity", [0, 200])
+def test_how_many_tokens_come(capacity):
+    """By node, to the plan and the host, which gets the number of the call last; of the own node, all."""
+    ranks = ranks_of(1)
+    ranks.call += 1
+    fields = of_relay(ranks, capacity)
+    ranks.launch(relay_spec.SPEC, [fields], (1, relay_spec.THREADS, 0))
+    ranks.wait()
+    ranks.check_quiet()
+    came, went = ([9, 200, 200],) * 2 if capacity else ([9, 30, 130], [9, 130, 30])
+    sizes = fields["sizes"].cpu()
+    assert [*sizes[:6].tolist(), sizes[7].item()] == [*came, *went, 256]
+    assert bool((sizes[6:7].view(torch.uint8) == POISON).all()), "that is for dispatch_notify"
+    assert fields["host"].tolist() == [ranks.call, *came]
+
+
+@pytest.mark.parametrize("word", [None, 0, SIGNATURE_WORDS - 1])
+def test_a_rank_across_has_not_made_this_dispatch(word):
+    """It made another call, or (None) nothing has come of it: the host gets no counts."""
+    ranks = ranks_of(1)
+    fields = of_relay(ranks, 0)
+    if word is None:
+        fields["headers"][2] = 0
+    else:
+        fields["headers"][2, word] += 1
+    ranks.launch(relay_spec.SPEC, [fields], (1, relay_spec.THREADS, 0))
+    ranks.wait()
+    record = ranks.record(0)
+    assert record is not None
+    assert record.code == (Fault.node_gave_up if word is None else Fault.node_mismatch)
+    assert fields["host"].tolist()[0] == -1, "the host is told counts"
 
 
 @pytest.mark.parametrize("has_plan", [False, True])

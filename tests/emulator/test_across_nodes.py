@@ -53,6 +53,12 @@ def test_round_trips(run, ranks, per_node):
     run(ranks, throughput_jobs.round_trips, ranks, ranks_per_node=per_node)
 
 
+def test_round_trips_whose_routing_crosses_later(run, monkeypatch):
+    """In the size that it has, when that is known: of M tokens it would be too large."""
+    monkeypatch.setattr(tuning, "ROUTING_AT_ONCE_BYTES", 0)
+    run(4, throughput_jobs.round_trips, 4, ranks_per_node=2)
+
+
 def many_tokens(rank: int, pg: None, pair: EmulatedPair) -> None:
     """Segments of several units, and of one that is exactly full."""
     for tokens in ((140, 0, 129, 300), (128, 128, 256, 1)):
@@ -312,9 +318,15 @@ def count_bytes(rank: int, pg: None, pair: EmulatedPair) -> tuple[int, int, int]
         return tuple(counted)
 
 
-def test_a_row_crosses_once_for_each_node(run):
-    """However many ranks want it there. Dispatch: header, ids and token numbers, rows with scales and weights."""
-    rows, header, routing, state = 3, 68, 3 * (2 * 8 + 4), 8
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_row_crosses_once_for_each_node(run, monkeypatch, at_once):
+    """However many ranks want it there. Dispatch: header, ids and token numbers, rows with scales and weights.
+
+    Ids and token numbers are those of M tokens, and if these are too many, of the tokens that cross.
+    """
+    if not at_once:
+        monkeypatch.setattr(tuning, "ROUTING_AT_ONCE_BYTES", 0)
+    rows, header, routing, state = 3, 68, (8 if at_once else 3) * (2 * 8 + 4), 8
     want = (header + routing + rows * (32 + 12 + 8) + state, *[header + rows * 64 + state] * 2)
     assert run(4, count_bytes, ranks_per_node=2) == [want] * 4
 
@@ -583,8 +595,13 @@ def stops_at(rank: int, pg: None, pair: EmulatedPair, number: int) -> PeerTimeou
         return None if rank == LOST else caught.value
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7])
-def test_a_rank_is_lost_in_the_middle_of_a_call(run, number):
-    """Before any exchange of a dispatch (headers, routing, rows), a redispatch (headers, rows) or a combine."""
+@pytest.mark.parametrize(("number", "at_once"), [*((i, True) for i in range(1, 7)), (2, False), (3, False)])
+def test_a_rank_is_lost_in_the_middle_of_a_call(run, monkeypatch, number, at_once):
+    """Before any exchange of a dispatch (headers with routing, rows), a redispatch (headers, rows) or a combine.
+
+    A dispatch whose routing is large: headers, routing, rows.
+    """
+    if not at_once:
+        monkeypatch.setattr(tuning, "ROUTING_AT_ONCE_BYTES", 0)
     for error in run(4, stops_at, number, ranks_per_node=2)[:LOST]:
         assert (error.peers, error.nodes) == ((LOST,), (1,)), error

@@ -50,5 +50,5 @@ def check_counts(planner, expected, rank, what):
         for counts in (expected.src_counts(rank), expected.dst_counts(rank))
     ]
     host = [planner.ranks.call, *by_segment[0], *unused, *by_segment[1], *unused]
-    host += [max(expected.ends), planner.segment_units if planner.segments > 1 else 0]
+    host += [max(expected.ends), planner.longest]
     assert t.host.tolist() == [*host, *expected.expert_counts(rank)], f"{what} host words"

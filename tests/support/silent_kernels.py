@@ -37,6 +37,29 @@ _PROPERTIES = frozenset(
     ("__get__", "data_ptr", "is_contiguous", "element_size", "numel", "stride", "dim", "size", "is_inference")
 )
 Launch = tuple[str, int, int, int, dict[str, Any]]
+_ADDRESSES = """
+windows record host x scale weights topk_idx table bases dst_counts src_counts expert_counts expert_offsets places
+dst_token rows_out rows_in rows row_idx source to out bias0 bias1 weights_out workspaces scale_out received src_token
+src_range row_weights choices masked_out trace y pending slots ids_here ids_out tokens_out tokens headers mine sizes
+goes comes states own parts own_weights parts_weights
+"""
+"""Params that differ from process to process."""
+
+
+def values_of(params: Any) -> dict[str, Any]:
+    """Return the fields of a params struct."""
+    values = {name: getattr(params, name) for name, _ in params._fields_}
+    return {name: list(value) if isinstance(value, ctypes.Array) else value for name, value in values.items()}
+
+
+def comparable(launch: Launch) -> tuple[Any, ...]:
+    """Return a launch without its addresses, of which only zeros are compared."""
+    name, *sizes, values = launch
+    return (
+        name,
+        sizes,
+        {field: bool(value) if field in _ADDRESSES.split() else value for field, value in values.items()},
+    )
 
 
 class SilentKernel:
@@ -49,9 +72,7 @@ class SilentKernel:
         return self._spec.params.struct()
 
     def launch(self, params: Any, grid: int, block: int, smem_bytes: int, stream: int) -> None:
-        values = {name: getattr(params, name) for name, _ in params._fields_}
-        values = {name: list(value) if isinstance(value, ctypes.Array) else value for name, value in values.items()}
-        self._launches.append((self._spec.name, grid, block, smem_bytes, values))
+        self._launches.append((self._spec.name, grid, block, smem_bytes, values_of(params)))
         if self._spec.name in ("dispatch_notify", "dispatch_fused"):
             words, first = self._words[0], RECORD_WORDS + 1
             for rank in range(NUM_RANKS):

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-from support.silent_kernels import HEAP_BYTES, Launch, SilentKernel, Window
+from support.silent_kernels import HEAP_BYTES, Launch, SilentKernel, Window, values_of
 from tokenferry import ExpertGroup, MoeShape
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across.backend import Links
@@ -21,6 +21,7 @@ from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble_across
 from tokenferry.kernels.codes import UNIT_TOKENS
 from tokenferry.kernels.control_block import (
+    HOST_CAME_WORD,
     HOST_MOST_WORD,
     HOST_NODES_WORD,
     HOST_ROWS_WORD,
@@ -45,13 +46,16 @@ class NodeKernel(SilentKernel):
             words[RECORD_WORDS + HOST_MOST_WORD] = 2 * num[0]
             words[RECORD_WORDS + HOST_UNITS_WORD] = -(-num[0] // UNIT_TOKENS)
             words[RECORD_WORDS] = params.call_number
-        self._launches.append((name, grid, block, smem_bytes, {}))
+        self._launches.append((name, grid, block, smem_bytes, values_of(params)))
         if name == "dispatch_split":
             num = self._words[1]
             num[0] = params.num_tokens
             host = (ctypes.c_int32 * (HOST_NODES_WORD + 2)).from_address(params.host)
             host[HOST_ROWS_WORD], host[HOST_NODES_WORD], host[HOST_NODES_WORD + 1] = 2 * num[0], num[0], num[0]
             host[0] = params.call_number
+        if name == "dispatch_relay":
+            host, num = (ctypes.c_int32 * (HOST_CAME_WORD + 2)).from_address(params.host), self._words[1]
+            host[:] = [params.call_number, num[0], num[0]]
         if name in ("dispatch_split", "across_open"):
             headers = (ctypes.c_int32 * (2 * RAIL_WORDS)).from_address(params.headers)
             row = [*list(params.handshake)[:SIGNATURE_WORDS], *[0] * (RAIL_WORDS - SIGNATURE_WORDS)]
@@ -60,13 +64,19 @@ class NodeKernel(SilentKernel):
 
 
 class Mirror:
-    """A channel that brings what was sent, at once."""
+    """A channel that brings what was sent, at once.
+
+    Attributes:
+        exchanges: The bytes of each parcel sent and received, by node.
+    """
 
     def __init__(self) -> None:
-        self.num_exchanges = 0
+        self.exchanges: list[tuple[dict[int, list[int]], ...]] = []
 
     def start(self, send: Parcels, recv: Parcels) -> Marks:
-        self.num_exchanges += 1
+        self.exchanges.append(
+            tuple({node: [parcel.num_bytes for parcel in each] for node, each in all_.items()} for all_ in (send, recv))
+        )
         for node, parcels in recv.items():
             for (address, num_bytes), sent in zip(parcels, send.get(node, ()), strict=False):
                 if num_bytes <= 4 * RAIL_WORDS:  # the host reads nothing else
@@ -88,7 +98,7 @@ class SilentNodes:
         channel: What carries exchanges.
     """
 
-    def __init__(self, shape: MoeShape) -> None:
+    def __init__(self, shape: MoeShape, *, fast_path: bool = True) -> None:
         self.launches: list[Launch] = []
         words: list[Any] = []
         kernels: dict[Any, NodeKernel] = {}
@@ -98,7 +108,7 @@ class SilentNodes:
 
         jit = SimpleNamespace(kernel=kernel, warmup=lambda _: None)
         driver = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda _: (0,)), current=nullcontext)
-        resolved = Resolved(shape, "cuda", "auto", 20.0, False, HEAP_BYTES, "", fast_path=True)
+        resolved = Resolved(shape, "cuda", "auto", 20.0, False, HEAP_BYTES, "", fast_path=fast_path)
         topology = Topology(0, ((0,), (1,)))
         window = Window()
         window.bases, window.num_ranks = [window.base], 1

@@ -108,12 +108,12 @@ class Splitter:
         ]
         self.ranks.launch(split_spec.SPEC, fields, (2, split_spec.THREADS, self.smem()), self.config)
 
-    def rails(self) -> list[dict[str, Tensor]]:
+    def rails(self, apart: int = 0) -> list[dict[str, Tensor]]:
         """Launch dispatch_rails, wait, and return what it has written on each rank."""
         found, fields = [], []
         for rank, (index, nodes) in enumerate(zip(self.index, self.nodes, strict=True)):
             T, K = index.shape
-            most = self.capacity * (nodes.num_nodes - 1) or T * min(K, nodes.num_nodes)
+            most = (apart or self.capacity) * (nodes.num_nodes - 1) or T * min(K, nodes.num_nodes)
             poisoned = self.ranks.poisoned
             found.append(
                 {
@@ -124,7 +124,7 @@ class Splitter:
                     "dst_token": poisoned(T * min(K, nodes.num_ranks), dtype=torch.int64),
                 }
             )
-            fields.append({**self.common(rank), **found[-1]} if T else None)
+            fields.append({**self.common(rank), **found[-1], "apart": apart} if T else None)
         self.ranks.launch(rails_spec.SPEC, fields, (2, rails_spec.THREADS, self.smem()), self.config)
         self.ranks.wait()
         return [{name: tensor.cpu() for name, tensor in one.items()} for one in found]

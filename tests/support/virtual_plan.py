@@ -220,6 +220,20 @@ class Planner:
         self.tables = [Tables(ranks, one.shape[0], self.top_k, num_experts, form, segments) for one in topk_idx]
         self.config = {"wide": int(topk_idx[0].dtype is torch.int64)}
         self.smem_bytes = notify_spec.smem_bytes(num_experts, ranks.num_ranks, segments)
+        self.lengths = [self._lengths(one) for one in topk_idx] if segments > 1 else []
+        """Tokens of each segment, on each rank."""
+        self.sizes = [ranks.poisoned(2 * segments + 2, dtype=torch.int32) for _ in topk_idx]
+        for sizes, lengths in zip(self.sizes, self.lengths, strict=False):
+            sizes[:segments] = torch.tensor(lengths, dtype=torch.int32)
+
+    @property
+    def longest(self) -> int:
+        """Units of the longest segment; 0 if there is only one."""
+        return notify_spec.num_units(max((num for lengths in self.lengths for num in lengths), default=0))
+
+    def _lengths(self, topk_idx: Tensor) -> list[int]:
+        used = (topk_idx >= 0).any(1).view(self.segments, -1)
+        return [int(one.nonzero().max()) + 1 if bool(one.any()) else 0 for one in used]
 
     def notify_fields(self, rank: int, **more: object) -> dict[str, object]:
         """Return the params of dispatch_notify."""
@@ -233,6 +247,7 @@ class Planner:
             "src_counts": t.src_counts,
             "expert_counts": t.expert_counts,
             "expert_offsets": t.expert_offsets if experts else 0,
+            "sizes": self.sizes[rank] if self.segments > 1 else 0,
             "host": t.host,
             "num_tokens": self.topk_idx[rank].shape[0],
             "top_k": self.top_k,

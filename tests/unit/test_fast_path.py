@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from support.silent_kernels import CountedCalls, SilentGroup, counted_calls, num_python_calls, rows_of
+from support.silent_kernels import CountedCalls, SilentGroup, comparable, counted_calls, num_python_calls, rows_of
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, ShapeError
@@ -77,20 +77,6 @@ def launches(job, *args):
             job(silent.group, *args)
         found.append(silent.launches)
     return found
-
-
-ADDRESSES = """
-windows record host x scale weights topk_idx table bases dst_counts src_counts expert_counts expert_offsets places
-dst_token rows_out rows_in rows row_idx source to out bias0 bias1 weights_out workspaces scale_out received src_token
-src_range row_weights choices masked_out trace y pending
-"""
-"""Params that differ from process to process."""
-
-
-def comparable(launch):
-    """Return a launch without its addresses, of which only zeros are compared."""
-    name, *sizes, values = launch
-    return name, sizes, {field: bool(value) if field in ADDRESSES.split() else value for field, value in values.items()}
 
 
 @pytest.mark.parametrize("with_weights", [True, False])

@@ -24,6 +24,7 @@ from tokenferry.kernels.dispatch_layout.spec import SPEC as DISPATCH_LAYOUT
 from tokenferry.kernels.dispatch_notify.spec import SPEC as DISPATCH_NOTIFY
 from tokenferry.kernels.dispatch_pack.spec import SPEC as DISPATCH_PACK
 from tokenferry.kernels.dispatch_rails.spec import SPEC as DISPATCH_RAILS
+from tokenferry.kernels.dispatch_relay.spec import SPEC as DISPATCH_RELAY
 from tokenferry.kernels.dispatch_restrict.spec import SPEC as DISPATCH_RESTRICT
 from tokenferry.kernels.dispatch_split.spec import SPEC as DISPATCH_SPLIT
 from tokenferry.kernels.share_workspace.spec import SPEC as SHARE_WORKSPACE
@@ -48,6 +49,7 @@ SPECS = (
 ACROSS_NODES = (
     DISPATCH_SPLIT,
     DISPATCH_RAILS,
+    DISPATCH_RELAY,
     DISPATCH_PACK,
     COMBINE_NODES,
     ACROSS_OPEN,

@@ -225,6 +225,7 @@ RAIL_WORDS = HEADER.constant(
 NOTHING_CAME = HEADER.constant("kNothingCame", 0xFFFFFFFF, "in place of the state of a rank across")
 HOST_ROWS_WORD = HEADER.constant("kHostRowsWord", 1, "rows to all ranks; word 0 is the call number")
 HOST_NODES_WORD = HEADER.constant("kHostNodesWord", 2, "N words: tokens for each node")
+HOST_CAME_WORD = HEADER.constant("kHostCameWord", 1, "N words: tokens from each node; word 0 is the call number")
 
 # ---- across nodes, where ranks put into each other's memory: see device/rails.cuh
 

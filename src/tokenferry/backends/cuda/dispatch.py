@@ -249,7 +249,7 @@ class Dispatcher:
         notify.pack(
             0, alive, number, words, 0, 0, 0, 0, 0, 0,
             index, table, bases, dst_counts, start + layout.src_counts, start + layout.expert_counts,
-            start + layout.expert_offsets if E else 0, T,
+            start + layout.expert_offsets if E else 0, 0, T,
         )  # fmt: skip
         notify.launch(max(1, min(units, sms)), stream)
         if T:

@@ -28,7 +28,8 @@ from tokenferry.kernels.stage_input import spec as stage_spec
 
 _NOTIFY = call_packer(
     notify_spec.SPEC,
-    "topk_idx", "table", "bases", "dst_counts", "src_counts", "expert_counts", "expert_offsets", "num_tokens",
+    "topk_idx", "table", "bases", "dst_counts", "src_counts", "expert_counts", "expert_offsets",
+    "sizes", "num_tokens",
 )  # fmt: skip
 _ASSIGN = call_packer(
     assign_spec.SPEC,

@@ -103,7 +103,7 @@ DEV void sum_columns(const P& p, i32* totals) {
 }
 
 // Writes the totals to every peer, and the handshake, with `blocks`: the blocks of this kernel that move rows. If another
-// kernel moves them, with a handshake of its own: 0, or, with several segments, the units of each of them.
+// kernel moves them, with a handshake of its own: 0, or, with several segments, the units of the longest of them.
 template <class P>
 DEV void publish_totals(const P& p, u32 epoch, const i32* totals, u32 blocks) {
     const u32 num = p.segments * (p.num_experts + p.num_ranks);

@@ -6,8 +6,9 @@
 // Reads    topk_idx [T, K] in [-1, E).
 // Writes   peers' control blocks: counts, handshake. table [units, E + R]: rows of earlier units, per expert and per rank.
 //          bases [S]: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on the device
-//          and, once more, in memory of the host, there with the rows of the fullest rank and the units of the longest
-//          segment. S segments: see counts.cuh.
+//          and, once more, in memory of the host, there with the rows of the fullest rank. S segments: see counts.cuh.
+//          Across nodes sizes [S] says how many tokens each segment has; the host, and sizes [2 S], get the tokens of the
+//          longest segment of any rank, rounded up to units.
 // Order    1 all blocks  a unit's rows per column (a token counts once per expert, once per rank)
 //          2 last block  columns over all units; publish totals, each word with the epoch in it
 //          3 last block  wait for every peer's totals; from them the places where this rank's rows begin everywhere
@@ -59,9 +60,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
         return;
     }
     const Totals totals = totals_at(p, shared);  // in place of the masks
-    const u32 units = p.segments > 1 ? p.segment_units : 0;
+    u32 units = 0;
+    for (u32 s = 0; p.sizes && s < p.segments; s++) units = max(units, (p.sizes[s] + kUnit - 1) / kUnit);
     if (!exchange_counts(p, epoch, units, totals, handshakes, ends)) return;
     u32 most_units = 0;
-    for (u32 r = 0; p.segments > 1 && r < p.num_ranks; r++) most_units = max(most_units, handshakes[r][kBlocksWord]);
+    for (u32 r = 0; p.sizes && r < p.num_ranks; r++) most_units = max(most_units, handshakes[r][kBlocksWord]);
+    if (p.sizes && threadIdx.x == 0) p.sizes[2 * p.segments] = most_units * kUnit;
     finish(p, epoch, totals, ends, most_units);
 }

@@ -19,6 +19,7 @@ SPEC = describe(
         ("src_counts", "ptr:i64"),
         ("expert_counts", "ptr:i32"),
         ("expert_offsets", "ptr:i32"),
+        ("sizes", "ptr:u32"),
         ("num_tokens", "u32"),
         ("host", "ptr:u32"),
         ("top_k", "u32"),

@@ -4,8 +4,9 @@
 // Reads    topk_idx [T, K]; table [units, R + N] and bases [R + N] of dispatch_split. R ranks on N nodes; this one is on p.node.
 // Writes   slots [T, N]: the row of a token among those for all other nodes (by node, then token); for the own node the token
 //          itself; -1: it does not go there. For each of these rows: ids_out [K], the experts of the token, counted from the
-//          first one of the node, -1 for those elsewhere; tokens_out, the token. ids_here [T, K]: the same for the own node, one
-//          row for every token. dst_token [rows sent] int64: tokens by destination rank, then token.
+//          first one of the node, -1 for those elsewhere; tokens_out, the token: at the slot, or with a p.apart those for each
+//          node that many rows apart. ids_here [T, K]: the same for the own node, one row for every token. dst_token [rows
+//          sent] int64: tokens by destination rank, then token.
 // Why the slots are the same in every run
 //          A slot is the sum of tokens for lower nodes, of earlier units, and of earlier tokens of the unit. No atomics.
 // Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 40 registers, 0 spills, 64 B of static shared
@@ -34,9 +35,10 @@ DEV void write_slot(const DispatchRailsParams& p, const Unit& unit, u32 token, u
     const i32 row = p.bases[column] + unit.before[column] + count_marked(unit.masks, column, token);
     p.slots[(u64)t * p.num_nodes + m] = !goes ? -1 : m == p.node ? (i32)t : row;
     if (!goes || m == p.node) return;
-    p.tokens_out[row] = (i32)t;
+    const u32 out = p.apart ? (m - (m > p.node)) * p.apart + (u32)(row - p.bases[column]) : (u32)row;
+    p.tokens_out[out] = (i32)t;
     for (u32 k = 0; k < p.top_k; k++)
-        store_index(p.ids_out, kWide, (u64)row * p.top_k + k,
+        store_index(p.ids_out, kWide, (u64)out * p.top_k + k,
                     expert_on(p, index_at(p.topk_idx, (u64)t * p.top_k + k), m));
 }
 

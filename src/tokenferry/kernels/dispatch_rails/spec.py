@@ -24,6 +24,7 @@ SPEC = describe(
         ("all_ranks", "u32"),
         ("num_nodes", "u32"),
         ("node", "u32"),
+        ("apart", "u32"),
     ),
     max_registers=40,
     max_threads=THREADS,

@@ -82,7 +82,7 @@ class AcrossBackend(CudaBackend):
         self.num_ranks = topology.num_ranks
         self.topology = topology
         self.transport = "+".join([*(["nvlink"] if topology.ranks_per_node > 1 else []), *links.names])
-        self.num_host_sizes = 2 * topology.num_nodes + 1
+        self.num_host_sizes = 2 * topology.num_nodes + 2
         self._rails = rails = links.rails
         self._network = links.network
         rails.end_soon_if(context.pinned.mismatched)
@@ -153,7 +153,8 @@ class AcrossBackend(CudaBackend):
                 self.context.jit.warmup((self._network.send, self._network.receive))
             super().warmup()
             call = self._crossing.begin(Signature("warmup"))
-            self._crossing.counts(call, self._crossing.open_along(call, 0, 0), 0)
+            words = self._crossing.new_words(call, None, self._crossing.chunks(1))
+            self._crossing.counts(call, words, self._crossing.open_along(call, words, 0, 0).transfer, 0)
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise their errors."""

@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
-from tokenferry.backends.cuda.across.crossing import Crossing, States, Sums
+from tokenferry.backends.cuda.across.crossing import Crossing, RowMemory, RowWidths, Sums, Words
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
-from tokenferry.backends.cuda.across.rails import Parcel, Rows
-from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
+from tokenferry.backends.cuda.across.rails import Parcel, Transfer
+from tokenferry.backends.cuda.across.relay import NO_TOKENS, Chunks, RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
-from tokenferry.backends.cuda.combine import Combiner
+from tokenferry.backends.cuda.combine import CombineForm, Combiner
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.launch import address
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.tensors import overlap
 from tokenferry.topology import Topology
-from tokenferry.types import Combined
+from tokenferry.types import Combined, Plan
 
 _MAX_FORMS = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AcrossCombineForm:
+    """What all combines across nodes of the same layout, sizes, dtype and ``num_sms`` share.
+
+    Attributes:
+        signature: Signature of the calls.
+        inside: The form of the combines of this node.
+        sum: Kernel that adds up the sums of all nodes.
+        chunks: In which chunks sums cross.
+        num_sms: SMs of ``sum``.
+        widths: Bytes of what crosses.
+    """
+
+    signature: Signature
+    inside: CombineForm
+    sum: LaunchTemplate
+    chunks: Chunks
+    num_sms: int
+    widths: RowWidths
+
+
+class Result(NamedTuple):
+    """What becomes of the sums.
+
+    Attributes:
+        out: Where they go; None: to a new tensor.
+        biases: With what they start.
+    """
+
+    out: Tensor | None
+    biases: tuple[Tensor, ...]
 
 
 class AcrossCombiner:
@@ -41,78 +76,111 @@ class AcrossCombiner:
         self._topology = topology
         self._crossing = crossing
         self._inside = Combiner(context, allocator)
-        self._sums: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_FORMS)
+        self._forms: BoundedDict[tuple[CombineForm, int | None], AcrossCombineForm] = BoundedDict(_MAX_FORMS)
 
     def combine(self, request: CombineRequest) -> Combined:
         """Add up the rows of each of this rank's tokens."""
         y, plan, weights = request.y, request.plan, request.topk_weights
-        at = relay_addresses(plan, self._topology)
-        num_sms = cap_sms(self._context, request.num_sms)
-        form = self._inside.form(plan, at.whole, y, weighted=weights is not None, num_sms=num_sms)
+        along = relay_addresses(plan, self._topology)
+        form = self.form(plan, along, y, weighted=weights is not None, num_sms=request.num_sms)
         call = self._crossing.begin(form.signature)
-        with self._context.breaking_off():  # peers wait for this rank
-            opening = self._crossing.open_along(call, at.came, at.went)  # sums go back where tokens came from
-            rows, weights = self._inside.in_window(form, call, y, weights, at.whole)
-            relay, K = at.relay, form.top_k
-            parts = torch.empty(relay.first_out[-1], form.columns, dtype=y.dtype, device=y.device)
-            parts_weights = None
-            if weights is not None:
-                parts_weights = torch.empty(len(parts), K, dtype=torch.float32, device=y.device)
-            home, transfers = Combined(parts, parts_weights), []
-            chunks = self._crossing.chunks(parts.shape[1] * parts.element_size())
-            used = chunks.used(relay.most)
-            states = self._crossing.new_states(call, relay.went, chunks)
-            no_counts = self._crossing.no_counts(plan) if used > 1 else None
-            at = at._replace(no_counts=address(no_counts))
-            into = [Rows.of(each) for each in _present(home)]
-            for to, source in self._crossing.steps:
-                came, went = relay.came[to], relay.went[source]
-                for i in range(max(used, chunks.count(came), chunks.count(went))):
-                    go, comes = chunks.chunk(came, i), chunks.chunk(went, i)
-                    done: list[Tensor] = []
-                    if i < used:  # else no rank of this node has tokens in it
-                        plan_at = at.segment(to) if used == 1 else at.chunk(to, go)
-                        done = _present(self._inside.send(form, call, rows, plan_at, weights, (), None))
-                    send = Sums(to, go.num, [Parcel.of(each) for each in done])
-                    first = relay.first_out[source] + comes.first
-                    recv = Sums(source, comes.num, [each.part(first, comes.num) for each in into])
-                    state = States.of_chunk(states, source, i)
-                    transfers.append(self._crossing.sums(call, send, recv, state, done, parts, parts_weights, states))
-            own = self._inside.send(form, call, rows, at.segment(relay.node), weights, (), None)
-            self._crossing.confirm(call, opening, at.whole.src_counts)
-            for transfer in transfers:
-                transfer.join()
-            self._crossing.check(call, opening, States.of(states), at.whole.src_counts)
-            out = request.out
-            if out is None or out.data_ptr() % 16 or overlap(out, y):
-                out = torch.empty_like(own.x)
-            return self._add_up(request, call, at, own, home, out)
-
-    def _add_up(
-        self, request: CombineRequest, call: Call, at: RelayAddresses, own: Combined, parts: Combined, out: Tensor
-    ) -> Combined:
-        """Add up the sums of all nodes, and the biases; ``out``: aligned memory for the result."""
-        num_tokens, columns = own.x.shape
-        key = (out.dtype, columns, at.whole.top_k)
-        template = self._sums.get(key)
-        if template is None:
-            template = self._sums[key] = sum_template(self._context, self._topology, *key)
-        biases = [aligned(bias) for bias in request.biases]
-        weights_out = None if own.topk_weights is None else torch.empty_like(own.topk_weights)
-        template.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            at.slots, at.dst_counts, own.x.data_ptr(), parts.x.data_ptr(), address(own.topk_weights),
-            address(parts.topk_weights), biases[0].data_ptr() if biases else 0,
-            biases[1].data_ptr() if len(biases) > 1 else 0, out.data_ptr(), address(weights_out), num_tokens,
-        )  # fmt: skip
-        if num_tokens:
-            template.launch(request.num_sms or self._context.num_sms, call.stream)
+        out = request.out
+        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
+            out = None
+        done = self.send(form, call, y, along, weights, request.biases, out)
         if request.out is not None and request.out is not out:
             with torch.inference_mode():  # `out` may come from it
-                request.out.copy_(out)
-            out = request.out
+                request.out.copy_(done.x)
+            done = Combined(request.out, done.topk_weights)
+        return done
+
+    def form(
+        self, plan: Plan, along: RelayAddresses, y: Tensor, *, weighted: bool, num_sms: int | None
+    ) -> AcrossCombineForm:
+        """Return the form of a combine of rows ``y``."""
+        context, topology = self._context, self._topology
+        inside = self._inside.form(plan, along.whole, y, weighted=weighted, num_sms=cap_sms(context, num_sms))
+        key = (inside, num_sms)
+        found = self._forms.get(key)
+        if found is None:
+            row_bytes = inside.columns * inside.dtype.itemsize
+            found = self._forms[key] = AcrossCombineForm(
+                inside.signature,
+                inside,
+                sum_template(context, topology, inside.dtype, inside.columns, inside.top_k),
+                self._crossing.chunks(row_bytes),
+                num_sms or context.num_sms,
+                RowWidths(row_bytes, 0, 4 * inside.top_k if weighted else 0),
+            )
+        return found
+
+    def send(
+        self,
+        form: AcrossCombineForm,
+        call: Call,
+        y: Tensor,
+        along: RelayAddresses,
+        weights: Tensor | None,
+        biases: tuple[Tensor, ...],
+        out: Tensor | None,
+    ) -> Combined:
+        """Add up the rows of each of this rank's tokens; ``out``: where to, or None for a new tensor."""
+        inside, crossing, relay, src_counts = form.inside, self._crossing, along.relay, along.whole.src_counts
+        with self._context.breaking_off():  # peers wait for this rank
+            words = crossing.new_words(call, relay.went, form.chunks)
+            # Sums go back where tokens came from.
+            opening = crossing.open_along(call, words, along.came, along.went)
+            rows, weights = self._inside.in_window(inside, call, y, weights, along.whole)
+            home = RowMemory.empty(self._context, form.widths, relay.first_out[-1])
+            transfers = self._send_sums(form, call, along, Combined(rows, weights), home, words)
+            own = self._inside.send(inside, call, rows, along.segment(relay.node), weights, (), None)
+            crossing.confirm(call, opening, src_counts)
+            for transfer in transfers:
+                transfer.join()
+            crossing.check(call, words.all_states(), src_counts)
+            return self._add_up(form, call, along, own, home, Result(out, biases))
+
+    def _send_sums(
+        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, y: Combined, home: RowMemory, words: Words
+    ) -> list[Transfer]:
+        """Add up the rows of tokens of other nodes, ``y``, and exchange the sums."""
+        crossing, relay, chunks, transfers = self._crossing, along.relay, form.chunks, []
+        used = chunks.used(relay.most)
+        if used > 1:
+            no_counts = crossing.no_counts(along.whole.src_counts)
+            along = along._replace(no_counts=no_counts.data_ptr())
+        for to, source in crossing.steps:
+            goes, comes = chunks.cut(relay.came[to]), chunks.cut(relay.went[source])
+            for i in range(max(used, len(goes), len(comes))):
+                go, come = goes[i] if i < len(goes) else NO_TOKENS, comes[i] if i < len(comes) else NO_TOKENS
+                done: list[Tensor] = []
+                if i < used:  # else no rank of this node has tokens in it
+                    at = along.segment(to) if used == 1 else along.chunk(to, go)
+                    sums = self._inside.send(form.inside, call, y.x, at, y.topk_weights, (), None)
+                    done = [sums.x] if sums.topk_weights is None else [sums.x, sums.topk_weights]
+                send = Sums(to, go.num, [Parcel.of(each) for each in done])
+                recv = Sums(source, come.num, home.parcels(relay.first_out[source] + come.first, come.num))
+                state = words.state(source, i)
+                transfers.append(crossing.sums(call, send, recv, state, done, home.memory, words.memory))
+        return transfers
+
+    def _add_up(
+        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, own: Combined, home: RowMemory, result: Result
+    ) -> Combined:
+        """Add up the sums of all nodes, and the biases."""
+        out, biases, empty = result.out, [aligned(bias) for bias in result.biases], self._context.empty
+        num_tokens, columns = own.x.shape
+        if out is None:
+            out = empty((num_tokens, columns), (columns, 1), form.inside.dtype)
+        weights_out = None
+        if own.topk_weights is not None:
+            weights_out = empty((num_tokens, form.inside.top_k), (form.inside.top_k, 1), torch.float32)
+        if num_tokens:
+            form.sum.pack(
+                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+                along.slots, along.dst_counts, own.x.data_ptr(), home.rows, address(own.topk_weights),
+                home.weights, biases[0].data_ptr() if biases else 0,
+                biases[1].data_ptr() if len(biases) > 1 else 0, out.data_ptr(), address(weights_out), num_tokens,
+            )  # fmt: skip
+            form.sum.launch(form.num_sms, call.stream)
         return Combined(out, weights_out)
-
-
-def _present(sums: Combined) -> list[Tensor]:
-    return [each for each in (sums.x, sums.topk_weights) if each is not None]

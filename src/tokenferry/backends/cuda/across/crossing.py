@@ -23,7 +23,6 @@ from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, 
 from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
 from tokenferry.transports.base import CallId
-from tokenferry.types import Plan
 
 
 class Step(NamedTuple):
@@ -38,24 +37,8 @@ class Step(NamedTuple):
     source: int
 
 
-class Opening(NamedTuple):
-    """What the ranks across from this one say about a call, before anything else crosses.
-
-    Attributes:
-        headers: ``[N, RAIL_WORDS]`` int32; zeros for the own node, and where nothing has come.
-        goes: Address of ``[N]`` int32: rows for each node along the plan of this rank; 0: there is none yet.
-        comes: The same of rows from there.
-        transfer: The exchange.
-    """
-
-    headers: Tensor
-    goes: int
-    comes: int
-    transfer: Transfer
-
-
 class States(NamedTuple):
-    """Some of the states that `Crossing.new_states` returns.
+    """Some of the states of `Words`.
 
     Attributes:
         address: Address of the first.
@@ -69,27 +52,77 @@ class States(NamedTuple):
     first: int
     chunks: int
 
-    @classmethod
-    def of(cls, states: Tensor) -> States:
+
+class Words(NamedTuple):
+    """What the ranks across from this one say in a call.
+
+    An exchange that is given up ends as any other: headers stay zeros, and `NOTHING_CAME` stays in states, so that what
+    it should have brought is not taken for good.
+
+    Attributes:
+        memory: Keeps them: ``headers``, then ``states``.
+        headers: ``[N, RAIL_WORDS]`` int32, before anything else crosses; zeros for the own node.
+        states: Address of ``[N, chunks, 2]`` int32: their states when they sent a chunk.
+        num_states: N times chunks.
+        chunks: Chunks of a node.
+    """
+
+    memory: Tensor
+    headers: Rows
+    states: int
+    num_states: int
+    chunks: int
+
+    def all_states(self) -> States:
         """Return all of them."""
-        return cls(states.data_ptr(), states.shape[0] * states.shape[1], 0, states.shape[1])
+        return States(self.states, self.num_states, 0, self.chunks)
 
-    @classmethod
-    def of_chunk(cls, states: Tensor, node: int, chunk: int) -> States:
+    def state(self, node: int, chunk: int) -> States:
         """Return that of a chunk."""
-        chunks = states.shape[1]
-        first = node * chunks + chunk
-        return cls(states.data_ptr() + _STATE_BYTES * first, 1, first, chunks)
+        first = node * self.chunks + chunk
+        return States(self.states + _STATE_BYTES * first, 1, first, self.chunks)
 
-    def parcel(self) -> Parcel:
-        """Return their memory."""
-        return Parcel(self.address, self.num * _STATE_BYTES)
+
+class Opening(NamedTuple):
+    """The beginning of a call along a plan.
+
+    Attributes:
+        words: What the ranks across from this one say about it.
+        transfer: The exchange that brings it.
+        goes: Address of ``[N]`` int32: rows for each node along the plan of this rank; 0: there is none.
+        comes: The same of rows from there.
+    """
+
+    words: Words
+    transfer: Transfer
+    goes: int
+    comes: int
 
 
 _MAX_PATTERNS = 256
 _STATE_BYTES = 8
+_HEADER_BYTES = 4 * RAIL_WORDS
 _NOTHING = NoTransfer()
-_NO_STATES = States(0, 0, 0, 1)
+
+
+class Routing(NamedTuple):
+    """The routing of all tokens that a rank passes on, its own included, and of those that it sends to other nodes.
+
+    Attributes:
+        memory: Holds all of it.
+        ids: ``[N, segment, K]``: their experts on this node; -1 in the padding of segments.
+        tokens: Numbers of the tokens from other nodes, on the ranks that they come from.
+        ids_out: The same for other nodes.
+        tokens_out: Likewise.
+        relay: How much of it crosses.
+    """
+
+    memory: Tensor
+    ids: Rows
+    tokens: Rows
+    ids_out: Rows
+    tokens_out: Rows
+    relay: Relay
 
 
 class Sums(NamedTuple):
@@ -111,37 +144,49 @@ class RowMemory(NamedTuple):
 
     Attributes:
         memory: Keeps them.
-        rows: The rows.
-        scale: The scales of each row, side by side, or None.
-        scales: How many these are.
-        weights: The weights of each row, float32, or None.
+        parts: The rows; then the scales of each row, and its weights, float32, if there are any.
+        rows: Address of the rows.
+        scale: Address of the scales; 0: there are none.
+        weights: Address of the weights; 0: there are none.
     """
 
     memory: Tensor
-    rows: Rows
-    scale: Rows | None
-    scales: int
-    weights: Rows | None
+    parts: list[Rows]
+    rows: int
+    scale: int
+    weights: int
 
     @classmethod
-    def empty(cls, context: Context, kind: RowKind, num_rows: int) -> RowMemory:
+    def empty(cls, context: Context, widths: RowWidths, num_rows: int) -> RowMemory:
         """Return undefined rows."""
-        row_bytes, scale_bytes = kind.row_bytes, 0 if kind.scale_dtype is None else kind.scale_bytes
-        weight_bytes = 4 * kind.top_k if kind.weighted else 0
+        row_bytes, scale_bytes, weight_bytes = widths
         scale_at, weights_at, end = section_ends(num_rows * row_bytes, num_rows * scale_bytes, num_rows * weight_bytes)
         memory = context.empty((end,), (1,), torch.uint8)
-        at = memory.data_ptr()
-        return cls(
-            memory,
-            Rows(at, row_bytes),
-            Rows(at + scale_at, scale_bytes) if scale_bytes else None,
-            kind.scale_columns,
-            Rows(at + weights_at, weight_bytes) if weight_bytes else None,
-        )
+        rows = memory.data_ptr()
+        scale, weights = rows + scale_at if scale_bytes else 0, rows + weights_at if weight_bytes else 0
+        parts = [Rows(rows, row_bytes)]
+        if scale:
+            parts.append(Rows(scale, scale_bytes))
+        if weights:
+            parts.append(Rows(weights, weight_bytes))
+        return cls(memory, parts, rows, scale, weights)
 
-    def present(self) -> list[Rows]:
-        """Return what there is of the three."""
-        return [rows for rows in (self.rows, self.scale, self.weights) if rows is not None]
+    def parcels(self, first: int, num: int) -> list[Parcel]:
+        """Return some of the rows, and what travels with them."""
+        return [Parcel(at + first * width, num * width) for at, width in self.parts]
+
+
+class RowWidths(NamedTuple):
+    """Bytes of a row, of its scales and of its weights; 0: there are none."""
+
+    row: int
+    scale: int
+    weights: int
+
+    @classmethod
+    def of(cls, kind: RowKind) -> RowWidths:
+        """Return those of a kind of rows."""
+        return cls(kind.row_bytes, kind.scale_bytes, 4 * kind.top_k if kind.weighted else 0)
 
 
 class Crossing:
@@ -209,19 +254,48 @@ class Crossing:
         transfer.join()
         return since if call.wait_ns else 0
 
-    def open(self, call: Call, headers: Rows, kept: Tensor, goes: int = 0, comes: int = 0) -> Opening:
+    def new_words(self, call: Call, comes: Sequence[int] | None, chunks: Chunks) -> Words:
+        """Return words in which nothing has come yet.
+
+        Args:
+            call: The call.
+            comes: Rows from each node: states of chunks without any are 0. None: not known yet, and only the states of
+                chunks that come may be looked at.
+            chunks: In which chunks rows come.
+        """
+        used = [chunks.num]
+        for node, num in enumerate(comes or ()):
+            used.append(0 if node == self._node else min(chunks.num, -(-num // chunks.size)))
+        pattern = self._patterns.get(tuple(used))
+        if pattern is None:
+            pattern = self._new_pattern(call, used)
+        memory, num_states = pattern.clone(), self._num_nodes * chunks.num
+        at = memory.data_ptr()
+        return Words(memory, Rows(at, _HEADER_BYTES), at + _HEADER_BYTES * self._num_nodes, num_states, chunks.num)
+
+    def _new_pattern(self, call: Call, used: list[int]) -> Tensor:
+        num_chunks, *counts = used
+        num_words, device = RAIL_WORDS * self._num_nodes, self._context.device
+        pattern = torch.full((num_words + 2 * self._num_nodes * num_chunks,), -1, dtype=torch.int32, device=device)
+        pattern[:num_words].zero_()
+        states = pattern[num_words:].view(self._num_nodes, num_chunks, 2)
+        for node, num in enumerate(counts):
+            if num < num_chunks:
+                states[node, num:].zero_()
+        if not call.capturing:  # the memory would be the graph's
+            self._patterns[tuple(used)] = pattern
+        return pattern
+
+    def open(self, call: Call, words: Words, headers: Rows, kept: Tensor) -> Transfer:
         """Exchange what ranks say about a call: first in every call and of one size, so that different calls meet here.
 
         Args:
             call: The call.
+            words: Where the headers of other ranks come.
             headers: ``[N, RAIL_WORDS]`` int32: what to say to each node.
             kept: Keeps them.
-            goes: See `Opening`.
-            comes: See `Opening`.
         """
-        came = torch.zeros(self._num_nodes, RAIL_WORDS, dtype=torch.int32, device=self._context.device)
-        transfer = self.exchange_headers(call, headers, Rows.of(came), came, kept)
-        return Opening(came, goes, comes, transfer)
+        return self.exchange_headers(call, headers, words.headers, words.memory, kept)
 
     def exchange_headers(self, call: Call, send: Rows, recv: Rows, *kept: object) -> Transfer:
         """Begin to exchange a header with each other node; ``send``, ``recv``: those of all nodes."""
@@ -232,36 +306,30 @@ class Crossing:
             *kept,
         )
 
-    def open_along(self, call: Call, goes: int, comes: int) -> Opening:
-        """Open a call that follows a plan.
-
-        Args:
-            call: The call.
-            goes: Address of ``[N]`` int32: rows for each node; 0: none.
-            comes: The same of rows from there.
-        """
+    def open_along(self, call: Call, words: Words, goes: int, comes: int) -> Opening:
+        """Open a call that follows a plan; ``goes``, ``comes``: see `Opening`."""
         headers = self._context.empty((self._num_nodes, RAIL_WORDS), (RAIL_WORDS, 1), torch.int32)
-        self._open.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, headers.data_ptr(), goes, comes
-        )
+        at = headers.data_ptr()
+        self._open.pack(0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, at, goes, comes)
         self._open.launch(1, call.stream)
-        return self.open(call, Rows.of(headers), headers, goes, comes)
+        return Opening(words, self.open(call, words, Rows(at, _HEADER_BYTES), headers), goes, comes)
 
-    def counts(self, call: Call, opening: Opening, num_tokens: int) -> tuple[int, ...]:
+    def counts(self, call: Call, words: Words, transfer: Transfer, num_tokens: int) -> tuple[int, ...]:
         """Return, by node, how many tokens come from the rank across there; of the own node all T.
 
         Raises:
             MismatchError: a rank across from this one has made another call.
             PeerTimeout: one did not answer in time.
         """
-        opening.transfer.wait()
+        transfer.wait()
         mine, counts = struct.unpack(f"<{SIGNATURE_WORDS}i", call.signature.words), [num_tokens] * self._num_nodes
-        headers = opening.headers.tolist()
+        said = words.memory[: RAIL_WORDS * self._num_nodes].tolist()
         for node in self.others:
-            for word, (seen, expected) in enumerate(zip(headers[node], mine, strict=False)):
+            header = said[node * RAIL_WORDS : (node + 1) * RAIL_WORDS]
+            for word, (seen, expected) in enumerate(zip(header, mine, strict=False)):
                 if seen != expected:
                     raise self._mismatch(call, node, word, seen, expected)
-            counts[node] = headers[node][ROWS_WORD]
+            counts[node] = header[ROWS_WORD]
         return tuple(counts)
 
     def verdicts(self, call: Call, most: int) -> list[int]:
@@ -277,66 +345,68 @@ class Crossing:
         verdicts: list[int] = words[:, 0].tolist()
         return verdicts
 
-    def routing(self, call: Call, relay: Relay, send: Sequence[Rows], recv: Sequence[Rows], kept: Tensor) -> Transfer:
+    def routing(self, call: Call, routing: Routing, words: Words, headers: Rows | None, *kept: object) -> Transfer:
         """Exchange what tokens carry, with all nodes at once.
 
         Args:
             call: The call.
-            relay: How many tokens cross.
-            send: Rows about tokens for all other nodes.
-            recv: First the routing of all segments, then rows about tokens from all other nodes.
-            kept: Keeps them.
+            routing: The routing.
+            words: Where the headers of other ranks come.
+            headers: ``[N, RAIL_WORDS]`` int32: what to say to each node along with it, first; None: that has crossed.
+            kept: Keeps the memory.
         """
-        ids, *rest = recv
-        went, came, segment = relay.went, relay.came, relay.segment
-        return self.exchange(
-            call,
-            {
-                node: [rows.part(relay.first_out[node], went[node]) for rows in send]
-                for node in self.others
-                if went[node]
-            },
-            {
-                node: [
-                    ids.part(node * segment, came[node]),
-                    *(rows.part(relay.first_in[node], came[node]) for rows in rest),
+        _, ids, tokens, ids_out, tokens_out, relay = routing
+        send: dict[int, list[Parcel]] = {}
+        recv: dict[int, list[Parcel]] = {}
+        for node in self.others:
+            went, came, first_out, first_in = (
+                relay.went[node], relay.came[node], relay.first_out[node], relay.first_in[node],
+            )  # fmt: skip
+            if went:
+                send[node] = [
+                    Parcel(ids_out.address + first_out * ids_out.row_bytes, went * ids_out.row_bytes),
+                    Parcel(tokens_out.address + first_out * tokens_out.row_bytes, went * tokens_out.row_bytes),
                 ]
-                for node in self.others
-                if came[node]
-            },
-            kept,
-        )
+            if came:
+                recv[node] = [
+                    Parcel(ids.address + node * relay.segment * ids.row_bytes, came * ids.row_bytes),
+                    Parcel(tokens.address + first_in * tokens.row_bytes, came * tokens.row_bytes),
+                ]
+            if headers is not None:
+                send[node].insert(0, Parcel(headers.address + node * _HEADER_BYTES, _HEADER_BYTES))
+                recv[node].insert(0, Parcel(words.headers.address + node * _HEADER_BYTES, _HEADER_BYTES))
+        return self.exchange(call, send, recv, routing.memory, words.memory, *kept)
 
     def rows(
-        self, call: Call, relay: Relay, send: RowMemory, recv: RowMemory, states: Tensor
-    ) -> dict[int, list[Transfer]]:
-        """Exchange rows, with one node after the other; return the exchanges by the node from which rows come.
+        self, call: Call, relay: Relay, chunks: Chunks, send: RowMemory, recv: RowMemory, words: Words
+    ) -> list[list[Transfer]]:
+        """Exchange rows, with one node after the other; return the exchanges by step.
 
         There is one for each chunk in which there are tokens.
 
         Args:
             call: The call.
             relay: How many tokens cross.
+            chunks: In which chunks.
             send: Rows for all other nodes.
             recv: Rows from all other nodes.
-            states: As `new_states` returns them.
+            words: Where states come.
         """
-        made: dict[int, list[Transfer]] = {}
-        chunks, out, into = self.chunks(send.rows.row_bytes), send.present(), recv.present()
+        made: list[list[Transfer]] = []
         for to, source in self.steps:
-            went, came, transfers = relay.went[to], relay.came[source], []
-            first_out, first_in = relay.first_out[to], relay.first_in[source]
-            for i in range(max(chunks.count(went), chunks.count(came))):
-                (go, num_go), (come, num_come) = chunks.chunk(went, i), chunks.chunk(came, i)
+            goes, comes, transfers = chunks.cut(relay.went[to]), chunks.cut(relay.came[source]), []
+            for i in range(max(len(goes), len(comes))):
                 sent: Parcels = {}
                 received: Parcels = {}
-                if num_go:
-                    sent = {to: [*[rows.part(first_out + go, num_go) for rows in out], self.own_state]}
-                if num_come:
-                    state = States.of_chunk(states, source, i).parcel()
-                    received = {source: [*[rows.part(first_in + come, num_come) for rows in into], state]}
-                transfers.append(self.exchange(call, sent, received, send.memory, recv.memory, states))
-            made[source] = transfers
+                if i < len(goes):
+                    go, num = goes[i]
+                    sent = {to: [*send.parcels(relay.first_out[to] + go, num), self.own_state]}
+                if i < len(comes):
+                    come, num = comes[i]
+                    state = Parcel(words.state(source, i).address, _STATE_BYTES)
+                    received = {source: [*recv.parcels(relay.first_in[source] + come, num), state]}
+                transfers.append(self.exchange(call, sent, received, send.memory, recv.memory, words.memory))
+            made.append(transfers)
         return made
 
     def sums(self, call: Call, send: Sums, recv: Sums, state: States, *kept: object) -> Transfer:
@@ -344,7 +414,7 @@ class Crossing:
         return self.exchange(
             call,
             {send.node: [*send.parcels, self.own_state]} if send.num_tokens else {},
-            {recv.node: [*recv.parcels, state.parcel()]} if recv.num_tokens else {},
+            {recv.node: [*recv.parcels, Parcel(state.address, _STATE_BYTES)]} if recv.num_tokens else {},
             *kept,
         )
 
@@ -355,60 +425,44 @@ class Crossing:
             found = self._chunks[row_bytes] = Chunks.of(self._max_tokens, row_bytes)
         return found
 
-    def no_counts(self, plan: Plan) -> Tensor:
-        """Return ``[R]`` int64: 0 for each rank, -1 if the plan was aborted; see `RelayAddresses`."""
-        return plan.src_counts.clamp(max=0)
+    def no_counts(self, src_counts: int) -> Tensor:
+        """Return ``[R]`` int64: 0 for each rank, -1 if the plan was aborted; see `RelayAddresses`.
 
-    def new_states(self, call: Call, comes: Sequence[int], chunks: Chunks) -> Tensor:
-        """Return ``[N, chunks, 2]`` int32, for the states of the ranks across from this one when they sent a chunk.
-
-        An exchange that is given up ends as any other: `NOTHING_CAME` stays in its states, so that what it should have
-        brought is not taken for good. Where there is nothing to come, states are 0.
-
-        Args:
-            call: The call.
-            comes: Rows from each node.
-            chunks: In which chunks they come.
+        ``src_counts``: address of `Plan.src_counts`.
         """
-        used = (chunks.num, *(0 if node == self._node else chunks.count(num) for node, num in enumerate(comes)))
-        pattern = self._patterns.get(used)
-        if pattern is not None:
-            return pattern.clone()
-        device = self._context.device
-        states = torch.full((self._num_nodes, chunks.num, 2), -1, dtype=torch.int32, device=device)
-        for node, num in enumerate(used[1:]):
-            if num < chunks.num:
-                states[node, num:].zero_()
-        if not call.capturing:  # the memory would be the graph's
-            self._patterns[used] = states.clone()
-        return states
+        context = self._context
+        num_ranks = self._num_nodes * context.num_ranks
+        return tensor_at(src_counts, (num_ranks,), torch.int64, context.device, context.window).clamp(max=0)
 
-    def confirm(self, call: Call, opening: Opening, counts: int) -> None:
+    def confirm(self, call: Call, opening: Opening, src_counts: int) -> None:
         """Let the stream wait for an opening, and check it, before it waits for what differs between calls.
 
         If ranks have made different calls, the exchanges that follow may never end; see `Rails.end_soon_if`.
 
         Args:
             call: The call.
-            opening: What the ranks across from this one say about it.
-            counts: Address of counts of the plan, -1 if it was aborted.
+            opening: Its opening.
+            src_counts: Address of `Plan.src_counts`, -1 if the plan was aborted.
         """
         opening.transfer.join()
-        self.check(call, opening, _NO_STATES, counts)
+        self._check.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            opening.words.headers.address, 0, 0, opening.goes, opening.comes, 0, src_counts, 0, 0, 1,
+        )  # fmt: skip
+        self._check.launch(1, call.stream)
 
-    def check(self, call: Call, opening: Opening, states: States, src_counts: int) -> None:
-        """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none.
+    def check(self, call: Call, states: States, src_counts: int) -> None:
+        """Launch what makes later kernels no-ops if a rank across from this one sent undefined data, or none.
 
         Args:
             call: The call.
-            opening: What these ranks said about it.
             states: Of what has come.
-            src_counts: Address of `Plan.src_counts`.
+            src_counts: As for `confirm`.
         """
+        address, num, first, chunks = states
         self._check.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            opening.headers.data_ptr(), 0, 0, opening.goes, opening.comes, states.address, src_counts,
-            states.num, states.first, states.chunks,
+            0, 0, 0, 0, 0, address, src_counts, num, first, chunks,
         )  # fmt: skip
         self._check.launch(1, call.stream)
 

@@ -6,12 +6,17 @@ The kernels of one node see the experts of that node only, and a routing of one 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across import launch as across_launch
+from tokenferry.backends.cuda.across.crossing import Crossing, RowWidths
+from tokenferry.backends.cuda.across.relay import Chunks, Relay, RelayLayout, relay_layout
+from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
 from tokenferry.backends.cuda.forms import (
     Sms,
@@ -22,12 +27,18 @@ from tokenferry.backends.cuda.forms import (
 )
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.plan import LAYOUT_CODES, Geometry
-from tokenferry.backends.cuda.results import PlanForm
+from tokenferry.backends.cuda.results import PlanForm, PlanLayout
 from tokenferry.backends.cuda.signature import Signature
+from tokenferry.kernels.codes import EXPERTS
+from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
+from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.topology import Topology
-from tokenferry.tuning import NCCL_SMS
+from tokenferry.tuning import NCCL_SMS, routing_at_once
 from tokenferry.types import DispatchOptions, Layout, MoeShape
+
+_MAX_SIZES = 1024
+"""Numbers of tokens for which a form remembers sizes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +53,8 @@ class MoveForm:
         move: Kernel that moves rows of this rank inside the node.
         pass_on: The same for rows from other nodes.
         expand: Kernel that lays out rows by expert; None for ROWS.
+        widths: Bytes of what crosses.
+        chunks: In which chunks it does.
     """
 
     signature: Signature
@@ -51,6 +64,8 @@ class MoveForm:
     move: LaunchTemplate
     pass_on: LaunchTemplate
     expand: LaunchTemplate | None
+    widths: RowWidths
+    chunks: Chunks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,24 +73,49 @@ class AcrossForm:
     """What all dispatches with the same shape, options, types and ``num_sms`` share.
 
     Attributes:
+        signature: Signature of the calls.
         geometry: Geometry of the calls, in the whole group.
         rows: The rows.
         plan: What the plans share.
         split: Kernel that counts the tokens for each rank and node.
         rails: Kernel that writes the routing for each node.
+        relay: Kernel that says how many tokens come.
         notify: Kernel that counts inside the node.
         assign: Kernel that computes places inside the node.
-        waits: Whether as much crosses as there is, and results have exactly as many rows as arrive.
+        waits: Whether as many rows cross as there are, and results have exactly as many as arrive.
+        at_once: Whether the routing crosses along with the headers, in the size of M tokens, used or not.
+        known: What is known of such calls before anything is sent, by T.
     """
 
+    signature: Signature
     geometry: Geometry
     rows: MoveForm
     plan: PlanForm
     split: LaunchTemplate
     rails: LaunchTemplate
+    relay: LaunchTemplate
     notify: LaunchTemplate
     assign: LaunchTemplate
     waits: bool
+    at_once: bool
+    known: BoundedDict[int, Sizes]
+
+
+class Sizes(NamedTuple):
+    """Where the parts of a plan lie, and the routing that it is made from.
+
+    Attributes:
+        routing: How much of the routing crosses.
+        relay: Where the parts of ``Plan._places`` lie.
+        plan: Where the parts of the plan lie that do not depend on the rows that arrive.
+        memory: Where the parts of the routing lie: what has to be -1, then ``ids_out``, ``tokens_out``, ``tokens_in``,
+            and the table and the bases of the kernels of one node; then the end.
+    """
+
+    routing: Relay
+    relay: RelayLayout
+    plan: PlanLayout
+    memory: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +139,30 @@ class MoveSizes:
     num_sms: int | None
 
 
-def new_across_form(
-    context: Context, topology: Topology, plan: PlanForm, shape: MoeShape, kind: RowKind, num_sms: int | None
-) -> AcrossForm:
+class Group(NamedTuple):
+    """What forms need to know of the group.
+
+    Attributes:
+        context: Context of this rank, in its node.
+        topology: The nodes.
+        crossing: Exchanges with other nodes.
+        host: Address of the words of the host that `dispatch_relay` writes.
+    """
+
+    context: Context
+    topology: Topology
+    crossing: Crossing
+    host: int
+
+
+def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind, num_sms: int | None) -> AcrossForm:
     """Return the form of a dispatch across nodes.
 
     Raises:
         ConfigError, CapacityError: as `tokenferry.backends.cuda.plan.geometry`.
     """
-    options, K, E = plan.options, kind.top_k, shape.num_experts
+    context, topology = group.context, group.topology
+    options, K, E, M = plan.options, kind.top_k, shape.num_experts, shape.max_tokens
     geometry = cuda_plan.geometry(shape, options, plan.num_ranks)
     wide, num_nodes = kind.topk_dtype is torch.int64, topology.num_nodes
     # Whether rows fit into a capacity is decided on the hosts, by the ranks of all nodes together.
@@ -116,28 +171,71 @@ def new_across_form(
     assign = launch.assign_template(context, sizes, K, wide=wide)
     notify.params.segments = assign.params.segments = num_nodes
     split = across_launch.split_template(context, topology, E, K, wide=wide)
-    split.params.capacity = shape.max_tokens if options.counts == "device" else 0
+    on_device = options.counts == "device"
+    split.params.capacity = M if on_device else 0
+    at_once = on_device or routing_at_once(M, K * plan.topk_dtype.itemsize + 4, num_nodes - 1)
+    rails = across_launch.rails_template(context, topology, E, K, wide=wide)
+    rails.params.apart = M if at_once else 0
     if shape.max_nodes is not None and shape.max_nodes < min(num_nodes, K):
         split.params.max_nodes = shape.max_nodes
     notify.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks, num_nodes)
     signature = dispatch_signature(geometry, kind, options.capacity or 0)
     moved = MoveSizes(shape, options, kind, geometry.num_local, geometry.sizes.capacity, num_sms)
     return AcrossForm(
+        signature,
         geometry,
-        _move_form(context, topology, signature, moved),
+        _move_form(group, signature, moved),
         plan,
         split,
-        across_launch.rails_template(context, topology, E, K, wide=wide),
+        rails,
+        across_launch.relay_template(context, topology, group.host, M if on_device else 0),
         notify,
         assign,
-        options.counts == "host",
+        not on_device,
+        at_once,
+        BoundedDict(_MAX_SIZES),
     )
 
 
-def new_again_form(context: Context, topology: Topology, moved: MoveSizes) -> MoveForm:
+def sizes_of(form: AcrossForm, num_ranks: int, routing: Relay, num_sent: int) -> Sizes:
+    """Return the sizes of a plan.
+
+    Args:
+        form: The form of the dispatch.
+        num_ranks: Ranks of a node, G.
+        routing: How much of the routing crosses.
+        num_sent: Most rows that this rank sends.
+    """
+    geometry, K = form.geometry, form.plan.top_k
+    num_tokens, num_nodes, num_in, num_out = (
+        routing.came[routing.node], routing.num_nodes, routing.first_in[-1], routing.first_out[-1],
+    )  # fmt: skip
+    width = num_columns(num_ranks, K, by_expert=geometry.by_expert)
+    relay = relay_layout(routing, num_tokens, num_ranks, width)
+    num_offsets = geometry.num_local + 1 if geometry.layout == EXPERTS else 0
+    src_at, counts_at, offsets_at, places_at, end = section_ends(
+        8 * num_sent, 8 * form.plan.num_ranks, 4 * geometry.num_local, 4 * num_offsets, 4 * relay.num_words
+    )
+    num, id_bytes = num_nodes * routing.segment, K * form.plan.topk_dtype.itemsize
+    columns = geometry.shape.num_experts // num_nodes + num_ranks
+    ids_end, *ends = section_ends(
+        num * id_bytes, num_out * id_bytes, 4 * num_out, 4 * num_in, 4 * num_units(num) * columns,
+        4 * num_nodes * (columns + num_ranks),
+    )  # fmt: skip
+    # More of the routing may cross than has a token.
+    memory = (ends[0] if form.at_once else ids_end, ids_end, *ends)
+    return Sizes(
+        routing,
+        relay,
+        PlanLayout(num_tokens, num_sent, width, 0, 0, src_at, counts_at, offsets_at, places_at, 0, 0, end),
+        memory,
+    )
+
+
+def new_again_form(group: Group, moved: MoveSizes) -> MoveForm:
     """Return the form of a redispatch along a plan."""
     layout = LAYOUT_CODES[moved.options.layout]
-    return _move_form(context, topology, Signature("redispatch", layout=layout, **signature_fields(moved.kind)), moved)
+    return _move_form(group, Signature("redispatch", layout=layout, **signature_fields(moved.kind)), moved)
 
 
 def cap_sms(context: Context, num_sms: int | None) -> int | None:
@@ -145,7 +243,8 @@ def cap_sms(context: Context, num_sms: int | None) -> int | None:
     return None if num_sms is None else min(num_sms, max(1, context.num_sms - NCCL_SMS))
 
 
-def _move_form(context: Context, topology: Topology, signature: Signature, moved: MoveSizes) -> MoveForm:
+def _move_form(group: Group, signature: Signature, moved: MoveSizes) -> MoveForm:
+    context, topology = group.context, group.topology
     kind, by_expert = moved.kind, moved.options.layout is not Layout.ROWS
     # Rows from other nodes come with their scales side by side.
     packed = replace(kind, bulk_scale=kind.scale_bytes % 16 == 0)
@@ -161,4 +260,6 @@ def _move_form(context: Context, topology: Topology, signature: Signature, moved
         launch.dispatch_template(context, kind, moved.num_local, by_expert=by_expert),
         launch.dispatch_template(context, packed, moved.num_local, by_expert=by_expert),
         spread,
+        RowWidths.of(kind),
+        group.crossing.chunks(kind.row_bytes),
     )

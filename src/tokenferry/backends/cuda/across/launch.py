@@ -18,6 +18,7 @@ from tokenferry.kernels.decode_sum import spec as decode_sum_spec
 from tokenferry.kernels.decode_unpack import spec as decode_unpack_spec
 from tokenferry.kernels.dispatch_pack import spec as pack_spec
 from tokenferry.kernels.dispatch_rails import spec as rails_spec
+from tokenferry.kernels.dispatch_relay import spec as relay_spec
 from tokenferry.kernels.dispatch_split import spec as split_spec
 from tokenferry.topology import Topology
 
@@ -26,6 +27,7 @@ _RAILS = call_packer(
     rails_spec.SPEC,
     "topk_idx", "table", "bases", "dst_counts", "slots", "ids_here", "ids_out", "tokens_out", "dst_token", "num_tokens",
 )  # fmt: skip
+_RELAY = call_packer(relay_spec.SPEC, "headers", "mine", "sizes", "dst_counts", "num_tokens", "segment")
 _PACK = call_packer(
     pack_spec.SPEC,
     "x", "scale", "weights", "slots", "dst_counts", "rows_out", "scale_out", "weights_out", "scale_row_stride",
@@ -74,6 +76,15 @@ def rails_template(context: Context, topology: Topology, num_experts: int, top_k
     template = context.new_template(rails_spec.SPEC, _RAILS, wide=int(wide))
     _set_nodes(template, topology, num_experts, top_k)
     template.block = rails_spec.THREADS
+    return template
+
+
+def relay_template(context: Context, topology: Topology, host: int, capacity: int) -> LaunchTemplate:
+    """Return a template of `dispatch_relay`; ``host``: address of the words of the host."""
+    template = context.new_template(relay_spec.SPEC, _RELAY)
+    p = template.params
+    p.host, p.capacity, p.num_nodes, p.node = host, capacity, topology.num_nodes, topology.node
+    template.block = relay_spec.THREADS
     return template
 
 

@@ -4,7 +4,8 @@ It lies in ``Plan._places``, one column of int32, so that copies of a plan have 
 
 ``came``        [N] tokens that this rank passes on, by node; of its own node all its T tokens
 ``went``        [N] tokens of this rank for each node; for its own node T
-``most``        `Relay.most`, and a word that is not used
+``most``        `Relay.most`
+``segment``     `Relay.segment`
 ``relayed``     [N, G] int64: rows of each of these segments for each rank of this node
 ``slots``       [T, N], as `dispatch_rails` writes them
 ``places``      [N, segment, C], as `dispatch_assign` writes them
@@ -54,16 +55,20 @@ class Relay(NamedTuple):
         return len(self.came)
 
 
-def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...], most: int) -> Relay:
+def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...], most: int, segment: int) -> Relay:
     """Return the relay of a rank on a node."""
-    units = max(1, -(-max(came) // UNIT_TOKENS))
-    return Relay(node, came, went, most, units * UNIT_TOKENS, _starts(came, node), _starts(went, node))
+    return Relay(node, came, went, most, segment, _starts(came, node), _starts(went, node))
+
+
+def segment_for(num_tokens: int) -> int:
+    """Return how long a segment of the routing has to be."""
+    return max(1, -(-num_tokens // UNIT_TOKENS)) * UNIT_TOKENS
 
 
 def fixed_relay(node: int, num_nodes: int, max_tokens: int, num_tokens: int) -> Relay:
     """Return the relay of a rank where counts stay on the device: as many tokens cross as there can be."""
     counts = tuple(num_tokens if m == node else max_tokens for m in range(num_nodes))
-    return make_relay(node, counts, counts, max_tokens)
+    return make_relay(node, counts, counts, max_tokens, segment_for(max_tokens))
 
 
 def _starts(counts: tuple[int, ...], node: int) -> tuple[int, ...]:
@@ -80,6 +85,9 @@ class Chunk(NamedTuple):
 
     first: int
     num: int
+
+
+NO_TOKENS = Chunk(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +110,14 @@ class Chunks:
         """Return how many chunks have tokens if no rank passes on more than ``most`` of a node; at least one."""
         return max(1, min(self.num, -(-most // self.size)))
 
-    def count(self, num_tokens: int) -> int:
-        """Return in how many chunks there are tokens, of so many in all."""
-        return min(self.num, -(-num_tokens // self.size))
-
-    def chunk(self, num_tokens: int, i: int) -> Chunk:
-        """Return the tokens of a chunk: there may be none, and the last one takes what goes beyond M."""
-        first = min(i * self.size, num_tokens)
-        end = num_tokens if i == self.num - 1 else min(first + self.size, num_tokens)
-        return Chunk(first, end - first)
+    def cut(self, num_tokens: int) -> list[Chunk]:
+        """Return the chunks in which there are tokens, of so many in all: the last one takes what goes beyond M."""
+        if num_tokens <= self.size or self.num == 1:
+            return [Chunk(0, num_tokens)] if num_tokens else []
+        firsts = range(0, min(self.num * self.size, num_tokens), self.size)
+        chunks = [Chunk(first, self.size) for first in firsts]
+        chunks[-1] = Chunk(firsts[-1], num_tokens - firsts[-1])
+        return chunks
 
 
 class RelayLayout(NamedTuple):
@@ -166,35 +173,39 @@ class RelayAddresses(NamedTuple):
 
     def segment(self, node: int) -> PlanAddresses:
         """Return the plan of the tokens from one node, as that of a dispatch inside this node."""
-        whole, num_tokens, first = self.whole, self.relay.came[node], 8 * node * self.ranks_per_node
-        return whole._replace(
-            places=whole.places + 4 * node * self.relay.segment * self.columns,
-            dst_counts=self.relayed + first,
-            src_counts=whole.src_counts + first,
-            num_tokens=num_tokens,
-            num_sent=num_tokens * min(whole.top_k, self.ranks_per_node),
-        )
+        return self._part(node, Chunk(0, self.relay.came[node]), 8 * node * self.ranks_per_node)
 
     def chunk(self, node: int, chunk: Chunk) -> PlanAddresses:
         """Return the same of some of these tokens; the kernels do not compare how many rows they are."""
-        segment = self.segment(node)
-        return segment._replace(
-            places=segment.places + 4 * chunk.first * self.columns,
-            dst_counts=self.no_counts,
-            src_counts=self.no_counts,
-            num_tokens=chunk.num,
-            num_sent=chunk.num * min(segment.top_k, self.ranks_per_node),
+        return self._part(node, chunk, None)
+
+    def _part(self, node: int, chunk: Chunk, counts: int | None) -> PlanAddresses:
+        """Return the plan of some tokens from a node; ``counts``: where their counts begin, None: nobody has any."""
+        _, _, src_counts, row_idx, expert_counts, _, _, num_local, top_k = self.whole
+        first, num_tokens = chunk
+        return PlanAddresses(
+            self.whole.places + 4 * (node * self.relay.segment + first) * self.columns,
+            self.no_counts if counts is None else self.relayed + counts,
+            self.no_counts if counts is None else src_counts + counts,
+            row_idx,
+            expert_counts,
+            num_tokens,
+            num_tokens * min(top_k, self.ranks_per_node),
+            num_local,
+            top_k,
         )
 
 
 class AcrossPlan(LazyPlan):
     """A plan across nodes, in blocks of the heap."""
 
-    __slots__ = ("_dst_counts", "_relay", "_relay_layout")
+    __slots__ = ("_along", "_dst_counts", "_relay", "_relay_layout")
 
     _relay: Relay
     _relay_layout: RelayLayout
     _dst_counts: Tensor
+    _along: RelayAddresses
+    """What calls along this plan need to know, once it is complete."""
 
     @property
     def dst_counts(self) -> Tensor:
@@ -207,7 +218,8 @@ class AcrossPlan(LazyPlan):
 
     @property
     def _host_sizes(self) -> tuple[int, ...]:
-        return (*self._relay.came, *self._relay.went, self._relay.most)
+        relay = self._relay
+        return (*relay.came, *relay.went, relay.most, relay.segment)
 
     def _managed_by_torch(self) -> tuple[Tensor, ...]:
         return (self._dst_counts,)
@@ -215,28 +227,25 @@ class AcrossPlan(LazyPlan):
 
 def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
     """Return the addresses of a plan of any kind; sizes that the host does not know are read from the device."""
-    per_node = topology.ranks_per_node
     if isinstance(plan, AcrossPlan):
-        relay, whole, at = plan._relay, plan._addresses(), plan._block.address + plan._layout.places
-        dst_counts, layout, columns = plan._dst_counts.data_ptr(), plan._relay_layout, plan._layout.columns
-    else:
-        num_nodes, at = topology.num_nodes, plan._places.data_ptr()
-        # A compiled function does not know what the host knows.
-        sizes = plan._host_sizes or tuple(plan._places[: 2 * num_nodes + 1, 0].tolist())
-        came, went, most = sizes[:num_nodes], sizes[num_nodes : 2 * num_nodes], sizes[2 * num_nodes]
-        relay, dst_counts = make_relay(topology.node, came, went, most), plan.dst_counts.data_ptr()
-        whole = PlanAddresses(
-            0,
-            0,
-            plan.src_counts.data_ptr(),
-            address(plan.row_idx),
-            plan.expert_counts.data_ptr(),
-            plan.num_tokens,
-            0,
-            plan.expert_counts.shape[0],
-            plan.topk_idx.shape[1],
-        )
-        columns = num_columns(per_node, whole.top_k, by_expert=plan.options.layout is not Layout.ROWS)
-        layout = relay_layout(relay, plan.num_tokens, per_node, columns)
-    whole = whole._replace(places=at + 4 * layout.places)
+        return plan._along
+    num_nodes, per_node, at = topology.num_nodes, topology.ranks_per_node, plan._places.data_ptr()
+    # A compiled function does not know what the host knows.
+    sizes = plan._host_sizes or tuple(plan._places[: 2 * num_nodes + 2, 0].tolist())
+    relay = make_relay(topology.node, sizes[:num_nodes], sizes[num_nodes : 2 * num_nodes], *sizes[2 * num_nodes :])
+    top_k = plan.topk_idx.shape[1]
+    columns = num_columns(per_node, top_k, by_expert=plan.options.layout is not Layout.ROWS)
+    layout = relay_layout(relay, plan.num_tokens, per_node, columns)
+    whole = PlanAddresses(
+        at + 4 * layout.places,
+        0,
+        plan.src_counts.data_ptr(),
+        address(plan.row_idx),
+        plan.expert_counts.data_ptr(),
+        plan.num_tokens,
+        0,
+        plan.expert_counts.shape[0],
+        top_k,
+    )
+    dst_counts = plan.dst_counts.data_ptr()
     return RelayAddresses(relay, per_node, columns, at + 4 * layout.relayed, at + 4 * layout.slots, dst_counts, whole)

@@ -39,10 +39,12 @@ class SplitCounts(NamedTuple):
 
     Attributes:
         went: Tokens for each node.
+        num_out: Those for all other nodes.
         num_sent: Rows for all ranks.
     """
 
     went: tuple[int, ...]
+    num_out: int
     num_sent: int
 
 
@@ -56,31 +58,38 @@ class Splitter:
 
     def __init__(self, context: Context, topology: Topology) -> None:
         self._context = context
-        self._num_nodes = topology.num_nodes
+        self._node, self._num_nodes = topology.node, topology.num_nodes
         self._num_ranks = topology.num_ranks
         pin = context.device.type == "cuda"
         memory = pinned_words(HOST_NODES_WORD + topology.num_nodes, pin=pin)
         self._words, self._address = view_words(memory), memory.data_ptr()
 
-    def split(self, template: LaunchTemplate, call: Call, topk_idx: Tensor, num_sms: int) -> Split:
-        """Count; returns at once."""
-        num_ranks, num_nodes, num_tokens = self._num_ranks, self._num_nodes, topk_idx.shape[0]
+    def split(self, template: LaunchTemplate, call: Call, topk_idx: int, num_tokens: int, num_sms: int) -> Split:
+        """Count; returns at once. ``topk_idx``: its address."""
+        num_ranks, num_nodes = self._num_ranks, self._num_nodes
         columns, units = num_ranks + num_nodes, num_units(num_tokens)
         bases_at, headers_at, end = section_ends(4 * units * columns, 4 * columns, 4 * num_nodes * RAIL_WORDS)
         memory = self._context.empty((end,), (1,), torch.uint8)
-        dst_counts = self._context.empty((num_ranks,), (1,), torch.int64)
+        dst_counts = self._new_counts()
         at = memory.data_ptr()
         split = Split(memory, at, at + bases_at, Rows(at + headers_at, 4 * RAIL_WORDS), dst_counts)
         template.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            topk_idx.data_ptr(), split.table, split.bases, dst_counts.data_ptr(), split.headers.address,
+            topk_idx, split.table, split.bases, dst_counts.data_ptr(), split.headers.address,
             self._address, num_tokens,
         )  # fmt: skip
         template.launch(max(1, min(units, num_sms)), call.stream)
         return split
 
-    def wait(self, call: Call) -> SplitCounts:
-        """Wait for the counts of a call.
+    def _new_counts(self) -> Tensor:
+        """Return ``[R]`` int64, never an inference tensor: it belongs to a plan."""
+        if not torch.is_inference_mode_enabled():
+            return self._context.empty((self._num_ranks,), (1,), torch.int64)
+        with torch.inference_mode(False):
+            return self._context.empty((self._num_ranks,), (1,), torch.int64)
+
+    def wait(self, call: Call, num_tokens: int) -> SplitCounts:
+        """Wait for the counts of a call, and take T for those of the own node.
 
         Raises:
             RoutingError: an index is outside [-1, E); nothing has been sent.
@@ -88,4 +97,7 @@ class Splitter:
         """
         self._context.wait_for_words(call, self._words)
         words = self._words.tolist()
-        return SplitCounts(tuple(words[HOST_NODES_WORD:]), words[HOST_ROWS_WORD])
+        went = words[HOST_NODES_WORD:]
+        num_out = sum(went) - went[self._node]
+        went[self._node] = num_tokens
+        return SplitCounts(tuple(went), num_out, words[HOST_ROWS_WORD])

@@ -1,0 +1,185 @@
+"""Plans of dispatches across nodes: the routing crosses, and the kernels of each node count rows and place them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tokenferry.backends.cuda.across.crossing import Crossing, Routing, Words
+from tokenferry.backends.cuda.across.forms import AcrossForm, Sizes, sizes_of
+from tokenferry.backends.cuda.across.rails import Rows, Transfer
+from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, fixed_relay, make_relay, segment_for
+from tokenferry.backends.cuda.across.split import Split, SplitCounts, Splitter
+from tokenferry.backends.cuda.buffers import SymmetricAllocator
+from tokenferry.backends.cuda.context import Call, Context
+from tokenferry.backends.cuda.faults import pinned_words, view_words
+from tokenferry.backends.cuda.forms import Payload
+from tokenferry.kernels.codes import EXPERTS, UNIT_TOKENS
+from tokenferry.kernels.control_block import HOST_CAME_WORD
+from tokenferry.kernels.dispatch_notify.spec import num_units
+from tokenferry.topology import Topology
+
+
+class Routed(NamedTuple):
+    """The routing of all tokens that a rank passes on, its own included, and where the kernels of its node count it.
+
+    Attributes:
+        routing: The routing.
+        num: N * segment.
+        table: Address of ``[units, E + R]`` int32 of the kernels of one node.
+        bases: Likewise.
+    """
+
+    routing: Routing
+    num: int
+    table: int
+    bases: int
+
+
+class Begun(NamedTuple):
+    """A dispatch that has begun.
+
+    Attributes:
+        call: The call.
+        payload: What it sends.
+        num_tokens: T.
+        split: The tokens, by rank and by node.
+        went: What the host knows of that; None if counts stay on the device.
+        words: What the ranks across from this one say.
+    """
+
+    call: Call
+    payload: Payload
+    num_tokens: int
+    split: Split
+    went: SplitCounts | None
+    words: Words
+
+
+class Planner:
+    """Makes the plans of one rank.
+
+    Args:
+        context: Context of this rank, in its node.
+        allocator: Allocator of blocks of the heap.
+        topology: The nodes.
+        crossing: Exchanges with other nodes.
+
+    Attributes:
+        host: Address of the words of the host that `dispatch_relay` writes.
+    """
+
+    def __init__(self, context: Context, allocator: SymmetricAllocator, topology: Topology, crossing: Crossing) -> None:
+        self._context = context
+        self._allocator = allocator
+        self._crossing = crossing
+        self._node = topology.node
+        self._num_nodes = topology.num_nodes
+        self._splitter = Splitter(context, topology)
+        memory = pinned_words(HOST_CAME_WORD + topology.num_nodes, pin=context.device.type == "cuda")
+        self._came, self.host = view_words(memory), memory.data_ptr()
+
+    def begin(self, form: AcrossForm, call: Call, payload: Payload, num_tokens: int) -> Begun:
+        """Begin a dispatch: count its tokens; nothing is sent yet.
+
+        Raises:
+            RoutingError: an index is outside [-1, E), and counts are on the host.
+        """
+        split = self._splitter.split(form.split, call, payload.topk_idx, num_tokens, form.rows.sms.local)
+        went = self._splitter.wait(call, num_tokens) if form.waits else None
+        words = self._crossing.new_words(call, None, form.rows.chunks)
+        return Begun(call, payload, num_tokens, split, went, words)
+
+    def sizes(self, form: AcrossForm, begun: Begun) -> Sizes:
+        """Return the sizes of a plan: those of M tokens, or what the ranks across from this one say."""
+        num_ranks, num_tokens = self._context.num_ranks, begun.num_tokens
+        if not form.at_once:
+            call, went = begun.call, begun.went
+            assert went is not None
+            opening = self._crossing.open(call, begun.words, begun.split.headers, begun.split.memory)
+            came = self._crossing.counts(call, begun.words, opening, num_tokens)
+            # `most` is not known yet.
+            return sizes_of(
+                form, num_ranks, make_relay(self._node, came, went.went, 0, segment_for(max(came))), went.num_sent
+            )
+        found = form.known.get(num_tokens)
+        if found is None:
+            geometry = form.geometry
+            routing = fixed_relay(self._node, self._num_nodes, geometry.shape.max_tokens, num_tokens)
+            found = form.known[num_tokens] = sizes_of(form, num_ranks, routing, num_tokens * geometry.space.sent)
+        return found
+
+    def new_plan(self, form: AcrossForm, begun: Begun, sizes: Sizes) -> AcrossPlan:
+        """Take the memory for a plan."""
+        plan, layout, went = object.__new__(AcrossPlan), sizes.plan, begun.went
+        plan._form, plan._dst_counts, plan._made = form.plan, begun.split.dst_counts, {}
+        plan._layout, plan._relay_layout = layout, sizes.relay
+        plan._num_sent = layout.num_sent if went is None else went.num_sent
+        plan._block = self._allocator.call_block(begun.call, layout.num_bytes)
+        return plan
+
+    def route(self, form: AcrossForm, begun: Begun, sizes: Sizes, plan: AcrossPlan) -> tuple[Routed, Transfer]:
+        """Write the routing for each node, and begin to exchange it."""
+        call, _, num_tokens, split, _, words = begun
+        relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
+        filled, ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
+        memory = self._context.empty((end,), (1,), torch.uint8)
+        memory[:filled].fill_(255)  # all bytes of -1
+        at = memory.data_ptr()
+        routing = Routing(
+            memory, Rows(at, id_bytes), Rows(at + tokens_in_at, 4), Rows(at + ids_out_at, id_bytes),
+            Rows(at + tokens_out_at, 4), relay,
+        )  # fmt: skip
+        if num_tokens:
+            start = plan._block.address
+            form.rails.pack(
+                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+                begun.payload.topk_idx, split.table, split.bases, split.dst_counts.data_ptr(),
+                start + layout.places + 4 * sizes.relay.slots,
+                at + relay.node * relay.segment * id_bytes, at + ids_out_at, at + tokens_out_at,
+                start + layout.dst_token, num_tokens,
+            )  # fmt: skip
+            form.rails.launch(min(num_units(num_tokens), form.rows.sms.local), call.stream)
+        headers = split.headers if form.at_once else None
+        coming = self._crossing.routing(call, routing, words, headers, split.memory)
+        return Routed(routing, relay.num_nodes * relay.segment, at + table_at, at + bases_at), coming
+
+    def notify(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed) -> None:
+        """Check who has called, count the rows of all segments inside the node, and exchange the counts there."""
+        call, layout, start, segment = begun.call, plan._layout, plan._block.address, routed.routing.relay.segment
+        alive, number, signature, sizes = call.alive, call.number, call.signature.words, start + layout.places
+        form.relay.pack(
+            0, alive, number, signature, 0, 0, 0, 0, 0, 0,
+            begun.words.headers.address, begun.split.headers.address, sizes, begun.split.dst_counts.data_ptr(),
+            begun.num_tokens, segment,
+        )  # fmt: skip
+        form.relay.launch(1, call.stream)
+        notify = form.notify
+        notify.params.segment_units = segment // UNIT_TOKENS
+        notify.pack(
+            0, alive, number, signature, 0, 0, 0, 0, 0, 0,
+            routed.routing.ids.address, routed.table, routed.bases, sizes + 4 * plan._relay_layout.relayed,
+            start + layout.src_counts, start + layout.expert_counts,
+            start + layout.expert_offsets if form.geometry.layout == EXPERTS else 0, sizes, routed.num,
+        )  # fmt: skip
+        notify.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.links), call.stream)
+
+    def assign(self, form: AcrossForm, call: Call, plan: AcrossPlan, routed: Routed) -> None:
+        """Compute the places of the rows of all segments."""
+        assign, along = form.assign, plan._along
+        assign.params.segment_units = along.relay.segment // UNIT_TOKENS
+        assign.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            routed.routing.ids.address, routed.table, routed.bases, along.relayed, along.whole.places, 0, routed.num,
+        )  # fmt: skip
+        assign.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.links), call.stream)
+
+    def counted_relay(self, form: AcrossForm, routing: Relay, begun: Begun) -> Relay:
+        """Return how many tokens cross, when the host has waited for the counts of the node."""
+        most, went = UNIT_TOKENS * self._context.pinned.most_units, begun.went
+        assert went is not None
+        if not form.at_once:
+            return routing._replace(most=most)
+        came = tuple(self._came[HOST_CAME_WORD:].tolist())
+        return make_relay(self._node, came, went.went, most, routing.segment)

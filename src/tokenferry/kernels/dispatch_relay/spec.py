@@ -1,0 +1,27 @@
+"""Host half of the kernel dispatch_relay; kernel.cuh documents the kernel."""
+
+from __future__ import annotations
+
+from tokenferry.kernels.describe import describe
+
+THREADS = 256
+
+SPEC = describe(
+    __file__,
+    (
+        ("headers", "ptr:const u32"),
+        ("mine", "ptr:const u32"),
+        ("sizes", "ptr:u32"),
+        ("dst_counts", "ptr:const i64"),
+        ("num_tokens", "u32"),
+        ("segment", "u32"),
+        ("epoch", "ptr:const i32"),
+        ("host", "ptr:u32"),
+        ("capacity", "u32"),
+        ("num_nodes", "u32"),
+        ("node", "u32"),
+    ),
+    max_registers=64,
+    max_threads=THREADS,
+    static_smem=0,
+)
