@@ -124,6 +124,7 @@ def use_copies(rank: int, pg: None, pair: EmulatedPair) -> None:
             check_combine(group, deal, SimpleNamespace(x=sent.x, plan=traced), None, 1, False, True)
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_copies_of_plans(run):
     """What a plan knows about other nodes survives whatever a plan may go through."""
     run(4, use_copies, ranks_per_node=2)
@@ -350,6 +351,7 @@ def one_errs(rank: int, pg: None, pair: EmulatedPair) -> None:
         assert group.combine(sent.x, sent.plan).x[:, 0].tolist() == [2.0, 2.0, 1.0]
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_bad_routing(run):
     run(4, one_errs, ranks_per_node=2)
 
@@ -402,6 +404,7 @@ def other_options(rank: int, pg: None, pair: EmulatedPair) -> None:
         assert group._backend.broken
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_different_calls_on_two_nodes(run):
     run(4, other_options, ranks_per_node=2)
 
@@ -488,6 +491,7 @@ def in_each_call(run, job) -> dict[str, list[PeerTimeout]]:
         return dict(zip(CALLS, pool.map(lambda call: run(4, job, call, ranks_per_node=2), CALLS), strict=True))
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_a_silent_rank(run):
     """Every survivor names it, by its number in the whole group, and its node, also if it waited for another one."""
     for call, errors in in_each_call(run, one_is_silent).items():

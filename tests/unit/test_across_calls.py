@@ -6,12 +6,16 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
-from support.silent_kernels import counted_calls, num_python_calls, rows_of
+from support.silent_kernels import comparable, counted_calls, num_python_calls, rows_of
 from support.silent_nodes import SilentNodes
+from tokenferry.api import ExpertGroup
+from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl_rails import NcclTransfer
 from tokenferry.backends.cuda.context import Context
-from tokenferry.types import DispatchOptions, MoeShape, Routing
+from tokenferry.errors import PeerTimeout
+from tokenferry.types import DispatchOptions, Layout, MoeShape, Quantized, Routing
 
 T, K, E, H = 6, 2, 4, 256
 
@@ -58,7 +62,7 @@ def test_torch_calls(silent):
         assert sorted(each for each in names if each not in UNSEEN) == sorted(TORCH_CALLS[name]), name
 
 
-PYTHON_CALLS = {"dispatch": 158, "dispatch, counts on the device": 140, "redispatch": 125, "combine": 129}
+PYTHON_CALLS = {"dispatch": 126, "dispatch, counts on the device": 109, "redispatch": 79, "combine": 92}
 
 
 def test_functions_of_python(silent):
@@ -118,6 +122,74 @@ def test_launches_exchanges_and_waits(most):
             assert [launch[0] for launch in group.launches] == expected, name
             assert len(group.channel.exchanges) == num_exchanges + later, name
             assert len(waits) == num_waits + later, name
+
+
+# ---------------------------------------------------------------------- the fast path
+
+
+OPTIONS = {
+    "rows": DispatchOptions(),
+    "rows, device": DispatchOptions(counts="device"),
+    "experts": DispatchOptions(Layout.EXPERTS, alignment=4, zero_padding=True),
+    "experts, device": DispatchOptions(Layout.EXPERTS, counts="device"),
+    "masked": DispatchOptions(Layout.MASKED, capacity=40),
+    "masked, device": DispatchOptions(Layout.MASKED, counts="device"),
+}
+PAYLOADS = {
+    "bfloat16": rows_of(T, H),
+    "scales by row": Quantized(torch.ones(T, H, dtype=torch.uint8), torch.ones(T, 4, dtype=torch.float32)),
+    "scales by column": Quantized(torch.ones(T, H, dtype=torch.uint8), torch.ones(3, T, dtype=torch.float32).T),
+}
+
+
+def rounds(group: ExpertGroup, x: Tensor | Quantized, options: DispatchOptions, *, weighted: bool) -> None:
+    """Calls of each form."""
+    for num_sms in (None, 5):
+        weights = torch.ones(T, K, dtype=torch.float32) if weighted else None
+        sent = group.dispatch(x, Routing(routing().topk_idx, weights), options=options, num_sms=num_sms)
+        again = group.redispatch(x, sent.plan, topk_weights=weights, num_sms=num_sms)
+        assert again.plan is sent.plan
+        y = group.empty_rows(sent.plan, torch.bfloat16)
+        group.combine(y, sent.plan, topk_weights=sent.topk_weights, num_sms=num_sms)
+        group.combine(y.clone(), sent.plan, num_sms=num_sms)
+
+
+@pytest.mark.parametrize(("options", "most"), [*((name, 8) for name in OPTIONS), ("rows", 1 << 15)])
+@pytest.mark.parametrize("x", PAYLOADS)
+def test_both_paths_launch_and_exchange_the_same(x, options, most):
+    """Of both paths the second time, when the fast one knows each form."""
+    found = []
+    for fast_path in (False, True):
+        silent = SilentNodes(MoeShape(E, K, H, most), fast_path=fast_path)
+        for weighted in (True, False):
+            rounds(silent.group, PAYLOADS[x], OPTIONS[options], weighted=weighted)
+        silent.launches.clear()
+        silent.channel.exchanges.clear()
+        with mock.patch.object(AcrossBackend, "_explained", wraps=silent.group._backend._explained) as general:
+            for weighted in (True, False):
+                rounds(silent.group, PAYLOADS[x], OPTIONS[options], weighted=weighted)
+        assert general.call_count == (0 if fast_path else 2 * 2 * 4)
+        found.append(([comparable(launch) for launch in silent.launches], silent.channel.exchanges))
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 0
+
+
+def test_the_fast_path_leaves_alone_what_has_to_be_done_first(silent):
+    """The error of an exchange that did not end is raised, and an open hook is called, by the general path."""
+    call, backend = calls_of(silent)["dispatch"], silent.group._backend
+    call()
+    with mock.patch.object(backend, "_explained", wraps=backend._explained) as general:
+        call()
+        assert general.call_count == 0
+        backend._across._channels[0].idle = False
+        call()
+        assert general.call_count == 1
+        backend._across._channels[0].idle = True
+        lost = PeerTimeout("late", phase="dispatch", call=1, rank=0, peers=(1,), waited_s=1.0)
+        backend._rails.lost = lost
+        with pytest.raises(PeerTimeout) as caught:
+            call()
+        assert caught.value is lost
 
 
 def test_plans_are_no_inference_tensors(silent):

@@ -21,9 +21,9 @@ from tokenferry.backends.cuda.combine import Combiner
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.backends.cuda.dispatch import Dispatcher
-from tokenferry.backends.cuda.fast_path import CudaFastPath
+from tokenferry.backends.cuda.fast_path import Calls, CudaFastPath
 from tokenferry.backends.cuda.masks import Masks
-from tokenferry.backends.cuda.results import shaped
+from tokenferry.backends.cuda.results import LazyPlan, shaped
 from tokenferry.backends.cuda.token_layout import restricted, token_layout
 from tokenferry.errors import ResourceError
 from tokenferry.kernels.dispatch_assign.spec import num_columns
@@ -102,7 +102,18 @@ class CudaBackend:
         """See `tokenferry.backends.base.Backend`."""
         if not self._has_fast_path:
             return None
-        return CudaFastPath(self, shape, checks)
+        context = self.context
+        calls = Calls(
+            context,
+            self.dispatcher,
+            self.combiner,
+            self.decoder,
+            self.key,
+            context.begin_eager,
+            LazyPlan,
+            LazyPlan._addresses,
+        )
+        return CudaFastPath(calls, shape, checks)
 
     def refused(self, call: str, error: Exception, *, local: bool = False) -> ResourceError | None:
         """Name the state of the group, too: it is whole unless the call had begun to send, which breaks it."""

@@ -7,6 +7,8 @@ same code, `Dispatcher.send` and the like: they only differ in how they come by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -14,8 +16,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import Encoding, QuickChecks
 from tokenferry.backends.cuda.bounded import BoundedDict
-from tokenferry.backends.cuda.combine import CombineForm, Combiner
-from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.decode import Decoder, parts_of
 from tokenferry.backends.cuda.decode_forms import (
     CombineKind,
@@ -24,9 +25,10 @@ from tokenferry.backends.cuda.decode_forms import (
     DispatchKind,
     LazyDecodePlan,
 )
-from tokenferry.backends.cuda.dispatch import Dispatcher
-from tokenferry.backends.cuda.forms import DispatchForm, Payload, RedispatchForm, row_kind
+from tokenferry.backends.cuda.forms import Payload, row_kind
+from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.results import LazyPlan
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.tensors import overlap
 from tokenferry.types import (
     Combined,
@@ -52,14 +54,60 @@ _DEFAULT = DispatchOptions()
 _NO_STATS = DecodeStats()
 
 
-class Calls(Protocol):
-    """What the fast path needs of a backend: the calls of a rank, and the key of its group."""
+class DispatchCalls(Protocol):
+    """Dispatch and redispatch of a rank; see `tokenferry.backends.cuda.dispatch.Dispatcher`."""
+
+    def form(self, shape: MoeShape, options: DispatchOptions, kind: RowKind, num_sms: int | None) -> Any: ...  # noqa: ANN401, D102
+    def sized(self, form: Any, /) -> Any: ...  # noqa: ANN401, D102
+    def send(self, form: Any, call: Call, payload: Payload, num_tokens: int, /) -> Dispatched[Any]: ...  # noqa: ANN401, D102
+    def send_again(self, form: Any, call: Call, plan: Plan, along: Any, payload: Payload, /) -> Dispatched[Any]: ...  # noqa: ANN401, D102
+
+    def redispatch_form(  # noqa: D102
+        self, shape: MoeShape, plan: Plan, kind: RowKind, num_local: int, num_sms: int | None
+    ) -> Any: ...  # noqa: ANN401
+
+
+class CombineCalls(Protocol):
+    """Combine of a rank; see `tokenferry.backends.cuda.combine.Combiner`."""
+
+    def form(self, plan: Plan, along: Any, y: Tensor, /, *, weighted: bool, num_sms: int | None) -> Any: ...  # noqa: ANN401, D102
+
+    def send(  # noqa: D102
+        self,
+        form: Any,  # noqa: ANN401
+        call: Call,
+        y: Tensor,
+        along: Any,  # noqa: ANN401
+        weights: Tensor | None,
+        biases: tuple[Tensor, ...],
+        out: Tensor | None,
+        /,
+    ) -> Combined: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What the fast path needs of a backend.
+
+    Attributes:
+        context: Context of this rank.
+        dispatcher: Dispatch and redispatch of this rank.
+        combiner: Combine.
+        decoder: Decode calls.
+        key: Key of the group.
+        begin: Begins a call, as `Context.begin_eager`.
+        plan_type: The type of plans that dispatches of this group return.
+        along: Returns the addresses of such a plan.
+    """
 
     context: Context
-    dispatcher: Dispatcher
-    combiner: Combiner
+    dispatcher: DispatchCalls
+    combiner: CombineCalls
     decoder: Decoder
     key: str
+    begin: Callable[[Signature], Call | None]
+    plan_type: type[LazyPlan]
+    along: Callable[[Any], Any]
 
 
 class CudaFastPath:
@@ -77,13 +125,16 @@ class CudaFastPath:
         self._combiner = calls.combiner
         self._decoder = calls.decoder
         self._key = calls.key
+        self._begin = calls.begin
+        self._plan_type = calls.plan_type
+        self._along = calls.along
         self._device = calls.context.device
         self._shape = shape
         self._checks = checks
         # By shapes, too: what follows from them is checked when a key is new.
-        self._dispatches: BoundedDict[tuple[Any, ...], DispatchForm] = BoundedDict(_MAX_SIZES)
-        self._redispatches: BoundedDict[tuple[Any, ...], RedispatchForm] = BoundedDict(_MAX_KEYS)
-        self._combines: BoundedDict[tuple[Any, ...], CombineForm] = BoundedDict(_MAX_KEYS)
+        self._dispatches: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_SIZES)
+        self._redispatches: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_KEYS)
+        self._combines: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_KEYS)
         self._decode_dispatches: BoundedDict[tuple[Any, ...], DecodeDispatchForm] = BoundedDict(_MAX_SIZES)
         self._decode_combines: BoundedDict[tuple[Any, ...], DecodeCombineForm] = BoundedDict(_MAX_SIZES)
 
@@ -116,7 +167,7 @@ class CudaFastPath:
             sent = row_kind(rows, scale, weighted=weights is not None, topk_idx=index, top_k=self._shape.top_k)
             form = self._dispatches[key] = self._dispatcher.form(self._shape, options or _DEFAULT, sent, num_sms)
         form = self._dispatcher.sized(form)
-        call = self._context.begin_eager(form.signature)
+        call = self._begin(form.signature)
         if call is None:
             return None
         payload = Payload(at, scale, 0 if weights is None else weights.data_ptr(), index.data_ptr())
@@ -126,7 +177,7 @@ class CudaFastPath:
         self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
     ) -> Dispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
-        if type(plan) is not LazyPlan or plan._form.group_key != self._key or not _may_be_sms(num_sms):
+        if type(plan) is not self._plan_type or plan._form.group_key != self._key or not _may_be_sms(num_sms):
             return None
         plan_form, num_tokens = plan._form, plan._layout.num_tokens
         weighted, top_k = topk_weights is not None, plan_form.top_k
@@ -145,15 +196,15 @@ class CudaFastPath:
             sent = row_kind(rows, scale, weighted=weighted, topk_idx=None, top_k=top_k)
             form = self._dispatcher.redispatch_form(self._shape, plan, sent, plan_form.num_local, num_sms)
             self._redispatches[key] = form
-        call = self._context.begin_eager(form.signature)
+        call = self._begin(form.signature)
         if call is None:
             return None
         payload = Payload(at, scale, 0 if topk_weights is None else topk_weights.data_ptr(), 0)
-        return self._dispatcher.send_again(form, call, plan, plan._addresses(), payload)
+        return self._dispatcher.send_again(form, call, plan, self._along(plan), payload)
 
     def combine(self, y: Tensor, plan: Plan, topk_weights: Tensor | None, num_sms: int | None) -> Combined | None:
         """See `tokenferry.backends.base.FastPath`."""
-        if type(plan) is not LazyPlan or plan._form.group_key != self._key or not _may_be_sms(num_sms):
+        if type(plan) is not self._plan_type or plan._form.group_key != self._key or not _may_be_sms(num_sms):
             return None
         plan_form, delivered = plan._form, plan.num_delivered
         layout = plan_form.options.layout
@@ -174,11 +225,11 @@ class CudaFastPath:
             return None
         key = (plan_form, y.dtype, topk_weights is None, num_sms)
         form = self._combines.get(key)
-        addresses = plan._addresses()
+        addresses = self._along(plan)
         if form is None:
             form = self._combiner.form(plan, addresses, y, weighted=topk_weights is not None, num_sms=num_sms)
             self._combines[key] = form
-        call = self._context.begin_eager(form.signature)
+        call = self._begin(form.signature)
         if call is None:
             return None
         return self._combiner.send(form, call, y, addresses, topk_weights, (), None)

@@ -244,7 +244,7 @@ def assemble_across(
     first = topology.nodes[topology.node][0]
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
     why = f"every rank has a GPU that reaches its peers, on {topology}"
-    return AcrossBackend(context, key, why, topology, links, resolved.shape.max_tokens)
+    return AcrossBackend(context, key, why, topology, links, resolved)
 
 
 def heap_bytes(resolved: Resolved, num_ranks: int, memory_bytes: int, num_nodes: int = 1) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,16 +18,20 @@ from tokenferry.backends.base import (
     DispatchRequest,
     QuickChecks,
     RedispatchRequest,
+    Resolved,
 )
 from tokenferry.backends.cuda.across.combine import AcrossCombiner
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode import AcrossDecoder
 from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
+from tokenferry.backends.cuda.across.fast_path import AcrossFastPath
 from tokenferry.backends.cuda.across.messages import ExchangedMessages, MessageRails
 from tokenferry.backends.cuda.across.puts import Network, PutCrossing, PutMessages, Puts
 from tokenferry.backends.cuda.across.rails import Rails
+from tokenferry.backends.cuda.across.relay import AcrossPlan
 from tokenferry.backends.cuda.backend import CudaBackend
-from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.context import Call, Context
+from tokenferry.backends.cuda.fast_path import Calls
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import ClosedError, PeerTimeout, UnsupportedError
 from tokenferry.kernels.all import ACROSS_NODES
@@ -73,11 +78,19 @@ class AcrossBackend(CudaBackend):
         why: Why this backend was chosen.
         topology: The nodes, of consecutive ranks.
         links: What carries exchanges between nodes.
-        max_tokens: M of the group.
+        resolved: Shape and options.
     """
 
-    def __init__(self, context: Context, key: str, why: str, topology: Topology, links: Links, max_tokens: int) -> None:
-        super().__init__(context, key, why, fast_path=False)
+    def __init__(
+        self,
+        context: Context,
+        key: str,
+        why: str,
+        topology: Topology,
+        links: Links,
+        resolved: Resolved,
+    ) -> None:
+        super().__init__(context, key, why, fast_path=resolved.fast_path)
         self.rank = topology.rank
         self.num_ranks = topology.num_ranks
         self.topology = topology
@@ -86,6 +99,7 @@ class AcrossBackend(CudaBackend):
         self._rails = rails = links.rails
         self._network = links.network
         rails.end_soon_if(context.pinned.mismatched)
+        max_tokens = resolved.shape.max_tokens
         if links.network is None:
             self._crossing = Crossing(context, topology, rails, max_tokens)
             messages: MessageRails = ExchangedMessages(self._crossing)
@@ -141,8 +155,27 @@ class AcrossBackend(CudaBackend):
         """See `tokenferry.backends.base.Backend`."""
         return None, 1
 
-    def fast_path(self, shape: MoeShape, checks: QuickChecks) -> None:
-        """Return None: there is none across nodes yet."""
+    def fast_path(self, shape: MoeShape, checks: QuickChecks) -> AcrossFastPath | None:
+        """See `tokenferry.backends.base.Backend`."""
+        if not self._has_fast_path:
+            return None
+        calls = Calls(
+            self.context,
+            self._dispatcher,
+            self._combiner,
+            self.decoder,
+            self.key,
+            self._begin_eager,
+            AcrossPlan,
+            lambda plan: plan._along,
+        )
+        return AcrossFastPath(calls, shape, checks, self._explain)
+
+    def _begin_eager(self, signature: Signature) -> Call | None:
+        """Begin a call, as `Context.begin_eager`, if nothing has to be done first for rails and hooks, either."""
+        if self._rails.lost is not None or not self._across.caught_up:
+            return None
+        return self.context.begin_eager(signature)
 
     def warmup(self) -> None:
         """Compile and load every kernel, and connect the rails; returns when every rank has."""
@@ -171,24 +204,28 @@ class AcrossBackend(CudaBackend):
         """
         try:
             yield
-        except Exception as error:
-            reports = self._rails.reports
-            if reports is None or not self.broken or isinstance(error, ClosedError):
-                raise
-            until = time.monotonic() + min(_PATIENCE_S, self.context.timeout_s / 10)
-            found: Exception = error
-            if isinstance(error, PeerTimeout) and self.context.pinned.mismatched():
-                # The exchanges of different calls do not end.
-                found = self.context.flight_recorder.explain(self.context.pinned.take_record())
-            elif isinstance(error, PeerTimeout) and self._rails.lost is not None:
-                found = self._rails.lost  # a kernel knows only that nothing came
-            reports.post(FailureReport.of(found))
-            self.context.tell_peers()  # after the report, which they will look for
-            if isinstance(found, PeerTimeout):
-                found = reports.explain(found, until, _no_text)
-            if found is error:
-                raise
-            raise found from error
+        except Exception as error:  # noqa: BLE001 - raised again
+            self._explain(error)
+
+    def _explain(self, error: Exception) -> NoReturn:
+        """Raise an error, as `_explained`."""
+        reports = self._rails.reports
+        if reports is None or not self.broken or isinstance(error, ClosedError):
+            raise error
+        until = time.monotonic() + min(_PATIENCE_S, self.context.timeout_s / 10)
+        found: Exception = error
+        if isinstance(error, PeerTimeout) and self.context.pinned.mismatched():
+            # The exchanges of different calls do not end.
+            found = self.context.flight_recorder.explain(self.context.pinned.take_record())
+        elif isinstance(error, PeerTimeout) and self._rails.lost is not None:
+            found = self._rails.lost  # a kernel knows only that nothing came
+        reports.post(FailureReport.of(found))
+        self.context.tell_peers()  # after the report, which they will look for
+        if isinstance(found, PeerTimeout):
+            found = reports.explain(found, until, _no_text)
+        if found is error:
+            raise error
+        raise found from error
 
     def close(self) -> None:
         """Release the windows, when exchanges between nodes have ended, unless the group is broken."""

@@ -299,12 +299,13 @@ class Crossing:
 
     def exchange_headers(self, call: Call, send: Rows, recv: Rows, *kept: object) -> Transfer:
         """Begin to exchange a header with each other node; ``send``, ``recv``: those of all nodes."""
-        return self.exchange(
-            call,
-            {node: (send.part(node, 1),) for node in self.others},
-            {node: (recv.part(node, 1),) for node in self.others},
-            *kept,
-        )
+        sent: dict[int, list[Parcel]] = {}
+        received: dict[int, list[Parcel]] = {}
+        for node in self.others:
+            at = node * _HEADER_BYTES
+            sent[node] = [Parcel(send.address + at, _HEADER_BYTES)]
+            received[node] = [Parcel(recv.address + at, _HEADER_BYTES)]
+        return self.exchange(call, sent, received, *kept)
 
     def open_along(self, call: Call, words: Words, goes: int, comes: int) -> Opening:
         """Open a call that follows a plan; ``goes``, ``comes``: see `Opening`."""

@@ -118,6 +118,11 @@ class AcrossDecoder(Decoder):
         self._sums = NodeSums(context, topology, rails)
         self._across: BoundedDict[DispatchKind, AcrossDispatchForm] = BoundedDict(_MAX_FORMS)
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether `catch_up` would do nothing."""
+        return self._channels[0].idle
+
     def catch_up(self, phase: str) -> None:
         """Receive the earlier call whose hook has not been called yet, before another call begins.
 

@@ -157,7 +157,7 @@ class AcrossDispatcher:
         before anything is sent; and for those of its rail and its node, since memory is taken, and rows cross, in the
         sizes that they say. If the routing is too large to cross before its size is known, it waits for that, too.
         """
-        waits, tight = form.waits, form.geometry.space.tight
+        waits, tight = form.waits, form.tight
         planner, begun = self._planner, self._planner.begin(form, call, payload, num_tokens)
         went, words = begun.went, begun.words
         with self._context.breaking_off():  # peers wait for this rank
@@ -219,6 +219,8 @@ class AcrossDispatcher:
             relay,
             self._context.num_ranks,
             plan._layout.columns,
+            at,
+            at + 4 * len(relay.came),
             at + 4 * layout.relayed,
             at + 4 * layout.slots,
             plan._dst_counts.data_ptr(),

@@ -83,6 +83,8 @@ class AcrossForm:
         notify: Kernel that counts inside the node.
         assign: Kernel that computes places inside the node.
         waits: Whether as many rows cross as there are, and results have exactly as many as arrive.
+        tight: Whether rows may exceed a capacity.
+        by_offsets: Whether results have `Dispatched.expert_offsets`.
         at_once: Whether the routing crosses along with the headers, in the size of M tokens, used or not.
         known: What is known of such calls before anything is sent, by T.
     """
@@ -97,6 +99,8 @@ class AcrossForm:
     notify: LaunchTemplate
     assign: LaunchTemplate
     waits: bool
+    tight: bool
+    by_offsets: bool
     at_once: bool
     known: BoundedDict[int, Sizes]
 
@@ -192,6 +196,8 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
         notify,
         assign,
         not on_device,
+        geometry.space.tight,
+        geometry.layout == EXPERTS,
         at_once,
         BoundedDict(_MAX_SIZES),
     )
@@ -212,7 +218,7 @@ def sizes_of(form: AcrossForm, num_ranks: int, routing: Relay, num_sent: int) ->
     )  # fmt: skip
     width = num_columns(num_ranks, K, by_expert=geometry.by_expert)
     relay = relay_layout(routing, num_tokens, num_ranks, width)
-    num_offsets = geometry.num_local + 1 if geometry.layout == EXPERTS else 0
+    num_offsets = geometry.num_local + 1 if form.by_offsets else 0
     src_at, counts_at, offsets_at, places_at, end = section_ends(
         8 * num_sent, 8 * form.plan.num_ranks, 4 * geometry.num_local, 4 * num_offsets, 4 * relay.num_words
     )

@@ -15,7 +15,7 @@ from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import pinned_words, view_words
 from tokenferry.backends.cuda.forms import Payload
-from tokenferry.kernels.codes import EXPERTS, UNIT_TOKENS
+from tokenferry.kernels.codes import UNIT_TOKENS
 from tokenferry.kernels.control_block import HOST_CAME_WORD
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.topology import Topology
@@ -143,7 +143,7 @@ class Planner:
             form.rails.launch(min(num_units(num_tokens), form.rows.sms.local), call.stream)
         headers = split.headers if form.at_once else None
         coming = self._crossing.routing(call, routing, words, headers, split.memory)
-        return Routed(routing, relay.num_nodes * relay.segment, at + table_at, at + bases_at), coming
+        return Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at), coming
 
     def notify(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed) -> None:
         """Check who has called, count the rows of all segments inside the node, and exchange the counts there."""
@@ -161,7 +161,7 @@ class Planner:
             0, alive, number, signature, 0, 0, 0, 0, 0, 0,
             routed.routing.ids.address, routed.table, routed.bases, sizes + 4 * plan._relay_layout.relayed,
             start + layout.src_counts, start + layout.expert_counts,
-            start + layout.expert_offsets if form.geometry.layout == EXPERTS else 0, sizes, routed.num,
+            start + layout.expert_offsets if form.by_offsets else 0, sizes, routed.num,
         )  # fmt: skip
         notify.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.links), call.stream)
 

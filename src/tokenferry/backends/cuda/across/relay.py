@@ -145,6 +145,8 @@ class RelayAddresses(NamedTuple):
         relay: How many tokens cross.
         ranks_per_node: Ranks of a node, G.
         columns: Columns of the places.
+        came: Address of ``[N]`` int32: what is `Relay.came` on the device, but for the own node.
+        went: The same of `Relay.went`.
         relayed: Address of the rows of each segment for each rank of this node.
         slots: Address of the slots.
         dst_counts: Address of `Plan.dst_counts`.
@@ -155,21 +157,13 @@ class RelayAddresses(NamedTuple):
     relay: Relay
     ranks_per_node: int
     columns: int
+    came: int
+    went: int
     relayed: int
     slots: int
     dst_counts: int
     whole: PlanAddresses
     no_counts: int = 0
-
-    @property
-    def came(self) -> int:
-        """Address of ``[N]`` int32: what is `Relay.came` on the device, but for the own node."""
-        return self.went - 4 * self.relay.num_nodes
-
-    @property
-    def went(self) -> int:
-        """Address of ``[N]`` int32: the same of `Relay.went`."""
-        return self.relayed - 4 * (self.relay.num_nodes + 2)
 
     def segment(self, node: int) -> PlanAddresses:
         """Return the plan of the tokens from one node, as that of a dispatch inside this node."""
@@ -247,5 +241,6 @@ def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
         plan.expert_counts.shape[0],
         top_k,
     )
-    dst_counts = plan.dst_counts.data_ptr()
-    return RelayAddresses(relay, per_node, columns, at + 4 * layout.relayed, at + 4 * layout.slots, dst_counts, whole)
+    dst_counts, went = plan.dst_counts.data_ptr(), at + 4 * num_nodes
+    relayed, slots = at + 4 * layout.relayed, at + 4 * layout.slots
+    return RelayAddresses(relay, per_node, columns, at, went, relayed, slots, dst_counts, whole)

@@ -1,0 +1,60 @@
+"""The fast path of a group of several nodes; see `tokenferry.backends.cuda.fast_path`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from tokenferry.backends.base import QuickChecks
+from tokenferry.backends.cuda.fast_path import Calls, CudaFastPath
+from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
+
+
+class AcrossFastPath(CudaFastPath):
+    """The fast path of one view of a group; see `tokenferry.backends.base.FastPath`.
+
+    Args:
+        calls: The calls of this rank.
+        shape: Sizes of the view.
+        checks: Checks of arguments.
+        explain: Raises an error, or one that names the ranks at fault.
+    """
+
+    def __init__(
+        self, calls: Calls, shape: MoeShape, checks: QuickChecks, explain: Callable[[Exception], NoReturn]
+    ) -> None:
+        super().__init__(calls, shape, checks)
+        self._explain = explain
+
+    def dispatch(
+        self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
+    ) -> Dispatched[Any] | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        try:
+            return super().dispatch(x, routing, options, num_sms)
+        except Exception as error:  # noqa: BLE001 - raised again
+            self._explain(error)
+
+    def redispatch(
+        self, x: Tensor | Quantized, plan: Plan, topk_weights: Tensor | None, num_sms: int | None
+    ) -> Dispatched[Any] | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        try:
+            return super().redispatch(x, plan, topk_weights, num_sms)
+        except Exception as error:  # noqa: BLE001 - raised again
+            self._explain(error)
+
+    def combine(self, y: Tensor, plan: Plan, topk_weights: Tensor | None, num_sms: int | None) -> Combined | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        try:
+            return super().combine(y, plan, topk_weights, num_sms)
+        except Exception as error:  # noqa: BLE001 - raised again
+            self._explain(error)
+
+    def decode_dispatch(self, *_: object, **__: object) -> None:
+        """Return None: decode calls have no fast path across nodes."""
+
+    def decode_combine(self, *_: object, **__: object) -> None:
+        """Return None, as `decode_dispatch`."""
