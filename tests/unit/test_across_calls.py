@@ -1,5 +1,6 @@
 """What the host does in calls across nodes, over kernels and a network that take no time: counts, not times."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -15,6 +16,7 @@ from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl_rails import NcclTransfer
 from tokenferry.backends.cuda.context import Context
 from tokenferry.errors import PeerTimeout
+from tokenferry.memory.streams import HostStreams
 from tokenferry.types import DispatchOptions, Layout, MoeShape, Quantized, Routing
 
 T, K, E, H = 6, 2, 4, 256
@@ -190,6 +192,24 @@ def test_the_fast_path_leaves_alone_what_has_to_be_done_first(silent):
         with pytest.raises(PeerTimeout) as caught:
             call()
         assert caught.value is lost
+
+
+def test_what_replays_copy_is_kept(silent):
+    """Memory that a captured call reads must not go to others when calls of other kinds displace it."""
+    group, x = silent.group, rows_of(T, H)
+    plan = group.dispatch(x, routing(), options=DispatchOptions(counts="device")).plan
+    group.redispatch(x, plan)
+    patterns = group._backend._crossing._patterns
+    read = [weakref.ref(pattern) for pattern in patterns.values()]
+    with (
+        mock.patch.object(HostStreams, "capture", return_value=7),
+        mock.patch.object(HostStreams, "eager", return_value=None),
+    ):
+        group.redispatch(x, plan)
+    patterns.clear()
+    assert any(pattern() is not None for pattern in read)
+    group.redispatch(x, plan)
+    assert any(patterns[key] is pattern() for key in patterns for pattern in read), "there is one for each kind"
 
 
 def test_plans_are_no_inference_tensors(silent):

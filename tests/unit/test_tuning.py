@@ -176,3 +176,11 @@ def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
     assert tuning.rail_chunks(4096, 7168) == 8
     assert tuning.rail_chunks(1 << 30, 7168) == tuning.MOST_RAIL_CHUNKS
     assert tuning.rail_chunks(0, 7168) == 1
+
+
+def test_a_routing_crosses_with_the_headers_if_it_is_small():
+    token_bytes = 8 * 8 + 4
+    assert tuning.routing_at_once(4096, token_bytes, 1)
+    assert tuning.routing_at_once(1101, token_bytes, 7)
+    assert not tuning.routing_at_once(4096, token_bytes, 2), "557 KB"
+    assert not tuning.routing_at_once(2**31 - 1, token_bytes, 1), "nobody knows M"

@@ -224,6 +224,8 @@ class Crossing:
         self.own_state = Parcel.of(self.state)
         self._chunks: BoundedDict[int, Chunks] = BoundedDict(_MAX_PATTERNS)
         self._patterns: BoundedDict[tuple[int, ...], Tensor] = BoundedDict(_MAX_PATTERNS)
+        # Replays copy these, so that they live as long as this object.
+        self._in_graphs: dict[tuple[int, ...], Tensor] = {}
 
     def begin(self, signature: Signature, wait_ns: int = 0) -> Call:
         """Begin a call, as `Context.begin`.
@@ -266,14 +268,21 @@ class Crossing:
         used = [chunks.num]
         for node, num in enumerate(comes or ()):
             used.append(0 if node == self._node else min(chunks.num, -(-num // chunks.size)))
-        pattern = self._patterns.get(tuple(used))
+        key = tuple(used)
+        pattern = self._patterns.get(key)
         if pattern is None:
             pattern = self._new_pattern(call, used)
+        elif call.capturing:
+            self._in_graphs[key] = pattern
         memory, num_states = pattern.clone(), self._num_nodes * chunks.num
         at = memory.data_ptr()
         return Words(memory, Rows(at, _HEADER_BYTES), at + _HEADER_BYTES * self._num_nodes, num_states, chunks.num)
 
     def _new_pattern(self, call: Call, used: list[int]) -> Tensor:
+        kept = self._in_graphs.get(tuple(used))
+        if kept is not None:
+            self._patterns[tuple(used)] = kept
+            return kept
         num_chunks, *counts = used
         num_words, device = RAIL_WORDS * self._num_nodes, self._context.device
         pattern = torch.full((num_words + 2 * self._num_nodes * num_chunks,), -1, dtype=torch.int32, device=device)
