@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -186,11 +187,13 @@ def num_python_calls(call: Callable[[], Any]) -> int:
 
     for _ in range(3):
         result = call()
+    gc.disable()  # what other tests have left would be counted, too
     sys.setprofile(note)
     try:
         kept = call()
     finally:
         sys.setprofile(None)
+        gc.enable()
     del result, kept  # not while they are counted
     return num
 
