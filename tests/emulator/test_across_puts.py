@@ -6,12 +6,12 @@ tests/emulator/test_across_decode.py runs some of its tests so, too.
 import pytest
 import torch
 
-from support import decode_jobs
+from support import decode_jobs, throughput_jobs
 from support.decoding import CASTS, Step, check_combined, check_received
 from support.emulated_group import EmulatedPair, Puts
 from support.emulator import Emulator
 from support.fake_network import Put, Report, Weather
-from tokenferry import CapacityError, MismatchError, MoeShape, PeerTimeout, Scale
+from tokenferry import CapacityError, MismatchError, MoeShape, PeerTimeout, Scale, tuning
 from tokenferry.kernels.control_block import RAIL_CHUNK_BYTES
 from tokenferry.testing.cases import Case
 
@@ -160,3 +160,31 @@ def test_messages_of_different_sizes_meet(run):
     for text in run(2, other_sizes, ranks_per_node=1, puts=Puts()):
         assert "made different calls" in text
         assert "waited for" not in text
+
+
+# ---------------------------------------------------------------------- calls that begin with a message
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_round_trips(run, monkeypatch, at_once):
+    """Headers of dispatch, redispatch and combine are put, whether the routing crosses at once or later."""
+    if not at_once:
+        monkeypatch.setattr(tuning, "ROUTING_AT_ONCE_BYTES", 0)
+    run(3, throughput_jobs.round_trips, 3, ranks_per_node=1, puts=Puts(STORM, MAPPED["some"], LARGE))
+
+
+def other_kinds(rank: int, pg: None, pair: EmulatedPair) -> str:
+    """One node dispatches for throughput, the other for decoding."""
+    case = Case((3, 2), 4, 2, hidden=64, dtype=torch.float32)
+    with pair.open(pg, case.shape, timeout_s=10.0) as group:
+        x, routing = Step(case, rank).mine().x, Step(case, rank).routing()
+        with pytest.raises(MismatchError) as caught:  # noqa: PT012 - some raise with the next call
+            (group.decode_dispatch if rank else group.dispatch)(x, routing)
+            group.synchronize()
+        pair.barrier()
+        return str(caught.value)
+
+
+def test_calls_of_different_kinds_meet(run):
+    for text in run(2, other_kinds, ranks_per_node=1, puts=Puts()):
+        assert "made different calls" in text

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding
-from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.crossing import Crossing, Routing, Words
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.across.decode_sums import encoded_bytes
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
@@ -220,6 +220,12 @@ class PutCrossing(Crossing):
     def exchange_headers(self, call: Call, send: Rows, recv: Rows, *kept: object) -> Transfer:
         """See `Crossing.exchange_headers`."""
         return self._puts.exchange(call, Messages(send, _NO_BODIES), Messages(recv, _NO_BODIES))
+
+    def routing(self, call: Call, routing: Routing, words: Words, headers: Rows | None, *kept: object) -> Transfer:
+        """See `Crossing.routing`. Headers are put, and the routing follows them."""
+        if headers is not None:
+            self.exchange_headers(call, headers, words.headers).join()
+        return super().routing(call, routing, words, None, *kept)
 
 
 _NO_BODIES = Rows(0, 0)
