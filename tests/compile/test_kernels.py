@@ -1,4 +1,4 @@
-"""Every kernel that we ship compiles for Hopper, without a GPU, and needs no more than its header promises."""
+"""Every kernel that we ship compiles for each kind of GPU, without one, and needs no more than its header promises."""
 
 import ctypes
 import dataclasses
@@ -42,8 +42,8 @@ def shipped() -> list[KernelSpec]:
 
 
 MOST_ROW = 64 * 1024
-MOST_SHARED = 227 * 1024
-"""Bytes that a block of an SM of 9.0 may have."""
+MOST_SHARED = promises.SMEM_BYTES[promises.ARCH]
+OTHERS = [arch for arch in promises.SMEM_BYTES if arch != promises.ARCH]
 KERNELS = Path(compiler.__file__).parents[1] / "kernels"
 SPECS = [SCALE, *shipped()]
 CONFIGS = [
@@ -59,10 +59,36 @@ def test_needs_no_more_than_promised(spec, config):
     assert not promises.broken_promises(spec, needs, log), f"{spec.source}\n{log}"
 
 
+@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_needs_no_more_than_promised_elsewhere(spec, arch):
+    """In one config of each kernel; its others differ by types."""
+    needs, log = promises.compiled(spec, spec.configs[0], arch)
+    assert not promises.broken_promises(spec, needs, log, arch), f"{spec.source}\n{log}"
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_header_says_what_is_promised(spec):
     missing = promises.unwritten_promises(spec)
     assert not missing, f"the lines '// Cost' of {spec.source} do not say {missing}"
+
+
+def room(spec: KernelSpec, arch: str = promises.ARCH) -> int:
+    """Return the dynamic shared memory that a block may have."""
+    return promises.SMEM_BYTES[arch] - spec.static_smem
+
+
+def rings(arch: str = promises.ARCH) -> dict[str, int]:
+    """Return the most dynamic shared memory that kernels with rings ask for, rows of any size."""
+    push, plain, fused = room(push_spec.SPEC, arch), room(dispatch_spec.SPEC, arch), room(fused_spec.SPEC, arch)
+    rows = [(row, scale) for row in range(16, MOST_ROW + 1, 16) for scale in (0, 16, 224)]
+    masks = [fused_spec.rings_at(E, R) for E, R in ((1, 1), (256, 8), (MAX_EXPERTS, MAX_RANKS))]
+    return {
+        "combine_pull": pull_spec.num_warps(room(pull_spec.SPEC, arch)) * pull_spec.WARP_BYTES,
+        "combine_push": max(push_spec.cut(row, push).smem_bytes for row, _ in rows),
+        "dispatch": max(dispatch_spec.cut(*row, plain).smem_bytes for row in rows),
+        "dispatch_fused": max(at + fused_spec.cut_rings(*row, fused - at).smem_bytes for row in rows for at in masks),
+    }
 
 
 DYNAMIC = {
@@ -75,18 +101,11 @@ DYNAMIC = {
     "dispatch_split": split_spec.smem_bytes(MAX_RANKS * MAX_NODES, MAX_NODES),
     "dispatch_rails": split_spec.smem_bytes(MAX_RANKS * MAX_NODES, MAX_NODES),
     "dispatch_assign": notify_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS),
-    "combine_pull": pull_spec.SMEM_BYTES,
-    "combine_push": max(push_spec.cut(row).smem_bytes for row in range(16, MOST_ROW + 1, 16)),
-    "dispatch": max(
-        dispatch_spec.cut(row, scale).smem_bytes for row in range(16, MOST_ROW + 1, 16) for scale in (0, 16, 224)
+    **rings(),
+    "decode_dispatch": max(
+        decode_dispatch_spec.smem_bytes(1 << n, decode_dispatch_spec.CHOICES_BYTES, MAX_EXPERTS, MAX_RANKS, 1 << 16)
+        for n in range(24)
     ),
-    "dispatch_fused": max(
-        fused_spec.rings_at(E, R) + fused_spec.cut_rings(row, scale, E, R).smem_bytes
-        for row in range(16, MOST_ROW + 1, 16)
-        for scale in (0, 16, 224)
-        for E, R in ((1, 1), (256, 8), (MAX_EXPERTS, MAX_RANKS))
-    ),
-    "decode_dispatch": max(decode_dispatch_spec.smem_bytes(1 << n, MAX_EXPERTS, MAX_RANKS, 1 << 16) for n in range(24)),
 }
 """The most dynamic shared memory that the host asks for, within the limits of sizes; other kernels have none."""
 
@@ -95,6 +114,14 @@ DYNAMIC = {
 def test_the_header_says_how_much_dynamic_shared_memory(spec):
     assert f"at most {DYNAMIC[spec.name]} B of dynamic." in spec.source.read_text()
     assert DYNAMIC[spec.name] + spec.static_smem <= MOST_SHARED
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+def test_rings_fit_into_the_shared_memory_of_each_gpu(arch):
+    specs = {spec.name: spec for spec in SPECS}
+    assert all(needed <= room(specs[name], arch) for name, needed in rings(arch).items())
+    assert push_spec.num_warps(room(push_spec.SPEC, arch)) >= 2  # one pushes, one sets flags
+    assert pull_spec.num_warps(room(pull_spec.SPEC, arch)) >= 1
 
 
 def test_every_kernel_file_has_a_spec():

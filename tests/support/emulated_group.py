@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from support.emulated_rails import Boxes, QueueRails
-from support.emulator import Emulator, Jit, Kernel, Window
+from support.emulator import ARCH, Emulator, Jit, Kernel, Window
 from support.fake_network import CALM, FakeNetwork, Report, Weather
+from support.kernel_promises import SMEM_BYTES
 from support.on_device import OnDevice
 from tokenferry import MoeShape, env
 from tokenferry.backends.base import Resolved
@@ -54,7 +55,7 @@ class SynchronousJit(Jit):
         key = (spec, *sorted(config.items()))
         with self._lock:
             if key not in self._kernels:
-                self._kernels[key] = self.kernel_type(spec, config, self._folder)
+                self._kernels[key] = self.kernel_type(spec, config, self._folder, self._arch)
             return self._kernels[key]
 
 
@@ -204,8 +205,10 @@ def run_jobs(
     return [job.result() for job in jobs]
 
 
-def emulate(config: pytest.Config, jit_type: type[SynchronousJit] = SynchronousJit) -> Callable[..., list[Any]]:
-    """Return `run_jobs` on the emulator. Compiled kernels stay for the next session."""
+def emulate(
+    config: pytest.Config, jit_type: type[SynchronousJit] = SynchronousJit, arch: str = ARCH
+) -> Callable[..., list[Any]]:
+    """Return `run_jobs` on the emulator of a GPU of an architecture. Compiled kernels stay for the next session."""
     driver: Any = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)), current=nullcontext)
-    jit: Any = jit_type(config.cache.mkdir("emulator"))
-    return partial(run_jobs, Runtime(jit, driver, HostStreams(), num_sms=4))
+    jit: Any = jit_type(config.cache.mkdir("emulator"), arch)
+    return partial(run_jobs, Runtime(jit, driver, HostStreams(), num_sms=4, smem_bytes=SMEM_BYTES[arch]))

@@ -4,7 +4,7 @@
 // The fibers of a block take turns, and switch only where a thread waits (barriers, warp intrinsics, polls of memory that
 // others write), so one block runs the same way every time; the system schedules blocks and ranks.
 //
-// Catches  wrong results, deadlocks of one block, misaligned bulk copies, a buffer that is used before its load has come or
+// Catches  wrong results, deadlocks of one block, misaligned asynchronous copies, a buffer that is used before its load has come or
 //          after its store was issued, bulk stores or loads that are not waited for.
 // Misses   missing fences (a CPU orders more than a GPU), races in shared memory between two changes of fibers, missing
 //          fences of the asynchronous proxy, reads of static shared memory that was never written (it is zero here), timing,
@@ -58,6 +58,7 @@ struct EmuFiber {
     unsigned exchanges = 0;
     const unsigned* watched = nullptr;  // need not run as long as this word is `old`
     unsigned old = 0;
+    std::vector<EmuCopy> copies;               // asynchronous copies of 16 bytes that no barrier has yet
     std::vector<EmuCopy> open;                 // bulk stores of the group that is not committed yet
     std::vector<std::vector<EmuCopy>> groups;  // committed and not done: each is done when it is waited for, no earlier
 };
@@ -314,7 +315,7 @@ static unsigned emu_pair(unsigned low, unsigned high) { return low | high << 16;
 
 static void emu_check_aligned(const void* to, const void* from, unsigned bytes) {
     if (((uintptr_t)to | (uintptr_t)from | bytes) % 16 || !bytes)
-        emu_fail("a bulk copy that is empty or not of whole 16 bytes");
+        emu_fail("an asynchronous copy that is empty or not of whole 16 bytes");
 }
 static void emu_copy(const EmuCopy& one) { memcpy(one.to, one.from, one.bytes); }
 
@@ -323,6 +324,7 @@ static void emu_copy(const EmuCopy& one) { memcpy(one.to, one.from, one.bytes); 
 static void emu_run_fiber(int i) {
     emu_block->kernel(emu_block->params);
     if (!EMU_FIBER.open.empty() || !EMU_FIBER.groups.empty()) emu_fail("a thread ends with bulk stores under way");
+    if (!EMU_FIBER.copies.empty()) emu_fail("a thread ends with copies that no barrier waits for");
     EMU_FIBER.done = true;
     emu_block->live--;
     EmuWarp& warp = emu_block->warps[i / 32];

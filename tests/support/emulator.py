@@ -29,13 +29,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from support.kernel_promises import SMEM_BYTES
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Struct
 from tokenferry.kernels.all import ACROSS_NODES, SPECS
 
 HERE = Path(__file__).parent
-SMEM_BYTES = 227 * 1024
-"""Shared memory that a block of sm_90a may have."""
+ARCH = "sm_90a"
+"""What kernels are compiled for unless a test says so: it chooses the code that runs."""
 OPTIONS = (
     *("-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-fPIC", "-shared", "-pthread"),
     *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0"),  # else longjmp takes a change of stacks for an attack
@@ -82,14 +83,15 @@ def build(main: str, headers: dict[str, str], name: str, folder: Path) -> ctypes
 class Kernel:
     """As ``tokenferry.jit.kernel.Kernel``."""
 
-    def __init__(self, spec: KernelSpec, config: dict[str, int], folder: Path) -> None:
-        unit = spec.unit(config, "sm_90a")
+    def __init__(self, spec: KernelSpec, config: dict[str, int], folder: Path, arch: str) -> None:
+        unit = spec.unit(config, arch)
         headers = {name: translate(name, text) for name, text in unit.headers.items()}
         main = (
             '#include "emulator.h"\n' + unit.text + MAIN.format(kernel=spec.entry or spec.name, params=spec.params.name)
         )
-        name = "".join([spec.name, *(f"-{word}{value}" for word, value in sorted(config.items()))])
+        name = "".join([spec.name, *(f"-{word}{value}" for word, value in sorted(config.items())), f"-{arch}"])
         self.spec = spec
+        self._most_smem = SMEM_BYTES[arch] - spec.static_smem
         self._run = build(main, headers, name, folder).run
         self._run.restype = ctypes.c_char_p
 
@@ -100,7 +102,7 @@ class Kernel:
         assert grid >= 1
         assert block <= self.spec.max_threads
         assert block % 32 == 0
-        assert smem_bytes <= SMEM_BYTES - self.spec.static_smem
+        assert smem_bytes <= self._most_smem
         copied = type(params).from_buffer_copy(params)
         Stream.known[stream].submit(functools.partial(self._go, copied, grid, block, smem_bytes))
 
@@ -113,14 +115,14 @@ class Kernel:
 class Jit:
     """As ``tokenferry.jit.kernel.Jit``."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, arch: str = ARCH) -> None:
+        self._folder, self._arch = folder, arch
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
 
     def kernel(self, spec: KernelSpec, **config: int) -> Kernel:
         key = (spec, *sorted(config.items()))
         if key not in self._kernels:
-            self._kernels[key] = Kernel(spec, config, self._folder)
+            self._kernels[key] = Kernel(spec, config, self._folder, self._arch)
         return self._kernels[key]
 
     def warmup(self, specs: Iterable[KernelSpec]) -> None:
@@ -173,6 +175,9 @@ class Emulator:
 
     device = torch.device("cpu")
     timeout_s = 60.0
+    arch = os.environ.get("EMULATE_ARCH", ARCH)
+    """What its kernels are compiled for."""
+    smem_bytes = SMEM_BYTES[arch]
     folder: Path | None = None
     """Folder of compiled kernels for the next run; None: they are not kept."""
     _memories: ClassVar[list[tuple[mmap.mmap, Any]]] = []
@@ -208,6 +213,6 @@ class Emulator:
     def jit(self) -> Jit:
         if self.folder is None:
             self._made = tempfile.TemporaryDirectory()
-        made = Jit(self.folder or Path(self._made.name))
+        made = Jit(self.folder or Path(self._made.name), self.arch)
         made.warmup((*SPECS, *ACROSS_NODES))
         return made

@@ -1,24 +1,37 @@
 // Replaces the package's device/ptx.cuh on a CPU: the same functions, on top of emulator.h.
 #pragma once
+#include "device/target.cuh"
 
 #define DEV static inline __attribute__((unused))
 
 constexpr u32 kAll = 0xffffffffu;
 
-// ---- mbarriers: bit 0 is the phase, bit 1 whether the one arrival has come, the upper half the bytes still to come
+// ---- mbarriers: bit 0 is the phase, byte 1 the arrivals of a phase, byte 2 those that are missing, the upper half the bytes
+// still to come
 
 DEV void emu_turn_phase(u64* barrier) {
-    if ((*barrier & 2) && *barrier >> 32 == 0) {
-        *barrier = (*barrier & 1) ^ 1;
+    const u64 arrivals = *barrier >> 8 & 0xff;
+    if ((*barrier >> 16 & 0xff) == 0 && *barrier >> 32 == 0) {
+        *barrier = ((*barrier & 1) ^ 1) | arrivals << 8 | arrivals << 16;
         emu_block->progress++;
     }
 }
-DEV void mbarrier_init(u64* barrier) { *barrier = 0; }
+template <u32 Arrivals>
+DEV void mbarrier_init(u64* barrier) {
+    *barrier = Arrivals << 8 | Arrivals << 16;
+}
 DEV void mbarrier_init_done() {}
 DEV void mbarrier_expect(u64* barrier, u32 bytes) {
-    if (*barrier & 2) emu_fail("a second arrival in one phase of an mbarrier");
-    *barrier = (*barrier + ((u64)bytes << 32)) | 2;
+    if ((*barrier >> 16 & 0xff) == 0) emu_fail("more arrivals in one phase of an mbarrier than it was made for");
+    *barrier += ((u64)bytes << 32) - (1 << 16);
     emu_turn_phase(barrier);
+}
+DEV void mbarrier_arrive_after_copies(u64* barrier) {
+    std::vector<EmuCopy>& copies = EMU_FIBER.copies;
+    std::vector<EmuCopy>& loads = emu_block->loads[barrier];
+    loads.insert(loads.end(), copies.begin(), copies.end());
+    mbarrier_expect(barrier, 16 * copies.size());
+    copies.clear();
 }
 DEV void mbarrier_wait(u64* barrier, u32 parity) {
     emu_change_fiber();  // a load takes time: other threads run before it arrives
@@ -34,7 +47,13 @@ DEV void mbarrier_wait(u64* barrier, u32 parity) {
     }
 }
 
-// ---- bulk copies: done as late as possible, so that a kernel that does not wait finds other data
+// ---- asynchronous copies: done as late as possible, so that a kernel that does not wait finds other data
+
+DEV void copy_async(void* shared, const void* global) {
+    emu_check_aligned(shared, global, 16);
+    memset(shared, 0xEE, 16);
+    EMU_FIBER.copies.push_back({shared, global, 16});
+}
 
 DEV void bulk_load(void* shared, const void* global, u32 bytes, u64* barrier) {
     emu_check_aligned(shared, global, bytes);

@@ -122,7 +122,7 @@ class SilentGroup:
         jit = SimpleNamespace(kernel=kernel, warmup=lambda _: None)
         driver = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda _: (0,)), current=nullcontext)
         resolved = Resolved(shape, "cuda", "auto", 20.0, False, HEAP_BYTES, "", fast_path=fast_path)
-        backend = assemble(Window(), resolved, "key", "", Runtime(jit, driver, HostStreams(), 132))
+        backend = assemble(Window(), resolved, "key", "", Runtime(jit, driver, HostStreams(), 132, 227 << 10))
         words.append(backend.context.pinned.words)
         self.group = object.__new__(ExpertGroup)
         self.group._adopt(backend, shape, 20.0)

@@ -114,7 +114,7 @@ class SilentNodes:
         window.bases, window.num_ranks = [window.base], 1
         self.channel = Mirror()
         rails = NcclRails(self.channel, topology, 20.0)
-        runtime = Runtime(jit, driver, HostStreams(), 132)
+        runtime = Runtime(jit, driver, HostStreams(), 132, 227 << 10)
         backend = assemble_across(window, resolved, "key", topology, Links(rails), runtime)
         words += [backend.context.pinned.words, [0]]
         self.group = object.__new__(ExpertGroup)

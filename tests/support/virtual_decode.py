@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from support.row_bytes import as_bytes, check_rows
-from support.virtual_ranks import MACHINE, Block, Ranks, same_bytes
+from support.virtual_ranks import MACHINE, Block, Ranks, dynamic_bytes, same_bytes
 from tokenferry import Scale
 from tokenferry.backends.cuda.decode import prepared_choices
 from tokenferry.backends.cuda.workspace import Workspace, bytes_of, sizes_for
@@ -274,7 +274,12 @@ class DispatchCall(DecodeCall):
     @property
     def sizes(self) -> tuple[int, int, int]:
         case, M = self.case, self.group.shape.max_tokens
-        return BLOCKS, THREADS, decode_dispatch_spec.smem_bytes(M * case.top_k, case.experts, case.ranks, M)
+        return BLOCKS, THREADS, decode_dispatch_spec.smem_bytes(M * case.top_k, self.kept, case.experts, case.ranks, M)
+
+    @property
+    def kept(self) -> int:
+        case, room = self.case, dynamic_bytes(decode_dispatch_spec.SPEC)
+        return decode_dispatch_spec.kept_bytes(case.experts, case.ranks, self.group.shape.max_tokens, room)
 
     def fields(self, rank: int, phases: int = BOTH, **more: object) -> dict[str, object]:
         """Return the params of the kernel on a rank."""
@@ -307,7 +312,7 @@ class DispatchCall(DecodeCall):
         if self._weights[rank] is not None:
             values["weights"] = self._weights[rank]
         if self.prepared:
-            choices = prepared_choices(topk_idx, case.experts)
+            choices = prepared_choices(topk_idx, case.experts, self.kept)
             values["choices"] = 0 if choices is None else choices  # without tokens there is nothing to prepare
         if self.received:
             values |= {"received": self.received[rank], "wait_ns": self.wait_ns[rank]}

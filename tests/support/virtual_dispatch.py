@@ -9,7 +9,7 @@ from torch import Tensor
 
 from support.row_bytes import as_bytes, check_rows
 from support.virtual_plan import Expected
-from support.virtual_ranks import Block, Ranks, offsets
+from support.virtual_ranks import Block, Ranks, dynamic_bytes, offsets
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
 
@@ -119,7 +119,7 @@ class Delivery:
         mine = self.brought[src]
         scales = payload.scales
         bulk = scales.row_bytes if scales and scales.bulk else 0
-        rings = dispatch_spec.cut(payload.row_bytes, bulk)
+        rings = dispatch_spec.cut(payload.row_bytes, bulk, dynamic_bytes(dispatch_spec.SPEC))
         values: dict[str, object] = {
             "x": up(mine.x),
             "places": up(ex.table(src)),
@@ -155,7 +155,8 @@ class Delivery:
 
     def sizes(self) -> tuple[int, int, int]:
         scales = self.payload.scales
-        rings = dispatch_spec.cut(self.payload.row_bytes, scales.row_bytes if scales and scales.bulk else 0)
+        bulk = scales.row_bytes if scales and scales.bulk else 0
+        rings = dispatch_spec.cut(self.payload.row_bytes, bulk, dynamic_bytes(dispatch_spec.SPEC))
         return self.payload.blocks, rings.warps * 32, rings.smem_bytes
 
     def run(self) -> None:

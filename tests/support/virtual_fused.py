@@ -10,7 +10,7 @@ from torch import Tensor
 from support.plan_checks import check, choices_of
 from support.virtual_dispatch import Delivery, Payload
 from support.virtual_plan import LAYOUTS, Expected, Form, Planner
-from support.virtual_ranks import POISON, Ranks
+from support.virtual_ranks import POISON, Ranks, dynamic_bytes
 from tokenferry.kernels.control_block import SIGNATURE_WORDS
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
@@ -99,7 +99,8 @@ class Whole:
     def rings(self) -> dispatch_spec.Rings:
         bulk = self._keep[0]["bulk_scale_bytes"]
         assert isinstance(bulk, int)
-        return fused_spec.cut_rings(self.payload.row_bytes, bulk, self.num_experts, self.ranks.num_ranks)
+        left = dynamic_bytes(fused_spec.SPEC) - fused_spec.rings_at(self.num_experts, self.ranks.num_ranks)
+        return fused_spec.cut_rings(self.payload.row_bytes, bulk, left)
 
     def fused_sizes(self, num_blocks: int) -> tuple[int, int, int]:
         smem = fused_spec.rings_at(self.num_experts, self.ranks.num_ranks) + self.rings.smem_bytes

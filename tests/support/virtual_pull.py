@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.virtual_ranks import Block, Ranks, offsets
+from support.virtual_ranks import Block, Ranks, dynamic_bytes, offsets
 from tokenferry.kernels import codes
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.control_block import RANK_SHIFT
@@ -130,7 +130,8 @@ class Pull:
         return {**values, **more}
 
     def launch_sizes(self) -> tuple[int, int, int]:
-        return self.sizes.blocks, pull_spec.MAX_WARPS * 32, pull_spec.SMEM_BYTES
+        warps = pull_spec.num_warps(dynamic_bytes(pull_spec.SPEC))
+        return self.sizes.blocks, warps * 32, warps * pull_spec.WARP_BYTES
 
     @property
     def config(self) -> dict[str, int]:

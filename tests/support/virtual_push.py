@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from support.virtual_ranks import POISON, Block, Ranks, offsets, ranks_of, same_bytes
+from support.virtual_ranks import POISON, Block, Ranks, dynamic_bytes, offsets, ranks_of, same_bytes
 from tokenferry.kernels.codes import PIECE_BYTES, TYPES
 from tokenferry.kernels.combine_push import spec as push_spec
 from tokenferry.kernels.control_block import MAX_LANDED, MAX_RANKS, ROWS_AT_WORD, SHIFT_WORD
@@ -150,7 +150,8 @@ class Push:
     def fields(self, rank: int, **more: object) -> dict[str, object]:
         """Return the params of combine_push."""
         sizes, up, plan = self.sizes, self.ranks.on_device, self.plan
-        table, places, rings = self.table(rank, 1), self.table(rank, 4), push_spec.cut(sizes.row_bytes)
+        table, places = self.table(rank, 1), self.table(rank, 4)
+        rings = push_spec.cut(sizes.row_bytes, dynamic_bytes(push_spec.SPEC))
         heap = self.heap.get(rank)
         values: dict[str, object] = {
             "alive": sum(1 << r for r in self.alive),
@@ -191,7 +192,9 @@ class Push:
         return [self.fields(r, **more) if r in self.alive else None for r in range(self.ranks.num_ranks)]
 
     def launch_sizes(self) -> tuple[int, int, int]:
-        return self.sizes.blocks, push_spec.SPEC.max_threads, push_spec.cut(self.sizes.row_bytes).smem_bytes
+        smem_bytes = dynamic_bytes(push_spec.SPEC)
+        rings = push_spec.cut(self.sizes.row_bytes, smem_bytes)
+        return self.sizes.blocks, push_spec.num_warps(smem_bytes) * 32, rings.smem_bytes
 
     @property
     def config(self) -> dict[str, int]:

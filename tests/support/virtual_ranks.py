@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from support.emulator import Emulator
+from tokenferry.jit.driver import Device
 from tokenferry.jit.kernel import Jit, KernelSpec
 from tokenferry.kernels.all import ACROSS_NODES, SPECS
 from tokenferry.kernels.control_block import (
@@ -60,6 +61,11 @@ class Gpu:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(int(milliseconds * MILLISECOND))
 
+    @functools.cached_property
+    def smem_bytes(self) -> int:
+        """Return the shared memory that a block may have."""
+        return Device(0).smem_bytes()
+
     def pinned(self, tensor: Tensor) -> Tensor:
         """Return a copy in memory of the host that kernels can write."""
         return tensor.pin_memory()
@@ -79,6 +85,11 @@ class Gpu:
 MACHINE = Gpu() if torch.cuda.is_available() else Emulator()
 TIMEOUT_S = float(os.environ.get("VIRTUAL_TIMEOUT_S", MACHINE.timeout_s))
 """Deadline of the kernels; a sanitizer needs more."""
+
+
+def dynamic_bytes(spec: KernelSpec) -> int:
+    """Return the dynamic shared memory that a block of a kernel may have."""
+    return MACHINE.smem_bytes - spec.static_smem
 
 
 class Record(NamedTuple):
@@ -167,6 +178,11 @@ class Ranks:
         made = torch.empty(*shape, dtype=dtype, device=self.device)
         made.view(torch.uint8).fill_(POISON)
         return made
+
+    @functools.cached_property
+    def smem_bytes(self) -> int:
+        """Return the shared memory that a block may have."""
+        return Device(0).smem_bytes()
 
     def pinned(self, tensor: Tensor) -> Tensor:
         """Return a copy in memory of the host that kernels can write."""

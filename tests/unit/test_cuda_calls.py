@@ -148,6 +148,7 @@ def two_ranks():
     return SimpleNamespace(
         num_ranks=2,
         num_sms=132,
+        dynamic_bytes=lambda spec: (227 << 10) - spec.static_smem,
         device=CPU,
         pinned=SimpleNamespace(host_address=0),
         new_template=lambda spec, packer, **_: LaunchTemplate(SimpleNamespace(new_params=spec.params.struct), packer),

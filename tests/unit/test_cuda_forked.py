@@ -58,7 +58,7 @@ def make_group(device: Device, others: list[Process]) -> ExpertGroup:
     own = Memory(device, CONTROL_BLOCK_BYTES + HEAP_BYTES, 4096)
     window = Window(0, CPU, CONTROL_BLOCK_BYTES + HEAP_BYTES, (own,), (own.address, own.address))
     window._mapped = [own.address]
-    runtime = Runtime(SimpleNamespace(), device, CudaStreams(device), 4)
+    runtime = Runtime(SimpleNamespace(), device, CudaStreams(device), 4, 227 << 10)
     resolved = Resolved(SHAPE, "cuda", "auto", 5.0, True, HEAP_BYTES, "")
     backend = assemble(window, resolved, "forked", "a test", runtime)
     backend.context.watch(Peers([Process.this(), *others]))

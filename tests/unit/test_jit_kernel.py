@@ -453,7 +453,9 @@ def test_close_unloads_once(cuda, spec):
         jit.kernel(spec, num_stages=4, wide=0)
 
 
-@pytest.mark.parametrize(("capability", "arch"), [((9, 0), "sm_90a"), ((8, 0), "sm_80"), ((10, 3), "sm_103")])
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((9, 0), "sm_90a"), ((8, 0), "sm_80"), ((8, 9), "sm_89"), ((10, 3), "sm_103a")]
+)
 def test_the_architecture_is_the_device_s(monkeypatch, cuda, spec, capability, arch):
     cuda.capability, compile_unit = capability, FakeCompiler()
     toy(spec, compile_unit)

@@ -85,16 +85,18 @@ class Device:
         return os.getpid() != self._pid
 
     def arch(self) -> str:
-        """Return ``"sm_90a"`` on Hopper, where some instructions need that variant, otherwise ``"sm_XY"``."""
-        kinds = self.cuda.CUdevice_attribute
-        major, minor = (
-            check(self.cuda.cuDeviceGetAttribute(kind, self._handle), "asking for the compute capability")
-            for kind in (
-                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
-        return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+        """Return the architecture of this GPU: ``"sm_80"``, or from Hopper on its own variant, ``"sm_90a"``."""
+        major = self._attribute("COMPUTE_CAPABILITY_MAJOR", "the compute capability")
+        minor = self._attribute("COMPUTE_CAPABILITY_MINOR", "the compute capability")
+        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+    def smem_bytes(self) -> int:
+        """Return how much shared memory a block may have: 227 KB on Hopper, 99 KB on the smallest."""
+        return self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", "the shared memory of a block")
+
+    def _attribute(self, name: str, what: str) -> int:
+        kind = getattr(self.cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(check(self.cuda.cuDeviceGetAttribute(kind, self._handle), f"asking for {what}"))
 
     @contextmanager
     def current(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from tokenferry.jit.cache import Cache
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.linker import DeviceLibrary, link
 from tokenferry.jit.params import Params, Struct
-from tokenferry.jit.source import Unit, headers, options, translation_unit
+from tokenferry.jit.source import Unit, compute_capability, headers, options, translation_unit
 
 _MAX_PACKED = 1024
 _COMPILE_THREADS = 8
@@ -40,7 +40,8 @@ class KernelSpec:
         source: The ``.cuh`` file.
         include: Root folder of ``#include "device/x.cuh"`` lines.
         params: The struct that the kernel takes by value: ``const __grid_constant__ <params.name> p``.
-        max_registers: Limit of registers per thread, without spills; a test compiles every config and checks it.
+        max_registers: Limit of registers per thread on sm_90a, without spills; a test compiles every config and checks
+            it.
         max_threads: Limit of threads per block: the constant ``kMaxThreads``, for ``__launch_bounds__``.
         static_smem: Limit of bytes of static shared memory per block.
         configs: Every set of compile-time constants that may be used: ``{"num_stages": 4}`` becomes
@@ -50,6 +51,7 @@ class KernelSpec:
             kernel has ended, which hides a part of the launch latency (programmatic dependent launch).
         relocatable: Whether the kernel calls functions of a device library, and is linked before it is loaded.
         entry: The entry point if it lies in a namespace, such as ``"low_latency::dispatch"``: the name in profiles.
+        other_registers: Limit of registers per thread on other architectures; 0: as on sm_90a.
     """
 
     name: str
@@ -64,6 +66,7 @@ class KernelSpec:
     early: bool = False
     relocatable: bool = False
     entry: str = ""
+    other_registers: int = 0
 
     @property
     def symbol(self) -> str:
@@ -84,7 +87,7 @@ class KernelSpec:
                 f"kernel {self.name}: config {dict(config)} is not one that it is compiled and tested for; "
                 f"add it to the spec's configs: {[dict(known) for known in self.configs]}"
             )
-        constants = {**config, "max_threads": self.max_threads}
+        constants = {**config, "max_threads": self.max_threads, "sm": compute_capability(arch)}
         text, own = translation_unit(self.source, self.params.cpp, constants, self.include)
         included = headers(own, self.source, self.include, self.generated)
         return Unit(self.name, text, included, options(arch, relocatable=self.relocatable))

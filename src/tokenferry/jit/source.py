@@ -12,6 +12,9 @@ from tokenferry.errors import ConfigError
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 _CONSTANT = re.compile(r"[a-z][a-z0-9_]*")
+_ARCH = re.compile(r"(?:sm|compute)_(\d{2,3})[af]?")
+OLDEST = 80
+"""The least compute capability that kernels are written for: 8.0, Ampere."""
 
 _PRELUDE = """\
 typedef unsigned char u8;
@@ -57,6 +60,21 @@ class Unit:
             data = part.encode()
             digest.update(len(data).to_bytes(8, "little") + data)  # the length keeps "ab", "c" apart from "a", "bc"
         return digest.hexdigest()
+
+
+def compute_capability(arch: str) -> int:
+    """Return the constant ``kSm`` for an architecture: 90 for ``"sm_90a"``, 80 for ``"compute_80"``.
+
+    Raises:
+        ConfigError: it is not the name of an architecture, or one that no kernel is written for.
+    """
+    found = _ARCH.fullmatch(arch)
+    if found is None or int(found[1]) < OLDEST:
+        raise ConfigError(
+            f"architecture {arch!r}: expected sm_XY for machine code or compute_XY for PTX, of a compute capability "
+            f"X.Y from {OLDEST // 10}.{OLDEST % 10} on, such as sm_90a or compute_80"
+        )
+    return int(found[1])
 
 
 def options(arch: str, *, relocatable: bool = False) -> tuple[str, ...]:

@@ -197,11 +197,12 @@ class Combiner:
         push_sms = form.num_sms or tuning.push_sms
         pushers = 0 if num_ranks == 1 else num_pushers(push_sms)
         pieces = -(-columns * form.dtype.itemsize // PIECE_BYTES)
+        warps = push_spec.num_warps(self._context.dynamic_bytes(push_spec.SPEC))
         made = form.works[num_tokens] = Work(
             form.num_sms or tuning.combine_sms,
             push_sms,
             pushers,
-            push_spec.num_whole(num_tokens, pieces, max(1, push_sms - pushers)),
+            push_spec.num_whole(num_tokens, pieces, warps * max(1, push_sms - pushers)),
             push_spec.unit_bits(num_tokens),
         )
         return made

@@ -138,6 +138,7 @@ class Context:
         self._masked: set[int] = set()
         self.broken: str | None = None
         self.num_sms = runtime.num_sms
+        self._smem_bytes = runtime.smem_bytes
         self.templates: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_TEMPLATES)
         self._driver = runtime.driver
         self._streams = runtime.streams
@@ -148,6 +149,10 @@ class Context:
         self._told_peers = False  # why this group ended
         self._inherited = False
         forget_in_child(self, Context.forget)
+
+    def dynamic_bytes(self, spec: KernelSpec) -> int:
+        """Return the dynamic shared memory that a block of a kernel may have on this GPU."""
+        return self._smem_bytes - spec.static_smem
 
     # ------------------------------------------------------------------ one call
 

@@ -30,7 +30,6 @@ from tokenferry.backends.cuda.workspace import Workspace, Workspaces
 from tokenferry.backends.tensors import drop_ranks, overlap
 from tokenferry.errors import ConfigError
 from tokenferry.kernels.control_block import TRACE_WORDS
-from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.decode_words import BAD, NONE, RECEIVE, REPEATED, SEND
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodePlan, DecodeStats, MoeShape, Quantized, Routing
 
@@ -212,7 +211,7 @@ class Decoder:
         topk_idx, weights, empty = routing.topk_idx, routing.topk_weights, context.empty
         data, words = empty(*form.rows), empty(*form.words)
         scale = None if form.scale is None else empty(*form.scale)
-        choices = prepared_choices(topk_idx, form.shape.num_experts)
+        choices = prepared_choices(topk_idx, form.shape.num_experts, form.kept_bytes)
         at, num_tokens = words.data_ptr(), topk_idx.shape[0]
         result, plan = object.__new__(LazyDecodeDispatched), object.__new__(LazyDecodePlan)
         plan._form, plan._words, plan._made, plan._call_number, plan.num_tokens = form, words, {}, 0, num_tokens
@@ -348,14 +347,19 @@ def check_limits(shape: MoeShape, num_ranks: int) -> None:
         raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
 
 
-def prepared_choices(topk_idx: Tensor, num_experts: int) -> Tensor | None:
+def prepared_choices(topk_idx: Tensor, num_experts: int, kept_bytes: int) -> Tensor | None:
     """Return a routing in the form that blocks prepare for themselves; None if it is small enough for them to do so.
+
+    Args:
+        topk_idx: ``[T, K]``.
+        num_experts: E.
+        kept_bytes: Bytes of the largest one that blocks keep.
 
     Returns:
         Tensor: ``[T * K]`` int16: an expert, with the highest bit set if an earlier slot of the token has chosen it,
         too; or a code for no expert.
     """
-    if 2 * topk_idx.numel() <= decode_dispatch_spec.CHOICES_BYTES:
+    if 2 * topk_idx.numel() <= kept_bytes:
         return None
     good = (topk_idx >= 0) & (topk_idx < num_experts)
     codes = torch.where(good, topk_idx.int(), torch.where(topk_idx == -1, NONE, BAD))

@@ -154,6 +154,7 @@ class DecodeDispatchForm:
         weighted: Whether weights are sent.
         layout: Where these parts lie.
         group_key: `DecodePlan.group_key`.
+        kept_bytes: Bytes of the largest routing that blocks keep for themselves.
     """
 
     signature: Signature
@@ -170,6 +171,7 @@ class DecodeDispatchForm:
     weighted: bool
     layout: DecodeLayout
     group_key: str
+    kept_bytes: int
 
 
 def new_dispatch_form(
@@ -180,18 +182,19 @@ def new_dispatch_form(
     kernel = context.new_template(decode_dispatch_spec.SPEC, _DISPATCH, type=cast_type(kind), relays=0)
     fill_dispatch(context, kernel, workspace, kind, R)
     kernel.params.max_tokens = shape.max_tokens
-    kernel.smem_bytes = decode_dispatch_spec.smem_bytes(
-        shape.max_tokens * shape.top_k, shape.num_experts, R, shape.max_tokens
-    )
-    table_words = PLACES_WORD + R * shape.max_tokens * shape.top_k
-    return form_of(kernel, group_key, signature, workspace, kind, DispatchSizes(R, table_words))
+    E, M = shape.num_experts, shape.max_tokens
+    kept = decode_dispatch_spec.kept_bytes(E, R, M, context.dynamic_bytes(decode_dispatch_spec.SPEC))
+    kernel.smem_bytes = decode_dispatch_spec.smem_bytes(M * shape.top_k, kept, E, R, M)
+    table_words = PLACES_WORD + R * M * shape.top_k
+    return form_of(kernel, group_key, signature, workspace, kind, DispatchSizes(R, table_words, kept))
 
 
 class DispatchSizes(NamedTuple):
-    """What a form of decode dispatches follows from besides their kind: R, and the words of `DecodePlan._table`."""
+    """What a form of decode dispatches follows from besides their kind: R, words of `DecodePlan._table`, kept bytes."""
 
     num_ranks: int
     table_words: int
+    kept_bytes: int
 
 
 def form_of(
@@ -224,6 +227,7 @@ def form_of(
         kind.weighted,
         layout,
         group_key,
+        sizes.kept_bytes,
     )
 
 

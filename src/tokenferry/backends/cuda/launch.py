@@ -151,7 +151,7 @@ def dispatch_template(context: Context, kind: RowKind, num_local: int, *, by_exp
     p = template.params
     _set_rows(context, p, kind, num_local, by_expert=by_expert)
     p.wide = kind.topk_dtype is torch.int64
-    rings = dispatch_spec.cut(kind.row_bytes, p.bulk_scale_bytes)
+    rings = dispatch_spec.cut(kind.row_bytes, p.bulk_scale_bytes, context.dynamic_bytes(dispatch_spec.SPEC))
     _set_rings(p, rings)
     template.block, template.smem_bytes = rings.warps * 32, rings.smem_bytes
     return template
@@ -167,9 +167,11 @@ def fused_template(context: Context, kind: RowKind, sizes: PlanSizes, num_local:
     p.num_experts, p.layout, p.alignment = sizes.num_experts, sizes.layout, sizes.alignment
     p.capacity, p.row_limit = sizes.capacity, sizes.row_limit
     p.segments, p.segment_units = 1, notify_spec.ONE_SEGMENT
-    rings = fused_spec.cut_rings(kind.row_bytes, p.bulk_scale_bytes, sizes.num_experts, num_ranks)
+    p.rings_at = fused_spec.rings_at(sizes.num_experts, num_ranks)
+    left = context.dynamic_bytes(fused_spec.SPEC) - p.rings_at
+    rings = fused_spec.cut_rings(kind.row_bytes, p.bulk_scale_bytes, left)
     _set_rings(p, rings)
-    p.warps, p.rings_at = rings.warps, fused_spec.rings_at(sizes.num_experts, num_ranks)
+    p.warps = rings.warps
     template.block, template.smem_bytes = fused_spec.THREADS, p.rings_at + rings.smem_bytes
     return template
 
@@ -215,14 +217,19 @@ def stage_template(context: Context, num_local: int, capacity: int, row_bytes: i
 
 def pull_template(context: Context, dtype: torch.dtype, columns: int, top_k: int) -> LaunchTemplate:
     """Return a template of `combine_pull`: peers' rows are fetched from where they lie by expert."""
-    return _combine_template(context, pull_spec.SPEC, _PULL, dtype, columns, top_k)
+    template = _combine_template(context, pull_spec.SPEC, _PULL, dtype, columns, top_k)
+    warps = pull_spec.num_warps(context.dynamic_bytes(pull_spec.SPEC))
+    template.block, template.smem_bytes = warps * 32, warps * pull_spec.WARP_BYTES
+    return template
 
 
 def push_template(context: Context, dtype: torch.dtype, columns: int, top_k: int) -> LaunchTemplate:
     """Return a template of `combine_push`: rows are pushed, or fetched by peers if they lie in the window."""
     template = _combine_template(context, push_spec.SPEC, _PUSH, dtype, columns, top_k)
     p = template.params
-    p.width, rings = context.num_ranks, push_spec.cut(p.row_bytes)
+    smem_bytes = context.dynamic_bytes(push_spec.SPEC)
+    p.width, rings = context.num_ranks, push_spec.cut(p.row_bytes, smem_bytes)
+    template.block = push_spec.num_warps(smem_bytes) * 32
     p.row_pieces, p.piece_bytes, p.pitch = rings.pieces, rings.piece_bytes, rings.pitch
     p.stages, p.warps, template.smem_bytes = rings.stages, rings.warps, rings.smem_bytes
     return template
@@ -238,5 +245,4 @@ def _combine_template(
     p.top_k = p.width = top_k
     p.row_bytes = columns * dtype.itemsize
     p.pieces = -(-p.row_bytes // PIECE_BYTES)
-    template.block, template.smem_bytes = spec.max_threads, pull_spec.SMEM_BYTES
     return template

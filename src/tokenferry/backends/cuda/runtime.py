@@ -23,12 +23,14 @@ class Runtime:
         driver: The device and its context.
         streams: The streams that order the work.
         num_sms: Multiprocessors of the device.
+        smem_bytes: Shared memory that a block may have.
     """
 
     jit: Jit
     driver: Device
     streams: Streams
     num_sms: int
+    smem_bytes: int
 
 
 def cuda_runtime(
@@ -50,4 +52,4 @@ def cuda_runtime(
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     jit = Jit(index, cache, library=library)
     jit.compile_ahead(specs)
-    return Runtime(jit, driver, CudaStreams(driver), num_sms)
+    return Runtime(jit, driver, CudaStreams(driver), num_sms, driver.smem_bytes())

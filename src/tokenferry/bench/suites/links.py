@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.errors import PeerTimeout
+from tokenferry.jit.driver import Device
 from tokenferry.jit.kernel import Jit, Kernel, KernelSpec
 from tokenferry.kernels.link_limits import spec
 from tokenferry.memory.tensor import bytes_at
@@ -19,8 +20,6 @@ from tokenferry.memory.window import Window, share
 from tokenferry.transports.handshake import Bootstrap
 
 ROWS_OFFSET = 1 << 16
-SMEM_BYTES = 220 * 1024
-"""Shared memory for buffers: the rest of the 227 KB that a block may have is left to static variables."""
 
 
 class Links(Protocol):
@@ -72,6 +71,7 @@ class CudaLinks:
         size = ROWS_OFFSET + window_bytes(row_bytes, self.num_ranks)
         self._window: Window = share(table, self.rank, range(self.num_ranks), device, size, ROWS_OFFSET)
         self._jit = Jit(device.index or 0, cache)
+        self._smem_bytes = Device(device.index or 0).smem_bytes() - spec.STORE.static_smem
         self._jit.warmup(spec.SPECS)
         self._failed = torch.zeros(1, dtype=torch.int32, device=device)
         self._params = spec.PARAMS.struct()
@@ -150,7 +150,7 @@ class CudaLinks:
     def _move(self, which: KernelSpec, rows: Tensor, num_sms: int) -> None:
         self._params.local = rows.data_ptr()
         row_bytes = self._params.row_bytes
-        warps = min(spec.MAX_THREADS // 32, SMEM_BYTES // (spec.STAGES * row_bytes))
+        warps = min(spec.MAX_THREADS // 32, self._smem_bytes // (spec.STAGES * row_bytes))
         smem = warps * spec.STAGES * row_bytes
         self._kernel(which).launch(self._params, num_sms, warps * 32, smem, self._stream())
 

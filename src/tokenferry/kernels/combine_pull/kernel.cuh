@@ -8,8 +8,8 @@
 // Roles    Each warp loads and sums for itself, see device/add.cuh.
 // Order    The handshake of a peer says that its rows are written. exit_sync announces to the peer that they have been read:
 //          its kernel ends after that, and only then may the memory of the rows be reused.
-// Cost     bytes in = rows of this rank's tokens * row_bytes. sm_90a: <= 128 registers, 0 spills, 3072 B of static shared
-//          memory, at most 196608 B of dynamic.
+// Cost     bytes in = rows of this rank's tokens * row_bytes. sm_90a: <= 128 registers (elsewhere <= 152), 0 spills, 3072 B
+//          of static shared memory, at most 196608 B of dynamic.
 // Tests    tests/cuda/test_combine_pull.py, tests/compile.
 constexpr bool kGrouped = true;
 #include "device/add.cuh"
@@ -49,8 +49,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_pull(const 
     warp.buffers = shared + index * (kStages * kGroup * kPiece);
     warp.barriers = barriers + index * kStages;
     if (lane == 0) {
-        for (u32 i = 0; i < kStages; i++) mbarrier_init(warp.barriers + i);
-        mbarrier_init_done();
+        for (u32 i = 0; i < kStages; i++) init_barrier(warp.barriers + i);
+        init_barriers_done();
     }
     __syncwarp();
     if (blockIdx.x == 0)

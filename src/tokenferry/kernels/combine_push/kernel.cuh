@@ -133,8 +133,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
     const u32 lane = threadIdx.x % 32, index = threadIdx.x / 32, warps = blockDim.x / 32;
     if (lane == 0) {
         for (u32 i = 0; i < kQueue; i++) queues[index].words[i] = kFree;
-        for (u32 i = 0; i < kMaxPushStages + kStages; i++) mbarrier_init(barriers[index] + i);
-        mbarrier_init_done();
+        for (u32 i = 0; i < kMaxPushStages + kStages; i++) init_barrier(barriers[index] + i);
+        init_barriers_done();
     }
     __syncwarp();
     if (blockIdx.x == 0)
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) combine_push(const 
     const u32 peer = threadIdx.x;
     bool good = peer >= p.num_ranks || open_route(p, peer, handshakes[peer], routes[peer]);
     if (!__syncthreads_and(good)) return;
-    if (pushes && index < p.warps && lane == 0)
+    if (pushes && index < p.warps && is_mover(lane))
         push_rows(p, routes, blockIdx.x * p.warps + index, p.pushers * p.warps, shared + index * p.stages * p.pitch,
                   barriers[index], slots[index], queues[index]);
     if (pushes && index == warps - 1) set_flags(queues, p.warps, epoch);

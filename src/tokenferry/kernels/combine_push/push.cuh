@@ -57,7 +57,7 @@ DEV void queue_word(Queue& queue, u32 n, u64 word) {
 
 DEV u32 units_of(const Route& route) { return (route.rows + (1u << route.shift) - 1) >> route.shift; }
 
-// Pushes the units that this warp takes; called by one thread. `next`: its first unit; `dealt`: see claim_unit.
+// Pushes the units that this warp takes; called by movers. `next`: its first unit; `dealt`: see claim_unit.
 DEV void push_rows(const CombinePushParams& p, const Route* routes, u32 next, u32 dealt, u8* buffers, u64* barriers,
                    Slot* slots, Queue& queue) {
     const u32 peers = p.num_ranks - 1, stages = p.stages;
@@ -71,38 +71,41 @@ DEV void push_rows(const CombinePushParams& p, const Route* routes, u32 next, u3
             if (next >= total) return false;
             route = routes + (p.rank + 1 + next % peers) % p.num_ranks;
             unit = next / peers;
-            next = dealt + atomicAdd(&control_block(p, p.rank)->pushed, 1u);
+            next = dealt + by_leader([&] { return atomicAdd(&control_block(p, p.rank)->pushed, 1u); });
             if (unit >= units_of(*route)) continue;
             row = unit << route->shift;
             end = min(row + (1u << route->shift), route->rows);
         }
         const u32 bytes = min(p.piece_bytes, p.row_bytes - piece * p.piece_bytes);
         const u64 at = (u64)row * p.row_bytes + (u64)piece * p.piece_bytes;
-        mbarrier_expect(barriers + stage, bytes);
-        bulk_load(buffers + stage * p.pitch, route->from + at, bytes, barriers + stage);
+        expect_loads(barriers + stage, bytes);
+        start_load(buffers + stage * p.pitch, route->from + at, bytes, barriers + stage);
+        end_loads(barriers + stage);
         if (++piece == p.row_pieces) piece = 0, row++;
-        slots[stage] = {route->to + at, row == end ? route->landed + unit : nullptr, bytes};
+        if (is_leader()) slots[stage] = {route->to + at, row == end ? route->landed + unit : nullptr, bytes};
         return true;
     };
     u32 issued = 0, queued = 0;
     const auto announce = [&](u32 n) {  // the n-th piece is in memory: queues the flag of a unit that ends with it
+        if (!is_leader()) return;
         if (u32* flag = queue.owed[n % kOwed]) queue_word(queue, queued++, (u64)flag);
     };
     while (issued < stages - 1 && load(issued)) issued++;
     for (u32 n = 0; n < issued; n++) {
         const u32 stage = n % stages;
-        mbarrier_wait(barriers + stage, n / stages & 1);
+        wait_loads(barriers + stage, n / stages & 1);
+        sync_movers();  // slots are written by the leader
         const Slot slot = slots[stage];
-        bulk_store(slot.to, buffers + stage * p.pitch, slot.bytes);
-        bulk_commit();
-        queue.owed[n % kOwed] = slot.flag;
-        bulk_wait_read<1>();  // the buffer of the piece before this one may be filled again
+        start_store(slot.to, buffers + stage * p.pitch, slot.bytes);
+        commit_stores();
+        if (is_leader()) queue.owed[n % kOwed] = slot.flag;
+        wait_stores_read<1>();  // the buffer of the piece before this one may be filled again
         if (load(issued % stages)) issued++;
         if (n < kBehind) continue;
-        bulk_wait<kBehind>();
+        wait_stores<kBehind>();
         announce(n - kBehind);
     }
-    bulk_wait<0>();
+    wait_stores<0>();
     for (u32 n = issued < kBehind ? 0 : issued - kBehind; n < issued; n++) announce(n);
-    queue_word(queue, queued, kEnd);
+    if (is_leader()) queue_word(queue, queued, kEnd);
 }

@@ -11,7 +11,7 @@ from tokenferry.kernels.describe import describe
 
 THREADS = 512
 CHOICES_BYTES = 128 * 1024
-"""The largest routing that a block keeps in shared memory; the host prepares a larger one in global memory."""
+"""The largest routing that a block keeps in shared memory, however much it has."""
 ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types of rows that are cast to FP8; with the config ``type=RAW`` rows are sent as bytes."""
 
@@ -93,13 +93,31 @@ def notes(top_k: int, num_nodes: int) -> int:
     return 2 * -(-(top_k + (num_nodes > 1)) // 3)
 
 
-def smem_bytes(num_choices: int, num_experts: int, num_ranks: int, max_tokens: int) -> int:
+def kept_bytes(num_experts: int, num_ranks: int, max_tokens: int, dynamic_bytes: int) -> int:
+    """Return the bytes of the largest routing that a block keeps; the host prepares a larger one in global memory.
+
+    Args:
+        num_experts: E.
+        num_ranks: R.
+        max_tokens: M.
+        dynamic_bytes: The dynamic shared memory that a block may have.
+    """
+    left = dynamic_bytes - _counts_bytes(num_experts, num_ranks, max_tokens)
+    return min(CHOICES_BYTES, max(0, left // 16 * 16))
+
+
+def smem_bytes(num_choices: int, kept: int, num_experts: int, num_ranks: int, max_tokens: int) -> int:
     """Return the dynamic shared memory of a block in bytes.
 
     Args:
         num_choices: The most slots of a routing, M * K.
+        kept: `kept_bytes`.
         num_experts: E.
         num_ranks: R.
         max_tokens: M.
     """
-    return -(-min(2 * num_choices, CHOICES_BYTES) // 16) * 16 + 4 * (num_experts + num_ranks * mask_words(max_tokens))
+    return -(-min(2 * num_choices, kept) // 16) * 16 + _counts_bytes(num_experts, num_ranks, max_tokens)
+
+
+def _counts_bytes(num_experts: int, num_ranks: int, max_tokens: int) -> int:
+    return 4 * (num_experts + num_ranks * mask_words(max_tokens))

@@ -5,7 +5,7 @@
 //          one by one (claim_unit).
 // Rings    Each warp has a ring of kStages groups of up to kGroup rows in shared memory. While one group is loaded, the warp
 //          sums the group before it and stores sums, 16 bytes a lane. A group never spans two pieces. Each of its rows is
-//          loaded by the lane that holds its entry of the table.
+//          loaded by the lane that holds its entry of the table, or by all (device/transfer.cuh).
 // Order    kGrouped is a constant of the kernel. false: biases, then the row of each rank in rank order. true: biases, then for
 //          each rank the sum of its rows. Sums are in float32 (float64 for float64 rows) and are rounded once, at the end:
 //          the same bits every time.
@@ -20,6 +20,7 @@
 #pragma once
 #include "device/number.cuh"
 #include "device/sync.cuh"
+#include "device/transfer.cuh"
 #include "generated/codes.cuh"
 
 constexpr u32 kChunks = kPiece / 512;  // of 16 bytes a lane
@@ -108,12 +109,14 @@ DEV bool wait_entry(const P& p, const Rows& rows, u64 group, u32 number, i32 ent
 // Loads the row of one entry, if the entry is in the group; called by all lanes.
 template <class P, class Rows>
 DEV void load_entry(const P& p, const Warp<Rows>& warp, const Unit& unit, u64 group, u32 number, i32 entry, u32 stage) {
-    const u8* base = warp.rows.at(p, warp.rows.rank_of((u32)entry, number));
-    if (!(group >> number & 1)) return;
-    const u32 slot = stage * kGroup + __popcll(group & ((1ull << number) - 1));
-    bulk_load(warp.buffers + slot * kPiece,
-              base + (u64)warp.rows.place_of((u32)entry) * p.row_bytes + (u64)unit.piece * kPiece, piece_bytes(p, unit),
-              warp.barriers + stage);
+    const u64 base = (u64)warp.rows.at(p, warp.rows.rank_of((u32)entry, number));
+    for (u32 turn = first_turn(group >> number & 1); turn; turn = next_turn(turn)) {
+        const u32 slot = stage * kGroup + __popcll(group & ((1ull << in_turn(turn, number)) - 1));
+        const u32 place = warp.rows.place_of((u32)in_turn(turn, entry));
+        const u8* from = reinterpret_cast<const u8*>(in_turn(turn, base)) + (u64)place * p.row_bytes;
+        start_load(warp.buffers + slot * kPiece, from + (u64)unit.piece * kPiece, piece_bytes(p, unit),
+                   warp.barriers + stage);
+    }
 }
 
 // The sums of one piece: each lane has 16 bytes in each of kChunks chunks.
@@ -202,10 +205,11 @@ DEV bool load_group(const P& p, Warp<Rows>& warp, Unit& ahead, u32 stage, u32 do
         warp.broken = !__all_sync(kAll, good);
         if (warp.broken) return false;
     }
-    if (lane == 0) mbarrier_expect(warp.barriers + stage, __popcll(group) * piece_bytes(p, ahead));
+    if (lane == 0) expect_loads(warp.barriers + stage, __popcll(group) * piece_bytes(p, ahead));
     __syncwarp();
     load_entry(p, warp, ahead, group, lane, ahead.low, stage);
     if (p.width > 32) load_entry(p, warp, ahead, group, lane + 32, ahead.high, stage);
+    end_loads(warp.barriers + stage);
     return true;
 }
 
@@ -250,11 +254,11 @@ DEV bool sum_units(const P& p, Warp<Rows>& warp, F first) {
                 fill(kStages, done);
                 if (warp.broken) {  // no load may arrive after the block has ended
                     for (; consumed != issued; consumed++)
-                        mbarrier_wait(warp.barriers + consumed % kStages, consumed / kStages & 1);
+                        wait_loads(warp.barriers + consumed % kStages, consumed / kStages & 1);
                     return false;
                 }
                 const u32 stage = consumed % kStages;
-                mbarrier_wait(warp.barriers + stage, consumed / kStages & 1);
+                wait_loads(warp.barriers + stage, consumed / kStages & 1);
                 last_rank = add_group(p, warp, here, take_group(here), stage, last_rank, sums);
                 __syncwarp();  // all lanes have read the buffers
                 consumed++;

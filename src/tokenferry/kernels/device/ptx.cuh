@@ -1,6 +1,7 @@
-// PTX instructions that CUDA C++ has no function for: bulk copies, mbarriers, fences, loads and stores with a scope and an
-// order, conversions. All inline assembly of the package lies here; tests/support/ptx.cuh replaces this file on a CPU.
+// PTX instructions that CUDA C++ has no function for: asynchronous copies, mbarriers, fences, loads and stores with a scope
+// and an order, conversions. All inline assembly of the package lies here; tests/support/ptx.cuh replaces this file on a CPU.
 #pragma once
+#include "device/target.cuh"
 
 #define DEV static __device__ __forceinline__
 
@@ -8,20 +9,37 @@ constexpr u32 kAll = 0xffffffffu;
 
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// ---- mbarriers: one arrival, by the thread that issues the loads, with the number of bytes that they bring
+// ---- mbarriers of loads; how many arrivals a phase has, and from whom, device/transfer.cuh says
 
+template <u32 Arrivals>
 DEV void mbarrier_init(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "n"(Arrivals) : "memory");
 }
-DEV void mbarrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEV void mbarrier_init_done() {
+    if constexpr (kHasBulk) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives, and adds to the bytes that the loads of this phase bring.
 DEV void mbarrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
+}
+// Arrives once all copy_async of this thread have come.
+DEV void mbarrier_arrive_after_copies(u64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 // Waits for loads. They need no deadline: they come from memory of this GPU or of a peer, which responds whatever the
 // process of the peer does.
 DEV void mbarrier_wait(u64* barrier, u32 parity) {
     u32 done = 0;
+    if constexpr (!kHasBulk) {
+        while (!done)
+            asm volatile(
+                "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                : "=r"(done)
+                : "r"(shared_address(barrier)), "r"(parity)
+                : "memory");
+        return;
+    }
     while (!done)
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                      : "=r"(done)
@@ -54,9 +72,17 @@ DEV void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- order between threads, GPUs and the asynchronous proxy
+// ---- asynchronous copies of 16 bytes, through L2 alone: L1 may hold what peers have overwritten
 
-DEV void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+DEV void copy_async(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+
+// ---- order between threads, GPUs and the asynchronous proxy, which executes bulk copies
+
+DEV void fence_async() {
+    if constexpr (kHasBulk) asm volatile("fence.proxy.async;" ::: "memory");
+}
 DEV void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 DEV void store_release(u32* p, u32 v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
@@ -127,9 +153,13 @@ DEV float exp2_near(float v) {
 }
 
 // Programmatic dependent launch: the first waits for the kernel before this one in the stream; the second lets the next
-// kernel start on SMs that are free, if it begins with such a wait.
-DEV void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEV void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// kernel start on SMs that are free, if it begins with such a wait. Without it, kernels start one after the other.
+DEV void wait_for_kernel_before() {
+    if constexpr (kHasDependentLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+DEV void let_next_kernel_begin() {
+    if constexpr (kHasDependentLaunch) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // 16 bytes at once: no reader sees a part of a write.
 DEV int4 load_packet(const void* p) {

@@ -6,7 +6,7 @@
 // Writes   peers' heaps, at the offsets in their handshakes: rows, scales, weights; in a first dispatch also the peer's half of
 //          the plan: ids [N, K], src_token [N], row_idx [N, K].
 // Roles    Every warp takes units (the row of a token, or a piece of a large row) one by one, through a ring of p.stages
-//          buffers in shared memory: lane 0 loads, lane r stores to rank r. Small data is stored by all lanes, without the
+//          buffers in shared memory: lane 0 loads, lane r stores to rank r; or all lanes together (device/transfer.cuh). Small data is stored by all lanes, without the
 //          ring.
 // Order    1 lane 0   bulk load of unit n + stages - 1, once the stores from its buffer have been read (wait_group.read)
 //          2 lane r   bulk store of unit n to the place on rank r                     async proxy, no order yet

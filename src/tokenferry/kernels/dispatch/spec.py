@@ -10,8 +10,6 @@ MAX_WARPS = 24
 MAX_PIECE_BYTES = 8192
 STAGES = 3
 """Number of buffers in a ring."""
-SMEM_BYTES = 224 * 1024
-"""Most bytes of all rings of a block together; Hopper allows 227 KB per block."""
 
 SPEC = describe(
     __file__,
@@ -69,10 +67,16 @@ class Rings:
     smem_bytes: int
 
 
-def cut(row_bytes: int, bulk_scale_bytes: int, *, max_warps: int = MAX_WARPS, smem_bytes: int = SMEM_BYTES) -> Rings:
+def cut(row_bytes: int, bulk_scale_bytes: int, smem_bytes: int, *, max_warps: int = MAX_WARPS) -> Rings:
     """Cut rows into pieces of at most 8 KB, and shared memory into as many rings of 3 buffers as fit.
 
     Three buffers keep a load and a store of each warp in flight; more buffers, or larger pieces, measured no faster.
+
+    Args:
+        row_bytes: Bytes of a row.
+        bulk_scale_bytes: Bytes of its scales that are copied like the row.
+        smem_bytes: Most dynamic shared memory of a block.
+        max_warps: Most warps of a block.
     """
     pieces = -(-row_bytes // MAX_PIECE_BYTES)
     piece_bytes = -(-row_bytes // pieces // 16) * 16

@@ -12,8 +12,8 @@
 // Why the places are the same in every run
 //          The place of a row is the sum of three counts: rows of lower ranks (bases), of earlier units (table), and of
 //          earlier tokens (bits of the unit). No atomics: rows are ordered by source rank, then source token.
-// Cost     reads T * K indices, writes T * C words. sm_90a: <= 40 registers, 0 spills, 64 B of static shared
-//          memory, at most 65824 B of dynamic.
+// Cost     reads T * K indices, writes T * C words. sm_90a: <= 40 registers (elsewhere <= 64), 0 spills, 64 B of
+//          static shared memory, at most 65824 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}} on both ranks; rank 1, ROWS: send = {{2,-1},{3,1}}.
 // Tests    tests/cuda/test_dispatch_plan.py, tests/compile.
 #include "dispatch_assign/places.cuh"

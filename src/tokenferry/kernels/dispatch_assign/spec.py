@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
 
-SPEC = describe(
-    __file__,
-    (
-        ("topk_idx", "ptr:const u8"),
-        ("table", "ptr:const i32"),
-        ("bases", "ptr:const i32"),
-        ("dst_counts", "ptr:const i64"),
-        ("places", "ptr:i32"),
-        ("dst_token", "ptr:i64"),
-        ("num_tokens", "u64"),
-        ("top_k", "u32"),
-        ("num_experts", "u32"),
-        ("by_expert", "u32"),
-        ("segments", "u32"),
-        ("segment_units", "u32"),
+SPEC = replace(
+    describe(
+        __file__,
+        (
+            ("topk_idx", "ptr:const u8"),
+            ("table", "ptr:const i32"),
+            ("bases", "ptr:const i32"),
+            ("dst_counts", "ptr:const i64"),
+            ("places", "ptr:i32"),
+            ("dst_token", "ptr:i64"),
+            ("num_tokens", "u64"),
+            ("top_k", "u32"),
+            ("num_experts", "u32"),
+            ("by_expert", "u32"),
+            ("segments", "u32"),
+            ("segment_units", "u32"),
+        ),
+        max_registers=40,
+        max_threads=THREADS,
+        static_smem=64,
+        configs=({"wide": 0}, {"wide": 1}),
     ),
-    max_registers=40,
-    max_threads=THREADS,
-    static_smem=64,
-    configs=({"wide": 0}, {"wide": 1}),
+    other_registers=64,
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tokenferry.kernels.describe import describe
-from tokenferry.kernels.dispatch.spec import SMEM_BYTES, Rings, cut
+from tokenferry.kernels.dispatch.spec import Rings, cut
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.kernels.dispatch_notify.spec import smem_bytes as mask_bytes
 
@@ -11,53 +13,56 @@ THREADS = 512
 MAX_TOKENS = 512
 """Most tokens of a rank: block 0 counts all of them alone. With 1024 three kernels were faster (71 against 60 us)."""
 
-SPEC = describe(
-    __file__,
-    (
-        ("x", "ptr:const u8"),
-        ("scale", "ptr:const u8"),
-        ("weights", "ptr:const f32"),
-        ("topk_idx", "ptr:const u8"),
-        ("table", "ptr:i32"),
-        ("bases", "ptr:i32"),
-        ("dst_counts", "ptr:i64"),
-        ("src_counts", "ptr:i64"),
-        ("expert_counts", "ptr:i32"),
-        ("expert_offsets", "ptr:i32"),
-        ("places", "ptr:i32"),
-        ("dst_token", "ptr:i64"),
-        ("scale_row_stride", "i64"),
-        ("scale_stride", "i64"),
-        ("num_tokens", "u32"),
-        ("tokens", "ptr:const i32"),
-        ("host", "ptr:u32"),
-        ("row_bytes", "u32"),
-        ("piece_bytes", "u32"),
-        ("pitch", "u32"),
-        ("pieces", "u32"),
-        ("stages", "u32"),
-        ("warps", "u32"),
-        ("rings_at", "u32"),
-        ("bulk_scale_bytes", "u32"),
-        ("small_scale", "u32"),
-        ("scale_size", "u32"),
-        ("num_scales", "u32"),
-        ("top_k", "u32"),
-        ("width", "u32"),
-        ("num_experts", "u32"),
-        ("num_local", "u32"),
-        ("layout", "u32"),
-        ("by_expert", "u32"),
-        ("alignment", "u32"),
-        ("capacity", "u32"),
-        ("row_limit", "u32"),
-        ("segments", "u32"),
-        ("segment_units", "u32"),
+SPEC = replace(
+    describe(
+        __file__,
+        (
+            ("x", "ptr:const u8"),
+            ("scale", "ptr:const u8"),
+            ("weights", "ptr:const f32"),
+            ("topk_idx", "ptr:const u8"),
+            ("table", "ptr:i32"),
+            ("bases", "ptr:i32"),
+            ("dst_counts", "ptr:i64"),
+            ("src_counts", "ptr:i64"),
+            ("expert_counts", "ptr:i32"),
+            ("expert_offsets", "ptr:i32"),
+            ("places", "ptr:i32"),
+            ("dst_token", "ptr:i64"),
+            ("scale_row_stride", "i64"),
+            ("scale_stride", "i64"),
+            ("num_tokens", "u32"),
+            ("tokens", "ptr:const i32"),
+            ("host", "ptr:u32"),
+            ("row_bytes", "u32"),
+            ("piece_bytes", "u32"),
+            ("pitch", "u32"),
+            ("pieces", "u32"),
+            ("stages", "u32"),
+            ("warps", "u32"),
+            ("rings_at", "u32"),
+            ("bulk_scale_bytes", "u32"),
+            ("small_scale", "u32"),
+            ("scale_size", "u32"),
+            ("num_scales", "u32"),
+            ("top_k", "u32"),
+            ("width", "u32"),
+            ("num_experts", "u32"),
+            ("num_local", "u32"),
+            ("layout", "u32"),
+            ("by_expert", "u32"),
+            ("alignment", "u32"),
+            ("capacity", "u32"),
+            ("row_limit", "u32"),
+            ("segments", "u32"),
+            ("segment_units", "u32"),
+        ),
+        max_registers=96,
+        max_threads=THREADS,
+        static_smem=2560,
+        configs=({"wide": 0}, {"wide": 1}),
     ),
-    max_registers=96,
-    max_threads=THREADS,
-    static_smem=2560,
-    configs=({"wide": 0}, {"wide": 1}),
+    other_registers=128,
 )
 
 
@@ -76,11 +81,6 @@ def rings_at(num_experts: int, num_ranks: int) -> int:
     return -(-mask_bytes(num_experts, num_ranks) // 128) * 128
 
 
-def cut_rings(row_bytes: int, bulk_scale_bytes: int, num_experts: int, num_ranks: int) -> Rings:
-    """Cut rows into pieces, and shared memory into rings, as ``cut`` of dispatch does; the masks of a unit fit, too."""
-    return cut(
-        row_bytes,
-        bulk_scale_bytes,
-        max_warps=THREADS // 32,
-        smem_bytes=SMEM_BYTES - rings_at(num_experts, num_ranks),
-    )
+def cut_rings(row_bytes: int, bulk_scale_bytes: int, smem_bytes: int) -> Rings:
+    """Cut rows into pieces, and the memory behind the masks of a unit into rings, as ``cut`` of dispatch does."""
+    return cut(row_bytes, bulk_scale_bytes, smem_bytes, max_warps=THREADS // 32)

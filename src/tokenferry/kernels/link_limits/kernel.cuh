@@ -9,10 +9,11 @@
 //            from rows_offset on: rows [R sources][rows_per_rank][row_bytes].
 // Rows       Row t of rank m is stored on rank d = (m + 1 + t % n) % R with n = max(R - 1, 1), as row t / n of source m.
 //            load reads the same memory, so that a load returns what a store has written.
-// Roles      Lane 0 of each warp loads row after row into its kStages buffers and stores it from there.
+// Roles      Each warp (its lane 0 alone where there are bulk copies) loads row after row into its kStages buffers and stores it
+//            from there.
 //
-// Order      load into a buffer -> mbarrier -> store from it (both asynchronous, same proxy) -> the store has read the
-//            buffer (wait_group.read) -> next load into it. At the end wait_group: the rows are in memory.
+// Order      load into a buffer -> mbarrier -> store from it -> the store has read the buffer (wait_stores_read) -> next load
+//            into it. At the end wait_stores: the rows are in memory (device/transfer.cuh).
 //            Words: st.release.sys / ld.acquire.sys. A launch that reads what another rank's launch has written has a
 //            barrier launch before it on the same stream.
 // Invariants I1 a buffer is loaded only after the store of its last content has read it.
@@ -22,11 +23,12 @@
 // Waits      link_limits_flag and link_limits_barrier, with a deadline; when it expires *p.failed = 1 + the peer, and the
 //            kernel returns. Loads and stores end by themselves.
 // Example    R=3 num_rows=4: rank 0 stores rows 0, 2 on rank 1 (as rows 0, 1) and rows 1, 3 on rank 2 (as rows 0, 1).
-// Cost       Every row is read once and written once. sm_90a: <= 32 registers, 0 spills, 384 B of static shared memory.
+// Cost       Every row is read once and written once. sm_90a: <= 32 registers (elsewhere <= 48), 0 spills, 384 B of static
+//            shared memory.
 // Tests      tests/cli/test_limits.py, tests/cuda/test_link_limits_cuda.py, tests/compile/.
 
 #pragma once
-#include "device/ptx.cuh"
+#include "device/transfer.cuh"
 #include "generated/control_block.cuh"
 #include "generated/link_limits.cuh"
 
@@ -53,15 +55,19 @@ template <class From, class To>
 DEV void move_rows(const LinkLimitsParams& p, From from, To to) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ __align__(8) u64 barriers[kMaxThreads / 32 * kStages];
-    if (threadIdx.x % 32 != 0) return;
+    if (!is_mover(threadIdx.x % 32)) return;
     const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32;
     u8* buffers = shared + warp * kStages * p.row_bytes;
     u64* loaded = barriers + warp * kStages;
-    for (u32 i = 0; i < kStages; i++) mbarrier_init(loaded + i);
-    mbarrier_init_done();
+    if (is_leader()) {
+        for (u32 i = 0; i < kStages; i++) init_barrier(loaded + i);
+        init_barriers_done();
+    }
+    sync_movers();
     auto load = [&](u32 t, u32 stage) {
-        mbarrier_expect(loaded + stage, p.row_bytes);
-        bulk_load(buffers + stage * p.row_bytes, from(t), p.row_bytes, loaded + stage);
+        expect_loads(loaded + stage, p.row_bytes);
+        start_load(buffers + stage * p.row_bytes, from(t), p.row_bytes, loaded + stage);
+        end_loads(loaded + stage);
     };
 
     const u32 step = gridDim.x * warps, first = blockIdx.x * warps + warp;
@@ -69,19 +75,19 @@ DEV void move_rows(const LinkLimitsParams& p, From from, To to) {
     for (u32 i = 0; i + 1 < kStages && next < p.num_rows; i++, next += step) load(next, i);
     u32 parity = 0, stage = 0, ahead = kStages - 1;
     for (u32 t = first; t < p.num_rows; t += step) {
-        mbarrier_wait(loaded + stage, parity);
-        bulk_store(to(t), buffers + stage * p.row_bytes, p.row_bytes);
-        bulk_commit();
+        wait_loads(loaded + stage, parity);
+        start_store(to(t), buffers + stage * p.row_bytes, p.row_bytes);
+        commit_stores();
         if (next < p.num_rows) {
             // `ahead` held the row before this one: all stores but the newest have read their buffers (I1).
-            bulk_wait_read<1>();
+            wait_stores_read<1>();
             load(next, ahead);
             next += step;
         }
         ahead = stage;
         if (++stage == kStages) stage = 0, parity ^= 1;
     }
-    bulk_wait<0>();
+    wait_stores<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)

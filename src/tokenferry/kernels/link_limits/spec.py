@@ -48,6 +48,7 @@ def _spec(name: str, static_smem: int) -> KernelSpec:
         static_smem=static_smem,
         configs=({"stages": STAGES},),
         generated={header.name: header.text for header in (control_block.HEADER, HEADER)},
+        other_registers=48,
     )
 
 

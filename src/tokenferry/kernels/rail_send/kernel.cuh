@@ -12,6 +12,7 @@
 //          32784 B of static shared memory.
 // Tests    tests/cuda/test_rail_messages.py, tests/emulator/test_across_puts.py, tests/compile.
 #include "device/rails.cuh"
+#include "device/transfer.cuh"
 
 DEV void write_head(const RailSendParams& p, u32 m, u8* message) {
     const ControlBlock* mine = control_block(p, p.rank);
@@ -23,14 +24,15 @@ DEV void write_head(const RailSendParams& p, u32 m, u8* message) {
     }
 }
 
-// Copies a chunk of a body by way of shared memory; one thread. `parity`: that of the copies before in this block.
+// Copies a chunk of a body by way of shared memory; called by the movers of a warp. `parity`: that of the copies before in this block.
 DEV void copy_chunk(u8* to, const u8* from, u32 bytes, u8* buffer, u64* barrier, u32 parity) {
-    mbarrier_expect(barrier, bytes);
-    bulk_load(buffer, from, bytes, barrier);
-    mbarrier_wait(barrier, parity);
-    bulk_store(to, buffer, bytes);
-    bulk_commit();
-    bulk_wait<0>();
+    expect_loads(barrier, bytes);
+    start_load(buffer, from, bytes, barrier);
+    end_loads(barrier);
+    wait_loads(barrier, parity);
+    start_store(to, buffer, bytes);
+    commit_stores();
+    wait_stores<0>();
 }
 
 // Puts a chunk that lies in memory which is mapped here, or is staged; all threads. `bytes`: those of its body.
@@ -59,8 +61,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) rail_send(const __g
     const bool failed = load_relaxed(&mine->failed) != 0;
     const u32 body_bytes = failed ? 0 : p.body_bytes, chunks = failed ? 1 : num_chunks(p);
     if (threadIdx.x == 0) {
-        mbarrier_init(&barrier);
-        mbarrier_init_done();
+        init_barrier(&barrier);
+        init_barriers_done();
     }
     __syncthreads();
     u32 parity = 0;
@@ -71,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) rail_send(const __g
         const u32 bytes = min(body_bytes - chunk * kRailChunk, kRailChunk);
         if (chunk == 0) write_head(p, m, message);
         if (bytes) {
-            if (threadIdx.x == 0)
+            if (is_mover(threadIdx.x) && threadIdx.x < 32)
                 copy_chunk(message + kMessageHead + chunk * kRailChunk, body_of(p, m, chunk), bytes, buffer, &barrier,
                            parity);
             parity ^= 1;

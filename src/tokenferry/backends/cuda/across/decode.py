@@ -209,7 +209,7 @@ class AcrossDecoder(Decoder):
             form.sizes.num_nodes,
         )  # fmt: skip
         form.unpack.launch(self.num_blocks, at.stream)
-        choices = prepared_choices(rows.ids, shape.num_experts // form.sizes.num_nodes)
+        choices = prepared_choices(rows.ids, shape.num_experts // form.sizes.num_nodes, form.inside.kept_bytes)
         result = rows.result
         data, scale = (result.data, result.scale) if isinstance(result, Quantized) else (result, None)
         start = plan._words.data_ptr()

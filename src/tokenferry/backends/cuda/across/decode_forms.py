@@ -173,12 +173,14 @@ def new_across_dispatch(
     p.max_tokens, p.first_own, p.wide = sizes.most, sizes.num_relayed, 0
     p.num_nodes, p.node, p.node_slots = topology.num_nodes, topology.node, num_slots(shape)
     per_node = sizes.ranks_per_node
-    kernel.smem_bytes = dispatch_spec.smem_bytes(sizes.most * shape.top_k, shape.num_experts, per_node, sizes.most)
+    E, most = shape.num_experts, sizes.most
+    kept = dispatch_spec.kept_bytes(E, per_node, most, context.dynamic_bytes(dispatch_spec.ACROSS))
+    kernel.smem_bytes = dispatch_spec.smem_bytes(most * shape.top_k, kept, E, per_node, most)
     p = pack.params
     p.num_experts, p.node_slots, p.max_nodes = shape.num_experts, num_slots(shape), shape.max_nodes or 0
     p.columns, p.row_units, p.scale_format = shape.hidden, kernel.params.row_units, SCALE_CODES[kind.quantize]
     p.wide, p.weighted = int(kind.topk_dtype.itemsize == 8), int(kind.weighted)
     pack.smem_bytes = pack_spec.smem_bytes(shape.max_tokens, topology.num_nodes)
-    made = DispatchSizes(topology.num_ranks, sizes.table_words)
+    made = DispatchSizes(topology.num_ranks, sizes.table_words, kept)
     inside = form_of(kernel, group_key, dispatch_signature(kind), workspace, kind, made)
     return AcrossDispatchForm(inside, sizes, 16 * units, pack, unpack)
