@@ -9,6 +9,7 @@ import difflib
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -66,6 +67,14 @@ def _ranks(text: str) -> int | None:
     return value
 
 
+def _arch(text: str) -> str | None:
+    if text in ("", "auto"):
+        return None
+    if not re.fullmatch(r"(sm|compute)_\d{2,3}a?", text):
+        raise ValueError("expected auto, sm_XY for machine code or compute_XY for PTX, such as sm_90a or compute_80")
+    return text
+
+
 def _folder(text: str) -> str:
     if not text:
         raise ValueError("expected a folder")
@@ -73,6 +82,13 @@ def _folder(text: str) -> str:
 
 
 VARIABLES = (
+    Variable(
+        "TOKENFERRY_ARCH",
+        "auto",
+        "architecture for which kernels are compiled, such as sm_90a, or compute_80 to try the code for older GPUs on "
+        "a newer one; auto: that of the GPU",
+        _arch,
+    ),
     Variable(
         "TOKENFERRY_AS_DEEP_EP",
         "0",
@@ -133,6 +149,7 @@ _BY_FIELD = {variable.name.removeprefix("TOKENFERRY_").lower(): variable for var
 class Settings:
     """The parsed values, one field for each variable."""
 
+    arch: str | None
     as_deep_ep: bool
     backend: str
     cache_dir: str

@@ -57,6 +57,7 @@ def resolve_options(
         mask_on_timeout=on_timeout == "mask",
         heap_bytes=None if settings.heap_mb is None else settings.heap_mb << 20,
         cache_folder=settings.cache_dir,
+        arch=settings.arch,
         fast_path=settings.fast_path,
         ranks_per_node=ranks_per_node,
         cpu_only=f"{chosen} is a transport of the CPU backend" if transport in _OF_CPUS else "",

@@ -53,7 +53,7 @@ def measure() -> dict[str, dict[str, object]]:
     for spec in specs():
         for config in spec.configs:
             built = compiler.compile_unit(spec.unit(config, ARCH))
-            code = b"".join(data for name, data in sorted(sections(built.cubin)) if name.startswith(".text"))
+            code = b"".join(data for name, data in sorted(sections(built.image)) if name.startswith(".text"))
             registers = max(used.registers for used in parse(built.log).values())
             name = " ".join([spec.name, *(f"{key}={value}" for key, value in sorted(config.items()))])
             found[name] = {"code": code.hex(), "registers": registers}

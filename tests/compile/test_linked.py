@@ -24,7 +24,7 @@ def device() -> NvshmemDevice:
 
 def linked(spec: KernelSpec, device: NvshmemDevice) -> bytes:
     built = compiler.compile_unit(spec.unit(spec.configs[0], ARCH))
-    return linker.link(spec.name, built.cubin, ARCH, device.file)
+    return linker.link(spec.name, built.image, ARCH, device.file)
 
 
 @pytest.mark.parametrize("spec", [SEND, RECEIVE], ids=lambda spec: spec.name)
@@ -46,4 +46,4 @@ def test_a_function_that_nvshmem_does_not_have(device):
         compiler.Unit(unit.name, unit.text, {**unit.headers, "device/nvshmem.cuh": header}, unit.options)
     )
     with pytest.raises(BackendUnavailable, match=r"nvJitLink cannot link it with .*\n.*nvshmemi_transfer_put_signal_2"):
-        linker.link(unit.name, built.cubin, ARCH, device.file)
+        linker.link(unit.name, built.image, ARCH, device.file)

@@ -20,6 +20,7 @@ def _level():
 def test_defaults():
     cache = os.path.expanduser("~/.cache/tokenferry")
     assert env.read({}) == env.Settings(
+        arch=None,
         as_deep_ep=False,
         backend="auto",
         cache_dir=cache,
@@ -34,6 +35,7 @@ def test_defaults():
 
 def test_values_are_parsed():
     environ = {
+        "TOKENFERRY_ARCH": "compute_80",
         "TOKENFERRY_AS_DEEP_EP": "1",
         "TOKENFERRY_BACKEND": "cuda",
         "TOKENFERRY_CACHE_DIR": "/tmp/cubins",
@@ -46,6 +48,7 @@ def test_values_are_parsed():
         "OTHER": "x",
     }
     assert env.read(environ) == env.Settings(
+        arch="compute_80",
         as_deep_ep=True,
         backend="cuda",
         cache_dir="/tmp/cubins",
@@ -73,6 +76,7 @@ def test_values_are_parsed():
         ("TOKENFERRY_HEAP_MB", "1.5", "invalid literal"),
         ("TOKENFERRY_RANKS_PER_NODE", "0", "expected auto, or a whole number of ranks above 0"),
         ("TOKENFERRY_CACHE_DIR", "", "expected a folder"),
+        ("TOKENFERRY_ARCH", "ampere", "expected auto, sm_XY for machine code or compute_XY for PTX"),
         ("TOKENFERRY_LOG", "loud", "expected one of auto, debug, info, warning, error, off"),
     ],
 )

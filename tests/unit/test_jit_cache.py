@@ -1,5 +1,6 @@
 """Cubins on disk: what is found again, what is not trusted, and what two processes do to each other."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -39,7 +40,7 @@ def kept(folder: Path) -> Path:
 def test_what_was_kept_is_found(tmp_path):
     assert Cache(tmp_path / "new" / "folder").find(UNIT, V) is None
     kept(tmp_path / "new" / "folder")
-    assert Cache(tmp_path / "new" / "folder").find(UNIT, V) == BUILT.cubin
+    assert Cache(tmp_path / "new" / "folder").find(UNIT, V) == BUILT.image
     assert Cache(tmp_path / "new" / "folder").find(UNIT, "13.0.89") is None
 
 
@@ -53,6 +54,14 @@ def test_an_entry_explains_itself(tmp_path):
     assert report["log"] == LOG.splitlines()
 
 
+def test_ptx_is_kept_under_its_own_name(tmp_path):
+    unit = dataclasses.replace(UNIT, options=("-arch=compute_80",))
+    Cache(tmp_path).keep(unit, V, Built(b"// PTX\0", ""))
+    assert Cache(tmp_path).find(unit, V) == b"// PTX\0"
+    assert [path.suffix for path in tmp_path.glob("*/kernel.*")].count(".ptx") == 1
+    assert not list(tmp_path.glob("*/kernel.cubin"))
+
+
 def damage_cubin(entry):
     data = bytearray((entry / "kernel.cubin").read_bytes())
     data[500] ^= 1
@@ -61,7 +70,7 @@ def damage_cubin(entry):
 
 DAMAGES = {
     "a bit of the cubin flipped": damage_cubin,
-    "cubin cut short": lambda entry: (entry / "kernel.cubin").write_bytes(BUILT.cubin[:100]),
+    "cubin cut short": lambda entry: (entry / "kernel.cubin").write_bytes(BUILT.image[:100]),
     "cubin empty": lambda entry: (entry / "kernel.cubin").write_bytes(b""),
     "cubin missing": lambda entry: (entry / "kernel.cubin").unlink(),
     "report missing": lambda entry: (entry / "build.json").unlink(),
@@ -82,7 +91,7 @@ def test_a_damaged_entry_is_set_aside_and_made_anew(tmp_path, caplog, damage):
     (aside,) = tmp_path.iterdir()
     assert aside.name.startswith(f"{entry.name}.corrupt-")
     Cache(tmp_path).keep(UNIT, V, BUILT)
-    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.image
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), PermissionError(13, "read-only")])
@@ -109,7 +118,7 @@ def test_something_that_is_no_cubin_is_not_loaded_even_with_a_checksum(tmp_path)
 def test_the_first_entry_stays(tmp_path, caplog):
     entry = kept(tmp_path)
     Cache(tmp_path).keep(UNIT, V, Built(b"\x7fELF another", LOG))
-    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.image
     assert list(tmp_path.iterdir()) == [entry], "a scratch folder stayed"
     assert caplog.text == ""
 
@@ -124,7 +133,7 @@ def test_an_entry_that_appears_while_it_is_looked_for_is_not_taken_for_a_damaged
         return exists(self)
 
     monkeypatch.setattr(Path, "exists", written_meanwhile)
-    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.image
     assert caplog.text == ""
 
 
@@ -289,7 +298,7 @@ TRUSTED = {
 def test_folders_that_only_this_user_or_root_can_have_written(tmp_path, caplog, monkeypatch, change):
     kept(tmp_path / "cache")
     change(tmp_path / "cache", monkeypatch)
-    assert Cache(tmp_path / "cache").find(UNIT, V) == BUILT.cubin
+    assert Cache(tmp_path / "cache").find(UNIT, V) == BUILT.image
     assert cache.refusal(tmp_path / "cache") is None
     assert caplog.text == ""
 
@@ -316,7 +325,7 @@ def test_an_entry_that_others_may_have_written_is_set_aside(tmp_path, caplog, mo
     assert f"{entry} is damaged" in caplog.text
     assert not entry.exists()
     Cache(tmp_path).keep(UNIT, V, BUILT)
-    assert Cache(tmp_path).find(UNIT, V) == BUILT.cubin
+    assert Cache(tmp_path).find(UNIT, V) == BUILT.image
 
 
 def _keep_and_find(folder, start, answers):
@@ -324,9 +333,9 @@ def _keep_and_find(folder, start, answers):
     for i in range(50):
         cache, unit = Cache(folder), Unit("toy", f"text {i}", UNIT.headers, UNIT.options)
         found = cache.find(unit, V)
-        cache.keep(unit, V, Built(BUILT.cubin + bytes(str(i), "ascii"), LOG))
+        cache.keep(unit, V, Built(BUILT.image + bytes(str(i), "ascii"), LOG))
         again = cache.find(unit, V)
-        expected = BUILT.cubin + bytes(str(i), "ascii")
+        expected = BUILT.image + bytes(str(i), "ascii")
         if found not in (None, expected) or again != expected:
             answers.put(f"{i}: {found!r} {again!r}")
             return
@@ -357,7 +366,7 @@ cache = Cache(Path(sys.argv[1]))
 unit, built = pickle.loads(bytes.fromhex(sys.argv[2]))
 if sys.argv[3] == "keep":
     cache.keep(unit, compiler.version(), built)
-assert cache.find(unit, compiler.version()) == built.cubin
+assert cache.find(unit, compiler.version()) == built.image
 assert "cuda.bindings.nvrtc" not in sys.modules
 """
 

@@ -17,9 +17,18 @@ TEXT = '#include "a/b.cuh"\nextern "C" __global__ void toy(int* x) { *x = kSeven
 
 def test_a_unit_becomes_a_cubin():
     built = compiler.compile_unit(Unit("toy", TEXT, {"a/b.cuh": "constexpr int kSeven = 7;"}, OPTIONS))
-    assert built.cubin.startswith(b"\x7fELF")
+    assert built.image.startswith(b"\x7fELF")
     assert resources.parse(built.log)["toy"].registers > 0
     assert not built.log.endswith(("\0", "\n"))
+
+
+def test_a_unit_for_a_virtual_architecture_becomes_ptx():
+    """Which the driver assembles for the GPU; it ends with a zero, as the driver expects."""
+    unit = Unit("toy", TEXT, {"a/b.cuh": "constexpr int kSeven = 7;"}, options("compute_80"))
+    image = compiler.compile_unit(unit).image
+    assert image.startswith(b"//")
+    assert b".target sm_80" in image
+    assert image.endswith(b"\0")
 
 
 def test_text_that_does_not_compile_gives_the_first_lines_of_the_log():

@@ -496,3 +496,25 @@ def test_check():
     assert driver.check((Result.CUDA_SUCCESS, 4, 5), "x") == (4, 5)
     with pytest.raises(BackendUnavailable, match=r"^CUDA: growing failed: CUDA_ERROR_OUT_OF_MEMORY \(2\)$"):
         driver.check((Result.CUDA_ERROR_OUT_OF_MEMORY, 4), "growing")
+
+
+@pytest.mark.parametrize(("arch", "attributes"), [(None, 1), ("compute_80", 0)])
+def test_kernels_start_early_only_where_they_can_wait(cuda, spec, monkeypatch, arch, attributes):
+    """Code for older GPUs does not wait for the kernel before it, so it must not start earlier either."""
+    made = []
+    monkeypatch.setattr(cuda, "CUlaunchConfig", lambda: made.append(SimpleNamespace()) or made[-1], raising=False)
+    monkeypatch.setattr(cuda, "CUlaunchAttribute", lambda: SimpleNamespace(value=SimpleNamespace()), raising=False)
+    ids = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
+    monkeypatch.setattr(cuda, "CUlaunchAttributeID", ids, raising=False)
+    compiled = FakeCompiler()
+    early = dataclasses.replace(spec, early=True)
+    kernel = Jit(3, None, compiled, arch=arch).kernel(early, num_stages=4, wide=0)
+    kernel.launch(kernel.new_params(), 1, 32, 0, 0)
+    assert [packed.numAttrs for packed in made] == [attributes]
+    assert compiled.units[0].options[0] == f"-arch={arch or 'sm_90a'}"
+    assert f"constexpr int kDependentLaunch = {attributes};" in compiled.units[0].text
+
+
+def test_code_that_the_gpu_cannot_run_is_an_error(cuda):
+    with pytest.raises(ConfigError, match="TOKENFERRY_ARCH=compute_120: a GPU of sm_90a cannot run such code"):
+        Jit(3, None, arch="compute_120")

@@ -8,7 +8,7 @@ import pytest
 from tokenferry.errors import ConfigError
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Params
-from tokenferry.jit.source import Unit, constant_name
+from tokenferry.jit.source import Unit, check_arch, constant_name, target
 
 UNIT = Unit("toy", "text", {"a.cuh": "1", "b.cuh": "2"}, ("-x", "-y"))
 
@@ -99,3 +99,41 @@ def test_whatever_changes_the_binary_changes_the_key(other):
     assert UNIT.key("13.0.88") == dataclasses.replace(UNIT, headers=dict(reversed(UNIT.headers.items()))).key("13.0.88")
     assert UNIT.key("13.0.88") != other.key("13.0.88")
     assert UNIT.key("13.0.88") != UNIT.key("13.0.89")
+
+
+def test_an_architecture_says_what_its_gpus_have():
+    assert target("sm_90a") == {"sm": 90, "dependent_launch": True}
+    assert target("compute_80") == {"sm": 80, "dependent_launch": False}
+    assert target("sm_120a")["sm"] == 120
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "90", "sm_90b", "compute_"])
+def test_architectures_that_no_kernel_is_written_for(arch):
+    with pytest.raises(ConfigError, match=rf"architecture '{arch}': expected .* from 8\.0 on"):
+        target(arch)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu"),
+    [
+        ("sm_90a", "sm_90a"),
+        ("compute_80", "sm_90a"),
+        ("compute_90", "sm_120a"),
+        ("sm_80", "sm_89"),
+        ("sm_90", "sm_90a"),
+    ],
+)
+def test_code_that_a_gpu_runs(wanted, gpu):
+    check_arch(wanted, gpu)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu"),
+    [("sm_80", "sm_90a"), ("compute_100", "sm_90a"), ("compute_90a", "sm_100a"), ("sm_89", "sm_86")],
+)
+def test_code_that_a_gpu_does_not_run(wanted, gpu):
+    """PTX runs on all later GPUs, machine code on later ones of the same generation, code for a variant on it alone."""
+    with pytest.raises(
+        ConfigError, match=rf"^TOKENFERRY_ARCH={wanted}: a GPU of {gpu} cannot run such code; .*compute_80"
+    ):
+        check_arch(wanted, gpu)

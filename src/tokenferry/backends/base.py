@@ -49,6 +49,7 @@ class Resolved:
         cache_folder: Where compiled kernels are kept.
         fast_path: Whether calls may take the `FastPath`.
         ranks_per_node: Consecutive ranks that form a node; None: the ranks of a host do.
+        arch: What kernels are compiled for; None: for the GPU.
         cpu_only: Why only the CPU backend can honour an option of this rank; empty if there is none.
         cuda_only: Why only the CUDA backend can.
     """
@@ -62,6 +63,7 @@ class Resolved:
     cache_folder: str
     fast_path: bool = True
     ranks_per_node: int | None = None
+    arch: str | None = None
     cpu_only: str = ""
     cuda_only: str = ""
 

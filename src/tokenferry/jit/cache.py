@@ -1,7 +1,7 @@
-"""The cache of cubins on disk, shared by all processes of a user: one self-contained folder per entry.
+"""The cache of kernels on disk, shared by all processes of a user: one self-contained folder per entry.
 
 An entry ``<kernel>-<key>`` holds ``kernel.cu`` and its headers (``nvcc -cubin -arch=sm_90a kernel.cu`` works in it),
-``kernel.cubin`` and ``build.json`` (options, version of the compiler, checksum, resources, log).
+``kernel.cubin`` (or ``kernel.ptx``) and ``build.json`` (options, version of the compiler, checksum, resources, log).
 
 A kernel runs with all rights of its process, so what another user may have written is not loaded. The folder, an entry
 and its files have to belong to this user or to root, and nobody else may have write access, the group included. This is
@@ -64,7 +64,7 @@ class Cache:
         self._warned = False
 
     def find(self, unit: Unit, compiler: str) -> bytes | None:
-        """Return the cubin of a unit, or None. A damaged entry is moved aside, with a warning."""
+        """Return the cubin or PTX of a unit, or None. A damaged entry is moved aside, with a warning."""
         if self.folder is None:
             return None
         entry = self._entry(self.folder, unit, compiler)
@@ -77,11 +77,11 @@ class Cache:
             return None
         try:
             try:
-                return _read(entry.name, folder)
+                return _read(entry.name, folder, unit)
             except FileNotFoundError:
                 if not entry.exists():
                     return None
-                return _read(entry.name, folder)  # another process has just written it, or a file is missing
+                return _read(entry.name, folder, unit)  # another process has just written it, or a file is missing
         except (FileNotFoundError, ValueError, KeyError, TypeError, _UntrustedError) as error:
             self._set_aside(entry, error)
         except OSError as error:
@@ -98,7 +98,7 @@ class Cache:
             with _scratch(self.folder) as scratch:
                 for name, text in {**unit.headers, "kernel.cu": unit.text}.items():
                     _write(scratch / name, text.encode())
-                _write(scratch / "kernel.cubin", built.cubin)
+                _write(scratch / _image_name(unit), built.image)
                 _write(scratch / "build.json", json.dumps(_report(unit, compiler, built), indent=2).encode() + b"\n")
                 scratch.rename(self._entry(self.folder, unit, compiler))
         except (OSError, _UntrustedError) as error:
@@ -255,20 +255,25 @@ def _check_owner(found: os.stat_result, name: str) -> None:
         raise _UntrustedError(f"{name} belongs to user {found.st_uid}, this process to user {os.geteuid()}")
 
 
-def _read(name: str, folder: int) -> bytes:
-    """Return the cubin of an intact entry of an open folder; else raise one of the errors that ``find`` expects."""
+def _image_name(unit: Unit) -> str:
+    return "kernel.ptx" if unit.is_ptx else "kernel.cubin"
+
+
+def _read(name: str, folder: int, unit: Unit) -> bytes:
+    """Return the image of an intact entry of an open folder; else raise one of the errors that ``find`` expects."""
     try:
         entry = _open_checked(name, os.O_DIRECTORY | os.O_NOFOLLOW, folder)
     except NotADirectoryError:
         raise _UntrustedError(f"{name} is not a folder") from None
     try:
         report = json.loads(_read_file("build.json", entry))
-        cubin = _read_file("kernel.cubin", entry)
+        image = _read_file(_image_name(unit), entry)
     finally:
         os.close(entry)
-    if not cubin.startswith(b"\x7fELF") or report["sha256"] != hashlib.sha256(cubin).hexdigest():
-        raise ValueError("kernel.cubin does not match its checksum")
-    return cubin
+    begins = b"//" if unit.is_ptx else b"\x7fELF"
+    if not image.startswith(begins) or report["sha256"] != hashlib.sha256(image).hexdigest():
+        raise ValueError(f"{_image_name(unit)} does not match its checksum")
+    return image
 
 
 def _read_file(name: str, entry: int) -> bytes:
@@ -294,7 +299,7 @@ def _report(unit: Unit, compiler: str, built: Built) -> dict[str, Any]:
         "kernel": unit.name,
         "options": list(unit.options),
         "nvrtc": compiler,
-        "sha256": hashlib.sha256(built.cubin).hexdigest(),
+        "sha256": hashlib.sha256(built.image).hexdigest(),
         "resources": {name: asdict(needs) for name, needs in resources.parse(built.log).items()},
         "log": built.log.splitlines(),
     }

@@ -1,4 +1,4 @@
-"""NVRTC: from a translation unit to a cubin, in memory, without a GPU and without nvcc."""
+"""NVRTC: from a translation unit to a cubin or PTX, in memory, without a GPU and without nvcc."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LOG_LINES = 20
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled unit: the cubin, and the log of the compiler and the assembler."""
+    """A compiled unit: the cubin, or PTX, and the log of the compiler and the assembler."""
 
-    cubin: bytes
+    image: bytes
     log: str
 
 
@@ -57,6 +57,8 @@ def compile_unit(unit: Unit) -> Built:
         if int(code) != 0:
             first = "\n".join(log.splitlines()[:_LOG_LINES])
             raise BackendUnavailable(f"kernel {unit.name}: NVRTC {version()} cannot compile it ({code.name}):\n{first}")
+        if unit.is_ptx:
+            return Built(_text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program), log)
         return Built(_text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
     finally:
         nvrtc.nvrtcDestroyProgram(program)

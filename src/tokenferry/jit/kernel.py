@@ -18,7 +18,7 @@ from tokenferry.jit.cache import Cache
 from tokenferry.jit.driver import Device, check
 from tokenferry.jit.linker import DeviceLibrary, link
 from tokenferry.jit.params import Params, Struct
-from tokenferry.jit.source import Unit, compute_capability, headers, options, translation_unit
+from tokenferry.jit.source import Unit, check_arch, headers, options, target, translation_unit
 
 _MAX_PACKED = 1024
 _COMPILE_THREADS = 8
@@ -47,8 +47,8 @@ class KernelSpec:
         configs: Every set of compile-time constants that may be used: ``{"num_stages": 4}`` becomes
             ``constexpr int kNumStages = 4;``.
         generated: Text of headers that are not files below ``include``, by the name in their ``#include`` lines.
-        early: Whether the kernel begins with ``griddepcontrol.wait``: it may then be launched before the previous
-            kernel has ended, which hides a part of the launch latency (programmatic dependent launch).
+        early: Whether the kernel begins with ``wait_for_kernel_before``: GPUs with programmatic dependent launch may
+            then start it before the previous kernel has ended, which hides a part of the launch latency.
         relocatable: Whether the kernel calls functions of a device library, and is linked before it is loaded.
         entry: The entry point if it lies in a namespace, such as ``"low_latency::dispatch"``: the name in profiles.
         other_registers: Limit of registers per thread on other architectures; 0: as on sm_90a.
@@ -87,7 +87,7 @@ class KernelSpec:
                 f"kernel {self.name}: config {dict(config)} is not one that it is compiled and tested for; "
                 f"add it to the spec's configs: {[dict(known) for known in self.configs]}"
             )
-        constants = {**config, "max_threads": self.max_threads, "sm": compute_capability(arch)}
+        constants = {**config, "max_threads": self.max_threads, **target(arch)}
         text, own = translation_unit(self.source, self.params.cpp, constants, self.include)
         included = headers(own, self.source, self.include, self.generated)
         return Unit(self.name, text, included, options(arch, relocatable=self.relocatable))
@@ -109,10 +109,12 @@ class Kernel:
         spec: The description of the kernel.
         device: The device on which the kernel is loaded.
         function: The kernel's ``CUfunction`` handle.
+        early: Whether it may start before the previous kernel has ended.
     """
 
-    def __init__(self, spec: KernelSpec, device: Device, function: Any) -> None:  # noqa: ANN401 - a handle
+    def __init__(self, spec: KernelSpec, device: Device, function: Any, *, early: bool) -> None:  # noqa: ANN401
         self.spec = spec
+        self._early = early
         self._device = device
         self._function = function
         self._submit = device.cuda.cuLaunchKernelEx
@@ -160,7 +162,7 @@ class Kernel:
             packed.sharedMemBytes = smem_bytes
             packed.hStream = cuda.CUstream(stream)
             packed.numAttrs = 0
-            if self.spec.early:
+            if self._early:
                 early = cuda.CUlaunchAttribute()
                 early.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
                 early.value.programmaticStreamSerializationAllowed = 1
@@ -191,9 +193,11 @@ class Jit:
         folder: Folder of the cubin cache, shared by processes; None: no cache.
         compile_unit: The compiler; tests pass their own.
         library: What relocatable kernels are linked with; None: there are none.
+        arch: What kernels are compiled for, such as ``"compute_80"``; None: for the device.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
+        ConfigError: the device cannot run code for ``arch``, or is too old.
     """
 
     def __init__(
@@ -202,9 +206,12 @@ class Jit:
         folder: Path | None,
         compile_unit: Compile = compiler.compile_unit,
         library: DeviceLibrary | None = None,
+        *,
+        arch: str | None = None,
     ) -> None:
         self._device = Device(device_index)
-        self._arch = self._device.arch()
+        self._arch = arch or self._device.arch()
+        check_arch(self._arch, self._device.arch())
         self._cache = Cache(folder)
         self._compile = compile_unit
         self._library = library
@@ -222,14 +229,14 @@ class Jit:
         Raises:
             BackendUnavailable: the kernel does not compile or load here.
             ClosedError: this Jit was closed.
-            ConfigError: the config is not one of ``spec.configs``.
+            ConfigError: the config is not one of ``spec.configs``, or PTX would have to be linked.
         """
         key = (spec, tuple(sorted(config.items())))
         kernel = self._kernels.get(key)
         if kernel is None:
-            cubin = self._built(*key)
+            image = self._built(*key)
             with self._lock:
-                kernel = self._kernels.get(key) or self._load(spec, cubin)
+                kernel = self._kernels.get(key) or self._load(spec, image)
                 self._kernels[key] = kernel
                 self._builds.pop(key, None)
         return kernel
@@ -297,7 +304,7 @@ class Jit:
             self._go_on(ahead, keys)
 
     def _built(self, spec: KernelSpec, config: _Config) -> bytes:
-        """Return the cubin of a kernel that is not loaded; one thread builds it, and others wait for it."""
+        """Return the cubin or PTX of a kernel that is not loaded; one thread builds it, and others wait for it."""
         with self._lock:
             build = self._builds.get((spec, config))
             mine = build is None
@@ -317,25 +324,30 @@ class Jit:
         unit, version = spec.unit(dict(config), self._arch), compiler.version()
         library = self._library if spec.relocatable else None
         if library is not None:
+            if unit.is_ptx:
+                raise ConfigError(
+                    f"TOKENFERRY_ARCH={self._arch}: kernel {spec.name} is linked with {library.version}, which takes "
+                    "machine code; name an sm_XY, or another transport"
+                )
             version = f"{version}, linked with {library.version}"
-        cubin = self._cache.find(unit, version)
-        if cubin is not None:
-            return cubin
+        image = self._cache.find(unit, version)
+        if image is not None:
+            return image
         with self._cache.one_at_a_time(unit, version):
-            cubin = self._cache.find(unit, version)
-            if cubin is None:
+            image = self._cache.find(unit, version)
+            if image is None:
                 built = self._compile(unit)
                 if library is not None:
-                    built = replace(built, cubin=link(spec.name, built.cubin, self._arch, library.file))
+                    built = replace(built, image=link(spec.name, built.image, self._arch, library.file))
                 self._cache.keep(unit, version, built)
-                cubin = built.cubin
-        return cubin
+                image = built.image
+        return image
 
-    def _load(self, spec: KernelSpec, cubin: bytes) -> Kernel:
+    def _load(self, spec: KernelSpec, image: bytes) -> Kernel:
         if self._closed:
             raise ClosedError(f"kernel {spec.name}: the Jit was closed; make a new one")
         with self._device.current():
-            module = check(self._device.cuda.cuModuleLoadData(cubin), f"loading kernel {spec.name}")
+            module = check(self._device.cuda.cuModuleLoadData(image), f"loading kernel {spec.name}")
             self._modules.append(module)
             if spec.relocatable and self._library is not None:
                 self._library.enter(int(module))
@@ -345,4 +357,5 @@ class Jit:
             )
             # The driver loads lazily: the first launch would wait for running kernels, which may wait for this one.
             check(self._device.cuda.cuFuncLoad(function), f"loading kernel {spec.name}")
-        return Kernel(spec, self._device, function)
+        early = spec.early and bool(target(self._arch)["dependent_launch"])
+        return Kernel(spec, self._device, function, early=early)

@@ -12,9 +12,11 @@ from tokenferry.errors import ConfigError
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 _CONSTANT = re.compile(r"[a-z][a-z0-9_]*")
-_ARCH = re.compile(r"(?:sm|compute)_(\d{2,3})[af]?")
+_ARCH = re.compile(r"(?:sm|compute)_(\d{2,3})a?")
 OLDEST = 80
 """The least compute capability that kernels are written for: 8.0, Ampere."""
+_DEPENDENT_LAUNCH = 90
+"""The first with programmatic dependent launch."""
 
 _PRELUDE = """\
 typedef unsigned char u8;
@@ -42,13 +44,18 @@ class Unit:
         name: Name of the kernel.
         text: Source text of the unit, which includes the headers by name.
         headers: Text of each header that it includes, directly or not, by the name in the ``#include`` line.
-        options: Options for NVRTC.
+        options: Options for NVRTC, the architecture first.
     """
 
     name: str
     text: str
     headers: Mapping[str, str]
     options: tuple[str, ...]
+
+    @property
+    def is_ptx(self) -> bool:
+        """Whether it becomes PTX, which the driver assembles when it loads it, instead of machine code."""
+        return self.options[0].startswith("-arch=compute_")
 
     def key(self, compiler: str) -> str:
         """Return the SHA-256 of the unit and of the compiler's version, in hexadecimal."""
@@ -75,6 +82,35 @@ def compute_capability(arch: str) -> int:
             f"X.Y from {OLDEST // 10}.{OLDEST % 10} on, such as sm_90a or compute_80"
         )
     return int(found[1])
+
+
+def target(arch: str) -> dict[str, int]:
+    """Return the constants that say what the GPUs of an architecture have.
+
+    Raises:
+        ConfigError: as `compute_capability`.
+    """
+    capability = compute_capability(arch)
+    return {"sm": capability, "dependent_launch": capability >= _DEPENDENT_LAUNCH}
+
+
+def check_arch(wanted: str, gpu: str) -> None:
+    """Check that a GPU of one architecture can run code for another.
+
+    Args:
+        wanted: What kernels are to be compiled for.
+        gpu: The architecture of the GPU, such as ``"sm_90a"``.
+
+    Raises:
+        ConfigError: it cannot, or no kernel is written for it.
+    """
+    code, own = compute_capability(wanted), compute_capability(gpu)
+    same = code == own if wanted.endswith("a") else code <= own
+    if not same or (wanted.startswith("sm_") and code // 10 != own // 10):
+        raise ConfigError(
+            f"TOKENFERRY_ARCH={wanted}: a GPU of {gpu} cannot run such code; it runs PTX of compute capabilities up to "
+            f"its own (compute_{OLDEST} to compute_{own}), and {gpu}"
+        )
 
 
 def options(arch: str, *, relocatable: bool = False) -> tuple[str, ...]:

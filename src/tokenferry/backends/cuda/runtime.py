@@ -34,7 +34,11 @@ class Runtime:
 
 
 def cuda_runtime(
-    device: torch.device, cache: Path, specs: Sequence[KernelSpec], library: DeviceLibrary | None = None
+    device: torch.device,
+    cache: Path,
+    specs: Sequence[KernelSpec],
+    arch: str | None,
+    library: DeviceLibrary | None = None,
 ) -> Runtime:
     """Return the runtime of a GPU, and begin to compile its kernels, so that first calls wait for few of them.
 
@@ -42,14 +46,16 @@ def cuda_runtime(
         device: The GPU.
         cache: Folder of compiled kernels.
         specs: The kernels that calls may need, the first ones first.
+        arch: What they are compiled for; None: for the GPU.
         library: What relocatable ones are linked with.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
+        ConfigError: the GPU cannot run code for ``arch``.
     """
     index = device.index or 0
     driver = Device(index)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    jit = Jit(index, cache, library=library)
+    jit = Jit(index, cache, library=library, arch=arch)
     jit.compile_ahead(specs)
     return Runtime(jit, driver, CudaStreams(driver), num_sms, driver.smem_bytes())

@@ -74,7 +74,7 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     reason = (agree(table, reason) if table else reason) or _unfit(resolved, topology)
     if not reason:
         try:
-            Jit(torch.cuda.current_device(), None).close()
+            Jit(torch.cuda.current_device(), None, arch=resolved.arch).close()
         except (RuntimeError, OSError, MemoryError) as error:
             reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
     return _Survey(topology, agree(table, reason) if table else reason)
@@ -218,7 +218,7 @@ def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Ru
         why: Why this backend was chosen.
         runtime: Kernels and streams; None: those of the window's GPU.
     """
-    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder), SPECS)
+    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder), SPECS, resolved.arch)
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
     return CudaBackend(context, key, why, fast_path=resolved.fast_path)
 
@@ -240,7 +240,7 @@ def assemble_across(
         network = links.network
         specs = (*SPECS, *ACROSS_NODES, *(() if network is None else (network.send, network.receive)))
         library = None if network is None else network.library
-        runtime = cuda_runtime(window.device, Path(resolved.cache_folder), specs, library)
+        runtime = cuda_runtime(window.device, Path(resolved.cache_folder), specs, resolved.arch, library)
     first = topology.nodes[topology.node][0]
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
     why = f"every rank has a GPU that reaches its peers, on {topology}"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenferry import env
 from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.errors import PeerTimeout
 from tokenferry.jit.driver import Device
@@ -70,7 +71,7 @@ class CudaLinks:
         table = Bootstrap(pg, timeout_s, device) if self.num_ranks > 1 else None
         size = ROWS_OFFSET + window_bytes(row_bytes, self.num_ranks)
         self._window: Window = share(table, self.rank, range(self.num_ranks), device, size, ROWS_OFFSET)
-        self._jit = Jit(device.index or 0, cache)
+        self._jit = Jit(device.index or 0, cache, arch=env.read_one("arch"))
         self._smem_bytes = Device(device.index or 0).smem_bytes() - spec.STORE.static_smem
         self._jit.warmup(spec.SPECS)
         self._failed = torch.zeros(1, dtype=torch.int32, device=device)

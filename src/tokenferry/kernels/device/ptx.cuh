@@ -155,10 +155,10 @@ DEV float exp2_near(float v) {
 // Programmatic dependent launch: the first waits for the kernel before this one in the stream; the second lets the next
 // kernel start on SMs that are free, if it begins with such a wait. Without it, kernels start one after the other.
 DEV void wait_for_kernel_before() {
-    if constexpr (kHasDependentLaunch) asm volatile("griddepcontrol.wait;" ::: "memory");
+    if constexpr (kDependentLaunch != 0) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 DEV void let_next_kernel_begin() {
-    if constexpr (kHasDependentLaunch) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if constexpr (kDependentLaunch != 0) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // 16 bytes at once: no reader sees a part of a write.
