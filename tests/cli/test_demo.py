@@ -93,7 +93,7 @@ H200 = (9, 0)
         ("auto", None, [H200] * 5, "cuda", 4, "one on each of 4 GPU(s)"),
         ("auto", None, [(10, 0)] * 8, "cuda", 8, "one on each of 8 GPU(s)"),
         ("auto", 4, [H200] * 2, "cpu", 4, "--ranks 4 needs one for each rank"),
-        ("auto", 2, [H200, (8, 0)], "cpu", 2, "one has compute capability 8.0, 9.0 is needed"),
+        ("auto", 2, [H200, (7, 5)], "cpu", 2, "one has compute capability 7.5, 8.0 is needed"),
         ("cuda", None, [H200], "cuda", 1, "one on each of 1 GPU(s)"),
         ("cuda", 4, [H200], "cuda", 4, "sharing 1 GPU(s): slow"),
         ("cpu", None, [H200] * 8, "cpu", 4, "device: cpu, 4 ranks"),
@@ -105,7 +105,7 @@ def test_the_choice_of_devices(requested, ranks, capabilities, device, chosen, t
     assert text in placement.text
 
 
-@pytest.mark.parametrize("capabilities", [[], [(8, 6)]])
+@pytest.mark.parametrize("capabilities", [[], [(7, 5)]])
 def test_no_supported_gpu(capabilities):
     with pytest.raises(ConfigError, match=rf"--device cuda: torch sees {len(capabilities)} GPU\(s\).*use --device cpu"):
         choose("cuda", None, capabilities)

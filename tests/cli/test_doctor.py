@@ -123,7 +123,7 @@ def broken_gpu():
     raise AssertionError("what cannot work is not tried")
 
 
-def pretend_gpus(monkeypatch, *capabilities, no_access=()):
+def pretend_gpus(monkeypatch, *capabilities, no_access=(), pcie=()):
     about = [
         SimpleNamespace(name="NVIDIA H200", major=major, minor=minor, total_memory=139 << 30)
         for major, minor in capabilities
@@ -134,13 +134,14 @@ def pretend_gpus(monkeypatch, *capabilities, no_access=()):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(about))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about[index])
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) not in no_access)
+    monkeypatch.setattr(doctor_cuda, "has_peer_atomics", lambda one, other: (one, other) not in pcie)
 
 
 def test_the_cuda_checks_of_a_host_with_gpus(monkeypatch):
     pretend_gpus(monkeypatch, (9, 0), (9, 0), (9, 0))
     lines = cuda_lines(lambda: "round trip")
     assert lines["cuda GPUs"].text == "0, 1, 2: NVIDIA H200, 139 GiB, compute capability 9.0"
-    assert lines["cuda peer access"].text == "each of 3 GPUs can access every other"
+    assert lines["cuda peer access"].text.startswith("each of 3 GPUs can access every other; links: NVLink; ")
     assert lines["backend cuda, ranks"].text == "fine"
 
 
@@ -150,10 +151,13 @@ def test_two_ranks_on_one_gpu(monkeypatch):
 
 
 def test_gpus_that_are_too_old(monkeypatch):
-    pretend_gpus(monkeypatch, (9, 0), (8, 6), (9, 0))
+    pretend_gpus(monkeypatch, (9, 0), (7, 5), (8, 6))
     *_, gpus = cuda_lines(broken_gpu).values()
     assert not gpus.passed
-    assert "GPU 1 is a NVIDIA H200, 139 GiB, compute capability 8.6; backend cuda needs" in gpus.text
+    assert (
+        "GPU 1 is a NVIDIA H200, 139 GiB, compute capability 7.5; backend cuda needs compute capability 8.0"
+        in gpus.text
+    )
 
 
 def test_gpus_without_peer_access(monkeypatch):
@@ -161,8 +165,23 @@ def test_gpus_without_peer_access(monkeypatch):
     lines = cuda_lines(lambda: "round trip", broken_gpu)
     assert not lines["cuda peer access"].passed
     assert "2 of 6 directions have no access: 0 -> 1, 2 -> 0" in lines["cuda peer access"].text
+    assert "nodes of their own, connected by NCCL, or use backend cpu" in lines["cuda peer access"].text
     assert lines["backend cuda"].passed
     assert "backend cuda, ranks" not in lines
+
+
+@pytest.mark.parametrize(
+    ("pcie", "links"),
+    [
+        ([(0, 1), (1, 0)], "links: PCIe, which carries at most some 25 GB/s for each GPU"),
+        ([(1, 0)], "links: NVLink, but for 1 -> 0: PCIe, which carries"),
+    ],
+)
+def test_what_the_links_are(monkeypatch, pcie, links):
+    pretend_gpus(monkeypatch, (8, 9), (8, 9), pcie=pcie)
+    lines = cuda_lines(lambda: "round trip")
+    assert links in lines["cuda peer access"].text
+    assert lines["backend cuda, ranks"].text == "fine"
 
 
 def test_the_cuda_driver(monkeypatch):

@@ -15,6 +15,25 @@ def test_the_case_of_the_targets(capsys):
     assert next(line for line in out.splitlines() if "user's rows" in line).split()[-2:] == ["24", "862.9"]
 
 
+def test_other_links(capsys):
+    """Over PCIe no number of SMs is faster than the slot: 4.633 rows of 14336 bytes for each of 4096 tokens."""
+    assert main(["explain", "--gbps", "25"]) == 0
+    out = capsys.readouterr().out
+    us = f"{4.633 * 14336 * 4096 / 25e3:.0f}"[:4]
+    row = next(line for line in out.splitlines() if "user's rows" in line).split()
+    assert row[-3].startswith(us)
+    assert row[-1] == row[-3]
+    assert "at 25 GB/s;" in out
+    assert "behind NVSwitch" not in out
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "much"])
+def test_a_rate_has_to_be_a_number_above_0(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", f"--gbps={text}"])
+    assert "--gbps" in capsys.readouterr().err
+
+
 def test_other_sizes(capsys):
     assert main(["explain", "--tokens", "8", "--ranks", "1", "--experts", "4", "--top-k", "2", "--sms", "78"]) == 0
     out = capsys.readouterr().out

@@ -84,7 +84,8 @@ class Kernel:
     """As ``tokenferry.jit.kernel.Kernel``."""
 
     def __init__(self, spec: KernelSpec, config: dict[str, int], folder: Path, arch: str) -> None:
-        unit = spec.unit(config, arch)
+        # The smallest GPUs stand for those behind PCIe, too.
+        unit = spec.unit(config, arch, peer_atomics=SMEM_BYTES[arch] > 99 << 10)
         headers = {name: translate(name, text) for name, text in unit.headers.items()}
         main = (
             '#include "emulator.h"\n' + unit.text + MAIN.format(kernel=spec.entry or spec.name, params=spec.params.name)

@@ -260,12 +260,12 @@ def test_handles_that_are_not_to_be_had_are_an_error_on_all(cuda):
 
 def test_all_ranks_get_the_same_reason(cuda, monkeypatch):
     monkeypatch.setattr(
-        window, "describe", lambda device: describe(device, capability=[8, 0] if device.index == 2 else [9, 0])
+        window, "describe", lambda device: describe(device, capability=[7, 5] if device.index == 2 else [9, 0])
     )
     texts = share_all(3)
     assert set(texts) == {
-        "ranks cannot share GPU memory: rank 2 has a GPU of compute capability 8.0 (H), "
-        "and 9.0 (Hopper) or newer is needed"
+        "ranks cannot share GPU memory: rank 2 has a GPU of compute capability 7.5 (H), "
+        "and 8.0 (Ampere) or newer is needed"
     }
     assert not cuda.allocated
 

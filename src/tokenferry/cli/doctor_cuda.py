@@ -11,8 +11,11 @@ import torch
 from tokenferry import env
 from tokenferry.cli.finding import Finding, run_check
 from tokenferry.errors import BackendUnavailable, ConfigError
+from tokenferry.jit.driver import has_peer_atomics
+from tokenferry.jit.source import OLDEST
 
-MIN_CAPABILITY = (9, 0)
+MIN_CAPABILITY = divmod(OLDEST, 10)
+PCIE = "PCIe, which carries at most some 25 GB/s for each GPU (4.0 x16) or 50 GB/s (5.0 x16)"
 
 
 def findings(alone: Callable[[], str], on_ranks: Callable[[], str]) -> Iterator[Finding]:
@@ -41,7 +44,9 @@ def findings(alone: Callable[[], str], on_ranks: Callable[[], str]) -> Iterator[
     yield single
     if count > 1:
         peers = run_check(
-            "cuda peer access", lambda: _peers(count), "ranks on GPUs without access to each other use backend cpu"
+            "cuda peer access",
+            lambda: _peers(count),
+            "ranks on GPUs without access to each other are nodes of their own, connected by NCCL, or use backend cpu",
         )
         yield peers
         single = single if peers.passed else peers
@@ -88,7 +93,15 @@ def _peers(count: int) -> str:
         raise BackendUnavailable(
             f"{len(missing)} of {count * (count - 1)} directions have no access: {', '.join(missing)}"
         )
-    return f"each of {count} GPUs can access every other"
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    slow = [f"{one} -> {other}" for one, other in pairs if not has_peer_atomics(one, other)]
+    if not slow:
+        links = "NVLink"
+    elif len(slow) == len(pairs):
+        links = PCIE
+    else:
+        links = f"NVLink, but for {', '.join(slow)}: {PCIE}"
+    return f"each of {count} GPUs can access every other; links: {links}; `tokenferry limits` measures them"
 
 
 def _bindings() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from tokenferry import tuning
 from tokenferry.bench.core.inputs import FP8_COLUMNS
 from tokenferry.bench.report import about
-from tokenferry.cli.options import check_experts, positive
+from tokenferry.cli.options import check_experts, positive, rate
 from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
@@ -20,7 +20,8 @@ from tokenferry.types import MoeShape
 
 DESCRIPTION = """\
 Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), the time that the links need for
-them at least, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group.
+them at least, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group. For other links
+than NVLink behind NVSwitch, such as PCIe, --gbps says how fast they are.
 """
 CONTROL_BLOCK_MB = 1
 
@@ -33,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, default=4096, help="T of the call, and M (default: 4096)")
     parser.add_argument("--ranks", type=positive, default=8, help="R (default: 8)")
     parser.add_argument("--sms", type=positive, default=132, help="SMs of each device (default: 132, an H100 or H200)")
+    parser.add_argument(
+        "--gbps",
+        type=rate,
+        default=tuning.LINK_GBPS,
+        help=f"GB/s that leave each device at most (default: {tuning.LINK_GBPS:.0f}, measured on H200 behind NVSwitch; "
+        "a PCIe slot of 16 lanes carries some 25 with PCIe 4.0, 50 with 5.0)",
+    )
     add_json(parser)
 
 
@@ -40,7 +48,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print it."""
     check_experts(args, args.ranks)
     _check_cuda(args)
-    found = explained(MoeShape(args.experts, args.top_k, args.hidden, args.tokens), Topology(args.ranks, args.sms))
+    shape, topology = MoeShape(args.experts, args.top_k, args.hidden, args.tokens), Topology(args.ranks, args.sms)
+    found = explained(shape, topology, args.gbps)
     show(found, screen)
     if args.json is not None:
         write_json({"schema": 1, **about.about(args.command_line), **found}, args.json, screen)
@@ -64,16 +73,17 @@ def _check_cuda(args: argparse.Namespace) -> None:
         raise ConfigError(f"--hidden {args.hidden}: a BF16 row has to be a multiple of 16 bytes; use a multiple of 8")
 
 
-def explained(shape: MoeShape, topology: Topology) -> dict[str, Any]:
+def explained(shape: MoeShape, topology: Topology, gbps: float = tuning.LINK_GBPS) -> dict[str, Any]:
     """Return everything that is computed, ready for JSON. Pure."""
     ranks, tokens = topology.num_ranks, shape.max_tokens
     moved = tuning.travel(shape, ranks, tokens, 1)
     return {
         "sizes": {"ranks": ranks, "sms": topology.num_sms, **asdict(shape)},
+        "link_gbps": gbps,
         "ranks_per_token": moved.ranks_per_token,
         "remote_per_token": moved.remote_per_token,
         "rows_received": moved.rows_received,
-        "calls": list(_calls(shape, topology)),
+        "calls": list(_calls(shape, topology, gbps)),
         "reasons": list(tuning.tune(shape, topology).reasons),
         "heap_bytes": tuning.heap_bytes(shape, ranks),
         "heap_rows": ranks * tokens,
@@ -104,8 +114,12 @@ def show(found: Mapping[str, Any], screen: Screen) -> None:
         for one in found["calls"]
     ]
     screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), rows)
-    screen.line(f"us at least: at {tuning.LINK_GBPS:.0f} GB/s, the best that 8 H200 behind NVSwitch reach;")
-    screen.line("us, its SMs: at what they reach with that many SMs. `tokenferry limits` measures this machine")
+    gbps, measured = found["link_gbps"], found["link_gbps"] == tuning.LINK_GBPS
+    screen.line(f"us at least: at {gbps:.0f} GB/s{', the best that 8 H200 behind NVSwitch reach' * measured};")
+    screen.line(
+        f"us, its SMs: at what H200 reach with that many SMs{'' if measured else ', and no faster than that'}. "
+        "`tokenferry limits` measures this machine, `tokenferry doctor` says what its links are"
+    )
     screen.line()
     for reason in found["reasons"]:
         screen.line(reason)
@@ -120,13 +134,13 @@ def show(found: Mapping[str, Any], screen: Screen) -> None:
     screen.line("at most a quarter of the device's memory; TOKENFERRY_HEAP_MB takes precedence")
 
 
-def _calls(shape: MoeShape, topology: Topology) -> Iterator[dict[str, Any]]:
+def _calls(shape: MoeShape, topology: Topology, gbps: float) -> Iterator[dict[str, Any]]:
     tuned = tuning.tune(shape, topology)
     fp8, bf16 = shape.hidden + 4 * -(-shape.hidden // FP8_COLUMNS), 2 * shape.hidden
     store = tuning.gbps(tuning.STORE_GBPS, tuned.dispatch_sms)
     load = tuning.gbps(tuning.LOAD_GBPS, tuned.combine_sms)
     push = tuning.gbps(tuning.STORE_GBPS, tuning.num_pushers(tuned.push_sms))
-    for name, row_bytes, num_sms, rate in (
+    for name, row_bytes, num_sms, reached in (
         ("dispatch FP8 + scales", fp8, tuned.dispatch_sms, store),
         ("dispatch BF16", bf16, tuned.dispatch_sms, store),
         ("combine BF16", bf16, tuned.combine_sms, load),
@@ -139,7 +153,7 @@ def _calls(shape: MoeShape, topology: Topology) -> Iterator[dict[str, Any]]:
             "call": name,
             "row_bytes": row_bytes,
             "bytes_out": moved,
-            "us_at_least": moved / tuning.LINK_GBPS / 1e3,
+            "us_at_least": moved / gbps / 1e3,
             "num_sms": num_sms,
-            "us": moved / rate / 1e3,
+            "us": moved / min(reached, gbps) / 1e3,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import secrets
 from collections.abc import Callable
 
@@ -18,6 +19,18 @@ def positive(text: str) -> int:
     """
     value = int(text)
     if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def rate(text: str) -> float:
+    """Parse an option that has to be a finite number above 0.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(text)
     return value
 

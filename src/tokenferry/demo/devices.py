@@ -11,7 +11,7 @@ from tokenferry.errors import ConfigError
 from tokenferry.types import BackendName
 
 CPU_RANKS = 4
-MIN_CAPABILITY = (9, 0)
+MIN_CAPABILITY = (8, 0)
 """The lowest compute capability that backend cuda supports."""
 
 

@@ -51,6 +51,24 @@ def name_of(code: Any) -> str:  # noqa: ANN401 - an enum of cuda.bindings
     return f"{getattr(code, 'name', type(code).__name__)} ({int(code)})"
 
 
+def has_peer_atomics(one: int, other: int) -> bool:
+    """Return whether atomics of one GPU on the memory of another are atomic: over NVLink they are, over PCIe not.
+
+    Args:
+        one: Index of the GPU that executes them.
+        other: Index of the GPU that has the memory, which ``one`` can access.
+
+    Raises:
+        BackendUnavailable: cuda-bindings is not installed, or the driver reported an error.
+    """
+    cuda = bindings()
+    check(cuda.cuInit(0), "cuInit")
+    first, second = (check(cuda.cuDeviceGet(index), f"opening CUDA device {index}") for index in (one, other))
+    kind = cuda.CUdevice_P2PAttribute.CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+    what = f"asking about the link of CUDA devices {one} and {other}"
+    return bool(check(cuda.cuDeviceGetP2PAttribute(kind, first, second), what))
+
+
 class Device:
     """One GPU and its primary context, which torch uses too.
 

@@ -76,8 +76,10 @@ class KernelSpec:
         parts = "".join(f"{len(part)}{part}" for part in self.entry.split("::"))
         return f"_ZN{parts}E{len(self.params.name)}{self.params.name}"
 
-    def unit(self, config: Mapping[str, int], arch: str) -> Unit:
+    def unit(self, config: Mapping[str, int], arch: str, *, peer_atomics: bool = True) -> Unit:
         """Return the translation unit for one config and an architecture such as ``"sm_90a"``; reads the files.
+
+        ``peer_atomics``: whether atomics on the memory of other GPUs are atomic.
 
         Raises:
             ConfigError: the config is not one of ``configs``, or a header is missing.
@@ -87,7 +89,7 @@ class KernelSpec:
                 f"kernel {self.name}: config {dict(config)} is not one that it is compiled and tested for; "
                 f"add it to the spec's configs: {[dict(known) for known in self.configs]}"
             )
-        constants = {**config, "max_threads": self.max_threads, **target(arch)}
+        constants = {**config, "max_threads": self.max_threads, **target(arch), "peer_atomics": peer_atomics}
         text, own = translation_unit(self.source, self.params.cpp, constants, self.include)
         included = headers(own, self.source, self.include, self.generated)
         return Unit(self.name, text, included, options(arch, relocatable=self.relocatable))
@@ -194,6 +196,7 @@ class Jit:
         compile_unit: The compiler; tests pass their own.
         library: What relocatable kernels are linked with; None: there are none.
         arch: What kernels are compiled for, such as ``"compute_80"``; None: for the device.
+        peer_atomics: Whether the device's atomics on the memory of its peers are atomic.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
@@ -208,10 +211,12 @@ class Jit:
         library: DeviceLibrary | None = None,
         *,
         arch: str | None = None,
+        peer_atomics: bool = True,
     ) -> None:
         self._device = Device(device_index)
         self._arch = arch or self._device.arch()
         check_arch(self._arch, self._device.arch())
+        self._peer_atomics = peer_atomics
         self._cache = Cache(folder)
         self._compile = compile_unit
         self._library = library
@@ -321,7 +326,7 @@ class Jit:
         return build.result()
 
     def _build(self, spec: KernelSpec, config: _Config) -> bytes:
-        unit, version = spec.unit(dict(config), self._arch), compiler.version()
+        unit, version = spec.unit(dict(config), self._arch, peer_atomics=self._peer_atomics), compiler.version()
         library = self._library if spec.relocatable else None
         if library is not None:
             if unit.is_ptx:

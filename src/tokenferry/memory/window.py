@@ -18,7 +18,7 @@ import torch
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.driver import Device, check
 from tokenferry.memory.heap import Heap
-from tokenferry.memory.reach import describe, why_not
+from tokenferry.memory.reach import describe, has_atomics, why_not
 from tokenferry.memory.streams import CudaStreams
 from tokenferry.transports.handshake import Exchange, agree
 
@@ -85,7 +85,10 @@ class Window:
         device: Device of this rank's window.
         bases: Address of every rank's window in this process, including this rank's own.
         base: ``bases[rank]``.
+        has_atomics: Whether atomics on the windows of peers are atomic.
     """
+
+    has_atomics = True
 
     def __init__(
         self, rank: int, device: torch.device, num_bytes: int, memories: tuple[Memory, ...], bases: tuple[int, ...]
@@ -173,8 +176,8 @@ def share(
         zero_bytes: Bytes to zero at the start of each window; None: all.
 
     Raises:
-        BackendUnavailable: on all ranks, if any rank cannot: it has no Hopper GPU, its GPU cannot reach another, the
-            ranks are on several hosts or more than 8, or there is not enough memory. Names the rank.
+        BackendUnavailable: on all ranks, if any rank cannot: it has no GPU or an old one, its GPU cannot reach another,
+            the ranks are on several hosts or more than 8, or there is not enough memory. Names the rank.
         PeerTimeout: a rank did not answer.
     """
     handshakes = _exchange(table, describe(device))
@@ -192,6 +195,7 @@ def share(
     if reason or memory is None:
         raise BackendUnavailable(f"ranks cannot share GPU memory: {reason}")
     window = Window(node.index(rank), device, num_bytes, (memory,), (memory.address,) * len(node))
+    window.has_atomics = has_atomics(handshakes, rank, node)
     reason = window._reach([{**handshakes[peer], **offers[peer]} for peer in node], node)
     reason = agree(table, reason) if table else reason
     if reason:

@@ -33,11 +33,24 @@ class Runtime:
     smem_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What kernels are compiled for.
+
+    Attributes:
+        arch: An architecture; None: that of the GPU.
+        peer_atomics: Whether the GPU's atomics on the memory of its peers are atomic.
+    """
+
+    arch: str | None
+    peer_atomics: bool
+
+
 def cuda_runtime(
     device: torch.device,
     cache: Path,
     specs: Sequence[KernelSpec],
-    arch: str | None,
+    target: Target,
     library: DeviceLibrary | None = None,
 ) -> Runtime:
     """Return the runtime of a GPU, and begin to compile its kernels, so that first calls wait for few of them.
@@ -46,16 +59,16 @@ def cuda_runtime(
         device: The GPU.
         cache: Folder of compiled kernels.
         specs: The kernels that calls may need, the first ones first.
-        arch: What they are compiled for; None: for the GPU.
+        target: What they are compiled for.
         library: What relocatable ones are linked with.
 
     Raises:
         BackendUnavailable: cuda-bindings, the driver or the device is missing.
-        ConfigError: the GPU cannot run code for ``arch``.
+        ConfigError: the GPU cannot run code for this architecture.
     """
     index = device.index or 0
     driver = Device(index)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    jit = Jit(index, cache, library=library, arch=arch)
+    jit = Jit(index, cache, library=library, arch=target.arch, peer_atomics=target.peer_atomics)
     jit.compile_ahead(specs)
     return Runtime(jit, driver, CudaStreams(driver), num_sms, driver.smem_bytes())

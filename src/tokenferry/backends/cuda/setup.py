@@ -23,13 +23,14 @@ from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.peers import Peers, Process
 from tokenferry.backends.cuda.plan import too_large
-from tokenferry.backends.cuda.runtime import Runtime, cuda_runtime
+from tokenferry.backends.cuda.runtime import Runtime, Target, cuda_runtime
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.driver import Device
-from tokenferry.jit.kernel import Jit
+from tokenferry.jit.kernel import Jit, KernelSpec
+from tokenferry.jit.linker import DeviceLibrary
 from tokenferry.kernels.all import ACROSS_NODES, SPECS
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_NODES, MAX_RANKS, OFFSET_BYTES
-from tokenferry.memory.reach import describe, why_not
+from tokenferry.memory.reach import describe, unreachable, why_not
 from tokenferry.memory.window import Window, share
 from tokenferry.topology import Topology, by_place, consecutive
 from tokenferry.transports.failures import FailureReports
@@ -71,13 +72,36 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     reason = why_not(handshakes, rank, topology.nodes[topology.node])
     if topology.num_nodes == 1 and len({each["host"] for each in handshakes}) > 1:
         reason = f"{reason}: {topology.found}"
-    reason = (agree(table, reason) if table else reason) or _unfit(resolved, topology)
+    reason = agree(table, reason) if table else reason
+    if reason and table and all(each["device"] for each in handshakes):
+        found = _apart(table, resolved, handshakes, _Survey(topology, reason))
+        topology, reason = found.topology, found.why_not
+    reason = reason or _unfit(resolved, topology)
     if not reason:
         try:
             Jit(torch.cuda.current_device(), None, arch=resolved.arch).close()
         except (RuntimeError, OSError, MemoryError) as error:
             reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
     return _Survey(topology, agree(table, reason) if table else reason)
+
+
+def _apart(table: Bootstrap, resolved: Resolved, handshakes: Sequence[dict[str, Any]], found: _Survey) -> _Survey:
+    """Make each rank a node of its own, if GPUs of a node cannot map each other's memory. Collective.
+
+    Args:
+        table: Exchanges handshakes of all ranks.
+        resolved: The options; if they say how many ranks a node has, it stays so.
+        handshakes: Those of all ranks.
+        found: What was found before; why the backend cannot run is not empty.
+    """
+    old = found.topology
+    mine = "" if resolved.ranks_per_node else unreachable(handshakes, old.rank, old.nodes[old.node])
+    apart = agree(table, mine)
+    alone = Topology(old.rank, consecutive(old.num_ranks, 1), apart)
+    others = agree(table, why_not(handshakes, old.rank, (old.rank,)) or _unfit(resolved, alone))
+    if apart and not others:
+        return _Survey(alone, "")
+    return _Survey(old, f"{found.why_not}; and with each as a node of its own: {others}") if apart else found
 
 
 def find_topology(rank: int, handshakes: Sequence[dict[str, Any]], ranks_per_node: int | None) -> Topology:
@@ -152,7 +176,8 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
             links = Links(nccl_rails(table, resolved, topology, reports), network)
             backend = assemble_across(window, resolved, key, topology, links)
         else:
-            why = "every rank has a GPU that reaches its peers" if num_ranks > 1 else "a group of one rank with a GPU"
+            over = "" if window.has_atomics else ", not all over NVLink"
+            why = f"every rank has a GPU that reaches its peers{over}" if num_ranks > 1 else "one rank with a GPU"
             backend = assemble(window, resolved, key, why)
     except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
         reason = f"rank {rank}: {resource_error('making the group', error) or error}"
@@ -218,9 +243,17 @@ def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Ru
         why: Why this backend was chosen.
         runtime: Kernels and streams; None: those of the window's GPU.
     """
-    runtime = runtime or cuda_runtime(window.device, Path(resolved.cache_folder), SPECS, resolved.arch)
+    runtime = runtime or _runtime(window, resolved, SPECS)
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout)
     return CudaBackend(context, key, why, fast_path=resolved.fast_path)
+
+
+def _runtime(
+    window: Window, resolved: Resolved, specs: Sequence[KernelSpec], library: DeviceLibrary | None = None
+) -> Runtime:
+    """Return the runtime of a window's GPU."""
+    target = Target(resolved.arch, window.has_atomics)
+    return cuda_runtime(window.device, Path(resolved.cache_folder), specs, target, library)
 
 
 def assemble_across(
@@ -240,10 +273,12 @@ def assemble_across(
         network = links.network
         specs = (*SPECS, *ACROSS_NODES, *(() if network is None else (network.send, network.receive)))
         library = None if network is None else network.library
-        runtime = cuda_runtime(window.device, Path(resolved.cache_folder), specs, resolved.arch, library)
+        runtime = _runtime(window, resolved, specs, library)
     first = topology.nodes[topology.node][0]
     context = Context(window, runtime, resolved.timeout_s, mask_late=resolved.mask_on_timeout, first_rank=first)
     why = f"every rank has a GPU that reaches its peers, on {topology}"
+    if topology.ranks_per_node == 1:
+        why = f"every rank has a GPU, {topology} connected by NCCL: {topology.found}"
     return AcrossBackend(context, key, why, topology, links, resolved)
 
 

@@ -232,15 +232,33 @@ DEV bool last_block(const P& p) {
     return last;
 }
 
+// Counts this block among those that have ended, and announces the last one of the grid to every peer, by stores alone: links
+// without atomics, such as PCIe, may lose additions of blocks that end at once. Called by all threads. `done` of a rank counts
+// the same blocks on every rank, so its own is the number to store.
+template <class P>
+DEV void announce_end(const P& p) {
+    __shared__ u32 ended;  // if this block is the last one
+    ControlBlock* mine = control_block(p, p.rank);
+    if (threadIdx.x == 0) {
+        const u32 all = mine->expected[p.rank] + gridDim.x;  // read first: block 0 changes it once all have been counted
+        const u32 now = add_acquire_release(&mine->done[p.rank], 1) + 1;
+        ended = now == all ? now : 0;
+    }
+    __syncthreads();
+    const u32 peer = threadIdx.x;
+    if (ended && peer != p.rank && is_alive(p, peer)) store_release(&control_block(p, peer)->done[p.rank], ended);
+}
+
 // Ends a collective kernel, once all work of this block on peers is complete (bulk stores waited for); called by all threads.
 // Every block announces its end to every rank, its own included; block 0 waits for the blocks of all ranks, so that no block
 // of this kernel still reads the control block afterwards. `times`: see may_wait; more than 1 where a rank may have to wait
-// for peers that themselves wait for others.
+// for peers that themselves wait for others. kPeerAtomics: whether the links to all peers have atomics.
 template <class P>
 DEV void exit_sync(const P& p, u32 epoch, const u32 (*handshakes)[kHandshakeWords], u32 times = 1) {
     __syncthreads();
     const u32 peer = threadIdx.x;
-    if (is_alive(p, peer)) add_release(&control_block(p, peer)->done[p.rank], 1);
+    if constexpr (kPeerAtomics == 0) announce_end(p);
+    else if (is_alive(p, peer)) add_release(&control_block(p, peer)->done[p.rank], 1);
     if (blockIdx.x != 0) return;
     ControlBlock* mine = control_block(p, p.rank);
     bool good = true;

@@ -1,0 +1,93 @@
+"""Which nodes a group of GPUs has, where some cannot map each other: as rank 0 sees it; its peer is scripted."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tokenferry import MoeShape
+from tokenferry.backends.base import Resolved
+from tokenferry.backends.cuda import setup
+from tokenferry.memory import reach
+
+UUIDS = ["GPU-0", "GPU-1"]
+
+
+class Table:
+    """Answers of two ranks; the other one has no objection of its own."""
+
+    def __init__(self, *hosts: str) -> None:
+        self.hosts, self.asked = hosts, 0
+
+    def exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        self.asked += 1
+        if "why_not" in mine:
+            return [mine, {"why_not": ""}]
+        return [{**mine, "host": host, "device": device(rank)} for rank, host in enumerate(self.hosts)]
+
+
+def device(rank: int) -> dict[str, Any]:
+    return {"name": "RTX", "index": rank, "uuid": UUIDS[rank], "capability": [8, 9]}
+
+
+@pytest.fixture
+def survey(monkeypatch):
+    """``survey(table, reachable=, nccl=, **options)``: what rank 0 of two finds."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=UUIDS[i]))
+    monkeypatch.setattr(setup, "_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(setup, "describe", lambda _: {"host": "here", "process": "0", "device": None, "trouble": ""})
+    monkeypatch.setattr(setup, "_rank_and_size", lambda _: (0, 2))
+    monkeypatch.setattr(setup, "Jit", lambda *_, **__: SimpleNamespace(close=lambda: None))
+
+    def run(table: Table, *, reachable: bool, nccl: str = "", **options: Any) -> Any:
+        monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reachable)
+        monkeypatch.setattr(setup.nccl, "why_not", lambda: nccl)
+        monkeypatch.setattr(setup, "_table", lambda *_: table)
+        on_timeout = options.pop("on_timeout", "raise")
+        shape = MoeShape(4, 2, 16, 8)
+        resolved = Resolved(shape, "auto", "auto", 5.0, on_timeout == "mask", None, "", **options)
+        return setup._survey(None, resolved)
+
+    return run
+
+
+def test_gpus_that_reach_each_other_are_one_node(survey):
+    table = Table("here", "here")
+    found = survey(table, reachable=True)
+    assert (found.topology.nodes, found.why_not, table.asked) == (((0, 1),), "", 3)
+
+
+def test_gpus_that_do_not_are_nodes_of_their_own(survey):
+    found = survey(Table("here", "here"), reachable=False)
+    assert (found.topology.nodes, found.why_not) == (((0,), (1,)), "")
+    assert found.topology.found == "the GPU of rank 0 (GPU-0) cannot reach that of rank 1 (GPU-1)"
+
+
+def test_without_nccl_both_reasons_are_given(survey):
+    found = survey(Table("here", "here"), reachable=False, nccl="no library")
+    assert found.topology.num_nodes == 1
+    assert "GPU-0) cannot reach that of rank 1 (GPU-1); and with each as a node of its own: 2 nodes" in found.why_not
+    assert found.why_not.endswith("no library")
+
+
+def test_options_that_need_one_node_or_name_nodes_are_kept(survey):
+    found = survey(Table("here", "here"), reachable=False, on_timeout="mask")
+    assert "on_timeout='mask' needs all ranks on one node" in found.why_not
+    found = survey(Table("here", "here"), reachable=False, ranks_per_node=2)
+    assert (found.topology.num_nodes, "cannot reach" in found.why_not) == (1, True)
+
+
+def test_what_links_are_follows_from_atomics(survey, monkeypatch):
+    """A peer whose GPU is hidden cannot be asked for: its link may be any."""
+    survey(Table("here", "here"), reachable=True)
+    both = [{"device": device(rank)} for rank in range(2)]
+    for atomics in (True, False):
+        monkeypatch.setattr(reach, "has_peer_atomics", lambda one, other, answer=atomics: answer)
+        assert reach.has_atomics(both, 0, (0, 1)) is atomics
+        assert reach.has_atomics(both, 0, (0,)), "its own memory"
+    monkeypatch.setattr(reach, "has_peer_atomics", lambda one, other: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not reach.has_atomics(both, 0, (0, 1))
