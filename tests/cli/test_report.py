@@ -109,3 +109,12 @@ def test_processor_where_the_system_does_not_say(monkeypatch, text):
 def test_threads_share_the_cores(monkeypatch):
     monkeypatch.setattr(about, "num_cores", lambda: 8)
     assert [about.threads_for(ranks) for ranks in (1, 2, 3, 8, 9)] == [8, 4, 2, 1, 1]
+
+
+def test_a_report_says_for_which_architecture_kernels_were_compiled(monkeypatch):
+    monkeypatch.delenv("TOKENFERRY_ARCH", raising=False)
+    assert about.about("tokenferry bench gpu")["command"] == "tokenferry bench gpu"
+    monkeypatch.setenv("TOKENFERRY_ARCH", "compute_80")
+    command = "TOKENFERRY_ARCH=compute_80 tokenferry bench gpu"
+    assert about.about("tokenferry bench gpu")["command"] == command
+    assert about.lines("tokenferry bench gpu")[-1] == f"command: {command}"

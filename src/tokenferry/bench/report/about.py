@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import tokenferry
+from tokenferry import env
 
 
 def about(command: str) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def about(command: str) -> dict[str, Any]:
         "tokenferry": tokenferry.__version__,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
+        "command": _called(command),
         "machine": machine(),
     }
 
@@ -30,8 +31,14 @@ def lines(command: str) -> list[str]:
     version = f"tokenferry {tokenferry.__version__}, commit {commit() or 'unknown'}"
     return [
         f"{version}, Python {platform.python_version()}, torch {torch.__version__}",
-        f"command: {command}",
+        f"command: {_called(command)}",
     ]
+
+
+def _called(command: str) -> str:
+    """Return a command with the variable that decides which code its kernels are, if that is set."""
+    arch = env.read_one("arch")
+    return f"TOKENFERRY_ARCH={arch} {command}" if arch else command
 
 
 def machine() -> dict[str, str | float]:
