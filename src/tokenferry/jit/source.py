@@ -137,7 +137,8 @@ def translation_unit(source: Path, params_cpp: str, constants: Mapping[str, int]
     Raises:
         ConfigError: the name of a constant is not in snake_case, or its value is not an int.
     """
-    lines = [f"constexpr int {constant_name(name)} = {_int(name, value)};" for name, value in sorted(constants.items())]
+    constant = "[[maybe_unused]] constexpr int"  # some say what a GPU has, which not every kernel asks for
+    lines = [f"{constant} {constant_name(name)} = {_int(name, value)};" for name, value in sorted(constants.items())]
     try:
         own = source.relative_to(include).as_posix()
     except ValueError:

@@ -23,9 +23,12 @@ DEV u32 to_fp8(float a, float b, float c, float d) {
     return fp8_bits(a) | fp8_bits(b) << 8 | fp8_bits(c) << 16 | fp8_bits(d) << 24;
 }
 DEV void from_fp8(u32 v, float (&n)[4]) {
-    if constexpr (kHasFp8) return unpack_fp8(v, n);
+    if constexpr (kHasFp8) {
+        unpack_fp8(v, n);
+    } else {
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) n[i] = fp8_number(v >> 8 * i & 0xff);
+        for (u32 i = 0; i < 4; i++) n[i] = fp8_number(v >> 8 * i & 0xff);
+    }
 }
 
 // Rounds v, positive and normal, up to a power of two.

@@ -31,20 +31,20 @@ DEV void mbarrier_arrive_after_copies(u64* barrier) {
 // process of the peer does.
 DEV void mbarrier_wait(u64* barrier, u32 parity) {
     u32 done = 0;
-    if constexpr (!kHasBulk) {
-        while (!done)
+    while (!done) {
+        if constexpr (kHasBulk)
+            asm volatile(
+                "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                : "=r"(done)
+                : "r"(shared_address(barrier)), "r"(parity)
+                : "memory");
+        else
             asm volatile(
                 "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                 : "=r"(done)
                 : "r"(shared_address(barrier)), "r"(parity)
                 : "memory");
-        return;
     }
-    while (!done)
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
 }
 
 // ---- bulk copies: addresses and sizes are multiples of 16 bytes

@@ -240,7 +240,8 @@ DEV void announce_end(const P& p) {
     __shared__ u32 ended;  // if this block is the last one
     ControlBlock* mine = control_block(p, p.rank);
     if (threadIdx.x == 0) {
-        const u32 all = mine->expected[p.rank] + gridDim.x;  // read first: block 0 changes it once all have been counted
+        const u32 all =
+            mine->expected[p.rank] + gridDim.x;  // read first: block 0 changes it once all have been counted
         const u32 now = add_acquire_release(&mine->done[p.rank], 1) + 1;
         ended = now == all ? now : 0;
     }
