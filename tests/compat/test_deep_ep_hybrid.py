@@ -18,6 +18,11 @@ def test_what_does_not_fit_is_dropped(worlds, case):
     worlds(4).run(jobs.overflows, case)
 
 
+def test_ranks_tell_each_other_numbers(worlds):
+    expected = [[10 * rank, 10 * rank + 1, 7, 2**31 - 1 - rank, 0] for rank in range(4)]
+    assert worlds(4).run(jobs.numbers_of_more_ranks, jobs.CASES[0]) == [expected] * 4
+
+
 def test_rows_with_scales(worlds):
     worlds(4).run(jobs.scales, jobs.CASES[0])
 

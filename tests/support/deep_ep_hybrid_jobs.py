@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from tokenferry.compat.deep_ep import HybridEPBuffer
+from tokenferry.compat.deep_ep import HybridEPBuffer, hybrid_calls
 from tokenferry.testing.cases import Case, answers, returned_weights
 from tokenferry.testing.compare import same_bits
 from tokenferry.testing.oracle import Oracle, Sent
@@ -122,6 +123,14 @@ def check(buffer: HybridEPBuffer, deal: Deal, given: dict[str, Any], budget: int
     assert none is None
     assert same.tolist() == deal.padded
     same_bits("cached hidden", again[places], oracle.x(rank, [one.x * 2 for one in deal.sent]))
+
+
+def numbers_of_more_ranks(rank: int, pg: Any, case: Case) -> list[list[int]]:
+    """Ranks tell each other numbers when there are more of them than a token may have choices on a GPU."""
+    buffer = buffer_for(pg, case)
+    with mock.patch.object(hybrid_calls, "MAX_CHOICES", 3):
+        mine = torch.tensor([10 * rank, 10 * rank + 1, 7, 2**31 - 1 - rank, 0], dtype=torch.int64, device="cpu")
+        return hybrid_calls._gathered(buffer._views, mine).tolist()
 
 
 def overflows(rank: int, pg: Any, case: Case) -> None:

@@ -306,13 +306,16 @@ def _indices(routing_map: Tensor, top_k: int) -> Tensor:
 
 def _gathered(views: Views, numbers: Tensor) -> Tensor:
     """Return ``[R, n]`` int64: the ``[n]`` numbers of each rank, below 2 ** 31. Collective; the host does not wait."""
-    group = views.group
-    ranks = torch.arange(group.num_ranks, dtype=torch.int64, device=group.device)
-    row = pad(numbers.to(torch.int32), (0, -numbers.shape[0] % 4)).unsqueeze(0)
-    message = Quantized(row, row.new_empty((1, 0)))
-    options = DispatchOptions(counts="device", capacity=group.num_ranks)
-    view = views.of(group.num_ranks, group.num_ranks, row.shape[1], 1)
-    sent = view.dispatch(message, Routing(ranks.unsqueeze(0)), options=options)
+    group, num_ranks = views.group, views.group.num_ranks
+    top_k = min(num_ranks, MAX_CHOICES)
+    num_rows = -(-num_ranks // top_k)
+    ranks = torch.arange(num_ranks, dtype=torch.int64, device=group.device)
+    to = pad(ranks, (0, num_rows * top_k - num_ranks), value=-1).view(num_rows, top_k)
+    row = pad(numbers.to(torch.int32), (0, -numbers.shape[0] % 4)).expand(num_rows, -1).contiguous()
+    message = Quantized(row, row.new_empty((num_rows, 0)))
+    options = DispatchOptions(counts="device", capacity=num_ranks)
+    view = views.of(num_ranks, top_k, row.shape[1], num_rows)
+    sent = view.dispatch(message, Routing(to), options=options)
     return sent.x.data[:, : numbers.shape[0]].long()
 
 
