@@ -374,6 +374,7 @@ def test_phases_and_tokens_that_options_choose():
         "eager",
         "megatron",
         "transformers",
+        "language",
         "nodes",
         "nodes_decode",
     }

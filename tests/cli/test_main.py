@@ -72,7 +72,10 @@ def test_a_word_that_is_nearly_a_command(capsys):
     ("argv", "end"),
     [
         (["bench", "gpu", "--quik"], "gpu: error: unrecognized arguments: --quik; did you mean --quick?\n"),
-        (["explain", "--token", "1", "--expert", "2", "--wings"], "explain: error: unrecognized arguments: --wings\n"),
+        (
+            ["explain", "--token", "1", "--expert", "2", "--zzz"],
+            "explain: error: unrecognized arguments: --zzz\n",
+        ),
         (["bench", "decode", "--device", "cpu"], "bench decode: error: unrecognized arguments: --device cpu\n"),
         (["bench"], "bench: error: the following arguments are required: PART\n"),
     ],

@@ -215,6 +215,9 @@ class _Server:
                 if self._commands in ready and not self._obey():
                     return
         finally:
+            # What ends this process may do more than end it, and take locks: coverage writes its data, and hung when
+            # the handler, which it traces as well, ran meanwhile.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
             for pid in self._statuses:
                 os.kill(pid, signal.SIGKILL)
