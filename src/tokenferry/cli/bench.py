@@ -14,16 +14,14 @@ from tokenferry.cli.output import add_json, output_folder
 from tokenferry.cli.parser import EPILOG, HelpFormatter
 from tokenferry.cli.screen import Screen
 
-MODES = """\
+DESCRIPTION = """\
+Starts R ranks on this host, makes each call with fresh random inputs, checks every answer, and only then times it; a
+wrong answer gets no time. `tokenferry bench PART --help` shows the options of a part.
+
 Each time is the slowest rank's, the median over the iterations with 5th and 95th percentile:
   isolated       the ranks are synchronised before each call
   back to back   one call after the other
 """
-DESCRIPTION = f"""\
-Starts R ranks on this host, makes each call with fresh random inputs, checks every answer, and only then times it; a
-wrong answer gets no time. `tokenferry bench PART --help` shows the options of a part.
-
-{MODES}"""
 CPU = """\
 Times each call of the CPU backend and, in turns with it, plain gloo all_to_all_single of the same row bytes between the
 same ranks. If an answer is wrong, no time is printed.

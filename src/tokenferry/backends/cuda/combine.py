@@ -97,15 +97,8 @@ class Combiner:
         plan_at = addresses_of(plan)
         form = self.form(plan, plan_at, y, weighted=weights is not None, num_sms=request.num_sms)
         call = self._context.begin(form.signature)
-        out = request.out
-        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
-            out = None
-        done = self.send(form, call, y, plan_at, weights, request.biases, out)
-        if request.out is not None and request.out is not out:
-            with torch.inference_mode():  # `out` may come from it
-                request.out.copy_(done.x)
-            done = Combined(request.out, done.topk_weights)
-        return done
+        done = self.send(form, call, y, plan_at, weights, request.biases, direct_out(request))
+        return delivered(request, done)
 
     def form(
         self, plan: Plan, plan_at: PlanAddresses, y: Tensor, *, weighted: bool, num_sms: int | None
@@ -277,3 +270,18 @@ class Combiner:
             )  # fmt: skip
             stage.launch(form.num_sms or self._context.num_sms, call.stream)
         return block.offset, block
+
+
+def direct_out(request: CombineRequest) -> Tensor | None:
+    """Return ``out`` of a request if kernels can write it: aligned, and apart from the rows. Pure."""
+    out = request.out
+    return None if out is None or out.data_ptr() % 16 or overlap(out, request.y) else out
+
+
+def delivered(request: CombineRequest, done: Combined) -> Combined:
+    """Return the sums in ``out`` of a request, if it has one: copied, where kernels have written elsewhere."""
+    if request.out is None or done.x is request.out:
+        return done
+    with torch.inference_mode():  # `out` may come from it
+        request.out.copy_(done.x)
+    return Combined(request.out, done.topk_weights)

@@ -16,11 +16,10 @@ from tokenferry.backends.cuda.across.rails import Parcel, Transfer
 from tokenferry.backends.cuda.across.relay import NO_TOKENS, Chunks, RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
-from tokenferry.backends.cuda.combine import CombineForm, Combiner
+from tokenferry.backends.cuda.combine import CombineForm, Combiner, delivered, direct_out
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.backends.tensors import overlap
 from tokenferry.topology import Topology
 from tokenferry.types import Combined, Plan
 
@@ -84,15 +83,8 @@ class AcrossCombiner:
         along = relay_addresses(plan, self._topology)
         form = self.form(plan, along, y, weighted=weights is not None, num_sms=request.num_sms)
         call = self._crossing.begin(form.signature)
-        out = request.out
-        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
-            out = None
-        done = self.send(form, call, y, along, weights, request.biases, out)
-        if request.out is not None and request.out is not out:
-            with torch.inference_mode():  # `out` may come from it
-                request.out.copy_(done.x)
-            done = Combined(request.out, done.topk_weights)
-        return done
+        done = self.send(form, call, y, along, weights, request.biases, direct_out(request))
+        return delivered(request, done)
 
     def form(
         self, plan: Plan, along: RelayAddresses, y: Tensor, *, weighted: bool, num_sms: int | None
