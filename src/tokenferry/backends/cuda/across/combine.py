@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
-from tokenferry.backends.cuda.across.crossing import Crossing, RowMemory, RowWidths, Sums, Words
+from tokenferry.backends.cuda.across.contents import RowMemory, RowWidths, Sums, Words
+from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
 from tokenferry.backends.cuda.across.rails import Parcel, Transfer

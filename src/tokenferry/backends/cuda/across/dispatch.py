@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.across.crossing import Crossing, Opening, RowMemory, Words
+from tokenferry.backends.cuda.across.contents import Opening, RowMemory, Words
+from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import (
     AcrossForm,
     Group,

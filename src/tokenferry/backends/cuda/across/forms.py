@@ -13,7 +13,8 @@ import torch
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across import launch as across_launch
-from tokenferry.backends.cuda.across.crossing import Crossing, RowWidths
+from tokenferry.backends.cuda.across.contents import RowWidths
+from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.relay import Chunks, Relay, RelayLayout, relay_layout
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.backends.cuda.across.crossing import Crossing, Routing, Words
+from tokenferry.backends.cuda.across.contents import Routing, Words
+from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import AcrossForm, Sizes, sizes_of
 from tokenferry.backends.cuda.across.rails import Rows, Transfer
 from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, fixed_relay, make_relay, segment_for

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding
-from tokenferry.backends.cuda.across.crossing import Crossing, Routing, Words
+from tokenferry.backends.cuda.across.contents import Routing, Words
+from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.across.decode_sums import encoded_bytes
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
