@@ -50,7 +50,8 @@ _TRIMMED = 256
 """Least number of trimmed blocks after which those that are gone are forgotten."""
 _LARGE = 16
 """A block is large if it takes more than this fraction (1 / 16) of the heap; quick lists are settled before it is
-placed."""
+placed. It begins where a range begins, and others end where one ends: a small block that outlives the large one beside
+it would leave two halves in which no larger one fits."""
 
 
 class HeapFull(TokenferryError):  # noqa: N818 - reads as what happened, like PeerTimeout
@@ -357,8 +358,7 @@ class Heap:
                     unfit |= {found[0]}
                     continue
                 self._wait(found[1], stream)
-            pool.cut(found[0], size)
-            return found[0]
+            return pool.cut(found[0], size, at_end=size <= self._large)
 
     def _take_for_capture(self, size: int, stream: int) -> int | None:
         """Take memory for good; at each replay, the graph waits for the eager work that used it."""
@@ -375,9 +375,8 @@ class Heap:
             event = self._streams.record(other) if mark is None else mark.event
             self._streams.wait(stream, event, outside=True)
             self._kept.append(event)
-        pool.cut(start, size)
         self._captured += size
-        return start
+        return pool.cut(start, size, at_end=size <= self._large)
 
     def _can_wait(self, waits: Waits, stream: int, capture: int) -> bool:
         """Return whether missing events can be recorded: not on a stream that takes part in another capture."""

@@ -82,16 +82,22 @@ class Ranges:
                     break
         return None if found < 0 else (self._starts[found], self._waits[found])
 
-    def cut(self, start: int, size: int) -> None:
-        """Take the first ``size`` bytes of the range at ``start``; the rest keeps its waits."""
+    def cut(self, start: int, size: int, *, at_end: bool = False) -> int:
+        """Take the first, or the last, ``size`` bytes of the range at ``start``; return where they begin.
+
+        The rest keeps its waits.
+        """
         at = bisect.bisect_left(self._starts, start)
         if self._sizes[at] >= self.largest_known:  # this may be the known range, of which the rest still exists
             self.largest_known = self._sizes[at] - size
-        if self._sizes[at] > size:
-            self._starts[at] += size
-            self._sizes[at] -= size
-        else:
+        if self._sizes[at] == size:
             del self._starts[at], self._sizes[at], self._waits[at]
+            return start
+        self._sizes[at] -= size
+        if at_end:
+            return start + self._sizes[at]
+        self._starts[at] += size
+        return start
 
 
 class Quick:

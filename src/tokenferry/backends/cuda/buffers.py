@@ -27,7 +27,12 @@ class SymmetricAllocator:
         self._heap = context.heap
         self._base = context.window.base
         self._end = context.window.base + context.window.num_bytes
+        self._reserve = 0
         self._warned = False
+
+    def expect(self, num_bytes: int) -> None:
+        """Note how large the results of dispatches may become: so much stays free, if it is not most of the heap."""
+        self._reserve = max(self._reserve, min(num_bytes, self._heap.num_bytes * 3 // 4))
 
     def block(self, phase: str, num_bytes: int, stream: int, capture: int | None = None) -> Block:
         """Return a block of the heap; ``capture``: see `Heap.block`.
@@ -54,23 +59,25 @@ class SymmetricAllocator:
     def recv_block(self, call: Call, num_bytes: int) -> tuple[Block, bool]:
         """Return a block for received rows, and whether they have to be copied out of it at once.
 
-        The last free part of the heap is for rows under way only: a result that stayed there would leave no space for
-        the rows of the next call.
+        The last free part of the heap is for rows under way only: results that stayed there would leave no space for
+        the rows of a later call, which may be as many as `expect` was told.
 
         Raises:
             CapacityError: as `block`.
         """
         heap, block = self._heap, self.call_block(call, num_bytes)
-        copy_out = not call.capturing and not heap.has_room(num_bytes)
+        room = max(num_bytes, self._reserve)
+        copy_out = not call.capturing and not heap.has_room(room)
         if copy_out and not self._warned:
             self._warned = True
             _log.warning(
-                "%s: the heap (%.0f MiB, %.0f MiB free) has no room for another result of %.1f MiB: from now on "
-                "results are copied out of it where that is so; set TOKENFERRY_HEAP_MB higher, or release earlier "
-                "results",
+                "%s: the heap (%.0f MiB, %.0f MiB free) keeps %.1f MiB for rows under way, so a result of %.1f MiB is "
+                "copied out of it, as later ones will be where that is so; set TOKENFERRY_HEAP_MB higher, or release "
+                "earlier results",
                 call.signature.phase,
                 heap.num_bytes / 2**20,
                 heap.free_bytes / 2**20,
+                room / 2**20,
                 num_bytes / 2**20,
             )
         return block, copy_out

@@ -87,6 +87,7 @@ class Dispatcher:
         found = self._forms.get(key)
         if found is None:
             found = self._forms[key] = new_dispatch_form(self._context, self._key, shape, options, kind, num_sms)
+            self._allocator.expect(found.worst.num_bytes)
         return found
 
     def sized(self, form: DispatchForm) -> DispatchForm:

@@ -145,6 +145,8 @@ class AcrossDispatcher:
                 self._context.device,
             )
             found = self._forms[key] = new_across_form(self._group, plan, shape, kind, num_sms)
+            most = cuda_plan.row_layout(options.layout, kind, found.geometry.most_delivered)
+            self._allocator.expect(most.num_bytes)
         return found
 
     def sized(self, form: AcrossForm) -> AcrossForm:
