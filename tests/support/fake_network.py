@@ -141,10 +141,14 @@ class FakeNetwork:
         self._rings = [_Ring.from_address(memory.data_ptr()) for memory in self._memory]
         self._latest = [-1] * num_ranks
         self._stream = torch.cuda.Stream(device) if pin else None
-        if self._stream is not None:  # torch loads its kernels now, and not beside a kernel that waits
-            with torch.cuda.stream(self._stream):
-                self._regions[0][:8].view(torch.int64).fill_(0)
-            self._stream.synchronize()
+        self._value = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=pin)
+        if (
+            self._stream is not None
+        ):  # what copies is loaded now: a driver that loads it later waits for running kernels
+            region, half = self._regions[0], sizes.num_bytes // 2
+            for num_bytes in (16, half):
+                self._copy_bytes(region.data_ptr() + half, region.data_ptr(), num_bytes)
+            self._signal(region.data_ptr(), 0)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -216,8 +220,17 @@ class FakeNetwork:
             ctypes.memmove(put.to + shift, put.source, put.num_bytes)
             ctypes.c_uint64.from_address(put.signal + shift).value = put.value
             return
+        self._copy_bytes(put.to + shift, put.source, put.num_bytes)
+        self._signal(put.signal + shift, put.value)
+
+    def _copy_bytes(self, to: int, source: int, num_bytes: int) -> None:
         with torch.cuda.stream(self._stream):
-            to, source = (bytes_at(at, put.num_bytes, self._device, self) for at in (put.to + shift, put.source))
-            to.copy_(source)
-            bytes_at(put.signal + shift, 8, self._device, self).view(torch.int64).fill_(put.value)
+            bytes_at(to, num_bytes, self._device, self).copy_(bytes_at(source, num_bytes, self._device, self))
+        self._stream.synchronize()
+
+    def _signal(self, at: int, value: int) -> None:
+        """Set a word, by a copy: the kernel of a fill may be one that is not loaded yet."""
+        self._value.fill_(value)
+        with torch.cuda.stream(self._stream):
+            bytes_at(at, 8, self._device, self).view(torch.int64).copy_(self._value, non_blocking=True)
         self._stream.synchronize()
