@@ -46,6 +46,15 @@ ONE_RANK = (
     "test_decode_combine.py::test_every_routing[repeated-1-fast]",
     "test_decode_combine.py::test_many_experts[255-33-1-exact]",
     "test_decode_combine.py::test_no_rank_has_tokens[1-fast]",
+    "test_node_kernels.py::test_the_worked_example",
+    "test_node_kernels.py::test_any_routing[6-3-4-int64]",
+    "test_node_kernels.py::test_rows_for_other_nodes_lie_side_by_side[2064-scale_dtype2-3-columns]",
+    "test_node_kernels.py::test_sums_at_home[torch.bfloat16-1]",
+    "test_node_kernels.py::test_other_calls_on_other_nodes[True-0]",
+    "test_node_kernels.py::test_the_state_of_a_chunk[7]",
+    "test_decode_rails.py::test_records[8-3-1]",
+    "test_decode_rails.py::test_what_came_is_taken_apart",
+    "test_decode_rails.py::test_weights_for_other_nodes[True]",
 )
 MORE_RANKS = (
     "test_dispatch_plan.py::test_the_worked_example",
@@ -81,6 +90,8 @@ MORE_RANKS = (
     "test_decode_combine.py::test_every_encoding[2-float16-logfmt10-fast]",
     "test_decode_combine.py::test_many_calls_at_once[2]",
     "test_decode_combine.py::test_sends_before_their_receives[2-exact]",
+    "test_rail_messages.py::test_messages_come_as_they_were_sent[2-some]",
+    "test_rail_messages.py::test_bodies_of_other_sizes_are_left_where_they_are",
 )
 
 

@@ -405,6 +405,16 @@ def test_a_small_block_that_stays_does_not_part_the_heap():
     assert heap.largest_free == 56 * KIB
 
 
+def test_a_small_block_is_not_put_between_large_ones():
+    """Where it would fit best, as long as two large ones take turns."""
+    heap, _ = make(64)
+    first, second = (heap.block(20 * KIB, 1) for _ in range(2))
+    del first
+    small = heap.block(KIB, 1)
+    del second
+    assert (small.offset, heap.largest_free) == (63 * KIB, 63 * KIB)
+
+
 def test_large_blocks_see_all_that_is_free():
     heap, _ = make(64)
     kept = heap.block(10 * KIB, 1)

@@ -50,8 +50,8 @@ _TRIMMED = 256
 """Least number of trimmed blocks after which those that are gone are forgotten."""
 _LARGE = 16
 """A block is large if it takes more than this fraction (1 / 16) of the heap; quick lists are settled before it is
-placed. It begins where a range begins, and others end where one ends: a small block that outlives the large one beside
-it would leave two halves in which no larger one fits."""
+placed. It begins where a range begins, and others lie at the end of the last one: a small block that outlived a large
+one beside it would leave two halves in which no larger one fits."""
 
 
 class HeapFull(TokenferryError):  # noqa: N818 - reads as what happened, like PeerTimeout
@@ -347,8 +347,9 @@ class Heap:
         """Return the offset of a block of ``size`` bytes, or None; ``stream`` waits for earlier users already."""
         pool = self._pools.setdefault(capture, Ranges())
         unfit: frozenset[int] = frozenset()
+        at_end = size <= self._large
         while True:
-            found = pool.best(size, stream, unfit)
+            found = pool.best(size, stream, unfit, at_end=at_end)
             if found is None or needs_others(found[1], stream):
                 if self._settle():
                     continue  # unfit ranges stay unfit, whatever they have merged with
@@ -358,12 +359,12 @@ class Heap:
                     unfit |= {found[0]}
                     continue
                 self._wait(found[1], stream)
-            return pool.cut(found[0], size, at_end=size <= self._large)
+            return pool.cut(found[0], size, at_end=at_end)
 
     def _take_for_capture(self, size: int, stream: int) -> int | None:
         """Take memory for good; at each replay, the graph waits for the eager work that used it."""
-        pool = self._pools[_EAGER]
-        found = pool.best(size, stream)
+        pool, at_end = self._pools[_EAGER], size <= self._large
+        found = pool.best(size, stream, at_end=at_end)
         if found is None:
             return None
         start, waits = found
@@ -376,7 +377,7 @@ class Heap:
             self._streams.wait(stream, event, outside=True)
             self._kept.append(event)
         self._captured += size
-        return pool.cut(start, size, at_end=size <= self._large)
+        return pool.cut(start, size, at_end=at_end)
 
     def _can_wait(self, waits: Waits, stream: int, capture: int) -> bool:
         """Return whether missing events can be recorded: not on a stream that takes part in another capture."""

@@ -65,20 +65,23 @@ class Ranges:
             sizes.insert(at, size)
             all_waits.insert(at, waits)
 
-    def best(self, size: int, stream: int, unfit: frozenset[int] = frozenset()) -> tuple[int, Waits] | None:
+    def best(
+        self, size: int, stream: int, unfit: frozenset[int] = frozenset(), *, at_end: bool = False
+    ) -> tuple[int, Waits] | None:
         """Return start and waits of the best range for ``size`` bytes, or None; skip starts in ``unfit``.
 
         Ranges for which ``stream`` need not wait come first: waiting would serialise streams that the user keeps
-        separate. Of these the smallest is best, so that large ranges stay whole.
+        separate. Of these the smallest is best, so that large ranges stay whole; or the last one, ``at_end``, unless
+        one has just this size.
         """
-        found, least = -1, (True, 0)
+        found, least = -1, (True, True, 0)
         for at, has in enumerate(self._sizes):
             if has < size or (unfit and self._starts[at] in unfit):
                 continue
-            rank = (needs_others(self._waits[at], stream), has)
+            rank = (needs_others(self._waits[at], stream), has != size, -at if at_end else has)
             if found < 0 or rank < least:
                 found, least = at, rank
-                if rank == (False, size):
+                if rank[:2] == (False, False):
                     break
         return None if found < 0 else (self._starts[found], self._waits[found])
 
