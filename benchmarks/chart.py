@@ -18,7 +18,8 @@ CHART = HERE / "chart.svg"
 CALLS = "2026-11-21_4xh200_0e5c001-calls.json"
 NCCL_CALLS = "2026-11-21_4xh200_0bfa639-quick.json"
 DECODE = "2026-11-21_4xh200_f4c8043-decode.json"
-TRAINING = "2026-11-29_2xh200_54c4506-megatron.json"
+TRAINING = "2026-11-29_2xh200_db95356-megatron.json"
+LANGUAGE = "2026-11-29_2xh200_8d1638f-language.json"
 
 OURS, V1, NCCL = "tokenferry", "DeepEP V1", "NCCL all-to-all"
 COLOURS = {OURS: "#0b7285", V1: "#e8890c", NCCL: "#868e96"}
@@ -58,7 +59,7 @@ def panels() -> list[Panel]:
     return [
         Panel(f"Calls, {TOKENS} tokens a rank, isolated\n4 H200", "us", _calls()),
         Panel("Decode dispatch and exact combine,\nas a CUDA graph, 4 H200", "us", _decode()),
-        Panel("Training step, Megatron-Core,\n2 MoE layers, 2 H200", "ms", _training()),
+        Panel("Training step, 2 H200: two layers\nof Megatron-Core; a language model", "ms", _training()),
     ]
 
 
@@ -98,10 +99,12 @@ def _decode() -> dict[str, dict[str, float]]:
 
 def _training() -> dict[str, dict[str, float]]:
     steps = {one["dispatcher"]: one["back_to_back"]["median_us"] / 1e3 for one in _read(TRAINING)["training"]}
+    model = {one["experts"]: one["back_to_back"]["median_us"] / 1e3 for one in _read(LANGUAGE)["language"]}
     return {
-        "as Hybrid-\nEPBuffer": {OURS: steps["flex, hybridep"]},
-        "as\nBuffer": {OURS: steps["flex, deepep"]},
-        "Megatron's\nown": {NCCL: steps["alltoall"]},
+        "Hybrid-\nEPBuffer": {OURS: steps["flex, hybridep"]},
+        "Buffer": {OURS: steps["flex, deepep"]},
+        "Mega-\ntron's": {NCCL: steps["alltoall"]},
+        "language\nmodel": {OURS: model["tokenferry"], NCCL: model["all_to_all_single"]},
     }
 
 
@@ -126,7 +129,7 @@ def draw(file: Path) -> None:
     with mpl.rc_context({**style, "axes.spines.top": False, "font.family": "sans-serif"}):
         figure = Figure(figsize=(11, 3.9), layout="constrained", facecolor="white")
         drawn = panels()
-        parts = figure.subplots(1, len(drawn), width_ratios=(4, 3, 2.4))
+        parts = figure.subplots(1, len(drawn), width_ratios=(4.4, 2.8, 2.8))
         for axes, panel in zip(parts, drawn, strict=True):
             _draw_panel(axes, panel)
         bars = {label: bar for axes in parts for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
