@@ -3,6 +3,8 @@
     python examples/serve.py                                              # one rank, small
     torchrun --standalone --nproc-per-node 4 examples/serve.py --large    # a rank on each GPU
 
+With --parts it also times a step, its calls alone, and what it computes alone.
+
 Requests come and go: a batch has seats, and a request leaves its seat after its last token. A decode step runs all
 layers for two halves of the batch, one of which computes while the rows of the other are on their way. On GPUs a step
 is one CUDA graph. There is no attention: each layer mixes in an average of earlier tokens instead.
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import cast
 
 import torch
@@ -55,6 +58,8 @@ class Size:
     longest: int = 12
 
 
+RUNS = 11
+"""Runs of `Size.period` steps of which the median is taken."""
 SMALL = Size()
 LARGE = Size(
     8, 32000, 2048, 1024, 64, 8, torch.bfloat16, seats=128, period=32, prompt_rows=8192, requests=512, longest=512
@@ -167,16 +172,61 @@ class Server:
         self.tokens.copy_((norm(torch.cat(x)) @ self.embedding.T).argmax(-1))
         self.left.sub_(1).clamp_(0)
 
-    def captured(self) -> Callable[[], None]:
-        """Return a function that does a step: as a CUDA graph on GPUs, as it is elsewhere."""
-        self.step()  # allocates memory for decode calls; all seats are empty
+    def calls_alone(self) -> Callable[[], None]:
+        """Return a function that makes the calls of a step, with rows and choices that are there already."""
+        halves = [norm(rows) for rows in self.embedding[self.tokens].chunk(2)]
+        routings = [[block.router(rows) for rows in halves] for block in self.blocks]
+
+        def run() -> None:
+            for chosen in routings:
+                sent = [
+                    self.decoding.decode_dispatch(rows, routing, return_hook=True)
+                    for rows, routing in zip(halves, chosen, strict=True)
+                ]
+                for half in sent:
+                    half.hook()
+                    self.decoding.decode_combine(half.x, half.plan)
+
+        return run
+
+    def computation_alone(self) -> Callable[[], None]:
+        """Return a function that does a step whose calls return at once, with rows of no meaning."""
+        real, none = self.decoding, cast(tokenferry.ExpertGroup, NoCalls(self.decoding, self.size))
+
+        def run() -> None:
+            self.decoding = none
+            self.step()
+            self.decoding = real
+
+        return run
+
+    def captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that does what ``run`` does: as a CUDA graph on GPUs, as it is elsewhere."""
+        run()  # a first call allocates memory
         if self.embedding.device.type != "cuda":
-            return self.step
+            return run
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.step()
+            run()
         return graph.replay
+
+
+class NoCalls:
+    """A group whose decode calls do nothing: their results have the right shapes, and are zero."""
+
+    def __init__(self, group: tokenferry.ExpertGroup, size: Size) -> None:
+        rows = size.num_experts // group.num_ranks, group.num_ranks * group.shape.max_tokens, size.hidden
+        self.by_expert = torch.zeros(rows, dtype=size.dtype, device=group.device)
+        self.by_token = torch.zeros(size.seats // 2, size.hidden, dtype=size.dtype, device=group.device)
+
+    def decode_dispatch(self, *_: object, **__: object) -> SimpleNamespace:
+        """Return rows for the experts of this rank."""
+        return SimpleNamespace(x=self.by_expert, plan=None, hook=lambda: None)
+
+    def decode_combine(self, *_: object, **__: object) -> SimpleNamespace:
+        """Return a row for each token."""
+        return SimpleNamespace(x=self.by_token, hook=lambda: None)
 
 
 def requests(rank: int, size: Size) -> Iterator[Request]:
@@ -233,10 +283,42 @@ def of_all_ranks(number: int) -> int:
     return int(total)
 
 
-def serve(group: tokenferry.ExpertGroup, size: Size) -> None:
+def slowest(seconds: float) -> float:
+    """Return the time of the slowest rank."""
+    most = torch.tensor(seconds)
+    if dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return float(most)
+
+
+def parts(server: Server, rank: int) -> None:
+    """Time steps back to back, then their calls alone and what they compute alone; all seats are taken."""
+    device, times = server.tokens.device, dict[str, float]()
+    server.tokens.random_(server.size.vocabulary)
+    ways = {"a step": server.step, "its calls": server.calls_alone(), "its computation": server.computation_alone()}
+    for name, way in ways.items():
+        server.left.fill_(1 << 20)
+        run, rounds = server.captured(way), list[float]()
+        for _ in range(RUNS + 1):  # the first one warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            of_all_ranks(0)  # ranks begin together
+            start = time.perf_counter()
+            for _ in range(server.size.period):
+                run()
+            server.decoding.synchronize()
+            rounds.append(slowest(time.perf_counter() - start) / server.size.period)
+        times[name] = sorted(rounds[1:])[RUNS // 2]
+    if rank == 0:
+        whole, *alone = times.values()
+        print(", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in times.items()), end="; ")
+        print(f"{whole / sum(alone):.2f} of the sum; {server.size.seats / whole:.0f} tokens a second and rank")
+
+
+def serve(group: tokenferry.ExpertGroup, size: Size) -> Server:
     """Serve all requests, print the speed, and compare each answer with what prefill alone would have said."""
     server, done = Server(group, size), list(requests(group.rank, size))
-    step, waiting = server.captured(), list(done)
+    step, waiting = server.captured(server.step), list(done)
     seated: dict[int, Request] = {}
     prompt_rows, per_step, seconds = 0, list[int](), 0.0
     while of_all_ranks(len(waiting) + len(seated)):  # calls are collective: all go on as long as one has work
@@ -256,6 +338,7 @@ def serve(group: tokenferry.ExpertGroup, size: Size) -> None:
         for request in done:
             choices, _ = server.prefill([request.prompt + request.answer[:-1]])
             assert choices[0].tolist()[len(request.prompt) - 1 :] == request.answer
+    return server
 
 
 def main() -> None:
@@ -268,7 +351,9 @@ def main() -> None:
     shape = MoeShape(size.num_experts, size.top_k, size.hidden, max_tokens=size.prompt_rows)
     with tokenferry.ExpertGroup(dist.group.WORLD, shape) as group, torch.no_grad():
         group.warmup()
-        serve(group, size)
+        server = serve(group, size)
+        if "--parts" in sys.argv[1:]:
+            parts(server, group.rank)
     if dist.is_initialized():
         dist.destroy_process_group()
 

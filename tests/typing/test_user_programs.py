@@ -45,6 +45,17 @@ def test_programs_run(path, capsys):
     assert "rows" in capsys.readouterr().out
 
 
+def test_a_step_of_the_server_beside_its_parts(monkeypatch, capsys):
+    path = next(path for path in PROGRAMS if path.stem == "serve")
+    monkeypatch.setattr(sys, "argv", [str(path), "--parts"])
+    runpy.run_path(str(path), run_name="__main__")
+    times = re.search(
+        r"a step ([\d.]+) ms, its calls ([\d.]+) ms, its computation ([\d.]+) ms; ", capsys.readouterr().out
+    )
+    assert times is not None
+    assert all(float(time) > 0 for time in times.groups())
+
+
 @pytest.mark.parametrize("name", ["serve", "deep_ep_side_by_side"])
 def test_programs_run_on_several_ranks(worlds, name):
     path = next(path for path in PROGRAMS if path.stem == name)
