@@ -119,7 +119,7 @@ def test_a_form_that_is_not_complete_is_not_kept(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    dispatcher = Dispatcher(two_ranks(), None, "key")
+    dispatcher = Dispatcher(two_ranks(), SimpleNamespace(expect=lambda _: None), "key")
     arguments = (MoeShape(8, 2, 16, 4), DispatchOptions(), KIND, None)
     monkeypatch.setattr(spec, "cut", interrupt)
     with pytest.raises(KeyboardInterrupt):
