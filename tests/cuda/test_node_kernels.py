@@ -1,5 +1,7 @@
 """The kernels of groups of several nodes alone: what a rank sends to other nodes, and adds up at home."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,6 +37,9 @@ def split_and_check(splitter: Splitter) -> None:
     splitter.split()
     splitter.ranks.wait()
     splitter.ranks.check_quiet()
+    for came, states in zip(splitter.came, splitter.states, strict=True):
+        assert not came.any(), "something has come"
+        check_start(states.cpu(), [[-1, -1]] * (len(states) - 1), "states")
     made = splitter.rails()
     for rank, nodes in enumerate(splitter.nodes):
         want = Split(nodes, splitter.index[rank].cpu().tolist())
@@ -43,6 +48,7 @@ def split_and_check(splitter: Splitter) -> None:
         assert splitter.host[rank].tolist() == [call, len(want.dst_token), *want.counts]
         headers = splitter.headers[rank].cpu()
         assert headers.tolist() == [[7 + rank] * SIGNATURE_WORDS + [count, 0] for count in want.counts]
+        splitter.check_ids(rank, made[rank].pop("ids"))
         for name, found in made[rank].items():
             check_start(found, getattr(want, name), f"rank {rank} {nodes} {name}")
 
@@ -51,9 +57,10 @@ def test_the_worked_example():
     """The examples in the heads of the kernels."""
     want = Split(Nodes(4, 4, 2, 0), [[0, 1], [1, 3]])
     assert (want.dst_counts, want.counts, want.dst_token) == ([1, 2, 0, 1], [2, 1], [0, 0, 1, 1])
-    assert (want.slots, want.ids_here, want.ids_out) == ([[0, -1], [1, 0]], [[0, 1], [1, -1]], [[-1, 1]])
+    assert (want.slots, want.ids_out) == ([[0, -1], [1, 0]], [[-1, 1]])
     splitter = Splitter(ranks_of(1), [Nodes(4, 4, 2, 0)], [torch.tensor([[0, 1], [1, 3]])])
     split_and_check(splitter)
+    assert splitter.rails()[0]["ids"][:2].tolist() == [[0, 1], [1, -1]]
     assert splitter.bases[0].cpu().tolist() == [0, 1, 3, 3, 0, 0]
 
 
@@ -114,7 +121,8 @@ def test_routing_for_each_node_in_the_room_of_all_tokens(capacity):
         assert made[rank]["ids_out"][rows].tolist() == want.ids_out
         unused = torch.ones(2 * apart, dtype=torch.bool)
         unused[rows] = False
-        assert bool((made[rank]["ids_out"][unused].view(torch.uint8) == POISON).all())
+        assert bool((made[rank]["ids_out"][unused] == -1).all()), "what crosses besides names experts"
+        splitter.check_ids(rank, made[rank]["ids"], apart)
 
 
 def test_a_bad_index():
@@ -130,7 +138,12 @@ def test_a_bad_index():
     assert splitter.dst_counts[1].cpu().tolist() == [-1] * 4
     assert splitter.host[1].tolist() == [-1] * 4, "the host is told counts"
     made = splitter.rails()[1]
+    segments = made.pop("ids").view(2, -1, 2)
+    assert bool((segments[0] == -1).all()), "tokens of a call that was aborted"
+    assert bool((segments[1, splitter.comes(1, segments.shape[1])[1] :] == -1).all())
     assert all(bool((found.view(torch.uint8) == POISON).all()) for found in made.values())
+    crosses = splitter.rails(apart=256)[1]["ids_out"]
+    assert bool((crosses == -1).all()), "the host sends them, if counts stay on the device"
     split_and_check(Splitter(ranks, [Nodes(4, 4, 2, 1)] * 2, [index[0]] * 2))
 
 
@@ -160,6 +173,37 @@ def test_a_bad_index_of_a_token_for_too_many_nodes():
     assert (record.code, record.word, record.peer, record.seen) == (Fault.bad_routing, 0, 1, 12)
 
 
+def cut(num: int, chunks: tuple[int, int]) -> list[range]:
+    """Return the rows of each chunk, of so many in all, by the number of chunks and of their tokens."""
+    most, size = chunks
+    ends = [min(i * size, num) for i in range(most)] + [num]
+    return [range(*pair) for pair in itertools.pairwise(ends)]
+
+
+def parcels(parts: list[torch.Tensor], counts: list[int], chunks: tuple[int, int], pitch: int) -> torch.Tensor:
+    """Return what crosses, laid out in parcels by plain loops.
+
+    ``parts``: rows, scales and weights, as bytes, in the order of nodes; ``counts``: how many rows of each node.
+    """
+    out, before = torch.full((pitch * sum(counts),), POISON, dtype=torch.uint8), 0
+    for count in counts:
+        for rows in cut(count, chunks):
+            at = (before + rows.start) * pitch
+            for part in parts:
+                data = part[before + rows.start : before + rows.stop].contiguous().flatten()
+                if part is parts[-1]:
+                    at += -at % 4
+                out[at : at + len(data)] = data
+                at += len(data)
+        before += count
+    return out
+
+
+CHUNKS = [(1, 100), (3, 11), (4, 1000)]
+"""How many, and of how many tokens; of 11, the last one has to take more."""
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize(
     ("row_bytes", "scale_dtype", "num_scales", "lie"),
     [
@@ -171,22 +215,23 @@ def test_a_bad_index_of_a_token_for_too_many_nodes():
         (64, torch.float64, 3, "columns"),
     ],
 )
-def test_rows_for_other_nodes_lie_side_by_side(row_bytes, scale_dtype, num_scales, lie):
+def test_parcels_for_other_nodes(row_bytes, scale_dtype, num_scales, lie, chunks):
     ranks, make, T, K = ranks_of(1), torch.Generator().manual_seed(row_bytes), 70, 3
     nodes = Nodes(12, 6, 3, 1)
     choices = torch.randint(-1, 12, (T, K), generator=make)
     want = Split(nodes, choices.tolist())
     x = torch.randint(256, (T, row_bytes), generator=make).to(torch.uint8)
     weights = torch.randn(T, K, generator=make)
-    out = {
-        "rows_out": ranks.poisoned(len(want.tokens_out) + 1, row_bytes, dtype=torch.uint8),
-        "weights_out": ranks.poisoned(len(want.tokens_out) + 1, K, dtype=torch.float32),
-    }
+    parts = [x]
     fields = {
         "x": ranks.on_device(x),
         "weights": ranks.on_device(weights),
         "slots": ranks.on_device(torch.tensor(want.slots, dtype=torch.int32)),
         "dst_counts": ranks.on_device(torch.tensor(want.dst_counts)),
+        "went": ranks.on_device(torch.tensor([[num, -1] for num in want.counts], dtype=torch.int32)),
+        "went_stride": 2,
+        "chunks": chunks[0],
+        "chunk_tokens": chunks[1],
         "num_tokens": T,
         "row_bytes": row_bytes,
         "top_k": K,
@@ -195,27 +240,74 @@ def test_rows_for_other_nodes_lie_side_by_side(row_bytes, scale_dtype, num_scale
     }
     if scale_dtype is not None:
         size = scale_dtype.itemsize
-        scale = torch.randint(256, (T, num_scales * size), generator=make).to(torch.uint8).view(scale_dtype)
+        scale = torch.randint(256, (T, num_scales * size), generator=make).to(torch.uint8)
+        parts.append(scale)
+        scale = scale.view(scale_dtype)
         if lie == "columns":
             scale = scale.t().contiguous().t()
         scale = ranks.on_device(scale)
-        out["scale_out"] = ranks.poisoned(len(want.tokens_out) + 1, num_scales, dtype=scale_dtype)
         bulk = num_scales * size if lie == "rows" and num_scales * size % 16 == 0 else 0
         strides = {"scale_row_stride": scale.stride(0), "scale_stride": scale.stride(1)}
         fields |= {"scale": scale, "bulk_scale_bytes": bulk, "scale_size": size, "num_scales": num_scales, **strides}
-    ranks.run(pack_spec.SPEC, [{**fields, **out}], (2, pack_spec.THREADS, 0))
-    sources = {"rows_out": x, "weights_out": weights}
-    if scale_dtype is not None:
-        sources["scale_out"] = scale.cpu()
-    for name, source in sources.items():
-        found = out[name].cpu().contiguous().view(torch.uint8)
-        assert found[:-1].equal(source[want.tokens_out].contiguous().view(torch.uint8)), name
-        assert bool((found[-1] == POISON).all()), f"{name}: too much is written"
+    parts.append(weights.view(torch.uint8))
+    pitch = -(-sum(part.shape[1] for part in parts) // 16) * 16
+    out = ranks.poisoned(pitch * len(want.tokens_out) + 16, dtype=torch.uint8)
+    ranks.run(pack_spec.SPEC, [{**fields, "out": out, "pitch": pitch}], (2, pack_spec.THREADS, 0))
+    expected = parcels([part[want.tokens_out] for part in parts], [want.counts[0], want.counts[2]], chunks, pitch)
+    found = out.cpu()
+    assert found[:-16].equal(expected)
+    assert bool((found[-16:] == POISON).all()), "too much is written"
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_parcels_of_the_room_of_all_tokens(chunks):
+    """Where counts stay on the device, as many rows cross to each node: a chunk is as long, whoever is in it."""
+    ranks, room = ranks_of(1), 90
+    nodes = Nodes(12, 6, 3, 1)
+    choices = [[t % 12, 11] if t % 3 else [5, -1] for t in range(70)]
+    want = Split(nodes, choices, room)
+    x, weights = torch.arange(70 * 16).view(70, 16).to(torch.uint8), torch.randn(70, 2)
+    out = ranks.poisoned(32 * 2 * room, dtype=torch.uint8)
+    fields = {
+        "x": ranks.on_device(x),
+        "weights": ranks.on_device(weights),
+        "slots": ranks.on_device(torch.tensor(want.slots, dtype=torch.int32)),
+        "dst_counts": ranks.on_device(torch.tensor(want.dst_counts)),
+        "went": ranks.on_device(torch.tensor(want.counts, dtype=torch.int32)),
+        "went_stride": 1,
+        "capacity": room,
+        "chunks": chunks[0],
+        "chunk_tokens": chunks[1],
+        "pitch": 32,
+        "out": out,
+        "num_tokens": 70,
+        "row_bytes": 16,
+        "top_k": 2,
+        "num_nodes": 3,
+        "node": 1,
+    }
+    ranks.run(pack_spec.SPEC, [fields], (2, pack_spec.THREADS, 0))
+    parts = [torch.full((2 * room, width), POISON, dtype=torch.uint8) for width in (16, 8)]
+    for t, slots in enumerate(want.slots):
+        for m in (0, 2):
+            if slots[m] >= 0:
+                parts[0][slots[m]], parts[1][slots[m]] = x[t], weights[t].view(torch.uint8)
+    assert out.cpu().equal(parcels(parts, [room, room], chunks, 32))
 
 
 @pytest.mark.parametrize("num_biases", [0, 1, 2])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_sums_at_home(dtype, num_biases):
+    check_sums(dtype, num_biases, (2, 20), weighted=True)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chunks_of_sums_at_home(weighted, chunks):
+    check_sums(torch.bfloat16, 1, chunks, weighted=weighted)
+
+
+def check_sums(dtype: torch.dtype, num_biases: int, chunks: tuple[int, int], *, weighted: bool) -> None:
     """In the order of nodes, in float32, rounded once: other orders give other bits."""
     ranks, make, T, K, H = ranks_of(1), torch.Generator().manual_seed(num_biases), 90, 2, 24
     nodes = Nodes(12, 12, 4, 2)
@@ -236,25 +328,34 @@ def test_sums_at_home(dtype, num_biases):
                 sums[t] += (own if m == 2 else parts)[slot].to(wide)
                 weights[t] += (own_weights if m == 2 else parts_weights)[slot]
     out, weights_out = ranks.poisoned(T, H, dtype=dtype), ranks.poisoned(T, K, dtype=torch.float32)
+    row_bytes, counts = H * dtype.itemsize, [num for m, num in enumerate(want.counts) if m != 2]
+    crossed = [parts.view(torch.uint8).view(len(parts), row_bytes)]
+    if weighted:
+        crossed.append(parts_weights.view(torch.uint8))
+    pitch = -(-(row_bytes + 4 * K * weighted) // 16) * 16
     fields = {
         "slots": ranks.on_device(torch.tensor(want.slots, dtype=torch.int32)),
         "dst_counts": ranks.on_device(torch.tensor(want.dst_counts)),
         "own": ranks.on_device(own),
-        "parts": ranks.on_device(parts),
-        "own_weights": ranks.on_device(own_weights),
-        "parts_weights": ranks.on_device(parts_weights),
+        "parts": ranks.on_device(parcels(crossed, counts, chunks, pitch)),
+        "went": ranks.on_device(torch.tensor(want.counts, dtype=torch.int32)),
+        "chunks": chunks[0],
+        "chunk_tokens": chunks[1],
+        "pitch": pitch,
         **{f"bias{i}": ranks.on_device(bias) for i, bias in enumerate(biases)},
         "out": out,
-        "weights_out": weights_out,
         "num_tokens": T,
-        "row_bytes": H * dtype.itemsize,
+        "row_bytes": row_bytes,
         "top_k": K,
         "num_nodes": 4,
         "node": 2,
     }
+    if weighted:
+        fields |= {"own_weights": ranks.on_device(own_weights), "weights_out": weights_out}
     ranks.run(sum_spec.SPEC, [fields], (2, sum_spec.THREADS, 0), {"type": TYPES[dtype]})
     assert out.cpu().equal(sums.to(dtype))
-    assert weights_out.cpu().equal(weights)
+    if weighted:
+        assert weights_out.cpu().equal(weights)
 
 
 HEADER = [*range(7, 7 + SIGNATURE_WORDS), 30, 40]
@@ -331,12 +432,18 @@ def test_a_rank_across_has_not_made_this_dispatch(word):
 @pytest.mark.parametrize("has_plan", [False, True])
 def test_what_a_rank_says_about_a_call(has_plan):
     ranks = ranks_of(1)
-    headers = ranks.poisoned(3, RAIL_WORDS, dtype=torch.int32)
-    fields = {"headers": headers, "num_nodes": 3, "handshake": HANDSHAKE}
+    headers, came, states = (
+        ranks.poisoned(rows, width, dtype=torch.int32) for rows, width in ((3, RAIL_WORDS),) * 2 + ((10, 2),)
+    )
+    fields = {"headers": headers, "came": came, "states": states, "num_nodes": 3, "node": 1, "handshake": HANDSHAKE}
+    fields |= {"chunks": 3, "chunk_tokens": 4}
     if has_plan:
         fields["goes"] = ranks.on_device(torch.tensor([3, 4, 5], dtype=torch.int32))
         fields["comes"] = ranks.on_device(torch.tensor([6, 7, 8], dtype=torch.int32))
     ranks.run(open_spec.SPEC, [fields], (1, open_spec.THREADS, 0))
+    assert not came.any(), "something has come"
+    come = [-1, -1, 0, 0, 0, 0, -1, -1, 0] if has_plan else [0] * 9
+    check_start(states.cpu(), [[state] * 2 for state in come], "states")
     rows = ([3, 6], [4, 7], [5, 8]) if has_plan else [[0, 0]] * 3
     assert headers.cpu().tolist() == [[*HEADER[:SIGNATURE_WORDS], *each] for each in rows]
 

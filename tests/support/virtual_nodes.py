@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from support.virtual_ranks import Ranks
-from tokenferry.kernels.control_block import HOST_NODES_WORD, RAIL_WORDS, SIGNATURE_WORDS
+from support.virtual_ranks import POISON, Ranks
+from tokenferry.backends.cuda.across.relay import segment_for
+from tokenferry.kernels.control_block import HOST_NODES_WORD, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.kernels.dispatch_rails import spec as rails_spec
 from tokenferry.kernels.dispatch_split import spec as split_spec
+
+CHUNKS = 3
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,6 @@ class Split:
         self.ids_out = [nodes.ids_on(m, choices[t]) for m, t in out]
         others = [m for m in range(N) if m != nodes.node]
         first = dict(zip(others, itertools.accumulate((self.counts[m] for m in others), initial=0), strict=False))
-        self.ids_here = [nodes.ids_on(nodes.node, experts) for experts in choices]
         rows = {
             (m, t): row if not capacity else others.index(m) * capacity + row - first[m]
             for row, (m, t) in enumerate(out)
@@ -82,6 +84,8 @@ class Splitter:
         make = ranks.poisoned
         self.dst_counts = [make(one.num_ranks, dtype=torch.int64) for one in nodes]
         self.headers = [make(one.num_nodes, RAIL_WORDS, dtype=torch.int32) for one in nodes]
+        self.came = [make(one.num_nodes, RAIL_WORDS, dtype=torch.int32) for one in nodes]
+        self.states = [make(one.num_nodes * CHUNKS + 1, 2, dtype=torch.int32) for one in nodes]
         self.host = [ranks.pinned(torch.full((HOST_NODES_WORD + one.num_nodes,), -1).int()) for one in nodes]
         self.bases = [make(one.num_ranks + one.num_nodes, dtype=torch.int32) for one in nodes]
         self.table = [
@@ -99,6 +103,9 @@ class Splitter:
             {
                 **self.common(rank),
                 "headers": self.headers[rank],
+                "came": self.came[rank],
+                "states": self.states[rank],
+                "num_states": CHUNKS * self.nodes[rank].num_nodes,
                 "host": self.host[rank],
                 "capacity": self.capacity,
                 "max_nodes": self.max_nodes,
@@ -111,23 +118,43 @@ class Splitter:
     def rails(self, apart: int = 0) -> list[dict[str, Tensor]]:
         """Launch dispatch_rails, wait, and return what it has written on each rank."""
         found, fields = [], []
+        segment = segment_for(max(apart, *map(len, self.index)))
         for rank, (index, nodes) in enumerate(zip(self.index, self.nodes, strict=True)):
             T, K = index.shape
             most = (apart or self.capacity) * (nodes.num_nodes - 1) or T * min(K, nodes.num_nodes)
+            self.came[rank][:, ROWS_WORD] = self.ranks.on_device(torch.tensor(self.comes(rank, segment)).int())
             poisoned = self.ranks.poisoned
             found.append(
                 {
                     "slots": poisoned(T, nodes.num_nodes, dtype=torch.int32),
-                    "ids_here": poisoned(T, K, dtype=index.dtype),
+                    "ids": poisoned(nodes.num_nodes * segment, K, dtype=index.dtype),
                     "ids_out": poisoned(most, K, dtype=index.dtype),
                     "tokens_out": poisoned(most, dtype=torch.int32),
                     "dst_token": poisoned(T * min(K, nodes.num_ranks), dtype=torch.int64),
                 }
             )
-            fields.append({**self.common(rank), **found[-1], "apart": apart} if T else None)
+            words = {"mine": self.headers[rank], "came": self.came[rank], "apart": apart, "segment": segment}
+            fields.append({**self.common(rank), **found[-1], **words})
         self.ranks.launch(rails_spec.SPEC, fields, (2, rails_spec.THREADS, self.smem()), self.config)
         self.ranks.wait()
         return [{name: tensor.cpu() for name, tensor in one.items()} for one in found]
+
+    def comes(self, rank: int, segment: int) -> list[int]:
+        """Return how many tokens the ranks across say that they send, as the words are before dispatch_rails."""
+        return [(37 * m + rank) % (segment + 1) for m in range(self.nodes[rank].num_nodes)]
+
+    def check_ids(self, rank: int, found: Tensor, apart: int = 0) -> None:
+        """Check ids: those of this rank's tokens, -1 where no token comes, and where some do nothing yet."""
+        nodes, experts = self.nodes[rank], self.index[rank].cpu().tolist()
+        for m, segment in enumerate(found.view(nodes.num_nodes, -1, found.shape[1])):
+            if m == nodes.node:
+                here = [nodes.ids_on(m, one) for one in experts]
+                assert segment[: len(here)].tolist() == here
+                num = len(here)
+            else:
+                num = apart or self.comes(rank, len(segment))[m]
+                assert bool((segment[:num].contiguous().view(torch.uint8) == POISON).all()), "what comes is overwritten"
+            assert bool((segment[num:] == -1).all())
 
     def common(self, rank: int) -> dict[str, object]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
-from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.plan import LAYOUT_CODES
 from tokenferry.backends.cuda.results import PlanAddresses, addresses_of
 from tokenferry.backends.cuda.signature import Signature
@@ -75,6 +74,40 @@ class CombineForm:
     num_sms: int | None
     works: BoundedDict[int, Work]
     kernel: LaunchTemplate
+
+
+class Sums(NamedTuple):
+    """Where sums go, and with what they start.
+
+    Attributes:
+        out: Address of the sums, a multiple of 16.
+        bias0: Address of what the sums start with; 0: nothing.
+        bias1: Address of what is added to that; 0: nothing.
+        weights_out: Address of the sums of weights; 0: there are none.
+    """
+
+    out: int
+    bias0: int = 0
+    bias1: int = 0
+    weights_out: int = 0
+
+
+class Source(NamedTuple):
+    """What sums are made from.
+
+    Attributes:
+        rows: Address of the rows.
+        rows_at: Their offset in the window; 0: they lie elsewhere, and are pushed.
+        weights_at: Offset of their weights in the window; 0: there are none.
+        landing: Offset of the memory that rows are pushed to; 0: none is needed.
+        kept: Keeps all of it.
+    """
+
+    rows: int
+    rows_at: int
+    weights_at: int
+    landing: int
+    kept: tuple[object, ...]
 
 
 class Combiner:
@@ -140,48 +173,94 @@ class Combiner:
         out: Tensor | None,
     ) -> Combined:
         """Add up the rows of each of this rank's tokens; ``out``: where to, or None for a new tensor."""
-        num_tokens, allocator, empty = plan_at.num_tokens, self._allocator, self._context.empty
-        work = form.works.get(num_tokens) or self._work(form, num_tokens)
+        num_tokens, empty = plan_at.num_tokens, self._context.empty
         if out is None:
             out = empty((num_tokens, form.columns), (form.columns, 1), form.dtype)
-        weights_out, weights_at, copied = None, 0, None
+        weights_out = None
         if weights is not None:
             weights_out = empty((num_tokens, form.top_k), (form.top_k, 1), torch.float32)
-            weights_at, copied = allocator.in_window(call, weights)
         if biases:
             biases = tuple(aligned(bias) for bias in biases)
-        sums = (
+        sums = Sums(
             out.data_ptr(),
             biases[0].data_ptr() if biases else 0,
             biases[1].data_ptr() if len(biases) > 1 else 0,
-            address(weights_out),
-            plan_at.src_counts,
-            plan_at.dst_counts,
-            num_tokens,
+            0 if weights_out is None else weights_out.data_ptr(),
         )
-        if form.layout is Layout.ROWS:
-            self._push(form, call, y, plan_at, work, weights_at, sums)
-        else:
-            self._pull(form, call, y, plan_at, work, weights_at, sums)
-        del copied  # its block is given back on this stream, after the kernel
+        source = self.source(form, call, y, weights, plan_at)
+        self.add_up(form, call, source, plan_at, sums)
+        del source  # its blocks are given back on this stream, after the kernel
         return Combined(out, weights_out)
 
-    def in_window(
-        self, form: CombineForm, call: Call, y: Tensor, weights: Tensor | None, plan_at: PlanAddresses
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return rows and weights in the window, copied there if they lie elsewhere, for several sums of them.
+    def source(
+        self,
+        form: CombineForm,
+        call: Call,
+        y: Tensor,
+        weights: Tensor | None,
+        plan_at: PlanAddresses,
+        num_sums: int = 0,
+    ) -> Source:
+        """Return what sums are made from.
+
+        Args:
+            form: The form of the combine.
+            call: The call.
+            y: The rows.
+            weights: Their weights.
+            plan_at: The plan, as that of one node.
+            num_sums: Across nodes, most rows that one of several sums needs. Each reads the same rows, so that they are
+                copied into the window if they lie elsewhere, instead of pushed.
 
         Raises:
             CapacityError: the heap is full.
         """
-        offset, block = self._expert_rows_in_window(form, call, y, plan_at)
-        if block is not None:
-            y = self._allocator.tensor(block, offset, tuple(y.shape), y.dtype)
+        allocator, copied, copied_weights, landing, weights_at = self._allocator, None, None, None, 0
+        by_token = form.layout is Layout.ROWS
+        if by_token and not num_sums:
+            y = aligned(y)
+            rows_at = allocator.offset(y)
+        else:
+            rows_at, copied = self._expert_rows_in_window(form, call, y, plan_at)
         if weights is not None:
-            offset, block = self._allocator.in_window(call, weights)
-            if block is not None:
-                weights = self._allocator.tensor(block, offset, tuple(weights.shape), weights.dtype)
-        return y, weights
+            weights_at, copied_weights = allocator.in_window(call, weights)
+        if by_token:
+            num_bytes = (num_sums or plan_at.num_sent) * form.columns * form.dtype.itemsize
+            landing = allocator.call_block(call, num_bytes)
+        return Source(
+            y.data_ptr() if copied is None else copied.address,
+            rows_at,
+            weights_at,
+            0 if landing is None else landing.offset,
+            (y, copied, copied_weights, landing),
+        )
+
+    def add_up(self, form: CombineForm, call: Call, source: Source, plan_at: PlanAddresses, sums: Sums) -> None:
+        """Launch the kernel that adds up the rows of each of this rank's tokens.
+
+        Sums of one source follow each other on one stream: each is done with the landing when the next one begins.
+        """
+        num_tokens = plan_at.num_tokens
+        work = form.works.get(num_tokens) or self._work(form, num_tokens)
+        rows, rows_at, weights_at, landing, _ = source
+        counts = (plan_at.src_counts, plan_at.dst_counts, num_tokens)
+        if form.layout is not Layout.ROWS:  # rows by expert, which lie in the window
+            first_column = 2 * self._context.num_ranks + form.top_k  # of the columns for `combine_pull`
+            form.kernel.pack(
+                0, call.alive, call.number, call.signature.words,
+                rows_at // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, 0, 0, 0,
+                plan_at.places + 4 * first_column, plan_at.places, *sums, *counts,
+            )  # fmt: skip
+            form.kernel.launch(work.fetch_sms, call.stream)
+            return
+        # Rows are pushed, or fetched by peers if they lie in the window.
+        pushers, whole, sms = (0, 0, work.fetch_sms) if rows_at else (work.pushers, work.whole, work.push_sms)
+        form.kernel.pack(
+            0, call.alive, call.number, call.signature.words,
+            landing // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, work.unit_bits, rows_at // OFFSET_BYTES, 0,
+            plan_at.places, plan_at.places, *sums, *counts, rows, pushers, whole,
+        )  # fmt: skip
+        form.kernel.launch(sms, call.stream)
 
     def _work(self, form: CombineForm, num_tokens: int) -> Work:
         num_ranks, columns = self._context.num_ranks, form.columns
@@ -199,49 +278,6 @@ class Combiner:
             push_spec.unit_bits(num_tokens),
         )
         return made
-
-    def _push(
-        self,
-        form: CombineForm,
-        call: Call,
-        y: Tensor,
-        plan_at: PlanAddresses,
-        work: Work,
-        weights_at: int,
-        sums: tuple[int, ...],
-    ) -> None:
-        """Launch `combine_push` for rows ``[N, H]``: they are pushed, or fetched by peers if they lie in the window."""
-        y = aligned(y)
-        rows_at = self._allocator.offset(y)
-        landing = self._allocator.call_block(call, plan_at.num_sent * form.columns * form.dtype.itemsize)
-        pushers, whole, sms = (0, 0, work.fetch_sms) if rows_at else (work.pushers, work.whole, work.push_sms)
-        form.kernel.pack(
-            0, call.alive, call.number, call.signature.words,
-            landing.offset // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, work.unit_bits, rows_at // OFFSET_BYTES, 0,
-            plan_at.places, plan_at.places, *sums, y.data_ptr(), pushers, whole,
-        )  # fmt: skip
-        form.kernel.launch(sms, call.stream)
-
-    def _pull(
-        self,
-        form: CombineForm,
-        call: Call,
-        y: Tensor,
-        plan_at: PlanAddresses,
-        work: Work,
-        weights_at: int,
-        sums: tuple[int, ...],
-    ) -> None:
-        """Launch `combine_pull` for rows by expert, which lie in the window, or are copied there."""
-        rows_at, copied = self._expert_rows_in_window(form, call, y, plan_at)
-        first_column = 2 * self._context.num_ranks + form.top_k  # of the columns for `combine_pull`
-        form.kernel.pack(
-            0, call.alive, call.number, call.signature.words,
-            rows_at // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, 0, 0, 0,
-            plan_at.places + 4 * first_column, plan_at.places, *sums,
-        )  # fmt: skip
-        form.kernel.launch(work.fetch_sms, call.stream)
-        del copied  # as in `send`
 
     def _expert_rows_in_window(
         self, form: CombineForm, call: Call, y: Tensor, plan_at: PlanAddresses

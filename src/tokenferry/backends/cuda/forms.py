@@ -57,6 +57,10 @@ class Scales(NamedTuple):
     stride: int
 
 
+NO_SCALE = (0, 0, 0)
+"""In place of an address and strides."""
+
+
 class Payload(NamedTuple):
     """What a call sends.
 
@@ -242,7 +246,7 @@ def move(
     plan: PlanAddresses,
 ) -> None:
     """Launch `dispatch`; ``recv``: where this rank receives rows, scales, weights and the parts of a plan."""
-    scale_at, row_stride, stride = scale_of(payload)
+    scale_at, row_stride, stride = NO_SCALE if payload.scale is None else scale_of(payload)
     template.pack(
         0, call.alive, call.number, call.signature.words, *recv,
         payload.rows, scale_at, payload.weights, payload.topk_idx, plan.places, plan.dst_counts, plan.src_counts,
@@ -272,11 +276,11 @@ def scale_of(payload: Payload) -> tuple[int, int, int]:
     """Return the address of the scales, and their strides."""
     scale = payload.scale
     if scale is None:
-        return 0, 0, 0
+        return NO_SCALE
     if isinstance(scale, Scales):
         return scale
     if not scale.shape[1]:
-        return 0, 0, 0
+        return NO_SCALE
     row_stride, stride = scale.stride()
     return scale.data_ptr(), row_stride, stride
 

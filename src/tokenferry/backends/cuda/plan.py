@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -126,8 +127,7 @@ def limited(geometry: Geometry, num_rows: int) -> Geometry:
     )
 
 
-@dataclass(slots=True)
-class Counts:
+class Counts(NamedTuple):
     """Numbers of rows, as counted.
 
     Attributes:
@@ -191,9 +191,10 @@ def wait(context: Context, call: Call, geometry: Geometry) -> Counts:
 def counted(context: Context, geometry: Geometry) -> Counts:
     """Return the counts, which are known to have come."""
     received, sent, experts = context.pinned.counts(context.num_ranks, geometry.num_local)
-    if geometry.layout == ROWS:
+    layout = geometry.sizes.layout
+    if layout == ROWS:
         delivered = received
-    elif geometry.layout == EXPERTS:
+    elif layout == EXPERTS:
         unit, rows = geometry.options.alignment, ints_of(experts)
         delivered = sum(rows) if unit == 1 else sum(-(-num // unit) * unit for num in rows)
     else:

@@ -103,8 +103,7 @@ class PlanLayout:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Arrivals:
+class Arrivals(NamedTuple):
     """Where the parts of a plan lie whose sizes depend on the rows that arrive, in bytes from the start of the first.
 
     Attributes:
@@ -293,8 +292,7 @@ class LazyPlan(Plan):
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class RowLayout:
+class RowLayout(NamedTuple):
     """Where the parts of received rows lie in a block, in bytes from its start.
 
     Attributes:

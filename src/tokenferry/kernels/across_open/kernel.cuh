@@ -5,6 +5,8 @@
 // Reads    goes [N], comes [N]: rows for the rank across from this one on each node, and from it, along the plan of this rank;
 //          null: none.
 // Writes   headers [N][kRailWords]: the signature, then these rows. Also if the group is broken: peers compare what they get.
+//          What nothing has come to yet: came [N][kRailWords], the same from the ranks across, zeros; states [N][chunks][2], of
+//          each chunk of p.chunk_tokens rows that will come kNothingCame, of others 0.
 // Cost     a launch. sm_90a: <= 40 registers, 0 spills.
 // Tests    tests/cuda/test_node_kernels.py, tests/emulator/test_across_nodes.py, tests/compile.
 #include "device/sync.cuh"
@@ -14,5 +16,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) across_open(const _
         const u32 word = i % kRailWords;
         const u32* rows = word == kRowsWord ? p.goes : p.comes;
         p.headers[i] = word < kSignatureWords ? p.handshake[word] : rows ? rows[i / kRailWords] : 0;
+        p.came[i] = 0;
+    }
+    for (u32 i = threadIdx.x; i < p.num_nodes * p.chunks; i += blockDim.x) {
+        const u32 m = i / p.chunks, first = i % p.chunks * p.chunk_tokens;
+        const bool comes = m != p.node && p.comes && first < p.comes[m];
+        p.states[2 * i] = p.states[2 * i + 1] = comes ? kNothingCame : 0;
     }
 }

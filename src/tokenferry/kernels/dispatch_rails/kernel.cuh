@@ -1,15 +1,17 @@
 // dispatch_rails: across nodes: writes, for each node, the routing of this rank's tokens that go there.
 //
 // Grid     any number of blocks; each takes units of 128 tokens. Not collective.
-// Reads    topk_idx [T, K]; table [units, R + N] and bases [R + N] of dispatch_split. R ranks on N nodes; this one is on p.node.
+// Reads    topk_idx [T, K]; table [units, R + N], bases [R + N] and mine [N][kRailWords] of dispatch_split; came [N][kRailWords],
+//          what the ranks across have said, if there is no p.apart. R ranks on N nodes; this one is on p.node.
 // Writes   slots [T, N]: the row of a token among those for all other nodes (by node, then token); for the own node the token
 //          itself; -1: it does not go there. For each of these rows: ids_out [K], the experts of the token, counted from the
 //          first one of the node, -1 for those elsewhere; tokens_out, the token: at the slot, or with a p.apart those for each
-//          node that many rows apart. ids_here [T, K]: the same for the own node, one row for every token. dst_token [rows
-//          sent] int64: tokens by destination rank, then token.
+//          node that many rows apart, with ids of -1 behind those of each. dst_token [rows sent] int64: tokens by destination
+//          rank, then token. ids [N, p.segment, K]: for the own node ids of all T tokens as in ids_out, -1 behind them and in the
+//          other segments behind what comes: p.apart rows, or as many as came says. If the group is broken, -1 for all of them.
 // Why the slots are the same in every run
 //          A slot is the sum of tokens for lower nodes, of earlier units, and of earlier tokens of the unit. No atomics.
-// Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 40 registers, 0 spills, 64 B of static shared
+// Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 48 registers, 0 spills, 64 B of static shared
 //          memory, at most 36864 B of dynamic.
 // Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: slots {{0,-1},{1,0}}; ids_here {{0,1},{1,-1}}; ids_out {{-1,1}};
 //          tokens_out 1; dst_token 0 0 1 1.
@@ -42,19 +44,42 @@ DEV void write_slot(const DispatchRailsParams& p, const Unit& unit, u32 token, u
                     expert_on(p, index_at(p.topk_idx, (u64)t * p.top_k + k), m));
 }
 
+// Writes -1 to the ids in the rows [first, end).
+DEV void vacate(u8* ids, u32 top_k, u64 first, u64 end) {
+    const u64 step = (u64)gridDim.x * blockDim.x;
+    for (u64 i = first * top_k + blockIdx.x * blockDim.x + threadIdx.x; i < end * top_k; i += step)
+        store_index(ids, kWide, i, -1);
+}
+
+// Marks what no token fills, neither of this rank nor of those across from it.
+DEV void vacate_rest(const DispatchRailsParams& p, bool skips) {
+    for (u32 m = 0; m < p.num_nodes; m++) {
+        const u64 segment = (u64)m * p.segment;
+        const u32 word = m * kRailWords + kRowsWord, here = skips ? 0 : p.num_tokens;
+        const u32 come = m == p.node ? here : p.apart ? p.apart : p.came[word];
+        vacate(p.ids, p.top_k, segment + come, segment + p.segment);
+        if (m == p.node || !p.apart) continue;
+        const u64 out = (u64)(m - (m > p.node)) * p.apart;
+        vacate(p.ids_out, p.top_k, out + (skips ? 0 : p.mine[word]), out + p.apart);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     dispatch_rails(const __grid_constant__ DispatchRailsParams p) {
     extern __shared__ __align__(16) u8 shared[];
-    if (must_skip(p, p.dst_counts)) return;
+    const bool skips = must_skip(p, p.dst_counts);
+    vacate_rest(p, skips);
+    if (skips) return;
     u32* masks = reinterpret_cast<u32*>(shared);
     const u32 R = p.all_ranks, N = p.num_nodes, K = p.top_k, units = (p.num_tokens + kUnit - 1) / kUnit;
+    const u64 own = (u64)p.node * p.segment * K;
     for (u32 u = blockIdx.x; u < units; u += gridDim.x) {
         mark_nodes(p, u, masks);
         const Unit unit = {masks, p.table + (u64)u * num_columns(p), u * kUnit};
         const u32 tokens = min(kUnit, p.num_tokens - unit.first);
         for (u32 i = threadIdx.x; i < tokens * N; i += blockDim.x) write_slot(p, unit, i / N, i % N);
         for (u32 i = unit.first * K + threadIdx.x; i < (unit.first + tokens) * K; i += blockDim.x)
-            store_index(p.ids_here, kWide, i, expert_on(p, index_at(p.topk_idx, i), p.node));
+            store_index(p.ids, kWide, own + i, expert_on(p, index_at(p.topk_idx, i), p.node));
         for (u32 i = threadIdx.x; i < tokens * R; i += blockDim.x)
             if (const u32 r = i % R; is_marked(masks, r, i / R))
                 p.dst_token[p.bases[r] + unit.before[r] + count_marked(masks, r, i / R)] = unit.first + i / R;

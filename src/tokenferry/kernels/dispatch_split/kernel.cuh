@@ -9,6 +9,8 @@
 //          that many apart, if counts stay on the device. dst_counts [R]. headers [N][kRailWords]: what
 //          the rank across from this one gets to know: the signature, and how many tokens come. The host: rows for all ranks,
 //          then tokens for each node.
+//          What nothing has come to yet: came [N][kRailWords], headers from the ranks across, zeros; states [num_states][2],
+//          kNothingCame.
 // Order    1 all blocks  a unit's tokens per column (a token counts once per rank, once per node)
 //          2 last block  columns over all units, bases; counts for the host, then the call number, with release
 // Faults   A bad index, or a token for too many nodes, aborts the call on this rank before anything is sent: peers wait, and the
@@ -102,6 +104,12 @@ DEV i32 write_bases(const i32* counts, u32 num, u32 except, i32* sums) {
     return before;
 }
 
+// Empties what the ranks across from this one say; called by one block.
+DEV void empty_words(const DispatchSplitParams& p) {
+    for (u32 i = threadIdx.x; i < p.num_nodes * kRailWords; i += blockDim.x) p.came[i] = 0;
+    for (u32 i = threadIdx.x; i < 2 * p.num_states; i += blockDim.x) p.states[i] = kNothingCame;
+}
+
 DEV void publish(const DispatchSplitParams& p, const i32* totals) {
     const u32 R = p.all_ranks, N = p.num_nodes;
     for (u32 r = threadIdx.x; r < R; r += blockDim.x) p.dst_counts[r] = totals[r];
@@ -127,6 +135,7 @@ DEV void publish(const DispatchSplitParams& p, const i32* totals) {
 extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
     dispatch_split(const __grid_constant__ DispatchSplitParams p) {
     extern __shared__ __align__(16) u8 shared[];
+    if (blockIdx.x == 0) empty_words(p);
     if (is_stopped(p)) {
         abort_split(p);
         return;

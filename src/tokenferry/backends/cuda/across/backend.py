@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NoReturn
 
 import torch
@@ -167,7 +168,7 @@ class AcrossBackend(CudaBackend):
             self.key,
             self._begin_eager,
             AcrossPlan,
-            lambda plan: plan._along,
+            attrgetter("_along"),
         )
         return AcrossFastPath(calls, shape, checks, self._explain)
 
@@ -185,9 +186,10 @@ class AcrossBackend(CudaBackend):
             if self._network is not None:
                 self.context.jit.warmup((self._network.send, self._network.receive))
             super().warmup()
-            call = self._crossing.begin(Signature("warmup"))
-            words = self._crossing.new_words(call, None, self._crossing.chunks(1))
-            self._crossing.counts(call, words, self._crossing.open_along(call, words, 0, 0).transfer, 0)
+            call, chunks = self._crossing.begin(Signature("warmup")), self._crossing.chunks(1)
+            words, _ = self._crossing.new_words(chunks.num, 0)
+            opening = self._crossing.open_along(call, words, chunks, 0, 0)
+            self._crossing.counts(call, words, opening.transfer, 0)
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise their errors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,17 +10,17 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
-from tokenferry.backends.cuda.across.contents import RowMemory, RowWidths, Sums, Words
+from tokenferry.backends.cuda.across.contents import Words
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
-from tokenferry.backends.cuda.across.rails import Parcel, Transfer
-from tokenferry.backends.cuda.across.relay import NO_TOKENS, Chunks, RelayAddresses, relay_addresses
+from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths, Swap
+from tokenferry.backends.cuda.across.rails import Transfer
+from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
-from tokenferry.backends.cuda.combine import CombineForm, Combiner, delivered, direct_out
+from tokenferry.backends.cuda.combine import CombineForm, Combiner, Source, Sums, delivered, direct_out
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
-from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.topology import Topology
 from tokenferry.types import Combined, Plan
@@ -60,6 +61,20 @@ class Result(NamedTuple):
     biases: tuple[Tensor, ...]
 
 
+class Parts(NamedTuple):
+    """The sums of all nodes for the tokens of this rank.
+
+    Attributes:
+        own: Address of those of the own node.
+        own_weights: Address of its sums of weights; 0: there are none.
+        others: Where the parcels of the others begin.
+    """
+
+    own: int
+    own_weights: int
+    others: int
+
+
 class AcrossCombiner:
     """Combine calls of one rank, across nodes.
 
@@ -76,6 +91,7 @@ class AcrossCombiner:
         self._topology = topology
         self._crossing = crossing
         self._inside = Combiner(context, allocator)
+        self._breaking_off = context.breaking_off()
         self._forms: BoundedDict[tuple[CombineForm, int | None], AcrossCombineForm] = BoundedDict(_MAX_FORMS)
 
     def combine(self, request: CombineRequest) -> Combined:
@@ -97,13 +113,13 @@ class AcrossCombiner:
         found = self._forms.get(key)
         if found is None:
             row_bytes = inside.columns * inside.dtype.itemsize
+            widths = RowWidths.new(row_bytes, 0, 4 * inside.top_k if weighted else 0)
+            chunks = self._crossing.chunks(row_bytes)
+            template = sum_template(context, topology, inside.dtype, inside.columns, inside.top_k)
+            template.params.chunks, template.params.chunk_tokens = chunks.num, chunks.size
+            template.params.pitch = widths.pitch
             found = self._forms[key] = AcrossCombineForm(
-                inside.signature,
-                inside,
-                sum_template(context, topology, inside.dtype, inside.columns, inside.top_k),
-                self._crossing.chunks(row_bytes),
-                num_sms or context.num_sms,
-                RowWidths(row_bytes, 0, 4 * inside.top_k if weighted else 0),
+                inside.signature, inside, template, chunks, num_sms or context.num_sms, widths
             )
         return found
 
@@ -119,61 +135,73 @@ class AcrossCombiner:
     ) -> Combined:
         """Add up the rows of each of this rank's tokens; ``out``: where to, or None for a new tensor."""
         inside, crossing, relay, src_counts = form.inside, self._crossing, along.relay, along.whole.src_counts
-        with self._context.breaking_off():  # peers wait for this rank
-            words = crossing.new_words(call, relay.went, form.chunks)
+        swaps, pitch = along.swaps.get(form), form.widths.pitch
+        if swaps is None:
+            swaps = along.swaps[form] = relay.swaps(crossing.steps, form.chunks, form.widths, back=True)
+        num_tokens, num_in, num_out = along.whole.num_tokens, relay.first_in[-1], relay.first_out[-1]
+        with self._breaking_off:  # peers wait for this rank
+            words, sums_at = crossing.new_words(form.chunks.num, (num_in + num_out + num_tokens) * pitch)
+            others = sums_at + num_in * pitch
+            own = others + num_out * pitch
+            own_weights = 0 if weights is None else own + num_tokens * form.widths.row
             # Sums go back where tokens came from.
-            opening = crossing.open_along(call, words, along.came, along.went)
-            rows, weights = self._inside.in_window(inside, call, y, weights, along.whole)
-            home = RowMemory.empty(self._context, form.widths, relay.first_out[-1])
-            transfers = self._send_sums(form, call, along, Combined(rows, weights), home, words)
-            own = self._inside.send(inside, call, rows, along.segment(relay.node), weights, (), None)
+            opening = crossing.open_along(call, words, form.chunks, along.came, along.went)
+            most = max(relay.came) * min(inside.top_k, along.ranks_per_node)
+            source = self._inside.source(inside, call, y, weights, along.whole, most or 1)
+            transfers = self._send_sums(form, call, along, source, swaps, words, sums_at)
+            home = along.segments.get(relay.node) or along.segment(relay.node)
+            self._inside.add_up(inside, call, source, home, Sums(own, weights_out=own_weights))
             crossing.confirm(call, opening, src_counts)
             for transfer in transfers:
                 transfer.join()
-            crossing.check(call, words.all_states(), src_counts)
-            return self._add_up(form, call, along, own, home, Result(out, biases))
+            crossing.check(call, words, src_counts)
+            return self._add_up(form, call, along, Parts(own, own_weights, others), Result(out, biases))
 
     def _send_sums(
-        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, y: Combined, home: RowMemory, words: Words
+        self,
+        form: AcrossCombineForm,
+        call: Call,
+        along: RelayAddresses,
+        source: Source,
+        swaps: Sequence[Swap],
+        words: Words,
+        sums_at: int,
     ) -> list[Transfer]:
-        """Add up the rows of tokens of other nodes, ``y``, and exchange the sums."""
-        crossing, relay, chunks, transfers = self._crossing, along.relay, form.chunks, []
-        used = chunks.used(relay.most)
-        if used > 1:
+        """Add up the rows of tokens of other nodes, and exchange the sums, which lie from ``sums_at`` on."""
+        crossing, inside, transfers = self._crossing, form.inside, []
+        others, weight_bytes = sums_at + along.relay.first_in[-1] * form.widths.pitch, form.widths.weights
+        if not swaps[0].whole:
             no_counts = crossing.no_counts(along.whole.src_counts)
             along = along._replace(no_counts=no_counts.data_ptr())
-        for to, source in crossing.steps:
-            goes, comes = chunks.cut(relay.came[to]), chunks.cut(relay.went[source])
-            for i in range(max(used, len(goes), len(comes))):
-                go, come = goes[i] if i < len(goes) else NO_TOKENS, comes[i] if i < len(comes) else NO_TOKENS
-                done: list[Tensor] = []
-                if i < used:  # else no rank of this node has tokens in it
-                    at = along.segment(to) if used == 1 else along.chunk(to, go)
-                    sums = self._inside.send(form.inside, call, y.x, at, y.topk_weights, (), None)
-                    done = [sums.x] if sums.topk_weights is None else [sums.x, sums.topk_weights]
-                send = Sums(to, go.num, [Parcel.of(each) for each in done])
-                recv = Sums(source, come.num, home.parcels(relay.first_out[source] + come.first, come.num))
-                state = words.state(source, i)
-                transfers.append(crossing.sums(call, send, recv, state, done, home.memory, words.memory))
+        for swap in swaps:
+            chunk = swap.send
+            if swap.used:  # else no rank of this node has tokens in it
+                at = sums_at + chunk.at
+                weights_at = at + chunk.num_bytes - chunk.num * weight_bytes if weight_bytes else 0
+                part = along.part(swap, chunk)
+                self._inside.add_up(inside, call, source, part, Sums(at, weights_out=weights_at))
+            transfers += crossing.rows(call, (swap,), words, sums_at, others)
         return transfers
 
     def _add_up(
-        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, own: Combined, home: RowMemory, result: Result
+        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, parts: Parts, result: Result
     ) -> Combined:
         """Add up the sums of all nodes, and the biases."""
-        out, biases, empty = result.out, [aligned(bias) for bias in result.biases], self._context.empty
-        num_tokens, columns = own.x.shape
+        inside, num_tokens, empty = form.inside, along.whole.num_tokens, self._context.empty
+        out, biases = result.out, result.biases
+        if biases:
+            biases = tuple(aligned(bias) for bias in biases)
         if out is None:
-            out = empty((num_tokens, columns), (columns, 1), form.inside.dtype)
+            out = empty((num_tokens, inside.columns), (inside.columns, 1), inside.dtype)
         weights_out = None
-        if own.topk_weights is not None:
-            weights_out = empty((num_tokens, form.inside.top_k), (form.inside.top_k, 1), torch.float32)
+        if parts.own_weights:
+            weights_out = empty((num_tokens, inside.top_k), (inside.top_k, 1), torch.float32)
         if num_tokens:
             form.sum.pack(
                 0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-                along.slots, along.dst_counts, own.x.data_ptr(), home.rows, address(own.topk_weights),
-                home.weights, biases[0].data_ptr() if biases else 0,
-                biases[1].data_ptr() if len(biases) > 1 else 0, out.data_ptr(), address(weights_out), num_tokens,
+                along.slots, along.dst_counts, parts.own, parts.others, parts.own_weights, along.went,
+                biases[0].data_ptr() if biases else 0, biases[1].data_ptr() if len(biases) > 1 else 0,
+                out.data_ptr(), 0 if weights_out is None else weights_out.data_ptr(), num_tokens,
             )  # fmt: skip
             form.sum.launch(form.num_sms, call.stream)
         return Combined(out, weights_out)

@@ -9,19 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.across.contents import (
-    STATE_BYTES,
-    Opening,
-    Routing,
-    RowMemory,
-    States,
-    Sums,
-    Words,
-)
+from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES, Opening, Routing, Words
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
+from tokenferry.backends.cuda.across.parcels import Chunks, Swap
 from tokenferry.backends.cuda.across.rails import NoTransfer, Parcel, Parcels, Rails, Rows, Transfer
-from tokenferry.backends.cuda.across.relay import Chunks, Relay
 from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import Record
 from tokenferry.backends.cuda.signature import Signature
@@ -44,8 +37,7 @@ class Step(NamedTuple):
     source: int
 
 
-_MAX_PATTERNS = 256
-_HEADER_BYTES = 4 * RAIL_WORDS
+_MAX_CHUNKS = 256
 _NOTHING = NoTransfer()
 
 
@@ -82,10 +74,8 @@ class Crossing:
         self.steps = _steps(topology.node, topology.num_nodes)
         self.rails = rails
         self.own_state = Parcel.of(self.state)
-        self._chunks: BoundedDict[int, Chunks] = BoundedDict(_MAX_PATTERNS)
-        self._patterns: BoundedDict[tuple[int, ...], Tensor] = BoundedDict(_MAX_PATTERNS)
-        # Replays copy these, so that they live as long as this object.
-        self._in_graphs: dict[tuple[int, ...], Tensor] = {}
+        self._chunks: BoundedDict[int, Chunks] = BoundedDict(_MAX_CHUNKS)
+        self._call = CallId(0, "")
 
     def begin(self, signature: Signature, wait_ns: int = 0) -> Call:
         """Begin a call, as `Context.begin`.
@@ -102,7 +92,9 @@ class Crossing:
         """Begin an exchange, behind the work of the current stream; see `Rails.exchange`."""
         if not send and not recv:
             return _NOTHING
-        return self.rails.exchange(CallId(call.number, f"{call.signature.phase} (between nodes)"), send, recv, kept)
+        if self._call.number != call.number:
+            self._call = CallId(call.number, f"{call.signature.phase} (between nodes)")
+        return self.rails.exchange(self._call, send, recv, kept)
 
     def join(self, call: Call, transfer: Transfer, since: int) -> int:
         """Let the stream wait for an exchange; ``since``: address of an int64 for when it began, if somebody counts.
@@ -116,73 +108,41 @@ class Crossing:
         transfer.join()
         return since if call.wait_ns else 0
 
-    def new_words(self, call: Call, comes: Sequence[int] | None, chunks: Chunks) -> Words:
-        """Return words in which nothing has come yet.
+    def new_words(self, chunks: int, num_bytes: int) -> tuple[Words, int]:
+        """Return memory for what ranks say in a call, and the address of so many bytes behind it.
 
         Args:
-            call: The call.
-            comes: Rows from each node: states of chunks without any are 0. None: not known yet, and only the states of
-                chunks that come may be looked at.
-            chunks: In which chunks rows come.
+            chunks: In how many chunks rows come from a node.
+            num_bytes: Bytes of what the call needs besides; `Words.memory` keeps them, too.
         """
-        used = [chunks.num]
-        for node, num in enumerate(comes or ()):
-            used.append(0 if node == self._node else min(chunks.num, -(-num // chunks.size)))
-        key = tuple(used)
-        pattern = self._patterns.get(key)
-        if pattern is None:
-            pattern = self._new_pattern(call, used)
-        elif call.capturing:
-            self._in_graphs[key] = pattern
-        memory, num_states = pattern.clone(), self._num_nodes * chunks.num
-        at = memory.data_ptr()
-        return Words(memory, Rows(at, _HEADER_BYTES), at + _HEADER_BYTES * self._num_nodes, num_states, chunks.num)
+        headers = self._num_nodes * HEADER_BYTES
+        (end,) = section_ends(2 * headers + STATE_BYTES * self._num_nodes * chunks)
+        memory = self._context.empty((end + num_bytes,), (1,), torch.uint8)
+        mine = memory.data_ptr()
+        came = mine + headers
+        return Words(memory, Rows(mine, HEADER_BYTES), Rows(came, HEADER_BYTES), came + headers, chunks), mine + end
 
-    def _new_pattern(self, call: Call, used: list[int]) -> Tensor:
-        kept = self._in_graphs.get(tuple(used))
-        if kept is not None:
-            self._patterns[tuple(used)] = kept
-            return kept
-        num_chunks, *counts = used
-        num_words, device = RAIL_WORDS * self._num_nodes, self._context.device
-        pattern = torch.full((num_words + 2 * self._num_nodes * num_chunks,), -1, dtype=torch.int32, device=device)
-        pattern[:num_words].zero_()
-        states = pattern[num_words:].view(self._num_nodes, num_chunks, 2)
-        for node, num in enumerate(counts):
-            if num < num_chunks:
-                states[node, num:].zero_()
-        if not call.capturing:  # the memory would be the graph's
-            self._patterns[tuple(used)] = pattern
-        return pattern
-
-    def open(self, call: Call, words: Words, headers: Rows, kept: Tensor) -> Transfer:
+    def open(self, call: Call, words: Words) -> Transfer:
         """Exchange what ranks say about a call: first in every call and of one size, so that different calls meet here.
 
-        Args:
-            call: The call.
-            words: Where the headers of other ranks come.
-            headers: ``[N, RAIL_WORDS]`` int32: what to say to each node.
-            kept: Keeps them.
+        ``words``: those of the call.
         """
-        return self.exchange_headers(call, headers, words.headers, words.memory, kept)
-
-    def exchange_headers(self, call: Call, send: Rows, recv: Rows, *kept: object) -> Transfer:
-        """Begin to exchange a header with each other node; ``send``, ``recv``: those of all nodes."""
         sent: dict[int, list[Parcel]] = {}
         received: dict[int, list[Parcel]] = {}
         for node in self.others:
-            at = node * _HEADER_BYTES
-            sent[node] = [Parcel(send.address + at, _HEADER_BYTES)]
-            received[node] = [Parcel(recv.address + at, _HEADER_BYTES)]
-        return self.exchange(call, sent, received, *kept)
+            at = node * HEADER_BYTES
+            sent[node] = [Parcel(words.mine.address + at, HEADER_BYTES)]
+            received[node] = [Parcel(words.headers.address + at, HEADER_BYTES)]
+        return self.exchange(call, sent, received, words.memory)
 
-    def open_along(self, call: Call, words: Words, goes: int, comes: int) -> Opening:
-        """Open a call that follows a plan; ``goes``, ``comes``: see `Opening`."""
-        headers = self._context.empty((self._num_nodes, RAIL_WORDS), (RAIL_WORDS, 1), torch.int32)
-        at = headers.data_ptr()
-        self._open.pack(0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, at, goes, comes)
+    def open_along(self, call: Call, words: Words, chunks: Chunks, goes: int, comes: int) -> Opening:
+        """Open a call that follows a plan; ``chunks``: in which rows come; ``goes``, ``comes``: see `Opening`."""
+        self._open.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            words.mine.address, words.headers.address, words.states, goes, comes, chunks.num, chunks.size,
+        )  # fmt: skip
         self._open.launch(1, call.stream)
-        return Opening(words, self.open(call, words, Rows(at, _HEADER_BYTES), headers), goes, comes)
+        return Opening(words, self.open(call, words), goes, comes)
 
     def counts(self, call: Call, words: Words, transfer: Transfer, num_tokens: int) -> tuple[int, ...]:
         """Return, by node, how many tokens come from the rank across there; of the own node all T.
@@ -193,7 +153,7 @@ class Crossing:
         """
         transfer.wait()
         mine, counts = struct.unpack(f"<{SIGNATURE_WORDS}i", call.signature.words), [num_tokens] * self._num_nodes
-        said = words.memory[: RAIL_WORDS * self._num_nodes].tolist()
+        said = self._read(words)
         for node in self.others:
             header = said[node * RAIL_WORDS : (node + 1) * RAIL_WORDS]
             for word, (seen, expected) in enumerate(zip(header, mine, strict=False)):
@@ -201,6 +161,12 @@ class Crossing:
                     raise self._mismatch(call, node, word, seen, expected)
             counts[node] = header[ROWS_WORD]
         return tuple(counts)
+
+    def _read(self, words: Words) -> list[int]:
+        """Return what the ranks across have said; waits for the device."""
+        context, num = self._context, RAIL_WORDS * self._num_nodes
+        said: list[int] = tensor_at(words.headers.address, (num,), torch.int32, context.device, words.memory).tolist()
+        return said
 
     def verdicts(self, call: Call, most: int) -> list[int]:
         """Return, by node, what its ranks say there: the same number on all ranks of a node.
@@ -215,78 +181,56 @@ class Crossing:
         verdicts: list[int] = words[:, 0].tolist()
         return verdicts
 
-    def routing(self, call: Call, routing: Routing, words: Words, headers: Rows | None, *kept: object) -> Transfer:
+    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer:
         """Exchange what tokens carry, with all nodes at once.
 
         Args:
             call: The call.
             routing: The routing.
-            words: Where the headers of other ranks come.
-            headers: ``[N, RAIL_WORDS]`` int32: what to say to each node along with it, first; None: that has crossed.
-            kept: Keeps the memory.
+            words: What ranks say in the call.
+            opens: Whether that crosses along with it, first; else it has crossed.
         """
-        _, ids, tokens, ids_out, tokens_out, relay = routing
         send: dict[int, list[Parcel]] = {}
         recv: dict[int, list[Parcel]] = {}
-        for node in self.others:
-            went, came, first_out, first_in = (
-                relay.went[node], relay.came[node], relay.first_out[node], relay.first_in[node],
-            )  # fmt: skip
-            if went:
-                send[node] = [
-                    Parcel(ids_out.address + first_out * ids_out.row_bytes, went * ids_out.row_bytes),
-                    Parcel(tokens_out.address + first_out * tokens_out.row_bytes, went * tokens_out.row_bytes),
-                ]
-            if came:
-                recv[node] = [
-                    Parcel(ids.address + node * relay.segment * ids.row_bytes, came * ids.row_bytes),
-                    Parcel(tokens.address + first_in * tokens.row_bytes, came * tokens.row_bytes),
-                ]
-            if headers is not None:
-                send[node].insert(0, Parcel(headers.address + node * _HEADER_BYTES, _HEADER_BYTES))
-                recv[node].insert(0, Parcel(words.headers.address + node * _HEADER_BYTES, _HEADER_BYTES))
-        return self.exchange(call, send, recv, routing.memory, words.memory, *kept)
+        start, mine, came = routing.ids.address, words.mine.address, words.headers.address
+        for node, goes, comes in routing.shares:
+            sent = [Parcel(mine + node * HEADER_BYTES, HEADER_BYTES)] if opens else []
+            received = [Parcel(came + node * HEADER_BYTES, HEADER_BYTES)] if opens else []
+            for at, num_bytes in goes:
+                sent.append(Parcel(start + at, num_bytes))
+            for at, num_bytes in comes:
+                received.append(Parcel(start + at, num_bytes))
+            if sent:
+                send[node] = sent
+            if received:
+                recv[node] = received
+        return self.exchange(call, send, recv, routing.memory, words.memory)
 
     def rows(
-        self, call: Call, relay: Relay, chunks: Chunks, send: RowMemory, recv: RowMemory, words: Words
-    ) -> list[list[Transfer]]:
-        """Exchange rows, with one node after the other; return the exchanges by step.
-
-        There is one for each chunk in which there are tokens.
+        self, call: Call, swaps: Sequence[Swap], words: Words, send_at: int, recv_at: int, *kept: object
+    ) -> list[Transfer]:
+        """Exchange chunks of rows, with their senders' states; return the exchanges, of those that are not empty.
 
         Args:
             call: The call.
-            relay: How many tokens cross.
-            chunks: In which chunks.
-            send: Rows for all other nodes.
-            recv: Rows from all other nodes.
+            swaps: The chunks.
             words: Where states come.
+            send_at: Where the parcels for all other nodes begin.
+            recv_at: Where those from there do.
+            kept: Keeps the memory.
         """
-        made: list[list[Transfer]] = []
-        for to, source in self.steps:
-            goes, comes, transfers = chunks.cut(relay.went[to]), chunks.cut(relay.came[source]), []
-            for i in range(max(len(goes), len(comes))):
-                sent: Parcels = {}
-                received: Parcels = {}
-                if i < len(goes):
-                    go, num = goes[i]
-                    sent = {to: [*send.parcels(relay.first_out[to] + go, num), self.own_state]}
-                if i < len(comes):
-                    come, num = comes[i]
-                    state = Parcel(words.state(source, i).address, STATE_BYTES)
-                    received = {source: [*recv.parcels(relay.first_in[source] + come, num), state]}
-                transfers.append(self.exchange(call, sent, received, send.memory, recv.memory, words.memory))
-            made.append(transfers)
+        made = []
+        for send, recv, number, _, _ in swaps:
+            sent: Parcels = {}
+            received: Parcels = {}
+            if send.num:
+                sent = {send.node: (Parcel(send_at + send.at, send.num_bytes), self.own_state)}
+            if recv.num:
+                state = words.states + STATE_BYTES * (recv.node * words.chunks + number)
+                received = {recv.node: (Parcel(recv_at + recv.at, recv.num_bytes), Parcel(state, STATE_BYTES))}
+            if sent or received:
+                made.append(self.exchange(call, sent, received, words.memory, *kept))
         return made
-
-    def sums(self, call: Call, send: Sums, recv: Sums, state: States, *kept: object) -> Transfer:
-        """Exchange the sums of a chunk with two nodes: one to send to, and one to receive from, with its state."""
-        return self.exchange(
-            call,
-            {send.node: [*send.parcels, self.own_state]} if send.num_tokens else {},
-            {recv.node: [*recv.parcels, Parcel(state.address, STATE_BYTES)]} if recv.num_tokens else {},
-            *kept,
-        )
 
     def chunks(self, row_bytes: int) -> Chunks:
         """Return in which chunks rows cross."""
@@ -321,18 +265,20 @@ class Crossing:
         )  # fmt: skip
         self._check.launch(1, call.stream)
 
-    def check(self, call: Call, states: States, src_counts: int) -> None:
+    def check(self, call: Call, words: Words, src_counts: int, swap: Swap | None = None) -> None:
         """Launch what makes later kernels no-ops if a rank across from this one sent undefined data, or none.
 
         Args:
             call: The call.
-            states: Of what has come.
+            words: Where the states of senders have come.
             src_counts: As for `confirm`.
+            swap: The exchange that brought one; None: all of them have come.
         """
-        address, num, first, chunks = states
+        chunks = words.chunks
+        first, num = (0, self._num_nodes * chunks) if swap is None else (swap.recv.node * chunks + swap.number, 1)
         self._check.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            0, 0, 0, 0, 0, address, src_counts, num, first, chunks,
+            0, 0, 0, 0, 0, words.states + STATE_BYTES * first, src_counts, num, first, chunks,
         )  # fmt: skip
         self._check.launch(1, call.stream)
 

@@ -7,13 +7,15 @@ segment for each node. Rows of this node are moved while those of others are on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.across.contents import Opening, RowMemory, Words
+from tokenferry.backends.cuda.across.contents import Opening, Routing, Words
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import (
     AcrossForm,
@@ -23,26 +25,30 @@ from tokenferry.backends.cuda.across.forms import (
     new_across_form,
     new_again_form,
 )
-from tokenferry.backends.cuda.across.plan import Planner, Routed
+from tokenferry.backends.cuda.across.parcels import Chunk, Swap
+from tokenferry.backends.cuda.across.plan import Begun, Planner, Routed
 from tokenferry.backends.cuda.across.rails import Transfer
-from tokenferry.backends.cuda.across.relay import (
-    NO_TOKENS,
-    AcrossPlan,
-    Relay,
-    RelayAddresses,
-    relay_addresses,
-)
+from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.dispatch import payload_of
-from tokenferry.backends.cuda.forms import Payload, RecvOffsets, Scales, expand, move, row_kind, scale_of
+from tokenferry.backends.cuda.forms import (
+    NO_SCALE,
+    Payload,
+    RecvOffsets,
+    Scales,
+    expand,
+    move,
+    row_kind,
+    scale_of,
+)
 from tokenferry.backends.cuda.launch import RowKind, address
 from tokenferry.backends.cuda.plan import Counts
-from tokenferry.backends.cuda.results import LazyDispatched, PlanForm
+from tokenferry.backends.cuda.results import LazyDispatched, PlanAddresses, PlanForm
 from tokenferry.errors import ArgumentError, CapacityError
 from tokenferry.kernels.codes import MASKED
-from tokenferry.kernels.control_block import OFFSET_BYTES
+from tokenferry.kernels.control_block import OFFSET_BYTES, ROWS_WORD
 from tokenferry.topology import Topology
 from tokenferry.types import Dispatched, DispatchOptions, Layout, MoeShape, Plan, Quantized
 
@@ -54,14 +60,16 @@ class Passing(NamedTuple):
 
     Attributes:
         own: What this rank sends inside its node.
-        rows: Rows from other nodes, when their exchange has ended.
-        transfers: The exchanges, by step: one for each chunk.
+        rows: Where the parcels from other nodes are, when their exchange has ended.
+        memory: Keeps them.
+        transfers: The exchanges.
         words: What the ranks across from this one say.
     """
 
     own: Payload
-    rows: RowMemory
-    transfers: list[list[Transfer]]
+    rows: int
+    memory: Tensor
+    transfers: list[Transfer]
     words: Words
 
 
@@ -71,14 +79,14 @@ class Going(NamedTuple):
     Attributes:
         slots: Address of the slots of the plan.
         dst_counts: Address of `Plan.dst_counts`.
+        went: Address of how many go to each node, as the form of the call says.
         num_tokens: T.
-        num_rows: How many rows there are, or as many as there can be.
     """
 
     slots: int
     dst_counts: int
+    went: int
     num_tokens: int
-    num_rows: int
 
 
 class AcrossDispatcher:
@@ -100,7 +108,7 @@ class AcrossDispatcher:
         self._topology = topology
         self._crossing = crossing
         self._key = key
-        self._node = topology.node
+        self._breaking_off = context.breaking_off()
         self._planner = Planner(context, allocator, topology, crossing)
         self._group = Group(context, topology, crossing, self._planner.host)
         self._forms: BoundedDict[tuple[Any, ...], AcrossForm] = BoundedDict(_MAX_FORMS)
@@ -160,36 +168,52 @@ class AcrossDispatcher:
         before anything is sent; and for those of its rail and its node, since memory is taken, and rows cross, in the
         sizes that they say. If the routing is too large to cross before its size is known, it waits for that, too.
         """
-        waits, tight = form.waits, form.tight
+        rows, waits, tight = form.rows, form.waits, form.tight
         planner, begun = self._planner, self._planner.begin(form, call, payload, num_tokens)
-        went, words = begun.went, begun.words
-        with self._context.breaking_off():  # peers wait for this rank
+        went, passing = begun.went, None
+        with self._breaking_off:  # peers wait for this rank
             sizes = planner.sizes(form, begun)
             plan = planner.new_plan(form, begun, sizes)
             routed, coming = planner.route(form, begun, sizes, plan)
-            relay = sizes.routing
-            slots = plan._block.address + plan._layout.places + 4 * sizes.relay.slots
-            num_out = relay.first_out[-1] if went is None else went.num_out
-            going = Going(slots, plan._dst_counts.data_ptr(), num_tokens, num_out)
-            out = self._pack(form.rows, call, going, payload)
-            passing = None
-            if not (tight or (waits and form.at_once)):
-                passing = self._exchange_rows(form.rows, call, relay, payload, out, words)
+            relay, swaps = sizes.routing, sizes.swaps
+            out = self._pack_new(form, begun, plan, relay.first_out[-1] if went is None else went.num_out)
+            if swaps is not None and not tight:
+                passing = self._begin_rows(rows, begun, relay, swaps, out)
             coming.join()
             planner.notify(form, begun, plan, routed)
         counts = cuda_plan.wait(self._context, call, form.geometry) if waits or tight else None
         if tight:
             with self._context.breaking_off(CapacityError):
                 self._check_capacity(form, call)
-        with self._context.breaking_off():
+        with self._breaking_off:
             if went is not None:
-                relay = planner.counted_relay(form, sizes.routing, begun)
-            passing = passing or self._exchange_rows(form.rows, call, relay, payload, out, words)
+                relay = planner.counted_relay(form, relay, begun)
+                swaps = relay.swaps(self._crossing.steps, rows.chunks, rows.widths, back=False)
+            assert swaps is not None
+            passing = passing or self._begin_rows(rows, begun, relay, swaps, out)
             result, recv = self._recv(form, call, plan, relay, counts)
             planner.assign(form, call, plan, routed)
-            self._move(form.rows, call, plan._along, passing, recv, routed)
-            self._expand(form.rows, call, result, plan, plan._along)
+            self._move(rows, call, plan._along, swaps, passing, recv, routed)
+            if rows.expand is not None or result.leaves_block:
+                self._expand(rows, call, result, plan, plan._along)
         return result
+
+    def _pack_new(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, num_rows: int) -> Tensor:
+        """Make parcels of the rows for other nodes, of which there are so many, or can be."""
+        out = self._context.empty((num_rows * form.rows.widths.pitch,), (1,), torch.uint8)
+        if num_rows:
+            slots = plan._block.address + plan._layout.places + 4 * plan._relay_layout.slots
+            goes = begun.split.words.mine.address + 4 * ROWS_WORD
+            going = Going(slots, plan._dst_counts.data_ptr(), goes, begun.num_tokens)
+            _pack(form.rows, begun.call, going, begun.payload, out.data_ptr())
+        return out
+
+    def _begin_rows(self, form: MoveForm, begun: Begun, relay: Relay, swaps: Sequence[Swap], out: Tensor) -> Passing:
+        """Begin to send the rows that go to other nodes, and to receive theirs."""
+        into = self._context.empty((relay.first_in[-1] * form.widths.pitch,), (1,), torch.uint8)
+        words, at = begun.split.words, into.data_ptr()
+        transfers = self._crossing.rows(begun.call, swaps, words, out.data_ptr(), at, out, into)
+        return Passing(begun.payload, at, into, transfers, words)
 
     def _check_capacity(self, form: AcrossForm, call: Call) -> None:
         """Compare the rows of the fullest rank of each node with the capacity, so that all ranks raise or none."""
@@ -216,23 +240,38 @@ class AcrossDispatcher:
             plan.num_received = plan._counted = None
         plan._arrivals = arrivals = cuda_plan.arrivals(geometry, plan._num_rows, form.plan.top_k, form.plan.topk_dtype)
         block = plan._recv_block = self._allocator.call_block(call, arrivals.num_bytes)
-        plan._recv_at = block.address
-        layout, at = plan._relay_layout, plan._block.address + plan._layout.places
+        came_at = plan._recv_at = block.address
+        layout, start, parts = plan._layout, plan._block.address, plan._relay_layout
+        at = start + layout.places
         plan._along = RelayAddresses(
             relay,
             self._context.num_ranks,
-            plan._layout.columns,
+            layout.columns,
             at,
             at + 4 * len(relay.came),
-            at + 4 * layout.relayed,
-            at + 4 * layout.slots,
+            at + 4 * parts.relayed,
+            at + 4 * parts.slots,
             plan._dst_counts.data_ptr(),
-            plan._addresses()._replace(places=at + 4 * layout.places),
+            PlanAddresses(
+                at + 4 * parts.places,
+                0,  # calls inside the node have their own
+                start + layout.src_counts,
+                came_at + arrivals.row_idx,
+                start + layout.expert_counts,
+                layout.num_tokens,
+                plan._num_sent,
+                form.plan.num_local,
+                form.plan.top_k,
+            ),
+            {},
+            {},
         )
-        result, recv = self._recv_rows(form.rows, call, plan)
+        result, (rows, scale, weights, *_) = self._recv_rows(form.rows, call, plan)
         came = block.offset
         return result, RecvOffsets(
-            *recv[:3],
+            rows,
+            scale,
+            weights,
             (came + arrivals.topk_idx) // OFFSET_BYTES,
             (came + arrivals.src_token) // OFFSET_BYTES,
             (came + arrivals.row_idx) // OFFSET_BYTES,
@@ -265,47 +304,36 @@ class AcrossDispatcher:
         self, form: MoveForm, call: Call, plan: Plan, along: RelayAddresses, payload: Payload
     ) -> Dispatched[Any]:
         """Send rows along a plan, whose addresses are given, too."""
-        relay, crossing = along.relay, self._crossing
-        with self._context.breaking_off():  # peers wait for this rank
-            words = crossing.new_words(call, relay.came, form.chunks)
-            opening = crossing.open_along(call, words, along.went, along.came)
-            going = Going(along.slots, along.dst_counts, along.whole.num_tokens, relay.first_out[-1])
-            out = self._pack(form, call, going, payload)
-            passing = self._exchange_rows(form, call, relay, payload, out, words)
+        relay, crossing, pitch = along.relay, self._crossing, form.widths.pitch
+        swaps = along.swaps.get(form)
+        if swaps is None:
+            swaps = along.swaps[form] = relay.swaps(crossing.steps, form.chunks, form.widths, back=False)
+        num_out, num_in = relay.first_out[-1], relay.first_in[-1]
+        with self._breaking_off:  # peers wait for this rank
+            words, out_at = crossing.new_words(form.chunks.num, (num_out + num_in) * pitch)
+            opening = crossing.open_along(call, words, form.chunks, along.went, along.came)
+            into_at = out_at + num_out * pitch
+            if num_out:
+                going = Going(along.slots, along.dst_counts, along.went, along.whole.num_tokens)
+                _pack(form, call, going, payload, out_at)
+            transfers = crossing.rows(call, swaps, words, out_at, into_at)
             result, recv = self._recv_rows(form, call, plan)
-            self._move(form, call, along, passing, recv, opening)
-            self._expand(form, call, result, plan, along)
+            passing = Passing(payload, into_at, words.memory, transfers, words)
+            self._move(form, call, along, swaps, passing, recv, opening)
+            if form.expand is not None or result.leaves_block:
+                self._expand(form, call, result, plan, along)
         return result
 
     # ------------------------------------------------------------------ both
 
-    def _pack(self, form: MoveForm, call: Call, going: Going, payload: Payload) -> RowMemory:
-        """Lay the rows that go to other nodes side by side."""
-        slots, dst_counts, num_tokens, num_rows = going
-        out = RowMemory.empty(self._context, form.widths, num_rows)
-        if num_rows:
-            scale_at, row_stride, stride = scale_of(payload)
-            form.pack.pack(
-                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-                payload.rows, scale_at, payload.weights, slots, dst_counts, out.rows, out.scale, out.weights,
-                row_stride, stride, num_tokens,
-            )  # fmt: skip
-            form.pack.launch(form.sms.local, call.stream)
-        return out
-
-    def _exchange_rows(
-        self, form: MoveForm, call: Call, relay: Relay, payload: Payload, out: RowMemory, words: Words
-    ) -> Passing:
-        """Begin to send the rows that go to other nodes, and to receive theirs."""
-        into = RowMemory.empty(self._context, form.widths, relay.first_in[-1])
-        transfers = self._crossing.rows(call, relay, form.chunks, out, into, words)
-        return Passing(payload, into, transfers, words)
-
     def _recv_rows(self, form: MoveForm, call: Call, plan: Plan) -> tuple[LazyDispatched, RecvOffsets]:
         """Take the memory for received rows."""
-        result = object.__new__(LazyDispatched)
+        result, num_rows = object.__new__(LazyDispatched), plan.num_delivered
         result.plan, result._device, result._made = plan, self._context.device, {}
-        result._layout = layout = cuda_plan.row_layout(plan.options.layout, form.kind, plan.num_delivered)
+        layout = form.layouts.get(num_rows)
+        if layout is None:
+            layout = form.layouts[num_rows] = cuda_plan.row_layout(plan.options.layout, form.kind, num_rows)
+        result._layout = layout
         block, result.leaves_block = self._allocator.recv_block(call, layout.num_bytes)
         result._block, at = block, block.offset
         return result, RecvOffsets(
@@ -319,6 +347,7 @@ class AcrossDispatcher:
         form: MoveForm,
         call: Call,
         along: RelayAddresses,
+        swaps: Sequence[Swap],
         passing: Passing,
         recv: RecvOffsets,
         begun: Routed | Opening,
@@ -327,34 +356,28 @@ class AcrossDispatcher:
 
         ``begun``: the routing of a dispatch, or the opening of a call along a plan.
         """
-        relay, node, sms, src_counts = along.relay, self._node, form.sms.links, along.whole.src_counts
-        routed, ids, tokens = begun if isinstance(begun, Routed) else None, 0, 0
-        if routed is not None:
-            ids = routed.routing.ids.at(node * relay.segment)
-        move(form.move, call, sms, recv, passing.own._replace(topk_idx=ids), along.segment(node))
+        relay, sms, src_counts, crossing = along.relay, form.sms.links, along.whole.src_counts, self._crossing
+        routing, own = None, passing.own
+        if isinstance(begun, Routed):
+            routing = begun.routing
+            ids_at, id_bytes = routing.ids
+            own = Payload(own.rows, own.scale, own.weights, ids_at + relay.node * relay.segment * id_bytes)
+        move(form.move, call, sms, recv, own, along.segments.get(relay.node) or along.segment(relay.node))
         if isinstance(begun, Opening):  # a dispatch has done this before it counted
-            self._crossing.confirm(call, begun, src_counts)
-        used = form.chunks.used(relay.most)
-        if used > 1:
-            no_counts = self._crossing.no_counts(src_counts)
+            crossing.confirm(call, begun, src_counts)
+        if not swaps[0].whole:
+            no_counts = crossing.no_counts(src_counts)
             along = along._replace(no_counts=address(no_counts))
-        for step, transfers in zip(self._crossing.steps, passing.transfers, strict=True):
-            source = step.source
-            chunks = form.chunks.cut(relay.came[source])
-            for i in range(max(used, len(transfers))):
-                chunk = chunks[i] if i < len(chunks) else NO_TOKENS
-                if i < len(transfers):
-                    transfers[i].join()
-                if chunk.num:
-                    self._crossing.check(call, passing.words.state(source, i), src_counts)
-                if i >= used:  # no rank of this node has tokens in it
-                    continue
-                part = along.segment(source) if used == 1 else along.chunk(source, chunk)
-                if routed is not None:
-                    ids = routed.routing.ids.at(source * relay.segment + chunk.first)
-                    tokens = routed.routing.tokens.at(routed.routing.relay.first_in[source] + chunk.first)
-                payload = _passed_on(form, passing.rows, relay.first_in[source] + chunk.first, ids, tokens)
-                move(form.pass_on, call, sms, recv, payload, part)
+        transfers = iter(passing.transfers)
+        for swap in swaps:
+            chunk = swap.recv
+            if chunk.num or swap.send.num:
+                next(transfers).join()
+            if chunk.num:
+                crossing.check(call, passing.words, src_counts, swap)
+            if swap.used:  # else no rank of this node has tokens in it
+                payload = _passed_on(form, passing.rows, chunk, routing)
+                move(form.pass_on, call, sms, recv, payload, along.part(swap, chunk))
 
     def _expand(self, form: MoveForm, call: Call, result: LazyDispatched, plan: Plan, along: RelayAddresses) -> None:
         """Lay out rows by expert, and leave the heap where it has no room."""
@@ -366,10 +389,26 @@ class AcrossDispatcher:
             result.leave_block()
 
 
-def _passed_on(form: MoveForm, rows: RowMemory, row: int, ids: int, tokens: int) -> Payload:
-    """Return what came from another node, from a row on, to be passed on."""
-    widths, scales = form.widths, None
-    if rows.scale:
-        scales = Scales(rows.scale + row * widths.scale, form.kind.scale_columns, 1)
-    weights = rows.weights and rows.weights + row * widths.weights
-    return Payload(rows.rows + row * widths.row, scales, weights, ids, tokens)
+def _pack(form: MoveForm, call: Call, going: Going, payload: Payload, out_at: int) -> None:
+    """Make parcels of the rows that go to other nodes."""
+    slots, dst_counts, went, num_tokens = going
+    scale_at, row_stride, stride = NO_SCALE if payload.scale is None else scale_of(payload)
+    form.pack.pack(
+        0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+        payload.rows, scale_at, payload.weights, slots, dst_counts, went, out_at, row_stride, stride, num_tokens,
+    )  # fmt: skip
+    form.pack.launch(form.sms.local, call.stream)
+
+
+def _passed_on(form: MoveForm, rows_at: int, chunk: Chunk, routing: Routing | None) -> Payload:
+    """Return a chunk that came from another node, to be passed on; ``routing``: of a dispatch."""
+    at, widths, scales, weights, ids, tokens = rows_at + chunk.at, form.widths, None, 0, 0, 0
+    if widths.scale:
+        scales = Scales(at + chunk.num * widths.row, form.kind.scale_columns, 1)
+    if widths.weights:
+        weights = at + chunk.num_bytes - chunk.num * widths.weights
+    if routing is not None:
+        (ids_at, id_bytes), (tokens_at, _) = routing.ids, routing.tokens
+        ids = ids_at + (chunk.node * routing.relay.segment + chunk.first) * id_bytes
+        tokens = tokens_at + 4 * (routing.relay.first_in[chunk.node] + chunk.first)
+    return Payload(at, scales, weights, ids, tokens)

@@ -5,6 +5,7 @@ The kernels of one node see the experts of that node only, and a routing of one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,9 +14,11 @@ import torch
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across import launch as across_launch
-from tokenferry.backends.cuda.across.contents import RowWidths
+from tokenferry.backends.cuda.across.contents import Shares
 from tokenferry.backends.cuda.across.crossing import Crossing
-from tokenferry.backends.cuda.across.relay import Chunks, Relay, RelayLayout, relay_layout
+from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths, Swap
+from tokenferry.backends.cuda.across.rails import Parcel
+from tokenferry.backends.cuda.across.relay import Relay, RelayLayout, relay_layout
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
@@ -28,9 +31,10 @@ from tokenferry.backends.cuda.forms import (
 )
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.plan import LAYOUT_CODES, Geometry
-from tokenferry.backends.cuda.results import PlanForm, PlanLayout
+from tokenferry.backends.cuda.results import PlanForm, PlanLayout, RowLayout
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.kernels.codes import EXPERTS
+from tokenferry.kernels.control_block import RAIL_WORDS
 from tokenferry.kernels.dispatch_assign.spec import num_columns
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.dispatch_notify.spec import num_units
@@ -50,12 +54,13 @@ class MoveForm:
         signature: Signature of the calls.
         kind: Types and widths of the rows.
         sms: SMs of the kernels.
-        pack: Kernel that lays the rows for other nodes side by side.
+        pack: Kernel that makes parcels of the rows for other nodes.
         move: Kernel that moves rows of this rank inside the node.
         pass_on: The same for rows from other nodes.
         expand: Kernel that lays out rows by expert; None for ROWS.
+        chunks: In which chunks rows cross.
         widths: Bytes of what crosses.
-        chunks: In which chunks it does.
+        layouts: Where received rows lie, by their number.
     """
 
     signature: Signature
@@ -65,8 +70,9 @@ class MoveForm:
     move: LaunchTemplate
     pass_on: LaunchTemplate
     expand: LaunchTemplate | None
-    widths: RowWidths
     chunks: Chunks
+    widths: RowWidths
+    layouts: BoundedDict[int, RowLayout]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,14 +119,18 @@ class Sizes(NamedTuple):
         routing: How much of the routing crosses.
         relay: Where the parts of ``Plan._places`` lie.
         plan: Where the parts of the plan lie that do not depend on the rows that arrive.
-        memory: Where the parts of the routing lie: what has to be -1, then ``ids_out``, ``tokens_out``, ``tokens_in``,
-            and the table and the bases of the kernels of one node; then the end.
+        memory: Where the parts of the routing lie behind ``ids``: ``ids_out``, ``tokens_out``, ``tokens_in``, the table
+            and the bases of the kernels of one node; then the end.
+        shares: What of the routing crosses.
+        swaps: The exchanges of rows, if it is known how many cross.
     """
 
     routing: Relay
     relay: RelayLayout
     plan: PlanLayout
     memory: tuple[int, ...]
+    shares: list[Shares]
+    swaps: list[Swap] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,15 +191,17 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     at_once = on_device or routing_at_once(M, K * plan.topk_dtype.itemsize + 4, num_nodes - 1)
     rails = across_launch.rails_template(context, topology, E, K, wide=wide)
     rails.params.apart = M if at_once else 0
+    split.params.num_states = num_nodes * group.crossing.chunks(kind.row_bytes).num
     if shape.max_nodes is not None and shape.max_nodes < min(num_nodes, K):
         split.params.max_nodes = shape.max_nodes
     notify.smem_bytes = notify_spec.smem_bytes(sizes.num_experts, context.num_ranks, num_nodes)
     signature = dispatch_signature(geometry, kind, options.capacity or 0)
     moved = MoveSizes(shape, options, kind, geometry.num_local, geometry.sizes.capacity, num_sms)
+    went = Went(RAIL_WORDS, M if on_device else 0)
     return AcrossForm(
         signature,
         geometry,
-        _move_form(group, signature, moved),
+        _move_form(group, signature, moved, went),
         plan,
         split,
         rails,
@@ -204,12 +216,15 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     )
 
 
-def sizes_of(form: AcrossForm, num_ranks: int, routing: Relay, num_sent: int) -> Sizes:
+def sizes_of(
+    form: AcrossForm, num_ranks: int, steps: Sequence[tuple[int, int]], routing: Relay, num_sent: int
+) -> Sizes:
     """Return the sizes of a plan.
 
     Args:
         form: The form of the dispatch.
         num_ranks: Ranks of a node, G.
+        steps: The nodes to send to and to receive from, one after the other.
         routing: How much of the routing crosses.
         num_sent: Most rows that this rank sends.
     """
@@ -225,24 +240,41 @@ def sizes_of(form: AcrossForm, num_ranks: int, routing: Relay, num_sent: int) ->
     )
     num, id_bytes = num_nodes * routing.segment, K * form.plan.topk_dtype.itemsize
     columns = geometry.shape.num_experts // num_nodes + num_ranks
-    ids_end, *ends = section_ends(
+    memory = section_ends(
         num * id_bytes, num_out * id_bytes, 4 * num_out, 4 * num_in, 4 * num_units(num) * columns,
         4 * num_nodes * (columns + num_ranks),
     )  # fmt: skip
-    # More of the routing may cross than has a token.
-    memory = (ends[0] if form.at_once else ids_end, ids_end, *ends)
+    swaps = None
+    if not (form.waits and form.at_once):
+        swaps = routing.swaps(steps, form.rows.chunks, form.rows.widths, back=False)
     return Sizes(
         routing,
         relay,
         PlanLayout(num_tokens, num_sent, width, 0, 0, src_at, counts_at, offsets_at, places_at, 0, 0, end),
         memory,
+        _shares(routing, memory, id_bytes),
+        swaps,
     )
+
+
+def _shares(routing: Relay, memory: tuple[int, ...], id_bytes: int) -> list[Shares]:
+    """Return what of the routing crosses; ``memory``: of `Sizes`."""
+    ids_out_at, tokens_out_at, tokens_in_at, *_ = memory
+    made = []
+    for m, (went, came) in enumerate(zip(routing.went, routing.came, strict=True)):
+        goes, comes = routing.first_out[m], routing.first_in[m]
+        send = (Parcel(ids_out_at + goes * id_bytes, went * id_bytes), Parcel(tokens_out_at + 4 * goes, 4 * went))
+        recv = (Parcel(m * routing.segment * id_bytes, came * id_bytes), Parcel(tokens_in_at + 4 * comes, 4 * came))
+        if m != routing.node:
+            made.append(Shares(m, send if went else (), recv if came else ()))
+    return made
 
 
 def new_again_form(group: Group, moved: MoveSizes) -> MoveForm:
     """Return the form of a redispatch along a plan."""
     layout = LAYOUT_CODES[moved.options.layout]
-    return _move_form(group, Signature("redispatch", layout=layout, **signature_fields(moved.kind)), moved)
+    signature = Signature("redispatch", layout=layout, **signature_fields(moved.kind))
+    return _move_form(group, signature, moved, Went(1, 0))
 
 
 def cap_sms(context: Context, num_sms: int | None) -> int | None:
@@ -250,7 +282,19 @@ def cap_sms(context: Context, num_sms: int | None) -> int | None:
     return None if num_sms is None else min(num_sms, max(1, context.num_sms - NCCL_SMS))
 
 
-def _move_form(group: Group, signature: Signature, moved: MoveSizes) -> MoveForm:
+class Went(NamedTuple):
+    """How `dispatch_pack` gets to know how many rows go to each node.
+
+    Attributes:
+        stride: Words between the numbers of two nodes.
+        capacity: So many to each, used or not; 0: as many as there are.
+    """
+
+    stride: int
+    capacity: int
+
+
+def _move_form(group: Group, signature: Signature, moved: MoveSizes, went: Went) -> MoveForm:
     context, topology = group.context, group.topology
     kind, by_expert = moved.kind, moved.options.layout is not Layout.ROWS
     # Rows from other nodes come with their scales side by side.
@@ -259,14 +303,16 @@ def _move_form(group: Group, signature: Signature, moved: MoveSizes) -> MoveForm
     if by_expert:
         spread = expand_form(context, kind, moved.num_local, moved.options, moved.capacity)
         spread.params.num_sources = topology.num_ranks
+    widths, chunks = RowWidths.of(kind), group.crossing.chunks(kind.row_bytes)
     return MoveForm(
         signature,
         kind,
         sms_of(context, moved.shape, cap_sms(context, moved.num_sms)),
-        across_launch.pack_template(context, topology, kind),
+        across_launch.pack_template(context, topology, kind, (*went, chunks.num, chunks.size, widths.pitch)),
         launch.dispatch_template(context, kind, moved.num_local, by_expert=by_expert),
         launch.dispatch_template(context, packed, moved.num_local, by_expert=by_expert),
         spread,
-        RowWidths.of(kind),
-        group.crossing.chunks(kind.row_bytes),
+        chunks,
+        widths,
+        BoundedDict(_MAX_SIZES),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
@@ -22,24 +24,25 @@ from tokenferry.kernels.dispatch_relay import spec as relay_spec
 from tokenferry.kernels.dispatch_split import spec as split_spec
 from tokenferry.topology import Topology
 
-_SPLIT = call_packer(split_spec.SPEC, "topk_idx", "table", "bases", "dst_counts", "headers", "host", "num_tokens")
+_SPLIT = call_packer(
+    split_spec.SPEC, "topk_idx", "table", "bases", "dst_counts", "headers", "came", "states", "host", "num_tokens"
+)
 _RAILS = call_packer(
     rails_spec.SPEC,
-    "topk_idx", "table", "bases", "dst_counts", "slots", "ids_here", "ids_out", "tokens_out", "dst_token", "num_tokens",
+    "topk_idx", "table", "bases", "mine", "came", "dst_counts", "slots", "ids", "ids_out", "tokens_out", "dst_token",
+    "num_tokens", "segment",
 )  # fmt: skip
 _RELAY = call_packer(relay_spec.SPEC, "headers", "mine", "sizes", "dst_counts", "num_tokens", "segment")
 _PACK = call_packer(
     pack_spec.SPEC,
-    "x", "scale", "weights", "slots", "dst_counts", "rows_out", "scale_out", "weights_out", "scale_row_stride",
-    "scale_stride", "num_tokens",
+    "x", "scale", "weights", "slots", "dst_counts", "went", "out", "scale_row_stride", "scale_stride", "num_tokens",
 )  # fmt: skip
 _SUM = call_packer(
     sum_spec.SPEC,
-    "slots", "dst_counts", "own", "parts", "own_weights", "parts_weights", "bias0", "bias1", "out", "weights_out",
-    "num_tokens",
+    "slots", "dst_counts", "own", "parts", "own_weights", "went", "bias0", "bias1", "out", "weights_out", "num_tokens",
 )  # fmt: skip
 
-_OPEN = call_packer(open_spec.SPEC, "headers", "goes", "comes")
+_OPEN = call_packer(open_spec.SPEC, "headers", "came", "states", "goes", "comes", "chunks", "chunk_tokens")
 _CHECK = call_packer(
     check_spec.SPEC,
     "headers", "epoch", "since", "goes", "comes", "states", "src_counts", "num_states", "first_state", "chunks",
@@ -88,8 +91,8 @@ def relay_template(context: Context, topology: Topology, host: int, capacity: in
     return template
 
 
-def pack_template(context: Context, topology: Topology, kind: RowKind) -> LaunchTemplate:
-    """Return a template of `dispatch_pack`."""
+def pack_template(context: Context, topology: Topology, kind: RowKind, parcels: Sequence[int]) -> LaunchTemplate:
+    """Return a template of `dispatch_pack`; ``parcels``: ``went_stride`` and what follows it."""
     template = context.new_template(pack_spec.SPEC, _PACK)
     p = template.params
     p.row_bytes, p.top_k = kind.row_bytes, kind.top_k
@@ -97,15 +100,17 @@ def pack_template(context: Context, topology: Topology, kind: RowKind) -> Launch
         p.bulk_scale_bytes = kind.scale_bytes if kind.bulk_scale else 0
         p.scale_size, p.num_scales = kind.scale_dtype.itemsize, kind.scale_columns
     p.num_nodes, p.node = topology.num_nodes, topology.node
+    p.went_stride, p.capacity, p.chunks, p.chunk_tokens, p.pitch = parcels
     template.block = pack_spec.THREADS
     return template
 
 
 def sum_template(context: Context, topology: Topology, dtype: torch.dtype, columns: int, top_k: int) -> LaunchTemplate:
-    """Return a template of `combine_nodes`."""
+    """Return a template of `combine_nodes`, for sums without weights."""
     template = context.new_template(sum_spec.SPEC, _SUM, type=TYPES[dtype])
     p = template.params
     p.row_bytes, p.top_k = columns * dtype.itemsize, top_k
+    p.chunks, p.pitch = 1, p.row_bytes
     p.num_nodes, p.node = topology.num_nodes, topology.node
     template.block = sum_spec.THREADS
     return template
@@ -114,7 +119,7 @@ def sum_template(context: Context, topology: Topology, dtype: torch.dtype, colum
 def open_template(context: Context, topology: Topology) -> LaunchTemplate:
     """Return a template of `across_open`."""
     template = context.new_template(open_spec.SPEC, _OPEN)
-    template.params.num_nodes = topology.num_nodes
+    template.params.num_nodes, template.params.node = topology.num_nodes, topology.node
     template.block = open_spec.THREADS
     return template
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.backends.cuda.across.contents import Routing, Words
+from tokenferry.backends.cuda.across.contents import Routing
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import AcrossForm, Sizes, sizes_of
 from tokenferry.backends.cuda.across.rails import Rows, Transfer
@@ -18,7 +18,6 @@ from tokenferry.backends.cuda.faults import pinned_words, view_words
 from tokenferry.backends.cuda.forms import Payload
 from tokenferry.kernels.codes import UNIT_TOKENS
 from tokenferry.kernels.control_block import HOST_CAME_WORD
-from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.topology import Topology
 
 
@@ -47,7 +46,6 @@ class Begun(NamedTuple):
         num_tokens: T.
         split: The tokens, by rank and by node.
         went: What the host knows of that; None if counts stay on the device.
-        words: What the ranks across from this one say.
     """
 
     call: Call
@@ -55,7 +53,6 @@ class Begun(NamedTuple):
     num_tokens: int
     split: Split
     went: SplitCounts | None
-    words: Words
 
 
 class Planner:
@@ -77,7 +74,7 @@ class Planner:
         self._crossing = crossing
         self._node = topology.node
         self._num_nodes = topology.num_nodes
-        self._splitter = Splitter(context, topology)
+        self._splitter = Splitter(context, topology, crossing)
         memory = pinned_words(HOST_CAME_WORD + topology.num_nodes, pin=context.device.type == "cuda")
         self._came, self.host = view_words(memory), memory.data_ptr()
 
@@ -87,28 +84,27 @@ class Planner:
         Raises:
             RoutingError: an index is outside [-1, E), and counts are on the host.
         """
-        split = self._splitter.split(form.split, call, payload.topk_idx, num_tokens, form.rows.sms.local)
+        rows = form.rows
+        split = self._splitter.split(form.split, call, payload.topk_idx, num_tokens, rows.sms.local, rows.chunks.num)
         went = self._splitter.wait(call, num_tokens) if form.waits else None
-        words = self._crossing.new_words(call, None, form.rows.chunks)
-        return Begun(call, payload, num_tokens, split, went, words)
+        return Begun(call, payload, num_tokens, split, went)
 
     def sizes(self, form: AcrossForm, begun: Begun) -> Sizes:
         """Return the sizes of a plan: those of M tokens, or what the ranks across from this one say."""
-        num_ranks, num_tokens = self._context.num_ranks, begun.num_tokens
+        num_ranks, num_tokens, steps = self._context.num_ranks, begun.num_tokens, self._crossing.steps
         if not form.at_once:
-            call, went = begun.call, begun.went
+            call, words, went = begun.call, begun.split.words, begun.went
             assert went is not None
-            opening = self._crossing.open(call, begun.words, begun.split.headers, begun.split.memory)
-            came = self._crossing.counts(call, begun.words, opening, num_tokens)
+            came = self._crossing.counts(call, words, self._crossing.open(call, words), num_tokens)
             # `most` is not known yet.
-            return sizes_of(
-                form, num_ranks, make_relay(self._node, came, went.went, 0, segment_for(max(came))), went.num_sent
-            )
+            routing = make_relay(self._node, came, went.went, 0, segment_for(max(came)))
+            return sizes_of(form, num_ranks, steps, routing, went.num_sent)
         found = form.known.get(num_tokens)
         if found is None:
             geometry = form.geometry
             routing = fixed_relay(self._node, self._num_nodes, geometry.shape.max_tokens, num_tokens)
-            found = form.known[num_tokens] = sizes_of(form, num_ranks, routing, num_tokens * geometry.space.sent)
+            most_sent = num_tokens * geometry.space.sent
+            found = form.known[num_tokens] = sizes_of(form, num_ranks, steps, routing, most_sent)
         return found
 
     def new_plan(self, form: AcrossForm, begun: Begun, sizes: Sizes) -> AcrossPlan:
@@ -122,37 +118,31 @@ class Planner:
 
     def route(self, form: AcrossForm, begun: Begun, sizes: Sizes, plan: AcrossPlan) -> tuple[Routed, Transfer]:
         """Write the routing for each node, and begin to exchange it."""
-        call, _, num_tokens, split, _, words = begun
+        call, payload, num_tokens, split, _ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
-        filled, ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
-        memory = self._context.empty((end,), (1,), torch.uint8)
-        memory[:filled].fill_(255)  # all bytes of -1
+        ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
+        memory, words, start = self._context.empty((end,), (1,), torch.uint8), split.words, plan._block.address
         at = memory.data_ptr()
-        routing = Routing(
-            memory, Rows(at, id_bytes), Rows(at + tokens_in_at, 4), Rows(at + ids_out_at, id_bytes),
-            Rows(at + tokens_out_at, 4), relay,
+        routing = Routing(memory, Rows(at, id_bytes), Rows(at + tokens_in_at, 4), sizes.shares, relay)
+        form.rails.pack(
+            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            payload.topk_idx, split.table, split.bases, words.mine.address, words.headers.address,
+            split.dst_counts.data_ptr(), start + layout.places + 4 * sizes.relay.slots, at, at + ids_out_at,
+            at + tokens_out_at, start + layout.dst_token, num_tokens, relay.segment,
         )  # fmt: skip
-        if num_tokens:
-            start = plan._block.address
-            form.rails.pack(
-                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-                begun.payload.topk_idx, split.table, split.bases, split.dst_counts.data_ptr(),
-                start + layout.places + 4 * sizes.relay.slots,
-                at + relay.node * relay.segment * id_bytes, at + ids_out_at, at + tokens_out_at,
-                start + layout.dst_token, num_tokens,
-            )  # fmt: skip
-            form.rails.launch(min(num_units(num_tokens), form.rows.sms.local), call.stream)
-        headers = split.headers if form.at_once else None
-        coming = self._crossing.routing(call, routing, words, headers, split.memory)
+        # All ids are written.
+        form.rails.launch(min(self._num_nodes * relay.segment // UNIT_TOKENS, form.rows.sms.local), call.stream)
+        coming = self._crossing.routing(call, routing, words, opens=form.at_once)
         return Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at), coming
 
     def notify(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed) -> None:
         """Check who has called, count the rows of all segments inside the node, and exchange the counts there."""
         call, layout, start, segment = begun.call, plan._layout, plan._block.address, routed.routing.relay.segment
+        words = begun.split.words
         alive, number, signature, sizes = call.alive, call.number, call.signature.words, start + layout.places
         form.relay.pack(
             0, alive, number, signature, 0, 0, 0, 0, 0, 0,
-            begun.words.headers.address, begun.split.headers.address, sizes, begun.split.dst_counts.data_ptr(),
+            words.headers.address, words.mine.address, sizes, begun.split.dst_counts.data_ptr(),
             begun.num_tokens, segment,
         )  # fmt: skip
         form.relay.launch(1, call.stream)

@@ -218,15 +218,15 @@ class PutCrossing(Crossing):
         super().__init__(context, topology, rails, max_tokens)
         self._puts = puts
 
-    def exchange_headers(self, call: Call, send: Rows, recv: Rows, *kept: object) -> Transfer:
-        """See `Crossing.exchange_headers`."""
-        return self._puts.exchange(call, Messages(send, _NO_BODIES), Messages(recv, _NO_BODIES))
+    def open(self, call: Call, words: Words) -> Transfer:
+        """See `Crossing.open`."""
+        return self._puts.exchange(call, Messages(words.mine, _NO_BODIES), Messages(words.headers, _NO_BODIES))
 
-    def routing(self, call: Call, routing: Routing, words: Words, headers: Rows | None, *kept: object) -> Transfer:
+    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer:
         """See `Crossing.routing`. Headers are put, and the routing follows them."""
-        if headers is not None:
-            self.exchange_headers(call, headers, words.headers).join()
-        return super().routing(call, routing, words, None, *kept)
+        if opens:
+            self.open(call, words).join()
+        return super().routing(call, routing, words, opens=False)
 
 
 _NO_BODIES = Rows(0, 0)

@@ -13,13 +13,13 @@ It lies in ``Plan._places``, one column of int32, so that copies of a plan have 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenferry import tuning
+from tokenferry.backends.cuda.across.parcels import Chunk, Chunks, RowWidths, Swap
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.results import LazyPlan, PlanAddresses
 from tokenferry.kernels.codes import UNIT_TOKENS
@@ -54,10 +54,40 @@ class Relay(NamedTuple):
         """The number of nodes."""
         return len(self.came)
 
+    def swaps(self, steps: Sequence[tuple[int, int]], chunks: Chunks, widths: RowWidths, *, back: bool) -> list[Swap]:
+        """Return the exchanges of rows of a call, with one node after the other.
 
-def make_relay(node: int, came: tuple[int, ...], went: tuple[int, ...], most: int, segment: int) -> Relay:
+        Args:
+            steps: The nodes to send to and to receive from.
+            chunks: In which chunks rows cross.
+            widths: Bytes of what crosses.
+            back: Whether sums go back where tokens came from.
+        """
+        goes, comes, goes_at, comes_at = self.went, self.came, self.first_out, self.first_in
+        if back:
+            goes, comes, goes_at, comes_at = comes, goes, comes_at, goes_at
+        made = []
+        used = max(1, min(chunks.num, -(-self.most // chunks.size)))
+        for to, source in steps:
+            num_out, num_in = goes[to], comes[source]
+            for i in range(chunks.num):
+                if i >= used and i * chunks.size >= num_out and i * chunks.size >= num_in:
+                    break
+                go = Chunk.of(to, i, num_out, goes_at[to], chunks, widths)
+                come = Chunk.of(source, i, num_in, comes_at[source], chunks, widths)
+                made.append(Swap(go, come, i, i < used, used == 1))
+        return made
+
+
+def make_relay(node: int, came: Sequence[int], went: Sequence[int], most: int, segment: int) -> Relay:
     """Return the relay of a rank on a node."""
-    return Relay(node, came, went, most, segment, _starts(came, node), _starts(went, node))
+    first_in, first_out, rows_in, rows_out = [], [], 0, 0
+    for m, (num_in, num_out) in enumerate(zip(came, went, strict=True)):
+        first_in.append(rows_in)
+        first_out.append(rows_out)
+        if m != node:
+            rows_in, rows_out = rows_in + num_in, rows_out + num_out
+    return Relay(node, tuple(came), tuple(went), most, segment, (*first_in, rows_in), (*first_out, rows_out))
 
 
 def segment_for(num_tokens: int) -> int:
@@ -69,55 +99,6 @@ def fixed_relay(node: int, num_nodes: int, max_tokens: int, num_tokens: int) -> 
     """Return the relay of a rank where counts stay on the device: as many tokens cross as there can be."""
     counts = tuple(num_tokens if m == node else max_tokens for m in range(num_nodes))
     return make_relay(node, counts, counts, max_tokens, segment_for(max_tokens))
-
-
-def _starts(counts: tuple[int, ...], node: int) -> tuple[int, ...]:
-    """Return where the rows of each node begin, without those of ``node``, and where they end."""
-    starts, at = [], 0
-    for m, num in enumerate(counts):
-        starts.append(at)
-        at += 0 if m == node else num
-    return (*starts, at)
-
-
-class Chunk(NamedTuple):
-    """Some of the tokens that cross between two ranks: the first of them, and how many."""
-
-    first: int
-    num: int
-
-
-NO_TOKENS = Chunk(0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """In how many chunks the tokens for a node cross, and the most of each: the same on all ranks.
-
-    Each is passed on by kernels of all ranks of a node, whichever of them has tokens in it.
-    """
-
-    num: int
-    size: int
-
-    @classmethod
-    def of(cls, max_tokens: int, row_bytes: int) -> Chunks:
-        """Return those for rows of so many bytes, in a group of M tokens a rank."""
-        num = tuning.rail_chunks(max_tokens, row_bytes)
-        return cls(num, -(-max_tokens // num))
-
-    def used(self, most: int) -> int:
-        """Return how many chunks have tokens if no rank passes on more than ``most`` of a node; at least one."""
-        return max(1, min(self.num, -(-most // self.size)))
-
-    def cut(self, num_tokens: int) -> list[Chunk]:
-        """Return the chunks in which there are tokens, of so many in all: the last one takes what goes beyond M."""
-        if num_tokens <= self.size or self.num == 1:
-            return [Chunk(0, num_tokens)] if num_tokens else []
-        firsts = range(0, min(self.num * self.size, num_tokens), self.size)
-        chunks = [Chunk(first, self.size) for first in firsts]
-        chunks[-1] = Chunk(firsts[-1], num_tokens - firsts[-1])
-        return chunks
 
 
 class RelayLayout(NamedTuple):
@@ -151,6 +132,8 @@ class RelayAddresses(NamedTuple):
         slots: Address of the slots.
         dst_counts: Address of `Plan.dst_counts`.
         whole: The plan as that of one node, with the places of all segments.
+        segments: What `segment` has returned, by node.
+        swaps: The exchanges of the calls of a form along this plan, by form.
         no_counts: Address of a 0 for each rank, -1 if the plan was aborted; for chunks, whose rows nobody has counted.
     """
 
@@ -163,24 +146,32 @@ class RelayAddresses(NamedTuple):
     slots: int
     dst_counts: int
     whole: PlanAddresses
+    segments: dict[int, PlanAddresses]
+    swaps: dict[Any, list[Swap]]
     no_counts: int = 0
 
     def segment(self, node: int) -> PlanAddresses:
         """Return the plan of the tokens from one node, as that of a dispatch inside this node."""
-        return self._part(node, Chunk(0, self.relay.came[node]), 8 * node * self.ranks_per_node)
+        found = self.segments.get(node)
+        if found is None:
+            counts, num = 8 * node * self.ranks_per_node, self.relay.came[node]
+            found = self._part(node, 0, num, self.relayed + counts, self.whole.src_counts + counts)
+            self.segments[node] = found
+        return found
 
-    def chunk(self, node: int, chunk: Chunk) -> PlanAddresses:
-        """Return the same of some of these tokens; the kernels do not compare how many rows they are."""
-        return self._part(node, chunk, None)
+    def part(self, swap: Swap, chunk: Chunk) -> PlanAddresses:
+        """Return the same of a chunk of these tokens; the kernels do not compare how many rows smaller ones are."""
+        if swap.whole:
+            return self.segments.get(chunk.node) or self.segment(chunk.node)
+        return self._part(chunk.node, chunk.first, chunk.num, self.no_counts, self.no_counts)
 
-    def _part(self, node: int, chunk: Chunk, counts: int | None) -> PlanAddresses:
-        """Return the plan of some tokens from a node; ``counts``: where their counts begin, None: nobody has any."""
-        _, _, src_counts, row_idx, expert_counts, _, _, num_local, top_k = self.whole
-        first, num_tokens = chunk
+    def _part(self, node: int, first: int, num_tokens: int, dst_counts: int, src_counts: int) -> PlanAddresses:
+        """Return the plan of some tokens from a node, given where their counts begin."""
+        places, _, _, row_idx, expert_counts, _, _, num_local, top_k = self.whole
         return PlanAddresses(
-            self.whole.places + 4 * (node * self.relay.segment + first) * self.columns,
-            self.no_counts if counts is None else self.relayed + counts,
-            self.no_counts if counts is None else src_counts + counts,
+            places + 4 * (node * self.relay.segment + first) * self.columns,
+            dst_counts,
+            src_counts,
             row_idx,
             expert_counts,
             num_tokens,
@@ -243,4 +234,4 @@ def relay_addresses(plan: Plan, topology: Topology) -> RelayAddresses:
     )
     dst_counts, went = plan.dst_counts.data_ptr(), at + 4 * num_nodes
     relayed, slots = at + 4 * layout.relayed, at + 4 * layout.slots
-    return RelayAddresses(relay, per_node, columns, at, went, relayed, slots, dst_counts, whole)
+    return RelayAddresses(relay, per_node, columns, at, went, relayed, slots, dst_counts, whole, {}, {})

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.across.rails import Rows
+from tokenferry.backends.cuda.across.contents import Words
+from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.backends.cuda.faults import pinned_words, view_words
-from tokenferry.kernels.control_block import HOST_NODES_WORD, HOST_ROWS_WORD, RAIL_WORDS
+from tokenferry.kernels.control_block import HOST_NODES_WORD, HOST_ROWS_WORD
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.topology import Topology
 
@@ -20,17 +21,16 @@ class Split(NamedTuple):
     """The tokens of a rank, by rank and by node.
 
     Attributes:
-        memory: Holds all but ``dst_counts``.
         table: Address of ``[units, R + N]`` int32, as `dispatch_split` leaves it.
         bases: Address of ``[R + N]`` int32, likewise.
-        headers: ``[N, RAIL_WORDS]`` int32: what the ranks across get to know.
+        words: What the ranks across get to know, and what they say, of which nothing has come yet. Its memory holds all
+            but ``dst_counts``.
         dst_counts: `Plan.dst_counts`.
     """
 
-    memory: Tensor
     table: int
     bases: int
-    headers: Rows
+    words: Words
     dst_counts: Tensor
 
 
@@ -54,29 +54,30 @@ class Splitter:
     Args:
         context: Context of this rank.
         topology: The nodes.
+        crossing: Exchanges with other nodes.
     """
 
-    def __init__(self, context: Context, topology: Topology) -> None:
+    def __init__(self, context: Context, topology: Topology, crossing: Crossing) -> None:
         self._context = context
+        self._crossing = crossing
         self._node, self._num_nodes = topology.node, topology.num_nodes
         self._num_ranks = topology.num_ranks
         pin = context.device.type == "cuda"
         memory = pinned_words(HOST_NODES_WORD + topology.num_nodes, pin=pin)
         self._words, self._address = view_words(memory), memory.data_ptr()
 
-    def split(self, template: LaunchTemplate, call: Call, topk_idx: int, num_tokens: int, num_sms: int) -> Split:
-        """Count; returns at once. ``topk_idx``: its address."""
-        num_ranks, num_nodes = self._num_ranks, self._num_nodes
-        columns, units = num_ranks + num_nodes, num_units(num_tokens)
-        bases_at, headers_at, end = section_ends(4 * units * columns, 4 * columns, 4 * num_nodes * RAIL_WORDS)
-        memory = self._context.empty((end,), (1,), torch.uint8)
-        dst_counts = self._new_counts()
-        at = memory.data_ptr()
-        split = Split(memory, at, at + bases_at, Rows(at + headers_at, 4 * RAIL_WORDS), dst_counts)
+    def split(
+        self, template: LaunchTemplate, call: Call, topk_idx: int, num_tokens: int, num_sms: int, chunks: int
+    ) -> Split:
+        """Count; returns at once. ``topk_idx``: its address; ``chunks``: in how many the rows for a node may come."""
+        columns, units = self._num_ranks + self._num_nodes, num_units(num_tokens)
+        bases_at, end = section_ends(4 * units * columns, 4 * columns)
+        words, at = self._crossing.new_words(chunks, end)
+        split = Split(at, at + bases_at, words, self._new_counts())
         template.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            topk_idx, split.table, split.bases, dst_counts.data_ptr(), split.headers.address,
-            self._address, num_tokens,
+            topk_idx, split.table, split.bases, split.dst_counts.data_ptr(), words.mine.address, words.headers.address,
+            words.states, self._address, num_tokens,
         )  # fmt: skip
         template.launch(max(1, min(units, num_sms)), call.stream)
         return split
