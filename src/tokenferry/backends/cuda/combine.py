@@ -199,7 +199,8 @@ class Combiner:
         y: Tensor,
         weights: Tensor | None,
         plan_at: PlanAddresses,
-        num_sums: int = 0,
+        *,
+        shared: bool = False,
     ) -> Source:
         """Return what sums are made from.
 
@@ -209,24 +210,21 @@ class Combiner:
             y: The rows.
             weights: Their weights.
             plan_at: The plan, as that of one node.
-            num_sums: Across nodes, most rows that one of several sums needs. Each reads the same rows, so that they are
-                copied into the window if they lie elsewhere, instead of pushed.
+            shared: Whether several sums read the same rows, on all ranks. They are copied into the window if they lie
+                elsewhere, so that peers fetch them, and no rank pushes.
 
         Raises:
             CapacityError: the heap is full.
         """
         allocator, copied, copied_weights, landing, weights_at = self._allocator, None, None, None, 0
-        by_token = form.layout is Layout.ROWS
-        if by_token and not num_sums:
+        if form.layout is Layout.ROWS and not shared:
             y = aligned(y)
             rows_at = allocator.offset(y)
+            landing = allocator.call_block(call, plan_at.num_sent * form.columns * form.dtype.itemsize)
         else:
             rows_at, copied = self._expert_rows_in_window(form, call, y, plan_at)
         if weights is not None:
             weights_at, copied_weights = allocator.in_window(call, weights)
-        if by_token:
-            num_bytes = (num_sums or plan_at.num_sent) * form.columns * form.dtype.itemsize
-            landing = allocator.call_block(call, num_bytes)
         return Source(
             y.data_ptr() if copied is None else copied.address,
             rows_at,
@@ -236,10 +234,7 @@ class Combiner:
         )
 
     def add_up(self, form: CombineForm, call: Call, source: Source, plan_at: PlanAddresses, sums: Sums) -> None:
-        """Launch the kernel that adds up the rows of each of this rank's tokens.
-
-        Sums of one source follow each other on one stream: each is done with the landing when the next one begins.
-        """
+        """Launch the kernel that adds up the rows of each of this rank's tokens."""
         num_tokens = plan_at.num_tokens
         work = form.works.get(num_tokens) or self._work(form, num_tokens)
         rows, rows_at, weights_at, landing, _ = source

@@ -146,8 +146,7 @@ class AcrossCombiner:
             own_weights = 0 if weights is None else own + num_tokens * form.widths.row
             # Sums go back where tokens came from.
             opening = crossing.open_along(call, words, form.chunks, along.came, along.went)
-            most = max(relay.came) * min(inside.top_k, along.ranks_per_node)
-            source = self._inside.source(inside, call, y, weights, along.whole, most or 1)
+            source = self._inside.source(inside, call, y, weights, along.whole, shared=True)
             transfers = self._send_sums(form, call, along, source, swaps, words, sums_at)
             home = along.segments.get(relay.node) or along.segment(relay.node)
             self._inside.add_up(inside, call, source, home, Sums(own, weights_out=own_weights))
