@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.silent_kernels import comparable, counted_calls, num_python_calls, rows_of
+from support.silent_kernels import SilentGroup, comparable, counted_calls, num_python_calls, rows_of
 from support.silent_nodes import SilentNodes
 from tokenferry.api import ExpertGroup
 from tokenferry.backends.cuda.across.backend import AcrossBackend
@@ -40,29 +40,63 @@ def calls_of(silent: SilentNodes) -> dict:
         "dispatch, counts on the device": lambda: group.dispatch(x, where, options=on_device),
         "redispatch": lambda: group.redispatch(x, sent.plan),
         "combine": lambda: group.combine(y, sent.plan),
+        "combine, weights": lambda: group.combine(y, sent.plan, topk_weights=sent.topk_weights),
     }
 
 
-TORCH_CALLS = {"dispatch": 5, "dispatch, counts on the device": 5, "redispatch": 1, "combine": 2}
-"""All of them make memory."""
-UNSEEN = {"_set_grad_enabled", "__len__", "untyped_storage"}
+def decode_calls_of(silent: SilentNodes) -> dict:
+    group, x, where = silent.group, rows_of(T, H), routing()
+    sent = group.decode_dispatch(x, where)
+    y = torch.ones(sent.x.shape, dtype=torch.bfloat16, device="cpu")
+    return {
+        "decode_dispatch": lambda: group.decode_dispatch(x, where),
+        "decode_combine, exact": lambda: group.decode_combine(y, sent.plan),
+        "decode_combine, fast": lambda: group.decode_combine(y, sent.plan, numerics="fast"),
+    }
+
+
+NEW_TENSORS = {
+    "dispatch": 5,
+    "dispatch, counts on the device": 5,
+    "redispatch": 1,
+    "combine": 2,
+    "combine, weights": 3,
+    "decode_dispatch": 6,
+    "decode_combine, exact": 7,
+    "decode_combine, fast": 6,
+}
+UNSEEN = {"_set_grad_enabled", "__len__", "untyped_storage", "contiguous", "part"}
 """Of the guards around a call, and of the way in which tensors are made."""
 
 
-def test_torch_calls(silent):
-    for name, call in calls_of(silent).items():
-        call()
-        with counted_calls(silent.group) as names:
+@pytest.mark.parametrize("calls", [calls_of, decode_calls_of])
+def test_torch_calls(silent, calls):
+    """Calls of torch make memory, and do nothing else."""
+    with SilentGroup.workspaces_agree():
+        for name, call in calls(silent).items():
             call()
-        assert [each for each in names if each not in UNSEEN] == ["new"] * TORCH_CALLS[name], name
+            with counted_calls(silent.group) as names:
+                call()
+            assert [each for each in names if each not in UNSEEN] == ["new"] * NEW_TENSORS[name], name
 
 
-PYTHON_CALLS = {"dispatch": 93, "dispatch, counts on the device": 79, "redispatch": 50, "combine": 54}
+PYTHON_CALLS = {
+    "dispatch": 93,
+    "dispatch, counts on the device": 79,
+    "redispatch": 50,
+    "combine": 47,
+    "combine, weights": 52,
+    "decode_dispatch": 76,
+    "decode_combine, exact": 107,
+    "decode_combine, fast": 91,
+}
 
 
-def test_functions_of_python(silent):
+@pytest.mark.parametrize("calls", [calls_of, decode_calls_of])
+def test_functions_of_python(silent, calls):
     """How many run in a call, which is where its time goes: a dispatch of one node takes 50."""
-    found = {name: num_python_calls(call) for name, call in calls_of(silent).items()}
+    with SilentGroup.workspaces_agree():
+        found = {name: num_python_calls(call) for name, call in calls(silent).items()}
     assert {name: num for name, num in found.items() if num > PYTHON_CALLS[name]} == {}
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
 from tokenferry.backends.cuda.across.decode_forms import (
+    AcrossCombineForm,
     AcrossDispatchForm,
     dispatch_signature,
     new_across_dispatch,
@@ -40,6 +42,7 @@ from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspace, Workspaces
 from tokenferry.kernels.decode_words import RECEIVE, SEND
+from tokenferry.memory.empty import part_of
 from tokenferry.topology import Topology
 from tokenferry.types import DecodeCombined, DecodeDispatched, DecodeStats, Quantized
 
@@ -113,10 +116,13 @@ class AcrossDecoder(Decoder):
         super().__init__(context, allocator, key)
         self.workspaces = Workspaces(context, allocator, topology.num_nodes)
         self._topology = topology
+        self._first_rank = topology.nodes[topology.node][0]
+        self._breaking_off = context.breaking_off()
         self._rails = rails
         self._explained = explained
         self._sums = NodeSums(context, topology, rails)
         self._across: BoundedDict[DispatchKind, AcrossDispatchForm] = BoundedDict(_MAX_FORMS)
+        self._sum_forms: BoundedDict[tuple[Any, ...], AcrossCombineForm] = BoundedDict(_MAX_FORMS)
 
     @property
     def caught_up(self) -> bool:
@@ -129,60 +135,65 @@ class AcrossDecoder(Decoder):
         Raises:
             ArgumentError: a CUDA graph is being captured, and the hook belongs to a call outside of it.
         """
-        self._channels[0].receive_all(phase, capturing=self._context.order_after_calls()[1] != 0)
+        channel = self._channels[0]
+        if not channel.idle:
+            channel.receive_all(phase, capturing=self._context.order_after_calls()[1] != 0)
 
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """Send rows, and receive rows, or return a hook that receives them."""
         context, shape, routing = self._context, request.shape, request.routing
-        check_limits(shape, self._topology.num_ranks)
-        sizes = rail_sizes(shape, self._topology)
         x, topk_idx = aligned(request.x), routing.topk_idx.contiguous()
         kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, routing.topk_weights is not None)
         form = self._across.get(kind)
-        signature = form.inside.signature if form is not None else dispatch_signature(kind)
+        if form is None:
+            check_limits(shape, self._topology.num_ranks)
+            sizes = rail_sizes(shape, self._topology)
+            signature, seen = dispatch_signature(kind), sizes.shape(shape.num_experts, shape.hidden)
+        else:
+            sizes, signature, seen = form.sizes, form.inside.signature, form.seen
         call = self._begin(signature, request.stats)
-        workspace = self.workspaces.fitting(call, sizes.shape(shape.num_experts, shape.hidden), x.element_size())
+        workspace = self.workspaces.fitting(call, seen, x.element_size())
         if form is None or form.inside.workspace != workspace.number:
             form = self._across[kind] = new_across_dispatch(context, self._key, self._topology, workspace, kind)
         plan = object.__new__(LazyDecodePlan)
         plan._form, plan._words, plan._made, plan._call_number = form.inside, context.empty(*form.inside.words), {}, 0
         plan.num_tokens, plan.topk_idx, plan.topk_weights = topk_idx.shape[0], topk_idx, routing.topk_weights
         self._rails.check(signature.phase, sizes.segment * form.record_bytes)
-        with context.breaking_off():  # peers wait for this rank
+        with self._breaking_off:  # peers wait for this rank
             x = x.clone() if request.return_hook else x  # it is the caller's again before the hook reads it
             rows = self._new_rows(form, plan, x, request.stats)
             self._send_across(form, call, rows)
-            hook = self._finish(
-                call, lambda at: self._pass_on(form, at, rows), rows.tensors(), return_hook=request.return_hook
-            )
+            if not request.return_hook:
+                self._pass_on(form, call, rows)
+                return DecodeDispatched(rows.result, plan.expert_counts, plan, no_hook)
+            hook = self._hook(call, lambda at: self._pass_on(form, at, rows), rows.tensors())
         return DecodeDispatched(rows.result, plan.expert_counts, plan, hook)
 
     def _new_rows(self, form: AcrossDispatchForm, plan: LazyDecodePlan, x: Tensor, stats: DecodeStats) -> _RowsUnderWay:
         """Take the memory for a dispatch."""
-        sizes, device = form.sizes, self._context.device
+        sizes, empty = form.sizes, self._context.empty
         weights = None if plan.topk_weights is None else plan.topk_weights.contiguous()
         tokens, K = sizes.num_relayed + plan.num_tokens, sizes.top_k
-        ids, weights_here = plan._table[sizes.ids : sizes.ids + tokens * K].view(tokens, K), None
-        if weights is not None:
-            weights_here = torch.empty(tokens, K, dtype=torch.float32, device=device)
-        sent, came = (
-            torch.empty(sizes.num_relayed, form.record_bytes, dtype=torch.uint8, device=device) for _ in range(2)
-        )
-        data, scale = self._context.empty(*form.inside.rows), form.inside.scale
-        result = data if scale is None else Quantized(data, self._context.empty(*scale))
-        words = RailWords(sizes.num_nodes, device)
+        weights_here = None if weights is None else empty((tokens, K), (K, 1), torch.float32)
+        # Records for other nodes, then those from them.
+        both = (sizes.num_relayed, form.record_bytes), (form.record_bytes, 1), torch.uint8
+        sent, came = empty(*both), empty(*both)
+        data, scale = empty(*form.inside.rows), form.inside.scale
+        result = data if scale is None else Quantized(data, empty(*scale))
+        ids = part_of(plan._words, form.inside.layout.table + sizes.ids, (tokens, K), (K, 1))
+        words = RailWords(sizes.num_nodes, empty)
         return _RowsUnderWay(plan, x, result, weights, ids, weights_here, sent, came, words, stats, self.trace)
 
     def _send_across(self, form: AcrossDispatchForm, call: Call, rows: _RowsUnderWay) -> None:
         """Begin to exchange rows with other nodes."""
         sizes, plan, words = form.sizes, rows.plan, rows.words
-        own = 4 * sizes.num_relayed * sizes.top_k
+        own, ids = 4 * sizes.num_relayed * sizes.top_k, rows.ids.data_ptr()
         form.pack.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
             rows.x.data_ptr(), plan.topk_idx.data_ptr(), address(rows.weights), rows.sent.data_ptr(),
-            plan._table.data_ptr() + 4 * sizes.slots, rows.ids.data_ptr() + own,
+            ids + 4 * (sizes.slots - sizes.ids), ids + own,
             0 if rows.weights_here is None else rows.weights_here.data_ptr() + own,
             words.mine.address, words.came.address, words.states.address, words.overflows, 0,
             plan.num_tokens,
@@ -203,9 +214,9 @@ class AcrossDecoder(Decoder):
         since = self._rails.join(at, rows.transfer, rows.words.since)
         plan, words, layout, shape = rows.plan, rows.words, form.inside.layout, form.inside.shape
         head = (at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
+        ids, came, weights = rows.ids.data_ptr(), rows.came.data_ptr(), address(rows.weights_here)
         form.unpack.pack(
-            at.wait_ns, *head, words.came.address, words.states.address, rows.came.data_ptr(),
-            rows.ids.data_ptr(), address(rows.weights_here), words.overflows, 0, since,
+            at.wait_ns, *head, words.came.address, words.states.address, came, ids, weights, words.overflows, 0, since,
             form.sizes.num_nodes,
         )  # fmt: skip
         form.unpack.launch(self.num_blocks, at.stream)
@@ -214,12 +225,12 @@ class AcrossDecoder(Decoder):
         data, scale = (result.data, result.scale) if isinstance(result, Quantized) else (result, None)
         start = plan._words.data_ptr()
         form.inside.kernel.pack(
-            at.wait_ns, *head, rows.x.data_ptr(), rows.ids.data_ptr(), address(rows.weights_here), address(choices),
+            at.wait_ns, *head, rows.x.data_ptr(), ids, weights, address(choices),
             data.data_ptr(), address(scale), start + 4 * layout.expert_counts, address(rows.stats.received),
             start + 4 * layout.src_token, start + 4 * layout.src_range,
             start + 4 * layout.row_weights if form.inside.weighted else 0, start + 4 * layout.table,
             self._context.pinned.masked_address, address(rows.trace), rows.ids.shape[0], SEND | RECEIVE,
-            rows.came.data_ptr(), words.overflows,
+            came, words.overflows,
         )  # fmt: skip
         form.inside.kernel.launch(self.num_blocks, at.stream)
 
@@ -227,26 +238,37 @@ class AcrossDecoder(Decoder):
 
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """Send rows back, and receive and add up, or return a hook that does."""
-        context, plan, y = self._context, request.plan, aligned(request.y)
-        sizes = sizes_of(plan, self._topology, y.shape[1] // self._topology.num_ranks)
-        inside = sizes.shape(plan.num_experts, y.shape[2])
-        kind = CombineKind(inside, y.dtype, request.fast, request.encoding, torch.int32)
-        signature = kind.signature()
+        plan, y = request.plan, aligned(request.y)
+        table = plan._table
+        assert table is not None
+        key = (
+            table.shape, plan.topk_idx.shape[1], plan.num_experts, y.shape, y.dtype, request.fast, request.encoding
+        )  # fmt: skip
+        form = self._sum_forms.get(key)
+        if form is None:
+            sizes = sizes_of(plan, self._topology, y.shape[1] // self._topology.num_ranks)
+            seen = sizes.shape(plan.num_experts, y.shape[2])
+            kind = CombineKind(seen, y.dtype, request.fast, request.encoding, torch.int32)
+            signature = kind.signature()
+        else:
+            sizes, seen, kind, signature = form.sizes, form.seen, form.kind, form.inside.signature
         call = self._begin(signature, request.stats)
-        workspace = self.workspaces.fitting(call, inside, y.element_size())
-        form = self._combines.get(kind)
-        if form is None or form.workspace != workspace.number:
+        workspace = self.workspaces.fitting(call, seen, y.element_size())
+        if form is None or form.inside.workspace != workspace.number:
             unencoded = kind._replace(encoding=Encoding.same)
-            form = self._combines[kind] = new_combine_form(context, signature, workspace, unencoded)
-        row_bytes = encoded_bytes(y.shape[2], y.element_size(), request.encoding)
-        self._rails.check(signature.phase, sizes.segment * max(row_bytes, 4 * sizes.top_k))
-        with context.breaking_off():
-            sums = SumsUnderWay.new(sizes, request, y, context.device)
+            inside = new_combine_form(self._context, signature, workspace, unencoded)
+            row_bytes = encoded_bytes(y.shape[2], y.element_size(), request.encoding)
+            form = self._sum_forms[key] = AcrossCombineForm(inside, sizes, seen, kind, row_bytes)
+        self._rails.check(signature.phase, sizes.segment * max(form.row_bytes, 4 * sizes.top_k))
+        with self._breaking_off:
+            sums = SumsUnderWay.new(sizes, request, y, form.row_bytes, self._context.empty)
             sums.trace = self.trace
-            self._sums.send(form, call, sums)
-            hook = self._finish(
-                call, lambda at: self._sums.receive(form, at, sums), sums.tensors(), return_hook=request.return_hook
-            )
+            self._sums.send(form.inside, call, sums)
+            if not request.return_hook:
+                self._sums.receive(form.inside, call, sums)
+                return DecodeCombined(sums.done, no_hook)
+            inside = form.inside
+            hook = self._hook(call, lambda at: self._sums.receive(inside, at, sums), sums.tensors())
         return DecodeCombined(sums.done, hook)
 
     # ------------------------------------------------------------------ both
@@ -254,25 +276,17 @@ class AcrossDecoder(Decoder):
     def _begin(self, signature: Signature, stats: DecodeStats) -> Call:
         """Begin a call; its kernels count the time that they wait for ranks from the first of this node on."""
         self.catch_up(signature.phase)
-        first = self._topology.nodes[self._topology.node][0]
-        return self._rails.begin(signature, 0 if stats.wait_ns is None else stats.wait_ns.data_ptr() + 8 * first)
+        wait_ns = 0 if stats.wait_ns is None else stats.wait_ns.data_ptr() + 8 * self._first_rank
+        return self._rails.begin(signature, wait_ns)
 
-    def _finish(
-        self,
-        call: Call,
-        receive: Callable[[Call], None],
-        tensors: tuple[Tensor | None, ...],
-        *,
-        return_hook: bool,
+    def _hook(
+        self, call: Call, receive: Callable[[Call], None], tensors: tuple[Tensor | None, ...]
     ) -> Callable[[], None]:
-        """Do the rest of a call, or return a hook that does."""
-        if not return_hook:
-            receive(call)
-            return no_hook
+        """Return a hook that does the rest of a call."""
         channel = self._channels[0]
 
         def launch(at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
-            with self._context.breaking_off():  # peers wait for this rank
+            with self._breaking_off:  # peers wait for this rank
                 receive(at)
 
         pending = PendingRecv(call, launch, tensors)

@@ -7,6 +7,7 @@ passes on, a segment for each other node, then its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packe
 from tokenferry.backends.cuda.decode_forms import (
     DISPATCH_FIELDS,
     SCALE_CODES,
+    CombineKind,
+    DecodeCombineForm,
     DecodeDispatchForm,
     DispatchKind,
     DispatchSizes,
@@ -39,8 +42,7 @@ _MAX_TOKENS = 1 << 19
 """Most tokens that the ranks of a rail's nodes may bring, R * M: their masks have to fit into shared memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class RailSizes:
+class RailSizes(NamedTuple):
     """How many tokens cross in decode calls, and where `DecodePlan._table` says which.
 
     Its parts: the table of the kernels of one node; ``ids`` ``[V, K]``, the experts on this node of all tokens that
@@ -53,6 +55,11 @@ class RailSizes:
         max_tokens: M.
         top_k: K.
         segment: Tokens of a segment.
+        num_relayed: Tokens that this rank passes on.
+        most: Most tokens that this rank acts for, its own included: V.
+        ids: Where ``ids`` begins, in words.
+        slots: Where ``slots`` begins.
+        table_words: Where the parts end.
     """
 
     num_nodes: int
@@ -61,36 +68,26 @@ class RailSizes:
     max_tokens: int
     top_k: int
     segment: int
+    num_relayed: int
+    most: int
+    ids: int
+    slots: int
+    table_words: int
 
-    @property
-    def num_relayed(self) -> int:
-        """Tokens that this rank passes on."""
-        return (self.num_nodes - 1) * self.segment
-
-    @property
-    def most(self) -> int:
-        """Most tokens that this rank acts for, its own included: V."""
-        return self.num_relayed + self.max_tokens
-
-    @property
-    def ids(self) -> int:
-        """Where ``ids`` begins, in words."""
-        return PLACES_WORD + self.ranks_per_node * self.most * self.top_k
-
-    @property
-    def slots(self) -> int:
-        """Where ``slots`` begins."""
-        return self.ids + self.most * self.top_k
-
-    @property
-    def table_words(self) -> int:
-        """Where the parts end."""
-        return self.slots + self.max_tokens * self.num_nodes
+    @classmethod
+    def of(cls, topology: Topology, max_tokens: int, top_k: int, segment: int) -> RailSizes:
+        """Return the sizes for segments of so many tokens."""
+        num_nodes, per_node = topology.num_nodes, topology.ranks_per_node
+        num_relayed = (num_nodes - 1) * segment
+        most = num_relayed + max_tokens
+        ids = PLACES_WORD + per_node * most * top_k
+        slots = ids + most * top_k
+        end = slots + max_tokens * num_nodes
+        return cls(num_nodes, topology.node, per_node, max_tokens, top_k, segment, num_relayed, most, ids, slots, end)
 
     def segments(self, tensor: Tensor) -> Rows:
         """Return the parts of a tensor that are about each other node; it is about all relayed tokens first."""
-        rows = Rows.of(tensor)
-        return Rows(rows.address, self.segment * rows.row_bytes)
+        return Rows(tensor.data_ptr(), self.segment * tensor.stride(0) * tensor.element_size())
 
     def shape(self, num_experts: int, hidden: int) -> MoeShape:
         """Return the sizes that the kernels of one node see, of calls with E experts in all."""
@@ -110,7 +107,7 @@ def rail_sizes(shape: MoeShape, topology: Topology) -> RailSizes:
             "calls across nodes; use fewer, or a group with backend='cpu'"
         )
     segment = -(-num_slots(shape) // _SEGMENT) * _SEGMENT
-    return RailSizes(topology.num_nodes, topology.node, topology.ranks_per_node, shape.max_tokens, shape.top_k, segment)
+    return RailSizes.of(topology, shape.max_tokens, shape.top_k, segment)
 
 
 def sizes_of(plan: DecodePlan, topology: Topology, max_tokens: int) -> RailSizes:
@@ -119,7 +116,7 @@ def sizes_of(plan: DecodePlan, topology: Topology, max_tokens: int) -> RailSizes
     num_nodes, per_node, K = topology.num_nodes, topology.ranks_per_node, plan.topk_idx.shape[1]
     acted_for = (plan._table.numel() - PLACES_WORD - max_tokens * num_nodes) // ((per_node + 1) * K)
     segment = (acted_for - max_tokens) // (num_nodes - 1)
-    return RailSizes(num_nodes, topology.node, per_node, max_tokens, K, segment)
+    return RailSizes.of(topology, max_tokens, K, segment)
 
 
 def num_slots(shape: MoeShape) -> int:
@@ -134,6 +131,7 @@ class AcrossDispatchForm:
     Attributes:
         inside: The form of the calls inside the node.
         sizes: How many tokens cross.
+        seen: Sizes that the kernels of one node see.
         record_bytes: Bytes of a token that crosses.
         pack: Kernel that lays tokens for other nodes side by side.
         unpack: Kernel that takes apart what came.
@@ -141,9 +139,29 @@ class AcrossDispatchForm:
 
     inside: DecodeDispatchForm
     sizes: RailSizes
+    seen: MoeShape
     record_bytes: int
     pack: LaunchTemplate
     unpack: LaunchTemplate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AcrossCombineForm:
+    """What all decode combines of the same sizes, dtypes and options share.
+
+    Attributes:
+        inside: The form of the calls inside the node.
+        sizes: How many tokens cross.
+        seen: Sizes that the kernels of one node see.
+        kind: What the form follows from.
+        row_bytes: Bytes of a row that crosses.
+    """
+
+    inside: DecodeCombineForm
+    sizes: RailSizes
+    seen: MoeShape
+    kind: CombineKind
+    row_bytes: int
 
 
 def dispatch_signature(kind: DispatchKind) -> Signature:
@@ -183,4 +201,5 @@ def new_across_dispatch(
     pack.smem_bytes = pack_spec.smem_bytes(shape.max_tokens, topology.num_nodes)
     made = DispatchSizes(topology.num_ranks, sizes.table_words, kept)
     inside = form_of(kernel, group_key, dispatch_signature(kind), workspace, kind, made)
-    return AcrossDispatchForm(inside, sizes, 16 * units, pack, unpack)
+    seen = sizes.shape(shape.num_experts, shape.hidden)
+    return AcrossDispatchForm(inside, sizes, seen, 16 * units, pack, unpack)

@@ -27,6 +27,7 @@ from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.tensors import overlap
 from tokenferry.kernels.decode_combine.spec import packets_of_chunk
 from tokenferry.kernels.decode_words import CHUNK_COLUMNS, RECEIVE, SEND
+from tokenferry.memory.empty import Empty
 from tokenferry.topology import Topology
 
 _MAX_FORMS = 64
@@ -54,6 +55,7 @@ class SumsUnderWay:
         sums: ``[tokens, H]``: the sums of this node.
         packets: The same, encoded; None: they are not.
         parts: What comes from other nodes for this rank's tokens.
+        table: Address of `DecodePlan._table`.
         words: What ranks tell each other besides.
         pending: What the kernel that sends leaves for the one that receives.
         out: ``[T, H]``, aligned.
@@ -72,6 +74,7 @@ class SumsUnderWay:
     sums: Tensor
     packets: Tensor | None
     parts: Tensor
+    table: int
     words: RailWords
     pending: Tensor
     out: Tensor
@@ -80,44 +83,42 @@ class SumsUnderWay:
     transfer: Transfer | None = None
 
     @classmethod
-    def new(cls, sizes: RailSizes, request: DecodeCombineRequest, y: Tensor, device: torch.device) -> SumsUnderWay:
-        """Take the memory for a combine."""
-        plan, encoding = request.plan, request.encoding
+    def new(
+        cls, sizes: RailSizes, request: DecodeCombineRequest, y: Tensor, row_bytes: int, empty: Empty
+    ) -> SumsUnderWay:
+        """Take the memory for a combine; ``row_bytes``: of a row that crosses; ``empty``: makes tensors."""
+        plan, weights_out, packets = request.plan, None, None
         assert plan.topk_weights is not None
-        tokens, H, K = sizes.num_relayed + plan.num_tokens, y.shape[2], sizes.top_k
-        weights_out = packets = None
+        relayed, H, K = sizes.num_relayed, y.shape[2], sizes.top_k
+        tokens = relayed + plan.num_tokens
         if not request.fast:
-            weights_out = torch.empty(sizes.num_relayed, K, dtype=torch.float32, device=device)
-        sums = torch.empty(tokens, H, dtype=y.dtype, device=device)
-        parts = torch.empty(sizes.num_relayed, H, dtype=y.dtype, device=device)
-        if encoding is not Encoding.same:
-            row = encoded_bytes(H, y.element_size(), encoding)
-            packets = torch.empty(tokens, row, dtype=torch.uint8, device=device)
-            parts = torch.empty(sizes.num_relayed, row, dtype=torch.uint8, device=device)
+            weights_out = empty((relayed, K), (K, 1), torch.float32)
+        sums = empty((tokens, H), (H, 1), y.dtype)
+        if request.encoding is Encoding.same:
+            parts = empty((relayed, H), (H, 1), y.dtype)
+        else:
+            packets = empty((tokens, row_bytes), (row_bytes, 1), torch.uint8)
+            parts = empty((relayed, row_bytes), (row_bytes, 1), torch.uint8)
         out = request.out
         if out is None or out.data_ptr() % 16 or overlap(out, y):
-            out = torch.empty(plan.num_tokens, H, dtype=y.dtype, device=device)
+            out = empty((plan.num_tokens, H), (H, 1), y.dtype)
         return cls(
             sizes,
             request,
             y,
             plan.row_weights,
             plan.topk_weights.contiguous(),
-            torch.empty(tokens, K, dtype=torch.float32, device=device),
+            empty((tokens, K), (K, 1), torch.float32),
             weights_out,
             sums,
             packets,
             parts,
-            RailWords(sizes.num_nodes, device),
-            torch.empty(2, dtype=torch.int32, device=device),
+            address(plan._table),
+            RailWords(sizes.num_nodes, empty),
+            empty((2,), (1,), torch.int32),
             out,
             out if request.out is None else request.out,
         )
-
-    @property
-    def table(self) -> int:
-        """Address of `DecodePlan._table`."""
-        return address(self.request.plan._table)
 
     @property
     def crossing(self) -> Tensor:
@@ -157,24 +158,24 @@ class NodeSums:
 
         Rows travel while the weights cross; without weights one kernel sends and receives them, if there is no hook.
         """
-        sizes, words = it.sizes, it.words
-        exact = it.weights_out is not None
+        sizes, words, weights_out = it.sizes, it.words, it.weights_out
+        exact = weights_out is not None
         self._open.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
             words.mine.address, words.came.address, words.states.address, it.table,
             it.table + 4 * sizes.slots,
             it.weights.data_ptr() if exact else 0,
-            it.weights_here.data_ptr() + 4 * sizes.num_relayed * sizes.top_k, address(it.weights_out),
+            it.weights_here.data_ptr() + 4 * sizes.num_relayed * sizes.top_k, address(weights_out),
             it.request.plan.num_tokens, sizes.top_k,
         )  # fmt: skip
         self._open.launch(self._num_blocks if exact else 1, call.stream)
-        if it.weights_out is not None:
+        if weights_out is not None:
             it.transfer = self._rails.exchange(
                 call,
-                Messages(words.mine, sizes.segments(it.weights_out)),
+                Messages(words.mine, sizes.segments(weights_out)),
                 Messages(words.came, sizes.segments(it.weights_here)),
                 words.memory,
-                it.weights_out,
+                weights_out,
                 it.weights_here,
             )
         if self._sends_first(it):
@@ -240,22 +241,26 @@ class NodeSums:
     def _add_up(self, at: Call, it: SumsUnderWay) -> None:
         """Add up the sums of all nodes."""
         num_tokens, columns = it.out.shape
-        slots, own = it.table + 4 * it.sizes.slots, it.crossing[it.sizes.num_relayed :].data_ptr()
+        slots, rows = it.table + 4 * it.sizes.slots, it.crossing
+        own = rows.data_ptr() + it.sizes.num_relayed * rows.stride(0) * rows.element_size()
         head = (0, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
         key = (it.out.dtype, columns, it.request.encoding)
         template = self._templates.get(key)
         if it.packets is not None:
             if template is None:
-                template = sum_encoded_template(self._context, self._topology, it.out.dtype, it.request.encoding)
+                template = self._templates[key] = sum_encoded_template(
+                    self._context, self._topology, it.out.dtype, it.request.encoding
+                )
             template.pack(*head, slots, own, it.parts.data_ptr(), it.out.data_ptr(), num_tokens, columns)
         else:
             if template is None:
-                template = sum_template(self._context, self._topology, it.out.dtype, columns, it.sizes.top_k)
+                template = self._templates[key] = sum_template(
+                    self._context, self._topology, it.out.dtype, columns, it.sizes.top_k
+                )
             parts = it.parts.data_ptr()
             template.pack(
                 *head, slots, self._no_counts.data_ptr(), own, parts, 0, 0, 0, 0, it.out.data_ptr(), 0, num_tokens
             )
-        self._templates[key] = template
         if num_tokens:
             template.launch(self._num_blocks, at.stream)
         if it.done is not it.out:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from tokenferry.backends.cuda.across.crossing import Crossing
@@ -27,8 +26,9 @@ class Messages(NamedTuple):
 
     def parcels(self, node: int, other: int) -> list[Parcel]:
         """Return the message of a node, the one with this number among the other ones, without its state."""
-        headers = [] if self.headers is None else [self.headers.part(node, 1)]
-        return [*headers, self.bodies.part(other, 1)]
+        at, num_bytes = self.bodies
+        body = Parcel(at + other * num_bytes, num_bytes)
+        return [body] if self.headers is None else [self.headers.part(node, 1), body]
 
 
 class MessageRails(ABC):
@@ -90,15 +90,11 @@ class ExchangedMessages(MessageRails):
 
     def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object) -> Transfer:
         """See `MessageRails.exchange`."""
-        others, states = self._crossing.others, recv.states
-        state = [] if states is None else [self._crossing.own_state]
-        return self._crossing.exchange(
-            call,
-            {node: [*send.parcels(node, i), *state] for i, node in enumerate(others)},
-            {node: [*recv.parcels(node, i), *_state_of(states, node)] for i, node in enumerate(others)},
-            *kept,
-        )
-
-
-def _state_of(states: Rows | None, node: int) -> Sequence[Parcel]:
-    return () if states is None else (states.part(node, 1),)
+        sent: dict[int, list[Parcel]] = {}
+        received: dict[int, list[Parcel]] = {}
+        for other, node in enumerate(self._crossing.others):
+            sent[node], received[node] = send.parcels(node, other), recv.parcels(node, other)
+            if recv.states is not None:
+                sent[node].append(self._crossing.own_state)
+                received[node].append(recv.states.part(node, 1))
+        return self._crossing.exchange(call, sent, received, *kept)

@@ -6,6 +6,7 @@ import torch
 
 from tokenferry.backends.cuda.across.rails import Rows
 from tokenferry.kernels.control_block import RAIL_WORDS
+from tokenferry.memory.empty import Empty
 
 
 class RailWords:
@@ -13,7 +14,7 @@ class RailWords:
 
     Args:
         num_nodes: N.
-        device: Their device.
+        empty: Makes tensors on their device.
 
     Attributes:
         memory: Holds all of them.
@@ -24,11 +25,13 @@ class RailWords:
         since: Address of an int64: when the stream began to wait for them, if somebody counts.
     """
 
-    def __init__(self, num_nodes: int, device: torch.device) -> None:
+    __slots__ = ("came", "memory", "mine", "overflows", "since", "states")
+
+    def __init__(self, num_nodes: int, empty: Empty) -> None:
         header = num_nodes * RAIL_WORDS
-        self.memory = torch.empty(2 + 2 * header + 3 * num_nodes, dtype=torch.int32, device=device)
+        self.memory = empty((2 + 2 * header + 3 * num_nodes,), (1,), torch.int32)
         self.since = at = self.memory.data_ptr()
-        self.mine = Rows(at + 8, 4 * RAIL_WORDS)
-        self.came = Rows(self.mine.at(num_nodes), 4 * RAIL_WORDS)
-        self.states = Rows(self.came.at(num_nodes), 8)
-        self.overflows = self.states.at(num_nodes)
+        came = at + 8 + 4 * header
+        states = came + 4 * header
+        self.mine, self.came = Rows(at + 8, 4 * RAIL_WORDS), Rows(came, 4 * RAIL_WORDS)
+        self.states, self.overflows = Rows(states, 8), states + 8 * num_nodes
