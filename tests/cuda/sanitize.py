@@ -48,7 +48,7 @@ ONE_RANK = (
     "test_decode_combine.py::test_no_rank_has_tokens[1-fast]",
     "test_node_kernels.py::test_the_worked_example",
     "test_node_kernels.py::test_any_routing[6-3-4-int64]",
-    "test_node_kernels.py::test_rows_for_other_nodes_lie_side_by_side[2064-scale_dtype2-3-columns]",
+    "test_node_kernels.py::test_parcels_for_other_nodes[2064-scale_dtype2-3-columns-chunks1]",
     "test_node_kernels.py::test_sums_at_home[torch.bfloat16-1]",
     "test_node_kernels.py::test_other_calls_on_other_nodes[True-0]",
     "test_node_kernels.py::test_the_state_of_a_chunk[7]",
