@@ -40,7 +40,7 @@ it needs around it, and the host's time of each.
 """
 MEGATRON = """\
 A training step of two MoE layers of Megatron-Core, unmodified, on GPUs: its flex dispatchers over our `deep_ep` against
-its own all-to-all, after their losses and gradients have been compared.
+its own all-to-all and all-gather, after their losses and gradients have been compared.
 """
 TRANSFORMERS = """\
 A Qwen3-MoE model of transformers with random weights, unmodified: tokens a second in training and in generation, with

@@ -82,7 +82,7 @@ PHASES = {
     "megatron": Phase(
         megatron.measure_megatron,
         300.0,
-        "a training step of two MoE layers of Megatron-Core: flex over our deep_ep, and its own all-to-all",
+        "a training step of two MoE layers of Megatron-Core: flex over our deep_ep, and its own dispatchers",
     ),
     "transformers": Phase(
         transformers.measure_transformers,

@@ -12,7 +12,8 @@ Item = dict[str, Any]
 
 NOTE = (
     "two MoE layers of Megatron-Core with residual connections: forward, backward, SGD; wall clock. flex: over our "
-    f"deep_ep, Buffer (deepep) or HybridEPBuffer (hybridep); {OWN}: its own. All have the same weights and rows. "
+    f"deep_ep, Buffer (deepep) or HybridEPBuffer (hybridep); {OWN}, allgather: its own. All have the same weights and "
+    "rows. "
     "differ_by: norm of the difference over the norm, the worst rank"
 )
 HEADER = ("dispatcher", "rows", "T", "isolated ms", "back to back ms", f"over {OWN}")
@@ -43,7 +44,7 @@ def bars(items: Sequence[Item]) -> list[Bars]:
 
 
 def difference_line(item: Item) -> str:
-    """Return how far losses and gradients of a dispatcher are from those of Megatron's own."""
+    """Return how far losses and gradients of a dispatcher are from those of `OWN`."""
     found = ", ".join(f"{name} {by:.1e}" for name, by in item["differ_by"].items())
     what = f"{item['dispatcher']} and {OWN} in {item['dtype']}, T={item['tokens']}"
     return f"{what}, norm of the difference over the norm: {found}"

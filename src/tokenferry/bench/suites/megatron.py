@@ -1,4 +1,4 @@
-"""A training step of Megatron-Core, unmodified: its flex dispatchers over our `deep_ep` against its own all-to-all."""
+"""A training step of Megatron-Core, unmodified: its flex dispatchers over our `deep_ep` against its own two."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokenferry.testing.world import Progress
 
 LAYERS = 2
 ROUTED = 32
-"""Routers read one column in so many, and no expert writes those: so both dispatchers route alike in every layer."""
+"""Routers read one column in so many, and no expert writes those: so all dispatchers route alike in every layer."""
 
 STEPS = 5
 """Steps of a run back to back."""
@@ -34,6 +34,7 @@ TURNS = 2
 OWN = "alltoall"
 DISPATCHERS = {
     OWN: {"moe_token_dispatcher_type": "alltoall"},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
     "flex, deepep": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
     "flex, hybridep": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"},
 }
@@ -116,7 +117,7 @@ def _compare(
     found: dict[str, Tensor],
     expected: dict[str, Tensor],
 ) -> None:
-    """Report how far the results of a dispatcher are from Megatron's own. Collective.
+    """Report how far the results of a dispatcher are from those of `OWN`. Collective.
 
     Raises:
         WrongAnswer: too far; on all ranks.
@@ -245,8 +246,12 @@ def _layers(session: Session, groups: Any, dispatcher: str, dtype: torch.dtype) 
 
 def _process_groups(session: Session) -> Any:  # noqa: ANN401 - Megatron's ProcessGroupCollection
     """Make Megatron's groups: all ranks share the experts, nothing else is split. Collective."""
+    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    # What `allgather` gathers into; part of `initialize_model_parallel`, which takes all that is in a process for its.
+    parallel_state.destroy_global_memory_buffer()
+    parallel_state._set_global_memory_buffer()
     found = ProcessGroupCollection()
     found.ep = found.tp_ep = found.dp = found.tp_dp_cp = everyone = baseline_group(session)
     singles = [dist.new_group([rank], backend=everyone.name()) for rank in range(session.settings.ranks)]
