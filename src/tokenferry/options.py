@@ -39,6 +39,11 @@ def resolve_options(
         raise ConfigError(
             f'ExpertGroup: transport: expected "auto", "shared_memory", "process_group" or "nvshmem", got {transport!r}'
         )
+    if transport == "nvshmem" and settings.arch is not None and settings.arch.startswith("compute_"):
+        raise ConfigError(
+            f"ExpertGroup: transport='nvshmem': TOKENFERRY_ARCH={settings.arch} is PTX, and its kernels are linked "
+            "with NVSHMEM, which takes machine code; name an sm_XY, or another transport"
+        )
     check_divides("ExpertGroup", shape, num_ranks)
     if ranks_per_node is None:
         ranks_per_node = settings.ranks_per_node

@@ -284,6 +284,16 @@ def test_nvshmem_is_between_nodes(per_node, nvshmem_says, message):
         assert _unfit(options, Topology(0, consecutive(4, per_node))) == message
 
 
+def test_nvshmem_is_not_linked_with_ptx(monkeypatch):
+    """Before anything is sent: the ranks of a group have the same environment."""
+    monkeypatch.setenv("TOKENFERRY_ARCH", "compute_80")
+    resolve_options(None, SHAPE, "auto", "auto", None, "raise")
+    with pytest.raises(ConfigError, match=r"transport='nvshmem': TOKENFERRY_ARCH=compute_80 is PTX, .* name an sm_XY"):
+        ExpertGroup(None, SHAPE, transport="nvshmem")
+    monkeypatch.setenv("TOKENFERRY_ARCH", "sm_90a")
+    assert resolve_options(None, SHAPE, "auto", "nvshmem", None, "raise").arch == "sm_90a"
+
+
 def test_no_rank_is_masked_across_nodes_on_gpus():
     options = resolve_options(None, SHAPE, "auto", "auto", None, "mask")
     assert _unfit(options, Topology(0, consecutive(4, 4))) == ""

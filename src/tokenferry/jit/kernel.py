@@ -234,7 +234,7 @@ class Jit:
         Raises:
             BackendUnavailable: the kernel does not compile or load here.
             ClosedError: this Jit was closed.
-            ConfigError: the config is not one of ``spec.configs``, or PTX would have to be linked.
+            ConfigError: the config is not one of ``spec.configs``.
         """
         key = (spec, tuple(sorted(config.items())))
         kernel = self._kernels.get(key)
@@ -329,11 +329,6 @@ class Jit:
         unit, version = spec.unit(dict(config), self._arch, peer_atomics=self._peer_atomics), compiler.version()
         library = self._library if spec.relocatable else None
         if library is not None:
-            if unit.is_ptx:
-                raise ConfigError(
-                    f"TOKENFERRY_ARCH={self._arch}: kernel {spec.name} is linked with {library.version}, which takes "
-                    "machine code; name an sm_XY, or another transport"
-                )
             version = f"{version}, linked with {library.version}"
         image = self._cache.find(unit, version)
         if image is not None:
