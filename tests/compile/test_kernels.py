@@ -24,6 +24,7 @@ from tokenferry.kernels.decode_combine.spec import SPEC as DECODE_COMBINE
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_fused import spec as fused_spec
+from tokenferry.kernels.dispatch_layout import spec as layout_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.dispatch_split import spec as split_spec
 from tokenferry.kernels.stage_input.spec import SPEC as STAGE_INPUT
@@ -100,6 +101,7 @@ DYNAMIC = {
     ),
     "dispatch_split": split_spec.smem_bytes(MAX_RANKS * MAX_NODES, MAX_NODES),
     "dispatch_rails": split_spec.smem_bytes(MAX_RANKS * MAX_NODES, MAX_NODES),
+    "dispatch_layout": layout_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS * MAX_NODES),
     "dispatch_assign": notify_spec.smem_bytes(MAX_EXPERTS, MAX_RANKS),
     **rings(),
     "decode_dispatch": max(

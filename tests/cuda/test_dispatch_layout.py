@@ -6,7 +6,6 @@ import torch
 from support.virtual_ranks import POISON, Ranks, ranks_of
 from tokenferry.kernels.control_block import MAX_EXPERTS
 from tokenferry.kernels.dispatch_layout import spec as layout_spec
-from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.dispatch_restrict import spec as restrict_spec
 
 TOKENS = (129, 0, 1000, 1, 128, 127, 63, 257)
@@ -29,7 +28,7 @@ def launch(ranks: Ranks, topk_idx: list[torch.Tensor], num_experts: int, blocks:
         }
         for rank, index in enumerate(topk_idx)
     ]
-    size = (blocks, layout_spec.THREADS, notify_spec.smem_bytes(num_experts, R))
+    size = (blocks, layout_spec.THREADS, layout_spec.smem_bytes(num_experts, R))
     ranks.run(layout_spec.SPEC, fields, size, {"wide": int(topk_idx[0].dtype is torch.int64)})
     return [(counts[rank].cpu().tolist(), in_rank[rank].cpu().tolist()) for rank in range(R)]
 
@@ -91,7 +90,7 @@ def test_only_its_outputs_are_written():
         }
         for rank in range(2)
     ]
-    ranks.run(layout_spec.SPEC, fields, (1, layout_spec.THREADS, notify_spec.smem_bytes(2, 2)), {"wide": 1})
+    ranks.run(layout_spec.SPEC, fields, (1, layout_spec.THREADS, layout_spec.smem_bytes(2, 2)), {"wide": 1})
     for rank in range(2):
         rows = around[rank].cpu()
         assert rows[2:4].tolist() == [[1, 0], [0, 1]]

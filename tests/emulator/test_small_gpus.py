@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from support import decode_jobs, throughput_jobs
 from support.emulated_group import emulate
 from support.emulator import Emulator
+from tokenferry import MoeShape
+from tokenferry.types import Quantized, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -28,6 +31,21 @@ def test_round_trips(run, ranks):
 
 def test_quantized_rows(run):
     run(2, throughput_jobs.quantized_rows, 2)
+
+
+def wide_scales(rank, threads, pair):
+    """Rows whose scales leave no room for a ring; with few tokens in one kernel, with many in three."""
+    for num_tokens in (3, 300):
+        with pair.open(None, MoeShape(4, 1, 16, num_tokens), timeout_s=20.0) as group:
+            make = torch.Generator().manual_seed(rank)
+            scale = torch.randn(num_tokens, 9000, generator=make)
+            index = torch.full((num_tokens, 1), 2 * rank, dtype=torch.int64)  # its own expert
+            sent = group.dispatch(Quantized(torch.ones(num_tokens, 16), scale), Routing(index))
+            assert sent.x.scale.equal(scale)
+
+
+def test_scales_that_do_not_fit_into_shared_memory(run):
+    run(2, wide_scales)
 
 
 def test_overflows(run):

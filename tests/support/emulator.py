@@ -103,11 +103,11 @@ class Kernel:
         assert grid >= 1
         assert block <= self.spec.max_threads
         assert block % 32 == 0
-        assert smem_bytes <= self._most_smem
         copied = type(params).from_buffer_copy(params)
         Stream.known[stream].submit(functools.partial(self._go, copied, grid, block, smem_bytes))
 
     def _go(self, params: Struct, grid: int, block: int, smem_bytes: int) -> None:
+        assert smem_bytes <= self._most_smem, f"kernel {self.spec.name}: {smem_bytes} bytes of shared memory"
         fault = self._run(ctypes.byref(params), grid, block, smem_bytes)
         if fault:
             raise RuntimeError(f"kernel {self.spec.name}: {fault.decode()}; no launch of it works any more")

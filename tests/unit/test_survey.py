@@ -41,6 +41,8 @@ def survey(monkeypatch):
     monkeypatch.setattr(setup, "describe", lambda _: {"host": "here", "process": "0", "device": None, "trouble": ""})
     monkeypatch.setattr(setup, "_rank_and_size", lambda _: (0, 2))
     monkeypatch.setattr(setup, "Jit", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    memory = SimpleNamespace(smem_bytes=lambda: run.smem_bytes, close=lambda: None)
+    monkeypatch.setattr(setup, "Device", lambda index: memory)
 
     def run(table: Table, *, reachable: bool, nccl: str = "", **options: Any) -> Any:
         monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reachable)
@@ -51,6 +53,7 @@ def survey(monkeypatch):
         resolved = Resolved(shape, "auto", "auto", 5.0, on_timeout == "mask", None, "", **options)
         return setup._survey(None, resolved)
 
+    run.smem_bytes = 99 << 10
     return run
 
 
@@ -78,6 +81,19 @@ def test_options_that_need_one_node_or_name_nodes_are_kept(survey):
     assert "on_timeout='mask' needs all ranks on one node" in found.why_not
     found = survey(Table("here", "here"), reachable=False, ranks_per_node=2)
     assert (found.topology.num_nodes, "cannot reach" in found.why_not) == (1, True)
+
+
+def test_experts_that_cannot_be_counted(survey):
+    """Not only by the first launch. 2 nodes of 1 rank need 4 * (2 * (2 + 1 + 1) + 2 * 2 + 4) bytes and 2048."""
+    survey.smem_bytes = 2048 + 64
+    found = survey(Table("here", "here"), reachable=False)
+    assert (found.topology.num_nodes, found.why_not) == (2, "")
+    survey.smem_bytes -= 4
+    found = survey(Table("here", "here"), reachable=False)
+    assert found.why_not == (
+        "rank 0: num_experts=4, and on 2 nodes of 1 rank at most 2 are possible with the 2 KB of shared memory that a "
+        "block has on this GPU"
+    )
 
 
 def test_what_links_are_follows_from_atomics(survey, monkeypatch):

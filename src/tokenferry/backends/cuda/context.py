@@ -119,6 +119,7 @@ class Context:
     Attributes:
         all_ranks: A bit for each rank.
         empty: Makes tensors on the device of this rank, in memory of torch.
+        smem_bytes: Shared memory that a block may have on this GPU.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Context:
         self._masked: set[int] = set()
         self.broken: str | None = None
         self.num_sms = runtime.num_sms
-        self._smem_bytes = runtime.smem_bytes
+        self.smem_bytes = runtime.smem_bytes
         self.templates: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_TEMPLATES)
         self._driver = runtime.driver
         self._streams = runtime.streams
@@ -152,7 +153,7 @@ class Context:
 
     def dynamic_bytes(self, spec: KernelSpec) -> int:
         """Return the dynamic shared memory that a block of a kernel may have on this GPU."""
-        return self._smem_bytes - spec.static_smem
+        return self.smem_bytes - spec.static_smem
 
     # ------------------------------------------------------------------ one call
 

@@ -29,7 +29,7 @@ from tokenferry.backends.cuda.forms import (
     row_kind,
 )
 from tokenferry.backends.cuda.guess import RowGuess
-from tokenferry.backends.cuda.launch import RowKind, address
+from tokenferry.backends.cuda.launch import WIDEST_SCALE, RowKind, address
 from tokenferry.backends.cuda.plan import Counts
 from tokenferry.backends.cuda.results import LazyDispatched, LazyPlan, PlanAddresses, PlanLayout, addresses_of
 from tokenferry.errors import ArgumentError, TokenferryError
@@ -368,6 +368,6 @@ def payload_of(x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
     if not isinstance(x, Quantized):
         return aligned(x), None
     scale = x.scale
-    if scale.element_size() > 8:  # a lane copies up to 8 bytes; wider ones are copied in bulk
+    if scale.element_size() > WIDEST_SCALE:  # those are copied in bulk
         scale = aligned(scale.contiguous())
     return aligned(x.data), scale

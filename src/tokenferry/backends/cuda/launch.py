@@ -7,6 +7,7 @@ the values that come before those named here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
+from tokenferry.errors import ShapeError
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.params import Packer
 from tokenferry.kernels.codes import PIECE_BYTES, ROWS, TYPES
@@ -25,6 +27,9 @@ from tokenferry.kernels.dispatch_expand import spec as expand_spec
 from tokenferry.kernels.dispatch_fused import spec as fused_spec
 from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.stage_input import spec as stage_spec
+
+WIDEST_SCALE = 8
+"""Bytes of the widest scales that lanes copy one by one."""
 
 _NOTIFY = call_packer(
     notify_spec.SPEC,
@@ -150,9 +155,8 @@ def dispatch_template(context: Context, kind: RowKind, num_local: int, *, by_exp
     template = context.new_template(dispatch_spec.SPEC, _DISPATCH)
     p = template.params
     _set_rows(context, p, kind, num_local, by_expert=by_expert)
+    rings = _set_rings(p, kind, dispatch_spec.cut, context.dynamic_bytes(dispatch_spec.SPEC))
     p.wide = kind.topk_dtype is torch.int64
-    rings = dispatch_spec.cut(kind.row_bytes, p.bulk_scale_bytes, context.dynamic_bytes(dispatch_spec.SPEC))
-    _set_rings(p, rings)
     template.block, template.smem_bytes = rings.warps * 32, rings.smem_bytes
     return template
 
@@ -169,8 +173,7 @@ def fused_template(context: Context, kind: RowKind, sizes: PlanSizes, num_local:
     p.segments, p.segment_units = 1, notify_spec.ONE_SEGMENT
     p.rings_at = fused_spec.rings_at(sizes.num_experts, num_ranks)
     left = context.dynamic_bytes(fused_spec.SPEC) - p.rings_at
-    rings = fused_spec.cut_rings(kind.row_bytes, p.bulk_scale_bytes, left)
-    _set_rings(p, rings)
+    rings = _set_rings(p, kind, fused_spec.cut_rings, left)
     p.warps = rings.warps
     template.block, template.smem_bytes = fused_spec.THREADS, p.rings_at + rings.smem_bytes
     return template
@@ -181,16 +184,36 @@ def _set_rows(context: Context, p: Any, kind: RowKind, num_local: int, *, by_exp
     p.top_k, p.num_local, p.by_expert = kind.top_k, num_local, by_expert
     p.row_bytes = kind.row_bytes
     p.width = assign_spec.num_columns(context.num_ranks, kind.top_k, by_expert=by_expert)
-    p.bulk_scale_bytes = p.small_scale = 0
-    if kind.scale_dtype is not None and kind.scale_bytes:
-        if kind.bulk_scale:
-            p.bulk_scale_bytes = kind.scale_bytes
-        else:
-            p.small_scale, p.scale_size, p.num_scales = 1, kind.scale_dtype.itemsize, kind.scale_columns
 
 
-def _set_rings(p: Any, rings: dispatch_spec.Rings) -> None:  # noqa: ANN401
+def _set_rings(
+    p: Any,  # noqa: ANN401
+    kind: RowKind,
+    cut: Callable[[int, int, int], dispatch_spec.Rings],
+    room: int,
+) -> dispatch_spec.Rings:
+    """Set the fields of a params struct that say how rows and scales are copied; return the rings.
+
+    Scales that lie side by side travel with their row, unless a ring would then have no room in shared memory.
+
+    Raises:
+        ShapeError: that is so, and a lane cannot copy such scales one by one.
+    """
+    rings = cut(kind.row_bytes, kind.scale_bytes if kind.bulk_scale else 0, room)
+    bulk = kind.bulk_scale and rings.smem_bytes <= room
+    p.bulk_scale_bytes = kind.scale_bytes if bulk else 0
+    p.small_scale = int(kind.scale_bytes > 0 and not bulk)
+    if p.small_scale:
+        assert kind.scale_dtype is not None
+        if kind.scale_dtype.itemsize > WIDEST_SCALE:
+            raise ShapeError(
+                f"dispatch: scale: rows of {kind.scale_bytes} bytes of {kind.scale_dtype} have no room in the shared "
+                f"memory of this GPU; use a dtype of at most {WIDEST_SCALE} bytes, or fewer columns"
+            )
+        p.scale_size, p.num_scales = kind.scale_dtype.itemsize, kind.scale_columns
+        rings = cut(kind.row_bytes, 0, room)
     p.piece_bytes, p.pitch, p.pieces, p.stages = rings.piece_bytes, rings.pitch, rings.pieces, rings.stages
+    return rings
 
 
 def expand_template(

@@ -15,8 +15,10 @@ from tokenferry.errors import CapacityError, ConfigError
 from tokenferry.kernels.codes import EXPERTS, MASKED, ROWS
 from tokenferry.kernels.control_block import MAX_EXPERTS, MAX_TOP_K, RANK_SHIFT
 from tokenferry.kernels.dispatch_assign.spec import num_columns
+from tokenferry.kernels.dispatch_notify import spec as notify_spec
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.layout import RowCapacity, row_capacity
+from tokenferry.topology import Topology
 from tokenferry.types import DispatchOptions, Layout, MoeShape
 
 LAYOUT_CODES = {Layout.ROWS: ROWS, Layout.EXPERTS: EXPERTS, Layout.MASKED: MASKED}
@@ -70,6 +72,22 @@ def too_large(shape: MoeShape) -> str:
         if value > most:
             return f"{name}={value}, and at most {most} are possible"
     return ""
+
+
+def too_many_experts(shape: MoeShape, topology: Topology, smem_bytes: int) -> str:
+    """Return why the shared memory of a block has no room to count these experts; empty if it has.
+
+    On one node it always has: every GPU has room for `MAX_EXPERTS` there.
+    """
+    num_nodes, left = topology.num_nodes, smem_bytes - notify_spec.SPEC.static_smem
+    most = num_nodes * notify_spec.most_experts(topology.ranks_per_node, num_nodes, left)
+    if shape.num_experts <= most:
+        return ""
+    most = max(0, most // topology.num_ranks * topology.num_ranks)
+    return (
+        f"num_experts={shape.num_experts}, and on {topology} at most {most} are possible with the {smem_bytes >> 10} "
+        "KB of shared memory that a block has on this GPU"
+    )
 
 
 def most_rows(layout: int) -> int:

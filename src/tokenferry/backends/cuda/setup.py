@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tokenferry.backends.cuda.across.puts import region_sizes
 from tokenferry.backends.cuda.backend import CudaBackend
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.peers import Peers, Process
-from tokenferry.backends.cuda.plan import too_large
+from tokenferry.backends.cuda.plan import too_large, too_many_experts
 from tokenferry.backends.cuda.runtime import Runtime, Target, cuda_runtime
 from tokenferry.errors import BackendUnavailable
 from tokenferry.jit.driver import Device
@@ -79,7 +80,11 @@ def _survey(group: dist.ProcessGroup | None, resolved: Resolved) -> _Survey:
     reason = reason or _unfit(resolved, topology)
     if not reason:
         try:
-            Jit(torch.cuda.current_device(), None, arch=resolved.arch).close()
+            index = torch.cuda.current_device()
+            Jit(index, None, arch=resolved.arch).close()
+            with closing(Device(index)) as device:
+                too_many = too_many_experts(resolved.shape, topology, device.smem_bytes())
+            reason = too_many and f"rank {rank}: {too_many}"
         except (RuntimeError, OSError, MemoryError) as error:
             reason = f"rank {rank}: {resource_error('loading CUDA', error) or error}"
     return _Survey(topology, agree(table, reason) if table else reason)

@@ -9,7 +9,7 @@ from tokenferry.backends.base import TokenLayout
 from tokenferry.backends.cuda.context import Context
 from tokenferry.jit.params import Packer
 from tokenferry.kernels.dispatch_layout import spec as layout_spec
-from tokenferry.kernels.dispatch_notify.spec import num_units, smem_bytes
+from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.kernels.dispatch_restrict import spec as restrict_spec
 from tokenferry.memory.empty import part_of
 
@@ -39,7 +39,7 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int, num_ranks
     if template is None:
         template = context.new_template(layout_spec.SPEC, _LAYOUT, wide=int(wide))
         template.block, template.params.num_ranks = layout_spec.THREADS, num_ranks
-        template.smem_bytes = smem_bytes(num_experts, num_ranks)
+        template.smem_bytes = layout_spec.smem_bytes(num_experts, num_ranks)
         context.templates[key] = template
     template.pack(topk_idx.data_ptr(), counts.data_ptr(), in_rank.data_ptr(), num_tokens, top_k, num_experts)
     template.launch(max(1, min(num_units(num_tokens), layout_spec.MAX_BLOCKS)), stream)

@@ -51,6 +51,11 @@ def smem_bytes(max_tokens: int, num_nodes: int) -> int:
     return 4 * num_nodes * (2 * mask_words(max_tokens) + 1)
 
 
+def most_tokens(num_nodes: int, dynamic_bytes: int) -> int:
+    """Return the largest M for which a block needs no more dynamic shared memory than this."""
+    return max(0, dynamic_bytes // (4 * num_nodes) - 1) // 2 * 32
+
+
 def record_units(hidden: int, item_bytes: int, top_k: int, *, cast: bool, weighted: bool) -> int:
     """Return the units of 16 bytes of a record: a row, if it is cast its scales, and the routing."""
     return routing_at(hidden, item_bytes, cast=cast) // 16 + -(-(4 + top_k * (2 + 4 * weighted)) // 16)

@@ -7,8 +7,8 @@
 // Order    1 all blocks  add their units to layout_counts of the control block
 //          2 last block  sees 1; moves the sums to `counts` and leaves zeros. The calls of a group follow each other on the
 //                        device, so no other launch adds meanwhile.
-// Cost     reads T * K indices, writes T * R bytes. sm_90a: <= 32 registers, 0 spills, 16 B of static shared memory, at most
-//          98304 B of dynamic.
+// Cost     reads T * K indices, writes T * R bytes. sm_90a: <= 32 registers, 0 spills, 16 B of static shared memory,
+//          at most 98304 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}}: counts 2 1, 1 2 0 1; in_rank {{1,0},{1,1}}.
 // Tests    tests/cuda/test_dispatch_layout.py (the example is its first case), tests/compile.
 #include "device/sync.cuh"

@@ -23,3 +23,8 @@ SPEC = describe(
     static_smem=16,
     configs=({"wide": 0}, {"wide": 1}),
 )
+
+
+def smem_bytes(num_experts: int, num_ranks: int) -> int:
+    """Return the dynamic shared memory of a block: masks of 128 bits for each expert and rank; R: of all nodes."""
+    return 16 * (num_experts + num_ranks)

@@ -48,3 +48,10 @@ def smem_bytes(num_experts: int, num_ranks: int, segments: int = 1) -> int:
     columns = num_experts + num_ranks
     totals = segments * (columns + num_experts + num_ranks * num_ranks) + 2 * num_experts
     return max(columns * 16, totals * 4)
+
+
+def most_experts(num_ranks: int, segments: int, dynamic_bytes: int) -> int:
+    """Return the most experts whose masks and totals fit into so much dynamic shared memory; below 1 if none do."""
+    masks = dynamic_bytes // 16 - num_ranks
+    totals = (dynamic_bytes // 4 - segments * (num_ranks + num_ranks**2)) // (2 * segments + 2)
+    return min(masks, totals)

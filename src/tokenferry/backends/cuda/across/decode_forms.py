@@ -110,6 +110,22 @@ def rail_sizes(shape: MoeShape, topology: Topology) -> RailSizes:
     return RailSizes.of(topology, shape.max_tokens, shape.top_k, segment)
 
 
+def _pack_bytes(shape: MoeShape, topology: Topology, dynamic_bytes: int) -> int:
+    """Return the dynamic shared memory of a block of `decode_pack`.
+
+    Raises:
+        ConfigError: this GPU has less.
+    """
+    needed = pack_spec.smem_bytes(shape.max_tokens, topology.num_nodes)
+    if needed > dynamic_bytes:
+        raise ConfigError(
+            f"for_shape: backend cuda: max_tokens={shape.max_tokens}, and in decode calls of {topology} at most "
+            f"{pack_spec.most_tokens(topology.num_nodes, dynamic_bytes)} fit into the shared memory of this GPU; use "
+            "fewer, or a group with backend='cpu'"
+        )
+    return needed
+
+
 def sizes_of(plan: DecodePlan, topology: Topology, max_tokens: int) -> RailSizes:
     """Return the sizes of the dispatch that made a plan, which may have been copied, or be used in another view."""
     assert plan._table is not None
@@ -198,7 +214,7 @@ def new_across_dispatch(
     p.num_experts, p.node_slots, p.max_nodes = shape.num_experts, num_slots(shape), shape.max_nodes or 0
     p.columns, p.row_units, p.scale_format = shape.hidden, kernel.params.row_units, SCALE_CODES[kind.quantize]
     p.wide, p.weighted = int(kind.topk_dtype.itemsize == 8), int(kind.weighted)
-    pack.smem_bytes = pack_spec.smem_bytes(shape.max_tokens, topology.num_nodes)
+    pack.smem_bytes = _pack_bytes(shape, topology, context.dynamic_bytes(pack_spec.SPEC))
     made = DispatchSizes(topology.num_ranks, sizes.table_words, kept)
     inside = form_of(kernel, group_key, dispatch_signature(kind), workspace, kind, made)
     seen = sizes.shape(shape.num_experts, shape.hidden)

@@ -33,6 +33,7 @@ from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.plan import LAYOUT_CODES, Geometry
 from tokenferry.backends.cuda.results import PlanForm, PlanLayout, RowLayout
 from tokenferry.backends.cuda.signature import Signature
+from tokenferry.errors import ConfigError
 from tokenferry.kernels.codes import EXPERTS
 from tokenferry.kernels.control_block import RAIL_WORDS
 from tokenferry.kernels.dispatch_assign.spec import num_columns
@@ -174,9 +175,13 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
     """Return the form of a dispatch across nodes.
 
     Raises:
-        ConfigError, CapacityError: as `tokenferry.backends.cuda.plan.geometry`.
+        ConfigError, CapacityError: as `tokenferry.backends.cuda.plan.geometry`; or a view of the group has more experts
+            than this GPU has shared memory to count.
     """
     context, topology = group.context, group.topology
+    why_not = cuda_plan.too_many_experts(shape, topology, context.smem_bytes)
+    if why_not:
+        raise ConfigError(f"for_shape: backend cuda: {why_not}; use fewer, or a group with backend='cpu'")
     options, K, E, M = plan.options, kind.top_k, shape.num_experts, shape.max_tokens
     geometry = cuda_plan.geometry(shape, options, plan.num_ranks)
     wide, num_nodes = kind.topk_dtype is torch.int64, topology.num_nodes
