@@ -67,6 +67,7 @@ class SwiGLUExperts(SeededExperts):
         ffn_hidden: F, the intermediate size.
         seed: Seed of the parameters, in 0 .. 2^40 - 1; the same on every rank.
         dtype: dtype of the parameters; None: torch's default dtype.
+        fp8: Whether products of forward are in FP8, see `by_expert`. Parameters and gradients stay in their dtype.
 
     Attributes:
         gate, up: ``[L, H, F]`` parameters; in a layer on several ranks ``[E, H, F]``, of which this rank holds L.
@@ -80,14 +81,23 @@ class SwiGLUExperts(SeededExperts):
     up: nn.Parameter
     down: nn.Parameter
 
-    def __init__(self, group: ExpertGroup, ffn_hidden: int, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        group: ExpertGroup,
+        ffn_hidden: int,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        fp8: bool = False,
+    ) -> None:
         hidden = group.shape.hidden
         inward, outward = (hidden, ffn_hidden), (ffn_hidden, hidden)
         super().__init__(group, {"gate": inward, "up": inward, "down": outward}, seed, dtype)
+        self.fp8 = fp8
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Return ``[n, H]`` for rows ``[n, H]``, grouped by ``offsets`` ``[L + 1]``."""
-        return by_expert(_swiglu, rows, offsets, self.gate, self.up, self.down)
+        return by_expert(_swiglu, rows, offsets, self.gate, self.up, self.down, fp8=self.fp8)
 
 
 class GELUExperts(SeededExperts):
@@ -100,6 +110,7 @@ class GELUExperts(SeededExperts):
         ffn_hidden: F, the intermediate size.
         seed: Seed of the parameters, in 0 .. 2^40 - 1; the same on every rank.
         dtype: dtype of the parameters; None: torch's default dtype.
+        fp8: Whether products of forward are in FP8, see `by_expert`. Parameters and gradients stay in their dtype.
 
     Attributes:
         up: ``[L, H, F]`` parameter; in a layer on several ranks ``[E, H, F]``, of which this rank holds L.
@@ -112,13 +123,22 @@ class GELUExperts(SeededExperts):
     up: nn.Parameter
     down: nn.Parameter
 
-    def __init__(self, group: ExpertGroup, ffn_hidden: int, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        group: ExpertGroup,
+        ffn_hidden: int,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        fp8: bool = False,
+    ) -> None:
         hidden = group.shape.hidden
         super().__init__(group, {"up": (hidden, ffn_hidden), "down": (ffn_hidden, hidden)}, seed, dtype)
+        self.fp8 = fp8
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Return ``[n, H]`` for rows ``[n, H]``, grouped by ``offsets`` ``[L + 1]``."""
-        return by_expert(_gelu, rows, offsets, self.up, self.down)
+        return by_expert(_gelu, rows, offsets, self.up, self.down, fp8=self.fp8)
 
 
 def _swiglu(product: Product, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

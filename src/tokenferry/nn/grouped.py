@@ -8,10 +8,11 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from tokenferry.errors import ShapeError
+from tokenferry.nn import fp8_products
+from tokenferry.nn.products import grouped_product
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A product of rows ``[n, I]`` with the weights of one expert ``[I, O]``, or of each of them ``[L, I, O]``."""
@@ -23,7 +24,7 @@ _ALIGNMENT = 8
 """Elements of which the rows of all operands of a grouped product must be a multiple: 16 bytes."""
 
 
-def by_expert(formula: Formula, rows: Tensor, offsets: Tensor, *weights: Tensor) -> Tensor:
+def by_expert(formula: Formula, rows: Tensor, offsets: Tensor, *weights: Tensor, fp8: bool = False) -> Tensor:
     """Apply the formula of an expert to the rows of each expert, with its weights.
 
     Where torch has a grouped product (`torch.nn.functional.grouped_mm`) for them, the formula is applied once to all
@@ -40,6 +41,10 @@ def by_expert(formula: Formula, rows: Tensor, offsets: Tensor, *weights: Tensor)
         offsets: ``[L + 1]`` integers: the first row of each expert, then the end. Rows from there on hold no data, nor
             does the result.
         *weights: ``[L, I, O]`` each: those of all experts, of which the formula gets those of one, or all.
+        fp8: Cast rows and weights to FP8 for each product, with a scale for each row and each column of a weight; see
+            `tokenferry.nn.fp8_products`. Gradients are those of products without it. On GPUs of compute capability 9.0
+            (H100, H200) products of bfloat16 are then grouped if all I and O are multiples of 16. Elsewhere experts
+            are taken one after the other.
 
     Returns:
         Tensor: ``[n, O]``.
@@ -60,43 +65,23 @@ def by_expert(formula: Formula, rows: Tensor, offsets: Tensor, *weights: Tensor)
                 f"by_expert: weights[{i}]: expected [L, I, O] with L={offsets.shape[0] - 1} from the offsets, got "
                 f"{list(weight.shape)}; stack one matrix for each expert"
             )
-    if _have_grouped_product(rows, weights):
+    if _have_grouped_product(rows, weights, fp8=fp8):
         ends = offsets[1:].to(torch.int32)
-        return formula(partial(_grouped_product, ends), rows, *weights)
+        return formula(partial(fp8_products.grouped_product if fp8 else grouped_product, ends), rows, *weights)
+    product = fp8_products.product if fp8 else torch.matmul
     starts = offsets.tolist()
     sizes = [end - start for start, end in itertools.pairwise(starts)]
     # Apply it for experts without rows, too: ranks must build the same graph, and gradients must be 0, not None.
     parts = torch.split(rows, [*sizes, rows.shape[0] - starts[-1]])
-    results = [formula(torch.matmul, part, *one) for part, *one in zip(parts[:-1], *weights, strict=True)]
+    results = [formula(product, part, *one) for part, *one in zip(parts[:-1], *weights, strict=True)]
     return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[1])])
 
 
-def _have_grouped_product(rows: Tensor, weights: tuple[Tensor, ...]) -> bool:
+def _have_grouped_product(rows: Tensor, weights: tuple[Tensor, ...], *, fp8: bool) -> bool:
     if rows.device.type not in ("cpu", "cuda") or any(one.dtype != torch.bfloat16 for one in (rows, *weights)):
         return False
     if not torch.compiler.is_compiling() and rows.shape[0] == 0:
         return False  # not a case to rely on in kernels
+    if fp8 and not fp8_products.can_group(rows, weights):
+        return False
     return all(size % _ALIGNMENT == 0 for weight in weights for size in weight.shape[1:])
-
-
-def _grouped_product(ends: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    product: Tensor = F.grouped_mm(rows.contiguous(), weights.contiguous(), offs=ends)
-    return _ContiguousGradient.apply(product)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity; grouped products refuse gradients with strides of 0, as those of a sum have."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return grad.contiguous()

@@ -36,7 +36,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with _without_autocast(a.device.type):
+        with without_autocast(a.device.type):
             return a @ b
 
     @staticmethod
@@ -50,7 +50,8 @@ class _Product(torch.autograd.Function):
         return product(grad, b.mT) if for_a else None, product(a.mT, grad) if for_b else None
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context in which products have the dtype of their operands."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
