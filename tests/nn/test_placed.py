@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tokenferry
 from support import placed_jobs as jobs
@@ -22,6 +23,7 @@ from tokenferry.nn.balance import (
     rebalance,
 )
 from tokenferry.nn.balance.carrier import carried_on
+from tokenferry.testing.compare import same_bits
 
 SLOTS = torch.tensor([0, 1, 2, 0, 3, 1, 0, 4])
 """Expert 0 in slots 0, 3 and 6; expert 1 in slots 1 and 5."""
@@ -113,14 +115,45 @@ def test_placements_that_do_not_fit(placement, message):
             ReplicaMap(placement, member(0))
 
 
-def test_replicas_are_for_inference():
-    placement = Placement.of(SLOTS, 1)
+@pytest.mark.parametrize("how", ["eager", "compiled", "checkpoint"])
+def test_replicas_on_one_rank_have_one_gradient(how):
+    placement, x = Placement.of(SLOTS, 1), torch.randn(30, 16, dtype=torch.float64)
+    with group_of_one(5) as group:
+        plain = MoELayer(group, 12, router=Router(16, 5, 2, seed=2), seed=1, dtype=torch.float64)
+        (want_out := plain(x)).square().sum().backward()
     with group_of_one() as group:
-        layer = MoELayer(group, 12, router=PlacedRouter(Router(16, 5, 2), placement, group))
-        with pytest.raises(tokenferry.UnsupportedError, match="experts with replicas are for inference"):
-            layer(torch.randn(3, 16))
-        with torch.no_grad():
-            assert layer(torch.randn(3, 16)).shape == (3, 16)
+        router = PlacedRouter(Router(16, 5, 2, seed=2), placement, group)
+        layer = MoELayer(group, 12, router=router, seed=1, dtype=torch.float64)
+        layer.experts.up.requires_grad_(False)
+        if how == "checkpoint":
+            out = checkpoint(layer, x, use_reentrant=False)
+        else:
+            out = (torch.compile(layer, backend="eager") if how == "compiled" else layer)(x)
+        torch.testing.assert_close(out, want_out)
+        out.square().sum().backward()
+        assert layer.experts.up.grad is None
+        for name in ("gate", "down"):
+            got, want = (getattr(one.experts, name).grad for one in (layer, plain))
+            torch.testing.assert_close(got, want[placement.physical_to_logical])
+            same_bits(name, got[placement.logical_to_physical[0]], got[[0, 0, 0]])
+        torch.testing.assert_close(layer.choice.weight.grad, plain.router.weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("tool", "transport"), [("hand", "process_group"), ("ddp", "auto"), ("fsdp", "auto")], ids=["hand", "ddp", "fsdp"]
+)
+def test_replicas_are_trained_as_one_expert(worlds, tool, transport):
+    """Also while they move; and replicas stay equal, bit for bit."""
+    want = jobs.trained_alone()
+    slots = jobs.REDUNDANT.physical_to_logical
+    assert jobs.REDUNDANT.num_replicas.max() >= 3
+    for rank, got in enumerate(worlds(4).run(jobs.replicas_trained, tool, transport)):
+        for i in range(5):
+            torch.testing.assert_close(got["losses"][i], want["losses"][i][rank], rtol=1e-12, atol=0)
+        for name in got.keys() - {"losses"}:
+            torch.testing.assert_close(got[name], want[name][slots], rtol=1e-9, atol=1e-14)
+            first = jobs.REDUNDANT.logical_to_physical[slots, 0]
+            same_bits(name, got[name], got[name][first])
 
 
 def test_the_state_dict_knows_the_placement():
@@ -265,7 +298,6 @@ def test_what_ranks_disagree_about(worlds):
         assert "got [8] and [8] slots of 8 and 7 experts" in errors["experts"]
         assert "got [8] and [12] slots" in errors["slots"]
         assert "its state 'row' is [3] for a parameter [8, 16, 12]" in errors["state"]
-        assert "experts with replicas are for inference; leave it out" in errors["replicas"]
 
 
 @pytest.mark.parametrize(("backend", "moved_on"), [("nccl", "cuda"), ("gloo", "cpu"), (None, "cpu")])

@@ -131,6 +131,62 @@ def trained(rank: int, pg: dist.ProcessGroup, tool: str, moves: bool) -> dict[st
     return found
 
 
+def replicas_trained(rank: int, pg: dist.ProcessGroup, tool: str, transport: str) -> dict[str, Any]:
+    """Five steps of AdamW of experts with replicas, some of which move. Losses; parameters and states by slot."""
+    found: dict[str, Any] = {"losses": []}
+    with tokenferry.ExpertGroup(pg, shape(REDUNDANT), transport=transport) as group:
+        torch.manual_seed(0)
+        layer = placed_layer(group, REDUNDANT)
+        model = prepared(nn.Sequential(nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64), layer), tool, pg)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=tool == "fsdp")
+        for step in range(5):
+            for part in range(2):  # gradients add up
+                loss_of(model, rank, 2 * step + part).backward()
+            if step == 1:
+                rebalance(layer, OTHER, optimizer=optimizer)
+            if tool == "hand":
+                for p in layer.replicated_parameters() + list(model[0].parameters()):
+                    if p.grad is not None:
+                        dist.all_reduce(p.grad, group=pg)
+                        p.grad /= pg.size()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 2:
+                rebalance(layer, REDUNDANT, optimizer=optimizer)
+            found["losses"].append(loss_of(model, rank, 100).detach())
+        for i, p in enumerate(layer.expert_parameters()):
+            found[f"parameter {i}"] = whole(p)
+            for name in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} {i}"] = whole(optimizer.state[p][name])
+    return found
+
+
+def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
+    """The loss of a rank's tokens."""
+    return (model(rows(rank, step)) - rows(rank, step).roll(1, -1)).square().mean()
+
+
+def trained_alone() -> dict[str, Any]:
+    """What `replicas_trained` should find, by one process without replicas: losses of all ranks; by expert."""
+    found: dict[str, Any] = {"losses": []}
+    with tokenferry.ExpertGroup(None, shape(PLAIN), backend="cpu") as group:
+        torch.manual_seed(0)
+        layer = placed_layer(group, Placement.of(torch.arange(EXPERTS), 1))
+        model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64), layer)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(5):
+            for part in range(2):
+                torch.stack([loss_of(model, rank, 2 * step + part) for rank in range(4)]).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found["losses"].append([loss_of(model, rank, 100).detach() for rank in range(4)])
+        for i, p in enumerate(layer.expert_parameters()):
+            found[f"parameter {i}"] = p.detach()
+            for name in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} {i}"] = optimizer.state[p][name]
+    return found
+
+
 def prepared(model: nn.Sequential, tool: str, pg: dist.ProcessGroup) -> nn.Module:
     if tool == "fsdp":
         mesh = init_device_mesh("cpu", (pg.size(),))
@@ -163,7 +219,6 @@ def refusals(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, str], bool]:
     with tokenferry.ExpertGroup(pg, shape(PLAIN)) as group:
         layer = placed_layer(group, PLAIN)
         before = [part.clone() for part in parts_of(layer)]
-        optimizer = torch.optim.AdamW(layer.expert_parameters())
         factored = torch.optim.SGD(layer.expert_parameters(), momentum=0.9)
         factored.state[layer.expert_parameters()[0]]["row"] = torch.zeros(3)
         mine = torch.zeros(3 if last else 2, 4)
@@ -178,7 +233,6 @@ def refusals(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, str], bool]:
             "experts": lambda: rebalance(layer, Placement.of(torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]), 4)),
             "slots": lambda: rebalance(layer, REDUNDANT),
             "state": lambda: rebalance(layer, SHUFFLED, optimizer=factored),
-            "replicas": lambda: rebalance(layer, REDUNDANT, optimizer=optimizer),
         }
         for name, call in calls.items():
             try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.nn.balance.replicas import share_gradients
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
 from tokenferry.nn.options import LayerOptions
@@ -40,7 +41,8 @@ class MoELayer(nn.Module):
             ``fullgraph=True``, if the experts use grouped products; see `by_expert`. Otherwise the counts break the
             graph, unless ``torch._dynamo.config.capture_scalar_outputs`` is set.
         Gradients: those of the *mean over ranks* of the ranks' losses. The gradients of an expert are complete on the
-            rank that holds it: do not reduce them. Those of the router, and of every replicated parameter, have to be
+            rank that holds it, or in a `tokenferry.nn.balance.PlacedRouter` on all ranks that hold it: do not reduce
+            them. Those of the router, and of every replicated parameter, have to be
             averaged over the ranks, as DistributedDataParallel and FSDP2 do; see `expert_parameters`,
             `replicated_parameters` and `parallelize`.
         Parameters: our experts are drawn separately for each of the E experts, so that a seed gives the same layer for
@@ -156,7 +158,10 @@ class MoELayer(nn.Module):
     def _cast(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the rows, and this rank's part of the experts' parameters, as they compute: under autocast, cast."""
         num_ranks = self.group.num_ranks
-        parts = {name: averaged_gradient(part, num_ranks) for name, part in self._local_experts().items()}
+        parts = self._local_experts()
+        if isinstance(self.router, PlacedRouter):
+            parts = share_gradients(self.group, self.router.placement, parts)
+        parts = {name: averaged_gradient(part, num_ranks) for name, part in parts.items()}
         dtypes = {part.dtype for part in parts.values()} & {*_NARROW, torch.float32, torch.float64}
         narrow = autocast_dtype(rows.device.type)
         if narrow is None and rows.dtype in _NARROW and torch.float32 in dtypes:

@@ -25,7 +25,7 @@ _DIGEST_BYTES = 7  # of a positive int64
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
+class Move:
     """An expert that has to get into a slot.
 
     Attributes:
@@ -55,8 +55,8 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
         optimizer: Its state of these experts is moved along; None: there is none, or it does not matter any more.
 
     Raises:
-        ConfigError: the router is not a `PlacedRouter`, the placement does not fit, it is to be trained and has
-            replicas, or the optimizer keeps a state that does not belong to single experts.
+        ConfigError: the router is not a `PlacedRouter`, the placement does not fit, or the optimizer keeps a state that
+            does not belong to single experts.
         ArgumentError: ranks passed different placements, parameters or states. Nothing was moved.
     """
     router = layer.router
@@ -68,11 +68,6 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
     old = router.placement
     tensors, error = [], None
     try:
-        if optimizer is not None and (old.is_redundant or placement.is_redundant):
-            raise ConfigError(
-                "rebalance: optimizer: experts with replicas are for inference; leave it out, or use as many slots as "
-                "experts"
-            )
         for parameter in layer.expert_parameters():
             tensors.append(parameter.detach())
             if parameter.grad is not None:
@@ -180,7 +175,7 @@ def _agree(group: ExpertGroup, what: str, old: Placement, new: Placement) -> Non
         )
 
 
-def _moves(old: Placement, new: Placement, node_of_rank: Sequence[int]) -> Iterator[_Move]:
+def _moves(old: Placement, new: Placement, node_of_rank: Sequence[int]) -> Iterator[Move]:
     """Yield what has to be moved, by target: from the same rank if it has the expert, else from the same node."""
     width = old.num_slots // old.num_ranks
     before = old.physical_to_logical.tolist()
@@ -193,22 +188,22 @@ def _moves(old: Placement, new: Placement, node_of_rank: Sequence[int]) -> Itera
         near = [slot for slot in sources if node_of_rank[slot // width] == node_of_rank[receiver]]
         best = here or near or sources
         source = best[target % len(best)]  # in turn, so that no rank sends all
-        yield _Move(source, target, source // width, receiver)
+        yield Move(source, target, source // width, receiver)
 
 
-def _move_part(group: ExpertGroup, part: Tensor, moves: Sequence[_Move]) -> None:
+def _move_part(group: ExpertGroup, part: Tensor, moves: Sequence[Move]) -> None:
     """Move the rows of one tensor. Rows are only written when all that is read here has been sent or copied."""
     rank, width = group.rank, part.shape[0]
     arriving = [m for m in moves if m.receiver == rank]
     inside = [m for m in arriving if m.sender == rank]
     outside = [m for m in arriving if m.sender != rank]
     kept = part[[m.source % width for m in inside]]
-    received = _exchanged(group, part, [m for m in moves if m.sender == rank and m.receiver != rank], outside)
+    received = exchanged(group, part, [m for m in moves if m.sender == rank and m.receiver != rank], outside)
     for rows, there in ((kept, inside), (received, outside)):
         part[[m.target % width for m in there]] = rows
 
 
-def _exchanged(group: ExpertGroup, part: Tensor, leaving: Sequence[_Move], arriving: Sequence[_Move]) -> Tensor:
+def exchanged(group: ExpertGroup, part: Tensor, leaving: Sequence[Move], arriving: Sequence[Move]) -> Tensor:
     """Send rows of this rank, and return those that it receives, in the order of ``arriving``."""
     process_group, width = group.process_group, part.shape[0]
     rows = part.new_empty((len(arriving), *part.shape[1:]))

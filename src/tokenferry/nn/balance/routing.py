@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenferry.api import ExpertGroup
-from tokenferry.errors import ConfigError, ShapeError, UnsupportedError
+from tokenferry.errors import ConfigError, ShapeError
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.types import Routing
 
@@ -123,8 +123,8 @@ class PlacedRouter(nn.Module):
     """A router of logical experts for a layer of physical ones: pass it as ``router=`` to `MoELayer`.
 
     Contract:
-        As the router that it wraps. With replicas it is for inference only: their gradients would have to be added up,
-            and norms and optimizers would count them several times. So it then raises where gradients are enabled.
+        As the router that it wraps. `MoELayer` adds up the gradients of replicas in backward; programs that multiply by
+            themselves have to do so, too.
         The state dict holds ``physical_to_logical``, since experts are saved in the order of their slots. Loading it
             places them, also in place, as ``torch.distributed.checkpoint.load`` does it; on any number of ranks.
 
@@ -170,9 +170,12 @@ class PlacedRouter(nn.Module):
     @property
     def placement(self) -> Placement:
         """Where the experts are."""
+        self._follow_state()
+        return self._map.placement
+
+    def _follow_state(self) -> None:
         if self._slots._version != self._version:  # written by whoever loads into the tensors of a state dict
             self.place(Placement.of(self._slots, self._map.placement.num_ranks))
-        return self._map.placement
 
     def place(self, placement: Placement) -> None:
         """Send tokens by another placement from now on; the weights are not moved: see `rebalance`.
@@ -186,16 +189,8 @@ class PlacedRouter(nn.Module):
         self._version = self._slots._version
 
     def forward(self, x: Tensor) -> Routing:
-        """Route ``x`` ``[T, H]`` to slots.
-
-        Raises:
-            UnsupportedError: an expert has replicas, and gradients are enabled.
-        """
-        if self.placement.is_redundant and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "PlacedRouter: experts with replicas are for inference; call the model under torch.no_grad(), or train "
-                "with a placement of as many slots as experts"
-            )
+        """Route ``x`` ``[T, H]`` to slots."""
+        self._follow_state()
         return self._map(self.router(x))
 
     def reset_parameters(self) -> None:
