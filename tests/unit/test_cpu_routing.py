@@ -1,4 +1,4 @@
-"""Sums of the CPU backend across block boundaries are equal to those of plain loops, bit for bit."""
+"""Sums of the CPU backend are equal to those of plain loops, bit for bit; rows are copied into their ranges only."""
 
 import sys
 
@@ -81,3 +81,24 @@ def test_rows_become_bytes_whatever_strides_torch_calls_contiguous(shape, stride
     found = cpu_routing.as_bytes(rows)
     assert found.shape == (shape[0], 4 * shape[1])
     assert bytes(found.flatten().tolist()) == b"".join(n.to_bytes(4, sys.byteorder) for n in rows.flatten().tolist())
+
+
+RANGES = [range(2), range(4, 4), range(4, 7), range(7, 9), range(12, 13)]
+"""Of five experts, one without rows and two side by side; there is padding between them and behind."""
+
+
+def test_rows_are_expanded_into_their_ranges_only():
+    rows = torch.arange(20.0).view(4, 5)
+    row_idx = torch.tensor([[0, 4], [1, 8], [5, 7], [6, 12]], dtype=torch.int32)
+    out = torch.full((15, 5), -1.0)
+    cpu_routing.expand_rows(rows, row_idx, RANGES, out)
+    source = [0, 1, -1, -1, 0, 2, 3, 2, 1, -1, -1, -1, 3, -1, -1]
+    assert out.equal(torch.stack([rows[i] if i >= 0 else torch.full((5,), -1.0) for i in source]))
+
+
+def test_padding_is_zeroed_and_no_rows():
+    out = torch.full((15, 3), 7.0)
+    cpu_routing.zero_padding(RANGES, out)
+    filled = [i for each in RANGES for i in each]
+    assert [i for i in range(15) if out[i].eq(7.0).all()] == filled
+    assert not out[[i for i in range(15) if i not in filled]].any()

@@ -101,18 +101,29 @@ def expand_rows(rows: Tensor, row_idx: Tensor, ranges: Sequence[range], out: Ten
     source = torch.empty(out.shape[0], dtype=torch.int64, device="cpu")
     row, slot = (row_idx >= 0).nonzero().unbind(1)
     source[row_idx[row, slot]] = row
-    for of_expert in ranges:
-        here = slice(of_expert.start, of_expert.stop)
-        torch.index_select(as_words(rows), 0, source[here], out=as_words(out)[here])
+    words, out = as_words(rows), as_words(out)
+    for here in _joined(ranges):
+        torch.index_select(words, 0, source[here], out=out[here])
 
 
 def zero_padding(ranges: Sequence[range], out: Tensor) -> None:
     """Set ``out`` to zero outside of the experts' ``ranges``."""
-    end = 0
-    for of_expert in ranges:
-        as_words(out)[end : of_expert.start] = 0
-        end = of_expert.stop
-    as_words(out)[end:] = 0
+    out, end = as_words(out), 0
+    for here in _joined(ranges):
+        out[end : here.start] = 0
+        end = here.stop
+    out[end:] = 0
+
+
+def _joined(ranges: Sequence[range]) -> list[slice]:
+    """Return ascending ranges as few slices: without alignment one."""
+    found: list[slice] = []
+    for each in ranges:
+        if found and found[-1].stop == each.start:
+            found[-1] = slice(found[-1].start, each.stop)
+        elif each:
+            found.append(slice(each.start, each.stop))
+    return found
 
 
 def pad(rows: Tensor, num_rows: int, fill: int | None = None) -> Tensor:

@@ -126,9 +126,10 @@ class Model:
         fully_shard(model, mesh=mesh, ignored_params=experts)
         self.model = model
         parameters = list(model.parameters())
-        # Fused and foreach optimizers take one kind of tensor only.
+        # Foreach takes one kind of tensor only. On GPUs torch chooses it by itself; on CPUs, without it, each DTensor
+        # would cost the host a dozen dispatches, of which experts that are plain tensors have none.
         kinds = [[one for one in parameters if isinstance(one, DTensor) == sharded] for sharded in (True, False)]
-        self.optimizers = [torch.optim.AdamW(kind, lr=LEARNING_RATE) for kind in kinds if kind]
+        self.optimizers = [torch.optim.AdamW(kind, lr=LEARNING_RATE, foreach=True) for kind in kinds if kind]
 
     def results(self, text: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the loss, and this rank's part of the gradients of all weights, by kind. Collective."""
