@@ -13,7 +13,6 @@
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,7 +51,7 @@ struct EmuCopy {
 };
 
 struct EmuFiber {
-    jmp_buf place;  // where it goes on, once started
+    void* place[5];  // where it goes on, once started
     EmuIndex index;
     bool started = false, done = false;
     unsigned exchanges = 0;
@@ -74,14 +73,13 @@ struct EmuBlock {
     const void* params;
     unsigned char* dynamic;
     unsigned char* stacks;
-    ucontext_t start;  // of each fiber, but for its stack
     std::vector<EmuFiber> fibers;
     std::vector<EmuWarp> warps;
     unsigned current = 0, arrived = 0, generation = 0, progress = 0;
     bool all[2] = {true, true};  // of __syncthreads_and; halves take turns
     std::unordered_map<void*, std::vector<EmuCopy>>
         loads;  // by barrier: each is done when it is waited for, no earlier
-    jmp_buf scheduler;
+    void* scheduler[5];
 };
 
 static thread_local EmuBlock* emu_block;
@@ -93,22 +91,35 @@ static std::atomic<const char*> emu_fault{nullptr};  // as on a GPU, nothing run
 #define blockDim (EmuIndex{emu_block->threads})
 #define gridDim (EmuIndex{emu_block->grid})
 
-// By _setjmp and _longjmp: swapcontext makes a system call each time, to keep signal masks that no test uses.
+// By what g++ builds in: those of the C library look for clean-up handlers, and swapcontext and setcontext make a system
+// call each time, to keep signal masks that no test uses. A test starts millions of fibers.
+static void __attribute__((noinline, noreturn)) emu_jump(void** place) { __builtin_longjmp(place, 1); }
 static void __attribute__((noinline)) emu_change_fiber() {
-    if (!_setjmp(EMU_FIBER.place)) _longjmp(emu_block->scheduler, 1);
+    if (!__builtin_setjmp(EMU_FIBER.place)) emu_jump(emu_block->scheduler);
 }
 static void emu_run_fiber(int i);
-static void __attribute__((noinline)) emu_resume_fiber() {
-    EmuFiber& fiber = EMU_FIBER;
-    if (_setjmp(emu_block->scheduler)) return;
-    if (fiber.started) _longjmp(fiber.place, 1);
-    fiber.started = true;
-    ucontext_t context = emu_block->start;
-    context.uc_stack.ss_sp = emu_block->stacks + EMU_STACK_BYTES * fiber.index.x;
+static void __attribute__((noinline, noreturn)) emu_start_fiber(int i) {
+    unsigned char* stack = emu_block->stacks + EMU_STACK_BYTES * i;
+#ifdef __x86_64__
+    asm volatile("mov %0, %%rsp; xor %%ebp, %%ebp; call *%1" ::"r"(stack + EMU_STACK_BYTES), "r"(emu_run_fiber),
+                 "D"(i));
+#else
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
     context.uc_stack.ss_size = EMU_STACK_BYTES;
     context.uc_link = 0;
-    makecontext(&context, (void (*)())emu_run_fiber, 1, (int)fiber.index.x);
+    makecontext(&context, (void (*)())emu_run_fiber, 1, i);
     setcontext(&context);
+#endif
+    __builtin_unreachable();
+}
+static void __attribute__((noinline)) emu_resume_fiber() {
+    EmuFiber& fiber = EMU_FIBER;
+    if (__builtin_setjmp(emu_block->scheduler)) return;
+    if (fiber.started) emu_jump(fiber.place);
+    fiber.started = true;
+    emu_start_fiber(fiber.index.x);
 }
 static void emu_await_change(const unsigned& word, unsigned old) {
     EMU_FIBER.watched = &word, EMU_FIBER.old = old;
@@ -344,9 +355,7 @@ static void* emu_run_block(void* given) {
         emu_fault = "no memory for the stacks of a block";
         return 0;
     }
-    getcontext(&emu_block->start);
     for (unsigned i = 0; i < emu_block->threads; i++) emu_block->fibers[i].index = {i};
-    const timespec pause = {0, 50000};
     unsigned idle = 0;  // times in a row that all threads waited for other blocks
     while (emu_block->live && !emu_fault) {
         const unsigned progress = emu_block->progress, live = emu_block->live;
@@ -360,9 +369,10 @@ static void* emu_run_block(void* given) {
         }
         if (!ran && !emu_fault) emu_fault = "every thread of a block waits for another one of it";
         idle = emu_block->progress == progress && emu_block->live == live ? idle + 1 : 0;
-        if (idle > 200)
-            nanosleep(&pause, 0);  // or blocks that wait for a deadline would take the processors of all others
-        else if (idle) sched_yield();
+        if (idle > 4) {  // or blocks that wait would take the processors of those that they wait for
+            const timespec pause = {0, 20000l * (idle < 30 ? idle : 30)};
+            nanosleep(&pause, 0);
+        } else if (idle) sched_yield();
     }
     for (auto& one : emu_block->loads)
         if (!one.second.empty() && !emu_fault) emu_fault = "a block ends with bulk loads under way";
