@@ -58,14 +58,15 @@ def encoding_cases(ranks: int) -> list[Case]:
 
 def encodings(rank, pg, pair: Pair, ranks: int) -> None:
     with pair.open(pg, encoding_cases(ranks)[0].shape) as group:
-        for case in encoding_cases(ranks):
+        for i, case in enumerate(encoding_cases(ranks)):
             view, step = group.for_shape(case.shape), Step(case, rank)
             sent = view.decode_dispatch(step.mine().x, step.routing())
             for encoding in ("fp8", "logfmt10"):
-                check_encoding(view, step, sent, torch.float16, encoding, fast=False)  # sums per rank would be infinite
-                for dtype in (torch.bfloat16, torch.float32):
-                    check_encoding(view, step, sent, dtype, encoding, fast=False)
-                    check_encoding(view, step, sent, dtype, encoding, fast=True)
+                if i % 3 == 0:
+                    check_encoding(view, step, sent, torch.float16, encoding, fast=False)  # or sums would be infinite
+                dtype = (torch.bfloat16, torch.float32)[i % 2]
+                check_encoding(view, step, sent, dtype, encoding, fast=False)
+                check_encoding(view, step, sent, dtype, encoding, fast=True)
 
 
 def not_finite(rank, pg, pair: Pair) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from support.pairs import Pair
 from support.throughput import (
+    COMBINES,
     Deal,
     all_options,
     check_combine,
@@ -41,9 +42,10 @@ def cases(ranks: int) -> list[Case]:
 def round_trips(rank, pg, pair: Pair, ranks: int) -> None:
     with pair.open(pg, cases(ranks)[0].shape) as group:
         for i, case in enumerate(cases(ranks)):
-            # Every case meets every layout; variants with free rows, without and with padding take turns.
-            for options in all_options(case)[i % 3 :: 3]:
-                check_round_trip(group.for_shape(case.shape), case, options)
+            # Every case meets every layout; variants with free rows, without and with padding take turns, and so do
+            # those of combine. All options meet all of these.
+            for j, options in enumerate(all_options(case)[i % 3 :: 3]):
+                check_round_trip(group.for_shape(case.shape), case, options, COMBINES[(i + j) % 2 :: 2])
 
 
 def quantized_rows(rank, pg, pair: Pair, ranks: int) -> None:

@@ -92,11 +92,14 @@ class Case:
         return self.rows(rank, torch.float32, self.top_k, 32 + salt)
 
     def _sent(self, rank: int) -> Sent:
+        x = self.rows(rank, self.dtype, self.hidden, 0)
+        return Sent(x, _known_choices(self, rank).clone(), self.gates(rank) if self.weights else None)
+
+    def choices(self, rank: int) -> Tensor:
+        """Return ``[T, K]`` chosen experts of ``rank``."""
         pick = random.Random(f"{self.seed} {rank} {self.routing}")
         chosen = [self._choose(pick, rank, token) for token in range(self.tokens[rank])]
-        topk_idx = torch.tensor(chosen, dtype=self.idx_dtype, device="cpu").reshape(self.tokens[rank], self.top_k)
-        x = self.rows(rank, self.dtype, self.hidden, 0)
-        return Sent(x, topk_idx, self.gates(rank) if self.weights else None)
+        return torch.tensor(chosen, dtype=self.idx_dtype, device="cpu").reshape(self.tokens[rank], self.top_k)
 
     def _choose(self, pick: random.Random, rank: int, token: int) -> list[int]:
         local = self.experts // self.ranks
@@ -118,9 +121,17 @@ class Case:
         return chosen
 
 
+# The checks of one case ask for the same inputs and answers again and again.
+
+
+@functools.lru_cache(maxsize=256)
+def _known_choices(case: Case, rank: int) -> Tensor:
+    return case.choices(rank)
+
+
 @functools.lru_cache(maxsize=256)
 def _known_rows(first: int, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Return the rows of consecutive numbers, which the checks of one case ask for again and again."""
+    """Return the rows of consecutive numbers."""
     return payload(torch.arange(first, first + num_rows, dtype=torch.int64, device="cpu"), width, dtype)
 
 
@@ -162,12 +173,19 @@ def returned_weights(case: Case, oracle: Oracle, rank: int, num_rows: int) -> Te
 
 def _scatter(case: Case, oracle: Oracle, rank: int, shape: tuple[int, int], dtype: torch.dtype, *, salt: int) -> Tensor:
     table = torch.full(shape, torch.nan, dtype=dtype, device="cpu")
-    rows = oracle.rows(rank)
-    if rows:
-        numbers = [
-            ((salt * 61 + rank) * 257 + (row.expert or 0)) * 100_003 + sum(case.tokens[: row.src_rank]) + row.src_token
-            for row in rows
-        ]
-        places = torch.tensor([row.place for row in rows], dtype=torch.int64, device="cpu")
-        table[places] = payload(torch.tensor(numbers, dtype=torch.int64, device="cpu") + case.seed * 7, shape[1], dtype)
+    places, values = _known_answers(case, oracle, rank, shape[1], salt)
+    table[places] = values.to(dtype)
     return table
+
+
+@functools.lru_cache(maxsize=64)
+def _known_answers(case: Case, oracle: Oracle, rank: int, width: int, salt: int) -> tuple[Tensor, Tensor]:
+    """Return the place of each row that holds an answer, and its ``[n, width]`` float64 values."""
+    rows = oracle.rows(rank)
+    numbers = [
+        ((salt * 61 + rank) * 257 + (row.expert or 0)) * 100_003 + sum(case.tokens[: row.src_rank]) + row.src_token
+        for row in rows
+    ]
+    places = torch.tensor([row.place for row in rows], dtype=torch.int64, device="cpu")
+    tokens = torch.tensor(numbers, dtype=torch.int64, device="cpu") + case.seed * 7
+    return places, payload(tokens, width, torch.float64)

@@ -72,20 +72,18 @@ class Oracle:
         self.num_ranks = len(sent)
         self.num_local = num_experts // len(sent)
         self.choices = [one.topk_idx.tolist() for one in sent]
-        self._rows = [self._deliver(rank) for rank in range(self.num_ranks)]
+        # Looked up for every row of every check, so made once.
+        ranks = range(self.num_ranks)
+        self._locals = [[[self._in(rank, token) for token in tokens] for tokens in self.choices] for rank in ranks]
+        self._received = [self._receive(rank) for rank in ranks]
+        self._rows = [self._deliver(rank) for rank in ranks]
         self._places = [{(row.src_rank, row.src_token, row.expert): row.place for row in rows} for rows in self._rows]
 
     # ------------------------------------------------------------------ places
 
     def received(self, rank: int) -> list[tuple[int, int]]:
         """Return (source rank, source token) of each token that ``rank`` receives, once, by source, then token."""
-        first = rank * self.num_local
-        places = []
-        for src, tokens in enumerate(self.choices):
-            for token, experts in enumerate(tokens):
-                if any(first <= e < first + self.num_local for e in experts):
-                    places.append((src, token))
-        return places
+        return self._received[rank]
 
     def expert_counts(self, rank: int) -> list[int]:
         """Return the rows of each local expert: a token counts once per expert, even if it names it repeatedly."""
@@ -116,6 +114,14 @@ class Oracle:
         """Return the place of a token on ``rank`` (for a local expert), or -1."""
         return self._places[rank].get((src_rank, src_token, expert), -1)
 
+    def _receive(self, rank: int) -> list[tuple[int, int]]:
+        places = []
+        for src, tokens in enumerate(self._locals[rank]):
+            for token, experts in enumerate(tokens):
+                if any(e >= 0 for e in experts):
+                    places.append((src, token))
+        return places
+
     def _deliver(self, rank: int) -> list[Row]:
         received = self.received(rank)
         if self.layout == "rows":
@@ -132,8 +138,11 @@ class Oracle:
 
     def _local(self, rank: int, src: int, token: int) -> list[int]:
         """Return the local expert on ``rank`` of each slot of a token, -1 where it is elsewhere."""
+        return self._locals[rank][src][token]
+
+    def _in(self, rank: int, experts: list[int]) -> list[int]:
         first = rank * self.num_local
-        return [e - first if first <= e < first + self.num_local else -1 for e in self.choices[src][token]]
+        return [e - first if first <= e < first + self.num_local else -1 for e in experts]
 
     # ------------------------------------------------------------------ dispatch
 
@@ -166,9 +175,8 @@ class Oracle:
             weights = given[row.src_rank]
             assert weights is not None
             local = self._local(rank, row.src_rank, row.src_token)
-            table.append(
-                [w if e >= 0 else torch.zeros_like(w) for w, e in zip(weights[row.src_token], local, strict=True)]
-            )
+            zero = torch.zeros((), dtype=weights.dtype, device="cpu")
+            table.append([w if e >= 0 else zero for w, e in zip(weights[row.src_token], local, strict=True)])
             if row.expert is not None:
                 table[-1] = [_sum([w for w, e in zip(table[-1], local, strict=True) if e == row.expert])]
         flat = [weight for line in table for weight in line]
