@@ -55,11 +55,13 @@ demo: $(DEMO)
 	$(PY) -m tokenferry demo $(ARGS)
 
 # Ranks are processes that the tests fork: each leaves a coverage file of its own, which `combine` puts together. So
-# does each process of pytest; those of a file run in one, since they share what they have measured or compiled.
+# does each process of pytest; those of a file run in one, since they share what they have measured or compiled. Files
+# are dealt out in the order of their names, in which tests/unit, with many short ones, comes last: the processes end
+# together. xdist would leave the files with few tests for the end, and those are the long ones.
 test: $(READY) $(CLIENTS)
 	@if command -v g++ > /dev/null; then floor=; else floor=--fail-under=90; \
 	    echo "make test: there is no g++, so the emulator does not run the kernels, and the CUDA backend is not covered"; fi; \
-	if $(HAVE) xdist; then workers="-n auto --dist loadfile"; fi; \
+	if $(HAVE) xdist; then workers="-n auto --dist loadfile --no-loadscope-reorder"; fi; \
 	if $(HAVE) coverage; then set -ex; \
 	    $(PY) -m coverage erase; \
 	    $(PY) -m coverage run -m pytest $$workers $(ARGS); \

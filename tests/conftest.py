@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -24,14 +25,20 @@ if torch.cuda.is_available():
     os.environ.setdefault("TOKENFERRY_BACKEND", "cpu")
 
 
-WORKERS = 2
-"""Processes for `pytest -n auto`: tests with ranks keep several cores busy themselves."""
+WORKERS = 3
+"""Processes for `pytest -n auto`: tests with ranks keep several cores busy themselves, and those of faults wait."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes run tests: those on GPUs would wait for one another."""
-    return 0 if torch.cuda.is_available() else min(WORKERS, os.cpu_count() or 1)
+    return 0 if torch.cuda.is_available() else min(WORKERS, 1 + (os.cpu_count() or 1))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules and the thousands of tests out of all later collections of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

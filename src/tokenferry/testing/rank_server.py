@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import gc
 import importlib
 import multiprocessing
 import os
@@ -183,6 +184,8 @@ def main(descriptor: int, program: int, *, dtensor: bool) -> None:
         importlib.import_module("tokenferry.autograd")  # all that ranks are likely to need, beside this file's imports
         if dtensor:
             importlib.import_module("torch.distributed.tensor")
+        gc.collect()
+        gc.freeze()  # or each collection in each rank would look at all that was imported, and copy its pages
         _Server(descriptor, program).run()
         code = 0
     except Exception:  # noqa: BLE001 - the end of a process, whatever it is
