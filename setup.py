@@ -1,9 +1,10 @@
-"""The one step of the build that pyproject.toml cannot name: a page of docs/ that the package shows goes into it."""
+"""What pyproject.toml cannot name: a page that goes into the package, and links of the README that work elsewhere."""
 
+import runpy
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build_py import build_py
 
 
@@ -17,4 +18,16 @@ class BuildPy(build_py):
             shutil.copy("docs/errors.md", Path(self.build_lib) / "tokenferry" / "cli")
 
 
-setup(cmdclass={"build_py": BuildPy})
+class Distribution(setuptools.Distribution):
+    """Let the README that an index shows link to the documentation site, if [project.urls] has its address."""
+
+    def parse_config_files(self, *args: object, **kwargs: object) -> None:
+        """Read pyproject.toml, and rewrite the links."""
+        super().parse_config_files(*args, **kwargs)
+        site = (self.metadata.project_urls or {}).get("Documentation")
+        if site:
+            absolute = runpy.run_path("docs/hooks.py")["absolute"]
+            self.metadata.long_description = absolute(self.metadata.long_description, "index.md", site)
+
+
+setuptools.setup(cmdclass={"build_py": BuildPy}, distclass=Distribution)

@@ -131,9 +131,27 @@ def missing(inventory: bytes) -> list[str]:
     return [name for _, names in reference().values() for name in names if name not in held]
 
 
+def absolute(markdown: str, page: str, site: str) -> str:
+    """Return the text of a page with its links as a reader elsewhere needs them: to a site that has its pages."""
+
+    def address(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), match[3]))
+        target = "" if target == "index.md" else re.sub(r"\.md$", "/", target)
+        return f"{match[2]}{site.rstrip('/')}/{target}{match[4] or ''}{match[5]}"
+
+    parts = re.split(r"(^```.*?^```$)", rewritten(markdown, page)[0], flags=re.DOTALL | re.MULTILINE)
+    return "".join(
+        part if i % 2 else LINK.sub(lambda match: match[1] or address(match), part) for i, part in enumerate(parts)
+    )
+
+
 def on_config(config: Any) -> Any:  # noqa: ANN401 - mkdocs
-    """Use the anchors that links in the files use."""
+    """Use the anchors that links in the files use, and the address of the site that the package names."""
+    import tomllib  # the site is built with Python 3.11 or newer
+
     config.mdx_configs["toc"]["slugify"] = slug
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    config.site_url = project.get("urls", {}).get("Documentation")
     return config
 
 

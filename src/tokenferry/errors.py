@@ -23,6 +23,31 @@ from __future__ import annotations
 import pickle
 
 
+def page_address(page: str, anchor: str = "") -> str | None:
+    """Return the address of a page of the documentation site, or None if the package does not name one.
+
+    The address of the site is that of ``Documentation`` in the ``[project.urls]`` of pyproject.toml, which an installed
+    package holds in its metadata.
+
+    Args:
+        page: The name of a file in docs/, such as ``"errors"``.
+        anchor: A heading, as a link has it.
+    """
+    from importlib import metadata  # errors are rare, and this takes milliseconds
+
+    try:
+        urls = metadata.metadata("tokenferry").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:  # a clone that is not installed
+        return None
+    site = next((url for label, _, url in (one.partition(", ") for one in urls) if label == "Documentation"), None)
+    return site and f"{site.rstrip('/')}/{page}/{anchor and '#'}{anchor}"
+
+
+def page_place(page: str) -> str:
+    """Return where a page of the documentation is: its address, or without one its file in a clone."""
+    return page_address(page) or f"docs/{page}.md"
+
+
 class TokenferryError(Exception):
     """Base class of all exceptions of tokenferry."""
 

@@ -151,7 +151,9 @@ def test_links_in_the_code_lead_somewhere():
     for source in sorted((documents.ROOT / "src").rglob("*.py")):
         # A message may be split over two literals: join adjacent ones before looking.
         text = re.sub(r'"\s*\n\s*f?"', "", source.read_text())
-        for target, anchor in re.findall(r"(docs/[\w-]+\.md)(?:#([\w-]+))?", text):
+        named = re.findall(r"(docs/[\w-]+\.md)(?:#([\w-]+))?", text)
+        pages = re.findall(r"page_(?:address|place)\([\"']([\w-]+)[\"'](?:, [\"']([\w-]+)[\"'])?\)", text)
+        for target, anchor in [*named, *((f"docs/{page}.md", anchor) for page, anchor in pages)]:
             found += 1
             assert (documents.ROOT / target).exists(), f"{source}: {target}: there is no such file"
             if anchor:

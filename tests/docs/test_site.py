@@ -2,6 +2,7 @@
 
 import importlib.util
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +81,32 @@ def test_a_name_that_the_site_lacks_is_found(hooks):
 )
 def test_links_between_files_become_links_between_pages(hooks, page, text, expected):
     assert hooks.rewritten(text, page)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a](docs/errors.md#peertimeout)", "[a](https://x.y/z/errors/#peertimeout)"),
+        ("![a](benchmarks/chart.svg)", "![a](https://x.y/z/files/benchmarks/chart.svg)"),
+        ("[a](benchmarks/README.md#gpus) `[b](docs/p.md)`", "[a](https://x.y/z/measurements/#gpus) `[b](docs/p.md)`"),
+        ("[a](https://a.b/c.md) [b](#here)", "[a](https://a.b/c.md) [b](#here)"),
+        ("[a](README.md#here)", "[a](https://x.y/z/#here)"),
+        ("```text\n[a](README.md)\n```\n", "```text\n[a](README.md)\n```\n"),
+    ],
+)
+def test_links_of_the_readme_lead_to_the_site(hooks, text, expected):
+    for site in ("https://x.y/z", "https://x.y/z/"):
+        assert hooks.absolute(text, "index.md", site) == expected
+
+
+@pytest.mark.parametrize("site", ["https://docs.example/tokenferry/", None])
+def test_the_site_has_the_address_that_the_package_names(hooks, site, tmp_path, monkeypatch):
+    pytest.importorskip("tomllib")
+    urls = f'Documentation = "{site}"' if site else ""
+    (tmp_path / "pyproject.toml").write_text(f"[project]\nname = 'x'\n[project.urls]\n{urls}\n")
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    config = hooks.on_config(SimpleNamespace(mdx_configs={"toc": {}}, site_url="of another"))
+    assert config.site_url == site
 
 
 def test_anchors_are_those_that_links_use(hooks):

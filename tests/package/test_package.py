@@ -7,11 +7,14 @@ import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib import metadata as metadata_of_packages
 from pathlib import Path
 
 import pytest
 
 import tokenferry
+from support import documents
+from tokenferry import errors
 from tokenferry.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +143,43 @@ def test_runs_where_only_torch_is_installed(wheel, tmp_path):
         assert done.stderr == ""
         if words[0] == "-c":
             assert done.stdout.split() == [str(tmp_path / "site" / "tokenferry" / "__init__.py"), "[]"]
+
+
+SITE = "https://docs.example/tokenferry/"
+TIMEOUT = """
+from tokenferry.transports.base import CallId, peer_timeout
+print(peer_timeout(CallId("dispatch", 3), 0, [1], "nothing came", 1.0, "Nothing was received."))
+"""
+
+
+def test_the_address_of_the_site_is_set_in_one_place(sdist, tmp_path):
+    """With it, errors, commands and the README that an index shows link to the site."""
+    clone = tmp_path / "clone"
+    shutil.copytree(sdist, clone)
+    project = (clone / "pyproject.toml").read_text()
+    assert "\n[project.urls]\n" in project
+    (clone / "pyproject.toml").write_text(
+        project.replace("\n[project.urls]\n", f'\n[project.urls]\nDocumentation = "{SITE}"\n')
+    )
+    made = build("prepare_metadata_for_build_wheel", clone, tmp_path)
+    metadata = Parser().parsestr((made / "METADATA").read_text())
+    assert metadata.get_all("Project-URL") == [f"Documentation, {SITE}"]
+    links = documents.links(metadata.get_payload())
+    assert {f"{SITE}errors/#ranks-that-come-back", f"{SITE}files/benchmarks/chart.svg"} <= set(links)
+    assert all(link.startswith(("https://", "#")) for link in links)
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCE.parent}", "CUDA_VISIBLE_DEVICES": ""}
+    for words in (["-c", TIMEOUT], ["-m", "tokenferry", "explain-error", "PeerTimeout"]):
+        run = subprocess.run(
+            [sys.executable, *words], env=environ, capture_output=True, text=True, timeout=120, check=True
+        )
+        assert f"{SITE}errors/#peertimeout" in run.stdout
+        assert "(docs/" not in run.stdout
+
+
+def test_without_an_address_files_are_named(monkeypatch):
+    monkeypatch.setattr(metadata_of_packages, "metadata", lambda name: Parser().parsestr("Name: tokenferry\n"))
+    assert errors.page_address("errors", "peertimeout") is None
+    assert errors.page_place("across-nodes") == "docs/across-nodes.md"
 
 
 def test_files_around_the_code_agree_with_it(metadata):

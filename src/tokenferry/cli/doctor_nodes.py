@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from tokenferry.api import ExpertGroup
 from tokenferry.cli.finding import Finding, run_check
+from tokenferry.errors import page_place
 from tokenferry.types import BackendName, MoeShape, Routing
 
 JOB_TIMEOUT_S = 60.0
@@ -83,4 +84,4 @@ def of_job() -> Finding:
         finally:
             dist.destroy_process_group()
 
-    return run_check("nodes of this job", attempt, "see docs/across-nodes.md", required=True)
+    return run_check("nodes of this job", attempt, f"see {page_place('across-nodes')}", required=True)

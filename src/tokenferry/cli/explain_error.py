@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenferry import errors
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, page_address, page_place
 
 DESCRIPTION = """\
 Shows what an exception of tokenferry means, whether the group is still usable, and what to do; without a name, lists
@@ -39,6 +39,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     screen.line(name, style="bold")
     for line in [*textwrap.wrap(afterwards(page, name), width), "", *as_text(known[name], width)]:
         screen.line(line)
+    address = page_address("errors", name.lower())
+    if address:
+        screen.line(f"\n{address}")
     return 0
 
 
@@ -100,7 +103,7 @@ def as_text(section: str, width: int) -> list[str]:
 def plain(markdown: str) -> str:
     """Return text without emphasis and code marks, on one line; a link to another page names it."""
     text = re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", " ".join(markdown.split()))
-    text = re.sub(r"\[([^\]]*)\]\(([\w-]+\.md)[^)]*\)", r"\1 (docs/\2)", text)
+    text = re.sub(r"\[([^\]]*)\]\(([\w-]+)\.md[^)]*\)", lambda link: f"{link[1]} ({page_place(link[2])})", text)
     parts = re.split(r"`+([^`]*)`+", text)
     return "".join(part if i % 2 else re.sub(r"\*+", "", part) for i, part in enumerate(parts))
 

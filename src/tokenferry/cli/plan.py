@@ -15,7 +15,7 @@ from tokenferry.cost.calls import CallCost
 from tokenferry.cost.case import Case, Cluster, Gate, Links
 from tokenferry.cost.estimate import DecodeSizes, Estimate, Family, as_json, estimate, over_nodes
 from tokenferry.cost.sampling import Sampling
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, page_place
 from tokenferry.types import MoeShape
 
 DESCRIPTION = """\
@@ -165,7 +165,7 @@ def _foot(found: Estimate) -> list[str]:
         f"DeepEP V1 low latency: {v1.dispatch_us:.0f} us for the bytes of a dispatch, {v1.combine_us:.0f} of a "
         f"combine; {v1.buffer_bytes / 1e6:.0f} MB of buffers"
     )
-    lines.append("a model: no time across a network was measured on GPUs; see docs/cost-model.md")
+    lines.append(f"a model: no time across a network was measured on GPUs; see {page_place('cost-model')}")
     return lines
 
 

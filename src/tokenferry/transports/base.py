@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tokenferry.errors import PeerTimeout
+from tokenferry.errors import PeerTimeout, page_address
 
 HEADER_INTS = 16
 """Every message starts with this many signed 64-bit integers; the backend defines what they mean."""
@@ -171,9 +171,10 @@ def peer_timeout(call: CallId, rank: int, peers: Sequence[int], why: str, waited
     """
     who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
     where = f"{call.phase} #{call.number}" if call.number else call.phase
+    places = ("`tokenferry explain-error PeerTimeout`", page_address("errors", "peertimeout"))
     return PeerTimeout(
         f"{where}: rank {rank} waited {waited_s:.1f} s for {who}: {why}. {last} The group is broken; "
-        "`tokenferry explain-error PeerTimeout` says what to do",
+        f"{' and '.join(filter(None, places))} {'say' if places[1] else 'says'} what to do",
         phase=call.phase,
         call=call.number,
         rank=rank,
