@@ -68,6 +68,15 @@ def test_a_word_that_is_nearly_a_command(capsys):
     assert capsys.readouterr().err.endswith("choose one of " + ", ".join(parser.COMMANDS) + "\n")
 
 
+def test_what_is_wrong_is_broken_between_words(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert stopped(["fly"]) == 2
+    said = terminal.getvalue()
+    assert max(map(len, said.splitlines())) <= 60
+    assert " ".join(said.split()).endswith("choose one of " + ", ".join(parser.COMMANDS))
+
+
 @pytest.mark.parametrize(
     ("argv", "end"),
     [

@@ -54,6 +54,24 @@ def test_whole_lines_into_a_pipe(capsys, monkeypatch):
     assert max(map(len, capsys.readouterr().out.splitlines())) > 100
 
 
+LONG = "  us at least: at 340 GB/s, the best that 8 H200 behind NVSwitch reach; see https://docs.example/tokenferry/benchmarks/#gpus"
+
+
+def test_a_long_line_is_broken_between_words_on_a_terminal_only(any_terminal, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    Screen().line(LONG)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", any_terminal.getvalue()).splitlines()
+    assert [word for line in lines for word in line.split()] == LONG.split()
+    assert all(line.startswith("  ") for line in lines)
+    assert all(len(line) <= 40 or "https:" in line for line in lines)
+    any_terminal.truncate(0)
+    Screen().line(LONG, whole=True)
+    assert LONG in any_terminal.getvalue()
+    pipe = io.StringIO()
+    Screen(pipe).line(LONG)
+    assert pipe.getvalue() == LONG + "\n"
+
+
 def test_a_column_that_does_not_fit_gets_a_part_of_its_own():
     assert screen._parts([10, 30, 100, 5, 5], 1, 60) == [[0, 1], [0, 2], [0, 3, 4]]
     assert screen._parts([10, 31, 100, 5, 5], 2, 60) == [[0, 1], [0, 2], [0, 3, 4]], "keys leave a third to the others"

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     machine = report.about["machine"]
     screen.line(f"{machine['processor']}, {machine['cores']} cores (load {machine['load']}), {machine['system']}")
     for line in about.lines(args.command_line):
-        screen.line(line)
+        screen.line(line, whole=line.startswith("command: "))
     screen.line(
         f"{settings.sizes(settings.tokens[0])} bfloat16, {settings.iterations} iterations, {threads} thread(s) a rank"
     )

@@ -148,7 +148,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     report.write()
     screen.line(gpus.line() if on_gpus else machine)
     for line in about.lines(args.command_line):
-        screen.line(line)
+        screen.line(line, whole=line.startswith("command: "))
     screen.line(f"{title}, seed {settings.seed}, {settings.iterations} iterations")
     quick = args.quick or args.part != "gpu" or bool(args.only and "limits" not in args.only)
     worlds = Worlds(settings, screen, report, QUICK_LIMITS if quick else limits.LimitSettings())

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     settings = CountSettings(make_sizes(args, args.ranks), args.iterations, args.device, slowed(args))
     title = f"backend {args.device}, {settings.sizes}, {settings.iterations} iterations"
     for line in about.lines(args.command_line):
-        screen.line(line)
+        screen.line(line, whole=line.startswith("command: "))
     screen.line(title)
     try:
         with World(args.ranks, devices=args.device, timeout_s=JOB_TIMEOUT_S) as world:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
             raise ConfigError("--json: the ranks of a job would write one file; leave it out, or run without torchrun")
         return _run_job(screen)
     for line in about.lines(args.command_line):
-        screen.line(line)
+        screen.line(line, whole=line.startswith("command: "))
     machine = about.machine()
     screen.line(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
     found = []

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     gpus = find_gpus()
     screen.line(f"{gpus.line()}, {ranks} ranks")
     for line in about.lines(args.command_line):
-        screen.line(line)
+        screen.line(line, whole=line.startswith("command: "))
     settings = LimitSettings(runs=args.runs, seed=secrets.randbits(31))
     try:
         with World(ranks, devices="cuda", timeout_s=JOB_TIMEOUT_S) as world:

@@ -6,11 +6,15 @@ import argparse
 import difflib
 import importlib
 import itertools
+import shutil
+import sys
 import textwrap
 from collections.abc import Collection
 from types import ModuleType
+from typing import NoReturn
 
 import tokenferry
+from tokenferry.cli.screen import fitted
 
 COMMANDS = {
     "demo": "train a small Mixture-of-Experts model over local ranks, and compare with one process",
@@ -48,6 +52,18 @@ class HelpFormatter(argparse.HelpFormatter):
         return "\n".join(indent + line for line in lines)
 
 
+class Parser(argparse.ArgumentParser):
+    """Breaks what it says about a wrong command line between words, as far as standard error is a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with status 2."""
+        self.print_usage(sys.stderr)
+        line = f"{self.prog}: error: {message}"
+        if sys.stderr.isatty():
+            line = fitted(line, shutil.get_terminal_size().columns)
+        self.exit(2, f"{line}\n")
+
+
 def load(command: str) -> ModuleType:
     """Import the module of a command."""
     return importlib.import_module(f"tokenferry.cli.{command.replace('-', '_')}")
@@ -55,9 +71,7 @@ def load(command: str) -> ModuleType:
 
 def make_parser(complete: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """Return the parser; of the commands, only those in ``complete`` have their options."""
-    parser = argparse.ArgumentParser(
-        prog="tokenferry", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog="tokenferry", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=f"tokenferry {tokenferry.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():

@@ -33,12 +33,19 @@ class Screen:
         self.stream = sys.stdout if stream is None else stream
         self._console = _console(self.stream) if fancy or (fancy is None and self.stream.isatty()) else None
 
-    def line(self, text: str = "", *, style: str | None = None) -> None:
-        """Print one line; ``style`` is a style of rich, ignored in plain text.
+    def line(self, text: str = "", *, style: str | None = None, whole: bool = False) -> None:
+        """Print a line, which a terminal that is narrower gets in several, broken between words.
+
+        Args:
+            text: The line.
+            style: A style of rich, ignored in plain text.
+            whole: Do not break it: it is to be copied.
 
         Raises:
             OutputClosed: the other end of the pipe is closed.
         """
+        if not whole and self.stream.isatty():
+            text = "\n".join(fitted(line, shutil.get_terminal_size().columns) for line in text.split("\n"))
         if self._console is None:
             try:
                 print(text, file=self.stream, flush=True)
@@ -53,7 +60,7 @@ class Screen:
             width = max(shutil.get_terminal_size().columns - 1, len(head) + 20)
             lines = textwrap.wrap(text, width - len(head), break_long_words=False, break_on_hyphens=False)
             text = f"\n{' ' * len(head)}".join(lines)
-        self.line(head + text, style=style)
+        self.line(head + text, style=style, whole=True)
 
     def table(
         self,
@@ -77,7 +84,7 @@ class Screen:
                     self.line()
                 for row in (header, ["-" * width for width in widths], *rows):
                     cells = (f"{row[i]:>{widths[i]}}" if i else f"{row[0]:<{widths[0]}}" for i in part)
-                    self.line("  ".join(cells).rstrip())
+                    self.line("  ".join(cells).rstrip(), whole=True)
             return
         from rich.table import Table
 
@@ -127,6 +134,15 @@ class Screen:
                 self.line(f"{title}: {so_far * 100 // total:3d} % {text}")
 
         return advance
+
+
+def fitted(line: str, width: int) -> str:
+    """Return a line in as many as it takes, indented like the first; words, such as paths, are never broken."""
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    wrapped = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapped)
 
 
 def _num_keys(rows: Sequence[Sequence[str]]) -> int:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     gpus = find_gpus()
     screen.line(f"{gpus.line()}, {sizes.ranks} ranks")
     for line in about.lines(args.command_line):
-        screen.line(line)
+        screen.line(line, whole=line.startswith("command: "))
     screen.line(str(sizes))
     try:
         with World(sizes.ranks, devices="cuda", timeout_s=JOB_TIMEOUT_S) as world:
