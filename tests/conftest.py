@@ -25,14 +25,14 @@ if torch.cuda.is_available():
     os.environ.setdefault("TOKENFERRY_BACKEND", "cpu")
 
 
-WORKERS = 3
-"""Processes for `pytest -n auto`: tests with ranks keep several cores busy themselves, and those of faults wait."""
+WORKERS = 2
+"""Processes for `pytest -n auto`: tests with ranks keep several cores busy themselves."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes run tests: those on GPUs would wait for one another."""
-    return 0 if torch.cuda.is_available() else min(WORKERS, 1 + (os.cpu_count() or 1))
+    return 0 if torch.cuda.is_available() else min(WORKERS, os.cpu_count() or 1)
 
 
 def pytest_collection_finish() -> None:

@@ -24,6 +24,7 @@ from tokenferry import (
     CapacityError,
     ClosedError,
     DispatchOptions,
+    ExpertGroup,
     MismatchError,
     MoeShape,
     PeerTimeout,
@@ -440,7 +441,8 @@ LOST = 3
 
 def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
     """Rank 3 does not make a call."""
-    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+    pair.build(pg, SHAPE, lambda group: CALLS[call](group, group.decode_dispatch(*INPUTS).plan))
+    with pair.open(pg, SHAPE, timeout_s=6.0) as group:  # of which waits for another node leave a tenth to its own
         plan = group.decode_dispatch(*INPUTS).plan
         if rank == LOST:
             pair.barrier()
@@ -462,6 +464,14 @@ def test_a_silent_rank(run_both, call):
 
 def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -> str | None:
     """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted."""
+
+    def calls(group: ExpertGroup) -> None:
+        plan = group.decode_dispatch(*INPUTS).plan
+        group.decode_combine(torch.ones(1, 32, 16), plan)
+        group.decode_combine(torch.ones(1, 32, 16), plan, numerics="fast")
+        group.synchronize()
+
+    pair.build(pg, SHAPE, calls)
     with pair.open(pg, SHAPE, timeout_s=4.0) as group:
         rails, made = group._backend._rails, []
         group.decode_dispatch(*INPUTS)
@@ -472,15 +482,9 @@ def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -
                 recv, kept = elsewhere(recv)
             return QueueRails.exchange(rails, call, send, recv, kept)
 
-        def calls() -> None:
-            plan = group.decode_dispatch(*INPUTS).plan
-            group.decode_combine(torch.ones(1, 32, 16), plan)
-            group.decode_combine(torch.ones(1, 32, 16), plan, numerics="fast")
-            group.synchronize()
-
         with mock.patch.object(rails, "exchange", exchange if rank == 0 else rails.exchange):
             with suppress(PeerTimeout) if rank else pytest.raises(PeerTimeout) as caught:
-                calls()
+                calls(group)
             pair.barrier()
         return str(caught.value) if rank == 0 else None
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from support import throughput_jobs
 from support.ambient import STATES
@@ -28,7 +29,7 @@ from support.throughput import (
     oracle_for,
     routing_of,
 )
-from tokenferry import MoeShape, tuning
+from tokenferry import ExpertGroup, MoeShape, tuning
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.rails import Parcels, Transfer
@@ -470,9 +471,10 @@ LOST = 3
 
 def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
     """Rank 3 does not make a call."""
+    x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+    pair.build(pg, SHAPE, lambda group: CALLS[call](group, x, group.dispatch(x, routing).plan))
     with pair.open(pg, SHAPE, timeout_s=4.0) as group:
-        x = torch.ones(2, 16)
-        plan = group.dispatch(x, Routing(torch.tensor([[0, 3], [1, 2]]))).plan
+        plan = group.dispatch(x, routing).plan
         if rank == LOST:
             pair.barrier()
             return None
@@ -526,11 +528,20 @@ def test_the_end_of_a_process_is_noticed_on_all_nodes(run):
             assert error.waited_s < 10.0, call
 
 
+def all_along(group: ExpertGroup, x: Tensor, routing: Routing) -> None:
+    """Make a plan, and each call along it."""
+    sent = group.dispatch(x, routing)
+    group.redispatch(x, sent.plan)
+    group.combine(sent.x, sent.plan)
+    group.synchronize()
+
+
 def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int, in_combine: bool) -> str | None:
     """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted."""
+    x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+    pair.build(pg, SHAPE, lambda group: all_along(group, x, routing))
     with pair.open(pg, SHAPE, timeout_s=4.0) as group:
         rails, made = group._backend._rails, []
-        x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
         plan = group.dispatch(x, routing).plan
 
         def exchange(call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
@@ -575,6 +586,8 @@ class StopError(Exception):
 
 def stops_at(rank: int, pg: None, pair: EmulatedPair, number: int) -> PeerTimeout | None:
     """Rank 3 does not make an exchange, and nothing after it."""
+    x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+    pair.build(pg, SHAPE, lambda group: all_along(group, x, routing))
     with pair.open(pg, SHAPE, timeout_s=4.0) as group:
         rails, made = group._backend._rails, []
 
@@ -585,11 +598,7 @@ def stops_at(rank: int, pg: None, pair: EmulatedPair, number: int) -> PeerTimeou
             return QueueRails.exchange(rails, *args)
 
         def calls() -> None:
-            x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
-            sent = group.dispatch(x, routing)
-            group.redispatch(x, sent.plan)
-            group.combine(sent.x, sent.plan)
-            group.synchronize()
+            all_along(group, x, routing)
             group.dispatch(x, routing)  # a rank that has all that it needs notices in the next call
 
         with mock.patch.object(rails, "exchange", exchange if rank == LOST else rails.exchange):

@@ -146,6 +146,12 @@ class EmulatedPair:
         """What the network has done; nothing without one."""
         return Report() if self._threads.network is None else self._threads.network.report
 
+    def build(self, pg: Any, shape: MoeShape, calls: Callable[[OnDevice], Any]) -> None:
+        """Make calls in a group of their own, so that no kernel is built while ranks wait with a short deadline."""
+        with self.open(pg, shape) as group:
+            calls(group)
+            group.synchronize()
+
     def open(
         self, pg: Any, shape: MoeShape, *, timeout_s: float = TIMEOUT_S, on_timeout: str = "raise", **options: Any
     ) -> OnDevice:
