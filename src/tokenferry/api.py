@@ -101,7 +101,7 @@ class ExpertGroup(Connected):
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, or 100 if it is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
             (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
-            ``"shared_memory"``; cuda: needs all ranks on one node.
+            ``"shared_memory"``; cuda: needs all ranks on one node, or the transport ``"nvshmem"``.
         ranks_per_node: Number of consecutive ranks that form a node (a smaller group is one); None:
             TOKENFERRY_RANKS_PER_NODE, or if that is not set, the ranks of a host form one. With several nodes, dispatch
             sends a row across the network once for each node, and combine adds up the rows of each node before they
@@ -246,7 +246,8 @@ class ExpertGroup(Connected):
 
         Contract of masking: local, returns at once. Call it between a `decode_combine` and the next `decode_dispatch`,
         on both sides: a rank that does not mask those that mask it waits for them until its timeout. Ranks may mask
-        differently; across nodes, if one masks any, all do. CUDA: pending hooks are called first.
+        differently; across nodes, if one masks any, all do, and on CUDA all mask the same. A masked rank passes nothing
+        on there: see docs/across-nodes.md. CUDA: pending hooks are called first.
 
         Contract of unmasking: if two ranks have masked each other by hand, between the same two calls on both, and make
         the same number of calls meanwhile, both may unmask each other before any later call: local, returns at once. A
@@ -275,7 +276,7 @@ class ExpertGroup(Connected):
         Raises:
             ArgumentError: ``rank`` is outside [0, R), it is this rank and ``masked`` is True, or a CUDA graph is being
                 captured.
-            UnsupportedError: CUDA, across nodes.
+            UnsupportedError: CUDA, across nodes over NCCL.
             ClosedError: the group was closed or is broken.
         """
         self._ready("mask")
@@ -678,7 +679,7 @@ class ExpertGroup(Connected):
         experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
         added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank. With several
         nodes each node makes such a sum of its experts, rounded to y's dtype; these are added in node order in float32
-        and rounded once more. Not while ranks are masked.
+        and rounded once more. Backend cpu: not while ranks are masked.
 
         Encoding: the rows in transit (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after rounding to
         y's dtype; with several nodes: each node's sum, and nothing else) are encoded by their sender and decoded to

@@ -40,12 +40,14 @@ class Packed:
         )
         self.headers, self.came = (made(3, RAIL_WORDS, dtype=torch.int32) for _ in range(2))
         self.states, self.overflows = made(3, 2, dtype=torch.int32), made(3, dtype=torch.int32)
+        self.number = made(1, dtype=torch.int32)
         self.fields = {
             "x": ranks.on_device(self.x),
             "topk_idx": ranks.on_device(index),
             "weights": ranks.on_device(self.weights),
             "records": self.records,
             "slots": self.slots,
+            "number": self.number,
             "ids_here": self.ids,
             "weights_here": self.kept,
             "headers": self.headers,
@@ -117,6 +119,30 @@ def test_records(node, tokens, top_k):
     packed.launch()
     packed.ranks.check_quiet()
     packed.check()
+
+
+def test_dispatches_are_numbered():
+    packed, numbers = Packed(ranks_of(1), some_routing(4, 3, torch.int64), node=0), []
+    for _ in range(3):
+        packed.launch()
+        numbers.append(packed.number.item() - packed.ranks.words(0, "packed").item())
+        packed.ranks.words(0, "packed").add_(5)
+    assert numbers == [0, 0, 0]
+    assert packed.number.item() > 12
+
+
+def test_nothing_goes_to_masked_nodes():
+    """Their records are empty, no token has a slot there, and their tokens do not count as too many."""
+    index = torch.tensor([[4, 8], [5, 0], [6, 9], [-1, 5]])
+    packed = Packed(ranks_of(1), index, node=0, node_slots=3)
+    packed.ranks.words(0, "masked_nodes").fill_(0b010)
+    packed.launch()
+    assert packed.slots.tolist() == [[-1, -1, SEGMENT], [1, -1, -1], [-1, -1, SEGMENT + 1], [-1, -1, -1]]
+    assert packed.overflows[0].item() == 0
+    packed.ranks.words(0, "masked_nodes").fill_(0)
+    packed.launch()
+    assert bool(packed.slots.eq(-1).all()), "four tokens for node 1"
+    assert packed.overflows[0].item() == 4
 
 
 def test_more_tokens_than_slots():

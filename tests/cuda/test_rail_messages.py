@@ -38,6 +38,7 @@ class Rail:
         nodes = consecutive(num_nodes, 1)
         self._networks = [self.fake.network(Topology(rank, nodes), mapped) for rank in range(num_nodes)]
         self.states = [self.ranks.poisoned(num_nodes, 2, dtype=torch.int32) for _ in range(num_nodes)]
+        self.masked_out = [self.ranks.pinned(torch.zeros(num_nodes, dtype=torch.int32)) for _ in range(num_nodes)]
         self.came = [self.ranks.poisoned(num_nodes, RAIL_WORDS, dtype=torch.int32) for _ in range(num_nodes)]
 
     def send(self, body_bytes: int, headers: bool = True) -> list[Tensor]:
@@ -65,7 +66,12 @@ class Rail:
         return torch.arange(first, first + self.num_nodes * RAIL_WORDS, dtype=torch.int32).view(-1, RAIL_WORDS)
 
     def receive(
-        self, body_bytes: int, headers: bool = True, timeout_s: float = 60.0, ranks: Collection[int] = range(8)
+        self,
+        body_bytes: int,
+        headers: bool = True,
+        timeout_s: float = 60.0,
+        ranks: Collection[int] = range(8),
+        mask_late: bool = False,
     ) -> list[Tensor]:
         """Let ranks receive; return the bodies of each, of which what has not come is poison."""
         into = [
@@ -78,6 +84,9 @@ class Rail:
                 "bodies": into[rank],
                 "states": self.states[rank],
                 "timeout_s": timeout_s,
+                "waits": 1,
+                "mask_late": int(mask_late),
+                "masked_out": self.masked_out[rank],
                 **({"headers": self.came[rank]} if headers else {}),
             }
             if rank in ranks
@@ -109,6 +118,7 @@ class Rail:
             "network": network.table,
             "message_bytes": network.sizes.message_bytes,
             "max_chunks": network.sizes.max_chunks,
+            "skips": 1,
         }
 
 
@@ -201,3 +211,33 @@ def test_a_put_that_is_lost(rail_of, chunk):
     assert record is not None
     assert (record.code, record.word, record.seen, record.expected) == (Fault.late_node, 1 * 2 + 0, 0, 2)
     assert 450 <= record.waited_ms < 60_000
+
+
+def test_a_rank_that_is_late_is_masked_and_told_so_once(rail_of):
+    """The one across goes on, and nothing crosses between the two, but one head; others see nothing of it."""
+    lost: list[Put] = []
+
+    def is_lost(put: Put) -> bool:
+        late = (put.sender, put.rank, put.exchange) == (1, 0, 2)
+        if (put.sender, put.rank) == (0, 1) and put.exchange > 2:
+            lost.append(put)
+        return late
+
+    rail = rail_of(3, Weather(loses=is_lost))
+    sent = rail.send(MOST_BYTES)
+    rail.check(sent, rail.receive(MOST_BYTES, mask_late=True), headers=True)
+    sent = rail.send(MOST_BYTES)
+    got = rail.receive(MOST_BYTES, timeout_s=0.5, ranks=[0], mask_late=True)
+    assert rail.masked_out[0].tolist() == [0, 1, 0]
+    assert torch.equal(got[0][1], sent[2][0]), "what other ranks have sent has come"
+    rail.receive(MOST_BYTES, ranks=[1, 2], mask_late=True)
+    for told in (1, 0, 0):
+        lost.clear()
+        sent = rail.send(RAIL_CHUNK_BYTES)
+        got = rail.receive(RAIL_CHUNK_BYTES, timeout_s=20.0, mask_late=True)
+        assert [put.num_bytes for put in lost] == [MESSAGE_HEAD_BYTES] * told
+        assert [rail.masked_out[rank].tolist() for rank in range(3)] == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+        for rank, other in ((0, 2), (2, 0), (1, 2), (2, 1)):
+            want = sent[other][rank - (rank > other)]
+            assert torch.equal(got[rank][other - (other > rank)][: len(want)], want)
+    rail.ranks.check_quiet()

@@ -397,7 +397,9 @@ def test_bad_routing(run_both):
 
 def lone_mask(rank: int, pg: None, pair: EmulatedPair) -> None:
     with pair.open(pg, SHAPE) as group:
-        with pytest.raises(UnsupportedError, match="mask: backend='cuda' cannot skip ranks across nodes yet"):
+        with pytest.raises(
+            UnsupportedError, match="skip ranks across nodes with transport='nvshmem', and not over NCCL"
+        ):
             group.mask(1 - rank)
         assert group._backend.broken is None
 

@@ -25,12 +25,17 @@ class Step:
         rank: The rank that checks.
         away: Ranks that this one has masked.
         spoilt: Whether rows and answers hold infinities and NaNs.
+        relays: The nodes, if rows between them pass the rank across from their source even while ranks are masked, and
+            are lost if it is one of them; else masked ranks are in nobody's way.
+        unaware: Whether this rank has not masked them itself, and its plans still have their experts.
     """
 
     case: Case
     rank: int
     away: frozenset[int] = frozenset()
     spoilt: bool = False
+    relays: tuple[tuple[int, ...], ...] = ()
+    unaware: bool = False
 
     @property
     def capacity(self) -> int:
@@ -39,7 +44,15 @@ class Step:
     def oracle(self) -> Oracle:
         """Return the oracle of the case in which masked ranks send nothing and no token chooses their experts."""
         with ORACLES:
-            return known_oracle(replace(self, rank=0))
+            return known_oracle(replace(self, rank=0, unaware=False))
+
+    def unreachable(self, source: int) -> set[int]:
+        """Return the ranks that get nothing of a rank."""
+        found = set(self.away)
+        for ranks in self.relays:
+            if source not in ranks and ranks[source % len(ranks)] in self.away:
+                found |= set(ranks)
+        return found
 
     def inputs(self) -> list[Sent]:
         return [replace(one, x=spoil(one.x)) if self.spoilt else one for one in self.case.inputs()]
@@ -51,8 +64,8 @@ class Step:
         return Routing(self.mine().topk_idx, self.mine().topk_weights)
 
     def levels(self, group: ExpertGroup) -> tuple[tuple[int, ...], ...]:
-        """Return the nodes whose sums are rounded on the way: none with masked ranks, since rows then go directly."""
-        return () if self.away else group.topology.nodes
+        """Return the nodes whose sums are rounded on the way: none if rows go directly."""
+        return () if self.away and not self.relays else group.topology.nodes
 
     def __str__(self) -> str:
         return f"rank {self.rank} {self.case} away={sorted(self.away)} spoilt={self.spoilt}"
@@ -65,7 +78,7 @@ def known_oracle(step: Step) -> Oracle:
     local = step.case.experts // step.case.ranks
     for rank, one in enumerate(sent):
         gone = torch.zeros_like(one.topk_idx, dtype=torch.bool)
-        for away in step.away:
+        for away in step.unreachable(rank):
             gone |= (one.topk_idx >= away * local) & (one.topk_idx < (away + 1) * local)
         if rank in step.away:
             gone[:] = True
@@ -100,7 +113,8 @@ def check_received(step: Step, sent: DecodeDispatched, fp8: Scale | None) -> Non
     full = (ranges & 0xFFFFFFFF) > 0
     same_bits(f"{step} counts in src_range", plan.src_range & 0xFFFFFFFF, ranges & 0xFFFFFFFF)
     same_bits(f"{step} src_range", plan.src_range[full], ranges[full])
-    same_bits(f"{step} topk_idx", plan.topk_idx, oracle.sent[rank].topk_idx)
+    chosen = step.mine() if step.unaware else oracle.sent[rank]
+    same_bits(f"{step} topk_idx", plan.topk_idx, chosen.topk_idx)
     if step.case.weights:
         assert plan.row_weights is not None, f"{step}: weights were lost"
         same_bits(f"{step} row_weights", plan.row_weights.reshape(-1)[places], oracle.weights(rank))

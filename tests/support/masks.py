@@ -74,22 +74,25 @@ class Iterations:
     Args:
         group: The group that makes the calls.
         sizes: A case; four seeds of it take turns.
+        lost: Ranks that are known to be lost, also to ranks that have not waited for them.
     """
 
-    def __init__(self, group: ExpertGroup, sizes: Case) -> None:
+    def __init__(self, group: ExpertGroup, sizes: Case, lost: frozenset[int] = frozenset()) -> None:
         self.group = group
+        self._lost = lost
+        self._relays = group.topology.nodes if group.backend == "cuda" and group.topology.num_nodes > 1 else ()
         self.made = self.masked_during = 0
         self._cases = [Case(**{**vars(sizes), "seed": seed}) for seed in range(4)]
         self._known: dict[tuple[int, frozenset[int]], tuple[list[int], torch.Tensor]] = {}
         for number in range(len(self._cases)):  # before the first call: no rank shall be late for it
-            self._expected(Step(self._cases[number], group.rank), number)
+            self._expected(self._step(number), number)
 
     def one(self, *, hook: bool = False, between: Callable[[], None] | None = None) -> bool:
         """Dispatch and combine. Return False if a rank was lost meanwhile; the results are then not checked."""
         group, number = self.group, self.made % len(self._cases)
         self.made += 1
         away = group.masked_ranks
-        step = Step(self._cases[number], group.rank, away)
+        step = self._step(number)
         sent = group.decode_dispatch(step.mine().x, step.routing(), return_hook=hook)
         sent.hook()
         if between is not None:
@@ -112,12 +115,16 @@ class Iterations:
 
     def carefully(self) -> None:
         """Check every part of the results, with and without FP8, in both numerics."""
-        step = Step(self._cases[1], self.group.rank, self.group.masked_ranks)
+        step = self._step(1)
         for fp8 in (None, Scale.FLOAT32):
             sent = self.group.decode_dispatch(step.mine().x, step.routing(), quantize=fp8)
             check_received(step, sent, fp8)
             check_combined(self.group, step, sent, torch.float32)
             check_combined(self.group, step, sent, torch.bfloat16, fast=True, hook=True)
+
+    def _step(self, number: int) -> Step:
+        masked, case = self.group.masked_ranks, self._cases[number]
+        return Step(case, self.group.rank, masked | self._lost, relays=self._relays, unaware=not masked)
 
     def _compare(self, step: Step, number: int, sent: DecodeDispatched, out: torch.Tensor) -> None:
         counts, sums = self._expected(step, number)

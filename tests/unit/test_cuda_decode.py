@@ -210,11 +210,11 @@ SMALL, LARGE = MoeShape(4, 2, 128, 8), MoeShape(4, 2, 128, 16)
 
 
 class OneRank:
-    """Context and allocator of one rank on host memory, whose peers offer what it offers; ``exchanges`` counts."""
+    """Context and allocator of rank 4, on host memory; rank 5 offers what it offers; ``exchanges`` counts."""
 
     def __init__(self, monkeypatch):
         self.rank, self.num_ranks, self.device = 0, 2, torch.device("cpu")
-        self.window = SimpleNamespace(bases=(0, 1 << 40))
+        self.window, self.flight_recorder = SimpleNamespace(bases=(0, 1 << 40)), SimpleNamespace(first_rank=4)
         self.masked, self.exchanges = set(), 0
         self.workspaces = Workspaces(self, self)
         monkeypatch.setattr(self.workspaces, "_share", self.share)
@@ -266,7 +266,7 @@ def test_a_workspace_made_without_a_rank(monkeypatch):
     assert large.addresses == (512, 0)
     assert small() is not None
     one_rank.masked = set()
-    with pytest.raises(ArgumentError, match=r"rank\(s\) \[1\] were masked when the memory for rows under way was made"):
+    with pytest.raises(ArgumentError, match=r"rank\(s\) \[5\] were masked when the memory for rows under way was made"):
         one_rank.fitting(SMALL)
     monkeypatch.setattr(workspace, "read_field", lambda window, rank, field, num_bytes: bytes(num_bytes))
     one_rank.workspaces.resynchronise([0, 1])

@@ -294,9 +294,10 @@ def test_nvshmem_is_not_linked_with_ptx(monkeypatch):
     assert resolve_options(None, SHAPE, "auto", "nvshmem", None, "raise").arch == "sm_90a"
 
 
-def test_no_rank_is_masked_across_nodes_on_gpus():
-    options = resolve_options(None, SHAPE, "auto", "auto", None, "mask")
+def test_ranks_are_masked_across_nodes_on_gpus_if_messages_are_put():
+    options, putting = (resolve_options(None, SHAPE, "auto", name, None, "mask") for name in ("auto", "nvshmem"))
     assert _unfit(options, Topology(0, consecutive(4, 4))) == ""
-    message = "on_timeout='mask' needs all ranks on one node, and these are 2 nodes of 2 ranks"
-    with mock.patch.object(nccl, "why_not", return_value=""):
-        assert _unfit(options, Topology(0, consecutive(4, 2))) == message
+    message = "on_timeout='mask' needs all ranks on one node, or transport='nvshmem', and these are 2 nodes of 2 ranks"
+    with mock.patch.object(nccl, "why_not", return_value=""), mock.patch.object(nvshmem, "why_not", return_value=""):
+        assert _unfit(options, Topology(0, consecutive(4, 2))).startswith(message)
+        assert _unfit(putting, Topology(0, consecutive(4, 2))) == ""

@@ -26,6 +26,8 @@ MAX_EXPERTS = 4096
 """Experts of a group."""
 MAX_NODES = 256
 """Nodes of a group."""
+NODE_WORDS = MAX_NODES // 32
+"""Words with a bit for each node."""
 MAX_COUNTS = MAX_EXPERTS + MAX_NODES * MAX_RANKS
 """Counts that a rank sends to each other one in a dispatch: those of all experts and ranks of the group."""
 MAX_TOP_K = 64
@@ -143,7 +145,9 @@ def _fields() -> list[Field]:
         Field("pushed", "u32", (), "combine_push: units that pushing warps have taken beyond their first ones"),
         Field("layout_counts", "u32", (MAX_COUNTS,), "dispatch_layout: tokens for each expert, then each rank"),
         Field("crossed", "u32", (), "rail_send: number of the last exchange with other nodes"),
-        Field("unused", "u32", (), "rounds up to 8 bytes"),
+        Field("packed", "u32", (), "decode_pack: number of the last decode dispatch"),
+        Field("masked_nodes", "u32", (NODE_WORDS,), "a bit for each node whose rank across decode calls leave out"),
+        Field("untold_nodes", "u32", (NODE_WORDS,), "those of them that a kernel has masked, and not told yet"),
     ]
     rest = CONTROL_BLOCK_BYTES - sum(field.num_bytes for field in fields)
     return [*fields, Field("rest", "u8", (rest,), "the rest, up to the heap")]
@@ -232,6 +236,9 @@ HOST_CAME_WORD = HEADER.constant("kHostCameWord", 1, "N words: tokens from each 
 MESSAGE_HEAD_BYTES = HEADER.constant("kMessageHead", 128, "bytes of a message before its body: kRailWords and a state")
 RAIL_CHUNK_BYTES = HEADER.constant(
     "kRailChunk", 1 << 15, "bytes of a body that are put together, with a flag of theirs"
+)
+MASKED_BODY = HEADER.constant(
+    "kMaskedBody", 0xFFFFFFFF, "in place of the bytes of a body: the sender leaves the reader out"
 )
 
 # ---- the timeline of a decode kernel: [blocks][kTraceWords], nanoseconds of the GPU's clock

@@ -146,7 +146,7 @@ class CudaBackend:
 
     def masked(self) -> frozenset[int]:
         """Return the ranks that decode calls skip."""
-        return self.context.masked_ranks()
+        return self.masks.ranks()
 
     def write_masks(self, out: Tensor) -> None:
         """See `tokenferry.backends.base.Backend`."""

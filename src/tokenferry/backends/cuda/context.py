@@ -52,6 +52,7 @@ class Call:
         alive: A bit for each rank that takes part.
         signature: Signature of the call.
         wait_ns: Address of ``[R]`` int64 to which kernels add the nanoseconds waited for each rank, or 0.
+        skips_masked: Whether masked ranks take no part.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Call:
     alive: int
     signature: Signature
     wait_ns: int
+    skips_masked: bool = False
 
 
 def call_packer(spec: KernelSpec, *fields: str) -> Packer:
@@ -175,7 +177,7 @@ class Context:
         alive = self.all_ranks
         if skip_masked:
             alive &= ~sum(1 << rank for rank in self.masked_ranks())
-        return Call(number, stream, capture != 0, alive, signature, wait_ns)
+        return Call(number, stream, capture != 0, alive, signature, wait_ns, skip_masked)
 
     def begin_eager(self, signature: Signature) -> Call | None:
         """Begin a call as `begin` does if nothing has to be done for it but to number it; else return None.
@@ -198,7 +200,7 @@ class Context:
             TokenferryError: the error of an earlier call, found by a kernel.
         """
         stream, capture = self._order(call.signature.phase)
-        return Call(call.number, stream, capture != 0, call.alive, call.signature, call.wait_ns)
+        return Call(call.number, stream, capture != 0, call.alive, call.signature, call.wait_ns, call.skips_masked)
 
     def masked_ranks(self) -> frozenset[int]:
         """Return the ranks that decode calls skip: masked by the user, or by a kernel whose wait for one timed out."""

@@ -38,7 +38,12 @@ class Masks:
     def __init__(self, context: Context, decoder: Decoder) -> None:
         self._context = context
         self._decoder = decoder
+        self._rank = context.rank
         self._resynchronised_at = -1
+
+    def ranks(self) -> frozenset[int]:
+        """Return the ranks that decode calls skip."""
+        return self._context.masked_ranks()
 
     def add(self, rank: int) -> None:
         """Skip a rank in the calls that follow on this rank's stream, and in CUDA graphs that run from now on.
@@ -48,7 +53,7 @@ class Masks:
         """
         self._context.order_after_calls_outside_graphs("mask")
         self._decoder.receive_open()
-        self._context.mask(rank)
+        self._mask(rank)
         self._publish_mask()
 
     def remove(self, rank: int) -> None:
@@ -60,10 +65,10 @@ class Masks:
         """
         context = self._context
         context.order_after_calls_outside_graphs("mask")
-        if rank != context.rank and rank not in context.masked_ranks():
+        if rank != self._rank and rank not in self.ranks():
             return
         # A rank that is unmasked after this one was, but before this one's next call, was lost, too.
-        if context.unmask(rank) or rank == context.rank or self._resynchronised_at == context.last_call_number:
+        if self._unmask(rank) or rank == self._rank or self._resynchronised_at == context.last_call_number:
             self._resynchronised_at = context.last_call_number
             self._resynchronise()
         self._publish_mask()
@@ -77,6 +82,13 @@ class Masks:
         )
         bits = torch.arange(context.num_ranks, dtype=torch.int32, device=context.device)
         out.copy_(torch.bitwise_right_shift(word, bits) & 1)
+
+    def _mask(self, rank: int) -> None:
+        self._context.mask(rank)
+
+    def _unmask(self, rank: int) -> bool:
+        """Return whether a kernel had masked the rank."""
+        return self._context.unmask(rank)
 
     def _publish_mask(self) -> None:
         bits = sum(1 << rank for rank in self._context.masked_ranks())

@@ -310,8 +310,11 @@ def _unfit(resolved: Resolved, topology: Topology) -> str:
         reason = one or nvshmem.why_not()
         if reason:
             return f"transport='nvshmem': {reason}"
-    if topology.num_nodes > 1 and resolved.mask_on_timeout:
-        return f"on_timeout='mask' needs all ranks on one node, and these are {topology}"
+    if topology.num_nodes > 1 and resolved.mask_on_timeout and not resolved.cuda_only:
+        return (
+            f"on_timeout='mask' needs all ranks on one node, or transport='nvshmem', and these are {topology} over "
+            "NCCL, whose exchanges do not end while a rank is silent"
+        )
     heap_bytes = resolved.heap_bytes or 0
     most = (OFFSET_BYTES << 32) - CONTROL_BLOCK_BYTES  # handshakes have offsets of 32 bits
     if heap_bytes > most:

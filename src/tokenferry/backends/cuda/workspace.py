@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from tokenferry.backends.cuda import patience
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.control import read_field, write_field
@@ -184,7 +185,8 @@ class Workspaces:
                 self._fits.clear()
             self._fits[shape, item_bytes] = workspace
         if call.alive & ~workspace.members:
-            strangers = [rank for rank in range(self._context.num_ranks) if call.alive & ~workspace.members & 1 << rank]
+            first, strange = self._context.flight_recorder.first_rank, call.alive & ~workspace.members
+            strangers = [first + rank for rank in range(self._context.num_ranks) if strange >> rank & 1]
             raise ArgumentError(
                 f"{call.signature.phase}: rank(s) {strangers} were masked when the memory for rows under way was made, "
                 "and have no part in it; let them come back as lost ranks do: between two barriers, every rank calls "
@@ -306,6 +308,8 @@ class Workspaces:
         template = context.templates[SPEC,] = context.new_template(SPEC, _OFFER)
         template.params.masked_out = context.pinned.masked_address
         template.params.mask_late = int(context.mask_late)
+        if context.mask_late and self._num_nodes > 1:
+            template.params.timeout_ns = int(patience.MEMORY * template.params.timeout_ns)
         template.block = 32 * context.num_ranks
         return template
 

@@ -19,6 +19,7 @@ SPEC = describe(
         ("num_states", "u32"),
         ("first_state", "u32"),
         ("chunks", "u32"),
+        ("skips", "u32"),
         ("num_nodes", "u32"),
         ("node", "u32"),
     ),

@@ -2,16 +2,17 @@
 //
 // Grid     any number of blocks; threads take 16 bytes of a row round robin. Not collective.
 // Reads    slots [T, N] of dispatch_rails; own [T, row_bytes]: the sums of this node; parts: those of the other nodes, in the order
-//          of the slots: rows of row_bytes, or if weights_out is not null, rows and weights in parcels as in device/parcel.cuh.
-//          biases [T, H]. own_weights [T, K] and went [N], how many rows each node has, if weights_out is not null.
+//          of the slots: rows of row_bytes, or if weights_out is not null, rows and weights in parcels as in device/parcel.cuh;
+//          nothing comes from masked nodes in calls that leave them out (p.skips), which have no weights. biases [T, H].
+//          own_weights [T, K] and went [N], how many rows each node has, if weights_out is not null.
 // Writes   out [T, H]; weights_out [T, K].
 // Order    Biases first, then the nodes in their order. Sums are in float32 (float64 for float64 rows), rounded once: the same
 //          bits every time.
 // Cost     reads one row for each slot, writes T rows. sm_90a: <= 64 registers, 0 spills.
 // Tests    tests/cuda/test_node_kernels.py, tests/compile.
+#include "device/nodes.cuh"
 #include "device/number.cuh"
 #include "device/parcel.cuh"
-#include "device/sync.cuh"
 
 DEV void add_chunk(const u8* from, Number (&sums)[kPerChunk]) {
     Number n[kPerChunk];
@@ -46,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1)
         for (u32 m = 0; m < N; m++) {
             const i32 row = p.slots[t * N + m];
             if (row >= 0 && m == p.node) add_chunk(p.own + (u64)row * p.row_bytes + at, sums);
-            else if (row >= 0) add_chunk(part_of(p, m, (u32)row, before, false) + at, sums);
+            else if (row >= 0 && !(p.skips && is_node_masked(p, m)))
+                add_chunk(part_of(p, m, (u32)row, before, false) + at, sums);
             if (p.weights_out && m != p.node) before += p.went[m];
         }
         *reinterpret_cast<int4*>(p.out + t * p.row_bytes + at) = pack_chunk(sums);

@@ -28,6 +28,7 @@ SPEC = describe(
         ("chunks", "u32"),
         ("chunk_tokens", "u32"),
         ("pitch", "u32"),
+        ("skips", "u32"),
     ),
     max_registers=64,
     max_threads=THREADS,

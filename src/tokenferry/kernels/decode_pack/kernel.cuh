@@ -8,7 +8,7 @@
 //          scales, then the routing: the token and the weights [K] in 32 bits each, the experts [K] in 16, counted from the
 //          first one of that node (-1: none there). Slots are in the order of tokens; those that are not used have no experts.
 //          slots [T, N]: the record of a token among those for all other nodes; for the own node the token itself; -1: it does
-//          not go there. ids_here [T, K], weights_here [T, K]: the routing for the own node. headers, came, states: see
+//          not go there, as nothing goes to masked nodes. number: that of this dispatch. ids_here [T, K], weights_here [T, K]: the routing for the own node. headers, came, states: see
 //          device/across.cuh; overflows of the own node: see decode_unpack.
 // Faults   It is too late for a call to be aborted: its exchange is enqueued already. A bad index is recorded, and counts as
 //          unused; a token for too many nodes is recorded, and goes to all of them. If a rank has more than p.node_slots tokens
@@ -92,6 +92,8 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) decode_pack(const _
     if (blockIdx.x == 0) {
         open_rails(p, overflow);
         if (threadIdx.x == 0) {
+            ControlBlock* mine = control_block(p, p.rank);
+            *p.number = mine->packed = mine->packed + 1;
             p.overflows[p.node] = overflow;
             if (bad != ~0u) record_slot(p, slots, bad);
         }

@@ -64,7 +64,8 @@ DEV u32 find_slots(const DecodePackParams& p, const Slots& slots, u32& most, u32
         const i64 e = index_at(p, i);
         const u32 t = i / p.top_k;
         if (!is_good(p, e)) atomicMin(&bad, i);
-        else if (e >= 0) atomicOr(&slots.masks[node_of(p, e) * slots.words + t / 32], 1u << t % 32);
+        else if (e >= 0 && !is_node_masked(p, node_of(p, e)))
+            atomicOr(&slots.masks[node_of(p, e) * slots.words + t / 32], 1u << t % 32);
     }
     __syncthreads();
     for (u32 m = threadIdx.x; m < p.num_nodes; m += blockDim.x) {

@@ -16,6 +16,7 @@ SPEC = describe(
         ("weights", "ptr:const float"),
         ("records", "ptr:u8"),
         ("slots", "ptr:i32"),
+        ("number", "ptr:i32"),
         ("ids_here", "ptr:i32"),
         ("weights_here", "ptr:float"),
         ("headers", "ptr:u32"),

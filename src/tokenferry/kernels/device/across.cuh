@@ -10,9 +10,10 @@
 //   since                      when the stream began to wait for them, which is added to wait_ns; null: nobody counts
 //   num_nodes, node
 //
-// If anything is wrong, this rank gives up, and its later kernels are no-ops: nothing undefined is passed on.
+// If anything is wrong, this rank gives up, and its later kernels are no-ops: nothing undefined is passed on. Nothing is expected of
+// masked nodes in calls that leave them out (`skips`).
 #pragma once
-#include "device/sync.cuh"
+#include "device/nodes.cuh"
 
 template <class P>
 DEV void give_up_across(const P& p, u32 node, u32 seen) {
@@ -56,20 +57,28 @@ DEV bool compare_signature(const P& p, u32 m) {
     return true;
 }
 
+// Returns whether this rank has waited for that on node m: one that the wait has masked is counted, too.
+template <class P>
+DEV bool has_waited_for(const P& p, u32 m, bool skips) {
+    return m != p.node && !(skips && is_node_masked(p, m) && !is_node_untold(p, m));
+}
+
 // Adds the time of the wait for an exchange to the counters of the ranks across from this one; called by one thread.
 template <class P>
-DEV void count_wait(const P& p) {
+DEV void count_wait(const P& p, bool skips) {
     if (!p.since || !p.wait_ns) return;
     const u64 waited = clock_ns() - *p.since;
     // Counters are those of all ranks; p.wait_ns is where those of this node begin.
     for (u32 m = 0; m < p.num_nodes; m++)
-        if (m != p.node) atomicAdd(p.wait_ns + ((i64)m - p.node) * (i64)p.num_ranks + p.rank, waited);
+        if (has_waited_for(p, m, skips)) atomicAdd(p.wait_ns + ((i64)m - p.node) * (i64)p.num_ranks + p.rank, waited);
 }
 
 // Looks at all states; called by all threads of a block.
 template <class P>
-DEV void check_states(const P& p) {
-    for (u32 i = threadIdx.x; i < p.num_states; i += blockDim.x)
-        if (p.states[2 * i] | p.states[2 * i + 1])
-            give_up_across(p, (p.first_state + i) / p.chunks, p.states[2 * i + 1]);
+DEV void check_states(const P& p, bool skips) {
+    for (u32 i = threadIdx.x; i < p.num_states; i += blockDim.x) {
+        const u32 m = (p.first_state + i) / p.chunks;
+        if (skips && is_node_masked(p, m)) continue;
+        if (p.states[2 * i] | p.states[2 * i + 1]) give_up_across(p, m, p.states[2 * i + 1]);
+    }
 }

@@ -18,8 +18,13 @@
 // the half. Why nothing is overwritten before it is read, without any acknowledgement: in each exchange every rank sends to
 // every other one of its rail, and receives exchange n, to the end, before it sends exchange n + 1. So a rank that sends n + 2
 // has received n + 1 from its peer, which had read all of n before; and all that it had sent in n has come.
+//
+// This holds for ranks that have not masked each other. A rank that has masked another one sends it nothing and reads nothing of it
+// any more; so what that one goes on putting disturbs nobody. It learns that it is masked by a flag: the size of the body is
+// kMaskedBody, or the number is one that is not due yet, since nobody else is ahead. When ranks resynchronise, all flags are cleared,
+// and exchanges are numbered from 1 again.
 #pragma once
-#include "device/sync.cuh"
+#include "device/nodes.cuh"
 
 // The network library: what a kernel is linked with for nodes that are not mapped. It defines, for any such params struct,
 //

@@ -6,9 +6,11 @@
 //          rank's state.
 // Writes   the landing of the rank across, and its flags: see device/rails.cuh. A mapped one gets bulk stores, and a release of the
 //          flag; another one a put_signal from the staging of this rank.
+//          Nothing goes to masked nodes in calls that leave them out (p.skips), but once, after a kernel has masked one, a head whose
+//          flag says so.
 // Faults   None. A rank that is stopped sends undefined data along with its state; one that has failed sends its state alone, as
 //          peers may still read what an earlier exchange brought to the half that is due.
-// Cost     reads and writes N - 1 bodies, twice for nodes that are not mapped. sm_90a: <= 64 registers, 0 spills,
+// Cost     reads and writes N - 1 bodies, twice for nodes that are not mapped. sm_90a: <= 64 registers (elsewhere <= 80), 0 spills,
 //          32784 B of static shared memory.
 // Tests    tests/cuda/test_rail_messages.py, tests/emulator/test_across_puts.py, tests/compile.
 #include "device/rails.cuh"
@@ -35,7 +37,11 @@ DEV void copy_chunk(u8* to, const u8* from, u32 bytes, u8* buffer, u64* barrier,
     wait_stores<0>();
 }
 
-// Puts a chunk that lies in memory which is mapped here, or is staged; all threads. `bytes`: those of its body.
+// Returns whether nothing goes to node m, but the head of a message to one that is to know.
+DEV bool is_left_out(const RailSendParams& p, u32 m) { return p.skips && is_node_masked(p, m); }
+
+// Puts a chunk that lies in memory which is mapped here, or is staged; all threads. `bytes`: those of its body. `body_bytes`: what the
+// flag says of the whole body.
 DEV void announce(const RailSendParams& p, u32 epoch, u32 m, u32 chunk, u32 bytes, u32 body_bytes) {
     const u64 value = (u64)epoch << 32 | body_bytes;
     u8* mapped = mapped_region(p, m);
@@ -70,7 +76,9 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) rail_send(const __g
         const u32 m = node_of_unit(p, unit), chunk = unit / (p.num_nodes - 1);
         u8* mapped = mapped_region(p, m);
         u8* message = mapped ? message_in(p, mapped, epoch, p.node) : staged(p, epoch, m);
-        const u32 bytes = min(body_bytes - chunk * kRailChunk, kRailChunk);
+        const bool left_out = is_left_out(p, m);
+        if (left_out && (chunk || !is_node_untold(p, m))) continue;
+        const u32 bytes = left_out ? 0 : min(body_bytes - chunk * kRailChunk, kRailChunk);
         if (chunk == 0) write_head(p, m, message);
         if (bytes) {
             if (is_mover(threadIdx.x) && threadIdx.x < 32)
@@ -78,10 +86,11 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) rail_send(const __g
                            parity);
             parity ^= 1;
         }
-        announce(p, epoch, m, chunk, bytes, body_bytes);
+        announce(p, epoch, m, chunk, bytes, left_out ? kMaskedBody : body_bytes);
     }
     if (last_block(p) && threadIdx.x == 0) {  // all blocks have read `crossed`
         mine->arrived = 0;
         mine->crossed = epoch;
+        for (u32 i = 0; p.skips && i < (p.num_nodes + 31) / 32; i++) mine->untold_nodes[i] = 0;
     }
 }

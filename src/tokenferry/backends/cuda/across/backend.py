@@ -26,6 +26,7 @@ from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode import AcrossDecoder
 from tokenferry.backends.cuda.across.dispatch import AcrossDispatcher
 from tokenferry.backends.cuda.across.fast_path import AcrossFastPath
+from tokenferry.backends.cuda.across.masks import AcrossMasks
 from tokenferry.backends.cuda.across.messages import ExchangedMessages, MessageRails
 from tokenferry.backends.cuda.across.puts import Network, PutCrossing, PutMessages, Puts
 from tokenferry.backends.cuda.across.rails import Rails
@@ -98,20 +99,22 @@ class AcrossBackend(CudaBackend):
         self.transport = "+".join([*(["nvlink"] if topology.ranks_per_node > 1 else []), *links.names])
         self.num_host_sizes = 2 * topology.num_nodes + 2
         self._rails = rails = links.rails
-        self._network = links.network
+        self._puts: Puts | None = None
         rails.end_soon_if(context.pinned.mismatched)
         max_tokens = resolved.shape.max_tokens
         if links.network is None:
             self._crossing = Crossing(context, topology, rails, max_tokens)
             messages: MessageRails = ExchangedMessages(self._crossing)
         else:
-            puts = Puts(context, topology, links.network)
+            self._puts = puts = Puts(context, topology, links.network)
             self._crossing = PutCrossing(context, topology, rails, max_tokens, puts)
             messages = PutMessages(self._crossing, puts)
         self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
         self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)
         self._across = AcrossDecoder(context, self.allocator, topology, messages, key, self._explained)
         self.decoder = self._across
+        if self._puts is not None:
+            self.masks = AcrossMasks(context, self._across, topology, self._puts)
 
     def dispatch(self, request: DispatchRequest) -> Dispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.across.dispatch`."""
@@ -142,15 +145,25 @@ class AcrossBackend(CudaBackend):
             return self._across.combine(request)
 
     def mask(self, rank: int, *, masked: bool) -> None:
-        """Raise: no rank can be skipped across nodes yet."""
-        raise UnsupportedError(
-            "mask: backend='cuda' cannot skip ranks across nodes yet; use a group of one node, or backend='cpu' with "
-            "tensors in host memory"
-        )
+        """Skip a rank in decode calls, or stop skipping it.
+
+        Raises:
+            UnsupportedError: decode calls use NCCL, whose exchanges do not end while a rank is silent.
+        """
+        if self._puts is None:
+            raise UnsupportedError(
+                "mask: backend='cuda' can skip ranks across nodes with transport='nvshmem', and not over NCCL, whose "
+                "exchanges need all ranks; use a group with that transport or of one node, or backend='cpu' with "
+                "tensors in host memory"
+            )
+        super().mask(rank, masked=masked)
 
     def write_masks(self, out: Tensor) -> None:
-        """See `tokenferry.backends.base.Backend`; no rank is skipped."""
-        out.zero_()
+        """See `tokenferry.backends.base.Backend`; over NCCL no rank is skipped."""
+        if self._puts is None:
+            out.zero_()
+        else:
+            super().write_masks(out)
 
     def places_shape(self, shape: MoeShape, options: DispatchOptions, num_tokens: int) -> tuple[int | None, int]:
         """See `tokenferry.backends.base.Backend`."""
@@ -183,17 +196,25 @@ class AcrossBackend(CudaBackend):
         with self._explained():
             self._across.catch_up("warmup")
             self.context.jit.warmup(ACROSS_NODES)
-            if self._network is not None:
-                self.context.jit.warmup((self._network.send, self._network.receive))
+            if self._puts is not None:
+                self.context.jit.warmup((self._puts.network.send, self._puts.network.receive))
             super().warmup()
-            call, chunks = self._crossing.begin(Signature("warmup")), self._crossing.chunks(1)
-            words, _ = self._crossing.new_words(chunks.num, 0)
-            opening = self._crossing.open_along(call, words, chunks, 0, 0)
-            self._crossing.counts(call, words, opening.transfer, 0)
+            crossing = self._crossing
+            call, chunks = crossing.begin(Signature("warmup"), skip_masked=True), crossing.chunks(1)
+            words, _ = crossing.new_words(chunks.num, 0)
+            opening = crossing.open_along(call, words, chunks, 0, 0)
+            if self._puts is None:
+                crossing.counts(call, words, opening.transfer, 0)
+                return
+            whole_plan = torch.zeros(1, dtype=torch.int64, device=self.device)
+            crossing.confirm(call, opening, whole_plan.data_ptr())
+            self.context.synchronize()
 
     def synchronize(self) -> None:
         """Wait for this rank's calls, and raise their errors."""
         with self._explained():
+            if self._puts is not None and not self._across.caught_up:
+                self._puts.complete()  # what was sent for an open hook
             super().synchronize()
             with self.context.breaking_off():
                 self._rails.raise_lost()

@@ -77,13 +77,13 @@ class Crossing:
         self._chunks: BoundedDict[int, Chunks] = BoundedDict(_MAX_CHUNKS)
         self._call = CallId(0, "")
 
-    def begin(self, signature: Signature, wait_ns: int = 0) -> Call:
+    def begin(self, signature: Signature, wait_ns: int = 0, *, skip_masked: bool = False) -> Call:
         """Begin a call, as `Context.begin`.
 
         Raises:
             TokenferryError: the error of an earlier call; PeerTimeout: one of its exchanges did not end in time.
         """
-        call = self._context.begin(signature, wait_ns=wait_ns)
+        call = self._context.begin(signature, skip_masked=skip_masked, wait_ns=wait_ns)
         with self._context.breaking_off():
             self.rails.raise_lost()
         return call
@@ -262,6 +262,7 @@ class Crossing:
         self._check.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
             opening.words.headers.address, 0, 0, opening.goes, opening.comes, 0, src_counts, 0, 0, 1,
+            int(call.skips_masked),
         )  # fmt: skip
         self._check.launch(1, call.stream)
 
@@ -278,7 +279,7 @@ class Crossing:
         first, num = (0, self._num_nodes * chunks) if swap is None else (swap.recv.node * chunks + swap.number, 1)
         self._check.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            0, 0, 0, 0, 0, words.states + STATE_BYTES * first, src_counts, num, first, chunks,
+            0, 0, 0, 0, 0, words.states + STATE_BYTES * first, src_counts, num, first, chunks, 0,
         )  # fmt: skip
         self._check.launch(1, call.stream)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
+from tokenferry.backends.cuda import patience
 from tokenferry.backends.cuda.across.decode_forms import (
     AcrossCombineForm,
     AcrossDispatchForm,
@@ -41,6 +42,7 @@ from tokenferry.backends.cuda.decode_forms import CombineKind, DispatchKind, Laz
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspace, Workspaces
+from tokenferry.backends.tensors import drop_ranks
 from tokenferry.kernels.decode_words import RECEIVE, SEND
 from tokenferry.memory.empty import part_of
 from tokenferry.topology import Topology
@@ -144,7 +146,11 @@ class AcrossDecoder(Decoder):
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """Send rows, and receive rows, or return a hook that receives them."""
         context, shape, routing = self._context, request.shape, request.routing
-        x, topk_idx = aligned(request.x), routing.topk_idx.contiguous()
+        x, topk_idx = aligned(request.x), routing.topk_idx
+        if self._rails.can_mask:
+            num_local = shape.num_experts // self._topology.num_ranks
+            topk_idx = drop_ranks(topk_idx, self._rails.unreachable(), num_local)
+        topk_idx = topk_idx.contiguous()
         kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, routing.topk_weights is not None)
         form = self._across.get(kind)
         if form is None:
@@ -157,6 +163,9 @@ class AcrossDecoder(Decoder):
         workspace = self.workspaces.fitting(call, seen, x.element_size())
         if form is None or form.inside.workspace != workspace.number:
             form = self._across[kind] = new_across_dispatch(context, self._key, self._topology, workspace, kind)
+            if context.mask_late:
+                p = form.inside.kernel.params
+                p.timeout_ns = int(patience.ROWS_INSIDE * p.timeout_ns)
         plan = object.__new__(LazyDecodePlan)
         plan._form, plan._words, plan._made, plan._call_number = form.inside, context.empty(*form.inside.words), {}, 0
         plan.num_tokens, plan.topk_idx, plan.topk_weights = topk_idx.shape[0], topk_idx, routing.topk_weights
@@ -193,7 +202,7 @@ class AcrossDecoder(Decoder):
         form.pack.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
             rows.x.data_ptr(), plan.topk_idx.data_ptr(), address(rows.weights), rows.sent.data_ptr(),
-            ids + 4 * (sizes.slots - sizes.ids), ids + own,
+            ids + 4 * (sizes.slots - sizes.ids), ids + 4 * (sizes.number - sizes.ids), ids + own,
             0 if rows.weights_here is None else rows.weights_here.data_ptr() + own,
             words.mine.address, words.came.address, words.states.address, words.overflows, 0,
             plan.num_tokens,
@@ -206,6 +215,7 @@ class AcrossDecoder(Decoder):
             words.memory,
             rows.sent,
             rows.came,
+            patience=patience.ROWS_ACROSS,
         )
 
     def _pass_on(self, form: AcrossDispatchForm, at: Call, rows: _RowsUnderWay) -> None:
@@ -257,6 +267,9 @@ class AcrossDecoder(Decoder):
         if form is None or form.inside.workspace != workspace.number:
             unencoded = kind._replace(encoding=Encoding.same)
             inside = new_combine_form(self._context, signature, workspace, unencoded)
+            if self._context.mask_late:
+                p = inside.kernel.params
+                p.timeout_ns = int(patience.ANSWERS_INSIDE * p.timeout_ns)
             row_bytes = encoded_bytes(y.shape[2], y.element_size(), request.encoding)
             form = self._sum_forms[key] = AcrossCombineForm(inside, sizes, seen, kind, row_bytes)
         self._rails.check(signature.phase, sizes.segment * max(form.row_bytes, 4 * sizes.top_k))

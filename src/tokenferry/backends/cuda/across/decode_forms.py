@@ -46,7 +46,8 @@ class RailSizes(NamedTuple):
     """How many tokens cross in decode calls, and where `DecodePlan._table` says which.
 
     Its parts: the table of the kernels of one node; ``ids`` ``[V, K]``, the experts on this node of all tokens that
-    this rank acts for, as `decode_unpack` and `decode_pack` write them; ``slots`` ``[T, N]`` of `decode_pack`.
+    this rank acts for, as `decode_unpack` and `decode_pack` write them; ``slots`` ``[T, N]`` of `decode_pack`; then the
+    number of the dispatch, the same on all ranks across from each other.
 
     Attributes:
         num_nodes: N.
@@ -59,6 +60,7 @@ class RailSizes(NamedTuple):
         most: Most tokens that this rank acts for, its own included: V.
         ids: Where ``ids`` begins, in words.
         slots: Where ``slots`` begins.
+        number: Where the number of the dispatch is.
         table_words: Where the parts end.
     """
 
@@ -72,18 +74,21 @@ class RailSizes(NamedTuple):
     most: int
     ids: int
     slots: int
+    number: int
     table_words: int
 
     @classmethod
     def of(cls, topology: Topology, max_tokens: int, top_k: int, segment: int) -> RailSizes:
         """Return the sizes for segments of so many tokens."""
-        num_nodes, per_node = topology.num_nodes, topology.ranks_per_node
+        num_nodes, node, per_node = topology.num_nodes, topology.node, topology.ranks_per_node
         num_relayed = (num_nodes - 1) * segment
         most = num_relayed + max_tokens
         ids = PLACES_WORD + per_node * most * top_k
         slots = ids + most * top_k
-        end = slots + max_tokens * num_nodes
-        return cls(num_nodes, topology.node, per_node, max_tokens, top_k, segment, num_relayed, most, ids, slots, end)
+        number = slots + max_tokens * num_nodes
+        return cls(
+            num_nodes, node, per_node, max_tokens, top_k, segment, num_relayed, most, ids, slots, number, number + 1
+        )
 
     def segments(self, tensor: Tensor) -> Rows:
         """Return the parts of a tensor that are about each other node; it is about all relayed tokens first."""
@@ -130,7 +135,7 @@ def sizes_of(plan: DecodePlan, topology: Topology, max_tokens: int) -> RailSizes
     """Return the sizes of the dispatch that made a plan, which may have been copied, or be used in another view."""
     assert plan._table is not None
     num_nodes, per_node, K = topology.num_nodes, topology.ranks_per_node, plan.topk_idx.shape[1]
-    acted_for = (plan._table.numel() - PLACES_WORD - max_tokens * num_nodes) // ((per_node + 1) * K)
+    acted_for = (plan._table.numel() - PLACES_WORD - max_tokens * num_nodes - 1) // ((per_node + 1) * K)
     segment = (acted_for - max_tokens) // (num_nodes - 1)
     return RailSizes.of(topology, max_tokens, K, segment)
 

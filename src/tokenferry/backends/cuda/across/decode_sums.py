@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import DecodeCombineRequest, Encoding
+from tokenferry.backends.cuda import patience
 from tokenferry.backends.cuda.across.decode_forms import RailSizes
 from tokenferry.backends.cuda.across.launch import (
     check_template,
@@ -162,8 +163,8 @@ class NodeSums:
         exact = weights_out is not None
         self._open.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            words.mine.address, words.came.address, words.states.address, it.table,
-            it.table + 4 * sizes.slots,
+            words.mine.address, words.came.address, words.states.address,
+            it.table + 4 * sizes.number, it.table + 4 * sizes.slots,
             it.weights.data_ptr() if exact else 0,
             it.weights_here.data_ptr() + 4 * sizes.num_relayed * sizes.top_k, address(weights_out),
             it.request.plan.num_tokens, sizes.top_k,
@@ -177,6 +178,7 @@ class NodeSums:
                 words.memory,
                 weights_out,
                 it.weights_here,
+                patience=patience.WEIGHTS_ACROSS,
             )
         if self._sends_first(it):
             self._inside(form, call, it, SEND)
@@ -198,6 +200,7 @@ class NodeSums:
             words.memory,
             it.crossing,
             it.parts,
+            patience=patience.SUMS_ACROSS,
         )
         since = self._rails.join(at, transfer, words.since)
         self._check_words(at, it, since, headers=headers, states=True)
@@ -221,9 +224,10 @@ class NodeSums:
         """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none."""
         self._check.pack(
             at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
-            it.words.came.address if headers else 0, it.table, since,
+            it.words.came.address if headers else 0, it.table + 4 * it.sizes.number, since,
             0, 0, it.words.states.address,
             self._no_counts.data_ptr(), it.sizes.num_nodes if states else 0, 0, 1,
+            int(at.skips_masked),
         )  # fmt: skip
         self._check.launch(1, at.stream)
 
@@ -255,7 +259,7 @@ class NodeSums:
         else:
             if template is None:
                 template = self._templates[key] = sum_template(
-                    self._context, self._topology, it.out.dtype, columns, it.sizes.top_k
+                    self._context, self._topology, it.out.dtype, columns, it.sizes.top_k, skips=True
                 )
             parts = it.parts.data_ptr()
             template.pack(

@@ -46,10 +46,11 @@ _OPEN = call_packer(open_spec.SPEC, "headers", "came", "states", "goes", "comes"
 _CHECK = call_packer(
     check_spec.SPEC,
     "headers", "epoch", "since", "goes", "comes", "states", "src_counts", "num_states", "first_state", "chunks",
+    "skips",
 )  # fmt: skip
 _PACK_DECODE = call_packer(
     decode_pack_spec.SPEC,
-    "x", "topk_idx", "weights", "records", "slots", "ids_here", "weights_here", "headers", "came", "states",
+    "x", "topk_idx", "weights", "records", "slots", "number", "ids_here", "weights_here", "headers", "came", "states",
     "overflows", "epoch", "num_tokens",
 )  # fmt: skip
 _UNPACK_DECODE = call_packer(
@@ -105,13 +106,18 @@ def pack_template(context: Context, topology: Topology, kind: RowKind, parcels: 
     return template
 
 
-def sum_template(context: Context, topology: Topology, dtype: torch.dtype, columns: int, top_k: int) -> LaunchTemplate:
-    """Return a template of `combine_nodes`, for sums without weights."""
+def sum_template(
+    context: Context, topology: Topology, dtype: torch.dtype, columns: int, top_k: int, *, skips: bool = False
+) -> LaunchTemplate:
+    """Return a template of `combine_nodes`, for sums without weights.
+
+    ``skips``: for calls that leave masked ranks out.
+    """
     template = context.new_template(sum_spec.SPEC, _SUM, type=TYPES[dtype])
     p = template.params
     p.row_bytes, p.top_k = columns * dtype.itemsize, top_k
     p.chunks, p.pitch = 1, p.row_bytes
-    p.num_nodes, p.node = topology.num_nodes, topology.node
+    p.num_nodes, p.node, p.skips = topology.num_nodes, topology.node, int(skips)
     template.block = sum_spec.THREADS
     return template
 

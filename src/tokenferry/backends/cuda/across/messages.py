@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.rails import Parcel, Rows, Transfer
@@ -37,7 +37,13 @@ class MessageRails(ABC):
     Args:
         crossing: The exchanges of the other calls.
         name: What carries messages.
+
+    Attributes:
+        name: As given.
+        can_mask: Whether calls can leave masked ranks out.
     """
+
+    can_mask: ClassVar[bool] = False
 
     def __init__(self, crossing: Crossing, name: str) -> None:
         self.name = name
@@ -45,7 +51,7 @@ class MessageRails(ABC):
 
     def begin(self, signature: Signature, wait_ns: int) -> Call:
         """See `Crossing.begin`."""
-        return self._crossing.begin(signature, wait_ns)
+        return self._crossing.begin(signature, wait_ns, skip_masked=self.can_mask)
 
     def join(self, call: Call, transfer: Transfer, since: int) -> int:
         """See `Crossing.join`."""
@@ -63,8 +69,12 @@ class MessageRails(ABC):
             CapacityError: they may not; gives both numbers.
         """
 
+    def unreachable(self) -> frozenset[int]:
+        """Return the ranks whose experts get nothing from this rank: they, or the ranks on the way, are masked."""
+        return frozenset()
+
     @abstractmethod
-    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object) -> Transfer:
+    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object, patience: float) -> Transfer:
         """Begin to exchange messages with all other nodes, behind the work of the current stream; returns at once.
 
         Args:
@@ -72,6 +82,8 @@ class MessageRails(ABC):
             send: What to send.
             recv: Where to receive; its states say whether messages have one.
             kept: Keeps the memory of both, which is kept until a stream waits for the transfer.
+            patience: Which part of the deadline to wait for ranks that may be masked; see
+                `tokenferry.backends.cuda.patience`.
         """
 
 
@@ -88,8 +100,9 @@ class ExchangedMessages(MessageRails):
     def check(self, phase: str, body_bytes: int) -> None:
         """See `MessageRails.check`: any size will do."""
 
-    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object) -> Transfer:
+    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""
+        del patience  # no rank may be masked
         sent: dict[int, list[Parcel]] = {}
         received: dict[int, list[Parcel]] = {}
         for other, node in enumerate(self._crossing.others):

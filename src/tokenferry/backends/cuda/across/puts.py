@@ -17,21 +17,26 @@ from tokenferry.backends.cuda.across.decode_sums import encoded_bytes
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
 from tokenferry.backends.cuda.across.rails import Rails, Rows, Transfer
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate, call_packer
+from tokenferry.backends.cuda.control import write_field
+from tokenferry.backends.cuda.faults import pinned_words, view_words
+from tokenferry.backends.cuda.patience import ROWS_ACROSS
 from tokenferry.errors import CapacityError
 from tokenferry.jit.kernel import KernelSpec
 from tokenferry.jit.linker import DeviceLibrary
-from tokenferry.kernels.control_block import MESSAGE_HEAD_BYTES, RAIL_CHUNK_BYTES
+from tokenferry.kernels.control_block import MESSAGE_HEAD_BYTES, NODE_WORDS, RAIL_CHUNK_BYTES, SIGNATURE_WORDS
 from tokenferry.kernels.decode_pack.spec import record_units
 from tokenferry.kernels.rail_receive import spec as receive_spec
 from tokenferry.kernels.rail_send import spec as send_spec
+from tokenferry.memory.tensor import bytes_at
 from tokenferry.topology import Topology
 from tokenferry.types import MoeShape
 
-_SEND = call_packer(send_spec.SPEC, "headers", "bodies", "body_bytes")
-_RECEIVE = call_packer(receive_spec.SPEC, "headers", "states", "bodies", "body_bytes")
+_SEND = call_packer(send_spec.SPEC, "headers", "bodies", "body_bytes", "skips")
+_RECEIVE = call_packer(receive_spec.SPEC, "headers", "states", "bodies", "body_bytes", "skips", "waits")
 _ITEM_BYTES = 4
 """Of the largest numbers that decode calls send."""
 _LINE = 128
+_NOBODY: frozenset[int] = frozenset()
 _AHEAD_S = 1.0
 """How long before the deadline a wait for another node ends, unless a tenth of the deadline is less."""
 
@@ -56,9 +61,19 @@ class RegionSizes:
         return self.message_bytes - MESSAGE_HEAD_BYTES
 
     @property
+    def flags_at(self) -> int:
+        """Where flags begin: behind twice a landing and a staging."""
+        return 4 * self.num_nodes * self.message_bytes
+
+    @property
+    def flag_bytes(self) -> int:
+        """Bytes of flags."""
+        return 16 * self.num_nodes * self.max_chunks
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all: twice a landing, a staging and flags."""
-        return 2 * self.num_nodes * (2 * self.message_bytes + 8 * self.max_chunks)
+        """Bytes of all."""
+        return self.flags_at + self.flag_bytes
 
 
 def region_sizes(shape: MoeShape, topology: Topology) -> RegionSizes:
@@ -107,12 +122,21 @@ class Puts:
         context: Context of this rank, in its node.
         topology: The nodes.
         network: What puts them.
+
+    Attributes:
+        network: As given.
+        by_hand: Ranks of other nodes that were masked by hand.
+        lost: For each node 1 if a kernel has masked the rank across there.
     """
 
     def __init__(self, context: Context, topology: Topology, network: Network) -> None:
         self._context = context
+        self._topology = topology
         self._num_others = topology.num_nodes - 1
         self.network = network
+        self._lost = pinned_words(topology.num_nodes, pin=context.device.type == "cuda")
+        self.lost = view_words(self._lost)
+        self.by_hand: set[int] = set()
         self._send = context.new_template(network.send, _SEND)
         self._receive = context.new_template(network.receive, _RECEIVE)
         self._send.block, self._receive.block = send_spec.THREADS, receive_spec.THREADS
@@ -121,28 +145,64 @@ class Puts:
             p.num_nodes, p.node = topology.num_nodes, topology.node
             p.region, p.network = network.region, network.table.data_ptr()
             p.message_bytes, p.max_chunks = network.sizes.message_bytes, network.sizes.max_chunks
+        p = self._receive.params
+        p.mask_late, p.masked_out = int(context.mask_late), self._lost.data_ptr()
         # Ranks of this node wait for this one as long: they should learn why before they give up themselves.
         timeout_s = context.timeout_s
-        self._receive.params.timeout_ns = int((timeout_s - min(_AHEAD_S, timeout_s / 10)) * 1e9)
+        p.timeout_ns = int((timeout_s - min(_AHEAD_S, timeout_s / 10)) * 1e9)
 
-    def exchange(self, call: Call, send: Messages, recv: Messages) -> PutTransfer:
+    def exchange(self, call: Call, send: Messages, recv: Messages, patience: float) -> PutTransfer:
         """See `MessageRails.exchange`. Kernels of the current stream use the memory, and nothing else."""
         headers = 0 if send.headers is None else send.headers.address
         self._send.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            headers, send.bodies.address, send.bodies.row_bytes,
+            headers, send.bodies.address, send.bodies.row_bytes, int(call.skips_masked),
         )  # fmt: skip
         self._launch(self._send, send.bodies.row_bytes, call.stream)
-        return PutTransfer(self, call, recv)
+        return PutTransfer(self, call, recv, patience)
 
-    def receive(self, call: Call, recv: Messages) -> None:
+    def receive(self, call: Call, recv: Messages, patience: float) -> None:
         """Let the current stream wait for what the others have put, and copy it to its places."""
         headers, states = (0 if rows is None else rows.address for rows in (recv.headers, recv.states))
         self._receive.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
             headers, states, recv.bodies.address, recv.bodies.row_bytes,
+            int(call.skips_masked), 1,
         )  # fmt: skip
+        if self._context.mask_late:
+            self._receive.params.timeout_ns = int(patience * self._context.timeout_s * 1e9)
         self._launch(self._receive, recv.bodies.row_bytes, self._context.current_stream())
+
+    def complete(self) -> None:
+        """Let the stream of the last call wait until what this rank has put is complete."""
+        stream, _ = self._context.order_after_calls()
+        self._receive.pack(0, 0, 0, bytes(4 * SIGNATURE_WORDS), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._receive.launch(1, stream)
+
+    def resynchronise(self) -> None:
+        """Forget all exchanges; nothing may be under way, and the ranks across from this one do the same."""
+        sizes, device = self.network.sizes, self._context.device
+        bytes_at(self.network.region + sizes.flags_at, sizes.flag_bytes, device, self.network).zero_()
+        for field in ("crossed", "packed"):
+            write_field(self._context.window, field, bytes(4))
+        write_field(self._context.window, "untold_nodes", bytes(4 * NODE_WORDS))
+
+    def unreachable(self) -> frozenset[int]:
+        """See `MessageRails.unreachable`."""
+        masked = self.masked_ranks()
+        if not masked:
+            return masked
+        at = self._topology
+        cut = [ranks for node, ranks in enumerate(at.nodes) if node != at.node and at.rail[node] in masked]
+        return masked.union(*cut)
+
+    def masked_ranks(self) -> frozenset[int]:
+        """Return the ranks of the whole group that decode calls leave out."""
+        if self._context.nobody_masked and not self.by_hand and not any(self.lost):
+            return _NOBODY
+        at, first = self._topology, self._topology.nodes[self._topology.node][0]
+        inside = {first + rank for rank in self._context.masked_ranks()}
+        return frozenset(inside | self.by_hand | {at.rail[node] for node in range(at.num_nodes) if self.lost[node]})
 
     def synchronize(self) -> None:
         """See `Context.synchronize`."""
@@ -161,15 +221,17 @@ class PutTransfer:
         puts: What exchanges them.
         call: Their call.
         recv: Where to receive.
+        patience: See `MessageRails.exchange`.
     """
 
     puts: Puts
     call: Call
     recv: Messages
+    patience: float
 
     def join(self) -> None:
         """See `Transfer.join`."""
-        self.puts.receive(self.call, self.recv)
+        self.puts.receive(self.call, self.recv, self.patience)
 
     def wait(self) -> None:
         """See `Transfer.wait`."""
@@ -185,6 +247,8 @@ class PutMessages(MessageRails):
         puts: What exchanges messages.
     """
 
+    can_mask = True
+
     def __init__(self, crossing: Crossing, puts: Puts) -> None:
         super().__init__(crossing, puts.network.name)
         self._puts = puts
@@ -198,9 +262,13 @@ class PutMessages(MessageRails):
                 f"shape of the group, has {most}; make the group with the largest shape of its views"
             )
 
-    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object) -> Transfer:
+    def unreachable(self) -> frozenset[int]:
+        """See `MessageRails.unreachable`."""
+        return self._puts.unreachable()
+
+    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""
-        return self._puts.exchange(call, send, recv)
+        return self._puts.exchange(call, send, recv, patience)
 
 
 class PutCrossing(Crossing):
@@ -220,7 +288,8 @@ class PutCrossing(Crossing):
 
     def open(self, call: Call, words: Words) -> Transfer:
         """See `Crossing.open`."""
-        return self._puts.exchange(call, Messages(words.mine, _NO_BODIES), Messages(words.headers, _NO_BODIES))
+        send, recv = Messages(words.mine, _NO_BODIES), Messages(words.headers, _NO_BODIES)
+        return self._puts.exchange(call, send, recv, ROWS_ACROSS)
 
     def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer:
         """See `Crossing.routing`. Headers are put, and the routing follows them."""

@@ -1,0 +1,166 @@
+"""Ranks of several nodes that are lost to decode calls, and come back, over a network of the tests."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support import node_masks
+from support.emulated_group import Puts, SynchronousJit, SynchronousKernel, emulate
+from support.emulator import Emulator
+from support.fake_network import Put, Weather
+from support.masks import Absence, by_hand, skip_and_return
+from support.node_masks import CASE, LOST, NodeAbsence
+
+pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
+
+TIMEOUT_S = 6.0
+"""A quarter of it is enough for threads that share one processor or two."""
+STORM = Weather(delay_s=0.004, reorder=True, seed=7)
+MAPPED = {"all": lambda rank: True, "some": lambda rank: rank % 3 == 0, "none": lambda rank: False}
+
+
+def puts(mapped: str = "none", weather: Weather = STORM) -> Puts:
+    return Puts(weather, MAPPED[mapped], CASE.shape)
+
+
+# ---------------------------------------------------------------------- nodes of one rank
+
+
+@pytest.mark.parametrize(
+    ("absence", "mapped"),
+    [(Absence("dispatch", hook=True), "some"), (Absence("combine"), "all")],
+    ids=str,
+)
+def test_a_node_that_is_away_comes_back(run, tmp_path, absence, mapped):
+    run(3, skip_and_return, str(tmp_path), TIMEOUT_S, absence, ranks_per_node=1, puts=puts(mapped))
+
+
+@pytest.mark.parametrize("both_sides", [True, False])
+def test_nodes_masked_by_hand(run, tmp_path, both_sides):
+    run(3, by_hand, str(tmp_path), both_sides, TIMEOUT_S, ranks_per_node=1, puts=puts("some"))
+
+
+# ---------------------------------------------------------------------- nodes of two ranks
+
+ABSENCES = [
+    (NodeAbsence("dispatch"), "none"),
+    (NodeAbsence("dispatch", hook=True), "all"),
+    (NodeAbsence("combine"), "some"),
+    (NodeAbsence("combine", hook=True, fast=True), "none"),
+]
+
+
+@pytest.mark.parametrize(("absence", "mapped"), ABSENCES, ids=str)
+def test_a_rank_that_is_away_comes_back(run, tmp_path, absence, mapped):
+    """Only those that wait for it find that it is lost, and none of them is taken for lost because it waits."""
+    waited = run(
+        4, node_masks.lose_on_two_nodes, str(tmp_path), TIMEOUT_S, absence, ranks_per_node=2, puts=puts(mapped)
+    )
+    least = TIMEOUT_S / 2 * 0.8
+    assert min(waited[1], waited[2]) > least * 1e9, "the wait for it counts for it"
+
+
+@pytest.mark.parametrize("lost", [(3,), (2, 3), (1, 2)], ids=str)
+def test_ranks_masked_by_hand(run, lost):
+    run(4, node_masks.masked_by_hand, lost, ranks_per_node=2, puts=Puts(STORM, MAPPED["some"]))
+
+
+def test_a_lost_put_parts_two_ranks(run, tmp_path):
+    armed = threading.Event()
+
+    def is_lost(put: Put) -> bool:
+        return armed.is_set() and (put.sender, put.rank) == (LOST, 1)
+
+    storm = Weather(reorder=True, loses=is_lost)
+    run(4, node_masks.lose_a_put, str(tmp_path), TIMEOUT_S, armed, ranks_per_node=2, puts=puts("none", storm))
+
+
+def test_a_rank_that_never_calls(run, tmp_path):
+    run(4, node_masks.lost_from_the_start, str(tmp_path), TIMEOUT_S, ranks_per_node=2, puts=puts())
+
+
+def test_warmup_masks_a_rank_that_does_not_come(run):
+    run(4, node_masks.meet_without_one, TIMEOUT_S, ranks_per_node=2, puts=puts())
+
+
+def test_synchronize_completes_what_was_put(run):
+    """Also for hooks that are open: ranks that resynchronise would take it for something new."""
+    late = threading.Event()
+    slow = Weather(delay_s=1.0, is_late=lambda rank: late.is_set(), seed=7)
+    run(4, node_masks.synchronize_with_an_open_hook, late, ranks_per_node=2, puts=puts("none", slow))
+
+
+# ---------------------------------------------------------------------- the same launches again
+
+
+class Keep(TorchDispatchMode):
+    """Keeps all tensors that are made, as the memory of a CUDA graph is kept."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self._kept.append(made)
+        return made
+
+
+class Launches(threading.local):
+    """What kernels got while this thread recorded; None: it does not."""
+
+    now: list[Any] | None = None
+
+
+LAUNCHES = Launches()
+
+
+class RecordedKernel(SynchronousKernel):
+    """A kernel that notes its launches."""
+
+    def launch(self, params: Any, grid: int, block: int, smem_bytes: int, stream: int) -> None:
+        if LAUNCHES.now is not None:
+            copied = type(params).from_buffer_copy(params)
+            LAUNCHES.now.append((self, copied, grid, block, smem_bytes, stream))
+        super().launch(params, grid, block, smem_bytes, stream)
+
+
+class RecordedJit(SynchronousJit):
+    kernel_type = RecordedKernel
+
+
+class Recorder:
+    """Records the launches of a thread, and makes them again."""
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    @contextmanager
+    def record(self, context: Any) -> Iterator[list[Any]]:
+        """Record, and keep all memory of the calls."""
+        empty = context.empty
+
+        def kept_empty(*args: Any) -> Any:
+            self._kept.append(empty(*args))
+            return self._kept[-1]
+
+        context.empty, LAUNCHES.now = kept_empty, []
+        try:
+            with Keep(self._kept):
+                yield LAUNCHES.now
+        finally:
+            context.empty, LAUNCHES.now = empty, None
+
+    def replay(self, launches: list[Any]) -> None:
+        for kernel, *launch in launches:
+            kernel.launch(*launch)
+
+
+def test_a_rank_that_does_not_replay(pytestconfig, tmp_path):
+    """The launches of the others see what has happened since they were recorded, and that the rank has come back."""
+    run = emulate(pytestconfig, RecordedJit)
+    run(4, node_masks.lose_in_replays, Recorder(), str(tmp_path), TIMEOUT_S, ranks_per_node=2, puts=puts("some"))
