@@ -20,6 +20,7 @@ A *broken* group raises ClosedError on every later call and can only be closed; 
 
 from __future__ import annotations
 
+import functools
 import pickle
 
 
@@ -33,14 +34,19 @@ def page_address(page: str, anchor: str = "") -> str | None:
         page: The name of a file in docs/, such as ``"errors"``.
         anchor: A heading, as a link has it.
     """
+    site = _site()
+    return site and f"{site.rstrip('/')}/{page}/{anchor and '#'}{anchor}"
+
+
+@functools.lru_cache(maxsize=1)
+def _site() -> str | None:
     from importlib import metadata  # errors are rare, and this takes milliseconds
 
     try:
         urls = metadata.metadata("tokenferry").get_all("Project-URL") or []
-    except metadata.PackageNotFoundError:  # a clone that is not installed
+    except (metadata.PackageNotFoundError, OSError):  # a clone that is not installed; or files are refused now
         return None
-    site = next((url for label, _, url in (one.partition(", ") for one in urls) if label == "Documentation"), None)
-    return site and f"{site.rstrip('/')}/{page}/{anchor and '#'}{anchor}"
+    return next((url for label, _, url in (one.partition(", ") for one in urls) if label == "Documentation"), None)
 
 
 def page_place(page: str) -> str:
@@ -49,7 +55,18 @@ def page_place(page: str) -> str:
 
 
 class TokenferryError(Exception):
-    """Base class of all exceptions of tokenferry."""
+    """Base class of all exceptions of tokenferry.
+
+    Where the package names a site of its documentation, a traceback ends with the address of the exception's section
+    (Python 3.11 and newer).
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        if type(self).__module__ == __name__ and hasattr(self, "add_note"):
+            address = page_address("errors", type(self).__name__.lower())
+            if address and address not in str(args[:1]):
+                self.add_note(f"What to do: {address}")
 
 
 class ArgumentError(TokenferryError, ValueError):

@@ -150,6 +150,12 @@ TIMEOUT = """
 from tokenferry.transports.base import CallId, peer_timeout
 print(peer_timeout(CallId("dispatch", 3), 0, [1], "nothing came", 1.0, "Nothing was received."))
 """
+SHAPE = """
+import traceback
+import tokenferry
+for error in (tokenferry.ShapeError("x: expected [T, H]"), tokenferry.ResourceError("no", resource="memory", errno=12)):
+    print("".join(traceback.format_exception(error)))
+"""
 
 
 def test_the_address_of_the_site_is_set_in_one_place(sdist, tmp_path):
@@ -172,12 +178,18 @@ def test_the_address_of_the_site_is_set_in_one_place(sdist, tmp_path):
         run = subprocess.run(
             [sys.executable, *words], env=environ, capture_output=True, text=True, timeout=120, check=True
         )
-        assert f"{SITE}errors/#peertimeout" in run.stdout
+        assert run.stdout.count(f"{SITE}errors/#peertimeout") == 1
         assert "(docs/" not in run.stdout
+    if sys.version_info >= (3, 11):
+        run = subprocess.run([sys.executable, "-c", SHAPE], env=environ, capture_output=True, text=True, check=True)
+        assert f"ShapeError: x: expected [T, H]\nWhat to do: {SITE}errors/#shapeerror\n" in run.stdout
+        assert f"What to do: {SITE}errors/#resourceerror\n" in run.stdout
 
 
 def test_without_an_address_files_are_named(monkeypatch):
     monkeypatch.setattr(metadata_of_packages, "metadata", lambda name: Parser().parsestr("Name: tokenferry\n"))
+    errors._site.cache_clear()
+    assert not hasattr(errors.ShapeError("x"), "__notes__")
     assert errors.page_address("errors", "peertimeout") is None
     assert errors.page_place("across-nodes") == "docs/across-nodes.md"
 
