@@ -17,11 +17,11 @@
 
 constexpr u32 kFailed = 0;  // this rank has given up
 constexpr u32 kCame = 1;
-constexpr u32 kOther = 2;   // the body of this message has another size
-constexpr u32 kMasked = 3;  // the rank across is masked
+constexpr u32 kOther = 2;    // the body of this message has another size
+constexpr u32 kSkipped = 3;  // the rank across is masked
 constexpr u32 kNotYet = 4;
 
-// Handles a rank across that is late, or has masked this one. Returns kMasked or kFailed.
+// Handles a rank across that is late, or has masked this one. Returns kSkipped or kFailed.
 DEV u32 lose(const RailReceiveParams& p, u32 m, u32 seen, u32 epoch, u64 waited) {
     if (!p.mask_late || !p.skips) {
         give_up(p, kLateNode, p.rank, m * p.num_ranks + p.rank, seen, epoch, p.rank, waited);
@@ -31,7 +31,7 @@ DEV u32 lose(const RailReceiveParams& p, u32 m, u32 seen, u32 epoch, u64 waited)
     atomicOr(&mine->untold_nodes[m / 32], 1u << m % 32);
     atomicOr(&mine->masked_nodes[m / 32], 1u << m % 32);
     store_release(p.masked_out + m, 1);
-    return kMasked;
+    return kSkipped;
 }
 
 // Returns whether a flag says that its sender has masked this rank: see device/rails.cuh.
@@ -43,7 +43,7 @@ DEV bool has_masked_this(u64 flag, u32 epoch) {
 DEV u32 check_wait(const RailReceiveParams& p, const u64* flag, u64 head, u32 epoch, u32 m, u64& start) {
     const ControlBlock* mine = control_block(p, p.rank);
     if (load_relaxed(&mine->failed)) return kFailed;
-    if (p.skips && load_relaxed(&mine->masked_nodes[m / 32]) >> m % 32 & 1) return kMasked;  // by another block
+    if (p.skips && load_relaxed(&mine->masked_nodes[m / 32]) >> m % 32 & 1) return kSkipped;  // by another block
     const u64 now = clock_ns();
     if (!start) start = now;
     if (p.mask_late && has_masked_this(head, epoch)) return lose(p, m, epoch_in(head), epoch, now - start);
@@ -96,13 +96,13 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads, 1) rail_receive(const 
     for (u32 unit = blockIdx.x; unit < units; unit += gridDim.x) {
         const u32 m = node_of_unit(p, unit), chunk = unit / (p.num_nodes - 1);
         if (threadIdx.x == 0)
-            found = p.skips && is_node_masked(p, m) ? kMasked : wait_for_chunk(p, epoch, m, chunk, start);
+            found = p.skips && is_node_masked(p, m) ? kSkipped : wait_for_chunk(p, epoch, m, chunk, start);
         __syncthreads();
         const u32 what = found;
         fence_system();
         __syncthreads();
         if (what == kFailed) return;
-        if (what == kMasked) continue;
+        if (what == kSkipped) continue;
         const u8* message = message_in(p, p.region, epoch, m);
         if (chunk == 0) read_head(p, m, message);
         if (what != kCame) continue;
