@@ -40,11 +40,11 @@ def page_address(page: str, anchor: str = "") -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def _site() -> str | None:
-    from importlib import metadata  # errors are rare, and this takes milliseconds
-
     try:
+        from importlib import metadata  # errors are rare, and this takes milliseconds
+
         urls = metadata.metadata("tokenferry").get_all("Project-URL") or []
-    except (metadata.PackageNotFoundError, OSError):  # a clone that is not installed; or files are refused now
+    except (ImportError, OSError):  # a clone that is not installed; or files are refused, or Python ends
         return None
     return next((url for label, _, url in (one.partition(", ") for one in urls) if label == "Documentation"), None)
 
