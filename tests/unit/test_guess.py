@@ -72,6 +72,19 @@ def test_the_guess_is_the_limit_of_the_kernels_and_in_the_signature():
         assert params["handshake"][CAPACITY_FIELD] == 64
 
 
+@pytest.mark.parametrize("options", [DispatchOptions(), DispatchOptions(Layout.EXPERTS)])
+def test_results_leave_the_room_that_earlier_ones_took(options):
+    """Where no M says how many rows may come; room for the worst case would be most of the heap."""
+    silent = Silent()
+    allocator, context = silent.group._backend.allocator, silent.group._backend.context
+    call, heap = context.begin(Signature("dispatch")), context.heap
+    for _ in range(2):
+        sent = silent.view.dispatch(rows_of(6, 256), routing(6), options=options)
+        few, leaves = allocator.recv_block(call, heap.num_bytes * 3 // 10)
+        assert not leaves
+        del few, sent
+
+
 def test_calls_of_torch():
     silent = Silent()
     for _ in range(2):

@@ -32,7 +32,7 @@ def test_results_that_stay_leave_room_for_the_largest_one(sizes):
 
 
 def test_results_may_take_a_quarter_of_a_heap_that_the_largest_one_would_fill(caplog):
-    """Where no M is known, or all choices of all ranks might go to one."""
+    """Where all choices of all ranks might go to one."""
     allocator = make(64)
     allocator.expect(1000 * KIB)
     allocator.expect(4 * KIB)
@@ -44,6 +44,13 @@ def test_results_may_take_a_quarter_of_a_heap_that_the_largest_one_would_fill(ca
         assert allocator.recv_block(CALL, 8 * KIB)[1]
     assert len(caplog.records) == 1, "it is said once"
     assert "TOKENFERRY_HEAP_MB" in caplog.text
+
+
+def test_without_a_limit_room_is_left_for_twice_what_came():
+    allocator = make(64)
+    allocator.expect_more(20 * KIB)
+    assert allocator.recv_block(CALL, 30 * KIB)[1], "34 KiB are left, 40 may come"
+    assert not allocator.recv_block(CALL, 20 * KIB)[1]
 
 
 def test_without_a_dispatch_a_result_leaves_room_for_another_one():

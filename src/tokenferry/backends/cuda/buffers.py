@@ -34,6 +34,10 @@ class SymmetricAllocator:
         """Note how large the results of dispatches may become: so much stays free, if it is not most of the heap."""
         self._reserve = max(self._reserve, min(num_bytes, self._heap.num_bytes * 3 // 4))
 
+    def expect_more(self, num_bytes: int) -> None:
+        """Note how large a result was, where no M says how large others may become: twice as large, is the estimate."""
+        self.expect(2 * num_bytes)
+
     def block(self, phase: str, num_bytes: int, stream: int, capture: int | None = None) -> Block:
         """Return a block of the heap; ``capture``: see `Heap.block`.
 

@@ -87,7 +87,8 @@ class Dispatcher:
         found = self._forms.get(key)
         if found is None:
             found = self._forms[key] = new_dispatch_form(self._context, self._key, shape, options, kind, num_sms)
-            self._allocator.expect(found.worst.num_bytes)
+            if found.geometry.bounded:
+                self._allocator.expect(found.worst.num_bytes)
         return found
 
     def sized(self, form: DispatchForm) -> DispatchForm:
@@ -103,6 +104,7 @@ class Dispatcher:
         found = form.guessed.get(guess.num_rows)
         if found is None:
             found = form.guessed[guess.num_rows] = guessed_form(self._context, form, guess.num_rows)
+            self._allocator.expect_more(found.worst.num_bytes)
         return found
 
     def send(self, form: DispatchForm, call: Call, payload: Payload, num_tokens: int) -> Dispatched[Any]:
@@ -235,6 +237,8 @@ class Dispatcher:
             plan._recv_at = plan._recv_block.address
             layout = cuda_plan.row_layout(geometry.options.layout, kind, counts.delivered)
             plan.num_delivered = counts.delivered
+            if not geometry.bounded:
+                self._allocator.expect_more(layout.num_bytes)
         result._layout = layout
         result._block, result.leaves_block = self._allocator.recv_block(call, layout.num_bytes)
         return result

@@ -41,6 +41,7 @@ class Geometry:
         sizes: Sizes for the kernels that make the plan.
         by_expert: Whether rows lie by expert.
         most_delivered: Rows of ``Dispatched.x`` in the worst case.
+        bounded: Whether M says how many rows there may be; otherwise there may be as many as places can number.
     """
 
     shape: MoeShape
@@ -50,6 +51,7 @@ class Geometry:
     sizes: PlanSizes
     by_expert: bool
     most_delivered: int
+    bounded: bool
 
     @property
     def layout(self) -> int:
@@ -62,8 +64,7 @@ class Geometry:
 
         That follows from what has to be the same on all ranks, so it is the same on all ranks, too.
         """
-        waits = self.options.counts == "host"
-        return waits and self.layout == ROWS and self.space.given >= _MOST_ROWS_BY_TOKEN
+        return self.options.counts == "host" and self.layout == ROWS and not self.bounded
 
 
 def too_large(shape: MoeShape) -> str:
@@ -131,6 +132,7 @@ def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geome
         ),
         by_expert=layout != ROWS,
         most_delivered=most,
+        bounded=space.given < most_rows(layout),
     )
 
 
@@ -142,6 +144,7 @@ def limited(geometry: Geometry, num_rows: int) -> Geometry:
         space=RowCapacity(num_rows, num_rows, num_rows, geometry.space.sent),
         sizes=replace(geometry.sizes, row_limit=num_rows),
         most_delivered=num_rows,
+        bounded=True,
     )
 
 

@@ -153,8 +153,9 @@ class AcrossDispatcher:
                 self._context.device,
             )
             found = self._forms[key] = new_across_form(self._group, plan, shape, kind, num_sms)
-            most = cuda_plan.row_layout(options.layout, kind, found.geometry.most_delivered)
-            self._allocator.expect(most.num_bytes)
+            if found.geometry.bounded:
+                most = cuda_plan.row_layout(options.layout, kind, found.geometry.most_delivered)
+                self._allocator.expect(most.num_bytes)
         return found
 
     def sized(self, form: AcrossForm) -> AcrossForm:
@@ -267,6 +268,8 @@ class AcrossDispatcher:
             {},
         )
         result, (rows, scale, weights, *_) = self._recv_rows(form.rows, call, plan)
+        if not geometry.bounded:
+            self._allocator.expect_more(result._layout.num_bytes)
         came = block.offset
         return result, RecvOffsets(
             rows,
