@@ -31,13 +31,18 @@ COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
 COMBINE_US_OF_TWO = ((16, 371), (20, 298), (24, 252), (28, 217), (32, 191), (40, 189), (48, 193), (66, 193))
 """The same on 2 H200: a third as many rows are fetched, and the SMs that add up are the limit until there are 32."""
 
-PUSH_US = ((16, 676), (20, 520), (24, 502), (36, 501), (66, 498), (132, 487))
-"""The same for rows in the user's memory, which are pushed; 1024 rows took 166 us with 24 SMs and 162 us with 66."""
+PUSH_US = ((16, 688), (24, 549), (32, 521), (48, 507))
+"""The same for rows in the user's memory, which are pushed. On a machine whose links answered sooner (a flag's way took
+1.2 us instead of 1.37) 24 SMs took 502 us, and 66 took 498; 1024 rows took 166 us with 24 SMs and 162 with 66."""
+
+PUSH_US_OF_TWO = ((24, 307), (32, 250), (48, 220), (66, 212), (132, 202))
+"""The same on 2 H200."""
 
 DISPATCH_SMS = 16
 COMBINE_SMS = 16
 MOST_COMBINE_SMS = 40
-PUSH_SMS = 24
+PUSH_SMS = 32
+PUSH_SMS_OF_TWO = 48
 NCCL_SMS = 16
 """SMs that calls across nodes leave to NCCL, and the most that it uses: a kernel that waits for the ranks of its node
 must not keep NCCL from what a rank of another node waits for."""
@@ -215,24 +220,26 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     what, most = "combine of rows in the user's memory", topology.num_sms
     pieces = -(-2 * shape.hidden // _PIECE_BYTES)
     needed = 2 * -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)  # half of them push, half add up
-    wanted = PUSH_SMS if shape.max_tokens >= _SHORT_PUSH else max(PUSH_SMS, most // 2)
+    least = PUSH_SMS_OF_TWO if topology.num_ranks == 2 else PUSH_SMS
+    wanted = least if shape.max_tokens >= _SHORT_PUSH else max(least, most // 2)
     if needed < wanted:
         chosen = min(needed, most)
         return chosen, f"{what}: {chosen} SMs: more would be idle at M={shape.max_tokens}"
     chosen = min(wanted, most)
-    if chosen < PUSH_SMS:
-        return chosen, f"{what}: {chosen} SMs: all that the device has; {PUSH_SMS} would be used on a larger one"
+    if chosen < least:
+        return chosen, f"{what}: {chosen} SMs: all that the device has; {least} would be used on a larger one"
     if topology.num_ranks == 1:
         return chosen, f"{what}: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
-    if chosen > PUSH_SMS:
+    if chosen > least:
         return chosen, (
             f"{what}: {chosen} SMs: half of the device, if fewer than {_SHORT_PUSH} tokens are combined: rows land "
             "late and all at once (T=128 took 53 us with 24 SMs and 42 with 66; 4 H200)"
         )
-    times, few, many = dict(PUSH_US), PUSH_US[0], PUSH_US[-2]
+    curve, gpus = (PUSH_US_OF_TWO, 2) if topology.num_ranks == 2 else (PUSH_US, 4)
+    times, (more, least_us) = dict(curve), curve[3]
     return chosen, (
         f"{what}: {chosen} SMs: some push, the others add up what lands: bfloat16 rows of T=4096 took "
-        f"{times[PUSH_SMS]} us, {few[1]} with {few[0]} and {many[1]} with {many[0]} (4 H200)"
+        f"{times[chosen]} us, {times[24]} with 24 and {least_us} with {more} ({gpus} H200)"
     )
 
 

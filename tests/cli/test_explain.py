@@ -11,8 +11,8 @@ def test_the_case_of_the_targets(capsys):
     for text in ("5.295 ranks, 4.633 of them others", "140.27", "272.04", "dispatch: 16 SMs", "combine: 16 SMs"):
         assert text in out
     assert "window of each rank" in out
-    # At the rate of the 10 SMs that push, not of all 24.
-    assert next(line for line in out.splitlines() if "user's rows" in line).split()[-2:] == ["24", "862.9"]
+    # At the rate of the 13 SMs that push, not of all 32.
+    assert next(line for line in out.splitlines() if "user's rows" in line).split()[-2:] == ["32", "870.2"]
 
 
 def test_other_links(capsys):

@@ -23,12 +23,12 @@ def sized(max_tokens, hidden=7168):
 
 def test_large_calls_take_the_measured_numbers():
     tuned = tune(V3, H200)
-    assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == (16, 16, 24)
+    assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == (16, 16, 32)
     dispatch, combine, push = tuned.reasons
     assert "250 us with 12 to 24 SMs" in dispatch
     assert "290 us with 8" in dispatch
     assert "496 us with 16 to 24 SMs" in combine
-    assert "502 us, 676 with 16 and 498 with 66" in push
+    assert "521 us, 549 with 24 and 507 with 48 (4 H200)" in push
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,13 @@ def test_combine_takes_as_many_as_add_up_what_the_links_bring(num_ranks, number)
     tuned = tune(V3, Topology(num_ranks, 132))
     assert tuned.combine_sms == number
     assert ("189 us with 40 and 371 us with 16" in tuned.reasons[1]) == (num_ranks == 2)
+
+
+@pytest.mark.parametrize(("num_ranks", "number"), [(2, 48), (3, 32), (8, 32)])
+def test_between_two_ranks_more_sms_push_and_add_up(num_ranks, number):
+    tuned = tune(V3, Topology(num_ranks, 132))
+    assert tuned.push_sms == number
+    assert ("220 us, 307 with 24 and 212 with 66 (2 H200)" in tuned.reasons[2]) == (num_ranks == 2)
 
 
 def test_combine_of_one_choice_has_a_most():
