@@ -40,6 +40,8 @@ JOB_S = 300.0
 TWO_BY_TWO = pytest.param((4, 2), marks=pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs"))
 NODES = [TWO_BY_TWO, (2, 1), (3, 1), (4, 1)]
 """Ranks, and ranks of a node."""
+if NUM_GPUS >= 4:
+    NODES += [(8, 4), (8, 2)]
 
 
 def pair_of(per_node: int) -> Pair:

@@ -1,5 +1,6 @@
 """The pairs of backend and transport that pass the same suite. A new backend is one more line."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,10 @@ NODES = [
 CUDA_PAIRS = (Pair("cuda", "nvlink"),) if NUM_GPUS else ()
 PAIRS = CPU_PAIRS + CUDA_PAIRS
 
-CUDA_RANKS = tuple(ranks for ranks in (1, 2, 3, 4, 5, 8) if ranks <= max(NUM_GPUS, 3))
-"""R with GPUs: a rank each; up to three ranks may share one."""
+CUDA_RANKS = tuple(int(ranks) for ranks in os.environ.get("TEST_CUDA_RANKS", "").split(",") if ranks) or tuple(
+    ranks for ranks in (1, 2, 3, 4, 5, 8) if ranks <= max(NUM_GPUS, 3)
+)
+"""R with GPUs: a rank each; up to three ranks may share one. TEST_CUDA_RANKS=5,6,7 names others, which share GPUs."""
 
 PLACES = [
     (Pair("cpu", "none"), 1),
