@@ -151,20 +151,21 @@ class ExpertGroup(Connected):
         timeout_s: float | None = None,
         cache_folder: str | None = None,
         on_timeout: TimeoutPolicy = "raise",
+        put_bytes: int | None = None,
     ) -> ExpertGroup:
         """Make a group with ``heap_bytes`` of GPU memory for rows, unless TOKENFERRY_HEAP_MB is set. Collective.
 
-        Kernels are kept in ``cache_folder``; None: where TOKENFERRY_CACHE_DIR says.
+        Kernels are kept in ``cache_folder``; None: where TOKENFERRY_CACHE_DIR says. Over NVSHMEM other nodes put decode
+        calls into ``put_bytes`` of memory; None: as much as the shape needs.
 
         For APIs that receive the sizes only with each call, so that the memory cannot be derived from them: without
         ``shape`` the group has the smallest one.
         """
         shape = MoeShape(check_group(group), 1, 16, 1) if shape is None else shape
         resolved = resolve_options(group, shape, "auto", "auto", timeout_s, on_timeout)
-        if resolved.heap_bytes is None:
-            resolved = replace(resolved, heap_bytes=heap_bytes)
-        if cache_folder is not None:
-            resolved = replace(resolved, cache_folder=cache_folder)
+        num_bytes = heap_bytes if resolved.heap_bytes is None else resolved.heap_bytes
+        folder = resolved.cache_folder if cache_folder is None else cache_folder
+        resolved = replace(resolved, heap_bytes=num_bytes, cache_folder=folder, put_bytes=put_bytes)
         made = object.__new__(cls)
         made._adopt(make_backend(group, resolved), shape, resolved.timeout_s, process_group=group)
         return made

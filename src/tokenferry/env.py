@@ -122,6 +122,12 @@ VARIABLES = (
         _one_of("auto", "debug", "info", "warning", "error", "off"),
     ),
     Variable(
+        "TOKENFERRY_NETWORK",
+        "nccl",
+        "what carries decode calls between nodes in groups on GPUs made with transport='auto': nccl or nvshmem",
+        _one_of("nccl", "nvshmem"),
+    ),
+    Variable(
         "TOKENFERRY_RANKS_PER_NODE",
         "auto",
         "number of consecutive ranks that form a node; auto: the ranks of a host do",
@@ -156,6 +162,7 @@ class Settings:
     fast_path: bool
     heap_mb: int | None
     log: str
+    network: str
     ranks_per_node: int | None
     timeout_s: float
     transport: str
@@ -238,11 +245,13 @@ class DeepEpSettings:
         buffer_debug: EP_BUFFER_DEBUG: say what each of them uses.
         cache_dir: EP_JIT_CACHE_DIR, unless TOKENFERRY_CACHE_DIR is set; None: the default.
         network: Those of `DEEP_EP_NETWORK` that are set.
+        told_nccl: Those of `DEEP_EP_NETWORK` of which NCCL's variable is set.
     """
 
     buffer_debug: bool
     cache_dir: str | None
     network: tuple[str, ...]
+    told_nccl: frozenset[str]
 
 
 def read_deep_ep(environ: Mapping[str, str] | None = None) -> DeepEpSettings:
@@ -257,7 +266,10 @@ def read_deep_ep(environ: Mapping[str, str] | None = None) -> DeepEpSettings:
         raise ConfigError(f"EP_BUFFER_DEBUG={debug!r}: expected 0 or 1; with 1 each buffer says what it uses")
     folder = None if "TOKENFERRY_CACHE_DIR" in environ else environ.get("EP_JIT_CACHE_DIR") or None
     return DeepEpSettings(
-        debug == "1", None if folder is None else _folder(folder), tuple(filter(environ.get, DEEP_EP_NETWORK))
+        debug == "1",
+        None if folder is None else _folder(folder),
+        tuple(filter(environ.get, DEEP_EP_NETWORK)),
+        frozenset(name for name, of_nccl in DEEP_EP_NETWORK.items() if environ.get(of_nccl)),
     )
 
 

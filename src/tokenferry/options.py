@@ -39,10 +39,12 @@ def resolve_options(
         raise ConfigError(
             f'ExpertGroup: transport: expected "auto", "shared_memory", "process_group" or "nvshmem", got {transport!r}'
         )
-    if transport == "nvshmem" and settings.arch is not None and settings.arch.startswith("compute_"):
+    network = settings.network if transport == "auto" else "nvshmem" if transport == "nvshmem" else "nccl"
+    if network == "nvshmem" and settings.arch is not None and settings.arch.startswith("compute_"):
+        asked = "transport='nvshmem'" if transport == "nvshmem" else "TOKENFERRY_NETWORK=nvshmem"
         raise ConfigError(
-            f"ExpertGroup: transport='nvshmem': TOKENFERRY_ARCH={settings.arch} is PTX, and its kernels are linked "
-            "with NVSHMEM, which takes machine code; name an sm_XY, or another transport"
+            f"ExpertGroup: {asked}: TOKENFERRY_ARCH={settings.arch} is PTX, and its kernels are linked with NVSHMEM, "
+            "which takes machine code; name an sm_XY, or use NCCL"
         )
     check_divides("ExpertGroup", shape, num_ranks)
     if ranks_per_node is None:
@@ -67,6 +69,7 @@ def resolve_options(
         ranks_per_node=ranks_per_node,
         cpu_only=f"{chosen} is a transport of the CPU backend" if transport in _OF_CPUS else "",
         cuda_only=f"{chosen} is a transport of the CUDA backend" if transport == "nvshmem" else "",
+        network=network,
     )
 
 

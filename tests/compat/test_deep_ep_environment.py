@@ -2,6 +2,8 @@
 
 import logging
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from support.deep_ep_jobs import on_nodes
 from tokenferry import api, env
 from tokenferry.compat.deep_ep import Buffer, ElasticBuffer
+from tokenferry.compat.deep_ep.connect import _check_network
 from tokenferry.errors import BackendUnavailable, ConfigError, UnsupportedError
+from tokenferry.topology import Topology, consecutive
 
 
 def made(rank, pg, environ, **options):
@@ -134,3 +138,19 @@ def test_kernels_are_kept_where_deep_ep_keeps_them(monkeypatch):
         with mock.patch.dict(os.environ, environ):
             Buffer(None)
         assert seen[-1].cache_folder == folder
+
+
+@pytest.mark.parametrize(
+    ("transport", "of_nccl", "refused"),
+    [("nvlink+nccl+nvshmem", "3", False), ("nvlink+nccl+nvshmem", "", True), ("nvlink+nccl", "3", True)],
+)
+def test_nvshmem_reads_its_own_variables(monkeypatch, transport, of_nccl, refused):
+    """It does not see those of DeepEP, and NCCL, which carries the other calls, sees neither."""
+    monkeypatch.setenv("NVSHMEM_IB_SL", "3")
+    monkeypatch.setenv("NCCL_IB_SL", of_nccl)
+    group = SimpleNamespace(topology=Topology(0, consecutive(4, 2)), transport=transport)
+    with pytest.raises(UnsupportedError, match="NVSHMEM_IB_SL") if refused else nullcontext():
+        _check_network("Buffer", group, env.read_deep_ep())
+    monkeypatch.setenv("EP_OVERRIDE_RDMA_SL", "3")
+    with pytest.raises(UnsupportedError, match="EP_OVERRIDE_RDMA_SL"):
+        _check_network("Buffer", group, env.read_deep_ep())

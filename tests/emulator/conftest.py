@@ -31,6 +31,9 @@ class Member:
     def size(self) -> int:
         return self.threads.size()
 
+    def barrier(self) -> Any:
+        return self.threads.barrier()
+
 
 @pytest.fixture
 def buffers(run, monkeypatch) -> Callable[..., list[Any]]:
@@ -39,8 +42,11 @@ def buffers(run, monkeypatch) -> Callable[..., list[Any]]:
     ``ranks_per_node=`` makes them several nodes.
     """
 
-    def with_heap(member: Member, *, on_timeout: str = "raise", **_: object) -> ExpertGroup:
-        return member.pair.open(member.threads, MoeShape(member.size(), 1, 16, 1), on_timeout=on_timeout)
+    def with_heap(
+        member: Member, *, on_timeout: str = "raise", put_bytes: int | None = None, **_: object
+    ) -> ExpertGroup:
+        shape = MoeShape(member.size(), 1, 16, 1)
+        return member.pair.open(member.threads, shape, on_timeout=on_timeout, put_bytes=put_bytes)
 
     def member_job(rank: int, threads: Threads, pair: EmulatedPair, job: Callable[..., Any], *args: Any) -> Any:
         return job(rank, Member(rank, threads, pair), *args)

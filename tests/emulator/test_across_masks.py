@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support import node_masks
+from support import deep_ep_decode_jobs, node_masks
 from support.emulated_group import Puts, SynchronousJit, SynchronousKernel, emulate
 from support.emulator import Emulator
 from support.fake_network import Put, Weather
@@ -42,6 +42,14 @@ def test_a_node_that_is_away_comes_back(run, tmp_path, absence, mapped):
 @pytest.mark.parametrize("both_sides", [True, False])
 def test_nodes_masked_by_hand(run, tmp_path, both_sides):
     run(3, by_hand, str(tmp_path), both_sides, TIMEOUT_S, ranks_per_node=1, puts=puts("some"))
+
+
+def test_a_buffer_in_shrink_mode(buffers, monkeypatch):
+    """Its memory for puts is as large as DeepEP's function says."""
+    monkeypatch.setenv("TOKENFERRY_NETWORK", "nvshmem")
+    monkeypatch.setenv("TOKENFERRY_RANKS_PER_NODE", "1")
+    case = deep_ep_decode_jobs.CASES[0]
+    buffers(4, deep_ep_decode_jobs.shrink, case, ranks_per_node=1, puts=Puts(STORM, MAPPED["some"]))
 
 
 # ---------------------------------------------------------------------- nodes of two ranks

@@ -184,7 +184,9 @@ def shrink(rank, pg, case):
     sent, last = case.inputs(), case.ranks - 1
     local = case.experts // case.ranks
     away = set(range(last)) if rank == last else {last}
-    buffer = Buffer(pg, low_latency_mode=True, enable_shrink=True)
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(M, case.hidden, case.ranks, case.experts)
+    buffer = Buffer(pg, 0, num_bytes, low_latency_mode=True, enable_shrink=True)
+    nodes = nodes_of(buffer)
     # Memory of these sizes is made with all ranks, so that masks may be cleared without a barrier.
     buffer.low_latency_dispatch(sent[rank].x, sent[rank].topk_idx, M, case.experts, use_fp8=False)
     for other in away:
@@ -206,7 +208,7 @@ def shrink(rank, pg, case):
         ys = [answers(case, oracle, r, local * case.ranks * M, case.dtype) for r in range(case.ranks)]
         y = ys[rank].view(local, case.ranks * M, case.hidden)
         got, _, _ = buffer.low_latency_combine(y, mine.topk_idx, mine.topk_weights, handle)
-        same_bits("combined", got, oracle.decode_combine(rank, ys))
+        same_bits("combined", got, oracle.decode_combine(rank, ys, nodes=nodes))
 
     round_trip([seen(r, one) for r, one in enumerate(sent)])
     pg.barrier().wait()  # nothing is under way: every rank that is here has compared its sums

@@ -153,7 +153,14 @@ class EmulatedPair:
             group.synchronize()
 
     def open(
-        self, pg: Any, shape: MoeShape, *, timeout_s: float = TIMEOUT_S, on_timeout: str = "raise", **options: Any
+        self,
+        pg: Any,
+        shape: MoeShape,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        on_timeout: str = "raise",
+        put_bytes: int | None = None,
+        **options: Any,
     ) -> OnDevice:
         threads, rank = self._threads, self._rank
         threads.wait()
@@ -163,7 +170,7 @@ class EmulatedPair:
             threads.boxes = Boxes()
             threads.close()
             if self._puts is not None:
-                sizes = region_sizes(self._puts.shape or shape, self._topology)
+                sizes = region_sizes(self._puts.shape or shape, self._topology, put_bytes)
                 threads.network = FakeNetwork(threads.num_ranks, sizes, self.device, self._puts.weather)
         threads.wait()
         at = self._topology

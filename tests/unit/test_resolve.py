@@ -294,6 +294,21 @@ def test_nvshmem_is_not_linked_with_ptx(monkeypatch):
     assert resolve_options(None, SHAPE, "auto", "nvshmem", None, "raise").arch == "sm_90a"
 
 
+def test_a_variable_chooses_the_network_where_the_program_leaves_it_open(monkeypatch):
+    """Unlike the transport "nvshmem" it asks for nothing where all ranks are on one node, or on CPUs."""
+    monkeypatch.setenv("TOKENFERRY_NETWORK", "nvshmem")
+    options = resolve_options(None, SHAPE, "auto", "auto", None, "mask")
+    assert (options.network, options.cuda_only) == ("nvshmem", "")
+    with mock.patch.object(nccl, "why_not", return_value=""):
+        for says, message in (("", ""), ("it was not found", "TOKENFERRY_NETWORK='nvshmem': it was not found")):
+            with mock.patch.object(nvshmem, "why_not", return_value=says):
+                assert _unfit(options, Topology(0, consecutive(4, 2))) == message
+                assert _unfit(options, Topology(0, consecutive(4, 4))) == ""
+    monkeypatch.setenv("TOKENFERRY_ARCH", "compute_80")
+    with pytest.raises(ConfigError, match="TOKENFERRY_NETWORK=nvshmem: TOKENFERRY_ARCH=compute_80 is PTX"):
+        resolve_options(None, SHAPE, "auto", "auto", None, "raise")
+
+
 def test_ranks_are_masked_across_nodes_on_gpus_if_messages_are_put():
     options, putting = (resolve_options(None, SHAPE, "auto", name, None, "mask") for name in ("auto", "nvshmem"))
     assert _unfit(options, Topology(0, consecutive(4, 4))) == ""

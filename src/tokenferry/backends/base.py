@@ -43,6 +43,8 @@ class Resolved:
         shape: The sizes all ranks agree on.
         backend: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         transport: How CPU ranks reach each other, which backend cuda ignores; or ``"nvshmem"``.
+        network: What carries decode calls between nodes of GPUs: ``"nccl"`` or ``"nvshmem"``.
+        put_bytes: GPU memory that other nodes put decode calls into; None: for the shape.
         timeout_s: Seconds that any wait for a peer may take.
         mask_on_timeout: Decode calls mask a silent rank instead of raising.
         heap_bytes: GPU memory for rows that peers write or read; None: chosen by the backend, for the shape.
@@ -66,6 +68,8 @@ class Resolved:
     arch: str | None = None
     cpu_only: str = ""
     cuda_only: str = ""
+    network: str = "nccl"
+    put_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -158,9 +158,10 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         terms = {
             "shape": str(resolved.shape),
             "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
-            "transport": resolved.transport if resolved.cuda_only else "auto",
+            "network": resolved.network,
             "ranks_per_node": topology.ranks_per_node,
             "heap bytes": num_bytes,
+            "bytes for puts": resolved.put_bytes or 0,
         }
         group_id = new_group_id(group) if group is not None and rank == 0 else 0
         process = asdict(Process.this())
@@ -168,7 +169,9 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
         compare_terms([handshake["terms"] for handshake in handshakes])
         key, group_id = handshakes[0]["key"], handshakes[0]["group_id"]
         peers = Peers([Process(**handshakes[peer]["process"]) for peer in here])
-    sizes = region_sizes(resolved.shape, topology) if resolved.cuda_only else None
+    sizes = None
+    if topology.num_nodes > 1 and resolved.network == "nvshmem":
+        sizes = region_sizes(resolved.shape, topology, resolved.put_bytes)
     window = share(table, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
     backend: CudaBackend | None = None
     reason = ""
@@ -305,12 +308,14 @@ def _unfit(resolved: Resolved, topology: Topology) -> str:
     reason = nccl.why_not() if topology.num_nodes > 1 else ""
     if reason:
         return f"{topology}, and there is no NCCL to connect them: {reason}"
-    if resolved.cuda_only:
-        one = "all ranks are on one node, whose decode calls use NVLink" if topology.num_nodes == 1 else ""
-        reason = one or nvshmem.why_not()
+    if topology.num_nodes == 1:
+        if resolved.cuda_only:
+            return "transport='nvshmem': all ranks are on one node, whose decode calls use NVLink"
+    elif resolved.network == "nvshmem":
+        reason = nvshmem.why_not()
         if reason:
-            return f"transport='nvshmem': {reason}"
-    if topology.num_nodes > 1 and resolved.mask_on_timeout and not resolved.cuda_only:
+            return f"{'transport=' if resolved.cuda_only else 'TOKENFERRY_NETWORK='}'nvshmem': {reason}"
+    elif resolved.mask_on_timeout:
         return (
             f"on_timeout='mask' needs all ranks on one node, or transport='nvshmem', and these are {topology} over "
             "NCCL, whose exchanges do not end while a rank is silent"

@@ -7,8 +7,10 @@ argument                                           effect in tokenferry
 ================================================== ==============================================================
 num_nvl_bytes, num_rdma_bytes                      kept as attributes; `Buffer.get_local_buffer_tensor` uses them.
                                                    CUDA: the larger is the memory for rows that peers write or read,
-                                                   if it is more than 2 GiB; TOKENFERRY_HEAP_MB overrides both. CPU:
-                                                   calls allocate memory for rows as they need it
+                                                   if it is more than 2 GiB; TOKENFERRY_HEAP_MB overrides both. With
+                                                   TOKENFERRY_NETWORK=nvshmem other nodes put low-latency calls into
+                                                   num_rdma_bytes more. CPU: calls allocate memory for rows as they
+                                                   need it
 num_qps_per_rank, allow_mnnvl, use_fabric,         any value is accepted, without effect: there are no queue
 allow_nvlink_for_low_latency_mode                  pairs, and the use of NVLink is not configurable
 config, Buffer.set_num_sms                         CUDA: SMs that a call may occupy, by ``config.num_sms``, else by
@@ -178,7 +180,9 @@ class Buffer(Connected, LowLatencyCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         heap_bytes = max(num_nvl_bytes, num_rdma_bytes, _HEAP_BYTES)
-        self._experts = connect("Buffer", group, heap_bytes=heap_bytes, enable_shrink=enable_shrink)
+        self._experts = connect(
+            "Buffer", group, heap_bytes=heap_bytes, enable_shrink=enable_shrink, put_bytes=num_rdma_bytes
+        )
         self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)
         self._views = Views(self._experts)

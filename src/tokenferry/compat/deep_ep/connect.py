@@ -20,6 +20,7 @@ def connect(
     heap_bytes: int,
     timeout_s: float | None = None,
     enable_shrink: bool = False,
+    put_bytes: int | None = None,
 ) -> ExpertGroup:
     """Make the group of a buffer. Collective.
 
@@ -29,6 +30,7 @@ def connect(
         heap_bytes: GPU memory for rows, unless TOKENFERRY_HEAP_MB is set.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S.
         enable_shrink: Mask a rank that does not answer in time.
+        put_bytes: Memory that other nodes put low-latency calls into, with TOKENFERRY_NETWORK=nvshmem.
 
     Raises:
         UnsupportedError: ranks of this group cannot be masked, or a variable asks for what cannot be honoured.
@@ -43,13 +45,14 @@ def connect(
             timeout_s=timeout_s,
             cache_folder=settings.cache_dir,
             on_timeout="mask" if enable_shrink else "raise",
+            put_bytes=put_bytes,
         )
     except BackendUnavailable as error:
         if "on_timeout='mask'" not in str(error):
             raise
         raise UnsupportedError(
-            f"{owner}: enable_shrink: ranks can be skipped where all are on one node, and this group cannot: {error}; "
-            "pass enable_shrink=False"
+            f"{owner}: enable_shrink: ranks can be skipped where all are on one node, or over NVSHMEM, and this group "
+            f"cannot: {error}; pass enable_shrink=False, or on GPUs set TOKENFERRY_NETWORK=nvshmem"
         ) from error
     try:
         _check_network(owner, made, settings)
@@ -68,9 +71,14 @@ def connect(
 
 def _check_network(owner: str, group: ExpertGroup, settings: env.DeepEpSettings) -> None:
     """Refuse variables that choose a part of the network, if the group uses one: its library would not see them."""
-    if group.topology.num_nodes == 1 or not settings.network:
+    if group.topology.num_nodes == 1:
         return
-    names = ", ".join(f"{name} ({env.DEEP_EP_NETWORK[name]} of NCCL)" for name in settings.network)
+    unseen = settings.network
+    if "nvshmem" in group.transport:  # it reads its own variables, but NCCL, for the other calls, does not
+        unseen = tuple(name for name in unseen if not name.startswith("NVSHMEM_") or name not in settings.told_nccl)
+    if not unseen:
+        return
+    names = ", ".join(f"{name} ({env.DEEP_EP_NETWORK[name]} of NCCL)" for name in unseen)
     raise UnsupportedError(
         f"{owner}: the environment has {names}: DeepEP would choose what of the network it uses by them, and "
         f"transport {group.transport} between {group.topology} does not; unset them, and set those of NCCL, or for "

@@ -36,6 +36,8 @@ _RECEIVE = call_packer(receive_spec.SPEC, "headers", "states", "bodies", "body_b
 _ITEM_BYTES = 4
 """Of the largest numbers that decode calls send."""
 _LINE = 128
+_MOST_BODY = (1 << 31) - 1
+"""Kernels count the bytes of a message in 32 bits."""
 _NOBODY: frozenset[int] = frozenset()
 _AHEAD_S = 1.0
 """How long before the deadline a wait for another node ends, unless a tenth of the deadline is less."""
@@ -76,18 +78,36 @@ class RegionSizes:
         return self.flags_at + self.flag_bytes
 
 
-def region_sizes(shape: MoeShape, topology: Topology) -> RegionSizes:
+def region_sizes(
+    shape: MoeShape, topology: Topology, num_bytes: int | None = None, *, item_bytes: int = _ITEM_BYTES
+) -> RegionSizes:
     """Return the sizes for decode calls of a shape, whatever their options.
+
+    Args:
+        shape: The shape.
+        topology: The nodes.
+        num_bytes: As many bytes as there shall be, if they suffice for the shape; None: as it needs.
+        item_bytes: Bytes of the largest numbers that calls send.
 
     Raises:
         ConfigError: they are too large for the kernels.
     """
-    H = shape.hidden
-    record = 16 * record_units(H, _ITEM_BYTES, shape.top_k, cast=False, weighted=True)
-    encoded = max(encoded_bytes(H, _ITEM_BYTES, encoding) for encoding in (Encoding.fp8, Encoding.logfmt10))
+    H, N = shape.hidden, topology.num_nodes
+    record = 16 * record_units(H, item_bytes, shape.top_k, cast=False, weighted=True)
+    encoded = max(encoded_bytes(H, item_bytes, encoding) for encoding in (Encoding.fp8, Encoding.logfmt10))
     body = rail_sizes(shape, topology).segment * max(record, encoded)
+    sizes = _sizes_of(N, body)
+    if num_bytes is not None and num_bytes > sizes.num_bytes:
+        rest = num_bytes // N - 4 * (MESSAGE_HEAD_BYTES + _LINE) - 16  # of a node, for bodies and the flags of chunks
+        most = rest * RAIL_CHUNK_BYTES // (4 * RAIL_CHUNK_BYTES + 16)
+        sizes = _sizes_of(N, max(body, min(most, _MOST_BODY)))
+    return sizes
+
+
+def _sizes_of(num_nodes: int, body: int) -> RegionSizes:
+    """Return the sizes for messages with bodies of so many bytes."""
     message = -(-(MESSAGE_HEAD_BYTES + body) // _LINE) * _LINE
-    return RegionSizes(topology.num_nodes, message, -(-body // RAIL_CHUNK_BYTES))
+    return RegionSizes(num_nodes, message, -(-body // RAIL_CHUNK_BYTES))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
