@@ -5,7 +5,9 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 
+from support import emulated_group
 from support.emulator import Emulator
 from support.guess_jobs import (
     AT_ONCE,
@@ -30,7 +32,7 @@ from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
-from tokenferry.types import Routing
+from tokenferry.types import DispatchOptions, Layout, Routing
 
 pytestmark = [
     pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing())),
@@ -264,3 +266,39 @@ def through_the_shim(rank, pg, pair):
 
 def test_through_the_shim(run):
     run(3, through_the_shim)
+
+
+# ---------------------------------------------------------------------- rows for which no heap has room
+
+
+def for_no_heap(rank, pg, pair, make_view):
+    """All choices go to one rank, which has more rows than its heap can hold: all ranks refuse the call alike."""
+    tokens, hidden = 300, 16384
+    with pair.open(pg, MoeShape(8, 4, hidden, 16)) as group:
+        view, options = make_view(group)
+        x = torch.ones(tokens, hidden)
+        for _ in range(2):
+            with pytest.raises(
+                CapacityError, match=r"rank 1 received \d+ rows, and its heap has room for \d+"
+            ) as caught:
+                view.dispatch(x, Routing(torch.tensor([[4, 5, 6, 7]]).repeat(tokens, 1)), options=options)
+            assert "times as large with TOKENFERRY_HEAP_MB" in str(caught.value)
+            sent = view.dispatch(x[:2], Routing(torch.tensor([[0, 1, 2, 7]] * 2)), options=options)
+            home = view.combine(sent.x, sent.plan).x
+            group.synchronize()
+            assert home[:, 0].tolist() == [2.0 if options.layout is Layout.ROWS else 4.0] * 2
+        return str(caught.value)
+
+
+VIEWS = {
+    "experts": lambda group: (group.for_shape(MoeShape(8, 4, 16384, 300)), DispatchOptions(Layout.EXPERTS)),
+    "no M": lambda group: (group.for_shape(MoeShape(8, 4, 16384, throughput.ANY_NUM_TOKENS)), DispatchOptions()),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_rows_for_which_no_heap_has_room(run, monkeypatch, name):
+    """Rows of 64 KiB."""
+    monkeypatch.setattr(emulated_group, "HEAP_BYTES", 32 << 20)
+    first, second = run(2, for_no_heap, VIEWS[name])
+    assert first == second

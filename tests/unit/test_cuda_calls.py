@@ -119,7 +119,9 @@ def test_a_form_that_is_not_complete_is_not_kept(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    dispatcher = Dispatcher(two_ranks(), SimpleNamespace(expect=lambda _: None), "key")
+    context = two_ranks()
+    context.heap = SimpleNamespace(num_bytes=1 << 20)
+    dispatcher = Dispatcher(context, SimpleNamespace(expect=lambda _: None), "key")
     arguments = (MoeShape(8, 2, 16, 4), DispatchOptions(), KIND, None)
     monkeypatch.setattr(spec, "cut", interrupt)
     with pytest.raises(KeyboardInterrupt):

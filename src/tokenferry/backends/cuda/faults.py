@@ -7,6 +7,7 @@ start of every call, and in `ExpertGroup.synchronize`.
 from __future__ import annotations
 
 import ctypes
+import math
 import select
 import time
 from collections import deque
@@ -255,8 +256,14 @@ class FlightRecorder:
                 f"MoeShape(max_nodes={seen}) (found on the device, call #{call.number})"
             )
         if record.code == Fault.overflow:
-            masked = signature is not None and dict(signature.fields).get("layout") == MASKED
-            per_expert = " per expert" if masked else ""
+            fields = {} if signature is None else dict(signature.fields)
+            if fields.get("capacity") == 0:
+                times = math.ceil(100 * seen / expected) / 100
+                return CapacityError(
+                    f"{call.phase}: rank {peer} received {seen} rows, and its heap has room for {expected} at most; "
+                    f"make it at least {times:.2f} times as large with TOKENFERRY_HEAP_MB, or send fewer tokens at once"
+                )
+            per_expert = " per expert" if fields.get("layout") == MASKED else ""
             return CapacityError(
                 f"{call.phase}: options.capacity: rank {peer} received {seen} rows{per_expert}, capacity={expected}; "
                 "raise it, or leave it out for the worst case"

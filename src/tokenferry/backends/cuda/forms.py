@@ -161,7 +161,7 @@ def new_dispatch_form(
     Raises:
         ConfigError, CapacityError: as `tokenferry.backends.cuda.plan.geometry`.
     """
-    geometry = cuda_plan.geometry(shape, options, context.num_ranks)
+    geometry = cuda_plan.within(cuda_plan.geometry(shape, options, context.num_ranks), kind, context.heap.num_bytes)
     K, L, by_expert = kind.top_k, geometry.num_local, geometry.by_expert
     assert kind.topk_dtype is not None
     wide = kind.topk_dtype is torch.int64

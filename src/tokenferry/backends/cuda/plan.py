@@ -136,6 +136,19 @@ def geometry(shape: MoeShape, options: DispatchOptions, num_ranks: int) -> Geome
     )
 
 
+def within(geometry: Geometry, kind: RowKind, heap_bytes: int) -> Geometry:
+    """Return the geometry with a limit of the rows that a heap of so many bytes can hold if it is empty.
+
+    With more on any rank all ranks refuse the call alike, before a row moves. Where memory is taken for the worst case,
+    before anything is sent, no limit is needed.
+    """
+    sizes, layout = geometry.sizes, geometry.options.layout
+    if geometry.options.counts == "device" or layout is Layout.MASKED or geometry.space.tight:
+        return geometry
+    rows, weights = kind.row_bytes + kind.scale_bytes, 4 * kind.weighted * (kind.top_k if layout is Layout.ROWS else 1)
+    return replace(geometry, sizes=replace(sizes, row_limit=min(sizes.row_limit, heap_bytes // (rows + weights))))
+
+
 def limited(geometry: Geometry, num_rows: int) -> Geometry:
     """Return the geometry of a dispatch of ROWS with space for a number of rows, and no more."""
     num_rows = min(num_rows, geometry.sizes.row_limit)
@@ -199,12 +212,14 @@ def wait(context: Context, call: Call, geometry: Geometry) -> Counts:
     """Wait for the counts.
 
     Raises:
-        CapacityError: rows do not fit into a tight capacity; on every rank.
+        CapacityError: rows do not fit into a tight capacity, or into the heap; on every rank.
         RoutingError, MismatchError, PeerTimeout: as `ExpertGroup.dispatch`.
     """
     try:
         context.wait_for_counts(call)
     except CapacityError as error:
+        if not geometry.space.tight:
+            raise
         raise CapacityError(f"{error} of {geometry.space.worst}") from None
     return counted(context, geometry)
 
