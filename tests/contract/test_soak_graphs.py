@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenferry import ExpertGroup, Quantized
+from tokenferry import ExpertGroup, MoeShape, Quantized
 from tokenferry.testing import soak_graphs
 from tokenferry.testing.world import World, WorldError
 
@@ -90,6 +90,18 @@ def test_weights_add_up_exactly_and_products_do_not():
 def test_the_command(capsys):
     assert soak_graphs.main(["--replays", "4", "--ranks", "2", "--seed", "3", "--first", "97"]) == 0
     assert "4 replays over 2 ranks (cpu)" in capsys.readouterr().out
+
+
+def nodes_of(rank, pg, plan) -> soak_graphs.Tally:
+    with ExpertGroup(pg, MoeShape(4, 1, 16, 1), backend=plan.device) as group:
+        return soak_graphs.Tally(1, group.topology.num_nodes)
+
+
+def test_the_command_across_nodes(capsys, monkeypatch):
+    assert soak_graphs.main(["--replays", "3", "--ranks", "4", "--ranks-per-node", "2", "--first", "97"]) == 0
+    monkeypatch.setattr(soak_graphs, "run", nodes_of)
+    assert soak_graphs.main(["--replays", "1", "--ranks", "4", "--ranks-per-node", "2"]) == 0
+    assert ", 2 results of rank 0 checked" in capsys.readouterr().out.splitlines()[-1]
 
 
 def fail(rank, pg, plan) -> None:

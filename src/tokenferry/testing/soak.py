@@ -48,14 +48,12 @@ class Soak:
         seed: Seed of everything that is drawn.
         device: ``"cpu"`` or ``"cuda"``: the backend, and where tensors are.
         timeout_s: Timeout of the groups.
-        ranks_per_node: Consecutive ranks that form a node; None: all of a host.
     """
 
     seconds: float
     seed: int = 0
     device: BackendName = "cpu"
     timeout_s: float = 30.0
-    ranks_per_node: int | None = None
 
 
 @dataclass(slots=True)
@@ -231,7 +229,6 @@ def open_group(pg: dist.ProcessGroup, soak: Soak) -> ExpertGroup:
         shape_of(pg.size()),
         backend=soak.device,
         timeout_s=soak.timeout_s,
-        ranks_per_node=soak.ranks_per_node,
     )
 
 
@@ -270,18 +267,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tokenferry.testing.soak", description=about)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
     parser.add_argument("--ranks", type=int, default=2, help="R (default: 2)")
-    parser.add_argument("--ranks-per-node", type=int, help="as of ExpertGroup (default: all of a host)")
+    parser.add_argument("--ranks-per-node", type=int, help="consecutive ranks that form a node (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the backend (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     args = parser.parse_args(argv)
     total = Tally(groups=0)
     start = time.monotonic()
-    with World(args.ranks, devices=args.device, timeout_s=CHUNK_S + SLACK_S) as world:
+    per_node: int | None = args.ranks_per_node
+    with World(args.ranks, devices=args.device, timeout_s=CHUNK_S + SLACK_S, ranks_per_node=per_node) as world:
         for chunk in range(max(1, round(args.seconds / CHUNK_S))):
             seconds = min(CHUNK_S, args.seconds)
             try:
                 seed = args.seed * 1_000_003 + chunk
-                done: Tally = world.run(run, Soak(seconds, seed, args.device, ranks_per_node=args.ranks_per_node))[0]
+                done: Tally = world.run(run, Soak(seconds, seed, args.device))[0]
             except WorldError as error:
                 sys.stdout.write(f"FAILED in chunk {chunk} of seed {args.seed}:\n{error}\n")
                 return 1

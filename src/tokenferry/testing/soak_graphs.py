@@ -335,12 +335,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tokenferry.testing.soak_graphs", description=about)
     parser.add_argument("--replays", type=int, default=10000, help="how many (default: 10000)")
     parser.add_argument("--ranks", type=int, default=2, help="R (default: 2)")
+    parser.add_argument("--ranks-per-node", type=int, help="consecutive ranks that form a node (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the backend (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first replay (default: 0)")
     args = parser.parse_args(argv)
     start, end, checks = time.monotonic(), args.first + args.replays, 0
-    with World(args.ranks, devices=args.device, timeout_s=CHUNK_TIMEOUT_S) as world:
+    per_node: int | None = args.ranks_per_node
+    with World(args.ranks, devices=args.device, timeout_s=CHUNK_TIMEOUT_S, ranks_per_node=per_node) as world:
         for first in range(args.first, end, CHUNK):
             soak = Soak(min(CHUNK, end - first), args.seed, args.device, first)
             try:
