@@ -71,8 +71,8 @@ class ExpertGroup(Connected):
 
     Contract:
         Collective: the constructor, `warmup`, `dispatch`, `redispatch`, `combine`, `decode_dispatch` and
-            `decode_combine`; all ranks call them in the same order. `close`, `for_shape`, `empty_rows`, `synchronize`
-            and the attributes are local.
+            `decode_combine`; all ranks call them in the same order. `close`, `for_shape`, `mask`, `empty_rows`,
+            `synchronize` and the attributes are local.
         Threads: one thread at a time.
         Processes: in a forked child every call raises ClosedError; `close` does nothing there.
         Copies: `copy.copy` and `copy.deepcopy`, also of a model that holds the group, share it. Pickling it raises
@@ -114,7 +114,8 @@ class ExpertGroup(Connected):
 
     Raises:
         ConfigError: an option is wrong, E is not a multiple of R, or ranks disagree; gives the value of each rank.
-        BackendUnavailable: the backend or transport cannot run here; gives the reason.
+        BackendUnavailable: the backend or transport cannot run here; gives the reason. Backend cuda: also for more than
+            8 ranks a node, E > 4096 or K > 64, for which ``"auto"`` chooses the CPU.
         PeerTimeout: a rank did not answer.
 
     Example:
@@ -306,8 +307,9 @@ class ExpertGroup(Connected):
     def synchronize(self) -> None:
         """Wait until this rank's calls are done, and raise the error of one that failed. Local.
 
-        Calls with ``counts="device"`` return before their work is done: their errors are raised here, or by the next
-        call. Does nothing on the CPU backend.
+        Calls with ``counts="device"``, `redispatch`, `combine` and decode calls return before their work is done: their
+        errors are raised here, or by the next call. Replays of CUDA graphs are not among them: call
+        ``torch.cuda.synchronize()`` first to get their errors. Does nothing on the CPU backend.
 
         Raises:
             RoutingError, CapacityError, MismatchError, PeerTimeout: an earlier call failed with this error.
@@ -439,7 +441,10 @@ class ExpertGroup(Connected):
             RoutingError: an index is outside [-1, E), or a token has experts on more nodes than ``MoeShape.max_nodes``;
                 names its position. CUDA with ``counts="device"``: raised by the next call or by `synchronize`; no row
                 is written out of bounds, and calls that were launched after the failed one are aborted.
-            CapacityError: T > M, or rows did not fit into ``options.capacity`` (then on every rank).
+            ArgumentError: rows or weights require grad, and gradients are enabled; ``num_sms`` is given on the CPU; a
+                CUDA graph cannot capture this call.
+            CapacityError: T > M, or rows did not fit into ``options.capacity`` (then on every rank). CUDA: the heap has
+                no space for the rows; gives the numbers. docs/errors.md says when that breaks the group.
             ConfigError: backend cuda, a view of the group with E > 4096 or K > 64.
             MismatchError: ranks made different calls.
             PeerTimeout: a rank did not answer within ``timeout_s``; names the rank, the call and its number.
@@ -502,7 +507,8 @@ class ExpertGroup(Connected):
 
         Raises:
             PlanError: the plan is another group's.
-            ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
+            ArgumentError, CapacityError, ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as
+                `dispatch`.
         """
         try:
             if self._fast_path is not None:
@@ -530,7 +536,9 @@ class ExpertGroup(Connected):
 
         Numerics: the sum starts with the biases (0 without any) and adds one partial sum per rank in rank order. With
         EXPERTS and MASKED a rank's partial sum adds its experts' rows in expert order. All sums are in float32
-        (float64 rows: float64) with one rounding at the end, and bitwise reproducible. Gate weights are not applied.
+        (float64 rows: float64) with one rounding at the end, and bitwise reproducible. With several nodes the sum of
+        each node is rounded to y's dtype before it crosses, and these are added in node order and rounded once more.
+        Gate weights are not applied.
 
         Contract:
             Collective: yes.
@@ -554,6 +562,7 @@ class ExpertGroup(Connected):
 
         Raises:
             PlanError: the plan is another group's.
+            ArgumentError: as `dispatch`; or there are more than two biases.
             CapacityError: CUDA: the heap is too small for the rows that return, or for copies; gives the numbers.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
@@ -644,7 +653,8 @@ class ExpertGroup(Connected):
             CapacityError: T > M; across nodes: a rank has more tokens for another node than ``MoeShape.node_slots`` (on
                 every rank; with a hook, the hook raises; CUDA: the next call, or `synchronize`); CUDA: a rank's heap is
                 too small for the rows (then on every rank).
-            ArgumentError: CUDA: a graph cannot capture this; names the call to make before. Or a rank takes
+            ArgumentError: rows or weights require grad, or ``quantize`` is no `Scale`.
+                CUDA: a graph cannot capture this; names the call to make before. Or a rank takes
                 part that was masked when the memory for these calls was made; says how it comes back.
             ConfigError: backend cuda, E > 4096, K > 64, or M > 65536; across nodes, R * M > 524288.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
@@ -709,7 +719,7 @@ class ExpertGroup(Connected):
         Raises:
             PlanError: the plan is another group's, or has no weights.
             ArgumentError: ``numerics`` or ``encoding`` is not one of these, or ``encoding`` needs H to be a multiple of
-                128; CUDA: a graph cannot capture this.
+                128; rows or weights require grad; ``stats.received`` is given; CUDA: a graph cannot capture this.
             CapacityError: CUDA: as `decode_dispatch`, if the rows of y are larger than those of x.
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """

@@ -1,9 +1,9 @@
 """The exceptions of tokenferry, and how an application should handle each.
 
 TokenferryError
-├── ArgumentError          the call was wrong; nothing was sent; fix the call, the group stays usable
+├── ArgumentError          the call was wrong; fix it, the group stays usable (but see CapacityError)
 │   ├── ShapeError         shape, dtype, device or strides
-│   ├── RoutingError       an expert index outside [-1, E)
+│   ├── RoutingError       an expert index outside [-1, E), or a token on more nodes than max_nodes
 │   ├── CapacityError      more tokens or rows than were agreed
 │   └── PlanError          a plan of another group or kind of call, or without weights
 ├── ConfigError            a constructor option, shape or TOKENFERRY_* variable is wrong
@@ -78,7 +78,9 @@ class ShapeError(ArgumentError):
 
 
 class RoutingError(ArgumentError):
-    """``topk_idx`` holds an expert outside ``[-1, E)``. The message names the first such position.
+    """``topk_idx`` holds an expert outside ``[-1, E)``, or a token has experts on more nodes than ``max_nodes``.
+
+    The message names the first such position or token.
 
     If the device detected the error, the rows of that call are lost, and a later call raises; see
     `ExpertGroup.synchronize`.
@@ -90,6 +92,7 @@ class CapacityError(ArgumentError):
 
     Raised before anything is sent, except where the number is known only after the counts have arrived
     (``DispatchOptions.capacity`` below the worst case): then every rank raises together and the group stays usable.
+    CUDA: a dispatch that finds the heap full only after the counts have arrived leaves the group broken.
     """
 
 
@@ -106,7 +109,7 @@ class BackendUnavailable(TokenferryError, RuntimeError):  # noqa: N818 - names a
 
 
 class UnsupportedError(TokenferryError, NotImplementedError):
-    """A call that this backend does not have, or what it cannot honour of the DeepEP API; the message helps."""
+    """This backend lacks the call, or cannot honour part of DeepEP's API; the message says what to do."""
 
 
 class MismatchError(TokenferryError, RuntimeError):

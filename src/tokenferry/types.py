@@ -62,7 +62,7 @@ class Layout(enum.Enum):
 
 
 class Scale(enum.Enum):
-    """The format of the scales of an FP8 cast: one scale per row and 128 columns; amax is their largest finite size."""
+    """The format of the scales of an FP8 cast: one per row and 128 columns; amax: their largest finite magnitude."""
 
     FLOAT32 = "float32"
     """``amax / 448`` as float32; amax is at least 1e-4."""
@@ -142,6 +142,8 @@ class Routing:
         topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: slot unused. An expert may repeat in a row: the
             token is still sent to it once, with the sum of the weights.
         topk_weights: ``[T, K]`` float32, or None to send none.
+
+    Both contiguous, on the device of the group.
     """
 
     topk_idx: Tensor
@@ -306,7 +308,7 @@ class Combined:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeStats:
-    """Counters owned by the caller, to which decode calls add.
+    """Counters owned by the caller, on the device of the group, to which decode calls add (CUDA: in stream order).
 
     Args:
         received: ``[L]`` int32 or None: rows that each local expert received (`decode_dispatch` only).

@@ -167,7 +167,7 @@ def one_wrong(rank, pg, progress, settings):
     def prepare_wrong():
         raise WrongAnswer("combine: 1 of 6 rows differ") if rank else ValueError("something else")
 
-    with session.open_session(rank, pg, progress, settings) as opened:
+    with session.open_session(pg, progress, settings) as opened:
         opened.case(Label("tokenferry", "bad", "bf16", 4), prepare_wrong)
         opened.case(Label("tokenferry", "good", "bf16", 4), lambda: lambda i: None)
 

@@ -189,3 +189,6 @@ def test_leading_dimensions_and_bad_arguments():
         layer(torch.randn(7, 16))
     with pytest.raises(tokenferry.ConfigError, match="ffn_hidden: expected a positive integer, got 0"):
         MoELayer(group, 0)
+    for sizes in ((16, 2, 2), (8, 4, 2), (16, 4, 1)):
+        with pytest.raises(tokenferry.ConfigError, match="router: it has num_experts="):
+            MoELayer(group, 8, router=Router(*sizes))

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import tokenferry
-from tokenferry.nn import GroupLimit, Router, group_limited_topk, softmax_topk
+from support.ambient import default_dtype
+from tokenferry.nn import GroupLimit, Router, group_limited_topk, load_balance_loss, softmax_topk
+from tokenferry.nn.capacity import limited
 
 
 def best(scores, count):
@@ -245,3 +247,22 @@ def test_bad_calls_say_what_is_wrong(call, error, message):
 def test_a_number_of_experts_that_is_none(top_k):
     with pytest.raises(tokenferry.ConfigError, match=re.escape(f"top_k: expected 1 .. 4, got {top_k!r}")):
         softmax_topk(torch.zeros(2, 4), top_k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_loss_of_balance_counts_in_a_wide_dtype(dtype):
+    """Narrow ones cannot count as far as there are tokens: float16 ends at 65504, bfloat16 at 256."""
+    tokens = 100_000
+    probabilities = torch.full((tokens, 4), 0.25, dtype=dtype)
+    even = torch.arange(tokens)[:, None] % 4
+    assert load_balance_loss(probabilities, even).item() == 1.0
+    to_one = torch.tensor([1.0, 0, 0, 0]).to(dtype).repeat(tokens, 1)
+    loss = load_balance_loss(to_one, torch.zeros_like(even))
+    assert (loss.item(), loss.dtype) == (4.0, dtype)
+
+
+def test_the_default_dtype_does_not_change_what_is_dropped():
+    logits = torch.arange(4.0).repeat(1000, 1)
+    with default_dtype(torch.bfloat16):
+        kept = limited(softmax_topk(logits, 2), 4, 1.3)
+    assert [int((kept.routing.topk_idx == expert).sum()) for expert in (2, 3)] == [650, 650]

@@ -177,6 +177,20 @@ def test_a_rank_that_does_not_come(libraries):
     libraries[1].blocks.set()
 
 
+def test_what_fails_after_the_last_exchange_is_said_by_all(libraries, monkeypatch):
+    """Otherwise that rank would be one exchange ahead of the others."""
+
+    def find() -> NvshmemDevice:
+        if THREAD.rank == 2:
+            raise OSError("no library of the device")
+        return NvshmemDevice(Path("library.a"), "NVSHMEM 3.4.5")
+
+    monkeypatch.setattr(NvshmemDevice, "find", find)
+    for error in make():
+        assert isinstance(error, NvshmemError)
+        assert "rank 2: no library of the device" in str(error)
+
+
 def test_a_module_that_nvshmem_refuses(libraries):
     THREAD.rank = 0
     device = NvshmemDevice(Path("library.a"), "NVSHMEM 3.4.5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,8 @@ def limited(routing: Routing, num_experts: int, factor: float) -> Limited:
     ordered, order = choices.sort(stable=True)
     places = torch.arange(num_tokens * top_k, dtype=torch.int64, device=choices.device)
     place = torch.empty_like(places).scatter(0, order, places - torch.searchsorted(ordered, ordered))
-    late = (place >= factor * num_tokens * top_k / num_experts) & (choices >= 0)
+    most = math.ceil(factor * num_tokens * top_k / num_experts)  # a float would be compared in torch's default dtype
+    late = (place >= most) & (choices >= 0)
     dropped = late.view(top_k, num_tokens).T
     weights = routing.topk_weights
     kept = Routing(

@@ -63,9 +63,9 @@ class MoELayer(nn.Module):
             parameters have the L experts of this rank as their first dimension; when it is called, they are tensors of
             that size, in the dtype of the rows, whatever they are in the layer. It has no buffers in its state_dict.
         router: A module that maps ``[T, H]`` to a `Routing` with weights; None: `Router` with softmax, on the group's
-            device. A `Router` must not be able to choose more nodes than ``MoeShape.max_nodes``, which takes a
-            `GroupLimit` if that is few; other routers are checked in each call. A `tokenferry.nn.balance.PlacedRouter`
-            says which expert each slot holds, for the layer to draw.
+            device. A `Router` has the group's H, E and K, and must not be able to choose more nodes than
+            ``MoeShape.max_nodes``, which takes a `GroupLimit` if that is few; other routers are checked in each call.
+            A `tokenferry.nn.balance.PlacedRouter` says which expert each slot holds, for the layer to draw.
         options: Shared experts, and how rows travel; None: `LayerOptions` as they are by default.
         seed: Seed of the parameters that the layer draws, in 0 .. 2^40 - 1; the same on every rank.
         dtype: dtype of the experts that the layer makes; None: torch's default dtype, as for the modules of `torch.nn`.
@@ -79,8 +79,8 @@ class MoELayer(nn.Module):
     Raises:
         ConfigError: ``ffn_hidden`` or ``seed`` is out of range; not exactly one of ``ffn_hidden`` and ``experts`` is
             given, or ``dtype`` with ``experts``; a parameter of the experts has another first dimension, or is on
-            another device than the group; or the router may choose experts on more nodes than ``max_nodes`` of the
-            group.
+            another device than the group; or a `Router` has other sizes than the group, or may choose experts on more
+            nodes than its ``max_nodes``.
 
     Example:
         >>> import torch, tokenferry
@@ -117,7 +117,7 @@ class MoELayer(nn.Module):
             device = torch.get_default_device()
             with device if device.type == "meta" else group.device:
                 router = Router(shape.hidden, shape.num_experts, shape.top_k, seed=seed)
-        _check_nodes(group, router)
+        _check_router(group, router)
         self.router = router
         if experts is None and isinstance(router, PlacedRouter):
             self._draw_experts()
@@ -281,10 +281,18 @@ def _experts(
     return experts
 
 
-def _check_nodes(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> None:
-    """Raise ConfigError if a `Router` may choose experts on more nodes than the group allows."""
+def _check_router(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> None:
+    """Raise ConfigError if a `Router` has other sizes, or may choose experts on more nodes, than the group allows."""
     shape = group.shape
-    if shape.max_nodes is None or not isinstance(router, Router):
+    if not isinstance(router, Router):
+        return
+    num_experts, hidden = router.weight.shape
+    if (num_experts, hidden, router.top_k) != (shape.num_experts, shape.hidden, shape.top_k):
+        raise ConfigError(
+            f"MoELayer: router: it has num_experts={num_experts}, hidden={hidden} and top_k={router.top_k}, and the "
+            f"group {shape.num_experts}, {shape.hidden} and {shape.top_k}; make both with the same sizes"
+        )
+    if shape.max_nodes is None:
         return
     limit = GroupLimit(1, 1) if router.group_limit is None else router.group_limit
     nodes = group.topology.nodes

@@ -47,13 +47,14 @@ def load_balance_loss(probabilities: Tensor, topk_idx: Tensor) -> Tensor:
         >>> load_balance_loss(torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0], [0]])).item()
         1.399999976158142
     """
-    num_experts = probabilities.shape[1]
+    num_experts, dtype = probabilities.shape[1], probabilities.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # narrow ones cannot count as far as there are tokens
     chosen = topk_idx >= 0
-    flat, zeros = topk_idx.clamp_min(0).flatten().long(), torch.zeros_like(probabilities[0:0].sum(0))
-    counts = zeros.scatter_add(0, flat, chosen.flatten().to(zeros.dtype))
+    counts = torch.zeros(num_experts, dtype=wide, device=probabilities.device)
+    counts = counts.scatter_add(0, topk_idx.clamp_min(0).flatten().long(), chosen.flatten().to(wide))
     used = chosen.any(dim=1, keepdim=True)
-    mean = probabilities.masked_fill(~used, 0.0).sum(dim=0) / used.sum().clamp_min(1)
-    return num_experts * (counts / counts.sum().clamp_min(1) * mean).sum()
+    mean = probabilities.masked_fill(~used, 0.0).sum(dim=0, dtype=wide) / used.sum().clamp_min(1)
+    return (num_experts * (counts / counts.sum().clamp_min(1) * mean).sum()).to(dtype)
 
 
 def z_loss(logits: Tensor) -> Tensor:

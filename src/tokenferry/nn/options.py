@@ -17,8 +17,8 @@ class LayerOptions:
 
     Args:
         shared: A module for all tokens, whose result is added: the shared experts of DeepSeekMoE (arXiv 2401.06066). It
-            maps ``[T, H]`` to ``[T, H]``, on the rank that has the tokens, and runs while the rows are under way. Its
-            parameters are replicated.
+            maps ``[T, H]`` to ``[T, H]``, on the rank that has the tokens, and runs before the dispatch, on the same
+            stream: nothing overlaps. Its parameters are replicated.
         quantize: Cast rows to FP8 for the way to the experts, with scales of this format; DeepSeek-V3 dispatches in FP8
             (arXiv 2412.19437, section 3.3.3). Experts get them in their dtype; the way back, and all gradients, travel
             in that dtype. See `tokenferry.autograd.dispatch`.

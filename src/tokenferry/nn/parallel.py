@@ -36,7 +36,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | None = None) -> set[nn.Para
         set[nn.Parameter]: ``expert_parameters`` of all layers.
 
     Raises:
-        ConfigError: the model has no `MoELayer`, or ``mesh`` has other ranks than the group of one of them.
+        ConfigError: the model has no `MoELayer`, or ``mesh`` has more than one dimension, or other ranks or
+            another device type than the group of one of them.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
     if not layers:

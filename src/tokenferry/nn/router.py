@@ -168,7 +168,8 @@ class Router(nn.Module):
             before the first forward.
 
     Raises:
-        ConfigError: ``scale`` is given with softmax, ``seed`` is out of range, or ``options`` are those of a layer.
+        ConfigError: ``scale`` is given with softmax, ``seed`` is out of range, or ``options`` are those of a layer. In
+            forward: ``top_k`` is out of range, or ``num_groups`` does not divide E.
 
     Example:
         >>> import torch

@@ -98,7 +98,7 @@ class Channel:
         self.close()
 
     def close(self) -> None:
-        """Let go of the tensors of pending receives; their hooks raise ClosedError once the group is closed."""
+        """Forget pending receives; their hooks raise ClosedError once the group is closed."""
         self._last.clear()
         self.idle = True
 

@@ -25,8 +25,8 @@ from tokenferry.backends.cuda.decode_forms import (
     DispatchKind,
     LazyDecodePlan,
 )
-from tokenferry.backends.cuda.forms import Payload, row_kind
-from tokenferry.backends.cuda.launch import RowKind
+from tokenferry.backends.cuda.forms import Payload, is_bulk, row_kind
+from tokenferry.backends.cuda.launch import WIDEST_SCALE, RowKind
 from tokenferry.backends.cuda.results import LazyPlan
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.tensors import overlap
@@ -338,9 +338,6 @@ def _kind_of_scale(rows: Tensor, scale: Tensor | None) -> tuple[Any, ...] | int 
     """Return what a form depends on besides dtype and H: 0 for plain rows; None if the scales have to be copied."""
     if scale is None:
         return 0
-    width = scale.element_size()
-    if width > 8:
+    if scale.element_size() > WIDEST_SCALE:
         return None
-    num_scales = scale.shape[1]
-    bulk = num_scales * width % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous()
-    return (rows.shape[1], scale.dtype, num_scales, bulk)
+    return (rows.shape[1], scale.dtype, scale.shape[1], is_bulk(scale))

@@ -43,6 +43,8 @@ from tokenferry.transports.base import CallId, peer_timeout
 _REMEMBERED_CALLS = 64
 _SHORT_WAIT_S = 0.0002
 """How long a wait on the host polls without sleeping."""
+_SLEEP_S = 1e-6
+"""Asks for the shortest sleep there is; 0 would be none in Python 3.10."""
 _STARTING_S = 1.0
 """Added to a deadline on the host: kernels have their own, which begins when they start."""
 
@@ -173,7 +175,7 @@ class Pinned:
             if waited_s < _SHORT_WAIT_S:
                 nothing.poll(0)
             else:
-                time.sleep(0)
+                time.sleep(_SLEEP_S)
             if waited_s > timeout_s + _STARTING_S:  # look once more: perhaps this thread was held up, not the device
                 return counted[0] == number or words[0] != 0
         return True

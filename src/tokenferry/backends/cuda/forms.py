@@ -233,8 +233,12 @@ def row_kind(rows: Tensor, scale: Tensor | None, *, weighted: bool, topk_idx: Te
     topk_dtype = None if topk_idx is None else topk_idx.dtype
     if scale is None:
         return RowKind(rows.dtype, rows.shape[1], None, 0, False, weighted, topk_dtype, top_k)
-    bulk = scale.shape[1] * scale.element_size() % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous()
-    return RowKind(rows.dtype, rows.shape[1], scale.dtype, scale.shape[1], bulk, weighted, topk_dtype, top_k)
+    return RowKind(rows.dtype, rows.shape[1], scale.dtype, scale.shape[1], is_bulk(scale), weighted, topk_dtype, top_k)
+
+
+def is_bulk(scale: Tensor) -> bool:
+    """Return whether the scales of a row are copied as one piece."""
+    return scale.shape[1] * scale.element_size() % 16 == 0 and scale.data_ptr() % 16 == 0 and scale.is_contiguous()
 
 
 def move(
@@ -246,7 +250,7 @@ def move(
     plan: PlanAddresses,
 ) -> None:
     """Launch `dispatch`; ``recv``: where this rank receives rows, scales, weights and the parts of a plan."""
-    scale_at, row_stride, stride = NO_SCALE if payload.scale is None else scale_of(payload)
+    scale_at, row_stride, stride = scale_of(payload)
     template.pack(
         0, call.alive, call.number, call.signature.words, *recv,
         payload.rows, scale_at, payload.weights, payload.topk_idx, plan.places, plan.dst_counts, plan.src_counts,

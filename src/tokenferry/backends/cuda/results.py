@@ -375,8 +375,10 @@ class LazyDispatched(Dispatched[Any]):
     def expert_offsets(self) -> Tensor | None:
         """See `Dispatched.expert_offsets`."""
         plan = self.plan
-        if isinstance(plan, LazyPlan) or plan.options.layout is not Layout.EXPERTS:
-            return plan.expert_offsets if isinstance(plan, LazyPlan) else None
+        if isinstance(plan, LazyPlan):
+            return plan.expert_offsets
+        if plan.options.layout is not Layout.EXPERTS:
+            return None
         found: Tensor | None = self._made.get("expert_offsets")
         if found is None:
             unit = plan.options.alignment
@@ -399,9 +401,10 @@ class LazyDispatched(Dispatched[Any]):
         """Copy everything out of the block, and give it back."""
         x = self.x
         weights = self.topk_weights
-        self._made["x"] = Quantized(x.data.clone(), x.scale.clone()) if isinstance(x, Quantized) else x.clone()
-        if weights is not None:
-            self._made["topk_weights"] = weights.clone()
+        with torch.inference_mode(False):  # as those that stay in the block
+            self._made["x"] = Quantized(x.data.clone(), x.scale.clone()) if isinstance(x, Quantized) else x.clone()
+            if weights is not None:
+                self._made["topk_weights"] = weights.clone()
         self._block = None
 
     def _tensor(self, at: int, columns: int | None, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,30 +172,38 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     sizes = None
     if topology.num_nodes > 1 and resolved.network == "nvshmem":
         sizes = region_sizes(resolved.shape, topology, resolved.put_bytes)
-    window = share(table, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
-    backend: CudaBackend | None = None
-    reason = ""
-    try:
-        if group is not None and table is not None and topology.num_nodes > 1:
-            reports = FailureReports(group, group_id, topology)
-            network = None
-            if sizes is not None:
-                network = nvshmem.make_network(table, topology, sizes, device, resolved.timeout_s)
-            links = Links(nccl_rails(table, resolved, topology, reports), network)
-            backend = assemble_across(window, resolved, key, topology, links)
-        else:
-            over = "" if window.has_atomics else ", not all over NVLink"
-            why = f"every rank has a GPU that reaches its peers{over}" if num_ranks > 1 else "one rank with a GPU"
-            backend = assemble(window, resolved, key, why)
-    except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
-        reason = f"rank {rank}: {resource_error('making the group', error) or error}"
-    reason = agree(table, reason) if table else reason
-    if backend is None or reason:
-        (window if backend is None else backend).close()
-        raise _unavailable(reason)
+    with ExitStack() as opened:  # is closed again if this fails, on this rank or on another one
+        window = share(table, rank, here, device, num_bytes, CONTROL_BLOCK_BYTES)
+        opened.callback(window.close)
+        backend: CudaBackend | None = None
+        reason = ""
+        try:
+            if group is not None and table is not None and topology.num_nodes > 1:
+                network = None
+                if sizes is not None:
+                    network = nvshmem.make_network(table, topology, sizes, device, resolved.timeout_s)
+                rails = nccl_rails(table, resolved, topology, FailureReports(group, group_id, topology))
+                opened.callback(rails.close)
+                backend = assemble_across(window, resolved, key, topology, Links(rails, network))
+            else:
+                backend = assemble(window, resolved, key, _why(window, num_ranks))
+            opened.pop_all()
+            opened.callback(backend.close)  # which has all of it
+        except (RuntimeError, OSError, MemoryError) as error:  # such as for want of pinned memory
+            reason = f"rank {rank}: {resource_error('making the group', error) or error}"
+        reason = agree(table, reason) if table else reason
+        if backend is None or reason:
+            raise _unavailable(reason)
+        opened.pop_all()
     if peers:
         backend.context.watch(peers)
     return backend
+
+
+def _why(window: Window, num_ranks: int) -> str:
+    """Return why this backend was chosen for the ranks of one node."""
+    over = "" if window.has_atomics else ", not all over NVLink"
+    return f"every rank has a GPU that reaches its peers{over}" if num_ranks > 1 else "one rank with a GPU"
 
 
 def _unavailable(reason: str) -> BackendUnavailable:

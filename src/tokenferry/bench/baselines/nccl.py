@@ -101,7 +101,7 @@ def check_sums(what: str, sizes: Sizes, inputs: Inputs, got: Tensor) -> None:
 
 def measure_nccl(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the baseline for every T; a job of `World` (through `run_with_progress`)."""
-    with open_session(rank, pg, progress, settings) as session, torch.no_grad():
+    with open_session(pg, progress, settings) as session, torch.no_grad():
         own = session.attempt("nccl: making a process group", lambda: baseline_group(session))
         if own is None:
             return

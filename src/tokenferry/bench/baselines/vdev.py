@@ -81,7 +81,7 @@ class VdevBaseline:
 def measure_vdev(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the baseline, and dispatch of the same rows by expert; a job of `World`."""
     sizes = replace(settings.sizes(settings.sweep_tokens), experts=MAX_LOCAL_EXPERTS * settings.ranks)
-    with open_session(rank, pg, progress, settings) as session, torch.no_grad():
+    with open_session(pg, progress, settings) as session, torch.no_grad():
         _measure_ours(session, sizes)
         group = session.attempt("vdev_2d: making a process group", lambda: baseline_group(session))
         if group is None:

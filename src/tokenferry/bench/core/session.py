@@ -370,7 +370,7 @@ class Session:
 
 
 @contextmanager
-def open_session(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> Iterator[Session]:
+def open_session(pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> Iterator[Session]:
     """Open the session of a job of `World`, and close it at the end. Collective."""
     device = device_for(settings.backend)
     if settings.backend == "cpu":

@@ -29,8 +29,8 @@ def plot_waits(tables: Mapping[str, Sequence[Sequence[float]]], folder: Path, ti
         for r, row in enumerate(us):
             for s, value in enumerate(row):
                 if r != s:
-                    dark = "white" if value < most / 2 else "black"
-                    axes.text(s, r, f"{value:.1f}", ha="center", va="center", color=dark, fontsize=8)
+                    ink = "white" if value < most / 2 else "black"
+                    axes.text(s, r, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=8)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("for rank")
         axes.set_ylabel("rank")

@@ -54,7 +54,7 @@ ROWS: dict[str, Rows] = {"fp8": lambda ready: ready.inputs.quantized, "bf16": la
 
 def measure_calls(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the calls for every T; a job of `World` (through `run_with_progress`)."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         for tokens in settings.tokens:
             _measure_tokens(session, settings.sizes(tokens), in_full=True)
         for routing in settings.routings:
@@ -64,7 +64,7 @@ def measure_calls(rank: int, pg: dist.ProcessGroup, progress: Progress, settings
 
 def measure_sms(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the calls with plans kept for every number of SMs; a job of `World`."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         cases = _Cases.make(session, settings.sizes(settings.sweep_tokens))
         if cases is None:
             return

@@ -97,7 +97,7 @@ def measure_cpu_calls(
     """
     sizes = settings.sizes(settings.tokens[0])
     with (
-        open_session(rank, pg, progress, settings) as session,
+        open_session(pg, progress, settings) as session,
         ExpertGroup(pg, sizes.shape, backend="cpu", transport=transport) as group,
         torch.no_grad(),
     ):

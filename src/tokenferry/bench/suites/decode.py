@@ -33,7 +33,7 @@ NODES = 100
 """Kernels in the graph that measures the cost of a node."""
 
 FEW_TOKENS = 64
-"""Up to session a call is so short that graphs are made of more of them."""
+"""Up to this T a call is so short that graphs are made of more of them."""
 
 HOST_BATCHES = 3
 HEAP_FOR = 4
@@ -226,7 +226,7 @@ def capture(session: Session, iteration: Callable[[], list[Answer]], count: int)
 
 def measure_decode(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the decode calls for every T; a job of `World` (through `run_with_progress`)."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         session.attempt("decode", lambda: _measure(session))
 
 

@@ -49,7 +49,7 @@ DECODE_SETS = 2
 def measure_eager(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure every library for every T; a job of `World` (through `run_with_progress`)."""
     largest = settings.sizes(max(settings.tokens))
-    with open_session(rank, pg, progress, settings) as session, torch.no_grad():
+    with open_session(pg, progress, settings) as session, torch.no_grad():
         session.attempt("torch.empty(8)", lambda: _empty(session))
         shim = session.attempt("Buffer: making one", lambda: Shim(pg, largest))
         own = session.attempt("all_to_all_single: making a process group", lambda: baseline_group(session))

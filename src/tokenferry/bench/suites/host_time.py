@@ -28,7 +28,7 @@ WARMUP_BATCHES = 2
 
 def measure_host(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure host time of eager calls, and a pair in a graph; a job of `World`."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         session.send({"now": "host time"})
         session.attempt("host time", lambda: _host_times(session))
         session.send({"now": "graphs"})
@@ -37,7 +37,7 @@ def measure_host(rank: int, pg: dist.ProcessGroup, progress: Progress, settings:
 
 def measure_memory(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure the device memory that one group takes; a job of `World`."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         session.send({"now": "memory"})
         for tokens in settings.tokens[-1:]:
             session.attempt("memory of a group", partial(_memory, session, tokens))

@@ -49,7 +49,7 @@ PRECISIONS = (Precision(torch.float32, 1e-5), Precision(torch.bfloat16, 3e-2))
 def measure_language(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Compare losses and gradients, then time steps; a job of `World` (through `run_with_progress`)."""
     beside = replace_default_group(pg, "nccl" if settings.backend == "cuda" else "gloo")
-    with open_session(rank, beside, progress, settings) as session:
+    with open_session(beside, progress, settings) as session:
         for tokens in settings.tokens:
             what = f"language model: training step, T={tokens}"
             session.send({"now": what})
@@ -60,7 +60,7 @@ def _measure(session: Session, tokens: int) -> bool:
     settings = session.settings
     shape = MoeShape(settings.experts, settings.top_k, settings.hidden, tokens)
     with ExpertGroup(session.pg, shape, backend=settings.backend, timeout_s=settings.timeout_s) as group:
-        models = {name: Model(session, group, name, tokens) for name in (OWN, OURS)}
+        models = {name: Model(session, group, name) for name in (OWN, OURS)}
         text = _draw(session, tokens)
         for precision in PRECISIONS:
             found = {name: model.results(text, precision.dtype) for name, model in models.items()}
@@ -110,10 +110,9 @@ class Model:
         session: The session.
         group: The group of the experts.
         name: `OURS`, or `OWN`.
-        tokens: T.
     """
 
-    def __init__(self, session: Session, group: ExpertGroup, name: str, tokens: int) -> None:
+    def __init__(self, session: Session, group: ExpertGroup, name: str) -> None:
         device = session.device.torch_device
         self.device_type = device.type
         mesh = init_device_mesh(device.type, (group.num_ranks,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -72,7 +73,8 @@ class CudaLinks:
         size = ROWS_OFFSET + window_bytes(row_bytes, self.num_ranks)
         self._window: Window = share(table, self.rank, range(self.num_ranks), device, size, ROWS_OFFSET)
         self._jit = Jit(device.index or 0, cache, arch=env.read_one("arch"))
-        self._smem_bytes = Device(device.index or 0).smem_bytes() - spec.STORE.static_smem
+        with closing(Device(device.index or 0)) as opened:
+            self._smem_bytes = opened.smem_bytes() - spec.STORE.static_smem
         self._jit.warmup(spec.SPECS)
         self._failed = torch.zeros(1, dtype=torch.int32, device=device)
         self._params = spec.PARAMS.struct()

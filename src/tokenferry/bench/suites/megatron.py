@@ -75,7 +75,7 @@ def version() -> str | None:
 
 def measure_megatron(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Compare losses and gradients, then time steps; a job of `World` (through `run_with_progress`)."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         for tokens in settings.tokens:
             what = f"Megatron-Core: training step, T={tokens}"
             session.send({"now": what})

@@ -92,7 +92,7 @@ def measure_nodes(rank: int, pg: dist.ProcessGroup, progress: Progress, settings
     Raises:
         WrongAnswer: rows or sums are wrong, or another number of rows crossed the network.
     """
-    with open_session(rank, pg, progress, settings) as session, torch.no_grad():
+    with open_session(pg, progress, settings) as session, torch.no_grad():
         for tokens in settings.tokens:
             what = f"nodes, T={tokens}"
             session.send({"now": what})
@@ -150,6 +150,7 @@ def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Calls, Rail, _Calls
         stack.callback(dist.destroy_process_group, network.group)
         network.dispatch(0)
         node_pg = subgroup(pg, topology.nodes, "gloo")
+        stack.callback(dist.destroy_process_group, node_pg)
         x, routing = passed_on(sizes, mine, topology)
         nodes = topology.num_nodes
         shape = MoeShape(sizes.experts // nodes, sizes.top_k, sizes.hidden, nodes * sizes.tokens)

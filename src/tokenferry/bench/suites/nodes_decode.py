@@ -80,7 +80,7 @@ def measure_node_pairs(rank: int, pg: dist.ProcessGroup, progress: Progress, set
     Raises:
         WrongAnswer: sums are wrong.
     """
-    with open_session(rank, pg, progress, settings) as session, torch.no_grad():
+    with open_session(pg, progress, settings) as session, torch.no_grad():
         for tokens in settings.tokens:
             if tokens <= MOST_TOKENS:
                 what = f"decode calls across nodes, T={tokens}"
@@ -153,6 +153,7 @@ def _legs(session: Session, sizes: Sizes) -> Iterator[Legs]:
         x = torch.nn.functional.pad(x, (0, 0, 0, most - len(x)))
         shape = MoeShape(sizes.experts // topology.num_nodes, sizes.top_k, sizes.hidden, most)
         node_pg = subgroup(session.pg, topology.nodes, "gloo")
+        stack.callback(dist.destroy_process_group, node_pg)
         inside = pairs(node_pg, shape, x, Routing(ids, weights), topology.ranks_per_node)
         name = "nccl" if settings.backend == "cuda" else "gloo"
         rail_pg = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), name)

@@ -93,7 +93,7 @@ class OverlapTimes:
 
 def measure_overlap(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure for every number of SMs; a job of `World` (through `run_with_progress`)."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         session.attempt("overlap", lambda: _measure(session))
 
 

@@ -61,7 +61,7 @@ def measure_transformers(rank: int, pg: dist.ProcessGroup, progress: Progress, s
     transformers.logging.disable_progress_bar()
     env.say_local_rank(torch.cuda.current_device() if on_gpus else rank)
     beside = replace_default_group(pg, "nccl" if on_gpus else "gloo")
-    with open_session(rank, beside, progress, settings) as session, _folder(session) as folder:
+    with open_session(beside, progress, settings) as session, _folder(session) as folder:
         found = session.attempt("transformers: making the model", lambda: _prepare(session, folder))
         for layout in found or ():
             for tokens in settings.tokens:

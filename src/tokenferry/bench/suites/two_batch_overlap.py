@@ -158,7 +158,7 @@ def _receive(result: DecodeDispatched[Tensor | Quantized] | DecodeCombined) -> N
 
 def measure_two_batch(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
     """Measure two-batch overlap; a job of `World` (through `run_with_progress`)."""
-    with open_session(rank, pg, progress, settings) as session:
+    with open_session(pg, progress, settings) as session:
         session.attempt("two-batch overlap", lambda: _measure(session))
 
 

@@ -56,7 +56,7 @@ class Runtime:
         _refuse_to_connect("get_local_ipc_handle")
 
     def get_local_nvshmem_unique_id(self) -> NoReturn:
-        """Raise UnsupportedError: there is no NVSHMEM."""
+        """Raise UnsupportedError: the constructor of `Buffer` connects all ranks."""
         _refuse_to_connect("get_local_nvshmem_unique_id")
 
     def sync(self, *_: object, **__: object) -> NoReturn:
@@ -65,6 +65,4 @@ class Runtime:
 
 
 def _refuse_to_connect(method: str) -> NoReturn:
-    raise UnsupportedError(
-        f"Buffer.runtime.{method}: the constructor of Buffer connects all ranks, without NVSHMEM; leave it out"
-    )
+    raise UnsupportedError(f"Buffer.runtime.{method}: the constructor of Buffer connects all ranks; leave it out")

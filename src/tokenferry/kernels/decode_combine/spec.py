@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.control_block import MAX_RANKS
 from tokenferry.kernels.decode_words import (
     CHUNK_COLUMNS,
     ENCODING_FP8,
@@ -37,7 +38,7 @@ SPEC = replace(
             ("trace", "ptr:u64"),
             ("num_tokens", "u32"),
             ("phases", "u32"),
-            ("workspaces", "ptr[8]"),
+            ("workspaces", f"ptr[{MAX_RANKS}]"),
             ("packets_at", "u64"),
             ("packets_stride", "u64"),
             ("max_tokens", "u32"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from tokenferry.kernels.codes import RAW, TYPES
+from tokenferry.kernels.control_block import MAX_RANKS
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
@@ -37,7 +38,7 @@ SPEC = replace(
             ("phases", "u32"),
             ("records", "ptr:const int4"),
             ("overflows", "ptr:const u32"),
-            ("workspaces", "ptr[8]"),
+            ("workspaces", f"ptr[{MAX_RANKS}]"),
             ("notes_at", "u64"),
             ("packets_at", "u64"),
             ("words_stride", "u64"),

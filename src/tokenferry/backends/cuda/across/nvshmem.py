@@ -205,15 +205,16 @@ def make_network(
     pes = [handshake["pe"] for handshake in table.exchange({"pe": found.nvshmem_my_pe()})]
     mapped = [0 if rank == topology.rank else found.nvshmem_ptr(region, pes[rank]) or 0 for rank in topology.rail]
     words = [*mapped, *(pes[rank] for rank in topology.rail), 0]
-    return Network(
-        "nvshmem",
-        SEND,
-        RECEIVE,
-        sizes,
-        region,
-        torch.tensor(words, dtype=torch.int64, device=device),
-        library=NvshmemDevice.find(),
-    )
+    made: Network | None = None
+    try:
+        addresses = torch.tensor(words, dtype=torch.int64, device=device)
+        made = Network("nvshmem", SEND, RECEIVE, sizes, region, addresses, library=NvshmemDevice.find())
+    except (RuntimeError, OSError) as error:
+        reason = f"rank {topology.rank}: {error}"
+    reason = agree(table, reason)  # the next exchange of all ranks is another one
+    if made is None or reason:
+        raise NvshmemError(reason)
+    return made
 
 
 def _agree_on_id(table: Bootstrap, topology: Topology, found: ctypes.CDLL) -> bytes:
