@@ -104,7 +104,7 @@ class Dispatcher:
         found = form.guessed.get(guess.num_rows)
         if found is None:
             found = form.guessed[guess.num_rows] = guessed_form(self._context, form, guess.num_rows)
-            self._allocator.expect_more(found.worst.num_bytes)
+            self._allocator.expect(found.worst.num_bytes)
         return found
 
     def send(self, form: DispatchForm, call: Call, payload: Payload, num_tokens: int) -> Dispatched[Any]:
