@@ -1,6 +1,6 @@
 """A decode loop: fixed shapes, FP8 rows, receive hooks, counters, rows encoded on their way back.
 
-    python examples/decode_loop.py    # one rank, CPU; examples/serve.py decodes on several, and in a CUDA graph
+`python examples/decode_loop.py`: one rank, CPU; examples/serve.py decodes on several, and in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The calls of the README: dispatch, experts, combine.
 
-    python examples/first_look.py    # one rank; for several, call torch.distributed.init_process_group first
+`python examples/first_look.py`: one rank; for several, call torch.distributed.init_process_group first.
 """
 
 from __future__ import annotations

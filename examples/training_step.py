@@ -1,6 +1,6 @@
 """Training: a layer by hand from differentiable calls, and the same step with `MoELayer`.
 
-    python examples/training_step.py    # one rank, CPU; examples/train_language_model.py trains on several
+`python examples/training_step.py`: one rank, CPU; examples/train_language_model.py trains on several.
 """
 
 from __future__ import annotations

@@ -89,6 +89,8 @@ class Checks:
                 self._sizes[letter] = _Size(size, name)
             elif known.value != size:
                 raise self._wrong_size(name, value, letters, dtypes, letter)
+        if value.layout is not torch.strided:
+            raise ShapeError(f"{self.call}: {name}: expected a dense tensor, got {value.layout}; call .to_dense()")
         if contiguous and not value.is_contiguous():
             raise ShapeError(
                 f"{self.call}: {name}: must be contiguous, got strides {value.stride()}; call .contiguous()"

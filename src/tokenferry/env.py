@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -29,10 +28,14 @@ class Variable:
     parse: Callable[[str], Any]
 
 
+MAX_TIMEOUT_S = 1_000_000
+"""The longest timeout: functions of the operating system take no more than about two of them."""
+
+
 def _seconds(text: str) -> float:
     value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError("expected a finite number of seconds above 0")
+    if not 0 < value <= MAX_TIMEOUT_S:
+        raise ValueError(f"expected a number of seconds above 0, at most {MAX_TIMEOUT_S}")
     return value
 
 
@@ -213,7 +216,7 @@ def _parsed(variable: Variable, text: str) -> Any:  # noqa: ANN401 - the value o
     try:
         return variable.parse(text)
     except ValueError as error:
-        raise ConfigError(f"{variable.name}={text!r}: {error}; it is the {variable.meaning}") from None
+        raise ConfigError(f"{variable.name}={text!r}: {error}. What it means: {variable.meaning}") from None
 
 
 def allowed_plugins(client: str, environ: Mapping[str, str] | None = None) -> tuple[str, ...] | None:

@@ -31,8 +31,11 @@ def resolve_options(
     num_ranks = check_group(group)
     settings = env.read()
     timeout_s = settings.timeout_s if timeout_s is None else timeout_s
-    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
-        raise ConfigError(f"ExpertGroup: timeout_s: expected a finite number of seconds above 0, got {timeout_s!r}")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s <= env.MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"ExpertGroup: timeout_s: expected a number of seconds above 0, at most {env.MAX_TIMEOUT_S}, got "
+            f"{timeout_s!r}"
+        )
     if on_timeout not in ("raise", "mask"):
         raise ConfigError(f'ExpertGroup: on_timeout: expected "raise" or "mask", got {on_timeout!r}')
     if transport not in ("auto", *_OF_CPUS, "nvshmem"):

@@ -179,3 +179,11 @@ def test_compare_refuses_unequal_lengths():
         verdict([], [])
     with pytest.raises(ValueError, match="got 1 and 2"):
         verdict([1.0], [[50, 50]] * 2)
+
+
+@pytest.mark.parametrize("seed", ["-1", str(1 << 39), "x"])
+def test_seeds_out_of_range_are_refused_before_anything_is_trained(capsys, seed):
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--ranks", "1", "--steps", "1", "--seed", seed])
+    assert ended.value.code == 2
+    assert "--seed" in capsys.readouterr().err

@@ -28,7 +28,9 @@ class Machine:
         monkeypatch.setattr(links, "share", self.share)
         monkeypatch.setattr(links, "Bootstrap", lambda pg, timeout_s, device: "table")
         monkeypatch.setattr(links, "Jit", lambda index, folder, arch: self)
-        monkeypatch.setattr(links, "Device", lambda index: SimpleNamespace(smem_bytes=lambda: SMEM_BYTES))
+        monkeypatch.setattr(
+            links, "Device", lambda index: SimpleNamespace(smem_bytes=lambda: SMEM_BYTES, close=lambda: None)
+        )
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
         sms = SimpleNamespace(multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: sms)
@@ -220,7 +222,7 @@ def test_a_session_on_gpus_starts_behind_a_barrier_of_the_devices(monkeypatch):
     monkeypatch.setattr(session, "device_for", lambda backend: device.CpuDevice())
     monkeypatch.setattr(session.dist, "barrier", lambda pg: events.append("host"))
     settings = session.Settings(2, (4,), 128, 2, 8, 2, 1, 0)
-    with session.open_session(0, rank_of(0, 2), discard, settings) as opened:
+    with session.open_session(rank_of(0, 2), discard, settings) as opened:
         opened.synchronize_ranks()
         opened.synchronize_ranks(0.5)
     # Held before the barrier: a device that is held longer than others must not start later.

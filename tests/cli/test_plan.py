@@ -134,7 +134,7 @@ def test_a_picture(tmp_path, capsys):
         ("--top-k 300", "top_k=300 exceeds 256 experts"),
         ("--nodes 512", "512 nodes of 8 ranks are 4096 ranks; the model covers up to 2048"),
         ("--hidden 100", "hidden=100 is no multiple of 128"),
-        ("--network-gbs 0", "network_gbs: expected a positive rate"),
+        ("--network-gbs 0", "network_gbs: expected a rate of at least 1e-06"),
         ("--slots 129", "slots: expected 1 .. 128"),
         ("--nodes 2 --limited-nodes 3", "top_groups: expected 1 .. 2, got 3"),
         ("--nodes 8 --limited-nodes 4 --groups 4", "--groups 4 is not --nodes 8; give --top-groups instead"),

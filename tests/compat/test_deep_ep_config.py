@@ -9,7 +9,7 @@ from tokenferry.compat.deep_ep.config import low_latency_rdma_size_hint
 from tokenferry.cost.case import Case, Cluster
 from tokenferry.cost.memory import decode_memory
 from tokenferry.cost.rows import RankRows
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.types import MoeShape
 
 
@@ -110,3 +110,12 @@ def test_low_latency_hint_on_several_nodes_is_what_two_levels_take(experts, choi
     assert hint == -(-modelled // 128) * 128
     assert hint < low_latency_rdma_size_hint(128, 7168, experts)
     assert Buffer.get_low_latency_rdma_size_hint(128, 7168, 64, experts) == pytest.approx(hint * 7 / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(-1, 7168, 2, 8), (128, 0, 2, 8), (128, 7168, 0, 8), (128, 7168, 2, 0.5)])
+def test_hints_for_no_sizes(sizes):
+    with pytest.raises(ArgumentError, match=r"get_low_latency_rdma_size_hint: .*: expected an integer of at least 1"):
+        Buffer.get_low_latency_rdma_size_hint(*sizes)
+    for function in (Buffer.get_dispatch_config, Buffer.get_combine_config):
+        with pytest.raises(ArgumentError, match="num_ranks: expected an integer of at least 1, got 0"):
+            function(0)

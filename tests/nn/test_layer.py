@@ -1,13 +1,16 @@
 """MoELayer on one and on four ranks against DenseMoE, forward and backward."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import tokenferry
 from support.sharded import EXPERT_NAMES, local_parts
-from tokenferry.nn import GroupLimit, MoELayer, Router
+from tokenferry.nn import GroupLimit, LayerOptions, MoELayer, Router, RouterOptions
 from tokenferry.testing.dense import DenseMoE
 from tokenferry.types import MoeShape, Routing
 
@@ -192,3 +195,87 @@ def test_leading_dimensions_and_bad_arguments():
     for sizes in ((16, 2, 2), (8, 4, 2), (16, 4, 1)):
         with pytest.raises(tokenferry.ConfigError, match="router: it has num_experts="):
             MoELayer(group, 8, router=Router(*sizes))
+
+
+class Returns(nn.Module):
+    """Experts that return what a function makes of their rows."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, rows, offsets):
+        return self.function(rows)
+
+
+@pytest.mark.parametrize("function", [lambda rows: rows.mean(0, keepdim=True), lambda rows: rows[:, :8]])
+def test_experts_return_a_row_for_each_row(function):
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, 64), backend="cpu")
+    with pytest.raises(tokenferry.ShapeError, match=r"experts: expected \[n, H\] = \[6, 16\] from them, got"):
+        MoELayer(group, experts=Returns(function))(torch.randn(3, 16))
+
+
+def test_what_modules_return_need_not_be_contiguous():
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, 64), backend="cpu")
+
+    def router(x):
+        return tokenferry.Routing(torch.tensor([0, 3]).expand(len(x), 2), torch.ones(2).expand(len(x), 2))
+
+    x = torch.randn(3, 16)
+    layer = MoELayer(group, experts=Returns(lambda rows: (torch.eye(16) @ rows.T).T), router=router)
+    torch.testing.assert_close(layer(x), 2 * x)
+
+
+def test_routers_return_weights():
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, 64), backend="cpu")
+    for found in (tokenferry.Routing(torch.zeros(3, 2, dtype=torch.int64)), None):
+        layer = MoELayer(group, 8, router=lambda _, found=found: found)
+        with pytest.raises(tokenferry.ShapeError, match=r"expected a .*Routing with topk_weights from it"):
+            layer(torch.randn(3, 16))
+
+
+def test_gradients_of_several_passes_at_once_are_refused():
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, 64), backend="cpu")
+    layer = MoELayer(group, 8)
+    for _ in range(2):
+        with pytest.raises(tokenferry.UnsupportedError, match="gradients of several backward passes at once"):
+            torch.autograd.functional.jacobian(layer, torch.randn(2, 16), vectorize=True)
+    assert layer(torch.randn(2, 16)).shape == (2, 16)
+
+
+def load_whole(rank, pg):
+    group = tokenferry.ExpertGroup(pg, MoeShape(4, 2, 16, 64), backend="cpu")
+    layer = MoELayer(group, 8)
+    whole = {name: getattr(value, "full_tensor", value.clone)() for name, value in layer.state_dict().items()}
+    for assign in (False, True):
+        with pytest.raises(tokenferry.ConfigError, match=r"experts\.gate is a plain tensor.*set_model_state_dict"):
+            layer.load_state_dict(whole, assign=assign)
+    x = torch.randn(3, 16)
+    want = layer(x)
+    torch.nn.init.zeros_(layer.experts.gate)
+    set_model_state_dict(layer, whole, options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_whole_experts_are_not_taken_for_a_part(worlds):
+    worlds(2).run(load_whole)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Router(16, 4, 5), "top_k: expected 1 .. 4, got 5"),
+        (lambda: Router(0, 4, 2), "hidden: expected a positive integer, got 0"),
+        (lambda: Router(16, 4, 2, group_limit=GroupLimit(3, 1)), "num_groups=3 does not divide E=4"),
+        (lambda: Router(16, 4, 3, group_limit=GroupLimit(2, 1)), "top_k: expected 1 .. 2, got 3"),
+        (lambda: Router(16, 4, 2, group_limit=(1, 1)), "group_limit: expected a tokenferry.nn.GroupLimit or None"),
+        (lambda: GroupLimit(2.0, 1), "num_groups: expected a positive integer, got 2.0"),
+        (lambda: LayerOptions(dispatch=None), "dispatch: expected a tokenferry.DispatchOptions, got NoneType"),
+        (lambda: RouterOptions(capacity_factor="x"), "capacity_factor: expected a positive number or None, got 'x'"),
+        (lambda: RouterOptions(capacity_factor=True), "capacity_factor: expected a positive number or None, got True"),
+        (lambda: MoELayer(None, 8), "group: expected a tokenferry.ExpertGroup, got NoneType"),
+    ],
+)
+def test_what_can_never_work_is_refused_when_it_is_made(make, message):
+    with pytest.raises(tokenferry.ConfigError, match=re.escape(message)):
+        make()

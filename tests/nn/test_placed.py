@@ -340,3 +340,49 @@ def test_balanced_loads_of_a_skewed_router():
     got = torch.bincount(torch.cat(slots).flatten() // 9, minlength=4)
     assert got.tolist() == pytest.approx(placement.rank_loads(loads).tolist(), rel=0.05)
     assert got.max() <= 1.05 * got.float().mean()
+
+
+class ToTheFirst(Router):
+    """Chooses expert 0 for every token."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        return Routing(torch.zeros_like(found.topk_idx), torch.ones_like(found.topk_weights))
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_loads_belong_to_the_experts_that_had_them(moves):
+    """They are counted by slot, and another expert may be there when the biases are updated."""
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 1, 16, 64), backend="cpu")
+    router = ToTheFirst(16, 4, 1, group_limit=GroupLimit(1, 1))
+    layer = MoELayer(group, 32, router=PlacedRouter(router, Placement.of(torch.arange(4), 1), group))
+    layer(torch.randn(20, 16))
+    for slots in ([3, 2, 1, 0], [1, 0, 3, 2])[:moves]:
+        rebalance(layer, Placement.of(torch.tensor(slots), 1))
+        layer(torch.randn(20, 16))
+    update_biases(layer, rate=1.0)
+    assert router.bias.tolist() == [-1, 1, 1, 1]
+    update_biases(layer, rate=1.0)
+    assert router.bias.tolist() == [-1, 1, 1, 1], "no load is counted twice"
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_copy_follows_what_is_loaded_into_it(moves):
+    group = tokenferry.ExpertGroup(None, MoeShape(4, 2, 16, 64), backend="cpu")
+    layer = MoELayer(
+        group, 32, router=PlacedRouter(Router(16, 4, 2), Placement.of(torch.tensor([1, 0, 3, 2]), 1), group)
+    )
+    for _ in range(moves):
+        rebalance(layer, Placement.of(torch.tensor([1, 0, 3, 2]), 1))
+    copied = copy.deepcopy(layer)
+    copied.state_dict()["router._extra_state"].copy_(torch.arange(4))
+    assert copied.router.placement.physical_to_logical.tolist() == [0, 1, 2, 3]
+    assert layer.router.placement.physical_to_logical.tolist() == [1, 0, 3, 2]
+
+
+@pytest.mark.parametrize("num_experts", [3, 8])
+def test_the_router_has_the_experts_of_the_placement(num_experts):
+    group = tokenferry.ExpertGroup(None, MoeShape(6, 2, 16, 64), backend="cpu")
+    placement = Placement.of(torch.tensor([0, 1, 2, 3, 0, 1]), 1)
+    with pytest.raises(tokenferry.ConfigError, match=f"num_experts={num_experts}.*; expected 4, as the placement has"):
+        MoELayer(group, 8, router=PlacedRouter(Router(16, num_experts, 2), placement, group))

@@ -266,3 +266,13 @@ def test_the_default_dtype_does_not_change_what_is_dropped():
     with default_dtype(torch.bfloat16):
         kept = limited(softmax_topk(logits, 2), 4, 1.3)
     assert [int((kept.routing.topk_idx == expert).sum()) for expert in (2, 3)] == [650, 650]
+
+
+@pytest.mark.parametrize(
+    ("factor", "tokens", "kept"), [(1.1, 100, 55), (1.1, 200, 110), (1.0, 3, 2), (1e307, 5, 5), (2, 5, 5)]
+)
+def test_capacities_are_exact(factor, tokens, kept):
+    """1.1 * 100 is 110.00000000000001."""
+    logits = torch.zeros(tokens, 2)
+    found = limited(softmax_topk(logits, 1), 2, factor).routing.topk_idx
+    assert int((found == 0).sum()) == kept

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tokenferry
 from tokenferry import ArgumentError, CapacityError, RoutingError, ShapeError
 from tokenferry.checks import FLOATS, Checks, NodeLimit
 
@@ -150,3 +151,26 @@ def test_the_source_of_a_size_that_was_given_is_named(check):
 def test_shape_error_is_what_is_raised(check):
     with pytest.raises(ShapeError):
         check.tensor("x", torch.zeros(3, 7), "T H", FLOATS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: torch._neg_view(x), "resolve_neg"),
+        (
+            lambda x: tokenferry.Quantized(torch.view_as_complex(x.view(3, 8, 2)).conj(), x[:, :1].clone()),
+            "resolve_conj",
+        ),
+        (lambda x: x.to_sparse(), "to_dense"),
+    ],
+)
+def test_rows_that_are_not_what_lies_in_memory(make, message):
+    """They are refused before anything is sent."""
+    with tokenferry.ExpertGroup(None, tokenferry.MoeShape(4, 2, 16, 64), backend="cpu") as group:
+        where = tokenferry.Routing(torch.zeros(3, 2, dtype=torch.int64))
+        for _ in range(2):
+            with pytest.raises(tokenferry.ShapeError, match=message):
+                group.dispatch(make(torch.ones(3, 16)), where)
+        sent = group.dispatch(torch.ones(3, 16), where)
+        with pytest.raises(tokenferry.ShapeError, match=r"combine: y: .*resolve_neg"):
+            group.combine(torch._neg_view(sent.x), sent.plan)

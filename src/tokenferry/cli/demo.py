@@ -11,7 +11,7 @@ import torch
 
 from tokenferry.bench.report.about import num_cores, threads_for
 from tokenferry.cli.failure import explain, status
-from tokenferry.cli.options import positive
+from tokenferry.cli.options import positive, seed
 from tokenferry.cli.output import output_folder
 from tokenferry.cli.screen import Screen
 from tokenferry.demo import devices as demo_devices
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float64",
         help="float64: strict comparison of every step; float32: faster, with larger tolerances (default: float64)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of parameters and batches (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of parameters and batches (default: 0)")
     parser.add_argument(
         "--out",
         type=output_folder,

@@ -23,6 +23,18 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """Parse a seed: 0 .. 2^39 - 1, from which seeds of layers are derived.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    value = int(text)
+    if not 0 <= value < 1 << 39:
+        raise ValueError(text)
+    return value
+
+
 def rate(text: str) -> float:
     """Parse an option that has to be a finite number above 0.
 

@@ -58,6 +58,10 @@ class Cluster:
         return consecutive(self.num_ranks, self.ranks_per_node)
 
 
+_LEAST_GBS = 1e-6
+"""With less, times would be no numbers any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Links:
     """The rates of the links, in each direction at the same time.
@@ -77,8 +81,10 @@ class Links:
 
     def __post_init__(self) -> None:
         for name in ("network_gbs", "nvlink_gbs"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"Links: {name}: expected a positive rate, got {getattr(self, name)!r}")
+            if not _LEAST_GBS <= getattr(self, name) < float("inf"):
+                raise ConfigError(
+                    f"Links: {name}: expected a rate of at least {_LEAST_GBS}, got {getattr(self, name)!r}"
+                )
         if not 0 <= self.network_us < float("inf"):
             raise ConfigError(f"Links: network_us: expected 0 or more microseconds, got {self.network_us!r}")
 

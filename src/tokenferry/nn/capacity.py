@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ def limited(routing: Routing, num_experts: int, factor: float) -> Limited:
     ordered, order = choices.sort(stable=True)
     places = torch.arange(num_tokens * top_k, dtype=torch.int64, device=choices.device)
     place = torch.empty_like(places).scatter(0, order, places - torch.searchsorted(ordered, ordered))
-    most = math.ceil(factor * num_tokens * top_k / num_experts)  # a float would be compared in torch's default dtype
+    # In integers: 1.1 * 100 is more than 110, and a float would be compared in torch's default dtype.
+    parts, whole = Fraction(str(factor)).as_integer_ratio()
+    most = min(-(-parts * num_tokens * top_k // (whole * num_experts)), num_tokens * top_k)
     late = (place >= most) & (choices >= 0)
     dropped = late.view(top_k, num_tokens).T
     weights = routing.topk_weights

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenferry import autograd
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ConfigError, ShapeError
+from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.replicas import share_gradients
 from tokenferry.nn.balance.routing import PlacedRouter
 from tokenferry.nn.experts import SeededExperts, SwiGLUExperts
@@ -109,6 +110,8 @@ class MoELayer(nn.Module):
         super().__init__()
         if options is not None and not isinstance(options, LayerOptions):
             raise ConfigError(f"MoELayer: options: expected a LayerOptions or None, got {type(options).__name__}")
+        if not isinstance(group, ExpertGroup):
+            raise ConfigError(f"MoELayer: group: expected a tokenferry.ExpertGroup, got {type(group).__name__}")
         shape = group.shape
         self.group = group
         self.options = LayerOptions() if options is None else options
@@ -123,18 +126,22 @@ class MoELayer(nn.Module):
             self._draw_experts()
         self.shared = self.options.shared
         self._sharded = False
+        self.register_load_state_dict_pre_hook(_refuse_whole_experts)  # type: ignore[no-untyped-call]
         mesh = expert_mesh(group)
         if mesh is not None:
             self.place_experts(mesh)
         self.expert_counts: Tensor | None = None
         self._load: Tensor | None = None
+        self._load_by: Placement | None = None
+        self._earlier: list[tuple[list[int], Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """Send each token of ``x`` ``[..., H]``, at most M tokens, through its experts; return ``[..., H]``.
 
         Raises:
             ShapeError: without autocast, the dtype is neither that of the experts nor a narrow one for float32 experts;
-                or the shared module returns other than a row for each row. And whatever `ExpertGroup.dispatch` raises.
+                the shared module or the experts return other than a row for each row; or the router returns no weights.
+                And whatever `ExpertGroup.dispatch` raises.
         """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         cast, parameters = self._cast(rows)
@@ -144,14 +151,18 @@ class MoELayer(nn.Module):
                 f"MoELayer: shared: expected [T, H] = {list(rows.shape)} from it, got {list(shared.shape)}; a row for "
                 "each row"
             )
-        options = self.options
-        sent = autograd.dispatch(
-            self.group, cast, self.router(rows), options=options.dispatch, quantize=options.quantize
-        )
-        assert sent.topk_weights is not None
+        options, routing = self.options, _routing(self.router(rows))
+        sent = autograd.dispatch(self.group, cast, routing, options=options.dispatch, quantize=options.quantize)
         self._count(sent.expert_counts)
         y = torch.func.functional_call(self.experts, parameters, (sent.x, sent.expert_offsets))
-        y = y * sent.topk_weights.unsqueeze(1).to(y.dtype)
+        # A compiler knows no number of rows to compare.
+        if not torch.compiler.is_compiling() and y.shape != sent.x.shape:
+            raise ShapeError(
+                f"MoELayer: experts: expected [n, H] = {list(sent.x.shape)} from them, got {list(y.shape)}; a row for "
+                "each row"
+            )
+        assert sent.topk_weights is not None
+        y = (y * sent.topk_weights.unsqueeze(1).to(y.dtype)).contiguous()
         bias = None if shared is None else shared.to(y.dtype).contiguous()
         return autograd.combine(self.group, y, sent.plan, bias=bias).x.reshape(x.shape)
 
@@ -180,7 +191,17 @@ class MoELayer(nn.Module):
         self.expert_counts = expert_counts
         # No buffer: DistributedDataParallel would give every rank that of rank 0.
         if self.training and self.has_bias and not recomputing():
+            placement = self.router.placement if isinstance(self.router, PlacedRouter) else None
+            if placement is not self._load_by:
+                self._put_load_aside()
+                self._load_by = placement
             self._load = expert_counts.long() if self._load is None else self._load + expert_counts
+
+    def _put_load_aside(self) -> None:
+        """Keep the load that was counted by another placement than that of now, with the experts that had it."""
+        if self._load is not None:
+            self._earlier.append((self._held(self._load_by), self._load))
+            self._load = None
 
     @property
     def has_bias(self) -> bool:
@@ -190,23 +211,26 @@ class MoELayer(nn.Module):
     @property
     def held_experts(self) -> list[int]:
         """``[L]``: the logical expert in each slot of this rank."""
+        return self._held(self.router.placement if isinstance(self.router, PlacedRouter) else None)
+
+    def _held(self, placement: Placement | None) -> list[int]:
         first = self.group.rank * self.group.num_local_experts
         slots = list(range(first, first + self.group.num_local_experts))
-        return (
-            self.router.placement.physical_to_logical[slots].tolist()
-            if isinstance(self.router, PlacedRouter)
-            else slots
-        )
+        return slots if placement is None else placement.physical_to_logical[slots].tolist()
 
     @property
     def choice(self) -> Callable[[Tensor], Routing]:
         """The router that chooses logical experts: `router`, or what a `PlacedRouter` wraps."""
         return self.router.router if isinstance(self.router, PlacedRouter) else self.router
 
-    def take_load(self) -> Tensor | None:
-        """Return ``[L]`` int64 and forget it, for `update_biases`: rows of this rank's experts since the last call."""
-        load, self._load = self._load, None
-        return load
+    def take_loads(self) -> list[tuple[list[int], Tensor]]:
+        """Return and forget, for `update_biases`: logical experts of this rank, and ``[L]`` int64, their rows.
+
+        One pair for each placement since the last call.
+        """
+        self._put_load_aside()
+        loads, self._earlier = self._earlier, []
+        return loads
 
     def reset_parameters(self) -> None:
         """Draw the parameters again, from the seeds, into the tensors that they are in: the layer as it was made.
@@ -248,6 +272,30 @@ class MoELayer(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in mine]
 
 
+def _refuse_whole_experts(layer: MoELayer, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Raise ConfigError for experts that are plain tensors, of which a sharded layer cannot take its part."""
+    names = [f"{prefix}experts.{name}" for name, _ in layer.experts.named_parameters()] if layer._sharded else ()
+    whole = next(
+        (name for name in names if isinstance(state.get(name), Tensor) and not hasattr(state[name], "to_local")), None
+    )
+    if whole is not None:
+        raise ConfigError(
+            f"MoELayer: load_state_dict: {whole} is a plain tensor, and this layer holds a part of it, as a DTensor; "
+            "use torch.distributed.checkpoint.state_dict.set_model_state_dict with "
+            "StateDictOptions(full_state_dict=True)"
+        )
+
+
+def _routing(found: object) -> Routing:
+    """Return what a router has returned, checked, its tensors contiguous."""
+    if not isinstance(found, Routing) or found.topk_weights is None:
+        what = "one without topk_weights" if isinstance(found, Routing) else type(found).__name__
+        raise ShapeError(f"MoELayer: router: expected a tokenferry.Routing with topk_weights from it, got {what}")
+    if found.topk_idx.is_contiguous() and found.topk_weights.is_contiguous():
+        return found
+    return Routing(found.topk_idx.contiguous(), found.topk_weights.contiguous())
+
+
 def _experts(
     group: ExpertGroup, ffn_hidden: int | None, experts: nn.Module | None, seed: int, dtype: torch.dtype | None
 ) -> nn.Module:
@@ -283,16 +331,18 @@ def _experts(
 
 def _check_router(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> None:
     """Raise ConfigError if a `Router` has other sizes, or may choose experts on more nodes, than the group allows."""
-    shape = group.shape
-    if not isinstance(router, Router):
+    shape, chooser, of_whom, num_logical = group.shape, router, "the group", group.shape.num_experts
+    if isinstance(router, PlacedRouter):
+        chooser, of_whom, num_logical = router.router, "the placement", router.placement.num_experts
+    if not isinstance(chooser, Router):
         return
-    num_experts, hidden = router.weight.shape
-    if (num_experts, hidden, router.top_k) != (shape.num_experts, shape.hidden, shape.top_k):
+    num_experts, hidden = chooser.weight.shape
+    if (num_experts, hidden, chooser.top_k) != (num_logical, shape.hidden, shape.top_k):
         raise ConfigError(
-            f"MoELayer: router: it has num_experts={num_experts}, hidden={hidden} and top_k={router.top_k}, and the "
-            f"group {shape.num_experts}, {shape.hidden} and {shape.top_k}; make both with the same sizes"
+            f"MoELayer: router: it has num_experts={num_experts}, hidden={hidden} and top_k={chooser.top_k}; expected "
+            f"{num_logical}, as {of_whom} has, {shape.hidden} and {shape.top_k}"
         )
-    if shape.max_nodes is None:
+    if shape.max_nodes is None or not isinstance(router, Router):
         return
     limit = GroupLimit(1, 1) if router.group_limit is None else router.group_limit
     nodes = group.topology.nodes

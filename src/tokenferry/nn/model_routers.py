@@ -100,8 +100,6 @@ def _bias(layer: MoELayer) -> Tensor:
 def _load(layer: MoELayer) -> Tensor:
     """Return ``[E]`` int64: the rows of this rank's experts since the last call, and 0 for all others."""
     load = torch.zeros(_bias(layer).shape, dtype=torch.int64, device=layer.group.device)
-    mine = layer.take_load()
-    if mine is not None:
-        held = torch.tensor(layer.held_experts, dtype=torch.int64, device="cpu").to(load.device)
-        load.index_add_(0, held, mine)
+    for held, mine in layer.take_loads():
+        load.index_add_(0, torch.tensor(held, dtype=torch.int64, device="cpu").to(load.device), mine)
     return load

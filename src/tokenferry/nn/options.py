@@ -27,7 +27,8 @@ class LayerOptions:
             past the last offset hold no data; their memory and computation are those of the capacity.
 
     Raises:
-        ConfigError: ``shared`` is no module, ``quantize`` no `Scale`, or ``dispatch`` has another layout.
+        ConfigError: ``shared`` is no module, ``quantize`` no `Scale`, ``dispatch`` no `DispatchOptions`, or it has
+            another layout.
     """
 
     shared: nn.Module | None = None
@@ -41,6 +42,9 @@ class LayerOptions:
             )
         if self.quantize is not None and not isinstance(self.quantize, Scale):
             raise ConfigError(f"LayerOptions: quantize: expected a tokenferry.Scale or None, got {self.quantize!r}")
+        if not isinstance(self.dispatch, DispatchOptions):
+            got = type(self.dispatch).__name__
+            raise ConfigError(f"LayerOptions: dispatch: expected a tokenferry.DispatchOptions, got {got}")
         if self.dispatch.layout is not Layout.EXPERTS:
             raise ConfigError(
                 f"LayerOptions: dispatch: expected Layout.EXPERTS, got {self.dispatch.layout}; experts take rows that "
@@ -68,5 +72,6 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         factor = self.capacity_factor
-        if factor is not None and not (factor > 0 and math.isfinite(factor)):
-            raise ConfigError(f"RouterOptions: capacity_factor: expected a positive number or None, got {factor}")
+        is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if factor is not None and not (is_number and factor > 0 and math.isfinite(factor)):
+            raise ConfigError(f"RouterOptions: capacity_factor: expected a positive number or None, got {factor!r}")

@@ -37,8 +37,7 @@ class GroupLimit:
     top_groups: int
 
     def __post_init__(self) -> None:
-        if self.num_groups < 1:
-            raise ConfigError(f"GroupLimit: num_groups: expected a positive integer, got {self.num_groups}")
+        _check_size("GroupLimit", "num_groups", self.num_groups)
         _in_range("GroupLimit", "top_groups", self.top_groups, self.num_groups)
 
 
@@ -119,9 +118,7 @@ def group_limited_topk(
     """
     call = "group_limited_topk"
     num_experts, num_groups, top_groups = _num_experts(call, logits), limit.num_groups, limit.top_groups
-    if num_experts % num_groups:
-        raise ConfigError(f"{call}: num_groups={num_groups} does not divide E={num_experts}; use a divisor of E")
-    width = num_experts // num_groups
+    width = _group_width(call, num_experts, limit)
     _in_range(call, "top_k", top_k, top_groups * width)
     if bias is not None and bias.shape != (num_experts,):
         raise ShapeError(f"{call}: bias: expected [E] = [{num_experts}], got {list(bias.shape)}; one number per expert")
@@ -168,8 +165,8 @@ class Router(nn.Module):
             before the first forward.
 
     Raises:
-        ConfigError: ``scale`` is given with softmax, ``seed`` is out of range, or ``options`` are those of a layer. In
-            forward: ``top_k`` is out of range, or ``num_groups`` does not divide E.
+        ConfigError: a size is not positive, ``top_k`` is more than a token may choose, ``group_limit`` does not divide
+            E, ``scale`` is given with softmax, ``seed`` is out of range, or ``options`` are those of a layer.
 
     Example:
         >>> import torch
@@ -195,6 +192,15 @@ class Router(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        _check_size("Router", "hidden", hidden)
+        _check_size("Router", "num_experts", num_experts)
+        if group_limit is not None and not isinstance(group_limit, GroupLimit):
+            got = type(group_limit).__name__
+            raise ConfigError(f"Router: group_limit: expected a tokenferry.nn.GroupLimit or None, got {got}")
+        most = num_experts
+        if group_limit is not None:
+            most = group_limit.top_groups * _group_width("Router", num_experts, group_limit)
+        _in_range("Router", "top_k", top_k, most)
         if group_limit is None and scale != 1.0:
             raise ConfigError(
                 f"Router: scale={scale} needs group_limit, e.g. GroupLimit(1, 1); softmax weights add up to 1"
@@ -315,6 +321,18 @@ def _num_experts(call: str, logits: Tensor) -> int:
             "reshape to one row per token"
         )
     return logits.shape[1]
+
+
+def _group_width(call: str, num_experts: int, limit: GroupLimit) -> int:
+    """Return the experts of a group."""
+    if num_experts % limit.num_groups:
+        raise ConfigError(f"{call}: num_groups={limit.num_groups} does not divide E={num_experts}; use a divisor of E")
+    return num_experts // limit.num_groups
+
+
+def _check_size(call: str, name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{call}: {name}: expected a positive integer, got {value!r}")
 
 
 def _in_range(call: str, name: str, value: int, high: int) -> None:

@@ -91,3 +91,15 @@ def _describe(x: Any) -> str:  # noqa: ANN401 - any argument of a user
     if isinstance(x, Tensor):
         return f"{x.dtype} {list(x.shape)}"
     return f"({', '.join(_describe(part) for part in x)})" if isinstance(x, tuple) else type(x).__name__
+
+
+def check_integer(call: str, name: str, value: object, least: int) -> None:
+    """Raise ArgumentError unless ``value`` is an integer of at least ``least``."""
+    if type(value) is not int or value < least:
+        raise ArgumentError(f"{call}: {name}: expected an integer of at least {least}, got {value!r}")
+
+
+def check_sizes(call: str, **sizes: object) -> None:
+    """Raise ArgumentError unless all sizes are positive integers."""
+    for name, value in sizes.items():
+        check_integer(call, name, value, 1)

@@ -50,7 +50,7 @@ from tokenferry.ambient import without_grad
 from tokenferry.api import Connected
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
-from tokenferry.compat.deep_ep.arguments import Rows, check_config, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, check_config, check_sizes, refuse
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.compat.deep_ep.connect import connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
@@ -229,12 +229,22 @@ class Buffer(Connected, LowLatencyCalls):
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """Return DeepEP's defaults for `dispatch`; for an R that it does not list, those of the next larger one."""
+        """Return DeepEP's defaults for `dispatch`; for an R that it does not list, those of the next larger one.
+
+        Raises:
+            ArgumentError: ``num_ranks`` is not a positive integer.
+        """
+        check_sizes("Buffer.get_dispatch_config", num_ranks=num_ranks)
         return configs.dispatch_config(num_ranks, Buffer.num_sms)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """Return DeepEP's defaults for `combine`; for an R that it does not list, those of the next larger one."""
+        """Return DeepEP's defaults for `combine`; for an R that it does not list, those of the next larger one.
+
+        Raises:
+            ArgumentError: ``num_ranks`` is not a positive integer.
+        """
+        check_sizes("Buffer.get_combine_config", num_ranks=num_ranks)
         return configs.combine_config(num_ranks, Buffer.num_sms)
 
     def get_comm_stream(self) -> torch.cuda.Stream | torch.cpu.Stream:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import FLOATS, INDICES, Checks
-from tokenferry.compat.deep_ep.arguments import Rows, detached, from_native, height, to_native, width
+from tokenferry.compat.deep_ep.arguments import Rows, check_integer, detached, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import round_up
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Request, Returned
 from tokenferry.compat.deep_ep.elastic_handle import EPHandle, is_capturing
@@ -167,12 +167,6 @@ def check_returned(device: torch.device, handle: EPHandle, returned: Returned) -
         check.tensor(f"bias[{i}]" if isinstance(bias, tuple) else "bias", one, "T H", (x.dtype,))
     if weights is not None:
         check.tensor("topk_weights", weights, "rows" if handle.do_expand else "rows K", (torch.float32,))
-
-
-def check_integer(call: str, name: str, value: object, least: int) -> None:
-    """Raise ArgumentError unless ``value`` is an integer of at least ``least``."""
-    if type(value) is not int or value < least:
-        raise ArgumentError(f"{call}: {name}: expected an integer of at least {least}, got {value!r}")
 
 
 # ---------------------------------------------------------------------- calls

@@ -25,9 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.ambient import without_grad
-from tokenferry.compat.deep_ep.arguments import Rows, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, check_integer, refuse
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
-from tokenferry.compat.deep_ep.elastic_calls import check_integer
 from tokenferry.compat.deep_ep.elastic_handle import EPHandle
 from tokenferry.compat.deep_ep.elastic_streams import ElasticWhen, Event
 from tokenferry.compat.deep_ep.expert_buffer import CPU_TIMEOUT_S, GPU_TIMEOUT_S, ExpertBuffer, Settings

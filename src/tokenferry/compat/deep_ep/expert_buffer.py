@@ -14,11 +14,11 @@ from torch import Tensor
 from tokenferry.ambient import without_grad
 from tokenferry.api import Connected, ExpertGroup
 from tokenferry.compat.deep_ep import elastic_calls as calls
-from tokenferry.compat.deep_ep.arguments import Rows
+from tokenferry.compat.deep_ep.arguments import Rows, check_integer
 from tokenferry.compat.deep_ep.config import round_up
 from tokenferry.compat.deep_ep.connect import connect
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
-from tokenferry.compat.deep_ep.elastic_calls import Received, check_integer
+from tokenferry.compat.deep_ep.elastic_calls import Received
 from tokenferry.compat.deep_ep.elastic_handle import CPU_NUM_SMS
 from tokenferry.compat.deep_ep.elastic_streams import ElasticWhen, run
 from tokenferry.compat.deep_ep.streams import Lane, when_of

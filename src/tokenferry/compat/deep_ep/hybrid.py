@@ -38,10 +38,9 @@ from torch import Tensor
 from tokenferry.ambient import without_grad
 from tokenferry.api import Connected
 from tokenferry.compat.deep_ep import hybrid_calls as calls
-from tokenferry.compat.deep_ep.arguments import detached, height, to_native
+from tokenferry.compat.deep_ep.arguments import check_integer, detached, height, to_native
 from tokenferry.compat.deep_ep.connect import connect
 from tokenferry.compat.deep_ep.elastic import ElasticBuffer
-from tokenferry.compat.deep_ep.elastic_calls import check_integer
 from tokenferry.compat.deep_ep.hybrid_calls import COMBINE, DISPATCH, HybridHandle
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.types import Quantized

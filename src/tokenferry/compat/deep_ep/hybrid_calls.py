@@ -11,9 +11,8 @@ from torch.nn.functional import pad
 
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import FLOATS, INDICES, Checks
-from tokenferry.compat.deep_ep.arguments import detached, width
+from tokenferry.compat.deep_ep.arguments import check_integer, detached, width
 from tokenferry.compat.deep_ep.config import round_up
-from tokenferry.compat.deep_ep.elastic_calls import check_integer
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.compat.deep_ep.views import Views

@@ -12,7 +12,7 @@ from tokenferry.api import ExpertGroup
 from tokenferry.checks import Checks
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import low_latency
-from tokenferry.compat.deep_ep.arguments import Rows, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, check_sizes, refuse
 from tokenferry.compat.deep_ep.low_latency import Handle, Hook
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
@@ -61,7 +61,18 @@ class LowLatencyCalls:
         """Return the bytes of buffers for low latency, to be passed as ``num_rdma_bytes``. Local.
 
         On one node by DeepEP's formula; on several those of two levels, which are far fewer.
+
+        Raises:
+            ArgumentError: a size is not a positive integer.
         """
+        call = "Buffer.get_low_latency_rdma_size_hint"
+        check_sizes(
+            call,
+            num_max_dispatch_tokens_per_rank=num_max_dispatch_tokens_per_rank,
+            hidden=hidden,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+        )
         return configs.low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     @without_grad

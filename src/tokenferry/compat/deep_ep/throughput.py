@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from tokenferry.checks import INDICES, Checks, fits
-from tokenferry.compat.deep_ep.arguments import Rows, aligned, detached, from_native, height, to_native, width
+from tokenferry.compat.deep_ep.arguments import (
+    Rows,
+    aligned,
+    check_integer,
+    detached,
+    from_native,
+    height,
+    to_native,
+    width,
+)
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
@@ -150,8 +159,8 @@ def dispatch(
         ShapeError, RoutingError, CapacityError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.dispatch`.
     """
     call, num_worst_tokens = "Buffer.dispatch", options.num_worst_tokens
-    _check_positive(call, "expert_alignment", options.expert_alignment, 1)
-    _check_positive(call, "num_worst_tokens", num_worst_tokens, 0)
+    check_integer(call, "expert_alignment", options.expert_alignment, 1)
+    check_integer(call, "num_worst_tokens", num_worst_tokens, 0)
     rows = to_native(call, x)
     num_experts = options.num_experts
     if not num_experts or not views.on_gpu or given.in_rank.shape[0] != height(rows):
@@ -362,8 +371,3 @@ def _check_same(call: str, given: TokenLayout, expected: TokenLayout) -> None:
 def _tokens_of_nodes(views: Views, in_rank: Tensor) -> Tensor:
     """Return ``[nodes]`` int32: the tokens for each node; a token counts once."""
     return torch.stack([in_rank[:, list(ranks)].any(1).sum(dtype=torch.int32) for ranks in views.nodes])
-
-
-def _check_positive(call: str, name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{call}: {name}: expected an integer of at least {least}, got {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +188,13 @@ class PlacedRouter(nn.Module):
         with torch.no_grad():
             self._slots.copy_(placement.physical_to_logical)
         self._version = self._slots._version
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, whose tensor has another version than the original's; and follow what that has not seen."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            self._slots = self._slots.clone()
+        self.place(Placement.of(self._slots, self._map.placement.num_ranks))
 
     def forward(self, x: Tensor) -> Routing:
         """Route ``x`` ``[T, H]`` to slots."""
