@@ -250,7 +250,8 @@ def move(
     plan: PlanAddresses,
 ) -> None:
     """Launch `dispatch`; ``recv``: where this rank receives rows, scales, weights and the parts of a plan."""
-    scale_at, row_stride, stride = scale_of(payload)
+    # A function less in calls across nodes, for each node: their budgets are in tests/unit/test_across_calls.py.
+    scale_at, row_stride, stride = NO_SCALE if payload.scale is None else scale_of(payload)
     template.pack(
         0, call.alive, call.number, call.signature.words, *recv,
         payload.rows, scale_at, payload.weights, payload.topk_idx, plan.places, plan.dst_counts, plan.src_counts,
