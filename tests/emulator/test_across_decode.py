@@ -33,14 +33,13 @@ from tokenferry import (
     Scale,
     UnsupportedError,
 )
-from tokenferry.backends.cuda.across.rails import Parcels, Transfer
-from tokenferry.backends.cuda.context import Context
+from tokenferry.backends.cuda.across.rails import Parts, Transfer
+from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.kernels.control_block import TRACE
 from tokenferry.kernels.decode_dispatch import spec as decode_dispatch_spec
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
-from tokenferry.transports.base import CallId
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
@@ -261,10 +260,15 @@ def capture_of(streams: HostStreams, stream: int) -> int:
     return 7 if getattr(CAPTURE, "on", False) else 0
 
 
+def eager_stream(streams: HostStreams) -> int | None:
+    return None if getattr(CAPTURE, "on", False) else 0
+
+
 def test_calls_that_a_graph_captures(run_both):
     waits = AssertionError("the host waits")
     with (
         mock.patch.object(HostStreams, "capture", capture_of),
+        mock.patch.object(HostStreams, "eager", eager_stream),
         mock.patch.object(Context, "wait_for_words", side_effect=waits),
         mock.patch.object(QueueTransfer, "wait", side_effect=waits),
     ):
@@ -478,11 +482,11 @@ def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -
         rails, made = group._backend._rails, []
         group.decode_dispatch(*INPUTS)
 
-        def exchange(call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
+        def exchange(call: Call, parts: Parts, kept: object) -> Transfer:
             made.append(call)
             if len(made) == number:
-                recv, kept = elsewhere(recv)
-            return QueueRails.exchange(rails, call, send, recv, kept)
+                parts, kept = elsewhere(parts)
+            return QueueRails.exchange(rails, call, parts, kept)
 
         with mock.patch.object(rails, "exchange", exchange if rank == 0 else rails.exchange):
             with suppress(PeerTimeout) if rank else pytest.raises(PeerTimeout) as caught:

@@ -32,14 +32,13 @@ from support.throughput import (
 from tokenferry import ExpertGroup, MoeShape, tuning
 from tokenferry.autograd.ops import _apart, plan_of, tensors_of
 from tokenferry.backends.cuda.across.backend import AcrossBackend
-from tokenferry.backends.cuda.across.rails import Parcels, Transfer
-from tokenferry.backends.cuda.context import Context, LaunchTemplate
+from tokenferry.backends.cuda.across.rails import Parts, Transfer
+from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
 from tokenferry.bench.suites.nodes import rows_across
 from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTimeout, RoutingError
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
-from tokenferry.transports.base import CallId
 from tokenferry.tuning import NCCL_SMS
 from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
 
@@ -544,11 +543,11 @@ def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int, i
         rails, made = group._backend._rails, []
         plan = group.dispatch(x, routing).plan
 
-        def exchange(call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
+        def exchange(call: Call, parts: Parts, kept: object) -> Transfer:
             made.append(call)
             if len(made) == number:
-                recv, kept = elsewhere(recv)
-            return QueueRails.exchange(rails, call, send, recv, kept)
+                parts, kept = elsewhere(parts)
+            return QueueRails.exchange(rails, call, parts, kept)
 
         calls = [CALLS["redispatch"], CALLS["combine"]][: 1 + in_combine]
         with mock.patch.object(rails, "exchange", exchange if rank == 0 else rails.exchange):

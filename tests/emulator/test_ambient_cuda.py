@@ -35,5 +35,6 @@ def test_groups_pass_in_and_out_of_inference_mode(run):
     run(RANKS, one_after_the_other)
 
 
-def test_what_was_made_in_inference_mode_is_filled_outside_of_it(run):
-    run(RANKS, handed_over)
+@pytest.mark.parametrize("per_node", [RANKS, 1])
+def test_what_was_made_in_inference_mode_is_filled_outside_of_it(run, per_node):
+    run(RANKS, handed_over, ranks_per_node=per_node)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tokenferry.backends.cuda.across.rails import Parcel, Parcels, Transfer
+from tokenferry.backends.cuda.across.rails import Parts, Transfer, between_nodes
+from tokenferry.backends.cuda.context import Call
 from tokenferry.errors import PeerTimeout
 from tokenferry.topology import Topology
-from tokenferry.transports.base import CallId, peer_timeout
+from tokenferry.transports.base import peer_timeout
 from tokenferry.transports.failures import FailureReports
 
 _POLL_S = 0.05
@@ -45,10 +46,20 @@ class Boxes:
             return self._queues[ends]
 
 
-def elsewhere(parcels: Parcels) -> tuple[Parcels, object]:
-    """Return parcels of the same sizes in other memory, and this."""
-    kept = {n: [torch.empty(p.num_bytes, dtype=torch.uint8, device="cpu") for p in ps] for n, ps in parcels.items()}
-    return {n: [Parcel.of(tensor) for tensor in tensors] for n, tensors in kept.items()}, kept
+def elsewhere(parts: Parts) -> tuple[Parts, object]:
+    """Return the same parts, but for what is received in other memory, and this."""
+    kept = [torch.empty(num_bytes, dtype=torch.uint8, device="cpu") for _, num_bytes, _, _ in parts]
+    made = [part if part[3] else (there.data_ptr(), *part[1:]) for part, there in zip(parts, kept, strict=True)]
+    return made, kept
+
+
+def by_node(parts: Parts, *, sent: bool) -> dict[int, list[tuple[int, int]]]:
+    """Return the addresses and bytes of what is sent, or received, by node."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for address, num_bytes, node, is_sent in parts:
+        if is_sent is sent:
+            found.setdefault(node, []).append((address, num_bytes))
+    return found
 
 
 class QueueRails:
@@ -67,26 +78,27 @@ class QueueRails:
         self.num_bytes = 0
         self.lost: PeerTimeout | None = None
 
-    def exchange(self, call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
-        for node, parcels in send.items():
-            assert all(parcel.num_bytes for parcel in parcels)
-            self.num_bytes += sum(parcel.num_bytes for parcel in parcels)
-            self._boxes[self._rank, self._rail[node]].put([ctypes.string_at(*parcel) for parcel in parcels])
-        return QueueTransfer(lambda: self._receive(call, recv, kept), self.raise_lost)
+    def exchange(self, call: Call, parts: Parts, kept: object) -> Transfer:
+        for node, places in by_node(parts, sent=True).items():
+            assert all(num_bytes for _, num_bytes in places)
+            self.num_bytes += sum(num_bytes for _, num_bytes in places)
+            self._boxes[self._rank, self._rail[node]].put([ctypes.string_at(*place) for place in places])
+        return QueueTransfer(lambda: self._receive(call, parts, kept), self.raise_lost)
 
-    def _receive(self, call: CallId, recv: Parcels, _kept: object) -> None:
-        for node, parcels in recv.items():
+    def _receive(self, of: Call, parts: Parts, _kept: object) -> None:
+        call = between_nodes(of)
+        for node, places in by_node(parts, sent=False).items():
             peer = self._rail[node]
             start = time.monotonic()
             came = self._take(self._boxes[peer, self._rank])
             if came is None:
                 raise peer_timeout(call, self._rank, [peer], "nothing came", time.monotonic() - start, "")
-            for parcel, there in itertools.zip_longest(parcels, came[: len(parcels)]):
-                if there is None or len(there) != parcel.num_bytes:
+            for (address, num_bytes), there in itertools.zip_longest(places, came[: len(places)]):
+                if there is None or len(there) != num_bytes:
                     # NCCL does not compare sizes, and may wait until the deadline. The exchange is given up, and ends.
                     self.lost = peer_timeout(call, self._rank, [peer], "other sizes came", 0.0, "")
                     break
-                ctypes.memmove(parcel.address, there, parcel.num_bytes)
+                ctypes.memmove(address, there, num_bytes)
 
     def _take(self, box: queue.SimpleQueue[list[bytes]]) -> list[bytes] | None:
         start = time.monotonic()

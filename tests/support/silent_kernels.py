@@ -42,7 +42,8 @@ _ADDRESSES = """
 windows record host x scale weights topk_idx table bases dst_counts src_counts expert_counts expert_offsets places
 dst_token rows_out rows_in rows row_idx source to out bias0 bias1 weights_out workspaces scale_out received src_token
 src_range row_weights choices masked_out trace y pending slots ids_here ids_out tokens_out tokens headers mine sizes
-goes comes states own parts own_weights ids came went
+goes comes states own parts own_weights ids came went records overflows number epoch since rows packets bodies region
+network weights_here
 """
 """Params that differ from process to process."""
 
@@ -130,7 +131,10 @@ class SilentGroup:
     @staticmethod
     def workspaces_agree() -> Any:
         """Return a patch that lets ranks agree on the memory for rows under way without a kernel."""
-        share = lambda _self, _call, _sizes, offset: workspace._Shared(1, dict.fromkeys(range(NUM_RANKS), offset))  # noqa: E731
+
+        def share(self: workspace.Workspaces, _call: Any, _sizes: Any, offset: int) -> Any:
+            return workspace._Shared(1, dict.fromkeys(range(self._context.num_ranks), offset))
+
         return mock.patch.object(workspace.Workspaces, "_share", share)
 
 

@@ -10,13 +10,17 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from support.emulated_rails import by_node
 from support.silent_kernels import HEAP_BYTES, Launch, SilentKernel, Window, values_of
 from tokenferry import ExpertGroup, MoeShape
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across.backend import Links
 from tokenferry.backends.cuda.across.nccl_channel import Marks
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
-from tokenferry.backends.cuda.across.rails import Parcels
+from tokenferry.backends.cuda.across.puts import Network, region_sizes
+from tokenferry.backends.cuda.across.rails import Parts
 from tokenferry.backends.cuda.runtime import Runtime
 from tokenferry.backends.cuda.setup import assemble_across
 from tokenferry.kernels.codes import UNIT_TOKENS
@@ -31,6 +35,8 @@ from tokenferry.kernels.control_block import (
     ROWS_WORD,
     SIGNATURE_WORDS,
 )
+from tokenferry.kernels.rail_receive import spec as receive_spec
+from tokenferry.kernels.rail_send import spec as send_spec
 from tokenferry.memory.streams import HostStreams
 from tokenferry.topology import Topology
 
@@ -67,20 +73,21 @@ class Mirror:
     """A channel that brings what was sent, at once.
 
     Attributes:
-        exchanges: The bytes of each parcel sent and received, by node.
+        exchanges: The bytes of each part sent and received, by node.
     """
 
     def __init__(self) -> None:
         self.exchanges: list[tuple[dict[int, list[int]], ...]] = []
 
-    def start(self, send: Parcels, recv: Parcels) -> Marks:
+    def start(self, parts: Parts) -> Marks:
+        send, recv = by_node(parts, sent=True), by_node(parts, sent=False)
         self.exchanges.append(
-            tuple({node: [parcel.num_bytes for parcel in each] for node, each in all_.items()} for all_ in (send, recv))
+            tuple({node: [num_bytes for _, num_bytes in each] for node, each in all_.items()} for all_ in (send, recv))
         )
-        for node, parcels in recv.items():
-            for (address, num_bytes), sent in zip(parcels, send.get(node, ()), strict=False):
+        for node, places in recv.items():
+            for (address, num_bytes), (source, _) in zip(places, send.get(node, ()), strict=False):
                 if num_bytes <= 4 * RAIL_WORDS:  # the host reads nothing else
-                    ctypes.memmove(address, sent.address, num_bytes)
+                    ctypes.memmove(address, source, num_bytes)
         return Marks(lambda: True, lambda: True, lambda: None)
 
     def error(self) -> str:
@@ -92,13 +99,18 @@ class Mirror:
 class SilentNodes:
     """This group.
 
+    Args:
+        shape: Its shape.
+        fast_path: Whether it has a fast path.
+        puts: Whether messages of decode calls are put.
+
     Attributes:
         group: The group, rank 0 of two.
         launches: What has been launched.
         channel: What carries exchanges.
     """
 
-    def __init__(self, shape: MoeShape, *, fast_path: bool = True) -> None:
+    def __init__(self, shape: MoeShape, *, fast_path: bool = True, puts: bool = False) -> None:
         self.launches: list[Launch] = []
         words: list[Any] = []
         kernels: dict[Any, NodeKernel] = {}
@@ -115,7 +127,14 @@ class SilentNodes:
         self.channel = Mirror()
         rails = NcclRails(self.channel, topology, 20.0)
         runtime = Runtime(jit, driver, HostStreams(), 132, 227 << 10)
-        backend = assemble_across(window, resolved, "key", topology, Links(rails), runtime)
+        network = None
+        if puts:
+            sizes = region_sizes(shape, topology)
+            memory = torch.zeros(sizes.num_bytes, dtype=torch.uint8, device="cpu")
+            table = torch.zeros(1, dtype=torch.int64, device="cpu")
+            specs = send_spec.SPEC, receive_spec.SPEC
+            network = Network("silent", *specs, sizes, memory.data_ptr(), table, memory)
+        backend = assemble_across(window, resolved, "key", topology, Links(rails, network), runtime)
         words += [backend.context.pinned.words, [0]]
         self.group = object.__new__(ExpertGroup)
         self.group._adopt(backend, shape, 20.0)

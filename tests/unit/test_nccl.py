@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tokenferry.backends.cuda.across import nccl
-from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, Part
+from tokenferry.backends.cuda.across.nccl import Communicator, NcclError
 
 SUCCESS, REMOTE_ERROR, IN_PROGRESS = 0, 6, 7
-PARTS = [Part(0x1000, 64, 1, False), Part(0x2000, 32, 1, True), Part(0x3000, 16, 2, True)]
+PARTS = [(0x1000, 64, 1, False), (0x2000, 32, 1, True), (0x3000, 16, 2, True)]
 
 
 class Library:

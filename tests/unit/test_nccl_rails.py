@@ -10,14 +10,14 @@ import torch
 from tokenferry.backends.cuda.across.nccl import NcclError
 from tokenferry.backends.cuda.across.nccl_channel import Marks, connect
 from tokenferry.backends.cuda.across.nccl_rails import NcclRails
-from tokenferry.backends.cuda.across.rails import Parcel
+from tokenferry.backends.cuda.context import Call
 from tokenferry.backends.cuda.setup import find_topology
+from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import ConfigError, PeerTimeout
 from tokenferry.topology import Topology, consecutive
-from tokenferry.transports.base import CallId
 from tokenferry.transports.failures import FailureReport
 
-CALL = CallId(7, "combine (between nodes)")
+CALL = Call(7, 0, False, 1, Signature("combine"), 0)
 TOPOLOGY = Topology(2, consecutive(6, 2))
 """Rank 2 is on node 1, and its rail is 0, 2, 4."""
 SOON_S = 10.0
@@ -55,7 +55,7 @@ class StandIn:
         self.aborted = threading.Event()
         self.closed = 0
 
-    def start(self, send, recv) -> Marks:
+    def start(self, parts) -> Marks:
         if self.failure == "at once":
             raise NcclError("ncclSend: remote error")
         self.exchanges.append(exchange := Exchange())
@@ -80,8 +80,8 @@ def make(timeout_s: float, **options) -> tuple[NcclRails, StandIn]:
 
 def begin(rails: NcclRails, *nodes: int):
     kept = [torch.zeros(2, 3) for _ in nodes]
-    send, recv = ({node: [Parcel.of(two[i])] for node, two in zip(nodes, kept, strict=True)} for i in range(2))
-    return rails.exchange(CALL, send, recv, kept)
+    parts = [(two[i].data_ptr(), 12, node, i == 1) for i in range(2) for node, two in zip(nodes, kept, strict=True)]
+    return rails.exchange(CALL, parts, kept)
 
 
 def test_an_exchange_is_waited_for():

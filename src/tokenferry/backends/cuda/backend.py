@@ -19,7 +19,7 @@ from tokenferry.backends.base import (
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
 from tokenferry.backends.cuda.combine import Combiner
 from tokenferry.backends.cuda.context import Context
-from tokenferry.backends.cuda.decode import Decoder
+from tokenferry.backends.cuda.decode import Decoder, Decoding
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.backends.cuda.fast_path import Calls, CudaFastPath
 from tokenferry.backends.cuda.masks import Masks
@@ -63,7 +63,7 @@ class CudaBackend:
         self.allocator = SymmetricAllocator(context)
         self.dispatcher = Dispatcher(context, self.allocator, key)
         self.combiner = Combiner(context, self.allocator)
-        self.decoder = Decoder(context, self.allocator, key)
+        self.decoder: Decoding = Decoder(context, self.allocator, key)
         self.masks = Masks(context, self.decoder)
 
     @property
@@ -109,6 +109,7 @@ class CudaBackend:
             self.combiner,
             self.decoder,
             self.key,
+            context.begin_eager,
             context.begin_eager,
             LazyPlan,
             LazyPlan._addresses,

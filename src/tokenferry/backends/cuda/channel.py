@@ -50,6 +50,11 @@ class Channel:
         self._last: deque[PendingRecv | None] = deque(maxlen=2)
         self.idle = True
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether no receive is pending."""
+        return self.idle or all(pending is None or pending.done for pending in self._last)
+
     def receive_overwritten(self, call: Call) -> None:
         """Receive what the next send will overwrite.
 

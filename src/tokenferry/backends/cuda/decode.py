@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.channel import Channel, PendingRecv
@@ -95,8 +96,8 @@ def parts_of(plan: DecodePlan, topk_weights: Tensor, wait_ns: Tensor | None) -> 
     )
 
 
-class Decoder:
-    """Decode calls of one rank.
+class Decoding(ABC):
+    """Decode calls of one rank, in one node or across nodes.
 
     Args:
         context: Context of this rank.
@@ -115,8 +116,6 @@ class Decoder:
         self.workspaces = Workspaces(context, allocator)
         self.num_blocks = max(2, context.num_sms)
         self._channels = (Channel(context), Channel(context))
-        self._dispatches: BoundedDict[DispatchKind, DecodeDispatchForm] = BoundedDict(_MAX_FORMS)
-        self._combines: BoundedDict[CombineKind, DecodeCombineForm] = BoundedDict(_MAX_FORMS)
         self.trace: Tensor | None = None
 
     def meet(self) -> None:
@@ -158,34 +157,18 @@ class Decoder:
         """Return ``[num_calls, blocks, TRACE_WORDS]`` int64 zeros: a ``trace`` for each of several calls."""
         return torch.zeros(num_calls, self.num_blocks, TRACE_WORDS, dtype=torch.int64, device=self._context.device)
 
-    # ------------------------------------------------------------------ dispatch
-
+    @abstractmethod
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """Send rows, and receive rows, or return a hook that receives them."""
-        context, shape, stats = self._context, request.shape, request.stats
-        check_limits(shape, context.num_ranks)
-        x, weights = aligned(request.x), request.routing.topk_weights
-        weights = None if weights is None else weights.contiguous()
-        num_local = shape.num_experts // context.num_ranks
-        topk_idx = drop_ranks(request.routing.topk_idx, context.masked_ranks(), num_local).contiguous()
-        kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, weights is not None)
-        known = self._dispatches.get(kind)
-        signature = known.signature if known is not None else kind.signature()
-        call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
-        workspace = self.workspaces.fitting(call, shape, x.element_size())
-        if known is None or known.workspace != workspace.number:
-            known = self._dispatches[kind] = new_dispatch_form(context, self._key, signature, workspace, kind)
-        routing = Routing(topk_idx, weights)
-        return self.send(known, call, x, routing, request.routing.topk_weights, stats, return_hook=request.return_hook)
 
-    def known_dispatch(self, kind: DispatchKind) -> DecodeDispatchForm | None:
+    @abstractmethod
+    def known_dispatch(self, kind: DispatchKind) -> Any:  # noqa: ANN401 - a form
         """Return the form of a dispatch if one like it has been made, and the memory for its rows is still in use."""
-        form = self._dispatches.get(kind)
-        return form if form is not None and form.workspace == self.workspaces.number else None
 
+    @abstractmethod
     def send(
         self,
-        form: DecodeDispatchForm,
+        form: Any,  # noqa: ANN401
         call: Call,
         x: Tensor,
         routing: Routing,
@@ -205,6 +188,87 @@ class Decoder:
             stats: Counters.
             return_hook: Whether the caller receives with a hook.
         """
+
+    @abstractmethod
+    def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
+        """Send rows back, and receive and add up, or return a hook that does."""
+
+    @abstractmethod
+    def known_combine(
+        self, of: DecodeDispatchForm, y: Tensor, topk_dtype: torch.dtype, encoding: Encoding, *, fast: bool
+    ) -> Any:  # noqa: ANN401 - a form
+        """Return the form of a combine along a plan of a form, as `known_dispatch`; ``topk_dtype``: of the plan."""
+
+    @abstractmethod
+    def send_back(
+        self,
+        form: Any,  # noqa: ANN401
+        call: Call,
+        y: Tensor,
+        plan: PlanParts,
+        out: Tensor | None,
+        copy_to: Tensor | None,
+        *,
+        return_hook: bool,
+    ) -> DecodeCombined:
+        """Send rows back, and receive and add up, or return a hook that does.
+
+        Args:
+            form: The form of the call.
+            call: The call.
+            y: ``[L, R * M, H]``, contiguous, at a multiple of 16 bytes.
+            plan: What the kernel reads of the plan.
+            out: ``[T, H]`` for the sums, at a multiple of 16 bytes; None: a new tensor.
+            copy_to: ``[T, H]`` to which the sums are copied, or None.
+            return_hook: Whether the caller receives with a hook.
+        """
+
+
+class Decoder(Decoding):
+    """Decode calls of one rank in one node; see `Decoding`."""
+
+    def __init__(self, context: Context, allocator: SymmetricAllocator, key: str) -> None:
+        super().__init__(context, allocator, key)
+        self._dispatches: BoundedDict[DispatchKind, DecodeDispatchForm] = BoundedDict(_MAX_FORMS)
+        self._combines: BoundedDict[CombineKind, DecodeCombineForm] = BoundedDict(_MAX_FORMS)
+
+    # ------------------------------------------------------------------ dispatch
+
+    def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
+        """See `Decoding.dispatch`."""
+        context, shape, stats = self._context, request.shape, request.stats
+        check_limits(shape, context.num_ranks)
+        x, weights = aligned(request.x), request.routing.topk_weights
+        weights = None if weights is None else weights.contiguous()
+        num_local = shape.num_experts // context.num_ranks
+        topk_idx = drop_ranks(request.routing.topk_idx, context.masked_ranks(), num_local).contiguous()
+        kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, weights is not None)
+        known = self._dispatches.get(kind)
+        signature = known.signature if known is not None else kind.signature()
+        call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
+        workspace = self.workspaces.fitting(call, shape, x.element_size())
+        if known is None or known.workspace != workspace.number:
+            known = self._dispatches[kind] = new_dispatch_form(context, self._key, signature, workspace, kind)
+        routing = Routing(topk_idx, weights)
+        return self.send(known, call, x, routing, request.routing.topk_weights, stats, return_hook=request.return_hook)
+
+    def known_dispatch(self, kind: DispatchKind) -> DecodeDispatchForm | None:
+        """See `Decoding.known_dispatch`."""
+        form = self._dispatches.get(kind)
+        return form if form is not None and form.workspace == self.workspaces.number else None
+
+    def send(
+        self,
+        form: DecodeDispatchForm,
+        call: Call,
+        x: Tensor,
+        routing: Routing,
+        weights_of_plan: Tensor | None,
+        stats: DecodeStats,
+        *,
+        return_hook: bool,
+    ) -> DecodeDispatched[Any]:
+        """See `Decoding.send`."""
         context, layout, channel = self._context, form.layout, self._channels[0]
         if not channel.idle:
             channel.receive_overwritten(call)
@@ -237,7 +301,7 @@ class Decoder:
     # ------------------------------------------------------------------ combine
 
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
-        """Send rows back, and receive and add up, or return a hook that does."""
+        """See `Decoding.combine`."""
         context, plan, stats, y = self._context, request.plan, request.stats, aligned(request.y)
         assert plan._table is not None
         assert plan.topk_weights is not None
@@ -257,9 +321,12 @@ class Decoder:
         copy_to = None if request.out is out else request.out
         return self.send_back(known, call, y, parts, out, copy_to, return_hook=request.return_hook)
 
-    def known_combine(self, kind: CombineKind) -> DecodeCombineForm | None:
-        """Return the form of a combine, as `known_dispatch`."""
-        form = self._combines.get(kind)
+    def known_combine(
+        self, of: DecodeDispatchForm, y: Tensor, topk_dtype: torch.dtype, encoding: Encoding, *, fast: bool
+    ) -> DecodeCombineForm | None:
+        """See `Decoding.known_combine`."""
+        shape = MoeShape(of.shape.num_experts, of.shape.top_k, y.shape[2], of.shape.max_tokens)
+        form = self._combines.get(CombineKind(shape, y.dtype, fast, encoding, topk_dtype))
         return form if form is not None and form.workspace == self.workspaces.number else None
 
     def send_back(
@@ -273,17 +340,7 @@ class Decoder:
         *,
         return_hook: bool,
     ) -> DecodeCombined:
-        """Send rows back, and receive and add up, or return a hook that does.
-
-        Args:
-            form: The form of the call.
-            call: The call.
-            y: ``[L, R * M, H]``, contiguous, at a multiple of 16 bytes.
-            plan: What the kernel reads of the plan.
-            out: ``[T, H]`` for the sums, at a multiple of 16 bytes; None: a new tensor.
-            copy_to: ``[T, H]`` to which the sums are copied, or None.
-            return_hook: Whether the caller receives with a hook.
-        """
+        """See `Decoding.send_back`."""
         context, channel = self._context, self._channels[1]
         if not channel.idle:
             channel.receive_overwritten(call)

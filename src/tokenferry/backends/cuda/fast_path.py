@@ -17,14 +17,8 @@ from torch import Tensor
 from tokenferry.backends.base import Encoding, QuickChecks
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.decode import Decoder, parts_of
-from tokenferry.backends.cuda.decode_forms import (
-    CombineKind,
-    DecodeCombineForm,
-    DecodeDispatchForm,
-    DispatchKind,
-    LazyDecodePlan,
-)
+from tokenferry.backends.cuda.decode import Decoding, parts_of
+from tokenferry.backends.cuda.decode_forms import DecodeDispatchForm, DispatchKind, LazyDecodePlan
 from tokenferry.backends.cuda.forms import Payload, is_bulk, row_kind
 from tokenferry.backends.cuda.launch import WIDEST_SCALE, RowKind
 from tokenferry.backends.cuda.results import LazyPlan
@@ -96,6 +90,7 @@ class Calls:
         decoder: Decode calls.
         key: Key of the group.
         begin: Begins a call, as `Context.begin_eager`.
+        begin_decode: Begins a decode call that leaves nobody out, likewise.
         plan_type: The type of plans that dispatches of this group return.
         along: Returns the addresses of such a plan.
     """
@@ -103,9 +98,10 @@ class Calls:
     context: Context
     dispatcher: DispatchCalls
     combiner: CombineCalls
-    decoder: Decoder
+    decoder: Decoding
     key: str
     begin: Callable[[Signature], Call | None]
+    begin_decode: Callable[[Signature], Call | None]
     plan_type: type[LazyPlan]
     along: Callable[[Any], Any]
 
@@ -126,6 +122,7 @@ class CudaFastPath:
         self._decoder = calls.decoder
         self._key = calls.key
         self._begin = calls.begin
+        self._begin_decode = calls.begin_decode
         self._plan_type = calls.plan_type
         self._along = calls.along
         self._device = calls.context.device
@@ -135,8 +132,8 @@ class CudaFastPath:
         self._dispatches: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_SIZES)
         self._redispatches: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_KEYS)
         self._combines: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_KEYS)
-        self._decode_dispatches: BoundedDict[tuple[Any, ...], DecodeDispatchForm] = BoundedDict(_MAX_SIZES)
-        self._decode_combines: BoundedDict[tuple[Any, ...], DecodeCombineForm] = BoundedDict(_MAX_SIZES)
+        self._decode_dispatches: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_SIZES)
+        self._decode_combines: BoundedDict[tuple[Any, ...], Any] = BoundedDict(_MAX_SIZES)
 
     def dispatch(
         self, x: Tensor | Quantized, routing: Routing, options: DispatchOptions | None, num_sms: int | None
@@ -254,7 +251,7 @@ class CudaFastPath:
             self._decode_dispatches[key] = form
         if x.data_ptr() % 16 or form.members != context.all_ranks or not context.nobody_masked:
             return None
-        call = context.begin_eager(form.signature)
+        call = self._begin_decode(form.signature)
         if call is None:
             return None
         return decoder.send(form, call, x, routing, weights, _NO_STATS, return_hook=return_hook)
@@ -292,13 +289,13 @@ class CudaFastPath:
             or not context.nobody_masked
         ):
             return None
-        call = context.begin_eager(form.signature)
+        call = self._begin_decode(form.signature)
         if call is None:
             return None
         assert weights is not None
         return decoder.send_back(form, call, y, parts_of(plan, weights, None), out, None, return_hook=return_hook)
 
-    def _known_dispatch(self, x: Tensor, routing: Routing, quantize: Scale | None) -> DecodeDispatchForm | None:
+    def _known_dispatch(self, x: Tensor, routing: Routing, quantize: Scale | None) -> Any:  # noqa: ANN401
         """Return the form of a decode dispatch if one like it has been made; the general path makes the first."""
         if not self._checks.decode_dispatch_looks_right(x, routing, quantize):
             return None
@@ -309,15 +306,14 @@ class CudaFastPath:
 
     def _known_combine(
         self, of: DecodeDispatchForm, y: Tensor, numerics: Numerics, encoding: EncodingName, topk_idx: Tensor
-    ) -> DecodeCombineForm | None:
+    ) -> Any:  # noqa: ANN401
         """Return the form of a combine if one like it has been made, as `_known_dispatch`."""
         if of.group_key != self._key or not self._checks.decode_rows_look_right(y, (of.num_local, of.capacity)):
             return None
-        fast, hidden = numerics == "fast", y.shape[2]
+        fast = numerics == "fast"
         if encoding not in Encoding.__members__ or not (fast or numerics == "exact") or (fast and not of.weighted):
             return None
-        shape = MoeShape(of.shape.num_experts, of.shape.top_k, hidden, of.shape.max_tokens)
-        return self._decoder.known_combine(CombineKind(shape, y.dtype, fast, Encoding[encoding], topk_idx.dtype))
+        return self._decoder.known_combine(of, y, topk_idx.dtype, Encoding[encoding], fast=fast)
 
 
 def _is_plain(tensor: object, device: torch.device) -> TypeGuard[Tensor]:

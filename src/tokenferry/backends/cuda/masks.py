@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.control import read_field, write_field
-from tokenferry.backends.cuda.decode import Decoder
+from tokenferry.backends.cuda.decode import Decoding
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, MAX_RANKS
 from tokenferry.memory.tensor import tensor_at
 
@@ -35,7 +35,7 @@ class Masks:
         decoder: Decode calls of this rank.
     """
 
-    def __init__(self, context: Context, decoder: Decoder) -> None:
+    def __init__(self, context: Context, decoder: Decoding) -> None:
         self._context = context
         self._decoder = decoder
         self._rank = context.rank

@@ -104,14 +104,14 @@ class AcrossBackend(CudaBackend):
         max_tokens = resolved.shape.max_tokens
         if links.network is None:
             self._crossing = Crossing(context, topology, rails, max_tokens)
-            messages: MessageRails = ExchangedMessages(self._crossing)
+            self._messages: MessageRails = ExchangedMessages(self._crossing)
         else:
             self._puts = puts = Puts(context, topology, links.network)
             self._crossing = PutCrossing(context, topology, rails, max_tokens, puts)
-            messages = PutMessages(self._crossing, puts)
+            self._messages = PutMessages(self._crossing, puts)
         self._dispatcher = AcrossDispatcher(context, self.allocator, topology, self._crossing, key)
         self._combiner = AcrossCombiner(context, self.allocator, topology, self._crossing)
-        self._across = AcrossDecoder(context, self.allocator, topology, messages, key, self._explained)
+        self._across = AcrossDecoder(context, self.allocator, topology, self._messages, key, self._explain)
         self.decoder = self._across
         if self._puts is not None:
             self.masks = AcrossMasks(context, self._across, topology, self._puts)
@@ -136,12 +136,12 @@ class AcrossBackend(CudaBackend):
 
     def decode_dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `tokenferry.backends.cuda.across.decode`."""
-        with torch.inference_mode(False), torch.no_grad(), self._explained():
+        with torch.no_grad(), self._explained():
             return self._across.dispatch(request)
 
     def decode_combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """See `tokenferry.backends.cuda.across.decode`."""
-        with torch.inference_mode(False), torch.no_grad(), self._explained():
+        with torch.no_grad(), self._explained():
             return self._across.combine(request)
 
     def mask(self, rank: int, *, masked: bool) -> None:
@@ -177,9 +177,10 @@ class AcrossBackend(CudaBackend):
             self.context,
             self._dispatcher,
             self._combiner,
-            self.decoder,
+            self._across,
             self.key,
             self._begin_eager,
+            self._begin_decode,
             AcrossPlan,
             attrgetter("_along"),
         )
@@ -190,6 +191,13 @@ class AcrossBackend(CudaBackend):
         if self._rails.lost is not None or not self._across.caught_up:
             return None
         return self.context.begin_eager(signature)
+
+    def _begin_decode(self, signature: Signature) -> Call | None:
+        """Begin a decode call, likewise, if it leaves nobody out."""
+        call = self._begin_eager(signature) if self._messages.nobody_masked else None
+        if call is not None:
+            call.skips_masked = self._messages.can_mask  # ranks that a kernel masks meanwhile
+        return call
 
     def warmup(self) -> None:
         """Compile and load every kernel, and connect the rails; returns when every rank has."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from tokenferry.backends.cuda.across.rails import Parcel, Rows, Transfer
+from tokenferry.backends.cuda.across.rails import Parts, Transfer
 from tokenferry.backends.cuda.across.relay import Relay
 from tokenferry.kernels.control_block import RAIL_WORDS
 
@@ -27,15 +26,15 @@ class Words(NamedTuple):
 
     Attributes:
         memory: Keeps them.
-        mine: ``[N, RAIL_WORDS]`` int32: what the ranks across get to know before anything else crosses.
-        headers: The same from them.
+        mine: Address of ``[N, RAIL_WORDS]`` int32: what the ranks across get to know before anything else crosses.
+        headers: The same of what comes from them.
         states: Address of ``[N, chunks, 2]`` int32: their states when they sent a chunk.
         chunks: Chunks of a node.
     """
 
     memory: Tensor
-    mine: Rows
-    headers: Rows
+    mine: int
+    headers: int
     states: int
     chunks: int
 
@@ -56,33 +55,21 @@ class Opening(NamedTuple):
     comes: int
 
 
-class Shares(NamedTuple):
-    """What of the routing is for a node, and from it, from the beginning of its memory.
-
-    Attributes:
-        node: The node.
-        send: Where the ids and the tokens for it lie, and their bytes; nothing, if there are none.
-        recv: The same of those from there.
-    """
-
-    node: int
-    send: tuple[Parcel, ...]
-    recv: tuple[Parcel, ...]
-
-
 class Routing(NamedTuple):
     """The routing of all tokens that a rank passes on, its own included, and of those that it sends to other nodes.
 
     Attributes:
         memory: Holds all of it.
-        ids: ``[N, segment, K]``: their experts on this node; -1 in the padding of segments.
-        tokens: Numbers of the tokens from other nodes, on the ranks that they come from.
-        shares: What of it crosses.
+        ids: Address of ``[N, segment, K]``: their experts on this node; -1 in the padding of segments.
+        id_bytes: Bytes of the experts of a token.
+        tokens: Address of the numbers of the tokens from other nodes, on the ranks that they come from.
+        parts: What of it crosses, with places in the memory, which begins with ``ids``, for addresses.
         relay: How much that is.
     """
 
     memory: Tensor
-    ids: Rows
-    tokens: Rows
-    shares: Sequence[Shares]
+    ids: int
+    id_bytes: int
+    tokens: int
+    parts: Parts
     relay: Relay

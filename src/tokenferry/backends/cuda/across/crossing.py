@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES, Opening, Routing, Words
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
 from tokenferry.backends.cuda.across.parcels import Chunks, Swap
-from tokenferry.backends.cuda.across.rails import NoTransfer, Parcel, Parcels, Rails, Rows, Transfer
+from tokenferry.backends.cuda.across.rails import Part, Rails, Transfer
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
@@ -22,7 +22,6 @@ from tokenferry.errors import TokenferryError
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
 from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
-from tokenferry.transports.base import CallId
 
 
 class Step(NamedTuple):
@@ -38,7 +37,6 @@ class Step(NamedTuple):
 
 
 _MAX_CHUNKS = 256
-_NOTHING = NoTransfer()
 
 
 class Crossing:
@@ -51,8 +49,7 @@ class Crossing:
         max_tokens: M of the group.
 
     Attributes:
-        state: What ranks tell with their rows: whether these are valid.
-        own_state: Its memory.
+        own_state: Address of what this rank tells with its rows: whether these are valid.
         others: The other nodes.
         steps: The steps of exchanges with one node after the other.
         rails: As given.
@@ -63,9 +60,7 @@ class Crossing:
         self._max_tokens = max_tokens
         self._rail = topology.rail
         self._node = topology.node
-        self.state = tensor_at(
-            context.window.base + CONTROL_BLOCK_OFFSETS["stopped"], (2,), torch.int32, context.device, context.window
-        )
+        self.own_state = context.window.base + CONTROL_BLOCK_OFFSETS["stopped"]
         self._num_nodes = topology.num_nodes
         self._open = open_template(context, topology)
         self._check = check_template(context, topology)
@@ -73,9 +68,7 @@ class Crossing:
         self.others = [node for node in range(topology.num_nodes) if node != topology.node]
         self.steps = _steps(topology.node, topology.num_nodes)
         self.rails = rails
-        self.own_state = Parcel.of(self.state)
         self._chunks: BoundedDict[int, Chunks] = BoundedDict(_MAX_CHUNKS)
-        self._call = CallId(0, "")
 
     def begin(self, signature: Signature, wait_ns: int = 0, *, skip_masked: bool = False) -> Call:
         """Begin a call, as `Context.begin`.
@@ -87,14 +80,6 @@ class Crossing:
         with self._context.breaking_off():
             self.rails.raise_lost()
         return call
-
-    def exchange(self, call: Call, send: Parcels, recv: Parcels, *kept: object) -> Transfer:
-        """Begin an exchange, behind the work of the current stream; see `Rails.exchange`."""
-        if not send and not recv:
-            return _NOTHING
-        if self._call.number != call.number:
-            self._call = CallId(call.number, f"{call.signature.phase} (between nodes)")
-        return self.rails.exchange(self._call, send, recv, kept)
 
     def join(self, call: Call, transfer: Transfer, since: int) -> int:
         """Let the stream wait for an exchange; ``since``: address of an int64 for when it began, if somebody counts.
@@ -120,26 +105,29 @@ class Crossing:
         memory = self._context.empty((end + num_bytes,), (1,), torch.uint8)
         mine = memory.data_ptr()
         came = mine + headers
-        return Words(memory, Rows(mine, HEADER_BYTES), Rows(came, HEADER_BYTES), came + headers, chunks), mine + end
+        return Words(memory, mine, came, came + headers, chunks), mine + end
 
     def open(self, call: Call, words: Words) -> Transfer:
         """Exchange what ranks say about a call: first in every call and of one size, so that different calls meet here.
 
         ``words``: those of the call.
         """
-        sent: dict[int, list[Parcel]] = {}
-        received: dict[int, list[Parcel]] = {}
+        return self.rails.exchange(call, self._headers(words), words.memory)
+
+    def _headers(self, words: Words) -> list[Part]:
+        """Return the parts of the exchange of what ranks say about a call."""
+        parts = []
         for node in self.others:
             at = node * HEADER_BYTES
-            sent[node] = [Parcel(words.mine.address + at, HEADER_BYTES)]
-            received[node] = [Parcel(words.headers.address + at, HEADER_BYTES)]
-        return self.exchange(call, sent, received, words.memory)
+            parts.append((words.headers + at, HEADER_BYTES, node, False))
+            parts.append((words.mine + at, HEADER_BYTES, node, True))
+        return parts
 
     def open_along(self, call: Call, words: Words, chunks: Chunks, goes: int, comes: int) -> Opening:
         """Open a call that follows a plan; ``chunks``: in which rows come; ``goes``, ``comes``: see `Opening`."""
         self._open.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            words.mine.address, words.headers.address, words.states, goes, comes, chunks.num, chunks.size,
+            words.mine, words.headers, words.states, goes, comes, chunks.num, chunks.size,
         )  # fmt: skip
         self._open.launch(1, call.stream)
         return Opening(words, self.open(call, words), goes, comes)
@@ -165,7 +153,7 @@ class Crossing:
     def _read(self, words: Words) -> list[int]:
         """Return what the ranks across have said; waits for the device."""
         context, num = self._context, RAIL_WORDS * self._num_nodes
-        said: list[int] = tensor_at(words.headers.address, (num,), torch.int32, context.device, words.memory).tolist()
+        said: list[int] = tensor_at(words.headers, (num,), torch.int32, context.device, words.memory).tolist()
         return said
 
     def verdicts(self, call: Call, most: int) -> list[int]:
@@ -175,14 +163,15 @@ class Crossing:
             PeerTimeout: a rank across from this one did not answer in time.
         """
         words = torch.full((len(self._rail), 1), most, dtype=torch.int32, device=self._context.device)
-        rows = Rows.of(words)
-        send = {node: [rows.part(self._node, 1)] for node in self.others}
-        self.exchange(call, send, {node: [rows.part(node, 1)] for node in self.others}, words).wait()
+        at = words.data_ptr()
+        parts = [(at + 4 * node, 4, node, False) for node in self.others]
+        parts += [(at + 4 * self._node, 4, node, True) for node in self.others]
+        self.rails.exchange(call, parts, words).wait()
         verdicts: list[int] = words[:, 0].tolist()
         return verdicts
 
-    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer:
-        """Exchange what tokens carry, with all nodes at once.
+    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer | None:
+        """Exchange what tokens carry, with all nodes at once; return the exchange, or None if nothing crosses.
 
         Args:
             call: The call.
@@ -190,21 +179,10 @@ class Crossing:
             words: What ranks say in the call.
             opens: Whether that crosses along with it, first; else it has crossed.
         """
-        send: dict[int, list[Parcel]] = {}
-        recv: dict[int, list[Parcel]] = {}
-        start, mine, came = routing.ids.address, words.mine.address, words.headers.address
-        for node, goes, comes in routing.shares:
-            sent = [Parcel(mine + node * HEADER_BYTES, HEADER_BYTES)] if opens else []
-            received = [Parcel(came + node * HEADER_BYTES, HEADER_BYTES)] if opens else []
-            for at, num_bytes in goes:
-                sent.append(Parcel(start + at, num_bytes))
-            for at, num_bytes in comes:
-                received.append(Parcel(start + at, num_bytes))
-            if sent:
-                send[node] = sent
-            if received:
-                recv[node] = received
-        return self.exchange(call, send, recv, routing.memory, words.memory)
+        start, parts = routing.ids, self._headers(words) if opens else []
+        for at, num_bytes, node, is_sent in routing.parts:
+            parts.append((start + at, num_bytes, node, is_sent))
+        return self.rails.exchange(call, parts, (routing.memory, words.memory)) if parts else None
 
     def rows(
         self, call: Call, swaps: Sequence[Swap], words: Words, send_at: int, recv_at: int, *kept: object
@@ -219,17 +197,18 @@ class Crossing:
             recv_at: Where those from there do.
             kept: Keeps the memory.
         """
-        made = []
+        made, kept, own_state = [], (words.memory, *kept), self.own_state
         for send, recv, number, _, _ in swaps:
-            sent: Parcels = {}
-            received: Parcels = {}
-            if send.num:
-                sent = {send.node: (Parcel(send_at + send.at, send.num_bytes), self.own_state)}
+            parts: list[Part] = []
             if recv.num:
                 state = words.states + STATE_BYTES * (recv.node * words.chunks + number)
-                received = {recv.node: (Parcel(recv_at + recv.at, recv.num_bytes), Parcel(state, STATE_BYTES))}
-            if sent or received:
-                made.append(self.exchange(call, sent, received, words.memory, *kept))
+                parts.append((recv_at + recv.at, recv.num_bytes, recv.node, False))
+                parts.append((state, STATE_BYTES, recv.node, False))
+            if send.num:
+                parts.append((send_at + send.at, send.num_bytes, send.node, True))
+                parts.append((own_state, STATE_BYTES, send.node, True))
+            if parts:
+                made.append(self.rails.exchange(call, parts, kept))
         return made
 
     def chunks(self, row_bytes: int) -> Chunks:
@@ -261,7 +240,7 @@ class Crossing:
         opening.transfer.join()
         self._check.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            opening.words.headers.address, 0, 0, opening.goes, opening.comes, 0, src_counts, 0, 0, 1,
+            opening.words.headers, 0, 0, opening.goes, opening.comes, 0, src_counts, 0, 0, 1,
             int(call.skips_masked),
         )  # fmt: skip
         self._check.launch(1, call.stream)

@@ -12,9 +12,8 @@ exchanges in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,49 +21,50 @@ from torch import Tensor
 from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
 from tokenferry.backends.cuda import patience
 from tokenferry.backends.cuda.across.decode_forms import (
-    AcrossCombineForm,
     AcrossDispatchForm,
     dispatch_signature,
     new_across_dispatch,
     rail_sizes,
     sizes_of,
 )
-from tokenferry.backends.cuda.across.decode_sums import NodeSums, SumsUnderWay, encoded_bytes
+from tokenferry.backends.cuda.across.decode_sums import AcrossCombineForm, NodeSums, SumKind
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
-from tokenferry.backends.cuda.across.rail_words import RailWords
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.channel import PendingRecv
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.decode import Decoder, check_limits, prepared_choices
-from tokenferry.backends.cuda.decode_forms import CombineKind, DispatchKind, LazyDecodePlan, new_combine_form
+from tokenferry.backends.cuda.decode import Decoding, PlanParts, check_limits, parts_of, prepared_choices
+from tokenferry.backends.cuda.decode_forms import (
+    CombineKind,
+    DecodeDispatchForm,
+    DispatchKind,
+    LazyDecodeDispatched,
+    LazyDecodePlan,
+)
 from tokenferry.backends.cuda.launch import address
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspace, Workspaces
-from tokenferry.backends.tensors import drop_ranks
+from tokenferry.backends.tensors import drop_ranks, overlap
 from tokenferry.kernels.decode_words import RECEIVE, SEND
 from tokenferry.memory.empty import part_of
 from tokenferry.topology import Topology
-from tokenferry.types import DecodeCombined, DecodeDispatched, DecodeStats, Quantized
+from tokenferry.types import DecodeCombined, DecodeDispatched, DecodeStats, Quantized, Routing
 
 _MAX_FORMS = 256
 
 
 @dataclass(slots=True, eq=False)
 class _RowsUnderWay:
-    """The tensors of a dispatch.
+    """A dispatch.
 
     Attributes:
         plan: Its plan.
         x: The rows of this rank.
-        result: Where rows arrive.
+        data: Where rows arrive.
+        scale: Where their scales do, or None.
         weights: Weights of this rank's tokens, or None.
-        ids: ``[tokens, K]`` int32: experts on this node of all tokens that this rank acts for.
-        weights_here: Their weights, or None.
-        sent: Records for other nodes.
-        came: Records from them.
-        words: What ranks tell each other besides.
+        memory: What it takes besides; see `RecordMemory`.
         stats: Counters.
         trace: Where kernels write time stamps, or None.
         transfer: The exchange.
@@ -72,29 +72,23 @@ class _RowsUnderWay:
 
     plan: LazyDecodePlan
     x: Tensor
-    result: Tensor | Quantized
+    data: Tensor
+    scale: Tensor | None
     weights: Tensor | None
-    ids: Tensor
-    weights_here: Tensor | None
-    sent: Tensor
-    came: Tensor
-    words: RailWords
+    memory: Tensor
     stats: DecodeStats
     trace: Tensor | None
     transfer: Transfer | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return all of them."""
-        data, scale = (
-            (self.result.data, self.result.scale) if isinstance(self.result, Quantized) else (self.result, None)
-        )
+        """Return all of its tensors."""
         return (
-            self.plan._words, self.plan.topk_idx, self.x, data, scale, self.weights, self.weights_here, self.sent,
-            self.came, self.trace, self.words.memory, self.stats.received, self.stats.wait_ns,
+            self.plan._words, self.plan.topk_idx, self.x, self.data, self.scale, self.weights, self.memory, self.trace,
+            self.stats.received, self.stats.wait_ns,
         )  # fmt: skip
 
 
-class AcrossDecoder(Decoder):
+class AcrossDecoder(Decoding):
     """Decode calls of one rank, across nodes.
 
     Args:
@@ -103,7 +97,7 @@ class AcrossDecoder(Decoder):
         topology: The nodes.
         rails: What carries messages to other nodes.
         key: Key of the group, which its plans carry.
-        explained: Makes a context in which errors name the ranks at fault, for hooks.
+        explain: Raises an error of a hook, or one that names the ranks at fault.
     """
 
     def __init__(
@@ -113,7 +107,7 @@ class AcrossDecoder(Decoder):
         topology: Topology,
         rails: MessageRails,
         key: str,
-        explained: Callable[[], AbstractContextManager[None]],
+        explain: Callable[[Exception], NoReturn],
     ) -> None:
         super().__init__(context, allocator, key)
         self.workspaces = Workspaces(context, allocator, topology.num_nodes)
@@ -121,15 +115,15 @@ class AcrossDecoder(Decoder):
         self._first_rank = topology.nodes[topology.node][0]
         self._breaking_off = context.breaking_off()
         self._rails = rails
-        self._explained = explained
+        self._explain = explain
         self._sums = NodeSums(context, topology, rails)
         self._across: BoundedDict[DispatchKind, AcrossDispatchForm] = BoundedDict(_MAX_FORMS)
-        self._sum_forms: BoundedDict[tuple[Any, ...], AcrossCombineForm] = BoundedDict(_MAX_FORMS)
+        self._sum_forms: BoundedDict[SumKind, AcrossCombineForm] = BoundedDict(_MAX_FORMS)
 
     @property
     def caught_up(self) -> bool:
         """Whether `catch_up` would do nothing."""
-        return self._channels[0].idle
+        return self._channels[0].caught_up
 
     def catch_up(self, phase: str) -> None:
         """Receive the earlier call whose hook has not been called yet, before another call begins.
@@ -138,7 +132,7 @@ class AcrossDecoder(Decoder):
             ArgumentError: a CUDA graph is being captured, and the hook belongs to a call outside of it.
         """
         channel = self._channels[0]
-        if not channel.idle:
+        if not channel.caught_up:
             channel.receive_all(phase, capturing=self._context.order_after_calls()[1] != 0)
 
     # ------------------------------------------------------------------ dispatch
@@ -146,143 +140,175 @@ class AcrossDecoder(Decoder):
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """Send rows, and receive rows, or return a hook that receives them."""
         context, shape, routing = self._context, request.shape, request.routing
-        x, topk_idx = aligned(request.x), routing.topk_idx
+        x, topk_idx, weights = aligned(request.x), routing.topk_idx, routing.topk_weights
         if self._rails.can_mask:
             num_local = shape.num_experts // self._topology.num_ranks
             topk_idx = drop_ranks(topk_idx, self._rails.unreachable(), num_local)
-        topk_idx = topk_idx.contiguous()
-        kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, routing.topk_weights is not None)
+        topk_idx, weights = topk_idx.contiguous(), None if weights is None else weights.contiguous()
+        kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, weights is not None)
         form = self._across.get(kind)
         if form is None:
             check_limits(shape, self._topology.num_ranks)
-            sizes = rail_sizes(shape, self._topology)
-            signature, seen = dispatch_signature(kind), sizes.shape(shape.num_experts, shape.hidden)
+            signature = dispatch_signature(kind)
+            seen = rail_sizes(shape, self._topology).shape(shape.num_experts, shape.hidden)
         else:
-            sizes, signature, seen = form.sizes, form.inside.signature, form.seen
+            signature, seen = form.signature, form.seen
         call = self._begin(signature, request.stats)
         workspace = self.workspaces.fitting(call, seen, x.element_size())
-        if form is None or form.inside.workspace != workspace.number:
-            form = self._across[kind] = new_across_dispatch(context, self._key, self._topology, workspace, kind)
+        if form is None or form.workspace != workspace.number:
+            form = new_across_dispatch(context, self._key, self._topology, workspace, kind)
             if context.mask_late:
                 p = form.inside.kernel.params
                 p.timeout_ns = int(patience.ROWS_INSIDE * p.timeout_ns)
-        plan = object.__new__(LazyDecodePlan)
-        plan._form, plan._words, plan._made, plan._call_number = form.inside, context.empty(*form.inside.words), {}, 0
-        plan.num_tokens, plan.topk_idx, plan.topk_weights = topk_idx.shape[0], topk_idx, routing.topk_weights
-        self._rails.check(signature.phase, sizes.segment * form.record_bytes)
-        with self._breaking_off:  # peers wait for this rank
-            x = x.clone() if request.return_hook else x  # it is the caller's again before the hook reads it
-            rows = self._new_rows(form, plan, x, request.stats)
-            self._send_across(form, call, rows)
-            if not request.return_hook:
-                self._pass_on(form, call, rows)
-                return DecodeDispatched(rows.result, plan.expert_counts, plan, no_hook)
-            hook = self._hook(call, lambda at: self._pass_on(form, at, rows), rows.tensors())
-        return DecodeDispatched(rows.result, plan.expert_counts, plan, hook)
+            self._rails.check(signature.phase, form.body_bytes)
+            self._across[kind] = form
+        routed = Routing(topk_idx, weights)
+        return self.send(form, call, x, routed, routing.topk_weights, request.stats, return_hook=request.return_hook)
 
-    def _new_rows(self, form: AcrossDispatchForm, plan: LazyDecodePlan, x: Tensor, stats: DecodeStats) -> _RowsUnderWay:
-        """Take the memory for a dispatch."""
-        sizes, empty = form.sizes, self._context.empty
-        weights = None if plan.topk_weights is None else plan.topk_weights.contiguous()
-        tokens, K = sizes.num_relayed + plan.num_tokens, sizes.top_k
-        weights_here = None if weights is None else empty((tokens, K), (K, 1), torch.float32)
-        # Records for other nodes, then those from them.
-        both = (sizes.num_relayed, form.record_bytes), (form.record_bytes, 1), torch.uint8
-        sent, came = empty(*both), empty(*both)
-        data, scale = empty(*form.inside.rows), form.inside.scale
-        result = data if scale is None else Quantized(data, empty(*scale))
-        ids = part_of(plan._words, form.inside.layout.table + sizes.ids, (tokens, K), (K, 1))
-        words = RailWords(sizes.num_nodes, empty)
-        return _RowsUnderWay(plan, x, result, weights, ids, weights_here, sent, came, words, stats, self.trace)
+    def known_dispatch(self, kind: DispatchKind) -> AcrossDispatchForm | None:
+        """See `Decoding.known_dispatch`."""
+        form = self._across.get(kind)
+        return form if form is not None and form.workspace == self.workspaces.number else None
+
+    def send(
+        self,
+        form: AcrossDispatchForm,
+        call: Call,
+        x: Tensor,
+        routing: Routing,
+        weights_of_plan: Tensor | None,
+        stats: DecodeStats,
+        *,
+        return_hook: bool,
+    ) -> DecodeDispatched[Any]:
+        """See `Decoding.send`."""
+        inside, empty, index = form.inside, self._context.empty, routing.topk_idx
+        result, plan = object.__new__(LazyDecodeDispatched), object.__new__(LazyDecodePlan)
+        plan._form, plan._words, plan._made, plan._call_number = inside, empty(*inside.words), {}, 0
+        plan.num_tokens, plan.topk_idx, plan.topk_weights = index.shape[0], index, weights_of_plan
+        with self._breaking_off:  # peers wait for this rank
+            if return_hook:
+                x = x.clone()  # it is the caller's again before the hook reads it
+            data, scale = empty(*inside.rows), None if inside.scale is None else empty(*inside.scale)
+            memory = empty((form.memory.num_bytes,), (1,), torch.uint8)
+            result.x = data if scale is None else Quantized(data, scale)
+            result.plan, result.hook = plan, no_hook
+            rows = _RowsUnderWay(plan, x, data, scale, routing.topk_weights, memory, stats, self.trace)
+            self._send_across(form, call, rows)
+            if return_hook:
+                result.hook = self._hook(call, lambda at: self._pass_on(form, at, rows), rows.tensors())
+            else:
+                self._pass_on(form, call, rows)
+        return result
 
     def _send_across(self, form: AcrossDispatchForm, call: Call, rows: _RowsUnderWay) -> None:
         """Begin to exchange rows with other nodes."""
-        sizes, plan, words = form.sizes, rows.plan, rows.words
-        own, ids = 4 * sizes.num_relayed * sizes.top_k, rows.ids.data_ptr()
+        sizes, plan, parts, at = form.sizes, rows.plan, form.memory, rows.memory.data_ptr()
+        words, own = parts.words, 4 * sizes.num_relayed * sizes.top_k
+        table = plan._words.data_ptr() + 4 * form.inside.layout.table
         form.pack.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            rows.x.data_ptr(), plan.topk_idx.data_ptr(), address(rows.weights), rows.sent.data_ptr(),
-            ids + 4 * (sizes.slots - sizes.ids), ids + 4 * (sizes.number - sizes.ids), ids + own,
-            0 if rows.weights_here is None else rows.weights_here.data_ptr() + own,
-            words.mine.address, words.came.address, words.states.address, words.overflows, 0,
-            plan.num_tokens,
+            rows.x.data_ptr(), plan.topk_idx.data_ptr(), address(rows.weights), at + parts.sent,
+            table + 4 * sizes.slots, table + 4 * sizes.number, table + 4 * sizes.ids + own,
+            0 if rows.weights is None else at + parts.weights + own,
+            at + words.mine, at + words.came, at + words.states, at + words.overflows, 0, plan.num_tokens,
         )  # fmt: skip
         form.pack.launch(self.num_blocks, call.stream)
-        rows.transfer = self._rails.exchange(
-            call,
-            Messages(words.mine, sizes.segments(rows.sent)),
-            Messages(words.came, sizes.segments(rows.came), words.states),
-            words.memory,
-            rows.sent,
-            rows.came,
-            patience=patience.ROWS_ACROSS,
+        messages = Messages(
+            at + words.mine, at + words.came, at + parts.sent, at + parts.came, form.body_bytes, at + words.states
         )
+        rows.transfer = self._rails.exchange(call, messages, rows.memory, patience.ROWS_ACROSS)
 
-    def _pass_on(self, form: AcrossDispatchForm, at: Call, rows: _RowsUnderWay) -> None:
+    def _pass_on(self, form: AcrossDispatchForm, call: Call, rows: _RowsUnderWay) -> None:
         """Pass rows on inside the node when they have come from other nodes, and receive rows."""
         assert rows.transfer is not None
-        since = self._rails.join(at, rows.transfer, rows.words.since)
-        plan, words, layout, shape = rows.plan, rows.words, form.inside.layout, form.inside.shape
-        head = (at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
-        ids, came, weights = rows.ids.data_ptr(), rows.came.data_ptr(), address(rows.weights_here)
+        inside, sizes, plan, parts, at = form.inside, form.sizes, rows.plan, form.memory, rows.memory.data_ptr()
+        words, layout = parts.words, inside.layout
+        since = self._rails.join(call, rows.transfer, at + words.since)
+        start, num_tokens = plan._words.data_ptr(), sizes.num_relayed + plan.num_tokens
+        table = start + 4 * layout.table
+        head = (call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
+        ids, came, overflows = table + 4 * sizes.ids, at + parts.came, at + words.overflows
+        weights = 0 if rows.weights is None else at + parts.weights
         form.unpack.pack(
-            at.wait_ns, *head, words.came.address, words.states.address, came, ids, weights, words.overflows, 0, since,
-            form.sizes.num_nodes,
-        )  # fmt: skip
-        form.unpack.launch(self.num_blocks, at.stream)
-        choices = prepared_choices(rows.ids, shape.num_experts // form.sizes.num_nodes, form.inside.kept_bytes)
-        result = rows.result
-        data, scale = (result.data, result.scale) if isinstance(result, Quantized) else (result, None)
-        start = plan._words.data_ptr()
-        form.inside.kernel.pack(
-            at.wait_ns, *head, rows.x.data_ptr(), ids, weights, address(choices),
-            data.data_ptr(), address(scale), start + 4 * layout.expert_counts, address(rows.stats.received),
+            *head, at + words.came, at + words.states, came, ids, weights, overflows, 0, since, sizes.num_nodes
+        )
+        form.unpack.launch(self.num_blocks, call.stream)
+        choices = None
+        if 2 * num_tokens * sizes.top_k > inside.kept_bytes:
+            routing = part_of(plan._words, layout.table + sizes.ids, (num_tokens, sizes.top_k), (sizes.top_k, 1))
+            choices = prepared_choices(routing, inside.shape.num_experts // sizes.num_nodes, inside.kept_bytes)
+        inside.kernel.pack(
+            *head, rows.x.data_ptr(), ids, weights, address(choices),
+            rows.data.data_ptr(), address(rows.scale), start + 4 * layout.expert_counts, address(rows.stats.received),
             start + 4 * layout.src_token, start + 4 * layout.src_range,
-            start + 4 * layout.row_weights if form.inside.weighted else 0, start + 4 * layout.table,
-            self._context.pinned.masked_address, address(rows.trace), rows.ids.shape[0], SEND | RECEIVE,
-            came, words.overflows,
+            start + 4 * layout.row_weights if inside.weighted else 0, table,
+            self._context.pinned.masked_address, address(rows.trace), num_tokens, SEND | RECEIVE, came, overflows,
         )  # fmt: skip
-        form.inside.kernel.launch(self.num_blocks, at.stream)
+        inside.kernel.launch(self.num_blocks, call.stream)
 
     # ------------------------------------------------------------------ combine
 
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """Send rows back, and receive and add up, or return a hook that does."""
-        plan, y = request.plan, aligned(request.y)
-        table = plan._table
-        assert table is not None
-        key = (
-            table.shape, plan.topk_idx.shape[1], plan.num_experts, y.shape, y.dtype, request.fast, request.encoding
+        plan, y, out = request.plan, aligned(request.y), request.out
+        assert plan._table is not None
+        assert plan.topk_weights is not None
+        of = SumKind(
+            plan._table.numel(), plan.num_experts, plan.topk_idx.shape[1], y.shape, y.dtype, request.fast,
+            request.encoding,
         )  # fmt: skip
-        form = self._sum_forms.get(key)
+        form = self._sum_forms.get(of)
         if form is None:
             sizes = sizes_of(plan, self._topology, y.shape[1] // self._topology.num_ranks)
             seen = sizes.shape(plan.num_experts, y.shape[2])
-            kind = CombineKind(seen, y.dtype, request.fast, request.encoding, torch.int32)
-            signature = kind.signature()
+            signature = CombineKind(seen, y.dtype, request.fast, request.encoding, torch.int32).signature()
         else:
-            sizes, seen, kind, signature = form.sizes, form.seen, form.kind, form.inside.signature
+            sizes, seen, signature = form.sizes, form.seen, form.signature
         call = self._begin(signature, request.stats)
         workspace = self.workspaces.fitting(call, seen, y.element_size())
-        if form is None or form.inside.workspace != workspace.number:
-            unencoded = kind._replace(encoding=Encoding.same)
-            inside = new_combine_form(self._context, signature, workspace, unencoded)
-            if self._context.mask_late:
-                p = inside.kernel.params
-                p.timeout_ns = int(patience.ANSWERS_INSIDE * p.timeout_ns)
-            row_bytes = encoded_bytes(y.shape[2], y.element_size(), request.encoding)
-            form = self._sum_forms[key] = AcrossCombineForm(inside, sizes, seen, kind, row_bytes)
-        self._rails.check(signature.phase, sizes.segment * max(form.row_bytes, 4 * sizes.top_k))
-        with self._breaking_off:
-            sums = SumsUnderWay.new(sizes, request, y, form.row_bytes, self._context.empty)
+        if form is None or form.workspace != workspace.number:
+            form = self._sums.form(of, sizes, seen, signature, workspace)
+            self._rails.check(signature.phase, sizes.segment * max(form.row_bytes, 4 * sizes.top_k))
+            self._sum_forms[of] = form
+        if out is not None and (out.data_ptr() % 16 or overlap(out, y)):
+            out = None
+        parts = parts_of(plan, plan.topk_weights.contiguous(), request.stats.wait_ns)
+        copy_to = None if request.out is out else request.out
+        return self.send_back(form, call, y, parts, out, copy_to, return_hook=request.return_hook)
+
+    def known_combine(
+        self, of: DecodeDispatchForm, y: Tensor, topk_dtype: torch.dtype, encoding: Encoding, *, fast: bool
+    ) -> AcrossCombineForm | None:
+        """See `Decoding.known_combine`."""
+        del topk_dtype  # the kernels see the routing that `decode_unpack` has written
+        shape = of.shape
+        kind = SumKind(of.layout.table_words, shape.num_experts, shape.top_k, y.shape, y.dtype, fast, encoding)
+        form = self._sum_forms.get(kind)
+        return form if form is not None and form.workspace == self.workspaces.number else None
+
+    def send_back(
+        self,
+        form: AcrossCombineForm,
+        call: Call,
+        y: Tensor,
+        plan: PlanParts,
+        out: Tensor | None,
+        copy_to: Tensor | None,
+        *,
+        return_hook: bool,
+    ) -> DecodeCombined:
+        """See `Decoding.send_back`."""
+        with self._breaking_off:  # peers wait for this rank
+            sums = self._sums.new(form, y, plan, out, copy_to, return_hook=return_hook)
+            done = sums.out if copy_to is None else copy_to
             sums.trace = self.trace
-            self._sums.send(form.inside, call, sums)
-            if not request.return_hook:
-                self._sums.receive(form.inside, call, sums)
-                return DecodeCombined(sums.done, no_hook)
-            inside = form.inside
-            hook = self._hook(call, lambda at: self._sums.receive(inside, at, sums), sums.tensors())
-        return DecodeCombined(sums.done, hook)
+            self._sums.send(form, call, sums)
+            if not return_hook:
+                self._sums.receive(form, call, sums)
+                return DecodeCombined(done, no_hook)
+            hook = self._hook(call, lambda at: self._sums.receive(form, at, sums), sums.tensors())
+        return DecodeCombined(done, hook)
 
     # ------------------------------------------------------------------ both
 
@@ -306,7 +332,9 @@ class AcrossDecoder(Decoder):
         channel.sent(pending)
 
         def hook() -> None:
-            with torch.inference_mode(False), torch.no_grad(), self._explained():
+            try:
                 channel.receive(pending)
+            except Exception as error:  # noqa: BLE001 - raised again
+                self._explain(error)
 
         return hook

@@ -9,16 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
-
 from tokenferry.backends.cuda.across.launch import pack_decode_template, unpack_decode_template
-from tokenferry.backends.cuda.across.rails import Rows
+from tokenferry.backends.cuda.across.rail_words import RailWords
+from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.decode_forms import (
     DISPATCH_FIELDS,
     SCALE_CODES,
-    CombineKind,
-    DecodeCombineForm,
     DecodeDispatchForm,
     DispatchKind,
     DispatchSizes,
@@ -90,10 +87,6 @@ class RailSizes(NamedTuple):
             num_nodes, node, per_node, max_tokens, top_k, segment, num_relayed, most, ids, slots, number, number + 1
         )
 
-    def segments(self, tensor: Tensor) -> Rows:
-        """Return the parts of a tensor that are about each other node; it is about all relayed tokens first."""
-        return Rows(tensor.data_ptr(), self.segment * tensor.stride(0) * tensor.element_size())
-
     def shape(self, num_experts: int, hidden: int) -> MoeShape:
         """Return the sizes that the kernels of one node see, of calls with E experts in all."""
         return MoeShape(num_experts // self.num_nodes, self.top_k, hidden, self.most)
@@ -145,6 +138,24 @@ def num_slots(shape: MoeShape) -> int:
     return shape.max_tokens if shape.node_slots is None else min(shape.node_slots, shape.max_tokens)
 
 
+class RecordMemory(NamedTuple):
+    """Where the parts of the memory of a dispatch lie, in bytes from its beginning.
+
+    Attributes:
+        words: What ranks tell each other besides.
+        sent: Records for other nodes.
+        came: Records from them.
+        weights: ``[tokens, K]``: weights of all tokens that this rank acts for.
+        num_bytes: Where they end.
+    """
+
+    words: RailWords
+    sent: int
+    came: int
+    weights: int
+    num_bytes: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AcrossDispatchForm:
     """What all decode dispatches of the same shape, dtypes and options share.
@@ -153,36 +164,25 @@ class AcrossDispatchForm:
         inside: The form of the calls inside the node.
         sizes: How many tokens cross.
         seen: Sizes that the kernels of one node see.
-        record_bytes: Bytes of a token that crosses.
         pack: Kernel that lays tokens for other nodes side by side.
         unpack: Kernel that takes apart what came.
+        signature: As that of ``inside``, and so are the next two.
+        workspace: Number of the workspace.
+        members: A bit for each rank of the node with which it was made.
+        body_bytes: Bytes of the records for a node.
+        memory: Where the parts of the memory of a call lie.
     """
 
     inside: DecodeDispatchForm
     sizes: RailSizes
     seen: MoeShape
-    record_bytes: int
     pack: LaunchTemplate
     unpack: LaunchTemplate
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AcrossCombineForm:
-    """What all decode combines of the same sizes, dtypes and options share.
-
-    Attributes:
-        inside: The form of the calls inside the node.
-        sizes: How many tokens cross.
-        seen: Sizes that the kernels of one node see.
-        kind: What the form follows from.
-        row_bytes: Bytes of a row that crosses.
-    """
-
-    inside: DecodeCombineForm
-    sizes: RailSizes
-    seen: MoeShape
-    kind: CombineKind
-    row_bytes: int
+    signature: Signature
+    workspace: int
+    members: int
+    body_bytes: int
+    memory: RecordMemory
 
 
 def dispatch_signature(kind: DispatchKind) -> Signature:
@@ -223,4 +223,18 @@ def new_across_dispatch(
     made = DispatchSizes(topology.num_ranks, sizes.table_words, kept)
     inside = form_of(kernel, group_key, dispatch_signature(kind), workspace, kind, made)
     seen = sizes.shape(shape.num_experts, shape.hidden)
-    return AcrossDispatchForm(inside, sizes, seen, 16 * units, pack, unpack)
+    records, words = 16 * units * sizes.num_relayed, RailWords.of(sizes.num_nodes)
+    weight_bytes = 4 * most * shape.top_k if kind.weighted else 0
+    ends = section_ends(words.num_bytes, records, records, weight_bytes)
+    return AcrossDispatchForm(
+        inside,
+        sizes,
+        seen,
+        pack,
+        unpack,
+        inside.signature,
+        inside.workspace,
+        inside.members,
+        16 * units * sizes.segment,
+        RecordMemory(words, *ends),
+    )

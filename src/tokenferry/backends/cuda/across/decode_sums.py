@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, Encoding
+from tokenferry.backends.base import Encoding
 from tokenferry.backends.cuda import patience
 from tokenferry.backends.cuda.across.decode_forms import RailSizes
 from tokenferry.backends.cuda.across.launch import (
@@ -21,17 +21,17 @@ from tokenferry.backends.cuda.across.launch import (
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
 from tokenferry.backends.cuda.across.rail_words import RailWords
 from tokenferry.backends.cuda.across.rails import Transfer
-from tokenferry.backends.cuda.bounded import BoundedDict
+from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
-from tokenferry.backends.cuda.decode_forms import DecodeCombineForm
+from tokenferry.backends.cuda.decode import PlanParts
+from tokenferry.backends.cuda.decode_forms import CombineKind, new_combine_form
 from tokenferry.backends.cuda.launch import address
-from tokenferry.backends.tensors import overlap
+from tokenferry.backends.cuda.signature import Signature
+from tokenferry.backends.cuda.workspace import Workspace
 from tokenferry.kernels.decode_combine.spec import packets_of_chunk
 from tokenferry.kernels.decode_words import CHUNK_COLUMNS, RECEIVE, SEND
-from tokenferry.memory.empty import Empty
 from tokenferry.topology import Topology
-
-_MAX_FORMS = 64
+from tokenferry.types import MoeShape
 
 
 def encoded_bytes(columns: int, item_bytes: int, encoding: Encoding) -> int:
@@ -41,97 +41,119 @@ def encoded_bytes(columns: int, item_bytes: int, encoding: Encoding) -> int:
     return -(-columns // CHUNK_COLUMNS) * packets_of_chunk(item_bytes, encoding) * 16
 
 
-@dataclass(slots=True, eq=False)
-class SumsUnderWay:
-    """The tensors of a combine.
+class SumKind(NamedTuple):
+    """What a form of combines follows from.
 
     Attributes:
-        sizes: How many tokens cross.
-        request: The combine.
-        y: The experts' rows, at a multiple of 16 bytes.
-        row_weights: `DecodePlan.row_weights`, or None.
-        weights: Weights of this rank's tokens.
-        weights_here: ``[tokens, K]``: those of all tokens that this rank acts for; undefined for fast sums.
-        weights_out: Those for other nodes; None for fast sums.
-        sums: ``[tokens, H]``: the sums of this node.
-        packets: The same, encoded; None: they are not.
-        parts: What comes from other nodes for this rank's tokens.
-        table: Address of `DecodePlan._table`.
+        table_words: Words of `DecodePlan._table`.
+        num_experts: E of the plan.
+        top_k: Its K.
+        rows: Shape of the experts' rows.
+        dtype: Their dtype.
+        fast: Whether a rank adds up its rows of a token before it sends them.
+        encoding: Format of sums that cross.
+    """
+
+    table_words: int
+    num_experts: int
+    top_k: int
+    rows: tuple[int, ...]
+    dtype: torch.dtype
+    fast: bool
+    encoding: Encoding
+
+
+class SumMemory(NamedTuple):
+    """Where the parts of the memory of a combine lie, in bytes from its beginning.
+
+    Attributes:
         words: What ranks tell each other besides.
-        pending: What the kernel that sends leaves for the one that receives.
-        out: ``[T, H]``, aligned.
-        done: Where the caller wants the result; `out` or another tensor.
+        pending: What the kernel that sends leaves for the one that receives: two int32.
+        weights: ``[tokens, K]``: those of all tokens that this rank acts for; undefined for fast sums.
+        weights_out: Those for other nodes; nothing for fast sums.
+        came: What comes from other nodes for this rank's tokens.
+        sums: ``[tokens, H]``: the sums of this node; behind them the same, encoded, if they are.
+    """
+
+    words: RailWords
+    pending: int
+    weights: int
+    weights_out: int
+    came: int
+    sums: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AcrossCombineForm:
+    """What all decode combines of the same sizes, dtypes and options share.
+
+    Attributes:
+        signature: Signature of the calls.
+        workspace: Number of the workspace for rows under way inside the node.
+        members: A bit for each rank of the node with which it was made.
+        kernel: The kernel of one node.
+        sizes: How many tokens cross.
+        seen: Sizes that the kernels of one node see.
+        columns: H.
+        dtype: dtype of the rows.
+        exact: Whether weights cross.
+        sum_bytes: Bytes of the sum of a token.
+        row_bytes: Bytes of it as it crosses.
+        encode: Kernel that encodes sums; None: they cross as they are.
+        add_up: Kernel that adds up the sums of all nodes.
+        memory: Where the parts of the memory of a call lie.
+    """
+
+    signature: Signature
+    workspace: int
+    members: int
+    kernel: LaunchTemplate
+    sizes: RailSizes
+    seen: MoeShape
+    columns: int
+    dtype: torch.dtype
+    exact: bool
+    sum_bytes: int
+    row_bytes: int
+    encode: LaunchTemplate | None
+    add_up: LaunchTemplate
+    memory: SumMemory
+
+
+@dataclass(slots=True, eq=False)
+class SumsUnderWay:
+    """A combine.
+
+    Attributes:
+        y: The experts' rows, at a multiple of 16 bytes.
+        plan: What is read of its plan.
+        tokens: Tokens that this rank acts for.
+        memory: What it takes besides; see `SumMemory`.
+        at: Address of that.
+        crossing: Address of what crosses: sums of this node, encoded or not, those for other nodes first.
+        out: ``[T, H]``, at a multiple of 16 bytes.
+        copy_to: ``[T, H]`` to which the sums are copied, or None.
+        hooked: Whether the caller receives with a hook.
         trace: Where kernels write time stamps, or None.
         transfer: The exchange of weights.
     """
 
-    sizes: RailSizes
-    request: DecodeCombineRequest
     y: Tensor
-    row_weights: Tensor | None
-    weights: Tensor
-    weights_here: Tensor
-    weights_out: Tensor | None
-    sums: Tensor
-    packets: Tensor | None
-    parts: Tensor
-    table: int
-    words: RailWords
-    pending: Tensor
+    plan: PlanParts
+    tokens: int
+    memory: Tensor
+    at: int
+    crossing: int
     out: Tensor
-    done: Tensor
+    copy_to: Tensor | None
+    hooked: bool
     trace: Tensor | None = None
     transfer: Transfer | None = None
 
-    @classmethod
-    def new(
-        cls, sizes: RailSizes, request: DecodeCombineRequest, y: Tensor, row_bytes: int, empty: Empty
-    ) -> SumsUnderWay:
-        """Take the memory for a combine; ``row_bytes``: of a row that crosses; ``empty``: makes tensors."""
-        plan, weights_out, packets = request.plan, None, None
-        assert plan.topk_weights is not None
-        relayed, H, K = sizes.num_relayed, y.shape[2], sizes.top_k
-        tokens = relayed + plan.num_tokens
-        if not request.fast:
-            weights_out = empty((relayed, K), (K, 1), torch.float32)
-        sums = empty((tokens, H), (H, 1), y.dtype)
-        if request.encoding is Encoding.same:
-            parts = empty((relayed, H), (H, 1), y.dtype)
-        else:
-            packets = empty((tokens, row_bytes), (row_bytes, 1), torch.uint8)
-            parts = empty((relayed, row_bytes), (row_bytes, 1), torch.uint8)
-        out = request.out
-        if out is None or out.data_ptr() % 16 or overlap(out, y):
-            out = empty((plan.num_tokens, H), (H, 1), y.dtype)
-        return cls(
-            sizes,
-            request,
-            y,
-            plan.row_weights,
-            plan.topk_weights.contiguous(),
-            empty((tokens, K), (K, 1), torch.float32),
-            weights_out,
-            sums,
-            packets,
-            parts,
-            address(plan._table),
-            RailWords(sizes.num_nodes, empty),
-            empty((2,), (1,), torch.int32),
-            out,
-            out if request.out is None else request.out,
-        )
-
-    @property
-    def crossing(self) -> Tensor:
-        """What crosses: sums of this node, encoded or not, those for other nodes first."""
-        return self.sums if self.packets is None else self.packets
-
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return all of them."""
+        """Return all of its tensors."""
         return (
-            self.request.plan._table, self.request.stats.wait_ns, self.y, self.row_weights, self.weights,
-            self.weights_here, self.weights_out, self.sums, self.packets, self.parts, self.words.memory, self.pending,
-            self.out, self.done, self.trace,
+            self.y, self.plan.topk_weights, self.memory, self.out, self.copy_to, self.trace, *self.plan.kept
         )  # fmt: skip
 
 
@@ -151,122 +173,155 @@ class NodeSums:
         self._num_blocks = max(2, context.num_sms)
         self._open = open_decode_template(context, topology)
         self._check = check_template(context, topology)
-        self._templates: BoundedDict[tuple[Any, ...], LaunchTemplate] = BoundedDict(_MAX_FORMS)
-        self._no_counts = torch.zeros(1, dtype=torch.int64, device=context.device)
+        self._zero = torch.zeros(1, dtype=torch.int64, device=context.device)
+        self._no_counts = self._zero.data_ptr()
 
-    def send(self, form: DecodeCombineForm, call: Call, it: SumsUnderWay) -> None:
+    def form(
+        self, of: SumKind, sizes: RailSizes, seen: MoeShape, signature: Signature, workspace: Workspace
+    ) -> AcrossCombineForm:
+        """Return the form of combines whose rows inside the node are under way in a workspace."""
+        context, encoding, dtype, columns = self._context, of.encoding, of.dtype, of.rows[2]
+        kind = CombineKind(seen, dtype, of.fast, Encoding.same, torch.int32)
+        inside = new_combine_form(context, signature, workspace, kind)
+        if context.mask_late:
+            p = inside.kernel.params
+            p.timeout_ns = int(patience.ANSWERS_INSIDE * p.timeout_ns)
+        encode = None
+        if encoding is Encoding.same:
+            add_up = sum_template(context, self._topology, dtype, columns, sizes.top_k, skips=True)
+        else:
+            encode = encode_template(context, dtype, encoding)
+            add_up = sum_encoded_template(context, self._topology, dtype, encoding)
+        row_bytes, words = encoded_bytes(columns, dtype.itemsize, encoding), RailWords.of(sizes.num_nodes)
+        return AcrossCombineForm(
+            signature,
+            inside.workspace,
+            inside.members,
+            inside.kernel,
+            sizes,
+            seen,
+            columns,
+            dtype,
+            not of.fast,
+            columns * dtype.itemsize,
+            row_bytes,
+            encode,
+            add_up,
+            SumMemory(
+                words,
+                *section_ends(
+                    words.num_bytes,
+                    8,
+                    4 * sizes.most * sizes.top_k,
+                    0 if of.fast else 4 * sizes.num_relayed * sizes.top_k,
+                    sizes.num_relayed * row_bytes,
+                ),
+            ),
+        )
+
+    def new(
+        self,
+        form: AcrossCombineForm,
+        y: Tensor,
+        plan: PlanParts,
+        out: Tensor | None,
+        copy_to: Tensor | None,
+        *,
+        return_hook: bool,
+    ) -> SumsUnderWay:
+        """Take the memory for a combine; ``out``: aligned, or None for a new tensor."""
+        empty, tokens, columns = self._context.empty, form.sizes.num_relayed + plan.num_tokens, form.columns
+        crossing = end = form.memory.sums + tokens * form.sum_bytes
+        if form.encode is None:
+            crossing = form.memory.sums
+        else:
+            end += tokens * form.row_bytes
+        memory = empty((end,), (1,), torch.uint8)
+        if out is None:
+            out = empty((plan.num_tokens, columns), (columns, 1), form.dtype)
+        at = memory.data_ptr()
+        return SumsUnderWay(y, plan, tokens, memory, at, at + crossing, out, copy_to, return_hook)
+
+    def send(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay) -> None:
         """Send what is this rank's own: weights for other nodes, and rows inside the node.
 
         Rows travel while the weights cross; without weights one kernel sends and receives them, if there is no hook.
         """
-        sizes, words, weights_out = it.sizes, it.words, it.weights_out
-        exact = weights_out is not None
+        sizes, parts, at, table = form.sizes, form.memory, it.at, it.plan.table
+        words, num_weights = parts.words, sizes.segment * sizes.top_k
         self._open.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            words.mine.address, words.came.address, words.states.address,
-            it.table + 4 * sizes.number, it.table + 4 * sizes.slots,
-            it.weights.data_ptr() if exact else 0,
-            it.weights_here.data_ptr() + 4 * sizes.num_relayed * sizes.top_k, address(weights_out),
-            it.request.plan.num_tokens, sizes.top_k,
+            at + words.mine, at + words.came, at + words.states, table + 4 * sizes.number, table + 4 * sizes.slots,
+            it.plan.topk_weights.data_ptr() if form.exact else 0,
+            at + parts.weights + 4 * sizes.num_relayed * sizes.top_k, at + parts.weights_out if form.exact else 0,
+            it.plan.num_tokens, sizes.top_k,
         )  # fmt: skip
-        self._open.launch(self._num_blocks if exact else 1, call.stream)
-        if weights_out is not None:
-            it.transfer = self._rails.exchange(
-                call,
-                Messages(words.mine, sizes.segments(weights_out)),
-                Messages(words.came, sizes.segments(it.weights_here)),
-                words.memory,
-                weights_out,
-                it.weights_here,
-                patience=patience.WEIGHTS_ACROSS,
+        self._open.launch(self._num_blocks if form.exact else 1, call.stream)
+        if form.exact:
+            messages = Messages(
+                at + words.mine, at + words.came, at + parts.weights_out, at + parts.weights, 4 * num_weights, 0
             )
-        if self._sends_first(it):
+            it.transfer = self._rails.exchange(call, messages, it.memory, patience.WEIGHTS_ACROSS)
+        if form.exact or it.hooked:
             self._inside(form, call, it, SEND)
 
-    def receive(self, form: DecodeCombineForm, at: Call, it: SumsUnderWay) -> None:
+    def receive(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay) -> None:
         """Add up what the node sends for the tokens that this rank acts for, exchange the sums, and add these up."""
-        sizes, words = it.sizes, it.words
-        headers = it.transfer is None  # they come with the sums
+        parts, at, mine, came = form.memory, it.at, 0, 0
+        words = parts.words
         if it.transfer is not None:
-            since = self._rails.join(at, it.transfer, words.since)
-            self._check_words(at, it, since, headers=True, states=False)
-        self._inside(form, at, it, RECEIVE if self._sends_first(it) else SEND | RECEIVE)
-        if it.packets is not None:
-            self._encode(at, it, it.packets)
-        transfer = self._rails.exchange(
-            at,
-            Messages(words.mine if headers else None, sizes.segments(it.crossing)),
-            Messages(words.came if headers else None, sizes.segments(it.parts), words.states),
-            words.memory,
-            it.crossing,
-            it.parts,
-            patience=patience.SUMS_ACROSS,
-        )
-        since = self._rails.join(at, transfer, words.since)
-        self._check_words(at, it, since, headers=headers, states=True)
-        self._add_up(at, it)
+            since = self._rails.join(call, it.transfer, at + words.since)
+            self._check_words(form, call, it, since, headers=at + words.came, num_states=0)
+        else:  # headers come with the sums
+            mine, came = at + words.mine, at + words.came
+        self._inside(form, call, it, RECEIVE if form.exact or it.hooked else SEND | RECEIVE)
+        if form.encode is not None:
+            form.encode.pack(
+                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+                at + parts.sums, it.crossing, it.tokens, form.columns,
+            )  # fmt: skip
+            form.encode.launch(self._num_blocks, call.stream)
+        body_bytes = form.sizes.segment * form.row_bytes
+        messages = Messages(mine, came, it.crossing, at + parts.came, body_bytes, at + words.states)
+        transfer = self._rails.exchange(call, messages, it.memory, patience.SUMS_ACROSS)
+        since = self._rails.join(call, transfer, at + words.since)
+        self._check_words(form, call, it, since, headers=came, num_states=form.sizes.num_nodes)
+        self._add_up(form, call, it)
 
-    def _sends_first(self, it: SumsUnderWay) -> bool:
-        return it.transfer is not None or it.request.return_hook
-
-    def _inside(self, form: DecodeCombineForm, at: Call, it: SumsUnderWay, phases: int) -> None:
+    def _inside(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay, phases: int) -> None:
         """Launch the kernel of one node."""
-        pending = it.pending.data_ptr() if self._sends_first(it) else 0
+        parts, plan, at = form.memory, it.plan, it.at
         form.kernel.pack(
-            at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
-            it.y.data_ptr(), it.sums.data_ptr(), it.table + 4 * it.sizes.ids, it.weights_here.data_ptr(),
-            address(it.row_weights), it.table, pending, self._context.pinned.masked_address, address(it.trace),
-            len(it.sums), phases,
+            call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            it.y.data_ptr(), at + parts.sums, plan.table + 4 * form.sizes.ids, at + parts.weights, plan.row_weights,
+            plan.table, at + parts.pending if form.exact or it.hooked else 0, self._context.pinned.masked_address,
+            address(it.trace), it.tokens, phases,
         )  # fmt: skip
-        form.kernel.launch(self._num_blocks, at.stream)
+        form.kernel.launch(self._num_blocks, call.stream)
 
-    def _check_words(self, at: Call, it: SumsUnderWay, since: int, *, headers: bool, states: bool) -> None:
+    def _check_words(
+        self, form: AcrossCombineForm, call: Call, it: SumsUnderWay, since: int, *, headers: int, num_states: int
+    ) -> None:
         """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none."""
         self._check.pack(
-            at.wait_ns, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
-            it.words.came.address if headers else 0, it.table + 4 * it.sizes.number, since,
-            0, 0, it.words.states.address,
-            self._no_counts.data_ptr(), it.sizes.num_nodes if states else 0, 0, 1,
-            int(at.skips_masked),
+            call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            headers, it.plan.table + 4 * form.sizes.number, since, 0, 0, it.at + form.memory.words.states,
+            self._no_counts, num_states, 0, 1, int(call.skips_masked),
         )  # fmt: skip
-        self._check.launch(1, at.stream)
+        self._check.launch(1, call.stream)
 
-    def _encode(self, at: Call, it: SumsUnderWay, packets: Tensor) -> None:
-        key = ("encode", it.sums.dtype, it.request.encoding)
-        template = self._templates.get(key)
-        if template is None:
-            template = self._templates[key] = encode_template(self._context, it.sums.dtype, it.request.encoding)
-        template.pack(
-            0, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0,
-            it.sums.data_ptr(), packets.data_ptr(), *it.sums.shape,
-        )  # fmt: skip
-        template.launch(self._num_blocks, at.stream)
-
-    def _add_up(self, at: Call, it: SumsUnderWay) -> None:
+    def _add_up(self, form: AcrossCombineForm, call: Call, it: SumsUnderWay) -> None:
         """Add up the sums of all nodes."""
-        num_tokens, columns = it.out.shape
-        slots, rows = it.table + 4 * it.sizes.slots, it.crossing
-        own = rows.data_ptr() + it.sizes.num_relayed * rows.stride(0) * rows.element_size()
-        head = (0, at.alive, at.number, at.signature.words, 0, 0, 0, 0, 0, 0)
-        key = (it.out.dtype, columns, it.request.encoding)
-        template = self._templates.get(key)
-        if it.packets is not None:
-            if template is None:
-                template = self._templates[key] = sum_encoded_template(
-                    self._context, self._topology, it.out.dtype, it.request.encoding
-                )
-            template.pack(*head, slots, own, it.parts.data_ptr(), it.out.data_ptr(), num_tokens, columns)
-        else:
-            if template is None:
-                template = self._templates[key] = sum_template(
-                    self._context, self._topology, it.out.dtype, columns, it.sizes.top_k, skips=True
-                )
-            parts = it.parts.data_ptr()
-            template.pack(
-                *head, slots, self._no_counts.data_ptr(), own, parts, 0, 0, 0, 0, it.out.data_ptr(), 0, num_tokens
-            )
+        sizes, parts, num_tokens, out = form.sizes, form.memory, it.plan.num_tokens, it.out
+        slots, own = it.plan.table + 4 * sizes.slots, it.crossing + sizes.num_relayed * form.row_bytes
+        head = (0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
+        came, add_up = it.at + parts.came, form.add_up
+        if num_tokens and form.encode is not None:
+            add_up.pack(*head, slots, own, came, out.data_ptr(), num_tokens, form.columns)
+        elif num_tokens:
+            add_up.pack(*head, slots, self._no_counts, own, came, 0, 0, 0, 0, out.data_ptr(), 0, num_tokens)
         if num_tokens:
-            template.launch(self._num_blocks, at.stream)
-        if it.done is not it.out:
-            with torch.inference_mode():  # `done` may come from it
-                it.done.copy_(it.out)
+            add_up.launch(self._num_blocks, call.stream)
+        if it.copy_to is not None:
+            with torch.inference_mode():  # the tensor may come from it
+                it.copy_to.copy_(out)

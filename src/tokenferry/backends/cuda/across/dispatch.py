@@ -180,7 +180,8 @@ class AcrossDispatcher:
             out = self._pack_new(form, begun, plan, relay.first_out[-1] if went is None else went.num_out)
             if swaps is not None and not tight:
                 passing = self._begin_rows(rows, begun, relay, swaps, out)
-            coming.join()
+            if coming is not None:
+                coming.join()
             planner.notify(form, begun, plan, routed)
         counts = cuda_plan.wait(self._context, call, form.geometry) if waits or tight else None
         if tight:
@@ -204,7 +205,7 @@ class AcrossDispatcher:
         out = self._context.empty((num_rows * form.rows.widths.pitch,), (1,), torch.uint8)
         if num_rows:
             slots = plan._block.address + plan._layout.places + 4 * plan._relay_layout.slots
-            goes = begun.split.words.mine.address + 4 * ROWS_WORD
+            goes = begun.split.words.mine + 4 * ROWS_WORD
             going = Going(slots, plan._dst_counts.data_ptr(), goes, begun.num_tokens)
             _pack(form.rows, begun.call, going, begun.payload, out.data_ptr())
         return out
@@ -363,8 +364,8 @@ class AcrossDispatcher:
         routing, own = None, passing.own
         if isinstance(begun, Routed):
             routing = begun.routing
-            ids_at, id_bytes = routing.ids
-            own = Payload(own.rows, own.scale, own.weights, ids_at + relay.node * relay.segment * id_bytes)
+            ids = routing.ids + relay.node * relay.segment * routing.id_bytes
+            own = Payload(own.rows, own.scale, own.weights, ids)
         move(form.move, call, sms, recv, own, along.segments.get(relay.node) or along.segment(relay.node))
         if isinstance(begun, Opening):  # a dispatch has done this before it counted
             crossing.confirm(call, begun, src_counts)
@@ -411,7 +412,6 @@ def _passed_on(form: MoveForm, rows_at: int, chunk: Chunk, routing: Routing | No
     if widths.weights:
         weights = at + chunk.num_bytes - chunk.num * widths.weights
     if routing is not None:
-        (ids_at, id_bytes), (tokens_at, _) = routing.ids, routing.tokens
-        ids = ids_at + (chunk.node * routing.relay.segment + chunk.first) * id_bytes
-        tokens = tokens_at + 4 * (routing.relay.first_in[chunk.node] + chunk.first)
+        ids = routing.ids + (chunk.node * routing.relay.segment + chunk.first) * routing.id_bytes
+        tokens = routing.tokens + 4 * (routing.relay.first_in[chunk.node] + chunk.first)
     return Payload(at, scales, weights, ids, tokens)

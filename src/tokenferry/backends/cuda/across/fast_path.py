@@ -9,7 +9,21 @@ from torch import Tensor
 
 from tokenferry.backends.base import QuickChecks
 from tokenferry.backends.cuda.fast_path import Calls, CudaFastPath
-from tokenferry.types import Combined, Dispatched, DispatchOptions, MoeShape, Plan, Quantized, Routing
+from tokenferry.types import (
+    Combined,
+    DecodeCombined,
+    DecodeDispatched,
+    DecodePlan,
+    Dispatched,
+    DispatchOptions,
+    EncodingName,
+    MoeShape,
+    Numerics,
+    Plan,
+    Quantized,
+    Routing,
+    Scale,
+)
 
 
 class AcrossFastPath(CudaFastPath):
@@ -53,8 +67,27 @@ class AcrossFastPath(CudaFastPath):
         except Exception as error:  # noqa: BLE001 - raised again
             self._explain(error)
 
-    def decode_dispatch(self, *_: object, **__: object) -> None:
-        """Return None: decode calls have no fast path across nodes."""
+    def decode_dispatch(
+        self, x: Tensor, routing: Routing, quantize: Scale | None, *, return_hook: bool
+    ) -> DecodeDispatched[Any] | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        try:
+            return super().decode_dispatch(x, routing, quantize, return_hook=return_hook)
+        except Exception as error:  # noqa: BLE001 - raised again
+            self._explain(error)
 
-    def decode_combine(self, *_: object, **__: object) -> None:
-        """Return None, as `decode_dispatch`."""
+    def decode_combine(
+        self,
+        y: Tensor,
+        plan: DecodePlan,
+        numerics: Numerics,
+        encoding: EncodingName,
+        out: Tensor | None,
+        *,
+        return_hook: bool,
+    ) -> DecodeCombined | None:
+        """See `tokenferry.backends.base.FastPath`."""
+        try:
+            return super().decode_combine(y, plan, numerics, encoding, out, return_hook=return_hook)
+        except Exception as error:  # noqa: BLE001 - raised again
+            self._explain(error)

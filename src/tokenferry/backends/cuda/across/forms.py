@@ -14,10 +14,9 @@ import torch
 from tokenferry.backends.cuda import launch
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across import launch as across_launch
-from tokenferry.backends.cuda.across.contents import Shares
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths, Swap
-from tokenferry.backends.cuda.across.rails import Parcel
+from tokenferry.backends.cuda.across.rails import Part, Parts
 from tokenferry.backends.cuda.across.relay import Relay, RelayLayout, relay_layout
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends
@@ -122,7 +121,7 @@ class Sizes(NamedTuple):
         plan: Where the parts of the plan lie that do not depend on the rows that arrive.
         memory: Where the parts of the routing lie behind ``ids``: ``ids_out``, ``tokens_out``, ``tokens_in``, the table
             and the bases of the kernels of one node; then the end.
-        shares: What of the routing crosses.
+        parts: What of the routing crosses; see `Routing.parts`.
         swaps: The exchanges of rows, if it is known how many cross.
     """
 
@@ -130,7 +129,7 @@ class Sizes(NamedTuple):
     relay: RelayLayout
     plan: PlanLayout
     memory: tuple[int, ...]
-    shares: list[Shares]
+    parts: Parts
     swaps: list[Swap] | None
 
 
@@ -257,22 +256,25 @@ def sizes_of(
         relay,
         PlanLayout(num_tokens, num_sent, width, 0, 0, src_at, counts_at, offsets_at, places_at, 0, 0, end),
         memory,
-        _shares(routing, memory, id_bytes),
+        _parts(routing, memory, id_bytes),
         swaps,
     )
 
 
-def _shares(routing: Relay, memory: tuple[int, ...], id_bytes: int) -> list[Shares]:
-    """Return what of the routing crosses; ``memory``: of `Sizes`."""
+def _parts(routing: Relay, memory: tuple[int, ...], id_bytes: int) -> Parts:
+    """Return what of the routing crosses: ids and tokens of each node; ``memory``: of `Sizes`."""
     ids_out_at, tokens_out_at, tokens_in_at, *_ = memory
-    made = []
+    incoming: list[Part] = []
+    outgoing: list[Part] = []
     for m, (went, came) in enumerate(zip(routing.went, routing.came, strict=True)):
         goes, comes = routing.first_out[m], routing.first_in[m]
-        send = (Parcel(ids_out_at + goes * id_bytes, went * id_bytes), Parcel(tokens_out_at + 4 * goes, 4 * went))
-        recv = (Parcel(m * routing.segment * id_bytes, came * id_bytes), Parcel(tokens_in_at + 4 * comes, 4 * came))
-        if m != routing.node:
-            made.append(Shares(m, send if went else (), recv if came else ()))
-    return made
+        if m != routing.node and came:
+            incoming.append((m * routing.segment * id_bytes, came * id_bytes, m, False))
+            incoming.append((tokens_in_at + 4 * comes, 4 * came, m, False))
+        if m != routing.node and went:
+            outgoing.append((ids_out_at + goes * id_bytes, went * id_bytes, m, True))
+            outgoing.append((tokens_out_at + 4 * goes, 4 * went, m, True))
+    return incoming + outgoing
 
 
 def new_again_form(group: Group, moved: MoveSizes) -> MoveForm:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenferry.backends.cuda.across.puts import Puts
 from tokenferry.backends.cuda.context import Context
 from tokenferry.backends.cuda.control import write_field
-from tokenferry.backends.cuda.decode import Decoder
+from tokenferry.backends.cuda.decode import Decoding
 from tokenferry.backends.cuda.masks import Masks
 from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, NODE_WORDS
 from tokenferry.memory.tensor import tensor_at
@@ -33,7 +33,7 @@ class AcrossMasks(Masks):
         puts: Exchanges with the ranks across from this one.
     """
 
-    def __init__(self, context: Context, decoder: Decoder, topology: Topology, puts: Puts) -> None:
+    def __init__(self, context: Context, decoder: Decoding, topology: Topology, puts: Puts) -> None:
         super().__init__(context, decoder)
         self._rank = topology.rank
         self._topology = topology

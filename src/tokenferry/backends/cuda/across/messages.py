@@ -5,30 +5,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
+from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES
 from tokenferry.backends.cuda.across.crossing import Crossing
-from tokenferry.backends.cuda.across.rails import Parcel, Rows, Transfer
+from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.context import Call
 from tokenferry.backends.cuda.signature import Signature
 
 
 class Messages(NamedTuple):
-    """Messages for the ranks across from this one, or the memory for those from them.
+    """Where messages for the ranks across from this one lie, and those from them come.
 
     Attributes:
-        headers: By node: what ranks say about the call; None: they have said it.
-        bodies: By other node, in their order: rows or weights.
-        states: Where the states of the senders come to, by node; None: messages have none. Not for sending.
+        mine: What this rank says about the call: ``[N, RAIL_WORDS]`` int32; 0: it has said it, and so have they.
+        headers: Where what they say comes.
+        sent: Bodies, rows or weights, by other node, in their order.
+        came: Where those from them come.
+        body_bytes: Bytes of a body.
+        states: Where the states of the senders come: ``[N, 2]`` int32; 0: messages have none.
     """
 
-    headers: Rows | None
-    bodies: Rows
-    states: Rows | None = None
-
-    def parcels(self, node: int, other: int) -> list[Parcel]:
-        """Return the message of a node, the one with this number among the other ones, without its state."""
-        at, num_bytes = self.bodies
-        body = Parcel(at + other * num_bytes, num_bytes)
-        return [body] if self.headers is None else [self.headers.part(node, 1), body]
+    mine: int
+    headers: int
+    sent: int
+    came: int
+    body_bytes: int
+    states: int
 
 
 class MessageRails(ABC):
@@ -69,19 +70,23 @@ class MessageRails(ABC):
             CapacityError: they may not; gives both numbers.
         """
 
+    @property
+    def nobody_masked(self) -> bool:
+        """Whether `unreachable` returns none."""
+        return True
+
     def unreachable(self) -> frozenset[int]:
         """Return the ranks whose experts get nothing from this rank: they, or the ranks on the way, are masked."""
         return frozenset()
 
     @abstractmethod
-    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object, patience: float) -> Transfer:
+    def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """Begin to exchange messages with all other nodes, behind the work of the current stream; returns at once.
 
         Args:
             call: The call.
-            send: What to send.
-            recv: Where to receive; its states say whether messages have one.
-            kept: Keeps the memory of both, which is kept until a stream waits for the transfer.
+            messages: The messages.
+            kept: Keeps their memory, which is kept until a stream waits for the transfer.
             patience: Which part of the deadline to wait for ranks that may be masked; see
                 `tokenferry.backends.cuda.patience`.
         """
@@ -100,14 +105,18 @@ class ExchangedMessages(MessageRails):
     def check(self, phase: str, body_bytes: int) -> None:
         """See `MessageRails.check`: any size will do."""
 
-    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object, patience: float) -> Transfer:
+    def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""
         del patience  # no rank may be masked
-        sent: dict[int, list[Parcel]] = {}
-        received: dict[int, list[Parcel]] = {}
+        mine, headers, sent, came, body_bytes, states = messages
+        own_state, incoming, outgoing = self._crossing.own_state, [], []
         for other, node in enumerate(self._crossing.others):
-            sent[node], received[node] = send.parcels(node, other), recv.parcels(node, other)
-            if recv.states is not None:
-                sent[node].append(self._crossing.own_state)
-                received[node].append(recv.states.part(node, 1))
-        return self._crossing.exchange(call, sent, received, *kept)
+            if mine:
+                incoming.append((headers + node * HEADER_BYTES, HEADER_BYTES, node, False))
+                outgoing.append((mine + node * HEADER_BYTES, HEADER_BYTES, node, True))
+            incoming.append((came + other * body_bytes, body_bytes, node, False))
+            outgoing.append((sent + other * body_bytes, body_bytes, node, True))
+            if states:
+                incoming.append((states + node * STATE_BYTES, STATE_BYTES, node, False))
+                outgoing.append((own_state, STATE_BYTES, node, True))
+        return self._crossing.rails.exchange(call, incoming + outgoing, kept)

@@ -11,10 +11,10 @@ import ctypes
 import functools
 import importlib.util
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+
+from tokenferry.backends.cuda.across.rails import Parts
 
 _SUCCESS = 0
 _IN_PROGRESS = 7
@@ -127,22 +127,6 @@ def new_unique_id() -> bytes:
     return bytes(unique_id)
 
 
-class Part(NamedTuple):
-    """Memory to send, or to receive into.
-
-    Attributes:
-        address: Where it begins.
-        num_bytes: Its bytes.
-        peer: The other rank, in the communicator.
-        is_sent: Whether it is sent.
-    """
-
-    address: int
-    num_bytes: int
-    peer: int
-    is_sent: bool
-
-
 class Communicator:
     """One rank's end of a communicator.
 
@@ -174,8 +158,10 @@ class Communicator:
         _check(result, "ncclCommInitRankConfig")
         self._comm = comm.value
 
-    def exchange(self, parts: Sequence[Part], stream: int) -> None:
-        """Send and receive, on a stream. Blocks the first time that a rank is among the peers, until it has come.
+    def exchange(self, parts: Parts, stream: int) -> None:
+        """Send and receive, on a stream; nodes are ranks here.
+
+        Blocks the first time that a rank is among the peers, until it has come.
 
         Raises:
             NcclError: the communicator has failed or was aborted.

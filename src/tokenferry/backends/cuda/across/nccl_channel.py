@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from tokenferry.backends.cuda.across.nccl import Communicator, NcclError, Part
-from tokenferry.backends.cuda.across.rails import Parcels
+from tokenferry.backends.cuda.across.nccl import Communicator, NcclError
+from tokenferry.backends.cuda.across.rails import Parts
 from tokenferry.backends.cuda.bounded import BoundedDict
 
 _MAX_STREAMS = 64
@@ -34,7 +34,7 @@ class Marks(NamedTuple):
 class Channel(Protocol):
     """The connections of a rail."""
 
-    def start(self, send: Parcels, recv: Parcels) -> Marks:
+    def start(self, parts: Parts) -> Marks:
         """Begin an exchange, behind the work of the current stream.
 
         Raises:
@@ -78,19 +78,13 @@ class NcclChannel:
         others = [rank for rank in ranks if rank != self._communicator.rank]
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._communicator.exchange(
-            [Part(words[sent, rank].data_ptr(), 1, rank, bool(sent)) for rank in others for sent in (0, 1)],
+            [(words[sent, rank].data_ptr(), 1, rank, bool(sent)) for rank in others for sent in (0, 1)],
             self._stream.cuda_stream,
         )
         self._stream.synchronize()
 
-    def start(self, send: Parcels, recv: Parcels) -> Marks:
+    def start(self, parts: Parts) -> Marks:
         """See `Channel.start`."""
-        parts = [
-            Part(address, num_bytes, node, is_sent)
-            for is_sent, all_parcels in ((False, recv), (True, send))
-            for node, parcels in all_parcels.items()
-            for address, num_bytes in parcels
-        ]
         begun, ended, stream = torch.cuda.Event(), torch.cuda.Event(), self._stream  # type: ignore[no-untyped-call]
         begun.record(self._current())
         begun.wait(stream)

@@ -22,11 +22,12 @@ from typing import NamedTuple
 
 from tokenferry.backends.cuda.across.nccl import NcclError
 from tokenferry.backends.cuda.across.nccl_channel import Channel, Marks
-from tokenferry.backends.cuda.across.rails import Parcels
+from tokenferry.backends.cuda.across.rails import Parts, between_nodes
+from tokenferry.backends.cuda.context import Call
 from tokenferry.errors import PeerTimeout
 from tokenferry.forked import forget_in_child
 from tokenferry.topology import Topology
-from tokenferry.transports.base import CallId, peer_timeout
+from tokenferry.transports.base import peer_timeout
 from tokenferry.transports.failures import FailureReport, FailureReports
 
 _POLL_S = 0.02
@@ -45,6 +46,13 @@ _MOST_TIMEOUTS = 4
 _CLOSE_S = 10.0
 _LATE = "an exchange between nodes did not end"
 _FAILED = "the connection between nodes failed, such as by the end of a process"
+
+
+class _Exchange(NamedTuple):
+    """An exchange, for error messages: its call, and its parts."""
+
+    call: Call
+    parts: Parts
 
 
 @dataclass(slots=True, eq=False)
@@ -99,18 +107,6 @@ class NcclTransfer:
         self.rails.raise_lost()  # an aborted exchange has ended, too
 
 
-class _Exchange(NamedTuple):
-    """An exchange, for error messages.
-
-    Attributes:
-        call: Its call.
-        nodes: The nodes of the ranks that take part, without this one.
-    """
-
-    call: CallId
-    nodes: tuple[int, ...]
-
-
 class NcclRails:
     """The rails of one rank; see `tokenferry.backends.cuda.across.rails.Rails`.
 
@@ -155,16 +151,16 @@ class NcclRails:
         self._thread.start()
         forget_in_child(self, NcclRails.forget)
 
-    def exchange(self, call: CallId, send: Parcels, recv: Parcels, kept: object) -> NcclTransfer:
+    def exchange(self, call: Call, parts: Parts, kept: object) -> NcclTransfer:
         """See `Rails.exchange`.
 
         Raises:
             PeerTimeout: the connection to a rank has failed.
         """
         start = time.monotonic()
-        what = self._latest = _Exchange(call, (*send, *recv))
+        what = self._latest = _Exchange(call, parts)
         try:
-            marks = self._channel.start(send, recv)
+            marks = self._channel.start(parts)
         except NcclError as error:
             raise self.give_up(what, time.monotonic() - start, f"{_FAILED}: {error}") from error
         transfer = NcclTransfer(self, what, marks, kept)
@@ -251,9 +247,9 @@ class NcclRails:
 
     def give_up(self, exchange: _Exchange, waited_s: float, why: str) -> PeerTimeout:
         """End all exchanges, for the sake of one of them; return the error, which `raise_lost` raises from now on."""
-        nodes = tuple(sorted(set(exchange.nodes)))
+        nodes = tuple(sorted({node for _, _, node, _ in exchange.parts}))
         peers = [self._topology.rail[node] for node in nodes]
-        lost = peer_timeout(exchange.call, self._topology.rank, peers, why, waited_s, "")
+        lost = peer_timeout(between_nodes(exchange.call), self._topology.rank, peers, why, waited_s, "")
         lost.nodes = nodes
         self.lost = lost
         if self.reports is not None:

@@ -59,7 +59,6 @@ class Chunk(NamedTuple):
         node: The node that they go to, or come from.
         first: The first of them.
         num: How many there are.
-        row: The first among the tokens for all nodes.
         at: Where their parcel begins, from the beginning of those for all nodes.
         num_bytes: Bytes of the parcel.
     """
@@ -67,7 +66,6 @@ class Chunk(NamedTuple):
     node: int
     first: int
     num: int
-    row: int
     at: int
     num_bytes: int
 
@@ -87,11 +85,11 @@ class Chunk(NamedTuple):
         first = number * chunks.size
         num = num_tokens - first if number == chunks.num - 1 else min(num_tokens - first, chunks.size)
         if num <= 0:
-            return cls(node, 0, 0, row, row * pitch, 0)
+            return cls(node, 0, 0, row * pitch, 0)
         num_bytes = num * (row_bytes + scale_bytes)
         if weight_bytes:
             num_bytes += -num_bytes % _WEIGHT_BYTES + num * weight_bytes
-        return cls(node, first, num, row + first, (row + first) * pitch, num_bytes)
+        return cls(node, first, num, (row + first) * pitch, num_bytes)
 
 
 class Swap(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from tokenferry.backends.cuda.across.contents import Routing
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import AcrossForm, Sizes, sizes_of
-from tokenferry.backends.cuda.across.rails import Rows, Transfer
+from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, fixed_relay, make_relay, segment_for
 from tokenferry.backends.cuda.across.split import Split, SplitCounts, Splitter
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
@@ -116,17 +116,17 @@ class Planner:
         plan._block = self._allocator.call_block(begun.call, layout.num_bytes)
         return plan
 
-    def route(self, form: AcrossForm, begun: Begun, sizes: Sizes, plan: AcrossPlan) -> tuple[Routed, Transfer]:
+    def route(self, form: AcrossForm, begun: Begun, sizes: Sizes, plan: AcrossPlan) -> tuple[Routed, Transfer | None]:
         """Write the routing for each node, and begin to exchange it."""
         call, payload, num_tokens, split, _ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
         ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
         memory, words, start = self._context.empty((end,), (1,), torch.uint8), split.words, plan._block.address
         at = memory.data_ptr()
-        routing = Routing(memory, Rows(at, id_bytes), Rows(at + tokens_in_at, 4), sizes.shares, relay)
+        routing = Routing(memory, at, id_bytes, at + tokens_in_at, sizes.parts, relay)
         form.rails.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            payload.topk_idx, split.table, split.bases, words.mine.address, words.headers.address,
+            payload.topk_idx, split.table, split.bases, words.mine, words.headers,
             split.dst_counts.data_ptr(), start + layout.places + 4 * sizes.relay.slots, at, at + ids_out_at,
             at + tokens_out_at, start + layout.dst_token, num_tokens, relay.segment,
         )  # fmt: skip
@@ -142,7 +142,7 @@ class Planner:
         alive, number, signature, sizes = call.alive, call.number, call.signature.words, start + layout.places
         form.relay.pack(
             0, alive, number, signature, 0, 0, 0, 0, 0, 0,
-            words.headers.address, words.mine.address, sizes, begun.split.dst_counts.data_ptr(),
+            words.headers, words.mine, sizes, begun.split.dst_counts.data_ptr(),
             begun.num_tokens, segment,
         )  # fmt: skip
         form.relay.launch(1, call.stream)
@@ -150,7 +150,7 @@ class Planner:
         notify.params.segment_units = segment // UNIT_TOKENS
         notify.pack(
             0, alive, number, signature, 0, 0, 0, 0, 0, 0,
-            routed.routing.ids.address, routed.table, routed.bases, sizes + 4 * plan._relay_layout.relayed,
+            routed.routing.ids, routed.table, routed.bases, sizes + 4 * plan._relay_layout.relayed,
             start + layout.src_counts, start + layout.expert_counts,
             start + layout.expert_offsets if form.by_offsets else 0, sizes, routed.num,
         )  # fmt: skip
@@ -162,7 +162,7 @@ class Planner:
         assign.params.segment_units = along.relay.segment // UNIT_TOKENS
         assign.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            routed.routing.ids.address, routed.table, routed.bases, along.relayed, along.whole.places, 0, routed.num,
+            routed.routing.ids, routed.table, routed.bases, along.relayed, along.whole.places, 0, routed.num,
         )  # fmt: skip
         assign.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.links), call.stream)
 

@@ -15,7 +15,7 @@ from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.across.decode_sums import encoded_bytes
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
-from tokenferry.backends.cuda.across.rails import Rails, Rows, Transfer
+from tokenferry.backends.cuda.across.rails import Rails, Transfer
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.control import write_field
 from tokenferry.backends.cuda.faults import pinned_words, view_words
@@ -171,27 +171,24 @@ class Puts:
         timeout_s = context.timeout_s
         p.timeout_ns = int((timeout_s - min(_AHEAD_S, timeout_s / 10)) * 1e9)
 
-    def exchange(self, call: Call, send: Messages, recv: Messages, patience: float) -> PutTransfer:
+    def exchange(self, call: Call, messages: Messages, patience: float) -> PutTransfer:
         """See `MessageRails.exchange`. Kernels of the current stream use the memory, and nothing else."""
-        headers = 0 if send.headers is None else send.headers.address
         self._send.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            headers, send.bodies.address, send.bodies.row_bytes, int(call.skips_masked),
+            messages.mine, messages.sent, messages.body_bytes, int(call.skips_masked),
         )  # fmt: skip
-        self._launch(self._send, send.bodies.row_bytes, call.stream)
-        return PutTransfer(self, call, recv, patience)
+        self._launch(self._send, messages.body_bytes, call.stream)
+        return PutTransfer(self, call, messages, patience)
 
-    def receive(self, call: Call, recv: Messages, patience: float) -> None:
+    def receive(self, call: Call, messages: Messages, patience: float) -> None:
         """Let the current stream wait for what the others have put, and copy it to its places."""
-        headers, states = (0 if rows is None else rows.address for rows in (recv.headers, recv.states))
         self._receive.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            headers, states, recv.bodies.address, recv.bodies.row_bytes,
-            int(call.skips_masked), 1,
+            messages.headers, messages.states, messages.came, messages.body_bytes, int(call.skips_masked), 1,
         )  # fmt: skip
         if self._context.mask_late:
             self._receive.params.timeout_ns = int(patience * self._context.timeout_s * 1e9)
-        self._launch(self._receive, recv.bodies.row_bytes, self._context.current_stream())
+        self._launch(self._receive, messages.body_bytes, self._context.current_stream())
 
     def complete(self) -> None:
         """Let the stream of the last call wait until what this rank has put is complete."""
@@ -216,9 +213,14 @@ class Puts:
         cut = [ranks for node, ranks in enumerate(at.nodes) if node != at.node and at.rail[node] in masked]
         return masked.union(*cut)
 
+    @property
+    def nobody_masked(self) -> bool:
+        """Whether decode calls leave nobody out."""
+        return self._context.nobody_masked and not self.by_hand and not any(self.lost)
+
     def masked_ranks(self) -> frozenset[int]:
         """Return the ranks of the whole group that decode calls leave out."""
-        if self._context.nobody_masked and not self.by_hand and not any(self.lost):
+        if self.nobody_masked:
             return _NOBODY
         at, first = self._topology, self._topology.nodes[self._topology.node][0]
         inside = {first + rank for rank in self._context.masked_ranks()}
@@ -240,18 +242,18 @@ class PutTransfer:
     Attributes:
         puts: What exchanges them.
         call: Their call.
-        recv: Where to receive.
+        messages: What is sent, and where to receive.
         patience: See `MessageRails.exchange`.
     """
 
     puts: Puts
     call: Call
-    recv: Messages
+    messages: Messages
     patience: float
 
     def join(self) -> None:
         """See `Transfer.join`."""
-        self.puts.receive(self.call, self.recv, self.patience)
+        self.puts.receive(self.call, self.messages, self.patience)
 
     def wait(self) -> None:
         """See `Transfer.wait`."""
@@ -282,13 +284,18 @@ class PutMessages(MessageRails):
                 f"shape of the group, has {most}; make the group with the largest shape of its views"
             )
 
+    @property
+    def nobody_masked(self) -> bool:
+        """See `MessageRails.nobody_masked`."""
+        return self._puts.nobody_masked
+
     def unreachable(self) -> frozenset[int]:
         """See `MessageRails.unreachable`."""
         return self._puts.unreachable()
 
-    def exchange(self, call: Call, send: Messages, recv: Messages, *kept: object, patience: float) -> Transfer:
+    def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""
-        return self._puts.exchange(call, send, recv, patience)
+        return self._puts.exchange(call, messages, patience)
 
 
 class PutCrossing(Crossing):
@@ -308,14 +315,10 @@ class PutCrossing(Crossing):
 
     def open(self, call: Call, words: Words) -> Transfer:
         """See `Crossing.open`."""
-        send, recv = Messages(words.mine, _NO_BODIES), Messages(words.headers, _NO_BODIES)
-        return self._puts.exchange(call, send, recv, ROWS_ACROSS)
+        return self._puts.exchange(call, Messages(words.mine, words.headers, 0, 0, 0, 0), ROWS_ACROSS)
 
-    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer:
+    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer | None:
         """See `Crossing.routing`. Headers are put, and the routing follows them."""
         if opens:
             self.open(call, words).join()
         return super().routing(call, routing, words, opens=False)
-
-
-_NO_BODIES = Rows(0, 0)

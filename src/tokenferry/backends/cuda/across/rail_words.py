@@ -1,37 +1,36 @@
-"""What the ranks of a rail tell each other in a decode call besides rows, in one tensor."""
+"""What the ranks of a rail tell each other in a decode call besides rows."""
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-from tokenferry.backends.cuda.across.rails import Rows
 from tokenferry.kernels.control_block import RAIL_WORDS
-from tokenferry.memory.empty import Empty
 
 
-class RailWords:
-    """Words of one call, which its first kernel writes.
-
-    Args:
-        num_nodes: N.
-        empty: Makes tensors on their device.
+class RailWords(NamedTuple):
+    """Where the words of one call lie, in bytes from the beginning of the memory that it takes; its kernels write them.
 
     Attributes:
-        memory: Holds all of them.
+        since: An int64: when the stream began to wait for them, if somebody counts.
         mine: ``[N, RAIL_WORDS]`` int32: what the ranks across from this one get to know.
         came: The same from them; zeros where nothing has come.
         states: ``[N, 2]`` int32: their states when they sent rows; `NOTHING_CAME` where nothing has come.
-        overflows: Address of ``[N]`` int32: tokens for one other node, where they were too many; else 0.
-        since: Address of an int64: when the stream began to wait for them, if somebody counts.
+        overflows: ``[N]`` int32: tokens for one other node, where they were too many; else 0.
+        num_bytes: Where they end.
     """
 
-    __slots__ = ("came", "memory", "mine", "overflows", "since", "states")
+    since: int
+    mine: int
+    came: int
+    states: int
+    overflows: int
+    num_bytes: int
 
-    def __init__(self, num_nodes: int, empty: Empty) -> None:
-        header = num_nodes * RAIL_WORDS
-        self.memory = empty((2 + 2 * header + 3 * num_nodes,), (1,), torch.int32)
-        self.since = at = self.memory.data_ptr()
-        came = at + 8 + 4 * header
-        states = came + 4 * header
-        self.mine, self.came = Rows(at + 8, 4 * RAIL_WORDS), Rows(came, 4 * RAIL_WORDS)
-        self.states, self.overflows = Rows(states, 8), states + 8 * num_nodes
+    @classmethod
+    def of(cls, num_nodes: int) -> RailWords:
+        """Return those of calls across so many nodes."""
+        mine = 8
+        came = mine + 4 * num_nodes * RAIL_WORDS
+        states = came + 4 * num_nodes * RAIL_WORDS
+        overflows = states + 8 * num_nodes
+        return cls(0, mine, came, states, overflows, overflows + 4 * num_nodes)

@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from torch import Tensor
-
+from tokenferry.backends.cuda.context import Call
 from tokenferry.errors import PeerTimeout
 from tokenferry.transports.base import CallId
 from tokenferry.transports.failures import FailureReports
 
+Part = tuple[int, int, int, bool]
+"""Memory that is sent, or in which something arrives: address, bytes, the node of the other rank, whether it is sent.
 
-class Parcel(NamedTuple):
-    """Memory that is sent, or in which something arrives.
-
-    Attributes:
-        address: Where it begins.
-        num_bytes: Its bytes.
-    """
-
-    address: int
-    num_bytes: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Parcel:
-        """Return the memory of a contiguous tensor."""
-        return cls(tensor.data_ptr(), tensor.nbytes)
+A plain tuple: each exchange has several, and named ones take the host several times as long to make.
+"""
+Parts = Sequence[Part]
+"""Those of an exchange. What is for a node is in the order, and in the sizes, in which the rank across receives it."""
 
 
-class Rows(NamedTuple):
-    """Rows that lie one behind the other, in memory that somebody keeps.
-
-    Attributes:
-        address: Where the first begins.
-        row_bytes: Bytes of each.
-    """
-
-    address: int
-    row_bytes: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Rows:
-        """Return those of a contiguous tensor ``[n, ...]``."""
-        return cls(tensor.data_ptr(), tensor.stride(0) * tensor.element_size())
-
-    def at(self, row: int) -> int:
-        """Return the address of a row."""
-        return self.address + row * self.row_bytes
-
-    def part(self, first: int, num: int) -> Parcel:
-        """Return the memory of some of them."""
-        return Parcel(self.address + first * self.row_bytes, num * self.row_bytes)
-
-
-Parcels = Mapping[int, Sequence[Parcel]]
-"""By node, what is for or from the rank across there: in the same order and sizes on both ranks."""
+def between_nodes(call: Call) -> CallId:
+    """Return the name of a call in errors of its exchanges."""
+    return CallId(call.number, f"{call.signature.phase} (between nodes)")
 
 
 class Transfer(Protocol):
@@ -74,16 +40,6 @@ class Transfer(Protocol):
         ...
 
 
-class NoTransfer:
-    """An exchange of nothing; see `Transfer`."""
-
-    def join(self) -> None:
-        """See `Transfer.join`."""
-
-    def wait(self) -> None:
-        """See `Transfer.wait`."""
-
-
 class Rails(Protocol):
     """Exchanges with the ranks across from this one. They are made in the same order by all ranks of a rail.
 
@@ -97,14 +53,13 @@ class Rails(Protocol):
     reports: FailureReports | None
     lost: PeerTimeout | None
 
-    def exchange(self, call: CallId, send: Parcels, recv: Parcels, kept: object) -> Transfer:
+    def exchange(self, call: Call, parts: Parts, kept: object) -> Transfer:
         """Begin an exchange, behind the work of the current stream; returns at once.
 
         Args:
             call: The call that it belongs to, for error messages.
-            send: What to send.
-            recv: Where to receive. One of them is not empty.
-            kept: Keeps the memory of both, which is kept until a stream waits for the transfer.
+            parts: What to send, and where to receive; not empty.
+            kept: Keeps their memory, which is kept until a stream waits for the transfer.
         """
         ...
 

@@ -76,7 +76,7 @@ class Splitter:
         split = Split(at, at + bases_at, words, self._new_counts())
         template.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
-            topk_idx, split.table, split.bases, split.dst_counts.data_ptr(), words.mine.address, words.headers.address,
+            topk_idx, split.table, split.bases, split.dst_counts.data_ptr(), words.mine, words.headers,
             words.states, self._address, num_tokens,
         )  # fmt: skip
         template.launch(max(1, min(units, num_sms)), call.stream)
