@@ -56,8 +56,8 @@ def decode_calls_of(silent: SilentNodes) -> dict:
 
 
 NEW_TENSORS = {
-    "dispatch": 5,
-    "dispatch, counts on the device": 5,
+    "dispatch": 4,
+    "dispatch, counts on the device": 4,
     "redispatch": 1,
     "combine": 2,
     "combine, weights": 3,
@@ -81,8 +81,8 @@ def test_torch_calls(silent, calls):
 
 
 PYTHON_CALLS = {
-    "dispatch": 93,
-    "dispatch, counts on the device": 79,
+    "dispatch": 92,
+    "dispatch, counts on the device": 78,
     "redispatch": 49,
     "combine": 46,
     "combine, weights": 51,

@@ -45,6 +45,7 @@ class Begun(NamedTuple):
         payload: What it sends.
         num_tokens: T.
         split: The tokens, by rank and by node.
+        sizes: The sizes of the plan, if they are those of M tokens.
         went: What the host knows of that; None if counts stay on the device.
     """
 
@@ -52,6 +53,7 @@ class Begun(NamedTuple):
     payload: Payload
     num_tokens: int
     split: Split
+    sizes: Sizes | None
     went: SplitCounts | None
 
 
@@ -84,28 +86,32 @@ class Planner:
         Raises:
             RoutingError: an index is outside [-1, E), and counts are on the host.
         """
-        rows = form.rows
-        split = self._splitter.split(form.split, call, payload.topk_idx, num_tokens, rows.sms.local, rows.chunks.num)
+        sizes, rest = None, 0
+        if form.at_once:
+            sizes = form.known.get(num_tokens) or self._known(form, num_tokens)
+            rest = sizes.memory[-1]
+        split = self._splitter.split(form, call, payload.topk_idx, num_tokens, rest)
         went = self._splitter.wait(call, num_tokens) if form.waits else None
-        return Begun(call, payload, num_tokens, split, went)
+        return Begun(call, payload, num_tokens, split, sizes, went)
+
+    def _known(self, form: AcrossForm, num_tokens: int) -> Sizes:
+        """Return the sizes of a plan of T tokens whose routing crosses in the size of M."""
+        geometry = form.geometry
+        routing = fixed_relay(self._node, self._num_nodes, geometry.shape.max_tokens, num_tokens)
+        most_sent, num_ranks = num_tokens * geometry.space.sent, self._context.num_ranks
+        found = form.known[num_tokens] = sizes_of(form, num_ranks, self._crossing.steps, routing, most_sent)
+        return found
 
     def sizes(self, form: AcrossForm, begun: Begun) -> Sizes:
         """Return the sizes of a plan: those of M tokens, or what the ranks across from this one say."""
-        num_ranks, num_tokens, steps = self._context.num_ranks, begun.num_tokens, self._crossing.steps
-        if not form.at_once:
-            call, words, went = begun.call, begun.split.words, begun.went
-            assert went is not None
-            came = self._crossing.counts(call, words, self._crossing.open(call, words), num_tokens)
-            # `most` is not known yet.
-            routing = make_relay(self._node, came, went.went, 0, segment_for(max(came)))
-            return sizes_of(form, num_ranks, steps, routing, went.num_sent)
-        found = form.known.get(num_tokens)
-        if found is None:
-            geometry = form.geometry
-            routing = fixed_relay(self._node, self._num_nodes, geometry.shape.max_tokens, num_tokens)
-            most_sent = num_tokens * geometry.space.sent
-            found = form.known[num_tokens] = sizes_of(form, num_ranks, steps, routing, most_sent)
-        return found
+        if begun.sizes is not None:
+            return begun.sizes
+        call, words, went, crossing = begun.call, begun.split.words, begun.went, self._crossing
+        assert went is not None
+        came = crossing.counts(call, words, crossing.open(call, words), begun.num_tokens)
+        # `most` is not known yet.
+        routing = make_relay(self._node, came, went.went, 0, segment_for(max(came)))
+        return sizes_of(form, self._context.num_ranks, crossing.steps, routing, went.num_sent)
 
     def new_plan(self, form: AcrossForm, begun: Begun, sizes: Sizes) -> AcrossPlan:
         """Take the memory for a plan."""
@@ -118,11 +124,14 @@ class Planner:
 
     def route(self, form: AcrossForm, begun: Begun, sizes: Sizes, plan: AcrossPlan) -> tuple[Routed, Transfer | None]:
         """Write the routing for each node, and begin to exchange it."""
-        call, payload, num_tokens, split, _ = begun
+        call, payload, num_tokens, split, *_ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
         ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
-        memory, words, start = self._context.empty((end,), (1,), torch.uint8), split.words, plan._block.address
-        at = memory.data_ptr()
+        words, start = split.words, plan._block.address
+        memory, at = words.memory, split.rest
+        if begun.sizes is None:
+            memory = self._context.empty((end,), (1,), torch.uint8)
+            at = memory.data_ptr()
         routing = Routing(memory, at, id_bytes, at + tokens_in_at, sizes.parts, relay)
         form.rails.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,

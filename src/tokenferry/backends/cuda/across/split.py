@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tokenferry.backends.cuda.across.contents import Words
 from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.forms import AcrossForm
 from tokenferry.backends.cuda.buffers import section_ends
-from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate
+from tokenferry.backends.cuda.context import Call, Context
 from tokenferry.backends.cuda.faults import pinned_words, view_words
 from tokenferry.kernels.control_block import HOST_NODES_WORD, HOST_ROWS_WORD
 from tokenferry.kernels.dispatch_notify.spec import num_units
@@ -26,12 +27,14 @@ class Split(NamedTuple):
         words: What the ranks across get to know, and what they say, of which nothing has come yet. Its memory holds all
             but ``dst_counts``.
         dst_counts: `Plan.dst_counts`.
+        rest: Address of the rest of the memory of ``words``.
     """
 
     table: int
     bases: int
     words: Words
     dst_counts: Tensor
+    rest: int
 
 
 class SplitCounts(NamedTuple):
@@ -66,20 +69,18 @@ class Splitter:
         memory = pinned_words(HOST_NODES_WORD + topology.num_nodes, pin=pin)
         self._words, self._address = view_words(memory), memory.data_ptr()
 
-    def split(
-        self, template: LaunchTemplate, call: Call, topk_idx: int, num_tokens: int, num_sms: int, chunks: int
-    ) -> Split:
-        """Count; returns at once. ``topk_idx``: its address; ``chunks``: in how many the rows for a node may come."""
+    def split(self, form: AcrossForm, call: Call, topk_idx: int, num_tokens: int, num_bytes: int) -> Split:
+        """Count; returns at once. ``topk_idx``: its address; ``num_bytes``: of the rest."""
         columns, units = self._num_ranks + self._num_nodes, num_units(num_tokens)
         bases_at, end = section_ends(4 * units * columns, 4 * columns)
-        words, at = self._crossing.new_words(chunks, end)
-        split = Split(at, at + bases_at, words, self._new_counts())
-        template.pack(
+        words, at = self._crossing.new_words(form.rows.chunks.num, end + num_bytes)
+        split = Split(at, at + bases_at, words, self._new_counts(), at + end)
+        form.split.pack(
             0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
             topk_idx, split.table, split.bases, split.dst_counts.data_ptr(), words.mine, words.headers,
             words.states, self._address, num_tokens,
         )  # fmt: skip
-        template.launch(max(1, min(units, num_sms)), call.stream)
+        form.split.launch(max(1, min(units, form.rows.sms.local)), call.stream)
         return split
 
     def _new_counts(self) -> Tensor:
