@@ -11,6 +11,7 @@ from torch import Tensor
 from support.silent_kernels import SilentGroup, comparable, counted_calls, num_python_calls, rows_of
 from support.silent_nodes import SilentNodes
 from tokenferry.api import ExpertGroup
+from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl_rails import NcclTransfer
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
@@ -339,3 +340,16 @@ def test_plans_are_no_inference_tensors(silent):
         plan = silent.group.dispatch(rows_of(T, H), routing()).plan
         assert not plan.dst_counts.is_inference()
         assert not plan.src_counts.is_inference()
+
+
+def test_an_interrupt_of_the_wait_for_counts_breaks_the_group(silent, monkeypatch):
+    """Headers and routing have crossed by then, and peers wait for the rows of this rank."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    group = silent.group
+    monkeypatch.setattr(cuda_plan, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        group.dispatch(rows_of(T, H), routing())
+    assert "KeyboardInterrupt" in group._backend.broken

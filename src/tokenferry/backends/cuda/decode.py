@@ -237,7 +237,7 @@ class Decoder(Decoding):
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """See `Decoding.dispatch`."""
         context, shape, stats = self._context, request.shape, request.stats
-        check_limits(shape, context.num_ranks)
+        check_limits(shape)
         x, weights = aligned(request.x), request.routing.topk_weights
         weights = None if weights is None else weights.contiguous()
         num_local = shape.num_experts // context.num_ranks
@@ -395,7 +395,7 @@ class Decoder(Decoding):
         return lambda: channel.receive(pending)
 
 
-def check_limits(shape: MoeShape, num_ranks: int) -> None:
+def check_limits(shape: MoeShape) -> None:
     """Raise ConfigError for sizes that are too large for the kernels."""
     why_not = too_large(shape)
     if not why_not and shape.max_tokens > _MAX_TOKENS:

@@ -148,7 +148,7 @@ class AcrossDecoder(Decoding):
         kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, weights is not None)
         form = self._across.get(kind)
         if form is None:
-            check_limits(shape, self._topology.num_ranks)
+            check_limits(shape)
             signature = dispatch_signature(kind)
             seen = rail_sizes(shape, self._topology).shape(shape.num_experts, shape.hidden)
         else:

@@ -46,7 +46,7 @@ from tokenferry.backends.cuda.forms import (
 from tokenferry.backends.cuda.launch import RowKind, address
 from tokenferry.backends.cuda.plan import Counts
 from tokenferry.backends.cuda.results import LazyDispatched, PlanAddresses, PlanForm
-from tokenferry.errors import ArgumentError, CapacityError
+from tokenferry.errors import ArgumentError, CapacityError, TokenferryError
 from tokenferry.kernels.codes import MASKED
 from tokenferry.kernels.control_block import OFFSET_BYTES, ROWS_WORD
 from tokenferry.topology import Topology
@@ -183,7 +183,13 @@ class AcrossDispatcher:
             if coming is not None:
                 coming.join()
             planner.notify(form, begun, plan, routed)
-        counts = cuda_plan.wait(self._context, call, form.geometry) if waits or tight else None
+        try:
+            counts = cuda_plan.wait(self._context, call, form.geometry) if waits or tight else None
+        except TokenferryError:  # waiting itself breaks the group if it has to
+            raise
+        except BaseException as error:  # an interrupt: peers wait for the rows of this rank
+            self._context.break_off(error)
+            raise
         if tight:
             with self._context.breaking_off(CapacityError):
                 self._check_capacity(form, call)
