@@ -15,10 +15,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CHART = HERE / "chart.svg"
-CALLS = "2026-11-21_4xh200_0e5c001-calls.json"
+CALLS = "2026-11-29_4xh200_67d3d47-calls.json"
 NCCL_CALLS = "2026-11-21_4xh200_0bfa639-quick.json"
-DECODE = "2026-11-21_4xh200_f4c8043-decode.json"
-TRAINING = "2026-11-29_2xh200_db95356-megatron.json"
+DECODE = "2026-11-29_4xh200_67d3d47-decode.json"
+TRAINING = "2026-11-29_2xh200_49388fc-megatron.json"
 LANGUAGE = "2026-11-29_2xh200_8d1638f-language.json"
 
 OURS, V1, NCCL = "tokenferry", "DeepEP V1", "NCCL all-to-all"
@@ -77,11 +77,14 @@ def _calls() -> dict[str, dict[str, float]]:
 
 def _medians(file: str, library: str) -> dict[tuple[str, str], float]:
     """Return the isolated medians of a library at T=4096 with uniform routing, by call and rows."""
-    labels = ((one["label"], one["drained"]["median_us"]) for one in _read(file)["results"])
+    report = _read(file)
+    # Older files have other words.
+    isolated, who = ("isolated", "library") if "isolated" in report["results"][0] else ("drained", "who")
+    labels = ((one["label"], one[isolated]["median_us"]) for one in report["results"])
     return {
         (label["call"], label["rows"]): median_us
         for label, median_us in labels
-        if (label["who"], label["tokens"], label["routing"]) == (library, TOKENS, "uniform")
+        if (label[who], label["tokens"], label["routing"]) == (library, TOKENS, "uniform")
     }
 
 
