@@ -79,6 +79,7 @@ lint: $(READY)
 	@$(HAVE) ruff mypy clang_format || { echo "make lint: $(PY) has not all of ruff, mypy and clang-format; install them, or leave out VENV=none"; exit 1; }
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $(DEVICE_CODE)
+	@! grep -nE '^.{121,}' $(DEVICE_CODE) || { echo "make lint: lines longer than 120 characters; clang-format leaves comments alone"; exit 1; }
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 

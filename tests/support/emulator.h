@@ -1,13 +1,16 @@
 // CUDA C++ for g++, as far as the kernels use it: each block of a grid is an OS thread, each of its threads a fiber.
 // Names that are not CUDA begin with emu, so that none clashes with a name of a kernel.
 //
-// The fibers of a block take turns, and switch only where a thread waits (barriers, warp intrinsics, polls of memory that
+// The fibers of a block take turns, and switch only where a thread waits (barriers, warp intrinsics, polls of memory
+// that
 // others write), so one block runs the same way every time; the system schedules blocks and ranks.
 //
-// Catches  wrong results, deadlocks of one block, misaligned asynchronous copies, a buffer that is used before its load has come or
+// Catches  wrong results, deadlocks of one block, misaligned asynchronous copies, a buffer that is used before its load
+// has come or
 //          after its store was issued, bulk stores or loads that are not waited for.
 // Misses   missing fences (a CPU orders more than a GPU), races in shared memory between two changes of fibers, missing
-//          fences of the asynchronous proxy, reads of static shared memory that was never written (it is zero here), timing,
+//          fences of the asynchronous proxy, reads of static shared memory that was never written (it is zero here),
+// timing,
 //          registers.
 #pragma once
 #include <math.h>
@@ -91,7 +94,8 @@ static std::atomic<const char*> emu_fault{nullptr};  // as on a GPU, nothing run
 #define blockDim (EmuIndex{emu_block->threads})
 #define gridDim (EmuIndex{emu_block->grid})
 
-// By what g++ builds in: those of the C library look for clean-up handlers, and swapcontext and setcontext make a system
+// By what g++ builds in: those of the C library look for clean-up handlers, and swapcontext and setcontext make a
+// system
 // call each time, to keep signal masks that no test uses. A test starts millions of fibers.
 static void __attribute__((noinline, noreturn)) emu_jump(void** place) { __builtin_longjmp(place, 1); }
 static void __attribute__((noinline)) emu_change_fiber() {

@@ -1,4 +1,5 @@
-// Memory for the stacks of the fibers of a block. It is used again: thousands of fresh pages take longer than most kernels.
+// Memory for the stacks of the fibers of a block. It is used again: thousands of fresh pages take longer than most
+// kernels.
 #pragma once
 #include <pthread.h>
 #include <stddef.h>
@@ -6,7 +7,8 @@
 
 static const size_t EMU_STACK_BYTES = 64 << 10, EMU_MAX_THREADS = 1024;
 
-// The head of a list; each piece begins with the address of the next. Inline, so that the libraries of all kernels share it.
+// The head of a list; each piece begins with the address of the next. Inline, so that the libraries of all kernels
+// share it.
 inline unsigned char* emu_free_stacks = nullptr;
 inline pthread_mutex_t emu_stacks_lock = PTHREAD_MUTEX_INITIALIZER;
 

@@ -6,8 +6,8 @@
 
 constexpr u32 kAll = 0xffffffffu;
 
-// ---- mbarriers: bit 0 is the phase, byte 1 the arrivals of a phase, byte 2 those that are missing, the upper half the bytes
-// still to come
+// ---- mbarriers: bit 0 is the phase, byte 1 the arrivals of a phase, byte 2 those that are missing, the upper half the
+// bytes still to come
 
 DEV void emu_turn_phase(u64* barrier) {
     const u64 arrivals = *barrier >> 8 & 0xff;

@@ -1,5 +1,5 @@
-// The network library of the tests, in place of device/nvshmem.cuh: kernels write what they put into a ring in memory of the
-// host, and a thread there copies it; see fake_network.py.
+// The network library of the tests, in place of device/nvshmem.cuh: kernels write what they put into a ring in memory
+// of the host, and a thread there copies it; see fake_network.py.
 #pragma once
 
 constexpr u32 kRingEntries = 32;

@@ -1,5 +1,5 @@
-// across_clock: across nodes: notes the time at which a stream begins to wait for an exchange. The kernel behind it adds what has
-// passed since then to the counters: see device/across.cuh.
+// across_clock: across nodes: notes the time at which a stream begins to wait for an exchange. The kernel behind it
+// adds what has passed since then to the counters: see device/across.cuh.
 //
 // Grid     one block. Not collective.
 // Reads    the GPU's clock.

@@ -1,12 +1,12 @@
-// across_open: across nodes, at the start of a redispatch or a combine: writes what the ranks across from this one get to know of
-// the call before anything else, as dispatch_split does for a dispatch.
+// across_open: across nodes, at the start of a redispatch or a combine: writes what the ranks across from this one get
+// to know of the call before anything else, as dispatch_split does for a dispatch.
 //
 // Grid     one block. Not collective.
-// Reads    goes [N], comes [N]: rows for the rank across from this one on each node, and from it, along the plan of this rank;
-//          null: none.
-// Writes   headers [N][kRailWords]: the signature, then these rows. Also if the group is broken: peers compare what they get.
-//          What nothing has come to yet: came [N][kRailWords], the same from the ranks across, zeros; states [N][chunks][2], of
-//          each chunk of p.chunk_tokens rows that will come kNothingCame, of others 0.
+// Reads    goes [N], comes [N]: rows for the rank across from this one on each node, and from it, along the plan of
+//          this rank; null: none.
+// Writes   headers [N][kRailWords]: the signature, then these rows. Also if the group is broken: peers compare what
+//          they get. What nothing has come to yet: came [N][kRailWords], the same from the ranks across, zeros; states
+//          [N][chunks][2], of each chunk of p.chunk_tokens rows that will come kNothingCame, of others 0.
 // Cost     a launch. sm_90a: <= 40 registers, 0 spills.
 // Tests    tests/cuda/test_node_kernels.py, tests/emulator/test_across_nodes.py, tests/compile.
 #include "device/sync.cuh"

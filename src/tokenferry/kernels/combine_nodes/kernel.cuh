@@ -1,13 +1,14 @@
 // combine_nodes: across nodes, at home: adds up the sums that the nodes have made for each token.
 //
 // Grid     any number of blocks; threads take 16 bytes of a row round robin. Not collective.
-// Reads    slots [T, N] of dispatch_rails; own [T, row_bytes]: the sums of this node; parts: those of the other nodes, in the order
-//          of the slots: rows of row_bytes, or if weights_out is not null, rows and weights in parcels as in device/parcel.cuh;
-//          nothing comes from masked nodes in calls that leave them out (p.skips), which have no weights. biases [T, H].
-//          own_weights [T, K] and went [N], how many rows each node has, if weights_out is not null.
+// Reads    slots [T, N] of dispatch_rails; own [T, row_bytes]: the sums of this node; parts: those of the other nodes,
+//          in the order of the slots: rows of row_bytes, or if weights_out is not null, rows and weights in parcels as
+//          in device/parcel.cuh; nothing comes from masked nodes in calls that leave them out (p.skips), which have no
+//          weights. biases [T, H]. own_weights [T, K] and went [N], how many rows each node has, if weights_out is not
+//          null.
 // Writes   out [T, H]; weights_out [T, K].
-// Order    Biases first, then the nodes in their order. Sums are in float32 (float64 for float64 rows), rounded once: the same
-//          bits every time.
+// Order    Biases first, then the nodes in their order. Sums are in float32 (float64 for float64 rows), rounded once:
+//          the same bits every time.
 // Cost     reads one row for each slot, writes T rows. sm_90a: <= 64 registers, 0 spills.
 // Tests    tests/cuda/test_node_kernels.py, tests/compile.
 #include "device/nodes.cuh"
@@ -21,8 +22,8 @@ DEV void add_chunk(const u8* from, Number (&sums)[kPerChunk]) {
     for (u32 i = 0; i < kPerChunk; i++) sums[i] += n[i];
 }
 
-// Returns the sums of node m for a token: row_bytes, or with `of_weights` its K weights. `row`: its slot there; `first`: rows of
-// lower nodes.
+// Returns the sums of node m for a token: row_bytes, or with `of_weights` its K weights. `row`: its slot there;
+// `first`: rows of lower nodes.
 DEV const u8* part_of(const CombineNodesParams& p, u32 m, u32 row, u64 first, bool of_weights) {
     if (!p.weights_out) return p.parts + (u64)row * p.row_bytes;
     const Spot spot = spot_of(p, (u32)(row - first), first, p.went[m]);

@@ -1,15 +1,15 @@
-// combine_pull: combine of the layouts EXPERTS and MASKED: fetches the rows of each token from the ranks that hold them, and
-// sums them.
+// combine_pull: combine of the layouts EXPERTS and MASKED: fetches the rows of each token from the ranks that hold
+// them, and sums them.
 //
 // Grid     num_sms blocks; every warp takes units (a token, 2 KB of its columns) one by one.
 // Reads    peers' heaps, at the offsets in their handshakes: rows, weights. table [T, width]: the rows of a token as
 //          rank << 28 | place, by rank; -1: none. biases [T, H].
 // Writes   out [T, H]; weights_out [T, K].
 // Roles    Each warp loads and sums for itself, see device/add.cuh.
-// Order    The handshake of a peer says that its rows are written. exit_sync announces to the peer that they have been read:
-//          its kernel ends after that, and only then may the memory of the rows be reused.
-// Cost     bytes in = rows of this rank's tokens * row_bytes. sm_90a: <= 128 registers (elsewhere <= 152), 0 spills, 3072 B
-//          of static shared memory, at most 196608 B of dynamic.
+// Order    The handshake of a peer says that its rows are written. exit_sync announces to the peer that they have been
+//          read: its kernel ends after that, and only then may the memory of the rows be reused.
+// Cost     bytes in = rows of this rank's tokens * row_bytes. sm_90a: <= 128 registers (elsewhere <= 152), 0 spills,
+//          3072 B of static shared memory, at most 196608 B of dynamic.
 // Tests    tests/cuda/test_combine_pull.py, tests/compile.
 constexpr bool kGrouped = true;
 #include "device/add.cuh"

@@ -1,27 +1,27 @@
-// combine_push: combine of the layout ROWS: pushes each row to the rank that its token came from, which sums rows as they
-// arrive.
+// combine_push: combine of the layout ROWS: pushes each row to the rank that its token came from, which sums rows as
+// they arrive.
 //
 // Grid     num_sms blocks: the first p.pushers of them push, the others sum (a single block does both, in this order).
 //          Correctness does not depend on how many run at once: blocks that push wait for nothing but handshakes.
 // Reads    source [N, row_bytes]: rows that came from rank 0, then those of rank 1, ...; any memory of this GPU. table
-//          [T, width]: column r is the row that a token has on rank r; -1: none. biases [T, H]. Peers' heaps: weights; and
-//          the rows of a peer whose handshake gives their offset: it pushes none, all its blocks sum.
+//          [T, width]: column r is the row that a token has on rank r; -1: none. biases [T, H]. Peers' heaps: weights;
+//          and the rows of a peer whose handshake gives their offset: it pushes none, all its blocks sum.
 // Writes   peers' heaps, at the offsets in their handshakes: rows; out [T, H]; weights_out [T, K].
-// Roles    A pushing warp takes units (2^shift rows for one peer) one by one, the peers in turn: its lane 0 loads their pieces
-//          into a ring of p.stages buffers and stores them from there. The last warp of the block sets the flags of units
-//          that have arrived, so that pushing warps do not wait for fences. Summing warps: device/add.cuh. A rank's own rows
-//          are read where they are.
+// Roles    A pushing warp takes units (2^shift rows for one peer) one by one, the peers in turn: its lane 0 loads their
+//          pieces into a ring of p.stages buffers and stores them from there. The last warp of the block sets the flags
+//          of units that have arrived, so that pushing warps do not wait for fences. Summing warps: device/add.cuh. A
+//          rank's own rows are read where they are.
 // Order    1 lane 0    bulk stores of a unit                                  async proxy, no order yet
 //          2 lane 0    wait_group, a few pieces later: the rows are in memory; queues the unit's flag, with an atomic
 //          3 last warp takes it, with an atomic; fences; landed[rank][unit] = epoch on the peer
 //          4 peer      the lane that loads a row sees 3, with acquire, fences, and loads: sees 1
 //          When all sums of this rank are stored, exit_sync: until then the memory that peers push to is not reused.
 // Why nothing is overwritten
-//          A handshake says where its rank receives the rows of the reader, how many it has space for, and that nothing reads
-//          that memory any more. Words of `landed` are never cleared: no two kernels have the same epoch, and no peer writes for
-//          the next kernel before it has read this rank's handshake for it.
-// Cost     bytes out = rows for other ranks * row_bytes, read once; bytes read = rows of own tokens * row_bytes. sm_90a: <= 128
-//          registers, 0 spills, 4096 B of static shared memory, at most 228096 B of dynamic.
+//          A handshake says where its rank receives the rows of the reader, how many it has space for, and that nothing
+//          reads that memory any more. Words of `landed` are never cleared: no two kernels have the same epoch, and no
+//          peer writes for the next kernel before it has read this rank's handshake for it.
+// Cost     bytes out = rows for other ranks * row_bytes, read once; bytes read = rows of own tokens * row_bytes.
+//          sm_90a: <= 128 registers, 0 spills, 4096 B of static shared memory, at most 228096 B of dynamic.
 // Tests    tests/cuda/test_combine_push.py, tests/compile.
 #include "combine_push/push.cuh"
 
@@ -72,8 +72,8 @@ DEV void gather_weights(const CombinePushParams& p, u32 t, const u32 (*handshake
     }
 }
 
-// Returns how many rows come from the ranks below this one, without those of rank `except`: rows are stored one rank after
-// the other, and a rank's own rows are not pushed.
+// Returns how many rows come from the ranks below this one, without those of rank `except`: rows are stored one rank
+// after the other, and a rank's own rows are not pushed.
 DEV u64 rows_before(const i64* counts, u32 rank, u32 except) {
     u64 rows = 0;
     for (u32 r = 0; r < rank; r++) rows += r == except ? 0 : (u64)counts[r];
@@ -92,8 +92,8 @@ DEV bool open_route(const CombinePushParams& p, u32 peer, const u32* handshake, 
     return good;
 }
 
-// Sums this rank's tokens with all warps of this block, which is `block` of `blocks` that do. Returns false if the group is
-// broken.
+// Sums this rank's tokens with all warps of this block, which is `block` of `blocks` that do. Returns false if the
+// group is broken.
 DEV bool sum_tokens(const CombinePushParams& p, u32 epoch, const u32 (*handshakes)[kHandshakeWords], u8* shared,
                     u64* barriers, u32 block, u32 blocks) {
     const u32 lane = threadIdx.x % 32, index = threadIdx.x / 32, warps = blockDim.x / 32, R = p.num_ranks;

@@ -20,8 +20,8 @@ struct Slot {
     u32 bytes;
 };
 
-// The flags that one pushing warp has queued to be set, in turn. A word is the address of a flag, or one of the two below;
-// both warps reach it by atomics alone, each of which hands it over.
+// The flags that one pushing warp has queued to be set, in turn. A word is the address of a flag, or one of the two
+// below; both warps reach it by atomics alone, each of which hands it over.
 constexpr u32 kQueue = 4, kOwed = 8;
 constexpr u64 kFree = 0, kEnd = 1;  // kEnd: nothing follows
 struct Queue {

@@ -80,7 +80,8 @@ DEV u32 slot_value(const int4& note, u32 k) {
     return k % 3 == 0 ? x : k % 3 == 1 ? y : z;
 }
 
-// Returns the row of `out` for a slot with this code; kUnused if it has none on this rank. `source`: segment * R + from.
+// Returns the row of `out` for a slot with this code; kUnused if it has none on this rank. `source`: segment * R +
+// from.
 DEV u32 place_of(const DecodeDispatchParams& p, const RecvCounts& counts, u32 source, u32 code) {
     const u32 e = (code >> 16) - p.rank * p.num_local;
     if (code == kUnused || e >= p.num_local) return kUnused;

@@ -44,8 +44,8 @@ DEV u8* packets_of(const DecodeDispatchParams& p, const DecodeCall& call, u32 at
 
 // Returns the rank of an expert. A division takes ten times as long; sizes are so small that this is exact.
 DEV u32 rank_of(const DecodeDispatchParams& p, u32 e) { return (u32)(((float)e + 0.5f) * p.per_local); }
-// Number of notes of a row: each holds three slots; codes come first, with the token's number in a slot behind them if it
-// is not known from its place (kRelays), then weights.
+// Number of notes of a row: each holds three slots; codes come first, with the token's number in a slot behind them if
+// it is not known from its place (kRelays), then weights.
 DEV u32 code_notes(const DecodeDispatchParams& p) { return (p.top_k + kRelays + 2) / 3; }
 DEV u32 row_notes(const DecodeDispatchParams& p) { return code_notes(p) * (p.weighted ? 2 : 1); }
 

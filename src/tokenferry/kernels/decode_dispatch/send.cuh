@@ -7,8 +7,8 @@ DEV u32 token_number(const DecodeDispatchParams& p, u32 t) {
     return is_relayed(p, t) ? (u32)p.records[(u64)t * p.record_units + p.row_units + p.scale_units].x : t - p.first_own;
 }
 
-// Counts the choices of expert `mine` among those of the first n that this lane's group searches. The sum over the groups
-// is the index of the row among those that the expert gets from this rank.
+// Counts the choices of expert `mine` among those of the first n that this lane's group searches. The sum over the
+// groups is the index of the row among those that the expert gets from this rank.
 DEV u32 count_earlier(const u16* choices, u32 n, u32 mine, u32 lanes, u32 group) {
     // The groups share the search: each takes every `groups`-th run of eight choices. Repeated choices never match.
     const u32 groups = 32 / lanes;
@@ -120,7 +120,8 @@ DEV void send_notes(const DecodeDispatchParams& p, const DecodeCall& call, const
     }
 }
 
-// A chunk, of this rank's own rows before its cast, and the destinations of its token: lane k holds the expert of slot k.
+// A chunk, of this rank's own rows before its cast, and the destinations of its token: lane k holds the expert of slot
+// k.
 struct RowChunk {
     int4 v[kCast ? kLoads : kChunk / 32];
     u32 expert;

@@ -1,10 +1,10 @@
-// decode_open: across nodes, at the start of a decode combine: writes what the ranks across from this one get to know of the call,
-// and the weights of this rank's tokens, side by side for each node that is to apply them.
+// decode_open: across nodes, at the start of a decode combine: writes what the ranks across from this one get to know
+// of the call, and the weights of this rank's tokens, side by side for each node that is to apply them.
 //
 // Grid     any number of blocks. Not collective.
 // Reads    epoch: that of the dispatch. If weights is not null: weights [T, K]; slots [T, N] of decode_pack.
-// Writes   headers, and empties came and states: see device/across.cuh. weights_out: for each slot on another node than p.node
-//          the weights of its token; weights_here [T, K]: the same as weights.
+// Writes   headers, and empties came and states: see device/across.cuh. weights_out: for each slot on another node than
+//          p.node the weights of its token; weights_here [T, K]: the same as weights.
 // Cost     a launch. sm_90a: <= 64 registers, 0 spills.
 // Tests    tests/cuda/test_decode_rails.py, tests/emulator/test_across_decode.py, tests/compile.
 #include "device/across.cuh"

@@ -1,18 +1,19 @@
-// decode_pack: across nodes, at the start of a decode dispatch: casts the rows that go to other nodes, and lays them side by side
-// for the rank across there, each with its routing.
+// decode_pack: across nodes, at the start of a decode dispatch: casts the rows that go to other nodes, and lays them
+// side by side for the rank across there, each with its routing.
 //
-// Grid     any number of blocks. Each finds the slots of all tokens for itself; the first one also reports what is wrong.
-//          Not collective.
+// Grid     any number of blocks. Each finds the slots of all tokens for itself; the first one also reports what is
+//          wrong. Not collective.
 // Reads    x [T, H], topk_idx [T, K] in [-1, E), if p.weighted weights [T, K].
-// Writes   records [N - 1][segment][record_units]: for each other node, in their order, a record for each slot: its row, the
-//          scales, then the routing: the token and the weights [K] in 32 bits each, the experts [K] in 16, counted from the
-//          first one of that node (-1: none there). Slots are in the order of tokens; those that are not used have no experts.
-//          slots [T, N]: the record of a token among those for all other nodes; for the own node the token itself; -1: it does
-//          not go there, as nothing goes to masked nodes. number: that of this dispatch. ids_here [T, K], weights_here [T, K]: the routing for the own node. headers, came, states: see
+// Writes   records [N - 1][segment][record_units]: for each other node, in their order, a record for each slot: its
+//          row, the scales, then the routing: the token and the weights [K] in 32 bits each, the experts [K] in 16,
+//          counted from the first one of that node (-1: none there). Slots are in the order of tokens; those that are
+//          not used have no experts. slots [T, N]: the record of a token among those for all other nodes; for the own
+//          node the token itself; -1: it does not go there, as nothing goes to masked nodes. number: that of this
+//          dispatch. ids_here [T, K], weights_here [T, K]: the routing for the own node. headers, came, states: see
 //          device/across.cuh; overflows of the own node: see decode_unpack.
-// Faults   It is too late for a call to be aborted: its exchange is enqueued already. A bad index is recorded, and counts as
-//          unused; a token for too many nodes is recorded, and goes to all of them. If a rank has more than p.node_slots tokens
-//          for another node, it sends nothing but how many it had.
+// Faults   It is too late for a call to be aborted: its exchange is enqueued already. A bad index is recorded, and
+//          counts as unused; a token for too many nodes is recorded, and goes to all of them. If a rank has more than
+//          p.node_slots tokens for another node, it sends nothing but how many it had.
 // Cost     reads T rows, writes one for each slot; every block reads T * K indices. sm_90a: <= 64 registers, 0 spills,
 //          16 B of static shared memory, at most 134152 B of dynamic.
 // Tests    tests/cuda/test_decode_rails.py, tests/emulator/test_across_decode.py, tests/compile.

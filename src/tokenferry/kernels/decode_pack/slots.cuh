@@ -51,8 +51,8 @@ DEV u32 count_nodes(const DecodePackParams& p, const Slots& slots, u32 t) {
     return nodes;
 }
 
-// Finds the slots; all threads of a block. Returns the most tokens for one other node. `bad` becomes the first slot of the
-// routing with an index outside [-1, E), or the last one of the first token for too many nodes; ~0: there is none.
+// Finds the slots; all threads of a block. Returns the most tokens for one other node. `bad` becomes the first slot of
+// the routing with an index outside [-1, E), or the last one of the first token for too many nodes; ~0: there is none.
 DEV u32 find_slots(const DecodePackParams& p, const Slots& slots, u32& most, u32& bad) {
     for (u32 i = threadIdx.x; i < p.num_nodes * slots.words; i += blockDim.x) slots.masks[i] = 0;
     if (threadIdx.x == 0) {

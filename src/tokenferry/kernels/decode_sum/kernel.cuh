@@ -1,9 +1,9 @@
-// decode_sum: across nodes, at home: adds up the encoded sums that the nodes have made for each token, as combine_nodes does those
-// that are not encoded.
+// decode_sum: across nodes, at home: adds up the encoded sums that the nodes have made for each token, as combine_nodes
+// does those that are not encoded.
 //
 // Grid     any number of blocks; warps take chunks of 512 columns round robin. Not collective.
-// Reads    slots [T, N] of decode_pack; own, parts: packets of decode_encode of this node, and of the other ones in the order of
-//          the slots; nothing has come from masked ones.
+// Reads    slots [T, N] of decode_pack; own, parts: packets of decode_encode of this node, and of the other ones in the
+//          order of the slots; nothing has come from masked ones.
 // Writes   out [T, H].
 // Order    The nodes in their order, in float32, rounded once.
 // Cost     reads one row for each slot, writes T rows. sm_90a: <= 80 registers, 0 spills.

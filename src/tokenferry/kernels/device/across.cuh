@@ -1,17 +1,19 @@
-// Across nodes: whether what has come from other nodes belongs to this call, and is valid. A rank whose kernels have become
-// no-ops, because of a fault or an aborted call, sends undefined data, and its state with it: its host may not know yet. An
-// exchange that was given up ends as one that was not. All functions work on any params struct with the fields
+// Across nodes: whether what has come from other nodes belongs to this call, and is valid. A rank whose kernels have
+// become no-ops, because of a fault or an aborted call, sends undefined data, and its state with it: its host may not
+// know yet. An exchange that was given up ends as one that was not. All functions work on any params struct with the
+// fields
 //
-//   headers [N][kRailWords]    what the rank across from this one on each node said when it began the call; zeros where nothing
-//                              has come
+//   headers [N][kRailWords]    what the rank across from this one on each node said when it began the call; zeros where
+//                              nothing has come
 //   epoch                      the epoch of the dispatch whose rows a decode combine sends; null: it is another call
 //   states [num_states][2]     the words `stopped` and `failed` of that rank when it sent something; number 0 is number
-//                              first_state of [N][chunks]. Where nothing has come that should have, each word is kNothingCame
+//                              first_state of [N][chunks]. Where nothing has come that should have, each word is
+//                              kNothingCame
 //   since                      when the stream began to wait for them, which is added to wait_ns; null: nobody counts
 //   num_nodes, node
 //
-// If anything is wrong, this rank gives up, and its later kernels are no-ops: nothing undefined is passed on. Nothing is expected of
-// masked nodes in calls that leave them out (`skips`).
+// If anything is wrong, this rank gives up, and its later kernels are no-ops: nothing undefined is passed on. Nothing
+// is expected of masked nodes in calls that leave them out (`skips`).
 #pragma once
 #include "device/nodes.cuh"
 
@@ -25,8 +27,8 @@ DEV u32 rail_word(const P& p, u32 word) {
     return word == kDispatchWord && p.epoch ? (u32)*p.epoch : p.handshake[word];
 }
 
-// Writes what the ranks across from this one get to know of a decode call, and empties `came` and `states`, where they say the
-// same; called by all threads of a block. `overflow`: what goes into kRowsWord.
+// Writes what the ranks across from this one get to know of a decode call, and empties `came` and `states`, where they
+// say the same; called by all threads of a block. `overflow`: what goes into kRowsWord.
 template <class P>
 DEV void open_rails(const P& p, u32 overflow) {
     for (u32 i = threadIdx.x; i < p.num_nodes * kRailWords; i += blockDim.x) {

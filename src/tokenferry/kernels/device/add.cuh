@@ -1,22 +1,23 @@
 // Sums the rows of each token of this rank: the common part of combine_pull, which fetches the rows from peers, and
 // combine_push, to which peers push them.
 //
-// Work     A unit is one token and one piece (2 KB) of its columns, or all of its pieces, one after another. Warps take units
-//          one by one (claim_unit).
-// Rings    Each warp has a ring of kStages groups of up to kGroup rows in shared memory. While one group is loaded, the warp
-//          sums the group before it and stores sums, 16 bytes a lane. A group never spans two pieces. Each of its rows is
-//          loaded by the lane that holds its entry of the table, or by all (device/transfer.cuh).
-// Order    kGrouped is a constant of the kernel. false: biases, then the row of each rank in rank order. true: biases, then for
-//          each rank the sum of its rows. Sums are in float32 (float64 for float64 rows) and are rounded once, at the end:
-//          the same bits every time.
+// Work     A unit is one token and one piece (2 KB) of its columns, or all of its pieces, one after another. Warps take
+//          units one by one (claim_unit).
+// Rings    Each warp has a ring of kStages groups of up to kGroup rows in shared memory. While one group is loaded, the
+//          warp sums the group before it and stores sums, 16 bytes a lane. A group never spans two pieces. Each of its
+//          rows is loaded by the lane that holds its entry of the table, or by all (device/transfer.cuh).
+// Order    kGrouped is a constant of the kernel. false: biases, then the row of each rank in rank order. true: biases,
+//          then for each rank the sum of its rows. Sums are in float32 (float64 for float64 rows) and are rounded once,
+//          at the end: the same bits every time.
 // Params   table, table_stride, width, num_tokens, pieces, row_bytes, bias0, bias1, out.
 // Rows     A class that the kernel defines:
 //            rank_of(entry, column)           the rank that an entry of the table refers to
 //            place_of(entry)                  the row on that rank
 //            at(p, rank)                      where the rank's rows begin; called by all lanes
-//            wait(p, rank, place, mine)       waits until a row may be read, if it is `mine`; called by all lanes. Returns
-//                                             false if the group is broken
-//            num_whole(p)                     this many first tokens have one unit for all pieces, the others one per piece
+//            wait(p, rank, place, mine)       waits until a row may be read, if it is `mine`; called by all lanes.
+//                                             Returns false if the group is broken
+//            num_whole(p)                     this many first tokens have one unit for all pieces, the others one per
+//                                             piece
 #pragma once
 #include "device/number.cuh"
 #include "device/sync.cuh"
@@ -183,7 +184,8 @@ DEV void store_sums(const P& p, const Unit& unit, u32 bytes, Sums& s) {
     }
 }
 
-// Starts the loads of the next group. `ahead`: the unit that is being loaded; `done`: the number of units that are summed.
+// Starts the loads of the next group. `ahead`: the unit that is being loaded; `done`: the number of units that are
+// summed.
 // Returns false if no unit is left, if 32 units are open, or if the group is broken.
 // Rows are waited for with the first piece of a unit only: each wait is a trip to memory.
 template <class P, class Rows>

@@ -38,8 +38,8 @@ struct DecodeCall {
 constexpr u32 kSentinel = 0xffffffffu;  // each word of an empty packet
 constexpr u32 kUnused = 0xffffffffu;    // instead of an expert, a rank or a row: this slot has none
 
-// Stored in place of an acknowledgement by a rank that has masked this one. It differs from every acknowledgement: their
-// lower half is even.
+// Stored in place of an acknowledgement by a rank that has masked this one. It differs from every acknowledgement:
+// their lower half is even.
 constexpr u64 kMaskedAck = ~0ull;
 
 DEV bool is_empty(const int4& v) {
@@ -96,8 +96,9 @@ static __device__ __noinline__ u32 check_deadline(const P& p, u64& start) {
     return now - start > p.timeout_ns ? kEveryRank : late;
 }
 
-// Returns kFailed, or the ranks for which there is no more waiting, as bits: all once the deadline has passed; before, those
-// that are gone. The caller looks once more whether their message has come. Looks at clock and peers in every 64th poll.
+// Returns kFailed, or the ranks for which there is no more waiting, as bits: all once the deadline has passed; before,
+// those that are gone. The caller looks once more whether their message has come. Looks at clock and peers in every
+// 64th poll.
 template <class P>
 DEV u32 late_ranks(const P& p, SpinDeadline& deadline) {
     if (++deadline.spins % 64) return 0;
@@ -107,8 +108,8 @@ DEV u32 late_ranks(const P& p, SpinDeadline& deadline) {
     return late;
 }
 
-// Returns whether a peer whose `word` does not arrive has made another call than this rank: it has sent in another channel,
-// or entered a collective kernel, and this rank has not.
+// Returns whether a peer whose `word` does not arrive has made another call than this rank: it has sent in another
+// channel, or entered a collective kernel, and this rank has not.
 template <class P>
 static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, u32 epoch, u32 peer, const u64* word) {
     const ControlBlock* mine = control_block(p, p.rank);
@@ -127,8 +128,8 @@ static __device__ __noinline__ bool is_in_another_call(const P& p, u32 channel, 
     return true;
 }
 
-// Handles a peer whose message does not come. Returns true if it is masked from now on, and the call continues without it; false
-// if the group has failed.
+// Handles a peer whose message does not come. Returns true if it is masked from now on, and the call continues without
+// it; false if the group has failed.
 template <class P>
 static __device__ __noinline__ bool mask_peer(const P& p, u32 peer, u32 code, u32 seen, u32 expected, u64 waited) {
     if (!p.mask_late) {
@@ -149,7 +150,8 @@ DEV bool agreed_late(const P& p, u32 channel, u32 epoch, u32 peer) {
 }
 
 // Makes all blocks agree whether a peer's message arrived in time: the first block to call this decides with `arrived`.
-// Only blocks that have waited for long (is_long) call it: those that have not start too late to differ. Returns the decision.
+// Only blocks that have waited for long (is_long) call it: those that have not start too late to differ. Returns the
+// decision.
 template <class P>
 static __device__ __noinline__ bool agree_whether_arrived(const P& p, u32 channel, u32 epoch, u32 peer, bool arrived) {
     u64* verdict = &control_block(p, p.rank)->verdict[channel][peer];
@@ -196,8 +198,8 @@ DEV u32 wait_for_word(const P& p, u32 channel, u32 epoch, u32 peer, const u64* w
 
 // ---- sending
 
-// The state that a block needs before it starts. One warp of each block reads it, one word per lane, all at once: a round
-// trip to memory takes most of a microsecond, and a word that all warps of the GPU read takes several.
+// The state that a block needs before it starts. One warp of each block reads it, one word per lane, all at once: a
+// round trip to memory takes most of a microsecond, and a word that all warps of the GPU read takes several.
 struct Snapshot {
     u32 sends, masked, failed, stopped, unused[4];
     u32 table[kPlacesWord];  // the head of the plan's table
@@ -228,7 +230,8 @@ DEV SnapshotLane load_snapshot(const P& p, u32 channel, const i32* table, const 
     return s;
 }
 
-// Returns whether the peer of this lane has received what the next send will overwrite; true in all warps but the first.
+// Returns whether the peer of this lane has received what the next send will overwrite; true in all warps but the
+// first.
 template <class P>
 DEV bool is_buffer_free(const P& p, const SnapshotLane& s) {
     if (threadIdx.x >= 32) return true;
@@ -332,8 +335,8 @@ static __device__ __noinline__ bool wait_for_acks(const P& p, u32 channel, Decod
 
 // ---- receiving
 
-// Waits for the signatures of all peers and compares them; all threads of one block. Adds the time to p.wait_ns. Returns
-// false if the group has failed.
+// Waits for the signatures of all peers and compares them; all threads of one block. Adds the time to p.wait_ns.
+// Returns false if the group has failed.
 template <class P>
 DEV bool check_signatures(const P& p, u32 channel, const DecodeCall& call, u32 dispatch) {
     // One warp per peer: threads of a warp wait together, and the time of each peer is counted apart.

@@ -1,6 +1,6 @@
-// Nodes whose rank across from this one is masked: decode calls send it nothing, and expect nothing from it. So what this rank would
-// have sent through it to other ranks of that node does not go there, and what these have for this rank does not come. All functions
-// work on any params struct that begins with COMMON.
+// Nodes whose rank across from this one is masked: decode calls send it nothing, and expect nothing from it. So what
+// this rank would have sent through it to other ranks of that node does not go there, and what these have for this rank
+// does not come. All functions work on any params struct that begins with COMMON.
 #pragma once
 #include "device/sync.cuh"
 

@@ -1,7 +1,8 @@
-// Across nodes: where the rows that cross to another node, or from it, lie: in parcels of one chunk each. All functions work on any
-// params struct with the fields
+// Across nodes: where the rows that cross to another node, or from it, lie: in parcels of one chunk each. All functions
+// work on any params struct with the fields
 //
-//   chunks, chunk_tokens   the rows for a node cross in chunks of so many, at most so many of them; the last one takes the rest
+//   chunks, chunk_tokens   the rows for a node cross in chunks of so many, at most so many of them; the last one takes
+//                          the rest
 //   pitch                  a parcel begins so many bytes for each row of lower nodes and chunks behind the first one
 //
 // A parcel has all rows of its chunk, then their scales, then, at a multiple of 4, their weights.

@@ -1,5 +1,6 @@
-// PTX instructions that CUDA C++ has no function for: asynchronous copies, mbarriers, fences, loads and stores with a scope
-// and an order, conversions. All inline assembly of the package lies here; tests/support/ptx.cuh replaces this file on a CPU.
+// PTX instructions that CUDA C++ has no function for: asynchronous copies, mbarriers, fences, loads and stores with a
+// scope and an order, conversions. All inline assembly of the package lies here; tests/support/ptx.cuh replaces this
+// file on a CPU.
 #pragma once
 #include "device/target.cuh"
 
@@ -120,8 +121,8 @@ DEV u64 load_relaxed(const u64* p) {
     return v;
 }
 
-// Words in shared memory that the warps of a block hand each other. Atomics, and no loads and stores with an order, so that
-// compute-sanitizer can see that they synchronise. Both return what was there before.
+// Words in shared memory that the warps of a block hand each other. Atomics, and no loads and stores with an order, so
+// that compute-sanitizer can see that they synchronise. Both return what was there before.
 DEV u64 exchange_in_block(u64* p, u64 v) {
     u64 old;
     asm volatile("atom.acq_rel.cta.shared::cta.exch.b64 %0, [%1], %2;"

@@ -1,20 +1,21 @@
-// How the collective kernels of R ranks start and end together. All functions work on any params struct that begins with
-// COMMON of kernels/control_block.py, which also declares the control block, the handshake and the record.
+// How the collective kernels of R ranks start and end together. All functions work on any params struct that begins
+// with COMMON of kernels/control_block.py, which also declares the control block, the handshake and the record.
 //
-//   entry_sync  publish_handshake writes this rank's handshake to every peer; read_handshakes waits for those of all peers,
-//               in every block. The handshake of a rank says that all its earlier work is done: the memory that it offers
-//               may be read, and the memory where it receives rows may be written.
+//   entry_sync  publish_handshake writes this rank's handshake to every peer; read_handshakes waits for those of all
+//               peers, in every block. The handshake of a rank says that all its earlier work is done: the memory that
+//               it offers may be read, and the memory where it receives rows may be written.
 //   exit_sync   Every block announces to every rank that its work there is complete; block 0 of each rank waits for all
-//               blocks of all ranks. So when the kernel ends, the peers' writes to this rank have arrived, and what they
-//               read here may be overwritten.
+//               blocks of all ranks. So when the kernel ends, the peers' writes to this rank have arrived, and what
+//               they read here may be overwritten.
 //
-// Why no handshake is overwritten before it is read: handshakes of epoch n lie in half n & 1. Rank a writes those of epoch
-// n + 2 after entry_sync of its kernel n + 1, so after its peer b has published epoch n + 1, and b does that after its own
-// kernel n has ended.
+// Why no handshake is overwritten before it is read: handshakes of epoch n lie in half n & 1. Rank a writes those of
+// epoch n + 2 after entry_sync of its kernel n + 1, so after its peer b has published epoch n + 1, and b does that
+// after its own kernel n has ended.
 //
-// Every wait has a deadline. A rank that gives up writes the record for its host, announces the fault to its peers, marks
-// its own control block as failed, and returns; later kernels return at once. Kernels never trap: the CUDA context stays
-// usable. A wait for a peer whose process has ended, or that has closed the group, ends after kLongWait instead.
+// Every wait has a deadline. A rank that gives up writes the record for its host, announces the fault to its peers,
+// marks its own control block as failed, and returns; later kernels return at once. Kernels never trap: the CUDA
+// context stays usable. A wait for a peer whose process has ended, or that has closed the group, ends after kLongWait
+// instead.
 #pragma once
 #include "device/ptx.cuh"
 #include "generated/control_block.cuh"
@@ -67,13 +68,13 @@ static __device__ __noinline__ void give_up(const P& p, u32 code, u32 peer, u32 
 
 // ---- peers that are gone
 
-// Waits that last longer, in nanoseconds, look whether the peer's process has ended. Less than any deadline that makes sense,
-// and more than the blocks of a kernel start apart.
+// Waits that last longer, in nanoseconds, look whether the peer's process has ended. Less than any deadline that makes
+// sense, and more than the blocks of a kernel start apart.
 constexpr u64 kLongWait = 1u << 26;
 
 // Returns the ranks whose processes have ended, as bits. Their host word is read about once a millisecond, and only by
-// threads that have waited for long, since a read of host memory takes microseconds. What those ranks have sent is seen by
-// loads that follow.
+// threads that have waited for long, since a read of host memory takes microseconds. What those ranks have sent is seen
+// by loads that follow.
 template <class P>
 static __device__ __noinline__ u32 ended_ranks(const P& p, u64 now, u64 start) {
     if (now - start < kLongWait || (now >> 16) % 16) return 0;
@@ -82,7 +83,8 @@ static __device__ __noinline__ u32 ended_ranks(const P& p, u64 now, u64 start) {
     return ended;
 }
 
-// Returns whether `lost`, of ControlBlock::gave_up, says that rank r has closed the group. It has completed its calls before.
+// Returns whether `lost`, of ControlBlock::gave_up, says that rank r has closed the group. It has completed its calls
+// before.
 DEV bool is_closed(u64 lost, u32 r) { return lost == ((u64)kPeerClosed << 32 | r); }
 
 // Returns the fault of a peer whose message does not come: `code`, unless more is known.
@@ -97,8 +99,8 @@ static __device__ __noinline__ u32 fault_of(const P& p, u32 peer, u32 code) {
 DEV u32 epoch_in(u64 word) { return (u32)(word >> 32); }
 DEV u32 epoch_in(u32 word) { return word; }
 
-// Looks at a word once more before a fault is declared: it may have arrived since, and then its writer has gone on to other
-// work, so that what was seen of that writer afterwards proves nothing.
+// Looks at a word once more before a fault is declared: it may have arrived since, and then its writer has gone on to
+// other work, so that what was seen of that writer afterwards proves nothing.
 template <class W>
 DEV bool has_come(const W* word, u32 epoch) {
     fence_system();
@@ -129,8 +131,8 @@ DEV bool may_wait(const P& p, const W* word, u32 epoch, u32 peer, u32 code, u64&
     return false;
 }
 
-// Polls until `word` carries `epoch` in its upper half (u64) or equals it (u32). Returns false if the group is broken. Orders
-// nothing: a caller that reads the memory which the word announces needs a fence first.
+// Polls until `word` carries `epoch` in its upper half (u64) or equals it (u32). Returns false if the group is broken.
+// Orders nothing: a caller that reads the memory which the word announces needs a fence first.
 template <class P, class W>
 DEV bool wait_for(const P& p, const W* word, u32 epoch, u32 peer, u32 code, W& value, u32 times = 1) {
     u64 start = 0;
@@ -148,16 +150,16 @@ DEV u32 next_epoch(const P& p) {
     return load_relaxed(&control_block(p, p.rank)->epoch) + 1;
 }
 
-// Returns whether all kernels are no-ops: the group is broken, or a call was aborted. The host may have launched more calls
-// before it noticed; they would be matched with the wrong calls of the peers.
+// Returns whether all kernels are no-ops: the group is broken, or a call was aborted. The host may have launched more
+// calls before it noticed; they would be matched with the wrong calls of the peers.
 template <class P>
 DEV bool is_stopped(const P& p) {
     const ControlBlock* mine = control_block(p, p.rank);
     return load_relaxed(&mine->failed) || load_relaxed(&mine->stopped);
 }
 
-// Returns whether this kernel is a no-op: because of is_stopped, or because its plan was aborted. `counts` are counts of the
-// plan: an aborted dispatch leaves -1 there, so that all later calls with its plan are no-ops, too.
+// Returns whether this kernel is a no-op: because of is_stopped, or because its plan was aborted. `counts` are counts
+// of the plan: an aborted dispatch leaves -1 there, so that all later calls with its plan are no-ops, too.
 template <class P>
 DEV bool must_skip(const P& p, const i64* counts) {
     return is_stopped(p) || *counts < 0;
@@ -181,9 +183,10 @@ DEV void publish_handshake(const P& p, u32 epoch, F word) {
     }
 }
 
-// Waits for the handshakes of all peers and compares their signatures; called by all threads of a block. Returns false if the
-// group is broken. `handshakes` is shared memory; those of ranks that do not take part become zeros. `rows(peer)` returns
-// what this rank expects in kRowsWord. One block of a kernel is `timed`: it adds the time that it waits to p.wait_ns.
+// Waits for the handshakes of all peers and compares their signatures; called by all threads of a block. Returns false
+// if the group is broken. `handshakes` is shared memory; those of ranks that do not take part become zeros.
+// `rows(peer)` returns what this rank expects in kRowsWord. One block of a kernel is `timed`: it adds the time that it
+// waits to p.wait_ns.
 template <class P, class F>
 DEV bool read_handshakes(const P& p, u32 epoch, u32 (*handshakes)[kHandshakeWords], bool timed, F rows) {
     __shared__ u32 first_wrong;
@@ -232,9 +235,9 @@ DEV bool last_block(const P& p) {
     return last;
 }
 
-// Counts this block among those that have ended, and announces the last one of the grid to every peer, by stores alone: links
-// without atomics, such as PCIe, may lose additions of blocks that end at once. Called by all threads. `done` of a rank counts
-// the same blocks on every rank, so its own is the number to store.
+// Counts this block among those that have ended, and announces the last one of the grid to every peer, by stores alone:
+// links without atomics, such as PCIe, may lose additions of blocks that end at once. Called by all threads. `done` of
+// a rank counts the same blocks on every rank, so its own is the number to store.
 template <class P>
 DEV void announce_end(const P& p) {
     __shared__ u32 ended;  // if this block is the last one
@@ -250,10 +253,11 @@ DEV void announce_end(const P& p) {
     if (ended && peer != p.rank && is_alive(p, peer)) store_release(&control_block(p, peer)->done[p.rank], ended);
 }
 
-// Ends a collective kernel, once all work of this block on peers is complete (bulk stores waited for); called by all threads.
-// Every block announces its end to every rank, its own included; block 0 waits for the blocks of all ranks, so that no block
-// of this kernel still reads the control block afterwards. `times`: see may_wait; more than 1 where a rank may have to wait
-// for peers that themselves wait for others. kPeerAtomics: whether the links to all peers have atomics.
+// Ends a collective kernel, once all work of this block on peers is complete (bulk stores waited for); called by all
+// threads.
+// Every block announces its end to every rank, its own included; block 0 waits for the blocks of all ranks, so that no
+// block of this kernel still reads the control block afterwards. `times`: see may_wait; more than 1 where a rank may
+// have to wait for peers that themselves wait for others. kPeerAtomics: whether the links to all peers have atomics.
 template <class P>
 DEV void exit_sync(const P& p, u32 epoch, const u32 (*handshakes)[kHandshakeWords], u32 times = 1) {
     __syncthreads();
@@ -279,9 +283,9 @@ DEV void exit_sync(const P& p, u32 epoch, const u32 (*handshakes)[kHandshakeWord
 
 // ---- work sharing
 
-// Warps take units of work one by one: SMs do not get equal shares of the links, and with a fixed distribution the slowest
-// SM delayed all ranks (by 6 % of a call, measured). The first `dealt` units were distributed beforehand. Only lane 0 gets
-// the unit: the caller broadcasts it later, so that the warp does not wait for the atomic.
+// Warps take units of work one by one: SMs do not get equal shares of the links, and with a fixed distribution the
+// slowest SM delayed all ranks (by 6 % of a call, measured). The first `dealt` units were distributed beforehand. Only
+// lane 0 gets the unit: the caller broadcasts it later, so that the warp does not wait for the atomic.
 template <class P>
 DEV u32 claim_unit(const P& p, u32 dealt) {
     return threadIdx.x % 32 ? 0 : dealt + atomicAdd(&control_block(p, p.rank)->claimed, 1u);

@@ -1,5 +1,5 @@
-// What the GPUs have that a kernel is compiled for. kSm: their compute capability, such as 90 for 9.0; kDependentLaunch: whether
-// they have programmatic dependent launch, which the host has to know, too (jit/source.py).
+// What the GPUs have that a kernel is compiled for. kSm: their compute capability, such as 90 for 9.0;
+// kDependentLaunch: whether they have programmatic dependent launch, which the host has to know, too (jit/source.py).
 #pragma once
 
 constexpr bool kHasBulk = kSm >= 90;  // bulk copies

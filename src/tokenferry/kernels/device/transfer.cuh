@@ -1,18 +1,19 @@
-// Copies in the background, by a warp, between global memory (of this GPU or a peer) and buffers in shared memory. Kernels
-// that move rows do it with these functions. Addresses and sizes are multiples of 16 bytes.
+// Copies in the background, by a warp, between global memory (of this GPU or a peer) and buffers in shared memory.
+// Kernels that move rows do it with these functions. Addresses and sizes are multiples of 16 bytes.
 //
-//   kHasBulk   A lane starts a copy of any size, which the asynchronous proxy executes. Loads are started by lane 0, or by the
-//              lanes that know where the rows lie; stores by lane 0, or by the lane of each destination.
-//   else       All lanes of the warp share each copy: a load is asynchronous copies of 16 bytes; a store is ordinary loads and
-//              stores, which are behind the lane once they are issued.
+//   kHasBulk   A lane starts a copy of any size, which the asynchronous proxy executes. Loads are started by lane 0, or
+//              by the lanes that know where the rows lie; stores by lane 0, or by the lane of each destination.
+//   else       All lanes of the warp share each copy: a load is asynchronous copies of 16 bytes; a store is ordinary
+//              loads and stores, which are behind the lane once they are issued.
 //
 // The code around them is the same, as if a warp had one thread that moves, or 32 that move together:
 //
 //   movers     the lanes that call: lane 0, or all. Only the leader, one of them, has effects beyond copies.
 //   buffer     is loaded again once wait_stores_read says that its last stores have read it.
-//   barrier    of a buffer: a phase has one arrival, with the bytes to come, or one of each lane, behind its copies. Either way
-//              wait_loads acquires what the loads of all lanes have brought.
-//   stores     are in memory after wait_stores: a release by the leader, or by a thread that synchronises with it, covers them.
+//   barrier    of a buffer: a phase has one arrival, with the bytes to come, or one of each lane, behind its copies.
+//              Either way wait_loads acquires what the loads of all lanes have brought.
+//   stores     are in memory after wait_stores: a release by the leader, or by a thread that synchronises with it,
+//              covers them.
 #pragma once
 #include "device/ptx.cuh"
 
@@ -33,7 +34,8 @@ DEV u32 by_leader(F compute) {
 }
 
 // Loops over the lanes that have a copy to make; all lanes take part: for (u32 turn = first_turn(mine); turn; turn =
-// next_turn(turn)). In each turn a lane makes its own copy, or all lanes make that of one lane, whose values are in_turn(v).
+// next_turn(turn)). In each turn a lane makes its own copy, or all lanes make that of one lane, whose values are
+// in_turn(v).
 DEV u32 first_turn(bool mine) {
     if constexpr (kHasBulk) return mine;
     return __ballot_sync(kAll, mine);

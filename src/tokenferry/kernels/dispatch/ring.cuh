@@ -1,5 +1,5 @@
-// How warps move units, each the row of a token or a piece of a large row, through rings of buffers in shared memory; see
-// kernel.cuh. All functions work on any params struct with the fields of dispatch.
+// How warps move units, each the row of a token or a piece of a large row, through rings of buffers in shared memory;
+// see kernel.cuh. All functions work on any params struct with the fields of dispatch.
 #pragma once
 #include "device/transfer.cuh"
 #include "dispatch/small.cuh"
@@ -62,7 +62,8 @@ DEV void drop_loads(const Ring& ring) {
     for (u32 i = 0; i < ring.loaded; i++) wait_loads(ring.barriers + i, 0);
 }
 
-// Stores the units of a ring, and those that `claim` returns to lane 0, one after the other, as long as they are below `end`.
+// Stores the units of a ring, and those that `claim` returns to lane 0, one after the other, as long as they are below
+// `end`.
 // All stores are in memory afterwards. `wide`: indices are int64.
 template <class P, class F>
 DEV void move_units(const P& p, bool wide, Ring ring, const u32 (*handshakes)[kHandshakeWords], u32 end, F claim) {

@@ -1,6 +1,6 @@
-// The small data of a token in dispatch, stored by all lanes of a warp: scales that cannot be copied in bulk, weights, and in a
-// first dispatch the peer's half of the plan; see kernel.cuh. All functions work on any params struct with the fields of
-// dispatch.
+// The small data of a token in dispatch, stored by all lanes of a warp: scales that cannot be copied in bulk, weights,
+// and in a first dispatch the peer's half of the plan; see kernel.cuh. All functions work on any params struct with the
+// fields of dispatch.
 #pragma once
 #include "device/index.cuh"
 #include "device/sync.cuh"
@@ -20,7 +20,8 @@ DEV void store_scale(const P& p, u64 t, u32 hits, u64 to, i32 place) {
     }
 }
 
-// Stores the metadata of one token on its ranks: ids, row_idx and source token (in a first dispatch), and weights (ROWS).
+// Stores the metadata of one token on its ranks: ids, row_idx and source token (in a first dispatch), and weights
+// (ROWS).
 // Each lane handles pairs of a rank and a slot. `row`: lane r has the token's row on rank r; -1: none.
 template <class P>
 DEV void store_indices(const P& p, bool wide, u32 t, i32 row, const u32 (*handshakes)[kHandshakeWords]) {
@@ -67,7 +68,8 @@ DEV void store_weights(const P& p, u32 t, const u32 (*handshakes)[kHandshakeWord
     }
 }
 
-// Stores everything about a token that is not copied in bulk. `wide`: indices are int64; `place`, `to_scale`: lane r has those of rank r.
+// Stores everything about a token that is not copied in bulk. `wide`: indices are int64; `place`, `to_scale`: lane r
+// has those of rank r.
 template <class P>
 DEV void store_small(const P& p, bool wide, u32 t, u32 hits, i32 place, u64 to_scale,
                      const u32 (*handshakes)[kHandshakeWords]) {

@@ -1,7 +1,9 @@
-// dispatch_assign: the second half of a plan: computes the place of each row of this rank from the sums of dispatch_notify.
+// dispatch_assign: the second half of a plan: computes the place of each row of this rank from the sums of
+// dispatch_notify.
 //
 // Grid     any number of blocks; each takes units of 128 tokens. Not collective.
-// Reads    topk_idx [T, K]; table [units, E + R] and bases [S][2 R + E] of dispatch_notify. S segments: see its counts.cuh.
+// Reads    topk_idx [T, K]; table [units, E + R] and bases [S][2 R + E] of dispatch_notify. S segments: see its
+//          counts.cuh.
 // Writes   places [T, C] int32, columns:
 //            send [R]   place of the token's row on each rank (EXPERTS, MASKED: at its first expert there), -1: none
 //            slot [K]   rank << 28 | the slot's expert on that rank (ROWS) or place (EXPERTS, MASKED); -1: unused

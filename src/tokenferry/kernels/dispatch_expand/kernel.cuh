@@ -1,9 +1,9 @@
-// dispatch_expand: EXPERTS and MASKED, on the receiving rank: copies each row that arrived once to the places of its other
-// experts, and zeroes padding.
+// dispatch_expand: EXPERTS and MASKED, on the receiving rank: copies each row that arrived once to the places of its
+// other experts, and zeroes padding.
 //
 // Grid     any number of blocks; warps take rows round robin. Not collective.
-// Reads    row_idx [N, K] int64: the places of each received row, -1: none; the row arrived at the lowest of them, that of its
-//          lowest expert. N = sum of src_counts [num_sources]. expert_counts [L].
+// Reads    row_idx [N, K] int64: the places of each received row, -1: none; the row arrived at the lowest of them, that
+//          of its lowest expert. N = sum of src_counts [num_sources]. expert_counts [L].
 // Writes   rows and scales at all other places; with p.zero: rows, scales and weights of the padding.
 // Cost     reads and writes (places - N) rows of local memory. sm_90a: <= 96 registers, 0 spills.
 // Tests    tests/cuda/test_dispatch_expand.py, tests/compile.

@@ -1,32 +1,35 @@
-// dispatch_fused: a whole dispatch of few tokens: dispatch_notify, dispatch_assign and dispatch in one kernel, with one exchange
-// between the ranks. It writes the same bytes as those three.
+// dispatch_fused: a whole dispatch of few tokens: dispatch_notify, dispatch_assign and dispatch in one kernel, with one
+// exchange between the ranks. It writes the same bytes as those three.
 //
 // Grid     any number of blocks, at least one for each unit of 128 tokens.
 // Reads    x [T, row_bytes], topk_idx [T, K] in [-1, E); scale, weights where they are not null.
 // Writes   all that dispatch_notify, dispatch_assign and dispatch write: see there.
-// Roles    Block 0 counts all tokens, exchanges counts and handshakes with its peers, and writes the bases. The other blocks
-//          share the tokens, each a part of one unit: they load their first rows, mark their unit, wait for block 0, assign
-//          places to their tokens and store the rows, through rings as in dispatch; the first p.warps warps have one. Block 0
-//          takes tokens only where there are not more blocks than units.
-// Order    1 block 0  rows per column of each unit; publish totals and the handshake, which has the offsets of dispatch, too
-//          2 block 0  wait for those of every peer; bases, counts and the table; `planned` of this rank's control block, with
-//                     release: the epoch, and whether the rows of every rank fit
+// Roles    Block 0 counts all tokens, exchanges counts and handshakes with its peers, and writes the bases. The other
+//          blocks share the tokens, each a part of one unit: they load their first rows, mark their unit, wait for
+//          block 0, assign places to their tokens and store the rows, through rings as in dispatch; the first p.warps
+//          warps have one. Block 0 takes tokens only where there are not more blocks than units.
+// Order    1 block 0  rows per column of each unit; publish totals and the handshake, which has the offsets of
+//          dispatch, too
+//          2 block 0  wait for those of every peer; bases, counts and the table; `planned` of this rank's control
+//                     block, with release: the epoch, and whether the rows of every rank fit
 //          3 blocks   wait for the handshakes, then for `planned`                       sees 2
 //          4 blocks   places of their tokens; __syncthreads; bulk stores of rows, small data; wait_group 0
 //          5 blocks   exit_sync
 // Why it ends
-//          A block waits for block 0 of its own rank, which is scheduled first, and for block 0 of its peers; only block 0
-//          waits for other blocks, in exit_sync, when it has nothing else to do. So the blocks need not run all at once. Block
+//          A block waits for block 0 of its own rank, which is scheduled first, and for block 0 of its peers; only
+//          block 0 waits for other blocks, in exit_sync, when it has nothing else to do. So the blocks need not run all
+//          at once. Block
 //          0 is waited for four times as long as a peer: it gives up first, and says for whom it waited.
 // Peers that run the three kernels instead
-//          T and free memory, which decide which it is, differ between ranks. In its first handshake a rank says how many
-//          blocks of this kernel move rows; dispatch_notify says 0. If any rank says so, all ranks exchange the handshakes of
-//          dispatch, in the next epoch. Those lie in the half of the epoch before this kernel, which no rank reads any more:
-//          each has published this kernel's epoch.
-// Faults   As in dispatch_notify. Every block looks for bad indices itself, because block 0 aborts such a call without an
-//          epoch that others could wait for. When rows do not fit, `stopped` is set before the epoch ends, so that a block
-//          that starts late does not take the next epoch for its own.
-// Cost     reads T * K indices in each block, and bytes out as dispatch. sm_90a: <= 96 registers (elsewhere <= 128), 0 spills,
+//          T and free memory, which decide which it is, differ between ranks. In its first handshake a rank says how
+//          many blocks of this kernel move rows; dispatch_notify says 0. If any rank says so, all ranks exchange the
+//          handshakes of dispatch, in the next epoch. Those lie in the half of the epoch before this kernel, which no
+//          rank reads any more: each has published this kernel's epoch.
+// Faults   As in dispatch_notify. Every block looks for bad indices itself, because block 0 aborts such a call without
+//          an epoch that others could wait for. When rows do not fit, `stopped` is set before the epoch ends, so that a
+//          block that starts late does not take the next epoch for its own.
+// Cost     reads T * K indices in each block, and bytes out as dispatch. sm_90a: <= 96 registers (elsewhere <= 128), 0
+//          spills,
 //          2560 B of static shared memory, at most 229888 B of dynamic.
 // Tests    tests/cuda/test_dispatch_fused.py, tests/compile.
 #include "dispatch/ring.cuh"
@@ -105,8 +108,8 @@ DEV bool follow(const DispatchFusedParams& p, u32 epoch, const Part& part, u32* 
     return __syncthreads_and(fit);
 }
 
-// Exchanges handshakes once more if a peer runs the three kernels: then this kernel ends in the next epoch, too. Returns false
-// if the group is broken.
+// Exchanges handshakes once more if a peer runs the three kernels: then this kernel ends in the next epoch, too.
+// Returns false if the group is broken.
 DEV bool join_others(const DispatchFusedParams& p, u32& epoch, u32 (*handshakes)[kHandshakeWords]) {
     bool all = true;
     for (u32 r = 0; r < p.num_ranks; r++) all &= !is_alive(p, r) || handshakes[r][kBlocksWord];

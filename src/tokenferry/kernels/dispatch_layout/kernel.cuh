@@ -1,12 +1,13 @@
 // dispatch_layout: counts the tokens of this rank that go to each rank and to each expert, and marks which go where.
 //
-// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish writes the counts. Not collective.
+// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish writes the counts. Not
+//          collective.
 // Reads    topk_idx [T, K]; an index outside [0, E) counts nowhere.
 // Writes   counts [R + E]: tokens for each rank, then for each expert (a token counts once per rank, once per expert);
 //          in_rank [T, R]: 1 if the token goes to the rank, else 0.
 // Order    1 all blocks  add their units to layout_counts of the control block
-//          2 last block  sees 1; moves the sums to `counts` and leaves zeros. The calls of a group follow each other on the
-//                        device, so no other launch adds meanwhile.
+//          2 last block  sees 1; moves the sums to `counts` and leaves zeros. The calls of a group follow each other on
+//                        the device, so no other launch adds meanwhile.
 // Cost     reads T * K indices, writes T * R bytes. sm_90a: <= 32 registers, 0 spills, 16 B of static shared memory,
 //          at most 98304 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}}: counts 2 1, 1 2 0 1; in_rank {{1,0},{1,1}}.

@@ -1,24 +1,25 @@
-// The counts of a plan: this rank's rows for each expert and rank, then those of all ranks, and what follows from them. All
-// functions are called by all threads of one block, and work on any params struct with the fields of dispatch_notify.
+// The counts of a plan: this rank's rows for each expert and rank, then those of all ranks, and what follows from them.
+// All functions are called by all threads of one block, and work on any params struct with the fields of
+// dispatch_notify.
 //
-// A rank may act for several sources, one for each node: its routing has a segment of p.segment_units units for each, and all
-// ranks have equally many. The rows of a segment come before those of the next one on every rank, and within it the rows of
-// lower ranks come first. With one node there is one segment.
+// A rank may act for several sources, one for each node: its routing has a segment of p.segment_units units for each,
+// and all ranks have equally many. The rows of a segment come before those of the next one on every rank, and within it
+// the rows of lower ranks come first. With one node there is one segment.
 #pragma once
 #include "device/sync.cuh"
 #include "device/unit.cuh"
 
 // The counts of the block that exchanges them, in shared memory. S segments.
 struct Totals {
-    i32*
-        columns;  // [S][E + R] rows of this rank, per expert and per rank; then [S][E] rows of all ranks for each expert
-    i32* all;     // [E] rows of all ranks
-    i32* starts;  // [E] where each expert's rows begin in the layout of its rank
-    i32* lower;   // [S][E] rows of lower segments, and of lower ranks in the same one
-    i32* sent;    // [S][from][to] rows
+    i32* columns;  // [S][E + R] rows of this rank, per expert and per rank; then [S][E] those of all ranks
+    i32* all;      // [E] rows of all ranks
+    i32* starts;   // [E] where each expert's rows begin in the layout of its rank
+    i32* lower;    // [S][E] rows of lower segments, and of lower ranks in the same one
+    i32* sent;     // [S][from][to] rows
 };
 
-// Returns where they lie; smem_bytes of spec.py says how much space they need. They may take the place of the masks of a unit.
+// Returns where they lie; smem_bytes of spec.py says how much space they need. They may take the place of the masks of
+// a unit.
 template <class P>
 DEV Totals totals_at(const P& p, u8* shared) {
     const u32 E = p.num_experts, S = p.segments;
@@ -33,8 +34,8 @@ DEV u32 bases_of(const P& p, u32 segment) {
     return segment * (2 * p.num_ranks + p.num_experts);
 }
 
-// Leaves a plan that all later kernels skip: -1 for all counts of rows, no rows for any expert. Called by all threads of a
-// block.
+// Leaves a plan that all later kernels skip: -1 for all counts of rows, no rows for any expert. Called by all threads
+// of a block.
 template <class P>
 DEV void abort_plan(const P& p) {
     const u32 local = p.num_experts / p.num_ranks;
@@ -48,8 +49,8 @@ DEV void abort_plan(const P& p) {
 
 // ---- the rows of this rank
 
-// Fills in the table for units first, first + step, ...; returns the least token * K + slot with a bad index among those
-// that this thread reads, or ~0.
+// Fills in the table for units first, first + step, ...; returns the least token * K + slot with a bad index among
+// those that this thread reads, or ~0.
 template <class P>
 DEV u32 count_units(const P& p, u32 first, u32 step, u32* masks) {
     const u32 E = p.num_experts, R = p.num_ranks, columns = E + R, units = (p.num_tokens + kUnit - 1) / kUnit;
@@ -102,8 +103,9 @@ DEV void sum_columns(const P& p, i32* totals) {
     }
 }
 
-// Writes the totals to every peer, and the handshake, with `blocks`: the blocks of this kernel that move rows. If another
-// kernel moves them, with a handshake of its own: 0, or, with several segments, the units of the longest of them.
+// Writes the totals to every peer, and the handshake, with `blocks`: the blocks of this kernel that move rows. If
+// another kernel moves them, with a handshake of its own: 0, or, with several segments, the units of the longest of
+// them.
 template <class P>
 DEV void publish_totals(const P& p, u32 epoch, const i32* totals, u32 blocks) {
     const u32 num = p.segments * (p.num_experts + p.num_ranks);
@@ -221,9 +223,9 @@ DEV void write_expert_counts(const P& p, const Totals& totals, const i32* ends) 
     if (p.expert_offsets && threadIdx.x == 0) p.expert_offsets[local] = ends[p.rank];
 }
 
-// Exchanges the counts of all ranks, and writes what follows from them: bases, and the counts of the plan. `blocks`: see
-// publish_totals. Fills in totals, handshakes, and ends[r], the rows that rank r needs space for. Returns false, with an
-// aborted plan, if the group is broken.
+// Exchanges the counts of all ranks, and writes what follows from them: bases, and the counts of the plan. `blocks`:
+// see publish_totals. Fills in totals, handshakes, and ends[r], the rows that rank r needs space for. Returns false,
+// with an aborted plan, if the group is broken.
 template <class P>
 DEV bool exchange_counts(const P& p, u32 epoch, u32 blocks, const Totals& totals, u32 (*handshakes)[kHandshakeWords],
                          i32* ends) {

@@ -1,23 +1,23 @@
-// dispatch_notify: the first half of a plan: counts the rows for each expert and each rank, and exchanges the counts of all
-// ranks.
+// dispatch_notify: the first half of a plan: counts the rows for each expert and each rank, and exchanges the counts of
+// all ranks.
 //
-// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish does the work that needs all of
-//          them.
+// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish does the work that needs all
+//          of them.
 // Reads    topk_idx [T, K] in [-1, E).
-// Writes   peers' control blocks: counts, handshake. table [units, E + R]: rows of earlier units, per expert and per rank.
-//          bases [S]: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on the device
-//          and, once more, in memory of the host, there with the rows of the fullest rank. S segments: see counts.cuh.
-//          Across nodes sizes [S] says how many tokens each segment has; the host, and sizes [2 S], get the tokens of the
-//          longest segment of any rank, rounded up to units.
+// Writes   peers' control blocks: counts, handshake. table [units, E + R]: rows of earlier units, per expert and per
+//          rank. bases [S]: first_row [R], sent_before [R], place [E] (see dispatch_assign). The counts of the plan, on
+//          the device and, once more, in memory of the host, there with the rows of the fullest rank. S segments: see
+//          counts.cuh. Across nodes sizes [S] says how many tokens each segment has; the host, and sizes [2 S], get the
+//          tokens of the longest segment of any rank, rounded up to units.
 // Order    1 all blocks  a unit's rows per column (a token counts once per expert, once per rank)
 //          2 last block  columns over all units; publish totals, each word with the epoch in it
 //          3 last block  wait for every peer's totals; from them the places where this rank's rows begin everywhere
 //          4 last block  counts for the host, then the call number, with release: the host reads no count before it
-// Faults   A call that is aborted leaves a plan with counts of -1, which later kernels skip. A bad index aborts the call on this
-//          rank before anything is published: peers wait, and the call can be repeated. If rows do not fit into a tight
-//          capacity, all ranks abort alike: every rank sees the counts of every rank.
-// Cost     reads T * K indices, sends 8 * R * (S * (E + R) + 32) bytes. sm_90a: <= 80 registers, 0 spills, 2048 B of static shared
-//          memory, at most 106624 B of dynamic.
+// Faults   A call that is aborted leaves a plan with counts of -1, which later kernels skip. A bad index aborts the
+//          call on this rank before anything is published: peers wait, and the call can be repeated. If rows do not fit
+//          into a tight capacity, all ranks abort alike: every rank sees the counts of every rank.
+// Cost     reads T * K indices, sends 8 * R * (S * (E + R) + 32) bytes. sm_90a: <= 80 registers, 0 spills, 2048 B of
+//          static shared memory, at most 106624 B of dynamic.
 // Example  R=2 E=4, topk_idx = {{0,1},{1,3}} on rank 0: rows per expert 1 2 0 1, per rank 2 1.
 // Tests    tests/cuda/test_dispatch_plan.py (the example is its first case), tests/compile.
 #include "dispatch_notify/counts.cuh"

@@ -1,9 +1,10 @@
-// dispatch_pack: across nodes: copies what goes to other nodes to where it is sent from: a parcel for each chunk of rows.
+// dispatch_pack: across nodes: copies what goes to other nodes to where it is sent from: a parcel for each chunk of
+// rows.
 //
 // Grid     any number of blocks; warps take tokens round robin. Not collective. N nodes; this rank is on p.node.
-// Reads    x [T, row_bytes]; scale and weights where they are not null: scale [T, num_scales] of scale_size bytes each, with
-//          strides; weights [T, K]; slots [T, N] of dispatch_rails. went [N], p.went_stride words apart: how many rows go to each
-//          node; with a p.capacity it is that many, used or not.
+// Reads    x [T, row_bytes]; scale and weights where they are not null: scale [T, num_scales] of scale_size bytes each,
+//          with strides; weights [T, K]; slots [T, N] of dispatch_rails. went [N], p.went_stride words apart: how many
+//          rows go to each node; with a p.capacity it is that many, used or not.
 // Writes   out: for each slot on another node than p.node the data of its token, in parcels as in device/parcel.cuh.
 // Cost     reads T rows, writes one for each slot. sm_90a: <= 80 registers, 0 spills.
 // Tests    tests/cuda/test_node_kernels.py, tests/compile.

@@ -1,20 +1,23 @@
 // dispatch_rails: across nodes: writes, for each node, the routing of this rank's tokens that go there.
 //
 // Grid     any number of blocks; each takes units of 128 tokens. Not collective.
-// Reads    topk_idx [T, K]; table [units, R + N], bases [R + N] and mine [N][kRailWords] of dispatch_split; came [N][kRailWords],
-//          what the ranks across have said, if there is no p.apart. R ranks on N nodes; this one is on p.node.
-// Writes   slots [T, N]: the row of a token among those for all other nodes (by node, then token); for the own node the token
-//          itself; -1: it does not go there. For each of these rows: ids_out [K], the experts of the token, counted from the
-//          first one of the node, -1 for those elsewhere; tokens_out, the token: at the slot, or with a p.apart those for each
-//          node that many rows apart, with ids of -1 behind those of each. dst_token [rows sent] int64: tokens by destination
-//          rank, then token. ids [N, p.segment, K]: for the own node ids of all T tokens as in ids_out, -1 behind them and in the
-//          other segments behind what comes: p.apart rows, or as many as came says. If the group is broken, -1 for all of them.
+// Reads    topk_idx [T, K]; table [units, R + N], bases [R + N] and mine [N][kRailWords] of dispatch_split; came
+//          [N][kRailWords], what the ranks across have said, if there is no p.apart. R ranks on N nodes; this one is on
+//          p.node.
+// Writes   slots [T, N]: the row of a token among those for all other nodes (by node, then token); for the own node the
+//          token itself; -1: it does not go there. For each of these rows: ids_out [K], the experts of the token,
+//          counted from the first one of the node, -1 for those elsewhere; tokens_out, the token: at the slot, or with
+//          a p.apart those for each node that many rows apart, with ids of -1 behind those of each. dst_token [rows
+//          sent] int64: tokens by destination rank, then token. ids [N, p.segment, K]: for the own node ids of all T
+//          tokens as in ids_out, -1 behind them and in the other segments behind what comes: p.apart rows, or as many
+//          as came says. If the group is broken, -1 for all of them.
 // Why the slots are the same in every run
-//          A slot is the sum of tokens for lower nodes, of earlier units, and of earlier tokens of the unit. No atomics.
-// Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 48 registers, 0 spills, 64 B of static shared
-//          memory, at most 36864 B of dynamic.
-// Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: slots {{0,-1},{1,0}}; ids_here {{0,1},{1,-1}}; ids_out {{-1,1}};
-//          tokens_out 1; dst_token 0 0 1 1.
+//          A slot is the sum of tokens for lower nodes, of earlier units, and of earlier tokens of the unit. No
+//          atomics.
+// Cost     reads T * K indices, writes about as many for each node. sm_90a: <= 48 registers, 0 spills, 64 B of static
+//          shared memory, at most 36864 B of dynamic.
+// Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: slots {{0,-1},{1,0}}; ids_here {{0,1},{1,-1}}; ids_out
+//          {{-1,1}}; tokens_out 1; dst_token 0 0 1 1.
 // Tests    tests/cuda/test_node_kernels.py, tests/compile.
 #include "dispatch_split/nodes.cuh"
 

@@ -2,8 +2,8 @@
 //
 // Grid     any number of blocks; threads take slots round robin. Not collective.
 // Reads    topk_idx [T, K]; in_rank [T, R]: 0 if the token may not go to the rank.
-// Writes   kept [T, K], of the type of topk_idx: -1 instead of an expert on such a rank. An index outside [0, E) is copied, so
-//          that the kernels of the dispatch find it.
+// Writes   kept [T, K], of the type of topk_idx: -1 instead of an expert on such a rank. An index outside [0, E) is
+//          copied, so that the kernels of the dispatch find it.
 //          Behind an aborted call nothing is written: the dispatch that reads it is a no-op, too.
 // Cost     reads and writes T * K indices, reads as many bytes. sm_90a: <= 32 registers, 0 spills.
 // Example  R=2 E=4, topk_idx = {{0,2},{3,-1}}, in_rank = {{1,0},{0,1}}: kept {{0,-1},{3,-1}}.

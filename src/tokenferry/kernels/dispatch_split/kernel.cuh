@@ -1,27 +1,30 @@
-// dispatch_split: across nodes, before anything is sent: counts the tokens of this rank that go to each rank of the whole group,
-// and to each node.
+// dispatch_split: across nodes, before anything is sent: counts the tokens of this rank that go to each rank of the
+// whole group, and to each node.
 //
-// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish does the work that needs all of
-//          them. Not collective.
-// Reads    topk_idx [T, K] in [-1, E). R ranks on N nodes; this one is on p.node. p.max_nodes: most nodes of a token; 0: any.
-// Writes   table [units, R + N]: tokens of earlier units, per rank, then per node. bases [R + N]: tokens for lower ranks; then
-//          where the rows for each node begin among those for all other nodes: behind each other, or with a p.capacity each
-//          that many apart, if counts stay on the device. dst_counts [R]. headers [N][kRailWords]: what
-//          the rank across from this one gets to know: the signature, and how many tokens come. The host: rows for all ranks,
-//          then tokens for each node.
-//          What nothing has come to yet: came [N][kRailWords], headers from the ranks across, zeros; states [num_states][2],
-//          kNothingCame.
+// Grid     any number of blocks; each takes units of 128 tokens. The last block to finish does the work that needs all
+//          of them. Not collective.
+// Reads    topk_idx [T, K] in [-1, E). R ranks on N nodes; this one is on p.node. p.max_nodes: most nodes of a token;
+//          0: any.
+// Writes   table [units, R + N]: tokens of earlier units, per rank, then per node. bases [R + N]: tokens for lower
+//          ranks; then where the rows for each node begin among those for all other nodes: behind each other, or with a
+//          p.capacity each that many apart, if counts stay on the device. dst_counts [R]. headers [N][kRailWords]: what
+//          the rank across from this one gets to know: the signature, and how many tokens come. The host: rows for all
+//          ranks, then tokens for each node.
+//          What nothing has come to yet: came [N][kRailWords], headers from the ranks across, zeros; states
+//          [num_states][2], kNothingCame.
 // Order    1 all blocks  a unit's tokens per column (a token counts once per rank, once per node)
 //          2 last block  columns over all units, bases; counts for the host, then the call number, with release
-// Faults   A bad index, or a token for too many nodes, aborts the call on this rank before anything is sent: peers wait, and the
-//          call can be repeated. If counts stay on the device, the host has sent already: it is recorded; a bad index counts as
-//          unused, and the token goes to all its nodes.
-// Cost     reads T * K indices. sm_90a: <= 40 registers, 0 spills, 64 B of static shared memory, at most 36864 B of dynamic.
+// Faults   A bad index, or a token for too many nodes, aborts the call on this rank before anything is sent: peers
+//          wait, and the call can be repeated. If counts stay on the device, the host has sent already: it is recorded;
+//          a bad index counts as unused, and the token goes to all its nodes.
+// Cost     reads T * K indices. sm_90a: <= 40 registers, 0 spills, 64 B of static shared memory, at most 36864 B of
+//          dynamic.
 // Example  R=4 N=2 E=4, node 0, topk_idx = {{0,1},{1,3}}: dst_counts 1 2 0 1; nodes 2 1; bases 0 1 3 3, 0 0.
 // Tests    tests/cuda/test_node_kernels.py (the example is its first case), tests/compile.
 #include "dispatch_split/nodes.cuh"
 
-// Leaves counts that all later kernels skip, and headers of this call: if counts stay on the device, the host sends them.
+// Leaves counts that all later kernels skip, and headers of this call: if counts stay on the device, the host sends
+// them.
 DEV void abort_split(const DispatchSplitParams& p) {
     for (u32 r = threadIdx.x; r < p.all_ranks; r += blockDim.x) p.dst_counts[r] = -1;
     for (u32 i = threadIdx.x; i < p.num_nodes * kRailWords; i += blockDim.x) {
@@ -30,8 +33,8 @@ DEV void abort_split(const DispatchSplitParams& p) {
     }
 }
 
-// Returns the last slot of the first token for more than p.max_nodes nodes among those that this thread looks at, or ~0. The
-// last one, so that a bad index of the same token comes first.
+// Returns the last slot of the first token for more than p.max_nodes nodes among those that this thread looks at, or
+// ~0. The last one, so that a bad index of the same token comes first.
 DEV u32 find_far(const DispatchSplitParams& p, u32 unit, const u32* masks) {
     const u32 first = unit * kUnit, tokens = min(kUnit, p.num_tokens - first);
     u32 far = ~0u;
@@ -85,7 +88,8 @@ DEV void sum_columns(const DispatchSplitParams& p, i32* totals) {
     }
 }
 
-// Writes the exclusive prefix sums of counts[0..num) to sums, leaving out number `except`; returns their sum. Called by a warp.
+// Writes the exclusive prefix sums of counts[0..num) to sums, leaving out number `except`; returns their sum. Called by
+// a warp.
 DEV i32 write_bases(const i32* counts, u32 num, u32 except, i32* sums) {
     const u32 lane = threadIdx.x % 32;
     i32 before = 0;

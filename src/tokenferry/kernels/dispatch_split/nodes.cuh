@@ -1,5 +1,6 @@
-// Which ranks and nodes of the whole group the tokens of a unit go to: for each 128 bits, as in device/unit.cuh. Columns: the R
-// ranks of all nodes, then the N nodes. All functions work on any params struct with the fields of dispatch_split.
+// Which ranks and nodes of the whole group the tokens of a unit go to: for each 128 bits, as in device/unit.cuh.
+// Columns: the R ranks of all nodes, then the N nodes. All functions work on any params struct with the fields of
+// dispatch_split.
 #pragma once
 #include "device/sync.cuh"
 #include "device/unit.cuh"

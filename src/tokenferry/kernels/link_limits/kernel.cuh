@@ -1,30 +1,33 @@
-// link_limits: the bare rates of links and memory: rows, flags and barriers, without the work of a dispatch around them.
+// link_limits: the bare rates of links and memory: rows, flags and barriers, without the work of a dispatch around
+// them.
 //
-// Grid       link_limits_store, link_limits_load, link_limits_copy: one block for each SM that is to be used; their shared
-//            memory (kStages rows a warp, more than half of what an SM has) keeps two blocks from sharing an SM.
+// Grid       link_limits_store, link_limits_load, link_limits_copy: one block for each SM that is to be used; their
+//            shared memory (kStages rows a warp, more than half of what an SM has) keeps two blocks from sharing an SM.
 //            link_limits_flag, link_limits_barrier: one block of 32 threads.
-// Reads      store, copy: p.local [num_rows][row_bytes]; load: the peers' rows; flag, barrier: words of this rank's window.
+// Reads      store, copy: p.local [num_rows][row_bytes]; load: the peers' rows; flag, barrier: words of this rank's
+//            window.
 // Writes     store: the peers' rows; load: p.local; copy: p.target; flag, barrier: words of the peers' windows.
 // Window     words, kWordStride bytes apart: word r for the barrier with rank r, word kMaxRanks for the ping-pong;
 //            from rows_offset on: rows [R sources][rows_per_rank][row_bytes].
-// Rows       Row t of rank m is stored on rank d = (m + 1 + t % n) % R with n = max(R - 1, 1), as row t / n of source m.
-//            load reads the same memory, so that a load returns what a store has written.
-// Roles      Each warp (its lane 0 alone where there are bulk copies) loads row after row into its kStages buffers and stores it
-//            from there.
+// Rows       Row t of rank m is stored on rank d = (m + 1 + t % n) % R with n = max(R - 1, 1), as row t / n of source
+//            m. load reads the same memory, so that a load returns what a store has written.
+// Roles      Each warp (its lane 0 alone where there are bulk copies) loads row after row into its kStages buffers and
+//            stores it from there.
 //
-// Order      load into a buffer -> mbarrier -> store from it -> the store has read the buffer (wait_stores_read) -> next load
-//            into it. At the end wait_stores: the rows are in memory (device/transfer.cuh).
+// Order      load into a buffer -> mbarrier -> store from it -> the store has read the buffer (wait_stores_read) ->
+//            next load into it. At the end wait_stores: the rows are in memory (device/transfer.cuh).
 //            Words: st.release.sys / ld.acquire.sys. A launch that reads what another rank's launch has written has a
 //            barrier launch before it on the same stream.
 // Invariants I1 a buffer is loaded only after the store of its last content has read it.
-//            I2 words only grow: iteration n of a barrier or ping-pong writes n, counted over the life of the window (wraps
+//            I2 words only grow: iteration n of a barrier or ping-pong writes n, counted over the life of the window
+//            (wraps
 //               after 2^32), and waits until the word that it polls is at least n. Nothing is cleared.
 //            I3 no two rows are stored to the same memory, so no write races with another.
-// Waits      link_limits_flag and link_limits_barrier, with a deadline; when it expires *p.failed = 1 + the peer, and the
-//            kernel returns. Loads and stores end by themselves.
+// Waits      link_limits_flag and link_limits_barrier, with a deadline; when it expires *p.failed = 1 + the peer, and
+//            the kernel returns. Loads and stores end by themselves.
 // Example    R=3 num_rows=4: rank 0 stores rows 0, 2 on rank 1 (as rows 0, 1) and rows 1, 3 on rank 2 (as rows 0, 1).
-// Cost       Every row is read once and written once. sm_90a: <= 32 registers (elsewhere <= 48), 0 spills, 384 B of static
-//            shared memory.
+// Cost       Every row is read once and written once. sm_90a: <= 32 registers (elsewhere <= 48), 0 spills, 384 B of
+//            static shared memory.
 // Tests      tests/cli/test_limits.py, tests/cuda/test_link_limits_cuda.py, tests/compile/.
 
 #pragma once

@@ -1,17 +1,20 @@
-// rail_receive: across nodes, in a decode call of a group that puts: waits for the messages of the exchange that rail_send has begun,
-// and copies them to where the call wants them.
+// rail_receive: across nodes, in a decode call of a group that puts: waits for the messages of the exchange that
+// rail_send has begun, and copies them to where the call wants them.
 //
-// Grid     any number of blocks, which take chunks of bodies round robin. Waits for the ranks across from this one, but for masked
-//          ones in calls that leave them out (p.skips). p.waits = 0: waits only until all that this rank has put is complete.
+// Grid     any number of blocks, which take chunks of bodies round robin. Waits for the ranks across from this one, but
+//          for masked ones in calls that leave them out (p.skips). p.waits = 0: waits only until all that this rank has
+//          put is complete.
 // Reads    the landing and the flags of this rank: see device/rails.cuh.
-// Writes   bodies [N - 1][body_bytes]; headers [N][kRailWords] and states [N][2], where they are not null. Of a message whose body
-//          has another size only the head: the other rank has made another call, or has failed. What masked ranks have sent is
-//          undefined.
-// Faults   If nothing comes within the deadline, which all waits of a block share, this rank gives up; what has not come is left as
-//          it is. With p.mask_late and p.skips it masks the rank that is late instead, as it does one that has masked this rank.
-//          Later kernels see that, so it matters little that other blocks may have read a part of the message.
+// Writes   bodies [N - 1][body_bytes]; headers [N][kRailWords] and states [N][2], where they are not null. Of a message
+//          whose body has another size only the head: the other rank has made another call, or has failed. What masked
+//          ranks have sent is undefined.
+// Faults   If nothing comes within the deadline, which all waits of a block share, this rank gives up; what has not
+//          come is left as it is. With p.mask_late and p.skips it masks the rank that is late instead, as it does one
+//          that has masked this rank. Later kernels see that, so it matters little that other blocks may have read a
+//          part of the message.
 // Cost     reads and writes N - 1 bodies. sm_90a: <= 64 registers, 0 spills, 16 B of static shared memory.
-// Tests    tests/cuda/test_rail_messages.py, tests/emulator/test_across_puts.py, tests/emulator/test_across_masks.py, tests/compile.
+// Tests    tests/cuda/test_rail_messages.py, tests/emulator/test_across_puts.py, tests/emulator/test_across_masks.py,
+//          tests/compile.
 #include "device/copy.cuh"
 #include "device/rails.cuh"
 

@@ -1,16 +1,17 @@
-// rail_send: across nodes, in a decode call of a group that puts: sends a message to the rank across from this one on each other
-// node.
+// rail_send: across nodes, in a decode call of a group that puts: sends a message to the rank across from this one on
+// each other node.
 //
 // Grid     any number of blocks, which take chunks of bodies round robin. Waits for nobody.
-// Reads    bodies [N - 1][body_bytes], for the other nodes in their order; headers [N][kRailWords], null: messages have none; this
-//          rank's state.
-// Writes   the landing of the rank across, and its flags: see device/rails.cuh. A mapped one gets bulk stores, and a release of the
-//          flag; another one a put_signal from the staging of this rank.
-//          Nothing goes to masked nodes in calls that leave them out (p.skips), but once, after a kernel has masked one, a head whose
-//          flag says so.
-// Faults   None. A rank that is stopped sends undefined data along with its state; one that has failed sends its state alone, as
-//          peers may still read what an earlier exchange brought to the half that is due.
-// Cost     reads and writes N - 1 bodies, twice for nodes that are not mapped. sm_90a: <= 64 registers (elsewhere <= 80), 0 spills,
+// Reads    bodies [N - 1][body_bytes], for the other nodes in their order; headers [N][kRailWords], null: messages have
+//          none; this rank's state.
+// Writes   the landing of the rank across, and its flags: see device/rails.cuh. A mapped one gets bulk stores, and a
+//          release of the flag; another one a put_signal from the staging of this rank.
+//          Nothing goes to masked nodes in calls that leave them out (p.skips), but once, after a kernel has masked
+//          one, a head whose flag says so.
+// Faults   None. A rank that is stopped sends undefined data along with its state; one that has failed sends its state
+//          alone, as peers may still read what an earlier exchange brought to the half that is due.
+// Cost     reads and writes N - 1 bodies, twice for nodes that are not mapped. sm_90a: <= 64 registers (elsewhere <=
+//          80), 0 spills,
 //          32784 B of static shared memory.
 // Tests    tests/cuda/test_rail_messages.py, tests/emulator/test_across_puts.py, tests/compile.
 #include "device/rails.cuh"
@@ -26,7 +27,8 @@ DEV void write_head(const RailSendParams& p, u32 m, u8* message) {
     }
 }
 
-// Copies a chunk of a body by way of shared memory; called by the movers of a warp. `parity`: that of the copies before in this block.
+// Copies a chunk of a body by way of shared memory; called by the movers of a warp. `parity`: that of the copies before
+// in this block.
 DEV void copy_chunk(u8* to, const u8* from, u32 bytes, u8* buffer, u64* barrier, u32 parity) {
     expect_loads(barrier, bytes);
     start_load(buffer, from, bytes, barrier);
@@ -40,8 +42,8 @@ DEV void copy_chunk(u8* to, const u8* from, u32 bytes, u8* buffer, u64* barrier,
 // Returns whether nothing goes to node m, but the head of a message to one that is to know.
 DEV bool is_left_out(const RailSendParams& p, u32 m) { return p.skips && is_node_masked(p, m); }
 
-// Puts a chunk that lies in memory which is mapped here, or is staged; all threads. `bytes`: those of its body. `body_bytes`: what the
-// flag says of the whole body.
+// Puts a chunk that lies in memory which is mapped here, or is staged; all threads. `bytes`: those of its body.
+// `body_bytes`: what the flag says of the whole body.
 DEV void announce(const RailSendParams& p, u32 epoch, u32 m, u32 chunk, u32 bytes, u32 body_bytes) {
     const u64 value = (u64)epoch << 32 | body_bytes;
     u8* mapped = mapped_region(p, m);

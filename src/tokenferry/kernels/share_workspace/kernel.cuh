@@ -1,16 +1,16 @@
-// share_workspace: gives every rank the place of this rank's workspace, and waits for the places of theirs. The first decode
-// call of a size does this, and `warmup`, which has no workspace, but wants all ranks to be there.
+// share_workspace: gives every rank the place of this rank's workspace, and waits for the places of theirs. The first
+// decode call of a size does this, and `warmup`, which has no workspace, but wants all ranks to be there.
 //
 // Grid     one block of R warps; warp r exchanges its words with rank r, one word per lane.
 // Reads    offers of all ranks that take part, in this rank's control block.
 // Writes   its offer to the control blocks of these ranks; then `shares` and `members` of its own, for the host.
-// Order    Each word of an offer carries the number of the exchange. Earlier work of the stream has cleared the workspace,
-//          and the offer is released after it.
-// Why      No offer is overwritten before it is read: that of exchange n lies in half n & 1. A rank writes that of n + 2
-//          after it has read n + 1 from every member, which sent it after its own exchange n had ended. A rank that is not
-//          a member may miss an offer; it learns by its acknowledgements that it is masked.
-// Waits    for offers, with a deadline. A rank that is late, or has masked this one, is masked if p.mask_late; otherwise the
-//          group fails.
+// Order    Each word of an offer carries the number of the exchange. Earlier work of the stream has cleared the
+//          workspace, and the offer is released after it.
+// Why      No offer is overwritten before it is read: that of exchange n lies in half n & 1. A rank writes that of n +
+//          2 after it has read n + 1 from every member, which sent it after its own exchange n had ended. A rank that
+//          is not a member may miss an offer; it learns by its acknowledgements that it is masked.
+// Waits    for offers, with a deadline. A rank that is late, or has masked this one, is masked if p.mask_late;
+//          otherwise the group fails.
 // Cost     a round trip. sm_90a: <= 64 registers, 0 spills, 16 B of static shared memory.
 // Tests    tests/emulator/test_new_sizes.py, tests/faults/test_masks.py, tests/compile.
 #include "device/decode.cuh"
@@ -21,8 +21,8 @@ DEV u32 offer_word(const ShareWorkspaceParams& p, u32 w) {
     return w < kOfferOffsetWord ? p.sizes[w - kSignatureWords] : p.offset;
 }
 
-// Returns whether a peer has masked this rank, and masks it in turn: it makes no offers to this rank. It may have made one
-// before, so this is asked first.
+// Returns whether a peer has masked this rank, and masks it in turn: it makes no offers to this rank. It may have made
+// one before, so this is asked first.
 DEV bool is_masked_by(const ShareWorkspaceParams& p, u32 peer) {
     if (!p.mask_late || load_acquire(&control_block(p, p.rank)->acks[0][peer]) != kMaskedAck) return false;
     return mask_peer(p, peer, kLateHandshake, 0, 0, 0);

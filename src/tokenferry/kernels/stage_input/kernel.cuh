@@ -1,5 +1,5 @@
-// stage_input: copies the rows of a MASKED layout that peers will read from the user's memory into the heap: of each expert
-// the first expert_counts.
+// stage_input: copies the rows of a MASKED layout that peers will read from the user's memory into the heap: of each
+// expert the first expert_counts.
 //
 // Grid     any number of blocks; warps take rows round robin. Not collective.
 // Reads    source [L, capacity, row_bytes]; expert_counts [L] int32.
