@@ -17,6 +17,8 @@ TYPES = {
     torch.float64: HEADER.constant("kFp64", 3, "kType: float64"),
 }
 """The constant ``kType`` of a kernel for each dtype of rows that it computes with."""
+ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Types of rows that decode calls cast and add up; with the config ``type=RAW`` rows are sent as bytes."""
 RAW = HEADER.constant("kRaw", 4, "kType of decode dispatch: rows are bytes, nothing is cast")
 
 # ---- layouts of received rows, params.layout

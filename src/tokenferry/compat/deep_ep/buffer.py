@@ -52,7 +52,7 @@ from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.arguments import Rows, check_config, check_sizes, refuse
 from tokenferry.compat.deep_ep.config import Config
-from tokenferry.compat.deep_ep.connect import connect
+from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, when_of
@@ -66,9 +66,6 @@ _ROUTING_ARGUMENTS = (
     "topk_weights", "num_worst_tokens",
 )  # fmt: skip
 """Those of `Buffer.dispatch` that have to be None, or 0, if a handle has the routing."""
-
-_HEAP_BYTES = 2 << 30
-"""Least GPU memory for rows that peers write or read: T and H are not known before the calls."""
 
 
 class DispatchLayout(NamedTuple):
@@ -179,7 +176,7 @@ class Buffer(Connected, LowLatencyCalls):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        heap_bytes = max(num_nvl_bytes, num_rdma_bytes, _HEAP_BYTES)
+        heap_bytes = max(num_nvl_bytes, num_rdma_bytes, LEAST_HEAP_BYTES)
         self._experts = connect(
             "Buffer", group, heap_bytes=heap_bytes, enable_shrink=enable_shrink, put_bytes=num_rdma_bytes
         )
@@ -188,9 +185,7 @@ class Buffer(Connected, LowLatencyCalls):
         self._views = Views(self._experts)
         self._latest_layout: _Layout | None = None
         self._local: dict[bool, weakref.ref[torch.UntypedStorage]] = {}
-        # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
-        self._closing = weakref.finalize(self, self._experts.close)
-        self._closing.atexit = False
+        self._closing = closing(self, self._experts)
         self.runtime: Runtime | None = Runtime(self._experts)
 
     def destroy(self) -> None:

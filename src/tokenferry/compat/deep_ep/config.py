@@ -19,7 +19,7 @@ _SOURCE_BYTES = 8
 _ROW_EXTRA_BYTES = _SOURCE_BYTES + 128 * 8 + 128 * 4 + 128 * 4
 """Bytes sent with a row: its source, and up to 128 expert ids (int64), gate weights and scales (float32)."""
 
-_MOST_CHOICES = 64
+MAX_CHOICES = 64
 """The most choices of a token, K, on GPUs: a hint is asked for without it."""
 
 # R: (nvl_send, nvl_recv, rdma_send, rdma_recv), as DeepEP publishes them.
@@ -162,7 +162,7 @@ def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_expe
     others = -(-num_ranks // _ranks_per_node()) - 1
     if others < 1:
         return low_latency_rdma_size_hint(max_tokens, hidden, num_experts)
-    choices = min(num_experts, _MOST_CHOICES)
+    choices = min(num_experts, MAX_CHOICES)
     id_bytes = 2 if num_experts < 1 << 15 else 4
     record = 2 * hidden + round_up(4 + choices * (id_bytes + 4), 16)
     if env.read_one("network") == "nvshmem":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import torch.distributed as dist
 
@@ -11,6 +12,20 @@ from tokenferry.api import ExpertGroup
 from tokenferry.errors import BackendUnavailable, UnsupportedError
 
 _log = logging.getLogger("tokenferry")
+
+
+LEAST_HEAP_BYTES = 2 << 30
+"""GPU memory for rows of a buffer that asks for less."""
+
+
+def closing(owner: object, experts: ExpertGroup) -> weakref.finalize[[], object]:
+    """Return what closes the group of a buffer, also when the buffer is collected; not at exit, when the process does.
+
+    It is local, so that it is safe wherever the collector runs.
+    """
+    found = weakref.finalize(owner, experts.close)
+    found.atexit = False
+    return found
 
 
 def connect(

@@ -134,7 +134,7 @@ class EPHandle(HoldsTensors):
         """See `HoldsTensors`."""
         return (self.topk_idx, *self.plan._managed_by_torch())
 
-    def is_made_by(self, event: EventHandle | None) -> None:
+    def note_event(self, event: EventHandle | None) -> None:
         """Remember the event of an asynchronous dispatch, which marks its end."""
         self._done = event
         self._captured = is_capturing(self._view)

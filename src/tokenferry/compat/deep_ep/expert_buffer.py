@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from tokenferry.api import Connected, ExpertGroup
 from tokenferry.compat.deep_ep import elastic_calls as calls
 from tokenferry.compat.deep_ep.arguments import Rows, check_integer
 from tokenferry.compat.deep_ep.config import round_up
-from tokenferry.compat.deep_ep.connect import connect
+from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
 from tokenferry.compat.deep_ep.elastic_calls import Received
 from tokenferry.compat.deep_ep.elastic_handle import CPU_NUM_SMS
@@ -29,8 +28,6 @@ from tokenferry.types import DispatchOptions, Routing
 
 CPU_TIMEOUT_S, GPU_TIMEOUT_S = 300, 100
 _BYTES_UNIT = 2 << 20
-_LEAST_HEAP_BYTES = 2 << 30
-"""Least GPU memory for rows, as for `Buffer`: sizes of calls are not known before the calls."""
 _UNKNOWN_TOP_K = 32
 """K of the sizes if it is not known, as in DeepEP."""
 _TYPICAL_HIDDEN, _MANY_TOKENS = 7168, 4096
@@ -112,9 +109,9 @@ class ExpertBuffer(Connected):
             )
         if num_bytes is None and given.hidden:
             num_bytes = self.get_buffer_size_hint(group, given.num_max_tokens_per_rank, given.hidden, given.num_topk)
-        self.num_bytes = num_bytes or _LEAST_HEAP_BYTES
+        self.num_bytes = num_bytes or LEAST_HEAP_BYTES
         self._experts = connect(
-            call, group, heap_bytes=max(self.num_bytes, _LEAST_HEAP_BYTES), timeout_s=_timeout_s(call, given)
+            call, group, heap_bytes=max(self.num_bytes, LEAST_HEAP_BYTES), timeout_s=_timeout_s(call, given)
         )
         self.group = group
         self.num_max_tokens_per_rank, self._hidden = given.num_max_tokens_per_rank, given.hidden
@@ -127,9 +124,7 @@ class ExpertBuffer(Connected):
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self._lane = Lane(self._experts.device)
         self._views = Views(self._experts)
-        # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
-        self._closing = weakref.finalize(self, self._experts.close)
-        self._closing.atexit = False
+        self._closing = closing(self, self._experts)
         self.runtime: ExpertGroup | None = self._experts
 
     def destroy(self) -> None:
@@ -259,7 +254,7 @@ class ExpertBuffer(Connected):
             work = partial(calls.dispatch, self._views, x, rows, request)
         done, event = run(self._lane, given.call, when, inputs, work)
         if handle is None:
-            done.handle.is_made_by(event.event)
+            done.handle.note_event(event.event)
         return done, event
 
     def _combine(

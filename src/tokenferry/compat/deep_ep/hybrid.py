@@ -29,7 +29,6 @@ On CUDA a token has at most 64 experts; where the host does not wait, more are d
 
 from __future__ import annotations
 
-import weakref
 from types import SimpleNamespace
 
 import torch.distributed as dist
@@ -39,13 +38,11 @@ from tokenferry.ambient import without_grad
 from tokenferry.api import Connected
 from tokenferry.compat.deep_ep import hybrid_calls as calls
 from tokenferry.compat.deep_ep.arguments import check_integer, detached, height, to_native
-from tokenferry.compat.deep_ep.connect import connect
+from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
 from tokenferry.compat.deep_ep.elastic import ElasticBuffer
 from tokenferry.compat.deep_ep.hybrid_calls import COMBINE, DISPATCH, HybridHandle
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.types import Quantized
-
-_LEAST_HEAP_BYTES = 2 << 30
 
 
 class HybridEPBuffer(Connected):
@@ -118,7 +115,7 @@ class HybridEPBuffer(Connected):
             if value is not None:
                 check_integer(call, name, value, 1)
         num_bytes = ElasticBuffer.get_buffer_size_hint(group, max(1, max_num_of_tokens_per_rank), hidden_dim)
-        self._experts = connect(call, group, heap_bytes=max(num_bytes, _LEAST_HEAP_BYTES))
+        self._experts = connect(call, group, heap_bytes=max(num_bytes, LEAST_HEAP_BYTES))
         self.group = group
         self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self.config = SimpleNamespace(
@@ -131,9 +128,7 @@ class HybridEPBuffer(Connected):
         on_gpu = self._experts.backend == "cuda"
         self._dispatch_sms = num_sms_dispatch_api if on_gpu else None
         self._combine_sms = num_sms_combine_api if on_gpu else None
-        # Local, so that it is safe wherever the collector runs; at exit the process closes everything anyway.
-        self._closing = weakref.finalize(self, self._experts.close)
-        self._closing.atexit = False
+        self._closing = closing(self, self._experts)
 
     @without_grad
     def dispatch_with_permute(

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import FLOATS, INDICES, Checks
 from tokenferry.compat.deep_ep.arguments import check_integer, detached, width
-from tokenferry.compat.deep_ep.config import round_up
+from tokenferry.compat.deep_ep.config import MAX_CHOICES, round_up
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.compat.deep_ep.views import Views
@@ -20,8 +20,6 @@ from tokenferry.errors import ArgumentError, PlanError
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized, Routing
 
 DISPATCH, COMBINE = "HybridEPBuffer.dispatch_with_permute", "HybridEPBuffer.combine_with_unpermute"
-MAX_CHOICES = 64
-"""The most experts of a token on a GPU: the limit of the kernels."""
 
 _BOOL, _FLOAT32 = (torch.bool,), (torch.float32,)
 _TOKENS_PER_EXPERT, _NUM_TOKENS, _OVERFLOW = 7, 8, 10

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from tokenferry.kernels.codes import TYPES
+from tokenferry.kernels.codes import ROW_TYPES, TYPES
 from tokenferry.kernels.control_block import MAX_RANKS
 from tokenferry.kernels.decode_words import (
     CHUNK_COLUMNS,
@@ -19,7 +17,6 @@ from tokenferry.kernels.decode_words import (
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
-ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 SAME, FP8, LOGFMT10 = ENCODING_SAME, ENCODING_FP8, ENCODING_LOGFMT10
 """Values of the config ``encoding``: how rows are stored on the way."""
 

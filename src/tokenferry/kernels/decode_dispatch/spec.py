@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from tokenferry.kernels.codes import RAW, TYPES
+from tokenferry.kernels.codes import RAW, ROW_TYPES, TYPES
 from tokenferry.kernels.control_block import MAX_RANKS
 from tokenferry.kernels.describe import describe
 
 THREADS = 512
 CHOICES_BYTES = 128 * 1024
 """The largest routing that a block keeps in shared memory, however much it has."""
-ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Types of rows that are cast to FP8; with the config ``type=RAW`` rows are sent as bytes."""
 
 SPEC = replace(
     describe(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tokenferry.kernels.codes import RAW, TYPES
-from tokenferry.kernels.decode_dispatch.spec import ROW_TYPES, mask_words
+from tokenferry.kernels.codes import RAW, ROW_TYPES, TYPES
+from tokenferry.kernels.decode_dispatch.spec import mask_words
 from tokenferry.kernels.describe import describe
 
 THREADS = 512

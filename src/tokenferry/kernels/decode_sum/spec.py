@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tokenferry.kernels.codes import TYPES
-from tokenferry.kernels.decode_combine.spec import FP8, LOGFMT10, ROW_TYPES
+from tokenferry.kernels.codes import ROW_TYPES, TYPES
+from tokenferry.kernels.decode_combine.spec import FP8, LOGFMT10
 from tokenferry.kernels.describe import describe
 
 THREADS = 512

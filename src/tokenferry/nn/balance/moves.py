@@ -16,6 +16,7 @@ from tokenferry.errors import ArgumentError, ConfigError, ShapeError, Tokenferry
 from tokenferry.nn.balance.carrier import carried_on
 from tokenferry.nn.balance.placement import Placement
 from tokenferry.nn.balance.routing import PlacedRouter
+from tokenferry.nn.sharding import local_part
 from tokenferry.topology import node_of_ranks
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _checked(group: ExpertGroup, tensors: Sequence[Tensor], old: Placement, new:
             f"{list(new.physical_to_logical.shape)} slots of {old.num_experts} and {new.num_experts} experts on "
             f"{old.num_ranks} and {new.num_ranks} ranks"
         )
-    parts = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    parts = [local_part(tensor) for tensor in tensors]
     for part in parts:
         if part.ndim == 0 or part.shape[0] != group.num_local_experts or not part.is_contiguous():
             raise ShapeError(
