@@ -21,7 +21,7 @@ from tokenferry import (
     RoutingError,
 )
 from tokenferry.backends.cuda.across import nccl, nvshmem
-from tokenferry.backends.cuda.setup import _unfit
+from tokenferry.backends.cuda.setup import _unfit, terms_of
 from tokenferry.checks import Checks
 from tokenferry.options import resolve_options
 from tokenferry.resolve import Resolver
@@ -307,6 +307,20 @@ def test_a_variable_chooses_the_network_where_the_program_leaves_it_open(monkeyp
     monkeypatch.setenv("TOKENFERRY_ARCH", "compute_80")
     with pytest.raises(ConfigError, match="TOKENFERRY_NETWORK=nvshmem: TOKENFERRY_ARCH=compute_80 is PTX"):
         resolve_options(None, SHAPE, "auto", "auto", None, "raise")
+
+
+def test_ranks_agree_only_on_what_they_use(monkeypatch):
+    """A Buffer may have other ``num_rdma_bytes`` on each rank, and ranks other networks, where neither is used."""
+
+    def terms(network, put_bytes, per_node):
+        monkeypatch.setenv("TOKENFERRY_NETWORK", network)
+        options = replace(resolve_options(None, SHAPE, "auto", "auto", None, "raise"), put_bytes=put_bytes)
+        return terms_of(options, Topology(0, consecutive(4, per_node)), 1 << 30)
+
+    assert terms("nccl", 7, 4) == terms("nvshmem", 8, 4) == terms("nccl", None, 4)
+    assert terms("nccl", 7, 2) == terms("nccl", 8, 2)
+    assert terms("nvshmem", 7, 2) != terms("nvshmem", 8, 2)
+    assert terms("nvshmem", 7, 2) != terms("nccl", 7, 2)
 
 
 def test_ranks_are_masked_across_nodes_on_gpus_if_messages_are_put():

@@ -155,14 +155,7 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     key = secrets.token_hex(4)
     peers, group_id = None, 0
     if table:
-        terms = {
-            "shape": str(resolved.shape),
-            "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
-            "network": resolved.network,
-            "ranks_per_node": topology.ranks_per_node,
-            "heap bytes": num_bytes,
-            "bytes for puts": resolved.put_bytes or 0,
-        }
+        terms = terms_of(resolved, topology, num_bytes)
         group_id = new_group_id(group) if group is not None and rank == 0 else 0
         process = asdict(Process.this())
         handshakes = table.exchange({"terms": terms, "key": key, "group_id": group_id, "process": process})
@@ -198,6 +191,19 @@ def make_cuda_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cu
     if peers:
         backend.context.watch(peers)
     return backend
+
+
+def terms_of(resolved: Resolved, topology: Topology, num_bytes: int) -> dict[str, object]:
+    """Return what has to be the same on all ranks, by name, with nothing that the group does not use. Pure."""
+    network = resolved.network if topology.num_nodes > 1 else "none"
+    return {
+        "shape": str(resolved.shape),
+        "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
+        "network": network,
+        "ranks_per_node": topology.ranks_per_node,
+        "heap bytes": num_bytes,
+        "bytes for puts": resolved.put_bytes or 0 if network == "nvshmem" else 0,
+    }
 
 
 def _why(window: Window, num_ranks: int) -> str:
