@@ -85,6 +85,8 @@ def test_z_loss():
     assert logits.grad.isfinite().all()
     assert torch.autograd.gradcheck(z_loss, random(5, 4).requires_grad_())
     assert z_loss(torch.zeros(0, 4)).item() == 0.0
+    many = torch.full((100_000, 1), 1.5, dtype=torch.float16)
+    assert (z_loss(many).item(), z_loss(many).dtype) == (2.25, torch.float16), "the sum is more than float16 holds"
 
 
 # ---------------------------------------------------------------------- routers and layers with losses

@@ -77,6 +77,8 @@ def z_loss(logits: Tensor) -> Tensor:
         >>> z_loss(torch.zeros(3, 1) + 2.0).item()
         4.0
     """
+    dtype = logits.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # the sum over many tokens may be more than narrow ones hold
     masked = (logits.detach() == -torch.inf).all(dim=1)
-    sums = logits.masked_fill(masked.unsqueeze(1), 0.0).logsumexp(dim=1).masked_fill(masked, 0.0)
-    return sums.square().sum() / (~masked).sum().clamp_min(1)
+    sums = logits.masked_fill(masked.unsqueeze(1), 0.0).to(wide).logsumexp(dim=1).masked_fill(masked, 0.0)
+    return (sums.square().sum() / (~masked).sum().clamp_min(1)).to(dtype)
