@@ -148,3 +148,11 @@ def test_a_picture(tmp_path, capsys):
 def test_what_does_not_fit(words, complaint, capsys):
     assert main(["plan", *words.split()]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", "9" * 23])
+def test_seeds_out_of_range(capsys, seed):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--skew", "1", "--samples", "300", "--seed", seed])
+    assert ended.value.code == 2
+    assert "--seed" in capsys.readouterr().err

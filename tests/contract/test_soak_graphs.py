@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenferry import ExpertGroup, MoeShape, Quantized
-from tokenferry.testing import soak_graphs
+from tokenferry.testing import soak, soak_graphs
 from tokenferry.testing.world import World, WorldError
 
 
@@ -102,6 +102,13 @@ def test_the_command_across_nodes(capsys, monkeypatch):
     monkeypatch.setattr(soak_graphs, "run", nodes_of)
     assert soak_graphs.main(["--replays", "1", "--ranks", "4", "--ranks-per-node", "2"]) == 0
     assert ", 2 results of rank 0 checked" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [soak_graphs.main, soak.main])
+def test_nodes_that_are_not_equally_large(capsys, command):
+    with pytest.raises(SystemExit):
+        command(["--ranks", "4", "--ranks-per-node", "3"])
+    assert "--ranks-per-node 3: does not divide --ranks 4" in capsys.readouterr().err
 
 
 def fail(rank, pg, plan) -> None:

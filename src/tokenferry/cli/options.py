@@ -24,7 +24,7 @@ def positive(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """Parse a seed: 0 .. 2^39 - 1, from which seeds of layers are derived.
+    """Parse a seed: 0 .. 2^39 - 1, since those of layers, which are a little larger, end at 2^40 - 1.
 
     Raises:
         ValueError: it is not one.

@@ -8,7 +8,7 @@ from typing import Any
 from tokenferry.bench.report import about
 from tokenferry.bench.report.costs import plot_costs
 from tokenferry.bench.report.plots import need_matplotlib
-from tokenferry.cli.options import positive
+from tokenferry.cli.options import positive, seed
 from tokenferry.cli.output import add_json, picture_file, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.cost.calls import CallCost
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where popular experts are: anywhere, or on the first ranks (default: shuffled)",
     )
     gate.add_argument("--samples", type=positive, default=32768, help="tokens drawn if not uniform (default: 32768)")
-    gate.add_argument("--seed", type=int, default=0, help="seed of these tokens (default: 0)")
+    gate.add_argument("--seed", type=seed, default=0, help="seed of these tokens (default: 0)")
     add_json(parser, "estimate")
     parser.add_argument(
         "--plot", type=picture_file, metavar="FILE", help="write a picture over nodes to FILE; needs matplotlib"

@@ -331,16 +331,17 @@ def _experts(
 
 def _check_router(group: ExpertGroup, router: Callable[[Tensor], Routing]) -> None:
     """Raise ConfigError if a `Router` has other sizes, or may choose experts on more nodes, than the group allows."""
-    shape, chooser, of_whom, num_logical = group.shape, router, "the group", group.shape.num_experts
-    if isinstance(router, PlacedRouter):
-        chooser, of_whom, num_logical = router.router, "the placement", router.placement.num_experts
+    shape, chooser = group.shape, router.router if isinstance(router, PlacedRouter) else router
     if not isinstance(chooser, Router):
         return
+    wanted, whose = shape.num_experts, "the group"
+    if isinstance(router, PlacedRouter):
+        wanted, whose = router.placement.num_experts, "the placement"
     num_experts, hidden = chooser.weight.shape
-    if (num_experts, hidden, chooser.top_k) != (num_logical, shape.hidden, shape.top_k):
+    if (num_experts, hidden, chooser.top_k) != (wanted, shape.hidden, shape.top_k):
         raise ConfigError(
             f"MoELayer: router: it has num_experts={num_experts}, hidden={hidden} and top_k={chooser.top_k}; expected "
-            f"{num_logical}, as {of_whom} has, {shape.hidden} and {shape.top_k}"
+            f"{wanted}, as {whose} has, {shape.hidden} and {shape.top_k}"
         )
     if shape.max_nodes is None or not isinstance(router, Router):
         return

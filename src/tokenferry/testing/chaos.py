@@ -36,6 +36,7 @@ from tokenferry.testing.chaos_judge import PROMPT_S, SLACK_S, Judge
 from tokenferry.testing.chaos_leftovers import descriptors
 from tokenferry.testing.chaos_plan import HARMLESS, LONG_S, Draw, Episode, Fault, Soak, Step
 from tokenferry.testing.chaos_reports import Close, ComeBack, Go, Join, Prepare, Report
+from tokenferry.testing.world import check_nodes
 
 PREPARE_S = 120.0
 """Seconds for what has no deadline of its own: joining a process group, making inputs, on a busy machine."""
@@ -274,11 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=1 << 30, help="how many at most (default: as many as fit)")
     parser.add_argument("--keep-going", action="store_true", help="run on after a promise was broken")
     args = parser.parse_args(argv)
-    if args.ranks_per_node is not None:
-        if args.ranks_per_node < 1 or args.ranks % args.ranks_per_node:
-            parser.error(f"--ranks-per-node {args.ranks_per_node}: does not divide --ranks {args.ranks}")
-        if args.transport != "both" or args.device != "cpu":
-            parser.error("--ranks-per-node: nodes of CPUs use both transports; leave out --transport and --device")
+    check_nodes(parser, args.ranks, args.ranks_per_node)
+    if args.ranks_per_node is not None and (args.transport != "both" or args.device != "cpu"):
+        parser.error("--ranks-per-node: nodes of CPUs use both transports; leave out --transport and --device")
     what = Soak(args.seed, args.ranks, args.device, args.transport, args.ranks_per_node)
     adopt_orphans()
     torch.backends.cpu.get_cpu_capability()  # looked up once, from a file that a starved rank cannot open

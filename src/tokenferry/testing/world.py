@@ -10,6 +10,7 @@ program leaves one folder).
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import signal
@@ -32,6 +33,12 @@ END_S = 10.0
 
 Progress = Callable[[Mapping[str, object]], None]
 """``progress(item)``: send a small mapping to the program, from within a job of `World.run_with_progress`."""
+
+
+def check_nodes(parser: argparse.ArgumentParser, num_ranks: int, ranks_per_node: int | None) -> None:
+    """End a command with a message if its ``--ranks-per-node`` does not divide its ``--ranks``."""
+    if ranks_per_node is not None and (ranks_per_node < 1 or num_ranks % ranks_per_node):
+        parser.error(f"--ranks-per-node {ranks_per_node}: does not divide --ranks {num_ranks}")
 
 
 class WorldError(RuntimeError):

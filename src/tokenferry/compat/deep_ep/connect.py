@@ -15,7 +15,7 @@ _log = logging.getLogger("tokenferry")
 
 
 LEAST_HEAP_BYTES = 2 << 30
-"""GPU memory for rows of a buffer that asks for less."""
+"""GPU memory for rows of a buffer that asks for less: T and H are not known before the calls."""
 
 
 def closing(owner: object, experts: ExpertGroup) -> weakref.finalize[[], object]:
