@@ -98,7 +98,8 @@ class ExpertGroup(Connected):
             ``"process_group"`` (send and receive of torch.distributed) or ``"auto"`` for the best one that works
             for all ranks. These exclude backend cuda. ``"nvshmem"``: on GPUs of several nodes decode calls put what
             crosses into memory of other nodes with NVSHMEM, where otherwise NCCL exchanges it; excludes backend cpu.
-        timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S, or 100 if it is not set.
+        timeout_s: Seconds that any wait for a peer may take, above 0 and at most 1000000; None: TOKENFERRY_TIMEOUT_S,
+            or 100 if it is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
             (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
             ``"shared_memory"``; cuda: needs all ranks on one node, or the transport ``"nvshmem"``.

@@ -35,7 +35,7 @@ class SymmetricAllocator:
         self._reserve = max(self._reserve, min(num_bytes, self._heap.num_bytes * 3 // 4))
 
     def expect_more(self, num_bytes: int) -> None:
-        """Note how large a result was, where no M says how large others may become: twice as large, is the estimate."""
+        """Note how large a result was, where no M says how large others may become; the estimate is twice as much."""
         self.expect(2 * num_bytes)
 
     def block(self, phase: str, num_bytes: int, stream: int, capture: int | None = None) -> Block:
