@@ -73,7 +73,8 @@ def build(main: str, headers: dict[str, str], name: str, folder: Path) -> ctypes
             if done.returncode:
                 raise RuntimeError(f"g++ does not compile {name} for the emulator:\n{done.stderr[:5000]}")
             for old in folder.glob(f"{name}-*.so"):
-                old.unlink(missing_ok=True)
+                if old != library:  # another process may have made it meanwhile, and load it now
+                    old.unlink(missing_ok=True)
             Path(made, "kernel.so").replace(library)
     return ctypes.CDLL(str(library))
 
