@@ -101,8 +101,9 @@ class ExpertGroup(Connected):
         timeout_s: Seconds that any wait for a peer may take, above 0 and at most 1000000; None: TOKENFERRY_TIMEOUT_S,
             or 100 if it is not set.
         on_timeout: ``"raise"``: `PeerTimeout`, and the group is broken. ``"mask"``: decode calls mask the silent rank
-            (see `mask`) and continue without it; the other calls raise. Backend cpu: needs the transport
-            ``"shared_memory"``; cuda: needs all ranks on one node, or the transport ``"nvshmem"``.
+            (see `mask`) and continue without it; the other calls raise. Backend cpu: a rank that itself waits for
+            another one is given half as much time again; needs the transport ``"shared_memory"``; cuda: needs all
+            ranks on one node, or the transport ``"nvshmem"``.
         ranks_per_node: Number of consecutive ranks that form a node (a smaller group is one); None:
             TOKENFERRY_RANKS_PER_NODE, or if that is not set, the ranks of a host form one. With several nodes, dispatch
             sends a row across the network once for each node, and combine adds up the rows of each node before they

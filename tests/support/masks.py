@@ -331,6 +331,32 @@ def by_hand(rank: int, pg, pair, folder: str, both_sides: bool, timeout_s: float
                 one.hook()
 
 
+def sent_to_one(rank: int, pg, pair, folder: str, timeout_s: float) -> None:
+    """The lost rank has sent its rows to rank 0 alone; so rank 1 waits for it while rank 0 waits for rank 1."""
+    notes = Notes(folder, rank, 3)
+    warm_up(pg, pair, CASE)
+    with pair.open(pg, CASE.shape, timeout_s=timeout_s, on_timeout="mask") as group:
+        iterations = Iterations(group, CASE)
+        notes.barrier("begin")
+        iterations.several(3)
+        notes.barrier("ready")
+        step = Step(CASE, rank)
+        transport = group._backend._exchange.transport
+        if rank == LOST:
+            post = transport.post
+            transport.post = lambda call, headers, deadline, skip: post(call, headers, deadline, skip | {1})
+        sent = group.decode_dispatch(step.mine().x, step.routing(), return_hook=True)
+        if rank != LOST:
+            time.sleep(timeout_s / 4 if rank == 1 else 0.0)  # rank 0 comes first to the end of its timeout
+            sent.hook()
+            group.decode_combine(sent.x, sent.plan)
+            assert group.masked_ranks == {LOST}
+            iterations.made = 0
+            iterations.several(9)
+            notes.leave("went on")
+        notes.wait("went on", (0, 1))
+
+
 def in_a_graph(rank: int, pg, pair, folder: str) -> None:
     """Replay a CUDA graph under masks that come and go after its capture."""
     notes, away = Notes(folder, rank, 3), frozenset({LOST}) if rank != LOST else frozenset({0, 1})

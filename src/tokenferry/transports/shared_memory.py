@@ -12,10 +12,12 @@ each call in flight. No call ever waits for a segment.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,7 +39,7 @@ from tokenferry.transports.base import (
 from tokenferry.transports.lifetime import Connection, open_peer
 
 _NOTICE = struct.Struct(f"<6q{HEADER_INTS}q")
-_POST, _POST_WITH_FD, _RETIRE, _ANNOUNCE, _LEAVE = 1, 2, 3, 4, 5
+_POST, _POST_WITH_FD, _RETIRE, _ANNOUNCE, _LEAVE, _WAITING = 1, 2, 3, 4, 5, 6
 _NO_HEADER = (0,) * HEADER_INTS
 _ALIGN = 64
 
@@ -49,7 +51,8 @@ class _Notice:
     Attributes:
         kind: `_POST`: a message is ready; `_POST_WITH_FD`: the same, and the descriptor of its segment comes along;
             `_RETIRE`: unmap a segment; `_ANNOUNCE`: the number of the sender's last call; `_LEAVE`: the sender leaves,
-            and everything behind this notice is its reason, a text.
+            and everything behind this notice is its reason, a text; `_WAITING`: the sender has waited for half of its
+            timeout.
         call: The number of a call.
         watermark: The sender's watermark.
         segment: The number of the segment of a body, 0 without a body.
@@ -90,6 +93,7 @@ class _Peer:
         writable: False once sends fail; messages that the peer sent before may still be in the socket.
         readable: False once the socket is closed and everything that the peer sent has been read.
         reason_size: Bytes of the reason, once the peer has sent `_LEAVE`, or -1; ``data`` is then that reason.
+        waiting_at: When the last `_WAITING` came.
     """
 
     rank: int
@@ -102,6 +106,7 @@ class _Peer:
     writable: bool = True
     readable: bool = True
     reason_size: int = -1
+    waiting_at: float = -math.inf
 
     def sends_more(self) -> bool:
         """Return whether there may be a message of this peer that has not been read."""
@@ -131,13 +136,25 @@ class _Peer:
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
-    """A call that this rank has opened and not finished; ``expected`` are the peers whose messages it waits for."""
+    """A call that this rank has opened and not finished.
+
+    Attributes:
+        buffers: What this rank sends, by rank.
+        offsets: Where the buffers begin in the segment.
+        segment: Where they are; None: nowhere that peers can read.
+        own_header: The header for this rank itself.
+        sent_to: The peers that take part, without those that were dropped since.
+        expected: The peers whose messages this rank waits for.
+        said_waiting: Whether it has told its peers that it waits.
+    """
 
     buffers: list[Tensor]
     offsets: list[int]
     segment: seg.Segment | None
     own_header: tuple[int, ...] = ()
+    sent_to: frozenset[int] = frozenset()
     expected: set[int] = field(default_factory=set)
+    said_waiting: bool = False
 
 
 class SharedMemoryTransport:
@@ -147,6 +164,11 @@ class SharedMemoryTransport:
         rank: This rank.
         sockets: By rank, a socket that is connected to it. Calls must skip all other ranks.
         num_ranks: R; None: all ranks have a socket.
+
+    Attributes:
+        patient: Whether ranks that have waited for half of their timeout say so, and the others then wait longer for
+            them. A lost rank may have sent to some peers and not to others: those that wait for it must not be taken
+            for lost themselves by those that wait for them.
     """
 
     name = "shared_memory"
@@ -155,6 +177,7 @@ class SharedMemoryTransport:
         self.rank = rank
         self.num_ranks = len(sockets) + 1 if num_ranks is None else num_ranks
         self.order: Sequence[int] = range(self.num_ranks)
+        self.patient = False
         self._peers: dict[int, _Peer] = {}
         self._poll = select.poll()
         self._by_fd: dict[int, _Peer] = {}
@@ -204,10 +227,11 @@ class SharedMemoryTransport:
         current = self._in_flight[call.number]
         segment = current.segment
         current.own_header = headers[self.rank]
-        current.expected = set(self._peers) - skip
+        current.sent_to = frozenset(self._peers) - skip
+        current.expected = set(current.sent_to)
         self._last_call = call.number
         if segment is not None:
-            segment.call, segment.readers = call.number, frozenset(current.expected)
+            segment.call, segment.readers = call.number, current.sent_to
         for rank in sorted(current.expected):
             size = current.buffers[rank].numel()
             number = segment.number if segment is not None and size else 0
@@ -234,10 +258,12 @@ class SharedMemoryTransport:
             if gone:  # perhaps not `src`, which may be slow: what ends the call is said at once
                 why, last = self._peers[gone[0]].why_gone(), self._last_messages.describe(gone[0])
                 raise peer_timeout(call, self.rank, gone[:1], why, deadline.waited(), last)
-            left = deadline.left()
-            self._progress(left)  # after the deadline too: this rank may have been stopped, and its peers not
+            left = self._patience(src, deadline)
+            # After the deadline too: this rank may have been stopped, and its peers not.
+            self._progress(min(left, self._say_waiting(call, deadline)))
             if left == 0 and peer.readable and call.number not in peer.inbox:
-                missing = sorted(r for r in current.expected if call.number not in self._peers[r].inbox)
+                missing = [r for r in sorted(current.expected) if call.number not in self._peers[r].inbox]
+                missing = [r for r in missing if not self._patience(r, deadline)]
                 why, last = "no answer within timeout_s", self._last_messages.describe(missing[0])
                 raise peer_timeout(call, self.rank, missing, why, deadline.waited(), last)
         message = peer.inbox.pop(call.number)
@@ -246,6 +272,26 @@ class SharedMemoryTransport:
         current.expected.discard(src)
         self._last_messages.record(src, call)
         return message
+
+    def _patience(self, rank: int, deadline: Deadline) -> float:
+        """Return the seconds for which to go on waiting for a peer, at least 0: more if it waits itself."""
+        return max(deadline.left(), self._peers[rank].waiting_at + deadline.timeout_s - time.monotonic())
+
+    def _say_waiting(self, call: CallId, deadline: Deadline) -> float:
+        """Tell peers, once in a call and after half of its timeout, that this rank waits; return the seconds till then.
+
+        Only once: two ranks that wait for each other must not go on for ever.
+        """
+        current = self._in_flight[call.number]
+        if not self.patient or current.said_waiting:
+            return math.inf
+        left = deadline.left() - deadline.timeout_s / 2
+        if left > 0:
+            return left
+        current.said_waiting = True
+        for rank in sorted(current.sent_to):
+            self._send(rank, _Notice(_WAITING), [], call, deadline)
+        return 0.0
 
     def _is_gone(self, rank: int, call: CallId) -> bool:
         """Return whether the message of a peer will never come."""
@@ -264,6 +310,7 @@ class SharedMemoryTransport:
         """Drop the messages of ``src``, and retire the segments that it may still read. See `Transport.drop_peer`."""
         for number, current in self._in_flight.items():
             current.expected.discard(src)
+            current.sent_to -= {src}
             self._peers[src].inbox.pop(number, None)
         busy = [s for s in self._segments if src in s.readers and not self._watermarks.reached(s.call, s.readers)]
         self._retire(busy)
@@ -416,6 +463,9 @@ class SharedMemoryTransport:
             return
         if notice.kind == _LEAVE:
             peer.reason_size = notice.size
+            return
+        if notice.kind == _WAITING:
+            peer.waiting_at = time.monotonic()
             return
         if notice.kind == _POST_WITH_FD:
             fd = peer.fds.pop(0)

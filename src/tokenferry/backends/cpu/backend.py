@@ -26,6 +26,7 @@ from tokenferry.errors import ArgumentError, BackendUnavailable, ResourceError, 
 from tokenferry.topology import Topology
 from tokenferry.transports.refused import resource_error
 from tokenferry.transports.rendezvous import Wanted, connect
+from tokenferry.transports.shared_memory import SharedMemoryTransport
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -49,14 +50,17 @@ def make_cpu_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cpu
     }
     wanted = Wanted(resolved.transport, resolved.ranks_per_node)
     agreement = connect(group, wanted, resolved.timeout_s, terms)
-    if resolved.mask_on_timeout and agreement.transport.name != "shared_memory":
-        raise BackendUnavailable(
-            "ExpertGroup: on_timeout='mask' needs the transport 'shared_memory', this group has "
-            f"{agreement.transport.name!r} ({agreement.why}): after one timeout gloo closes all connections, so no "
-            "rank can continue; use on_timeout='raise'"
-        )
+    transport = agreement.transport
+    if resolved.mask_on_timeout:
+        if not isinstance(transport, SharedMemoryTransport):
+            raise BackendUnavailable(
+                "ExpertGroup: on_timeout='mask' needs the transport 'shared_memory', this group has "
+                f"{transport.name!r} ({agreement.why}): after one timeout gloo closes all connections, so no "
+                "rank can continue; use on_timeout='raise'"
+            )
+        transport.patient = True
     exchange = Exchange(
-        agreement.transport,
+        transport,
         resolved.timeout_s,
         mask_on_timeout=resolved.mask_on_timeout,
         reports=agreement.reports,
