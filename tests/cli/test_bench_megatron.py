@@ -1,20 +1,26 @@
 """`tokenferry bench megatron`: the program on CPU ranks, and what it says without Megatron-Core."""
 
+from functools import partial
+
 import pytest
 
-from support.bench_megatron_jobs import measure_megatron, wrong_combine
+from support import clients
+from support.bench_megatron_jobs import changing_combine, measure_megatron, wrong_combine
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.report import training
 from tokenferry.bench.suites import megatron
 from tokenferry.cli.bench_settings import make_settings
 from tokenferry.cli.main import main, make_parser
 
-needs_megatron = pytest.mark.skipif(megatron.version() is None, reason="Megatron-Core is not installed")
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    """Where Megatron-Core is; empty if it is installed."""
+    return clients.folder_of("megatron-core", "0.19.2")
 
 
-@needs_megatron
-def test_a_step_of_each_dispatcher(tmp_path):
-    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=measure_megatron)
+def test_a_step_of_each_dispatcher(folder, tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=partial(measure_megatron, folder=folder))
     assert run.status == 0
     assert run.report["failed"] == []
     assert [item["dispatcher"] for item in run.report["training"]] == list(megatron.DISPATCHERS)
@@ -22,17 +28,31 @@ def test_a_step_of_each_dispatcher(tmp_path):
     for item in run.report["training results"]:
         assert len(item["differ_by"]) == 6, "the loss, and gradients of rows, routers and experts of two layers"
         assert max(item["differ_by"].values()) <= (1e-5 if item["dtype"] == "float32" else 2e-2)
+    assert len(run.report["training repeated"]) == 16, "each dispatcher in both precisions, with both algorithms"
+    assert {tuple(item["changed"]) for item in run.report["training repeated"]} == {()}
     assert "back to back ms" in run.output
+    assert (
+        "flex, hybridep in bfloat16, T=12, a step repeated with deterministic algorithms: the same bits" in run.output
+    )
     for name in ("allgather", "flex, deepep", "flex, hybridep"):
         assert f"{name} and alltoall in float32" in run.output
 
 
-@needs_megatron
-def test_a_wrong_sum_gets_no_time(tmp_path):
-    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=wrong_combine)
+def test_a_wrong_sum_gets_no_time(folder, tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=partial(wrong_combine, folder=folder))
     assert run.status == 1
     assert "flex, deepep differs from alltoall in float32" in run.report["failed"][0]["why"]
     assert "training" not in run.report
+
+
+def test_steps_that_change_are_told(folder, tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=partial(changing_combine, folder=folder))
+    assert run.status == 0
+    changed = {
+        item["dispatcher"]: item["changed"] for item in run.report["training repeated"] if "float32" in item["dtype"]
+    }
+    assert "loss" in changed.pop("flex, deepep")
+    assert set(map(tuple, changed.values())) == {()}
 
 
 def test_without_megatron(monkeypatch, capsys):

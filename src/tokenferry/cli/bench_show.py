@@ -80,6 +80,8 @@ def show_training(report: Report, screen: Screen) -> None:
         screen.table("a training step, ms (5th-95th percentile)", training_report.HEADER, training_report.rows(items))
     for item in compared:
         screen.line(training_report.difference_line(item))
+    for item in report.others.get("training repeated", []):
+        screen.line(training_report.repeated_line(item))
 
 
 def show_models(report: Report, screen: Screen) -> None:

@@ -66,6 +66,15 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
+def changed_bits(pg: dist.ProcessGroup, once: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors of which any bit differs on any rank. Collective."""
+    mine = [
+        what for what, left in once.items() if not same_bits(left.flatten()[None], again[what].flatten()[None]).all()
+    ]
+    everywhere = {what for changed in gather(pg, mine) for what in changed}
+    return [what for what in once if what in everywhere]
+
+
 def raise_together(pg: dist.ProcessGroup, errors: Sequence[str]) -> None:
     """Raise on every rank if any rank has errors, so that none goes on alone. Collective.
 

@@ -48,3 +48,10 @@ def difference_line(item: Item) -> str:
     found = ", ".join(f"{name} {by:.1e}" for name, by in item["differ_by"].items())
     what = f"{item['dispatcher']} and {OWN} in {item['dtype']}, T={item['tokens']}"
     return f"{what}, norm of the difference over the norm: {found}"
+
+
+def repeated_line(item: Item) -> str:
+    """Return what of a step has other bits when it is repeated."""
+    algorithms = "deterministic algorithms" if item["deterministic_algorithms"] else "torch's usual algorithms"
+    found = f"other bits in {', '.join(item['changed'])}" if item["changed"] else "the same bits"
+    return f"{item['dispatcher']} in {item['dtype']}, T={item['tokens']}, a step repeated with {algorithms}: {found}"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokenferry.bench.core.checks import WrongAnswer, worst_differences
+from tokenferry.bench.core.checks import WrongAnswer, changed_bits, worst_differences
 from tokenferry.bench.core.session import Session, Settings, baseline_group, open_session
 from tokenferry.bench.core.wall import WallTimes, wall_times
 from tokenferry.compat import deep_ep_path
@@ -74,7 +74,7 @@ def version() -> str | None:
 
 
 def measure_megatron(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Compare losses and gradients, then time steps; a job of `World` (through `run_with_progress`)."""
+    """Compare losses and gradients, also those of repeated steps, then time steps; a job for `run_with_progress`."""
     with open_session(pg, progress, settings) as session:
         for tokens in settings.tokens:
             what = f"Megatron-Core: training step, T={tokens}"
@@ -90,9 +90,11 @@ def _measure(session: Session, tokens: int) -> bool:
         models = {name: Model(session, groups, name, precision.dtype) for name in DISPATCHERS}
         batch = Batch.draw(session, tokens, precision.dtype)
         found = {name: model.results(batch) for name, model in models.items()}
-        expected = found.pop(OWN)
         for name, results in found.items():
-            _compare(session, tokens, precision, name, results, expected)
+            if name != OWN:
+                _compare(session, tokens, precision, name, results, found[OWN])
+        for name, model in models.items():
+            _repeat(session, precision, name, model, batch)
     steps = {name: model.stepper(batch) for name, model in models.items()}
     walls: dict[str, list[WallTimes]] = {name: [] for name in models}
     for _ in range(TURNS):  # one after the other, since the speed of a host changes within seconds
@@ -128,6 +130,23 @@ def _compare(
     wrong = {what: by for what, by in worst.items() if not by <= precision.bound}
     if wrong:
         raise WrongAnswer(f"{name} differs from {OWN} in {dtype} by more than {precision.bound}: {wrong}")
+
+
+def _repeat(session: Session, precision: Precision, name: str, model: Model, batch: Batch) -> None:
+    """Report what of a step has other bits when it is repeated. Collective.
+
+    Megatron adds up a token's rows with `torch.Tensor.scatter_add_`, whose order on GPUs is fixed only where torch is
+    told to; so this is asked both ways.
+    """
+    label = {"dispatcher": name, "tokens": len(batch.x), "dtype": dtype_name(precision.dtype)}
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        try:
+            changed = changed_bits(session.pg, model.results(batch), model.results(batch))
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        session.send({"training repeated": {**label, "deterministic_algorithms": deterministic, "changed": changed}})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
