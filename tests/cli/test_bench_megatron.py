@@ -1,6 +1,6 @@
 """`tokenferry bench megatron`: the program on CPU ranks, and what it says without Megatron-Core."""
 
-from functools import partial
+import sys
 
 import pytest
 
@@ -13,14 +13,16 @@ from tokenferry.cli.bench_settings import make_settings
 from tokenferry.cli.main import main, make_parser
 
 
-@pytest.fixture(scope="module")
-def folder() -> str:
-    """Where Megatron-Core is; empty if it is installed."""
-    return clients.folder_of("megatron-core", "0.19.2")
+@pytest.fixture
+def megatron_core(monkeypatch) -> None:
+    """Let the ranks find Megatron-Core where `make test` puts it; they import what the test can."""
+    folder = clients.folder_of("megatron-core", "0.19.2")
+    monkeypatch.setattr(sys, "path", [*sys.path, *filter(None, [folder])])
 
 
-def test_a_step_of_each_dispatcher(folder, tmp_path):
-    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=partial(measure_megatron, folder=folder))
+@pytest.mark.usefixtures("megatron_core")
+def test_a_step_of_each_dispatcher(tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=measure_megatron)
     assert run.status == 0
     assert run.report["failed"] == []
     assert [item["dispatcher"] for item in run.report["training"]] == list(megatron.DISPATCHERS)
@@ -38,15 +40,17 @@ def test_a_step_of_each_dispatcher(folder, tmp_path):
         assert f"{name} and alltoall in float32" in run.output
 
 
-def test_a_wrong_sum_gets_no_time(folder, tmp_path):
-    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=partial(wrong_combine, folder=folder))
+@pytest.mark.usefixtures("megatron_core")
+def test_a_wrong_sum_gets_no_time(tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=wrong_combine)
     assert run.status == 1
     assert "flex, deepep differs from alltoall in float32" in run.report["failed"][0]["why"]
     assert "training" not in run.report
 
 
-def test_steps_that_change_are_told(folder, tmp_path):
-    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=partial(changing_combine, folder=folder))
+@pytest.mark.usefixtures("megatron_core")
+def test_steps_that_change_are_told(tmp_path):
+    run = bench_gpu_phases(tmp_path, "megatron", "--tokens", "12", megatron=changing_combine)
     assert run.status == 0
     changed = {
         item["dispatcher"]: item["changed"] for item in run.report["training repeated"] if "float32" in item["dtype"]

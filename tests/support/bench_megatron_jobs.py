@@ -1,7 +1,6 @@
 """The training step of Megatron-Core on CPU ranks, where its own dispatcher finds a stand-in for CUDA's streams."""
 
 import itertools
-import sys
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -35,9 +34,8 @@ def zeros_anywhere(*size, device=None, zeros=torch.zeros, **how):
     return zeros(*size, device="cpu" if device == "cuda" else device, **how)
 
 
-def measure_megatron(rank, pg, progress, settings, folder):
-    """`megatron.measure_megatron`; Megatron, of this folder or installed, asks for the current GPU and gets the CPU."""
-    sys.path.extend([folder] if folder else [])
+def measure_megatron(rank, pg, progress, settings):
+    """`megatron.measure_megatron`; Megatron asks for the current GPU and gets the CPU."""
     warnings.simplefilter("ignore")  # Megatron names each optional package that is missing
     megatron.provide_deep_ep()
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -62,7 +60,7 @@ def measure_megatron(rank, pg, progress, settings, folder):
         megatron.measure_megatron(rank, pg, progress, settings)
 
 
-def wrong_combine(rank, pg, progress, settings, folder):
+def wrong_combine(rank, pg, progress, settings):
     """`measure_megatron` in which the shim's sums are off by a thousandth, on rank 1 only."""
     right = Buffer.combine
 
@@ -71,10 +69,10 @@ def wrong_combine(rank, pg, progress, settings, folder):
         return (sums * 1.001 if rank == 1 else sums, *rest)
 
     with mock.patch.object(Buffer, "combine", combine):
-        measure_megatron(rank, pg, progress, settings, folder)
+        measure_megatron(rank, pg, progress, settings)
 
 
-def changing_combine(rank, pg, progress, settings, folder):
+def changing_combine(rank, pg, progress, settings):
     """`measure_megatron` in which the shim's sums are off by a millionth in every other call, on rank 1 only."""
     right, calls = Buffer.combine, itertools.count()
 
@@ -83,4 +81,4 @@ def changing_combine(rank, pg, progress, settings, folder):
         return (sums * (1 + 1e-6) if rank == 1 and next(calls) // 4 % 2 else sums, *rest)
 
     with mock.patch.object(Buffer, "combine", combine):
-        measure_megatron(rank, pg, progress, settings, folder)
+        measure_megatron(rank, pg, progress, settings)
