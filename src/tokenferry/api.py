@@ -692,7 +692,7 @@ class ExpertGroup(Connected):
         experts' weighted rows in expert order in float32, rounds to y's dtype and sends one row per token; these are
         added in rank order in float32 and rounded once more: fewer bytes, one extra rounding per rank. With several
         nodes each node makes such a sum of its experts, rounded to y's dtype; these are added in node order in float32
-        and rounded once more. Backend cpu: not while ranks are masked.
+        and rounded once more. Backend cpu: not while ranks are masked, nor with ``on_timeout="mask"``.
 
         Encoding: the rows in transit (``"exact"``: each expert's row; ``"fast"``: each rank's sum, after rounding to
         y's dtype; with several nodes: each node's sum, and nothing else) are encoded by their sender and decoded to

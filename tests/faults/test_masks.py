@@ -13,7 +13,7 @@ from support.children import end_process
 from support.lost_ranks import CROWDED_S, LONG_S
 from support.masks import Absence, Load, by_hand, in_a_graph, sent_to_one, skip_and_return, under_load
 from support.new_sizes import Start, lost_at_the_start, new_sizes_apart, new_sizes_by_hand
-from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS
+from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS, Pair
 from support.worlds import run_at_once
 from tokenferry.testing.world import World, WorldError
 
@@ -69,6 +69,11 @@ def test_processes_that_are_stopped_under_load_come_back(pair, lost, tmp_path):
     for rank in others:
         assert found[rank]["made"] >= 300
         assert 1 <= found[rank]["masked"] <= 2 * len(lost), "they were waited for again and again"
+
+
+def test_a_rank_of_another_node_comes_back(worlds, tmp_path):
+    pair = Pair("cpu", "shared_memory", ranks_per_node=1)
+    worlds(3).run(skip_and_return, pair, str(tmp_path), CROWDED_S, Absence("combine"))
 
 
 def test_ranks_that_wait_for_a_lost_one_do_not_lose_each_other(worlds, tmp_path):

@@ -147,6 +147,7 @@ def on_hosts(rank, pg, hosts, options):
         ("aaaa", {"ranks_per_node": 2, "transport": "shared_memory"}, ((0, 1), (2, 3)), "shared_memory"),
         ("aaaa", {"ranks_per_node": 2, "transport": "process_group"}, ((0, 1), (2, 3)), "process_group"),
         ("abba", {"ranks_per_node": 2}, ((0, 1), (2, 3)), "process_group"),
+        ("aaaa", {"ranks_per_node": 2, "on_timeout": "mask"}, ((0, 1), (2, 3)), "shared_memory"),
     ],
 )
 def test_nodes_are_hosts_unless_they_are_given(worlds, hosts, options, nodes, transport):
@@ -159,11 +160,6 @@ def test_nodes_are_hosts_unless_they_are_given(worlds, hosts, options, nodes, tr
         ({"ranks_per_node": 3}, ConfigError, "ranks_per_node=3 does not divide the group's 4 ranks"),
         ({"ranks_per_node": 0}, ConfigError, "ranks_per_node: expected a positive integer or None, got 0"),
         ({"ranks_per_node": 2.0}, ConfigError, "ranks_per_node: expected a positive integer or None, got 2.0"),
-        (
-            {"ranks_per_node": 2, "on_timeout": "mask"},
-            BackendUnavailable,
-            "on_timeout='mask' needs the transport 'shared_memory', this group has 'shared_memory+process_group'",
-        ),
         ({"ranks_per_node": 2, "backend": "cuda"}, BackendUnavailable, "backend='cuda' cannot run"),
     ],
 )
@@ -171,6 +167,13 @@ def test_nodes_that_cannot_be(worlds, options, error, text):
     for kind, message in worlds(4).run(on_hosts, "aaaa", options):
         assert kind is error
         assert text in message
+
+
+def test_masks_need_one_host(worlds):
+    for kind, message in worlds(4).run(on_hosts, "aabb", {"on_timeout": "mask"}):
+        assert kind is BackendUnavailable
+        assert "on_timeout='mask' needs the transport 'shared_memory', this group has 'process_group'" in message
+        assert "because the ranks are on 2 hosts" in message
 
 
 def how_found(rank, pg, hosts, options):

@@ -70,10 +70,12 @@ class Wanted:
     Attributes:
         transport: ``"shared_memory"``, ``"process_group"`` or ``"auto"``.
         ranks_per_node: Consecutive ranks that form a node; None: the ranks of a host do.
+        masks: Whether ranks are to be masked on a timeout, after which no message passes through a process group.
     """
 
     transport: str
     ranks_per_node: int | None
+    masks: bool = False
 
 
 def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, terms: dict[str, object]) -> Agreement:
@@ -115,7 +117,8 @@ def connect(group: dist.ProcessGroup | None, wanted: Wanted, timeout_s: float, t
         topology = _find_nodes(rank, handshakes, wanted)
         nodes = topology.nodes
         reports = FailureReports(group, handshakes[0]["group_id"], topology) if len(nodes) > 1 else None
-        near = nodes if wanted.transport == "auto" else (tuple(range(len(handshakes))),)
+        by_node = wanted.transport == "auto" and not wanted.masks
+        near = nodes if by_node else (tuple(range(len(handshakes))),)
         why_not = _why_not_near(handshakes, wanted, near)
         sockets: dict[int, socket.socket] = {}
         if not why_not:

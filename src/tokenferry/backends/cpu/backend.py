@@ -48,7 +48,7 @@ def make_cpu_backend(group: dist.ProcessGroup | None, resolved: Resolved) -> Cpu
         "on_timeout": "mask" if resolved.mask_on_timeout else "raise",
         "ranks_per_node": resolved.ranks_per_node,
     }
-    wanted = Wanted(resolved.transport, resolved.ranks_per_node)
+    wanted = Wanted(resolved.transport, resolved.ranks_per_node, resolved.mask_on_timeout)
     agreement = connect(group, wanted, resolved.timeout_s, terms)
     transport = agreement.transport
     if resolved.mask_on_timeout:
@@ -86,7 +86,8 @@ class CpuBackend:
         self._exchange = exchange
         levels = None if topology.num_nodes == 1 else Levels(exchange, topology)
         self._route: Route = Direct(exchange) if levels is None else TwoLevels(levels)
-        self._decoder = Decoder(exchange, levels, key)
+        # Where any rank may be lost, none passes on rows of others.
+        self._decoder = Decoder(exchange, None if exchange.mask_on_timeout else levels, key)
 
     @property
     def broken(self) -> str | None:

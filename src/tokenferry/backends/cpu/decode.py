@@ -79,8 +79,8 @@ class Decoder:
 
     Args:
         exchange: Reaches all ranks.
-        levels: The nodes, if there are several. Calls without masked ranks then use two levels. With masked ranks rows
-            are sent directly: the rank that would pass them on may be one of those.
+        levels: The nodes, if calls use two levels: there are several nodes, and no rank is masked on a timeout. While
+            ranks are masked by hand, rows are sent directly: the rank that would pass them on may be one of those.
         key: That of the group.
     """
 
