@@ -15,7 +15,7 @@ from tokenferry.backends.cuda.faults import FlightRecorder
 from tokenferry.backends.cuda.launch import RowKind
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import PeerTimeout
-from tokenferry.kernels.control_block import FIRST_OFFSET, HANDSHAKE_WORDS, SIGNATURE_WORDS
+from tokenferry.kernels.control_block import FIRST_OFFSET, HANDSHAKE_WORDS, RECV_ROW_IDX_WORD, SIGNATURE_WORDS
 from tokenferry.kernels.dispatch import spec
 from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.types import DispatchOptions, Layout, MoeShape
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def test_params_belong_to_the_last_call():
     """They are kept; so whatever differs from the call before has to be written again."""
-    packer = call_packer(spec.SPEC, "x", "scale")
+    packer = call_packer(spec.SPEC, "x", "scale", waits=True, last_offset=RECV_ROW_IDX_WORD)
     template = LaunchTemplate(SimpleNamespace(new_params=spec.SPEC.params.struct), packer)
     one, other = Signature("dispatch", hidden=1), Signature("dispatch", hidden=2)
     calls = [(1, one, 0), (2, one, 64), (3, other, 64), (4, one, 0), (5, Signature("dispatch", hidden=2), 0)]
@@ -136,7 +136,7 @@ def test_a_template_fills_its_fields_by_name():
     template = launch.dispatch_template(two_ranks(), KIND, 4, by_expert=False)
     p = template.params
     assert (p.top_k, p.num_local, p.by_expert, p.row_bytes, p.wide, p.width) == (2, 4, 0, 64, 1, 4)
-    template.pack(7, 3, 9, Signature("dispatch").words, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 19)
+    template.pack(3, 9, Signature("dispatch").words, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 19)
     assert (p.x, p.scale, p.weights, p.topk_idx, p.places, p.rows_out, p.rows_in) == (10, 11, 12, 13, 14, 15, 16)
     assert (p.scale_row_stride, p.scale_stride, p.tokens, p.num_tokens) == (17, 18, 20, 19)
     assert list(p.handshake)[FIRST_OFFSET : FIRST_OFFSET + 6] == [1, 2, 3, 4, 5, 6]

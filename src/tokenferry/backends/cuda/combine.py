@@ -242,8 +242,7 @@ class Combiner:
         if form.layout is not Layout.ROWS:  # rows by expert, which lie in the window
             first_column = 2 * self._context.num_ranks + form.top_k  # of the columns for `combine_pull`
             form.kernel.pack(
-                0, call.alive, call.number, call.signature.words,
-                rows_at // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, 0, 0, 0,
+                call.alive, call.number, call.signature.words, rows_at // OFFSET_BYTES, weights_at // OFFSET_BYTES,
                 plan_at.places + 4 * first_column, plan_at.places, *sums, *counts,
             )  # fmt: skip
             form.kernel.launch(work.fetch_sms, call.stream)
@@ -251,8 +250,8 @@ class Combiner:
         # Rows are pushed, or fetched by peers if they lie in the window.
         pushers, whole, sms = (0, 0, work.fetch_sms) if rows_at else (work.pushers, work.whole, work.push_sms)
         form.kernel.pack(
-            0, call.alive, call.number, call.signature.words,
-            landing // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, work.unit_bits, rows_at // OFFSET_BYTES, 0,
+            call.alive, call.number, call.signature.words,
+            landing // OFFSET_BYTES, weights_at // OFFSET_BYTES, 0, work.unit_bits, rows_at // OFFSET_BYTES,
             plan_at.places, plan_at.places, *sums, *counts, rows, pushers, whole,
         )  # fmt: skip
         form.kernel.launch(sms, call.stream)
@@ -296,7 +295,7 @@ class Combiner:
             if stage is None:
                 stage = self._stages[key] = launch.stage_template(self._context, *key)
             stage.pack(
-                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+                call.alive, call.number, call.signature.words,
                 y.data_ptr(), block.address, plan_at.expert_counts, plan_at.src_counts,
             )  # fmt: skip
             stage.launch(form.num_sms or self._context.num_sms, call.stream)

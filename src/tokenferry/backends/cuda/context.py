@@ -34,8 +34,6 @@ from tokenferry.memory.tensor import bytes_at
 from tokenferry.memory.window import Window
 
 _MAX_TEMPLATES = 512
-_NUM_OFFSETS = 6
-"""Words of a handshake, from `FIRST_OFFSET` on, that hold offsets and are not compared."""
 _RECOVERABLE = (RoutingError, CapacityError)
 """Errors that leave all ranks in step: found before anything was sent, or by all ranks together."""
 _NONE_MASKED = memoryview(bytes(4 * MAX_RANKS)).cast("I")
@@ -64,19 +62,27 @@ class Call:
     skips_masked: bool = False
 
 
-def call_packer(spec: KernelSpec, *fields: str) -> Packer:
+def call_packer(spec: KernelSpec, *fields: str, waits: bool = False, last_offset: int | None = None) -> Packer:
     """Return a writer of everything in a kernel's params that differs from call to call.
 
-    Its values are: `Call.wait_ns`, `Call.alive` and `Call.number`; the words of the signature; six offsets for the
-    handshake; and the kernel's own ``fields``, which have to be the first in its spec.
+    Its values are `Call.wait_ns`, if the kernel counts that; `Call.alive` and `Call.number`; the words of the
+    signature; the words of the handshake behind it that differ, mostly offsets; and the kernel's own fields.
+
+    Args:
+        spec: The kernel.
+        fields: Its own fields; they have to be the first in its spec.
+        waits: Whether the time that the kernel waits is counted where `Call.wait_ns` says.
+        last_offset: The last word of the handshake that is given, of those from `FIRST_OFFSET` on; None: there is none.
     """
+    num_offsets = 0 if last_offset is None else last_offset + 1 - FIRST_OFFSET
+    offsets = [Items("handshake", FIRST_OFFSET, num_offsets)] if num_offsets else []
     return Packer(
         spec.params.struct,
-        "wait_ns",
+        *(["wait_ns"] if waits else []),
         "alive",
         "call_number",
         Items("handshake", 0, SIGNATURE_WORDS, raw=True),
-        Items("handshake", FIRST_OFFSET, _NUM_OFFSETS),
+        *offsets,
         *fields,
     )
 

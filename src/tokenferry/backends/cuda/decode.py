@@ -369,7 +369,7 @@ class Decoder(Decoding):
         self, kernel: LaunchTemplate, call: Call, pointers: tuple[int, ...], phases: int, copy: Copy | None = None
     ) -> None:
         """Enqueue a kernel for some phases of a call, and the copy of what it receives."""
-        kernel.pack(call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, *pointers, phases)
+        kernel.pack(call.wait_ns, call.alive, call.number, call.signature.words, *pointers, phases)
         kernel.launch(self.num_blocks, call.stream)
         if copy is not None and phases & RECEIVE:
             with torch.inference_mode():  # the tensor may come from it

@@ -27,10 +27,11 @@ DISPATCH_FIELDS = (
     "x", "topk_idx", "weights", "choices", "out", "scale_out", "expert_counts", "received", "src_token", "src_range",
     "row_weights", "table", "masked_out", "trace", "num_tokens", "phases",
 )  # fmt: skip
-_DISPATCH = call_packer(decode_dispatch_spec.SPEC, *DISPATCH_FIELDS)
+_DISPATCH = call_packer(decode_dispatch_spec.SPEC, *DISPATCH_FIELDS, waits=True)
 _COMBINE = call_packer(
     decode_combine_spec.SPEC,
     "y", "out", "topk_idx", "weights", "row_weights", "table", "pending", "masked_out", "trace", "num_tokens", "phases",
+    waits=True,
 )  # fmt: skip
 SCALE_CODES = {None: 0, Scale.FLOAT32: SCALE_FLOAT32, Scale.POWER_OF_TWO: SCALE_POWER_OF_TWO, Scale.UE8M0: SCALE_UE8M0}
 

@@ -252,7 +252,7 @@ class Dispatcher:
         units, sms = num_units(T), form.sms.links
         notify = form.notify
         notify.pack(
-            0, alive, number, words, 0, 0, 0, 0, 0, 0,
+            alive, number, words,
             index, table, bases, dst_counts, start + layout.src_counts, start + layout.expert_counts,
             start + layout.expert_offsets if E else 0, 0, T,
         )  # fmt: skip
@@ -260,7 +260,7 @@ class Dispatcher:
         if T:
             assign = form.assign
             assign.pack(
-                0, alive, number, words, 0, 0, 0, 0, 0, 0,
+                alive, number, words,
                 index, table, bases, dst_counts, start + layout.places, start + layout.dst_token, T,
             )  # fmt: skip
             assign.launch(min(units, sms), stream)

@@ -253,7 +253,7 @@ def move(
     # A function less in calls across nodes, for each node: their budgets are in tests/unit/test_across_calls.py.
     scale_at, row_stride, stride = NO_SCALE if payload.scale is None else scale_of(payload)
     template.pack(
-        0, call.alive, call.number, call.signature.words, *recv,
+        call.alive, call.number, call.signature.words, *recv,
         payload.rows, scale_at, payload.weights, payload.topk_idx, plan.places, plan.dst_counts, plan.src_counts,
         row_stride, stride, payload.tokens, plan.num_tokens,
     )  # fmt: skip
@@ -268,7 +268,7 @@ def fuse(
     by_expert = plan._form.options.layout is Layout.EXPERTS
     scale_at, row_stride, stride = scale_of(payload)
     template.pack(
-        0, call.alive, call.number, call.signature.words, *recv,
+        call.alive, call.number, call.signature.words, *recv,
         payload.rows, scale_at, payload.weights, payload.topk_idx, start + layout.table, start + layout.bases,
         start + layout.dst_counts, start + layout.src_counts, start + layout.expert_counts,
         start + layout.expert_offsets if by_expert else 0, start + layout.places, start + layout.dst_token,
@@ -302,7 +302,7 @@ def expand(
     """Launch `dispatch_expand` for rows in a block; ``num_delivered``: 0 where they end with the last aligned row."""
     start, kind = block.address, layout.kind
     template.pack(
-        0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+        call.alive, call.number, call.signature.words,
         start + layout.rows, start + layout.scale if kind.scale_bytes else 0,
         start + layout.weights if kind.weighted else 0,
         plan.row_idx, plan.src_counts, plan.expert_counts, num_delivered,

@@ -21,6 +21,7 @@ from tokenferry.jit.params import Packer
 from tokenferry.kernels.codes import PIECE_BYTES, ROWS, TYPES
 from tokenferry.kernels.combine_pull import spec as pull_spec
 from tokenferry.kernels.combine_push import spec as push_spec
+from tokenferry.kernels.control_block import COMBINE_WEIGHTS_WORD, RECV_ROW_IDX_WORD, ROWS_AT_WORD
 from tokenferry.kernels.dispatch import spec as dispatch_spec
 from tokenferry.kernels.dispatch_assign import spec as assign_spec
 from tokenferry.kernels.dispatch_expand import spec as expand_spec
@@ -44,11 +45,13 @@ _DISPATCH = call_packer(
     dispatch_spec.SPEC,
     "x", "scale", "weights", "topk_idx", "places", "rows_out", "rows_in", "scale_row_stride", "scale_stride",
     "tokens", "num_tokens",
+    last_offset=RECV_ROW_IDX_WORD,
 )  # fmt: skip
 _FUSED = call_packer(
     fused_spec.SPEC,
     "x", "scale", "weights", "topk_idx", "table", "bases", "dst_counts", "src_counts", "expert_counts",
     "expert_offsets", "places", "dst_token", "scale_row_stride", "scale_stride", "num_tokens",
+    last_offset=RECV_ROW_IDX_WORD,
 )  # fmt: skip
 _EXPAND = call_packer(
     expand_spec.SPEC,
@@ -58,11 +61,13 @@ _STAGE = call_packer(stage_spec.SPEC, "source", "to", "expert_counts", "src_coun
 _PULL = call_packer(
     pull_spec.SPEC,
     "table", "places", "out", "bias0", "bias1", "weights_out", "rows_out", "rows_in", "num_tokens",
+    last_offset=COMBINE_WEIGHTS_WORD,
 )  # fmt: skip
 _PUSH = call_packer(
     push_spec.SPEC,
     "table", "places", "out", "bias0", "bias1", "weights_out", "rows_out", "rows_in", "num_tokens", "source", "pushers",
     "whole",
+    last_offset=ROWS_AT_WORD,
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ HALVES = 2
 PACKET_BYTES = 16
 _WORD_BYTES = 8
 _LINE = 128
-_OFFER = call_packer(SPEC)
+_OFFER = call_packer(SPEC, waits=True)
 _WORD = struct.Struct("<2I")
 """The word ``workspace`` of a control block: members, number of the exchange."""
 
@@ -282,7 +282,7 @@ class Workspaces:
         """
         context = self._context
         template = context.templates.get((SPEC,)) or self._template()
-        template.pack(call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
+        template.pack(call.wait_ns, call.alive, call.number, call.signature.words)
         for i, num_bytes in enumerate(astuple(sizes)):
             template.params.sizes[i] = num_bytes // _LINE
         template.params.offset = offset // OFFSET_BYTES

@@ -197,7 +197,7 @@ class AcrossCombiner:
             weights_out = empty((num_tokens, inside.top_k), (inside.top_k, 1), torch.float32)
         if num_tokens:
             form.sum.pack(
-                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+                call.alive, call.number, call.signature.words,
                 along.slots, along.dst_counts, parts.own, parts.others, parts.own_weights, along.went,
                 biases[0].data_ptr() if biases else 0, biases[1].data_ptr() if len(biases) > 1 else 0,
                 out.data_ptr(), 0 if weights_out is None else weights_out.data_ptr(), num_tokens,

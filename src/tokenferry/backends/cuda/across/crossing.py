@@ -88,7 +88,7 @@ class Crossing:
             int: ``since`` in that case, else 0.
         """
         if call.wait_ns:
-            self._clock.pack(0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0, since)
+            self._clock.pack(call.alive, call.number, call.signature.words, since)
             self._clock.launch(1, call.stream)
         transfer.join()
         return since if call.wait_ns else 0
@@ -126,7 +126,7 @@ class Crossing:
     def open_along(self, call: Call, words: Words, chunks: Chunks, goes: int, comes: int) -> Opening:
         """Open a call that follows a plan; ``chunks``: in which rows come; ``goes``, ``comes``: see `Opening`."""
         self._open.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             words.mine, words.headers, words.states, goes, comes, chunks.num, chunks.size,
         )  # fmt: skip
         self._open.launch(1, call.stream)
@@ -239,7 +239,7 @@ class Crossing:
         """
         opening.transfer.join()
         self._check.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            0, call.alive, call.number, call.signature.words,
             opening.words.headers, 0, 0, opening.goes, opening.comes, 0, src_counts, 0, 0, 1,
             int(call.skips_masked),
         )  # fmt: skip
@@ -257,7 +257,7 @@ class Crossing:
         chunks = words.chunks
         first, num = (0, self._num_nodes * chunks) if swap is None else (swap.recv.node * chunks + swap.number, 1)
         self._check.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            0, call.alive, call.number, call.signature.words,
             0, 0, 0, 0, 0, words.states + STATE_BYTES * first, src_counts, num, first, chunks, 0,
         )  # fmt: skip
         self._check.launch(1, call.stream)

@@ -207,7 +207,7 @@ class AcrossDecoder(Decoding):
         words, own = parts.words, 4 * sizes.num_relayed * sizes.top_k
         table = plan._words.data_ptr() + 4 * form.inside.layout.table
         form.pack.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             rows.x.data_ptr(), plan.topk_idx.data_ptr(), address(rows.weights), at + parts.sent,
             table + 4 * sizes.slots, table + 4 * sizes.number, table + 4 * sizes.ids + own,
             0 if rows.weights is None else at + parts.weights + own,
@@ -227,7 +227,7 @@ class AcrossDecoder(Decoding):
         since = self._rails.join(call, rows.transfer, at + words.since)
         start, num_tokens = plan._words.data_ptr(), sizes.num_relayed + plan.num_tokens
         table = start + 4 * layout.table
-        head = (call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
+        head = (call.wait_ns, call.alive, call.number, call.signature.words)
         ids, came, overflows = table + 4 * sizes.ids, at + parts.came, at + words.overflows
         weights = 0 if rows.weights is None else at + parts.weights
         form.unpack.pack(

@@ -32,7 +32,7 @@ from tokenferry.kernels.decode_words import PLACES_WORD
 from tokenferry.topology import Topology
 from tokenferry.types import DecodePlan, MoeShape
 
-_DISPATCH = call_packer(dispatch_spec.ACROSS, *DISPATCH_FIELDS, "records", "overflows")
+_DISPATCH = call_packer(dispatch_spec.ACROSS, *DISPATCH_FIELDS, "records", "overflows", waits=True)
 _SEGMENT = 8
 """Segments have a multiple of this many tokens, so that their choices are aligned."""
 _MAX_TOKENS = 1 << 19

@@ -250,7 +250,7 @@ class NodeSums:
         sizes, parts, at, table = form.sizes, form.memory, it.at, it.plan.table
         words, num_weights = parts.words, sizes.segment * sizes.top_k
         self._open.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             at + words.mine, at + words.came, at + words.states, table + 4 * sizes.number, table + 4 * sizes.slots,
             it.plan.topk_weights.data_ptr() if form.exact else 0,
             at + parts.weights + 4 * sizes.num_relayed * sizes.top_k, at + parts.weights_out if form.exact else 0,
@@ -277,7 +277,7 @@ class NodeSums:
         self._inside(form, call, it, RECEIVE if form.exact or it.hooked else SEND | RECEIVE)
         if form.encode is not None:
             form.encode.pack(
-                0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+                call.alive, call.number, call.signature.words,
                 at + parts.sums, it.crossing, it.tokens, form.columns,
             )  # fmt: skip
             form.encode.launch(self._num_blocks, call.stream)
@@ -292,7 +292,7 @@ class NodeSums:
         """Launch the kernel of one node."""
         parts, plan, at = form.memory, it.plan, it.at
         form.kernel.pack(
-            call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.wait_ns, call.alive, call.number, call.signature.words,
             it.y.data_ptr(), at + parts.sums, plan.table + 4 * form.sizes.ids, at + parts.weights, plan.row_weights,
             plan.table, at + parts.pending if form.exact or it.hooked else 0, self._context.pinned.masked_address,
             address(it.trace), it.tokens, phases,
@@ -304,7 +304,7 @@ class NodeSums:
     ) -> None:
         """Launch what makes later kernels no-ops if a rank across made another call, or sent undefined data or none."""
         self._check.pack(
-            call.wait_ns, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.wait_ns, call.alive, call.number, call.signature.words,
             headers, it.plan.table + 4 * form.sizes.number, since, 0, 0, it.at + form.memory.words.states,
             self._no_counts, num_states, 0, 1, int(call.skips_masked),
         )  # fmt: skip
@@ -314,7 +314,7 @@ class NodeSums:
         """Add up the sums of all nodes."""
         sizes, parts, num_tokens, out = form.sizes, form.memory, it.plan.num_tokens, it.out
         slots, own = it.plan.table + 4 * sizes.slots, it.crossing + sizes.num_relayed * form.row_bytes
-        head = (0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0)
+        head = (call.alive, call.number, call.signature.words)
         came, add_up = it.at + parts.came, form.add_up
         if num_tokens and form.encode is not None:
             add_up.pack(*head, slots, own, came, out.data_ptr(), num_tokens, form.columns)

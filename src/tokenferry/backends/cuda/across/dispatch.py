@@ -404,7 +404,7 @@ def _pack(form: MoveForm, call: Call, going: Going, payload: Payload, out_at: in
     slots, dst_counts, went, num_tokens = going
     scale_at, row_stride, stride = NO_SCALE if payload.scale is None else scale_of(payload)
     form.pack.pack(
-        0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+        call.alive, call.number, call.signature.words,
         payload.rows, scale_at, payload.weights, slots, dst_counts, went, out_at, row_stride, stride, num_tokens,
     )  # fmt: skip
     form.pack.launch(form.sms.local, call.stream)

@@ -47,6 +47,7 @@ _CHECK = call_packer(
     check_spec.SPEC,
     "headers", "epoch", "since", "goes", "comes", "states", "src_counts", "num_states", "first_state", "chunks",
     "skips",
+    waits=True,
 )  # fmt: skip
 _PACK_DECODE = call_packer(
     decode_pack_spec.SPEC,
@@ -56,6 +57,7 @@ _PACK_DECODE = call_packer(
 _UNPACK_DECODE = call_packer(
     decode_unpack_spec.SPEC,
     "headers", "states", "records", "ids", "weights", "overflows", "epoch", "since", "num_states",
+    waits=True,
 )  # fmt: skip
 _OPEN_DECODE = call_packer(
     decode_open_spec.SPEC,

@@ -134,7 +134,7 @@ class Planner:
             at = memory.data_ptr()
         routing = Routing(memory, at, id_bytes, at + tokens_in_at, sizes.parts, relay)
         form.rails.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             payload.topk_idx, split.table, split.bases, words.mine, words.headers,
             split.dst_counts.data_ptr(), start + layout.places + 4 * sizes.relay.slots, at, at + ids_out_at,
             at + tokens_out_at, start + layout.dst_token, num_tokens, relay.segment,
@@ -150,7 +150,7 @@ class Planner:
         words = begun.split.words
         alive, number, signature, sizes = call.alive, call.number, call.signature.words, start + layout.places
         form.relay.pack(
-            0, alive, number, signature, 0, 0, 0, 0, 0, 0,
+            alive, number, signature,
             words.headers, words.mine, sizes, begun.split.dst_counts.data_ptr(),
             begun.num_tokens, segment,
         )  # fmt: skip
@@ -158,7 +158,7 @@ class Planner:
         notify = form.notify
         notify.params.segment_units = segment // UNIT_TOKENS
         notify.pack(
-            0, alive, number, signature, 0, 0, 0, 0, 0, 0,
+            alive, number, signature,
             routed.routing.ids, routed.table, routed.bases, sizes + 4 * plan._relay_layout.relayed,
             start + layout.src_counts, start + layout.expert_counts,
             start + layout.expert_offsets if form.by_offsets else 0, sizes, routed.num,
@@ -170,7 +170,7 @@ class Planner:
         assign, along = form.assign, plan._along
         assign.params.segment_units = along.relay.segment // UNIT_TOKENS
         assign.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             routed.routing.ids, routed.table, routed.bases, along.relayed, along.whole.places, 0, routed.num,
         )  # fmt: skip
         assign.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.links), call.stream)

@@ -174,7 +174,7 @@ class Puts:
     def exchange(self, call: Call, messages: Messages, patience: float) -> PutTransfer:
         """See `MessageRails.exchange`. Kernels of the current stream use the memory, and nothing else."""
         self._send.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             messages.mine, messages.sent, messages.body_bytes, int(call.skips_masked),
         )  # fmt: skip
         self._launch(self._send, messages.body_bytes, call.stream)
@@ -183,7 +183,7 @@ class Puts:
     def receive(self, call: Call, messages: Messages, patience: float) -> None:
         """Let the current stream wait for what the others have put, and copy it to its places."""
         self._receive.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             messages.headers, messages.states, messages.came, messages.body_bytes, int(call.skips_masked), 1,
         )  # fmt: skip
         if self._context.mask_late:
@@ -193,7 +193,7 @@ class Puts:
     def complete(self) -> None:
         """Let the stream of the last call wait until what this rank has put is complete."""
         stream, _ = self._context.order_after_calls()
-        self._receive.pack(0, 0, 0, bytes(4 * SIGNATURE_WORDS), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._receive.pack(0, 0, bytes(4 * SIGNATURE_WORDS), 0, 0, 0, 0, 0, 0)
         self._receive.launch(1, stream)
 
     def resynchronise(self) -> None:

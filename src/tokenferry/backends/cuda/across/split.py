@@ -76,7 +76,7 @@ class Splitter:
         words, at = self._crossing.new_words(form.rows.chunks.num, end + num_bytes)
         split = Split(at, at + bases_at, words, self._new_counts(), at + end)
         form.split.pack(
-            0, call.alive, call.number, call.signature.words, 0, 0, 0, 0, 0, 0,
+            call.alive, call.number, call.signature.words,
             topk_idx, split.table, split.bases, split.dst_counts.data_ptr(), words.mine, words.headers,
             words.states, self._address, num_tokens,
         )  # fmt: skip
