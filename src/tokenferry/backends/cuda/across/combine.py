@@ -49,7 +49,7 @@ class AcrossCombineForm:
     widths: RowWidths
 
 
-class Result(NamedTuple):
+class SumOutput(NamedTuple):
     """What becomes of the sums.
 
     Attributes:
@@ -61,7 +61,7 @@ class Result(NamedTuple):
     biases: tuple[Tensor, ...]
 
 
-class Parts(NamedTuple):
+class SumAddresses(NamedTuple):
     """The sums of all nodes for the tokens of this rank.
 
     Attributes:
@@ -154,7 +154,7 @@ class AcrossCombiner:
             for transfer in transfers:
                 transfer.join()
             crossing.check(call, words, src_counts)
-            return self._add_up(form, call, along, Parts(own, own_weights, others), Result(out, biases))
+            return self._add_up(form, call, along, SumAddresses(own, own_weights, others), SumOutput(out, biases))
 
     def _send_sums(
         self,
@@ -183,7 +183,7 @@ class AcrossCombiner:
         return transfers
 
     def _add_up(
-        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, parts: Parts, result: Result
+        self, form: AcrossCombineForm, call: Call, along: RelayAddresses, parts: SumAddresses, result: SumOutput
     ) -> Combined:
         """Add up the sums of all nodes, and the biases."""
         inside, num_tokens, empty = form.inside, along.whole.num_tokens, self._context.empty

@@ -55,7 +55,7 @@ class Opening(NamedTuple):
     comes: int
 
 
-class Routing(NamedTuple):
+class CrossingRouting(NamedTuple):
     """The routing of all tokens that a rank passes on, its own included, and of those that it sends to other nodes.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES, Opening, Routing, Words
+from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES, CrossingRouting, Opening, Words
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
 from tokenferry.backends.cuda.across.parcels import Chunks, Swap
 from tokenferry.backends.cuda.across.rails import Part, Rails, Transfer
@@ -170,7 +170,7 @@ class Crossing:
         verdicts: list[int] = words[:, 0].tolist()
         return verdicts
 
-    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer | None:
+    def routing(self, call: Call, routing: CrossingRouting, words: Words, *, opens: bool) -> Transfer | None:
         """Exchange what tokens carry, with all nodes at once; return the exchange, or None if nothing crosses.
 
         Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import plan as cuda_plan
-from tokenferry.backends.cuda.across.contents import Opening, Routing, Words
+from tokenferry.backends.cuda.across.contents import CrossingRouting, Opening, Words
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import (
     AcrossForm,
@@ -410,7 +410,7 @@ def _pack(form: MoveForm, call: Call, going: Going, payload: Payload, out_at: in
     form.pack.launch(form.sms.local, call.stream)
 
 
-def _passed_on(form: MoveForm, rows_at: int, chunk: Chunk, routing: Routing | None) -> Payload:
+def _passed_on(form: MoveForm, rows_at: int, chunk: Chunk, routing: CrossingRouting | None) -> Payload:
     """Return a chunk that came from another node, to be passed on; ``routing``: of a dispatch."""
     at, widths, scales, weights, ids, tokens = rows_at + chunk.at, form.widths, None, 0, 0, 0
     if widths.scale:

@@ -109,10 +109,10 @@ class AcrossForm:
     tight: bool
     by_offsets: bool
     at_once: bool
-    known: BoundedDict[int, Sizes]
+    known: BoundedDict[int, AcrossSizes]
 
 
-class Sizes(NamedTuple):
+class AcrossSizes(NamedTuple):
     """Where the parts of a plan lie, and the routing that it is made from.
 
     Attributes:
@@ -121,7 +121,7 @@ class Sizes(NamedTuple):
         plan: Where the parts of the plan lie that do not depend on the rows that arrive.
         memory: Where the parts of the routing lie behind ``ids``: ``ids_out``, ``tokens_out``, ``tokens_in``, the table
             and the bases of the kernels of one node; then the end.
-        parts: What of the routing crosses; see `Routing.parts`.
+        parts: What of the routing crosses; see `CrossingRouting.parts`.
         swaps: The exchanges of rows, if it is known how many cross.
     """
 
@@ -222,7 +222,7 @@ def new_across_form(group: Group, plan: PlanForm, shape: MoeShape, kind: RowKind
 
 def sizes_of(
     form: AcrossForm, num_ranks: int, steps: Sequence[tuple[int, int]], routing: Relay, num_sent: int
-) -> Sizes:
+) -> AcrossSizes:
     """Return the sizes of a plan.
 
     Args:
@@ -251,7 +251,7 @@ def sizes_of(
     swaps = None
     if not (form.waits and form.at_once):
         swaps = routing.swaps(steps, form.rows.chunks, form.rows.widths, back=False)
-    return Sizes(
+    return AcrossSizes(
         routing,
         relay,
         PlanLayout(num_tokens, num_sent, width, 0, 0, src_at, counts_at, offsets_at, places_at, 0, 0, end),
@@ -262,7 +262,7 @@ def sizes_of(
 
 
 def _parts(routing: Relay, memory: tuple[int, ...], id_bytes: int) -> Parts:
-    """Return what of the routing crosses: ids and tokens of each node; ``memory``: of `Sizes`."""
+    """Return what of the routing crosses: ids and tokens of each node; ``memory``: of `AcrossSizes`."""
     ids_out_at, tokens_out_at, tokens_in_at, *_ = memory
     incoming: list[Part] = []
     outgoing: list[Part] = []

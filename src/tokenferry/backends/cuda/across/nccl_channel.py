@@ -31,7 +31,7 @@ class Marks(NamedTuple):
     captured: bool = False
 
 
-class Channel(Protocol):
+class RailChannel(Protocol):
     """The connections of a rail."""
 
     def start(self, parts: Parts) -> Marks:
@@ -56,7 +56,7 @@ class Channel(Protocol):
 
 
 class NcclChannel:
-    """See `Channel`.
+    """See `RailChannel`.
 
     Args:
         communicator: The ranks of the rail, in the order of nodes.
@@ -84,7 +84,7 @@ class NcclChannel:
         self._stream.synchronize()
 
     def start(self, parts: Parts) -> Marks:
-        """See `Channel.start`."""
+        """See `RailChannel.start`."""
         begun, ended, stream = torch.cuda.Event(), torch.cuda.Event(), self._stream  # type: ignore[no-untyped-call]
         begun.record(self._current())
         begun.wait(stream)
@@ -110,7 +110,7 @@ class NcclChannel:
         return stream
 
     def close(self) -> None:
-        """See `Channel.close`."""
+        """See `RailChannel.close`."""
         if not self._captured:  # NCCL waits for the end of graphs
             self._communicator.close()
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tokenferry.backends.cuda.across.nccl import NcclError
-from tokenferry.backends.cuda.across.nccl_channel import Channel, Marks
+from tokenferry.backends.cuda.across.nccl_channel import Marks, RailChannel
 from tokenferry.backends.cuda.across.rails import Parts, between_nodes
 from tokenferry.backends.cuda.context import Call
 from tokenferry.errors import PeerTimeout
@@ -122,7 +122,7 @@ class NcclRails:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: RailChannel,
         topology: Topology,
         timeout_s: float,
         *,
@@ -273,7 +273,10 @@ def _never() -> bool:
 
 
 def _look_after(
-    rails: weakref.ref[NcclRails], channel: Channel, more: threading.Event, enter_thread: Callable[[], object] | None
+    rails: weakref.ref[NcclRails],
+    channel: RailChannel,
+    more: threading.Event,
+    enter_thread: Callable[[], object] | None,
 ) -> None:
     """Look after the exchanges of a rank until its rails are closed or gone; then close the channel."""
     if enter_thread is not None:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from tokenferry.backends.cuda.across.contents import Routing
+from tokenferry.backends.cuda.across.contents import CrossingRouting
 from tokenferry.backends.cuda.across.crossing import Crossing
-from tokenferry.backends.cuda.across.forms import AcrossForm, Sizes, sizes_of
+from tokenferry.backends.cuda.across.forms import AcrossForm, AcrossSizes, sizes_of
 from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, fixed_relay, make_relay, segment_for
 from tokenferry.backends.cuda.across.split import Split, SplitCounts, Splitter
@@ -31,7 +31,7 @@ class Routed(NamedTuple):
         bases: Likewise.
     """
 
-    routing: Routing
+    routing: CrossingRouting
     num: int
     table: int
     bases: int
@@ -53,7 +53,7 @@ class Begun(NamedTuple):
     payload: Payload
     num_tokens: int
     split: Split
-    sizes: Sizes | None
+    sizes: AcrossSizes | None
     went: SplitCounts | None
 
 
@@ -94,7 +94,7 @@ class Planner:
         went = self._splitter.wait(call, num_tokens) if form.waits else None
         return Begun(call, payload, num_tokens, split, sizes, went)
 
-    def _known(self, form: AcrossForm, num_tokens: int) -> Sizes:
+    def _known(self, form: AcrossForm, num_tokens: int) -> AcrossSizes:
         """Return the sizes of a plan of T tokens whose routing crosses in the size of M."""
         geometry = form.geometry
         routing = fixed_relay(self._node, self._num_nodes, geometry.shape.max_tokens, num_tokens)
@@ -102,7 +102,7 @@ class Planner:
         found = form.known[num_tokens] = sizes_of(form, num_ranks, self._crossing.steps, routing, most_sent)
         return found
 
-    def sizes(self, form: AcrossForm, begun: Begun) -> Sizes:
+    def sizes(self, form: AcrossForm, begun: Begun) -> AcrossSizes:
         """Return the sizes of a plan: those of M tokens, or what the ranks across from this one say."""
         if begun.sizes is not None:
             return begun.sizes
@@ -113,7 +113,7 @@ class Planner:
         routing = make_relay(self._node, came, went.went, 0, segment_for(max(came)))
         return sizes_of(form, self._context.num_ranks, crossing.steps, routing, went.num_sent)
 
-    def new_plan(self, form: AcrossForm, begun: Begun, sizes: Sizes) -> AcrossPlan:
+    def new_plan(self, form: AcrossForm, begun: Begun, sizes: AcrossSizes) -> AcrossPlan:
         """Take the memory for a plan."""
         plan, layout, went = object.__new__(AcrossPlan), sizes.plan, begun.went
         plan._form, plan._dst_counts, plan._made = form.plan, begun.split.dst_counts, {}
@@ -122,7 +122,9 @@ class Planner:
         plan._block = self._allocator.call_block(begun.call, layout.num_bytes)
         return plan
 
-    def route(self, form: AcrossForm, begun: Begun, sizes: Sizes, plan: AcrossPlan) -> tuple[Routed, Transfer | None]:
+    def route(
+        self, form: AcrossForm, begun: Begun, sizes: AcrossSizes, plan: AcrossPlan
+    ) -> tuple[Routed, Transfer | None]:
         """Write the routing for each node, and begin to exchange it."""
         call, payload, num_tokens, split, *_ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
@@ -132,7 +134,7 @@ class Planner:
         if begun.sizes is None:
             memory = self._context.empty((end,), (1,), torch.uint8)
             at = memory.data_ptr()
-        routing = Routing(memory, at, id_bytes, at + tokens_in_at, sizes.parts, relay)
+        routing = CrossingRouting(memory, at, id_bytes, at + tokens_in_at, sizes.parts, relay)
         form.rails.pack(
             call.alive, call.number, call.signature.words,
             payload.topk_idx, split.table, split.bases, words.mine, words.headers,

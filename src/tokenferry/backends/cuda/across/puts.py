@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding
-from tokenferry.backends.cuda.across.contents import Routing, Words
+from tokenferry.backends.cuda.across.contents import CrossingRouting, Words
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.across.decode_sums import encoded_bytes
@@ -317,7 +317,7 @@ class PutCrossing(Crossing):
         """See `Crossing.open`."""
         return self._puts.exchange(call, Messages(words.mine, words.headers, 0, 0, 0, 0), ROWS_ACROSS)
 
-    def routing(self, call: Call, routing: Routing, words: Words, *, opens: bool) -> Transfer | None:
+    def routing(self, call: Call, routing: CrossingRouting, words: Words, *, opens: bool) -> Transfer | None:
         """See `Crossing.routing`. Headers are put, and the routing follows them."""
         if opens:
             self.open(call, words).join()
