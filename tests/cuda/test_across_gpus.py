@@ -240,60 +240,11 @@ def test_cuda_graphs(nodes, size, layout):
     nodes(size, captured, layout)
 
 
-def captured_decoding(rank: int, pg: dist.ProcessGroup, pair: Pair, quantize: Scale | None, hooks: bool) -> None:
-    """Replay decode calls with other rows, another routing and fewer tokens, between eager calls."""
-    ranks, device = pg.size(), pair.device
-    with pair.open(pg, MoeShape(2 * ranks, 3, 512, 64)) as group:
-        x = torch.randn(40, 512, device=device, dtype=torch.bfloat16)
-        index = torch.zeros(40, 3, device=device, dtype=torch.int64)
-        weights = torch.rand(40, 3, device=device)
-
-        def calls() -> list[torch.Tensor]:
-            sent = group.decode_dispatch(x, Routing(index, weights), quantize=quantize, return_hook=hooks)
-            sent.hook()
-            rows = sent.x if quantize is None else sent.x.data.bfloat16()
-            homes = []
-            for numerics in ("exact", "fast"):
-                home = group.decode_combine(rows, sent.plan, numerics=numerics, return_hook=hooks)
-                home.hook()
-                homes.append(home.x)
-            return homes
-
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            calls()
-        torch.cuda.synchronize()
-        pg.barrier().wait()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            out = calls()
-        for seed in range(20):
-            make = torch.Generator().manual_seed(100 * seed + rank)
-            chosen = torch.stack([torch.randperm(2 * ranks, generator=make)[:3] for _ in range(40)])
-            chosen[int(torch.randint(0, 41, (1,), generator=make)) :] = -1
-            index.copy_(chosen)
-            x.copy_(torch.randn(40, 512, generator=make))
-            weights.copy_(torch.rand(40, 3, generator=make))
-            want = [home.clone() for home in calls()]
-            group.synchronize()
-            for home in out:
-                home.fill_(torch.nan)
-            graph.replay()
-            torch.cuda.synchronize()
-            for got, home in zip(out, want, strict=True):
-                assert got.equal(home), f"replay {seed}"
-        for _ in range(100):
-            graph.replay()
-        torch.cuda.synchronize()
-        assert out[0].equal(want[0])
-        group.synchronize()
-
-
 @pytest.mark.parametrize("hooks", [False, True])
 @pytest.mark.parametrize("quantize", [None, Scale.FLOAT32])
 @pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
 def test_cuda_graphs_of_decode_calls(nodes, size, quantize, hooks):
-    nodes(size, captured_decoding, quantize, hooks)
+    nodes(size, decode_jobs.captured, quantize, hooks)
 
 
 # ---------------------------------------------------------------------- what goes wrong

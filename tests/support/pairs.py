@@ -31,7 +31,8 @@ class Pair:
         return torch.device("cpu") if self.backend == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
     def open(self, pg: dist.ProcessGroup | None, shape: MoeShape, **options) -> ExpertGroup:
-        transport = "auto" if self.transport not in ("shared_memory", "process_group") else self.transport
+        transport = self.transport if self.transport in ("shared_memory", "process_group") else "auto"
+        transport = "nvshmem" if "nvshmem" in self.transport else transport
         kind = ExpertGroup if self.backend == "cpu" else OnDevice
         options = {"timeout_s": 30, "ranks_per_node": self.ranks_per_node, **options}
         group = kind(pg, shape, backend=self.backend, transport=transport, **options)
