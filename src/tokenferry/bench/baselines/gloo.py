@@ -53,10 +53,10 @@ def row_exchanges(pg: dist.ProcessGroup, sizes: Sizes, variants: int) -> dict[st
             rows[variant, source] = sent_to(sizes, inputs.topk_idx).sum(0)
             owners = (inputs.topk_idx // sizes.local_experts).flatten()
             answers[variant, source] = torch.bincount(owners, minlength=sizes.ranks)
-    bf16 = 2 * sizes.hidden
+    bf16 = sizes.row_bytes("bf16")
     return {
         "out": RowExchange(pg, rows, bf16),
         "home": RowExchange(pg, rows.transpose(1, 2), bf16),
         "answers": RowExchange(pg, answers.transpose(1, 2), bf16),
-        "out fp8": RowExchange(pg, rows, sizes.fp8_row_bytes),
+        "out fp8": RowExchange(pg, rows, sizes.row_bytes("fp8")),
     }

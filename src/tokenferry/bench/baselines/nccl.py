@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.core.checks import check_rows, expected_sums, must_be_near
-from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert, remote_rows, sent_to
+from tokenferry.bench.core.checks import expected_sums, must_be_near
+from tokenferry.bench.core.inputs import Inputs, Sizes, remote_rows, sent_to
 from tokenferry.bench.core.session import Label, Session, Settings, Step, baseline_group, open_session
-from tokenferry.bench.suites.calls import num_variants
+from tokenferry.bench.core.sets import DECODE_PAIR, PAIR, USER_ROWS, Call, Ready, Sets
 from tokenferry.testing.world import Progress
 from tokenferry.types import Quantized
 
@@ -88,6 +90,51 @@ class NcclBaseline:
         return arrived
 
 
+def baseline_calls(sets: Sets, baseline: NcclBaseline) -> Iterator[Call]:
+    """Make the calls of a program, with what all_to_all_single needs around it. Collective."""
+
+    def whole(v: int, rows: str) -> Tensor | Quantized:
+        return baseline.dispatch(sets.inputs[v], sets.rows(v, rows))
+
+    def kept(v: int, rows: str) -> Tensor | Quantized:
+        return baseline.redispatch(ready[v].plan, sets.rows(v, rows))
+
+    ready = _ready(sets, baseline)
+    yield from sets.dispatches(whole, kept)
+    combine = partial(_summed, USER_ROWS, sets, lambda v: baseline.combine(ready[v].plan, ready[v].y))
+    yield Call(USER_ROWS, "bf16", combine)
+    yield _pair(PAIR, "bf16", sets, baseline, ready)
+
+
+def baseline_decode(sets: Sets, baseline: NcclBaseline) -> Iterator[Call]:
+    """Make a pair for few tokens: rows that are FP8 already there, one BF16 row of each rank back. Collective."""
+    yield _pair(DECODE_PAIR, "fp8", sets, baseline, _ready(sets, baseline))
+
+
+def _ready(sets: Sets, baseline: NcclBaseline) -> list[Ready]:
+    def dispatch(inputs: Inputs) -> tuple[Tensor, NcclPlan]:
+        plan = baseline.plan(inputs.topk_idx)
+        return baseline.move(plan, inputs.x), plan
+
+    return sets.ready(dispatch)
+
+
+def _pair(name: str, kind: str, sets: Sets, baseline: NcclBaseline, ready: list[Ready]) -> Call:
+    def pair(v: int) -> Tensor:
+        return baseline.pair(sets.inputs[v], sets.rows(v, kind), ready[v].y)
+
+    return Call(name, kind, partial(_summed, name, sets, pair))
+
+
+def _summed(what: str, sets: Sets, call: Callable[[int], Tensor]) -> Step:
+    """Check the sums that the baseline returns, within rounding, and return the call as a step. Collective."""
+
+    def check(v: int, got: Tensor) -> None:
+        check_sums(f"all_to_all_single: {what}", sets.sizes, sets.inputs[v], got)
+
+    return sets.step(call, check)
+
+
 def check_sums(what: str, sizes: Sizes, inputs: Inputs, got: Tensor) -> None:
     """Check sums that were added in another order in float32, then rounded once: a unit in the last place apart.
 
@@ -113,37 +160,23 @@ def measure_nccl(rank: int, pg: dist.ProcessGroup, progress: Progress, settings:
 
 
 def _measure(session: Session, baseline: NcclBaseline, sizes: Sizes) -> None:
-    variants, device = num_variants(sizes.tokens), session.device.torch_device
-    sets = [draw(sizes, variant, session.rank, device) for variant in range(variants)]
-    plans = session.attempt(f"nccl: plans, T={sizes.tokens}", lambda: [baseline.plan(one.topk_idx) for one in sets])
-    if plans is None:
-        return
-    out, home = remote_rows(sizes, variants, session.rank, device)
-    label = Label(
-        baseline.name, "", "bf16", sizes.tokens, sizes.routing, None, "store", row_bytes=2 * sizes.hidden, rows_out=out
-    )
-
-    def rows_of(v: int, label: Label) -> Tensor | Quantized:
-        return sets[v].quantized if label.rows == "fp8" else sets[v].x
-
-    def kept(label: Label) -> Step:
-        for v in range(variants):
-            check_rows("nccl: plan kept", sizes, v, session.rank, baseline.redispatch(plans[v], rows_of(v, label)))
-        return lambda i: baseline.redispatch(plans[i % variants], rows_of(i % variants, label))
-
-    def whole(label: Label) -> Step:
-        for v in range(variants):
-            check_rows("nccl: dispatch", sizes, v, session.rank, baseline.dispatch(sets[v], rows_of(v, label)))
-        return lambda i: baseline.dispatch(sets[i % variants], rows_of(i % variants, label))
-
-    def combine() -> Step:
-        ys = [expert(baseline.move(plans[v], one.x), session.rank) for v, one in enumerate(sets)]
-        for v, one in enumerate(sets):
-            check_sums("nccl: combine", sizes, one, baseline.combine(plans[v], ys[v]))
-        return lambda i: baseline.combine(plans[i % variants], ys[i % variants])
-
-    for call, prepare in (("dispatch, plan kept", kept), ("dispatch", whole)):
-        bf16 = replace(label, call=call)
-        for one in (replace(bf16, rows="fp8", row_bytes=sizes.fp8_row_bytes), bf16):
-            session.case(one, partial(prepare, one))
-    session.case(replace(label, call="combine", link="load", rows_out=home), combine)
+    sets = Sets(session, sizes)
+    made = session.attempt(f"nccl: plans, T={sizes.tokens}", lambda: list(baseline_calls(sets, baseline)))
+    calls: dict[tuple[str, str], Call] = {(call.name, call.rows): call for call in made or ()}
+    out, home = remote_rows(sizes, len(sets.inputs), session.rank, session.device.torch_device)
+    for name, kind in itertools.product(("dispatch, plan kept", "dispatch", USER_ROWS), ("fp8", "bf16")):
+        if (name, kind) not in calls:
+            continue
+        label = Label(
+            baseline.name,
+            name,
+            kind,
+            sizes.tokens,
+            sizes.routing,
+            link="store",
+            row_bytes=sizes.row_bytes(kind),
+            rows_out=out,
+        )
+        if name == USER_ROWS:
+            label = replace(label, call="combine", link="load", rows_out=home)
+        session.case(label, calls[name, kind].prepare)

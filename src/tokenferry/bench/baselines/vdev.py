@@ -5,27 +5,29 @@ Counts stay on the device.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.bench.core.checks import check_by_expert
-from tokenferry.bench.core.inputs import Inputs, Sizes, draw, remote_rows
+from tokenferry.api import ExpertGroup
+from tokenferry.bench.core.inputs import Inputs, Sizes, remote_rows
 from tokenferry.bench.core.session import (
     Label,
     Session,
     Settings,
-    Step,
     baseline_group,
     expert_group,
     open_session,
 )
-from tokenferry.bench.suites.calls import BY_EXPERT, groups_of, num_variants
+from tokenferry.bench.core.sets import Sets, num_variants
+from tokenferry.bench.suites.calls import BY_EXPERT, groups_of
 from tokenferry.errors import BackendUnavailable
 from tokenferry.testing.world import Progress
-from tokenferry.types import DispatchOptions, Layout
+from tokenferry.types import Dispatched, DispatchOptions, Layout
 
 NAME = "vdev_2d"
 MAX_LOCAL_EXPERTS = 16
@@ -99,44 +101,34 @@ def _label(session: Session, sizes: Sizes, library: str, call: str) -> Label:
     return Label(library, call, "bf16", sizes.tokens, sizes.routing, None, "store", 2 * sizes.hidden, out, note)
 
 
-def _sets(session: Session, sizes: Sizes) -> list[Inputs]:
-    return [
-        draw(sizes, variant, session.rank, session.device.torch_device) for variant in range(num_variants(sizes.tokens))
-    ]
-
-
 def _measure_baseline(session: Session, made: VdevBaseline, sizes: Sizes) -> None:
-    sets = _sets(session, sizes)
+    sets = Sets(session, sizes)
 
-    def prepare() -> Step:
-        for v, one in enumerate(sets):
-            made.dispatch(one)
-            session.device.synchronize()
-            check_by_expert("vdev_2d", sizes, v, session.rank, made.groups())
-        return lambda i: made.dispatch(sets[i % len(sets)])
+    def groups(_: None) -> list[Tensor]:
+        session.device.synchronize()
+        return made.groups()
 
+    prepare = partial(sets.expert_step, "vdev_2d", lambda v: made.dispatch(sets.inputs[v]), groups)
     session.case(_label(session, sizes, NAME, "dispatch, by expert"), prepare)
 
 
 def _measure_ours(session: Session, sizes: Sizes) -> None:
-    sets = _sets(session, sizes)
-    routings = [one.routing for one in sets]
+    sets = Sets(session, sizes)
+    routings = [one.routing for one in sets.inputs]
     device_counts = DispatchOptions(Layout.EXPERTS, counts="device")
+    with ExitStack() as stack:
+        opened = expert_group(session, sizes.tokens, sizes.experts, heap_for=sizes.top_k)
+        what = "tokenferry: group of the shape that vdev_2d takes"
+        group: ExpertGroup | None = session.attempt(what, lambda: stack.enter_context(opened))
+        if group is None:
+            return
+        for name, options in (
+            ("dispatch, by expert", BY_EXPERT),
+            ("dispatch, by expert, counts on device", device_counts),
+        ):
 
-    def work() -> None:
-        with expert_group(session, sizes.tokens, sizes.experts, heap_for=sizes.top_k) as group:
-            for call, options in (
-                ("dispatch, by expert", BY_EXPERT),
-                ("dispatch, by expert, counts on device", device_counts),
-            ):
+            def call(v: int, options: DispatchOptions = options) -> Dispatched[Tensor]:
+                return group.dispatch(sets.inputs[v].x, routings[v], options=options)
 
-                def prepare(options: DispatchOptions = options) -> Step:
-                    for v, (one, routing) in enumerate(zip(sets, routings, strict=True)):
-                        sent = group.dispatch(one.x, routing, options=options)
-                        check_by_expert("dispatch, EXPERTS", sizes, v, session.rank, groups_of(sent))
-                    n = len(sets)
-                    return lambda i: group.dispatch(sets[i % n].x, routings[i % n], options=options)
-
-                session.case(_label(session, sizes, "tokenferry", call), prepare)
-
-    session.attempt("tokenferry: group of the shape that vdev_2d takes", work)
+            prepare = partial(sets.expert_step, "dispatch, EXPERTS", call, groups_of)
+            session.case(_label(session, sizes, "tokenferry", name), prepare)

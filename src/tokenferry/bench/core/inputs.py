@@ -55,10 +55,9 @@ class Sizes:
         """Return the number of experts of each rank."""
         return self.experts // self.ranks
 
-    @property
-    def fp8_row_bytes(self) -> int:
-        """Return the bytes of an FP8 row and its float32 scales."""
-        return self.hidden + 4 * -(-self.hidden // FP8_COLUMNS)
+    def row_bytes(self, kind: str) -> int:
+        """Return the bytes of a ``"bf16"`` row, or of an ``"fp8"`` row and its float32 scales."""
+        return 2 * self.hidden if kind == "bf16" else self.hidden + 4 * -(-self.hidden // FP8_COLUMNS)
 
     @property
     def shape(self) -> MoeShape:

@@ -113,7 +113,7 @@ def measure_cpu_calls(
                 call=call.name,
                 rows=call.rows,
                 tokens=sizes.tokens,
-                row_bytes=sizes.fp8_row_bytes if call.rows == "fp8" else 2 * sizes.hidden,
+                row_bytes=sizes.row_bytes(call.rows),
                 rows_out=sum(exchange.rows for exchange in moved),
                 note=group.transport,
             )

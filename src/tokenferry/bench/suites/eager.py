@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,22 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tokenferry.bench.baselines.nccl import NcclBaseline
+from tokenferry.bench.baselines.nccl import NcclBaseline, baseline_calls, baseline_decode
 from tokenferry.bench.core.inputs import Sizes
 from tokenferry.bench.core.session import Session, Settings, Step, baseline_group, expert_group, open_session
+from tokenferry.bench.core.sets import MANY_TOKENS, Call, Sets
 from tokenferry.bench.core.wall import WallTimes, wall_times
-from tokenferry.bench.suites.calls import MANY_TOKENS
 from tokenferry.bench.suites.decode import HEAP_FOR, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
-from tokenferry.bench.suites.eager_calls import (
-    Call,
-    Sets,
-    baseline_calls,
-    baseline_decode,
-    native_calls,
-    native_decode,
-)
-from tokenferry.bench.suites.eager_shim import Shim
+from tokenferry.bench.suites.eager_native import native_calls, native_decode
+from tokenferry.bench.suites.eager_shim import Shim, make_buffer, shim_calls, shim_decode
 from tokenferry.bench.suites.host_time import host_time
 from tokenferry.testing.world import Progress
 
@@ -51,38 +44,36 @@ def measure_eager(rank: int, pg: dist.ProcessGroup, progress: Progress, settings
     largest = settings.sizes(max(settings.tokens))
     with open_session(pg, progress, settings) as session, torch.no_grad():
         session.attempt("torch.empty(8)", lambda: _empty(session))
-        shim = session.attempt("Buffer: making one", lambda: Shim(pg, largest))
+        buffer = session.attempt("Buffer: making one", lambda: make_buffer(pg, largest))
         own = session.attempt("all_to_all_single: making a process group", lambda: baseline_group(session))
         for tokens in settings.tokens:
-            _measure_tokens(session, settings.sizes(tokens), shim, own)
-        session.attempt("decode pairs", lambda: _measure_decode(session, shim, own))
+            _measure_tokens(session, settings.sizes(tokens), buffer, own)
+        session.attempt("decode pairs", lambda: _measure_decode(session, buffer, own))
         session.device.synchronize()
-        if shim is not None:
-            shim.close()
+        if buffer is not None:
+            buffer.destroy()
         if own is not None:
             dist.destroy_process_group(own)
 
 
-def _measure_tokens(session: Session, sizes: Sizes, shim: Shim | None, own: dist.ProcessGroup | None) -> None:
+def _measure_tokens(session: Session, sizes: Sizes, buffer: Shim | None, own: dist.ProcessGroup | None) -> None:
     what = f"T={sizes.tokens}"
     sets = session.attempt(f"inputs, {what}", lambda: Sets(session, sizes))
     if sets is None:
         return
-    opened = expert_group(session, sizes.tokens, heap_for=HEAP_FOR)
-    group = session.attempt(f"tokenferry: making a group, {what}", opened.__enter__)
-    if group is not None:
-        try:
+    with ExitStack() as stack:
+        opened = expert_group(session, sizes.tokens, heap_for=HEAP_FOR)
+        group = session.attempt(f"tokenferry: making a group, {what}", lambda: stack.enter_context(opened))
+        if group is not None:
             _measure_calls(session, "tokenferry", sizes.tokens, lambda: native_calls(sets, group))
-        finally:
-            opened.__exit__(None, None, None)
-    if shim is not None:
-        _measure_calls(session, "Buffer", sizes.tokens, lambda: shim.calls(sets))
+    if buffer is not None:
+        _measure_calls(session, "Buffer", sizes.tokens, lambda: shim_calls(sets, buffer))
     if own is not None:
         baseline = NcclBaseline(own, sizes)
         _measure_calls(session, baseline.name, sizes.tokens, lambda: baseline_calls(sets, baseline))
 
 
-def _measure_decode(session: Session, shim: Shim | None, own: dist.ProcessGroup | None) -> None:
+def _measure_decode(session: Session, buffer: Shim | None, own: dist.ProcessGroup | None) -> None:
     """Measure decode pairs; M is the largest T."""
     settings, device = session.settings, session.device.torch_device
     counts = [tokens for tokens in settings.decode_tokens if tokens <= MOST_DECODE_TOKENS]
@@ -97,8 +88,8 @@ def _measure_decode(session: Session, shim: Shim | None, own: dist.ProcessGroup 
                 DecodeReference(settings.sizes(tokens), variant, session.rank, pool) for variant in range(DECODE_SETS)
             ]
             _measure_calls(session, "tokenferry", tokens, partial(native_decode, references, group, y))
-            if shim is not None:
-                _measure_calls(session, "Buffer", tokens, partial(shim.decode, references, y, sizes))
+            if buffer is not None:
+                _measure_calls(session, "Buffer", tokens, partial(shim_decode, references, buffer, y, sizes))
             if own is not None:
                 baseline = NcclBaseline(own, settings.sizes(tokens))
                 sets = Sets(session, settings.sizes(tokens))

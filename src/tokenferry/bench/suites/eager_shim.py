@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -10,57 +11,33 @@ from torch import Tensor
 
 from tokenferry.bench.core.checks import must_equal
 from tokenferry.bench.core.inputs import Inputs, Sizes, sent_to
+from tokenferry.bench.core.sets import DECODE_PAIR, PAIR, USER_ROWS, Call, Pair, Sets, checked_step
 from tokenferry.bench.suites.decode_reference import DecodeReference
-from tokenferry.bench.suites.eager_calls import (
-    ASYNCHRONOUS,
-    DECODE_PAIR,
-    PAIR,
-    USER_ROWS,
-    Call,
-    Pair,
-    Sets,
-    checked_step,
-    dispatches,
-)
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.types import Quantized
 
+ASYNCHRONOUS = "dispatch + combine, async_finish"
 
-class Shim:
-    """One `Buffer`, with memory for several sets of rows of T tokens. Making it is collective.
-
-    Args:
-        pg: The process group.
-        sizes: The largest sizes that it is used for.
-    """
-
-    def __init__(self, pg: dist.ProcessGroup, sizes: Sizes) -> None:
-        rows_bytes = sizes.ranks * sizes.tokens * 2 * sizes.hidden
-        self._buffer = Buffer(pg, 4 * rows_bytes, low_latency_mode=True, explicitly_destroy=True)
-
-    def calls(self, sets: Sets) -> Iterator[Call]:
-        """Make the calls of normal mode as users write them: a layout before each dispatch. Collective."""
-        return _calls(sets, self._buffer)
-
-    def decode(self, references: list[DecodeReference], y: Tensor, sizes: Sizes) -> Iterator[Call]:
-        """Make the pair of low-latency calls; ``sizes.tokens`` is M. Collective."""
-        return _decode(references, self._buffer, y, sizes)
-
-    def close(self) -> None:
-        """Free it."""
-        self._buffer.destroy()
+Shim = Buffer
+"""What programs for DeepEP make their calls with."""
 
 
-def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
-    """Make the calls of DeepEP's API as its users write them: a layout before each dispatch. Collective."""
+def make_buffer(pg: dist.ProcessGroup, sizes: Sizes) -> Buffer:
+    """Make a buffer with memory for several sets of rows; ``sizes`` are the largest. Collective."""
+    rows_bytes = sizes.ranks * sizes.tokens * 2 * sizes.hidden
+    return Buffer(pg, 4 * rows_bytes, low_latency_mode=True, explicitly_destroy=True)
+
+
+def shim_calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
+    """Make the calls of normal mode as users write them: a layout before each dispatch. Collective."""
     experts = sets.sizes.experts
 
     def dispatch(inputs: Inputs, x: Any) -> Any:  # noqa: ANN401 - DeepEP's rows and handles
         return _dispatch(buffer, inputs, x, buffer.get_dispatch_layout(inputs.topk_idx, experts))
 
-    def rows_of(v: int, rows: str) -> Any:  # noqa: ANN401
-        inputs = sets.inputs[v]
-        return (inputs.quantized.data, inputs.quantized.scale) if rows == "fp8" else inputs.x
+    def rows_of(v: int, kind: str) -> Any:  # noqa: ANN401
+        rows = sets.rows(v, kind)
+        return rows if isinstance(rows, Tensor) else (rows.data, rows.scale)
 
     def whole(v: int, rows: str) -> Tensor | Quantized:
         return _as_rows(dispatch(sets.inputs[v], rows_of(v, rows))[0])
@@ -82,19 +59,12 @@ def _calls(sets: Sets, buffer: Buffer) -> Iterator[Call]:
         return buffer.combine(received, handle)[0]
 
     ready = sets.ready(lambda inputs: dispatch(inputs, inputs.x)[:2])
-    yield Call("layout alone", "-", lambda: checked_step(len(sets.inputs), layout, check_layout))
-    yield from dispatches(sets, whole, kept)
-    yield Call(
-        USER_ROWS,
-        "bf16",
-        lambda: sets.combine_step("Buffer.combine", lambda v: buffer.combine(ready[v].y, ready[v].plan)[0]),
-    )
-    yield Call(PAIR, "bf16", lambda: sets.pair_step(f"Buffer: {PAIR}", pair))
-    yield Call(
-        ASYNCHRONOUS,
-        "bf16",
-        lambda: sets.pair_step(f"Buffer: {ASYNCHRONOUS}", lambda v: _asynchronous(buffer, sets.inputs[v], experts)),
-    )
+    user = partial(sets.combine_step, "Buffer.combine", lambda v: buffer.combine(ready[v].y, ready[v].plan)[0])
+    yield Call("layout alone", "-", partial(sets.step, layout, check_layout))
+    yield from sets.dispatches(whole, kept)
+    yield Call(USER_ROWS, "bf16", user)
+    for name, call in ((PAIR, pair), (ASYNCHRONOUS, lambda v: _asynchronous(buffer, sets.inputs[v], experts))):
+        yield Call(name, "bf16", partial(sets.pair_step, f"Buffer: {name}", call))
 
 
 def _dispatch(buffer: Buffer, inputs: Inputs, x: Any, layout: Any, **how: Any) -> Any:  # noqa: ANN401
@@ -124,8 +94,8 @@ def _asynchronous(buffer: Buffer, inputs: Inputs, experts: int) -> Tensor:
     return sums
 
 
-def _decode(references: list[DecodeReference], buffer: Buffer, y: Tensor, sizes: Sizes) -> Iterator[Call]:
-    """Make the same of DeepEP's low-latency calls; ``sizes.tokens`` is M."""
+def shim_decode(references: list[DecodeReference], buffer: Buffer, y: Tensor, sizes: Sizes) -> Iterator[Call]:
+    """Make the pair of low-latency calls; ``sizes.tokens`` is M. Collective."""
 
     def pair(v: int) -> Pair:
         one = references[v]
@@ -137,7 +107,7 @@ def _decode(references: list[DecodeReference], buffer: Buffer, y: Tensor, sizes:
         references[v].check_received("low_latency_dispatch", _as_rows(rows), counts, handle[0])
         references[v].check_sums("low_latency_combine", got.sums, numerics="exact", shift=0)
 
-    yield Call(DECODE_PAIR, "fp8", lambda: checked_step(len(references), pair, check))
+    yield Call(DECODE_PAIR, "fp8", partial(checked_step, len(references), pair, check))
 
 
 def _as_rows(x: Any) -> Tensor | Quantized:  # noqa: ANN401 - DeepEP's rows: a tensor, or a tuple of two
