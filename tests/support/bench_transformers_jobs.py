@@ -2,6 +2,7 @@
 
 from unittest import mock
 
+from tokenferry.bench.core import models
 from tokenferry.bench.suites import transformers
 from tokenferry.bench.suites.transformers import Model
 from tokenferry.integrations.exchange import Exchange
@@ -9,7 +10,7 @@ from tokenferry.integrations.exchange import Exchange
 
 def measure_transformers(rank, pg, progress, settings):
     """`transformers.measure_transformers` with one step in each run, in one turn."""
-    with mock.patch.multiple(transformers, STEPS=1, TURNS=1):
+    with mock.patch.object(transformers, "STEPS", 1), mock.patch.object(models, "TURNS", 1):
         transformers.measure_transformers(rank, pg, progress, settings)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -352,6 +352,10 @@ class Session:
     def summary(self, seconds: list[float]) -> Summary:
         """Return the summary over the samples of all ranks, the slowest of each."""
         return summarize([slowest(self.pg, seconds)])
+
+    def summaries(self, seconds: Mapping[str, list[float]]) -> dict[str, object]:
+        """Return the summaries of several measurements, by name, to be sent. Collective."""
+        return {name: asdict(self.summary(times)) for name, times in seconds.items()}
 
     def synchronize_ranks(self, lead_s: float = 0.0) -> None:
         """Wait until every rank's device is idle, and start together.

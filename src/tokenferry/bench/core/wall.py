@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.session import Session, Step
 
-
-@dataclass(frozen=True, slots=True)
-class WallTimes:
-    """The wall-clock times of one call on this rank, seconds.
-
-    Attributes:
-        isolated: Of each call, with the ranks synchronised and the device idle before it.
-        back_to_back: Of each run of calls without a pause, divided by their number.
-    """
-
-    isolated: list[float]
-    back_to_back: list[float]
+Seconds = dict[str, list[float]]
+"""The times of one call on this rank, by mode: ``"isolated"``: of each call, with the ranks synchronised and the device
+idle before it; ``"back_to_back"``: of each run of calls without a pause, divided by their number."""
 
 
-def wall_times(session: Session, step: Step, calls: int) -> WallTimes:
+def wall_times(session: Session, step: Step, calls: int) -> Seconds:
     """Time one call in both modes, as often as the settings say. Collective.
 
     Args:
@@ -31,8 +21,8 @@ def wall_times(session: Session, step: Step, calls: int) -> WallTimes:
         calls: Calls of a run back to back.
     """
     with no_collections():
-        isolated = seconds_of_runs(session, step, 1)
-        return WallTimes(isolated, [seconds / calls for seconds in seconds_of_runs(session, step, calls)])
+        isolated, runs = (seconds_of_runs(session, step, count) for count in (1, calls))
+    return {"isolated": isolated, "back_to_back": [seconds / calls for seconds in runs]}
 
 
 def seconds_of_runs(session: Session, step: Step, calls: int) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from tokenferry.bench.baselines.nccl import NcclBaseline, baseline_calls, baseli
 from tokenferry.bench.core.inputs import Sizes
 from tokenferry.bench.core.session import Session, Settings, Step, baseline_group, expert_group, open_session
 from tokenferry.bench.core.sets import MANY_TOKENS, Call, Sets
-from tokenferry.bench.core.wall import WallTimes, wall_times
+from tokenferry.bench.core.wall import Seconds, wall_times
 from tokenferry.bench.suites.decode import HEAP_FOR, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.bench.suites.eager_native import native_calls, native_decode
@@ -114,8 +113,7 @@ def _measure_calls(session: Session, library: str, tokens: int, make: Callable[[
             "call": call.name,
             "rows": call.rows,
             "tokens": tokens,
-            "isolated": asdict(session.summary(wall.isolated)),
-            "back_to_back": asdict(session.summary(wall.back_to_back)),
+            **session.summaries(wall),
             "host_us": None if host_us is None else max(session.gather(host_us)),
         }
         session.send({"eager": item})
@@ -126,7 +124,7 @@ def _prepared(session: Session, call: Call) -> Step:
         return call.prepare()
 
 
-def _timed(session: Session, step: Step, tokens: int) -> tuple[WallTimes, float | None]:
+def _timed(session: Session, step: Step, tokens: int) -> tuple[Seconds, float | None]:
     """Return wall-clock times, and the median of the host's time in microseconds if T is small."""
     with _default_device(session):
         on_cpu = session.settings.backend == "cpu"

@@ -6,7 +6,7 @@ All but the experts is spread by FSDP2, and AdamW updates float32 parameters, as
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.baselines.all_to_all_layer import AllToAllLayer
-from tokenferry.bench.core.checks import WrongAnswer, worst_differences
+from tokenferry.bench.core.checks import worst_differences
 from tokenferry.bench.core.default_group import replace_default_group
+from tokenferry.bench.core.models import STEPS, Precision, in_turns, take_gradients
 from tokenferry.bench.core.session import Session, Settings, open_session
-from tokenferry.bench.core.wall import WallTimes, wall_times
-from tokenferry.bench.suites.megatron import Precision, dtype_name
+from tokenferry.bench.core.wall import wall_times
 from tokenferry.nn import MoELayer, Router, SwiGLUExperts, parallelize
-from tokenferry.nn.sharding import local_part
 from tokenferry.testing.world import Progress
 from tokenferry.types import MoeShape
 
@@ -36,14 +35,13 @@ HEAD = 64
 ROUTED = 32
 """Routers read one column in so many, and nothing but the embedding writes those: so both models route alike in every
 layer, however their sums are rounded."""
-STEPS = 5
-"""Steps of a run back to back."""
-TURNS = 2
-"""How often the models are measured in turns; each time as often as the settings say."""
 LEARNING_RATE = 1e-4
 OURS, OWN = "tokenferry", "all_to_all_single"
 PRECISIONS = (Precision(torch.float32, 1e-5), Precision(torch.bfloat16, 3e-2))
 """In which the products are, by autocast; compared in this order; the last one is timed."""
+
+KINDS = {"moe.experts": "gradients of experts", "moe.router": "gradients of routers", "": "gradients of all else"}
+"""Kinds of gradients, by what the names of weights contain."""
 
 
 def measure_language(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
@@ -56,7 +54,7 @@ def measure_language(rank: int, pg: dist.ProcessGroup, progress: Progress, setti
             session.attempt(what, lambda tokens=tokens: _measure(session, tokens))  # type: ignore[misc]
 
 
-def _measure(session: Session, tokens: int) -> bool:
+def _measure(session: Session, tokens: int) -> None:
     settings = session.settings
     shape = MoeShape(settings.experts, settings.top_k, settings.hidden, tokens)
     with ExpertGroup(session.pg, shape, backend=settings.backend, timeout_s=settings.timeout_s) as group:
@@ -64,19 +62,17 @@ def _measure(session: Session, tokens: int) -> bool:
         text = _draw(session, tokens)
         for precision in PRECISIONS:
             found = {name: model.results(text, precision.dtype) for name, model in models.items()}
-            _compare(session, tokens, precision, found[OURS], found[OWN])
-        walls: dict[str, list[WallTimes]] = {name: [] for name in models}
-        for _ in range(TURNS):  # one after the other, since the speed of a host changes within seconds
-            for name, model in models.items():
-                walls[name].append(wall_times(session, model.stepper(text, precision.dtype), STEPS))
-    for name, turns in walls.items():
-        times = {
-            mode: asdict(session.summary([seconds for wall in turns for seconds in getattr(wall, mode)]))
-            for mode in ("isolated", "back_to_back")
+            worst = worst_differences(session.pg, found[OURS], found[OWN])
+            session.send({"language results": {"tokens": tokens, "dtype": precision.name, "differ_by": worst}})
+            precision.check(OURS, OWN, worst)
+        steps = {
+            name: partial(wall_times, session, model.stepper(text, precision.dtype), STEPS)
+            for name, model in models.items()
         }
-        label = {"experts": name, "tokens": tokens, "ranks": settings.ranks, "dtype": dtype_name(precision.dtype)}
-        session.send({"language": {**label, **times}})
-    return True
+        times = in_turns(session, steps)
+    for name, modes in times.items():
+        label = {"experts": name, "tokens": tokens, "ranks": settings.ranks, "dtype": precision.name}
+        session.send({"language": {**label, **modes}})
 
 
 def _draw(session: Session, tokens: int) -> Tensor:
@@ -85,22 +81,6 @@ def _draw(session: Session, tokens: int) -> Tensor:
     length = LENGTH if tokens % LENGTH == 0 else tokens
     draws = torch.Generator(device).manual_seed(session.settings.seed * 4096 + session.rank)
     return torch.randint(BYTES, (tokens // length, length + 1), generator=draws, dtype=torch.int64, device=device)
-
-
-def _compare(
-    session: Session, tokens: int, precision: Precision, found: dict[str, Tensor], expected: dict[str, Tensor]
-) -> None:
-    """Report how far the results are from those through all_to_all_single. Collective.
-
-    Raises:
-        WrongAnswer: too far; on all ranks.
-    """
-    dtype = dtype_name(precision.dtype)
-    worst = worst_differences(session.pg, found, expected)
-    session.send({"language results": {"tokens": tokens, "dtype": dtype, "differ_by": worst}})
-    wrong = {what: by for what, by in worst.items() if not by <= precision.bound}
-    if wrong:
-        raise WrongAnswer(f"{OURS} differs from {OWN} in {dtype} by more than {precision.bound}: {wrong}")
 
 
 class Model:
@@ -133,13 +113,7 @@ class Model:
     def results(self, text: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the loss, and this rank's part of the gradients of all weights, by kind. Collective."""
         loss = self._backward(text, dtype)
-        parts: dict[str, list[Tensor]] = {}
-        for name, weight in self.model.named_parameters():
-            kind = next((kind for kind in ("experts", "router") if f"moe.{kind}" in name), "all else")
-            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            parts.setdefault(f"gradients of {KINDS[kind]}", []).append(local_part(grad).flatten())
-        self.model.zero_grad()
-        return {"loss": loss.detach(), **{what: torch.cat(grads) for what, grads in parts.items()}}
+        return {"loss": loss.detach(), **take_gradients(self.model, KINDS)}
 
     def stepper(self, text: Tensor, dtype: torch.dtype) -> Callable[[int], None]:
         """Return a training step: forward, backward, AdamW."""
@@ -158,9 +132,6 @@ class Model:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
-
-
-KINDS = {"experts": "experts", "router": "routers", "all else": "all else"}
 
 
 def _expert_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokenferry.bench.core.checks import WrongAnswer, changed_bits, worst_differences
+from tokenferry.bench.core.checks import changed_bits, worst_differences
+from tokenferry.bench.core.models import STEPS, Precision, in_turns, take_gradients
 from tokenferry.bench.core.session import Session, Settings, baseline_group, open_session
-from tokenferry.bench.core.wall import WallTimes, wall_times
+from tokenferry.bench.core.wall import wall_times
 from tokenferry.compat import deep_ep_path
 from tokenferry.errors import BackendUnavailable
 from tokenferry.testing.world import Progress
@@ -24,12 +25,6 @@ from tokenferry.testing.world import Progress
 LAYERS = 2
 ROUTED = 32
 """Routers read one column in so many, and no expert writes those: so all dispatchers route alike in every layer."""
-
-STEPS = 5
-"""Steps of a run back to back."""
-
-TURNS = 2
-"""How often the dispatchers are measured in turns; each time as often as the settings say."""
 
 OWN = "alltoall"
 DISPATCHERS = {
@@ -43,21 +38,11 @@ DISPATCHERS = {
 LEARNING_RATE = 1e-4
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """The numbers of a model, and how far two dispatchers may be apart: norm of the difference over the norm.
-
-    Attributes:
-        dtype: Of rows and weights. Router probabilities are float32.
-        bound: Most of a loss or a gradient: sums are added, and rounded, in another order.
-    """
-
-    dtype: torch.dtype
-    bound: float
-
-
 PRECISIONS = (Precision(torch.float32, 1e-5), Precision(torch.bfloat16, 2e-2))
 """Compared in this order; the last one is timed."""
+
+KINDS = {f"{i}.{part}": f"gradient of the {part}, layer {i}" for i in range(LAYERS) for part in ("router", "experts")}
+"""Kinds of gradients, by what the names of weights contain."""
 
 
 def version() -> str | None:
@@ -82,7 +67,7 @@ def measure_megatron(rank: int, pg: dist.ProcessGroup, progress: Progress, setti
             session.attempt(what, lambda tokens=tokens: _measure(session, tokens))  # type: ignore[misc]
 
 
-def _measure(session: Session, tokens: int) -> bool:
+def _measure(session: Session, tokens: int) -> None:
     provide_deep_ep()
     groups = _process_groups(session)
     models: dict[str, Model] = {}
@@ -92,44 +77,15 @@ def _measure(session: Session, tokens: int) -> bool:
         found = {name: model.results(batch) for name, model in models.items()}
         for name, results in found.items():
             if name != OWN:
-                _compare(session, tokens, precision, name, results, found[OWN])
+                worst = worst_differences(session.pg, results, found[OWN])
+                label = {"dispatcher": name, "tokens": tokens, "dtype": precision.name}
+                session.send({"training results": {**label, "differ_by": worst}})
+                precision.check(name, OWN, worst)
         for name, model in models.items():
             _repeat(session, precision, name, model, batch)
-    steps = {name: model.stepper(batch) for name, model in models.items()}
-    walls: dict[str, list[WallTimes]] = {name: [] for name in models}
-    for _ in range(TURNS):  # one after the other, since the speed of a host changes within seconds
-        for name, step in steps.items():
-            walls[name].append(wall_times(session, step, STEPS))
-    for name, turns in walls.items():
-        times = {
-            mode: asdict(session.summary([seconds for wall in turns for seconds in getattr(wall, mode)]))
-            for mode in ("isolated", "back_to_back")
-        }
-        session.send(
-            {"training": {"dispatcher": name, "tokens": tokens, "dtype": dtype_name(precision.dtype), **times}}
-        )
-    return True
-
-
-def _compare(
-    session: Session,
-    tokens: int,
-    precision: Precision,
-    name: str,
-    found: dict[str, Tensor],
-    expected: dict[str, Tensor],
-) -> None:
-    """Report how far the results of a dispatcher are from those of `OWN`. Collective.
-
-    Raises:
-        WrongAnswer: too far; on all ranks.
-    """
-    dtype = dtype_name(precision.dtype)
-    worst = worst_differences(session.pg, found, expected)
-    session.send({"training results": {"dispatcher": name, "tokens": tokens, "dtype": dtype, "differ_by": worst}})
-    wrong = {what: by for what, by in worst.items() if not by <= precision.bound}
-    if wrong:
-        raise WrongAnswer(f"{name} differs from {OWN} in {dtype} by more than {precision.bound}: {wrong}")
+    steps = {name: partial(wall_times, session, model.stepper(batch), STEPS) for name, model in models.items()}
+    for name, times in in_turns(session, steps).items():
+        session.send({"training": {"dispatcher": name, "tokens": tokens, "dtype": precision.name, **times}})
 
 
 def _repeat(session: Session, precision: Precision, name: str, model: Model, batch: Batch) -> None:
@@ -138,7 +94,7 @@ def _repeat(session: Session, precision: Precision, name: str, model: Model, bat
     Megatron adds up a token's rows with `torch.Tensor.scatter_add_`, whose order on GPUs is fixed only where torch is
     told to; so this is asked both ways.
     """
-    label = {"dispatcher": name, "tokens": len(batch.x), "dtype": dtype_name(precision.dtype)}
+    label = {"dispatcher": name, "tokens": len(batch.x), "dtype": precision.name}
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -201,15 +157,8 @@ class Model:
         x = batch.x.clone().requires_grad_()
         loss = self.loss(x, batch.target)
         loss.backward()  # type: ignore[no-untyped-call]
-        parts: dict[str, list[Tensor]] = {}
-        for name, weight in self.layers.named_parameters():
-            kind = "router" if "router" in name else "experts"
-            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad  # an expert may get no token
-            parts.setdefault(f"gradient of the {kind}, layer {name.partition('.')[0]}", []).append(grad.flatten())
-        self.layers.zero_grad()
         assert x.grad is not None
-        weights = {what: torch.cat(grads) for what, grads in parts.items()}
-        return {"loss": loss.detach(), "gradient of the rows": x.grad, **weights}
+        return {"loss": loss.detach(), "gradient of the rows": x.grad, **take_gradients(self.layers, KINDS)}
 
     def stepper(self, batch: Batch) -> Callable[[int], None]:
         """Return a training step: forward, backward, SGD."""
@@ -291,8 +240,3 @@ def provide_deep_ep() -> None:
 
     if not str(deep_ep.__file__).startswith(folder):
         raise BackendUnavailable(f"deep_ep has been imported from {deep_ep.__file__}; it has to be that of {folder}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``"bfloat16"`` of ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

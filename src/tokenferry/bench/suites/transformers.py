@@ -5,33 +5,26 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tokenferry import env
 from tokenferry.bench.core.checks import WrongAnswer, worst_differences
 from tokenferry.bench.core.default_group import replace_default_group
 from tokenferry.bench.core.device import no_collections
+from tokenferry.bench.core.models import STEPS, Precision, in_turns, take_gradients
 from tokenferry.bench.core.session import Session, Settings, open_session
-from tokenferry.bench.core.wall import WallTimes, seconds_of_runs, wall_times
-from tokenferry.bench.suites.megatron import Precision, dtype_name
+from tokenferry.bench.core.wall import Seconds, seconds_of_runs, wall_times
 from tokenferry.bench.suites.transformers_models import VOCABULARY, Layout, Way, layouts, save_model
 from tokenferry.errors import BackendUnavailable
 from tokenferry.integrations import transformers as integration
 from tokenferry.integrations.versions import installed
 from tokenferry.testing.world import Progress
-
-STEPS = 5
-"""Training steps of a run back to back."""
-
-TURNS = 2
-"""How often the ways are measured in turns; each time as often as the settings say."""
 
 PROMPT = 16
 """Tokens of each sequence before the first one that is generated."""
@@ -41,6 +34,9 @@ EXACT_TOKENS = 1024
 
 PRECISIONS = (Precision(torch.float32, 1e-5), Precision(torch.bfloat16, 3e-2))
 """Compared in this order; the last one is timed."""
+
+KINDS = {"mlp.experts": "gradients of experts", "mlp.gate": "gradients of routers", "": "gradients of all else"}
+"""Kinds of gradients, by what the names of weights contain."""
 
 
 def version() -> str | None:
@@ -91,8 +87,9 @@ def _prepare(session: Session, folder: Path) -> tuple[Layout, ...]:
     return found
 
 
-def _measure(session: Session, folder: Path, layout: Layout, tokens: int) -> bool:
+def _measure(session: Session, folder: Path, layout: Layout, tokens: int) -> None:
     batch = Batch.draw(session, tokens, shared=layout.shared)
+    about = {"own": layout.own.name, "batches": layout.batches}
     models: dict[str, Model] = {}
     for precision in PRECISIONS:
         models.clear()  # before the next ones are loaded
@@ -101,59 +98,30 @@ def _measure(session: Session, folder: Path, layout: Layout, tokens: int) -> boo
         compared = batch.first(EXACT_TOKENS) if precision.dtype == torch.float32 else batch
         expected = models[layout.own.name].results(compared)
         for way in layout.others:
-            results = models[way.name].results(compared)
-            _compare(session, Comparison(layout, way.name, compared, precision), results, expected)
+            worst = worst_differences(session.pg, models[way.name].results(compared), expected)
+            label = {"experts": way.name, **about, "dtype": precision.name, "tokens": compared.ids.shape[1]}
+            session.send({"transformers results": {**label, "differ_by": worst}})
+            precision.check(way.name, layout.own.name, worst)
         if precision.dtype == torch.float32:
             _compare_generation(session, layout, models, batch)
-    training: dict[str, list[WallTimes]] = {name: [] for name in models}
-    generation: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(TURNS):  # one after the other, since the speed of a host changes within seconds
-        for name, model in models.items():
-            training[name].append(wall_times(session, lambda i, model=model: model.train(batch), STEPS))  # type: ignore[misc]
-            with no_collections():
-                seconds = seconds_of_runs(session, lambda i, model=model: model.generate(batch), 1)  # type: ignore[misc]
-            generation[name] += seconds
-    for name in models:
-        _report(session, layout, tokens, Times(name, training[name], generation[name]))
-    return True
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Times:
-    """The times of a model on this rank.
-
-    Attributes:
-        name: How its experts are shared.
-        training: Times of training steps, a turn each.
-        generation: Seconds of each generation.
-    """
-
-    name: str
-    training: list[WallTimes]
-    generation: list[float]
-
-
-def _report(session: Session, layout: Layout, tokens: int, times: Times) -> None:
-    """Report the times of a model. Collective."""
-    summaries = {
-        mode: asdict(session.summary([seconds for wall in times.training for seconds in getattr(wall, mode)]))
-        for mode in ("isolated", "back_to_back")
-    }
     sizes = session.settings.model
     assert sizes is not None
     different = 1 if layout.shared else session.settings.ranks
-    item = {
-        "experts": times.name,
-        "own": layout.own.name,
-        "batches": layout.batches,
-        "tokens": tokens,
-        "dtype": dtype_name(PRECISIONS[-1].dtype),
-        "trained": different * tokens,
-        "training": summaries,
-        "generated": different * sizes.batch * sizes.new_tokens,
-        "generation": asdict(session.summary(times.generation)),
-    }
-    session.send({"transformers": item})
+    measures = {name: partial(_seconds, session, model, batch) for name, model in models.items()}
+    for name, times in in_turns(session, measures).items():
+        generation = times.pop("generation")
+        label = {"experts": name, **about, "tokens": tokens, "dtype": precision.name}
+        training = {"trained": different * tokens, "training": times}
+        generated = different * sizes.batch * sizes.new_tokens
+        item = {**label, **training, "generated": generated, "generation": generation}
+        session.send({"transformers": item})
+
+
+def _seconds(session: Session, model: Model, batch: Batch) -> Seconds:
+    """Time training steps, in both modes, and generation. Collective."""
+    training = wall_times(session, lambda i: model.train(batch), STEPS)
+    with no_collections():
+        return {**training, "generation": seconds_of_runs(session, lambda i: model.generate(batch), 1)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,14 +175,7 @@ class Model:
         """Return logits, the loss, and this rank's part of the gradients of all weights, by kind. Collective."""
         found = self.model.train()(input_ids=batch.ids, labels=batch.ids, use_cache=False)
         found.loss.backward()
-        parts: dict[str, list[Tensor]] = {}
-        for name, weight in self.model.named_parameters():
-            kind = next((kind for kind in ("experts", "gate") if f"mlp.{kind}" in name), "all else")
-            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            local = grad.to_local() if isinstance(grad, DTensor) else grad
-            parts.setdefault(f"gradients of {KINDS[kind]}", []).append(local.flatten())
-        self.model.zero_grad()
-        gradients = {what: torch.cat(grads) for what, grads in parts.items()}
+        gradients = take_gradients(self.model, KINDS)
         return {"logits": found.logits.detach(), "loss": found.loss.detach(), **gradients}
 
     def train(self, batch: Batch) -> None:
@@ -227,41 +188,6 @@ class Model:
         with torch.no_grad():
             ids: Tensor = self.model.eval().generate(batch.prompts, max_new_tokens=batch.new_tokens, do_sample=False)
         return ids
-
-
-KINDS = {"experts": "experts", "gate": "routers", "all else": "all else"}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        layout: How the ranks have their batches.
-        name: The way to share experts that is compared with transformers' own.
-        batch: The batch.
-        precision: The numbers of both models.
-    """
-
-    layout: Layout
-    name: str
-    batch: Batch
-    precision: Precision
-
-
-def _compare(session: Session, of: Comparison, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Report how far the results of a model are from those with transformers' own way. Collective.
-
-    Raises:
-        WrongAnswer: too far; on all ranks.
-    """
-    worst = worst_differences(session.pg, found, expected)
-    dtype, own = dtype_name(of.precision.dtype), of.layout.own.name
-    item: dict[str, Any] = {"experts": of.name, "own": own, "batches": of.layout.batches, "dtype": dtype}
-    session.send({"transformers results": item | {"tokens": of.batch.ids.shape[1], "differ_by": worst}})
-    wrong = {what: by for what, by in worst.items() if not by <= of.precision.bound}
-    if wrong:
-        raise WrongAnswer(f"{of.name} differs from {own} in {dtype} by more than {of.precision.bound}: {wrong}")
 
 
 def _compare_generation(session: Session, layout: Layout, models: Mapping[str, Model], batch: Batch) -> None:
