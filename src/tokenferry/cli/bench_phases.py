@@ -13,7 +13,7 @@ from typing import Any
 from tokenferry.bench.baselines import nccl, vdev
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
 from tokenferry.bench.core.session import Settings
-from tokenferry.bench.report import about
+from tokenferry.bench.report import about, tables
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.bench.report.report import GPU_NOTES, Report
 from tokenferry.bench.suites import (
@@ -33,7 +33,6 @@ from tokenferry.bench.suites import (
 )
 from tokenferry.cli import limits as cli_limits
 from tokenferry.cli.bench_settings import CPU_RANKS, make_settings, nodes_ranks
-from tokenferry.cli.bench_show import show, show_short
 from tokenferry.cli.failure import explain
 from tokenferry.cli.output import STDOUT, write_json
 from tokenferry.cli.parser import NOT_POSSIBLE
@@ -158,7 +157,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     finally:
         worlds.close()
     report.about["gpus_after"] = [dict(one) for one in find_gpus().smi]
-    show(report, screen)
+    screen.line()
+    _show(report.show(), screen)
+    screen.line()
     if args.plot is not None:
         for file in report.draw(args.plot):
             screen.line(f"written: {file}")
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     elif args.json is not None:
         report.write()
         screen.line(f"written: {args.json}")
-    show_short(report, screen)
+    _show(tables.show_short(report), screen)
     return 1 if any(not one["what"].startswith(BASELINES) for one in report.failed) else 0
 
 
@@ -183,6 +184,14 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
     if args.plot is not None and not set(chosen) & set(DRAWN):
         raise ConfigError(f"--plot: there are pictures of {', '.join(DRAWN)} only; leave it out")
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
+
+
+def _show(parts: tables.Shown, screen: Screen) -> None:
+    for part in parts:
+        if isinstance(part, tables.Table):
+            screen.table(part.title, part.header, part.rows)
+        else:
+            screen.line(part)
 
 
 class Worlds:

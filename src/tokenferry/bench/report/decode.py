@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenferry.bench.report.tables import dash, launch, with_percentiles
+from tokenferry.bench.report.tables import Shown, Table, dash, launch, with_percentiles
 from tokenferry.bench.suites.limits import Limits
+
+if TYPE_CHECKING:
+    from tokenferry.bench.report.report import Report
 
 Item = dict[str, Any]
 
@@ -99,6 +102,22 @@ def two_batch_rows(items: Sequence[Item]) -> list[list[str]]:
         ]
         for item in items
     ]
+
+
+def show(report: Report) -> Shown:
+    """Show the decode calls, and two-batch overlap."""
+    cases, two_batch, node_us = report.items("decode"), report.items("two_batch"), report.node_us
+    if cases:
+        table = rows(cases, report.limits, node_us)
+        yield Table("decode calls, median us (5th-95th percentile)", HEADER, table)
+        yield f"M={cases[0]['max_tokens']}. KB out: {report.notes['bytes']}. {HOOK}"
+        yield f"limit: {LIMIT}. of limit: of the graph's time"
+        if node_us is not None:
+            yield f"an empty kernel of a graph: {node_us:.2f} us"
+        yield f"checked: {CHECKED}"
+    if two_batch:
+        yield Table("two-batch overlap, as CUDA graphs", TWO_BATCH_HEADER, two_batch_rows(two_batch))
+        yield "hidden: (work alone + calls alone - by hooks) / calls alone"
 
 
 def line(item: Item) -> str:

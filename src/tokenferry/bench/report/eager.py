@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenferry.bench.core.session import Settings
 from tokenferry.bench.report.plots import Bars
-from tokenferry.bench.report.tables import dash, with_percentiles
+from tokenferry.bench.report.tables import Shown, Table, dash, with_percentiles
+
+if TYPE_CHECKING:
+    from tokenferry.bench.report.report import Report
 
 Item = dict[str, Any]
 
@@ -15,6 +17,12 @@ MODES = (
     "wall clock of the host until results are complete. isolated: the ranks are synchronised and the device is idle "
     "before each call. back to back: calls without a pause, then one wait; the time of all over their number. host: "
     "until the call returns, back to back, T up to 128"
+)
+LIBRARIES = (
+    "Buffer: tokenferry.compat.deep_ep.Buffer; a dispatch includes get_dispatch_layout. "
+    "async_finish: every call waits for an event and returns one, as training frameworks call. "
+    "all_to_all_single: with the exchange of counts, the wait for them, and the permutations around it; in the "
+    "decode pair its rows are FP8 already, and one comes back from each rank"
 )
 CHECKED = (
     "every row of a dispatch and every sum bit-equal (all_to_all_single: sums within rounding), before timing and after"
@@ -67,21 +75,20 @@ def bars(items: Sequence[Item]) -> list[Bars]:
     return [Bars(f"T={tokens}", "us", groups) for tokens, groups in sorted(parts.items())]
 
 
-def notes(settings: Settings, empty_us: float | None) -> list[str]:
-    """Return what the tables mean."""
-    lines = [
-        MODES,
-        "Buffer: tokenferry.compat.deep_ep.Buffer; a dispatch includes get_dispatch_layout. "
-        "async_finish: every call waits for an event and returns one, as training frameworks call. "
-        "all_to_all_single: with the exchange of counts, the wait for them, and the permutations around it; in the "
-        "decode pair its rows are FP8 already, and one comes back from each rank",
-        f"checked: {CHECKED}",
-    ]
+def show(report: Report) -> Shown:
+    """Show the times of each library, and what they mean."""
+    items, empty_us = report.items("eager"), report.empty_us
+    if not items:
+        return
+    yield Table("eager calls, wall clock, median us (5th-95th percentile)", HEADER, rows(items, empty_us))
+    yield Table("back to back, median us", SHORT_HEADER, short_rows(items))
+    yield MODES
+    yield LIBRARIES
+    yield f"checked: {CHECKED}"
     if empty_us is not None:
-        lines.append(f"torch.empty(8) on the same device: {empty_us:.2f} us")
-    if settings.default_device:
-        lines.append("all but torch.empty(8) with the device as torch's default device")
-    return lines
+        yield f"torch.empty(8) on the same device: {empty_us:.2f} us"
+    if report.settings.default_device:
+        yield "all but torch.empty(8) with the device as torch's default device"
 
 
 def _by_call(items: Sequence[Item]) -> dict[tuple[str, str, int], dict[str, Item]]:

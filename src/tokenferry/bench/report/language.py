@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tokenferry.bench.report.tables import Shown, Table, differences, in_ms
 from tokenferry.bench.suites.language import OURS, OWN
+
+if TYPE_CHECKING:
+    from tokenferry.bench.report.report import Report
 
 Item = dict[str, Any]
 
@@ -22,20 +26,18 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
     own = {item["tokens"]: item["back_to_back"]["median_us"] for item in items if item["experts"] == OWN}
     table = []
     for item in items:
-        times = [
-            f"{one['median_us'] / 1e3:.2f} ({one['p05_us'] / 1e3:.2f}-{one['p95_us'] / 1e3:.2f})"
-            for one in (item["isolated"], item["back_to_back"])
-        ]
         us = item["back_to_back"]["median_us"]
-        speed = f"{item['ranks'] * item['tokens'] / us * 1e6:.0f}"
-        table.append(
-            [item["experts"], item["dtype"], str(item["tokens"]), *times, speed, f"{us / own[item['tokens']]:.2f}"]
-        )
+        cells = [item["experts"], item["dtype"], str(item["tokens"]), in_ms(item["isolated"])]
+        cells += [in_ms(item["back_to_back"]), f"{item['ranks'] * item['tokens'] / us * 1e6:.0f}"]
+        table.append([*cells, f"{us / own[item['tokens']]:.2f}"])
     return table
 
 
-def difference_line(item: Item) -> str:
-    """Return how far losses and gradients are from those through all_to_all_single."""
-    found = ", ".join(f"{name} {by:.1e}" for name, by in item["differ_by"].items())
-    what = f"{OURS} and {OWN}, products in {item['dtype']}, T={item['tokens']}"
-    return f"{what}, norm of the difference over the norm: {found}"
+def show(report: Report) -> Shown:
+    """Show the times of both models, and how far their results are apart."""
+    items = report.items("language")
+    if items:
+        yield Table("a training step of a language model, medians (5th-95th percentile)", HEADER, rows(items))
+        yield NOTE
+    for item in report.items("language results"):
+        yield f"{OURS} and {OWN}, products in {item['dtype']}, T={item['tokens']}, {differences(item)}"

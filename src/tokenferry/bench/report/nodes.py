@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenferry.bench.report.tables import with_percentiles
+from tokenferry.bench.report.tables import Shown, Table, with_percentiles
+
+if TYPE_CHECKING:
+    from tokenferry.bench.report.report import Report
 
 Item = dict[str, Any]
 
-HEADER = (
-    "call",
-    "T",
-    "rows across",
-    "MB across",
-    "whole us",
-    "between nodes us",
-    "within a node us",
-    "over slower leg",
-)
+LEGS = ("T", "rows across", "MB across", "whole us", "between nodes us", "within a node us")
+HEADER = ("call", *LEGS, "over slower leg")
 NOTE = (
     "whole: ranks synchronised before each call, the slowest rank's time. The legs alone, in turns with it: the same "
     "rows, between nodes already packed, by send and receive of torch.distributed; within a node by a group of one "
@@ -29,17 +24,7 @@ CHECKED = (
     "rows bit-equal to their sources, sums within rounding; as many rows crossed as there are pairs of a token and "
     "another node that it goes to"
 )
-DECODE_HEADER = (
-    "pair",
-    "T",
-    "rows across",
-    "MB across",
-    "whole us",
-    "between nodes us",
-    "within a node us",
-    "over both legs",
-    "eager us",
-)
+DECODE_HEADER = ("pair", *LEGS, "over both legs", "eager us")
 DECODE_NOTE = (
     "decode pair: dispatch in FP8, combine in BF16, back to back, the slowest rank's time. The legs alone: M rows to "
     "each other node and M sums back, by send and receive of torch.distributed; a pair in a group of one node, with "
@@ -68,11 +53,8 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
     """Return rows under `HEADER`."""
     table = []
     for item in items:
-        slower = max(item["network"]["median_us"], item["inside"]["median_us"])
-        across = item["rows_across"]
-        cells = [item["call"], str(item["tokens"]), f"{across:.1f}", f"{across * item['row_bytes'] / 1e6:.2f}"]
-        cells += [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
-        table.append([*cells, f"{item['whole']['median_us'] / slower:.2f}"])
+        across, slower = item["rows_across"], max(item["network"]["median_us"], item["inside"]["median_us"])
+        table.append([item["call"], *_cells(item, f"{across:.1f}", across * item["row_bytes"], slower)])
     return table
 
 
@@ -87,10 +69,15 @@ def decode_rows(items: Sequence[Item]) -> list[list[str]]:
     table = []
     for item in items:
         legs = item["network"]["median_us"] + item["inside"]["median_us"]
-        cells = [item["numerics"], str(item["tokens"]), str(item["rows_across"]), f"{item['bytes_across'] / 1e6:.2f}"]
-        cells += [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
-        table.append([*cells, f"{item['whole']['median_us'] / legs:.2f}", with_percentiles(item["eager"])])
+        cells = _cells(item, str(item["rows_across"]), item["bytes_across"], legs)
+        table.append([item["numerics"], *cells, with_percentiles(item["eager"])])
     return table
+
+
+def _cells(item: Item, rows_across: str, bytes_across: float, legs_us: float) -> list[str]:
+    parts = [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
+    ratio = f"{item['whole']['median_us'] / legs_us:.2f}"
+    return [str(item["tokens"]), rows_across, f"{bytes_across / 1e6:.2f}", *parts, ratio]
 
 
 def memory_line(item: Item) -> str:
@@ -104,6 +91,25 @@ def memory_line(item: Item) -> str:
     )
 
 
-def sharing(ranks: int, gpus: int) -> str:
-    """Return what it means that ranks share GPUs."""
-    return f"{ranks} ranks share {gpus} GPU(s) and take turns on them: times are not those of ranks with their own"
+def show(report: Report) -> Shown:
+    """Show calls across nodes, their memory, and pairs of decode calls."""
+    items, pairs, memory = (report.items(kind) for kind in ("nodes", "nodes decode", "nodes memory"))
+    if items:
+        title = f"{items[0]['nodes']}, {items[0]['transport']}, median us (5th-95th percentile)"
+        yield Table(title, HEADER, rows(items))
+        yield NOTE
+        yield BETWEEN[report.settings.between]
+        ranks, gpus = report.settings.ranks, report.about["gpus"]["count"]
+        if report.settings.backend == "cuda" and ranks > gpus:
+            what = "take turns on them: times are not those of ranks with their own"
+            yield f"{ranks} ranks share {gpus} GPU(s) and {what}"
+        yield from map(memory_line, memory)
+        if memory:
+            yield MEMORY
+        yield f"checked: {CHECKED}"
+    if pairs:
+        graphs = ", CUDA graphs" if pairs[0]["graphs"] else ""
+        title = f"{pairs[0]['nodes']}, {pairs[0]['transport']}{graphs}, median us (5th-95th percentile)"
+        yield Table(title, DECODE_HEADER, decode_rows(pairs))
+        yield DECODE_NOTE
+        yield f"checked: {DECODE_CHECKED}"

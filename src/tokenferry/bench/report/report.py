@@ -99,17 +99,25 @@ class Report:
         }.get(kind)
         return line(item[kind]) if line else ""
 
+    def items(self, kind: str) -> list[Any]:
+        """Return the items of a kind so far."""
+        return self.others.get(kind, [])
+
+    def show(self) -> tables.Shown:
+        """Return what is printed of everything but the short table."""
+        parts = (tables.show_cases, decode.show, eager.show, training.show, transformers.show, language.show)
+        for show in (*parts, nodes.show, tables.show_others):
+            yield from show(self)
+
     @property
     def node_us(self) -> float | None:
         """An empty kernel in a graph, if that was measured."""
-        found = self.others.get("graph node")
-        return float(found[-1]["us"]) if found else None
+        return self._us("graph node")
 
     @property
     def empty_us(self) -> float | None:
         """The host's time of ``torch.empty(8)``, if that was measured."""
-        found = self.others.get("torch.empty(8)")
-        return float(found[-1]["us"]) if found else None
+        return self._us("torch.empty(8)")
 
     def fail(self, what: str, why: str) -> None:
         """Record something that could not be measured."""
@@ -153,6 +161,10 @@ class Report:
             "failed": self.failed,
         }
 
+    def _us(self, kind: str) -> float | None:
+        found = self.items(kind)
+        return float(found[-1]["us"]) if found else None
+
     def _result_json(self, result: Result) -> dict[str, Any]:
         return {
             **asdict(result),
@@ -163,25 +175,16 @@ class Report:
 
     def draw(self, folder: Path) -> list[Path]:
         """Write the pictures of all results; return their files."""
-        bars = {"eager": eager.bars, "training": training.bars}
         title = str(self.about.get("title", ""))
-        return [
-            *(self._draw_calls(folder) if self.results else ()),
-            *self._draw_decode(folder),
-            *(
-                file
-                for name, parts in bars.items()
-                if name in self.others
-                for file in plots.plot_bars(parts(self.others[name]), folder, title, f"{name}.png")
-            ),
-        ]
-
-    def _draw_decode(self, folder: Path) -> list[Path]:
-        if "decode" not in self.others:
-            return []
-        times, floors = decode.curves(self.others["decode"], self.limits, self.node_us)
-        title = f"{self.about.get('title', '')}, decode calls as CUDA graphs, back to back"
-        return plots.plot_tokens(times, floors, folder, title, "decode.png")
+        files = self._draw_calls(folder) if self.results else []
+        if "decode" in self.others:
+            curves = decode.curves(self.others["decode"], self.limits, self.node_us)
+            decoding = f"{title}, decode calls as CUDA graphs, back to back"
+            files += plots.plot_tokens(*curves, folder, decoding, "decode.png")
+        for name, bars in (("eager", eager.bars), ("training", training.bars)):
+            if name in self.others:
+                files += plots.plot_bars(bars(self.others[name]), folder, title, f"{name}.png")
+        return files
 
     def _draw_calls(self, folder: Path) -> list[Path]:
         ours = [r for r in self.results if r.label.link and r.label.routing == "uniform" and not r.label.note]

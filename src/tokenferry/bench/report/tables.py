@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenferry.bench.core.session import Label, Result, Times
 from tokenferry.bench.core.summary import Summary
+
+if TYPE_CHECKING:
+    from tokenferry.bench.report.report import Report
 
 BASELINE_HEADER = (
     "call",
@@ -38,6 +41,19 @@ HOST_HEADER = ("host time of an eager call", "median us", "least us")
 
 ALWAYS = 0.9
 """From this part of the iterations on, something holds for the median and its percentiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table, to be printed."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+Shown = Iterator["Table | str"]
+"""What is printed of results: tables, and lines below them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +164,42 @@ def host_rows(items: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [[item["call"], f"{item['median_us']:.1f}", f"{item['least_us']:.1f}"] for item in items]
 
 
+def show_cases(report: Report) -> Shown:
+    """Show all cases."""
+    if report.results:
+        rows = [cells(result, report.fraction(result)) for result in report.results]
+        yield Table("all cases, median us", HEADER, rows)
+        yield f"MB out: {report.notes['bytes']}. of limit: against the best rate of the links in this run."
+        yield f"isolated: {report.notes['isolated']}"
+        yield f"checked: {report.notes['checked']}"
+
+
+def show_others(report: Report) -> Shown:
+    """Show overlap with GEMMs, host times, memory and first calls."""
+    overlap, host = report.items("overlap"), report.items("host")
+    if overlap:
+        yield Table("overlap", OVERLAP_HEADER, overlap_rows(overlap))
+    yield from kernel_lines(report.items("gemm kernels"))
+    for item in report.items("overlap left out"):
+        yield f"overlap beside {item['gemm']}, {item['carve_out']} SMs left out: not measured: {item['why']}"
+    if host:
+        yield Table("host", HOST_HEADER, host_rows(host))
+    for item in report.items("memory"):
+        yield "memory of a group: " + ", ".join(f"{name} {value:.1f}" for name, value in item.items())
+    for item in report.items("first call"):
+        for name, seconds in item.items():
+            yield f"{name}: " + ", ".join(f"{step} {s:.3f} s" for step, s in seconds.items())
+
+
+def show_short(report: Report) -> Shown:
+    """Show what failed, and the short table."""
+    for one in report.failed:
+        yield f"not measured: {one['what']}: {one['why']}"
+    rows = short_rows(report.results, [report.fraction(result) for result in report.results])
+    if rows:
+        yield Table(f"{report.about['title']}; medians", SHORT_HEADER, rows)
+
+
 def launch(ahead: float) -> str:
     """Say whether launches are in an isolated time; in the part ``ahead`` of its iterations the hosts were ahead."""
     if ahead >= ALWAYS:
@@ -160,12 +212,30 @@ def dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def with_percentiles(values: Mapping[str, Any] | None) -> str:
-    """Format a summary: the median with 5th and 95th percentile; ``-`` for None."""
+def with_percentiles(values: Mapping[str, Any] | None, form: str = ".1f", unit_us: float = 1.0) -> str:
+    """Format a summary: the median with 5th and 95th percentile; ``-`` for None.
+
+    Args:
+        values: A `Summary` as a dict.
+        form: The format of a number.
+        unit_us: Microseconds of the unit in which they are shown.
+    """
     if values is None:
         return "-"
     one = Summary(**values)
-    return f"{one.median_us:.1f} ({one.p05_us:.1f}-{one.p95_us:.1f})"
+    median, low, high = (format(us / unit_us, form) for us in (one.median_us, one.p05_us, one.p95_us))
+    return f"{median} ({low}-{high})"
+
+
+def in_ms(values: Mapping[str, Any]) -> str:
+    """Format a summary in milliseconds, as `with_percentiles`."""
+    return with_percentiles(values, ".2f", 1e3)
+
+
+def differences(item: Mapping[str, Any]) -> str:
+    """Format how far the results of two models are apart."""
+    found = ", ".join(f"{name} {by:.1e}" for name, by in item["differ_by"].items())
+    return f"norm of the difference over the norm: {found}"
 
 
 def _key(label: Label) -> tuple[str, str, int]:

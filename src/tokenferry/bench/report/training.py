@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenferry.bench.report.plots import Bars
+from tokenferry.bench.report.tables import Shown, Table, differences, in_ms
 from tokenferry.bench.suites.megatron import OWN
+
+if TYPE_CHECKING:
+    from tokenferry.bench.report.report import Report
 
 Item = dict[str, Any]
 
@@ -24,10 +28,7 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
     own = {item["tokens"]: item["back_to_back"]["median_us"] for item in items if item["dispatcher"] == OWN}
     table = []
     for item in items:
-        times = [
-            f"{one['median_us'] / 1e3:.2f} ({one['p05_us'] / 1e3:.2f}-{one['p95_us'] / 1e3:.2f})"
-            for one in (item["isolated"], item["back_to_back"])
-        ]
+        times = [in_ms(item["isolated"]), in_ms(item["back_to_back"])]
         ratio = item["back_to_back"]["median_us"] / own[item["tokens"]]
         table.append([item["dispatcher"], item["dtype"], str(item["tokens"]), *times, f"{ratio:.2f}"])
     return table
@@ -43,15 +44,19 @@ def bars(items: Sequence[Item]) -> list[Bars]:
     return [Bars(title, "ms", groups) for title, groups in parts.items()]
 
 
-def difference_line(item: Item) -> str:
-    """Return how far losses and gradients of a dispatcher are from those of `OWN`."""
-    found = ", ".join(f"{name} {by:.1e}" for name, by in item["differ_by"].items())
-    what = f"{item['dispatcher']} and {OWN} in {item['dtype']}, T={item['tokens']}"
-    return f"{what}, norm of the difference over the norm: {found}"
-
-
-def repeated_line(item: Item) -> str:
+def _repeated(item: Item) -> str:
     """Return what of a step has other bits when it is repeated."""
     algorithms = "deterministic algorithms" if item["deterministic_algorithms"] else "torch's usual algorithms"
     found = f"other bits in {', '.join(item['changed'])}" if item["changed"] else "the same bits"
     return f"{item['dispatcher']} in {item['dtype']}, T={item['tokens']}, a step repeated with {algorithms}: {found}"
+
+
+def show(report: Report) -> Shown:
+    """Show how the dispatchers of Megatron-Core compare."""
+    items = report.items("training")
+    if items:
+        yield Table("a training step, ms (5th-95th percentile)", HEADER, rows(items))
+    for item in report.items("training results"):
+        yield f"{item['dispatcher']} and {OWN} in {item['dtype']}, T={item['tokens']}, {differences(item)}"
+    for item in report.items("training repeated"):
+        yield _repeated(item)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tokenferry.bench.report.tables import Shown, Table, differences, in_ms
+
+if TYPE_CHECKING:
+    from tokenferry.bench.report.report import Report
 
 Item = dict[str, Any]
 
@@ -29,34 +34,35 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
         table.append(
             [
                 *(item["batches"], item["experts"], str(item["tokens"])),
-                *(_times(training["isolated"]), _times(steps), f"{_rate(item['trained'], steps):.0f}"),
+                *(in_ms(training["isolated"]), in_ms(steps), f"{_rate(item['trained'], steps):.0f}"),
                 f"{steps['median_us'] / other['training']['back_to_back']['median_us']:.2f}",
-                *(_times(generation), f"{_rate(item['generated'], generation):.0f}"),
+                *(in_ms(generation), f"{_rate(item['generated'], generation):.0f}"),
                 f"{generation['median_us'] / other['generation']['median_us']:.2f}",
             ]
         )
     return table
 
 
-def version_line(item: Item) -> str:
+def _version(item: Item) -> str:
     """Return what was compared with what, in the installed version of transformers."""
     text = f"transformers {item['version']}; its own: {', '.join(item['own'])}"
     return text if "all_to_all" in item["own"] else f"{text}, since this version has no all_to_all"
 
 
-def difference_line(item: Item) -> str:
-    """Return how far results are from those with an own way of transformers."""
-    found = ", ".join(f"{name} {by:.1e}" for name, by in item["differ_by"].items())
-    what = f"{item['experts']} and {item['own']}, batches: {item['batches']}, {item['dtype']}, T={item['tokens']}"
-    return f"{what}: norm of the difference over the norm: {found}"
+def show(report: Report) -> Shown:
+    """Show the times of each way to reach experts, and how far their results are apart."""
+    items = report.items("transformers")
+    if items:
+        yield Table(f"a model, {items[0]['dtype']}, medians (5th-95th percentile)", HEADER, rows(items))
+        yield NOTE
+    yield from map(_version, report.items("transformers version"))
+    for item in report.items("transformers results"):
+        what = f"{item['experts']} and {item['own']}, batches: {item['batches']}, {item['dtype']}, T={item['tokens']}"
+        yield f"{what}: {differences(item)}"
 
 
 def _case(item: Item) -> str:
     return f"{item['batches']}, {item['tokens']}"
-
-
-def _times(times: dict[str, float]) -> str:
-    return f"{times['median_us'] / 1e3:.2f} ({times['p05_us'] / 1e3:.2f}-{times['p95_us'] / 1e3:.2f})"
 
 
 def _rate(tokens: int, times: dict[str, float]) -> float:
