@@ -1,6 +1,7 @@
 """`tokenferry bench cpu`: what it measures, checks and prints, and that it prints no time for a wrong answer."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.bench_jobs import TINY, broken, discard, measure_damaged, splits, w
 from support.bench_runs import bench
 from tokenferry.bench.core.checks import WrongAnswer, must_be_near, must_equal
 from tokenferry.bench.core.inputs import draw
+from tokenferry.bench.core.session import in_session
 from tokenferry.bench.suites.cpu_calls import VARIANTS
 from tokenferry.cli import bench_cpu as command
 from tokenferry.cli.main import main
@@ -99,7 +101,8 @@ def test_table_on_any_terminal(any_terminal):
     ],
 )
 def test_every_call_is_checked(worlds, method, call_number, error):
-    for found in worlds(2).run(measure_damaged, discard, TINY, "shared_memory", method, call_number):
+    measure = partial(measure_damaged, transport="shared_memory", method=method, call_number=call_number)
+    for found in worlds(2).run(in_session, discard, TINY, measure):
         assert found.startswith(error)
 
 
@@ -121,7 +124,8 @@ def test_the_baseline_moves_the_rows_that_the_calls_move(worlds):
 
 
 def test_undamaged_calls_pass(worlds):
-    assert worlds(2).run(measure_damaged, discard, TINY, "process_group", "combine", -1) == ["nothing"] * 2
+    measure = partial(measure_damaged, transport="process_group", method="combine", call_number=-1)
+    assert worlds(2).run(in_session, discard, TINY, measure) == ["nothing"] * 2
 
 
 def test_no_time_for_a_wrong_answer(monkeypatch, capsys, tmp_path):

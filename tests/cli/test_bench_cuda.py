@@ -156,20 +156,19 @@ def test_tables_of_the_other_phases(others):
         assert text in others.output
 
 
-def dies(rank, pg, progress, settings):
+def dies(session):
     """A phase that dies."""
     raise RuntimeError("no reason at all")
 
 
-def one_wrong(rank, pg, progress, settings):
+def one_wrong(session):
     """A phase with one case that is right and one that is wrong on both ranks."""
 
     def prepare_wrong():
-        raise WrongAnswer("combine: 1 of 6 rows differ") if rank else ValueError("something else")
+        raise WrongAnswer("combine: 1 of 6 rows differ") if session.rank else ValueError("something else")
 
-    with session.open_session(pg, progress, settings) as opened:
-        opened.case(Label("tokenferry", "bad", "bf16", 4), prepare_wrong)
-        opened.case(Label("tokenferry", "good", "bf16", 4), lambda: lambda i: None)
+    session.case(Label("tokenferry", "bad", "bf16", 4), prepare_wrong)
+    session.case(Label("tokenferry", "good", "bf16", 4), lambda: lambda i: None)
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +372,6 @@ def test_every_item_is_kept_at_once(tmp_path):
     whole = make_report(tmp_path)
     whole.take({"memory": {"tokens": 4}})
     assert json.loads(whole.file.read_text())["memory"] == [{"tokens": 4}]
-    assert whole.take({"now": "something"}) == ""
     assert whole.take({"failed": "x", "why": "y"}) == "FAILED x: y"
     assert json.loads(whole.file.read_text())["failed"] == [{"what": "x", "why": "y"}]
 

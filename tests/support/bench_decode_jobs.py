@@ -11,10 +11,10 @@ from tokenferry.bench.suites import decode, host_time, two_batch_overlap
 from tokenferry.types import Quantized
 
 
-def measure_decode(rank, pg, progress, settings):
+def measure_decode(session):
     """`decode.measure_decode` with few calls where the time of the host is measured."""
     with mock.patch.object(host_time, "CALLS", FEW_CALLS):
-        decode.measure_decode(rank, pg, progress, settings)
+        decode.measure_decode(session)
 
 
 def spoil(result):
@@ -27,7 +27,7 @@ def spoil(result):
     return result
 
 
-def wrong_after_timing(rank, pg, progress, settings):
+def wrong_after_timing(session):
     """`measure_decode`; once a case has been timed, combines over the FP8 encoding are wrong, on rank 1 only."""
     right, checked, timed = ExpertGroup.decode_combine, decode._Tokens._checked, []
 
@@ -41,7 +41,7 @@ def wrong_after_timing(rank, pg, progress, settings):
 
     def combine(self, *args, **kwargs):
         result = right(self, *args, **kwargs)
-        return spoil(result) if timed and rank == 1 and kwargs["encoding"] == "fp8" else result
+        return spoil(result) if timed and session.rank == 1 and kwargs["encoding"] == "fp8" else result
 
     patches = (
         (decode, "host_time", no_host_time),
@@ -51,10 +51,10 @@ def wrong_after_timing(rank, pg, progress, settings):
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
-        measure_decode(rank, pg, progress, settings)
+        measure_decode(session)
 
 
-def always_the_same(rank, pg, progress, settings):
+def always_the_same(session):
     """`measure_decode` in which a dispatch alone keeps returning its first results."""
     first, right = {}, decode.StaticInputs.act
 
@@ -65,16 +65,16 @@ def always_the_same(rank, pg, progress, settings):
         return first.setdefault((id(self), case, hook), now)
 
     with mock.patch.object(decode.StaticInputs, "act", act):
-        measure_decode(rank, pg, progress, settings)
+        measure_decode(session)
 
 
-def wrong_dispatch(rank, pg, progress, settings):
+def wrong_dispatch(session):
     """`measure_two_batch` in which rows that a hook receives are wrong, on rank 0 only."""
     right = ExpertGroup.decode_dispatch
 
     def dispatch(self, *args, **kwargs):
         result = right(self, *args, **kwargs)
-        if not kwargs.get("return_hook") or rank != 0:
+        if not kwargs.get("return_hook") or session.rank != 0:
             return result
         hook = result.hook
 
@@ -86,4 +86,4 @@ def wrong_dispatch(rank, pg, progress, settings):
         return result
 
     with mock.patch.object(ExpertGroup, "decode_dispatch", dispatch):
-        two_batch_overlap.measure_two_batch(rank, pg, progress, settings)
+        two_batch_overlap.measure_two_batch(session)

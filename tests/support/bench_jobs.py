@@ -29,7 +29,7 @@ def damaged(x):
     return x
 
 
-def measure_damaged(rank, pg, progress, settings, transport, method, call_number):
+def measure_damaged(session, transport, method, call_number):
     """`measure_cpu_calls` in a world where one call of one method returns damaged rows; returns the error."""
     right = getattr(ExpertGroup, method)
     calls = 0
@@ -45,19 +45,19 @@ def measure_damaged(rank, pg, progress, settings, transport, method, call_number
 
     with mock.patch.object(ExpertGroup, method, wrong):
         try:
-            measure_cpu_calls(rank, pg, progress, settings, transport)
+            measure_cpu_calls(session, transport)
         except WrongAnswer as error:
             return str(error)
     return "nothing"
 
 
-def wrong_answer(rank, pg, progress, settings, transport):
+def wrong_answer(session, transport):
     """A measurement that finds something wrong on rank 1."""
-    if rank == 1:
+    if session.rank == 1:
         raise WrongAnswer("combine: 1 of 6 rows differ, the first is row 4")
 
 
-def broken(rank, pg, progress, *args):
+def broken(*args, **options):
     """A job that fails for an unexpected reason."""
     raise RuntimeError("no reason at all")
 
@@ -89,7 +89,7 @@ def splits(rank, pg, settings):
     return {name: (exchange._send, exchange._receive) for name, exchange in exchanges.items()}
 
 
-def measure_host(rank, pg, progress, settings):
+def measure_host(session):
     """`host_time.measure_host` with few calls."""
     with mock.patch.object(host_time, "CALLS", FEW_CALLS):
-        host_time.measure_host(rank, pg, progress, settings)
+        host_time.measure_host(session)

@@ -34,7 +34,7 @@ def zeros_anywhere(*size, device=None, zeros=torch.zeros, **how):
     return zeros(*size, device="cpu" if device == "cuda" else device, **how)
 
 
-def measure_megatron(rank, pg, progress, settings):
+def measure_megatron(session):
     """`megatron.measure_megatron`; Megatron asks for the current GPU and gets the CPU."""
     warnings.simplefilter("ignore")  # Megatron names each optional package that is missing
     megatron.provide_deep_ep()
@@ -57,28 +57,28 @@ def measure_megatron(rank, pg, progress, settings):
             stream=lambda stream: nullcontext(),
         ),
     ):
-        megatron.measure_megatron(rank, pg, progress, settings)
+        megatron.measure_megatron(session)
 
 
-def wrong_combine(rank, pg, progress, settings):
+def wrong_combine(session):
     """`measure_megatron` in which the shim's sums are off by a thousandth, on rank 1 only."""
     right = Buffer.combine
 
     def combine(self, *args, **kwargs):
         sums, *rest = right(self, *args, **kwargs)
-        return (sums * 1.001 if rank == 1 else sums, *rest)
+        return (sums * 1.001 if session.rank == 1 else sums, *rest)
 
     with mock.patch.object(Buffer, "combine", combine):
-        measure_megatron(rank, pg, progress, settings)
+        measure_megatron(session)
 
 
-def changing_combine(rank, pg, progress, settings):
+def changing_combine(session):
     """`measure_megatron` in which the shim's sums are off by a millionth in every other call, on rank 1 only."""
     right, calls = Buffer.combine, itertools.count()
 
     def combine(self, *args, **kwargs):
         sums, *rest = right(self, *args, **kwargs)
-        return (sums * (1 + 1e-6) if rank == 1 and next(calls) // 4 % 2 else sums, *rest)
+        return (sums * (1 + 1e-6) if session.rank == 1 and next(calls) // 4 % 2 else sums, *rest)
 
     with mock.patch.object(Buffer, "combine", combine):
-        measure_megatron(rank, pg, progress, settings)
+        measure_megatron(session)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +57,10 @@ def bench_gpu_phases(folder, part, *words, **jobs):
         "decode": bench_decode_jobs.measure_decode,
         **jobs,
     }
-    phases = {name: bench_phases.Phase(job, 60.0, "a test") for name, job in jobs.items()}
+    phases = {
+        name: replace(bench_phases.PHASES[name], measure=job, timeout_s=60.0, what="a test")
+        for name, job in jobs.items()
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench_settings.DEFAULTS, (part, "cpu"), bench_settings.DEFAULTS[part, "cuda"])
         patch.setattr(bench_phases, "PHASES", {**bench_phases.PHASES, **phases})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
-from tokenferry.bench.core.session import Settings
+from tokenferry.bench.core.session import Settings, in_session
 from tokenferry.bench.report import about, tables
 from tokenferry.bench.report.report import CPU_NOTES, Report
 from tokenferry.bench.suites.cpu_calls import RUNS, calls_for, measure_cpu_calls
@@ -16,6 +17,7 @@ from tokenferry.cli.output import write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
 from tokenferry.testing.world import World, WorldError
+from tokenferry.types import TransportName
 
 JOB_TIMEOUT_S = 1800.0
 
@@ -32,7 +34,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     screen.line(
         f"{settings.sizes(settings.tokens[0])} bfloat16, {settings.iterations} iterations, {threads} thread(s) a rank"
     )
-    transports = ("shared_memory", "process_group") if args.transport == "both" else (args.transport,)
+    transports: tuple[TransportName, ...] = (
+        ("shared_memory", "process_group") if args.transport == "both" else (args.transport,)
+    )
     try:
         with World(settings.ranks, timeout_s=JOB_TIMEOUT_S, threads=threads) as world:
             for transport in transports:
@@ -67,7 +71,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _measure(world: World, report: Report, transport: str, screen: Screen) -> None:
+def _measure(world: World, report: Report, transport: TransportName, screen: Screen) -> None:
     before = len(report.results)
     with screen.progress(f"transport {transport}", 1 + len(calls_for(report.settings))) as advance:
 
@@ -77,7 +81,8 @@ def _measure(world: World, report: Report, transport: str, screen: Screen) -> No
             else:
                 report.take(item)
 
-        world.run_with_progress(measure_cpu_calls, report.settings, transport, on_item=take)
+        measure = partial(measure_cpu_calls, transport=transport)
+        world.run_with_progress(in_session, report.settings, measure, on_item=take)
     screen.line(f"checked: {CPU_NOTES['checked']}")
     rows = tables.baseline_rows(report.results[before:])
     screen.table(f"transport {transport}", tables.BASELINE_HEADER, rows)

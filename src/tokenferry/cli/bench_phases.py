@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenferry.bench.baselines import nccl, vdev
+from tokenferry.bench.core.default_group import in_default_group
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
-from tokenferry.bench.core.session import Settings
+from tokenferry.bench.core.session import Settings, in_session
 from tokenferry.bench.report import about, tables
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.bench.report.report import GPU_NOTES, Report
@@ -48,14 +49,18 @@ class Phase:
     """One phase.
 
     Attributes:
-        job: Runs on every rank.
+        measure: The suite, a function of a session. Those of ``limits`` and ``start`` have no session.
         timeout_s: Seconds that it may take.
         what: What it measures.
+        part: The part of `tokenferry bench` that has it.
+        job: Runs on every rank, and calls the suite.
     """
 
-    job: Callable[..., Any]
+    measure: Callable[..., Any]
     timeout_s: float
     what: str
+    part: str = "gpu"
+    job: Callable[..., Any] = in_session
 
 
 PHASES = {
@@ -77,22 +82,34 @@ PHASES = {
         eager.measure_eager,
         540.0,
         "eager calls on the wall clock: the native API, Buffer, all_to_all_single with the work around it; host time",
+        "eager",
     ),
     "megatron": Phase(
         megatron.measure_megatron,
         300.0,
         "a training step of two MoE layers of Megatron-Core: flex over our deep_ep, and its own dispatchers",
+        "megatron",
     ),
     "transformers": Phase(
         transformers.measure_transformers,
         540.0,
         "a model of transformers, trained and generating: experts through tokenferry, and in its own ways",
+        "transformers",
+        in_default_group,
     ),
     "language": Phase(
-        language.measure_language, 300.0, "a language model, trained: MoELayer, and experts through all_to_all_single"
+        language.measure_language,
+        300.0,
+        "a language model, trained: MoELayer, and experts through all_to_all_single",
+        "language",
+        in_default_group,
     ),
-    "nodes": Phase(nodes.measure_nodes, 540.0, "dispatch and combine across nodes, beside each of their legs alone"),
-    "nodes_decode": Phase(nodes_decode.measure_node_pairs, 300.0, "decode calls across nodes, beside their legs alone"),
+    "nodes": Phase(
+        nodes.measure_nodes, 540.0, "dispatch and combine across nodes, beside each of their legs alone", "nodes"
+    ),
+    "nodes_decode": Phase(
+        nodes_decode.measure_node_pairs, 300.0, "decode calls across nodes, beside their legs alone", "nodes"
+    ),
     "vdev": Phase(vdev.measure_vdev, 60.0, "torch's symm_mem.all_to_all_vdev_2d, at 16 experts a rank"),
 }
 
@@ -100,20 +117,8 @@ BASELINES = ("nccl", "all_to_all_single", "vdev_2d", "phase nccl", "phase vdev")
 """Parts that may fail without this command failing: software that may not be installed."""
 
 QUICK_PHASES = ("limits", "calls", "nccl", "host", "decode", "memory", "start")
-PHASES_OF = {
-    "decode": ("limits", "decode", "two_batch"),
-    "eager": ("eager",),
-    "megatron": ("megatron",),
-    "transformers": ("transformers",),
-    "language": ("language",),
-    "nodes": ("nodes", "nodes_decode"),
-}
-"""The phases of each other part than ``gpu``."""
-
-FULL_PHASES = tuple(
-    name for name in PHASES if name not in ("eager", "megatron", "transformers", "language", "nodes", "nodes_decode")
-)
-"""The phases of ``gpu``: eager calls take minutes of their own, and models and nodes have other ranks or sizes."""
+DECODE_PHASES = ("limits", "decode", "two_batch")
+FULL_PHASES = tuple(name for name, phase in PHASES.items() if phase.part == "gpu")
 
 DRAWN = ("calls", "sms", "decode", "eager", "megatron")
 """The phases of which there are pictures."""
@@ -178,9 +183,9 @@ def choose_phases(args: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         ConfigError: there is no picture of what was chosen.
     """
-    chosen: tuple[str, ...] = args.only or (QUICK_PHASES if args.quick else FULL_PHASES)
-    if args.part != "gpu":
-        chosen = PHASES_OF[args.part]
+    own = tuple(name for name, phase in PHASES.items() if phase.part == args.part)
+    of_part = {"decode": DECODE_PHASES, "gpu": QUICK_PHASES if args.quick else FULL_PHASES}
+    chosen: tuple[str, ...] = args.only or of_part.get(args.part, own)
     if args.plot is not None and not set(chosen) & set(DRAWN):
         raise ConfigError(f"--plot: there are pictures of {', '.join(DRAWN)} only; leave it out")
     return chosen if "limits" in chosen or "decode" not in chosen else ("limits", *chosen)
@@ -214,12 +219,13 @@ class Worlds:
                 self._report.take({"first call": first_call.run_both(self._settings.backend)})
             elif name == "limits":
                 world = self._alive(phase.timeout_s)
-                found = world.run_with_progress(phase.job, self._limit_settings, on_item=lambda item: None)[0]
+                found = world.run_with_progress(phase.measure, self._limit_settings, on_item=lambda item: None)[0]
                 self._report.limits = found
                 cli_limits.show(found, self._screen)
                 self._report.write()
             else:
-                self._alive(phase.timeout_s).run_with_progress(phase.job, self._settings, on_item=self._show)
+                world = self._alive(phase.timeout_s)
+                world.run_with_progress(phase.job, self._settings, phase.measure, on_item=self._show)
         except WorldError as error:
             self._lost(name, explain(error))
         except (OSError, subprocess.SubprocessError) as error:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from tokenferry.bench.core.checks import expected_sums, must_be_near
 from tokenferry.bench.core.inputs import Inputs, Sizes, remote_rows, sent_to
-from tokenferry.bench.core.session import Label, Session, Settings, Step, baseline_group, open_session
+from tokenferry.bench.core.session import Label, Session, Step, baseline_group
 from tokenferry.bench.core.sets import DECODE_PAIR, PAIR, USER_ROWS, Call, Ready, Sets
-from tokenferry.testing.world import Progress
 from tokenferry.types import Quantized
 
 NAME = "nccl"
@@ -146,17 +145,17 @@ def check_sums(what: str, sizes: Sizes, inputs: Inputs, got: Tensor) -> None:
     must_be_near(what, got.float(), expected, relative=2.0**-7, absolute=magnitude * 2.0**-20)
 
 
-def measure_nccl(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure the baseline for every T; a job of `World` (through `run_with_progress`)."""
-    with open_session(pg, progress, settings) as session, torch.no_grad():
-        own = session.attempt("nccl: making a process group", lambda: baseline_group(session))
-        if own is None:
-            return
-        for tokens in settings.tokens:
-            session.send({"now": f"nccl: T={tokens}"})
-            _measure(session, NcclBaseline(own, settings.sizes(tokens)), settings.sizes(tokens))
-        session.device.synchronize()
-        dist.destroy_process_group(own)
+@torch.no_grad()
+def measure_nccl(session: Session) -> None:
+    """Measure the baseline for every T."""
+    own = session.attempt("nccl: making a process group", baseline_group, session)
+    if own is None:
+        return
+    for tokens in session.settings.tokens:
+        sizes = session.settings.sizes(tokens)
+        _measure(session, NcclBaseline(own, sizes), sizes)
+    session.device.synchronize()
+    dist.destroy_process_group(own)
 
 
 def _measure(session: Session, baseline: NcclBaseline, sizes: Sizes) -> None:

@@ -13,20 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.inputs import Inputs, Sizes, remote_rows
 from tokenferry.bench.core.session import (
     Label,
     Session,
-    Settings,
     baseline_group,
     expert_group,
-    open_session,
 )
 from tokenferry.bench.core.sets import Sets, num_variants
 from tokenferry.bench.suites.calls import BY_EXPERT, groups_of
 from tokenferry.errors import BackendUnavailable
-from tokenferry.testing.world import Progress
 from tokenferry.types import Dispatched, DispatchOptions, Layout
 
 NAME = "vdev_2d"
@@ -80,19 +76,18 @@ class VdevBaseline:
         return [torch.cat(pieces[first : first + ranks]) for first in range(0, len(pieces), ranks)]
 
 
-def measure_vdev(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure the baseline, and dispatch of the same rows by expert; a job of `World`."""
+@torch.no_grad()
+def measure_vdev(session: Session) -> None:
+    """Measure the baseline, and dispatch of the same rows by expert."""
+    settings = session.settings
     sizes = replace(settings.sizes(settings.sweep_tokens), experts=MAX_LOCAL_EXPERTS * settings.ranks)
-    with open_session(pg, progress, settings) as session, torch.no_grad():
-        _measure_ours(session, sizes)
-        group = session.attempt("vdev_2d: making a process group", lambda: baseline_group(session))
-        if group is None:
-            return
-        made = session.attempt(
-            "vdev_2d: starting NVSHMEM", lambda: VdevBaseline(group, sizes, session.device.torch_device)
-        )
-        if made is not None:
-            _measure_baseline(session, made, sizes)
+    _measure_ours(session, sizes)
+    group = session.attempt("vdev_2d: making a process group", baseline_group, session)
+    if group is None:
+        return
+    made = session.attempt("vdev_2d: starting NVSHMEM", VdevBaseline, group, sizes, session.device.torch_device)
+    if made is not None:
+        _measure_baseline(session, made, sizes)
 
 
 def _label(session: Session, sizes: Sizes, library: str, call: str) -> Label:
@@ -119,7 +114,7 @@ def _measure_ours(session: Session, sizes: Sizes) -> None:
     with ExitStack() as stack:
         opened = expert_group(session, sizes.tokens, sizes.experts, heap_for=sizes.top_k)
         what = "tokenferry: group of the shape that vdev_2d takes"
-        group: ExpertGroup | None = session.attempt(what, lambda: stack.enter_context(opened))
+        group = session.attempt(what, stack.enter_context, opened)
         if group is None:
             return
         for name, options in (

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ REPLAYS = 2
 
 LEAD_S = 300e-6
 """Seconds for which devices are held before an isolated call: the time that hosts have to put it on the stream."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Step = Callable[[int], object]
 """One collective call; the argument is the iteration, so that every iteration can bring other data."""
@@ -111,6 +114,11 @@ class Settings:
     ranks_per_node: int | None = None
     between: str = "sockets"
     model: ModelSizes | None = None
+
+    @property
+    def pg_backend(self) -> str:
+        """Backend of process groups that carry the device's tensors."""
+        return "nccl" if self.backend == "cuda" else "gloo"
 
     def sizes(self, tokens: int, routing: str = "uniform") -> Sizes:
         """Return the sizes of one case."""
@@ -241,14 +249,14 @@ class Session:
         if self.rank == 0:
             self.progress(item)
 
-    def attempt(self, what: str, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the work returns
+    def attempt(self, what: str, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T | None:
         """Do something that may fail on any rank; then it counts as failed on all.
 
         Returns:
             The result of ``work``; None if it failed on any rank, which has been reported.
         """
         try:
-            result, error_text = work(), None
+            result, error_text = work(*args, **options), ""
         except Exception as error:  # noqa: BLE001 - a baseline may fail for any reason: the other cases go on
             result, error_text = None, f"{type(error).__name__}: {_first_lines(error)}"
         failures = [f"rank {rank}: {text}" for rank, text in enumerate(gather(self.pg, error_text)) if text]
@@ -264,7 +272,6 @@ class Session:
             Whether it worked.
         """
         what = f"{label.library}: {label.call}, {label.rows}, T={label.tokens}"
-        self.send({"now": what})
         samples = self.attempt(what, lambda: self.time([prepare()]))
         if samples is not None:
             self.report(label, samples)
@@ -373,9 +380,16 @@ class Session:
         return [self.device.seconds(start, end) for start, end in stamps]
 
 
+def in_session(
+    rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings, measure: Callable[[Session], T]
+) -> T:
+    """Call a suite with a session; a job of `World` (through `run_with_progress`)."""
+    with _open_session(pg, progress, settings) as session:
+        return measure(session)
+
+
 @contextmanager
-def open_session(pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> Iterator[Session]:
-    """Open the session of a job of `World`, and close it at the end. Collective."""
+def _open_session(pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> Iterator[Session]:
     device = device_for(settings.backend)
     if settings.backend == "cpu":
         yield Session(pg, device, settings, progress)
@@ -417,9 +431,10 @@ def baseline_group(session: Session) -> dist.ProcessGroup:
     """
     if session.settings.backend == "cuda" and not dist.is_nccl_available():
         raise BackendUnavailable("this build of torch has no NCCL")
-    name = "nccl" if session.settings.backend == "cuda" else "gloo"
     timeout = timedelta(seconds=3 * session.settings.timeout_s)
-    group: dist.ProcessGroup = dist.new_group(range(session.settings.ranks), timeout=timeout, backend=name)
+    group: dist.ProcessGroup = dist.new_group(
+        range(session.settings.ranks), timeout=timeout, backend=session.settings.pg_backend
+    )
     return group
 
 

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.checks import WrongAnswer, as_tensor, check_rows
 from tokenferry.bench.core.inputs import Inputs, Sizes, remote_rows
-from tokenferry.bench.core.session import Label, Session, Settings, Step, expert_group, open_session
+from tokenferry.bench.core.session import Label, Session, Step, expert_group
 from tokenferry.bench.core.sets import Sets
 from tokenferry.errors import TokenferryError
-from tokenferry.testing.world import Progress
 from tokenferry.tuning import Topology, tune
 from tokenferry.types import Dispatched, DispatchOptions, Layout, Plan, Quantized
 
@@ -24,22 +22,20 @@ BY_EXPERT = DispatchOptions(Layout.EXPERTS)
 ROWS = ("fp8", "bf16")
 
 
-def measure_calls(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure the calls for every T; a job of `World` (through `run_with_progress`)."""
-    with open_session(pg, progress, settings) as session:
-        for tokens in settings.tokens:
-            _measure_tokens(session, settings.sizes(tokens), in_full=True)
-        for routing in settings.routings:
-            if routing != "uniform":
-                _measure_tokens(session, settings.sizes(settings.sweep_tokens, routing), in_full=False)
+def measure_calls(session: Session) -> None:
+    """Measure the calls for every T."""
+    settings = session.settings
+    for tokens in settings.tokens:
+        _measure_tokens(session, settings.sizes(tokens), in_full=True)
+    for routing in settings.routings:
+        if routing != "uniform":
+            _measure_tokens(session, settings.sizes(settings.sweep_tokens, routing), in_full=False)
 
 
-def measure_sms(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure the calls with plans kept for every number of SMs; a job of `World`."""
-    with (
-        open_session(pg, progress, settings) as session,
-        _checked(session, settings.sizes(settings.sweep_tokens)) as cases,
-    ):
+def measure_sms(session: Session) -> None:
+    """Measure the calls with plans kept for every number of SMs."""
+    settings = session.settings
+    with _checked(session, settings.sizes(settings.sweep_tokens)) as cases:
         if cases is None:
             return
         for num_sms in settings.sms:
@@ -63,8 +59,8 @@ def _checked(session: Session, sizes: Sizes) -> Iterator[_Cases | None]:
     """Open a group and check its dispatch; yield None if that failed, which has been reported. Collective."""
     what = f"tokenferry: group and first dispatch, T={sizes.tokens}, {sizes.routing}"
     with ExitStack() as stack:
-        group = session.attempt(what, lambda: stack.enter_context(expert_group(session, sizes.tokens)))
-        yield None if group is None else session.attempt(what, lambda: _Cases(session, sizes, group))
+        group = session.attempt(what, stack.enter_context, expert_group(session, sizes.tokens))
+        yield None if group is None else session.attempt(what, _Cases, session, sizes, group)
 
 
 class _Cases:

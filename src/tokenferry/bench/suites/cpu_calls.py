@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.baselines.gloo import RowExchange, row_exchanges
 from tokenferry.bench.core.checks import as_tensor, check_rows, expected_sums, must_equal
 from tokenferry.bench.core.inputs import FP8_COLUMNS, Inputs, draw, expert
-from tokenferry.bench.core.session import Label, Runs, Session, Settings, Step, open_session
+from tokenferry.bench.core.session import Label, Runs, Session, Settings, Step
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
-from tokenferry.testing.world import Progress
 from tokenferry.types import DecodePlan, Numerics, Plan, Routing, Scale, TransportName
 
 VARIANTS = 3
@@ -87,24 +85,20 @@ def calls_for(settings: Settings) -> Sequence[Call]:
     return [call for call in CALLS if call.rows == "bf16" or settings.hidden % FP8_COLUMNS == 0]
 
 
-def measure_cpu_calls(
-    rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings, transport: TransportName
-) -> None:
-    """Check, then time every call over one transport; a job of `World` (through `run_with_progress`).
+@torch.no_grad()
+def measure_cpu_calls(session: Session, transport: TransportName) -> None:
+    """Check, then time every call over one transport.
 
     Raises:
         WrongAnswer: a check failed; nothing was timed.
     """
+    settings = session.settings
     sizes = settings.sizes(settings.tokens[0])
-    with (
-        open_session(pg, progress, settings) as session,
-        ExpertGroup(pg, sizes.shape, backend="cpu", transport=transport) as group,
-        torch.no_grad(),
-    ):
+    with ExpertGroup(session.pg, sizes.shape, backend="cpu", transport=transport) as group:
         session.send({"now": "checking every answer"})
         pool = Pool(sizes, session.device.torch_device)
         ready = [_checked(session, group, variant, pool) for variant in range(VARIANTS)]
-        exchanges = row_exchanges(pg, sizes, VARIANTS)
+        exchanges = row_exchanges(session.pg, sizes, VARIANTS)
         for call in calls_for(settings):
             session.send({"now": call.name})
             moved = [exchanges[name] for name in call.directions]

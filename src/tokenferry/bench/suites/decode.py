@@ -7,17 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.bench.core.device import no_collections, slowest
 from tokenferry.bench.core.inputs import FP8_COLUMNS, Sizes
-from tokenferry.bench.core.session import Session, Settings, Step, expert_group, open_session
+from tokenferry.bench.core.session import Session, Step, expert_group
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.bench.suites.host_time import host_time
-from tokenferry.testing.world import Progress
 from tokenferry.types import (
     DecodeCombined,
     DecodeDispatched,
@@ -224,10 +222,9 @@ def capture(session: Session, iteration: Callable[[], list[Answer]], count: int)
     return Graph(session.device.capture(work), last)
 
 
-def measure_decode(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure the decode calls for every T; a job of `World` (through `run_with_progress`)."""
-    with open_session(pg, progress, settings) as session:
-        session.attempt("decode", lambda: _measure(session))
+def measure_decode(session: Session) -> None:
+    """Measure the decode calls for every T."""
+    session.attempt("decode", _measure, session)
 
 
 def _measure(session: Session) -> None:
@@ -240,9 +237,8 @@ def _measure(session: Session) -> None:
             node_us = _graph_node(session)
         session.send({"graph node": {"us": node_us}})
         for tokens in settings.decode_tokens:
-            bench = session.attempt(
-                f"decode, T={tokens}", partial(_Tokens, session, group, settings.sizes(tokens), pool, y)
-            )
+            sizes = settings.sizes(tokens)
+            bench = session.attempt(f"decode, T={tokens}", _Tokens, session, group, sizes, pool, y)
             if bench is None:
                 continue
             with no_collections():
@@ -290,12 +286,11 @@ class _Tokens:
     def measure(self, case: DecodeCase) -> None:
         """Check, time, check again, report. Collective."""
         session, what = self._session, f"decode: {case.name}, T={self._sizes.tokens}"
-        session.send({"now": what})
-        graphs = session.attempt(what, lambda: self._checked(case))
+        graphs = session.attempt(what, self._checked, case)
         if graphs is None:
             return
-        item = session.attempt(what, lambda: self._timed(case, graphs))
-        if item is None or session.attempt(what, lambda: self._again(case, graphs)) is None:
+        item = session.attempt(what, self._timed, case, graphs)
+        if item is None or session.attempt(what, self._again, case, graphs) is None:
             return
         session.send({"decode": {**self._label(case), **item}})
 

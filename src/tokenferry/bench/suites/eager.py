@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tokenferry.bench.baselines.nccl import NcclBaseline, baseline_calls, baseline_decode
 from tokenferry.bench.core.inputs import Sizes
-from tokenferry.bench.core.session import Session, Settings, Step, baseline_group, expert_group, open_session
+from tokenferry.bench.core.session import Session, Step, baseline_group, expert_group
 from tokenferry.bench.core.sets import MANY_TOKENS, Call, Sets
 from tokenferry.bench.core.wall import Seconds, wall_times
 from tokenferry.bench.suites.decode import HEAP_FOR, new_answers
@@ -20,7 +20,6 @@ from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.bench.suites.eager_native import native_calls, native_decode
 from tokenferry.bench.suites.eager_shim import Shim, make_buffer, shim_calls, shim_decode
 from tokenferry.bench.suites.host_time import host_time
-from tokenferry.testing.world import Progress
 
 CALLS = 60
 """Calls of a run back to back; a third of it from `MANY_TOKENS` on, where the last wait does not count any more."""
@@ -38,31 +37,32 @@ HOST_BATCHES = 5
 DECODE_SETS = 2
 
 
-def measure_eager(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure every library for every T; a job of `World` (through `run_with_progress`)."""
+@torch.no_grad()
+def measure_eager(session: Session) -> None:
+    """Measure every library for every T."""
+    settings = session.settings
     largest = settings.sizes(max(settings.tokens))
-    with open_session(pg, progress, settings) as session, torch.no_grad():
-        session.attempt("torch.empty(8)", lambda: _empty(session))
-        buffer = session.attempt("Buffer: making one", lambda: make_buffer(pg, largest))
-        own = session.attempt("all_to_all_single: making a process group", lambda: baseline_group(session))
-        for tokens in settings.tokens:
-            _measure_tokens(session, settings.sizes(tokens), buffer, own)
-        session.attempt("decode pairs", lambda: _measure_decode(session, buffer, own))
-        session.device.synchronize()
-        if buffer is not None:
-            buffer.destroy()
-        if own is not None:
-            dist.destroy_process_group(own)
+    session.attempt("torch.empty(8)", _empty, session)
+    buffer = session.attempt("Buffer: making one", make_buffer, session.pg, largest)
+    own = session.attempt("all_to_all_single: making a process group", baseline_group, session)
+    for tokens in settings.tokens:
+        _measure_tokens(session, settings.sizes(tokens), buffer, own)
+    session.attempt("decode pairs", _measure_decode, session, buffer, own)
+    session.device.synchronize()
+    if buffer is not None:
+        buffer.destroy()
+    if own is not None:
+        dist.destroy_process_group(own)
 
 
 def _measure_tokens(session: Session, sizes: Sizes, buffer: Shim | None, own: dist.ProcessGroup | None) -> None:
     what = f"T={sizes.tokens}"
-    sets = session.attempt(f"inputs, {what}", lambda: Sets(session, sizes))
+    sets = session.attempt(f"inputs, {what}", Sets, session, sizes)
     if sets is None:
         return
     with ExitStack() as stack:
         opened = expert_group(session, sizes.tokens, heap_for=HEAP_FOR)
-        group = session.attempt(f"tokenferry: making a group, {what}", lambda: stack.enter_context(opened))
+        group = session.attempt(f"tokenferry: making a group, {what}", stack.enter_context, opened)
         if group is not None:
             _measure_calls(session, "tokenferry", sizes.tokens, lambda: native_calls(sets, group))
     if buffer is not None:
@@ -97,15 +97,14 @@ def _measure_decode(session: Session, buffer: Shim | None, own: dist.ProcessGrou
 
 def _measure_calls(session: Session, library: str, tokens: int, make: Callable[[], Iterable[Call]]) -> None:
     """Check, time and report the calls of a library; one that fails is left out. Collective."""
-    calls: list[Call] | None = session.attempt(f"{library}: first dispatches, T={tokens}", lambda: list(make()))
+    calls = session.attempt(f"{library}: first dispatches, T={tokens}", lambda: list(make()))
     for call in calls or ():
         what = f"{library}: {call.name}, {call.rows}, T={tokens}"
-        session.send({"now": what})
         # Apart, since a rank whose results are right must not begin with the timing alone.
-        step = session.attempt(what, partial(_prepared, session, call))
-        found = None if step is None else session.attempt(what, partial(_timed, session, step, tokens))
+        step = session.attempt(what, _prepared, session, call)
+        found = None if step is None else session.attempt(what, _timed, session, step, tokens)
         # Again, since calls that were made many times may have taken a faster path than the first ones.
-        if found is None or session.attempt(what, partial(_prepared, session, call)) is None:
+        if found is None or session.attempt(what, _prepared, session, call) is None:
             continue
         wall, host_us = found
         item = {

@@ -5,18 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.checks import expected_sums, must_equal
 from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.inputs import draw
-from tokenferry.bench.core.session import Label, Session, Settings, Step, expert_group, open_session
+from tokenferry.bench.core.session import Label, Session, Step, expert_group
 from tokenferry.bench.suites.calls import ON_DEVICE
-from tokenferry.testing.world import Progress
 
 TOKENS = 128
 CALLS = 40
@@ -26,21 +23,16 @@ BATCHES = 15
 WARMUP_BATCHES = 2
 
 
-def measure_host(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure host time of eager calls, and a pair in a graph; a job of `World`."""
-    with open_session(pg, progress, settings) as session:
-        session.send({"now": "host time"})
-        session.attempt("host time", lambda: _host_times(session))
-        session.send({"now": "graphs"})
-        session.attempt("dispatch + combine as a graph", lambda: _throughput_graph(session))
+def measure_host(session: Session) -> None:
+    """Measure host time of eager calls, and a pair in a graph."""
+    session.attempt("host time", _host_times, session)
+    session.attempt("dispatch + combine as a graph", _throughput_graph, session)
 
 
-def measure_memory(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure the device memory that one group takes; a job of `World`."""
-    with open_session(pg, progress, settings) as session:
-        session.send({"now": "memory"})
-        for tokens in settings.tokens[-1:]:
-            session.attempt("memory of a group", partial(_memory, session, tokens))
+def measure_memory(session: Session) -> None:
+    """Measure the device memory that one group takes."""
+    for tokens in session.settings.tokens[-1:]:
+        session.attempt("memory of a group", _memory, session, tokens)
 
 
 def _host_times(session: Session) -> None:

@@ -19,12 +19,10 @@ from torch.distributed.tensor import DTensor
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.baselines.all_to_all_layer import AllToAllLayer
 from tokenferry.bench.core.checks import worst_differences
-from tokenferry.bench.core.default_group import replace_default_group
 from tokenferry.bench.core.models import STEPS, Precision, in_turns, take_gradients
-from tokenferry.bench.core.session import Session, Settings, open_session
+from tokenferry.bench.core.session import Session, Settings
 from tokenferry.bench.core.wall import wall_times
 from tokenferry.nn import MoELayer, Router, SwiGLUExperts, parallelize
-from tokenferry.testing.world import Progress
 from tokenferry.types import MoeShape
 
 BYTES = 256
@@ -44,14 +42,10 @@ KINDS = {"moe.experts": "gradients of experts", "moe.router": "gradients of rout
 """Kinds of gradients, by what the names of weights contain."""
 
 
-def measure_language(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Compare losses and gradients, then time steps; a job of `World` (through `run_with_progress`)."""
-    beside = replace_default_group(pg, "nccl" if settings.backend == "cuda" else "gloo")
-    with open_session(beside, progress, settings) as session:
-        for tokens in settings.tokens:
-            what = f"language model: training step, T={tokens}"
-            session.send({"now": what})
-            session.attempt(what, lambda tokens=tokens: _measure(session, tokens))  # type: ignore[misc]
+def measure_language(session: Session) -> None:
+    """Compare losses and gradients, then time steps."""
+    for tokens in session.settings.tokens:
+        session.attempt(f"language model: training step, T={tokens}", _measure, session, tokens)
 
 
 def _measure(session: Session, tokens: int) -> None:

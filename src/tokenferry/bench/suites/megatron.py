@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from tokenferry.bench.core.checks import changed_bits, worst_differences
 from tokenferry.bench.core.models import STEPS, Precision, in_turns, take_gradients
-from tokenferry.bench.core.session import Session, Settings, baseline_group, open_session
+from tokenferry.bench.core.session import Session, baseline_group
 from tokenferry.bench.core.wall import wall_times
 from tokenferry.compat import deep_ep_path
 from tokenferry.errors import BackendUnavailable
-from tokenferry.testing.world import Progress
 
 LAYERS = 2
 ROUTED = 32
@@ -58,13 +57,11 @@ def version() -> str | None:
         return ""  # an unpacked wheel without its metadata
 
 
-def measure_megatron(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Compare losses and gradients, also those of repeated steps, then time steps; a job for `run_with_progress`."""
-    with open_session(pg, progress, settings) as session:
-        for tokens in settings.tokens:
-            what = f"Megatron-Core: training step, T={tokens}"
-            session.send({"now": what})
-            session.attempt(what, lambda tokens=tokens: _measure(session, tokens))  # type: ignore[misc]
+def measure_megatron(session: Session) -> None:
+    """Compare losses and gradients, also those of repeated steps, then time steps."""
+    for tokens in session.settings.tokens:
+        what = f"Megatron-Core: training step, T={tokens}"
+        session.attempt(what, _measure, session, tokens)
 
 
 def _measure(session: Session, tokens: int) -> None:

@@ -26,10 +26,9 @@ from tokenferry.bench.core.checks import (
     raise_together,
 )
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
-from tokenferry.bench.core.session import Session, Settings, Step, open_session
+from tokenferry.bench.core.session import Session, Step
 from tokenferry.bench.suites.nodes_shim import v1_hints
 from tokenferry.cost.rows import network_rows
-from tokenferry.testing.world import Progress
 from tokenferry.topology import Topology
 from tokenferry.types import MoeShape, Plan, Routing
 
@@ -86,17 +85,16 @@ class Rail:
             work.wait()
 
 
-def measure_nodes(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Check, then time dispatch and combine of each T, and their legs in turns with them; a job of `World`.
+@torch.no_grad()
+def measure_nodes(session: Session) -> None:
+    """Check, then time dispatch and combine of each T, and their legs in turns with them.
 
     Raises:
         WrongAnswer: rows or sums are wrong, or another number of rows crossed the network.
     """
-    with open_session(pg, progress, settings) as session, torch.no_grad():
-        for tokens in settings.tokens:
-            what = f"nodes, T={tokens}"
-            session.send({"now": what})
-            session.attempt(what, lambda tokens=tokens: _measure(session, settings.sizes(tokens)))  # type: ignore[misc]
+    for tokens in session.settings.tokens:
+        what = f"nodes, T={tokens}"
+        session.attempt(what, _measure, session, session.settings.sizes(tokens))
 
 
 def _measure(session: Session, sizes: Sizes) -> None:
@@ -160,8 +158,7 @@ def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Calls, Rail, _Calls
 
 def _rail(session: Session, sizes: Sizes, mine: Inputs, topology: Topology) -> Rail:
     """Pack the rows that cross, and connect the ranks of each rail. Collective."""
-    name = "nccl" if session.settings.backend == "cuda" else "gloo"
-    group = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), name)
+    group = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), session.settings.pg_backend)
     out, into = {}, {}
     for node, peer in enumerate(topology.rail):
         if node != topology.node:

@@ -20,10 +20,9 @@ from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.checks import WrongAnswer, must_be_near, must_equal, raise_together
 from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.inputs import FP8_COLUMNS, Sizes, draw
-from tokenferry.bench.core.session import Session, Settings, open_session
+from tokenferry.bench.core.session import Session
 from tokenferry.bench.suites.decode import new_answers
 from tokenferry.bench.suites.nodes import Rail, passed_on, subgroup
-from tokenferry.testing.world import Progress
 from tokenferry.types import DecodeCombined, DecodeDispatched, MoeShape, Numerics, Quantized, Routing, Scale
 
 MOST_TOKENS = 512
@@ -74,18 +73,17 @@ class Legs:
         self.sums.combine(0)
 
 
-def measure_node_pairs(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Check, then time pairs of decode calls of each T, and their legs; a job of `World`.
+@torch.no_grad()
+def measure_node_pairs(session: Session) -> None:
+    """Check, then time pairs of decode calls of each T, and their legs.
 
     Raises:
         WrongAnswer: sums are wrong.
     """
-    with open_session(pg, progress, settings) as session, torch.no_grad():
-        for tokens in settings.tokens:
-            if tokens <= MOST_TOKENS:
-                what = f"decode calls across nodes, T={tokens}"
-                session.send({"now": what})
-                session.attempt(what, lambda tokens=tokens: _measure(session, settings.sizes(tokens)))  # type: ignore[misc]
+    for tokens in session.settings.tokens:
+        if tokens <= MOST_TOKENS:
+            what = f"decode calls across nodes, T={tokens}"
+            session.attempt(what, _measure, session, session.settings.sizes(tokens))
 
 
 def _measure(session: Session, sizes: Sizes) -> None:
@@ -155,8 +153,7 @@ def _legs(session: Session, sizes: Sizes) -> Iterator[Legs]:
         node_pg = subgroup(session.pg, topology.nodes, "gloo")
         stack.callback(dist.destroy_process_group, node_pg)
         inside = pairs(node_pg, shape, x, Routing(ids, weights), topology.ranks_per_node)
-        name = "nccl" if settings.backend == "cuda" else "gloo"
-        rail_pg = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), name)
+        rail_pg = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), settings.pg_backend)
         stack.callback(dist.destroy_process_group, rail_pg)
         others = [node for node in range(topology.num_nodes) if node != topology.node]
 

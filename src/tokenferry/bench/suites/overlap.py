@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.bench.core.checks import check_rows, expected_sums, must_equal
 from tokenferry.bench.core.device import no_collections, slowest
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
-from tokenferry.bench.core.session import LEAD_S, Session, Settings, expert_group, open_session
+from tokenferry.bench.core.session import LEAD_S, Session, expert_group
 from tokenferry.bench.suites import gemms
 from tokenferry.bench.suites.calls import default_sms
-from tokenferry.testing.world import Progress
 from tokenferry.types import Quantized
 
 WARMUP = 3
@@ -91,10 +89,9 @@ class OverlapTimes:
         return self.gemm_beside / self.gemm_all - 1
 
 
-def measure_overlap(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure for every number of SMs; a job of `World` (through `run_with_progress`)."""
-    with open_session(pg, progress, settings) as session:
-        session.attempt("overlap", lambda: _measure(session))
+def measure_overlap(session: Session) -> None:
+    """Measure for every number of SMs."""
+    session.attempt("overlap", _measure, session)
 
 
 def variants(call: str, num_sms: int | None, default: int | None, many: int) -> list[OverlapCase]:
@@ -136,7 +133,6 @@ def _measure(session: Session) -> None:
             session, gemms.Experts(group.num_local_experts, sizes.hidden, rows, session.device.torch_device)
         )
         for num_sms in (None, *settings.sms):
-            session.send({"now": f"overlap, {num_sms or 'default'} SMs"})
 
             def dispatch(num_sms: int | None = num_sms) -> Tensor | Quantized:
                 return group.redispatch(inputs.quantized, plan, num_sms=num_sms).x
@@ -176,7 +172,7 @@ class Beside:
         if self._skip(case.gemm, case.carve_out):
             return
         left_out = f"{case.carve_out} SMs left out" if case.carve_out else "on all SMs"
-        times = self._session.attempt(f"overlap beside {case.gemm}, {left_out}", lambda: self._times(case, comm))
+        times = self._session.attempt(f"overlap beside {case.gemm}, {left_out}", self._times, case, comm)
         if times is not None:
             self._session.send(
                 {"overlap": _item(case, times, self._session.settings.sweep_tokens, self._experts.flops)}

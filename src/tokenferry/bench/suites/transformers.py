@@ -15,16 +15,14 @@ from torch import Tensor
 
 from tokenferry import env
 from tokenferry.bench.core.checks import WrongAnswer, worst_differences
-from tokenferry.bench.core.default_group import replace_default_group
 from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.models import STEPS, Precision, in_turns, take_gradients
-from tokenferry.bench.core.session import Session, Settings, open_session
+from tokenferry.bench.core.session import Session
 from tokenferry.bench.core.wall import Seconds, seconds_of_runs, wall_times
 from tokenferry.bench.suites.transformers_models import VOCABULARY, Layout, Way, layouts, save_model
 from tokenferry.errors import BackendUnavailable
 from tokenferry.integrations import transformers as integration
 from tokenferry.integrations.versions import installed
-from tokenferry.testing.world import Progress
 
 PROMPT = 16
 """Tokens of each sequence before the first one that is generated."""
@@ -44,8 +42,9 @@ def version() -> str | None:
     return installed("transformers")
 
 
-def measure_transformers(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Compare results, then time training and generation; a job of `World` (through `run_with_progress`)."""
+def measure_transformers(session: Session) -> None:
+    """Compare results, then time training and generation."""
+    settings = session.settings
     on_gpus = settings.backend == "cuda"
     if not on_gpus and torch.cuda.is_available():
         raise BackendUnavailable(
@@ -55,15 +54,13 @@ def measure_transformers(rank: int, pg: dist.ProcessGroup, progress: Progress, s
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    env.say_local_rank(torch.cuda.current_device() if on_gpus else rank)
-    beside = replace_default_group(pg, "nccl" if on_gpus else "gloo")
-    with open_session(beside, progress, settings) as session, _folder(session) as folder:
-        found = session.attempt("transformers: making the model", lambda: _prepare(session, folder))
+    env.say_local_rank(torch.cuda.current_device() if on_gpus else session.rank)
+    with _folder(session) as folder:
+        found = session.attempt("transformers: making the model", _prepare, session, folder)
         for layout in found or ():
             for tokens in settings.tokens:
                 what = f"transformers: batches: {layout.batches}, T={tokens}"
-                session.send({"now": what})
-                session.attempt(what, lambda layout=layout, tokens=tokens: _measure(session, folder, layout, tokens))  # type: ignore[misc]
+                session.attempt(what, _measure, session, folder, layout, tokens)
             integration.close_groups()
         session.device.synchronize()
 

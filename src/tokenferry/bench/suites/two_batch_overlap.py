@@ -6,19 +6,16 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.bench.core.checks import raise_together
 from tokenferry.bench.core.device import no_collections, slowest
-from tokenferry.bench.core.session import Session, Settings, expert_group, open_session
+from tokenferry.bench.core.session import Session, expert_group
 from tokenferry.bench.suites.decode import HEAP_FOR, Answer, DecodeCase, Graph, StaticInputs, capture, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
-from tokenferry.testing.world import Progress
 from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Scale
 
 WORK_S = 100e-6
@@ -156,10 +153,9 @@ def _receive(result: DecodeDispatched[Tensor | Quantized] | DecodeCombined) -> N
     result.hook()
 
 
-def measure_two_batch(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: Settings) -> None:
-    """Measure two-batch overlap; a job of `World` (through `run_with_progress`)."""
-    with open_session(pg, progress, settings) as session:
-        session.attempt("two-batch overlap", lambda: _measure(session))
+def measure_two_batch(session: Session) -> None:
+    """Measure two-batch overlap."""
+    session.attempt("two-batch overlap", _measure, session)
 
 
 def _measure(session: Session) -> None:
@@ -173,8 +169,7 @@ def _measure(session: Session) -> None:
             tilt = tilt if session.rank % 2 == 0 else -tilt
             schedules = Schedules(a, b, DecodeCase("pair", numerics=numerics), work, tilt)
             what = f"two-batch overlap, {numerics}, {name} work"
-            session.send({"now": what})
-            times = session.attempt(what, partial(_times, session, schedules))
+            times = session.attempt(what, _times, session, schedules)
             about = {"numerics": numerics, "work_is": name, "tokens": sizes.tokens, "gemms": work.gemms}
             if times is not None:
                 session.send({"two_batch": {**times, **about}})
