@@ -3,11 +3,13 @@
 import json
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from support.bench_jobs import wrong_redispatch
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.core import session
 from tokenferry.bench.core.checks import WrongAnswer, check_by_expert, check_rows, expected_sums
@@ -17,6 +19,7 @@ from tokenferry.bench.core.summary import Summary
 from tokenferry.bench.report import tables
 from tokenferry.bench.report.report import GPU_NOTES, Report
 from tokenferry.bench.suites import first_call, gemms, overlap
+from tokenferry.bench.suites.calls import measure_calls
 from tokenferry.bench.suites.limits import Limits, Rate
 from tokenferry.cli import bench_phases
 from tokenferry.cli.bench_settings import make_settings
@@ -188,6 +191,18 @@ def test_a_failed_case_is_left_out_and_the_rest_is_kept(failing):
 def test_failures_are_printed_apart_from_the_table(failing):
     assert "no reason at all" in failing.output
     assert "bad" not in failing.output.split("all cases")[1].split("checked:")[0]
+
+
+def test_a_wrong_call_gets_no_time_and_keeps_no_rank_waiting(tmp_path):
+    """The rank with wrong rows goes through all sets of inputs with its peer, which then measures the other calls."""
+    job = partial(wrong_redispatch, measure=measure_calls)
+    run = bench_gpu_phases(tmp_path, "gpu", "--only", "calls", "--tokens", "4", "--routing", "uniform", calls=job)
+    assert run.status == 1
+    assert [one["what"] for one in run.report["failed"]] == [
+        f"tokenferry: dispatch, plan kept, {rows}, T=4" for rows in ("fp8", "bf16")
+    ]
+    assert all(one["why"].count("redispatch: 1 of") == 3 for one in run.report["failed"]), "of every set"
+    assert len(run.report["results"]) == 6
 
 
 def test_a_baseline_that_dies_is_no_failure(tmp_path):

@@ -1,8 +1,11 @@
 """`tokenferry bench eager`, on CPUs: every call of every library, checked, on the wall clock."""
 
+from functools import partial
+
 import pytest
 
-from support.bench_eager_jobs import measure_eager, wrong_redispatch
+from support.bench_eager_jobs import measure_eager
+from support.bench_jobs import wrong_redispatch
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.report import eager, plots
 
@@ -53,7 +56,7 @@ def test_tables_have_every_call(run):
 
 
 def test_a_wrong_answer_gets_no_time(tmp_path):
-    run = bench_gpu_phases(tmp_path, "eager", "--tokens", "6", eager=wrong_redispatch)
+    run = bench_gpu_phases(tmp_path, "eager", "--tokens", "6", eager=partial(wrong_redispatch, measure=measure_eager))
     assert run.status == 1
     assert ["rank 1: WrongAnswer: dispatch, plan kept" in one["why"] for one in run.report["failed"]] == [True] * 4
     seen = {(item["library"], item["call"]) for item in run.report["eager"]}

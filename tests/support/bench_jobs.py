@@ -51,6 +51,21 @@ def measure_damaged(session, transport, method, call_number):
     return "nothing"
 
 
+def wrong_redispatch(session, measure):
+    """A suite in which a dispatch with its plan kept delivers a wrong row, on rank 1 only."""
+    right = ExpertGroup.redispatch
+
+    def redispatch(self, *args, **kwargs):
+        result = right(self, *args, **kwargs)
+        if session.rank == 1:
+            with torch.no_grad():
+                damaged(result.x)
+        return result
+
+    with mock.patch.object(ExpertGroup, "redispatch", redispatch):
+        measure(session)
+
+
 def wrong_answer(session, transport):
     """A measurement that finds something wrong on rank 1."""
     if session.rank == 1:
