@@ -337,7 +337,7 @@ class _Tokens:
             calls = calls_in_a_graph(session, case, self._sizes.tokens)
             act = partial(self._inputs.act, case, hook=hook)
             item[f"graph{suffix}"] = asdict(session.summary(session.replayed(graphs[hook].replay, calls)))
-            item[f"eager{suffix}"] = asdict(session.summary(session.back_to_back([_without_index(act)])[0]))
+            item[f"eager{suffix}"] = asdict(session.summary(session.back_to_back([without_index(act)])[0]))
             item[f"host{suffix}_us"] = max(session.gather(host_time(session, act, HOST_BATCHES)["median_us"]))
         [(isolated, late)] = session.isolated([lambda i: self._inputs.act(case, hook=False)])
         item["isolated"] = asdict(session.summary(isolated))
@@ -357,7 +357,7 @@ class _Tokens:
         }
 
 
-def _without_index(act: Callable[[], object]) -> Step:
+def without_index(act: Callable[[], object]) -> Step:
     """Return a step that has the same inputs in every iteration: those of the graphs."""
     return lambda i: act()
 

@@ -6,10 +6,9 @@ the calls of a group of one node, in which a rank also has the tokens that it pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -32,13 +31,8 @@ from tokenferry.cost.rows import network_rows
 from tokenferry.topology import Topology
 from tokenferry.types import MoeShape, Plan, Routing
 
-
-class _Leg(Protocol):
-    """The two calls that are timed."""
-
-    def dispatch(self, _iteration: int) -> object: ...
-
-    def combine(self, _iteration: int) -> object: ...
+LEGS = ("whole", "network", "inside")
+"""A call and its two legs, in reports."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +44,12 @@ class _Calls:
     routing: Routing
     plan: Plan
     y: Tensor
+
+    @classmethod
+    def make(cls, group: ExpertGroup, x: Tensor, routing: Routing) -> _Calls:
+        """Dispatch once. Collective."""
+        sent = group.dispatch(x, routing)
+        return cls(group, x, routing, sent.plan, as_tensor(sent.x).clone())
 
     def dispatch(self, _iteration: int) -> object:
         return self.group.dispatch(self.x, self.routing)
@@ -102,13 +102,12 @@ def _measure(session: Session, sizes: Sizes) -> None:
         topology = whole.group.topology
         crossed = rows_across(whole.plan, topology)
         _check(session, sizes, whole, network, crossed)
-        calls: dict[str, Callable[[_Leg], Step]] = {
-            "dispatch": lambda leg: leg.dispatch,
-            "combine": lambda leg: leg.combine,
+        calls: dict[str, list[Step]] = {
+            "dispatch": [whole.dispatch, network.dispatch, inside.dispatch],
+            "combine": [whole.combine, network.combine, inside.combine],
         }
-        for name, call in calls.items():
-            samples = session.time([call(leg) for leg in (whole, network, inside)])
-            times = [asdict(session.summary(one.isolated)) for one in samples]
+        for name, steps in calls.items():
+            times = [one.isolated for one in session.time(steps)]
             case = {
                 "call": name,
                 "tokens": sizes.tokens,
@@ -116,7 +115,7 @@ def _measure(session: Session, sizes: Sizes) -> None:
                 "transport": whole.group.transport,
                 "rows_across": sum(session.gather(crossed)) / sizes.ranks,
                 "row_bytes": 2 * sizes.hidden,
-                **dict(zip(("whole", "network", "inside"), times, strict=True)),
+                **session.summaries(dict(zip(LEGS, times, strict=True))),
             }
             session.send({"nodes": case})
 
@@ -124,41 +123,22 @@ def _measure(session: Session, sizes: Sizes) -> None:
 @contextmanager
 def _legs(session: Session, sizes: Sizes) -> Iterator[tuple[_Calls, Rail, _Calls]]:
     """Open the group of several nodes and its legs; dispatch once in each. Collective."""
-    pg, settings = session.pg, session.settings
     mine = draw(sizes, 0, session.rank, session.device.torch_device)
     before = _outside_torch(session)
     with ExitStack() as stack:
-
-        def calls(group_pg: dist.ProcessGroup, shape: MoeShape, x: Tensor, routing: Routing, per_node: int) -> _Calls:
-            group = stack.enter_context(
-                ExpertGroup(
-                    group_pg, shape, backend=settings.backend, timeout_s=settings.timeout_s, ranks_per_node=per_node
-                )
-            )
-            group.warmup()
-            sent = group.dispatch(x, routing)
-            return _Calls(group, x, routing, sent.plan, as_tensor(sent.x).clone())
-
-        assert settings.ranks_per_node is not None
-        whole = calls(pg, sizes.shape, mine.x, mine.routing, settings.ranks_per_node)
+        whole = _Calls.make(open_whole(stack, session, sizes), mine.x, mine.routing)
         topology = whole.group.topology
-        if settings.backend == "cuda":
+        if session.settings.backend == "cuda":
             _report_memory(session, sizes, whole, before)
-        network = _rail(session, sizes, mine, topology)
-        stack.callback(dist.destroy_process_group, network.group)
+        network = _rail(sizes, mine, topology, open_rail(stack, session, topology))
         network.dispatch(0)
-        node_pg = subgroup(pg, topology.nodes, "gloo")
-        stack.callback(dist.destroy_process_group, node_pg)
-        x, routing = passed_on(sizes, mine, topology)
-        nodes = topology.num_nodes
-        shape = MoeShape(sizes.experts // nodes, sizes.top_k, sizes.hidden, nodes * sizes.tokens)
-        yield whole, network, calls(node_pg, shape, x, routing, topology.ranks_per_node)
+        inside = open_inside(stack, session, sizes, topology)
+        yield whole, network, _Calls.make(inside, *passed_on(sizes, mine, topology))
         session.device.synchronize()
 
 
-def _rail(session: Session, sizes: Sizes, mine: Inputs, topology: Topology) -> Rail:
-    """Pack the rows that cross, and connect the ranks of each rail. Collective."""
-    group = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), session.settings.pg_backend)
+def _rail(sizes: Sizes, mine: Inputs, topology: Topology, group: dist.ProcessGroup) -> Rail:
+    """Pack the rows that cross."""
     out, into = {}, {}
     for node, peer in enumerate(topology.rail):
         if node != topology.node:
@@ -168,10 +148,41 @@ def _rail(session: Session, sizes: Sizes, mine: Inputs, topology: Topology) -> R
     return Rail(group, out, into)
 
 
-def subgroup(pg: dist.ProcessGroup, members: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup:
+def open_whole(stack: ExitStack, session: Session, sizes: Sizes) -> ExpertGroup:
+    """Open the group of several nodes, until the stack closes. Collective."""
+    assert session.settings.ranks_per_node is not None
+    return _open_group(stack, session, session.pg, sizes.shape, session.settings.ranks_per_node)
+
+
+def open_inside(stack: ExitStack, session: Session, sizes: Sizes, topology: Topology) -> ExpertGroup:
+    """Do the same for a group of this node alone, with its experts; M is the tokens of all ranks of a rail."""
+    nodes = topology.num_nodes
+    shape = MoeShape(sizes.experts // nodes, sizes.top_k, sizes.hidden, nodes * sizes.tokens)
+    pg = _subgroup(stack, session, topology.nodes, "gloo")
+    return _open_group(stack, session, pg, shape, topology.ranks_per_node)
+
+
+def open_rail(stack: ExitStack, session: Session, topology: Topology) -> dist.ProcessGroup:
+    """Connect the ranks of each rail, for the device's tensors, until the stack closes. Collective."""
+    return _subgroup(stack, session, tuple(zip(*topology.nodes, strict=True)), session.settings.pg_backend)
+
+
+def _open_group(
+    stack: ExitStack, session: Session, pg: dist.ProcessGroup, shape: MoeShape, ranks_per_node: int
+) -> ExpertGroup:
+    backend, timeout_s = session.settings.backend, session.settings.timeout_s
+    made = ExpertGroup(pg, shape, backend=backend, timeout_s=timeout_s, ranks_per_node=ranks_per_node)
+    group = stack.enter_context(made)
+    group.warmup()
+    return group
+
+
+def _subgroup(stack: ExitStack, session: Session, members: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup:
     """Return the process group of those ranks that this one belongs to. Collective: all ranks make all groups."""
     made: list[dist.ProcessGroup] = [dist.new_group(list(ranks), backend=backend) for ranks in members]
-    return next(group for group, ranks in zip(made, members, strict=True) if pg.rank() in ranks)
+    group = next(group for group, ranks in zip(made, members, strict=True) if session.rank in ranks)
+    stack.callback(dist.destroy_process_group, group)
+    return group
 
 
 def going_to(sizes: Sizes, inputs: Inputs, topology: Topology, node: int) -> Tensor:

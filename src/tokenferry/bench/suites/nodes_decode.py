@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
@@ -21,9 +20,9 @@ from tokenferry.bench.core.checks import WrongAnswer, must_be_near, must_equal, 
 from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.inputs import FP8_COLUMNS, Sizes, draw
 from tokenferry.bench.core.session import Session
-from tokenferry.bench.suites.decode import new_answers
-from tokenferry.bench.suites.nodes import Rail, passed_on, subgroup
-from tokenferry.types import DecodeCombined, DecodeDispatched, MoeShape, Numerics, Quantized, Routing, Scale
+from tokenferry.bench.suites.decode import new_answers, without_index
+from tokenferry.bench.suites.nodes import LEGS, Rail, open_inside, open_rail, open_whole, passed_on
+from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Routing, Scale
 
 MOST_TOKENS = 512
 """Decode calls are made for few tokens; of more only the other calls are measured."""
@@ -40,6 +39,11 @@ class Pairs:
     x: Tensor
     routing: Routing
     answers: Tensor
+
+    @classmethod
+    def make(cls, group: ExpertGroup, x: Tensor, routing: Routing) -> Pairs:
+        """Let experts answer with zeros."""
+        return cls(group, x, routing, torch.zeros_like(new_answers(group)))
 
     def run(self, numerics: Numerics) -> DecodeCombined:
         """Make a pair of calls."""
@@ -92,15 +96,9 @@ def _measure(session: Session, sizes: Sizes) -> None:
         _check(session, legs.whole)
         for numerics in ("exact", "fast"):
             with no_collections():
-                times = {
-                    name: asdict(session.summary(_graph_seconds(session, work)))
-                    for name, work in (
-                        ("whole", partial(legs.whole.run, numerics)),
-                        ("network", legs.cross),
-                        ("inside", partial(legs.inside.run, numerics)),
-                    )
-                }
-                eager = session.back_to_back([lambda _, numerics=numerics: legs.whole.run(numerics)])[0]  # type: ignore[misc]
+                works = (partial(legs.whole.run, numerics), legs.cross, partial(legs.inside.run, numerics))
+                seconds = [_graph_seconds(session, work) for work in works]
+                [eager] = session.back_to_back([without_index(works[0])])
             item = {
                 "numerics": numerics,
                 "tokens": sizes.tokens,
@@ -109,8 +107,7 @@ def _measure(session: Session, sizes: Sizes) -> None:
                 "graphs": session.settings.backend == "cuda",
                 "rows_across": (topology.num_nodes - 1) * sizes.tokens,
                 "bytes_across": sum(t.nbytes for rail in (legs.rows, legs.sums) for t in rail.out.values()),
-                "eager": asdict(session.summary(eager)),
-                **times,
+                **session.summaries(dict(zip(("eager", *LEGS), (eager, *seconds), strict=True))),
             }
             session.send({"nodes decode": item})
 
@@ -128,33 +125,19 @@ def _graph_seconds(session: Session, work: Callable[[], object]) -> list[float]:
 @contextmanager
 def _legs(session: Session, sizes: Sizes) -> Iterator[Legs]:
     """Open the groups. Collective."""
-    settings, device = session.settings, session.device.torch_device
+    device = session.device.torch_device
     mine = draw(sizes, 0, session.rank, device)
     with ExitStack() as stack:
-
-        def pairs(group_pg: dist.ProcessGroup, shape: MoeShape, x: Tensor, routing: Routing, per_node: int) -> Pairs:
-            group = ExpertGroup(
-                group_pg, shape, backend=settings.backend, timeout_s=settings.timeout_s, ranks_per_node=per_node
-            )
-            stack.enter_context(group)
-            group.warmup()
-            return Pairs(group, x, routing, torch.zeros_like(new_answers(group)))
-
-        assert settings.ranks_per_node is not None
-        whole = pairs(session.pg, sizes.shape, mine.x, mine.routing, settings.ranks_per_node)
+        whole = Pairs.make(open_whole(stack, session, sizes), mine.x, mine.routing)
         topology = whole.group.topology
+        inside = open_inside(stack, session, sizes, topology)
         x, routing = passed_on(sizes, mine, topology)
-        most = topology.num_nodes * sizes.tokens
         # As many tokens as a rank acts for at most: those without an expert on this node cost little, and are in it.
-        ids = torch.nn.functional.pad(routing.topk_idx, (0, 0, 0, most - len(x)), value=-1)
+        missing = inside.shape.max_tokens - len(x)
+        ids = torch.nn.functional.pad(routing.topk_idx, (0, 0, 0, missing), value=-1)
         weights = torch.ones(ids.shape, dtype=torch.float32, device=device)
-        x = torch.nn.functional.pad(x, (0, 0, 0, most - len(x)))
-        shape = MoeShape(sizes.experts // topology.num_nodes, sizes.top_k, sizes.hidden, most)
-        node_pg = subgroup(session.pg, topology.nodes, "gloo")
-        stack.callback(dist.destroy_process_group, node_pg)
-        inside = pairs(node_pg, shape, x, Routing(ids, weights), topology.ranks_per_node)
-        rail_pg = subgroup(session.pg, tuple(zip(*topology.nodes, strict=True)), settings.pg_backend)
-        stack.callback(dist.destroy_process_group, rail_pg)
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+        rail_pg = open_rail(stack, session, topology)
         others = [node for node in range(topology.num_nodes) if node != topology.node]
 
         def rail(row_bytes: int) -> Rail:
@@ -164,8 +147,8 @@ def _legs(session: Session, sizes: Sizes) -> Iterator[Legs]:
             )
             return Rail(rail_pg, out, into)
 
-        scales = 4 * -(-sizes.hidden // FP8_COLUMNS)
-        yield Legs(whole, inside, rail(sizes.hidden + scales), rail(2 * sizes.hidden))
+        pairs = Pairs.make(inside, x, Routing(ids, weights))
+        yield Legs(whole, pairs, rail(sizes.row_bytes("fp8")), rail(sizes.row_bytes("bf16")))
         session.device.synchronize()
 
 
