@@ -2,7 +2,6 @@
 
 import json
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -396,7 +395,7 @@ def test_an_isolated_time_says_whether_launches_are_in_it(tmp_path, ahead, text)
     summary = Summary(30, 500.0, 490.0, 510.0)
     result = Result(Label("tokenferry", "dispatch", "fp8", 4096, link="store"), 1e6, 1e6, summary, ahead, summary)
     assert dict(zip(tables.HEADER, tables.cells(result, None), strict=True))["launch"] == text
-    assert f"isolated (launch: {text})" in make_report(tmp_path).take({"case": asdict(result)})
+    assert f"isolated (launch: {text})" in make_report(tmp_path).take({"case": result})
     [short] = tables.short_rows([result], [None])
     assert dict(zip(tables.SHORT_HEADER, short, strict=True))["launch"] == text
 
@@ -416,7 +415,7 @@ def test_a_late_host_is_noticed(monkeypatch):
     other = {bool: [False, False, False, True], float: [2.0] * 4}
     monkeypatch.setattr(session, "slowest", lambda pg, mine: list(map(max, mine, other[type(mine[0])])))
     assert opened.case(Label("tokenferry", "x", "bf16", 4), lambda: lambda i: None)
-    assert sent[-1]["case"]["ahead"] == 0.5
+    assert sent[-1]["case"].ahead == 0.5
 
 
 class CountingDevice:

@@ -65,7 +65,6 @@ def test_limits_answer():
     assert found.best("copy") == 0.0
     assert found.at("load", 8, 7168) == 290.0
     assert found.at("load", 9, 7168) is None
-    assert bench_limits.from_json(json.loads(json.dumps(found.as_json()))) == found
 
 
 @pytest.fixture
@@ -84,7 +83,8 @@ def test_command(two_gpus, monkeypatch, capsys, tmp_path):
         assert text in out
     whole = json.loads(file.read_text())
     assert whole["command"].startswith("tokenferry limits --json")
-    assert bench_limits.from_json(whole["limits"]).at("copy", 5, 48) > 0
+    points = {(rate["kind"], rate["num_sms"], rate["row_bytes"]): rate["gbps"] for rate in whole["limits"]["rates"]}
+    assert points["copy", 5, 48] > 0
     picture = (tmp_path / "plots" / "limits.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
 

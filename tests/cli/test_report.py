@@ -1,12 +1,11 @@
 """Percentiles, summaries and reports."""
 
-import json
 import subprocess
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
-from tokenferry.bench.core.session import Label, Result, Times, result_from_json
+from tokenferry.bench.core.session import Label, Result, Times
 from tokenferry.bench.core.summary import percentile, summarize
 from tokenferry.bench.report import about, tables
 
@@ -49,11 +48,6 @@ def result(**changes):
     label = Label("tokenferry", "dispatch", "bf16", 6, row_bytes=256, rows_out=7)
     baseline = Times(summary(2000.0), summary(1500.0))
     return replace(Result(label, 3e6, 4e6, summary(3000.0), 0.0, summary(1200.0), baseline), **changes)
-
-
-def test_results_survive_json():
-    for one in (result(), result(baseline=None)):
-        assert result_from_json(json.loads(json.dumps(asdict(one)))) == one
 
 
 def test_ratios_are_those_of_medians():

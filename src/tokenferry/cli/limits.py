@@ -104,7 +104,7 @@ def as_json(limits: Limits, settings: LimitSettings, gpus: Gpus, command: str) -
         "gpus": {"count": gpus.count, "name": gpus.name, "cuda": gpus.torch_cuda, "smi": list(gpus.smi)},
         "bytes": BYTES,
         "settings": asdict(settings),
-        "limits": limits.as_json(),
+        "limits": asdict(limits),
     }
 
 

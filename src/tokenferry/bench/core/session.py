@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -207,20 +208,6 @@ class Result:
     baseline: Times | None = None
 
 
-def result_from_json(values: dict[str, Any]) -> Result:
-    """Return the result that ``dataclasses.asdict`` was given."""
-    baseline = values["baseline"]
-    return Result(
-        Label(**values["label"]),
-        values["bytes_out"],
-        values["bytes_out_most"],
-        Summary(**values["isolated"]),
-        values["ahead"],
-        Summary(**values["back_to_back"]),
-        baseline and Times(**{mode: Summary(**summary) for mode, summary in baseline.items()}),
-    )
-
-
 @dataclass(slots=True, eq=False)
 class Session:
     """The tools of a phase on each rank. All of its methods but `send` are collective.
@@ -293,7 +280,7 @@ class Session:
             times[0].back_to_back,
             times[1] if len(times) > 1 else None,
         )
-        self.send({"case": asdict(result)})
+        self.send({"case": result})
 
     def time(self, steps: Sequence[Step]) -> list[Samples]:
         """Time calls in both modes; they take turns, so that what disturbs the machine disturbs all of them alike."""
@@ -343,20 +330,28 @@ class Session:
             replay: Puts a graph on the stream.
             parts: Calls, or iterations of several calls, that it holds.
         """
+        return [seconds / parts for seconds in self.in_runs(replay, REPLAYS, self.settings.iterations)]
+
+    def in_runs(self, work: Callable[[], object], calls: int, runs: int) -> list[float]:
+        """Time runs of calls back to back; return the seconds of a call of each run. One more run does not count."""
         stamps = []
-        for _ in range(1 + self.settings.iterations):
+        for _ in range(1 + runs):
             self.synchronize_ranks()
-            replay()  # synchronises the ranks, and brings the host ahead
+            work()  # synchronises the ranks, and brings the host ahead
             start = self.device.stamp()
-            for _ in range(REPLAYS):
-                replay()
+            for _ in range(calls):
+                work()
             stamps.append((start, self.device.stamp()))
         self.device.synchronize()
-        return [seconds / (REPLAYS * parts) for seconds in self._seconds(stamps[1:])]
+        return [seconds / calls for seconds in self._seconds(stamps[1:])]
 
     def gather(self, item: Any) -> list[Any]:  # noqa: ANN401 - whatever can be pickled
         """Return the items of all ranks, by rank."""
         return gather(self.pg, item)
+
+    def median(self, seconds: list[float]) -> float:
+        """Return the median over the samples of the slowest rank of each: equal on all ranks."""
+        return statistics.median(slowest(self.pg, seconds))
 
     def summary(self, seconds: list[float]) -> Summary:
         """Return the summary over the samples of all ranks, the slowest of each."""

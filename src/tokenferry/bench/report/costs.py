@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenferry.bench.report.plots import save
 from tokenferry.cost.calls import CallCost
 from tokenferry.cost.estimate import Estimate, Family
 
@@ -36,8 +37,7 @@ def plot_costs(estimates: Sequence[Estimate], file: Path) -> None:
         f"network {links.network_gbs:g} GB/s, NVLink {links.nvlink_gbs:g} GB/s",
         fontsize=11,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    save(figure, file)
 
 
 def _draw(axes: Any, nodes: list[int], families: list[Family], call: str, colour: str) -> None:  # noqa: ANN401 - matplotlib

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tokenferry.bench.report.plots import save
+
 
 def plot_waits(tables: Mapping[str, Sequence[Sequence[float]]], folder: Path, title: str) -> list[Path]:
     """Write waits.png: a heat map for each table.
@@ -38,7 +40,4 @@ def plot_waits(tables: Mapping[str, Sequence[Sequence[float]]], folder: Path, ti
         axes.set_yticks(range(num_ranks))
         figure.colorbar(image, ax=axes, label="us an iteration", shrink=0.8)
     figure.suptitle(title, fontsize=9)
-    file = folder / "waits.png"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    return [file]
+    return [save(figure, folder / "waits.png")]

@@ -108,9 +108,7 @@ def plot_bars(parts: Sequence[Bars], folder: Path, title: str, file: str) -> lis
     marks: list[Any] = [figure.axes[0].bar([0], [0], color=colour) for colour in colours]
     figure.suptitle(title, fontsize=10)
     figure.legend(marks, series, loc="outside lower center", ncols=len(series), frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / file, dpi=120)
-    return [folder / file]
+    return [save(figure, folder / file)]
 
 
 def _draw_bars(axes: Any, part: Bars, series: Sequence[str]) -> None:  # noqa: ANN401 - matplotlib
@@ -157,6 +155,11 @@ def _figure(file: Path, title: str, x_label: str, y_label: str, draw: Callable[[
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
     axes.set_ylim(bottom=0 if axes.get_yscale() == "linear" else None)
+    return save(figure, file)
+
+
+def save(figure: Any, file: Path) -> Path:  # noqa: ANN401 - matplotlib
+    """Write a picture, into a folder that is made if it does not exist; return its file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     return file

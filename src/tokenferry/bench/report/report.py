@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenferry.bench.core.session import Label, Result, Settings, result_from_json
+from tokenferry.bench.core.session import Label, Result, Settings
 from tokenferry.bench.report import decode, eager, language, nodes, plots, tables, training, transformers
 from tokenferry.bench.suites.limits import Limits
 
@@ -78,7 +78,7 @@ class Report:
     def take(self, item: dict[str, Any]) -> str:
         """Take one item of progress, and return the line to show for it; empty if there is none."""
         if "case" in item:
-            self.results.append(result_from_json(item["case"]))
+            self.results.append(item["case"])
             self.write()
             return tables.result_line(self.results[-1])
         if "failed" in item:
@@ -153,7 +153,7 @@ class Report:
             **self.about,
             "notes": dict(self.notes),
             "settings": asdict(self.settings),
-            "limits": None if self.limits is None else self.limits.as_json(),
+            "limits": None if self.limits is None else asdict(self.limits),
             "results": [self._result_json(result) for result in self.results],
             **others,
             "failed": self.failed,

@@ -13,17 +13,8 @@ if TYPE_CHECKING:
     from tokenferry.bench.report.report import Report
 
 BASELINE_HEADER = (
-    "call",
-    "mode",
-    "median us",
-    "p05",
-    "p95",
-    "gloo us",
-    "gloo p05",
-    "gloo p95",
-    "ratio",
-    "MB/rank",
-    "GB/s",
+    *("call", "mode", "median us", "p05", "p95"),
+    *("gloo us", "gloo p05", "gloo p95", "ratio", "MB/rank", "GB/s"),
 )
 HEADER = (
     *("library", "call", "rows", "T", "SMs", "isolated us", "p05", "p95", "launch", "back to back us"),

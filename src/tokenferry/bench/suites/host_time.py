@@ -101,32 +101,32 @@ def _throughput_graph(session: Session) -> None:
 
 def _memory(session: Session, tokens: int) -> None:
     """Measure the device's memory before and after a group is made and has made its first calls, all ranks idle."""
-    settings, device = session.settings, session.device
+    settings = session.settings
     sizes = settings.sizes(tokens)
-    inputs = draw(sizes, 0, session.rank, device.torch_device)
+    inputs = draw(sizes, 0, session.rank, session.device.torch_device)
     routing = inputs.routing
-    session.synchronize_ranks()
-    before = device.used_bytes()
+
+    def used_bytes() -> int:
+        session.synchronize_ranks()
+        return session.device.used_bytes()
+
+    before = used_bytes()
     with ExpertGroup(session.pg, sizes.shape, backend=settings.backend, timeout_s=settings.timeout_s) as group:
-        session.synchronize_ranks()
-        made = device.used_bytes()
+        made = used_bytes()
         group.warmup()
-        session.synchronize_ranks()
-        warm = device.used_bytes()
+        warm = used_bytes()
         sent = group.dispatch(inputs.x, routing)
         group.combine(group.empty_rows(sent.plan).zero_(), sent.plan)
-        session.synchronize_ranks()
-        called = device.used_bytes()
+        called = used_bytes()
         received = sent.plan.num_received or 0
         del sent
-    session.synchronize_ranks()
     rows = settings.ranks * tokens * 2 * settings.hidden
     item = {
         "tokens": tokens,
         "made_mb": (made - before) / 1e6,
         "warm_mb": (warm - before) / 1e6,
         "called_mb": (called - before) / 1e6,
-        "closed_mb": (device.used_bytes() - before) / 1e6,
+        "closed_mb": (used_bytes() - before) / 1e6,
         "worst_rows_mb": rows / 1e6,
         "received_mb": received * 2 * settings.hidden / 1e6,
     }

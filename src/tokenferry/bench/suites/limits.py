@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -93,16 +92,6 @@ class Limits:
             if (rate.kind, rate.num_sms, rate.row_bytes) == (kind, num_sms, row_bytes):
                 return rate.gbps
         return None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as plain dicts."""
-        return asdict(self)
-
-
-def from_json(values: dict[str, Any]) -> Limits:
-    """Return what `Limits.as_json` was given."""
-    rates = tuple(Rate(**rate) for rate in values["rates"])
-    return Limits(values["num_ranks"], rates, values["flag_us"], values["barrier_us"])
 
 
 def measure_limits(rank: int, pg: dist.ProcessGroup, progress: Progress, settings: LimitSettings) -> Limits:

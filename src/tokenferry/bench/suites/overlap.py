@@ -8,7 +8,6 @@ as take as long as the GEMMs (`OverlapCase.calls`): only the first of these can 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from tokenferry.bench.core.checks import check_rows, expected_sums, must_equal
-from tokenferry.bench.core.device import no_collections, slowest
+from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
 from tokenferry.bench.core.session import LEAD_S, Session, expert_group
 from tokenferry.bench.suites import gemms
@@ -220,9 +219,9 @@ class Beside:
                 samples.append(self._side_by_side(case, comm, work))
         # (GEMMs, calls) -> the slowest rank of each iteration
         gemm_beside, comm_beside = (
-            statistics.median(slowest(self._session.pg, [pair[which] for pair in samples[WARMUP:]])) for which in (0, 1)
+            self._session.median([pair[which] for pair in samples[WARMUP:]]) for which in (0, 1)
         )
-        both = statistics.median(slowest(self._session.pg, [max(pair) for pair in samples[WARMUP:]]))
+        both = self._session.median([max(pair) for pair in samples[WARMUP:]])
         return OverlapTimes(*alone, comm_alone, both, gemm_beside, comm_beside)
 
     def _side_by_side(self, case: OverlapCase, comm: Work, work: Work) -> tuple[float, float]:
@@ -266,8 +265,7 @@ def _alone(session: Session, work: Work, calls: int) -> float:
             stamps.append((start, session.device.stamp()))
     session.device.synchronize()
     seconds = [session.device.seconds(*pair) for pair in stamps[WARMUP:]]
-    # Equal on all ranks, so that they make the same number of calls.
-    return statistics.median(slowest(session.pg, seconds))
+    return session.median(seconds)  # equal on all ranks, so that they make the same number of calls
 
 
 def _item(case: OverlapCase, times: OverlapTimes, tokens: int, flops: float) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import get_args
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.bench.core.checks import raise_together
-from tokenferry.bench.core.device import no_collections, slowest
+from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.session import Session, expert_group
 from tokenferry.bench.suites.decode import HEAP_FOR, Answer, DecodeCase, Graph, StaticInputs, capture, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
@@ -46,7 +45,7 @@ class Work:
             for size in sizes
         )
         self._c = self._a @ self._b
-        one = _seconds(session, self._gemm)
+        one = session.median(session.in_runs(self._gemm, CALIBRATION_GEMMS, CALIBRATION_RUNS))
         self.gemms = max(1, min(MOST_GEMMS, round(WORK_S / one)))
 
     def __call__(self, share: float = 1.0) -> None:
@@ -56,23 +55,6 @@ class Work:
 
     def _gemm(self) -> None:
         torch.mm(self._a, self._b, out=self._c)
-
-
-def _seconds(session: Session, gemm: Callable[[], None]) -> float:
-    """Return the seconds of one of many GEMMs; equal on all ranks."""
-    samples = []
-    for _ in range(1 + CALIBRATION_RUNS):
-        session.synchronize_ranks()
-        gemm()
-        start = session.device.stamp()
-        for _ in range(CALIBRATION_GEMMS):
-            gemm()
-        samples.append((start, session.device.stamp()))
-    session.device.synchronize()
-    return (
-        statistics.median(slowest(session.pg, [session.device.seconds(*pair) for pair in samples[1:]]))
-        / CALIBRATION_GEMMS
-    )
 
 
 class Schedules:
@@ -101,13 +83,7 @@ class Schedules:
 
     def one_after_another(self) -> list[Answer]:
         """Overlap nothing: every call ends before the work that needs it begins."""
-        answers = []
-        for batch, share in zip((self._a, self._b), self._shares, strict=True):
-            self._work(share)
-            sent = self._dispatch(batch, hook=False)
-            self._work(share)
-            answers.append(Answer(sent, self._combine(batch, sent, hook=False)))
-        return answers
+        return self._in_order(self._work)
 
     def by_hooks(self) -> list[Answer]:
         """Do one micro-batch's work while the other one travels; A's attention was done in the iteration before."""
@@ -123,22 +99,27 @@ class Schedules:
         done_a.hook()
         done_b = self._combine(self._b, sent_b, hook=True)
         self._work(share_a)  # A's attention of the next iteration
-        _receive(done_b)
+        done_b.hook()
         return [Answer(sent_a, done_a), Answer(sent_b, done_b)]
 
     def calls_only(self) -> list[Answer]:
         """Make the calls without work."""
-        answers = []
-        for batch in (self._a, self._b):
-            sent = self._dispatch(batch, hook=False)
-            answers.append(Answer(sent, self._combine(batch, sent, hook=False)))
-        return answers
+        return self._in_order(lambda share: None)
 
     def work_only(self) -> list[Answer]:
         """Do the work without calls."""
         for share in PIECES // 2 * self._shares:
             self._work(share)
         return []
+
+    def _in_order(self, work: Callable[[float], None]) -> list[Answer]:
+        answers = []
+        for batch, share in zip(self.batches, self._shares, strict=True):
+            work(share)
+            sent = self._dispatch(batch, hook=False)
+            work(share)
+            answers.append(Answer(sent, self._combine(batch, sent, hook=False)))
+        return answers
 
     def _dispatch(self, batch: StaticInputs, *, hook: bool) -> DecodeDispatched[Tensor | Quantized]:
         return batch.group.decode_dispatch(batch.x, batch.routing, quantize=Scale.FLOAT32, return_hook=hook)
@@ -147,10 +128,6 @@ class Schedules:
         self, batch: StaticInputs, sent: DecodeDispatched[Tensor | Quantized], *, hook: bool
     ) -> DecodeCombined:
         return batch.group.decode_combine(batch.y, sent.plan, numerics=self.case.numerics, return_hook=hook)
-
-
-def _receive(result: DecodeDispatched[Tensor | Quantized] | DecodeCombined) -> None:
-    result.hook()
 
 
 def measure_two_batch(session: Session) -> None:
