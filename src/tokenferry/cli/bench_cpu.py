@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,8 @@ from tokenferry.bench.core.session import Settings, in_session
 from tokenferry.bench.report import about, tables
 from tokenferry.bench.report.report import CPU_NOTES, Report
 from tokenferry.bench.suites.cpu_calls import RUNS, calls_for, measure_cpu_calls
-from tokenferry.cli.bench_settings import CPU_BACKEND_RANKS, fill_sizes
+from tokenferry.cli.bench_settings import CPU_BACKEND_RANKS, common_settings, fill_sizes
 from tokenferry.cli.failure import explain, status
-from tokenferry.cli.options import check_experts, seed_of
 from tokenferry.cli.output import write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
@@ -52,23 +52,11 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def _settings(args: argparse.Namespace) -> Settings:
     fill_sizes(args, CPU_BACKEND_RANKS)
-    check_experts(args, args.ranks)
     if len(args.tokens) > 1:
         raise ConfigError(f"--tokens {','.join(map(str, args.tokens))}: this part measures one T; choose one")
     if args.hidden % 8:
         raise ConfigError(f"--hidden {args.hidden}: a row has to be a multiple of 16 bytes; use a multiple of 8")
-    return Settings(
-        ranks=args.ranks,
-        tokens=args.tokens,
-        hidden=args.hidden,
-        top_k=args.top_k,
-        experts=args.experts,
-        iterations=args.iterations,
-        warmup=max(1, min(5, args.iterations)),
-        seed=seed_of(args),
-        backend="cpu",
-        runs=RUNS,
-    )
+    return replace(common_settings(args), runs=RUNS)
 
 
 def _measure(world: World, report: Report, transport: TransportName, screen: Screen) -> None:

@@ -127,15 +127,9 @@ DRAWN = ("calls", "sms", "decode", "eager", "megatron")
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Measure, print; 1 if a case of tokenferry failed, 3 if what was asked for is not installed."""
     phases = choose_phases(args)
-    if "megatron" in phases and megatron.version() is None:
-        screen.line("Megatron-Core is not installed, so its training step is not measured; pip install megatron-core")
-        phases = tuple(name for name in phases if name != "megatron")
-    if "transformers" in phases and transformers.version() is None:
-        screen.line(
-            "transformers is not installed, so no model of it is measured; pip install 'tokenferry[transformers]'"
-        )
-        phases = ()
-    if not phases:
+    needed = {"megatron": megatron, "transformers": transformers}.get(args.part)
+    if needed is not None and needed.version() is None:
+        screen.line(needed.NOT_INSTALLED)
         return NOT_POSSIBLE
     on_gpus = args.device == "cuda"
     available = need_gpus() if on_gpus else CPU_RANKS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenferry.bench.core.session import ModelSizes, Settings
 from tokenferry.bench.suites import language
@@ -76,29 +76,22 @@ def nodes_ranks(num_gpus: int) -> int:
 
 
 def fill_sizes(args: argparse.Namespace, ranks: int) -> Defaults:
-    """Fill in the sizes that were not given, R with ``ranks``; return the defaults of this part and device."""
+    """Fill in the sizes that were not given, R with ``ranks``; return the defaults of this part and device.
+
+    Raises:
+        ConfigError: sizes do not fit one another.
+    """
     default = DEFAULTS[args.part, args.device]
     args.ranks = args.ranks or ranks
     args.tokens = args.tokens or (QUICK_TOKENS if args.quick else default.tokens)
     args.hidden, args.top_k = args.hidden or default.hidden, args.top_k or default.top_k
     args.experts = args.experts or default.experts
+    check_experts(args, args.ranks)
     return default
 
 
-def make_settings(args: argparse.Namespace, available: int) -> Settings:
-    """Return the settings that the options ask for, on ``available`` GPUs.
-
-    Raises:
-        ConfigError: sizes do not fit one another.
-    """
-    named = args.tokens or ()
-    model = fill_sizes(args, max(1, min(available, 8))).model
-    check_experts(args, args.ranks)
-    if args.part != "language":  # which has no FP8 rows
-        check_fp8(args)
-    if args.part == "nodes":
-        _fill_nodes(args, available)
-    decode_tokens = tuple(count for count in named if count <= MOST_DECODE_TOKENS)
+def common_settings(args: argparse.Namespace) -> Settings:
+    """Return the settings of all parts, once sizes are filled in."""
     return Settings(
         ranks=args.ranks,
         tokens=args.tokens,
@@ -109,6 +102,24 @@ def make_settings(args: argparse.Namespace, available: int) -> Settings:
         warmup=max(1, min(5, args.iterations)),
         seed=seed_of(args),
         backend=args.device,
+    )
+
+
+def make_settings(args: argparse.Namespace, available: int) -> Settings:
+    """Return the settings that the options ask for, on ``available`` GPUs.
+
+    Raises:
+        ConfigError: sizes do not fit one another.
+    """
+    named = args.tokens or ()
+    model = fill_sizes(args, max(1, min(available, 8))).model
+    if args.part != "language":  # which has no FP8 rows
+        check_fp8(args)
+    if args.part == "nodes":
+        _fill_nodes(args, available)
+    decode_tokens = tuple(count for count in named if count <= MOST_DECODE_TOKENS)
+    return replace(
+        common_settings(args),
         sms=FULL_SMS if args.sms is None else args.sms,
         sweep_tokens=SWEEP_TOKENS if SWEEP_TOKENS in args.tokens else max(args.tokens),
         routings=args.routing or (("uniform",) if args.quick else ("uniform", "skewed")),

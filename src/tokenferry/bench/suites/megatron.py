@@ -21,6 +21,8 @@ from tokenferry.bench.core.wall import wall_times
 from tokenferry.compat import deep_ep_path
 from tokenferry.errors import BackendUnavailable
 
+NOT_INSTALLED = "Megatron-Core is not installed, so its training step is not measured; pip install megatron-core"
+
 LAYERS = 2
 ROUTED = 32
 """Routers read one column in so many, and no expert writes those: so all dispatchers route alike in every layer."""

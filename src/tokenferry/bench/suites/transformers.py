@@ -24,6 +24,8 @@ from tokenferry.errors import BackendUnavailable
 from tokenferry.integrations import transformers as integration
 from tokenferry.integrations.versions import installed
 
+NOT_INSTALLED = "transformers is not installed, so no model of it is measured; pip install 'tokenferry[transformers]'"
+
 PROMPT = 16
 """Tokens of each sequence before the first one that is generated."""
 
