@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tokenferry.bench.core.inputs import ROUTINGS
 from tokenferry.cli import bench_cpu, bench_phases
@@ -168,14 +169,6 @@ def _add_eager(parser: argparse.ArgumentParser) -> None:
     _add_plot(parser)
 
 
-def _add_transformers(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser, "transformers", tuple(MODEL_OPTIONS))
-
-
-def _add_language(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser, "language", ("layers", "intermediate"))
-
-
 def _add_model(parser: argparse.ArgumentParser, part: str, names: Sequence[str]) -> None:
     for name in names:
         default = _default(part, lambda one, name=name: getattr(one.model, name))  # type: ignore[misc]
@@ -220,14 +213,14 @@ PARTS = {
         TRANSFORMERS,
         ("cuda", "cpu"),
         f"{ONE_EACH}; on CPUs 2",
-        _add_transformers,
+        partial(_add_model, part="transformers", names=tuple(MODEL_OPTIONS)),
     ),
     "language": Part(
         "a language model, trained by MoELayer and by all-to-all",
         LANGUAGE,
         ("cuda", "cpu"),
         f"{ONE_EACH}; on CPUs 2",
-        _add_language,
+        partial(_add_model, part="language", names=("layers", "intermediate")),
     ),
     "nodes": Part(
         "calls across nodes, beside their legs",

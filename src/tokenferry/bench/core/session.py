@@ -270,13 +270,12 @@ class Session:
         """Put the samples of all ranks together and report them: of a call, and of its baseline if there is one."""
         moved = [float(out) * label.row_bytes for out in gather(self.pg, label.rows_out)]
         times = [Times(self.summary(one.isolated), self.summary(one.back_to_back)) for one in samples]
-        late = slowest(self.pg, samples[0].late)
         result = Result(
             label,
             sum(moved) / len(moved),
             max(moved),
             times[0].isolated,
-            1 - sum(late) / len(late),
+            self.ahead(samples[0].late),
             times[0].back_to_back,
             times[1] if len(times) > 1 else None,
         )
@@ -349,13 +348,18 @@ class Session:
         """Return the items of all ranks, by rank."""
         return gather(self.pg, item)
 
+    def ahead(self, late: list[bool]) -> float:
+        """Return `Result.ahead`, for `Samples.late`."""
+        late_anywhere = slowest(self.pg, late)
+        return 1 - sum(late_anywhere) / len(late)
+
     def median(self, seconds: list[float]) -> float:
         """Return the median over the samples of the slowest rank of each: equal on all ranks."""
         return statistics.median(slowest(self.pg, seconds))
 
     def summary(self, seconds: list[float]) -> Summary:
         """Return the summary over the samples of all ranks, the slowest of each."""
-        return summarize([slowest(self.pg, seconds)])
+        return summarize(self.gather(seconds))
 
     def summaries(self, seconds: Mapping[str, list[float]]) -> dict[str, object]:
         """Return the summaries of several measurements, by name, to be sent. Collective."""

@@ -166,7 +166,7 @@ class Report:
     def _result_json(self, result: Result) -> dict[str, Any]:
         return {
             **asdict(result),
-            "ratio": None if result.baseline is None else asdict(tables.ratios(result, result.baseline)),
+            "ratio": tables.ratios(result),
             "limit_gbps": self.limit_for(result.label),
             "of_limit": self.fraction(result),
         }

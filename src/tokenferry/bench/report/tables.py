@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokenferry.bench.core.session import Label, Result, Times
+from tokenferry.bench.core.session import Label, Result
 from tokenferry.bench.core.summary import Summary
 
 if TYPE_CHECKING:
@@ -47,35 +47,25 @@ Shown = Iterator["Table | str"]
 """What is printed of results: tables, and lines below them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ratios:
-    """Medians of a call over those of its baseline."""
-
-    isolated: float
-    back_to_back: float
-
-
-def ratios(result: Result, baseline: Times) -> Ratios:
-    """Return the ratios of a result and its baseline."""
-    return Ratios(
-        result.isolated.median_us / baseline.isolated.median_us,
-        result.back_to_back.median_us / baseline.back_to_back.median_us,
-    )
+def ratios(result: Result) -> dict[str, float] | None:
+    """Return the medians of a result over those of its baseline, by mode; None without one."""
+    if result.baseline is None:
+        return None
+    return {
+        "isolated": result.isolated.median_us / result.baseline.isolated.median_us,
+        "back_to_back": result.back_to_back.median_us / result.baseline.back_to_back.median_us,
+    }
 
 
 def baseline_rows(results: Sequence[Result]) -> list[list[str]]:
     """Return rows under `BASELINE_HEADER`: two for each result, which all have a baseline."""
     rows = []
     for result in results:
-        assert result.baseline is not None
-        ratio = ratios(result, result.baseline)
-        for mode, ours, theirs, over in (
-            ("isolated", result.isolated, result.baseline.isolated, ratio.isolated),
-            ("back to back", result.back_to_back, result.baseline.back_to_back, ratio.back_to_back),
-        ):
+        for mode, ratio in (ratios(result) or {}).items():
+            ours, theirs = (getattr(times, mode) for times in (result, result.baseline))
             times = [f"{us:.0f}" for one in (ours, theirs) for us in (one.median_us, one.p05_us, one.p95_us)]
             moved = [f"{result.bytes_out / 1e6:.2f}", f"{result.bytes_out / ours.median_us / 1e3:.2f}"]
-            rows.append([result.label.call, mode, *times, f"{over:.2f}", *moved])
+            rows.append([result.label.call, mode.replace("_", " "), *times, f"{ratio:.2f}", *moved])
     return rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.checks import WrongAnswer
-from tokenferry.bench.core.device import no_collections, slowest
+from tokenferry.bench.core.device import no_collections
 from tokenferry.bench.core.inputs import FP8_COLUMNS, Sizes
 from tokenferry.bench.core.session import Session, Step, expert_group
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
@@ -341,7 +341,7 @@ class _Tokens:
             item[f"host{suffix}_us"] = max(session.gather(host_time(session, act, HOST_BATCHES)["median_us"]))
         [(isolated, late)] = session.isolated([lambda i: self._inputs.act(case, hook=False)])
         item["isolated"] = asdict(session.summary(isolated))
-        item["ahead"] = 1 - sum(slowest(session.pg, late)) / len(late)
+        item["ahead"] = session.ahead(late)
         return item
 
     def _label(self, case: DecodeCase) -> dict[str, object]:
