@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support.bench_jobs import wrong_redispatch
+from support.bench_jobs import wrong_call
 from support.bench_runs import bench_gpu_phases
+from tokenferry.api import ExpertGroup
+from tokenferry.bench.baselines import nccl
 from tokenferry.bench.core import session
 from tokenferry.bench.core.checks import WrongAnswer, check_by_expert, check_rows, expected_sums
 from tokenferry.bench.core.inputs import ROUTINGS, Sizes, draw, remote_rows, sent_to
@@ -192,16 +194,38 @@ def test_failures_are_printed_apart_from_the_table(failing):
     assert "bad" not in failing.output.split("all cases")[1].split("checked:")[0]
 
 
-def test_a_wrong_call_gets_no_time_and_keeps_no_rank_waiting(tmp_path):
-    """The rank with wrong rows goes through all sets of inputs with its peer, which then measures the other calls."""
-    job = partial(wrong_redispatch, measure=measure_calls)
-    run = bench_gpu_phases(tmp_path, "gpu", "--only", "calls", "--tokens", "4", "--routing", "uniform", calls=job)
+def wrong_run(tmp_path, phase, measure, owner, method):
+    """A run of a phase for T=4 in which a method delivers wrong rows on rank 1: (failed cases, why, cases)."""
+    job = partial(wrong_call, measure=measure, owner=owner, method=method)
+    run = bench_gpu_phases(tmp_path, "gpu", "--only", phase, "--tokens", "4", "--routing", "uniform", **{phase: job})
     assert run.status == 1
-    assert [one["what"] for one in run.report["failed"]] == [
-        f"tokenferry: dispatch, plan kept, {rows}, T=4" for rows in ("fp8", "bf16")
-    ]
-    assert all(one["why"].count("redispatch: 1 of") == 3 for one in run.report["failed"]), "of every set"
-    assert len(run.report["results"]) == 6
+    failed = run.report["failed"]
+    return [one["what"].partition(": ")[2] for one in failed], [one["why"] for one in failed], run.report["results"]
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "cases"),
+    [
+        ("dispatch", ["group and first dispatch, T=4, uniform"], 0),
+        ("redispatch", [f"dispatch, plan kept, {rows}, T=4" for rows in ("fp8", "bf16")], 6),
+        ("combine", [f"combine, rows in {where} memory, bf16, T=4" for where in ("the group's", "user")], 6),
+    ],
+)
+def test_a_wrong_call_gets_no_time_and_keeps_no_rank_waiting(tmp_path, method, wrong, cases):
+    """The rank with wrong rows goes through all sets of inputs with its peer, which then measures the other calls."""
+    failed, why, results = wrong_run(tmp_path, "calls", measure_calls, ExpertGroup, method)
+    assert failed == wrong
+    assert all(text.startswith("rank 1: ") and text.count(f"{method}: 1 of") == 3 for text in why), "of every set"
+    assert len(results) == cases
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"), [("redispatch", "dispatch, plan kept, fp8, T=4"), ("combine", "combine, bf16, T=4")]
+)
+def test_the_baseline_is_checked(tmp_path, method, wrong):
+    failed, why, _ = wrong_run(tmp_path, "nccl", nccl.measure_nccl, nccl.NcclBaseline, method)
+    assert wrong in failed
+    assert all(text.startswith("rank 1: WrongAnswer") for text in why)
 
 
 def test_a_baseline_that_dies_is_no_failure(tmp_path):
@@ -448,6 +472,14 @@ def test_calls_back_to_back_take_turns_in_runs(monkeypatch, runs, made, samples)
     steps = [lambda i, name=name: device.calls.append(f"{name}{i}") for name in "ab"]
     assert opened.back_to_back(steps) == [[1.0] * samples] * 2, "the time of one call"
     assert device.calls[: len(made)] == made
+
+
+def test_replays_in_runs(monkeypatch):
+    monkeypatch.setattr(session.dist, "barrier", lambda pg: None)
+    device = CountingDevice()
+    opened = session.Session(None, device, Settings(2, (4,), 128, 2, 8, 3, 1, 0), "")
+    assert opened.replayed(lambda: device.calls.append("replay"), 4) == [1 / 4] * 3, "the time of a part"
+    assert len(device.calls) == (1 + 3) * (1 + session.REPLAYS), "a run, and a replay of each run, do not count"
 
 
 def test_overlap_figures():

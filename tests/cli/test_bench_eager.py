@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 
 from support.bench_eager_jobs import measure_eager
-from support.bench_jobs import wrong_redispatch
+from support.bench_jobs import wrong_call
 from support.bench_runs import bench_gpu_phases
+from tokenferry.api import ExpertGroup
 from tokenferry.bench.report import eager, plots
 
 DISPATCHES = {(name, rows) for name in ("dispatch", "dispatch, plan kept") for rows in ("bf16", "fp8")}
@@ -56,7 +57,8 @@ def test_tables_have_every_call(run):
 
 
 def test_a_wrong_answer_gets_no_time(tmp_path):
-    run = bench_gpu_phases(tmp_path, "eager", "--tokens", "6", eager=partial(wrong_redispatch, measure=measure_eager))
+    job = partial(wrong_call, measure=measure_eager, owner=ExpertGroup, method="redispatch")
+    run = bench_gpu_phases(tmp_path, "eager", "--tokens", "6", eager=job)
     assert run.status == 1
     assert ["rank 1: WrongAnswer: dispatch, plan kept" in one["why"] for one in run.report["failed"]] == [True] * 4
     seen = {(item["library"], item["call"]) for item in run.report["eager"]}

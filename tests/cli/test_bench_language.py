@@ -1,11 +1,16 @@
 """`tokenferry bench language`: both models compared, then timed, on CPU ranks."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from support.bench_language_jobs import wrong_scale, wrong_sum
 from support.bench_runs import bench_gpu_phases
 from tokenferry.bench.baselines.all_to_all_layer import AllToAllLayer
+from tokenferry.bench.core import models
+from tokenferry.bench.core.checks import WrongAnswer
 from tokenferry.bench.report import language as report
 from tokenferry.bench.suites.language import OURS, OWN, measure_language
 from tokenferry.cli.bench_settings import make_settings
@@ -41,6 +46,28 @@ def test_a_wrong_answer_gets_no_time(tmp_path, job, wrong):
     assert "tokenferry differs from all_to_all_single in float32" in run.report["failed"][0]["why"]
     assert f"'{wrong}'" in run.report["failed"][0]["why"]
     assert "language" not in run.report
+
+
+def test_models_take_turns(monkeypatch):
+    monkeypatch.setattr(models, "TURNS", 3)
+    done = []
+
+    def measure(name):
+        done.append(name)
+        return {"isolated": [len(done)], "back_to_back": [0.5, 0.5]}
+
+    session = SimpleNamespace(summaries=dict)
+    found = models.in_turns(session, {name: partial(measure, name) for name in "ab"})
+    assert done == list("ababab")
+    assert found["b"] == {"isolated": [2, 4, 6], "back_to_back": [0.5] * 6}
+
+
+@pytest.mark.parametrize("by", [0.2, float("nan")])
+def test_results_that_are_too_far_apart(by):
+    precision = models.Precision(torch.bfloat16, 0.1)
+    precision.check("a", "b", {"loss": 0.1})
+    with pytest.raises(WrongAnswer, match=f"a differs from b in bfloat16 by more than 0.1: {{'logits': {by}}}"):
+        precision.check("a", "b", {"loss": 0.1, "logits": by})
 
 
 def settings_of(*words):

@@ -51,18 +51,18 @@ def measure_damaged(session, transport, method, call_number):
     return "nothing"
 
 
-def wrong_redispatch(session, measure):
-    """A suite in which a dispatch with its plan kept delivers a wrong row, on rank 1 only."""
-    right = ExpertGroup.redispatch
+def wrong_call(session, measure, owner, method):
+    """A suite in which a method delivers a wrong row, on rank 1 only."""
+    right = getattr(owner, method)
 
-    def redispatch(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         result = right(self, *args, **kwargs)
         if session.rank == 1:
             with torch.no_grad():
-                damaged(result.x)
+                damaged(getattr(result, "x", result))
         return result
 
-    with mock.patch.object(ExpertGroup, "redispatch", redispatch):
+    with mock.patch.object(owner, method, call):
         measure(session)
 
 

@@ -166,16 +166,7 @@ def _measure(session: Session, baseline: NcclBaseline, sizes: Sizes) -> None:
     for name, kind in itertools.product(("dispatch, plan kept", "dispatch", USER_ROWS), ("fp8", "bf16")):
         if (name, kind) not in calls:
             continue
-        label = Label(
-            baseline.name,
-            name,
-            kind,
-            sizes.tokens,
-            sizes.routing,
-            link="store",
-            row_bytes=sizes.row_bytes(kind),
-            rows_out=out,
-        )
-        if name == USER_ROWS:
-            label = replace(label, call="combine", link="load", rows_out=home)
+        what, link, rows_out = ("combine", "load", home) if name == USER_ROWS else (name, "store", out)
+        row_bytes = sizes.row_bytes(kind)
+        label = Label(baseline.name, what, kind, sizes.tokens, sizes.routing, None, link, row_bytes, rows_out)
         session.case(label, calls[name, kind].prepare)

@@ -14,12 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.bench.core.inputs import Inputs, Sizes, remote_rows
-from tokenferry.bench.core.session import (
-    Label,
-    Session,
-    baseline_group,
-    expert_group,
-)
+from tokenferry.bench.core.session import Label, Session, baseline_group, expert_group
 from tokenferry.bench.core.sets import Sets, num_variants
 from tokenferry.bench.suites.calls import BY_EXPERT, groups_of
 from tokenferry.errors import BackendUnavailable
@@ -117,10 +112,8 @@ def _measure_ours(session: Session, sizes: Sizes) -> None:
         group = session.attempt(what, stack.enter_context, opened)
         if group is None:
             return
-        for name, options in (
-            ("dispatch, by expert", BY_EXPERT),
-            ("dispatch, by expert, counts on device", device_counts),
-        ):
+        names = {"dispatch, by expert": BY_EXPERT, "dispatch, by expert, counts on device": device_counts}
+        for name, options in names.items():
 
             def call(v: int, options: DispatchOptions = options) -> Dispatched[Tensor]:
                 return group.dispatch(sets.inputs[v].x, routings[v], options=options)

@@ -332,7 +332,10 @@ class Session:
         return [seconds / parts for seconds in self.in_runs(replay, REPLAYS, self.settings.iterations)]
 
     def in_runs(self, work: Callable[[], object], calls: int, runs: int) -> list[float]:
-        """Time runs of calls back to back; return the seconds of a call of each run. One more run does not count."""
+        """Time runs of calls back to back; return the seconds of a call of each run.
+
+        A run comes first that does not count, and a call first in each run.
+        """
         stamps = []
         for _ in range(1 + runs):
             self.synchronize_ranks()

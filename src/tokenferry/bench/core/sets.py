@@ -76,13 +76,17 @@ class Sets:
         return self.inputs[v].quantized if kind == "fp8" else self.inputs[v].x
 
     def ready(self, dispatch: Callable[[Inputs], tuple[Tensor, Any]]) -> list[Ready]:
-        """Dispatch every set; return it with its plan and this rank's answers. Collective."""
+        """Dispatch every set, check its rows; return it with its plan and this rank's answers. Collective."""
+        found = []
 
-        def one(inputs: Inputs) -> Ready:
+        def call(v: int) -> Tensor:
+            inputs = self.inputs[v]
             x, plan = dispatch(inputs)
-            return Ready(inputs, inputs.routing, plan, expert(x, self.session.rank))
+            found.append(Ready(inputs, inputs.routing, plan, expert(x, self.session.rank)))
+            return x
 
-        return [one(inputs) for inputs in self.inputs]  # the rows of one are freed before those of the next arrive
+        self.dispatch_step("dispatch", call)
+        return found
 
     def dispatches(
         self, whole: Callable[[int, str], Tensor | Quantized], kept: Callable[[int, str], Tensor | Quantized]

@@ -70,7 +70,6 @@ class _Cases:
         self.session, self.sizes, self.group = session, sizes, group
         self.sets = Sets(session, sizes)
         self.out, self.home = remote_rows(sizes, len(self.sets.inputs), session.rank, session.device.torch_device)
-        self.sets.dispatch_step("dispatch", lambda v: self._dispatch(self.sets.inputs[v])[0])
         self.ready = self.sets.ready(self._dispatch)
 
     def redispatch(self, num_sms: int | None) -> None:
