@@ -12,6 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 from tokenferry import ExpertGroup, MoeShape, Routing
+from tokenferry.transports import process_group
 
 rank, ranks, transport, store, left = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
 if ranks > 1:
@@ -28,6 +29,13 @@ assert group.combine(sent.x, sent.plan).x.shape == (3, 16)
 if left == "hook":
     got = group.decode_dispatch(x, routing, return_hook=True)
     got.hook()
+if left == "message":
+    process_group._LINGER_S = 0.2
+    got = group.decode_dispatch(x, routing, return_hook=True)
+    if rank == 0:
+        got.hook()
+    group.close()  # rank 0 waits for rank 1, which never receives
+    dist.barrier()
 if left == "error":
     raise SystemExit(7)
 print("done", rank)
@@ -40,6 +48,7 @@ ON_CPU = [
     (2, "shared_memory", "hook"),
     (2, "shared_memory", "error"),
     (2, "process_group", "hook"),
+    (2, "process_group", "message"),
 ]
 ON_GPU = [(1, "nvlink", "process_group"), (2, "nvlink", "process_group"), (2, "nvlink", "hook"), (2, "nvlink", "error")]
 

@@ -1,5 +1,6 @@
 """After a fault ranks close their group, make another in the same processes, and work on."""
 
+import gc
 import os
 import signal
 from concurrent.futures import Future
@@ -26,8 +27,10 @@ from support.lost_ranks import (
 )
 from support.pairs import CPU_PAIRS, CUDA_PAIRS, Pair
 from support.worlds import run_at_once
+from tokenferry import Routing
 from tokenferry.testing.cases import Case
 from tokenferry.testing.world import World, WorldError
+from tokenferry.transports import process_group
 
 SURVIVORS = Case((5, 3), 6, 2, hidden=64, seed=1)
 
@@ -83,3 +86,32 @@ def test_survivors_go_on(pair, phase, tmp_path):
     for rank, report in caught.value.results.items():
         assert (report.phase, report.call, report.rank) == (phase, 3, rank)
         assert LOST_RANK in report.peers or "closed" in report.text
+
+
+def end_with_pending_hooks(rank, pg, pair: Pair, ending: str) -> None:
+    """End a group, or mask its ranks, with messages under way that nobody will receive; then use the process group."""
+    case = Case((5, 3), 6, 2, hidden=64, seed=1)
+    mine = case.inputs()[rank]
+    group = pair.open(pg, case.shape, timeout_s=LONG_S)
+    sent = group.decode_dispatch(mine.x, Routing(mine.topk_idx, mine.topk_weights), return_hook=ending != "masked")
+    if ending == "one has received" and rank == 0:
+        sent.hook()
+    elif ending == "masked":
+        returned = group.decode_combine(sent.x, sent.plan, return_hook=True)
+        group.mask(1 - rank)
+        returned.hook()
+        group.mask(1 - rank, masked=False)
+        sent = group.decode_dispatch(mine.x, Routing(mine.topk_idx, mine.topk_weights))
+    process_group._LINGER_S = 0.2  # of this process, which ends with its world
+    if ending != "dropped":
+        group.close()
+    del group, sent
+    gc.collect()
+    barrier(pg)
+    work(pg, pair, case)
+
+
+@pytest.mark.parametrize("ending", ["closed", "dropped", "one has received", "masked"])
+def test_a_group_that_ends_with_pending_hooks_leaves_the_process_group_usable(ending):
+    with World(2) as world:
+        world.run(end_with_pending_hooks, CPU_PAIRS[1], ending)

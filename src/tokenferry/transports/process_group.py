@@ -10,12 +10,17 @@ direction is awaited separately, so that an error can name the peer.
 
 When one wait times out, gloo closes every connection of the process group. The first failure of a call is therefore its
 cause, and nothing can continue after it: a `PeerTimeout` of this transport ends the process group too.
+
+A connection whose next message belongs to a receive that nobody holds any more stands still, for all users of the
+process group. So what was started and is not known to be done is held until the process group goes.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +51,7 @@ _TAG = 0x40000000
 GROUP_IDS = 1 << 14
 """The number of ids of groups; handshakes have id 0."""
 _LINGER_S = 5.0
+_NEVER = timedelta(days=3650)
 _LATE_S = 0.1
 """Seconds that a wait takes at least: this rank may have been stopped, and gloo has yet to read what has come."""
 _LEFT = -1
@@ -94,9 +100,19 @@ class _InFlight:
     failed: dict[int, PeerTimeout] = field(default_factory=dict)
     undeliverable: bool = False
 
+    def drop(self, peer: int) -> list[dist.Work]:
+        """Expect nothing more from a peer; return what may still be going on with it."""
+        header, body = self.headers.pop(peer, None), self.bodies.pop(peer, None)
+        self.failed.pop(peer, None)
+        works = [header.work] if header is not None else []
+        works += [body.work] if body is not None and body.work is not None else []
+        works += [send.work for send in self.sends if send.peer == peer]
+        self.sends = [send for send in self.sends if send.peer != peer]
+        return works
 
-_undelivered: WeakKeyDictionary[dist.ProcessGroup, list[_InFlight]] = WeakKeyDictionary()
-"""Messages of groups that were dropped before their peers had received them; kept as long as the process group."""
+
+_unfinished: WeakKeyDictionary[dist.ProcessGroup, list[dist.Work]] = WeakKeyDictionary()
+"""Sends and receives of groups that ended before these did, with their memory; kept as long as the process group."""
 
 
 class ProcessGroupTransport:
@@ -123,6 +139,7 @@ class ProcessGroupTransport:
         self._watermarks = Watermarks(self.num_ranks)
         self._last_messages = LastMessages(self.num_ranks)
         self._in_flight: dict[int, _InFlight] = {}
+        self._dropped: list[dist.Work] = []
         self._watch = Watch(processes, partial(_fail, group, self._tag))
         self._next_numbers = [1] * self.num_ranks
 
@@ -159,9 +176,10 @@ class ProcessGroupTransport:
             self._receive_header(current, peer, deadline, check)
         for error in current.failed.values():
             raise error
-        body = current.bodies.pop(src)
+        body = current.bodies[src]
         if body.work is not None:
             self._wait(body.work, call, src, deadline)
+        del current.bodies[src]
         self._last_messages.record(src, call)
         return body.message
 
@@ -170,21 +188,19 @@ class ProcessGroupTransport:
 
         Without a deadline, keep the buffers until the watermarks of their readers have reached the call.
         """
-        current = self._in_flight.pop(call.number)
+        current = self._in_flight[call.number]
         self._watermarks.finish(call.number)
         if deadline is None:
             self._lingering.append(current)
-            return
-        for send in current.sends:
-            self._wait(send.work, call, send.peer, deadline)
+        else:
+            for send in current.sends:
+                self._wait(send.work, call, send.peer, deadline)
+        del self._in_flight[call.number]
 
     def drop_peer(self, src: int) -> None:
         """Stop waiting for messages from and to ``src``. See `Transport.drop_peer`."""
         for current in self._in_flight.values():
-            current.headers.pop(src, None)
-            current.bodies.pop(src, None)
-            current.failed.pop(src, None)
-            current.sends = [send for send in current.sends if send.peer != src]
+            self._dropped += current.drop(src)
 
     def announce_call(self, number: int, skip: frozenset[int]) -> None:
         """Do nothing: no rank returns after a timeout, which ends the process group. See `Transport.announce_call`."""
@@ -227,23 +243,28 @@ class ProcessGroupTransport:
                     break
 
     def close(self, *, linger: bool) -> None:
-        """Free all buffers; the process group belongs to the caller and stays open. See `Transport.close`."""
-        deadline = Deadline(_LINGER_S if linger else 0.0)
+        """Give up what is under way; the process group belongs to the caller and stays open. See `Transport.close`."""
         works = [send.work for current in self._lingering for send in current.sends]
         # Peers need the headers of a call that failed here, to report why. They may never receive its bodies.
         works += [work for current in self._in_flight.values() for work in current.header_sends]
-        for work in works:
-            if deadline.left() == 0:
-                break
-            with contextlib.suppress(RuntimeError):
-                work.wait(timedelta(seconds=deadline.left()))
-        self._lingering.clear()
-        self._in_flight.clear()
+        if linger and works and _are_done(works, _LINGER_S):
+            self._lingering.clear()
+        self._hold_unfinished()
         self._watch.close()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # bound: `sys` may be gone
-        if not finalizing() and self._lingering:  # gloo may not have sent them yet, and would drop them
-            _undelivered.setdefault(self._group, []).extend(self._lingering)
+        if not finalizing():
+            self._hold_unfinished()
+
+    def _hold_unfinished(self) -> None:
+        for current in (*self._lingering, *self._in_flight.values()):
+            for peer in range(self.num_ranks):
+                self._dropped += current.drop(peer)
+        if self._dropped:
+            _unfinished.setdefault(self._group, []).extend(self._dropped)
+        self._lingering.clear()
+        self._in_flight.clear()
+        self._dropped = []
 
     def _post_to(self, peer: int, current: _InFlight, header: tuple[int, ...]) -> None:
         number, call = self._next_numbers[peer], current.call
@@ -261,8 +282,9 @@ class ProcessGroupTransport:
     def _receive_header(self, current: _InFlight, peer: int, deadline: Deadline, check: Check | None) -> None:
         # The call cannot end before the headers of the others have come, too.
         awaited = tuple(current.headers)
-        started = current.headers.pop(peer)
+        started = current.headers[peer]
         self._wait(started.work, current.call, peer, deadline, awaited)
+        del current.headers[peer]
         watermark, size, *header = started.header.tolist()
         if watermark == _LEFT:
             # Raised only when the headers of all others have come, or these ranks would wait for this one.
@@ -342,6 +364,36 @@ class ProcessGroupTransport:
             if not self._watermarks.reached(oldest.call.number, oldest.readers):
                 break
             self._lingering.popleft()
+
+
+def _are_done(works: Sequence[dist.Work], seconds: float) -> bool:
+    """Return whether all are done, or have failed, within some seconds; the process group survives if they are not."""
+    left = deque(works)
+
+    def wait() -> None:
+        while left:
+            with contextlib.suppress(RuntimeError):
+                left[0].wait(_NEVER)
+            left.popleft()
+
+    # In a thread: if gloo's own wait timed out, it would close all connections.
+    thread = threading.Thread(target=wait, name="tokenferry-linger", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # there may be no thread left for it
+        return False
+    thread.join(seconds)
+    if thread.is_alive():
+        atexit.register(_end_waits, thread, left)
+    return not thread.is_alive()
+
+
+def _end_waits(thread: threading.Thread, left: deque[dist.Work]) -> None:
+    """End a thread of `_are_done` before the interpreter ends: a thread that comes back from gloo later aborts it."""
+    if thread.is_alive():
+        with contextlib.suppress(RuntimeError, IndexError):
+            left[-1].wait(timedelta(milliseconds=1))  # which closes all connections
+        thread.join(_LINGER_S)
 
 
 def _fail(group: dist.ProcessGroup, tag: int, peer: int) -> bool:
