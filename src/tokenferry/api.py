@@ -719,7 +719,8 @@ class ExpertGroup(Connected):
             DecodeCombined: ``x`` ``[T, H]`` and the hook.
 
         Raises:
-            PlanError: the plan is another group's, or has no weights.
+            PlanError: the plan is another group's, has no weights, or has rows that a hook has yet to receive (CUDA
+                across nodes: they are received first).
             ArgumentError: ``numerics`` or ``encoding`` is not one of these, or ``encoding`` needs H to be a multiple of
                 128; rows or weights require grad; ``stats.received`` is given; CUDA: a graph cannot capture this.
             CapacityError: CUDA: as `decode_dispatch`, if the rows of y are larger than those of x.

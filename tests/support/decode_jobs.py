@@ -2,14 +2,16 @@
 
 import random
 import time
+from dataclasses import replace
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from support.decoding import CASTS, Step, check_combined, check_encoding, check_received
 from support.pairs import Pair
 from support.throughput import check_round_trip
-from tokenferry import DecodeStats, DispatchOptions, MoeShape, Routing, Scale
+from tokenferry import DecodeStats, DispatchOptions, MoeShape, PlanError, Routing, Scale
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
 
@@ -118,6 +120,7 @@ def hooks_in_any_order(rank, pg, pair: Pair, ranks: int) -> None:
                 x = step.mine().x.clone()
                 sent.append(group.decode_dispatch(x, step.routing(), return_hook=True))
                 x.fill_(torch.nan)  # the caller's again as soon as the call returns
+            refuses_what_has_not_come(group, sent[-1])
             order = list(range(len(steps)))
             pick.shuffle(order)
             for i in order[:3]:
@@ -128,6 +131,15 @@ def hooks_in_any_order(rank, pg, pair: Pair, ranks: int) -> None:
             for i in order:
                 check_received(steps[i], sent[i], None)
             combine_in_any_order(group, steps, sent, order)
+
+
+def refuses_what_has_not_come(group, sent) -> None:
+    """A combine says so before anything is sent; on GPUs of several nodes it receives what is pending itself."""
+    if group.backend == "cuda" and group.topology.num_nodes > 1:
+        return
+    for plan in (sent.plan, replace(sent.plan, topk_weights=sent.plan.topk_weights)):
+        with pytest.raises(PlanError, match=r"have not been received; call the hook\(\)"):
+            group.decode_combine(sent.x, plan)
 
 
 def combine_in_any_order(group, steps, sent, order) -> None:

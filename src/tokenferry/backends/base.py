@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tokenferry.errors import ResourceError
+from tokenferry.errors import PlanError, ResourceError
 from tokenferry.topology import Topology
 from tokenferry.types import (
     Combined,
@@ -228,6 +228,13 @@ class FastPath(Protocol):
 
 def no_hook() -> None:
     """Do nothing: the hook of a decode call that has received its rows already."""
+
+
+def not_received() -> PlanError:
+    """Return the error of a combine along a plan that a pending hook has yet to fill."""
+    return PlanError(
+        "decode_combine: plan: its rows have not been received; call the hook() of its decode_dispatch first"
+    )
 
 
 class Backend(Protocol):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, no_hook, not_received
 from tokenferry.backends.cpu import routing as cpu_routing
 from tokenferry.backends.cpu.allocator import Allocator
 from tokenferry.backends.cpu.decode_direct import DirectCombine, DirectDispatch
@@ -88,6 +88,8 @@ class Decoder:
         self._exchange = exchange
         self._levels = levels
         self._key = key
+        self._unreceived: set[int] = set()
+        """The numbers of dispatches whose hooks have not received their rows."""
 
     @without_autocast
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
@@ -128,9 +130,11 @@ class Decoder:
         def receive(deadline: Deadline) -> None:
             with delivery.receive(deadline, request.stats.wait_ns) as received:
                 _arrange(result, payload, received, exchange.allocator, first=exchange.rank * num_local)
+            self._unreceived.discard(delivery.number)
             if request.stats.received is not None:
                 request.stats.received.add_(result.expert_counts)
 
+        self._unreceived.add(delivery.number)
         hook = self._finish(delivery, receive, return_hook=request.return_hook)
         return DecodeDispatched(result.x, result.expert_counts, result.plan, hook)
 
@@ -138,6 +142,8 @@ class Decoder:
     def combine(self, request: DecodeCombineRequest) -> DecodeCombined:
         """Send the experts' rows back, if ``fast`` weighted and summed per token; then sum the rows that arrive."""
         exchange, plan, levels = self._exchange, request.plan, self._direct_or_levels()
+        if plan._call_number in self._unreceived:
+            raise not_received()
         fields = {
             "dispatch of the plan": plan._call_number,
             "fast": int(request.fast),

@@ -55,6 +55,16 @@ class Channel:
         """Whether no receive is pending."""
         return self.idle or all(pending is None or pending.done for pending in self._last)
 
+    def fills(self, tensor: Tensor) -> bool:
+        """Return whether a pending receive has yet to write to the memory of a tensor."""
+        storage = tensor.untyped_storage().data_ptr()
+        return any(
+            part is not None and part.untyped_storage().data_ptr() == storage
+            for pending in self._last
+            if pending is not None
+            for part in pending.tensors  # none once it is done
+        )
+
     def receive_overwritten(self, call: Call) -> None:
         """Receive what the next send will overwrite.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook
+from tokenferry.backends.base import DecodeCombineRequest, DecodeDispatchRequest, Encoding, no_hook, not_received
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
 from tokenferry.backends.cuda.channel import Channel, PendingRecv
@@ -290,8 +290,9 @@ class Decoder(Decoding):
 
         if return_hook:
             tensors = (x, topk_idx, weights, choices, words, stats.received, stats.wait_ns, data, scale)
-            result.hook = self._send_alone(channel, form.kernel, call, pointers, tensors)
+            plan._pending, result.hook = self._send_alone(channel, form.kernel, call, pointers, tensors)
         else:
+            plan._pending = None
             self._launch(form.kernel, call, pointers, SEND | RECEIVE)
             if not channel.idle:
                 channel.sent(None)
@@ -304,6 +305,8 @@ class Decoder(Decoding):
         """See `Decoding.combine`."""
         context, plan, stats, y = self._context, request.plan, request.stats, aligned(request.y)
         assert plan._table is not None
+        if not self._channels[0].idle and self._channels[0].fills(plan._table):
+            raise not_received()
         assert plan.topk_weights is not None
         topk_idx, weights = plan.topk_idx, plan.topk_weights.contiguous()
         shape = MoeShape(plan.num_experts, topk_idx.shape[1], y.shape[-1], y.shape[1] // context.num_ranks)
@@ -357,7 +360,7 @@ class Decoder(Decoding):
         done = out if copy_to is None else copy_to
         if return_hook:
             kept = (y, out, plan.topk_idx, plan.topk_weights, *plan.kept, pending_words)
-            return DecodeCombined(done, self._send_alone(channel, form.kernel, call, pointers, kept, copy))
+            return DecodeCombined(done, self._send_alone(channel, form.kernel, call, pointers, kept, copy)[1])
         self._launch(form.kernel, call, pointers, SEND | RECEIVE, copy)
         if not channel.idle:
             channel.sent(None)
@@ -383,8 +386,8 @@ class Decoder(Decoding):
         pointers: tuple[int, ...],
         tensors: tuple[Tensor | None, ...],
         copy: Copy | None = None,
-    ) -> Callable[[], None]:
-        """Enqueue a kernel that sends; return the hook that receives."""
+    ) -> tuple[PendingRecv, Callable[[], None]]:
+        """Enqueue a kernel that sends; return what is pending, and the hook that receives it."""
         self._launch(kernel, call, pointers, SEND)
 
         def receive(at: Call, _kept: Workspace | None = self.workspaces.now) -> None:
@@ -392,7 +395,7 @@ class Decoder(Decoding):
 
         pending = PendingRecv(call, receive, tensors)
         channel.sent(pending)
-        return lambda: channel.receive(pending)
+        return pending, lambda: channel.receive(pending)
 
 
 def check_limits(shape: MoeShape) -> None:

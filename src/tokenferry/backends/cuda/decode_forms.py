@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenferry.backends.base import Encoding
 from tokenferry.backends.cuda.buffers import section_ends
+from tokenferry.backends.cuda.channel import PendingRecv
 from tokenferry.backends.cuda.context import Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.signature import Signature
 from tokenferry.backends.cuda.workspace import Workspace
@@ -297,10 +298,12 @@ def _set_workspace(context: Context, params: Any, workspace: Workspace) -> None:
 class LazyDecodePlan(DecodePlan):
     """A decode plan whose tensors are parts of one, made when they are asked for; see `LazyPlan`."""
 
-    __slots__ = ("_form", "_made", "_words")
+    __slots__ = ("_form", "_made", "_pending", "_words")
     __setattr__ = object.__setattr__
 
     _form: DecodeDispatchForm
+    _pending: PendingRecv | None
+    """What receives its rows, if a hook does; a combine without them would follow a table that holds anything."""
     _words: Tensor
     """``[num_words]`` int32: all parts of the plan."""
     _made: dict[str, Tensor]
@@ -322,6 +325,7 @@ class LazyDecodePlan(DecodePlan):
     def _routed(self, topk_idx: Tensor, topk_weights: Tensor) -> DecodePlan:
         other = object.__new__(LazyDecodePlan)
         other._form, other._words, other._made, other._call_number = self._form, self._words, self._made, 0
+        other._pending = self._pending
         other.num_tokens, other.topk_idx, other.topk_weights = self.num_tokens, topk_idx, topk_weights
         return other
 

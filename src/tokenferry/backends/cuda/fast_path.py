@@ -272,6 +272,8 @@ class CudaFastPath:
             return None
         if type(numerics) is not str or type(encoding) is not str:
             return None
+        if (pending := plan._pending) is not None and not pending.done:
+            return None
         of, weights, index, num_tokens = plan._form, plan.topk_weights, plan.topk_idx, plan.num_tokens
         key = (of, y.shape, y.dtype, numerics, encoding, index.dtype)
         form = self._decode_combines.get(key)

@@ -185,6 +185,7 @@ class AcrossDecoder(Decoding):
         inside, empty, index = form.inside, self._context.empty, routing.topk_idx
         result, plan = object.__new__(LazyDecodeDispatched), object.__new__(LazyDecodePlan)
         plan._form, plan._words, plan._made, plan._call_number = inside, empty(*inside.words), {}, 0
+        plan._pending = None  # the next call, which a combine is, receives
         plan.num_tokens, plan.topk_idx, plan.topk_weights = index.shape[0], index, weights_of_plan
         with self._breaking_off:  # peers wait for this rank
             if return_hook:
