@@ -284,7 +284,7 @@ class ExpertGroup(Connected):
             ClosedError: the group was closed or is broken.
         """
         self._ready("mask")
-        if not isinstance(rank, int) or not 0 <= rank < self.num_ranks or (rank == self.rank and masked):
+        if type(rank) is not int or not 0 <= rank < self.num_ranks or (rank == self.rank and masked):
             raise ArgumentError(
                 f"mask: rank: expected one of 0..{self.num_ranks - 1} other than this rank ({self.rank}), got {rank!r}"
             )

@@ -53,6 +53,8 @@ def test_takes_keywords_from_json_and_shows_them():
         ((20, 0, 256), "num_max_nvl_chunked_send_tokens"),
         ((20, 6, 256, 0, 256), "num_max_rdma_chunked_send_tokens"),
         ((20, 6, 256, 129, 129), "num_max_rdma_chunked_send_tokens: expected at most 64"),
+        ((20, 6.5), "num_max_nvl_chunked_send_tokens: expected an integer"),
+        ((20, 6, 256, 6, None), "num_max_rdma_chunked_recv_tokens: expected an integer"),
     ],
 )
 def test_refuses_numbers_that_deep_ep_refuses(arguments, name):
@@ -116,6 +118,10 @@ def test_low_latency_hint_on_several_nodes_is_what_two_levels_take(experts, choi
 def test_hints_for_no_sizes(sizes):
     with pytest.raises(ArgumentError, match=r"get_low_latency_rdma_size_hint: .*: expected an integer of at least 1"):
         Buffer.get_low_latency_rdma_size_hint(*sizes)
+    for function in (Config().get_nvl_buffer_size_hint, Config().get_rdma_buffer_size_hint):
+        for bad in ((-1, 8), (1.5, 8), (None, 8), (128, -3), (128, "8")):
+            with pytest.raises(ConfigError, match=r"buffer_size_hint: .*: expected an integer of at least 0"):
+                function(*bad)
     for function in (Buffer.get_dispatch_config, Buffer.get_combine_config):
         with pytest.raises(ArgumentError, match="num_ranks: expected an integer of at least 1, got 0"):
             function(0)

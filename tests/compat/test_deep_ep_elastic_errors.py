@@ -62,6 +62,7 @@ BAD_DISPATCH = [
     ({"topk_idx": IDX[:2]}, ShapeError, "topk_idx"),
     ({"topk_idx": IDX + 1}, RoutingError, r"topk_idx\[2, 0\] is 4"),
     ({"topk_weights": WEIGHTS.double()}, ShapeError, "topk_weights"),
+    ({"topk_weights": WEIGHTS.tolist()}, ShapeError, "topk_weights: expected .*, got list"),
     ({"topk_weights": WEIGHTS[:, :1]}, ShapeError, "topk_weights"),
     ({"x": X[0]}, ShapeError, "x: expected a tensor"),
     ({"x": (X, 1.0)}, ShapeError, "x: expected a tensor"),
@@ -101,6 +102,7 @@ BAD_CACHED = [
     ({"num_sms": 1.5}, ArgumentError, "num_sms"),
     ({"x": X[:2]}, ShapeError, "T=3 was set by the plan"),
     ({"topk_weights": WEIGHTS[:2]}, ShapeError, "topk_weights"),
+    ({"topk_weights": WEIGHTS.tolist()}, ShapeError, "topk_weights: expected .*, got list"),
     (
         {"handle": object()},
         PlanError,

@@ -73,6 +73,7 @@ BAD_DISPATCH = [
     ({"topk_idx": IDX + 1}, RoutingError, r"topk_idx\[2, 0\] is 4"),
     ({"topk_idx": torch.where(IDX == 2, -1, IDX)}, ArgumentError, r"is_token_in_rank\[1, 0\] is True, but topk_idx"),
     ({"topk_weights": WEIGHTS.double()}, ShapeError, "topk_weights"),
+    ({"topk_weights": WEIGHTS.tolist()}, ShapeError, "topk_weights: expected .*, got list"),
     ({"x": X[0]}, ShapeError, "x: expected a tensor"),
     ({"x": (X, 1.0)}, ShapeError, "x: expected a tensor"),
     ({"x": (X, torch.ones(T, 1), torch.ones(T, 1))}, ShapeError, "x: expected a tensor"),
@@ -114,7 +115,8 @@ def test_dispatch_refuses(buffer, change, error, message):
     [
         ((IDX.float(), E), ShapeError, "topk_idx"),
         ((IDX, 3), RoutingError, r"topk_idx\[2, 0\] is 3"),
-        ((IDX, 0), RoutingError, r"topk_idx\[0, 0\] is 0"),
+        ((IDX, 0), ConfigError, "num_experts: expected a positive integer, got 0"),
+        ((IDX, None), ConfigError, "num_experts: expected a positive integer, got None"),
     ],
 )
 def test_layout_refuses(buffer, arguments, error, message):
@@ -209,8 +211,11 @@ def test_logfmt_wants_whole_groups(buffer):
 def test_the_constructor_refuses():
     with pytest.raises(UnsupportedError, match="comm"):
         Buffer(None, comm=object())
-    with pytest.raises(ArgumentError, match="num_rdma_bytes=-1"):
-        Buffer(None, 0, -1)
+    for bad in (-1, None, 1.5, "64"):
+        with pytest.raises(ArgumentError, match=f"num_rdma_bytes: expected an integer of at least 0, got {bad!r}"):
+            Buffer(None, 0, bad)
+        with pytest.raises(ArgumentError, match=f"num_nvl_bytes: expected an integer of at least 0, got {bad!r}"):
+            Buffer(None, bad)
     with pytest.raises(ArgumentError, match="enable_shrink"):
         Buffer(None, enable_shrink=True)
 
@@ -235,8 +240,9 @@ def test_mask_calls_refuse(buffer):
         buffer.low_latency_update_mask_buffer(0, True)  # this rank
     with pytest.raises(ShapeError, match="mask_status"):
         buffer.low_latency_query_mask_buffer(torch.zeros(2, dtype=torch.int32))
-    with pytest.raises(ArgumentError, match="positive"):
-        buffer.clean_low_latency_buffer(0, H, E)
+    for bad in (0, None, 1.5):
+        with pytest.raises(ArgumentError, match="num_max_dispatch_tokens_per_rank: expected an integer"):
+            buffer.clean_low_latency_buffer(bad, H, E)
 
 
 def test_more_experts_than_ranks_can_share_evenly(worlds):
@@ -263,9 +269,18 @@ def test_local_buffer_is_memory_of_the_size_that_was_given(buffer):
     with torch.inference_mode():
         assert buffer.get_local_buffer_tensor(torch.float32)[4:10].tolist() == [7.0] * 6
     assert buffer.get_local_buffer_tensor(torch.int8, torch.Size([0]), offset=64).numel() == 0
-    for bad in ({"size": torch.Size([17])}, {"offset": 3}, {"offset": -4}, {"offset": 68}):
+    for bad in ({"size": torch.Size([17])}, {"offset": 3}, {"offset": 68}):
         with pytest.raises(ArgumentError, match="num_nvl_bytes=64"):
             buffer.get_local_buffer_tensor(torch.float32, **bad)
+    for bad, name in (
+        ({"offset": -4}, "offset"),
+        ({"offset": 4.0}, "offset"),
+        ({"size": 3}, "size"),
+        ({"size": (-2, -3)}, r"size\[0\]"),
+        ({"dtype": None}, "dtype"),
+    ):
+        with pytest.raises(ArgumentError, match=f"get_local_buffer_tensor: {name}: expected"):
+            buffer.get_local_buffer_tensor(**{"dtype": torch.float32, **bad})
 
 
 def test_local_buffers_are_freed_with_their_last_view(buffer):

@@ -31,6 +31,7 @@ T, H, E = 3, 16, 4
 X = torch.arange(T * H).reshape(T, H).bfloat16()
 MAP = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
 PROBS = torch.rand(T, E)
+WEIGHTS = torch.rand(T, 2)
 INDEX = torch.tensor([[0, 1], [2, -1], [-1, -1]])
 
 
@@ -58,6 +59,8 @@ BAD_DISPATCH = [
     ({"probs": PROBS.double()}, ShapeError, "probs: expected torch.float32"),
     ({"probs": PROBS[:, :2].contiguous()}, ShapeError, "probs"),
     ({"num_of_experts_per_rank": 2}, ArgumentError, "num_of_experts_per_rank: expected 4, since 4 experts were given"),
+    ({"num_of_experts": 5}, ArgumentError, "num_of_experts: expected 4, since 4 experts were given"),
+    ({"topk_weights": WEIGHTS, "probs": None}, ArgumentError, "topk_weights: belong to topk_idx"),
     ({"pad_multiple": -4}, ArgumentError, "pad_multiple: expected an integer of at least 1"),
     ({"non_blocking": True}, ArgumentError, "non_blocking: needs num_permuted_tokens"),
     ({"num_permuted_tokens": 0}, ArgumentError, "num_permuted_tokens: expected an integer of at least 1"),
@@ -76,6 +79,8 @@ BAD_CACHED = [
     ({"routing_map": MAP}, ArgumentError, "routing_map: expected None, since handle has the routing"),
     ({"topk_idx": INDEX}, ArgumentError, "topk_idx: expected None, since handle has the routing"),
     ({"hidden": X[:2]}, ArgumentError, "hidden: expected 3 rows, as in the dispatch that made handle, got 2"),
+    ({"num_of_experts": 5}, ArgumentError, "num_of_experts: expected 4"),
+    ({"num_of_experts_per_rank": 5}, ArgumentError, "num_of_experts_per_rank: expected 4"),
     ({"pad_multiple": 2}, ArgumentError, "pad_multiple: expected 1, as in the dispatch that made handle, got 2"),
     ({"num_permuted_tokens": 4}, ArgumentError, "num_permuted_tokens: expected None or 3, as in handle, got 4"),
     ({"handle": object()}, PlanError, "handle: expected the one that tokenferry's HybridEPBuffer"),

@@ -338,6 +338,7 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     ),
     "mask a rank that does not exist": (lambda g: g.group.mask(2), ArgumentError, ("mask: rank:", "0..1", "got 2")),
     "mask a string": (lambda g: g.group.mask("0"), ArgumentError, ("mask: rank:", "0..1", "got '0'")),
+    "mask by a boolean": (lambda g: g.group.mask(g.group.rank == 0), ArgumentError, ("mask: rank:", "0..1")),
     "mask minus one": (lambda g: g.group.mask(-1), ArgumentError, ("mask: rank:", "0..1", "got -1")),
     "another shape that does not divide": (
         lambda g: g.group.for_shape(MoeShape(5, 2, 16, 8)),

@@ -39,7 +39,9 @@ def refuse(call: str, remedy: str, **arguments: object) -> None:
 
 def detached(tensor: Tensor) -> Tensor:
     """Return the tensor, or without its graph if it has one, or is a subclass such as a Parameter."""
-    return tensor if type(tensor) is Tensor and not tensor.requires_grad else tensor.detach()
+    if type(tensor) is Tensor and not tensor.requires_grad:  # as nearly always
+        return tensor
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor  # the call says what is wrong with it
 
 
 def to_native(call: str, x: object) -> Tensor | Quantized:

@@ -40,6 +40,7 @@ float32 rows, T = 0 and T that differs by rank, and any number of results alive 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ from tokenferry.ambient import without_grad
 from tokenferry.api import Connected
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
-from tokenferry.compat.deep_ep.arguments import Rows, check_config, check_sizes, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, check_config, check_integer, check_sizes, refuse
 from tokenferry.compat.deep_ep.config import Config
 from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
@@ -164,8 +165,8 @@ class Buffer(Connected, LowLatencyCalls):
         use_fabric: bool = False,
     ) -> None:
         refuse("Buffer", "make it with a torch.distributed process group", comm=comm)
-        if min(num_nvl_bytes, num_rdma_bytes) < 0:
-            raise ArgumentError(f"Buffer: expected sizes of 0 or more, got {num_nvl_bytes=} and {num_rdma_bytes=}")
+        check_integer("Buffer", "num_nvl_bytes", num_nvl_bytes, 0)
+        check_integer("Buffer", "num_rdma_bytes", num_rdma_bytes, 0)
         if enable_shrink and not low_latency_mode:
             raise ArgumentError(
                 "Buffer: enable_shrink: only low-latency calls can skip a rank; pass low_latency_mode=True"
@@ -266,7 +267,16 @@ class Buffer(Connected, LowLatencyCalls):
             ArgumentError: ``size`` and ``offset`` exceed the memory, or ``offset`` does not fit ``dtype``.
             CapacityError: CUDA: there is not enough memory on the GPU.
         """
-        self._open("Buffer.get_local_buffer_tensor")
+        call = "Buffer.get_local_buffer_tensor"
+        self._open(call)
+        check_integer(call, "offset", offset, 0)
+        if not isinstance(dtype, torch.dtype):
+            raise ArgumentError(f"{call}: dtype: expected a torch.dtype, got {dtype!r}")
+        if size is not None:
+            if not isinstance(size, Sequence):
+                raise ArgumentError(f"{call}: size: expected a torch.Size or None, got {size!r}")
+            for place, length in enumerate(size):
+                check_integer(call, f"size[{place}]", length, 0)
         name, have = ("num_nvl_bytes", self.num_nvl_bytes)
         if use_rdma_buffer:
             name, have = ("num_rdma_bytes", self.num_rdma_bytes)
@@ -274,7 +284,7 @@ class Buffer(Connected, LowLatencyCalls):
         end = offset + shape.numel() * dtype.itemsize
         if not 0 <= offset <= end <= have or offset % dtype.itemsize:
             raise ArgumentError(
-                f"Buffer.get_local_buffer_tensor: {dtype} {list(shape)} at {offset=} would end at byte {end} of "
+                f"{call}: {dtype} {list(shape)} at {offset=} would end at byte {end} of "
                 f"{name}={have}; ask for less, at a multiple of {dtype.itemsize} bytes, or make a larger Buffer"
             )
         known = self._local.get(use_rdma_buffer)
@@ -284,7 +294,7 @@ class Buffer(Connected, LowLatencyCalls):
                 storage = self._experts._backend.scratch(have).untyped_storage()
             except torch.OutOfMemoryError as error:
                 raise CapacityError(
-                    f"Buffer.get_local_buffer_tensor: {name}={have} bytes are not available on {self._experts.device}; "
+                    f"{call}: {name}={have} bytes are not available on {self._experts.device}; "
                     "free memory, or make a smaller Buffer"
                 ) from error
             self._local[use_rdma_buffer] = weakref.ref(storage)

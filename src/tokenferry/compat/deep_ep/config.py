@@ -79,6 +79,14 @@ class Config:
         nvl_send, nvl_recv = num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens
         rdma_send, rdma_recv = num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens
         check_num_sms("Config", num_sms)
+        for name, value in (
+            ("num_max_nvl_chunked_send_tokens", nvl_send),
+            ("num_max_nvl_chunked_recv_tokens", nvl_recv),
+            ("num_max_rdma_chunked_send_tokens", rdma_send),
+            ("num_max_rdma_chunked_recv_tokens", rdma_recv),
+        ):
+            if type(value) is not int:
+                raise ConfigError(f"Config: {name}: expected an integer, got {value!r}")
         if not 0 < nvl_send < nvl_recv:
             raise ConfigError(
                 f"Config: num_max_nvl_chunked_send_tokens: expected 1 .. {nvl_recv - 1}, fewer than "
@@ -107,7 +115,11 @@ class Config:
         Args:
             hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
             num_ranks: Number of ranks, R; any.
+
+        Raises:
+            ConfigError: a number is not an integer, or negative.
         """
+        _check_sizes("Config.get_nvl_buffer_size_hint", hidden_bytes, num_ranks)
         per_node = _ranks_per_node()
         nvl_ranks, nodes = min(num_ranks, per_node), -(-num_ranks // per_node)
         channel = (2 * nodes + 3) * 4 + self.num_max_nvl_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
@@ -119,7 +131,11 @@ class Config:
         Args:
             hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
             num_ranks: Number of ranks, R; any.
+
+        Raises:
+            ConfigError: a number is not an integer, or negative.
         """
+        _check_sizes("Config.get_rdma_buffer_size_hint", hidden_bytes, num_ranks)
         per_node = _ranks_per_node()
         nodes = -(-num_ranks // per_node)
         if nodes <= 1:
@@ -176,6 +192,12 @@ def check_num_sms(call: str, num_sms: int) -> None:
     """Raise ConfigError unless ``num_sms`` is an even number of SMs."""
     if not isinstance(num_sms, int) or num_sms < 0 or num_sms % 2:
         raise ConfigError(f"{call}: num_sms: expected an even number of SMs, 0 or more, got {num_sms!r}")
+
+
+def _check_sizes(call: str, hidden_bytes: int, num_ranks: int) -> None:
+    for name, value in (("hidden_bytes", hidden_bytes), ("num_ranks", num_ranks)):
+        if type(value) is not int or value < 0:
+            raise ConfigError(f"{call}: {name}: expected an integer of at least 0, got {value!r}")
 
 
 def round_up(value: int, multiple: int) -> int:

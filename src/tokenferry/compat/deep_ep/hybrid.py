@@ -157,7 +157,7 @@ class HybridEPBuffer(Connected):
                 given.
             topk_weights: ``[T, K]`` float32 with ``topk_idx``, instead of ``probs``, which count if both are given.
             num_of_experts_per_rank: L; compared with the map.
-            num_of_experts: E; needed with ``topk_idx``.
+            num_of_experts: E; needed with ``topk_idx``, otherwise compared with the map.
             use_fp8: A hint without effect.
             routing_map: ``[T, E]`` bool: the experts of each token.
             probs: ``[T, E]`` float32 to send with the rows, or None.

@@ -107,6 +107,8 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
     index, E = given.topk_idx, given.num_of_experts
     if given.routing_map is not None:
         routing_map, index = check.tensor("routing_map", given.routing_map, "T E", _BOOL), None
+        if given.topk_weights is not None and given.probs is None:
+            raise ArgumentError(f"{DISPATCH}: topk_weights: belong to topk_idx, but routing_map counts; pass probs")
         E = routing_map.shape[1]
     elif index is None or E is None:
         raise ArgumentError(f"{DISPATCH}: expected routing_map, or topk_idx and num_of_experts; pass one of them")
@@ -116,12 +118,7 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
         if group.device.type == "cpu":
             check.experts("topk_idx", index, E)
         routing_map = spread(torch.ones_like(index, dtype=torch.bool), index, E)
-    local = E // group.num_ranks
-    if given.num_of_experts_per_rank not in (None, local):
-        raise ArgumentError(
-            f"{DISPATCH}: num_of_experts_per_rank: expected {local}, since {E} experts were given for "
-            f"{group.num_ranks} ranks, got {given.num_of_experts_per_rank!r}"
-        )
+    _check_num_experts(group, E, given)
     probs = given.probs
     if probs is not None:
         check.given("the experts", E=E).tensor("probs", probs, "T E", _FLOAT32)
@@ -134,6 +131,17 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
     alignment = given.pad_multiple or 1  # 0: none, as in DeepEP
     check_integer(DISPATCH, "pad_multiple", alignment, 1)
     return Chosen(routing_map, index, probs, alignment, cast("int | None", given.num_permuted_tokens))
+
+
+def _check_num_experts(group: ExpertGroup, num_experts: int, given: Arguments) -> None:
+    local = num_experts // group.num_ranks
+    for name, wanted in (("num_of_experts_per_rank", local), ("num_of_experts", num_experts)):
+        got = getattr(given, name)
+        if got not in (None, wanted):
+            raise ArgumentError(
+                f"{DISPATCH}: {name}: expected {wanted}, since {num_experts} experts were given for {group.num_ranks} "
+                f"ranks, got {got!r}"
+            )
 
 
 def checked_handle(call: str, handle: object, pad_multiple: int | None) -> HybridHandle:
@@ -178,6 +186,7 @@ def check_again(group: ExpertGroup, num_tokens: int, given: Arguments, handle: H
             f"{DISPATCH}: hidden: expected {handle.plan.num_tokens} rows, as in the dispatch that made handle, got "
             f"{num_tokens}"
         )
+    _check_num_experts(group, handle.num_experts, given)
     if given.probs is not None:
         check.tensor("probs", given.probs, "T E", _FLOAT32)
 

@@ -83,15 +83,17 @@ class LowLatencyCalls:
         a rank that does not come to be masked afterwards.
 
         Raises:
-            ArgumentError: a size is not positive.
+            ArgumentError: a size is not a positive integer.
             MismatchError, PeerTimeout, ClosedError: with ``enable_shrink``, as `low_latency_dispatch`.
         """
-        self._decoding("Buffer.clean_low_latency_buffer")
-        if min(num_max_dispatch_tokens_per_rank, hidden, num_experts) < 1:
-            raise ArgumentError(
-                "Buffer.clean_low_latency_buffer: expected positive sizes, got "
-                f"{num_max_dispatch_tokens_per_rank=}, {hidden=}, {num_experts=}"
-            )
+        call = "Buffer.clean_low_latency_buffer"
+        self._decoding(call)
+        check_sizes(
+            call,
+            num_max_dispatch_tokens_per_rank=num_max_dispatch_tokens_per_rank,
+            hidden=hidden,
+            num_experts=num_experts,
+        )
         if self.enable_shrink:
             low_latency.meet(self._views)
 

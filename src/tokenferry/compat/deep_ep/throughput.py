@@ -140,9 +140,9 @@ def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> To
     group = views.group
     if not _looks_like_routing(topk_idx, group.device):
         Checks(call, group.device).tensor("topk_idx", topk_idx, "T K", INDICES)
+    views.of(num_experts, 1, 1, 1)
     if not views.on_gpu:
         Checks(call, group.device).experts("topk_idx", topk_idx, num_experts)
-    views.of(num_experts, 1, 1, 1)
     counted = group._token_layout(topk_idx, num_experts)
     # Of a single node nobody asks for the number of tokens; on the CPU it is compared with what was given.
     per_node = None if views.on_gpu and len(views.nodes) == 1 else _tokens_of_nodes(views, counted.in_rank)
