@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tokenferry.errors import MismatchError, PeerTimeout, ResourceError
 from tokenferry.topology import Topology, consecutive
 from tokenferry.transports import rendezvous
-from tokenferry.transports.failures import FailureReport, FailureReports
+from tokenferry.transports.failures import FailureReport, FailureReports, patience_s
 from tokenferry.transports.process_group import GROUP_IDS
 
 NODES = consecutive(6, 2)
@@ -178,3 +178,12 @@ def test_without_a_store_a_rank_knows_what_those_of_its_node_have_said():
 
     error = reports(0, Broken()).explain(late(0, 1), 0.0, reason)
     assert (error.peers, error.nodes) == ((3, 5), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "waited_s", "patience"),
+    [(4.0, 4.0, 1.0), (100.0, 90.0, 10.0), (100.0, 0.1, 1.0), (2.0, 0.1, 0.5)],
+)
+def test_ranks_that_began_late_are_given_time(timeout_s, waited_s, patience):
+    """A deadline expires on each rank when its own call has lasted so long; what ends is noticed by all at once."""
+    assert patience_s(timeout_s, waited_s) == patience

@@ -23,7 +23,23 @@ from tokenferry.topology import Topology
 from tokenferry.transports.store import ask
 
 _POLL_S = 0.05
+_MOST_APART_S = 10.0
+_NOTICED_S = 1.0
 _T = TypeVar("_T")
+
+
+def patience_s(timeout_s: float, waited_s: float) -> float:
+    """Return the seconds for which a rank that gives up waits for the reports of others.
+
+    Ranks whose deadlines expire may have begun the call at different times: one that began early must not take for lost
+    another one that still waits. But what ranks notice, such as the end of a process, they notice at the same time.
+
+    Args:
+        timeout_s: The deadline of the group.
+        waited_s: How long the rank has waited; more than half of the deadline: it has expired.
+    """
+    apart_s = min(_MOST_APART_S, timeout_s / 4)
+    return apart_s if waited_s > timeout_s / 2 else min(_NOTICED_S, apart_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,8 @@ from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTim
 from tokenferry.forked import forget_in_child
 from tokenferry.formats.dtypes import dtype_name
 from tokenferry.transports.base import HEADER_INTS, CallId, Deadline, Transport
-from tokenferry.transports.failures import FailureReport, FailureReports
+from tokenferry.transports.failures import FailureReport, FailureReports, patience_s
 from tokenferry.transports.refused import resource_error
-
-_PATIENCE_S = 1.0
-"""Seconds, at most, that a rank with a lost peer waits to learn whether that one waited for another."""
 
 
 class Kind(enum.IntEnum):
@@ -106,8 +103,8 @@ class Exchange:
         transport: A connected transport.
         timeout_s: Seconds that each exchange may wait.
         mask_on_timeout: Whether a tolerant `Pending.receive` masks a silent rank instead of raising.
-        reports: With several nodes: where ranks that give up say why. Then a tenth of ``timeout_s``, or a second, is
-            for learning who is at fault.
+        reports: With several nodes: where ranks that give up say why. Then a part of ``timeout_s`` is for learning who
+            is at fault; see `tokenferry.transports.failures.patience_s`.
 
     Attributes:
         masked: Ranks that decode calls skip.
@@ -127,8 +124,8 @@ class Exchange:
         self.rank = transport.rank
         self.num_ranks = transport.num_ranks
         self._reports = reports
-        self._patience_s = 0.0 if reports is None else min(_PATIENCE_S, timeout_s / 10)
-        self.timeout_s = timeout_s - self._patience_s
+        self._in_all_s = timeout_s
+        self.timeout_s = timeout_s if reports is None else timeout_s - patience_s(timeout_s, timeout_s)
         self.mask_on_timeout = mask_on_timeout
         self.masked: set[int] = set()
         self.lost: set[int] = set()
@@ -257,8 +254,7 @@ class Exchange:
         To wait until `Transport.leave` has told all peers would take long: its message is part of the next exchange,
         which goes to few of them. The others read the report in the store.
         """
-        until = time.monotonic() + self._patience_s
-        report = FailureReport.of(error)
+        start, report = time.monotonic(), FailureReport.of(error)
         with contextlib.suppress(OSError, MemoryError):
             self.transport.leave(report.text(), wait=False)
         if isinstance(error, Exception):
@@ -266,7 +262,9 @@ class Exchange:
         if isinstance(error, MismatchError):
             self.transport.close(linger=True)  # peers need its headers to see the mismatch, too
         self.transport.abandon()
-        return reports.explain(error, until, self.transport.reason) if isinstance(error, PeerTimeout) else error
+        if not isinstance(error, PeerTimeout):
+            return error
+        return reports.explain(error, start + patience_s(self._in_all_s, error.waited_s), self.transport.reason)
 
     def _forget(self, reason: str) -> None:
         """End the group in a forked child, without a sign to its peers. The transport closes its own descriptors."""

@@ -38,7 +38,7 @@ from tokenferry.backends.cuda.signature import Signature
 from tokenferry.errors import ClosedError, PeerTimeout, UnsupportedError
 from tokenferry.kernels.all import ACROSS_NODES
 from tokenferry.topology import Topology
-from tokenferry.transports.failures import FailureReport
+from tokenferry.transports.failures import FailureReport, patience_s
 from tokenferry.types import (
     Combined,
     DecodeCombined,
@@ -48,9 +48,6 @@ from tokenferry.types import (
     MoeShape,
     Quantized,
 )
-
-_PATIENCE_S = 1.0
-"""Most seconds to wait for the reports of other ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +240,7 @@ class AcrossBackend(CudaBackend):
         reports = self._rails.reports
         if reports is None or not self.broken or isinstance(error, ClosedError):
             raise error
-        until = time.monotonic() + min(_PATIENCE_S, self.context.timeout_s / 10)
+        start = time.monotonic()
         found: Exception = error
         if isinstance(error, PeerTimeout) and self.context.pinned.mismatched():
             # The exchanges of different calls do not end.
@@ -253,7 +250,8 @@ class AcrossBackend(CudaBackend):
         reports.post(FailureReport.of(found))
         self.context.tell_peers()  # after the report, which they will look for
         if isinstance(found, PeerTimeout):
-            found = reports.explain(found, until, _no_text)
+            patient_s = patience_s(self.context.timeout_s, found.waited_s)
+            found = reports.explain(found, start + patient_s, _no_text)
         if found is error:
             raise error
         raise found from error
