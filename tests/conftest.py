@@ -23,6 +23,11 @@ CUDA_JOB_S = 240.0
 # other one, also in the examples of documents and in ranks that are forked later.
 if torch.cuda.is_available():
     os.environ.setdefault("TOKENFERRY_BACKEND", "cpu")
+else:
+    # Threads of torch in two processes of pytest, and in each thread of the emulator, would wait for one another, and
+    # spin meanwhile: on two cores that takes five times as long. The variable is for programs that tests start.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 WORKERS = 2
