@@ -212,7 +212,7 @@ SMALL = ["--ranks", "3", "--tokens", "4", "--hidden", "128", "--experts", "6", "
 
 def test_a_slow_rank_of_this_machine(capsys, tmp_path):
     file = tmp_path / "report.json"
-    slow = ["--iterations", "10", "--slow-rank", "1", "--slow-us", "30000"]
+    slow = ["--iterations", "6", "--slow-rank", "1", "--slow-us", "200000"]
     assert main(["diagnose", *SMALL, *slow, "--json", str(file), "--plot", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "rank 1: slow: its messages come " in out
@@ -221,10 +221,10 @@ def test_a_slow_rank_of_this_machine(capsys, tmp_path):
     whole = json.loads(file.read_text())
     assert [one["rank"] for one in whole["slow"]] == [1]
     assert whole["slow"][0]["where"] == "compute or link"
-    assert whole["slow"][0]["late_ns"] > 15e6
-    assert whole["iteration_ns"] > 30e6
+    assert whole["slow"][0]["late_ns"] > 100e6
+    assert whole["iteration_ns"] > 200e6
     waits = whole["tables_ns"]["decode_dispatch"]
-    assert min(waits[0][1], waits[2][1]) > 15e6 > waits[1][0]
+    assert min(waits[0][1], waits[2][1]) > 100e6 > waits[1][0]
     both = torch.tensor(waits) + torch.tensor(whole["tables_ns"]["decode_combine"])
     assert both.sum(1).max() <= whole["iteration_ns"], "waits are part of the iterations that count"
     assert (tmp_path / "waits.png").read_bytes().startswith(b"\x89PNG")

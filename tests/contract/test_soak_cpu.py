@@ -31,7 +31,7 @@ def wrong(rank, pg, method: str, call_number: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExpertGroup, method, spoil)
-        soak.run(rank, pg, soak.Soak(5.0, seed=1))
+        soak.run(rank, pg, soak.Soak(40.0, seed=1))  # ends with the first wrong row
 
 
 @pytest.mark.parametrize("method", ["dispatch", "redispatch", "combine", "decode_dispatch", "decode_combine"])

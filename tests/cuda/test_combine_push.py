@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from support.virtual_decode import late_s
 from support.virtual_pull import TYPES, by_type
 from support.virtual_push import Push, Sizes, as_bytes, landed, push
 from support.virtual_ranks import POISON, Ranks, ranks_of
@@ -192,7 +193,7 @@ def records_of(one: Push, fields: Sequence[dict[str, object] | None]):
 
 def test_a_rank_that_never_launches():
     one = Push(Ranks(4), Sizes((20, 9, 14, 5), 528, blocks=3), torch.bfloat16)
-    fields = one.all_fields(timeout_s=SHORT_S)
+    fields = one.all_fields(timeout_s=late_s(4))
     records = records_of(one, [*fields[:2], None, fields[3]])
     assert records.pop(2) is None
     for record in records:
@@ -228,7 +229,9 @@ def test_a_rank_whose_rows_do_not_come(rounds):
 def test_all_ranks_that_wait_for_rows_name_the_same_rank(tokens):
     """Blocks that push, and ranks without rows, wait for ranks that wait for rows: the latter record which is late."""
     one = Push(Ranks(3), Sizes(tokens, 528, blocks=3), torch.bfloat16)
-    for record in records_of(one, [one.fields(r, timeout_s=LATE_S, pushers=int(r != 1)) for r in range(3)]):
+    for record in records_of(
+        one, [one.fields(r, timeout_s=max(LATE_S, late_s(3)), pushers=int(r != 1)) for r in range(3)]
+    ):
         assert record is not None
         assert record.blamed == 1, record
         cause = record.word if record.code == Fault.peer_gave_up else record.code

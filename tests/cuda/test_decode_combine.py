@@ -469,11 +469,11 @@ def test_a_late_rank_is_waited_for_once():
     case = Case((3, 0), 64, 32, routing="even")
     group, call = fresh(2, case, 0)
     start = time.monotonic()
-    call.launch(only=(0,), mask_late=1, timeout_s=1.0)
+    call.launch(only=(0,), mask_late=1, timeout_s=3.0)
     group.ranks.wait()
     group.ranks.check_quiet()
     check_without(call, gone=1)
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 2.5 * 3.0
 
 
 @pytest.mark.parametrize("word", [0, 1, 13, DISPATCH_WORD])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from support.plan_checks import check, choices_of
+from support.virtual_decode import late_s
 from support.virtual_dispatch import Delivery, Payload
 from support.virtual_fused import Whole
 from support.virtual_plan import Expected, Form, Planner
@@ -141,7 +142,7 @@ def test_a_rank_that_never_launches(kernel, rounds):
     assert record is not None
     assert (record.code, record.call, record.peer, record.blamed) == (Fault.late_handshake, ranks.call, 1, 1)
     assert (record.seen, record.expected) == (max(rounds - 1, 0), rounds + 1)
-    assert SHORT_S * 1000 <= record.waited_ms < SHORT_S * 1000 + 2000
+    assert SHORT_S * 1000 <= record.waited_ms < SHORT_S * 1000 + 20_000
     assert ranks.failed() == [Fault.late_handshake, 0]
     assert ranks.epochs() == [rounds, rounds]
     announced = ranks.words(1, "gave_up", MAX_RANKS, torch.int64).tolist()
@@ -152,7 +153,7 @@ def test_a_rank_that_never_launches(kernel, rounds):
 @by_kernel
 def test_all_waiting_ranks_name_the_same_rank(kernel):
     ranks = Ranks(4)
-    records = launch(ranks, kernel, only=(0, 1, 3))
+    records = launch(ranks, kernel, only=(0, 1, 3), timeout_s=late_s(4))
     assert records.pop(2) is None
     seen = set()
     for record in records:

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from support import throughput_jobs
 from support.ambient import STATES
-from support.emulated_group import EmulatedPair
+from support.emulated_group import EmulatedPair, in_each
 from support.emulated_rails import QueueRails, QueueTransfer, elsewhere
 from support.emulator import Emulator
 from support.guess_jobs import check_sent, send
@@ -466,14 +465,25 @@ def test_different_plans_on_two_nodes(run, call):
 
 LOST = 3
 """A rank of node 1."""
+LOSS_S = 8.0
+"""A quarter of it is for ranks that begin a call late."""
+
+
+def call_all(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """Make each call once."""
+    x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
+    with pair.open(pg, SHAPE) as group:
+        for call in CALLS.values():
+            call(group, x, group.dispatch(x, routing).plan)
+        group.synchronize()
 
 
 def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
     """Rank 3 does not make a call."""
     x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
-    pair.build(pg, SHAPE, lambda group: CALLS[call](group, x, group.dispatch(x, routing).plan))
-    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=LOSS_S) as group:
         plan = group.dispatch(x, routing).plan
+        pair.barrier()
         if rank == LOST:
             pair.barrier()
             return None
@@ -486,16 +496,10 @@ def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTim
         return caught.value
 
 
-def in_each_call(run, job) -> dict[str, list[PeerTimeout]]:
-    """Return, by call, what the ranks of a job catch; the ranks of all calls wait at the same time."""
-    with ThreadPoolExecutor(len(CALLS)) as pool:
-        return dict(zip(CALLS, pool.map(lambda call: run(4, job, call, ranks_per_node=2), CALLS), strict=True))
-
-
 @pytest.mark.usefixtures("both_paths")
 def test_a_silent_rank(run):
     """Every survivor names it, by its number in the whole group, and its node, also if it waited for another one."""
-    for call, errors in in_each_call(run, one_is_silent).items():
+    for call, errors in in_each(run, call_all, one_is_silent, CALLS).items():
         for error in errors[:LOST]:
             assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}: {error}"
             assert error.phase.split()[0] == call.split()[0], call
@@ -521,7 +525,7 @@ def one_ends(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout 
 
 def test_the_end_of_a_process_is_noticed_on_all_nodes(run):
     """Long before the deadline, by the report of the rank that has seen it."""
-    for call, errors in in_each_call(run, one_ends).items():
+    for call, errors in in_each(run, call_all, one_ends, CALLS).items():
         for error in errors[:LOST]:
             assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}: {error}"
             assert error.waited_s < 10.0, call
@@ -535,11 +539,14 @@ def all_along(group: ExpertGroup, x: Tensor, routing: Routing) -> None:
     group.synchronize()
 
 
-def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int, in_combine: bool) -> str | None:
-    """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted."""
+def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, which: tuple[int, bool]) -> PeerTimeout | None:
+    """An exchange of rank 0 ends without having brought anything, as one of NCCL that is aborted.
+
+    ``which``: its number, and whether it is one of a combine.
+    """
+    number, in_combine = which
     x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
-    pair.build(pg, SHAPE, lambda group: all_along(group, x, routing))
-    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=6.0) as group:
         rails, made = group._backend._rails, []
         plan = group.dispatch(x, routing).plan
 
@@ -561,22 +568,24 @@ def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int, i
                         call(group, x, plan)
                     group.synchronize()
             pair.barrier()
-        return str(caught.value) if rank == 0 else None
+        return caught.value if rank == 0 else None
 
 
-@pytest.mark.parametrize(("number", "in_combine"), [(1, False), (2, False), (3, True), (4, True)])
-def test_what_has_not_come_is_not_taken_for_good(run, number, in_combine):
+def test_what_has_not_come_is_not_taken_for_good(run):
     """Headers or rows of a redispatch, which its node gets from it; headers or sums of a combine, for itself alone."""
-    text = run(4, gives_up_an_exchange, number, in_combine, ranks_per_node=2)[0]
-    assert "for rank 2: nothing came" in text
+    for which, errors in in_each(
+        run, call_all, gives_up_an_exchange, [(1, False), (2, False), (3, True), (4, True)]
+    ).items():
+        assert "for rank 2: nothing came" in str(errors[0]), which
 
 
-@pytest.mark.parametrize(("number", "in_combine"), [(2, False), (3, False), (5, True), (6, True)])
-def test_a_chunk_that_has_not_come_is_not_taken_for_good(run, monkeypatch, number, in_combine):
+def test_a_chunk_that_has_not_come_is_not_taken_for_good(run, monkeypatch):
     """The first or the second of two chunks, of rows or of sums."""
     monkeypatch.setattr(tuning, "RAIL_CHUNK_BYTES", SHAPE.hidden * 4)  # one token in each
-    text = run(4, gives_up_an_exchange, number, in_combine, ranks_per_node=2)[0]
-    assert "for rank 2: nothing came" in text
+    for which, errors in in_each(
+        run, call_all, gives_up_an_exchange, [(2, False), (3, False), (5, True), (6, True)]
+    ).items():
+        assert "for rank 2: nothing came" in str(errors[0]), which
 
 
 class StopError(Exception):
@@ -586,8 +595,7 @@ class StopError(Exception):
 def stops_at(rank: int, pg: None, pair: EmulatedPair, number: int) -> PeerTimeout | None:
     """Rank 3 does not make an exchange, and nothing after it."""
     x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
-    pair.build(pg, SHAPE, lambda group: all_along(group, x, routing))
-    with pair.open(pg, SHAPE, timeout_s=4.0) as group:
+    with pair.open(pg, SHAPE, timeout_s=LOSS_S) as group:
         rails, made = group._backend._rails, []
 
         def exchange(*args: Any) -> Transfer:
@@ -607,13 +615,14 @@ def stops_at(rank: int, pg: None, pair: EmulatedPair, number: int) -> PeerTimeou
         return None if rank == LOST else caught.value
 
 
-@pytest.mark.parametrize(("number", "at_once"), [*((i, True) for i in range(1, 7)), (2, False), (3, False)])
-def test_a_rank_is_lost_in_the_middle_of_a_call(run, monkeypatch, number, at_once):
+@pytest.mark.parametrize(("numbers", "at_once"), [(range(1, 7), True), ((2, 3), False)])
+def test_a_rank_is_lost_in_the_middle_of_a_call(run, monkeypatch, numbers, at_once):
     """Before any exchange of a dispatch (headers with routing, rows), a redispatch (headers, rows) or a combine.
 
     A dispatch whose routing is large: headers, routing, rows.
     """
     if not at_once:
         monkeypatch.setattr(tuning, "ROUTING_AT_ONCE_BYTES", 0)
-    for error in run(4, stops_at, number, ranks_per_node=2)[:LOST]:
-        assert (error.peers, error.nodes) == ((LOST,), (1,)), error
+    for number, errors in in_each(run, call_all, stops_at, numbers).items():
+        for error in errors[:LOST]:
+            assert (error.peers, error.nodes) == ((LOST,), (1,)), f"exchange {number}: {error}"

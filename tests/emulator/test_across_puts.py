@@ -3,6 +3,8 @@
 tests/emulator/test_across_decode.py runs some of its tests so, too.
 """
 
+import threading
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from support.decoding import CASTS, Step, check_combined, check_received
 from support.emulated_group import EmulatedPair, Puts
 from support.emulator import Emulator
 from support.fake_network import Put, Report, Weather
-from tokenferry import CapacityError, MismatchError, MoeShape, PeerTimeout, Scale, tuning
+from tokenferry import CapacityError, ExpertGroup, MismatchError, MoeShape, PeerTimeout, Scale, tuning
 from tokenferry.kernels.control_block import RAIL_CHUNK_BYTES
 from tokenferry.testing.cases import Case
 
@@ -86,18 +88,28 @@ PARTS = {
     "tail": lambda num_bytes: num_bytes < RAIL_CHUNK_BYTES,
 }
 """Which chunks of a message these are, by their bytes: the first has the head."""
+LOSS_S = 6.0
+"""A quarter of it is for ranks that begin a call late."""
 
 
-def loses(rank: int, pg: None, pair: EmulatedPair) -> tuple[PeerTimeout, int]:
+def loses(rank: int, pg: None, pair: EmulatedPair, armed: threading.Event) -> tuple[PeerTimeout, int]:
     """Make calls until one does not end; return what a rank raises, and how many puts were lost."""
     step = Step(WIDE, rank)
-    with pair.open(pg, WIDE.shape, timeout_s=4.0) as group:
+
+    def calls(group: ExpertGroup) -> None:
+        sent = group.decode_dispatch(step.mine().x, step.routing())
+        group.synchronize()
+        group.decode_combine(torch.ones_like(sent.x), sent.plan)
+        group.synchronize()
+
+    with pair.open(pg, WIDE.shape) as group:  # builds the kernels
+        calls(group)
+    pair.barrier()
+    armed.set()
+    with pair.open(pg, WIDE.shape, timeout_s=LOSS_S) as group:
         with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - in which call it is raised differs
             for _ in range(3):
-                sent = group.decode_dispatch(step.mine().x, step.routing())
-                group.synchronize()
-                group.decode_combine(torch.ones_like(sent.x), sent.plan)
-                group.synchronize()
+                calls(group)
         pair.barrier()
         return caught.value, len(pair.report.lost)
 
@@ -110,12 +122,13 @@ def test_a_lost_put_is_named(run, exchange, phase, part):
     """The dispatch has one exchange, the combine two, the first of them of weights."""
 
     def is_lost(put: Put) -> bool:
-        return (put.sender, put.exchange) == (LOSER, exchange) and PARTS[part](put.num_bytes)
+        return armed.is_set() and (put.sender, put.exchange) == (LOSER, exchange) and PARTS[part](put.num_bytes)
 
-    found = run(4, loses, ranks_per_node=2, puts=Puts(Weather(reorder=True, loses=is_lost)))
+    armed = threading.Event()
+    found = run(4, loses, armed, ranks_per_node=2, puts=Puts(Weather(reorder=True, loses=is_lost)))
     for error, num_lost in found[:2]:
         assert (error.peers, error.nodes) == ((LOSER,), (1,)), error
-        assert error.waited_s <= 4.0
+        assert error.waited_s <= LOSS_S
         assert num_lost > 0
     assert found[1][0].phase == phase
     assert "nothing came" in str(found[1][0])

@@ -83,16 +83,16 @@ def count(rank, pg, pair, settings, found, late_s=0.0):
 
 
 def test_a_slow_rank_is_identified(run):
-    settings, found = iterations.CountSettings(Sizes(3, 4, 256, 2, 6, 5), 3, slowed=iterations.Slowed(2, 0.3)), {}
+    settings, found = iterations.CountSettings(Sizes(3, 4, 256, 2, 6, 5), 3, slowed=iterations.Slowed(2, 1.0)), {}
     run(3, count, settings, found)
     waits = torch.stack([found[r].dispatch_ns + found[r].combine_ns for r in range(3)])
-    assert waits[0, 2] > 3 * 0.2e9
+    assert waits[0, 2] > 3 * 0.7e9
     rows = timeline.row_waits(timeline.stacked([found[r].words for r in range(3)]))
-    [slow] = judge(waits / 3, rows, took_ns=0.4e9).slow
+    [slow] = judge(waits / 3, rows, took_ns=4e9).slow  # others may be late by 0.4 s on a busy machine
     assert (slow.rank, slow.where) == (2, Where.COMPUTE)
 
 
 def test_a_host_that_begins_late_is_not_counted(run):
     found = {}
-    run(2, count, iterations.CountSettings(Sizes(2, 4, 256, 2, 6, 5), 2), found, 0.5)
-    assert found[0].dispatch_ns[1] + found[0].combine_ns[1] < 0.25e9
+    run(2, count, iterations.CountSettings(Sizes(2, 4, 256, 2, 6, 5), 2), found, 2.0)
+    assert found[0].dispatch_ns[1] + found[0].combine_ns[1] < 1e9

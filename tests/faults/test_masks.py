@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS, Pair
 from support.worlds import run_at_once
 from tokenferry.testing.world import World, WorldError
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
 
 MASKABLE = (CPU_PAIRS[0], *CUDA_PAIRS)
 
@@ -45,30 +47,54 @@ def test_a_rank_comes_back(jobs, name):
     jobs[name].result()
 
 
-@pytest.mark.parametrize("pair", MASKABLE, ids=str)
-@pytest.mark.parametrize("lost", [(2,), (0,), (3, 1)], ids=str)
-def test_processes_that_are_stopped_under_load_come_back(pair, lost, tmp_path):
-    """They are stopped wherever they are; the others wait for them once, and go on for hundreds of iterations."""
-    ranks = 2 + len(lost)
-    if pair.backend == "cuda" and ranks > max(NUM_GPUS, 3):
-        pytest.skip(f"needs {ranks} GPUs")
-    with World(ranks, devices=pair.backend, timeout_s=120.0) as world:
-        world.submit(under_load, pair, str(tmp_path), TIMEOUT_S, Load(lost, 300, stopped=True))
-        stopped = [world.pids[rank] for rank in lost]
-        others = [rank for rank in range(ranks) if rank not in lost]
+def stop_under_load(pair: Pair, losses: Iterable[tuple[int, ...]], folder: Path) -> dict[tuple[int, ...], list[dict]]:
+    """Run `under_load` for each tuple of ranks, in worlds that go on at the same time; return what ranks return."""
+    worlds: dict[tuple[int, ...], World] = {}
+    with ExitStack() as stack:
+        for lost in losses:
+            worlds[lost] = stack.enter_context(World(2 + len(lost), devices=pair.backend, timeout_s=120.0))
+            notes_of(folder, lost).mkdir()
+            load = Load(lost, 300, stopped=True)
+            worlds[lost].submit(under_load, pair, str(notes_of(folder, lost)), TIMEOUT_S, load)
+        stopped = [world.pids[rank] for lost, world in worlds.items() for rank in lost]
         try:
-            await_notes(tmp_path, "ready", range(ranks))
+            for lost, world in worlds.items():
+                await_notes(notes_of(folder, lost), "ready", range(world.num_ranks))
             time.sleep(0.3)  # somewhere
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
-            await_notes(tmp_path, "went on", others)
+            for lost, world in worlds.items():
+                await_notes(notes_of(folder, lost), "went on", set(range(world.num_ranks)) - set(lost))
         finally:
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)
-        found = world.collect()
-    for rank in others:
-        assert found[rank]["made"] >= 300
-        assert 1 <= found[rank]["masked"] <= 2 * len(lost), "they were waited for again and again"
+        return {lost: world.collect() for lost, world in worlds.items()}
+
+
+def notes_of(folder: Path, lost: tuple[int, ...]) -> Path:
+    return folder / "-".join(map(str, lost))
+
+
+LOSSES = [(2,), (0,), (3, 1)]
+"""Ranks that are stopped: the last, the first, or two of them."""
+STOPS = [
+    pytest.param(CPU_PAIRS[0], LOSSES, id=str(CPU_PAIRS[0])),
+    *(
+        pytest.param(pair, [lost], id=f"{pair} {lost}")
+        for pair in CUDA_PAIRS  # whose ranks share GPUs
+        for lost in LOSSES
+        if 2 + len(lost) <= max(NUM_GPUS, 3)
+    ),
+]
+
+
+@pytest.mark.parametrize(("pair", "losses"), STOPS)
+def test_processes_that_are_stopped_under_load_come_back(pair, losses, tmp_path):
+    """They are stopped wherever they are; the others wait for them once, and go on for hundreds of iterations."""
+    for lost, found in stop_under_load(pair, losses, tmp_path).items():
+        for rank in set(range(2 + len(lost))) - set(lost):
+            assert found[rank]["made"] >= 300, lost
+            assert 1 <= found[rank]["masked"] <= 2 * len(lost), f"{lost} were waited for again and again"
 
 
 def test_a_rank_of_another_node_comes_back(worlds, tmp_path):

@@ -6,13 +6,13 @@ A launch returns when its kernel has ended, so these groups test neither streams
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -35,6 +35,9 @@ from tokenferry.topology import Topology, consecutive
 
 HEAP_BYTES = 64 << 20
 TIMEOUT_S = 60.0
+
+_Key = TypeVar("_Key")
+_Result = TypeVar("_Result")
 
 
 class SynchronousKernel(Kernel):
@@ -146,12 +149,6 @@ class EmulatedPair:
         """What the network has done; nothing without one."""
         return Report() if self._threads.network is None else self._threads.network.report
 
-    def build(self, pg: Any, shape: MoeShape, calls: Callable[[OnDevice], Any]) -> None:
-        """Make calls in a group of their own, so that no kernel is built while ranks wait with a short deadline."""
-        with self.open(pg, shape) as group:
-            calls(group)
-            group.synchronize()
-
     def open(
         self,
         pg: Any,
@@ -216,6 +213,19 @@ def run_jobs(
     for error in sorted(errors, key=lambda one: isinstance(one, threading.BrokenBarrierError)):
         raise error
     return [job.result() for job in jobs]
+
+
+def in_each(
+    run: Callable[..., list[Any]], first: Callable[..., None], job: Callable[..., _Result], of: Iterable[_Key]
+) -> dict[_Key, list[_Result]]:
+    """Run a job of four ranks on two nodes for each call, or the like, that it gets; all wait at the same time.
+
+    ``first`` is run alone, and makes each call once: no kernel shall be built while ranks have a short deadline.
+    """
+    run(4, first, ranks_per_node=2)
+    keys = list(of)
+    with ThreadPoolExecutor(len(keys)) as pool:
+        return dict(zip(keys, pool.map(lambda key: run(4, job, key, ranks_per_node=2), keys), strict=True))
 
 
 def emulate(

@@ -61,7 +61,7 @@ class GlooLinks:
             target[-1, 0] += 1
 
     def flag(self, iterations):
-        time.sleep(0.02 * iterations)
+        time.sleep(0.2 * iterations)
 
     def barrier(self, iterations=1):
         for _ in range(iterations):

@@ -27,7 +27,7 @@ PHASES = (
 )
 LONG_S = 30.0
 """More than any rank of a busy machine is late; a rank that died must be noticed much earlier."""
-SHORT_S = 2.0
+SHORT_S = 4.0
 """Jobs with this deadline start with a barrier, so that slow imports on a busy machine are not taken for a fault."""
 CROWDED_S = 5.0
 """The same for jobs on several worlds at the same time, whose ranks share the processors."""

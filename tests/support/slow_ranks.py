@@ -12,7 +12,7 @@ from support.pairs import Pair
 from tokenferry import MoeShape, PeerTimeout, Routing
 
 SHAPE = MoeShape(num_experts=6, top_k=1, hidden=64, max_tokens=12)
-SLOW_S = 6.0
+SLOW_S = 20.0
 DEADLINE_S = 30.0
 HALF_S = 0.5
 ROUTING = Routing(torch.arange(12).remainder(6)[:, None], torch.ones(12, 1))

@@ -115,9 +115,9 @@ def test_missing_tensors_end_at_the_deadline():
             return Never()
 
     start = time.monotonic()
-    with pytest.raises(PeerTimeout, match=r"rank 1 waited 0\.2 s for ranks 0, 2"):
+    with pytest.raises(PeerTimeout, match=r"rank 1 waited \S+ s for ranks 0, 2") as caught:
         handshakes._Tensors(Group(), torch.device("cpu")).exchange(b"{}", Deadline(0.2))
-    assert time.monotonic() - start < 5.0
+    assert 0.2 <= caught.value.waited_s <= time.monotonic() - start < 30.0
 
 
 def only_nccl_like(rank, pg):

@@ -1,6 +1,7 @@
 """Errors made from the records of kernels; no GPU is needed."""
 
 import select
+import sys
 import threading
 import time
 
@@ -155,19 +156,23 @@ def test_a_short_wait_does_not_sleep(monkeypatch):
 
 
 def test_a_long_wait_lets_other_threads_run():
-    """They take the GIL between its polls; if it were kept, they would get it every 5 ms."""
-    pinned, turns = Pinned(pin=False), 0
+    """They take the GIL between its polls; nobody takes it from a thread that keeps it."""
+    pinned, waits = Pinned(pin=False), threading.Event()
 
     def work():
-        nonlocal turns
-        end = time.monotonic() + 0.2
-        while time.monotonic() < end:
-            turns += 1
+        waits.wait(20)
+        time.sleep(0.05)  # until the wait sleeps between its polls
+        for _ in range(200):
             time.sleep(0)
         pinned.words[RECORD_WORDS] = 7
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert pinned.wait_for_call_number(7, timeout_s=20.0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100.0)
+    try:
+        waits.set()
+        assert pinned.wait_for_call_number(7, timeout_s=20.0)
+    finally:
+        sys.setswitchinterval(interval)
     thread.join()
-    assert turns > 200

@@ -406,6 +406,7 @@ def test_devices_begin_at_different_kernels(cuda, spec):
 
 ENDS = """
 import atexit, threading, time
+from concurrent.futures import thread as pools
 from types import SimpleNamespace
 from tokenferry.jit import kernel
 
@@ -415,9 +416,17 @@ class Spec:
 jit = kernel.Jit.__new__(kernel.Jit)
 jit._device, jit._lock, jit._closed = SimpleNamespace(index=0), threading.Lock(), False
 jit._kernels, jit._builds, jit._ahead = {}, {}, None
-jit._build = lambda spec, config: time.sleep(0.02) or b""
+begun = threading.Event()
+
+def build(spec, config):
+    begun.set()
+    while not pools._shutdown:  # under way until the program ends
+        time.sleep(0.001)
+    return b""
+
+jit._build = build
 jit.compile_ahead([Spec()])
-time.sleep(0.1)
+begun.wait(30)
 num_builds = len(jit._builds)
 atexit.register(lambda: print(num_builds, len(jit._builds)))
 """

@@ -2,6 +2,9 @@
 
 import gc
 import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -24,11 +27,23 @@ SOON_S = 10.0
 
 
 class Exchange:
-    """An exchange that ends when it is told to."""
+    """An exchange that ends when it is told to.
 
-    def __init__(self) -> None:
+    Attributes:
+        done: Whether it has ended.
+        joined: How often streams were told to wait for it.
+        looks: How often was asked whether it has ended.
+    """
+
+    def __init__(self, *, done: bool = False) -> None:
         self.done = threading.Event()
-        self.joined = 0
+        if done:
+            self.done.set()
+        self.joined = self.looks = 0
+
+    def has_ended(self) -> bool:
+        self.looks += 1
+        return self.done.is_set()
 
     def join(self) -> None:
         self.joined += 1
@@ -42,6 +57,7 @@ class StandIn:
         failure: What is said to have gone wrong.
         reached: Whether the stream has reached what is begun.
         captured: Whether a graph captures it.
+        at_once: Whether exchanges end at once.
         aborted: Whether all was aborted.
         closed: How often it was closed.
     """
@@ -51,15 +67,15 @@ class StandIn:
         self.failure = ""
         self.reached = threading.Event()
         self.reached.set()
-        self.captured = False
+        self.captured = self.at_once = False
         self.aborted = threading.Event()
         self.closed = 0
 
     def start(self, parts) -> Marks:
         if self.failure == "at once":
             raise NcclError("ncclSend: remote error")
-        self.exchanges.append(exchange := Exchange())
-        return Marks(self.reached.is_set, exchange.done.is_set, exchange.join, self.captured)
+        self.exchanges.append(exchange := Exchange(done=self.at_once))
+        return Marks(self.reached.is_set, exchange.has_ended, exchange.join, self.captured)
 
     def error(self) -> str:
         return self.failure
@@ -84,6 +100,14 @@ def begin(rails: NcclRails, *nodes: int):
     return rails.exchange(CALL, parts, kept)
 
 
+def wait_until(what: Callable[[], bool]) -> None:
+    """Wait for something that the thread of the rails does."""
+    deadline = time.monotonic() + SOON_S
+    while not what():
+        assert time.monotonic() < deadline, "the thread does not do it"
+        time.sleep(0.005)
+
+
 def test_an_exchange_is_waited_for():
     rails, channel = make(SOON_S)
     transfer = begin(rails, 0, 2)
@@ -100,9 +124,9 @@ def test_an_exchange_is_waited_for():
 def test_a_late_exchange_is_given_up_by_the_host_that_waits():
     reports = mock.Mock()
     rails, channel = make(0.1, reports=reports)
-    done = begin(rails, 0)
-    channel.exchanges[0].done.set()
-    done.wait()
+    channel.at_once = True
+    begin(rails, 0).wait()
+    channel.at_once = False
     transfer = begin(rails, 2)
     with pytest.raises(PeerTimeout, match=r"^combine \(between nodes\) #7: rank 2 waited .* for rank 4: ") as caught:
         transfer.wait()
@@ -149,12 +173,18 @@ def test_an_exchange_ends_soon_after_another_rank_has_reported(answer):
     rails, channel = make(SOON_S * 10, reports=reports)
     with mock.patch(f"{SOON}._HOPELESS_S", 0.1), mock.patch(f"{SOON}._ASK_S", 0.1):
         begin(rails, 0)
-        assert not channel.aborted.wait(0.4), "a long exchange is no fault"
-        assert reports.have_come.call_count >= 2
-        reports.have_come.reset_mock()
-        reports.have_come.return_value = answer
+        wait_until(lambda: reports.have_come.call_count >= 3)
+        assert not channel.aborted.is_set(), "a long exchange is no fault"
+        answers: list[bool | None] = []
+
+        def reply() -> bool | None:
+            answers.append(answer)
+            return answer
+
+        reports.have_come.side_effect = reply
+        wait_until(lambda: len(answers) >= (3 if answer is False else 1))
         assert channel.aborted.wait(SOON_S if answer else 0.6) is bool(answer)
-        assert (reports.have_come.call_count == 1) is (answer is not False), "asked again without need, or not at all"
+        assert (len(answers) == 1) is (answer is not False), "asked again without need"
     if answer:
         with pytest.raises(PeerTimeout, match=r"rank 2 waited .* for rank 0: ") as caught:
             rails.raise_lost()
@@ -177,7 +207,7 @@ def test_a_failed_exchange_is_given_up_at_once(failure):
         threading.Timer(0.1, setattr, (channel, "failure", failure)).start()
         with pytest.raises(PeerTimeout, match=r"for rank 4: the connection between nodes failed.*: remote error"):
             transfer.wait()
-    assert channel.aborted.is_set()
+    assert channel.aborted.wait(SOON_S)  # the thread reports and aborts after it has said who is lost
     reports.post.assert_called_once_with(FailureReport((4,), call=7))
     with pytest.raises(PeerTimeout):
         rails.raise_lost()
@@ -206,7 +236,7 @@ def test_finishing_gives_up_at_the_deadline():
     rails, channel = make(0.1)
     begin(rails, 0)
     rails.finish()
-    assert channel.aborted.is_set()
+    assert channel.aborted.wait(SOON_S)
     with pytest.raises(PeerTimeout):
         rails.raise_lost()
 
@@ -263,17 +293,27 @@ def test_a_replay_that_is_stuck_is_given_up(behind):
 
 
 def test_replays_that_end_are_left_alone():
+    clock = SimpleNamespace(now=1.0, monotonic=lambda: clock.now, sleep=time.sleep)
     rails, channel = make(0.3)
     channel.captured = True
-    begin(rails, 2)
-    done = channel.exchanges[0].done
-    with mock.patch(f"{SOON}._REPLAYS_S", 0.05):
-        for _ in range(8):  # longer than the deadline, all together
-            assert not channel.aborted.wait(0.1)
-            done.set()
-            assert not channel.aborted.wait(0.1)
-            done.clear()
-        done.set()
+    with mock.patch(f"{SOON}.time", clock), mock.patch(f"{SOON}._REPLAYS_S", 0.05):
+        begin(rails, 2)
+        (exchange,) = channel.exchanges
+
+        def look_later() -> None:
+            looks = exchange.looks
+            clock.now += 0.1
+            rails._more.set()
+            wait_until(lambda: exchange.looks > looks)
+
+        for _ in range(4):  # longer than the deadline, all together
+            look_later()
+            look_later()
+            exchange.done.set()
+            look_later()
+            exchange.done.clear()
+        exchange.done.set()
+        assert not channel.aborted.is_set()
     rails.close()
 
 

@@ -119,7 +119,7 @@ def test_any_exception_comes_back_as_text():
 def test_ranks_that_die_or_hang():
     with World(3) as world:
         world.run(scaled_rank, 1)  # starting takes long on a busy machine
-        world.timeout_s = 2.0
+        world.timeout_s = 4.0
         with pytest.raises(WorldError) as caught:
             world.run(dies_or_hangs)
     assert isinstance(caught.value.errors[0], ChildProcessError)
@@ -134,7 +134,7 @@ def forks(rank, pg, then):
         if os.fork() == 0:
             if then == "return":
                 return "an answer of the wrong process"
-            time.sleep(10)
+            time.sleep(40)
             os._exit(0)
         if then == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -149,7 +149,7 @@ def test_a_process_that_a_job_forked_is_no_rank():
         start = time.monotonic()
         with pytest.raises(WorldError, match="rank 0 died: killed by SIGKILL"):
             world.run(forks, "die")
-        assert time.monotonic() - start < 8, "what it forked was waited for"
+        assert time.monotonic() - start < 30, "what it forked was waited for"
 
 
 def test_a_rank_that_has_died_between_jobs():
@@ -232,7 +232,7 @@ def test_a_server_that_was_killed_is_replaced(monkeypatch):
         server = rank_server.get_server()
         server._process.kill()
         server._process.wait()
-        assert processes.left_after(5, world.pids) == {}
+        assert processes.left_after(30, world.pids) == {}
         with pytest.raises(WorldError, match="rank 0 died: its server died: killed by SIGKILL"):
             world.run(scaled_rank, 10)
     with World(1) as world:
