@@ -150,6 +150,7 @@ $(VENV)/clients/ready: $(VENV)/ready
 	rm -rf $(VENV)/clients
 	-$(CLIENT)/megatron-core-0.19.2 megatron-core==0.19.2 triton==3.9.0
 	-$(CLIENT)/transformers-5.18.0 transformers==5.18.0
+	-$(CLIENT)/transformers-5.22.0 transformers==5.22.0
 	mkdir -p $(VENV)/clients
 	touch $@
 endif

@@ -5,7 +5,7 @@ r"""Fine-tuning: a Mixture-of-Experts model of Hugging Face's transformers, whos
         --model Qwen/Qwen3-30B-A3B --text notes --output tuned
 
 Without `--model` it is a small Qwen3-MoE with random weights, whose tokens are bytes. A step takes the same sequences
-on any number of ranks. Needs transformers 5.23 or newer, or 5.17 or 5.18.
+on any number of ranks. Needs transformers 5.17 or newer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ SMALL = Qwen3MoeConfig(
     num_experts_per_tok=2,
     moe_intermediate_size=32,
 )
-HAS_REGISTRY = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+HAS_REGISTRY = VERSION >= (5, 23)
 """Of expert-parallel implementations. Before, transformers had one of functions that run experts."""
 
 
@@ -58,9 +59,13 @@ def shared_experts() -> dict[str, Any]:
     if HAS_REGISTRY:  # FSDP2 shards all but the experts, and each rank has its own part of a batch
         config = DistributedConfig(fsdp_size=num_ranks(), ep_size=num_ranks(), ep_implementation=integration.NAME)
         return {"distributed_config": config}
-    experts = "model.layers.*.mlp.experts"  # all ranks have the same batch, and copies of all but the experts
-    plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
-    config = DistributedConfig(tp_size=num_ranks(), tp_plan=plan)
+    # All ranks have the same batch, and copies of all but the experts; 5.19 shares the attention, too.
+    if VERSION >= (5, 19):
+        config = DistributedConfig(tp_size=num_ranks(), ep_size=num_ranks(), tp_plan={})
+    else:
+        experts = "model.layers.*.mlp.experts"
+        plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
+        config = DistributedConfig(tp_size=num_ranks(), tp_plan=plan)
     return {"distributed_config": config, "experts_implementation": integration.NAME}
 
 

@@ -1,6 +1,7 @@
 """`integrations.transformers` without transformers: the exchange itself, and how it is registered."""
 
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -84,11 +85,66 @@ def test_without_it_that_of_experts_functions_is_used(fake):
         ours.shared_experts(whole, None, None, None)
 
 
-@pytest.mark.parametrize("styles", [None, {"ALL_PARALLEL_STYLES": {"ep_dispatch_experts": 0}}])
-def test_versions_with_neither_are_refused(fake, styles):
-    """5.19 to 5.22 would add up the results of the experts function once more."""
+def test_versions_with_neither_are_refused(fake):
     registry = Registry()
-    fake(tensor_parallel=styles, moe={"ALL_EXPERTS_FUNCTIONS": registry})
+    fake(moe={"ALL_EXPERTS_FUNCTIONS": registry})
     with pytest.raises(BackendUnavailable, match=r"install transformers 5\.23 or newer"):
         ours.register()
     assert not registry
+
+
+class Style:
+    """The style of 5.19 to 5.22, which does nothing here."""
+
+    def install_forward(self, module, ep_mesh, *, tp_mesh):
+        module.forward = "transformers' own"
+        return module
+
+    def context_around_forward(self, module, mesh):
+        return nullcontext()
+
+
+def mesh(size):
+    return SimpleNamespace(size=lambda: size)
+
+
+@pytest.fixture
+def styles(fake):
+    """What 5.19 to 5.22 have, with tokenferry registered twice."""
+    functions = Registry(grouped_mm=lambda experts, rows, index, weights: rows + index + weights)
+    found = Registry(ep_dispatch_experts=Style())
+    fake(tensor_parallel={"ALL_PARALLEL_STYLES": found}, moe={"ALL_EXPERTS_FUNCTIONS": functions})
+    ours.register()
+    ours.register()
+    return SimpleNamespace(style=found["ep_dispatch_experts"], run=functions["tokenferry"])
+
+
+def experts_of(implementation):
+    return SimpleNamespace(config=SimpleNamespace(_experts_implementation=implementation))
+
+
+def test_a_style_serves_models_that_chose_tokenferry_alone(styles, monkeypatch):
+    made = []
+    exchange = SimpleNamespace(run=lambda x, index, weights: (x + index + weights).double())
+    monkeypatch.setattr(styles.style, "make", lambda *given: made.append(given) or exchange.run)
+    other, chosen, few, all_ranks = experts_of("grouped_mm"), experts_of("tokenferry"), mesh(2), mesh(4)
+    assert styles.style.install_forward(other, all_ranks, tp_mesh=all_ranks) is other
+    assert other.forward == "transformers' own"
+    assert not made
+    with pytest.raises(ConfigError, match=r"needs from_pretrained with distributed_config=.*ep_size"):
+        styles.run(chosen, 1, 2, 3)  # nothing brings rows yet
+    assert styles.style.install_forward(chosen, all_ranks, tp_mesh=all_ranks) is chosen
+    assert made == [(chosen, all_ranks, all_ranks)]
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    assert chosen.forward(one, one, one).dtype == torch.float32
+    assert styles.run(chosen, 1, 2, 3) == 6
+    styles.style.install_forward(chosen, all_ranks, tp_mesh=few)
+    with pytest.raises(ConfigError, match=r"install 5\.23 or newer"):
+        chosen.forward(one, one, one)
+    with torch.no_grad():
+        assert float(chosen.forward(one, one, one)) == 3.0
+
+
+def test_a_style_is_wrapped_once(styles):
+    assert type(styles.style.own) is Style
+    assert styles.style.make is ours.ExpertParallel

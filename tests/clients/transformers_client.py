@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, 
 from transformers.distributed import DistributedConfig
 
 from tokenferry.api import ExpertGroup
+from tokenferry.errors import ConfigError
 from tokenferry.integrations import transformers as ours
 from tokenferry.integrations.exchange import Exchange
 from tokenferry.integrations.grouped_experts import GroupedExperts
@@ -30,7 +32,7 @@ from tokenferry.integrations.grouped_experts import GroupedExperts
 ON_GPUS = torch.cuda.is_available()
 R = 2 if ON_GPUS else 4
 NEW_TOKENS = 4
-HAS_REGISTRY = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
 SMALL = SIZES | {"vocab_size": 64, "intermediate_size": 32, "initializer_range": 0.2}
@@ -62,8 +64,13 @@ class Layout:
     data: int
     tensor: int
 
-    def config(self, implementation: str) -> DistributedConfig:
-        return DistributedConfig(fsdp_size=self.data, tp_size=self.tensor, ep_size=R, ep_implementation=implementation)
+    def arguments(self, implementation: str) -> dict[str, Any]:
+        """Return what makes `from_pretrained` share the experts so."""
+        sizes = {"fsdp_size": self.data, "tp_size": self.tensor, "ep_size": R}
+        if VERSION >= (5, 23):
+            return {"distributed_config": DistributedConfig(**sizes, ep_implementation=implementation)}
+        chosen = {"experts_implementation": "tokenferry"} if implementation == "tokenferry" else {}
+        return {"distributed_config": DistributedConfig(**sizes), **chosen}
 
 
 LAYOUTS = tuple(Layout(R // tensor, tensor) for tensor in (1, 2, 4) if tensor <= R)
@@ -102,12 +109,16 @@ def step(model: torch.nn.Module, number: int) -> tuple[Tensor, dict[str, Tensor]
     return loss.detach(), gradients
 
 
-def run(model: torch.nn.Module, number: int) -> Ran:
-    loss, gradients = step(model, number)
+def generate(model: torch.nn.Module, number: int) -> list[list[int]]:
     ids = batch(number, tokens_of(number))
     with torch.no_grad():
         tokens = model.generate(ids[:1, :2], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    return Ran(loss, gradients, tokens.tolist())
+    return tokens.tolist()
+
+
+def run(model: torch.nn.Module, number: int) -> Ran:
+    loss, gradients = step(model, number)
+    return Ran(loss, gradients, generate(model, number))
 
 
 def run_twice_forward(model: torch.nn.Module, number: int, tokens: list[list[int]]) -> Ran:
@@ -182,13 +193,33 @@ class Calls:
         assert self.groups <= 1, "one group serves all layers, and models that are alive at the same time"
 
 
+def has_layout(layout: Layout) -> bool:
+    return VERSION >= (5, 20) or layout.tensor == R
+
+
+def has_gradients(layout: Layout) -> bool:
+    """Whether this version has the right ones, by its own exchange, too."""
+    return VERSION >= (5, 23) or layout.tensor == R
+
+
+def check_inference(what: str, model: torch.nn.Module, number: int, tokens: list[list[int]]) -> None:
+    """Training is refused by all ranks, before anything is sent."""
+    try:
+        step(model, number)
+    except ConfigError as error:
+        assert "install 5.23 or newer" in str(error)  # noqa: PT017 - there is no pytest in a rank
+    else:
+        raise AssertionError(f"{what}: gradients that this version divides twice")
+    got = generate(model, number)
+    assert got == tokens, f"{what}: {got} were generated, expected {tokens}"
+
+
 def parallel_models(folder: str) -> Iterator[tuple[str, Layout, torch.nn.Module]]:
     load = AutoModelForCausalLM.from_pretrained
-    if HAS_REGISTRY:
-        for layout in LAYOUTS:
-            for name in ("all_to_all", "tokenferry"):
-                model = load(folder, distributed_config=layout.config(name), dtype=torch.float32)
-                yield name, layout, model
+    if VERSION >= (5, 19):
+        for layout in filter(has_layout, LAYOUTS):
+            for name in ("all_to_all", "tokenferry") if has_gradients(layout) else ("tokenferry",):
+                yield name, layout, load(folder, **layout.arguments(name), dtype=torch.float32)
         return
     experts = "model.layers.*.mlp.experts"
     plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
@@ -216,6 +247,9 @@ def rank_main(rank: int, scratch: str) -> None:
             number = rank // layout.tensor
             wanted = in_one_process(f"{scratch}/{kind}", layout.data)[number]
             what = f"{kind}, {name}, {layout}, rank {rank}"
+            if not has_gradients(layout):
+                check_inference(what, model, number, wanted.tokens)
+                continue
             check(f"{what}, twice forward", run_twice_forward(model, number, wanted.tokens), wanted)
             calls.reset()
             check(what, run(model, number), wanted)

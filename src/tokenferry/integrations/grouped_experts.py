@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _GROUPED_MM = "grouped_mm"
 _CHOICES = (_GROUPED_MM, "tokenferry")
-"""Values of ``experts_implementation`` that mean grouped GEMMs; the second one is ours, for versions 5.17 and 5.18."""
+"""Values of ``experts_implementation`` that mean grouped GEMMs; the second one is ours, for versions before 5.23."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

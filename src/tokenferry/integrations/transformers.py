@@ -8,8 +8,13 @@ Call `register` once in each process, before a model is made::
     parallel = DistributedConfig(fsdp_size=8, ep_size=8, ep_implementation="tokenferry")
     model = AutoModelForCausalLM.from_pretrained(name, distributed_config=parallel)
 
-transformers has a registry of such implementations since 5.23. Versions 5.17 and 5.18 have one of ways to run experts,
-through which the ranks of a tensor-parallel group share them::
+transformers has a registry of such implementations since 5.23. In 5.19 to 5.22 a model chooses tokenferry by another
+name, which also says how its experts run::
+
+    parallel = DistributedConfig(fsdp_size=8, ep_size=8)
+    model = AutoModelForCausalLM.from_pretrained(name, distributed_config=parallel, experts_implementation="tokenferry")
+
+In 5.17 and 5.18 the ranks of a tensor-parallel group share the experts::
 
     experts = "model.layers.*.mlp.experts"
     plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
@@ -32,6 +37,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tokenferry.api import ExpertGroup
 from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError
+from tokenferry.integrations.dispatched_experts import STYLE, DispatchedExperts, run_local_experts
 from tokenferry.integrations.exchange import Exchange, Received, Sharers
 from tokenferry.integrations.grouped_experts import GroupedExperts
 from tokenferry.integrations.versions import installed, warn_unless_tried
@@ -89,20 +95,22 @@ def register() -> None:
 
 
 def _register_experts_function(error: ImportError) -> None:
-    """Register `shared_experts`, unless this version would add its results up once more, or has no such registry."""
+    """Register the experts function of this version, and the style that belongs to it, if there is one."""
     try:
         from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError:
-        known = False
-    else:
-        known = "ep_dispatch_experts" not in ALL_PARALLEL_STYLES
-    if not known:
         raise BackendUnavailable(
             f"transformers: version {installed('transformers')} has no registry of expert-parallel implementations "
             f"({error}); install transformers 5.23 or newer"
         ) from error
-    ALL_EXPERTS_FUNCTIONS.register(NAME, shared_experts)
+    if STYLE not in ALL_PARALLEL_STYLES:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, shared_experts)
+        return
+    ALL_EXPERTS_FUNCTIONS.register(NAME, run_local_experts)
+    own = ALL_PARALLEL_STYLES[STYLE]
+    if not isinstance(own, DispatchedExperts):
+        ALL_PARALLEL_STYLES.register(STYLE, DispatchedExperts(own, NAME, ExpertParallel))
 
 
 def close_groups() -> None:
@@ -116,7 +124,7 @@ def close_groups() -> None:
 
 
 class ExpertParallel:
-    """How the experts of one layer get their tokens; an expert-parallel implementation of transformers 5.23 and newer.
+    """How the experts of one layer get their tokens; an expert-parallel implementation of transformers 5.19 and newer.
 
     Contract:
         Collective: each call, and its backward. The first one on a process group also makes the `ExpertGroup`, which

@@ -9,7 +9,7 @@ _log = logging.getLogger("tokenferry")
 
 TRIED = {
     "sglang": ("0.5.23",),
-    "transformers": ("5.17", "5.18", "5.23", "5.24"),
+    "transformers": ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24"),
     "vllm": ("0.33",),
 }
 """What docs/clients.md says was run; ``"5.24"`` stands for all its patch releases."""

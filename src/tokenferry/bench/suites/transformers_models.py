@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenferry.bench.core.session import Settings
 from tokenferry.integrations import transformers as integration
+from tokenferry.integrations.dispatched_experts import STYLE
 
 VOCABULARY = 8192
 """Few, so that most of a step is that of the layers."""
@@ -56,6 +57,7 @@ def layouts(num_ranks: int) -> tuple[Layout, ...]:
         BackendUnavailable: tokenferry cannot be used with this version.
     """
     from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     integration.register()
     if _has_registry():
@@ -74,6 +76,11 @@ def layouts(num_ranks: int) -> tuple[Layout, ...]:
                 (way("all_reduce", shared=True), way(OURS, shared=True)),
             ),
         )
+    if STYLE in ALL_PARALLEL_STYLES:  # 5.19 to 5.22, of whose layouts it has all gradients right in this one
+        sizes = {"tp_size": num_ranks, "ep_size": num_ranks}
+        arguments = {"distributed_config": DistributedConfig(**sizes)}
+        ours = Way(OURS, {**arguments, "experts_implementation": OURS})
+        return (Layout("one for all", True, Way("all_to_all", arguments), (ours,)),)
     experts = "model.layers.*.mlp.experts"
     plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
     own = DistributedConfig(tp_size=num_ranks, enable_expert_parallel=True)
