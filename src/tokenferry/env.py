@@ -249,12 +249,14 @@ class DeepEpSettings:
         cache_dir: EP_JIT_CACHE_DIR, unless TOKENFERRY_CACHE_DIR is set; None: the default.
         network: Those of `DEEP_EP_NETWORK` that are set.
         told_nccl: Those of `DEEP_EP_NETWORK` of which NCCL's variable is set.
+        nccl_service_level: NCCL_IB_SL, as it is written; None: not set.
     """
 
     buffer_debug: bool
     cache_dir: str | None
     network: tuple[str, ...]
     told_nccl: frozenset[str]
+    nccl_service_level: str | None
 
 
 def read_deep_ep(environ: Mapping[str, str] | None = None) -> DeepEpSettings:
@@ -273,6 +275,7 @@ def read_deep_ep(environ: Mapping[str, str] | None = None) -> DeepEpSettings:
         None if folder is None else _folder(folder),
         tuple(filter(environ.get, DEEP_EP_NETWORK)),
         frozenset(name for name, of_nccl in DEEP_EP_NETWORK.items() if environ.get(of_nccl)),
+        environ.get("NCCL_IB_SL") or None,
     )
 
 

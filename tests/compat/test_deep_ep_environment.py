@@ -3,6 +3,7 @@
 import logging
 import os
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,9 +12,9 @@ import torch
 
 from support.deep_ep_jobs import on_nodes
 from tokenferry import api, env
-from tokenferry.compat.deep_ep import Buffer, ElasticBuffer
-from tokenferry.compat.deep_ep.connect import _check_network
-from tokenferry.errors import BackendUnavailable, ConfigError, UnsupportedError
+from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer
+from tokenferry.compat.deep_ep.connect import _check_network, _check_service_level
+from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError, UnsupportedError
 from tokenferry.topology import Topology, consecutive
 
 
@@ -68,15 +69,17 @@ def test_a_refused_buffer_leaves_nothing_open(worlds):
     assert all("was closed" in text for text in worlds(2).run(refused_and_closed))
 
 
-def test_masks_need_one_node(worlds):
+def test_masks_need_one_host(worlds):
     shrinking = {"low_latency_mode": True, "enable_shrink": True}
     for kind, text in worlds(2).run(on_nodes, 1, _made_shrinking, shrinking):
         assert kind is UnsupportedError
-        assert text.startswith("Buffer: enable_shrink: ranks can be skipped where all are on one node")
+        assert text.startswith(
+            "Buffer: enable_shrink: ranks can be skipped where all are on one node, on CPUs one host"
+        )
 
 
 def _made_shrinking(rank, pg, options):
-    return made(rank, pg, {}, **options)
+    return made(rank, pg, {"TOKENFERRY_TRANSPORT": "process_group"}, **options)  # as between hosts
 
 
 def test_other_reasons_are_not_taken_for_a_lack_of_masks(worlds):
@@ -91,6 +94,41 @@ def made_elastic(rank, pg):
     with mock.patch.dict(os.environ, EP_OVERRIDE_RDMA_SL="1"), pytest.raises(UnsupportedError) as caught:
         ElasticBuffer(pg, num_max_tokens_per_rank=4)
     return str(caught.value)
+
+
+def level(rank, pg, kind, **given):
+    """Return what is raised for a service level, or None."""
+    try:
+        kind(pg, num_max_tokens_per_rank=4, **given)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("kind", [ElasticBuffer, EPBuffer])
+def test_a_service_level_is_refused_across_nodes_as_its_variables_are(worlds, kind):
+    for text in worlds(2).run(on_nodes, 1, partial(level, kind=kind, sl_idx=5)):
+        assert text.startswith(f"{kind.__name__}: sl_idx=5: transport process_group between 2 nodes of 1 rank")
+        assert "NCCL_IB_SL=5 on all ranks (it is not set)" in text
+    assert worlds(2).run(partial(level, kind=kind, sl_idx=5)) == [None, None]  # one node
+    for chosen in ({}, {"sl_idx": 0}):  # what vLLM passes
+        assert worlds(2).run(on_nodes, 1, partial(level, kind=kind, **chosen)) == [None, None]
+
+
+def test_a_service_level_has_to_be_a_number():
+    with pytest.raises(ArgumentError, match="sl_idx"):
+        ElasticBuffer(None, num_max_tokens_per_rank=4, sl_idx=-1)
+
+
+@pytest.mark.parametrize(
+    ("transport", "of_nccl", "refused"),
+    [("nvlink+nccl", "5", False), ("nvlink+nccl", "4", True), ("nvlink+nccl", "", True), ("process_group", "5", True)],
+)
+def test_a_service_level_that_nccl_was_told(monkeypatch, transport, of_nccl, refused):
+    monkeypatch.setenv("NCCL_IB_SL", of_nccl)
+    group = SimpleNamespace(topology=Topology(0, consecutive(4, 2)), transport=transport)
+    with pytest.raises(UnsupportedError, match="sl_idx=5") if refused else nullcontext():
+        _check_service_level("ElasticBuffer", group, env.read_deep_ep(), 5)
 
 
 def debugging(caplog):

@@ -36,6 +36,7 @@ def connect(
     timeout_s: float | None = None,
     enable_shrink: bool = False,
     put_bytes: int | None = None,
+    service_level: int | None = None,
 ) -> ExpertGroup:
     """Make the group of a buffer. Collective.
 
@@ -46,9 +47,11 @@ def connect(
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S.
         enable_shrink: Mask a rank that does not answer in time.
         put_bytes: Memory that other nodes put low-latency calls into, with TOKENFERRY_NETWORK=nvshmem.
+        service_level: The priority on the network that the program asks for; None: any.
 
     Raises:
-        UnsupportedError: ranks of this group cannot be masked, or a variable asks for what cannot be honoured.
+        UnsupportedError: ranks of this group cannot be masked, or a variable or ``service_level`` asks for what
+            cannot be honoured.
         ConfigError: a variable cannot be parsed.
         BackendUnavailable, PeerTimeout: as `ExpertGroup`.
     """
@@ -66,11 +69,12 @@ def connect(
         if "on_timeout='mask'" not in str(error):
             raise
         raise UnsupportedError(
-            f"{owner}: enable_shrink: ranks can be skipped where all are on one node, or over NVSHMEM, and this group "
-            f"cannot: {error}; pass enable_shrink=False, or on GPUs set TOKENFERRY_NETWORK=nvshmem"
+            f"{owner}: enable_shrink: ranks can be skipped where all are on one node, on CPUs one host, or over "
+            f"NVSHMEM; this group cannot: {error}; pass enable_shrink=False, or on GPUs set TOKENFERRY_NETWORK=nvshmem"
         ) from error
     try:
         _check_network(owner, made, settings)
+        _check_service_level(owner, made, settings, service_level)
     except UnsupportedError:
         made.close()
         raise
@@ -98,4 +102,19 @@ def _check_network(owner: str, group: ExpertGroup, settings: env.DeepEpSettings)
         f"{owner}: the environment has {names}: DeepEP would choose what of the network it uses by them, and "
         f"transport {group.transport} between {group.topology} does not; unset them, and set those of NCCL, or for "
         "gloo GLOO_SOCKET_IFNAME"
+    )
+
+
+def _check_service_level(
+    owner: str, group: ExpertGroup, settings: env.DeepEpSettings, service_level: int | None
+) -> None:
+    """Refuse a service level, if the group uses a network that is not told about it."""
+    if service_level is None or group.topology.num_nodes == 1:
+        return
+    told = settings.nccl_service_level
+    if "nccl" in group.transport and told == str(service_level):
+        return
+    raise UnsupportedError(
+        f"{owner}: sl_idx={service_level}: transport {group.transport} between {group.topology} does not take it; "
+        f"leave it out, or with NCCL set NCCL_IB_SL={service_level} on all ranks (it is {told or 'not set'})"
     )

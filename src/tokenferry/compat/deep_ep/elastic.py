@@ -15,8 +15,10 @@ use_fp8_dispatch                                   any value is correct: rows of
 deterministic                                      any value is correct: rows always have the same order
 allow_multiple_reduction                           one node: any value is correct, since sums are float32 until the
                                                    end. Several nodes: False makes rows cross nodes in float32
-allow_hybrid_mode, sl_idx, num_allocated_qps,      any value is correct: there are no queue pairs, rows cross nodes
-num_qps, sequential                                the same way in any mode, and a barrier has one part
+allow_hybrid_mode, num_allocated_qps, num_qps,     any value is correct: there are no queue pairs, rows cross nodes
+sequential                                         the same way in any mode, and a barrier has one part
+sl_idx                                             one node: any value is correct. Several: `UnsupportedError` for a
+                                                   service level other than 0 and the default, unless NCCL_IB_SL is it
 prefer_overlap_with_compute                        any value is correct: more SMs than advised do not make calls
                                                    faster
 num_cpu_timeout_secs, num_gpu_timeout_secs         the smaller one is the timeout of every wait for a peer; with both
@@ -75,7 +77,7 @@ class ElasticBuffer(ExpertBuffer):
         allow_hybrid_mode: A hint without effect.
         allow_multiple_reduction: Allow that sums are rounded more than once; see the table of this module.
         prefer_overlap_with_compute: A hint without effect.
-        sl_idx: A hint without effect.
+        sl_idx: One node: a hint without effect. Several: a service level other than 0 and 3 must be that of NCCL_IB_SL.
         num_allocated_qps: A hint without effect.
         num_cpu_timeout_secs: Seconds that a wait for a peer may take.
         num_gpu_timeout_secs: The same; the smaller one counts.
@@ -84,8 +86,8 @@ class ElasticBuffer(ExpertBuffer):
     Its attributes are those of `ExpertBuffer`.
 
     Raises:
-        UnsupportedError: ``num_cpu_bytes`` was given, or a variable of the environment asks for what cannot be honoured
-            across nodes.
+        UnsupportedError: ``num_cpu_bytes`` was given, or a variable of the environment or ``sl_idx`` asks for what
+            cannot be honoured across nodes.
         ConfigError: a variable of the environment cannot be parsed.
         ArgumentError: a size or timeout is wrong, or there is neither ``num_bytes`` nor ``num_max_tokens_per_rank``.
         BackendUnavailable: no backend runs on this group; gives the reason.
@@ -123,6 +125,7 @@ class ElasticBuffer(ExpertBuffer):
             allow_hybrid_mode=allow_hybrid_mode,
             allow_multiple_reduction=allow_multiple_reduction,
             prefer_overlap_with_compute=prefer_overlap_with_compute,
+            sl_idx=sl_idx,
             num_allocated_qps=num_allocated_qps,
             num_cpu_timeout_secs=num_cpu_timeout_secs,
             num_gpu_timeout_secs=num_gpu_timeout_secs,

@@ -59,7 +59,7 @@ class EPBuffer(ExpertBuffer):
         allow_hybrid_mode: A hint without effect.
         allow_multiple_reduction: Allow that sums are rounded more than once.
         prefer_overlap_with_compute: A hint without effect.
-        sl_idx: A hint without effect.
+        sl_idx: One node: a hint without effect. Several: a service level other than 0 and 3 must be that of NCCL_IB_SL.
         num_allocated_qps: A hint without effect.
         num_cpu_timeout_secs: Seconds that a wait for a peer may take.
         num_gpu_timeout_secs: The same; the smaller one counts.
@@ -68,8 +68,8 @@ class EPBuffer(ExpertBuffer):
     Its attributes are those of `ExpertBuffer`.
 
     Raises:
-        UnsupportedError: ``lb_allocation_plan_or_num_bytes`` was given, or a variable of the environment asks for what
-            cannot be honoured across nodes.
+        UnsupportedError: ``lb_allocation_plan_or_num_bytes`` was given, or a variable of the environment or
+            ``sl_idx`` asks for what cannot be honoured across nodes.
         ConfigError: a variable of the environment cannot be parsed.
         ArgumentError: a size or timeout is wrong, or there is neither ``num_bytes`` nor ``num_max_tokens_per_rank``.
         BackendUnavailable: no backend runs on this group; gives the reason.
@@ -107,6 +107,7 @@ class EPBuffer(ExpertBuffer):
             allow_hybrid_mode=allow_hybrid_mode,
             allow_multiple_reduction=allow_multiple_reduction,
             prefer_overlap_with_compute=prefer_overlap_with_compute,
+            sl_idx=sl_idx,
             num_allocated_qps=num_allocated_qps,
             num_cpu_timeout_secs=num_cpu_timeout_secs,
             num_gpu_timeout_secs=num_gpu_timeout_secs,

@@ -28,6 +28,9 @@ from tokenferry.types import DispatchOptions, Routing
 
 CPU_TIMEOUT_S, GPU_TIMEOUT_S = 300, 100
 _BYTES_UNIT = 2 << 20
+_NO_SERVICE_LEVEL = (None, 0, 3)
+"""Values of ``sl_idx`` that choose nothing: the default of DeepEP 2.5, that of InfiniBand, which vLLM passes, and the
+default of DeepEP 2."""
 _UNKNOWN_TOP_K = 32
 """K of the sizes if it is not known, as in DeepEP."""
 _TYPICAL_HIDDEN, _MANY_TOKENS = 7168, 4096
@@ -60,6 +63,7 @@ class Settings:
     allow_hybrid_mode: bool
     allow_multiple_reduction: bool
     prefer_overlap_with_compute: bool
+    sl_idx: int | None
     num_allocated_qps: int
     num_cpu_timeout_secs: int
     num_gpu_timeout_secs: int
@@ -100,6 +104,8 @@ class ExpertBuffer(Connected):
         call, num_bytes = self._NAME, given.num_bytes
         for name in ("num_max_tokens_per_rank", "hidden", "num_topk", "num_allocated_qps"):
             check_integer(call, name, getattr(given, name), 0)
+        if given.sl_idx is not None:
+            check_integer(call, "sl_idx", given.sl_idx, 0)
         if num_bytes is None and not given.num_max_tokens_per_rank:
             raise ArgumentError(f"{call}: expected num_bytes or num_max_tokens_per_rank, got neither; pass one of them")
         if num_bytes is not None and (type(num_bytes) is not int or num_bytes < 1 or num_bytes % _BYTES_UNIT):
@@ -111,7 +117,11 @@ class ExpertBuffer(Connected):
             num_bytes = self.get_buffer_size_hint(group, given.num_max_tokens_per_rank, given.hidden, given.num_topk)
         self.num_bytes = num_bytes or LEAST_HEAP_BYTES
         self._experts = connect(
-            call, group, heap_bytes=max(self.num_bytes, LEAST_HEAP_BYTES), timeout_s=_timeout_s(call, given)
+            call,
+            group,
+            heap_bytes=max(self.num_bytes, LEAST_HEAP_BYTES),
+            timeout_s=_timeout_s(call, given),
+            service_level=None if given.sl_idx in _NO_SERVICE_LEVEL else given.sl_idx,
         )
         self.group = group
         self.num_max_tokens_per_rank, self._hidden = given.num_max_tokens_per_rank, given.hidden
