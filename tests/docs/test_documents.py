@@ -406,7 +406,7 @@ def test_arguments_listed_as_raising_raise():
 
 
 def test_the_table_of_training_tools_names_its_tests():
-    """Each row names the tests that show it; they exist."""
+    """Each row names the tests that show it; they exist. No cell leaves open what it means."""
     page = (documents.ROOT / "docs" / "training.md").read_text()
     section = page.split("\n## Tool by tool\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
@@ -414,6 +414,7 @@ def test_the_table_of_training_tools_names_its_tests():
     known = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), flags=re.MULTILINE)}
     assert rows
     for row in rows:
+        assert all(cell.strip() for cell in row.strip("|").split("|")), f"docs/training.md: an empty cell: {row}"
         named = re.findall(r"`(\w+)`", row.split(" | ")[-1])
         assert named, f"docs/training.md: no test shows this row: {row}"
         assert set(named) <= known, f"docs/training.md: {sorted(set(named) - known)}: there are no such tests"

@@ -6,6 +6,7 @@ import torch
 import tokenferry
 from support import parallel_jobs as jobs
 from support.training_jobs import LIMIT, SHAPE, Model, Recipe, train, train_alone
+from tokenferry.nn import GradScaler
 
 RECIPES = [
     *(Recipe(tool, dtype) for tool in ("hand", "ddp", "fsdp") for dtype in (torch.float64, torch.float32)),
@@ -73,7 +74,7 @@ def test_mixed_precision_of_sharded_models(worlds):
             close(name, got[name], value, 0.1)
 
 
-@pytest.mark.parametrize("tool", ["hand", "fsdp"])
+@pytest.mark.parametrize("tool", ["hand", "ddp", "fsdp"])
 def test_layers_made_on_meta(worlds, tool):
     with tokenferry.ExpertGroup(None, SHAPE) as group:
         want = {f"moe.{name}": value for name, value in Model(group, torch.float32).moe.state_dict().items()}
@@ -83,29 +84,51 @@ def test_layers_made_on_meta(worlds, tool):
             assert torch.equal(got[name], value), name
 
 
-def test_compiled_checkpointed_and_twice_differentiated(worlds):
-    second = jobs.differentiated_alone(2)
-    for got in worlds(2).run(jobs.differentiated):
-        close("second", got.pop("second"), second, 1e-6)
+def test_layers_are_compiled_and_checkpointed(worlds):
+    for got in worlds(2).run(jobs.run_alone):
         for key, value in got.items():
             close(key, value, got[f"eager {key.split()[1]}"], 1e-12)
 
 
+@pytest.mark.parametrize("tool", ["hand", "ddp"])
+def test_second_derivatives(worlds, tool):
+    want = jobs.differentiated_alone(2)
+    for got in worlds(2).run(jobs.differentiated, tool):
+        close("second", got, want, 1e-12)
+
+
+def test_second_derivatives_under_fsdp_raise(worlds):
+    """It has let go of the weights that it gathered."""
+    for message in worlds(2).run(jobs.differentiated, "fsdp"):
+        assert "storage of size 0" in message
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "reentrant", "compiled"])
 @pytest.mark.parametrize("tool", ["ddp", "fsdp"])
-def test_models_under_a_tool_are_checkpointed_and_compiled(worlds, tool):
-    for got in worlds(2).run(jobs.run_otherwise, tool):
-        for how in ("checkpointed", "compiled"):
-            assert got[how].keys() == got["eager"].keys()
-            for name, value in got["eager"].items():
-                close(f"{how} {name}", got[how][name], value, 1e-12)
+def test_models_under_a_tool_are_checkpointed_and_compiled(worlds, tool, how):
+    for want, got in worlds(2).run(jobs.run_otherwise, tool, how):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            close(name, got[name], value, 1e-12)
 
 
-def test_scaled_gradients(worlds):
+@pytest.mark.parametrize(
+    ("tool", "scaler"),
+    [("hand", GradScaler), ("ddp", GradScaler), ("fsdp", GradScaler), ("fsdp", torch.amp.GradScaler)],
+    ids=lambda value: value if isinstance(value, str) else value.__module__.partition(".")[0],
+)
+def test_scaled_gradients(worlds, tool, scaler):
     """An infinity in an expert of one rank makes all ranks leave the step out."""
-    for got in worlds(2).run(jobs.scaled):
+    for got in worlds(2).run(jobs.scaled, tool, scaler):
+        assert got["half"].keys() == got["unscaled"].keys() == got["plain"].keys()
         for name, value in got["plain"].items():
             close(name, got["unscaled"][name], value, 1e-6)
+            close(f"float16 {name}", got["half"][name], value, 0.05)
         assert got["kept"]
         assert got["scale"] == 8.0
-    for message in worlds(2).run(jobs.scaled_together):
+
+
+@pytest.mark.parametrize("tool", ["hand", "ddp"])
+def test_scaled_gradients_by_torch_alone_raise(worlds, tool):
+    for message in worlds(2).run(jobs.scaled_together, tool):
         assert "no attribute 'placements'" in message

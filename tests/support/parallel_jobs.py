@@ -15,7 +15,19 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenferry
 from support.sharded import local_parts
-from support.training_jobs import HIDDEN, SHAPE, Model, Recipe, batch, gradients, loss_of, prepared, whole, wholes
+from support.training_jobs import (
+    HIDDEN,
+    SHAPE,
+    Model,
+    Recipe,
+    average_by_hand,
+    batch,
+    gradients,
+    loss_of,
+    prepared,
+    whole,
+    wholes,
+)
 from tokenferry.nn import MoELayer, Router, parallelize
 
 
@@ -113,7 +125,10 @@ def narrow_alone() -> dict[str, Any]:
 
 
 def from_meta(rank: int, pg: dist.ProcessGroup, tool: str) -> dict[str, Tensor]:
-    """Make a layer on the meta device, prepare it for a tool, give it memory and values; return its parameters."""
+    """Make a layer on the meta device, prepare it for a tool, give it memory and values; return its parameters.
+
+    DistributedDataParallel comes last: it copies values, so that there have to be some.
+    """
     recipe = Recipe(tool)
     with tokenferry.ExpertGroup(pg, SHAPE) as group:
         with torch.device("meta"):
@@ -124,11 +139,14 @@ def from_meta(rank: int, pg: dist.ProcessGroup, tool: str) -> dict[str, Tensor]:
         for module in model.modules():
             if isinstance(module, MoELayer | Router | nn.Linear):
                 module.reset_parameters()
+        if tool == "ddp":
+            model = prepared(model, recipe, pg)
+            loss_of(model, batch(rank, torch.float32, 5)).backward()
         return {name: value for name, value in wholes(model).items() if name.startswith("moe")}
 
 
-def differentiated(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
-    """Return second derivatives, and gradients with compilation and with activation checkpointing."""
+def run_alone(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Return gradients of a layer as it is, with compilation and with activation checkpointing."""
     found: dict[str, Tensor] = {}
     with tokenferry.ExpertGroup(pg, SHAPE) as group:
         layer = MoELayer(group, 12, seed=1, dtype=torch.float64)
@@ -144,60 +162,70 @@ def differentiated(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
         record("reentrant", checkpoint(layer, x.clone().requires_grad_(), use_reentrant=True))
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
             record("compiled", torch.compile(layer, backend="aot_eager", fullgraph=True)(x))
-        (first,) = torch.autograd.grad(layer(x).square().mean(), layer.experts.down, create_graph=True)
-        (second,) = torch.autograd.grad(first.to_local().square().sum(), layer.experts.up)
-        found["second"] = whole(second) * pg.size()  # of the sum over ranks, not of the mean
         return local_parts(found)
 
 
-def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str) -> dict[str, dict[str, Tensor]]:
-    """Return gradients of a model under a tool: as it is, with checkpointed layers, and compiled."""
-    found = {}
+def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str, otherwise: str) -> list[dict[str, Tensor]]:
+    """Return gradients of a model under a tool: as it is, and compiled, or with checkpointed layers of either kind."""
+    found = []
     with tokenferry.ExpertGroup(pg, SHAPE) as group:
-        for how in ("eager", "checkpointed", "compiled"):
+        for how in ("eager", otherwise):
             model = Model(group, torch.float64)
-            if how == "checkpointed":
+            if how in ("checkpointed", "reentrant"):
                 for layer in model.moe:
-                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=how == "reentrant")
             model = prepared(model, Recipe(tool), pg)
             run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
             loss_of(run, batch(rank, torch.float64, 5 + rank)).backward()
-            found[how] = gradients(model)
+            found.append(gradients(model))
     return found
 
 
-def scaled(rank: int, pg: dist.ProcessGroup) -> dict[str, Any]:
-    """Train two steps with scaled gradients under FSDP2, of which the second has an infinity on rank 1 alone.
+def scaled(rank: int, pg: dist.ProcessGroup, tool: str, kind: type[torch.amp.GradScaler]) -> dict[str, Any]:
+    """Train two steps with scaled gradients, of which the second has an infinity on rank 1 alone.
 
-    Return the gradients without and with a scale, whether every parameter survived the second step, and the last scale.
+    Return the gradients without and with a scale, and in float16, whether every parameter survived the second step, and
+    the last scale.
     """
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
-        model = prepared(Model(group, torch.float32), Recipe("fsdp"), pg)
-        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=16.0)
-        x = batch(rank, torch.float32, 5)
-        loss_of(model, x).backward()
-        plain = gradients(model)
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, x)).backward()
+    recipe, scaler = Recipe(tool, torch.float32), kind("cpu", init_scale=16.0)
+    with tokenferry.ExpertGroup(pg, SHAPE) as group, recipe.together():
+        model = prepared(Model(group, recipe.dtype), recipe, pg)
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), batch(rank, recipe.dtype, 5)
+
+        def backward(times: torch.amp.GradScaler | None) -> None:
+            optimizer.zero_grad()
+            loss = loss_of(model, x)
+            (loss if times is None else times.scale(loss)).backward()
+            if tool == "hand":
+                average_by_hand(model, pg)
+
+        backward(None)
+        found: dict[str, Any] = {"plain": gradients(model)}
+        with torch.autocast("cpu", torch.float16):
+            backward(scaler)
         scaler.unscale_(optimizer)
-        unscaled = gradients(model)
+        found["half"] = gradients(model)
+        scaler.update()
+        backward(scaler)
+        scaler.unscale_(optimizer)
+        found["unscaled"] = gradients(model)
         scaler.step(optimizer)
         scaler.update()
         before = wholes(model)
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, x)).backward()
+        backward(scaler)
         if rank == 1:
-            model.moe[0].experts.up.grad.to_local()[0, 0, 0] = float("inf")
+            experts = next(p for name, p in model.named_parameters() if name.endswith("moe.0.experts.up"))
+            experts.grad.to_local()[0, 0, 0] = float("inf")
         scaler.step(optimizer)
         scaler.update()
         kept = all(torch.equal(before[name], value) for name, value in wholes(model).items())
-        return {"plain": plain, "unscaled": unscaled, "kept": kept, "scale": scaler.get_scale()}
+        return {**found, "kept": kept, "scale": scaler.get_scale()}
 
 
-def scaled_together(rank: int, pg: dist.ProcessGroup) -> str:
+def scaled_together(rank: int, pg: dist.ProcessGroup, tool: str) -> str:
     """Return the error of torch for a model of DTensors and tensors."""
     with tokenferry.ExpertGroup(pg, SHAPE) as group:
-        model = prepared(Model(group, torch.float32), Recipe("ddp"), pg)
+        model = prepared(Model(group, torch.float32), Recipe(tool), pg)
         scaler = torch.amp.GradScaler("cpu")
         scaler.scale(loss_of(model, batch(rank, torch.float32, 5))).backward()
         try:
@@ -208,15 +236,29 @@ def scaled_together(rank: int, pg: dist.ProcessGroup) -> str:
     return ""
 
 
+def second_derivative(model: nn.Module, loss: Tensor) -> Tensor:
+    """Differentiate the square of a gradient, of an expert in the first layer, by one in the second."""
+    named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    (first,) = torch.autograd.grad(loss, named["moe.0.experts.down"], create_graph=True)
+    local = first.to_local() if hasattr(first, "to_local") else first
+    (second,) = torch.autograd.grad(local.square().sum(), named["moe.1.experts.up"])
+    return whole(second)
+
+
+def differentiated(rank: int, pg: dist.ProcessGroup, tool: str) -> Tensor | str:
+    """Return a second derivative under a tool, or the error of torch."""
+    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+        model = prepared(Model(group, torch.float64), Recipe(tool), pg)
+        try:
+            second = second_derivative(model, loss_of(model, batch(rank, torch.float64, 5)))
+        except RuntimeError as error:
+            return str(error)
+        return second * pg.size()  # of the sum over ranks, not of the mean
+
+
 def differentiated_alone(num_ranks: int) -> Tensor:
-    """The second derivative in one process."""
+    """The same in one process."""
     with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
-        layer = MoELayer(group, 12, seed=1, dtype=torch.float64)
-        parts = [
-            torch.randn(3, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
-            for rank in range(num_ranks)
-        ]
-        loss = torch.stack([layer(x).square().mean() for x in parts]).mean()
-        (first,) = torch.autograd.grad(loss, layer.experts.down, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), layer.experts.up)
-        return second
+        model = Model(group, torch.float64)
+        losses = [loss_of(model, batch(rank, torch.float64, 5)) for rank in range(num_ranks)]
+        return second_derivative(model, torch.stack(losses).mean())

@@ -6,6 +6,7 @@ to be averaged over the ranks, which DistributedDataParallel and FSDP2 do by the
 """
 
 from tokenferry.nn.experts import GELUExperts, SwiGLUExperts
+from tokenferry.nn.grad_scaler import GradScaler
 from tokenferry.nn.grouped import by_expert
 from tokenferry.nn.layer import MoELayer
 from tokenferry.nn.losses import RouterLosses, load_balance_loss, z_loss
@@ -16,6 +17,7 @@ from tokenferry.nn.router import GroupLimit, Router, group_limited_topk, softmax
 
 __all__ = [
     "GELUExperts",
+    "GradScaler",
     "GroupLimit",
     "LayerOptions",
     "MoELayer",

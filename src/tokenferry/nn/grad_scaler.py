@@ -1,0 +1,56 @@
+"""Scaled losses, for float16, where experts are DTensors and the rest of a model is not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tokenferry.nn.sharding import local_part
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch's `torch.amp.GradScaler`, for optimizers whose parameters are DTensors and plain tensors at once.
+
+    torch's own raises an `AttributeError` for these. With FSDP2, where all are DTensors, either will do. All arguments
+    and methods are torch's.
+
+    Contract:
+        Collective: `unscale_`, and `step` unless `unscale_` came before, over the ranks of all experts among the
+            parameters of the optimizer. An infinity or NaN in a gradient of one rank makes all of them leave the step
+            out, and `update` lowers the scale of all alike.
+        Gradients: those of replicated parameters have to be averaged over the ranks before, as always.
+    """
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """Unscale what this rank holds of the gradients; return, by device, whether one of any rank is not finite."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        held = [_local_with_gradient(p) for p in parameters if p.grad is not None]
+        local = cast(torch.optim.Optimizer, SimpleNamespace(param_groups=[{"params": held}]))
+        found: dict[torch.device, Tensor] = super()._unscale_grads_(local, inv_scale, found_inf, allow_fp16)
+        worst = found_inf.clone()
+        for on_device in found.values():
+            worst = torch.maximum(worst, on_device.to(worst.device))
+        for process_group in _process_groups(parameters):
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=process_group)
+        # A rank without gradients, too, has to know: its scale must stay that of the others.
+        return {device: worst.to(device) for device in (*found, worst.device)}
+
+
+def _local_with_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return what this rank holds of a parameter, with its gradient: the same memory."""
+    assert parameter.grad is not None
+    part = local_part(parameter).detach()
+    part.grad = local_part(parameter.grad)
+    return part
+
+
+def _process_groups(parameters: list[Any]) -> list[dist.ProcessGroup]:
+    """Return those over which parameters are sharded, in the order of the parameters, which is that of all ranks."""
+    meshes = (p.device_mesh for p in parameters if hasattr(p, "device_mesh"))
+    return list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
