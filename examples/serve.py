@@ -3,7 +3,7 @@
     python examples/serve.py                                              # one rank, small
     torchrun --standalone --nproc-per-node 4 examples/serve.py --large    # a rank on each GPU
 
-With --parts it also times a step, its calls alone, and what it computes alone.
+With --parts it also times a step, its calls alone, and what it computes alone; --json FILE keeps all numbers.
 
 Requests come and go: a batch has seats, and a request leaves its seat after its last token. A decode step runs all
 layers for two halves of the batch, one of which computes while the rows of the other are on their way. On GPUs a step
@@ -12,11 +12,13 @@ is one CUDA graph. There is no attention: each layer mixes in an average of earl
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -28,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 import tokenferry
 from tokenferry import DecodeCombined, DecodeDispatched, MoeShape, Routing
+from tokenferry.bench.report.about import about
 from tokenferry.nn import MoELayer, Router
 from tokenferry.nn.balance import ExpertLoads, Placement
 
@@ -64,6 +67,23 @@ SMALL = Size()
 LARGE = Size(
     8, 32000, 2048, 1024, 64, 8, torch.bfloat16, seats=128, period=32, prompt_rows=8192, requests=512, longest=512
 )
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a rank has served.
+
+    Attributes:
+        prompt_rows: Rows of its prompts.
+        tokens: Tokens of its answers, those that prompts gave left out.
+        steps: Decode steps, of all of which every rank took part.
+        seconds: What the steps took, with handing out their tokens.
+    """
+
+    prompt_rows: int
+    tokens: int
+    steps: int
+    seconds: float
 
 
 @dataclass
@@ -291,8 +311,20 @@ def slowest(seconds: float) -> float:
     return float(most)
 
 
-def parts(server: Server, rank: int) -> None:
-    """Time steps back to back, then their calls alone and what they compute alone; all seats are taken."""
+def of_each_rank(mine: Served) -> list[Served]:
+    """Return what each rank has served, by rank."""
+    if not dist.is_initialized():
+        return [mine]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def parts(server: Server, rank: int) -> dict[str, float]:
+    """Time steps back to back, then their calls alone and what they compute alone; all seats are taken.
+
+    Return the seconds of each, the median of `RUNS` runs of a period, of the slowest rank.
+    """
     device, times = server.tokens.device, dict[str, float]()
     server.tokens.random_(server.size.vocabulary)
     ways = {"a step": server.step, "its calls": server.calls_alone(), "its computation": server.computation_alone()}
@@ -313,11 +345,12 @@ def parts(server: Server, rank: int) -> None:
         whole, *alone = times.values()
         print(", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in times.items()), end="; ")
         print(f"{whole / sum(alone):.2f} of the sum; {server.size.seats / whole:.0f} tokens a second and rank")
+    return times
 
 
-def serve(group: tokenferry.ExpertGroup, size: Size) -> Server:
+def serve(server: Server, group: tokenferry.ExpertGroup, size: Size) -> Served:
     """Serve all requests, print the speed, and compare each answer with what prefill alone would have said."""
-    server, done = Server(group, size), list(requests(group.rank, size))
+    done = list(requests(group.rank, size))
     step, waiting = server.captured(server.step), list(done)
     seated: dict[int, Request] = {}
     prompt_rows, per_step, seconds = 0, list[int](), 0.0
@@ -326,24 +359,48 @@ def serve(group: tokenferry.ExpertGroup, size: Size) -> Server:
         start = time.perf_counter()
         per_step += decode(server, step, seated)
         seconds += time.perf_counter() - start
+    served = Served(prompt_rows, sum(per_step), len(per_step), seconds)
     busy = [num_tokens for num_tokens in per_step if num_tokens] or [0]
     print(
-        f"rank {group.rank} of {group.num_ranks}: {prompt_rows} rows of {len(done)} prompts; {sum(per_step)} tokens in "
-        f"{len(per_step)} steps of {min(busy)} to {max(busy)} tokens, {1e3 * seconds / len(per_step):.2f} ms each: "
-        f"{sum(per_step) / seconds:.0f} tokens a second"
+        f"rank {group.rank} of {group.num_ranks}: {prompt_rows} rows of {len(done)} prompts; {served.tokens} tokens in "
+        f"{served.steps} steps of {min(busy)} to {max(busy)} tokens, {1e3 * seconds / served.steps:.2f} ms each: "
+        f"{served.tokens / seconds:.0f} tokens a second"
     )
     rows = server.loads.take(Placement.of(torch.arange(size.num_experts), group.num_ranks))
-    assert int(rows.sum()) == of_all_ranks(sum(per_step)) * size.top_k * size.num_layers
+    assert int(rows.sum()) == of_all_ranks(served.tokens) * size.top_k * size.num_layers
     if size.dtype == torch.float32:  # in bfloat16 the two ways to the same token round differently
         for request in done:
             choices, _ = server.prefill([request.prompt + request.answer[:-1]])
             assert choices[0].tolist()[len(request.prompt) - 1 :] == request.answer
-    return server
+    return served
+
+
+def report(group: tokenferry.ExpertGroup, size: Size, served: list[Served], times: dict[str, float]) -> str:
+    """Return all numbers as JSON; times of parts are empty if they were not asked for."""
+    cuda = group.device.type == "cuda"
+    found = {
+        "schema": 1,
+        **about("examples/serve.py"),
+        "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
+        "group": {"ranks": group.num_ranks, "backend": group.backend, "transport": group.transport},
+        "size": {**asdict(size), "dtype": str(size.dtype).removeprefix("torch.")},
+        "served": [asdict(one) for one in served],
+        "parts": {name: {"seconds": seconds, "runs": RUNS} for name, seconds in times.items()},
+    }
+    return json.dumps(found, indent=1) + "\n"
 
 
 def main() -> None:
     """Make the group: on all ranks of torchrun, or of this process alone."""
-    size = LARGE if "--large" in sys.argv[1:] else SMALL
+    parser = argparse.ArgumentParser(description="Serve made-up requests with a Mixture-of-Experts model.")
+    parser.add_argument("--large", action="store_true", help="a size for GPUs")
+    parser.add_argument("--parts", action="store_true", help="also time a step, its calls alone, and its computation")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
+    arguments = parser.parse_args()
+    file = cast("Path | None", arguments.json)
+    if file is not None and not file.absolute().parent.is_dir():
+        parser.error(f"--json {file}: there is no folder {file.parent}; make it, or choose another")
+    size = LARGE if arguments.large else SMALL
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     if torch.cuda.is_available():
@@ -351,9 +408,11 @@ def main() -> None:
     shape = MoeShape(size.num_experts, size.top_k, size.hidden, max_tokens=size.prompt_rows)
     with tokenferry.ExpertGroup(dist.group.WORLD, shape) as group, torch.no_grad():
         group.warmup()
-        server = serve(group, size)
-        if "--parts" in sys.argv[1:]:
-            parts(server, group.rank)
+        server = Server(group, size)
+        served = of_each_rank(serve(server, group, size))
+        times = parts(server, group.rank) if arguments.parts else {}
+        if file is not None and group.rank == 0:
+            file.write_text(report(group, size, served, times), encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
 

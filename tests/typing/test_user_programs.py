@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tokenferry
-from support.example_jobs import run_example
+from support.example_jobs import refuse_example, run_example
 
 MISTAKES = Path(__file__).parent / "mistakes.py"
 PROGRAMS = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -40,20 +40,29 @@ def complaints(found: list[tuple[str, int, str]]) -> str:
 
 
 @pytest.mark.parametrize("path", [p for p in PROGRAMS if p.stem not in TRAINING], ids=lambda path: path.stem)
-def test_programs_run(path, capsys):
+def test_programs_run(path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert "rows" in capsys.readouterr().out
 
 
-def test_a_step_of_the_server_beside_its_parts(monkeypatch, capsys):
+def test_numbers_of_the_server_are_kept(worlds, tmp_path):
+    """What it prints, and what the slowest rank took; a file that cannot be written is refused before anything runs."""
     path = next(path for path in PROGRAMS if path.stem == "serve")
-    monkeypatch.setattr(sys, "argv", [str(path), "--parts"])
-    runpy.run_path(str(path), run_name="__main__")
-    times = re.search(
-        r"a step ([\d.]+) ms, its calls ([\d.]+) ms, its computation ([\d.]+) ms; ", capsys.readouterr().out
-    )
-    assert times is not None
-    assert all(float(time) > 0 for time in times.groups())
+    file = tmp_path / "serve.json"
+    printed = worlds(2).run(run_example, str(path), "--parts", "--json", str(file))
+    kept = json.loads(file.read_text())
+    found = re.search(r"a step ([\d.]+) ms, its calls ([\d.]+) ms, its computation ([\d.]+) ms; ", printed[0])
+    assert found is not None
+    assert [f"{1e3 * part['seconds']:.3f}" for part in kept["parts"].values()] == list(found.groups())
+    assert all(part["seconds"] > 0 for part in kept["parts"].values())
+    for one, text in zip(kept["served"], printed, strict=True):
+        assert f" {one['prompt_rows']} rows of " in text
+        assert f" {one['tokens']} tokens in {one['steps']} steps of " in text
+        assert f": {one['tokens'] / one['seconds']:.0f} tokens a second" in text
+    assert (kept["group"]["ranks"], kept["size"]["dtype"], kept["tokenferry"]) == (2, "float32", tokenferry.__version__)
+    for said in worlds(2).run(refuse_example, str(path), "--json", str(tmp_path / "none" / "serve.json")):
+        assert "there is no folder" in said
 
 
 @pytest.mark.parametrize("name", ["serve", "deep_ep_side_by_side"])
