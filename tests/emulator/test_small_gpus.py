@@ -1,6 +1,7 @@
 """The CUDA backend on SM86, emulated: no bulk copies, no conversions of FP8, and the least shared memory.
 
-A selection of the tests of groups: each form of the kernels that copy rows, and each conversion.
+A selection of the tests of groups: each form of the kernels that copy rows, on one node and between nodes, and each
+conversion.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from support import decode_jobs, throughput_jobs
-from support.emulated_group import emulate
+from support.emulated_group import Puts, emulate
 from support.emulator import Emulator
+from support.fake_network import Weather
 from tokenferry import MoeShape
 from tokenferry.types import Quantized, Routing
 
@@ -59,3 +61,14 @@ def test_decode_rounds(run):
 def test_decode_encodings(run):
     run(2, decode_jobs.encodings, 2)
     run(2, decode_jobs.not_finite)
+
+
+def test_round_trips_across_nodes(run):
+    run(4, throughput_jobs.round_trips, 4, ranks_per_node=2)
+
+
+def test_decode_calls_whose_messages_are_put(run):
+    """Into memory of other nodes, some of which this rank reaches, and over a network that reorders."""
+    weather = Weather(delay_s=0.004, reorder=True, seed=7)
+    puts = Puts(weather, lambda rank: rank % 3 == 0, MoeShape(24, 32, 1024, 8))  # no smaller than any case of the job
+    run(3, decode_jobs.rounds, 3, ranks_per_node=1, puts=puts)
