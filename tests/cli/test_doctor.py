@@ -173,7 +173,7 @@ def test_gpus_without_peer_access(monkeypatch):
 @pytest.mark.parametrize(
     ("pcie", "links"),
     [
-        ([(0, 1), (1, 0)], "links: PCIe, which carries at most some 25 GB/s for each GPU"),
+        ([(0, 1), (1, 0)], "links: PCIe, which carries less than 31.5 GB/s for each GPU"),
         ([(1, 0)], "links: NVLink, but for 1 -> 0: PCIe, which carries"),
     ],
 )

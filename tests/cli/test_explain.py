@@ -1,5 +1,7 @@
 """`tokenferry explain` needs no GPU."""
 
+import json
+
 import pytest
 
 from tokenferry.cli.main import main
@@ -11,6 +13,7 @@ def test_the_case_of_the_targets(capsys):
     for text in ("5.295 ranks, 4.633 of them others", "140.27", "272.04", "dispatch: 16 SMs", "combine: 16 SMs"):
         assert text in out
     assert "window of each rank" in out
+    assert "us at least: at 340 GB/s: NVLink, the best that 8 H200 behind NVSwitch reach; assumed" in out
     # At the rate of the 13 SMs that push, not of all 32.
     assert next(line for line in out.splitlines() if "user's rows" in line).split()[-2:] == ["32", "870.2"]
 
@@ -23,11 +26,25 @@ def test_other_links(capsys):
     row = next(line for line in out.splitlines() if "user's rows" in line).split()
     assert row[-3].startswith(us)
     assert row[-1] == row[-3]
-    assert "at 25 GB/s;" in out
+    assert "at 25 GB/s: as --gbps says;" in out
     assert "behind NVSwitch" not in out
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "inf", "much"])
+@pytest.mark.parametrize(("name", "version", "gbps"), [("pcie4", "4.0", 31.5), ("pcie5", "5.0", 63.0)])
+def test_links_that_have_a_name(name, version, gbps, capsys, tmp_path):
+    """By the standard: 16 lanes of 16 or 32 GT/s, of 130 bits 128."""
+    assert gbps == pytest.approx(16 * {"4.0": 16, "5.0": 32}[version] * (128 / 130) / 8, rel=1e-3)
+    assert main(["explain", "--gbps", name, "--json", str(tmp_path / "found.json")]) == 0
+    out = capsys.readouterr().out
+    assert f"us at least: at {gbps:g} GB/s: PCIe {version}: 16 lanes" in out
+    assert "assumed" not in out
+    row = next(line for line in out.splitlines() if "user's rows" in line).split()
+    assert row[-1] == row[-3] == f"{272.04e3 / gbps:.1f}"
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["link_gbps"], found["link"].split(":")[0]) == (gbps, f"PCIe {version}")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "much", "pcie3"])
 def test_a_rate_has_to_be_a_number_above_0(text, capsys):
     with pytest.raises(SystemExit):
         main(["explain", f"--gbps={text}"])

@@ -9,13 +9,17 @@ from pathlib import Path
 import torch
 
 from tokenferry import env
+from tokenferry.cli.explain import LINKS
 from tokenferry.cli.finding import Finding, run_check
 from tokenferry.errors import BackendUnavailable, ConfigError
 from tokenferry.jit.driver import has_peer_atomics
 from tokenferry.jit.source import OLDEST
 
 MIN_CAPABILITY = divmod(OLDEST, 10)
-PCIE = "PCIe, which carries at most some 25 GB/s for each GPU (4.0 x16) or 50 GB/s (5.0 x16)"
+PCIE = (
+    f"PCIe, which carries less than {LINKS['pcie4'].gbps:g} GB/s for each GPU (4.0 x16) or {LINKS['pcie5'].gbps:g} "
+    "GB/s (5.0 x16): `tokenferry explain --gbps pcie4` or pcie5 says what to expect"
+)
 
 
 def findings(alone: Callable[[], str], on_ranks: Callable[[], str]) -> Iterator[Finding]:

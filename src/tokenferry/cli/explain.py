@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tokenferry import tuning
@@ -20,10 +20,43 @@ from tokenferry.types import MoeShape
 
 DESCRIPTION = """\
 Computes, without any GPU: the bytes that leave each GPU in one call (routing uniform), the time that the links need for
-them at least, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group. For other links
-than NVLink behind NVSwitch, such as PCIe, --gbps says how fast they are.
+them at least, the SMs that calls take without num_sms, with the reasons, and the GPU memory of a group. It looks at no
+machine: it assumes NVLink behind NVSwitch, as the times of SMs were measured with it, unless --gbps names other links.
 """
 CONTROL_BLOCK_MB = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What carries bytes out of a GPU.
+
+    Attributes:
+        gbps: 10^9 bytes a second at most.
+        why: Where that is from.
+        measured: Whether that is what the times of SMs were measured with.
+    """
+
+    gbps: float
+    why: str
+    measured: bool = False
+
+
+NVLINK = Link(tuning.LINK_GBPS, "NVLink, the best that 8 H200 behind NVSwitch reach", measured=True)
+LINKS = {
+    "nvlink": NVLINK,
+    "pcie4": Link(31.5, "PCIe 4.0: 16 lanes of 16 GT/s, 128 bits of 130, of which headers take a part; not measured"),
+    "pcie5": Link(63.0, "PCIe 5.0: 16 lanes of 32 GT/s, 128 bits of 130, of which headers take a part; not measured"),
+}
+"""The links that have a name; those of PCIe are the rates of the standard."""
+
+
+def link(text: str) -> Link:
+    """Parse a rate in GB/s, or the name of a link.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return LINKS[text] if text in LINKS else Link(rate(text), "as --gbps says")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sms", type=positive, default=132, help="SMs of each device (default: 132, an H100 or H200)")
     parser.add_argument(
         "--gbps",
-        type=rate,
-        default=tuning.LINK_GBPS,
-        help=f"GB/s that leave each device at most (default: {tuning.LINK_GBPS:.0f}, measured on H200 behind NVSwitch; "
-        "a PCIe slot of 16 lanes carries some 25 with PCIe 4.0, 50 with 5.0)",
+        type=link,
+        default=NVLINK,
+        metavar="GBPS",
+        help=f"GB/s that leave each device at most, or {', '.join(LINKS)} (default: nvlink, {NVLINK.gbps:.0f} GB/s, "
+        "measured; `tokenferry doctor` says what the links of a machine are, `tokenferry limits` measures them)",
     )
     add_json(parser)
 
@@ -50,7 +84,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     _check_cuda(args)
     shape, topology = MoeShape(args.experts, args.top_k, args.hidden, args.tokens), Topology(args.ranks, args.sms)
     found = explained(shape, topology, args.gbps)
-    show(found, screen)
+    show(found, args.gbps, screen)
     if args.json is not None:
         write_json({"schema": 1, **about.about(args.command_line), **found}, args.json, screen)
     return 0
@@ -73,24 +107,25 @@ def _check_cuda(args: argparse.Namespace) -> None:
         raise ConfigError(f"--hidden {args.hidden}: a BF16 row has to be a multiple of 16 bytes; use a multiple of 8")
 
 
-def explained(shape: MoeShape, topology: Topology, gbps: float = tuning.LINK_GBPS) -> dict[str, Any]:
+def explained(shape: MoeShape, topology: Topology, link: Link = NVLINK) -> dict[str, Any]:
     """Return everything that is computed, ready for JSON. Pure."""
     ranks, tokens = topology.num_ranks, shape.max_tokens
     moved = tuning.travel(shape, ranks, tokens, 1)
     return {
         "sizes": {"ranks": ranks, "sms": topology.num_sms, **asdict(shape)},
-        "link_gbps": gbps,
+        "link_gbps": link.gbps,
+        "link": link.why,
         "ranks_per_token": moved.ranks_per_token,
         "remote_per_token": moved.remote_per_token,
         "rows_received": moved.rows_received,
-        "calls": list(_calls(shape, topology, gbps)),
+        "calls": list(_calls(shape, topology, link.gbps)),
         "reasons": list(tuning.tune(shape, topology).reasons),
         "heap_bytes": tuning.heap_bytes(shape, ranks),
         "heap_rows": ranks * tokens,
     }
 
 
-def show(found: Mapping[str, Any], screen: Screen) -> None:
+def show(found: Mapping[str, Any], link: Link, screen: Screen) -> None:
     """Print it."""
     sizes = found["sizes"]
     screen.line(
@@ -114,10 +149,10 @@ def show(found: Mapping[str, Any], screen: Screen) -> None:
         for one in found["calls"]
     ]
     screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), rows)
-    gbps, measured = found["link_gbps"], found["link_gbps"] == tuning.LINK_GBPS
-    screen.line(f"us at least: at {gbps:.0f} GB/s{', the best that 8 H200 behind NVSwitch reach' * measured};")
+    assumed = "" if link is not NVLINK else "; assumed, since no machine was looked at: for others, --gbps pcie4 or so"
+    screen.line(f"us at least: at {link.gbps:g} GB/s: {link.why}{assumed};")
     screen.line(
-        f"us, its SMs: at what H200 reach with that many SMs{'' if measured else ', and no faster than that'}. "
+        f"us, its SMs: at what H200 reach with that many SMs{'' if link.measured else ', and no faster than that'}. "
         "`tokenferry limits` measures this machine, `tokenferry doctor` says what its links are"
     )
     screen.line()
