@@ -569,8 +569,8 @@ class ExpertGroup(Connected):
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         try:
-            if self._fast_path is not None and bias is None and out is None:
-                done = self._fast_path.combine(y, plan, topk_weights, num_sms)
+            if self._fast_path is not None:
+                done = self._fast_path.combine(y, plan, topk_weights, bias, out, num_sms)
                 if done is not None:
                     return done
             self._ready("combine")
@@ -662,8 +662,8 @@ class ExpertGroup(Connected):
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         try:
-            if self._fast_path is not None and stats is None:
-                done = self._fast_path.decode_dispatch(x, routing, quantize, return_hook=return_hook)
+            if self._fast_path is not None:
+                done = self._fast_path.decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
                 if done is not None:
                     return done
             self._ready("decode_dispatch")
@@ -727,8 +727,8 @@ class ExpertGroup(Connected):
             ShapeError, MismatchError, PeerTimeout, ResourceError, ClosedError: as `dispatch`.
         """
         try:
-            if self._fast_path is not None and stats is None:
-                done = self._fast_path.decode_combine(y, plan, numerics, encoding, out, return_hook=return_hook)
+            if self._fast_path is not None:
+                done = self._fast_path.decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
                 if done is not None:
                     return done
             self._ready("decode_combine")

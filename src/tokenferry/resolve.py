@@ -34,6 +34,7 @@ from tokenferry.types import (
 
 _DECODE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHTS = (torch.float32,)
+_RECEIVED, _WAIT_NS = (torch.int32,), (torch.int64,)
 _ENCODING_GROUP = 128
 _DEFAULT_OPTIONS = DispatchOptions()
 _NO_STATS = DecodeStats()
@@ -54,10 +55,14 @@ class Resolver:
     checks_routing: bool
     _row_dtypes: frozenset[torch.dtype] = field(init=False)
     _node_limit: NodeLimit | None = field(init=False)
+    _counters: tuple[tuple[int], tuple[int]] = field(init=False)
+    """Shapes of the tensors of `DecodeStats`."""
 
     def __post_init__(self) -> None:
         fitting = (dtype for dtype in FLOATS if self.shape.hidden * dtype.itemsize % ROW_BYTES_MULTIPLE == 0)
         object.__setattr__(self, "_row_dtypes", frozenset(fitting))
+        R = self.topology.num_ranks
+        object.__setattr__(self, "_counters", ((self.shape.num_experts // R,), (R,)))
         object.__setattr__(self, "_node_limit", _node_limit(self.shape, self.topology))
 
     def dispatch(
@@ -144,10 +149,10 @@ class Resolver:
         self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatchRequest:
         """See `ExpertGroup.decode_dispatch`."""
-        if stats is None and self.decode_dispatch_looks_right(x, routing, quantize):
+        if (stats is None or self.stats_look_right(stats)) and self.decode_dispatch_looks_right(x, routing, quantize):
             if not self.checks_routing:
                 self._check_choices(self._checks("decode_dispatch"), routing)
-            return DecodeDispatchRequest(self.shape, x, routing, quantize, _NO_STATS, return_hook)
+            return DecodeDispatchRequest(self.shape, x, routing, quantize, stats or _NO_STATS, return_hook)
         check = self._checks("decode_dispatch")
         check.tensor("x", x, "T H", _DECODE_FLOATS)
         check.row_bytes("x", x)
@@ -263,6 +268,15 @@ class Resolver:
     def weights_look_right(self, weights: Tensor, shape: tuple[int, ...]) -> bool:
         """See `tokenferry.backends.base.QuickChecks`."""
         return fits(weights, shape, _WEIGHTS, self.device)
+
+    def stats_look_right(self, stats: DecodeStats) -> bool:
+        """See `tokenferry.backends.base.QuickChecks`."""
+        if type(stats) is not DecodeStats:
+            return False
+        received, wait_ns, (local, ranks) = stats.received, stats.wait_ns, self._counters
+        return (received is None or fits(received, local, _RECEIVED, self.device)) and (
+            wait_ns is None or fits(wait_ns, ranks, _WAIT_NS, self.device)
+        )
 
     def _combine_looks_right(self, y: Tensor, plan: Plan, topk_weights: Tensor | None) -> bool:
         layout, delivered = plan.options.layout, plan.num_delivered

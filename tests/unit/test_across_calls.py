@@ -16,9 +16,13 @@ from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl_rails import NcclTransfer
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
 from tokenferry.errors import PeerTimeout
-from tokenferry.types import DispatchOptions, Layout, MoeShape, Quantized, Routing, Scale
+from tokenferry.types import DecodeStats, DispatchOptions, Layout, MoeShape, Quantized, Routing, Scale
 
 T, K, E, H = 6, 2, 4, 256
+DISPATCH_STATS = DecodeStats(
+    torch.zeros(E // 2, dtype=torch.int32, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
+)
+COMBINE_STATS = DecodeStats(None, DISPATCH_STATS.wait_ns)
 
 
 @pytest.fixture
@@ -42,6 +46,8 @@ def calls_of(silent: SilentNodes) -> dict:
         "redispatch": lambda: group.redispatch(x, sent.plan),
         "combine": lambda: group.combine(y, sent.plan),
         "combine, weights": lambda: group.combine(y, sent.plan, topk_weights=sent.topk_weights),
+        "combine, bias": lambda: group.combine(y, sent.plan, bias=x),
+        "combine, out": lambda: group.combine(y, sent.plan, out=x),
     }
 
 
@@ -53,6 +59,8 @@ def decode_calls_of(silent: SilentNodes) -> dict:
         "decode_dispatch": lambda: group.decode_dispatch(x, where),
         "decode_combine, exact": lambda: group.decode_combine(y, sent.plan),
         "decode_combine, fast": lambda: group.decode_combine(y, sent.plan, numerics="fast"),
+        "decode_dispatch, stats": lambda: group.decode_dispatch(x, where, stats=DISPATCH_STATS),
+        "decode_combine, stats": lambda: group.decode_combine(y, sent.plan, stats=COMBINE_STATS),
     }
 
 
@@ -62,9 +70,13 @@ NEW_TENSORS = {
     "redispatch": 1,
     "combine": 2,
     "combine, weights": 3,
+    "combine, bias": 2,
+    "combine, out": 1,
     "decode_dispatch": 3,
+    "decode_dispatch, stats": 3,
     "decode_combine, exact": 2,
     "decode_combine, fast": 2,
+    "decode_combine, stats": 2,
 }
 UNSEEN = {"_set_grad_enabled", "__len__", "untyped_storage", "contiguous", "part"}
 """Of the guards around a call, and of the way in which tensors are made."""
@@ -87,9 +99,13 @@ PYTHON_CALLS = {
     "redispatch": 49,
     "combine": 46,
     "combine, weights": 51,
-    "decode_dispatch": 38,
-    "decode_combine, exact": 52,
-    "decode_combine, fast": 41,
+    "combine, bias": 50,
+    "combine, out": 50,
+    "decode_dispatch": 37,
+    "decode_dispatch, stats": 43,
+    "decode_combine, exact": 51,
+    "decode_combine, fast": 40,
+    "decode_combine, stats": 58,
 }
 
 
@@ -208,6 +224,10 @@ def rounds(group: ExpertGroup, x: Tensor | Quantized, options: DispatchOptions, 
         y = group.empty_rows(sent.plan, torch.bfloat16)
         group.combine(y, sent.plan, topk_weights=sent.topk_weights, num_sms=num_sms)
         group.combine(y.clone(), sent.plan, num_sms=num_sms)
+        bias, out = rows_of(T, H), rows_of(T, H)
+        for biases, target in ((bias, None), ((bias, out), None), (None, out), ((bias,), out)):
+            done = group.combine(y, sent.plan, bias=biases, out=target, num_sms=num_sms)
+            assert target is None or done.x is target
 
 
 @pytest.mark.parametrize(("options", "most"), [*((name, 8) for name in OPTIONS), ("rows", 1 << 15)])
@@ -224,7 +244,7 @@ def test_both_paths_launch_and_exchange_the_same(x, options, most):
         with mock.patch.object(AcrossBackend, "_explained", wraps=silent.group._backend._explained) as general:
             for weighted in (True, False):
                 rounds(silent.group, PAYLOADS[x], OPTIONS[options], weighted=weighted)
-        assert general.call_count == (0 if fast_path else 2 * 2 * 4)
+        assert general.call_count == (0 if fast_path else 2 * 2 * 8)
         found.append(([comparable(launch) for launch in silent.launches], silent.channel.exchanges))
     assert found[0] == found[1]
     assert len(found[0][0]) > 0
@@ -240,9 +260,10 @@ def decode_rounds(group: ExpertGroup, kind: tuple, *, hooked: bool) -> None:
         sent = group.decode_dispatch(x, Routing(index, torch.ones(T, K)), quantize=quantize, return_hook=hooked)
         sent.hook()
         assert sent.expert_counts.shape == (E // 2,)
-        for target in (None, out):
+        group.decode_dispatch(x, Routing(index), stats=DISPATCH_STATS, return_hook=hooked).hook()
+        for target, stats in ((None, None), (out, None), (None, COMBINE_STATS)):
             done = group.decode_combine(
-                y, sent.plan, numerics=numerics, encoding=encoding, out=target, return_hook=hooked
+                y, sent.plan, numerics=numerics, encoding=encoding, out=target, stats=stats, return_hook=hooked
             )
             done.hook()
             assert target is None or done.x is target
@@ -264,7 +285,7 @@ def test_both_paths_launch_and_exchange_the_same_in_decode_calls(kind, hooked, p
             silent.channel.exchanges.clear()
             with mock.patch.object(AcrossBackend, "_explained", wraps=silent.group._backend._explained) as general:
                 decode_rounds(silent.group, kind, hooked=hooked)
-        assert general.call_count == (0 if fast_path else 8)
+        assert general.call_count == (0 if fast_path else 12)
         found.append(([comparable(launch) for launch in silent.launches], silent.channel.exchanges))
     assert found[0] == found[1]
     assert len(found[0][0]) > 0
@@ -295,26 +316,30 @@ def test_the_fast_path_leaves_alone_what_has_to_be_done_first(silent, name):
             assert caught.value is backend._rails.lost
 
 
-def test_the_fast_path_leaves_alone_calls_without_masked_ranks():
+MASKS = {
+    "by hand": lambda silent: silent.group.mask(1),
+    "late": lambda silent: silent.group._backend._puts.lost.__setitem__(1, 1),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_both_paths_launch_the_same_without_masked_ranks(mask):
     """By hand, or by a kernel whose wait for the rank across took too long."""
-    silent = SilentNodes(MoeShape(E, K, H, 8), puts=True)
-    backend = silent.group._backend
-    with SilentGroup.workspaces_agree():
-        for call in decode_calls_of(silent).values():
-            call()
-            with mock.patch.object(backend, "_explained", wraps=backend._explained) as general:
-                call()
-                assert general.call_count == 0
-                silent.group.mask(1)
-                call()
-                assert general.call_count == 1
-                backend._puts.by_hand.clear()
-                backend._puts.lost[1] = 1
-                call()
-                assert general.call_count == 2
-                backend._puts.lost[1] = 0
-                call()
-                assert general.call_count == 2
+    found = []
+    for fast_path in (False, True):
+        silent = SilentNodes(MoeShape(E, K, H, 8), fast_path=fast_path, puts=True)
+        kind = (None, "exact", "same")
+        with SilentGroup.workspaces_agree():
+            decode_rounds(silent.group, kind, hooked=False)
+            MASKS[mask](silent)
+            silent.launches.clear()
+            sent = silent.group.decode_dispatch(rows_of(T, H), routing())
+            with mock.patch.object(AcrossBackend, "_explained", wraps=silent.group._backend._explained) as general:
+                decode_rounds(silent.group, kind, hooked=False)
+        assert general.call_count == (0 if fast_path else 12)
+        assert sent.plan.topk_idx.tolist() == [[0, 1], [-1, -1]] * 3
+        found.append([comparable(launch) for launch in silent.launches])
+    assert found[0] == found[1]
 
 
 def test_errors_of_the_fast_path_name_the_ranks_at_fault(silent):

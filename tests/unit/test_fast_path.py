@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from support.silent_kernels import CountedCalls, SilentGroup, comparable, counted_calls, num_python_calls, rows_of
+from tokenferry.backends.cuda.combine import Combiner
+from tokenferry.backends.cuda.decode import Decoder
 from tokenferry.backends.cuda.dispatch import Dispatcher
 from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.errors import ArgumentError, CapacityError, ClosedError, ShapeError
@@ -16,6 +18,7 @@ from tokenferry.kernels.decode_words import RECEIVE, SEND
 from tokenferry.types import (
     DecodeDispatched,
     DecodePlan,
+    DecodeStats,
     Dispatched,
     DispatchOptions,
     Layout,
@@ -45,6 +48,15 @@ PAYLOADS = {
     "no scales": Quantized(torch.ones(T, H, dtype=torch.uint8), torch.ones(T, 0, dtype=torch.float32)),
 }
 WEIGHTS = torch.ones(T, K, dtype=torch.float32)
+UNALIGNED = torch.ones(T * H + 1, dtype=torch.bfloat16)[1:].view(T, H)
+RECEIVED, WAIT_NS = torch.zeros(E // 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+STATS = {
+    "none": (None, None),
+    "empty": (DecodeStats(), DecodeStats()),
+    "waits": (DecodeStats(None, WAIT_NS), DecodeStats(None, WAIT_NS)),
+    "rows": (DecodeStats(RECEIVED, WAIT_NS), None),
+}
+"""Counters of a dispatch and a combine."""
 
 
 def routing(dtype=torch.int64, weights=WEIGHTS):
@@ -64,6 +76,12 @@ def throughput(group, x, options, with_weights):
             back = None if not with_weights else sent.topk_weights
             group.combine(y, sent.plan, topk_weights=back, num_sms=num_sms)
             group.combine(y.clone(), sent.plan, num_sms=num_sms)
+            bias, out = rows_of(T, H), rows_of(T, H)
+            for biases in (bias, (bias,), (bias, out), (UNALIGNED, bias), ()):
+                group.combine(y, sent.plan, bias=biases, num_sms=num_sms)
+            for target in (out, UNALIGNED):
+                done = group.combine(y, sent.plan, topk_weights=back, bias=bias, out=target, num_sms=num_sms)
+                assert done.x is target
 
 
 def launches(job, *args):
@@ -89,16 +107,20 @@ def test_both_paths_launch_the_same(x, options, with_weights):
         assert comparable(one) == comparable(other)
 
 
-def decoding(group, quantize, numerics, encoding, hooked):
+def decoding(group, quantize, numerics, encoding, hooked, stats=STATS["none"]):
     for dtype in (torch.int64, torch.int32):
         group.decode_dispatch(rows_of(T, H), routing(dtype)).hook()
-        got = group.decode_dispatch(rows_of(T, H), routing(dtype), quantize=quantize, return_hook=hooked)
+        got = group.decode_dispatch(
+            rows_of(T, H), routing(dtype), quantize=quantize, stats=stats[0], return_hook=hooked
+        )
         got.hook()
         y = torch.ones(E // 2, 2 * SHAPE.max_tokens, H, dtype=torch.bfloat16)
         out = torch.empty(T, H, dtype=torch.bfloat16)
         other = got.plan._routed(got.plan.topk_idx.int(), WEIGHTS)
         for target, plan in ((None, got.plan), (out, got.plan), (None, other)):
-            done = group.decode_combine(y, plan, numerics=numerics, encoding=encoding, out=target, return_hook=hooked)
+            done = group.decode_combine(
+                y, plan, numerics=numerics, encoding=encoding, out=target, stats=stats[1], return_hook=hooked
+            )
             done.hook()
             assert target is None or done.x is target
 
@@ -111,6 +133,38 @@ def test_both_paths_launch_the_same_in_decode_calls(quantize, numerics, encoding
     assert len(general) == len(fast) > 0
     for one, other in zip(general, fast, strict=True):
         assert comparable(one) == comparable(other)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("stats", STATS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_paths_launch_the_same_in_decode_calls_that_count_or_skip_a_rank(stats, masked, hooked):
+    """The counters' own addresses are compared, too: they are those of the caller."""
+
+    def job(group):
+        general.clear()
+        decoding(group, Scale.FLOAT32, "exact", "same", hooked, STATS[stats])
+        group.mask(1, masked=masked)
+        chosen = group.decode_dispatch(rows_of(T, H), routing()).plan.topk_idx
+        assert chosen.tolist() == [[0, 1], [-1, -1] if masked else [2, 3]] * 3
+        decoding(group, None, "fast", "same", hooked, STATS[stats])
+        group.mask(1, masked=False)
+
+    general, dispatch, combine = [], Decoder.dispatch, Decoder.combine
+    with (
+        mock.patch.object(Decoder, "dispatch", lambda *call: general.append("dispatch") or dispatch(*call)),
+        mock.patch.object(Decoder, "combine", lambda *call: general.append("combine") or combine(*call)),
+    ):
+        slow, fast = launches(job)
+    assert general == [], "of the last run, which took the fast path"
+    assert len(slow) == len(fast) > 0
+    for one, other in zip(slow, fast, strict=True):
+        assert comparable(one) == comparable(other)
+        assert [one[-1].get(name) for name in ("wait_ns", "received", "alive")] == [
+            other[-1].get(name) for name in ("wait_ns", "received", "alive")
+        ]
+    assert {launch[-1]["alive"] for launch in fast} == ({0b11, 0b01} if masked else {0b11})
+    assert any(launch[-1]["wait_ns"] for launch in fast) == (stats in ("waits", "rows"))
 
 
 def other_views(group):
@@ -186,8 +240,16 @@ PYTHON_CALLS = {
     "dispatch, counts on the device": 32,
     "redispatch": 21,
     "combine": 25,
+    "combine, bias": 29,
+    "combine, two biases": 32,
+    "combine, out": 29,
     "decode_dispatch": 21,
+    "decode_dispatch, stats": 26,
     "decode_combine": 19,
+    "decode_combine, stats": 23,
+    "decode_combine, out": 23,
+    "decode_dispatch, masked": 29,
+    "decode_combine, masked": 23,
 }
 """The most functions of Python in a call; each takes a tenth of a microsecond."""
 
@@ -198,6 +260,7 @@ def test_calls_of_python():
     x, where = rows_of(T, H), routing()
     sent = group.dispatch(x, where)
     y = group.empty_rows(sent.plan)
+    bias, out, (counters, waits) = rows_of(T, H), rows_of(T, H), (STATS["rows"][0], STATS["waits"][1])
     with silent.workspaces_agree():
         got = group.decode_dispatch(x, where)
         calls = {
@@ -205,10 +268,19 @@ def test_calls_of_python():
             "dispatch, counts on the device": lambda: group.dispatch(x, where, options=OPTIONS["rows, device"]),
             "redispatch": lambda: group.redispatch(x, sent.plan),
             "combine": lambda: group.combine(y, sent.plan),
+            "combine, bias": lambda: group.combine(y, sent.plan, bias=bias),
+            "combine, two biases": lambda: group.combine(y, sent.plan, bias=(bias, bias)),
+            "combine, out": lambda: group.combine(y, sent.plan, out=out),
             "decode_dispatch": lambda: group.decode_dispatch(x, where),
+            "decode_dispatch, stats": lambda: group.decode_dispatch(x, where, stats=counters),
             "decode_combine": lambda: group.decode_combine(got.x, got.plan),
+            "decode_combine, stats": lambda: group.decode_combine(got.x, got.plan, stats=waits),
+            "decode_combine, out": lambda: group.decode_combine(got.x, got.plan, out=out),
         }
         found = {name: num_python_calls(call) for name, call in calls.items()}
+        group.mask(1)
+        for name in ("decode_dispatch", "decode_combine"):
+            found[f"{name}, masked"] = num_python_calls(calls[name])
     assert {name: num for name, num in found.items() if num > PYTHON_CALLS[name]} == {}
 
 
@@ -303,6 +375,27 @@ def test_dispatches_that_are_not_plainly_right_take_the_general_path(x):
             group.dispatch(rows, routed)
 
 
+def test_combines_that_are_not_plainly_right_take_the_general_path():
+    """Shapes and dtypes of biases and outputs are checked every time; the rows may not be where sums are written."""
+    group, x = SilentGroup(SHAPE).group, rows_of(T, H)
+    sent = group.dispatch(x, routing())
+    y = rows_of(6, H)
+    for _ in range(2):
+        group.combine(y, sent.plan, bias=x, out=rows_of(T, H))
+    for wrong in (x[:5], x.double(), x[:, :128].contiguous(), x.T.contiguous().T):
+        for where in ({"bias": wrong}, {"bias": (x, wrong)}, {"out": wrong}):
+            with pytest.raises(ShapeError):
+                group.combine(y, sent.plan, **where)
+    for where in ({"bias": (x, x, x)}, {"bias": x.clone().requires_grad_()}, {"out": x.clone().requires_grad_()}):
+        with pytest.raises(ArgumentError):
+            group.combine(y, sent.plan, **where)
+    with mock.patch.object(Combiner, "combine", side_effect=KeyError) as general:
+        for out in (y, UNALIGNED):
+            with pytest.raises(KeyError):
+                group.combine(y, sent.plan, out=out)
+    assert general.call_count == 2
+
+
 def test_decode_calls_that_are_not_plainly_right_take_the_general_path():
     """Shapes and dtypes are checked once; each of these differs in one of them, or in what is checked every time."""
     silent = SilentGroup(SHAPE)
@@ -331,6 +424,8 @@ def test_decode_calls_that_are_not_plainly_right_take_the_general_path():
             lambda: group.decode_dispatch(x, None),
             lambda: group.decode_combine(got.x, got.plan, numerics=["exact"]),
             lambda: group.decode_combine(got.x.clone().requires_grad_(), got.plan),
+            lambda: group.decode_dispatch(x, where, stats=(RECEIVED, WAIT_NS)),
+            lambda: group.decode_combine(got.x, got.plan, stats=DecodeStats(RECEIVED, WAIT_NS)),
         ):
             with pytest.raises(ArgumentError):
                 call()
@@ -343,6 +438,16 @@ def test_decode_calls_that_are_not_plainly_right_take_the_general_path():
         ):
             with pytest.raises(ShapeError):
                 group.decode_combine(y, plan)
+        for stats in (
+            DecodeStats(RECEIVED.long()),
+            DecodeStats(RECEIVED.repeat(2)),
+            DecodeStats(None, WAIT_NS.int()),
+            DecodeStats(None, WAIT_NS[:1]),
+        ):
+            with pytest.raises(ShapeError):
+                group.decode_dispatch(x, where, stats=stats)
+            with pytest.raises(ShapeError):
+                group.decode_combine(got.x, got.plan, stats=stats)
         other = group.for_shape(dataclasses.replace(SHAPE, hidden=2 * H))
         with pytest.raises(ShapeError):
             other.decode_combine(got.x.repeat(1, 1, 4), got.plan)

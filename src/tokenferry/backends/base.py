@@ -194,6 +194,10 @@ class QuickChecks(Protocol):
         """Return whether ``weights`` is certainly float32 of this shape."""
         ...
 
+    def stats_look_right(self, stats: Any) -> bool:  # noqa: ANN401
+        """Return whether ``stats`` is certainly a `DecodeStats` of tensors that a decode dispatch takes."""
+        ...
+
 
 class FastPath(Protocol):
     """Calls that need no words: each method makes the call, or returns None, having done nothing.
@@ -203,13 +207,23 @@ class FastPath(Protocol):
 
     def dispatch(self, x: Any, routing: Any, options: Any, num_sms: Any) -> Dispatched[Any] | None: ...  # noqa: ANN401, D102
     def redispatch(self, x: Any, plan: Any, topk_weights: Any, num_sms: Any) -> Dispatched[Any] | None: ...  # noqa: ANN401, D102
-    def combine(self, y: Any, plan: Any, topk_weights: Any, num_sms: Any) -> Combined | None: ...  # noqa: ANN401, D102
+
+    def combine(  # noqa: D102
+        self,
+        y: Any,  # noqa: ANN401
+        plan: Any,  # noqa: ANN401
+        topk_weights: Any,  # noqa: ANN401
+        bias: Any,  # noqa: ANN401
+        out: Any,  # noqa: ANN401
+        num_sms: Any,  # noqa: ANN401
+    ) -> Combined | None: ...
 
     def decode_dispatch(  # noqa: D102
         self,
         x: Any,  # noqa: ANN401
         routing: Any,  # noqa: ANN401
         quantize: Any,  # noqa: ANN401
+        stats: Any,  # noqa: ANN401
         *,
         return_hook: bool,
     ) -> DecodeDispatched[Any] | None: ...
@@ -221,6 +235,7 @@ class FastPath(Protocol):
         numerics: Any,  # noqa: ANN401
         encoding: Any,  # noqa: ANN401
         out: Any,  # noqa: ANN401
+        stats: Any,  # noqa: ANN401
         *,
         return_hook: bool,
     ) -> DecodeCombined | None: ...

@@ -111,6 +111,7 @@ class CudaBackend:
             self.key,
             context.begin_eager,
             context.begin_eager,
+            context.nobody_masked,
             LazyPlan,
             LazyPlan._addresses,
         )

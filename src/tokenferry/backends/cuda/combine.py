@@ -180,7 +180,7 @@ class Combiner:
         if weights is not None:
             weights_out = empty((num_tokens, form.top_k), (form.top_k, 1), torch.float32)
         if biases:
-            biases = tuple(aligned(bias) for bias in biases)
+            biases = tuple(map(aligned, biases))
         sums = Sums(
             out.data_ptr(),
             biases[0].data_ptr() if biases else 0,

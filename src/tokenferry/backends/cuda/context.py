@@ -180,12 +180,10 @@ class Context:
         stream, capture = self._order(signature.phase)
         number = self._number = self._number % 0xFFFFFFFF + 1
         self.flight_recorder.note(number, signature)
-        alive = self.all_ranks
-        if skip_masked:
-            alive &= ~sum(1 << rank for rank in self.masked_ranks())
+        alive = self._not_masked() if skip_masked else self.all_ranks
         return Call(number, stream, capture != 0, alive, signature, wait_ns, skip_masked)
 
-    def begin_eager(self, signature: Signature) -> Call | None:
+    def begin_eager(self, signature: Signature, wait_ns: int = 0, *, skip_masked: bool = False) -> Call | None:
         """Begin a call as `begin` does if nothing has to be done for it but to number it; else return None.
 
         That is: the group is whole, no kernel has recorded an error, no CUDA graph is being captured, and the current
@@ -196,7 +194,8 @@ class Context:
             return None
         number = self._number = self._number % 0xFFFFFFFF + 1
         self.flight_recorder.note(number, signature)
-        return Call(number, stream, False, self.all_ranks, signature, 0)
+        alive = self._not_masked() if skip_masked else self.all_ranks
+        return Call(number, stream, False, alive, signature, wait_ns, skip_masked)
 
     def resume(self, call: Call) -> Call:
         """Return a call again, to be continued on the current stream; as `begin`, without a new number.
@@ -214,9 +213,12 @@ class Context:
             self._masked.update(rank for rank in range(self.num_ranks) if self.pinned.masked[rank])
         return frozenset(self._masked)
 
-    @property
+    def _not_masked(self) -> int:
+        """Return a bit for each rank that decode calls do not skip."""
+        return self.all_ranks & ~sum(1 << rank for rank in self.masked_ranks())
+
     def nobody_masked(self) -> bool:
-        """Whether decode calls skip no rank."""
+        """Return whether decode calls skip no rank."""
         return not self._masked and (not self.mask_late or self.pinned.masked == _NONE_MASKED)
 
     def watch(self, peers: Peers) -> None:

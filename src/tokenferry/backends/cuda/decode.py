@@ -158,6 +158,14 @@ class Decoding(ABC):
         return torch.zeros(num_calls, self.num_blocks, TRACE_WORDS, dtype=torch.int64, device=self._context.device)
 
     @abstractmethod
+    def waits_of(self, stats: DecodeStats) -> int:
+        """Return the address of ``stats.wait_ns`` of the first rank that kernels wait for, or 0; see `Call`."""
+
+    @abstractmethod
+    def without_masked(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        """Return a routing to E experts with -1 for those of masked ranks, contiguous."""
+
+    @abstractmethod
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """Send rows, and receive rows, or return a hook that receives them."""
 
@@ -232,6 +240,15 @@ class Decoder(Decoding):
         self._dispatches: BoundedDict[DispatchKind, DecodeDispatchForm] = BoundedDict(_MAX_FORMS)
         self._combines: BoundedDict[CombineKind, DecodeCombineForm] = BoundedDict(_MAX_FORMS)
 
+    def waits_of(self, stats: DecodeStats) -> int:
+        """See `Decoding.waits_of`."""
+        return address(stats.wait_ns)
+
+    def without_masked(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        """See `Decoding.without_masked`."""
+        context = self._context
+        return drop_ranks(topk_idx, context.masked_ranks(), num_experts // context.num_ranks).contiguous()
+
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
@@ -240,12 +257,11 @@ class Decoder(Decoding):
         check_limits(shape)
         x, weights = aligned(request.x), request.routing.topk_weights
         weights = None if weights is None else weights.contiguous()
-        num_local = shape.num_experts // context.num_ranks
-        topk_idx = drop_ranks(request.routing.topk_idx, context.masked_ranks(), num_local).contiguous()
+        topk_idx = self.without_masked(request.routing.topk_idx, shape.num_experts)
         kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, weights is not None)
         known = self._dispatches.get(kind)
         signature = known.signature if known is not None else kind.signature()
-        call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
+        call = context.begin(signature, skip_masked=True, wait_ns=self.waits_of(stats))
         workspace = self.workspaces.fitting(call, shape, x.element_size())
         if known is None or known.workspace != workspace.number:
             known = self._dispatches[kind] = new_dispatch_form(context, self._key, signature, workspace, kind)
@@ -313,7 +329,7 @@ class Decoder(Decoding):
         kind = CombineKind(shape, y.dtype, request.fast, request.encoding, topk_idx.dtype)
         known = self._combines.get(kind)
         signature = known.signature if known is not None else kind.signature()
-        call = context.begin(signature, skip_masked=True, wait_ns=address(stats.wait_ns))
+        call = context.begin(signature, skip_masked=True, wait_ns=self.waits_of(stats))
         workspace = self.workspaces.fitting(call, shape, y.element_size())
         if known is None or known.workspace != workspace.number:
             known = self._combines[kind] = new_combine_form(context, signature, workspace, kind)

@@ -44,6 +44,7 @@ from tokenferry.types import (
 
 _MAX_KEYS = 256
 _MAX_SIZES = 1024
+_MAX_BIASES = 2
 _DEFAULT = DispatchOptions()
 _NO_STATS = DecodeStats()
 
@@ -90,7 +91,8 @@ class Calls:
         decoder: Decode calls.
         key: Key of the group.
         begin: Begins a call, as `Context.begin_eager`.
-        begin_decode: Begins a decode call that leaves nobody out, likewise.
+        begin_decode: Begins a decode call, likewise.
+        nobody_masked: Returns whether decode calls leave nobody out.
         plan_type: The type of plans that dispatches of this group return.
         along: Returns the addresses of such a plan.
     """
@@ -101,7 +103,8 @@ class Calls:
     decoder: Decoding
     key: str
     begin: Callable[[Signature], Call | None]
-    begin_decode: Callable[[Signature], Call | None]
+    begin_decode: Callable[..., Call | None]
+    nobody_masked: Callable[[], bool]
     plan_type: type[LazyPlan]
     along: Callable[[Any], Any]
 
@@ -123,6 +126,7 @@ class CudaFastPath:
         self._key = calls.key
         self._begin = calls.begin
         self._begin_decode = calls.begin_decode
+        self._nobody_masked = calls.nobody_masked
         self._plan_type = calls.plan_type
         self._along = calls.along
         self._device = calls.context.device
@@ -199,7 +203,15 @@ class CudaFastPath:
         payload = Payload(at, scale, 0 if topk_weights is None else topk_weights.data_ptr(), 0)
         return self._dispatcher.send_again(form, call, plan, self._along(plan), payload)
 
-    def combine(self, y: Tensor, plan: Plan, topk_weights: Tensor | None, num_sms: int | None) -> Combined | None:
+    def combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        bias: Tensor | tuple[Tensor, ...] | None,
+        out: Tensor | None,
+        num_sms: int | None,
+    ) -> Combined | None:
         """See `tokenferry.backends.base.FastPath`."""
         if type(plan) is not self._plan_type or plan._form.group_key != self._key or not _may_be_sms(num_sms):
             return None
@@ -208,10 +220,13 @@ class CudaFastPath:
         rows: tuple[int, ...] = (delivered,)
         if layout is Layout.MASKED:
             rows = (plan_form.num_local, delivered // plan_form.num_local)
-        checks = self._checks
+        biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+        checks, num_tokens = self._checks, plan._layout.num_tokens
         if (
             self._context.broken
             or not checks.sums_look_right(y, rows)
+            or (biases and not self._may_be_biases(biases, y, num_tokens))
+            or (out is not None and not self._may_be_written(out, y, num_tokens))
             or (
                 topk_weights is not None
                 and not checks.weights_look_right(
@@ -229,10 +244,10 @@ class CudaFastPath:
         call = self._begin(form.signature)
         if call is None:
             return None
-        return self._combiner.send(form, call, y, addresses, topk_weights, (), None)
+        return self._combiner.send(form, call, y, addresses, topk_weights, biases, out)
 
     def decode_dispatch(
-        self, x: Tensor, routing: Routing, quantize: Scale | None, *, return_hook: bool
+        self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
         decoder, context, device = self._decoder, self._context, self._device
@@ -249,12 +264,20 @@ class CudaFastPath:
             if form is None:
                 return None
             self._decode_dispatches[key] = form
-        if x.data_ptr() % 16 or form.members != context.all_ranks or not context.nobody_masked:
+        if (
+            x.data_ptr() % 16
+            or form.members != context.all_ranks
+            or not (stats is None or self._checks.stats_look_right(stats))
+        ):
             return None
-        call = self._begin_decode(form.signature)
+        nobody_masked = self._nobody_masked()
+        if not nobody_masked:
+            routing = Routing(decoder.without_masked(index, self._shape.num_experts), weights)
+        waits = 0 if stats is None else decoder.waits_of(stats)
+        call = self._begin_decode(form.signature, waits, skip_masked=not nobody_masked)
         if call is None:
             return None
-        return decoder.send(form, call, x, routing, weights, _NO_STATS, return_hook=return_hook)
+        return decoder.send(form, call, x, routing, weights, stats or _NO_STATS, return_hook=return_hook)
 
     def decode_combine(
         self,
@@ -263,6 +286,7 @@ class CudaFastPath:
         numerics: Numerics,
         encoding: EncodingName,
         out: Tensor | None,
+        stats: DecodeStats | None,
         *,
         return_hook: bool,
     ) -> DecodeCombined | None:
@@ -284,18 +308,31 @@ class CudaFastPath:
             self._decode_combines[key] = form
         if (
             not checks.weights_look_right(weights, (num_tokens, of.shape.top_k))
-            or (out is not None and (not checks.out_looks_right(out, num_tokens, y.dtype) or overlap(out, y)))
+            or (out is not None and not self._may_be_written(out, y, num_tokens))
             or y.data_ptr() % 16
-            or (out is not None and out.data_ptr() % 16)
             or form.members != context.all_ranks
-            or not context.nobody_masked
+            or (stats is not None and (not checks.stats_look_right(stats) or stats.received is not None))
         ):
             return None
-        call = self._begin_decode(form.signature)
+        wait_ns, waits = (None, 0) if stats is None else (stats.wait_ns, decoder.waits_of(stats))
+        call = self._begin_decode(form.signature, waits, skip_masked=not self._nobody_masked())
         if call is None:
             return None
         assert weights is not None
-        return decoder.send_back(form, call, y, parts_of(plan, weights, None), out, None, return_hook=return_hook)
+        parts = parts_of(plan, weights, wait_ns)
+        return decoder.send_back(form, call, y, parts, out, None, return_hook=return_hook)
+
+    def _may_be_biases(self, biases: tuple[Tensor, ...], y: Tensor, num_tokens: int) -> bool:
+        """Return whether sums of rows like ``y`` can certainly start with these."""
+        for bias in biases:
+            if not self._checks.out_looks_right(bias, num_tokens, y.dtype):
+                return False
+        return len(biases) <= _MAX_BIASES
+
+    def _may_be_written(self, out: Tensor, y: Tensor, num_tokens: int) -> bool:
+        """Return whether kernels can certainly write the sums of rows ``y`` to ``out`` themselves."""
+        looks_right = self._checks.out_looks_right(out, num_tokens, y.dtype)
+        return looks_right and not out.data_ptr() % 16 and not overlap(out, y)
 
     def _known_dispatch(self, x: Tensor, routing: Routing, quantize: Scale | None) -> Any:  # noqa: ANN401
         """Return the form of a decode dispatch if one like it has been made; the general path makes the first."""

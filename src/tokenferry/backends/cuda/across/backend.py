@@ -178,20 +178,21 @@ class AcrossBackend(CudaBackend):
             self.key,
             self._begin_eager,
             self._begin_decode,
+            self._messages.nobody_masked,
             AcrossPlan,
             attrgetter("_along"),
         )
         return AcrossFastPath(calls, shape, checks, self._explain)
 
-    def _begin_eager(self, signature: Signature) -> Call | None:
+    def _begin_eager(self, signature: Signature, wait_ns: int = 0, *, skip_masked: bool = False) -> Call | None:
         """Begin a call, as `Context.begin_eager`, if nothing has to be done first for rails and hooks, either."""
         if self._rails.lost is not None or not self._across.caught_up:
             return None
-        return self.context.begin_eager(signature)
+        return self.context.begin_eager(signature, wait_ns, skip_masked=skip_masked)
 
-    def _begin_decode(self, signature: Signature) -> Call | None:
-        """Begin a decode call, likewise, if it leaves nobody out."""
-        call = self._begin_eager(signature) if self._messages.nobody_masked else None
+    def _begin_decode(self, signature: Signature, wait_ns: int, *, skip_masked: bool) -> Call | None:
+        """Begin a decode call, likewise."""
+        call = self._begin_eager(signature, wait_ns, skip_masked=skip_masked)
         if call is not None:
             call.skips_masked = self._messages.can_mask  # ranks that a kernel masks meanwhile
         return call

@@ -189,7 +189,7 @@ class AcrossCombiner:
         inside, num_tokens, empty = form.inside, along.whole.num_tokens, self._context.empty
         out, biases = result.out, result.biases
         if biases:
-            biases = tuple(aligned(bias) for bias in biases)
+            biases = tuple(map(aligned, biases))
         if out is None:
             out = empty((num_tokens, inside.columns), (inside.columns, 1), inside.dtype)
         weights_out = None

@@ -135,16 +135,23 @@ class AcrossDecoder(Decoding):
         if not channel.caught_up:
             channel.receive_all(phase, capturing=self._context.order_after_calls()[1] != 0)
 
+    def waits_of(self, stats: DecodeStats) -> int:
+        """See `Decoding.waits_of`; kernels wait for the ranks of this node, from its first on."""
+        return 0 if stats.wait_ns is None else stats.wait_ns.data_ptr() + 8 * self._first_rank
+
+    def without_masked(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        """See `Decoding.without_masked`; ranks that this one does not reach are left out, too."""
+        num_local = num_experts // self._topology.num_ranks
+        return drop_ranks(topk_idx, self._rails.unreachable(), num_local).contiguous()
+
     # ------------------------------------------------------------------ dispatch
 
     def dispatch(self, request: DecodeDispatchRequest) -> DecodeDispatched[Tensor | Quantized]:
         """Send rows, and receive rows, or return a hook that receives them."""
         context, shape, routing = self._context, request.shape, request.routing
         x, topk_idx, weights = aligned(request.x), routing.topk_idx, routing.topk_weights
-        if self._rails.can_mask:
-            num_local = shape.num_experts // self._topology.num_ranks
-            topk_idx = drop_ranks(topk_idx, self._rails.unreachable(), num_local)
-        topk_idx, weights = topk_idx.contiguous(), None if weights is None else weights.contiguous()
+        topk_idx = self.without_masked(topk_idx, shape.num_experts)
+        weights = None if weights is None else weights.contiguous()
         kind = DispatchKind(shape, x.dtype, request.quantize, topk_idx.dtype, weights is not None)
         form = self._across.get(kind)
         if form is None:
@@ -314,10 +321,9 @@ class AcrossDecoder(Decoding):
     # ------------------------------------------------------------------ both
 
     def _begin(self, signature: Signature, stats: DecodeStats) -> Call:
-        """Begin a call; its kernels count the time that they wait for ranks from the first of this node on."""
+        """Begin a call."""
         self.catch_up(signature.phase)
-        wait_ns = 0 if stats.wait_ns is None else stats.wait_ns.data_ptr() + 8 * self._first_rank
-        return self._rails.begin(signature, wait_ns)
+        return self._rails.begin(signature, self.waits_of(stats))
 
     def _hook(
         self, call: Call, receive: Callable[[Call], None], tensors: tuple[Tensor | None, ...]

@@ -14,6 +14,7 @@ from tokenferry.types import (
     DecodeCombined,
     DecodeDispatched,
     DecodePlan,
+    DecodeStats,
     Dispatched,
     DispatchOptions,
     EncodingName,
@@ -60,19 +61,27 @@ class AcrossFastPath(CudaFastPath):
         except Exception as error:  # noqa: BLE001 - raised again
             self._explain(error)
 
-    def combine(self, y: Tensor, plan: Plan, topk_weights: Tensor | None, num_sms: int | None) -> Combined | None:
+    def combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        bias: Tensor | tuple[Tensor, ...] | None,
+        out: Tensor | None,
+        num_sms: int | None,
+    ) -> Combined | None:
         """See `tokenferry.backends.base.FastPath`."""
         try:
-            return super().combine(y, plan, topk_weights, num_sms)
+            return super().combine(y, plan, topk_weights, bias, out, num_sms)
         except Exception as error:  # noqa: BLE001 - raised again
             self._explain(error)
 
     def decode_dispatch(
-        self, x: Tensor, routing: Routing, quantize: Scale | None, *, return_hook: bool
+        self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatched[Any] | None:
         """See `tokenferry.backends.base.FastPath`."""
         try:
-            return super().decode_dispatch(x, routing, quantize, return_hook=return_hook)
+            return super().decode_dispatch(x, routing, quantize, stats, return_hook=return_hook)
         except Exception as error:  # noqa: BLE001 - raised again
             self._explain(error)
 
@@ -83,11 +92,12 @@ class AcrossFastPath(CudaFastPath):
         numerics: Numerics,
         encoding: EncodingName,
         out: Tensor | None,
+        stats: DecodeStats | None,
         *,
         return_hook: bool,
     ) -> DecodeCombined | None:
         """See `tokenferry.backends.base.FastPath`."""
         try:
-            return super().decode_combine(y, plan, numerics, encoding, out, return_hook=return_hook)
+            return super().decode_combine(y, plan, numerics, encoding, out, stats, return_hook=return_hook)
         except Exception as error:  # noqa: BLE001 - raised again
             self._explain(error)

@@ -70,9 +70,8 @@ class MessageRails(ABC):
             CapacityError: they may not; gives both numbers.
         """
 
-    @property
     def nobody_masked(self) -> bool:
-        """Whether `unreachable` returns none."""
+        """Return whether `unreachable` returns none."""
         return True
 
     def unreachable(self) -> frozenset[int]:

@@ -213,14 +213,13 @@ class Puts:
         cut = [ranks for node, ranks in enumerate(at.nodes) if node != at.node and at.rail[node] in masked]
         return masked.union(*cut)
 
-    @property
     def nobody_masked(self) -> bool:
-        """Whether decode calls leave nobody out."""
-        return self._context.nobody_masked and not self.by_hand and not any(self.lost)
+        """Return whether decode calls leave nobody out."""
+        return self._context.nobody_masked() and not self.by_hand and not any(self.lost)
 
     def masked_ranks(self) -> frozenset[int]:
         """Return the ranks of the whole group that decode calls leave out."""
-        if self.nobody_masked:
+        if self.nobody_masked():
             return _NOBODY
         at, first = self._topology, self._topology.nodes[self._topology.node][0]
         inside = {first + rank for rank in self._context.masked_ranks()}
@@ -284,10 +283,9 @@ class PutMessages(MessageRails):
                 f"shape of the group, has {most}; make the group with the largest shape of its views"
             )
 
-    @property
     def nobody_masked(self) -> bool:
         """See `MessageRails.nobody_masked`."""
-        return self._puts.nobody_masked
+        return self._puts.nobody_masked()
 
     def unreachable(self) -> frozenset[int]:
         """See `MessageRails.unreachable`."""
