@@ -12,10 +12,10 @@ TOKENS = (129, 0, 1000, 1, 128, 127, 63, 257)
 """A unit has 128."""
 
 
-def launch(ranks: Ranks, topk_idx: list[torch.Tensor], num_experts: int, blocks: int = 2):
+def launch(ranks: Ranks, topk_idx: list[torch.Tensor], num_experts: int, blocks: int = 2, nodes: int = 0):
     """Return (counts, in_rank) of each rank."""
     R = ranks.num_ranks
-    counts = [ranks.poisoned(R + num_experts, dtype=torch.int32) for _ in topk_idx]
+    counts = [ranks.poisoned(R + num_experts + nodes, dtype=torch.int32) for _ in topk_idx]
     in_rank = [ranks.poisoned(len(index), R, dtype=torch.uint8) for index in topk_idx]
     fields = [
         {
@@ -25,6 +25,7 @@ def launch(ranks: Ranks, topk_idx: list[torch.Tensor], num_experts: int, blocks:
             "num_tokens": len(index),
             "top_k": index.shape[1],
             "num_experts": num_experts,
+            "num_nodes": nodes,
         }
         for rank, index in enumerate(topk_idx)
     ]
@@ -33,9 +34,9 @@ def launch(ranks: Ranks, topk_idx: list[torch.Tensor], num_experts: int, blocks:
     return [(counts[rank].cpu().tolist(), in_rank[rank].cpu().tolist()) for rank in range(R)]
 
 
-def expected(topk_idx: torch.Tensor, num_experts: int, num_ranks: int):
+def expected(topk_idx: torch.Tensor, num_experts: int, num_ranks: int, nodes: int = 0):
     """The same by plain loops."""
-    per_rank, per_expert = [0] * num_ranks, [0] * num_experts
+    per_rank, per_expert, per_node = [0] * num_ranks, [0] * num_experts, [0] * nodes
     in_rank = []
     for experts in topk_idx.tolist():
         distinct = {e for e in experts if 0 <= e < num_experts}
@@ -44,27 +45,29 @@ def expected(topk_idx: torch.Tensor, num_experts: int, num_ranks: int):
             per_expert[e] += 1
         for rank in ranks:
             per_rank[rank] += 1
+        for node in {rank * nodes // num_ranks for rank in ranks} if nodes else ():
+            per_node[node] += 1
         in_rank.append([int(rank in ranks) for rank in range(num_ranks)])
-    return per_rank + per_expert, in_rank
+    return per_rank + per_expert + per_node, in_rank
 
 
 def test_the_worked_example():
     """The example in the head of the kernel."""
-    found = launch(ranks_of(2), [torch.tensor([[0, 1], [1, 3]])] * 2, 4)
-    assert found == [([2, 1, 1, 2, 0, 1], [[1, 0], [1, 1]])] * 2
+    found = launch(ranks_of(2), [torch.tensor([[0, 1], [1, 3]])] * 2, 4, nodes=2)
+    assert found == [([2, 1, 1, 2, 0, 1, 2, 1], [[1, 0], [1, 1]])] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
-def test_any_routing(num_ranks, dtype):
+@pytest.mark.parametrize(("num_ranks", "nodes"), [(1, 0), (2, 2), (3, 0), (8, 2), (8, 4)])
+def test_any_routing(num_ranks, nodes, dtype):
     """Repeated experts, unused slots and bad indices; the next launch finds the counters at zero."""
     ranks, make = ranks_of(num_ranks), torch.Generator().manual_seed(num_ranks)
     for i, (local, top_k, blocks) in enumerate(((1, 1, 1), (3, 8, 2), (32, 7, 4), (2, 64, 3))):
         E = local * num_ranks
         drawn = [torch.randint(-2, E + 1, (TOKENS[(i + r) % 8], top_k), generator=make) for r in range(num_ranks)]
         topk_idx = [index.to(dtype) for index in drawn]
-        found = launch(ranks, topk_idx, E, blocks)
-        assert found == [expected(index, E, num_ranks) for index in topk_idx], (local, top_k, blocks)
+        found = launch(ranks, topk_idx, E, blocks, nodes)
+        assert found == [expected(index, E, num_ranks, nodes) for index in topk_idx], (local, top_k, blocks)
 
 
 def test_most_experts():
@@ -87,6 +90,7 @@ def test_only_its_outputs_are_written():
             "num_tokens": 2,
             "top_k": 1,
             "num_experts": 2,
+            "num_nodes": 0,
         }
         for rank in range(2)
     ]

@@ -229,6 +229,7 @@ def layouts(rank: int, pg: None, pair: EmulatedPair) -> None:
         found, want = group._token_layout(index, 4), [[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
         assert found.in_rank.int().tolist() == want
         assert (found.per_rank.tolist(), found.per_expert.tolist()) == ([1, 1, 2, 2], [1, 1, 2, 2])
+        assert found.per_node.tolist() == [2, 4]
         in_rank = found.in_rank.clone()
         in_rank[1, 2] = False
         assert group._restricted(index, in_rank, 4).tolist() == [[0, 3], [1, -1], [2, -1], [3, 3]]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from support.fake_streams import Cuda, Stream
 from support.silent_kernels import SilentGroup, rows_of
+from support.silent_nodes import SilentNodes
 from tokenferry import ExpertGroup, MoeShape
 from tokenferry.compat.deep_ep import Buffer
 from tokenferry.compat.deep_ep.streams import Lane
@@ -23,6 +24,7 @@ class SilentShim:
 
     Args:
         monkeypatch: Puts stand-ins in the place of torch.cuda until the test has ended.
+        kind: The kind of its group.
 
     Attributes:
         buffer: The `Buffer`.
@@ -30,8 +32,10 @@ class SilentShim:
         marks: The storages that were marked for a stream, as (address, name of the stream).
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.silent = SilentGroup(MoeShape(2, 1, 16, 1))
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, kind: type[SilentGroup] | type[SilentNodes] = SilentGroup
+    ) -> None:
+        self.silent = kind(MoeShape(2, 1, 16, 1))
         with mock.patch.object(ExpertGroup, "_with_heap", return_value=self.silent.group):
             self.buffer = Buffer(None, low_latency_mode=True)
         self.buffer._views.on_gpu = True
@@ -54,6 +58,7 @@ class SilentShim:
         return self.buffer.dispatch(
             self.x,
             num_tokens_per_rank=layout.num_tokens_per_rank,
+            num_tokens_per_rdma_rank=layout.num_tokens_per_rdma_rank,
             is_token_in_rank=layout.is_token_in_rank,
             num_tokens_per_expert=layout.num_tokens_per_expert,
             topk_idx=self.topk_idx,
@@ -62,11 +67,11 @@ class SilentShim:
         )
 
     def low_latency_dispatch(self, **how: Any) -> Any:
-        with self.silent.workspaces_agree():
+        with SilentGroup.workspaces_agree():
             return self.buffer.low_latency_dispatch(self.x, self.topk_idx, M, E, **how)
 
     def low_latency_combine(self, y: Tensor, handle: Any, **how: Any) -> Any:
-        with self.silent.workspaces_agree():
+        with SilentGroup.workspaces_agree():
             return self.buffer.low_latency_combine(y, self.topk_idx, self.topk_weights, handle, **how)
 
 

@@ -15,6 +15,8 @@ from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across.backend import AcrossBackend
 from tokenferry.backends.cuda.across.nccl_rails import NcclTransfer
 from tokenferry.backends.cuda.context import Context, LaunchTemplate
+from tokenferry.compat.deep_ep.throughput import layout_of
+from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import PeerTimeout
 from tokenferry.types import DecodeStats, DispatchOptions, Layout, MoeShape, Quantized, Routing, Scale
 
@@ -115,6 +117,23 @@ def test_functions_of_python(silent, calls):
     with SilentGroup.workspaces_agree():
         found = {name: num_python_calls(call) for name, call in calls(silent).items()}
     assert {name: num for name, num in found.items() if num > PYTHON_CALLS[name]} == {}
+
+
+def test_a_layout_is_one_kernel(silent):
+    """Of the DeepEP API, with the tokens of nodes."""
+    views = Views(silent.group)
+    views.on_gpu = True
+    index = routing().topk_idx
+    layout_of(views, index, E, "layout")
+    silent.launches.clear()
+    with counted_calls(silent.group) as names:
+        layout = layout_of(views, index, E, "layout")
+    assert [launch[0] for launch in silent.launches] == ["dispatch_layout"]
+    assert silent.launches[0][-1]["num_nodes"] == 2
+    assert names == ["new", "new", "part", "part", "part"]
+    parts = (layout.per_rank, layout.per_expert, layout.per_node)
+    start = layout.per_rank.data_ptr()
+    assert [(part.shape, (part.data_ptr() - start) // 4) for part in parts] == [((2,), 0), ((E,), 2), ((2,), 2 + E)]
 
 
 SHORT = {

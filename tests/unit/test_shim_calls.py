@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from support.silent_kernels import CountedCalls, counted_calls
+from support.silent_kernels import CountedCalls, SilentGroup, counted_calls
+from support.silent_nodes import SilentNodes
 from support.silent_shim import E, H, K, M, SilentShim, T, storage
 from tokenferry.memory.streams import HostStreams
 
@@ -110,14 +111,23 @@ def restrictions(shim):
     return [(params["topk_idx"], params["in_rank"]) for params in launches]
 
 
-def test_a_layout_of_this_routing_is_not_compared_with_it(shim):
+@pytest.mark.parametrize("kind", [SilentGroup, SilentNodes])
+def test_a_layout_of_this_routing_is_not_compared_with_it(monkeypatch, kind):
+    shim = SilentShim(monkeypatch, kind)
     layout = shim.layout()
+    assert (layout.num_tokens_per_rdma_rank is None) == (kind is SilentGroup)
     for _ in range(2):
         shim.dispatch(layout)
         assert restrictions(shim) == []
 
 
-def test_a_layout_that_may_have_changed_takes_one_kernel(shim):
+@pytest.mark.parametrize("kind", [SilentGroup, SilentNodes])
+def test_a_layout_that_may_have_changed_takes_one_kernel(monkeypatch, kind):
+    shim = SilentShim(monkeypatch, kind)
+    nodes = {SilentGroup: torch.zeros(1, dtype=torch.int32), SilentNodes: None}[kind]
+    mixed = shim.layout()._replace(num_tokens_per_rdma_rank=nodes)
+    shim.dispatch(mixed)
+    assert restrictions(shim) == [(shim.topk_idx.data_ptr(), mixed.is_token_in_rank.data_ptr())]
     in_place = shim.layout()
     in_place.is_token_in_rank[0, 0] = False
     routed = shim.layout()

@@ -141,11 +141,13 @@ class TokenLayout:
 
     Attributes:
         per_rank: ``[R]`` int32: tokens for each rank; a token counts once per rank.
+        per_node: ``[nodes]`` int32: tokens for each node, once each; None for one node, and from the CPU backend.
         per_expert: ``[E]`` int32: tokens for each expert.
         in_rank: ``[T, R]`` bool: whether a token goes to a rank.
     """
 
     per_rank: Tensor
+    per_node: Tensor | None
     per_expert: Tensor
     in_rank: Tensor
 
@@ -329,7 +331,7 @@ class Backend(Protocol):
         ...
 
     def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
-        """Count the tokens of this rank for each rank and each expert. Local; never waits for a GPU.
+        """Count the tokens of this rank for each rank, expert and node. Local; never waits for a GPU.
 
         Args:
             topk_idx: ``[T, K]`` int64 or int32, contiguous; indices outside [0, E) count nowhere.

@@ -143,7 +143,7 @@ def _fields() -> list[Field]:
         Field("bad_slot", "u32", (), "complement of the least token * K + slot with a bad expert; 0: none"),
         Field("claimed", "u32", (), "units that warps of the running kernel have taken beyond their first ones"),
         Field("pushed", "u32", (), "combine_push: units that pushing warps have taken beyond their first ones"),
-        Field("layout_counts", "u32", (MAX_COUNTS,), "dispatch_layout: tokens for each expert, then each rank"),
+        Field("layout_counts", "u32", (MAX_COUNTS + MAX_NODES,), "dispatch_layout: tokens of experts, ranks, nodes"),
         Field("crossed", "u32", (), "rail_send: number of the last exchange with other nodes"),
         Field("packed", "u32", (), "decode_pack: number of the last decode dispatch"),
         Field("masked_nodes", "u32", (NODE_WORDS,), "a bit for each node whose rank across decode calls leave out"),

@@ -44,7 +44,7 @@ def token_layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> TokenLay
     index = torch.where(topk_idx < num_experts, topk_idx, -1).long()
     in_rank, chosen = hits(index, num_experts // num_ranks, num_ranks), hits(index, 1, num_experts)
     per_rank, per_expert = in_rank.sum(0, dtype=torch.int32), chosen.sum(0, dtype=torch.int32)
-    return TokenLayout(per_rank, per_expert, in_rank.contiguous())
+    return TokenLayout(per_rank, None, per_expert, in_rank.contiguous())
 
 
 def restricted(topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:

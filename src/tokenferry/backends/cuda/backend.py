@@ -135,7 +135,7 @@ class CudaBackend:
 
     def token_layout(self, topk_idx: Tensor, num_experts: int) -> TokenLayout:
         """See `tokenferry.backends.cuda.token_layout`."""
-        return token_layout(self.context, topk_idx, num_experts, self.num_ranks)
+        return token_layout(self.context, topk_idx, num_experts, self.num_ranks, self.topology.num_nodes)
 
     def restricted(self, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:
         """See `tokenferry.backends.cuda.token_layout`."""

@@ -13,14 +13,17 @@ from tokenferry.kernels.dispatch_notify.spec import num_units
 from tokenferry.kernels.dispatch_restrict import spec as restrict_spec
 from tokenferry.memory.empty import part_of
 
-_LAYOUT = Packer(layout_spec.SPEC.params.struct, "topk_idx", "counts", "in_rank", "num_tokens", "top_k", "num_experts")
-
+_LAYOUT = Packer(
+    layout_spec.SPEC.params.struct, "topk_idx", "counts", "in_rank", "num_tokens", "top_k", "num_experts", "num_nodes"
+)
 _RESTRICT = Packer(
     restrict_spec.SPEC.params.struct, "topk_idx", "in_rank", "kept", "num_tokens", "top_k", "num_experts"
 )
 
 
-def token_layout(context: Context, topk_idx: Tensor, num_experts: int, num_ranks: int) -> TokenLayout:
+def token_layout(
+    context: Context, topk_idx: Tensor, num_experts: int, num_ranks: int, num_nodes: int = 1
+) -> TokenLayout:
     """Launch `dispatch_layout` on the current stream; see `tokenferry.backends.base.Backend`.
 
     Args:
@@ -28,10 +31,12 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int, num_ranks
         topk_idx: As there.
         num_experts: As there.
         num_ranks: R, the ranks of all nodes.
+        num_nodes: The nodes, of equally many consecutive ranks.
     """
     stream, _ = context.order_after_calls()  # the kernel counts in the control block, as those of a dispatch do
     num_tokens, top_k = topk_idx.shape
-    counts = context.empty((num_ranks + num_experts,), (1,), torch.int32)
+    nodes_at, num_counted = num_ranks + num_experts, num_nodes if num_nodes > 1 else 0
+    counts = context.empty((nodes_at + num_counted,), (1,), torch.int32)
     in_rank = context.empty((num_tokens, num_ranks), (num_ranks, 1), torch.bool)
     wide = topk_idx.dtype is torch.int64
     key = (layout_spec.SPEC, wide, num_experts)
@@ -41,10 +46,13 @@ def token_layout(context: Context, topk_idx: Tensor, num_experts: int, num_ranks
         template.block, template.params.num_ranks = layout_spec.THREADS, num_ranks
         template.smem_bytes = layout_spec.smem_bytes(num_experts, num_ranks)
         context.templates[key] = template
-    template.pack(topk_idx.data_ptr(), counts.data_ptr(), in_rank.data_ptr(), num_tokens, top_k, num_experts)
+    template.pack(
+        topk_idx.data_ptr(), counts.data_ptr(), in_rank.data_ptr(), num_tokens, top_k, num_experts, num_counted
+    )
     template.launch(max(1, min(num_units(num_tokens), layout_spec.MAX_BLOCKS)), stream)
     per_rank, per_expert = part_of(counts, 0, (num_ranks,), (1,)), part_of(counts, num_ranks, (num_experts,), (1,))
-    return TokenLayout(per_rank, per_expert, in_rank)
+    per_node = part_of(counts, nodes_at, (num_nodes,), (1,)) if num_counted else None
+    return TokenLayout(per_rank, per_node, per_expert, in_rank)
 
 
 def restricted(context: Context, topk_idx: Tensor, in_rank: Tensor, num_experts: int) -> Tensor:

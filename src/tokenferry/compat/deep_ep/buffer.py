@@ -104,10 +104,10 @@ class _Layout:
 
     def is_of(self, *tensors: Tensor | None) -> bool:
         """Return whether these are the same tensors, in the same order, and known to hold the same as then."""
-        for known, version, tensor in zip(self._tensors, self._versions, tensors, strict=True):
+        for known, version, tensor in zip(self._tensors, self._versions, tensors, strict=False):
             if tensor is None or known() is not tensor or version < 0 or tensor._version != version:
                 return False
-        return True
+        return len(tensors) == len(self._tensors)
 
 
 class Buffer(Connected, LowLatencyCalls):
@@ -334,8 +334,9 @@ class Buffer(Connected, LowLatencyCalls):
             call, when, (topk_idx,), lambda: throughput.layout_of(self._views, topk_idx, num_experts, call)
         )
         assert found.per_expert is not None
-        self._latest_layout = _Layout(num_experts, topk_idx, found.in_rank, found.per_rank, found.per_expert)
         per_node = found.per_node if len(self._views.nodes) > 1 else None
+        of_nodes = () if per_node is None else (per_node,)
+        self._latest_layout = _Layout(num_experts, topk_idx, found.in_rank, found.per_rank, found.per_expert, *of_nodes)
         return DispatchLayout(found.per_rank, per_node, found.per_expert, found.in_rank, event)
 
     @without_grad
@@ -548,7 +549,7 @@ class Buffer(Connected, LowLatencyCalls):
 
     def _known_experts(self, topk_idx: Tensor | None, given: throughput.TokenLayout) -> int:
         """Return E if the latest `get_dispatch_layout` made this of ``topk_idx``, and nothing has changed; else 0."""
-        latest = self._latest_layout
-        if latest is None or given.per_node is not None:
+        latest, of_nodes = self._latest_layout, () if given.per_node is None else (given.per_node,)
+        if latest is None or not latest.is_of(topk_idx, given.in_rank, given.per_rank, given.per_expert, *of_nodes):
             return 0
-        return latest.num_experts if latest.is_of(topk_idx, given.in_rank, given.per_rank, given.per_expert) else 0
+        return latest.num_experts

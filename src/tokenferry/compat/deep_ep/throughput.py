@@ -144,8 +144,9 @@ def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> To
     if not views.on_gpu:
         Checks(call, group.device).experts("topk_idx", topk_idx, num_experts)
     counted = group._token_layout(topk_idx, num_experts)
-    # Of a single node nobody asks for the number of tokens; on the CPU it is compared with what was given.
-    per_node = None if views.on_gpu and len(views.nodes) == 1 else _tokens_of_nodes(views, counted.in_rank)
+    per_node = counted.per_node
+    if per_node is None and not views.on_gpu:  # it is compared with what was given, also for a single node
+        per_node = _tokens_of_nodes(views, counted.in_rank)
     return TokenLayout(counted.per_rank, per_node, counted.per_expert, counted.in_rank)
 
 

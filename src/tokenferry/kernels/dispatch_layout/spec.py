@@ -17,6 +17,7 @@ SPEC = describe(
         ("num_tokens", "u32"),
         ("top_k", "u32"),
         ("num_experts", "u32"),
+        ("num_nodes", "u32"),
     ),
     max_registers=32,
     max_threads=THREADS,
