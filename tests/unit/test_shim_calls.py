@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from support.silent_kernels import CountedCalls, SilentGroup, counted_calls
+from support.silent_kernels import CountedCalls, SilentGroup, counted_calls, num_python_calls
 from support.silent_nodes import SilentNodes
 from support.silent_shim import E, H, K, M, SilentShim, T, storage
+from tokenferry.compat.deep_ep.throughput import ANY_NUM_TOKENS
 from tokenferry.memory.streams import HostStreams
+from tokenferry.types import DecodeStats, DispatchOptions, Routing
 
 HOW = {"synchronous": {}, "asynchronous": {"async_finish": True}}
 
@@ -25,6 +27,7 @@ def calls_of(shim, how):
     return {
         "layout": lambda: shim.layout(**how),
         "layout, dispatch": lambda: shim.dispatch(shim.layout(**how), **how),
+        "layout, dispatch into rows": lambda: shim.dispatch(shim.layout(**how), num_worst_tokens=2 * T, **how),
         "cached dispatch": lambda: shim.buffer.dispatch(shim.x, handle, **how),
         "combine": lambda: shim.buffer.combine(y, handle, **how),
         "combine with weights": lambda: shim.buffer.combine(y, handle, weights, **how),
@@ -35,8 +38,11 @@ def calls_of(shim, how):
 
 
 LAYOUT = ["new", "new", "part", "part"]
+"""For the three tensors that only this API returns: the native pair of calls makes the same calls but for these."""
 READ = "untyped_storage"
 """What torch is asked for a tensor over the heap."""
+TAIL = ["arange", "sum", "ge", "unsqueeze", "masked_fill_", "masked_fill_"]
+"""Ids and weights past the rows that have arrived, whose number is on the device, are written where they are."""
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
@@ -50,6 +56,7 @@ def test_calls_of_torch(shim, how):
     assert found == {
         "layout": LAYOUT,
         "layout, dispatch": [*LAYOUT, READ, READ, READ],
+        "layout, dispatch into rows": [*LAYOUT, READ, READ, READ, *TAIL, READ],
         "cached dispatch": [READ],
         "combine": ["new"],
         "combine with weights": ["new", "new"],
@@ -70,6 +77,7 @@ def test_marks_of_asynchronous_calls(shim):
     assert found == {
         "layout": 3,
         "layout, dispatch": 7,
+        "layout, dispatch into rows": 7,
         "cached dispatch": 1,
         "combine": 1,
         "combine with weights": 2,
@@ -77,6 +85,57 @@ def test_marks_of_asynchronous_calls(shim):
         "low-latency dispatch, FP8": 5,
         "low-latency combine": 1,
     }
+
+
+PYTHON_CALLS = {
+    "layout": (28, 0),
+    "layout, dispatch": (130, 75),
+    "layout, dispatch into rows": (113, 52),
+    "cached dispatch": (41, 24),
+    "combine": (39, 25),
+    "combine, bias": (44, 29),
+    "low-latency dispatch": (39, 23),
+    "low-latency dispatch, counters": (44, 27),
+    "low-latency combine": (36, 19),
+}
+"""The most functions of Python in a call, and in the native call of the same sizes whose results are read."""
+
+
+def test_calls_of_python(shim):
+    calls, received = calls_of(shim, {}), torch.zeros(E // 2, dtype=torch.int32, device="cpu")
+    got, _, _, _, handle, _ = shim.dispatch(shim.layout())
+    y = torch.ones_like(got)
+    calls["combine, bias"] = lambda: shim.buffer.combine(y, handle, bias=shim.x)
+    calls["low-latency dispatch, counters"] = lambda: shim.low_latency_dispatch(
+        use_fp8=False, cumulative_local_expert_recv_stats=received
+    )
+    group, decoding = (shim.buffer._views.of(E, K, H, most) for most in (ANY_NUM_TOKENS, M))
+    into_rows = shim.buffer._views.of(E, K, H, T)
+    where, index = Routing(shim.topk_idx, shim.topk_weights), Routing(shim.topk_idx)
+    on_device, stats = DispatchOptions(counts="device", capacity=2 * T), DecodeStats(received)
+    sent, rows = group.dispatch(shim.x, where), shim.low_latency_dispatch(use_fp8=False)
+    plan, answers = rows[2].plan._routed(shim.topk_idx, shim.topk_weights), torch.ones_like(rows[0])
+    native = {
+        "layout, dispatch": lambda: read(group.dispatch(shim.x, where)),
+        "layout, dispatch into rows": lambda: read(into_rows.dispatch(shim.x, where, options=on_device)),
+        "cached dispatch": lambda: group.redispatch(shim.x, sent.plan).x,
+        "combine": lambda: group.combine(y, sent.plan),
+        "combine, bias": lambda: group.combine(y, sent.plan, bias=shim.x),
+        "low-latency dispatch": lambda: decoding.decode_dispatch(shim.x, index).expert_counts,
+        "low-latency dispatch, counters": lambda: decoding.decode_dispatch(shim.x, index, stats=stats).expert_counts,
+        "low-latency combine": lambda: decoding.decode_combine(answers, plan),
+    }
+    with shim.silent.workspaces_agree():
+        found = {
+            name: (num_python_calls(calls[name]), num_python_calls(native[name]) if name in native else 0)
+            for name in PYTHON_CALLS
+        }
+    assert {name: nums for name, nums in found.items() if any(map(int.__gt__, nums, PYTHON_CALLS[name]))} == {}
+
+
+def read(sent):
+    """Return what a dispatch of the DeepEP API returns, too."""
+    return sent.x, sent.topk_idx, sent.topk_weights, sent.host_counts
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
@@ -220,7 +279,7 @@ def test_a_dispatch_marks_what_torch_owns(shim, num_worst_tokens):
     x, topk_idx, topk_weights = found[:3]
     assert to_comm == in_torch(shim, shim.x, shim.topk_idx, shim.topk_weights, *layout[:4:2], layout.is_token_in_rank)
     assert to_mine >= in_torch(shim, x, topk_idx, topk_weights)
-    assert len(in_torch(shim, x, topk_idx, topk_weights)) == (2 if num_worst_tokens else 0)
+    assert in_torch(shim, x, topk_idx, topk_weights) == set(), "all of them lie in the heap"
 
 
 def test_calls_along_a_plan_mark_what_torch_owns(shim):

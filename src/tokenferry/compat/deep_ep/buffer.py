@@ -394,9 +394,8 @@ class Buffer(Connected, LowLatencyCalls):
         """
         call = "Buffer.dispatch"
         self._open(call)
-        check_config(call, config)
+        num_sms = self._num_sms(call, config)
         when = when_of(previous_event, async_finish, allocate_on_comm_stream)
-        num_sms = self._num_sms(config)
         if handle is not None:
             given = (
                 num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
@@ -466,9 +465,8 @@ class Buffer(Connected, LowLatencyCalls):
         """
         call = "Buffer.combine"
         self._open(call)
-        check_config(call, config)
+        num_sms = self._num_sms(call, config)
         when = when_of(previous_event, async_finish, allocate_on_comm_stream)
-        num_sms = self._num_sms(config)
         (combined_x, weights), event = self._lane.run(
             call,
             when,
@@ -541,8 +539,14 @@ class Buffer(Connected, LowLatencyCalls):
         if len(self._views.nodes) == 1:
             raise ArgumentError(f"{call}: the group has one node; call Buffer.{call.rpartition('_')[2]} instead")
 
-    def _num_sms(self, config: Config | None) -> int | None:
-        """Return the number of SMs that a call may occupy; None: the library's choice."""
+    def _num_sms(self, call: str, config: Config | None) -> int | None:
+        """Return the number of SMs that a call may occupy; None: the library's choice.
+
+        Raises:
+            ArgumentError: ``config`` is neither a Config nor None.
+        """
+        if config is not None:
+            check_config(call, config)
         if self._lane.stream is None:
             return None
         return (Buffer._asked_num_sms if config is None else config.num_sms) or None

@@ -6,6 +6,7 @@ several nodes of DeepEP's ten.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +20,6 @@ from tokenferry.compat.deep_ep.arguments import (
     check_integer,
     detached,
     from_native,
-    height,
     to_native,
     width,
 )
@@ -27,7 +27,7 @@ from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.streams import HoldsTensors
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, CapacityError, PlanError
-from tokenferry.types import Dispatched, DispatchOptions, Plan, Quantized, Routing
+from tokenferry.types import DispatchOptions, Plan, Quantized, Routing
 
 ANY_NUM_TOKENS = 2**31 - 1
 """M of a view whose calls wait for counts: no memory depends on it, so T is unlimited."""
@@ -138,7 +138,7 @@ def layout_of(views: Views, topk_idx: Tensor, num_experts: int, call: str) -> To
         ConfigError: E is not a multiple of R.
     """
     group = views.group
-    if not _looks_like_routing(topk_idx, group.device):
+    if not _looks_like_routing(topk_idx, views.device):
         Checks(call, group.device).tensor("topk_idx", topk_idx, "T K", INDICES)
     views.of(num_experts, 1, 1, 1)
     if not views.on_gpu:
@@ -163,9 +163,9 @@ def dispatch(
     check_integer(call, "expert_alignment", options.expert_alignment, 1)
     check_integer(call, "num_worst_tokens", num_worst_tokens, 0)
     rows = to_native(call, x)
-    num_experts = options.num_experts
-    if not num_experts or not views.on_gpu or given.in_rank.shape[0] != height(rows):
-        num_experts = _check_layout(views, given, height(rows), call)
+    num_experts, (num_tokens, hidden) = options.num_experts, (rows.data if isinstance(rows, Quantized) else rows).shape
+    if not num_experts or not views.on_gpu or given.in_rank.shape[0] != num_tokens:
+        num_experts = _check_layout(views, given, num_tokens, call)
     if routing is None:
         if num_worst_tokens:
             raise ArgumentError(
@@ -177,12 +177,14 @@ def dispatch(
             _check_same(call, given, TokenLayout(per_rank, per_node, None, given.in_rank))
         return _dispatch_without_experts(views, rows, x, given, options)
     routing = _agreed(views, routing, given, num_experts, call, same=bool(options.num_experts))
-    native = DispatchOptions(counts="device", capacity=num_worst_tokens) if num_worst_tokens else None
-    most = _most_tokens(views, height(rows), num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
+    native = _into_rows(num_worst_tokens) if num_worst_tokens else None
+    most = _most_tokens(views, num_tokens, num_worst_tokens, call) if num_worst_tokens else ANY_NUM_TOKENS
     top_k = routing.topk_idx.shape[1]
-    view = views.of(num_experts, top_k, width(rows), most)
+    view = views.of(num_experts, top_k, hidden, most)
     sent = view.dispatch(rows, routing, options=native, num_sms=options.num_sms)
-    recv_idx, recv_weights = _without_tail(sent)
+    recv_idx, recv_weights = sent.topk_idx, sent.topk_weights
+    if num_worst_tokens:
+        _clear_tail(recv_idx, recv_weights, sent.plan.src_counts)
     counts = aligned(sent.host_counts or (), options.expert_alignment)
     handle = _handle(views, sent.plan, given.in_rank, num_experts, top_k)
     return from_native(sent.x, x), recv_idx, recv_weights, counts, handle
@@ -207,7 +209,7 @@ def combine(
         PlanError, ShapeError, MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.combine`.
     """
     call = "Buffer.combine"
-    known, device = checked(handle, call), views.group.device
+    known, device = checked(handle, call), views.device
     plan = known.plan
     if not (
         type(x) is Tensor
@@ -265,18 +267,23 @@ def _dispatch_without_experts(
 def _handle(views: Views, plan: Plan, in_rank: Tensor, num_experts: int, top_k: int) -> Handle:
     """Return a handle in DeepEP's form for one node or for several."""
     kind = Handle if len(views.nodes) == 1 else InternodeHandle
-    return kind(plan, in_rank, views.group.rank, num_experts, top_k)
+    return kind(plan, in_rank, views.rank, num_experts, top_k)
 
 
-def _without_tail(sent: Dispatched[Tensor | Quantized]) -> tuple[Tensor, Tensor | None]:
-    """Return ids and weights; with counts on the device, rows past the count get ids -1 and weights 0."""
-    index, weights = sent.topk_idx, sent.topk_weights
-    assert index is not None
-    if sent.plan.options.counts == "host":
-        return index, weights
-    rows = torch.arange(index.shape[0], device=index.device, dtype=torch.int64)
-    tail = (rows >= sent.plan.src_counts.sum()).unsqueeze(1)
-    return index.masked_fill(tail, -1), None if weights is None else weights.masked_fill(tail, 0.0)
+@functools.lru_cache(maxsize=256)
+def _into_rows(capacity: int) -> DispatchOptions:
+    """Return the options of a dispatch into so many rows, whose counts stay on the device."""
+    return DispatchOptions(counts="device", capacity=capacity)
+
+
+def _clear_tail(topk_idx: Tensor | None, topk_weights: Tensor | None, src_counts: Tensor) -> None:
+    """Set ids to -1 and weights to 0 in the rows past those received, which were undefined, and which no call reads."""
+    assert topk_idx is not None
+    rows = torch.arange(topk_idx.shape[0], device=topk_idx.device, dtype=torch.int64)
+    tail = (rows >= src_counts.sum()).unsqueeze(1)
+    topk_idx.masked_fill_(tail, -1)
+    if topk_weights is not None:
+        topk_weights.masked_fill_(tail, 0.0)
 
 
 def _agreed(views: Views, routing: Routing, given: TokenLayout, num_experts: int, call: str, *, same: bool) -> Routing:

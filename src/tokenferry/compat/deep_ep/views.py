@@ -13,13 +13,16 @@ class Views:
 
     Attributes:
         group: The group.
+        device: Device of all tensors.
+        rank: This rank.
         on_gpu: Whether the host would have to wait for the values of tensors.
         nodes: The ranks of each node.
     """
 
     def __init__(self, group: ExpertGroup) -> None:
         self.group = group
-        self.on_gpu = group.device.type != "cpu"
+        self.device, self.rank = group.device, group.rank
+        self.on_gpu = self.device.type != "cpu"
         self.nodes = group.topology.nodes
         self._known: dict[tuple[int, int, int, int], ExpertGroup] = {}
 
