@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokenferry.errors import ConfigError
@@ -28,8 +29,23 @@ DISPATCH_US = ((8, 290), (12, 250), (16, 250), (20, 252), (24, 254))
 COMBINE_US = ((8, 761), (12, 512), (16, 496), (20, 496), (24, 496))
 """The same for a combine of bfloat16 rows in the heap, which are fetched."""
 
-COMBINE_US_OF_TWO = ((16, 371), (20, 298), (24, 252), (28, 217), (32, 191), (40, 189), (48, 193), (66, 193))
-"""The same on 2 H200: a third as many rows are fetched, and the SMs that add up are the limit until there are 32."""
+COMBINE_US_OF_TWO = {16: (17, 17), 128: (24, 21), 512: (61, 39), 1024: (105, 62), 4096: (371, 189), 8192: (719, 365)}
+"""The same on 2 H200, by T, with 16 SMs and with 40: a third as many rows are fetched, and the SMs that add up are the
+limit until there are 32."""
+
+FETCHED_OR_PUSHED_US = {128: (33, 42), 1024: (143, 162), 4096: (496, 507)}
+"""The same on 4 H200, by T: rows in the heap that are fetched, and rows in the user's memory that are pushed, each with
+as many SMs as help."""
+
+FETCHED_OR_PUSHED_US_OF_TWO = {
+    16: (17, 24),
+    128: (21, 32),
+    512: (39, 56),
+    1024: (62, 86),
+    4096: (189, 212),
+    8192: (365, 366),
+}
+"""The same on 2 H200."""
 
 PUSH_US = ((16, 688), (24, 549), (32, 521), (48, 507))
 """The same for rows in the user's memory, which are pushed. On a machine whose links answered sooner (a flag's way took
@@ -58,6 +74,7 @@ not. A network card takes 10 us for so many; an exchange of its own takes the ho
 _ROWS_AT_ONCE = 8  # rows that the warps of one SM move concurrently
 _PIECES_AT_ONCE = 12  # pieces of a row that the warps of one SM sum concurrently
 _PIECE_BYTES = 2048
+_FEW_ROWS = 512  # tokens for which what was measured with 128 says more than what was with 4096
 _ADDING_GBPS = 9.8  # bytes of sums that one SM completes: 14336 in 1.46 us, on 2 and on 4 GPUs alike
 _SHORT_PUSH = (
     2048  # tokens; with fewer, most of the time passes before the first rows land and after the last ones have landed
@@ -97,7 +114,7 @@ class Tuning:
         dispatch_sms: SMs of `dispatch` and `redispatch`.
         combine_sms: SMs of `combine` for rows in the group's memory, or by expert.
         push_sms: SMs of `combine` for ROWS in the user's memory.
-        reasons: A sentence for each number.
+        reasons: A sentence for each number, and one for the way of rows in the heap.
     """
 
     dispatch_sms: int
@@ -128,7 +145,7 @@ def tune(shape: MoeShape, topology: Topology) -> Tuning:
     dispatch, why_dispatch = _dispatch_sms(shape, topology)
     combine, why_combine = _combine_sms(shape, topology)
     push, why_push = _push_sms(shape, topology)
-    return Tuning(dispatch, combine, push, (why_dispatch, why_combine, why_push))
+    return Tuning(dispatch, combine, push, (why_dispatch, why_combine, why_push, _why_fetched(shape, topology)))
 
 
 def travel(shape: MoeShape, num_ranks: int, num_tokens: int, row_bytes: int) -> Travel:
@@ -173,6 +190,11 @@ def _dispatch_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
         return chosen, f"dispatch: {chosen} SMs: all that the device has; {DISPATCH_SMS} would be used on a larger one"
     if topology.num_ranks == 1:
         return chosen, f"dispatch: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+    if shape.max_tokens < _FEW_ROWS:
+        return chosen, (
+            f"dispatch: {chosen} SMs: for 128 rows the time was the same with 16 to 132, so "
+            f"{topology.num_sms - chosen} SMs are left to others"
+        )
     best, least = min(us for _, us in DISPATCH_US), DISPATCH_US[0]
     return chosen, (
         f"dispatch: {chosen} SMs: FP8 rows of T=4096 took {best} us with 12 to 24 SMs, within 2 %, and {least[1]} us "
@@ -196,16 +218,36 @@ def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     if topology.num_ranks == 1:
         return chosen, f"combine: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
     if chosen > COMBINE_SMS:
-        times = dict(COMBINE_US_OF_TWO)
+        measured = _nearest(COMBINE_US_OF_TWO, shape.max_tokens)
+        with_16, with_40 = COMBINE_US_OF_TWO[measured]
         return chosen, (
             f"combine: {chosen} SMs: few rows cross the links for each token, so more SMs are needed to add up as fast "
-            f"as rows arrive: bfloat16 rows of T=4096 took {times[40]} us with 40 and {times[16]} us with 16 (2 H200)"
+            f"as rows arrive: bfloat16 rows of T={measured} took {with_40} us with 40 and {with_16} us with 16 (2 H200)"
         )
     best, fewer = min(us for _, us in COMBINE_US), COMBINE_US[1]
     return chosen, (
         f"combine: {chosen} SMs: bfloat16 rows of T=4096 took {best} us with 16 to 24 SMs and {fewer[1]} us with "
         f"{fewer[0]} (4 H200); bulk loads from peers are slower with many ({gbps(LOAD_GBPS, 48):.0f} GB/s with 48)"
     )
+
+
+def _why_fetched(shape: MoeShape, topology: Topology) -> str:
+    """Return why peers fetch rows in the heap, where they could be pushed as rows in the user's memory are."""
+    what = "combine of rows in the heap: fetched, not pushed"
+    if topology.num_ranks == 1:
+        return f"{what}: one rank, nothing leaves the GPU"
+    table, gpus = (FETCHED_OR_PUSHED_US_OF_TWO, 2) if topology.num_ranks == 2 else (FETCHED_OR_PUSHED_US, 4)
+    measured = _nearest(table, shape.max_tokens)
+    fetched, pushed = table[measured]
+    return (
+        f"{what}: bfloat16 rows of T={measured} took {fetched} us, and {pushed} when they were pushed, with as many "
+        f"SMs as help ({gpus} H200): they are added up as they are fetched, but only after they have been pushed"
+    )
+
+
+def _nearest(table: Mapping[int, object], max_tokens: int) -> int:
+    """Return the number of tokens in a table that is the nearest by its ratio to M."""
+    return min(table, key=lambda tokens: max(tokens / max_tokens, max_tokens / tokens))
 
 
 def _adding_sms(shape: MoeShape, num_ranks: int) -> int:

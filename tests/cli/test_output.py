@@ -45,6 +45,14 @@ def test_standard_output_gets_the_report_and_nothing_else(command, key, text, st
     assert not Path("-.part").exists()
 
 
+@pytest.mark.parametrize("option", ["--json ", "--json="])
+def test_the_command_in_a_report_names_the_file_without_its_folder(tmp_path, option):
+    """A folder is one of the machine."""
+    path = tmp_path / "out=1.json"
+    assert main(["explain", *f"{option}{path}".split()]) == 0
+    assert json.loads(path.read_text())["command"] == f"tokenferry explain {option}out=1.json"
+
+
 @pytest.mark.usefixtures("one_finding")
 def test_findings_in_a_file(tmp_path, capsys):
     assert main(["doctor", "--json", str(tmp_path / "found.json")]) == 1

@@ -24,11 +24,12 @@ def sized(max_tokens, hidden=7168):
 def test_large_calls_take_the_measured_numbers():
     tuned = tune(V3, H200)
     assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == (16, 16, 32)
-    dispatch, combine, push = tuned.reasons
+    dispatch, combine, push, heap = tuned.reasons
     assert "250 us with 12 to 24 SMs" in dispatch
     assert "290 us with 8" in dispatch
     assert "496 us with 16 to 24 SMs" in combine
     assert "521 us, 549 with 24 and 507 with 48 (4 H200)" in push
+    assert "T=4096 took 496 us, and 507 when they were pushed, with as many SMs as help (4 H200)" in heap
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,21 @@ def test_large_calls_take_the_measured_numbers():
 def test_small_calls_take_no_more_than_find_work(max_tokens, hidden, numbers):
     tuned = tune(sized(max_tokens, hidden), H200)
     assert (tuned.dispatch_sms, tuned.combine_sms, tuned.push_sms) == numbers
-    for number, reason in zip(numbers, tuned.reasons, strict=True):
+    for number, reason in zip(numbers, tuned.reasons[:3], strict=True):
         assert f": {number} SMs: " in reason
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "measured", "fetched"), [(70, 128, 21), (128, 128, 21), (700, 512, 39), (1 << 17, 8192, 365)]
+)
+def test_reasons_between_two_ranks_quote_what_was_measured_nearest(max_tokens, measured, fetched):
+    _, combine, _, heap = tune(sized(max_tokens), Topology(2, 132)).reasons
+    for reason in (combine, heap):
+        assert f"rows of T={measured} took {fetched} us" in reason
+
+
+def test_reasons_for_few_rows_quote_few_rows():
+    assert not any("T=4096" in reason for reason in tune(sized(128), Topology(2, 132)).reasons)
 
 
 @pytest.mark.parametrize(("num_ranks", "number"), [(1, 16), (2, 35), (4, 16), (8, 16)])
@@ -79,7 +93,7 @@ def test_never_more_than_there_are_and_never_none(max_tokens, num_sms, num_ranks
     assert 1 <= tuned.dispatch_sms <= num_sms
     assert 1 <= tuned.combine_sms <= num_sms
     assert 1 <= tuned.push_sms <= num_sms
-    names = ["dispatch", "combine", "combine of rows in the user's memory"]
+    names = ["dispatch", "combine", "combine of rows in the user's memory", "combine of rows in the heap"]
     assert [reason.split(":")[0] for reason in tuned.reasons] == names
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Collection
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -101,5 +102,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         used: argparse.ArgumentParser = getattr(args, "parser", parser)  # of the command, or of its part
         near = difflib.get_close_matches(unknown[0], used._option_string_actions, n=1)
         used.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
-    args.command_line = " ".join(["tokenferry", *arguments])
+    written = getattr(args, "json", None)
+    args.command_line = " ".join(["tokenferry", *(_without_folder(word, written) for word in arguments)])
     return args
+
+
+def _without_folder(word: str, file: Path | None) -> str:
+    """Return a word of a command line, without the folder if it names this file: reports keep no machine's paths."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return word if file is None or Path(value) != file else f"{option}{equals}{file.name}"
