@@ -60,21 +60,25 @@ def run_both(request, run):
     return run if request.param == "exchanged" else partial(run, puts=puts)
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize(("ranks", "per_node"), NODES)
 def test_rounds(run, ranks, per_node):
     run(ranks, decode_jobs.rounds, ranks, ranks_per_node=per_node)
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize(("ranks", "per_node"), NODES)
 def test_encodings(run, ranks, per_node):
     run(ranks, decode_jobs.encodings, ranks, ranks_per_node=per_node)
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize(("ranks", "job"), [(2, decode_jobs.not_finite), (3, decode_jobs.plans_in_other_views)])
 def test_the_rest_of_the_decode_calls(run, ranks, job):
     run(ranks, job, ranks_per_node=1)
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize(("ranks", "per_node"), NODES[:1])
 def test_hooks_may_be_called_in_any_order_and_twice(run, ranks, per_node):
     run(ranks, decode_jobs.hooks_in_any_order, ranks, ranks_per_node=per_node)
@@ -111,6 +115,7 @@ def hooks_between_calls(rank: int, pg: None, pair: EmulatedPair) -> None:
         group.decode_dispatch(step.mine().x, step.routing(), return_hook=True)  # nobody calls its hook
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_a_hook_waits_for_no_hook_of_a_peer_that_makes_calls(run_both):
     run_both(4, hooks_between_calls, ranks_per_node=2)
 
@@ -142,6 +147,7 @@ def overflow(rank: int, pg: None, pair: EmulatedPair, hook: bool) -> str:
     return texts[0]
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("hook", [False, True])
 @pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (4, 1)])
 def test_every_rank_is_told_of_an_overflow(run_both, ranks, per_node, hook):
@@ -165,6 +171,7 @@ def few_slots(rank: int, pg: None, pair: EmulatedPair) -> None:
         group.synchronize()
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_fewer_slots_than_tokens(run_both):
     run_both(4, few_slots, ranks_per_node=2)
 
@@ -172,12 +179,14 @@ def test_fewer_slots_than_tokens(run_both):
 # ---------------------------------------------------------------------- the DeepEP API
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (2, 1)])
 def test_low_latency_calls(buffers, ranks, per_node):
     case = Case((5, 3, 0, 7)[:ranks], experts=2 * ranks, top_k=3, hidden=256)
     buffers(ranks, deep_ep_decode_jobs.round_trip, case, False, ranks_per_node=per_node)
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_low_latency_calls_in_fp8_and_logfmt(buffers):
     buffers(4, deep_ep_decode_jobs.fp8, deep_ep_decode_jobs.CASES[1], True, True, ranks_per_node=2)
     buffers(4, deep_ep_decode_jobs.logfmt, deep_ep_decode_jobs.CASES[0], False, ranks_per_node=2)
@@ -216,6 +225,7 @@ def test_as_much_crosses_as_there_are_slots(run):
 # ---------------------------------------------------------------------- counters
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_counters_are_added_to(run):
     """A rank waits for those of its node, and for those across from it; ranks that pass on may wait for others."""
     before = decode_jobs.BEFORE
@@ -264,6 +274,7 @@ def eager_stream(streams: HostStreams) -> int | None:
     return None if getattr(CAPTURE, "on", False) else 0
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_calls_that_a_graph_captures(run_both):
     waits = AssertionError("the host waits")
     with (
@@ -289,6 +300,7 @@ def many_replays(rank: int, pg: None, pair: EmulatedPair) -> None:
             check_combined(view, step, sent, torch.float32, fast=seed % 3 == 0, hook=seed % 2 == 1)
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_buffers_are_used_again(run_both):
     run_both(4, many_replays, ranks_per_node=2)
 
@@ -309,6 +321,7 @@ def use_copies(rank: int, pg: None, pair: EmulatedPair) -> None:
         check_combined(group, step, later, torch.float32)
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_copies_of_plans(run_both):
     run_both(4, use_copies, ranks_per_node=2)
 
@@ -521,6 +534,7 @@ def other_dispatches(rank: int, pg: None, pair: EmulatedPair, numerics: str) -> 
         return str(caught.value)
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_plans_of_different_dispatches_on_two_nodes(run_both, numerics):
     texts = run_both(4, other_dispatches, numerics, ranks_per_node=2)

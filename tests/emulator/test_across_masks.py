@@ -30,6 +30,7 @@ def puts(mapped: str = "none", weather: Weather = STORM) -> Puts:
 # ---------------------------------------------------------------------- nodes of one rank
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize(
     ("absence", "mapped"),
     [(Absence("dispatch", hook=True), "some"), (Absence("combine"), "all")],
@@ -39,11 +40,13 @@ def test_a_node_that_is_away_comes_back(run, tmp_path, absence, mapped):
     run(3, skip_and_return, str(tmp_path), TIMEOUT_S, absence, ranks_per_node=1, puts=puts(mapped))
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("both_sides", [True, False])
 def test_nodes_masked_by_hand(run, tmp_path, both_sides):
     run(3, by_hand, str(tmp_path), both_sides, TIMEOUT_S, ranks_per_node=1, puts=puts("some"))
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_a_buffer_in_shrink_mode(buffers, monkeypatch):
     """Its memory for puts is as large as DeepEP's function says."""
     monkeypatch.setenv("TOKENFERRY_NETWORK", "nvshmem")
@@ -72,6 +75,7 @@ def test_a_rank_that_is_away_comes_back(run, tmp_path, absence, mapped):
     assert min(waited[1], waited[2]) > least * 1e9, "the wait for it counts for it"
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("lost", [(3,), (2, 3), (1, 2)], ids=str)
 def test_ranks_masked_by_hand(run, lost):
     run(4, node_masks.masked_by_hand, lost, ranks_per_node=2, puts=Puts(STORM, MAPPED["some"]))

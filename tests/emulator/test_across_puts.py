@@ -26,6 +26,7 @@ MAPPED = {"all": lambda rank: True, "some": lambda rank: rank % 3 == 0, "none": 
 """Which ranks' memory those across from them reach."""
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("mapped", MAPPED)
 @pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (3, 1)])
 def test_rounds(run, ranks, per_node, mapped):
@@ -33,10 +34,12 @@ def test_rounds(run, ranks, per_node, mapped):
     run(ranks, decode_jobs.rounds, ranks, ranks_per_node=per_node, puts=puts)
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_encodings(run):
     run(3, decode_jobs.encodings, 3, ranks_per_node=1, puts=Puts(STORM, MAPPED["some"], LARGE))
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_hooks_may_be_called_in_any_order_and_twice(run):
     run(4, decode_jobs.hooks_in_any_order, 4, ranks_per_node=2, puts=Puts(STORM))
 
@@ -61,6 +64,7 @@ def results(rank: int, pg: None, pair: EmulatedPair) -> tuple[list[torch.Tensor]
         return found, pair.report
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_the_bits_are_those_of_exchanged_messages(run):
     """Whatever the network does to the order of what it carries; and it does something."""
     want = [found for found, _ in run(4, results, ranks_per_node=2)]

@@ -13,7 +13,7 @@ from support.emulator import Emulator
 
 pytestmark = [
     pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing())),
-    pytest.mark.usefixtures("as_deep_ep_begins"),
+    pytest.mark.usefixtures("both_paths", "as_deep_ep_begins"),
 ]
 
 

@@ -12,16 +12,19 @@ from support.emulator import Emulator
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_round_trips(buffers, ranks):
     for case in jobs.CASES[: 3 if ranks > 1 else 1]:
         buffers(ranks, jobs.round_trips, jobs.of_ranks(case, ranks))
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_rows_with_scales(buffers):
     buffers(2, jobs.scales, jobs.of_ranks(jobs.CASES[0], 2), torch.int32)
 
 
+@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("job", [jobs.events, jobs.many_handles])
 def test_like_ranks_on_the_cpu(buffers, job):
     buffers(2, job, jobs.of_ranks(jobs.CASES[1], 2))
@@ -31,6 +34,7 @@ def test_barriers(buffers, tmp_path):
     buffers(2, jobs.barriers, tmp_path)
 
 
+@pytest.mark.usefixtures("both_paths")
 def test_deferred_calls(buffers, monkeypatch):
     buffers(2, deep_ep_deferred_jobs.deferred, jobs.of_ranks(jobs.CASES[0], 2))
     monkeypatch.setattr(jobs, "ElasticBuffer", deep_ep_deferred_jobs.Deferring)

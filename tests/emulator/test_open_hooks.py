@@ -7,7 +7,10 @@ from support.emulator import Emulator
 from tokenferry import MoeShape, Routing
 from tokenferry.errors import RoutingError
 
-pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
+pytestmark = [
+    pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing())),
+    pytest.mark.usefixtures("both_paths"),
+]
 
 SHAPE = MoeShape(6, 2, 64, 4)
 """The shape of groups of three ranks with two experts each."""
