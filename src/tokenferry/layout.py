@@ -77,7 +77,7 @@ class NetworkCapacity:
 
 
 def network_capacity(shape: MoeShape, num_nodes: int) -> NetworkCapacity:
-    """Return the rows for which a rank needs buffers on the network.
+    """Return the most rows that may cross between a rank and other nodes, with counts on the host.
 
     A token crosses once for each other node that it goes to: at most K, at most ``max_nodes`` (none of them need be its
     own node), and at most all others. No such limit holds for a receiver: all tokens of its peers may go to its node.

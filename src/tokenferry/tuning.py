@@ -285,9 +285,21 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     )
 
 
-def rail_chunks(max_tokens: int, row_bytes: int) -> int:
-    """Return in how many chunks the rows for one node cross, so that one is passed on while the next one crosses."""
-    return max(1, min(max_tokens * row_bytes // RAIL_CHUNK_BYTES, MOST_RAIL_CHUNKS))
+def rail_chunks(max_tokens: int, row_bytes: int) -> tuple[int, int]:
+    """Return in how many chunks the rows for one node cross, and the most tokens of one. Pure.
+
+    One chunk is passed on while the next one crosses. ``row_bytes``: of a row without its scales.
+    """
+    num = max(1, min(max_tokens * row_bytes // RAIL_CHUNK_BYTES, MOST_RAIL_CHUNKS))
+    return num, -(-max_tokens // num)
+
+
+def why_rail_chunks(max_tokens: int, row_bytes: int) -> str:
+    """Return the reason for their number. Pure."""
+    num, _ = rail_chunks(max_tokens, row_bytes)
+    if num == MOST_RAIL_CHUNKS:
+        return f"more than {num} would hide little more, since only the last one is passed on when the network is done"
+    return f"shorter ones than {RAIL_CHUNK_BYTES >> 20} MiB would not reach the rate of a network card"
 
 
 def routing_at_once(max_tokens: int, token_bytes: int, num_others: int) -> bool:

@@ -85,7 +85,8 @@ class MoeShape:
         max_tokens: M, the most tokens any rank may pass to one call.
         max_nodes: The most nodes that the experts of a token may lie on, its own node counted like any other; None: any
             number. Dispatches refuse a routing that exceeds it, so that it bounds the rows that a rank sends to other
-            nodes. On one node it has no effect.
+            nodes. It reserves nothing; with counts on the device, where M rows cross to each other node in any case, it
+            saves nothing either. On one node it has no effect.
         node_slots: Decode calls across nodes: the most tokens of a rank that may go to the same other node; None: M.
             With fewer, buffers for the network are smaller, and a call in which a rank has more raises on all ranks. On
             one node it has no effect.

@@ -28,7 +28,7 @@ def test_a_large_cluster(capsys):
     out = capsys.readouterr().out
     assert "N=32 P=8 R=256 E=256 K=8 H=7168, routing uniform (exact)" in out
     assert "7.040 of them others (at most 8), and to 8.000 ranks" in out
-    # 4096 * 7.040 rows of 7392 bytes; at 50 GB/s, and 3 exchanges of 10 us.
+    # 4096 * 7.040 rows of 7392 bytes; at 50 GB/s, and 2 exchanges of 10 us with each of 31 nodes.
     assert line(out, "throughput dispatch  ") == [
         "throughput",
         "dispatch",
@@ -37,7 +37,10 @@ def test_a_large_cluster(capsys):
         "1.50",
         *["211.94"] * 2,
     ]
-    assert "throughput dispatch       70     4293     642      242     20   4625       4555   network" in out
+    assert "throughput dispatch       70     4883     642      113     20   5086       5016   network" in out
+    assert (
+        "dispatch: 8 chunks for each other node, of up to 512 tokens (3.67 MB), 2 with rows: 62 exchanges; more than 8"
+    ) in out
     assert "decode calls send 128 slots to each other node, of which 29.1 are filled; 0 overflows" in out
     assert "a model: no time across a network was measured on GPUs" in out
 
@@ -52,7 +55,8 @@ def test_one_node_has_no_slots(capsys):
     out = capsys.readouterr().out
     assert "0.000 of them others (at most 0)" in out
     assert "slots" not in out
-    assert "network buffers:" not in out
+    assert "chunks for each other node" not in out
+    assert "rows across:" not in out
 
 
 @pytest.mark.parametrize("words", ["--groups 8 --limited-nodes 4", "--limited-nodes 4", "--groups 8 --top-groups 4"])
@@ -61,8 +65,20 @@ def test_group_limits(words, capsys):
     out = capsys.readouterr().out
     assert "routing 4 of 8 groups (sampled, 500 tokens)" in out
     assert "(at most 4)" in out
-    assert "network buffers: those of a group with MoeShape(max_nodes=4)" in out
-    assert float(line(out, "throughput   ")[1]) == round(4096 * (4 + 7) * (14336 + 52) / 1e6)
+    assert "at most: for 16384 and 28672 rows, with MoeShape(max_nodes=4)" in out
+    assert "counts on device: 28672 rows both ways, whatever max_nodes is" in out
+    across, most, fixed = map(float, line(out, "throughput   ")[1:4])
+    assert most == round(4096 * (4 + 7 + 1) * 14336 / 1e6), "sums of three kinds: sent, received, and the own node's"
+    assert fixed == round(4096 * (7 + 7 + 1) * 14336 / 1e6)
+    assert 0.5 * most < across < most
+
+
+def test_no_limit_is_named_where_there_is_none(capsys):
+    assert main(["plan", "--nodes", "8", "--tokens", "300"]) == 0
+    out = capsys.readouterr().out
+    assert "at most: for 2100 and 2100 rows\n" in out
+    assert "combine: 2 chunks for each other node, of up to 150 tokens (2.15 MB)" in out
+    assert "shorter ones than 2 MiB would not reach the rate of a network card" in out
 
 
 def test_skewed_routing(capsys):

@@ -192,11 +192,13 @@ def test_explain_names_the_heap_that_groups_make():
 
 
 def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
-    assert tuning.rail_chunks(128, 14336) == 1
-    assert tuning.rail_chunks(300, 14336) == 2, "4.3 MB: two chunks of 2.1 MB"
-    assert tuning.rail_chunks(4096, 7168) == 8
-    assert tuning.rail_chunks(1 << 30, 7168) == tuning.MOST_RAIL_CHUNKS
-    assert tuning.rail_chunks(0, 7168) == 1
+    assert tuning.rail_chunks(128, 14336) == (1, 128)
+    assert tuning.rail_chunks(301, 14336) == (2, 151), "4.3 MB: two chunks of 2.1 MB"
+    assert tuning.rail_chunks(4096, 7168) == (8, 512)
+    assert tuning.rail_chunks(1 << 30, 7168) == (tuning.MOST_RAIL_CHUNKS, (1 << 30) // tuning.MOST_RAIL_CHUNKS)
+    assert tuning.rail_chunks(0, 7168) == (1, 0)
+    assert tuning.why_rail_chunks(4096, 7168).startswith("more than 8 would hide little more")
+    assert tuning.why_rail_chunks(300, 14336).startswith("shorter ones than 2 MiB")
 
 
 def test_a_routing_crosses_with_the_headers_if_it_is_small():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from tokenferry import tuning
 from tokenferry.bench.report import about
 from tokenferry.bench.report.costs import plot_costs
 from tokenferry.bench.report.plots import need_matplotlib
@@ -28,7 +29,7 @@ This is a model, not a measurement: docs/cost-model.md has its formulas, its ass
 ROWS = ("family", "T=M", "network out", "network in", "NVLink out", "NVLink in", "received", "mean")
 BYTES = ("call", "row bytes", "network out", "network in", "routing out", "NVLink out", "NVLink in")
 TIMES = ("call", "routing", "network", "NVLink", "exposed", "fixed", "whole", "plan kept", "bound by")
-MEMORY = ("family", "network buffers", "rows of a dispatch", "worst case")
+MEMORY = ("family", "rows across", "at most", "counts on device", "rows of a dispatch", "worst case")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,10 +153,7 @@ def _foot(found: Estimate) -> list[str]:
     v1, decoding = found.deep_ep_v1, found.decoding
     lines = ["whole: routing, the longer one of network and NVLink, what it does not hide, and launch and flags"]
     if found.case.cluster.num_nodes > 1:
-        if found.case.gate.limited:
-            lines.append(
-                f"network buffers: those of a group with MoeShape(max_nodes={found.case.group_shape.max_nodes})"
-            )
+        lines += [*_chunks(found), *_network_memory(found.case)]
         filled = decoding.mean_rows.network_out / (found.case.cluster.num_nodes - 1)
         lines.append(
             f"decode calls send {found.decode_slots} slots to each other node, of which {filled:.1f} are filled; "
@@ -167,6 +165,37 @@ def _foot(found: Estimate) -> list[str]:
     )
     lines.append(f"a model: no time across a network was measured on GPUs; see {page_place('cost-model')}")
     return lines
+
+
+def _chunks(found: Estimate) -> list[str]:
+    case, lines = found.case, []
+    for cost, row_bytes in (
+        (found.throughput.dispatch, case.dispatch_data_bytes),
+        (found.throughput.combine, case.combine_row_bytes),
+    ):
+        used = cost.num_exchanges // (case.cluster.num_nodes - 1)
+        size = f"of up to {cost.chunk_tokens} tokens ({cost.chunk_tokens * row_bytes / 1e6:.2f} MB)"
+        exchanges = f"{used} with rows: {_several(cost.num_exchanges, 'exchange')}"
+        lines.append(
+            f"{cost.call}: {_several(cost.num_chunks, 'chunk')} for each other node, {size}, {exchanges}; "
+            f"{tuning.why_rail_chunks(case.shape.max_tokens, row_bytes)}"
+        )
+    return lines
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _network_memory(case: Case) -> list[str]:
+    most, others = case.shape.max_tokens, case.cluster.num_nodes - 1
+    return [
+        "rows across: what a call takes of torch's memory until it ends, for the rows that it sends and those that "
+        f"come, with counts on the host; at most: for {most * case.most_remote_nodes} and {most * others} rows"
+        + (f", with MoeShape(max_nodes={case.group_shape.max_nodes})" if case.gate.limited else ""),
+        f"counts on device: {most * others} rows both ways, whatever max_nodes is: the host gives the size of each "
+        "message beforehand, and all M rows of a rank may be for the same node",
+    ]
 
 
 def _rows(family: Family) -> list[str]:
@@ -201,5 +230,6 @@ def _times(cost: CallCost) -> list[str]:
 
 def _memory(family: Family) -> list[str]:
     memory = family.memory
-    sizes = (memory.network_bytes, memory.expected_rows_bytes, memory.worst_rows_bytes)
+    network = (memory.network_bytes, memory.worst_network_bytes, memory.fixed_network_bytes)
+    sizes = (*network, memory.expected_rows_bytes, memory.worst_rows_bytes)
     return [family.name, *(f"{size / 1e6:.0f}" for size in sizes)]

@@ -5,10 +5,12 @@ What is measured on one node is taken from benchmarks/README.md; docs/cost-model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tokenferry import tuning
 from tokenferry.cost.case import Case, Links
 from tokenferry.cost.rows import RankRows
 
@@ -29,9 +31,6 @@ DECODE_SHARE = {"dispatch": 0.62, "combine": 0.81}
 COPY_GBS = 4143.0
 """Rate of a copy in a GPU's memory, bytes read and bytes written."""
 
-LEAST_CHUNK_BYTES = 2_000_000
-MOST_CHUNKS = 8
-
 PEER_BYTES = 16
 """What the exchange of routings adds for each peer: counts."""
 
@@ -49,7 +48,7 @@ class Times:
         network_us: The network leg alone.
         nvlink_us: The NVLink leg alone.
         exposed_us: What is not hidden behind the slower leg: the first or last chunk of the other (decode calls: all
-            of it), and packing.
+            of it); packing the rows of a dispatch; adding up the sums of all nodes in a combine.
         fixed_us: Launch and flags.
     """
 
@@ -93,7 +92,10 @@ class CallCost:
             weights with which the other node adds up.
         nvlink_out_bytes: Rows to other ranks of the node.
         nvlink_in_bytes: Rows from other ranks of the node.
-        num_chunks: Exchanges in which the rows cross the network.
+        num_chunks: Chunks in which the rows for a node can cross; see `tokenferry.tuning.rail_chunks`.
+        chunk_tokens: The most tokens of one.
+        num_exchanges: Exchanges in which the rows cross the network: one for each other node and each chunk that has
+            rows, if all nodes get equally many. Decode calls have one for all nodes.
         times: Its time.
     """
 
@@ -105,6 +107,8 @@ class CallCost:
     nvlink_out_bytes: float
     nvlink_in_bytes: float
     num_chunks: int
+    chunk_tokens: int
+    num_exchanges: int
     times: Times
 
 
@@ -144,6 +148,18 @@ class _Load:
         return max(self.nvlink_out, self.nvlink_in)
 
 
+@dataclass(frozen=True, slots=True)
+class _Crossing:
+    """How the rows of a call cross; see `CallCost`."""
+
+    num_chunks: int
+    chunk_tokens: int
+    num_exchanges: int
+
+
+_NOTHING = _Crossing(0, 0, 0)
+
+
 def throughput_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Links) -> CallCost:
     """Return the cost of `dispatch` or `combine`, whose legs overlap by chunks. Pure.
 
@@ -155,19 +171,23 @@ def throughput_call(call: CallName, case: Case, rows: Sequence[RankRows], links:
     """
     load, peers = _load(call, case, rows), case.cluster.num_nodes - 1
     routing_us, entries = PLACES_US if call == "dispatch" else 0.0, 0.0
-    nvlink_us, network_us, exposed_us, chunks = _us(load.nvlink, links.nvlink_gbs), 0.0, 0.0, 0
+    nvlink_us, network_us, exposed_us, crossing = _us(load.nvlink, links.nvlink_gbs), 0.0, 0.0, _NOTHING
     if peers:
-        chunks = min(max(int(load.network_out / peers / LEAST_CHUNK_BYTES), 1), MOST_CHUNKS)
-        network_us = _us(load.network, links.network_gbs) + chunks * links.network_us
+        crossing = _crossing(call, case, load)
+        exchanges = crossing.num_exchanges
+        network_us = _us(load.network, links.network_gbs) + exchanges * links.network_us
         relayed_us = _us(load.relayed, links.nvlink_gbs)
-        end_us = max(nvlink_us, network_us + relayed_us / chunks, network_us / chunks + relayed_us)
-        exposed_us = end_us - max(nvlink_us, network_us) + _us(2 * load.network_out / chunks, COPY_GBS)
+        end_us = max(nvlink_us, network_us + relayed_us / exchanges, network_us / exchanges + relayed_us)
+        # Before the first row crosses all are packed; after the last one the sums of all nodes are added up.
+        own = case.shape.max_tokens * load.row_bytes
+        copied = 2 * load.network_out if call == "dispatch" else load.network_in + 2 * own
+        exposed_us = end_us - max(nvlink_us, network_us) + _us(copied, COPY_GBS)
         if call == "dispatch":
             per_row = entry_bytes(case) / load.row_bytes
             entries = load.network_out * per_row + peers * PEER_BYTES
             routing_us += links.network_us + _us(load.network * per_row + peers * PEER_BYTES, links.network_gbs)
     times = Times(routing_us, network_us, nvlink_us, exposed_us, FIXED_US)
-    return _call_cost(call, load, entries, chunks, times)
+    return _call_cost(call, load, entries, crossing, times)
 
 
 def decode_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Links, slots: int) -> CallCost:
@@ -191,7 +211,7 @@ def decode_call(call: CallName, case: Case, rows: Sequence[RankRows], links: Lin
     network_us = _us(timed_bytes, links.network_gbs) + links.network_us if peers else 0.0
     exposed_us = min(network_us, nvlink_us) + _us(2 * filled, COPY_GBS)
     times = Times(0.0, network_us, nvlink_us, exposed_us, DECODE_US[call])
-    return _call_cost(call, load, beside, min(peers, 1), times)
+    return _call_cost(call, load, beside, _Crossing(1, slots, 1) if peers else _NOTHING, times)
 
 
 def _load(call: CallName, case: Case, rows: Sequence[RankRows]) -> _Load:
@@ -209,7 +229,16 @@ def _load(call: CallName, case: Case, rows: Sequence[RankRows]) -> _Load:
     )
 
 
-def _call_cost(call: CallName, load: _Load, routing_bytes: float, chunks: int, times: Times) -> CallCost:
+def _crossing(call: CallName, case: Case, load: _Load) -> _Crossing:
+    """Return in which chunks the rows cross: as many as M may fill, of which those without rows are left out."""
+    row_bytes = case.dispatch_data_bytes if call == "dispatch" else case.combine_row_bytes
+    num, size = tuning.rail_chunks(case.shape.max_tokens, row_bytes)
+    peers = case.cluster.num_nodes - 1
+    rows = max(load.network_out, load.network_in) / load.row_bytes / peers
+    return _Crossing(num, size, peers * max(1, min(num, math.ceil(rows / size))))
+
+
+def _call_cost(call: CallName, load: _Load, routing_bytes: float, crossing: _Crossing, times: Times) -> CallCost:
     return CallCost(
         call,
         load.row_bytes,
@@ -218,7 +247,9 @@ def _call_cost(call: CallName, load: _Load, routing_bytes: float, chunks: int, t
         routing_bytes,
         load.nvlink_out,
         load.nvlink_in,
-        chunks,
+        crossing.num_chunks,
+        crossing.chunk_tokens,
+        crossing.num_exchanges,
         times,
     )
 

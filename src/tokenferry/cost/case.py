@@ -135,7 +135,7 @@ class Case:
 
     Args:
         cluster: The ranks.
-        shape: E, K, H and M; ``max_nodes`` sizes the buffers, None: the most nodes that the gate chooses.
+        shape: E, K, H and M; ``max_nodes`` bounds the rows that cross, None: the most nodes that the gate chooses.
         gate: How tokens choose their experts.
         rows: The rows of a dispatch.
 
@@ -182,6 +182,11 @@ class Case:
         """Return the bytes of a row of a dispatch, with its scales."""
         hidden = self.shape.hidden
         return 2 * hidden if self.rows == "bf16" else hidden + 4 * (hidden // FP8_COLUMNS)
+
+    @property
+    def dispatch_data_bytes(self) -> int:
+        """Return the bytes of a row of a dispatch, without its scales."""
+        return self.shape.hidden * (2 if self.rows == "bf16" else 1)
 
     @property
     def combine_row_bytes(self) -> int:

@@ -48,8 +48,7 @@ class Chunks:
     @classmethod
     def of(cls, max_tokens: int, row_bytes: int) -> Chunks:
         """Return those for rows of so many bytes, in a group of M tokens a rank."""
-        num = tuning.rail_chunks(max_tokens, row_bytes)
-        return cls(num, -(-max_tokens // num))
+        return cls(*tuning.rail_chunks(max_tokens, row_bytes))
 
 
 class Chunk(NamedTuple):
