@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokenferry.bench.core.inputs import Sizes
 from tokenferry.compat.deep_ep import Buffer
+from tokenferry.compat.deep_ep.config import rdma_buffer_size_hint
 
 
 def v1_hints(sizes: Sizes) -> dict[str, int]:
@@ -12,5 +13,5 @@ def v1_hints(sizes: Sizes) -> dict[str, int]:
     row_bytes = 2 * sizes.hidden
     return {
         "v1_nvl_bytes": max(config.get_nvl_buffer_size_hint(row_bytes, sizes.ranks) for config in configs),
-        "v1_rdma_bytes": max(config.get_rdma_buffer_size_hint(row_bytes, sizes.ranks) for config in configs),
+        "v1_rdma_bytes": max(rdma_buffer_size_hint(config, row_bytes, sizes.ranks) for config in configs),
     }

@@ -1,8 +1,9 @@
 """`Config`: the tuning numbers of DeepEP's V1 kernels, their defaults, and the buffer sizes that follow from them.
 
-They do not change what tokenferry sends: it has no channels, no chunks and no ring buffers. The class keeps DeepEP's
-rules and formulas so that programs can compute the sizes that they pass to `Buffer`. A hint is asked for without a
-group, so it takes nodes of TOKENFERRY_RANKS_PER_NODE ranks, or if that is not set of eight, as DeepEP does.
+They do not change what tokenferry sends: it has no channels and no ring buffers. The class keeps DeepEP's rules so that
+programs can compute the sizes that they pass to `Buffer`: inside nodes by DeepEP's formula, between nodes what is used
+here. A hint is asked for without a group, so it takes nodes of TOKENFERRY_RANKS_PER_NODE ranks, or if that is not set
+of eight, as DeepEP does.
 """
 
 from __future__ import annotations
@@ -126,22 +127,21 @@ class Config:
         return round_up(self.num_sms // 2 * nvl_ranks * channel, 128)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Return the bytes that DeepEP needs as ``num_rdma_bytes``, for traffic between nodes; 0 for one. Local.
+        """Return 0, the bytes that `Buffer.dispatch` and `Buffer.combine` use of ``num_rdma_bytes``. Local.
+
+        There are no channels between nodes for which memory would be reserved: on any number of nodes a call takes
+        memory for the rows that cross, and gives it back. For low-latency calls there is another hint,
+        `Buffer.get_low_latency_rdma_size_hint`.
 
         Args:
-            hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``.
+            hidden_bytes: Bytes of a row, ``H * max(element_size, 2)``; any.
             num_ranks: Number of ranks, R; any.
 
         Raises:
             ConfigError: a number is not an integer, or negative.
         """
         _check_sizes("Config.get_rdma_buffer_size_hint", hidden_bytes, num_ranks)
-        per_node = _ranks_per_node()
-        nodes = -(-num_ranks // per_node)
-        if nodes <= 1:
-            return 0
-        channel = (2 * per_node + 2) * 4 + self.num_max_rdma_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
-        return round_up(self.num_sms // 2 * nodes * 2 * channel, 128)
+        return 0
 
     def __repr__(self) -> str:
         return f"Config({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
@@ -155,6 +155,16 @@ def dispatch_config(num_ranks: int, num_sms: int) -> Config:
 def combine_config(num_ranks: int, num_sms: int) -> Config:
     """Return DeepEP's defaults for `Buffer.combine`; for an R that it does not list, as `dispatch_config`."""
     return Config(num_sms, *_nearest(_COMBINE, num_ranks))
+
+
+def rdma_buffer_size_hint(config: Config, hidden_bytes: int, num_ranks: int) -> int:
+    """Return what DeepEP V1's ``get_rdma_buffer_size_hint`` gives for channels between nodes, in bytes; 0 for one."""
+    per_node = _ranks_per_node()
+    nodes = -(-num_ranks // per_node)
+    if nodes <= 1:
+        return 0
+    channel = (2 * per_node + 2) * 4 + config.num_max_rdma_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
+    return round_up(config.num_sms // 2 * nodes * 2 * channel, 128)
 
 
 def low_latency_rdma_size_hint(max_tokens: int, hidden: int, num_experts: int) -> int:
