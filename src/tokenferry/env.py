@@ -239,6 +239,12 @@ DEEP_EP_NETWORK = {
 }
 """Variables that choose what of a network the traffic of DeepEP uses, and NCCL's variable for the same."""
 
+QUEUE_PAIRS = "NVSHMEM_IBGDA_NUM_RC_PER_PE"
+"""NVSHMEM's variable for queue pairs between two GPUs; DeepEP sets it to ``num_qps_per_rank``."""
+
+NO_P2P = "NVSHMEM_DISABLE_P2P"
+"""NVSHMEM's variable for not mapping memory of other GPUs; DeepEP sets it if low-latency calls may not use NVLink."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeepEpSettings:
@@ -250,6 +256,8 @@ class DeepEpSettings:
         network: Those of `DEEP_EP_NETWORK` that are set.
         told_nccl: Those of `DEEP_EP_NETWORK` of which NCCL's variable is set.
         nccl_service_level: NCCL_IB_SL, as it is written; None: not set.
+        queue_pairs: `QUEUE_PAIRS`, as it is; empty: it is not set.
+        no_p2p: Whether `NO_P2P` is set to something else than 0, no or false.
     """
 
     buffer_debug: bool
@@ -257,6 +265,8 @@ class DeepEpSettings:
     network: tuple[str, ...]
     told_nccl: frozenset[str]
     nccl_service_level: str | None
+    queue_pairs: str
+    no_p2p: bool
 
 
 def read_deep_ep(environ: Mapping[str, str] | None = None) -> DeepEpSettings:
@@ -276,6 +286,8 @@ def read_deep_ep(environ: Mapping[str, str] | None = None) -> DeepEpSettings:
         tuple(filter(environ.get, DEEP_EP_NETWORK)),
         frozenset(name for name, of_nccl in DEEP_EP_NETWORK.items() if environ.get(of_nccl)),
         environ.get("NCCL_IB_SL") or None,
+        environ.get(QUEUE_PAIRS, ""),
+        environ.get(NO_P2P, "0")[:1].lower() not in ("", "0", "n", "f"),
     )
 
 

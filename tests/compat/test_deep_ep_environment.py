@@ -13,7 +13,7 @@ import torch
 from support.deep_ep_jobs import on_nodes
 from tokenferry import api, env
 from tokenferry.compat.deep_ep import Buffer, ElasticBuffer, EPBuffer
-from tokenferry.compat.deep_ep.connect import _check_network, _check_service_level
+from tokenferry.compat.deep_ep.connect import Puts, _check_network, _check_puts, _check_service_level
 from tokenferry.errors import ArgumentError, BackendUnavailable, ConfigError, UnsupportedError
 from tokenferry.topology import Topology, consecutive
 
@@ -69,17 +69,28 @@ def test_a_refused_buffer_leaves_nothing_open(worlds):
     assert all("was closed" in text for text in worlds(2).run(refused_and_closed))
 
 
+SHRINKING = {"low_latency_mode": True, "enable_shrink": True}
+
+
+def made_on_hosts(rank, pg):
+    with mock.patch("tokenferry.transports.rendezvous.host_name", return_value=f"host{rank}"):
+        return made(rank, pg, {}, **SHRINKING)
+
+
 def test_masks_need_one_host(worlds):
-    shrinking = {"low_latency_mode": True, "enable_shrink": True}
-    for kind, text in worlds(2).run(on_nodes, 1, _made_shrinking, shrinking):
+    for kind, text in worlds(2).run(made_on_hosts):
         assert kind is UnsupportedError
         assert text.startswith(
             "Buffer: enable_shrink: ranks can be skipped where all are on one node, on CPUs one host"
         )
 
 
-def _made_shrinking(rank, pg, options):
-    return made(rank, pg, {"TOKENFERRY_TRANSPORT": "process_group"}, **options)  # as between hosts
+def made_shrinking(rank, pg):
+    return made(rank, pg, {}, **SHRINKING)
+
+
+def test_nodes_of_one_host_can_mask_on_cpus(worlds):
+    assert worlds(2).run(on_nodes, 1, made_shrinking) == [None, None]
 
 
 def test_other_reasons_are_not_taken_for_a_lack_of_masks(worlds):
@@ -176,6 +187,43 @@ def test_kernels_are_kept_where_deep_ep_keeps_them(monkeypatch):
         with mock.patch.dict(os.environ, environ):
             Buffer(None)
         assert seen[-1].cache_folder == folder
+
+
+def checked_puts(monkeypatch, environ, puts, transport="nvlink+nccl+nvshmem"):
+    for name in (env.QUEUE_PAIRS, env.NO_P2P):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    _check_puts("Buffer", SimpleNamespace(transport=transport), env.read_deep_ep(), puts)
+
+
+def test_queue_pairs_are_those_of_nvshmem(monkeypatch, caplog):
+    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "32"}, Puts(0, 32))
+    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "32"}, Puts(0))  # nobody asked
+    assert not caplog.records
+    with pytest.raises(UnsupportedError, match=r"num_qps_per_rank=32: NVSHMEM_IBGDA_NUM_RC_PER_PE=8 says"):
+        checked_puts(monkeypatch, {env.QUEUE_PAIRS: "8"}, Puts(0, 32))
+    checked_puts(monkeypatch, {env.QUEUE_PAIRS: "8"}, Puts(0, 32), transport="nvlink+nccl")
+    assert not caplog.records
+    checked_puts(monkeypatch, {}, Puts(0, 32))
+    assert "num_qps_per_rank=32: NVSHMEM takes a number of its own" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["0", "false", "No", ""])
+def test_nvlink_is_forbidden_by_the_variable_of_nvshmem(monkeypatch, value):
+    without = Puts(0, nvlink=False)
+    checked_puts(monkeypatch, {env.NO_P2P: "1"}, without)
+    checked_puts(monkeypatch, {env.NO_P2P: "true"}, without)
+    checked_puts(monkeypatch, {}, without, transport="nvlink+nccl")
+    with pytest.raises(UnsupportedError, match=r"allow_nvlink_for_low_latency_mode=False: .*NVSHMEM_DISABLE_P2P=1"):
+        checked_puts(monkeypatch, {env.NO_P2P: value}, without)
+
+
+def test_a_buffer_passes_on_what_it_asks_of_nvshmem(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tokenferry.compat.deep_ep.connect._check_puts", lambda *args: seen.append(args[3]))
+    Buffer(None, 0, 128, num_qps_per_rank=7, allow_nvlink_for_low_latency_mode=False)
+    assert seen == [Puts(128, 7, nvlink=False)]
 
 
 @pytest.mark.parametrize(

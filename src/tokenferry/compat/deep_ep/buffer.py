@@ -11,8 +11,9 @@ num_nvl_bytes, num_rdma_bytes                      kept as attributes; `Buffer.g
                                                    TOKENFERRY_NETWORK=nvshmem other nodes put low-latency calls into
                                                    num_rdma_bytes more. CPU: calls allocate memory for rows as they
                                                    need it
-num_qps_per_rank, allow_mnnvl, use_fabric,         any value is accepted, without effect: there are no queue
-allow_nvlink_for_low_latency_mode                  pairs, and the use of NVLink is not configurable
+num_qps_per_rank,                                  without effect, but with TOKENFERRY_NETWORK=nvshmem compared with
+allow_nvlink_for_low_latency_mode                  NVSHMEM's variables: `UnsupportedError` if they contradict
+allow_mnnvl, use_fabric                            any value is accepted, without effect: NVLink is used inside a host
 config, Buffer.set_num_sms                         CUDA: SMs that a call may occupy, by ``config.num_sms``, else by
                                                    `Buffer.set_num_sms`, else by the library's own choice. The rest
                                                    of a `Config`, and all of it on the CPU, has no effect
@@ -53,7 +54,7 @@ from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.arguments import Rows, check_config, check_integer, check_sizes, refuse
 from tokenferry.compat.deep_ep.config import Config
-from tokenferry.compat.deep_ep.connect import LEAST_HEAP_BYTES, closing, connect
+from tokenferry.compat.deep_ep.connect import DEFAULT_QUEUE_PAIRS, LEAST_HEAP_BYTES, Puts, closing, connect
 from tokenferry.compat.deep_ep.low_latency_calls import LowLatencyCalls
 from tokenferry.compat.deep_ep.runtime import Runtime
 from tokenferry.compat.deep_ep.streams import Lane, when_of
@@ -129,8 +130,10 @@ class Buffer(Connected, LowLatencyCalls):
         num_nvl_bytes: Size of one of the two local buffers; see the table of this module.
         num_rdma_bytes: Size of the other local buffer.
         low_latency_mode: Allow the low-latency calls.
-        num_qps_per_rank: A hint without effect.
-        allow_nvlink_for_low_latency_mode: A hint without effect.
+        num_qps_per_rank: With TOKENFERRY_NETWORK=nvshmem, if it is not the default: what NVSHMEM_IBGDA_NUM_RC_PER_PE
+            has to be; if that is not set, a warning says so. Otherwise there are no queue pairs, and it has no effect.
+        allow_nvlink_for_low_latency_mode: With TOKENFERRY_NETWORK=nvshmem False needs NVSHMEM_DISABLE_P2P=1. Otherwise
+            it has no effect: nothing but NVLink reaches other ranks of a node, and NVLink reaches no other node.
         allow_mnnvl: A hint without effect.
         explicitly_destroy: Allow `destroy`. If False, everything is freed together with the object.
         enable_shrink: Mask a rank that does not answer in time in low-latency calls, instead of raising an error.
@@ -139,7 +142,7 @@ class Buffer(Connected, LowLatencyCalls):
 
     Raises:
         UnsupportedError: ``comm`` was given, or ``enable_shrink`` for a group that cannot skip ranks, or a variable of
-            the environment asks for what cannot be honoured across nodes.
+            the environment asks for what cannot be honoured across nodes, or contradicts what is asked of NVSHMEM.
         ConfigError: a variable of the environment cannot be parsed.
         ArgumentError: ``enable_shrink`` without ``low_latency_mode``, or a negative size.
         BackendUnavailable: no backend runs on this group; gives the reason.
@@ -155,7 +158,7 @@ class Buffer(Connected, LowLatencyCalls):
         num_nvl_bytes: int = 0,
         num_rdma_bytes: int = 0,
         low_latency_mode: bool = False,
-        num_qps_per_rank: int = 24,
+        num_qps_per_rank: int = DEFAULT_QUEUE_PAIRS,
         allow_nvlink_for_low_latency_mode: bool = True,
         allow_mnnvl: bool = False,
         explicitly_destroy: bool = False,
@@ -178,9 +181,8 @@ class Buffer(Connected, LowLatencyCalls):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         heap_bytes = max(num_nvl_bytes, num_rdma_bytes, LEAST_HEAP_BYTES)
-        self._experts = connect(
-            "Buffer", group, heap_bytes=heap_bytes, enable_shrink=enable_shrink, put_bytes=num_rdma_bytes
-        )
+        puts = Puts(num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode)
+        self._experts = connect("Buffer", group, heap_bytes=heap_bytes, enable_shrink=enable_shrink, puts=puts)
         self.rank, self.group_size = self._experts.rank, self._experts.num_ranks
         self._lane = Lane(self._experts.device)
         self._views = Views(self._experts)

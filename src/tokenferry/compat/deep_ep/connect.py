@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -16,6 +17,24 @@ _log = logging.getLogger("tokenferry")
 
 LEAST_HEAP_BYTES = 2 << 30
 """GPU memory for rows of a buffer that asks for less: T and H are not known before the calls."""
+
+
+DEFAULT_QUEUE_PAIRS = 24
+"""``num_qps_per_rank`` of a caller that asks for nothing."""
+
+
+class Puts(NamedTuple):
+    """What a buffer asks of low-latency calls over NVSHMEM, with TOKENFERRY_NETWORK=nvshmem.
+
+    Attributes:
+        num_bytes: Memory that other nodes put them into.
+        queue_pairs: Queue pairs between two ranks.
+        nvlink: Whether they may use NVLink.
+    """
+
+    num_bytes: int
+    queue_pairs: int = DEFAULT_QUEUE_PAIRS
+    nvlink: bool = True
 
 
 def closing(owner: object, experts: ExpertGroup) -> weakref.finalize[[], object]:
@@ -35,7 +54,7 @@ def connect(
     heap_bytes: int,
     timeout_s: float | None = None,
     enable_shrink: bool = False,
-    put_bytes: int | None = None,
+    puts: Puts | None = None,
     service_level: int | None = None,
 ) -> ExpertGroup:
     """Make the group of a buffer. Collective.
@@ -46,12 +65,12 @@ def connect(
         heap_bytes: GPU memory for rows, unless TOKENFERRY_HEAP_MB is set.
         timeout_s: Seconds that any wait for a peer may take; None: TOKENFERRY_TIMEOUT_S.
         enable_shrink: Mask a rank that does not answer in time.
-        put_bytes: Memory that other nodes put low-latency calls into, with TOKENFERRY_NETWORK=nvshmem.
+        puts: What it asks of low-latency calls over NVSHMEM; None: nothing.
         service_level: The priority on the network that the program asks for; None: any.
 
     Raises:
-        UnsupportedError: ranks of this group cannot be masked, or a variable or ``service_level`` asks for what
-            cannot be honoured.
+        UnsupportedError: ranks of this group cannot be masked; a variable or ``service_level`` asks for what cannot be
+            honoured; what the buffer asks of NVSHMEM contradicts its variables.
         ConfigError: a variable cannot be parsed.
         BackendUnavailable, PeerTimeout: as `ExpertGroup`.
     """
@@ -63,7 +82,7 @@ def connect(
             timeout_s=timeout_s,
             cache_folder=settings.cache_dir,
             on_timeout="mask" if enable_shrink else "raise",
-            put_bytes=put_bytes,
+            put_bytes=None if puts is None else puts.num_bytes,
         )
     except BackendUnavailable as error:
         if "on_timeout='mask'" not in str(error):
@@ -75,6 +94,8 @@ def connect(
     try:
         _check_network(owner, made, settings)
         _check_service_level(owner, made, settings, service_level)
+        if puts is not None:
+            _check_puts(owner, made, settings, puts)
     except UnsupportedError:
         made.close()
         raise
@@ -118,3 +139,25 @@ def _check_service_level(
         f"{owner}: sl_idx={service_level}: transport {group.transport} between {group.topology} does not take it; "
         f"leave it out, or with NCCL set NCCL_IB_SL={service_level} on all ranks (it is {told or 'not set'})"
     )
+
+
+def _check_puts(owner: str, group: ExpertGroup, settings: env.DeepEpSettings, puts: Puts) -> None:
+    """Refuse what NVSHMEM would not do: it reads its variables, which DeepEP sets, and nothing here does."""
+    if "nvshmem" not in group.transport:
+        return
+    if not puts.nvlink and not settings.no_p2p:
+        raise UnsupportedError(
+            f"{owner}: allow_nvlink_for_low_latency_mode=False: NVSHMEM maps memory of other nodes where NVLink "
+            f"reaches it; set {env.NO_P2P}=1, which keeps it from that, as DeepEP does, or pass True. Inside a node "
+            "rows take NVLink in any case"
+        )
+    if puts.queue_pairs == DEFAULT_QUEUE_PAIRS:
+        return
+    asked = f"{owner}: num_qps_per_rank={puts.queue_pairs}"
+    if not settings.queue_pairs:
+        _log.warning("%s: NVSHMEM takes a number of its own; set %s to choose one", asked, env.QUEUE_PAIRS)
+    elif settings.queue_pairs.strip() != str(puts.queue_pairs):
+        raise UnsupportedError(
+            f"{asked}: {env.QUEUE_PAIRS}={settings.queue_pairs} says how many queue pairs NVSHMEM makes; set it to "
+            f"{puts.queue_pairs}, unset it, or pass {settings.queue_pairs}"
+        )
