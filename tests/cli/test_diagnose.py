@@ -1,17 +1,21 @@
 """`tokenferry diagnose`: the verdict on counters that are known, and on ranks of this machine."""
 
 import json
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support import diagnose_jobs
 from tokenferry.bench.profile.diagnose import Slow, Where, judge, show_ns
+from tokenferry.bench.profile.iterations import need_one_node
 from tokenferry.cli import diagnose
 from tokenferry.cli.main import main
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ArgumentError
+from tokenferry.errors import ArgumentError, ConfigError
 from tokenferry.testing.world import World
+from tokenferry.topology import Topology, consecutive
 
 WAY = 1300.0
 """Nanoseconds that every message is waited for on a GPU."""
@@ -266,6 +270,23 @@ def test_no_slow_rank_is_printed(capsys):
 def test_wrong_options(options, text, capsys):
     assert main(["diagnose", *options]) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["diagnose", "--ranks", "4"], ["trace", "--ranks", "4"]])
+def test_several_nodes_are_refused(command, monkeypatch, capsys):
+    monkeypatch.setenv("TOKENFERRY_RANKS_PER_NODE", "2")
+    assert main(command) == 2
+    assert "TOKENFERRY_RANKS_PER_NODE=2 makes several nodes of 4 ranks" in capsys.readouterr().err
+    monkeypatch.setenv("TOKENFERRY_RANKS_PER_NODE", "4")
+    assert diagnose.make_sizes(Namespace(experts=8, hidden=128, tokens=1, top_k=1, seed=1), 4).ranks == 4
+
+
+def test_nodes_that_a_group_has_found_are_refused():
+    """GPUs that cannot map each other's memory."""
+    topology = Topology(1, consecutive(4, 2), found="GPU 0 and GPU 1 cannot map each other's memory")
+    with pytest.raises(ConfigError, match=r"these are 2 nodes of 2 ranks \(GPU 0 and GPU 1 cannot map"):
+        need_one_node(SimpleNamespace(topology=topology))
+    need_one_node(SimpleNamespace(topology=Topology(1, consecutive(4, 4))))
 
 
 def test_wrong_answers_are_not_counted(monkeypatch, capsys):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenferry import env
 from tokenferry.bench.core.gpus import find_gpus, need_gpus
 from tokenferry.bench.core.inputs import Sizes
 from tokenferry.bench.profile.iterations import CALIBRATIONS, record_calls
@@ -26,7 +27,7 @@ from tokenferry.cli.failure import explain, status
 from tokenferry.cli.options import check_experts, check_fp8, positive, seed_of
 from tokenferry.cli.output import output_file, write_json
 from tokenferry.cli.screen import Screen
-from tokenferry.errors import ConfigError
+from tokenferry.errors import ConfigError, page_place
 from tokenferry.testing.world import World, WorldError
 
 DESCRIPTION = """\
@@ -91,10 +92,16 @@ def make_sizes(args: argparse.Namespace, ranks: int) -> Sizes:
     """Return the sizes that the options ask for.
 
     Raises:
-        ConfigError: sizes do not fit one another.
+        ConfigError: sizes do not fit one another, or ranks are to be several nodes.
     """
     if ranks > 8 and getattr(args, "device", "cuda") == "cuda":
         raise ConfigError(f"--ranks {ranks}: windows reach at most 8 ranks of one host")
+    per_node = env.read_one("ranks_per_node")
+    if per_node is not None and per_node < ranks:
+        raise ConfigError(
+            f"TOKENFERRY_RANKS_PER_NODE={per_node} makes several nodes of {ranks} ranks, and this needs ranks of one; "
+            f"unset it; see {page_place('diagnosing')}"
+        )
     check_experts(args, ranks)
     check_fp8(args)
     return Sizes(ranks, args.tokens, args.hidden, args.top_k, args.experts, seed_of(args))

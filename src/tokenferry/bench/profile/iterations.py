@@ -18,6 +18,7 @@ from tokenferry.api import ExpertGroup
 from tokenferry.bench.core.checks import as_tensor, must_be_near
 from tokenferry.bench.core.device import Device, device_for
 from tokenferry.bench.core.inputs import Sizes, draw
+from tokenferry.errors import ConfigError, page_place
 from tokenferry.types import BackendName, DecodeCombined, DecodeDispatched, DecodeStats, Quantized, Scale
 
 CALIBRATIONS = 64
@@ -83,9 +84,26 @@ def count_waits(rank: int, pg: dist.ProcessGroup, settings: CountSettings) -> Wa
 
     Raises:
         WrongAnswer: rows came home wrong; nothing was counted.
+        ConfigError: the ranks are several nodes.
     """
     with ExpertGroup(pg, settings.sizes.shape, backend=settings.backend) as group, torch.no_grad():
+        need_one_node(group)
         return count_in(group, device_for(settings.backend), lambda: dist.barrier(pg), settings)
+
+
+def need_one_node(group: ExpertGroup) -> None:
+    """Check that all ranks wait for one another directly, as verdicts and clocks have it.
+
+    Raises:
+        ConfigError: they are several nodes.
+    """
+    topology = group.topology
+    if topology.num_nodes > 1:
+        raise ConfigError(
+            f"diagnose and trace need ranks of one node, and these are {topology} ({topology.found}): across nodes a "
+            "rank waits for what others pass on, and its clock is compared with those of its node only; see "
+            f"{page_place('diagnosing')}"
+        )
 
 
 def count_in(group: ExpertGroup, device: Device, barrier: Barrier, settings: CountSettings) -> Waited:
@@ -134,8 +152,10 @@ def record_calls(rank: int, pg: dist.ProcessGroup, sizes: Sizes, names: Sequence
 
     Raises:
         WrongAnswer: rows came home wrong; nothing was recorded.
+        ConfigError: the ranks are several nodes.
     """
     with ExpertGroup(pg, sizes.shape, backend="cuda") as group, torch.no_grad():
+        need_one_node(group)
         return record_in(group, device_for("cuda"), lambda: dist.barrier(pg), sizes, names)
 
 
