@@ -79,7 +79,7 @@ def test_nvl_hint_is_the_published_formula():
 def test_nothing_is_reserved_between_nodes():
     """What DeepEP would reserve is known all the same."""
     assert [Config().get_rdma_buffer_size_hint(14336, n) for n in (8, 16, 32)] == [0, 0, 0]
-    one, two, four = (rdma_buffer_size_hint(Config(), 14336, n) for n in (8, 16, 32))
+    one, two, four = (rdma_buffer_size_hint(Config(), 14336, n, 8) for n in (8, 16, 32))
     assert 0 == one < two < four
 
 
@@ -87,11 +87,11 @@ def test_hints_take_nodes_of_the_size_that_is_set(monkeypatch):
     """As many ranks as before, in more nodes: more traffic between them, and less inside."""
     row, config = 64 + 8 + 128 * 8 + 128 * 4 + 128 * 4, Config(2)
     assert config.get_nvl_buffer_size_hint(64, 6) == -(-6 * (5 * 4 + 256 * row) // 128) * 128
-    assert rdma_buffer_size_hint(config, 64, 6) == 0
+    assert rdma_buffer_size_hint(config, 64, 6, 8) == 0
     monkeypatch.setenv("TOKENFERRY_RANKS_PER_NODE", "2")
     assert config.get_nvl_buffer_size_hint(64, 6) == -(-2 * (9 * 4 + 256 * row) // 128) * 128
-    assert rdma_buffer_size_hint(config, 64, 6) == -(-3 * 2 * (6 * 4 + 258 * row) // 128) * 128
-    assert rdma_buffer_size_hint(config, 64, 2) == 0
+    assert rdma_buffer_size_hint(config, 64, 6, 2) == -(-3 * 2 * (6 * 4 + 258 * row) // 128) * 128
+    assert rdma_buffer_size_hint(config, 64, 2, 2) == 0
 
 
 def test_low_latency_hint_is_exact_on_one_node(monkeypatch):

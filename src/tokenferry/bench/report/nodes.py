@@ -12,24 +12,26 @@ if TYPE_CHECKING:
 
 Item = dict[str, Any]
 
-LEGS = ("T", "rows across", "MB across", "whole us", "between nodes us", "within a node us")
-HEADER = ("call", *LEGS, "over slower leg")
+LEGS = ("whole us", "between nodes us", "within a node us")
+HEADER = ("call", "T", "rows across", "MB of rows", "MB besides", *LEGS, "over slower leg")
 NOTE = (
     "whole: ranks synchronised before each call, the slowest rank's time. The legs alone, in turns with it: the same "
     "rows, between nodes already packed, by send and receive of torch.distributed; within a node by a group of one "
-    "node. rows across: those that a rank receives from other nodes, mean over ranks; MB: their data, without ids, "
-    "weights and headers"
+    "node. rows across: those that a rank receives from other nodes, mean over ranks; MB of rows: their data; MB "
+    "besides: all other bytes that a rank gives to the network in a call (ids, weights, headers), mean over ranks, "
+    "counted in the run"
 )
 CHECKED = (
     "rows bit-equal to their sources, sums within rounding; as many rows crossed as there are pairs of a token and "
     "another node that it goes to"
 )
-DECODE_HEADER = ("pair", *LEGS, "over both legs", "eager us")
+DECODE_HEADER = ("pair", "T", "rows across", "MB of leg", "MB sent", *LEGS, "over both legs", "eager us")
 DECODE_NOTE = (
     "decode pair: dispatch in FP8, combine in BF16, back to back, the slowest rank's time. The legs alone: M rows to "
     "each other node and M sums back, by send and receive of torch.distributed; a pair in a group of one node, with "
-    "the tokens that a rank acts for. A pair cannot overlap its legs: rows cross before they are passed on, sums "
-    "after they are added up"
+    "the tokens that a rank acts for. MB of leg: the data of these rows and sums; MB sent: all bytes that a rank gives "
+    "to the network in a pair, mean over ranks, counted in the run (on CPUs only for tokens that cross). A pair cannot "
+    "overlap its legs: rows cross before they are passed on, sums after they are added up"
 )
 DECODE_CHECKED = "sums of experts that return their rows near the tokens, and bit-equal from a graph"
 BETWEEN = {
@@ -38,9 +40,12 @@ BETWEEN = {
     "nvlink": "Between nodes the rows take NVLink, by NCCL: a network of its rate; inside nodes it carries nothing",
 }
 
+MEMORY_HEADER = ("T=M", "group MB", "its heap MB", "calls MB", "V1 NVLink MB", "V1 network MB")
+MEMORY_PARTS = ("group_bytes", "window_bytes", "call_bytes", "v1_nvl_bytes", "v1_rdma_bytes")
 MEMORY = (
-    "group: what it takes on a GPU outside of torch: its heap, NCCL's buffers, kernels. calls: what torch allocates in "
-    "a dispatch and a combine, results included. V1: the hints of DeepEP's default configs for as many ranks and bytes"
+    "group: what it takes on a GPU outside of torch: its heap, NCCL's buffers, and in the first group of a run what "
+    "NCCL, the driver and kernels take once. calls: what torch allocates in a dispatch and a combine, with results. "
+    "V1: the hints of DeepEP's default configs for as many ranks, nodes and bytes"
 )
 
 
@@ -54,7 +59,8 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
     table = []
     for item in items:
         across, slower = item["rows_across"], max(item["network"]["median_us"], item["inside"]["median_us"])
-        table.append([item["call"], *_cells(item, f"{across:.1f}", across * item["row_bytes"], slower)])
+        rows_bytes = across * item["row_bytes"]
+        table.append([item["call"], *_cells(item, f"{across:.1f}", rows_bytes, item["besides_bytes"], slower)])
     return table
 
 
@@ -69,15 +75,26 @@ def decode_rows(items: Sequence[Item]) -> list[list[str]]:
     table = []
     for item in items:
         legs = item["network"]["median_us"] + item["inside"]["median_us"]
-        cells = _cells(item, str(item["rows_across"]), item["bytes_across"], legs)
+        cells = _cells(item, str(item["rows_across"]), item["bytes_across"], item["sent_bytes"], legs)
         table.append([item["numerics"], *cells, with_percentiles(item["eager"])])
     return table
 
 
-def _cells(item: Item, rows_across: str, bytes_across: float, legs_us: float) -> list[str]:
+def _cells(item: Item, rows_across: str, rows_bytes: float, other_bytes: float, legs_us: float) -> list[str]:
     parts = [with_percentiles(item[part]) for part in ("whole", "network", "inside")]
     ratio = f"{item['whole']['median_us'] / legs_us:.2f}"
-    return [str(item["tokens"]), rows_across, f"{bytes_across / 1e6:.2f}", *parts, ratio]
+    return [
+        str(item["tokens"]),
+        rows_across,
+        *(f"{size / 1e6:.3f}" for size in (rows_bytes, other_bytes)),
+        *parts,
+        ratio,
+    ]
+
+
+def memory_rows(items: Sequence[Item]) -> list[list[str]]:
+    """Return rows under `MEMORY_HEADER`."""
+    return [[str(item["tokens"]), *(f"{item[name] / 1e6:.1f}" for name in MEMORY_PARTS)] for item in items]
 
 
 def memory_line(item: Item) -> str:
@@ -103,8 +120,8 @@ def show(report: Report) -> Shown:
         if report.settings.backend == "cuda" and ranks > gpus:
             what = "take turns on them: times are not those of ranks with their own"
             yield f"{ranks} ranks share {gpus} GPU(s) and {what}"
-        yield from map(memory_line, memory)
         if memory:
+            yield Table("memory of a rank", MEMORY_HEADER, memory_rows(memory))
             yield MEMORY
         yield f"checked: {CHECKED}"
     if pairs:

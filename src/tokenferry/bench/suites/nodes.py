@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from tokenferry.bench.core.checks import (
 )
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
 from tokenferry.bench.core.session import Session, Step
+from tokenferry.bench.suites.nodes_bytes import sent_across
 from tokenferry.bench.suites.nodes_shim import v1_hints
 from tokenferry.cost.rows import network_rows
 from tokenferry.topology import Topology
@@ -108,16 +110,25 @@ def _measure(session: Session, sizes: Sizes) -> None:
         }
         for name, steps in calls.items():
             times = [one.isolated for one in session.time(steps)]
+            rows, sent = sum(session.gather(crossed)) / sizes.ranks, _sent(session, whole.group, steps[0])
             case = {
                 "call": name,
                 "tokens": sizes.tokens,
                 "nodes": str(topology),
                 "transport": whole.group.transport,
-                "rows_across": sum(session.gather(crossed)) / sizes.ranks,
+                "rows_across": rows,
                 "row_bytes": 2 * sizes.hidden,
+                "sent_bytes": sent,
+                "besides_bytes": sent - rows * 2 * sizes.hidden,
                 **session.summaries(dict(zip(LEGS, times, strict=True))),
             }
             session.send({"nodes": case})
+
+
+def _sent(session: Session, group: ExpertGroup, step: Step) -> float:
+    """Return the bytes that a rank gives to the network in a call, mean over ranks. Collective."""
+    sent: list[int] = session.gather(sent_across(group, lambda: step(0)))
+    return sum(sent) / group.num_ranks
 
 
 @contextmanager
@@ -264,5 +275,12 @@ def _report_memory(session: Session, sizes: Sizes, whole: _Calls, before: float)
     session.device.synchronize()
     call = torch.cuda.max_memory_allocated() - held
     groups, calls = zip(*session.gather((group, call)), strict=True)
-    item = {"tokens": sizes.tokens, "group_bytes": max(groups), "call_bytes": max(calls), **v1_hints(sizes)}
+    backend: Any = whole.group._backend  # the API has no method for this
+    item = {
+        "tokens": sizes.tokens,
+        "group_bytes": max(groups),
+        "window_bytes": backend.context.window.num_bytes,
+        "call_bytes": max(calls),
+        **v1_hints(sizes, whole.group.topology.ranks_per_node),
+    }
     session.send({"nodes memory": item})

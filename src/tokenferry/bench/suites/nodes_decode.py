@@ -22,6 +22,7 @@ from tokenferry.bench.core.inputs import FP8_COLUMNS, Sizes, draw
 from tokenferry.bench.core.session import Session
 from tokenferry.bench.suites.decode import new_answers, without_index
 from tokenferry.bench.suites.nodes import LEGS, Rail, open_inside, open_rail, open_whole, passed_on
+from tokenferry.bench.suites.nodes_bytes import sent_across
 from tokenferry.types import DecodeCombined, DecodeDispatched, Numerics, Quantized, Routing, Scale
 
 MOST_TOKENS = 512
@@ -99,6 +100,7 @@ def _measure(session: Session, sizes: Sizes) -> None:
                 works = (partial(legs.whole.run, numerics), legs.cross, partial(legs.inside.run, numerics))
                 seconds = [_graph_seconds(session, work) for work in works]
                 [eager] = session.back_to_back([without_index(works[0])])
+            sent = session.gather(sent_across(legs.whole.group, works[0]))
             item = {
                 "numerics": numerics,
                 "tokens": sizes.tokens,
@@ -107,6 +109,7 @@ def _measure(session: Session, sizes: Sizes) -> None:
                 "graphs": session.settings.backend == "cuda",
                 "rows_across": (topology.num_nodes - 1) * sizes.tokens,
                 "bytes_across": sum(t.nbytes for rail in (legs.rows, legs.sums) for t in rail.out.values()),
+                "sent_bytes": sum(sent) / sizes.ranks,
                 **session.summaries(dict(zip(("eager", *LEGS), (eager, *seconds), strict=True))),
             }
             session.send({"nodes decode": item})

@@ -121,10 +121,7 @@ class Config:
             ConfigError: a number is not an integer, or negative.
         """
         _check_sizes("Config.get_nvl_buffer_size_hint", hidden_bytes, num_ranks)
-        per_node = _ranks_per_node()
-        nvl_ranks, nodes = min(num_ranks, per_node), -(-num_ranks // per_node)
-        channel = (2 * nodes + 3) * 4 + self.num_max_nvl_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
-        return round_up(self.num_sms // 2 * nvl_ranks * channel, 128)
+        return nvl_buffer_size_hint(self, hidden_bytes, num_ranks, _ranks_per_node())
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Return 0, the bytes that `Buffer.dispatch` and `Buffer.combine` use of ``num_rdma_bytes``. Local.
@@ -157,9 +154,15 @@ def combine_config(num_ranks: int, num_sms: int) -> Config:
     return Config(num_sms, *_nearest(_COMBINE, num_ranks))
 
 
-def rdma_buffer_size_hint(config: Config, hidden_bytes: int, num_ranks: int) -> int:
-    """Return what DeepEP V1's ``get_rdma_buffer_size_hint`` gives for channels between nodes, in bytes; 0 for one."""
-    per_node = _ranks_per_node()
+def nvl_buffer_size_hint(config: Config, hidden_bytes: int, num_ranks: int, per_node: int) -> int:
+    """Return what DeepEP V1's ``get_nvl_buffer_size_hint`` gives for channels inside nodes of so many ranks."""
+    nvl_ranks, nodes = min(num_ranks, per_node), -(-num_ranks // per_node)
+    channel = (2 * nodes + 3) * 4 + config.num_max_nvl_chunked_recv_tokens * (hidden_bytes + _ROW_EXTRA_BYTES)
+    return round_up(config.num_sms // 2 * nvl_ranks * channel, 128)
+
+
+def rdma_buffer_size_hint(config: Config, hidden_bytes: int, num_ranks: int, per_node: int) -> int:
+    """Return what its ``get_rdma_buffer_size_hint`` gives for channels between such nodes, in bytes; 0 for one node."""
     nodes = -(-num_ranks // per_node)
     if nodes <= 1:
         return 0
