@@ -2,7 +2,7 @@
 
     python tests/clients/servers.py FOLDER
 
-downloads their wheels into FOLDER, once (400 MB; 1.3 GB on disk with what they import), unpacks their Python files, and
+downloads their wheels into FOLDER, once (400 MB; 1.4 GB on disk with what they import), unpacks their Python files, and
 prints what worked. Their compiled parts are not used: what runs is the code between their layers and `deep_ep`. It runs
 with the plug-ins on, and beside another package `deep_ep`, which must not be found.
 """
@@ -16,14 +16,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = ("vllm==0.33.0", "sglang==0.5.23", "torchtitan==0.3.0")
+TORCHVISION = "torchvision==0.28.0"
+"""SGLang imports it. Its compiled part is linked against one build of torch, often not the one that is there."""
+
+UNPACKED = (".py", ".json", "METADATA", ".cuh", ".h")
+"""SGLang looks for the folders of its headers when it is imported."""
+
 IMPORTED = (  # by their Python files, beside what the extra `test` installs
-    *("aiohttp", "apache-tvm-ffi", "cachetools", "cbor2", "certifi", "cloudpickle", "einops", "fastapi", "ipython"),
-    *("llguidance", "msgspec", "openai", "openai-harmony", "opentelemetry-api", "orjson", "partial-json-parser"),
-    *("prometheus-client", "py-cpuinfo", "pybase64", "pyzmq", "requests", "triton", "uvloop", "xgrammar"),
+    *("aiohttp", "apache-tvm-ffi", "cachetools", "cbor2", "certifi", "cloudpickle", "compressed-tensors", "dill"),
+    *("einops", "fastapi", "gguf", "ipython", "llguidance", "msgspec", "openai", "openai-harmony"),
+    *("opentelemetry-api", "orjson", "partial-json-parser", "prometheus-client", "py-cpuinfo", "pybase64", "pyzmq"),
+    *("requests", "sentencepiece", "triton", "uvloop", "xgrammar"),
 )
 CHECKS = {
     "vllm": ("plug-in", "high throughput", "low latency", "v2, prefill", "v2, decode"),
-    "sglang": ("plug-in",),
+    "sglang": ("plug-in", "normal", "low latency", "auto", "v2, prefill", "v2, decode"),
     "torchtitan": ("training", "inference"),
 }
 
@@ -47,13 +54,13 @@ def prepare(folder: Path) -> None:
         found = [each["metadata"] for each in json.loads(plan.stdout)["install"]]
         pinned = [f"{each['name']}=={each['version']}" for each in found]
         pip("install", "--quiet", "--no-deps", "--target", str(imported), *pinned)
-    for client in CLIENTS:
+    for client in (*CLIENTS, TORCHVISION):
         name = client.partition("==")[0]
         if not (folder / name).exists():
             pip("download", "--quiet", "--no-deps", "--dest", str(folder), client)
             wheel = next(folder.glob(f"{name}-*.whl"))
             with zipfile.ZipFile(wheel) as archive:
-                names = [each for each in archive.namelist() if each.endswith((".py", ".json", "METADATA"))]
+                names = [each for each in archive.namelist() if each.endswith(UNPACKED)]
                 archive.extractall(folder / name, names)
             wheel.unlink()
     other, info = folder / "plug-ins" / "deep_ep", folder / "plug-ins" / "tokenferry-0.dist-info"
@@ -68,6 +75,8 @@ def prepare(folder: Path) -> None:
 
 def environment(folder: Path, client: str) -> dict[str, str]:
     path = [folder / "plug-ins", folder / client, folder / "imported", ROOT / "src", ROOT / "tests"]
+    if client == "sglang":
+        path.append(folder / "torchvision")
     if client == "torchtitan":  # it loads no plug-ins
         path.insert(0, ROOT / "src/tokenferry/compat/deep_ep_path/site")
     return os.environ | {

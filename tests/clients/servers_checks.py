@@ -1,70 +1,17 @@
-"""One check of `servers.py`, in the environment that it makes: ``servers_checks.py CLIENT CHECK FOLDER``.
-
-Expert e multiplies its rows by ``e + 1``, so that the result of a layer follows from the routing.
-"""
+"""One check of `servers.py`, in the environment that it makes: ``servers_checks.py CLIENT CHECK FOLDER``."""
 
 import importlib
 import importlib.util
-import multiprocessing
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import servers_sglang
 import torch
 import torch.distributed as dist
+from servers_ranks import TOKENS, E, H, K, L, M, R, batch, close, in_fp8, on_ranks, say, unscaled, weighted
 from torch import Tensor
-
-R, E, K, H, M = 2, 8, 3, 2048, 8
-L = E // R
-TOKENS = 5
-
-
-def batch(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows, weights and choices of a rank, and the sums that its tokens get."""
-    seeded = torch.Generator().manual_seed(rank)
-    x = torch.randn(TOKENS, H, generator=seeded).bfloat16()
-    weights, ids = torch.rand(TOKENS, E, generator=seeded).topk(K)
-    return x, weights, ids, x.float() * (weights * (ids + 1)).sum(1, keepdim=True)
-
-
-def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got.float(), want.float(), rtol=0.03, atol=0.05)
-
-
-def weighted(x: Tensor, ids: Tensor, weights: Tensor, rank: int) -> Tensor:
-    """What the experts of a rank add up to for each row, ids being those of all experts."""
-    here = torch.div(ids, L, rounding_mode="floor") == rank
-    return (x.float() * (weights * (ids + 1)).masked_fill(~here, 0).sum(1, keepdim=True)).bfloat16()
-
-
-def on_ranks(job: Callable[[int], None]) -> None:
-    """Run a job on R gloo ranks, which are forked after the client has been imported."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(job, rank, folder)) for rank in range(R)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-    if any(process.exitcode for process in ranks):
-        sys.exit("a rank failed")
-
-
-def _rank(job: Callable[[int], None], rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    made = torch.tensor  # vLLM makes lists of counts in pinned memory, which there is only with a GPU
-    torch.tensor = lambda *args, pin_memory=False, **kwargs: made(*args, **kwargs)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=R)
-    job(rank)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-
 
 # ---------------------------------------------------------------------- vLLM
 
@@ -86,18 +33,31 @@ def vllm_plug_in() -> None:
     say(f"vLLM finds {load_vllm().Buffer.__module__}")
 
 
-def unquantized() -> object:
-    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
-
-    return FUSED_MOE_UNQUANTIZED_CONFIG
+SCALES = {"bf16": None, "fp8": torch.float32, "fp8 ue8m0": torch.int32, "mxfp8": torch.uint8}
+"""How rows are sent, and what their scales are."""
 
 
-def run_layer(rank: int, layer: object, experts: Callable[..., Tensor], reduction: object) -> None:
+def quantization(name: str) -> object:
+    """vLLM's configuration of experts in BF16, FP8 by blocks, or MXFP8, with ours for its CUDA kernels."""
+    from vllm.model_executor.layers.fused_moe import config, utils
+
+    utils.per_token_group_quant_fp8 = lambda x, block, **_: in_fp8(x, block)
+    utils.mxfp8_e4m3_quantize = lambda x, *_: in_fp8(x, 32, exponents=True)
+    if name == "bf16":
+        return config.FUSED_MOE_UNQUANTIZED_CONFIG
+    if name == "mxfp8":
+        return config.FusedMoEQuantConfig.make("mxfp8", is_scale_swizzled=False)
+    return config.FusedMoEQuantConfig.make(torch.float8_e4m3fn, block_shape=[128, 128])
+
+
+def run_layer(rank: int, layer: object, experts: Callable[..., Tensor], reduction: object, quantized: str) -> None:
     """prepare, the experts, and finalize in both ways that vLLM knows."""
     x, weights, ids, want = batch(rank)
     for is_async in (False, True):
-        prepared = layer.prepare(x, weights, ids, E, None, False, unquantized())
-        y = experts(*prepared)
+        rows, scales, *rest = layer.prepare(x, weights, ids, E, None, False, quantization(quantized))
+        assert rows.dtype == (torch.bfloat16 if quantized == "bf16" else torch.float8_e4m3fn)
+        assert (None if scales is None else scales.dtype) == SCALES[quantized]
+        y = experts(unscaled(rows, scales), *rest)
         out = torch.zeros_like(x)
         args = (out, y, weights, ids, False, reduction)
         if is_async:
@@ -106,7 +66,7 @@ def run_layer(rank: int, layer: object, experts: Callable[..., Tensor], reductio
                 each()
         else:
             layer.finalize(*args)
-        close(out, want)
+        close(out, want, fp8=quantized != "bf16")
 
 
 def vllm_high_throughput() -> None:
@@ -126,14 +86,15 @@ def vllm_high_throughput() -> None:
         deep_ep.Buffer.set_num_sms(20)
         layer = DeepEPHTPrepareAndFinalize(buffer, R, 1, rank * L)
 
-        def experts(rows, scales, counts, ids, weights):
+        def experts(rows, counts, ids, weights):
             return weighted(rows, ids, weights, rank)
 
-        run_layer(rank, layer, experts, TopKWeightAndReduceNoOP())
+        for quantized in ("bf16", "fp8"):
+            run_layer(rank, layer, experts, TopKWeightAndReduceNoOP(), quantized)
         buffer.destroy()
 
     on_ranks(job)
-    say(f"prepare and finalize, synchronous and asynchronous, {R} ranks")
+    say(f"prepare and finalize, BF16 and FP8, synchronous and asynchronous, {R} ranks")
 
 
 def vllm_low_latency() -> None:
@@ -156,17 +117,20 @@ def vllm_low_latency() -> None:
             explicitly_destroy=True,
             enable_shrink=False,
         )
-        layer = DeepEPLLPrepareAndFinalize(buffer, M, R)
 
-        def experts(rows, scales, counts, ids, weights):
+        def experts(rows, counts, ids, weights):
             factors = torch.arange(rank * L, rank * L + L).reshape(L, 1, 1) + 1
             return (rows.float() * factors).bfloat16()
 
-        run_layer(rank, layer, experts, TopKWeightAndReduceDelegate())
+        for quantized in ("bf16", "fp8", "fp8 ue8m0"):
+            layer = DeepEPLLPrepareAndFinalize(buffer, M, R, use_fp8_dispatch=quantized != "bf16")
+            packs = quantized == "fp8 ue8m0"
+            layer.post_init_setup(SimpleNamespace(supports_packed_ue8m0_act_scales=lambda packs=packs: packs))
+            run_layer(rank, layer, experts, TopKWeightAndReduceDelegate(), quantized)
         buffer.destroy()
 
     on_ranks(job)
-    say(f"prepare and finalize, with and without hooks, {R} ranks")
+    say(f"prepare and finalize, BF16 and FP8, scales as float32 and UE8M0, with and without hooks, {R} ranks")
 
 
 def vllm_v2(*, decode: bool) -> None:
@@ -175,42 +139,36 @@ def vllm_v2(*, decode: bool) -> None:
     from vllm.model_executor.layers.fused_moe.prepare_finalize.deepep_v2 import DeepEPV2PrepareAndFinalize
     from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-    def job(rank: int) -> None:
+    def run(rank: int, quantized: str) -> None:
+        fp8 = quantized != "bf16"
         buffer = deep_ep.ElasticBuffer(
             group=dist.group.WORLD,
             num_max_tokens_per_rank=M,
             hidden=H,
             num_topk=K,
-            use_fp8_dispatch=False,
+            use_fp8_dispatch=fp8,
             allow_hybrid_mode=True,
             prefer_overlap_with_compute=False,
             allow_multiple_reduction=False,
             explicitly_destroy=True,
         )
-        layer = DeepEPV2PrepareAndFinalize(buffer, R, 1, rank * L, E, K, use_cudagraph=decode)
+        layer = DeepEPV2PrepareAndFinalize(buffer, R, 1, rank * L, E, K, use_fp8_dispatch=fp8, use_cudagraph=decode)
 
-        def experts(rows, scales, counts, ids, weights):
+        def experts(rows, counts, ids, weights):
             y = weighted(rows, ids, weights.masked_fill(ids < 0, 0), rank)
             return y.masked_fill((ids < 0).all(1, keepdim=True), torch.nan)  # rows that hold nothing
 
         with override_forward_context(SimpleNamespace(dp_metadata=None)):
-            run_layer(rank, layer, experts, TopKWeightAndReduceNoOP())
+            run_layer(rank, layer, experts, TopKWeightAndReduceNoOP(), quantized)
         buffer.destroy()
+
+    def job(rank: int) -> None:
+        for quantized in ("bf16", "fp8", "mxfp8"):
+            run(rank, quantized)
 
     on_ranks(job)
     rows = "not expanded, no host synchronisation" if decode else "expanded, host synchronisation"
-    say(f"prepare and finalize, {rows}, {R} ranks")
-
-
-# ---------------------------------------------------------------------- SGLang
-
-
-def sglang_plug_in() -> None:
-    from sglang.srt.plugins import load_plugins
-
-    assert "deep_ep" not in sys.modules, "SGLang imports deep_ep before its plug-ins"
-    load_plugins()
-    say(f"SGLang finds {sys.modules['deep_ep'].Buffer.__module__}")
+    say(f"prepare and finalize, BF16, FP8 and MXFP8, {rows}, {R} ranks")
 
 
 # ---------------------------------------------------------------------- torchtitan
@@ -257,7 +215,12 @@ CHECKS = {
     ("vllm", "low latency"): vllm_low_latency,
     ("vllm", "v2, prefill"): lambda: vllm_v2(decode=False),
     ("vllm", "v2, decode"): lambda: vllm_v2(decode=True),
-    ("sglang", "plug-in"): sglang_plug_in,
+    ("sglang", "plug-in"): servers_sglang.plug_in,
+    ("sglang", "normal"): lambda: servers_sglang.deepep("normal"),
+    ("sglang", "low latency"): lambda: servers_sglang.deepep("low_latency"),
+    ("sglang", "auto"): lambda: servers_sglang.deepep("auto"),
+    ("sglang", "v2, prefill"): lambda: servers_sglang.deepep_v2(prefill=True),
+    ("sglang", "v2, decode"): lambda: servers_sglang.deepep_v2(prefill=False),
     ("torchtitan", "training"): lambda: torchtitan_layer(training=True),
     ("torchtitan", "inference"): lambda: torchtitan_layer(training=False),
 }
