@@ -173,15 +173,15 @@ def test_the_number_of_sms_of_a_call(cuda, monkeypatch):
     monkeypatch.setattr(Buffer, "num_sms", 20)
     monkeypatch.setattr(Buffer, "_asked_num_sms", None)
     buffer = Buffer(None)
-    assert buffer._num_sms(Config(num_sms=24)) is None, "the CPU backend has none"
+    assert buffer._num_sms("call", Config(num_sms=24)) is None, "the CPU backend has none"
     buffer._lane = Lane(torch.device("cuda", 0))
-    assert buffer._num_sms(None) is None
-    assert buffer._num_sms(Config(num_sms=24)) == 24
+    assert buffer._num_sms("call", None) is None
+    assert buffer._num_sms("call", Config(num_sms=24)) == 24
     Buffer.set_num_sms(32)
-    assert buffer._num_sms(None) == 32
-    assert buffer._num_sms(Buffer.get_dispatch_config(2)) == 32
+    assert buffer._num_sms("call", None) == 32
+    assert buffer._num_sms("call", Buffer.get_dispatch_config(2)) == 32
     Buffer.set_num_sms(0)
-    assert buffer._num_sms(None) is None
+    assert buffer._num_sms("call", None) is None
 
 
 def test_a_layout_is_known_until_any_part_of_it_changes():
