@@ -46,6 +46,17 @@ def test_results_may_take_a_quarter_of_a_heap_that_the_largest_one_would_fill(ca
     assert "TOKENFERRY_HEAP_MB" in caplog.text
 
 
+def test_what_is_said_names_the_largest_range_that_is_free(caplog):
+    """For free memory that lies in pieces does not help."""
+    allocator = make(4096)
+    allocator.expect(1536 * KIB)
+    kept = [allocator.block("dispatch", 1024 * KIB, 1) for _ in range(3)]
+    del kept[1]
+    with caplog.at_level(logging.WARNING, "tokenferry"):
+        assert allocator.recv_block(CALL, 256 * KIB)[1]
+    assert "2 MiB free, the largest free range 1.0 MiB) keeps a range of 1.5 MiB" in caplog.text, caplog.text
+
+
 def test_without_a_limit_room_is_left_for_twice_what_came():
     allocator = make(64)
     allocator.expect_more(20 * KIB)

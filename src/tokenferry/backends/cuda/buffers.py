@@ -75,12 +75,13 @@ class SymmetricAllocator:
         if copy_out and not self._warned:
             self._warned = True
             _log.warning(
-                "%s: the heap (%.0f MiB, %.0f MiB free) keeps %.1f MiB for rows under way, so a result of %.1f MiB is "
-                "copied out of it, as later ones will be where that is so; set TOKENFERRY_HEAP_MB higher, or release "
-                "earlier results",
+                "%s: the heap (%.0f MiB, %.0f MiB free, the largest free range %.1f MiB) keeps a range of %.1f MiB for "
+                "rows under way, so a result of %.1f MiB is copied out of it, as later ones will be where that is so; "
+                "set TOKENFERRY_HEAP_MB higher, or release earlier results",
                 call.signature.phase,
                 heap.num_bytes / 2**20,
                 heap.free_bytes / 2**20,
+                heap.largest_free / 2**20,
                 room / 2**20,
                 num_bytes / 2**20,
             )
