@@ -28,7 +28,7 @@ def test_a_large_cluster(capsys):
     out = capsys.readouterr().out
     assert "N=32 P=8 R=256 E=256 K=8 H=7168, routing uniform (exact)" in out
     assert "7.040 of them others (at most 8), and to 8.000 ranks" in out
-    # 4096 * 7.040 rows of 7392 bytes; at 50 GB/s, and 2 exchanges of 10 us with each of 31 nodes.
+    # 4096 * 7.040 rows of 7392 bytes; at 50 GB/s, and an exchange of 10 us with each of 31 nodes.
     assert line(out, "throughput dispatch  ") == [
         "throughput",
         "dispatch",
@@ -37,10 +37,11 @@ def test_a_large_cluster(capsys):
         "1.50",
         *["211.94"] * 2,
     ]
-    assert "throughput dispatch       70     4883     642      113     20   5086       5016   network" in out
+    assert "throughput dispatch       70     4573     642      123     20   4786       4716   network" in out
     assert (
-        "dispatch: 8 chunks for each other node, of up to 512 tokens (3.67 MB), 2 with rows: 62 exchanges; more than 8"
+        "dispatch: 3 chunks for each other node, of up to 1366 tokens (9.79 MB), 1 with rows: 31 exchanges; "
     ) in out
+    assert "combine: 7 chunks for each other node, of up to 586 tokens (8.40 MB), 2 with rows: 62 exchanges" in out
     assert "decode calls send 128 slots to each other node, of which 29.1 are filled; 0 overflows" in out
     assert "a model: no time across a network was measured on GPUs" in out
 
@@ -74,11 +75,11 @@ def test_group_limits(words, capsys):
 
 
 def test_no_limit_is_named_where_there_is_none(capsys):
-    assert main(["plan", "--nodes", "8", "--tokens", "300"]) == 0
+    assert main(["plan", "--nodes", "8", "--tokens", "1200"]) == 0
     out = capsys.readouterr().out
-    assert "at most: for 2100 and 2100 rows\n" in out
-    assert "combine: 2 chunks for each other node, of up to 150 tokens (2.15 MB)" in out
-    assert "shorter ones than 2 MiB would not reach the rate of a network card" in out
+    assert "at most: for 8400 and 8400 rows\n" in out
+    assert "combine: 2 chunks for each other node, of up to 600 tokens (8.60 MB)" in out
+    assert "shorter ones than 8 MiB would cross faster than the host starts the next" in out
 
 
 def test_skewed_routing(capsys):

@@ -193,12 +193,13 @@ def test_explain_names_the_heap_that_groups_make():
 
 def test_rows_between_nodes_cross_in_chunks_that_are_large_enough():
     assert tuning.rail_chunks(128, 14336) == (1, 128)
-    assert tuning.rail_chunks(301, 14336) == (2, 151), "4.3 MB: two chunks of 2.1 MB"
-    assert tuning.rail_chunks(4096, 7168) == (8, 512)
+    assert tuning.rail_chunks(1171, 14336) == (2, 586), "16.8 MB: two chunks of 8.4 MB"
+    assert tuning.rail_chunks(4096, 7168) == (3, 1366)
+    assert tuning.rail_chunks(8192, 14336) == (8, 1024)
     assert tuning.rail_chunks(1 << 30, 7168) == (tuning.MOST_RAIL_CHUNKS, (1 << 30) // tuning.MOST_RAIL_CHUNKS)
     assert tuning.rail_chunks(0, 7168) == (1, 0)
-    assert tuning.why_rail_chunks(4096, 7168).startswith("more than 8 would hide little more")
-    assert tuning.why_rail_chunks(300, 14336).startswith("shorter ones than 2 MiB")
+    assert tuning.why_rail_chunks(8192, 14336).startswith("more than 8 would hide little more")
+    assert tuning.why_rail_chunks(300, 14336).startswith("shorter ones than 8 MiB")
 
 
 def test_a_routing_crosses_with_the_headers_if_it_is_small():
