@@ -18,7 +18,7 @@ CHART = HERE / "chart.svg"
 CALLS = "2026-11-29_4xh200_67d3d47-calls.json"
 NCCL_CALLS = "2026-11-21_4xh200_0bfa639-quick.json"
 DECODE = "2026-11-29_4xh200_67d3d47-decode.json"
-TRAINING = "2026-11-29_2xh200_49388fc-megatron.json"
+TRAINING = "2026-11-29_2xh200_345edae-megatron.json"
 LANGUAGE = "2026-11-29_2xh200_8d1638f-language.json"
 
 OURS, V1, NCCL = "tokenferry", "DeepEP V1", "NCCL all-to-all"
