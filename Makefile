@@ -146,7 +146,7 @@ $(VENV)/ready: $(VENV)/demo-ready
 	@du -sh $(VENV)
 	touch $@
 
-$(VENV)/clients/ready: $(VENV)/ready
+$(VENV)/clients/ready: $(VENV)/ready Makefile
 	rm -rf $(VENV)/clients
 	-$(CLIENT)/megatron-core-0.19.2 megatron-core==0.19.2 triton==3.9.0
 	-$(CLIENT)/transformers-5.18.0 transformers==5.18.0

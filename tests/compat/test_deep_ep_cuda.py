@@ -133,7 +133,7 @@ def test_what_the_normal_test_of_deep_ep_does(worlds, ranks):
     worlds(ranks, "cuda").run(v1_jobs.normal_mode, "cuda", replace(V1_SIZES, experts=4 * ranks), 24)
 
 
-@pytest.mark.skipif(NUM_GPUS < 6, reason="needs six GPUs")
+@pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs: up to three ranks may share one")
 def test_what_the_shrink_test_of_deep_ep_does():
     with World(6, devices="cuda", timeout_s=240.0) as world:
         world.run(pools.prefer, "cuda")
