@@ -50,14 +50,16 @@ def pytest_collection_finish() -> None:
 def worlds() -> Iterator[Callable[..., World]]:
     """Return pools of ranks, one per R and kind of device for the whole session; a new one after a job failed.
 
-    ``worlds(4).run(fn, ...)`` runs on the CPU, ``worlds(4, "cuda").run(fn, ...)`` on ranks that own a GPU.
+    ``worlds(4).run(fn, ...)`` runs on the CPU, ``worlds(4, "cuda").run(fn, ...)`` on ranks that own a GPU, and
+    ``worlds(4, "cuda", 2).run(fn, ...)`` on ranks of which two each play a node.
     """
-    pools: dict[tuple[int, str], World] = {}
+    pools: dict[tuple[int, str, int | None], World] = {}
 
-    def get(num_ranks: int, devices: str = "cpu") -> World:
-        key = num_ranks, devices
+    def get(num_ranks: int, devices: str = "cpu", ranks_per_node: int | None = None) -> World:
+        key = num_ranks, devices, ranks_per_node
         if key not in pools or not pools[key].alive:
-            pools[key] = World(num_ranks, devices=devices, timeout_s=60.0 if devices == "cpu" else CUDA_JOB_S)
+            timeout_s = 60.0 if devices == "cpu" else CUDA_JOB_S
+            pools[key] = World(num_ranks, devices=devices, timeout_s=timeout_s, ranks_per_node=ranks_per_node)
             pools[key].run(prefer, devices)
         return pools[key]
 

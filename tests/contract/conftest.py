@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from support.pairs import PAIRS, Pair
+from support.pairs import CONTRACT_PAIRS, Pair
 
 
-@pytest.fixture(params=PAIRS, ids=str)
+@pytest.fixture(params=CONTRACT_PAIRS, ids=str)
 def pair(request: pytest.FixtureRequest) -> Pair:
     return request.param
 
@@ -30,6 +30,9 @@ def run(worlds) -> Callable[..., list[Any]]:
     def on_ranks(pair: Pair, ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
         if pair.transport == "none":
             return [job(0, None, pair, *args)]
-        return worlds(ranks, pair.backend).run(job, pair, *args)
+        per_node = (
+            pair.ranks_per_node if pair.backend == "cuda" else None
+        )  # else a group has them, and its ranks play none
+        return worlds(ranks, pair.backend, per_node).run(job, pair, *args)
 
     return on_ranks

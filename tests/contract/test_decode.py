@@ -43,7 +43,13 @@ def test_what_is_not_finite(run, pair):
 
 
 def test_encodings_without_masked_ranks(run, pair):
+    need_masks(pair)
     run(pair, 3, masked_encodings)
+
+
+def need_masks(pair: Pair) -> None:
+    if pair.transport == "nccl":
+        pytest.skip("masks across nodes need NVSHMEM")
 
 
 def other_encodings(rank, pg, pair: Pair) -> str:
@@ -206,6 +212,7 @@ def masks(rank, pg, pair: Pair) -> None:
 
 
 def test_masked_ranks_are_skipped_both_ways(run, pair):
+    need_masks(pair)
     run(pair, 3, masks)
 
 
@@ -217,7 +224,10 @@ def fast_is_near(rank, pg, pair: Pair) -> None:
         sent = group.decode_dispatch(step.mine().x, step.routing())
         exact = group.decode_combine(sent.x, sent.plan).x.float()
         fast = group.decode_combine(sent.x, sent.plan, numerics="fast").x.float()
-    assert not torch.equal(exact, fast), "the same numbers: nothing was summed before the encoding"
+    if pair.ranks_per_node == 1:
+        assert torch.equal(exact, fast), "nodes of one rank sum before the encoding in either case"
+    else:
+        assert not torch.equal(exact, fast), "the same numbers: nothing was summed before the encoding"
     largest = float((case.inputs()[rank].topk_weights.abs().sum(1) * 1024).max())
     close("fast", fast, exact, rtol=2**-7, atol=largest * 2**-8)
 

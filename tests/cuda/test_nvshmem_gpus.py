@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from support.decode_jobs import captured
-from support.masks import Iterations
+from support.lost_ranks import CROWDED_S
+from support.masks import TWO, Absence, Iterations, lost_in_replays, skip_and_return
 from support.pairs import NUM_GPUS, Pair
 from support.pools import prefer
 from tokenferry import Scale
@@ -59,3 +60,12 @@ def test_decode_calls_store_into_memory_that_nvshmem_has_mapped(world):
 @pytest.mark.parametrize("quantize", [None, Scale.FLOAT32])
 def test_cuda_graphs(world, quantize, hooks):
     world.run(captured, PAIR, quantize, hooks)
+
+
+@pytest.mark.parametrize("absence", [Absence("dispatch", hook=True), Absence("combine")], ids=str)
+def test_a_node_that_is_away_comes_back(world, tmp_path, absence):
+    world.run(skip_and_return, PAIR, str(tmp_path), CROWDED_S, absence, TWO)
+
+
+def test_a_graph_outlives_a_node_that_is_away(world, tmp_path):
+    world.run(lost_in_replays, PAIR, str(tmp_path), CROWDED_S, TWO)

@@ -13,7 +13,17 @@ import pytest
 
 from support.children import end_process
 from support.lost_ranks import CROWDED_S, LONG_S
-from support.masks import Absence, Load, by_hand, in_a_graph, sent_to_one, skip_and_return, under_load
+from support.masks import (
+    CASE,
+    Absence,
+    Load,
+    by_hand,
+    in_a_graph,
+    lost_in_replays,
+    sent_to_one,
+    skip_and_return,
+    under_load,
+)
 from support.new_sizes import Start, lost_at_the_start, new_sizes_apart, new_sizes_by_hand
 from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS, Pair
 from support.worlds import run_at_once
@@ -151,6 +161,11 @@ def test_a_new_size_under_masks_by_hand(worlds, pair, tmp_path):
 @pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)
 def test_graphs_see_masks(worlds, pair, tmp_path):
     worlds(3, pair.backend).run(in_a_graph, pair, str(tmp_path))
+
+
+@pytest.mark.parametrize("pair", CUDA_PAIRS, ids=str)
+def test_a_graph_outlives_a_rank_that_is_away(worlds, pair, tmp_path):
+    worlds(3, pair.backend).run(lost_in_replays, pair, str(tmp_path), CROWDED_S, CASE)
 
 
 def await_notes(folder: Path, what: str, ranks) -> None:

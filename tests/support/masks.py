@@ -80,7 +80,7 @@ class Iterations:
     def __init__(self, group: ExpertGroup, sizes: Case, lost: frozenset[int] = frozenset()) -> None:
         self.group = group
         self._lost = lost
-        self._relays = group.topology.nodes if group.backend == "cuda" and group.topology.num_nodes > 1 else ()
+        self._relays = _relays(group)
         self.made = self.masked_during = 0
         self._cases = [Case(**{**vars(sizes), "seed": seed}) for seed in range(4)]
         self._known: dict[tuple[int, frozenset[int]], tuple[list[int], torch.Tensor]] = {}
@@ -140,6 +140,11 @@ class Iterations:
         return self._known[key]
 
 
+def _relays(group: ExpertGroup) -> tuple[tuple[int, ...], ...]:
+    """Return the nodes through whose ranks rows go; none on one node."""
+    return group.topology.nodes if group.backend == "cuda" and group.topology.num_nodes > 1 else ()
+
+
 def expected(step: Step) -> tuple[list[int], torch.Tensor]:
     """Return the rows of each local expert, and the sums of own tokens if local expert e multiplies by e + 1."""
     oracle = step.oracle()
@@ -178,6 +183,7 @@ def all_together(group: ExpertGroup, iterations: Iterations, case: Case) -> None
 
 
 CASE = Case((3, 2, 4), 6, 3, hidden=64, dtype=torch.float32)
+TWO = Case((3, 4), 4, 3, hidden=64, dtype=torch.float32)
 
 
 def warm_up(pg, pair, case: Case) -> None:
@@ -199,29 +205,30 @@ class Absence:
     hook: bool = False
 
 
-def skip_and_return(rank: int, pg, pair, folder: str, timeout_s: float, absence: Absence) -> None:
-    """The lost rank calls only after the others have masked it, which is too late; then all resynchronise."""
-    notes = Notes(folder, rank, 3)
-    warm_up(pg, pair, CASE)
-    with pair.open(pg, CASE.shape, timeout_s=timeout_s, on_timeout="mask") as group:
+def skip_and_return(rank: int, pg, pair, folder: str, timeout_s: float, absence: Absence, case: Case = CASE) -> None:
+    """The last rank calls only after the others have masked it, which is too late; then all resynchronise."""
+    ranks, lost = case.ranks, case.ranks - 1
+    notes = Notes(folder, rank, ranks)
+    warm_up(pg, pair, case)
+    with pair.open(pg, case.shape, timeout_s=timeout_s, on_timeout="mask") as group:
         group.warmup()
-        iterations = Iterations(group, CASE)
+        iterations = Iterations(group, case)
         notes.barrier("begin")
         iterations.several(5)
         notes.barrier("ready")
-        if rank == LOST:
+        if rank == lost:
             be_away(group, iterations, notes, absence)
         else:
             start = time.monotonic()
             assert not iterations.one(hook=absence.hook), "no rank was lost"
             assert time.monotonic() - start < 2.5 * timeout_s + 1, "the lost rank was waited for again and again"
-            assert group.masked_ranks == {LOST}
+            assert group.masked_ranks == {lost}
             iterations.several(30)
             iterations.carefully()
             notes.leave("went on")
-            work_until(iterations, notes, "is alone", [LOST], (0, 1))  # what it sends meanwhile is dropped
-        come_back(group, notes, range(3))
-        all_together(group, iterations, CASE)
+            work_until(iterations, notes, "is alone", [lost], range(lost))  # what it sends meanwhile is dropped
+        come_back(group, notes, range(ranks))
+        all_together(group, iterations, case)
 
 
 def be_away(group: ExpertGroup, iterations: Iterations, notes: Notes, absence: Absence) -> None:
@@ -357,26 +364,57 @@ def sent_to_one(rank: int, pg, pair, folder: str, timeout_s: float) -> None:
         notes.wait("went on", (0, 1))
 
 
-def in_a_graph(rank: int, pg, pair, folder: str) -> None:
-    """Replay a CUDA graph under masks that come and go after its capture."""
-    notes, away = Notes(folder, rank, 3), frozenset({LOST}) if rank != LOST else frozenset({0, 1})
-    with pair.open(pg, CASE.shape, timeout_s=30.0) as group:
-        group.warmup()
-        step = Step(CASE, rank)
-        x = step.mine().x.to(group.device)
-        routing = Routing(step.mine().topk_idx.to(group.device), step.mine().topk_weights.to(group.device))
-        experts = torch.arange(1.0, 3.0, device=group.device)[:, None, None]
+class Graph:
+    """A CUDA graph of a pair of decode calls.
+
+    Args:
+        group: Makes them.
+        case: What they send.
+        within: Called in the capture.
+    """
+
+    def __init__(self, group: ExpertGroup, case: Case, within: Callable[[], None] = lambda: None) -> None:
+        self._case, self._rank = case, group.rank
+        self._relays = _relays(group)
+        mine = Step(case, group.rank).mine()
+        x = mine.x.to(group.device)
+        routing = Routing(mine.topk_idx.to(group.device), mine.topk_weights.to(group.device))
+        experts = torch.arange(1.0, 3.0, device=group.device, dtype=torch.float32)[:, None, None]
 
         def once() -> tuple[torch.Tensor, torch.Tensor]:
             sent = group.decode_dispatch(x, routing)
             return sent.expert_counts, group.decode_combine(sent.x * experts, sent.plan).x
 
         once()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            counts, out = once()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._counts, self._out = once()
+            within()
+
+    def replay(self, times: int) -> None:
+        """Replay it so often, and wait for that."""
+        for _ in range(times):
+            self._graph.replay()
+        torch.cuda.synchronize()
+
+    def check(self, masked: frozenset[int]) -> None:
+        """Compare the results of the last replay with the oracle's, without these ranks."""
+        counts, sums = expected(Step(self._case, self._rank, masked, relays=self._relays))
+        assert self._counts.tolist() == counts
+        torch.testing.assert_close(self._out.cpu(), sums, rtol=1e-5, atol=1e-5)
+
+
+def in_a_graph(rank: int, pg, pair, folder: str) -> None:
+    """Replay a CUDA graph under masks that come and go after its capture."""
+    notes, away = Notes(folder, rank, 3), frozenset({LOST}) if rank != LOST else frozenset({0, 1})
+    with pair.open(pg, CASE.shape, timeout_s=30.0) as group:
+        group.warmup()
+
+        def refused() -> None:
             with pytest.raises(ArgumentError, match="mask: not while a CUDA graph is captured"):
                 group.mask(min(away))
+
+        graph = Graph(group, CASE, refused)
         for turn, masked in enumerate((frozenset(), away, frozenset(), away, frozenset())):
             torch.cuda.synchronize()
             if masked:
@@ -384,9 +422,33 @@ def in_a_graph(rank: int, pg, pair, folder: str) -> None:
                     group.mask(other)
             else:
                 come_back(group, notes, range(3), f"turn {turn}")
-            want_counts, want_sums = expected(Step(CASE, rank, masked))
-            for _ in range(20 if rank != LOST or not masked else 13):
-                graph.replay()
-            torch.cuda.synchronize()
-            assert counts.tolist() == want_counts
-            torch.testing.assert_close(out.cpu(), want_sums, rtol=1e-5, atol=1e-5)
+            graph.replay(20 if rank != LOST or not masked else 13)
+            graph.check(masked)
+
+
+def lost_in_replays(rank: int, pg, pair, folder: str, timeout_s: float, case: Case) -> None:
+    """The last rank does not replay for a while: the others' graph goes on without it, until it comes back."""
+    ranks, lost = case.ranks, case.ranks - 1
+    notes, nobody, others = Notes(folder, rank, ranks), frozenset(), frozenset(range(lost))
+    warm_up(pg, pair, case)
+    with pair.open(pg, case.shape, timeout_s=timeout_s, on_timeout="mask") as group:
+        group.warmup()
+        notes.barrier("begin")
+        graph = Graph(group, case)
+        graph.replay(5)
+        graph.check(nobody)
+        notes.barrier("ready")
+        if rank == lost:
+            notes.wait("went on", others)
+            graph.replay(3)  # late: they have gone on
+            assert group.masked_ranks == others
+        else:
+            graph.replay(1)
+            assert group.masked_ranks == {lost}
+            graph.replay(30)
+            graph.check(frozenset({lost}))
+            notes.leave("went on")
+        come_back(group, notes, range(ranks))
+        graph.replay(7)
+        graph.check(nobody)
+        all_together(group, Iterations(group, case), case)

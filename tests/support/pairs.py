@@ -52,8 +52,14 @@ NODES = [
 ]
 """Groups of several nodes: 2 x 2, 3 x 2, 2 x 4 and 4 x 1."""
 
-CUDA_PAIRS = (Pair("cuda", "nvlink"),) if NUM_GPUS else ()
+_CUDA_PAIR = Pair("cuda", "nvlink")
+if os.environ.get("TEST_CUDA_NODES") == "1":
+    _CUDA_PAIR = Pair("cuda", "nccl", ranks_per_node=1)
+CUDA_PAIRS = (_CUDA_PAIR,) if NUM_GPUS else ()
+"""TEST_CUDA_NODES=1 runs the contract suite across nodes: each rank is one, and NCCL joins them by sockets."""
 PAIRS = CPU_PAIRS + CUDA_PAIRS
+CONTRACT_PAIRS = (*CPU_PAIRS, Pair("cpu", "process_group", ranks_per_node=1), *CUDA_PAIRS)
+"""Those on which the tests of the contract run that name no number of ranks."""
 
 CUDA_RANKS = tuple(int(ranks) for ranks in os.environ.get("TEST_CUDA_RANKS", "").split(",") if ranks) or tuple(
     ranks for ranks in (1, 2, 3, 4, 5, 8) if ranks <= max(NUM_GPUS, 3)
