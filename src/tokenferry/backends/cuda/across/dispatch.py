@@ -109,6 +109,7 @@ class AcrossDispatcher:
         self._crossing = crossing
         self._key = key
         self._breaking_off = context.breaking_off()
+        self._waiting = context.breaking_off(TokenferryError)  # it breaks the group itself if it has to
         self._planner = Planner(context, allocator, topology, crossing)
         self._group = Group(context, topology, crossing, self._planner.host)
         self._forms: BoundedDict[tuple[Any, ...], AcrossForm] = BoundedDict(_MAX_FORMS)
@@ -165,17 +166,28 @@ class AcrossDispatcher:
     def send(self, form: AcrossForm, call: Call, payload: Payload, num_tokens: int) -> Dispatched[Any]:
         """Make a plan and send rows along it.
 
-        With counts on the host it waits for the device twice: for its own counts, since a bad index must be found
-        before anything is sent; and for those of its rail and its node, since memory is taken, and rows cross, in the
-        sizes that they say. If the routing is too large to cross before its size is known, it waits for that, too.
+        With counts on the host it waits for the device: for its own counts, since a bad index must be found before
+        anything is sent; for those of its rail, in whose sizes rows cross; and for those of its node, in whose sizes
+        memory is taken. Meanwhile the device writes the routing, counts, and computes places.
         """
-        rows, waits, tight = form.rows, form.waits, form.tight
-        planner, begun = self._planner, self._planner.begin(form, call, payload, num_tokens)
-        went, passing = begun.went, None
-        with self._breaking_off:  # peers wait for this rank
-            sizes = planner.sizes(form, begun)
-            plan = planner.new_plan(form, begun, sizes)
-            routed, coming = planner.route(form, begun, sizes, plan)
+        rows, waits, tight, planner, steps = form.rows, form.waits, form.tight, self._planner, self._crossing.steps
+        begun = planner.begin(form, call, payload, num_tokens)
+        sizes, went, passing, counts = begun.sizes, None, None, None
+        if sizes is not None:  # the routing is written while the host waits
+            with self._breaking_off:  # peers wait for this rank
+                plan = planner.new_plan(form, begun, sizes)
+                routed = planner.route(form, begun, sizes, plan)
+        if waits:
+            went = planner.wait(begun)
+        with self._breaking_off:
+            if sizes is None:
+                assert went is not None
+                sizes = planner.sizes(form, begun, went)
+                plan = planner.new_plan(form, begun, sizes)
+                routed = planner.route(form, begun, sizes, plan)
+            if went is not None:
+                plan._num_sent = went.num_sent
+            coming = self._crossing.routing(call, routed.routing, begun.split.words, opens=form.at_once)
             relay, swaps = sizes.routing, sizes.swaps
             out = self._pack_new(form, begun, plan, relay.first_out[-1] if went is None else went.num_out)
             if swaps is not None and not tight:
@@ -183,24 +195,27 @@ class AcrossDispatcher:
             if coming is not None:
                 coming.join()
             planner.notify(form, begun, plan, routed)
-        try:
-            counts = cuda_plan.wait(self._context, call, form.geometry) if waits or tight else None
-        except TokenferryError:  # waiting itself breaks the group if it has to
-            raise
-        except BaseException as error:  # an interrupt: peers wait for the rows of this rank
-            self._context.break_off(error)
-            raise
+        if went is not None and form.at_once:
+            with self._waiting:
+                relay = planner.wait_for_relay(begun, sizes, went)
+            swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
+            if not tight:
+                with self._breaking_off:
+                    passing = self._begin_rows(rows, begun, relay, swaps, out)
+        if waits or tight:
+            with self._waiting:
+                counts = cuda_plan.wait(self._context, call, form.geometry)
         if tight:
             with self._context.breaking_off(CapacityError):
                 self._check_capacity(form, call)
         with self._breaking_off:
             if went is not None:
-                relay = planner.counted_relay(form, relay, begun)
-                swaps = relay.swaps(self._crossing.steps, rows.chunks, rows.widths, back=False)
+                relay = planner.counted_relay(relay)
+                if rows.chunks.num > 1 and relay.most > rows.chunks.size:  # ranks of this node pass on several
+                    swaps = relay.swaps(steps, rows.chunks, rows.widths, back=False)
             assert swaps is not None
             passing = passing or self._begin_rows(rows, begun, relay, swaps, out)
             result, recv = self._recv(form, call, plan, relay, counts)
-            planner.assign(form, call, plan, routed)
             self._move(rows, call, plan._along, swaps, passing, recv, routed)
             if rows.expand is not None or result.leaves_block:
                 self._expand(rows, call, result, plan, plan._along)

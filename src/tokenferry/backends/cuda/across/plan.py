@@ -9,7 +9,6 @@ import torch
 from tokenferry.backends.cuda.across.contents import CrossingRouting
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.forms import AcrossForm, AcrossSizes, sizes_of
-from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, fixed_relay, make_relay, segment_for
 from tokenferry.backends.cuda.across.split import Split, SplitCounts, Splitter
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
@@ -46,7 +45,6 @@ class Begun(NamedTuple):
         num_tokens: T.
         split: The tokens, by rank and by node.
         sizes: The sizes of the plan, if they are those of M tokens.
-        went: What the host knows of that; None if counts stay on the device.
     """
 
     call: Call
@@ -54,7 +52,6 @@ class Begun(NamedTuple):
     num_tokens: int
     split: Split
     sizes: AcrossSizes | None
-    went: SplitCounts | None
 
 
 class Planner:
@@ -81,18 +78,21 @@ class Planner:
         self._came, self.host = view_words(memory), memory.data_ptr()
 
     def begin(self, form: AcrossForm, call: Call, payload: Payload, num_tokens: int) -> Begun:
-        """Begin a dispatch: count its tokens; nothing is sent yet.
-
-        Raises:
-            RoutingError: an index is outside [-1, E), and counts are on the host.
-        """
+        """Begin a dispatch: count its tokens; nothing is sent yet."""
         sizes, rest = None, 0
         if form.at_once:
             sizes = form.known.get(num_tokens) or self._known(form, num_tokens)
             rest = sizes.memory[-1]
         split = self._splitter.split(form, call, payload.topk_idx, num_tokens, rest)
-        went = self._splitter.wait(call, num_tokens) if form.waits else None
-        return Begun(call, payload, num_tokens, split, sizes, went)
+        return Begun(call, payload, num_tokens, split, sizes)
+
+    def wait(self, begun: Begun) -> SplitCounts:
+        """Wait for the counts of a dispatch that has begun.
+
+        Raises:
+            RoutingError: an index is outside [-1, E).
+        """
+        return self._splitter.wait(begun.call, begun.num_tokens)
 
     def _known(self, form: AcrossForm, num_tokens: int) -> AcrossSizes:
         """Return the sizes of a plan of T tokens whose routing crosses in the size of M."""
@@ -102,12 +102,9 @@ class Planner:
         found = form.known[num_tokens] = sizes_of(form, num_ranks, self._crossing.steps, routing, most_sent)
         return found
 
-    def sizes(self, form: AcrossForm, begun: Begun) -> AcrossSizes:
-        """Return the sizes of a plan: those of M tokens, or what the ranks across from this one say."""
-        if begun.sizes is not None:
-            return begun.sizes
-        call, words, went, crossing = begun.call, begun.split.words, begun.went, self._crossing
-        assert went is not None
+    def sizes(self, form: AcrossForm, begun: Begun, went: SplitCounts) -> AcrossSizes:
+        """Ask the ranks across from this one for the sizes of a plan."""
+        call, words, crossing = begun.call, begun.split.words, self._crossing
         came = crossing.counts(call, words, crossing.open(call, words), begun.num_tokens)
         # `most` is not known yet.
         routing = make_relay(self._node, came, went.went, 0, segment_for(max(came)))
@@ -115,18 +112,15 @@ class Planner:
 
     def new_plan(self, form: AcrossForm, begun: Begun, sizes: AcrossSizes) -> AcrossPlan:
         """Take the memory for a plan."""
-        plan, layout, went = object.__new__(AcrossPlan), sizes.plan, begun.went
+        plan, layout = object.__new__(AcrossPlan), sizes.plan
         plan._form, plan._dst_counts, plan._made = form.plan, begun.split.dst_counts, {}
-        plan._layout, plan._relay_layout = layout, sizes.relay
-        plan._num_sent = layout.num_sent if went is None else went.num_sent
+        plan._layout, plan._relay_layout, plan._num_sent = layout, sizes.relay, layout.num_sent
         plan._block = self._allocator.call_block(begun.call, layout.num_bytes)
         return plan
 
-    def route(
-        self, form: AcrossForm, begun: Begun, sizes: AcrossSizes, plan: AcrossPlan
-    ) -> tuple[Routed, Transfer | None]:
-        """Write the routing for each node, and begin to exchange it."""
-        call, payload, num_tokens, split, *_ = begun
+    def route(self, form: AcrossForm, begun: Begun, sizes: AcrossSizes, plan: AcrossPlan) -> Routed:
+        """Write the routing for each node."""
+        call, payload, num_tokens, split, _ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
         ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
         words, start = split.words, plan._block.address
@@ -143,13 +137,15 @@ class Planner:
         )  # fmt: skip
         # All ids are written.
         form.rails.launch(min(self._num_nodes * relay.segment // UNIT_TOKENS, form.rows.sms.local), call.stream)
-        coming = self._crossing.routing(call, routing, words, opens=form.at_once)
-        return Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at), coming
+        return Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at)
 
     def notify(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed) -> None:
-        """Check who has called, count the rows of all segments inside the node, and exchange the counts there."""
+        """Count the rows of all segments inside the node, exchange the counts there, and compute the places of rows.
+
+        First it is checked who has called.
+        """
         call, layout, start, segment = begun.call, plan._layout, plan._block.address, routed.routing.relay.segment
-        words = begun.split.words
+        words, parts = begun.split.words, plan._relay_layout
         alive, number, signature, sizes = call.alive, call.number, call.signature.words, start + layout.places
         form.relay.pack(
             alive, number, signature,
@@ -161,27 +157,32 @@ class Planner:
         notify.params.segment_units = segment // UNIT_TOKENS
         notify.pack(
             alive, number, signature,
-            routed.routing.ids, routed.table, routed.bases, sizes + 4 * plan._relay_layout.relayed,
+            routed.routing.ids, routed.table, routed.bases, sizes + 4 * parts.relayed,
             start + layout.src_counts, start + layout.expert_counts,
             start + layout.expert_offsets if form.by_offsets else 0, sizes, routed.num,
         )  # fmt: skip
-        notify.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.links), call.stream)
-
-    def assign(self, form: AcrossForm, call: Call, plan: AcrossPlan, routed: Routed) -> None:
-        """Compute the places of the rows of all segments."""
-        assign, along = form.assign, plan._along
-        assign.params.segment_units = along.relay.segment // UNIT_TOKENS
+        blocks = min(routed.num // UNIT_TOKENS, form.rows.sms.links)
+        notify.launch(blocks, call.stream)
+        assign = form.assign
+        assign.params.segment_units = segment // UNIT_TOKENS
         assign.pack(
-            call.alive, call.number, call.signature.words,
-            routed.routing.ids, routed.table, routed.bases, along.relayed, along.whole.places, 0, routed.num,
+            alive, number, signature,
+            routed.routing.ids, routed.table, routed.bases, sizes + 4 * parts.relayed, sizes + 4 * parts.places, 0,
+            routed.num,
         )  # fmt: skip
-        assign.launch(min(routed.num // UNIT_TOKENS, form.rows.sms.links), call.stream)
+        assign.launch(blocks, call.stream)
 
-    def counted_relay(self, form: AcrossForm, routing: Relay, begun: Begun) -> Relay:
-        """Return how many tokens cross, when the host has waited for the counts of the node."""
-        most, went = UNIT_TOKENS * self._context.pinned.most_units, begun.went
-        assert went is not None
-        if not form.at_once:
-            return routing._replace(most=most)
-        came = tuple(self._came[HOST_CAME_WORD:].tolist())
-        return make_relay(self._node, came, went.went, most, routing.segment)
+    def wait_for_relay(self, begun: Begun, sizes: AcrossSizes, went: SplitCounts) -> Relay:
+        """Wait until `notify` has told how many tokens cross; `Relay.most` is not known yet, and 0.
+
+        Raises:
+            MismatchError: a rank across from this one has made another call.
+            PeerTimeout: one did not answer in time.
+        """
+        self._context.wait_for_words(begun.call, self._came)
+        came = self._came[HOST_CAME_WORD:].tolist()
+        return make_relay(self._node, came, went.went, 0, sizes.routing.segment)
+
+    def counted_relay(self, relay: Relay) -> Relay:
+        """Return it with `Relay.most`, when the host has waited for the counts of the node."""
+        return relay._replace(most=UNIT_TOKENS * self._context.pinned.most_units)
