@@ -12,6 +12,7 @@ import pytest
 from tokenferry.cli import bench_phases, doctor, explain, output
 from tokenferry.cli.finding import Finding
 from tokenferry.cli.main import main
+from tokenferry.cli.parser import make_parser
 
 TINY = ["--ranks", "2", "--tokens", "8", "--hidden", "64", "--top-k", "2", "--experts", "4", "--iterations", "2"]
 
@@ -86,32 +87,75 @@ def test_the_report_of_explain_has_the_numbers_of_its_table(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("command", "option", "where", "complaint"),
     [
-        ("explain", "--json", "none/a.json", "there is no folder"),
+        ("explain", "--json", "file/a.json", "is not a folder"),
         ("plan", "--json", "", "is a folder; name a file in it"),
+        ("plan", "--json", "none/", "is a folder; name a file in it"),
         ("plan", "--plot", "", "is a folder; name a file in it"),
         ("plan", "--plot", "file/a.png", "is not a folder"),
         ("plan", "--plot", "a.xyz", "expected a name that ends in .png, .svg, .pdf"),
         ("plan", "--plot", "picture", "expected a name that ends in .png, .svg, .pdf"),
-        ("bench gpu", "--json", "none/a.json", "there is no folder"),
+        ("bench gpu", "--json", "file/a.json", "is not a folder"),
         ("bench gpu", "--plot", "file", "is not a folder"),
-        ("trace", "--json", "none/a.json", "there is no folder"),
+        ("trace", "--json", "file/none/a.json", "is not a folder"),
         ("limits", "--plot", "file/folder", "is not a folder"),
-        ("diagnose", "--json", "file/a.json", "there is no folder"),
+        ("diagnose", "--json", "file/a.json", "is not a folder"),
         ("diagnose", "--plot", "file", "is not a folder"),
         ("demo", "--out", "file", "is not a folder"),
-        ("doctor", "--json", "none/a.json", "there is no folder"),
+        ("doctor", "--json", "file/a.json", "is not a folder"),
     ],
 )
 def test_files_that_cannot_be_written_are_noticed_first(command, option, where, complaint, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
-        main([*command.split(), option, str(tmp_path / where)])
+        main([*command.split(), option, f"{tmp_path}/{where}"])
     assert stop.value.code == 2
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("parse", "name"), [(output.output_file, "a.json"), (output.output_folder, "plots/new")])
+OUTPUTS = ("--json", "--plot", "--out")
+
+
+def of_all_commands():
+    """Return (command, option, parser of its value) for each option that names what a command writes."""
+    found = []
+
+    def walk(name, parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for part, below in action.choices.items():
+                    walk(f"{name} {part}".strip(), below)
+            elif set(action.option_strings) & set(OUTPUTS):
+                found.append((name, action.option_strings[-1], action.type))
+
+    walk("", make_parser())
+    return found
+
+
+def test_every_output_may_lie_in_a_folder_that_does_not_exist_and_is_not_made_yet(tmp_path):
+    options = of_all_commands()
+    assert {option for _, option, _ in options} == set(OUTPUTS)
+    assert {"plan", "trace", "bench cpu", "bench gpu"} <= {command for command, _, _ in options}
+    for command, option, parse in options:
+        assert parse(f"{tmp_path}/a/b/c.png") == tmp_path / "a" / "b" / "c.png", (command, option)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("one_finding")
+@pytest.mark.parametrize("command", ["doctor --no-compile", f"bench eager --device cpu {' '.join(TINY)} --hidden 128"])
+def test_the_folder_of_a_report_is_made(command, tmp_path, capsys, monkeypatch):
+    """By what writes most reports, and by what writes those of `bench` again and again."""
+    monkeypatch.setattr(bench_phases.Worlds, "phase", lambda self, name: None)
+    main([*command.split(), "--json", f"{tmp_path}/a/b.json"])
+    assert json.loads((tmp_path / "a" / "b.json").read_text())["schema"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize(
+    ("parse", "name"),
+    [(output.output_file, "a.json"), (output.picture_file, "there.png"), (output.output_folder, "plots/new")],
+)
 def test_without_the_right_to_write(parse, name, tmp_path, monkeypatch):
+    (tmp_path / "there.png").touch()
     assert parse(str(tmp_path / name)) == tmp_path / name
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(argparse.ArgumentTypeError, match="may not be written; choose another"):

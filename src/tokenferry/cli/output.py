@@ -1,4 +1,7 @@
-"""Files that commands write: their names are checked before anything is measured; ``-`` is standard output."""
+"""Files that commands write: their names are checked before anything is measured; ``-`` is standard output.
+
+Folders that do not exist are made when the first file is written, for every option and command.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tokenferry.bench.report.files import with_folder
 from tokenferry.cli.screen import Screen
 
 STDOUT = Path("-")
@@ -23,20 +27,20 @@ def output_file(text: str) -> Path:
     path = Path(text)
     if path == STDOUT:
         return path
-    if path.is_dir():
+    if path.is_dir() or text.endswith("/"):
         raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}; make it, or choose another")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not path.exists():
+        output_folder(str(path.parent))
+    elif not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} may not be written; choose another")
     return path
 
 
 def output_folder(text: str) -> Path:
-    """Parse the name of a folder for files; if there is none yet, it is made when the first is written.
+    """Parse the name of a folder for files.
 
     Raises:
-        argparse.ArgumentTypeError: it cannot be.
+        argparse.ArgumentTypeError: it cannot be made, or files in it cannot be.
     """
     path = Path(text)
     existing = next(one for one in (path, *path.absolute().parents) if one.exists())
@@ -48,17 +52,15 @@ def output_folder(text: str) -> Path:
 
 
 def picture_file(text: str) -> Path:
-    """Parse the name of a picture to write; if there is no such folder yet, it is made then.
+    """Parse the name of a picture to write.
 
     Raises:
         argparse.ArgumentTypeError: it cannot be written.
     """
-    path = Path(text)
-    if path.is_dir():
-        return output_file(text)
+    path = output_file(text)
     if path.suffix not in PICTURES:
         raise argparse.ArgumentTypeError(f"{path}: expected a name that ends in {', '.join(PICTURES)}")
-    return output_folder(str(path.parent)) / path.name
+    return path
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "report") -> None:
@@ -73,5 +75,5 @@ def write_json(value: Any, file: Path, screen: Screen, *, note: str = "") -> Non
     if file == STDOUT:
         Screen(fancy=False).line(text)
         return
-    file.write_text(text + "\n", encoding="utf-8")
+    with_folder(file).write_text(text + "\n", encoding="utf-8")
     screen.line(f"written: {file}{note}")

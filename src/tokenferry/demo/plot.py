@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenferry.bench.report.files import with_folder
 from tokenferry.demo.train import History
 
 
@@ -27,6 +28,5 @@ def write(path: Path, sharded: History, dense: History) -> bool:
     load.stackplot(steps, *by_expert, labels=[f"expert {e}" for e in range(len(by_expert))])
     load.set(xlabel="step", ylabel="share of the rows", ylim=(0, 1), title="Load of the experts, all layers")
     figure.legend(*load.get_legend_handles_labels(), loc="outside right center", reverse=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(with_folder(path), dpi=120)
     return True

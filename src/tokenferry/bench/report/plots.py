@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenferry.bench.report.files import with_folder
 from tokenferry.bench.suites.limits import Limits
 from tokenferry.errors import BackendUnavailable
 
@@ -159,7 +160,6 @@ def _figure(file: Path, title: str, x_label: str, y_label: str, draw: Callable[[
 
 
 def save(figure: Any, file: Path) -> Path:  # noqa: ANN401 - matplotlib
-    """Write a picture, into a folder that is made if it does not exist; return its file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    """Write a picture; return its file."""
+    figure.savefig(with_folder(file), dpi=120)
     return file

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenferry.bench.core.session import Label, Result, Settings
 from tokenferry.bench.report import decode, eager, language, nodes, plots, tables, training, transformers
+from tokenferry.bench.report.files import with_folder
 from tokenferry.bench.suites.limits import Limits
 
 SCHEMA = 3
@@ -139,7 +140,7 @@ class Report:
         """Write the file anew, as a whole or not at all."""
         if self.file is None:
             return
-        draft = self.file.with_name(self.file.name + ".part")
+        draft = with_folder(self.file.with_name(self.file.name + ".part"))
         draft.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
         os.replace(draft, self.file)
 
