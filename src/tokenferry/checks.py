@@ -189,6 +189,17 @@ class Checks:
                 )
 
 
+def check_flags(call: str, **flags: object) -> None:
+    """Raise ArgumentError unless each flag is True or False, or a number or None, which count as one of them.
+
+    A tensor may be neither, and what has no truth value of its own, such as a string or an event, is always true.
+    """
+    for name, value in flags.items():
+        if isinstance(value, Tensor) or not hasattr(type(value), "__bool__"):
+            got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ArgumentError(f"{call}: {name}: expected True or False, got {got}")
+
+
 def fits(value: object, shape: tuple[int, ...], dtypes: Container[torch.dtype], device: torch.device) -> bool:
     """Return whether `Checks` would certainly accept a contiguous tensor; takes a quarter of a microsecond.
 

@@ -15,7 +15,7 @@ from tokenferry.backends.base import (
     Encoding,
     RedispatchRequest,
 )
-from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, NodeLimit, fits
+from tokenferry.checks import FLOATS, INDICES, ROW_BYTES_MULTIPLE, Checks, NodeLimit, check_flags, fits
 from tokenferry.errors import ArgumentError, PlanError, ShapeError
 from tokenferry.topology import Topology, node_of_ranks
 from tokenferry.types import (
@@ -149,6 +149,8 @@ class Resolver:
         self, x: Tensor, routing: Routing, quantize: Scale | None, stats: DecodeStats | None, *, return_hook: bool
     ) -> DecodeDispatchRequest:
         """See `ExpertGroup.decode_dispatch`."""
+        if type(return_hook) is not bool:
+            check_flags("decode_dispatch", return_hook=return_hook)
         if (stats is None or self.stats_look_right(stats)) and self.decode_dispatch_looks_right(x, routing, quantize):
             if not self.checks_routing:
                 self._check_choices(self._checks("decode_dispatch"), routing)
@@ -181,6 +183,8 @@ class Resolver:
         return_hook: bool,
     ) -> DecodeCombineRequest:
         """See `ExpertGroup.decode_combine`."""
+        if type(return_hook) is not bool:
+            check_flags("decode_combine", return_hook=return_hook)
         self._check_plan("decode_combine", plan, DecodePlan)
         fast = numerics == "fast"
         if (

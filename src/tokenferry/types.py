@@ -202,6 +202,8 @@ class DispatchOptions(_Remembers):
             raise ConfigError(f"DispatchOptions: alignment: expected a positive integer, got {self.alignment!r}")
         if self.alignment != 1 and self.layout is not Layout.EXPERTS:
             raise ConfigError(f"DispatchOptions: alignment={self.alignment} needs Layout.EXPERTS, got {self.layout}")
+        if not isinstance(self.zero_padding, bool):
+            raise ConfigError(f"DispatchOptions: zero_padding: expected True or False, got {self.zero_padding!r}")
         if self.zero_padding and self.layout is Layout.ROWS:
             raise ConfigError(
                 "DispatchOptions: zero_padding needs Layout.EXPERTS or Layout.MASKED; Layout.ROWS has no padding"

@@ -61,7 +61,7 @@ BAD_DISPATCH = [
     ({"num_of_experts_per_rank": 2}, ArgumentError, "num_of_experts_per_rank: expected 4, since 4 experts were given"),
     ({"num_of_experts": 5}, ArgumentError, "num_of_experts: expected 4, since 4 experts were given"),
     ({"topk_weights": WEIGHTS, "probs": None}, ArgumentError, "topk_weights: belong to topk_idx"),
-    ({"pad_multiple": -4}, ArgumentError, "pad_multiple: expected an integer of at least 1"),
+    ({"pad_multiple": -4}, ArgumentError, "pad_multiple: expected an integer of at least 0"),
     ({"non_blocking": True}, ArgumentError, "non_blocking: needs num_permuted_tokens"),
     ({"num_permuted_tokens": 0}, ArgumentError, "num_permuted_tokens: expected an integer of at least 1"),
     ({"hidden": X[0]}, ShapeError, "expected a tensor"),

@@ -249,6 +249,12 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
     ),
     "decode to an unknown expert": (decode(topk_idx=at(0, 0, 99)), RoutingError, ("topk_idx[0, 0] is 99", "[0, 4)")),
     "decode with a string for a scale": (decode(quantize="ue8m0"), ArgumentError, ("quantize:", "Scale", "'ue8m0'")),
+    "decode with a tensor for a flag": (
+        decode(return_hook=torch.zeros(2)),
+        ArgumentError,
+        ("decode_dispatch: return_hook:", "True or False", "a tensor [2]"),
+    ),
+    "decode with a word for a flag": (decode(return_hook="no"), ArgumentError, ("return_hook:", "'no'")),
     "fp8 rows of odd bytes": (
         lambda g: g.group.for_shape(SMALL_FP8).decode_dispatch(wide(3, 24), g.routing, quantize=Scale.FLOAT32),
         ShapeError,
@@ -279,6 +285,11 @@ BAD: dict[str, tuple[Call, type[Exception], tuple[str, ...]]] = {
         decode_combine(numerics="quick"),
         ArgumentError,
         ("numerics:", '"exact" or "fast"', "'quick'"),
+    ),
+    "decode_combine with a tensor for a flag": (
+        decode_combine(return_hook=torch.zeros(2)),
+        ArgumentError,
+        ("decode_combine: return_hook:", "True or False", "a tensor [2]"),
     ),
     "a plan without weights": (
         decode_combine(plan=lambda g: replace(g.decoded.plan, topk_weights=None)),

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "__init__": {"types", "errors", "topology", "api"},
     "autograd": {"types", "errors", "layout", "formats", "api"},
     "nn": {"types", "errors", "topology", "api", "autograd"},
-    "compat": {"__init__", "types", "errors", "ambient", "checks", "env", "api"},
+    "compat": {"__init__", "types", "errors", "ambient", "checks", "env", "options", "api"},
     # From compat only the folder of `tokenferry deep-ep-path`.
     "integrations": {"types", "errors", "env", "api", "autograd", "compat"},
     # From compat only the chaos soak, which uses all APIs.

@@ -423,6 +423,8 @@ def test_decode_calls_that_are_not_plainly_right_take_the_general_path():
             lambda: group.decode_dispatch(x, where, quantize=["float32"]),
             lambda: group.decode_dispatch(x, None),
             lambda: group.decode_combine(got.x, got.plan, numerics=["exact"]),
+            lambda: group.decode_dispatch(x, where, return_hook=WEIGHTS),
+            lambda: group.decode_combine(got.x, got.plan, return_hook=WEIGHTS),
             lambda: group.decode_combine(got.x.clone().requires_grad_(), got.plan),
             lambda: group.decode_dispatch(x, where, stats=(RECEIVED, WAIT_NS)),
             lambda: group.decode_combine(got.x, got.plan, stats=DecodeStats(RECEIVED, WAIT_NS)),

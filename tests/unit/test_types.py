@@ -47,6 +47,7 @@ def test_limits_across_nodes_are_part_of_the_shape(name):
         ({"counts": "gpu"}, r'counts: expected "host" or "device", got \'gpu\''),
         ({"alignment": 0}, r"alignment: expected a positive integer, got 0"),
         ({"alignment": 8.0, "layout": Layout.EXPERTS}, r"alignment: expected a positive integer, got 8\.0"),
+        ({"zero_padding": torch.zeros(2)}, r"zero_padding: expected True or False, got tensor"),
         ({"alignment": 8}, r"alignment=8 needs Layout\.EXPERTS, got Layout\.ROWS"),
         ({"alignment": 2, "layout": Layout.MASKED}, r"alignment=2 needs Layout\.EXPERTS, got Layout\.MASKED"),
         ({"zero_padding": True}, r"zero_padding needs Layout\.EXPERTS or Layout\.MASKED"),

@@ -254,6 +254,8 @@ class CudaFastPath:
         if type(routing) is not Routing or not (quantize is None or type(quantize) is Scale):
             return None
         index, weights = routing.topk_idx, routing.topk_weights
+        if type(return_hook) is not bool:
+            return None
         if not (_is_plain(x, device) and _is_plain(index, device) and (weights is None or _is_plain(weights, device))):
             return None
         of_weights = None if weights is None else (weights.shape, weights.dtype)
@@ -294,7 +296,7 @@ class CudaFastPath:
         decoder, context, checks = self._decoder, self._context, self._checks
         if type(plan) is not LazyDecodePlan or not _is_plain(y, self._device):
             return None
-        if type(numerics) is not str or type(encoding) is not str:
+        if type(numerics) is not str or type(encoding) is not str or type(return_hook) is not bool:
             return None
         if (pending := plan._pending) is not None and not pending.done:
             return None

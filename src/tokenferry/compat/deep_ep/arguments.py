@@ -44,8 +44,13 @@ def detached(tensor: Tensor) -> Tensor:
     return tensor.detach() if isinstance(tensor, Tensor) else tensor  # the call says what is wrong with it
 
 
-def to_native(call: str, x: object) -> Tensor | Quantized:
+def to_native(call: str, x: object, name: str = "x") -> Tensor | Quantized:
     """Return floating-point rows unchanged, and (rows, scales) or rows of any other dtype as `Quantized`.
+
+    Args:
+        call: The method that was called, for errors.
+        x: The rows.
+        name: What the method calls them.
 
     Raises:
         ShapeError: ``x`` is neither rows nor (rows, scales).
@@ -55,8 +60,8 @@ def to_native(call: str, x: object) -> Tensor | Quantized:
     data, scale = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     if not isinstance(data, Tensor) or data.ndim != 2 or not isinstance(scale, Tensor | None):
         raise ShapeError(
-            f"{call}: x: expected a tensor [T, H] or a tuple of rows [T, H] and scales [T, S], got {_describe(x)}; "
-            "reshape the rows to two dimensions"
+            f"{call}: {name}: expected a tensor [T, H] or a tuple of rows [T, H] and scales [T, S], got "
+            f"{_describe(x)}; reshape the rows to two dimensions"
         )
     if scale is None:
         return Quantized(detached(data), data.new_empty((data.shape[0], 0), dtype=torch.float32))

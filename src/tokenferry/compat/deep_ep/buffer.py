@@ -50,6 +50,7 @@ from torch import Tensor
 
 from tokenferry.ambient import without_grad
 from tokenferry.api import Connected
+from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import throughput
 from tokenferry.compat.deep_ep.arguments import Rows, check_config, check_integer, check_sizes, refuse
@@ -144,7 +145,7 @@ class Buffer(Connected, LowLatencyCalls):
         UnsupportedError: ``comm`` was given, or ``enable_shrink`` for a group that cannot skip ranks, or a variable of
             the environment asks for what cannot be honoured across nodes, or contradicts what is asked of NVSHMEM.
         ConfigError: a variable of the environment cannot be parsed.
-        ArgumentError: ``enable_shrink`` without ``low_latency_mode``, or a negative size.
+        ArgumentError: ``enable_shrink`` without ``low_latency_mode``, a negative size, or a flag that is not a bool.
         BackendUnavailable: no backend runs on this group; gives the reason.
         PeerTimeout: a rank did not answer.
     """
@@ -170,6 +171,14 @@ class Buffer(Connected, LowLatencyCalls):
         refuse("Buffer", "make it with a torch.distributed process group", comm=comm)
         check_integer("Buffer", "num_nvl_bytes", num_nvl_bytes, 0)
         check_integer("Buffer", "num_rdma_bytes", num_rdma_bytes, 0)
+        check_integer("Buffer", "num_qps_per_rank", num_qps_per_rank, 0)
+        check_flags(
+            "Buffer",
+            low_latency_mode=low_latency_mode,
+            allow_nvlink_for_low_latency_mode=allow_nvlink_for_low_latency_mode,
+            explicitly_destroy=explicitly_destroy,
+            enable_shrink=enable_shrink,
+        )
         if enable_shrink and not low_latency_mode:
             raise ArgumentError(
                 "Buffer: enable_shrink: only low-latency calls can skip a rank; pass low_latency_mode=True"
@@ -217,7 +226,7 @@ class Buffer(Connected, LowLatencyCalls):
         Raises:
             ConfigError: ``new_num_sms`` is negative or odd.
         """
-        configs.check_num_sms("Buffer.set_num_sms", new_num_sms)
+        configs.check_num_sms("Buffer.set_num_sms", new_num_sms, "new_num_sms")
         Buffer.num_sms = Buffer._asked_num_sms = new_num_sms
 
     @staticmethod
@@ -272,6 +281,7 @@ class Buffer(Connected, LowLatencyCalls):
         call = "Buffer.get_local_buffer_tensor"
         self._open(call)
         check_integer(call, "offset", offset, 0)
+        check_flags(call, use_rdma_buffer=use_rdma_buffer)
         if not isinstance(dtype, torch.dtype):
             raise ArgumentError(f"{call}: dtype: expected a torch.dtype, got {dtype!r}")
         if size is not None:
@@ -401,7 +411,7 @@ class Buffer(Connected, LowLatencyCalls):
         if handle is not None:
             given = (
                 num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
-                topk_weights, num_worst_tokens or None,
+                topk_weights, None if type(num_worst_tokens) is int and num_worst_tokens == 0 else num_worst_tokens,
             )  # fmt: skip
             for name, value in zip(_ROUTING_ARGUMENTS, given, strict=True):
                 if value is not None:

@@ -201,10 +201,10 @@ def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_expe
     return round_up(2 * 2 * others * max_tokens * (record + 2 * hidden + 4 * choices), 128)
 
 
-def check_num_sms(call: str, num_sms: int) -> None:
-    """Raise ConfigError unless ``num_sms`` is an even number of SMs."""
+def check_num_sms(call: str, num_sms: int, name: str = "num_sms") -> None:
+    """Raise ConfigError unless ``num_sms``, which the caller calls ``name``, is an even number of SMs."""
     if not isinstance(num_sms, int) or num_sms < 0 or num_sms % 2:
-        raise ConfigError(f"{call}: num_sms: expected an even number of SMs, 0 or more, got {num_sms!r}")
+        raise ConfigError(f"{call}: {name}: expected an even number of SMs, 0 or more, got {num_sms!r}")
 
 
 def _check_sizes(call: str, hidden_bytes: int, num_ranks: int) -> None:

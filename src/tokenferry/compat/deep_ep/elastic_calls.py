@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import FLOATS, INDICES, Checks
+from tokenferry.checks import FLOATS, INDICES, Checks, check_flags
 from tokenferry.compat.deep_ep.arguments import Rows, check_integer, detached, from_native, height, to_native, width
 from tokenferry.compat.deep_ep.config import round_up
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Request, Returned
@@ -97,7 +97,7 @@ def resolved(group: ExpertGroup, rows: Tensor | Quantized, given: Arguments, mos
             f"{call}: x: T={T} rows exceed num_max_tokens_per_rank={M}; pass a larger one, the same on all ranks, "
             f"to this call or to {call.partition('.')[0]}"
         )
-    _check_padding(given)
+    _check_flags(given)
     cpu_sync = given.do_cpu_sync is None or given.do_cpu_sync
     if cpu_sync and is_capturing(group):
         raise ArgumentError(
@@ -122,8 +122,9 @@ def check_again(handle: EPHandle, given: Arguments) -> None:
             raise ArgumentError(f"{call}: {name}: expected None, since handle has the routing; leave out one of them")
     for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
         value, known = getattr(given, name), getattr(handle, name)
-        if value is not None and value != known:
+        if value is not None and (type(value) is not int or value != known):
             raise ArgumentError(f"{call}: {name}: expected None or {known}, as in handle, got {value!r}")
+    _check_flags(given)
     if given.do_expand != handle.do_expand:
         raise ArgumentError(
             f"{call}: do_expand: expected {handle.do_expand}, as in the dispatch that made handle, got "
@@ -132,7 +133,6 @@ def check_again(handle: EPHandle, given: Arguments) -> None:
     if given.do_cpu_sync:
         raise ArgumentError(f"{call}: do_cpu_sync: a dispatch with a handle never waits; pass None or False")
     check_integer(call, "num_sms", given.num_sms, 0)
-    _check_padding(given)
 
 
 def checked_handle(call: str, handle: object) -> EPHandle:
@@ -190,7 +190,7 @@ def dispatch(views: Views, x: Rows, rows: Tensor | Quantized, request: Request) 
     options = DispatchOptions(
         Layout.EXPERTS if given.do_expand else Layout.ROWS,
         alignment=request.alignment if given.do_expand else 1,
-        zero_padding=given.do_zero_padding,
+        zero_padding=bool(given.do_zero_padding),
         counts="host" if request.cpu_sync else "device",
     )
     routing = Routing(index, None if weights is None else detached(weights))
@@ -239,7 +239,20 @@ def _required(call: str, name: str, value: _T | None) -> _T:
     return value
 
 
-def _check_padding(given: Arguments) -> None:
+def _check_flags(given: Arguments) -> None:
+    copy, sync, expand = given.do_handle_copy, given.do_cpu_sync, given.do_expand
+    padding, by_column = given.do_zero_padding, given.use_tma_aligned_col_major_sf
+    if not (
+        type(copy) is type(expand) is type(padding) is type(by_column) is bool and (sync is None or type(sync) is bool)
+    ):
+        check_flags(
+            given.call,
+            do_handle_copy=copy,
+            do_cpu_sync=sync,
+            do_expand=expand,
+            do_zero_padding=padding,
+            use_tma_aligned_col_major_sf=by_column,
+        )
     if given.do_zero_padding and not given.do_expand:
         raise ArgumentError(
             f"{given.call}: do_zero_padding: only rows by expert have padding; pass do_expand=True, or leave it out"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep.streams import Lane, when_of
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
@@ -42,8 +43,12 @@ def run(
         tuple: The result of ``work``, and the call's event, which is empty if the call was synchronous.
 
     Raises:
-        ArgumentError: an event is of another type, or ``previous_event`` was given without ``allocate_on_comm_stream``.
+        ArgumentError: an event is of another type, a flag is not a bool, or ``previous_event`` was given without
+            ``allocate_on_comm_stream``.
     """
+    if type(when.asynchronous) is not bool or type(when.allocate_on_comm_stream) is not bool:
+        asynchronous, on_comm_stream = when.asynchronous, when.allocate_on_comm_stream
+        check_flags(call, async_with_compute_stream=asynchronous, allocate_on_comm_stream=on_comm_stream)
     previous = _event(call, "previous_event", when.previous_event)
     late = _event(call, "previous_event_before_epilogue", when.before_epilogue)
     if previous is not None and not when.allocate_on_comm_stream:

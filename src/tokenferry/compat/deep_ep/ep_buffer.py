@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenferry.ambient import without_grad
+from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep.arguments import Rows, check_integer, refuse
 from tokenferry.compat.deep_ep.elastic_arguments import Arguments, Returned
 from tokenferry.compat.deep_ep.elastic_handle import EPHandle
@@ -299,6 +300,8 @@ class EPBuffer(ExpertBuffer):
 
 
 def _check_deferral(call: str, defer_epilogue: bool, asynchronous: bool) -> None:
+    if not (type(defer_epilogue) is type(asynchronous) is bool):
+        check_flags(call, defer_epilogue=defer_epilogue, async_with_compute_stream=asynchronous)
     if defer_epilogue and not asynchronous:
         raise ArgumentError(
             f"{call}: defer_epilogue: needs async_with_compute_stream=True, as in DeepEP, since the event returns the "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenferry.ambient import without_grad
 from tokenferry.api import Connected, ExpertGroup
+from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep import elastic_calls as calls
 from tokenferry.compat.deep_ep.arguments import Rows, check_integer
 from tokenferry.compat.deep_ep.config import round_up
@@ -24,6 +25,7 @@ from tokenferry.compat.deep_ep.streams import Lane, when_of
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.compat.deep_ep.views import Views
 from tokenferry.errors import ArgumentError, ClosedError
+from tokenferry.options import check_group
 from tokenferry.types import DispatchOptions, Routing
 
 CPU_TIMEOUT_S, GPU_TIMEOUT_S = 300, 100
@@ -48,7 +50,7 @@ def get_physical_domain_size(group: dist.ProcessGroup | None) -> tuple[int, int]
 
 def get_logical_domain_size(group: dist.ProcessGroup | None, allow_hybrid_mode: bool = True) -> tuple[int, int]:
     """Return 1 and R: ranks of all nodes are addressed alike, whatever ``allow_hybrid_mode`` says. Local."""
-    return 1, 1 if group is None else group.size()
+    return 1, check_group(group)
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +106,11 @@ class ExpertBuffer(Connected):
         call, num_bytes = self._NAME, given.num_bytes
         for name in ("num_max_tokens_per_rank", "hidden", "num_topk", "num_allocated_qps"):
             check_integer(call, name, getattr(given, name), 0)
+        check_flags(
+            call,
+            allow_multiple_reduction=given.allow_multiple_reduction,
+            explicitly_destroy=given.explicitly_destroy,
+        )
         if given.sl_idx is not None:
             check_integer(call, "sl_idx", given.sl_idx, 0)
         if num_bytes is None and not given.num_max_tokens_per_rank:
@@ -178,13 +185,14 @@ class ExpertBuffer(Connected):
 
         Raises:
             ArgumentError: M or H is not positive.
+            ConfigError: ``group`` is no process group of this process.
         """
         call = f"{cls._NAME}.get_buffer_size_hint"
         check_integer(call, "num_max_tokens_per_rank", num_max_tokens_per_rank, 1)
         check_integer(call, "hidden", hidden, 1)
         check_integer(call, "num_topk", num_topk, 0)
         row_bytes = 2 * hidden + 24 * (num_topk or _UNKNOWN_TOP_K) + 8  # data; weights, ids and places; source token
-        num_rows = num_max_tokens_per_rank * (1 if group is None else group.size())
+        num_rows = num_max_tokens_per_rank * check_group(group)
         return round_up(5 * num_rows * row_bytes, _BYTES_UNIT)
 
     @staticmethod
@@ -220,10 +228,12 @@ class ExpertBuffer(Connected):
             sequential: A hint without effect.
 
         Raises:
+            ArgumentError: a flag is not a bool.
             MismatchError, PeerTimeout, ClosedError: as `ExpertGroup.dispatch`.
         """
         call = f"{self._NAME}.barrier"
         self._open(call)
+        check_flags(call, use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync)
         # Nobody is done with a dispatch before all have begun it, even if there is nothing to send.
         nothing = torch.empty(0, 16, dtype=torch.uint8, device=self._experts.device)
         routing = Routing(torch.empty(0, 1, dtype=torch.int64, device=nothing.device))

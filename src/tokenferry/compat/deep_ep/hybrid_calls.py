@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import FLOATS, INDICES, Checks
+from tokenferry.checks import FLOATS, INDICES, Checks, check_flags
 from tokenferry.compat.deep_ep.arguments import check_integer, detached, width
 from tokenferry.compat.deep_ep.config import MAX_CHOICES, round_up
 from tokenferry.compat.deep_ep.handles import HandleBase
@@ -124,20 +124,28 @@ def resolved(group: ExpertGroup, num_tokens: int, given: Arguments) -> Chosen:
         check.given("the experts", E=E).tensor("probs", probs, "T E", _FLOAT32)
     elif given.topk_weights is not None and index is not None:
         probs = spread(detached(check.tensor("topk_weights", given.topk_weights, "T K", _FLOAT32)), index, E)
+    check_flags(DISPATCH, non_blocking=given.non_blocking)
     if given.num_permuted_tokens is not None:
         check_integer(DISPATCH, "num_permuted_tokens", given.num_permuted_tokens, 1)
     elif given.non_blocking:
         raise ArgumentError(f"{DISPATCH}: non_blocking: needs num_permuted_tokens, got None; pass both")
-    alignment = given.pad_multiple or 1  # 0: none, as in DeepEP
-    check_integer(DISPATCH, "pad_multiple", alignment, 1)
+    alignment = _alignment(DISPATCH, given.pad_multiple)
     return Chosen(routing_map, index, probs, alignment, cast("int | None", given.num_permuted_tokens))
+
+
+def _alignment(call: str, pad_multiple: int | None) -> int:
+    """Return A; None and, as in DeepEP, 0 mean 1."""
+    if pad_multiple is None:
+        return 1
+    check_integer(call, "pad_multiple", pad_multiple, 0)
+    return pad_multiple or 1
 
 
 def _check_num_experts(group: ExpertGroup, num_experts: int, given: Arguments) -> None:
     local = num_experts // group.num_ranks
     for name, wanted in (("num_of_experts_per_rank", local), ("num_of_experts", num_experts)):
         got = getattr(given, name)
-        if got not in (None, wanted):
+        if got is not None and (type(got) is not int or got != wanted):
             raise ArgumentError(
                 f"{DISPATCH}: {name}: expected {wanted}, since {num_experts} experts were given for {group.num_ranks} "
                 f"ranks, got {got!r}"
@@ -156,7 +164,7 @@ def checked_handle(call: str, handle: object, pad_multiple: int | None) -> Hybri
             f"{call}: handle: expected the one that tokenferry's {DISPATCH} returned, got {type(handle).__name__}; "
             "pass it on as it is"
         )
-    if (pad_multiple or 1) != handle.pad_multiple:
+    if _alignment(call, pad_multiple) != handle.pad_multiple:
         raise ArgumentError(
             f"{call}: pad_multiple: expected {handle.pad_multiple}, as in the dispatch that made handle, got "
             f"{pad_multiple!r}"
@@ -177,9 +185,10 @@ def check_again(group: ExpertGroup, num_tokens: int, given: Arguments, handle: H
                 f"{DISPATCH}: {name}: expected None, since handle has the routing; leave out one of them"
             )
     rows, known = given.num_permuted_tokens, handle.plan.num_delivered
-    # Megatron-Core passes a sum of counts, which is on the device if they are.
-    if rows is not None and (type(rows) is int or group.device.type == "cpu") and int(rows) != known:
-        raise ArgumentError(f"{DISPATCH}: num_permuted_tokens: expected None or {known}, as in handle, got {int(rows)}")
+    if isinstance(rows, Tensor) and rows.numel() == 1:  # Megatron-Core passes a sum of counts, on their device
+        rows = int(rows) if group.device.type == rows.device.type == "cpu" else None
+    if rows is not None and (type(rows) is not int or rows != known):
+        raise ArgumentError(f"{DISPATCH}: num_permuted_tokens: expected None or {known}, as in handle, got {rows!r}")
     check = Checks(DISPATCH, group.device).given("the handle", T=handle.plan.num_tokens, E=handle.num_experts)
     if num_tokens != handle.plan.num_tokens:
         raise ArgumentError(

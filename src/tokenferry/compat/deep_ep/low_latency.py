@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup
 from tokenferry.checks import INDICES, Checks, fits
-from tokenferry.compat.deep_ep.arguments import detached
+from tokenferry.compat.deep_ep.arguments import check_sizes, detached
 from tokenferry.compat.deep_ep.handles import HandleBase
 from tokenferry.compat.deep_ep.views import Views
-from tokenferry.errors import ArgumentError, CapacityError, PlanError, ShapeError
+from tokenferry.errors import ArgumentError, CapacityError, ConfigError, PlanError, ShapeError
 from tokenferry.types import DecodePlan, DecodeStats, Quantized, Routing, Scale
 
 Hook = Callable[[], None]
@@ -122,6 +122,7 @@ def dispatch(
     """Send tokens to their experts. Collective.
 
     Raises:
+        ArgumentError: M or E is not a positive integer.
         CapacityError: T > M.
         ShapeError, RoutingError, ConfigError, MismatchError, PeerTimeout, ClosedError: as
         `ExpertGroup.decode_dispatch`.
@@ -130,7 +131,12 @@ def dispatch(
     if not (isinstance(x, Tensor) and isinstance(topk_idx, Tensor) and x.ndim == topk_idx.ndim == 2):
         _check_dispatch(views.group, x, topk_idx, given)
     hidden = x.shape[1]
-    view = views.of(num_experts, topk_idx.shape[1], hidden, max_tokens)
+    try:
+        view = views.of(num_experts, topk_idx.shape[1], hidden, max_tokens)
+    except ConfigError:  # it has the names of `MoeShape`
+        call = "Buffer.low_latency_dispatch"
+        check_sizes(call, num_max_dispatch_tokens_per_rank=max_tokens, num_experts=num_experts)
+        raise
     kept = None if views.on_gpu else topk_idx.clone()  # the caller may overwrite its tensor before combine
     uncounted = given.received is None and given.wait_ns is None
     try:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tokenferry.ambient import without_grad
 from tokenferry.api import ExpertGroup
-from tokenferry.checks import Checks
+from tokenferry.checks import Checks, check_flags
 from tokenferry.compat.deep_ep import config as configs
 from tokenferry.compat.deep_ep import low_latency
-from tokenferry.compat.deep_ep.arguments import Rows, check_sizes, refuse
+from tokenferry.compat.deep_ep.arguments import Rows, check_integer, check_sizes, refuse
 from tokenferry.compat.deep_ep.low_latency import Handle, Hook
 from tokenferry.compat.deep_ep.streams import Lane, When
 from tokenferry.compat.deep_ep.utils.event import EventOverlap
@@ -107,10 +107,13 @@ class LowLatencyCalls:
         low-latency call of a size comes back in the same way.
 
         Raises:
-            ArgumentError: ``enable_shrink`` is False, or ``rank_to_mask`` is outside [0, R) or this rank with
-                ``mask=True``.
+            ArgumentError: ``enable_shrink`` is False, ``rank_to_mask`` is outside [0, R) or this rank with
+                ``mask=True``, or ``mask`` is not a bool.
         """
-        self._shrinking("Buffer.low_latency_update_mask_buffer")
+        call = "Buffer.low_latency_update_mask_buffer"
+        self._shrinking(call)
+        check_integer(call, "rank_to_mask", rank_to_mask, 0)
+        check_flags(call, mask=mask)
         self._experts.mask(rank_to_mask, masked=bool(mask))
 
     @torch.inference_mode()  # the caller's tensor may come from it
@@ -207,6 +210,8 @@ class LowLatencyCalls:
         call = "Buffer.low_latency_dispatch"
         self._decoding(call)
         refuse(call, "use use_fp8=True or send bfloat16 rows", use_nvfp4=use_nvfp4, x_global_scale=x_global_scale)
+        if not (type(use_fp8) is type(round_scale) is type(use_ue8m0) is bool):
+            check_flags(call, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
         _exclusive(call, async_finish, return_recv_hook)
         given = low_latency.DispatchArguments(
             num_max_dispatch_tokens_per_rank,
@@ -304,6 +309,8 @@ class LowLatencyCalls:
                 threshold=threshold,
             )
         _exclusive(call, async_finish, return_recv_hook)
+        if not (type(use_logfmt) is type(zero_copy) is bool):
+            check_flags(call, use_logfmt=use_logfmt, zero_copy=zero_copy)
         given = low_latency.CombineArguments(
             bool(use_logfmt), zero_copy, out, combine_wait_recv_cost_stats, return_recv_hook
         )
@@ -317,6 +324,8 @@ class LowLatencyCalls:
 
 
 def _exclusive(call: str, async_finish: bool, return_recv_hook: bool) -> None:
+    if not (type(async_finish) is type(return_recv_hook) is bool):
+        check_flags(call, async_finish=async_finish, return_recv_hook=return_recv_hook)
     if async_finish and return_recv_hook:
         raise ArgumentError(
             f"{call}: async_finish and return_recv_hook: expected at most one of them; wait or call the hook"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from tokenferry.api import ExpertGroup
+from tokenferry.checks import check_flags
 from tokenferry.errors import UnsupportedError
 
 
@@ -36,6 +37,7 @@ class Runtime:
 
     def get_root_rdma_rank(self, global_: bool) -> int:
         """Return this rank's index in its node if ``global_``, else 0, as DeepEP does."""
+        check_flags("Buffer.runtime.get_root_rdma_rank", global_=global_)
         return self._group.topology.local_rank if global_ else 0
 
     def get_local_device_id(self) -> int:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tokenferry.checks import check_flags
 from tokenferry.compat.deep_ep.current_stream import On, current_stream
 from tokenferry.compat.deep_ep.utils.event import EventHandle, EventOverlap
 from tokenferry.errors import ArgumentError
@@ -48,9 +49,10 @@ class When:
         """Return the event to wait for.
 
         Raises:
-            ArgumentError: ``previous_event`` is of another type, or ``allocate_on_comm_stream`` was given without both
-                of the others.
+            ArgumentError: ``previous_event`` is of another type, a flag is not a bool, or ``allocate_on_comm_stream``
+                was given without both of the others.
         """
+        check_flags(call, async_finish=self.async_finish, allocate_on_comm_stream=self.allocate_on_comm_stream)
         event = self.previous_event
         event = event.event if isinstance(event, EventOverlap) else event
         if event is not None and not isinstance(event, EventHandle):

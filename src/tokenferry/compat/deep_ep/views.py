@@ -34,9 +34,10 @@ class Views:
             ClosedError: the group was closed or is broken, and has no such view yet.
         """
         key = (num_experts, top_k, hidden, max_tokens)
-        found = self._known.get(key)
-        # 4.0 is found under 4.
-        if found is None or not (type(num_experts) is type(top_k) is type(hidden) is type(max_tokens) is int):
+        # 4.0 would be found under 4, and a list under nothing: `MoeShape` says what is wrong with them.
+        of_integers = type(num_experts) is type(top_k) is type(hidden) is type(max_tokens) is int
+        found = self._known.get(key) if of_integers else None
+        if found is None:
             found = self.group.for_shape(MoeShape(*key))
             if len(self._known) >= _MAX_VIEWS:
                 self._known.clear()

@@ -65,9 +65,17 @@ class EventOverlap:
     Args:
         event: The event to wait for; None if the call that returned this has already waited (``async_finish=False``).
         extra_tensors: Tensors to keep alive with this object.
+
+    Raises:
+        ArgumentError: ``event`` is neither an `EventHandle` nor None.
     """
 
     def __init__(self, event: EventHandle | None = None, extra_tensors: tuple[Tensor, ...] | None = None) -> None:
+        if event is not None and not isinstance(event, EventHandle):
+            raise ArgumentError(
+                f"EventOverlap: event: expected an EventHandle or None, got {type(event).__name__}; pass "
+                "EventHandle(), or use what Buffer.capture() returns as it is"
+            )
         self.event = event
         self.extra_tensors = extra_tensors
         self.hook_after_wait: Callable[[], object] | None = None
@@ -103,7 +111,15 @@ class EventOverlap:
         return self.current_stream_wait()
 
     def register_hook_after_wait(self, hook: Callable[[], object]) -> None:
-        """Call ``hook()`` after the next wait; replaces a hook that is registered already."""
+        """Call ``hook()`` after the next wait; replaces a hook that is registered already.
+
+        Raises:
+            ArgumentError: ``hook`` cannot be called.
+        """
+        if not callable(hook):
+            raise ArgumentError(
+                f"EventOverlap.register_hook_after_wait: hook: expected a function, got {type(hook).__name__}"
+            )
         self.hook_after_wait = hook
 
     def __call__(self, release_handle: bool = False) -> EventOverlap:
