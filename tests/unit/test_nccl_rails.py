@@ -1,6 +1,7 @@
 """The host's half of rails over NCCL: deadlines, and what is kept; the exchanges themselves are stand-ins."""
 
 import gc
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -314,6 +315,38 @@ def test_replays_that_end_are_left_alone():
             exchange.done.clear()
         exchange.done.set()
         assert not channel.aborted.is_set()
+    rails.close()
+
+
+def test_a_look_asks_few_of_many_exchanges_in_graphs():
+    """Graphs that are gone leave theirs behind. One that has begun is asked in every look, or replays are mixed up."""
+    with mock.patch(f"{SOON}.threading.Thread"):  # the looks are those below
+        rails, channel = make(SOON_S)
+    channel.captured = channel.at_once = True
+    for _ in range(10):
+        begin(rails, 2)
+    last, at = channel.exchanges[9], itertools.count(1)
+    asked, found = [], []
+
+    def look() -> None:
+        before = [exchange.looks for exchange in channel.exchanges]
+        found.append(rails._first(float(next(at))))
+        asked.append([i for i, exchange in enumerate(channel.exchanges) if exchange.looks > before[i]])
+
+    with mock.patch(f"{SOON}._MOST_ASKED", 4):
+        for _ in range(4):
+            look()
+        assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+        last.done.clear()  # a replay is there
+        for _ in range(4):
+            look()
+        assert asked[4:] == [[4, 5, 6, 7], [8, 9], [0, 1, 2, 3, 9], [4, 5, 6, 7, 9]]
+        assert found == [None] * 6 + [rails._in_graphs[9]] * 2
+        assert found[-1].since == 6.0, "when it was seen first"
+        last.done.set()
+        look()
+        assert asked[-1] == [8, 9]
+        assert found[-1] is None
     rails.close()
 
 

@@ -38,6 +38,8 @@ _ASK_S = 1.0
 """How long an exchange lasts before the reports of other ranks are asked for, and between two such questions."""
 _REPLAYS_S = 0.5
 """How often to ask where replays of graphs are."""
+_MOST_ASKED = 1024
+"""How many exchanges of graphs are asked at a time. Those of a graph that is gone stay among them: nothing says so."""
 _SHORT_WAIT_S = 0.002
 """How long a wait on the host polls without sleeping."""
 _LONG_WAIT_POLL_S = 0.0001
@@ -138,6 +140,8 @@ class NcclRails:
         self.longest_wait_s = _MOST_TIMEOUTS * timeout_s
         self._under_way: deque[NcclTransfer] = deque()
         self._in_graphs: list[NcclTransfer] = []
+        self._ask_from = 0
+        self._at_work: list[NcclTransfer] = []
         self._stuck: NcclTransfer | None = None
         self._replays_at = 0.0
         self._latest: _Exchange | None = None
@@ -210,12 +214,23 @@ class NcclRails:
             under_way.popleft()
         if under_way and under_way[0].has_begun(now):
             return under_way[0]
-        if now > self._replays_at:  # there may be thousands of exchanges in graphs
+        if now > self._replays_at:
             self._replays_at = now + _REPLAYS_S
-            # Replays cannot be told apart. But nobody finds one after another at the same exchange all the time.
-            stuck = [each for each in self._in_graphs if each.has_begun(now) and each.since < now]
-            self._stuck = stuck[0] if stuck else None
+            self._stuck = self._first_of_replays(now)
         return self._stuck or (under_way[0] if under_way else None)
+
+    def _first_of_replays(self, now: float) -> NcclTransfer | None:
+        """Return an exchange of a graph that the device was at in the last look, too; None: there is none.
+
+        Replays cannot be told apart. But nobody finds one after another at the same exchange all the time.
+        """
+        stuck = [each for each in self._at_work if each.has_begun(now)]
+        asked = self._in_graphs[self._ask_from : self._ask_from + _MOST_ASKED]
+        self._ask_from += len(asked)
+        if self._ask_from >= len(self._in_graphs):
+            self._ask_from = 0
+        self._at_work = stuck + [each for each in asked if not each.since and each.has_begun(now)]
+        return stuck[0] if stuck else None
 
     def finish(self) -> None:
         """See `Rails.finish`."""
