@@ -24,6 +24,15 @@ def test_every_exception_is_explained(name, capsys, monkeypatch):
     assert not re.search(r"`|\]\(|\*\*", "\n".join(lines))
 
 
+def test_a_section_goes_on_below_headings_that_are_no_exceptions(capsys):
+    assert main.main(["explain-error", "PeerTimeout"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("A masked rank can come back.") < said.index("Ranks that come back:\n")
+    assert "        group.mask(rank, masked=False)" in said
+    assert main.main(["explain-error", "ResourceError"]) == 0
+    assert "Broken groups" not in capsys.readouterr().out, "a heading of a higher rank begins another part of the page"
+
+
 @pytest.mark.parametrize("name", ["peertimeout", "tokenferry.PeerTimeout", "tokenferry.errors.PeerTimeout"])
 def test_names_as_tracebacks_and_people_write_them(name, capsys):
     assert main.main(["explain-error", name]) == 0

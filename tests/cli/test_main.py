@@ -1,6 +1,7 @@
 """The entry point of the command line: help, version, completion, exit statuses."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 
 import tokenferry
+from support.commands import options_of_all_commands
 from tokenferry.cli import deep_ep_path, doctor, failure, main, parser
 from tokenferry.cli.bench import PARTS
 from tokenferry.errors import BackendUnavailable, ConfigError
@@ -86,12 +88,20 @@ def test_what_is_wrong_is_broken_between_words(terminal, monkeypatch):
             "explain: error: unrecognized arguments: --zzz\n",
         ),
         (["bench", "decode", "--device", "cpu"], "bench decode: error: unrecognized arguments: --device cpu\n"),
-        (["bench"], "bench: error: the following arguments are required: PART\n"),
+        (["bench"], f"one of {', '.join(PARTS)}; `tokenferry bench --help` says what they measure\n"),
     ],
 )
 def test_options_that_a_command_does_not_have(argv, end, capsys):
     assert stopped(argv) == 2
     assert capsys.readouterr().err.endswith(end)
+
+
+def test_help_names_sizes_in_words():
+    """Who runs a command for the first time does not know the letters."""
+    sizes = {"--ranks", "--tokens", "--hidden", "--top-k", "--experts", "--nodes"}
+    found = [(command, one) for command, one in options_of_all_commands() if set(one.option_strings) & sizes]
+    assert {"explain", "plan", "limits", "trace", "diagnose", "bench nodes"} <= {command for command, _ in found}
+    assert [(command, one.help) for command, one in found if re.match(r"[A-Z]\b", one.help)] == []
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from support.commands import options_of_all_commands
 from tokenferry.cli import bench_phases, doctor, explain, output
 from tokenferry.cli.finding import Finding
 from tokenferry.cli.main import main
-from tokenferry.cli.parser import make_parser
 
 TINY = ["--ranks", "2", "--tokens", "8", "--hidden", "64", "--top-k", "2", "--experts", "4", "--iterations", "2"]
 
@@ -115,28 +115,12 @@ def test_files_that_cannot_be_written_are_noticed_first(command, option, where, 
 OUTPUTS = ("--json", "--plot", "--out")
 
 
-def of_all_commands():
-    """Return (command, option, parser of its value) for each option that names what a command writes."""
-    found = []
-
-    def walk(name, parser):
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for part, below in action.choices.items():
-                    walk(f"{name} {part}".strip(), below)
-            elif set(action.option_strings) & set(OUTPUTS):
-                found.append((name, action.option_strings[-1], action.type))
-
-    walk("", make_parser())
-    return found
-
-
 def test_every_output_may_lie_in_a_folder_that_does_not_exist_and_is_not_made_yet(tmp_path):
-    options = of_all_commands()
-    assert {option for _, option, _ in options} == set(OUTPUTS)
-    assert {"plan", "trace", "bench cpu", "bench gpu"} <= {command for command, _, _ in options}
-    for command, option, parse in options:
-        assert parse(f"{tmp_path}/a/b/c.png") == tmp_path / "a" / "b" / "c.png", (command, option)
+    options = [(command, one) for command, one in options_of_all_commands() if set(one.option_strings) & set(OUTPUTS)]
+    assert {one.option_strings[0] for _, one in options} == set(OUTPUTS)
+    assert {"plan", "trace", "bench cpu", "bench gpu"} <= {command for command, _ in options}
+    for command, one in options:
+        assert one.type(f"{tmp_path}/a/b/c.png") == tmp_path / "a" / "b" / "c.png", (command, one.option_strings)
     assert not any(tmp_path.iterdir())
 
 

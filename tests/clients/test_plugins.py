@@ -147,13 +147,13 @@ def texts() -> dict[str, str]:
 
 def test_the_doctor_names_the_deep_ep_of_a_program(process, packages):
     said = texts()
-    assert said["deep_ep"].startswith(f"PASS a program finds other-deep-ep 7.0, in {packages}")
+    assert said["deep_ep"].startswith(f"PASS `import deep_ep` finds other-deep-ep 7.0, in {packages}")
     assert said["plug-ins"].startswith("PASS not active: with TOKENFERRY_AS_DEEP_EP=1")
     assert len(said) == 2, "one line for both programs"
     process.syspath_prepend(deep_ep_path.folder())
-    assert texts()["deep_ep"].startswith(f"PASS a program finds tokenferry, in {deep_ep_path.folder()}")
+    assert texts()["deep_ep"].startswith(f"PASS `import deep_ep` finds tokenferry, in {deep_ep_path.folder()}")
     process.setattr(deep_ep, "found", lambda: deep_ep.Found(None, ours=False, owner=""))
-    assert texts()["deep_ep"].startswith("PASS a program finds none")
+    assert texts()["deep_ep"].startswith("PASS `import deep_ep` finds nothing")
 
 
 def test_the_doctor_says_whether_a_plugin_is_active(process, packages):

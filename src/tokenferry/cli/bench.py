@@ -10,7 +10,7 @@ from functools import partial
 from tokenferry.bench.core.inputs import ROUTINGS
 from tokenferry.cli import bench_cpu, bench_phases
 from tokenferry.cli.bench_settings import DEFAULTS, NOT_GIVEN, Defaults
-from tokenferry.cli.options import one_of, positive, positives
+from tokenferry.cli.options import SIZES, one_of, positive, positives
 from tokenferry.cli.output import add_json, output_folder
 from tokenferry.cli.parser import EPILOG, HelpFormatter
 from tokenferry.cli.screen import Screen
@@ -40,8 +40,8 @@ What a program feels: the wall clock of eager calls, natively, through DeepEP's 
 it needs around it, and the host's time of each.
 """
 MEGATRON = """\
-A training step of two MoE layers of Megatron-Core, unmodified, on GPUs: its flex dispatchers over our `deep_ep` against
-its own all-to-all and all-gather, after their losses and gradients have been compared.
+A training step of two MoE layers of Megatron-Core, unmodified, on GPUs: its flex dispatchers over tokenferry's
+`deep_ep` against its own all-to-all and all-gather, after their losses and gradients have been compared.
 """
 TRANSFORMERS = """\
 A Qwen3-MoE model of transformers with random weights, unmodified: tokens a second in training and in generation, with
@@ -53,8 +53,8 @@ A training step of a byte-level language model with FSDP2 and AdamW: experts in 
 through torch's all_to_all_single, in turns, after losses and gradients have been compared.
 """
 NODES = """\
-dispatch and combine, and pairs of decode calls, in a group of several nodes, which ranks of this host play, beside each
-of their two legs alone; counts the rows that cross.
+dispatch and combine, and pairs of decode calls, in a group of several nodes, which are all on this host. Beside them
+each of their two legs alone: the rows between nodes, and those inside of nodes. Counts the bytes that cross.
 """
 MODEL_OPTIONS = {
     "layers": "layers of the model",
@@ -88,7 +88,7 @@ class Part:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the parts, each with its sizes and options."""
-    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
+    parts = parser.add_subparsers(dest="part", metavar="PART")
     for name, part in PARTS.items():
         one = parts.add_parser(
             name, help=part.text, description=part.description, epilog=EPILOG, formatter_class=HelpFormatter
@@ -101,23 +101,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Run the part that was chosen."""
+    if args.part is None:
+        args.parser.error(f"name a part, one of {', '.join(PARTS)}; `tokenferry bench --help` says what they measure")
     return PARTS[args.part].run(args, screen)
 
 
 def _add_sizes(parser: argparse.ArgumentParser, name: str, part: Part) -> None:
     if len(part.devices) > 1:
         parser.add_argument("--device", choices=part.devices, help=f"default: {part.devices[0]}")
-    parser.add_argument("--ranks", type=positive, help=f"R (default: {part.ranks})")
+    parser.add_argument("--ranks", type=positive, help=f"{SIZES['ranks']} (default: {part.ranks})")
     several = "" if name == "cpu" else "; several as 1,128"
-    tokens = f"T, on every rank{several} ({_default(name, lambda one: one.tokens)})"
+    tokens = f"{SIZES['tokens']}{several} ({_default(name, lambda one: one.tokens)})"
     parser.add_argument("--tokens", type=positives, help=tokens)
-    parser.add_argument("--hidden", type=positive, help=f"H ({_default(name, lambda one: one.hidden)})")
-    parser.add_argument("--top-k", type=positive, help=f"K ({_default(name, lambda one: one.top_k)})")
-    parser.add_argument("--experts", type=positive, help=f"E ({_default(name, lambda one: one.experts)})")
+    for size in ("hidden", "top_k", "experts"):
+        default = _default(name, lambda one, size=size: getattr(one, size))  # type: ignore[misc]
+        parser.add_argument(f"--{size.replace('_', '-')}", type=positive, help=f"{SIZES[size]} ({default})")
     parser.add_argument(
         "--iterations", type=positive, default=ITERATIONS, help=f"iterations that count (default: {ITERATIONS})"
     )
-    parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
+    parser.add_argument("--seed", type=int, help="seed of the inputs (default: another one each time)")
 
 
 def _default(part: str, value: Callable[[Defaults], object]) -> str:
@@ -142,7 +144,7 @@ def _add_cpu(parser: argparse.ArgumentParser) -> None:
 
 def _add_gpu(parser: argparse.ArgumentParser) -> None:
     phases = "; ".join(f"{name}: {bench_phases.PHASES[name].what}" for name in bench_phases.FULL_PHASES)
-    parser.add_argument("--quick", action="store_true", help="the cases of the targets only: about a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and phases: about a minute")
     parser.add_argument("--sms", type=positives, help="values of num_sms to sweep over, as 8,16,24")
     parser.add_argument("--routing", type=one_of(*ROUTINGS), help=f"with commas between them: {', '.join(ROUTINGS)}")
     parser.add_argument(
@@ -182,7 +184,7 @@ def _add_nodes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--between",
         choices=("sockets", "nvlink"),
-        help="what NCCL joins them by on GPUs: TCP on the loopback (default), or NVLink, for a rank on each GPU",
+        help="what NCCL connects nodes by on GPUs: TCP on the loopback (default), or NVLink, for a rank on each GPU",
     )
 
 
@@ -196,7 +198,9 @@ def _add_two_batch(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plot", metavar="FOLDER", type=output_folder, help="write pictures; needs matplotlib")
+    parser.add_argument(
+        "--plot", metavar="FOLDER", type=output_folder, help="write pictures into FOLDER; needs matplotlib"
+    )
 
 
 ONE_EACH = "one on each GPU, at most 8"
@@ -223,7 +227,7 @@ PARTS = {
         partial(_add_model, part="language", names=("layers", "intermediate")),
     ),
     "nodes": Part(
-        "calls across nodes, beside their legs",
+        "calls across nodes, beside each of their two legs alone",
         NODES,
         ("cpu", "cuda"),
         "4; on GPUs one on each, and two where there are fewer than 4",

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: GPUs if there are at least two and each rank gets its own (default: auto)",
     )
-    parser.add_argument("--ranks", type=positive, help="R: 1, 2, 4 or 8 (default: 4; on GPUs their number, at most 8)")
+    parser.add_argument(
+        "--ranks", type=positive, help="number of ranks: 1, 2, 4 or 8 (default: 4; on GPUs their number, at most 8)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float64", "float32"),

@@ -18,7 +18,7 @@ from tokenferry.bench.report import about
 from tokenferry.bench.report.heatmap import plot_waits
 from tokenferry.bench.report.plots import need_matplotlib
 from tokenferry.cli.failure import explain, status
-from tokenferry.cli.options import positive
+from tokenferry.cli.options import SIZES, positive
 from tokenferry.cli.output import add_json, output_folder, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.cli.trace import make_sizes
@@ -46,14 +46,15 @@ SHADES = " ░▒▓█"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--ranks", type=positive, help="R (default: 4; on GPUs one on each, at most 8)")
-    for option, letter in (("tokens", "T, on every rank"), ("hidden", "H"), ("top-k", "K"), ("experts", "E")):
-        cpu, cuda = (DEFAULTS[device][option.replace("-", "_")] for device in ("cpu", "cuda"))
-        parser.add_argument(f"--{option}", type=positive, help=f"{letter} (default: {cpu}; on GPUs {cuda})")
+    parser.add_argument("--ranks", type=positive, help=f"{SIZES['ranks']} (default: 4; on GPUs one on each, at most 8)")
+    for name in ("tokens", "hidden", "top_k", "experts"):
+        cpu, cuda = (DEFAULTS[device][name] for device in ("cpu", "cuda"))
+        option, text = f"--{name.replace('_', '-')}", f"{SIZES[name]} (default: {cpu}; on GPUs {cuda})"
+        parser.add_argument(option, type=positive, help=text)
     parser.add_argument("--iterations", type=positive, default=50, help="iterations that count (default: 50)")
     parser.add_argument("--slow-rank", type=int, metavar="RANK", help="a rank that is busy before each iteration")
     parser.add_argument("--slow-us", type=positive, metavar="US", help="for how many microseconds")
-    parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
+    parser.add_argument("--seed", type=int, help="seed of the inputs (default: another one each time)")
     add_json(parser)
     parser.add_argument(
         "--plot", type=output_folder, metavar="FOLDER", help="write waits.png into FOLDER; needs matplotlib"
@@ -154,7 +155,7 @@ def show(waits: Waits, verdict: Verdict, screen: Screen) -> None:
             ]
             for r, row in enumerate(ns.tolist())
         ]
-        header = ["", *(f"rank {s}" for s in range(len(rows)))]
+        header = ["waits for", *(f"rank {s}" for s in range(len(rows)))]
         screen.table(f"{name}, us an iteration: {what} each rank", header, rows, heat=heat)
     screen.line(f"an iteration took {show_ns(waits.took_ns)}")
     for line in verdict.lines():

@@ -31,12 +31,13 @@ def findings() -> Iterator[Finding]:
 
 def _found() -> str:
     found = deep_ep.found()
+    remedy = "with PYTHONPATH=$(tokenferry deep-ep-path) it finds tokenferry"
     if found.path is None:
-        return "a program finds none; with PYTHONPATH=$(tokenferry deep-ep-path) it finds tokenferry"
+        return f"`import deep_ep` finds nothing; {remedy}"
     if found.ours:
-        return f"a program finds tokenferry, in {found.path}"
-    owner = found.owner or "one that no distribution owns"
-    return f"a program finds {owner}, in {found.path}; with PYTHONPATH=$(tokenferry deep-ep-path) it finds tokenferry"
+        return f"`import deep_ep` finds tokenferry, in {found.path}"
+    owner = found.owner or "a package that no distribution owns"
+    return f"`import deep_ep` finds {owner}, in {found.path}; {remedy}"
 
 
 def _plug_in(client: str) -> str:

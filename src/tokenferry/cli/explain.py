@@ -10,7 +10,7 @@ from typing import Any
 from tokenferry import tuning
 from tokenferry.bench.core.inputs import FP8_COLUMNS
 from tokenferry.bench.report import about
-from tokenferry.cli.options import check_experts, positive, rate
+from tokenferry.cli.options import SIZES, check_experts, positive, rate
 from tokenferry.cli.output import add_json, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
@@ -61,11 +61,13 @@ def link(text: str) -> Link:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sizes; the defaults are DeepSeek-V3's."""
-    parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
-    parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
-    parser.add_argument("--hidden", type=positive, default=7168, help="H (default: 7168)")
-    parser.add_argument("--tokens", type=positive, default=4096, help="T of the call, and M (default: 4096)")
-    parser.add_argument("--ranks", type=positive, default=8, help="R (default: 8)")
+    parser.add_argument("--experts", type=positive, default=256, help=f"{SIZES['experts']} (default: 256)")
+    parser.add_argument("--top-k", type=positive, default=8, help=f"{SIZES['top_k']} (default: 8)")
+    parser.add_argument("--hidden", type=positive, default=7168, help=f"{SIZES['hidden']} (default: 7168)")
+    parser.add_argument(
+        "--tokens", type=positive, default=4096, help="tokens of each rank, T, and the most of any, M (default: 4096)"
+    )
+    parser.add_argument("--ranks", type=positive, default=8, help=f"{SIZES['ranks']} (default: 8)")
     parser.add_argument("--sms", type=positive, default=132, help="SMs of each device (default: 132, an H100 or H200)")
     parser.add_argument(
         "--gbps",
@@ -149,7 +151,9 @@ def show(found: Mapping[str, Any], link: Link, screen: Screen) -> None:
         for one in found["calls"]
     ]
     screen.table("what leaves each GPU", ("call", "row bytes", "MB", "us at least", "SMs", "us, its SMs"), rows)
-    assumed = "" if link is not NVLINK else "; assumed, since no machine was looked at: for others, --gbps pcie4 or so"
+    assumed = (
+        "" if link is not NVLINK else "; assumed, since no machine was looked at: --gbps names others, such as pcie4"
+    )
     screen.line(f"us at least: at {link.gbps:g} GB/s: {link.why}{assumed};")
     screen.line(
         f"us, its SMs: at what H200 reach with that many SMs{'' if link.measured else ', and no faster than that'}. "

@@ -68,12 +68,19 @@ def read_page() -> str:
 
 
 def sections(page: str) -> dict[str, str]:
-    """Return the text below each heading that is the name of an exception."""
-    parts = re.split(r"^(##+ .*)$", page, flags=re.MULTILINE)
-    headings = (heading.lstrip("# ") for heading in parts[1::2])
-    return {
-        heading: text.strip() for heading, text in zip(headings, parts[2::2], strict=True) if heading.isidentifier()
-    }
+    """Return the text below each heading that is the name of an exception; other headings of its rank belong to it."""
+    parts = re.split(r"^(##+) (.*)$", page, flags=re.MULTILINE)
+    found: dict[str, str] = {}
+    name = ""
+    for marks, heading, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        if heading.isidentifier():
+            name = heading
+            found[name] = text.strip()
+        elif marks == "##":
+            name = ""
+        elif name:
+            found[name] += f"\n\n{heading}:\n\n{text.strip()}"
+    return found
 
 
 def afterwards(page: str, name: str) -> str:

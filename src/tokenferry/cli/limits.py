@@ -12,7 +12,7 @@ from tokenferry.bench.report import about
 from tokenferry.bench.report.plots import need_matplotlib, plot_limits
 from tokenferry.bench.suites.limits import Limits, LimitSettings, measure_limits, num_steps
 from tokenferry.cli.failure import explain, status
-from tokenferry.cli.options import positive
+from tokenferry.cli.options import SIZES, positive
 from tokenferry.cli.output import add_json, output_folder, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError
@@ -32,7 +32,7 @@ BYTES = "store, load: bytes of rows that leave each GPU; copy: bytes read and by
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--ranks", type=positive, help="R, at most 8 (default: one on each GPU)")
+    parser.add_argument("--ranks", type=positive, help=f"{SIZES['ranks']}, at most 8 (default: one on each GPU)")
     parser.add_argument("--runs", type=positive, default=5, help="runs that count, of each point (default: 5)")
     add_json(parser)
     parser.add_argument(

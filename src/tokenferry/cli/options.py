@@ -10,6 +10,15 @@ from collections.abc import Callable
 from tokenferry.bench.core.inputs import FP8_COLUMNS
 from tokenferry.errors import ConfigError
 
+SIZES = {
+    "ranks": "number of ranks, R",
+    "tokens": "tokens of each rank, T",
+    "hidden": "width of a row, H",
+    "top_k": "experts of each token, K",
+    "experts": "number of experts, E",
+}
+"""What options of sizes are, with the letters that tables and documents use."""
+
 
 def positive(text: str) -> int:
     """Parse an option that has to be a positive integer.

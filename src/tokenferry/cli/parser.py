@@ -28,7 +28,7 @@ COMMANDS = {
     "trace": "draw a timeline of one decode call on all GPUs of this host, from time stamps inside the kernels",
     "diagnose": "find the rank that the others wait for, and whether it is slow in compute or in its link",
     "deep-ep-path": "print the folder to put on PYTHONPATH so that `import deep_ep` finds tokenferry",
-    "completion": "print what makes a shell complete commands and options",
+    "completion": "print a script with which a shell completes commands and options",
 }
 """The commands and their help; each is a module of this folder."""
 

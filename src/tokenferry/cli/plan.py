@@ -9,7 +9,7 @@ from tokenferry import tuning
 from tokenferry.bench.report import about
 from tokenferry.bench.report.costs import plot_costs
 from tokenferry.bench.report.plots import need_matplotlib
-from tokenferry.cli.options import positive, seed
+from tokenferry.cli.options import SIZES, positive, seed
 from tokenferry.cli.output import add_json, picture_file, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.cost.calls import CallCost
@@ -35,20 +35,24 @@ MEMORY = ("family", "rows across", "at most", "counts on device", "rows of a dis
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; the defaults are DeepSeek-V3's sizes on four nodes."""
     sizes = parser.add_argument_group("sizes")
-    sizes.add_argument("--nodes", type=positive, default=4, help="N (default: 4)")
-    sizes.add_argument("--ranks-per-node", type=positive, default=8, help="P (default: 8)")
-    sizes.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
-    sizes.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
-    sizes.add_argument("--hidden", type=positive, default=7168, help="H (default: 7168)")
-    sizes.add_argument("--tokens", type=positive, default=4096, help="T and M of throughput calls (default: 4096)")
-    sizes.add_argument("--decode-tokens", type=positive, default=128, help="T and M of decode calls (default: 128)")
-    sizes.add_argument("--slots", type=positive, help="rows that a decode call sends to each other node (default: M)")
+    sizes.add_argument("--nodes", type=positive, default=4, help="number of nodes, N (default: 4)")
+    sizes.add_argument("--ranks-per-node", type=positive, default=8, help="ranks of each node, P (default: 8)")
+    sizes.add_argument("--experts", type=positive, default=256, help=f"{SIZES['experts']} (default: 256)")
+    sizes.add_argument("--top-k", type=positive, default=8, help=f"{SIZES['top_k']} (default: 8)")
+    sizes.add_argument("--hidden", type=positive, default=7168, help=f"{SIZES['hidden']} (default: 7168)")
+    sizes.add_argument(
+        "--tokens", type=positive, default=4096, help="tokens of each rank in throughput calls (default: 4096)"
+    )
+    sizes.add_argument("--decode-tokens", type=positive, default=128, help="the same in decode calls (default: 128)")
+    sizes.add_argument(
+        "--slots", type=positive, help="rows that a decode call sends to each other node (default: as tokens)"
+    )
     sizes.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8", help="rows of dispatches (default: fp8)")
     links = parser.add_argument_group("links, in each direction, 10^9 bytes a second a rank")
     links.add_argument("--network-gbs", type=float, default=50.0, help="between nodes (default: 50, 400 Gb/s)")
     links.add_argument("--nvlink-gbs", type=float, default=330.0, help="inside a node (default: 330, H200)")
     links.add_argument(
-        "--network-us", type=float, default=10.0, help="us of an exchange beside its bytes (default: 10)"
+        "--network-us", type=float, default=10.0, help="time of an exchange without bytes, us (default: 10)"
     )
     gate = parser.add_argument_group("routing; uniform without these")
     gate.add_argument("--groups", type=positive, metavar="G", help="groups of experts; DeepSeek-V3: 8")
@@ -104,7 +108,7 @@ def show(found: Estimate, screen: Screen) -> None:
     for title, header, rows in (
         ("rows of one dispatch, on the busiest rank", ROWS, [_rows(family) for family in families]),
         ("MB on the links of the busiest rank", BYTES, [[name, *_bytes(cost)] for name, cost in calls]),
-        ("us", TIMES, [[name, *_times(cost)] for name, cost in calls]),
+        ("time of a call, us", TIMES, [[name, *_times(cost)] for name, cost in calls]),
         ("MB of memory, on the busiest rank", MEMORY, [_memory(family) for family in families]),
     ):
         screen.table(title, header, rows)

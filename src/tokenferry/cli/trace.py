@@ -24,7 +24,7 @@ from tokenferry.bench.profile.timeline import (
 )
 from tokenferry.bench.report import about
 from tokenferry.cli.failure import explain, status
-from tokenferry.cli.options import check_experts, check_fp8, positive, seed_of
+from tokenferry.cli.options import SIZES, check_experts, check_fp8, positive, seed_of
 from tokenferry.cli.output import output_file, write_json
 from tokenferry.cli.screen import Screen
 from tokenferry.errors import ConfigError, page_place
@@ -50,13 +50,13 @@ HEADER = ("rank", "begins", "lasts", *PHASES.values(), "waited longest for")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--ranks", type=positive, help="R, at most 8 (default: one on each GPU)")
-    parser.add_argument("--tokens", type=positive, default=128, help="T, on every rank (default: 128)")
-    parser.add_argument("--hidden", type=positive, default=7168, help="H (default: 7168)")
-    parser.add_argument("--top-k", type=positive, default=8, help="K (default: 8)")
-    parser.add_argument("--experts", type=positive, default=256, help="E (default: 256)")
+    parser.add_argument("--ranks", type=positive, help=f"{SIZES['ranks']}, at most 8 (default: one on each GPU)")
+    parser.add_argument("--tokens", type=positive, default=128, help=f"{SIZES['tokens']} (default: 128)")
+    parser.add_argument("--hidden", type=positive, default=7168, help=f"{SIZES['hidden']} (default: 7168)")
+    parser.add_argument("--top-k", type=positive, default=8, help=f"{SIZES['top_k']} (default: 8)")
+    parser.add_argument("--experts", type=positive, default=256, help=f"{SIZES['experts']} (default: 256)")
     parser.add_argument("--call", choices=tuple(CALLS), default="pair", help="what to record (default: pair)")
-    parser.add_argument("--seed", type=int, help="of the inputs (default: another one each time)")
+    parser.add_argument("--seed", type=int, help="seed of the inputs (default: another one each time)")
     parser.add_argument(
         "--json",
         type=output_file,
