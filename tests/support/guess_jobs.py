@@ -81,16 +81,17 @@ def change(rank: int, pg, pair: Pair, ranks: int) -> list[tuple[list[str], int]]
     """Make calls whose rows become more, on all ranks or on one, and fewer.
 
     Returns:
-        list: on CUDA what each call does, and the rows that there is space for in the next.
+        list: on CUDA what each call does, and the rows that there is space for in the next; across nodes no call guesses.
     """
     cases = [Case((t * 3)[:ranks], 2 * ranks, 2, routing=how, seed=n) for n, ((t, how), _) in enumerate(CHANGES)]
     found = []
     with pair.open(pg, cases[0].shape) as group:
-        seen = watched(group) if pair.backend == "cuda" else []
+        guesses = pair.backend == "cuda" and pair.ranks_per_node is None
+        seen = watched(group) if guesses else []
         for case in cases:
             seen.clear()
             check_sent(group, case, send(group, case))
-            if pair.backend == "cuda":
+            if guesses:
                 (guess,) = group._backend.dispatcher._guesses.values()
                 found.append((list(seen), guess.num_rows))
     return found
