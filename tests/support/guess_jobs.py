@@ -81,7 +81,7 @@ def change(rank: int, pg, pair: Pair, ranks: int) -> list[tuple[list[str], int]]
     """Make calls whose rows become more, on all ranks or on one, and fewer.
 
     Returns:
-        list: on CUDA what each call does, and the rows that there is space for in the next; across nodes no call guesses.
+        list: on CUDA, on one node, what each call does, and the rows that there is space for in the next.
     """
     cases = [Case((t * 3)[:ranks], 2 * ranks, 2, routing=how, seed=n) for n, ((t, how), _) in enumerate(CHANGES)]
     found = []
