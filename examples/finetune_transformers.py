@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from tokenferry.integrations import transformers as integration
+from tokenferry.nn import clip_grad_norm_
 
 CLIP_NORM = 1.0
 SMALL = Qwen3MoeConfig(
@@ -91,15 +92,6 @@ def by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:
     return list(found.values())
 
 
-def clip(parts: list[list[nn.Parameter]]) -> None:
-    """Clip all gradients by their one norm."""
-    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.linalg.vector_norm(torch.stack(whole))
-    for part in parts:
-        nn.utils.clip_grads_with_norm_(part, CLIP_NORM, norm)
-
-
 def batch(tokens: Tensor, step: int, arguments: argparse.Namespace) -> Tensor:
     """Return this rank's sequences of a step, which depend on its number alone."""
     draws = torch.Generator().manual_seed(step)
@@ -128,7 +120,7 @@ def tune(model: PreTrainedModel, tokens: Tensor, arguments: argparse.Namespace) 
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):  # parameters stay float32
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()  # gradients are those of the mean over ranks
-        clip(parts)
+        clip_grad_norm_(model, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         mean = mean_of_ranks(loss)  # waits for the device

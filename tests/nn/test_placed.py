@@ -1,6 +1,7 @@
 """Routings of slots, loads of experts, and experts that move: nothing but the ranks that work is different."""
 
 import copy
+import math
 import re
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import tokenferry
 from support import placed_jobs as jobs
 from tokenferry import MoeShape, Routing
-from tokenferry.nn import GroupLimit, MoELayer, Router, update_biases
+from tokenferry.nn import GroupLimit, MoELayer, Router, clip_grad_norm_, update_biases
 from tokenferry.nn.balance import (
     ExpertLoads,
     PlacedRouter,
@@ -147,13 +148,51 @@ def test_replicas_are_trained_as_one_expert(worlds, tool, transport):
     want = jobs.trained_alone()
     slots = jobs.REDUNDANT.physical_to_logical
     assert jobs.REDUNDANT.num_replicas.max() >= 3
+    assert min(want["norms"]) > jobs.LIMIT, "clipping is not tried"
     for rank, got in enumerate(worlds(4).run(jobs.replicas_trained, tool, transport)):
         for i in range(5):
             torch.testing.assert_close(got["losses"][i], want["losses"][i][rank], rtol=1e-12, atol=0)
-        for name in got.keys() - {"losses"}:
+            torch.testing.assert_close(got["norms"][i], want["norms"][i], rtol=1e-12, atol=0)
+        for name in got.keys() - {"losses", "norms"}:
             torch.testing.assert_close(got[name], want[name][slots], rtol=1e-9, atol=1e-14)
             first = jobs.REDUNDANT.logical_to_physical[slots, 0]
             same_bits(name, got[name], got[name][first])
+
+
+@pytest.mark.parametrize("norm_type", [1, 2.0, math.inf])
+def test_norms_count_each_expert_once(norm_type):
+    x = torch.randn(30, 16, dtype=torch.float64)
+    found = {}
+    for name, slots in (("plain", torch.arange(5)), ("replicas", SLOTS)):
+        with group_of_one(len(slots)) as group:
+            router = PlacedRouter(Router(16, 5, 2, seed=2), Placement.of(slots, 1), group)
+            layer = MoELayer(group, 12, router=router, seed=1, dtype=torch.float64)
+            layer(x).square().sum().backward()
+            by_torch = nn.utils.get_total_norm([p.grad for p in layer.parameters()], norm_type)
+            before = [p.grad.clone() for p in layer.parameters()]
+            found[name] = norm = clip_grad_norm_(layer, 0.5, norm_type)
+            for p, grad in zip(layer.parameters(), before, strict=True):
+                torch.testing.assert_close(p.grad, (grad * 0.5 / norm).to(p.grad.dtype))
+            torch.testing.assert_close(clip_grad_norm_(layer, math.inf, norm_type), norm.new_tensor(0.5))
+            assert torch.isclose(norm, by_torch) == (name == "plain" or norm_type == math.inf)
+    torch.testing.assert_close(found["replicas"], found["plain"], rtol=1e-12, atol=0)
+
+
+def test_what_clipping_refuses():
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.full((2, 2), math.inf)
+    for wrong in (model.parameters(), [model.weight]):
+        with pytest.raises(tokenferry.ArgumentError, match="pass the model, not its parameters"):
+            clip_grad_norm_(wrong, 1.0)
+    for wrong in (0, -1.0, math.nan, "2"):
+        with pytest.raises(tokenferry.ArgumentError, match="norm_type: expected a number above 0"):
+            clip_grad_norm_(model, 1.0, wrong)
+    for wrong in (-1.0, math.nan, None):
+        with pytest.raises(tokenferry.ArgumentError, match="max_norm: expected a number from 0 on"):
+            clip_grad_norm_(model, wrong)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+    assert model.weight.grad.isinf().all()
 
 
 def test_the_state_dict_knows_the_placement():

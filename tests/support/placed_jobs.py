@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import tokenferry
 from support.training_jobs import whole
 from tokenferry import MoeShape, Routing
-from tokenferry.nn import MoELayer, Router, parallelize
+from tokenferry.nn import MoELayer, Router, clip_grad_norm_, parallelize
 from tokenferry.nn.balance import ExpertLoads, PlacedRouter, Placement, ReplicaMap, balance, move_experts, rebalance
 
 EXPERTS, TOP_K, HIDDEN, FFN, TOKENS = 8, 2, 16, 12, 24
@@ -23,6 +24,8 @@ SHUFFLED = Placement.of(torch.tensor([5, 0, 7, 2, 1, 3, 4, 6]), 4)
 """From PLAIN, expert 2 and 3 swap ranks with others, 6 and 4 change slots, and some go round in a circle."""
 REDUNDANT = balance(ZIPF, 4, 12)
 OTHER = balance(ZIPF.flip(0), 4, 12)
+LIMIT = 0.02
+"""The norm to which gradients are clipped, below that of every step."""
 
 
 class Steep(nn.Module):
@@ -132,30 +135,45 @@ def trained(rank: int, pg: dist.ProcessGroup, tool: str, moves: bool) -> dict[st
 
 
 def replicas_trained(rank: int, pg: dist.ProcessGroup, tool: str, transport: str) -> dict[str, Any]:
-    """Five steps of AdamW of experts with replicas, some of which move. Losses; parameters and states by slot."""
-    found: dict[str, Any] = {"losses": []}
+    """Five clipped steps of AdamW of experts with replicas, some of which move, as does a moving average of them.
+
+    Return losses and norms; parameters, averages and states by slot.
+    """
+    found: dict[str, Any] = {"losses": [], "norms": []}
     with tokenferry.ExpertGroup(pg, shape(REDUNDANT), transport=transport) as group:
         torch.manual_seed(0)
         layer = placed_layer(group, REDUNDANT)
         model = prepared(nn.Sequential(nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64), layer), tool, pg)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=tool == "fsdp")
+        average = None if tool == "fsdp" else AveragedModel(layer, avg_fn=get_ema_avg_fn(0.5))
+
+        def move(placement: Placement) -> None:
+            rebalance(layer, placement, optimizer=optimizer)
+            if average is not None:
+                rebalance(average.module, placement)
+
         for step in range(5):
             for part in range(2):  # gradients add up
                 loss_of(model, rank, 2 * step + part).backward()
             if step == 1:
-                rebalance(layer, OTHER, optimizer=optimizer)
+                move(OTHER)
             if tool == "hand":
                 for p in layer.replicated_parameters() + list(model[0].parameters()):
                     if p.grad is not None:
                         dist.all_reduce(p.grad, group=pg)
                         p.grad /= pg.size()
+            found["norms"].append(clip_grad_norm_(model, LIMIT))
             optimizer.step()
             optimizer.zero_grad()
+            if average is not None:
+                average.update_parameters(layer)
             if step == 2:
-                rebalance(layer, REDUNDANT, optimizer=optimizer)
+                move(REDUNDANT)
             found["losses"].append(loss_of(model, rank, 100).detach())
         for i, p in enumerate(layer.expert_parameters()):
             found[f"parameter {i}"] = whole(p)
+            if average is not None:
+                found[f"average {i}"] = whole(average.module.expert_parameters()[i])
             for name in ("exp_avg", "exp_avg_sq"):
                 found[f"{name} {i}"] = whole(optimizer.state[p][name])
     return found
@@ -168,20 +186,24 @@ def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
 
 def trained_alone() -> dict[str, Any]:
     """What `replicas_trained` should find, by one process without replicas: losses of all ranks; by expert."""
-    found: dict[str, Any] = {"losses": []}
+    found: dict[str, Any] = {"losses": [], "norms": []}
     with tokenferry.ExpertGroup(None, shape(PLAIN), backend="cpu") as group:
         torch.manual_seed(0)
         layer = placed_layer(group, Placement.of(torch.arange(EXPERTS), 1))
         model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64), layer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        average = AveragedModel(layer, avg_fn=get_ema_avg_fn(0.5))
         for step in range(5):
             for part in range(2):
                 torch.stack([loss_of(model, rank, 2 * step + part) for rank in range(4)]).mean().backward()
+            found["norms"].append(nn.utils.clip_grad_norm_(model.parameters(), LIMIT))
             optimizer.step()
             optimizer.zero_grad()
+            average.update_parameters(layer)
             found["losses"].append([loss_of(model, rank, 100).detach() for rank in range(4)])
         for i, p in enumerate(layer.expert_parameters()):
             found[f"parameter {i}"] = p.detach()
+            found[f"average {i}"] = average.module.expert_parameters()[i].detach()
             for name in ("exp_avg", "exp_avg_sq"):
                 found[f"{name} {i}"] = optimizer.state[p][name]
     return found

@@ -5,6 +5,7 @@ is on one rank, so its gradients are complete; those of replicated parameters (t
 to be averaged over the ranks, which DistributedDataParallel and FSDP2 do by themselves; see `parallelize`.
 """
 
+from tokenferry.nn.clipping import clip_grad_norm_
 from tokenferry.nn.experts import GELUExperts, SwiGLUExperts
 from tokenferry.nn.grad_scaler import GradScaler
 from tokenferry.nn.grouped import by_expert
@@ -27,6 +28,7 @@ __all__ = [
     "SwiGLUExperts",
     "auxiliary_losses",
     "by_expert",
+    "clip_grad_norm_",
     "group_limited_topk",
     "load_balance_loss",
     "parallelize",

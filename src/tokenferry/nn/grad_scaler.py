@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenferry.nn.sharding import local_part
+from tokenferry.nn.sharding import local_with_gradient
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -30,7 +30,7 @@ class GradScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         """Unscale what this rank holds of the gradients; return, by device, whether one of any rank is not finite."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        held = [_local_with_gradient(p) for p in parameters if p.grad is not None]
+        held = [local_with_gradient(p) for p in parameters if p.grad is not None]
         local = cast(torch.optim.Optimizer, SimpleNamespace(param_groups=[{"params": held}]))
         found: dict[torch.device, Tensor] = super()._unscale_grads_(local, inv_scale, found_inf, allow_fp16)
         worst = found_inf.clone()
@@ -40,14 +40,6 @@ class GradScaler(torch.amp.GradScaler):
             dist.all_reduce(worst, dist.ReduceOp.MAX, group=process_group)
         # A rank without gradients, too, has to know: its scale must stay that of the others.
         return {device: worst.to(device) for device in (*found, worst.device)}
-
-
-def _local_with_gradient(parameter: nn.Parameter) -> Tensor:
-    """Return what this rank holds of a parameter, with its gradient: the same memory."""
-    assert parameter.grad is not None
-    part = local_part(parameter).detach()
-    part.grad = local_part(parameter.grad)
-    return part
 
 
 def _process_groups(parameters: list[Any]) -> list[dist.ProcessGroup]:

@@ -51,6 +51,14 @@ def local_part(parameter: Tensor) -> Tensor:
     return part
 
 
+def local_with_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return what this rank holds of a parameter, with its gradient: the same memory."""
+    assert parameter.grad is not None
+    part = local_part(parameter).detach()
+    part.grad = local_part(parameter.grad)
+    return part
+
+
 def averaged_gradient(weight: Tensor, num_ranks: int) -> Tensor:
     """Return ``weight``; in backward its gradient, a sum over ranks, is divided by their number."""
     if num_ranks == 1:

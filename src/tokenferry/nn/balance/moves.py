@@ -48,7 +48,8 @@ def rebalance(layer: MoELayer, placement: Placement, *, optimizer: torch.optim.O
         In place: parameters stay the same objects, so optimizers, FSDP2 and CUDA graphs go on with them. Experts that
             stay in their slot are not touched; others cost their bytes on the way, and memory for those of one
             parameter at a time.
-        Gradients that exist are moved as well. Outputs before and after differ by rounding only: by the order of sums.
+        Gradients that exist are moved as well. A moving average of the layer is a layer of its own, to be rebalanced.
+        Outputs before and after differ by rounding only: by the order of sums.
 
     Args:
         layer: Its router is a `PlacedRouter`, which says where the experts are now.

@@ -125,7 +125,7 @@ class PlacedRouter(nn.Module):
 
     Contract:
         As the router that it wraps. `MoELayer` adds up the gradients of replicas in backward; programs that multiply by
-            themselves have to do so, too.
+            themselves have to do so, too. Norms of torch count each replica: clip with `tokenferry.nn.clip_grad_norm_`.
         The state dict holds ``physical_to_logical``, since experts are saved in the order of their slots. Loading it
             places them, also in place, as ``torch.distributed.checkpoint.load`` does it; on any number of ranks.
 
