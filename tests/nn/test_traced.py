@@ -86,6 +86,44 @@ def test_compile_fullgraph_between_nodes(worlds):
     worlds(4).run(on_nodes, 2, _compiled_equals_eager, DispatchOptions(Layout.EXPERTS, alignment=4), "aot_eager")
 
 
+def test_generated_code_keeps_the_order_of_calls(group, monkeypatch):
+    """Inductor sorts what does not depend on each other as sizes suggest, and sizes differ between ranks."""
+    calls = []
+
+    def record(one, name, call):
+        actual = getattr(one, call)
+
+        def recorded(*args, **kwargs):
+            calls.append(f"{call} {name}")
+            return actual(*args, **kwargs)
+
+        monkeypatch.setattr(one, call, recorded)
+
+    with tokenferry.ExpertGroup(None, SHAPE) as other:
+        for name, one in (("a", group), ("b", other)):
+            for call in ("dispatch", "redispatch", "combine"):
+                record(one, name, call)
+
+        def side_by_side(x, weights, topk_idx):
+            def home(one):
+                sent = autograd.dispatch(one, x, Routing(topk_idx, weights), options=DispatchOptions(Layout.EXPERTS))
+                return autograd.combine(one, sent.x.tanh() * sent.topk_weights[:, None], sent.plan).x
+
+            return home(group) + home(other)
+
+        want = gradients(side_by_side, 5)
+        order, calls[:] = calls[:], []
+        assert [call[-1] for call in order] == list("aabbbbaa")
+        with (  # caches may have code from before a change
+            torch._inductor.config.patch(fx_graph_cache=False),
+            torch._functorch.config.patch(enable_autograd_cache=False),
+        ):
+            got = gradients(torch.compile(side_by_side, fullgraph=True), 5)
+        assert calls == order
+        for one, wanted in zip(got, want, strict=True):
+            torch.testing.assert_close(one, wanted)
+
+
 def test_a_compiled_function_may_return_what_dispatch_returns(group):
     x, weights, topk_idx = inputs(0, 5)
     options = DispatchOptions(Layout.EXPERTS)

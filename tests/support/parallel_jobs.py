@@ -38,6 +38,9 @@ def unprepared(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, str], bool]:
         whole_mesh = init_device_mesh("cpu", (pg.size(),))
         tools = {
             "ddp": DistributedDataParallel,
+            "ddp of a compiled module": lambda module: (
+                parallelize(module) and DistributedDataParallel(torch.compile(module))
+            ),
             "fsdp": fully_shard,
             "fsdp of a mesh": lambda module: fully_shard(module, mesh=whole_mesh),
         }
@@ -166,18 +169,34 @@ def run_alone(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
 
 
 def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str, otherwise: str) -> list[dict[str, Tensor]]:
-    """Return gradients of a model under a tool: as it is, and compiled, or with checkpointed layers of either kind."""
+    """Return loss and gradients of a model under a tool: as it is, and otherwise.
+
+    Checkpointed layers of either kind; compiled as by default, with eager kernels; in one graph of generated code, by
+    a call before the tool (``in place``) or after it.
+    """
     found = []
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    backend = "inductor" if otherwise.startswith("generated") else "aot_eager"
+    one_graph = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with (
+        torch._dynamo.config.patch(one_graph if backend == "inductor" else {}),
+        tokenferry.ExpertGroup(pg, SHAPE) as group,
+    ):
         for how in ("eager", otherwise):
             model = Model(group, torch.float64)
             if how in ("checkpointed", "reentrant"):
                 for layer in model.moe:
                     layer.forward = partial(checkpoint, layer.forward, use_reentrant=how == "reentrant")
+            if how == "generated in place":
+                model.compile(backend=backend)
             model = prepared(model, Recipe(tool), pg)
-            run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
-            loss_of(run, batch(rank, torch.float64, 5 + rank)).backward()
-            found.append(gradients(model))
+            run = torch.compile(model, backend=backend) if how in ("compiled", "generated") else model
+            loss = loss_of(run, batch(rank, torch.float64, 5 + rank))
+            loss.backward()
+            found.append({"loss": loss.detach(), **gradients(model)})
+    if backend == "inductor":
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     return found
 
 

@@ -17,9 +17,9 @@ shape is static. Where nothing traces, the same calls are made without the ops, 
 Contract, beyond that of `tokenferry.ExpertGroup`:
     Collective in backward: every forward call has one collective call in backward (none, if only a bias needs a
         gradient), in the order in which autograd traverses the graph, which is the same on all ranks if they built the
-        same graph. It carries the gradients that are needed. Therefore every rank must run backward, requires_grad of
-        each argument must agree, and a rank with T = 0 or N = 0 must not break the graph: it passes its empty
-        tensors through the same operations.
+        same graph; generated code keeps that order. It carries the gradients that are needed. Therefore every rank must
+        run backward, requires_grad of each argument must agree, and a rank with T = 0 or N = 0 must not break the
+        graph: it passes its empty tensors through the same operations.
     Padding: rows that hold no data (alignment, capacity) are zero in results and in gradients, whatever
         ``DispatchOptions.zero_padding`` is, so that a weight gradient ``x^T g`` never reads uninitialised memory.
         Values that the caller writes into such rows are never read.

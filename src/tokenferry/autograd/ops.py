@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenferry.api import ExpertGroup, find_group
 from tokenferry.autograd.common import NARROWEST_HIDDEN, carriers, own_weights, zero_empty_rows, zeroing
+from tokenferry.autograd.generated_code import keep_order
 from tokenferry.formats import fp8
 from tokenferry.layout import row_capacity
 from tokenferry.types import (
@@ -211,6 +212,7 @@ def dispatch(
 def _dispatch_fake(
     x: Tensor, scale: Tensor | None, topk_idx: Tensor, topk_weights: Tensor | None, where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
+    _keep_order()
     group, options = _unpack(where, sizes)
     new_size = torch.library.get_ctx().new_dynamic_size
     num_ranks, num_local, top_k = group.num_ranks, group.num_local_experts, group.shape.top_k
@@ -305,6 +307,7 @@ def redispatch(
 def _redispatch_fake(
     x: Tensor, scale: Tensor | None, topk_weights: Tensor | None, plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
+    _keep_order()
     group, options = _unpack(where, sizes)
     return _fake_parts(group, _Sent(x, scale, topk_weights), options, sizes[8], sizes[1])
 
@@ -370,6 +373,7 @@ def combine(
 def _combine_fake(
     y: Tensor, topk_weights: Tensor | None, biases: list[Tensor], plan: list[Tensor], where: str, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
+    _keep_order()
     weights = (0,) if topk_weights is None else (sizes[7], sizes[1])
     return y.new_empty(sizes[7], y.shape[-1]), y.new_empty(weights, dtype=torch.float32)
 
@@ -396,6 +400,10 @@ def _combine_backward(ctx: _Context, grad_x: Tensor, grad_weights_sum: Tensor) -
 
 
 combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+
+
+def _keep_order() -> None:
+    keep_order([op._opoverload for op in (dispatch, redispatch, combine)])
 
 
 # ---------------------------------------------------------------------- along a plan
