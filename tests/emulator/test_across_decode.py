@@ -3,9 +3,11 @@
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from support import decode_jobs, deep_ep_decode_jobs
 from support.ambient import STATES
 from support.decoding import Step, check_combined, check_received
-from support.emulated_group import EmulatedPair, Puts, in_each
+from support.emulated_group import EmulatedPair, Puts, in_each, in_processes
 from support.emulated_rails import QueueRails, QueueTransfer, elsewhere
 from support.emulator import Emulator
 from support.fake_network import Weather
@@ -53,11 +55,19 @@ INPUTS = (
 """Rows and routing of each rank: each token goes to both of two nodes."""
 
 
-@pytest.fixture(params=["exchanged", "put"])
-def run_both(request, run):
-    """``run``, with messages that are exchanged, then with messages that are put: by the network on one rail of two."""
+WAYS = ("exchanged", "put")
+
+
+def by_way(run: Callable[..., list[Any]], way: str) -> Callable[..., list[Any]]:
+    """``run``, with messages that are exchanged, or that are put: by the network on one rail of two."""
     puts = Puts(Weather(0.002, reorder=True), mapped=lambda rank: rank % 2 == 1)
-    return run if request.param == "exchanged" else partial(run, puts=puts)
+    return run if way == "exchanged" else partial(run, puts=puts)
+
+
+@pytest.fixture(params=WAYS)
+def run_both(request, run):
+    """``run`` for each of them."""
+    return by_way(run, request.param)
 
 
 @pytest.mark.usefixtures("both_paths")
@@ -483,12 +493,21 @@ def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTim
         return caught.value
 
 
-def test_a_silent_rank(run_both):
-    for call, errors in in_each(
-        run_both, call_all, one_is_silent, [call for call in CALLS if call != "dispatch"]
-    ).items():
-        for error in errors[:LOST]:
-            assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}: {error}"
+def call_all_ways(*, run: Callable[..., list[Any]]) -> None:
+    for way in WAYS:
+        by_way(run, way)(4, call_all, ranks_per_node=2)
+
+
+def silent_in_each(way: str, *, run: Callable[..., list[Any]]) -> dict[str, list[PeerTimeout | None]]:
+    return in_each(by_way(run, way), call_all, one_is_silent, [call for call in CALLS if call != "dispatch"])
+
+
+def test_a_silent_rank(pytestconfig):
+    jobs = {way: partial(silent_in_each, way) for way in WAYS}
+    for way, job in in_processes(pytestconfig, call_all_ways, jobs).items():
+        for call, errors in job.result()[0].items():
+            for error in errors[:LOST]:
+                assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}, {way}: {error}"
 
 
 def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -> str | None:

@@ -1,24 +1,27 @@
 """Ranks of several nodes that are lost to decode calls, and come back, over a network of the tests."""
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import deep_ep_decode_jobs, node_masks
-from support.emulated_group import Puts, SynchronousJit, SynchronousKernel, emulate
+from support.emulated_group import Puts, SynchronousJit, SynchronousKernel, emulate, in_processes
 from support.emulator import Emulator
 from support.fake_network import Put, Weather
-from support.masks import Absence, by_hand, skip_and_return
+from support.masks import Absence, by_hand, make_all_calls, skip_and_return
 from support.node_masks import CASE, LOST, NodeAbsence
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
-TIMEOUT_S = 6.0
-"""A quarter of it is enough for threads that share one processor or two."""
+TIMEOUT_S = 8.0
+"""A quarter of it is enough for threads that share the processors with those of other jobs."""
 STORM = Weather(delay_s=0.004, reorder=True, seed=7)
 MAPPED = {"all": lambda rank: True, "some": lambda rank: rank % 3 == 0, "none": lambda rank: False}
 
@@ -27,23 +30,48 @@ def puts(mapped: str = "none", weather: Weather = STORM) -> Puts:
     return Puts(weather, MAPPED[mapped], CASE.shape)
 
 
+def on_nodes(
+    nodes: tuple[int, int],
+    job: Callable[..., Any],
+    *args: object,
+    run: Callable[..., list[Any]],
+    mapped: str = "none",
+    path: str = "on",
+) -> list[Any]:
+    """Run a job on so many nodes of so many ranks, on one path of calls."""
+    os.environ["TOKENFERRY_FAST_PATH"] = path  # of a process that ends with the job
+    return run(nodes[0] * nodes[1], job, *args, ranks_per_node=nodes[1], puts=puts(mapped))
+
+
 # ---------------------------------------------------------------------- nodes of one rank
 
+ALONE = {
+    "away from a dispatch by hook": (
+        "some",
+        partial(skip_and_return, timeout_s=TIMEOUT_S, absence=Absence("dispatch", hook=True)),
+    ),
+    "away from a combine": ("all", partial(skip_and_return, timeout_s=TIMEOUT_S, absence=Absence("combine"))),
+    "masked by both sides": ("some", partial(by_hand, timeout_s=TIMEOUT_S, both_sides=True)),
+    "masked by one side": ("some", partial(by_hand, timeout_s=TIMEOUT_S, both_sides=False)),
+}
+PATHS = ("on", "off")
 
-@pytest.mark.usefixtures("both_paths")
-@pytest.mark.parametrize(
-    ("absence", "mapped"),
-    [(Absence("dispatch", hook=True), "some"), (Absence("combine"), "all")],
-    ids=str,
-)
-def test_a_node_that_is_away_comes_back(run, tmp_path, absence, mapped):
-    run(3, skip_and_return, str(tmp_path), TIMEOUT_S, absence, ranks_per_node=1, puts=puts(mapped))
+
+@pytest.fixture(scope="module")
+def alone(pytestconfig, tmp_path_factory) -> dict[tuple[str, str], Future[list[list[None]]]]:
+    """All these jobs; their ranks wait at the same time."""
+    todo = {
+        (name, path): partial(on_nodes, (3, 1), job, str(tmp_path_factory.mktemp("masks")), mapped=mapped, path=path)
+        for name, (mapped, job) in ALONE.items()
+        for path in PATHS
+    }
+    return in_processes(pytestconfig, partial(on_nodes, (3, 1), make_all_calls), todo)
 
 
-@pytest.mark.usefixtures("both_paths")
-@pytest.mark.parametrize("both_sides", [True, False])
-def test_nodes_masked_by_hand(run, tmp_path, both_sides):
-    run(3, by_hand, str(tmp_path), both_sides, TIMEOUT_S, ranks_per_node=1, puts=puts("some"))
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ALONE)
+def test_a_node_comes_back(alone, name, path):
+    alone[name, path].result()
 
 
 @pytest.mark.usefixtures("both_paths")
@@ -65,38 +93,62 @@ ABSENCES = [
 ]
 
 
-@pytest.mark.parametrize(("absence", "mapped"), ABSENCES, ids=str)
-def test_a_rank_that_is_away_comes_back(run, tmp_path, absence, mapped):
-    """Only those that wait for it find that it is lost, and none of them is taken for lost because it waits."""
-    waited = run(
-        4, node_masks.lose_on_two_nodes, str(tmp_path), TIMEOUT_S, absence, ranks_per_node=2, puts=puts(mapped)
-    )
-    least = TIMEOUT_S / 2 * 0.8
-    assert min(waited[1], waited[2]) > least * 1e9, "the wait for it counts for it"
-
-
-@pytest.mark.usefixtures("both_paths")
-@pytest.mark.parametrize("lost", [(3,), (2, 3), (1, 2)], ids=str)
-def test_ranks_masked_by_hand(run, lost):
-    run(4, node_masks.masked_by_hand, lost, ranks_per_node=2, puts=Puts(STORM, MAPPED["some"]))
-
-
-def test_a_lost_put_parts_two_ranks(run, tmp_path):
+def lose_a_put(folder: str, *, run: Callable[..., list[Any]]) -> None:
     armed = threading.Event()
 
     def is_lost(put: Put) -> bool:
         return armed.is_set() and (put.sender, put.rank) == (LOST, 1)
 
     storm = Weather(reorder=True, loses=is_lost)
-    run(4, node_masks.lose_a_put, str(tmp_path), TIMEOUT_S, armed, ranks_per_node=2, puts=puts("none", storm))
+    run(4, node_masks.lose_a_put, folder, TIMEOUT_S, armed, ranks_per_node=2, puts=puts("none", storm))
 
 
-def test_a_rank_that_never_calls(run, tmp_path):
-    run(4, node_masks.lost_from_the_start, str(tmp_path), TIMEOUT_S, ranks_per_node=2, puts=puts())
+@pytest.fixture(scope="module")
+def pairs(pytestconfig, tmp_path_factory) -> dict[object, Future[list[Any]]]:
+    """All jobs of nodes of two ranks; their ranks wait at the same time."""
+
+    def folder() -> str:
+        return str(tmp_path_factory.mktemp("masks"))
+
+    def job(job: Callable[..., Any], *args: object, **mapped: str) -> partial:
+        return partial(on_nodes, (2, 2), job, *args, **mapped)
+
+    todo = {
+        **{
+            absence: job(node_masks.lose_on_two_nodes, folder(), TIMEOUT_S, absence, mapped=mapped)
+            for absence, mapped in ABSENCES
+        },
+        "a lost put": partial(lose_a_put, folder()),
+        "never calls": job(node_masks.lost_from_the_start, folder(), TIMEOUT_S),
+        "warmup": job(node_masks.meet_without_one, TIMEOUT_S),
+    }
+    return in_processes(pytestconfig, job(node_masks.make_all_calls), todo)
 
 
-def test_warmup_masks_a_rank_that_does_not_come(run):
-    run(4, node_masks.meet_without_one, TIMEOUT_S, ranks_per_node=2, puts=puts())
+@pytest.mark.parametrize("absence", [absence for absence, _ in ABSENCES], ids=str)
+def test_a_rank_that_is_away_comes_back(pairs, absence):
+    """Only those that wait for it find that it is lost, and none of them is taken for lost because it waits."""
+    [waited] = pairs[absence].result()
+    least = TIMEOUT_S / 2 * 0.8
+    assert min(waited[1], waited[2]) > least * 1e9, "the wait for it counts for it"
+
+
+def test_a_lost_put_parts_two_ranks(pairs):
+    pairs["a lost put"].result()
+
+
+def test_a_rank_that_never_calls(pairs):
+    pairs["never calls"].result()
+
+
+def test_warmup_masks_a_rank_that_does_not_come(pairs):
+    pairs["warmup"].result()
+
+
+@pytest.mark.usefixtures("both_paths")
+@pytest.mark.parametrize("lost", [(3,), (2, 3), (1, 2)], ids=str)
+def test_ranks_masked_by_hand(run, lost):
+    run(4, node_masks.masked_by_hand, lost, ranks_per_node=2, puts=Puts(STORM, MAPPED["some"]))
 
 
 def test_synchronize_completes_what_was_put(run):

@@ -1,11 +1,13 @@
 """Dispatch, redispatch and combine of the CUDA backend across nodes, on the emulator."""
 
 import copy
+import os
 import pickle
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from support import throughput_jobs
 from support.ambient import STATES
-from support.emulated_group import EmulatedPair, in_each
+from support.emulated_group import EmulatedPair, in_each, in_processes
 from support.emulated_rails import QueueRails, QueueTransfer, elsewhere
 from support.emulator import Emulator
 from support.guess_jobs import check_sent, send
@@ -483,6 +485,10 @@ def call_all(rank: int, pg: None, pair: EmulatedPair) -> None:
         group.synchronize()
 
 
+def on_two_nodes(*, run: Callable[..., list[Any]]) -> None:
+    run(4, call_all, ranks_per_node=2)
+
+
 def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:
     """Rank 3 does not make a call."""
     x, routing = torch.ones(2, 16), Routing(torch.tensor([[0, 3], [1, 2]]))
@@ -501,14 +507,20 @@ def one_is_silent(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTim
         return caught.value
 
 
-@pytest.mark.usefixtures("both_paths")
-def test_a_silent_rank(run):
+def silent_in_each(path: str, *, run: Callable[..., list[Any]]) -> dict[str, list[PeerTimeout | None]]:
+    os.environ["TOKENFERRY_FAST_PATH"] = path  # of a process that ends with the job
+    return in_each(run, call_all, one_is_silent, CALLS)
+
+
+def test_a_silent_rank(pytestconfig):
     """Every survivor names it, by its number in the whole group, and its node, also if it waited for another one."""
-    for call, errors in in_each(run, call_all, one_is_silent, CALLS).items():
-        for error in errors[:LOST]:
-            assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}: {error}"
-            assert error.phase.split()[0] == call.split()[0], call
-        assert errors[1].phase == f"{call.split()[0]} (between nodes)"
+    jobs = {path: partial(silent_in_each, path) for path in ("on", "off")}
+    for path, job in in_processes(pytestconfig, on_two_nodes, jobs).items():
+        for call, errors in job.result()[0].items():
+            for error in errors[:LOST]:
+                assert (error.peers, error.nodes) == ((LOST,), (1,)), f"{call}, fast path {path}: {error}"
+                assert error.phase.split()[0] == call.split()[0], call
+            assert errors[1].phase == f"{call.split()[0]} (between nodes)"
 
 
 def one_ends(rank: int, pg: None, pair: EmulatedPair, call: str) -> PeerTimeout | None:

@@ -4,13 +4,17 @@ tests/emulator/test_across_decode.py runs some of its tests so, too.
 """
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from support import decode_jobs, throughput_jobs
 from support.decoding import CASTS, Step, check_combined, check_received
-from support.emulated_group import EmulatedPair, Puts
+from support.emulated_group import EmulatedPair, Puts, in_processes
 from support.emulator import Emulator
 from support.fake_network import Put, Report, Weather
 from tokenferry import CapacityError, ExpertGroup, MismatchError, MoeShape, PeerTimeout, Scale, tuning
@@ -96,40 +100,58 @@ LOSS_S = 6.0
 """A quarter of it is for ranks that begin a call late."""
 
 
+def make_calls(group: ExpertGroup, step: Step) -> None:
+    sent = group.decode_dispatch(step.mine().x, step.routing())
+    group.synchronize()
+    group.decode_combine(torch.ones_like(sent.x), sent.plan)
+    group.synchronize()
+
+
+def loses_nothing(rank: int, pg: None, pair: EmulatedPair) -> None:
+    with pair.open(pg, WIDE.shape) as group:
+        make_calls(group, Step(WIDE, rank))
+    pair.barrier()
+
+
 def loses(rank: int, pg: None, pair: EmulatedPair, armed: threading.Event) -> tuple[PeerTimeout, int]:
     """Make calls until one does not end; return what a rank raises, and how many puts were lost."""
-    step = Step(WIDE, rank)
-
-    def calls(group: ExpertGroup) -> None:
-        sent = group.decode_dispatch(step.mine().x, step.routing())
-        group.synchronize()
-        group.decode_combine(torch.ones_like(sent.x), sent.plan)
-        group.synchronize()
-
-    with pair.open(pg, WIDE.shape) as group:  # builds the kernels
-        calls(group)
-    pair.barrier()
+    loses_nothing(rank, pg, pair)
     armed.set()
     with pair.open(pg, WIDE.shape, timeout_s=LOSS_S) as group:
         with pytest.raises(PeerTimeout) as caught:  # noqa: PT012 - in which call it is raised differs
             for _ in range(3):
-                calls(group)
+                make_calls(group, Step(WIDE, rank))
         pair.barrier()
         return caught.value, len(pair.report.lost)
 
 
-@pytest.mark.parametrize(
-    ("exchange", "phase", "part"),
-    [(1, "decode_dispatch", "head"), (4, "decode_dispatch", "tail"), (3, "decode_combine", "middle")],
-)
-def test_a_lost_put_is_named(run, exchange, phase, part):
-    """The dispatch has one exchange, the combine two, the first of them of weights."""
+LOST_PUTS = [(1, "decode_dispatch", "head"), (4, "decode_dispatch", "tail"), (3, "decode_combine", "middle")]
+"""The dispatch has one exchange, the combine two, the first of them of weights."""
+
+
+def lose_a_put(exchange: int, part: str, *, run: Callable[..., list[Any]]) -> list[tuple[PeerTimeout, int]]:
+    armed = threading.Event()
 
     def is_lost(put: Put) -> bool:
         return armed.is_set() and (put.sender, put.exchange) == (LOSER, exchange) and PARTS[part](put.num_bytes)
 
-    armed = threading.Event()
-    found = run(4, loses, armed, ranks_per_node=2, puts=Puts(Weather(reorder=True, loses=is_lost)))
+    return run(4, loses, armed, ranks_per_node=2, puts=Puts(Weather(reorder=True, loses=is_lost)))
+
+
+def lose_no_put(*, run: Callable[..., list[Any]]) -> None:
+    run(4, loses_nothing, ranks_per_node=2, puts=Puts())
+
+
+@pytest.fixture(scope="module")
+def lost_puts(pytestconfig) -> dict[int, Future[list[list[tuple[PeerTimeout, int]]]]]:
+    """By exchange, what the ranks of a job raise; those of all jobs wait at the same time."""
+    jobs = {exchange: partial(lose_a_put, exchange, part) for exchange, _, part in LOST_PUTS}
+    return in_processes(pytestconfig, lose_no_put, jobs)
+
+
+@pytest.mark.parametrize(("exchange", "phase", "part"), LOST_PUTS)
+def test_a_lost_put_is_named(lost_puts, exchange, phase, part):
+    [found] = lost_puts[exchange].result()
     for error, num_lost in found[:2]:
         assert (error.peers, error.nodes) == ((LOSER,), (1,)), error
         assert error.waited_s <= LOSS_S

@@ -1,11 +1,14 @@
 """Ranks whose processes end, on the CUDA backend, on the emulator: the others do not wait for their deadline."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
+from support.emulated_group import in_processes, on_ranks
 from support.emulator import Emulator
 from support.ended_ranks import (
+    End,
     Ending,
     check_ended,
     end_in,
@@ -14,7 +17,7 @@ from support.ended_ranks import (
     receive_from_a_rank_that_has_ended,
 )
 from support.lost_ranks import PHASES
-from support.masks import Absence
+from support.masks import Absence, make_all_calls
 from tokenferry import ExpertGroup
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
@@ -43,13 +46,28 @@ def test_calls_end_when_a_peer_closes_the_group(run, tmp_path, phase):
 ABSENCES = [Absence(first, hook) for first in ("dispatch", "combine") for hook in (False, True)]
 
 
+CLOSED = "closed"
+
+
+@pytest.fixture(scope="module")
+def goings_on(pytestconfig, tmp_path_factory) -> dict[Absence | str, Future[list[list[None]]]]:
+    """By what misses the rank that ends, or closes its group, how the others go on; all jobs run at the same time."""
+
+    def job(absence: Absence, **how: End) -> partial:
+        return partial(on_ranks, 3, go_on_after_an_end, Ending(str(tmp_path_factory.mktemp("end")), **how), absence)
+
+    jobs = {absence: job(absence, tell=note_end) for absence in ABSENCES}
+    jobs[CLOSED] = job(ABSENCES[0], end=ExpertGroup.close)
+    return in_processes(pytestconfig, partial(on_ranks, 3, make_all_calls), jobs)
+
+
 @pytest.mark.parametrize("absence", ABSENCES, ids=str)
-def test_decoding_goes_on_without_a_rank_that_has_ended(run, tmp_path, absence):
-    run(3, go_on_after_an_end, Ending(str(tmp_path), tell=note_end), absence)
+def test_decoding_goes_on_without_a_rank_that_has_ended(goings_on, absence):
+    goings_on[absence].result()
 
 
-def test_decoding_goes_on_without_a_rank_that_has_closed(run, tmp_path):
-    run(3, go_on_after_an_end, Ending(str(tmp_path), end=ExpertGroup.close), ABSENCES[0])
+def test_decoding_goes_on_without_a_rank_that_has_closed(goings_on):
+    goings_on[CLOSED].result()
 
 
 @pytest.mark.parametrize("on_timeout", ["raise", "mask"])

@@ -1,13 +1,18 @@
 """The first decode call of a size, for which ranks make memory together: without some of them, or in disagreement."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from support.emulated_group import HEAP_BYTES
+from support.emulated_group import HEAP_BYTES, in_processes, on_ranks
 from support.emulator import Emulator
-from support.masks import Notes
+from support.lost_ranks import CROWDED_S
+from support.masks import Notes, make_all_calls
 from support.new_sizes import (
     Start,
     check_first_call,
@@ -23,37 +28,8 @@ from tokenferry import CapacityError, MismatchError, MoeShape, Routing
 
 pytestmark = pytest.mark.skipif(bool(Emulator.missing()), reason=str(Emulator.missing()))
 
-TIMEOUT_S = 4.0
-"""Enough for threads that share one processor or two."""
 ALONE_S = 0.5
-"""The same where one rank is left."""
-
-
-@pytest.mark.parametrize(
-    ("ranks", "start"),
-    [
-        (2, Start((1,), ALONE_S, within_s=20.0)),
-        (3, Start((1,), TIMEOUT_S, within_s=12.0, hook=True)),
-        (3, Start((2, 0), ALONE_S, within_s=20.0)),
-    ],
-    ids=["two", "three", "one left"],
-)
-def test_a_rank_that_never_calls_is_masked(run, tmp_path, ranks, start):
-    run(ranks, lost_at_the_start, str(tmp_path), start)
-
-
-@pytest.mark.parametrize("first", ["decode_dispatch", "warmup"])
-def test_a_rank_that_never_calls_is_blamed(run, tmp_path, first):
-    found = run(3, missed_at_the_start, str(tmp_path), TIMEOUT_S, first)
-    assert found[:2] == [(first, 0 if first == "warmup" else 1, (2,))] * 2
-
-
-def test_ranks_that_make_new_sizes_apart_come_together(run, tmp_path):
-    run(3, new_sizes_apart, str(tmp_path), TIMEOUT_S)
-
-
-def test_a_new_size_under_masks_by_hand(run, tmp_path):
-    run(3, new_sizes_by_hand, str(tmp_path))
+"""A deadline where one rank is left."""
 
 
 def warm_up_alone(rank, threads, pair, folder):
@@ -68,8 +44,54 @@ def warm_up_alone(rank, threads, pair, folder):
         notes.barrier("done")
 
 
-def test_warmup_masks_a_rank_that_does_not_come(run, tmp_path):
-    run(2, warm_up_alone, str(tmp_path))
+FIRST_CALLS = ("decode_dispatch", "warmup")
+JOBS = {
+    "two": (2, partial(lost_at_the_start, start=Start((1,), ALONE_S, within_s=20.0))),
+    "three": (3, partial(lost_at_the_start, start=Start((1,), CROWDED_S, within_s=15.0, hook=True))),
+    "one left": (3, partial(lost_at_the_start, start=Start((2, 0), ALONE_S, within_s=20.0))),
+    **{first: (3, partial(missed_at_the_start, timeout_s=CROWDED_S, first=first)) for first in FIRST_CALLS},
+    "sizes": (3, partial(new_sizes_apart, timeout_s=CROWDED_S)),
+    "warmup alone": (2, warm_up_alone),
+}
+
+
+def make_all_sizes(*, run: Callable[..., list[Any]]) -> None:
+    for ranks in (2, 3):
+        for case in (small(ranks), *(replace(large(ranks), hidden=hidden) for hidden in (128, 192, 256, 320))):
+            run(ranks, make_all_calls, case)
+
+
+@pytest.fixture(scope="module")
+def jobs(pytestconfig, tmp_path_factory) -> dict[str, Future[list[list[Any]]]]:
+    """All jobs; their ranks wait at the same time."""
+    todo = {
+        name: partial(on_ranks, ranks, job, str(tmp_path_factory.mktemp("sizes")))
+        for name, (ranks, job) in JOBS.items()
+    }
+    return in_processes(pytestconfig, make_all_sizes, todo)
+
+
+@pytest.mark.parametrize("name", ["two", "three", "one left"])
+def test_a_rank_that_never_calls_is_masked(jobs, name):
+    jobs[name].result()
+
+
+@pytest.mark.parametrize("first", FIRST_CALLS)
+def test_a_rank_that_never_calls_is_blamed(jobs, first):
+    [found] = jobs[first].result()
+    assert found[:2] == [(first, 0 if first == "warmup" else 1, (2,))] * 2
+
+
+def test_ranks_that_make_new_sizes_apart_come_together(jobs):
+    jobs["sizes"].result()
+
+
+def test_warmup_masks_a_rank_that_does_not_come(jobs):
+    jobs["warmup alone"].result()
+
+
+def test_a_new_size_under_masks_by_hand(run, tmp_path):
+    run(3, new_sizes_by_hand, str(tmp_path))
 
 
 # ---------------------------------------------------------------------- several sizes

@@ -10,13 +10,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.children import end_process
+from support.decoding import Step, check_combined, check_received
 from support.lost_ranks import CROWDED_S, LONG_S
 from support.masks import (
     CASE,
+    LOST,
     Absence,
     Load,
+    Notes,
     by_hand,
     in_a_graph,
     lost_in_replays,
@@ -27,6 +31,7 @@ from support.masks import (
 from support.new_sizes import Start, lost_at_the_start, new_sizes_apart, new_sizes_by_hand
 from support.pairs import CPU_PAIRS, CUDA_PAIRS, NUM_GPUS, Pair
 from support.worlds import run_at_once
+from tokenferry import PeerTimeout
 from tokenferry.testing.world import World, WorldError
 
 TIMEOUT_S = 4.0
@@ -107,13 +112,61 @@ def test_processes_that_are_stopped_under_load_come_back(pair, losses, tmp_path)
             assert 1 <= found[rank]["masked"] <= 2 * len(lost), f"{lost} were waited for again and again"
 
 
-def test_a_rank_of_another_node_comes_back(worlds, tmp_path):
-    pair = Pair("cpu", "shared_memory", ranks_per_node=1)
-    worlds(3).run(skip_and_return, pair, str(tmp_path), CROWDED_S, Absence("combine"))
+def go_on_without(rank, pg, pair: Pair, folder: str, timeout_s: float) -> None:
+    """Decode calls go on without the lost rank, which never comes back; the others still raise."""
+    notes, step = Notes(folder, rank, 3), Step(CASE, rank, frozenset({LOST}))
+    notes.barrier("begin")
+    with pair.open(pg, CASE.shape, timeout_s=timeout_s, on_timeout="mask") as group:
+        unmasked = Step(CASE, rank)
+        sent = group.decode_dispatch(unmasked.mine().x, unmasked.routing())
+        check_received(unmasked, sent, None)
+        if rank == LOST:
+            notes.wait("done", (0, 1))
+            return
+        late = group.decode_dispatch(step.mine().x, step.routing(), return_hook=rank == 1)
+        late.hook()
+        assert group.masked_ranks == {LOST}
+        start = time.monotonic()
+        for _ in range(3):
+            sent = group.decode_dispatch(step.mine().x, step.routing())
+            check_received(step, sent, None)
+            check_combined(group, step, sent, torch.bfloat16)
+            check_combined(group, step, sent, torch.float32, fast=True, hook=True)
+        assert time.monotonic() - start < timeout_s * 9, "a masked rank was waited for again"
+        with pytest.raises(PeerTimeout):
+            group.dispatch(step.mine().x, step.routing())
+        notes.leave("done")
 
 
-def test_ranks_that_wait_for_a_lost_one_do_not_lose_each_other(worlds, tmp_path):
-    worlds(3, "cpu").run(sent_to_one, CPU_PAIRS[0], str(tmp_path), TIMEOUT_S)
+CPU_JOBS = {
+    "of another node": partial(
+        skip_and_return,
+        pair=Pair("cpu", "shared_memory", ranks_per_node=1),
+        timeout_s=CROWDED_S,
+        absence=Absence("combine"),
+    ),
+    "waited for by a rank that is waited for": partial(sent_to_one, pair=CPU_PAIRS[0], timeout_s=CROWDED_S),
+    "for ever": partial(go_on_without, pair=CPU_PAIRS[0], timeout_s=CROWDED_S),
+}
+
+
+@pytest.fixture(scope="module")
+def cpu_jobs(tmp_path_factory) -> dict[str, Future[list[None]]]:
+    """All jobs; their ranks wait at the same time."""
+    folders = {name: str(tmp_path_factory.mktemp("masks")) for name in CPU_JOBS}
+    return run_at_once(3, "cpu", {name: partial(job, folder=folders[name]) for name, job in CPU_JOBS.items()})
+
+
+def test_a_rank_of_another_node_comes_back(cpu_jobs):
+    cpu_jobs["of another node"].result()
+
+
+def test_ranks_that_wait_for_a_lost_one_do_not_lose_each_other(cpu_jobs):
+    cpu_jobs["waited for by a rank that is waited for"].result()
+
+
+def test_decoding_goes_on_without_a_rank_that_never_comes_back(cpu_jobs):
+    cpu_jobs["for ever"].result()
 
 
 def stop() -> None:

@@ -30,23 +30,24 @@ KILLED = [*CASES, ("decode_dispatch", 2), ("decode_combine by hook", 2)]
 """The call in which rank 3 is lost, and how many exchanges of that call it makes before."""
 
 
-def run(cases: list[tuple[str, int]], how: str, timeout_s: float, folder) -> dict:
+def jobs_of(cases: list[tuple[str, int]], how: str, timeout_s: float, folder) -> dict:
     jobs = {}
     for case in cases:
         notes = folder / f"{case[0]}-{case[1]}"
         notes.mkdir()
         jobs[case] = partial(lose, loss=Loss(*case, how, str(notes), timeout_s))
-    return run_at_once(NUM_RANKS, "cpu", jobs)
+    return jobs
 
 
 @pytest.fixture(scope="module")
 def stalled(tmp_path_factory):
-    return run(STALLED, "stall", TIMEOUT_S, tmp_path_factory.mktemp("stalled"))
+    jobs = jobs_of(STALLED, "stall", TIMEOUT_S, tmp_path_factory.mktemp("stalled"))
+    return run_at_once(NUM_RANKS, "cpu", jobs | {"closes": partial(close_alone, timeout_s=TIMEOUT_S)})
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    return run(KILLED, "kill", LONG_S, tmp_path_factory.mktemp("killed"))
+    return run_at_once(NUM_RANKS, "cpu", jobs_of(KILLED, "kill", LONG_S, tmp_path_factory.mktemp("killed")))
 
 
 def check(seen: list[Seen], call: str, at_most_s: float) -> None:
@@ -115,9 +116,8 @@ def test_a_rank_that_is_interrupted():
             check_named([one[moment] for one in found], LOST_RANK)
 
 
-def test_a_rank_that_passes_a_wrong_argument_and_one_that_closes():
-    with World(NUM_RANKS) as world:
-        found = world.run(close_alone, TIMEOUT_S)
+def test_a_rank_that_passes_a_wrong_argument_and_one_that_closes(stalled):
+    found = stalled["closes"].result()
     for one in found[:LOST_RANK] + found[LOST_RANK + 1 :]:
         assert (one.name, one.peers, one.nodes) == ("PeerTimeout", (LOST_RANK,), (LOST_NODE,)), one
         assert one.took_s < TIMEOUT_S + SLACK_S

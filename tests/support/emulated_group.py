@@ -6,11 +6,12 @@ A launch returns when its kernel has ended, so these groups test neither streams
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from support.emulator import ARCH, Emulator, Jit, Kernel, Window
 from support.fake_network import CALM, FakeNetwork, Report, Weather
 from support.kernel_promises import SMEM_BYTES
 from support.on_device import OnDevice
+from support.worlds import run_at_once
 from tokenferry import MoeShape, env
 from tokenferry.backends.base import Resolved
 from tokenferry.backends.cuda.across.backend import Links
@@ -35,6 +37,8 @@ from tokenferry.topology import Topology, consecutive
 
 HEAP_BYTES = 64 << 20
 TIMEOUT_S = 60.0
+PROCESS_S = 200.0
+"""Seconds for jobs that share the processors."""
 
 _Key = TypeVar("_Key")
 _Result = TypeVar("_Result")
@@ -232,6 +236,37 @@ def emulate(
     config: pytest.Config, jit_type: type[SynchronousJit] = SynchronousJit, arch: str = ARCH
 ) -> Callable[..., list[Any]]:
     """Return `run_jobs` on the emulator of a GPU of an architecture. Compiled kernels stay for the next session."""
+    return _emulate(config.cache.mkdir("emulator"), jit_type, arch)
+
+
+def in_processes(
+    config: pytest.Config, first: Callable[..., object], jobs: Mapping[_Key, Callable[..., _Result]]
+) -> dict[_Key, Future[list[_Result]]]:
+    """Call each ``job(run=run)`` in a process of its own, with what `emulate` returns; all wait at the same time.
+
+    In one process their threads would hold up one another. Jobs are pickled: `functools.partial` of functions of
+    modules, such as `on_ranks`. ``first`` is called alone, and makes each call once: no kernel shall be built while
+    ranks have a short deadline.
+
+    Returns:
+        dict: by key, a list of one result, or the WorldError of the job.
+    """
+    first(run=emulate(config))
+    folder = config.cache.mkdir("emulator")
+    each = {key: partial(_in_process, folder=folder, job=job) for key, job in jobs.items()}
+    return run_at_once(1, "cpu", each, timeout_s=PROCESS_S)
+
+
+def on_ranks(num_ranks: int, job: Callable[..., Any], *args: object, run: Callable[..., list[Any]]) -> list[Any]:
+    """``run(num_ranks, job, *args)``, for `in_processes`."""
+    return run(num_ranks, job, *args)
+
+
+def _in_process(rank: int, pg: Any, folder: Path, job: Callable[..., _Result]) -> _Result:
+    return job(run=_emulate(folder, SynchronousJit, ARCH))
+
+
+def _emulate(folder: Path, jit_type: type[SynchronousJit], arch: str) -> Callable[..., list[Any]]:
     driver: Any = SimpleNamespace(cuda=SimpleNamespace(cuStreamSynchronize=lambda stream: (0,)), current=nullcontext)
-    jit: Any = jit_type(config.cache.mkdir("emulator"), arch)
+    jit: Any = jit_type(folder, arch)
     return partial(run_jobs, Runtime(jit, driver, HostStreams(), num_sms=4, smem_bytes=SMEM_BYTES[arch]))

@@ -192,6 +192,12 @@ def warm_up(pg, pair, case: Case) -> None:
         Iterations(group, case).several(2)
 
 
+def make_all_calls(rank: int, pg, pair, case: Case = CASE) -> None:
+    """Make the calls of the jobs here with a long deadline."""
+    with pair.open(pg, case.shape, on_timeout="mask") as group:
+        all_together(group, Iterations(group, case), case)
+
+
 @dataclass(frozen=True)
 class Absence:
     """How `skip_and_return` loses a rank.

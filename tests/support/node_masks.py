@@ -44,6 +44,14 @@ def warm_up(pg, pair) -> None:
         iterations.carefully()
 
 
+def make_all_calls(rank: int, pg, pair) -> None:
+    """Make the calls of the jobs here with a long deadline."""
+    with pair.open(pg, CASE.shape, on_timeout="mask") as group:
+        all_together(group, Iterations(group, CASE), CASE)
+        step = Step(CASE, rank, relays=group.topology.nodes)
+        check_encoding(group, step, dispatched(group, step), torch.float32, "fp8", fast=False)
+
+
 def lose_on_two_nodes(rank: int, pg, pair, folder: str, timeout_s: float, absence: NodeAbsence) -> int:
     """The lost rank calls only after the others have gone on without it; then all resynchronise.
 

@@ -3,27 +3,32 @@
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenferry.testing.world import World, WorldError
 
+_Key = TypeVar("_Key")
 
-def run_at_once(num_ranks: int, devices: str, jobs: Mapping[str, Callable[..., Any]]) -> dict[str, Future[list[Any]]]:
+
+def run_at_once(
+    num_ranks: int, devices: str, jobs: Mapping[_Key, Callable[..., Any]], timeout_s: float = 60.0
+) -> dict[_Key, Future[list[Any]]]:
     """Run each job on a world of its own; ranks that share GPUs run one job after the other.
 
     Args:
         num_ranks: R of each world.
         devices: As `World` takes it.
         jobs: By name, ``job(rank, process_group)``; ``functools.partial`` binds other arguments.
+        timeout_s: As `World` takes it.
 
     Returns:
         dict: by name, the results by rank, or the WorldError of the job.
     """
-    worlds: dict[str, World] = {}
-    results: dict[str, Future[list[Any]]] = {name: Future() for name in jobs}
+    worlds: dict[_Key, World] = {}
+    results: dict[_Key, Future[list[Any]]] = {name: Future() for name in jobs}
     with ExitStack() as stack:
         for name, job in jobs.items():
-            worlds[name] = stack.enter_context(World(num_ranks, devices=devices))
+            worlds[name] = stack.enter_context(World(num_ranks, devices=devices, timeout_s=timeout_s))
             worlds[name].submit(job)
             if devices != "cpu":
                 _collect(worlds[name], results[name])
