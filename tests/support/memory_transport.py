@@ -90,6 +90,9 @@ class MemoryTransport:
                 raise peer_timeout(call, self.rank, [src], "no answer", deadline.waited(), "")
             return mail.messages.pop(key)
 
+    def forget(self, call: CallId) -> None:
+        pass
+
     def finish(self, call: CallId, deadline: Deadline | None) -> None:
         for body in self._in_flight.pop(call.number).bodies:
             body.fill_(SPOILT)

@@ -42,6 +42,24 @@ def test_calls_in_flight_together_keep_their_bytes_and_are_received_in_any_order
     assert len(pair[0]._segments) == 5, "free segments are not reused"
 
 
+def test_calls_that_nobody_receives_hold_up_no_later_one(pair):
+    """Whether their messages have come or are still to come."""
+    zero, one = pair
+    for number in range(1, 40, 2):
+        post(one, number, 1000)
+        if number % 4 == 1:
+            zero._progress_all()
+        post(zero, number, 1000)
+        zero.forget(CallId(number, "test"))
+        assert [receive(one, number, src) for src in (1, 0)] == [1000, 1000]
+        one.finish(CallId(number, "test"), None)
+        exchange(pair, number + 1, 1000)
+    for transport in pair:
+        assert len(transport._segments) <= 3
+        assert not any(peer.inbox for peer in transport._peers.values())
+    zero.forget(CallId(39, "test"))  # has no effect
+
+
 def test_a_larger_call_replaces_segments_here_and_at_the_peer(pair):
     exchange(pair, 1, 1000)
     exchange(pair, 2, 1000)

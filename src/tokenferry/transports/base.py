@@ -102,6 +102,9 @@ class Transport(Protocol):
         may need this rank's next call first.
         """
 
+    def forget(self, call: CallId) -> None:
+        """Finish a call that was posted and that nobody will receive, where that holds up no later one."""
+
     def drop_peer(self, src: int) -> None:
         """Expect nothing more from ``src`` for the calls in flight, and never reuse a buffer that it may still read."""
 

@@ -54,6 +54,11 @@ class MixedTransport:
         self._near.finish(call, deadline)
         self._far.finish(call, deadline)
 
+    def forget(self, call: CallId) -> None:
+        """Forget the call on both. See `Transport.forget`."""
+        self._near.forget(call)
+        self._far.forget(call)
+
     def drop_peer(self, src: int) -> None:
         """Expect nothing more from a rank. See `Transport.drop_peer`."""
         self._to(src).drop_peer(src)

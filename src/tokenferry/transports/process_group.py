@@ -197,6 +197,9 @@ class ProcessGroupTransport:
                 self._wait(send.work, call, send.peer, deadline)
         del self._in_flight[call.number]
 
+    def forget(self, call: CallId) -> None:
+        """Do nothing: the receives have begun, and the process group has no way to end them. See `Transport.forget`."""
+
     def drop_peer(self, src: int) -> None:
         """Stop waiting for messages from and to ``src``. See `Transport.drop_peer`."""
         for current in self._in_flight.values():

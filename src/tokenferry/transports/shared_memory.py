@@ -306,6 +306,17 @@ class SharedMemoryTransport:
         del self._in_flight[call.number]
         self._watermarks.finish(call.number)
 
+    def forget(self, call: CallId) -> None:
+        """Drop its messages, those that are still to come, too. See `Transport.forget`.
+
+        Otherwise no watermark would ever reach a later call, and every call would take a new segment.
+        """
+        if call.number not in self._in_flight:  # `skip_to` has dropped it
+            return
+        self.finish(call, None)
+        for peer in self._peers.values():
+            peer.inbox.pop(call.number, None)
+
     def drop_peer(self, src: int) -> None:
         """Drop the messages of ``src``, and retire the segments that it may still read. See `Transport.drop_peer`."""
         for number, current in self._in_flight.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -135,6 +136,7 @@ class Exchange:
         self._last_call = 0
         self._resync_due = False
         self._postponed: Callable[[Deadline], None] | None = None
+        self._forgotten: deque[CallId] = deque()
         forget_in_child(self, Exchange._forget)
 
     def start(
@@ -154,6 +156,8 @@ class Exchange:
         with self.guard(signature.phase):
             if self._resync_due:
                 self._resynchronise()
+            while self._forgotten:
+                self.transport.forget(self._forgotten.popleft())
             self._last_call += 1
             call = CallId(self._last_call, signature.phase)
             sections, counts = outgoing.payload.sections, outgoing.counts
@@ -165,6 +169,10 @@ class Exchange:
             headers = [signature.header(count, outgoing.note) for count in counts]
             self.transport.post(call, headers, deadline or Deadline(self.timeout_s), skip)
             return Pending(self, call, signature, outgoing, skip=skip, copy_own=copy_own)
+
+    def forget(self, call: CallId) -> None:
+        """Leave to the next call to finish one that nobody will receive. From any thread, at any time."""
+        self._forgotten.append(call)
 
     def postpone(self, work: Callable[[Deadline], None]) -> None:
         """Leave to `catch_up` what a call has yet to do for its peers, once it may wait for them."""
@@ -299,6 +307,11 @@ class Pending:
         self._skip = skip
         self._copy_own = copy_own
         self._num_resyncs = exchange.num_resyncs
+        self._received = False
+
+    def __del__(self) -> None:
+        if not self._received:  # such as that of a hook that was never called
+            self._exchange.forget(self._call)
 
     @property
     def number(self) -> int:
@@ -344,6 +357,7 @@ class Pending:
             deadline = deadline or Deadline(exchange.timeout_s)
             yield partial(self._receive_from, deadline=deadline, tolerant=tolerant)
             exchange.transport.finish(call, None if hooked else deadline)
+            self._received = True
 
     def check_counts(self, received: Sequence[ReceivedRows], expected: Sequence[int]) -> None:
         """Check that each rank sent the number of rows in the plan.
