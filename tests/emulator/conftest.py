@@ -8,6 +8,7 @@ import pytest
 from support.emulated_group import EmulatedPair, Threads, emulate
 from tokenferry import MoeShape
 from tokenferry.api import ExpertGroup
+from tokenferry.compat.deep_ep import expert_buffer
 
 
 @pytest.fixture
@@ -52,4 +53,5 @@ def buffers(run, monkeypatch) -> Callable[..., list[Any]]:
         return job(rank, Member(rank, threads, pair), *args)
 
     monkeypatch.setattr(ExpertGroup, "_with_heap", with_heap)
+    monkeypatch.setattr(expert_buffer, "check_group", Member.size)
     return lambda ranks, job, *args, **nodes: run(ranks, member_job, job, *args, **nodes)

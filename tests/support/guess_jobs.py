@@ -86,7 +86,7 @@ def change(rank: int, pg, pair: Pair, ranks: int) -> list[tuple[list[str], int]]
     cases = [Case((t * 3)[:ranks], 2 * ranks, 2, routing=how, seed=n) for n, ((t, how), _) in enumerate(CHANGES)]
     found = []
     with pair.open(pg, cases[0].shape) as group:
-        guesses = pair.backend == "cuda" and pair.ranks_per_node is None
+        guesses = pair.backend == "cuda" and group.topology.num_nodes == 1
         seen = watched(group) if guesses else []
         for case in cases:
             seen.clear()
