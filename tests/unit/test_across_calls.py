@@ -96,7 +96,7 @@ def test_torch_calls(silent, calls):
 
 
 PYTHON_CALLS = {
-    "dispatch": 102,
+    "dispatch": 101,
     "dispatch, counts on the device": 78,
     "redispatch": 49,
     "combine": 46,

@@ -175,16 +175,14 @@ class AcrossDispatcher:
         sizes, went, passing, counts = begun.sizes, None, None, None
         if sizes is not None:  # the routing is written while the host waits
             with self._breaking_off:  # peers wait for this rank
-                plan = planner.new_plan(form, begun, sizes)
-                routed = planner.route(form, begun, sizes, plan)
+                plan, routed = planner.write(form, begun, sizes)
         if waits:
             went = planner.wait(begun)
         with self._breaking_off:
             if sizes is None:
                 assert went is not None
                 sizes = planner.sizes(form, begun, went)
-                plan = planner.new_plan(form, begun, sizes)
-                routed = planner.route(form, begun, sizes, plan)
+                plan, routed = planner.write(form, begun, sizes)
             if went is not None:
                 plan._num_sent = went.num_sent
             coming = self._crossing.routing(call, routed.routing, begun.split.words, opens=form.at_once)

@@ -110,19 +110,15 @@ class Planner:
         routing = make_relay(self._node, came, went.went, 0, segment_for(max(came)))
         return sizes_of(form, self._context.num_ranks, crossing.steps, routing, went.num_sent)
 
-    def new_plan(self, form: AcrossForm, begun: Begun, sizes: AcrossSizes) -> AcrossPlan:
-        """Take the memory for a plan."""
-        plan, layout = object.__new__(AcrossPlan), sizes.plan
-        plan._form, plan._dst_counts, plan._made = form.plan, begun.split.dst_counts, {}
-        plan._layout, plan._relay_layout, plan._num_sent = layout, sizes.relay, layout.num_sent
-        plan._block = self._allocator.call_block(begun.call, layout.num_bytes)
-        return plan
-
-    def route(self, form: AcrossForm, begun: Begun, sizes: AcrossSizes, plan: AcrossPlan) -> Routed:
-        """Write the routing for each node."""
+    def write(self, form: AcrossForm, begun: Begun, sizes: AcrossSizes) -> tuple[AcrossPlan, Routed]:
+        """Take the memory for a plan, and write the routing for each node."""
         call, payload, num_tokens, split, _ = begun
         relay, layout, id_bytes = sizes.routing, sizes.plan, form.plan.top_k * form.plan.topk_dtype.itemsize
         ids_out_at, tokens_out_at, tokens_in_at, table_at, bases_at, end = sizes.memory
+        plan = object.__new__(AcrossPlan)
+        plan._form, plan._dst_counts, plan._made = form.plan, split.dst_counts, {}
+        plan._layout, plan._relay_layout, plan._num_sent = layout, sizes.relay, layout.num_sent
+        plan._block = self._allocator.call_block(call, layout.num_bytes)
         words, start = split.words, plan._block.address
         memory, at = words.memory, split.rest
         if begun.sizes is None:
@@ -137,7 +133,7 @@ class Planner:
         )  # fmt: skip
         # All ids are written.
         form.rails.launch(min(self._num_nodes * relay.segment // UNIT_TOKENS, form.rows.sms.local), call.stream)
-        return Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at)
+        return plan, Routed(routing, self._num_nodes * relay.segment, at + table_at, at + bases_at)
 
     def notify(self, form: AcrossForm, begun: Begun, plan: AcrossPlan, routed: Routed) -> None:
         """Count the rows of all segments inside the node, exchange the counts there, and compute the places of rows.
