@@ -300,7 +300,7 @@ def why_rail_chunks(max_tokens: int, row_bytes: int) -> str:
     num, _ = rail_chunks(max_tokens, row_bytes)
     if num == MOST_RAIL_CHUNKS:
         return f"more than {num} would hide little more, since only the last one is passed on when the network is done"
-    return f"shorter ones than {RAIL_CHUNK_BYTES >> 20} MiB would cross faster than the host starts the next"
+    return f"shorter ones than {RAIL_CHUNK_BYTES >> 20} MiB would cross faster than the host can start the next"
 
 
 def routing_at_once(max_tokens: int, token_bytes: int, num_others: int) -> bool:

@@ -79,7 +79,7 @@ def test_no_limit_is_named_where_there_is_none(capsys):
     out = capsys.readouterr().out
     assert "at most: for 8400 and 8400 rows\n" in out
     assert "combine: 2 chunks for each other node, of up to 600 tokens (8.60 MB)" in out
-    assert "shorter ones than 8 MiB would cross faster than the host starts the next" in out
+    assert "shorter ones than 8 MiB would cross faster than the host can start the next" in out
 
 
 def test_skewed_routing(capsys):
