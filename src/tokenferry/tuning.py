@@ -54,8 +54,14 @@ PUSH_US = ((16, 688), (24, 549), (32, 521), (48, 507))
 PUSH_US_OF_TWO = ((24, 307), (32, 250), (48, 220), (66, 212), (132, 202))
 """The same on 2 H200."""
 
+ONE_RANK_US = {16: (86, 328, 191), 40: (43, 139, 86), 64: (41, 92, 60), 132: (41, 57, 48)}
+"""Where one rank is alone, as on a node of one GPU, by number of SMs: a redispatch, a combine of rows in the heap, and
+one of rows in the user's memory. BF16, T=4096, H=7168, K=8, E=128, one H200. Nothing but the SMs is the limit."""
+
 DISPATCH_SMS = 16
+DISPATCH_SMS_OF_ONE = 40
 COMBINE_SMS = 16
+COMBINE_SMS_OF_ONE = 64
 MOST_COMBINE_SMS = 40
 PUSH_SMS = 32
 PUSH_SMS_OF_TWO = 48
@@ -180,17 +186,18 @@ def gbps(curve: tuple[tuple[int, float], ...], num_sms: int) -> float:
 
 def _dispatch_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     needed = -(-shape.max_tokens // _ROWS_AT_ONCE)
-    if needed < DISPATCH_SMS:
+    wanted = DISPATCH_SMS_OF_ONE if topology.num_ranks == 1 else DISPATCH_SMS
+    if needed < wanted:
         chosen = min(needed, topology.num_sms)
         return chosen, (
             f"dispatch: {chosen} SMs: an SM moves {_ROWS_AT_ONCE} rows at a time, so more would be idle at "
             f"M={shape.max_tokens} (for 128 rows the time was the same with 16 to 132)"
         )
-    chosen = min(DISPATCH_SMS, topology.num_sms)
-    if chosen < DISPATCH_SMS:
-        return chosen, f"dispatch: {chosen} SMs: all that the device has; {DISPATCH_SMS} would be used on a larger one"
+    chosen = min(wanted, topology.num_sms)
+    if chosen < wanted:
+        return chosen, f"dispatch: {chosen} SMs: all that the device has; {wanted} would be used on a larger one"
     if topology.num_ranks == 1:
-        return chosen, f"dispatch: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+        return chosen, f"dispatch: {chosen} SMs: {_why_of_one(chosen, 0)}"
     if shape.max_tokens < _FEW_ROWS:
         return chosen, (
             f"dispatch: {chosen} SMs: for 128 rows the time was the same with 16 to 132, so "
@@ -217,7 +224,7 @@ def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     if chosen < wanted:
         return chosen, f"combine: {chosen} SMs: all that the device has; {wanted} would be used on a larger one"
     if topology.num_ranks == 1:
-        return chosen, f"combine: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+        return chosen, f"combine: {chosen} SMs: {_why_of_one(chosen, 1)}"
     if chosen > COMBINE_SMS:
         measured = _nearest(COMBINE_US_OF_TWO, shape.max_tokens)
         with_16, with_40 = COMBINE_US_OF_TWO[measured]
@@ -229,6 +236,16 @@ def _combine_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     return chosen, (
         f"combine: {chosen} SMs: bfloat16 rows of T=4096 took {best} us with 16 to 24 SMs and {fewer[1]} us with "
         f"{fewer[0]} (4 H200); bulk loads from peers are slower with many ({gbps(LOAD_GBPS, 48):.0f} GB/s with 48)"
+    )
+
+
+def _why_of_one(num_sms: int, call: int) -> str:
+    """Return the reason for a number of SMs of one rank; ``call``: see `ONE_RANK_US`."""
+    times = {sms: us[call] for sms, us in ONE_RANK_US.items()}
+    fewer, most = min(times), max(times)
+    return (
+        f"one rank, nothing leaves the GPU: T=4096 took {times[num_sms]} us, {times[fewer]} with {fewer} and "
+        f"{times[most]} with {most} (one H200)"
     )
 
 
@@ -255,7 +272,7 @@ def _adding_sms(shape: MoeShape, num_ranks: int) -> int:
     """Return how many SMs add up as fast as the links bring rows, if every choice of experts is equally likely."""
     remote = travel(shape, num_ranks, 1, 0).remote_per_token
     if not remote:
-        return COMBINE_SMS
+        return COMBINE_SMS_OF_ONE
     return min(max(COMBINE_SMS, math.ceil(LINK_GBPS / (_ADDING_GBPS * remote))), MOST_COMBINE_SMS)
 
 
@@ -263,8 +280,8 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     what, most = "combine of rows in the user's memory", topology.num_sms
     pieces = -(-2 * shape.hidden // _PIECE_BYTES)
     needed = 2 * -(-shape.max_tokens * pieces // _PIECES_AT_ONCE)  # half of them push, half add up
-    least = PUSH_SMS_OF_TWO if topology.num_ranks == 2 else PUSH_SMS
-    wanted = least if shape.max_tokens >= _SHORT_PUSH else max(least, most // 2)
+    least = {1: COMBINE_SMS_OF_ONE, 2: PUSH_SMS_OF_TWO}.get(topology.num_ranks, PUSH_SMS)
+    wanted = least if shape.max_tokens >= _SHORT_PUSH or topology.num_ranks == 1 else max(least, most // 2)
     if needed < wanted:
         chosen = min(needed, most)
         return chosen, f"{what}: {chosen} SMs: more would be idle at M={shape.max_tokens}"
@@ -272,7 +289,7 @@ def _push_sms(shape: MoeShape, topology: Topology) -> tuple[int, str]:
     if chosen < least:
         return chosen, f"{what}: {chosen} SMs: all that the device has; {least} would be used on a larger one"
     if topology.num_ranks == 1:
-        return chosen, f"{what}: {chosen} SMs: one rank, nothing leaves the GPU; the same number as with links"
+        return chosen, f"{what}: {chosen} SMs: {_why_of_one(chosen, 2)}"
     if chosen > least:
         return chosen, (
             f"{what}: {chosen} SMs: half of the device, if fewer than {_SHORT_PUSH} tokens are combined: rows land "

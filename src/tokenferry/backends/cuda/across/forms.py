@@ -285,7 +285,10 @@ def new_again_form(group: Group, moved: MoveSizes) -> MoveForm:
 
 
 def cap_sms(context: Context, num_sms: int | None) -> int | None:
-    """Return the SMs of a call's kernels, of which NCCL keeps some; None: as tuned, which leaves enough."""
+    """Return the SMs of a call's kernels, of which NCCL keeps some; None: as tuned, which leaves enough.
+
+    With one rank a node they may take all SMs of a small GPU: no kernel there waits for another rank.
+    """
     return None if num_sms is None else min(num_sms, max(1, context.num_sms - NCCL_SMS))
 
 
