@@ -24,6 +24,7 @@ from tokenferry import (
     CapacityError,
     DecodePlan,
     DispatchOptions,
+    ExpertGroup,
     Layout,
     MismatchError,
     MoeShape,
@@ -409,21 +410,40 @@ def test_a_silent_rank_in_decode_calls(nodes, size, call, replayed):
     nodes(size, one_is_silent_in_decoding, call, replayed)
 
 
-def calls_of_other_kinds(rank: int, pg: dist.ProcessGroup, pair: Pair, device_counts: bool) -> None:
-    """Node 0 dispatches, the other nodes combine: all find out soon, and a new group works."""
-    ranks, counts = pg.size(), "device" if device_counts else "host"
-    with pair.open(pg, MoeShape(ranks, 2, 64, 16), timeout_s=60) as group:
+def other_calls(group: ExpertGroup, differ: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return a call of node 0, and one of the other nodes, whose exchange does not end."""
+    ranks, x = group.num_ranks, torch.ones(16, 8192)
+    far, near = (Routing(torch.tensor([each] * 16), torch.ones(16, 2)) for each in ([0, ranks - 1], [group.rank, -1]))
+    plan, other = group.dispatch(x, far).plan, group.dispatch(x, near).plan
+    on_device = DispatchOptions(counts="device")
+    return {
+        "kinds": (lambda: group.dispatch(x, far), lambda: group.combine(torch.ones(plan.num_delivered, 8192), plan)),
+        "kinds, counts on the device": (
+            lambda: group.dispatch(x, far, options=on_device),
+            lambda: group.combine(torch.ones(plan.num_delivered, 8192), plan),
+        ),
+        "plans": (lambda: group.redispatch(x, other), lambda: group.redispatch(x, plan)),
+        "plans of sums": (
+            lambda: group.combine(torch.ones(plan.num_delivered, 8192), plan),
+            lambda: group.combine(torch.ones(other.num_delivered, 8192), other),
+        ),
+        "formats": (
+            lambda: group.decode_dispatch(x.bfloat16(), far, quantize=Scale.FLOAT32),
+            lambda: group.decode_dispatch(x.bfloat16(), far),
+        ),
+    }[differ]
+
+
+def different_calls(rank: int, pg: dist.ProcessGroup, pair: Pair, differ: str) -> None:
+    """All ranks find out soon that the nodes have made different calls, and a new group works."""
+    with pair.open(pg, MoeShape(pg.size(), 2, 8192, 16), timeout_s=60) as group:
         group.warmup()
-        x, routing = torch.ones(2, 64), Routing(torch.tensor([[0, ranks - 1], [1, 0]]))
-        plan = group.dispatch(x, routing).plan
+        calls = other_calls(group, differ)
         group.synchronize()
         pg.barrier().wait()
         start = time.monotonic()
         with pytest.raises(MismatchError) as caught:  # noqa: PT012 - some raise with the next call
-            if rank < pair.ranks_per_node:
-                group.dispatch(x, routing, options=DispatchOptions(counts=counts))
-            else:
-                group.combine(torch.ones(plan.num_delivered, 64), plan)
+            calls[rank >= pair.ranks_per_node]()
             group.synchronize()
         waited_s = time.monotonic() - start
         assert waited_s < 20, f"{waited_s} s: {caught.value}"
@@ -431,7 +451,7 @@ def calls_of_other_kinds(rank: int, pg: dist.ProcessGroup, pair: Pair, device_co
     first_calls(rank, pg, pair)
 
 
-@pytest.mark.parametrize("device_counts", [False, True])
+@pytest.mark.parametrize("differ", ["kinds", "kinds, counts on the device", "plans", "plans of sums", "formats"])
 @pytest.mark.parametrize("size", [TWO_BY_TWO, (2, 1)], ids=["2x2", "2x1"])
-def test_calls_of_different_kinds_on_two_nodes(nodes, size, device_counts):
-    nodes(size, calls_of_other_kinds, device_counts)
+def test_different_calls_on_two_nodes(nodes, size, differ):
+    nodes(size, different_calls, differ)

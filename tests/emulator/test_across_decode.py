@@ -523,11 +523,11 @@ def gives_up_an_exchange(rank: int, pg: None, pair: EmulatedPair, number: int) -
         rails, made = group._backend._rails, []
         group.decode_dispatch(*INPUTS)
 
-        def exchange(call: Call, parts: Parts, kept: object) -> Transfer:
+        def exchange(call: Call, parts: Parts, kept: object, compare: object = None) -> Transfer:
             made.append(call)
             if len(made) == number:
                 parts, kept = elsewhere(parts)
-            return QueueRails.exchange(rails, call, parts, kept)
+            return QueueRails.exchange(rails, call, parts, kept, compare)
 
         with mock.patch.object(rails, "exchange", exchange if rank == 0 else rails.exchange):
             with suppress(PeerTimeout) if rank else pytest.raises(PeerTimeout) as caught:

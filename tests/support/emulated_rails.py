@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tokenferry.backends.cuda.across.rails import Parts, Transfer, between_nodes
+from tokenferry.backends.cuda.across.rails import Compare, Parts, Transfer, between_nodes
 from tokenferry.backends.cuda.context import Call
-from tokenferry.errors import PeerTimeout
+from tokenferry.errors import PeerTimeout, TokenferryError
 from tokenferry.topology import Topology
 from tokenferry.transports.base import peer_timeout
 from tokenferry.transports.failures import FailureReports
@@ -67,6 +67,7 @@ class QueueRails:
 
     Attributes:
         num_bytes: Bytes that this rank has sent.
+        compared: What comparing calls has found, for each exchange that brings what ranks say.
     """
 
     name = "queues"
@@ -77,15 +78,17 @@ class QueueRails:
         self._mismatched: Callable[[], bool] = lambda: False
         self.num_bytes = 0
         self.lost: PeerTimeout | None = None
+        self.mismatch: TokenferryError | None = None
+        self.compared: list[TokenferryError | None] = []
 
-    def exchange(self, call: Call, parts: Parts, kept: object) -> Transfer:
+    def exchange(self, call: Call, parts: Parts, kept: object, compare: Compare | None = None) -> Transfer:
         for node, places in by_node(parts, sent=True).items():
             assert all(num_bytes for _, num_bytes in places)
             self.num_bytes += sum(num_bytes for _, num_bytes in places)
             self._boxes[self._rank, self._rail[node]].put([ctypes.string_at(*place) for place in places])
-        return QueueTransfer(lambda: self._receive(call, parts, kept), self.raise_lost)
+        return QueueTransfer(lambda: self._receive(call, parts, kept, compare), self.raise_lost)
 
-    def _receive(self, of: Call, parts: Parts, _kept: object) -> None:
+    def _receive(self, of: Call, parts: Parts, _kept: object, compare: Compare | None) -> None:
         call = between_nodes(of)
         for node, places in by_node(parts, sent=False).items():
             peer = self._rail[node]
@@ -99,6 +102,10 @@ class QueueRails:
                     self.lost = peer_timeout(call, self._rank, [peer], "other sizes came", 0.0, "")
                     break
                 ctypes.memmove(address, there, num_bytes)
+        if compare is not None:
+            self.compared.append(compare())
+            if self.lost is not None:
+                self.mismatch = self.compared[-1]
 
     def _take(self, box: queue.SimpleQueue[list[bytes]]) -> list[bytes] | None:
         start = time.monotonic()

@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +18,7 @@ from tokenferry.backends.cuda.across.nccl_rails import NcclRails
 from tokenferry.backends.cuda.context import Call
 from tokenferry.backends.cuda.setup import find_topology
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.errors import ConfigError, PeerTimeout
+from tokenferry.errors import ConfigError, MismatchError, PeerTimeout
 from tokenferry.topology import Topology, consecutive
 from tokenferry.transports.failures import FailureReport
 
@@ -25,6 +26,7 @@ CALL = Call(7, 0, False, 1, Signature("combine"), 0)
 TOPOLOGY = Topology(2, consecutive(6, 2))
 """Rank 2 is on node 1, and its rail is 0, 2, 4."""
 SOON_S = 10.0
+SOON = "tokenferry.backends.cuda.across.nccl_rails"
 
 
 class Exchange:
@@ -72,11 +74,13 @@ class StandIn:
         self.aborted = threading.Event()
         self.closed = 0
 
-    def start(self, parts) -> Marks:
+    def start(self, parts, stream, *, captured) -> Marks:
         if self.failure == "at once":
             raise NcclError("ncclSend: remote error")
         self.exchanges.append(exchange := Exchange(done=self.at_once))
         return Marks(self.reached.is_set, exchange.has_ended, exchange.join, self.captured)
+
+    aside = nullcontext
 
     def error(self) -> str:
         return self.failure
@@ -95,10 +99,10 @@ def make(timeout_s: float, **options) -> tuple[NcclRails, StandIn]:
     return NcclRails(channel, TOPOLOGY, timeout_s, **options), channel
 
 
-def begin(rails: NcclRails, *nodes: int):
+def begin(rails: NcclRails, *nodes: int, compare: Callable[[], object] | None = None):
     kept = [torch.zeros(2, 3) for _ in nodes]
     parts = [(two[i].data_ptr(), 12, node, i == 1) for i in range(2) for node, two in zip(nodes, kept, strict=True)]
-    return rails.exchange(CALL, parts, kept)
+    return rails.exchange(CALL, parts, kept, compare)
 
 
 def wait_until(what: Callable[[], bool]) -> None:
@@ -163,7 +167,94 @@ def test_exchanges_of_different_calls_end_soon():
         assert channel.aborted.wait(SOON_S)
 
 
-SOON = "tokenferry.backends.cuda.across.nccl_rails"
+def compared(*answers: MismatchError | None) -> mock.Mock:
+    """Return what compares calls, and has these answers, the last one for good."""
+    rest = iter(answers)
+    return mock.Mock(side_effect=lambda: next(rest, answers[-1]))
+
+
+def differ(what: str) -> MismatchError:
+    return MismatchError(f"different calls: {what}")
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_calls_are_compared_while_their_exchange_lasts(captured):
+    """It may never end; but not if it is short, or the device is not there."""
+    reports = mock.Mock()
+    reports.have_come.return_value = False
+    rails, channel = make(SOON_S * 10, reports=reports)
+    compare = compared(differ("kind"))
+    with mock.patch.multiple(SOON, _HOPELESS_S=0.3, _COMPARE_S=0.1, _REPLAYS_S=0.01):
+        channel.at_once = True
+        begin(rails, 0, compare=compare)
+        channel.at_once, channel.captured = False, captured
+        channel.reached.clear()
+        begin(rails, 0, compare=compare)
+        assert not channel.aborted.wait(0.3)
+        assert not compare.called
+        channel.reached.set()
+        assert channel.aborted.wait(SOON_S)
+    assert str(rails.mismatch) == "different calls: kind"
+    with pytest.raises(PeerTimeout, match="for rank 0: an exchange between nodes did not end"):
+        rails.raise_lost()
+    (report,) = reports.post.call_args.args
+    assert report == FailureReport.of(rails.mismatch)
+    rails.close()
+
+
+@pytest.mark.parametrize(
+    "answers", [(None,), (differ("what has not come all"), None), (differ("one"), differ("other"))]
+)
+def test_calls_that_are_only_late(answers):
+    """What they say has not come, or was on its way when it was read."""
+    rails, channel = make(SOON_S * 10)
+    compare = compared(*answers, None)
+    with mock.patch.multiple(SOON, _HOPELESS_S=0.1, _COMPARE_S=0.05, _POLL_S=0.005):
+        begin(rails, 0, compare=compare)
+        wait_until(lambda: compare.call_count > 4)  # they are compared again
+        assert not channel.aborted.is_set()
+        assert rails.mismatch is None
+        channel.exchanges[0].done.set()
+    rails.close()
+
+
+def test_what_was_read_when_an_exchange_had_ended_says_nothing():
+    """Its memory may belong to another call."""
+    rails, channel = make(SOON_S * 10)
+
+    def compare() -> MismatchError:
+        channel.exchanges[0].done.set()
+        return differ("kind")
+
+    with mock.patch.multiple(SOON, _HOPELESS_S=0.1, _COMPARE_S=0.05):
+        begin(rails, 0, compare=compare)
+        wait_until(channel.exchanges[0].done.is_set)
+        assert not channel.aborted.wait(0.3)
+    assert rails.mismatch is None
+    rails.close()
+
+
+def test_closing_waits_for_what_is_read():
+    """The memory that is read goes with the group; and a comparison that hangs keeps no exchange from its deadline."""
+    rails, channel = make(0.2)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def compare() -> None:
+        begun.set()
+        assert go_on.wait(SOON_S)
+        assert not channel.closed
+
+    with mock.patch(f"{SOON}._COMPARE_S", 0.05):
+        begin(rails, 0, compare=compare)
+        assert begun.wait(SOON_S)
+        assert channel.aborted.wait(SOON_S)
+    closing = threading.Thread(target=rails.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(SOON_S)
+    assert channel.closed == 1
 
 
 @pytest.mark.parametrize("answer", [True, False, None])
@@ -340,12 +431,12 @@ def test_a_look_asks_few_of_many_exchanges_in_graphs():
         last.done.clear()  # a replay is there
         for _ in range(4):
             look()
-        assert asked[4:] == [[4, 5, 6, 7], [8, 9], [0, 1, 2, 3, 9], [4, 5, 6, 7, 9]]
+        assert asked[4:] == [[4, 5, 6, 7], [8, 9], [0, 1, 2, 3, 9], [9]]
         assert found == [None] * 6 + [rails._in_graphs[9]] * 2
         assert found[-1].since == 6.0, "when it was seen first"
         last.done.set()
         look()
-        assert asked[-1] == [8, 9]
+        assert asked[-1] == [4, 5, 6, 7, 9]
         assert found[-1] is None
     rails.close()
 

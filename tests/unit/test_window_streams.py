@@ -2,10 +2,12 @@
 
 import contextlib
 import enum
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tokenferry.backends.cuda.across.nccl_channel import NcclChannel
 from tokenferry.errors import BackendUnavailable
 from tokenferry.memory.streams import CudaStreams, HostStreams
 
@@ -15,6 +17,7 @@ NOT_READY = 600
 
 
 class Cuda:
+    CUstream_flags = enum.IntEnum("StreamFlags", {"CU_STREAM_NON_BLOCKING": 1})
     CUevent_flags = enum.IntEnum("Flags", {"CU_EVENT_DISABLE_TIMING": 2})
 
     def __init__(self):
@@ -39,6 +42,14 @@ class Cuda:
     def cuEventQuery(self, event):  # noqa: N802
         self.log.append(("ask", event))
         return (self.status,)
+
+    def cuStreamCreateWithPriority(self, flags, priority):  # noqa: N802
+        self.log.append(("make", flags, priority))
+        return 0, 90 + sum(entry[0] == "make" for entry in self.log)
+
+    def cuStreamDestroy(self, stream):  # noqa: N802
+        self.log.append(("destroy", stream))
+        return (0,)
 
     def cuEventDestroy(self, event):  # noqa: N802
         self.log.append(("destroy", event))
@@ -107,6 +118,94 @@ def test_an_event_is_recorded_again_once_it_has_passed(streams):
     streams._cuda.log.clear()
     assert streams.record(60, eager=True) is event
     assert streams._cuda.log == [("record", "event without timing True", 60)]
+
+
+def test_what_has_passed(streams):
+    event = streams.record(61)
+    assert streams.is_done(event)
+    streams._cuda.status = NOT_READY
+    assert not streams.is_done(event)
+    streams._cuda.status = 700
+    with pytest.raises(BackendUnavailable, match=r"asking about an event failed: .*700"):
+        streams.is_done(event)
+
+
+class Communicator:
+    """What `NcclChannel` needs of it; exchanges are noted among what the driver is asked for."""
+
+    def __init__(self, log):
+        self.log = log
+
+    error = abort = None
+
+    def exchange(self, parts, stream):
+        self.log.append((parts, stream))
+
+
+@pytest.fixture
+def channel(streams, monkeypatch):
+    """Exchanges lie on stream 91."""
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, _: SimpleNamespace(cuda_stream=handle))
+    made = NcclChannel(Communicator(streams._cuda.log), torch.device("cuda", 1), streams)
+    streams._cuda.log.clear()
+    return made
+
+
+def test_an_exchange_lies_between_the_work_of_a_stream(streams, channel):
+    """No context is entered, and events are used again: a call has several exchanges, and the host starts them."""
+    log, name = streams._cuda.log, "event without timing True"
+    for turn in range(2):
+        marks = channel.start("parts", 60, captured=False)
+        marks.join()
+        assert [entry for entry in log if entry != "enter"] == [
+            ("record", name, 60), ("wait", 91, name, 0), ("parts", 91), ("record", name, 91), ("wait", 60, name, 0)
+        ]  # fmt: skip
+        assert log.count("enter") == (0 if turn else 2), "to make two events"
+        log.clear()
+        del marks
+        assert log == [("ask", name)] * 2
+        log.clear()
+
+
+@pytest.mark.parametrize("why", ["a forked child", "a capture"])
+def test_events_that_nobody_may_ask_about_are_not_used_again(streams, channel, monkeypatch, why):
+    marks = channel.start("parts", 60, captured=False)
+    if why == "a capture":
+        streams._capturing = lambda: True
+    else:
+        monkeypatch.setattr(streams._device, "inherited", True, raising=False)
+    streams._cuda.log.clear()
+    del marks
+    assert ("ask", "event without timing True") not in streams._cuda.log
+    assert not streams._idle
+
+
+def test_streams_that_nobody_else_has(streams, channel, monkeypatch):
+    """One for exchanges, one for what is read meanwhile, until the channel is closed."""
+    used, log = [], streams._cuda.log
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(used.append(stream.cuda_stream)))
+    channel.aside()
+    assert used == [92]
+    channel._communicator.close = lambda: log.append("closed")
+    log.clear()
+    channel.close()
+    assert [entry for entry in log if entry != "enter"] == ["closed", ("destroy", 91), ("destroy", 92)]
+
+
+def test_an_exchange_from_another_device(streams, channel):
+    streams._current_device = lambda: 0
+    marks = channel.start("parts", 60, captured=False)
+    marks.join()
+    log = streams._cuda.log
+    assert log.count("enter") == 4, "for each event and each wait"
+    assert [entry[0] for entry in log if entry != "enter"] == ["record", "wait", "parts", "record", "wait"]
+
+
+def test_where_an_exchange_is(streams, channel):
+    marks = channel.start("parts", 60, captured=False)
+    assert (marks.begun(), marks.ended()) == (True, True)
+    streams._cuda.status = NOT_READY
+    assert (marks.begun(), marks.ended(), marks.captured) == (False, False, False)
 
 
 def test_the_host_has_one_stream():

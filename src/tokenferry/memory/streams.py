@@ -11,6 +11,8 @@ import torch
 
 from tokenferry.jit.driver import Device, check
 
+_NOT_READY = 600
+
 
 class Streams(Protocol):
     """The streams of one device, as raw handles."""
@@ -133,6 +135,36 @@ class CudaStreams:
             return False
         self._idle.append(event)
         return True
+
+    def new(self, priority: int) -> int:
+        """Return a new stream, which does not wait for the default stream; see `destroy`.
+
+        Nobody else has it: torch has 32 of a priority, which it gives away again and again.
+        """
+        with self._device.current():
+            flags = self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
+            return int(check(self._cuda.cuStreamCreateWithPriority(flags, priority), "making a stream"))
+
+    def destroy(self, stream: int) -> None:
+        """Destroy a stream that `new` has returned, when its work is done."""
+        with self._device.current():
+            check(self._cuda.cuStreamDestroy(stream), "destroying a stream")
+
+    def can_ask(self) -> bool:
+        """Return whether this thread may ask about events: not in a forked child, nor while it captures a graph."""
+        return not self._device.inherited and not self._capturing()
+
+    def is_done(self, event: Any) -> bool:  # noqa: ANN401 - what `record` returned
+        """Return whether all work before an event is done."""
+        result = self._cuda.cuEventQuery(event.handle)
+        if int(result[0]) == _NOT_READY:
+            return False
+        check(result, "asking about an event")
+        return True
+
+    def wait_eagerly(self, stream: int, event: Any) -> None:  # noqa: ANN401 - what `record` returned
+        """Make a stream wait for an event, neither of them in a capture, after `eager` or `is_eager`."""
+        check(self._cuda.cuStreamWaitEvent(stream, event.handle, 0), "waiting for an event")
 
     def wait(self, stream: int, event: Any, *, outside: bool) -> None:  # noqa: ANN401 - as the protocol
         """See `Streams.wait`."""

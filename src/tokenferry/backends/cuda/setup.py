@@ -32,6 +32,7 @@ from tokenferry.jit.linker import DeviceLibrary
 from tokenferry.kernels.all import ACROSS_NODES, SPECS
 from tokenferry.kernels.control_block import CONTROL_BLOCK_BYTES, MAX_NODES, MAX_RANKS, OFFSET_BYTES
 from tokenferry.memory.reach import describe, unreachable, why_not
+from tokenferry.memory.streams import CudaStreams
 from tokenferry.memory.window import Window, share
 from tokenferry.topology import Topology, by_place, consecutive
 from tokenferry.transports.failures import FailureReports
@@ -241,18 +242,20 @@ def nccl_rails(table: Bootstrap, resolved: Resolved, topology: Topology, reports
     device, unique_id = _device(), bytes.fromhex(handshakes[topology.rail[0]]["nccl"])
     assert device is not None
 
+    driver = Device(device.index or 0)
+
     def make() -> NcclChannel:
         torch.cuda.set_device(device)  # of the thread that connects
-        return NcclChannel(Communicator(topology.node, topology.num_nodes, unique_id, max_ctas=NCCL_SMS), device)
+        communicator = Communicator(topology.node, topology.num_nodes, unique_id, max_ctas=NCCL_SMS)
+        return NcclChannel(communicator, device, CudaStreams(driver))
+
+    def enter() -> None:
+        torch.cuda.set_device(device)  # of the thread that looks after exchanges
+        relaxed = driver.cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        driver.cuda.cuThreadExchangeStreamCaptureMode(relaxed)  # it asks about events while another captures a graph
 
     channel = connect(make, resolved.timeout_s)
-    return NcclRails(channel, topology, resolved.timeout_s, reports=reports, enter_thread=_relax_captures)
-
-
-def _relax_captures() -> None:
-    """Allow this thread to ask about events while another one captures a CUDA graph."""
-    cuda = Device(torch.cuda.current_device()).cuda
-    cuda.cuThreadExchangeStreamCaptureMode(cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    return NcclRails(channel, topology, resolved.timeout_s, reports=reports, enter_thread=enter)
 
 
 def assemble(window: Window, resolved: Resolved, key: str, why: str, runtime: Runtime | None = None) -> CudaBackend:

@@ -31,9 +31,9 @@ def _counted_rails(backend: Any, sizes: list[int]) -> Iterator[None]:  # noqa: A
     rails = backend._rails
     exchange = rails.exchange
 
-    def counted(call: object, parts: Any, kept: object) -> object:  # noqa: ANN401 - plain tuples
+    def counted(call: object, parts: Any, kept: object, compare: object = None) -> object:  # noqa: ANN401 - plain tuples
         sizes.extend(num_bytes for _, num_bytes, _, is_sent in parts if is_sent)
-        return exchange(call, parts, kept)
+        return exchange(call, parts, kept, compare)
 
     rails.exchange = counted
     try:

@@ -1,5 +1,5 @@
 // across_open: across nodes, at the start of a redispatch or a combine: writes what the ranks across from this one get
-// to know of the call before anything else, as dispatch_split does for a dispatch.
+// to know of the call first, as dispatch_split does for a dispatch.
 //
 // Grid     one block. Not collective.
 // Reads    goes [N], comes [N]: rows for the rank across from this one on each node, and from it, along the plan of

@@ -208,12 +208,13 @@ class AcrossBackend(CudaBackend):
             crossing = self._crossing
             call, chunks = crossing.begin(Signature("warmup"), skip_masked=True), crossing.chunks(1)
             words, _ = crossing.new_words(chunks.num, 0)
-            opening = crossing.open_along(call, words, chunks, 0, 0)
-            if self._puts is None:
-                crossing.counts(call, words, opening.transfer, 0)
-                return
             whole_plan = torch.zeros(1, dtype=torch.int64, device=self.device)
-            crossing.confirm(call, opening, whole_plan.data_ptr())
+            opening = crossing.announce(call, words, chunks, 0, 0, whole_plan.data_ptr())
+            if opening.transfer is None:
+                crossing.counts(call, words, crossing.open(call, words), 0)
+                return
+            opening.transfer.join()
+            crossing.confirm(call, opening)
             self.context.synchronize()
 
     def synchronize(self) -> None:
@@ -246,6 +247,8 @@ class AcrossBackend(CudaBackend):
         if isinstance(error, PeerTimeout) and self.context.pinned.mismatched():
             # The exchanges of different calls do not end.
             found = self.context.flight_recorder.explain(self.context.pinned.take_record())
+        elif isinstance(error, PeerTimeout) and self._rails.mismatch is not None:
+            found = self._rails.mismatch
         elif isinstance(error, PeerTimeout) and self._rails.lost is not None:
             found = self._rails.lost  # a kernel knows only that nothing came
         reports.post(FailureReport.of(found))

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from tokenferry.backends.base import CombineRequest
-from tokenferry.backends.cuda.across.contents import Words
-from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.contents import Opening
+from tokenferry.backends.cuda.across.crossing import Crossing, Transfers
 from tokenferry.backends.cuda.across.forms import cap_sms
 from tokenferry.backends.cuda.across.launch import sum_template
 from tokenferry.backends.cuda.across.parcels import Chunks, RowWidths, Swap
-from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator, aligned
@@ -145,15 +144,12 @@ class AcrossCombiner:
             own = others + num_out * pitch
             own_weights = 0 if weights is None else own + num_tokens * form.widths.row
             # Sums go back where tokens came from.
-            opening = crossing.open_along(call, words, form.chunks, along.came, along.went)
+            opening = crossing.announce(call, words, form.chunks, along.came, along.went, src_counts)
             source = self._inside.source(inside, call, y, weights, along.whole, shared=True)
-            transfers = self._send_sums(form, call, along, source, swaps, words, sums_at)
+            transfers = self._send_sums(form, call, along, source, swaps, opening, sums_at)
             home = along.segments.get(relay.node) or along.segment(relay.node)
             self._inside.add_up(inside, call, source, home, Sums(own, weights_out=own_weights))
-            crossing.confirm(call, opening, src_counts)
-            for transfer in transfers:
-                transfer.join()
-            crossing.check(call, words, src_counts)
+            self._join(call, opening, swaps[0], transfers)
             return self._add_up(form, call, along, SumAddresses(own, own_weights, others), SumOutput(out, biases))
 
     def _send_sums(
@@ -163,14 +159,16 @@ class AcrossCombiner:
         along: RelayAddresses,
         source: Source,
         swaps: Sequence[Swap],
-        words: Words,
+        opening: Opening,
         sums_at: int,
-    ) -> list[Transfer]:
+    ) -> Transfers:
         """Add up the rows of tokens of other nodes, and exchange the sums, which lie from ``sums_at`` on."""
-        crossing, inside, transfers = self._crossing, form.inside, []
+        crossing, inside, words = self._crossing, form.inside, opening.words
+        transfers: Transfers = {}
+        first: Opening | None = opening
         others, weight_bytes = sums_at + along.relay.first_in[-1] * form.widths.pitch, form.widths.weights
         if not swaps[0].whole:
-            no_counts = crossing.no_counts(along.whole.src_counts)
+            no_counts = crossing.no_counts(opening.src_counts)
             along = along._replace(no_counts=no_counts.data_ptr())
         for swap in swaps:
             chunk = swap.send
@@ -179,8 +177,21 @@ class AcrossCombiner:
                 weights_at = at + chunk.num_bytes - chunk.num * weight_bytes if weight_bytes else 0
                 part = along.part(swap, chunk)
                 self._inside.add_up(inside, call, source, part, Sums(at, weights_out=weights_at))
-            transfers += crossing.rows(call, (swap,), words, sums_at, others)
+            transfers |= crossing.rows(call, (swap,), words, sums_at, others, None, first)
+            first = None
         return transfers
+
+    def _join(self, call: Call, opening: Opening, first: Swap, transfers: Transfers) -> None:
+        """Let the stream wait for all sums, and check them, and first of all who has called: others may never come."""
+        crossing, words = self._crossing, opening.words
+        unconfirmed: Opening | None = opening
+        if opening.transfer is not None or len(transfers) > 1:
+            (opening.transfer or transfers[first.recv.node, first.number]).join()
+            crossing.confirm(call, opening)
+            unconfirmed = None
+        for transfer in transfers.values():
+            transfer.join()
+        crossing.check(call, words, opening.src_counts, opening=unconfirmed)
 
     def _add_up(
         self, form: AcrossCombineForm, call: Call, along: RelayAddresses, parts: SumAddresses, result: SumOutput

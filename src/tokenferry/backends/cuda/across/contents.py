@@ -26,7 +26,7 @@ class Words(NamedTuple):
 
     Attributes:
         memory: Keeps them.
-        mine: Address of ``[N, RAIL_WORDS]`` int32: what the ranks across get to know before anything else crosses.
+        mine: Address of ``[N, RAIL_WORDS]`` int32: what the ranks across get to know, in the first exchange.
         headers: The same of what comes from them.
         states: Address of ``[N, chunks, 2]`` int32: their states when they sent a chunk.
         chunks: Chunks of a node.
@@ -40,19 +40,21 @@ class Words(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """The beginning of a call along a plan.
+    """What a call along a plan says before its rows, in the exchange that brings the first of them.
 
     Attributes:
         words: What the ranks across from this one say about it.
-        transfer: The exchange that brings it.
         goes: Address of ``[N]`` int32: rows for each node along the plan of this rank; 0: there is none.
         comes: The same of rows from there.
+        src_counts: Address of `Plan.src_counts`, -1 if the plan was aborted.
+        transfer: The exchange that brings what the others say, if it is one of its own; None: it is that of the rows.
     """
 
     words: Words
-    transfer: Transfer
     goes: int
     comes: int
+    src_counts: int
+    transfer: Transfer | None
 
 
 class CrossingRouting(NamedTuple):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenferry.backends.cuda.across.comparer import Comparer, Sayings
 from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES, CrossingRouting, Opening, Words
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
 from tokenferry.backends.cuda.across.parcels import Chunks, Swap
@@ -16,10 +18,8 @@ from tokenferry.backends.cuda.across.rails import Part, Rails, Transfer
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import section_ends
 from tokenferry.backends.cuda.context import Call, Context
-from tokenferry.backends.cuda.faults import Record
 from tokenferry.backends.cuda.signature import Signature
-from tokenferry.errors import TokenferryError
-from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS, Fault
+from tokenferry.kernels.control_block import CONTROL_BLOCK_OFFSETS, RAIL_WORDS, ROWS_WORD, SIGNATURE_WORDS
 from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
 
@@ -35,6 +35,9 @@ class Step(NamedTuple):
     to: int
     source: int
 
+
+Transfers = dict[tuple[int, int], Transfer]
+"""Exchanges of chunks, by the node from which one comes, and its number."""
 
 _MAX_CHUNKS = 256
 
@@ -52,6 +55,7 @@ class Crossing:
         own_state: Address of what this rank tells with its rows: whether these are valid.
         others: The other nodes.
         steps: The steps of exchanges with one node after the other.
+        comparer: Compares what ranks say in an exchange that lasts.
         rails: As given.
     """
 
@@ -64,6 +68,7 @@ class Crossing:
         self._num_nodes = topology.num_nodes
         self._open = open_template(context, topology)
         self._check = check_template(context, topology)
+        self.comparer = Comparer(context.device, topology, context.flight_recorder)
         self._clock = clock_template(context)
         self.others = [node for node in range(topology.num_nodes) if node != topology.node]
         self.steps = _steps(topology.node, topology.num_nodes)
@@ -108,10 +113,7 @@ class Crossing:
         return Words(memory, mine, came, came + headers, chunks), mine + end
 
     def open(self, call: Call, words: Words) -> Transfer:
-        """Exchange what ranks say about a call: first in every call and of one size, so that different calls meet here.
-
-        ``words``: those of the call.
-        """
+        """Exchange what ranks say about a call, ``words``, by itself: of one size, so that this ends in any case."""
         return self.rails.exchange(call, self._headers(words), words.memory)
 
     def _headers(self, words: Words) -> list[Part]:
@@ -123,14 +125,14 @@ class Crossing:
             parts.append((words.mine + at, HEADER_BYTES, node, True))
         return parts
 
-    def open_along(self, call: Call, words: Words, chunks: Chunks, goes: int, comes: int) -> Opening:
-        """Open a call that follows a plan; ``chunks``: in which rows come; ``goes``, ``comes``: see `Opening`."""
+    def announce(self, call: Call, words: Words, chunks: Chunks, goes: int, comes: int, src_counts: int) -> Opening:
+        """Write what a call along a plan says; ``chunks``: in which rows come; the others: see `Opening`."""
         self._open.pack(
             call.alive, call.number, call.signature.words,
             words.mine, words.headers, words.states, goes, comes, chunks.num, chunks.size,
         )  # fmt: skip
         self._open.launch(1, call.stream)
-        return Opening(words, self.open(call, words), goes, comes)
+        return Opening(words, goes, comes, src_counts, None)
 
     def counts(self, call: Call, words: Words, transfer: Transfer, num_tokens: int) -> tuple[int, ...]:
         """Return, by node, how many tokens come from the rank across there; of the own node all T.
@@ -146,7 +148,7 @@ class Crossing:
             header = said[node * RAIL_WORDS : (node + 1) * RAIL_WORDS]
             for word, (seen, expected) in enumerate(zip(header, mine, strict=False)):
                 if seen != expected:
-                    raise self._mismatch(call, node, word, seen, expected)
+                    raise self.comparer.mismatch(call, node, word, seen, expected)
             counts[node] = header[ROWS_WORD]
         return tuple(counts)
 
@@ -179,15 +181,24 @@ class Crossing:
             words: What ranks say in the call.
             opens: Whether that crosses along with it, first; else it has crossed.
         """
-        start, parts = routing.ids, self._headers(words) if opens else []
+        start, parts, compare = routing.ids, [], None
+        if opens:  # the exchange of different calls may not end
+            parts, compare = self._headers(words), partial(self.comparer.compare, call, Sayings(words.headers))
         for at, num_bytes, node, is_sent in routing.parts:
             parts.append((start + at, num_bytes, node, is_sent))
-        return self.rails.exchange(call, parts, (routing.memory, words.memory)) if parts else None
+        return self.rails.exchange(call, parts, (routing.memory, words.memory), compare) if parts else None
 
     def rows(
-        self, call: Call, swaps: Sequence[Swap], words: Words, send_at: int, recv_at: int, *kept: object
-    ) -> list[Transfer]:
-        """Exchange chunks of rows, with their senders' states; return the exchanges, of those that are not empty.
+        self,
+        call: Call,
+        swaps: Sequence[Swap],
+        words: Words,
+        send_at: int,
+        recv_at: int,
+        kept: object = None,
+        opening: Opening | None = None,
+    ) -> Transfers:
+        """Exchange chunks of rows, with their senders' states.
 
         Args:
             call: The call.
@@ -195,11 +206,19 @@ class Crossing:
             words: Where states come.
             send_at: Where the parcels for all other nodes begin.
             recv_at: Where those from there do.
-            kept: Keeps the memory.
+            kept: Keeps the memory, besides that of ``words``.
+            opening: What the call says first, along with the first of these chunks; None: it has.
+
+        Returns:
+            dict: the exchanges, but of chunks that are empty on both sides.
         """
-        made, kept, own_state = [], (words.memory, *kept), self.own_state
+        made: Transfers = {}
+        parts, compare, keep, own_state = [], None, (words.memory, kept), self.own_state
+        if opening is not None and opening.transfer is None:  # the exchange of different calls may not end
+            _, goes, comes, src_counts, _ = opening
+            parts = self._headers(words)
+            compare = partial(self.comparer.compare, call, Sayings(words.headers, goes, comes, src_counts))
         for send, recv, number, _, _ in swaps:
-            parts: list[Part] = []
             if recv.num:
                 state = words.states + STATE_BYTES * (recv.node * words.chunks + number)
                 parts.append((recv_at + recv.at, recv.num_bytes, recv.node, False))
@@ -208,7 +227,8 @@ class Crossing:
                 parts.append((send_at + send.at, send.num_bytes, send.node, True))
                 parts.append((own_state, STATE_BYTES, send.node, True))
             if parts:
-                made.append(self.rails.exchange(call, parts, kept))
+                made[recv.node, number] = self.rails.exchange(call, parts, keep, compare)
+            parts, compare = [], None
         return made
 
     def chunks(self, row_bytes: int) -> Chunks:
@@ -227,44 +247,39 @@ class Crossing:
         num_ranks = self._num_nodes * context.num_ranks
         return tensor_at(src_counts, (num_ranks,), torch.int64, context.device, context.window).clamp(max=0)
 
-    def confirm(self, call: Call, opening: Opening, src_counts: int) -> None:
-        """Let the stream wait for an opening, and check it, before it waits for what differs between calls.
+    def confirm(self, call: Call, opening: Opening) -> None:
+        """Launch what makes later kernels no-ops if a rank across from this one made another call.
 
-        If ranks have made different calls, the exchanges that follow may never end; see `Rails.end_soon_if`.
-
-        Args:
-            call: The call.
-            opening: Its opening.
-            src_counts: Address of `Plan.src_counts`, -1 if the plan was aborted.
+        ``opening``: what the call has said.
         """
-        opening.transfer.join()
+        words, goes, comes, src_counts, _ = opening
         self._check.pack(
             0, call.alive, call.number, call.signature.words,
-            opening.words.headers, 0, 0, opening.goes, opening.comes, 0, src_counts, 0, 0, 1,
+            words.headers, 0, 0, goes, comes, 0, src_counts, 0, 0, 1,
             int(call.skips_masked),
         )  # fmt: skip
         self._check.launch(1, call.stream)
 
-    def check(self, call: Call, words: Words, src_counts: int, swap: Swap | None = None) -> None:
+    def check(
+        self, call: Call, words: Words, src_counts: int, swap: Swap | None = None, opening: Opening | None = None
+    ) -> None:
         """Launch what makes later kernels no-ops if a rank across from this one sent undefined data, or none.
 
         Args:
             call: The call.
             words: Where the states of senders have come.
-            src_counts: As for `confirm`.
+            src_counts: Address of `Plan.src_counts`, -1 if the plan was aborted.
             swap: The exchange that brought one; None: all of them have come.
+            opening: What has come with them, to be confirmed, too; None: nothing, or it was.
         """
         chunks = words.chunks
         first, num = (0, self._num_nodes * chunks) if swap is None else (swap.recv.node * chunks + swap.number, 1)
+        headers, goes, comes = (0, 0, 0) if opening is None else (words.headers, opening.goes, opening.comes)
         self._check.pack(
             0, call.alive, call.number, call.signature.words,
-            0, 0, 0, 0, 0, words.states + STATE_BYTES * first, src_counts, num, first, chunks, 0,
+            headers, 0, 0, goes, comes, words.states + STATE_BYTES * first, src_counts, num, first, chunks, 0,
         )  # fmt: skip
         self._check.launch(1, call.stream)
-
-    def _mismatch(self, call: Call, node: int, word: int, seen: int, expected: int) -> TokenferryError:
-        record = Record(Fault.node_mismatch, call.number, 0, word, seen, expected, self._rail[node], 0)
-        return self._context.flight_recorder.explain(record)
 
 
 def _steps(node: int, num_nodes: int) -> list[Step]:

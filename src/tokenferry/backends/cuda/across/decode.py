@@ -223,7 +223,7 @@ class AcrossDecoder(Decoding):
         )  # fmt: skip
         form.pack.launch(self.num_blocks, call.stream)
         messages = Messages(
-            at + words.mine, at + words.came, at + parts.sent, at + parts.came, form.body_bytes, at + words.states
+            at + words.mine, at + words.came, at + parts.sent, at + parts.came, form.body_bytes, at + words.states, 0
         )
         rows.transfer = self._rails.exchange(call, messages, rows.memory, patience.ROWS_ACROSS)
 

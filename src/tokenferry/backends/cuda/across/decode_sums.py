@@ -259,8 +259,9 @@ class NodeSums:
         self._open.launch(self._num_blocks if form.exact else 1, call.stream)
         if form.exact:
             messages = Messages(
-                at + words.mine, at + words.came, at + parts.weights_out, at + parts.weights, 4 * num_weights, 0
-            )
+                at + words.mine, at + words.came, at + parts.weights_out, at + parts.weights, 4 * num_weights, 0,
+                table + 4 * sizes.number,
+            )  # fmt: skip
             it.transfer = self._rails.exchange(call, messages, it.memory, patience.WEIGHTS_ACROSS)
         if form.exact or it.hooked:
             self._inside(form, call, it, SEND)
@@ -282,7 +283,8 @@ class NodeSums:
             )  # fmt: skip
             form.encode.launch(self._num_blocks, call.stream)
         body_bytes = form.sizes.segment * form.row_bytes
-        messages = Messages(mine, came, it.crossing, at + parts.came, body_bytes, at + words.states)
+        epoch = it.plan.table + 4 * form.sizes.number
+        messages = Messages(mine, came, it.crossing, at + parts.came, body_bytes, at + words.states, epoch)
         transfer = self._rails.exchange(call, messages, it.memory, patience.SUMS_ACROSS)
         since = self._rails.join(call, transfer, at + words.since)
         self._check_words(form, call, it, since, headers=came, num_states=form.sizes.num_nodes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenferry.backends.base import DispatchRequest, RedispatchRequest
 from tokenferry.backends.cuda import plan as cuda_plan
 from tokenferry.backends.cuda.across.contents import CrossingRouting, Opening, Words
-from tokenferry.backends.cuda.across.crossing import Crossing
+from tokenferry.backends.cuda.across.crossing import Crossing, Transfers
 from tokenferry.backends.cuda.across.forms import (
     AcrossForm,
     Group,
@@ -27,7 +27,6 @@ from tokenferry.backends.cuda.across.forms import (
 )
 from tokenferry.backends.cuda.across.parcels import Chunk, Swap
 from tokenferry.backends.cuda.across.plan import Begun, Planner, Routed
-from tokenferry.backends.cuda.across.rails import Transfer
 from tokenferry.backends.cuda.across.relay import AcrossPlan, Relay, RelayAddresses, relay_addresses
 from tokenferry.backends.cuda.bounded import BoundedDict
 from tokenferry.backends.cuda.buffers import SymmetricAllocator
@@ -69,7 +68,7 @@ class Passing(NamedTuple):
     own: Payload
     rows: int
     memory: Tensor
-    transfers: list[Transfer]
+    transfers: Transfers
     words: Words
 
 
@@ -233,7 +232,7 @@ class AcrossDispatcher:
         """Begin to send the rows that go to other nodes, and to receive theirs."""
         into = self._context.empty((relay.first_in[-1] * form.widths.pitch,), (1,), torch.uint8)
         words, at = begun.split.words, into.data_ptr()
-        transfers = self._crossing.rows(begun.call, swaps, words, out.data_ptr(), at, out, into)
+        transfers = self._crossing.rows(begun.call, swaps, words, out.data_ptr(), at, (out, into))
         return Passing(begun.payload, at, into, transfers, words)
 
     def _check_capacity(self, form: AcrossForm, call: Call) -> None:
@@ -334,12 +333,12 @@ class AcrossDispatcher:
         num_out, num_in = relay.first_out[-1], relay.first_in[-1]
         with self._breaking_off:  # peers wait for this rank
             words, out_at = crossing.new_words(form.chunks.num, (num_out + num_in) * pitch)
-            opening = crossing.open_along(call, words, form.chunks, along.went, along.came)
+            opening = crossing.announce(call, words, form.chunks, along.went, along.came, along.whole.src_counts)
             into_at = out_at + num_out * pitch
             if num_out:
                 going = Going(along.slots, along.dst_counts, along.went, along.whole.num_tokens)
                 _pack(form, call, going, payload, out_at)
-            transfers = crossing.rows(call, swaps, words, out_at, into_at)
+            transfers = crossing.rows(call, swaps, words, out_at, into_at, None, opening)
             result, recv = self._recv_rows(form, call, plan)
             passing = Passing(payload, into_at, words.memory, transfers, words)
             self._move(form, call, along, swaps, passing, recv, opening)
@@ -386,18 +385,22 @@ class AcrossDispatcher:
             ids = routing.ids + relay.node * relay.segment * routing.id_bytes
             own = Payload(own.rows, own.scale, own.weights, ids)
         move(form.move, call, sms, recv, own, along.segments.get(relay.node) or along.segment(relay.node))
-        if isinstance(begun, Opening):  # a dispatch has done this before it counted
-            crossing.confirm(call, begun, src_counts)
+        opening = begun if isinstance(begun, Opening) else None  # a dispatch has compared calls before it counted
+        if opening is not None and opening.transfer is not None:
+            opening.transfer.join()
+            crossing.confirm(call, opening)
+            opening = None
         if not swaps[0].whole:
             no_counts = crossing.no_counts(src_counts)
             along = along._replace(no_counts=address(no_counts))
-        transfers = iter(passing.transfers)
         for swap in swaps:
             chunk = swap.recv
-            if chunk.num or swap.send.num:
-                next(transfers).join()
-            if chunk.num:
-                crossing.check(call, passing.words, src_counts, swap)
+            transfer = passing.transfers.get((chunk.node, swap.number))
+            if transfer is not None:
+                transfer.join()
+            if chunk.num or opening is not None:
+                crossing.check(call, passing.words, src_counts, swap, opening)
+                opening = None
             if swap.used:  # else no rank of this node has tokens in it
                 payload = _passed_on(form, passing.rows, chunk, routing)
                 move(form.pass_on, call, sms, recv, payload, along.part(swap, chunk))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import ClassVar, NamedTuple
 
+from tokenferry.backends.cuda.across.comparer import Sayings
 from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.rails import Transfer
@@ -22,6 +24,7 @@ class Messages(NamedTuple):
         came: Where those from them come.
         body_bytes: Bytes of a body.
         states: Where the states of the senders come: ``[N, 2]`` int32; 0: messages have none.
+        epoch: Address of the epoch of the dispatch whose rows a combine sends; 0: it is another call.
     """
 
     mine: int
@@ -30,6 +33,7 @@ class Messages(NamedTuple):
     came: int
     body_bytes: int
     states: int
+    epoch: int
 
 
 class MessageRails(ABC):
@@ -107,9 +111,12 @@ class ExchangedMessages(MessageRails):
     def exchange(self, call: Call, messages: Messages, kept: object, patience: float) -> Transfer:
         """See `MessageRails.exchange`."""
         del patience  # no rank may be masked
-        mine, headers, sent, came, body_bytes, states = messages
-        own_state, incoming, outgoing = self._crossing.own_state, [], []
-        for other, node in enumerate(self._crossing.others):
+        mine, headers, sent, came, body_bytes, states, epoch = messages
+        crossing, incoming, outgoing = self._crossing, [], []
+        own_state, compare = crossing.own_state, None
+        if mine:  # the exchange of different calls may not end
+            compare = partial(crossing.comparer.compare, call, Sayings(headers, epoch=epoch))
+        for other, node in enumerate(crossing.others):
             if mine:
                 incoming.append((headers + node * HEADER_BYTES, HEADER_BYTES, node, False))
                 outgoing.append((mine + node * HEADER_BYTES, HEADER_BYTES, node, True))
@@ -118,4 +125,4 @@ class ExchangedMessages(MessageRails):
             if states:
                 incoming.append((states + node * STATE_BYTES, STATE_BYTES, node, False))
                 outgoing.append((own_state, STATE_BYTES, node, True))
-        return self._crossing.rails.exchange(call, incoming + outgoing, kept)
+        return crossing.rails.exchange(call, incoming + outgoing, kept, compare)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from tokenferry.backends.cuda.across.nccl import Communicator, NcclError
 from tokenferry.backends.cuda.across.rails import Parts
-from tokenferry.backends.cuda.bounded import BoundedDict
-
-_MAX_STREAMS = 64
+from tokenferry.memory.streams import CudaStreams
 
 
 class Marks(NamedTuple):
@@ -34,12 +34,21 @@ class Marks(NamedTuple):
 class RailChannel(Protocol):
     """The connections of a rail."""
 
-    def start(self, parts: Parts) -> Marks:
+    def start(self, parts: Parts, stream: int, *, captured: bool) -> Marks:
         """Begin an exchange, behind the work of the current stream.
+
+        Args:
+            parts: What to send, and where to receive.
+            stream: Handle of the current stream.
+            captured: Whether a CUDA graph captures it.
 
         Raises:
             NcclError: a connection has failed.
         """
+        ...
+
+    def aside(self) -> AbstractContextManager[object]:
+        """Return what makes a stream the current one of this thread that no exchange, and nothing else, lies on."""
         ...
 
     def error(self) -> str:
@@ -55,20 +64,53 @@ class RailChannel(Protocol):
         ...
 
 
+class _Events:
+    """Events before and after an exchange. They are used again when nobody can ask about it any more.
+
+    Events of torch would do, but to make, record and wait for two takes the host twice as long as here.
+    """
+
+    __slots__ = ("_begun", "_ended", "_streams")
+
+    def __init__(self, streams: CudaStreams, begun: object, ended: object) -> None:
+        self._streams, self._begun, self._ended = streams, begun, ended
+
+    def has_begun(self) -> bool:
+        return self._streams.is_done(self._begun)
+
+    def has_ended(self) -> bool:
+        return self._streams.is_done(self._ended)
+
+    def join(self) -> None:
+        streams = self._streams
+        stream = streams.eager()
+        if stream is None:
+            streams.wait(streams.current(), self._ended, outside=False)
+        else:
+            streams.wait_eagerly(stream, self._ended)
+
+    def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
+        if not finalizing() and self._streams.can_ask():
+            self._streams.take_back(self._begun)
+            self._streams.take_back(self._ended)
+
+
 class NcclChannel:
     """See `RailChannel`.
 
     Args:
         communicator: The ranks of the rail, in the order of nodes.
         device: The device of this rank.
+        streams: Its streams.
     """
 
-    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+    def __init__(self, communicator: Communicator, device: torch.device, streams: CudaStreams) -> None:
         self._communicator = communicator
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._streams = streams
+        self._handle, self._other = streams.new(priority=-1), streams.new(priority=-1)
+        self._stream = torch.cuda.ExternalStream(self._handle, device)  # type: ignore[no-untyped-call]
+        self._aside = torch.cuda.ExternalStream(self._other, device)  # type: ignore[no-untyped-call]
         self._captured = False
-        self._index = torch.cuda.current_device() if device.index is None else device.index
-        self._streams: BoundedDict[int, Any] = BoundedDict(_MAX_STREAMS)
         self.error, self.abort = communicator.error, communicator.abort
 
     def greet(self) -> None:
@@ -83,15 +125,25 @@ class NcclChannel:
         )
         self._stream.synchronize()
 
-    def start(self, parts: Parts) -> Marks:
+    def start(self, parts: Parts, stream: int, *, captured: bool) -> Marks:
         """See `RailChannel.start`."""
+        if captured:
+            return self._capture(parts)
+        streams, handle = self._streams, self._handle
+        eager = streams.is_eager(stream)
+        begun = streams.record(stream, eager=eager)
+        if eager:
+            streams.wait_eagerly(handle, begun)
+        else:
+            streams.wait(handle, begun, outside=False)
+        self._communicator.exchange(parts, handle)
+        events = _Events(streams, begun, streams.record(handle, eager=eager))
+        return Marks(events.has_begun, events.has_ended, events.join)
+
+    def _capture(self, parts: Parts) -> Marks:
         begun, ended, stream = torch.cuda.Event(), torch.cuda.Event(), self._stream  # type: ignore[no-untyped-call]
-        begun.record(self._current())
+        begun.record()
         begun.wait(stream)
-        if not torch.cuda.is_current_stream_capturing():
-            self._communicator.exchange(parts, stream.cuda_stream)
-            ended.record(stream)
-            return Marks(begun.query, ended.query, lambda: ended.wait(self._current()))
         self._captured = True
         # Events of a capture only order it. Those that can be asked about replays are nodes of the graph.
         reached, left = torch.cuda.Event(external=True), torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
@@ -101,18 +153,16 @@ class NcclChannel:
         ended.record(stream)
         return Marks(reached.query, left.query, ended.wait, captured=True)
 
-    def _current(self) -> Any:  # noqa: ANN401 - a stream of torch
-        """Return the current stream, sooner than torch, which events ask for it otherwise."""
-        handle = torch._C._cuda_getCurrentRawStream(self._index)
-        stream = self._streams.get(handle)
-        if stream is None:
-            stream = self._streams[handle] = torch.cuda.current_stream(self._index)
-        return stream
+    def aside(self) -> AbstractContextManager[object]:
+        """See `RailChannel.aside`."""
+        return torch.cuda.stream(self._aside)
 
     def close(self) -> None:
         """See `RailChannel.close`."""
         if not self._captured:  # NCCL waits for the end of graphs
             self._communicator.close()
+        for stream in (self._handle, self._other):
+            self._streams.destroy(stream)
 
 
 def connect(make: Callable[[], NcclChannel], timeout_s: float) -> NcclChannel:

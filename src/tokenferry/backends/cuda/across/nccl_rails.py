@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 from tokenferry.backends.cuda.across.nccl import NcclError
 from tokenferry.backends.cuda.across.nccl_channel import Marks, RailChannel
-from tokenferry.backends.cuda.across.rails import Parts, between_nodes
+from tokenferry.backends.cuda.across.rails import Compare, Parts, between_nodes
 from tokenferry.backends.cuda.context import Call
-from tokenferry.errors import PeerTimeout
+from tokenferry.errors import PeerTimeout, TokenferryError
 from tokenferry.forked import forget_in_child
 from tokenferry.topology import Topology
 from tokenferry.transports.base import peer_timeout
@@ -36,6 +36,8 @@ _HOPELESS_S = 1.0
 """Seconds that exchanges have to end once a rank has failed, or ranks have made different calls, of different sizes."""
 _ASK_S = 1.0
 """How long an exchange lasts before the reports of other ranks are asked for, and between two such questions."""
+_COMPARE_S = 1.0
+"""How long an exchange lasts before it is looked at what has come of it, and between two such looks."""
 _REPLAYS_S = 0.5
 """How often to ask where replays of graphs are."""
 _MOST_ASKED = 1024
@@ -67,6 +69,7 @@ class NcclTransfer:
         marks: Where it lies.
         kept: Keeps the memory of what is sent and received, until the stream whose memory it is waits for the exchange.
         since: When the device was first seen at it; 0: it is not.
+        compare: See `Rails.exchange`.
     """
 
     rails: NcclRails
@@ -74,6 +77,7 @@ class NcclTransfer:
     marks: Marks
     kept: object
     since: float = field(default=0.0)
+    compare: Compare | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -149,13 +153,21 @@ class NcclRails:
         self._closed = False
         self._mismatched: Callable[[], bool] = _never
         self._hopeless_since = 0.0
-        self._asked = 0.0
-        args = (weakref.ref(self), channel, self._more, enter_thread)  # not this object: it must be able to die
+        self._asked = self._looked = 0.0
+        self.mismatch: TokenferryError | None = None
+        self._looks: list[threading.Thread] = []
+        args = (
+            weakref.ref(self),
+            channel,
+            self._more,
+            self._looks,
+            enter_thread,
+        )  # not this object: it must be able to die
         self._thread = threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True)
         self._thread.start()
         forget_in_child(self, NcclRails.forget)
 
-    def exchange(self, call: Call, parts: Parts, kept: object) -> NcclTransfer:
+    def exchange(self, call: Call, parts: Parts, kept: object, compare: Compare | None = None) -> NcclTransfer:
         """See `Rails.exchange`.
 
         Raises:
@@ -164,12 +176,12 @@ class NcclRails:
         start = time.monotonic()
         what = self._latest = _Exchange(call, parts)
         try:
-            marks = self._channel.start(parts)
+            marks = self._channel.start(parts, call.stream, captured=call.capturing)
         except NcclError as error:
             raise self.give_up(what, time.monotonic() - start, f"{_FAILED}: {error}") from error
-        transfer = NcclTransfer(self, what, marks, kept)
+        transfer = NcclTransfer(self, what, marks, kept, 0.0, compare)
         if marks.captured:  # the memory is the graph's
-            self._in_graphs.append(NcclTransfer(self, what, marks, None))
+            self._in_graphs.append(NcclTransfer(self, what, marks, None, 0.0, compare))
         else:
             self._under_way.append(transfer)
             if not self._more.is_set():
@@ -198,7 +210,9 @@ class NcclRails:
             transfer = self._first(now)
             if transfer is None:
                 return False
-            if not self._hopeless_since and (self._mismatched() or self._others_failed(transfer, now)):
+            self._look(transfer, now)
+            mismatched = self.mismatch is not None or self._mismatched()
+            if not self._hopeless_since and (mismatched or self._others_failed(transfer, now)):
                 self._hopeless_since = now
             is_late = transfer.since and now - transfer.since > self._timeout_s
             is_hopeless = self._hopeless_since and now - self._hopeless_since > _HOPELESS_S
@@ -214,9 +228,12 @@ class NcclRails:
             under_way.popleft()
         if under_way and under_way[0].has_begun(now):
             return under_way[0]
-        if now > self._replays_at:
+        if self._stuck is not None and not self._stuck.has_begun(now):
+            self._stuck = None
+        if self._stuck is None and now > self._replays_at:
             self._replays_at = now + _REPLAYS_S
             self._stuck = self._first_of_replays(now)
+            self._looked = now  # from now on every look has to find it there
         return self._stuck or (under_way[0] if under_way else None)
 
     def _first_of_replays(self, now: float) -> NcclTransfer | None:
@@ -231,6 +248,21 @@ class NcclRails:
             self._ask_from = 0
         self._at_work = stuck + [each for each in asked if not each.since and each.has_begun(now)]
         return stuck[0] if stuck else None
+
+    def _look(self, transfer: NcclTransfer, now: float) -> None:
+        """Begin to compare calls, if an exchange lasts.
+
+        In a thread: to read from the device may block where it hangs, and an exchange has to be ended all the same.
+        """
+        compare, since = transfer.compare, transfer.since
+        if compare is None or not since or now - max(since, self._looked) < _COMPARE_S:
+            return
+        if any(look.is_alive() for look in self._looks):
+            return
+        self._looked = now
+        args = (weakref.ref(self), self._channel, transfer, compare)
+        self._looks[:] = [threading.Thread(target=_compare, args=args, name="tokenferry-compare", daemon=True)]
+        self._looks[0].start()
 
     def finish(self) -> None:
         """See `Rails.finish`."""
@@ -268,7 +300,7 @@ class NcclRails:
         lost.nodes = nodes
         self.lost = lost
         if self.reports is not None:
-            self.reports.post(FailureReport.of(lost))
+            self.reports.post(FailureReport.of(self.mismatch or lost))
         self._channel.abort()
         self._under_way.clear()  # not before: NCCL may still write into their tensors
         return lost
@@ -283,6 +315,22 @@ class NcclRails:
         return bool(come)
 
 
+def _compare(rails: weakref.ref[NcclRails], channel: RailChannel, transfer: NcclTransfer, compare: Compare) -> None:
+    """Note the mismatch if ranks have made different calls, whose exchange lasts.
+
+    What has come is read twice, since it may be coming, and counts only if the exchange has not ended since: then its
+    memory is nobody else's.
+    """
+    with suppress(RuntimeError), channel.aside():  # an error of CUDA's, which calls meet as well
+        first = compare()
+        if first is None:
+            return
+        time.sleep(_POLL_S)
+        second, found = compare(), rails()
+        if found is not None and str(second) == str(first) and not transfer.has_ended:
+            found.mismatch = first
+
+
 def _never() -> bool:
     return False
 
@@ -291,6 +339,7 @@ def _look_after(
     rails: weakref.ref[NcclRails],
     channel: RailChannel,
     more: threading.Event,
+    looks: list[threading.Thread],
     enter_thread: Callable[[], object] | None,
 ) -> None:
     """Look after the exchanges of a rank until its rails are closed or gone; then close the channel."""
@@ -308,4 +357,6 @@ def _look_after(
                 time.sleep(_POLL_S)
         except RuntimeError:  # CUDA's: calls meet it as well, and waits on the host have a deadline of their own
             return
+    for look in looks:  # it reads the memory of calls
+        look.join(_CLOSE_S)
     channel.close()

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenferry.backends.base import Encoding
-from tokenferry.backends.cuda.across.contents import CrossingRouting, Words
+from tokenferry.backends.cuda.across.contents import CrossingRouting, Opening, Words
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.decode_forms import rail_sizes
 from tokenferry.backends.cuda.across.decode_sums import encoded_bytes
 from tokenferry.backends.cuda.across.messages import MessageRails, Messages
+from tokenferry.backends.cuda.across.parcels import Chunks
 from tokenferry.backends.cuda.across.rails import Rails, Transfer
 from tokenferry.backends.cuda.context import Call, Context, LaunchTemplate, call_packer
 from tokenferry.backends.cuda.control import write_field
@@ -313,10 +314,15 @@ class PutCrossing(Crossing):
 
     def open(self, call: Call, words: Words) -> Transfer:
         """See `Crossing.open`."""
-        return self._puts.exchange(call, Messages(words.mine, words.headers, 0, 0, 0, 0), ROWS_ACROSS)
+        return self._puts.exchange(call, Messages(words.mine, words.headers, 0, 0, 0, 0, 0), ROWS_ACROSS)
 
     def routing(self, call: Call, routing: CrossingRouting, words: Words, *, opens: bool) -> Transfer | None:
         """See `Crossing.routing`. Headers are put, and the routing follows them."""
         if opens:
             self.open(call, words).join()
         return super().routing(call, routing, words, opens=False)
+
+    def announce(self, call: Call, words: Words, chunks: Chunks, goes: int, comes: int, src_counts: int) -> Opening:
+        """See `Crossing.announce`. What is said is on its way by itself then."""
+        said = super().announce(call, words, chunks, goes, comes, src_counts)
+        return said._replace(transfer=self.open(call, words))

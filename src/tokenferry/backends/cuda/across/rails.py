@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tokenferry.backends.cuda.context import Call
-from tokenferry.errors import PeerTimeout
+from tokenferry.errors import PeerTimeout, TokenferryError
 from tokenferry.transports.base import CallId
 from tokenferry.transports.failures import FailureReports
 
@@ -17,6 +17,10 @@ A plain tuple: each exchange has several, and named ones take the host several t
 """
 Parts = Sequence[Part]
 """Those of an exchange. What is for a node is in the order, and in the sizes, in which the rank across receives it."""
+
+
+Compare = Callable[[], TokenferryError | None]
+"""Returns the error if ranks have made different calls, as far as what they say has come; reads it from the device."""
 
 
 def between_nodes(call: Call) -> CallId:
@@ -47,19 +51,23 @@ class Rails(Protocol):
         name: What carries them.
         reports: Where a rank that gives up says for whom it waited; None: nowhere.
         lost: The error of an exchange that did not end in time; None: there is none.
+        mismatch: Why it did not, if ranks have made different calls; None: nothing is known of that.
     """
 
     name: str
     reports: FailureReports | None
     lost: PeerTimeout | None
+    mismatch: TokenferryError | None
 
-    def exchange(self, call: Call, parts: Parts, kept: object) -> Transfer:
+    def exchange(self, call: Call, parts: Parts, kept: object, compare: Compare | None = None) -> Transfer:
         """Begin an exchange, behind the work of the current stream; returns at once.
 
         Args:
             call: The call that it belongs to, for error messages.
             parts: What to send, and where to receive; not empty.
             kept: Keeps their memory, which is kept until a stream waits for the transfer.
+            compare: If the parts of different calls have different sizes, so that this may not end: called while it
+                lasts, from a thread.
         """
         ...
 
