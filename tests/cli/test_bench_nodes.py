@@ -31,6 +31,7 @@ def test_both_calls_and_their_legs_are_measured(run):
         assert (item["nodes"], item["transport"]) == ("2 nodes of 1 rank", "process_group")
         rows = item["rows_across"]
         assert 0 < rows <= 6
+        assert item["empty_us"] > 0
         for part in ("whole", "network", "inside"):
             assert 0 < item[part]["p05_us"] <= item[part]["median_us"] <= item[part]["p95_us"]
 
@@ -71,6 +72,7 @@ def test_pairs_of_decode_calls_and_their_legs_are_measured(run):
 def test_the_table_says_what_it_shows(run):
     for text in (
         "over slower leg",
+        "torch.empty(8) us",
         "MB besides",
         "MB sent",
         "rows across",

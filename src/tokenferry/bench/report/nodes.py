@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 Item = dict[str, Any]
 
 LEGS = ("whole us", "between nodes us", "within a node us")
-HEADER = ("call", "T", "rows across", "MB of rows", "MB besides", *LEGS, "over slower leg")
+HEADER = ("call", "T", "rows across", "MB of rows", "MB besides", *LEGS, "over slower leg", "torch.empty(8) us")
 NOTE = (
     "whole: ranks synchronised before each call, the slowest rank's time. The legs alone, in turns with it: the same "
     "rows, between nodes already packed, by send and receive of torch.distributed; within a node by a group of one "
     "node. rows across: those that a rank receives from other nodes, mean over ranks; MB of rows: their data; MB "
     "besides: all other bytes that a rank gives to the network in a call (ids, weights, headers), mean over ranks, "
-    "counted in the run"
+    "counted in the run; torch.empty(8): the host's time of it, right behind"
 )
 CHECKED = (
     "rows bit-equal to their sources, sums within rounding; as many rows crossed as there are pairs of a token and "
@@ -60,7 +60,8 @@ def rows(items: Sequence[Item]) -> list[list[str]]:
     for item in items:
         across, slower = item["rows_across"], max(item["network"]["median_us"], item["inside"]["median_us"])
         rows_bytes = across * item["row_bytes"]
-        table.append([item["call"], *_cells(item, f"{across:.1f}", rows_bytes, item["besides_bytes"], slower)])
+        cells = _cells(item, f"{across:.1f}", rows_bytes, item["besides_bytes"], slower)
+        table.append([item["call"], *cells, f"{item['empty_us']:.2f}"])
     return table
 
 

@@ -19,7 +19,7 @@ from tokenferry.bench.suites.decode import HEAP_FOR, new_answers
 from tokenferry.bench.suites.decode_reference import DecodeReference, Pool
 from tokenferry.bench.suites.eager_native import native_calls, native_decode
 from tokenferry.bench.suites.eager_shim import Shim, make_buffer, shim_calls, shim_decode
-from tokenferry.bench.suites.host_time import host_time
+from tokenferry.bench.suites.host_time import empty_us, host_time
 
 CALLS = 60
 """Calls of a run back to back; a third of it from `MANY_TOKENS` on, where the last wait does not count any more."""
@@ -135,10 +135,7 @@ def _timed(session: Session, step: Step, tokens: int) -> tuple[Seconds, float | 
 
 
 def _empty(session: Session) -> bool:
-    """Measure the host's time of the least that a program can do with torch: the unit of host times."""
-    device = session.device.torch_device
-    found = host_time(session, lambda: torch.empty(8, dtype=torch.float32, device=device), HOST_BATCHES)
-    session.send({"torch.empty(8)": {"us": max(session.gather(found["median_us"]))}})
+    session.send({"torch.empty(8)": {"us": empty_us(session, HOST_BATCHES)}})
     return True
 
 

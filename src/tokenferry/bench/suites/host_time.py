@@ -72,6 +72,17 @@ def host_time(session: Session, call: Callable[[], object], batches: int = BATCH
     return {"median_us": statistics.median(times), "mean_us": statistics.fmean(times), "least_us": min(times)}
 
 
+def empty_us(session: Session, batches: int = BATCHES) -> float:
+    """Return the microseconds of ``torch.empty(8)`` on the slowest host, the unit of host times. Collective.
+
+    The least that a program can do with torch. Hosts differ in it by a factor of two, and one from minute to minute.
+    """
+    device = session.device.torch_device
+    found = host_time(session, lambda: torch.empty(8, dtype=torch.float32, device=device), batches)
+    slowest: float = max(session.gather(found["median_us"]))
+    return slowest
+
+
 def _throughput_graph(session: Session) -> None:
     sizes = session.settings.sizes(TOKENS)
     inputs = draw(sizes, 0, session.rank, session.device.torch_device)

@@ -27,12 +27,14 @@ from tokenferry.bench.core.checks import (
 )
 from tokenferry.bench.core.inputs import Inputs, Sizes, draw, expert
 from tokenferry.bench.core.session import Session, Step
+from tokenferry.bench.suites.host_time import empty_us
 from tokenferry.bench.suites.nodes_bytes import sent_across
 from tokenferry.bench.suites.nodes_shim import v1_hints
 from tokenferry.cost.rows import network_rows
 from tokenferry.topology import Topology
 from tokenferry.types import MoeShape, Plan, Routing
 
+_EMPTY_BATCHES = 3
 LEGS = ("whole", "network", "inside")
 """A call and its two legs, in reports."""
 
@@ -120,6 +122,7 @@ def _measure(session: Session, sizes: Sizes) -> None:
                 "row_bytes": 2 * sizes.hidden,
                 "sent_bytes": sent,
                 "besides_bytes": sent - rows * 2 * sizes.hidden,
+                "empty_us": empty_us(session, _EMPTY_BATCHES),
                 **session.summaries(dict(zip(LEGS, times, strict=True))),
             }
             session.send({"nodes": case})
