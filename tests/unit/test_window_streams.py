@@ -153,18 +153,22 @@ def channel(streams, monkeypatch):
 
 def test_an_exchange_lies_between_the_work_of_a_stream(streams, channel):
     """No context is entered, and events are used again: a call has several exchanges, and the host starts them."""
-    log, name = streams._cuda.log, "event without timing True"
-    for turn in range(2):
+    log, name, made = streams._cuda.log, "event without timing True", set()
+    for asked in (True, False, True):
         marks = channel.start("parts", 60, captured=False)
         marks.join()
-        assert [entry for entry in log if entry != "enter"] == [
+        assert log == [
             ("record", name, 60), ("wait", 91, name, 0), ("parts", 91), ("record", name, 91), ("wait", 60, name, 0)
         ]  # fmt: skip
-        assert log.count("enter") == (0 if turn else 2), "to make two events"
         log.clear()
+        if asked:
+            assert marks.ended()
+            assert marks.ended(), "what has ended is not asked again"
         del marks
-        assert log == [("ask", name)] * 2
+        assert log == [("ask", name)] * (1 if asked else 2)
+        made |= {id(event) for event in streams._idle}
         log.clear()
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("why", ["a forked child", "a capture"])
@@ -203,9 +207,10 @@ def test_an_exchange_from_another_device(streams, channel):
 
 def test_where_an_exchange_is(streams, channel):
     marks = channel.start("parts", 60, captured=False)
-    assert (marks.begun(), marks.ended()) == (True, True)
     streams._cuda.status = NOT_READY
     assert (marks.begun(), marks.ended(), marks.captured) == (False, False, False)
+    streams._cuda.status = 0
+    assert (marks.begun(), marks.ended(), marks.captured) == (True, True, False)
 
 
 def test_the_host_has_one_stream():

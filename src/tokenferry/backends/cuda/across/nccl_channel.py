@@ -70,16 +70,17 @@ class _Events:
     Events of torch would do, but to make, record and wait for two takes the host twice as long as here.
     """
 
-    __slots__ = ("_begun", "_ended", "_streams")
+    __slots__ = ("_begun", "_ended", "_over", "_streams")
 
     def __init__(self, streams: CudaStreams, begun: object, ended: object) -> None:
-        self._streams, self._begun, self._ended = streams, begun, ended
+        self._streams, self._begun, self._ended, self._over = streams, begun, ended, False
 
     def has_begun(self) -> bool:
         return self._streams.is_done(self._begun)
 
     def has_ended(self) -> bool:
-        return self._streams.is_done(self._ended)
+        self._over = self._over or self._streams.is_done(self._ended)
+        return self._over
 
     def join(self) -> None:
         streams = self._streams
@@ -90,7 +91,12 @@ class _Events:
             streams.wait_eagerly(stream, self._ended)
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:  # noqa: ANN401 - bound: `sys` may be gone
-        if not finalizing() and self._streams.can_ask():
+        if finalizing():
+            return
+        if self._over:  # the thread that looks after exchanges has asked, and should not do so again for each
+            self._streams.give_back(self._begun)
+            self._streams.give_back(self._ended)
+        elif self._streams.can_ask():
             self._streams.take_back(self._begun)
             self._streams.take_back(self._ended)
 
@@ -130,14 +136,16 @@ class NcclChannel:
         if captured:
             return self._capture(parts)
         streams, handle = self._streams, self._handle
-        eager = streams.is_eager(stream)
-        begun = streams.record(stream, eager=eager)
-        if eager:
+        if streams.is_eager(stream):
+            begun = streams.record_eagerly(stream)
             streams.wait_eagerly(handle, begun)
+            self._communicator.exchange(parts, handle)
+            events = _Events(streams, begun, streams.record_eagerly(handle))
         else:
+            begun = streams.record(stream)
             streams.wait(handle, begun, outside=False)
-        self._communicator.exchange(parts, handle)
-        events = _Events(streams, begun, streams.record(handle, eager=eager))
+            self._communicator.exchange(parts, handle)
+            events = _Events(streams, begun, streams.record(handle))
         return Marks(events.has_begun, events.has_ended, events.join)
 
     def _capture(self, parts: Parts) -> Marks:
