@@ -19,7 +19,7 @@ CALLS = "2026-11-29_4xh200_67d3d47-calls.json"
 NCCL_CALLS = "2026-11-21_4xh200_0bfa639-quick.json"
 DECODE = "2026-11-29_4xh200_67d3d47-decode.json"
 TRAINING = "2026-11-29_2xh200_345edae-megatron.json"
-LANGUAGE = "2026-11-29_2xh200_8d1638f-language.json"
+LANGUAGE = "2026-11-30_2xh200_61542ee-language.json"
 
 OURS, V1, NCCL = "tokenferry", "DeepEP V1", "NCCL all-to-all"
 COLOURS = {OURS: "#0b7285", V1: "#e8890c", NCCL: "#868e96"}
