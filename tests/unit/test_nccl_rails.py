@@ -182,7 +182,10 @@ def test_calls_are_compared_while_their_exchange_lasts(captured):
     """It may never end; but not if it is short, or the device is not there."""
     reports = mock.Mock()
     reports.have_come.return_value = False
-    rails, channel = make(SOON_S * 10, reports=reports)
+    entered: list[str] = []
+    rails, channel = make(
+        SOON_S * 10, reports=reports, enter_thread=lambda: entered.append(threading.current_thread().name)
+    )
     compare = compared(differ("kind"))
     with mock.patch.multiple(SOON, _HOPELESS_S=0.3, _COMPARE_S=0.1, _REPLAYS_S=0.01):
         channel.at_once = True
@@ -195,6 +198,7 @@ def test_calls_are_compared_while_their_exchange_lasts(captured):
         channel.reached.set()
         assert channel.aborted.wait(SOON_S)
     assert str(rails.mismatch) == "different calls: kind"
+    assert entered == ["tokenferry-rails", "tokenferry-compare"], "a CUDA graph may be captured meanwhile"
     with pytest.raises(PeerTimeout, match="for rank 0: an exchange between nodes did not end"):
         rails.raise_lost()
     (report,) = reports.post.call_args.args

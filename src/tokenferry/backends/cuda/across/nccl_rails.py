@@ -121,7 +121,7 @@ class NcclRails:
         topology: The nodes.
         timeout_s: Seconds that an exchange may take.
         reports: Where a rank that gives up says for whom it waited.
-        enter_thread: Called first in the thread that looks after exchanges.
+        enter_thread: Called first in the thread that looks after exchanges, and in those that compare calls.
     """
 
     name = "nccl"
@@ -156,13 +156,9 @@ class NcclRails:
         self._asked = self._looked = 0.0
         self.mismatch: TokenferryError | None = None
         self._looks: list[threading.Thread] = []
-        args = (
-            weakref.ref(self),
-            channel,
-            self._more,
-            self._looks,
-            enter_thread,
-        )  # not this object: it must be able to die
+        self._enter_thread = enter_thread
+        # Not this object: it must be able to die.
+        args = (weakref.ref(self), channel, self._more, self._looks, enter_thread)
         self._thread = threading.Thread(target=_look_after, args=args, name="tokenferry-rails", daemon=True)
         self._thread.start()
         forget_in_child(self, NcclRails.forget)
@@ -255,12 +251,12 @@ class NcclRails:
         In a thread: to read from the device may block where it hangs, and an exchange has to be ended all the same.
         """
         compare, since = transfer.compare, transfer.since
-        if compare is None or not since or now - max(since, self._looked) < _COMPARE_S:
+        if self.mismatch is not None or compare is None or not since or now - max(since, self._looked) < _COMPARE_S:
             return
         if any(look.is_alive() for look in self._looks):
             return
         self._looked = now
-        args = (weakref.ref(self), self._channel, transfer, compare)
+        args = (weakref.ref(self), self._channel, transfer, compare, self._enter_thread)
         self._looks[:] = [threading.Thread(target=_compare, args=args, name="tokenferry-compare", daemon=True)]
         self._looks[0].start()
 
@@ -315,18 +311,27 @@ class NcclRails:
         return bool(come)
 
 
-def _compare(rails: weakref.ref[NcclRails], channel: RailChannel, transfer: NcclTransfer, compare: Compare) -> None:
+def _compare(
+    rails: weakref.ref[NcclRails],
+    channel: RailChannel,
+    transfer: NcclTransfer,
+    compare: Compare,
+    enter_thread: Callable[[], object] | None,
+) -> None:
     """Note the mismatch if ranks have made different calls, whose exchange lasts.
 
     What has come is read twice, since it may be coming, and counts only if the exchange has not ended since: then its
     memory is nobody else's.
     """
-    with suppress(RuntimeError), channel.aside():  # an error of CUDA's, which calls meet as well
-        first = compare()
-        if first is None:
-            return
-        time.sleep(_POLL_S)
-        second, found = compare(), rails()
+    with suppress(RuntimeError):  # CUDA's, which calls meet as well
+        if enter_thread is not None:
+            enter_thread()
+        with channel.aside():
+            first = compare()
+            if first is None:
+                return
+            time.sleep(_POLL_S)
+            second, found = compare(), rails()
         if found is not None and str(second) == str(first) and not transfer.has_ended:
             found.mismatch = first
 
