@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -259,6 +261,32 @@ def load_whole(rank, pg):
 
 def test_whole_experts_are_not_taken_for_a_part(worlds):
     worlds(2).run(load_whole)
+
+
+def load_what_rank_0_saved(rank: int, pg: Any, path: str) -> None:
+    """As many programs do it: rank 0 calls `torch.save`, and all ranks `torch.load`."""
+    group = tokenferry.ExpertGroup(pg, MoeShape(4, 2, 16, 64), backend="cpu")
+    model = torch.nn.Sequential(MoELayer(group, 8, seed=1))
+    if rank == 0:
+        torch.save(model.state_dict(), path)
+    dist.barrier(pg)
+    state, kept = torch.load(path, weights_only=False), model[0].experts.gate.to_local().clone()
+    if rank == 0:
+        model.load_state_dict(state)
+    else:
+        text = rf"0\.experts\.gate holds the experts of the rank at .0.*, and this one is at .{rank}.*\.checkpoint"
+        with pytest.raises(tokenferry.ConfigError, match=text):
+            model.load_state_dict(state)
+    assert torch.equal(model[0].experts.gate.to_local(), kept)
+    own = f"{path}.{rank}"
+    torch.save(model.state_dict(), own)
+    torch.nn.init.zeros_(model[0].experts.gate)
+    model.load_state_dict(torch.load(own, weights_only=False))  # what a rank has saved for itself
+    assert torch.equal(model[0].experts.gate.to_local(), kept)
+
+
+def test_experts_of_another_rank_are_refused(worlds, tmp_path):
+    worlds(2).run(load_what_rank_0_saved, str(tmp_path / "state"))
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,16 @@ import torch
 
 import tokenferry
 from support import parallel_jobs as jobs
-from support.training_jobs import LIMIT, SHAPE, Model, Recipe, train, train_alone
+from support.training_jobs import LIMIT, OTHERS, SHAPE, Model, Recipe, train, train_alone
 from tokenferry.nn import GradScaler
+from tokenferry.testing.world import WorldError
 
+MISLED = ("Adafactor", "Rprop")
+"""Optimizers of torch that take one rank's part of a DTensor for all of it, or refuse it."""
 RECIPES = [
     *(Recipe(tool, dtype) for tool in ("hand", "ddp", "fsdp") for dtype in (torch.float64, torch.float32)),
     *(Recipe(tool, optimizer=kind) for tool in ("hand", "ddp", "fsdp") for kind in ("foreach", "fused")),
+    *(Recipe(tool, optimizer=kind) for tool in ("ddp", "fsdp") for kind in OTHERS if kind not in MISLED),
 ]
 
 
@@ -23,7 +27,7 @@ def close(what, got, want, within):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.tool}-{r.dtype}-{r.optimizer}")
 def test_four_ranks_are_one_process(worlds, recipe):
-    """One rule for losses and gradients, norms, clipping, AdamW and moving averages."""
+    """One rule for losses and gradients, norms, clipping, optimizers and moving averages."""
     want, results = train_alone(recipe), worlds(4).run(train, recipe)
     within = 1e-12 if recipe.dtype == torch.float64 else 1e-6
     assert min(want["norms"]) > LIMIT, "clipping is not tried"
@@ -36,6 +40,21 @@ def test_four_ranks_are_one_process(worlds, recipe):
             for name, value in want[kind].items():
                 close(f"{kind} {name}", got[kind][name], value, within)
                 assert torch.equal(got[kind][name], results[0][kind][name]), f"ranks disagree about {kind} {name}"
+
+
+def test_adafactor_is_misled(worlds):
+    """The documents say so: torch takes the norm of one rank's part of a parameter for that of all of it."""
+    recipe = Recipe("ddp", optimizer="Adafactor")
+    got, want = worlds(4).run(train, recipe)[0]["parameters"], train_alone(recipe)["parameters"]
+    start = dict(Model(tokenferry.ExpertGroup(None, SHAPE), recipe.dtype).named_parameters())
+    name = next(name for name in want if "experts.gate" in name)
+    assert (got[name] - want[name]).norm() > 0.01 * (want[name] - start[name].detach()).norm()
+
+
+@pytest.mark.parametrize("recipe", [Recipe("ddp", optimizer="Rprop"), *(Recipe("fsdp", optimizer=k) for k in MISLED)])
+def test_optimizers_that_torch_refuses(worlds, recipe):
+    with pytest.raises(WorldError, match="in-place operations that require placement changes are not supported"):
+        worlds(4).run(train, recipe)
 
 
 def test_ranks_raise_without_help(worlds):

@@ -16,7 +16,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import tokenferry
-from support.training_jobs import SHAPE, Model, Recipe, adamw, average_by_hand, batch, loss_of, prepared, wholes
+from support.training_jobs import (
+    SHAPE,
+    Model,
+    Recipe,
+    average_by_hand,
+    batch,
+    loss_of,
+    make_optimizer,
+    prepared,
+    wholes,
+)
 from tokenferry.nn import MoELayer
 
 TOKENS = 24
@@ -49,7 +59,7 @@ def save(rank: int, pg: dist.ProcessGroup, recipe: Recipe, folder: Path) -> tupl
     """Save after two steps; return the losses of the next two, and what was saved as one process would have it."""
     with tokenferry.ExpertGroup(pg, SHAPE) as group:
         model = prepared(Model(group, recipe.dtype), recipe, pg)
-        optimizer = adamw(model, recipe)
+        optimizer = make_optimizer(model, recipe)
         advance(model, optimizer, recipe, pg, range(2))
         bare = getattr(model, "module", model)
         states = dict(zip(("model", "optimizer"), get_state_dict(bare, optimizer), strict=True))
@@ -68,7 +78,7 @@ def resume(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, folder: Path
             for parameter in model.parameters():
                 parameter.fill_(0.25)
         model = model if pg is None else prepared(model, recipe, pg)
-        optimizer = adamw(model, recipe)
+        optimizer = make_optimizer(model, recipe)
         bare = getattr(model, "module", model)
         states = dict(zip(("model", "optimizer"), get_state_dict(bare, optimizer), strict=True))
         dcp.load(states, checkpoint_id=folder)

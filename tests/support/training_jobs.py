@@ -33,7 +33,7 @@ class Recipe:
     Attributes:
         tool: ``"hand"``, ``"ddp"`` or ``"fsdp"``: what keeps the copies of replicated parameters equal.
         dtype: Of parameters and rows.
-        optimizer: Which AdamW: ``"plain"``, ``"foreach"`` or ``"fused"``.
+        optimizer: Which AdamW, ``"plain"``, ``"foreach"`` or ``"fused"``; or another optimizer of torch, by its name.
     """
 
     tool: str
@@ -111,10 +111,31 @@ def prepared(model: nn.Module, recipe: Recipe, pg: dist.ProcessGroup) -> nn.Modu
     return model
 
 
-def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with an eps that does not turn rounding errors of gradients near zero into steps."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "Adam": {"amsgrad": True, "eps": 1e-3},
+    "NAdam": {"eps": 1e-3},
+    "RAdam": {"eps": 1e-3},
+    "RMSprop": {"eps": 1e-3},
+    "Adagrad": {"eps": 1e-3},
+    "Adadelta": {"eps": 1e-3},
+    "Adamax": {"eps": 1e-3},
+    "Adafactor": {},
+    "Rprop": {},
+}
+"""Optimizers of torch, with an eps that does not turn rounding errors of gradients near zero into steps."""
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimizer of a recipe."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer in OTHERS:
+        made: torch.optim.Optimizer = getattr(torch.optim, recipe.optimizer)(
+            parameters, lr=1e-2, **OTHERS[recipe.optimizer]
+        )
+        return made
     kind = {} if recipe.optimizer == "plain" else {recipe.optimizer: True}
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, **kind)
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3, **kind)
 
 
 def average_by_hand(model: nn.Module, pg: dist.ProcessGroup) -> None:
@@ -139,7 +160,7 @@ def train(rank: int, pg: dist.ProcessGroup, recipe: Recipe) -> dict[str, Any]:
             dist.all_reduce(mean, group=pg)
             return mean / pg.size()
 
-        return _steps(model, adamw(model, recipe), recipe, step)
+        return _steps(model, make_optimizer(model, recipe), recipe, step)
 
 
 def train_alone(recipe: Recipe) -> dict[str, Any]:
@@ -153,7 +174,7 @@ def train_alone(recipe: Recipe) -> dict[str, Any]:
             loss.backward()
             return loss.detach()
 
-        return _steps(model, adamw(model, recipe), recipe, step)
+        return _steps(model, make_optimizer(model, recipe), recipe, step)
 
 
 def _steps(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class MoELayer(nn.Module):
             self._draw_experts()
         self.shared = self.options.shared
         self._sharded = False
-        self.register_load_state_dict_pre_hook(_refuse_whole_experts)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_refuse_other_experts)  # type: ignore[no-untyped-call]
         mesh = expert_mesh(group)
         if mesh is not None:
             self.place_experts(mesh)
@@ -272,18 +272,32 @@ class MoELayer(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in mine]
 
 
-def _refuse_whole_experts(layer: MoELayer, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Raise ConfigError for experts that are plain tensors, of which a sharded layer cannot take its part."""
-    names = [f"{prefix}experts.{name}" for name, _ in layer.experts.named_parameters()] if layer._sharded else ()
-    whole = next(
-        (name for name in names if isinstance(state.get(name), Tensor) and not hasattr(state[name], "to_local")), None
-    )
-    if whole is not None:
-        raise ConfigError(
-            f"MoELayer: load_state_dict: {whole} is a plain tensor, and this layer holds a part of it, as a DTensor; "
-            "use torch.distributed.checkpoint.state_dict.set_model_state_dict with "
-            "StateDictOptions(full_state_dict=True)"
-        )
+def _refuse_other_experts(layer: MoELayer, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Raise ConfigError for experts that are not those of this rank.
+
+    Of plain tensors a sharded layer cannot take its part. And `torch.save` on one rank saves the part of that rank,
+    which `torch.load` on another returns as a DTensor of the same mesh, at the place of the first.
+    """
+    if not layer._sharded:
+        return
+    weights: Iterable[tuple[str, Any]] = layer.experts.named_parameters()
+    for name, weight in weights:
+        given, what = state.get(f"{prefix}experts.{name}"), f"MoELayer: load_state_dict: {prefix}experts.{name}"
+        if not isinstance(given, Tensor):
+            continue
+        if not hasattr(given, "to_local"):
+            raise ConfigError(
+                f"{what} is a plain tensor, and this layer holds a part of it, as a DTensor; "
+                "use torch.distributed.checkpoint.state_dict.set_model_state_dict with "
+                "StateDictOptions(full_state_dict=True)"
+            )
+        theirs, own = cast(Any, given).device_mesh, weight.device_mesh
+        there, here = theirs.get_coordinate(), own.get_coordinate()
+        if theirs == own and tuple(there or ()) != tuple(here or ()):
+            raise ConfigError(
+                f"{what} holds the experts of the rank at {there} of the mesh, and this one is at {here}: torch.save "
+                "keeps what one rank has; save and load with torch.distributed.checkpoint, which keeps all experts"
+            )
 
 
 def _routing(found: object) -> Routing:
