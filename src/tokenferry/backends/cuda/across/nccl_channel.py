@@ -67,7 +67,7 @@ class RailChannel(Protocol):
 class _Events:
     """Events before and after an exchange. They are used again when nobody can ask about it any more.
 
-    Events of torch would do, but to make, record and wait for two takes the host twice as long as here.
+    Events of torch would do, but to make, record and wait for two takes the host half as long again.
     """
 
     __slots__ = ("_begun", "_ended", "_over", "_streams")
