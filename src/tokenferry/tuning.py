@@ -56,7 +56,8 @@ PUSH_US_OF_TWO = ((24, 307), (32, 250), (48, 220), (66, 212), (132, 202))
 
 ONE_RANK_US = {16: (86, 328, 191), 40: (43, 139, 86), 64: (41, 92, 60), 132: (41, 57, 48)}
 """Where one rank is alone, as on a node of one GPU, by number of SMs: a redispatch, a combine of rows in the heap, and
-one of rows in the user's memory. BF16, T=4096, H=7168, K=8, E=128, one H200. Nothing but the SMs is the limit."""
+one of rows in the user's memory. BF16, T=4096, H=7168, K=8, E=128, one H200; benchmarks/NOTES.md, 2026-11-30. Nothing
+but the SMs is the limit."""
 
 DISPATCH_SMS = 16
 DISPATCH_SMS_OF_ONE = 40

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenferry.backends.cuda.across.comparer import Comparer, Sayings
+from tokenferry.backends.cuda.across.comparer import Comparer, HeaderAddresses
 from tokenferry.backends.cuda.context import Call
 from tokenferry.backends.cuda.faults import FlightRecorder
 from tokenferry.backends.cuda.signature import Signature
@@ -35,14 +35,14 @@ class Said:
     def compare(self, *, plan: bool = True, epoch: bool = False) -> str:
         recorder = FlightRecorder(0, 2)
         recorder.note(9, SIGNATURE)
-        sayings = Sayings(self.headers.data_ptr())
+        at = HeaderAddresses(self.headers.data_ptr())
         if plan:
             goes, comes, counts = (each.data_ptr() for each in (self.goes, self.comes, self.counts))
-            sayings = Sayings(self.headers.data_ptr(), goes, comes, counts)
+            at = HeaderAddresses(self.headers.data_ptr(), goes, comes, counts)
         if epoch:
-            sayings = sayings._replace(epoch=self.epoch.data_ptr())
+            at = at._replace(epoch=self.epoch.data_ptr())
         comparer = Comparer(torch.device("cpu"), TOPOLOGY, recorder)
-        found = comparer.compare(Call(9, 0, False, 1, SIGNATURE, 0), sayings)
+        found = comparer.compare(Call(9, 0, False, 1, SIGNATURE, 0), at)
         assert found is None or isinstance(found, MismatchError)
         return str(found or "")
 

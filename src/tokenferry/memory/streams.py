@@ -86,7 +86,6 @@ class CudaStreams:
         self._capturing = torch._C._cuda_isCurrentStreamCapturing
         self._current_device = torch._C._cuda_getDevice
         self._idle: deque[_Event] = deque()
-        self._flags = self._cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
 
     def current(self) -> int:
         """See `Streams.current`."""
@@ -163,18 +162,8 @@ class CudaStreams:
         check(result, "asking about an event")
         return True
 
-    def record_eagerly(self, stream: int) -> Any:  # noqa: ANN401 - an event
-        """Record and return an event after `eager` or `is_eager`, which have seen that the context is entered."""
-        cuda = self._cuda
-        try:
-            event = self._idle.pop()
-        except IndexError:
-            event = _Event(check(cuda.cuEventCreate(self._flags), "making an event"), self._device)
-        check(cuda.cuEventRecord(event.handle, stream), "recording an event")
-        return event
-
-    def give_back(self, event: Any) -> None:  # noqa: ANN401 - what `record` returned
-        """Let an event be recorded again, all work before which is known to be done."""
+    def reuse(self, event: Any) -> None:  # noqa: ANN401 - what `record` returned
+        """Let `record` return an event again; all work before it is known to be done, as `is_done` has said."""
         self._idle.append(event)
 
     def wait_eagerly(self, stream: int, event: Any) -> None:  # noqa: ANN401 - what `record` returned

@@ -25,7 +25,7 @@ from tokenferry.memory.tensor import tensor_at
 from tokenferry.topology import Topology
 
 
-class Sayings(NamedTuple):
+class HeaderAddresses(NamedTuple):
     """Where it is written what the ranks across from this one say about a call, and what they should; addresses.
 
     Attributes:
@@ -57,16 +57,16 @@ class Comparer:
         self._node, self._num_nodes, self._rail = topology.node, topology.num_nodes, topology.rail
         self._recorder = recorder
 
-    def compare(self, call: Call, sayings: Sayings) -> TokenferryError | None:
+    def compare(self, call: Call, at: HeaderAddresses) -> TokenferryError | None:
         """Return the error if a rank across from this one has made another call, as far as is known; see `Compare`."""
-        headers, goes, comes, src_counts, epoch = sayings
+        headers, goes, comes, src_counts, epoch = at
         if src_counts and self._read(src_counts, 1, torch.int64)[0] < 0:
             return None  # the plan was aborted, and what follows from it is undefined
         expected = list(struct.unpack(f"<{SIGNATURE_WORDS}i", call.signature.words))
         if epoch:
             (expected[DISPATCH_WORD],) = self._read(epoch, 1)
         said = self._read(headers, self._num_nodes * RAIL_WORDS)
-        here, there = (self._read(at, self._num_nodes) if at else [] for at in (comes, goes))
+        here, there = (self._read(rows, self._num_nodes) if rows else [] for rows in (comes, goes))
         for node in range(self._num_nodes):
             words = said[node * RAIL_WORDS : (node + 1) * RAIL_WORDS]
             if node == self._node or not words[0]:  # no call has such a kind

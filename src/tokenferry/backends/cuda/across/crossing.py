@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenferry.backends.cuda.across.comparer import Comparer, Sayings
+from tokenferry.backends.cuda.across.comparer import Comparer, HeaderAddresses
 from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES, CrossingRouting, Opening, Words
 from tokenferry.backends.cuda.across.launch import check_template, clock_template, open_template
 from tokenferry.backends.cuda.across.parcels import Chunks, Swap
@@ -183,7 +183,7 @@ class Crossing:
         """
         start, parts, compare = routing.ids, [], None
         if opens:  # the exchange of different calls may not end
-            parts, compare = self._headers(words), partial(self.comparer.compare, call, Sayings(words.headers))
+            parts, compare = self._headers(words), partial(self.comparer.compare, call, HeaderAddresses(words.headers))
         for at, num_bytes, node, is_sent in routing.parts:
             parts.append((start + at, num_bytes, node, is_sent))
         return self.rails.exchange(call, parts, (routing.memory, words.memory), compare) if parts else None
@@ -193,8 +193,7 @@ class Crossing:
         call: Call,
         swaps: Sequence[Swap],
         words: Words,
-        send_at: int,
-        recv_at: int,
+        ends: tuple[int, int],
         kept: object = None,
         opening: Opening | None = None,
     ) -> Transfers:
@@ -204,8 +203,7 @@ class Crossing:
             call: The call.
             swaps: The chunks.
             words: Where states come.
-            send_at: Where the parcels for all other nodes begin.
-            recv_at: Where those from there do.
+            ends: Where the parcels for all other nodes begin, and where those from there do.
             kept: Keeps the memory, besides that of ``words``.
             opening: What the call says first, along with the first of these chunks; None: it has.
 
@@ -213,11 +211,12 @@ class Crossing:
             dict: the exchanges, but of chunks that are empty on both sides.
         """
         made: Transfers = {}
+        send_at, recv_at = ends
         parts, compare, keep, own_state = [], None, (words.memory, kept), self.own_state
         if opening is not None and opening.transfer is None:  # the exchange of different calls may not end
             _, goes, comes, src_counts, _ = opening
             parts = self._headers(words)
-            compare = partial(self.comparer.compare, call, Sayings(words.headers, goes, comes, src_counts))
+            compare = partial(self.comparer.compare, call, HeaderAddresses(words.headers, goes, comes, src_counts))
         for send, recv, number, _, _ in swaps:
             if recv.num:
                 state = words.states + STATE_BYTES * (recv.node * words.chunks + number)

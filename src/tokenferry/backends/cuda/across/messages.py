@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import ClassVar, NamedTuple
 
-from tokenferry.backends.cuda.across.comparer import Sayings
+from tokenferry.backends.cuda.across.comparer import HeaderAddresses
 from tokenferry.backends.cuda.across.contents import HEADER_BYTES, STATE_BYTES
 from tokenferry.backends.cuda.across.crossing import Crossing
 from tokenferry.backends.cuda.across.rails import Transfer
@@ -115,7 +115,7 @@ class ExchangedMessages(MessageRails):
         crossing, incoming, outgoing = self._crossing, [], []
         own_state, compare = crossing.own_state, None
         if mine:  # the exchange of different calls may not end
-            compare = partial(crossing.comparer.compare, call, Sayings(headers, epoch=epoch))
+            compare = partial(crossing.comparer.compare, call, HeaderAddresses(headers, epoch=epoch))
         for other, node in enumerate(crossing.others):
             if mine:
                 incoming.append((headers + node * HEADER_BYTES, HEADER_BYTES, node, False))

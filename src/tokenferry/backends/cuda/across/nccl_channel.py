@@ -94,8 +94,8 @@ class _Events:
         if finalizing():
             return
         if self._over:  # the thread that looks after exchanges has asked, and should not do so again for each
-            self._streams.give_back(self._begun)
-            self._streams.give_back(self._ended)
+            self._streams.reuse(self._begun)
+            self._streams.reuse(self._ended)
         elif self._streams.can_ask():
             self._streams.take_back(self._begun)
             self._streams.take_back(self._ended)
@@ -136,16 +136,14 @@ class NcclChannel:
         if captured:
             return self._capture(parts)
         streams, handle = self._streams, self._handle
-        if streams.is_eager(stream):
-            begun = streams.record_eagerly(stream)
+        eager = streams.is_eager(stream)
+        begun = streams.record(stream, eager=eager)
+        if eager:
             streams.wait_eagerly(handle, begun)
-            self._communicator.exchange(parts, handle)
-            events = _Events(streams, begun, streams.record_eagerly(handle))
         else:
-            begun = streams.record(stream)
             streams.wait(handle, begun, outside=False)
-            self._communicator.exchange(parts, handle)
-            events = _Events(streams, begun, streams.record(handle))
+        self._communicator.exchange(parts, handle)
+        events = _Events(streams, begun, streams.record(handle, eager=eager))
         return Marks(events.has_begun, events.has_ended, events.join)
 
     def _capture(self, parts: Parts) -> Marks:
