@@ -42,6 +42,7 @@ from tokenferry.errors import ArgumentError, ClosedError, MismatchError, PeerTim
 from tokenferry.memory.streams import HostStreams
 from tokenferry.testing.cases import Case
 from tokenferry.testing.compare import same_bits
+from tokenferry.transports.base import CallId, peer_timeout
 from tokenferry.tuning import NCCL_SMS
 from tokenferry.types import DispatchOptions, Layout, Plan, Quantized, Routing
 
@@ -489,6 +490,25 @@ def compares_as_kernels_do(rank: int, pg: None, pair: EmulatedPair) -> None:
 
 def test_the_host_compares_what_kernels_do(run):
     run(4, compares_as_kernels_do, ranks_per_node=2)
+
+
+def is_told_of_other_calls(rank: int, pg: None, pair: EmulatedPair) -> None:
+    """The exchange of rank 0 did not end, and its host has found why; nothing more is known on the device."""
+    with pair.open(pg, SHAPE, timeout_s=8.0) as group:
+        x, rails = torch.ones(2, 16), group._backend._rails
+        plan = group.dispatch(x, Routing(torch.tensor([[0, 3], [1, 2]]))).plan
+        group.synchronize()
+        if rank == 0:
+            rails.lost = peer_timeout(CallId(2, "combine"), 0, [2], "an exchange did not end", 1.0, "")
+            rails.mismatch = MismatchError("combine #2: rank 0 and rank 2 made different calls: layout")
+        with pytest.raises(MismatchError, match="made different calls: layout"):  # noqa: PT012 - some raise later
+            CALLS["combine"](group, x, plan)
+            group.synchronize()
+        pair.barrier()
+
+
+def test_what_the_host_has_found_reaches_all_ranks(run):
+    run(4, is_told_of_other_calls, ranks_per_node=2)
 
 
 @pytest.mark.parametrize("call", ["redispatch", "combine"])
