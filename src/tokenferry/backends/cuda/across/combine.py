@@ -177,7 +177,7 @@ class AcrossCombiner:
                 weights_at = at + chunk.num_bytes - chunk.num * weight_bytes if weight_bytes else 0
                 part = along.part(swap, chunk)
                 self._inside.add_up(inside, call, source, part, Sums(at, weights_out=weights_at))
-            transfers |= crossing.rows(call, (swap,), words, (sums_at, others), opening=first)
+            transfers |= crossing.rows(call, (swap,), words, sums_at, others, opening=first)
             first = None
         return transfers
 

@@ -193,7 +193,8 @@ class Crossing:
         call: Call,
         swaps: Sequence[Swap],
         words: Words,
-        ends: tuple[int, int],
+        send_at: int,
+        recv_at: int,
         kept: object = None,
         opening: Opening | None = None,
     ) -> Transfers:
@@ -203,7 +204,8 @@ class Crossing:
             call: The call.
             swaps: The chunks.
             words: Where states come.
-            ends: Where the parcels for all other nodes begin, and where those from there do.
+            send_at: Where the parcels for all other nodes begin.
+            recv_at: Where those from there do.
             kept: Keeps the memory, besides that of ``words``.
             opening: What the call says first, along with the first of these chunks; None: it has.
 
@@ -211,7 +213,6 @@ class Crossing:
             dict: the exchanges, but of chunks that are empty on both sides.
         """
         made: Transfers = {}
-        send_at, recv_at = ends
         parts, compare, keep, own_state = [], None, (words.memory, kept), self.own_state
         if opening is not None and opening.transfer is None:  # the exchange of different calls may not end
             _, goes, comes, src_counts, _ = opening

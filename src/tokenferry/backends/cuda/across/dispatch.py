@@ -232,7 +232,7 @@ class AcrossDispatcher:
         """Begin to send the rows that go to other nodes, and to receive theirs."""
         into = self._context.empty((relay.first_in[-1] * form.widths.pitch,), (1,), torch.uint8)
         words, at = begun.split.words, into.data_ptr()
-        transfers = self._crossing.rows(begun.call, swaps, words, (out.data_ptr(), at), (out, into))
+        transfers = self._crossing.rows(begun.call, swaps, words, out.data_ptr(), at, (out, into))
         return Passing(begun.payload, at, into, transfers, words)
 
     def _check_capacity(self, form: AcrossForm, call: Call) -> None:
@@ -338,7 +338,7 @@ class AcrossDispatcher:
             if num_out:
                 going = Going(along.slots, along.dst_counts, along.went, along.whole.num_tokens)
                 _pack(form, call, going, payload, out_at)
-            transfers = crossing.rows(call, swaps, words, (out_at, into_at), opening=opening)
+            transfers = crossing.rows(call, swaps, words, out_at, into_at, opening=opening)
             result, recv = self._recv_rows(form, call, plan)
             passing = Passing(payload, into_at, words.memory, transfers, words)
             self._move(form, call, along, swaps, passing, recv, opening)
