@@ -9,6 +9,9 @@ from tokenferry.transports.shared_memory import SharedMemoryTransport
 
 HEADER = tuple(range(HEADER_INTS))
 
+PATIENCE_S = 60.0
+"""How long to wait for what does come, however slow a busy machine is: longer than a forked child may take."""
+
 Transports = tuple[SharedMemoryTransport, SharedMemoryTransport]
 
 
@@ -22,18 +25,18 @@ def connected() -> Iterator[Transports]:
         transport.close(linger=False)
 
 
-def post(transport, number, size, skip=frozenset()):
+def post(transport, number, size, skip=frozenset(), timeout_s=PATIENCE_S):
     """Send ``size`` bytes, all equal to the call's number, to both ranks."""
     call = CallId(number, "test")
     for buffer in transport.open(call, [size, size]):
         buffer.fill_(number % 256)
-    transport.post(call, [HEADER, HEADER], Deadline(1.0), skip)
+    transport.post(call, [HEADER, HEADER], Deadline(timeout_s), skip)
     return call
 
 
 def receive(transport, number, src):
     """Receive a message of `post`, check it, and return its size."""
-    message = transport.receive(CallId(number, "test"), src, Deadline(1.0))
+    message = transport.receive(CallId(number, "test"), src, Deadline(PATIENCE_S))
     assert message.header == HEADER
     assert bool((message.body == number % 256).all()), "another call's bytes"
     return message.body.numel()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.transport_pair import HEADER, connected, exchange, post, receive
+from support.transport_pair import HEADER, PATIENCE_S, connected, exchange, post, receive
 from tokenferry.transports.base import CallId, Deadline
 
 
@@ -18,7 +18,7 @@ def test_a_returning_rank_continues_from_the_highest_number(transports):
     here, there = transports
     for number in range(4, 50):  # without rank 1
         call = post(here, number, 1000, skip=frozenset({1}))
-        assert here.receive(call, 0, Deadline(1.0)).header == HEADER
+        assert here.receive(call, 0, Deadline(PATIENCE_S)).header == HEADER
         here.finish(call, None)
     post(there, 4, 1000)  # sent before it was stopped, and never received
     here.announce_call(49, frozenset())
@@ -44,4 +44,4 @@ def test_messages_of_later_calls_are_kept(transports):
     transports[1].skip_to(5)
     post(transports[1], 6, 100)
     assert receive(transports[1], 6, 0) == 100
-    assert transports[0].receive(CallId(6, "test"), 1, Deadline(1.0)).header == HEADER
+    assert transports[0].receive(CallId(6, "test"), 1, Deadline(PATIENCE_S)).header == HEADER
