@@ -1,5 +1,6 @@
 """Programs of `examples/`: as jobs on the ranks of a world, and as users start them."""
 
+import gc
 import io
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import tokenferry
 
@@ -17,11 +19,22 @@ import tokenferry
 def run_example(rank: int, pg: dist.ProcessGroup, path: str, *arguments: str) -> str:
     """Run a program on the process group that this rank has, as on ranks of torchrun; return what it prints."""
     printed = io.StringIO()
-    # The process group is there already, and has to stay for the next job.
-    stays, command = patch.object(dist, "destroy_process_group"), patch.object(sys, "argv", [path, *arguments])
+    gc.collect()
+    before = set(map(id, sharded_tensors()))
+
+    def destroy() -> None:
+        """Leave the process group to the next job. Ranks of torchrun may abort if anything holds theirs."""
+        assert all(id(one) in before for one in sharded_tensors()), "DTensors would outlive their process group"
+
+    stays, command = patch.object(dist, "destroy_process_group", destroy), patch.object(sys, "argv", [path, *arguments])
     with redirect_stdout(printed), stays, command:
         runpy.run_path(path, run_name="__main__")
     return printed.getvalue()
+
+
+def sharded_tensors() -> list[DTensor]:
+    """Return all DTensors of this process."""
+    return [one for one in gc.get_objects() if isinstance(one, DTensor)]
 
 
 def refuse_example(rank: int, pg: dist.ProcessGroup, path: str, *arguments: str) -> str:

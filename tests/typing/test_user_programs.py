@@ -9,9 +9,11 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tokenferry
 from support.example_jobs import refuse_example, run_example
@@ -63,6 +65,21 @@ def test_numbers_of_the_server_are_kept(worlds, tmp_path):
     assert (kept["group"]["ranks"], kept["size"]["dtype"], kept["tokenferry"]) == (2, "float32", tokenferry.__version__)
     for said in worlds(2).run(refuse_example, str(path), "--json", str(tmp_path / "none" / "serve.json")):
         assert "there is no folder" in said
+
+
+def test_the_server_checks_its_answers_in_bfloat16(capsys):
+    """Its two ways to a token round differently then; a token from anywhere else is far less likely."""
+    program = runpy.run_path(str(next(path for path in PROGRAMS if path.stem == "serve")))
+    size = replace(program["SMALL"], dtype=torch.bfloat16)
+    shape = tokenferry.MoeShape(size.num_experts, size.top_k, size.hidden, size.prompt_rows)
+    with tokenferry.ExpertGroup(None, shape, backend="cpu") as group, torch.no_grad():
+        server = program["Server"](group, size)
+        program["serve"](server, group, size)
+        (scores,), _ = server.prefill([[1, 2]])
+        wrong = program["Request"]([1, 2], 1, [int(scores[-1].argmin())])
+        with pytest.raises(AssertionError):
+            program["check"](server, 0, [wrong])
+    assert "prefill alone would choose" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["serve", "deep_ep_side_by_side"])
