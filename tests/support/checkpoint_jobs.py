@@ -15,15 +15,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-import tokenferry
 from support.training_jobs import (
-    SHAPE,
     Model,
     Recipe,
     average_by_hand,
     batch,
     loss_of,
     make_optimizer,
+    open_group,
     prepared,
     wholes,
 )
@@ -57,7 +56,7 @@ def advance(
 
 def save(rank: int, pg: dist.ProcessGroup, recipe: Recipe, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Save after two steps; return the losses of the next two, and what was saved as one process would have it."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model = prepared(Model(group, recipe.dtype), recipe, pg)
         optimizer = make_optimizer(model, recipe)
         advance(model, optimizer, recipe, pg, range(2))
@@ -72,7 +71,7 @@ def save(rank: int, pg: dist.ProcessGroup, recipe: Recipe, folder: Path) -> tupl
 
 def resume(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, folder: Path) -> list[float]:
     """Load what `save` has saved, on any number of ranks; return the losses of the next two steps."""
-    with tokenferry.ExpertGroup(pg, SHAPE, backend="cpu") as group:
+    with open_group(pg) as group:
         model = Model(group, recipe.dtype)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -88,7 +87,7 @@ def resume(rank: int, pg: dist.ProcessGroup | None, recipe: Recipe, folder: Path
 
 def take_over(rank: int, pg: dist.ProcessGroup, recipe: Recipe, full: dict[str, Tensor]) -> dict[str, Tensor]:
     """Load the state of a single process, which only rank 0 has; return all parameters."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model = prepared(Model(group, recipe.dtype), recipe, pg)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(getattr(model, "module", model), full if rank == 0 else {}, options=options)
@@ -97,13 +96,13 @@ def take_over(rank: int, pg: dist.ProcessGroup, recipe: Recipe, full: dict[str, 
 
 def save_bare(rank: int, pg: dist.ProcessGroup, folder: Path) -> None:
     """Save a layer, without any preparation."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         dcp.save(MoELayer(group, 12, seed=5).state_dict(), checkpoint_id=folder)
 
 
 def load_bare(rank: int, pg: dist.ProcessGroup, folder: Path) -> dict[str, Any]:
     """Load into a layer with other values."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         layer = MoELayer(group, 12, seed=6)
         state = layer.state_dict()
         dcp.load(state, checkpoint_id=folder)

@@ -17,13 +17,14 @@ import tokenferry
 from support.sharded import local_parts
 from support.training_jobs import (
     HIDDEN,
-    SHAPE,
     Model,
     Recipe,
     average_by_hand,
     batch,
+    device_of,
     gradients,
     loss_of,
+    open_group,
     prepared,
     whole,
     wholes,
@@ -34,8 +35,8 @@ from tokenferry.nn import MoELayer, Router, parallelize
 def unprepared(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, str], bool]:
     """Return the error of each tool that is used without `parallelize`, and whether the experts are as they were."""
     errors = {}
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
-        whole_mesh = init_device_mesh("cpu", (pg.size(),))
+    with open_group(pg) as group:
+        whole_mesh = init_device_mesh(device_of(pg).type, (pg.size(),))
         tools = {
             "ddp": DistributedDataParallel,
             "ddp of a compiled module": lambda module: (
@@ -59,7 +60,7 @@ def unprepared(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, str], bool]:
 
 def clipped_at_once(rank: int, pg: dist.ProcessGroup) -> str:
     """Clip DTensors and tensors together without `implicit_replication`."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model = Model(group, torch.float64)
         loss_of(model, batch(0, torch.float64, 4)).backward()
         try:
@@ -72,9 +73,9 @@ def clipped_at_once(rank: int, pg: dist.ProcessGroup) -> str:
 def refusals(rank: int, pg: dist.ProcessGroup) -> list[str]:
     """Return what `parallelize` says about models and meshes that do not fit."""
     messages = []
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model = Model(group, torch.float32)
-        two = init_device_mesh("cpu", (2, pg.size() // 2), mesh_dim_names=("a", "b"))
+        two = init_device_mesh(device_of(pg).type, (2, pg.size() // 2), mesh_dim_names=("a", "b"))
         before = list(model.parameters())
         for args in ((nn.Linear(2, 2),), (model, two), (model, two["b"]), (model, init_device_mesh("meta", (4,)))):
             try:
@@ -88,7 +89,7 @@ def refusals(rank: int, pg: dist.ProcessGroup) -> list[str]:
 def averaged_fsdp(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return two models' parameters, and those of the second after it was moved half way to the first."""
     recipe = Recipe("fsdp")
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model, average = (prepared(Model(group, recipe.dtype), recipe, pg) for _ in range(2))
         try:
             AveragedModel(model)
@@ -105,13 +106,13 @@ def averaged_fsdp(rank: int, pg: dist.ProcessGroup) -> tuple[dict[str, Tensor], 
 
 def narrow_fsdp(rank: int, pg: dist.ProcessGroup) -> dict[str, Any]:
     """Train a step in bfloat16 with float32 parameters by FSDP2's policy."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
-        model, mesh = Model(group, torch.float32), init_device_mesh("cpu", (pg.size(),))
+    with open_group(pg) as group:
+        model, mesh = Model(group, torch.float32), init_device_mesh(device_of(pg).type, (pg.size(),))
         experts, policy = parallelize(model, mesh), MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         for layer in model.moe:
             fully_shard(layer, mesh=mesh, ignored_params=experts, mp_policy=policy)
         fully_shard(model, mesh=mesh, ignored_params=experts, mp_policy=policy)
-        x = batch(0, torch.float32, 8)
+        x = batch(0, torch.float32, 8).to(group.device)
         out = model(x)
         (out.float() - x).square().mean().backward()
         return {"dtype": out.dtype, **gradients(model)}
@@ -119,7 +120,7 @@ def narrow_fsdp(rank: int, pg: dist.ProcessGroup) -> dict[str, Any]:
 
 def narrow_alone() -> dict[str, Any]:
     """The same with autocast in one process."""
-    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+    with open_group(None) as group:
         model, x = Model(group, torch.float32), batch(0, torch.float32, 8)
         with torch.autocast("cpu", torch.bfloat16):
             out = model(x)
@@ -133,12 +134,12 @@ def from_meta(rank: int, pg: dist.ProcessGroup, tool: str) -> dict[str, Tensor]:
     DistributedDataParallel comes last: it copies values, so that there have to be some.
     """
     recipe = Recipe(tool)
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         with torch.device("meta"):
             model = Model(group, torch.float32)
         if tool == "fsdp":
             model = prepared(model, recipe, pg)
-        model.to_empty(device="cpu")
+        model.to_empty(device=group.device)
         for module in model.modules():
             if isinstance(module, MoELayer | Router | nn.Linear):
                 module.reset_parameters()
@@ -151,9 +152,10 @@ def from_meta(rank: int, pg: dist.ProcessGroup, tool: str) -> dict[str, Tensor]:
 def run_alone(rank: int, pg: dist.ProcessGroup) -> dict[str, Tensor]:
     """Return gradients of a layer as it is, with compilation and with activation checkpointing."""
     found: dict[str, Tensor] = {}
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         layer = MoELayer(group, 12, seed=1, dtype=torch.float64)
         x = torch.randn(3, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        x = x.to(group.device)
 
         def record(name: str, out: Tensor) -> None:
             out.square().mean().backward()
@@ -181,7 +183,7 @@ def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str, otherwise: str) -
     torch._dynamo.utils.counters.clear()
     with (
         torch._dynamo.config.patch(one_graph if backend == "inductor" else {}),
-        tokenferry.ExpertGroup(pg, SHAPE) as group,
+        open_group(pg) as group,
     ):
         for how in ("eager", otherwise):
             model = Model(group, torch.float64)
@@ -194,7 +196,7 @@ def run_otherwise(rank: int, pg: dist.ProcessGroup, tool: str, otherwise: str) -
             run = torch.compile(model, backend=backend) if how in ("compiled", "generated") else model
             loss = loss_of(run, batch(rank, torch.float64, 5 + rank))
             loss.backward()
-            found.append({"loss": loss.detach(), **gradients(model)})
+            found.append({"loss": whole(loss), **gradients(model)})
     if backend == "inductor":
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     return found
@@ -206,8 +208,8 @@ def scaled(rank: int, pg: dist.ProcessGroup, tool: str, kind: type[torch.amp.Gra
     Return the gradients without and with a scale, and in float16, whether every parameter survived the second step, and
     the last scale.
     """
-    recipe, scaler = Recipe(tool, torch.float32), kind("cpu", init_scale=16.0)
-    with tokenferry.ExpertGroup(pg, SHAPE) as group, recipe.together():
+    recipe, scaler = Recipe(tool, torch.float32), kind(device_of(pg).type, init_scale=16.0)
+    with open_group(pg) as group, recipe.together():
         model = prepared(Model(group, recipe.dtype), recipe, pg)
         optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), batch(rank, recipe.dtype, 5)
 
@@ -220,7 +222,7 @@ def scaled(rank: int, pg: dist.ProcessGroup, tool: str, kind: type[torch.amp.Gra
 
         backward(None)
         found: dict[str, Any] = {"plain": gradients(model)}
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(group.device.type, torch.float16):
             backward(scaler)
         scaler.unscale_(optimizer)
         found["half"] = gradients(model)
@@ -243,9 +245,9 @@ def scaled(rank: int, pg: dist.ProcessGroup, tool: str, kind: type[torch.amp.Gra
 
 def scaled_together(rank: int, pg: dist.ProcessGroup, tool: str) -> str:
     """Return the error of torch for a model of DTensors and tensors."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model = prepared(Model(group, torch.float32), Recipe(tool), pg)
-        scaler = torch.amp.GradScaler("cpu")
+        scaler = torch.amp.GradScaler(device_of(pg).type)
         scaler.scale(loss_of(model, batch(rank, torch.float32, 5))).backward()
         try:
             with implicit_replication():
@@ -266,7 +268,7 @@ def second_derivative(model: nn.Module, loss: Tensor) -> Tensor:
 
 def differentiated(rank: int, pg: dist.ProcessGroup, tool: str) -> Tensor | str:
     """Return a second derivative under a tool, or the error of torch."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model = prepared(Model(group, torch.float64), Recipe(tool), pg)
         try:
             second = second_derivative(model, loss_of(model, batch(rank, torch.float64, 5)))
@@ -277,7 +279,7 @@ def differentiated(rank: int, pg: dist.ProcessGroup, tool: str) -> Tensor | str:
 
 def differentiated_alone(num_ranks: int) -> Tensor:
     """The same in one process."""
-    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+    with open_group(None) as group:
         model = Model(group, torch.float64)
         losses = [loss_of(model, batch(rank, torch.float64, 5)) for rank in range(num_ranks)]
         return second_derivative(model, torch.stack(losses).mean())

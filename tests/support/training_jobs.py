@@ -26,6 +26,17 @@ LIMIT = 0.02
 """The norm to which gradients are clipped, below that of every step."""
 
 
+def device_of(pg: dist.ProcessGroup | None) -> torch.device:
+    """Return the device of a process group's tensors: the GPU of this rank for NCCL, else the CPU."""
+    on_gpu = pg is not None and dist.get_backend(pg) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def open_group(pg: dist.ProcessGroup | None) -> tokenferry.ExpertGroup:
+    """Make a group on the device of the process group. Its ranks may wait while another compiles."""
+    return tokenferry.ExpertGroup(pg, SHAPE, backend=device_of(pg).type, timeout_s=50.0)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained.
@@ -67,6 +78,8 @@ class Model(nn.Module):
         self.moe = nn.ModuleList(MoELayer(group, FFN, router=Fixed() if fixed else None, seed=seed) for seed in (1, 2))
         self.last = nn.Linear(HIDDEN, HIDDEN)
         self.to(dtype)
+        if not self.first.weight.is_meta:
+            self.to(group.device)  # the same values on each device: they were drawn on the CPU
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -81,12 +94,13 @@ def batch(step: int, dtype: torch.dtype, tokens: int = sum(TOKENS)) -> Tensor:
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.to(next(model.parameters()).device)
     return (model(x) - x.roll(1, -1)).square().mean()
 
 
 def whole(value: Tensor) -> Tensor:
-    """Return all of a tensor, DTensor or not, as a copy."""
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+    """Return all of a tensor, DTensor or not, as a copy on the CPU."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().to("cpu", copy=True)
 
 
 def wholes(model: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +117,7 @@ def prepared(model: nn.Module, recipe: Recipe, pg: dist.ProcessGroup) -> nn.Modu
         parallelize(model)
         return DistributedDataParallel(model)
     if recipe.tool == "fsdp":
-        mesh = init_device_mesh("cpu", (pg.size(),), mesh_dim_names=("all",))
+        mesh = init_device_mesh(device_of(pg).type, (pg.size(),), mesh_dim_names=("all",))
         experts = parallelize(model, mesh)
         for layer in model.moe:
             fully_shard(layer, mesh=mesh, ignored_params=experts)
@@ -148,7 +162,7 @@ def average_by_hand(model: nn.Module, pg: dist.ProcessGroup) -> None:
 
 def train(rank: int, pg: dist.ProcessGroup, recipe: Recipe) -> dict[str, Any]:
     """Three steps on this rank's tokens, with clipping and a moving average."""
-    with tokenferry.ExpertGroup(pg, SHAPE) as group:
+    with open_group(pg) as group:
         model = prepared(Model(group, recipe.dtype), recipe, pg)
 
         def step(i: int) -> Tensor:
@@ -158,18 +172,18 @@ def train(rank: int, pg: dist.ProcessGroup, recipe: Recipe) -> dict[str, Any]:
                 average_by_hand(model, pg)
             mean = loss.detach().clone()
             dist.all_reduce(mean, group=pg)
-            return mean / pg.size()
+            return whole(mean / pg.size())
 
         return _steps(model, make_optimizer(model, recipe), recipe, step)
 
 
-def train_alone(recipe: Recipe) -> dict[str, Any]:
+def train_alone(recipe: Recipe, num_ranks: int = len(TOKENS)) -> dict[str, Any]:
     """The same in this process, from the rule: the gradients are those of the mean of the ranks' losses."""
-    with tokenferry.ExpertGroup(None, SHAPE, backend="cpu") as group:
+    with open_group(None) as group:
         model = Model(group, recipe.dtype)
 
         def step(i: int) -> Tensor:
-            parts = batch(i, recipe.dtype).split(TOKENS)
+            parts = batch(i, recipe.dtype).split(TOKENS)[:num_ranks]
             loss = torch.stack([loss_of(model, part) for part in parts]).mean()
             loss.backward()
             return loss.detach()
