@@ -1,10 +1,10 @@
-"""Try vLLM, SGLang and torchtitan, as they are published, over our `deep_ep`, on CPU ranks. Not part of the tests.
+"""Try vLLM, SGLang, LMDeploy, torchtitan and Automodel, as they are published, over our `deep_ep`, on CPU ranks.
 
     python tests/clients/servers.py FOLDER
 
-downloads their wheels into FOLDER, once (400 MB; 1.4 GB on disk with what they import), unpacks their Python files, and
-prints what worked. Their compiled parts are not used: what runs is the code between their layers and `deep_ep`. It runs
-with the plug-ins on, and beside another package `deep_ep`, which must not be found.
+is not part of the tests. It downloads their wheels into FOLDER, once (500 MB; 1.4 GB on disk with what they import),
+unpacks their Python files, and prints what worked. Their compiled parts are not used: what runs is the code between
+their layers and `deep_ep`. It runs with the plug-ins on, and beside another package `deep_ep`, which must not be found.
 """
 
 import json
@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CLIENTS = ("vllm==0.33.0", "sglang==0.5.23", "torchtitan==0.3.0")
+CLIENTS = ("vllm==0.33.0", "sglang==0.5.23", "lmdeploy==0.14.0", "torchtitan==0.3.0", "nemo-automodel==0.7.0")
 TORCHVISION = "torchvision==0.28.0"
 """SGLang imports it. Its compiled part is linked against one build of torch, often not the one that is there."""
 
@@ -31,7 +31,9 @@ IMPORTED = (  # by their Python files, beside what the extra `test` installs
 CHECKS = {
     "vllm": ("plug-in", "high throughput", "low latency", "v2, prefill", "v2, decode"),
     "sglang": ("plug-in", "normal", "low latency", "auto", "v2, prefill", "v2, decode"),
-    "torchtitan": ("training", "inference"),
+    "lmdeploy": ("normal", "low latency"),
+    "torchtitan": ("training", "inference", "hybridep", "hybridep, non-blocking"),
+    "nemo-automodel": ("deepep", "hybridep"),
 }
 
 
@@ -58,7 +60,7 @@ def prepare(folder: Path) -> None:
         name = client.partition("==")[0]
         if not (folder / name).exists():
             pip("download", "--quiet", "--no-deps", "--dest", str(folder), client)
-            wheel = next(folder.glob(f"{name}-*.whl"))
+            wheel = next(folder.glob(f"{name.replace('-', '_')}-*.whl"))
             with zipfile.ZipFile(wheel) as archive:
                 names = [each for each in archive.namelist() if each.endswith(UNPACKED)]
                 archive.extractall(folder / name, names)
@@ -77,7 +79,7 @@ def environment(folder: Path, client: str) -> dict[str, str]:
     path = [folder / "plug-ins", folder / client, folder / "imported", ROOT / "src", ROOT / "tests"]
     if client == "sglang":
         path.append(folder / "torchvision")
-    if client == "torchtitan":  # it loads no plug-ins
+    if client in ("lmdeploy", "torchtitan", "nemo-automodel"):  # they load no plug-ins
         path.insert(0, ROOT / "src/tokenferry/compat/deep_ep_path/site")
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, path)),

@@ -1,16 +1,16 @@
 """One check of `servers.py`, in the environment that it makes: ``servers_checks.py CLIENT CHECK FOLDER``."""
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import servers_lmdeploy
 import servers_sglang
+import servers_trainers
 import torch
 import torch.distributed as dist
-from servers_ranks import TOKENS, E, H, K, L, M, R, batch, close, in_fp8, on_ranks, say, unscaled, weighted
+from servers_ranks import E, H, K, L, M, R, batch, close, in_fp8, on_ranks, say, unscaled, weighted
 from torch import Tensor
 
 # ---------------------------------------------------------------------- vLLM
@@ -171,44 +171,6 @@ def vllm_v2(*, decode: bool) -> None:
     say(f"prepare and finalize, BF16, FP8 and MXFP8, {rows}, {R} ranks")
 
 
-# ---------------------------------------------------------------------- torchtitan
-
-
-def torchtitan_layer(*, training: bool) -> None:
-    """Its file about DeepEP alone. Its two operators are registered for CUDA; here for the CPU as well."""
-    path = Path(sys.argv[3]) / "torchtitan/distributed/deepep/deepep.py"
-    spec = importlib.util.spec_from_file_location("torchtitan_deepep", path)
-    titan = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = titan
-    spec.loader.exec_module(titan)
-    titan._lib.impl("dispatch", titan._dispatch_op_impl, "CPU")
-    titan._lib.impl("combine", titan._combine_op_impl, "CPU")
-
-    def job(rank: int) -> None:
-        titan.get_buffer(dist.group.WORLD, hidden=H, num_max_tokens_per_rank=M, num_topk=K)
-        assert titan.get_buffer(dist.group.WORLD, hidden=H, num_max_tokens_per_rank=M, num_topk=K) is titan._buffer
-        x, weights, ids, want = batch(rank)
-        x.requires_grad_(training)
-        weights.requires_grad_(training)
-        with torch.set_grad_enabled(training):
-            rows, counts, state = titan.dispatch_tokens(
-                x, ids, weights, L, E, num_tokens_per_rank=TOKENS, cudagraphable=not training
-            )
-            experts = torch.repeat_interleave(torch.arange(rank * L, rank * L + L), counts.long())
-            factors = torch.zeros(rows.shape[0]).index_copy_(0, torch.arange(len(experts)), experts + 1.0)
-            out = titan.combine_tokens((rows.float() * factors.unsqueeze(1)).bfloat16(), state)
-            titan.sync_combine()
-        close(out, want)
-        if training:
-            out.float().sum().backward()
-            close(x.grad, (weights * (ids + 1)).sum(1, keepdim=True).expand_as(x))
-            expected = x.detach().float().sum(1, keepdim=True) * (ids + 1)
-            torch.testing.assert_close(weights.grad, expected, rtol=0.05, atol=2.0)
-
-    on_ranks(job)
-    say(f"dispatch_tokens, combine_tokens{', backward' if training else ' without gradients'}, {R} ranks")
-
-
 CHECKS = {
     ("vllm", "plug-in"): vllm_plug_in,
     ("vllm", "high throughput"): vllm_high_throughput,
@@ -221,8 +183,14 @@ CHECKS = {
     ("sglang", "auto"): lambda: servers_sglang.deepep("auto"),
     ("sglang", "v2, prefill"): lambda: servers_sglang.deepep_v2(prefill=True),
     ("sglang", "v2, decode"): lambda: servers_sglang.deepep_v2(prefill=False),
-    ("torchtitan", "training"): lambda: torchtitan_layer(training=True),
-    ("torchtitan", "inference"): lambda: torchtitan_layer(training=False),
+    ("lmdeploy", "normal"): servers_lmdeploy.normal,
+    ("lmdeploy", "low latency"): servers_lmdeploy.low_latency,
+    ("torchtitan", "training"): lambda: servers_trainers.torchtitan_layer(training=True),
+    ("torchtitan", "inference"): lambda: servers_trainers.torchtitan_layer(training=False),
+    ("torchtitan", "hybridep"): lambda: servers_trainers.torchtitan_hybrid(blocking=True),
+    ("torchtitan", "hybridep, non-blocking"): lambda: servers_trainers.torchtitan_hybrid(blocking=False),
+    ("nemo-automodel", "deepep"): servers_trainers.automodel_deepep,
+    ("nemo-automodel", "hybridep"): servers_trainers.automodel_hybrid,
 }
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import torch
 
 from support import deep_ep_hybrid_jobs as jobs
 from tokenferry.compat.deep_ep import HybridEPBuffer
-from tokenferry.errors import ArgumentError, PlanError, ShapeError
+from tokenferry.compat.deep_ep.hybrid_ep_buffer import indices_to_map
+from tokenferry.errors import ArgumentError, PlanError, RoutingError, ShapeError
 
 
 @pytest.mark.parametrize("case", jobs.CASES, ids=str)
@@ -108,6 +109,45 @@ def test_combine_refuses(buffer):
     check_usable(buffer)
 
 
+def test_a_handle_knows_its_padding(buffer):
+    """torchtitan pads in dispatch and names no multiple in combine."""
+    rows, _, _, counts, handle = dispatch(buffer, pad_multiple=4)
+    assert (rows.shape[0], counts.tolist()) == (12, [4, 4, 4, 0])
+    out, _ = buffer.combine_with_unpermute(hidden=torch.ones(12, H), handle=handle)
+    assert out[:, 0].tolist() == [2.0, 1.0, 0.0]
+    assert torch.equal(buffer.dispatch_with_permute(hidden=X, handle=handle)[0], rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_choices_become_a_map(dtype):
+    weights = WEIGHTS.clone().requires_grad_()
+    chosen, probs = indices_to_map(INDEX.to(dtype), weights, T, E)
+    assert torch.equal(chosen, MAP)
+    want = torch.zeros(T, E)
+    want[0, 0], want[0, 1], want[1, 2] = WEIGHTS[0, 0], WEIGHTS[0, 1], WEIGHTS[1, 0]
+    assert torch.equal(probs, want)
+    probs.sum().backward()
+    assert torch.equal(weights.grad, (INDEX >= 0).float())
+    assert indices_to_map(INDEX, None, T, E)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"topk_idx": INDEX.float()}, ShapeError, "topk_idx: expected torch.int64"),
+        ({"topk_idx": INDEX + 2}, RoutingError, "topk_idx"),
+        ({"topk_weights": WEIGHTS.double()}, ShapeError, "topk_weights: expected torch.float32"),
+        ({"num_of_tokens": 4}, ShapeError, "topk_idx"),
+        ({"num_of_experts": 0}, ArgumentError, "num_of_experts: expected an integer of at least 1"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_map_refuses(change, error, message):
+    given = {"topk_idx": INDEX, "topk_weights": WEIGHTS, "num_of_tokens": T, "num_of_experts": E}
+    with pytest.raises(error, match=f"indices_to_map: {message}"):
+        indices_to_map(**(given | change))
+
+
 def test_the_constructor():
     with pytest.raises(ArgumentError, match="HybridEPBuffer: hidden_dim: expected an integer of at least 1, got 0"):
         HybridEPBuffer(None, 0, T, E)
@@ -116,3 +156,4 @@ def test_the_constructor():
     made = HybridEPBuffer(None, H, T, E)
     sizes = (made.config.hidden_dim, made.config.max_num_of_tokens_per_rank, made.config.num_of_experts_per_rank)
     assert (made.group, made.rank, made.group_size, sizes) == (None, 0, 1, (H, T, E))
+    assert made.configurer.buffer_config is made.config

@@ -89,13 +89,14 @@ def test_programs_find_out_that_methods_are_missing(prefix):
 
 
 def test_answers_on_every_module_path():
-    from tokenferry.compat.deep_ep import buffer, utils
+    from tokenferry.compat.deep_ep import buffer, hybrid_ep_buffer, utils
     from tokenferry.compat.deep_ep.buffers import elastic, ep, legacy
     from tokenferry.compat.deep_ep.utils import event
 
     assert legacy.Buffer is buffer.Buffer is deep_ep.Buffer
     assert (elastic.ElasticBuffer, elastic.EPHandle) == (deep_ep.ElasticBuffer, deep_ep.EPHandle)
     assert (ep.EPBuffer, ep.EPHandle) == (deep_ep.EPBuffer, deep_ep.EPHandle)
+    assert hybrid_ep_buffer.HybridEPBuffer is deep_ep.HybridEPBuffer
     assert event.EventOverlap is utils.EventOverlap is deep_ep.EventOverlap
     assert utils.EventHandle is deep_ep.EventHandle
     assert isinstance(deep_ep.Config | None, object)  # evaluated in annotations of clients

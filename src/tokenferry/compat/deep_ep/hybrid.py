@@ -1,4 +1,4 @@
-"""`HybridEPBuffer`: DeepEP's hybrid branch, as far as Megatron-Core and Automodel call it.
+"""`HybridEPBuffer`: DeepEP's hybrid branch, as far as Megatron-Core, Automodel and torchtitan call it.
 
 Rows arrive sorted by expert, and experts are given as a map ``[T, E]``. Every method takes DeepEP's keywords; these
 concern hardware, or do more than their names say:
@@ -78,6 +78,7 @@ class HybridEPBuffer(Connected):
         rank: This rank.
         group_size: R.
         config: ``hidden_dim``, ``max_num_of_tokens_per_rank`` and ``num_of_experts_per_rank``, as given.
+        configurer: ``configurer.buffer_config`` is ``config``, where torchtitan looks for it.
         runtime: The native group.
 
     Raises:
@@ -124,6 +125,7 @@ class HybridEPBuffer(Connected):
             max_num_of_tokens_per_rank=max_num_of_tokens_per_rank,
             num_of_experts_per_rank=num_local_experts,
         )
+        self.configurer = SimpleNamespace(buffer_config=self.config)
         self.runtime = self._experts
         self._views = Views(self._experts)
         on_gpu = self._experts.backend == "cuda"
@@ -231,7 +233,7 @@ class HybridEPBuffer(Connected):
                 are not read. Probabilities are not applied.
             probs: ``[rows]`` float32 to return to the tokens, or None.
             handle: Handle of a `dispatch_with_permute`; may be used again.
-            pad_multiple: As there.
+            pad_multiple: As there, or None.
             fuse_unpermute_combine: A hint without effect.
 
         Returns:

@@ -157,14 +157,14 @@ def checked_handle(call: str, handle: object, pad_multiple: int | None) -> Hybri
 
     Raises:
         PlanError: it does not come from a dispatch of `HybridEPBuffer`.
-        ArgumentError: ``pad_multiple`` is not that of the dispatch.
+        ArgumentError: ``pad_multiple`` is not None, and not that of the dispatch.
     """
     if not isinstance(handle, HybridHandle):
         raise PlanError(
             f"{call}: handle: expected the one that tokenferry's {DISPATCH} returned, got {type(handle).__name__}; "
             "pass it on as it is"
         )
-    if _alignment(call, pad_multiple) != handle.pad_multiple:
+    if pad_multiple is not None and _alignment(call, pad_multiple) != handle.pad_multiple:
         raise ArgumentError(
             f"{call}: pad_multiple: expected {handle.pad_multiple}, as in the dispatch that made handle, got "
             f"{pad_multiple!r}"

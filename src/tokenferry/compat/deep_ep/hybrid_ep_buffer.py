@@ -1,0 +1,48 @@
+"""`HybridEPBuffer` under its module path in DeepEP's hybrid branch, and the function beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenferry.checks import INDICES, Checks
+from tokenferry.compat.deep_ep.arguments import check_integer
+from tokenferry.compat.deep_ep.hybrid import HybridEPBuffer
+from tokenferry.compat.deep_ep.hybrid_calls import spread
+
+__all__ = ["HybridEPBuffer", "indices_to_map"]
+
+
+def indices_to_map(
+    topk_idx: Tensor, topk_weights: Tensor | None, num_of_tokens: int, num_of_experts: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the experts of each token as a map, and their weights likewise, as `HybridEPBuffer` takes them. Local.
+
+    Contract: the host does not wait for a GPU. Differentiable in the weights.
+
+    Args:
+        topk_idx: ``[T, K]`` int64 or int32 in ``[-1, E)``; -1: no expert.
+        topk_weights: ``[T, K]`` float32, or None.
+        num_of_tokens: T.
+        num_of_experts: E.
+
+    Returns:
+        (``[T, E]`` bool: whether a token has chosen an expert; ``[T, E]`` float32: with which weight, 0 for others, or
+        None).
+
+    Raises:
+        ArgumentError: a number is not an integer, or out of range.
+        ShapeError, RoutingError: a tensor is wrong; names it.
+    """
+    call = "indices_to_map"
+    check_integer(call, "num_of_tokens", num_of_tokens, 0)
+    check_integer(call, "num_of_experts", num_of_experts, 1)
+    check = Checks(call, topk_idx.device).given("num_of_tokens", T=num_of_tokens)
+    check.tensor("topk_idx", topk_idx, "T K", INDICES)
+    if topk_idx.device.type == "cpu":
+        check.experts("topk_idx", topk_idx, num_of_experts)
+    chosen = spread(torch.ones_like(topk_idx, dtype=torch.bool), topk_idx, num_of_experts)
+    if topk_weights is None:
+        return chosen, None
+    check.tensor("topk_weights", topk_weights, "T K", (torch.float32,))
+    return chosen, spread(topk_weights, topk_idx, num_of_experts)
