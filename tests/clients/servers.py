@@ -103,7 +103,7 @@ def main(folder: Path) -> int:
             failed += done.returncode != 0
             said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
             verdict = "PASS" if done.returncode == 0 else "no"
-            print(f"{client:<18} {check:<16} {verdict:<5} {' '.join(said)}", flush=True)  # noqa: T201
+            print(f"{client:<21} {check:<22} {verdict:<5} {' '.join(said)}", flush=True)  # noqa: T201
     return 1 if failed else 0
 
 
