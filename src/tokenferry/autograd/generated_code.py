@@ -3,7 +3,8 @@
 Calls are collective: all ranks have to make them in one order. Inductor knows that of torch's own collectives only. It
 sorts the operators of a graph by their data alone, and so as fusion and peak memory suit it: by sizes, which differ
 between ranks that have different numbers of tokens. Calls that do not need each other's results, of layers side by
-side, or their backward passes, could then come in another order on each rank.
+side, or their backward passes, could then come in another order on each rank. And it leaves out what nobody needs: on
+a rank without tokens, calls whose results only make empty tensors and zeros.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _INDUCTOR = "torch._inductor.lowering"
 
 
 def keep_order(operators: Sequence[OpOverload]) -> None:
-    """Make each of these operators depend on the one before it in its graph, whichever that is.
+    """Make each of these operators stay, and depend on the one before it in its graph, whichever that is.
 
     Contract: local. Once; and only if Inductor has been imported, as it is when it compiles.
     """
@@ -44,6 +45,7 @@ def _after_the_last(operators: Sequence[OpOverload], lower: Callable[..., object
         result = lower(*args, **kwargs)
         calls: list[Any] = [one for one in graph.operations if getattr(one, "op_overload", None) in operators]
         (mine,) = [one for one in graph.operations[known:] if one in calls]
+        mine.has_side_effects = lambda: True  # as torch marks its own
         if len(calls) > 1:
             graph.additional_buffer_deps[mine.get_operation_name()].add(calls[-2].get_name())
         return result
